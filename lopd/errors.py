@@ -1,0 +1,78 @@
+"""Every error lopd raises on purpose.
+
+Each class is a `LopdError` and also the standard class it specialises, so both `except LopdError` and `except FileNotFoundError` work.
+Messages are one sentence, `<Thing> <id>: <what> is <got>, expected <wanted>; <what to do>.`, and name the first offender only.
+To add one: subclass `LopdError` and the nearest standard class, and take a single message argument so that it pickles.
+"""
+
+
+class LopdError(Exception):
+    """Base of all lopd errors."""
+
+
+class InvalidRecordError(LopdError, ValueError):
+    """A prompt, rollout, score or batch that breaks the contract of its type."""
+
+
+class PromptError(LopdError, ValueError):
+    """A prompt file that cannot be turned into prompts."""
+
+
+class ContextOverflowError(LopdError, ValueError):
+    """A prompt or rollout that does not fit into the model's context."""
+
+
+class TokenizerMismatchError(LopdError, ValueError):
+    """Two parts of a run that do not share one token-to-id map."""
+
+
+class ModelError(LopdError, TypeError):
+    """A model that lopd cannot cut below its head without changing what it computes."""
+
+
+class StoreNotFoundError(LopdError, FileNotFoundError):
+    """No store at this path."""
+
+
+class StoreExistsError(LopdError, FileExistsError):
+    """A store (or something else) is already at this path."""
+
+
+class ManifestMismatchError(LopdError, ValueError):
+    """A store that says it holds something else than what the caller is about to use it for."""
+
+
+class ConflictError(LopdError, ValueError):
+    """Different content under an id, or another model under a column, that is already committed."""
+
+
+class MissingScoresError(LopdError, LookupError):
+    """A score column, or a rollout's entry in it, that is not there."""
+
+
+class CorruptStoreError(LopdError, ValueError):
+    """Stored bytes that do not match their checksum or hash."""
+
+
+class StoreWriteError(LopdError, OSError):
+    """The operating system refused a write; nothing of it was committed."""
+
+
+class TeacherConsistencyError(LopdError, ValueError):
+    """The scoring teacher is not, or cannot be shown to be, the teacher whose data trained the reference policy."""
+
+
+class TeacherConsistencyWarning(UserWarning):
+    """What `TeacherConsistencyError` says, when the caller chose to go on."""
+
+
+class CheckpointError(LopdError, ValueError):
+    """A checkpoint that does not fit the student or optimizer it is loaded into."""
+
+
+class TrainingDivergedError(LopdError, ArithmeticError):
+    """A loss or gradient norm that is not finite."""
+
+
+class MissingDependencyError(LopdError, ImportError):
+    """An optional package that this call needs is not installed."""

@@ -1,0 +1,236 @@
+"""Who made what: identities, fingerprints, and the manifest that a store carries.
+
+A name is not an identity.  Models are compared by a revision that is a commit, a step or a hash of the weights; tokenizers by a hash of
+the whole token-to-id map (two vocabularies of the same size are still two vocabularies).
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from attrs import asdict, field, fields, frozen
+from torch import Tensor
+
+from lopd.errors import CorruptStoreError
+
+SCHEMA_VERSION = 1
+LINEAGE_FILE = "lopd.json"
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+@frozen
+class ModelId:
+    """A model that can be recognised again.
+
+    Args:
+        name: for people.
+        revision: commit, step or hash of the weights; what is compared.
+        dtype: of the weights in use.
+    """
+
+    name: str
+    revision: str
+    dtype: str
+
+    def __str__(self) -> str:
+        """`name@revision`, shortened."""
+        return f"{self.name}@{self.revision[:12]}"
+
+    def same_weights(self, other: "ModelId") -> bool:
+        """Whether both are the same model, whatever they are called."""
+        return self.revision == other.revision
+
+
+def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, dtypes, shapes and bytes of all tensors, whatever their order (about 1 s per GB)."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in sorted(named_tensors, key=lambda item: item[0]):
+        data = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@frozen
+class TokenizerId:
+    """Fingerprint of a tokenizer.
+
+    Args:
+        vocab_hash: of the whole token-to-id map, added tokens included.
+        vocab_size: highest id + 1.
+        eos_id: end of a response, or None.
+        bos_id: beginning of a text, or None.
+        pad_id: padding, or None; may equal `eos_id`, nothing in lopd masks by it.
+        template_hash: of the chat template, or "".
+    """
+
+    vocab_hash: str
+    vocab_size: int
+    eos_id: int | None
+    bos_id: int | None
+    pad_id: int | None
+    template_hash: str
+
+    def same_vocabulary(self, other: "TokenizerId") -> bool:
+        """Whether both map the same tokens to the same ids."""
+        return self.vocab_hash == other.vocab_hash
+
+
+class TokenizerLike(Protocol):
+    """What a fingerprint needs of a tokenizer; transformers' tokenizers fit."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """The whole token-to-id map."""
+        ...
+
+
+def fingerprint_tokenizer(tokenizer: TokenizerLike) -> TokenizerId:
+    """The identity of a tokenizer, from its full vocabulary map, special ids and chat template."""
+    vocab = tokenizer.get_vocab()
+    by_id = sorted((token_id, token) for token, token_id in vocab.items())
+    template = getattr(tokenizer, "chat_template", None)
+    return TokenizerId(
+        vocab_hash=_digest(json.dumps(by_id).encode()),
+        vocab_size=by_id[-1][0] + 1,
+        eos_id=getattr(tokenizer, "eos_token_id", None),
+        bos_id=getattr(tokenizer, "bos_token_id", None),
+        pad_id=getattr(tokenizer, "pad_token_id", None),
+        template_hash=_digest(json.dumps(template).encode()) if template else "",
+    )
+
+
+@frozen
+class SamplingParams:
+    """How responses are drawn.
+
+    Args:
+        max_new_tokens: cap on T; make it the length you will train on, longer costs and is thrown away.
+        temperature: of the sampling distribution; stored log-probs are at temperature 1 all the same.
+        top_p: keep the most likely tokens that hold this much probability; stored log-probs are uncut all the same.
+        samples_per_prompt: responses for each prompt.
+        seed: each (seed, prompt, sample, generation) has its own random stream.
+        stop_ids: ids that end a response (kept in it); empty means the model's own EOS ids.
+    """
+
+    max_new_tokens: int = 4096
+    temperature: float = 1.0
+    top_p: float = 1.0
+    samples_per_prompt: int = 1
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+
+
+@frozen
+class Manifest:
+    """What every rollout of a store has in common.
+
+    Args:
+        tokenizer: of policy, teacher and student.
+        policy: the model that sampled.
+        sampling: how.
+        sft_teacher: the model whose text the policy was SFT-trained on; None if nobody recorded it.
+        generation: round of sampling (0 for Lightning OPD; online OPD and refresh count up).
+    """
+
+    tokenizer: TokenizerId
+    policy: ModelId
+    sampling: SamplingParams
+    sft_teacher: ModelId | None = None
+    generation: int = 0
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Manifest":
+        """The inverse of `to_json`.
+
+        Raises:
+            CorruptStoreError: not a manifest, or of another schema version.
+        """
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise CorruptStoreError(
+                f"Manifest: schema_version is {version!r}, expected {SCHEMA_VERSION}; this store was not written by this version of lopd."
+            )
+        sampling = dict(data["sampling"])
+        sampling["stop_ids"] = tuple(sampling["stop_ids"])
+        return cls(
+            tokenizer=TokenizerId(**data["tokenizer"]),
+            policy=ModelId(**data["policy"]),
+            sampling=SamplingParams(**sampling),
+            sft_teacher=_model_or_none(data["sft_teacher"]),
+            generation=data["generation"],
+        )
+
+    def difference(self, other: "Manifest") -> str | None:
+        """The first field in which two manifests differ, as `name is <self>, expected <other>`; None if they agree."""
+        for f in fields(Manifest):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if mine != theirs:
+                return f"{f.name} is {mine}, expected {theirs}"
+        return None
+
+
+@frozen
+class Provenance:
+    """Who computed a score column, and how.
+
+    Args:
+        model: whose log-probs these are.
+        vocab_hash: of that model's tokenizer.
+        engine: name and version of what ran it.
+        logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut.
+    """
+
+    model: ModelId
+    vocab_hash: str
+    engine: str
+    logprobs_mode: str = "raw"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Provenance":
+        """The inverse of `to_json`."""
+        return cls(**{**data, "model": ModelId(**data["model"])})
+
+
+@frozen
+class Lineage:
+    """What a student was trained on: kept beside its weights, and copied into the manifest of what it samples.
+
+    Args:
+        sft_teacher: the model that wrote the SFT data.
+        opd_teacher: the model whose scores it was distilled on.
+    """
+
+    sft_teacher: ModelId | None = None
+    opd_teacher: ModelId | None = field(default=None)
+
+    def write(self, folder: Path) -> None:
+        """Write it into a model's folder."""
+        (folder / LINEAGE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Lineage":
+        """What is recorded in a model's folder; an empty lineage if nothing is."""
+        path = folder / LINEAGE_FILE
+        if not path.exists():
+            return cls()
+        data = json.loads(path.read_text())
+        return cls(_model_or_none(data["sft_teacher"]), _model_or_none(data["opd_teacher"]))
+
+
+def _model_or_none(data: Mapping[str, Any] | None) -> ModelId | None:
+    return None if data is None else ModelId(**data)

@@ -1,0 +1,165 @@
+"""The five nouns.  Structural: implement the methods, inherit nothing; `lopd.testing` has suites that check an implementation.
+
+Each docstring states the contract that the *weakest* implementation must keep.  Nothing here has a default or a body.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Parameter
+
+from lopd.manifest import Manifest, Provenance
+from lopd.types import Batch, LMHead, LossOutput, Prompt, Rollout, ScoredRollout, Scores
+
+
+class RolloutSource(Protocol):
+    """Something that answers prompts: an engine with a policy in it."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What a store of these rollouts must say: policy, tokenizer, sampling, generation, SFT teacher."""
+        ...
+
+    def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
+        """`samples_per_prompt` rollouts for each prompt, in the order of the prompts.
+
+        Ids are `rollout_id(prompt, sample, generation)`.  The same call on the same prompts gives the same rollouts, so an interrupted
+        collection can be repeated.  No prompts give no rollouts.
+
+        Raises:
+            ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sampled.
+        """
+        ...
+
+
+class TeacherScorer(Protocol):
+    """Something that reads rollouts and says how likely one model finds their tokens.  The reference policy is scored through it too."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """Whose log-probs these are."""
+        ...
+
+    def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
+        """The i-th holds (T_i,) log-probs, nats, of the i-th rollout's response tokens; independent of what else is in the call.
+
+        Raises:
+            ContextOverflowError: a rollout is longer than the model's context; it names the rollout.
+            InvalidRecordError: an id is outside the model's vocabulary, or the model gave something that is no log-prob.
+        """
+        ...
+
+
+class LogprobReader(Protocol):
+    """The half of a store that training needs."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What all rollouts have in common."""
+        ...
+
+    @property
+    def columns(self) -> Mapping[str, Provenance]:
+        """Score columns and who computed them."""
+        ...
+
+    def __len__(self) -> int:
+        """Committed rollouts."""
+        ...
+
+    def __contains__(self, rollout_id: object, /) -> bool:
+        """Whether a rollout with this id is committed."""
+        ...
+
+    def lengths(self) -> NDArray[np.int64]:
+        """(len, 2): prompt and response tokens of each rollout."""
+        ...
+
+    def scored(self, column: str, /) -> NDArray[np.bool_]:
+        """(len,): which rollouts have scores in this column; all False for a column that is not there."""
+        ...
+
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = ()) -> list[ScoredRollout]:
+        """These rollouts with these columns, in the order asked; an index may repeat.
+
+        Raises:
+            MissingScoresError: a rollout has no scores in a column.
+            CorruptStoreError: stored bytes do not match their checksum, or scores were computed on other tokens.
+            IndexError: there is no such row.
+        """
+        ...
+
+
+class LogprobWriter(Protocol):
+    """The half of a store that collecting and scoring need.  Each call is all or nothing, durable on return, and safe to repeat."""
+
+    def append(self, rollouts: Sequence[Rollout], /) -> None:
+        """Add rollouts.  Those that are already there, with the same content, are skipped.
+
+        Raises:
+            ConflictError: other content under an id that is there, or twice in the call.
+            InvalidRecordError: a token id is outside the manifest's vocabulary.
+            StoreWriteError: the write failed; nothing was committed.
+        """
+        ...
+
+    def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
+        """Add one model's scores.  Rows already scored by the same model are skipped.
+
+        Raises:
+            ConflictError: the column belongs to another model, or the scores were computed on other tokens.
+            MissingScoresError: no such rollout.
+            StoreWriteError: the write failed; nothing was committed.
+        """
+        ...
+
+
+class LogprobStore(LogprobReader, LogprobWriter, Protocol):
+    """Rollouts, and one column of scores per model that has read them."""
+
+
+class OPDLoss(Protocol):
+    """A loss on a packed batch.  It takes hidden states and not logits, so that the plain and the fused paths are one protocol."""
+
+    def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        """Weighted sums over the batch's tokens; never a mean, the loop divides once."""
+        ...
+
+
+class Student(Protocol):
+    """The model being trained, cut below its head.  One call per micro-batch, so hooks of wrappers (DDP, FSDP) fire."""
+
+    def __call__(self, batch: Batch, loss: OPDLoss, /) -> LossOutput:
+        """`loss` of this batch under the current weights."""
+        ...
+
+    def named_parameters(self) -> Iterable[tuple[str, Parameter]]:
+        """All parameters; those that require a gradient are trained and go into checkpoints."""
+        ...
+
+
+class Verifier(Protocol):
+    """Says how good a response is."""
+
+    def __call__(self, prompt: Prompt, rollout: Rollout, /) -> float:
+        """A score in [0, 1]; 1 is right."""
+        ...
+
+
+class Progress(Protocol):
+    """Is told how far a verb has come; `lopd.console.RichProgress` draws it."""
+
+    def begin(self, what: str, total: int, done: int, /) -> None:
+        """Work starts: `done` of `total` rollouts were there already."""
+        ...
+
+    def advance(self, rollouts: int, tokens: int, /) -> None:
+        """So many more rollouts, with so many tokens computed, are committed."""
+        ...
+
+    def end(self) -> None:
+        """Work is over, or was interrupted."""
+        ...

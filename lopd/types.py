@@ -1,0 +1,304 @@
+"""The records that move between lopd's verbs: frozen, and checked once, when they are made.
+
+Prompt -> Rollout -> Scores -> ScoredRollout -> Batch -> LossOutput -> StepMetrics is the way of a token through a run.
+Token ids are the truth; no field holds text that is ever tokenised again.  All log-probs are natural (nats), at temperature 1.
+
+Shape suffixes: N tokens of a packed batch, P prompt tokens, T response tokens of one rollout, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from attrs import Factory, evolve, field, fields, frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lopd.errors import InvalidRecordError
+
+Int32Array = NDArray[np.int32]
+Float32Array = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+FinishReason = Literal["stop", "length"]
+
+_BatchT = TypeVar("_BatchT", bound="Batch")
+
+
+def _read_only(array: NDArray[Any]) -> NDArray[Any]:
+    array = array.view()
+    array.flags.writeable = False
+    return array
+
+
+def _to_ids(value: Any) -> Int32Array:
+    """Token ids as a read-only int32 vector; anything that would lose a value on the way is refused."""
+    array = np.asarray(value)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise InvalidRecordError(
+            f"Token ids: the value has dtype {array.dtype} and shape {array.shape}, expected a vector of integers; pass the sampled ids."
+        )
+    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
+        raise InvalidRecordError(
+            f"Token ids: the range is [{array.min()}, {array.max()}], expected 0 to 2**31 - 1; drop padding markers before making the record."
+        )
+    return _read_only(array.astype(np.int32))
+
+
+def _to_logprobs(value: Any) -> Float32Array:
+    return _read_only(np.array(value, dtype=np.float32))
+
+
+def _to_optional_logprobs(value: Any) -> Float32Array | None:
+    return None if value is None else _to_logprobs(value)
+
+
+def _to_mask(value: Any) -> BoolArray:
+    return _read_only(np.array(value, dtype=np.bool_))
+
+
+def _check_logprobs(owner: str, name: str, logprobs_T: Float32Array, length: int) -> None:
+    if logprobs_T.shape != (length,):
+        raise InvalidRecordError(
+            f"{owner}: {name} has shape {logprobs_T.shape}, but response_ids has shape ({length},); pass one value per response token."
+        )
+    bad = np.flatnonzero(~(np.isfinite(logprobs_T) & (logprobs_T <= 0)))
+    if bad.size:
+        raise InvalidRecordError(
+            f"{owner}: {name}[{bad[0]}] is {logprobs_T[bad[0]]}, expected a finite log-prob of at most 0 nats; "
+            "check the engine (an exact -inf may be stored with `lopd.floor_logprobs`, which counts it)."
+        )
+
+
+@frozen(eq=False)
+class Prompt:
+    """Token ids before generation starts, chat template already applied.
+
+    Args:
+        prompt_id: unique within a run; rollouts are named after it.
+        token_ids: (P,) int32, P >= 1.
+        text: for people and verifiers; never tokenised.
+        answer: what a verifier compares a response with, if there is one.
+    """
+
+    prompt_id: str
+    token_ids: Int32Array = field(converter=_to_ids)
+    text: str = ""
+    answer: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.token_ids.size == 0:
+            raise InvalidRecordError(f"Prompt {self.prompt_id!r}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
+
+
+def rollout_id(prompt_id: str, sample: int, generation: int) -> str:
+    """The id of one rollout: which prompt, which of its samples, which round of sampling."""
+    return f"{prompt_id}/s{sample}/g{generation}"
+
+
+def _hash_content(rollout: "Rollout") -> bytes:
+    digest = blake2b(np.array([rollout.prompt_ids.size, rollout.response_ids.size], "<i8").tobytes(), digest_size=16)
+    digest.update(rollout.prompt_ids.astype("<i4", copy=False).tobytes())
+    digest.update(rollout.response_ids.astype("<i4", copy=False).tobytes())
+    digest.update(rollout.loss_mask.tobytes())
+    return digest.digest()
+
+
+@frozen(eq=False)
+class Rollout:
+    """One response sampled from a policy for one prompt: the ids that were *sampled*, EOS included.
+
+    Args:
+        rollout_id: see `rollout_id`.
+        prompt_ids: (P,) int32, P >= 1.
+        response_ids: (T,) int32, T >= 1.
+        loss_mask: (T,) bool, True where a token counts (False for tool or user tokens inside a response).
+        finish_reason: "stop" if the policy ended the response itself, "length" if it was cut.
+        behavior_logprobs: (T,) float32, nats: what the sampling engine reported for these tokens, or None.
+        content_hash: of all the above but finish reason and log-probs; every score carries it (computed, not passed).
+
+    Raises:
+        InvalidRecordError: a field is empty, of another length, or not a log-prob.
+    """
+
+    rollout_id: str
+    prompt_ids: Int32Array = field(converter=_to_ids)
+    response_ids: Int32Array = field(converter=_to_ids)
+    loss_mask: BoolArray = field(converter=_to_mask)
+    finish_reason: FinishReason
+    behavior_logprobs: Float32Array | None = field(default=None, converter=_to_optional_logprobs)
+    content_hash: bytes = field(init=False, repr=lambda digest: digest.hex()[:8], default=Factory(_hash_content, takes_self=True))
+
+    def __attrs_post_init__(self) -> None:
+        owner = f"Rollout {self.rollout_id!r}"
+        for name, ids in (("prompt_ids", self.prompt_ids), ("response_ids", self.response_ids)):
+            if ids.size == 0:
+                raise InvalidRecordError(f"{owner}: {name} has 0 tokens, expected at least 1; drop the rollout.")
+        if self.loss_mask.shape != self.response_ids.shape:
+            raise InvalidRecordError(
+                f"{owner}: loss_mask has shape {self.loss_mask.shape}, but response_ids has shape {self.response_ids.shape}; "
+                "pass one value per response token."
+            )
+        if self.finish_reason not in ("stop", "length"):
+            raise InvalidRecordError(
+                f"{owner}: finish_reason is {self.finish_reason!r}, expected 'stop' or 'length'; map the engine's word."
+            )
+        if self.behavior_logprobs is not None:
+            _check_logprobs(owner, "behavior_logprobs", self.behavior_logprobs, self.response_ids.size)
+
+    def __len__(self) -> int:
+        """Tokens of prompt and response."""
+        return self.prompt_ids.size + self.response_ids.size
+
+
+@frozen(eq=False)
+class Scores:
+    """One model's log-probs of one rollout's response tokens, bound to the tokens they were computed on.
+
+    Args:
+        rollout_id: whose tokens.
+        content_hash: of the `Rollout` that was read.
+        logprobs: (T,) float32, nats, finite, <= 0.  0.0 is a value like any other; a missing score is a missing `Scores`.
+        floored: how many of them were -inf and are stored as a floor (see `floor_logprobs`).
+    """
+
+    rollout_id: str
+    content_hash: bytes
+    logprobs: Float32Array = field(converter=_to_logprobs)
+    floored: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        _check_logprobs(f"Scores of rollout {self.rollout_id!r}", "logprobs", self.logprobs, self.logprobs.size)
+
+    @classmethod
+    def of(cls, rollout: Rollout, logprobs_T: Any, floored: int = 0) -> "Scores":
+        """Scores for this very rollout; the length is checked here, where the rollout is at hand."""
+        logprobs = _to_logprobs(logprobs_T)
+        _check_logprobs(f"Rollout {rollout.rollout_id!r}", "logprobs", logprobs, rollout.response_ids.size)
+        return cls(rollout.rollout_id, rollout.content_hash, logprobs, floored)
+
+
+def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array, int]:
+    """Log-probs with every -inf replaced by `floor` (nats), and how many there were.
+
+    >>> floor_logprobs([-1.0, float("-inf")])
+    (array([  -1., -100.], dtype=float32), 1)
+    """
+    logprobs = np.array(logprobs_T, dtype=np.float32)
+    below = np.isneginf(logprobs)
+    logprobs[below] = floor
+    return logprobs, int(below.sum())
+
+
+@frozen(eq=False)
+class ScoredRollout:
+    """A rollout with the score columns that were asked for: column name -> (T,) float32, nats."""
+
+    rollout: Rollout
+    scores: Mapping[str, Float32Array]
+
+
+@frozen(eq=False)
+class Batch:
+    """Several rollouts in one row of N tokens, packed: no padding, positions restart with each rollout.
+
+    Everything is aligned with `targets`: entry n is about predicting `targets[n]` from the tokens up to `inputs[n]` of the same segment.
+
+    Args:
+        inputs: (N,) int64.
+        targets: (N,) int64, the inputs of the same rollout shifted by one.
+        position_ids: (N,) int64, the position within the rollout.
+        segment_ids: (N,) int64, which rollout of this batch.
+        weight: (N,) float32, how much a token counts; 0 for prompt tokens and masked tokens.
+        teacher_logprobs: (N,) float32, nats, meaningful where weight > 0 (0 elsewhere); None if no such column was asked for.
+        ref_logprobs: (N,) float32, nats, likewise.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    weight: Tensor
+    teacher_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+
+    def to(self: _BatchT, device: torch.device) -> _BatchT:
+        """The same batch on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(type(self))}
+        return evolve(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+
+
+@frozen(eq=False)
+class Step:
+    """The micro-batches of one optimizer step, and its number in the run."""
+
+    index: int
+    batches: tuple[Batch, ...]
+
+
+@frozen(eq=False)
+class LMHead:
+    r"""The last layer of a causal LM: \(z = c \tanh(s (W h + b) / c)\), without the tanh if there is no soft-cap \(c\).
+
+    Args:
+        weight: (V, D); V is the tokenizer's vocabulary, padding rows already cut off so that no padding id carries mass.
+        bias: (V,) or None.
+        softcap: c or None.
+        scale: s.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """(N, V) logits in float32 (float64 if given float64): bf16 logits would cost 0.02 to 0.05 nats."""
+        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), self.weight.to(dtype), bias)
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+
+@frozen(eq=False)
+class LossOutput:
+    """What a loss says about one micro-batch: weighted sums, so that any split of a step adds up to the same gradient.
+
+    Args:
+        loss_sum: scalar, differentiable: sum over tokens of weight times loss.
+        reverse_kl_sum: scalar, detached, nats: sum of weight times (student - teacher) log-prob, the one-sample estimate of
+            KL(student, teacher) on these tokens; may be negative; 0 for losses that see no teacher.
+        clipped_sum: scalar, detached: sum of weight over tokens whose advantage was clipped.
+    """
+
+    loss_sum: Tensor
+    reverse_kl_sum: Tensor
+    clipped_sum: Tensor
+
+
+@frozen
+class StepMetrics:
+    """Plain numbers of one optimizer step; means are weighted by the batch weights of the whole step.
+
+    Args:
+        step: its number in the run.
+        loss: mean loss, before the update.
+        reverse_kl: nats per token, one-sample estimate on the stored tokens.
+        clip_fraction: share of clipped advantages.
+        grad_norm: before clipping.
+        rollouts: in this step.
+        tokens: positions the student read in this step, prompts included.
+        seconds: wall time.
+    """
+
+    step: int
+    loss: float
+    reverse_kl: float
+    clip_fraction: float
+    grad_norm: float
+    rollouts: int
+    tokens: int
+    seconds: float
