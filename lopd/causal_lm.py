@@ -1,0 +1,116 @@
+"""A transformers causal LM cut below its head: the one place that knows where head, bias, scale and soft-cap are.
+
+Sampling, scoring and training all compute log-probs through here, so they cannot disagree about what a logit is.
+Duck-typed on purpose: importing this module imports no engine.
+
+Shape suffixes: N tokens, M selected tokens, D hidden size, V vocabulary, B rows, S positions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopd.errors import ModelError
+from lopd.types import LMHead
+
+_PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a peft wrapper (its layers keep their adapters), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def lm_head(model: Any, vocab_size: int) -> LMHead:
+    """The head of a causal LM, cut to the tokenizer's vocabulary; made anew at each step, because wrappers swap weights.
+
+    Raises:
+        ModelError: no linear head, a head with fewer rows than the tokenizer has ids, or an adapter on the head.
+    """
+    base = unwrap(model)
+    layer = base.get_output_embeddings()
+    name = type(base).__name__
+    if not isinstance(getattr(layer, "weight", None), Tensor):
+        raise ModelError(f"Model {name}: its output embedding is {type(layer).__name__}, expected a linear layer; use a causal LM.")
+    if hasattr(layer, "base_layer"):
+        raise ModelError(f"Model {name}: lm_head carries an adapter, expected a plain linear layer; leave lm_head out of target_modules.")
+    rows = layer.weight.shape[0]
+    if rows < vocab_size:
+        raise ModelError(
+            f"Model {name}: its head has {rows} rows, expected at least the tokenizer's {vocab_size} ids; resize the token embeddings."
+        )
+    bias = getattr(layer, "bias", None)
+    config = base.config.get_text_config()
+    return LMHead(
+        weight=layer.weight if rows == vocab_size else layer.weight[:vocab_size],
+        bias=bias if bias is None or rows == vocab_size else bias[:vocab_size],
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0),
+    )
+
+
+def hidden_states(model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None) -> Tensor:
+    """(B, S, D) hidden states below the head.  Positions that restart within a row mark packed rollouts, which do not see each other."""
+    decoder = unwrap(model).get_decoder()
+    output: Tensor = decoder(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False).last_hidden_state
+    return output
+
+
+def token_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, rows: int = 512) -> Tensor:
+    """(M,) float32 log-probs, nats, of `targets` under `head`, `rows` rows at a time: memory is rows * V, never M * V.
+
+    Takes no gradient; the losses have their own.
+    """
+    with torch.no_grad():
+        parts = [
+            head.logits(hidden_RD).log_softmax(-1).gather(-1, targets_R[:, None]).squeeze(-1)
+            for hidden_RD, targets_R in zip(hidden_MD.split(rows), targets_M.split(rows), strict=True)
+        ]
+    return torch.cat(parts) if parts else hidden_MD.new_zeros(0, dtype=torch.float32)
+
+
+def context_length(model: Any) -> int:
+    """Positions the model was made for."""
+    return int(getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model without dropout, as it was afterwards: source and student may share one model."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def check_cut(model: Any, vocab_size: int) -> None:
+    """Compare the cut model on two packed sequences with the whole model on each alone.
+
+    This finds what no list of model classes can: another scale or cap on the logits, attention across packed rollouts, positions that
+    do not restart.  A few milliseconds for a small model, one short forward for a large one.
+
+    Raises:
+        ModelError: the two disagree.
+    """
+    base = unwrap(model)
+    device = next(base.parameters()).device
+    short, long = (torch.tensor([i % vocab_size for i in ids], device=device) for ids in (_PROBE_IDS[:3], _PROBE_IDS))
+    with evaluating(model):
+        positions = torch.cat([torch.arange(len(long)), torch.arange(len(short))]).to(device)
+        packed_ND = hidden_states(model, torch.cat([long, short])[None], positions[None])[0]
+        cut_NV = lm_head(model, vocab_size).logits(packed_ND)
+        whole_NV = torch.cat([base(input_ids=ids[None], use_cache=False).logits[0, :, :vocab_size].float() for ids in (long, short)])
+    size = float(whole_NV.abs().max())
+    difference = float((cut_NV - whole_NV).abs().max())
+    tolerance = (1e-3 if next(base.parameters()).dtype == torch.float32 else 5e-2) * max(size, 1e-6)
+    if not difference <= tolerance:
+        raise ModelError(
+            f"Model {type(base).__name__}: cut below its head and packed, its logits differ by {difference:.3g} from its own, expected at most "
+            f"{tolerance:.3g}; it scales its logits or lets packed rollouts attend to each other, so lopd cannot train it."
+        )

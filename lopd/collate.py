@@ -1,0 +1,75 @@
+"""Ragged records -> one packed `Batch`.  The only place that shifts, and the only place that makes weights.
+
+A rollout of P prompt and T response tokens gives P + T - 1 predictions: input n is token n, target n is token n + 1.  The first response
+token is the target of the last prompt token, so response entries begin at position P - 1.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.types import Batch, BoolArray, Float32Array, ScoredRollout
+
+Weighting = Callable[[BoolArray], Float32Array]
+
+
+def by_rollout(loss_mask_T: BoolArray) -> Float32Array:
+    """(T,) weights: every rollout counts 1, shared by its counted tokens.  What the paper's release does, and our default."""
+    return loss_mask_T.astype(np.float32) / np.float32(max(int(loss_mask_T.sum()), 1))
+
+
+def by_token(loss_mask_T: BoolArray) -> Float32Array:
+    """(T,) weights: every counted token counts 1."""
+    return loss_mask_T.astype(np.float32)
+
+
+def collate(
+    records: Sequence[ScoredRollout], weighting: Weighting = by_rollout, *, teacher: str | None = None, ref: str | None = None
+) -> Batch:
+    """Pack records into one row of N = sum(P + T - 1) tokens, in their order.
+
+    Args:
+        records: what a store read.
+        weighting: `by_rollout`, `by_token`, or your own function of the loss mask.
+        teacher: which score column becomes `teacher_logprobs`.
+        ref: which score column becomes `ref_logprobs`.
+
+    Raises:
+        InvalidRecordError: there are no records.
+        MissingScoresError: a record lacks a column; it names the rollout.
+    """
+    if not records:
+        raise InvalidRecordError("Batch: it has 0 rollouts, expected at least 1; check the store is not empty.")
+    tokens = [np.concatenate([r.rollout.prompt_ids, r.rollout.response_ids]).astype(np.int64) for r in records]
+    return Batch(
+        inputs=_pack([ids[:-1] for ids in tokens]),
+        targets=_pack([ids[1:] for ids in tokens]),
+        position_ids=_pack([np.arange(ids.size - 1) for ids in tokens]),
+        segment_ids=_pack([np.full(ids.size - 1, i) for i, ids in enumerate(tokens)]),
+        weight=_pack([_at_targets(r, weighting(r.rollout.loss_mask)) for r in records]),
+        teacher_logprobs=_column(records, teacher),
+        ref_logprobs=_column(records, ref),
+    )
+
+
+def _pack(parts: Sequence[NDArray[np.generic]]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _at_targets(record: ScoredRollout, values_T: Float32Array) -> Float32Array:
+    """One value per response token -> one value per target, 0 where the target is a prompt token."""
+    return np.concatenate([np.zeros(record.rollout.prompt_ids.size - 1, np.float32), values_T])
+
+
+def _column(records: Sequence[ScoredRollout], name: str | None) -> torch.Tensor | None:
+    if name is None:
+        return None
+    for record in records:
+        if name not in record.scores:
+            raise MissingScoresError(
+                f"Rollout {record.rollout.rollout_id!r}: column {name!r} was not read; name it in `read(columns=...)`."
+            )
+    return _pack([_at_targets(record, record.scores[name]) for record in records])

@@ -1,0 +1,47 @@
+"""Teacher consistency: the teacher that scores must be the teacher whose text trained the policy that sampled.
+
+With another teacher the offline gradient has a bias that does not vanish at the start and does not shrink with training
+(Lightning OPD, arXiv 2604.13010v2, theorem 3.8 and table 4: 69.9 against 63.1 on AIME 2024).
+Judged from recorded weights, never from names that somebody typed.
+"""
+
+import warnings
+from enum import Enum
+
+from lopd.errors import TeacherConsistencyError, TeacherConsistencyWarning
+from lopd.manifest import Lineage, Manifest, Provenance
+
+
+class ConsistencyPolicy(Enum):
+    """What to do when the scoring teacher is not the recorded SFT teacher, or none is recorded."""
+
+    ERROR = "error"
+    WARN = "warn"
+
+
+def check_teacher_consistency(manifest: Manifest, teacher: Provenance, policy: ConsistencyPolicy = ConsistencyPolicy.ERROR) -> None:
+    """Stop (or warn) unless the teacher of this column wrote the SFT text of the policy that sampled.
+
+    Raises:
+        TeacherConsistencyError: another teacher, or an unknown one, under policy ERROR.
+    """
+    if manifest.sft_teacher is not None and manifest.sft_teacher.same_weights(teacher.model):
+        return
+    sft = "not recorded" if manifest.sft_teacher is None else str(manifest.sft_teacher)
+    message = (
+        f"Policy {manifest.policy}: its SFT teacher is {sft}, expected the scoring teacher {teacher.model}; score with the SFT teacher, "
+        "or SFT on text of this teacher, or pass `consistency=ConsistencyPolicy.WARN` if you know why they differ."
+    )
+    if policy is ConsistencyPolicy.ERROR:
+        raise TeacherConsistencyError(message)
+    warnings.warn(message, TeacherConsistencyWarning, stacklevel=3)
+
+
+def lineage_after(manifest: Manifest, teacher: Provenance | None) -> Lineage:
+    """What a student has been trained on after training on these rollouts.
+
+    Without a score column the student imitates whoever wrote the rollouts: that is SFT, and the writer is its SFT teacher.
+    """
+    if teacher is None:
+        return Lineage(sft_teacher=manifest.policy)
+    return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=teacher.model)

@@ -1,0 +1,1 @@
+"""Losses on packed batches: equations in `functional`, the plain path in `reference`."""

@@ -1,0 +1,67 @@
+"""Estimates with their intervals.  Pure functions of arrays."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError
+from lopd.types import Float32Array
+
+_Z95 = 1.959964
+
+
+@frozen
+class Estimate:
+    """A mean and the half-width of its 95 % interval.
+
+    Args:
+        mean, ci95: in the unit of what was measured.
+        clusters: independent draws behind it (rollouts or prompts).
+    """
+
+    mean: float
+    ci95: float
+    clusters: int
+
+
+def reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> Estimate:
+    r"""KL(student, teacher) per token, nats: \(\sum_i\sum_t (\ell_\theta - \ell_T) / \sum_i T_i\) over rollouts sampled from the student.
+
+    Tokens of one rollout depend on each other, so the interval treats a rollout as one draw (ratio estimator, delta method).
+
+    Args:
+        student_logprobs: one (T_i,) array per rollout, of the sampled tokens.
+        teacher_logprobs: the same under the teacher.
+    """
+    gaps = np.array([float(np.sum(s.astype(np.float64) - t)) for s, t in zip(student_logprobs, teacher_logprobs, strict=True)])
+    return _ratio(gaps, np.array([s.size for s in student_logprobs], np.float64))
+
+
+def mean(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
+    """The mean of independent values."""
+    array = np.asarray(values, np.float64)
+    return _ratio(array, np.ones_like(array))
+
+
+def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Estimate:
+    n = len(sums)
+    if n == 0:
+        raise InvalidRecordError("Estimate: it has 0 draws, expected at least 1; evaluate on some prompts.")
+    value = float(sums.sum() / counts.sum())
+    if n == 1:
+        return Estimate(value, float("inf"), 1)
+    residuals = sums - value * counts
+    error = float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / counts.sum())
+    return Estimate(value, _Z95 * error, n)
+
+
+def advantage_quantiles(
+    student_logprobs: Sequence[Float32Array],
+    teacher_logprobs: Sequence[Float32Array],
+    levels: Sequence[float] = (0.01, 0.05, 0.5, 0.95, 0.99),
+) -> dict[float, float]:
+    """Quantiles of the unclipped advantage, nats.  Look at them before training: a heavy lower tail is where ratio-1 OPD goes wrong."""
+    gaps = np.concatenate([t - s for s, t in zip(student_logprobs, teacher_logprobs, strict=True)])
+    return {level: float(np.quantile(gaps, level)) for level in levels}
