@@ -1,0 +1,129 @@
+"""Prompts from JSONL, parquet, messages or plain strings.  The chat template is applied here, once; from here on there are only ids."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from lopd.errors import ContextOverflowError, MissingDependencyError, PromptError
+from lopd.types import Prompt
+
+Messages = Sequence[Mapping[str, str]]
+
+
+def read_prompts(path: str, tokenizer: Any, *, field: str = "prompt", max_tokens: int | None = None) -> list[Prompt]:
+    """Prompts from a file with one record per line (`.jsonl`) or row (`.parquet`).
+
+    A record is a mapping; `record[field]` is a string (one user message) or a list of messages with "role" and "content".  Where `field` is
+    missing, "messages" is looked for.  "id" and "answer" are taken over if they are there; without "id" a prompt is named after its tokens.
+
+    Args:
+        path: local, or any URL that fsspec opens.
+        tokenizer: of the student.
+        field: where the prompt is.
+        max_tokens: longest prompt allowed; None for no limit.
+
+    Raises:
+        PromptError: the file is empty, of another kind, or a record cannot be read; it names file and record.
+        ContextOverflowError: a prompt is longer than `max_tokens`.
+    """
+    records = _read_records(path)
+    if not records:
+        raise PromptError(f"Prompt file {path}: it has 0 records, expected at least 1; check that it was written.")
+    contents: list[str | Messages] = []
+    for i, record in enumerate(records):
+        where = f"Prompt file {path}, record {i}"
+        if not isinstance(record, Mapping):
+            raise PromptError(f"{where}: it is a {type(record).__name__}, expected a mapping; write one JSON object a line.")
+        content = record.get(field, record.get("messages"))
+        if not content:
+            raise PromptError(f"{where}: {field!r} is {content!r}, expected text or messages; name the field with `field=...`.")
+        contents.append(content)
+    ids = [None if record.get("id") is None else str(record["id"]) for record in records]
+    answers = [None if record.get("answer") is None else str(record["answer"]) for record in records]
+    return make_prompts(contents, tokenizer, ids=ids, answers=answers, max_tokens=max_tokens)
+
+
+def make_prompts(
+    contents: Iterable[str | Messages],
+    tokenizer: Any,
+    *,
+    ids: Sequence[str | None] | None = None,
+    answers: Sequence[str | None] | None = None,
+    max_tokens: int | None = None,
+) -> list[Prompt]:
+    """Prompts from strings (one user message each) or lists of messages.
+
+    With a chat template, it is applied with the generation prompt; without one, strings are tokenised as they are.
+
+    Raises:
+        PromptError: messages for a tokenizer without a chat template.
+        ContextOverflowError: a prompt is longer than `max_tokens`.
+    """
+    prompts: list[Prompt] = []
+    seen: dict[str, int] = {}
+    for i, content in enumerate(contents):
+        text, token_ids = _tokenise(i, content, tokenizer)
+        name = (ids[i] if ids else None) or _name(token_ids, seen)
+        if max_tokens is not None and len(token_ids) > max_tokens:
+            raise ContextOverflowError(
+                f"Prompt {name!r} (number {i}): it has {len(token_ids)} tokens, expected at most {max_tokens}; shorten it or drop it."
+            )
+        prompts.append(Prompt(name, token_ids, text, answers[i] if answers else None))
+    return prompts
+
+
+def _tokenise(number: int, content: str | Messages, tokenizer: Any) -> tuple[str, list[int]]:
+    messages = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
+    text = str(messages[-1].get("content", ""))
+    if getattr(tokenizer, "chat_template", None):
+        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        return text, list(encoded["input_ids"])
+    if not isinstance(content, str):
+        raise PromptError(
+            f"Prompt number {number}: it is a list of messages, but the tokenizer has no chat template; pass strings or set one."
+        )
+    return text, list(tokenizer(content)["input_ids"])
+
+
+def _name(token_ids: Sequence[int], seen: dict[str, int]) -> str:
+    """A name that depends on the tokens and not on the place in the file; equal prompts are numbered."""
+    digest = blake2b(np.array(token_ids, "<i4").tobytes(), digest_size=8).hexdigest()
+    seen[digest] = seen.get(digest, -1) + 1
+    return digest if seen[digest] == 0 else f"{digest}-{seen[digest]}"
+
+
+def _read_records(path: str) -> list[Any]:
+    try:
+        import fsspec
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Prompt files: fsspec is not installed, expected it for `read_prompts`; pip install 'lopd[hf]'."
+        ) from error
+    try:
+        with fsspec.open(path, "rb") as file:
+            if path.endswith(".parquet"):
+                return _read_parquet(file)
+            return [_parse(path, i, line) for i, line in enumerate(file.read().split(b"\n")) if line.strip()]
+    except FileNotFoundError as error:
+        raise PromptError(f"Prompt file {path}: it is not there, expected a .jsonl or .parquet file; check the path.") from error
+
+
+def _read_parquet(file: Any) -> list[Any]:
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingDependencyError("Prompt files: pyarrow is not installed, expected it for parquet; pip install 'lopd[hf]'.") from error
+    rows: list[Any] = pq.read_table(file).to_pylist()
+    return rows
+
+
+def _parse(path: str, number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise PromptError(
+            f"Prompt file {path}, line {number + 1}: it is not JSON ({error}), expected one object a line; fix the line."
+        ) from error

@@ -1,0 +1,60 @@
+"""The model being trained: any transformers causal LM, cut below its head, full or with peft adapters."""
+
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lopd.causal_lm import check_cut, hidden_states, lm_head, unwrap
+from lopd.manifest import Lineage
+from lopd.protocols import OPDLoss
+from lopd.types import Batch, LossOutput
+
+
+@final
+class CausalLMStudent(nn.Module):
+    """A `Student` around a transformers causal LM.
+
+    Args:
+        model: a causal LM, or a peft model around one.  Parameters that require a gradient are trained, the rest stay as they are.
+        vocab_size: ids of the tokenizer (`store.manifest.tokenizer.vocab_size`); head rows beyond it are padding and get no mass.
+        autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
+
+    Raises:
+        ModelError: the model cannot be cut, or lets packed rollouts attend to each other (see `lopd.causal_lm.check_cut`).
+    """
+
+    def __init__(self, model: Any, vocab_size: int, *, autocast: torch.dtype | None = None, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        check_cut(model, vocab_size)
+        self.model = model
+        self.vocab_size = vocab_size
+        self._autocast = autocast
+        if gradient_checkpointing:
+            base = unwrap(model)
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            base.enable_input_require_grads()
+        self.train()
+
+    def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
+        """`loss` of this batch; moves the batch to where the model is."""
+        head = lm_head(self.model, self.vocab_size)
+        batch = batch.to(head.weight.device)
+        return loss(self._hidden(batch), head, batch)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        enabled = self._autocast is not None
+        with torch.autocast(batch.inputs.device.type, dtype=self._autocast or torch.bfloat16, enabled=enabled):
+            return hidden_states(self.model, batch.inputs[None], batch.position_ids[None])[0]
+
+    def export(self, folder: Path, tokenizer: Any, lineage: Lineage) -> None:
+        """Write a folder that transformers and vLLM load as an ordinary model, with its lineage beside the weights.
+
+        Adapters are written as adapters (peft's own format).
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        lineage.write(folder)
