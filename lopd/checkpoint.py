@@ -1,0 +1,136 @@
+"""Training state on disk: a run that is stopped and resumed equals the run that was not, bit for bit on the CPU.
+
+Layout: `FOLDER/step-00000012/{parameters,optimizer}.safetensors, state.json`; a folder appears under its name only when it is complete.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import asdict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lopd.errors import CheckpointError
+from lopd.manifest import Lineage
+from lopd.protocols import Student
+
+_RNG = "rng.cpu"
+
+
+def save_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer, *, next_step: int, lineage: Lineage) -> Path:
+    """Write trained parameters, optimizer, random state, data position and lineage; then drop older checkpoints in `folder`.
+
+    Args:
+        folder: of the run; each checkpoint is a folder in it.
+        student: whose trained parameters are saved.
+        optimizer: whose state is saved.
+        next_step: the first step that is not in these weights; pass it to `batches(start=...)` after loading.
+        lineage: `steps.lineage` of what was trained on.
+
+    Returns:
+        The folder of this checkpoint.
+    """
+    folder = Path(folder)
+    final, partial = folder / f"step-{next_step:08d}", folder / f".partial-{next_step:08d}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors, plain = _flatten(optimizer)
+    save_file(_trained(student), partial / "parameters.safetensors")
+    save_file({**tensors, _RNG: torch.get_rng_state()}, partial / "optimizer.safetensors")
+    (partial / "state.json").write_text(json.dumps({"next_step": next_step, "optimizer": plain, "lineage": asdict(lineage)}, indent=1))
+    lineage.write(partial)
+    for path in [*partial.iterdir(), partial]:
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    _fsync(folder)
+    for other in folder.glob("step-*"):
+        if other != final:
+            shutil.rmtree(other)
+    return final
+
+
+def load_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer | None = None) -> int:
+    """Put the newest checkpoint of `folder` into student and optimizer; gives the next step, 0 if there is no checkpoint.
+
+    Args:
+        folder: of the run.
+        student: built as it was for the run that is resumed.
+        optimizer: likewise; None restores the weights only.
+
+    Raises:
+        CheckpointError: other parameters, shapes or optimizer than were saved.
+    """
+    found = sorted(Path(folder).glob("step-*"))
+    if not found:
+        return 0
+    path = found[-1]
+    state = json.loads((path / "state.json").read_text())
+    _restore_parameters(path, student)
+    if optimizer is not None:
+        tensors = load_file(path / "optimizer.safetensors")
+        torch.set_rng_state(tensors.pop(_RNG))
+        _unflatten(path, optimizer, tensors, state["optimizer"])
+    return int(state["next_step"])
+
+
+def _trained(student: Student) -> dict[str, Tensor]:
+    return {name: p.detach().contiguous() for name, p in student.named_parameters() if p.requires_grad}
+
+
+def _restore_parameters(path: Path, student: Student) -> None:
+    saved = load_file(path / "parameters.safetensors")
+    current = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+    for name in sorted(saved.keys() ^ current.keys()):
+        where = "the checkpoint only" if name in saved else "the student only"
+        raise CheckpointError(
+            f"Checkpoint {path}: parameter {name!r} is in {where}, expected the same trained parameters; rebuild the student."
+        )
+    for name, tensor in saved.items():
+        if tensor.shape != current[name].shape or tensor.dtype != current[name].dtype:
+            raise CheckpointError(
+                f"Checkpoint {path}: parameter {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
+                f"{current[name].dtype} {tuple(current[name].shape)}; rebuild the student as it was."
+            )
+        current[name].copy_(tensor)
+
+
+def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors, and what is left as JSON."""
+    state = optimizer.state_dict()
+    tensors = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items() if isinstance(value, Tensor)}
+    others = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items() if not isinstance(value, Tensor)}
+    return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "others": others}
+
+
+def _unflatten(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    current = optimizer.state_dict()["param_groups"]
+    sizes, saved = [len(g["params"]) for g in current], [len(g["params"]) for g in plain["groups"]]
+    if plain["class"] != type(optimizer).__name__ or sizes != saved:
+        raise CheckpointError(
+            f"Checkpoint {path}: its optimizer is {plain['class']} over {saved} parameters, expected {type(optimizer).__name__} over {sizes}; "
+            "make the optimizer as it was."
+        )
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **plain["others"]}.items():
+        index, name = key.split(".", 1)
+        entries.setdefault(int(index), {})[name] = value
+    # JSON has no tuples: those of the live groups (betas) say which lists were tuples
+    groups = [
+        {k: tuple(v) if isinstance(g.get(k), tuple) else v for k, v in s.items()} for s, g in zip(plain["groups"], current, strict=True)
+    ]
+    optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,59 @@
+"""VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
+
+from collections.abc import Sequence
+
+from lopd.errors import InvalidRecordError, ManifestMismatchError
+from lopd.protocols import LogprobStore, Progress, RolloutSource
+from lopd.types import Prompt, rollout_id
+
+
+def collect_rollouts(
+    source: RolloutSource, prompts: Sequence[Prompt], store: LogprobStore, *, prompts_per_batch: int = 64, progress: Progress | None = None
+) -> None:
+    """Sample every prompt that the store does not hold yet, and commit batch by batch.
+
+    Prompts are cut into the same batches each time, so a run that was stopped and repeated makes the same rollouts as one that was not.
+
+    Args:
+        source: the reference policy.
+        prompts: with unique ids.
+        store: made with `source.manifest`.
+        prompts_per_batch: sampled together and committed together.
+        progress: see `lopd.console.RichProgress`.
+
+    Raises:
+        ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
+        InvalidRecordError: there are no prompts, or two share an id.
+    """
+    _check_prompts(prompts)
+    difference = store.manifest.difference(source.manifest)
+    if difference is not None:
+        raise ManifestMismatchError(f"Store: its {difference}; create another store, or sample with the policy and settings of this one.")
+    manifest = source.manifest
+    samples = range(manifest.sampling.samples_per_prompt)
+    missing = [any(rollout_id(p.prompt_id, s, manifest.generation) not in store for s in samples) for p in prompts]
+    if progress:
+        progress.begin("sampling", len(prompts) * len(samples), (len(prompts) - sum(missing)) * len(samples))
+    try:
+        for first in range(0, len(prompts), prompts_per_batch):
+            last = first + prompts_per_batch
+            todo = [p for p, wanted in zip(prompts[first:last], missing[first:last], strict=True) if wanted]
+            if not todo:
+                continue
+            rollouts = source.sample(todo)
+            store.append(rollouts)
+            if progress:
+                progress.advance(len(rollouts), sum(r.response_ids.size for r in rollouts))
+    finally:
+        if progress:
+            progress.end()
+
+
+def _check_prompts(prompts: Sequence[Prompt]) -> None:
+    if not prompts:
+        raise InvalidRecordError("Prompts: there are 0, expected at least 1; check the prompt file.")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.prompt_id in seen:
+            raise InvalidRecordError(f"Prompt {prompt.prompt_id!r}: its id occurs twice, expected unique ids; rename or drop one.")
+        seen.add(prompt.prompt_id)

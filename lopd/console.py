@@ -1,0 +1,63 @@
+"""What a run looks like in a terminal: a progress bar for the verbs, and one table per phase.  Drawn by rich."""
+
+from collections.abc import Sequence
+from typing import final
+
+from attrs import define, field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+@final
+@define(eq=False)
+class RichProgress:
+    """A `lopd.protocols.Progress` bar: rollouts done, tokens per second, elapsed and remaining time.
+
+    Args:
+        console: where to draw.
+    """
+
+    console: Console = field(factory=lambda: Console(stderr=True))
+    _bar: Progress | None = field(default=None, init=False)
+    _task: TaskID = field(default=TaskID(0), init=False)
+    _tokens: int = field(default=0, init=False)
+
+    def begin(self, what: str, total: int, done: int, /) -> None:
+        """Draw a bar for `total` rollouts, of which `done` are there."""
+        self._tokens = 0
+        left, right = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+        self._bar = bar = Progress(
+            left, BarColumn(), MofNCompleteColumn(), right, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console
+        )
+        self._task = bar.add_task(what, total=total, completed=done, rate="")
+        bar.start()
+
+    def advance(self, rollouts: int, tokens: int, /) -> None:
+        """Move the bar."""
+        if self._bar is None:
+            return
+        self._tokens += tokens
+        elapsed = self._bar.tasks[0].elapsed or 0.0
+        rate = f"{self._tokens / elapsed:,.0f} tokens/s" if elapsed else ""
+        self._bar.update(self._task, advance=rollouts, rate=rate)
+
+    def end(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A rich table; numbers to the right."""
+    drawn = Table(title=title, title_justify="left", title_style="bold")
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        drawn.add_row(*(_cell(value) for value in row))
+    return drawn
+
+
+def _cell(value: object) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)

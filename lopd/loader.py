@@ -1,0 +1,128 @@
+"""VERB `batches`: a store -> the micro-batches of optimizer step k, which depend on (seed, k) alone."""
+
+from collections.abc import Iterator
+from typing import final
+
+import numpy as np
+from attrs import field, frozen
+from numpy.typing import NDArray
+
+from lopd.collate import Weighting, by_rollout, collate
+from lopd.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
+from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.manifest import Lineage
+from lopd.protocols import LogprobReader
+from lopd.types import Batch, Step
+
+
+@final
+@frozen(eq=False)
+class StepStream:
+    """An iterable of `Step`; made by `batches`, which checks what it is made of.  Iterating twice gives the same steps twice."""
+
+    lineage: Lineage
+    store: LogprobReader = field(repr=False)
+    rollouts_per_step: int
+    tokens_per_batch: int
+    seed: int
+    start: int
+    stop: int | None
+    teacher: str | None
+    ref: str | None
+    weighting: Weighting
+
+    def __iter__(self) -> Iterator[Step]:
+        """Steps from `start` up to `stop`, or for ever."""
+        index = self.start
+        while self.stop is None or index < self.stop:
+            yield self.step(index)
+            index += 1
+
+    def step(self, index: int) -> Step:
+        """Step `index`, whatever was asked for before."""
+        rows = _rows_of_step(index, self.rollouts_per_step, len(self.store), self.seed)
+        lengths = self.store.lengths()[rows].sum(axis=1) - 1
+        return Step(index, tuple(self._batch(rows[part]) for part in _split(lengths, self.tokens_per_batch)))
+
+    def _batch(self, rows: NDArray[np.int64]) -> Batch:
+        columns = tuple(name for name in (self.teacher, self.ref) if name is not None)
+        records = self.store.read(rows.tolist(), columns=columns)
+        return collate(records, self.weighting, teacher=self.teacher, ref=self.ref)
+
+
+def batches(
+    store: LogprobReader,
+    *,
+    rollouts_per_step: int = 256,
+    tokens_per_batch: int = 16_384,
+    seed: int = 0,
+    start: int = 0,
+    stop: int | None = None,
+    teacher: str | None = "teacher",
+    ref: str | None = None,
+    weighting: Weighting = by_rollout,
+    consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
+) -> StepStream:
+    """The steps of a training run over a store, shuffled anew in each epoch.
+
+    Args:
+        store: rollouts, and the columns named below.
+        rollouts_per_step: size of an optimizer step.
+        tokens_per_batch: cap on the packed micro-batches that a step is split into; this bounds memory.
+        seed: of the shuffle; step k depends on (seed, k) alone.
+        start: first step, so that a run resumes exactly.
+        stop: one past the last step; None never ends.
+        teacher: score column to learn from; None trains on the rollouts as they are (SFT).
+        ref: score column of the reference policy, for losses with an importance ratio.
+        weighting: what a token counts (`by_rollout` or `by_token`).
+        consistency: what to do about another, or an unknown, SFT teacher.
+
+    Raises:
+        TeacherConsistencyError: see `check_teacher_consistency`.
+        MissingScoresError: a column is not there, or not complete.
+        InvalidRecordError: the store is empty, or a rollout is longer than `tokens_per_batch`.
+    """
+    if len(store) == 0:
+        raise InvalidRecordError("Store: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
+    longest = int(np.argmax(store.lengths().sum(axis=1)))
+    tokens = int(store.lengths()[longest].sum()) - 1
+    if tokens > tokens_per_batch:
+        raise InvalidRecordError(
+            f"Rollout in row {longest}: it has {tokens} positions, expected at most tokens_per_batch = {tokens_per_batch}; raise the cap."
+        )
+    for column in (teacher, ref):
+        if column is not None:
+            _check_complete(store, column)
+    provenance = None if teacher is None else store.columns[teacher]
+    if provenance is not None:
+        check_teacher_consistency(store.manifest, provenance, consistency)
+    lineage = lineage_after(store.manifest, provenance)
+    return StepStream(lineage, store, rollouts_per_step, tokens_per_batch, seed, start, stop, teacher, ref, weighting)
+
+
+def _check_complete(store: LogprobReader, column: str) -> None:
+    done = int(store.scored(column).sum())
+    if done < len(store):
+        raise MissingScoresError(
+            f"Store: column {column!r} has scores for {done} rollouts, expected {len(store)}; run `score_rollouts(..., column={column!r})`."
+        )
+
+
+def _rows_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np.int64]:
+    """Rows of step `index`: a window on the endless sequence of epochs, each a permutation seeded by (seed, epoch)."""
+    places = np.arange(index * count, (index + 1) * count)
+    epochs = places // total
+    shuffles = {int(e): np.random.default_rng((seed, int(e))).permutation(total) for e in np.unique(epochs)}
+    return np.array([shuffles[int(e)][p % total] for e, p in zip(epochs, places, strict=True)], dtype=np.int64)
+
+
+def _split(lengths: NDArray[np.int64], cap: int) -> list[slice]:
+    """Consecutive slices whose lengths add up to at most `cap` each."""
+    slices: list[slice] = []
+    first, used = 0, 0
+    for i, length in enumerate(lengths):
+        if used + length > cap:
+            slices.append(slice(first, i))
+            first, used = i, 0
+        used += int(length)
+    return [*slices, slice(first, len(lengths))]

@@ -1,0 +1,63 @@
+"""VERB `opd_steps`: the one training loop.  SFT, Lightning OPD and online OPD differ only in what is wired into it."""
+
+import math
+from collections.abc import Iterable, Iterator
+from time import perf_counter
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from lopd.errors import InvalidRecordError, TrainingDivergedError
+from lopd.protocols import OPDLoss, Student
+from lopd.types import Step, StepMetrics
+
+
+def opd_steps(
+    student: Student, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, *, max_grad_norm: float | None = 1.0
+) -> Iterator[StepMetrics]:
+    """Train, one optimizer step for each `Step`, and give its metrics after it.
+
+    A generator: logging, evaluation, checkpoints and schedules are plain Python in the caller's loop.  The weight of the whole step is
+    known before the first backward and divides every micro-batch's sum, so how a step is split changes nothing.
+
+    Args:
+        student: its trained parameters are those that require a gradient.
+        steps: from `batches`.
+        loss: what a micro-batch costs.
+        optimizer: over the student's parameters.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them.
+
+    Raises:
+        TrainingDivergedError: a gradient is not finite; the weights are those of the last good step.
+        InvalidRecordError: no token of a step counts.
+    """
+    parameters = [p for _, p in student.named_parameters() if p.requires_grad]
+    for step in steps:
+        started = perf_counter()
+        total = sum(float(batch.weight.double().sum()) for batch in step.batches)
+        if total <= 0:
+            raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
+        optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(3, dtype=torch.float64)
+        for batch in step.batches:
+            output = student(batch, loss)
+            (output.loss_sum / total).backward()
+            sums += torch.stack([output.loss_sum.detach(), output.reverse_kl_sum, output.clipped_sum]).cpu()
+        grad_norm = float(clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm))
+        if not math.isfinite(grad_norm):
+            raise TrainingDivergedError(
+                f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
+            )
+        optimizer.step()
+        mean_loss, reverse_kl, clip_fraction = (sums / total).tolist()
+        yield StepMetrics(
+            step=step.index,
+            loss=mean_loss,
+            reverse_kl=reverse_kl,
+            clip_fraction=clip_fraction,
+            grad_norm=grad_norm,
+            rollouts=sum(int(batch.segment_ids[-1]) + 1 for batch in step.batches),
+            tokens=sum(batch.inputs.numel() for batch in step.batches),
+            seconds=perf_counter() - started,
+        )
