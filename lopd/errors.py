@@ -34,6 +34,14 @@ class StoreNotFoundError(LopdError, FileNotFoundError):
     """No store at this path."""
 
 
+class StorePathError(LopdError, ValueError):
+    """A path where this kind of store cannot live."""
+
+
+class NoSuchRowError(LopdError, IndexError):
+    """A row index outside a store."""
+
+
 class StoreExistsError(LopdError, FileExistsError):
     """A store (or something else) is already at this path."""
 
@@ -55,7 +63,7 @@ class CorruptStoreError(LopdError, ValueError):
 
 
 class StoreWriteError(LopdError, OSError):
-    """The operating system refused a write; nothing of it was committed."""
+    """The operating system refused a write: nothing of it was committed, or its durability is in doubt; the message says which."""
 
 
 class TeacherConsistencyError(LopdError, ValueError):

@@ -19,24 +19,31 @@ class Estimate:
     Args:
         mean, ci95: in the unit of what was measured.
         clusters: independent draws behind it (rollouts or prompts).
+        values: all values behind it (tokens, for a mean per token).
     """
 
     mean: float
     ci95: float
     clusters: int
+    values: int
 
 
 def reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> Estimate:
-    r"""KL(student, teacher) per token, nats: \(\sum_i\sum_t (\ell_\theta - \ell_T) / \sum_i T_i\) over rollouts sampled from the student.
+    r"""KL(student, teacher) per token, nats, from rollouts sampled from the student.
 
-    Tokens of one rollout depend on each other, so the interval treats a rollout as one draw (ratio estimator, delta method).
+    \(\sum_i\sum_t (r_t - 1 - \log r_t) / \sum_i T_i\) with \(r = \exp(\ell_T - \ell_\theta)\).  \(-\log r\) alone has the same mean, since
+    \(E[r] = 1\) under the student, but a wider spread.  Tokens of one rollout depend on each other, so the interval treats a rollout as one
+    draw (ratio estimator, delta method).
+
+    Source: the estimator k3 of Schulman, "Approximating KL divergence" (2020), http://joschu.net/blog/kl-approx.html.
 
     Args:
         student_logprobs: one (T_i,) array per rollout, of the sampled tokens.
         teacher_logprobs: the same under the teacher.
     """
-    gaps = np.array([float(np.sum(s.astype(np.float64) - t)) for s, t in zip(student_logprobs, teacher_logprobs, strict=True)])
-    return _ratio(gaps, np.array([s.size for s in student_logprobs], np.float64))
+    log_ratios = [t.astype(np.float64) - s for s, t in zip(student_logprobs, teacher_logprobs, strict=True)]
+    sums = np.array([np.sum(np.expm1(log_ratio) - log_ratio) for log_ratio in log_ratios])
+    return _ratio(sums, np.array([s.size for s in student_logprobs], np.float64))
 
 
 def mean(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
@@ -51,10 +58,10 @@ def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Estimate:
         raise InvalidRecordError("Estimate: it has 0 draws, expected at least 1; evaluate on some prompts.")
     value = float(sums.sum() / counts.sum())
     if n == 1:
-        return Estimate(value, float("inf"), 1)
+        return Estimate(value, float("inf"), 1, int(counts.sum()))
     residuals = sums - value * counts
     error = float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / counts.sum())
-    return Estimate(value, _Z95 * error, n)
+    return Estimate(value, _Z95 * error, n, int(counts.sum()))
 
 
 def advantage_quantiles(

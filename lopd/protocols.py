@@ -54,7 +54,10 @@ class TeacherScorer(Protocol):
 
 
 class LogprobReader(Protocol):
-    """The half of a store that training needs."""
+    """The half of a store that training needs.
+
+    The column `behavior` is virtual: it reads the rollouts' own `behavior_logprobs`.  `columns` does not list it, and nobody writes to it.
+    """
 
     @property
     def manifest(self) -> Manifest:
@@ -88,13 +91,16 @@ class LogprobReader(Protocol):
         Raises:
             MissingScoresError: a rollout has no scores in a column.
             CorruptStoreError: stored bytes do not match their checksum, or scores were computed on other tokens.
-            IndexError: there is no such row.
+            NoSuchRowError: there is no such row.
         """
         ...
 
 
 class LogprobWriter(Protocol):
-    """The half of a store that collecting and scoring need.  Each call is all or nothing, durable on return, and safe to repeat."""
+    """The half of a store that collecting and scoring need.  Each call is all or nothing, durable on return, and safe to repeat.
+
+    After a call the store's own reader sees everything that is committed by then, by whomever.
+    """
 
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts.  Those that are already there, with the same content, are skipped.
@@ -112,6 +118,7 @@ class LogprobWriter(Protocol):
         Raises:
             ConflictError: the column belongs to another model, or the scores were computed on other tokens.
             MissingScoresError: no such rollout.
+            InvalidRecordError: not one log-prob per response token, or a column name other than letters, digits, `_`, `-`, `.`.
             StoreWriteError: the write failed; nothing was committed.
         """
         ...

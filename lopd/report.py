@@ -25,7 +25,9 @@ def draw_run(path: Path, held_out: Mapping[str, Estimate], sft: Sequence[StepMet
     middle.plot([m.step for m in opd], [m.reverse_kl for m in opd], color="tab:blue")
     middle.set(title="OPD on frozen rollouts", xlabel="optimizer step", ylabel="student - teacher log-prob (nats per token)")
     places = range(len(held_out))
-    right.bar(places, [e.mean for e in held_out.values()], yerr=[e.ci95 for e in held_out.values()], capsize=6, color="tab:green", width=0.6)
+    right.bar(
+        places, [e.mean for e in held_out.values()], yerr=[e.ci95 for e in held_out.values()], capsize=6, color="tab:green", width=0.6
+    )
     right.set(title="held-out reverse KL, fresh rollouts", ylabel="nats per token (95 % interval)")
     right.set_xticks(list(places), list(held_out))
     for axes in (left, middle, right):

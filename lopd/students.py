@@ -49,11 +49,12 @@ class CausalLMStudent(nn.Module):
         with torch.autocast(batch.inputs.device.type, dtype=self._autocast or torch.bfloat16, enabled=enabled):
             return hidden_states(self.model, batch.inputs[None], batch.position_ids[None])[0]
 
-    def export(self, folder: Path, tokenizer: Any, lineage: Lineage) -> None:
+    def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:
         """Write a folder that transformers and vLLM load as an ordinary model, with its lineage beside the weights.
 
         Adapters are written as adapters (peft's own format).
         """
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

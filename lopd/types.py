@@ -116,7 +116,7 @@ class Rollout:
         loss_mask: (T,) bool, True where a token counts (False for tool or user tokens inside a response).
         finish_reason: "stop" if the policy ended the response itself, "length" if it was cut.
         behavior_logprobs: (T,) float32, nats: what the sampling engine reported for these tokens, or None.
-        content_hash: of all the above but finish reason and log-probs; every score carries it (computed, not passed).
+        content_hash: of ids and mask, where the response starts included; every score carries it (computed, not passed).
 
     Raises:
         InvalidRecordError: a field is empty, of another length, or not a log-prob.

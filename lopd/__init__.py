@@ -1,0 +1,36 @@
+"""lopd: offline on-policy distillation.  Sample once, score once, train with no teacher in memory.
+
+The method is Lightning OPD (Wu, Han, Cai; arXiv 2604.13010).  Five nouns (`lopd.protocols`), five verbs (below), records in between
+(`lopd.types`).  Engines, stores and students are imported from their own modules, because they bring their own dependencies:
+`lopd.engines.hf`, `lopd.backends.zarr_store`, `lopd.students`, `lopd.prompts`, `lopd.console`.
+"""
+
+from lopd.backends.memory_store import MemoryStore as MemoryStore
+from lopd.backends.zarr_store import ZarrStore as ZarrStore
+from lopd.checkpoint import load_checkpoint as load_checkpoint
+from lopd.checkpoint import save_checkpoint as save_checkpoint
+from lopd.collate import by_rollout as by_rollout
+from lopd.collate import by_token as by_token
+from lopd.collate import collate as collate
+from lopd.collect import collect_rollouts as collect_rollouts
+from lopd.consistency import ConsistencyPolicy as ConsistencyPolicy
+from lopd.errors import LopdError as LopdError
+from lopd.evaluate import evaluate as evaluate
+from lopd.evaluate import evaluate_reverse_kl as evaluate_reverse_kl
+from lopd.loader import batches as batches
+from lopd.losses.reference import ReferenceOPDLoss as ReferenceOPDLoss
+from lopd.losses.reference import SFTLoss as SFTLoss
+from lopd.losses.reference import WeightedLoss as WeightedLoss
+from lopd.manifest import Lineage as Lineage
+from lopd.manifest import Manifest as Manifest
+from lopd.manifest import ModelId as ModelId
+from lopd.manifest import SamplingParams as SamplingParams
+from lopd.scoring import score_rollouts as score_rollouts
+from lopd.students import CausalLMStudent as CausalLMStudent
+from lopd.train import opd_steps as opd_steps
+from lopd.types import Prompt as Prompt
+from lopd.types import Rollout as Rollout
+from lopd.types import Scores as Scores
+from lopd.types import floor_logprobs as floor_logprobs
+
+__version__ = "0.1.0"

@@ -1,0 +1,189 @@
+"""What every store shares: checks of an append against what is already there, and arrays of unequal length kept as one.
+
+Pure functions: a store passes in what it knows and gets back what is new, so that all stores refuse the same things in the same words.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
+from lopd.manifest import Provenance
+from lopd.types import Rollout, Scores
+
+#: The virtual column: what the sampling engine reported, kept in the rollouts themselves.
+BEHAVIOR_COLUMN = "behavior"
+
+# No separators, no leading dot, no name that Zarr keeps for itself: a column becomes a folder in some stores.
+_COLUMN_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", re.IGNORECASE)
+
+FindHash = Callable[[str], bytes | None]
+FindTokens = Callable[[str], tuple[bytes, int] | None]
+
+
+def new_rollouts(owner: str, rollouts: Sequence[Rollout], vocab_size: int, find_hash: FindHash) -> list[Rollout]:
+    """Those rollouts of one append that are not there yet, each once, in order.
+
+    Args:
+        owner: how messages name the store.
+        rollouts: what the call was given.
+        vocab_size: of the manifest's tokenizer.
+        find_hash: gives the content hash committed under an id, or None.
+
+    Raises:
+        ConflictError: other content under an id that is there, or twice in the call.
+        InvalidRecordError: a token id is outside the vocabulary.
+    """
+    fresh: dict[str, Rollout] = {}
+    for rollout in rollouts:
+        seen = fresh.get(rollout.rollout_id)
+        known = find_hash(rollout.rollout_id) if seen is None else seen.content_hash
+        if known is None:
+            _check_vocabulary(rollout, vocab_size)
+            fresh[rollout.rollout_id] = rollout
+        elif known != rollout.content_hash:
+            where = "is committed" if seen is None else "appears earlier in the same call"
+            raise ConflictError(
+                f"{owner}: rollout {rollout.rollout_id!r} has content hash {rollout.content_hash.hex()[:8]}, expected {known.hex()[:8]}, "
+                f"which {where} under this id; give other content another id (a new generation, for instance)."
+            )
+    return list(fresh.values())
+
+
+def _check_vocabulary(rollout: Rollout, vocab_size: int) -> None:
+    for name, ids in (("prompt_ids", rollout.prompt_ids), ("response_ids", rollout.response_ids)):
+        if ids.max() < vocab_size:
+            continue
+        position = int(np.argmax(ids >= vocab_size))
+        raise InvalidRecordError(
+            f"Rollout {rollout.rollout_id!r}: {name}[{position}] is {ids[position]}, expected an id below {vocab_size}, "
+            "the size of the manifest's vocabulary; check that policy and manifest share one tokenizer."
+        )
+
+
+def check_column(owner: str, column: str) -> None:
+    """Refuse a column name that cannot be written to.
+
+    Raises:
+        InvalidRecordError: other characters than letters, digits, `_`, `-`, `.`; a leading dot; `zarr.json`; or the reserved `behavior`.
+    """
+    if not _COLUMN_NAME.fullmatch(column):
+        raise InvalidRecordError(
+            f"{owner}: the column name is {column!r}, expected 1 to 128 letters, digits, '_', '-' or '.', "
+            "no '.' in front, and not 'zarr.json'; rename it."
+        )
+    if column == BEHAVIOR_COLUMN:
+        raise InvalidRecordError(
+            f"{owner}: the column name is {column!r}, expected any other, because it stands for the rollouts' own behavior_logprobs; "
+            "append rollouts that carry them, or choose another name."
+        )
+
+
+def check_provenance(owner: str, column: str, stored: Provenance | None, given: Provenance) -> None:
+    """Refuse scores of another model, or made in another way, than those already under a column.
+
+    Raises:
+        ConflictError: it names the first thing that differs.
+    """
+    if stored is None or stored == given:
+        return
+    if stored.model != given.model:
+        # Two models that print alike differ in dtype, or in the tail of the revision: then show all of it.
+        show: Callable[[Any], str] = str if str(stored.model) != str(given.model) else repr
+        was, want = f"by {show(stored.model)}", show(given.model)
+    else:
+        name = next(n for n in ("vocab_hash", "engine", "logprobs_mode") if getattr(stored, n) != getattr(given, n))
+        was, want = f"with {name} {getattr(stored, name)!r}", repr(getattr(given, name))
+    raise ConflictError(f"{owner}: column {column!r} was scored {was}, expected {want}; write another column or score with the same model.")
+
+
+def new_scores(owner: str, scores: Sequence[Scores], find: FindTokens, is_scored: Callable[[str], bool]) -> list[Scores]:
+    """Those scores of one append whose rollout is not scored yet, each once, in order.
+
+    Args:
+        owner: how messages name the store.
+        scores: what the call was given.
+        find: gives content hash and number of response tokens of a committed rollout, or None.
+        is_scored: whether a committed rollout is in the column already.
+
+    Raises:
+        MissingScoresError: no such rollout.
+        ConflictError: the scores were computed on other tokens.
+        InvalidRecordError: there is not one log-prob per response token.
+    """
+    fresh: dict[str, Scores] = {}
+    for score in scores:
+        _check_score(owner, score, find(score.rollout_id))
+        if not is_scored(score.rollout_id):
+            fresh.setdefault(score.rollout_id, score)
+    return list(fresh.values())
+
+
+def _check_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> None:
+    if known is None:
+        raise MissingScoresError(
+            f"{owner}: rollout {score.rollout_id!r} is absent, expected it before its scores; append the rollout first."
+        )
+    content_hash, length = known
+    if score.content_hash != content_hash:
+        raise ConflictError(
+            f"{owner}: scores of rollout {score.rollout_id!r} were computed on tokens with hash {score.content_hash.hex()[:8]}, "
+            f"expected {content_hash.hex()[:8]}; score the rollout that is in the store."
+        )
+    if score.logprobs.size != length:
+        raise InvalidRecordError(
+            f"Scores of rollout {score.rollout_id!r}: logprobs has shape {score.logprobs.shape}, but response_ids has shape ({length},); "
+            "make them with `Scores.of`, which checks this."
+        )
+
+
+def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresError:
+    """The error for a rollout that has no scores in a column."""
+    if column == BEHAVIOR_COLUMN:
+        return MissingScoresError(
+            f"{owner}: rollout {rollout_id!r} has no behavior_logprobs, expected what the sampling engine reported; "
+            "collect with an engine that reports them, or read another column."
+        )
+    return MissingScoresError(
+        f"{owner}: rollout {rollout_id!r} has no scores in column {column!r}, expected one log-prob per response token; "
+        f"run score_rollouts with column={column!r}, or read only rows that `scored` names."
+    )
+
+
+def check_rows(owner: str, indices: Sequence[int], length: int) -> list[int]:
+    """The indices as plain ints.
+
+    Raises:
+        NoSuchRowError: one is negative or past the end; a store has no rows to count backwards from while it grows.
+    """
+    rows = [int(index) for index in indices]
+    for row in rows:
+        if not 0 <= row < length:
+            raise NoSuchRowError(f"{owner}: row {row} was asked for, expected 0 to {length - 1}; ask for rows that are there.")
+    return rows
+
+
+def offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
+    """(n + 1,): where each piece starts in the concatenation, and where the last one ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def concat(arrays: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:
+    """All arrays end to end in one type; an empty array for none."""
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
+
+
+def concat_texts(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """UTF-8 bytes of all texts end to end, and the bytes of each.  Lone surrogates, which JSON can carry, survive."""
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return np.frombuffer(b"".join(encoded), np.uint8), np.array([len(text) for text in encoded], np.int32)
+
+
+def split_texts(data: NDArray[np.uint8], lengths: NDArray[Any]) -> list[str]:
+    """The inverse of `concat_texts`."""
+    raw, ends = data.tobytes(), offsets(lengths).tolist()
+    return [raw[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(ends)]

@@ -1,0 +1,591 @@
+"""Stores: the contract, and what a disk, a kill and a second process can do to one that is on disk."""
+
+import errno
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from attrs import evolve
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from lopd.backends import zarr_segment
+from lopd.backends.memory_store import MemoryStore
+from lopd.backends.zarr_store import ZarrStore
+from lopd.errors import (
+    ConflictError,
+    CorruptStoreError,
+    LopdError,
+    ManifestMismatchError,
+    MissingScoresError,
+    StoreExistsError,
+    StoreNotFoundError,
+    StorePathError,
+    StoreWriteError,
+)
+from lopd.manifest import Manifest, ModelId
+from lopd.protocols import LogprobStore
+from lopd.testing import (
+    StoreConformance,
+    assert_holds,
+    assert_same_rollout,
+    rollouts,
+    scores_for,
+    tiny_manifest,
+    tiny_provenance,
+    tiny_rollout,
+    tiny_scores,
+)
+from lopd.types import Rollout, Scores
+
+
+@pytest.fixture(autouse=True)
+def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing cuts the power here, and flushing would be most of the time.  Whether it happens, and when, has tests of its own below.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+class TestMemoryStore(StoreConformance):
+    def make(self, manifest: Manifest) -> MemoryStore:
+        return MemoryStore(manifest)
+
+    def reopen(self, store: LogprobStore) -> LogprobStore:
+        return store
+
+
+class TestZarrStore(StoreConformance):
+    @pytest.fixture(autouse=True)
+    def _folder(self, tmp_path: Path) -> None:
+        self.folder = tmp_path
+
+    def make(self, manifest: Manifest) -> ZarrStore:
+        return ZarrStore.create(self.folder / uuid4().hex, manifest)
+
+    def reopen(self, store: LogprobStore) -> ZarrStore:
+        return ZarrStore.open(store._root, store.manifest)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """A store against a dict of rollouts and a dict of scores per column."""
+
+    def __init__(self, make: Callable[[], LogprobStore], reopen: Callable[[LogprobStore], LogprobStore]) -> None:
+        super().__init__()
+        self.store, self.reopen_store = make(), reopen
+        self.rollouts: dict[str, Rollout] = {}
+        self.columns: dict[str, tuple[str, dict[str, Scores]]] = {}
+
+    @rule(items=st.lists(rollouts(ids=st.sampled_from("abcdef"), max_tokens=3), max_size=3), again=st.booleans())
+    def append(self, items: list[Rollout], again: bool) -> None:
+        items = [*items, *self.rollouts.values()] if again else items
+        after = dict(self.rollouts)
+        for item in items:
+            if after.setdefault(item.rollout_id, item).content_hash != item.content_hash:
+                with pytest.raises(ConflictError):
+                    self.store.append(items)
+                return
+        self.store.append(items)
+        self.rollouts = after
+
+    @precondition(lambda self: self.rollouts)
+    @rule(data=st.data(), column=st.sampled_from(["teacher", "ref"]), model=st.sampled_from(["A", "A", "B"]))
+    def append_scores(self, data: st.DataObject, column: str, model: str) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(list(self.rollouts.values())), min_size=1, max_size=3))
+        scores = [data.draw(scores_for(rollout)) for rollout in chosen]
+        owner, held = self.columns.get(column, (model, {}))
+        if owner != model:
+            with pytest.raises(ConflictError):
+                self.store.append_scores(column, tiny_provenance(model), scores)
+            return
+        self.store.append_scores(column, tiny_provenance(model), scores)
+        self.columns[column] = owner, {**{score.rollout_id: score for score in reversed(scores)}, **held}
+
+    @rule()
+    def reopen(self) -> None:
+        self.store = self.reopen_store(self.store)
+
+    @precondition(lambda self: self.rollouts)
+    @rule(data=st.data(), column=st.sampled_from(["teacher", "ref"]))
+    def read(self, data: st.DataObject, column: str) -> None:
+        indices = data.draw(st.lists(st.integers(0, len(self.rollouts) - 1), max_size=4))
+        held = self.columns.get(column, ("", {}))[1]
+        asked = [list(self.rollouts)[index] for index in indices]
+        if not all(rollout_id in held for rollout_id in asked):
+            with pytest.raises(MissingScoresError):
+                self.store.read(indices, (column,))
+            return
+        for rollout_id, row in zip(asked, self.store.read(indices, (column,)), strict=True):
+            assert_same_rollout(row.rollout, self.rollouts[rollout_id])
+            np.testing.assert_array_equal(row.scores[column], held[rollout_id].logprobs)
+
+    @invariant()
+    def holds_what_the_dicts_hold(self) -> None:
+        assert_holds(self.store, list(self.rollouts.values()))
+        assert {name: provenance.model.name for name, provenance in self.store.columns.items()} == {
+            name: owner for name, (owner, _) in self.columns.items()
+        }
+        for name, (_, held) in self.columns.items():
+            np.testing.assert_array_equal(self.store.scored(name), [rollout_id in held for rollout_id in self.rollouts])
+
+
+MACHINE = settings(max_examples=12, stateful_step_count=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+def test_a_memory_store_equals_a_dict() -> None:
+    run_state_machine_as_test(lambda: StoreMachine(lambda: MemoryStore(tiny_manifest()), lambda store: store), settings=MACHINE)
+
+
+def test_a_zarr_store_equals_a_dict_under_append_score_reopen_and_read(tmp_path: Path) -> None:
+    def make() -> ZarrStore:
+        return ZarrStore.create(tmp_path / uuid4().hex, tiny_manifest())
+
+    run_state_machine_as_test(lambda: StoreMachine(make, lambda store: ZarrStore.open(store._root)), settings=MACHINE)
+
+
+# What is on disk
+
+
+def many(start: int, n: int, length: int = 3) -> list[Rollout]:
+    """Rollouts that can be made again from their number."""
+    return [tiny_rollout(f"r{i}", (np.arange(length) + i) % 300) for i in range(start, start + n)]
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> ZarrStore:
+    """Two segments of rollouts of all kinds, one of scores."""
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+    store.append(
+        [tiny_rollout("m", loss_mask=[True, False, True]), tiny_rollout("b", behavior_logprobs=[0, -1, -2], finish_reason="length")]
+    )
+    store.append(many(0, 2))
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(row.rollout) for row in store.read([1, 3])])
+    return store
+
+
+def sent(store: ZarrStore) -> ZarrStore:
+    """As a worker process of a data loader gets it."""
+    return pickle.loads(pickle.dumps(store))  # noqa: S301  # our own bytes, made a moment ago
+
+
+def rows_of(store: ZarrStore) -> list[str]:
+    return [row.rollout.rollout_id for row in store.read(range(len(store)))]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65_537, "uint32")])
+def test_zarr_python_reads_every_array_back_equal(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+    zarr = pytest.importorskip("zarr")
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(vocab_size))
+    items = [
+        tiny_rollout("one", [vocab_size - 1], behavior_logprobs=[-0.5]),
+        tiny_rollout("two", [7, 8], prompt_ids=[1, 2], loss_mask=[False, True], finish_reason="length"),
+    ]
+    store.append(items)
+    store.append_scores("teacher", tiny_provenance(), [Scores.of(items[1], [0.0, -2.0], floored=1)])
+    root = zarr.open_group(tmp_path / "run.zarr", mode="r")
+    assert Manifest.from_json(root.attrs["lopd"]) == tiny_manifest(vocab_size)
+    ((_, rollout_group),) = root["segments"].groups()
+    ((_, score_group),) = root["scores"]["teacher"].groups()
+    found = {name: array[:] for group in (rollout_group, score_group) for name, array in group.arrays() if name != "content_hash"}
+    expected = {
+        "token_ids": np.array([4, vocab_size - 1, 1, 2, 7, 8], dtype),
+        "prompt_lengths": np.array([1, 2], np.int32),
+        "response_lengths": np.array([1, 2], np.int32),
+        "finish_reason": np.array([0, 1], np.uint8),
+        "rollout_ids": np.frombuffer(b"onetwo", np.uint8),
+        "rollout_id_lengths": np.array([3, 3], np.int32),
+        "loss_mask": np.array([1, 0, 1], np.uint8),
+        "behavior_valid": np.array([1, 0], np.uint8),
+        "behavior_logprobs": np.array([-0.5, np.nan, np.nan], np.float32),
+        "row": np.array([1], np.int64),
+        "lengths": np.array([2], np.int32),
+        "logprobs": np.array([0.0, -2.0], np.float32),
+        "floored": np.array([1], np.int64),
+    }
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype, name
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert [row.tobytes() for row in rollout_group["content_hash"][:]] == [rollout.content_hash for rollout in items]
+    assert score_group["content_hash"][:].tobytes() == items[1].content_hash
+    assert score_group.attrs["provenance"] == tiny_provenance().to_json()
+
+
+def test_a_flipped_bit_is_noticed_in_every_file_that_is_read(filled: ZarrStore) -> None:
+    root, rng = filled._root, random.Random(0)
+    # Only Zarr readers look at these; lopd goes by the commit log.
+    unread = {root / "segments/zarr.json", root / "scores/zarr.json", root / "scores/teacher/zarr.json"}
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.stat().st_size and path not in unread]
+    # The number of floored log-probs is provenance for people; no read asks for it.
+    files = [path for path in files if "floored" not in path.parts]
+    assert len(files) > 40
+    for path in files:
+        data = path.read_bytes()
+        for _ in range(25 if path.suffix == ".json" and path.parent in (root, root / "commits") else 1):
+            bit = rng.randrange(8 * len(data))
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            # A manifest whose key is damaged looks like somebody else's group.
+            allowed = (CorruptStoreError, StoreNotFoundError) if path.parent == root else CorruptStoreError
+            with pytest.raises(allowed):
+                ZarrStore.open(root).read([0, 1, 2, 3, 1], ()) and ZarrStore.open(root).read([1, 3], ("teacher",))
+        path.write_bytes(data)
+    assert_holds(ZarrStore.open(root), [row.rollout for row in filled.read(range(4))])
+
+
+def test_a_lost_file_is_noticed(filled: ZarrStore) -> None:
+    (filled._root / "commits/0000000001.json").rename(filled._root / "kept")
+    with pytest.raises(CorruptStoreError, match=r"0000000001.json is missing"):
+        ZarrStore.open(filled._root)
+    (filled._root / "kept").rename(filled._root / "commits/0000000001.json")
+    for path in filled._root.glob("segments/*/token_ids/c/0"):
+        path.unlink()
+    with pytest.raises(CorruptStoreError, match=r"run.zarr: segment .*'token_ids'.*no file"):
+        ZarrStore.open(filled._root).read([0])
+
+
+def test_lengths_and_coverage_read_neither_tokens_nor_scores(filled: ZarrStore) -> None:
+    for path in [*filled._root.glob("segments/*/token_ids/c/0"), *filled._root.glob("scores/*/*/logprobs/c/0")]:
+        path.unlink()
+    store = ZarrStore.open(filled._root)
+    np.testing.assert_array_equal(store.lengths(), [[1, 3]] * 4)
+    np.testing.assert_array_equal(store.scored("teacher"), [False, True, False, True])
+    np.testing.assert_array_equal(store.scored("behavior"), [False, True, False, False])
+
+
+def test_scores_that_belong_to_other_tokens_are_refused_at_read(tmp_path: Path) -> None:
+    stores = [ZarrStore.create(tmp_path / name, tiny_manifest()) for name in ("x", "y")]
+    for store, response in zip(stores, ([7, 8], [8, 7]), strict=True):
+        store.append([tiny_rollout("r", response)])
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(tiny_rollout("r", response))])
+    # Somebody copies the scores of one store, with their commit record, into the other.
+    shutil.rmtree(tmp_path / "x/scores")
+    shutil.copytree(tmp_path / "y/scores", tmp_path / "x/scores")
+    shutil.copy(tmp_path / "y/commits/0000000001.json", tmp_path / "x/commits/0000000001.json")
+    with pytest.raises(CorruptStoreError, match=r"'r'.*column 'teacher'"):
+        ZarrStore.open(tmp_path / "x").read([0], ("teacher",))
+
+
+def test_a_torn_append_is_invisible(filled: ZarrStore) -> None:
+    filled.append(many(2, 1))
+    # Killed just before its record was linked: the segment is there, the record has only its temporary name.
+    (filled._root / "commits/0000000003.json").rename(filled._root / "commits/.tmp-0")
+    store = ZarrStore.open(filled._root)
+    assert (len(store), "r2" in store) == (4, False)
+    store.append(many(2, 2))
+    assert rows_of(ZarrStore.open(filled._root)) == ["m", "b", "r0", "r1", "r2", "r3"]
+
+
+def test_more_segments_than_maps_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zarr_segment, "_OPEN_MAPS", 2)
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+    for i in range(5):
+        store.append(many(i, 1))
+    rows = store.read([4, 0, 1, 2, 3, 4, 0])
+    assert [row.rollout.rollout_id for row in rows] == ["r4", "r0", "r1", "r2", "r3", "r4", "r0"]
+    assert_holds(store, many(0, 5))
+
+
+# Failing writes
+
+
+def attempt(store: ZarrStore, left: list[int], moment: int) -> StoreWriteError | None:
+    left[0] = moment
+    try:
+        store.append([tiny_rollout(f"r{moment}")])
+    except StoreWriteError as error:
+        return error
+    return None
+
+
+def test_a_write_that_fails_at_any_flush_commits_nothing_and_the_store_stays_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [0]
+
+    def fsync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+    failures = 0
+    while error := attempt(store, left, moment=failures + 1):
+        failures += 1
+        assert isinstance(error.__cause__, OSError)
+        # Only the very last flush comes after the commit; then the rows are there, and the message does not say otherwise.
+        committed = f"r{failures}" in ZarrStore.open(store._root)
+        assert ("nothing of this call was committed" in str(error)) == (not committed)
+        assert len(list(store._root.glob("segments/*/"))) == len(ZarrStore.open(store._root))
+    assert failures > 20
+    left[0] = 0
+    store.append(many(500, 2))
+    assert len(ZarrStore.open(store._root)) == len(store) == 3 + committed
+
+
+def test_a_failing_score_write_names_the_store(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", link)
+        with pytest.raises(StoreWriteError, match=r"Store .*run.zarr: the write failed with .*quota.*nothing.*committed"):
+            filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(filled.read([0])[0].rollout)])
+    assert dict(filled.columns).keys() == {"teacher"}
+    assert not list(filled._root.glob("scores/ref/*/"))
+    filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(filled.read([0])[0].rollout)])
+    assert ZarrStore.open(filled._root).scored("ref").tolist() == [True, False, False, False]
+
+
+def test_everything_a_commit_record_names_is_flushed_before_the_record_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, flushed = (tmp_path / "run.zarr").resolve(), {}
+    real_fsync, real_link = os.fsync, os.link
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        flushed[path] = {child.name for child in path.iterdir()} if path.is_dir() else set()
+        real_fsync(descriptor)
+
+    def link(source: Path, target: Path) -> None:
+        if target.parent.name == "commits":
+            assert source in flushed
+            paths = [path for path in root.rglob("*") if path.parent.name != "commits"]
+            assert [path for path in paths if path.name not in flushed.get(path.parent, ())] == []
+            # What is outside a segment was linked into place, and shares the bytes of a temporary file that was flushed.
+            written = {path for path in paths if path.is_file() and any(len(part) == 32 for part in path.relative_to(root).parts)}
+            assert len(written) > 10
+            assert written <= flushed.keys()
+        real_link(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "link", link)
+    store = ZarrStore.create(root, tiny_manifest())
+    store.append(many(0, 2))
+    assert flushed[root / "commits"] == {"0000000000.json"}
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout) for rollout in many(0, 2)])
+    assert flushed[root / "commits"] == {"0000000000.json", "0000000001.json"}
+
+
+def start(work: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:
+    """Run it in a forked process: a fresh interpreter would spend its life importing torch."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    with warnings.catch_warnings():
+        # numpy's idle threads; nothing the child needs is in their hands.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    return process
+
+
+def test_a_write_past_the_file_size_limit_is_a_typed_error(filled: ZarrStore) -> None:
+    def work() -> None:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, hard))
+        with pytest.raises(StoreWriteError, match="File too large"):
+            filled.append(many(10, 1, length=100_000))
+        filled.append(many(11, 1))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        filled.append(many(10, 1, length=100_000))
+
+    process = start(work)
+    process.join()
+    assert process.exitcode == 0
+    assert rows_of(ZarrStore.open(filled._root)) == ["m", "b", "r0", "r1", "r11", "r10"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written_to_is_a_typed_error(filled: ZarrStore) -> None:
+    (filled._root / "segments").chmod(0o500)
+    with pytest.raises(StoreWriteError):
+        filled.append(many(10, 1))
+
+
+# Several processes
+
+
+def test_a_killed_writer_loses_nothing_it_acknowledged_and_leaves_nothing_torn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The real, slow disk: more instants to be killed at.
+    monkeypatch.undo()
+    root, rng = tmp_path / "run.zarr", random.Random(1)
+    ZarrStore.create(root, tiny_manifest())
+
+    def work(pipe: multiprocessing.connection.Connection) -> None:
+        store = ZarrStore.open(root)
+        while True:
+            n = len(store)
+            store.append(many(n, 3))
+            pipe.send("rollouts")
+            store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout) for rollout in many(n, 3)])
+            pipe.send("scores")
+
+    acknowledged = {"rollouts": 0, "scores": 0}
+    for trial in range(15):
+        ours, theirs = multiprocessing.Pipe(duplex=False)
+        process = start(work, theirs)
+        theirs.close()
+        # Most are killed some time after their first answer, however slow the disk is; some even before it.
+        assert trial % 3 == 0 or ours.poll(60)
+        time.sleep(rng.uniform(0.0, 0.3))
+        process.kill()
+        process.join()
+        while True:
+            try:
+                acknowledged[ours.recv()] += 3
+            except EOFError:
+                break
+        store = ZarrStore.open(root)
+        covered = np.flatnonzero(store.scored("teacher"))
+        assert len(store) >= acknowledged["rollouts"]
+        assert covered.size >= acknowledged["scores"]
+        assert_holds(store, many(0, len(store)))
+        # Calls were about three rows each, and none of them is there in part.
+        assert len(store) % 3 == 0
+        assert set(store.scored("teacher").reshape(-1, 3).sum(axis=1)) <= {0, 3}
+        assert all(row.scores["teacher"].tolist() == [-1.0] * 3 for row in store.read(covered, ("teacher",)))
+    assert acknowledged["rollouts"] >= 30
+
+
+def test_processes_that_append_at_the_same_time_lose_nothing_and_write_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    root = tmp_path / "run.zarr"
+    ZarrStore.create(root, tiny_manifest())
+
+    def work(first: int) -> None:
+        store = ZarrStore.open(root)
+        for i in range(6):
+            store.append([*many(first + 2 * i, 2), *many(500 + i, 1)])
+            shared = many(500 + i, 1)
+            store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout) for rollout in shared])
+
+    processes = [start(work, first) for first in (0, 100, 200)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    store = ZarrStore.open(root)
+    expected = {f"r{first + i}" for first in (0, 100, 200) for i in range(12)} | {f"r{500 + i}" for i in range(6)}
+    assert (len(store), set(rows_of(store))) == (42, expected)
+    assert rows_of(store) == rows_of(ZarrStore.open(root))
+    assert store.scored("teacher").sum() == 6
+    recorded = sum(json.loads(path.read_bytes())["rows"] for path in (root / "commits").glob("*.json"))
+    assert recorded == 48
+
+
+def test_two_models_that_race_for_a_column_do_not_share_it(filled: ZarrStore) -> None:
+    late = ZarrStore.open(filled._root)
+    rollout = filled.read([0])[0].rollout
+    filled.append_scores("ref", tiny_provenance("A"), [tiny_scores(rollout)])
+    with pytest.raises(ConflictError):
+        late.append_scores("ref", tiny_provenance("B"), [tiny_scores(rollout)])
+
+
+def test_a_writer_that_lost_the_race_drops_rows_that_are_there_by_now(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, real, raced = ZarrStore.open(filled._root), os.link, []
+
+    def link(source: Path, target: Path) -> None:
+        if not raced and target.parent.name == "commits":
+            raced.append(1)
+            other.append(many(50, 1))
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    filled.append(many(50, 2))
+    assert rows_of(filled) == rows_of(ZarrStore.open(filled._root)) == ["m", "b", "r0", "r1", "r50", "r51"]
+    assert len(list(filled._root.glob("segments/*/"))) == 4
+
+
+def test_a_reader_keeps_its_snapshot_until_it_refreshes(filled: ZarrStore) -> None:
+    reader, copied = ZarrStore.open(filled._root), sent(filled)
+    filled.append(many(10, 1))
+    filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(filled.read([0])[0].rollout)])
+    for store in (reader, copied, sent(reader)):
+        assert (len(store), store.scored("ref").tolist(), len(store.columns)) == (4, [False] * 4, 1)
+        store.refresh()
+        assert (len(store), store.scored("ref").sum(), len(store.columns)) == (5, 1, 2)
+
+
+# Opening
+
+
+def test_creating_over_anything_is_refused(filled: ZarrStore, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    for path in (filled._root, tmp_path / "other", tmp_path / "other/file"):
+        with pytest.raises(StoreExistsError, match=path.name):
+            ZarrStore.create(path, tiny_manifest())
+    with pytest.raises(StoreExistsError, match="no store"):
+        ZarrStore.open_or_create(tmp_path / "other", tiny_manifest())
+    assert len(ZarrStore.open_or_create(filled._root, tiny_manifest())) == 4
+
+
+def test_an_empty_folder_will_do_and_so_will_what_a_killed_creator_left(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-1").touch()
+    assert len(ZarrStore.open_or_create(str(tmp_path), tiny_manifest())) == 0
+    assert len(ZarrStore.open_or_create(tmp_path / "deep/er/run.zarr", tiny_manifest())) == 0
+
+
+def test_opening_what_is_no_store_says_so(tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/zarr.json").write_text('{"zarr_format":3,"node_type":"group","attributes":{"mine":1}}')
+    (tmp_path / "file").touch()
+    for name, words in (("missing", "is not there"), ("foreign", "without a lopd manifest"), ("file", "is no store"), (".", "is no store")):
+        with pytest.raises(StoreNotFoundError, match=words):
+            ZarrStore.open(tmp_path / name)
+    with pytest.raises(StoreNotFoundError, match="without a lopd manifest"):
+        ZarrStore.open_or_create(tmp_path / "foreign", tiny_manifest())
+
+
+@pytest.mark.parametrize("make", [ZarrStore.create, ZarrStore.open, ZarrStore.open_or_create])
+def test_a_cloud_path_is_refused(make: Callable[[str, Manifest], ZarrStore]) -> None:
+    with pytest.raises(StorePathError, match=r"s3://bucket/run.zarr: the path is a URL"):
+        make("s3://bucket/run.zarr", tiny_manifest())
+
+
+def test_another_manifest_is_refused_and_the_field_is_named(filled: ZarrStore) -> None:
+    other = evolve(tiny_manifest(), policy=ModelId("policy", "rev-q", "float32"))
+    for make in (ZarrStore.open, ZarrStore.open_or_create):
+        with pytest.raises(ManifestMismatchError, match=r"run.zarr: policy is .*policy.*rev-p.*, expected .*rev-q.*;"):
+            make(filled._root, other)
+
+
+def test_another_schema_version_is_refused(filled: ZarrStore) -> None:
+    path = filled._root / "zarr.json"
+    path.write_text(path.read_text().replace('"schema_version":1', '"schema_version":2'))
+    with pytest.raises(CorruptStoreError, match="schema_version is 2, expected 1"):
+        ZarrStore.open(filled._root)
+
+
+def test_a_relative_path_keeps_its_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = ZarrStore.create("run.zarr", tiny_manifest())
+    monkeypatch.chdir("/")
+    store.append(many(0, 1))
+    assert len(ZarrStore.open(tmp_path / "run.zarr")) == 1
+    assert repr(store) == "Store run.zarr"
+
+
+def test_the_message_for_a_second_model_is_the_one_we_promise(filled: ZarrStore) -> None:
+    old, new = (evolve(tiny_provenance(), model=ModelId(name, "main", "bf16")) for name in ("Qwen3-8B", "Qwen3-32B"))
+    scores = [tiny_scores(filled.read([0])[0].rollout)]
+    filled.append_scores("t", old, scores)
+    with pytest.raises(ConflictError) as caught:
+        filled.append_scores("t", new, scores)
+    words = "column 't' was scored by Qwen3-8B@main, expected Qwen3-32B@main; write another column or score with the same model."
+    assert str(caught.value) == f"{filled!r}: {words}"
+    with pytest.raises(ConflictError, match="float32"):
+        filled.append_scores("t", evolve(old, model=evolve(old.model, dtype="float32")), scores)
+    with pytest.raises(ConflictError, match=r"was scored with engine 'made-up 1.0', expected 'other'"):
+        filled.append_scores("t", evolve(old, engine="other"), scores)
+    assert isinstance(caught.value, LopdError)
