@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# idle OpenMP threads sleep: threads that spin make a busy machine many times slower
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: quickstart test check clean
 

@@ -1,0 +1,47 @@
+"""Online OPD, the baseline, out of the same verbs: collect into memory, score, one step, again.  The teacher stays alive all through."""
+
+from collections.abc import Iterator, Sequence
+
+from attrs import evolve
+from torch.optim import Optimizer
+
+from lopd import MemoryStore, ModelId, batches, collect_rollouts, opd_steps, score_rollouts
+from lopd.consistency import ConsistencyPolicy
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.protocols import OPDLoss, Student
+from lopd.types import Prompt, StepMetrics
+
+
+def online_opd(
+    student: Student,
+    source: HFSource,
+    teacher: HFScorer,
+    prompts: Sequence[Prompt],
+    loss: OPDLoss,
+    optimizer: Optimizer,
+    *,
+    steps: int,
+    tokens_per_batch: int = 4096,
+    consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
+) -> Iterator[StepMetrics]:
+    """Train on fresh rollouts at every step; `source` samples from the very model that `student` trains.
+
+    Step k samples the k-th share of the prompts with generation k, and takes one optimizer step on them.
+    """
+    share = max(len(prompts) // steps, 1)
+    for k in range(steps):
+        current = evolve(source, generation=k, policy=ModelId("online student", f"step-{k}", "as trained"))
+        start = k * share % len(prompts)
+        store = MemoryStore(current.manifest)
+        collect_rollouts(current, prompts[start : start + share], store)
+        score_rollouts(store, teacher)
+        step = batches(
+            store,
+            rollouts_per_step=len(store),
+            tokens_per_batch=tokens_per_batch,
+            start=k,
+            stop=k + 1,
+            ref="behavior",
+            consistency=consistency,
+        )
+        yield from opd_steps(student, step, loss, optimizer)
