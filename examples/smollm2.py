@@ -13,7 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_utils import PreTrainedModel
 
-
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -52,10 +52,22 @@ def lm_head(model: Any, vocab_size: int) -> LMHead:
     )
 
 
-def hidden_states(model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None) -> Tensor:
-    """(B, S, D) hidden states below the head.  Positions that restart within a row mark packed rollouts, which do not see each other."""
+def hidden_states(
+    model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, *, mask_BS: Tensor | None = None, cache: Any = None
+) -> Tensor:
+    """(B, S, D) hidden states below the head.
+
+    Args:
+        model: a causal LM, or a peft model around one.
+        input_ids_BS: new tokens.
+        position_ids_BS: without a mask, positions that restart within a row mark packed rollouts, which do not see each other.
+        mask_BS: 1 for real tokens, cached ones included; for padding on the left.
+        cache: keys and values of earlier tokens; extended in place.
+    """
     decoder = unwrap(model).get_decoder()
-    output: Tensor = decoder(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False).last_hidden_state
+    output: Tensor = decoder(
+        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=mask_BS, past_key_values=cache, use_cache=cache is not None
+    ).last_hidden_state
     return output
 
 

@@ -1,6 +1,7 @@
 """Training state on disk: a run that is stopped and resumed equals the run that was not, bit for bit on the CPU.
 
-Layout: `FOLDER/step-00000012/{parameters,optimizer}.safetensors, state.json`; a folder appears under its name only when it is complete.
+Layout: `FOLDER/step-00000012.0/{parameters,optimizer}.safetensors, state.json, lopd.json`.  A folder gets its name only when it is complete,
+and no folder is removed before its successor has one, so at every moment the newest name is a whole checkpoint.
 """
 
 import json
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import asdict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -24,7 +24,7 @@ _RNG = "rng.cpu"
 
 
 def save_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer, *, next_step: int, lineage: Lineage) -> Path:
-    """Write trained parameters, optimizer, random state, data position and lineage; then drop older checkpoints in `folder`.
+    """Write trained parameters, optimizer, random state, data position and lineage; then remove the other checkpoints in `folder`.
 
     Args:
         folder: of the run; each checkpoint is a folder in it.
@@ -37,22 +37,22 @@ def save_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer, 
         The folder of this checkpoint.
     """
     folder = Path(folder)
-    final, partial = folder / f"step-{next_step:08d}", folder / f".partial-{next_step:08d}"
+    others = _checkpoints(folder)
+    final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
+    partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     tensors, plain = _flatten(optimizer)
     save_file(_trained(student), partial / "parameters.safetensors")
     save_file({**tensors, _RNG: torch.get_rng_state()}, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"next_step": next_step, "optimizer": plain, "lineage": asdict(lineage)}, indent=1))
+    (partial / "state.json").write_text(json.dumps({"next_step": next_step, "optimizer": plain}, indent=1))
     lineage.write(partial)
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _fsync(folder)
-    for other in folder.glob("step-*"):
-        if other != final:
-            shutil.rmtree(other)
+    for other in others:
+        shutil.rmtree(other)
     return final
 
 
@@ -65,28 +65,41 @@ def load_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer |
         optimizer: likewise; None restores the weights only.
 
     Raises:
-        CheckpointError: other parameters, shapes or optimizer than were saved.
+        CheckpointError: other parameters, shapes or optimizer than were saved; nothing was changed.
     """
-    found = sorted(Path(folder).glob("step-*"))
+    found = _checkpoints(Path(folder))
     if not found:
         return 0
-    path = found[-1]
+    path = max(found, key=_order)
     state = json.loads((path / "state.json").read_text())
-    _restore_parameters(path, student)
+    saved = load_file(path / "parameters.safetensors")
+    current = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+    _check_parameters(path, saved, current)
     if optimizer is not None:
+        _check_optimizer(path, optimizer, state["optimizer"])
         tensors = load_file(path / "optimizer.safetensors")
         torch.set_rng_state(tensors.pop(_RNG))
-        _unflatten(path, optimizer, tensors, state["optimizer"])
+        _unflatten(optimizer, tensors, state["optimizer"])
+    for name, tensor in saved.items():
+        current[name].copy_(tensor)
     return int(state["next_step"])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return list(folder.glob("step-*.*"))
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """(next step, how often it was saved before)."""
+    step, again = path.name.removeprefix("step-").split(".")
+    return int(step), int(again)
 
 
 def _trained(student: Student) -> dict[str, Tensor]:
     return {name: p.detach().contiguous() for name, p in student.named_parameters() if p.requires_grad}
 
 
-def _restore_parameters(path: Path, student: Student) -> None:
-    saved = load_file(path / "parameters.safetensors")
-    current = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+def _check_parameters(path: Path, saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
     for name in sorted(saved.keys() ^ current.keys()):
         where = "the checkpoint only" if name in saved else "the student only"
         raise CheckpointError(
@@ -98,33 +111,34 @@ def _restore_parameters(path: Path, student: Student) -> None:
                 f"Checkpoint {path}: parameter {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
                 f"{current[name].dtype} {tuple(current[name].shape)}; rebuild the student as it was."
             )
-        current[name].copy_(tensor)
 
 
-def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors, and what is left as JSON."""
-    state = optimizer.state_dict()
-    tensors = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items() if isinstance(value, Tensor)}
-    others = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items() if not isinstance(value, Tensor)}
-    return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "others": others}
-
-
-def _unflatten(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    current = optimizer.state_dict()["param_groups"]
-    sizes, saved = [len(g["params"]) for g in current], [len(g["params"]) for g in plain["groups"]]
+def _check_optimizer(path: Path, optimizer: Optimizer, plain: Mapping[str, Any]) -> None:
+    sizes, saved = [len(g["params"]) for g in optimizer.param_groups], [len(g["params"]) for g in plain["groups"]]
     if plain["class"] != type(optimizer).__name__ or sizes != saved:
         raise CheckpointError(
             f"Checkpoint {path}: its optimizer is {plain['class']} over {saved} parameters, expected {type(optimizer).__name__} over {sizes}; "
             "make the optimizer as it was."
         )
+
+
+def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors, and what is left as JSON."""
+    state = optimizer.state_dict()
+    entries = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    others = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
+    return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "others": others}
+
+
+def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     entries: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **plain["others"]}.items():
         index, name = key.split(".", 1)
         entries.setdefault(int(index), {})[name] = value
     # JSON has no tuples: those of the live groups (betas) say which lists were tuples
-    groups = [
-        {k: tuple(v) if isinstance(g.get(k), tuple) else v for k, v in s.items()} for s, g in zip(plain["groups"], current, strict=True)
-    ]
+    live = optimizer.state_dict()["param_groups"]
+    groups = [{k: tuple(v) if isinstance(g.get(k), tuple) else v for k, v in s.items()} for s, g in zip(plain["groups"], live, strict=True)]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
 
 

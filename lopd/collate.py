@@ -38,7 +38,7 @@ def collate(
         ref: which score column becomes `ref_logprobs`.
 
     Raises:
-        InvalidRecordError: there are no records.
+        InvalidRecordError: there are no records, or the weighting gave something that is no weight.
         MissingScoresError: a record lacks a column; it names the rollout.
     """
     if not records:
@@ -49,7 +49,7 @@ def collate(
         targets=_pack([ids[1:] for ids in tokens]),
         position_ids=_pack([np.arange(ids.size - 1) for ids in tokens]),
         segment_ids=_pack([np.full(ids.size - 1, i) for i, ids in enumerate(tokens)]),
-        weight=_pack([_at_targets(r, weighting(r.rollout.loss_mask)) for r in records]),
+        weight=_pack([_at_targets(r, _weights(r, weighting)) for r in records]),
         teacher_logprobs=_column(records, teacher),
         ref_logprobs=_column(records, ref),
     )
@@ -57,6 +57,17 @@ def collate(
 
 def _pack(parts: Sequence[NDArray[np.generic]]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
+
+
+def _weights(record: ScoredRollout, weighting: Weighting) -> Float32Array:
+    """The weighting's answer, if it is one: it may be the caller's own function."""
+    weight_T = np.asarray(weighting(record.rollout.loss_mask), np.float32)
+    if weight_T.shape != record.rollout.loss_mask.shape or not (np.isfinite(weight_T) & (weight_T >= 0)).all():
+        raise InvalidRecordError(
+            f"Rollout {record.rollout.rollout_id!r}: its weights have shape {weight_T.shape} and range [{weight_T.min(initial=0)}, "
+            f"{weight_T.max(initial=0)}], expected shape {record.rollout.loss_mask.shape}, finite and at least 0; fix the weighting function."
+        )
+    return weight_T
 
 
 def _at_targets(record: ScoredRollout, values_T: Float32Array) -> Float32Array:

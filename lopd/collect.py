@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lopd.errors import InvalidRecordError, ManifestMismatchError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
-from lopd.types import Prompt, rollout_id
+from lopd.types import Prompt, Rollout, rollout_id
 
 
 def collect_rollouts(
@@ -23,7 +23,7 @@ def collect_rollouts(
 
     Raises:
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
-        InvalidRecordError: there are no prompts, or two share an id.
+        InvalidRecordError: there are no prompts, two share an id, or the source gave other rollouts than it was asked for.
     """
     _check_prompts(prompts)
     difference = store.manifest.difference(source.manifest)
@@ -41,12 +41,23 @@ def collect_rollouts(
             if not todo:
                 continue
             rollouts = source.sample(todo)
+            _check_ids([rollout_id(p.prompt_id, s, manifest.generation) for p in todo for s in samples], rollouts)
             store.append(rollouts)
             if progress:
                 progress.advance(len(rollouts), sum(r.response_ids.size for r in rollouts))
     finally:
         if progress:
             progress.end()
+
+
+def _check_ids(wanted: Sequence[str], rollouts: Sequence[Rollout]) -> None:
+    got = [r.rollout_id for r in rollouts]
+    if got != wanted:
+        place = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
+        raise InvalidRecordError(
+            f"Source: rollout {place} of {len(got)} is {got[place] if place < len(got) else None!r}, expected "
+            f"{wanted[place] if place < len(wanted) else None!r}; `sample` gives every sample of every prompt, in order."
+        )
 
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:

@@ -33,6 +33,8 @@ def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifie
 
     Source: pass@k is the unbiased estimator of Chen et al., arXiv 2107.03374, eq. 1.
     """
+    if not prompts:
+        raise InvalidRecordError("Evaluation: there are 0 prompts, expected at least 1; check the prompt file.")
     n = source.manifest.sampling.samples_per_prompt
     rollouts = source.sample(prompts)
     scores_BN = np.array([verifier(prompts[i // n], r) for i, r in enumerate(rollouts)]).reshape(len(prompts), n)

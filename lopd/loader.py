@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lopd.collate import Weighting, by_rollout, collate
 from lopd.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
 from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.manifest import Lineage
+from lopd.manifest import Lineage, Provenance
 from lopd.protocols import LogprobReader
 from lopd.types import Batch, Step
 
@@ -18,10 +18,14 @@ from lopd.types import Batch, Step
 @final
 @frozen(eq=False)
 class StepStream:
-    """An iterable of `Step`; made by `batches`, which checks what it is made of.  Iterating twice gives the same steps twice."""
+    """An iterable of `Step`; made by `batches`, which checks what it is made of.  Iterating twice gives the same steps twice.
+
+    It trains on the `rollouts` that were there when it was made, also if the store grows.
+    """
 
     lineage: Lineage
     store: LogprobReader = field(repr=False)
+    rollouts: int
     rollouts_per_step: int
     tokens_per_batch: int
     seed: int
@@ -40,7 +44,7 @@ class StepStream:
 
     def step(self, index: int) -> Step:
         """Step `index`, whatever was asked for before."""
-        rows = _rows_of_step(index, self.rollouts_per_step, len(self.store), self.seed)
+        rows = _rows_of_step(index, self.rollouts_per_step, self.rollouts, self.seed)
         lengths = self.store.lengths()[rows].sum(axis=1) - 1
         return Step(index, tuple(self._batch(rows[part]) for part in _split(lengths, self.tokens_per_batch)))
 
@@ -80,8 +84,12 @@ def batches(
     Raises:
         TeacherConsistencyError: see `check_teacher_consistency`.
         MissingScoresError: a column is not there, or not complete.
-        InvalidRecordError: the store is empty, or a rollout is longer than `tokens_per_batch`.
+        InvalidRecordError: the store is empty, a rollout is longer than `tokens_per_batch`, or a number makes no sense.
     """
+    if rollouts_per_step < 1 or seed < 0 or start < 0:
+        raise InvalidRecordError(
+            f"Steps: (rollouts_per_step, seed, start) is {(rollouts_per_step, seed, start)}, expected at least (1, 0, 0); pass such numbers."
+        )
     if len(store) == 0:
         raise InvalidRecordError("Store: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
     longest = int(np.argmax(store.lengths().sum(axis=1)))
@@ -93,11 +101,12 @@ def batches(
     for column in (teacher, ref):
         if column is not None:
             _check_complete(store, column)
-    provenance = None if teacher is None else store.columns[teacher]
-    if provenance is not None:
+    provenance = None
+    if teacher is not None:
+        provenance = _provenance(store, teacher)
         check_teacher_consistency(store.manifest, provenance, consistency)
     lineage = lineage_after(store.manifest, provenance)
-    return StepStream(lineage, store, rollouts_per_step, tokens_per_batch, seed, start, stop, teacher, ref, weighting)
+    return StepStream(lineage, store, len(store), rollouts_per_step, tokens_per_batch, seed, start, stop, teacher, ref, weighting)
 
 
 def _check_complete(store: LogprobReader, column: str) -> None:
@@ -106,6 +115,14 @@ def _check_complete(store: LogprobReader, column: str) -> None:
         raise MissingScoresError(
             f"Store: column {column!r} has scores for {done} rollouts, expected {len(store)}; run `score_rollouts(..., column={column!r})`."
         )
+
+
+def _provenance(store: LogprobReader, column: str) -> Provenance:
+    if column not in store.columns:
+        raise InvalidRecordError(
+            f"Store: column {column!r} holds what the policy itself reported, expected the scores of a teacher; pass `teacher='teacher'`, say."
+        )
+    return store.columns[column]
 
 
 def _rows_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np.int64]:

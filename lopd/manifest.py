@@ -48,13 +48,24 @@ class ModelId:
 
 
 def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of names, dtypes, shapes and bytes of all tensors, whatever their order (about 1 s per GB)."""
+    """A hash of names, shapes and values of all tensors, whatever their order (some seconds per GB).
+
+    Of values, not of the dtype that holds them: bfloat16 weights loaded as float32 are still the same model.
+    """
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(named_tensors, key=lambda item: item[0]):
-        data = tensor.detach().cpu().contiguous()
+        data = _narrowest(tensor.detach().cpu().contiguous())
         digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
         digest.update(data.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _narrowest(tensor: Tensor) -> Tensor:
+    """The same values in bfloat16 or float16, if nothing is lost by it."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if tensor.is_floating_point() and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return tensor.to(dtype)
+    return tensor
 
 
 @frozen

@@ -38,12 +38,26 @@ def read_prompts(path: str, tokenizer: Any, *, field: str = "prompt", max_tokens
         if not isinstance(record, Mapping):
             raise PromptError(f"{where}: it is a {type(record).__name__}, expected a mapping; write one JSON object a line.")
         content = record.get(field, record.get("messages"))
-        if not content:
-            raise PromptError(f"{where}: {field!r} is {content!r}, expected text or messages; name the field with `field=...`.")
+        if not _is_content(content):
+            raise PromptError(
+                f"{where}: {field!r} is {content!r:.80}, expected text, or messages with a role and a content each; name the field with `field`."
+            )
         contents.append(content)
     ids = [None if record.get("id") is None else str(record["id"]) for record in records]
     answers = [None if record.get("answer") is None else str(record["answer"]) for record in records]
-    return make_prompts(contents, tokenizer, ids=ids, answers=answers, max_tokens=max_tokens)
+    prompts = make_prompts(contents, tokenizer, ids=ids, answers=answers)
+    _check_lengths(prompts, max_tokens, f"Prompt file {path}, record")
+    return prompts
+
+
+def _is_content(content: Any) -> bool:
+    if isinstance(content, str):
+        return bool(content)
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in content)
+    )
 
 
 def make_prompts(
@@ -67,12 +81,18 @@ def make_prompts(
     for i, content in enumerate(contents):
         text, token_ids = _tokenise(i, content, tokenizer)
         name = (ids[i] if ids else None) or _name(token_ids, seen)
-        if max_tokens is not None and len(token_ids) > max_tokens:
-            raise ContextOverflowError(
-                f"Prompt {name!r} (number {i}): it has {len(token_ids)} tokens, expected at most {max_tokens}; shorten it or drop it."
-            )
         prompts.append(Prompt(name, token_ids, text, answers[i] if answers else None))
+    _check_lengths(prompts, max_tokens, "Prompt number")
     return prompts
+
+
+def _check_lengths(prompts: Sequence[Prompt], max_tokens: int | None, where: str) -> None:
+    for i, prompt in enumerate(prompts):
+        if max_tokens is not None and prompt.token_ids.size > max_tokens:
+            raise ContextOverflowError(
+                f"{where} {i}: prompt {prompt.prompt_id!r} has {prompt.token_ids.size} tokens, expected at most {max_tokens}; "
+                "shorten it or drop it."
+            )
 
 
 def _tokenise(number: int, content: str | Messages, tokenizer: Any) -> tuple[str, list[int]]:
@@ -107,16 +127,22 @@ def _read_records(path: str) -> list[Any]:
             if path.endswith(".parquet"):
                 return _read_parquet(file)
             return [_parse(path, i, line) for i, line in enumerate(file.read().split(b"\n")) if line.strip()]
-    except FileNotFoundError as error:
-        raise PromptError(f"Prompt file {path}: it is not there, expected a .jsonl or .parquet file; check the path.") from error
+    except OSError as error:
+        raise PromptError(
+            f"Prompt file {path}: it cannot be read ({error}), expected a .jsonl or .parquet file; check the path."
+        ) from error
 
 
 def _read_parquet(file: Any) -> list[Any]:
     try:
+        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
         raise MissingDependencyError("Prompt files: pyarrow is not installed, expected it for parquet; pip install 'lopd[hf]'.") from error
-    rows: list[Any] = pq.read_table(file).to_pylist()
+    try:
+        rows: list[Any] = pq.read_table(file).to_pylist()
+    except pa.ArrowException as error:
+        raise OSError(f"not parquet: {error}") from error
     return rows
 
 

@@ -1,9 +1,12 @@
 """VERB `score_rollouts`: a store's rollouts -> one model's column of log-probs.  Run it again to resume."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from lopd.errors import TokenizerMismatchError
+from lopd.errors import InvalidRecordError, TokenizerMismatchError
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
+from lopd.types import Rollout, Scores
 
 
 def score_rollouts(
@@ -28,6 +31,7 @@ def score_rollouts(
     Raises:
         TokenizerMismatchError: the scorer's token-to-id map is not the store's; nothing is scored.
         ConflictError: the column belongs to another model.
+        InvalidRecordError: the scorer gave scores of other rollouts than it was asked for.
     """
     theirs, ours = scorer.provenance.vocab_hash, store.manifest.tokenizer.vocab_hash
     if theirs != ours:
@@ -43,9 +47,20 @@ def score_rollouts(
         for first in range(0, len(pending), rollouts_per_batch):
             rows = pending[first : first + rollouts_per_batch].tolist()
             rollouts = [record.rollout for record in store.read(rows)]
-            store.append_scores(column, scorer.provenance, scorer.score(rollouts))
+            scores = scorer.score(rollouts)
+            _check_complete(rollouts, scores)
+            store.append_scores(column, scorer.provenance, scores)
             if progress:
                 progress.advance(len(rows), sum(len(r) for r in rollouts))
     finally:
         if progress:
             progress.end()
+
+
+def _check_complete(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> None:
+    wanted, got = [r.rollout_id for r in rollouts], [s.rollout_id for s in scores]
+    if wanted != got:
+        lost = next((name for name in wanted if name not in got), wanted[0])
+        raise InvalidRecordError(
+            f"Rollout {lost!r}: the scorer gave {len(got)} scores for {len(wanted)} rollouts, expected one for each, in order; fix the scorer."
+        )

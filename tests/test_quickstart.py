@@ -12,7 +12,20 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
-SIZES = ["--sft-prompts", "12", "--opd-prompts", "12", "--held-out-prompts", "6", "--max-new-tokens", "8", "--sft-steps", "12", "--opd-steps", "12"]
+SIZES = [
+    "--sft-prompts",
+    "12",
+    "--opd-prompts",
+    "12",
+    "--held-out-prompts",
+    "6",
+    "--max-new-tokens",
+    "8",
+    "--sft-steps",
+    "12",
+    "--opd-steps",
+    "12",
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +85,9 @@ def test_a_second_call_finds_everything_done(unbroken: Path, command: Callable[[
 def test_other_settings_in_the_same_folder_are_refused(
     unbroken: Path, command: Callable[[Path], list[str]], environment: dict[str, str]
 ) -> None:
-    done = subprocess.run([*command(unbroken), "--opd-lr", "1.0"], env=environment, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(
+        [*command(unbroken), "--opd-lr", "1.0"], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
     assert done.returncode != 0
     assert "opd_lr" in done.stderr
 

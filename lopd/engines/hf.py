@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lopd.causal_lm import check_cut, context_length, evaluating, hidden_states, lm_head, token_logprobs, unwrap
+from lopd.engines.draw import draw
 from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer, hash_weights
 from lopd.types import Prompt, Rollout, Scores, rollout_id
@@ -33,9 +34,11 @@ def model_id(model: Any) -> ModelId:
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-    return model.eval(), tokenizer
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # only eager attention applies a cap on attention scores, and the choice is not saved with the weights
+        model.set_attn_implementation("eager")
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @final
@@ -70,9 +73,16 @@ class HFSource:
         model, tokenizer = load_model(folder, dtype)
         return cls(model, tokenizer, sampling, Lineage.read(Path(folder)))
 
-    @cached_property
+    def __attrs_post_init__(self) -> None:
+        check_cut(self.model, fingerprint_tokenizer(self.tokenizer).vocab_size)
+
+    @property
     def manifest(self) -> Manifest:
-        """What a store of these rollouts must say."""
+        """What a store of these rollouts must say; the policy is identified once, so make a new source (`attrs.evolve`) after training."""
+        return self._manifest
+
+    @cached_property
+    def _manifest(self) -> Manifest:
         policy = self.policy or model_id(self.model)
         return Manifest(fingerprint_tokenizer(self.tokenizer), policy, self.sampling, self.lineage.sft_teacher, self.generation)
 
@@ -96,7 +106,7 @@ class HFSource:
 
     def _sample_batch(self, rows: Sequence[tuple[Prompt, int]]) -> list[Rollout]:
         with torch.inference_mode(), evaluating(self.model):
-            drawn = _Sampler(self, [prompt for prompt, _ in rows]).run(self._uniforms(rows))
+            drawn = _Sampler(self, rows).run(self._uniforms(rows))
         return [self._rollout(prompt, sample, *tokens) for (prompt, sample), tokens in zip(rows, drawn, strict=True)]
 
     @property
@@ -130,22 +140,20 @@ class _Sampler:
     """One batch being sampled: left padding, one cache, rows leave as they finish."""
 
     source: HFSource
-    prompts: Sequence[Prompt]
+    rows: Sequence[tuple[Prompt, int]]
 
     def run(self, uniforms_BT: NDArray[np.float64]) -> list[tuple[list[int], list[float]]]:
         """Sampled ids and their log-probs at temperature 1, nats, for each row."""
         model, sampling = self.source.model, self.source.sampling
-        vocab_size, device = self.source.manifest.tokenizer.vocab_size, next(model.parameters()).device
-        ids_BS, mask_BS = (t.to(device) for t in _pad_left([p.token_ids for p in self.prompts]))
-        drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in self.prompts]
-        room = np.array([min(sampling.max_new_tokens, context_length(model) - p.token_ids.size) for p in self.prompts])
-        live = np.arange(len(self.prompts))
+        head, device = lm_head(model, self.source.manifest.tokenizer.vocab_size), next(model.parameters()).device
+        ids_BS, mask_BS = (t.to(device) for t in _pad_left([prompt.token_ids for prompt, _ in self.rows]))
+        drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in self.rows]
+        room = np.array([min(sampling.max_new_tokens, context_length(model) - prompt.token_ids.size) for prompt, _ in self.rows])
+        live = np.arange(len(self.rows))
         cache, positions = transformers.DynamicCache(config=unwrap(model).config), (mask_BS.cumsum(-1) - 1).clamp(min=0)
         for t in range(int(room.max())):
-            output = model(
-                input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            logits_BV = output.logits[:, -1, :vocab_size].float()
+            logits_BV = head.logits(hidden_states(model, ids_BS, positions, mask_BS=mask_BS, cache=cache)[:, -1])
+            self._check(live, t, logits_BV)
             next_B, logprobs_B = draw(logits_BV, torch.from_numpy(uniforms_BT[live, t]).to(device), sampling)
             for row, token, logprob in zip(live, next_B.tolist(), logprobs_B.tolist(), strict=True):
                 drawn[row][0].append(token)
@@ -161,33 +169,15 @@ class _Sampler:
             mask_BS = torch.cat([mask_BS[keep], mask_BS.new_ones(len(keep), 1)], dim=1)
         return drawn
 
-
-def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-    """One token a row by inverting the cumulative distribution at a uniform number, and its log-prob (nats) at temperature 1, uncut.
-
-    Args:
-        logits_BV: (B, V) float32.
-        uniforms_B: (B,) float64 in [0, 1).
-        sampling: temperature (0 takes the most likely token) and top_p.
-    """
-    logprobs_BV = logits_BV.log_softmax(-1)
-    if sampling.temperature == 0:
-        ids_B = logits_BV.argmax(-1)
-    else:
-        probs_BV = (logits_BV / sampling.temperature).softmax(-1, dtype=torch.float64)
-        if sampling.top_p < 1:
-            probs_BV = _nucleus(probs_BV, sampling.top_p)
-        cumulative_BV = probs_BV.cumsum(-1)
-        # the last entry is the total, a hair off 1: scaling by it keeps every draw inside the vocabulary
-        ids_B = torch.searchsorted(cumulative_BV, (uniforms_B * cumulative_BV[:, -1])[:, None], right=True).squeeze(-1)
-    return ids_B, logprobs_BV.gather(-1, ids_B[:, None]).squeeze(-1)
-
-
-def _nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
-    """Probabilities with all but the smallest set of most likely tokens that holds `top_p` set to 0."""
-    ordered_BV, order_BV = probs_BV.sort(-1, descending=True)
-    ordered_BV[ordered_BV.cumsum(-1) - ordered_BV >= top_p] = 0
-    return torch.zeros_like(probs_BV).scatter(-1, order_BV, ordered_BV)
+    def _check(self, live: NDArray[np.int64], t: int, logits_BV: Tensor) -> None:
+        # the largest logit is NaN if any is, so one pass finds what would otherwise end as an index outside the vocabulary
+        bad = np.flatnonzero(~logits_BV.amax(-1).isfinite().cpu().numpy())
+        if bad.size:
+            prompt, sample = self.rows[int(live[bad[0]])]
+            raise InvalidRecordError(
+                f"Rollout {rollout_id(prompt.prompt_id, sample, self.source.generation)!r}: the logits of token {t} are not finite, expected "
+                "numbers; check the weights, or compute in another dtype."
+            )
 
 
 def _pad_left(rows: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
@@ -237,14 +227,20 @@ class HFScorer:
         model, tokenizer = load_model(folder, dtype)
         return cls(model, tokenizer, tokens_per_batch)
 
-    @cached_property
-    def _tokenizer_id(self) -> TokenizerId:
-        check_cut(self.model, fingerprint_tokenizer(self.tokenizer).vocab_size)
-        return fingerprint_tokenizer(self.tokenizer)
+    def __attrs_post_init__(self) -> None:
+        check_cut(self.model, self._tokenizer_id.vocab_size)
 
     @cached_property
+    def _tokenizer_id(self) -> TokenizerId:
+        return fingerprint_tokenizer(self.tokenizer)
+
+    @property
     def provenance(self) -> Provenance:
         """Whose log-probs these are."""
+        return self._provenance
+
+    @cached_property
+    def _provenance(self) -> Provenance:
         return Provenance(self.identity or model_id(self.model), self._tokenizer_id.vocab_hash, ENGINE)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:

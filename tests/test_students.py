@@ -1,0 +1,344 @@
+"""CausalLMStudent: cut below its head, packed, adapted, checkpointed, exported -- and still the model it was."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+from lopd.causal_lm import check_cut, lm_head
+from lopd.collate import by_token, collate
+from lopd.engines.hf import HFSource, load_model
+from lopd.errors import LopdError, ModelError
+from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
+from lopd.manifest import Lineage, ModelId, SamplingParams, fingerprint_tokenizer
+from lopd.students import CausalLMStudent
+from lopd.types import LossOutput, Rollout, ScoredRollout
+
+VOCAB = 96
+KINDS = ("llama_tied", "qwen3_padded", "gemma2_softcap", "mistral_window", "gpt2", "phi_bias", "granite_scaled", "cohere_scaled")
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def records(rollouts):
+    """The rollouts with made-up teacher scores, some far enough away to be clipped."""
+    rng = np.random.default_rng(5)
+    return [ScoredRollout(r, {"teacher": -rng.exponential(4, r.response_ids.size).astype(np.float32)}) for r in rollouts]
+
+
+class Spy:
+    """A loss that keeps what it is given."""
+
+    def __call__(self, hidden_ND, head, batch, /):
+        self.hidden_ND, self.head, self.batch = hidden_ND, head, batch
+        zero = hidden_ND.sum() * 0
+        return LossOutput(zero, zero.detach(), zero.detach())
+
+
+def seen_by_a_loss(student, batch):
+    spy = Spy()
+    with torch.no_grad():
+        student(batch, spy)
+    return spy
+
+
+def gradients(student):
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(got, expected, tolerance=2e-5):
+    assert got.keys() == expected.keys()
+    assert any(float(g.abs().max()) > 0 for g in expected.values())
+    for name, gradient in expected.items():
+        scale = max(float(gradient.abs().max()), 1e-3)
+        assert float((got[name] - gradient).abs().max()) <= tolerance * scale, name
+
+
+def train(student, batch, loss, steps=2, lr=0.05):
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        student(batch, loss).loss_sum.backward()
+        optimizer.step()
+
+
+# --- the cut --------------------------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_logits_of_the_packed_cut_model_are_those_of_the_whole_model_on_each_rollout_alone(kind, models, records):
+    model = copy.deepcopy(models(kind))
+    seen = seen_by_a_loss(CausalLMStudent(model, VOCAB), collate(records))
+    got_NV = seen.head.logits(seen.hidden_ND)
+    with torch.no_grad():
+        alone = []
+        for record in records:
+            ids = torch.tensor([*record.rollout.prompt_ids.tolist(), *record.rollout.response_ids.tolist()])
+            alone.append(models(kind)(input_ids=ids[None], use_cache=False).logits[0, :-1, :VOCAB])
+    assert got_NV.shape == (sum(len(r.rollout) - 1 for r in records), VOCAB)
+    np.testing.assert_allclose(got_NV.detach(), torch.cat(alone), atol=5e-5, rtol=1e-4)
+
+
+def test_positions_restart_with_each_rollout(records, models):
+    positions = seen_by_a_loss(CausalLMStudent(copy.deepcopy(models("gpt2")), VOCAB), collate(records)).batch.position_ids
+    assert positions.tolist() == [i for r in records for i in range(len(r.rollout) - 1)]
+
+
+@every_kind
+def test_rollouts_of_a_pack_do_not_see_each_other(kind, models, records):
+    student = CausalLMStudent(copy.deepcopy(models(kind)), VOCAB)
+    before = seen_by_a_loss(student, collate(records))
+    old = records[3].rollout
+    other = Rollout("other/s0/g0", (old.prompt_ids + 7) % VOCAB, (old.response_ids + 11) % VOCAB, old.loss_mask, "length")
+    after = seen_by_a_loss(student, collate([*records[:3], ScoredRollout(other, {}), *records[4:]]))
+    changed_N = before.batch.segment_ids == 3
+    assert float((after.hidden_ND - before.hidden_ND)[changed_N].abs().min(dim=0).values.max()) > 1e-3
+    np.testing.assert_allclose(after.hidden_ND[~changed_N], before.hidden_ND[~changed_N], atol=1e-6, rtol=1e-6)
+
+
+@every_kind
+@pytest.mark.parametrize("loss", [SFTLoss(), ReferenceOPDLoss(clip=2.0)], ids=["sft", "opd"])
+def test_packed_equals_one_by_one_in_loss_and_gradient(kind, loss, models, records):
+    teacher = "teacher" if isinstance(loss, ReferenceOPDLoss) else None
+    packed, single = (CausalLMStudent(copy.deepcopy(models(kind)), VOCAB) for _ in range(2))
+    whole = packed(collate(records, teacher=teacher), loss)
+    whole.loss_sum.backward()
+    sums = np.zeros(3)
+    for record in records:
+        output = single(collate([record], teacher=teacher), loss)
+        output.loss_sum.backward()
+        sums += [float(output.loss_sum.detach()), float(output.reverse_kl_sum), float(output.clipped_sum)]
+    got = [float(whole.loss_sum.detach()), float(whole.reverse_kl_sum), float(whole.clipped_sum)]
+    np.testing.assert_allclose(got, sums, rtol=1e-5, atol=1e-5)
+    assert_same_gradients(gradients(packed), gradients(single), tolerance=1e-4)
+
+
+def test_the_sft_loss_is_the_negative_log_likelihood_that_transformers_computes(models, rollouts):
+    rollout = rollouts[0]
+    ids = torch.tensor([[*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]])
+    labels = ids.clone()
+    labels[:, : rollout.prompt_ids.size] = -100
+    ours, theirs = CausalLMStudent(copy.deepcopy(models("llama_tied")), VOCAB), copy.deepcopy(models("llama_tied"))
+    output = ours(collate([ScoredRollout(rollout, {})], by_token), SFTLoss())
+    output.loss_sum.backward()
+    expected = theirs(input_ids=ids, labels=labels).loss * rollout.response_ids.size
+    expected.backward()
+    assert float(output.loss_sum.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert_same_gradients(gradients(ours.model), gradients(theirs))
+
+
+class _Louder(transformers.LlamaForCausalLM):
+    """Does something to its logits that no field of its config says."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * 1.3
+        return output
+
+
+class _Blind(transformers.LlamaForCausalLM):
+    """A decoder that does not look at positions, so that packed rollouts see each other."""
+
+    def get_decoder(self):
+        return lambda input_ids, **_: self.model(input_ids=input_ids, use_cache=False)
+
+
+@pytest.mark.parametrize("kind", [_Louder, _Blind])
+def test_a_model_that_cannot_be_cut_or_packed_is_refused(kind, models):
+    model = kind(copy.deepcopy(models("llama_tied").config)).eval()
+    model.load_state_dict(models("llama_tied").state_dict())
+    with pytest.raises(ModelError, match=kind.__name__):
+        check_cut(model, VOCAB)
+    with pytest.raises(ModelError, match=kind.__name__):
+        CausalLMStudent(model, VOCAB)
+
+
+def test_a_head_smaller_than_the_vocabulary_or_no_head_at_all_is_refused(models):
+    with pytest.raises(ModelError, match=r"96 rows.*97"):
+        CausalLMStudent(copy.deepcopy(models("llama_tied")), VOCAB + 1)
+    headless = copy.deepcopy(models("qwen3_padded"))
+    headless.lm_head = torch.nn.Identity()
+    with pytest.raises(ModelError, match="Identity"):
+        CausalLMStudent(headless, VOCAB)
+
+
+def test_a_model_that_gives_nan_is_refused(models):
+    model = copy.deepcopy(models("llama_tied"))
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(ModelError):
+        CausalLMStudent(model, VOCAB)
+
+
+def test_checking_the_cut_leaves_mode_random_state_and_gradients_as_they_were(make_model):
+    for training in (True, False):
+        model = make_model("gpt2_dropout").train(training)
+        state = torch.get_rng_state()
+        check_cut(model, VOCAB)
+        assert model.training is training
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(p.grad is None for p in model.parameters())
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------------------------
+
+
+def adapted(model, **options):
+    return peft.get_peft_model(
+        model, peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False, **options})
+    )
+
+
+def test_only_adapters_are_trained_and_they_are(models, records):
+    student = CausalLMStudent(adapted(copy.deepcopy(models("qwen3_padded"))), VOCAB)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    train(student, collate(records), SFTLoss())
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert len(trained) == 8
+    assert all("lora_" in name for name in trained)
+    for name, p in student.named_parameters():
+        assert torch.equal(p, before[name]) is (name not in trained), name
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen3_padded", "mistral_window"])
+def test_a_student_with_adapters_computes_with_them(kind, models, records):
+    model = adapted(copy.deepcopy(models(kind)))
+    seen = seen_by_a_loss(CausalLMStudent(model, VOCAB), collate(records[:1]))
+    ids = seen.batch.inputs[None]
+    with torch.no_grad():
+        np.testing.assert_allclose(seen.head.logits(seen.hidden_ND), model.eval()(input_ids=ids).logits[0, :, :VOCAB], atol=5e-5, rtol=1e-4)
+        assert not torch.allclose(model(input_ids=ids).logits, models(kind)(input_ids=ids).logits, atol=1e-2)
+
+
+def test_an_adapter_on_the_head_is_refused(models):
+    with pytest.raises(ModelError, match="lm_head carries an adapter"):
+        CausalLMStudent(adapted(copy.deepcopy(models("qwen3_padded")), target_modules=["q_proj", "lm_head"]), VOCAB)
+
+
+def test_adapters_with_gradient_checkpointing_get_the_same_gradients(models, records):
+    torch.manual_seed(3)
+    model = adapted(copy.deepcopy(models("llama_tied")))
+    plain = CausalLMStudent(copy.deepcopy(model), VOCAB)
+    checkpointed = CausalLMStudent(copy.deepcopy(model), VOCAB, gradient_checkpointing=True)
+    for student in (plain, checkpointed):
+        student(collate(records), SFTLoss()).loss_sum.backward()
+    assert len(gradients(plain)) == 8
+    assert_same_gradients(gradients(checkpointed), gradients(plain))
+
+
+# --- memory and precision -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "gemma2_softcap", "gpt2"])
+def test_gradient_checkpointing_recomputes_and_changes_no_gradient(kind, models, records):
+    results = {}
+    for checkpointing in (False, True):
+        student = CausalLMStudent(copy.deepcopy(models(kind)), VOCAB, gradient_checkpointing=checkpointing)
+        decoder, calls = student.model.get_decoder(), []
+        layer = (decoder.h if kind == "gpt2" else decoder.layers)[0]
+        # the attention, not the MLP: recomputation stops as soon as it has what the backward pass needs
+        (layer.attn if kind == "gpt2" else layer.self_attn).register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        student(collate(records, teacher="teacher"), ReferenceOPDLoss()).loss_sum.backward()
+        results[checkpointing] = (len(calls), gradients(student))
+    assert results[False][0] == 1
+    assert results[True][0] == 2
+    assert_same_gradients(results[True][1], results[False][1])
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen3_padded", "gemma2_softcap"])
+def test_bfloat16_weights_and_autocast_run_and_stay_close(kind, models, records):
+    batch = collate(records, teacher="teacher")
+    exact = CausalLMStudent(copy.deepcopy(models(kind)), VOCAB)
+    cast = CausalLMStudent(copy.deepcopy(models(kind)), VOCAB, autocast=torch.bfloat16)
+    small = CausalLMStudent(copy.deepcopy(models(kind)).to(torch.bfloat16), VOCAB)
+    losses, dtypes = {}, {}
+    for name, student in (("exact", exact), ("cast", cast), ("small", small)):
+        seen = {}
+        student.model.model.layers[0].self_attn.q_proj.register_forward_hook(lambda _m, _a, out, seen=seen: seen.update(layer=out.dtype))
+        output = student(batch, SFTLoss())
+        output.loss_sum.backward()
+        losses[name], dtypes[name] = float(output.loss_sum.detach()), seen["layer"]
+        assert output.loss_sum.dtype == torch.float32, "log-softmax is in float32 whatever the layers are"
+        assert all(bool(g.isfinite().all()) for g in gradients(student).values())
+        assert {p.grad.dtype for p in student.parameters()} == {p.dtype for p in student.parameters()}
+    assert dtypes == {"exact": torch.float32, "cast": torch.bfloat16, "small": torch.bfloat16}
+    assert {p.dtype for p in cast.parameters()} == {torch.float32}
+    assert losses["cast"] == pytest.approx(losses["exact"], rel=0.03)
+    assert losses["small"] == pytest.approx(losses["exact"], rel=0.03)
+    assert losses["cast"] != losses["exact"]
+
+
+def test_the_head_computes_in_float32_under_autocast_and_with_bfloat16_weights(models, records):
+    for student in (
+        CausalLMStudent(copy.deepcopy(models("llama_tied")), VOCAB, autocast=torch.bfloat16),
+        CausalLMStudent(copy.deepcopy(models("llama_tied")).to(torch.bfloat16), VOCAB),
+    ):
+        seen = seen_by_a_loss(student, collate(records))
+        expected = seen.hidden_ND.double() @ seen.head.weight.double().T
+        got = seen.head.logits(seen.hidden_ND)
+        assert got.dtype == torch.float32
+        np.testing.assert_allclose(got.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_of_a_single_prediction_can_be_trained_on(models):
+    record = ScoredRollout(Rollout("tiny/s0/g0", [5], [6], [True], "stop"), {})
+    student = CausalLMStudent(copy.deepcopy(models("llama_tied")), VOCAB)
+    with torch.no_grad():
+        expected = -float(models("llama_tied")(input_ids=torch.tensor([[5]])).logits[0, 0].log_softmax(-1)[6])
+    output = student(collate([record]), SFTLoss())
+    output.loss_sum.backward()
+    assert float(output.loss_sum.detach()) == pytest.approx(expected, rel=1e-5)
+
+
+# --- export ---------------------------------------------------------------------------------------------------------------------------
+
+LINEAGE = Lineage(ModelId("sft-teacher", "abc", "float32"), ModelId("opd-teacher", "def", "bfloat16"))
+
+
+# not gemma2: transformers forgets with which attention it was made, and only "eager" caps the attention logits
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen3_padded", "phi_bias"])
+def test_an_exported_folder_is_an_ordinary_model_with_its_lineage(kind, models, tokenizer, records, tmp_path):
+    student = CausalLMStudent(copy.deepcopy(models(kind)), VOCAB)
+    train(student, collate(records), SFTLoss(), steps=1, lr=0.01)
+    student.export(tmp_path / "deep" / "model", tokenizer, LINEAGE)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "model").eval()
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, student.model.eval()(input_ids=ids).logits)
+        assert not torch.allclose(loaded(input_ids=ids).logits, models(kind)(input_ids=ids).logits, atol=1e-3)
+    assert Lineage.read(tmp_path / "deep" / "model") == LINEAGE
+    _, again = load_model(tmp_path / "deep" / "model")
+    assert fingerprint_tokenizer(again) == fingerprint_tokenizer(tokenizer)
+    source = HFSource.from_folder(tmp_path / "deep" / "model", SamplingParams(max_new_tokens=4))
+    assert source.manifest.sft_teacher == LINEAGE.sft_teacher
+    assert source.manifest.policy.same_weights(HFSource(student.model, tokenizer).manifest.policy)
+
+
+def test_exported_adapters_load_on_their_base_model(models, tokenizer, records, prompts, tmp_path):
+    models("llama_tied").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    student = CausalLMStudent(adapted(base), VOCAB)
+    train(student, collate(records), SFTLoss(), steps=1)
+    student.export(tmp_path / "adapters", tokenizer, LINEAGE)
+    assert (tmp_path / "adapters" / "adapter_config.json").exists()
+    greedy = SamplingParams(max_new_tokens=5, temperature=0.0)
+    expected = HFSource(student.model, tokenizer, greedy).sample(prompts)
+    source = HFSource.from_folder(tmp_path / "adapters", greedy)
+    assert [r.response_ids.tolist() for r in source.sample(prompts)] == [r.response_ids.tolist() for r in expected]
+    assert source.manifest.sft_teacher == LINEAGE.sft_teacher
+
+
+def test_a_folder_without_lineage_records_no_teacher(models, tokenizer, tmp_path):
+    models("llama_tied").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert HFSource.from_folder(tmp_path, SamplingParams()).manifest.sft_teacher is None
+
+
+def test_a_head_without_weights_says_what_it_is():
+    model = SimpleNamespace(get_output_embeddings=lambda: None)
+    with pytest.raises(LopdError, match="NoneType"):
+        lm_head(model, VOCAB)

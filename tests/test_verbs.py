@@ -1,0 +1,769 @@
+"""The verbs, wired: collect, score, batches, steps, checkpoints, evaluation -- each run again, interrupted, or given the wrong thing."""
+
+# ruff: noqa: PLR0917 (fixtures are arguments)
+
+import copy
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+
+import lopd.checkpoint
+from lopd.backends.memory_store import MemoryStore
+from lopd.backends.zarr_store import ZarrStore
+from lopd.checkpoint import load_checkpoint, save_checkpoint
+from lopd.collect import collect_rollouts
+from lopd.consistency import ConsistencyPolicy
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.errors import (
+    CheckpointError,
+    ConflictError,
+    InvalidRecordError,
+    LopdError,
+    ManifestMismatchError,
+    MissingScoresError,
+    TeacherConsistencyError,
+    TeacherConsistencyWarning,
+    TokenizerMismatchError,
+)
+from lopd.evaluate import evaluate, evaluate_reverse_kl
+from lopd.loader import batches
+from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
+from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer
+from lopd.scoring import score_rollouts
+from lopd.students import CausalLMStudent
+from lopd.train import opd_steps
+from lopd.types import Prompt, Rollout, Scores, rollout_id
+
+VOCAB = 96
+PARAMS = SamplingParams(max_new_tokens=6, samples_per_prompt=2, stop_ids=(0, 5, 6, 7))
+
+
+class Interrupted(Exception):  # noqa: N818
+    """What stops a run in these tests."""
+
+
+class Stopping:
+    """A source or scorer that gives `calls` batches and then raises; it counts what it was asked for."""
+
+    def __init__(self, inner, calls):
+        self.inner, self.calls, self.asked = inner, calls, []
+
+    @property
+    def manifest(self):
+        return self.inner.manifest
+
+    @property
+    def provenance(self):
+        return self.inner.provenance
+
+    def _take(self, items):
+        self.asked.append(len(items))
+        if len(self.asked) > self.calls:
+            raise Interrupted
+
+    def sample(self, prompts):
+        self._take(prompts)
+        return self.inner.sample(prompts)
+
+    def score(self, rollouts):
+        self._take(rollouts)
+        return self.inner.score(rollouts)
+
+
+class Bar:
+    """A progress bar that writes down what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def begin(self, what, total, done):
+        self.told.append(("begin", what, total, done))
+
+    def advance(self, rollouts, tokens):
+        self.told.append(("advance", rollouts, tokens))
+
+    def end(self):
+        self.told.append(("end",))
+
+    @property
+    def advanced(self):
+        return [told[1] for told in self.told if told[0] == "advance"]
+
+
+@pytest.fixture(params=["memory", "zarr"])
+def make_store(request, tmp_path):
+    """`make_store(manifest)`: a new, empty store of each kind."""
+    made = []
+
+    def make(manifest):
+        made.append(1)
+        return MemoryStore(manifest) if request.param == "memory" else ZarrStore.create(tmp_path / f"store{len(made)}", manifest)
+
+    return make
+
+
+def reopened(store, tmp_path):
+    return store if isinstance(store, MemoryStore) else ZarrStore.open(sorted(tmp_path.glob("store*"))[-1])
+
+
+@pytest.fixture
+def source(llama, tokenizer):
+    return HFSource(llama, tokenizer, PARAMS)
+
+
+@pytest.fixture(scope="module")
+def teacher_model(make_model):
+    return make_model("llama_tied", seed=77)
+
+
+@pytest.fixture(scope="module")
+def scored(llama, tokenizer, prompts, teacher_model):
+    """A store of the llama's rollouts, scored by the teacher that is recorded as its SFT teacher.  Only to be read."""
+    scorer = HFScorer(teacher_model, tokenizer)
+    made = HFSource(llama, tokenizer, PARAMS, Lineage(sft_teacher=scorer.provenance.model))
+    store = MemoryStore(made.manifest)
+    collect_rollouts(made, prompts, store)
+    score_rollouts(store, scorer)
+    return store
+
+
+def behavior(store):
+    return np.concatenate([r.scores["behavior"] for r in store.read(range(len(store)), columns=["behavior"])])
+
+
+def column(store, name="teacher"):
+    return [r.scores[name] for r in store.read(range(len(store)), columns=[name])]
+
+
+# --- collect_rollouts -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batches_done", [0, 1, 2, 3])
+def test_collecting_again_after_any_prefix_gives_the_store_of_an_unbroken_run(
+    batches_done, source, prompts, make_store, contents, tmp_path
+):
+    whole, broken = make_store(source.manifest), make_store(source.manifest)
+    collect_rollouts(source, prompts, whole, prompts_per_batch=2)
+    with pytest.raises(Interrupted):
+        collect_rollouts(Stopping(source, batches_done), prompts, broken, prompts_per_batch=2)
+    assert len(broken) == 2 * 2 * batches_done
+    again = Stopping(source, 99)
+    broken = reopened(broken, tmp_path)
+    collect_rollouts(again, prompts, broken, prompts_per_batch=2)
+    assert sum(again.asked) == len(prompts) - 2 * batches_done, "only what is missing is sampled"
+    assert contents(broken) == contents(whole)
+    assert len(whole) == 2 * len(prompts)
+    np.testing.assert_array_equal(behavior(broken), behavior(whole))
+    finished = Stopping(source, 0)
+    collect_rollouts(finished, prompts, broken, prompts_per_batch=2)
+    assert finished.asked == [], "a finished collection samples nothing"
+
+
+def test_collecting_more_prompts_or_in_other_batches_keeps_what_is_there(source, prompts, make_store, contents):
+    one, other = make_store(source.manifest), make_store(source.manifest)
+    collect_rollouts(source, prompts, one)
+    collect_rollouts(source, prompts[2:3], other)
+    collect_rollouts(source, prompts, other, prompts_per_batch=3)
+    assert dict(contents(one)) == dict(contents(other))
+
+
+def test_a_prompt_of_which_one_sample_is_missing_is_completed(source, prompts, make_store, contents):
+    whole, partly = make_store(source.manifest), make_store(source.manifest)
+    collect_rollouts(source, prompts, whole)
+    partly.append([whole.read([0])[0].rollout])
+    bar = Bar()
+    collect_rollouts(source, prompts, partly, progress=bar)
+    assert dict(contents(partly)) == dict(contents(whole))
+    assert bar.told[0] == ("begin", "sampling", 14, 0)
+    assert sum(bar.advanced) == 14
+
+
+def test_progress_of_collecting_is_told_totals_and_an_end_even_when_interrupted(source, prompts, make_store):
+    store, bar = make_store(source.manifest), Bar()
+    with pytest.raises(Interrupted):
+        collect_rollouts(Stopping(source, 2), prompts, store, prompts_per_batch=2, progress=bar)
+    sampled = [r.rollout.response_ids.size for r in store.read(range(8))]
+    assert bar.told == [
+        ("begin", "sampling", 14, 0),
+        ("advance", 4, sum(sampled[:4])),
+        ("advance", 4, sum(sampled[4:])),
+        ("end",),
+    ]
+    bar = Bar()
+    collect_rollouts(source, prompts, store, prompts_per_batch=2, progress=bar)
+    assert bar.told[0] == ("begin", "sampling", 14, 8)
+    assert bar.advanced == [4, 2]
+    assert bar.told[-1] == ("end",)
+
+
+@pytest.mark.parametrize("what", ["policy", "sampling", "generation", "sft_teacher", "tokenizer"])
+def test_a_store_of_another_run_is_refused_before_anything_is_sampled(what, source, prompts, swapped_tokenizer, make_store):
+    other = {
+        "policy": ModelId("other", "0", "float32"),
+        "sampling": evolve(PARAMS, temperature=0.9),
+        "generation": 1,
+        "sft_teacher": ModelId("other", "0", "float32"),
+        "tokenizer": fingerprint_tokenizer(swapped_tokenizer),
+    }[what]
+    store, asked = make_store(evolve(source.manifest, **{what: other})), Stopping(source, 99)
+    with pytest.raises(ManifestMismatchError, match=what):
+        collect_rollouts(asked, prompts, store)
+    assert asked.asked == []
+    assert len(store) == 0
+
+
+def test_no_prompts_or_two_with_one_id_are_refused_before_anything_is_sampled(source, prompts, make_store):
+    store, asked = make_store(source.manifest), Stopping(source, 99)
+    with pytest.raises(InvalidRecordError, match="there are 0"):
+        collect_rollouts(asked, [], store)
+    with pytest.raises(InvalidRecordError, match=r"'p3'.*twice"):
+        collect_rollouts(asked, [*prompts, Prompt("p3", [9])], store)
+    assert asked.asked == []
+
+
+class Forgetful:
+    """A source or scorer that loses the last item of each batch."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @property
+    def manifest(self):
+        return self.inner.manifest
+
+    @property
+    def provenance(self):
+        return self.inner.provenance
+
+    def sample(self, prompts):
+        return self.inner.sample(prompts)[:-1]
+
+    def score(self, rollouts):
+        return self.inner.score(rollouts)[:-1]
+
+
+def test_a_source_that_loses_a_rollout_is_found_out(source, prompts):
+    with pytest.raises(LopdError):
+        collect_rollouts(Forgetful(source), prompts, MemoryStore(source.manifest))
+
+
+def test_a_scorer_that_loses_a_rollout_is_found_out(source, prompts, teacher_model, tokenizer):
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    with pytest.raises(LopdError):
+        score_rollouts(store, Forgetful(HFScorer(teacher_model, tokenizer)))
+
+
+# --- score_rollouts -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batches_done", [0, 1, 3, 4])
+def test_scoring_again_after_any_prefix_gives_the_column_of_an_unbroken_run(
+    batches_done, source, prompts, teacher_model, tokenizer, make_store, tmp_path
+):
+    scorer = HFScorer(teacher_model, tokenizer)
+    whole, broken = make_store(source.manifest), make_store(source.manifest)
+    for store in (whole, broken):
+        collect_rollouts(source, prompts, store)
+    score_rollouts(whole, scorer, rollouts_per_batch=3)
+    with pytest.raises(Interrupted):
+        score_rollouts(broken, Stopping(scorer, batches_done), rollouts_per_batch=3)
+    broken = reopened(broken, tmp_path)
+    assert int(broken.scored("teacher").sum()) == 3 * batches_done, "batches before the interruption are kept"
+    again = Stopping(scorer, 99)
+    score_rollouts(broken, again, rollouts_per_batch=3)
+    assert sum(again.asked) == 14 - 3 * batches_done
+    for a, b in zip(column(broken), column(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+    finished = Stopping(scorer, 0)
+    score_rollouts(broken, finished)
+    assert finished.asked == []
+
+
+def test_every_rollout_gets_the_scores_of_its_own_tokens(scored, teacher_model, full_logprobs):
+    for record in scored.read(range(len(scored)), columns=["teacher"]):
+        np.testing.assert_allclose(record.scores["teacher"], full_logprobs(teacher_model, record.rollout), atol=1e-5)
+
+
+def test_a_second_model_is_one_more_column_and_cannot_write_into_the_first(source, prompts, teacher_model, llama, tokenizer, make_store):
+    store = make_store(source.manifest)
+    collect_rollouts(source, prompts, store)
+    score_rollouts(store, HFScorer(teacher_model, tokenizer), column="teacher")
+    before = column(store)
+    score_rollouts(store, HFScorer(llama, tokenizer), column="ref")
+    assert set(store.columns) == {"teacher", "ref"}
+    np.testing.assert_allclose(np.concatenate(column(store, "ref")), behavior(store), atol=2e-5)
+    collect_rollouts(source, [*prompts, Prompt("new", [9, 10])], store)
+    with pytest.raises(ConflictError, match="teacher"):
+        score_rollouts(store, HFScorer(llama, tokenizer), column="teacher")
+    for a, b in zip(before, (r.scores["teacher"] for r in store.read(range(14), columns=["teacher"])), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_pain_12_a_teacher_with_other_tokens_is_refused_though_its_vocabulary_is_as_large(
+    source, prompts, teacher_model, tokenizer, swapped_tokenizer, make_store
+):
+    assert len(swapped_tokenizer) == len(tokenizer)
+    store = make_store(source.manifest)
+    collect_rollouts(source, prompts, store)
+    scorer, bar = Stopping(HFScorer(teacher_model, swapped_tokenizer), 99), Bar()
+    with pytest.raises(TokenizerMismatchError, match="vocabulary"):
+        score_rollouts(store, scorer, progress=bar)
+    assert scorer.asked == []
+    assert dict(store.columns) == {}
+    assert bar.told == []
+
+
+def test_a_scorer_that_gives_nan_is_stopped_at_the_rollout_and_earlier_batches_are_kept(
+    source, prompts, teacher_model, tokenizer, make_store
+):
+    store, inner = make_store(source.manifest), HFScorer(teacher_model, tokenizer)
+    collect_rollouts(source, prompts, store)
+    by_length = np.argsort(store.lengths().sum(axis=1), kind="stable")
+    bad = store.read([int(by_length[7])])[0].rollout.rollout_id
+
+    class Broken:
+        provenance = inner.provenance
+
+        def score(self, rollouts):
+            good = inner.score(rollouts)
+            return [Scores.of(r, s.logprobs * (np.nan if r.rollout_id == bad else 1)) for r, s in zip(rollouts, good, strict=True)]
+
+    bar = Bar()
+    with pytest.raises(InvalidRecordError, match=rf"'{bad}'.*logprobs\[0\] is nan"):
+        score_rollouts(store, Broken(), rollouts_per_batch=3, progress=bar)
+    assert set(np.flatnonzero(store.scored("teacher"))) == set(by_length[:6].tolist())
+    assert bar.advanced == [3, 3]
+    assert bar.told[-1] == ("end",)
+
+
+def test_progress_of_scoring_is_told_the_column_the_totals_and_the_tokens(source, prompts, teacher_model, tokenizer, make_store):
+    store, bar, scorer = make_store(source.manifest), Bar(), HFScorer(teacher_model, tokenizer)
+    collect_rollouts(source, prompts, store)
+    with pytest.raises(Interrupted):
+        score_rollouts(store, Stopping(scorer, 1), rollouts_per_batch=4)
+    score_rollouts(store, scorer, rollouts_per_batch=4, progress=bar)
+    assert bar.told[0] == ("begin", "scoring teacher", 14, 4)
+    assert bar.advanced == [4, 4, 2]
+    lengths = np.sort(store.lengths().sum(axis=1))
+    assert sum(told[2] for told in bar.told if told[0] == "advance") == int(lengths[4:].sum())
+    assert bar.told[-1] == ("end",)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------------------------
+
+
+def adamw(student):
+    return torch.optim.AdamW(student.parameters(), lr=3e-3, betas=(0.8, 0.95))
+
+
+def momentum(student):
+    return torch.optim.SGD(student.parameters(), lr=1e-2, momentum=0.9)
+
+
+def plain_sgd(student):
+    return torch.optim.SGD(student.parameters(), lr=1e-2)
+
+
+def state_of(student, optimizer):
+    """All numbers of a run: parameters, optimizer state, hyperparameters."""
+    tensors = {f"parameter {name}": p.detach().clone() for name, p in student.named_parameters()}
+    saved = optimizer.state_dict()
+    for i, entry in saved["state"].items():
+        tensors |= {f"{i} {k}": v.clone() for k, v in entry.items() if isinstance(v, torch.Tensor)}
+    return tensors, saved["param_groups"]
+
+
+def assert_same_state(a, b):
+    assert a[0].keys() == b[0].keys()
+    assert a[1] == b[1]
+    for name, tensor in a[0].items():
+        assert torch.equal(tensor, b[0][name]), name
+
+
+def advance(student, optimizer, store, start, stop):
+    steps = batches(store, rollouts_per_step=5, tokens_per_batch=40, seed=3, start=start, stop=stop)
+    return [m.loss for m in opd_steps(student, steps, ReferenceOPDLoss(), optimizer)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2_dropout", "llama_tied"])
+@pytest.mark.parametrize("make_optimizer", [adamw, momentum, plain_sgd])
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(kind, make_optimizer, make_model, scored, tmp_path):
+    def fresh(seed):
+        student = CausalLMStudent(make_model(kind, seed), VOCAB)
+        return student, make_optimizer(student)
+
+    whole, whole_optimizer = fresh(1)
+    torch.manual_seed(9)
+    losses = advance(whole, whole_optimizer, scored, 0, 6)
+
+    first, first_optimizer = fresh(1)
+    torch.manual_seed(9)
+    head = advance(first, first_optimizer, scored, 0, 3)
+    save_checkpoint(tmp_path, first, first_optimizer, next_step=3, lineage=Lineage())
+
+    second, second_optimizer = fresh(2)  # other weights and another random state: all must come from the checkpoint
+    torch.manual_seed(1234)
+    start = load_checkpoint(tmp_path, second, second_optimizer)
+    assert start == 3
+    tail = advance(second, second_optimizer, scored, start, 6)
+    assert head + tail == losses
+    assert_same_state(state_of(second, second_optimizer), state_of(whole, whole_optimizer))
+    if kind == "gpt2_dropout":
+        other, other_optimizer = fresh(1)
+        torch.manual_seed(10)
+        assert advance(other, other_optimizer, scored, 0, 6) != losses, "without dropout the random state would not be tested"
+
+
+@pytest.fixture
+def small(llama):
+    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    return student, adamw(student)
+
+
+def test_saving_leaves_one_checkpoint_and_its_lineage(small, scored, tmp_path):
+    lineage = batches(scored).lineage
+    assert lineage.opd_teacher == scored.columns["teacher"].model
+    for step in (3, 12):
+        path = save_checkpoint(tmp_path / "run", *small, next_step=step, lineage=lineage)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [path.name] == ["step-00000012.0"]
+    assert Lineage.read(path) == lineage
+    assert load_checkpoint(tmp_path / "run", *small) == 12
+
+
+def test_without_a_checkpoint_a_run_starts_at_step_zero(small, tmp_path):
+    before = state_of(*small)
+    assert load_checkpoint(tmp_path / "none", *small) == 0
+    assert_same_state(state_of(*small), before)
+
+
+def test_weights_can_be_loaded_without_the_optimizer(small, make_model, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=4, lineage=Lineage())
+    other = CausalLMStudent(make_model("llama_tied", 5), VOCAB)
+    random_state = torch.get_rng_state()
+    assert load_checkpoint(tmp_path, other) == 4
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for (name, a), (_, b) in zip(other.named_parameters(), small[0].named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("what", ["names", "shapes", "dtype", "frozen", "optimizer", "groups"])
+def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(what, small, make_model, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=4, lineage=Lineage())
+    model = make_model("mistral_window" if what == "names" else "llama_tied", 5)
+    if what == "shapes":
+        model.model.norm.weight = torch.nn.Parameter(torch.ones(33))
+    if what == "dtype":
+        model.to(torch.bfloat16)
+    student = CausalLMStudent(make_model("llama_tied", 5), VOCAB)
+    student.model = model
+    if what == "frozen":
+        model.model.norm.weight.requires_grad_(False)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = momentum(student) if what == "optimizer" else torch.optim.AdamW(trained, lr=1e-3)
+    if what == "groups":
+        optimizer = torch.optim.AdamW([{"params": trained[:3]}, {"params": trained[3:]}], lr=1e-3)
+    before = state_of(student, optimizer)
+    match = {"names": "lm_head", "shapes": r"norm.weight.*\(32,\).*\(33,\)", "dtype": "bfloat16", "frozen": "norm.weight"}
+    with pytest.raises(CheckpointError, match=match.get(what, "optimizer")):
+        load_checkpoint(tmp_path, student, optimizer)
+    assert_same_state(state_of(student, optimizer), before)
+
+
+@pytest.mark.parametrize("write", [1, 2])
+def test_an_interrupted_save_leaves_the_checkpoint_before_it(write, small, scored, monkeypatch, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
+    saved = state_of(*small)
+    advance(*small, scored, 3, 5)
+    whole, writes = lopd.checkpoint.save_file, []
+
+    def save_file(tensors, path):
+        writes.append(path)
+        if len(writes) == write:
+            Path(path).write_bytes(b"half of a")
+            raise Interrupted
+        whole(tensors, path)
+
+    monkeypatch.setattr(lopd.checkpoint, "save_file", save_file)
+    with pytest.raises(Interrupted):
+        save_checkpoint(tmp_path, *small, next_step=5, lineage=Lineage())
+    student = CausalLMStudent(copy.deepcopy(small[0].model), VOCAB)
+    optimizer = adamw(student)
+    assert load_checkpoint(tmp_path, student, optimizer) == 3
+    assert_same_state(state_of(student, optimizer), saved)
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, *small, next_step=5, lineage=Lineage())
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005.0"]
+
+
+def test_an_interrupted_save_of_the_same_step_again_leaves_a_checkpoint(small, monkeypatch, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
+
+    def rename(*_):
+        raise Interrupted
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Interrupted):
+        save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path, *small) == 3
+
+
+# --- training -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def near_teacher(llama):
+    """Near the llama, as a teacher is to the student that was SFT-trained on its text."""
+    teacher = copy.deepcopy(llama)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.04 * torch.randn_like(parameter))
+    return teacher
+
+
+@torch.no_grad()
+def exact_reverse_kl(policy, teacher, prompts):
+    """KL per token of two-token responses, over all first tokens and the whole vocabulary; a first token 0 ends the response."""
+    gap, length = 0.0, 0.0
+    for prompt in prompts:
+        ids = torch.tensor([prompt.token_ids.tolist()])
+        after = torch.cat([ids.expand(VOCAB, -1), torch.arange(VOCAB)[:, None]], dim=1)
+        logp, logq = (
+            (m(input_ids=ids).logits[0, -1].double().log_softmax(-1), m(input_ids=after).logits[:, -1].double().log_softmax(-1))
+            for m in (policy, teacher)
+        )
+        first = (logp[0].exp() * (logp[0] - logq[0])).sum()
+        second = (logp[1].exp() * (logp[1] - logq[1])).sum(-1)
+        goes_on = logp[0].exp().clone()
+        goes_on[0] = 0
+        gap += float(first + (goes_on * second).sum())
+        length += 1 + float(goes_on.sum())
+    return gap / length
+
+
+def test_pain_01_training_needs_no_teacher_in_memory(make_model, prompts, tokenizer, llama, tmp_path):
+    teacher = make_model("llama_tied", seed=77)
+    scorer = HFScorer(teacher, tokenizer)
+    lineage = Lineage(sft_teacher=scorer.provenance.model)
+    store = ZarrStore.create(tmp_path / "store", HFSource(llama, tokenizer, PARAMS, lineage).manifest)
+    collect_rollouts(HFSource(llama, tokenizer, PARAMS, lineage), prompts, store)
+    score_rollouts(store, scorer)
+    gone = weakref.ref(teacher)
+    del teacher, scorer, store
+    gc.collect()
+    assert gone() is None
+    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    before = [p.detach().clone() for p in student.parameters()]
+    store = ZarrStore.open(tmp_path / "store")
+    metrics = list(opd_steps(student, batches(store, rollouts_per_step=14, stop=12), ReferenceOPDLoss(), adamw(student)))
+    assert metrics[-1].reverse_kl < metrics[0].reverse_kl
+    assert all(not torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
+
+
+def test_sft_records_its_teacher_and_opd_holds_the_student_to_it(make_model, tokenizer, prompts, llama, tmp_path):
+    teacher = make_model("llama_tied", seed=77)
+    teacher_source = HFSource(teacher, tokenizer, PARAMS)
+    sft_store = MemoryStore(teacher_source.manifest)
+    collect_rollouts(teacher_source, prompts, sft_store)
+    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    steps = batches(sft_store, rollouts_per_step=7, stop=4, teacher=None)
+    metrics = list(opd_steps(student, steps, SFTLoss(), adamw(student)))
+    assert metrics[-1].loss < metrics[0].loss
+    assert {m.reverse_kl for m in metrics} == {0.0}
+    assert steps.lineage == Lineage(sft_teacher=teacher_source.manifest.policy)
+    student.export(tmp_path / "sft", tokenizer, steps.lineage)
+
+    policy = HFSource.from_folder(tmp_path / "sft", PARAMS)
+    assert policy.manifest.sft_teacher == teacher_source.manifest.policy
+    store = MemoryStore(policy.manifest)
+    collect_rollouts(policy, prompts, store)
+    score_rollouts(store, HFScorer(teacher, tokenizer), column="teacher")
+    score_rollouts(store, HFScorer(make_model("llama_tied", seed=78), tokenizer), column="other")
+    stream = batches(store, stop=1)
+    assert stream.lineage == Lineage(policy.manifest.sft_teacher, store.columns["teacher"].model)
+    with pytest.raises(TeacherConsistencyError, match="SFT teacher"):
+        batches(store, teacher="other")
+    with pytest.warns(TeacherConsistencyWarning, match="SFT teacher"):
+        warned = batches(store, teacher="other", stop=1, consistency=ConsistencyPolicy.WARN)
+    assert len(list(opd_steps(student, warned, ReferenceOPDLoss(), adamw(student)))) == 1
+
+
+def test_a_policy_whose_teacher_nobody_recorded_is_refused(source, prompts, teacher_model, tokenizer):
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    score_rollouts(store, HFScorer(teacher_model, tokenizer))
+    with pytest.raises(TeacherConsistencyError, match="not recorded"):
+        batches(store)
+
+
+def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(llama, tokenizer, prompts):
+    scorer = HFScorer(llama, tokenizer)
+    source = HFSource(llama, tokenizer, PARAMS, Lineage(sft_teacher=scorer.provenance.model))
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    score_rollouts(store, scorer)
+    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    (step,) = batches(store, rollouts_per_step=14, tokens_per_batch=60, stop=1)
+    assert len(step.batches) > 1
+    (metrics,) = opd_steps(student, [step], ReferenceOPDLoss(), plain_sgd(student))
+    assert abs(metrics.loss) < 1e-5
+    assert abs(metrics.reverse_kl) < 1e-5
+    assert metrics.grad_norm < 1e-4
+    assert metrics.clip_fraction == 0
+    ratio = ReferenceOPDLoss(ratio_to_ref=True)
+    (metrics,) = opd_steps(student, batches(store, rollouts_per_step=14, stop=1, ref="behavior"), ratio, plain_sgd(student))
+    assert metrics.grad_norm < 1e-4
+
+
+def test_the_behavior_column_serves_as_reference_and_cannot_be_a_teacher(scored):
+    (step,) = batches(scored, rollouts_per_step=14, ref="behavior", stop=1)
+    counted = step.batches[0].weight > 0
+    sampled = {r.rollout.content_hash: r.scores["behavior"] for r in scored.read(range(14), columns=["behavior"])}
+    assert float(step.batches[0].ref_logprobs[counted].double().sum()) == pytest.approx(
+        sum(float(v.astype(np.float64).sum()) for v in sampled.values()), rel=1e-5
+    )
+    with pytest.raises(LopdError):
+        batches(scored, teacher="behavior")
+
+
+def test_training_on_a_store_that_is_empty_or_not_scored_is_refused(source, prompts, make_store):
+    store = make_store(source.manifest)
+    with pytest.raises(InvalidRecordError, match="0 rollouts"):
+        batches(store)
+    collect_rollouts(source, prompts, store)
+    with pytest.raises(MissingScoresError, match="'teacher' has scores for 0 rollouts, expected 14"):
+        batches(store)
+    with pytest.raises(MissingScoresError, match="'ref'"):
+        batches(store, teacher=None, ref="ref")
+
+
+def test_online_opd_is_the_same_verbs_on_a_store_that_forgets(near_teacher, tokenizer, prompts, llama):
+    teacher = HFScorer(near_teacher, tokenizer)
+    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    lineage, params = Lineage(sft_teacher=teacher.provenance.model), SamplingParams(max_new_tokens=2, samples_per_prompt=24)
+    policies = set()
+    for generation in range(5):
+        source = HFSource(student.model, tokenizer, params, lineage, generation=generation)
+        store = MemoryStore(source.manifest)
+        collect_rollouts(source, prompts, store)
+        score_rollouts(store, teacher)
+        steps = batches(store, rollouts_per_step=len(store), stop=1)
+        (metrics,) = opd_steps(student, steps, ReferenceOPDLoss(), optimizer)
+        assert rollout_id("p0", 0, generation) in store
+        assert metrics.rollouts == len(store) == 24 * 7
+        policies.add(source.manifest.policy.revision)
+    assert len(policies) == 5, "each round is sampled by the weights of its moment"
+    assert exact_reverse_kl(student.model.eval(), near_teacher, prompts) < 0.8 * exact_reverse_kl(llama, near_teacher, prompts)
+
+
+def test_lightning_opd_on_frozen_rollouts_brings_the_student_nearer_to_the_teacher(near_teacher, tokenizer, prompts, llama):
+    scorer = HFScorer(near_teacher, tokenizer)
+    params = SamplingParams(max_new_tokens=2, samples_per_prompt=24)
+    source = HFSource(llama, tokenizer, params, Lineage(sft_teacher=scorer.provenance.model))
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    score_rollouts(store, scorer)
+    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    list(opd_steps(student, batches(store, rollouts_per_step=56, seed=0, stop=10), ReferenceOPDLoss(), optimizer))
+    assert exact_reverse_kl(student.model.eval(), near_teacher, prompts) < 0.8 * exact_reverse_kl(llama, near_teacher, prompts)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """A source whose i-th rollout of a prompt says how good it is: its only token is the score in percent, plus 10."""
+
+    def __init__(self, scores_BN, tokenizer, sampling=None, reports=True):
+        self.scores_BN, self.reports = scores_BN, reports
+        sampling = sampling or SamplingParams(samples_per_prompt=len(scores_BN[0]), max_new_tokens=1)
+        self.manifest = Manifest(fingerprint_tokenizer(tokenizer), ModelId("fixed", "1", "float32"), sampling)
+
+    def sample(self, prompts):
+        n = self.manifest.sampling.samples_per_prompt
+        reported = [-0.5] if self.reports else None
+        return [
+            Rollout(rollout_id(p.prompt_id, s, 0), p.token_ids, [10 + round(100 * self.scores_BN[i][s])], [True], "stop", reported)
+            for i, p in enumerate(prompts)
+            for s in range(n)
+        ]
+
+
+def verify(prompt, rollout):
+    assert rollout.rollout_id.startswith(f"{prompt.prompt_id}/"), "a rollout is judged with its own prompt"
+    return (int(rollout.response_ids[0]) - 10) / 100
+
+
+def test_avg_at_n_and_pass_at_k_are_the_values_one_gets_by_hand(tokenizer, prompts):
+    right = [[0, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 1], [1, 1, 1, 1], [0.5, 0.5, 0, 1]]
+    found = evaluate(Fixed(right, tokenizer), prompts[:5], verify)
+    means = [0, 0.25, 0.5, 1, 0.5]
+    assert found.n == 4
+    assert found.avg_at_n.mean == pytest.approx(np.mean(means))
+    assert found.avg_at_n.ci95 == pytest.approx(1.959964 * np.std(means, ddof=1) / np.sqrt(5), rel=1e-6)
+    assert found.avg_at_n.clusters == 5
+    # 1 - C(n-c, k) / C(n, k) for c = 0, 1, 2, 4, 1 right answers of 4; half a point is not right
+    assert found.pass_at_k == pytest.approx(
+        {
+            1: np.mean([0, 1 / 4, 1 / 2, 1, 1 / 4]),
+            2: np.mean([0, 1 / 2, 5 / 6, 1, 1 / 2]),
+            3: np.mean([0, 3 / 4, 1, 1, 3 / 4]),
+            4: np.mean([0, 1, 1, 1, 1]),
+        }
+    )
+
+
+def test_evaluation_asks_for_n_fresh_samples_of_each_prompt_of_a_real_model(source, prompts):
+    seen = []
+    found = evaluate(source, prompts, lambda prompt, rollout: seen.append((prompt.prompt_id, rollout.rollout_id)) or 1.0)
+    assert seen == [(p.prompt_id, rollout_id(p.prompt_id, s, 0)) for p in prompts for s in range(2)]
+    assert found.avg_at_n.mean == 1
+    assert found.avg_at_n.ci95 == 0
+    assert found.pass_at_k == {1: 1.0, 2: 1.0}
+
+
+def test_evaluating_on_no_prompts_is_refused(source, teacher_model, tokenizer):
+    with pytest.raises(InvalidRecordError):
+        evaluate(source, [], verify)
+    with pytest.raises(InvalidRecordError):
+        evaluate_reverse_kl(HFSource(source.model, tokenizer), HFScorer(teacher_model, tokenizer), [])
+
+
+def test_the_estimated_reverse_kl_covers_the_exact_one(llama, near_teacher, tokenizer, prompts):
+    exact = exact_reverse_kl(llama, near_teacher, prompts)
+    source = HFSource(llama, tokenizer, SamplingParams(max_new_tokens=2, samples_per_prompt=150, seed=2))
+    estimate = evaluate_reverse_kl(source, HFScorer(near_teacher, tokenizer), prompts)
+    assert estimate.clusters == 150 * len(prompts)
+    assert exact > 0.02
+    assert estimate.ci95 < 0.25 * exact
+    assert abs(estimate.mean - exact) <= estimate.ci95
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"top_p": 0.9}])
+def test_reverse_kl_of_samples_that_are_not_the_policys_own_is_refused(sampling, llama, tokenizer, prompts, teacher_model):
+    with pytest.raises(InvalidRecordError, match="temperature"):
+        evaluate_reverse_kl(HFSource(llama, tokenizer, SamplingParams(**sampling)), HFScorer(teacher_model, tokenizer), prompts)
+
+
+def test_reverse_kl_needs_the_log_probs_of_the_sampler(tokenizer, prompts, teacher_model):
+    silent = Fixed([[0.1]] * 7, tokenizer, reports=False)
+    with pytest.raises(InvalidRecordError, match="behavior_logprobs"):
+        evaluate_reverse_kl(silent, HFScorer(teacher_model, tokenizer), prompts)
+
+
+def test_a_manifest_and_a_lineage_survive_json(scored, tmp_path):
+    manifest = evolve(scored.manifest, generation=3)
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    lineage = Lineage(ModelId("a", "1", "bfloat16"), None)
+    lineage.write(tmp_path)
+    assert Lineage.read(tmp_path) == lineage
