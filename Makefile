@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# idle OpenMP threads sleep: threads that spin make a busy machine many times slower
-export OMP_WAIT_POLICY ?= PASSIVE
+# idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
+export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart bench-quickstart test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,6 +20,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 quickstart: .venv/installed-quickstart .venv/installed-data  ## Lightning OPD on a real model, about ten minutes on two cores
 	$(BIN)/python examples/quickstart.py
+
+bench-quickstart: .venv/installed-quickstart .venv/installed-data  ## the quickstart with online OPD and other losses beside it; writes the README's tables
+	$(BIN)/python examples/quickstart.py --online
+	PYTHONPATH=examples $(BIN)/python benchmarks/quickstart_losses.py
+	$(BIN)/python benchmarks/record_quickstart.py
 
 test: .venv/installed-test  ## all tests
 	$(BIN)/python -m pytest

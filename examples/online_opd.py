@@ -1,12 +1,11 @@
 """Online OPD, the baseline, out of the same verbs: collect into memory, score, one step, again.  The teacher stays alive all through."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from attrs import evolve
 from torch.optim import Optimizer
 
 from lopd import MemoryStore, ModelId, batches, collect_rollouts, opd_steps, score_rollouts
-from lopd.consistency import ConsistencyPolicy
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.protocols import OPDLoss, Student
 from lopd.types import Prompt, StepMetrics
@@ -22,11 +21,11 @@ def online_opd(
     *,
     steps: int,
     tokens_per_batch: int = 4096,
-    consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
+    schedule: Callable[[int], None] = lambda _: None,
 ) -> Iterator[StepMetrics]:
     """Train on fresh rollouts at every step; `source` samples from the very model that `student` trains.
 
-    Step k samples the k-th share of the prompts with generation k, and takes one optimizer step on them.
+    Step k samples the k-th share of the prompts with generation k, and takes one optimizer step on them; `schedule(k)` may set the rate.
     """
     share = max(len(prompts) // steps, 1)
     for k in range(steps):
@@ -42,6 +41,6 @@ def online_opd(
             start=k,
             stop=k + 1,
             ref="behavior",
-            consistency=consistency,
         )
+        schedule(k)
         yield from opd_steps(student, step, loss, optimizer)

@@ -10,13 +10,10 @@ Every phase is kept in `--out`: a second call finds it done, a killed one resume
 """
 
 import argparse
-import gc
 import json
 import platform
-import resource
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import attrs
@@ -26,7 +23,7 @@ import torch
 import transformers
 from attrs import asdict, frozen
 from online_opd import online_opd
-from rich.console import Console
+from phases import Run, console, write_json
 
 import lopd
 from lopd import (
@@ -43,15 +40,13 @@ from lopd import (
 )
 from lopd.checkpoint import load_checkpoint, save_checkpoint
 from lopd.console import RichProgress, table
-from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.evaluate import evaluate_reverse_kl
+from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.loader import StepStream
-from lopd.metrics import Estimate, advantage_quantiles
+from lopd.metrics import RolloutSums, advantage_quantiles
 from lopd.prompts import make_prompts, read_prompts
 from lopd.report import draw_run
 from lopd.types import Prompt, StepMetrics
 
-console = Console()
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -63,119 +58,79 @@ class Settings:
     student: str = ""
     prompts: str = ""
     store: str = ""
-    dropped_layers: tuple[int, ...] = (14, 15, 16, 17)
-    sft_prompts: int = 96
+    dropped_layers: str = "13,14,15,16,17,18"
+    trained_layers: str = "8,9,10,11,12,13,14,15,16,17"
+    sft_prompts: int = 64
     opd_prompts: int = 160
-    held_out_prompts: int = 64
+    held_out_prompts: int = 48
     max_new_tokens: int = 48
-    sft_steps: int = 16
-    sft_rollouts_per_step: int = 12
+    sft_steps: int = 8
+    sft_rollouts_per_step: int = 8
     sft_lr: float = 2e-4
     opd_steps: int = 20
-    opd_rollouts_per_step: int = 16
-    opd_lr: float = 5e-5
+    opd_rollouts_per_step: int = 8
+    opd_lr: float = 2e-4
     clip: float = 10.0
-    ratio_to_ref: bool = False
+    ratio_to_ref: bool = True
     seed: int = 0
-    online: bool = False
-
-
-def parse() -> tuple[Settings, Path]:
-    """Every setting is an option of the same name."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run")
-    for f in attrs.fields(Settings):
-        option = f"--{f.name.replace('_', '-')}"
-        if f.type is bool:
-            parser.add_argument(option, action="store_true", default=f.default)
-        elif f.name == "dropped_layers":
-            parser.add_argument(option, type=lambda text: tuple(int(i) for i in text.split(",") if i), default=f.default)
-        else:
-            parser.add_argument(option, type=f.type, default=f.default)
-    options = vars(parser.parse_args())
-    out = options.pop("out")
-    return Settings(**options), out
-
-
-@frozen
-class Run:
-    """A folder of finished phases."""
-
-    folder: Path
-    settings: Settings
-
-    def phase(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `work` gives, with its wall time; done once, and read back ever after."""
-        path = self.folder / "phases" / f"{name.replace(' ', '-').lower()}.json"
-        if path.exists():
-            row = json.loads(path.read_text())
-        else:
-            console.rule(name, align="left")
-            started = perf_counter()
-            row = {"name": name, "tokens": 0, "held_out_reverse_kl": None, "ci95": None, **work()}
-            row["wall_s"] = round(perf_counter() - started, 2)
-            row["peak_rss_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
-            write_json(path, row)
-        shown = {k: v for k, v in row.items() if not isinstance(v, list | dict) and v is not None and k != "name"}
-        console.print(table(name, list(shown), [list(shown.values())]))
-        return row
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(data, indent=1) + "\n")
-    partial.rename(path)
 
 
 def main() -> None:
     """The whole method."""
-    settings, out = parse()
-    check_settings(out, settings)
-    run = Run(out, settings)
-    teacher_dir, student_dir = prepare(run)
+    settings, out, with_online = parse()
+    run = Run(out)
+    run.claim(asdict(settings))
+    teacher_dir, student_dir = prepare(run, settings)
     sft_prompts, opd_prompts, held_out = split_prompts(settings, teacher_dir)
+    store = Path(settings.store or out / "store.zarr")
     phases = [
-        run.phase("evaluate before SFT", lambda: held_out_reverse_kl(student_dir, teacher_dir, held_out, settings)),
-        run.phase("teacher writes SFT text", lambda: teacher_text(run, teacher_dir, sft_prompts)),
-        run.phase("SFT", lambda: sft(run, student_dir)),
-        run.phase("evaluate after SFT", lambda: held_out_reverse_kl(out / "sft", teacher_dir, held_out, settings)),
-        run.phase("student rollouts", lambda: student_rollouts(run, opd_prompts)),
-        run.phase("teacher scores", lambda: teacher_scores(run, teacher_dir)),
-        run.phase("Lightning OPD", lambda: lightning_opd(run)),
-        run.phase("evaluate after OPD", lambda: held_out_reverse_kl(out / "opd", teacher_dir, held_out, settings)),
+        run.phase("evaluate before SFT", lambda: evaluate(student_dir, teacher_dir, held_out, settings)),
+        run.phase("teacher writes SFT text", lambda: sample_once(teacher_dir, sft_prompts, out / "sft.zarr", settings)),
+        run.phase("SFT", lambda: sft(run, student_dir, settings)),
+        run.phase("evaluate after SFT", lambda: evaluate(out / "sft", teacher_dir, held_out, settings)),
+        run.phase("student rollouts", lambda: sample_once(out / "sft", opd_prompts, store, settings)),
+        run.phase("teacher scores", lambda: score_once(teacher_dir, store)),
+        run.phase("Lightning OPD", lambda: lightning_opd(run, store, settings)),
+        run.phase("evaluate after OPD", lambda: evaluate(out / "opd", teacher_dir, held_out, settings)),
     ]
-    if settings.online:
-        phases.append(run.phase("online OPD", lambda: online(run, teacher_dir, opd_prompts)))
-        phases.append(run.phase("evaluate after online OPD", lambda: held_out_reverse_kl(out / "online", teacher_dir, held_out, settings)))
-    finish(run, phases)
+    if with_online:
+        phases.append(run.phase("online OPD", lambda: online(run, teacher_dir, opd_prompts, settings)))
+        phases.append(run.phase("evaluate after online OPD", lambda: evaluate(out / "online", teacher_dir, held_out, settings)))
+    finish(run, phases, settings)
 
 
-def check_settings(out: Path, settings: Settings) -> None:
-    """One folder, one run: other settings need another folder."""
-    path, mine = out / "settings.json", json.loads(json.dumps(asdict(settings)))
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = [name for name in mine if name != "online" and mine[name] != theirs.get(name)]
-        if changed:
-            name = changed[0]
-            raise SystemExit(
-                f"Run {out}: {name} is {theirs.get(name)!r} there, expected {mine[name]!r}; pass another --out, or remove the folder."
-            )
-    write_json(path, mine)
+def parse() -> tuple[Settings, Path, bool]:
+    """Every setting is an option of the same name."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run")
+    parser.add_argument("--online", action="store_true", help="also online OPD, from the same start and through the same loop")
+    for f in attrs.fields(Settings):
+        option = f"--{f.name.replace('_', '-')}"
+        if f.type is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=f.default)
+        else:
+            parser.add_argument(option, type=f.type, default=f.default, help=f"default: {f.default}")
+    options = vars(parser.parse_args())
+    out, with_online = options.pop("out"), options.pop("online")
+    return Settings(**options), out, with_online
 
 
-def prepare(run: Run) -> tuple[Path, Path]:
+def prepare(run: Run, settings: Settings) -> tuple[Path, Path]:
     """Folders of teacher and student; the default pair is made here."""
-    settings = run.settings
     teacher_dir = Path(settings.teacher or run.folder / "models" / "teacher")
     student_dir = Path(settings.student or run.folder / "models" / "student")
     if not settings.teacher:
         run.phase("unpack teacher", lambda: smollm2.save_teacher(teacher_dir) or {})
     if not settings.student:
-        run.phase("prune student", lambda: smollm2.save_pruned(*load_model(teacher_dir), student_dir, settings.dropped_layers) or {})
+        run.phase(
+            "prune student", lambda: smollm2.save_pruned(*load_model(teacher_dir), student_dir, layers(settings.dropped_layers)) or {}
+        )
     return teacher_dir, student_dir
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """`"3,4"` as numbers."""
+    return tuple(int(i) for i in text.split(",") if i)
 
 
 def split_prompts(settings: Settings, teacher_dir: Path) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
@@ -192,132 +147,125 @@ def split_prompts(settings: Settings, teacher_dir: Path) -> tuple[list[Prompt], 
     return sft_prompts, opd_prompts, held_out
 
 
-def sampling(settings: Settings, seed: int) -> SamplingParams:
-    """Temperature 1, uncut: rollouts are draws from the policy itself."""
-    return SamplingParams(max_new_tokens=settings.max_new_tokens, seed=seed)
-
-
-def held_out_reverse_kl(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
-    """KL(student, teacher) in nats per token on fresh rollouts of the student."""
-    source = HFSource.from_folder(student_dir, sampling(settings, seed=settings.seed + 1000))
-    estimate = evaluate_reverse_kl(source, HFScorer.from_folder(teacher_dir), prompts)
-    return {"held_out_reverse_kl": estimate.mean, "ci95": estimate.ci95, "rollouts": estimate.clusters, "tokens": estimate.values}
-
-
-def teacher_text(run: Run, teacher_dir: Path, prompts: list[Prompt]) -> dict[str, Any]:
-    """Phase 0: the teacher answers the SFT prompts."""
-    source = HFSource.from_folder(teacher_dir, sampling(run.settings, run.settings.seed))
-    store = ZarrStore.open_or_create(run.folder / "sft.zarr", source.manifest)
-    collect_rollouts(source, prompts, store, prompts_per_batch=32, progress=RichProgress(console))
+def sample_once(model_dir: Path, prompts: list[Prompt], folder: Path, settings: Settings) -> dict[str, Any]:
+    """A model's answers, into a store: the teacher's for SFT, the SFT student's for OPD (its lineage travels along)."""
+    source = HFSource.from_folder(model_dir, SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed))
+    store = ZarrStore.open_or_create(folder, source.manifest)
+    collect_rollouts(source, prompts, store, prompts_per_batch=64, progress=RichProgress(console))
     return {"tokens": int(store.lengths()[:, 1].sum()), "rollouts": len(store)}
 
 
-def sft(run: Run, student_dir: Path) -> dict[str, Any]:
-    """SFT: the same loop, with a loss whose advantage is 1.  The exported student knows whose text it learned."""
-    settings = run.settings
+def score_once(teacher_dir: Path, folder: Path) -> dict[str, Any]:
+    """The teacher reads the student's rollouts; it is freed when this returns."""
+    store = ZarrStore.open(folder)
+    score_rollouts(store, HFScorer.from_folder(teacher_dir), rollouts_per_batch=32, progress=RichProgress(console))
+    records = store.read(range(len(store)), columns=("teacher", "behavior"))
+    quantiles = advantage_quantiles([r.scores["behavior"] for r in records], [r.scores["teacher"] for r in records])
+    console.print("advantages before the first step, nats: " + ", ".join(f"{level:.0%} {value:.2f}" for level, value in quantiles.items()))
+    return {"tokens": int(store.lengths()[:, 1].sum()), "advantage_quantiles": {str(k): v for k, v in quantiles.items()}}
+
+
+def sft(run: Run, student_dir: Path, settings: Settings) -> dict[str, Any]:
+    """SFT: the loop of OPD with a loss whose advantage is 1.  The exported student knows whose text it learned."""
     store = ZarrStore.open(run.folder / "sft.zarr")
     steps = batches(
         store,
         rollouts_per_step=settings.sft_rollouts_per_step,
-        tokens_per_batch=2048,
+        tokens_per_batch=1024,
         seed=settings.seed,
         stop=settings.sft_steps,
         teacher=None,
     )
-    return train(run, "sft", student_dir, steps, SFTLoss(), settings.sft_lr)
+    return train(run.folder, "sft", student_dir, steps, SFTLoss(), settings.sft_lr, settings)
 
 
-def student_rollouts(run: Run, prompts: list[Prompt]) -> dict[str, Any]:
-    """Lightning OPD, phase 1: the SFT student answers the OPD prompts, once."""
-    source = HFSource.from_folder(run.folder / "sft", sampling(run.settings, run.settings.seed))
-    store = ZarrStore.open_or_create(rollout_store(run), source.manifest)
-    collect_rollouts(source, prompts, store, prompts_per_batch=32, progress=RichProgress(console))
-    return {"tokens": int(store.lengths()[:, 1].sum()), "rollouts": len(store)}
-
-
-def teacher_scores(run: Run, teacher_dir: Path) -> dict[str, Any]:
-    """Lightning OPD, phase 1 still: the SFT teacher reads them, once.  It is freed when this returns."""
-    store = ZarrStore.open(rollout_store(run))
-    score_rollouts(store, HFScorer.from_folder(teacher_dir), rollouts_per_batch=32, progress=RichProgress(console))
-    gc.collect()
-    records = store.read(range(len(store)), columns=("teacher", "behavior"))
-    quantiles = advantage_quantiles([r.scores["behavior"] for r in records], [r.scores["teacher"] for r in records])
-    console.print("advantages at the start, nats: " + ", ".join(f"{level:.0%} {value:.2f}" for level, value in quantiles.items()))
-    return {"tokens": int(store.lengths()[:, 1].sum()), "advantage_quantiles": {str(k): v for k, v in quantiles.items()}}
-
-
-def lightning_opd(run: Run) -> dict[str, Any]:
-    """Lightning OPD, phase 2: no teacher."""
-    settings = run.settings
-    steps = batches(
-        ZarrStore.open(rollout_store(run)),
+def opd_batches(store: Path, settings: Settings) -> StepStream:
+    """The steps of Lightning OPD; the reference policy's log-probs are those it reported while it sampled."""
+    return batches(
+        ZarrStore.open(store),
         rollouts_per_step=settings.opd_rollouts_per_step,
-        tokens_per_batch=2048,
+        tokens_per_batch=1024,
         seed=settings.seed,
         stop=settings.opd_steps,
         ref="behavior",
     )
-    return train(run, "opd", run.folder / "sft", steps, opd_loss(settings), settings.opd_lr)
+
+
+def lightning_opd(run: Run, store: Path, settings: Settings) -> dict[str, Any]:
+    """Lightning OPD: no teacher, no sampling, only the store."""
+    return train(run.folder, "opd", run.folder / "sft", opd_batches(store, settings), opd_loss(settings), settings.opd_lr, settings)
 
 
 def opd_loss(settings: Settings) -> ReferenceOPDLoss:
-    """The loss of both OPD phases."""
+    """The loss of Lightning and of online OPD."""
     return ReferenceOPDLoss(clip=settings.clip, ratio_to_ref=settings.ratio_to_ref)
 
 
-def online(run: Run, teacher_dir: Path, prompts: list[Prompt]) -> dict[str, Any]:
+def train(
+    folder: Path, name: str, start: Path, steps: StepStream, loss: lopd.protocols.OPDLoss, lr: float, settings: Settings
+) -> dict[str, Any]:
+    """Run `opd_steps` with a checkpoint every few steps, and export the student to `folder / name`."""
+    student, tokenizer = make_student(start, settings)
+    optimizer = make_optimizer(student)
+    checkpoints, total = folder / "checkpoints" / name, steps.stop or 0
+    done = load_checkpoint(checkpoints, student, optimizer)
+    history = [StepMetrics(**row) for row in json.loads((checkpoints / "history.json").read_text())[:done]] if done else []
+    for metrics in follow(opd_steps(student, scheduled(attrs.evolve(steps, start=done), optimizer, lr, total), loss, optimizer), total):
+        history.append(metrics)
+        if (metrics.step + 1) % 5 == 0:
+            write_json(checkpoints / "history.json", [asdict(m) for m in history])
+            save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=steps.lineage)
+    student.export(folder / name, tokenizer, steps.lineage)
+    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+
+
+def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
     """The baseline: same start, loop, loss and number of rollouts, but fresh ones at every step and the teacher always there."""
-    settings = run.settings
-    model, tokenizer = load_model(run.folder / "sft")
+    student, tokenizer = make_student(run.folder / "sft", settings)
+    optimizer = make_optimizer(student)
     lineage = Lineage.read(run.folder / "sft")
-    source = HFSource(model, tokenizer, sampling(settings, settings.seed), lineage)
-    student = make_student(model, tokenizer)
-    optimizer = make_optimizer(student, settings.opd_lr)
-    history = list(
-        follow(
-            online_opd(
-                student, source, HFScorer.from_folder(teacher_dir), prompts, opd_loss(settings), optimizer, steps=settings.opd_steps
-            ),
-            settings.opd_steps,
-        )
+    source = HFSource(student.model, tokenizer, SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed), lineage)
+    steps = online_opd(
+        student,
+        source,
+        HFScorer.from_folder(teacher_dir),
+        prompts,
+        opd_loss(settings),
+        optimizer,
+        steps=settings.opd_steps,
+        schedule=lambda step: set_lr(optimizer, step, settings.opd_lr, settings.opd_steps),
     )
+    history = list(follow(steps, settings.opd_steps))
     student.export(run.folder / "online", tokenizer, lineage)
     return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
 
 
-def train(run: Run, name: str, start: Path, steps: StepStream, loss: Any, lr: float) -> dict[str, Any]:
-    """Run `opd_steps` with a checkpoint now and then, and export the student to `name`."""
-    model, tokenizer = load_model(start)
-    student = make_student(model, tokenizer)
-    optimizer = make_optimizer(student, lr)
-    folder = run.folder / "checkpoints" / name
-    done = load_checkpoint(folder, student, optimizer)
-    history = [StepMetrics(**row) for row in read_history(folder)][:done]
-    remaining = attrs.evolve(steps, start=done)
-    for metrics in follow(opd_steps(student, remaining, loss, optimizer), steps.stop or 0):
-        history.append(metrics)
-        if (metrics.step + 1) % 10 == 0:
-            save_checkpoint(folder, student, optimizer, next_step=metrics.step + 1, lineage=steps.lineage)
-            write_json(folder / "history.json", [asdict(m) for m in history])
-    student.export(run.folder / name, tokenizer, steps.lineage)
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+def make_student(folder: Path, settings: Settings) -> tuple[CausalLMStudent, Any]:
+    """The model of a folder; of the default student only the layers around the cut are trained, which is faster and as good."""
+    model, tokenizer = load_model(folder)
+    if not settings.student:
+        model.requires_grad_(False)
+        for i in layers(settings.trained_layers):
+            model.model.layers[i].requires_grad_(True)
+    return CausalLMStudent(model, lopd.manifest.fingerprint_tokenizer(tokenizer).vocab_size), tokenizer
 
 
-def read_history(folder: Path) -> list[dict[str, Any]]:
-    """Metrics of the steps before the newest checkpoint."""
-    path = folder / "history.json"
-    return json.loads(path.read_text()) if path.exists() else []
+def make_optimizer(student: CausalLMStudent) -> torch.optim.AdamW:
+    """AdamW with the betas of the paper (table 6); the rate is set step by step."""
+    return torch.optim.AdamW([p for _, p in student.named_parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.0)
 
 
-def make_student(model: Any, tokenizer: Any) -> CausalLMStudent:
-    """The whole model is trained."""
-    return CausalLMStudent(model, lopd.manifest.fingerprint_tokenizer(tokenizer).vocab_size)
+def set_lr(optimizer: torch.optim.Optimizer, step: int, lr: float, total: int) -> None:
+    """Three steps of warm-up, then a straight line down to 0: a function of the step alone, so that resuming needs no state."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min((step + 1) / 3, 1.0) * (1 - step / total)
 
 
-def make_optimizer(student: CausalLMStudent, lr: float) -> torch.optim.AdamW:
-    """The paper's optimizer (table 6), at a rate for a small model and few steps."""
-    trained = [p for _, p in student.named_parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
+def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float, total: int) -> Iterator[lopd.types.Step]:
+    """The same steps, with the learning rate set before each."""
+    for step in steps:
+        set_lr(optimizer, step.index, lr, total)
+        yield step
 
 
 def follow(steps: Iterable[StepMetrics], total: int) -> Iterator[StepMetrics]:
@@ -330,25 +278,37 @@ def follow(steps: Iterable[StepMetrics], total: int) -> Iterator[StepMetrics]:
         yield m
 
 
-def rollout_store(run: Run) -> Path:
-    """Where the scored rollouts are."""
-    return Path(run.settings.store or run.folder / "store.zarr")
+def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
+    """KL(student, teacher) in nats per token on fresh rollouts of the student for held-out prompts."""
+    source = HFSource.from_folder(student_dir, SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed + 1000))
+    teacher, _ = load_model(teacher_dir)
+    sums = exact_reverse_kl(source.model, teacher, source.sample(prompts), source.manifest.tokenizer.vocab_size)
+    kl = sums.per_token()
+    per_rollout = {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
+    return {"held_out_reverse_kl": kl.mean, "ci95": kl.ci95, "rollouts": kl.clusters, "tokens": kl.values, "per_rollout": per_rollout}
 
 
-def finish(run: Run, phases: list[dict[str, Any]]) -> None:
+def finish(run: Run, phases: list[dict[str, Any]], settings: Settings) -> None:
     """The closing table, `metrics.json` and `curves.png`."""
     rows = [[p["name"], p["wall_s"], p["tokens"], interval(p)] for p in phases]
-    console.print(table("Lightning OPD, phase by phase", ["phase", "wall s", "tokens", "held-out reverse KL (nats per token, 95 %)"], rows))
+    console.print(table("Lightning OPD, phase by phase", ["phase", "wall s", "tokens", "held-out reverse KL (nats, 95 %)"], rows))
     history = {p["name"]: [StepMetrics(**row) for row in p.pop("history")] for p in phases if "history" in p}
-    measured = [p for p in phases if p["held_out_reverse_kl"] is not None]
-    held_out = {
-        p["name"].removeprefix("evaluate "): Estimate(p["held_out_reverse_kl"], p["ci95"], p["rollouts"], p["tokens"]) for p in measured
+    sums = {
+        p["name"].removeprefix("evaluate "): RolloutSums(**{k: np.array(v) for k, v in p.pop("per_rollout").items()})
+        for p in phases
+        if "per_rollout" in p
     }
+    changes = {name: sums[name].minus(sums["after SFT"]) for name in sums if name.endswith("OPD")}
+    for name, change in changes.items():
+        console.print(f"{name}: {change.mean:+.4f} ± {change.ci95:.4f} against after SFT, over the same prompts")
     versions = {"lopd": lopd.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()}
-    report = {"phases": phases, "settings": asdict(run.settings), "versions": versions, "machine": machine}
-    write_json(run.folder / "metrics.json", report)
-    draw_run(run.folder / "curves.png", held_out, history["SFT"], history["Lightning OPD"])
+    paired = {name: asdict(change) for name, change in changes.items()}
+    write_json(
+        run.folder / "metrics.json",
+        {"phases": phases, "change": paired, "settings": asdict(settings), "versions": versions, "machine": machine},
+    )
+    draw_run(run.folder / "curves.png", {name: s.per_token() for name, s in sums.items()}, history["SFT"], history["Lightning OPD"])
     console.print(f"total {sum(p['wall_s'] for p in phases):.0f} s; written: {run.folder}/metrics.json, {run.folder}/curves.png")
 
 

@@ -28,12 +28,46 @@ class Estimate:
     values: int
 
 
+@frozen(eq=False)
+class RolloutSums:
+    """Sums and counts, one of each per rollout, in the same order of prompts wherever two are compared.
+
+    Args:
+        sums: (B,) float64, each over the tokens of one rollout.
+        counts: (B,) float64, tokens of each rollout.
+    """
+
+    sums: NDArray[np.float64]
+    counts: NDArray[np.float64]
+
+    def __attrs_post_init__(self) -> None:
+        if not 0 < len(self.sums) == len(self.counts):
+            raise InvalidRecordError(
+                f"Estimate: it has {len(self.sums)} sums and {len(self.counts)} counts, expected one of each for at least 1 draw; "
+                "evaluate on some prompts."
+            )
+
+    def per_token(self) -> Estimate:
+        """The mean over all tokens.  Tokens of one rollout depend on each other, so a rollout counts as one draw (delta method)."""
+        return _estimate(self.sums.sum() / self.counts.sum(), self._influence(), int(self.counts.sum()))
+
+    def minus(self, other: "RolloutSums") -> Estimate:
+        """The difference of two means over the same prompts: what they share cancels, so its interval is narrower than either's."""
+        difference = self.per_token().mean - other.per_token().mean
+        return _estimate(difference, self._influence() - other._influence(), int(self.counts.sum()))
+
+    def _influence(self) -> NDArray[np.float64]:
+        total = float(self.counts.sum())
+        influence: NDArray[np.float64] = (self.sums - float(self.sums.sum()) / total * self.counts) / total
+        return influence
+
+
 def reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> Estimate:
     r"""KL(student, teacher) per token, nats, from rollouts sampled from the student.
 
     \(\sum_i\sum_t (r_t - 1 - \log r_t) / \sum_i T_i\) with \(r = \exp(\ell_T - \ell_\theta)\).  \(-\log r\) alone has the same mean, since
     \(E[r] = 1\) under the student, but a wider spread.  Tokens of one rollout depend on each other, so the interval treats a rollout as one
-    draw (ratio estimator, delta method).
+    draw.
 
     Source: the estimator k3 of Schulman, "Approximating KL divergence" (2020), http://joschu.net/blog/kl-approx.html.
 
@@ -43,25 +77,19 @@ def reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Seque
     """
     log_ratios = [t.astype(np.float64) - s for s, t in zip(student_logprobs, teacher_logprobs, strict=True)]
     sums = np.array([np.sum(np.expm1(log_ratio) - log_ratio) for log_ratio in log_ratios])
-    return _ratio(sums, np.array([s.size for s in student_logprobs], np.float64))
+    return RolloutSums(sums, np.array([s.size for s in student_logprobs], np.float64)).per_token()
 
 
 def mean(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
     """The mean of independent values."""
     array = np.asarray(values, np.float64)
-    return _ratio(array, np.ones_like(array))
+    return RolloutSums(array, np.ones_like(array)).per_token()
 
 
-def _ratio(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> Estimate:
-    n = len(sums)
-    if n == 0:
-        raise InvalidRecordError("Estimate: it has 0 draws, expected at least 1; evaluate on some prompts.")
-    value = float(sums.sum() / counts.sum())
-    if n == 1:
-        return Estimate(value, float("inf"), 1, int(counts.sum()))
-    residuals = sums - value * counts
-    error = float(np.sqrt(n / (n - 1) * np.square(residuals).sum()) / counts.sum())
-    return Estimate(value, _Z95 * error, n, int(counts.sum()))
+def _estimate(value: float, influence_B: NDArray[np.float64], values: int) -> Estimate:
+    n = len(influence_B)
+    error = float(np.sqrt(n / (n - 1) * np.square(influence_B).sum())) if n > 1 else float("inf")
+    return Estimate(float(value), _Z95 * error, n, values)
 
 
 def advantage_quantiles(

@@ -12,7 +12,8 @@ from lopd.backends.zarr_store import ZarrStore
 from lopd.causal_lm import lm_head
 from lopd.collate import by_rollout, by_token, collate
 from lopd.collect import collect_rollouts
-from lopd.engines.hf import HFScorer, HFSource, draw
+from lopd.engines.decoding import draw
+from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import ContextOverflowError, InvalidRecordError, LopdError
 from lopd.losses.reference import SFTLoss
 from lopd.manifest import ModelId, SamplingParams

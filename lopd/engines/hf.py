@@ -1,6 +1,6 @@
 """transformers as a RolloutSource and as a TeacherScorer: the engine that runs anywhere, and the truth that faster engines are compared with.
 
-Shape suffixes: B rows, S positions, M response tokens of a batch, D hidden size, V vocabulary.
+Shape suffixes: B rows, S positions, M response tokens of a batch, R of a chunk, D hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lopd.causal_lm import check_cut, context_length, evaluating, hidden_states, lm_head, token_logprobs, unwrap
-from lopd.engines.draw import draw
+from lopd.engines.decoding import Row, decode
 from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer, hash_weights
+from lopd.metrics import RolloutSums
 from lopd.types import Prompt, Rollout, Scores, rollout_id
 
 ENGINE = f"transformers {transformers.__version__}"
@@ -105,9 +106,10 @@ class HFSource:
         return [rollouts[i] for i in range(len(rows))]
 
     def _sample_batch(self, rows: Sequence[tuple[Prompt, int]]) -> list[Rollout]:
-        with torch.inference_mode(), evaluating(self.model):
-            drawn = _Sampler(self, rows).run(self._uniforms(rows))
-        return [self._rollout(prompt, sample, *tokens) for (prompt, sample), tokens in zip(rows, drawn, strict=True)]
+        drawn = [self._row(prompt, sample) for prompt, sample in rows]
+        with evaluating(self.model):
+            decode(self.model, drawn, self.sampling, self.manifest.tokenizer.vocab_size, self.stop_ids)
+        return [self._rollout(row) for row in drawn]
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -118,77 +120,21 @@ class HFSource:
         ids = configured if isinstance(configured, list) else [configured]
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
-    def _uniforms(self, rows: Sequence[tuple[Prompt, int]]) -> NDArray[np.float64]:
-        """(B, max_new_tokens) uniform numbers, row by row from the row's own seed."""
-        keys = [f"{self.sampling.seed}|{rollout_id(prompt.prompt_id, sample, self.generation)}" for prompt, sample in rows]
-        seeds = [int.from_bytes(blake2b(key.encode(), digest_size=16).digest(), "little") for key in keys]
-        return np.stack([np.random.default_rng(seed).random(self.sampling.max_new_tokens) for seed in seeds])
+    def _row(self, prompt: Prompt, sample: int) -> Row:
+        """A row with its own stream of uniform numbers, whatever it will be batched with."""
+        name = rollout_id(prompt.prompt_id, sample, self.generation)
+        seed = int.from_bytes(blake2b(f"{self.sampling.seed}|{name}".encode(), digest_size=16).digest(), "little")
+        return Row(name, prompt.token_ids, np.random.default_rng(seed).random(self.sampling.max_new_tokens))
 
-    def _rollout(self, prompt: Prompt, sample: int, ids: list[int], logprobs: list[float]) -> Rollout:
+    def _rollout(self, row: Row) -> Rollout:
         return Rollout(
-            rollout_id=rollout_id(prompt.prompt_id, sample, self.generation),
-            prompt_ids=prompt.token_ids,
-            response_ids=np.array(ids, np.int32),
-            loss_mask=np.ones(len(ids), np.bool_),
-            finish_reason="stop" if ids[-1] in self.stop_ids else "length",
-            behavior_logprobs=np.array(logprobs, np.float32),
+            rollout_id=row.rollout_id,
+            prompt_ids=row.prompt_ids,
+            response_ids=np.array(row.ids, np.int32),
+            loss_mask=np.ones(len(row.ids), np.bool_),
+            finish_reason="stop" if row.ids[-1] in self.stop_ids else "length",
+            behavior_logprobs=np.array(row.logprobs, np.float32),
         )
-
-
-@define(eq=False)
-class _Sampler:
-    """One batch being sampled: left padding, one cache, rows leave as they finish."""
-
-    source: HFSource
-    rows: Sequence[tuple[Prompt, int]]
-
-    def run(self, uniforms_BT: NDArray[np.float64]) -> list[tuple[list[int], list[float]]]:
-        """Sampled ids and their log-probs at temperature 1, nats, for each row."""
-        model, sampling = self.source.model, self.source.sampling
-        head, device = lm_head(model, self.source.manifest.tokenizer.vocab_size), next(model.parameters()).device
-        ids_BS, mask_BS = (t.to(device) for t in _pad_left([prompt.token_ids for prompt, _ in self.rows]))
-        drawn: list[tuple[list[int], list[float]]] = [([], []) for _ in self.rows]
-        room = np.array([min(sampling.max_new_tokens, context_length(model) - prompt.token_ids.size) for prompt, _ in self.rows])
-        live = np.arange(len(self.rows))
-        cache, positions = transformers.DynamicCache(config=unwrap(model).config), (mask_BS.cumsum(-1) - 1).clamp(min=0)
-        for t in range(int(room.max())):
-            logits_BV = head.logits(hidden_states(model, ids_BS, positions, mask_BS=mask_BS, cache=cache)[:, -1])
-            self._check(live, t, logits_BV)
-            next_B, logprobs_B = draw(logits_BV, torch.from_numpy(uniforms_BT[live, t]).to(device), sampling)
-            for row, token, logprob in zip(live, next_B.tolist(), logprobs_B.tolist(), strict=True):
-                drawn[row][0].append(token)
-                drawn[row][1].append(logprob)
-            going = np.array([drawn[r][0][-1] not in self.source.stop_ids and t + 1 < room[r] for r in live])
-            if not going.any():
-                break
-            keep = torch.from_numpy(np.flatnonzero(going)).to(device)
-            if len(keep) < len(live):
-                cache.batch_select_indices(keep)
-            live = live[going]
-            ids_BS, positions = next_B[keep, None], positions[keep, -1:] + 1
-            mask_BS = torch.cat([mask_BS[keep], mask_BS.new_ones(len(keep), 1)], dim=1)
-        return drawn
-
-    def _check(self, live: NDArray[np.int64], t: int, logits_BV: Tensor) -> None:
-        # the largest logit is NaN if any is, so one pass finds what would otherwise end as an index outside the vocabulary
-        bad = np.flatnonzero(~logits_BV.amax(-1).isfinite().cpu().numpy())
-        if bad.size:
-            prompt, sample = self.rows[int(live[bad[0]])]
-            raise InvalidRecordError(
-                f"Rollout {rollout_id(prompt.prompt_id, sample, self.source.generation)!r}: the logits of token {t} are not finite, expected "
-                "numbers; check the weights, or compute in another dtype."
-            )
-
-
-def _pad_left(rows: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
-    """(B, S) ids, and the mask of those that are real; generation continues at the right edge of every row."""
-    width = max(r.size for r in rows)
-    ids_BS = torch.zeros(len(rows), width, dtype=torch.long)
-    mask_BS = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids_BS[i, width - row.size :] = torch.from_numpy(row.astype(np.int64))
-        mask_BS[i, width - row.size :] = 1
-    return ids_BS, mask_BS
 
 
 def _check_ids(owner: str, ids: NDArray[np.int32], tokenizer: TokenizerId) -> None:
@@ -254,35 +200,78 @@ class HFScorer:
                 )
             _check_ids(owner, rollout.prompt_ids, self._tokenizer_id)
             _check_ids(owner, rollout.response_ids, self._tokenizer_id)
-        order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
         scores: dict[int, Scores] = {}
-        for part in self._budgeted(order, [len(r) for r in rollouts]):
+        for part in _budgeted(rollouts, self.tokens_per_batch):
             for i, logprobs_T in zip(part, self._score_batch([rollouts[i] for i in part]), strict=True):
                 scores[i] = Scores.of(rollouts[i], logprobs_T)
         return [scores[i] for i in range(len(rollouts))]
 
-    def _budgeted(self, order: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        """Runs of similar length whose padded size stays within the budget."""
-        parts: list[list[int]] = []
-        for i in order:
-            if parts and (len(parts[-1]) + 1) * lengths[i] <= self.tokens_per_batch:
-                parts[-1].append(i)
-            else:
-                parts.append([i])
-        return parts
-
     @torch.inference_mode()
     def _score_batch(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
-        """Padding is on the right, where causal attention never looks: no mask is needed."""
-        device = next(self.model.parameters()).device
-        ids_BS = torch.zeros(len(rollouts), max(len(r) for r in rollouts), dtype=torch.long)
-        predicts_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
-        for i, r in enumerate(rollouts):
-            ids_BS[i, : len(r)] = torch.from_numpy(np.concatenate([r.prompt_ids, r.response_ids]).astype(np.int64))
-            predicts_BS[i, r.prompt_ids.size - 1 : len(r) - 1] = True
-        targets_M = torch.cat([torch.from_numpy(r.response_ids.astype(np.int64)) for r in rollouts]).to(device)
-        with evaluating(self.model):
-            hidden_MD = hidden_states(self.model, ids_BS.to(device))[predicts_BS.to(device)]
+        hidden_MD, targets_M = _response_hidden(self.model, rollouts)
         logprobs_M = token_logprobs(hidden_MD, lm_head(self.model, self._tokenizer_id.vocab_size), targets_M, self.rows_per_chunk)
-        values: NDArray[np.float32] = logprobs_M.cpu().numpy()
-        return np.split(values, np.cumsum([r.response_ids.size for r in rollouts])[:-1])
+        return _split(logprobs_M.cpu().numpy(), rollouts)
+
+
+@torch.inference_mode()
+def exact_reverse_kl(
+    student: Any, teacher: Any, rollouts: Sequence[Rollout], vocab_size: int, *, tokens_per_batch: int = 8192, rows_per_chunk: int = 256
+) -> RolloutSums:
+    r"""KL(student, teacher) in nats over the whole vocabulary, summed over the response tokens of each rollout of the student.
+
+    \(\sum_v \pi_\theta(v|s_t)\,(\log\pi_\theta(v|s_t) - \log\pi_T(v|s_t))\) at every state \(s_t\): the mean that `metrics.reverse_kl`
+    estimates from sampled tokens alone, at the price of having both models in memory, with an interval about half as wide.
+
+    Args:
+        student: a causal LM, the policy that sampled.
+        teacher: a causal LM with the same vocabulary.
+        rollouts: fresh ones of the student.
+        vocab_size: ids of the tokenizer.
+        tokens_per_batch: padded positions of one forward pass.
+        rows_per_chunk: response tokens whose logits exist at once, for both models.
+    """
+    sums = np.zeros(len(rollouts))
+    heads = lm_head(student, vocab_size), lm_head(teacher, vocab_size)
+    for part in _budgeted(rollouts, tokens_per_batch):
+        batch = [rollouts[i] for i in part]
+        chunks = [_response_hidden(model, batch)[0].split(rows_per_chunk) for model in (student, teacher)]
+        kl_M = torch.cat([_kl(heads[0].logits(s_RD), heads[1].logits(t_RD)) for s_RD, t_RD in zip(*chunks, strict=True)])
+        sums[part] = [float(kl_T.astype(np.float64).sum()) for kl_T in _split(kl_M.cpu().numpy(), batch)]
+    return RolloutSums(sums, np.array([r.response_ids.size for r in rollouts], np.float64))
+
+
+def _kl(student_logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:
+    student_RV, teacher_RV = student_logits_RV.log_softmax(-1), teacher_logits_RV.log_softmax(-1)
+    return (student_RV.exp() * (student_RV - teacher_RV)).sum(-1)
+
+
+def _budgeted(rollouts: Sequence[Rollout], tokens_per_batch: int) -> list[list[int]]:
+    """Indices in runs of similar length whose padded size stays within the budget."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(rollouts)), key=lambda i: len(rollouts[i])):
+        if parts and (len(parts[-1]) + 1) * len(rollouts[i]) <= tokens_per_batch:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """(M, D) hidden states that predict the response tokens, and those tokens.
+
+    Padding is on the right, where causal attention never looks: no mask is needed.
+    """
+    device = next(model.parameters()).device
+    ids_BS = torch.zeros(len(rollouts), max(len(r) for r in rollouts), dtype=torch.long)
+    predicts_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+    for i, r in enumerate(rollouts):
+        ids_BS[i, : len(r)] = torch.from_numpy(np.concatenate([r.prompt_ids, r.response_ids]).astype(np.int64))
+        predicts_BS[i, r.prompt_ids.size - 1 : len(r) - 1] = True
+    targets_M = torch.cat([torch.from_numpy(r.response_ids.astype(np.int64)) for r in rollouts]).to(device)
+    with evaluating(model):
+        return hidden_states(model, ids_BS.to(device))[predicts_BS.to(device)], targets_M
+
+
+def _split(values_M: NDArray[np.float32], rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
+    """One array per rollout."""
+    return np.split(values_M, np.cumsum([r.response_ids.size for r in rollouts])[:-1])

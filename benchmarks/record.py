@@ -1,0 +1,26 @@
+"""Result files: what was measured, where, with what, and which goals it met."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+
+
+def result_file(name: str, report: dict[str, Any], rows: list[dict[str, Any]], goals: list[dict[str, Any]]) -> None:
+    """Write `benchmarks/results/NAME.json`; machine and versions are those of a quickstart's `metrics.json`."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    machine = {**report["machine"], "system": platform.system()}
+    result = {"machine": machine, "versions": report["versions"], "commit": commit, "rows": rows, "goals": goals}
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def fill(readme: Path, name: str, lines: list[str]) -> None:
+    """Put lines between the markers `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    head, rest = readme.read_text().split(begin)
+    readme.write_text(f"{head}{begin}\n" + "\n".join(lines) + f"\n{end}{rest.split(end)[1]}")

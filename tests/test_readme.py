@@ -1,0 +1,47 @@
+"""The program of the README runs as it is printed, only smaller."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lopd import CausalLMStudent, Lineage, SamplingParams, SFTLoss, ZarrStore, batches, collect_rollouts, opd_steps
+from lopd.engines.hf import HFSource, load_model
+from lopd.prompts import make_prompts
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.docs
+def test_the_program_of_the_readme_runs_after_sft_on_the_same_teacher(
+    tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("teacher", 1), ("base", 2)):
+        make_model("llama_tied", seed=seed).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    teacher = HFSource.from_folder("teacher", SamplingParams(max_new_tokens=8))
+    text = ZarrStore.create("sft.zarr", teacher.manifest)
+    collect_rollouts(teacher, make_prompts(["a", "b", "c"], tokenizer), text)
+    model, _ = load_model("base")
+    student = CausalLMStudent(model, 96)
+    steps = batches(text, teacher=None, rollouts_per_step=3, stop=1)
+    list(opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=0.1)))
+    student.export("sft-student", tokenizer, steps.lineage)
+    Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')
+    capsys.readouterr()
+
+    (program,) = re.findall(r"```python\n(import torch.*?)```", README, re.DOTALL)
+    for printed, smaller in (
+        ("max_new_tokens=4096", "max_new_tokens=8"),
+        ("rollouts_per_step=256, stop=150", "rollouts_per_step=2, stop=2"),
+    ):
+        assert printed in program
+        program = program.replace(printed, smaller)
+    exec(compile(program, "README.md", "exec"), {})  # noqa: S102
+
+    assert capsys.readouterr().out.count("StepMetrics(step=") == 2
+    assert Lineage.read(Path("opd-student")).opd_teacher == teacher.manifest.policy
