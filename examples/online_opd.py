@@ -29,7 +29,7 @@ def online_opd(
     """
     share = max(len(prompts) // steps, 1)
     for k in range(steps):
-        current = evolve(source, generation=k, policy=ModelId("online student", f"step-{k}", "as trained"))
+        current = evolve(source, generation=k, identity=ModelId("online student", f"step-{k}", "as trained"))
         start = k * share % len(prompts)
         store = MemoryStore(current.manifest)
         collect_rollouts(current, prompts[start : start + share], store)

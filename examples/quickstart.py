@@ -64,6 +64,8 @@ class Settings:
     opd_prompts: int = 160
     held_out_prompts: int = 48
     max_new_tokens: int = 48
+    tokens_per_batch: int = 1024
+    device: str = "cpu"
     sft_steps: int = 8
     sft_rollouts_per_step: int = 8
     sft_lr: float = 2e-4
@@ -80,16 +82,17 @@ def main() -> None:
     settings, out, with_online = parse()
     run = Run(out)
     run.claim(asdict(settings))
-    teacher_dir, student_dir = prepare(run, settings)
+    teacher_dir, student_dir, made = prepare(run, settings)
     sft_prompts, opd_prompts, held_out = split_prompts(settings, teacher_dir)
     store = Path(settings.store or out / "store.zarr")
     phases = [
+        *made,
         run.phase("evaluate before SFT", lambda: evaluate(student_dir, teacher_dir, held_out, settings)),
         run.phase("teacher writes SFT text", lambda: sample_once(teacher_dir, sft_prompts, out / "sft.zarr", settings)),
         run.phase("SFT", lambda: sft(run, student_dir, settings)),
         run.phase("evaluate after SFT", lambda: evaluate(out / "sft", teacher_dir, held_out, settings)),
         run.phase("student rollouts", lambda: sample_once(out / "sft", opd_prompts, store, settings)),
-        run.phase("teacher scores", lambda: score_once(teacher_dir, store)),
+        run.phase("teacher scores", lambda: score_once(teacher_dir, store, settings)),
         run.phase("Lightning OPD", lambda: lightning_opd(run, store, settings)),
         run.phase("evaluate after OPD", lambda: evaluate(out / "opd", teacher_dir, held_out, settings)),
     ]
@@ -115,17 +118,20 @@ def parse() -> tuple[Settings, Path, bool]:
     return Settings(**options), out, with_online
 
 
-def prepare(run: Run, settings: Settings) -> tuple[Path, Path]:
-    """Folders of teacher and student; the default pair is made here."""
+def prepare(run: Run, settings: Settings) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """Folders of teacher and student, and the phases that made them; the default pair is made here."""
+    phases: list[dict[str, Any]] = []
+    if bool(settings.teacher) != bool(settings.student):
+        raise SystemExit(
+            "Models: only one of --teacher and --student is given, expected both or neither; the default student is cut from it."
+        )
     teacher_dir = Path(settings.teacher or run.folder / "models" / "teacher")
     student_dir = Path(settings.student or run.folder / "models" / "student")
     if not settings.teacher:
-        run.phase("unpack teacher", lambda: smollm2.save_teacher(teacher_dir) or {})
-    if not settings.student:
-        run.phase(
-            "prune student", lambda: smollm2.save_pruned(*load_model(teacher_dir), student_dir, layers(settings.dropped_layers)) or {}
-        )
-    return teacher_dir, student_dir
+        dropped = layers(settings.dropped_layers)
+        phases.append(run.phase("unpack teacher", lambda: smollm2.save_teacher(teacher_dir) or {}))
+        phases.append(run.phase("prune student", lambda: smollm2.save_pruned(*load_model(teacher_dir), student_dir, dropped) or {}))
+    return teacher_dir, student_dir, phases
 
 
 def layers(text: str) -> tuple[int, ...]:
@@ -149,16 +155,17 @@ def split_prompts(settings: Settings, teacher_dir: Path) -> tuple[list[Prompt], 
 
 def sample_once(model_dir: Path, prompts: list[Prompt], folder: Path, settings: Settings) -> dict[str, Any]:
     """A model's answers, into a store: the teacher's for SFT, the SFT student's for OPD (its lineage travels along)."""
-    source = HFSource.from_folder(model_dir, SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed))
+    sampling = SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed)
+    source = HFSource.from_folder(model_dir, sampling, device=settings.device)
     store = ZarrStore.open_or_create(folder, source.manifest)
     collect_rollouts(source, prompts, store, prompts_per_batch=64, progress=RichProgress(console))
     return {"tokens": int(store.lengths()[:, 1].sum()), "rollouts": len(store)}
 
 
-def score_once(teacher_dir: Path, folder: Path) -> dict[str, Any]:
+def score_once(teacher_dir: Path, folder: Path, settings: Settings) -> dict[str, Any]:
     """The teacher reads the student's rollouts; it is freed when this returns."""
     store = ZarrStore.open(folder)
-    score_rollouts(store, HFScorer.from_folder(teacher_dir), rollouts_per_batch=32, progress=RichProgress(console))
+    score_rollouts(store, HFScorer.from_folder(teacher_dir, device=settings.device), rollouts_per_batch=32, progress=RichProgress(console))
     records = store.read(range(len(store)), columns=("teacher", "behavior"))
     quantiles = advantage_quantiles([r.scores["behavior"] for r in records], [r.scores["teacher"] for r in records])
     console.print("advantages before the first step, nats: " + ", ".join(f"{level:.0%} {value:.2f}" for level, value in quantiles.items()))
@@ -171,7 +178,7 @@ def sft(run: Run, student_dir: Path, settings: Settings) -> dict[str, Any]:
     steps = batches(
         store,
         rollouts_per_step=settings.sft_rollouts_per_step,
-        tokens_per_batch=1024,
+        tokens_per_batch=settings.tokens_per_batch,
         seed=settings.seed,
         stop=settings.sft_steps,
         teacher=None,
@@ -184,7 +191,7 @@ def opd_batches(store: Path, settings: Settings) -> StepStream:
     return batches(
         ZarrStore.open(store),
         rollouts_per_step=settings.opd_rollouts_per_step,
-        tokens_per_batch=1024,
+        tokens_per_batch=settings.tokens_per_batch,
         seed=settings.seed,
         stop=settings.opd_steps,
         ref="behavior",
@@ -225,24 +232,26 @@ def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Setting
     optimizer = make_optimizer(student)
     lineage = Lineage.read(run.folder / "sft")
     source = HFSource(student.model, tokenizer, SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed), lineage)
+    scorer = HFScorer.from_folder(teacher_dir, device=settings.device)
     steps = online_opd(
         student,
         source,
-        HFScorer.from_folder(teacher_dir),
+        scorer,
         prompts,
         opd_loss(settings),
         optimizer,
         steps=settings.opd_steps,
+        tokens_per_batch=settings.tokens_per_batch,
         schedule=lambda step: set_lr(optimizer, step, settings.opd_lr, settings.opd_steps),
     )
     history = list(follow(steps, settings.opd_steps))
-    student.export(run.folder / "online", tokenizer, lineage)
+    student.export(run.folder / "online", tokenizer, attrs.evolve(lineage, opd_teacher=scorer.provenance.model))
     return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
 
 
 def make_student(folder: Path, settings: Settings) -> tuple[CausalLMStudent, Any]:
-    """The model of a folder; of the default student only the layers around the cut are trained, which is faster and as good."""
-    model, tokenizer = load_model(folder)
+    """The model of a folder; of the default student only the layers around the cut are trained, which is faster."""
+    model, tokenizer = load_model(folder, torch.float32, settings.device)
     if not settings.student:
         model.requires_grad_(False)
         for i in layers(settings.trained_layers):
@@ -280,8 +289,9 @@ def follow(steps: Iterable[StepMetrics], total: int) -> Iterator[StepMetrics]:
 
 def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
     """KL(student, teacher) in nats per token on fresh rollouts of the student for held-out prompts."""
-    source = HFSource.from_folder(student_dir, SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed + 1000))
-    teacher, _ = load_model(teacher_dir)
+    sampling = SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed + 1000)
+    source = HFSource.from_folder(student_dir, sampling, device=settings.device)
+    teacher, _ = load_model(teacher_dir, device=settings.device)
     sums = exact_reverse_kl(source.model, teacher, source.sample(prompts), source.manifest.tokenizer.vocab_size)
     kl = sums.per_token()
     per_rollout = {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}

@@ -1,8 +1,8 @@
 """lopd: offline on-policy distillation.  Sample once, score once, train with no teacher in memory.
 
 The method is Lightning OPD (Wu, Han, Cai; arXiv 2604.13010).  Five nouns (`lopd.protocols`), five verbs (below), records in between
-(`lopd.types`).  Engines, stores and students are imported from their own modules, because they bring their own dependencies:
-`lopd.engines.hf`, `lopd.backends.zarr_store`, `lopd.students`, `lopd.prompts`, `lopd.console`.
+(`lopd.types`).  What brings its own dependencies is imported from its own module: `lopd.engines.hf`, `lopd.prompts`, `lopd.console`,
+`lopd.report`.
 """
 
 from lopd.backends.memory_store import MemoryStore as MemoryStore

@@ -117,7 +117,7 @@ def check_cut(model: Any, vocab_size: int) -> None:
         positions = torch.cat([torch.arange(len(long)), torch.arange(len(short))]).to(device)
         packed_ND = hidden_states(model, torch.cat([long, short])[None], positions[None])[0]
         cut_NV = lm_head(model, vocab_size).logits(packed_ND)
-        whole_NV = torch.cat([base(input_ids=ids[None], use_cache=False).logits[0, :, :vocab_size].float() for ids in (long, short)])
+        whole_NV = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0, :, :vocab_size].float() for ids in (long, short)])
     size = float(whole_NV.abs().max())
     difference = float((cut_NV - whole_NV).abs().max())
     tolerance = (1e-3 if next(base.parameters()).dtype == torch.float32 else 5e-2) * max(size, 1e-6)

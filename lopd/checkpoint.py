@@ -126,7 +126,7 @@ def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as named tensors, and what is left as JSON."""
     state = optimizer.state_dict()
     entries = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
-    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    tensors = {key: value.contiguous() for key, value in entries.items() if isinstance(value, Tensor)}
     others = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
     return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "others": others}
 

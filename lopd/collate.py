@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.types import Batch, BoolArray, Float32Array, ScoredRollout
+from lopd.types import Batch, BoolArray, Float32Array, Rollout, ScoredRollout
 
 Weighting = Callable[[BoolArray], Float32Array]
 
@@ -55,6 +55,11 @@ def collate(
     )
 
 
+def target_slice(rollout: Rollout) -> slice:
+    """Where the response tokens are among the P + T - 1 predictions of a rollout."""
+    return slice(rollout.prompt_ids.size - 1, len(rollout) - 1)
+
+
 def _pack(parts: Sequence[NDArray[np.generic]]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts))
 
@@ -72,7 +77,9 @@ def _weights(record: ScoredRollout, weighting: Weighting) -> Float32Array:
 
 def _at_targets(record: ScoredRollout, values_T: Float32Array) -> Float32Array:
     """One value per response token -> one value per target, 0 where the target is a prompt token."""
-    return np.concatenate([np.zeros(record.rollout.prompt_ids.size - 1, np.float32), values_T])
+    values = np.zeros(len(record.rollout) - 1, np.float32)
+    values[target_slice(record.rollout)] = values_T
+    return values
 
 
 def _column(records: Sequence[ScoredRollout], name: str | None) -> torch.Tensor | None:

@@ -28,7 +28,7 @@ def collect_rollouts(
     _check_prompts(prompts)
     difference = store.manifest.difference(source.manifest)
     if difference is not None:
-        raise ManifestMismatchError(f"Store: its {difference}; create another store, or sample with the policy and settings of this one.")
+        raise ManifestMismatchError(f"{store!r}: {difference}; create another store, or sample with the policy and settings of this one.")
     manifest = source.manifest
     samples = range(manifest.sampling.samples_per_prompt)
     missing = [any(rollout_id(p.prompt_id, s, manifest.generation) not in store for s in samples) for p in prompts]

@@ -12,7 +12,7 @@ from lopd.consistency import ConsistencyPolicy, check_teacher_consistency, linea
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.manifest import Lineage, Provenance
 from lopd.protocols import LogprobReader
-from lopd.types import Batch, Step
+from lopd.types import BEHAVIOR_COLUMN, Batch, Step
 
 
 @final
@@ -58,7 +58,7 @@ def batches(
     store: LogprobReader,
     *,
     rollouts_per_step: int = 256,
-    tokens_per_batch: int = 16_384,
+    tokens_per_batch: int = 4096,
     seed: int = 0,
     start: int = 0,
     stop: int | None = None,
@@ -69,10 +69,13 @@ def batches(
 ) -> StepStream:
     """The steps of a training run over a store, shuffled anew in each epoch.
 
+    A resumed run equals an unbroken one if store and arguments are those of the run that was stopped.
+
     Args:
         store: rollouts, and the columns named below.
         rollouts_per_step: size of an optimizer step.
-        tokens_per_batch: cap on the packed micro-batches that a step is split into; this bounds memory.
+        tokens_per_batch: cap on the packed micro-batches that a step is split into; this bounds memory, and a plain loss holds the logits of
+            all its response tokens (4 bytes * V each, a few times over).
         seed: of the shuffle; step k depends on (seed, k) alone.
         start: first step, so that a run resumes exactly.
         stop: one past the last step; None never ends.
@@ -84,23 +87,26 @@ def batches(
     Raises:
         TeacherConsistencyError: see `check_teacher_consistency`.
         MissingScoresError: a column is not there, or not complete.
-        InvalidRecordError: the store is empty, a rollout is longer than `tokens_per_batch`, or a number makes no sense.
+        InvalidRecordError: the store is empty, `ref` is not of the policy, a rollout is longer than `tokens_per_batch`, or a number makes no sense.
     """
     if rollouts_per_step < 1 or seed < 0 or start < 0:
         raise InvalidRecordError(
             f"Steps: (rollouts_per_step, seed, start) is {(rollouts_per_step, seed, start)}, expected at least (1, 0, 0); pass such numbers."
         )
     if len(store) == 0:
-        raise InvalidRecordError("Store: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
+        raise InvalidRecordError(f"{store!r}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
     longest = int(np.argmax(store.lengths().sum(axis=1)))
     tokens = int(store.lengths()[longest].sum()) - 1
     if tokens > tokens_per_batch:
         raise InvalidRecordError(
-            f"Rollout in row {longest}: it has {tokens} positions, expected at most tokens_per_batch = {tokens_per_batch}; raise the cap."
+            f"Rollout {store.read([longest])[0].rollout.rollout_id!r}: it has {tokens} positions, expected at most "
+            f"tokens_per_batch = {tokens_per_batch}; raise the cap."
         )
     for column in (teacher, ref):
         if column is not None:
             _check_complete(store, column)
+    if ref is not None:
+        _check_reference(store, ref)
     provenance = None
     if teacher is not None:
         provenance = _provenance(store, teacher)
@@ -112,15 +118,24 @@ def batches(
 def _check_complete(store: LogprobReader, column: str) -> None:
     done = int(store.scored(column).sum())
     if done < len(store):
-        raise MissingScoresError(
-            f"Store: column {column!r} has scores for {done} rollouts, expected {len(store)}; run `score_rollouts(..., column={column!r})`."
+        virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
+        remedy = virtual if column == BEHAVIOR_COLUMN else f"run `score_rollouts(..., column={column!r})`"
+        raise MissingScoresError(f"{store!r}: column {column!r} has scores for {done} rollouts, expected {len(store)}; {remedy}.")
+
+
+def _check_reference(store: LogprobReader, column: str) -> None:
+    provenance = store.columns.get(column)
+    if provenance is not None and not provenance.model.same_weights(store.manifest.policy):
+        raise InvalidRecordError(
+            f"{store!r}: column {column!r} was scored by {provenance.model}, expected the policy that sampled, {store.manifest.policy}; "
+            "an importance ratio to another model is none."
         )
 
 
 def _provenance(store: LogprobReader, column: str) -> Provenance:
     if column not in store.columns:
         raise InvalidRecordError(
-            f"Store: column {column!r} holds what the policy itself reported, expected the scores of a teacher; pass `teacher='teacher'`, say."
+            f"{store!r}: column {column!r} holds what the policy itself reported, expected the scores of a teacher; pass `teacher='teacher'`, say."
         )
     return store.columns[column]
 

@@ -11,26 +11,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from attrs import asdict, field, fields, frozen
+from attrs import asdict, field, fields, frozen, has
 from torch import Tensor
 
 from lopd.errors import CorruptStoreError
 
 SCHEMA_VERSION = 1
 LINEAGE_FILE = "lopd.json"
+_HASHED = "weights:"
 
 
 def _digest(data: bytes) -> str:
     return blake2b(data, digest_size=16).hexdigest()
 
 
-@frozen
+@frozen(eq=False)
 class ModelId:
-    """A model that can be recognised again.
+    """A model that can be recognised again.  Equal if weights and dtype are; the name counts only where the revision is no hash of weights.
 
     Args:
         name: for people.
-        revision: commit, step or hash of the weights; what is compared.
+        revision: commit, step or hash of the weights (`hash_weights`).
         dtype: of the weights in use.
     """
 
@@ -40,11 +41,21 @@ class ModelId:
 
     def __str__(self) -> str:
         """`name@revision`, shortened."""
-        return f"{self.name}@{self.revision[:12]}"
+        return f"{self.name}@{self.revision.removeprefix(_HASHED)[:12]}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelId) and (self._weights(), self.dtype) == (other._weights(), other.dtype)
+
+    def __hash__(self) -> int:
+        return hash((self._weights(), self.dtype))
 
     def same_weights(self, other: "ModelId") -> bool:
-        """Whether both are the same model, whatever they are called."""
-        return self.revision == other.revision
+        """Whether both are the same model, in whatever dtype, and under whatever name if their weights were hashed."""
+        return self._weights() == other._weights()
+
+    def _weights(self) -> tuple[str, str]:
+        # "main" is a revision of many models; a hash of weights is one of one
+        return ("" if self.revision.startswith(_HASHED) else self.name), self.revision
 
 
 def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -57,7 +68,7 @@ def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
         data = _narrowest(tensor.detach().cpu().contiguous())
         digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
         digest.update(data.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return _HASHED + digest.hexdigest()
 
 
 def _narrowest(tensor: Tensor) -> Tensor:
@@ -183,12 +194,8 @@ class Manifest:
         )
 
     def difference(self, other: "Manifest") -> str | None:
-        """The first field in which two manifests differ, as `name is <self>, expected <other>`; None if they agree."""
-        for f in fields(Manifest):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if mine != theirs:
-                return f"{f.name} is {mine}, expected {theirs}"
-        return None
+        """The first field in which two manifests differ, as `policy.dtype is <self>, expected <other>`; None if they agree."""
+        return _difference("", self, other)
 
 
 @frozen
@@ -239,8 +246,23 @@ class Lineage:
         path = folder / LINEAGE_FILE
         if not path.exists():
             return cls()
-        data = json.loads(path.read_text())
-        return cls(_model_or_none(data["sft_teacher"]), _model_or_none(data["opd_teacher"]))
+        try:
+            data = json.loads(path.read_text())
+            return cls(_model_or_none(data["sft_teacher"]), _model_or_none(data["opd_teacher"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptStoreError(
+                f"Lineage {path}: it cannot be read ({error!r}), expected what lopd wrote; restore or remove it."
+            ) from error
+
+
+def _difference(path: str, mine: Any, theirs: Any) -> str | None:
+    if mine == theirs:
+        return None
+    if has(type(mine)) and type(mine) is type(theirs):
+        names = [f.name for f in fields(type(mine))]
+        found = (_difference(f"{path}.{name}".lstrip("."), getattr(mine, name), getattr(theirs, name)) for name in reversed(names))
+        return next(difference for difference in found if difference)
+    return f"{path} is {mine!r}, expected {theirs!r}"
 
 
 def _model_or_none(data: Mapping[str, Any] | None) -> ModelId | None:

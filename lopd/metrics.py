@@ -30,7 +30,7 @@ class Estimate:
 
 @frozen(eq=False)
 class RolloutSums:
-    """Sums and counts, one of each per rollout, in the same order of prompts wherever two are compared.
+    """Sums and counts, one of each per rollout (or prompt, see `pooled`), in the same order of prompts wherever two are compared.
 
     Args:
         sums: (B,) float64, each over the tokens of one rollout.
@@ -51,8 +51,16 @@ class RolloutSums:
         """The mean over all tokens.  Tokens of one rollout depend on each other, so a rollout counts as one draw (delta method)."""
         return _estimate(self.sums.sum() / self.counts.sum(), self._influence(), int(self.counts.sum()))
 
+    def pooled(self, samples: int) -> "RolloutSums":
+        """Every `samples` consecutive rollouts as one: samples of one prompt are not independent draws of prompts."""
+        return RolloutSums(self.sums.reshape(-1, samples).sum(1), self.counts.reshape(-1, samples).sum(1))
+
     def minus(self, other: "RolloutSums") -> Estimate:
         """The difference of two means over the same prompts: what they share cancels, so its interval is narrower than either's."""
+        if len(self.sums) != len(other.sums):
+            raise InvalidRecordError(
+                f"Estimate: it has {len(self.sums)} draws, expected the other's {len(other.sums)}; compare over the same prompts."
+            )
         difference = self.per_token().mean - other.per_token().mean
         return _estimate(difference, self._influence() - other._influence(), int(self.counts.sum()))
 
@@ -62,12 +70,11 @@ class RolloutSums:
         return influence
 
 
-def reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> Estimate:
-    r"""KL(student, teacher) per token, nats, from rollouts sampled from the student.
+def reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> RolloutSums:
+    r"""KL(student, teacher) in nats, summed over the tokens of each rollout, estimated from the sampled tokens alone.
 
-    \(\sum_i\sum_t (r_t - 1 - \log r_t) / \sum_i T_i\) with \(r = \exp(\ell_T - \ell_\theta)\).  \(-\log r\) alone has the same mean, since
-    \(E[r] = 1\) under the student, but a wider spread.  Tokens of one rollout depend on each other, so the interval treats a rollout as one
-    draw.
+    \(\sum_t (r_t - 1 - \log r_t)\) with \(r = \exp(\ell_T - \ell_\theta)\).  \(-\log r\) alone has the same mean, since
+    \(E[r] = 1\) under the student, but a wider spread.
 
     Source: the estimator k3 of Schulman, "Approximating KL divergence" (2020), http://joschu.net/blog/kl-approx.html.
 
@@ -77,7 +84,7 @@ def reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Seque
     """
     log_ratios = [t.astype(np.float64) - s for s, t in zip(student_logprobs, teacher_logprobs, strict=True)]
     sums = np.array([np.sum(np.expm1(log_ratio) - log_ratio) for log_ratio in log_ratios])
-    return RolloutSums(sums, np.array([s.size for s in student_logprobs], np.float64)).per_token()
+    return RolloutSums(sums, np.array([s.size for s in student_logprobs], np.float64))
 
 
 def mean(values: Sequence[float] | NDArray[np.float64]) -> Estimate:

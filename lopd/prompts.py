@@ -1,6 +1,7 @@
 """Prompts from JSONL, parquet, messages or plain strings.  The chat template is applied here, once; from here on there are only ids."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -13,7 +14,7 @@ from lopd.types import Prompt
 Messages = Sequence[Mapping[str, str]]
 
 
-def read_prompts(path: str, tokenizer: Any, *, field: str = "prompt", max_tokens: int | None = None) -> list[Prompt]:
+def read_prompts(path: str | os.PathLike[str], tokenizer: Any, *, field: str = "prompt", max_tokens: int | None = None) -> list[Prompt]:
     """Prompts from a file with one record per line (`.jsonl`) or row (`.parquet`).
 
     A record is a mapping; `record[field]` is a string (one user message) or a list of messages with "role" and "content".  Where `field` is
@@ -29,6 +30,7 @@ def read_prompts(path: str, tokenizer: Any, *, field: str = "prompt", max_tokens
         PromptError: the file is empty, of another kind, or a record cannot be read; it names file and record.
         ContextOverflowError: a prompt is longer than `max_tokens`.
     """
+    path = os.fspath(path)
     records = _read_records(path)
     if not records:
         raise PromptError(f"Prompt file {path}: it has 0 records, expected at least 1; check that it was written.")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lopd.causal_lm import check_cut, hidden_states, lm_head, unwrap
+from lopd.errors import ModelError
 from lopd.manifest import Lineage
 from lopd.protocols import OPDLoss
 from lopd.types import Batch, LossOutput
@@ -23,19 +24,22 @@ class CausalLMStudent(nn.Module):
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
     Raises:
-        ModelError: the model cannot be cut, or lets packed rollouts attend to each other (see `lopd.causal_lm.check_cut`).
+        ModelError: the model has nothing to train, cannot be cut, or lets packed rollouts attend to each other (see `lopd.causal_lm.check_cut`).
     """
 
     def __init__(self, model: Any, vocab_size: int, *, autocast: torch.dtype | None = None, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         check_cut(model, vocab_size)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ModelError(
+                f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
+                "or load adapters as trainable."
+            )
         self.model = model
         self.vocab_size = vocab_size
         self._autocast = autocast
         if gradient_checkpointing:
-            base = unwrap(model)
-            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            base.enable_input_require_grads()
+            unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.train()
 
     def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
@@ -50,9 +54,9 @@ class CausalLMStudent(nn.Module):
             return hidden_states(self.model, batch.inputs[None], batch.position_ids[None])[0]
 
     def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:
-        """Write a folder that transformers and vLLM load as an ordinary model, with its lineage beside the weights.
+        """Write a folder that engines load, with its lineage beside the weights.
 
-        Adapters are written as adapters (peft's own format).
+        A full model is written as one; adapters in peft's own format (merge them first for an engine that wants one model).
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

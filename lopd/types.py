@@ -1,4 +1,4 @@
-"""The records that move between lopd's verbs: frozen, and checked once, when they are made.
+"""The records that move between lopd's verbs: frozen; those that come from outside are checked once, when they are made.
 
 Prompt -> Rollout -> Scores -> ScoredRollout -> Batch -> LossOutput -> StepMetrics is the way of a token through a run.
 Token ids are the truth; no field holds text that is ever tokenised again.  All log-probs are natural (nats), at temperature 1.
@@ -8,7 +8,7 @@ Shape suffixes: N tokens of a packed batch, P prompt tokens, T response tokens o
 
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,8 +22,8 @@ Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
 BoolArray = NDArray[np.bool_]
 FinishReason = Literal["stop", "length"]
-
-_BatchT = TypeVar("_BatchT", bound="Batch")
+#: The virtual column: what the sampling engine reported, kept in the rollouts themselves.
+BEHAVIOR_COLUMN = "behavior"
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:
@@ -223,9 +223,9 @@ class Batch:
     teacher_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
 
-    def to(self: _BatchT, device: torch.device) -> _BatchT:
+    def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(type(self))}
+        values = {f.name: getattr(self, f.name) for f in fields(Batch)}
         return evolve(self, **{name: value.to(device) for name, value in values.items() if value is not None})
 
 
@@ -252,6 +252,10 @@ class LMHead:
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+
+    def float(self) -> "LMHead":
+        """The same head with float32 weights: convert once where `logits` is called many times and no gradient is wanted."""
+        return evolve(self, weight=self.weight.float())
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """(N, V) logits in float32 (float64 if given float64): bf16 logits would cost 0.02 to 0.05 nats."""

@@ -20,9 +20,9 @@ from lopd.types import Batch, LMHead, LossOutput, Rollout, ScoredRollout, Scores
 
 torch.set_num_threads(1)
 
-SFT_TEACHER = ModelId("big-teacher", "teacher-weights", "bfloat16")
-OTHER_TEACHER = ModelId("other-teacher", "other-weights", "bfloat16")
-POLICY = ModelId("sft-student", "policy-weights", "bfloat16")
+SFT_TEACHER = ModelId("big-teacher", "weights:teacher-weights", "bfloat16")
+OTHER_TEACHER = ModelId("other-teacher", "weights:other-weights", "bfloat16")
+POLICY = ModelId("sft-student", "weights:policy-weights", "bfloat16")
 VOCAB_HASH = "vocabulary"
 
 

@@ -400,7 +400,7 @@ def test_a_column_that_is_not_there_is_refused(wanted: dict[str, Any]) -> None:
 def test_a_rollout_longer_than_the_cap_is_refused_and_one_as_long_as_the_cap_is_not() -> None:
     store = make_store(numbered_records(4), columns=("teacher",))
     assert [batch.inputs.numel() for batch in batches(store, tokens_per_batch=5, rollouts_per_step=1).step(0).batches] <= [5]
-    with pytest.raises(InvalidRecordError, match="row 3: it has 5 positions, expected at most tokens_per_batch = 4"):
+    with pytest.raises(InvalidRecordError, match=r"Rollout .*: it has 5 positions, expected at most tokens_per_batch = 4"):
         batches(store, tokens_per_batch=4)
 
 
@@ -470,3 +470,32 @@ def test_a_ref_column_is_read_beside_the_teacher_and_is_no_matter_of_consistency
     assert batch.teacher_logprobs is not None
     assert batch.ref_logprobs is not None
     assert not torch.equal(batch.teacher_logprobs, batch.ref_logprobs)
+
+
+def test_a_ref_column_of_another_model_than_the_policy_is_refused() -> None:
+    store = make_store(random_records(0, 3), provenance=lambda _: make_provenance(SFT_TEACHER))
+    with pytest.raises(InvalidRecordError, match=r"'ref' was scored by big-teacher.*expected the policy"):
+        batches(store, ref="ref", rollouts_per_step=3)
+
+
+def test_a_store_that_grows_changes_no_step_of_a_run_that_has_begun() -> None:
+    store = make_store(numbered_records(4), columns=("teacher",))
+    stream = batches(store, rollouts_per_step=3)
+    before = rows_of(stream.step(5))
+    store.append([record.rollout for record in numbered_records(6)])
+    assert rows_of(stream.step(5)) == before
+
+
+@pytest.mark.parametrize("wrong", [{"rollouts_per_step": 0}, {"seed": -1}, {"start": -1}])
+def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, int]) -> None:
+    with pytest.raises(InvalidRecordError, match="expected at least"):
+        batches(make_store(numbered_records(2), columns=("teacher",)), **wrong)
+
+
+@pytest.mark.parametrize(
+    "weighting", [lambda mask: np.ones(len(mask) + 1), lambda mask: -by_token(mask), lambda mask: by_token(mask) * np.nan]
+)
+def test_a_weighting_that_gives_no_weights_is_refused_and_the_rollout_named(weighting: Weighting) -> None:
+    (record,) = numbered_records(1)
+    with pytest.raises(InvalidRecordError, match=repr(record.rollout.rollout_id)):
+        collate([record], weighting, teacher="teacher")

@@ -31,7 +31,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def source_of(model, tokenizer, **sampling):
-    return HFSource(model, tokenizer, SamplingParams(**{"max_new_tokens": 10, **sampling}), policy=ModelId("tiny", "1", "float32"))
+    return HFSource(model, tokenizer, SamplingParams(**{"max_new_tokens": 10, **sampling}), identity=ModelId("tiny", "1", "float32"))
 
 
 def as_lists(rollouts):

@@ -556,7 +556,7 @@ def test_a_cloud_path_is_refused(make: Callable[[str, Manifest], ZarrStore]) -> 
 def test_another_manifest_is_refused_and_the_field_is_named(filled: ZarrStore) -> None:
     other = evolve(tiny_manifest(), policy=ModelId("policy", "rev-q", "float32"))
     for make in (ZarrStore.open, ZarrStore.open_or_create):
-        with pytest.raises(ManifestMismatchError, match=r"run.zarr: policy is .*policy.*rev-p.*, expected .*rev-q.*;"):
+        with pytest.raises(ManifestMismatchError, match=r"run.zarr: policy.revision is .*rev-p.*, expected .*rev-q.*;"):
             make(filled._root, other)
 
 

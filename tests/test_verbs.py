@@ -743,9 +743,9 @@ def test_the_estimated_reverse_kl_covers_the_exact_one(llama, near_teacher, toke
     exact = exact_reverse_kl(llama, near_teacher, prompts)
     source = HFSource(llama, tokenizer, SamplingParams(max_new_tokens=2, samples_per_prompt=150, seed=2))
     estimate = evaluate_reverse_kl(source, HFScorer(near_teacher, tokenizer), prompts)
-    assert estimate.clusters == 150 * len(prompts)
+    assert (estimate.clusters, estimate.values) == (len(prompts), 2 * 150 * len(prompts))
     assert exact > 0.02
-    assert estimate.ci95 < 0.25 * exact
+    assert estimate.ci95 < 0.4 * exact
     assert abs(estimate.mean - exact) <= estimate.ci95
 
 

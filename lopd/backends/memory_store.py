@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lopd.backends import ragged
 from lopd.manifest import Manifest, Provenance
-from lopd.types import Float32Array, Rollout, ScoredRollout, Scores
+from lopd.types import BEHAVIOR_COLUMN, Float32Array, Rollout, ScoredRollout, Scores
 
 
 @final
@@ -56,7 +56,7 @@ class MemoryStore:
 
     def scored(self, column: str, /) -> NDArray[np.bool_]:
         """(len,): which rollouts have scores in this column."""
-        if column == ragged.BEHAVIOR_COLUMN:
+        if column == BEHAVIOR_COLUMN:
             return np.array([rollout.behavior_logprobs is not None for rollout in self._rollouts], np.bool_)
         mask = np.zeros(len(self), np.bool_)
         mask[list(self._scores.get(column, ()))] = True
@@ -71,7 +71,7 @@ class MemoryStore:
         return ScoredRollout(rollout, {column: self._column(row, rollout, column) for column in columns})
 
     def _column(self, row: int, rollout: Rollout, column: str) -> Float32Array:
-        found = rollout.behavior_logprobs if column == ragged.BEHAVIOR_COLUMN else self._scores.get(column, {}).get(row)
+        found = rollout.behavior_logprobs if column == BEHAVIOR_COLUMN else self._scores.get(column, {}).get(row)
         if found is None:
             raise ragged.missing_scores("MemoryStore", rollout.rollout_id, column)
         return found

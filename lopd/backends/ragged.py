@@ -13,10 +13,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.manifest import Provenance
-from lopd.types import Rollout, Scores
-
-#: The virtual column: what the sampling engine reported, kept in the rollouts themselves.
-BEHAVIOR_COLUMN = "behavior"
+from lopd.types import BEHAVIOR_COLUMN, Rollout, Scores
 
 # No separators, no leading dot, no name that Zarr keeps for itself: a column becomes a folder in some stores.
 _COLUMN_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", re.IGNORECASE)

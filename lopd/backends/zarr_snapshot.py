@@ -12,7 +12,7 @@ from lopd.backends import ragged
 from lopd.backends.zarr_segment import MapFile, Segment, bounded_maps
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.manifest import Provenance
-from lopd.types import FinishReason, Float32Array, Rollout, ScoredRollout, Scores
+from lopd.types import BEHAVIOR_COLUMN, FinishReason, Float32Array, Rollout, ScoredRollout, Scores
 
 _REASONS: tuple[FinishReason, ...] = ("stop", "length")
 
@@ -171,7 +171,7 @@ class Snapshot:
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """(rows,): which have scores in this column."""
-        if column == ragged.BEHAVIOR_COLUMN:
+        if column == BEHAVIOR_COLUMN:
             return np.concatenate([np.zeros(0, np.bool_), *[segment.behavior for segment in self._segments]])
         mask = np.zeros(len(self.rows), np.bool_)
         if column in self._columns:
@@ -205,7 +205,7 @@ class Snapshot:
         return ScoredRollout(rollout, {column: self._scores(row, rollout, column) for column in columns})
 
     def _scores(self, row: int, rollout: Rollout, column: str) -> Float32Array:
-        if column == ragged.BEHAVIOR_COLUMN and rollout.behavior_logprobs is not None:
+        if column == BEHAVIOR_COLUMN and rollout.behavior_logprobs is not None:
             return rollout.behavior_logprobs
         if column not in self._columns or row not in self._columns[column]:
             raise ragged.missing_scores(self._owner, rollout.rollout_id, column)

@@ -50,7 +50,7 @@ def decode(model: Any, rows: Sequence[Row], sampling: SamplingParams, vocab_size
     Raises:
         InvalidRecordError: the model gives logits that are not finite; it names the rollout.
     """
-    head, device = lm_head(model, vocab_size), next(model.parameters()).device
+    head, device = lm_head(model, vocab_size).float(), next(model.parameters()).device
     live = [(row, min(sampling.max_new_tokens, context_length(model) - row.prompt_ids.size)) for row in rows]
     ids_BS, mask_BS = (t.to(device) for t in _pad_left([row.prompt_ids for row in rows]))
     positions_BS, cache = (mask_BS.cumsum(-1) - 1).clamp(min=0), transformers.DynamicCache(config=unwrap(model).config)

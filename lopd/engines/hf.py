@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lopd.causal_lm import check_cut, context_length, evaluating, hidden_states, lm_head, token_logprobs, unwrap
+from lopd.collate import target_slice
 from lopd.engines.decoding import Row, decode
 from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer, hash_weights
@@ -33,13 +34,16 @@ def model_id(model: Any) -> ModelId:
     return ModelId(name, hash_weights(model.named_parameters()), dtype)
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights."""
+def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
+
+    Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         # only eager attention applies a cap on attention scores, and the choice is not saved with the weights
         model.set_attn_implementation("eager")
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(folder)
 
 
 @final
@@ -54,8 +58,8 @@ class HFSource:
         model: a causal LM in eval mode.
         tokenizer: its own.
         sampling: how to draw.
-        policy: identity of the model; by default a hash of its weights, taken when first asked for.
         lineage: what the model was trained on; `from_folder` reads it from beside the weights.
+        identity: of the model; by default a hash of its weights, taken when first asked for.
         generation: round of sampling.
         rows_per_batch: responses that are sampled side by side; this bounds memory.
     """
@@ -64,14 +68,14 @@ class HFSource:
     tokenizer: Any = field(repr=False)
     sampling: SamplingParams = field(factory=SamplingParams)
     lineage: Lineage = field(factory=Lineage)
-    policy: ModelId | None = None
+    identity: ModelId | None = None
     generation: int = 0
     rows_per_batch: int = 64
 
     @classmethod
-    def from_folder(cls, folder: str | Path, sampling: SamplingParams, dtype: torch.dtype | None = None) -> "HFSource":
+    def from_folder(cls, folder: str | Path, sampling: SamplingParams, dtype: torch.dtype | None = None, device: str = "cpu") -> "HFSource":
         """A source on a model that `CausalLMStudent.export` (or anybody) wrote, with the SFT teacher that is recorded there."""
-        model, tokenizer = load_model(folder, dtype)
+        model, tokenizer = load_model(folder, dtype, device)
         return cls(model, tokenizer, sampling, Lineage.read(Path(folder)))
 
     def __attrs_post_init__(self) -> None:
@@ -84,7 +88,7 @@ class HFSource:
 
     @cached_property
     def _manifest(self) -> Manifest:
-        policy = self.policy or model_id(self.model)
+        policy = self.identity or model_id(self.model)
         return Manifest(fingerprint_tokenizer(self.tokenizer), policy, self.sampling, self.lineage.sft_teacher, self.generation)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
@@ -168,10 +172,10 @@ class HFScorer:
     identity: ModelId | None = None
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None, tokens_per_batch: int = 8192) -> "HFScorer":
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "HFScorer":
         """A scorer on a model folder or hub name."""
-        model, tokenizer = load_model(folder, dtype)
-        return cls(model, tokenizer, tokens_per_batch)
+        model, tokenizer = load_model(folder, dtype, device)
+        return cls(model, tokenizer)
 
     def __attrs_post_init__(self) -> None:
         check_cut(self.model, self._tokenizer_id.vocab_size)
@@ -209,7 +213,7 @@ class HFScorer:
     @torch.inference_mode()
     def _score_batch(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
         hidden_MD, targets_M = _response_hidden(self.model, rollouts)
-        logprobs_M = token_logprobs(hidden_MD, lm_head(self.model, self._tokenizer_id.vocab_size), targets_M, self.rows_per_chunk)
+        logprobs_M = token_logprobs(hidden_MD, lm_head(self.model, self._tokenizer_id.vocab_size).float(), targets_M, self.rows_per_chunk)
         return _split(logprobs_M.cpu().numpy(), rollouts)
 
 
@@ -220,7 +224,7 @@ def exact_reverse_kl(
     r"""KL(student, teacher) in nats over the whole vocabulary, summed over the response tokens of each rollout of the student.
 
     \(\sum_v \pi_\theta(v|s_t)\,(\log\pi_\theta(v|s_t) - \log\pi_T(v|s_t))\) at every state \(s_t\): the mean that `metrics.reverse_kl`
-    estimates from sampled tokens alone, at the price of having both models in memory, with an interval about half as wide.
+    estimates from sampled tokens alone, at the price of having both models in memory; its interval is narrower.
 
     Args:
         student: a causal LM, the policy that sampled.
@@ -231,7 +235,7 @@ def exact_reverse_kl(
         rows_per_chunk: response tokens whose logits exist at once, for both models.
     """
     sums = np.zeros(len(rollouts))
-    heads = lm_head(student, vocab_size), lm_head(teacher, vocab_size)
+    heads = lm_head(student, vocab_size).float(), lm_head(teacher, vocab_size).float()
     for part in _budgeted(rollouts, tokens_per_batch):
         batch = [rollouts[i] for i in part]
         chunks = [_response_hidden(model, batch)[0].split(rows_per_chunk) for model in (student, teacher)]
@@ -266,7 +270,7 @@ def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, T
     predicts_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
     for i, r in enumerate(rollouts):
         ids_BS[i, : len(r)] = torch.from_numpy(np.concatenate([r.prompt_ids, r.response_ids]).astype(np.int64))
-        predicts_BS[i, r.prompt_ids.size - 1 : len(r) - 1] = True
+        predicts_BS[i, target_slice(r)] = True
     targets_M = torch.cat([torch.from_numpy(r.response_ids.astype(np.int64)) for r in rollouts]).to(device)
     with evaluating(model):
         return hidden_states(model, ids_BS.to(device))[predicts_BS.to(device)], targets_M

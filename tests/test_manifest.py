@@ -1,0 +1,70 @@
+"""Identities: what is the same model, the same tokenizer, the same manifest."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attrs import evolve
+
+from lopd.errors import CorruptStoreError
+from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer, hash_weights
+from lopd.testing import tiny_manifest
+
+
+def test_the_hash_of_weights_knows_values_and_not_the_dtype_that_holds_them() -> None:
+    weights = {"a": torch.randn(3, 4).bfloat16(), "b": torch.randn(5).half()}
+    wide = {name: tensor.float() for name, tensor in weights.items()}
+    assert hash_weights(weights.items()) == hash_weights(reversed(list(wide.items())))
+
+
+@pytest.mark.parametrize("change", [lambda w: w + 1e-7, lambda w: w.reshape(4, 3), lambda w: w.bfloat16()])
+def test_the_hash_of_weights_knows_every_change(change: Any) -> None:
+    weight = torch.randn(3, 4)
+    assert hash_weights([("a", weight)]) != hash_weights([("a", change(weight))])
+    assert hash_weights([("a", weight)]) != hash_weights([("b", weight)])
+
+
+def test_hashed_weights_are_the_same_model_under_any_name() -> None:
+    assert ModelId("here", "weights:1", "float32") == ModelId("there", "weights:1", "float32")
+    assert ModelId("here", "weights:1", "float32") != ModelId("here", "weights:1", "bfloat16")
+    assert ModelId("here", "weights:1", "float32").same_weights(ModelId("there", "weights:1", "bfloat16"))
+
+
+def test_a_branch_name_is_a_revision_of_one_model_only() -> None:
+    assert not ModelId("Qwen3-32B", "main", "bfloat16").same_weights(ModelId("QwQ-32B", "main", "bfloat16"))
+
+
+def test_a_difference_of_manifests_names_the_innermost_field() -> None:
+    manifest = tiny_manifest()
+    assert manifest.difference(manifest) is None
+    other = evolve(manifest, sampling=evolve(manifest.sampling, seed=7))
+    assert manifest.difference(other) == f"sampling.seed is {manifest.sampling.seed}, expected 7"
+    cast = evolve(manifest, policy=evolve(manifest.policy, dtype="float8"))
+    assert manifest.difference(cast) == f"policy.dtype is {manifest.policy.dtype!r}, expected 'float8'"
+
+
+def test_a_manifest_survives_json() -> None:
+    manifest = evolve(tiny_manifest(), sampling=SamplingParams(stop_ids=(1, 2)), sft_teacher=ModelId("t", "r", "float32"), generation=3)
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+def test_a_manifest_of_another_schema_version_is_refused() -> None:
+    with pytest.raises(CorruptStoreError, match="schema_version is 99"):
+        Manifest.from_json({**tiny_manifest().to_json(), "schema_version": 99})
+
+
+def test_a_tokenizer_is_its_whole_map(tokenizer: Any, swapped_tokenizer: Any) -> None:
+    mine, theirs = fingerprint_tokenizer(tokenizer), fingerprint_tokenizer(swapped_tokenizer)
+    assert mine.vocab_size == theirs.vocab_size
+    assert not mine.same_vocabulary(theirs)
+
+
+def test_a_lineage_is_read_back_and_a_damaged_one_refused(tmp_path: Path) -> None:
+    assert Lineage.read(tmp_path) == Lineage()
+    lineage = Lineage(sft_teacher=ModelId("t", "weights:1", "float32"))
+    lineage.write(tmp_path)
+    assert Lineage.read(tmp_path) == lineage
+    (tmp_path / "lopd.json").write_text('{"sft_teacher": ')
+    with pytest.raises(CorruptStoreError, match=r"lopd\.json"):
+        Lineage.read(tmp_path)
