@@ -1,6 +1,7 @@
 # Each target stands alone: it makes .venv, installs what it needs at the versions of constraints.txt, and runs.
 PYTHON ?= python3
 BIN := .venv/bin
+# no target needs a model hub, and asking one that cannot be reached takes minutes
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower

@@ -56,7 +56,7 @@ def loss_table(rows: list[dict[str, Any]]) -> list[str]:
     """The losses as a Markdown table."""
     lines = ["| loss | held-out reverse KL | change against SFT, same prompts | on the stored rollouts, last step |", "|---|--:|--:|--:|"]
     for row in rows:
-        change = f"{row['change']:+.3f} ± {row['change_ci95']:.3f}" if row["stored_reverse_kl"] else ""
+        change = f"{row['change']:+.3f} ± {row['change_ci95']:.3f}" if row["variant"] != "after SFT" else ""
         stored = f"{row['stored_reverse_kl'][-1]:.2f}" if row["stored_reverse_kl"] else ""
         lines.append(f"| {row['variant']} | {row['held_out_reverse_kl']:.3f} ± {row['ci95']:.3f} | {change} | {stored} |")
     return lines
