@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lopd.metrics import Estimate
 from lopd.types import StepMetrics
@@ -23,13 +24,15 @@ def draw_run(path: Path, held_out: Mapping[str, Estimate], sft: Sequence[StepMet
     left.plot([m.step for m in sft], [m.loss for m in sft], color="tab:gray")
     left.set(title="SFT on the teacher's text", xlabel="optimizer step", ylabel="loss (nats per token)")
     middle.plot([m.step for m in opd], [m.reverse_kl for m in opd], color="tab:blue")
-    middle.set(title="OPD on frozen rollouts", xlabel="optimizer step", ylabel="student - teacher log-prob (nats per token)")
+    middle.set(title="OPD on frozen rollouts", xlabel="optimizer step", ylabel="student - teacher (nats per token)")
+    for axes in (left, middle):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     places = range(len(held_out))
     right.bar(
         places, [e.mean for e in held_out.values()], yerr=[e.ci95 for e in held_out.values()], capsize=6, color="tab:green", width=0.6
     )
     right.set(title="held-out reverse KL, fresh rollouts", ylabel="nats per token (95 % interval)")
-    right.set_xticks(list(places), list(held_out))
+    right.set_xticks(list(places), [label.replace(" online ", "\nonline ") for label in held_out])
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
