@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lopd.arrays import BoolArray, Float32Array
 from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.types import Batch, BoolArray, Float32Array, Rollout, ScoredRollout
+from lopd.types import Batch, Rollout, ScoredRollout
 
 Weighting = Callable[[BoolArray], Float32Array]
 

@@ -2,7 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from attrs import evolve
+
 from lopd.errors import InvalidRecordError, ManifestMismatchError
+from lopd.manifest import Manifest
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.types import Prompt, Rollout, rollout_id
 
@@ -17,7 +21,7 @@ def collect_rollouts(
     Args:
         source: the reference policy.
         prompts: with unique ids.
-        store: made with `source.manifest`.
+        store: made with `source.manifest`; a source of another generation begins that round in it.
         prompts_per_batch: sampled together and committed together.
         progress: see `lopd.console.RichProgress`.
 
@@ -26,12 +30,11 @@ def collect_rollouts(
         InvalidRecordError: there are no prompts, two share an id, or the source gave other rollouts than it was asked for.
     """
     _check_prompts(prompts)
-    difference = store.manifest.difference(source.manifest)
-    if difference is not None:
-        raise ManifestMismatchError(f"{store!r}: {difference}; create another store, or sample with the policy and settings of this one.")
     manifest = source.manifest
+    _begin(store, manifest)
     samples = range(manifest.sampling.samples_per_prompt)
-    missing = [any(rollout_id(p.prompt_id, s, manifest.generation) not in store for s in samples) for p in prompts]
+    rows = store.find([rollout_id(p.prompt_id, s, manifest.generation) for p in prompts for s in samples])
+    missing: list[bool] = np.any(rows.reshape(len(prompts), len(samples)) < 0, axis=1).tolist()
     if progress:
         progress.begin("sampling", len(prompts) * len(samples), (len(prompts) - sum(missing)) * len(samples))
     try:
@@ -48,6 +51,17 @@ def collect_rollouts(
     finally:
         if progress:
             progress.end()
+
+
+def _begin(store: LogprobStore, manifest: Manifest) -> None:
+    """Begin the source's round, unless the store is in it; all else must be what the store says."""
+    generation = manifest.generation
+    policy = store.generations.get(generation, manifest.policy)
+    difference = evolve(store.manifest, generation=generation, policy=policy).difference(manifest)
+    if difference is not None:
+        raise ManifestMismatchError(f"{store!r}: {difference}; create another store, or sample with the policy and settings of this one.")
+    if generation not in store.generations:
+        store.begin_generation(generation, policy)
 
 
 def _check_ids(wanted: Sequence[str], rollouts: Sequence[Rollout]) -> None:

@@ -84,3 +84,11 @@ class TrainingDivergedError(LopdError, ArithmeticError):
 
 class MissingDependencyError(LopdError, ImportError):
     """An optional package that this call needs is not installed."""
+
+
+class ForkedStoreError(LopdError, RuntimeError):
+    """A store whose library does not survive a fork, used in a forked process."""
+
+
+class StoreReadError(LopdError, OSError):
+    """The storage refused a read, also after retries; what is stored is as it was."""

@@ -125,11 +125,12 @@ def _check_complete(store: LogprobReader, column: str) -> None:
 
 def _check_reference(store: LogprobReader, column: str) -> None:
     provenance = store.columns.get(column)
-    if provenance is not None and not provenance.model.same_weights(store.manifest.policy):
-        raise InvalidRecordError(
-            f"{store!r}: column {column!r} was scored by {provenance.model}, expected the policy that sampled, {store.manifest.policy}; "
-            "an importance ratio to another model is none."
-        )
+    for policy in store.generations.values():
+        if provenance is not None and not provenance.model.same_weights(policy):
+            raise InvalidRecordError(
+                f"{store!r}: column {column!r} was scored by {provenance.model}, expected the policy that sampled, {policy}; "
+                "an importance ratio to another model is none."
+            )
 
 
 def _provenance(store: LogprobReader, column: str) -> Provenance:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from attrs import asdict, field, fields, frozen, has
@@ -157,7 +157,7 @@ class Manifest:
         policy: the model that sampled.
         sampling: how.
         sft_teacher: the model whose text the policy was SFT-trained on; None if nobody recorded it.
-        generation: round of sampling (0 for Lightning OPD; online OPD and refresh count up).
+        generation: the round of sampling that the store begins with (0 for Lightning OPD; online OPD and refresh count up).
     """
 
     tokenizer: TokenizerId
@@ -207,12 +207,14 @@ class Provenance:
         vocab_hash: of that model's tokenizer.
         engine: name and version of what ran it.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut.
+        top_k: how many of the model's most likely tokens are kept at each response token, beside the sampled one.
     """
 
     model: ModelId
     vocab_hash: str
     engine: str
     logprobs_mode: str = "raw"
+    top_k: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""
@@ -222,6 +224,29 @@ class Provenance:
     def from_json(cls, data: Mapping[str, Any]) -> "Provenance":
         """The inverse of `to_json`."""
         return cls(**{**data, "model": ModelId(**data["model"])})
+
+
+@frozen
+class Commit:
+    """One entry of a store's history.
+
+    Args:
+        number: its place, from 0.
+        kind: what was committed.
+        rows: rollouts that were added, scored or rewritten.
+        tokens: prompt and response tokens of added rollouts; scored response tokens; or tokens that a compaction rewrote.
+        column: of the scores, or None.
+        when: seconds since 1970, by the writer's clock.
+        rounding: largest error in nats by which a log-prob was rounded to the store's type.
+    """
+
+    number: int
+    kind: Literal["rollouts", "scores", "generation", "compaction"]
+    rows: int
+    tokens: int
+    column: str | None
+    when: float
+    rounding: float = 0.0
 
 
 @frozen

@@ -6,8 +6,8 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from lopd.arrays import Float32Array
 from lopd.errors import InvalidRecordError
-from lopd.types import Float32Array
 
 _Z95 = 1.959964
 

@@ -3,7 +3,7 @@
 Each docstring states the contract that the *weakest* implementation must keep.  Nothing here has a default or a body.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from lopd.manifest import Manifest, Provenance
+from lopd.manifest import Commit, Manifest, ModelId, Provenance
 from lopd.types import Batch, LMHead, LossOutput, Prompt, Rollout, ScoredRollout, Scores
 
 
@@ -73,8 +73,13 @@ class LogprobReader(Protocol):
         """Committed rollouts."""
         ...
 
-    def __contains__(self, rollout_id: object, /) -> bool:
-        """Whether a rollout with this id is committed."""
+    @property
+    def generations(self) -> Mapping[int, ModelId]:
+        """Rounds of sampling, and the policy that sampled in each; the first is that of the manifest."""
+        ...
+
+    def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
+        """(len(rollout_ids),): the row of each committed rollout, -1 where there is none."""
         ...
 
     def lengths(self) -> NDArray[np.int64]:
@@ -85,11 +90,11 @@ class LogprobReader(Protocol):
         """(len,): which rollouts have scores in this column; all False for a column that is not there."""
         ...
 
-    def read(self, indices: Sequence[int], /, columns: Sequence[str] = ()) -> list[ScoredRollout]:
-        """These rollouts with these columns, in the order asked; an index may repeat.
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
+        """These rollouts with these columns, and with the top-k support of these, in the order asked; an index may repeat.
 
         Raises:
-            MissingScoresError: a rollout has no scores in a column.
+            MissingScoresError: a rollout has no scores in a column, or a column has no top-k support.
             CorruptStoreError: stored bytes do not match their checksum, or scores were computed on other tokens.
             NoSuchRowError: there is no such row.
         """
@@ -102,12 +107,21 @@ class LogprobWriter(Protocol):
     After a call the store's own reader sees everything that is committed by then, by whomever.
     """
 
+    def begin_generation(self, generation: int, policy: ModelId, /) -> None:
+        """Say which policy samples in another round; rollouts of it can be appended from then on.
+
+        Raises:
+            ConflictError: another policy sampled in this round.
+            StoreWriteError: the write failed; nothing was committed.
+        """
+        ...
+
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts.  Those that are already there, with the same content, are skipped.
 
         Raises:
             ConflictError: other content under an id that is there, or twice in the call.
-            InvalidRecordError: a token id is outside the manifest's vocabulary.
+            InvalidRecordError: a token id is outside the manifest's vocabulary, or the generation was not begun.
             StoreWriteError: the write failed; nothing was committed.
         """
         ...
@@ -118,7 +132,8 @@ class LogprobWriter(Protocol):
         Raises:
             ConflictError: the column belongs to another model, or the scores were computed on other tokens.
             MissingScoresError: no such rollout.
-            InvalidRecordError: not one log-prob per response token, or a column name other than letters, digits, `_`, `-`, `.`.
+            InvalidRecordError: not one log-prob per response token, not the top-k that the provenance names, or a column name other
+                than letters, digits, `_`, `-`, `.`.
             StoreWriteError: the write failed; nothing was committed.
         """
         ...
@@ -126,6 +141,30 @@ class LogprobWriter(Protocol):
 
 class LogprobStore(LogprobReader, LogprobWriter, Protocol):
     """Rollouts, and one column of scores per model that has read them."""
+
+
+class DurableStore(LogprobStore, Protocol):
+    """A store that outlives the process: what looking after one needs."""
+
+    def refresh(self) -> None:
+        """See what was committed since this store was opened, last refreshed or last written to."""
+        ...
+
+    def compact(self) -> None:
+        """Merge many small appends into large ones; rows keep their numbers, and readers that are open read on.  Refreshes."""
+        ...
+
+    def history(self) -> Sequence[Commit]:
+        """What was committed, oldest first."""
+        ...
+
+    def stored_bytes(self) -> int:
+        """Bytes of all files that the current state is made of."""
+        ...
+
+    def verify(self) -> Iterator[str]:
+        """One sentence for each problem found in the stored bytes; reads all of them.  Nothing for a sound store."""
+        ...
 
 
 class OPDLoss(Protocol):

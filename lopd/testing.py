@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.manifest import Manifest, ModelId, Provenance, SamplingParams, TokenizerId
 from lopd.protocols import LogprobStore
-from lopd.types import Rollout, Scores
+from lopd.types import Rollout, Scores, TopK
 
 
 def tiny_manifest(vocab_size: int = 300) -> Manifest:
@@ -28,9 +28,9 @@ def tiny_manifest(vocab_size: int = 300) -> Manifest:
     return Manifest(tokenizer, ModelId("policy", "rev-p", "float32"), SamplingParams(max_new_tokens=8))
 
 
-def tiny_provenance(name: str = "teacher") -> Provenance:
+def tiny_provenance(name: str = "teacher", top_k: int = 0) -> Provenance:
     """The provenance of a made-up model."""
-    return Provenance(ModelId(name, f"rev-{name}", "float32"), "vocab-hash", "made-up 1.0")
+    return Provenance(ModelId(name, f"rev-{name}", "float32"), "vocab-hash", "made-up 1.0", top_k=top_k)
 
 
 def tiny_rollout(rollout_id: str, response: Any = (5, 6, 1), **fields: Any) -> Rollout:
@@ -42,6 +42,20 @@ def tiny_rollout(rollout_id: str, response: Any = (5, 6, 1), **fields: Any) -> R
 def tiny_scores(rollout: Rollout, logprob: float = -1.0) -> Scores:
     """Scores with one value for every token."""
     return Scores.of(rollout, np.full(rollout.response_ids.size, logprob))
+
+
+def tiny_top_k(length: int, k: int = 2, start: int = 0) -> TopK:
+    """A top-k support of a made-up model: `k` equally likely tokens, and a tail of one half."""
+    ids = start + np.arange(length * k).reshape(length, k) % 200
+    return TopK(ids, np.full((length, k), np.log(0.5 / k)), np.full(length, 0.5))
+
+
+def assert_same_top_k(left: TopK, right: TopK) -> None:
+    """Every field is equal, and of the same type."""
+    for name in ("ids", "logprobs", "tail"):
+        mine, theirs = getattr(left, name), getattr(right, name)
+        assert mine.dtype == theirs.dtype, name
+        np.testing.assert_array_equal(mine, theirs, err_msg=name)
 
 
 def _logprobs(length: int) -> st.SearchStrategy[list[float]]:
@@ -87,7 +101,8 @@ def scores_for(draw: st.DrawFn, rollout: Rollout) -> Scores:
 
 def assert_same_rollout(left: Rollout, right: Rollout) -> None:
     """Every field is equal; an absent array equals only an absent one."""
-    assert (left.rollout_id, left.finish_reason, left.content_hash) == (right.rollout_id, right.finish_reason, right.content_hash)
+    for name in ("rollout_id", "finish_reason", "generation", "content_hash"):
+        assert getattr(left, name) == getattr(right, name), name
     for name in ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs"):
         mine, theirs = getattr(left, name), getattr(right, name)
         assert (mine is None) == (theirs is None), name
@@ -99,7 +114,7 @@ def assert_same_rollout(left: Rollout, right: Rollout) -> None:
 def assert_holds(store: LogprobStore, expected: Sequence[Rollout]) -> None:
     """The store holds exactly these rollouts, in this order, however it is asked."""
     assert len(store) == len(expected)
-    assert all(rollout.rollout_id in store for rollout in expected)
+    assert store.find([rollout.rollout_id for rollout in expected]).tolist() == list(range(len(expected)))
     pairs = [(rollout.prompt_ids.size, rollout.response_ids.size) for rollout in expected]
     np.testing.assert_array_equal(store.lengths(), np.array(pairs, np.int64).reshape(-1, 2))
     np.testing.assert_array_equal(store.scored("behavior"), np.array([r.behavior_logprobs is not None for r in expected], bool))
@@ -119,6 +134,10 @@ class StoreConformance:
         """What a new process would see; the same object for a store that does not outlive one."""
         raise NotImplementedError
 
+    def compact(self, store: LogprobStore) -> LogprobStore:
+        """Merge small appends into large ones, if the store can; gives a store that sees the result."""
+        return store
+
     def _filled(self, n: int = 3) -> tuple[LogprobStore, list[Rollout]]:
         store, items = self.make(tiny_manifest()), [tiny_rollout(f"r{i}", range(2, 3 + i)) for i in range(n)]
         store.append(items)
@@ -129,7 +148,10 @@ class StoreConformance:
         assert_holds(store, [])
         assert store.lengths().dtype == np.int64
         assert store.scored("teacher").dtype == np.bool_
-        assert (store.manifest, dict(store.columns), "r0" in store, 0 in store) == (tiny_manifest(), {}, False, False)
+        assert (store.manifest, dict(store.columns)) == (tiny_manifest(), {})
+        assert dict(store.generations) == {0: tiny_manifest().policy}
+        assert store.find(["r0", ""]).tolist() == [-1, -1]
+        assert store.find([]).dtype == np.int64
 
     def test_every_kind_of_rollout_comes_back_as_it_went_in(self) -> None:
         store, manifest = self.make(tiny_manifest()), tiny_manifest()
@@ -199,6 +221,83 @@ class StoreConformance:
         with pytest.raises(InvalidRecordError, match=r"'bad'.*response_ids\[1\] is 300"):
             store.append([tiny_rollout("new"), tiny_rollout("bad", [299, 300, 301])])
         assert_holds(self.reopen(store), items)
+
+    def test_rollouts_are_found_by_id_in_the_order_asked(self) -> None:
+        store, _ = self._filled()
+        assert self.reopen(store).find(["r2", "nobody", "r0", "r2"]).tolist() == [2, -1, 0, 2]
+
+    def test_a_round_of_sampling_is_begun_with_its_policy_and_then_takes_rollouts(self) -> None:
+        store, items = self._filled()
+        later, policy = tiny_rollout("later", generation=3), ModelId("policy", "rev-3", "float32")
+        with pytest.raises(InvalidRecordError, match=r"'later'.*generation is 3"):
+            store.append([tiny_rollout("now"), later])
+        assert_holds(self.reopen(store), items)
+        for _ in range(2):
+            store.begin_generation(3, policy)
+            store.append([later])
+        with pytest.raises(ConflictError, match="generation 3"):
+            store.begin_generation(3, ModelId("policy", "rev-4", "float32"))
+        with pytest.raises(ConflictError, match="generation 0"):
+            store.begin_generation(0, policy)
+        with pytest.raises(InvalidRecordError, match="generation is -1"):
+            store.begin_generation(-1, policy)
+        store = self.reopen(store)
+        assert dict(store.generations) == {0: tiny_manifest().policy, 3: policy}
+        assert_holds(store, [*items, later])
+
+    def test_a_column_may_keep_the_most_likely_tokens(self) -> None:
+        store, items = self._filled()
+        column = tiny_provenance(top_k=2)
+        scores = [evolve(tiny_scores(r), top_k=tiny_top_k(r.response_ids.size, start=i)) for i, r in enumerate(items[:2])]
+        store.append_scores("teacher", column, scores)
+        store.append_scores("ref", tiny_provenance("ref"), [tiny_scores(items[1], -2.0)])
+        store = self.reopen(store)
+        assert dict(store.columns) == {"teacher": column, "ref": tiny_provenance("ref")}
+        row = store.read([1], ("teacher", "ref"), top_k=("teacher",))[0]
+        assert row.scores["teacher"].tolist() == [-1.0] * 2
+        assert row.top_k.keys() == {"teacher"}
+        for i in (1, 0):
+            top_k = scores[i].top_k
+            assert top_k is not None
+            assert_same_top_k(store.read([i], top_k=("teacher",))[0].top_k["teacher"], top_k)
+        assert store.read([1], ("teacher",))[0].top_k == {}
+        for wanted, row_number in (("ref", 1), ("behavior", 1), ("nothing", 1), ("teacher", 2)):
+            with pytest.raises(MissingScoresError):
+                store.read([row_number], top_k=(wanted,))
+
+    def test_scores_with_another_top_k_than_their_provenance_says_are_refused(self) -> None:
+        store, items = self._filled()
+        plain, ranked = tiny_scores(items[1]), evolve(tiny_scores(items[1]), top_k=tiny_top_k(2))
+        outside = evolve(plain, top_k=TopK([[299], [300]], [[-0.5]] * 2, [1 - np.exp(-0.5)] * 2))
+        for score, k in ((plain, 2), (ranked, 0), (ranked, 3), (outside, 1)):
+            with pytest.raises(InvalidRecordError, match="'r1'"):
+                store.append_scores("teacher", tiny_provenance(top_k=k), [score])
+        assert not self.reopen(store).scored("teacher").any()
+
+    def test_compaction_changes_nothing_that_can_be_read(self) -> None:
+        store, items = self._filled(1)
+        policy = ModelId("policy", "rev-1", "float32")
+        store.begin_generation(1, policy)
+        for i in range(1, 6):
+            kind = {"loss_mask": [True, False, True]} if i == 2 else {"behavior_logprobs": [-0.5] * 3} if i == 4 else {}
+            items.append(tiny_rollout(f"r{i}", generation=i % 2, **kind))
+            store.append(items[-1:])
+        for i in (4, 0, 3, 5):
+            store.append_scores(
+                "teacher", tiny_provenance(top_k=2), [evolve(tiny_scores(items[i], -i), top_k=tiny_top_k(items[i].response_ids.size))]
+            )
+        for _ in range(2):
+            store = self.reopen(self.compact(store))
+            assert_holds(store, items)
+            assert dict(store.generations) == {0: tiny_manifest().policy, 1: policy}
+            np.testing.assert_array_equal(store.scored("teacher"), [True, False, False, True, True, True])
+            for row, i in zip(store.read([5, 0, 4, 3], ("teacher",), top_k=("teacher",)), (5, 0, 4, 3), strict=True):
+                assert row.scores["teacher"].tolist() == [-i] * items[i].response_ids.size
+                assert_same_top_k(row.top_k["teacher"], tiny_top_k(items[i].response_ids.size))
+        store.append([tiny_rollout("after")])
+        store.append_scores("teacher", tiny_provenance(top_k=2), [evolve(tiny_scores(items[1], -7.0), top_k=tiny_top_k(3))])
+        assert_holds(self.reopen(store), [*items, tiny_rollout("after")])
+        assert self.reopen(store).read([1], ("teacher",))[0].scores["teacher"].tolist() == [-7.0] * 3
 
     def test_pain_15_resume_is_keyed_by_id_and_content_not_position(self) -> None:
         store, items = self._filled()

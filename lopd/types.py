@@ -13,62 +13,25 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from attrs import Factory, evolve, field, fields, frozen
-from numpy.typing import NDArray
 from torch import Tensor
 
+from lopd.arrays import (
+    BoolArray,
+    Float32Array,
+    Int32Array,
+    check_logprobs,
+    read_only,
+    to_candidates,
+    to_floats,
+    to_ids,
+    to_mask,
+    to_optional_floats,
+)
 from lopd.errors import InvalidRecordError
 
-Int32Array = NDArray[np.int32]
-Float32Array = NDArray[np.float32]
-BoolArray = NDArray[np.bool_]
 FinishReason = Literal["stop", "length"]
 #: The virtual column: what the sampling engine reported, kept in the rollouts themselves.
 BEHAVIOR_COLUMN = "behavior"
-
-
-def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    array = array.view()
-    array.flags.writeable = False
-    return array
-
-
-def _to_ids(value: Any) -> Int32Array:
-    """Token ids as a read-only int32 vector; anything that would lose a value on the way is refused."""
-    array = np.asarray(value)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise InvalidRecordError(
-            f"Token ids: the value has dtype {array.dtype} and shape {array.shape}, expected a vector of integers; pass the sampled ids."
-        )
-    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
-        raise InvalidRecordError(
-            f"Token ids: the range is [{array.min()}, {array.max()}], expected 0 to 2**31 - 1; drop padding markers before making the record."
-        )
-    return _read_only(array.astype(np.int32))
-
-
-def _to_logprobs(value: Any) -> Float32Array:
-    return _read_only(np.array(value, dtype=np.float32))
-
-
-def _to_optional_logprobs(value: Any) -> Float32Array | None:
-    return None if value is None else _to_logprobs(value)
-
-
-def _to_mask(value: Any) -> BoolArray:
-    return _read_only(np.array(value, dtype=np.bool_))
-
-
-def _check_logprobs(owner: str, name: str, logprobs_T: Float32Array, length: int) -> None:
-    if logprobs_T.shape != (length,):
-        raise InvalidRecordError(
-            f"{owner}: {name} has shape {logprobs_T.shape}, but response_ids has shape ({length},); pass one value per response token."
-        )
-    bad = np.flatnonzero(~(np.isfinite(logprobs_T) & (logprobs_T <= 0)))
-    if bad.size:
-        raise InvalidRecordError(
-            f"{owner}: {name}[{bad[0]}] is {logprobs_T[bad[0]]}, expected a finite log-prob of at most 0 nats; "
-            "check the engine (an exact -inf may be stored with `lopd.floor_logprobs`, which counts it)."
-        )
 
 
 @frozen(eq=False)
@@ -83,7 +46,7 @@ class Prompt:
     """
 
     prompt_id: str
-    token_ids: Int32Array = field(converter=_to_ids)
+    token_ids: Int32Array = field(converter=to_ids)
     text: str = ""
     answer: str | None = None
 
@@ -116,6 +79,7 @@ class Rollout:
         loss_mask: (T,) bool, True where a token counts (False for tool or user tokens inside a response).
         finish_reason: "stop" if the policy ended the response itself, "length" if it was cut.
         behavior_logprobs: (T,) float32, nats: what the sampling engine reported for these tokens, or None.
+        generation: round of sampling; the store knows which policy sampled in it.
         content_hash: of ids and mask, where the response starts included; every score carries it (computed, not passed).
 
     Raises:
@@ -123,11 +87,12 @@ class Rollout:
     """
 
     rollout_id: str
-    prompt_ids: Int32Array = field(converter=_to_ids)
-    response_ids: Int32Array = field(converter=_to_ids)
-    loss_mask: BoolArray = field(converter=_to_mask)
+    prompt_ids: Int32Array = field(converter=to_ids)
+    response_ids: Int32Array = field(converter=to_ids)
+    loss_mask: BoolArray = field(converter=to_mask)
     finish_reason: FinishReason
-    behavior_logprobs: Float32Array | None = field(default=None, converter=_to_optional_logprobs)
+    behavior_logprobs: Float32Array | None = field(default=None, converter=to_optional_floats)
+    generation: int = 0
     content_hash: bytes = field(init=False, repr=lambda digest: digest.hex()[:8], default=Factory(_hash_content, takes_self=True))
 
     def __attrs_post_init__(self) -> None:
@@ -145,11 +110,59 @@ class Rollout:
                 f"{owner}: finish_reason is {self.finish_reason!r}, expected 'stop' or 'length'; map the engine's word."
             )
         if self.behavior_logprobs is not None:
-            _check_logprobs(owner, "behavior_logprobs", self.behavior_logprobs, self.response_ids.size)
+            check_logprobs(owner, "behavior_logprobs", self.behavior_logprobs, self.response_ids.shape)
+
+    @classmethod
+    def from_store(cls, **values: Any) -> "Rollout":
+        """A rollout out of fields that were checked when they were first made, and verified when they were read: checked no third time."""
+        rollout = object.__new__(cls)
+        for name, value in values.items():
+            object.__setattr__(rollout, name, value)
+        return rollout
 
     def __len__(self) -> int:
         """Tokens of prompt and response."""
         return self.prompt_ids.size + self.response_ids.size
+
+
+@frozen(eq=False)
+class TopK:
+    """The K most likely tokens of one model at each response token, and what they leave out.
+
+    Args:
+        ids: (T, K) int32.
+        logprobs: (T, K) float32, nats, of the whole vocabulary's distribution: never renormalised over the K.
+        tail: (T,) float32 in [0, 1], the probability of all other tokens.
+
+    Raises:
+        InvalidRecordError: a field has another shape, a log-prob is none, or the K and the tail do not add up to 1 (within 0.01).
+    """
+
+    ids: Int32Array = field(converter=to_candidates)
+    logprobs: Float32Array = field(converter=to_floats)
+    tail: Float32Array = field(converter=to_floats)
+
+    @classmethod
+    def from_store(cls, ids: Any, logprobs: Any, tail: Any) -> "TopK":
+        """A support that was checked when it was first made, and verified when it was read."""
+        support = object.__new__(cls)
+        for name, value, dtype in (("ids", ids, np.int32), ("logprobs", logprobs, np.float32), ("tail", tail, np.float32)):
+            object.__setattr__(support, name, read_only(value.astype(dtype)))
+        return support
+
+    def __attrs_post_init__(self) -> None:
+        check_logprobs("Top-k", "logprobs", self.logprobs, self.ids.shape)
+        if self.tail.shape != self.ids.shape[:1]:
+            raise InvalidRecordError(
+                f"Top-k: tail has shape {self.tail.shape}, expected {self.ids.shape[:1]}; pass one value per response token."
+            )
+        total_T = np.exp(self.logprobs.astype(np.float64)).sum(-1) + self.tail
+        wrong = np.flatnonzero(~((self.tail >= 0) & (self.tail <= 1) & (np.abs(total_T - 1) <= 0.01)))
+        if wrong.size:
+            raise InvalidRecordError(
+                f"Top-k: token {wrong[0]} has tail {self.tail[wrong[0]]} and sums to {total_T[wrong[0]]:.4f}, expected a tail in [0, 1] and "
+                "a sum of 1; the tail is 1 minus the probabilities of the K."
+            )
 
 
 @frozen(eq=False)
@@ -161,22 +174,29 @@ class Scores:
         content_hash: of the `Rollout` that was read.
         logprobs: (T,) float32, nats, finite, <= 0.  0.0 is a value like any other; a missing score is a missing `Scores`.
         floored: how many of them were -inf and are stored as a floor (see `floor_logprobs`).
+        top_k: the most likely tokens beside the sampled one, if the column has them (`Provenance.top_k`).
     """
 
     rollout_id: str
     content_hash: bytes
-    logprobs: Float32Array = field(converter=_to_logprobs)
+    logprobs: Float32Array = field(converter=to_floats)
     floored: int = 0
+    top_k: TopK | None = None
 
     def __attrs_post_init__(self) -> None:
-        _check_logprobs(f"Scores of rollout {self.rollout_id!r}", "logprobs", self.logprobs, self.logprobs.size)
+        owner = f"Scores of rollout {self.rollout_id!r}"
+        check_logprobs(owner, "logprobs", self.logprobs, (self.logprobs.size,))
+        if self.top_k is not None and len(self.top_k.ids) != self.logprobs.size:
+            raise InvalidRecordError(
+                f"{owner}: top_k has {len(self.top_k.ids)} tokens, expected {self.logprobs.size}; pass one row per response token."
+            )
 
     @classmethod
-    def of(cls, rollout: Rollout, logprobs_T: Any, floored: int = 0) -> "Scores":
+    def of(cls, rollout: Rollout, logprobs_T: Any, floored: int = 0, top_k: TopK | None = None) -> "Scores":
         """Scores for this very rollout; the length is checked here, where the rollout is at hand."""
-        logprobs = _to_logprobs(logprobs_T)
-        _check_logprobs(f"Rollout {rollout.rollout_id!r}", "logprobs", logprobs, rollout.response_ids.size)
-        return cls(rollout.rollout_id, rollout.content_hash, logprobs, floored)
+        logprobs = to_floats(logprobs_T)
+        check_logprobs(f"Rollout {rollout.rollout_id!r}", "logprobs", logprobs, rollout.response_ids.shape)
+        return cls(rollout.rollout_id, rollout.content_hash, logprobs, floored, top_k)
 
 
 def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array, int]:
@@ -193,10 +213,17 @@ def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array
 
 @frozen(eq=False)
 class ScoredRollout:
-    """A rollout with the score columns that were asked for: column name -> (T,) float32, nats."""
+    """A rollout with the score columns that were asked for.
+
+    Args:
+        rollout: the tokens.
+        scores: column name -> (T,) float32, nats.
+        top_k: column name -> top-k support, of the columns for which it was asked for.
+    """
 
     rollout: Rollout
     scores: Mapping[str, Float32Array]
+    top_k: Mapping[str, TopK] = field(factory=dict)
 
 
 @frozen(eq=False)

@@ -209,3 +209,8 @@ def contents() -> Callable[[Any], Sequence[tuple[str, bytes]]]:
         return [(r.rollout.rollout_id, r.rollout.content_hash) for r in store.read(range(len(store)))]
 
     return read
+
+
+# Fixtures that a test asks for by name: a real S3 server on loopback, and a proxy in front of it that makes it fail.
+from fault_proxy import proxy  # noqa: E402, F401
+from s3_server import s3  # noqa: E402, F401

@@ -1,7 +1,6 @@
 """Stores: the contract, and what a disk, a kill and a second process can do to one that is on disk."""
 
 import errno
-import json
 import multiprocessing
 import os
 import pickle
@@ -11,7 +10,9 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -20,9 +21,11 @@ from attrs import evolve
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from s3_server import S3Server
 
-from lopd.backends import zarr_segment
+from lopd.backends import local_files
 from lopd.backends.memory_store import MemoryStore
+from lopd.backends.zarr_format import Codec
 from lopd.backends.zarr_store import ZarrStore
 from lopd.errors import (
     ConflictError,
@@ -47,8 +50,9 @@ from lopd.testing import (
     tiny_provenance,
     tiny_rollout,
     tiny_scores,
+    tiny_top_k,
 )
-from lopd.types import Rollout, Scores
+from lopd.types import Rollout, Scores, TopK
 
 
 @pytest.fixture(autouse=True)
@@ -74,15 +78,60 @@ class TestZarrStore(StoreConformance):
         return ZarrStore.create(self.folder / uuid4().hex, manifest)
 
     def reopen(self, store: LogprobStore) -> ZarrStore:
-        return ZarrStore.open(store._root, store.manifest)
+        assert isinstance(store, ZarrStore)
+        return ZarrStore.open(store._files.url, store.manifest)
+
+    def compact(self, store: LogprobStore) -> ZarrStore:
+        assert isinstance(store, ZarrStore)
+        store.compact()
+        return store
+
+
+class TestCompressedZarrStore(TestZarrStore):
+    def make(self, manifest: Manifest) -> ZarrStore:
+        return ZarrStore.create(self.folder / uuid4().hex, manifest, codec="zstd")
+
+
+class TestZarrStoreInFsspec(TestZarrStore):
+    def make(self, manifest: Manifest) -> ZarrStore:
+        return ZarrStore.create(f"memory://{uuid4().hex}/run.zarr", manifest)
+
+
+@pytest.mark.s3
+class TestZarrStoreOnS3(StoreConformance):
+    @pytest.fixture(autouse=True)
+    def _server(self, s3: S3Server) -> None:
+        self.s3 = s3
+
+    def make(self, manifest: Manifest) -> ZarrStore:
+        return ZarrStore.create(self.s3.new_url(), manifest, storage_options=self.s3.storage_options)
+
+    def reopen(self, store: LogprobStore) -> ZarrStore:
+        assert isinstance(store, ZarrStore)
+        return ZarrStore.open(store._files.url, store.manifest, storage_options=self.s3.storage_options)
+
+    def compact(self, store: LogprobStore) -> ZarrStore:
+        assert isinstance(store, ZarrStore)
+        store.compact()
+        return store
+
+
+def place(store: ZarrStore) -> Path:
+    """The folder of a local store."""
+    return Path(store._files.url)
 
 
 class StoreMachine(RuleBasedStateMachine):
     """A store against a dict of rollouts and a dict of scores per column."""
 
-    def __init__(self, make: Callable[[], LogprobStore], reopen: Callable[[LogprobStore], LogprobStore]) -> None:
+    def __init__(
+        self,
+        make: Callable[[], LogprobStore],
+        reopen: Callable[[LogprobStore], LogprobStore],
+        compact: Callable[[Any], None] = lambda store: None,
+    ) -> None:
         super().__init__()
-        self.store, self.reopen_store = make(), reopen
+        self.store, self.reopen_store, self.compact_store = make(), reopen, compact
         self.rollouts: dict[str, Rollout] = {}
         self.columns: dict[str, tuple[str, dict[str, Scores]]] = {}
 
@@ -115,6 +164,10 @@ class StoreMachine(RuleBasedStateMachine):
     def reopen(self) -> None:
         self.store = self.reopen_store(self.store)
 
+    @rule()
+    def compact(self) -> None:
+        self.compact_store(self.store)
+
     @precondition(lambda self: self.rollouts)
     @rule(data=st.data(), column=st.sampled_from(["teacher", "ref"]))
     def read(self, data: st.DataObject, column: str) -> None:
@@ -146,11 +199,45 @@ def test_a_memory_store_equals_a_dict() -> None:
     run_state_machine_as_test(lambda: StoreMachine(lambda: MemoryStore(tiny_manifest()), lambda store: store), settings=MACHINE)
 
 
-def test_a_zarr_store_equals_a_dict_under_append_score_reopen_and_read(tmp_path: Path) -> None:
+@pytest.mark.s3
+def test_a_zarr_store_on_s3_equals_a_dict_under_append_score_reopen_read_and_compaction(s3: S3Server) -> None:
+    def make() -> ZarrStore:
+        return ZarrStore.create(s3.new_url(), tiny_manifest(), storage_options=s3.storage_options)
+
+    def reopen(store: LogprobStore) -> ZarrStore:
+        return ZarrStore.open(store._files.url, storage_options=s3.storage_options)
+
+    few = settings(MACHINE, max_examples=3)
+    run_state_machine_as_test(lambda: StoreMachine(make, reopen, lambda store: store.compact(target_tokens=8)), settings=few)
+
+
+class CrashingMachine(StoreMachine):
+    """The same, with writers that die: of an append, only the segment gets to the disk."""
+
+    @rule(items=st.lists(rollouts(ids=st.sampled_from("uvwxyz"), max_tokens=3), min_size=1, max_size=2))
+    def crash_before_the_commit(self, items: list[Rollout]) -> None:
+        class Killed(BaseException):
+            pass
+
+        def publish(*_: object) -> bool:
+            raise Killed
+
+        victim = self.reopen_store(self.store)
+        assert isinstance(victim, ZarrStore)
+        victim._writer._publish = publish
+        with suppress(Killed, ConflictError):
+            victim.append(items)
+        self.store = self.reopen_store(self.store)
+
+
+def test_a_zarr_store_equals_a_dict_under_append_score_reopen_read_compaction_and_crash(tmp_path: Path) -> None:
     def make() -> ZarrStore:
         return ZarrStore.create(tmp_path / uuid4().hex, tiny_manifest())
 
-    run_state_machine_as_test(lambda: StoreMachine(make, lambda store: ZarrStore.open(store._root)), settings=MACHINE)
+    def machine() -> CrashingMachine:
+        return CrashingMachine(make, lambda store: ZarrStore.open(place(store)), lambda store: store.compact(target_tokens=8))
+
+    run_state_machine_as_test(machine, settings=MACHINE)
 
 
 # What is on disk
@@ -161,16 +248,21 @@ def many(start: int, n: int, length: int = 3) -> list[Rollout]:
     return [tiny_rollout(f"r{i}", (np.arange(length) + i) % 300) for i in range(start, start + n)]
 
 
-@pytest.fixture
-def filled(tmp_path: Path) -> ZarrStore:
-    """Two segments of rollouts of all kinds, one of scores."""
-    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+def fill(store: ZarrStore) -> ZarrStore:
+    """Two segments of rollouts of all kinds, one of scores with top-k."""
     store.append(
         [tiny_rollout("m", loss_mask=[True, False, True]), tiny_rollout("b", behavior_logprobs=[0, -1, -2], finish_reason="length")]
     )
     store.append(many(0, 2))
-    store.append_scores("teacher", tiny_provenance(), [tiny_scores(row.rollout) for row in store.read([1, 3])])
+    scores = [evolve(tiny_scores(row.rollout), top_k=tiny_top_k(3)) for row in store.read([1, 3])]
+    store.append_scores("teacher", tiny_provenance(top_k=2), scores)
     return store
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> ZarrStore:
+    """See `fill`."""
+    return fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest()))
 
 
 def sent(store: ZarrStore) -> ZarrStore:
@@ -191,74 +283,85 @@ def test_zarr_python_reads_every_array_back_equal(tmp_path: Path, vocab_size: in
         tiny_rollout("two", [7, 8], prompt_ids=[1, 2], loss_mask=[False, True], finish_reason="length"),
     ]
     store.append(items)
-    store.append_scores("teacher", tiny_provenance(), [Scores.of(items[1], [0.0, -2.0], floored=1)])
+    top_k = TopK([[3], [4]], [[-0.5], [-0.25]], 1 - np.exp([-0.5, -0.25]))
+    store.append_scores("teacher", tiny_provenance(top_k=1), [Scores.of(items[1], [0.0, -2.0], floored=1, top_k=top_k)])
     root = zarr.open_group(tmp_path / "run.zarr", mode="r")
     assert Manifest.from_json(root.attrs["lopd"]) == tiny_manifest(vocab_size)
     ((_, rollout_group),) = root["segments"].groups()
     ((_, score_group),) = root["scores"]["teacher"].groups()
-    found = {name: array[:] for group in (rollout_group, score_group) for name, array in group.arrays() if name != "content_hash"}
+    found = {name: array[:] for group in (rollout_group, score_group) for name, array in group.arrays() if name != "lines"}
     expected = {
         "token_ids": np.array([4, vocab_size - 1, 1, 2, 7, 8], dtype),
-        "prompt_lengths": np.array([1, 2], np.int32),
-        "response_lengths": np.array([1, 2], np.int32),
-        "finish_reason": np.array([0, 1], np.uint8),
         "rollout_ids": np.frombuffer(b"onetwo", np.uint8),
-        "rollout_id_lengths": np.array([3, 3], np.int32),
         "loss_mask": np.array([1, 0, 1], np.uint8),
-        "behavior_valid": np.array([1, 0], np.uint8),
         "behavior_logprobs": np.array([-0.5, np.nan, np.nan], np.float32),
-        "row": np.array([1], np.int64),
-        "lengths": np.array([2], np.int32),
         "logprobs": np.array([0.0, -2.0], np.float32),
-        "floored": np.array([1], np.int64),
+        "top_k_ids": top_k.ids.astype(dtype),
+        "top_k_logprobs": top_k.logprobs,
+        "top_k_tail": top_k.tail,
     }
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert found[name].dtype == array.dtype, name
         np.testing.assert_array_equal(found[name], array, err_msg=name)
-    assert [row.tobytes() for row in rollout_group["content_hash"][:]] == [rollout.content_hash for rollout in items]
-    assert score_group["content_hash"][:].tobytes() == items[1].content_hash
-    assert score_group.attrs["provenance"] == tiny_provenance().to_json()
+    lines = {name: rollout_group["lines"][:, i] for i, name in enumerate(rollout_group["lines"].attrs["fields"])}
+    wanted = {"prompt_length": [1, 2], "response_length": [1, 2], "token_start": [0, 2], "response_start": [0, 1], "finish_reason": [0, 1]}
+    assert {name: lines[name].tolist() for name in wanted} == wanted
+    hashes = np.stack([lines["content_hash_0"], lines["content_hash_1"]], axis=1)
+    assert [row.tobytes() for row in hashes] == [rollout.content_hash for rollout in items]
+    scores = dict(zip(score_group["lines"].attrs["fields"], score_group["lines"][0].tolist(), strict=True))
+    assert (scores["row"], scores["length"], scores["floored"]) == (1, 2, 1)
 
 
-def test_a_flipped_bit_is_noticed_in_every_file_that_is_read(filled: ZarrStore) -> None:
-    root, rng = filled._root, random.Random(0)
-    # Only Zarr readers look at these; lopd goes by the commit log.
-    unread = {root / "segments/zarr.json", root / "scores/zarr.json", root / "scores/teacher/zarr.json"}
-    files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.stat().st_size and path not in unread]
-    # The number of floored log-probs is provenance for people; no read asks for it.
-    files = [path for path in files if "floored" not in path.parts]
-    assert len(files) > 40
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_a_flipped_bit_is_noticed_in_every_file_that_is_read_and_by_verify_in_the_others(tmp_path: Path, codec: Codec) -> None:
+    filled = fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), codec=codec))
+    root, rng = place(filled), random.Random(0)
+    # Groups on the way to a segment say nothing; what an array's zarr.json says, the commit record says too, and is what counts.
+    silent = [path for path in root.rglob("zarr.json") if path != root / "zarr.json" and b'"group"' in path.read_bytes()]
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.stat().st_size and path not in silent]
+    assert len(files) >= 30
+    expected = [row.rollout for row in filled.read(range(4))]
     for path in files:
         data = path.read_bytes()
-        for _ in range(25 if path.suffix == ".json" and path.parent in (root, root / "commits") else 1):
+        for _ in range(25 if path.suffix == ".json" and path.parent in (root, root / "commits") else 4):
             bit = rng.randrange(8 * len(data))
             flipped = bytearray(data)
             flipped[bit // 8] ^= 1 << bit % 8
             path.write_bytes(flipped)
             # A manifest whose key is damaged looks like somebody else's group.
             allowed = (CorruptStoreError, StoreNotFoundError) if path.parent == root else CorruptStoreError
-            with pytest.raises(allowed):
-                ZarrStore.open(root).read([0, 1, 2, 3, 1], ()) and ZarrStore.open(root).read([1, 3], ("teacher",))
+            noticed = False
+            try:
+                assert_holds(ZarrStore.open(root), expected)
+                ZarrStore.open(root).read([1, 3], ("teacher",), top_k=("teacher",))
+            except allowed:
+                noticed = True
+            # What is said twice, and what fills gaps between values, no read needs.
+            assert noticed or path.name == "zarr.json" or path.parent.name in ("loss_mask", "behavior_logprobs")
+            if path.parent not in (root, root / "commits"):
+                (problem,) = ZarrStore.open(root).verify()
+                assert str(path.relative_to(root)) in problem
         path.write_bytes(data)
-    assert_holds(ZarrStore.open(root), [row.rollout for row in filled.read(range(4))])
+    assert_holds(ZarrStore.open(root), expected)
+    assert list(ZarrStore.open(root).verify()) == []
 
 
 def test_a_lost_file_is_noticed(filled: ZarrStore) -> None:
-    (filled._root / "commits/0000000001.json").rename(filled._root / "kept")
-    with pytest.raises(CorruptStoreError, match=r"0000000001.json is missing"):
-        ZarrStore.open(filled._root)
-    (filled._root / "kept").rename(filled._root / "commits/0000000001.json")
-    for path in filled._root.glob("segments/*/token_ids/c/0"):
+    (place(filled) / "commits/0000000001.json").rename(place(filled) / "kept")
+    with pytest.raises(CorruptStoreError, match=r"a commit record is missing.*0000000000.json.*0000000001.json"):
+        ZarrStore.open(place(filled))
+    (place(filled) / "kept").rename(place(filled) / "commits/0000000001.json")
+    for path in place(filled).glob("segments/*/token_ids/c.0"):
         path.unlink()
-    with pytest.raises(CorruptStoreError, match=r"run.zarr: segment .*'token_ids'.*no file"):
-        ZarrStore.open(filled._root).read([0])
+    with pytest.raises(CorruptStoreError, match=r"run.zarr: segment .*'token_ids'.*its file is missing"):
+        ZarrStore.open(place(filled)).read([0])
 
 
 def test_lengths_and_coverage_read_neither_tokens_nor_scores(filled: ZarrStore) -> None:
-    for path in [*filled._root.glob("segments/*/token_ids/c/0"), *filled._root.glob("scores/*/*/logprobs/c/0")]:
+    for path in [*place(filled).glob("segments/*/token_ids/c.0"), *place(filled).glob("scores/*/*/logprobs/c.0")]:
         path.unlink()
-    store = ZarrStore.open(filled._root)
+    store = ZarrStore.open(place(filled))
     np.testing.assert_array_equal(store.lengths(), [[1, 3]] * 4)
     np.testing.assert_array_equal(store.scored("teacher"), [False, True, False, True])
     np.testing.assert_array_equal(store.scored("behavior"), [False, True, False, False])
@@ -273,22 +376,22 @@ def test_scores_that_belong_to_other_tokens_are_refused_at_read(tmp_path: Path) 
     shutil.rmtree(tmp_path / "x/scores")
     shutil.copytree(tmp_path / "y/scores", tmp_path / "x/scores")
     shutil.copy(tmp_path / "y/commits/0000000001.json", tmp_path / "x/commits/0000000001.json")
-    with pytest.raises(CorruptStoreError, match=r"'r'.*column 'teacher'"):
+    with pytest.raises(CorruptStoreError, match=r"scores/teacher/.*'r' were computed on other tokens"):
         ZarrStore.open(tmp_path / "x").read([0], ("teacher",))
 
 
 def test_a_torn_append_is_invisible(filled: ZarrStore) -> None:
     filled.append(many(2, 1))
     # Killed just before its record was linked: the segment is there, the record has only its temporary name.
-    (filled._root / "commits/0000000003.json").rename(filled._root / "commits/.tmp-0")
-    store = ZarrStore.open(filled._root)
-    assert (len(store), "r2" in store) == (4, False)
+    (place(filled) / "commits/0000000003.json").rename(place(filled) / "commits/.tmp-0")
+    store = ZarrStore.open(place(filled))
+    assert (len(store), store.find(["r2"]).tolist()) == (4, [-1])
     store.append(many(2, 2))
-    assert rows_of(ZarrStore.open(filled._root)) == ["m", "b", "r0", "r1", "r2", "r3"]
+    assert rows_of(ZarrStore.open(place(filled))) == ["m", "b", "r0", "r1", "r2", "r3"]
 
 
 def test_more_segments_than_maps_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zarr_segment, "_OPEN_MAPS", 2)
+    monkeypatch.setattr(local_files, "_OPEN_MAPS", 2)
     store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
     for i in range(5):
         store.append(many(i, 1))
@@ -321,18 +424,19 @@ def test_a_write_that_fails_at_any_flush_commits_nothing_and_the_store_stays_usa
 
     monkeypatch.setattr(os, "fsync", fsync)
     store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
-    failures = 0
+    failures, committed = 0, 0
     while error := attempt(store, left, moment=failures + 1):
         failures += 1
         assert isinstance(error.__cause__, OSError)
-        # Only the very last flush comes after the commit; then the rows are there, and the message does not say otherwise.
-        committed = f"r{failures}" in ZarrStore.open(store._root)
-        assert ("nothing of this call was committed" in str(error)) == (not committed)
-        assert len(list(store._root.glob("segments/*/"))) == len(ZarrStore.open(store._root))
-    assert failures > 20
+        # Only the last flushes come after the commit; then the rows are there, and the message does not say otherwise.
+        there = ZarrStore.open(place(store)).find([f"r{failures}"])[0] >= 0
+        assert ("nothing of this call was committed" in str(error)) == (not there)
+        committed += int(there)
+        assert len(list(place(store).glob("segments/*/"))) == len(ZarrStore.open(place(store)))
+    assert failures > 10
     left[0] = 0
     store.append(many(500, 2))
-    assert len(ZarrStore.open(store._root)) == len(store) == 3 + committed
+    assert len(ZarrStore.open(place(store))) == len(store) == 3 + committed
 
 
 def test_a_failing_score_write_names_the_store(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,9 +448,9 @@ def test_a_failing_score_write_names_the_store(filled: ZarrStore, monkeypatch: p
         with pytest.raises(StoreWriteError, match=r"Store .*run.zarr: the write failed with .*quota.*nothing.*committed"):
             filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(filled.read([0])[0].rollout)])
     assert dict(filled.columns).keys() == {"teacher"}
-    assert not list(filled._root.glob("scores/ref/*/"))
+    assert not list(place(filled).glob("scores/ref/*/"))
     filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(filled.read([0])[0].rollout)])
-    assert ZarrStore.open(filled._root).scored("ref").tolist() == [True, False, False, False]
+    assert ZarrStore.open(place(filled)).scored("ref").tolist() == [True, False, False, False]
 
 
 def test_everything_a_commit_record_names_is_flushed_before_the_record_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,7 +469,7 @@ def test_everything_a_commit_record_names_is_flushed_before_the_record_appears(t
             assert [path for path in paths if path.name not in flushed.get(path.parent, ())] == []
             # What is outside a segment was linked into place, and shares the bytes of a temporary file that was flushed.
             written = {path for path in paths if path.is_file() and any(len(part) == 32 for part in path.relative_to(root).parts)}
-            assert len(written) > 10
+            assert len(written) > 6
             assert written <= flushed.keys()
         real_link(source, target)
 
@@ -401,12 +505,12 @@ def test_a_write_past_the_file_size_limit_is_a_typed_error(filled: ZarrStore) ->
     process = start(work)
     process.join()
     assert process.exitcode == 0
-    assert rows_of(ZarrStore.open(filled._root)) == ["m", "b", "r0", "r1", "r11", "r10"]
+    assert rows_of(ZarrStore.open(place(filled))) == ["m", "b", "r0", "r1", "r11", "r10"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_to_is_a_typed_error(filled: ZarrStore) -> None:
-    (filled._root / "segments").chmod(0o500)
+    (place(filled) / "segments").chmod(0o500)
     with pytest.raises(StoreWriteError):
         filled.append(many(10, 1))
 
@@ -479,12 +583,11 @@ def test_processes_that_append_at_the_same_time_lose_nothing_and_write_nothing_t
     assert (len(store), set(rows_of(store))) == (42, expected)
     assert rows_of(store) == rows_of(ZarrStore.open(root))
     assert store.scored("teacher").sum() == 6
-    recorded = sum(json.loads(path.read_bytes())["rows"] for path in (root / "commits").glob("*.json"))
-    assert recorded == 48
+    assert sum(commit.rows for commit in store.history()) == 48
 
 
 def test_two_models_that_race_for_a_column_do_not_share_it(filled: ZarrStore) -> None:
-    late = ZarrStore.open(filled._root)
+    late = ZarrStore.open(place(filled))
     rollout = filled.read([0])[0].rollout
     filled.append_scores("ref", tiny_provenance("A"), [tiny_scores(rollout)])
     with pytest.raises(ConflictError):
@@ -492,7 +595,7 @@ def test_two_models_that_race_for_a_column_do_not_share_it(filled: ZarrStore) ->
 
 
 def test_a_writer_that_lost_the_race_drops_rows_that_are_there_by_now(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    other, real, raced = ZarrStore.open(filled._root), os.link, []
+    other, real, raced = ZarrStore.open(place(filled)), os.link, []
 
     def link(source: Path, target: Path) -> None:
         if not raced and target.parent.name == "commits":
@@ -502,12 +605,12 @@ def test_a_writer_that_lost_the_race_drops_rows_that_are_there_by_now(filled: Za
 
     monkeypatch.setattr(os, "link", link)
     filled.append(many(50, 2))
-    assert rows_of(filled) == rows_of(ZarrStore.open(filled._root)) == ["m", "b", "r0", "r1", "r50", "r51"]
-    assert len(list(filled._root.glob("segments/*/"))) == 4
+    assert rows_of(filled) == rows_of(ZarrStore.open(place(filled))) == ["m", "b", "r0", "r1", "r50", "r51"]
+    assert len(list(place(filled).glob("segments/*/"))) == 4
 
 
 def test_a_reader_keeps_its_snapshot_until_it_refreshes(filled: ZarrStore) -> None:
-    reader, copied = ZarrStore.open(filled._root), sent(filled)
+    reader, copied = ZarrStore.open(place(filled)), sent(filled)
     filled.append(many(10, 1))
     filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(filled.read([0])[0].rollout)])
     for store in (reader, copied, sent(reader)):
@@ -522,12 +625,12 @@ def test_a_reader_keeps_its_snapshot_until_it_refreshes(filled: ZarrStore) -> No
 def test_creating_over_anything_is_refused(filled: ZarrStore, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").touch()
-    for path in (filled._root, tmp_path / "other", tmp_path / "other/file"):
+    for path in (place(filled), tmp_path / "other", tmp_path / "other/file"):
         with pytest.raises(StoreExistsError, match=path.name):
             ZarrStore.create(path, tiny_manifest())
     with pytest.raises(StoreExistsError, match="no store"):
         ZarrStore.open_or_create(tmp_path / "other", tiny_manifest())
-    assert len(ZarrStore.open_or_create(filled._root, tiny_manifest())) == 4
+    assert len(ZarrStore.open_or_create(place(filled), tiny_manifest())) == 4
 
 
 def test_an_empty_folder_will_do_and_so_will_what_a_killed_creator_left(tmp_path: Path) -> None:
@@ -548,23 +651,23 @@ def test_opening_what_is_no_store_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [ZarrStore.create, ZarrStore.open, ZarrStore.open_or_create])
-def test_a_cloud_path_is_refused(make: Callable[[str, Manifest], ZarrStore]) -> None:
-    with pytest.raises(StorePathError, match=r"s3://bucket/run.zarr: the path is a URL"):
-        make("s3://bucket/run.zarr", tiny_manifest())
+def test_a_url_that_nobody_can_open_is_refused(make: Callable[[str, Manifest], ZarrStore]) -> None:
+    with pytest.raises(StorePathError, match=r"nonsense://bucket/run.zarr.*expected a URL it knows"):
+        make("nonsense://bucket/run.zarr", tiny_manifest())
 
 
 def test_another_manifest_is_refused_and_the_field_is_named(filled: ZarrStore) -> None:
     other = evolve(tiny_manifest(), policy=ModelId("policy", "rev-q", "float32"))
     for make in (ZarrStore.open, ZarrStore.open_or_create):
         with pytest.raises(ManifestMismatchError, match=r"run.zarr: policy.revision is .*rev-p.*, expected .*rev-q.*;"):
-            make(filled._root, other)
+            make(place(filled), other)
 
 
 def test_another_schema_version_is_refused(filled: ZarrStore) -> None:
-    path = filled._root / "zarr.json"
+    path = place(filled) / "zarr.json"
     path.write_text(path.read_text().replace('"schema_version":1', '"schema_version":2'))
     with pytest.raises(CorruptStoreError, match="schema_version is 2, expected 1"):
-        ZarrStore.open(filled._root)
+        ZarrStore.open(place(filled))
 
 
 def test_a_relative_path_keeps_its_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,7 +676,7 @@ def test_a_relative_path_keeps_its_meaning(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir("/")
     store.append(many(0, 1))
     assert len(ZarrStore.open(tmp_path / "run.zarr")) == 1
-    assert repr(store) == "Store run.zarr"
+    assert repr(store) == f"Store {tmp_path}/run.zarr"
 
 
 def test_the_message_for_a_second_model_is_the_one_we_promise(filled: ZarrStore) -> None:

@@ -202,12 +202,11 @@ def test_progress_of_collecting_is_told_totals_and_an_end_even_when_interrupted(
     assert bar.told[-1] == ("end",)
 
 
-@pytest.mark.parametrize("what", ["policy", "sampling", "generation", "sft_teacher", "tokenizer"])
+@pytest.mark.parametrize("what", ["policy", "sampling", "sft_teacher", "tokenizer"])
 def test_a_store_of_another_run_is_refused_before_anything_is_sampled(what, source, prompts, swapped_tokenizer, make_store):
     other = {
         "policy": ModelId("other", "0", "float32"),
         "sampling": evolve(PARAMS, temperature=0.9),
-        "generation": 1,
         "sft_teacher": ModelId("other", "0", "float32"),
         "tokenizer": fingerprint_tokenizer(swapped_tokenizer),
     }[what]
@@ -216,6 +215,17 @@ def test_a_store_of_another_run_is_refused_before_anything_is_sampled(what, sour
         collect_rollouts(asked, prompts, store)
     assert asked.asked == []
     assert len(store) == 0
+
+
+def test_another_round_goes_into_the_same_store_with_its_policy(source, prompts, make_store):
+    store = make_store(source.manifest)
+    later = evolve(source, generation=1, identity=ModelId("student", "step-10", "float32"))
+    for part in (source, later, later):
+        collect_rollouts(part, prompts[:2], store)
+    assert dict(store.generations) == {0: source.manifest.policy, 1: later.manifest.policy}
+    assert [r.rollout.generation for r in store.read(range(len(store)))] == [0] * 4 + [1] * 4
+    with pytest.raises(ManifestMismatchError, match="policy"):
+        collect_rollouts(evolve(later, identity=ModelId("student", "step-11", "float32")), prompts, store)
 
 
 def test_no_prompts_or_two_with_one_id_are_refused_before_anything_is_sampled(source, prompts, make_store):
@@ -658,7 +668,7 @@ def test_online_opd_is_the_same_verbs_on_a_store_that_forgets(near_teacher, toke
         score_rollouts(store, teacher)
         steps = batches(store, rollouts_per_step=len(store), stop=1)
         (metrics,) = opd_steps(student, steps, ReferenceOPDLoss(), optimizer)
-        assert rollout_id("p0", 0, generation) in store
+        assert store.find([rollout_id("p0", 0, generation)])[0] == 0
         assert metrics.rollouts == len(store) == 24 * 7
         policies.add(source.manifest.policy.revision)
     assert len(policies) == 5, "each round is sampled by the weights of its moment"

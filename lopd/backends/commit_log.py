@@ -1,27 +1,28 @@
-"""Small files that appear whole or not at all, and the numbered log that says which segments exist.
+"""The numbered log that says which segments exist, and checkpoints of what it adds up to.
 
-A record is written under a temporary name, flushed to disk, and linked to its final name, which fails if somebody else took it.  So two
-writers never overwrite one another, a reader never sees half a record, and what a record names was on disk before it.
+    commits/0000000000.json        one record a commit, put in place only if the number is free
+    checkpoints/0000000064.json    the state after 64 commits, so that opening reads one file and the records behind it
+
+A record is put last, after everything it names is durable.  So two writers never overwrite one another, a reader never sees half a
+commit, and the number gives all readers one order of rows.
 """
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from hashlib import blake2b
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, final
-from uuid import uuid4
 
-from lopd.errors import CorruptStoreError, StoreWriteError
+import xxhash
 
-#: Leftovers of a killed writer start with this; nothing ever reads them.
-TEMPORARY_PREFIX = ".tmp-"
+from lopd.backends.files import Files
+from lopd.errors import CorruptStoreError
+
+COMMITS, CHECKPOINTS = "commits", "checkpoints"
+COMMITS_PER_CHECKPOINT = 64
 
 
-def checksum(data: bytes) -> str:
-    """What a byte string is recognised by."""
-    return blake2b(data, digest_size=16).hexdigest()
+def checksum(data: Any) -> str:
+    """What a byte string is recognised by: XXH3, which notices damage and not malice."""
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 def dump(document: Mapping[str, Any]) -> bytes:
@@ -45,128 +46,82 @@ def unseal(data: bytes) -> dict[str, Any] | None:
     return body if seal(body) == data else None
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the entries of a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(folder: Path) -> None:
-    """A folder and its parents, durable."""
-    if folder.is_dir():
-        return
-    make_folder(folder.parent)
-    with suppress(FileExistsError):
-        folder.mkdir()
-    sync_folder(folder.parent)
-
-
-def write_file(path: Path, data: Any) -> None:
-    """A new file with these bytes, flushed to disk; its folder entry is not (see `sync_folder`)."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def put_if_absent(path: Path, data: bytes) -> bool:
-    """Whether this call made the file; its folder must be there.
-
-    Raises:
-        OSError: the file was not made.
-        StoreWriteError: the file was made, but may not survive a power cut.
-    """
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{uuid4().hex}"
-    try:
-        write_file(temporary, data)
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    _settle(path.parent)
-    return True
-
-
-def _settle(folder: Path) -> None:
-    try:
-        sync_folder(folder)
-    except OSError as error:
-        raise StoreWriteError(
-            f"Folder {folder}: flushing it failed with {error}, expected its newest file to be durable; "
-            "the file may not survive a power cut, so check the disk and repeat the call, which is safe."
-        ) from error
-
-
 @final
 class CommitLog:
-    """The records `0000000000.json`, `0000000001.json`, ... of one store, each with a checksum of itself.
+    """The commit records of one store.
 
     Args:
-        folder: where they are; made by the first commit.   owner: how messages name the store.
+        files: of the store.   owner: how messages name it.
     """
 
-    def __init__(self, folder: Path, owner: str) -> None:
+    def __init__(self, files: Files, owner: str) -> None:
         """Nothing is read yet."""
-        self._folder = folder
+        self._files = files
         self._owner = owner
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{number:010d}.json"
 
     def commit(self, number: int, record: Mapping[str, Any]) -> bool:
         """Whether this record took this number; False if somebody else did."""
-        make_folder(self._folder)
-        # Another process may have made it a moment ago, and not have flushed that yet.
-        sync_folder(self._folder.parent)
-        return put_if_absent(self._path(number), seal(record))
+        return self._files.put_if_absent(_record_path(number), seal(record))
 
-    def make_durable(self) -> None:
-        """Flush records that other processes may have made and not flushed yet.
+    def settle(self) -> None:
+        """Make records durable that other processes may have put and not flushed yet."""
+        self._files.settle(COMMITS)
 
-        Raises:
-            StoreWriteError: that failed; the records are there, but may not survive a power cut.
-        """
-        if self._folder.is_dir():
-            _settle(self._folder)
+    def next(self, number: int) -> dict[str, Any] | None:
+        """The record with this number, or None if it is not there yet."""
+        try:
+            data = self._files.read(_record_path(number))
+        except FileNotFoundError:
+            return None
+        return self._unsealed(_record_path(number), data)
 
-    def records(self, start: int) -> Iterator[dict[str, Any]]:
-        """The records from this number on, without a gap.
+    def records(self, start: int, stop: int | None = None) -> list[dict[str, Any]]:
+        """All records from this number on, without a gap.
 
         Raises:
             CorruptStoreError: a record is damaged, or one is missing before others.
         """
-        while (data := self._load(start)) is not None:
-            yield self._check(start, data)
-            start += 1
+        last = max((number for number in map(_number, self._files.names(COMMITS)) if number is not None), default=-1)
+        paths = [_record_path(number) for number in range(start, last + 1 if stop is None else stop)]
+        try:
+            return [self._unsealed(path, data) for path, data in zip(paths, self._files.read_many(paths), strict=True)]
+        except FileNotFoundError as error:
+            raise CorruptStoreError(
+                f"{self._owner}: a commit record is missing, expected {len(paths)} from {paths[0]} on ({error}); restore it from a backup."
+            ) from error
 
-    def _load(self, number: int) -> bytes | None:
-        with suppress(FileNotFoundError):
-            return self._path(number).read_bytes()
-        later = [name for name in self._names() if name > self._path(number).name]
-        # Numbers are taken in order, so a later one means that this one is there by now, or was lost.
-        if not later:
+    def checkpoint(self, until: int | None) -> dict[str, Any] | None:
+        """The latest checkpoint that is not after commit `until`; None if there is none."""
+        numbers = [number for number in map(_number, self._files.names(CHECKPOINTS)) if number is not None]
+        numbers = [number for number in numbers if until is None or number <= until]
+        if not numbers:
             return None
-        with suppress(FileNotFoundError):
-            return self._path(number).read_bytes()
-        raise CorruptStoreError(
-            f"{self._owner}: commit record {self._path(number).name} is missing, expected it before {min(later)}; restore it from a backup."
-        )
+        path = _checkpoint_path(max(numbers))
+        return self._unsealed(path, self._files.read(path))
 
-    def _names(self) -> list[str]:
-        with suppress(FileNotFoundError):
-            return [path.name for path in self._folder.iterdir() if path.suffix == ".json" and path.stem.isdigit()]
-        return []
+    def put_checkpoint(self, number: int, state: Mapping[str, Any]) -> None:
+        """Keep the state after `number` commits; another process may have done it already."""
+        self._files.put_if_absent(_checkpoint_path(number), seal(state))
 
-    def _check(self, number: int, data: bytes) -> dict[str, Any]:
+    def files(self) -> Sequence[str]:
+        """Paths of all records and checkpoints."""
+        return [f"{folder}/{name}" for folder in (COMMITS, CHECKPOINTS) for name in self._files.names(folder)]
+
+    def _unsealed(self, path: str, data: bytes) -> dict[str, Any]:
         record = unseal(data)
         if record is None:
-            raise CorruptStoreError(
-                f"{self._owner}: commit record {self._path(number).name} is damaged, expected bytes that match its checksum; "
-                "restore it from a backup."
-            )
+            raise CorruptStoreError(f"{self._owner}: {path} is damaged, expected bytes that match its checksum; restore it from a backup.")
         return record
+
+
+def _record_path(number: int) -> str:
+    return f"{COMMITS}/{number:010d}.json"
+
+
+def _checkpoint_path(number: int) -> str:
+    return f"{CHECKPOINTS}/{number:010d}.json"
+
+
+def _number(name: str) -> int | None:
+    stem = name.removesuffix(".json")
+    return int(stem) if stem != name and stem.isdigit() else None

@@ -7,9 +7,10 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from lopd.arrays import Float32Array
 from lopd.backends import ragged
-from lopd.manifest import Manifest, Provenance
-from lopd.types import BEHAVIOR_COLUMN, Float32Array, Rollout, ScoredRollout, Scores
+from lopd.manifest import Manifest, ModelId, Provenance
+from lopd.types import BEHAVIOR_COLUMN, Rollout, ScoredRollout, Scores, TopK
 
 
 @final
@@ -25,7 +26,8 @@ class MemoryStore:
         self._rollouts: list[Rollout] = []
         self._rows: dict[str, int] = {}
         self._columns: dict[str, Provenance] = {}
-        self._scores: dict[str, dict[int, Float32Array]] = {}
+        self._scores: dict[str, dict[int, Scores]] = {}
+        self._generations = {manifest.generation: manifest.policy}
 
     def __repr__(self) -> str:
         """How messages name it."""
@@ -45,9 +47,14 @@ class MemoryStore:
         """Rollouts that are there."""
         return len(self._rollouts)
 
-    def __contains__(self, rollout_id: object, /) -> bool:
-        """Whether a rollout with this id is there."""
-        return rollout_id in self._rows
+    @property
+    def generations(self) -> Mapping[int, ModelId]:
+        """Rounds of sampling, and the policy of each."""
+        return MappingProxyType(dict(self._generations))
+
+    def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
+        """Rows of rollouts, -1 where there is none."""
+        return np.array([self._rows.get(rollout_id, -1) for rollout_id in rollout_ids], np.int64)
 
     def lengths(self) -> NDArray[np.int64]:
         """(len, 2): prompt and response tokens of each rollout."""
@@ -62,23 +69,43 @@ class MemoryStore:
         mask[list(self._scores.get(column, ()))] = True
         return mask
 
-    def read(self, indices: Sequence[int], /, columns: Sequence[str] = ()) -> list[ScoredRollout]:
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
         """These rollouts with these columns, in the order asked."""
-        return [self._read_row(row, columns) for row in ragged.check_rows("MemoryStore", indices, len(self))]
+        return [self._read_row(row, columns, top_k) for row in ragged.check_rows("MemoryStore", indices, len(self))]
 
-    def _read_row(self, row: int, columns: Sequence[str]) -> ScoredRollout:
+    def _read_row(self, row: int, columns: Sequence[str], top_k: Sequence[str]) -> ScoredRollout:
         rollout = self._rollouts[row]
-        return ScoredRollout(rollout, {column: self._column(row, rollout, column) for column in columns})
+        logprobs = {column: self._logprobs(row, rollout, column) for column in columns}
+        return ScoredRollout(rollout, logprobs, {column: self._top_k(row, rollout, column) for column in top_k})
 
-    def _column(self, row: int, rollout: Rollout, column: str) -> Float32Array:
-        found = rollout.behavior_logprobs if column == BEHAVIOR_COLUMN else self._scores.get(column, {}).get(row)
+    def _logprobs(self, row: int, rollout: Rollout, column: str) -> Float32Array:
+        if column != BEHAVIOR_COLUMN:
+            return self._score(row, rollout, column).logprobs
+        if rollout.behavior_logprobs is None:
+            raise ragged.missing_scores("MemoryStore", rollout.rollout_id, column)
+        return rollout.behavior_logprobs
+
+    def _top_k(self, row: int, rollout: Rollout, column: str) -> TopK:
+        if column == BEHAVIOR_COLUMN or (found := self._score(row, rollout, column).top_k) is None:
+            raise ragged.missing_top_k("MemoryStore", column)
+        return found
+
+    def _score(self, row: int, rollout: Rollout, column: str) -> Scores:
+        found = self._scores.get(column, {}).get(row)
         if found is None:
             raise ragged.missing_scores("MemoryStore", rollout.rollout_id, column)
         return found
 
+    def begin_generation(self, generation: int, policy: ModelId, /) -> None:
+        """Say which policy samples in another round."""
+        ragged.check_generation("MemoryStore", generation, self._generations.get(generation), policy)
+        self._generations[generation] = policy
+
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts; those already there are skipped."""
-        for rollout in ragged.new_rollouts("MemoryStore", rollouts, self._manifest.tokenizer.vocab_size, self._find_hash):
+        known = {r.rollout_id: self._rollouts[self._rows[r.rollout_id]].content_hash for r in rollouts if r.rollout_id in self._rows}
+        vocab_size = self._manifest.tokenizer.vocab_size
+        for rollout in ragged.new_rollouts("MemoryStore", rollouts, vocab_size=vocab_size, generations=self._generations, known=known):
             self._rows[rollout.rollout_id] = len(self._rollouts)
             self._rollouts.append(rollout)
 
@@ -86,16 +113,15 @@ class MemoryStore:
         """Add one model's scores; rows already scored are skipped."""
         ragged.check_column("MemoryStore", column)
         ragged.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
-        done = self._scores.get(column, {})
-        new = ragged.new_scores("MemoryStore", scores, self._find, lambda rollout_id: self._rows[rollout_id] in done)
+        there = {s.rollout_id: self._rollouts[self._rows[s.rollout_id]] for s in scores if s.rollout_id in self._rows}
+        new = ragged.new_scores(
+            "MemoryStore",
+            scores,
+            top_k=provenance.top_k,
+            vocab_size=self._manifest.tokenizer.vocab_size,
+            known={name: (rollout.content_hash, rollout.response_ids.size) for name, rollout in there.items()},
+            done={name for name in there if self._rows[name] in self._scores.get(column, {})},
+        )
         if new:
             self._columns[column] = provenance
-            self._scores.setdefault(column, {}).update({self._rows[score.rollout_id]: score.logprobs for score in new})
-
-    def _find(self, rollout_id: str) -> tuple[bytes, int] | None:
-        row = self._rows.get(rollout_id)
-        return None if row is None else (self._rollouts[row].content_hash, self._rollouts[row].response_ids.size)
-
-    def _find_hash(self, rollout_id: str) -> bytes | None:
-        found = self._find(rollout_id)
-        return None if found is None else found[0]
+            self._scores.setdefault(column, {}).update({self._rows[score.rollout_id]: score for score in new})

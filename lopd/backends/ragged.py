@@ -4,54 +4,61 @@ Pure functions: a store passes in what it knows and gets back what is new, so th
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lopd.arrays import Float32Array
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
-from lopd.manifest import Provenance
+from lopd.manifest import ModelId, Provenance
 from lopd.types import BEHAVIOR_COLUMN, Rollout, Scores
 
 # No separators, no leading dot, no name that Zarr keeps for itself: a column becomes a folder in some stores.
 _COLUMN_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", re.IGNORECASE)
 
-FindHash = Callable[[str], bytes | None]
-FindTokens = Callable[[str], tuple[bytes, int] | None]
 
-
-def new_rollouts(owner: str, rollouts: Sequence[Rollout], vocab_size: int, find_hash: FindHash) -> list[Rollout]:
+def new_rollouts(
+    owner: str, rollouts: Sequence[Rollout], *, vocab_size: int, generations: Container[int], known: Mapping[str, bytes]
+) -> list[Rollout]:
     """Those rollouts of one append that are not there yet, each once, in order.
 
     Args:
         owner: how messages name the store.
         rollouts: what the call was given.
         vocab_size: of the manifest's tokenizer.
-        find_hash: gives the content hash committed under an id, or None.
+        generations: rounds of sampling that were begun.
+        known: content hashes of those that are committed.
 
     Raises:
         ConflictError: other content under an id that is there, or twice in the call.
-        InvalidRecordError: a token id is outside the vocabulary.
+        InvalidRecordError: a token id is outside the vocabulary, or the generation was not begun.
     """
     fresh: dict[str, Rollout] = {}
     for rollout in rollouts:
         seen = fresh.get(rollout.rollout_id)
-        known = find_hash(rollout.rollout_id) if seen is None else seen.content_hash
-        if known is None:
-            _check_vocabulary(rollout, vocab_size)
+        hash_there = known.get(rollout.rollout_id) if seen is None else seen.content_hash
+        if hash_there is None:
+            check_ids(rollout, vocab_size)
+            if rollout.generation not in generations:
+                raise InvalidRecordError(
+                    f"Rollout {rollout.rollout_id!r}: its generation is {rollout.generation}, expected one that was begun; "
+                    "call `begin_generation` with the policy that sampled it."
+                )
             fresh[rollout.rollout_id] = rollout
-        elif known != rollout.content_hash:
+        elif hash_there != rollout.content_hash:
             where = "is committed" if seen is None else "appears earlier in the same call"
             raise ConflictError(
-                f"{owner}: rollout {rollout.rollout_id!r} has content hash {rollout.content_hash.hex()[:8]}, expected {known.hex()[:8]}, "
+                f"{owner}: rollout {rollout.rollout_id!r} has content hash {rollout.content_hash.hex()[:8]}, expected {hash_there.hex()[:8]}, "
                 f"which {where} under this id; give other content another id (a new generation, for instance)."
             )
     return list(fresh.values())
 
 
-def _check_vocabulary(rollout: Rollout, vocab_size: int) -> None:
+def check_ids(rollout: Rollout, vocab_size: int) -> None:
+    """Refuse a rollout with an id outside the vocabulary."""
     for name, ids in (("prompt_ids", rollout.prompt_ids), ("response_ids", rollout.response_ids)):
         if ids.max() < vocab_size:
             continue
@@ -59,6 +66,20 @@ def _check_vocabulary(rollout: Rollout, vocab_size: int) -> None:
         raise InvalidRecordError(
             f"Rollout {rollout.rollout_id!r}: {name}[{position}] is {ids[position]}, expected an id below {vocab_size}, "
             "the size of the manifest's vocabulary; check that policy and manifest share one tokenizer."
+        )
+
+
+def check_generation(owner: str, generation: int, stored: ModelId | None, given: ModelId) -> None:
+    """Refuse another policy in a round that was begun.
+
+    Raises:
+        ConflictError: it names both.
+    """
+    if generation < 0:
+        raise InvalidRecordError(f"{owner}: the generation is {generation}, expected at least 0; count rounds from 0.")
+    if stored is not None and stored != given:
+        raise ConflictError(
+            f"{owner}: generation {generation} was sampled by {stored}, expected {given}; give the round of another policy another number."
         )
 
 
@@ -93,31 +114,50 @@ def check_provenance(owner: str, column: str, stored: Provenance | None, given: 
         show: Callable[[Any], str] = str if str(stored.model) != str(given.model) else repr
         was, want = f"by {show(stored.model)}", show(given.model)
     else:
-        name = next(n for n in ("vocab_hash", "engine", "logprobs_mode") if getattr(stored, n) != getattr(given, n))
+        name = next(n for n in ("vocab_hash", "engine", "logprobs_mode", "top_k") if getattr(stored, n) != getattr(given, n))
         was, want = f"with {name} {getattr(stored, name)!r}", repr(getattr(given, name))
     raise ConflictError(f"{owner}: column {column!r} was scored {was}, expected {want}; write another column or score with the same model.")
 
 
-def new_scores(owner: str, scores: Sequence[Scores], find: FindTokens, is_scored: Callable[[str], bool]) -> list[Scores]:
+def new_scores(
+    owner: str, scores: Sequence[Scores], *, top_k: int, vocab_size: int, known: Mapping[str, tuple[bytes, int]], done: Container[str]
+) -> list[Scores]:
     """Those scores of one append whose rollout is not scored yet, each once, in order.
 
     Args:
         owner: how messages name the store.
         scores: what the call was given.
-        find: gives content hash and number of response tokens of a committed rollout, or None.
-        is_scored: whether a committed rollout is in the column already.
+        top_k: K of the column.
+        vocab_size: of the manifest's tokenizer.
+        known: content hash and number of response tokens of the rollouts that are committed.
+        done: ids of rollouts that are in the column already.
 
     Raises:
         MissingScoresError: no such rollout.
         ConflictError: the scores were computed on other tokens.
-        InvalidRecordError: there is not one log-prob per response token.
+        InvalidRecordError: there is not one log-prob per response token, or not the top-k support of the column.
     """
     fresh: dict[str, Scores] = {}
     for score in scores:
-        _check_score(owner, score, find(score.rollout_id))
-        if not is_scored(score.rollout_id):
+        _check_score(owner, score, known.get(score.rollout_id))
+        _check_top_k(owner, score, top_k, vocab_size)
+        if score.rollout_id not in done:
             fresh.setdefault(score.rollout_id, score)
     return list(fresh.values())
+
+
+def _check_top_k(owner: str, score: Scores, top_k: int, vocab_size: int) -> None:
+    found = 0 if score.top_k is None else score.top_k.ids.shape[1]
+    if found != top_k:
+        raise InvalidRecordError(
+            f"{owner}: scores of rollout {score.rollout_id!r} have a top-k of {found}, expected the {top_k} of their provenance; "
+            "say in the provenance what the scorer keeps."
+        )
+    if score.top_k is not None and score.top_k.ids.size and score.top_k.ids.max() >= vocab_size:
+        raise InvalidRecordError(
+            f"{owner}: scores of rollout {score.rollout_id!r} have top-k id {score.top_k.ids.max()}, expected ids below {vocab_size}; "
+            "cut the scorer's logits to the tokenizer's vocabulary."
+        )
 
 
 def _check_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> None:
@@ -136,6 +176,13 @@ def _check_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> 
             f"Scores of rollout {score.rollout_id!r}: logprobs has shape {score.logprobs.shape}, but response_ids has shape ({length},); "
             "make them with `Scores.of`, which checks this."
         )
+
+
+def missing_top_k(owner: str, column: str) -> MissingScoresError:
+    """The error for a column that keeps no top-k support."""
+    return MissingScoresError(
+        f"{owner}: column {column!r} has no top-k support, expected one; score with a scorer whose provenance names a top_k."
+    )
 
 
 def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresError:
@@ -162,6 +209,22 @@ def check_rows(owner: str, indices: Sequence[int], length: int) -> list[int]:
         if not 0 <= row < length:
             raise NoSuchRowError(f"{owner}: row {row} was asked for, expected 0 to {length - 1}; ask for rows that are there.")
     return rows
+
+
+def to_float16(owner: str, logprobs: Float32Array) -> NDArray[np.float16]:
+    """Log-probs rounded to the nearest float16; NaN stays NaN.
+
+    Raises:
+        InvalidRecordError: one is below what float16 can hold; it names the rollout.
+    """
+    with np.errstate(over="ignore"):
+        half = logprobs.astype(np.float16)
+    if np.isinf(half).any():
+        raise InvalidRecordError(
+            f"Rollout {owner!r}: a log-prob is {np.nanmin(logprobs)}, expected at least -65504 nats in a store of float16; "
+            "store float32, or floor it with `lopd.floor_logprobs`."
+        )
+    return half
 
 
 def offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:

@@ -1,100 +1,116 @@
-"""The folder of a store: is it local, is it free, and what does its manifest say."""
+"""The root of a store: is its place free, and what does it say of itself."""
 
 import json
-import os
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+from uuid import uuid4
 
-from lopd.backends.commit_log import TEMPORARY_PREFIX, checksum, dump, make_folder, put_if_absent
-from lopd.backends.zarr_segment import METADATA_FILE, group_document
-from lopd.errors import CorruptStoreError, StoreExistsError, StoreNotFoundError, StorePathError, StoreWriteError
+from attrs import asdict, frozen
+
+from lopd.backends.commit_log import checksum, dump
+from lopd.backends.files import Files
+from lopd.backends.zarr_format import METADATA_FILE, Codec, group_document
+from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
 from lopd.manifest import Manifest
 
-_ATTRIBUTE = "lopd"
-StorePath = str | os.PathLike[str]
+LogprobDtype = Literal["float32", "float16"]
+_MANIFEST, _STORAGE, _CHECKSUM, _CREATION = "lopd", "lopd_storage", "lopd_checksum", "lopd_creation"
 
 
-def local_path(path: StorePath) -> Path:
-    """The path, if it can be one on a local disk.
+@frozen
+class StorageTypes:
+    """How a store keeps its arrays.
 
-    Raises:
-        StorePathError: it is a URL.
+    Args:
+        logprob_dtype: float16 halves a log-prob and rounds it (a relative error of 2**-11; each commit says its largest error in nats).
+        codec: "raw" is read by range; "zstd" is smaller, and each array is decompressed whole: for archives.
     """
-    text = os.fspath(path)
-    if "://" in text:
-        raise StorePathError(
-            f"Store {text}: the path is a URL, expected a folder on a local disk; "
-            "keep the store on one, because ZarrStore cannot live in the cloud yet."
-        )
-    return Path(text)
+
+    logprob_dtype: LogprobDtype = "float32"
+    codec: Codec = "raw"
+
+    def __attrs_post_init__(self) -> None:
+        for name, kind in (("logprob_dtype", LogprobDtype), ("codec", Codec)):
+            if getattr(self, name) not in get_args(kind):
+                raise InvalidRecordError(
+                    f"Store: {name} is {getattr(self, name)!r}, expected one of {', '.join(get_args(kind))}; pass one of them."
+                )
 
 
-def taken(root: Path) -> StoreExistsError:
-    """The error for a folder that is not free."""
-    what = "a store" if (root / METADATA_FILE).exists() else "something that is no store"
-    return StoreExistsError(f"Store {root}: {what} is there, expected an empty folder or nothing; open it, or choose another path.")
+def names_in(files: Files) -> list[str]:
+    """What is in the root; the root itself where it is a file."""
+    try:
+        return files.names("")
+    except NotADirectoryError:
+        return [files.url]
 
 
-def _is_free(root: Path) -> bool:
-    # What a creator that was killed leaves behind does not count.
-    return not root.exists() or (root.is_dir() and all(path.name.startswith(TEMPORARY_PREFIX) for path in root.iterdir()))
+def taken(files: Files) -> StoreExistsError:
+    """The error for a place that is not free."""
+    what = "a store" if METADATA_FILE in names_in(files) else "something that is no store"
+    return StoreExistsError(f"Store {files.url}: {what} is there, expected an empty folder or nothing; open it, or choose another path.")
 
 
-def _document(manifest: Any) -> bytes:
+def _document(manifest: Any, storage: Any, creation: str) -> bytes:
     # The checksum is an attribute of its own because Zarr allows no other keys in a group.
-    return dump(group_document({_ATTRIBUTE: manifest, "lopd_checksum": checksum(dump(manifest))}))
+    body = {_MANIFEST: manifest, _STORAGE: storage, _CREATION: creation}
+    return dump(group_document({**body, _CHECKSUM: checksum(dump(body))}))
 
 
-def create_root(root: Path, manifest: Manifest) -> None:
-    """Make the folder of an empty store; of several creators, one wins.
+def create_root(files: Files, manifest: Manifest, storage: StorageTypes) -> None:
+    """Make an empty store; of several creators, one wins.
 
     Raises:
         StoreExistsError: a store, or anything else, is there.
-        StoreWriteError: the operating system refused.
+        StoreWriteError: the storage refused.
     """
     try:
-        free = _is_free(root)
-        if free:
-            make_folder(root.absolute())
-            free = put_if_absent(root / METADATA_FILE, _document(manifest.to_json()))
+        free = not names_in(files) and files.put_if_absent(METADATA_FILE, _document(manifest.to_json(), asdict(storage), uuid4().hex))
     except StoreWriteError:
         raise
     except OSError as error:
         raise StoreWriteError(
-            f"Store {root}: creating it failed with {error}, expected a folder that can be written to; nothing was created, "
+            f"Store {files.url}: creating it failed with {error}, expected a place that can be written to; nothing was created, "
             "so check the path, its permissions and the free space."
         ) from error
     if not free:
-        raise taken(root)
+        raise taken(files)
 
 
-def read_manifest(root: Path) -> Manifest:
-    """What the store in this folder says of itself.
+def read_root(files: Files) -> tuple[Manifest, StorageTypes]:
+    """What the store in this place says of itself.
 
     Raises:
         StoreNotFoundError: no store is there.
+        StoreReadError: the storage refused.
         CorruptStoreError: the manifest is damaged, or of another schema version.
     """
     try:
-        data = (root / METADATA_FILE).read_bytes()
+        data = files.read(METADATA_FILE)
     except (FileNotFoundError, NotADirectoryError) as error:
-        what = "holds something that is no store" if root.exists() else "is not there"
-        raise StoreNotFoundError(f"Store {root}: the folder {what}, expected a store; check the path, or create one there.") from error
+        what = "holds something that is no store" if names_in(files) else "is not there"
+        raise StoreNotFoundError(f"Store {files.url}: the folder {what}, expected a store; check the path, or create one there.") from error
+    except OSError as error:
+        raise StoreReadError(
+            f"Store {files.url}: opening it failed with {error}, expected the storage to answer; check it and try again."
+        ) from error
     try:
         attributes = json.loads(data)["attributes"]
-        manifest = Manifest.from_json(attributes[_ATTRIBUTE]) if _ATTRIBUTE in attributes else None
+        if _MANIFEST not in attributes:
+            raise StoreNotFoundError(
+                f"Store {files.url}: it is a Zarr group without a lopd manifest, expected a store of lopd; check the path."
+            )
+        manifest, storage = Manifest.from_json(attributes[_MANIFEST]), StorageTypes(**attributes[_STORAGE])
+        intact = data == _document(*(attributes[key] for key in (_MANIFEST, _STORAGE, _CREATION)))
     except CorruptStoreError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(root) from error
-    if manifest is None:
-        raise StoreNotFoundError(f"Store {root}: it is a Zarr group without a lopd manifest, expected a store of lopd; check the path.")
-    if data != _document(attributes[_ATTRIBUTE]):
-        raise _damaged(root)
-    return manifest
+        raise _damaged(files) from error
+    if not intact:
+        raise _damaged(files)
+    return manifest, storage
 
 
-def _damaged(root: Path) -> CorruptStoreError:
+def _damaged(files: Files) -> CorruptStoreError:
     return CorruptStoreError(
-        f"Store {root}: {METADATA_FILE} is damaged, expected a Zarr v3 group with a manifest of lopd; restore the file from a backup."
+        f"Store {files.url}: {METADATA_FILE} is damaged, expected a Zarr v3 group with a manifest of lopd; restore the file from a backup."
     )

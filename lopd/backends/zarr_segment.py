@@ -1,156 +1,208 @@
-"""Raw Zarr v3 groups and arrays, written by hand: one uncompressed chunk per array, so that a read is a slice of a memory map.
+"""One committed segment: a table of int64, one line per rollout (or per scored rollout), and the ragged arrays that its lines point into.
 
-Any Zarr v3 reader reads them; lopd itself needs no zarr.  A segment is one group: written once, flushed, never changed.
+A line says where its rollout's values are, and carries checksums of them and of itself: so any single rollout can be fetched and verified
+without reading anything else.
 """
 
-import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from hashlib import blake2b, file_digest
-from pathlib import Path
 from typing import Any, final
 
 import numpy as np
+from attrs import asdict, frozen
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
-from lopd.backends.commit_log import checksum, dump, make_folder, put_if_absent, sync_folder, write_file
-from lopd.errors import CorruptStoreError
+from lopd.backends.commit_log import dump
+from lopd.backends.files import Bytes, Files
+from lopd.backends.zarr_format import METADATA_FILE, ArrayMeta, Codec, chunk_path, decode_zstd, encode_array, group_document
+from lopd.errors import CorruptStoreError, StoreReadError
 
-METADATA_FILE = "zarr.json"
-
-# Every map holds a file descriptor; a store of many small appends would run out of them without a bound.
-_OPEN_MAPS = 128
-
-MapFile = Callable[[Path, str, int], NDArray[Any]]
-
-
-def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What `zarr.json` of a group says."""
-    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+LINES = "lines"
+# Of a store written with codec "zstd": whole arrays that are kept decompressed.
+_DECODED_ARRAYS = 8
+# A record that named any other place could make a store read, or a sweep remove, what is not its own.
+_SEGMENT_PATH = re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")
+_Int64 = NDArray[np.int64]
 
 
-def make_group(folder: Path) -> None:
-    """A group without attributes, if it is not there already; durable even if another process made it a moment ago."""
-    make_folder(folder)
-    sync_folder(folder.parent)
-    if not (folder / METADATA_FILE).exists():
-        put_if_absent(folder / METADATA_FILE, dump(group_document({})))
+@frozen
+class SegmentMeta:
+    """A segment as its commit record describes it.
 
-
-def _array_document(array: NDArray[Any]) -> dict[str, Any]:
-    # A chunk has at least one row, even when the array has none.
-    chunk_shape = [max(1, array.shape[0]), *array.shape[1:]]
-    return {
-        "zarr_format": 3,
-        "node_type": "array",
-        "shape": list(array.shape),
-        "data_type": array.dtype.name,
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-        "fill_value": 0,
-        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
-        "attributes": {},
-        "storage_transformers": [],
-    }
-
-
-def _chunk_path(dimensions: int) -> str:
-    return "/".join(["c"] + ["0"] * dimensions)
-
-
-def write_segment(folder: Path, arrays: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> dict[str, str]:
-    """Write one group of arrays, all of it durable on return; gives the checksum of each file, by its path in the folder.
-
-    Raises:
-        OSError: the operating system refused; what was written so far is left for the caller to remove.
+    Args:
+        path: of its group in the store.
+        rows: lines.
+        tokens: of the rollouts, or scored ones.
+        first_row, last_row: of the rollouts in the store; lines of scores may skip some in between.
+        arrays: name -> what it is.
     """
-    make_folder(folder)
-    metadata = dump(group_document(attributes))
-    write_file(folder / METADATA_FILE, metadata)
-    checksums = {METADATA_FILE: checksum(metadata)}
-    for name, array in arrays.items():
-        checksums |= _write_array(folder, name, array)
-    sync_folder(folder)
-    return checksums
+
+    path: str
+    rows: int
+    tokens: int
+    first_row: int
+    last_row: int
+    arrays: Mapping[str, ArrayMeta]
+
+    @property
+    def dense(self) -> bool:
+        """Whether its lines are the rows from first to last, in order."""
+        return self.last_row - self.first_row + 1 == self.rows
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(array.stored_bytes for array in self.arrays.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return {**asdict(self, recurse=False), "arrays": {name: array.to_json() for name, array in self.arrays.items()}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], owner: str) -> "SegmentMeta":
+        """The inverse of `to_json`.
+
+        Raises:
+            CorruptStoreError: the path leads out of the store.
+        """
+        if not _SEGMENT_PATH.fullmatch(data["path"]):
+            raise CorruptStoreError(
+                f"{owner}: a commit record names the segment {data['path']!r}, expected a folder of segments/ or scores/; "
+                "restore the record from a backup."
+            )
+        return cls(**{**data, "arrays": {name: ArrayMeta.from_json(array) for name, array in data["arrays"].items()}})
 
 
-def _write_array(folder: Path, name: str, array: NDArray[Any]) -> dict[str, str]:
-    data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8).data
-    metadata, chunk = dump(_array_document(array)), _chunk_path(array.ndim)
-    path = folder / name / chunk
-    path.parent.mkdir(parents=True)
-    write_file(folder / name / METADATA_FILE, metadata)
-    write_file(path, data)
-    for parent in path.relative_to(folder).parents[:-1]:
-        sync_folder(folder / parent)
-    return {f"{name}/{METADATA_FILE}": checksum(metadata), f"{name}/{chunk}": blake2b(data, digest_size=16).hexdigest()}
+@frozen(eq=False)
+class SegmentData:
+    """What is in a segment that is to be written.
+
+    Args:
+        fields: what the columns of a line mean; the last is its checksum.
+        lines: (rows, fields) int64.
+        arrays: ragged values.
+        tokens: of the rollouts, or scored ones.
+        first_row, last_row: of the rollouts in the store.
+        rounding: largest error in nats by which a log-prob was rounded.
+    """
+
+    fields: Sequence[str]
+    lines: _Int64
+    arrays: Mapping[str, NDArray[Any]]
+    tokens: int
+    first_row: int
+    last_row: int
+    rounding: float = 0.0
 
 
-def _map_file(path: Path, dtype: str, size: int) -> NDArray[Any]:
-    # As a plain array: slicing the subclass costs more than the read.
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(size,)))
+def seal_lines(lines: _Int64) -> _Int64:
+    """The same lines with the checksum of each in its last column."""
+    lines = np.ascontiguousarray(lines)
+    lines[:, -1] = _line_checksums(lines)
+    return lines
 
 
-def bounded_maps() -> MapFile:
-    """A function that maps a file, and keeps the latest maps open."""
-    return lru_cache(maxsize=_OPEN_MAPS)(_map_file)
+def _line_checksums(lines: _Int64) -> _Int64:
+    data, width = lines.view(np.uint8).reshape(-1).data, lines.shape[1] * 8
+    sums = [xxh3_64_intdigest(data[start : start + width - 8]) for start in range(0, len(data), width)]
+    return np.array(sums, np.uint64).view(np.int64)
+
+
+def checksum_of(*arrays: NDArray[Any] | None) -> int:
+    """64 bits of all these arrays' bytes, one after the other, as the int64 that a line holds; what is None does not count."""
+    total = 0
+    for array in arrays:
+        total = total if array is None else xxh3_64_intdigest(array.data, seed=total)
+    return total - (1 << 64) if total >= 1 << 63 else total
+
+
+def encode_segment(path: str, data: SegmentData, codec: Codec) -> tuple[dict[str, Bytes], SegmentMeta]:
+    """The files of one segment, and how a commit record describes it.  The lines are never compressed: they are read one by one."""
+    files: dict[str, Bytes] = {f"{path}/{METADATA_FILE}": np.frombuffer(dump(group_document({})), np.uint8)}
+    metas = {}
+    encoded, metas[LINES] = encode_array(path, LINES, seal_lines(data.lines), "raw", {"fields": list(data.fields)})
+    files |= encoded
+    for name, array in data.arrays.items():
+        encoded, metas[name] = encode_array(path, name, array, codec)
+        files |= encoded
+    return files, SegmentMeta(path, len(data.lines), data.tokens, data.first_row, data.last_row, metas)
 
 
 @final
 class Segment:
-    """Reads one committed segment; each array is checked against its checksums the first time it is touched.
+    """Reads one committed segment.
 
     Args:
-        folder: of the group.   checksums: what `write_segment` gave, from the commit record.
-        owner: how messages name the store.   map_file: see `bounded_maps`.
+        files: of the store.   meta: from the commit record.   owner: how messages name the store.
+        decoded: gives a compressed array whole; shared by the segments of a store, which keeps the latest few.
     """
 
-    def __init__(self, folder: Path, checksums: Mapping[str, str], owner: str, map_file: MapFile) -> None:
+    def __init__(self, files: Files, meta: SegmentMeta, owner: str, decoded: Callable[[str], Bytes]) -> None:
         """Nothing is read yet."""
-        self._folder = folder
-        self._checksums = checksums
+        self.meta = meta
+        self._files = files
         self._owner = owner
-        self._map_file = map_file
-        self._layouts: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+        self._decoded = decoded
 
     def __contains__(self, name: str) -> bool:
         """Whether the segment has this array."""
-        return f"{name}/{METADATA_FILE}" in self._checksums
+        return name in self.meta.arrays
 
-    def load(self, name: str) -> NDArray[Any]:
-        """A whole array, in memory: for the small ones."""
-        path, dtype, shape = self._layout(name)
-        return np.fromfile(path, dtype).reshape(shape)
+    def lines(self, indices: Sequence[int] | None = None) -> _Int64:
+        """(n, fields): these lines, or all of them; each verified."""
+        shape = self.meta.arrays[LINES].shape
+        if indices is None:
+            lines = self.ranges(LINES, [0], [shape[0]])[0]
+        else:
+            parts = self.ranges(LINES, indices, [i + 1 for i in indices])
+            lines = np.concatenate(parts) if parts else np.zeros((0, shape[1]), np.int64)
+        lines = np.ascontiguousarray(lines)
+        bad = np.flatnonzero(_line_checksums(lines) != lines[:, -1])
+        if bad.size:
+            raise self.damaged(LINES, f"line {bad[0] if indices is None else indices[bad[0]]}")
+        return lines
 
-    def view(self, name: str, start: int, end: int) -> NDArray[Any]:
-        """A slice of a one-dimensional array, straight from the page cache."""
-        path, dtype, shape = self._layout(name)
-        return self._map_file(path, dtype, shape[0])[start:end]
-
-    def _layout(self, name: str) -> tuple[Path, str, tuple[int, ...]]:
-        if name not in self._layouts:
-            self._layouts[name] = self._verify(name)
-        return self._layouts[name]
-
-    def _verify(self, name: str) -> tuple[Path, str, tuple[int, ...]]:
-        files = [file for file in self._checksums if file.startswith(f"{name}/")]
-        for file in [METADATA_FILE, *files]:
-            self._verify_file(name, file)
-        # Verified just now, so it is what `_array_document` said.
-        document = json.loads((self._folder / name / METADATA_FILE).read_bytes())
-        dtype = np.dtype(document["data_type"]).newbyteorder("<").str
-        shape = tuple(document["shape"])
-        return self._folder / name / _chunk_path(len(shape)), dtype, shape
-
-    def _verify_file(self, name: str, file: str) -> None:
+    def ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[NDArray[Any]]:
+        """Parts of one array along its first dimension; not verified, the lines have the checksums."""
+        meta = self.meta.arrays[name]
+        dtype = np.dtype(meta.dtype).newbyteorder("<")
+        size = dtype.itemsize * int(np.prod(meta.shape[1:], dtype=np.int64))
+        path = chunk_path(self.meta.path, name, len(meta.shape))
         try:
-            with (self._folder / file).open("rb") as stream:
-                # file_digest reads in blocks: a segment may be larger than memory.
-                found = file_digest(stream, lambda: blake2b(digest_size=16)).hexdigest()
-        except FileNotFoundError:
-            found = "no file"
-        if found != self._checksums.get(file):
-            raise CorruptStoreError(
-                f"{self._owner}: segment {self._folder.name}, array {name!r}: the checksum of {file} is {found}, "
-                f"expected {self._checksums.get(file)}; restore the file from a backup, or write the store again."
-            )
+            if (whole := self._whole(name, path, meta, size)) is not None:
+                array = whole.view(dtype).reshape(meta.shape)
+                return [array[start:end] for start, end in zip(starts, ends, strict=True)]
+            parts = self._files.read_ranges(path, [s * size for s in starts], [e * size for e in ends])
+        except FileNotFoundError as error:
+            raise self.damaged(name, "its file is missing") from error
+        except OSError as error:
+            raise StoreReadError(
+                f"{self._owner}: reading {path} failed with {error}, expected the storage to answer; check it and try again."
+            ) from error
+        for part, start, end in zip(parts, starts, ends, strict=True):
+            if part.size != (end - start) * size:
+                raise self.damaged(name, "its file is too short")
+        return [part.view(dtype).reshape(-1, *meta.shape[1:]) for part in parts]
+
+    def _whole(self, name: str, path: str, meta: ArrayMeta, size: int) -> Bytes | None:
+        try:
+            whole = self._files.map(path) if meta.codec == "raw" else self._decoded(path)
+        except ValueError as error:
+            raise self.damaged(name, f"it cannot be decompressed ({error})") from error
+        if whole is not None and whole.size != meta.shape[0] * size:
+            raise self.damaged(name, f"its file has {whole.size} bytes of {meta.shape[0] * size}")
+        return whole
+
+    def damaged(self, name: str, what: str) -> CorruptStoreError:
+        """The error for bytes that are not what was committed."""
+        return CorruptStoreError(
+            f"{self._owner}: segment {self.meta.path}, array {name!r}: {what}, expected what was committed; "
+            "restore the file from a backup, or write the store again."
+        )
+
+
+def decoded_arrays(files: Files) -> Callable[[str], Bytes]:
+    """A function that gives a compressed file's content, and keeps the latest few."""
+    return lru_cache(maxsize=_DECODED_ARRAYS)(lambda path: decode_zstd(files.read(path)))

@@ -1,221 +1,256 @@
-"""What the commit records up to some number add up to: rows, ids, columns, and where their bytes are."""
+"""What the commit records up to some number add up to: rows, columns, rounds of sampling, and where their bytes are.
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+It keeps a few numbers per segment.  What grows with the number of rollouts (their lengths, an index of their ids, where their scores are) is
+read when it is first asked for, and is some bytes per rollout.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import numpy as np
+from attrs import asdict
 from numpy.typing import NDArray
 
-from lopd.backends import ragged
-from lopd.backends.zarr_segment import MapFile, Segment, bounded_maps
-from lopd.errors import CorruptStoreError, InvalidRecordError
-from lopd.manifest import Provenance
-from lopd.types import BEHAVIOR_COLUMN, FinishReason, Float32Array, Rollout, ScoredRollout, Scores
+from lopd.backends import ragged, zarr_rows
+from lopd.backends.files import Files
+from lopd.backends.zarr_index import IdIndex
+from lopd.backends.zarr_segment import Segment, SegmentMeta, decoded_arrays
+from lopd.errors import CorruptStoreError
+from lopd.manifest import Manifest, ModelId, Provenance
+from lopd.types import BEHAVIOR_COLUMN, Rollout, ScoredRollout
 
-_REASONS: tuple[FinishReason, ...] = ("stop", "length")
-
-
-def rollout_arrays(rollouts: Sequence[Rollout], vocab_size: int) -> dict[str, NDArray[Any]]:
-    """The arrays of one segment of rollouts (the smallest type that holds every id; no mask if nothing is masked)."""
-    id_bytes, id_lengths = ragged.concat_texts([rollout.rollout_id for rollout in rollouts])
-    tokens = [ids for rollout in rollouts for ids in (rollout.prompt_ids, rollout.response_ids)]
-    arrays: dict[str, NDArray[Any]] = {
-        "token_ids": ragged.concat(tokens, np.min_scalar_type(vocab_size - 1).name),
-        "prompt_lengths": np.array([rollout.prompt_ids.size for rollout in rollouts], np.int32),
-        "response_lengths": np.array([rollout.response_ids.size for rollout in rollouts], np.int32),
-        "finish_reason": np.array([_REASONS.index(rollout.finish_reason) for rollout in rollouts], np.uint8),
-        "content_hash": _stack_hashes([rollout.content_hash for rollout in rollouts]),
-        "rollout_ids": id_bytes,
-        "rollout_id_lengths": id_lengths,
-    }
-    if not all(rollout.loss_mask.all() for rollout in rollouts):
-        arrays["loss_mask"] = ragged.concat([rollout.loss_mask for rollout in rollouts], "uint8")
-    valid = np.array([rollout.behavior_logprobs is not None for rollout in rollouts], np.uint8)
-    if valid.any():
-        # NaN, not 0, where there is no value: other readers of these files must not take a gap for a certainty.
-        gaps = [np.full(r.response_ids.size, np.nan, np.float32) if r.behavior_logprobs is None else r.behavior_logprobs for r in rollouts]
-        arrays |= {"behavior_valid": valid, "behavior_logprobs": ragged.concat(gaps, "float32")}
-    return arrays
-
-
-def score_arrays(scores: Sequence[Scores], rows: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """The arrays of one segment of scores.  Rows stay right because rollouts are only ever added behind them."""
-    return {
-        "row": np.array(rows, np.int64),
-        "lengths": np.array([score.logprobs.size for score in scores], np.int32),
-        "content_hash": _stack_hashes([score.content_hash for score in scores]),
-        "logprobs": ragged.concat([score.logprobs for score in scores], "float32"),
-        "floored": np.array([score.floored for score in scores], np.int64),
-    }
-
-
-def _stack_hashes(hashes: Sequence[bytes]) -> NDArray[np.uint8]:
-    return np.frombuffer(b"".join(hashes), np.uint8).reshape(len(hashes), -1)
+_LINE_BITS = 32
 
 
 @final
-class _RolloutSegment:
-    def __init__(self, segment: Segment) -> None:
-        self._segment = segment
-        self.ids = ragged.split_texts(segment.load("rollout_ids"), segment.load("rollout_id_lengths"))
-        self.hashes = [row.tobytes() for row in segment.load("content_hash")]
-        self.lengths = np.stack([segment.load("prompt_lengths"), segment.load("response_lengths")], axis=1).astype(np.int64)
-        valid = segment.load("behavior_valid") if "behavior_valid" in segment else np.zeros(len(self.ids))
-        self.behavior = valid.astype(np.bool_)
-        self._reasons = segment.load("finish_reason")
-        self._tokens = ragged.offsets(self.lengths.sum(axis=1))
-        self._responses = ragged.offsets(self.lengths[:, 1])
+class Column:
+    """Score segments of one model, and which rollout is where in them."""
 
-    def rollout(self, i: int) -> Rollout:
-        start, middle, end = self._tokens[i], self._tokens[i] + self.lengths[i, 0], self._tokens[i + 1]
-        tokens = self._segment.view("token_ids", start, end)
-        begin, stop = self._responses[i], self._responses[i + 1]
-        masked = "loss_mask" in self._segment
-        return Rollout(
-            rollout_id=self.ids[i],
-            prompt_ids=tokens[: middle - start],
-            response_ids=tokens[middle - start :],
-            loss_mask=self._segment.view("loss_mask", begin, stop) if masked else np.ones(stop - begin, np.bool_),
-            finish_reason=_REASONS[self._reasons[i]],
-            behavior_logprobs=self._segment.view("behavior_logprobs", begin, stop) if self.behavior[i] else None,
-        )
-
-
-@final
-class _ScoreSegment:
-    def __init__(self, segment: Segment) -> None:
-        self._segment = segment
-        self.rows = segment.load("row")
-        self.hashes = segment.load("content_hash")
-        self._offsets = ragged.offsets(segment.load("lengths"))
-
-    def logprobs(self, i: int) -> Float32Array:
-        # A copy: a view would keep its map, and the file behind it, open for as long as the caller keeps the scores.
-        logprobs_T = np.array(self._segment.view("logprobs", self._offsets[i], self._offsets[i + 1]))
-        logprobs_T.flags.writeable = False
-        return logprobs_T
-
-
-@final
-class _Column:
-    def __init__(self, provenance: Provenance) -> None:
+    def __init__(self, provenance: Provenance, segments: Iterable[Segment] = ()) -> None:
+        """Nothing is read yet."""
         self.provenance = provenance
-        self._segments: list[_ScoreSegment] = []
-        self._place: dict[int, tuple[int, int]] = {}
+        self.segments = list(segments)
+        self._places = np.zeros(0, np.int64)
+        self._placed = 0
 
-    def add(self, segment: _ScoreSegment) -> None:
-        number = len(self._segments)
-        self._segments.append(segment)
-        self._place.update((row, (number, i)) for i, row in enumerate(segment.rows.tolist()))
-
-    def __contains__(self, row: int) -> bool:
-        return row in self._place
-
-    def rows(self) -> list[int]:
-        return list(self._place)
-
-    def read(self, row: int) -> tuple[bytes, Float32Array]:
-        number, i = self._place[row]
-        segment = self._segments[number]
-        return segment.hashes[i].tobytes(), segment.logprobs(i)
+    def places(self, rows: int) -> NDArray[np.int64]:
+        """(rows,): segment number * 2**32 + line of each rollout's scores, -1 where it has none."""
+        if len(self._places) < rows:
+            self._places = np.concatenate([self._places, np.full(rows - len(self._places), -1, np.int64)])
+        for number in range(self._placed, len(self.segments)):
+            meta = self.segments[number].meta
+            where = slice(meta.first_row, meta.last_row + 1) if meta.dense else self.segments[number].lines()[:, zarr_rows.ROW]
+            self._places[where] = (number << _LINE_BITS) + np.arange(meta.rows)
+        self._placed = len(self.segments)
+        return self._places[:rows]
 
 
 @final
 class Snapshot:
-    """The rows and columns of a prefix of the commit log.
+    """The state of a store after `commits` records.
 
     Args:
-        root: folder of the store.   owner: how messages name the store.
+        files: of the store.   manifest: of the store.   owner: how messages name it.
     """
 
-    def __init__(self, root: Path, owner: str) -> None:
-        """Of no commits yet; see `add`."""
-        self._root = root
-        self._owner = owner
-        self._map_file: MapFile = bounded_maps()
-        self._segments: list[_RolloutSegment] = []
-        self._starts: list[int] = []
-        self._columns: dict[str, _Column] = {}
-        self.rows: dict[str, int] = {}
+    def __init__(self, files: Files, manifest: Manifest, owner: str) -> None:
+        """Before the first record."""
         self.commits = 0
+        self.rows = 0
+        self.generations: dict[int, ModelId] = {manifest.generation: manifest.policy}
+        self.segments: list[Segment] = []
+        self.columns: dict[str, Column] = {}
+        self._files = files
+        self._owner = owner
+        self._decoded = decoded_arrays(files)
+        self._index = IdIndex()
+        self._lengths = np.zeros((0, 2), np.int64)
+        self._behavior = np.zeros(0, np.bool_)
+        self._starts = np.zeros(0, np.int64)
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as a checkpoint keeps it."""
+        columns = {
+            name: {"provenance": column.provenance.to_json(), "segments": [s.meta.to_json() for s in column.segments]}
+            for name, column in self.columns.items()
+        }
+        return {
+            "commits": self.commits,
+            "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
+            "segments": [segment.meta.to_json() for segment in self.segments],
+            "columns": columns,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of a checkpoint."""
+        self.commits = state["commits"]
+        self.generations = {int(number): ModelId(**policy) for number, policy in state["generations"].items()}
+        self._set_segments([self._segment(meta) for meta in state["segments"]])
+        self.columns = {
+            name: Column(Provenance.from_json(column["provenance"]), [self._segment(meta) for meta in column["segments"]])
+            for name, column in state["columns"].items()
+        }
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take in the next commit record; if its segment is damaged, nothing changes.
+        """Take in the next record of the log.
 
         Raises:
-            CorruptStoreError: an array that says what the rows are does not match its checksum.
+            CorruptStoreError: it names a place outside the store, or does not fit what came before.
         """
-        segment = Segment(self._root / record["segment"], record["checksums"], self._owner, self._map_file)
-        if record["kind"] == "rollouts":
-            self._add_rollouts(_RolloutSegment(segment))
+        kind = record["kind"]
+        if kind == "rollouts":
+            self._set_segments([*self.segments, self._segment(record["segment"])])
+        elif kind == "scores":
+            column = self.columns.setdefault(record["column"], Column(Provenance.from_json(record["provenance"])))
+            column.segments.append(self._segment(record["segment"]))
+        elif kind == "generation":
+            self.generations[record["generation"]] = ModelId(**record["policy"])
+        elif kind == "compaction":
+            self._compact(record)
         else:
-            scores, provenance = _ScoreSegment(segment), Provenance.from_json(record["provenance"])
-            self._columns.setdefault(record["column"], _Column(provenance)).add(scores)
+            raise CorruptStoreError(
+                f"{self._owner}: commit {self.commits} is of kind {kind!r}, expected one that this version of lopd knows; update lopd."
+            )
         self.commits += 1
 
-    def _add_rollouts(self, segment: _RolloutSegment) -> None:
-        start = len(self.rows)
-        self._segments.append(segment)
-        self._starts.append(start)
-        self.rows.update((rollout_id, start + i) for i, rollout_id in enumerate(segment.ids))
+    def _compact(self, record: Mapping[str, Any]) -> None:
+        gone, name = set(record["removes"]), record["column"]
+        added = [self._segment(meta) for meta in record["adds"]]
+        if name is None:
+            kept = [segment for segment in self.segments if segment.meta.path not in gone]
+            self._set_segments(sorted([*kept, *added], key=lambda segment: segment.meta.first_row))
+        else:
+            column = self.columns[name]
+            kept = [segment for segment in column.segments if segment.meta.path not in gone]
+            self.columns[name] = Column(column.provenance, [*kept, *added])
+
+    def _segment(self, meta: Mapping[str, Any]) -> Segment:
+        return Segment(self._files, SegmentMeta.from_json(meta, self._owner), self._owner, self._decoded)
+
+    def _set_segments(self, segments: list[Segment]) -> None:
+        """Segments of rollouts, if they hold the rows from 0 on without a gap; only the last one can be new where nothing was removed."""
+        checked = min(len(self.segments), len(segments)) if segments[: len(self.segments)] == self.segments else 0
+        end = self.rows if checked else 0
+        for segment in segments[checked:]:
+            if segment.meta.first_row != end or not segment.meta.dense:
+                raise CorruptStoreError(
+                    f"{self._owner}: segment {segment.meta.path} begins with row {segment.meta.first_row}, expected {end}; "
+                    "restore the commit records from a backup."
+                )
+            end = segment.meta.last_row + 1
+        self.segments, self.rows = segments, end
+        self._starts = np.array([segment.meta.first_row for segment in segments], np.int64)
+
+    def all_segments(self) -> list[Segment]:
+        """Those of rollouts, then those of each column."""
+        return [*self.segments, *(segment for column in self.columns.values() for segment in column.segments)]
+
+    def paths(self) -> set[str]:
+        """Where they are."""
+        return {segment.meta.path for segment in self.all_segments()}
 
     def provenances(self) -> dict[str, Provenance]:
         """Columns and who computed them."""
-        return {name: column.provenance for name, column in self._columns.items()}
+        return {name: column.provenance for name, column in self.columns.items()}
+
+    def _scan(self) -> None:
+        """Read the lines of rollouts that were not read yet: their lengths, hashed ids, and whether the engine reported log-probs."""
+        seen = len(self._lengths)
+        new = [segment for segment in self.segments if segment.meta.last_row >= seen]
+        lines = self._files.run([segment.lines for segment in new])
+        # A compaction may have merged rollouts that were read already with some that were not.
+        lines = [part[max(seen - segment.meta.first_row, 0) :] for segment, part in zip(new, lines, strict=True)]
+        if not lines:
+            return
+        added = np.concatenate(lines)
+        self._index.add(np.ascontiguousarray(added[:, zarr_rows.ID_HASH]).view(np.uint64), seen)
+        self._lengths = np.concatenate([self._lengths, added[:, zarr_rows.LENGTHS]])
+        self._behavior = np.concatenate([self._behavior, added[:, zarr_rows.HAS_BEHAVIOR].astype(np.bool_)])
 
     def lengths(self) -> NDArray[np.int64]:
         """(rows, 2): prompt and response tokens."""
-        return np.concatenate([np.zeros((0, 2), np.int64), *[segment.lengths for segment in self._segments]])
+        self._scan()
+        return self._lengths
+
+    def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
+        """Rows of rollouts, -1 where there is none."""
+        self._scan()
+        return self._index.find(zarr_rows.hash_ids(rollout_ids))
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """(rows,): which have scores in this column."""
         if column == BEHAVIOR_COLUMN:
-            return np.concatenate([np.zeros(0, np.bool_), *[segment.behavior for segment in self._segments]])
-        mask = np.zeros(len(self.rows), np.bool_)
-        if column in self._columns:
-            mask[self._columns[column].rows()] = True
-        return mask
+            self._scan()
+            return self._behavior
+        if column not in self.columns:
+            return np.zeros(self.rows, np.bool_)
+        return self.columns[column].places(self.rows) >= 0
 
-    def is_scored(self, column: str, rollout_id: str) -> bool:
-        """Whether a committed rollout is in this column."""
-        return column in self._columns and self.rows[rollout_id] in self._columns[column]
+    def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
+        """Content hash and number of response tokens of rollouts."""
+        found: list[tuple[bytes, int]] = [(b"", 0)] * len(rows)
+        for segment, where, lines in self._grouped(rows):
+            for place, content in zip(where, zarr_rows.contents(segment, lines), strict=True):
+                found[place] = content
+        return found
 
-    def find(self, rollout_id: str) -> tuple[bytes, int] | None:
-        """Content hash and number of response tokens of a committed rollout."""
-        if rollout_id not in self.rows:
-            return None
-        segment, i = self._locate(self.rows[rollout_id])
-        return segment.hashes[i], int(segment.lengths[i, 1])
-
-    def _locate(self, row: int) -> tuple[_RolloutSegment, int]:
-        number = bisect_right(self._starts, row) - 1
-        return self._segments[number], row - self._starts[number]
-
-    def read(self, row: int, columns: Sequence[str]) -> ScoredRollout:
-        """One row with these columns; its tokens and its scores' tokens are checked against the committed hash."""
-        segment, i = self._locate(row)
-        try:
-            rollout = segment.rollout(i)
-        except InvalidRecordError as error:
-            raise self._corrupt(segment.ids[i], "tokens") from error
-        if rollout.content_hash != segment.hashes[i]:
-            raise self._corrupt(segment.ids[i], "tokens")
-        return ScoredRollout(rollout, {column: self._scores(row, rollout, column) for column in columns})
-
-    def _scores(self, row: int, rollout: Rollout, column: str) -> Float32Array:
-        if column == BEHAVIOR_COLUMN and rollout.behavior_logprobs is not None:
-            return rollout.behavior_logprobs
-        if column not in self._columns or row not in self._columns[column]:
-            raise ragged.missing_scores(self._owner, rollout.rollout_id, column)
-        content_hash, logprobs_T = self._columns[column].read(row)
-        if content_hash != rollout.content_hash or logprobs_T.shape != rollout.response_ids.shape:
-            raise self._corrupt(rollout.rollout_id, f"scores in column {column!r}")
-        return logprobs_T
-
-    def _corrupt(self, rollout_id: str, what: str) -> CorruptStoreError:
-        return CorruptStoreError(
-            f"{self._owner}: rollout {rollout_id!r}: the {what} belong to other content than its committed hash names, "
-            "expected the same; restore the store from a backup."
+    def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> list[ScoredRollout]:
+        """These rows with these columns; everything is verified."""
+        if not len(rows):
+            return []
+        groups = self._grouped(rows)
+        rollouts = _scatter(
+            len(rows), [g[1] for g in groups], self._files.run([partial(zarr_rows.decode_rollouts, g[0], g[2]) for g in groups])
         )
+        scores: list[dict[str, Any]] = [{} for _ in rollouts]
+        supports: list[dict[str, Any]] = [{} for _ in rollouts]
+        for name in dict.fromkeys([*columns, *top_k]):
+            for i, (logprobs_T, support) in enumerate(self._read_column(name, rows, rollouts, name in top_k)):
+                if name in columns:
+                    scores[i][name] = logprobs_T
+                if name in top_k:
+                    supports[i][name] = support
+        return [ScoredRollout(*three) for three in zip(rollouts, scores, supports, strict=True)]
+
+    def _read_column(self, name: str, rows: NDArray[np.int64], rollouts: Sequence[Rollout], wants_top_k: bool) -> list[Any]:
+        if name == BEHAVIOR_COLUMN and not wants_top_k:
+            return [(self._behavior_of(rollout), None) for rollout in rollouts]
+        column = self.columns.get(name)
+        places = column.places(self.rows)[rows] if column else np.full(len(rows), -1, np.int64)
+        if column is None or (places < 0).any():
+            raise ragged.missing_scores(self._owner, rollouts[int(np.argmax(places < 0))].rollout_id, name)
+        if wants_top_k and column.provenance.top_k == 0:
+            raise ragged.missing_top_k(self._owner, name)
+        calls: list[Callable[[], list[Any]]] = []
+        wheres = []
+        for number in np.unique(places >> _LINE_BITS).tolist():
+            where = np.flatnonzero(places >> _LINE_BITS == number).tolist()
+            lines = (places[where] & ((1 << _LINE_BITS) - 1)).tolist()
+            wheres.append(where)
+            calls.append(partial(zarr_rows.decode_scores, column.segments[number], lines, [rollouts[i] for i in where], top_k=wants_top_k))
+        return _scatter(len(rows), wheres, self._files.run(calls))
+
+    def _behavior_of(self, rollout: Rollout) -> Any:
+        if rollout.behavior_logprobs is None:
+            raise ragged.missing_scores(self._owner, rollout.rollout_id, BEHAVIOR_COLUMN)
+        return rollout.behavior_logprobs
+
+    def _grouped(self, rows: NDArray[np.int64]) -> list[tuple[Segment, list[int], list[int]]]:
+        """(segment, places in the call, lines in the segment) for each segment that some of these rows are in."""
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        lines = rows - self._starts[numbers]
+        groups = []
+        for number in np.unique(numbers).tolist():
+            where = np.flatnonzero(numbers == number)
+            groups.append((self.segments[number], where.tolist(), lines[where].tolist()))
+        return groups
+
+
+def _scatter(count: int, wheres: Sequence[Sequence[int]], parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """The parts as one list in the order of the call."""
+    whole: list[Any] = [None] * count
+    for where, part in zip(wheres, parts, strict=True):
+        for place, value in zip(where, part, strict=True):
+            whole[place] = value
+    return whole

@@ -1,132 +1,138 @@
-"""A store in one folder: durable, appendable by several processes at once, readable by any Zarr v3 reader.
+"""A store on a local disk or in a bucket: durable, appendable by several processes at once, readable by any Zarr v3 reader.
 
-    root/zarr.json                      a Zarr v3 group; its attributes hold the manifest
-    root/segments/<key>/<array>/        one group per append of rollouts
-    root/scores/<column>/<key>/<array>/ one group per append of scores
-    root/commits/<number>.json          which segments exist, in order; written last
+    zarr.json                      a Zarr v3 group; its attributes hold the manifest
+    segments/<key>/<array>/        one group per append of rollouts
+    scores/<column>/<key>/<array>/ one group per append of scores
+    commits/<number>.json          which segments exist, in order; written last
+    checkpoints/<number>.json      what the commits up to a number add up to
 
-A segment without a commit record does not exist; its bytes may be deleted when nobody is writing.
-Rows are in the order of commits, then in the order of the call.
+A segment that no commit record names does not exist.  Rows are in the order of commits, then in the order of the call.
 """
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, final
-from uuid import uuid4
 
 import numpy as np
-from attrs import frozen
 from numpy.typing import NDArray
 
-from lopd.backends import ragged
+from lopd.backends import ragged, zarr_rows, zarr_verify
 from lopd.backends.commit_log import CommitLog
-from lopd.backends.zarr_root import StorePath, create_root, local_path, read_manifest, taken
-from lopd.backends.zarr_segment import METADATA_FILE, make_group, write_segment
-from lopd.backends.zarr_snapshot import Snapshot, rollout_arrays, score_arrays
-from lopd.errors import CorruptStoreError, ManifestMismatchError, StoreExistsError, StoreWriteError
-from lopd.manifest import Manifest, Provenance
+from lopd.backends.files import Files, StorageOptions, StorePath, open_files
+from lopd.backends.zarr_format import METADATA_FILE, Codec
+from lopd.backends.zarr_root import LogprobDtype, StorageTypes, create_root, names_in, read_root, taken
+from lopd.backends.zarr_snapshot import Snapshot
+from lopd.backends.zarr_writer import Draft, Writer
+from lopd.errors import ManifestMismatchError, StoreExistsError, StoreReadError
+from lopd.manifest import Commit, Manifest, ModelId, Provenance
 from lopd.types import Rollout, ScoredRollout, Scores
-
-
-@frozen(eq=False)
-class _Draft:
-    """Rows that are to be committed: what tells them from others, where they go, what the record says, and how to make the arrays."""
-
-    ids: tuple[str, ...]
-    parent: str
-    record: Mapping[str, Any]
-    arrays: Callable[[], Mapping[str, NDArray[Any]]]
-
-
-@frozen(eq=False)
-class _Written:
-    ids: tuple[str, ...]
-    folder: Path
-    record: Mapping[str, Any]
 
 
 @final
 class ZarrStore:
-    """A `LogprobStore` on a local disk; make one with `create`, `open` or `open_or_create`.
+    """A `DurableStore` of raw Zarr v3 segments; make one with `create`, `open` or `open_or_create`.
 
     A store sees the commits that were there when it was opened, last refreshed or last written to; `refresh` shows later ones.
     The virtual column `behavior` reads the rollouts' own `behavior_logprobs`; `columns` does not list it, and it cannot be written to.
-    It pickles as its path and the number of commits it sees.  One thread at a time; processes as many as you like.
+    It pickles as its place and the number of commits it sees.  One thread at a time; processes as many as you like.
+    On a local disk it survives a fork; in a bucket, a forked process is refused (start workers with "spawn" or "forkserver").
     """
 
-    def __init__(self, path: Path, manifest: Manifest, commits: int | None) -> None:
-        """Not for callers: it does not look whether a store is there."""
-        # A relative path would change its meaning with the working directory.
-        self._root = Path(path).absolute()
-        self._owner = f"Store {path}"
-        self._manifest = manifest
-        self._log = CommitLog(self._root / "commits", self._owner)
-        self._snapshot = Snapshot(self._root, self._owner)
-        self._take_in(commits)
+    def __init__(self, files: Files, commits: int | None = None) -> None:
+        """Not for callers: `open` says what is wrong with a path."""
+        self._files = files
+        self._owner = f"Store {files.url}"
+        self._manifest, self._storage = read_root(files)
+        self._log = CommitLog(files, self._owner)
+        self._snapshot = Snapshot(files, self._manifest, self._owner)
+        self._writer = Writer(files, self._log, self._snapshot, self._storage, owner=self._owner)
+        self._load(commits)
 
     def __repr__(self) -> str:
         """How messages name it."""
         return self._owner
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Path and snapshot: memory maps do not travel to another process."""
-        return ZarrStore, (self._root, self._manifest, self._snapshot.commits)
+        """Place and snapshot: memory maps and connections do not travel to another process."""
+        return ZarrStore, (self._files, self._snapshot.commits)
 
     @classmethod
-    def create(cls, path: StorePath, manifest: Manifest) -> "ZarrStore":
-        """A new, empty store in a folder that is empty or not there yet.
+    def create(
+        cls,
+        path: StorePath,
+        manifest: Manifest,
+        *,
+        logprob_dtype: LogprobDtype = "float32",
+        codec: Codec = "raw",
+        storage_options: StorageOptions | None = None,
+    ) -> "ZarrStore":
+        """A new, empty store.
+
+        Args:
+            path: a folder that is empty or not there yet, or a URL such as `s3://bucket/run1.zarr`.
+            manifest: what all rollouts will have in common.
+            logprob_dtype: "float32", or "float16" for half the bytes (see `StorageTypes`).
+            codec: "raw", or "zstd" for an archive.
+            storage_options: credentials, endpoint and time limits; see `lopd.backends.cloud_files`.
 
         Raises:
             StoreExistsError: a store, or anything else, is there.
-            StorePathError: the path is not on a local disk.
+            StorePathError: nothing can be stored at such a path.
             StoreWriteError: the write failed.
         """
-        root = local_path(path)
-        create_root(root, manifest)
-        return cls(root, manifest, None)
+        files = open_files(path, storage_options)
+        create_root(files, manifest, StorageTypes(logprob_dtype, codec))
+        return cls(files)
 
     @classmethod
-    def open(cls, path: StorePath, manifest: Manifest | None = None) -> "ZarrStore":
-        """The store in this folder, with all commits that are there now.
+    def open(cls, path: StorePath, manifest: Manifest | None = None, *, storage_options: StorageOptions | None = None) -> "ZarrStore":
+        """The store that is there, with all commits that are there now.
 
         Args:
-            path: its folder.
+            path: its folder or URL.
             manifest: what it must say; None takes whatever it says.
+            storage_options: see `create`.
 
         Raises:
             StoreNotFoundError: no store is there.
             ManifestMismatchError: it says something else than `manifest`.
             CorruptStoreError: its manifest or commit log is damaged, or of another schema version.
+            StoreReadError: the storage does not answer.
         """
-        root = local_path(path)
-        stored = read_manifest(root)
-        difference = None if manifest is None else stored.difference(manifest)
+        store = cls(open_files(path, storage_options))
+        difference = None if manifest is None else store.manifest.difference(manifest)
         if difference is not None:
             raise ManifestMismatchError(
-                f"Store {root}: {difference}; open it with the manifest it was created with (or none), or create another store."
+                f"{store!r}: {difference}; open it with the manifest it was created with (or none), or create another store."
             )
-        return cls(root, stored, None)
+        return store
 
     @classmethod
-    def open_or_create(cls, path: StorePath, manifest: Manifest) -> "ZarrStore":
-        """The store in this folder if there is one with this manifest, a new one if there is nothing.
+    def open_or_create(
+        cls,
+        path: StorePath,
+        manifest: Manifest,
+        *,
+        logprob_dtype: LogprobDtype = "float32",
+        codec: Codec = "raw",
+        storage_options: StorageOptions | None = None,
+    ) -> "ZarrStore":
+        """The store that is there if it has this manifest, a new one if there is nothing.
 
         Raises:
             ManifestMismatchError: a store with another manifest is there.
             StoreExistsError: something that is no store is there.
         """
-        root = local_path(path)
-        if not (root / METADATA_FILE).exists():
+        files = open_files(path, storage_options)
+        if METADATA_FILE not in names_in(files):
             # Somebody else may be creating it right now; then theirs is as good.
             with suppress(StoreExistsError):
-                return cls.create(root, manifest)
-        if not (root / METADATA_FILE).exists():
-            raise taken(root)
-        return cls.open(root, manifest)
+                return cls.create(path, manifest, logprob_dtype=logprob_dtype, codec=codec, storage_options=storage_options)
+        if METADATA_FILE not in names_in(files):
+            raise taken(files)
+        return cls.open(path, manifest, storage_options=storage_options)
 
     @property
     def manifest(self) -> Manifest:
@@ -138,13 +144,18 @@ class ZarrStore:
         """Score columns and who computed them."""
         return MappingProxyType(self._snapshot.provenances())
 
+    @property
+    def generations(self) -> Mapping[int, ModelId]:
+        """Rounds of sampling, and the policy of each."""
+        return MappingProxyType(dict(self._snapshot.generations))
+
     def __len__(self) -> int:
         """Committed rollouts."""
-        return len(self._snapshot.rows)
+        return self._snapshot.rows
 
-    def __contains__(self, rollout_id: object, /) -> bool:
-        """Whether a rollout with this id is committed."""
-        return rollout_id in self._snapshot.rows
+    def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
+        """Rows of rollouts, -1 where there is none; 24 bytes of memory a rollout from the first call on."""
+        return self._snapshot.find(rollout_ids)
 
     def lengths(self) -> NDArray[np.int64]:
         """(len, 2): prompt and response tokens of each rollout; reads no tokens."""
@@ -154,99 +165,114 @@ class ZarrStore:
         """(len,): which rollouts have scores in this column; reads no scores."""
         return self._snapshot.scored(column)
 
-    def read(self, indices: Sequence[int], /, columns: Sequence[str] = ()) -> list[ScoredRollout]:
-        """These rollouts with these columns, in the order asked."""
-        return [self._snapshot.read(row, columns) for row in ragged.check_rows(self._owner, indices, len(self))]
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
+        """These rollouts with these columns, in the order asked; fetches and verifies these rows and no others."""
+        rows = np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64)
+        return self._snapshot.read(rows, columns, top_k)
 
     def refresh(self) -> None:
         """See what was committed since, by this process or others.
 
         Raises:
             CorruptStoreError: a later commit is damaged.
+            StoreReadError: the storage does not answer.
         """
-        self._take_in(None)
+        self._writer.refresh()
 
-    def _take_in(self, until: int | None) -> None:
-        if until == self._snapshot.commits:
-            return
-        for record in self._log.records(self._snapshot.commits):
-            self._snapshot.add(record)
-            if self._snapshot.commits == until:
-                return
-        if until is not None:
-            raise CorruptStoreError(
-                f"{self._owner}: the commit log has {self._snapshot.commits} records, expected the {until} that this store saw when it was "
-                "pickled; restore the missing ones from a backup."
-            )
+    def _load(self, until: int | None) -> None:
+        try:
+            checkpoint = self._log.checkpoint(until)
+            if checkpoint is not None:
+                self._snapshot.load(checkpoint)
+            for record in self._log.records(self._snapshot.commits, until):
+                self._snapshot.add(record)
+        except OSError as error:
+            raise StoreReadError(
+                f"{self._owner}: opening it failed with {error}, expected the storage to answer; check it and try again."
+            ) from error
+
+    def begin_generation(self, generation: int, policy: ModelId, /) -> None:
+        """Say, durably, which policy samples in another round.  Refreshes."""
+        self._writer.begin_generation(generation, policy)
 
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts, durably; those already there are skipped.  Refreshes."""
-        vocab_size = self._manifest.tokenizer.vocab_size
+        self._writer.commit(partial(self._draft_rollouts, rollouts))
 
-        def draft() -> _Draft:
-            new = ragged.new_rollouts(self._owner, rollouts, vocab_size, self._find_hash)
-            record = {"kind": "rollouts", "rows": len(new), "tokens": sum(map(len, new))}
-            return _Draft(tuple(rollout.rollout_id for rollout in new), "segments", record, lambda: rollout_arrays(new, vocab_size))
-
-        self._commit(draft)
+    def _draft_rollouts(self, rollouts: Sequence[Rollout]) -> Draft:
+        vocab_size, first_row = self._manifest.tokenizer.vocab_size, len(self)
+        known = {name: content for name, (content, _) in self._known([rollout.rollout_id for rollout in rollouts]).items()}
+        new = ragged.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self._snapshot.generations, known=known)
+        encode = partial(zarr_rows.encode_rollouts, new, first_row, vocab_size, self._storage.logprob_dtype)
+        ids = tuple(rollout.rollout_id for rollout in new)
+        return Draft(ids, "segments", {"kind": "rollouts"}, range(first_row, first_row + len(new)), encode)
 
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         """Add one model's scores, durably; rows already scored are skipped.  Refreshes."""
         ragged.check_column(self._owner, column)
+        self._writer.commit(partial(self._draft_scores, column, provenance, scores))
 
-        def draft() -> _Draft:
-            ragged.check_provenance(self._owner, column, self._snapshot.provenances().get(column), provenance)
-            new = ragged.new_scores(self._owner, scores, self._snapshot.find, partial(self._snapshot.is_scored, column))
-            ids, rows = tuple(score.rollout_id for score in new), [self._snapshot.rows[score.rollout_id] for score in new]
-            tokens = sum(score.logprobs.size for score in new)
-            record = {"kind": "scores", "rows": len(new), "tokens": tokens, "column": column, "provenance": provenance.to_json()}
-            return _Draft(ids, f"scores/{column}", record, lambda: score_arrays(new, rows))
-
-        self._commit(draft)
-
-    def _find_hash(self, rollout_id: str) -> bytes | None:
-        found = self._snapshot.find(rollout_id)
-        return None if found is None else found[0]
-
-    def _commit(self, make_draft: Callable[[], _Draft]) -> None:
-        """Commit what is new; when another process commits first, look again at what is new."""
-        written: _Written | None = None
-        while True:
-            self.refresh()
-            draft = make_draft()
-            if written is not None and written.ids != draft.ids:
-                shutil.rmtree(written.folder, ignore_errors=True)
-                written = None
-            if not draft.ids:
-                # Another process may have committed these rows a moment ago, and not have flushed its record yet.
-                return self._log.make_durable()
-            written = written or self._write(draft)
-            if self._publish(written):
-                return self.refresh()
-
-    def _write(self, draft: _Draft) -> _Written:
-        folder = self._root / draft.parent / uuid4().hex
-        try:
-            for parent in reversed(Path(draft.parent).parents[:-1]):
-                make_group(self._root / parent)
-            make_group(folder.parent)
-            checksums = write_segment(folder, draft.arrays(), draft.record)
-        except OSError as error:
-            raise self._refused(folder, error) from error
-        return _Written(draft.ids, folder, {**draft.record, "segment": f"{draft.parent}/{folder.name}", "checksums": checksums})
-
-    def _publish(self, written: _Written) -> bool:
-        try:
-            return self._log.commit(self._snapshot.commits, written.record)
-        except StoreWriteError:
-            # The record is there, only its durability is in doubt: its segment must stay.
-            raise
-        except OSError as error:
-            raise self._refused(written.folder, error) from error
-
-    def _refused(self, folder: Path, error: OSError) -> StoreWriteError:
-        shutil.rmtree(folder, ignore_errors=True)
-        return StoreWriteError(
-            f"{self._owner}: the write failed with {error}, expected it to succeed; nothing of this call was committed, "
-            "so free space or fix permissions and repeat it."
+    def _draft_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores]) -> Draft:
+        ragged.check_provenance(self._owner, column, self._snapshot.provenances().get(column), provenance)
+        ids = [score.rollout_id for score in scores]
+        places, scored = dict(zip(ids, self.find(ids).tolist(), strict=True)), self.scored(column)
+        new = ragged.new_scores(
+            self._owner,
+            scores,
+            top_k=provenance.top_k,
+            vocab_size=self._manifest.tokenizer.vocab_size,
+            known=self._known(ids),
+            done={name for name, row in places.items() if row >= 0 and scored[row]},
         )
+        new.sort(key=lambda score: places[score.rollout_id])
+        rows = [places[score.rollout_id] for score in new]
+        encode = partial(zarr_rows.encode_scores, new, rows, self._manifest.tokenizer.vocab_size, self._storage.logprob_dtype)
+        record = {"kind": "scores", "column": column, "provenance": provenance.to_json()}
+        return Draft(tuple(score.rollout_id for score in new), f"scores/{column}", record, rows, encode)
+
+    def _known(self, rollout_ids: Sequence[str]) -> dict[str, tuple[bytes, int]]:
+        """Content hash and response tokens of those of these rollouts that are committed."""
+        rows = self._snapshot.find(rollout_ids)
+        there = np.flatnonzero(rows >= 0)
+        contents = self._snapshot.content(rows[there])
+        return {rollout_ids[i]: content for i, content in zip(there.tolist(), contents, strict=True)}
+
+    def compact(self, *, target_tokens: int = 1 << 24) -> None:
+        """Merge small segments into ones of about `target_tokens`; rows keep their numbers, and open readers read on.  Refreshes.
+
+        Nothing is removed: `sweep` does that once no reader can need the old segments any more.  Compactions may run beside appends and
+        beside each other; of two that want the same segments, one wins and the other looks again.
+
+        Raises:
+            CorruptStoreError: a line that would be moved is damaged; nothing of its merge was committed.
+            StoreWriteError: the write failed; merges before it are kept.
+        """
+        self._writer.compact(target_tokens)
+
+    def sweep(self, *, older_than: float = 7 * 24 * 3600.0) -> list[str]:
+        """Remove segments that no commit names, and those that compactions replaced, if both are older than this many seconds.
+
+        A reader that was opened before a compaction, or a writer in the middle of an append, needs them: choose a time that none lives.
+
+        Returns:
+            The paths that were removed.
+        """
+        return self._writer.sweep(older_than)
+
+    def history(self) -> Sequence[Commit]:
+        """What was committed up to this store's snapshot, oldest first."""
+        commits = []
+        for number, record in enumerate(self._log.records(0, self._snapshot.commits)):
+            segments = record.get("adds", [record["segment"]] if "segment" in record else [])
+            rows, tokens = sum(meta["rows"] for meta in segments), sum(meta["tokens"] for meta in segments)
+            rounding = record.get("rounding", 0.0)
+            commits.append(Commit(number, record["kind"], rows, tokens, record.get("column"), record["when"], rounding))
+        return commits
+
+    def stored_bytes(self) -> int:
+        """Bytes of the arrays of all segments that the current state is made of."""
+        return sum(segment.meta.stored_bytes for segment in self._snapshot.all_segments())
+
+    def verify(self) -> Iterator[str]:
+        """One sentence for each problem found: every checksum of every file that the current state is made of, and the whole log."""
+        return zarr_verify.problems(self._files, self._log, self._snapshot)

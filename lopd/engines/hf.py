@@ -138,6 +138,7 @@ class HFSource:
             loss_mask=np.ones(len(row.ids), np.bool_),
             finish_reason="stop" if row.ids[-1] in self.stop_ids else "length",
             behavior_logprobs=np.array(row.logprobs, np.float32),
+            generation=self.generation,
         )
 
 

@@ -1,0 +1,285 @@
+"""Files in a bucket: s3, gs, az and their kin through obstore, everything else that fsspec knows through fsspec.
+
+`storage_options` are those of Apache object_store, which LanceDB takes too: `aws_access_key_id`, `aws_secret_access_key`, `aws_region`,
+`aws_endpoint`, `allow_http`, ...; what is not given comes from the environment.  Requests that fail are repeated with growing pauses,
+within `client_max_retries` (10) and `client_retry_timeout` (180 s); `timeout` and `connect_timeout` limit one request ("30s").
+fsspec file systems take their own options (`key`, `secret`, ...), and need one writer at a time where they cannot create a file exclusively.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import Any, final
+
+import numpy as np
+
+from lopd.backends.files import Bytes, Files, StorageOptions, T
+from lopd.errors import ForkedStoreError, MissingDependencyError, StorePathError
+
+_OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+_CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")
+_REQUESTS_AT_ONCE = 16
+
+
+def open_cloud_files(url: str, options: StorageOptions) -> Files:
+    """The files under a URL.
+
+    Raises:
+        MissingDependencyError: the package for this kind of URL is not installed.
+        StorePathError: no package knows this kind of URL, or it refuses the options.
+    """
+    scheme = url.split("://", 1)[0]
+    return ObstoreFiles(url, options) if scheme in _OBSTORE_SCHEMES else FsspecFiles(url, options)
+
+
+def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
+    if len(calls) < 2:
+        return [call() for call in calls]
+    with ThreadPoolExecutor(min(_REQUESTS_AT_ONCE, len(calls))) as pool:
+        return list(pool.map(lambda call: call(), calls))
+
+
+@final
+class _ForkGuard:
+    """obstore's threads do not survive a fork: a child of a process that used it would wait for ever."""
+
+    def __init__(self) -> None:
+        self._pid: int | None = None
+
+    def check(self, url: str) -> None:
+        """Refuse a process that was forked from one that has used obstore."""
+        if self._pid is None:
+            self._pid = os.getpid()
+        elif self._pid != os.getpid():
+            raise ForkedStoreError(
+                f"Store {url}: process {os.getpid()} was forked from {self._pid}, which used it, expected a process started afresh; "
+                "start workers with the 'spawn' or 'forkserver' method (DataLoader(multiprocessing_context='forkserver'))."
+            )
+
+
+_GUARD = _ForkGuard()
+
+
+@final
+class ObstoreFiles:
+    """`Files` in a bucket of S3, GCS or Azure; conditional puts make commits safe, strong consistency makes them visible at once."""
+
+    def __init__(self, url: str, options: StorageOptions) -> None:
+        """No request is made yet."""
+        self._url = url.rstrip("/")
+        self._options = dict(options)
+        self._obstore, self._store = self._open()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """URL and options: connections do not travel to another process."""
+        return ObstoreFiles, (self._url, self._options)
+
+    @property
+    def url(self) -> str:
+        """Bucket and prefix, without options."""
+        return self._url
+
+    def _open(self) -> tuple[Any, Any]:
+        try:
+            import obstore
+            from obstore.exceptions import BaseError
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Store {self._url}: obstore is not installed, expected it for this URL; pip install 'lopd[zarr]'."
+            ) from error
+        _GUARD.check(self._url)
+        options = dict(self._options)
+        retry = {
+            "max_retries": int(options.pop("client_max_retries", 10)),
+            "retry_timeout": timedelta(seconds=float(options.pop("client_retry_timeout", 180))),
+        }
+        client = {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
+        client = {name: value == "true" if value in ("true", "false") else value for name, value in client.items()}
+        try:
+            # Which options there are is obstore's to say.
+            store = obstore.store.from_url(self._url, config=options, client_options=client, retry_config=retry)  # type: ignore[call-overload]
+        except (BaseError, ValueError, TypeError) as error:
+            # The message names an option, never its value.
+            raise StorePathError(
+                f"Store {self._url}: it cannot be opened ({type(error).__name__}), expected storage options of object_store; check their names."
+            ) from None
+        return obstore, store
+
+    def _call(self, path: str, work: Callable[[], T]) -> T:
+        _GUARD.check(self._url)
+        try:
+            return work()
+        except (self._obstore.exceptions.NotFoundError, FileNotFoundError) as error:
+            raise FileNotFoundError(f"{self._url}/{path} is not there") from error
+        except self._obstore.exceptions.BaseError as error:
+            raise OSError(f"{self._url}/{path}: {_first_line(error)}") from error
+
+    def read(self, path: str, /) -> bytes:
+        """A whole object."""
+        return bytes(self._call(path, lambda: self._obstore.get(self._store, path).bytes()))
+
+    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
+        """Whole objects, some at a time."""
+        return _side_by_side([lambda path=path: self.read(path) for path in paths])  # type: ignore[misc]
+
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
+        """Parts of one object; near ones are fetched by one request."""
+        found = [np.zeros(0, np.uint8)] * len(starts)
+        # An empty range is no valid request.
+        wanted = [i for i, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
+        if wanted:
+            parts = self._call(
+                path,
+                lambda: self._obstore.get_ranges(self._store, path, starts=[starts[i] for i in wanted], ends=[ends[i] for i in wanted]),
+            )
+            for i, part in zip(wanted, parts, strict=True):
+                found[i] = np.frombuffer(part, np.uint8)
+        return found
+
+    def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
+        """What each call gives, some at a time."""
+        return _side_by_side(calls)
+
+    def map(self, path: str, /) -> None:
+        """None: there is nothing to map."""
+
+    def write(self, files: Mapping[str, Bytes], /) -> None:
+        """New objects, some at a time."""
+        _side_by_side([lambda path=path, data=data: self._put(path, data) for path, data in files.items()])  # type: ignore[misc]
+
+    def _put(self, path: str, data: Bytes) -> None:
+        self._call(path, lambda: self._obstore.put(self._store, path, data.tobytes()))
+
+    def put_if_absent(self, path: str, data: bytes, /) -> bool:
+        """Whether this call made the object."""
+        try:
+            self._call(path, lambda: self._obstore.put(self._store, path, data, mode="create"))
+        except OSError as error:
+            if isinstance(error.__cause__, self._obstore.exceptions.AlreadyExistsError):
+                # When the answer to a put is lost, its repetition finds the object there: then the bytes say whose it is.
+                return self.read(path) == data
+            raise
+        return True
+
+    def settle(self, folder: str, /) -> None:
+        """Nothing to do: a put is durable when it is answered."""
+
+    def names(self, folder: str, /) -> list[str]:
+        """Sorted names of what is in a folder."""
+        prefix = f"{folder}/" if folder else ""
+        listed = self._call(folder, lambda: self._obstore.list_with_delimiter(self._store, prefix or None))
+        paths = [*listed["common_prefixes"], *(entry["path"] for entry in listed["objects"])]
+        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)
+
+    def _listed(self, folder: str) -> list[Any]:
+        return self._call(folder, lambda: [entry for page in self._obstore.list(self._store, f"{folder}/") for entry in page])
+
+    def age(self, folder: str, /) -> float:
+        """Seconds since the newest object in a folder was written, by the server's clock."""
+        newest = max((entry["last_modified"] for entry in self._listed(folder)), default=datetime.now(UTC))
+        return float((datetime.now(UTC) - newest).total_seconds())
+
+    def remove(self, folders: Iterable[str], /) -> None:
+        """Remove all objects in these folders."""
+        for folder in folders:
+            paths = [entry["path"] for entry in self._listed(folder)]
+            if paths:
+                self._call(folder, lambda paths=paths: self._obstore.delete(self._store, paths))  # type: ignore[misc]
+
+
+@final
+class FsspecFiles:
+    """`Files` on any file system of fsspec, `memory://` among them."""
+
+    def __init__(self, url: str, options: StorageOptions) -> None:
+        """No request is made yet."""
+        self._url = url.rstrip("/")
+        self._options = dict(options)
+        try:
+            import fsspec
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Store {self._url}: fsspec is not installed, expected it for this URL; pip install 'lopd[zarr]'."
+            ) from error
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self._url, **self._options)
+        except (ValueError, ImportError, TypeError) as error:
+            raise StorePathError(
+                f"Store {self._url}: fsspec cannot open it ({type(error).__name__}), expected a URL it knows; check scheme and options."
+            ) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """URL and options."""
+        return FsspecFiles, (self._url, self._options)
+
+    @property
+    def url(self) -> str:
+        """The root, without options."""
+        return self._url
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}".rstrip("/")
+
+    def read(self, path: str, /) -> bytes:
+        """A whole file."""
+        return bytes(self._fs.cat_file(self._path(path)))
+
+    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
+        """Whole files."""
+        return [self.read(path) for path in paths]
+
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
+        """Parts of one file."""
+        parts = self._fs.cat_ranges([self._path(path)] * len(starts), list(starts), list(ends), on_error="raise") if starts else []
+        return [np.frombuffer(part, np.uint8) for part in parts]
+
+    def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
+        """What each call gives, one after the other: not every file system may be used from several threads."""
+        return [call() for call in calls]
+
+    def map(self, path: str, /) -> None:
+        """None: there is nothing to map."""
+
+    def write(self, files: Mapping[str, Bytes], /) -> None:
+        """New files."""
+        for path, data in files.items():
+            self._fs.pipe_file(self._path(path), data.tobytes())
+
+    def put_if_absent(self, path: str, data: bytes, /) -> bool:
+        """Whether this call made the file; safe against other writers where the file system creates exclusively (s3fs and gcsfs do)."""
+        try:
+            self._fs.pipe_file(self._path(path), data, mode="create")
+        except FileExistsError:
+            return self.read(path) == data
+        return True
+
+    def settle(self, folder: str, /) -> None:
+        """Nothing to do: a file counts when it is closed."""
+
+    def names(self, folder: str, /) -> list[str]:
+        """Sorted names of what is in a folder."""
+        try:
+            listed = self._fs.ls(self._path(folder), detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
+
+    def age(self, folder: str, /) -> float:
+        """Seconds since the newest file in a folder was written; 0 where the file system does not say."""
+        try:
+            newest = max(self._fs.modified(path).timestamp() for path in self._fs.find(self._path(folder)))
+        except (NotImplementedError, ValueError):
+            return 0.0
+        return float(time.time() - newest)
+
+    def remove(self, folders: Iterable[str], /) -> None:
+        """Remove folders with all that is in them."""
+        for folder in folders:
+            if self._fs.exists(self._path(folder)):
+                self._fs.rm(self._path(folder), recursive=True)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0][:300]
