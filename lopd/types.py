@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from attrs import Factory, evolve, field, fields, frozen
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lopd.arrays import (
@@ -224,6 +225,24 @@ class ScoredRollout:
     rollout: Rollout
     scores: Mapping[str, Float32Array]
     top_k: Mapping[str, TopK] = field(factory=dict)
+
+
+@frozen(eq=False)
+class RolloutArrays:
+    """Many rollouts end to end, for work on whole columns; the arrays may be views of files, in the types of the store.
+
+    Args:
+        prompt_lengths, response_lengths: (B,) int64.
+        token_ids: prompt and response of one rollout after the other.
+        loss_mask: one bool a response token; None where every token counts.
+        scores: column name -> one log-prob a response token, nats.
+    """
+
+    prompt_lengths: NDArray[np.int64]
+    response_lengths: NDArray[np.int64]
+    token_ids: NDArray[Any]
+    loss_mask: BoolArray | None
+    scores: Mapping[str, NDArray[Any]]
 
 
 @frozen(eq=False)

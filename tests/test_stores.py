@@ -17,6 +17,7 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+import torch
 from attrs import evolve
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -24,12 +25,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from s3_server import S3Server
 
 from lopd.backends import local_files
+from lopd.backends.commit_log import CommitLog, seal, unseal
+from lopd.backends.local_files import LocalFiles
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr_format import Codec
 from lopd.backends.zarr_store import ZarrStore
 from lopd.errors import (
     ConflictError,
     CorruptStoreError,
+    ForkedStoreError,
+    InvalidRecordError,
     LopdError,
     ManifestMismatchError,
     MissingScoresError,
@@ -376,7 +381,7 @@ def test_scores_that_belong_to_other_tokens_are_refused_at_read(tmp_path: Path) 
     shutil.rmtree(tmp_path / "x/scores")
     shutil.copytree(tmp_path / "y/scores", tmp_path / "x/scores")
     shutil.copy(tmp_path / "y/commits/0000000001.json", tmp_path / "x/commits/0000000001.json")
-    with pytest.raises(CorruptStoreError, match=r"scores/teacher/.*'r' were computed on other tokens"):
+    with pytest.raises(CorruptStoreError, match=r"scores/teacher/.*row 0 were computed on other tokens"):
         ZarrStore.open(tmp_path / "x").read([0], ("teacher",))
 
 
@@ -692,3 +697,257 @@ def test_the_message_for_a_second_model_is_the_one_we_promise(filled: ZarrStore)
     with pytest.raises(ConflictError, match=r"was scored with engine 'made-up 1.0', expected 'other'"):
         filled.append_scores("t", evolve(old, engine="other"), scores)
     assert isinstance(caught.value, LopdError)
+
+
+# Whole columns
+
+
+@pytest.mark.parametrize("codec", ["raw", "zstd"])
+def test_arrays_end_to_end_hold_what_the_rollouts_hold(tmp_path: Path, codec: Codec) -> None:
+    store = fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), codec=codec))
+    store.append([tiny_rollout("plain", [7, 8], behavior_logprobs=[-1, -2])])
+    for _ in range(2):
+        for rows in ([0, 1, 2, 3, 4], [3, 1, 1, 0], [2, 3], []):
+            arrays = store.read_arrays(rows)
+            records = [row.rollout for row in store.read(rows)]
+            assert arrays.prompt_lengths.tolist() == [r.prompt_ids.size for r in records]
+            assert arrays.response_lengths.tolist() == [r.response_ids.size for r in records]
+            assert arrays.token_ids.tolist() == [i for r in records for i in [*r.prompt_ids, *r.response_ids]]
+            masked = any(not r.loss_mask.all() for r in records)
+            assert (arrays.loss_mask is not None) == masked
+            if arrays.loss_mask is not None:
+                assert arrays.loss_mask.tolist() == [bool(m) for r in records for m in r.loss_mask]
+        assert store.read_arrays([3, 1], ("teacher",)).scores["teacher"].tolist() == [-1.0] * 6
+        assert store.read_arrays([4, 1], ("behavior",)).scores["behavior"].tolist() == [-1, -2, 0, -1, -2]
+        for rows, column in (([1, 0], "teacher"), ([1, 0], "behavior"), ([0], "nothing")):
+            with pytest.raises(MissingScoresError, match="'m'"):
+                store.read_arrays(rows, (column,))
+        store.compact()
+
+
+def test_half_the_bytes_cost_a_rounding_that_each_commit_reports(tmp_path: Path) -> None:
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), logprob_dtype="float16")
+    full = np.array([-0.1, -1e-9, -77.7], np.float32)
+    store.append([tiny_rollout("r", behavior_logprobs=full)])
+    store.append_scores("teacher", tiny_provenance(), [Scores.of(tiny_rollout("r"), full / 2)])
+    row = ZarrStore.open(store._files.url).read([0], ("teacher", "behavior"))[0]
+    for commit, column, values in zip(store.history(), ("behavior", "teacher"), (full, full / 2), strict=True):
+        np.testing.assert_array_equal(row.scores[column], values.astype(np.float16).astype(np.float32))
+        assert commit.rounding == np.abs(row.scores[column] - values).max() > 0
+    assert (row.scores["teacher"] <= 0).all()
+    with pytest.raises(InvalidRecordError, match=r"'low'.*-70000.*at least -65504"):
+        store.append([tiny_rollout("low", [1], behavior_logprobs=[-70000.0])])
+    assert len(ZarrStore.open(store._files.url)) == 1
+
+
+def test_a_storage_type_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    for options in ({"logprob_dtype": "bfloat16"}, {"codec": "lz4"}):
+        with pytest.raises(InvalidRecordError, match=next(iter(options.values()))):
+            ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), **options)
+    assert not (tmp_path / "run.zarr").exists()
+
+
+# Many commits
+
+
+def test_opening_reads_the_latest_checkpoint_and_the_records_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+    for i in range(130):
+        store.append(many(i, 1))
+    names = sorted(path.name for path in (tmp_path / "run.zarr/checkpoints").iterdir())
+    assert names == ["0000000064.json", "0000000128.json"]
+    asked: list[str] = []
+    real = LocalFiles.read
+    monkeypatch.setattr(LocalFiles, "read", lambda self, path: asked.append(path) or real(self, path))
+    again = ZarrStore.open(tmp_path / "run.zarr")
+    assert asked == ["zarr.json", "checkpoints/0000000128.json", "commits/0000000128.json", "commits/0000000129.json"]
+    assert_holds(again, many(0, 130))
+    assert [commit.number for commit in again.history()] == list(range(130))
+
+
+def test_a_copy_sees_the_snapshot_of_its_original_also_behind_later_checkpoints(tmp_path: Path) -> None:
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+    for i in range(70):
+        store.append(many(i, 1))
+        if i == 10:
+            early = pickle.dumps(store)
+    assert_holds(pickle.loads(early), many(0, 11))  # noqa: S301
+    (tmp_path / "run.zarr/commits/0000000003.json").unlink()
+    with pytest.raises(CorruptStoreError, match="a commit record is missing"):
+        pickle.loads(early)  # noqa: S301
+    (problem,) = ZarrStore.open(tmp_path / "run.zarr").verify()
+    assert "a commit record is missing" in problem
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_fail_the_append(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(CommitLog, "put_checkpoint", refuse)
+    filled.compact()
+    assert len(filled.history()) == 4
+    assert_holds(ZarrStore.open(place(filled)), [row.rollout for row in filled.read(range(4))])
+
+
+# Compaction
+
+
+def test_compaction_leaves_few_large_segments_and_sorts_scores_by_row(tmp_path: Path) -> None:
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+    items = many(0, 12)
+    for item in items:
+        store.append([item])
+    for i in (7, 3, 11, 0, 5, 1, 2, 4, 6, 8, 9, 10):
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[i], -i)])
+    before = {path.name for path in place(store).glob("segments/*/")}
+    store.compact(target_tokens=16)
+    assert [len(s) for s in (store._snapshot.segments, store._snapshot.columns["teacher"].segments)] == [3, 3]
+    assert all(segment.meta.dense for segment in store._snapshot.all_segments())
+    assert [row.scores["teacher"][0] for row in ZarrStore.open(place(store)).read(range(12), ("teacher",))] == [-i for i in range(12)]
+    assert before < {path.name for path in place(store).glob("segments/*/")}
+    commits = len(store.history())
+    store.compact(target_tokens=16)
+    assert len(store.history()) == commits
+    assert list(store.verify()) == []
+
+
+def test_a_reader_that_was_open_reads_on_through_a_compaction_and_an_old_copy_too(filled: ZarrStore) -> None:
+    reader, copied = ZarrStore.open(place(filled)), pickle.dumps(filled)
+    expected = [row.rollout for row in filled.read(range(4))]
+    filled.compact()
+    for store in (reader, pickle.loads(copied)):  # noqa: S301
+        assert_holds(store, expected)
+        assert store.read([3], ("teacher",), top_k=("teacher",))[0].scores["teacher"].tolist() == [-1.0] * 3
+        assert len(store.history()) == 3
+        store.refresh()
+        assert len(store.history()) == 4
+        assert_holds(store, expected)
+
+
+def test_of_two_compactions_at_once_one_wins_and_nothing_is_doubled(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, real, raced = ZarrStore.open(place(filled)), os.link, []
+
+    def link(source: Path, target: Path) -> None:
+        if not raced and target.parent.name == "commits":
+            raced.append(1)
+            other.append(many(50, 1))
+            other.compact()
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    filled.compact()
+    assert rows_of(filled) == rows_of(ZarrStore.open(place(filled))) == ["m", "b", "r0", "r1", "r50"]
+    assert [commit.kind for commit in filled.history()] == ["rollouts"] * 2 + ["scores", "rollouts", "compaction"]
+    assert list(filled.verify()) == []
+
+
+def test_a_damaged_line_is_not_moved_by_a_compaction(filled: ZarrStore) -> None:
+    path = next(place(filled).glob("segments/*/lines/c.0.0"))
+    data = bytearray(path.read_bytes())
+    data[9] ^= 1
+    path.write_bytes(data)
+    count = len(list(place(filled).rglob("*")))
+    with pytest.raises(CorruptStoreError, match="lines"):
+        ZarrStore.open(place(filled)).compact()
+    assert len(list(place(filled).rglob("*"))) == count
+
+
+def test_a_damaged_value_stays_noticed_after_a_compaction_has_moved_it(filled: ZarrStore) -> None:
+    path = next(place(filled).glob("segments/*/token_ids/c.0"))
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    store = ZarrStore.open(place(filled))
+    store.compact()
+    with pytest.raises(CorruptStoreError, match="token_ids"):
+        store.read(range(4))
+
+
+def test_a_sweep_removes_only_what_is_old_and_that_nothing_needs(filled: ZarrStore) -> None:
+    filled.compact()
+    orphan = place(filled) / "scores/teacher" / uuid4().hex
+    orphan.mkdir()
+    (orphan / "zarr.json").touch()
+    assert filled.sweep() == []
+    assert filled.sweep(older_than=3600.0) == []
+    removed = filled.sweep(older_than=-1.0)
+    assert len(removed) == 3
+    assert f"scores/teacher/{orphan.name}" in removed
+    assert_holds(ZarrStore.open(place(filled)), [row.rollout for row in filled.read(range(4))])
+    assert list(filled.verify()) == []
+    assert filled.sweep(older_than=-1.0) == []
+
+
+# Strange records
+
+
+def test_a_record_that_leads_out_of_the_store_is_refused(filled: ZarrStore) -> None:
+    path = place(filled) / "commits/0000000000.json"
+    record = unseal(path.read_bytes())
+    for strange in ("../../elsewhere", "/etc", "segments/../../x", "scores/../x/" + "0" * 32, "scores/.x/" + "0" * 32):
+        record["segment"]["path"] = strange
+        path.write_bytes(seal(record))
+        with pytest.raises(CorruptStoreError, match="expected a folder of segments/ or scores/"):
+            ZarrStore.open(place(filled))
+
+
+def test_records_that_do_not_fit_together_are_refused(filled: ZarrStore) -> None:
+    path = place(filled) / "commits/0000000001.json"
+    record = unseal(path.read_bytes())
+    path.write_bytes(seal({**record, "segment": {**record["segment"], "first_row": 3, "last_row": 4}}))
+    with pytest.raises(CorruptStoreError, match="begins with row 3, expected 2"):
+        ZarrStore.open(place(filled))
+    path.write_bytes(seal({**record, "kind": "surprise"}))
+    with pytest.raises(CorruptStoreError, match="commit 1 is of kind 'surprise'"):
+        ZarrStore.open(place(filled))
+
+
+# Data loader workers
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, store: ZarrStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, row: int) -> tuple[int, list[int]]:
+        return os.getpid(), self.store.read([row])[0].rollout.response_ids.tolist()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_data_loader_workers_read_a_local_store(filled: ZarrStore, method: str) -> None:
+    filled.read([0])
+    loader = torch.utils.data.DataLoader(Rows(filled), batch_size=None, num_workers=2, multiprocessing_context=method)
+    found = list(loader)
+    assert [ids for _, ids in found] == [row.rollout.response_ids.tolist() for row in filled.read(range(4))]
+    assert os.getpid() not in {pid for pid, _ in found}
+
+
+@pytest.mark.s3
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_store_on_s3_tells_a_forked_process_to_be_spawned(s3: S3Server) -> None:
+    store = fill(ZarrStore.create(s3.new_url(), tiny_manifest(), storage_options=s3.storage_options))
+
+    def work(pipe: multiprocessing.connection.Connection) -> None:
+        for attempt in (lambda: store.read([0]), lambda: ZarrStore.open(store._files.url, storage_options=s3.storage_options)):
+            try:
+                attempt()
+            except ForkedStoreError as error:
+                pipe.send(str(error))
+
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    process = start(work, theirs)
+    process.join(60)
+    assert process.exitcode == 0
+    assert "forkserver" in ours.recv()
+    assert "forkserver" in ours.recv()
+
+
+@pytest.mark.s3
+def test_spawned_workers_read_a_store_on_s3(s3: S3Server) -> None:
+    store = fill(ZarrStore.create(s3.new_url(), tiny_manifest(), storage_options=s3.storage_options))
+    loader = torch.utils.data.DataLoader(Rows(store), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    assert [ids for _, ids in loader] == [row.rollout.response_ids.tolist() for row in store.read(range(4))]

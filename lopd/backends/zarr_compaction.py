@@ -81,9 +81,10 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
         "rollout_ids": [segment.meta.arrays["rollout_ids"].shape[0] for segment in segments],
         "response": responses,
     }
-    for column, counted in zarr_rows.ROLLOUT_STARTS.items():
+    starts = {"token_start": "token_ids", "response_start": "response", "id_start": "rollout_ids"}
+    for column, counted in starts.items():
         for part, offset in zip(lines, ragged.offsets(np.array(sizes[counted])), strict=False):
-            part[:, column] += offset
+            part[:, zarr_rows.R[column]] += offset
     arrays = {name: np.concatenate([_whole(segment, name) for segment in segments]) for name in ("token_ids", "rollout_ids")}
     for name, filler in (("loss_mask", 1), ("behavior_logprobs", np.nan)):
         having = [segment for segment in segments if name in segment]
@@ -98,9 +99,9 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
 def _merge_scores(segments: Sequence[Segment], target: int) -> Iterator[SegmentData]:
     lines = np.concatenate([segment.lines() for segment in segments])
     owners = np.repeat(np.arange(len(segments)), [segment.meta.rows for segment in segments])
-    order = np.argsort(lines[:, zarr_rows.ROW], kind="stable")
+    order = np.argsort(lines[:, zarr_rows.S["row"]], kind="stable")
     lines, owners = lines[order], owners[order]
-    lengths = lines[:, zarr_rows.SCORE_LENGTH]
+    lengths = lines[:, zarr_rows.S["length"]]
     for part in np.split(np.arange(len(lines)), _cuts(lengths, target)):
         yield _gather_scores(segments, lines[part], owners[part], lengths[part])
 
@@ -118,12 +119,12 @@ def _gather_scores(
         pieces: list[Any] = [None] * len(lines)
         for number in np.unique(owners).tolist():
             where = np.flatnonzero(owners == number)
-            starts = lines[where, zarr_rows.SCORE_START]
+            starts = lines[where, zarr_rows.S["start"]]
             parts = segments[number].ranges(name, starts.tolist(), (starts + lengths[where]).tolist())
             for place, part in zip(where.tolist(), parts, strict=True):
                 pieces[place] = part
         arrays[name] = np.concatenate(pieces)
     lines = lines.copy()
-    lines[:, zarr_rows.SCORE_START] = ragged.offsets(lengths)[:-1]
-    rows = lines[:, zarr_rows.ROW]
+    lines[:, zarr_rows.S["start"]] = ragged.offsets(lengths)[:-1]
+    rows = lines[:, zarr_rows.S["row"]]
     return SegmentData(zarr_rows.SCORE_FIELDS, lines, arrays, int(lengths.sum()), int(rows[0]), int(rows[-1]))

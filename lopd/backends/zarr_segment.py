@@ -4,6 +4,7 @@ A line says where its rollout's values are, and carries checksums of them and of
 without reading anything else.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -130,6 +131,16 @@ def encode_segment(path: str, data: SegmentData, codec: Codec) -> tuple[dict[str
     return files, SegmentMeta(path, len(data.lines), data.tokens, data.first_row, data.last_row, metas)
 
 
+@frozen(eq=False)
+class _Layout:
+    path: str
+    raw: bool
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    item_bytes: int
+    total_bytes: int
+
+
 @final
 class Segment:
     """Reads one committed segment.
@@ -145,6 +156,7 @@ class Segment:
         self._files = files
         self._owner = owner
         self._decoded = decoded
+        self._layouts: dict[str, _Layout] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether the segment has this array."""
@@ -152,48 +164,66 @@ class Segment:
 
     def lines(self, indices: Sequence[int] | None = None) -> _Int64:
         """(n, fields): these lines, or all of them; each verified."""
-        shape = self.meta.arrays[LINES].shape
-        if indices is None:
-            lines = self.ranges(LINES, [0], [shape[0]])[0]
+        table = self.whole(LINES)
+        if table is not None:
+            lines = table if indices is None else table[np.asarray(indices, np.int64)]
+        elif indices is None:
+            (lines,) = self.ranges(LINES, [0], [self.meta.rows])
         else:
-            parts = self.ranges(LINES, indices, [i + 1 for i in indices])
-            lines = np.concatenate(parts) if parts else np.zeros((0, shape[1]), np.int64)
+            lines = np.concatenate(self.ranges(LINES, indices, [i + 1 for i in indices]))
         lines = np.ascontiguousarray(lines)
         bad = np.flatnonzero(_line_checksums(lines) != lines[:, -1])
         if bad.size:
-            raise self.damaged(LINES, f"line {bad[0] if indices is None else indices[bad[0]]}")
+            raise self.damaged(LINES, f"line {bad[0] if indices is None else indices[bad[0]]} does not match its checksum")
         return lines
+
+    def _layout(self, name: str) -> _Layout:
+        if name not in self._layouts:
+            meta = self.meta.arrays[name]
+            dtype = np.dtype(meta.dtype).newbyteorder("<")
+            size = dtype.itemsize * math.prod(meta.shape[1:])
+            path = chunk_path(self.meta.path, name, len(meta.shape))
+            self._layouts[name] = _Layout(path, meta.codec == "raw", dtype, meta.shape, size, size * meta.shape[0])
+        return self._layouts[name]
+
+    def whole(self, name: str) -> NDArray[Any] | None:
+        """A whole array, if it can be mapped or is decompressed anyway."""
+        layout = self._layout(name)
+        try:
+            data = self._files.map(layout.path) if layout.raw else self._decoded(layout.path)
+        except ValueError as error:
+            raise self.damaged(name, f"it cannot be decompressed ({error})") from error
+        except OSError as error:
+            raise self._unread(name, error) from error
+        if data is None:
+            return None
+        if data.size != layout.total_bytes:
+            raise self.damaged(name, f"its file has {data.size} bytes of {layout.total_bytes}")
+        return data.view(layout.dtype).reshape(layout.shape)
 
     def ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[NDArray[Any]]:
         """Parts of one array along its first dimension; not verified, the lines have the checksums."""
-        meta = self.meta.arrays[name]
-        dtype = np.dtype(meta.dtype).newbyteorder("<")
-        size = dtype.itemsize * int(np.prod(meta.shape[1:], dtype=np.int64))
-        path = chunk_path(self.meta.path, name, len(meta.shape))
+        array = self.whole(name)
+        if array is not None:
+            return [array[start:end] for start, end in zip(starts, ends, strict=True)]
+        layout = self._layout(name)
+        size = layout.item_bytes
         try:
-            if (whole := self._whole(name, path, meta, size)) is not None:
-                array = whole.view(dtype).reshape(meta.shape)
-                return [array[start:end] for start, end in zip(starts, ends, strict=True)]
-            parts = self._files.read_ranges(path, [s * size for s in starts], [e * size for e in ends])
-        except FileNotFoundError as error:
-            raise self.damaged(name, "its file is missing") from error
+            parts = self._files.read_ranges(layout.path, [s * size for s in starts], [e * size for e in ends])
         except OSError as error:
-            raise StoreReadError(
-                f"{self._owner}: reading {path} failed with {error}, expected the storage to answer; check it and try again."
-            ) from error
+            raise self._unread(name, error) from error
         for part, start, end in zip(parts, starts, ends, strict=True):
             if part.size != (end - start) * size:
                 raise self.damaged(name, "its file is too short")
-        return [part.view(dtype).reshape(-1, *meta.shape[1:]) for part in parts]
+        return [part.view(layout.dtype).reshape(-1, *layout.shape[1:]) for part in parts]
 
-    def _whole(self, name: str, path: str, meta: ArrayMeta, size: int) -> Bytes | None:
-        try:
-            whole = self._files.map(path) if meta.codec == "raw" else self._decoded(path)
-        except ValueError as error:
-            raise self.damaged(name, f"it cannot be decompressed ({error})") from error
-        if whole is not None and whole.size != meta.shape[0] * size:
-            raise self.damaged(name, f"its file has {whole.size} bytes of {meta.shape[0] * size}")
-        return whole
+    def _unread(self, name: str, error: OSError) -> CorruptStoreError | StoreReadError:
+        if isinstance(error, FileNotFoundError):
+            return self.damaged(name, "its file is missing")
+        return StoreReadError(
+            f"{self._owner}: reading array {name!r} of {self.meta.path} failed with {error}, expected the storage to answer; "
+            "check it and try again."
+        )
 
     def damaged(self, name: str, what: str) -> CorruptStoreError:
         """The error for bytes that are not what was committed."""

@@ -4,7 +4,7 @@ It keeps a few numbers per segment.  What grows with the number of rollouts (the
 read when it is first asked for, and is some bytes per rollout.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, final
 
@@ -12,15 +12,17 @@ import numpy as np
 from attrs import asdict
 from numpy.typing import NDArray
 
-from lopd.backends import ragged, zarr_rows
+from lopd.backends import ragged, zarr_decode
 from lopd.backends.files import Files
 from lopd.backends.zarr_index import IdIndex
+from lopd.backends.zarr_rows import ID_HASH, LENGTHS, R, S, hash_ids
 from lopd.backends.zarr_segment import Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
 from lopd.manifest import Manifest, ModelId, Provenance
-from lopd.types import BEHAVIOR_COLUMN, Rollout, ScoredRollout
+from lopd.types import BEHAVIOR_COLUMN, Rollout, RolloutArrays, ScoredRollout
 
 _LINE_BITS = 32
+_Group = tuple[Segment, list[int], list[int]]
 
 
 @final
@@ -40,7 +42,7 @@ class Column:
             self._places = np.concatenate([self._places, np.full(rows - len(self._places), -1, np.int64)])
         for number in range(self._placed, len(self.segments)):
             meta = self.segments[number].meta
-            where = slice(meta.first_row, meta.last_row + 1) if meta.dense else self.segments[number].lines()[:, zarr_rows.ROW]
+            where = slice(meta.first_row, meta.last_row + 1) if meta.dense else self.segments[number].lines()[:, S["row"]]
             self._places[where] = (number << _LINE_BITS) + np.arange(meta.rows)
         self._placed = len(self.segments)
         return self._places[:rows]
@@ -164,9 +166,9 @@ class Snapshot:
         if not lines:
             return
         added = np.concatenate(lines)
-        self._index.add(np.ascontiguousarray(added[:, zarr_rows.ID_HASH]).view(np.uint64), seen)
-        self._lengths = np.concatenate([self._lengths, added[:, zarr_rows.LENGTHS]])
-        self._behavior = np.concatenate([self._behavior, added[:, zarr_rows.HAS_BEHAVIOR].astype(np.bool_)])
+        self._index.add(np.ascontiguousarray(added[:, ID_HASH]).view(np.uint64), seen)
+        self._lengths = np.concatenate([self._lengths, added[:, LENGTHS]])
+        self._behavior = np.concatenate([self._behavior, added[:, R["has_behavior"]].astype(np.bool_)])
 
     def lengths(self) -> NDArray[np.int64]:
         """(rows, 2): prompt and response tokens."""
@@ -176,7 +178,7 @@ class Snapshot:
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Rows of rollouts, -1 where there is none."""
         self._scan()
-        return self._index.find(zarr_rows.hash_ids(rollout_ids))
+        return self._index.find(hash_ids(rollout_ids))
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """(rows,): which have scores in this column."""
@@ -189,20 +191,18 @@ class Snapshot:
 
     def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
         """Content hash and number of response tokens of rollouts."""
-        found: list[tuple[bytes, int]] = [(b"", 0)] * len(rows)
-        for segment, where, lines in self._grouped(rows):
-            for place, content in zip(where, zarr_rows.contents(segment, lines), strict=True):
-                found[place] = content
-        return found
+        groups = self._grouped(rows)
+        lines = self._files.run([partial(segment.lines, indices) for segment, _, indices in groups])
+        found = [list(zip(zarr_decode.contents(part, R), part[:, R["response_length"]].tolist(), strict=True)) for part in lines]
+        return _scatter(len(rows), [where for _, where, _ in groups], found)
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> list[ScoredRollout]:
         """These rows with these columns; everything is verified."""
         if not len(rows):
             return []
         groups = self._grouped(rows)
-        rollouts = _scatter(
-            len(rows), [g[1] for g in groups], self._files.run([partial(zarr_rows.decode_rollouts, g[0], g[2]) for g in groups])
-        )
+        parts = self._files.run([partial(zarr_decode.rollouts, segment, indices) for segment, _, indices in groups])
+        rollouts: list[Rollout] = _scatter(len(rows), [where for _, where, _ in groups], parts)
         scores: list[dict[str, Any]] = [{} for _ in rollouts]
         supports: list[dict[str, Any]] = [{} for _ in rollouts]
         for name in dict.fromkeys([*columns, *top_k]):
@@ -216,35 +216,77 @@ class Snapshot:
     def _read_column(self, name: str, rows: NDArray[np.int64], rollouts: Sequence[Rollout], wants_top_k: bool) -> list[Any]:
         if name == BEHAVIOR_COLUMN and not wants_top_k:
             return [(self._behavior_of(rollout), None) for rollout in rollouts]
+        groups = self._grouped_scores(name, rows)
+        if wants_top_k and self.columns[name].provenance.top_k == 0:
+            raise ragged.missing_top_k(self._owner, name)
+        calls = []
+        for segment, where, lines in groups:
+            bound_to = [(rollouts[i].content_hash, rollouts[i].response_ids.size) for i in where]
+            calls.append(partial(zarr_decode.scores, segment, lines, bound_to, top_k=wants_top_k))
+        return _scatter(len(rows), [where for _, where, _ in groups], self._files.run(calls))
+
+    def read_arrays(self, rows: NDArray[np.int64], columns: Sequence[str]) -> RolloutArrays:
+        """These rows end to end; everything is verified."""
+        groups = self._grouped(rows)
+        wheres = [where for _, where, _ in groups]
+        lines = self._files.run([partial(segment.lines, indices) for segment, _, indices in groups])
+        tokens = self._files.run([partial(zarr_decode.tokens, g[0], part) for g, part in zip(groups, lines, strict=True)])
+        ordered = np.empty((len(rows), len(R)), np.int64)
+        for where, part in zip(wheres, lines, strict=True):
+            ordered[where] = part
+        masks = [zarr_decode.masks(g[0], part) for g, part in zip(groups, lines, strict=True)] if ordered[:, R["masked"]].any() else None
+        return RolloutArrays(
+            prompt_lengths=ordered[:, R["prompt_length"]],
+            response_lengths=ordered[:, R["response_length"]],
+            token_ids=_join(len(rows), wheres, tokens),
+            loss_mask=None if masks is None else _join_masks(ordered[:, R["response_length"]], _scatter(len(rows), wheres, masks)),
+            scores={name: self._column_array(name, rows, ordered, groups, lines) for name in columns},
+        )
+
+    def _column_array(
+        self, name: str, rows: NDArray[np.int64], ordered: NDArray[np.int64], groups: Sequence[_Group], lines: Sequence[NDArray[np.int64]]
+    ) -> NDArray[Any]:
+        if name == BEHAVIOR_COLUMN:
+            found = _scatter(
+                len(rows), [g[1] for g in groups], [zarr_decode.behaviors(g[0], part) for g, part in zip(groups, lines, strict=True)]
+            )
+            if any(piece is None for piece in found):
+                raise ragged.missing_scores(self._owner, self._name(int(rows[[piece is None for piece in found].index(True)])), name)
+            return np.concatenate(found)
+        scored = self._grouped_scores(name, rows)
+        bound_to = list(zip(zarr_decode.contents(ordered, R), ordered[:, R["response_length"]].tolist(), strict=True))
+        calls = [partial(_logprobs, segment, where_lines, [bound_to[i] for i in where]) for segment, where, where_lines in scored]
+        return _join(len(rows), [where for _, where, _ in scored], self._files.run(calls))
+
+    def _grouped_scores(self, name: str, rows: NDArray[np.int64]) -> list[_Group]:
+        """The same for the scores of a column."""
         column = self.columns.get(name)
         places = column.places(self.rows)[rows] if column else np.full(len(rows), -1, np.int64)
         if column is None or (places < 0).any():
-            raise ragged.missing_scores(self._owner, rollouts[int(np.argmax(places < 0))].rollout_id, name)
-        if wants_top_k and column.provenance.top_k == 0:
-            raise ragged.missing_top_k(self._owner, name)
-        calls: list[Callable[[], list[Any]]] = []
-        wheres = []
-        for number in np.unique(places >> _LINE_BITS).tolist():
-            where = np.flatnonzero(places >> _LINE_BITS == number).tolist()
-            lines = (places[where] & ((1 << _LINE_BITS) - 1)).tolist()
-            wheres.append(where)
-            calls.append(partial(zarr_rows.decode_scores, column.segments[number], lines, [rollouts[i] for i in where], top_k=wants_top_k))
-        return _scatter(len(rows), wheres, self._files.run(calls))
+            raise ragged.missing_scores(self._owner, self._name(int(rows[int(np.argmax(places < 0))])), name)
+        return _group(column.segments, places >> _LINE_BITS, places & ((1 << _LINE_BITS) - 1))
+
+    def _name(self, row: int) -> str:
+        """The rollout's id, for messages."""
+        return self.read(np.array([row]), (), ())[0].rollout.rollout_id
 
     def _behavior_of(self, rollout: Rollout) -> Any:
         if rollout.behavior_logprobs is None:
             raise ragged.missing_scores(self._owner, rollout.rollout_id, BEHAVIOR_COLUMN)
         return rollout.behavior_logprobs
 
-    def _grouped(self, rows: NDArray[np.int64]) -> list[tuple[Segment, list[int], list[int]]]:
+    def _grouped(self, rows: NDArray[np.int64]) -> list[_Group]:
         """(segment, places in the call, lines in the segment) for each segment that some of these rows are in."""
         numbers = np.searchsorted(self._starts, rows, side="right") - 1
-        lines = rows - self._starts[numbers]
-        groups = []
-        for number in np.unique(numbers).tolist():
-            where = np.flatnonzero(numbers == number)
-            groups.append((self.segments[number], where.tolist(), lines[where].tolist()))
-        return groups
+        return _group(self.segments, numbers, rows - self._starts[numbers]) if len(rows) else []
+
+
+def _group(segments: Sequence[Segment], numbers: NDArray[np.int64], lines: NDArray[np.int64]) -> list[_Group]:
+    groups = []
+    for number in np.unique(numbers).tolist():
+        where = np.flatnonzero(numbers == number)
+        groups.append((segments[number], where.tolist(), lines[where].tolist()))
+    return groups
 
 
 def _scatter(count: int, wheres: Sequence[Sequence[int]], parts: Sequence[Sequence[Any]]) -> list[Any]:
@@ -254,3 +296,21 @@ def _scatter(count: int, wheres: Sequence[Sequence[int]], parts: Sequence[Sequen
         for place, value in zip(where, part, strict=True):
             whole[place] = value
     return whole
+
+
+def _logprobs(segment: Segment, indices: Sequence[int], bound_to: Sequence[tuple[bytes, int]]) -> zarr_decode.Part:
+    return zarr_decode.logprobs(segment, segment.lines(indices), bound_to)
+
+
+def _join(count: int, wheres: Sequence[Sequence[int]], parts: Sequence[zarr_decode.Part]) -> NDArray[Any]:
+    """The pieces end to end in the order of the call; not copied where they lie so in one file."""
+    if len(parts) == 1 and parts[0].whole is not None:
+        return parts[0].whole
+    return np.concatenate(_scatter(count, wheres, [part.pieces for part in parts])) if count else np.zeros(0, np.float32)
+
+
+def _join_masks(lengths: NDArray[np.int64], masks: Sequence[NDArray[Any] | None]) -> NDArray[np.bool_]:
+    parts = [
+        np.ones(length, np.bool_) if mask is None else mask.astype(np.bool_) for length, mask in zip(lengths.tolist(), masks, strict=True)
+    ]
+    return np.concatenate(parts)

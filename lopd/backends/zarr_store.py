@@ -27,7 +27,7 @@ from lopd.backends.zarr_snapshot import Snapshot
 from lopd.backends.zarr_writer import Draft, Writer
 from lopd.errors import ManifestMismatchError, StoreExistsError, StoreReadError
 from lopd.manifest import Commit, Manifest, ModelId, Provenance
-from lopd.types import Rollout, ScoredRollout, Scores
+from lopd.types import Rollout, RolloutArrays, ScoredRollout, Scores
 
 
 @final
@@ -169,6 +169,13 @@ class ZarrStore:
         """These rollouts with these columns, in the order asked; fetches and verifies these rows and no others."""
         rows = np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64)
         return self._snapshot.read(rows, columns, top_k)
+
+    def read_arrays(self, indices: Sequence[int], /, columns: Sequence[str] = ()) -> RolloutArrays:
+        """The same rows end to end, several times faster than one by one; neighbours on a local disk are not even copied.
+
+        Raises as `read` does.
+        """
+        return self._snapshot.read_arrays(np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64), columns)
 
     def refresh(self) -> None:
         """See what was committed since, by this process or others.

@@ -1,0 +1,144 @@
+"""The lines and arrays of a segment -> rollouts and scores; every value that leaves here has been compared with its checksum."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
+
+from lopd.arrays import Float32Array, read_only
+from lopd.backends.zarr_rows import LENGTHS, REASONS, R, S
+from lopd.backends.zarr_segment import Segment, checksum_of
+from lopd.types import Rollout, TopK
+
+_Int64 = NDArray[np.int64]
+
+
+@frozen(eq=False)
+class Part:
+    """Some rows of one array.
+
+    Args:
+        pieces: one a row.
+        whole: all of them end to end, where they lie so.
+    """
+
+    pieces: list[NDArray[Any]]
+    whole: NDArray[Any] | None
+
+
+def _part(segment: Segment, name: str, starts: _Int64, ends: _Int64, expected: _Int64) -> Part:
+    whole = None
+    if len(starts) > 1 and (starts[1:] == ends[:-1]).all():
+        first = int(starts[0])
+        (whole,) = segment.ranges(name, [first], [int(ends[-1])])
+        pieces = [whole[start:end] for start, end in zip((starts - first).tolist(), (ends - first).tolist(), strict=True)]
+    else:
+        pieces = segment.ranges(name, starts.tolist(), ends.tolist())
+    found = np.array([xxh3_64_intdigest(piece.data) for piece in pieces], np.uint64).view(np.int64)
+    bad = np.flatnonzero(found != expected)
+    if bad.size:
+        raise segment.damaged(name, f"what belongs to line {bad[0]} of those that were asked for does not match its checksum")
+    return Part(pieces, whole)
+
+
+def contents(lines: _Int64, fields: dict[str, int]) -> list[bytes]:
+    """The content hash of each line's rollout."""
+    first = fields["content_hash_0"]
+    hashes = np.ascontiguousarray(lines[:, first : first + 2]).tobytes()
+    return [hashes[i : i + 16] for i in range(0, len(hashes), 16)]
+
+
+def tokens(segment: Segment, lines: _Int64) -> Part:
+    """Prompt and response ids."""
+    starts = lines[:, R["token_start"]]
+    return _part(segment, "token_ids", starts, starts + lines[:, LENGTHS].sum(axis=1), lines[:, R["token_checksum"]])
+
+
+def responses(segment: Segment, lines: _Int64, name: str, flag: str, checksum: str) -> list[NDArray[Any] | None]:
+    """One value a response token for the rows that have them, None for the others."""
+    having = np.flatnonzero(lines[:, R[flag]])
+    found: list[NDArray[Any] | None] = [None] * len(lines)
+    if having.size:
+        chosen = lines[having]
+        starts = chosen[:, R["response_start"]]
+        part = _part(segment, name, starts, starts + chosen[:, R["response_length"]], chosen[:, R[checksum]])
+        for place, piece in zip(having.tolist(), part.pieces, strict=True):
+            found[place] = piece
+    return found
+
+
+def masks(segment: Segment, lines: _Int64) -> list[NDArray[Any] | None]:
+    """Loss masks; None where every token counts."""
+    return responses(segment, lines, "loss_mask", "masked", "mask_checksum")
+
+
+def behaviors(segment: Segment, lines: _Int64) -> list[NDArray[Any] | None]:
+    """What the sampling engine reported, if it did."""
+    return responses(segment, lines, "behavior_logprobs", "has_behavior", "behavior_checksum")
+
+
+def rollouts(segment: Segment, indices: Sequence[int]) -> list[Rollout]:
+    """These rollouts of a segment."""
+    lines = segment.lines(indices)
+    columns = masks(segment, lines), behaviors(segment, lines), contents(lines, R)
+    parts = zip(_ids(segment, lines), lines.tolist(), tokens(segment, lines).pieces, *columns, strict=True)
+    decoded = []
+    for name, line, token_ids, mask, behavior, content_hash in parts:
+        ids = read_only(token_ids.astype(np.int32))
+        middle, length = line[R["prompt_length"]], line[R["response_length"]]
+        decoded.append(
+            Rollout.from_store(
+                rollout_id=name,
+                prompt_ids=ids[:middle],
+                response_ids=ids[middle:],
+                loss_mask=read_only(np.ones(length, np.bool_) if mask is None else mask.astype(np.bool_)),
+                finish_reason=REASONS[line[R["finish_reason"]]],
+                # A copy: a view would keep its map, and the file behind it, open for as long as the caller keeps the rollout.
+                behavior_logprobs=None if behavior is None else read_only(behavior.astype(np.float32)),
+                generation=line[R["generation"]],
+                content_hash=content_hash,
+            )
+        )
+    return decoded
+
+
+def _ids(segment: Segment, lines: _Int64) -> list[str]:
+    starts = lines[:, R["id_start"]]
+    data = [piece.tobytes() for piece in segment.ranges("rollout_ids", starts.tolist(), (starts + lines[:, R["id_length"]]).tolist())]
+    hashes = np.frombuffer(b"".join(map(xxh3_128_digest, data)), "<i8").reshape(-1, 2)
+    if (hashes != lines[:, R["id_hash_0"] : R["id_hash_1"] + 1]).any():
+        raise segment.damaged("rollout_ids", "an id is not the one that its line names")
+    return [raw.decode("utf-8", "surrogatepass") for raw in data]
+
+
+def logprobs(segment: Segment, lines: _Int64, bound_to: Sequence[tuple[bytes, int]]) -> Part:
+    """Log-probs of these lines of scores, if they were computed on the rollouts (content hash, response tokens) that they are read with."""
+    for i, two in enumerate(zip(contents(lines, S), lines[:, S["length"]].tolist(), strict=True)):
+        if two != bound_to[i]:
+            raise segment.damaged("logprobs", f"the scores of row {lines[i, S['row']]} were computed on other tokens")
+    starts = lines[:, S["start"]]
+    return _part(segment, "logprobs", starts, starts + lines[:, S["length"]], lines[:, S["logprobs_checksum"]])
+
+
+def scores(
+    segment: Segment, indices: Sequence[int], bound_to: Sequence[tuple[bytes, int]], *, top_k: bool
+) -> list[tuple[Float32Array, TopK | None]]:
+    """Log-probs, and the top-k supports if they are wanted."""
+    lines = segment.lines(indices)
+    values = [read_only(piece.astype(np.float32)) for piece in logprobs(segment, lines, bound_to).pieces]
+    return list(zip(values, _top_k(segment, lines) if top_k else [None] * len(lines), strict=True))
+
+
+def _top_k(segment: Segment, lines: _Int64) -> list[TopK]:
+    starts = lines[:, S["start"]]
+    ends = (starts + lines[:, S["length"]]).tolist()
+    parts = [segment.ranges(name, starts.tolist(), ends) for name in ("top_k_ids", "top_k_logprobs", "top_k_tail")]
+    supports = []
+    for expected, *three in zip(lines[:, S["top_k_checksum"]].tolist(), *parts, strict=True):
+        if checksum_of(*three) != expected:
+            raise segment.damaged("top_k", "a support does not match its checksum")
+        supports.append(TopK.from_store(*three))
+    return supports
