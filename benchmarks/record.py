@@ -1,16 +1,29 @@
 """Result files: what was measured, where, with what, and which goals it met."""
 
 import json
+import os
 import platform
 import subprocess
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import lopd
 
 ROOT = Path(__file__).parents[1]
 
 
+def describe_machine() -> dict[str, Any]:
+    """Machine and versions, for reports that are not made by the quickstart."""
+    names = ("torch", "numpy", "zarr", "lancedb", "pyarrow", "datasets", "obstore", "xxhash")
+    versions = {name: version(name) for name in names if find_spec(name)}
+    machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
+    return {"machine": machine, "versions": {"lopd": lopd.__version__, **versions}}
+
+
 def result_file(name: str, report: dict[str, Any], rows: list[dict[str, Any]], goals: list[dict[str, Any]]) -> None:
-    """Write `benchmarks/results/NAME.json`; machine and versions are those of a quickstart's `metrics.json`."""
+    """Write `benchmarks/results/NAME.json`; machine and versions are those of the report."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     machine = {**report["machine"], "system": platform.system()}
     result = {"machine": machine, "versions": report["versions"], "commit": commit, "rows": rows, "goals": goals}

@@ -9,6 +9,7 @@ import json
 import shutil
 from typing import Any
 
+from phases import wall_time
 from record import ROOT, fill, result_file
 
 RUN = ROOT / "runs" / "quickstart"
@@ -29,8 +30,8 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
     held_out = {p["name"]: p for p in report["phases"] if p["held_out_reverse_kl"] is not None}
     before, after = held_out["evaluate after SFT"], held_out["evaluate after OPD"]
     fall = before["held_out_reverse_kl"] - after["held_out_reverse_kl"]
-    offline = [p for p in report["phases"] if "online" not in p["name"]]
-    seconds, peak = sum(p["wall_s"] for p in offline), max(p["peak_rss_gib"] for p in offline)
+    seconds, peak = sum(p["wall_s"] for p in report["phases"]), max(p["peak_rss_gib"] for p in report["phases"])
+    unbroken = all(p["attempts"] == 1 for p in report["phases"])
     return [
         {
             "name": "held-out reverse KL falls in the OPD phase by more than its 95 % half-width (nats per token)",
@@ -38,7 +39,7 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
             "measured": fall,
             "met": fall > after["ci95"],
         },
-        {"name": "wall time after installation, on 2 cores (s)", "goal": "<= 600", "measured": seconds, "met": seconds <= 600},
+        {"name": "wall time after installation, on 2 cores (s)", "goal": "<= 600", "measured": seconds, "met": unbroken and seconds <= 600},
         {"name": "peak memory (GiB)", "goal": "< 8", "measured": peak, "met": peak < 8},
     ]
 
@@ -48,7 +49,7 @@ def phase_table(phases: list[dict[str, Any]]) -> list[str]:
     lines = ["| phase | wall s | tokens | held-out reverse KL, nats per token (95 %) |", "|---|--:|--:|--:|"]
     for p in phases:
         value = "" if p["held_out_reverse_kl"] is None else f"{p['held_out_reverse_kl']:.3f} ± {p['ci95']:.3f}"
-        lines.append(f"| {p['name']} | {p['wall_s']:.0f} | {p['tokens']:,} | {value} |")
+        lines.append(f"| {p['name']} | {wall_time(p)} | {p['tokens']:,} | {value} |")
     return lines
 
 

@@ -20,19 +20,21 @@ def online_opd(
     optimizer: Optimizer,
     *,
     steps: int,
+    start: int = 0,
     tokens_per_batch: int = 4096,
     schedule: Callable[[int], None] = lambda _: None,
 ) -> Iterator[StepMetrics]:
     """Train on fresh rollouts at every step; `source` samples from the very model that `student` trains.
 
     Step k samples the k-th share of the prompts with generation k, and takes one optimizer step on them; `schedule(k)` may set the rate.
+    All of this depends on k and the weights alone, so a run resumes exactly with a checkpoint and `start`.
     """
     share = max(len(prompts) // steps, 1)
-    for k in range(steps):
+    for k in range(start, steps):
         current = evolve(source, generation=k, identity=ModelId("online student", f"step-{k}", "as trained"))
-        start = k * share % len(prompts)
+        first = k * share % len(prompts)
         store = MemoryStore(current.manifest)
-        collect_rollouts(current, prompts[start : start + share], store)
+        collect_rollouts(current, prompts[first : first + share], store)
         score_rollouts(store, teacher)
         step = batches(
             store,

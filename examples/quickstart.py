@@ -2,17 +2,19 @@
 
 The teacher is SmolLM2-135M-Instruct, the student a copy of it without some layers.  The teacher writes answers; the student is fine-tuned
 on them (SFT), samples its own answers once, the same teacher scores them once, and is freed.  Then the student trains on the stored scores.
-Held-out reverse KL to the teacher, on fresh rollouts, is measured before SFT, after SFT and after OPD.
+Online OPD, the baseline, does as many steps from the same SFT student with the teacher always there (`--no-online` leaves it out).
+Held-out reverse KL to the teacher, on fresh rollouts, is measured before SFT, after SFT and after OPD of either kind.
 
 Every phase is kept in `--out`: a second call finds it done, a killed one resumes.  For your own models and prompts:
 
     python examples/quickstart.py --teacher DIR --student DIR --prompts FILE.jsonl --store PATH --out DIR
+
+`--store` may be a URL such as s3://bucket/run.zarr; credentials and endpoint come from the environment.
 """
 
 import argparse
-import json
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ import torch
 import transformers
 from attrs import asdict, frozen
 from online_opd import online_opd
-from phases import Run, console, write_json
+from phases import Run, console, digest, wall_time, write_json
+from training import make_optimizer, resumably, scheduled, set_lr
 
 import lopd
 from lopd import (
@@ -38,10 +41,10 @@ from lopd import (
     opd_steps,
     score_rollouts,
 )
-from lopd.checkpoint import load_checkpoint, save_checkpoint
 from lopd.console import RichProgress, table
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.loader import StepStream
+from lopd.manifest import fingerprint_tokenizer
 from lopd.metrics import RolloutSums, advantage_quantiles
 from lopd.prompts import make_prompts, read_prompts
 from lopd.report import draw_run
@@ -80,15 +83,16 @@ class Settings:
 def main() -> None:
     """The whole method."""
     settings, out, with_online = parse()
+    check_models(settings)
     run = Run(out)
-    run.claim(asdict(settings))
+    run.claim(asdict(settings), inputs(settings))
     teacher_dir, student_dir, made = prepare(run, settings)
     sft_prompts, opd_prompts, held_out = split_prompts(settings, teacher_dir)
-    store = Path(settings.store or out / "store.zarr")
+    store = settings.store or str(out / "store.zarr")
     phases = [
         *made,
         run.phase("evaluate before SFT", lambda: evaluate(student_dir, teacher_dir, held_out, settings)),
-        run.phase("teacher writes SFT text", lambda: sample_once(teacher_dir, sft_prompts, out / "sft.zarr", settings)),
+        run.phase("teacher writes SFT text", lambda: sample_once(teacher_dir, sft_prompts, str(out / "sft.zarr"), settings)),
         run.phase("SFT", lambda: sft(run, student_dir, settings)),
         run.phase("evaluate after SFT", lambda: evaluate(out / "sft", teacher_dir, held_out, settings)),
         run.phase("student rollouts", lambda: sample_once(out / "sft", opd_prompts, store, settings)),
@@ -106,7 +110,8 @@ def parse() -> tuple[Settings, Path, bool]:
     """Every setting is an option of the same name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run")
-    parser.add_argument("--online", action="store_true", help="also online OPD, from the same start and through the same loop")
+    online_help = "online OPD too, from the same start and through the same loop"
+    parser.add_argument("--online", action=argparse.BooleanOptionalAction, default=True, help=online_help)
     for f in attrs.fields(Settings):
         option = f"--{f.name.replace('_', '-')}"
         if f.type is bool:
@@ -118,13 +123,32 @@ def parse() -> tuple[Settings, Path, bool]:
     return Settings(**options), out, with_online
 
 
-def prepare(run: Run, settings: Settings) -> tuple[Path, Path, list[dict[str, Any]]]:
-    """Folders of teacher and student, and the phases that made them; the default pair is made here."""
-    phases: list[dict[str, Any]] = []
+def check_models(settings: Settings) -> None:
+    """Refuse what only the phase of scoring would find out, or nobody."""
     if bool(settings.teacher) != bool(settings.student):
         raise SystemExit(
             "Models: only one of --teacher and --student is given, expected both or neither; the default student is cut from it."
         )
+    if settings.teacher:
+        folders = (settings.teacher, settings.student)
+        theirs, ours = (fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(folder)) for folder in folders)
+        if not ours.same_vocabulary(theirs):
+            raise SystemExit(
+                f"Models: the vocabulary of --teacher has hash {theirs.vocab_hash[:12]}, expected that of --student, {ours.vocab_hash[:12]}; "
+                "the same ids mean other tokens to this teacher, pass two models that share a tokenizer."
+            )
+
+
+def inputs(settings: Settings) -> dict[str, str]:
+    """Digests of what the run reads, because it may change under the same name (what a model hub sends is the hub's to name)."""
+    models = {name: getattr(settings, name) for name in ("teacher", "student") if Path(getattr(settings, name)).is_dir()}
+    given = {**models, "prompts": settings.prompts}
+    return {f"the content of --{name}": digest(path) for name, path in given.items() if path}
+
+
+def prepare(run: Run, settings: Settings) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """Folders of teacher and student, and the phases that made them; the default pair is made here."""
+    phases: list[dict[str, Any]] = []
     teacher_dir = Path(settings.teacher or run.folder / "models" / "teacher")
     student_dir = Path(settings.student or run.folder / "models" / "student")
     if not settings.teacher:
@@ -153,19 +177,22 @@ def split_prompts(settings: Settings, teacher_dir: Path) -> tuple[list[Prompt], 
     return sft_prompts, opd_prompts, held_out
 
 
-def sample_once(model_dir: Path, prompts: list[Prompt], folder: Path, settings: Settings) -> dict[str, Any]:
+def sample_once(model_dir: Path, prompts: list[Prompt], path: str, settings: Settings) -> dict[str, Any]:
     """A model's answers, into a store: the teacher's for SFT, the SFT student's for OPD (its lineage travels along)."""
     sampling = SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed)
     source = HFSource.from_folder(model_dir, sampling, device=settings.device)
-    store = ZarrStore.open_or_create(folder, source.manifest)
+    store = ZarrStore.open_or_create(path, source.manifest)
     collect_rollouts(source, prompts, store, prompts_per_batch=64, progress=RichProgress(console))
     return {"tokens": int(store.lengths()[:, 1].sum()), "rollouts": len(store)}
 
 
-def score_once(teacher_dir: Path, folder: Path, settings: Settings) -> dict[str, Any]:
+def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, Any]:
     """The teacher reads the student's rollouts; it is freed when this returns."""
-    store = ZarrStore.open(folder)
-    score_rollouts(store, HFScorer.from_folder(teacher_dir, device=settings.device), rollouts_per_batch=32, progress=RichProgress(console))
+    store = ZarrStore.open(path)
+    scorer = HFScorer.from_folder(teacher_dir, device=settings.device)
+    floored = score_rollouts(store, scorer, rollouts_per_batch=32, progress=RichProgress(console))
+    if floored:
+        console.print(f"{floored} log-probs of the teacher were -inf; a floor is stored in their place")
     records = store.read(range(len(store)), columns=("teacher", "behavior"))
     quantiles = advantage_quantiles([r.scores["behavior"] for r in records], [r.scores["teacher"] for r in records])
     console.print("advantages before the first step, nats: " + ", ".join(f"{level:.0%} {value:.2f}" for level, value in quantiles.items()))
@@ -186,7 +213,7 @@ def sft(run: Run, student_dir: Path, settings: Settings) -> dict[str, Any]:
     return train(run.folder, "sft", student_dir, steps, SFTLoss(), settings.sft_lr, settings)
 
 
-def opd_batches(store: Path, settings: Settings) -> StepStream:
+def opd_batches(store: str, settings: Settings) -> StepStream:
     """The steps of Lightning OPD; the reference policy's log-probs are those it reported while it sampled."""
     return batches(
         ZarrStore.open(store),
@@ -198,7 +225,7 @@ def opd_batches(store: Path, settings: Settings) -> StepStream:
     )
 
 
-def lightning_opd(run: Run, store: Path, settings: Settings) -> dict[str, Any]:
+def lightning_opd(run: Run, store: str, settings: Settings) -> dict[str, Any]:
     """Lightning OPD: no teacher, no sampling, only the store."""
     return train(run.folder, "opd", run.folder / "sft", opd_batches(store, settings), opd_loss(settings), settings.opd_lr, settings)
 
@@ -211,17 +238,14 @@ def opd_loss(settings: Settings) -> ReferenceOPDLoss:
 def train(
     folder: Path, name: str, start: Path, steps: StepStream, loss: lopd.protocols.OPDLoss, lr: float, settings: Settings
 ) -> dict[str, Any]:
-    """Run `opd_steps` with a checkpoint every few steps, and export the student to `folder / name`."""
+    """Run `opd_steps` over these steps, resumably, and export the student to `folder / name`."""
     student, tokenizer = make_student(start, settings)
-    optimizer = make_optimizer(student)
-    checkpoints, total = folder / "checkpoints" / name, steps.stop or 0
-    done = load_checkpoint(checkpoints, student, optimizer)
-    history = [StepMetrics(**row) for row in json.loads((checkpoints / "history.json").read_text())[:done]] if done else []
-    for metrics in follow(opd_steps(student, scheduled(attrs.evolve(steps, start=done), optimizer, lr, total), loss, optimizer), total):
-        history.append(metrics)
-        if (metrics.step + 1) % 5 == 0:
-            write_json(checkpoints / "history.json", [asdict(m) for m in history])
-            save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=steps.lineage)
+    optimizer, total = make_optimizer(student), steps.stop or 0
+
+    def begin(done: int) -> Iterator[StepMetrics]:
+        return opd_steps(student, scheduled(attrs.evolve(steps, start=done), optimizer, lr, total), loss, optimizer)
+
+    history = resumably(folder / "checkpoints" / name, student, optimizer, steps.lineage, begin, total)
     student.export(folder / name, tokenizer, steps.lineage)
     return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
 
@@ -230,22 +254,27 @@ def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Setting
     """The baseline: same start, loop, loss and number of rollouts, but fresh ones at every step and the teacher always there."""
     student, tokenizer = make_student(run.folder / "sft", settings)
     optimizer = make_optimizer(student)
-    lineage = Lineage.read(run.folder / "sft")
-    source = HFSource(student.model, tokenizer, SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed), lineage)
+    sft_lineage = Lineage.read(run.folder / "sft")
+    source = HFSource(student.model, tokenizer, SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed), sft_lineage)
     scorer = HFScorer.from_folder(teacher_dir, device=settings.device)
-    steps = online_opd(
-        student,
-        source,
-        scorer,
-        prompts,
-        opd_loss(settings),
-        optimizer,
-        steps=settings.opd_steps,
-        tokens_per_batch=settings.tokens_per_batch,
-        schedule=lambda step: set_lr(optimizer, step, settings.opd_lr, settings.opd_steps),
-    )
-    history = list(follow(steps, settings.opd_steps))
-    student.export(run.folder / "online", tokenizer, attrs.evolve(lineage, opd_teacher=scorer.provenance.model))
+    lineage = attrs.evolve(sft_lineage, opd_teacher=scorer.provenance.model)
+
+    def begin(done: int) -> Iterator[StepMetrics]:
+        return online_opd(
+            student,
+            source,
+            scorer,
+            prompts,
+            opd_loss(settings),
+            optimizer,
+            steps=settings.opd_steps,
+            start=done,
+            tokens_per_batch=settings.tokens_per_batch,
+            schedule=lambda step: set_lr(optimizer, step, settings.opd_lr, settings.opd_steps),
+        )
+
+    history = resumably(run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, settings.opd_steps)
+    student.export(run.folder / "online", tokenizer, lineage)
     return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
 
 
@@ -256,43 +285,14 @@ def make_student(folder: Path, settings: Settings) -> tuple[CausalLMStudent, Any
         model.requires_grad_(False)
         for i in layers(settings.trained_layers):
             model.model.layers[i].requires_grad_(True)
-    return CausalLMStudent(model, lopd.manifest.fingerprint_tokenizer(tokenizer).vocab_size), tokenizer
-
-
-def make_optimizer(student: CausalLMStudent) -> torch.optim.AdamW:
-    """AdamW with the betas of the paper (table 6); the rate is set step by step."""
-    return torch.optim.AdamW([p for _, p in student.named_parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.0)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, step: int, lr: float, total: int) -> None:
-    """Three steps of warm-up, then a straight line down to 0: a function of the step alone, so that resuming needs no state."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * min((step + 1) / 3, 1.0) * (1 - step / total)
-
-
-def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float, total: int) -> Iterator[lopd.types.Step]:
-    """The same steps, with the learning rate set before each."""
-    for step in steps:
-        set_lr(optimizer, step.index, lr, total)
-        yield step
-
-
-def follow(steps: Iterable[StepMetrics], total: int) -> Iterator[StepMetrics]:
-    """The same metrics, with a line for each printed."""
-    for m in steps:
-        console.print(
-            f"step {m.step + 1:3d}/{total}  loss {m.loss:7.3f}  reverse KL {m.reverse_kl:6.3f}  gradient {m.grad_norm:5.2f}  "
-            f"{m.tokens / m.seconds:,.0f} tokens/s"
-        )
-        yield m
+    return CausalLMStudent(model, fingerprint_tokenizer(tokenizer)), tokenizer
 
 
 def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
     """KL(student, teacher) in nats per token on fresh rollouts of the student for held-out prompts."""
     sampling = SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed + 1000)
     source = HFSource.from_folder(student_dir, sampling, device=settings.device)
-    teacher, _ = load_model(teacher_dir, device=settings.device)
-    sums = exact_reverse_kl(source.model, teacher, source.sample(prompts), source.manifest.tokenizer.vocab_size)
+    sums = exact_reverse_kl(source, HFScorer.from_folder(teacher_dir, device=settings.device), source.sample(prompts))
     kl = sums.per_token()
     per_rollout = {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
     return {"held_out_reverse_kl": kl.mean, "ci95": kl.ci95, "rollouts": kl.clusters, "tokens": kl.values, "per_rollout": per_rollout}
@@ -300,7 +300,7 @@ def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settin
 
 def finish(run: Run, phases: list[dict[str, Any]], settings: Settings) -> None:
     """The closing table, `metrics.json` and `curves.png`."""
-    rows = [[p["name"], p["wall_s"], p["tokens"], interval(p)] for p in phases]
+    rows = [[p["name"], wall_time(p), p["tokens"], interval(p)] for p in phases]
     console.print(table("Lightning OPD, phase by phase", ["phase", "wall s", "tokens", "held-out reverse KL (nats, 95 %)"], rows))
     history = {p["name"]: [StepMetrics(**row) for row in p.pop("history")] for p in phases if "history" in p}
     sums = {

@@ -5,7 +5,9 @@ The method is Lightning OPD (Wu, Han, Cai; arXiv 2604.13010).  Five nouns (`lopd
 `lopd.report`.
 """
 
+from lopd.backends.lance_store import LanceStore as LanceStore
 from lopd.backends.memory_store import MemoryStore as MemoryStore
+from lopd.backends.opening import open_store as open_store
 from lopd.backends.zarr_store import ZarrStore as ZarrStore
 from lopd.checkpoint import load_checkpoint as load_checkpoint
 from lopd.checkpoint import save_checkpoint as save_checkpoint

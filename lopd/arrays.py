@@ -58,8 +58,20 @@ def to_optional_floats(value: Any) -> Float32Array | None:
 
 
 def to_mask(value: Any) -> BoolArray:
-    """A read-only bool copy."""
-    return read_only(np.array(value, dtype=np.bool_))
+    """A read-only bool copy of bools, or of integers that are 0 or 1: of a label such as -100 nobody knows whether it counts."""
+    array = np.asarray(value)
+    if array.size and array.dtype.kind not in "biu":
+        raise InvalidRecordError(
+            f"Loss mask: the value has dtype {array.dtype} and shape {array.shape}, expected bools, or integers that are 0 or 1; "
+            "pass True where a token counts."
+        )
+    wrong = np.argwhere((array != 0) & (array != 1))
+    if len(wrong):
+        place = tuple(int(i) for i in wrong[0])
+        raise InvalidRecordError(
+            f"Loss mask: entry {', '.join(map(str, place))} is {array[place]}, expected True, False, 1 or 0; pass True where a token counts."
+        )
+    return read_only(array.astype(np.bool_))
 
 
 def check_logprobs(owner: str, name: str, logprobs: Float32Array, shape: tuple[int, ...]) -> None:

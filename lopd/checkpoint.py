@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -35,8 +36,12 @@ def save_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer, 
 
     Returns:
         The folder of this checkpoint.
+
+    Raises:
+        CheckpointError: the optimizer holds a parameter that the student does not have; nothing was written.
     """
     folder = Path(folder)
+    trained = _labels(f"Checkpoint of step {next_step}", student, optimizer)
     others = _checkpoints(folder)
     final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
     partial = folder / ".partial"
@@ -45,7 +50,7 @@ def save_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer, 
     tensors, plain = _flatten(optimizer)
     save_file(_trained(student), partial / "parameters.safetensors")
     save_file({**tensors, _RNG: torch.get_rng_state()}, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"next_step": next_step, "optimizer": plain}, indent=1))
+    (partial / "state.json").write_text(json.dumps({"next_step": next_step, "trained": trained, "optimizer": plain}, indent=1))
     lineage.write(partial)
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
@@ -65,19 +70,19 @@ def load_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer |
         optimizer: likewise; None restores the weights only.
 
     Raises:
-        CheckpointError: other parameters, shapes or optimizer than were saved; nothing was changed.
+        CheckpointError: other parameters, shapes or optimizer than were saved, or a damaged file; nothing was changed.
     """
     found = _checkpoints(Path(folder))
     if not found:
         return 0
     path = max(found, key=_order)
-    state = json.loads((path / "state.json").read_text())
-    saved = load_file(path / "parameters.safetensors")
+    state = _read_state(path / "state.json")
+    saved = _read_tensors(path / "parameters.safetensors")
     current = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
     _check_parameters(path, saved, current)
     if optimizer is not None:
-        _check_optimizer(path, optimizer, state["optimizer"])
-        tensors = load_file(path / "optimizer.safetensors")
+        _check_optimizer(path, student, optimizer, state)
+        tensors = _read_tensors(path / "optimizer.safetensors", _RNG)
         torch.set_rng_state(tensors.pop(_RNG))
         _unflatten(optimizer, tensors, state["optimizer"])
     for name, tensor in saved.items():
@@ -99,6 +104,47 @@ def _trained(student: Student) -> dict[str, Tensor]:
     return {name: p.detach().contiguous() for name, p in student.named_parameters() if p.requires_grad}
 
 
+def _labels(owner: str, student: Student, optimizer: Optimizer) -> list[list[str]]:
+    """The student's name and the shape of each group's parameters: torch keeps their state by place, and a place is no identity."""
+    labels = {id(p): f"{name} {tuple(p.shape)}" for name, p in student.named_parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if id(parameter) not in labels:
+                raise CheckpointError(
+                    f"{owner}: parameter {place} of optimizer group {number} is none of the student's, expected only the student's own; "
+                    "make the optimizer over `student.named_parameters()`."
+                )
+    return [[labels[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(path.read_text())
+        missing = {"next_step", "trained", "optimizer"} - state.keys()
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(path, str(error)) from error
+    if missing:
+        raise _damaged(path, f"it lacks {sorted(missing)[0]!r}")
+    return state
+
+
+def _read_tensors(path: Path, *needed: str) -> dict[str, Tensor]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, str(error)) from error
+    for name in needed:
+        if name not in tensors:
+            raise _damaged(path, f"it lacks {name!r}")
+    return tensors
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"Checkpoint file {path}: it cannot be read ({reason}), expected what lopd wrote; restore it, or remove its folder."
+    )
+
+
 def _check_parameters(path: Path, saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
     for name in sorted(saved.keys() ^ current.keys()):
         where = "the checkpoint only" if name in saved else "the student only"
@@ -113,13 +159,22 @@ def _check_parameters(path: Path, saved: Mapping[str, Tensor], current: Mapping[
             )
 
 
-def _check_optimizer(path: Path, optimizer: Optimizer, plain: Mapping[str, Any]) -> None:
-    sizes, saved = [len(g["params"]) for g in optimizer.param_groups], [len(g["params"]) for g in plain["groups"]]
-    if plain["class"] != type(optimizer).__name__ or sizes != saved:
+def _check_optimizer(path: Path, student: Student, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    owner, kind = f"Checkpoint {path}", state["optimizer"]["class"]
+    labels, saved = _labels(owner, student, optimizer), state["trained"]
+    sizes, saved_sizes = [len(group) for group in labels], [len(group) for group in saved]
+    if kind != type(optimizer).__name__ or sizes != saved_sizes:
         raise CheckpointError(
-            f"Checkpoint {path}: its optimizer is {plain['class']} over {saved} parameters, expected {type(optimizer).__name__} over {sizes}; "
+            f"{owner}: its optimizer is {kind} over {saved_sizes} parameters, expected {type(optimizer).__name__} over {sizes}; "
             "make the optimizer as it was."
         )
+    for number, (theirs, ours) in enumerate(zip(saved, labels, strict=True)):
+        place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b), None)
+        if place is not None:
+            raise CheckpointError(
+                f"{owner}: parameter {place} of optimizer group {number} is {theirs[place]!r}, expected {ours[place]!r}; "
+                "give the optimizer the parameters in the order in which it had them."
+            )
 
 
 def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

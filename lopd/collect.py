@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from attrs import evolve
 
+from lopd.checks import check_at_least
 from lopd.errors import InvalidRecordError, ManifestMismatchError
 from lopd.manifest import Manifest
 from lopd.protocols import LogprobStore, Progress, RolloutSource
@@ -27,8 +28,10 @@ def collect_rollouts(
 
     Raises:
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
-        InvalidRecordError: there are no prompts, two share an id, or the source gave other rollouts than it was asked for.
+        InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` is less than 1, or the source gave other rollouts than it
+            was asked for.
     """
+    check_at_least("Collection", "prompts_per_batch", prompts_per_batch, 1)
     _check_prompts(prompts)
     manifest = source.manifest
     _begin(store, manifest)

@@ -1,5 +1,6 @@
-"""Teacher consistency: the teacher that scores must be the teacher whose text trained the policy that sampled.
+"""Whether what is about to be combined belongs together: the teacher with the policy, and token ids with the model that reads them.
 
+Teacher consistency: the teacher that scores must be the teacher whose text trained the policy that sampled.
 With another teacher the offline gradient has a bias that does not vanish at the start and does not shrink with training
 (Lightning OPD, arXiv 2604.13010v2, theorem 3.8 and table 4: 69.9 against 63.1 on AIME 2024).
 Judged from recorded weights, never from names that somebody typed.
@@ -8,8 +9,8 @@ Judged from recorded weights, never from names that somebody typed.
 import warnings
 from enum import Enum
 
-from lopd.errors import TeacherConsistencyError, TeacherConsistencyWarning
-from lopd.manifest import Lineage, Manifest, Provenance
+from lopd.errors import TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
+from lopd.manifest import HasVocabulary, Lineage, Manifest, Provenance, TokenizerId
 
 
 class ConsistencyPolicy(Enum):
@@ -35,6 +36,19 @@ def check_teacher_consistency(manifest: Manifest, teacher: Provenance, policy: C
     if policy is ConsistencyPolicy.ERROR:
         raise TeacherConsistencyError(message)
     warnings.warn(message, TeacherConsistencyWarning, stacklevel=3)
+
+
+def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: TokenizerId) -> None:
+    """Stop unless the ids of both are of one vocabulary.  Its size proves nothing: two vocabularies of one size are still two.
+
+    Raises:
+        TokenizerMismatchError: they are not.
+    """
+    if not ours.same_vocabulary(theirs):
+        raise TokenizerMismatchError(
+            f"{owner}: the hash of its vocabulary is {str(theirs.vocab_hash)[:12]}, expected {whose} {ours.vocab_hash[:12]}; the same ids mean "
+            "other tokens there, use a teacher, a student and rollouts of one tokenizer."
+        )
 
 
 def lineage_after(manifest: Manifest, teacher: Provenance | None) -> Lineage:

@@ -7,6 +7,7 @@ import numpy as np
 from attrs import frozen
 
 from lopd import metrics
+from lopd.consistency import check_vocabulary
 from lopd.errors import InvalidRecordError
 from lopd.metrics import Estimate
 from lopd.protocols import RolloutSource, TeacherScorer, Verifier
@@ -47,8 +48,10 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
     """KL(policy, teacher) per token, nats, on fresh rollouts of the policy: the quantity that OPD descends.
 
     Raises:
+        TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
         InvalidRecordError: the source does not sample at temperature 1 without a cut, or reports no log-probs.
     """
+    check_vocabulary(f"Scorer {teacher.provenance.model}", teacher.provenance, "the policy's", source.manifest.tokenizer)
     sampling = source.manifest.sampling
     if sampling.temperature != 1 or sampling.top_p != 1:
         raise InvalidRecordError(

@@ -46,7 +46,8 @@ class StepStream:
         """Step `index`, whatever was asked for before."""
         rows = _rows_of_step(index, self.rollouts_per_step, self.rollouts, self.seed)
         lengths = self.store.lengths()[rows].sum(axis=1) - 1
-        return Step(index, tuple(self._batch(rows[part]) for part in _split(lengths, self.tokens_per_batch)))
+        parts = tuple(self._batch(rows[part]) for part in _split(lengths, self.tokens_per_batch))
+        return Step(index, parts, self.store.manifest.tokenizer.vocab_hash)
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:
         columns = tuple(name for name in (self.teacher, self.ref) if name is not None)

@@ -5,6 +5,7 @@ the whole token-to-id map (two vocabularies of the same size are still two vocab
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from attrs import asdict, field, fields, frozen, has
 from torch import Tensor
 
+from lopd.checks import check_at_least, check_number
 from lopd.errors import CorruptStoreError
 
 SCHEMA_VERSION = 1
@@ -79,6 +81,15 @@ def _narrowest(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class HasVocabulary(Protocol):
+    """Something whose token ids are of one tokenizer, and that says of which: a `TokenizerId`, `Provenance` or `lopd.types.Step`."""
+
+    @property
+    def vocab_hash(self) -> str | None:
+        """Of the whole token-to-id map; None if nobody recorded it."""
+        ...
+
+
 @frozen
 class TokenizerId:
     """Fingerprint of a tokenizer.
@@ -99,7 +110,7 @@ class TokenizerId:
     pad_id: int | None
     template_hash: str
 
-    def same_vocabulary(self, other: "TokenizerId") -> bool:
+    def same_vocabulary(self, other: HasVocabulary) -> bool:
         """Whether both map the same tokens to the same ids."""
         return self.vocab_hash == other.vocab_hash
 
@@ -138,6 +149,9 @@ class SamplingParams:
         samples_per_prompt: responses for each prompt.
         seed: each (seed, prompt, sample, generation) has its own random stream.
         stop_ids: ids that end a response (kept in it); empty means the model's own EOS ids.
+
+    Raises:
+        InvalidRecordError: a number makes no sense.
     """
 
     max_new_tokens: int = 4096
@@ -146,6 +160,15 @@ class SamplingParams:
     samples_per_prompt: int = 1
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        owner = "Sampling"
+        check_at_least(owner, "max_new_tokens", self.max_new_tokens, 1)
+        check_number(owner, "temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0")
+        check_number(owner, "top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
+        check_at_least(owner, "samples_per_prompt", self.samples_per_prompt, 1)
+        check_at_least(owner, "seed", self.seed, 0)
+        check_at_least(owner, "smallest of stop_ids", min(self.stop_ids, default=0), 0)
 
 
 @frozen
@@ -208,6 +231,9 @@ class Provenance:
         engine: name and version of what ran it.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut.
         top_k: how many of the model's most likely tokens are kept at each response token, beside the sampled one.
+
+    Raises:
+        InvalidRecordError: `top_k` is less than 0.
     """
 
     model: ModelId
@@ -215,6 +241,9 @@ class Provenance:
     engine: str
     logprobs_mode: str = "raw"
     top_k: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        check_at_least(f"Provenance of {self.model}", "top_k", self.top_k, 0)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""

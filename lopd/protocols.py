@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from lopd.manifest import Commit, Manifest, ModelId, Provenance
+from lopd.manifest import Commit, Manifest, ModelId, Provenance, TokenizerId
 from lopd.types import Batch, LMHead, LossOutput, Prompt, Rollout, ScoredRollout, Scores
 
 
@@ -119,6 +119,9 @@ class LogprobWriter(Protocol):
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts.  Those that are already there, with the same content, are skipped.
 
+        Content is token ids and loss mask.  A rollout that is appended again keeps the `behavior_logprobs` and the `finish_reason` that
+        came first: a repeated request may give the same tokens with log-probs that are rounded otherwise.
+
         Raises:
             ConflictError: other content under an id that is there, or twice in the call.
             InvalidRecordError: a token id is outside the manifest's vocabulary, or the generation was not begun.
@@ -177,6 +180,11 @@ class OPDLoss(Protocol):
 
 class Student(Protocol):
     """The model being trained, cut below its head.  One call per micro-batch, so hooks of wrappers (DDP, FSDP) fire."""
+
+    @property
+    def tokenizer(self) -> TokenizerId:
+        """Whose ids it reads; `opd_steps` refuses steps that say they are of another."""
+        ...
 
     def __call__(self, batch: Batch, loss: OPDLoss, /) -> LossOutput:
         """`loss` of this batch under the current weights."""

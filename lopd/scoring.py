@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lopd.errors import InvalidRecordError, TokenizerMismatchError
+from lopd.checks import check_at_least
+from lopd.consistency import check_vocabulary
+from lopd.errors import InvalidRecordError
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
 from lopd.types import Rollout, Scores
 
@@ -16,7 +18,7 @@ def score_rollouts(
     column: str = "teacher",
     rollouts_per_batch: int = 256,
     progress: Progress | None = None,
-) -> None:
+) -> int:
     """Score every rollout that has no scores in this column yet, shortest first, and commit batch by batch.
 
     If the scorer fails on a batch, its error is raised and the batches before it are kept.
@@ -28,17 +30,18 @@ def score_rollouts(
         rollouts_per_batch: committed together.
         progress: see `lopd.console`.
 
+    Returns:
+        How many of these log-probs were exactly -inf, and are stored as a floor that is finite (`Scores.floored`).  Where there are any, the
+        teacher rules out what the policy sampled: look whether both are asked in the same way.
+
     Raises:
         TokenizerMismatchError: the scorer's token-to-id map is not the store's; nothing is scored.
         ConflictError: the column belongs to another model.
-        InvalidRecordError: the scorer gave scores of other rollouts than it was asked for.
+        InvalidRecordError: `rollouts_per_batch` is less than 1, or the scorer gave scores of other rollouts than it was asked for.
     """
-    theirs, ours = scorer.provenance.vocab_hash, store.manifest.tokenizer.vocab_hash
-    if theirs != ours:
-        raise TokenizerMismatchError(
-            f"Scorer {scorer.provenance.model}: the hash of its vocabulary is {theirs[:12]}, expected the store's {ours[:12]}; "
-            "ids mean other tokens to this model, use a teacher that shares the student's tokenizer."
-        )
+    check_at_least("Scoring", "rollouts_per_batch", rollouts_per_batch, 1)
+    check_vocabulary(f"Scorer {scorer.provenance.model}", scorer.provenance, "the store's", store.manifest.tokenizer)
+    floored = 0
     pending = np.flatnonzero(~store.scored(column))
     pending = pending[np.argsort(store.lengths()[pending].sum(axis=1), kind="stable")]
     if progress:
@@ -50,11 +53,13 @@ def score_rollouts(
             scores = scorer.score(rollouts)
             _check_complete(rollouts, scores)
             store.append_scores(column, scorer.provenance, scores)
+            floored += sum(score.floored for score in scores)
             if progress:
                 progress.advance(len(rows), sum(len(r) for r in rollouts))
     finally:
         if progress:
             progress.end()
+    return floored
 
 
 def _check_complete(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lopd.causal_lm import check_cut, hidden_states, lm_head, unwrap
 from lopd.errors import ModelError
-from lopd.manifest import Lineage
+from lopd.manifest import Lineage, TokenizerId
 from lopd.protocols import OPDLoss
 from lopd.types import Batch, LossOutput
 
@@ -19,7 +19,8 @@ class CausalLMStudent(nn.Module):
 
     Args:
         model: a causal LM, or a peft model around one.  Parameters that require a gradient are trained, the rest stay as they are.
-        vocab_size: ids of the tokenizer (`store.manifest.tokenizer.vocab_size`); head rows beyond it are padding and get no mass.
+        tokenizer: whose ids the model reads: `fingerprint_tokenizer(tokenizer)` of the one that belongs to it.  Head rows beyond its
+            vocabulary are padding and get no mass.
         autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
@@ -27,16 +28,18 @@ class CausalLMStudent(nn.Module):
         ModelError: the model has nothing to train, cannot be cut, or lets packed rollouts attend to each other (see `lopd.causal_lm.check_cut`).
     """
 
-    def __init__(self, model: Any, vocab_size: int, *, autocast: torch.dtype | None = None, gradient_checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: Any, tokenizer: TokenizerId, *, autocast: torch.dtype | None = None, gradient_checkpointing: bool = False
+    ) -> None:
         super().__init__()
-        check_cut(model, vocab_size)
+        check_cut(model, tokenizer.vocab_size)
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
                 "or load adapters as trainable."
             )
         self.model = model
-        self.vocab_size = vocab_size
+        self.tokenizer = tokenizer
         self._autocast = autocast
         if gradient_checkpointing:
             unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -44,7 +47,7 @@ class CausalLMStudent(nn.Module):
 
     def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
         """`loss` of this batch; moves the batch to where the model is."""
-        head = lm_head(self.model, self.vocab_size)
+        head = lm_head(self.model, self.tokenizer.vocab_size)
         batch = batch.to(head.weight.device)
         return loss(self._hidden(batch), head, batch)
 

@@ -8,6 +8,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
+from lopd.consistency import check_vocabulary
 from lopd.errors import InvalidRecordError, TrainingDivergedError
 from lopd.protocols import OPDLoss, Student
 from lopd.types import Step, StepMetrics
@@ -23,18 +24,21 @@ def opd_steps(
 
     Args:
         student: its trained parameters are those that require a gradient.
-        steps: from `batches`.
+        steps: from `batches`, or any others.
         loss: what a micro-batch costs.
         optimizer: over the student's parameters.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
 
     Raises:
-        TrainingDivergedError: a gradient is not finite; the weights are those of the last good step.
+        TokenizerMismatchError: a step says that its ids are of another vocabulary than the student's; the weights are those of the step before.
+        TrainingDivergedError: a gradient is not finite; likewise.
         InvalidRecordError: no token of a step counts.
     """
     parameters = [p for _, p in student.named_parameters() if p.requires_grad]
     for step in steps:
         started = perf_counter()
+        if step.vocab_hash is not None:
+            check_vocabulary(f"Step {step.index}", step, "the student's", student.tokenizer)
         total = sum(float(batch.weight.double().sum()) for batch in step.batches)
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")

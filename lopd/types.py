@@ -28,6 +28,7 @@ from lopd.arrays import (
     to_mask,
     to_optional_floats,
 )
+from lopd.checks import check_at_least
 from lopd.errors import InvalidRecordError
 
 FinishReason = Literal["stop", "length"]
@@ -80,11 +81,11 @@ class Rollout:
         loss_mask: (T,) bool, True where a token counts (False for tool or user tokens inside a response).
         finish_reason: "stop" if the policy ended the response itself, "length" if it was cut.
         behavior_logprobs: (T,) float32, nats: what the sampling engine reported for these tokens, or None.
-        generation: round of sampling; the store knows which policy sampled in it.
+        generation: round of sampling, from 0; the store knows which policy sampled in it.
         content_hash: of ids and mask, where the response starts included; every score carries it (computed, not passed).
 
     Raises:
-        InvalidRecordError: a field is empty, of another length, or not a log-prob.
+        InvalidRecordError: a field is empty, of another length, or not what it must be (ids, bools, log-probs, a round).
     """
 
     rollout_id: str
@@ -110,6 +111,7 @@ class Rollout:
             raise InvalidRecordError(
                 f"{owner}: finish_reason is {self.finish_reason!r}, expected 'stop' or 'length'; map the engine's word."
             )
+        check_at_least(owner, "generation", self.generation, 0)
         if self.behavior_logprobs is not None:
             check_logprobs(owner, "behavior_logprobs", self.behavior_logprobs, self.response_ids.shape)
 
@@ -277,10 +279,17 @@ class Batch:
 
 @frozen(eq=False)
 class Step:
-    """The micro-batches of one optimizer step, and its number in the run."""
+    """The micro-batches of one optimizer step.
+
+    Args:
+        index: its number in the run.
+        batches: at least one.
+        vocab_hash: of the tokenizer whose ids these are; `opd_steps` compares it with the student's.  None if nobody says.
+    """
 
     index: int
     batches: tuple[Batch, ...]
+    vocab_hash: str | None = None
 
 
 @frozen(eq=False)

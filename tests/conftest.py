@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
+from lopd.manifest import fingerprint_tokenizer
 from lopd.types import Prompt, Rollout
 
 EOS, PAD_ROWS, CONTEXT = "<|eos|>", 8, 64
@@ -55,6 +56,10 @@ def build_tokenizer(swap: tuple[str, str] | None = None) -> PreTrainedTokenizerF
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens(list(SPECIAL))
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS, chat_template=CHAT_TEMPLATE)
+
+
+#: What a student of these models says of the tokenizer it reads.
+TOKENIZER_ID = fingerprint_tokenizer(build_tokenizer())
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 SFT_TEACHER = ModelId("big-teacher", "weights:teacher-weights", "bfloat16")
 OTHER_TEACHER = ModelId("other-teacher", "weights:other-weights", "bfloat16")
 POLICY = ModelId("sft-student", "weights:policy-weights", "bfloat16")
-VOCAB_HASH = "vocabulary"
+TOKENIZER_ID = TokenizerId("vocabulary", 1000, None, None, None, "")
 
 
 @final
@@ -44,6 +44,10 @@ class BigramLM(nn.Module):
     @property
     def vocab(self) -> int:
         return self.bias_V.numel()
+
+    @property
+    def tokenizer(self) -> TokenizerId:
+        return TOKENIZER_ID
 
     def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
         return loss(self.embedding_VD[batch.inputs], LMHead(self.head_VD, self.bias_V), batch)
@@ -207,12 +211,12 @@ def random_hidden(batch: Batch, dim: int = 3, seed: int = 0, dtype: torch.dtype 
 
 def make_manifest(sft_teacher: ModelId | None = SFT_TEACHER, vocab_size: int = 1000) -> Manifest:
     """A manifest of rollouts that `POLICY` sampled."""
-    return Manifest(TokenizerId(VOCAB_HASH, vocab_size, None, None, None, ""), POLICY, SamplingParams(), sft_teacher)
+    return Manifest(evolve(TOKENIZER_ID, vocab_size=vocab_size), POLICY, SamplingParams(), sft_teacher)
 
 
 def make_provenance(model: ModelId = SFT_TEACHER) -> Provenance:
     """Who computed a column."""
-    return Provenance(model, VOCAB_HASH, "tests 1.0")
+    return Provenance(model, TOKENIZER_ID.vocab_hash, "tests 1.0")
 
 
 def make_store(

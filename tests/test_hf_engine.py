@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from conftest import TOKENIZER_ID
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr_store import ZarrStore
@@ -192,13 +193,11 @@ def test_pain_08_eos_is_kept_and_trained_even_when_pad_equals_eos(llama, tokeniz
         eos_weights = batch.weight[batch.targets == EOS_ID]
         assert len(eos_weights) == len(stopped)
         assert bool((eos_weights > 0).all())
-    head = LMHead(torch.randn(VOCAB, 4, requires_grad=True))
-    SFTLoss()(torch.randn(len(batch.targets), 4), head, batch).loss_sum.backward()
-    taught = head.weight.grad[EOS_ID]
+    head, hidden_ND = LMHead(torch.randn(VOCAB, 4, requires_grad=True)), torch.randn(len(batch.targets), 4)
+    (taught_VD,) = torch.autograd.grad(SFTLoss()(hidden_ND, head, batch).loss_sum, head.weight)
     batch.weight[batch.targets == EOS_ID] = 0
-    head.weight.grad = None
-    SFTLoss()(torch.randn(len(batch.targets), 4), head, batch).loss_sum.backward()
-    assert not torch.allclose(taught, head.weight.grad[EOS_ID])
+    (untaught_VD,) = torch.autograd.grad(SFTLoss()(hidden_ND, head, batch).loss_sum, head.weight)
+    assert not torch.allclose(taught_VD[EOS_ID], untaught_VD[EOS_ID])
 
 
 def test_pain_11_padding_rows_of_the_head_are_never_sampled_and_carry_no_mass(qwen3, tokenizer, prompts, full_logprobs):
@@ -214,7 +213,7 @@ def test_pain_11_padding_rows_of_the_head_are_never_sampled_and_carry_no_mass(qw
             assert rollout.response_ids.max() < VOCAB
             np.testing.assert_allclose(rollout.behavior_logprobs, full_logprobs(model, rollout), atol=2e-5)
             np.testing.assert_allclose(score.logprobs, full_logprobs(model, rollout), atol=2e-5)
-    student = CausalLMStudent(model, VOCAB)
+    student = CausalLMStudent(model, TOKENIZER_ID)
     output = student(collate([ScoredRollout(r, {}) for r in rollouts], by_token), SFTLoss())
     assert float(output.loss_sum.detach()) == pytest.approx(-sum(float(full_logprobs(qwen3, r).sum()) for r in rollouts), rel=1e-4)
     output.loss_sum.backward()
@@ -228,7 +227,7 @@ def test_a_model_that_gives_nan_is_refused_when_sampling(qwen3, tokenizer):
 
 
 def test_sampling_from_a_student_in_training_mode_reports_the_logprobs_of_the_model_all_the_same(llama, tokenizer, prompts, full_logprobs):
-    student = CausalLMStudent(copy.deepcopy(llama), VOCAB, gradient_checkpointing=True)
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID, gradient_checkpointing=True)
     sampled = source_of(student.model, tokenizer).sample(prompts)
     scores = HFScorer(student.model, tokenizer).score(sampled)
     assert student.model.training, "training goes on where it was"
@@ -370,6 +369,25 @@ def test_a_model_that_gives_nan_is_refused_with_the_name_of_the_rollout(qwen3, t
     bad = Rollout("bad/s0/g0", [5, 6], [50, 8, 9], np.ones(3, bool), "length")
     with pytest.raises(InvalidRecordError, match=r"'bad/s0/g0'.*logprobs.* is nan"):
         HFScorer(spoiled(qwen3), tokenizer).score([good, bad])
+
+
+def test_a_token_that_the_head_rules_out_gets_the_floor_and_is_counted(models, tokenizer, rollouts, full_logprobs):
+    model, ruled_out = copy.deepcopy(models("phi_bias")), int(rollouts[3].response_ids[4])
+    with torch.no_grad():
+        model.lm_head.bias[ruled_out] = -torch.inf
+    for rollout, score in zip(rollouts, HFScorer(model, tokenizer).score(rollouts), strict=True):
+        truth = full_logprobs(model, rollout)
+        assert np.isneginf(truth).tolist() == (rollout.response_ids == ruled_out).tolist()
+        np.testing.assert_allclose(score.logprobs, np.where(np.isneginf(truth), -100, truth), atol=1e-5, rtol=1e-5)
+        assert score.floored == np.isneginf(truth).sum()
+    assert np.isneginf(full_logprobs(model, rollouts[3])).any()
+
+
+@pytest.mark.parametrize("what", ["rows_per_batch", "tokens_per_batch", "rows_per_chunk"])
+def test_a_source_or_scorer_whose_batches_hold_nothing_is_refused(what, llama, tokenizer):
+    kind = HFSource if what == "rows_per_batch" else HFScorer
+    with pytest.raises(InvalidRecordError, match=rf"{kind.__name__}: {what} is 0, expected at least 1"):
+        kind(llama, tokenizer, **{what: 0})
 
 
 def test_provenance_names_the_weights_by_content(llama, qwen3, tokenizer, swapped_tokenizer):

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 
 from lopd import metrics
-from lopd.engines.hf import exact_reverse_kl
-from lopd.errors import InvalidRecordError
+from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl
+from lopd.errors import InvalidRecordError, TokenizerMismatchError
 from lopd.metrics import RolloutSums
 from lopd.types import Rollout
 
@@ -27,16 +27,33 @@ def direct_kl(student: Any, teacher: Any, rollout: Rollout) -> float:
 
 @pytest.mark.parametrize(("tokens_per_batch", "rows_per_chunk"), [(8192, 256), (20, 3)])
 def test_exact_reverse_kl_is_the_sum_over_the_vocabulary_at_every_response_token(
-    tokens_per_batch: int, rows_per_chunk: int, rollouts: list[Rollout], make_model: Callable[..., Any]
+    tokens_per_batch: int, rows_per_chunk: int, rollouts: list[Rollout], make_model: Callable[..., Any], tokenizer: Any
 ) -> None:
     student, teacher = make_model("qwen3_padded", seed=1), make_model("llama_tied", seed=2)
-    got = exact_reverse_kl(student, teacher, rollouts, 96, tokens_per_batch=tokens_per_batch, rows_per_chunk=rows_per_chunk)
+    scorer = HFScorer(teacher, tokenizer, tokens_per_batch=tokens_per_batch, rows_per_chunk=rows_per_chunk)
+    got = exact_reverse_kl(HFSource(student, tokenizer), scorer, rollouts)
     assert got.counts.tolist() == [r.response_ids.size for r in rollouts]
     np.testing.assert_allclose(got.sums, [direct_kl(student, teacher, r) for r in rollouts], rtol=2e-4)
 
 
-def test_exact_reverse_kl_of_a_model_to_itself_is_zero(rollouts: list[Rollout], llama: Any) -> None:
-    assert np.abs(exact_reverse_kl(llama, llama, rollouts, 96).sums).max() < 1e-5
+def test_exact_reverse_kl_of_a_model_to_itself_is_zero(rollouts: list[Rollout], llama: Any, tokenizer: Any) -> None:
+    assert np.abs(exact_reverse_kl(HFSource(llama, tokenizer), HFScorer(llama, tokenizer), rollouts).sums).max() < 1e-5
+
+
+def test_exact_reverse_kl_sums_over_the_tokens_that_the_student_does_not_rule_out(
+    rollouts: list[Rollout], make_model: Callable[..., Any], tokenizer: Any
+) -> None:
+    model = make_model("phi_bias")
+    with torch.no_grad():
+        model.lm_head.bias[40] = -torch.inf
+    assert np.abs(exact_reverse_kl(HFSource(model, tokenizer), HFScorer(model, tokenizer), rollouts).sums).max() < 1e-5
+
+
+def test_exact_reverse_kl_to_a_teacher_of_other_tokens_is_refused(
+    rollouts: list[Rollout], llama: Any, tokenizer: Any, swapped_tokenizer: Any
+) -> None:
+    with pytest.raises(TokenizerMismatchError, match="Teacher: the hash of its vocabulary"):
+        exact_reverse_kl(HFSource(llama, tokenizer), HFScorer(llama, swapped_tokenizer), rollouts)
 
 
 @settings(deadline=None, max_examples=50)

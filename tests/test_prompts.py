@@ -192,6 +192,6 @@ def test_a_file_of_another_kind_gives_one_typed_error_naming_it(tokenizer, tmp_p
         read_prompts(str(tmp_path), tokenizer)
 
 
-def test_two_records_with_the_same_id_are_found_before_sampling_starts(tokenizer, tmp_path):
+def test_ids_of_a_file_are_taken_as_they_are_also_twice(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}])
     assert [p.prompt_id for p in read_prompts(path, tokenizer)] == ["x", "x"], "collect_rollouts names the duplicate"

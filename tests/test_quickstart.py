@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from lopd import ZarrStore
+
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
 SIZES = [
     "--sft-prompts",
@@ -29,15 +31,34 @@ SIZES = [
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, make_model: Callable[..., Any]) -> Callable[[Path], list[str]]:
-    """The command line that runs the script into a folder."""
-    folder = tmp_path_factory.mktemp("models")
+def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, make_model: Callable[..., Any]) -> Path:
+    """A folder with two models and a file of prompts."""
+    folder = tmp_path_factory.mktemp("inputs")
     for name, seed in (("teacher", 1), ("student", 2)):
         make_model("llama_tied", seed=seed).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"what is {i} + {i}?"}) for i in range(30)))
-    models = ["--teacher", str(folder / "teacher"), "--student", str(folder / "student"), "--prompts", str(folder / "prompts.jsonl")]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(inputs: Path) -> Callable[[Path], list[str]]:
+    """The command line that runs the script into a folder."""
+    models = ["--teacher", str(inputs / "teacher"), "--student", str(inputs / "student"), "--prompts", str(inputs / "prompts.jsonl")]
     return lambda out: [sys.executable, str(SCRIPT), *models, *SIZES, "--out", str(out)]
+
+
+@pytest.fixture
+def run_here(command: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs the script in this process, which has imported everything already."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    import quickstart
+
+    def run(out: Path, *options: str) -> None:
+        monkeypatch.setattr(sys, "argv", [*command(out)[1:], *options])
+        quickstart.main()
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +69,22 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def unbroken(command: Callable[[Path], list[str]], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    subprocess.run([*command(out), "--online"], check=True, env=environment, capture_output=True, timeout=200)
+    subprocess.run(command(out), check=True, env=environment, capture_output=True, timeout=200)
     return out
 
 
 def results(out: Path) -> list[dict[str, Any]]:
-    """The phases without what differs from run to run: times, and online OPD, which only one run does."""
+    """The phases without what differs from run to run."""
     phases = json.loads((out / "metrics.json").read_text())["phases"]
-    return [{k: v for k, v in p.items() if k not in ("wall_s", "peak_rss_gib")} for p in phases if "online" not in p["name"]]
+    return [{k: v for k, v in p.items() if k not in ("wall_s", "peak_rss_gib", "attempts")} for p in phases]
+
+
+def attempts(out: Path) -> dict[str, int]:
+    return {p["name"]: p["attempts"] for p in json.loads((out / "metrics.json").read_text())["phases"]}
 
 
 def histories(out: Path) -> list[list[dict[str, Any]]]:
-    rows = [json.loads((out / "phases" / f"{name}.json").read_text())["history"] for name in ("sft", "lightning-opd")]
+    rows = [json.loads((out / "phases" / f"{name}.json").read_text())["history"] for name in ("sft", "lightning-opd", "online-opd")]
     return [[{k: v for k, v in step.items() if k != "seconds"} for step in history] for history in rows]
 
 
@@ -70,6 +95,7 @@ def test_it_measures_every_phase_and_writes_what_it_promises(unbroken: Path) -> 
         assert by_name[name]["held_out_reverse_kl"] > 0
         assert by_name[name]["ci95"] > 0
     assert all(p["wall_s"] > 0 and p["tokens"] > 0 for p in report["phases"])
+    assert set(attempts(unbroken).values()) == {1}
     assert (unbroken / "curves.png").stat().st_size > 10_000
     assert (unbroken / "store.zarr" / "zarr.json").exists()
 
@@ -77,34 +103,67 @@ def test_it_measures_every_phase_and_writes_what_it_promises(unbroken: Path) -> 
 def test_a_second_call_finds_everything_done(unbroken: Path, command: Callable[[Path], list[str]], environment: dict[str, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file() and path.parent != unbroken}
     report = json.loads((unbroken / "metrics.json").read_text())
-    subprocess.run([*command(unbroken), "--online"], check=True, env=environment, capture_output=True, timeout=200)
+    subprocess.run(command(unbroken), check=True, env=environment, capture_output=True, timeout=200)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads((unbroken / "metrics.json").read_text()) == report
 
 
-def test_other_settings_in_the_same_folder_are_refused(
-    unbroken: Path, command: Callable[[Path], list[str]], environment: dict[str, str]
+def test_other_settings_in_the_same_folder_are_refused(unbroken: Path, run_here: Callable[..., None]) -> None:
+    with pytest.raises(SystemExit, match=r"opd_lr is 0.0002 there, expected 1.0"):
+        run_here(unbroken, "--opd-lr", "1.0")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("prompts", "prompts.jsonl"), ("teacher", "teacher/config.json"), ("student", "student/model.safetensors")]
+)
+def test_other_content_under_the_same_name_is_refused(
+    name: str, file: str, unbroken: Path, inputs: Path, run_here: Callable[..., None]
 ) -> None:
-    done = subprocess.run(
-        [*command(unbroken), "--opd-lr", "1.0"], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode != 0
-    assert "opd_lr" in done.stderr
+    path, before = inputs / file, (inputs / file).read_bytes()
+    path.write_bytes(before + b"\n")
+    try:
+        with pytest.raises(SystemExit, match=f"the content of --{name} is '.*' there, expected '.*'"):
+            run_here(unbroken)
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_teacher_and_a_student_with_other_tokens_are_refused_before_anything_is_done(
+    inputs: Path, swapped_tokenizer: Any, run_here: Callable[..., None], tmp_path: Path
+) -> None:
+    swapped_tokenizer.save_pretrained(tmp_path / "student")
+    with pytest.raises(SystemExit, match="the vocabulary of --teacher has hash"):
+        run_here(tmp_path / "run", "--student", str(tmp_path / "student"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_store_may_be_at_a_url_and_online_opd_left_out(
+    run_here: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = "memory://quickstart/store.zarr"
+    run_here(tmp_path / "run", "--store", url, "--no-online", "--opd-steps", "2", "--sft-steps", "2")
+    assert not any("online" in name for name in attempts(tmp_path / "run"))
+    assert ZarrStore.open(url).scored("teacher").sum() == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_that_is_killed_again_and_again_equals_the_run_that_was_not(
     unbroken: Path, command: Callable[[Path], list[str]], environment: dict[str, str], tmp_path: Path
 ) -> None:
-    out = tmp_path / "run"
-    for moment in ("teacher writes", "step  11/12", "teacher scores", "step  11/12"):
+    out, step = tmp_path / "run", "step  11/12"
+    for phase, moment in (("teacher writes", ""), ("SFT", step), ("teacher scores", ""), ("Lightning OPD", step), ("online OPD", step)):
         process = subprocess.Popen(command(out), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout is not None
-        seen = any(line.startswith(moment) for line in process.stdout)
+        seen = any(line.startswith(phase) for line in process.stdout) and any(line.startswith(moment) for line in process.stdout)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
         assert seen
         assert not (out / "metrics.json").exists()
-    subprocess.run(command(out), check=True, env=environment, capture_output=True, timeout=200)
+    last = subprocess.run(command(out), check=True, env=environment, capture_output=True, text=True, timeout=200)
     assert results(out) == results(unbroken)
     assert histories(out) == histories(unbroken)
+    again = {name for name, count in attempts(out).items() if count == 2}
+    assert again == {"teacher writes SFT text", "SFT", "teacher scores", "Lightning OPD", "online OPD"}
+    assert last.stdout.count("(attempt 2)") == len(again), "the closing table says of which attempt a wall time is"

@@ -1,5 +1,6 @@
 """The program of the README runs as it is printed, only smaller."""
 
+import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,35 @@ from typing import Any
 
 import pytest
 import torch
+from attrs import evolve
+from conftest import TOKENIZER_ID
 
-from lopd import CausalLMStudent, Lineage, SamplingParams, SFTLoss, ZarrStore, batches, collect_rollouts, opd_steps
+from lopd import CausalLMStudent, Lineage, MemoryStore, SamplingParams, SFTLoss, ZarrStore, batches, collect_rollouts, opd_steps
 from lopd.engines.hf import HFSource, load_model
 from lopd.prompts import make_prompts
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
+(PROGRAM,) = re.findall(r"```python\n(import torch.*?)```", README, re.DOTALL)
+
+
+def printed_arguments(function: str) -> dict[str, Any]:
+    """The keyword arguments of the one call of this function in the program."""
+    calls = [node for node in ast.walk(ast.parse(PROGRAM)) if isinstance(node, ast.Call) and ast.unparse(node.func) == function]
+    (call,) = calls
+    return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+
+
+@pytest.mark.docs
+def test_a_response_that_was_cut_at_the_printed_length_fits_into_the_printed_batches() -> None:
+    sampling = SamplingParams(**printed_arguments("SamplingParams"))
+    manifest = evolve(tiny_manifest(), sampling=sampling, sft_teacher=tiny_provenance().model)
+    longest = tiny_rollout("longest", [5] * sampling.max_new_tokens, prompt_ids=[4] * 500, finish_reason="length")
+    store = MemoryStore(manifest)
+    store.append([longest])
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(longest)])
+    step = batches(store, **printed_arguments("batches")).step(0)
+    assert max(batch.inputs.numel() for batch in step.batches) > sampling.max_new_tokens
 
 
 @pytest.mark.docs
@@ -27,17 +51,18 @@ def test_the_program_of_the_readme_runs_after_sft_on_the_same_teacher(
     text = ZarrStore.create("sft.zarr", teacher.manifest)
     collect_rollouts(teacher, make_prompts(["a", "b", "c"], tokenizer), text)
     model, _ = load_model("base")
-    student = CausalLMStudent(model, 96)
+    student = CausalLMStudent(model, TOKENIZER_ID)
     steps = batches(text, teacher=None, rollouts_per_step=3, stop=1)
     list(opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=0.1)))
     student.export("sft-student", tokenizer, steps.lineage)
     Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')
     capsys.readouterr()
 
-    (program,) = re.findall(r"```python\n(import torch.*?)```", README, re.DOTALL)
+    program = PROGRAM
     for printed, smaller in (
         ("max_new_tokens=4096", "max_new_tokens=8"),
-        ("rollouts_per_step=256, stop=150", "rollouts_per_step=2, stop=2"),
+        ("rollouts_per_step=256", "rollouts_per_step=2"),
+        ("stop=150", "stop=2"),
     ):
         assert printed in program
         program = program.replace(printed, smaller)

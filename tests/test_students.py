@@ -8,6 +8,8 @@ import peft
 import pytest
 import torch
 import transformers
+from attrs import evolve
+from conftest import TOKENIZER_ID
 
 from lopd.causal_lm import check_cut, lm_head
 from lopd.collate import by_token, collate
@@ -72,7 +74,7 @@ def train(student, batch, loss, steps=2, lr=0.05):
 @every_kind
 def test_logits_of_the_packed_cut_model_are_those_of_the_whole_model_on_each_rollout_alone(kind, models, records):
     model = copy.deepcopy(models(kind))
-    seen = seen_by_a_loss(CausalLMStudent(model, VOCAB), collate(records))
+    seen = seen_by_a_loss(CausalLMStudent(model, TOKENIZER_ID), collate(records))
     got_NV = seen.head.logits(seen.hidden_ND)
     with torch.no_grad():
         alone = []
@@ -84,13 +86,13 @@ def test_logits_of_the_packed_cut_model_are_those_of_the_whole_model_on_each_rol
 
 
 def test_positions_restart_with_each_rollout(records, models):
-    positions = seen_by_a_loss(CausalLMStudent(copy.deepcopy(models("gpt2")), VOCAB), collate(records)).batch.position_ids
+    positions = seen_by_a_loss(CausalLMStudent(copy.deepcopy(models("gpt2")), TOKENIZER_ID), collate(records)).batch.position_ids
     assert positions.tolist() == [i for r in records for i in range(len(r.rollout) - 1)]
 
 
 @every_kind
 def test_rollouts_of_a_pack_do_not_see_each_other(kind, models, records):
-    student = CausalLMStudent(copy.deepcopy(models(kind)), VOCAB)
+    student = CausalLMStudent(copy.deepcopy(models(kind)), TOKENIZER_ID)
     before = seen_by_a_loss(student, collate(records))
     old = records[3].rollout
     other = Rollout("other/s0/g0", (old.prompt_ids + 7) % VOCAB, (old.response_ids + 11) % VOCAB, old.loss_mask, "length")
@@ -104,7 +106,7 @@ def test_rollouts_of_a_pack_do_not_see_each_other(kind, models, records):
 @pytest.mark.parametrize("loss", [SFTLoss(), ReferenceOPDLoss(clip=2.0)], ids=["sft", "opd"])
 def test_packed_equals_one_by_one_in_loss_and_gradient(kind, loss, models, records):
     teacher = "teacher" if isinstance(loss, ReferenceOPDLoss) else None
-    packed, single = (CausalLMStudent(copy.deepcopy(models(kind)), VOCAB) for _ in range(2))
+    packed, single = (CausalLMStudent(copy.deepcopy(models(kind)), TOKENIZER_ID) for _ in range(2))
     whole = packed(collate(records, teacher=teacher), loss)
     whole.loss_sum.backward()
     sums = np.zeros(3)
@@ -122,7 +124,7 @@ def test_the_sft_loss_is_the_negative_log_likelihood_that_transformers_computes(
     ids = torch.tensor([[*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]])
     labels = ids.clone()
     labels[:, : rollout.prompt_ids.size] = -100
-    ours, theirs = CausalLMStudent(copy.deepcopy(models("llama_tied")), VOCAB), copy.deepcopy(models("llama_tied"))
+    ours, theirs = CausalLMStudent(copy.deepcopy(models("llama_tied")), TOKENIZER_ID), copy.deepcopy(models("llama_tied"))
     output = ours(collate([ScoredRollout(rollout, {})], by_token), SFTLoss())
     output.loss_sum.backward()
     expected = theirs(input_ids=ids, labels=labels).loss * rollout.response_ids.size
@@ -140,6 +142,15 @@ class _Louder(transformers.LlamaForCausalLM):
         return output
 
 
+class _Forbidding(transformers.LlamaForCausalLM):
+    """Rules out a token that its head does not rule out."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits[..., 40] = -torch.inf
+        return output
+
+
 class _Blind(transformers.LlamaForCausalLM):
     """A decoder that does not look at positions, so that packed rollouts see each other."""
 
@@ -147,23 +158,23 @@ class _Blind(transformers.LlamaForCausalLM):
         return lambda input_ids, **_: self.model(input_ids=input_ids, use_cache=False)
 
 
-@pytest.mark.parametrize("kind", [_Louder, _Blind])
+@pytest.mark.parametrize("kind", [_Louder, _Forbidding, _Blind])
 def test_a_model_that_cannot_be_cut_or_packed_is_refused(kind, models):
     model = kind(copy.deepcopy(models("llama_tied").config)).eval()
     model.load_state_dict(models("llama_tied").state_dict())
     with pytest.raises(ModelError, match=kind.__name__):
         check_cut(model, VOCAB)
     with pytest.raises(ModelError, match=kind.__name__):
-        CausalLMStudent(model, VOCAB)
+        CausalLMStudent(model, TOKENIZER_ID)
 
 
 def test_a_head_smaller_than_the_vocabulary_or_no_head_at_all_is_refused(models):
     with pytest.raises(ModelError, match=r"96 rows.*97"):
-        CausalLMStudent(copy.deepcopy(models("llama_tied")), VOCAB + 1)
+        CausalLMStudent(copy.deepcopy(models("llama_tied")), evolve(TOKENIZER_ID, vocab_size=VOCAB + 1))
     headless = copy.deepcopy(models("qwen3_padded"))
     headless.lm_head = torch.nn.Identity()
     with pytest.raises(ModelError, match="Identity"):
-        CausalLMStudent(headless, VOCAB)
+        CausalLMStudent(headless, TOKENIZER_ID)
 
 
 def test_a_model_that_gives_nan_is_refused(models):
@@ -171,7 +182,17 @@ def test_a_model_that_gives_nan_is_refused(models):
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(ModelError):
-        CausalLMStudent(model, VOCAB)
+        CausalLMStudent(model, TOKENIZER_ID)
+
+
+def test_a_head_that_rules_a_token_out_is_no_reason_to_refuse_a_model(models, records):
+    model = copy.deepcopy(models("phi_bias"))
+    with torch.no_grad():
+        model.lm_head.bias[40] = -torch.inf
+    student = CausalLMStudent(model, TOKENIZER_ID)
+    without = [r for r in records if 40 not in r.rollout.response_ids]
+    student(collate(without, teacher="teacher"), ReferenceOPDLoss()).loss_sum.backward()
+    assert all(bool(g.isfinite().all()) for g in gradients(student).values())
 
 
 def test_checking_the_cut_leaves_mode_random_state_and_gradients_as_they_were(make_model):
@@ -194,7 +215,7 @@ def adapted(model, **options):
 
 
 def test_only_adapters_are_trained_and_they_are(models, records):
-    student = CausalLMStudent(adapted(copy.deepcopy(models("qwen3_padded"))), VOCAB)
+    student = CausalLMStudent(adapted(copy.deepcopy(models("qwen3_padded"))), TOKENIZER_ID)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     train(student, collate(records), SFTLoss())
     trained = {name for name, p in student.named_parameters() if p.requires_grad}
@@ -207,7 +228,7 @@ def test_only_adapters_are_trained_and_they_are(models, records):
 @pytest.mark.parametrize("kind", ["llama_tied", "qwen3_padded", "mistral_window"])
 def test_a_student_with_adapters_computes_with_them(kind, models, records):
     model = adapted(copy.deepcopy(models(kind)))
-    seen = seen_by_a_loss(CausalLMStudent(model, VOCAB), collate(records[:1]))
+    seen = seen_by_a_loss(CausalLMStudent(model, TOKENIZER_ID), collate(records[:1]))
     ids = seen.batch.inputs[None]
     with torch.no_grad():
         np.testing.assert_allclose(seen.head.logits(seen.hidden_ND), model.eval()(input_ids=ids).logits[0, :, :VOCAB], atol=5e-5, rtol=1e-4)
@@ -216,14 +237,14 @@ def test_a_student_with_adapters_computes_with_them(kind, models, records):
 
 def test_an_adapter_on_the_head_is_refused(models):
     with pytest.raises(ModelError, match="lm_head carries an adapter"):
-        CausalLMStudent(adapted(copy.deepcopy(models("qwen3_padded")), target_modules=["q_proj", "lm_head"]), VOCAB)
+        CausalLMStudent(adapted(copy.deepcopy(models("qwen3_padded")), target_modules=["q_proj", "lm_head"]), TOKENIZER_ID)
 
 
 def test_adapters_with_gradient_checkpointing_get_the_same_gradients(models, records):
     torch.manual_seed(3)
     model = adapted(copy.deepcopy(models("llama_tied")))
-    plain = CausalLMStudent(copy.deepcopy(model), VOCAB)
-    checkpointed = CausalLMStudent(copy.deepcopy(model), VOCAB, gradient_checkpointing=True)
+    plain = CausalLMStudent(copy.deepcopy(model), TOKENIZER_ID)
+    checkpointed = CausalLMStudent(copy.deepcopy(model), TOKENIZER_ID, gradient_checkpointing=True)
     for student in (plain, checkpointed):
         student(collate(records), SFTLoss()).loss_sum.backward()
     assert len(gradients(plain)) == 8
@@ -237,7 +258,7 @@ def test_adapters_with_gradient_checkpointing_get_the_same_gradients(models, rec
 def test_gradient_checkpointing_recomputes_and_changes_no_gradient(kind, models, records):
     results = {}
     for checkpointing in (False, True):
-        student = CausalLMStudent(copy.deepcopy(models(kind)), VOCAB, gradient_checkpointing=checkpointing)
+        student = CausalLMStudent(copy.deepcopy(models(kind)), TOKENIZER_ID, gradient_checkpointing=checkpointing)
         decoder, calls = student.model.get_decoder(), []
         layer = (decoder.h if kind == "gpt2" else decoder.layers)[0]
         # the attention, not the MLP: recomputation stops as soon as it has what the backward pass needs
@@ -252,9 +273,9 @@ def test_gradient_checkpointing_recomputes_and_changes_no_gradient(kind, models,
 @pytest.mark.parametrize("kind", ["llama_tied", "qwen3_padded", "gemma2_softcap"])
 def test_bfloat16_weights_and_autocast_run_and_stay_close(kind, models, records):
     batch = collate(records, teacher="teacher")
-    exact = CausalLMStudent(copy.deepcopy(models(kind)), VOCAB)
-    cast = CausalLMStudent(copy.deepcopy(models(kind)), VOCAB, autocast=torch.bfloat16)
-    small = CausalLMStudent(copy.deepcopy(models(kind)).to(torch.bfloat16), VOCAB)
+    exact = CausalLMStudent(copy.deepcopy(models(kind)), TOKENIZER_ID)
+    cast = CausalLMStudent(copy.deepcopy(models(kind)), TOKENIZER_ID, autocast=torch.bfloat16)
+    small = CausalLMStudent(copy.deepcopy(models(kind)).to(torch.bfloat16), TOKENIZER_ID)
     losses, dtypes = {}, {}
     for name, student in (("exact", exact), ("cast", cast), ("small", small)):
         seen = {}
@@ -274,8 +295,8 @@ def test_bfloat16_weights_and_autocast_run_and_stay_close(kind, models, records)
 
 def test_the_head_computes_in_float32_under_autocast_and_with_bfloat16_weights(models, records):
     for student in (
-        CausalLMStudent(copy.deepcopy(models("llama_tied")), VOCAB, autocast=torch.bfloat16),
-        CausalLMStudent(copy.deepcopy(models("llama_tied")).to(torch.bfloat16), VOCAB),
+        CausalLMStudent(copy.deepcopy(models("llama_tied")), TOKENIZER_ID, autocast=torch.bfloat16),
+        CausalLMStudent(copy.deepcopy(models("llama_tied")).to(torch.bfloat16), TOKENIZER_ID),
     ):
         seen = seen_by_a_loss(student, collate(records))
         expected = seen.hidden_ND.double() @ seen.head.weight.double().T
@@ -286,7 +307,7 @@ def test_the_head_computes_in_float32_under_autocast_and_with_bfloat16_weights(m
 
 def test_a_batch_of_a_single_prediction_can_be_trained_on(models):
     record = ScoredRollout(Rollout("tiny/s0/g0", [5], [6], [True], "stop"), {})
-    student = CausalLMStudent(copy.deepcopy(models("llama_tied")), VOCAB)
+    student = CausalLMStudent(copy.deepcopy(models("llama_tied")), TOKENIZER_ID)
     with torch.no_grad():
         expected = -float(models("llama_tied")(input_ids=torch.tensor([[5]])).logits[0, 0].log_softmax(-1)[6])
     output = student(collate([record]), SFTLoss())
@@ -302,7 +323,7 @@ LINEAGE = Lineage(ModelId("sft-teacher", "abc", "float32"), ModelId("opd-teacher
 # not gemma2: transformers forgets with which attention it was made, and only "eager" caps the attention logits
 @pytest.mark.parametrize("kind", ["llama_tied", "qwen3_padded", "phi_bias"])
 def test_an_exported_folder_is_an_ordinary_model_with_its_lineage(kind, models, tokenizer, records, tmp_path):
-    student = CausalLMStudent(copy.deepcopy(models(kind)), VOCAB)
+    student = CausalLMStudent(copy.deepcopy(models(kind)), TOKENIZER_ID)
     train(student, collate(records), SFTLoss(), steps=1, lr=0.01)
     student.export(tmp_path / "deep" / "model", tokenizer, LINEAGE)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "deep" / "model").eval()
@@ -321,7 +342,7 @@ def test_an_exported_folder_is_an_ordinary_model_with_its_lineage(kind, models, 
 def test_exported_adapters_load_on_their_base_model(models, tokenizer, records, prompts, tmp_path):
     models("llama_tied").save_pretrained(tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    student = CausalLMStudent(adapted(base), VOCAB)
+    student = CausalLMStudent(adapted(base), TOKENIZER_ID)
     train(student, collate(records), SFTLoss(), steps=1)
     student.export(tmp_path / "adapters", tokenizer, LINEAGE)
     assert (tmp_path / "adapters" / "adapter_config.json").exists()

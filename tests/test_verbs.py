@@ -5,6 +5,7 @@
 import copy
 import gc
 import json
+import re
 import weakref
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from conftest import TOKENIZER_ID
 
 import lopd.checkpoint
 from lopd.backends.memory_store import MemoryStore
@@ -30,6 +32,7 @@ from lopd.errors import (
     TeacherConsistencyError,
     TeacherConsistencyWarning,
     TokenizerMismatchError,
+    TrainingDivergedError,
 )
 from lopd.evaluate import evaluate, evaluate_reverse_kl
 from lopd.loader import batches
@@ -237,6 +240,15 @@ def test_no_prompts_or_two_with_one_id_are_refused_before_anything_is_sampled(so
     assert asked.asked == []
 
 
+@pytest.mark.parametrize("size", [0, -3])
+def test_batches_that_hold_nothing_are_refused(size, source, prompts, teacher_model, tokenizer):
+    store = MemoryStore(source.manifest)
+    with pytest.raises(InvalidRecordError, match=f"prompts_per_batch is {size}, expected at least 1"):
+        collect_rollouts(source, prompts, store, prompts_per_batch=size)
+    with pytest.raises(InvalidRecordError, match=f"rollouts_per_batch is {size}, expected at least 1"):
+        score_rollouts(store, HFScorer(teacher_model, tokenizer), rollouts_per_batch=size)
+
+
 class Forgetful:
     """A source or scorer that loses the last item of each batch."""
 
@@ -353,6 +365,19 @@ def test_a_scorer_that_gives_nan_is_stopped_at_the_rollout_and_earlier_batches_a
     assert bar.told[-1] == ("end",)
 
 
+def test_scoring_reports_how_many_log_probs_were_floored(source, prompts, make_model, tokenizer, make_store):
+    store, model = make_store(source.manifest), make_model("phi_bias")
+    collect_rollouts(source, prompts, store)
+    ids, counts = np.unique(np.concatenate([r.rollout.response_ids for r in store.read(range(len(store)))]), return_counts=True)
+    assert score_rollouts(store, HFScorer(model, tokenizer), column="all-possible") == 0
+    with torch.no_grad():
+        model.lm_head.bias[int(ids[counts.argmax()])] = -torch.inf
+    scorer = HFScorer(model, tokenizer)
+    assert score_rollouts(store, scorer, column="one-ruled-out", rollouts_per_batch=3) == counts.max() > 1
+    assert (np.concatenate(column(store, "one-ruled-out")) == -100).sum() == counts.max()
+    assert score_rollouts(store, scorer, column="one-ruled-out") == 0, "nothing was left to score"
+
+
 def test_progress_of_scoring_is_told_the_column_the_totals_and_the_tokens(source, prompts, teacher_model, tokenizer, make_store):
     store, bar, scorer = make_store(source.manifest), Bar(), HFScorer(teacher_model, tokenizer)
     collect_rollouts(source, prompts, store)
@@ -406,7 +431,7 @@ def advance(student, optimizer, store, start, stop):
 @pytest.mark.parametrize("make_optimizer", [adamw, momentum, plain_sgd])
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(kind, make_optimizer, make_model, scored, tmp_path):
     def fresh(seed):
-        student = CausalLMStudent(make_model(kind, seed), VOCAB)
+        student = CausalLMStudent(make_model(kind, seed), TOKENIZER_ID)
         return student, make_optimizer(student)
 
     whole, whole_optimizer = fresh(1)
@@ -433,7 +458,7 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(kind, make_optimizer,
 
 @pytest.fixture
 def small(llama):
-    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
     return student, adamw(student)
 
 
@@ -455,7 +480,7 @@ def test_without_a_checkpoint_a_run_starts_at_step_zero(small, tmp_path):
 
 def test_weights_can_be_loaded_without_the_optimizer(small, make_model, tmp_path):
     save_checkpoint(tmp_path, *small, next_step=4, lineage=Lineage())
-    other = CausalLMStudent(make_model("llama_tied", 5), VOCAB)
+    other = CausalLMStudent(make_model("llama_tied", 5), TOKENIZER_ID)
     random_state = torch.get_rng_state()
     assert load_checkpoint(tmp_path, other) == 4
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -471,7 +496,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(what, small,
         model.model.norm.weight = torch.nn.Parameter(torch.ones(33))
     if what == "dtype":
         model.to(torch.bfloat16)
-    student = CausalLMStudent(make_model("llama_tied", 5), VOCAB)
+    student = CausalLMStudent(make_model("llama_tied", 5), TOKENIZER_ID)
     student.model = model
     if what == "frozen":
         model.model.norm.weight.requires_grad_(False)
@@ -484,6 +509,54 @@ def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(what, small,
     with pytest.raises(CheckpointError, match=match.get(what, "optimizer")):
         load_checkpoint(tmp_path, student, optimizer)
     assert_same_state(state_of(student, optimizer), before)
+
+
+def test_an_optimizer_with_the_same_parameters_in_another_order_is_refused(small, tmp_path):
+    student, optimizer = small
+    save_checkpoint(tmp_path, student, optimizer, next_step=4, lineage=Lineage())
+    # two matrices of one shape change places: nothing but their names tells them apart
+    named = dict(student.named_parameters())
+    names = list(named)
+    first, second = (names.index(f"model.model.layers.{i}.self_attn.q_proj.weight") for i in (0, 1))
+    names[first], names[second] = names[second], names[first]
+    other = torch.optim.AdamW([named[name] for name in names], lr=3e-3)
+    before = state_of(student, other)
+    with pytest.raises(CheckpointError, match=rf"parameter {first} of optimizer group 0 is 'model.*layers.0.*expected 'model.*layers.1"):
+        load_checkpoint(tmp_path, student, other)
+    assert_same_state(state_of(student, other), before)
+
+
+def test_an_optimizer_over_parameters_of_another_model_is_refused_when_saving(small, make_model, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
+    strangers = CausalLMStudent(make_model("llama_tied", 5), TOKENIZER_ID)
+    with pytest.raises(CheckpointError, match="parameter 0 of optimizer group 0 is none of the student's"):
+        save_checkpoint(tmp_path, small[0], adamw(strangers), next_step=5, lineage=Lineage())
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003.0"]
+
+
+@pytest.mark.parametrize("name", ["parameters.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"{}" + b"\xff" * 20, None])
+def test_a_damaged_or_missing_file_of_a_checkpoint_is_named_and_nothing_is_changed(name, damage, small, scored, tmp_path):
+    path = save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage()) / name
+    advance(*small, scored, 3, 4)
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    before, random_state = state_of(*small), torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        load_checkpoint(tmp_path, *small)
+    assert_same_state(state_of(*small), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("lacking", ["next_step", "trained", "optimizer"])
+def test_a_state_file_that_lacks_something_says_what(lacking, small, tmp_path):
+    path = save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage()) / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in state.items() if key != lacking}))
+    with pytest.raises(CheckpointError, match=rf"state\.json.*lacks '{lacking}'"):
+        load_checkpoint(tmp_path, *small)
 
 
 @pytest.mark.parametrize("write", [1, 2])
@@ -503,7 +576,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(write, small, score
     monkeypatch.setattr(lopd.checkpoint, "save_file", save_file)
     with pytest.raises(Interrupted):
         save_checkpoint(tmp_path, *small, next_step=5, lineage=Lineage())
-    student = CausalLMStudent(copy.deepcopy(small[0].model), VOCAB)
+    student = CausalLMStudent(copy.deepcopy(small[0].model), TOKENIZER_ID)
     optimizer = adamw(student)
     assert load_checkpoint(tmp_path, student, optimizer) == 3
     assert_same_state(state_of(student, optimizer), saved)
@@ -570,7 +643,7 @@ def test_pain_01_training_needs_no_teacher_in_memory(make_model, prompts, tokeni
     del teacher, scorer, store
     gc.collect()
     assert gone() is None
-    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
     before = [p.detach().clone() for p in student.parameters()]
     store = ZarrStore.open(tmp_path / "store")
     metrics = list(opd_steps(student, batches(store, rollouts_per_step=14, stop=12), ReferenceOPDLoss(), adamw(student)))
@@ -583,7 +656,7 @@ def test_sft_records_its_teacher_and_opd_holds_the_student_to_it(make_model, tok
     teacher_source = HFSource(teacher, tokenizer, PARAMS)
     sft_store = MemoryStore(teacher_source.manifest)
     collect_rollouts(teacher_source, prompts, sft_store)
-    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
     steps = batches(sft_store, rollouts_per_step=7, stop=4, teacher=None)
     metrics = list(opd_steps(student, steps, SFTLoss(), adamw(student)))
     assert metrics[-1].loss < metrics[0].loss
@@ -614,13 +687,40 @@ def test_a_policy_whose_teacher_nobody_recorded_is_refused(source, prompts, teac
         batches(store)
 
 
+def test_pain_12_a_student_that_reads_other_tokens_is_refused_before_anything_is_learned(scored, llama, swapped_tokenizer):
+    student = CausalLMStudent(copy.deepcopy(llama), fingerprint_tokenizer(swapped_tokenizer))
+    optimizer, steps = adamw(student), batches(scored, rollouts_per_step=5, stop=2)
+    before = state_of(student, optimizer)
+    for wrapped in (steps, (step for step in steps)):
+        with pytest.raises(TokenizerMismatchError, match="Step 0: the hash of its vocabulary"):
+            list(opd_steps(student, wrapped, ReferenceOPDLoss(), optimizer))
+    assert_same_state(state_of(student, optimizer), before)
+    silent = [evolve(step, vocab_hash=None) for step in steps]
+    assert len(list(opd_steps(student, silent, ReferenceOPDLoss(), optimizer))) == 2, "steps that say nothing are taken as they are"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_stops_training_and_leaves_weights_and_optimizer_as_they_were(value, small, scored):
+    student, optimizer = small
+    good, bad = batches(scored, rollouts_per_step=5, tokens_per_batch=20, stop=2)
+    poisoned = torch.where(bad.batches[-1].weight > 0, value, 0.0)
+    bad = evolve(bad, batches=(*bad.batches[:-1], evolve(bad.batches[-1], teacher_logprobs=poisoned)))
+    assert len(bad.batches) > 1
+    steps = opd_steps(student, [good, bad], ReferenceOPDLoss(clip=None), optimizer)
+    next(steps)
+    before = state_of(student, optimizer)
+    with pytest.raises(TrainingDivergedError, match=r"Step 1: the gradient norm is (nan|inf)"):
+        next(steps)
+    assert_same_state(state_of(student, optimizer), before)
+
+
 def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(llama, tokenizer, prompts):
     scorer = HFScorer(llama, tokenizer)
     source = HFSource(llama, tokenizer, PARAMS, Lineage(sft_teacher=scorer.provenance.model))
     store = MemoryStore(source.manifest)
     collect_rollouts(source, prompts, store)
     score_rollouts(store, scorer)
-    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
     (step,) = batches(store, rollouts_per_step=14, tokens_per_batch=60, stop=1)
     assert len(step.batches) > 1
     (metrics,) = opd_steps(student, [step], ReferenceOPDLoss(), plain_sgd(student))
@@ -657,7 +757,7 @@ def test_training_on_a_store_that_is_empty_or_not_scored_is_refused(source, prom
 
 def test_online_opd_is_the_same_verbs_on_a_store_that_forgets(near_teacher, tokenizer, prompts, llama):
     teacher = HFScorer(near_teacher, tokenizer)
-    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     lineage, params = Lineage(sft_teacher=teacher.provenance.model), SamplingParams(max_new_tokens=2, samples_per_prompt=24)
     policies = set()
@@ -682,7 +782,7 @@ def test_lightning_opd_on_frozen_rollouts_brings_the_student_nearer_to_the_teach
     store = MemoryStore(source.manifest)
     collect_rollouts(source, prompts, store)
     score_rollouts(store, scorer)
-    student = CausalLMStudent(copy.deepcopy(llama), VOCAB)
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     list(opd_steps(student, batches(store, rollouts_per_step=56, seed=0, stop=10), ReferenceOPDLoss(), optimizer))
     assert exact_reverse_kl(student.model.eval(), near_teacher, prompts) < 0.8 * exact_reverse_kl(llama, near_teacher, prompts)
@@ -757,6 +857,15 @@ def test_the_estimated_reverse_kl_covers_the_exact_one(llama, near_teacher, toke
     assert exact > 0.02
     assert estimate.ci95 < 0.4 * exact
     assert abs(estimate.mean - exact) <= estimate.ci95
+
+
+def test_pain_12_reverse_kl_to_a_teacher_of_other_tokens_is_refused_before_anything_is_sampled(
+    source, prompts, teacher_model, swapped_tokenizer
+):
+    asked = Stopping(source, 99)
+    with pytest.raises(TokenizerMismatchError, match="expected the policy's"):
+        evaluate_reverse_kl(asked, HFScorer(teacher_model, swapped_tokenizer), prompts)
+    assert asked.asked == []
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"top_p": 0.9}])

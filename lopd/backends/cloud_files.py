@@ -7,20 +7,25 @@ fsspec file systems take their own options (`key`, `secret`, ...), and need one 
 """
 
 import os
+import random
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, final
 
 import numpy as np
 
 from lopd.backends.files import Bytes, Files, StorageOptions, T
-from lopd.errors import ForkedStoreError, MissingDependencyError, StorePathError
+from lopd.errors import ForkedStoreError, MissingDependencyError, StorePathError, StoreWriteError
 
 _OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")
 _REQUESTS_AT_ONCE = 16
+# A request takes as long as a megabyte or so.
+_GAP = 1 << 20
 
 
 def open_cloud_files(url: str, options: StorageOptions) -> Files:
@@ -39,6 +44,20 @@ def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
         return [call() for call in calls]
     with ThreadPoolExecutor(min(_REQUESTS_AT_ONCE, len(calls))) as pool:
         return list(pool.map(lambda call: call(), calls))
+
+
+def _merge_spans(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int, list[int]]]:
+    """(start, end, which ranges are in it) of as few spans as there need be where small gaps are fetched along; empty ranges need none."""
+    spans: list[tuple[int, int, list[int]]] = []
+    for i in sorted(range(len(starts)), key=starts.__getitem__):
+        if ends[i] <= starts[i]:
+            continue
+        if spans and starts[i] - spans[-1][1] <= _GAP:
+            first, last, members = spans[-1]
+            spans[-1] = first, max(last, ends[i]), [*members, i]
+        else:
+            spans.append((starts[i], ends[i], [i]))
+    return spans
 
 
 @final
@@ -69,6 +88,7 @@ class ObstoreFiles:
     def __init__(self, url: str, options: StorageOptions) -> None:
         """No request is made yet."""
         self._url = url.rstrip("/")
+        self._shown = _without_user(self._url)
         self._options = dict(options)
         self._obstore, self._store = self._open()
 
@@ -79,7 +99,7 @@ class ObstoreFiles:
     @property
     def url(self) -> str:
         """Bucket and prefix, without options."""
-        return self._url
+        return self._shown
 
     def _open(self) -> tuple[Any, Any]:
         try:
@@ -87,34 +107,34 @@ class ObstoreFiles:
             from obstore.exceptions import BaseError
         except ImportError as error:
             raise MissingDependencyError(
-                f"Store {self._url}: obstore is not installed, expected it for this URL; pip install 'lopd[zarr]'."
+                f"Store {self._shown}: obstore is not installed, expected it for this URL; pip install 'lopd[zarr]'."
             ) from error
-        _GUARD.check(self._url)
+        _GUARD.check(self._shown)
         options = dict(self._options)
-        retry = {
-            "max_retries": int(options.pop("client_max_retries", 10)),
-            "retry_timeout": timedelta(seconds=float(options.pop("client_retry_timeout", 180))),
-        }
+        self._max_retries = int(options.pop("client_max_retries", 10))
+        self._retry_timeout = float(options.pop("client_retry_timeout", 180))
+        retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._retry_timeout)}
+        self._final = (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError)
         client = {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
         client = {name: value == "true" if value in ("true", "false") else value for name, value in client.items()}
         try:
             # Which options there are is obstore's to say.
-            store = obstore.store.from_url(self._url, config=options, client_options=client, retry_config=retry)  # type: ignore[call-overload]
+            store = obstore.store.from_url(self._url, config=options, client_options=client or None, retry_config=retry)  # type: ignore[call-overload]
         except (BaseError, ValueError, TypeError) as error:
             # The message names an option, never its value.
             raise StorePathError(
-                f"Store {self._url}: it cannot be opened ({type(error).__name__}), expected storage options of object_store; check their names."
+                f"Store {self._shown}: it cannot be opened ({type(error).__name__}), expected storage options of object_store; check their names."
             ) from None
         return obstore, store
 
     def _call(self, path: str, work: Callable[[], T]) -> T:
-        _GUARD.check(self._url)
+        _GUARD.check(self._shown)
         try:
             return work()
         except (self._obstore.exceptions.NotFoundError, FileNotFoundError) as error:
-            raise FileNotFoundError(f"{self._url}/{path} is not there") from error
+            raise FileNotFoundError(f"{self._shown}/{path} is not there") from error
         except self._obstore.exceptions.BaseError as error:
-            raise OSError(f"{self._url}/{path}: {_first_line(error)}") from error
+            raise OSError(f"{self._shown}/{path}: {_first_line(error)}") from error
 
     def read(self, path: str, /) -> bytes:
         """A whole object."""
@@ -122,21 +142,28 @@ class ObstoreFiles:
 
     def read_many(self, paths: Sequence[str], /) -> list[bytes]:
         """Whole objects, some at a time."""
-        return _side_by_side([lambda path=path: self.read(path) for path in paths])  # type: ignore[misc]
+        return _side_by_side([partial(self.read, path) for path in paths])
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
-        """Parts of one object; near ones are fetched by one request."""
+        """Parts of one object; near ones are fetched by one request, and what is behind the end of the object is missing."""
         found = [np.zeros(0, np.uint8)] * len(starts)
-        # An empty range is no valid request.
-        wanted = [i for i, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
-        if wanted:
-            parts = self._call(
-                path,
-                lambda: self._obstore.get_ranges(self._store, path, starts=[starts[i] for i in wanted], ends=[ends[i] for i in wanted]),
-            )
-            for i, part in zip(wanted, parts, strict=True):
-                found[i] = np.frombuffer(part, np.uint8)
+        spans = _merge_spans(starts, ends)
+        fetched = _side_by_side([partial(self._read_span, path, first, last) for first, last, _ in spans])
+        for (first, _, members), data in zip(spans, fetched, strict=True):
+            for i in members:
+                found[i] = data[starts[i] - first : ends[i] - first]
         return found
+
+    def _read_span(self, path: str, start: int, end: int) -> Bytes:
+        try:
+            return np.frombuffer(self._call(path, lambda: self._obstore.get_range(self._store, path, start=start, end=end)), np.uint8)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            # A server refuses a range that begins behind the end; that the object is too short is for the caller to say.
+            if self._call(path, lambda: self._obstore.head(self._store, path))["size"] > start:
+                raise
+            return np.zeros(0, np.uint8)
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
         """What each call gives, some at a time."""
@@ -147,21 +174,50 @@ class ObstoreFiles:
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
         """New objects, some at a time."""
-        _side_by_side([lambda path=path, data=data: self._put(path, data) for path, data in files.items()])  # type: ignore[misc]
+        _side_by_side([partial(self._put, path, data) for path, data in files.items()])
 
     def _put(self, path: str, data: Bytes) -> None:
         self._call(path, lambda: self._obstore.put(self._store, path, data.tobytes()))
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
-        """Whether this call made the object."""
+        """Whether this call made the object.
+
+        Of a put whose answer was lost nobody knows whether it was done; then the object tells, and its bytes say whose it is.
+        """
+        try:
+            return self._repeat(partial(self._put_or_compare, path, data))
+        except OSError as error:
+            if isinstance(error.__cause__, self._final):
+                raise
+            raise StoreWriteError(
+                f"{self._shown}/{path}: the storage did not say whether it is written ({error}), expected an answer; "
+                "open the store again when the storage is back, and repeat the call, which is safe."
+            ) from error
+
+    def _put_or_compare(self, path: str, data: bytes) -> bool:
         try:
             self._call(path, lambda: self._obstore.put(self._store, path, data, mode="create"))
         except OSError as error:
-            if isinstance(error.__cause__, self._obstore.exceptions.AlreadyExistsError):
-                # When the answer to a put is lost, its repetition finds the object there: then the bytes say whose it is.
+            try:
                 return self.read(path) == data
-            raise
+            except FileNotFoundError:
+                raise error from error.__cause__
         return True
+
+    def _repeat(self, work: Callable[[], T]) -> T:
+        """Repeat what a lost connection cut off: object_store does so for what a server refuses (5xx), and for plain reads, only."""
+        deadline, pause = time.monotonic() + self._retry_timeout, 0.1
+        for left in range(self._max_retries, -1, -1):
+            try:
+                return work()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if not left or time.monotonic() > deadline or isinstance(error.__cause__, self._final):
+                    raise
+            time.sleep(pause * random.random())  # noqa: S311 (spreads writers that were refused at the same moment)
+            pause = min(2 * pause, 15.0)
+        raise AssertionError
 
     def settle(self, folder: str, /) -> None:
         """Nothing to do: a put is durable when it is answered."""
@@ -169,12 +225,13 @@ class ObstoreFiles:
     def names(self, folder: str, /) -> list[str]:
         """Sorted names of what is in a folder."""
         prefix = f"{folder}/" if folder else ""
-        listed = self._call(folder, lambda: self._obstore.list_with_delimiter(self._store, prefix or None))
+        listed = self._repeat(partial(self._call, folder, lambda: self._obstore.list_with_delimiter(self._store, prefix or None)))
         paths = [*listed["common_prefixes"], *(entry["path"] for entry in listed["objects"])]
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)
 
     def _listed(self, folder: str) -> list[Any]:
-        return self._call(folder, lambda: [entry for page in self._obstore.list(self._store, f"{folder}/") for entry in page])
+        pages = lambda: [entry for page in self._obstore.list(self._store, f"{folder}/") for entry in page]  # noqa: E731 (drawn anew each time)
+        return self._repeat(partial(self._call, folder, pages))
 
     def age(self, folder: str, /) -> float:
         """Seconds since the newest object in a folder was written, by the server's clock."""
@@ -196,18 +253,19 @@ class FsspecFiles:
     def __init__(self, url: str, options: StorageOptions) -> None:
         """No request is made yet."""
         self._url = url.rstrip("/")
+        self._shown = _without_user(self._url)
         self._options = dict(options)
         try:
             import fsspec
         except ImportError as error:
             raise MissingDependencyError(
-                f"Store {self._url}: fsspec is not installed, expected it for this URL; pip install 'lopd[zarr]'."
+                f"Store {self._shown}: fsspec is not installed, expected it for this URL; pip install 'lopd[zarr]'."
             ) from error
         try:
             self._fs, self._root = fsspec.core.url_to_fs(self._url, **self._options)
         except (ValueError, ImportError, TypeError) as error:
             raise StorePathError(
-                f"Store {self._url}: fsspec cannot open it ({type(error).__name__}), expected a URL it knows; check scheme and options."
+                f"Store {self._shown}: fsspec cannot open it ({type(error).__name__}), expected a URL it knows; check scheme and options."
             ) from None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -216,8 +274,8 @@ class FsspecFiles:
 
     @property
     def url(self) -> str:
-        """The root, without options."""
-        return self._url
+        """The root, without options and passwords."""
+        return self._shown
 
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/")
@@ -279,6 +337,11 @@ class FsspecFiles:
         for folder in folders:
             if self._fs.exists(self._path(folder)):
                 self._fs.rm(self._path(folder), recursive=True)
+
+
+def _without_user(url: str) -> str:
+    """The URL as messages show it: `user:password@` stays private."""
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def _first_line(error: Exception) -> str:

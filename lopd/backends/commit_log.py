@@ -8,13 +8,14 @@ commit, and the number gives all readers one order of rows.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, final
 
 import xxhash
 
 from lopd.backends.files import Files
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, StoreReadError
 
 COMMITS, CHECKPOINTS = "commits", "checkpoints"
 COMMITS_PER_CHECKPOINT = 64
@@ -68,11 +69,17 @@ class CommitLog:
         self._files.settle(COMMITS)
 
     def next(self, number: int) -> dict[str, Any] | None:
-        """The record with this number, or None if it is not there yet."""
-        try:
-            data = self._files.read(_record_path(number))
-        except FileNotFoundError:
-            return None
+        """The record with this number, or None if it is not there yet.
+
+        Raises:
+            CorruptStoreError: it is damaged.
+            StoreReadError: the storage does not answer.
+        """
+        with self._reading():
+            try:
+                data = self._files.read(_record_path(number))
+            except FileNotFoundError:
+                return None
         return self._unsealed(_record_path(number), data)
 
     def records(self, start: int, stop: int | None = None) -> list[dict[str, Any]]:
@@ -80,7 +87,23 @@ class CommitLog:
 
         Raises:
             CorruptStoreError: a record is damaged, or one is missing before others.
+            StoreReadError: the storage does not answer.
         """
+        with self._reading():
+            return self._records(start, stop)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreReadError:
+            raise
+        except OSError as error:
+            raise StoreReadError(
+                f"{self._owner}: reading its commit log failed with {error}, expected the storage to answer; check it and try again."
+            ) from error
+
+    def _records(self, start: int, stop: int | None) -> list[dict[str, Any]]:
         last = max((number for number in map(_number, self._files.names(COMMITS)) if number is not None), default=-1)
         paths = [_record_path(number) for number in range(start, last + 1 if stop is None else stop)]
         try:
@@ -91,21 +114,24 @@ class CommitLog:
             ) from error
 
     def checkpoint(self, until: int | None) -> dict[str, Any] | None:
-        """The latest checkpoint that is not after commit `until`; None if there is none."""
-        numbers = [number for number in map(_number, self._files.names(CHECKPOINTS)) if number is not None]
-        numbers = [number for number in numbers if until is None or number <= until]
-        if not numbers:
-            return None
-        path = _checkpoint_path(max(numbers))
-        return self._unsealed(path, self._files.read(path))
+        """The latest checkpoint that is not after commit `until`; None if there is none.
+
+        Raises:
+            CorruptStoreError: it is damaged.
+            StoreReadError: the storage does not answer.
+        """
+        with self._reading():
+            numbers = [number for number in map(_number, self._files.names(CHECKPOINTS)) if number is not None]
+            numbers = [number for number in numbers if until is None or number <= until]
+            if not numbers:
+                return None
+            path = _checkpoint_path(max(numbers))
+            data = self._files.read(path)
+        return self._unsealed(path, data)
 
     def put_checkpoint(self, number: int, state: Mapping[str, Any]) -> None:
         """Keep the state after `number` commits; another process may have done it already."""
         self._files.put_if_absent(_checkpoint_path(number), seal(state))
-
-    def files(self) -> Sequence[str]:
-        """Paths of all records and checkpoints."""
-        return [f"{folder}/{name}" for folder in (COMMITS, CHECKPOINTS) for name in self._files.names(folder)]
 
     def _unsealed(self, path: str, data: bytes) -> dict[str, Any]:
         record = unseal(data)

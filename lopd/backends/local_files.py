@@ -19,7 +19,7 @@ from lopd.errors import StoreWriteError
 TEMPORARY_PREFIX = ".tmp-"
 
 # Every map holds a file descriptor; a store of many small appends would run out of them without a bound.
-_OPEN_MAPS = 128
+_OPEN_MAPS = 384
 
 
 @final

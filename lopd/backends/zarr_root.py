@@ -37,11 +37,19 @@ class StorageTypes:
 
 
 def names_in(files: Files) -> list[str]:
-    """What is in the root; the root itself where it is a file."""
+    """What is in the root; the root itself where it is a file.
+
+    Raises:
+        StoreReadError: the storage refused to say.
+    """
     try:
         return files.names("")
     except NotADirectoryError:
         return [files.url]
+    except OSError as error:
+        raise StoreReadError(
+            f"Store {files.url}: looking for it failed with {error}, expected to list what is there; check the path and the credentials."
+        ) from error
 
 
 def taken(files: Files) -> StoreExistsError:

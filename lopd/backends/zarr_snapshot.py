@@ -33,19 +33,36 @@ class Column:
         """Nothing is read yet."""
         self.provenance = provenance
         self.segments = list(segments)
-        self._places = np.zeros(0, np.int64)
-        self._placed = 0
+        self._known = np.zeros(0, np.int64)
+        self._taken_in = 0
 
-    def places(self, rows: int) -> NDArray[np.int64]:
-        """(rows,): segment number * 2**32 + line of each rollout's scores, -1 where it has none."""
-        if len(self._places) < rows:
-            self._places = np.concatenate([self._places, np.full(rows - len(self._places), -1, np.int64)])
-        for number in range(self._placed, len(self.segments)):
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Segment number * 2**32 + line of these rollouts' scores, -1 where there are none.
+
+        Where segments follow one another without gaps (after a compaction, say), nothing is read, and nothing kept in memory.
+        """
+        if not all(segment.meta.dense for segment in self.segments):
+            return self._index(int(rows.max(initial=-1)) + 1)[rows]
+        order = sorted(range(len(self.segments)), key=lambda i: self.segments[i].meta.first_row)
+        firsts = np.array([self.segments[i].meta.first_row for i in order], np.int64)
+        sizes = np.array([self.segments[i].meta.rows for i in order], np.int64)
+        at = np.searchsorted(firsts, rows, side="right") - 1
+        lines = rows - firsts[at]
+        return np.where((at >= 0) & (lines < sizes[at]), (np.array(order, np.int64)[at] << _LINE_BITS) + lines, -1)
+
+    def _index(self, rows: int) -> NDArray[np.int64]:
+        """At least (rows,): the same of all rollouts; reads the lines of segments that skip some."""
+        known = self._known
+        for number in range(self._taken_in, len(self.segments)):
             meta = self.segments[number].meta
+            if len(known) <= meta.last_row:
+                known = np.concatenate([known, np.full(meta.last_row + 1 - len(known), -1, np.int64)])
             where = slice(meta.first_row, meta.last_row + 1) if meta.dense else self.segments[number].lines()[:, S["row"]]
-            self._places[where] = (number << _LINE_BITS) + np.arange(meta.rows)
-        self._placed = len(self.segments)
-        return self._places[:rows]
+            known[where] = (number << _LINE_BITS) + np.arange(meta.rows)
+        if len(known) < rows:
+            known = np.concatenate([known, np.full(rows - len(known), -1, np.int64)])
+        self._known, self._taken_in = known, len(self.segments)
+        return known
 
 
 @final
@@ -187,7 +204,7 @@ class Snapshot:
             return self._behavior
         if column not in self.columns:
             return np.zeros(self.rows, np.bool_)
-        return self.columns[column].places(self.rows) >= 0
+        return self.columns[column].places(np.arange(self.rows)) >= 0
 
     def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
         """Content hash and number of response tokens of rollouts."""
@@ -261,7 +278,7 @@ class Snapshot:
     def _grouped_scores(self, name: str, rows: NDArray[np.int64]) -> list[_Group]:
         """The same for the scores of a column."""
         column = self.columns.get(name)
-        places = column.places(self.rows)[rows] if column else np.full(len(rows), -1, np.int64)
+        places = column.places(rows) if column else np.full(len(rows), -1, np.int64)
         if column is None or (places < 0).any():
             raise ragged.missing_scores(self._owner, self._name(int(rows[int(np.argmax(places < 0))])), name)
         return _group(column.segments, places >> _LINE_BITS, places & ((1 << _LINE_BITS) - 1))

@@ -25,7 +25,7 @@ from lopd.backends.zarr_format import METADATA_FILE, Codec
 from lopd.backends.zarr_root import LogprobDtype, StorageTypes, create_root, names_in, read_root, taken
 from lopd.backends.zarr_snapshot import Snapshot
 from lopd.backends.zarr_writer import Draft, Writer
-from lopd.errors import ManifestMismatchError, StoreExistsError, StoreReadError
+from lopd.errors import ManifestMismatchError, StoreExistsError
 from lopd.manifest import Commit, Manifest, ModelId, Provenance
 from lopd.types import Rollout, RolloutArrays, ScoredRollout, Scores
 
@@ -187,16 +187,11 @@ class ZarrStore:
         self._writer.refresh()
 
     def _load(self, until: int | None) -> None:
-        try:
-            checkpoint = self._log.checkpoint(until)
-            if checkpoint is not None:
-                self._snapshot.load(checkpoint)
-            for record in self._log.records(self._snapshot.commits, until):
-                self._snapshot.add(record)
-        except OSError as error:
-            raise StoreReadError(
-                f"{self._owner}: opening it failed with {error}, expected the storage to answer; check it and try again."
-            ) from error
+        checkpoint = self._log.checkpoint(until)
+        if checkpoint is not None:
+            self._snapshot.load(checkpoint)
+        for record in self._log.records(self._snapshot.commits, until):
+            self._snapshot.add(record)
 
     def begin_generation(self, generation: int, policy: ModelId, /) -> None:
         """Say, durably, which policy samples in another round.  Refreshes."""

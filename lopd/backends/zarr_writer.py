@@ -15,7 +15,7 @@ from lopd.backends.zarr_format import METADATA_FILE, group_document
 from lopd.backends.zarr_root import StorageTypes
 from lopd.backends.zarr_segment import SegmentData, SegmentMeta, encode_segment
 from lopd.backends.zarr_snapshot import Snapshot
-from lopd.errors import StoreReadError, StoreWriteError
+from lopd.errors import StoreWriteError
 from lopd.manifest import ModelId
 
 
@@ -69,13 +69,8 @@ class Writer:
             CorruptStoreError: a later commit is damaged.
             StoreReadError: the storage does not answer.
         """
-        try:
-            while (record := self._log.next(self._snapshot.commits)) is not None:
-                self._snapshot.add(record)
-        except OSError as error:
-            raise StoreReadError(
-                f"{self._owner}: reading its commit log failed with {error}, expected the storage to answer; check it and try again."
-            ) from error
+        while (record := self._log.next(self._snapshot.commits)) is not None:
+            self._snapshot.add(record)
 
     def begin_generation(self, generation: int, policy: ModelId) -> None:
         """Commit which policy samples in a round, unless it is known."""
@@ -197,8 +192,16 @@ class Writer:
         records = self._log.records(0)
         recent = {path for r in records if time.time() - r["when"] < older_than for path in r.get("removes", ())}
         keep = self._snapshot.paths() | recent
-        parents = ["segments", *(f"scores/{name}" for name in self._files.names("scores") if name != METADATA_FILE)]
-        found = [f"{parent}/{name}" for parent in parents for name in self._files.names(parent) if name != METADATA_FILE]
-        dead = [path for path in found if path not in keep and self._files.age(path) >= older_than]
-        self._files.remove(dead)
+        try:
+            dead = [path for path in self._found() if path not in keep and self._files.age(path) >= older_than]
+            self._files.remove(dead)
+        except OSError as error:
+            raise StoreWriteError(
+                f"{self._owner}: sweeping failed with {error}, expected the storage to list and remove; check it and repeat the call."
+            ) from error
         return dead
+
+    def _found(self) -> list[str]:
+        """Paths of all segments that are there, whether a record names them or not."""
+        parents = ["segments", *(f"scores/{name}" for name in self._files.names("scores") if name != METADATA_FILE)]
+        return [f"{parent}/{name}" for parent in parents for name in self._files.names(parent) if name != METADATA_FILE]

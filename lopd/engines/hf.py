@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lopd.causal_lm import check_cut, context_length, evaluating, hidden_states, lm_head, token_logprobs, unwrap
+from lopd.checks import check_at_least
 from lopd.collate import target_slice
+from lopd.consistency import check_vocabulary
 from lopd.engines.decoding import Row, decode
 from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer, hash_weights
 from lopd.metrics import RolloutSums
-from lopd.types import Prompt, Rollout, Scores, rollout_id
+from lopd.types import Prompt, Rollout, Scores, floor_logprobs, rollout_id
 
 ENGINE = f"transformers {transformers.__version__}"
 
@@ -62,6 +64,10 @@ class HFSource:
         identity: of the model; by default a hash of its weights, taken when first asked for.
         generation: round of sampling.
         rows_per_batch: responses that are sampled side by side; this bounds memory.
+
+    Raises:
+        InvalidRecordError: `rows_per_batch` is less than 1.
+        ModelError: see `lopd.causal_lm.check_cut`.
     """
 
     model: Any = field(repr=False)
@@ -79,6 +85,7 @@ class HFSource:
         return cls(model, tokenizer, sampling, Lineage.read(Path(folder)))
 
     def __attrs_post_init__(self) -> None:
+        check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
         check_cut(self.model, fingerprint_tokenizer(self.tokenizer).vocab_size)
 
     @property
@@ -156,6 +163,7 @@ def _check_ids(owner: str, ids: NDArray[np.int32], tokenizer: TokenizerId) -> No
 class HFScorer:
     """Reads rollouts with a transformers model: length-sorted batches under a token budget, float32 log-softmax in chunks of rows.
 
+    A log-prob of exactly -inf (a head that rules a token out) becomes the floor of `lopd.floor_logprobs`, and is counted.
     Memory beyond the model: activations of `tokens_per_batch` positions, and `rows_per_chunk` * V logits; never a (B, S, V) tensor.
 
     Args:
@@ -164,6 +172,10 @@ class HFScorer:
         tokens_per_batch: padded positions of one forward pass.
         rows_per_chunk: response tokens whose logits exist at once.
         identity: of the model; by default a hash of its weights.
+
+    Raises:
+        InvalidRecordError: `tokens_per_batch` or `rows_per_chunk` is less than 1.
+        ModelError: see `lopd.causal_lm.check_cut`.
     """
 
     model: Any = field(repr=False)
@@ -179,10 +191,13 @@ class HFScorer:
         return cls(model, tokenizer)
 
     def __attrs_post_init__(self) -> None:
-        check_cut(self.model, self._tokenizer_id.vocab_size)
+        check_at_least("HFScorer", "tokens_per_batch", self.tokens_per_batch, 1)
+        check_at_least("HFScorer", "rows_per_chunk", self.rows_per_chunk, 1)
+        check_cut(self.model, self.tokenizer_id.vocab_size)
 
     @cached_property
-    def _tokenizer_id(self) -> TokenizerId:
+    def tokenizer_id(self) -> TokenizerId:
+        """Whose ids it reads."""
         return fingerprint_tokenizer(self.tokenizer)
 
     @property
@@ -192,7 +207,7 @@ class HFScorer:
 
     @cached_property
     def _provenance(self) -> Provenance:
-        return Provenance(self.identity or model_id(self.model), self._tokenizer_id.vocab_hash, ENGINE)
+        return Provenance(self.identity or model_id(self.model), self.tokenizer_id.vocab_hash, ENGINE)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
@@ -203,43 +218,44 @@ class HFScorer:
                 raise ContextOverflowError(
                     f"{owner}: it has {len(rollout)} tokens, expected at most the context of {context}; use a teacher with a longer one."
                 )
-            _check_ids(owner, rollout.prompt_ids, self._tokenizer_id)
-            _check_ids(owner, rollout.response_ids, self._tokenizer_id)
+            _check_ids(owner, rollout.prompt_ids, self.tokenizer_id)
+            _check_ids(owner, rollout.response_ids, self.tokenizer_id)
         scores: dict[int, Scores] = {}
         for part in _budgeted(rollouts, self.tokens_per_batch):
             for i, logprobs_T in zip(part, self._score_batch([rollouts[i] for i in part]), strict=True):
-                scores[i] = Scores.of(rollouts[i], logprobs_T)
+                scores[i] = Scores.of(rollouts[i], *floor_logprobs(logprobs_T))
         return [scores[i] for i in range(len(rollouts))]
 
     @torch.inference_mode()
     def _score_batch(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
         hidden_MD, targets_M = _response_hidden(self.model, rollouts)
-        logprobs_M = token_logprobs(hidden_MD, lm_head(self.model, self._tokenizer_id.vocab_size).float(), targets_M, self.rows_per_chunk)
+        logprobs_M = token_logprobs(hidden_MD, lm_head(self.model, self.tokenizer_id.vocab_size).float(), targets_M, self.rows_per_chunk)
         return _split(logprobs_M.cpu().numpy(), rollouts)
 
 
 @torch.inference_mode()
-def exact_reverse_kl(
-    student: Any, teacher: Any, rollouts: Sequence[Rollout], vocab_size: int, *, tokens_per_batch: int = 8192, rows_per_chunk: int = 256
-) -> RolloutSums:
+def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Rollout]) -> RolloutSums:
     r"""KL(student, teacher) in nats over the whole vocabulary, summed over the response tokens of each rollout of the student.
 
     \(\sum_v \pi_\theta(v|s_t)\,(\log\pi_\theta(v|s_t) - \log\pi_T(v|s_t))\) at every state \(s_t\): the mean that `metrics.reverse_kl`
     estimates from sampled tokens alone, at the price of having both models in memory; its interval is narrower.
 
     Args:
-        student: a causal LM, the policy that sampled.
-        teacher: a causal LM with the same vocabulary.
+        student: the policy that sampled.
+        teacher: reads both, in its own `tokens_per_batch` and `rows_per_chunk`; the logits of a chunk exist for both models at once.
         rollouts: fresh ones of the student.
-        vocab_size: ids of the tokenizer.
-        tokens_per_batch: padded positions of one forward pass.
-        rows_per_chunk: response tokens whose logits exist at once, for both models.
+
+    Raises:
+        TokenizerMismatchError: the teacher's token-to-id map is not the student's.
     """
+    ours = student.manifest.tokenizer
+    check_vocabulary("Teacher", teacher.tokenizer_id, "the student's", ours)
     sums = np.zeros(len(rollouts))
-    heads = lm_head(student, vocab_size).float(), lm_head(teacher, vocab_size).float()
-    for part in _budgeted(rollouts, tokens_per_batch):
+    models = student.model, teacher.model
+    heads = [lm_head(model, ours.vocab_size).float() for model in models]
+    for part in _budgeted(rollouts, teacher.tokens_per_batch):
         batch = [rollouts[i] for i in part]
-        chunks = [_response_hidden(model, batch)[0].split(rows_per_chunk) for model in (student, teacher)]
+        chunks = [_response_hidden(model, batch)[0].split(teacher.rows_per_chunk) for model in models]
         kl_M = torch.cat([_kl(heads[0].logits(s_RD), heads[1].logits(t_RD)) for s_RD, t_RD in zip(*chunks, strict=True)])
         sums[part] = [float(kl_T.astype(np.float64).sum()) for kl_T in _split(kl_M.cpu().numpy(), batch)]
     return RolloutSums(sums, np.array([r.response_ids.size for r in rollouts], np.float64))
@@ -247,7 +263,9 @@ def exact_reverse_kl(
 
 def _kl(student_logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:
     student_RV, teacher_RV = student_logits_RV.log_softmax(-1), teacher_logits_RV.log_softmax(-1)
-    return (student_RV.exp() * (student_RV - teacher_RV)).sum(-1)
+    # a token that the student rules out adds nothing, also where 0 * (-inf - -inf) would say NaN
+    gaps_RV = (student_RV - teacher_RV).masked_fill(student_RV == -torch.inf, 0.0)
+    return (student_RV.exp() * gaps_RV).sum(-1)
 
 
 def _budgeted(rollouts: Sequence[Rollout], tokens_per_batch: int) -> list[list[int]]:

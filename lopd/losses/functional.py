@@ -41,8 +41,10 @@ def lightning(student_logprobs_M: Tensor, advantages_M: Tensor) -> Tensor:
 def lightning_with_ratio(student_logprobs_M: Tensor, advantages_M: Tensor, ref_logprobs_M: Tensor) -> Tensor:
     r"""\(-A\,\exp(\ell_\theta - \ell_{ref})\): the same with the per-token importance ratio to the policy that sampled.
 
-    Gradient through the ratio.  It has the gradient of `lightning` at \(\theta = \theta_{ref}\); away from it a token fades as its probability
-    falls, instead of being pushed down for ever.  The ratio is one of temperature-1 log-probs, whatever temperature drew the tokens.
+    Gradient through the ratio.  It has the gradient of `lightning` at \(\theta = \theta_{ref}\).  Away from it they differ: `lightning` regresses
+    \(\ell_\theta\) on \(\ell_T\) at every frozen token, and one that the teacher finds nearly impossible keeps its large gap until the student
+    finds it so too; here such a token fades as its probability falls.  The ratio is one of temperature-1 log-probs, whatever temperature
+    drew the tokens.
 
     Source: the standard importance-sampled policy gradient, as AsyncOPD (arXiv 2606.24143) uses it for stale rollouts.
 

@@ -3,6 +3,7 @@
 Memory: logits of all counted tokens of a micro-batch, M * V * 4 bytes, a few times over.
 """
 
+import math
 from collections.abc import Sequence
 from typing import final
 
@@ -10,6 +11,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from lopd.checks import check_number
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.losses import functional
 from lopd.protocols import OPDLoss
@@ -42,14 +44,21 @@ class ReferenceOPDLoss:
     r"""Lightning OPD: \(\sum_t w_t\, (-A_t\, \ell_\theta(a_t))\), \(A_t = \mathrm{clip}(\ell_T - \mathrm{sg}[\ell_\theta], \pm\tau)\).
 
     Args:
-        clip: \(\tau\) in nats, or None.
+        clip: \(\tau\) in nats, finite and more than 0; or None for no clipping.
         ratio_to_ref: multiply by the per-token importance ratio to the `ref` column (`functional.lightning_with_ratio`).
+
+    Raises:
+        InvalidRecordError: `clip` is neither.
 
     Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.
     """
 
     clip: float | None = 10.0
     ratio_to_ref: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        fits = self.clip is None or 0 < self.clip < math.inf
+        check_number("ReferenceOPDLoss", "clip", self.clip, fits, "None, or finite and more than 0 nats")
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens.

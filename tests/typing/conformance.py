@@ -1,13 +1,23 @@
 """Only type-checked, never run: every class against the protocol it is used as.  A forgotten or renamed method fails here."""
 
+from typing import Any
+
+import torch
+
+from lopd.backends.cloud_files import FsspecFiles, ObstoreFiles
+from lopd.backends.files import Files
+from lopd.backends.lance_store import LanceStore
+from lopd.backends.local_files import LocalFiles
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr_store import ZarrStore
 from lopd.collate import Weighting, by_rollout, by_token
 from lopd.console import RichProgress
 from lopd.engines.hf import HFScorer, HFSource
+from lopd.interop import TorchDataset
 from lopd.loader import StepStream
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss, WeightedLoss
 from lopd.protocols import (
+    DurableStore,
     LogprobReader,
     LogprobStore,
     LogprobWriter,
@@ -33,8 +43,20 @@ def memory_store(store: MemoryStore) -> tuple[LogprobStore, LogprobReader, Logpr
     return store, store, store
 
 
-def zarr_store(store: ZarrStore) -> tuple[LogprobStore, LogprobReader, LogprobWriter]:
+def zarr_store(store: ZarrStore) -> tuple[DurableStore, LogprobReader, LogprobWriter]:
     return store, store, store
+
+
+def lance_store(store: LanceStore) -> tuple[DurableStore, LogprobReader, LogprobWriter]:
+    return store, store, store
+
+
+def files(local: LocalFiles, bucket: ObstoreFiles, other: FsspecFiles) -> tuple[Files, Files, Files]:
+    return local, bucket, other
+
+
+def dataset(rows: TorchDataset) -> torch.utils.data.Dataset[dict[str, Any]]:
+    return rows
 
 
 def losses() -> tuple[OPDLoss, OPDLoss, OPDLoss]:

@@ -1,0 +1,308 @@
+"""How fast are the stores?  Each beside numpy memmap, which is the limit, and beside what else people keep such data in.
+
+    make bench-store
+
+Synthetic rollouts (log-normal lengths, three values a token: id, teacher and reference log-prob), written and read by every backend in
+processes of their own, interleaved; a figure is the median over repetitions, with the smallest and the largest beside it.
+Writes `benchmarks/results/bench_store.json` and `docs/bench_store.png`.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import evolve
+from numpy.typing import NDArray
+from record import ROOT, describe_machine, result_file
+from store_backends import BACKENDS, Rows, Store
+
+from lopd.backends.zarr_store import ZarrStore
+from lopd.testing import tiny_manifest, tiny_provenance
+from lopd.types import Rollout, Scores
+
+BATCH, APPEND, BLOCK, BLOCKS = 64, 1024, 1024, 4
+VOCABULARY = 151_936
+SEGMENT = 1 << 24
+SECONDS = 3.0
+
+
+def make_rows(count: int, seed: int) -> Rows:
+    """Rollouts whose lengths are spread as those of reasoning models are (median 722, mean about 1000)."""
+    rng = np.random.default_rng(seed)
+    lengths = np.clip(rng.lognormal(6.58, 0.8, count).astype(np.int64), 8, 16_384)
+    total = int(lengths.sum())
+    # Zipf's law over a large vocabulary; log-probs with the many certainties that models have.
+    ids = np.minimum(rng.zipf(1.2, total) - 1, VOCABULARY - 1).astype(np.uint32)
+    teacher, ref = (-np.square(rng.standard_normal(total, np.float32)) * (rng.random(total) < 0.8) for _ in range(2))
+    return Rows(lengths, ids, teacher.astype(np.float32), ref.astype(np.float32))
+
+
+def orders(count: int, seed: int) -> dict[str, list[NDArray[np.int64]]]:
+    """Batches of rows: in order, at random, and shuffled inside blocks that are picked at random."""
+    rng = np.random.default_rng(seed)
+    blocks = np.array_split(np.arange(count), max(count // BLOCK, 1))
+    picked = [blocks[i] for i in rng.permutation(len(blocks))]
+    shuffled = [rng.permutation(np.concatenate(picked[i : i + BLOCKS])) for i in range(0, len(picked), BLOCKS)]
+    flat = {"sequential": np.arange(count), "random": rng.permutation(count), "blocks": np.concatenate(shuffled)}
+    return {name: [rows[i : i + BATCH] for i in range(0, count, BATCH)] for name, rows in flat.items()}
+
+
+def drop_cache(folder: Path) -> None:
+    """Tell the system to forget these files; it needs no privilege, and works on files that are on disk."""
+    os.sync()
+    for path in folder.rglob("*") if folder.is_dir() else [folder]:
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def timed_reads(read: Callable[[NDArray[np.int64]], int], batches: Sequence[NDArray[np.int64]]) -> tuple[float, float]:
+    """(million tokens a second, median ms of a batch); stops after a while, because some would take minutes."""
+    tokens, spent = 0, []
+    started = time.perf_counter()
+    for batch in batches:
+        before = time.perf_counter()
+        tokens += read(batch)
+        spent.append(time.perf_counter() - before)
+        if time.perf_counter() - started > SECONDS:
+            break
+    return tokens / sum(spent) / 1e6, statistics.median(spent) * 1e3
+
+
+def work(name: str, folder: Path, count: int, seed: int) -> dict[str, float]:
+    """All measurements of one backend, in this process."""
+    backend, rows = BACKENDS[name], make_rows(count, seed=0)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    prepared = backend.prepare(rows)
+    os.sync()
+    found: dict[str, float] = {}
+    started = time.perf_counter()
+    backend.write(prepared, folder, APPEND)
+    found["append"] = rows.ids.size / (time.perf_counter() - started) / 1e6
+    if backend.finish is not None:
+        started = time.perf_counter()
+        backend.finish(folder)
+        found["compact"] = rows.ids.size / (time.perf_counter() - started) / 1e6
+    del prepared
+    found["bytes_per_token"] = backend.stored_bytes(folder) / rows.ids.size
+    drop_cache(folder)
+    started = time.perf_counter()
+    store: Store = backend.open(folder)
+    found["open_cold_s"] = time.perf_counter() - started
+    batches = orders(count, seed)
+    for order in ("random", "blocks"):
+        drop_cache(folder)
+        found[f"{order}_cold"], _ = timed_reads(store.tokens_of, batches[order][: len(batches[order]) // 4])
+    store.check(rows)
+    plan = ["sequential", "random", "blocks"]
+    random.Random(seed).shuffle(plan)  # noqa: S311
+    for order in plan:
+        found[order], found[f"{order}_ms"] = timed_reads(store.tokens_of, batches[order])
+    shutil.rmtree(folder)
+    return found
+
+
+def open_large(tokens: int, folder: Path) -> dict[str, float]:
+    """Open a compacted store of so many tokens (one segment, named many times) and read from it: seconds, and memory of its own."""
+    make_repeated(folder, tokens)
+    before = anonymous_memory()
+    started = time.perf_counter()
+    store = ZarrStore.open(folder)
+    opened = time.perf_counter() - started
+    rng, seen = np.random.default_rng(0), 0
+    started = time.perf_counter()
+    for _ in range(64):
+        seen += store.read_arrays(rng.integers(0, len(store), BATCH), ("teacher", "ref")).token_ids.size
+    read_s = time.perf_counter() - started
+    after = anonymous_memory()
+    lengths_started = time.perf_counter()
+    held = int(store.lengths().sum())
+    found = {
+        "tokens": float(held),
+        "rollouts": float(len(store)),
+        "open_s": opened,
+        "random_mtok_s": seen / read_s / 1e6,
+        "memory_mb": (after - before) / 1e6,
+        "lengths_s": time.perf_counter() - lengths_started,
+        "memory_with_lengths_mb": (anonymous_memory() - before) / 1e6,
+    }
+    shutil.rmtree(folder)
+    return found
+
+
+def make_repeated(folder: Path, tokens: int) -> None:
+    """A store whose checkpoint names the bytes of one segment again and again: large to a reader, small on disk.
+
+    The segment is as large as a compaction makes them.
+    """
+    count = min(tokens, SEGMENT) // 1024
+    segments = max(tokens // (count * 1024), 1)
+    rows = make_rows(1024, seed=0)
+    rows = evolve(rows, lengths=np.full(count, 1024), **{n: np.resize(getattr(rows, n), count * 1024) for n in ("ids", "teacher", "ref")})
+    shutil.rmtree(folder, ignore_errors=True)
+    store = ZarrStore.create(folder, tiny_manifest(VOCABULARY))
+    bounds = np.concatenate([[0], np.cumsum(rows.lengths)])
+    rollouts = [
+        Rollout(f"r{i}", rows.ids[a : a + 1], rows.ids[a + 1 : b], np.ones(b - a - 1, np.bool_), "stop")
+        for i, (a, b) in enumerate(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
+    ]
+    store.append(rollouts)
+    for name in ("teacher", "ref"):
+        values = getattr(rows, name)
+        scores = [Scores.of(r, values[a + 1 : a + len(r)]) for r, a in zip(rollouts, bounds[:-1].tolist(), strict=True)]
+        store.append_scores(name, tiny_provenance(name), scores)
+    snapshot, log = store._snapshot, store._log
+    state = snapshot.to_json()
+    repeated = {
+        **state,
+        "segments": [{**state["segments"][0], "first_row": k * count, "last_row": (k + 1) * count - 1} for k in range(segments)],
+        "columns": {
+            name: {
+                **column,
+                "segments": [{**column["segments"][0], "first_row": k * count, "last_row": (k + 1) * count - 1} for k in range(segments)],
+            }
+            for name, column in state["columns"].items()
+        },
+    }
+    log.put_checkpoint(state["commits"], repeated)
+
+
+def anonymous_memory() -> int:
+    """Bytes of memory that are this process's own, mapped files left out."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest, largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(runs: dict[str, list[dict[str, float]]], name: str, key: str, other: str = "memmap") -> float:
+    """Median over repetitions of one backend's figure over another's in the same repetition."""
+    return statistics.median(a[key] / b[key] for a, b in zip(runs[name], runs[other], strict=True))
+
+
+def goals(runs: dict[str, list[dict[str, float]]], large: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """Every goal, met or not."""
+    compact, lance = "zarr, compacted", "lance"
+    rows: list[tuple[str, str, float, bool]] = []
+    for order, least in (("random", 0.9), ("blocks", 0.9), ("sequential", 1.0)):
+        value = ratio(runs, compact, order)
+        rows.append((f"Zarr, compacted, read_arrays: {order} reads against memmap", f">= {least}", value, value >= least))
+    appended = statistics.median(run["append"] for run in runs["zarr"])
+    share = ratio(runs, "zarr", "append")
+    rows.append(
+        (
+            "Zarr durable append, ids and both columns, Mtok/s (and share of memmap's)",
+            f">= 30, or a share of 0.25 (it is {share:.2f})",
+            appended,
+            appended >= 30 or share >= 0.25,
+        )
+    )
+    for name, wanted in (("zarr", 12.0), ("zarr, float16", 8.0)):
+        payload = statistics.median(run["bytes_per_token"] for run in runs[name])
+        # lines and zarr.json are a few hundred bytes a rollout of a thousand tokens
+        rows.append(
+            (f"{name}: bytes per token, lines and metadata included", f"{wanted} and at most 4 % more", payload, payload <= wanted * 1.04)
+        )
+    if lance in runs:
+        value = ratio(runs, lance, "blocks")
+        rows.append(("Lance block-shuffled reads against memmap", ">= 0.5", value, value >= 0.5))
+        value = ratio(runs, lance, "blocks", "lancedb StreamingDataset")
+        rows.append(("Lance block-shuffled reads against LanceDB's StreamingDataset", "> 1", value, value > 1))
+    biggest, smallest = large[-1], large[0]
+    rows.append((f"opening {biggest['tokens']:.3g} tokens (s)", "< 1", biggest["open_s"], biggest["open_s"] < 1))
+    growth = biggest["memory_mb"] - smallest["memory_mb"]
+    rows.append(
+        (
+            f"memory of opening and random reads, {smallest['tokens']:.3g} to {biggest['tokens']:.3g} tokens: growth (MB)",
+            "< 20",
+            growth,
+            growth < 20,
+        )
+    )
+    return [{"name": name, "goal": goal, "measured": value, "met": bool(met)} for name, goal, value, met in rows]
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Reads of every backend, beside each other."""
+    from matplotlib.figure import Figure
+
+    names = [row["backend"] for row in rows]
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    for axes, order in zip(figure.subplots(1, 3, sharey=True), ("sequential", "blocks", "random"), strict=True):
+        values = [row[order]["median"] for row in rows]
+        errors = [
+            [v - row[order]["min"] for v, row in zip(values, rows, strict=True)],
+            [row[order]["max"] - v for v, row in zip(values, rows, strict=True)],
+        ]
+        colors = ["tab:blue" if name.startswith(("zarr", "lance")) and "Streaming" not in name else "tab:gray" for name in names]
+        axes.barh(names, values, xerr=errors, color=colors, capsize=3)
+        axes.set(xscale="log", title=f"{order} reads", xlabel="million tokens a second")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=int, default=20_480)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench_store")
+    parser.add_argument("--worker", nargs=2, metavar=("BACKEND", "SEED"))
+    parser.add_argument("--large", type=int, metavar="TOKENS")
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(work(options.worker[0], options.folder / "store", options.rollouts, int(options.worker[1]))))
+        return
+    if options.large:
+        print(json.dumps(open_large(options.large, options.folder / "large")))
+        return
+    measure(options.rollouts, options.repeats, options.folder)
+
+
+def measure(rollouts: int, repeats: int, folder: Path) -> None:
+    """Every backend in a process of its own, in another order each time."""
+    names = [name for name, backend in BACKENDS.items() if backend.available()]
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        for name in random.Random(repeat).sample(names, len(names)):  # noqa: S311
+            found = child(folder, "--rollouts", str(rollouts), "--worker", name, str(repeat))
+            runs[name].append(found)
+            print(f"{name:28s}", "  ".join(f"{key} {value:.3g}" for key, value in found.items()), flush=True)
+    large = [child(folder, "--large", str(tokens)) for tokens in (10**6, 10**8, 10**9)]
+    rows = [{"backend": name, **{key: spread([run[key] for run in runs[name]]) for key in runs[name][0]}} for name in names]
+    for row in large:
+        print(row)
+    found_goals = goals(runs, large)
+    for goal in found_goals:
+        print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", f"{goal['measured']:.3g}")
+    result_file("bench_store", describe_machine(), [*rows, *({"large_store": row} for row in large)], found_goals)
+    draw(ROOT / "docs" / "bench_store.png", rows)
+
+
+def child(folder: Path, *options: str) -> dict[str, float]:
+    """One measurement in a fresh process, on one thread."""
+    command = [sys.executable, __file__, "--folder", str(folder), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+    found: dict[str, float] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,308 @@
+"""What `bench_store` compares: each backend writes the same rows, opens them, and gives batches of them as contiguous arrays."""
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from itertools import count, islice, pairwise
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from attrs import field, frozen
+from numpy.typing import NDArray
+
+from lopd.backends.lance_store import LanceStore
+from lopd.backends.zarr_store import ZarrStore
+from lopd.testing import tiny_manifest, tiny_provenance
+from lopd.types import Rollout, Scores
+
+VOCABULARY = 151_936
+Batch = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
+
+
+@frozen(eq=False)
+class Rows:
+    """Rollouts end to end: the first token of each is its prompt."""
+
+    lengths: NDArray[np.int64]
+    ids: NDArray[np.uint32]
+    teacher: NDArray[np.float32]
+    ref: NDArray[np.float32]
+
+    @property
+    def bounds(self) -> NDArray[np.int64]:
+        """Where each begins, and where the last one ends."""
+        return np.concatenate([[0], np.cumsum(self.lengths)])
+
+    def batches(self, size: int) -> list[tuple[int, int]]:
+        """(first, last + 1) of consecutive batches."""
+        return [(i, min(i + size, len(self.lengths))) for i in range(0, len(self.lengths), size)]
+
+
+class Reader(Protocol):
+    """Gives ids and both columns of rows, end to end."""
+
+    def __call__(self, rows: NDArray[np.int64], /) -> Batch:
+        """One batch."""
+        ...
+
+
+@frozen(eq=False)
+class Store:
+    """An open store.  `skipped` says that log-probs are there for response tokens only (all but the first)."""
+
+    read: Reader
+    skipped: bool = False
+    ordered: bool = True
+
+    def tokens_of(self, rows: NDArray[np.int64]) -> int:
+        """Read a batch; how many tokens it had."""
+        ids, teacher, ref = self.read(rows)
+        assert teacher.size == ref.size  # noqa: S101
+        return int(ids.size)
+
+    def check(self, rows: Rows) -> None:
+        """A few rows are what was written: a fast backend that gives other data is no backend."""
+        bounds = rows.bounds
+        asked = np.array([5, 0, len(rows.lengths) - 1, 1])
+        if not self.ordered:
+            return
+        ids, teacher, ref = self.read(asked)
+        skip = 1 if self.skipped else 0
+        for found, whole, first in ((ids, rows.ids, 0), (teacher, rows.teacher, skip), (ref, rows.ref, skip)):
+            np.testing.assert_array_equal(found, np.concatenate([whole[bounds[i] + first : bounds[i + 1]] for i in asked]))
+
+
+@frozen(eq=False)
+class Backend:
+    """How to write, finish, open and weigh one kind of store."""
+
+    write: Callable[[Any, Path, int], None]
+    open: Callable[[Path], Store]
+    prepare: Callable[[Rows], Any] = lambda rows: rows
+    finish: Callable[[Path], None] | None = None
+    stored_bytes: Callable[[Path], int] = field(default=lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
+    needs: str = "numpy"
+
+    def available(self) -> bool:
+        """Whether its package is installed."""
+        return importlib.util.find_spec(self.needs) is not None
+
+
+def write_memmap(rows: Rows, folder: Path, size: int) -> None:
+    """Three flat files, appended to; not flushed to disk."""
+    bounds = rows.bounds
+    with (folder / "ids").open("wb") as ids, (folder / "teacher").open("wb") as teacher, (folder / "ref").open("wb") as ref:
+        for first, last in rows.batches(size):
+            for file, values in ((ids, rows.ids), (teacher, rows.teacher), (ref, rows.ref)):
+                file.write(values[bounds[first] : bounds[last]].data)
+    np.save(folder / "bounds.npy", bounds)
+
+
+def open_memmap(folder: Path) -> Store:
+    """Slices of three maps."""
+    bounds = np.load(folder / "bounds.npy")
+    maps = [np.memmap(folder / name, dtype, "r") for name, dtype in (("ids", "u4"), ("teacher", "f4"), ("ref", "f4"))]
+
+    def read(rows: NDArray[np.int64]) -> Batch:
+        ids, teacher, ref = (np.concatenate([whole[bounds[i] : bounds[i + 1]] for i in rows]) for whole in maps)
+        return ids, teacher, ref
+
+    return Store(read)
+
+
+@frozen(eq=False)
+class Records:
+    """The rows as lopd's records, made beforehand: a source and a scorer make them in any case."""
+
+    rollouts: list[Rollout]
+    teacher: list[Scores]
+    ref: list[Scores]
+
+
+def records(rows: Rows) -> Records:
+    """Rollouts and scores; log-probs of all tokens but the first."""
+    bounds = rows.bounds.tolist()
+    spans = list(pairwise(bounds))
+    rollouts = [
+        Rollout(f"prompt-{i}/s0/g0", rows.ids[a : a + 1], rows.ids[a + 1 : b], np.ones(b - a - 1, np.bool_), "stop")
+        for i, (a, b) in enumerate(spans)
+    ]
+    teacher, ref = (
+        [Scores.of(r, values[a + 1 : b]) for r, (a, b) in zip(rollouts, spans, strict=True)] for values in (rows.teacher, rows.ref)
+    )
+    return Records(rollouts, teacher, ref)
+
+
+def append_all(store: Any, made: Records, size: int) -> None:
+    """As a run would: rollouts first, then one column after the other."""
+    for i in range(0, len(made.rollouts), size):
+        store.append(made.rollouts[i : i + size])
+    for name, scores in (("teacher", made.teacher), ("ref", made.ref)):
+        for i in range(0, len(scores), size):
+            store.append_scores(name, tiny_provenance(name), scores[i : i + size])
+
+
+def zarr_writer(**options: Any) -> Callable[[Records, Path, int], None]:
+    """Appends to a new store with these options."""
+    return lambda made, folder, size: append_all(ZarrStore.create(folder / "s.zarr", tiny_manifest(VOCABULARY), **options), made, size)
+
+
+def open_zarr(folder: Path) -> Store:
+    """Whole columns."""
+    store = ZarrStore.open(folder / "s.zarr")
+
+    def read(rows: NDArray[np.int64]) -> Batch:
+        found = store.read_arrays(rows.tolist(), ("teacher", "ref"))
+        return found.token_ids, found.scores["teacher"], found.scores["ref"]
+
+    return Store(read, skipped=True)
+
+
+def open_zarr_rounded(folder: Path) -> Store:
+    """The same, without a comparison of values that were rounded."""
+    return Store(open_zarr(folder).read, skipped=True, ordered=False)
+
+
+def records_reader(store: Any) -> Store:
+    """Records one by one, as training reads them."""
+
+    def read(rows: NDArray[np.int64]) -> Batch:
+        found = store.read(rows.tolist(), ("teacher", "ref"))
+        ids = np.concatenate([part for r in found for part in (r.rollout.prompt_ids, r.rollout.response_ids)])
+        return ids, np.concatenate([r.scores["teacher"] for r in found]), np.concatenate([r.scores["ref"] for r in found])
+
+    return Store(read, skipped=True)
+
+
+def compact_zarr(folder: Path) -> None:
+    """Merge, and remove what was merged."""
+    store = ZarrStore.open(folder / "s.zarr")
+    store.compact()
+    store.sweep(older_than=-1.0)
+
+
+def table_of(rows: Rows, first: int, last: int) -> Any:
+    """Some rows as an Arrow table of lists."""
+    import pyarrow as pa
+
+    bounds = rows.bounds[first : last + 1]
+    offsets = pa.array((bounds - bounds[0]).astype(np.int32))
+    columns = {n: getattr(rows, n)[bounds[0] : bounds[-1]] for n in ("ids", "teacher", "ref")}
+    return pa.table({name: pa.ListArray.from_arrays(offsets, pa.array(values)) for name, values in columns.items()})
+
+
+def flat(table: Any) -> Batch:
+    """Contiguous arrays of a table of lists."""
+    ids, teacher, ref = (table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in ("ids", "teacher", "ref"))
+    return ids, teacher, ref
+
+
+def write_parquet(rows: Rows, folder: Path, size: int) -> None:
+    """Row groups of one append each, zstd."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(folder / "rows.parquet", table_of(rows, 0, 1).schema, compression="zstd") as writer:
+        for first, last in rows.batches(size):
+            writer.write_table(table_of(rows, first, last))
+
+
+def open_parquet(folder: Path) -> Store:
+    """Whole row groups, the latest ones kept."""
+    import functools
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(folder / "rows.parquet")
+    starts = np.concatenate([[0], np.cumsum([file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])])
+    group = functools.lru_cache(maxsize=4)(file.read_row_group)
+
+    def read(rows: NDArray[np.int64]) -> Batch:
+        places = np.searchsorted(starts, rows, "right") - 1
+        parts = [group(int(g)).slice(int(r - starts[g]), 1) for g, r in zip(places, rows, strict=True)]
+        return flat(pa.concat_tables(parts))
+
+    return Store(read)
+
+
+def write_arrow(rows: Rows, folder: Path, size: int) -> None:
+    """Hugging Face's own writer."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    tables = [table_of(rows, first, last) for first, last in rows.batches(size)]
+    datasets.concatenate_datasets([datasets.Dataset(t) for t in tables]).save_to_disk(folder / "hf")
+
+
+def open_arrow(folder: Path) -> Store:
+    """Memory-mapped Arrow."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    dataset = datasets.load_from_disk(folder / "hf").with_format("arrow")
+    return Store(lambda rows: flat(dataset[rows.tolist()]))
+
+
+def write_lance(made: Records, folder: Path, size: int) -> None:
+    """Lopd's own store on LanceDB."""
+    append_all(LanceStore.create(folder / "s.lance", tiny_manifest(VOCABULARY)), made, size)
+
+
+def compact_lance(folder: Path) -> None:
+    """Merge fragments."""
+    LanceStore.open(folder / "s.lance").compact()
+
+
+def write_lancedb(rows: Rows, folder: Path, size: int) -> None:
+    """A plain LanceDB table, as its StreamingDataset wants it."""
+    import lancedb
+
+    table = None
+    for first, last in rows.batches(size):
+        data, database = table_of(rows, first, last), lancedb.connect(folder / "db")
+        table = database.create_table("rows", data) if table is None else table
+        if first:
+            table.add(data)
+
+
+def rows_of(batch: Any) -> list[Batch]:
+    """A record batch as one triple of arrays a row, without a copy."""
+    columns = [batch.column(name) for name in ("ids", "teacher", "ref")]
+    bounds = columns[0].offsets.to_numpy()
+    values = [column.values.to_numpy(zero_copy_only=False) for column in columns]
+    return [(values[0][a:b], values[1][a:b], values[2][a:b]) for a, b in pairwise(bounds.tolist())]
+
+
+def open_lancedb(folder: Path) -> Store:
+    """LanceDB's own loader decides the order: clumps of 64 rows, shuffled.  A batch has as many rows as were asked for."""
+    import lancedb
+    from lancedb.streaming import StreamingDataset
+
+    table = lancedb.connect(folder / "db").open_table("rows")
+    options = {"shuffle": True, "shuffle_clump_size": 64, "read_batch_size": 256, "transform": rows_of}
+
+    def forever() -> Iterator[Batch]:
+        for epoch in count():
+            yield from StreamingDataset(table, epoch=epoch, **options)
+
+    stream = forever()
+
+    def read(rows: NDArray[np.int64]) -> Batch:
+        ids, teacher, ref = zip(*islice(stream, len(rows)), strict=True)
+        return np.concatenate(ids), np.concatenate(teacher), np.concatenate(ref)
+
+    return Store(read, ordered=False)
+
+
+BACKENDS = {
+    "memmap": Backend(write_memmap, open_memmap),
+    "zarr": Backend(zarr_writer(), open_zarr, records),
+    "zarr, compacted": Backend(zarr_writer(), open_zarr, records, compact_zarr),
+    "zarr, compacted, records": Backend(zarr_writer(), lambda f: records_reader(ZarrStore.open(f / "s.zarr")), records, compact_zarr),
+    "zarr, float16": Backend(zarr_writer(logprob_dtype="float16"), open_zarr_rounded, records),
+    "zarr, zstd": Backend(zarr_writer(codec="zstd"), open_zarr, records, needs="zstandard"),
+    "lance": Backend(write_lance, lambda f: records_reader(LanceStore.open(f / "s.lance")), records, compact_lance, needs="lancedb"),
+    "parquet": Backend(write_parquet, open_parquet, needs="pyarrow"),
+    "hugging face arrow": Backend(write_arrow, open_arrow, needs="datasets"),
+    "lancedb StreamingDataset": Backend(write_lancedb, open_lancedb, needs="lancedb"),
+}

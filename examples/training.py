@@ -1,0 +1,61 @@
+"""What every training phase of the quickstart shares: the optimizer, its schedule, a line for each step, and checkpoints."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from attrs import asdict
+from phases import console, write_json
+
+from lopd import CausalLMStudent, Lineage
+from lopd.checkpoint import load_checkpoint, save_checkpoint
+from lopd.loader import StepStream
+from lopd.types import Step, StepMetrics
+
+
+def make_optimizer(student: CausalLMStudent) -> torch.optim.AdamW:
+    """AdamW with the betas of the paper (table 6); the rate is set step by step."""
+    return torch.optim.AdamW([p for _, p in student.named_parameters() if p.requires_grad], betas=(0.9, 0.98), weight_decay=0.0)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, step: int, lr: float, total: int) -> None:
+    """Three steps of warm-up, then a straight line down to 0: a function of the step alone, so that resuming needs no state."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * min((step + 1) / 3, 1.0) * (1 - step / total)
+
+
+def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float, total: int) -> Iterator[Step]:
+    """The same steps, with the learning rate set before each."""
+    for step in steps:
+        set_lr(optimizer, step.index, lr, total)
+        yield step
+
+
+def follow(steps: Iterable[StepMetrics], total: int) -> Iterator[StepMetrics]:
+    """The same metrics, with a line for each printed."""
+    for m in steps:
+        console.print(
+            f"step {m.step + 1:3d}/{total}  loss {m.loss:7.3f}  reverse KL {m.reverse_kl:6.3f}  gradient {m.grad_norm:5.2f}  "
+            f"{m.tokens / m.seconds:,.0f} tokens/s"
+        )
+        yield m
+
+
+def resumably(
+    checkpoints: Path,
+    student: CausalLMStudent,
+    optimizer: torch.optim.Optimizer,
+    lineage: Lineage,
+    begin: Callable[[int], Iterable[StepMetrics]],
+    total: int,
+) -> list[StepMetrics]:
+    """Metrics of all steps, those of a killed process included: `begin(k)` trains on from step k, and every few steps there is a checkpoint."""
+    done = load_checkpoint(checkpoints, student, optimizer)
+    history = [StepMetrics(**row) for row in json.loads((checkpoints / "history.json").read_text())[:done]] if done else []
+    for metrics in follow(begin(done), total):
+        history.append(metrics)
+        if (metrics.step + 1) % 5 == 0:
+            write_json(checkpoints / "history.json", [asdict(m) for m in history])
+            save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=lineage)
+    return history

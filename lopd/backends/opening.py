@@ -1,0 +1,35 @@
+"""The durable store at a URL, whichever kind it is."""
+
+from lopd.backends.files import StorageOptions, StorePath, open_files
+from lopd.backends.zarr_format import METADATA_FILE
+from lopd.backends.zarr_root import names_in
+from lopd.errors import StoreNotFoundError
+from lopd.protocols import DurableStore
+
+
+def open_store(path: StorePath, storage_options: StorageOptions | None = None) -> DurableStore:
+    """The `ZarrStore` or `LanceStore` that is there; a Zarr group at the root tells which.
+
+    Args:
+        path: a local path or a URL.
+        storage_options: credentials and endpoints, as the store's own `open` takes them.
+
+    Raises:
+        StoreNotFoundError: nothing, or nothing of lopd, is there.
+        StoreReadError: the storage refused to say what is there.
+        CorruptStoreError: a store is there, but damaged, or of another schema version.
+        MissingDependencyError: the package for this kind of store or URL is not installed.
+    """
+    files = open_files(path, storage_options)
+    names = names_in(files)
+    if names in ([], [files.url]):
+        raise StoreNotFoundError(
+            f"Store {files.url}: there is no folder with anything in it, expected a store; check the path, or create one there."
+        )
+    if METADATA_FILE in names:
+        from lopd.backends.zarr_store import ZarrStore
+
+        return ZarrStore.open(path, storage_options=storage_options)
+    from lopd.backends.lance_store import LanceStore
+
+    return LanceStore.open(path, storage_options=storage_options)

@@ -1,0 +1,583 @@
+"""The doctor: what it says about a store, what it finds wrong, and the exit codes of its command line."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attrs import evolve
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lopd.doctor
+from lopd.backends.memory_store import MemoryStore
+from lopd.backends.opening import open_store
+from lopd.backends.zarr_store import ZarrStore
+from lopd.doctor import (
+    Plan,
+    Rates,
+    check_store,
+    compact_store,
+    compare,
+    describe_advantages,
+    estimate,
+    inspect_store,
+    measure_rates,
+    plan_like,
+)
+from lopd.doctor.__main__ import main
+from lopd.errors import CorruptStoreError, InvalidRecordError, MissingScoresError, StoreNotFoundError, StoreReadError
+from lopd.manifest import Commit, ModelId
+from lopd.reading import evenly, parts
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
+from lopd.types import Rollout, Scores
+
+POLICY, TEACHER = tiny_manifest().policy, tiny_provenance().model
+RNG = np.random.default_rng(0)
+
+
+def rollout(i: int, **fields: Any) -> Rollout:
+    length = 3 + i % 5
+    behavior = np.random.default_rng(i).uniform(-3, 0, length)
+    return tiny_rollout(f"p{i}/s0/g0", (np.arange(length) + i) % 300, **({"behavior_logprobs": behavior} | fields))
+
+
+def fill(store: Any, n: int = 40) -> list[Rollout]:
+    """Rollouts of all kinds in two appends, a teacher with a top-k support, and the policy scored again."""
+    items = [rollout(i, finish_reason="length" if i % 4 == 0 else "stop") for i in range(n)]
+    items[1] = rollout(1, loss_mask=[True, False, True, False])
+    store.append(items[: n // 2])
+    store.append(items[n // 2 :])
+    random = np.random.default_rng(7)
+    for column, provenance in (("teacher", tiny_provenance(top_k=2)), ("ref", evolve(tiny_provenance(), model=POLICY))):
+        scores = [Scores.of(r, random.uniform(-14, 0, r.response_ids.size)) for r in items]
+        if column == "teacher":
+            scores = [evolve(s, top_k=tiny_top_k(s.logprobs.size)) for s in scores]
+        store.append_scores(column, provenance, scores)
+    return items
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ZarrStore:
+    made = ZarrStore.create(tmp_path / "run.zarr", evolve(tiny_manifest(), sft_teacher=TEACHER))
+    fill(made)
+    return made
+
+
+class Kept:
+    """A `DurableStore` in memory whose rows a test can tamper with."""
+
+    def __init__(self) -> None:
+        self.store = MemoryStore(tiny_manifest())
+        self.problems: list[str] = []
+        self.commits: list[Commit] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def verify(self) -> Iterator[str]:
+        return iter(self.problems)
+
+    def history(self) -> Sequence[Commit]:
+        return self.commits
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line as a user runs it."""
+    command = [sys.executable, "-W", "error", "-m", "lopd.doctor", *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+
+
+def words(text: str) -> str:
+    """Without the lines that tables are broken into and drawn with."""
+    return " ".join(text.replace("│", " ").split())
+
+
+# info
+
+
+def test_info_says_what_is_in_a_store_and_who_scored_it(store: ZarrStore, tmp_path: Path) -> None:
+    done = run("info", tmp_path / "run.zarr", "--sample", 10)
+    assert (done.returncode, done.stderr) == (0, "")
+    for said in (
+        "policy@rev-p",
+        "teacher@rev-teacher",
+        "consistent",
+        "the policy itself",
+        "in 10 of 40",
+        "teacher - ref",
+        "last 4 of 4 commits",
+    ):
+        assert said in words(done.stdout), said
+
+
+def test_info_as_json_is_what_the_function_gives(store: ZarrStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(tmp_path / "run.zarr"), "--json", "--clip", "6"]) == 0
+    printed, info = json.loads(capsys.readouterr().out), inspect_store(store, clip=6.0)
+    assert printed["rollouts"] == info.rollouts == 40
+    assert (printed["prompt_tokens"], printed["response_tokens"]) == (40, sum(3 + i % 5 for i in range(40)))
+    assert printed["bytes_per_token"] == store.stored_bytes() / store.lengths().sum()
+    assert printed["manifest"] == json.loads(json.dumps(store.manifest.to_json()))
+    assert printed["finish_reasons"] == {"stop": 30, "length": 10}
+    assert [(c["name"], c["scored"], c["of_policy"]) for c in printed["columns"]] == [("teacher", 40, False), ("ref", 40, True)]
+    assert printed["advantages"][1]["below_half_clip"] == info.advantages[1].below_half_clip
+
+
+def test_advantages_are_over_the_tokens_that_count_in_rollouts_that_have_both_scores() -> None:
+    store = MemoryStore(tiny_manifest())
+    items = fill(store)
+    store.append([rollout(99), rollout(98, behavior_logprobs=None)])
+    for student in ("ref", "behavior"):
+        found = describe_advantages(store, "teacher", student, clip=8.0)
+        rows = store.read(range(len(items)), ("teacher", student))
+        gaps = np.concatenate([(r.scores["teacher"].astype(float) - r.scores[student])[r.rollout.loss_mask] for r in rows])
+        assert found is not None
+        assert (found.rollouts, found.tokens) == (40, gaps.size)
+        np.testing.assert_allclose([found.mean, found.mean_abs], [gaps.mean(), np.abs(gaps).mean()])
+        np.testing.assert_allclose(list(found.quantiles.values()), np.quantile(gaps, list(found.quantiles)))
+        assert (found.below_half_clip, found.negative) == ((gaps < -4).mean(), (gaps < 0).mean())
+
+
+def test_advantages_of_nothing_are_none_and_of_one_rollout_have_no_interval() -> None:
+    store = MemoryStore(tiny_manifest())
+    items = [rollout(0, loss_mask=[False] * 3), rollout(1)]
+    store.append(items)
+    assert describe_advantages(store, "teacher", "behavior") is None
+    store.append_scores("teacher", tiny_provenance(), [Scores.of(items[0], [-1.0] * 3)])
+    assert describe_advantages(store, "teacher", "behavior") is None
+    store.append_scores("teacher", tiny_provenance(), [Scores.of(items[1], [-1.0] * 4)])
+    found = describe_advantages(store, "teacher", "behavior")
+    assert found is not None
+    assert (found.tokens, found.ci95) == (4, None)
+
+
+def test_a_column_says_why_its_model_is_no_consistent_teacher(tmp_path: Path) -> None:
+    objections = {}
+    for name, sft in (("same", TEACHER), ("other", ModelId("other", "rev-o", "float32")), ("unknown", None)):
+        store = ZarrStore.create(tmp_path / name, evolve(tiny_manifest(), sft_teacher=sft))
+        fill(store, 4)
+        objections[name] = inspect_store(store).columns[0].objection
+    assert objections["same"] is None
+    assert "its SFT teacher is other@rev-o, expected the scoring teacher teacher" in str(objections["other"])
+    assert "its SFT teacher is not recorded" in str(objections["unknown"])
+
+
+def test_info_reads_no_more_rollouts_than_the_sample(store: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, original = list[int](), ZarrStore.read
+    monkeypatch.setattr(ZarrStore, "read", lambda self, rows, *a, **kw: read.extend(rows) or original(self, rows, *a, **kw))
+    info = inspect_store(store, sample=5)
+    assert (info.sampled, [pair.rollouts for pair in info.advantages]) == (5, [5, 5])
+    assert read == [0, 10, 20, 29, 39] * 3
+
+
+def test_info_of_an_empty_store_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ZarrStore.create(tmp_path / "empty", tiny_manifest())
+    for arguments in ([], ["--json"]):
+        assert main(["info", str(tmp_path / "empty"), *arguments]) == 0
+    assert main(["verify", str(tmp_path / "empty")]) == 0
+    assert "0 problems in 0 rollouts" in capsys.readouterr().out
+
+
+# verify
+
+
+def flip(path: Path, byte: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_sound_store_verifies_and_a_flipped_bit_is_a_problem(store: ZarrStore, tmp_path: Path) -> None:
+    done = run("verify", tmp_path / "run.zarr")
+    assert (done.returncode, "0 problems in 40 rollouts" in done.stdout) == (0, True)
+    chunk = next(path for path in sorted(tmp_path.glob("run.zarr/scores/teacher/*/logprobs/c*")) if path.is_file())
+    flip(chunk)
+    done = run("verify", tmp_path / "run.zarr")
+    assert done.returncode == 1
+    assert "logprobs" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+    assert main(["verify", str(tmp_path / "run.zarr")]) == 1
+
+
+def test_a_flipped_bit_is_a_problem_in_every_data_file(store: ZarrStore, tmp_path: Path) -> None:
+    for path in sorted(tmp_path.glob("run.zarr/s*/**/c.0*")):
+        kept = path.read_bytes()
+        flip(path, len(kept) // 2)
+        assert list(check_store(open_store(tmp_path / "run.zarr"))), path
+        path.write_bytes(kept)
+    assert list(check_store(open_store(tmp_path / "run.zarr"))) == []
+
+
+def test_what_a_store_finds_in_itself_comes_first_and_each_problem_once() -> None:
+    store = Kept()
+    fill(store)
+    store.problems = ["a", "b", "a"]
+    assert list(check_store(store, rows_per_read=3)) == ["a", "b"]
+
+
+def tampered(store: Kept, row: int, **fields: Any) -> list[str]:
+    stored = store.store._rollouts[row]
+    values = {name: getattr(stored, name) for name in Rollout.__slots__ if name != "__weakref__"}
+    store.store._rollouts[row] = Rollout.from_store(**{**values, **fields})
+    return list(check_store(store, rows_per_read=3))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"content_hash": b"\0" * 16}, "has content hash 00000000"),
+        ({"prompt_ids": np.array([5], np.int32)}, "has content hash"),
+        ({"prompt_ids": np.array([300], np.int32)}, r"prompt_ids\[0\] is 300"),
+        ({"loss_mask": np.ones(2, bool)}, "loss_mask has shape"),
+        ({"behavior_logprobs": np.array([0.5, -1, -1, -1, -1], np.float32)}, r"behavior_logprobs\[0\] is 0.5"),
+        ({"generation": 4}, "its generation is 4"),
+        ({"rollout_id": "another"}, "is found in row -1, expected row 7"),
+    ],
+)
+def test_a_row_that_breaks_its_contract_is_a_problem_that_names_it(fields: dict[str, Any], message: str) -> None:
+    import re
+
+    store = Kept()
+    fill(store)
+    problems = tampered(store, 7, **fields)
+    assert len(problems) == 1
+    assert re.search(message, problems[0])
+    assert fields.get("rollout_id", "p7/s0/g0") in problems[0]
+
+
+def test_rows_that_cannot_be_read_are_named_one_by_one_and_the_others_are_checked() -> None:
+    store, progress = Kept(), []
+
+    class Progress:
+        def begin(self, what: str, total: int, done: int, /) -> None:
+            progress.append((total, done))
+
+        def advance(self, rollouts: int, tokens: int, /) -> None:
+            progress.append((rollouts, tokens))
+
+        def end(self) -> None:
+            progress.append("end")
+
+    items = fill(store)
+    original = store.store.read
+
+    def read(rows: Sequence[int], **asked: Any) -> Any:
+        for row in rows:
+            if row in (3, 8):
+                raise CorruptStoreError(f"Store: row {row} is damaged.")
+        return original(rows, **asked)
+
+    store.read = read
+    assert list(check_store(store, progress=Progress())) == ["Store: row 3 is damaged.", "Store: row 8 is damaged."]
+    assert progress[0] == (40, 0)
+    assert progress[-1] == "end"
+    assert [sum(column) for column in zip(*progress[1:-1], strict=True)] == [40, sum(map(len, items))]
+
+
+def test_a_storage_that_refuses_says_nothing_about_the_store() -> None:
+    store = Kept()
+    fill(store)
+
+    def read(rows: Sequence[int], **asked: Any) -> Any:
+        raise StoreReadError("Store: the network is down.")
+
+    store.read = read
+    with pytest.raises(StoreReadError):
+        list(check_store(store))
+
+
+# diff
+
+
+def test_diff_of_two_columns_names_the_worst_token_and_exits_by_the_tolerance(store: ZarrStore, tmp_path: Path) -> None:
+    done = run("diff", tmp_path / "run.zarr", "--columns", "teacher", "ref")
+    found = compare(store, store, "teacher", "ref")
+    assert found.worst is not None
+    assert done.returncode == 1
+    assert f"{found.worst.rollout_id!r}, response token {found.worst.position}" in words(done.stdout)
+    arguments = ["diff", str(tmp_path / "run.zarr"), "--columns", "teacher", "ref", "--json", "--tolerance"]
+    assert main([*arguments, str(found.max)]) == 0
+    assert main([*arguments, str(found.max * 0.999)]) == 1
+
+
+def test_diff_of_two_stores_matches_rollouts_by_id(store: ZarrStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = ZarrStore.create(tmp_path / "other.zarr", tiny_manifest())
+    for row in reversed(store.read(range(40), ("teacher",))):
+        other.append([row.rollout])
+        other.append_scores("teacher", tiny_provenance(), [Scores.of(row.rollout, row.scores["teacher"])])
+    both = ["diff", str(tmp_path / "run.zarr"), str(tmp_path / "other.zarr")]
+    assert main(both) == 0
+    assert "The manifests differ: sft_teacher" in capsys.readouterr().out
+    other.append([rollout(100)])
+    other.append_scores("teacher", tiny_provenance(), [Scores.of(rollout(100), [-1.0] * 3)])
+    assert main(both) == 1
+
+
+def test_rollouts_on_one_side_only_or_with_other_content_are_counted_and_not_compared() -> None:
+    left, right = MemoryStore(tiny_manifest()), MemoryStore(tiny_manifest())
+    fill(left, 6)
+    right.append([tiny_rollout("p0/s0/g0", [9, 9]), *(rollout(i) for i in (3, 4, 5, 90, 91))])
+    for i in (0, 3, 4, 90):
+        r = right.read(right.find([f"p{i}/s0/g0"]).tolist())[0].rollout
+        right.append_scores("other", tiny_provenance("other"), [Scores.of(r, np.full(r.response_ids.size, -1.0))])
+    found = compare(left, right, "teacher", "other")
+    # p3 and p4 compare; p0 is another rollout; p1, p2 are not there, p5 is not scored; p90 is new
+    assert (found.rollouts, found.only_left, found.only_right, found.other_content, found.first_other) == (1 + 1, 3, 1, 1, "p0/s0/g0")
+    assert found.exceeds(1e9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(pairs=st.lists(st.tuples(*[st.floats(-(2.0**127), 0, width=32)] * 2), min_size=1, max_size=40), split=st.integers(1, 40))
+def test_statistics_of_a_difference_are_those_of_numpy(pairs: list[tuple[float, float]], split: int) -> None:
+    store = MemoryStore(tiny_manifest())
+    for i, part in enumerate(pairs[start : start + split] for start in range(0, len(pairs), split)):
+        r = tiny_rollout(f"r{i}", [5] * len(part))
+        store.append([r])
+        for column, values in zip("ab", zip(*part, strict=True), strict=True):
+            store.append_scores(column, tiny_provenance(column), [Scores.of(r, values)])
+    found, gaps = compare(store, store, "a", "b"), np.abs(np.diff(np.array(pairs, np.float64))[:, 0])
+    assert (found.tokens, found.max) == (len(pairs), gaps.max())
+    np.testing.assert_allclose(found.mean, gaps.mean(), rtol=1e-12)
+    assert (found.worst is None) == (found.max == 0)
+    if found.worst is not None:
+        assert abs(found.worst.left - found.worst.right) == found.max
+    exact = np.quantile(gaps, 0.99, method="inverted_cdf")
+    assert exact * 0.999 <= found.p99 <= exact * 1.001 + 1e-38
+
+
+def test_a_column_equals_itself(store: ZarrStore) -> None:
+    found = compare(store, store, "teacher", "teacher")
+    assert (found.rollouts, found.max, found.p99, found.mean) == (40, 0.0, 0.0, 0.0)
+    assert not found.exceeds(0.0)
+
+
+def test_diff_of_a_column_that_is_not_there_names_those_that_are(store: ZarrStore) -> None:
+    with pytest.raises(MissingScoresError, match=r"'nobody' is absent, expected one of \['teacher', 'ref', 'behavior'\]"):
+        compare(store, store, "teacher", "nobody")
+
+
+@pytest.mark.parametrize("columns", [[], ["teacher"], ["teacher", "teacher"], ["a", "b", "c"]])
+def test_diff_of_one_store_needs_two_columns(columns: list[str], store: ZarrStore, tmp_path: Path) -> None:
+    assert main(["diff", str(tmp_path / "run.zarr"), *(["--columns", *columns] if columns else [])]) == 2
+
+
+# compact
+
+
+def test_compact_merges_appends_and_says_what_it_changed(store: ZarrStore, tmp_path: Path) -> None:
+    before, size = store.read(range(40), ("teacher", "ref")), store.stored_bytes()
+    done = run("compact", tmp_path / "run.zarr")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{size:,}" in done.stdout
+    after = open_store(tmp_path / "run.zarr")
+    assert after.stored_bytes() < size
+    assert [row.rollout.content_hash for row in after.read(range(40))] == [row.rollout.content_hash for row in before]
+    assert list(check_store(after)) == []
+
+
+# estimate
+
+
+@pytest.mark.parametrize(("vocab_size", "width"), [(256, 1), (257, 2), (65_536, 2), (65_537, 4)])
+def test_a_token_costs_its_id_and_its_log_probs_exactly(vocab_size: int, width: int) -> None:
+    plan = Plan(10, prompt_tokens=20, response_tokens=100, vocab_size=vocab_size, columns=(0, 0))
+    assert (estimate(plan).token_ids, estimate(plan).logprobs) == (10 * 120 * width, 10 * 100 * 2 * 4)
+    small = evolve(plan, logprob_dtype="float16", behavior=True, columns=(16, 0), masked=True)
+    cost = estimate(small)
+    assert (cost.logprobs, cost.top_k, cost.masks) == (10 * 100 * 3 * 2, 10 * 100 * (16 * (width + 2) + 4), 10 * 100)
+    assert cost.total == cost.token_ids + cost.logprobs + cost.top_k + cost.masks + cost.overhead
+
+
+def test_twelve_bytes_a_token_for_ids_teacher_and_ref_in_long_rollouts() -> None:
+    cost = estimate(Plan(1000, prompt_tokens=1, response_tokens=8191, vocab_size=151_936))
+    assert 11.99 < cost.bytes_per_token < 12.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("compacted", [False, True])
+def test_the_estimate_of_a_store_that_is_there_is_its_size(tmp_path: Path, dtype: Any, compacted: bool) -> None:
+    for n in (8, 200):
+        store = ZarrStore.create(tmp_path / f"{n}", tiny_manifest(), logprob_dtype=dtype)
+        fill(store, n)
+        if compacted:
+            compact_store(store)
+        guess = estimate(plan_like(store, dtype)).total
+        assert abs(guess / store.stored_bytes() - 1) < 0.03, (n, guess, store.stored_bytes())
+
+
+def test_rates_are_the_median_over_commits_so_that_a_night_does_not_count() -> None:
+    store = Kept()
+    fill(store, 5)
+    prompts, responses = store.lengths().sum(axis=0).tolist()
+    moments = [0, 10, 20, 86_420, 86_430]
+    store.commits = [Commit(i, "rollouts", 5, 1000, None, when) for i, when in enumerate(moments)]
+    store.commits += [Commit(5 + i, "scores", 5, 600, "teacher", 90_000 + 3 * i) for i in range(4)]
+    rates, share = measure_rates(store), responses / (prompts + responses)
+    assert (rates.sampling, rates.scoring) == (100 * share, 200 / share)
+    cost = estimate(Plan(10, 20, 100, 300), Rates(sampling=50, scoring=300))
+    assert (cost.sampling_seconds, cost.scoring_seconds) == (10 * 100 / 50, 10 * 120 * 2 / 300)
+    store.commits = store.commits[:1]
+    assert measure_rates(store) == Rates(None, None)
+
+
+def test_estimate_needs_no_store_and_takes_from_one_what_is_not_given(store: ZarrStore, tmp_path: Path) -> None:
+    lengths = ["--prompt-tokens", 100, "--response-tokens", 3000, "--vocab-size", 151_936]
+    done = run("estimate", "--prompts", 1000, "--samples", 4, *lengths, "--top-k", 8, "--behavior", "--sampling-rate", 2000, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = json.loads(done.stdout)
+    assert printed["token_ids"] == 4000 * 3100 * 4
+    assert printed["logprobs"] == 4000 * 3000 * 3 * 4
+    assert printed["top_k"] == 4000 * 3000 * (8 * 8 + 4)
+    assert (printed["sampling_seconds"], printed["scoring_seconds"]) == (4000 * 3000 / 2000, None)
+
+
+def test_estimate_like_a_store_of_as_many_prompts_is_its_size(store: ZarrStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", str(tmp_path / "run.zarr"), "--prompts", "40", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert abs(printed["total"] / store.stored_bytes() - 1) < 0.03
+    assert printed["plan"]["columns"] == [2, 0]
+    assert main(["estimate", str(tmp_path / "run.zarr"), "--prompts", "40", "--columns", "3", "--top-k", "0", "--scoring-rate", "5"]) == 0
+    assert "3 score columns" in words(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["--prompts", "0"],
+        ["--prompts", "many"],
+        ["--prompts", "5"],
+        ["--prompts", "5", "--prompt-tokens", "1", "--response-tokens", "9"],
+        ["--prompts", "5", "--prompt-tokens", "0", "--response-tokens", "9", "--vocab-size", "9"],
+        ["--prompts", "5", "--prompt-tokens", "nan", "--response-tokens", "9", "--vocab-size", "9"],
+        ["--prompts", "5", "--prompt-tokens", "0.5", "--response-tokens", "9", "--vocab-size", "9"],
+        ["--prompts", "5", "--sampling-rate", "-1"],
+        ["--prompts", "5", "--logprob-dtype", "float8"],
+    ],
+)
+def test_an_estimate_of_nonsense_is_bad_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("estimate", *arguments) == 2
+    assert capsys.readouterr().err.count("\n") >= 1
+
+
+def test_a_plan_like_an_empty_store_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRecordError, match="0 rollouts"):
+        plan_like(ZarrStore.create(tmp_path / "empty", tiny_manifest()))
+    with pytest.raises(InvalidRecordError, match="logprob_dtype"):
+        Plan(1, 1, 1, 10, logprob_dtype="bfloat16")
+
+
+# opening, usage
+
+
+def exit_code(*arguments: str) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as leaving:
+        return int(str(leaving.code))
+
+
+def test_a_store_that_is_not_there_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    done = run("info", tmp_path / "none.zarr")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert "none.zarr" in done.stderr
+
+
+def test_a_damaged_store_is_one_sentence_and_exit_code_2(store: ZarrStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(tmp_path / "run.zarr/zarr.json", 5)
+    for command in ("info", "verify", "compact"):
+        assert exit_code(command, str(tmp_path / "run.zarr")) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["cure"], ["info"], ["info", "a", "b"], ["info", "a", "--sample", "0"], ["info", "a", "--sam", "5"]]
+)
+def test_bad_usage_is_exit_code_2(arguments: list[str]) -> None:
+    assert exit_code(*arguments) == 2
+
+
+@pytest.mark.parametrize(
+    "option", [["--storage-option", "=hunter2"], ["--storage-options", "secret=hunter2"], ["--storage-optio=secret=hunter2"]]
+)
+def test_a_storage_option_is_never_printed(option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("info", str(tmp_path / "none"), *option) == 2
+    printed = capsys.readouterr()
+    assert "hunter2" not in printed.out + printed.err
+
+
+def test_storage_options_reach_the_store(store: ZarrStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("lopd.doctor.__main__.open_store", lambda url, options: seen.append(options) or open_store(url))
+    assert main(["info", str(tmp_path / "run.zarr"), "--storage-option", "a=b=c", "--storage-option", "d=e"]) == 0
+    assert seen == [{"a": "b=c", "d": "e"}]
+
+
+def test_opening_finds_a_zarr_store_by_path_or_url(store: ZarrStore, tmp_path: Path) -> None:
+    for path in (tmp_path / "run.zarr", str(tmp_path / "run.zarr"), f"file://{tmp_path}/run.zarr"):
+        assert len(open_store(path)) == 40
+
+
+def test_opening_finds_a_lance_store_and_the_doctor_reads_it(tmp_path: Path) -> None:
+    pytest.importorskip("lancedb")
+    module = pytest.importorskip("lopd.backends.lance_store")
+    fill(module.LanceStore.create(tmp_path / "run.lance", tiny_manifest()))
+    store = open_store(tmp_path / "run.lance")
+    assert list(check_store(store)) == []
+    assert inspect_store(store).rollouts == 40
+    assert not compare(store, store, "teacher", "teacher").exceeds(0.0)
+
+
+def test_opening_nothing_or_a_file_says_that_nothing_is_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no store")
+    (tmp_path / "folder").mkdir()
+    for name in ("none", "file", "folder"):
+        with pytest.raises(StoreNotFoundError, match=name):
+            open_store(tmp_path / name)
+
+
+def test_without_rich_the_tables_are_refused_and_json_is_printed(
+    store: ZarrStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(lopd.doctor, "display", raising=False)
+    monkeypatch.setitem(sys.modules, "lopd.doctor.display", None)
+    assert main(["info", str(tmp_path / "run.zarr")]) == 2
+    assert "lopd[hf]" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "run.zarr"), "--json"]) == 0
+
+
+# walking over a store
+
+
+def test_parts_cover_every_row_once_in_order_with_all_columns_it_has() -> None:
+    store = MemoryStore(tiny_manifest())
+    items = [rollout(i) for i in range(23)]
+    store.append(items)
+    for column, k, rows in (("a", 0, range(3, 20)), ("b", 2, [0, 1, 7, 8, 9, 22])):
+        scores = [Scores.of(items[i], np.full(items[i].response_ids.size, -1.0)) for i in rows]
+        scores = [evolve(s, top_k=tiny_top_k(s.logprobs.size)) for s in scores] if k else scores
+        store.append_scores(column, tiny_provenance(column, k), scores)
+    whole = parts(store, 4)
+    assert [row for part in whole for row in part.rows] == list(range(23))
+    assert max(len(part.rows) for part in whole) == 4
+    for part in whole:
+        for row in part.rows:
+            assert set(part.columns) == {name for name in "ab" if store.scored(name)[row]}
+        assert part.top_k == tuple(name for name in part.columns if name == "b")
+        assert [r.rollout.rollout_id for r in part.read(store)] == [items[i].rollout_id for i in part.rows]
+    assert parts(MemoryStore(tiny_manifest())) == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10, 11])
+def test_an_even_sample_has_no_row_twice(count: int) -> None:
+    rows = evenly(np.arange(100, 110), count).tolist()
+    assert len(set(rows)) == len(rows) == min(count, 10)
+    assert set(rows) <= set(range(100, 110))
