@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
-from record import ROOT, describe_machine, result_file
+from record import ROOT, describe_machine, fill, result_file
 from store_backends import BACKENDS, Rows, Store
 
 from lopd.backends.zarr_store import ZarrStore
@@ -237,6 +237,15 @@ def goals(runs: dict[str, list[dict[str, float]]], large: list[dict[str, float]]
     return [{"name": name, "goal": goal, "measured": value, "met": bool(met)} for name, goal, value, met in rows]
 
 
+def store_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Medians as a Markdown table."""
+    lines = ["| | append | sequential | random 64 | blocks | random, cold | bytes a token |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        figures = [row[key]["median"] for key in ("append", "sequential", "random", "blocks", "random_cold")]
+        lines.append(f"| {row['backend']} | {' | '.join(f'{value:.3g}' for value in figures)} | {row['bytes_per_token']['median']:.2f} |")
+    return lines
+
+
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Reads of every backend, beside each other."""
     from matplotlib.figure import Figure
@@ -291,6 +300,7 @@ def measure(rollouts: int, repeats: int, folder: Path) -> None:
     found_goals = goals(runs, large)
     for goal in found_goals:
         print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", f"{goal['measured']:.3g}")
+    fill(ROOT / "README.md", "store table", store_table(rows))
     result_file("bench_store", describe_machine(), [*rows, *({"large_store": row} for row in large)], found_goals)
     draw(ROOT / "docs" / "bench_store.png", rows)
 

@@ -237,7 +237,9 @@ def _read(files: Files, path: str) -> bytes:
 
 
 def _unreadable(files: Files, error: OSError) -> StoreReadError:
-    return StoreReadError(f"Store {files.url}: reading its catalog failed with {error}, expected the storage to answer; check it and try again.")
+    return StoreReadError(
+        f"Store {files.url}: reading its catalog failed with {error}, expected the storage to answer; check it and try again."
+    )
 
 
 def _damaged(files: Files, path: str) -> CorruptStoreError:

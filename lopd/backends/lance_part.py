@@ -6,7 +6,8 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.backends.lance_rows import line_columns, read_lines
+from lopd.backends.lance_decode import read_lines
+from lopd.backends.lance_rows import line_columns
 from lopd.backends.lance_table import COMMIT, LanceTable
 from lopd.errors import CorruptStoreError
 

@@ -1,4 +1,4 @@
-"""Rollouts and scores as rows of LanceDB tables, and back.
+"""Rollouts and scores -> rows of LanceDB tables; `lance_decode` is the way back.
 
 Two checksums a row: `line_checksum` covers its short columns (the line), `data_checksum` its tokens or log-probs, and is part of the line.
 """
@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from lopd.arrays import Float32Array, read_only
+from lopd.arrays import Float32Array
 from lopd.backends import ragged
 from lopd.backends.lance_table import COMMIT, KEY_METADATA
-from lopd.errors import CorruptStoreError
-from lopd.types import Rollout, Scores, TopK
+from lopd.types import Rollout, Scores
 
 #: What a line is made of, and checked by; `id_hash` is of the rollout id, which is a column of its own.
 ROLLOUT_LINE = np.dtype(
@@ -48,12 +47,12 @@ SCORE_LINE = np.dtype(
 ROLLOUT_DATA = ("finish_reason", "token_ids", "loss_mask", "behavior_logprobs")
 SCORE_DATA = ("logprobs",)
 TOP_K_DATA = ("top_k_ids", "top_k_logprobs", "top_k_tail")
-_ID, _CHECKSUM = "rollout_id", "line_checksum"
+ID, LINE_CHECKSUM = "rollout_id", "line_checksum"
 
 
 def line_columns(line: np.dtype[Any]) -> list[str]:
     """The columns that a line is read from."""
-    return [*(_ID if name == "id_hash" else name for name in line.names or ()), _CHECKSUM]
+    return [*(ID if name == "id_hash" else name for name in line.names or ()), LINE_CHECKSUM]
 
 
 def tokens_of(lines: NDArray[np.void]) -> int:
@@ -84,14 +83,13 @@ def checksum(*parts: Any) -> int:
     return found
 
 
-def _line_checksums(lines: NDArray[np.void]) -> NDArray[np.uint64]:
+def line_checksums(lines: NDArray[np.void]) -> NDArray[np.uint64]:
+    """(n,): of each line."""
     data, size = lines.tobytes(), lines.dtype.itemsize
     return np.array([xxh3_64_intdigest(data[at : at + size]) for at in range(0, len(data), size)], np.uint64)
 
 
-def encode_rollouts(
-    rollouts: Sequence[Rollout], first_row: int, vocab_size: int, logprob_dtype: str, *, commit: int, when: float
-) -> Any:
+def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
     """An Arrow table of one commit.  Ids are in the smallest type that holds the vocabulary; there is no mask where nothing is masked.
 
     Raises:
@@ -118,13 +116,11 @@ def encode_rollouts(
     }
     for name, values in columns.items():
         lines[name] = values
-    texts = {_ID: ids, "finish_reason": [r.finish_reason for r in rollouts]}
+    texts = {ID: ids, "finish_reason": [r.finish_reason for r in rollouts]}
     return _table(lines, texts, {"token_ids": tokens}, {"loss_mask": masks, "behavior_logprobs": behaviors}, logprob_dtype)
 
 
-def encode_scores(
-    scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str, *, commit: int, when: float
-) -> Any:
+def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
     """The same for scores; a row is that of the rollout.  All of them have a top-k support or none has."""
     owners = [score.rollout_id for score in scores]
     logprobs, rounding = _to_stored([score.logprobs for score in scores], owners, logprob_dtype)
@@ -181,9 +177,9 @@ def _table(
             continue
         array = _bytes_column(lines[name]) if lines.dtype[name].kind == "V" else pa.array(lines[name])
         columns.append((pa.field(name, array.type, nullable=False, metadata=KEY_METADATA if name == COMMIT else None), array))
-    columns.append((pa.field(_CHECKSUM, pa.uint64(), nullable=False), pa.array(_line_checksums(lines))))
+    columns.append((pa.field(LINE_CHECKSUM, pa.uint64(), nullable=False), pa.array(line_checksums(lines))))
     for name, texts_of in texts.items():
-        array = pa.array(texts_of, pa.binary() if name == _ID else pa.string())
+        array = pa.array(texts_of, pa.binary() if name == ID else pa.string())
         columns.append((pa.field(name, array.type, nullable=False), array))
     for name, values in lists.items():
         array = _list_column(values, values[0].dtype)
@@ -209,111 +205,3 @@ def _list_column(values: Sequence[NDArray[Any] | None], dtype: np.dtype[Any]) ->
     item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
     absent = pa.array([part is None for part in values])
     return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat), type=pa.list_(item), mask=absent)
-
-
-def read_lines(owner: str, table: Any, line: np.dtype[Any]) -> NDArray[np.void]:
-    """The lines of an Arrow table that has `line_columns`.
-
-    Raises:
-        CorruptStoreError: one is not what was written; it names the rollout, or its row.
-    """
-    lines = np.zeros(len(table), line)
-    if not len(table):
-        return lines
-    for name in line.names or ():
-        lines[name] = hash_ids(_cells(table, _ID)) if name == "id_hash" else _numbers(owner, table, name, line[name])
-    found, wanted = _line_checksums(lines), _numbers(owner, table, _CHECKSUM, np.dtype("<u8"))
-    for i in np.flatnonzero(found != wanted)[:1]:
-        raise damaged(owner, _name_of(table, int(i), lines), f"checksum of its line is {found[i]:016x}, expected {wanted[i]:016x}")
-    return lines
-
-
-def _name_of(table: Any, i: int, lines: NDArray[np.void]) -> str:
-    return f"rollout {_cells(table, _ID)[i].decode(errors='backslashreplace')!r}" if _ID in table.column_names else f"scores of row {lines['row'][i]}"
-
-
-def damaged(owner: str, name: str, what: str) -> CorruptStoreError:
-    """The error for stored values that are not those that were written."""
-    return CorruptStoreError(f"{owner}: {name}: the {what}; restore the store from a backup.")
-
-
-def _numbers(owner: str, table: Any, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-    column = table.column(name).chunk(0)
-    if column.null_count:
-        raise damaged(owner, f"column {name!r}", f"number of empty cells is {column.null_count}, expected 0")
-    if dtype.kind == "V":
-        return np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column)]
-    return np.asarray(column.to_numpy(zero_copy_only=False))
-
-
-def _cells(table: Any, name: str) -> list[Any]:
-    return list(table.column(name).to_pylist())
-
-
-def _lists(table: Any, name: str) -> tuple[NDArray[Any], list[slice | None]]:
-    """All values end to end, and where those of each row are; None where there are none."""
-    column = table.column(name).chunk(0)
-    ends = column.offsets.to_numpy().tolist()
-    valid = column.is_valid().to_pylist()
-    return column.values.to_numpy(), [slice(ends[i], ends[i + 1]) if there else None for i, there in enumerate(valid)]
-
-
-def decode_rollouts(owner: str, table: Any) -> list[Rollout]:
-    """The rollouts of an Arrow table that has all columns, in its order.
-
-    Raises:
-        CorruptStoreError: one is not what was written; it names the rollout.
-    """
-    lines = read_lines(owner, table, ROLLOUT_LINE)
-    ids, reasons = [decode_id(data) for data in _cells(table, _ID)], _cells(table, "finish_reason")
-    (raw, spans), (masks, mask_spans), (behaviors, behavior_spans) = (_lists(table, name) for name in ROLLOUT_DATA[1:])
-    tokens, logprobs = read_only(raw.astype(np.int32)), read_only(behaviors.astype(np.float32))
-    prompts, responses = lines["prompt_length"].tolist(), lines["response_length"].tolist()
-    everything = read_only(np.ones(max(responses), np.bool_))
-    hashes, generations, sums = (lines[name].tolist() for name in ("content_hash", "generation", "data_checksum"))
-    found = []
-    for i, (span, mask, behavior) in enumerate(zip(spans, mask_spans, behavior_spans, strict=True)):
-        stored = [raw[span], None if mask is None else masks[mask], None if behavior is None else behaviors[behavior]]
-        if checksum(reasons[i].encode(), *stored) != sums[i]:
-            raise damaged(owner, f"rollout {ids[i]!r}", "checksum of its tokens is another than the one that was written")
-        start = span.start + prompts[i]
-        found.append(
-            Rollout.from_store(
-                rollout_id=ids[i],
-                prompt_ids=tokens[span.start : start],
-                response_ids=tokens[start : span.stop],
-                loss_mask=everything[: responses[i]] if mask is None else read_only(masks[mask].view(np.bool_)),
-                finish_reason=reasons[i],
-                behavior_logprobs=None if behavior is None else logprobs[behavior],
-                generation=generations[i],
-                content_hash=hashes[i],
-            )
-        )
-    return found
-
-
-def decode_scores(owner: str, table: Any) -> tuple[NDArray[np.void], list[Float32Array]]:
-    """The lines and log-probs of an Arrow table that has both, in its order.
-
-    Raises:
-        CorruptStoreError: one is not what was written; it names the row.
-    """
-    lines = read_lines(owner, table, SCORE_LINE)
-    values, spans = _lists(table, SCORE_DATA[0])
-    logprobs = read_only(values.astype(np.float32))
-    _check_data(owner, lines, "data_checksum", [(values[span],) for span in spans])
-    return lines, [logprobs[span] for span in spans]
-
-
-def decode_top_k(owner: str, table: Any, lines: NDArray[np.void], k: int) -> list[TopK]:
-    """The top-k supports of the same table."""
-    columns = [_lists(table, name) for name in TOP_K_DATA]
-    stored = [[values[spans[i]] for values, spans in columns] for i in range(len(lines))]
-    _check_data(owner, lines, "top_k_checksum", stored)
-    return [TopK.from_store(ids.reshape(-1, k), logprobs.reshape(-1, k), tail) for ids, logprobs, tail in stored]
-
-
-def _check_data(owner: str, lines: NDArray[np.void], name: str, stored: Sequence[Sequence[Any]]) -> None:
-    for row, wanted, parts in zip(lines["row"].tolist(), lines[name].tolist(), stored, strict=True):
-        if checksum(*parts) != wanted:
-            raise damaged(owner, f"scores of row {row}", f"{name} of its log-probs is another than the one that was written")

@@ -8,8 +8,8 @@ from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.arrays import Float32Array
-from lopd.backends import lance_rows, ragged
-from lopd.backends.lance_catalog import Catalog, TableEntry
+from lopd.backends import lance_decode, lance_rows, ragged
+from lopd.backends.lance_catalog import ROLLOUTS_FILE, Catalog, TableEntry
 from lopd.backends.lance_part import Part
 from lopd.backends.lance_rows import ROLLOUT_DATA, ROLLOUT_LINE, SCORE_DATA, SCORE_LINE, TOP_K_DATA, tokens_of
 from lopd.backends.lance_table import COMMIT, Database
@@ -48,6 +48,10 @@ class Snapshot:
                 self.columns[column] = self._part(entry, SCORE_LINE, versions, dense=False)
         if self.rollouts is None and state.rollouts is not None:
             self.rollouts = self._part(state.rollouts, ROLLOUT_LINE, versions, dense=True)
+        if self.columns and self.rollouts is None:
+            raise CorruptStoreError(
+                f"{self._owner}: {ROLLOUTS_FILE} is missing, expected it where there are scores; restore the file from a backup."
+            )
 
     def _part(self, entry: TableEntry, line: np.dtype[Any], versions: Mapping[str, int], *, dense: bool) -> Part:
         return Part(self._owner, self._database.open(entry.table, versions.get(entry.table)), line, dense=dense)
@@ -94,9 +98,14 @@ class Snapshot:
         """(rows,): which rollouts have scores in this column."""
         if column == BEHAVIOR_COLUMN:
             return self.lines()["has_behavior"].copy()
+        scored = self.columns[column].lines()["row"] if column in self.columns else np.zeros(0, np.int64)
+        if scored.size and scored[-1] >= self.rows:
+            raise CorruptStoreError(
+                f"{self._owner}: column {column!r} has scores of row {scored[-1]}, expected rows below {self.rows}; "
+                "restore the store from a backup."
+            )
         mask = np.zeros(self.rows, np.bool_)
-        if column in self.columns:
-            mask[self.columns[column].lines()["row"]] = True
+        mask[scored] = True
         return mask
 
     def history(self) -> list[Commit]:
@@ -118,7 +127,7 @@ class Snapshot:
         if self.rollouts is None or not distinct.size:
             return []
         table = self.rollouts.fetch(distinct, ROLLOUT_DATA)
-        rollouts = dict(zip(table["row"].to_pylist(), lance_rows.decode_rollouts(self._owner, table), strict=True))
+        rollouts = dict(zip(table["row"].to_pylist(), lance_decode.decode_rollouts(self._owner, table), strict=True))
         found = {name: self._column(name, distinct, rollouts, ranked=name in top_k) for name in {*columns, *top_k}}
         return [
             ScoredRollout(
@@ -141,8 +150,8 @@ class Snapshot:
             raise ragged.missing_scores(self._owner, rollouts[int(absent[0])].rollout_id, column)
         owner = f"{self._owner}: column {column!r}"
         table = part.fetch(rows, [*SCORE_DATA, *(TOP_K_DATA if ranked else ())])
-        lines, logprobs = lance_rows.decode_scores(owner, table)
-        supports = lance_rows.decode_top_k(owner, table, lines, k) if ranked else [None] * len(lines)
+        lines, logprobs = lance_decode.decode_scores(owner, table)
+        supports = lance_decode.decode_top_k(owner, table, lines, k) if ranked else [None] * len(lines)
         for row, content_hash, values in zip(lines["row"].tolist(), lines["content_hash"].tolist(), logprobs, strict=True):
             if (content_hash, values.size) != (rollouts[row].content_hash, rollouts[row].response_ids.size):
                 raise CorruptStoreError(

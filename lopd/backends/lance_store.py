@@ -35,7 +35,9 @@ def _place(path: StorePath, options: StorageOptions | None) -> tuple[Files, Data
     files = open_files(path, options)
     scheme, separator, _ = files.url.partition("://")
     if separator and scheme not in _SCHEMES:
-        raise StorePathError(f"Store {files.url}: LanceDB cannot store there, expected a local path, or {'://, '.join(_SCHEMES)}://; choose another place.")
+        raise StorePathError(
+            f"Store {files.url}: LanceDB cannot store there, expected a local path, or a URL of {', '.join(_SCHEMES)}; choose another place."
+        )
     return files, Database(files.url, options or {})
 
 

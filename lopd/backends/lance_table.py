@@ -148,6 +148,9 @@ class LanceTable:
 
     def _load(self) -> None:
         self.version, self.rows = int(self._handle.version), int(self._handle.count_rows())
+        if not self.rows:
+            # It was made with rows in it, and none is ever removed: only damage to its manifest looks like this.
+            raise CorruptStoreError(f"{self._named()}: it has no rows, expected at least 1; restore its files from a backup.")
 
     @property
     def _table(self) -> Any:

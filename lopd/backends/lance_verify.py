@@ -38,4 +38,6 @@ def _problems_of(snapshot: Snapshot, rows: np.ndarray, columns: tuple[str, ...],
         if len(rows) == 1:
             yield str(error)
         else:
-            yield from dict.fromkeys(problem for row in np.split(rows, len(rows)) for problem in _problems_of(snapshot, row, columns, ranked))
+            yield from dict.fromkeys(
+                problem for row in np.split(rows, len(rows)) for problem in _problems_of(snapshot, row, columns, ranked)
+            )

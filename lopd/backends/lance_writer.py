@@ -69,10 +69,8 @@ class Writer:
             draft = make_draft()
             if draft is None:
                 return self._settle(column)
-            part = self._snapshot.part(column)
             try:
-                made = self._create(column, provenance, draft) if part is None else part.table.insert(draft(commit=part.next_commit(), when=time.time()))
-                if made:
+                if self._insert(column, provenance, draft):
                     return self._settle(column)
             except LopdError:
                 raise
@@ -82,6 +80,13 @@ class Writer:
                 if not is_conflict(error) or time.monotonic() - started > _PATIENCE:
                     raise self._refused(error, make_draft) from error
                 time.sleep(_PAUSE)
+
+    def _insert(self, column: str | None, provenance: Provenance | None, draft: Draft) -> bool:
+        """Whether the next commit of a table is now this one."""
+        part = self._snapshot.part(column)
+        if part is None:
+            return self._create(column, provenance, draft)
+        return part.table.insert(draft(commit=part.next_commit(), when=time.time()))
 
     def _create(self, column: str | None, provenance: Provenance | None, draft: Draft) -> bool:
         """Whether the table of a column, or of the rollouts, is now one that this call made."""
