@@ -64,7 +64,7 @@ class Settings:
     dropped_layers: str = "13,14,15,16,17,18"
     trained_layers: str = "8,9,10,11,12,13,14,15,16,17"
     sft_prompts: int = 32
-    opd_prompts: int = 192
+    opd_prompts: int = 160
     held_out_prompts: int = 48
     max_new_tokens: int = 48
     tokens_per_batch: int = 1024
@@ -72,7 +72,7 @@ class Settings:
     sft_steps: int = 4
     sft_rollouts_per_step: int = 8
     sft_lr: float = 2e-4
-    opd_steps: int = 24
+    opd_steps: int = 20
     opd_rollouts_per_step: int = 8
     opd_lr: float = 2e-4
     clip: float = 10.0

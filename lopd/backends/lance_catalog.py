@@ -179,14 +179,12 @@ class Catalog:
         return 0 if entry is None or entry.provenance is None else entry.provenance.top_k
 
     def put(self, path: str, document: Mapping[str, Any]) -> bool:
-        """Whether this call made the file.  Refreshes.
+        """Whether this call made the file.
 
         Raises:
             StoreWriteError: the storage refused.
         """
-        made = put(self._files, path, {**document, "when": time.time()})
-        self.refresh()
-        return made
+        return put(self._files, path, {**document, "when": time.time()})
 
 
 def column_path(column: str) -> str:

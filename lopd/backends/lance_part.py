@@ -79,6 +79,7 @@ class Part:
         return np.where(self._rows[at] == rows, at, -1)
 
     def _places_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        # In two steps: looking for rows may read on, and then there are more places.
         at = self.find(rows)
         return self._places[at]
 
@@ -102,5 +103,6 @@ class Part:
             self._forget()
             places = self._places_of(rows)
         raise CorruptStoreError(
-            f"{self._owner}: table {self.table.name!r} has other rows in the place of rows {rows[0]} to {rows[-1]}; restore the store from a backup."
+            f"{self._owner}: table {self.table.name!r} has other rows in the place of rows {rows[0]} to {rows[-1]}, expected those; "
+            "restore the store from a backup."
         )

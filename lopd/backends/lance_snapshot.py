@@ -15,7 +15,7 @@ from lopd.backends.lance_rows import ROLLOUT_DATA, ROLLOUT_LINE, SCORE_DATA, SCO
 from lopd.backends.lance_table import COMMIT, Database
 from lopd.backends.zarr_index import IdIndex
 from lopd.errors import CorruptStoreError
-from lopd.manifest import Commit
+from lopd.manifest import Commit, Provenance
 from lopd.types import BEHAVIOR_COLUMN, Rollout, ScoredRollout, TopK
 
 _Column = Mapping[int, tuple[Float32Array, TopK | None]]
@@ -75,6 +75,11 @@ class Snapshot:
     def versions(self) -> dict[str, int]:
         """Table name -> version."""
         return {part.table.name: part.table.version for part in self.parts().values()}
+
+    def provenances(self) -> dict[str, Provenance]:
+        """Who computed each column."""
+        entries = {name: self._catalog.state.columns[name] for name in self.columns}
+        return {name: entry.provenance for name, entry in entries.items() if entry.provenance is not None}
 
     @property
     def rows(self) -> int:

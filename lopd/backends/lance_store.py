@@ -49,6 +49,7 @@ class LanceStore:
     The virtual column `behavior` reads the rollouts' own `behavior_logprobs`; `columns` does not list it, and it cannot be written to.
     It pickles as its place and versions.  One thread at a time; processes as many as you like, but LanceDB does not survive a fork: a
     forked process is refused (start workers with "spawn" or "forkserver").
+    Each commit costs about 70 kB of LanceDB's bookkeeping until `compact` removes it: append hundreds of rollouts at once.
     On a local disk a commit is flushed before its call returns.  LanceDB itself flushes nothing, so a power cut in the middle of a
     commit may leave a last version that cannot be read; what was returned before is whole in the versions before it.
     """
@@ -144,8 +145,7 @@ class LanceStore:
     @property
     def columns(self) -> Mapping[str, Provenance]:
         """Score columns and who computed them."""
-        found = {name: entry.provenance for name, entry in self._catalog.state.columns.items()}
-        return MappingProxyType({name: provenance for name, provenance in found.items() if provenance is not None})
+        return MappingProxyType(self._snapshot.provenances())
 
     @property
     def generations(self) -> Mapping[int, ModelId]:
@@ -157,7 +157,7 @@ class LanceStore:
         return self._snapshot.rows
 
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
-        """Rows of rollouts, -1 where there is none; reads all lines at the first call, and holds them from then on (about 120 bytes a rollout)."""
+        """Rows of rollouts, -1 where there is none; reads all lines at the first call, and holds them from then on (about 130 bytes a rollout)."""
         return self._snapshot.find(rollout_ids)
 
     def lengths(self) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ a number, which Lance decides: of two writers that add commit 7 at once, one add
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
 from typing import Any, final
@@ -24,7 +24,7 @@ KEY_METADATA = {"lance-schema:unenforced-primary-key": "true"}
 _FILE_FORMAT = {"new_table_data_storage_version": "2.0", "new_table_enable_v2_manifest_paths": "true"}
 # Left alone, the caches of one table grow to seven gigabytes.
 _INDEX_CACHE, _METADATA_CACHE = 16 << 20, 64 << 20
-_CONFLICTS = ("conflict", "contention", "concurrent", "preempted")
+_CONFLICTS = ("commit conflict", "was preempted", "incompatible transaction", "contention", "too many concurrent writers")
 _NETWORK = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure error", "error sending request", "timed out")
 _used_in: int | None = None
 
@@ -97,13 +97,12 @@ class Database:
     """
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        """Connects, which makes no request."""
+        """Connects at the first call: connecting makes a folder."""
         self.url = url
         self.owner = f"Store {url}"
         self._options = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
-        lancedb = _lancedb(self.owner)
-        session = lancedb.Session(index_cache_size_bytes=_INDEX_CACHE, metadata_cache_size_bytes=_METADATA_CACHE)
-        self._connection = lancedb.connect(url, storage_options={**self._options, **_FILE_FORMAT}, session=session)
+        self._connection: Any = None
+        _lancedb(self.owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Database, (self.url, self._options)
@@ -111,7 +110,10 @@ class Database:
     @property
     def connection(self) -> Any:
         """LanceDB's own, for a process that may use it."""
-        _lancedb(self.owner)
+        lancedb = _lancedb(self.owner)
+        if self._connection is None:
+            session = lancedb.Session(index_cache_size_bytes=_INDEX_CACHE, metadata_cache_size_bytes=_METADATA_CACHE)
+            self._connection = lancedb.connect(self.url, storage_options={**self._options, **_FILE_FORMAT}, session=session)
         return self._connection
 
     def open(self, name: str, version: int | None = None) -> "LanceTable":
@@ -127,8 +129,9 @@ class Database:
         return LanceTable(self, name, self.connection.create_table(name, data))
 
     def drop(self, name: str) -> None:
-        """Remove a table that nobody else knows of."""
-        self.connection.drop_table(name)
+        """Remove a table that nobody else knows of, if the storage lets us: it is in nobody's way."""
+        with suppress(Exception):
+            self.connection.drop_table(name)
 
 
 @final
@@ -180,19 +183,23 @@ class LanceTable:
     def insert(self, data: Any) -> bool:
         """Add rows of one commit, unless that number is taken: all or none of them.  Moves to the latest version either way."""
         table = self._table
-        table.checkout_latest()
-        done = table.merge_insert(COMMIT).when_not_matched_insert_all().execute(data)
-        self._load()
-        return bool(done.num_inserted_rows)
+        try:
+            table.checkout_latest()
+            return bool(table.merge_insert(COMMIT).when_not_matched_insert_all().execute(data).num_inserted_rows)
+        finally:
+            self._load()
 
     def compact(self, older_than: float) -> bool:
         """Merge small files, and drop versions older than this many seconds; gives whether anything was merged."""
         table = self._table
-        table.checkout_latest()
-        before = table.stats()["fragment_stats"]["num_fragments"]
-        table.optimize(cleanup_older_than=timedelta(seconds=older_than))
-        self._load()
-        return bool(table.stats()["fragment_stats"]["num_fragments"] < before)
+        try:
+            table.checkout_latest()
+            before = table.stats()["fragment_stats"]["num_fragments"]
+            # Exactly 0 makes LanceDB warn of what our caller has said it wants.
+            table.optimize(cleanup_older_than=timedelta(seconds=max(older_than, 0.001)))
+            return bool(table.stats()["fragment_stats"]["num_fragments"] < before)
+        finally:
+            self._load()
 
     def stored_bytes(self) -> int:
         """Bytes of the data files of this version."""

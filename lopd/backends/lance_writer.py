@@ -19,7 +19,7 @@ from lopd.backends.lance_table import Database, first_line, is_conflict, is_lanc
 from lopd.errors import LopdError, StoreWriteError
 from lopd.manifest import ModelId, Provenance
 
-_TABLE_SUFFIX = ".lance"
+_TABLE_SUFFIX, _HINT = ".lance", "latest_version_hint.json"
 _PAUSE, _PATIENCE = 0.01, 60.0
 
 
@@ -48,7 +48,7 @@ class Writer:
         self._snapshot = snapshot
         self._folder = folder
         self._owner = database.owner
-        self._flushed: set[tuple[str, int]] = set()
+        self._flushed: set[str] = set()
 
     def begin_generation(self, generation: int, policy: ModelId) -> None:
         """Commit which policy samples in a round, unless it is known."""
@@ -58,6 +58,7 @@ class Writer:
         if known is None:
             self._catalog.put(generation_path(generation), {"generation": generation, "policy": asdict(policy)})
             # Somebody else may have been quicker.
+            self._snapshot.refresh()
             ragged.check_generation(self._owner, generation, self._catalog.state.generations[generation], policy)
         self._settle(None)
 
@@ -140,14 +141,20 @@ class Writer:
     def _remove_strangers(self, older_than: float) -> None:
         """Tables of writers that were killed, or refused, before they could say which column theirs is."""
         known = {f"{name}{_TABLE_SUFFIX}" for name in self._snapshot.versions()}
-        found = [name for name in self._files.names("") if name.endswith(_TABLE_SUFFIX) and name not in known]
-        self._files.remove([name for name in found if self._files.age(name) >= older_than])
+        try:
+            found = [name for name in self._files.names("") if name.endswith(_TABLE_SUFFIX) and name not in known]
+            self._files.remove([name for name in found if self._files.age(name) >= older_than])
+        except OSError as error:
+            raise StoreWriteError(
+                f"{self._owner}: removing what killed writers left failed with {error}, expected the storage to list and remove; "
+                "check it and repeat the call."
+            ) from error
 
     def _settle(self, column: str | None) -> None:
         """Make durable what a call relies on, also where another process wrote it and may not have come to flush it."""
         if self._folder is None:
             return
-        for part in (self._snapshot.rollouts, self._snapshot.part(column)):
+        for part in {self._snapshot.rollouts, self._snapshot.part(column)}:
             if part is not None:
                 self._flush(part.table.name)
         for path in (ROLLOUTS_FILE, column_path(""), generation_path(0)):
@@ -158,11 +165,13 @@ class Writer:
         if self._folder is None:
             return
         try:
-            for folder, _, names in os.walk(self._folder / f"{table}{_TABLE_SUFFIX}", topdown=False):
-                new = [stamp for name in names if (stamp := _stamp(Path(folder, name))) not in self._flushed]
-                for path, _ in [*new, *([(folder, 0)] if new else [])]:
+            for folder, folders, names in os.walk(self._folder / f"{table}{_TABLE_SUFFIX}", topdown=False):
+                paths = {f"{folder}/{name}" for name in [*folders, *names]}
+                new = paths - self._flushed
+                # Lance never changes a file, but for the one that says which version it believes to be the latest.
+                for path in [*new, *(paths & {f"{folder}/{_HINT}"}), folder] if new else []:
                     _flush_file(path)
-                self._flushed.update(new)
+                self._flushed |= new
             _flush_file(str(self._folder))
         except OSError as error:
             raise StoreWriteError(
@@ -171,14 +180,8 @@ class Writer:
             ) from error
 
 
-def _stamp(path: Path) -> tuple[str, int]:
-    """What a file is recognised by; one that a compaction removes just now is none that needs flushing."""
-    with suppress(FileNotFoundError):
-        return str(path), path.stat().st_mtime_ns
-    return str(path), 0
-
-
 def _flush_file(path: str) -> None:
+    # What a compaction removes just now needs no flushing.
     with suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
