@@ -29,6 +29,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from s3_server import S3Server
 from test_stores import MACHINE, Rows, StoreMachine, fill, many, rows_of
 
+from lopd.backends import lance_rows
 from lopd.backends.commit_log import seal, unseal
 from lopd.backends.lance_store import LanceStore
 from lopd.backends.lance_table import LanceTable
@@ -224,6 +225,12 @@ def test_half_the_bytes_cost_a_rounding_that_each_commit_reports(tmp_path: Path)
     with pytest.raises(InvalidRecordError, match=r"'low'.*-70000.*at least -65504"):
         store.append([tiny_rollout("low", [1], behavior_logprobs=[-70000.0])])
     assert len(reopened(store)) == 1
+
+
+def test_more_values_than_one_append_can_hold_are_refused_before_they_are_copied() -> None:
+    half = np.broadcast_to(np.uint8(0), 1 << 30)
+    with pytest.raises(InvalidRecordError, match=r"2147483648 values.*append fewer rollouts"):
+        lance_rows._list_column([half, half], half.dtype)
 
 
 def test_history_says_what_was_committed_in_which_order(filled: LanceStore) -> None:
@@ -683,7 +690,7 @@ def test_a_storage_that_stays_away_ends_each_call_in_one_clear_error_and_nothing
     fill(LanceStore.create(url, tiny_manifest(), storage_options=s3.storage_options))
     for name, operation in OPERATIONS.items():
         proxy.heal()
-        store = LanceStore.open(url, storage_options=proxy.storage_options | IMPATIENT)
+        store = LanceStore.open(url, storage_options=proxy.storage_options | IMPATIENT | {"client_max_retries": "0"})
         getattr(proxy, fault)(ALWAYS)
         with pytest.raises((StoreReadError, StoreWriteError), match=url) as caught:
             operation(store)

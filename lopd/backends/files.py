@@ -8,6 +8,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lopd.errors import StoreReadError
+
 StorePath = str | os.PathLike[str]
 StorageOptions = Mapping[str, Any]
 Bytes = NDArray[np.uint8]
@@ -72,6 +74,22 @@ class Files(Protocol):
     def remove(self, folders: Iterable[str], /) -> None:
         """Remove folders with all that is in them; those that are not there do not matter."""
         ...
+
+
+def names_in(files: Files) -> list[str]:
+    """What is in the root; the root itself where it is a file.
+
+    Raises:
+        StoreReadError: the storage refused to say.
+    """
+    try:
+        return files.names("")
+    except NotADirectoryError:
+        return [files.url]
+    except OSError as error:
+        raise StoreReadError(
+            f"Store {files.url}: looking for it failed with {error}, expected to list what is there; check the path and the credentials."
+        ) from error
 
 
 def local_folder(path: StorePath) -> Path | None:

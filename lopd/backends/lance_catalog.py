@@ -19,8 +19,8 @@ from uuid import uuid4
 from attrs import evolve, field, frozen
 
 from lopd.backends.commit_log import seal, unseal
-from lopd.backends.files import Files
-from lopd.backends.zarr_root import LogprobDtype, names_in
+from lopd.backends.files import Files, names_in
+from lopd.backends.ragged import LogprobDtype
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
 from lopd.manifest import Commit, Manifest, ModelId, Provenance
 

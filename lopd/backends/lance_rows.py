@@ -13,6 +13,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 from lopd.arrays import Float32Array
 from lopd.backends import ragged
 from lopd.backends.lance_table import COMMIT, KEY_METADATA
+from lopd.errors import InvalidRecordError
 from lopd.types import Rollout, Scores
 
 #: What a line is made of, and checked by; `id_hash` is of the rollout id, which is a column of its own.
@@ -200,8 +201,10 @@ def _bytes_column(values: NDArray[np.void]) -> Any:
 def _list_column(values: Sequence[NDArray[Any] | None], dtype: np.dtype[Any]) -> Any:
     import pyarrow as pa
 
+    ends = ragged.offsets(np.array([0 if part is None else part.size for part in values]))
+    if ends[-1] > np.iinfo(np.int32).max:
+        raise InvalidRecordError(f"Append: one column has {ends[-1]} values, expected fewer than 2**31; append fewer rollouts at once.")
     flat = ragged.concat([part for part in values if part is not None], dtype.name)
-    ends = ragged.offsets(np.array([0 if part is None else part.size for part in values])).astype(np.int32)
     item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
     absent = pa.array([part is None for part in values])
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(flat), type=pa.list_(item), mask=absent)
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat), type=pa.list_(item), mask=absent)

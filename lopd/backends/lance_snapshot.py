@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 from lopd.arrays import Float32Array
 from lopd.backends import lance_decode, lance_rows, ragged
+from lopd.backends.id_index import IdIndex
 from lopd.backends.lance_catalog import ROLLOUTS_FILE, Catalog, TableEntry
 from lopd.backends.lance_part import Part
 from lopd.backends.lance_rows import ROLLOUT_DATA, ROLLOUT_LINE, SCORE_DATA, SCORE_LINE, TOP_K_DATA, tokens_of
 from lopd.backends.lance_table import COMMIT, Database
-from lopd.backends.zarr_index import IdIndex
 from lopd.errors import CorruptStoreError
 from lopd.manifest import Commit, Provenance
 from lopd.types import BEHAVIOR_COLUMN, Rollout, ScoredRollout, TopK

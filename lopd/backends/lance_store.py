@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.backends import lance_rows, lance_verify, ragged
-from lopd.backends.files import Files, StorageOptions, StorePath, local_folder, open_files
+from lopd.backends.files import Files, StorageOptions, StorePath, local_folder, names_in, open_files
 from lopd.backends.lance_catalog import ROOT_FILE, Catalog, CatalogState, create_root, read_root, taken
 from lopd.backends.lance_snapshot import Snapshot
 from lopd.backends.lance_table import Database
 from lopd.backends.lance_writer import Draft, Writer
-from lopd.backends.zarr_root import LogprobDtype, names_in
+from lopd.backends.ragged import LogprobDtype
 from lopd.errors import ManifestMismatchError, StoreExistsError, StorePathError
 from lopd.manifest import Commit, Manifest, ModelId, Provenance
 from lopd.types import Rollout, ScoredRollout, Scores

@@ -1,8 +1,7 @@
 """The durable store at a URL, whichever kind it is."""
 
-from lopd.backends.files import StorageOptions, StorePath, open_files
+from lopd.backends.files import StorageOptions, StorePath, names_in, open_files
 from lopd.backends.zarr_format import METADATA_FILE
-from lopd.backends.zarr_root import names_in
 from lopd.errors import StoreNotFoundError
 from lopd.protocols import DurableStore
 

@@ -6,7 +6,7 @@ Pure functions: a store passes in what it knows and gets back what is new, so th
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,8 @@ from lopd.arrays import Float32Array
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.manifest import ModelId, Provenance
 from lopd.types import BEHAVIOR_COLUMN, Rollout, Scores
+
+LogprobDtype = Literal["float32", "float16"]
 
 # No separators, no leading dot, no name that Zarr keeps for itself: a column becomes a folder in some stores.
 _COLUMN_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", re.IGNORECASE)

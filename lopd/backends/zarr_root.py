@@ -1,18 +1,18 @@
 """The root of a store: is its place free, and what does it say of itself."""
 
 import json
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 from uuid import uuid4
 
 from attrs import asdict, frozen
 
 from lopd.backends.commit_log import checksum, dump
-from lopd.backends.files import Files
+from lopd.backends.files import Files, names_in
+from lopd.backends.ragged import LogprobDtype
 from lopd.backends.zarr_format import METADATA_FILE, Codec, group_document
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
 from lopd.manifest import Manifest
 
-LogprobDtype = Literal["float32", "float16"]
 _MANIFEST, _STORAGE, _CHECKSUM, _CREATION = "lopd", "lopd_storage", "lopd_checksum", "lopd_creation"
 
 
@@ -34,22 +34,6 @@ class StorageTypes:
                 raise InvalidRecordError(
                     f"Store: {name} is {getattr(self, name)!r}, expected one of {', '.join(get_args(kind))}; pass one of them."
                 )
-
-
-def names_in(files: Files) -> list[str]:
-    """What is in the root; the root itself where it is a file.
-
-    Raises:
-        StoreReadError: the storage refused to say.
-    """
-    try:
-        return files.names("")
-    except NotADirectoryError:
-        return [files.url]
-    except OSError as error:
-        raise StoreReadError(
-            f"Store {files.url}: looking for it failed with {error}, expected to list what is there; check the path and the credentials."
-        ) from error
 
 
 def taken(files: Files) -> StoreExistsError:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lopd.backends import ragged, zarr_decode
 from lopd.backends.files import Files
-from lopd.backends.zarr_index import IdIndex
+from lopd.backends.id_index import IdIndex
 from lopd.backends.zarr_rows import ID_HASH, LENGTHS, R, S, hash_ids
 from lopd.backends.zarr_segment import Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from lopd.backends import ragged, zarr_rows, zarr_verify
 from lopd.backends.commit_log import CommitLog
-from lopd.backends.files import Files, StorageOptions, StorePath, open_files
+from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open_files
+from lopd.backends.ragged import LogprobDtype
 from lopd.backends.zarr_format import METADATA_FILE, Codec
-from lopd.backends.zarr_root import LogprobDtype, StorageTypes, create_root, names_in, read_root, taken
+from lopd.backends.zarr_root import StorageTypes, create_root, read_root, taken
 from lopd.backends.zarr_snapshot import Snapshot
 from lopd.backends.zarr_writer import Draft, Writer
 from lopd.errors import ManifestMismatchError, StoreExistsError
