@@ -80,7 +80,7 @@ def checksum(*parts: Any) -> int:
     """Of arrays in this order; an absent one differs from any that is there."""
     found = 0
     for part in parts:
-        found = xxh3_64_intdigest(b"" if part is None else np.ascontiguousarray(part), seed=found)
+        found = xxh3_64_intdigest(b"" if part is None else np.ascontiguousarray(part).data, seed=found)
     return found
 
 
@@ -117,7 +117,7 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     }
     for name, values in columns.items():
         lines[name] = values
-    texts = {ID: ids, "finish_reason": [r.finish_reason for r in rollouts]}
+    texts: dict[str, Sequence[bytes | str]] = {ID: ids, "finish_reason": [r.finish_reason for r in rollouts]}
     return _table(lines, texts, {"token_ids": tokens}, {"loss_mask": masks, "behavior_logprobs": behaviors}, logprob_dtype)
 
 

@@ -70,7 +70,9 @@ class Snapshot:
 
     def parts(self) -> dict[str | None, Part]:
         """All tables."""
-        return {**({} if self.rollouts is None else {None: self.rollouts}), **self.columns}
+        found: dict[str | None, Part] = {} if self.rollouts is None else {None: self.rollouts}
+        found.update(self.columns)
+        return found
 
     def versions(self) -> dict[str, int]:
         """Table name -> version."""
