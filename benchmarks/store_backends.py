@@ -249,8 +249,8 @@ def write_lance(made: Records, folder: Path, size: int) -> None:
 
 
 def compact_lance(folder: Path) -> None:
-    """Merge fragments."""
-    LanceStore.open(folder / "s.lance").compact()
+    """Merge fragments, and drop the versions before."""
+    LanceStore.open(folder / "s.lance").compact(older_than=0.0)
 
 
 def write_lancedb(rows: Rows, folder: Path, size: int) -> None:

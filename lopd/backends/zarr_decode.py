@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from lopd.arrays import Float32Array, read_only
-from lopd.backends.zarr_rows import LENGTHS, REASONS, R, S
+from lopd.backends.zarr_rows import BOUND_BY, LENGTHS, REASONS, R, S
 from lopd.backends.zarr_segment import Segment, checksum_of
 from lopd.types import Rollout, TopK
 
@@ -44,9 +44,9 @@ def _part(segment: Segment, name: str, starts: _Int64, ends: _Int64, expected: _
     return Part(pieces, whole)
 
 
-def contents(lines: _Int64, fields: dict[str, int]) -> list[bytes]:
-    """The content hash of each line's rollout."""
-    first = fields["content_hash_0"]
+def contents(lines: _Int64) -> list[bytes]:
+    """The content hash of each rollout."""
+    first = R["content_hash_0"]
     hashes = np.ascontiguousarray(lines[:, first : first + 2]).tobytes()
     return [hashes[i : i + 16] for i in range(0, len(hashes), 16)]
 
@@ -83,7 +83,7 @@ def behaviors(segment: Segment, lines: _Int64) -> list[NDArray[Any] | None]:
 def rollouts(segment: Segment, indices: Sequence[int]) -> list[Rollout]:
     """These rollouts of a segment."""
     lines = segment.lines(indices)
-    columns = masks(segment, lines), behaviors(segment, lines), contents(lines, R)
+    columns = masks(segment, lines), behaviors(segment, lines), contents(lines)
     parts = zip(_ids(segment, lines), lines.tolist(), tokens(segment, lines).pieces, *columns, strict=True)
     decoded = []
     for name, line, token_ids, mask, behavior, content_hash in parts:
@@ -114,21 +114,25 @@ def _ids(segment: Segment, lines: _Int64) -> list[str]:
     return [raw.decode("utf-8", "surrogatepass") for raw in data]
 
 
-def logprobs(segment: Segment, lines: _Int64, bound_to: Sequence[tuple[bytes, int]]) -> Part:
-    """Log-probs of these lines of scores, if they were computed on the rollouts (content hash, response tokens) that they are read with."""
-    for i, two in enumerate(zip(contents(lines, S), lines[:, S["length"]].tolist(), strict=True)):
-        if two != bound_to[i]:
-            raise segment.damaged("logprobs", f"the scores of row {lines[i, S['row']]} were computed on other tokens")
+def bound_to(rollouts: Sequence[Rollout]) -> _Int64:
+    """(n, 3): what the scores of these rollouts must say of the tokens that they were computed on."""
+    hashes = np.frombuffer(b"".join(rollout.content_hash for rollout in rollouts), "<i8").reshape(-1, 2)
+    return np.column_stack([np.array([rollout.response_ids.size for rollout in rollouts], np.int64), hashes])
+
+
+def logprobs(segment: Segment, lines: _Int64, bound: _Int64) -> Part:
+    """Log-probs of these lines of scores, if they were computed on the rollouts that they are read with."""
+    strange = np.flatnonzero((lines[:, BOUND_BY[1]] != bound).any(axis=1))
+    if strange.size:
+        raise segment.damaged("logprobs", f"the scores of row {lines[strange[0], S['row']]} were computed on other tokens")
     starts = lines[:, S["start"]]
     return _part(segment, "logprobs", starts, starts + lines[:, S["length"]], lines[:, S["logprobs_checksum"]])
 
 
-def scores(
-    segment: Segment, indices: Sequence[int], bound_to: Sequence[tuple[bytes, int]], *, top_k: bool
-) -> list[tuple[Float32Array, TopK | None]]:
+def scores(segment: Segment, indices: Sequence[int], bound: _Int64, *, top_k: bool) -> list[tuple[Float32Array, TopK | None]]:
     """Log-probs, and the top-k supports if they are wanted."""
     lines = segment.lines(indices)
-    values = [read_only(piece.astype(np.float32)) for piece in logprobs(segment, lines, bound_to).pieces]
+    values = [read_only(piece.astype(np.float32)) for piece in logprobs(segment, lines, bound).pieces]
     return list(zip(values, _top_k(segment, lines) if top_k else [None] * len(lines), strict=True))
 
 

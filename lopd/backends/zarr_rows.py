@@ -47,6 +47,10 @@ SCORE_FIELDS = (
 #: Column numbers of a rollout's line, and of a score's.
 R = {name: i for i, name in enumerate(ROLLOUT_FIELDS)}
 S = {name: i for i, name in enumerate(SCORE_FIELDS)}
+#: What binds scores to a rollout, in its line and in theirs: the length of the response, and the content hash.
+BOUND_BY = tuple(
+    [fields[length], fields["content_hash_0"], fields["content_hash_1"]] for fields, length in ((R, "response_length"), (S, "length"))
+)
 LENGTHS = slice(R["prompt_length"], R["response_length"] + 1)
 ID_HASH = slice(R["id_hash_0"], R["id_hash_1"] + 1)
 
