@@ -269,7 +269,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollouts", type=int, default=20_480)
+    parser.add_argument("--rollouts", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "bench_store")
     parser.add_argument("--worker", nargs=2, metavar=("BACKEND", "SEED"))

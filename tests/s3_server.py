@@ -8,7 +8,6 @@ It checks no signatures, so the helpers speak plain HTTP: `keys`, `read`, `write
 """
 
 import http.client
-import importlib.util
 import re
 import subprocess
 import sys
@@ -134,8 +133,6 @@ def stop_server(process: subprocess.Popen[bytes]) -> None:
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """The server of this session, with an empty bucket."""
-    if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
-        pytest.skip("moto[server] is not installed; it is the S3 server of these tests")
     process, port = start_server(tmp_path_factory.mktemp("s3") / "server.log")
     try:
         server = S3Server("127.0.0.1", port)

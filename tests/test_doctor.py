@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lopd.doctor
+from lopd.backends.lance_store import LanceStore
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr_store import ZarrStore
@@ -527,9 +528,7 @@ def test_opening_finds_a_zarr_store_by_path_or_url(store: ZarrStore, tmp_path: P
 
 
 def test_opening_finds_a_lance_store_and_the_doctor_reads_it(tmp_path: Path) -> None:
-    pytest.importorskip("lancedb")
-    module = pytest.importorskip("lopd.backends.lance_store")
-    fill(module.LanceStore.create(tmp_path / "run.lance", tiny_manifest()))
+    fill(LanceStore.create(tmp_path / "run.lance", tiny_manifest()))
     store = open_store(tmp_path / "run.lance")
     assert list(check_store(store)) == []
     assert inspect_store(store).rollouts == 40

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import datasets
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -17,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from lopd.backends.lance_store import LanceStore
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr_store import ZarrStore
 from lopd.errors import (
@@ -156,9 +158,7 @@ def test_two_workers_of_a_data_loader_read_a_zarr_store(start: str, tmp_path: Pa
 
 
 def test_a_forked_worker_refuses_a_lance_store_in_one_sentence(tmp_path: Path) -> None:
-    pytest.importorskip("lancedb")
-    module = pytest.importorskip("lopd.backends.lance_store")
-    store = fill(module.LanceStore.create(tmp_path / "run.lance", tiny_manifest()))
+    store = fill(LanceStore.create(tmp_path / "run.lance", tiny_manifest()))
     loader = DataLoader(TorchDataset(store), batch_size=4, num_workers=1, collate_fn=first, multiprocessing_context="fork", timeout=60)
     with pytest.raises(ForkedStoreError, match="spawn"):
         list(loader)
@@ -405,12 +405,7 @@ def test_importing_the_package_loads_no_optional_package() -> None:
 # Hugging Face datasets
 
 
-@pytest.fixture(scope="session")
-def datasets() -> Any:
-    return pytest.importorskip("datasets")
-
-
-def test_a_store_comes_back_equal_from_a_hugging_face_dataset(datasets: Any, memory: MemoryStore, tmp_path: Path) -> None:
+def test_a_store_comes_back_equal_from_a_hugging_face_dataset(memory: MemoryStore, tmp_path: Path) -> None:
     made = to_hf_dataset(memory)
     made.save_to_disk(tmp_path / "saved")
     for dataset in (made, datasets.load_from_disk(tmp_path / "saved")):
@@ -420,14 +415,14 @@ def test_a_store_comes_back_equal_from_a_hugging_face_dataset(datasets: Any, mem
         assert_equal_stores(again, memory)
 
 
-def test_a_selection_of_a_hugging_face_dataset_is_imported_in_its_order(datasets: Any, memory: MemoryStore) -> None:
+def test_a_selection_of_a_hugging_face_dataset_is_imported_in_its_order(memory: MemoryStore) -> None:
     store = MemoryStore(tiny_manifest())
     from_hf_dataset(to_hf_dataset(memory).select([9, 3, 5]), store)
     assert [row.rollout.rollout_id for row in store.read(range(3))] == ["p9/s0/g1", "masked", "p5/s0/g1"]
     assert store.scored("teacher").all()
 
 
-def test_an_empty_store_goes_to_a_hugging_face_dataset_and_back(datasets: Any) -> None:
+def test_an_empty_store_goes_to_a_hugging_face_dataset_and_back() -> None:
     dataset = to_hf_dataset(MemoryStore(tiny_manifest()))
     assert len(dataset) == 0
     store = MemoryStore(hf_dataset_manifest(dataset))
@@ -435,7 +430,7 @@ def test_an_empty_store_goes_to_a_hugging_face_dataset_and_back(datasets: Any) -
     assert len(store) == 0
 
 
-def test_a_hugging_face_dataset_of_somebody_else_is_refused(datasets: Any, memory: MemoryStore) -> None:
+def test_a_hugging_face_dataset_of_somebody_else_is_refused(memory: MemoryStore) -> None:
     with pytest.raises(CorruptStoreError, match="description"):
         from_hf_dataset(datasets.Dataset.from_dict({"text": ["a"]}), memory)
 

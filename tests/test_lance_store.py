@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import lancedb
 import numpy as np
 import pytest
 import torch
@@ -53,7 +54,6 @@ from lopd.protocols import LogprobStore
 from lopd.testing import StoreConformance, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 from lopd.types import Scores
 
-lancedb = pytest.importorskip("lancedb")
 huge = tiny_rollout("huge", np.arange(100_000) % 300)
 
 

@@ -1,6 +1,5 @@
 """What kills, networks, rivals and damaged disks do to stores.  `LOPD_KILLS=300` kills more writers than a default run has time for."""
 
-import importlib.util
 import os
 import random
 import re
@@ -27,15 +26,11 @@ from lopd.testing import tiny_manifest
 IMPATIENT = {"client_max_retries": 2, "client_retry_timeout": 3}
 WRITERS = 8
 
-needs_lance = pytest.mark.skipif(
-    importlib.util.find_spec("lancedb") is None or importlib.util.find_spec("lopd.backends.lance_store") is None,
-    reason="lancedb, or the backend on it, is not installed",
-)
 BACKENDS = [
     pytest.param("zarr", "disk", id="zarr on disk"),
-    pytest.param("lance", "disk", marks=needs_lance, id="lance on disk"),
+    pytest.param("lance", "disk", id="lance on disk"),
     pytest.param("zarr", "s3", marks=pytest.mark.s3, id="zarr on s3"),
-    pytest.param("lance", "s3", marks=[needs_lance, pytest.mark.s3], id="lance on s3"),
+    pytest.param("lance", "s3", marks=pytest.mark.s3, id="lance on s3"),
 ]
 _DEFAULT_KILLS = {("zarr", "disk"): 40, ("lance", "disk"): 15, ("zarr", "s3"): 8, ("lance", "s3"): 4}
 

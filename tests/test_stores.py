@@ -18,6 +18,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 import torch
+import zarr
 from attrs import evolve
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -281,7 +282,6 @@ def rows_of(store: ZarrStore) -> list[str]:
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(256, "uint8"), (257, "uint16"), (65_537, "uint32")])
 def test_zarr_python_reads_every_array_back_equal(tmp_path: Path, vocab_size: int, dtype: str) -> None:
-    zarr = pytest.importorskip("zarr")
     store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(vocab_size))
     items = [
         tiny_rollout("one", [vocab_size - 1], behavior_logprobs=[-0.5]),

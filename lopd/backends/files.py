@@ -1,6 +1,7 @@
 """Where a store's files are: a folder on a local disk, or a prefix in a bucket.  Files are written once and never changed."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -74,6 +75,11 @@ class Files(Protocol):
     def remove(self, folders: Iterable[str], /) -> None:
         """Remove folders with all that is in them; those that are not there do not matter."""
         ...
+
+
+def without_user(url: str) -> str:
+    """The URL as messages show it: `user:password@` stays private."""
+    return re.sub(r"//[^/@]*@", "//", url)
 
 
 def names_in(files: Files) -> list[str]:

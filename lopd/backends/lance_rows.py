@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from lopd.arrays import Float32Array
 from lopd.backends import ragged
 from lopd.backends.lance_table import COMMIT, KEY_METADATA
 from lopd.errors import InvalidRecordError
@@ -99,7 +98,7 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     owners = [rollout.rollout_id for rollout in rollouts]
     tokens = [np.concatenate([r.prompt_ids, r.response_ids]).astype(np.min_scalar_type(vocab_size - 1)) for r in rollouts]
     masks = [None if r.loss_mask.all() else r.loss_mask.astype(np.uint8) for r in rollouts]
-    behaviors, rounding = _to_stored([r.behavior_logprobs for r in rollouts], owners, logprob_dtype)
+    behaviors, rounding = ragged.to_stored([r.behavior_logprobs for r in rollouts], owners, logprob_dtype)
     ids = [encode_id(owner) for owner in owners]
     lines = np.zeros(len(rollouts), ROLLOUT_LINE)
     columns: dict[str, Any] = {
@@ -124,11 +123,11 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
 def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
     """The same for scores; a row is that of the rollout.  All of them have a top-k support or none has."""
     owners = [score.rollout_id for score in scores]
-    logprobs, rounding = _to_stored([score.logprobs for score in scores], owners, logprob_dtype)
+    logprobs, rounding = ragged.to_stored([score.logprobs for score in scores], owners, logprob_dtype)
     lists: dict[str, Sequence[Any]] = {"logprobs": logprobs}
     supports = [score.top_k for score in scores if score.top_k is not None]
     if supports:
-        ranked, error = _to_stored([support.logprobs.ravel() for support in supports], owners, logprob_dtype)
+        ranked, error = ragged.to_stored([support.logprobs.ravel() for support in supports], owners, logprob_dtype)
         ids = [support.ids.ravel().astype(np.min_scalar_type(vocab_size - 1)) for support in supports]
         lists |= dict(zip(TOP_K_DATA, (ids, ranked, [support.tail for support in supports]), strict=True))
         rounding = max(rounding, error)
@@ -147,19 +146,6 @@ def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int
     for name, values in columns.items():
         lines[name] = values
     return _table(lines, {}, lists, {}, logprob_dtype)
-
-
-def _to_stored(values: Sequence[Float32Array | None], owners: Sequence[str], dtype: str) -> tuple[list[NDArray[Any] | None], float]:
-    """Log-probs in the type of the store, and the largest error by which one was rounded."""
-    if dtype == "float32":
-        return list(values), 0.0
-    stored = [None if full is None else ragged.to_float16(owner, full) for owner, full in zip(owners, values, strict=True)]
-    errors = [
-        np.abs(half.astype(np.float32) - full).max()
-        for half, full in zip(stored, values, strict=True)
-        if half is not None and full is not None
-    ]
-    return stored, float(max(errors, default=0.0))
 
 
 def _table(

@@ -5,7 +5,6 @@ Pure functions: a store passes in what it knows and gets back what is new, so th
 
 import re
 from collections.abc import Callable, Container, Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -216,17 +215,30 @@ def check_rows(owner: str, indices: Sequence[int], length: int) -> list[int]:
     return rows
 
 
-def to_float16(owner: str, logprobs: Float32Array) -> NDArray[np.float16]:
-    """Log-probs rounded to the nearest float16; NaN stays NaN.
+def to_stored(values: Sequence[Float32Array | None], owners: Sequence[str], dtype: str) -> tuple[list[NDArray[Any] | None], float]:
+    """Log-probs in the type of a store, and the largest error in nats by which one was rounded.
 
     Raises:
         InvalidRecordError: one is below what float16 can hold; it names the rollout.
     """
+    if dtype == "float32":
+        return list(values), 0.0
+    stored: list[NDArray[Any] | None] = []
+    largest = 0.0
+    for owner, full in zip(owners, values, strict=True):
+        half = None if full is None else _to_float16(owner, full)
+        stored.append(half)
+        if full is not None and half is not None:
+            largest = max(largest, float(np.abs(half.astype(np.float32) - full).max(initial=0.0)))
+    return stored, largest
+
+
+def _to_float16(owner: str, logprobs: Float32Array) -> NDArray[np.float16]:
     with np.errstate(over="ignore"):
         half = logprobs.astype(np.float16)
     if np.isinf(half).any():
         raise InvalidRecordError(
-            f"Rollout {owner!r}: a log-prob is {np.nanmin(logprobs)}, expected at least -65504 nats in a store of float16; "
+            f"Rollout {owner!r}: a log-prob is {logprobs.min()}, expected at least -65504 nats in a store of float16; "
             "store float32, or floor it with `lopd.floor_logprobs`."
         )
     return half
@@ -246,9 +258,3 @@ def concat_texts(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.in
     """UTF-8 bytes of all texts end to end, and the bytes of each.  Lone surrogates, which JSON can carry, survive."""
     encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
     return np.frombuffer(b"".join(encoded), np.uint8), np.array([len(text) for text in encoded], np.int32)
-
-
-def split_texts(data: NDArray[np.uint8], lengths: NDArray[Any]) -> list[str]:
-    """The inverse of `concat_texts`."""
-    raw, ends = data.tobytes(), offsets(lengths).tolist()
-    return [raw[start:end].decode("utf-8", "surrogatepass") for start, end in pairwise(ends)]

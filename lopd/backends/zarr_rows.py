@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
-from lopd.arrays import Float32Array
 from lopd.backends import ragged
 from lopd.backends.zarr_segment import SegmentData, checksum_of
 from lopd.types import FinishReason, Rollout, Scores
@@ -78,7 +77,7 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     id_type = np.min_scalar_type(vocab_size - 1)
     tokens = [np.concatenate([r.prompt_ids, r.response_ids]).astype(id_type) for r in rollouts]
     masks = [None if r.loss_mask.all() else r.loss_mask.astype(np.uint8) for r in rollouts]
-    behaviors, rounding = _to_stored([r.behavior_logprobs for r in rollouts], [r.rollout_id for r in rollouts], logprob_dtype)
+    behaviors, rounding = ragged.to_stored([r.behavior_logprobs for r in rollouts], [r.rollout_id for r in rollouts], logprob_dtype)
     id_bytes, id_lengths = ragged.concat_texts([r.rollout_id for r in rollouts])
     lengths = np.array([(r.prompt_ids.size, r.response_ids.size) for r in rollouts], np.int64).reshape(-1, 2)
     id_hashes, content_hashes = hash_ids([r.rollout_id for r in rollouts]).view(np.int64), _two([r.content_hash for r in rollouts])
@@ -116,24 +115,10 @@ def _filled(values: Sequence[NDArray[Any] | None], lengths: NDArray[np.int64], f
     return ragged.concat(parts, dtype)
 
 
-def _to_stored(values: Sequence[Float32Array | None], owners: Sequence[str], dtype: str) -> tuple[list[NDArray[Any] | None], float]:
-    """Log-probs in the type of the store, and the largest error by which one was rounded."""
-    if dtype == "float32":
-        return list(values), 0.0
-    stored: list[NDArray[Any] | None] = []
-    largest = 0.0
-    for owner, full in zip(owners, values, strict=True):
-        half = None if full is None else ragged.to_float16(owner, full)
-        stored.append(half)
-        if full is not None and half is not None:
-            largest = max(largest, float(np.abs(half.astype(np.float32) - full).max(initial=0.0)))
-    return stored, largest
-
-
 def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str) -> SegmentData:
     """A segment of scores, in the order of rows; rows stay right because rollouts are only ever added behind them."""
     owners = [score.rollout_id for score in scores]
-    stored, rounding = _to_stored([score.logprobs for score in scores], owners, logprob_dtype)
+    stored, rounding = ragged.to_stored([score.logprobs for score in scores], owners, logprob_dtype)
     lengths = np.array([score.logprobs.size for score in scores], np.int64)
     hashes = _two([score.content_hash for score in scores])
     columns: dict[str, Any] = {
@@ -149,7 +134,7 @@ def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int
     supports = [score.top_k for score in scores if score.top_k is not None]
     if supports:
         ids = [support.ids.astype(np.min_scalar_type(vocab_size - 1)) for support in supports]
-        ranked, error = _to_stored([support.logprobs for support in supports], owners, logprob_dtype)
+        ranked, error = ragged.to_stored([support.logprobs for support in supports], owners, logprob_dtype)
         tails = [support.tail for support in supports]
         columns["top_k_checksum"] = [checksum_of(*three) for three in zip(ids, ranked, tails, strict=True)]
         parts: dict[str, Sequence[Any]] = {"top_k_ids": ids, "top_k_logprobs": ranked, "top_k_tail": tails}

@@ -4,7 +4,7 @@ It keeps a few numbers per segment.  What grows with the number of rollouts (the
 read when it is first asked for, and is some bytes per rollout.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, final
 
@@ -15,54 +15,14 @@ from numpy.typing import NDArray
 from lopd.backends import ragged, zarr_decode
 from lopd.backends.files import Files
 from lopd.backends.id_index import IdIndex
-from lopd.backends.zarr_rows import BOUND_BY, ID_HASH, LENGTHS, R, S, hash_ids
+from lopd.backends.zarr_column import LINE_BITS, Column
+from lopd.backends.zarr_rows import BOUND_BY, ID_HASH, LENGTHS, R, hash_ids
 from lopd.backends.zarr_segment import Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
 from lopd.manifest import Manifest, ModelId, Provenance
 from lopd.types import BEHAVIOR_COLUMN, Rollout, RolloutArrays, ScoredRollout
 
-_LINE_BITS = 32
 _Group = tuple[Segment, list[int], list[int]]
-
-
-@final
-class Column:
-    """Score segments of one model, and which rollout is where in them."""
-
-    def __init__(self, provenance: Provenance, segments: Iterable[Segment] = ()) -> None:
-        """Nothing is read yet."""
-        self.provenance = provenance
-        self.segments = list(segments)
-        self._known = np.zeros(0, np.int64)
-        self._taken_in = 0
-
-    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Segment number * 2**32 + line of these rollouts' scores, -1 where there are none.
-
-        Where segments follow one another without gaps (after a compaction, say), nothing is read, and nothing kept in memory.
-        """
-        if not all(segment.meta.dense for segment in self.segments):
-            return self._index(int(rows.max(initial=-1)) + 1)[rows]
-        order = sorted(range(len(self.segments)), key=lambda i: self.segments[i].meta.first_row)
-        firsts = np.array([self.segments[i].meta.first_row for i in order], np.int64)
-        sizes = np.array([self.segments[i].meta.rows for i in order], np.int64)
-        at = np.searchsorted(firsts, rows, side="right") - 1
-        lines = rows - firsts[at]
-        return np.where((at >= 0) & (lines < sizes[at]), (np.array(order, np.int64)[at] << _LINE_BITS) + lines, -1)
-
-    def _index(self, rows: int) -> NDArray[np.int64]:
-        """At least (rows,): the same of all rollouts; reads the lines of segments that skip some."""
-        known = self._known
-        for number in range(self._taken_in, len(self.segments)):
-            meta = self.segments[number].meta
-            if len(known) <= meta.last_row:
-                known = np.concatenate([known, np.full(meta.last_row + 1 - len(known), -1, np.int64)])
-            where = slice(meta.first_row, meta.last_row + 1) if meta.dense else self.segments[number].lines()[:, S["row"]]
-            known[where] = (number << _LINE_BITS) + np.arange(meta.rows)
-        if len(known) < rows:
-            known = np.concatenate([known, np.full(rows - len(known), -1, np.int64)])
-        self._known, self._taken_in = known, len(self.segments)
-        return known
 
 
 @final
@@ -281,7 +241,7 @@ class Snapshot:
         places = column.places(rows) if column else np.full(len(rows), -1, np.int64)
         if column is None or (places < 0).any():
             raise ragged.missing_scores(self._owner, self._name(int(rows[int(np.argmax(places < 0))])), name)
-        return _group(column.segments, places >> _LINE_BITS, places & ((1 << _LINE_BITS) - 1))
+        return _group(column.segments, places >> LINE_BITS, places & ((1 << LINE_BITS) - 1))
 
     def _name(self, row: int) -> str:
         """The rollout's id, for messages."""
@@ -300,7 +260,7 @@ class Snapshot:
 
 def _group(segments: Sequence[Segment], numbers: NDArray[np.int64], lines: NDArray[np.int64]) -> list[_Group]:
     if (numbers == numbers[0]).all():
-        # After a compaction, nearly always: sorting would take a fifth of a read.
+        # After a compaction, nearly always.
         return [(segments[int(numbers[0])], list(range(len(lines))), lines.tolist())]
     groups = []
     for number in np.unique(numbers).tolist():

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from lopd.backends.cloud_files import FsspecFiles, ObstoreFiles
+from lopd.backends.cloud_files import ObstoreFiles
 from lopd.backends.files import Files
+from lopd.backends.fsspec_files import FsspecFiles
 from lopd.backends.lance_store import LanceStore
 from lopd.backends.local_files import LocalFiles
 from lopd.backends.memory_store import MemoryStore

@@ -1,0 +1,106 @@
+"""Files on any file system of fsspec.
+
+Where a file system cannot create a file exclusively (s3fs and gcsfs can), a store on it needs one writer at a time.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+
+from lopd.backends.files import Bytes, StorageOptions, T, without_user
+from lopd.errors import MissingDependencyError, StorePathError
+
+
+@final
+class FsspecFiles:
+    """`Files` on any file system of fsspec, `memory://` among them."""
+
+    def __init__(self, url: str, options: StorageOptions) -> None:
+        """No request is made yet."""
+        self._url = url.rstrip("/")
+        self._shown = without_user(self._url)
+        self._options = dict(options)
+        try:
+            import fsspec
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Store {self._shown}: fsspec is not installed, expected it for this URL; pip install 'lopd[zarr]'."
+            ) from error
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self._url, **self._options)
+        except (ValueError, ImportError, TypeError) as error:
+            raise StorePathError(
+                f"Store {self._shown}: fsspec cannot open it ({type(error).__name__}), expected a URL it knows; check scheme and options."
+            ) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """URL and options."""
+        return FsspecFiles, (self._url, self._options)
+
+    @property
+    def url(self) -> str:
+        """The root, without options and passwords."""
+        return self._shown
+
+    def _path(self, path: str) -> str:
+        return f"{self._root}/{path}".rstrip("/")
+
+    def read(self, path: str, /) -> bytes:
+        """A whole file."""
+        return bytes(self._fs.cat_file(self._path(path)))
+
+    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
+        """Whole files."""
+        return [self.read(path) for path in paths]
+
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
+        """Parts of one file."""
+        parts = self._fs.cat_ranges([self._path(path)] * len(starts), list(starts), list(ends), on_error="raise") if starts else []
+        return [np.frombuffer(part, np.uint8) for part in parts]
+
+    def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
+        """What each call gives, one after the other: not every file system may be used from several threads."""
+        return [call() for call in calls]
+
+    def map(self, path: str, /) -> None:
+        """None: there is nothing to map."""
+
+    def write(self, files: Mapping[str, Bytes], /) -> None:
+        """New files."""
+        for path, data in files.items():
+            self._fs.pipe_file(self._path(path), data.tobytes())
+
+    def put_if_absent(self, path: str, data: bytes, /) -> bool:
+        """Whether this call made the file; safe against other writers where the file system creates exclusively (s3fs and gcsfs do)."""
+        try:
+            self._fs.pipe_file(self._path(path), data, mode="create")
+        except FileExistsError:
+            return self.read(path) == data
+        return True
+
+    def settle(self, folder: str, /) -> None:
+        """Nothing to do: a file counts when it is closed."""
+
+    def names(self, folder: str, /) -> list[str]:
+        """Sorted names of what is in a folder."""
+        try:
+            listed = self._fs.ls(self._path(folder), detail=False, refresh=True)
+        except FileNotFoundError:
+            return []
+        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
+
+    def age(self, folder: str, /) -> float:
+        """Seconds since the newest file in a folder was written; 0 where the file system does not say."""
+        try:
+            newest = max(self._fs.modified(path).timestamp() for path in self._fs.find(self._path(folder)))
+        except (NotImplementedError, ValueError):
+            return 0.0
+        return float(time.time() - newest)
+
+    def remove(self, folders: Iterable[str], /) -> None:
+        """Remove folders with all that is in them."""
+        for folder in folders:
+            if self._fs.exists(self._path(folder)):
+                self._fs.rm(self._path(folder), recursive=True)

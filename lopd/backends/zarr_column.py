@@ -1,0 +1,54 @@
+"""Which segment and line the scores of a rollout are in."""
+
+from collections.abc import Iterable
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.backends.zarr_rows import S
+from lopd.backends.zarr_segment import Segment
+from lopd.manifest import Provenance
+
+#: A place is a segment number above these bits, and a line below.
+LINE_BITS = 32
+
+
+@final
+class Column:
+    """Score segments of one model, and which rollout is where in them."""
+
+    def __init__(self, provenance: Provenance, segments: Iterable[Segment] = ()) -> None:
+        """Nothing is read yet."""
+        self.provenance = provenance
+        self.segments = list(segments)
+        self._known = np.zeros(0, np.int64)
+        self._taken_in = 0
+
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Segment number * 2**32 + line of these rollouts' scores, -1 where there are none.
+
+        Where segments follow one another without gaps (after a compaction, say), nothing is read, and nothing kept in memory.
+        """
+        if not all(segment.meta.dense for segment in self.segments):
+            return self._index(int(rows.max(initial=-1)) + 1)[rows]
+        order = sorted(range(len(self.segments)), key=lambda i: self.segments[i].meta.first_row)
+        firsts = np.array([self.segments[i].meta.first_row for i in order], np.int64)
+        sizes = np.array([self.segments[i].meta.rows for i in order], np.int64)
+        at = np.searchsorted(firsts, rows, side="right") - 1
+        lines = rows - firsts[at]
+        return np.where((at >= 0) & (lines < sizes[at]), (np.array(order, np.int64)[at] << LINE_BITS) + lines, -1)
+
+    def _index(self, rows: int) -> NDArray[np.int64]:
+        """At least (rows,): the same of all rollouts; reads the lines of segments that skip some."""
+        known = self._known
+        for number in range(self._taken_in, len(self.segments)):
+            meta = self.segments[number].meta
+            if len(known) <= meta.last_row:
+                known = np.concatenate([known, np.full(meta.last_row + 1 - len(known), -1, np.int64)])
+            where = slice(meta.first_row, meta.last_row + 1) if meta.dense else self.segments[number].lines()[:, S["row"]]
+            known[where] = (number << LINE_BITS) + np.arange(meta.rows)
+        if len(known) < rows:
+            known = np.concatenate([known, np.full(rows - len(known), -1, np.int64)])
+        self._known, self._taken_in = known, len(self.segments)
+        return known
