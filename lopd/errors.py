@@ -26,6 +26,10 @@ class TokenizerMismatchError(LopdError, ValueError):
     """Two parts of a run that do not share one token-to-id map."""
 
 
+class EngineError(LopdError, RuntimeError):
+    """An engine or a server that failed for a reason of its own, also after it was started anew or asked again."""
+
+
 class ModelError(LopdError, TypeError):
     """A model that lopd cannot cut below its head without changing what it computes."""
 

@@ -5,7 +5,6 @@ Shape suffixes: B rows, S positions, M response tokens of a batch, R of a chunk,
 
 from collections.abc import Sequence
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, final
 
@@ -21,7 +20,7 @@ from lopd.checks import check_at_least
 from lopd.collate import target_slice
 from lopd.consistency import check_vocabulary
 from lopd.engines.decoding import Row, decode
-from lopd.errors import ContextOverflowError, InvalidRecordError
+from lopd.engines.inputs import check_prompts, check_rollouts, stream_seed
 from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer, hash_weights
 from lopd.metrics import RolloutSums
 from lopd.types import Prompt, Rollout, Scores, floor_logprobs, rollout_id
@@ -100,14 +99,7 @@ class HFSource:
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
         """`samples_per_prompt` rollouts for each prompt, in their order."""
-        context = context_length(self.model)
-        for prompt in prompts:
-            _check_ids(f"Prompt {prompt.prompt_id!r}", prompt.token_ids, self.manifest.tokenizer)
-            if prompt.token_ids.size >= context:
-                raise ContextOverflowError(
-                    f"Prompt {prompt.prompt_id!r}: it has {prompt.token_ids.size} tokens, expected fewer than the model's context of {context}; "
-                    "shorten it or drop it."
-                )
+        check_prompts(prompts, self.manifest.tokenizer, context_length(self.model))
         rows = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
         order = sorted(range(len(rows)), key=lambda i: rows[i][0].token_ids.size)
         rollouts: dict[int, Rollout] = {}
@@ -134,8 +126,8 @@ class HFSource:
     def _row(self, prompt: Prompt, sample: int) -> Row:
         """A row with its own stream of uniform numbers, whatever it will be batched with."""
         name = rollout_id(prompt.prompt_id, sample, self.generation)
-        seed = int.from_bytes(blake2b(f"{self.sampling.seed}|{name}".encode(), digest_size=16).digest(), "little")
-        return Row(name, prompt.token_ids, np.random.default_rng(seed).random(self.sampling.max_new_tokens))
+        stream = np.random.default_rng(stream_seed(self.sampling, name))
+        return Row(name, prompt.token_ids, stream.random(self.sampling.max_new_tokens))
 
     def _rollout(self, row: Row) -> Rollout:
         return Rollout(
@@ -146,15 +138,6 @@ class HFSource:
             finish_reason="stop" if row.ids[-1] in self.stop_ids else "length",
             behavior_logprobs=np.array(row.logprobs, np.float32),
             generation=self.generation,
-        )
-
-
-def _check_ids(owner: str, ids: NDArray[np.int32], tokenizer: TokenizerId) -> None:
-    outside = np.flatnonzero(ids >= tokenizer.vocab_size)
-    if outside.size:
-        raise InvalidRecordError(
-            f"{owner}: token {outside[0]} is id {ids[outside[0]]}, expected an id below the vocabulary's {tokenizer.vocab_size}; "
-            "tokenise with this model's tokenizer."
         )
 
 
@@ -211,15 +194,7 @@ class HFScorer:
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
-        context = context_length(self.model)
-        for rollout in rollouts:
-            owner = f"Rollout {rollout.rollout_id!r}"
-            if len(rollout) > context:
-                raise ContextOverflowError(
-                    f"{owner}: it has {len(rollout)} tokens, expected at most the context of {context}; use a teacher with a longer one."
-                )
-            _check_ids(owner, rollout.prompt_ids, self.tokenizer_id)
-            _check_ids(owner, rollout.response_ids, self.tokenizer_id)
+        check_rollouts(rollouts, self.tokenizer_id, context_length(self.model))
         scores: dict[int, Scores] = {}
         for part in _budgeted(rollouts, self.tokens_per_batch):
             for i, logprobs_T in zip(part, self._score_batch([rollouts[i] for i in part]), strict=True):

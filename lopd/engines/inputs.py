@@ -1,0 +1,58 @@
+"""What every engine checks before it computes anything, and the random stream of each response."""
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.errors import ContextOverflowError, InvalidRecordError
+from lopd.manifest import SamplingParams, TokenizerId
+from lopd.types import Prompt, Rollout
+
+
+def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: int) -> None:
+    """Each prompt has ids of this vocabulary and leaves room for a response in a context of `context` positions.
+
+    Raises:
+        ContextOverflowError: the first that leaves none.
+        InvalidRecordError: the first with an id outside the vocabulary.
+    """
+    for prompt in prompts:
+        owner = f"Prompt {prompt.prompt_id!r}"
+        _check_ids(owner, prompt.token_ids, tokenizer)
+        if prompt.token_ids.size >= context:
+            raise ContextOverflowError(
+                f"{owner}: it has {prompt.token_ids.size} tokens, expected fewer than the model's context of {context}; shorten it or drop it."
+            )
+
+
+def check_rollouts(rollouts: Sequence[Rollout], tokenizer: TokenizerId, context: int) -> None:
+    """Each rollout has ids of this vocabulary and fits into `context` positions.
+
+    Raises:
+        ContextOverflowError: the first that does not fit.
+        InvalidRecordError: the first with an id outside the vocabulary.
+    """
+    for rollout in rollouts:
+        owner = f"Rollout {rollout.rollout_id!r}"
+        if len(rollout) > context:
+            raise ContextOverflowError(
+                f"{owner}: it has {len(rollout)} tokens, expected at most the context of {context}; use a teacher with a longer one."
+            )
+        _check_ids(owner, rollout.prompt_ids, tokenizer)
+        _check_ids(owner, rollout.response_ids, tokenizer)
+
+
+def _check_ids(owner: str, ids: NDArray[np.int32], tokenizer: TokenizerId) -> None:
+    outside = np.flatnonzero(ids >= tokenizer.vocab_size)
+    if outside.size:
+        raise InvalidRecordError(
+            f"{owner}: token {outside[0]} is id {ids[outside[0]]}, expected an id below the vocabulary's {tokenizer.vocab_size}; "
+            "tokenise with this model's tokenizer."
+        )
+
+
+def stream_seed(sampling: SamplingParams, rollout_id: str) -> int:
+    """128 bits that are the rollout's own: of the run's seed and of prompt, sample and generation, which its id names."""
+    return int.from_bytes(blake2b(f"{sampling.seed}|{rollout_id}".encode(), digest_size=16).digest(), "little")
