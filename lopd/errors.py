@@ -78,6 +78,14 @@ class TeacherConsistencyWarning(UserWarning):
     """What `TeacherConsistencyError` says, when the caller chose to go on."""
 
 
+class ScorerError(LopdError, RuntimeError):
+    """A scorer that does not give the same log-probs twice, or not those of the model that it says it is."""
+
+
+class QuarantineWarning(UserWarning):
+    """Prompts or rollouts that were left out, and why."""
+
+
 class CheckpointError(LopdError, ValueError):
     """A checkpoint that does not fit the student or optimizer it is loaded into."""
 

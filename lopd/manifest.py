@@ -262,15 +262,15 @@ class Commit:
     Args:
         number: its place, from 0.
         kind: what was committed.
-        rows: rollouts that were added, scored or rewritten.
+        rows: rollouts that were added, scored, rewritten or quarantined.
         tokens: prompt and response tokens of added rollouts; scored response tokens; or tokens that a compaction rewrote.
-        column: of the scores, or None.
+        column: of the scores, or of those that could not be computed; or None.
         when: seconds since 1970, by the writer's clock.
         rounding: largest error in nats by which a log-prob was rounded to the store's type.
     """
 
     number: int
-    kind: Literal["rollouts", "scores", "generation", "compaction"]
+    kind: Literal["rollouts", "scores", "generation", "compaction", "quarantine"]
     rows: int
     tokens: int
     column: str | None

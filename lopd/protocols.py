@@ -90,6 +90,10 @@ class LogprobReader(Protocol):
         """(len,): which rollouts have scores in this column; all False for a column that is not there."""
         ...
 
+    def quarantined(self, column: str, /) -> Mapping[int, str]:
+        """Rows that the column's model could not score, and why; a row that has scores is not among them."""
+        ...
+
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
         """These rollouts with these columns, and with the top-k support of these, in the order asked; an index may repeat.
 
@@ -137,6 +141,17 @@ class LogprobWriter(Protocol):
             MissingScoresError: no such rollout.
             InvalidRecordError: not one log-prob per response token, not the top-k that the provenance names, or a column name other
                 than letters, digits, `_`, `-`, `.`.
+            StoreWriteError: the write failed; nothing was committed.
+        """
+        ...
+
+    def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
+        """Say which rollouts this model cannot score, and why.  Rows that have scores are skipped; the latest reason counts.
+
+        Raises:
+            ConflictError: the column belongs to another model.
+            MissingScoresError: no such rollout.
+            InvalidRecordError: a column name as in `append_scores`.
             StoreWriteError: the write failed; nothing was committed.
         """
         ...
@@ -206,12 +221,12 @@ class Verifier(Protocol):
 class Progress(Protocol):
     """Is told how far a verb has come; `lopd.console.RichProgress` draws it."""
 
-    def begin(self, what: str, total: int, done: int, /) -> None:
-        """Work starts: `done` of `total` rollouts were there already."""
+    def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
+        """Work starts: `done` of `total` rollouts were there already, and the others have `tokens` tokens, if that is known."""
         ...
 
-    def advance(self, rollouts: int, tokens: int, /) -> None:
-        """So many more rollouts, with so many tokens computed, are committed."""
+    def advance(self, rollouts: int, tokens: int, quarantined: int, /) -> None:
+        """So many more rollouts, with so many tokens computed, are committed; so many more cannot be computed."""
         ...
 
     def end(self) -> None:

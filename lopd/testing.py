@@ -143,6 +143,46 @@ class StoreConformance:
         store.append(items)
         return store, items
 
+    def test_what_cannot_be_scored_is_kept_with_its_reason_until_it_is_scored(self) -> None:
+        store, items = self._filled()
+        assert dict(store.quarantined("teacher")) == {}
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[2])])
+        store.quarantine("teacher", tiny_provenance(), {"r1": "too long", "r0": "", "r2": "scored already"})
+        store.quarantine("teacher", tiny_provenance(), {"r0": "an id outside \u20ac\ud800"})
+        for seen in (store, self.reopen(store), self.compact(store)):
+            assert dict(seen.quarantined("teacher")) == {0: "an id outside \u20ac\ud800", 1: "too long"}
+            assert dict(seen.quarantined("another")) == {}
+            assert seen.scored("teacher").tolist() == [False, False, True]
+            with pytest.raises(MissingScoresError, match="'r1'"):
+                seen.read([1], columns=("teacher",))
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[0])])
+        for seen in (store, self.reopen(store)):
+            assert dict(seen.quarantined("teacher")) == {1: "too long"}
+            assert seen.scored("teacher").tolist() == [True, False, True]
+
+    def test_a_column_may_have_nothing_but_reasons_and_still_belongs_to_its_model(self) -> None:
+        store, items = self._filled()
+        store.quarantine("teacher", tiny_provenance(), {"r0": "too long"})
+        again = self.reopen(self.compact(store))
+        assert dict(again.columns) == {"teacher": tiny_provenance()}
+        assert not again.scored("teacher").any()
+        with pytest.raises(ConflictError, match="'teacher'"):
+            store.append_scores("teacher", tiny_provenance("other"), [tiny_scores(items[1])])
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[1])])
+        with pytest.raises(ConflictError, match="'teacher'"):
+            store.quarantine("teacher", tiny_provenance("other"), {"r2": "too long"})
+        assert dict(self.reopen(store).quarantined("teacher")) == {0: "too long"}
+
+    def test_a_refused_quarantine_changes_nothing(self) -> None:
+        store, _ = self._filled()
+        with pytest.raises(MissingScoresError, match="'nobody'"):
+            store.quarantine("teacher", tiny_provenance(), {"r0": "too long", "nobody": "too long"})
+        with pytest.raises(InvalidRecordError, match="'../up'"):
+            store.quarantine("../up", tiny_provenance(), {"r0": "too long"})
+        store.quarantine("teacher", tiny_provenance(), {})
+        for seen in (store, self.reopen(store)):
+            assert (dict(seen.columns), dict(seen.quarantined("teacher"))) == ({}, {})
+
     def test_a_new_store_is_empty_and_says_its_manifest(self) -> None:
         store = self.make(tiny_manifest())
         assert_holds(store, [])

@@ -140,6 +140,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store, self.reopen_store, self.compact_store = make(), reopen, compact
         self.rollouts: dict[str, Rollout] = {}
         self.columns: dict[str, tuple[str, dict[str, Scores]]] = {}
+        self.reasons: dict[str, dict[str, str]] = {}
 
     @rule(items=st.lists(rollouts(ids=st.sampled_from("abcdef"), max_tokens=3), max_size=3), again=st.booleans())
     def append(self, items: list[Rollout], again: bool) -> None:
@@ -165,6 +166,21 @@ class StoreMachine(RuleBasedStateMachine):
             return
         self.store.append_scores(column, tiny_provenance(model), scores)
         self.columns[column] = owner, {**{score.rollout_id: score for score in reversed(scores)}, **held}
+
+    @precondition(lambda self: self.rollouts)
+    @rule(data=st.data(), column=st.sampled_from(["teacher", "ref"]), model=st.sampled_from(["A", "A", "B"]))
+    def quarantine(self, data: st.DataObject, column: str, model: str) -> None:
+        chosen = data.draw(st.dictionaries(st.sampled_from(list(self.rollouts)), st.text(max_size=3), min_size=1, max_size=3))
+        owner, held = self.columns.get(column, (model, {}))
+        if owner != model:
+            with pytest.raises(ConflictError):
+                self.store.quarantine(column, tiny_provenance(model), chosen)
+            return
+        self.store.quarantine(column, tiny_provenance(model), chosen)
+        new = {rollout_id: reason for rollout_id, reason in chosen.items() if rollout_id not in held}
+        if new:
+            self.columns.setdefault(column, (model, {}))
+            self.reasons.setdefault(column, {}).update(new)
 
     @rule()
     def reopen(self) -> None:
@@ -196,6 +212,9 @@ class StoreMachine(RuleBasedStateMachine):
         }
         for name, (_, held) in self.columns.items():
             np.testing.assert_array_equal(self.store.scored(name), [rollout_id in held for rollout_id in self.rollouts])
+            waiting = {rollout_id: reason for rollout_id, reason in self.reasons.get(name, {}).items() if rollout_id not in held}
+            rows = list(self.rollouts)
+            assert {rows[row]: reason for row, reason in self.store.quarantined(name).items()} == waiting
 
 
 MACHINE = settings(max_examples=12, stateful_step_count=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])

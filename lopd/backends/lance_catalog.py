@@ -5,6 +5,7 @@
     columns/<column>.json          the name of the table of a score column, and who computed it
     generations/<number>.json      who sampled in a round
     compactions/<key>.json         what was merged, for the history
+    quarantine/<key>.json          rows that a column's model could not score, and why
 
 They are files and not rows because creating a LanceDB table is no decision: of several creators, more than one is told that it won.
 """
@@ -26,7 +27,7 @@ from lopd.manifest import Commit, Manifest, ModelId, Provenance
 
 ROOT_FILE = "lopd.json"
 ROLLOUTS_FILE = "rollouts.json"
-_COLUMNS, _GENERATIONS, _COMPACTIONS = "columns", "generations", "compactions"
+_COLUMNS, _GENERATIONS, _COMPACTIONS, _QUARANTINE = "columns", "generations", "compactions", "quarantine"
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
@@ -44,6 +45,22 @@ class TableEntry:
 
 
 @frozen
+class Quarantine:
+    """Rows that could not be scored.
+
+    Args:
+        column: of the scores that are not there.   provenance: the model that could not.
+        reasons: by row.
+        when: seconds since 1970.
+    """
+
+    column: str
+    provenance: Provenance
+    reasons: Mapping[int, str]
+    when: float
+
+
+@frozen
 class CatalogState:
     """What was there at one moment.
 
@@ -51,13 +68,15 @@ class CatalogState:
         rollouts: the table of the rollouts, None before the first append.
         columns: those of the score columns.
         generations: policies, by round.
-        events: generations and compactions, for the history.
+        quarantines: of all columns, in no order.
+        events: generations, compactions and quarantines, for the history.
         seen: files that are in all this.
     """
 
     rollouts: TableEntry | None = None
     columns: Mapping[str, TableEntry] = field(factory=dict)
     generations: Mapping[int, ModelId] = field(factory=dict)
+    quarantines: tuple[Quarantine, ...] = ()
     events: tuple[Commit, ...] = ()
     seen: frozenset[str] = frozenset()
 
@@ -155,7 +174,7 @@ class Catalog:
     def paths(self) -> list[str]:
         """The files of the catalog that are there now."""
         try:
-            listed = {folder: self._files.names(folder) for folder in (_COLUMNS, _GENERATIONS, _COMPACTIONS, "")}
+            listed = {folder: self._files.names(folder) for folder in (_COLUMNS, _GENERATIONS, _COMPACTIONS, _QUARANTINE, "")}
         except OSError as error:
             raise _unreadable(self._files, error) from error
         found = [f"{folder}/{name}" for folder, names in listed.items() if folder for name in names if name.endswith(".json")]
@@ -177,6 +196,22 @@ class Catalog:
         """K of a column; 0 where it has none, or is none."""
         entry = self.state.columns.get(column)
         return 0 if entry is None or entry.provenance is None else entry.provenance.top_k
+
+    def provenances(self) -> dict[str, Provenance]:
+        """Who computed each column; where nothing was scored yet, who could not."""
+        found = {quarantine.column: quarantine.provenance for quarantine in sorted(self.state.quarantines, key=_when, reverse=True)}
+        return found | {name: entry.provenance for name, entry in self.state.columns.items() if entry.provenance is not None}
+
+    def reasons(self, column: str) -> dict[int, str]:
+        """Why the column's model could not score rows, scored since or not; of several reasons the latest.
+
+        Two models that race for a new column may both say so; then only what the one says that got it counts.
+        """
+        owner, found = self.provenances().get(column), dict[int, str]()
+        for quarantine in sorted(self.state.quarantines, key=_when):
+            if (quarantine.column, quarantine.provenance) == (column, owner):
+                found.update(quarantine.reasons)
+        return found
 
     def put(self, path: str, document: Mapping[str, Any]) -> bool:
         """Whether this call made the file.
@@ -202,6 +237,15 @@ def compaction_path() -> str:
     return f"{_COMPACTIONS}/{uuid4().hex}.json"
 
 
+def quarantine_path() -> str:
+    """A file for one quarantine, named as no other."""
+    return f"{_QUARANTINE}/{uuid4().hex}.json"
+
+
+def _when(quarantine: Quarantine) -> float:
+    return quarantine.when
+
+
 def _grown(state: CatalogState, path: str, document: Mapping[str, Any]) -> CatalogState:
     folder, _, name = path.removesuffix(".json").rpartition("/")
     state = evolve(state, seen=state.seen | {path})
@@ -213,6 +257,11 @@ def _grown(state: CatalogState, path: str, document: Mapping[str, Any]) -> Catal
         policies = {**state.generations, document["generation"]: ModelId(**document["policy"])}
         event = Commit(0, "generation", 0, 0, None, document["when"])
         return evolve(state, generations=policies, events=(*state.events, event))
+    if folder == _QUARANTINE:
+        reasons = {int(row): reason for row, reason in document["reasons"].items()}
+        added = Quarantine(document["column"], Provenance.from_json(document["provenance"]), reasons, document["when"])
+        event = Commit(0, "quarantine", len(reasons), 0, added.column, added.when)
+        return evolve(state, quarantines=(*state.quarantines, added), events=(*state.events, event))
     event = Commit(0, "compaction", document["rows"], document["tokens"], document["column"], document["when"])
     return evolve(state, events=(*state.events, event))
 

@@ -79,9 +79,8 @@ class Snapshot:
         return {part.table.name: part.table.version for part in self.parts().values()}
 
     def provenances(self) -> dict[str, Provenance]:
-        """Who computed each column."""
-        entries = {name: self._catalog.state.columns[name] for name in self.columns}
-        return {name: entry.provenance for name, entry in entries.items() if entry.provenance is not None}
+        """Who computed each column, or could not."""
+        return self._catalog.provenances()
 
     @property
     def rows(self) -> int:
@@ -114,6 +113,12 @@ class Snapshot:
         mask = np.zeros(self.rows, np.bool_)
         mask[scored] = True
         return mask
+
+    def quarantined(self, column: str) -> dict[int, str]:
+        """Rows that could not be scored, and why; but for those that were scored later."""
+        reasons = self._catalog.reasons(column)
+        done = self.scored(column) if reasons else ()
+        return {row: reason for row, reason in sorted(reasons.items()) if not done[row]}
 
     def history(self) -> list[Commit]:
         """Commits of all tables, rounds and compactions, by the clocks of their writers."""

@@ -169,6 +169,10 @@ class LanceStore:
         """(len,): which rollouts have scores in this column; reads no scores."""
         return self._snapshot.scored(column)
 
+    def quarantined(self, column: str, /) -> Mapping[int, str]:
+        """Rows that the column's model could not score, and why."""
+        return self._snapshot.quarantined(column)
+
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
         """These rollouts with these columns, in the order asked; fetches and verifies these rows, and of columns also all lines, once."""
         rows = np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64)
@@ -218,6 +222,16 @@ class LanceStore:
         new.sort(key=lambda score: places[score.rollout_id])
         rows = [places[score.rollout_id] for score in new]
         return partial(lance_rows.encode_scores, new, rows, vocab_size, self._logprob_dtype) if new else None
+
+    def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
+        """Say, durably, which rollouts this model cannot score, and why.  Refreshes."""
+        ragged.check_column(self._owner, column)
+        self._writer.quarantine(column, provenance, partial(self._new_quarantine, column, provenance, reasons))
+
+    def _new_quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str]) -> dict[int, str]:
+        ragged.check_provenance(self._owner, column, self.columns.get(column), provenance)
+        rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
+        return ragged.new_quarantine(self._owner, reasons, rows=rows, scored=self.scored(column), known=known)
 
     def _known(self, rollout_ids: Sequence[str]) -> dict[str, tuple[bytes, int]]:
         """Content hash and response tokens of those of these rollouts that are committed."""

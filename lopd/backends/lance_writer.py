@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -12,7 +12,7 @@ from attrs import asdict
 
 from lopd.backends import ragged
 from lopd.backends.files import Files
-from lopd.backends.lance_catalog import ROLLOUTS_FILE, Catalog, column_path, compaction_path, generation_path
+from lopd.backends.lance_catalog import ROLLOUTS_FILE, Catalog, column_path, compaction_path, generation_path, quarantine_path
 from lopd.backends.lance_rows import tokens_of
 from lopd.backends.lance_snapshot import Snapshot
 from lopd.backends.lance_table import Database, first_line, is_conflict, is_lance_error
@@ -61,6 +61,15 @@ class Writer:
             self._snapshot.refresh()
             ragged.check_generation(self._owner, generation, self._catalog.state.generations[generation], policy)
         self._settle(None)
+
+    def quarantine(self, column: str, provenance: Provenance, make_reasons: Callable[[], Mapping[int, str]]) -> None:
+        """Commit which rows could not be scored, unless it is known."""
+        self._snapshot.refresh()
+        reasons = {str(row): reason for row, reason in make_reasons().items()}
+        if reasons:
+            self._catalog.put(quarantine_path(), {"column": column, "provenance": provenance.to_json(), "reasons": reasons})
+            self._snapshot.refresh()
+        self._settle(column)
 
     def commit(self, column: str | None, provenance: Provenance | None, make_draft: Callable[[], Draft | None]) -> None:
         """Commit what is new; when another process commits first, look again at what is new."""
@@ -157,7 +166,7 @@ class Writer:
         for part in {self._snapshot.rollouts, self._snapshot.part(column)}:
             if part is not None:
                 self._flush(part.table.name)
-        for path in (ROLLOUTS_FILE, column_path(""), generation_path(0)):
+        for path in (ROLLOUTS_FILE, column_path(""), generation_path(0), quarantine_path()):
             self._files.settle(path.rpartition("/")[0])
 
     def _flush(self, table: str) -> None:

@@ -27,6 +27,7 @@ class MemoryStore:
         self._rows: dict[str, int] = {}
         self._columns: dict[str, Provenance] = {}
         self._scores: dict[str, dict[int, Scores]] = {}
+        self._quarantined: dict[str, dict[int, str]] = {}
         self._generations = {manifest.generation: manifest.policy}
 
     def __repr__(self) -> str:
@@ -68,6 +69,11 @@ class MemoryStore:
         mask = np.zeros(len(self), np.bool_)
         mask[list(self._scores.get(column, ()))] = True
         return mask
+
+    def quarantined(self, column: str, /) -> Mapping[int, str]:
+        """Rows that the column's model could not score, and why."""
+        done = self._scores.get(column, {})
+        return {row: reason for row, reason in self._quarantined.get(column, {}).items() if row not in done}
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
         """These rollouts with these columns, in the order asked."""
@@ -125,3 +131,13 @@ class MemoryStore:
         if new:
             self._columns[column] = provenance
             self._scores.setdefault(column, {}).update({self._rows[score.rollout_id]: score for score in new})
+
+    def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
+        """Say which rollouts this model cannot score, and why."""
+        ragged.check_column("MemoryStore", column)
+        ragged.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
+        rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
+        new = ragged.new_quarantine("MemoryStore", reasons, rows=rows, scored=self.scored(column), known=known)
+        if new:
+            self._columns[column] = provenance
+            self._quarantined.setdefault(column, {}).update(new)

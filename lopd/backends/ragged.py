@@ -189,6 +189,28 @@ def missing_top_k(owner: str, column: str) -> MissingScoresError:
     )
 
 
+def new_quarantine(
+    owner: str, reasons: Mapping[str, str], *, rows: Sequence[int], scored: NDArray[np.bool_], known: Mapping[int, str]
+) -> dict[int, str]:
+    """Row -> reason of those rollouts that have neither scores nor this reason yet, by row.
+
+    Args:
+        owner: how messages name the store.
+        reasons: what the call was given, by rollout id.
+        rows: of these rollouts, -1 where there is none.
+        scored: (len,), which rollouts have scores in the column.
+        known: reasons that are there.
+
+    Raises:
+        MissingScoresError: no such rollout.
+    """
+    for rollout_id, row in zip(reasons, rows, strict=True):
+        if row < 0:
+            raise MissingScoresError(f"{owner}: rollout {rollout_id!r} is not there, expected it before it is quarantined; append it first.")
+    given = sorted(zip(rows, reasons.values(), strict=True))
+    return {row: reason for row, reason in given if not scored[row] and known.get(row) != reason}
+
+
 def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresError:
     """The error for a rollout that has no scores in a column."""
     if column == BEHAVIOR_COLUMN:

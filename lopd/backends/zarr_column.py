@@ -1,7 +1,7 @@
 """Which segment and line the scores of a rollout are in."""
 
-from collections.abc import Iterable
-from typing import final
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,20 +16,42 @@ LINE_BITS = 32
 
 @final
 class Column:
-    """Score segments of one model, and which rollout is where in them."""
+    """Score segments of one model, which rollout is where in them, and which rollouts it could not score."""
 
-    def __init__(self, provenance: Provenance, segments: Iterable[Segment] = ()) -> None:
+    def __init__(self, provenance: Provenance, segments: Iterable[Segment] = (), reasons: Mapping[int, str] | None = None) -> None:
         """Nothing is read yet."""
         self.provenance = provenance
         self.segments = list(segments)
+        self.reasons = dict(reasons or {})
         self._known = np.zeros(0, np.int64)
         self._taken_in = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {
+            "provenance": self.provenance.to_json(),
+            "segments": [segment.meta.to_json() for segment in self.segments],
+            "reasons": {str(row): reason for row, reason in self.reasons.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], make_segment: Callable[[Any], Segment]) -> "Column":
+        """The inverse of `to_json`; checkpoints from before there were reasons have none."""
+        column = cls(Provenance.from_json(data["provenance"]), [make_segment(meta) for meta in data["segments"]])
+        column.add_reasons(data.get("reasons", {}))
+        return column
+
+    def add_reasons(self, reasons: Mapping[str, str]) -> None:
+        """Take in why rows could not be scored; keys are rows, as JSON has them."""
+        self.reasons.update({int(row): reason for row, reason in reasons.items()})
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Segment number * 2**32 + line of these rollouts' scores, -1 where there are none.
 
         Where segments follow one another without gaps (after a compaction, say), nothing is read, and nothing kept in memory.
         """
+        if not self.segments:
+            return np.full(len(rows), -1, np.int64)
         if not all(segment.meta.dense for segment in self.segments):
             return self._index(int(rows.max(initial=-1)) + 1)[rows]
         order = sorted(range(len(self.segments)), key=lambda i: self.segments[i].meta.first_row)
@@ -38,6 +60,11 @@ class Column:
         at = np.searchsorted(firsts, rows, side="right") - 1
         lines = rows - firsts[at]
         return np.where((at >= 0) & (lines < sizes[at]), (np.array(order, np.int64)[at] << LINE_BITS) + lines, -1)
+
+    def quarantined(self) -> dict[int, str]:
+        """Rows that could not be scored, and why; but for those that were scored later."""
+        rows = np.array(sorted(self.reasons), np.int64)
+        return {row: self.reasons[row] for row in rows[self.places(rows) < 0].tolist()}
 
     def _index(self, rows: int) -> NDArray[np.int64]:
         """At least (rows,): the same of all rollouts; reads the lines of segments that skip some."""

@@ -50,15 +50,11 @@ class Snapshot:
 
     def to_json(self) -> dict[str, Any]:
         """The state as a checkpoint keeps it."""
-        columns = {
-            name: {"provenance": column.provenance.to_json(), "segments": [s.meta.to_json() for s in column.segments]}
-            for name, column in self.columns.items()
-        }
         return {
             "commits": self.commits,
             "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
             "segments": [segment.meta.to_json() for segment in self.segments],
-            "columns": columns,
+            "columns": {name: column.to_json() for name, column in self.columns.items()},
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -66,10 +62,7 @@ class Snapshot:
         self.commits = state["commits"]
         self.generations = {int(number): ModelId(**policy) for number, policy in state["generations"].items()}
         self._set_segments([self._segment(meta) for meta in state["segments"]])
-        self.columns = {
-            name: Column(Provenance.from_json(column["provenance"]), [self._segment(meta) for meta in column["segments"]])
-            for name, column in state["columns"].items()
-        }
+        self.columns = {name: Column.from_json(column, self._segment) for name, column in state["columns"].items()}
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in the next record of the log.
@@ -83,6 +76,9 @@ class Snapshot:
         elif kind == "scores":
             column = self.columns.setdefault(record["column"], Column(Provenance.from_json(record["provenance"])))
             column.segments.append(self._segment(record["segment"]))
+        elif kind == "quarantine":
+            column = self.columns.setdefault(record["column"], Column(Provenance.from_json(record["provenance"])))
+            column.add_reasons(record["reasons"])
         elif kind == "generation":
             self.generations[record["generation"]] = ModelId(**record["policy"])
         elif kind == "compaction":
@@ -102,7 +98,7 @@ class Snapshot:
         else:
             column = self.columns[name]
             kept = [segment for segment in column.segments if segment.meta.path not in gone]
-            self.columns[name] = Column(column.provenance, [*kept, *added])
+            self.columns[name] = Column(column.provenance, [*kept, *added], column.reasons)
 
     def _segment(self, meta: Mapping[str, Any]) -> Segment:
         return Segment(self._files, SegmentMeta.from_json(meta, self._owner), self._owner, self._decoded)
@@ -165,6 +161,10 @@ class Snapshot:
         if column not in self.columns:
             return np.zeros(self.rows, np.bool_)
         return self.columns[column].places(np.arange(self.rows)) >= 0
+
+    def quarantined(self, column: str) -> dict[int, str]:
+        """Rows that could not be scored, and why."""
+        return self.columns[column].quarantined() if column in self.columns else {}
 
     def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
         """Content hash and number of response tokens of rollouts."""

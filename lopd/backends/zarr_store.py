@@ -166,6 +166,10 @@ class ZarrStore:
         """(len,): which rollouts have scores in this column; reads no scores."""
         return self._snapshot.scored(column)
 
+    def quarantined(self, column: str, /) -> Mapping[int, str]:
+        """Rows that the column's model could not score, and why."""
+        return self._snapshot.quarantined(column)
+
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
         """These rollouts with these columns, in the order asked; fetches and verifies these rows and no others."""
         rows = np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64)
@@ -233,6 +237,16 @@ class ZarrStore:
         record = {"kind": "scores", "column": column, "provenance": provenance.to_json()}
         return Draft(tuple(score.rollout_id for score in new), f"scores/{column}", record, rows, encode)
 
+    def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
+        """Say, durably, which rollouts this model cannot score, and why.  Refreshes."""
+        ragged.check_column(self._owner, column)
+        self._writer.quarantine(column, provenance, partial(self._new_quarantine, column, provenance, reasons))
+
+    def _new_quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str]) -> dict[int, str]:
+        ragged.check_provenance(self._owner, column, self.columns.get(column), provenance)
+        rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
+        return ragged.new_quarantine(self._owner, reasons, rows=rows, scored=self.scored(column), known=known)
+
     def _known(self, rollout_ids: Sequence[str]) -> dict[str, tuple[bytes, int]]:
         """Content hash and response tokens of those of these rollouts that are committed."""
         rows = self._snapshot.find(rollout_ids)
@@ -268,6 +282,7 @@ class ZarrStore:
         for number, record in enumerate(self._log.records(0, self._snapshot.commits)):
             segments = record.get("adds", [record["segment"]] if "segment" in record else [])
             rows, tokens = sum(meta["rows"] for meta in segments), sum(meta["tokens"] for meta in segments)
+            rows += len(record.get("reasons", ()))
             rounding = record.get("rounding", 0.0)
             commits.append(Commit(number, record["kind"], rows, tokens, record.get("column"), record["when"], rounding))
         return commits

@@ -16,7 +16,7 @@ from lopd.backends.zarr_root import StorageTypes
 from lopd.backends.zarr_segment import SegmentData, SegmentMeta, encode_segment
 from lopd.backends.zarr_snapshot import Snapshot
 from lopd.errors import StoreWriteError
-from lopd.manifest import ModelId
+from lopd.manifest import ModelId, Provenance
 
 
 @frozen(eq=False)
@@ -81,6 +81,17 @@ class Writer:
             ragged.check_generation(self._owner, generation, known, policy)
             if known is not None:
                 return self._settle()
+            if self._publish(record):
+                return None
+
+    def quarantine(self, column: str, provenance: Provenance, make_reasons: Callable[[], Mapping[int, str]]) -> None:
+        """Commit which rows could not be scored, unless it is known; when another process commits first, look again at what is new."""
+        while True:
+            self.refresh()
+            reasons = {str(row): reason for row, reason in make_reasons().items()}
+            if not reasons:
+                return self._settle()
+            record = {"kind": "quarantine", "column": column, "provenance": provenance.to_json(), "reasons": reasons, "by": uuid4().hex}
             if self._publish(record):
                 return None
 
