@@ -35,7 +35,7 @@ def online_opd(
         first = k * share % len(prompts)
         store = MemoryStore(current.manifest)
         collect_rollouts(current, prompts[first : first + share], store)
-        score_rollouts(store, teacher)
+        score_rollouts(store, teacher, preflight=None)  # it would be tested anew at every step
         step = batches(
             store,
             rollouts_per_step=len(store),

@@ -190,9 +190,9 @@ def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, An
     """The teacher reads the student's rollouts; it is freed when this returns."""
     store = ZarrStore.open(path)
     scorer = HFScorer.from_folder(teacher_dir, device=settings.device)
-    floored = score_rollouts(store, scorer, rollouts_per_batch=32, progress=RichProgress(console))
-    if floored:
-        console.print(f"{floored} log-probs of the teacher were -inf; a floor is stored in their place")
+    report = score_rollouts(store, scorer, rollouts_per_batch=32, progress=RichProgress(console))
+    if report.floored:
+        console.print(f"{report.floored} log-probs of the teacher were -inf; a floor is stored in their place")
     records = store.read(range(len(store)), columns=("teacher", "behavior"))
     quantiles = advantage_quantiles([r.scores["behavior"] for r in records], [r.scores["teacher"] for r in records])
     console.print("advantages before the first step, nats: " + ", ".join(f"{level:.0%} {value:.2f}" for level, value in quantiles.items()))

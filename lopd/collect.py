@@ -1,37 +1,63 @@
 """VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from attrs import evolve
+from attrs import evolve, field, frozen
 
 from lopd.checks import check_at_least
-from lopd.errors import InvalidRecordError, ManifestMismatchError
+from lopd.errors import InvalidRecordError, ManifestMismatchError, QuarantineWarning, SourceError
+from lopd.isolation import check_few, isolate
 from lopd.manifest import Manifest
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.types import Prompt, Rollout, rollout_id
 
 
+@frozen
+class CollectionReport:
+    """What one call of `collect_rollouts` did.
+
+    Args:
+        rollouts, tokens: sampled; tokens of responses.
+        refused: prompts that could not be sampled, and why; the next call tries them again.
+    """
+
+    rollouts: int = 0
+    tokens: int = 0
+    refused: Mapping[str, str] = field(factory=dict)
+
+
 def collect_rollouts(
-    source: RolloutSource, prompts: Sequence[Prompt], store: LogprobStore, *, prompts_per_batch: int = 64, progress: Progress | None = None
-) -> None:
+    source: RolloutSource,
+    prompts: Sequence[Prompt],
+    store: LogprobStore,
+    *,
+    prompts_per_batch: int = 64,
+    max_refused: int = 64,
+    progress: Progress | None = None,
+) -> CollectionReport:
     """Sample every prompt that the store does not hold yet, and commit batch by batch.
 
     Prompts are cut into the same batches each time, so a run that was stopped and repeated makes the same rollouts as one that was not.
+    A prompt that the source refuses (too long, say) is left out with a warning, and the rest goes on.
 
     Args:
         source: the reference policy.
         prompts: with unique ids.
         store: made with `source.manifest`; a source of another generation begins that round in it.
         prompts_per_batch: sampled together and committed together.
+        max_refused: stop when more prompts are refused, for then it is not the prompts.
         progress: see `lopd.console.RichProgress`.
 
     Raises:
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
-        InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` is less than 1, or the source gave other rollouts than it
-            was asked for.
+        InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` is less than 1, or `max_refused` than 0.
+        SourceError: the source gave other rollouts than it was asked for.
+        EngineError: more than `max_refused` prompts were refused, or all.
     """
     check_at_least("Collection", "prompts_per_batch", prompts_per_batch, 1)
+    check_at_least("Collection", "max_refused", max_refused, 0)
     _check_prompts(prompts)
     manifest = source.manifest
     _begin(store, manifest)
@@ -39,21 +65,35 @@ def collect_rollouts(
     rows = store.find([rollout_id(p.prompt_id, s, manifest.generation) for p in prompts for s in samples])
     missing: list[bool] = np.any(rows.reshape(len(prompts), len(samples)) < 0, axis=1).tolist()
     if progress:
-        progress.begin("sampling", len(prompts) * len(samples), (len(prompts) - sum(missing)) * len(samples))
+        progress.begin("sampling", len(prompts) * len(samples), (len(prompts) - sum(missing)) * len(samples), None)
+    report = CollectionReport()
     try:
         for first in range(0, len(prompts), prompts_per_batch):
             last = first + prompts_per_batch
             todo = [p for p, wanted in zip(prompts[first:last], missing[first:last], strict=True) if wanted]
             if not todo:
                 continue
-            rollouts = source.sample(todo)
-            _check_ids([rollout_id(p.prompt_id, s, manifest.generation) for p in todo for s in samples], rollouts)
+            rollouts, refused = isolate(source.sample, todo)
+            reasons = {prompt.prompt_id: reason for prompt, reason in refused}
+            check_few(
+                f"Source {manifest.policy}",
+                {**report.refused, **reasons},
+                most=max_refused,
+                accepted=len(store) + len(rollouts),
+            )
+            _check_ids(
+                [rollout_id(p.prompt_id, s, manifest.generation) for p in todo if p.prompt_id not in reasons for s in samples], rollouts
+            )
             store.append(rollouts)
+            tokens = sum(r.response_ids.size for r in rollouts)
+            report = CollectionReport(report.rollouts + len(rollouts), report.tokens + tokens, {**report.refused, **reasons})
             if progress:
-                progress.advance(len(rollouts), sum(r.response_ids.size for r in rollouts))
+                progress.advance(len(rollouts), tokens, len(reasons) * len(samples))
     finally:
         if progress:
             progress.end()
+    _warn(report.refused)
+    return report
 
 
 def _begin(store: LogprobStore, manifest: Manifest) -> None:
@@ -71,9 +111,19 @@ def _check_ids(wanted: Sequence[str], rollouts: Sequence[Rollout]) -> None:
     got = [r.rollout_id for r in rollouts]
     if got != wanted:
         place = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
-        raise InvalidRecordError(
+        raise SourceError(
             f"Source: rollout {place} of {len(got)} is {got[place] if place < len(got) else None!r}, expected "
             f"{wanted[place] if place < len(wanted) else None!r}; `sample` gives every sample of every prompt, in order."
+        )
+
+
+def _warn(refused: Mapping[str, str]) -> None:
+    if refused:
+        first, reason = next(iter(refused.items()))
+        warnings.warn(
+            f"Collection: {len(refused)} prompts could not be sampled and were left out; the first is {first!r} ({reason})",
+            QuarantineWarning,
+            stacklevel=3,
         )
 
 

@@ -1,6 +1,7 @@
 """What a run looks like in a terminal: a progress bar for the verbs, and one table per phase.  Drawn by rich."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import final
 
 from attrs import define, field
@@ -12,7 +13,9 @@ from rich.table import Table
 @final
 @define(eq=False)
 class RichProgress:
-    """A `lopd.protocols.Progress` bar: rollouts done, tokens per second, elapsed and remaining time.
+    """A `lopd.protocols.Progress` bar: rollouts done, tokens per second, rows in quarantine, elapsed and remaining time.
+
+    The remaining time is that of the tokens, where their number is known: the verbs go from short rollouts to long ones.
 
     Args:
         console: where to draw.
@@ -22,25 +25,32 @@ class RichProgress:
     _bar: Progress | None = field(default=None, init=False)
     _task: TaskID = field(default=TaskID(0), init=False)
     _tokens: int = field(default=0, init=False)
+    _all_tokens: int | None = field(default=None, init=False)
+    _quarantined: int = field(default=0, init=False)
 
-    def begin(self, what: str, total: int, done: int, /) -> None:
-        """Draw a bar for `total` rollouts, of which `done` are there."""
-        self._tokens = 0
+    def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
+        """Draw a bar for `total` rollouts, of which `done` are there, and the others have `tokens` tokens."""
+        self._tokens, self._all_tokens, self._quarantined = 0, tokens, 0
         left, right = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
-        self._bar = bar = Progress(
-            left, BarColumn(), MofNCompleteColumn(), right, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console
-        )
-        self._task = bar.add_task(what, total=total, completed=done, rate="")
+        remaining = TimeRemainingColumn() if tokens is None else TextColumn("{task.fields[remaining]}")
+        self._bar = bar = Progress(left, BarColumn(), MofNCompleteColumn(), right, TimeElapsedColumn(), remaining, console=self.console)
+        self._task = bar.add_task(what, total=total, completed=done, rate="", remaining="")
         bar.start()
 
-    def advance(self, rollouts: int, tokens: int, /) -> None:
+    def advance(self, rollouts: int, tokens: int, quarantined: int, /) -> None:
         """Move the bar."""
         if self._bar is None:
             return
         self._tokens += tokens
+        self._quarantined += quarantined
         elapsed = self._bar.tasks[0].elapsed or 0.0
         rate = f"{self._tokens / elapsed:,.0f} tokens/s" if elapsed else ""
-        self._bar.update(self._task, advance=rollouts, rate=rate)
+        remaining = ""
+        if self._all_tokens is not None and self._tokens:
+            seconds = round(elapsed * max(self._all_tokens - self._tokens, 0) / self._tokens)
+            remaining = f"{timedelta(seconds=seconds)} left"
+        noted = f"{rate}, {self._quarantined:,} in quarantine" if self._quarantined else rate
+        self._bar.update(self._task, advance=rollouts, rate=noted, remaining=remaining)
 
     def end(self) -> None:
         """Leave the bar as it is."""

@@ -78,12 +78,20 @@ class TeacherConsistencyWarning(UserWarning):
     """What `TeacherConsistencyError` says, when the caller chose to go on."""
 
 
+class SourceError(LopdError, RuntimeError):
+    """A source that gives other rollouts than it was asked for."""
+
+
 class ScorerError(LopdError, RuntimeError):
     """A scorer that does not give the same log-probs twice, or not those of the model that it says it is."""
 
 
 class QuarantineWarning(UserWarning):
     """Prompts or rollouts that were left out, and why."""
+
+
+class EndTokenWarning(UserWarning):
+    """A teacher that finds the tokens that end the policy's responses next to impossible."""
 
 
 class CheckpointError(LopdError, ValueError):

@@ -1,5 +1,6 @@
 """VERB `batches`: a store -> the micro-batches of optimizer step k, which depend on (seed, k) alone."""
 
+import warnings
 from collections.abc import Iterator
 from typing import final
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from lopd.collate import Weighting, by_rollout, collate
 from lopd.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
-from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.errors import InvalidRecordError, MissingScoresError, QuarantineWarning
 from lopd.manifest import Lineage, Provenance
 from lopd.protocols import LogprobReader
 from lopd.types import BEHAVIOR_COLUMN, Batch, Step
@@ -20,12 +21,12 @@ from lopd.types import BEHAVIOR_COLUMN, Batch, Step
 class StepStream:
     """An iterable of `Step`; made by `batches`, which checks what it is made of.  Iterating twice gives the same steps twice.
 
-    It trains on the `rollouts` that were there when it was made, also if the store grows.
+    It trains on the `rows` that were there when it was made, also if the store grows.
     """
 
     lineage: Lineage
     store: LogprobReader = field(repr=False)
-    rollouts: int
+    rows: NDArray[np.int64] = field(repr=False)
     rollouts_per_step: int
     tokens_per_batch: int
     seed: int
@@ -44,7 +45,7 @@ class StepStream:
 
     def step(self, index: int) -> Step:
         """Step `index`, whatever was asked for before."""
-        rows = _rows_of_step(index, self.rollouts_per_step, self.rollouts, self.seed)
+        rows = self.rows[_places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed)]
         lengths = self.store.lengths()[rows].sum(axis=1) - 1
         parts = tuple(self._batch(rows[part]) for part in _split(lengths, self.tokens_per_batch))
         return Step(index, parts, self.store.manifest.tokenizer.vocab_hash)
@@ -68,7 +69,7 @@ def batches(
     weighting: Weighting = by_rollout,
     consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
 ) -> StepStream:
-    """The steps of a training run over a store, shuffled anew in each epoch.
+    """The steps of a training run over a store, shuffled anew in each epoch; rollouts in quarantine are left out, with a warning.
 
     A resumed run equals an unbroken one if store and arguments are those of the run that was stopped.
 
@@ -103,9 +104,12 @@ def batches(
             f"Rollout {store.read([longest])[0].rollout.rollout_id!r}: it has {tokens} positions, expected at most "
             f"tokens_per_batch = {tokens_per_batch}; raise the cap."
         )
-    for column in (teacher, ref):
-        if column is not None:
-            _check_complete(store, column)
+    columns = [column for column in (teacher, ref) if column is not None]
+    rows = np.flatnonzero(np.all([np.ones(len(store), np.bool_), *(_usable(store, column) for column in columns)], axis=0))
+    if not rows.size:
+        raise MissingScoresError(
+            f"{store!r}: all {len(store)} rollouts are in quarantine, expected some with scores; see `store.quarantined`."
+        )
     if ref is not None:
         _check_reference(store, ref)
     provenance = None
@@ -113,15 +117,26 @@ def batches(
         provenance = _provenance(store, teacher)
         check_teacher_consistency(store.manifest, provenance, consistency)
     lineage = lineage_after(store.manifest, provenance)
-    return StepStream(lineage, store, len(store), rollouts_per_step, tokens_per_batch, seed, start, stop, teacher, ref, weighting)
+    return StepStream(lineage, store, rows, rollouts_per_step, tokens_per_batch, seed, start, stop, teacher, ref, weighting)
 
 
-def _check_complete(store: LogprobReader, column: str) -> None:
-    done = int(store.scored(column).sum())
-    if done < len(store):
+def _usable(store: LogprobReader, column: str) -> NDArray[np.bool_]:
+    """(len,): rollouts with scores; the others must be in quarantine."""
+    scored, quarantined = store.scored(column), store.quarantined(column)
+    if int(scored.sum()) + len(quarantined) < len(store):
+        done = int(scored.sum())
         virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
         remedy = virtual if column == BEHAVIOR_COLUMN else f"run `score_rollouts(..., column={column!r})`"
         raise MissingScoresError(f"{store!r}: column {column!r} has scores for {done} rollouts, expected {len(store)}; {remedy}.")
+    if quarantined:
+        row, reason = next(iter(quarantined.items()))
+        warnings.warn(
+            f"{store!r}: {len(quarantined)} of {len(store)} rollouts could not be scored into column {column!r} and are left out; the first is row "
+            f"{row} ({reason})",
+            QuarantineWarning,
+            stacklevel=3,
+        )
+    return scored
 
 
 def _check_reference(store: LogprobReader, column: str) -> None:
@@ -142,8 +157,8 @@ def _provenance(store: LogprobReader, column: str) -> Provenance:
     return store.columns[column]
 
 
-def _rows_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np.int64]:
-    """Rows of step `index`: a window on the endless sequence of epochs, each a permutation seeded by (seed, epoch)."""
+def _places_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np.int64]:
+    """Places (of `total`) of step `index`: a window on the endless sequence of epochs, each a permutation seeded by (seed, epoch)."""
     places = np.arange(index * count, (index + 1) * count)
     epochs = places // total
     shuffles = {int(e): np.random.default_rng((seed, int(e))).permutation(total) for e in np.unique(epochs)}

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lopd.checks import check_at_least, check_number
 from lopd.errors import CorruptStoreError
+from lopd.parity import Parity
 
 SCHEMA_VERSION = 1
 LINEAGE_FILE = "lopd.json"
@@ -231,6 +232,7 @@ class Provenance:
         engine: name and version of what ran it.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut.
         top_k: how many of the model's most likely tokens are kept at each response token, beside the sampled one.
+        parity: how this engine compared with another that ran the same model, when the column was begun; no part of the identity.
 
     Raises:
         InvalidRecordError: `top_k` is less than 0.
@@ -241,6 +243,7 @@ class Provenance:
     engine: str
     logprobs_mode: str = "raw"
     top_k: int = 0
+    parity: Parity | None = field(default=None, eq=False)
 
     def __attrs_post_init__(self) -> None:
         check_at_least(f"Provenance of {self.model}", "top_k", self.top_k, 0)
@@ -252,7 +255,8 @@ class Provenance:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Provenance":
         """The inverse of `to_json`."""
-        return cls(**{**data, "model": ModelId(**data["model"])})
+        parity = data.get("parity")
+        return cls(**{**data, "model": ModelId(**data["model"]), "parity": None if parity is None else Parity(**parity)})
 
 
 @frozen

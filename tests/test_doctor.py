@@ -257,10 +257,10 @@ def test_rows_that_cannot_be_read_are_named_one_by_one_and_the_others_are_checke
     store, progress = Kept(), []
 
     class Progress:
-        def begin(self, what: str, total: int, done: int, /) -> None:
-            progress.append((total, done))
+        def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
+            progress.append((total, done, tokens))
 
-        def advance(self, rollouts: int, tokens: int, /) -> None:
+        def advance(self, rollouts: int, tokens: int, quarantined: int, /) -> None:
             progress.append((rollouts, tokens))
 
         def end(self) -> None:
@@ -277,7 +277,7 @@ def test_rows_that_cannot_be_read_are_named_one_by_one_and_the_others_are_checke
 
     store.read = read
     assert list(check_store(store, progress=Progress())) == ["Store: row 3 is damaged.", "Store: row 8 is damaged."]
-    assert progress[0] == (40, 0)
+    assert progress[0] == (40, 0, sum(map(len, items)))
     assert progress[-1] == "end"
     assert [sum(column) for column in zip(*progress[1:-1], strict=True)] == [40, sum(map(len, items))]
 

@@ -25,10 +25,14 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
     CheckpointError,
     ConflictError,
+    EndTokenWarning,
+    EngineError,
     InvalidRecordError,
-    LopdError,
     ManifestMismatchError,
     MissingScoresError,
+    QuarantineWarning,
+    ScorerError,
+    SourceError,
     TeacherConsistencyError,
     TeacherConsistencyWarning,
     TokenizerMismatchError,
@@ -38,7 +42,8 @@ from lopd.evaluate import evaluate, evaluate_reverse_kl
 from lopd.loader import batches
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer
-from lopd.scoring import score_rollouts
+from lopd.preflight import Preflight
+from lopd.scoring import ScoringReport, score_rollouts
 from lopd.students import CausalLMStudent
 from lopd.train import opd_steps
 from lopd.types import Prompt, Rollout, Scores, rollout_id
@@ -85,11 +90,11 @@ class Bar:
     def __init__(self):
         self.told = []
 
-    def begin(self, what, total, done):
-        self.told.append(("begin", what, total, done))
+    def begin(self, what, total, done, tokens):
+        self.told.append(("begin", what, total, done, tokens))
 
-    def advance(self, rollouts, tokens):
-        self.told.append(("advance", rollouts, tokens))
+    def advance(self, rollouts, tokens, quarantined):
+        self.told.append(("advance", rollouts, tokens, quarantined))
 
     def end(self):
         self.told.append(("end",))
@@ -183,7 +188,7 @@ def test_a_prompt_of_which_one_sample_is_missing_is_completed(source, prompts, m
     bar = Bar()
     collect_rollouts(source, prompts, partly, progress=bar)
     assert dict(contents(partly)) == dict(contents(whole))
-    assert bar.told[0] == ("begin", "sampling", 14, 0)
+    assert bar.told[0] == ("begin", "sampling", 14, 0, None)
     assert sum(bar.advanced) == 14
 
 
@@ -193,14 +198,14 @@ def test_progress_of_collecting_is_told_totals_and_an_end_even_when_interrupted(
         collect_rollouts(Stopping(source, 2), prompts, store, prompts_per_batch=2, progress=bar)
     sampled = [r.rollout.response_ids.size for r in store.read(range(8))]
     assert bar.told == [
-        ("begin", "sampling", 14, 0),
-        ("advance", 4, sum(sampled[:4])),
-        ("advance", 4, sum(sampled[4:])),
+        ("begin", "sampling", 14, 0, None),
+        ("advance", 4, sum(sampled[:4]), 0),
+        ("advance", 4, sum(sampled[4:]), 0),
         ("end",),
     ]
     bar = Bar()
     collect_rollouts(source, prompts, store, prompts_per_batch=2, progress=bar)
-    assert bar.told[0] == ("begin", "sampling", 14, 8)
+    assert bar.told[0] == ("begin", "sampling", 14, 8, None)
     assert bar.advanced == [4, 2]
     assert bar.told[-1] == ("end",)
 
@@ -271,15 +276,17 @@ class Forgetful:
 
 
 def test_a_source_that_loses_a_rollout_is_found_out(source, prompts):
-    with pytest.raises(LopdError):
+    with pytest.raises(SourceError, match="every sample of every prompt"):
         collect_rollouts(Forgetful(source), prompts, MemoryStore(source.manifest))
 
 
 def test_a_scorer_that_loses_a_rollout_is_found_out(source, prompts, teacher_model, tokenizer):
     store = MemoryStore(source.manifest)
     collect_rollouts(source, prompts, store)
-    with pytest.raises(LopdError):
-        score_rollouts(store, Forgetful(HFScorer(teacher_model, tokenizer)))
+    for preflight in (Preflight(), None):
+        with pytest.raises(ScorerError, match="scores for"):
+            score_rollouts(store, Forgetful(HFScorer(teacher_model, tokenizer)), preflight=preflight)
+    assert not store.scored("teacher").any()
 
 
 # --- score_rollouts -------------------------------------------------------------------------------------------------------------------
@@ -295,11 +302,11 @@ def test_scoring_again_after_any_prefix_gives_the_column_of_an_unbroken_run(
         collect_rollouts(source, prompts, store)
     score_rollouts(whole, scorer, rollouts_per_batch=3)
     with pytest.raises(Interrupted):
-        score_rollouts(broken, Stopping(scorer, batches_done), rollouts_per_batch=3)
+        score_rollouts(broken, Stopping(scorer, batches_done), rollouts_per_batch=3, preflight=None)
     broken = reopened(broken, tmp_path)
     assert int(broken.scored("teacher").sum()) == 3 * batches_done, "batches before the interruption are kept"
     again = Stopping(scorer, 99)
-    score_rollouts(broken, again, rollouts_per_batch=3)
+    score_rollouts(broken, again, rollouts_per_batch=3, preflight=None)
     assert sum(again.asked) == 14 - 3 * batches_done
     for a, b in zip(column(broken), column(whole), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -342,51 +349,198 @@ def test_pain_12_a_teacher_with_other_tokens_is_refused_though_its_vocabulary_is
     assert bar.told == []
 
 
-def test_a_scorer_that_gives_nan_is_stopped_at_the_rollout_and_earlier_batches_are_kept(
+def rows_by_length(store):
+    return np.argsort(store.lengths().sum(axis=1), kind="stable")
+
+
+def names(store, rows):
+    return [record.rollout.rollout_id for record in store.read(rows)]
+
+
+class Refusing:
+    """A scorer that gives NaN for some rollouts, and says another (true) thing about none."""
+
+    def __init__(self, inner, bad):
+        self.inner, self.bad, self.asked = inner, set(bad), []
+        self.provenance = inner.provenance
+
+    def score(self, rollouts):
+        self.asked.append(len(rollouts))
+        good = self.inner.score(rollouts)
+        return [Scores.of(r, s.logprobs * (np.nan if r.rollout_id in self.bad else 1)) for r, s in zip(rollouts, good, strict=True)]
+
+
+def test_a_rollout_that_cannot_be_scored_is_put_in_quarantine_and_the_rest_goes_on(
+    source, prompts, teacher_model, tokenizer, make_store, tmp_path
+):
+    store, scorer, bar = make_store(source.manifest), HFScorer(teacher_model, tokenizer), Bar()
+    collect_rollouts(source, prompts, store)
+    rows = rows_by_length(store)[[4, 7]].tolist()
+    bad = names(store, rows)
+    with pytest.warns(QuarantineWarning, match=rf"2 rollouts could not be scored.*'{bad[0]}'.*logprobs\[0\] is nan"):
+        report = score_rollouts(store, Refusing(scorer, bad), rollouts_per_batch=3, progress=bar)
+    assert set(report.quarantined) == set(bad)
+    assert (report.rollouts, [told[1:] for told in bar.told if told[0] == "advance"][1][::2]) == (12, (2, 1))
+    store = reopened(store, tmp_path)
+    assert set(np.flatnonzero(~store.scored("teacher"))) == set(rows)
+    assert {row: reason.partition(":")[0] for row, reason in store.quarantined("teacher").items()} == {
+        row: f"Rollout {name!r}" for row, name in zip(rows, bad, strict=True)
+    }
+    again = Refusing(scorer, bad)
+    assert score_rollouts(store, again).rollouts == 0, "what is in quarantine is not tried again"
+    assert again.asked == []
+    assert score_rollouts(store, scorer, retry_quarantined=True).rollouts == 2
+    assert (store.scored("teacher").all(), dict(store.quarantined("teacher"))) == (True, {})
+
+
+def test_training_leaves_out_what_is_in_quarantine_and_says_so_but_not_what_was_never_tried(
     source, prompts, teacher_model, tokenizer, make_store
 ):
-    store, inner = make_store(source.manifest), HFScorer(teacher_model, tokenizer)
+    store, scorer = make_store(evolve(source.manifest, sft_teacher=HFScorer(teacher_model, tokenizer).provenance.model)), None
+    scorer = HFScorer(teacher_model, tokenizer)
+    collect_rollouts(evolve(source, lineage=Lineage(scorer.provenance.model)), prompts, store)
+    bad = names(store, [5])
+    with pytest.warns(QuarantineWarning):
+        score_rollouts(store, Refusing(scorer, bad))
+    with pytest.warns(QuarantineWarning, match=r"1 of 14 rollouts could not be scored into column 'teacher'.*row 5"):
+        stream = batches(store, rollouts_per_step=13, tokens_per_batch=512)
+    assert sorted(stream.rows.tolist()) == [row for row in range(14) if row != 5]
+    for index in range(3):
+        assert sum(int(batch.segment_ids.max()) + 1 for batch in stream.step(index).batches) == 13
+    collect_rollouts(evolve(source, lineage=Lineage(scorer.provenance.model)), [*prompts, Prompt("new", [9, 10])], store)
+    with pytest.raises(MissingScoresError, match="has scores for 13 rollouts, expected 16"):
+        batches(store, rollouts_per_step=13, tokens_per_batch=512)
+
+
+def test_so_many_refused_rollouts_that_it_must_be_the_scorer_stop_the_run_and_are_not_put_in_quarantine(
+    source, prompts, teacher_model, tokenizer, make_store
+):
+    store, scorer = make_store(source.manifest), HFScorer(teacher_model, tokenizer)
     collect_rollouts(source, prompts, store)
-    by_length = np.argsort(store.lengths().sum(axis=1), kind="stable")
-    bad = store.read([int(by_length[7])])[0].rollout.rollout_id
+    ordered = names(store, rows_by_length(store).tolist())
+    with pytest.raises(EngineError, match="refused 3 rows and accepted 0"):
+        score_rollouts(store, Refusing(scorer, ordered), rollouts_per_batch=3)
+    assert dict(store.quarantined("teacher")) == {}
+    with pytest.raises(EngineError, match=r"refused 3 rows and accepted 6.*at most 2"):
+        score_rollouts(store, Refusing(scorer, ordered[3:5] + ordered[6:7]), rollouts_per_batch=3, max_quarantined=2)
+    assert len(store.quarantined("teacher")) == 2
+    assert int(store.scored("teacher").sum()) == 4
 
-    class Broken:
-        provenance = inner.provenance
 
-        def score(self, rollouts):
-            good = inner.score(rollouts)
-            return [Scores.of(r, s.logprobs * (np.nan if r.rollout_id == bad else 1)) for r, s in zip(rollouts, good, strict=True)]
+def test_a_prompt_that_is_too_long_is_left_out_and_the_rest_is_sampled_as_ever(source, prompts, make_store, contents):
+    whole, store = make_store(source.manifest), make_store(source.manifest)
+    collect_rollouts(source, prompts, whole)
+    with pytest.warns(QuarantineWarning, match=r"1 prompts could not be sampled.*'endless'.*context"):
+        report = collect_rollouts(source, [*prompts[:3], Prompt("endless", [5] * 5000), *prompts[3:]], store)
+    assert dict(contents(store)) == dict(contents(whole))
+    assert (report.rollouts, list(report.refused)) == (14, ["endless"])
+    with pytest.raises(EngineError, match="refused 1 rows and accepted 0"):
+        collect_rollouts(source, [Prompt("endless", [5] * 5000)], MemoryStore(source.manifest))
 
-    bar = Bar()
-    with pytest.raises(InvalidRecordError, match=rf"'{bad}'.*logprobs\[0\] is nan"):
-        score_rollouts(store, Broken(), rollouts_per_batch=3, progress=bar)
-    assert set(np.flatnonzero(store.scored("teacher"))) == set(by_length[:6].tolist())
-    assert bar.advanced == [3, 3]
-    assert bar.told[-1] == ("end",)
+
+# --- the self-test of a scorer ----------------------------------------------------------------------------------------------------------
+
+
+class Moody:
+    """A scorer whose answers shift: by `company` nats in a call of several, or by a constant."""
+
+    def __init__(self, inner, company=0.0, always=0.0, provenance=None):
+        self.inner, self.company, self.always = inner, company, always
+        self.provenance = provenance or inner.provenance
+
+    def score(self, rollouts):
+        shift = self.always + (self.company if len(rollouts) > 1 else 0.0)
+        scores = self.inner.score(rollouts)
+        return [Scores.of(r, np.minimum(s.logprobs - shift, 0)) for r, s in zip(rollouts, scores, strict=True)]
+
+
+@pytest.fixture
+def collected(source, prompts, make_store):
+    store = make_store(source.manifest)
+    collect_rollouts(source, prompts, store)
+    return store
+
+
+def test_pain_16_a_scorer_whose_answers_depend_on_the_batch_is_refused_before_it_is_paid_for(collected, teacher_model, tokenizer):
+    scorer = HFScorer(teacher_model, tokenizer)
+    with pytest.raises(
+        ScorerError, match=r"rollout 'p.*differ by 0\.1 nats on average when it is scored alone and in company.*at most 0\.05"
+    ):
+        score_rollouts(collected, Moody(scorer, company=0.1))
+    assert (dict(collected.columns), collected.scored("teacher").any()) == ({}, False)
+    score_rollouts(collected, Moody(scorer, company=0.1), preflight=Preflight(repeat_bound=0.2))
+    assert collected.scored("teacher").all()
+
+
+def test_a_column_is_not_continued_by_a_scorer_that_says_something_else_than_what_is_stored(collected, teacher_model, tokenizer):
+    scorer = HFScorer(teacher_model, tokenizer)
+    with pytest.raises(Interrupted):
+        score_rollouts(collected, Stopping(scorer, 1), rollouts_per_batch=4, preflight=None)
+    before = int(collected.scored("teacher").sum())
+    with pytest.raises(ScorerError, match=r"differ by 0\.3 nats on average from those that column 'teacher' holds"):
+        score_rollouts(collected, Moody(scorer, always=0.3))
+    assert int(collected.scored("teacher").sum()) == before == 4
+
+
+def test_pain_9_the_difference_to_the_trainers_own_log_probs_is_measured_stored_and_bounded(collected, teacher_model, tokenizer, tmp_path):
+    truth = HFScorer(teacher_model, tokenizer)
+    engine = evolve(truth.provenance, engine="shifted 1.0")
+    with pytest.raises(ScorerError, match=r"shifted 1\.0 against transformers.*mean 0\.2.*expected a mean of at most 0\.1"):
+        score_rollouts(collected, Moody(truth, always=0.2, provenance=engine), preflight=Preflight(truth=truth))
+    report = score_rollouts(collected, Moody(truth, always=0.02, provenance=engine), preflight=Preflight(truth=truth))
+    parity = reopened(collected, tmp_path).columns["teacher"].parity
+    assert parity == report.parity
+    assert (parity.engine, parity.rollouts, parity.tokens) == ("shifted 1.0", 14, int(collected.lengths()[:, 1].sum()))
+    np.testing.assert_allclose([parity.mean, parity.p99, parity.max, -parity.bias], 0.02, atol=1e-5)
+    gaps = np.concatenate(column(collected)).astype(np.float64) + 0.02 - behavior(collected)
+    np.testing.assert_allclose(parity.advantage, np.abs(gaps).mean(), rtol=1e-4)
+    np.testing.assert_allclose(parity.sign_flips, ((gaps > 0) & (gaps < 0.02)).mean(), atol=1e-9)
+    assert dict(collected.columns) == {"teacher": engine}, "a comparison is no part of who computed a column"
+
+
+def test_the_truth_must_be_the_same_model(collected, teacher_model, llama, tokenizer):
+    with pytest.raises(ScorerError, match="expected the same weights"):
+        score_rollouts(collected, HFScorer(teacher_model, tokenizer), preflight=Preflight(truth=HFScorer(llama, tokenizer)))
+
+
+def test_pain_8_a_teacher_that_never_ends_as_the_policy_does_is_noticed(collected, make_model, tokenizer):
+    model = make_model("phi_bias")
+    score_rollouts(collected, HFScorer(model, tokenizer), column="healthy", preflight=Preflight(rollouts=len(collected)))
+    with torch.no_grad():
+        model.lm_head.bias[list(PARAMS.stop_ids)] = -20.0
+    with pytest.warns(EndTokenWarning, match=r"tokens that ended .* responses have a mean log-prob of -2"):
+        score_rollouts(collected, HFScorer(model, tokenizer), preflight=Preflight(rollouts=len(collected)))
+
+
+@pytest.mark.parametrize(("field", "value"), [("rollouts", 0), ("parity_rollouts", -1), ("repeat_bound", -0.1), ("parity_bound", np.nan)])
+def test_bounds_that_make_no_sense_are_refused(field, value):
+    with pytest.raises(InvalidRecordError, match=f"{field} is {value}"):
+        Preflight(**{field: value})
 
 
 def test_scoring_reports_how_many_log_probs_were_floored(source, prompts, make_model, tokenizer, make_store):
     store, model = make_store(source.manifest), make_model("phi_bias")
     collect_rollouts(source, prompts, store)
     ids, counts = np.unique(np.concatenate([r.rollout.response_ids for r in store.read(range(len(store)))]), return_counts=True)
-    assert score_rollouts(store, HFScorer(model, tokenizer), column="all-possible") == 0
+    assert score_rollouts(store, HFScorer(model, tokenizer), column="all-possible").floored == 0
     with torch.no_grad():
         model.lm_head.bias[int(ids[counts.argmax()])] = -torch.inf
     scorer = HFScorer(model, tokenizer)
-    assert score_rollouts(store, scorer, column="one-ruled-out", rollouts_per_batch=3) == counts.max() > 1
+    assert score_rollouts(store, scorer, column="one-ruled-out", rollouts_per_batch=3).floored == counts.max() > 1
     assert (np.concatenate(column(store, "one-ruled-out")) == -100).sum() == counts.max()
-    assert score_rollouts(store, scorer, column="one-ruled-out") == 0, "nothing was left to score"
+    assert score_rollouts(store, scorer, column="one-ruled-out") == ScoringReport(), "nothing was left to score"
 
 
 def test_progress_of_scoring_is_told_the_column_the_totals_and_the_tokens(source, prompts, teacher_model, tokenizer, make_store):
     store, bar, scorer = make_store(source.manifest), Bar(), HFScorer(teacher_model, tokenizer)
     collect_rollouts(source, prompts, store)
     with pytest.raises(Interrupted):
-        score_rollouts(store, Stopping(scorer, 1), rollouts_per_batch=4)
-    score_rollouts(store, scorer, rollouts_per_batch=4, progress=bar)
-    assert bar.told[0] == ("begin", "scoring teacher", 14, 4)
-    assert bar.advanced == [4, 4, 2]
+        score_rollouts(store, Stopping(scorer, 1), rollouts_per_batch=4, preflight=None)
+    report = score_rollouts(store, scorer, rollouts_per_batch=4, progress=bar)
     lengths = np.sort(store.lengths().sum(axis=1))
+    assert bar.told[0] == ("begin", "scoring teacher", 14, 4, int(lengths[4:].sum()))
+    assert bar.advanced == [4, 4, 2]
+    assert report == ScoringReport(rollouts=10, tokens=int(lengths[4:].sum()))
     assert sum(told[2] for told in bar.told if told[0] == "advance") == int(lengths[4:].sum())
     assert bar.told[-1] == ("end",)
 
@@ -740,7 +894,7 @@ def test_the_behavior_column_serves_as_reference_and_cannot_be_a_teacher(scored)
     assert float(step.batches[0].ref_logprobs[counted].double().sum()) == pytest.approx(
         sum(float(v.astype(np.float64).sum()) for v in sampled.values()), rel=1e-5
     )
-    with pytest.raises(LopdError):
+    with pytest.raises(InvalidRecordError, match="what the policy itself reported"):
         batches(scored, teacher="behavior")
 
 

@@ -206,7 +206,9 @@ def new_quarantine(
     """
     for rollout_id, row in zip(reasons, rows, strict=True):
         if row < 0:
-            raise MissingScoresError(f"{owner}: rollout {rollout_id!r} is not there, expected it before it is quarantined; append it first.")
+            raise MissingScoresError(
+                f"{owner}: rollout {rollout_id!r} is not there, expected it before it is quarantined; append it first."
+            )
     given = sorted(zip(rows, reasons.values(), strict=True))
     return {row: reason for row, reason in given if not scored[row] and known.get(row) != reason}
 

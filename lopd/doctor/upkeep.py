@@ -41,12 +41,12 @@ def _problems(store: DurableStore, rows_per_read: int, progress: Progress | None
         yield str(error)
         return
     if progress:
-        progress.begin("verifying", len(store), 0)
+        progress.begin("verifying", len(store), 0, int(tokens.sum()))
     try:
         for part in whole:
             yield from _check_part(store, part)
             if progress:
-                progress.advance(len(part.rows), int(tokens[part.rows.start : part.rows.stop].sum()))
+                progress.advance(len(part.rows), int(tokens[part.rows.start : part.rows.stop].sum()), 0)
     finally:
         if progress:
             progress.end()
