@@ -33,8 +33,9 @@ from lopd.doctor import (
 from lopd.doctor.__main__ import main
 from lopd.errors import CorruptStoreError, InvalidRecordError, MissingScoresError, StoreNotFoundError, StoreReadError
 from lopd.manifest import Commit, ModelId
+from lopd.parity import Parity
 from lopd.reading import evenly, parts
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 from lopd.types import Rollout, Scores
 
 POLICY, TEACHER = tiny_manifest().policy, tiny_provenance().model
@@ -129,6 +130,21 @@ def test_info_as_json_is_what_the_function_gives(store: ZarrStore, tmp_path: Pat
     assert printed["finish_reasons"] == {"stop": 30, "length": 10}
     assert [(c["name"], c["scored"], c["of_policy"]) for c in printed["columns"]] == [("teacher", 40, False), ("ref", 40, True)]
     assert printed["advantages"][1]["below_half_clip"] == info.advantages[1].below_half_clip
+
+
+def test_info_shows_what_is_in_quarantine_and_how_the_engine_compares(tmp_path: Path) -> None:
+    made = ZarrStore.create(tmp_path / "part.zarr", tiny_manifest())
+    items = [rollout(i) for i in range(3)]
+    made.append(items)
+    parity = Parity("engine 1.0", "made-up 1.0", rollouts=2, tokens=6, mean=0.0123, p99=0.5, max=0.75, bias=0.001)
+    made.append_scores("teacher", evolve(tiny_provenance(), parity=parity), [tiny_scores(item) for item in items[:2]])
+    made.quarantine("teacher", tiny_provenance(), {items[2].rollout_id: "Rollout 'x': it has 9 tokens, expected at most 8."})
+    shown = words(run("info", tmp_path / "part.zarr").stdout)
+    for said in ("2 of 3", "in quarantine 1", "0.012 (max 0.75)", "row 2 in quarantine: Rollout 'x': it has 9 tokens, expected at most 8."):
+        assert said in shown, said
+    printed = json.loads(run("info", tmp_path / "part.zarr", "--json").stdout)
+    assert printed["columns"][0]["quarantined"] == {"2": "Rollout 'x': it has 9 tokens, expected at most 8."}
+    assert run("verify", tmp_path / "part.zarr").returncode == 0
 
 
 def test_advantages_are_over_the_tokens_that_count_in_rollouts_that_have_both_scores() -> None:

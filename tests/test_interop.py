@@ -84,6 +84,7 @@ def assert_equal_stores(left: LogprobReader, right: LogprobReader) -> None:
         assert_same_rollout(mine.rollout, theirs.rollout)
     for column, provenance in left.columns.items():
         np.testing.assert_array_equal(left.scored(column), right.scored(column))
+        assert dict(left.quarantined(column)) == dict(right.quarantined(column))
         rows, top_k = np.flatnonzero(left.scored(column)).tolist(), [column] if provenance.top_k else []
         for mine, theirs in zip(left.read(rows, [column], top_k), right.read(rows, [column], top_k), strict=True):
             np.testing.assert_array_equal(mine.scores[column], theirs.scores[column])
@@ -196,6 +197,8 @@ def test_any_rollouts_and_scores_come_back_equal_from_parquet(tmp_path: Path) ->
             scores = [evolve(data.draw(scores_for(item)), floored=0) for item in chosen]
             scores = [evolve(s, top_k=tiny_top_k(s.logprobs.size, k)) for s in scores] if k else scores
             store.append_scores(column, tiny_provenance(column, k), scores)
+            refused = [item.rollout_id for item in items if data.draw(st.booleans())]
+            store.quarantine(column, tiny_provenance(column, k), dict.fromkeys(refused, "too long"))
         again = round_trip(store, tmp_path / uuid4().hex, group=data.draw(st.integers(1, 4)), commit=data.draw(st.integers(1, 4)))
         assert_equal_stores(again, store)
 

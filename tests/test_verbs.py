@@ -503,13 +503,14 @@ def test_the_truth_must_be_the_same_model(collected, teacher_model, llama, token
         score_rollouts(collected, HFScorer(teacher_model, tokenizer), preflight=Preflight(truth=HFScorer(llama, tokenizer)))
 
 
-def test_pain_8_a_teacher_that_never_ends_as_the_policy_does_is_noticed(collected, make_model, tokenizer):
-    model = make_model("phi_bias")
-    score_rollouts(collected, HFScorer(model, tokenizer), column="healthy", preflight=Preflight(rollouts=len(collected)))
+def test_pain_8_a_teacher_that_never_ends_as_the_policy_does_is_noticed(source, make_model, tokenizer):
+    store, model = MemoryStore(source.manifest), make_model("phi_bias")
+    store.append([Rollout(f"r{i}", [9, 10], [20 + i, 30, 40, 5], [True] * 4, "stop") for i in range(4)])
+    score_rollouts(store, HFScorer(model, tokenizer), column="healthy")
     with torch.no_grad():
-        model.lm_head.bias[list(PARAMS.stop_ids)] = -20.0
-    with pytest.warns(EndTokenWarning, match=r"tokens that ended .* responses have a mean log-prob of -2"):
-        score_rollouts(collected, HFScorer(model, tokenizer), preflight=Preflight(rollouts=len(collected)))
+        model.lm_head.bias[5] = -20.0
+    with pytest.warns(EndTokenWarning, match=r"tokens that ended 4 responses have a mean log-prob of -2\d.*those before them -6"):
+        score_rollouts(store, HFScorer(model, tokenizer))
 
 
 @pytest.mark.parametrize(("field", "value"), [("rollouts", 0), ("parity_rollouts", -1), ("repeat_bound", -0.1), ("parity_bound", np.nan)])

@@ -26,6 +26,7 @@ class ColumnInfo:
     Args:
         name: of the column.   provenance: who computed it.
         scored: rollouts that have scores in it.
+        quarantined: row -> why it could not be scored.
         of_policy: whether the model is one of the policies that sampled.
         objection: why its model is no consistent teacher, in one sentence; None if it is one.
         rounding: largest error, nats, by which a log-prob was rounded when it was stored.
@@ -34,6 +35,7 @@ class ColumnInfo:
     name: str
     provenance: Provenance
     scored: int
+    quarantined: Mapping[int, str]
     of_policy: bool
     objection: str | None
     rounding: float
@@ -153,7 +155,8 @@ def _describe(store: LogprobReader, name: str, provenance: Provenance, history: 
     except TeacherConsistencyError as error:
         objection = str(error)
     rounding = max((commit.rounding for commit in history if commit.column == name), default=0.0)
-    return ColumnInfo(name, provenance, int(store.scored(name).sum()), of_policy, objection, rounding)
+    scored, quarantined = int(store.scored(name).sum()), dict(store.quarantined(name))
+    return ColumnInfo(name, provenance, scored, quarantined, of_policy, objection, rounding)
 
 
 def _look_at_rollouts(store: LogprobReader, sample: int) -> tuple[int, Mapping[str, int], float]:

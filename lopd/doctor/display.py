@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 from rich.table import Table
 
@@ -12,6 +13,7 @@ from lopd.doctor.estimating import Cost, Plan
 from lopd.doctor.upkeep import Compaction
 
 _COMMITS_SHOWN = 8
+_REASONS_SHOWN = 8
 
 
 def show_info(info: StoreInfo) -> Iterator[Table | str]:
@@ -30,6 +32,8 @@ def show_info(info: StoreInfo) -> Iterator[Table | str]:
         ],
     )
     for column in info.columns:
+        for row, reason in islice(column.quarantined.items(), _REASONS_SHOWN):
+            yield f"Column {column.name!r}, row {row} in quarantine: {reason}"
         if column.objection and not column.of_policy:
             yield f"Column {column.name!r}: {column.objection}"
 
@@ -69,11 +73,26 @@ def _columns(info: StoreInfo) -> Table:
             "the store's" if column.provenance.vocab_hash == info.manifest.tokenizer.vocab_hash else "ANOTHER",
             column.provenance.top_k,
             f"{column.scored:,} of {info.rollouts:,}",
+            len(column.quarantined),
+            "not measured"
+            if column.provenance.parity is None
+            else f"{column.provenance.parity.mean:.2g} (max {column.provenance.parity.max:.2g})",
             "the policy itself" if column.of_policy else "inconsistent" if column.objection else "consistent",
         )
         for column in info.columns
     ]
-    names = ("model", "dtype", "engine", "mode", "tokenizer", "top-k", "rollouts scored", "as teacher")
+    names = (
+        "model",
+        "dtype",
+        "engine",
+        "mode",
+        "tokenizer",
+        "top-k",
+        "rollouts scored",
+        "in quarantine",
+        "parity, mean nats",
+        "as teacher",
+    )
     return table("Columns", ("what", *(column.name for column in info.columns)), list(zip(names, *facts, strict=True)))
 
 

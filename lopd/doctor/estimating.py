@@ -175,7 +175,7 @@ def _segments(history: Sequence[Commit]) -> int:
     """How many appends the rows are in; a compaction makes one of those of its column."""
     count: Counter[str | None] = Counter()
     for commit in history:
-        if commit.kind != "generation":
+        if commit.kind in {"rollouts", "scores", "compaction"}:
             count[commit.column] = 1 if commit.kind == "compaction" else count[commit.column] + 1
     return count.total()
 

@@ -8,13 +8,13 @@ The description (manifest, generations, provenance of each column) is JSON.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import asdict, field, frozen
 from numpy.typing import NDArray
 
 from lopd.backends import ragged
@@ -49,16 +49,20 @@ class Description:
         manifest: of the store.
         generations: rounds of sampling and their policies.
         columns: name -> who computed it.
+        quarantined: column -> rollout id -> why it could not be scored.
     """
 
     manifest: Manifest
     generations: Mapping[int, ModelId]
     columns: Mapping[str, Provenance]
+    quarantined: Mapping[str, Mapping[str, str]] = field(factory=dict)
 
     @classmethod
     def of(cls, reader: LogprobReader) -> "Description":
         """What a store says."""
-        return cls(reader.manifest, dict(reader.generations), dict(reader.columns))
+        reasons = {name: reader.quarantined(name) for name in reader.columns}
+        named = {name: dict(zip(_names(reader, rows), rows.values(), strict=True)) for name, rows in reasons.items() if rows}
+        return cls(reader.manifest, dict(reader.generations), dict(reader.columns), named)
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -67,6 +71,7 @@ class Description:
                 "manifest": self.manifest.to_json(),
                 "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
                 "columns": {name: provenance.to_json() for name, provenance in self.columns.items()},
+                "quarantined": self.quarantined,
             }
         )
 
@@ -83,6 +88,7 @@ class Description:
                 Manifest.from_json(data["manifest"]),
                 {int(number): ModelId(**policy) for number, policy in data["generations"].items()},
                 {name: Provenance.from_json(provenance) for name, provenance in data["columns"].items()},
+                data.get("quarantined", {}),
             )
         except CorruptStoreError as error:
             raise CorruptStoreError(f"{owner}: {error}") from error
@@ -110,6 +116,10 @@ class Description:
                 types = (pa.int32(), pa.float32(), pa.float32())
                 fields += [(f"top_k_{part}/{name}", pa.list_(kind)) for part, kind in zip(_TOP_K_FIELDS, types, strict=True)]
         return pa.schema(fields)
+
+
+def _names(reader: LogprobReader, rows: Iterable[int]) -> list[str]:
+    return [record.rollout.rollout_id for record in reader.read(list(rows))]
 
 
 def tables(reader: LogprobReader, description: Description, rows_per_table: int) -> Iterator[Any]:
@@ -188,6 +198,8 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         store.append(rollouts)
         for name, provenance in description.columns.items():
             store.append_scores(name, provenance, _scores(columns, name, provenance.top_k, rollouts, owner))
+    for name, reasons in description.quarantined.items():
+        store.quarantine(name, description.columns[name], reasons)
 
 
 def _to_numpy(table: Any, schema: Any, owner: str) -> dict[str, list[Any]]:
