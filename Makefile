@@ -30,8 +30,8 @@ bench-quickstart: .venv/installed-quickstart .venv/installed-data  ## the quicks
 bench-store: .venv/installed-test  ## every store beside a memory map, parquet, Arrow; about fifteen minutes
 	$(BIN)/python benchmarks/bench_store.py
 
-test-kills: .venv/installed-test  ## writers killed at hundreds of instants
-	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_faults.py -k kill -rA --timeout 3000
+test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants
+	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_faults.py tests/test_survival.py -k kill -rA --timeout 3000
 
 test: .venv/installed-test  ## all tests
 	$(BIN)/python -m pytest
