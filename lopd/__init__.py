@@ -27,6 +27,7 @@ from lopd.manifest import Lineage as Lineage
 from lopd.manifest import Manifest as Manifest
 from lopd.manifest import ModelId as ModelId
 from lopd.manifest import SamplingParams as SamplingParams
+from lopd.preflight import Preflight as Preflight
 from lopd.scoring import score_rollouts as score_rollouts
 from lopd.students import CausalLMStudent as CausalLMStudent
 from lopd.train import opd_steps as opd_steps

@@ -31,6 +31,8 @@ class RolloutSource(Protocol):
 
         Raises:
             ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sampled.
+            InvalidRecordError: an id is outside the model's vocabulary; likewise.
+            EngineError: the engine failed for a reason of its own.
         """
         ...
 
@@ -47,8 +49,9 @@ class TeacherScorer(Protocol):
         """The i-th holds (T_i,) log-probs, nats, of the i-th rollout's response tokens; independent of what else is in the call.
 
         Raises:
-            ContextOverflowError: a rollout is longer than the model's context; it names the rollout.
+            ContextOverflowError: a rollout is longer than the model's context; it names the rollout, and nothing is computed.
             InvalidRecordError: an id is outside the model's vocabulary, or the model gave something that is no log-prob.
+            EngineError: the engine failed for a reason of its own.
         """
         ...
 

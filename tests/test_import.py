@@ -45,4 +45,4 @@ def test_the_public_names_of_the_package_are_these():
     verbs |= {"save_checkpoint", "load_checkpoint", "collate", "by_rollout", "by_token", "floor_logprobs"}
     things = {"MemoryStore", "ZarrStore", "LanceStore", "open_store", "CausalLMStudent", "ReferenceOPDLoss", "SFTLoss", "WeightedLoss"}
     records = {"Prompt", "Rollout", "Scores", "Manifest", "ModelId", "SamplingParams", "Lineage"}
-    assert names == verbs | things | records | {"ConsistencyPolicy", "LopdError"}
+    assert names == verbs | things | records | {"ConsistencyPolicy", "LopdError", "Preflight"}
