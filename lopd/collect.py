@@ -7,8 +7,8 @@ import numpy as np
 from attrs import evolve, field, frozen
 
 from lopd.checks import check_at_least
-from lopd.errors import InvalidRecordError, ManifestMismatchError, QuarantineWarning, SourceError
-from lopd.isolation import check_few, isolate
+from lopd.errors import EngineError, InvalidRecordError, ManifestMismatchError, QuarantineWarning, SourceError
+from lopd.isolation import isolate
 from lopd.manifest import Manifest
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.types import Prompt, Rollout, rollout_id
@@ -73,14 +73,8 @@ def collect_rollouts(
             todo = [p for p, wanted in zip(prompts[first:last], missing[first:last], strict=True) if wanted]
             if not todo:
                 continue
-            rollouts, refused = isolate(source.sample, todo)
+            rollouts, refused = isolate(f"Source {manifest.policy}", source.sample, todo, max_refused - len(report.refused))
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
-            check_few(
-                f"Source {manifest.policy}",
-                {**report.refused, **reasons},
-                most=max_refused,
-                accepted=len(store) + len(rollouts),
-            )
             _check_ids(
                 [rollout_id(p.prompt_id, s, manifest.generation) for p in todo if p.prompt_id not in reasons for s in samples], rollouts
             )
@@ -92,7 +86,7 @@ def collect_rollouts(
     finally:
         if progress:
             progress.end()
-    _warn(report.refused)
+    _warn_of(report.refused, accepted=len(prompts) - sum(missing) + report.rollouts)
     return report
 
 
@@ -117,14 +111,20 @@ def _check_ids(wanted: Sequence[str], rollouts: Sequence[Rollout]) -> None:
         )
 
 
-def _warn(refused: Mapping[str, str]) -> None:
-    if refused:
-        first, reason = next(iter(refused.items()))
-        warnings.warn(
-            f"Collection: {len(refused)} prompts could not be sampled and were left out; the first is {first!r} ({reason})",
-            QuarantineWarning,
-            stacklevel=3,
+def _warn_of(refused: Mapping[str, str], accepted: int) -> None:
+    if not refused:
+        return
+    first, reason = next(iter(refused.items()))
+    if not accepted:
+        raise EngineError(
+            f"Collection: all {len(refused)} prompts were refused, expected most to be accepted; the first is {first!r} ({reason}); set right what "
+            "is wrong with them all."
         )
+    warnings.warn(
+        f"Collection: {len(refused)} prompts could not be sampled and were left out; the first is {first!r} ({reason})",
+        QuarantineWarning,
+        stacklevel=3,
+    )
 
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:

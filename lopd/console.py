@@ -13,7 +13,7 @@ from rich.table import Table
 @final
 @define(eq=False)
 class RichProgress:
-    """A `lopd.protocols.Progress` bar: rollouts done, tokens per second, rows in quarantine, elapsed and remaining time.
+    """A `lopd.protocols.Progress` bar: rollouts done, tokens per second, rows refused, elapsed and remaining time.
 
     The remaining time is that of the tokens, where their number is known: the verbs go from short rollouts to long ones.
 
@@ -26,31 +26,31 @@ class RichProgress:
     _task: TaskID = field(default=TaskID(0), init=False)
     _tokens: int = field(default=0, init=False)
     _all_tokens: int | None = field(default=None, init=False)
-    _quarantined: int = field(default=0, init=False)
+    _refused: int = field(default=0, init=False)
 
     def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
         """Draw a bar for `total` rollouts, of which `done` are there, and the others have `tokens` tokens."""
-        self._tokens, self._all_tokens, self._quarantined = 0, tokens, 0
+        self._tokens, self._all_tokens, self._refused = 0, tokens, 0
         left, right = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
         remaining = TimeRemainingColumn() if tokens is None else TextColumn("{task.fields[remaining]}")
         self._bar = bar = Progress(left, BarColumn(), MofNCompleteColumn(), right, TimeElapsedColumn(), remaining, console=self.console)
         self._task = bar.add_task(what, total=total, completed=done, rate="", remaining="")
         bar.start()
 
-    def advance(self, rollouts: int, tokens: int, quarantined: int, /) -> None:
+    def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:
         """Move the bar."""
         if self._bar is None:
             return
         self._tokens += tokens
-        self._quarantined += quarantined
+        self._refused += refused
         elapsed = self._bar.tasks[0].elapsed or 0.0
         rate = f"{self._tokens / elapsed:,.0f} tokens/s" if elapsed else ""
         remaining = ""
         if self._all_tokens is not None and self._tokens:
             seconds = round(elapsed * max(self._all_tokens - self._tokens, 0) / self._tokens)
             remaining = f"{timedelta(seconds=seconds)} left"
-        noted = f"{rate}, {self._quarantined:,} in quarantine" if self._quarantined else rate
-        self._bar.update(self._task, advance=rollouts, rate=noted, remaining=remaining)
+        noted = f"{rate}, {self._refused:,} refused" if self._refused else rate
+        self._bar.update(self._task, advance=rollouts + refused, rate=noted, remaining=remaining)
 
     def end(self) -> None:
         """Leave the bar as it is."""

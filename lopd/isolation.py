@@ -1,6 +1,6 @@
 """One bad row must not stop a month of work: finding the rows that an engine refuses, and going on with the others."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, ScorerError
@@ -11,29 +11,52 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def isolate(call: Callable[[Sequence[_Item]], Sequence[_Result]], items: Sequence[_Item]) -> tuple[list[_Result], list[tuple[_Item, str]]]:
+def isolate(
+    owner: str, call: Callable[[Sequence[_Item]], Sequence[_Result]], items: Sequence[_Item], most: int
+) -> tuple[list[_Result], list[tuple[_Item, str]]]:
     """What `call` gives for all items but those that it refuses, in order, and why it refuses those.
 
-    A refused call is tried again in halves, down to the items that are refused alone.  Our engines check all items before they compute
-    anything, so looking for the bad ones costs little.  Only errors about an item count; an engine that fails, fails.
+    A refused call is tried again in halves, down to the items that are refused alone.  What our engines check before they compute (lengths,
+    ids) is found at once; a NaN costs the halves that hold it again.
+
+    Args:
+        owner: how messages name the engine.
+        call: raises ContextOverflowError or InvalidRecordError if it refuses an item; any other error goes through.
+        items: for one call.
+        most: refused items that may be.
+
+    Raises:
+        EngineError: more than `most` are refused; it gives the first reason.
     """
-    try:
-        return list(call(items)), []
-    except (ContextOverflowError, InvalidRecordError) as error:
-        if len(items) == 1:
-            return [], [(items[0], str(error))]
-    middle = len(items) // 2
-    (left, refused), (right, more) = isolate(call, items[:middle]), isolate(call, items[middle:])
-    return [*left, *right], [*refused, *more]
+    results: list[_Result] = []
+    refused: list[tuple[_Item, str]] = []
+    waiting = [items] if items else []
+    while waiting:
+        part = waiting.pop()
+        try:
+            results += call(part)
+        except (ContextOverflowError, InvalidRecordError) as error:
+            middle = len(part) // 2
+            if middle:
+                waiting += [part[middle:], part[:middle]]
+                continue
+            refused.append((part[0], str(error)))
+            if len(refused) > most:
+                raise EngineError(
+                    f"{owner}: it refused more rows than the {most} that were left to refuse, expected it to accept nearly all; "
+                    f"the first reason is {refused[0][1]!r}; set right what is wrong with them all, or allow more."
+                ) from error
+    return results, refused
 
 
-def score_each(scorer: TeacherScorer, rollouts: Sequence[Rollout]) -> tuple[list[Scores], dict[str, str]]:
+def score_each(scorer: TeacherScorer, rollouts: Sequence[Rollout], most: int) -> tuple[list[Scores], dict[str, str]]:
     """Scores of the rollouts that are not refused, in order, and why the others are, by id.
 
     Raises:
+        EngineError: more than `most` are refused.
         ScorerError: the scorer gave scores of other rollouts than it was asked for.
     """
-    scores, refused = isolate(scorer.score, rollouts) if rollouts else ([], [])
+    scores, refused = isolate(f"Scorer {scorer.provenance.model}", scorer.score, rollouts, most)
     reasons = {rollout.rollout_id: reason for rollout, reason in refused}
     wanted, got = [r.rollout_id for r in rollouts if r.rollout_id not in reasons], [s.rollout_id for s in scores]
     if wanted != got:
@@ -42,17 +65,3 @@ def score_each(scorer: TeacherScorer, rollouts: Sequence[Rollout]) -> tuple[list
             f"Rollout {lost!r}: the scorer gave {len(got)} scores for {len(wanted)} rollouts, expected one for each, in order; fix the scorer."
         )
     return scores, reasons
-
-
-def check_few(owner: str, refused: Mapping[str, str], *, most: int, accepted: int) -> None:
-    """Stop when so many rows are refused that it must be the engine: more than `most`, or all so far.
-
-    Raises:
-        EngineError: it gives the first reason.
-    """
-    if len(refused) > most or (refused and not accepted):
-        first, reason = next(iter(refused.items()))
-        raise EngineError(
-            f"{owner}: it refused {len(refused)} rows and accepted {accepted}, expected at least one accepted and at most {most} refused; the "
-            f"first is {first!r} ({reason}); set right what is wrong with them all, or allow more."
-        )

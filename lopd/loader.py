@@ -1,7 +1,8 @@
 """VERB `batches`: a store -> the micro-batches of optimizer step k, which depend on (seed, k) alone."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import final
 
 import numpy as np
@@ -97,19 +98,8 @@ def batches(
         )
     if len(store) == 0:
         raise InvalidRecordError(f"{store!r}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
-    longest = int(np.argmax(store.lengths().sum(axis=1)))
-    tokens = int(store.lengths()[longest].sum()) - 1
-    if tokens > tokens_per_batch:
-        raise InvalidRecordError(
-            f"Rollout {store.read([longest])[0].rollout.rollout_id!r}: it has {tokens} positions, expected at most "
-            f"tokens_per_batch = {tokens_per_batch}; raise the cap."
-        )
-    columns = [column for column in (teacher, ref) if column is not None]
-    rows = np.flatnonzero(np.all([np.ones(len(store), np.bool_), *(_usable(store, column) for column in columns)], axis=0))
-    if not rows.size:
-        raise MissingScoresError(
-            f"{store!r}: all {len(store)} rollouts are in quarantine, expected some with scores; see `store.quarantined`."
-        )
+    rows = _usable(store, [column for column in (teacher, ref) if column is not None])
+    _check_lengths(store, rows, tokens_per_batch)
     if ref is not None:
         _check_reference(store, ref)
     provenance = None
@@ -120,23 +110,39 @@ def batches(
     return StepStream(lineage, store, rows, rollouts_per_step, tokens_per_batch, seed, start, stop, teacher, ref, weighting)
 
 
-def _usable(store: LogprobReader, column: str) -> NDArray[np.bool_]:
-    """(len,): rollouts with scores; the others must be in quarantine."""
-    scored, quarantined = store.scored(column), store.quarantined(column)
-    if int(scored.sum()) + len(quarantined) < len(store):
+def _usable(store: LogprobReader, columns: Sequence[str]) -> NDArray[np.int64]:
+    """Rows that have scores in all columns; the others must be in quarantine."""
+    usable = np.ones(len(store), np.bool_)
+    for column in columns:
+        scored, quarantined = store.scored(column), store.quarantined(column)
         done = int(scored.sum())
-        virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
-        remedy = virtual if column == BEHAVIOR_COLUMN else f"run `score_rollouts(..., column={column!r})`"
-        raise MissingScoresError(f"{store!r}: column {column!r} has scores for {done} rollouts, expected {len(store)}; {remedy}.")
-    if quarantined:
-        row, reason = next(iter(quarantined.items()))
-        warnings.warn(
-            f"{store!r}: {len(quarantined)} of {len(store)} rollouts could not be scored into column {column!r} and are left out; the first is row "
-            f"{row} ({reason})",
-            QuarantineWarning,
-            stacklevel=3,
+        if done + len(quarantined) < len(store):
+            virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
+            remedy = virtual if column == BEHAVIOR_COLUMN else f"run `score_rollouts(..., column={column!r})`"
+            raise MissingScoresError(f"{store!r}: column {column!r} has scores for {done} rollouts, expected {len(store)}; {remedy}.")
+        for row, reason in islice(quarantined.items(), 1):
+            warnings.warn(
+                f"{store!r}: {len(quarantined)} of {len(store)} rollouts could not be scored into column {column!r} and are left out; the first is "
+                f"row {row} ({reason})",
+                QuarantineWarning,
+                stacklevel=3,
+            )
+        usable &= scored
+    if not usable.any():
+        raise MissingScoresError(
+            f"{store!r}: all {len(store)} rollouts are in quarantine, expected some with scores; see `store.quarantined`."
         )
-    return scored
+    return np.flatnonzero(usable)
+
+
+def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], tokens_per_batch: int) -> None:
+    lengths = store.lengths()[rows].sum(axis=1) - 1
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > tokens_per_batch:
+        raise InvalidRecordError(
+            f"Rollout {store.read([int(rows[longest])])[0].rollout.rollout_id!r}: it has {lengths[longest]} positions, expected at most "
+            f"tokens_per_batch = {tokens_per_batch}; raise the cap."
+        )
 
 
 def _check_reference(store: LogprobReader, column: str) -> None:

@@ -232,7 +232,8 @@ class Provenance:
         engine: name and version of what ran it.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut.
         top_k: how many of the model's most likely tokens are kept at each response token, beside the sampled one.
-        parity: how this engine compared with another that ran the same model, when the column was begun; no part of the identity.
+        parity: how this engine compared with another that ran the same model, when the column was begun: what the first append
+            said stays; no part of the identity.
 
     Raises:
         InvalidRecordError: `top_k` is less than 0.

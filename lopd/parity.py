@@ -22,7 +22,7 @@ class Parity:
         rollouts, tokens: compared; tokens with a loss mask of False are not.
         mean, p99, max: of the absolute difference.
         bias: mean of the difference, engine minus truth; unlike noise it does not average out.
-        advantage: mean absolute advantage of the same tokens, truth minus what the sampling engine reported; None if it reported nothing.
+        advantage: mean absolute advantage of the same tokens, truth minus what the sampling engine reported; None unless it reported all.
         sign_flips: share of tokens whose advantage has another sign under the engine; None likewise.
     """
 
@@ -41,7 +41,7 @@ class Parity:
         """One line."""
         effect = "" if self.advantage is None else f", beside a mean absolute advantage of {self.advantage:.3g}"
         return (
-            f"{self.engine} against {self.truth}: mean {self.mean:.2g}, p99 {self.p99:.2g}, max {self.max:.2g} nats "
+            f"{self.engine} against {self.truth}: mean {self.mean:.2g}, p99 {self.p99:.2g}, max {self.max:.2g}, bias {self.bias:.2g} nats "
             f"over {self.tokens} tokens of {self.rollouts} rollouts{effect}"
         )
 

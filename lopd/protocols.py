@@ -52,6 +52,9 @@ class TeacherScorer(Protocol):
             ContextOverflowError: a rollout is longer than the model's context; it names the rollout, and nothing is computed.
             InvalidRecordError: an id is outside the model's vocabulary, or the model gave something that is no log-prob.
             EngineError: the engine failed for a reason of its own.
+
+        The first two speak of one rollout: the verb then asks in halves, and goes on without the rollouts that are refused alone.  Raise another
+        for what is wrong with the call as a whole.
         """
         ...
 
@@ -228,8 +231,8 @@ class Progress(Protocol):
         """Work starts: `done` of `total` rollouts were there already, and the others have `tokens` tokens, if that is known."""
         ...
 
-    def advance(self, rollouts: int, tokens: int, quarantined: int, /) -> None:
-        """So many more rollouts, with so many tokens computed, are committed; so many more cannot be computed."""
+    def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:
+        """So many more rollouts, with so many tokens computed, are committed; so many more were refused."""
         ...
 
     def end(self) -> None:

@@ -1,7 +1,7 @@
 """VERB `score_rollouts`: a store's rollouts -> one model's column of log-probs.  Run it again to resume."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from attrs import evolve, field, frozen
@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 
 from lopd.checks import check_at_least
 from lopd.consistency import check_vocabulary
-from lopd.errors import QuarantineWarning
-from lopd.isolation import check_few, score_each
+from lopd.errors import EngineError, QuarantineWarning
+from lopd.isolation import score_each
 from lopd.manifest import Provenance
 from lopd.parity import Parity
 from lopd.preflight import Preflight
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
-from lopd.types import Rollout, Scores
 
 _PREFLIGHT = Preflight()
 
@@ -28,25 +27,17 @@ class ScoringReport:
         rollouts, tokens: scored; tokens of prompts and responses.
         floored: log-probs that were exactly -inf, and are stored as a floor that is finite (`Scores.floored`).  Where there are any, the teacher
             rules out what the policy sampled: look whether both are asked in the same way.
-        quarantined: rollouts that could not be scored, and why; the store keeps it (`quarantined`).
+        refused: rollouts that could not be scored, and why, by id; they are in the store's quarantine now.
+        skipped: rollouts that were in quarantine before, and were not tried again.
         parity: how the engine compares with the truth it was tested against, if it was.
     """
 
     rollouts: int = 0
     tokens: int = 0
     floored: int = 0
-    quarantined: Mapping[str, str] = field(factory=dict)
+    refused: Mapping[str, str] = field(factory=dict)
+    skipped: int = 0
     parity: Parity | None = None
-
-    def and_then(self, more: "ScoringReport") -> "ScoringReport":
-        """Both together."""
-        return evolve(
-            self,
-            rollouts=self.rollouts + more.rollouts,
-            tokens=self.tokens + more.tokens,
-            floored=self.floored + more.floored,
-            quarantined={**self.quarantined, **more.quarantined},
-        )
 
 
 def score_rollouts(
@@ -56,13 +47,14 @@ def score_rollouts(
     column: str = "teacher",
     rollouts_per_batch: int = 256,
     preflight: Preflight | None = _PREFLIGHT,
-    max_quarantined: int = 64,
+    max_refused: int = 64,
     retry_quarantined: bool = False,
     progress: Progress | None = None,
 ) -> ScoringReport:
     """Score every rollout that has no scores in this column yet, shortest first, and commit batch by batch.
 
-    A rollout that the scorer refuses (too long, a NaN) is put in quarantine with the reason, and the rest goes on; `batches` leaves it out.
+    A rollout that the scorer refuses (too long, a NaN) does not stop the others.  When all are done, the refused ones are put in quarantine
+    with their reasons, and `batches` leaves them out; a call that is stopped before leaves them for the next.
     If the scorer itself fails, its error is raised and the batches before it are kept.
 
     Args:
@@ -71,74 +63,85 @@ def score_rollouts(
         column: where the scores go; it belongs to one model.
         rollouts_per_batch: committed together.
         preflight: the self-test before anything is scored; None leaves it out.
-        max_quarantined: stop when one call meets more, for then it is not the rollouts.
-        retry_quarantined: try those too that could not be scored earlier.
+        max_refused: stop when one call meets more, for then it is not the rollouts.
+        retry_quarantined: try those too that are in quarantine since an earlier call.
         progress: see `lopd.console`.
 
     Raises:
         TokenizerMismatchError: the scorer's token-to-id map is not the store's; nothing is scored.
+        ConflictError: the column belongs to another model; nothing is scored.
         ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.
-        EngineError: more than `max_quarantined` rollouts were refused, or all; those of the last batch are not put in quarantine.
-        ConflictError: the column belongs to another model.
-        InvalidRecordError: `rollouts_per_batch` is less than 1, or `max_quarantined` than 0.
+        EngineError: more than `max_refused` rollouts were refused, or more than have scores; none of them is put in quarantine.
+        InvalidRecordError: `rollouts_per_batch` is less than 1, or `max_refused` than 0.
     """
     check_at_least("Scoring", "rollouts_per_batch", rollouts_per_batch, 1)
-    check_at_least("Scoring", "max_quarantined", max_quarantined, 0)
-    provenance, owner = scorer.provenance, f"Scorer {scorer.provenance.model}"
-    check_vocabulary(owner, provenance, "the store's", store.manifest.tokenizer)
-    pending, tokens = _pending(store, column, retry_quarantined)
-    if len(pending):
-        # nothing is added; but a column of another model is refused before anything is paid for
-        store.append_scores(column, provenance, ())
-        if preflight is not None:
-            provenance = preflight.check(store, scorer, column)
-    report, already = ScoringReport(parity=provenance.parity), int(store.scored(column).sum())
+    check_at_least("Scoring", "max_refused", max_refused, 0)
+    check_vocabulary(f"Scorer {scorer.provenance.model}", scorer.provenance, "the store's", store.manifest.tokenizer)
+    # nothing is added, but a column of another model is refused before anything is paid for
+    store.append_scores(column, scorer.provenance, ())
+    pending, tokens, skipped = _pending(store, column, retry_quarantined)
+    provenance = scorer.provenance if preflight is None or not len(pending) else preflight.check(store, scorer, column)
+    report = ScoringReport(skipped=skipped, parity=provenance.parity)
     if progress:
         progress.begin(f"scoring {column}", len(store), len(store) - len(pending), tokens)
     try:
         for first in range(0, len(pending), rollouts_per_batch):
-            rollouts = [record.rollout for record in store.read(pending[first : first + rollouts_per_batch].tolist())]
-            scores, refused = score_each(scorer, rollouts)
-            more = _report(rollouts, scores, refused)
-            report = report.and_then(more)
-            check_few(owner, report.quarantined, most=max_quarantined, accepted=already + report.rollouts)
-            _commit(store, column, provenance, scores, refused)
+            rows = pending[first : first + rollouts_per_batch]
+            more = _score_batch(store, scorer, (column, provenance), rows, max_refused - len(report.refused))
+            report = _sum(report, more)
             if progress:
-                progress.advance(more.rollouts, more.tokens, len(refused))
+                progress.advance(more.rollouts, more.tokens, len(more.refused))
     finally:
         if progress:
             progress.end()
-    _warn(f"{store!r}, column {column!r}", report.quarantined)
+    _put_in_quarantine(store, column, provenance, report)
     return report
 
 
-def _pending(store: LogprobStore, column: str, retry: bool) -> tuple[NDArray[np.int64], int]:
-    """Rows to score, shortest first, and their tokens."""
-    missing = ~store.scored(column)
-    if not retry:
-        missing[list(store.quarantined(column))] = False
+def _pending(store: LogprobStore, column: str, retry: bool) -> tuple[NDArray[np.int64], int, int]:
+    """Rows to score, shortest first; their tokens; and how many are left out because they are in quarantine."""
+    missing, quarantined = ~store.scored(column), [] if retry else list(store.quarantined(column))
+    missing[quarantined] = False
     rows = np.flatnonzero(missing)
     lengths = store.lengths()[rows].sum(axis=1)
-    return rows[np.argsort(lengths, kind="stable")], int(lengths.sum())
+    return rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(quarantined)
 
 
-def _commit(store: LogprobStore, column: str, provenance: Provenance, scores: Sequence[Scores], refused: Mapping[str, str]) -> None:
-    if scores:
-        store.append_scores(column, provenance, scores)
-    if refused:
-        store.quarantine(column, provenance, refused)
-
-
-def _report(rollouts: Sequence[Rollout], scores: Sequence[Scores], refused: Mapping[str, str]) -> ScoringReport:
+def _score_batch(
+    store: LogprobStore, scorer: TeacherScorer, target: tuple[str, Provenance], rows: NDArray[np.int64], most: int
+) -> ScoringReport:
+    rollouts = [record.rollout for record in store.read(rows.tolist())]
+    scores, refused = score_each(scorer, rollouts, most)
+    store.append_scores(*target, scores)
     tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id not in refused)
     return ScoringReport(len(scores), tokens, sum(score.floored for score in scores), refused)
 
 
-def _warn(owner: str, quarantined: Mapping[str, str]) -> None:
-    if quarantined:
-        first, reason = next(iter(quarantined.items()))
-        warnings.warn(
-            f"{owner}: {len(quarantined)} rollouts could not be scored, and training leaves them out; the first is {first!r} ({reason})",
-            QuarantineWarning,
-            stacklevel=3,
+def _sum(report: ScoringReport, more: ScoringReport) -> ScoringReport:
+    return evolve(
+        report,
+        rollouts=report.rollouts + more.rollouts,
+        tokens=report.tokens + more.tokens,
+        floored=report.floored + more.floored,
+        refused={**report.refused, **more.refused},
+    )
+
+
+def _put_in_quarantine(store: LogprobStore, column: str, provenance: Provenance, report: ScoringReport) -> None:
+    if not report.refused and not report.skipped:
+        return
+    first = next(iter(report.refused.values()), "they were in quarantine before; pass `retry_quarantined=True` to try them again")
+    accepted = int(store.scored(column).sum())
+    if len(report.refused) > accepted:
+        raise EngineError(
+            f"{store!r}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted, expected most to be accepted; the first "
+            f"reason is {first!r}; none was put in quarantine, so set right what is wrong with them all and run it again."
         )
+    if report.refused:
+        store.quarantine(column, provenance, report.refused)
+    warnings.warn(
+        f"{store!r}, column {column!r}: {len(report.refused) + report.skipped} rollouts are without scores in quarantine, and training leaves them "
+        f"out; {first}",
+        QuarantineWarning,
+        stacklevel=3,
+    )

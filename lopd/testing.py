@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.manifest import Manifest, ModelId, Provenance, SamplingParams, TokenizerId
+from lopd.parity import Parity
 from lopd.protocols import LogprobStore
 from lopd.types import Rollout, Scores, TopK
 
@@ -159,6 +160,26 @@ class StoreConformance:
         for seen in (store, self.reopen(store)):
             assert dict(seen.quarantined("teacher")) == {1: "too long"}
             assert seen.scored("teacher").tolist() == [True, False, True]
+
+    def test_what_cannot_be_scored_survives_many_appends_and_their_compaction(self) -> None:
+        store, items = self.make(tiny_manifest()), [tiny_rollout(f"r{i}") for i in range(6)]
+        for item in items:
+            store.append([item])
+            store.append_scores("teacher", tiny_provenance(), [tiny_scores(item)] if item.rollout_id in {"r0", "r3", "r4"} else [])
+        store.quarantine("teacher", tiny_provenance(), {"r5": "first", "r1": "too long"})
+        store.quarantine("teacher", tiny_provenance(), {"r5": "second"})
+        for _ in range(2):
+            store = self.reopen(self.compact(store))
+            assert dict(store.quarantined("teacher")) == {1: "too long", 5: "second"}
+            assert store.scored("teacher").tolist() == [True, False, False, True, True, False]
+
+    def test_the_first_append_says_how_the_engine_of_a_column_compared(self) -> None:
+        store, items = self._filled()
+        parity = Parity("engine", "truth", rollouts=1, tokens=2, mean=0.25, p99=0.5, max=0.5, bias=-0.25)
+        for item, compared in zip(items, (parity, None, evolve(parity, mean=0.5)), strict=True):
+            store.append_scores("teacher", evolve(tiny_provenance(), parity=compared), [tiny_scores(item)])
+        for seen in (store, self.reopen(store)):
+            assert seen.columns["teacher"].parity == parity
 
     def test_a_column_may_have_nothing_but_reasons_and_still_belongs_to_its_model(self) -> None:
         store, items = self._filled()

@@ -49,13 +49,12 @@ class Quarantine:
     """Rows that could not be scored.
 
     Args:
-        column: of the scores that are not there.   provenance: the model that could not.
+        column: of the scores that are not there.
         reasons: by row.
         when: seconds since 1970.
     """
 
     column: str
-    provenance: Provenance
     reasons: Mapping[int, str]
     when: float
 
@@ -197,21 +196,17 @@ class Catalog:
         entry = self.state.columns.get(column)
         return 0 if entry is None or entry.provenance is None else entry.provenance.top_k
 
-    def provenances(self) -> dict[str, Provenance]:
-        """Who computed each column; where nothing was scored yet, who could not."""
-        found = {quarantine.column: quarantine.provenance for quarantine in sorted(self.state.quarantines, key=_when, reverse=True)}
-        return found | {name: entry.provenance for name, entry in self.state.columns.items() if entry.provenance is not None}
-
     def reasons(self, column: str) -> dict[int, str]:
-        """Why the column's model could not score rows, scored since or not; of several reasons the latest.
-
-        Two models that race for a new column may both say so; then only what the one says that got it counts.
-        """
-        owner, found = self.provenances().get(column), dict[int, str]()
+        """Why the column's model could not score rows, scored since or not; of several reasons the latest."""
+        found = dict[int, str]()
         for quarantine in sorted(self.state.quarantines, key=_when):
-            if (quarantine.column, quarantine.provenance) == (column, owner):
+            if quarantine.column == column:
                 found.update(quarantine.reasons)
         return found
+
+    def later(self) -> float:
+        """Now, or just after the latest quarantine that is known, should the clock of its writer be ahead."""
+        return max([time.time(), *(quarantine.when + 1e-3 for quarantine in self.state.quarantines)])
 
     def put(self, path: str, document: Mapping[str, Any]) -> bool:
         """Whether this call made the file.
@@ -219,7 +214,7 @@ class Catalog:
         Raises:
             StoreWriteError: the storage refused.
         """
-        return put(self._files, path, {**document, "when": time.time()})
+        return put(self._files, path, {"when": time.time(), **document})
 
 
 def column_path(column: str) -> str:
@@ -259,7 +254,7 @@ def _grown(state: CatalogState, path: str, document: Mapping[str, Any]) -> Catal
         return evolve(state, generations=policies, events=(*state.events, event))
     if folder == _QUARANTINE:
         reasons = {int(row): reason for row, reason in document["reasons"].items()}
-        added = Quarantine(document["column"], Provenance.from_json(document["provenance"]), reasons, document["when"])
+        added = Quarantine(document["column"], reasons, document["when"])
         event = Commit(0, "quarantine", len(reasons), 0, added.column, added.when)
         return evolve(state, quarantines=(*state.quarantines, added), events=(*state.events, event))
     event = Commit(0, "compaction", document["rows"], document["tokens"], document["column"], document["when"])

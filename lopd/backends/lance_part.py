@@ -85,7 +85,7 @@ class Part:
 
     def next_commit(self) -> int:
         """A number that no commit has that this version knows of."""
-        return int(self.lines()[COMMIT].max()) + 1
+        return int(self.lines()[COMMIT].max(initial=-1)) + 1
 
     def fetch(self, rows: NDArray[np.int64], columns: Sequence[str]) -> Any:
         """Lines and these columns of these rows, which must be there, distinct and ascending; in an order of Lance's choice.

@@ -13,7 +13,8 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 from lopd.backends import ragged
 from lopd.backends.lance_table import COMMIT, KEY_METADATA
 from lopd.errors import InvalidRecordError
-from lopd.types import Rollout, Scores
+from lopd.manifest import Provenance
+from lopd.types import Rollout, Scores, TopK
 
 #: What a line is made of, and checked by; `id_hash` is of the rollout id, which is a column of its own.
 ROLLOUT_LINE = np.dtype(
@@ -146,6 +147,14 @@ def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int
     for name, values in columns.items():
         lines[name] = values
     return _table(lines, {}, lists, {}, logprob_dtype)
+
+
+def no_scores(provenance: Provenance, vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
+    """An Arrow table of a column without a row."""
+    k = provenance.top_k
+    support = TopK([[0] * k], [[-np.log(k)] * k], [0.0]) if k else None
+    one = Scores("", b"\0" * 16, [0.0], top_k=support)
+    return encode_scores([one], [0], vocab_size, logprob_dtype, commit=commit, when=when).slice(0, 0)
 
 
 def _table(

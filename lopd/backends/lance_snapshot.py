@@ -79,8 +79,9 @@ class Snapshot:
         return {part.table.name: part.table.version for part in self.parts().values()}
 
     def provenances(self) -> dict[str, Provenance]:
-        """Who computed each column, or could not."""
-        return self._catalog.provenances()
+        """Who computed each column."""
+        entries = {name: self._catalog.state.columns[name] for name in self.columns}
+        return {name: entry.provenance for name, entry in entries.items() if entry.provenance is not None}
 
     @property
     def rows(self) -> int:

@@ -226,7 +226,9 @@ class LanceStore:
     def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
         """Say, durably, which rollouts this model cannot score, and why.  Refreshes."""
         ragged.check_column(self._owner, column)
-        self._writer.quarantine(column, provenance, partial(self._new_quarantine, column, provenance, reasons))
+        vocab_size = self._manifest.tokenizer.vocab_size
+        empty = partial(lance_rows.no_scores, provenance, vocab_size, self._logprob_dtype)
+        self._writer.quarantine(column, provenance, empty, partial(self._new_quarantine, column, provenance, reasons))
 
     def _new_quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str]) -> dict[int, str]:
         ragged.check_provenance(self._owner, column, self.columns.get(column), provenance)

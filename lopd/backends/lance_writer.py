@@ -62,12 +62,15 @@ class Writer:
             ragged.check_generation(self._owner, generation, self._catalog.state.generations[generation], policy)
         self._settle(None)
 
-    def quarantine(self, column: str, provenance: Provenance, make_reasons: Callable[[], Mapping[int, str]]) -> None:
-        """Commit which rows could not be scored, unless it is known."""
+    def quarantine(self, column: str, provenance: Provenance, empty: Draft, make_reasons: Callable[[], Mapping[int, str]]) -> None:
+        """Commit which rows could not be scored, unless it is known; a column that is not there is made first, so that it has one owner."""
         self._snapshot.refresh()
+        if make_reasons() and self._snapshot.part(column) is None:
+            self._create(column, provenance, empty)
+            self._snapshot.refresh()
         reasons = {str(row): reason for row, reason in make_reasons().items()}
         if reasons:
-            self._catalog.put(quarantine_path(), {"column": column, "provenance": provenance.to_json(), "reasons": reasons})
+            self._catalog.put(quarantine_path(), {"column": column, "reasons": reasons, "when": self._catalog.later()})
             self._snapshot.refresh()
         self._settle(column)
 

@@ -73,7 +73,7 @@ class MemoryStore:
     def quarantined(self, column: str, /) -> Mapping[int, str]:
         """Rows that the column's model could not score, and why."""
         done = self._scores.get(column, {})
-        return {row: reason for row, reason in self._quarantined.get(column, {}).items() if row not in done}
+        return {row: reason for row, reason in sorted(self._quarantined.get(column, {}).items()) if row not in done}
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
         """These rollouts with these columns, in the order asked."""
@@ -129,7 +129,7 @@ class MemoryStore:
             done={name for name in there if self._rows[name] in self._scores.get(column, {})},
         )
         if new:
-            self._columns[column] = provenance
+            self._columns.setdefault(column, provenance)
             self._scores.setdefault(column, {}).update({self._rows[score.rollout_id]: score for score in new})
 
     def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
@@ -139,5 +139,5 @@ class MemoryStore:
         rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
         new = ragged.new_quarantine("MemoryStore", reasons, rows=rows, scored=self.scored(column), known=known)
         if new:
-            self._columns[column] = provenance
+            self._columns.setdefault(column, provenance)
             self._quarantined.setdefault(column, {}).update(new)

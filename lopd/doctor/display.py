@@ -34,6 +34,8 @@ def show_info(info: StoreInfo) -> Iterator[Table | str]:
     for column in info.columns:
         for row, reason in islice(column.quarantined.items(), _REASONS_SHOWN):
             yield f"Column {column.name!r}, row {row} in quarantine: {reason}"
+        if len(column.quarantined) > _REASONS_SHOWN:
+            yield f"Column {column.name!r}: {len(column.quarantined) - _REASONS_SHOWN:,} more in quarantine"
         if column.objection and not column.of_policy:
             yield f"Column {column.name!r}: {column.objection}"
 

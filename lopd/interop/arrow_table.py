@@ -199,7 +199,10 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         for name, provenance in description.columns.items():
             store.append_scores(name, provenance, _scores(columns, name, provenance.top_k, rollouts, owner))
     for name, reasons in description.quarantined.items():
-        store.quarantine(name, description.columns[name], reasons)
+        # a selection of the rows may lack some of them
+        there = store.find(list(reasons)) >= 0
+        kept = {rollout_id: reason for (rollout_id, reason), found in zip(reasons.items(), there.tolist(), strict=True) if found}
+        store.quarantine(name, description.columns[name], kept)
 
 
 def _to_numpy(table: Any, schema: Any, owner: str) -> dict[str, list[Any]]:
