@@ -32,7 +32,7 @@ _CONFLICTS = ("commit conflict", "was preempted", "incompatible transaction", "c
 _NETWORK = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure error", "error sending request", "timed out")
 #: So many neighbours are read on; fewer are looked up one by one.
 RANGE = 512
-_FETCHES = 3
+_FETCHES = 2
 _used_in: int | None = None
 
 
