@@ -1,7 +1,7 @@
 """What `bench_store` compares: each backend writes the same rows, opens them, and gives batches of them as contiguous arrays."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,17 +48,31 @@ class Reader(Protocol):
 
 @frozen(eq=False)
 class Store:
-    """An open store.  `skipped` says that log-probs are there for response tokens only (all but the first)."""
+    """An open store.
+
+    Args:
+        read: one batch.
+        skipped: log-probs are there for response tokens only (all but the first).
+        ordered: a batch has the rows that were asked for.
+        read_group: of a backend that reads a group of blocks in one call, and hands out its shuffled batches from memory.
+    """
 
     read: Reader
     skipped: bool = False
     ordered: bool = True
+    read_group: Callable[[Sequence[NDArray[np.int64]]], list[Batch]] | None = None
 
     def tokens_of(self, rows: NDArray[np.int64]) -> int:
         """Read a batch; how many tokens it had."""
         ids, teacher, ref = self.read(rows)
         assert teacher.size == ref.size  # noqa: S101
         return int(ids.size)
+
+    def tokens_of_group(self, batches: Sequence[NDArray[np.int64]]) -> int:
+        """Read some batches; how many tokens they had."""
+        found = [self.read(rows) for rows in batches] if self.read_group is None else self.read_group(batches)
+        assert len(found) == len(batches)  # noqa: S101
+        return sum(int(ids.size) for ids, _, _ in found)
 
     def check(self, rows: Rows) -> None:
         """A few rows are what was written: a fast backend that gives other data is no backend."""
@@ -67,6 +81,11 @@ class Store:
         if not self.ordered:
             return
         ids, teacher, ref = self.read(asked)
+        if self.read_group is not None:
+            # In two batches: end to end they are the same.
+            parts = zip(*self.read_group([asked[:3], asked[3:]]), strict=True)
+            for part, whole in zip(parts, (ids, teacher, ref), strict=True):
+                np.testing.assert_array_equal(np.concatenate(part), whole)
         skip = 1 if self.skipped else 0
         for found, whole, first in ((ids, rows.ids, 0), (teacher, rows.teacher, skip), (ref, rows.ref, skip)):
             np.testing.assert_array_equal(found, np.concatenate([whole[bounds[i] + first : bounds[i + 1]] for i in asked]))
@@ -248,6 +267,25 @@ def write_lance(made: Records, folder: Path, size: int) -> None:
     append_all(LanceStore.create(folder / "s.lance", tiny_manifest(VOCABULARY)), made, size)
 
 
+def open_lance(folder: Path) -> Store:
+    """Whole columns; of a group of blocks, all in one call."""
+    store = LanceStore.open(folder / "s.lance")
+
+    def read(rows: NDArray[np.int64]) -> Batch:
+        found = store.read_arrays(rows.tolist(), ("teacher", "ref"))
+        return found.token_ids, found.scores["teacher"], found.scores["ref"]
+
+    def read_group(batches: Sequence[NDArray[np.int64]]) -> list[Batch]:
+        found = store.read_arrays(np.concatenate(batches).tolist(), ("teacher", "ref"))
+        last = np.cumsum([len(rows) for rows in batches])[:-1] - 1
+        responses = np.cumsum(found.response_lengths)
+        tokens = np.cumsum(found.prompt_lengths) + responses
+        arrays = (found.token_ids, tokens), (found.scores["teacher"], responses), (found.scores["ref"], responses)
+        return list(zip(*(np.split(values, ends[last]) for values, ends in arrays), strict=True))
+
+    return Store(read, skipped=True, read_group=read_group)
+
+
 def compact_lance(folder: Path) -> None:
     """Merge fragments, and drop the versions before."""
     LanceStore.open(folder / "s.lance").compact(older_than=0.0)
@@ -301,6 +339,7 @@ BACKENDS = {
     "zarr, compacted, records": Backend(zarr_writer(), lambda f: records_reader(ZarrStore.open(f / "s.zarr")), records, compact_zarr),
     "zarr, float16": Backend(zarr_writer(logprob_dtype="float16"), open_zarr_rounded, records),
     "zarr, zstd": Backend(zarr_writer(codec="zstd"), open_zarr, records, needs="zstandard"),
+    "lance, read_arrays": Backend(write_lance, open_lance, records, compact_lance, needs="lancedb"),
     "lance": Backend(write_lance, lambda f: records_reader(LanceStore.open(f / "s.lance")), records, compact_lance, needs="lancedb"),
     "parquet": Backend(write_parquet, open_parquet, needs="pyarrow"),
     "hugging face arrow": Backend(write_arrow, open_arrow, needs="datasets"),

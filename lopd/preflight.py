@@ -119,9 +119,9 @@ class Preflight:
         if difference > self.repeat_bound:
             worst = ours[int(np.argmax([gap.mean() for gap in gaps]))].rollout_id
             raise ScorerError(
-                f"Scorer {scorer.provenance.model} ({scorer.provenance.engine}): its log-probs of {len(gaps)} rollouts differ by {difference:.3g} nats "
-                f"on average {what}, most for {worst!r}, expected at most {self.repeat_bound:g}; turn prefix caching off, check that all "
-                "replicas serve the same weights, or raise `repeat_bound` if this noise is acceptable."
+                f"Scorer {scorer.provenance.model} ({scorer.provenance.engine}): its log-probs of {len(gaps)} rollouts differ by "
+                f"{difference:.3g} nats on average {what}, expected at most {self.repeat_bound:g}, and most for {worst!r}; turn prefix caching "
+                "off, check that all replicas serve the same weights, or raise `repeat_bound` if this noise is acceptable."
             )
 
     def _check_ends(self, scorer: TeacherScorer, rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> None:
@@ -149,8 +149,8 @@ class Preflight:
         ours = [scores for scores in ours if scores.rollout_id not in refused]
         if not any(rollout.loss_mask.any() for rollout in rollouts):
             raise ScorerError(
-                f"Scorer {scorer.provenance.model}: {len(rollouts)} rollouts could be compared with {truth.provenance.engine}, and none of their tokens "
-                "count, expected some; see why both do not accept them."
+                f"Scorer {scorer.provenance.model}: {len(rollouts)} rollouts could be compared with {truth.provenance.engine}, and none "
+                "of their tokens count, expected some; see why both do not accept them."
             )
         parity = compare(rollouts, ours, theirs, engine=scorer.provenance.engine, truth=truth.provenance.engine)
         bounds = {"mean": self.parity_bound, "p99": self.parity_p99_bound, "bias": self.parity_bias_bound}

@@ -134,8 +134,8 @@ def _put_in_quarantine(store: LogprobStore, column: str, provenance: Provenance,
     accepted = int(store.scored(column).sum())
     if len(report.refused) > accepted:
         raise EngineError(
-            f"{store!r}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted, expected most to be accepted; the first "
-            f"reason is {first!r}; none was put in quarantine, so set right what is wrong with them all and run it again."
+            f"{store!r}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted, expected most to be "
+            f"accepted; the first reason is {first!r}; none was put in quarantine, so set right what is wrong with them all and run it again."
         )
     if report.refused:
         store.quarantine(column, provenance, report.refused)

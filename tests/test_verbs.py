@@ -42,6 +42,7 @@ from lopd.evaluate import evaluate, evaluate_reverse_kl
 from lopd.loader import batches
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer
+from lopd.parity import compare
 from lopd.preflight import Preflight
 from lopd.scoring import ScoringReport, score_rollouts
 from lopd.students import CausalLMStudent
@@ -377,9 +378,9 @@ def test_a_rollout_that_cannot_be_scored_is_put_in_quarantine_and_the_rest_goes_
     collect_rollouts(source, prompts, store)
     rows = rows_by_length(store)[[4, 7]].tolist()
     bad = names(store, rows)
-    with pytest.warns(QuarantineWarning, match=rf"2 rollouts could not be scored.*'{bad[0]}'.*logprobs\[0\] is nan"):
+    with pytest.warns(QuarantineWarning, match=r"2 rollouts are without scores in quarantine.*logprobs\[0\] is nan"):
         report = score_rollouts(store, Refusing(scorer, bad), rollouts_per_batch=3, progress=bar)
-    assert set(report.quarantined) == set(bad)
+    assert set(report.refused) == set(bad)
     assert (report.rollouts, [told[1:] for told in bar.told if told[0] == "advance"][1][::2]) == (12, (2, 1))
     store = reopened(store, tmp_path)
     assert set(np.flatnonzero(~store.scored("teacher"))) == set(rows)
@@ -387,7 +388,8 @@ def test_a_rollout_that_cannot_be_scored_is_put_in_quarantine_and_the_rest_goes_
         row: f"Rollout {name!r}" for row, name in zip(rows, bad, strict=True)
     }
     again = Refusing(scorer, bad)
-    assert score_rollouts(store, again).rollouts == 0, "what is in quarantine is not tried again"
+    with pytest.warns(QuarantineWarning, match="2 rollouts are without scores.*retry_quarantined"):
+        assert score_rollouts(store, again) == ScoringReport(skipped=2), "what is in quarantine is not tried again"
     assert again.asked == []
     assert score_rollouts(store, scorer, retry_quarantined=True).rollouts == 2
     assert (store.scored("teacher").all(), dict(store.quarantined("teacher"))) == (True, {})
@@ -405,6 +407,7 @@ def test_training_leaves_out_what_is_in_quarantine_and_says_so_but_not_what_was_
     with pytest.warns(QuarantineWarning, match=r"1 of 14 rollouts could not be scored into column 'teacher'.*row 5"):
         stream = batches(store, rollouts_per_step=13, tokens_per_batch=512)
     assert sorted(stream.rows.tolist()) == [row for row in range(14) if row != 5]
+    assert stream.step(0).index == 0
     for index in range(3):
         assert sum(int(batch.segment_ids.max()) + 1 for batch in stream.step(index).batches) == 13
     collect_rollouts(evolve(source, lineage=Lineage(scorer.provenance.model)), [*prompts, Prompt("new", [9, 10])], store)
@@ -412,19 +415,48 @@ def test_training_leaves_out_what_is_in_quarantine_and_says_so_but_not_what_was_
         batches(store, rollouts_per_step=13, tokens_per_batch=512)
 
 
-def test_so_many_refused_rollouts_that_it_must_be_the_scorer_stop_the_run_and_are_not_put_in_quarantine(
+def test_a_scorer_that_refuses_everything_is_stopped_and_nothing_is_put_in_quarantine(
+    source, prompts, teacher_model, tokenizer, make_store
+):
+    store, scorer = make_store(source.manifest), HFScorer(teacher_model, tokenizer)
+    collect_rollouts(source, prompts, store)
+    everything = names(store, range(14))
+    with pytest.raises(ScorerError, match=r"refused all 8 rollouts.*logprobs\[0\] is nan"):
+        score_rollouts(store, Refusing(scorer, everything))
+    with pytest.raises(EngineError, match="14 rollouts were refused and 0 accepted"):
+        score_rollouts(store, Refusing(scorer, everything), preflight=None)
+    with pytest.raises(Interrupted):
+        score_rollouts(store, Stopping(scorer, 1), rollouts_per_batch=4, preflight=None)
+    with pytest.raises(ScorerError, match=r"is refused \(.*although column 'teacher' holds its scores"):
+        score_rollouts(store, Refusing(scorer, everything))
+    assert dict(store.quarantined("teacher")) == {}
+
+
+def test_more_refused_rollouts_than_allowed_stop_the_run_and_none_is_put_in_quarantine(
     source, prompts, teacher_model, tokenizer, make_store
 ):
     store, scorer = make_store(source.manifest), HFScorer(teacher_model, tokenizer)
     collect_rollouts(source, prompts, store)
     ordered = names(store, rows_by_length(store).tolist())
-    with pytest.raises(EngineError, match="refused 3 rows and accepted 0"):
-        score_rollouts(store, Refusing(scorer, ordered), rollouts_per_batch=3)
-    assert dict(store.quarantined("teacher")) == {}
-    with pytest.raises(EngineError, match=r"refused 3 rows and accepted 6.*at most 2"):
-        score_rollouts(store, Refusing(scorer, ordered[3:5] + ordered[6:7]), rollouts_per_batch=3, max_quarantined=2)
-    assert len(store.quarantined("teacher")) == 2
-    assert int(store.scored("teacher").sum()) == 4
+    bad = [ordered[0], *ordered[3:5], *ordered[6:7]]
+    with pytest.raises(EngineError, match="refused more rows than the 0 that were left to refuse"):
+        score_rollouts(store, Refusing(scorer, bad), rollouts_per_batch=3, max_refused=3)
+    assert (dict(store.quarantined("teacher")), int(store.scored("teacher").sum())) == ({}, 3 + 3 - 3)
+    with pytest.warns(QuarantineWarning, match="4 rollouts"):
+        score_rollouts(store, Refusing(scorer, bad), rollouts_per_batch=1, max_refused=4)
+    assert len(store.quarantined("teacher")) == 4
+
+
+def test_a_rollout_in_quarantine_may_be_longer_than_a_batch(source, teacher_model, tokenizer):
+    scorer = HFScorer(teacher_model, tokenizer)
+    store = MemoryStore(evolve(source.manifest, sft_teacher=scorer.provenance.model))
+    store.append(
+        [Rollout("long", [9] * 90, [5] * 90, [True] * 90, "length"), *(Rollout(f"r{i}", [9], [5], [True], "stop") for i in range(3))]
+    )
+    with pytest.warns(QuarantineWarning):
+        score_rollouts(store, Refusing(scorer, ["long"]))
+    with pytest.warns(QuarantineWarning):
+        assert batches(store, rollouts_per_step=3, tokens_per_batch=8).rows.tolist() == [1, 2, 3]
 
 
 def test_a_prompt_that_is_too_long_is_left_out_and_the_rest_is_sampled_as_ever(source, prompts, make_store, contents):
@@ -434,8 +466,13 @@ def test_a_prompt_that_is_too_long_is_left_out_and_the_rest_is_sampled_as_ever(s
         report = collect_rollouts(source, [*prompts[:3], Prompt("endless", [5] * 5000), *prompts[3:]], store)
     assert dict(contents(store)) == dict(contents(whole))
     assert (report.rollouts, list(report.refused)) == (14, ["endless"])
-    with pytest.raises(EngineError, match="refused 1 rows and accepted 0"):
-        collect_rollouts(source, [Prompt("endless", [5] * 5000)], MemoryStore(source.manifest))
+    with pytest.warns(QuarantineWarning, match="1 prompts could not be sampled"):
+        assert collect_rollouts(source, [Prompt("endless", [5] * 5000), *prompts], store, prompts_per_batch=1).rollouts == 0
+    endless = [Prompt(f"endless{i}", [5] * 5000) for i in range(3)]
+    with pytest.raises(EngineError, match="all 3 prompts were refused"):
+        collect_rollouts(source, endless, store)
+    with pytest.raises(EngineError, match="more rows than the 1 that were left"):
+        collect_rollouts(source, [*prompts, *endless], store, max_refused=1)
 
 
 # --- the self-test of a scorer ----------------------------------------------------------------------------------------------------------
@@ -464,7 +501,7 @@ def collected(source, prompts, make_store):
 def test_pain_16_a_scorer_whose_answers_depend_on_the_batch_is_refused_before_it_is_paid_for(collected, teacher_model, tokenizer):
     scorer = HFScorer(teacher_model, tokenizer)
     with pytest.raises(
-        ScorerError, match=r"rollout 'p.*differ by 0\.1 nats on average when it is scored alone and in company.*at most 0\.05"
+        ScorerError, match=r"of 8 rollouts differ by 0\.1 nats on average when they are scored alone and in company.*at most 0\.05"
     ):
         score_rollouts(collected, Moody(scorer, company=0.1))
     assert (dict(collected.columns), collected.scored("teacher").any()) == ({}, False)
@@ -511,6 +548,78 @@ def test_pain_8_a_teacher_that_never_ends_as_the_policy_does_is_noticed(source, 
         model.lm_head.bias[5] = -20.0
     with pytest.warns(EndTokenWarning, match=r"tokens that ended 4 responses have a mean log-prob of -2\d.*those before them -6"):
         score_rollouts(store, HFScorer(model, tokenizer))
+
+
+def test_parity_is_over_the_tokens_that_count_and_says_what_becomes_of_the_advantage():
+    items = [
+        Rollout("a", [9], [1, 2, 3], [True, False, True], "stop", [-1.0, -1.0, -1.0]),
+        Rollout("b", [9], [4, 5], [True, True], "length", [-2.0, -2.0]),
+    ]
+    truth = [Scores.of(items[0], [-1.5, -9.0, -0.5]), Scores.of(items[1], [-2.25, -1.0])]
+    engine = [Scores.of(items[0], [-0.5, -0.0, -0.5]), Scores.of(items[1], [-2.75, -1.25])]
+    parity = compare(items, engine, truth, engine="E", truth="T")
+    differences = np.array([1.0, 0.0, -0.5, -0.25])
+    assert (parity.rollouts, parity.tokens) == (2, 4)
+    assert (parity.mean, parity.max, parity.bias) == (np.abs(differences).mean(), 1.0, differences.mean())
+    assert parity.p99 == pytest.approx(np.quantile(np.abs(differences), 0.99))
+    assert (parity.advantage, parity.sign_flips) == (np.abs([-0.5, 0.5, -0.25, 1.0]).mean(), 0.25)
+    assert compare([evolve(items[0], behavior_logprobs=None)], engine[:1], truth[:1], engine="E", truth="T").advantage is None
+
+
+class Tilted:
+    """A scorer that is far off on some tokens, or on all by as much up as down."""
+
+    def __init__(self, inner, provenance, offsets):
+        self.inner, self.provenance, self.offsets = inner, provenance, offsets
+
+    def score(self, rollouts):
+        scores = self.inner.score(rollouts)
+        return [Scores.of(r, np.minimum(s.logprobs + self.offsets(s.logprobs.size), 0)) for r, s in zip(rollouts, scores, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "offsets"),
+    [
+        ("mean", lambda n: np.resize([0.2, -0.2], n)),
+        ("p99", lambda n: np.eye(1, n, 2)[0] * -1.5),
+        ("bias", lambda n: np.full(n, -0.07)),
+    ],
+)
+def test_a_bound_for_each_way_in_which_an_engine_may_be_off(name, offsets, collected, teacher_model, tokenizer):
+    truth = HFScorer(teacher_model, tokenizer)
+    off = Tilted(truth, evolve(truth.provenance, engine="off 1.0"), offsets)
+    loose = {"parity_bound": 1.0, "parity_p99_bound": 9.0, "parity_bias_bound": 1.0}
+    score_rollouts(collected, off, column="loose", preflight=Preflight(truth=truth, **loose))
+    field = "parity_bound" if name == "mean" else f"parity_{name}_bound"
+    with pytest.raises(ScorerError, match=f"expected a {name} of at most.*raise `{field}`"):
+        score_rollouts(collected, off, preflight=Preflight(truth=truth, **(loose | {field: getattr(Preflight(), field)})))
+
+
+def test_what_the_truth_refuses_is_not_compared_and_the_rest_stays_in_line(collected, teacher_model, tokenizer):
+    truth = HFScorer(teacher_model, tokenizer)
+    bad = names(collected, [2, 9])
+    report = score_rollouts(collected, truth, preflight=Preflight(truth=Refusing(truth, bad)))
+    assert (report.parity.rollouts, report.parity.max) == (12, pytest.approx(0, abs=1e-5))
+    everything = Refusing(truth, names(collected, range(14)))
+    with pytest.raises(ScorerError, match="0 rollouts could be compared"):
+        score_rollouts(collected, truth, column="again", preflight=Preflight(truth=everything))
+
+
+class Alone:
+    """A scorer that refuses what is alone in a call."""
+
+    def __init__(self, inner):
+        self.inner, self.provenance = inner, inner.provenance
+
+    def score(self, rollouts):
+        if len(rollouts) == 1:
+            raise InvalidRecordError("Rollout: it is lonely.")
+        return self.inner.score(rollouts)
+
+
+def test_a_scorer_that_refuses_alone_what_it_takes_in_company_is_refused(collected, teacher_model, tokenizer):
+    with pytest.raises(ScorerError, match=r"refused alone and not in company.*lonely"):
+        score_rollouts(collected, Alone(HFScorer(teacher_model, tokenizer)))
 
 
 @pytest.mark.parametrize(("field", "value"), [("rollouts", 0), ("parity_rollouts", -1), ("repeat_bound", -0.1), ("parity_bound", np.nan)])

@@ -13,9 +13,7 @@ from lopd.backends.lance_rows import (
     ID,
     LINE_CHECKSUM,
     ROLLOUT_DATA,
-    ROLLOUT_LINE,
     SCORE_DATA,
-    SCORE_LINE,
     TOP_K_DATA,
     checksum,
     decode_id,
@@ -27,7 +25,7 @@ from lopd.types import Rollout, TopK
 
 
 @contextmanager
-def _decoding(owner: str) -> Iterator[None]:
+def decoding(owner: str) -> Iterator[None]:
     """Damage that Lance did not notice may leave values that no array can be made of."""
     try:
         yield
@@ -44,7 +42,7 @@ def read_lines(owner: str, table: Any, line: np.dtype[Any]) -> NDArray[np.void]:
         CorruptStoreError: one is not what was written; it names the rollout, or its row.
     """
     lines = np.zeros(len(table), line)
-    with _decoding(owner):
+    with decoding(owner):
         for name in line.names or ():
             lines[name] = hash_ids(_cells(table, ID)) if name == "id_hash" else _numbers(owner, table, name, line[name])
         found, wanted = line_checksums(lines), _numbers(owner, table, LINE_CHECKSUM, np.dtype("<u8"))
@@ -101,19 +99,21 @@ class _Lists(NamedTuple):
         return [self.values[start:end] for start, end in pairwise(self.ends)]
 
 
-def decode_rollouts(owner: str, table: Any) -> list[Rollout]:
-    """The rollouts of an Arrow table that has all columns, in its order.
+def decode_rollouts(owner: str, table: Any, lines: NDArray[np.void]) -> list[Rollout]:
+    """The rollouts of an Arrow table that has their ids and values, in its order; `lines` are theirs.
 
     Raises:
         CorruptStoreError: one is not what was written; it names the rollout.
     """
-    lines = read_lines(owner, table, ROLLOUT_LINE)
-    with _decoding(owner):
+    with decoding(owner):
         return _decode_rollouts(owner, table, lines)
 
 
 def _decode_rollouts(owner: str, table: Any, lines: NDArray[np.void]) -> list[Rollout]:
-    ids, reasons = [decode_id(data) for data in _cells(table, ID)], _cells(table, "finish_reason")
+    stored_ids, reasons = _cells(table, ID), _cells(table, "finish_reason")
+    for i in np.flatnonzero(hash_ids(stored_ids) != lines["id_hash"])[:1]:
+        raise damaged(owner, f"rollout {stored_ids[i].decode(errors='backslashreplace')!r}", f"id is not the one of row {lines['row'][i]}")
+    ids = [decode_id(data) for data in stored_ids]
     stored = tokens, masks, behaviors = [_Lists.of(table, name) for name in ROLLOUT_DATA[1:]]
     for i, wanted in enumerate(lines["data_checksum"].tolist()):
         if checksum(reasons[i].encode(), *(column.get(i) for column in stored)) != wanted:
@@ -136,22 +136,21 @@ def _decode_rollouts(owner: str, table: Any, lines: NDArray[np.void]) -> list[Ro
     ]
 
 
-def decode_scores(owner: str, table: Any) -> tuple[NDArray[np.void], list[Float32Array]]:
-    """The lines and log-probs of an Arrow table that has both, in its order.
+def decode_scores(owner: str, table: Any, lines: NDArray[np.void]) -> list[Float32Array]:
+    """The log-probs of an Arrow table, in its order; `lines` are theirs.
 
     Raises:
         CorruptStoreError: one is not what was written; it names the row.
     """
-    lines = read_lines(owner, table, SCORE_LINE)
-    with _decoding(owner):
+    with decoding(owner):
         logprobs = _Lists.of(table, SCORE_DATA[0])
         _check_data(owner, lines, "data_checksum", [(values,) for values in logprobs.all()])
-        return lines, logprobs.converted(np.float32).all()
+        return logprobs.converted(np.float32).all()
 
 
 def decode_top_k(owner: str, table: Any, lines: NDArray[np.void], k: int) -> list[TopK]:
     """The top-k supports of the same table."""
-    with _decoding(owner):
+    with decoding(owner):
         stored = list(zip(*(_Lists.of(table, name).all() for name in TOP_K_DATA), strict=True))
         _check_data(owner, lines, "top_k_checksum", stored)
         return [TopK.from_store(ids.reshape(-1, k), logprobs.reshape(-1, k), tail) for ids, logprobs, tail in stored]

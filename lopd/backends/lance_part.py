@@ -1,6 +1,7 @@
 """One table of a store: which rows it has, and at which place Lance keeps each."""
 
 from collections.abc import Sequence
+from threading import RLock
 from typing import Any, final
 
 import numpy as np
@@ -32,9 +33,12 @@ class Part:
         self._owner = owner
         self._line = line
         self._dense = dense
-        self._forget()
+        # Fetches may run side by side; what is in memory changes under one of them at a time.
+        self._lock = RLock()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Read lines anew when they are next asked for."""
         self._lines = np.zeros(0, self._line)
         self._rows, self._places = np.zeros(0, np.int64), np.zeros(0, np.int64)
 
@@ -49,7 +53,7 @@ class Part:
                 self._read_on()
             except CorruptStoreError:
                 # Perhaps what was read before has moved.
-                self._forget()
+                self.forget()
                 self._read_on()
         return self._lines
 
@@ -75,6 +79,9 @@ class Part:
         self.lines()
         if not self._rows.size:
             return np.full(rows.size, -1, np.int64)
+        if self._rows[-1] == self._rows.size - 1:
+            # No row is missing.
+            return np.where(rows < self._rows.size, rows, -1)
         at = np.minimum(np.searchsorted(self._rows, rows), self._rows.size - 1)
         return np.where(self._rows[at] == rows, at, -1)
 
@@ -87,21 +94,28 @@ class Part:
         """A number that no commit has that this version knows of."""
         return int(self.lines()[COMMIT].max(initial=-1)) + 1
 
-    def fetch(self, rows: NDArray[np.int64], columns: Sequence[str]) -> Any:
-        """Lines and these columns of these rows, which must be there, distinct and ascending; in an order of Lance's choice.
+    def fetch(self, rows: NDArray[np.int64], columns: Sequence[str]) -> tuple[Any, NDArray[np.void]]:
+        """These columns of these rows, which must be there, distinct and ascending, and their lines; both in an order of Lance's choice.
+
+        Lines that are in memory, where they were verified, are not read again.
 
         Raises:
-            CorruptStoreError: one is damaged or missing.
+            CorruptStoreError: a line is damaged or missing.
         """
-        wanted = [*line_columns(self._line), *columns]
-        # Without its lines in memory, a row of a dense table is looked for where it ought to be.
-        places = rows if self._dense and not self._rows.size else self._places_of(rows)
         for _ in range(2):
+            with self._lock:
+                # Without its lines in memory, a row of a dense table is looked for where it ought to be.
+                known = not self._dense or self._rows.size > 0
+                places = self._places_of(rows) if known else rows
+            wanted = ["row", *columns] if known else list(dict.fromkeys([*line_columns(self._line), *columns]))
             found = self.table.take(np.sort(places), wanted)
-            if np.array_equal(np.sort(found["row"].to_numpy()), rows):
-                return found
-            self._forget()
-            places = self._places_of(rows)
+            there = found["row"].to_numpy()
+            if np.array_equal(np.sort(there), rows):
+                with self._lock:
+                    return found, self._lines[self.find(there)] if known else read_lines(self._owner, found, self._line)
+            with self._lock:
+                self.forget()
+                self.lines()
         raise CorruptStoreError(
             f"{self._owner}: table {self.table.name!r} has other rows in the place of rows {rows[0]} to {rows[-1]}, expected those; "
             "restore the store from a backup."

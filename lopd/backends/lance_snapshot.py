@@ -8,15 +8,16 @@ from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.arrays import Float32Array
-from lopd.backends import lance_decode, lance_rows, ragged
+from lopd.backends import lance_arrays, lance_decode, lance_rows, ragged
 from lopd.backends.id_index import IdIndex
+from lopd.backends.lance_arrays import Wanted
 from lopd.backends.lance_catalog import ROLLOUTS_FILE, Catalog, TableEntry
 from lopd.backends.lance_part import Part
-from lopd.backends.lance_rows import ROLLOUT_DATA, ROLLOUT_LINE, SCORE_DATA, SCORE_LINE, TOP_K_DATA, tokens_of
+from lopd.backends.lance_rows import ID, ROLLOUT_DATA, ROLLOUT_LINE, SCORE_DATA, SCORE_LINE, TOP_K_DATA, tokens_of
 from lopd.backends.lance_table import COMMIT, Database
 from lopd.errors import CorruptStoreError
 from lopd.manifest import Commit, Provenance
-from lopd.types import BEHAVIOR_COLUMN, Rollout, ScoredRollout, TopK
+from lopd.types import BEHAVIOR_COLUMN, Rollout, RolloutArrays, ScoredRollout, TopK
 
 _Column = Mapping[int, tuple[Float32Array, TopK | None]]
 
@@ -139,8 +140,8 @@ class Snapshot:
         distinct = np.unique(rows)
         if self.rollouts is None or not distinct.size:
             return []
-        table = self.rollouts.fetch(distinct, ROLLOUT_DATA)
-        rollouts = dict(zip(table["row"].to_pylist(), lance_decode.decode_rollouts(self._owner, table), strict=True))
+        table, lines = self.rollouts.fetch(distinct, [ID, *ROLLOUT_DATA])
+        rollouts = dict(zip(lines["row"].tolist(), lance_decode.decode_rollouts(self._owner, table, lines), strict=True))
         found = {name: self._column(name, distinct, rollouts, ranked=name in top_k) for name in {*columns, *top_k}}
         return [
             ScoredRollout(
@@ -150,6 +151,33 @@ class Snapshot:
             )
             for row in rows.tolist()
         ]
+
+    def read_arrays(self, rows: NDArray[np.int64], columns: Sequence[str]) -> RolloutArrays:
+        """These rows end to end, in the order asked."""
+        if self.rollouts is None or not rows.size:
+            nothing = np.zeros(0, np.int64)
+            return RolloutArrays(nothing, nothing, np.zeros(0, np.int32), None, {name: np.zeros(0, np.float32) for name in columns})
+        lines = self.lines()[rows]
+        if BEHAVIOR_COLUMN in columns and not lines["has_behavior"].all():
+            raise ragged.missing_scores(self._owner, self._name(int(rows[~lines["has_behavior"]][0])), BEHAVIOR_COLUMN)
+        scored = {name: self._scored(name, rows, lines) for name in columns if name != BEHAVIOR_COLUMN}
+        found = lance_arrays.read_arrays(Wanted(self._owner, self.rollouts, rows, lines), scored)
+        return evolve(found, scores={name: found.scores[name] for name in columns})
+
+    def _scored(self, column: str, rows: NDArray[np.int64], lines: NDArray[np.void]) -> Wanted:
+        """The scores of these rows, if there are some, of these rows' tokens."""
+        owner, part = f"{self._owner}: column {column!r}", self.columns.get(column)
+        at = np.full(rows.size, -1) if part is None else part.find(rows)
+        if part is None or (at < 0).any():
+            raise ragged.missing_scores(self._owner, self._name(int(rows[at < 0][0])), column)
+        found = part.lines()[at]
+        for i in np.flatnonzero((found["content_hash"] != lines["content_hash"]) | (found["length"] != lines["response_length"]))[:1]:
+            raise _other_tokens(owner, self._name(int(rows[i])))
+        return Wanted(owner, part, rows, found)
+
+    def _name(self, row: int) -> str:
+        """The rollout's id, for messages."""
+        return self.read(np.array([row]), (), ())[0].rollout.rollout_id
 
     def _column(self, column: str, rows: NDArray[np.int64], rollouts: Mapping[int, Rollout], *, ranked: bool) -> _Column:
         k = self._catalog.top_k(column)
@@ -162,17 +190,19 @@ class Snapshot:
         if part is None or absent.size:
             raise ragged.missing_scores(self._owner, rollouts[int(absent[0])].rollout_id, column)
         owner = f"{self._owner}: column {column!r}"
-        table = part.fetch(rows, [*SCORE_DATA, *(TOP_K_DATA if ranked else ())])
-        lines, logprobs = lance_decode.decode_scores(owner, table)
+        table, lines = part.fetch(rows, [*SCORE_DATA, *(TOP_K_DATA if ranked else ())])
+        logprobs = lance_decode.decode_scores(owner, table, lines)
         supports = lance_decode.decode_top_k(owner, table, lines, k) if ranked else [None] * len(lines)
         for row, content_hash, values in zip(lines["row"].tolist(), lines["content_hash"].tolist(), logprobs, strict=True):
             if (content_hash, values.size) != (rollouts[row].content_hash, rollouts[row].response_ids.size):
-                raise CorruptStoreError(
-                    f"{owner}: scores of rollout {rollouts[row].rollout_id!r} were computed on other tokens; restore the store from a backup."
-                )
+                raise _other_tokens(owner, rollouts[row].rollout_id)
         return dict(zip(lines["row"].tolist(), zip(logprobs, supports, strict=True), strict=True))
 
     def _behavior(self, rollout: Rollout) -> Float32Array:
         if rollout.behavior_logprobs is None:
             raise ragged.missing_scores(self._owner, rollout.rollout_id, BEHAVIOR_COLUMN)
         return rollout.behavior_logprobs
+
+
+def _other_tokens(owner: str, rollout_id: str) -> CorruptStoreError:
+    return CorruptStoreError(f"{owner}: scores of rollout {rollout_id!r} were computed on other tokens; restore the store from a backup.")

@@ -25,7 +25,7 @@ from lopd.backends.lance_writer import Draft, Writer
 from lopd.backends.ragged import LogprobDtype
 from lopd.errors import ManifestMismatchError, StoreExistsError, StorePathError
 from lopd.manifest import Commit, Manifest, ModelId, Provenance
-from lopd.types import Rollout, ScoredRollout, Scores
+from lopd.types import Rollout, RolloutArrays, ScoredRollout, Scores
 
 _WEEK = 7 * 24 * 3600.0
 _SCHEMES = ("s3", "gs", "az", "abfss")
@@ -177,6 +177,13 @@ class LanceStore:
         """These rollouts with these columns, in the order asked; fetches and verifies these rows, and of columns also all lines, once."""
         rows = np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64)
         return self._snapshot.read(rows, columns, top_k)
+
+    def read_arrays(self, indices: Sequence[int], /, columns: Sequence[str] = ()) -> RolloutArrays:
+        """The same rows end to end, and the faster the more of them one call asks for; also reads all lines, once.
+
+        Raises as `read` does.
+        """
+        return self._snapshot.read_arrays(np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64), columns)
 
     def refresh(self) -> None:
         """See what was committed since, by this process or others.

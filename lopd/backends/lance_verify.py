@@ -19,6 +19,8 @@ def problems(catalog: Catalog, snapshot: Snapshot) -> Iterator[str]:
         except LopdError as error:
             yield str(error)
     for column, part in snapshot.parts().items():
+        # Not what was read before, but what is stored now.
+        part.forget()
         try:
             rows = part.lines()["row"]
         except LopdError as error:

@@ -15,7 +15,7 @@ from lopd.backends.files import Files
 from lopd.backends.lance_catalog import ROLLOUTS_FILE, Catalog, column_path, compaction_path, generation_path, quarantine_path
 from lopd.backends.lance_rows import tokens_of
 from lopd.backends.lance_snapshot import Snapshot
-from lopd.backends.lance_table import Database, first_line, is_conflict, is_lance_error
+from lopd.backends.lance_table import BEGAN_EMPTY, Database, first_line, is_conflict, is_lance_error
 from lopd.errors import LopdError, StoreWriteError
 from lopd.manifest import ModelId, Provenance
 
@@ -103,8 +103,10 @@ class Writer:
 
     def _create(self, column: str | None, provenance: Provenance | None, draft: Draft) -> bool:
         """Whether the table of a column, or of the rollouts, is now one that this call made."""
-        name = f"{'rollouts' if column is None else f'scores.{column}'}-{uuid4().hex}"
-        self._database.create(name, draft(commit=0, when=time.time()))
+        data = draft(commit=0, when=time.time())
+        kind = "rollouts" if column is None else f"{'scores.' if len(data) else BEGAN_EMPTY}{column}"
+        name = f"{kind}-{uuid4().hex}"
+        self._database.create(name, data)
         self._flush(name)
         entry = {"table": name, "provenance": None if provenance is None else provenance.to_json()}
         made = self._catalog.put(ROLLOUTS_FILE if column is None else column_path(column), entry)

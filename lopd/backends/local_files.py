@@ -30,6 +30,8 @@ class LocalFiles:
         """Nothing is made yet.  A relative path would change its meaning with the working directory."""
         self.root = root.absolute()
         self.map = lru_cache(maxsize=_OPEN_MAPS)(self._map)
+        # Folders of single files whose own entry this object has flushed: nothing ever removes them.
+        self._durable: set[Path] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """The path: memory maps do not travel to another process."""
@@ -75,8 +77,10 @@ class LocalFiles:
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Whether this call made the file: written under a temporary name, flushed, and linked to its own, which fails if that is taken."""
         final = self.root / path
-        for folder in _make_folder(final.parent):
-            _sync_folder(folder)
+        if final.parent not in self._durable or not final.parent.is_dir():
+            for folder in _make_folder(final.parent):
+                _sync_folder(folder)
+            self._durable.add(final.parent)
         temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid4().hex}"
         try:
             _write_file(temporary, data)
@@ -90,12 +94,14 @@ class LocalFiles:
         return True
 
     def settle(self, folder: str, /) -> None:
-        """Flush a folder, and the one that it stands in."""
+        """Flush a folder, and its entry in the one that it stands in, unless this object has done so before."""
         if not (self.root / folder).is_dir():
             return
         try:
             _sync_folder(self.root / folder)
-            _sync_folder((self.root / folder).parent)
+            if self.root / folder not in self._durable:
+                _sync_folder((self.root / folder).parent)
+                self._durable.add(self.root / folder)
         except OSError as error:
             raise StoreWriteError(
                 f"Folder {self.root / folder}: flushing it failed with {error}, expected its newest file to be durable; "

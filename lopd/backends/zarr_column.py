@@ -12,6 +12,7 @@ from lopd.manifest import Provenance
 
 #: A place is a segment number above these bits, and a line below.
 LINE_BITS = 32
+_Int64 = NDArray[np.int64]
 
 
 @final
@@ -25,6 +26,9 @@ class Column:
         self.reasons = dict(reasons or {})
         self._known = np.zeros(0, np.int64)
         self._taken_in = 0
+        # Of each segment, in the order of rows: its number, its first row, and how many it has.
+        self._sorted: tuple[_Int64, _Int64, _Int64] | None = None
+        self._dense = True
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -52,14 +56,17 @@ class Column:
         """
         if not self.segments:
             return np.full(len(rows), -1, np.int64)
-        if not all(segment.meta.dense for segment in self.segments):
+        if self._sorted is None or len(self._sorted[0]) != len(self.segments):
+            metas = [segment.meta for segment in self.segments]
+            order = np.argsort([meta.first_row for meta in metas])
+            firsts, sizes = (np.array(values, np.int64)[order] for values in ([m.first_row for m in metas], [m.rows for m in metas]))
+            self._sorted, self._dense = (order << LINE_BITS, firsts, sizes), all(meta.dense for meta in metas)
+        if not self._dense:
             return self._index(int(rows.max(initial=-1)) + 1)[rows]
-        order = sorted(range(len(self.segments)), key=lambda i: self.segments[i].meta.first_row)
-        firsts = np.array([self.segments[i].meta.first_row for i in order], np.int64)
-        sizes = np.array([self.segments[i].meta.rows for i in order], np.int64)
+        bases, firsts, sizes = self._sorted
         at = np.searchsorted(firsts, rows, side="right") - 1
         lines = rows - firsts[at]
-        return np.where((at >= 0) & (lines < sizes[at]), (np.array(order, np.int64)[at] << LINE_BITS) + lines, -1)
+        return np.where((at >= 0) & (lines < sizes[at]), bases[at] + lines, -1)
 
     def quarantined(self) -> dict[int, str]:
         """Rows that could not be scored, and why; but for those that were scored later."""

@@ -17,31 +17,62 @@ _Int64 = NDArray[np.int64]
 
 
 @frozen(eq=False)
-class Part:
-    """Some rows of one array.
+class Pieces:
+    """Where some rows have their values in one array.
 
     Args:
-        pieces: one a row.
-        whole: all of them end to end, where they lie so.
+        segment, name: of the array.
+        starts, ends: (n,), of each row's piece.
+        expected: (n,), their checksums.
     """
 
-    pieces: list[NDArray[Any]]
-    whole: NDArray[Any] | None
+    segment: Segment
+    name: str
+    starts: _Int64
+    ends: _Int64
+    expected: _Int64
 
+    def read(self) -> list[NDArray[Any]]:
+        """One array a row."""
+        pieces = self.segment.ranges(self.name, self.starts.tolist(), self.ends.tolist())
+        self._compare([xxh3_64_intdigest(piece.data) for piece in pieces])
+        return pieces
 
-def _part(segment: Segment, name: str, starts: _Int64, ends: _Int64, expected: _Int64) -> Part:
-    whole = None
-    if len(starts) > 1 and (starts[1:] == ends[:-1]).all():
-        first = int(starts[0])
-        (whole,) = segment.ranges(name, [first], [int(ends[-1])])
-        pieces = [whole[start:end] for start, end in zip((starts - first).tolist(), (ends - first).tolist(), strict=True)]
-    else:
-        pieces = segment.ranges(name, starts.tolist(), ends.tolist())
-    found = np.array([xxh3_64_intdigest(piece.data) for piece in pieces], np.uint64).view(np.int64)
-    bad = np.flatnonzero(found != expected)
-    if bad.size:
-        raise segment.damaged(name, f"what belongs to line {bad[0]} of those that were asked for does not match its checksum")
-    return Part(pieces, whole)
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the values."""
+        return np.dtype(self.segment.meta.arrays[self.name].dtype)
+
+    @property
+    def neighbours(self) -> bool:
+        """Whether they lie end to end, in the order in which they are asked for."""
+        return bool((self.starts[1:] == self.ends[:-1]).all())
+
+    def read_whole(self) -> NDArray[Any]:
+        """Neighbours end to end, as they lie; not even copied from a local file."""
+        first = int(self.starts[0])
+        (whole,) = self.segment.ranges(self.name, [first], [int(self.ends[-1])])
+        size, data = whole.itemsize, whole.view(np.uint8).data
+        bounds = zip(((self.starts - first) * size).tolist(), ((self.ends - first) * size).tolist(), strict=True)
+        self._compare([xxh3_64_intdigest(data[start:end]) for start, end in bounds])
+        return whole
+
+    def read_bytes(self) -> list[memoryview]:
+        """The bytes of each row: slices of views cost half of what slices of arrays do."""
+        source = self.segment.whole(self.name)
+        if source is None:
+            pieces = [piece.view(np.uint8).data for piece in self.segment.ranges(self.name, self.starts.tolist(), self.ends.tolist())]
+        else:
+            size, data = source.itemsize, source.view(np.uint8).data
+            bounds = zip((self.starts * size).tolist(), (self.ends * size).tolist(), strict=True)
+            pieces = [data[start:end] for start, end in bounds]
+        self._compare([xxh3_64_intdigest(piece) for piece in pieces])
+        return pieces
+
+    def _compare(self, sums: list[int]) -> None:
+        bad = np.flatnonzero(np.array(sums, np.uint64).view(np.int64) != self.expected)
+        if bad.size:
+            raise self.segment.damaged(self.name, f"what belongs to line {bad[0]} of those that were asked for does not match its checksum")
 
 
 def contents(lines: _Int64) -> list[bytes]:
@@ -51,10 +82,10 @@ def contents(lines: _Int64) -> list[bytes]:
     return [hashes[i : i + 16] for i in range(0, len(hashes), 16)]
 
 
-def tokens(segment: Segment, lines: _Int64) -> Part:
+def tokens(segment: Segment, lines: _Int64) -> Pieces:
     """Prompt and response ids."""
     starts = lines[:, R["token_start"]]
-    return _part(segment, "token_ids", starts, starts + lines[:, LENGTHS].sum(axis=1), lines[:, R["token_checksum"]])
+    return Pieces(segment, "token_ids", starts, starts + lines[:, LENGTHS].sum(axis=1), lines[:, R["token_checksum"]])
 
 
 def responses(segment: Segment, lines: _Int64, name: str, flag: str, checksum: str) -> list[NDArray[Any] | None]:
@@ -64,8 +95,8 @@ def responses(segment: Segment, lines: _Int64, name: str, flag: str, checksum: s
     if having.size:
         chosen = lines[having]
         starts = chosen[:, R["response_start"]]
-        part = _part(segment, name, starts, starts + chosen[:, R["response_length"]], chosen[:, R[checksum]])
-        for place, piece in zip(having.tolist(), part.pieces, strict=True):
+        pieces = Pieces(segment, name, starts, starts + chosen[:, R["response_length"]], chosen[:, R[checksum]]).read()
+        for place, piece in zip(having.tolist(), pieces, strict=True):
             found[place] = piece
     return found
 
@@ -84,7 +115,7 @@ def rollouts(segment: Segment, indices: Sequence[int]) -> list[Rollout]:
     """These rollouts of a segment."""
     lines = segment.lines(indices)
     columns = masks(segment, lines), behaviors(segment, lines), contents(lines)
-    parts = zip(_ids(segment, lines), lines.tolist(), tokens(segment, lines).pieces, *columns, strict=True)
+    parts = zip(_ids(segment, lines), lines.tolist(), tokens(segment, lines).read(), *columns, strict=True)
     decoded = []
     for name, line, token_ids, mask, behavior, content_hash in parts:
         ids = read_only(token_ids.astype(np.int32))
@@ -120,19 +151,19 @@ def bound_to(rollouts: Sequence[Rollout]) -> _Int64:
     return np.column_stack([np.array([rollout.response_ids.size for rollout in rollouts], np.int64), hashes])
 
 
-def logprobs(segment: Segment, lines: _Int64, bound: _Int64) -> Part:
+def logprobs(segment: Segment, lines: _Int64, bound: _Int64) -> Pieces:
     """Log-probs of these lines of scores, if they were computed on the rollouts that they are read with."""
     strange = np.flatnonzero((lines[:, BOUND_BY[1]] != bound).any(axis=1))
     if strange.size:
         raise segment.damaged("logprobs", f"the scores of row {lines[strange[0], S['row']]} were computed on other tokens")
     starts = lines[:, S["start"]]
-    return _part(segment, "logprobs", starts, starts + lines[:, S["length"]], lines[:, S["logprobs_checksum"]])
+    return Pieces(segment, "logprobs", starts, starts + lines[:, S["length"]], lines[:, S["logprobs_checksum"]])
 
 
 def scores(segment: Segment, indices: Sequence[int], bound: _Int64, *, top_k: bool) -> list[tuple[Float32Array, TopK | None]]:
     """Log-probs, and the top-k supports if they are wanted."""
     lines = segment.lines(indices)
-    values = [read_only(piece.astype(np.float32)) for piece in logprobs(segment, lines, bound).pieces]
+    values = [read_only(piece.astype(np.float32)) for piece in logprobs(segment, lines, bound).read()]
     return list(zip(values, _top_k(segment, lines) if top_k else [None] * len(lines), strict=True))
 
 

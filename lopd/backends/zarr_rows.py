@@ -1,6 +1,7 @@
 """Rollouts and scores -> the lines and arrays of a segment.  What each column of a line means is said here; `zarr_decode` is the way back."""
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -75,16 +76,17 @@ def _table(fields: Sequence[str], rows: int, columns: Mapping[str, Any]) -> NDAr
 def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int, logprob_dtype: str) -> SegmentData:
     """A segment of rollouts.  Ids are in the smallest type that holds the vocabulary; there is no mask where nothing is masked."""
     id_type = np.min_scalar_type(vocab_size - 1)
-    tokens = [np.concatenate([r.prompt_ids, r.response_ids]).astype(id_type) for r in rollouts]
     masks = [None if r.loss_mask.all() else r.loss_mask.astype(np.uint8) for r in rollouts]
     behaviors, rounding = ragged.to_stored([r.behavior_logprobs for r in rollouts], [r.rollout_id for r in rollouts], logprob_dtype)
     id_bytes, id_lengths = ragged.concat_texts([r.rollout_id for r in rollouts])
     lengths = np.array([(r.prompt_ids.size, r.response_ids.size) for r in rollouts], np.int64).reshape(-1, 2)
+    token_ids = np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).astype(id_type)
+    token_ends = ragged.offsets(lengths.sum(axis=1))
     id_hashes, content_hashes = hash_ids([r.rollout_id for r in rollouts]).view(np.int64), _two([r.content_hash for r in rollouts])
     columns: dict[str, Any] = {
         "prompt_length": lengths[:, 0],
         "response_length": lengths[:, 1],
-        "token_start": ragged.offsets(lengths.sum(axis=1))[:-1],
+        "token_start": token_ends[:-1],
         "response_start": ragged.offsets(lengths[:, 1])[:-1],
         "id_start": ragged.offsets(id_lengths)[:-1],
         "id_length": id_lengths,
@@ -96,11 +98,11 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
         "id_hash_1": id_hashes[:, 1],
         "content_hash_0": content_hashes[:, 0],
         "content_hash_1": content_hashes[:, 1],
-        "token_checksum": [checksum_of(ids) for ids in tokens],
+        "token_checksum": [checksum_of(token_ids[start:end]) for start, end in pairwise(token_ends.tolist())],
         "mask_checksum": [checksum_of(mask) for mask in masks],
         "behavior_checksum": [checksum_of(logprobs) for logprobs in behaviors],
     }
-    arrays: dict[str, NDArray[Any]] = {"token_ids": ragged.concat(tokens, id_type.name), "rollout_ids": id_bytes}
+    arrays: dict[str, NDArray[Any]] = {"token_ids": token_ids, "rollout_ids": id_bytes}
     if any(columns["masked"]):
         arrays["loss_mask"] = _filled(masks, lengths[:, 1], 1, "uint8")
     if any(columns["has_behavior"]):

@@ -204,18 +204,21 @@ class Snapshot:
 
     def read_arrays(self, rows: NDArray[np.int64], columns: Sequence[str]) -> RolloutArrays:
         """These rows end to end; everything is verified."""
+        if not len(rows):
+            nothing = np.zeros(0, np.int64)
+            return RolloutArrays(nothing, nothing, np.zeros(0, np.int32), None, {name: np.zeros(0, np.float32) for name in columns})
         groups = self._grouped(rows)
         wheres = [where for _, where, _ in groups]
         lines = self._files.run([partial(segment.lines, indices) for segment, _, indices in groups])
-        tokens = self._files.run([partial(zarr_decode.tokens, g[0], part) for g, part in zip(groups, lines, strict=True)])
         ordered = np.empty((len(rows), len(R)), np.int64)
         for where, part in zip(wheres, lines, strict=True):
             ordered[where] = part
         masks = [zarr_decode.masks(g[0], part) for g, part in zip(groups, lines, strict=True)] if ordered[:, R["masked"]].any() else None
+        tokens = [zarr_decode.tokens(g[0], part) for g, part in zip(groups, lines, strict=True)]
         return RolloutArrays(
             prompt_lengths=ordered[:, R["prompt_length"]],
             response_lengths=ordered[:, R["response_length"]],
-            token_ids=_join(len(rows), wheres, tokens),
+            token_ids=self._join(len(rows), wheres, tokens),
             loss_mask=None if masks is None else _join_masks(ordered[:, R["response_length"]], _scatter(len(rows), wheres, masks)),
             scores={name: self._column_array(name, rows, ordered, groups, lines) for name in columns},
         )
@@ -232,8 +235,15 @@ class Snapshot:
             return np.concatenate(found)
         scored = self._grouped_scores(name, rows)
         bound_to = ordered[:, BOUND_BY[0]]
-        calls = [partial(_logprobs, segment, where_lines, bound_to[where]) for segment, where, where_lines in scored]
-        return _join(len(rows), [where for _, where, _ in scored], self._files.run(calls))
+        pieces = self._files.run([partial(_logprobs, segment, where_lines, bound_to[where]) for segment, where, where_lines in scored])
+        return self._join(len(rows), [where for _, where, _ in scored], pieces)
+
+    def _join(self, count: int, wheres: Sequence[Sequence[int]], parts: Sequence[zarr_decode.Pieces]) -> NDArray[Any]:
+        """The pieces end to end in the order of the call; not copied where they lie so in one file."""
+        if len(parts) == 1 and parts[0].neighbours:
+            return parts[0].read_whole()
+        pieces = _scatter(count, wheres, self._files.run([part.read_bytes for part in parts]))
+        return np.frombuffer(b"".join(pieces), parts[0].dtype)
 
     def _grouped_scores(self, name: str, rows: NDArray[np.int64]) -> list[_Group]:
         """The same for the scores of a column."""
@@ -280,15 +290,8 @@ def _scatter(count: int, wheres: Sequence[Sequence[int]], parts: Sequence[Sequen
     return whole
 
 
-def _logprobs(segment: Segment, indices: Sequence[int], bound_to: NDArray[np.int64]) -> zarr_decode.Part:
+def _logprobs(segment: Segment, indices: Sequence[int], bound_to: NDArray[np.int64]) -> zarr_decode.Pieces:
     return zarr_decode.logprobs(segment, segment.lines(indices), bound_to)
-
-
-def _join(count: int, wheres: Sequence[Sequence[int]], parts: Sequence[zarr_decode.Part]) -> NDArray[Any]:
-    """The pieces end to end in the order of the call; not copied where they lie so in one file."""
-    if len(parts) == 1 and parts[0].whole is not None:
-        return parts[0].whole
-    return np.concatenate(_scatter(count, wheres, [part.pieces for part in parts])) if count else np.zeros(0, np.float32)
 
 
 def _join_masks(lengths: NDArray[np.int64], masks: Sequence[NDArray[Any] | None]) -> NDArray[np.bool_]:

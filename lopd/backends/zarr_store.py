@@ -208,7 +208,8 @@ class ZarrStore:
 
     def _draft_rollouts(self, rollouts: Sequence[Rollout]) -> Draft:
         vocab_size, first_row = self._manifest.tokenizer.vocab_size, len(self)
-        known = {name: content for name, (content, _) in self._known([rollout.rollout_id for rollout in rollouts]).items()}
+        names = [rollout.rollout_id for rollout in rollouts]
+        known = {name: content for name, (content, _) in self._known(names, self.find(names)).items()}
         new = ragged.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self._snapshot.generations, known=known)
         encode = partial(zarr_rows.encode_rollouts, new, first_row, vocab_size, self._storage.logprob_dtype)
         ids = tuple(rollout.rollout_id for rollout in new)
@@ -222,13 +223,14 @@ class ZarrStore:
     def _draft_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores]) -> Draft:
         ragged.check_provenance(self._owner, column, self._snapshot.provenances().get(column), provenance)
         ids = [score.rollout_id for score in scores]
-        places, scored = dict(zip(ids, self.find(ids).tolist(), strict=True)), self.scored(column)
+        found, scored = self.find(ids), self.scored(column)
+        places = dict(zip(ids, found.tolist(), strict=True))
         new = ragged.new_scores(
             self._owner,
             scores,
             top_k=provenance.top_k,
             vocab_size=self._manifest.tokenizer.vocab_size,
-            known=self._known(ids),
+            known=self._known(ids, found),
             done={name for name, row in places.items() if row >= 0 and scored[row]},
         )
         new.sort(key=lambda score: places[score.rollout_id])
@@ -247,9 +249,8 @@ class ZarrStore:
         rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
         return ragged.new_quarantine(self._owner, reasons, rows=rows, scored=self.scored(column), known=known)
 
-    def _known(self, rollout_ids: Sequence[str]) -> dict[str, tuple[bytes, int]]:
-        """Content hash and response tokens of those of these rollouts that are committed."""
-        rows = self._snapshot.find(rollout_ids)
+    def _known(self, rollout_ids: Sequence[str], rows: NDArray[np.int64]) -> dict[str, tuple[bytes, int]]:
+        """Content hash and response tokens of those of these rollouts that are committed, in these rows (-1: not)."""
         there = np.flatnonzero(rows >= 0)
         contents = self._snapshot.content(rows[there])
         return {rollout_ids[i]: content for i, content in zip(there.tolist(), contents, strict=True)}

@@ -1,0 +1,214 @@
+"""`read_arrays` of the stores that have it: what `read` gives, end to end, whichever rows are asked for, and verified as much."""
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import numpy as np
+import pytest
+from s3_server import S3Server
+
+from lopd.backends import lance_arrays
+from lopd.backends.lance_store import LanceStore
+from lopd.backends.ragged import LogprobDtype
+from lopd.backends.zarr_store import ZarrStore
+from lopd.errors import CorruptStoreError, MissingScoresError, NoSuchRowError
+from lopd.manifest import ModelId
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.types import Rollout, RolloutArrays, Scores
+
+Store = ZarrStore | LanceStore
+CREATE: dict[str, Callable[..., Store]] = {
+    "zarr": ZarrStore.create,
+    "zarr zstd": lambda path, manifest, **options: ZarrStore.create(path, manifest, codec="zstd", **options),
+    "lance": LanceStore.create,
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Nothing cuts the power here.
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(params=CREATE)
+def create(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Store]:
+    """Makes a new store of each kind."""
+    return lambda **options: CREATE[request.param](tmp_path / "run", tiny_manifest(), **options)
+
+
+def random_rollout(number: int, rng: np.random.Generator) -> Rollout:
+    """Of any kind: masked or not, with the engine's log-probs or without, of either round."""
+    length = int(rng.integers(1, 9))
+    return tiny_rollout(
+        f"r{number}",
+        rng.integers(0, 300, length),
+        prompt_ids=rng.integers(0, 300, rng.integers(1, 4)),
+        loss_mask=rng.random(length) < 0.7 if rng.random() < 0.3 else np.ones(length, np.bool_),
+        behavior_logprobs=-rng.random(length, np.float32) if number % 3 else None,
+        finish_reason=str(rng.choice(["stop", "length"])),
+        generation=number % 2,
+    )
+
+
+def fill(store: Store, count: int = 700) -> Store:
+    """Several commits of rollouts, of two rounds; `teacher` has scored all, in another order, and `ref` the even ones."""
+    rng = np.random.default_rng(0)
+    rollouts = [random_rollout(i, rng) for i in range(count)]
+    store.begin_generation(1, ModelId("policy", "rev-1", "float32"))
+    for start in range(0, count, count // 3):
+        store.append(rollouts[start : start + count // 3])
+    shuffled = [rollouts[i] for i in rng.permutation(count)]
+    for name, chosen in (("teacher", shuffled), ("ref", rollouts[::2])):
+        scores = [Scores.of(r, -rng.random(r.response_ids.size, np.float32)) for r in chosen]
+        for start in range(0, len(scores), count // 2):
+            store.append_scores(name, tiny_provenance(name), scores[start : start + count // 2])
+    return store
+
+
+def expect(store: Store, rows: Sequence[int], columns: Sequence[str] = ()) -> RolloutArrays:
+    """The arrays of these rows, which must be what their records say."""
+    arrays, records = store.read_arrays(rows, columns), store.read(rows, columns)
+    rollouts = [record.rollout for record in records]
+    assert arrays.prompt_lengths.tolist() == [r.prompt_ids.size for r in rollouts]
+    assert arrays.response_lengths.tolist() == [r.response_ids.size for r in rollouts]
+    assert arrays.token_ids.tolist() == [i for r in rollouts for i in [*r.prompt_ids.tolist(), *r.response_ids.tolist()]]
+    mask = [m for r in rollouts for m in r.loss_mask.tolist()]
+    assert (None if arrays.loss_mask is None else arrays.loss_mask.tolist()) == (None if all(mask) else mask)
+    assert list(arrays.scores) == list(columns)
+    for name in columns:
+        assert arrays.scores[name].tolist() == [value for record in records for value in record.scores[name].tolist()]
+    return arrays
+
+
+def reopened(store: Store) -> Store:
+    """As a new process would see it."""
+    return type(store).open(store._files.url)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_arrays_hold_what_records_hold_before_and_after_a_compaction(
+    create: Callable[..., Store], dtype: LogprobDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, rng = fill(create(logprob_dtype=dtype)), np.random.default_rng(1)
+    selections = [range(700), range(40, 640), range(230, 240), [699], rng.permutation(700), rng.integers(0, 700, 90), [5, 5, 4, 5], []]
+    for _ in range(2):
+        for rows in selections:
+            arrays = expect(store, [int(row) for row in rows], ("teacher",))
+        for parity in (0, 1):
+            even = [int(row) for row in rng.permutation(700) if row % 2 == parity and row % 3]
+            arrays = expect(store, even, ("behavior", "ref", "teacher") if parity == 0 else ("teacher", "behavior"))
+            assert (arrays.token_ids.dtype, arrays.loss_mask is not None) == (np.uint16, True)
+            assert {values.dtype for values in arrays.scores.values()} == {np.dtype(dtype)}
+        store.compact()
+        store = reopened(store)
+        # In many small pieces too.
+        monkeypatch.setattr(lance_arrays, "_TOKENS_AT_ONCE", 50)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize(("kind", "suffix"), [(ZarrStore, ".zarr"), (LanceStore, ".lance")])
+def test_arrays_come_from_a_bucket_too(s3: S3Server, kind: type[Store], suffix: str) -> None:
+    store = fill(kind.create(s3.new_url(suffix), tiny_manifest(), storage_options=s3.storage_options), 60)
+    for _ in range(2):
+        for rows in (range(60), [59, 3, 3, 20], []):
+            expect(store, list(rows), ("teacher",))
+        expect(store, [58, 4, 10], ("ref", "behavior"))
+        store.compact()
+
+
+def test_a_long_rollout_among_short_ones_is_read_whole(create: Callable[..., Store]) -> None:
+    store = create()
+    store.append([tiny_rollout("a"), tiny_rollout("huge", np.arange(100_000) % 300), tiny_rollout("b", loss_mask=[True, False, True])])
+    for rows in ([0, 1, 2], [2, 1, 0], [1]):
+        expect(store, rows)
+
+
+def test_an_empty_selection_or_store_has_every_column_and_nothing_in_it(create: Callable[..., Store]) -> None:
+    store = create()
+    for _ in range(2):
+        arrays = store.read_arrays([], ("teacher", "behavior"))
+        assert (arrays.token_ids.size, arrays.loss_mask, arrays.prompt_lengths.dtype) == (0, None, np.int64)
+        assert {name: values.size for name, values in arrays.scores.items()} == {"teacher": 0, "behavior": 0}
+        store.append([tiny_rollout("a")])
+
+
+def test_rows_without_scores_are_refused_and_named(create: Callable[..., Store]) -> None:
+    store = fill(create(), 12)
+    for rows, column, name in (([2, 5, 4], "ref", "r5"), ([1, 2, 0], "behavior", "r0"), ([7], "nothing", "r7")):
+        with pytest.raises(MissingScoresError, match=f"'{name}'"):
+            store.read_arrays(rows, ("teacher", column))
+    for row in (12, -1):
+        with pytest.raises(NoSuchRowError, match="expected 0 to 11"):
+            store.read_arrays([0, row])
+
+
+def test_a_flipped_bit_is_an_error_or_changes_nothing(create: Callable[..., Store], capfd: pytest.CaptureFixture[str]) -> None:
+    store, rng, noticed = fill(create(), 30), random.Random(0), 0
+    rows, root = [row for row in range(29, -1, -1) if row % 3], Path(store._files.url)
+    wanted = store.read_arrays(rows, ("teacher", "behavior"))
+    files = [path for path in sorted(root.rglob("*")) if path.is_file() and (path.parent.name == "data" or path.name.startswith("c."))]
+    assert files
+    for path in files:
+        data = path.read_bytes()
+        for _ in range(10):
+            bit = rng.randrange(8 * len(data))
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            try:
+                found = reopened(store).read_arrays(rows, ("teacher", "behavior"))
+                for name in ("token_ids", "loss_mask", "prompt_lengths", "response_lengths"):
+                    np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=f"{path}: bit {bit}")
+                for name, values in found.scores.items():
+                    np.testing.assert_array_equal(values, wanted.scores[name], err_msg=f"{path}: bit {bit}")
+            except CorruptStoreError:
+                noticed += 1
+        path.write_bytes(data)
+    assert noticed >= 20
+    # Rust's panics are printed where they happen.
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("values", "what"), [(np.array([4, 2, 3], np.uint16), "row 4"), (np.array([-7, -7], np.float32), "'teacher': row 4")]
+)
+def test_a_damaged_value_in_lance_is_an_error_that_names_its_row(tmp_path: Path, values: np.ndarray, what: str) -> None:
+    store = LanceStore.create(tmp_path / "run", tiny_manifest())
+    rollouts = [tiny_rollout(f"r{i}", [7, 8 + i]) for i in range(4)]
+    rollouts.append(tiny_rollout("r4", [2, 3]))
+    store.append(rollouts)
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(r, -7.0 if r.rollout_id == "r4" else -1.0) for r in rollouts])
+    (path,) = [path for path in (tmp_path / "run").rglob("data/*") if values.tobytes() in path.read_bytes()]
+    path.write_bytes(path.read_bytes().replace(values.tobytes(), values[::-1].tobytes() if values[0] > 0 else (values * 2).tobytes()))
+    with pytest.raises(CorruptStoreError, match=f"{what}: the checksum of its values"):
+        reopened(store).read_arrays([4, 0], ("teacher",))
+    expect(reopened(store), [3, 0], ("teacher",))
+
+
+def test_scores_of_other_tokens_are_refused(tmp_path: Path) -> None:
+    stores = [LanceStore.create(tmp_path / name, tiny_manifest()) for name in ("x", "y")]
+    for store, response in zip(stores, ([7, 8], [8, 7]), strict=True):
+        store.append([tiny_rollout("r", response)])
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(tiny_rollout("r", response))])
+    part = stores[0]._snapshot.columns["teacher"]
+    stores[0]._snapshot.columns["teacher"] = stores[1]._snapshot.columns["teacher"]
+    assert part is not stores[0]._snapshot.columns["teacher"]
+    with pytest.raises(CorruptStoreError, match="column 'teacher': scores of rollout 'r' were computed on other tokens"):
+        stores[0].read_arrays([0], ("teacher",))
+
+
+def test_rows_that_lance_has_moved_are_found_again(tmp_path: Path) -> None:
+    store: Any = fill(LanceStore.create(tmp_path / "run", tiny_manifest()))
+    rows = list(range(699, -1, -1))
+    wanted, database = store.read_arrays(rows, ("teacher",)), lancedb.connect(tmp_path / "run")
+    for part in store._snapshot.parts().values():
+        table = database.open_table(part.table.name).to_arrow()
+        database.create_table(part.table.name, table.take(list(reversed(range(len(table))))), mode="overwrite")
+    for moved in (reopened(store), store):
+        moved.refresh()
+        np.testing.assert_array_equal(moved.read_arrays(rows, ("teacher",)).token_ids, wanted.token_ids)
+        np.testing.assert_array_equal(moved.read_arrays(rows, ("teacher",)).scores["teacher"], wanted.scores["teacher"])
