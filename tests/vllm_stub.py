@@ -4,14 +4,13 @@ The log-prob of a token names the token, its position and the token before it, s
 
     stub.fail(2, answer(503))                         the next two completions answer 503
     stub.fail(1, answer(429, {"Retry-After": "1"}))
-    stub.fail(1, cut)                                 half of the answer, then the connection is reset
+    stub.fail(1, cut)                                 half of the answer, then the connection is closed
     stub.fail(1, late(0.5))                           the answer comes late
     stub.fail(1, changed(lambda body: ...))           another answer
 """
 
 import json
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -62,10 +61,10 @@ def late(seconds: float) -> Fault:
 
 
 def cut(handler: "_Handler", status: int, data: bytes) -> None:
-    """Send half of the answer, then reset the connection."""
+    """Send half of the answer, then close the connection."""
     handler.reply(status, data, half=True)
-    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    handler.connection.close()
+    handler.close_connection = True
+    handler.connection.shutdown(socket.SHUT_RDWR)
 
 
 class Stub:
@@ -162,8 +161,14 @@ class Stub:
             choice |= {"token_ids": sampled, "prompt_token_ids": ids}
         return 200, {"object": "text_completion", "model": self.model, "choices": [choice], "usage": {"prompt_tokens": len(ids)}}
 
-    def _generate(self, request: dict[str, Any], ids: list[int], wanted: int, settings: dict[str, float]) -> tuple[list[int], list[Any], str]:
-        stops = {*request.get("stop_token_ids", ()), *self.defaults.get("stop_token_ids", ()), *(() if request.get("ignore_eos") else (EOS,))}
+    def _generate(
+        self, request: dict[str, Any], ids: list[int], wanted: int, settings: dict[str, float]
+    ) -> tuple[list[int], list[Any], str]:
+        stops = {
+            *request.get("stop_token_ids", ()),
+            *self.defaults.get("stop_token_ids", ()),
+            *(() if request.get("ignore_eos") else (EOS,)),
+        }
         random = np.random.default_rng(request.get("seed"))
         sampled: list[int] = []
         reports = []
@@ -237,6 +242,8 @@ class _Listener(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1
     server: _Listener
 
     def do_GET(self) -> None:
@@ -288,5 +295,5 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[: len(data) // 2] if half else data)
         self.wfile.flush()
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, *args: Any) -> None:
         """Nothing."""

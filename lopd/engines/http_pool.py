@@ -6,9 +6,10 @@ again.  Nothing outlives a call: connections, tasks and the thread they run in e
 
 import asyncio
 import os
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Generic, TypeVar, final
 
 from attrs import define, field, frozen
@@ -150,10 +151,17 @@ class Servers:
 
     def _client(self) -> httpx2.AsyncClient:
         return httpx2.AsyncClient(
+            verify=_certificates(),
             timeout=httpx2.Timeout(self.timeout_s, connect=_CONNECT_S),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S),
             headers={"Authorization": f"Bearer {self.api_key}"} if self.api_key else {},
         )
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Made once: reading all certificates takes longer than many a call."""
+    return httpx2.create_ssl_context()
 
 
 @final
