@@ -138,16 +138,12 @@ class Stub:
     # --- what vLLM does -----------------------------------------------------------------------------------------------------------
 
     def complete(self, request: dict[str, Any]) -> tuple[int, Any]:
-        ids = request["prompt"]
-        k, wanted = request.get("prompt_logprobs"), request.get("max_tokens", 16)
+        ids, k = request["prompt"], request.get("prompt_logprobs")
+        wanted = min(request.get("max_tokens", 16), self.context - len(ids))
         if request["model"] != self.model:
             return 404, _error(404, f"The model `{request['model']}` does not exist.")
-        if max(ids) >= VOCAB:
-            return 400, _error(400, f"Token id {max(ids)} is out of vocabulary")
-        if len(ids) + wanted > self.context:
-            return 400, _error(400, f"This model's maximum context length is {self.context} tokens. However, you requested more.")
-        if max(k or 0, request.get("logprobs") or 0) > self.max_logprobs:
-            return 400, _error(400, f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}")
+        if refused := self._refusal(request, wanted):
+            return 400, _error(400, refused)
         settings = {"temperature": 1.0, "top_p": 1.0, **self.defaults, **{n: request[n] for n in ("temperature", "top_p") if n in request}}
         sampled, reports, reason = self._generate(request, ids, wanted, settings)
         choice = {
@@ -160,6 +156,19 @@ class Stub:
         if request.get("return_token_ids"):
             choice |= {"token_ids": sampled, "prompt_token_ids": ids}
         return 200, {"object": "text_completion", "model": self.model, "choices": [choice], "usage": {"prompt_tokens": len(ids)}}
+
+    def _refusal(self, request: dict[str, Any], wanted: int) -> str:
+        """What vLLM 0.32 says of a request that it does not take."""
+        ids, k = request["prompt"], max(request.get("prompt_logprobs") or 0, request.get("logprobs") or 0)
+        refusals = {
+            f"Token id {max(ids)} is out of vocabulary": max(ids) >= VOCAB,
+            f"This model's maximum context length is {self.context} tokens. However, your prompt contains more.": len(ids) > self.context,
+            f"max_tokens must be at least 1, got {wanted}.": wanted < 1,
+            f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}": k > self.max_logprobs,
+            "temperature must be in [0, 2]": not 0 <= request.get("temperature", 1.0) <= 2,
+            "stop_token_ids contain out-of-vocab token ids": max(request.get("stop_token_ids", ()), default=0) >= VOCAB,
+        }
+        return next((message for message, holds in refusals.items() if holds), "")
 
     def _generate(
         self, request: dict[str, Any], ids: list[int], wanted: int, settings: dict[str, float]
@@ -271,7 +280,10 @@ class _Handler(BaseHTTPRequestHandler):
         stub.enter(1)
         try:
             fault = stub.next_fault(request)
-            status, body = stub.complete(request)
+            try:
+                status, body = stub.complete(request)
+            except Exception as error:  # a mistake of the stub's is to be seen
+                status, body = 500, _error(500, f"the stub fails: {error!r}")
             data = json.dumps(body).encode()
             if fault is None:
                 self.reply(status, data)

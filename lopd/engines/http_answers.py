@@ -15,6 +15,8 @@ except ImportError as error:
     ) from error
 
 _BUSY = (408, 425, 429)
+# vLLM's words for a prompt that is longer than the context, and for one that fills it
+_TOO_LONG = ("maximum context length", "max_tokens must be at least 1")
 
 
 class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes an EngineError, or nothing at all
@@ -79,7 +81,7 @@ def refusal(owner: str, url: str, status: int, message: str) -> LopdError:
     if status in (401, 403):
         return EngineError(f"Server {url}: it answers {status}, expected to be let in; pass `api_key=` or set VLLM_API_KEY.")
     said = f"{owner}: {url} answers {status} ({message})"
-    if status == 400 and "context length" in message:
+    if status == 400 and any(words in message for words in _TOO_LONG):
         return ContextOverflowError(f"{said}, expected it to fit; use a server with a longer context or drop it.")
     if status == 400 and "out of vocabulary" in message:
         return InvalidRecordError(f"{said}, expected ids that the model knows; tokenise with this model's tokenizer.")

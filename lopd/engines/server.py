@@ -176,7 +176,8 @@ class ServerSource:
         room = min(self.sampling.max_new_tokens, self.servers.served.context - prompt.token_ids.size)
         seed = stream_seed(self.sampling, name) % 2**_SEED_BITS
         ask = Ask(name, prompt.token_ids, room, seed, self.stop_ids, self.generation)
-        return Request(f"Rollout {name!r}", sampling_body(ask, self.sampling), lambda answer: read_rollout(ask, self.tokenizer_id, answer))
+        body = sampling_body(ask, self.sampling, self.tokenizer_id.vocab_size)
+        return Request(f"Rollout {name!r}", body, lambda answer: read_rollout(ask, self.tokenizer_id, answer))
 
 
 def _engine(servers: Servers) -> str:

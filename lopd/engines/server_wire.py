@@ -23,6 +23,8 @@ _NO_PROBABILITY = -9999.0
 _UNCHANGED = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 _EXTENSIONS = "serve with vLLM, or with a server that speaks its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
 _PROBED = 5
+# the highest that vLLM takes
+_HOT = 2.0
 
 
 def _body(ids: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
@@ -133,8 +135,11 @@ class Ask:
     generation: int
 
 
-def sampling_body(ask: Ask, sampling: SamplingParams) -> dict[str, Any]:
-    """A request for one response.  Stop ids are all sent, and the server's own idea of EOS is turned off: the two may differ."""
+def sampling_body(ask: Ask, sampling: SamplingParams, vocab_size: int) -> dict[str, Any]:
+    """A request for one response.  Stop ids are sent, and the server's own idea of EOS is turned off: the two may differ.
+
+    An id of no token never ends anything, and a server refuses it.
+    """
     return _body(
         ask.prompt_ids.tolist(),
         ask.max_tokens,
@@ -144,7 +149,7 @@ def sampling_body(ask: Ask, sampling: SamplingParams) -> dict[str, Any]:
         n=1,
         min_tokens=0,
         ignore_eos=True,
-        stop_token_ids=sorted(ask.stop_ids),
+        stop_token_ids=sorted(token for token in ask.stop_ids if token < vocab_size),
         skip_special_tokens=False,
         logprobs=0,
         return_tokens_as_token_ids=True,
@@ -212,7 +217,7 @@ def _reported(owner: str, logprobs: Any, ids: Sequence[int]) -> list[float]:
 def probe_bodies(ids: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Two requests for one token, the same but for temperature and top_p, on which raw log-probs do not depend."""
     same: dict[str, Any] = {"logprobs": _PROBED, "return_tokens_as_token_ids": True}
-    return _body(ids, 1, temperature=1.0, top_p=1.0, **same), _body(ids, 1, temperature=4.0, top_p=0.1, **same)
+    return _body(ids, 1, temperature=1.0, top_p=1.0, **same), _body(ids, 1, temperature=_HOT, top_p=0.1, **same)
 
 
 def check_raw(owner: str, plain: Any, heated: Any, tolerance: float = 0.5) -> None:
