@@ -209,7 +209,7 @@ def test_the_server_refuses_what_lopd_refuses_before_it_is_asked(server):
         scorer_of(server).score([rollout])
     unchecked = scorer_of(server)
     with pytest.raises(ContextOverflowError, match=r"'long'.*answers 400"):
-        unchecked.servers.ask([unchecked._request(rollout)])
+        unchecked.servers.ask([unchecked._request([rollout])])
 
 
 def test_a_model_of_another_name_is_an_error_that_says_which_is_served(server):

@@ -64,8 +64,9 @@ def servers_of(*stubs, **settings):
     return Servers([s.url for s in stubs], **{"model": "table", "patience_s": 20, "timeout_s": 20, **settings})
 
 
-def scorer_of(*stubs, top_k=0, **settings):
-    return ServerScorer(servers_of(*stubs, **settings), TOKENIZER, MODEL, top_k)
+def scorer_of(*stubs, top_k=0, tokens_per_request=1, **settings):
+    """Each rollout is a request of its own, unless a test says otherwise."""
+    return ServerScorer(servers_of(*stubs, **settings), TOKENIZER, MODEL, top_k, tokens_per_request)
 
 
 def source_of(*stubs, generation=0, eos_ids=STOP, servers=None, **sampling):
@@ -92,8 +93,12 @@ def truth(rollout):
     return np.array([table(ids)[n, ids[n]] for n in range(rollout.prompt_ids.size, len(ids))], np.float32)
 
 
+def ids_of(rollout):
+    return [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
+
+
 def is_for(rollout):
-    return lambda request: request["prompt"] == [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
+    return lambda request: ids_of(rollout) in request["prompt"]
 
 
 def as_lists(rollouts):
@@ -176,7 +181,7 @@ def test_what_is_sent_is_ids_with_every_setting_that_a_server_may_have_another_d
     rollout = make_rollouts()[4]
     scorer_of(stub, top_k=3).score([rollout])
     (request,) = stub.requests
-    assert request["prompt"] == [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
+    assert request["prompt"] == [ids_of(rollout)]
     expected = {"model": "table", "max_tokens": 1, "prompt_logprobs": 3, "temperature": 1.0, "top_p": 1.0, "return_token_ids": True}
     assert expected.items() <= request.items()
     assert request["add_special_tokens"] is False
@@ -215,9 +220,9 @@ BAD_SCORES = {
     "no ids": (without("prompt_token_ids"), EngineError, "holds no prompt_token_ids"),
     "other ids": (lambda b: b["choices"][0]["prompt_token_ids"].__setitem__(2, 1), EngineError, "from token 2 on"),
     "a token in front": (lambda b: b["choices"][0]["prompt_token_ids"].insert(0, 1), EngineError, "read 11 tokens"),
-    "no choice": (lambda b: b.update(choices=[]), EngineError, "no single choice"),
-    "two choices": (lambda b: b["choices"].append(b["choices"][0]), EngineError, "no single choice"),
-    "no object": (lambda b: [1], EngineError, "no single choice"),
+    "no choice": (lambda b: b.update(choices=[]), EngineError, "is not of 1 choices"),
+    "two choices": (lambda b: b["choices"].append(b["choices"][0]), EngineError, "is not of 1 choices"),
+    "no object": (lambda b: [1], EngineError, "is not of 1 choices"),
     "a cached prompt": (lambda b: b["usage"].update(prompt_tokens_details={"cached_tokens": 4}), EngineError, "4 of its tokens"),
 }
 
@@ -264,6 +269,45 @@ def test_a_rollout_may_have_one_token_less_than_the_context_and_a_longer_one_is_
     with pytest.raises(InvalidRecordError, match=r"'out'.*id 32"):
         scorer_of(stub).score([longest, Rollout("out", [1], [VOCAB], [True], "length")])
     assert not stub.requests
+
+
+def test_short_rollouts_share_requests_of_so_many_tokens(stub):
+    rollouts = make_rollouts(30)
+    for rollout, scores in zip(rollouts, scorer_of(stub, tokens_per_request=40, top_k=2).score(rollouts), strict=True):
+        assert scores.content_hash == rollout.content_hash
+        np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+    sizes = [[len(ids) for ids in request["prompt"]] for request in stub.requests]
+    assert all(sum(lengths) <= 40 for lengths in sizes)
+    assert 3 < len(sizes) < 15
+    assert sorted(map(ids_of, rollouts)) == sorted(ids for request in stub.requests for ids in request["prompt"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "says"),
+    [
+        (
+            answer(400, body={"error": {"message": "Token id 5000 is out of vocabulary"}}),
+            InvalidRecordError,
+            "^Rollout 'r5': .*answers 400",
+        ),
+        (answer(500), EngineError, "^Rollout 'r5': .*answers 500"),
+        (changed(lambda body: body["choices"].pop() and None), EngineError, "^Rollout 'r5': .*is not of 1 choices"),
+    ],
+)
+def test_a_failure_of_one_of_several_is_an_error_that_names_the_one(stub, fault, error, says):
+    rollouts = make_rollouts()
+    stub.fail(100, fault, is_for(rollouts[5]))
+    with pytest.raises(error, match=says):
+        scorer_of(stub, tokens_per_request=1000, attempts=2).score(rollouts)
+
+
+@pytest.mark.parametrize("change", [lambda b: b["choices"].reverse(), lambda b: b["choices"].pop() and None])
+def test_answers_of_several_that_got_mixed_up_are_asked_for_one_by_one(stub, change):
+    rollouts = make_rollouts()
+    stub.fail(1, changed(change))
+    for rollout, scores in zip(rollouts, scorer_of(stub, tokens_per_request=1000).score(rollouts), strict=True):
+        np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+    assert len(stub.requests) == 1 + 12
 
 
 def test_no_rollouts_give_no_scores_and_no_request(stub):
@@ -839,7 +883,7 @@ def test_a_run_that_lost_its_server_goes_on_where_it_was_and_ends_as_if_it_had_n
         np.testing.assert_array_equal(mine.top_k["teacher"].ids, theirs.top_k["teacher"].ids)
 
 
-def test_the_example_scores_a_store_with_several_servers(start, tmp_path, tokenizer, monkeypatch, capsys):
+def test_the_example_scores_a_store(start, tmp_path, tokenizer, monkeypatch, capsys):
     stubs = [start(), start()]
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     rollouts = make_rollouts()
@@ -849,7 +893,7 @@ def test_the_example_scores_a_store_with_several_servers(start, tmp_path, tokeni
     monkeypatch.setattr(sys, "argv", ["served_teacher.py", str(tmp_path / "run.zarr"), *(s.url for s in stubs), *arguments])
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "served_teacher.py"), run_name="__main__")
     assert "column 'teacher' is complete; 0 log-probs were -inf" in capsys.readouterr().out
-    assert all(stub.requests for stub in stubs)
+    assert stubs[0].requests
     store.refresh()
     assert store.columns["teacher"].model == ModelId("table", "abc", "bfloat16")
     for record in store.read(range(len(store)), ["teacher"], ["teacher"]):

@@ -138,28 +138,32 @@ class Stub:
     # --- what vLLM does -----------------------------------------------------------------------------------------------------------
 
     def complete(self, request: dict[str, Any]) -> tuple[int, Any]:
-        ids, k = request["prompt"], request.get("prompt_logprobs")
-        wanted = min(request.get("max_tokens", 16), self.context - len(ids))
+        prompts = request["prompt"] if isinstance(request["prompt"][0], list) else [request["prompt"]]
         if request["model"] != self.model:
             return 404, _error(404, f"The model `{request['model']}` does not exist.")
-        if refused := self._refusal(request, wanted):
-            return 400, _error(400, refused)
+        for ids in prompts:
+            if refused := self._refusal(request, ids):
+                return 400, _error(400, refused)
+        choices = [{"index": i, **self._choice(request, ids)} for i, ids in enumerate(prompts)]
+        usage = {"prompt_tokens": sum(map(len, prompts))}
+        return 200, {"object": "text_completion", "model": self.model, "choices": choices, "usage": usage}
+
+    def _choice(self, request: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+        k, wanted = request.get("prompt_logprobs"), min(request.get("max_tokens", 16), self.context - len(ids))
         settings = {"temperature": 1.0, "top_p": 1.0, **self.defaults, **{n: request[n] for n in ("temperature", "top_p") if n in request}}
         sampled, reports, reason = self._generate(request, ids, wanted, settings)
         choice = {
-            "index": 0,
             "text": "never read this",
             "finish_reason": reason,
             "prompt_logprobs": None if k is None else [None, *(_entry(row, t, k) for row, t in zip(table(ids)[1:], ids[1:], strict=False))],
             "logprobs": None if request.get("logprobs") is None else _reported(sampled, reports, request["logprobs"]),
         }
-        if request.get("return_token_ids"):
-            choice |= {"token_ids": sampled, "prompt_token_ids": ids}
-        return 200, {"object": "text_completion", "model": self.model, "choices": [choice], "usage": {"prompt_tokens": len(ids)}}
+        return choice | ({"token_ids": sampled, "prompt_token_ids": ids} if request.get("return_token_ids") else {})
 
-    def _refusal(self, request: dict[str, Any], wanted: int) -> str:
+    def _refusal(self, request: dict[str, Any], ids: list[int]) -> str:
         """What vLLM 0.32 says of a request that it does not take."""
-        ids, k = request["prompt"], max(request.get("prompt_logprobs") or 0, request.get("logprobs") or 0)
+        wanted = min(request.get("max_tokens", 16), self.context - len(ids))
+        k = max(request.get("prompt_logprobs") or 0, request.get("logprobs") or 0)
         refusals = {
             f"Token id {max(ids)} is out of vocabulary": max(ids) >= VOCAB,
             f"This model's maximum context length is {self.context} tokens. However, your prompt contains more.": len(ids) > self.context,

@@ -17,7 +17,7 @@ from attrs import define, field, frozen
 from lopd.checks import check_at_least, check_number
 from lopd.engines.http_answers import Trouble
 from lopd.engines.http_endpoint import Endpoint, Served
-from lopd.errors import EngineError, InvalidRecordError, MissingDependencyError
+from lopd.errors import EngineError, InvalidRecordError, LopdError, MissingDependencyError
 
 try:
     import httpx2
@@ -39,17 +39,19 @@ _BACKOFF = tenacity.wait_exponential(multiplier=0.25, max=15) + tenacity.wait_ra
 @final
 @frozen(eq=False)
 class Request(Generic[T]):
-    """One completion that is asked for.
+    """Completions that are asked for together.
 
     Args:
-        owner: how an error names it.
-        body: all of it but the model's name.
+        owner: how an error names them.
+        body: all of the request but the model's name.
         read: makes something of the answer; its errors end the call, but for `Trouble`, after which the request is sent again.
+        parts: the same, one by one, to be asked for if they cannot be had together: an error then names the one at fault.
     """
 
     owner: str
     body: Mapping[str, Any]
-    read: Callable[[Any], T]
+    read: Callable[[Any], Sequence[T]]
+    parts: "Sequence[Request[T]]" = ()
 
 
 @final
@@ -184,7 +186,7 @@ class _Pool:
 
     async def run(self, requests: Sequence[Request[T]]) -> list[T]:
         """What the requests give, in their order."""
-        results: dict[int, T] = {}
+        results: dict[int, Sequence[T]] = {}
         todo = iter(enumerate(requests))
 
         async def work() -> None:
@@ -194,7 +196,7 @@ class _Pool:
         async with self._watched() as group:
             slots = self._servers.concurrency * len(self._endpoints)
             await asyncio.gather(*(group.create_task(work()) for _ in range(min(slots, len(requests)))))
-        return [results[i] for i in range(len(requests))]
+        return [result for i in range(len(requests)) for result in results[i]]
 
     @asynccontextmanager
     async def _watched(self) -> AsyncIterator[asyncio.TaskGroup]:
@@ -243,8 +245,17 @@ class _Pool:
         finally:
             endpoint.tried.set()
 
-    async def _ask(self, request: Request[T]) -> T:
-        """Its result, from whichever server is up; sent again while that may help."""
+    async def _ask(self, request: Request[T]) -> Sequence[T]:
+        """Its results, together or, if there is something wrong with one of them, one by one."""
+        try:
+            return await self._persist(request)
+        except LopdError:
+            if not request.parts:
+                raise
+        return [result for part in request.parts for result in await self._persist(part)]
+
+    async def _persist(self, request: Request[T]) -> Sequence[T]:
+        """Its results, from whichever server is up; sent again while that may help."""
         attempts = self._servers.attempts
         try:
             return await self._again(tenacity.stop_after_attempt(attempts), self._pause)(self._attempt, request)
@@ -258,7 +269,7 @@ class _Pool:
         """Another server may be asked at once."""
         return 0.0 if any(endpoint.up for endpoint in self._endpoints) else _BACKOFF(state)
 
-    async def _attempt(self, request: Request[T]) -> T:
+    async def _attempt(self, request: Request[T]) -> Sequence[T]:
         endpoint = await self._until(lambda endpoint: endpoint.up and endpoint.busy < self._servers.concurrency)
         endpoint.busy += 1
         try:

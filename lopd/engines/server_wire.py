@@ -27,25 +27,31 @@ _PROBED = 5
 _HOT = 2.0
 
 
-def _body(ids: Sequence[int], max_tokens: int, **more: Any) -> dict[str, Any]:
+def _body(ids: Sequence[int] | Sequence[Sequence[int]], max_tokens: int, **more: Any) -> dict[str, Any]:
     return {"prompt": ids, "max_tokens": max_tokens, "add_special_tokens": False, "return_token_ids": True, **_UNCHANGED, **more}
 
 
-def scoring_body(rollout: Rollout, top_k: int) -> dict[str, Any]:
-    """A request for the log-probs of a rollout's own tokens; the one token that vLLM insists on generating is thrown away."""
-    return _body(_ids(rollout), 1, prompt_logprobs=top_k, temperature=1.0, top_p=1.0)
+def scoring_body(rollouts: Sequence[Rollout], top_k: int) -> dict[str, Any]:
+    """A request for the log-probs of rollouts' own tokens; the one token that vLLM insists on generating is thrown away."""
+    return _body([_ids(rollout) for rollout in rollouts], 1, prompt_logprobs=top_k, temperature=1.0, top_p=1.0)
 
 
-def read_scores(rollout: Rollout, top_k: int, vocab_size: int, answer: Any) -> Scores:
-    """The scores in the answer to `scoring_body`.
+def read_scores(rollouts: Sequence[Rollout], top_k: int, vocab_size: int, answer: Any) -> list[Scores]:
+    """The scores in the answer to `scoring_body`, in the order of the rollouts.
 
     Raises:
         InvalidRecordError: a log-prob is missing, or is none; it names the rollout.
         EngineError: the server read other tokens than were sent, or does not speak the extensions.
     """
-    owner, ids = f"Rollout {rollout.rollout_id!r}", _ids(rollout)
-    choice = _choice(owner, answer, ids)
+    owner = f"Rollout {rollouts[0].rollout_id!r}"
+    choices = _choices(owner, answer, len(rollouts))
     _check_computed(owner, answer)
+    return [_scores(rollout, top_k, vocab_size, choice) for rollout, choice in zip(rollouts, choices, strict=True)]
+
+
+def _scores(rollout: Rollout, top_k: int, vocab_size: int, choice: Mapping[str, Any]) -> Scores:
+    owner, ids = f"Rollout {rollout.rollout_id!r}", _ids(rollout)
+    _check_read(owner, choice, ids)
     entries = _listed(owner, choice, "prompt_logprobs", len(ids))[rollout.prompt_ids.size :]
     logprobs = [
         _logprob(owner, t, entry, token) for t, (entry, token) in enumerate(zip(entries, rollout.response_ids.tolist(), strict=True))
@@ -164,7 +170,8 @@ def read_rollout(ask: Ask, tokenizer: TokenizerId, answer: Any) -> Rollout:
         EngineError: the server read another prompt, or stopped elsewhere than it was told to, or does not speak the extensions.
     """
     owner = f"Rollout {ask.rollout_id!r}"
-    choice = _choice(owner, answer, ask.prompt_ids.tolist())
+    (choice,) = _choices(owner, answer, 1)
+    _check_read(owner, choice, ask.prompt_ids.tolist())
     ids = _listed(owner, choice, "token_ids")
     _check_sampled(owner, ids, tokenizer)
     _check_end(owner, ids, ask, choice.get("finish_reason"))
@@ -246,19 +253,22 @@ def _candidates(owner: str, answer: Any) -> dict[str, float]:
         raise EngineError(f"{owner}: its answer holds no top_logprobs, expected those of one token; {_EXTENSIONS}.") from None
 
 
-def _choice(owner: str, answer: Any, prompt: list[int]) -> Mapping[str, Any]:
-    """The only choice, after a check that the server read these very ids."""
+def _choices(owner: str, answer: Any, count: int) -> list[Mapping[str, Any]]:
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
-    if not (isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], Mapping)):
-        raise EngineError(f"{owner}: the server's answer holds no single choice, expected one; {_EXTENSIONS}.")
-    read = _listed(owner, choices[0], "prompt_token_ids")
+    if not (isinstance(choices, list) and len(choices) == count and all(isinstance(choice, Mapping) for choice in choices)):
+        raise EngineError(f"{owner}: the server's answer is not of {count} choices, expected one for each prompt; {_EXTENSIONS}.")
+    return choices
+
+
+def _check_read(owner: str, choice: Mapping[str, Any], prompt: list[int]) -> None:
+    """The server read these very ids."""
+    read = _listed(owner, choice, "prompt_token_ids")
     if read != prompt:
         place = next((i for i, (a, b) in enumerate(zip(read, prompt, strict=False)) if a != b), min(len(read), len(prompt)))
         raise EngineError(
             f"{owner}: the server read {len(read)} tokens that differ from those sent from token {place} on, expected the {len(prompt)} sent; "
             "start it without truncation, and with no proxy that changes prompts."
         )
-    return choices[0]
 
 
 def _listed(owner: str, holder: Any, name: str, length: int | None = None) -> list[Any]:
