@@ -1,6 +1,7 @@
 """One server of a model, during one call."""
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any, final
 
@@ -11,6 +12,7 @@ from lopd.engines.http_answers import Trouble, accepted, sent
 from lopd.errors import EngineError
 
 _CHECK_S = 30.0
+_LOG = logging.getLogger(__name__)
 
 
 @final
@@ -60,6 +62,8 @@ class Endpoint:
 
     def fail(self, trouble: Trouble) -> None:
         """Leave it alone until it was asked how it is."""
+        if self.up:
+            _LOG.warning("Server %s is left alone for now: %s", self.url, trouble)
         self.up, self.pause = False, trouble.pause
         self.failed.set()
 
@@ -75,7 +79,7 @@ class Endpoint:
         listed = await self._get("/v1/models", missing={})
         try:
             cards = {card["id"]: card for card in listed["data"]}
-            said = version.get("version", "")
+            said = str(version.get("version") or "")
         except (KeyError, TypeError, AttributeError):
             raise EngineError(f"Server {self.url}: it lists no models, expected /v1/models; check the URL.") from None
         card = cards.get(self.model)
@@ -85,8 +89,8 @@ class Endpoint:
             )
         return Served(said, card.get("root"), self._positions(card.get("max_model_len")))
 
-    def _positions(self, said: int | None) -> int:
-        asked = self.context
+    def _positions(self, said: Any) -> int:
+        asked, said = self.context, said if isinstance(said, int) else None
         context = said if asked is None else asked
         if context is None or (said is not None and context > said):
             raise EngineError(

@@ -5,6 +5,7 @@ again.  Nothing outlives a call: connections, tasks and the thread they run in e
 """
 
 import asyncio
+import logging
 import os
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ except ImportError as error:
     ) from error
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 _KEY_VARIABLE = "VLLM_API_KEY"
 _CONNECT_S = 10.0
 # uvicorn closes a connection that was idle for 5 s; one that is closed while a request is on its way costs a try
@@ -216,11 +218,12 @@ class _Pool:
     async def _watch(self, endpoint: Endpoint) -> None:
         """Bring it up, and again each time it fails, until it stays down for too long."""
         while not endpoint.lost:
-            await asyncio.sleep(min(endpoint.pause, self._servers.patience_s))
+            await asyncio.sleep(self._bounded(endpoint.pause))
             try:
-                await self._again(tenacity.stop_after_delay(self._servers.patience_s), _patiently)(self._check, endpoint)
+                await self._again(tenacity.stop_after_delay(self._servers.patience_s), self._patiently)(self._check, endpoint)
             except Trouble as trouble:
                 endpoint.lost = True
+                _LOG.warning("Server %s is given up: %s", endpoint.url, trouble)
                 if all(other.lost for other in self._endpoints):
                     raise EngineError(
                         f"Server {endpoint.url}: {trouble}, expected an answer within {self._servers.patience_s:.0f} s; "
@@ -281,16 +284,18 @@ class _Pool:
             endpoint.busy -= 1
             self._changed.set()
 
+    def _patiently(self, state: tenacity.RetryCallState) -> float:
+        """Growing pauses, and those that the server asks for."""
+        trouble = state.outcome.exception() if state.outcome else None
+        return max(_BACKOFF(state), self._bounded(trouble.pause) if isinstance(trouble, Trouble) else 0.0)
+
+    def _bounded(self, pause: float) -> float:
+        return min(pause, self._servers.patience_s)
+
     def _again(self, stop: Any, wait: Any) -> tenacity.AsyncRetrying:
         return tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Trouble), stop=stop, wait=wait, sleep=asyncio.sleep, reraise=True
         )
-
-
-def _patiently(state: tenacity.RetryCallState) -> float:
-    """Growing pauses, and those that the server asks for."""
-    trouble = state.outcome.exception() if state.outcome else None
-    return max(_BACKOFF(state), trouble.pause if isinstance(trouble, Trouble) else 0.0)
 
 
 def _check_same(url: str, served: Served, whose: str, expected: Served) -> None:

@@ -64,7 +64,9 @@ def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
 
     vLLM does not read the cache for such a request, and says so where it was started with `--enable-prompt-tokens-details`.
     """
-    cached = ((answer.get("usage") or {}).get("prompt_tokens_details") or {}).get("cached_tokens")
+    usage = answer.get("usage")
+    details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
+    cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
     if cached:
         raise EngineError(f"{owner}: {cached} of its tokens came out of the prefix cache, expected 0; start the server without it.")
 
