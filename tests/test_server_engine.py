@@ -443,16 +443,35 @@ def test_a_request_that_fails_each_time_ends_the_call_with_the_rollout_the_url_a
     assert sum(map(is_for(rollouts[5]), stub.requests)) == 3
 
 
-def test_a_server_that_asks_for_a_pause_gets_it(stub, monkeypatch):
-    pauses, sleep = [], asyncio.sleep
-    scorer = scorer_of(stub)
+@pytest.fixture
+def pauses(monkeypatch):
+    """How long the client sleeps each time; in truth it does not."""
+    asked, sleep = [], asyncio.sleep
 
     def no_sleep(seconds, *args):
-        pauses.append(seconds)
+        asked.append(seconds)
         return sleep(0, *args)
 
-    stub.fail(1, answer(429, {"Retry-After": "7"}))
     monkeypatch.setattr(http_pool.asyncio, "sleep", no_sleep)
+    return asked
+
+
+def test_a_request_that_failed_waits_before_it_is_sent_again_unless_another_server_can_be_asked(stub, start, pauses):
+    stub.fail(2, answer(500))
+    assert len(scorer_of(stub).score(make_rollouts()[:1])) == 1
+    assert [pause for pause in pauses if pause] == [0.01, 0.01]
+    pauses.clear()
+    stubs = [start(), start()]
+    for one in stubs:
+        one.fail(1, answer(500))
+    assert len(scorer_of(*stubs).score(make_rollouts()[:1])) == 1
+    assert sum(len(one.requests) for one in stubs) in (2, 3)
+    assert [pause for pause in pauses if pause] in ([], [0.01])
+
+
+def test_a_server_that_asks_for_a_pause_gets_it(stub, pauses):
+    scorer = scorer_of(stub)
+    stub.fail(1, answer(429, {"Retry-After": "7"}))
     assert len(scorer.score(make_rollouts())) == 12
     assert 7.0 in pauses
     pauses.clear()
@@ -484,6 +503,16 @@ def test_requests_are_spread_over_servers_and_bounded_at_each(start):
     assert [stub.busiest for stub in stubs] == [3, 3]
     assert all(len(stub.requests) >= 10 for stub in stubs)
     assert sum(len(stub.requests) for stub in stubs) == 40
+
+
+def test_the_least_busy_server_gets_the_next_request(start):
+    stubs = [start(), start(), start()]
+    with held(stubs[0]), held(stubs[1]), held(stubs[2]):
+        thread = threading.Thread(target=lambda: scorer_of(*stubs).score(make_rollouts()))
+        thread.start()
+        until(lambda: sum(stub.busy for stub in stubs) == 12)
+        assert [stub.busy for stub in stubs] == [4, 4, 4]
+    thread.join()
 
 
 def test_a_server_that_is_dead_from_the_beginning_is_left_out(stub, start):

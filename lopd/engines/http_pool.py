@@ -9,7 +9,7 @@ import logging
 import os
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import cache, cached_property
 from typing import Any, Generic, TypeVar, final
 
@@ -32,7 +32,7 @@ except ImportError as error:
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _KEY_VARIABLE = "VLLM_API_KEY"
-_CONNECT_S = 10.0
+_CONNECT_S, _FIRST_LOOK_S = 10.0, 1.0
 # uvicorn closes a connection that was idle for 5 s; one that is closed while a request is on its way costs a try
 _IDLE_S = 3.0
 _BACKOFF = tenacity.wait_exponential(multiplier=0.25, max=15) + tenacity.wait_random(0, 0.25)
@@ -181,7 +181,7 @@ class _Pool:
     async def inspect(self) -> Served:
         """What is served: each server is tried, and one has to be up."""
         async with self._watched():
-            await asyncio.gather(*(endpoint.tried.wait() for endpoint in self._endpoints))
+            await self._all_tried()
             await self._until(lambda endpoint: endpoint.up)
         assert self._served is not None  # noqa: S101  # a server that is up has said so
         return self._served
@@ -196,9 +196,14 @@ class _Pool:
                 results[i] = await self._ask(request)
 
         async with self._watched() as group:
+            with suppress(TimeoutError):  # a moment for all to answer: else the first would get everything
+                await asyncio.wait_for(self._all_tried(), _FIRST_LOOK_S)
             slots = self._servers.concurrency * len(self._endpoints)
             await asyncio.gather(*(group.create_task(work()) for _ in range(min(slots, len(requests)))))
         return [result for i in range(len(requests)) for result in results[i]]
+
+    async def _all_tried(self) -> None:
+        await asyncio.gather(*(endpoint.tried.wait() for endpoint in self._endpoints))
 
     @asynccontextmanager
     async def _watched(self) -> AsyncIterator[asyncio.TaskGroup]:
