@@ -21,6 +21,8 @@ FOREIGN = (
     "obstore",
     "datasets",
     "zstandard",
+    "httpx2",
+    "tenacity",
 )
 
 
