@@ -1,0 +1,266 @@
+r"""Log-probs of stored ids from hidden states, and their exact gradient, without ever holding (M, V) logits.
+
+For any loss f that sees the student only through log-probs of the stored ids S of a token,
+
+\[ \frac{\partial f}{\partial z} = \mathrm{scatter}(S, f') - \Big(\sum_{j \in S} f'_j\Big)\, \mathrm{softmax}(z), \]
+
+so two ways lead to the gradient.  Where f' of a token follows from the log-probs of that token alone (`fused`), the gradient is made in the
+forward pass while the logits of a chunk are at hand: three matrix products.  Otherwise (`selected_logprobs`) the backward pass computes the
+logits once more: four.
+
+Memory: one buffer of `chunk_bytes`, and float32 sums of the gradients.
+
+Shape suffixes: M tokens, C tokens of a chunk, K selected ids each, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, final
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+from lopd.errors import GradientError, InvalidRecordError
+from lopd.losses.products import Products, sum_dtype
+from lopd.types import LMHead
+
+#: Enough rows of a large vocabulary to keep the matrix products busy (240 of 151,936 entries).
+CHUNK_BYTES = 144 << 20
+_LEAST_ROWS = 16
+_BLOCK_BYTES = 2 << 20
+
+#: d loss / d log-probs (C, K) of the rows, from their log-probs (C, K).
+Coefficients = Callable[[Tensor, slice], Tensor]
+
+
+@frozen
+class Chunking:
+    """How a fused path spends memory and precision; what it computes stays the same.
+
+    Args:
+        chunk_bytes: for the buffer of logits; at least 16 rows are taken whatever their size.
+        matmul_dtype: of the three matrix products.  None is float32 (float64 for float64 inputs); torch.bfloat16 rounds logits to about
+            0.02 nats, and is faster where the processor multiplies bfloat16 faster.  Statistics and sums are float32 in any case.
+    """
+
+    chunk_bytes: int = CHUNK_BYTES
+    matmul_dtype: torch.dtype | None = None
+
+
+@frozen(eq=False)
+class Needs:
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+@frozen(eq=False)
+class Gradients:
+    """Sums in float32 or better; None where no gradient was wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def scaled(self, by: Tensor | None, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
+        """The sums, in place, times a scalar, and then rounded once to the dtypes of what they are gradients of."""
+        sums = (self.hidden, self.weight, self.bias)
+        return [
+            None if total is None else (total if by is None else total.mul_(by)).to(dtype)
+            for total, dtype in zip(sums, dtypes, strict=True)
+        ]
+
+
+@final
+class ChunkedHead:
+    """Hidden states and a head, met chunk by chunk in one buffer.
+
+    Args:
+        hidden_MD: of the tokens that count.
+        head: the last layer.
+        chunking: memory and precision.
+
+    Raises:
+        InvalidRecordError: hidden states of another size than the head's; logits, perhaps.
+    """
+
+    def __init__(self, hidden_MD: Tensor, head: LMHead, chunking: Chunking) -> None:
+        if hidden_MD.ndim != 2 or hidden_MD.shape[1] != head.weight.shape[1]:
+            raise InvalidRecordError(
+                f"Loss: hidden states have shape {tuple(hidden_MD.shape)}, expected (tokens, {head.weight.shape[1]}) as the head's weight "
+                f"has shape {tuple(head.weight.shape)}; pass what goes into the head, not logits."
+            )
+        self.head = head
+        self.sum_dtype = sum_dtype(hidden_MD, head.weight)
+        dtype = chunking.matmul_dtype or self.sum_dtype
+        self._products = Products(head.weight.detach(), dtype)
+        self._hidden_MD = hidden_MD.detach()
+        self._bias_V = None if head.bias is None else (head.bias.detach() * head.scale).to(dtype)
+        vocabulary = head.weight.shape[0]
+        buffers = 1 if head.softcap is None else 2
+        self._rows = _rows_of_chunk(len(hidden_MD), vocabulary * dtype.itemsize * buffers, chunking.chunk_bytes)
+        self._buffer_CV = hidden_MD.new_empty(self._rows, vocabulary, dtype=dtype)
+        self._slope_CV = None if head.softcap is None else torch.empty_like(self._buffer_CV)
+        self._block_rows = max(1, _BLOCK_BYTES // (vocabulary * self.sum_dtype.itemsize))
+
+    def zero(self) -> Tensor:
+        """The sum over no tokens."""
+        return self._hidden_MD.new_zeros((), dtype=self.sum_dtype)
+
+    def chunks(self) -> Iterator[slice]:
+        """Which rows belong together."""
+        return (slice(first, min(first + self._rows, len(self._hidden_MD))) for first in range(0, len(self._hidden_MD), self._rows))
+
+    def logprobs(self, ids_MK: Tensor) -> Tensor:
+        """(M, K) log-probs, nats, without a gradient: one matrix product."""
+        parts = [self._exponentials(rows, ids_MK[rows])[0] for rows in self.chunks()]
+        return torch.cat(parts) if parts else self._hidden_MD.new_zeros(ids_MK.shape, dtype=self.sum_dtype)
+
+    def gradients(self, ids_MK: Tensor, coefficients: Coefficients, needs: Needs) -> Gradients:
+        """The gradient of a loss whose derivative by the selected log-probs is given by `coefficients`: three matrix products."""
+        sums = self._empty_sums(needs)
+        for rows in self.chunks():
+            ids_CK = ids_MK[rows]
+            logprobs_CK, sums_C = self._exponentials(rows, ids_CK)
+            scale_C = self._logit_gradients(ids_CK, logprobs_CK, sums_C, coefficients(logprobs_CK, rows))
+            self._add_gradients(sums, rows, scale_C)
+        return sums
+
+    def _empty_sums(self, needs: Needs) -> Gradients:
+        def sums(shape: Sequence[int]) -> Tensor:
+            fill = torch.empty if len(self._hidden_MD) else torch.zeros
+            return fill(tuple(shape), dtype=self.sum_dtype, device=self._hidden_MD.device)
+
+        vocabulary = self.head.weight.shape[:1]
+        return Gradients(
+            hidden=sums(self._hidden_MD.shape) if needs.hidden else None,
+            weight=sums(self.head.weight.shape) if needs.weight else None,
+            bias=sums(vocabulary).zero_() if needs.bias else None,
+        )
+
+    def _hidden(self, rows: slice) -> Tensor:
+        """(C, D) rows times the head's scale, in the dtype of the sums."""
+        hidden_CD = self._hidden_MD[rows].to(self.sum_dtype)
+        return hidden_CD if self.head.scale == 1.0 else hidden_CD * self.head.scale
+
+    def _exponentials(self, rows: slice, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the rows into the buffer, overwritten by exp(logit - largest); (C, K) log-probs and (C,) sums of the exponentials."""
+        buffer_CV = self._buffer_CV[: rows.stop - rows.start]
+        self._products.logits(self._hidden(rows).to(buffer_CV.dtype), self._bias_V, buffer_CV)
+        largest_C, sums_C = (torch.empty(len(buffer_CV), dtype=self.sum_dtype, device=buffer_CV.device) for _ in range(2))
+        selected_CK = torch.empty(ids_CK.shape, dtype=self.sum_dtype, device=buffer_CV.device)
+        # blocks that fit into a cache: the passes over them cost a few per cent of the products
+        for first in range(0, len(buffer_CV), self._block_rows):
+            block = slice(first, first + self._block_rows)
+            logits_RV = buffer_CV[block].to(self.sum_dtype)
+            if self._slope_CV is not None and self.head.softcap is not None:
+                logits_RV.div_(self.head.softcap).tanh_()
+                torch.sub(1.0, logits_RV.square(), out=self._slope_CV[: len(buffer_CV)][block])
+                logits_RV.mul_(self.head.softcap)
+            torch.amax(logits_RV, -1, out=largest_C[block])
+            torch.gather(logits_RV, -1, ids_CK[block], out=selected_CK[block])
+            logits_RV.sub_(largest_C[block, None]).exp_()
+            torch.sum(logits_RV, -1, out=sums_C[block])
+            if logits_RV.dtype != buffer_CV.dtype:
+                buffer_CV[block].copy_(logits_RV)
+        return selected_CK.sub_(largest_C[:, None]).sub_(sums_C.log()[:, None]), sums_C
+
+    def _logit_gradients(self, ids_CK: Tensor, logprobs_CK: Tensor, sums_C: Tensor, gradient_CK: Tensor) -> Tensor:
+        """Exponentials -> gradients by the logits, each row divided by the (C,) scale that is given back.
+
+        A scale of the row costs nothing, as it can be applied to hidden states; a pass over the buffer does.  With one id a row, the row
+        that sums to zero is `(exp - sum * onehot)` times `-f' / sum`.
+        """
+        buffer_CV = self._buffer_CV[: len(ids_CK)]
+        total_C = gradient_CK.sum(-1)
+        if ids_CK.shape[1] == 1:
+            scale_C = -total_C / sums_C
+            # sum * (p - 1), exact also where p is nearly 1
+            buffer_CV.scatter_(-1, ids_CK, (logprobs_CK.expm1() * sums_C[:, None]).to(buffer_CV.dtype))
+        else:
+            scale_C = torch.ones_like(total_C)
+            buffer_CV.mul_((-total_C / sums_C).to(buffer_CV.dtype)[:, None])
+            buffer_CV.scatter_add_(-1, ids_CK, gradient_CK.to(buffer_CV.dtype))
+        if self._slope_CV is not None:
+            buffer_CV.mul_(self._slope_CV[: len(ids_CK)])
+        return scale_C
+
+    def _add_gradients(self, sums: Gradients, rows: slice, scale_C: Tensor) -> None:
+        """The chunk's share of the gradients."""
+        buffer_CV = self._buffer_CV[: rows.stop - rows.start]
+        if sums.hidden is not None:
+            self._products.hidden_gradient(buffer_CV, sums.hidden[rows])
+            sums.hidden[rows].mul_(scale_C[:, None] * self.head.scale)
+        if sums.weight is not None:
+            scaled_CD = self._hidden(rows).mul(scale_C[:, None]).to(buffer_CV.dtype)
+            self._products.weight_gradient(buffer_CV, scaled_CD, sums.weight, first=rows.start == 0)
+        if sums.bias is not None:
+            sums.bias.add_(buffer_CV.T @ (scale_C * self.head.scale).to(buffer_CV.dtype))
+
+
+def _rows_of_chunk(rows: int, row_bytes: int, chunk_bytes: int) -> int:
+    """Rows of equal chunks that fit into the bytes, a multiple of 16 where there are more."""
+    fitting = max(chunk_bytes // row_bytes // _LEAST_ROWS * _LEAST_ROWS, _LEAST_ROWS)
+    chunks = max(-(-rows // fitting), 1)
+    return max(min(-(-rows // (chunks * _LEAST_ROWS)) * _LEAST_ROWS, rows), 1)
+
+
+def refuse_second_order() -> None:
+    """Refuse `create_graph`: with `create_graph`, torch runs a backward pass with gradients enabled.
+
+    Raises:
+        GradientError: it does.
+    """
+    if torch.is_grad_enabled():
+        raise GradientError(
+            "Loss: a gradient of its gradient was asked for (create_graph), expected first order only; use ReferenceOPDLoss for that."
+        )
+
+
+class _SelectedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: tuple[LMHead, Tensor, Chunking]) -> Tensor:  # type: ignore[override]
+        head, ids_MK, chunking = job
+        ctx.save_for_backward(hidden_MD, weight_VD, bias_V)
+        ctx.job = job
+        return ChunkedHead(hidden_MD, head, chunking).logprobs(ids_MK)
+
+    @staticmethod
+    def backward(ctx: Any, upstream_MK: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_order()
+        hidden_MD, weight_VD, bias_V = ctx.saved_tensors
+        head, ids_MK, chunking = ctx.job
+        chunked = ChunkedHead(hidden_MD, LMHead(weight_VD, bias_V, head.softcap, head.scale), chunking)
+        sums = chunked.gradients(ids_MK, lambda _, rows: upstream_MK[rows], Needs(*ctx.needs_input_grad[:3]))
+        return (*sums.scaled(None, (hidden_MD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)), None)
+
+
+def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Chunking | None = None) -> Tensor:
+    r"""Log-probs of stored ids under the head, differentiable, for any loss downstream: \(z_S - \log\sum_v \exp z_v\).
+
+    The backward pass computes the logits again; with the forward pass that makes four matrix products.  `FusedOPDLoss` needs three.
+
+    Args:
+        hidden_MD: (M, D) hidden states below the head; leave out tokens that do not count.
+        head: the last layer; no gradient is computed for a frozen one.
+        ids: (M,) or (M, K) int64.
+        chunking: memory and precision.
+
+    Returns:
+        Log-probs in the shape of `ids`, nats, at most 0; float64 if hidden states or weight are, float32 otherwise.
+
+    Raises:
+        InvalidRecordError: hidden states of another size than the head's.
+        GradientError: in a backward pass with `create_graph`.
+
+    Memory: `chunk_bytes`, never M * V.
+
+    >>> head = LMHead(torch.tensor([[1.0], [0.0]]))
+    >>> selected_logprobs(torch.tensor([[0.0]]), head, torch.tensor([1])).exp()
+    tensor([0.5000])
+    """
+    ids_MK = ids if ids.ndim == 2 else ids[:, None]
+    logprobs_MK: Tensor = _SelectedLogprobs.apply(hidden_MD, head.weight, head.bias, (head, ids_MK, chunking or Chunking()))  # type: ignore[no-untyped-call]
+    return logprobs_MK if ids.ndim == 2 else logprobs_MK.squeeze(-1)

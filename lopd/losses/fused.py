@@ -1,0 +1,146 @@
+r"""The losses of `reference` in the memory of one chunk: the same objectives, with gradients made in the forward pass.
+
+Shape suffixes: N tokens of a batch, M of them that count, C of a chunk, K selected ids each, D hidden size, V vocabulary.
+"""
+
+from typing import Any, final
+
+import torch
+from attrs import define, field, frozen
+from torch import Tensor
+
+from lopd.errors import GradientError
+from lopd.losses.chunked import ChunkedHead, Chunking, Gradients, Needs, refuse_second_order, selected_logprobs
+from lopd.losses.objective import Objective, OPDObjective, TokenLosses, Tokens, Transform, check_clip
+from lopd.types import Batch, LMHead, LossOutput
+
+
+@define(eq=False)
+class _Job:
+    """One micro-batch on its way through `_LossSum`; keeps what the objective said of each chunk."""
+
+    head: LMHead
+    objective: Objective
+    tokens: Tokens
+    chunking: Chunking
+    said: list[TokenLosses] = field(factory=list)
+
+    def coefficients(self, logprobs_CK: Tensor, rows: slice) -> Tensor:
+        """The derivative of the chunk's loss, by autograd on (C, K) values: each equation is written once, in its objective."""
+        with torch.enable_grad():
+            leaf_CK = logprobs_CK.detach().requires_grad_()
+            losses = self.objective(leaf_CK, self.tokens.where(rows))
+            (gradient_CK,) = torch.autograd.grad(losses.loss.sum(), leaf_CK)
+        self.said.append(losses.detach())
+        return gradient_CK
+
+
+class _LossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Job) -> Tensor:  # type: ignore[override]
+        chunked = ChunkedHead(hidden_MD, job.head, job.chunking)
+        ctx.sums = chunked.gradients(job.objective.ids(job.tokens), job.coefficients, Needs(*ctx.needs_input_grad[:3]))
+        ctx.dtypes = (hidden_MD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
+        return torch.stack([chunk.loss.sum() for chunk in job.said]).sum() if job.said else chunked.zero()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_second_order()
+        sums: Gradients | None = ctx.sums
+        if sums is None:
+            raise GradientError("Loss: its backward pass is run a second time, expected once; compute the loss anew (its memory was given on).")
+        ctx.sums = None
+        return (*sums.scaled(upstream, ctx.dtypes), None)
+
+
+@final
+@frozen
+class FusedLoss:
+    """Any objective in the memory of one chunk of logits.
+
+    Args:
+        objective: which loss.  One whose tokens depend on each other costs a fourth matrix product.
+        chunking: memory and precision.
+    """
+
+    objective: Objective
+    chunking: Chunking = Chunking()
+
+    def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        """Weighted sums over the counted tokens.
+
+        Raises:
+            InvalidRecordError: hidden states of another size than the head's.
+            GradientError: in a backward pass that is the second one, or has `create_graph`.
+        """
+        tokens, hidden_MD = Tokens.counted(batch), hidden_ND[batch.weight > 0]
+        trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_MD, head.weight, head.bias))
+        if not (trained and self.objective.per_token):
+            logprobs_MK = selected_logprobs(hidden_MD, head, self.objective.ids(tokens), self.chunking)
+            return self.objective(logprobs_MK, tokens).sums()
+        job = _Job(head, self.objective, tokens, self.chunking)
+        loss_sum: Tensor = _LossSum.apply(hidden_MD, head.weight, head.bias, job)  # type: ignore[no-untyped-call]
+        reverse_kl, clipped = (
+            torch.stack([getattr(chunk, name).sum() for chunk in job.said]).sum() if job.said else torch.zeros_like(loss_sum)
+            for name in ("reverse_kl", "clipped")
+        )
+        return LossOutput(loss_sum, reverse_kl.detach(), clipped.detach())
+
+
+@final
+@frozen
+class FusedOPDLoss:
+    r"""`ReferenceOPDLoss` in the memory of one chunk of logits, at the price of three matrix products.
+
+    \(\sum_t w_t\, (-A_t\, \ell_\theta(a_t))\), \(A_t = \mathrm{clip}(\ell_T - \mathrm{sg}[\ell_\theta], \pm\tau)\).
+
+    Args:
+        clip, ratio_to_ref, transforms, advantage: as in `ReferenceOPDLoss`.  A transform without the mark `per_token` needs whole
+            rollouts, and costs a fourth product.
+        chunking: memory and precision.
+
+    Raises:
+        InvalidRecordError: `clip` is neither None nor finite and more than 0.
+
+    Memory: `chunking.chunk_bytes`, and float32 sums of the gradients; tokens that do not count take none.
+
+    Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.
+    """
+
+    clip: float | None = 10.0
+    ratio_to_ref: bool = False
+    transforms: tuple[Transform, ...] = field(default=(), converter=tuple)
+    advantage: float | None = None
+    chunking: Chunking = Chunking()
+
+    def __attrs_post_init__(self) -> None:
+        check_clip("FusedOPDLoss", self.clip)
+
+    def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        """Weighted sums over the counted tokens.
+
+        Raises:
+            MissingScoresError: the batch has no teacher column, or no ref column though the ratio is asked for.
+            InvalidRecordError: hidden states of another size than the head's.
+            GradientError: in a backward pass that is the second one, or has `create_graph`.
+        """
+        objective = OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage)
+        return FusedLoss(objective, self.chunking)(hidden_ND, head, batch)
+
+
+@final
+@frozen
+class FusedSFTLoss:
+    r"""`SFTLoss` in the memory of one chunk of logits: \(\sum_t w_t\, (-\ell_\theta(a_t))\).
+
+    Args:
+        chunking: memory and precision.
+
+    Source: Lightning OPD (arXiv 2604.13010v2), eq. 6.
+    """
+
+    chunking: Chunking = Chunking()
+
+    def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        """Weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0."""
+        return FusedLoss(OPDObjective.sft(), self.chunking)(hidden_ND, head, batch)
