@@ -47,6 +47,9 @@ class Chunking:
     matmul_dtype: torch.dtype | None = None
 
 
+DEFAULT_CHUNKING = Chunking()
+
+
 @frozen(eq=False)
 class Needs:
     """Which gradients are wanted."""
@@ -221,14 +224,14 @@ def refuse_second_order() -> None:
 
 class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: tuple[LMHead, Tensor, Chunking]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: tuple[LMHead, Tensor, Chunking]) -> Tensor:
         head, ids_MK, chunking = job
         ctx.save_for_backward(hidden_MD, weight_VD, bias_V)
         ctx.job = job
         return ChunkedHead(hidden_MD, head, chunking).logprobs(ids_MK)
 
     @staticmethod
-    def backward(ctx: Any, upstream_MK: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream_MK: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         hidden_MD, weight_VD, bias_V = ctx.saved_tensors
         head, ids_MK, chunking = ctx.job
@@ -237,7 +240,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         return (*sums.scaled(None, (hidden_MD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)), None)
 
 
-def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Chunking | None = None) -> Tensor:
+def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Chunking = DEFAULT_CHUNKING) -> Tensor:
     r"""Log-probs of stored ids under the head, differentiable, for any loss downstream: \(z_S - \log\sum_v \exp z_v\).
 
     The backward pass computes the logits again; with the forward pass that makes four matrix products.  `FusedOPDLoss` needs three.
@@ -262,5 +265,5 @@ def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Ch
     tensor([0.5000])
     """
     ids_MK = ids if ids.ndim == 2 else ids[:, None]
-    logprobs_MK: Tensor = _SelectedLogprobs.apply(hidden_MD, head.weight, head.bias, (head, ids_MK, chunking or Chunking()))  # type: ignore[no-untyped-call]
+    logprobs_MK: Tensor = _SelectedLogprobs.apply(hidden_MD, head.weight, head.bias, (head, ids_MK, chunking))  # type: ignore[no-untyped-call]
     return logprobs_MK if ids.ndim == 2 else logprobs_MK.squeeze(-1)

@@ -10,8 +10,8 @@ from attrs import define, field, frozen
 from torch import Tensor
 
 from lopd.errors import GradientError
-from lopd.losses.chunked import ChunkedHead, Chunking, Gradients, Needs, refuse_second_order, selected_logprobs
-from lopd.losses.objective import Objective, OPDObjective, TokenLosses, Tokens, Transform, check_clip
+from lopd.losses.chunked import DEFAULT_CHUNKING, ChunkedHead, Chunking, Gradients, Needs, refuse_second_order, selected_logprobs
+from lopd.losses.objective import Objective, OPDObjective, TokenLosses, Tokens, Transform, check_clip, to_transforms
 from lopd.types import Batch, LMHead, LossOutput
 
 
@@ -37,18 +37,18 @@ class _Job:
 
 class _LossSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Job) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Job) -> Tensor:
         chunked = ChunkedHead(hidden_MD, job.head, job.chunking)
         ctx.sums = chunked.gradients(job.objective.ids(job.tokens), job.coefficients, Needs(*ctx.needs_input_grad[:3]))
         ctx.dtypes = (hidden_MD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return torch.stack([chunk.loss.sum() for chunk in job.said]).sum() if job.said else chunked.zero()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         sums: Gradients | None = ctx.sums
         if sums is None:
-            raise GradientError("Loss: its backward pass is run a second time, expected once; compute the loss anew (its memory was given on).")
+            raise GradientError("Loss: its backward pass is run a second time, expected once; compute the loss again.")
         ctx.sums = None
         return (*sums.scaled(upstream, ctx.dtypes), None)
 
@@ -64,7 +64,7 @@ class FusedLoss:
     """
 
     objective: Objective
-    chunking: Chunking = Chunking()
+    chunking: Chunking = DEFAULT_CHUNKING
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens.
@@ -109,9 +109,9 @@ class FusedOPDLoss:
 
     clip: float | None = 10.0
     ratio_to_ref: bool = False
-    transforms: tuple[Transform, ...] = field(default=(), converter=tuple)
+    transforms: tuple[Transform, ...] = field(default=(), converter=to_transforms)
     advantage: float | None = None
-    chunking: Chunking = Chunking()
+    chunking: Chunking = DEFAULT_CHUNKING
 
     def __attrs_post_init__(self) -> None:
         check_clip("FusedOPDLoss", self.clip)
@@ -139,7 +139,7 @@ class FusedSFTLoss:
     Source: Lightning OPD (arXiv 2604.13010v2), eq. 6.
     """
 
-    chunking: Chunking = Chunking()
+    chunking: Chunking = DEFAULT_CHUNKING
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0."""

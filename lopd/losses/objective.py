@@ -6,7 +6,7 @@ Shape suffixes: N tokens of a batch, M of them that count, K selected ids each.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar, final
 
 import torch
@@ -44,8 +44,8 @@ class Tokens:
 
     def where(self, rows: Tensor | slice) -> "Tokens":
         """Some of them."""
-        columns = {name: getattr(self, name) for name in ("targets", "weight", "segment_ids", "teacher_logprobs", "ref_logprobs")}
-        return Tokens(**{name: None if column is None else column[rows] for name, column in columns.items()})
+        teacher, ref = (None if column is None else column[rows] for column in (self.teacher_logprobs, self.ref_logprobs))
+        return Tokens(self.targets[rows], self.weight[rows], self.segment_ids[rows], teacher, ref)
 
     def teacher(self) -> Tensor:
         """The teacher's log-probs.
@@ -99,6 +99,11 @@ def per_token(transform: _Function) -> _Function:
     """
     transform.per_token = True  # type: ignore[attr-defined]
     return transform
+
+
+def to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
+    """A tuple of them; `functools.partial` gives one its options."""
+    return tuple(transforms)
 
 
 def _is_per_token(transform: Transform) -> bool:
@@ -157,7 +162,7 @@ def check_clip(owner: str, clip: float | None) -> None:
 @final
 @frozen
 class OPDObjective:
-    r"""\(-w A\,\ell_\theta(a_t)\), or \(-w A \exp(\ell_\theta - \ell_{ref})\), where \(A\) and \(w\) went through the transforms and \(A\) is clipped.
+    r"""\(-w A\,\ell_\theta(a_t)\), or \(-w A \exp(\ell_\theta - \ell_{ref})\); A and w went through the transforms, then A is clipped.
 
     Args:
         clip: \(\tau\) in nats, or None.
@@ -168,7 +173,7 @@ class OPDObjective:
 
     clip: float | None = 10.0
     ratio_to_ref: bool = False
-    transforms: tuple[Transform, ...] = field(default=(), converter=tuple)
+    transforms: tuple[Transform, ...] = field(default=(), converter=to_transforms)
     advantage: float | None = None
 
     @classmethod

@@ -7,15 +7,21 @@ from collections.abc import Iterator
 from typing import final
 
 import torch
-from attrs import field, frozen
+from attrs import Factory, field, frozen
 from torch import Tensor
 
-_TILE_ROWS = 8192
+_TILE_ROWS = 2048  # stays in a cache while it is converted and used
 
 
 def sum_dtype(*tensors: Tensor | None) -> torch.dtype:
     """What statistics and sums are kept in: float64 if one of the tensors is, float32 otherwise."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _make_tile(products: "Products") -> Tensor | None:
+    weight_VD = products.weight
+    rows = min(_TILE_ROWS, weight_VD.shape[0])
+    return None if weight_VD.dtype == products.dtype else weight_VD.new_empty(rows, weight_VD.shape[1], dtype=products.dtype)
 
 
 @final
@@ -32,12 +38,7 @@ class Products:
 
     weight: Tensor
     dtype: torch.dtype
-    _tile: Tensor | None = field(init=False)
-
-    @_tile.default
-    def _make_tile(self) -> Tensor | None:
-        rows, columns = min(_TILE_ROWS, self.weight.shape[0]), self.weight.shape[1]
-        return None if self.weight.dtype == self.dtype else self.weight.new_empty(rows, columns, dtype=self.dtype)
+    _tile: Tensor | None = field(init=False, default=Factory(_make_tile, takes_self=True))
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         if self._tile is None:

@@ -11,7 +11,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
-from lopd.losses.objective import Objective, OPDObjective, Tokens, Transform, check_clip
+from lopd.losses.objective import Objective, OPDObjective, Tokens, Transform, check_clip, to_transforms
 from lopd.protocols import OPDLoss
 from lopd.types import Batch, LMHead, LossOutput
 
@@ -53,7 +53,7 @@ class ReferenceOPDLoss:
 
     clip: float | None = 10.0
     ratio_to_ref: bool = False
-    transforms: tuple[Transform, ...] = field(default=(), converter=tuple)
+    transforms: tuple[Transform, ...] = field(default=(), converter=to_transforms)
     advantage: float | None = None
 
     def __attrs_post_init__(self) -> None:
