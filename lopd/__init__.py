@@ -20,6 +20,9 @@ from lopd.errors import LopdError as LopdError
 from lopd.evaluate import evaluate as evaluate
 from lopd.evaluate import evaluate_reverse_kl as evaluate_reverse_kl
 from lopd.loader import batches as batches
+from lopd.losses.chunked import selected_logprobs as selected_logprobs
+from lopd.losses.fused import FusedOPDLoss as FusedOPDLoss
+from lopd.losses.fused import FusedSFTLoss as FusedSFTLoss
 from lopd.losses.reference import ReferenceOPDLoss as ReferenceOPDLoss
 from lopd.losses.reference import SFTLoss as SFTLoss
 from lopd.losses.reference import WeightedLoss as WeightedLoss

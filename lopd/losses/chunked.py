@@ -100,7 +100,7 @@ class ChunkedHead:
         dtype = chunking.matmul_dtype or self.sum_dtype
         self._products = Products(head.weight.detach(), dtype)
         self._hidden_MD = hidden_MD.detach()
-        self._bias_V = None if head.bias is None else (head.bias.detach() * head.scale).to(dtype)
+        self._bias_V = None if head.bias is None else (head.bias.detach().to(self.sum_dtype) * head.scale).to(dtype)
         vocabulary = head.weight.shape[0]
         buffers = 1 if head.softcap is None else 2
         self._rows = _rows_of_chunk(len(hidden_MD), vocabulary * dtype.itemsize * buffers, chunking.chunk_bytes)
@@ -140,7 +140,7 @@ class ChunkedHead:
         return Gradients(
             hidden=sums(self._hidden_MD.shape) if needs.hidden else None,
             weight=sums(self.head.weight.shape) if needs.weight else None,
-            bias=sums(vocabulary).zero_() if needs.bias else None,
+            bias=sums(vocabulary) if needs.bias else None,
         )
 
     def _hidden(self, rows: slice) -> Tensor:
@@ -200,7 +200,8 @@ class ChunkedHead:
             scaled_CD = self._hidden(rows).mul(scale_C[:, None]).to(buffer_CV.dtype)
             self._products.weight_gradient(buffer_CV, scaled_CD, sums.weight, first=rows.start == 0)
         if sums.bias is not None:
-            sums.bias.add_(buffer_CV.T @ (scale_C * self.head.scale).to(buffer_CV.dtype))
+            scale_C1 = (scale_C * self.head.scale).to(buffer_CV.dtype)[:, None]
+            self._products.weight_gradient(buffer_CV, scale_C1, sums.bias[:, None], first=rows.start == 0)
 
 
 def _rows_of_chunk(rows: int, row_bytes: int, chunk_bytes: int) -> int:

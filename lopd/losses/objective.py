@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar, final
 
 import torch
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 from torch import Tensor
 
 from lopd.checks import check_number
@@ -72,7 +72,7 @@ def _present(column: Tensor | None, name: str) -> Tensor:
 
 @frozen(eq=False)
 class Signal:
-    r"""What a variant changes: the loss of a token has the gradient \(-w A \nabla\ell_\theta\), and nothing here carries a gradient.
+    r"""What a variant changes: the loss of a token has the gradient \(-w A \nabla\ell_\theta\), and nothing here carries that of the student.
 
     Args:
         advantages: \(A\), (M,) nats.
@@ -210,6 +210,5 @@ class OPDObjective:
             advantages_M = torch.full_like(student_M, self.advantage)
         signal = Signal(advantages_M, tokens.weight, student_M, tokens)
         for transform in self.transforms:
-            changed = transform(signal)
-            signal = evolve(changed, advantages=changed.advantages.detach(), weight=changed.weight.detach())
+            signal = transform(signal)
         return signal

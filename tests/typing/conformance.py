@@ -16,7 +16,9 @@ from lopd.console import RichProgress
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.interop import TorchDataset
 from lopd.loader import StepStream
-from lopd.losses.reference import ReferenceOPDLoss, SFTLoss, WeightedLoss
+from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
+from lopd.losses.objective import Objective, OPDObjective
+from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, SFTLoss, WeightedLoss
 from lopd.protocols import (
     DurableStore,
     LogprobReader,
@@ -62,6 +64,14 @@ def dataset(rows: TorchDataset) -> torch.utils.data.Dataset[dict[str, Any]]:
 
 def losses() -> tuple[OPDLoss, OPDLoss, OPDLoss]:
     return ReferenceOPDLoss(), SFTLoss(), WeightedLoss(((1.0, ReferenceOPDLoss()), (0.1, SFTLoss())))
+
+
+def fused_losses(loss: FusedLoss, plain: ReferenceLoss) -> tuple[OPDLoss, OPDLoss, OPDLoss, OPDLoss]:
+    return FusedOPDLoss(), FusedSFTLoss(), loss, plain
+
+
+def objective() -> Objective:
+    return OPDObjective()
 
 
 def student(model: CausalLMStudent) -> Student:
