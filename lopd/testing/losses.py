@@ -153,7 +153,9 @@ def assert_at_least_as_exact(name: str, mine: Tensor, plain: Tensor, truth: Tens
     assert mine.shape == truth.shape, f"{name}: shape {tuple(mine.shape)}, expected {tuple(truth.shape)}"
     if truth.numel() == 0:
         return
-    rounding = torch.finfo(torch.promote_types(mine.dtype, torch.float32)).eps * (float(truth.abs().max()) if largest is None else largest)
+    # float64 is its own truth, and an importance ratio multiplies the rounding of a log-prob by the log-prob
+    unit = max(torch.finfo(torch.promote_types(mine.dtype, torch.float32)).eps, 1e-13)
+    rounding = unit * (float(truth.abs().max()) if largest is None else largest)
     allowed = (plain.double() - truth).abs() + torch.finfo(mine.dtype).eps * truth.abs() + _ROUNDINGS * rounding + 1e-300
     excess = ((mine.double() - truth).abs() / allowed).flatten()
     worst = int(excess.nan_to_num(nan=torch.inf).argmax())
