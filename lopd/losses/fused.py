@@ -95,7 +95,7 @@ class FusedOPDLoss:
     \(\sum_t w_t\, (-A_t\, \ell_\theta(a_t))\), \(A_t = \mathrm{clip}(\ell_T - \mathrm{sg}[\ell_\theta], \pm\tau)\).
 
     Args:
-        clip, ratio_to_ref, transforms, advantage: as in `ReferenceOPDLoss`.  A transform without the mark `per_token` needs whole
+        clip, ratio_to_ref, transforms, advantage, kl_baseline: as in `ReferenceOPDLoss`.  A transform without the mark `per_token` needs whole
             rollouts, and costs a fourth product.
         chunking: memory and precision.
 
@@ -111,6 +111,7 @@ class FusedOPDLoss:
     ratio_to_ref: bool = False
     transforms: tuple[Transform, ...] = field(default=(), converter=to_transforms)
     advantage: float | None = None
+    kl_baseline: bool = False
     chunking: Chunking = DEFAULT_CHUNKING
 
     def __attrs_post_init__(self) -> None:
@@ -124,7 +125,7 @@ class FusedOPDLoss:
             InvalidRecordError: hidden states of another size than the head's.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
-        objective = OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage)
+        objective = OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage, self.kl_baseline)
         return FusedLoss(objective, self.chunking)(hidden_ND, head, batch)
 
 

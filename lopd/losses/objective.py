@@ -7,16 +7,25 @@ Shape suffixes: N tokens of a batch, M of them that count, K selected ids each.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar, final
+from typing import Any, NamedTuple, Protocol, TypeVar, final
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, fields, frozen
 from torch import Tensor
 
 from lopd.checks import check_number
 from lopd.errors import MissingScoresError
 from lopd.losses import functional
+from lopd.losses.divergences import reverse_kl
 from lopd.types import Batch, LossOutput
+
+
+class TopKColumn(NamedTuple):
+    """(M, K) ids, (M, K) log-probs in nats, and (M,) probability of all other tokens."""
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
 
 
 @frozen(eq=False)
@@ -28,6 +37,7 @@ class Tokens:
         weight: (M,) more than 0.
         segment_ids: (M,) int64, which rollout of the batch; tokens of one rollout are in their order.
         teacher_logprobs, ref_logprobs: (M,) nats, or None where the batch has no such column.
+        top_k_ids, top_k_logprobs, top_k_tail: (M, K), (M, K) and (M,) of the teacher, or None where the batch has none.
     """
 
     targets: Tensor
@@ -35,17 +45,20 @@ class Tokens:
     segment_ids: Tensor
     teacher_logprobs: Tensor | None
     ref_logprobs: Tensor | None
+    top_k_ids: Tensor | None = None
+    top_k_logprobs: Tensor | None = None
+    top_k_tail: Tensor | None = None
 
     @classmethod
     def counted(cls, batch: Batch) -> "Tokens":
         """Those of the batch whose weight is more than 0."""
-        everything = cls(batch.targets, batch.weight, batch.segment_ids, batch.teacher_logprobs, batch.ref_logprobs)
-        return everything.where(batch.weight > 0)
+        return cls(**{field.name: getattr(batch, field.name) for field in fields(cls)}).where(batch.weight > 0)
 
     def where(self, rows: Tensor | slice) -> "Tokens":
         """Some of them."""
-        teacher, ref = (None if column is None else column[rows] for column in (self.teacher_logprobs, self.ref_logprobs))
-        return Tokens(self.targets[rows], self.weight[rows], self.segment_ids[rows], teacher, ref)
+        columns = {field.name: getattr(self, field.name) for field in fields(Tokens)}
+        changed: dict[str, Any] = {name: column[rows] for name, column in columns.items() if column is not None}
+        return evolve(self, **changed)
 
     def teacher(self) -> Tensor:
         """The teacher's log-probs.
@@ -62,6 +75,18 @@ class Tokens:
             MissingScoresError: the batch has none.
         """
         return _present(self.ref_logprobs, "ref")
+
+    def top_k(self) -> TopKColumn:
+        """The teacher's most likely tokens.
+
+        Raises:
+            MissingScoresError: the batch has none.
+        """
+        if self.top_k_ids is None or self.top_k_logprobs is None or self.top_k_tail is None:
+            raise MissingScoresError(
+                "Batch: top_k_ids is None, expected the teacher's most likely tokens; ask for them in `batches(top_k=True)`."
+            )
+        return TopKColumn(self.top_k_ids, self.top_k_logprobs, self.top_k_tail)
 
 
 def _present(column: Tensor | None, name: str) -> Tensor:
@@ -169,12 +194,16 @@ class OPDObjective:
         ratio_to_ref: multiply by the per-token importance ratio, with the gradient through it.
         transforms: applied in their order to the unclipped advantages.
         advantage: a constant instead of teacher minus student; 1 is supervised fine-tuning.
+        kl_baseline: add \(KL(\pi_\theta, \pi_T)\), over the teacher's top-k and the tail, to the advantage before the transforms.  The
+            advantage has mean -KL under the student, so what is added up has mean 0: online the same expected gradient, with less
+            variance (vOPD, arXiv 2605.07865).
     """
 
     clip: float | None = 10.0
     ratio_to_ref: bool = False
     transforms: tuple[Transform, ...] = field(default=(), converter=to_transforms)
     advantage: float | None = None
+    kl_baseline: bool = False
 
     @classmethod
     def sft(cls) -> "OPDObjective":
@@ -187,13 +216,14 @@ class OPDObjective:
         return all(_is_per_token(transform) for transform in self.transforms)
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """(M, 1): the sampled token."""
-        return tokens.targets[:, None]
+        """(M, 1): the sampled token; with a baseline (M, 1 + K), the teacher's most likely ones too."""
+        sampled_M1 = tokens.targets[:, None]
+        return torch.cat([sampled_M1, tokens.top_k().ids], dim=-1) if self.kl_baseline else sampled_M1
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
         """See the class."""
-        student_M = logprobs_MK.squeeze(-1)
-        signal = self._signal(student_M.detach(), tokens)
+        student_M = logprobs_MK[:, 0]
+        signal = self._signal(logprobs_MK.detach(), tokens)
         clipped_M = functional.clip_advantages(signal.advantages, self.clip)
         if self.ratio_to_ref:
             loss_M = functional.lightning_with_ratio(student_M, clipped_M, tokens.ref())
@@ -203,11 +233,15 @@ class OPDObjective:
         beyond_M = torch.zeros_like(gap_M) if self.clip is None else (signal.advantages.abs() > self.clip).to(gap_M.dtype)
         return TokenLosses(signal.weight * loss_M, tokens.weight * gap_M, tokens.weight * beyond_M)
 
-    def _signal(self, student_M: Tensor, tokens: Tokens) -> Signal:
+    def _signal(self, logprobs_MK: Tensor, tokens: Tokens) -> Signal:
+        student_M = logprobs_MK[:, 0]
         if self.advantage is None:
             advantages_M = functional.advantages(tokens.teacher(), student_M, clip=None)
         else:
             advantages_M = torch.full_like(student_M, self.advantage)
+        if self.kl_baseline:
+            top_k = tokens.top_k()
+            advantages_M = advantages_M + reverse_kl(logprobs_MK[:, 1:], top_k.logprobs, top_k.tail)
         signal = Signal(advantages_M, tokens.weight, student_M, tokens)
         for transform in self.transforms:
             signal = transform(signal)

@@ -44,6 +44,7 @@ class ReferenceOPDLoss:
         ratio_to_ref: multiply by the per-token importance ratio to the `ref` column (`functional.lightning_with_ratio`).
         transforms: variants of advantages and weights, in their order (`lopd.losses.variants`); the clip comes after them.
         advantage: a constant in the place of teacher minus student; then no teacher is needed.
+        kl_baseline: add KL(student, teacher) to the advantage, as a baseline (vOPD); needs `batches(top_k=True)`.
 
     Raises:
         InvalidRecordError: `clip` is neither.
@@ -55,6 +56,7 @@ class ReferenceOPDLoss:
     ratio_to_ref: bool = False
     transforms: tuple[Transform, ...] = field(default=(), converter=to_transforms)
     advantage: float | None = None
+    kl_baseline: bool = False
 
     def __attrs_post_init__(self) -> None:
         check_clip("ReferenceOPDLoss", self.clip)
@@ -65,7 +67,7 @@ class ReferenceOPDLoss:
         Raises:
             MissingScoresError: the batch has no teacher column, or no ref column though the ratio is asked for.
         """
-        objective = OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage)
+        objective = OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage, self.kl_baseline)
         return ReferenceLoss(objective)(hidden_ND, head, batch)
 
 

@@ -17,6 +17,7 @@ from lopd.protocols import OPDLoss
 from lopd.types import Batch, LMHead, LossOutput
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+_STORED = ("teacher_logprobs", "ref_logprobs", "top_k_logprobs", "top_k_tail")
 _UPSTREAM = -0.37
 _ROUNDINGS = 16
 _SUMS = ("loss_sum", "reverse_kl_sum", "clipped_sum")
@@ -44,7 +45,7 @@ class LossCase:
     def rounded(self, dtype: torch.dtype) -> "LossCase":
         """With hidden states and head in this dtype, and stored columns in float32, as a store has them (float64 for float64)."""
         stored = torch.promote_types(dtype, torch.float32)
-        columns = {name: getattr(self.batch, name) for name in ("weight", "teacher_logprobs", "ref_logprobs")}
+        columns = {name: getattr(self.batch, name) for name in ("weight", *_STORED)}
         changed: dict[str, Any] = {name: value.to(stored) for name, value in columns.items() if value is not None}
         batch = evolve(self.batch, **changed)
         return LossCase(self.name, self.hidden.to(dtype), _map_head(self.head, lambda tensor: tensor.to(dtype)), batch)
@@ -94,13 +95,17 @@ def loss_case(
     hidden_ND, weight_VD = normal(count, dim), normal(vocab, dim) * size / dim**0.5
     head = LMHead(weight_VD, normal(vocab) if bias else None, softcap, scale)
     targets_N, inputs_N = (torch.randint(0, vocab, (count,), generator=random) for _ in range(2))
-    own_N = head.logits(hidden_ND).log_softmax(-1).gather(-1, targets_N[:, None]).squeeze(-1)
+    own_NV = head.logits(hidden_ND).log_softmax(-1)
+    own_N = own_NV.gather(-1, targets_N[:, None]).squeeze(-1)
     # float32 values, so that a float64 run sees the very same; near the student's own, as after SFT
     columns = {f"{model}_logprobs": (own_N + 2 * normal(count)).clamp(-90, 0).float().double() for model in ("teacher", "ref")}
     weight_N = torch.rand(count, generator=random, dtype=torch.float64) + 0.05
     weight_N *= torch.rand(count, generator=random, dtype=torch.float64) < counted
     segments_N = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
     positions_N = torch.cat([torch.arange(length) for length in lengths])
+    top_NK, ids_NK = (own_NV + normal(count, vocab)).log_softmax(-1).topk(min(3, vocab))
+    columns |= {"top_k_logprobs": top_NK.float().double(), "top_k_ids": ids_NK}
+    columns["top_k_tail"] = (1 - top_NK.exp().sum(-1)).clamp(min=0).float().double()
     batch = Batch(inputs_N, targets_N, positions_N, segments_N, weight_N.float().double(), **columns)
     return LossCase(name, hidden_ND, head, batch)
 
@@ -219,7 +224,9 @@ class LossConformance:
         off_N = case.batch.weight == 0
         hidden_ND = case.hidden.clone()
         hidden_ND[off_N] = torch.nan
-        columns = {name: getattr(case.batch, name).masked_fill(off_N, torch.nan) for name in ("teacher_logprobs", "ref_logprobs")}
+        columns = {name: getattr(case.batch, name).clone() for name in _STORED}
+        for column in columns.values():
+            column[off_N] = torch.nan
         dirty = evolve(case, hidden=hidden_ND, batch=evolve(case.batch, **columns))
         for mine, clean in zip(self._flat(dirty), self._flat(case), strict=True):
             assert torch.equal(mine, clean)
