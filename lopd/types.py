@@ -337,11 +337,15 @@ class LossOutput:
         reverse_kl_sum: scalar, detached, nats: sum of weight times (student - teacher) log-prob, the one-sample estimate of
             KL(student, teacher) on these tokens; may be negative; 0 for losses that see no teacher.
         clipped_sum: scalar, detached: sum of weight over tokens whose advantage was clipped.
+        neglected_sum: scalar, detached, or None where nothing was left out of the gradient on purpose: at least the sum over tokens of the
+            1-norm of the gradient by the logits that was left out.  Times the largest norm of a hidden state it bounds what the head's
+            weight lacks (Frobenius norm); times the largest norm of a row of that weight, what the hidden states lack.
     """
 
     loss_sum: Tensor
     reverse_kl_sum: Tensor
     clipped_sum: Tensor
+    neglected_sum: Tensor | None = None
 
 
 @frozen

@@ -13,11 +13,11 @@ Memory: one buffer of `chunk_bytes`, and float32 sums of the gradients.
 Shape suffixes: M tokens, C tokens of a chunk, K selected ids each, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from lopd.errors import GradientError, InvalidRecordError
@@ -61,11 +61,19 @@ class Needs:
 
 @frozen(eq=False)
 class Gradients:
-    """Sums in float32 or better; None where no gradient was wanted."""
+    """Sums in float32 or better; None where no gradient was wanted.
+
+    Args:
+        hidden: (M, D).
+        weight: (V, D).
+        bias: (V,).
+        neglected: scalar; sum of the 1-norms of those gradients by the logits that were left out, or more.
+    """
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    neglected: Tensor
 
     def scaled(self, by: Tensor | None, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
         """The sums, in place, times a scalar, and then rounded once to the dtypes of what they are gradients of."""
@@ -106,51 +114,72 @@ class ChunkedHead:
         self._rows = _rows_of_chunk(len(hidden_MD), vocabulary * dtype.itemsize * buffers, chunking.chunk_bytes)
         self._buffer_CV = hidden_MD.new_empty(self._rows, vocabulary, dtype=dtype)
         self._slope_CV = None if head.softcap is None else torch.empty_like(self._buffer_CV)
+        self._added = False
         self._block_rows = max(1, _BLOCK_BYTES // (vocabulary * self.sum_dtype.itemsize))
 
     def zero(self) -> Tensor:
         """The sum over no tokens."""
         return self._hidden_MD.new_zeros((), dtype=self.sum_dtype)
 
-    def chunks(self) -> Iterator[slice]:
-        """Which rows belong together."""
-        return (slice(first, min(first + self._rows, len(self._hidden_MD))) for first in range(0, len(self._hidden_MD), self._rows))
-
     def logprobs(self, ids_MK: Tensor) -> Tensor:
         """(M, K) log-probs, nats, without a gradient: one matrix product."""
-        parts = [self._exponentials(rows, ids_MK[rows])[0] for rows in self.chunks()]
+        spans = (slice(first, first + self._rows) for first in range(0, len(self._hidden_MD), self._rows))
+        parts = [self._exponentials(rows, ids_MK[rows], 0)[0] for rows in spans]
         return torch.cat(parts) if parts else self._hidden_MD.new_zeros(ids_MK.shape, dtype=self.sum_dtype)
 
-    def gradients(self, ids_MK: Tensor, coefficients: Coefficients, needs: Needs) -> Gradients:
-        """The gradient of a loss whose derivative by the selected log-probs is given by `coefficients`: three matrix products."""
+    def gradients(self, ids_MK: Tensor, coefficients: Coefficients, needs: Needs, least_M: Tensor | None = None) -> Gradients:
+        """The gradient of a loss whose derivative by the selected log-probs is given by `coefficients`: three matrix products.
+
+        Rows whose gradient by the logits has a 1-norm of at most twice `least` (0 if None) skip two of them.
+        """
         sums = self._empty_sums(needs)
-        for rows in self.chunks():
-            ids_CK = ids_MK[rows]
-            logprobs_CK, sums_C = self._exponentials(rows, ids_CK)
-            scale_C = self._logit_gradients(ids_CK, logprobs_CK, sums_C, coefficients(logprobs_CK, rows))
-            self._add_gradients(sums, rows, scale_C)
-        return sums
+        neglected, first, used = self.zero(), 0, 0
+        kept: list[tuple[Tensor, Tensor]] = []
+        while first < len(self._hidden_MD):
+            rows = slice(first, min(first + self._rows - used, len(self._hidden_MD)))
+            logprobs_CK, sums_C = self._exponentials(rows, ids_MK[rows], used)
+            gradient_CK = coefficients(logprobs_CK, rows)
+            scale_C = self._logit_gradients(ids_MK[rows], logprobs_CK, sums_C, gradient_CK, used)
+            # |f'| (1 - p): the gradient of log p by the logits has a 1-norm of 2 (1 - p)
+            size_C = (gradient_CK * logprobs_CK.expm1()).abs().sum(-1)
+            small_C = size_C <= (0.0 if least_M is None else least_M[rows])
+            neglected += 2 * size_C.masked_fill(~small_C, 0.0).sum()
+            index_R = (~small_C).nonzero().squeeze(-1)
+            if len(index_R) < len(size_C):
+                self._close_up(index_R, used)
+            kept.append((index_R + first, scale_C[index_R]))
+            first, used = rows.stop, used + len(index_R)
+            if used > self._rows // 2 or first == len(self._hidden_MD):
+                self._add_gradients(sums, *(torch.cat(parts) for parts in zip(*kept, strict=True)))
+                kept, used = [], 0
+        return evolve(sums, neglected=neglected)
+
+    def _close_up(self, index_R: Tensor, used: int) -> None:
+        """Move the rows that are kept to the front, so that the next logits go behind them and the products stay large."""
+        for place, row in enumerate(index_R.tolist()):
+            if place != row:
+                self._buffer_CV[used + place].copy_(self._buffer_CV[used + row])
 
     def _empty_sums(self, needs: Needs) -> Gradients:
-        def sums(shape: Sequence[int]) -> Tensor:
-            fill = torch.empty if len(self._hidden_MD) else torch.zeros
-            return fill(tuple(shape), dtype=self.sum_dtype, device=self._hidden_MD.device)
-
-        vocabulary = self.head.weight.shape[:1]
+        # what the first chunk overwrites is not filled with zeros, where there is one
+        new = torch.empty if len(self._hidden_MD) else torch.zeros
+        vocabulary, size = self.head.weight.shape
+        options: dict[str, Any] = {"dtype": self.sum_dtype, "device": self._hidden_MD.device}
         return Gradients(
-            hidden=sums(self._hidden_MD.shape) if needs.hidden else None,
-            weight=sums(self.head.weight.shape) if needs.weight else None,
-            bias=sums(vocabulary) if needs.bias else None,
+            hidden=torch.zeros(self._hidden_MD.shape, **options) if needs.hidden else None,
+            weight=new(vocabulary, size, **options) if needs.weight else None,
+            bias=new(vocabulary, **options) if needs.bias else None,
+            neglected=self.zero(),
         )
 
-    def _hidden(self, rows: slice) -> Tensor:
+    def _hidden(self, rows: slice | Tensor) -> Tensor:
         """(C, D) rows times the head's scale, in the dtype of the sums."""
         hidden_CD = self._hidden_MD[rows].to(self.sum_dtype)
         return hidden_CD if self.head.scale == 1.0 else hidden_CD * self.head.scale
 
-    def _exponentials(self, rows: slice, ids_CK: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the rows into the buffer, overwritten by exp(logit - largest); (C, K) log-probs and (C,) sums of the exponentials."""
-        buffer_CV = self._buffer_CV[: rows.stop - rows.start]
+    def _exponentials(self, rows: slice, ids_CK: Tensor, used: int) -> tuple[Tensor, Tensor]:
+        """Logits of the rows into the buffer behind those in use, overwritten by exp(logit - largest); (C, K) log-probs and (C,) sums."""
+        buffer_CV = self._buffer_CV[used : used + len(ids_CK)]
         self._products.logits(self._hidden(rows).to(buffer_CV.dtype), self._bias_V, buffer_CV)
         largest_C, sums_C = (torch.empty(len(buffer_CV), dtype=self.sum_dtype, device=buffer_CV.device) for _ in range(2))
         selected_CK = torch.empty(ids_CK.shape, dtype=self.sum_dtype, device=buffer_CV.device)
@@ -160,7 +189,7 @@ class ChunkedHead:
             logits_RV = buffer_CV[block].to(self.sum_dtype)
             if self._slope_CV is not None and self.head.softcap is not None:
                 logits_RV.div_(self.head.softcap).tanh_()
-                torch.sub(1.0, logits_RV.square(), out=self._slope_CV[: len(buffer_CV)][block])
+                torch.sub(1.0, logits_RV.square(), out=self._slope_CV[used : used + len(buffer_CV)][block])
                 logits_RV.mul_(self.head.softcap)
             torch.amax(logits_RV, -1, out=largest_C[block])
             torch.gather(logits_RV, -1, ids_CK[block], out=selected_CK[block])
@@ -170,13 +199,13 @@ class ChunkedHead:
                 buffer_CV[block].copy_(logits_RV)
         return selected_CK.sub_(largest_C[:, None]).sub_(sums_C.log()[:, None]), sums_C
 
-    def _logit_gradients(self, ids_CK: Tensor, logprobs_CK: Tensor, sums_C: Tensor, gradient_CK: Tensor) -> Tensor:
+    def _logit_gradients(self, ids_CK: Tensor, logprobs_CK: Tensor, sums_C: Tensor, gradient_CK: Tensor, used: int) -> Tensor:
         """Exponentials -> gradients by the logits, each row divided by the (C,) scale that is given back.
 
         A scale of the row costs nothing, as it can be applied to hidden states; a pass over the buffer does.  With one id a row, the row
         that sums to zero is `(exp - sum * onehot)` times `-f' / sum`.
         """
-        buffer_CV = self._buffer_CV[: len(ids_CK)]
+        buffer_CV = self._buffer_CV[used : used + len(ids_CK)]
         total_C = gradient_CK.sum(-1)
         if ids_CK.shape[1] == 1:
             scale_C = -total_C / sums_C
@@ -187,21 +216,23 @@ class ChunkedHead:
             buffer_CV.mul_((-total_C / sums_C).to(buffer_CV.dtype)[:, None])
             buffer_CV.scatter_add_(-1, ids_CK, gradient_CK.to(buffer_CV.dtype))
         if self._slope_CV is not None:
-            buffer_CV.mul_(self._slope_CV[: len(ids_CK)])
+            buffer_CV.mul_(self._slope_CV[used : used + len(ids_CK)])
         return scale_C
 
-    def _add_gradients(self, sums: Gradients, rows: slice, scale_C: Tensor) -> None:
-        """The chunk's share of the gradients."""
-        buffer_CV = self._buffer_CV[: rows.stop - rows.start]
+    def _add_gradients(self, sums: Gradients, index_R: Tensor, scale_R: Tensor) -> None:
+        """The share of the rows in the buffer."""
+        buffer_RV, first = self._buffer_CV[: len(index_R)], not self._added
+        self._added = True
+        scale_R1 = (scale_R * self.head.scale)[:, None]
         if sums.hidden is not None:
-            self._products.hidden_gradient(buffer_CV, sums.hidden[rows])
-            sums.hidden[rows].mul_(scale_C[:, None] * self.head.scale)
+            gradient_RD = torch.zeros(len(index_R), sums.hidden.shape[1], dtype=self.sum_dtype, device=index_R.device)
+            self._products.hidden_gradient(buffer_RV, gradient_RD)
+            sums.hidden[index_R] = gradient_RD.mul_(scale_R1)
         if sums.weight is not None:
-            scaled_CD = self._hidden(rows).mul(scale_C[:, None]).to(buffer_CV.dtype)
-            self._products.weight_gradient(buffer_CV, scaled_CD, sums.weight, first=rows.start == 0)
+            scaled_RD = self._hidden(index_R).mul(scale_R[:, None]).to(buffer_RV.dtype)
+            self._products.weight_gradient(buffer_RV, scaled_RD, sums.weight, first=first)
         if sums.bias is not None:
-            scale_C1 = (scale_C * self.head.scale).to(buffer_CV.dtype)[:, None]
-            self._products.weight_gradient(buffer_CV, scale_C1, sums.bias[:, None], first=rows.start == 0)
+            self._products.weight_gradient(buffer_RV, scale_R1.to(buffer_RV.dtype), sums.bias[:, None], first=first)
 
 
 def _rows_of_chunk(rows: int, row_bytes: int, chunk_bytes: int) -> int:

@@ -3,12 +3,14 @@ r"""The losses of `reference` in the memory of one chunk: the same objectives, w
 Shape suffixes: N tokens of a batch, M of them that count, C of a chunk, K selected ids each, D hidden size, V vocabulary.
 """
 
+import math
 from typing import Any, final
 
 import torch
 from attrs import define, field, frozen
 from torch import Tensor
 
+from lopd.checks import check_number
 from lopd.errors import GradientError
 from lopd.losses.chunked import DEFAULT_CHUNKING, ChunkedHead, Chunking, Gradients, Needs, refuse_second_order, selected_logprobs
 from lopd.losses.objective import Objective, OPDObjective, TokenLosses, Tokens, Transform, check_clip, to_transforms
@@ -23,7 +25,9 @@ class _Job:
     objective: Objective
     tokens: Tokens
     chunking: Chunking
+    epsilon: float
     said: list[TokenLosses] = field(factory=list)
+    neglected: Tensor | None = None
 
     def coefficients(self, logprobs_CK: Tensor, rows: slice) -> Tensor:
         """The derivative of the chunk's loss, by autograd on (C, K) values: each equation is written once, in its objective."""
@@ -39,7 +43,9 @@ class _LossSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Job) -> Tensor:
         chunked = ChunkedHead(hidden_MD, job.head, job.chunking)
-        ctx.sums = chunked.gradients(job.objective.ids(job.tokens), job.coefficients, Needs(*ctx.needs_input_grad[:3]))
+        least_M = job.epsilon * job.tokens.weight
+        ctx.sums = chunked.gradients(job.objective.ids(job.tokens), job.coefficients, Needs(*ctx.needs_input_grad[:3]), least_M)
+        job.neglected = ctx.sums.neglected
         ctx.dtypes = (hidden_MD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         return torch.stack([chunk.loss.sum() for chunk in job.said]).sum() if job.said else chunked.zero()
 
@@ -56,15 +62,25 @@ class _LossSum(torch.autograd.Function):
 @final
 @frozen
 class FusedLoss:
-    """Any objective in the memory of one chunk of logits.
+    r"""Any objective in the memory of one chunk of logits.
 
     Args:
         objective: which loss.  One whose tokens depend on each other costs a fourth matrix product.
         chunking: memory and precision.
+        epsilon: tokens with \(|f'|(1 - p) \le \epsilon\), f' being the derivative of the unweighted loss by the log-prob and p the
+            probability, skip two of the three products; with several stored ids their sum.  0 is exact: then only tokens whose gradient is
+            0 skip them.  `LossOutput.neglected_sum` bounds what is left out.  For objectives that cost a fourth product it does nothing.
+
+    Raises:
+        InvalidRecordError: epsilon is less than 0 or not finite.
     """
 
     objective: Objective
     chunking: Chunking = DEFAULT_CHUNKING
+    epsilon: float = 0.0
+
+    def __attrs_post_init__(self) -> None:
+        check_number("FusedLoss", "epsilon", self.epsilon, 0 <= self.epsilon < math.inf, "finite and at least 0")
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens.
@@ -78,13 +94,13 @@ class FusedLoss:
         if not (trained and self.objective.per_token):
             logprobs_MK = selected_logprobs(hidden_MD, head, self.objective.ids(tokens), self.chunking)
             return self.objective(logprobs_MK, tokens).sums()
-        job = _Job(head, self.objective, tokens, self.chunking)
+        job = _Job(head, self.objective, tokens, self.chunking, self.epsilon)
         loss_sum: Tensor = _LossSum.apply(hidden_MD, head.weight, head.bias, job)  # type: ignore[no-untyped-call]
         reverse_kl, clipped = (
             torch.stack([getattr(chunk, name).sum() for chunk in job.said]).sum() if job.said else torch.zeros_like(loss_sum)
             for name in ("reverse_kl", "clipped")
         )
-        return LossOutput(loss_sum, reverse_kl.detach(), clipped.detach())
+        return LossOutput(loss_sum, reverse_kl.detach(), clipped.detach(), job.neglected)
 
 
 @final
@@ -98,9 +114,10 @@ class FusedOPDLoss:
         clip, ratio_to_ref, transforms, advantage, kl_baseline: as in `ReferenceOPDLoss`.  A transform without the mark `per_token` needs whole
             rollouts, and costs a fourth product.
         chunking: memory and precision.
+        epsilon: tokens whose advantage times (1 - probability) is at most this skip two of the three products (see `FusedLoss`); 0 is exact.
 
     Raises:
-        InvalidRecordError: `clip` is neither None nor finite and more than 0.
+        InvalidRecordError: `clip` is neither None nor finite and more than 0, or epsilon makes no sense.
 
     Memory: `chunking.chunk_bytes`, and float32 sums of the gradients; tokens that do not count take none.
 
@@ -113,9 +130,11 @@ class FusedOPDLoss:
     advantage: float | None = None
     kl_baseline: bool = False
     chunking: Chunking = DEFAULT_CHUNKING
+    epsilon: float = 0.0
 
     def __attrs_post_init__(self) -> None:
         check_clip("FusedOPDLoss", self.clip)
+        check_number("FusedOPDLoss", "epsilon", self.epsilon, 0 <= self.epsilon < math.inf, "finite and at least 0")
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens.
@@ -126,7 +145,7 @@ class FusedOPDLoss:
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
         objective = OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage, self.kl_baseline)
-        return FusedLoss(objective, self.chunking)(hidden_ND, head, batch)
+        return FusedLoss(objective, self.chunking, self.epsilon)(hidden_ND, head, batch)
 
 
 @final
