@@ -14,6 +14,7 @@ Shape suffixes: M tokens, C tokens of a chunk, K selected ids each, D hidden siz
 """
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import Any, final
 
 import torch
@@ -22,12 +23,12 @@ from torch import Tensor
 
 from lopd.errors import GradientError, InvalidRecordError
 from lopd.losses.products import Products, sum_dtype
+from lopd.losses.rows import Rows, Statistics, TorchRows
 from lopd.types import LMHead
 
 #: Enough rows of a large vocabulary to keep the matrix products busy (240 of 151,936 entries).
 CHUNK_BYTES = 144 << 20
 _LEAST_ROWS = 16
-_BLOCK_BYTES = 2 << 20
 
 #: d loss / d log-probs (C, K) of the rows, from their log-probs (C, K).
 Coefficients = Callable[[Tensor, slice], Tensor]
@@ -113,9 +114,8 @@ class ChunkedHead:
         buffers = 1 if head.softcap is None else 2
         self._rows = _rows_of_chunk(len(hidden_MD), vocabulary * dtype.itemsize * buffers, chunking.chunk_bytes)
         self._buffer_CV = hidden_MD.new_empty(self._rows, vocabulary, dtype=dtype)
-        self._slope_CV = None if head.softcap is None else torch.empty_like(self._buffer_CV)
+        self._work = rows_for(self._buffer_CV, head.softcap, self.sum_dtype)
         self._added = False
-        self._block_rows = max(1, _BLOCK_BYTES // (vocabulary * self.sum_dtype.itemsize))
 
     def zero(self) -> Tensor:
         """The sum over no tokens."""
@@ -124,7 +124,7 @@ class ChunkedHead:
     def logprobs(self, ids_MK: Tensor) -> Tensor:
         """(M, K) log-probs, nats, without a gradient: one matrix product."""
         spans = (slice(first, first + self._rows) for first in range(0, len(self._hidden_MD), self._rows))
-        parts = [self._exponentials(rows, ids_MK[rows], 0)[0] for rows in spans]
+        parts = [self._logprobs(rows, ids_MK[rows], 0).logprobs for rows in spans]
         return torch.cat(parts) if parts else self._hidden_MD.new_zeros(ids_MK.shape, dtype=self.sum_dtype)
 
     def gradients(self, ids_MK: Tensor, coefficients: Coefficients, needs: Needs, least_M: Tensor | None = None) -> Gradients:
@@ -137,11 +137,12 @@ class ChunkedHead:
         kept: list[tuple[Tensor, Tensor]] = []
         while first < len(self._hidden_MD):
             rows = slice(first, min(first + self._rows - used, len(self._hidden_MD)))
-            logprobs_CK, sums_C = self._exponentials(rows, ids_MK[rows], used)
-            gradient_CK = coefficients(logprobs_CK, rows)
-            scale_C = self._logit_gradients(ids_MK[rows], logprobs_CK, sums_C, gradient_CK, used)
+            ids_CK = ids_MK[rows]
+            found = self._logprobs(rows, ids_CK, used)
+            gradient_CK = coefficients(found.logprobs, rows)
+            scale_C = self._work.gradients(slice(used, used + len(ids_CK)), ids_CK, found, gradient_CK)
             # |f'| (1 - p): the gradient of log p by the logits has a 1-norm of 2 (1 - p)
-            size_C = (gradient_CK * logprobs_CK.expm1()).abs().sum(-1)
+            size_C = (gradient_CK * found.logprobs.expm1()).abs().sum(-1)
             small_C = size_C <= (0.0 if least_M is None else least_M[rows])
             neglected += 2 * size_C.masked_fill(~small_C, 0.0).sum()
             index_R = (~small_C).nonzero().squeeze(-1)
@@ -177,47 +178,11 @@ class ChunkedHead:
         hidden_CD = self._hidden_MD[rows].to(self.sum_dtype)
         return hidden_CD if self.head.scale == 1.0 else hidden_CD * self.head.scale
 
-    def _exponentials(self, rows: slice, ids_CK: Tensor, used: int) -> tuple[Tensor, Tensor]:
-        """Logits of the rows into the buffer behind those in use, overwritten by exp(logit - largest); (C, K) log-probs and (C,) sums."""
-        buffer_CV = self._buffer_CV[used : used + len(ids_CK)]
-        self._products.logits(self._hidden(rows).to(buffer_CV.dtype), self._bias_V, buffer_CV)
-        largest_C, sums_C = (torch.empty(len(buffer_CV), dtype=self.sum_dtype, device=buffer_CV.device) for _ in range(2))
-        selected_CK = torch.empty(ids_CK.shape, dtype=self.sum_dtype, device=buffer_CV.device)
-        # blocks that fit into a cache: the passes over them cost a few per cent of the products
-        for first in range(0, len(buffer_CV), self._block_rows):
-            block = slice(first, first + self._block_rows)
-            logits_RV = buffer_CV[block].to(self.sum_dtype)
-            if self._slope_CV is not None and self.head.softcap is not None:
-                logits_RV.div_(self.head.softcap).tanh_()
-                torch.sub(1.0, logits_RV.square(), out=self._slope_CV[used : used + len(buffer_CV)][block])
-                logits_RV.mul_(self.head.softcap)
-            torch.amax(logits_RV, -1, out=largest_C[block])
-            torch.gather(logits_RV, -1, ids_CK[block], out=selected_CK[block])
-            logits_RV.sub_(largest_C[block, None]).exp_()
-            torch.sum(logits_RV, -1, out=sums_C[block])
-            if logits_RV.dtype != buffer_CV.dtype:
-                buffer_CV[block].copy_(logits_RV)
-        return selected_CK.sub_(largest_C[:, None]).sub_(sums_C.log()[:, None]), sums_C
-
-    def _logit_gradients(self, ids_CK: Tensor, logprobs_CK: Tensor, sums_C: Tensor, gradient_CK: Tensor, used: int) -> Tensor:
-        """Exponentials -> gradients by the logits, each row divided by the (C,) scale that is given back.
-
-        A scale of the row costs nothing, as it can be applied to hidden states; a pass over the buffer does.  With one id a row, the row
-        that sums to zero is `(exp - sum * onehot)` times `-f' / sum`.
-        """
-        buffer_CV = self._buffer_CV[used : used + len(ids_CK)]
-        total_C = gradient_CK.sum(-1)
-        if ids_CK.shape[1] == 1:
-            scale_C = -total_C / sums_C
-            # sum * (p - 1), exact also where p is nearly 1
-            buffer_CV.scatter_(-1, ids_CK, (logprobs_CK.expm1() * sums_C[:, None]).to(buffer_CV.dtype))
-        else:
-            scale_C = torch.ones_like(total_C)
-            buffer_CV.mul_((-total_C / sums_C).to(buffer_CV.dtype)[:, None])
-            buffer_CV.scatter_add_(-1, ids_CK, gradient_CK.to(buffer_CV.dtype))
-        if self._slope_CV is not None:
-            buffer_CV.mul_(self._slope_CV[used : used + len(ids_CK)])
-        return scale_C
+    def _logprobs(self, rows: slice, ids_CK: Tensor, used: int) -> Statistics:
+        """Logits of the rows into the buffer, behind those in use, and their statistics."""
+        place = slice(used, used + len(ids_CK))
+        self._products.logits(self._hidden(rows).to(self._buffer_CV.dtype), self._bias_V, self._buffer_CV[place])
+        return self._work.logprobs(place, ids_CK)
 
     def _add_gradients(self, sums: Gradients, index_R: Tensor, scale_R: Tensor) -> None:
         """The share of the rows in the buffer."""
@@ -233,6 +198,15 @@ class ChunkedHead:
             self._products.weight_gradient(buffer_RV, scaled_RD, sums.weight, first=first)
         if sums.bias is not None:
             self._products.weight_gradient(buffer_RV, scale_R1.to(buffer_RV.dtype), sums.bias[:, None], first=first)
+
+
+def rows_for(buffer_CV: Tensor, softcap: float | None, dtype: torch.dtype) -> Rows:
+    """Triton's kernels for float32 statistics on CUDA where Triton is installed, plain torch otherwise."""
+    if buffer_CV.is_cuda and dtype == torch.float32 and find_spec("triton"):
+        from lopd.losses.triton_rows import TritonRows
+
+        return TritonRows(buffer_CV, softcap, dtype)
+    return TorchRows(buffer_CV, softcap, dtype)
 
 
 def _rows_of_chunk(rows: int, row_bytes: int, chunk_bytes: int) -> int:
