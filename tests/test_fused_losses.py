@@ -280,6 +280,14 @@ def test_a_second_backward_pass_is_refused() -> None:
         output.loss_sum.backward()
 
 
+def test_a_chunking_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(InvalidRecordError, match="chunk_bytes is 0"):
+        Chunking(chunk_bytes=0)
+    for dtype in (torch.float16, torch.int64):
+        with pytest.raises(InvalidRecordError, match="matmul_dtype is"):
+            Chunking(matmul_dtype=dtype)
+
+
 def test_autocast_around_the_loss_changes_nothing() -> None:
     case = loss_case("autocast", [20], bias=True, seed=28).rounded(torch.float32)
     _, plain = evaluate_case(FusedOPDLoss(), case)

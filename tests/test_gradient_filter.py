@@ -14,7 +14,7 @@ from lopd.losses.chunked import Chunking
 from lopd.losses.divergences import forward_kl
 from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.objective import OPDObjective, Signal, per_token
-from lopd.losses.reference import ReferenceOPDLoss
+from lopd.losses.reference import ReferenceOPDLoss, WeightedLoss
 from lopd.losses.top_k import TopKObjective
 from lopd.testing import LossCase, loss_case
 from lopd.testing.losses import evaluate_case
@@ -112,6 +112,17 @@ def test_the_filter_bounds_a_loss_on_several_ids_too() -> None:
     assert output.neglected_sum is not None
     error = float((mine[1] - exact[1]).norm())
     assert 0 < error <= float(output.neglected_sum) * float(case.hidden.norm(dim=-1).max())
+
+
+def test_a_weighted_loss_adds_up_what_its_terms_neglect() -> None:
+    case = agreeing()
+    parts = [evaluate_case(FusedOPDLoss(epsilon=epsilon), case)[0].neglected_sum for epsilon in (0.01, 0.1)]
+    both = WeightedLoss([(2.0, FusedOPDLoss(epsilon=0.01)), (-0.5, FusedOPDLoss(epsilon=0.1)), (1.0, ReferenceOPDLoss())])
+    output, _ = evaluate_case(both, case)
+    assert output.neglected_sum is not None
+    assert parts[0] is not None
+    assert parts[1] is not None
+    torch.testing.assert_close(output.neglected_sum, 2.0 * parts[0] + 0.5 * parts[1])
 
 
 @pytest.mark.parametrize("epsilon", [-1e-9, math.nan, math.inf])

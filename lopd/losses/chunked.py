@@ -21,6 +21,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
+from lopd.checks import check_at_least, check_number
 from lopd.errors import GradientError, InvalidRecordError
 from lopd.losses.products import Products, sum_dtype
 from lopd.losses.rows import Rows, Statistics, TorchRows
@@ -42,10 +43,19 @@ class Chunking:
         chunk_bytes: for the buffer of logits; at least 16 rows are taken whatever their size.
         matmul_dtype: of the three matrix products.  None is float32 (float64 for float64 inputs); torch.bfloat16 rounds logits to about
             0.02 nats, and is faster where the processor multiplies bfloat16 faster.  Statistics and sums are float32 in any case.
+
+    Raises:
+        InvalidRecordError: no byte, or a dtype of no use.
     """
 
     chunk_bytes: int = CHUNK_BYTES
     matmul_dtype: torch.dtype | None = None
+
+    def __attrs_post_init__(self) -> None:
+        check_at_least("Chunking", "chunk_bytes", self.chunk_bytes, 1)
+        # float16 cannot hold the small factors of rows
+        fits = self.matmul_dtype in (None, torch.float32, torch.float64, torch.bfloat16)
+        check_number("Chunking", "matmul_dtype", self.matmul_dtype, fits, "None, torch.float32, torch.float64 or torch.bfloat16")
 
 
 DEFAULT_CHUNKING = Chunking()

@@ -106,4 +106,5 @@ class WeightedLoss:
         outputs = [(coefficient, loss(hidden_ND, head, batch)) for coefficient, loss in self.terms]
         total = torch.stack([coefficient * output.loss_sum for coefficient, output in outputs]).sum()
         first = outputs[0][1]
-        return LossOutput(total, first.reverse_kl_sum, first.clipped_sum)
+        neglected = [abs(coefficient) * output.neglected_sum for coefficient, output in outputs if output.neglected_sum is not None]
+        return LossOutput(total, first.reverse_kl_sum, first.clipped_sum, torch.stack(neglected).sum() if neglected else None)
