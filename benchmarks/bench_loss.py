@@ -242,6 +242,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     largest = [row for row in rows if (row["tokens"], row["shape"]) == TABLE and row["path"] != "three products"]
     figure = Figure(figsize=(11, 5.5), layout="constrained")
+    figure.suptitle("2,048 tokens, vocabulary 151,936, hidden size 896")
     for line, dtype in zip(figure.subplots(2, 2), DTYPES, strict=True):
         chosen = [row for row in largest if row["dtype"] == dtype]
         names = [f"{row['path']}{', oneDNN' if row['library'] == 'onednn' else ''}" for row in chosen]
@@ -250,7 +251,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             line, ("over_floor", "beyond_gradients_mib"), ("CPU time / three products", "MiB beyond the gradients"), strict=True
         ):
             axes.barh(names, [row[key] for row in chosen], color=colors)
-            axes.set(title=f"{dtype}, N=2048, V=151,936, D=896", xlabel=label)
+            axes.set(title=dtype, xlabel=label)
             axes.spines[["top", "right"]].set_visible(False)
             axes.invert_yaxis()
         line[0].axvline(1.0, color="black", linewidth=0.8)
