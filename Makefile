@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: quickstart bench-quickstart bench-store test-kills test check clean
+.PHONY: quickstart bench-quickstart bench-store bench-loss test-triton test-kills test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -29,6 +29,14 @@ bench-quickstart: .venv/installed-quickstart .venv/installed-data  ## the quicks
 
 bench-store: .venv/installed-test  ## every store beside a memory map, parquet, Arrow; about fifteen minutes
 	$(BIN)/python benchmarks/bench_store.py
+
+bench-loss: .venv/installed-test  ## every way to the loss and its gradient beside the bare matrix products; about an hour
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+	$(BIN)/python benchmarks/bench_loss.py
+
+test-triton: .venv/installed-test  ## the CUDA kernels in Triton's interpreter, and compiled for two kinds of GPU; Triton is 700 MB
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.7.1
+	$(BIN)/python -m pytest tests/test_triton_rows.py
 
 test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants
 	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_faults.py tests/test_survival.py -k kill -rA --timeout 3000

@@ -20,9 +20,16 @@ from lopd.errors import LopdError as LopdError
 from lopd.evaluate import evaluate as evaluate
 from lopd.evaluate import evaluate_reverse_kl as evaluate_reverse_kl
 from lopd.loader import batches as batches
+from lopd.losses.chunked import Chunking as Chunking
+from lopd.losses.chunked import selected_logprobs as selected_logprobs
+from lopd.losses.fused import FusedLoss as FusedLoss
+from lopd.losses.fused import FusedOPDLoss as FusedOPDLoss
+from lopd.losses.fused import FusedSFTLoss as FusedSFTLoss
+from lopd.losses.reference import ReferenceLoss as ReferenceLoss
 from lopd.losses.reference import ReferenceOPDLoss as ReferenceOPDLoss
 from lopd.losses.reference import SFTLoss as SFTLoss
 from lopd.losses.reference import WeightedLoss as WeightedLoss
+from lopd.losses.top_k import TopKObjective as TopKObjective
 from lopd.manifest import Lineage as Lineage
 from lopd.manifest import Manifest as Manifest
 from lopd.manifest import ModelId as ModelId

@@ -5,6 +5,7 @@ token is the target of the last prompt token, so response entries begin at posit
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,12 @@ def by_token(loss_mask_T: BoolArray) -> Float32Array:
 
 
 def collate(
-    records: Sequence[ScoredRollout], weighting: Weighting = by_rollout, *, teacher: str | None = None, ref: str | None = None
+    records: Sequence[ScoredRollout],
+    weighting: Weighting = by_rollout,
+    *,
+    teacher: str | None = None,
+    ref: str | None = None,
+    top_k: str | None = None,
 ) -> Batch:
     """Pack records into one row of N = sum(P + T - 1) tokens, in their order.
 
@@ -37,9 +43,10 @@ def collate(
         weighting: `by_rollout`, `by_token`, or your own function of the loss mask.
         teacher: which score column becomes `teacher_logprobs`.
         ref: which score column becomes `ref_logprobs`.
+        top_k: of which score column the most likely tokens come along.
 
     Raises:
-        InvalidRecordError: there are no records, or the weighting gave something that is no weight.
+        InvalidRecordError: there are no records, their K differ, or the weighting gave something that is no weight.
         MissingScoresError: a record lacks a column; it names the rollout.
     """
     if not records:
@@ -53,6 +60,7 @@ def collate(
         weight=_pack([_at_targets(r, _weights(r, weighting)) for r in records]),
         teacher_logprobs=_column(records, teacher),
         ref_logprobs=_column(records, ref),
+        **_top_k(records, top_k),
     )
 
 
@@ -76,9 +84,9 @@ def _weights(record: ScoredRollout, weighting: Weighting) -> Float32Array:
     return weight_T
 
 
-def _at_targets(record: ScoredRollout, values_T: Float32Array) -> Float32Array:
-    """One value per response token -> one value per target, 0 where the target is a prompt token."""
-    values = np.zeros(len(record.rollout) - 1, np.float32)
+def _at_targets(record: ScoredRollout, values_T: NDArray[Any]) -> NDArray[Any]:
+    """One value (or row) per response token -> one per target, 0 where the target is a prompt token."""
+    values = np.zeros((len(record.rollout) - 1, *values_T.shape[1:]), values_T.dtype)
     values[target_slice(record.rollout)] = values_T
     return values
 
@@ -92,3 +100,25 @@ def _column(records: Sequence[ScoredRollout], name: str | None) -> torch.Tensor 
                 f"Rollout {record.rollout.rollout_id!r}: column {name!r} was not read; name it in `read(columns=...)`."
             )
     return _pack([_at_targets(record, record.scores[name]) for record in records])
+
+
+def _top_k(records: Sequence[ScoredRollout], name: str | None) -> dict[str, torch.Tensor]:
+    if name is None:
+        return {}
+    for record in records:
+        if name not in record.top_k:
+            raise MissingScoresError(
+                f"Rollout {record.rollout.rollout_id!r}: top-k of column {name!r} was not read; name it in `read(top_k=...)`."
+            )
+        k, expected = record.top_k[name].ids.shape[1], records[0].top_k[name].ids.shape[1]
+        if k != expected:
+            raise InvalidRecordError(
+                f"Rollout {record.rollout.rollout_id!r}: its top-k has {k} tokens, expected {expected} as the first of the batch; "
+                "score all rollouts with one K."
+            )
+    supports = [(record, record.top_k[name]) for record in records]
+    return {
+        "top_k_ids": _pack([_at_targets(record, support.ids.astype(np.int64)) for record, support in supports]),
+        "top_k_logprobs": _pack([_at_targets(record, support.logprobs) for record, support in supports]),
+        "top_k_tail": _pack([_at_targets(record, support.tail) for record, support in supports]),
+    }

@@ -102,6 +102,10 @@ class TrainingDivergedError(LopdError, ArithmeticError):
     """A loss or gradient norm that is not finite."""
 
 
+class GradientError(LopdError, RuntimeError):
+    """A gradient that a fused loss does not have: a second one, or one of its gradient."""
+
+
 class MissingDependencyError(LopdError, ImportError):
     """An optional package that this call needs is not installed."""
 

@@ -36,6 +36,7 @@ class StepStream:
     teacher: str | None
     ref: str | None
     weighting: Weighting
+    top_k: bool = False
 
     def __iter__(self) -> Iterator[Step]:
         """Steps from `start` up to `stop`, or for ever."""
@@ -53,8 +54,9 @@ class StepStream:
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:
         columns = tuple(name for name in (self.teacher, self.ref) if name is not None)
-        records = self.store.read(rows.tolist(), columns=columns)
-        return collate(records, self.weighting, teacher=self.teacher, ref=self.ref)
+        supported = self.teacher if self.top_k else None
+        records = self.store.read(rows.tolist(), columns=columns, top_k=() if supported is None else (supported,))
+        return collate(records, self.weighting, teacher=self.teacher, ref=self.ref, top_k=supported)
 
 
 def batches(
@@ -68,6 +70,7 @@ def batches(
     teacher: str | None = "teacher",
     ref: str | None = None,
     weighting: Weighting = by_rollout,
+    top_k: bool = False,
     consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
 ) -> StepStream:
     """The steps of a training run over a store, shuffled anew in each epoch; rollouts in quarantine are left out, with a warning.
@@ -85,11 +88,12 @@ def batches(
         teacher: score column to learn from; None trains on the rollouts as they are (SFT).
         ref: score column of the reference policy, for losses with an importance ratio.
         weighting: what a token counts (`by_rollout` or `by_token`).
+        top_k: bring the teacher's most likely tokens along, for losses on them.
         consistency: what to do about another, or an unknown, SFT teacher.
 
     Raises:
         TeacherConsistencyError: see `check_teacher_consistency`.
-        MissingScoresError: a column is not there, or not complete.
+        MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         InvalidRecordError: the store is empty, `ref` is not of the policy, a rollout is longer than `tokens_per_batch`, or a number makes no sense.
     """
     if rollouts_per_step < 1 or seed < 0 or start < 0:
@@ -106,8 +110,12 @@ def batches(
     if teacher is not None:
         provenance = _provenance(store, teacher)
         check_teacher_consistency(store.manifest, provenance, consistency)
+    if top_k and (provenance is None or provenance.top_k == 0):
+        raise MissingScoresError(
+            f"{store!r}: column {teacher!r} keeps 0 most likely tokens, expected at least 1 for top_k=True; score with a scorer that keeps them."
+        )
     lineage = lineage_after(store.manifest, provenance)
-    return StepStream(lineage, store, rows, rollouts_per_step, tokens_per_batch, seed, start, stop, teacher, ref, weighting)
+    return StepStream(lineage, store, rows, rollouts_per_step, tokens_per_batch, seed, start, stop, teacher, ref, weighting, top_k)
 
 
 def _usable(store: LogprobReader, columns: Sequence[str]) -> NDArray[np.int64]:

@@ -261,6 +261,9 @@ class Batch:
         weight: (N,) float32, how much a token counts; 0 for prompt tokens and masked tokens.
         teacher_logprobs: (N,) float32, nats, meaningful where weight > 0 (0 elsewhere); None if no such column was asked for.
         ref_logprobs: (N,) float32, nats, likewise.
+        top_k_ids: (N, K) int64, the tokens that the teacher finds most likely; None if they were not asked for, like the next two.
+        top_k_logprobs: (N, K) float32, nats, of the teacher's whole distribution.
+        top_k_tail: (N,) float32, the probability that the teacher gives to all other tokens.
     """
 
     inputs: Tensor
@@ -270,6 +273,9 @@ class Batch:
     weight: Tensor
     teacher_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    top_k_ids: Tensor | None = None
+    top_k_logprobs: Tensor | None = None
+    top_k_tail: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -331,11 +337,15 @@ class LossOutput:
         reverse_kl_sum: scalar, detached, nats: sum of weight times (student - teacher) log-prob, the one-sample estimate of
             KL(student, teacher) on these tokens; may be negative; 0 for losses that see no teacher.
         clipped_sum: scalar, detached: sum of weight over tokens whose advantage was clipped.
+        neglected_sum: scalar, detached, or None where nothing was left out of the gradient on purpose: at least the sum over tokens of the
+            1-norm of the gradient by the logits that was left out.  Times the largest norm of a hidden state it bounds what the head's
+            weight lacks (Frobenius norm); times the largest norm of a row of that weight, what the hidden states lack.
     """
 
     loss_sum: Tensor
     reverse_kl_sum: Tensor
     clipped_sum: Tensor
+    neglected_sum: Tensor | None = None
 
 
 @frozen

@@ -5,6 +5,7 @@ own advantage only.  That is the gradient of minus the KL with the states held f
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -14,12 +15,16 @@ from helpers import BigramLM, BigramWorld, flat_gradient
 from hypothesis import given, settings
 from torch import Tensor
 
+from lopd.losses.fused import FusedOPDLoss
+from lopd.losses.objective import Transform
 from lopd.losses.reference import ReferenceOPDLoss
+from lopd.losses.variants import drift_gate, extrapolate, importance_ratio, ppo_clip
 from lopd.protocols import OPDLoss
 from lopd.types import Batch, LMHead, LossOutput
 
 PLAIN = ReferenceOPDLoss(clip=None)
 RATIO = ReferenceOPDLoss(clip=None, ratio_to_ref=True)
+FUSED_RATIO = FusedOPDLoss(clip=None, transforms=(importance_ratio,))
 
 exact = settings(deadline=None, max_examples=30)
 
@@ -267,10 +272,31 @@ def test_the_per_token_ratio_changes_nothing_in_the_gradient_at_the_reference_po
     assert_same(problem.offline(ReferenceOPDLoss(clip, ratio_to_ref=True)), problem.offline(ReferenceOPDLoss(clip)))
 
 
+@given(problems(), st.sampled_from([RATIO, FUSED_RATIO]))
+@exact
+def test_the_per_token_ratio_gives_minus_the_exact_kl_gradient_on_the_states_of_the_reference_policy(
+    problem: Problem, loss: OPDLoss
+) -> None:
+    assert_same(problem.offline(loss), problem.exact_online(states_of=problem.ref))
+
+
+@given(problems(drift=st.just(0.0)), st.sampled_from([ppo_clip, partial(importance_ratio, cap=1.0), drift_gate]))
+@exact
+def test_variants_that_correct_for_drift_change_nothing_at_the_reference_policy(problem: Problem, variant: Transform) -> None:
+    assert_same(problem.offline(FusedOPDLoss(None, transforms=(variant,))), problem.offline())
+
+
 @given(problems())
 @exact
-def test_the_per_token_ratio_gives_minus_the_exact_kl_gradient_on_the_states_of_the_reference_policy(problem: Problem) -> None:
-    assert_same(problem.offline(RATIO), problem.exact_online(states_of=problem.ref))
+def test_extrapolation_by_zero_has_the_reference_policy_for_its_teacher(problem: Problem) -> None:
+    loss = FusedOPDLoss(None, transforms=(partial(extrapolate, scale=0.0),))
+    assert_same(problem.online(loss), problem.online(FusedOPDLoss(None), teacher=problem.ref))
+
+
+@given(problems())
+@exact
+def test_the_fused_loss_has_the_gradient_of_the_plain_one(problem: Problem) -> None:
+    assert_same(problem.offline(FusedOPDLoss(0.5)), problem.offline(ReferenceOPDLoss(0.5)))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -46,5 +46,6 @@ def test_the_public_names_of_the_package_are_these():
     verbs = {"collect_rollouts", "score_rollouts", "batches", "opd_steps", "evaluate", "evaluate_reverse_kl"}
     verbs |= {"save_checkpoint", "load_checkpoint", "collate", "by_rollout", "by_token", "floor_logprobs"}
     things = {"MemoryStore", "ZarrStore", "LanceStore", "open_store", "CausalLMStudent", "ReferenceOPDLoss", "SFTLoss", "WeightedLoss"}
+    things |= {"FusedLoss", "FusedOPDLoss", "FusedSFTLoss", "ReferenceLoss", "TopKObjective", "Chunking", "selected_logprobs"}
     records = {"Prompt", "Rollout", "Scores", "Manifest", "ModelId", "SamplingParams", "Lineage"}
     assert names == verbs | things | records | {"ConsistencyPolicy", "LopdError", "Preflight"}

@@ -14,6 +14,8 @@ from torch.nn.functional import cross_entropy, huber_loss, mse_loss
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.losses import functional
+from lopd.losses.chunked import Chunking
+from lopd.losses.fused import FusedOPDLoss, FusedSFTLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss, WeightedLoss
 from lopd.protocols import OPDLoss
 from lopd.types import Batch, LMHead
@@ -25,6 +27,11 @@ LOSSES: dict[str, OPDLoss] = {
     "ratio": ReferenceOPDLoss(ratio_to_ref=True),
     "sft": SFTLoss(),
     "weighted": WeightedLoss([(1.0, ReferenceOPDLoss(clip=1.0)), (0.5, SFTLoss())]),
+    "fused lightning": FusedOPDLoss(chunking=Chunking(chunk_bytes=1)),
+    "fused plain": FusedOPDLoss(clip=None),
+    "fused ratio": FusedOPDLoss(ratio_to_ref=True),
+    "fused sft": FusedSFTLoss(),
+    "fused weighted": WeightedLoss([(1.0, FusedOPDLoss(clip=1.0)), (0.5, FusedSFTLoss())]),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 every_head = pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 0.7)])
@@ -311,7 +318,7 @@ def test_finite_differences_agree_with_the_functional_losses() -> None:
     for loss in (
         lambda s: functional.lightning(s, advantages_M),
         lambda s: functional.lightning_with_ratio(s, advantages_M, ref_M),
-        functional.negative_log_likelihood,
+        lambda s: functional.lightning(s, torch.ones_like(s)),
     ):
         assert torch.autograd.gradcheck(loss, (student_M,))
 

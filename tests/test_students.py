@@ -15,6 +15,8 @@ from lopd.causal_lm import check_cut, lm_head
 from lopd.collate import by_token, collate
 from lopd.engines.hf import HFSource, load_model
 from lopd.errors import LopdError, ModelError
+from lopd.losses.chunked import Chunking
+from lopd.losses.fused import FusedOPDLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.manifest import Lineage, ModelId, SamplingParams, fingerprint_tokenizer
 from lopd.students import CausalLMStudent
@@ -117,6 +119,32 @@ def test_packed_equals_one_by_one_in_loss_and_gradient(kind, loss, models, recor
     got = [float(whole.loss_sum.detach()), float(whole.reverse_kl_sum), float(whole.clipped_sum)]
     np.testing.assert_allclose(got, sums, rtol=1e-5, atol=1e-5)
     assert_same_gradients(gradients(packed), gradients(single), tolerance=1e-4)
+
+
+def gradients_by(student, batch, loss):
+    student.zero_grad()
+    student(batch, loss).loss_sum.backward()
+    return gradients(student)
+
+
+@every_kind
+def test_the_fused_loss_gives_every_parameter_the_gradient_of_the_plain_one(kind, models, records):
+    student, batch = CausalLMStudent(copy.deepcopy(models(kind)), TOKENIZER_ID), collate(records, by_token, teacher="teacher")
+    student.eval()
+    fused = FusedOPDLoss(clip=2.0, chunking=Chunking(chunk_bytes=1))
+    assert_same_gradients(gradients_by(student, batch, fused), gradients_by(student, batch, ReferenceOPDLoss(clip=2.0)))
+
+
+def test_the_fused_loss_trains_adapters_under_a_frozen_head(models, records):
+    student, batch = (
+        CausalLMStudent(adapted(copy.deepcopy(models("llama_tied"))), TOKENIZER_ID),
+        collate(records, by_token, teacher="teacher"),
+    )
+    student.eval()
+    train(student, batch, FusedOPDLoss(), steps=1)
+    fused, plain = (gradients_by(student, batch, loss) for loss in (FusedOPDLoss(), ReferenceOPDLoss()))
+    assert all("lora" in name for name in fused)
+    assert_same_gradients(fused, plain)
 
 
 def test_the_sft_loss_is_the_negative_log_likelihood_that_transformers_computes(models, rollouts):

@@ -20,15 +20,19 @@ def advantages(teacher_logprobs_M: Tensor, student_logprobs_M: Tensor, clip: flo
     >>> advantages(torch.tensor([-1.0, -30.0]), torch.tensor([-2.0, -1.0]), clip=10.0)
     tensor([  1., -10.])
     """
-    gap_M = (teacher_logprobs_M - student_logprobs_M).detach()
-    return gap_M if clip is None else gap_M.clamp(-clip, clip)
+    return clip_advantages((teacher_logprobs_M - student_logprobs_M).detach(), clip)
+
+
+def clip_advantages(advantages_M: Tensor, clip: float | None) -> Tensor:
+    r"""\(\mathrm{clip}(A, \pm\tau)\); without a \(\tau\), A as it is."""
+    return advantages_M if clip is None else advantages_M.clamp(-clip, clip)
 
 
 def lightning(student_logprobs_M: Tensor, advantages_M: Tensor) -> Tensor:
     r"""\(-A\,\ell_\theta\): the advantage-weighted policy gradient, no importance correction.  Gradient through \(\ell_\theta\) only.
 
     With A as above this is the gradient of a Huber loss (delta = tau) on \(\ell_\theta - \ell_T\); without the stop-gradient in A the
-    teacher would vanish from it.
+    teacher would vanish from it.  With A = 1 it is supervised fine-tuning (eq. 6).
 
     Source: Lightning OPD (arXiv 2604.13010v2), section 3.1.
 
@@ -52,11 +56,3 @@ def lightning_with_ratio(student_logprobs_M: Tensor, advantages_M: Tensor, ref_l
     tensor([-0.5000])
     """
     return -advantages_M * torch.exp(student_logprobs_M - ref_logprobs_M)
-
-
-def negative_log_likelihood(student_logprobs_M: Tensor) -> Tensor:
-    r"""\(-\ell_\theta\): supervised fine-tuning on what is there, that is `lightning` with advantage 1.
-
-    Source: Lightning OPD (arXiv 2604.13010v2), eq. 6.
-    """
-    return -student_logprobs_M

@@ -3,7 +3,6 @@
 Memory: logits of all counted tokens of a micro-batch, M * V * 4 bytes, a few times over.
 """
 
-import math
 from collections.abc import Sequence
 from typing import final
 
@@ -11,31 +10,28 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from lopd.checks import check_number
-from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.losses import functional
+from lopd.errors import InvalidRecordError
+from lopd.losses.objective import Objective, OPDObjective, Tokens, Transform, check_clip, to_transforms
 from lopd.protocols import OPDLoss
 from lopd.types import Batch, LMHead, LossOutput
 
 
-def _counted(batch: Batch) -> Tensor:
-    """(N,) bool: tokens that count.  Others are dropped before any arithmetic, so nothing of theirs can leak through a mask."""
-    return batch.weight > 0
+@final
+@frozen
+class ReferenceLoss:
+    """Any objective, in plain torch.
 
+    Args:
+        objective: which loss.
+    """
 
-def _student_logprobs(hidden_ND: Tensor, head: LMHead, batch: Batch) -> Tensor:
-    """(M,) log-probs, nats, of the counted targets; carries the gradient."""
-    counted_N = _counted(batch)
-    logprobs_MV = head.logits(hidden_ND[counted_N]).log_softmax(-1)
-    return logprobs_MV.gather(-1, batch.targets[counted_N][:, None]).squeeze(-1)
+    objective: Objective
 
-
-def _column(values_N: Tensor | None, name: str, batch: Batch) -> Tensor:
-    if values_N is None:
-        raise MissingScoresError(
-            f"Batch: {name} is None, expected a score column; name it in `batches({name.removesuffix('_logprobs')}=...)`."
-        )
-    return values_N[_counted(batch)]
+    def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        """Weighted sums over the counted tokens."""
+        tokens = Tokens.counted(batch)
+        logprobs_MV = head.logits(hidden_ND[batch.weight > 0]).log_softmax(-1)
+        return self.objective(logprobs_MV.gather(-1, self.objective.ids(tokens)), tokens).sums()
 
 
 @final
@@ -46,6 +42,9 @@ class ReferenceOPDLoss:
     Args:
         clip: \(\tau\) in nats, finite and more than 0; or None for no clipping.
         ratio_to_ref: multiply by the per-token importance ratio to the `ref` column (`functional.lightning_with_ratio`).
+        transforms: variants of advantages and weights, in their order (`lopd.losses.variants`); the clip comes after them.
+        advantage: a constant in the place of teacher minus student; then no teacher is needed.
+        kl_baseline: add KL(student, teacher) to the advantage, as a baseline (vOPD); needs `batches(top_k=True)`.
 
     Raises:
         InvalidRecordError: `clip` is neither.
@@ -55,10 +54,12 @@ class ReferenceOPDLoss:
 
     clip: float | None = 10.0
     ratio_to_ref: bool = False
+    transforms: tuple[Transform, ...] = field(default=(), converter=to_transforms)
+    advantage: float | None = None
+    kl_baseline: bool = False
 
     def __attrs_post_init__(self) -> None:
-        fits = self.clip is None or 0 < self.clip < math.inf
-        check_number("ReferenceOPDLoss", "clip", self.clip, fits, "None, or finite and more than 0 nats")
+        check_clip("ReferenceOPDLoss", self.clip)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens.
@@ -66,18 +67,8 @@ class ReferenceOPDLoss:
         Raises:
             MissingScoresError: the batch has no teacher column, or no ref column though the ratio is asked for.
         """
-        teacher_M = _column(batch.teacher_logprobs, "teacher_logprobs", batch)
-        weight_M = batch.weight[_counted(batch)]
-        student_M = _student_logprobs(hidden_ND, head, batch)
-        advantages_M = functional.advantages(teacher_M, student_M, self.clip)
-        if self.ratio_to_ref:
-            ref_M = _column(batch.ref_logprobs, "ref_logprobs", batch)
-            loss_M = functional.lightning_with_ratio(student_M, advantages_M, ref_M)
-        else:
-            loss_M = functional.lightning(student_M, advantages_M)
-        gap_M = student_M.detach() - teacher_M
-        clipped_M = torch.zeros_like(gap_M) if self.clip is None else (gap_M.abs() > self.clip).to(gap_M.dtype)
-        return LossOutput((weight_M * loss_M).sum(), (weight_M * gap_M).sum(), (weight_M * clipped_M).sum())
+        objective = OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage, self.kl_baseline)
+        return ReferenceLoss(objective)(hidden_ND, head, batch)
 
 
 @final
@@ -90,10 +81,7 @@ class SFTLoss:
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0."""
-        weight_M = batch.weight[_counted(batch)]
-        loss_M = functional.negative_log_likelihood(_student_logprobs(hidden_ND, head, batch))
-        zero = torch.zeros((), device=loss_M.device)
-        return LossOutput((weight_M * loss_M).sum(), zero, zero)
+        return ReferenceLoss(OPDObjective.sft())(hidden_ND, head, batch)
 
 
 def _to_terms(terms: Sequence[tuple[float, OPDLoss]]) -> tuple[tuple[float, OPDLoss], ...]:
@@ -118,4 +106,5 @@ class WeightedLoss:
         outputs = [(coefficient, loss(hidden_ND, head, batch)) for coefficient, loss in self.terms]
         total = torch.stack([coefficient * output.loss_sum for coefficient, output in outputs]).sum()
         first = outputs[0][1]
-        return LossOutput(total, first.reverse_kl_sum, first.clipped_sum)
+        neglected = [abs(coefficient) * output.neglected_sum for coefficient, output in outputs if output.neglected_sum is not None]
+        return LossOutput(total, first.reverse_kl_sum, first.clipped_sum, torch.stack(neglected).sum() if neglected else None)

@@ -17,7 +17,9 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.server import ServerScorer, ServerSource
 from lopd.interop import TorchDataset
 from lopd.loader import StepStream
-from lopd.losses.reference import ReferenceOPDLoss, SFTLoss, WeightedLoss
+from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
+from lopd.losses.objective import Objective, OPDObjective
+from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, SFTLoss, WeightedLoss
 from lopd.protocols import (
     DurableStore,
     LogprobReader,
@@ -63,6 +65,14 @@ def dataset(rows: TorchDataset) -> torch.utils.data.Dataset[dict[str, Any]]:
 
 def losses() -> tuple[OPDLoss, OPDLoss, OPDLoss]:
     return ReferenceOPDLoss(), SFTLoss(), WeightedLoss(((1.0, ReferenceOPDLoss()), (0.1, SFTLoss())))
+
+
+def fused_losses(loss: FusedLoss, plain: ReferenceLoss) -> tuple[OPDLoss, OPDLoss, OPDLoss, OPDLoss]:
+    return FusedOPDLoss(), FusedSFTLoss(), loss, plain
+
+
+def objective() -> Objective:
+    return OPDObjective()
 
 
 def student(model: CausalLMStudent) -> Student:

@@ -1,11 +1,4 @@
-"""Conformance suites and Hypothesis strategies, for our implementations and other people's.
-
-Subclass a suite in a test module, say how to make the thing, and pytest runs every clause of its protocol's contract:
-
-    class TestMyStore(StoreConformance):
-        def make(self, manifest): return MyStore(manifest)
-        def reopen(self, store): return store
-"""
+"""The contract of a `LogprobStore`, one test a clause, with the records and Hypothesis strategies it is tested with."""
 
 from collections.abc import Sequence
 from typing import Any

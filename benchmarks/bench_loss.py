@@ -1,0 +1,299 @@
+"""Time, memory and error of every way to the loss and its gradient, beside the three bare matrix products that none can do without.
+
+    python benchmarks/bench_loss.py                      # writes benchmarks/results/bench_loss.json and docs/bench_loss.png
+    python benchmarks/bench_loss.py --rollouts DIR       # the gradient filter, too, on the stored rollouts of a quickstart run
+
+One thread; CPU seconds of the process, which other work on the machine disturbs less than wall time does.  Every measurement is a process
+of its own; repetitions are interleaved, and each figure is a median.  The floor is the best rate, over chunks of 256 to 1024 rows and both
+matrix libraries, of each of the three products (logits, gradient by hidden states, gradient by the weight) in the same series.
+The loss is Lightning OPD's.  Liger, cut-cross-entropy and torch's own op give log-probs, on which the same loss is then plain autograd.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from loss_paths import PATHS, Problem, make_problem
+from record import ROOT, describe_machine, fill, result_file
+
+import lopd
+from lopd.losses.cpu import fast_matmul
+from lopd.losses.reference import ReferenceOPDLoss
+
+SHAPES = {"151936x896": (151_936, 896), "49152x576": (49_152, 576)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CHUNKS = (256, 512, 1024)
+EPSILONS = (1e-4, 1e-3, 1e-2, 1e-1)
+MIB = 2**20
+FILTER = "filter on rollouts"
+TABLE = (2048, "151936x896")
+RESULTS = ROOT / "benchmarks" / "results" / "bench_loss.json"
+
+
+def memory(field: str) -> float:
+    """MiB from /proc/self/status."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) / 1024
+
+
+def forget_peak() -> None:
+    """Let the peak of memory start again from what is in use."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def floor_rates(problem: Problem) -> dict[str, float]:
+    """CPU seconds a token of each bare product, the best over chunks."""
+    weight_VD = problem.weight.detach()
+    vocabulary = len(weight_VD)
+    gradient_VD = torch.zeros_like(weight_VD)
+    best: dict[str, float] = {}
+    for rows in (rows for rows in CHUNKS if rows <= len(problem.hidden)):
+        hidden_CD = problem.hidden.detach()[:rows]
+        logits_CV, out_CD = hidden_CD.new_zeros(rows, vocabulary), torch.empty_like(hidden_CD)
+        products: dict[str, Callable[[], Any]] = {
+            "logits": lambda h=hidden_CD, z=logits_CV: torch.mm(h, weight_VD.T, out=z),
+            "hidden": lambda z=logits_CV, o=out_CD: torch.mm(z, weight_VD, out=o),
+            "weight": lambda h=hidden_CD, z=logits_CV: torch.mm(z.T, h, out=gradient_VD),
+        }
+        for name, multiply in products.items():
+            multiply()
+            for _ in range(2):
+                started = time.process_time()
+                multiply()
+                seconds = (time.process_time() - started) / rows
+                best[name] = min(best.get(name, seconds), seconds)
+    return best
+
+
+def measure_path(problem: Problem, name: str) -> dict[str, float]:
+    """One loss and its backward pass: CPU and wall seconds, and MiB beyond the gradients."""
+    path = PATHS[name]
+    path(make_problem(32, problem.weight.shape[0], problem.weight.shape[1], problem.hidden.dtype, weight=problem.weight)).backward()
+    problem.weight.grad = None
+    gradients = sum(t.numel() * t.element_size() for t in (problem.hidden, problem.weight)) / MIB
+    before = memory("VmRSS")
+    forget_peak()
+    cpu, wall = time.process_time(), time.perf_counter()
+    path(problem).backward()
+    found = {"cpu_s": time.process_time() - cpu, "wall_s": time.perf_counter() - wall}
+    found["beyond_gradients_mib"] = memory("VmHWM") - before - gradients
+    return found
+
+
+def measure_error(name: str, vocabulary: int, size: int, dtype: torch.dtype) -> dict[str, float]:
+    """Relative error of loss and gradients on 48 tokens and part of the vocabulary against the plain loss in float64."""
+    problem = make_problem(48, min(vocabulary, 16_384), size, dtype)
+    exact = problem.double()
+    loss, truth = PATHS[name](problem), ReferenceOPDLoss()(exact.hidden, exact.head, exact.batch).loss_sum
+    mine = torch.autograd.grad(loss, (problem.hidden, problem.weight))
+    expected = torch.autograd.grad(truth, (exact.hidden, exact.weight))
+    errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(mine, expected, strict=True)]
+    return {
+        "loss_error": abs(float((loss.detach().double() - truth.detach()) / truth.detach())),
+        "hidden_error": errors[0],
+        "weight_error": errors[1],
+    }
+
+
+def work(name: str, tokens: int, shape: str, dtype: str, library: str) -> dict[str, float]:
+    """What one child process does."""
+    torch.set_num_threads(1)
+    vocabulary, size = SHAPES[shape]
+    with ExitStack() as stack:
+        if library == "onednn" and not stack.enter_context(fast_matmul()):
+            return {}
+        if name == "floor":
+            return floor_rates(make_problem(min(tokens, max(CHUNKS)), vocabulary, size, DTYPES[dtype]))
+        if tokens == 0:
+            return measure_error(name, vocabulary, size, DTYPES[dtype])
+        return measure_path(make_problem(tokens, vocabulary, size, DTYPES[dtype]), name)
+
+
+def child(*arguments: str) -> dict[str, float]:
+    """One measurement in a fresh process; an empty answer where it cannot be done."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, __file__, "--worker", *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        print("failed:", " ".join(arguments), done.stderr.strip().splitlines()[-1:], flush=True)
+        return {}
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure_series(tokens: int, shape: str, dtype: str, repeats: int, names: Sequence[str]) -> list[dict[str, Any]]:
+    """All paths of one size, interleaved with the floor; medians."""
+    jobs = [*product(names, ("mkl", "onednn")), *product(["floor"], ("mkl", "onednn"))]
+    jobs = [job for job in jobs if job[1] == "mkl" or (dtype == "float32" and job[0] in ("floor", "fused"))]
+    jobs = [job for job in jobs if job[0] != "fused, bfloat16 products" or dtype == "bfloat16"]
+    runs: dict[tuple[str, str], list[dict[str, float]]] = {job: [] for job in jobs}
+    for repeat in range(repeats):
+        for job in random.Random(repeat).sample(jobs, len(jobs)):  # noqa: S311
+            found = child(job[0], str(tokens), shape, dtype, job[1])
+            if found:
+                runs[job].append(found)
+            print(tokens, shape, dtype, *job, {key: float(f"{value:.3g}") for key, value in found.items()}, flush=True)
+    rates = [run for job in jobs if job[0] == "floor" for run in runs[job]]
+    floor = tokens * sum(min(run[name] for run in rates) for name in ("logits", "hidden", "weight"))
+    size = {"tokens": tokens, "shape": shape, "dtype": dtype}
+    rows = [{**size, "path": "three products", "library": "best", "cpu_s": floor, "over_floor": 1.0}]
+    for (name, library), found in runs.items():
+        if name != "floor" and found:
+            medians = {key: statistics.median(run[key] for run in found) for key in found[0]}
+            errors = child(name, "0", shape, dtype, library)
+            rows.append({**size, "path": name, "library": library, **medians, "over_floor": medians["cpu_s"] / floor, **errors})
+    return rows
+
+
+def goals(rows: Sequence[dict[str, Any]], filtered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every goal, met or not, at each size that was measured."""
+    found: list[dict[str, Any]] = []
+
+    def add(name: str, goal: str, measured: float, met: bool) -> None:
+        found.append({"name": name, "goal": goal, "measured": measured, "met": bool(met)})
+
+    for row in rows:
+        size = f"N={row['tokens']}, V x D = {row['shape']}, {row['dtype']}"
+        if row["path"] == "fused" and row["library"] == "mkl":
+            if row["dtype"] == "float32":
+                add(f"fused over the three products, {size}", "<= 1.10", row["over_floor"], row["over_floor"] <= 1.10)
+                add(f"fused, MiB beyond the gradients, {size}", "<= 160", row["beyond_gradients_mib"], row["beyond_gradients_mib"] <= 160)
+            else:
+                add(f"fused, float32 logits, over the three products, {size}", "<= 1.5", row["over_floor"], row["over_floor"] <= 1.5)
+            peers = [
+                peer for peer in rows if size_of(peer) == size_of(row) and not peer["path"].startswith(("fused", "recomputed", "three"))
+            ]
+            for key, what in (("cpu_s", "CPU seconds"), ("beyond_gradients_mib", "memory")):
+                for peer in peers:
+                    share = row[key] / peer[key] if peer[key] > 0 else float("inf")
+                    add(f"fused against {peer['path']}, {what}, {size}", "< 1", share, share < 1)
+        if row["path"] == "fused, bfloat16 products" and row["dtype"] == "bfloat16":
+            add(f"fused, bfloat16 logits, over the three products, {size}", "<= 1.25", row["over_floor"], row["over_floor"] <= 1.25)
+    useful = [row for row in filtered if row["epsilon"] > 0 and max(row["hidden_error"], row["weight_error"]) <= 1e-3]
+    best = min((row["over_floor"] for row in useful), default=None)
+    if filtered:
+        add("filter on real rollouts at an error <= 1e-3, over the three products", "< 1", best or 0.0, best is not None and best < 1)
+    return found
+
+
+def size_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Tokens, shape and dtype; for the filter on rollouts that it is one."""
+    return (FILTER,) if row["path"] == FILTER else (row["tokens"], row["shape"], row["dtype"])
+
+
+def filter_on_rollouts(folder: Path) -> list[dict[str, Any]]:
+    """What the filter saves, and costs in error, on the stored rollouts of a quickstart run, with the student that sampled them."""
+    from loss_paths import rollout_problem
+
+    torch.set_num_threads(1)
+    problem = rollout_problem(folder)
+    rates = floor_rates(problem)
+    counted = int((problem.batch.weight > 0).sum())
+    floor = counted * sum(rates.values())
+    _, exact, _ = filtered_gradients(problem, 0.0)
+    rows = []
+    for epsilon in (0.0, *EPSILONS):
+        seconds, gradients, neglected = filtered_gradients(problem, epsilon)
+        hidden_error, weight_error = (float((a - b).norm() / b.norm()) for a, b in zip(gradients, exact, strict=True))
+        row = {"epsilon": epsilon, "tokens": counted, "kept": int((gradients[0].abs().sum(-1) > 0).sum()), "cpu_s": seconds}
+        row |= {"over_floor": seconds / floor, "hidden_error": hidden_error, "weight_error": weight_error, "neglected_bound": neglected}
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
+def filtered_gradients(problem: Problem, epsilon: float) -> tuple[float, Sequence[torch.Tensor], float]:
+    """CPU seconds (the better of two), gradients by hidden states and weight, and the bound of what they lack."""
+    loss, best = lopd.FusedOPDLoss(epsilon=epsilon), float("inf")
+    for _ in range(2):
+        started = time.process_time()
+        output = loss(problem.hidden, problem.head, problem.batch)
+        gradients = torch.autograd.grad(output.loss_sum, (problem.hidden, problem.weight))
+        best = min(best, time.process_time() - started)
+    return best, gradients, float(output.neglected_sum if output.neglected_sum is not None else 0.0)
+
+
+def loss_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The largest size of the larger vocabulary as a Markdown table."""
+    lines = ["| path | weights | CPU s | over three products | MiB beyond the gradients | error of dW |", "|---|---|--:|--:|--:|--:|"]
+    for row in rows:
+        if (row["tokens"], row["shape"]) == TABLE:
+            name = f"{row['path']}, oneDNN" if row["library"] == "onednn" else row["path"]
+            rest = f" {row['beyond_gradients_mib']:.0f} | {row['weight_error']:.1e} |" if "weight_error" in row else "  |  |"
+            lines.append(f"| {name} | {row['dtype']} | {row['cpu_s']:.1f} | {row['over_floor']:.2f} |{rest}")
+    return lines
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """CPU seconds over the floor, and memory, of every path at the largest size of each dtype."""
+    from matplotlib.figure import Figure
+
+    largest = [row for row in rows if (row["tokens"], row["shape"]) == TABLE and row["path"] != "three products"]
+    figure = Figure(figsize=(11, 5.5), layout="constrained")
+    figure.suptitle("2,048 tokens, vocabulary 151,936, hidden size 896")
+    for line, dtype in zip(figure.subplots(2, 2), DTYPES, strict=True):
+        chosen = [row for row in largest if row["dtype"] == dtype]
+        names = [f"{row['path']}{', oneDNN' if row['library'] == 'onednn' else ''}" for row in chosen]
+        colors = ["tab:blue" if row["path"].startswith(("fused", "recomputed")) else "tab:gray" for row in chosen]
+        for axes, key, label in zip(
+            line, ("over_floor", "beyond_gradients_mib"), ("CPU time / three products", "MiB beyond the gradients"), strict=True
+        ):
+            axes.barh(names, [row[key] for row in chosen], color=colors)
+            axes.set(title=dtype, xlabel=label)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.invert_yaxis()
+        line[0].axvline(1.0, color="black", linewidth=0.8)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 8192])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rollouts", type=Path, metavar="DIR", help="folder of a finished quickstart run")
+    parser.add_argument("--add", action="store_true", help="keep what the results file has of other sizes")
+    parser.add_argument("--worker", nargs=5, metavar=("PATH", "TOKENS", "SHAPE", "DTYPE", "LIBRARY"))
+    options = parser.parse_args()
+    if options.worker:
+        name, tokens, *rest = options.worker
+        print(json.dumps(work(name, int(tokens), *rest)))
+        return
+    names = [name for name, path in PATHS.items() if path.package is None or find_spec(path.package)]
+    rows: list[dict[str, Any]] = []
+    for tokens, shape, dtype in product(options.tokens, options.shapes, options.dtypes):
+        # (N, V) logits, a few times over, of a plain path have to fit into memory
+        fitting = [name for name in names if PATHS[name].bounded or tokens * SHAPES[shape][0] * 4 < 2**31]
+        rows += measure_series(tokens, shape, dtype, options.repeats, fitting)
+    filtered = filter_on_rollouts(options.rollouts) if options.rollouts else []
+    filtered = [{"path": FILTER, **row} for row in filtered]
+    if options.add:
+        measured = {size_of(row) for row in [*rows, *filtered]}
+        old = json.loads(RESULTS.read_text())["rows"]
+        kept = [row for row in old if size_of(row) not in measured]
+        rows = [*(row for row in kept if row["path"] != FILTER), *rows]
+        filtered = [*(row for row in kept if row["path"] == FILTER), *filtered]
+    found = goals(rows, filtered)
+    for goal in found:
+        print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", f"{goal['measured']:.3g}")
+    result_file("bench_loss", describe_machine(), [*rows, *filtered], found)
+    fill(ROOT / "README.md", "fused table", loss_table(rows))
+    draw(ROOT / "docs" / "bench_loss.png", rows)
+
+
+if __name__ == "__main__":
+    main()

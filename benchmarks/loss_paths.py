@@ -1,0 +1,139 @@
+"""The paths that `bench_loss.py` compares: ours, torch's own, and those of other libraries that run on a CPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from attrs import evolve, frozen
+from torch import Tensor
+
+from lopd import Chunking, FusedOPDLoss, ReferenceOPDLoss
+from lopd.losses.objective import OPDObjective, Signal, Tokens
+from lopd.types import Batch, LMHead
+
+
+@frozen(eq=False)
+class Problem:
+    """One micro-batch whose tokens all count, and the head it meets."""
+
+    hidden: Tensor
+    weight: Tensor
+    batch: Batch
+
+    @property
+    def head(self) -> LMHead:
+        """Without bias, cap and scale, which not every library has."""
+        return LMHead(self.weight)
+
+    def double(self) -> "Problem":
+        """The very same numbers in float64."""
+        hidden, weight = (t.detach().double().requires_grad_() for t in (self.hidden, self.weight))
+        return evolve(self, hidden=hidden, weight=weight)
+
+
+def make_problem(tokens: int, vocabulary: int, size: int, dtype: torch.dtype, weight: Tensor | None = None) -> Problem:
+    """Random numbers with logits of a few nats, as those of a language model; a weight may be used again."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(tokens, size, generator=generator).to(dtype).requires_grad_()
+    if weight is None:
+        weight = (3 * torch.randn(vocabulary, size, generator=generator) / size**0.5).to(dtype).requires_grad_()
+    targets_N = torch.randint(0, vocabulary, (tokens,), generator=generator)
+    columns = {
+        "weight": torch.rand(tokens, generator=generator) + 0.1,
+        "teacher_logprobs": -20 * torch.rand(tokens, generator=generator),
+    }
+    batch = Batch(targets_N, targets_N, torch.arange(tokens), torch.zeros_like(targets_N), **columns)
+    return Problem(hidden_ND, weight, batch)
+
+
+def rollout_problem(folder: Path, tokens: int = 4096) -> Problem:
+    """Hidden states of the student of a quickstart run on its own stored rollouts, with the teacher's stored log-probs."""
+    from lopd import ZarrStore, batches
+    from lopd.causal_lm import hidden_states, lm_head
+    from lopd.engines.hf import load_model
+
+    model, tokenizer = load_model(str(folder / "sft"), torch.float32)
+    store = ZarrStore.open(folder / "store.zarr")
+    step = batches(store, rollouts_per_step=len(store), tokens_per_batch=tokens).step(0)
+    batch = step.batches[0]
+    with torch.no_grad():
+        hidden_ND = hidden_states(model, batch.inputs[None], batch.position_ids[None])[0]
+    weight = lm_head(model, len(tokenizer)).weight.detach().clone()
+    on_N = batch.weight > 0
+    columns = {
+        name: getattr(batch, name)[on_N] for name in ("inputs", "targets", "position_ids", "segment_ids", "weight", "teacher_logprobs")
+    }
+    return Problem(hidden_ND[on_N].clone().requires_grad_(), weight.requires_grad_(), Batch(**columns))
+
+
+@frozen(eq=False)
+class LossPath:
+    """One way to the loss.
+
+    Args:
+        run: problem -> scalar loss, to be differentiated.
+        package: what must be installed for it.
+        bounded: whether its memory does not grow with tokens times vocabulary.
+    """
+
+    run: Callable[[Problem], Tensor]
+    package: str | None = None
+    bounded: bool = True
+
+    def __call__(self, problem: Problem) -> Tensor:
+        """The loss."""
+        return self.run(problem)
+
+
+def downstream(problem: Problem, logprobs_N: Tensor) -> Tensor:
+    """Lightning OPD on log-probs from elsewhere."""
+    tokens = Tokens.counted(problem.batch)
+    return OPDObjective()(logprobs_N[:, None], tokens).loss.sum()
+
+
+def whole_rollouts(signal: Signal) -> Signal:
+    """Changes nothing, but does not say that it looks at each token alone."""
+    return signal
+
+
+def _torch_op(chunk: int | None) -> Callable[[Problem], Tensor]:
+    def run(problem: Problem) -> Tensor:
+        from torch.nn.functional import linear_cross_entropy
+        from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+        chosen = {} if chunk is None else {"batch_chunk_size": chunk, "chunking_method": None}
+        options = LinearCrossEntropyOptions(**chosen)
+        nll_N = linear_cross_entropy(problem.hidden, problem.weight, problem.batch.targets, reduction="none", options=options)
+        return downstream(problem, -nll_N.float())
+
+    return run
+
+
+def _cut_cross_entropy(problem: Problem) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    nll_N = linear_cross_entropy(problem.hidden, problem.weight, problem.batch.targets, reduction="none", impl="torch_compile")
+    return downstream(problem, -nll_N.float())
+
+
+def _liger(problem: Problem) -> Tensor:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Liger
+
+    answer = Liger.apply(problem.hidden, problem.weight, problem.batch.targets)
+    nll_N = answer[0] if isinstance(answer, tuple) else answer
+    return downstream(problem, -nll_N.float())
+
+
+def _ours(loss: FusedOPDLoss | ReferenceOPDLoss) -> Callable[[Problem], Tensor]:
+    return lambda problem: loss(problem.hidden, problem.head, problem.batch).loss_sum
+
+
+PATHS = {
+    "fused": LossPath(_ours(FusedOPDLoss())),
+    "fused, bfloat16 products": LossPath(_ours(FusedOPDLoss(chunking=Chunking(matmul_dtype=torch.bfloat16)))),
+    "recomputed": LossPath(_ours(FusedOPDLoss(transforms=(whole_rollouts,)))),
+    "full logits": LossPath(_ours(ReferenceOPDLoss()), bounded=False),
+    "torch linear_cross_entropy, chunk 512": LossPath(_torch_op(512)),
+    "cut-cross-entropy, torch.compile": LossPath(_cut_cross_entropy, "cut_cross_entropy", bounded=False),
+    "Liger, scaled cross-entropy": LossPath(_liger, "liger_kernel"),
+}

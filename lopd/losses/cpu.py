@@ -1,0 +1,61 @@
+"""A switch for processors on which torch's default matrix library is slow: off unless you ask, and undone at the end of the block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ROWS, _INNER, _COLUMNS = 64, 896, 2048
+
+
+def _setting() -> Any:
+    """Where torch keeps the precision that oneDNN may use for float32 products; None in a torch without oneDNN or without the setting."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    return settings if torch.backends.mkldnn.is_available() and hasattr(settings, "fp32_precision") else None
+
+
+def _is_float32(left: Tensor, right: Tensor) -> bool:
+    """Whether the product of two matrices has the error of float32; that of bfloat16 is a thousand times larger."""
+    truth = left.double() @ right.double()
+    return bool((left @ right - truth).abs().max() <= 1e-5 * truth.abs().max())
+
+
+def products_are_float32() -> bool:
+    """Whether the three kinds of product of a language-model head are computed in float32 under the current settings of torch."""
+    random = torch.Generator().manual_seed(0)
+    hidden_CD, weight_VD = (torch.randn(rows, _INNER, generator=random) for rows in (_ROWS, _COLUMNS))
+    logits_CV = torch.randn(_ROWS, _COLUMNS, generator=random)
+    return all(_is_float32(*pair) for pair in ((hidden_CD, weight_VD.T), (logits_CV, weight_VD), (logits_CV.T, hidden_CD)))
+
+
+@contextmanager
+def fast_matmul() -> Iterator[bool]:
+    """Float32 products through oneDNN, if they are still float32 there; gives whether the switch is on.
+
+    torch multiplies float32 matrices on a CPU with MKL, which takes a slow path on processors of another maker.  oneDNN does not, and torch
+    uses it for float32 where bfloat16 would be allowed.  Whether oneDNN then really rounds to bfloat16 depends on the processor (with AMX it
+    does), so three products are compared with float64 first: where they are not float32, nothing is switched.
+
+    What it brings was measured on two processors: twice the speed on an AMD one (Zen 5), nothing on an Intel one with AVX-512.  So it is off
+    by default; measure yours (`benchmarks/bench_loss.py` prints both).  The setting belongs to the process, other threads included, and is
+    what it was after the block.
+
+    >>> with fast_matmul() as on:
+    ...     products_are_float32()
+    True
+    """
+    setting = _setting()
+    if setting is None:
+        yield False
+        return
+    before = setting.fp32_precision
+    try:
+        setting.fp32_precision = "bf16"
+        on = products_are_float32()
+        if not on:
+            setting.fp32_precision = before
+        yield on
+    finally:
+        setting.fp32_precision = before

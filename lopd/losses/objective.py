@@ -1,0 +1,248 @@
+r"""What a loss wants of the student's log-probs, apart from how they are computed: the plain and the fused paths share it.
+
+A variant of Lightning OPD is a function `Signal -> Signal` (`lopd.losses.variants`): it changes advantages and weights, never the path.
+
+Shape suffixes: N tokens of a batch, M of them that count, K selected ids each.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol, TypeVar, final
+
+import torch
+from attrs import evolve, field, fields, frozen
+from torch import Tensor
+
+from lopd.checks import check_number
+from lopd.errors import MissingScoresError
+from lopd.losses import functional
+from lopd.losses.divergences import reverse_kl
+from lopd.types import Batch, LossOutput
+
+
+class TopKColumn(NamedTuple):
+    """(M, K) ids, (M, K) log-probs in nats, and (M,) probability of all other tokens."""
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+
+
+@frozen(eq=False)
+class Tokens:
+    """The M counted tokens of a batch.  Others are dropped before any arithmetic, so nothing of theirs can leak through a mask.
+
+    Args:
+        targets: (M,) int64.
+        weight: (M,) more than 0.
+        segment_ids: (M,) int64, which rollout of the batch; tokens of one rollout are in their order.
+        teacher_logprobs, ref_logprobs: (M,) nats, or None where the batch has no such column.
+        top_k_ids, top_k_logprobs, top_k_tail: (M, K), (M, K) and (M,) of the teacher, or None where the batch has none.
+    """
+
+    targets: Tensor
+    weight: Tensor
+    segment_ids: Tensor
+    teacher_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    top_k_ids: Tensor | None = None
+    top_k_logprobs: Tensor | None = None
+    top_k_tail: Tensor | None = None
+
+    @classmethod
+    def counted(cls, batch: Batch) -> "Tokens":
+        """Those of the batch whose weight is more than 0."""
+        return cls(**{field.name: getattr(batch, field.name) for field in fields(cls)}).where(batch.weight > 0)
+
+    def where(self, rows: Tensor | slice) -> "Tokens":
+        """Some of them."""
+        columns = {field.name: getattr(self, field.name) for field in fields(Tokens)}
+        changed: dict[str, Any] = {name: column[rows] for name, column in columns.items() if column is not None}
+        return evolve(self, **changed)
+
+    def teacher(self) -> Tensor:
+        """The teacher's log-probs.
+
+        Raises:
+            MissingScoresError: the batch has none.
+        """
+        return _present(self.teacher_logprobs, "teacher")
+
+    def ref(self) -> Tensor:
+        """The reference policy's log-probs.
+
+        Raises:
+            MissingScoresError: the batch has none.
+        """
+        return _present(self.ref_logprobs, "ref")
+
+    def top_k(self) -> TopKColumn:
+        """The teacher's most likely tokens.
+
+        Raises:
+            MissingScoresError: the batch has none.
+        """
+        if self.top_k_ids is None or self.top_k_logprobs is None or self.top_k_tail is None:
+            raise MissingScoresError(
+                "Batch: top_k_ids is None, expected the teacher's most likely tokens; ask for them in `batches(top_k=True)`."
+            )
+        return TopKColumn(self.top_k_ids, self.top_k_logprobs, self.top_k_tail)
+
+
+def _present(column: Tensor | None, name: str) -> Tensor:
+    if column is None:
+        raise MissingScoresError(f"Batch: {name}_logprobs is None, expected a score column; name it in `batches({name}=...)`.")
+    return column
+
+
+@frozen(eq=False)
+class Signal:
+    r"""What a variant changes: the loss of a token has the gradient \(-w A \nabla\ell_\theta\), and nothing here carries that of the student.
+
+    Args:
+        advantages: \(A\), (M,) nats.
+        weight: \(w\), (M,).
+        student_logprobs: \(\ell_\theta\), (M,) nats, detached.
+        tokens: what is known of these tokens.
+    """
+
+    advantages: Tensor
+    weight: Tensor
+    student_logprobs: Tensor
+    tokens: Tokens
+
+
+Transform = Callable[[Signal], Signal]
+_Function = TypeVar("_Function", bound=Callable[..., Signal])
+
+
+def per_token(transform: _Function) -> _Function:
+    """Mark a transform that looks at each token alone, so that a fused loss may apply it chunk by chunk.
+
+    One without the mark is given all counted tokens of a batch at once, at the price of a fourth matrix product.  It may use
+    whole rollouts (they are never split), but not the batch, or the way a step is split would change the gradient.
+    """
+    transform.per_token = True  # type: ignore[attr-defined]
+    return transform
+
+
+def to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
+    """A tuple of them; `functools.partial` gives one its options."""
+    return tuple(transforms)
+
+
+def _is_per_token(transform: Transform) -> bool:
+    return bool(getattr(getattr(transform, "func", transform), "per_token", False))
+
+
+@frozen(eq=False)
+class TokenLosses:
+    """Weighted, per token.
+
+    Args:
+        loss: (M,) carries the gradient.
+        reverse_kl: (M,) detached; see `LossOutput`.
+        clipped: (M,) detached.
+    """
+
+    loss: Tensor
+    reverse_kl: Tensor
+    clipped: Tensor
+
+    def detach(self) -> "TokenLosses":
+        """The same without a gradient."""
+        return TokenLosses(self.loss.detach(), self.reverse_kl, self.clipped)
+
+    def sums(self) -> LossOutput:
+        """What the loop is told."""
+        return LossOutput(self.loss.sum(), self.reverse_kl.sum(), self.clipped.sum())
+
+
+class Objective(Protocol):
+    """A loss as a function of log-probs of stored ids."""
+
+    @property
+    def per_token(self) -> bool:
+        """Whether a token's loss depends on nothing but the log-probs of that token."""
+        ...
+
+    def ids(self, tokens: Tokens, /) -> Tensor:
+        """(M, K) int64: the ids whose log-probs it wants."""
+        ...
+
+    def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
+        """The weighted losses; their gradient goes through `logprobs_MK`."""
+        ...
+
+
+def check_clip(owner: str, clip: float | None) -> None:
+    """Refuse a clip that is none.
+
+    Raises:
+        InvalidRecordError: it is neither None nor finite and more than 0.
+    """
+    check_number(owner, "clip", clip, clip is None or 0 < clip < math.inf, "None, or finite and more than 0 nats")
+
+
+@final
+@frozen
+class OPDObjective:
+    r"""\(-w A\,\ell_\theta(a_t)\), or \(-w A \exp(\ell_\theta - \ell_{ref})\); A and w went through the transforms, then A is clipped.
+
+    Args:
+        clip: \(\tau\) in nats, or None.
+        ratio_to_ref: multiply by the per-token importance ratio, with the gradient through it.
+        transforms: applied in their order to the unclipped advantages.
+        advantage: a constant instead of teacher minus student; 1 is supervised fine-tuning.
+        kl_baseline: add \(KL(\pi_\theta, \pi_T)\), over the teacher's top-k and the tail, to the advantage before the transforms.  The
+            advantage has mean -KL under the student, so what is added up has mean 0: online the same expected gradient, with less
+            variance (vOPD, arXiv 2605.07865).
+    """
+
+    clip: float | None = 10.0
+    ratio_to_ref: bool = False
+    transforms: tuple[Transform, ...] = field(default=(), converter=to_transforms)
+    advantage: float | None = None
+    kl_baseline: bool = False
+
+    @classmethod
+    def sft(cls) -> "OPDObjective":
+        """Supervised fine-tuning: advantage 1."""
+        return cls(clip=None, advantage=1.0)
+
+    @property
+    def per_token(self) -> bool:
+        """Whether all transforms are."""
+        return all(_is_per_token(transform) for transform in self.transforms)
+
+    def ids(self, tokens: Tokens, /) -> Tensor:
+        """(M, 1): the sampled token; with a baseline (M, 1 + K), the teacher's most likely ones too."""
+        sampled_M1 = tokens.targets[:, None]
+        return torch.cat([sampled_M1, tokens.top_k().ids], dim=-1) if self.kl_baseline else sampled_M1
+
+    def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
+        """See the class."""
+        student_M = logprobs_MK[:, 0]
+        signal = self._signal(logprobs_MK.detach(), tokens)
+        clipped_M = functional.clip_advantages(signal.advantages, self.clip)
+        if self.ratio_to_ref:
+            loss_M = functional.lightning_with_ratio(student_M, clipped_M, tokens.ref())
+        else:
+            loss_M = functional.lightning(student_M, clipped_M)
+        gap_M = torch.zeros_like(signal.student_logprobs) if self.advantage is not None else signal.student_logprobs - tokens.teacher()
+        beyond_M = torch.zeros_like(gap_M) if self.clip is None else (signal.advantages.abs() > self.clip).to(gap_M.dtype)
+        return TokenLosses(signal.weight * loss_M, tokens.weight * gap_M, tokens.weight * beyond_M)
+
+    def _signal(self, logprobs_MK: Tensor, tokens: Tokens) -> Signal:
+        student_M = logprobs_MK[:, 0]
+        if self.advantage is None:
+            advantages_M = functional.advantages(tokens.teacher(), student_M, clip=None)
+        else:
+            advantages_M = torch.full_like(student_M, self.advantage)
+        if self.kl_baseline:
+            top_k = tokens.top_k()
+            advantages_M = advantages_M + reverse_kl(logprobs_MK[:, 1:], top_k.logprobs, top_k.tail)
+        signal = Signal(advantages_M, tokens.weight, student_M, tokens)
+        for transform in self.transforms:
+            signal = transform(signal)
+        return signal

@@ -1,0 +1,88 @@
+r"""What is done to each row of a buffer of logits: log-probs of stored ids, then the gradient by the logits in their place.
+
+Shape suffixes: C rows of a chunk, R of a block, K selected ids each, V vocabulary.
+"""
+
+from typing import NamedTuple, Protocol, final
+
+import torch
+from torch import Tensor
+
+_BLOCK_BYTES = 2 << 20
+
+
+class Statistics(NamedTuple):
+    """(C, K) log-probs in nats, (C,) largest logits, and (C,) sums of exp(logit - largest)."""
+
+    logprobs: Tensor
+    largest: Tensor
+    sums: Tensor
+
+
+class Rows(Protocol):
+    """Works in place on rows of one buffer; `logprobs` first, then `gradients` of the same rows."""
+
+    def logprobs(self, place: slice, ids_CK: Tensor, /) -> Statistics:
+        """Of the logits in these rows of the buffer, which it may overwrite with whatever `gradients` needs."""
+        ...
+
+    def gradients(self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor, /) -> Tensor:
+        """Overwrite the rows by gradients by the logits, each divided by a scale; gives the (C,) scales."""
+        ...
+
+
+@final
+class TorchRows:
+    """In plain torch, in blocks of rows that fit into a cache: the passes cost a few per cent of the matrix products.
+
+    Args:
+        buffer_CV: of logits, in any float dtype.
+        softcap: of the head; with one, a second buffer holds its slopes.
+        dtype: of statistics.
+    """
+
+    def __init__(self, buffer_CV: Tensor, softcap: float | None, dtype: torch.dtype) -> None:
+        self._buffer_CV = buffer_CV
+        self._softcap = softcap
+        self._dtype = dtype
+        self._slope_CV = None if softcap is None else torch.empty_like(buffer_CV)
+        self._block_rows = max(1, _BLOCK_BYTES // (buffer_CV.shape[1] * dtype.itemsize))
+
+    def logprobs(self, place: slice, ids_CK: Tensor) -> Statistics:
+        """Leaves exp(logit - largest) in the rows."""
+        buffer_CV = self._buffer_CV[place]
+        largest_C, sums_C = (torch.empty(len(buffer_CV), dtype=self._dtype, device=buffer_CV.device) for _ in range(2))
+        selected_CK = torch.empty(ids_CK.shape, dtype=self._dtype, device=buffer_CV.device)
+        for first in range(0, len(buffer_CV), self._block_rows):
+            block = slice(first, first + self._block_rows)
+            logits_RV = buffer_CV[block].to(self._dtype)
+            if self._slope_CV is not None and self._softcap is not None:
+                logits_RV.div_(self._softcap).tanh_()
+                torch.sub(1.0, logits_RV.square(), out=self._slope_CV[place][block])
+                logits_RV.mul_(self._softcap)
+            torch.amax(logits_RV, -1, out=largest_C[block])
+            torch.gather(logits_RV, -1, ids_CK[block], out=selected_CK[block])
+            logits_RV.sub_(largest_C[block, None]).exp_()
+            torch.sum(logits_RV, -1, out=sums_C[block])
+            if logits_RV.dtype != buffer_CV.dtype:
+                buffer_CV[block].copy_(logits_RV)
+        return Statistics(selected_CK.sub_(largest_C[:, None]).sub_(sums_C.log()[:, None]), largest_C, sums_C)
+
+    def gradients(self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor) -> Tensor:
+        """A scale of the row costs nothing, as it can be applied to hidden states; a pass over the buffer does.
+
+        With one id a row, the row that sums to zero is `(exp - sum * onehot)` times `-f' / sum`.
+        """
+        buffer_CV = self._buffer_CV[place]
+        total_C = gradient_CK.sum(-1)
+        if ids_CK.shape[1] == 1:
+            scale_C = -total_C / statistics.sums
+            # sum * (p - 1), exact also where p is nearly 1
+            buffer_CV.scatter_(-1, ids_CK, (statistics.logprobs.expm1() * statistics.sums[:, None]).to(buffer_CV.dtype))
+        else:
+            scale_C = torch.ones_like(total_C)
+            buffer_CV.mul_((-total_C / statistics.sums).to(buffer_CV.dtype)[:, None])
+            buffer_CV.scatter_add_(-1, ids_CK, gradient_CK.to(buffer_CV.dtype))
+        if self._slope_CV is not None:
+            buffer_CV.mul_(self._slope_CV[place])
+        return scale_C

@@ -1,0 +1,191 @@
+r"""Variants of Lightning OPD as transforms of (advantage, weight): they compose, and the plain and the fused losses take them alike.
+
+    FusedOPDLoss(transforms=(partial(importance_ratio, cap=2.0), partial(position_weights, gamma=0.5)))
+
+Each is a pure function of a `Signal`; options come through `functools.partial`.  They apply in their order to the unclipped advantage, and
+the loss clips what comes out.  A transform that replaces the advantage (`extrapolate`, `power`) belongs first.  The loss keeps the value
+\(-w A\,\ell_\theta\): its *gradient* is that of the objective that a variant names.
+
+Those marked `per_token` keep a fused loss at three matrix products.  The others look at whole rollouts, never at the batch, so how a step
+is split changes nothing.
+
+Shape suffixes: M counted tokens of a batch, T of one rollout.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from attrs import evolve
+from torch import Tensor
+
+from lopd.checks import check_number
+from lopd.losses.objective import Signal, per_token
+
+
+def _ratio(signal: Signal) -> Tensor:
+    return torch.exp(signal.student_logprobs - signal.tokens.ref())
+
+
+@per_token
+def importance_ratio(signal: Signal, cap: float | None = None) -> Signal:
+    r"""Weights times the truncated per-token ratio, \(w \min(\exp(\ell_\theta - \ell_{ref}), c)\), to whatever policy the ref column is of.
+
+    Without a cap the gradient is that of `ratio_to_ref=True`.  Let the ref column be `"behavior"` for the ratio to what the engine reported.
+
+    Args:
+        signal: what is changed.
+        cap: \(c\), or None.
+
+    Source: truncated importance sampling (Ionides 2008); without a cap AsyncOPD (arXiv 2606.24143).
+    """
+    ratio_M = _ratio(signal)
+    return evolve(signal, weight=signal.weight * (ratio_M if cap is None else ratio_M.clamp(max=cap)))
+
+
+@per_token
+def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
+    r"""The gradient of PPO's \(\max(-rA, -\mathrm{clip}(r, 1 - \epsilon_{low}, 1 + \epsilon_{high})\,A)\).
+
+    With \(r = \exp(\ell_\theta - \ell_{ref})\): weights times r, and 0 where r is already beyond the clip in the direction of the advantage.
+
+    Args:
+        signal: what is changed.
+        low: \(\epsilon_{low}\).
+        high: \(\epsilon_{high}\).
+
+    Source: PPO (arXiv 1707.06347), eq. 7; with two bounds DAPO (arXiv 2503.14476).
+    """
+    ratio_M = _ratio(signal)
+    beyond_M = ((signal.advantages > 0) & (ratio_M > 1 + high)) | ((signal.advantages < 0) & (ratio_M < 1 - low))
+    return evolve(signal, weight=signal.weight * ratio_M.masked_fill(beyond_M, 0.0))
+
+
+@per_token
+def extrapolate(signal: Signal, scale: float) -> Signal:
+    r"""The advantage becomes \(\lambda(\ell_T - \ell_{ref}) - (\ell_\theta - \ell_{ref})\): 1 is OPD, more goes beyond the teacher.
+
+    Args:
+        signal: what is changed; the ref column is the policy from which the teacher's step is measured.
+        scale: \(\lambda\).
+
+    Source: ExOPD (arXiv 2602.12125).
+    """
+    ref_M = signal.tokens.ref()
+    return evolve(signal, advantages=scale * (signal.tokens.teacher() - ref_M) - (signal.student_logprobs - ref_M))
+
+
+@per_token
+def power(signal: Signal, alpha: float) -> Signal:
+    r"""The advantage becomes \((\pi_T^\alpha - \pi_\theta^\alpha) / \alpha\), within \(\pm 1/\alpha\); towards 0 it becomes the log-ratio.
+
+    Args:
+        signal: what is changed.
+        alpha: more than 0.
+
+    Raises:
+        InvalidRecordError: alpha is not.
+
+    Source: PowerOPD (arXiv 2606.17199).  Secondary sources also give \(((\pi_T/\pi_\theta)^\alpha - 1)/\alpha\), which has no bound above, and
+    the numerator alone; this is the difference of two Box-Cox transforms, which is bounded as the paper says.
+    """
+    check_number("Power", "alpha", alpha, 0 < alpha < math.inf, "finite and more than 0")
+    powers_M = [torch.expm1(alpha * logprobs_M) for logprobs_M in (signal.tokens.teacher(), signal.student_logprobs)]
+    return evolve(signal, advantages=(powers_M[0] - powers_M[1]) / alpha)
+
+
+@per_token
+def log_compress(signal: Signal) -> Signal:
+    r"""The advantage becomes \(\mathrm{sign}(A) \log(1 + |A|)\): small ones stay, tens of nats become a few.
+
+    Source: log-compression of the advantage as in arXiv 2607.13399; the formula is the usual symmetric one, that of the paper was not at hand.
+    """
+    return evolve(signal, advantages=signal.advantages.sign() * signal.advantages.abs().log1p())
+
+
+def position_weights(signal: Signal, gamma: float = 0.5) -> Signal:
+    r"""Early tokens weigh more: \(w_t\,\big(1 + \gamma\,(1 - \sum_{k<t}|A_k| / \sum_k |A_k|)\big)\) over the tokens of a rollout.
+
+    Args:
+        signal: what is changed; its advantages so far are the A.
+        gamma: \(\gamma\).
+
+    Source: IW-OPD (arXiv 2606.22600).
+    """
+
+    def factors(sizes_T: Tensor) -> Tensor:
+        before_T = sizes_T.cumsum(0) - sizes_T
+        return 1 + gamma * (1 - before_T / sizes_T.sum().clamp(min=torch.finfo(sizes_T.dtype).tiny))
+
+    return evolve(signal, weight=signal.weight * _by_rollout(signal, factors, signal.advantages.abs()))
+
+
+def drift_gate(signal: Signal, block: int = 64) -> Signal:
+    r"""Blocks in which the student has moved from the reference policy weigh less.
+
+    With \(d_b\) the mean of \(\ell_\theta - \ell_{ref}\) over the counted tokens of block b, the weights are multiplied by \(\exp(-|d_b|)\),
+    divided by its mean over the rollout's tokens, so that a rollout keeps its weight.
+
+    Args:
+        signal: what is changed.
+        block: tokens of a block, at least 1.
+
+    Source: blockwise policy-drift gating (arXiv 2606.24084): block mean, detached, normalised by the mean.  The paper's gate function was not
+    at hand; this one is 1 without drift and falls with the geometric mean of the ratio.
+    """
+    check_number("Drift gate", "block", block, block >= 1, "at least 1")
+
+    def factors(drift_T: Tensor) -> Tensor:
+        moved_T = torch.cat([part.mean().abs().expand_as(part) for part in drift_T.split(block)])
+        gates_T = (moved_T.min() - moved_T).exp()  # the smallest drift cancels in the mean, and may be beyond what exp can take
+        return gates_T / gates_T.mean()
+
+    return evolve(signal, weight=signal.weight * _by_rollout(signal, factors, signal.student_logprobs - signal.tokens.ref()))
+
+
+def prefix_fraction(signal: Signal, fraction: float) -> Signal:
+    """Weights of all but the first tokens of each rollout become 0: `fraction` of them, rounded up, keep theirs.
+
+    Args:
+        signal: what is changed.
+        fraction: more than 0, at most 1.
+
+    Source: prefix distillation (arXiv 2602.15260, 2605.31490).
+    """
+    return _keep(signal, fraction, lambda logprobs_T: torch.arange(len(logprobs_T), device=logprobs_T.device))
+
+
+def lowest_logprobs(signal: Signal, fraction: float = 0.2) -> Signal:
+    r"""Weights of all but the tokens that the student finds least likely become 0: the lowest `fraction` of each rollout keep theirs.
+
+    With a constant advantage this is a placebo that needs no teacher, `FusedOPDLoss(advantage=-0.5, transforms=(lowest_logprobs,))`: what OPD
+    gains must be more than what this gains.
+
+    Args:
+        signal: what is changed.
+        fraction: more than 0, at most 1.
+
+    Source: OPSA (arXiv 2608.31046), with its constant advantage of -1/2.  The dynamic one needs the student's entropy at each token, which
+    log-probs of stored ids do not give.
+    """
+    return _keep(signal, fraction, lambda logprobs_T: logprobs_T.argsort(stable=True))
+
+
+def _keep(signal: Signal, fraction: float, order: Callable[[Tensor], Tensor]) -> Signal:
+    """Weights of the first `fraction` of each rollout in this order; the others 0."""
+    check_number("Variant", "fraction", fraction, 0 < fraction <= 1, "more than 0 and at most 1")
+
+    def factors(logprobs_T: Tensor) -> Tensor:
+        kept = order(logprobs_T)[: math.ceil(fraction * len(logprobs_T))]
+        return torch.zeros_like(logprobs_T).index_fill_(0, kept, 1.0)
+
+    return evolve(signal, weight=signal.weight * _by_rollout(signal, factors, signal.student_logprobs))
+
+
+def _by_rollout(signal: Signal, factors: Callable[[Tensor], Tensor], values_M: Tensor) -> Tensor:
+    """(M,) what the function makes of the (T,) values of each rollout."""
+    made_M = torch.empty_like(values_M)
+    for segment in signal.tokens.segment_ids.unique():
+        rows_M = signal.tokens.segment_ids == segment
+        made_M[rows_M] = factors(values_M[rows_M])
+    return made_M
