@@ -1,5 +1,6 @@
 """VLLMSource and VLLMScorer on a real vLLM, against transformers on the same folders: `make test-engines`."""
 
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +25,7 @@ from lopd.types import Prompt, Rollout
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
 
 TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
 KINDS = ("llama_tied", "qwen3_padded")
 TEACHER = ModelId("teacher", "weights:1", "float32")
 EAGER = VLLMSettings(enforce_eager=True)
@@ -312,3 +314,18 @@ def run(*command):
 
 def test_an_engine_process_that_is_killed_is_started_anew_or_the_run_ends_with_everything_before_kept(folders, tmp_path):
     assert "killed twice" in run("vllm_kill_worker.py", folders["llama_tied"], tmp_path / "store")
+
+
+def test_the_example_collects_scores_and_trains_phase_by_phase(folders, tmp_path):
+    prompts, store, out = tmp_path / "prompts.jsonl", tmp_path / "store", tmp_path / "opd"
+    prompts.write_text("".join(json.dumps({"prompt": f"what is {i}?"}) + "\n" for i in range(6)))
+    save_model(tmp_path / "teacher", "llama_tied", seed=9)
+    models = ["--student", folders["llama_tied"], "--teacher", tmp_path / "teacher"]
+    sizes = ["--max-new-tokens", "8", "--steps", "3", "--rollouts-per-step", "6", "--top-k", "3", "--any-teacher"]
+    command = [EXAMPLES / "vllm_pipeline.py", "--prompts", prompts, "--store", store, "--out", out, *models, *sizes]
+    assert run(*command).count("StepMetrics(step=") == 3
+    rollouts = ZarrStore.open(store)
+    assert len(rollouts) == 6
+    assert rollouts.columns["teacher"].top_k == 3
+    assert rollouts.columns["teacher"].model == Lineage.read(out).opd_teacher == HFScorer.from_folder(tmp_path / "teacher").provenance.model
+    assert run(*command, "--phases", "collect", "score").count("StepMetrics") == 0, "a second call finds both phases done and trains nothing"

@@ -14,6 +14,7 @@ from lopd.backends.zarr_store import ZarrStore
 from lopd.collate import Weighting, by_rollout, by_token
 from lopd.console import RichProgress
 from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.vllm import VLLMScorer, VLLMSource
 from lopd.interop import TorchDataset
 from lopd.loader import StepStream
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss, WeightedLoss
@@ -32,12 +33,12 @@ from lopd.students import CausalLMStudent
 from lopd.types import Step
 
 
-def rollout_source(source: HFSource) -> RolloutSource:
-    return source
+def rollout_sources(hf: HFSource, vllm: VLLMSource) -> tuple[RolloutSource, RolloutSource]:
+    return hf, vllm
 
 
-def teacher_scorer(scorer: HFScorer) -> TeacherScorer:
-    return scorer
+def teacher_scorers(hf: HFScorer, vllm: VLLMScorer) -> tuple[TeacherScorer, TeacherScorer]:
+    return hf, vllm
 
 
 def memory_store(store: MemoryStore) -> tuple[LogprobStore, LogprobReader, LogprobWriter]:
