@@ -328,4 +328,6 @@ def test_the_example_collects_scores_and_trains_phase_by_phase(folders, tmp_path
     assert len(rollouts) == 6
     assert rollouts.columns["teacher"].top_k == 3
     assert rollouts.columns["teacher"].model == Lineage.read(out).opd_teacher == HFScorer.from_folder(tmp_path / "teacher").provenance.model
-    assert run(*command, "--phases", "collect", "score").count("StepMetrics") == 0, "a second call finds both phases done and trains nothing"
+    assert run(*command, "--phases", "collect", "score").count("StepMetrics") == 0, (
+        "a second call finds both phases done and trains nothing"
+    )
