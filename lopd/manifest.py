@@ -66,8 +66,13 @@ def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
 
     Of values, not of the dtype that holds them: bfloat16 weights loaded as float32 are still the same model.
     """
+    return hash_weights_in_order(sorted(named_tensors, key=lambda item: item[0]))
+
+
+def hash_weights_in_order(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The same of tensors that come sorted by name: they are needed one at a time."""
     digest = blake2b(digest_size=16)
-    for name, tensor in sorted(named_tensors, key=lambda item: item[0]):
+    for name, tensor in named_tensors:
         data = _narrowest(tensor.detach().cpu().contiguous())
         digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
         digest.update(data.flatten().view(torch.uint8).numpy().data)

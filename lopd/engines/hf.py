@@ -15,24 +15,19 @@ from attrs import define, field, frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lopd.causal_lm import check_cut, context_length, evaluating, hidden_states, lm_head, token_logprobs, unwrap
+from lopd.causal_lm import candidate_logprobs, check_cut, context_length, evaluating, hidden_states, lm_head, unwrap
 from lopd.checks import check_at_least
 from lopd.collate import target_slice
 from lopd.consistency import check_vocabulary
 from lopd.engines.decoding import Row, decode
-from lopd.engines.inputs import check_prompts, check_rollouts, stream_seed
-from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer, hash_weights
+from lopd.engines.identity import model_id
+from lopd.engines.inputs import check_prompts, check_rollouts, check_top_k, stop_ids, stream_seed
+from lopd.engines.supports import make_scores
+from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.metrics import RolloutSums
-from lopd.types import Prompt, Rollout, Scores, floor_logprobs, rollout_id
+from lopd.types import Prompt, Rollout, Scores, rollout_id
 
 ENGINE = f"transformers {transformers.__version__}"
-
-
-def model_id(model: Any) -> ModelId:
-    """The identity of a loaded model, by a hash of its weights."""
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    name = Path(str(getattr(unwrap(model).config, "_name_or_path", "") or type(model).__name__)).name
-    return ModelId(name, hash_weights(model.named_parameters()), dtype)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
@@ -117,11 +112,8 @@ class HFSource:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a response: those asked for, or the model's and the tokenizer's EOS."""
-        if self.sampling.stop_ids:
-            return frozenset(self.sampling.stop_ids)
         configured = getattr(unwrap(self.model).generation_config, "eos_token_id", None)
-        ids = configured if isinstance(configured, list) else [configured]
-        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+        return stop_ids(self.sampling, configured, self.manifest.tokenizer)
 
     def _row(self, prompt: Prompt, sample: int) -> Row:
         """A row with its own stream of uniform numbers, whatever it will be batched with."""
@@ -155,9 +147,10 @@ class HFScorer:
         tokens_per_batch: padded positions of one forward pass.
         rows_per_chunk: response tokens whose logits exist at once.
         identity: of the model; by default a hash of its weights.
+        top_k: how many of the most likely tokens, and the probability of all others, are kept beside each response token.
 
     Raises:
-        InvalidRecordError: `tokens_per_batch` or `rows_per_chunk` is less than 1.
+        InvalidRecordError: `tokens_per_batch` or `rows_per_chunk` is less than 1, or `top_k` is not 0 to V.
         ModelError: see `lopd.causal_lm.check_cut`.
     """
 
@@ -166,6 +159,7 @@ class HFScorer:
     tokens_per_batch: int = 8192
     rows_per_chunk: int = 512
     identity: ModelId | None = None
+    top_k: int = 0
 
     @classmethod
     def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "HFScorer":
@@ -176,6 +170,7 @@ class HFScorer:
     def __attrs_post_init__(self) -> None:
         check_at_least("HFScorer", "tokens_per_batch", self.tokens_per_batch, 1)
         check_at_least("HFScorer", "rows_per_chunk", self.rows_per_chunk, 1)
+        check_top_k("HFScorer", self.top_k, self.tokenizer_id)
         check_cut(self.model, self.tokenizer_id.vocab_size)
 
     @cached_property
@@ -190,22 +185,23 @@ class HFScorer:
 
     @cached_property
     def _provenance(self) -> Provenance:
-        return Provenance(self.identity or model_id(self.model), self.tokenizer_id.vocab_hash, ENGINE)
+        return Provenance(self.identity or model_id(self.model), self.tokenizer_id.vocab_hash, ENGINE, top_k=self.top_k)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
         check_rollouts(rollouts, self.tokenizer_id, context_length(self.model))
         scores: dict[int, Scores] = {}
         for part in _budgeted(rollouts, self.tokens_per_batch):
-            for i, logprobs_T in zip(part, self._score_batch([rollouts[i] for i in part]), strict=True):
-                scores[i] = Scores.of(rollouts[i], *floor_logprobs(logprobs_T))
+            scores.update(zip(part, self._score_batch([rollouts[i] for i in part]), strict=True))
         return [scores[i] for i in range(len(rollouts))]
 
     @torch.inference_mode()
-    def _score_batch(self, rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
+    def _score_batch(self, rollouts: Sequence[Rollout]) -> list[Scores]:
         hidden_MD, targets_M = _response_hidden(self.model, rollouts)
-        logprobs_M = token_logprobs(hidden_MD, lm_head(self.model, self.tokenizer_id.vocab_size).float(), targets_M, self.rows_per_chunk)
-        return _split(logprobs_M.cpu().numpy(), rollouts)
+        head = lm_head(self.model, self.tokenizer_id.vocab_size).float()
+        columns = candidate_logprobs(hidden_MD, head, targets_M, self.top_k, self.rows_per_chunk)
+        parts = zip(rollouts, *(_split(column.cpu().numpy(), rollouts) for column in columns), strict=True)
+        return [make_scores(rollout, *part) for rollout, *part in parts]
 
 
 @torch.inference_mode()
@@ -270,6 +266,6 @@ def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, T
         return hidden_states(model, ids_BS.to(device))[predicts_BS.to(device)], targets_M
 
 
-def _split(values_M: NDArray[np.float32], rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
+def _split(values_M: NDArray[Any], rollouts: Sequence[Rollout]) -> list[NDArray[Any]]:
     """One array per rollout."""
     return np.split(values_M, np.cumsum([r.response_ids.size for r in rollouts])[:-1])

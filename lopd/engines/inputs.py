@@ -1,4 +1,4 @@
-"""What every engine checks before it computes anything, and the random stream of each response."""
+"""What every engine checks before it computes anything, what ends a response, and the random stream of each."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -6,6 +6,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from lopd.checks import check_number
 from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.manifest import SamplingParams, TokenizerId
 from lopd.types import Prompt, Rollout
@@ -51,6 +52,23 @@ def _check_ids(owner: str, ids: NDArray[np.int32], tokenizer: TokenizerId) -> No
             f"{owner}: token {outside[0]} is id {ids[outside[0]]}, expected an id below the vocabulary's {tokenizer.vocab_size}; "
             "tokenise with this model's tokenizer."
         )
+
+
+def check_top_k(owner: str, top_k: int, tokenizer: TokenizerId) -> None:
+    """A vocabulary of V tokens has 0 to V most likely ones.
+
+    Raises:
+        InvalidRecordError: not of this vocabulary.
+    """
+    check_number(owner, "top_k", top_k, 0 <= top_k <= tokenizer.vocab_size, f"0 to {tokenizer.vocab_size}")
+
+
+def stop_ids(sampling: SamplingParams, configured: int | Sequence[int] | None, tokenizer: TokenizerId) -> frozenset[int]:
+    """Ids that end a response: those asked for, or the EOS ids of the model's generation configuration and of the tokenizer."""
+    if sampling.stop_ids:
+        return frozenset(sampling.stop_ids)
+    ids = [configured] if configured is None or isinstance(configured, int) else configured
+    return frozenset(i for i in [*ids, tokenizer.eos_id] if i is not None)
 
 
 def stream_seed(sampling: SamplingParams, rollout_id: str) -> int:

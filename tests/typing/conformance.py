@@ -15,6 +15,7 @@ from lopd.collate import Weighting, by_rollout, by_token
 from lopd.console import RichProgress
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.server import ServerScorer, ServerSource
+from lopd.engines.vllm import VLLMScorer, VLLMSource
 from lopd.interop import TorchDataset
 from lopd.loader import StepStream
 from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
@@ -35,12 +36,12 @@ from lopd.students import CausalLMStudent
 from lopd.types import Step
 
 
-def rollout_sources(source: HFSource, served: ServerSource) -> tuple[RolloutSource, RolloutSource]:
-    return source, served
+def rollout_sources(hf: HFSource, vllm: VLLMSource, served: ServerSource) -> tuple[RolloutSource, RolloutSource, RolloutSource]:
+    return hf, vllm, served
 
 
-def teacher_scorers(scorer: HFScorer, served: ServerScorer) -> tuple[TeacherScorer, TeacherScorer]:
-    return scorer, served
+def teacher_scorers(hf: HFScorer, vllm: VLLMScorer, served: ServerScorer) -> tuple[TeacherScorer, TeacherScorer, TeacherScorer]:
+    return hf, vllm, served
 
 
 def memory_store(store: MemoryStore) -> tuple[LogprobStore, LogprobReader, LogprobWriter]:

@@ -1,0 +1,114 @@
+"""Which model is it?  The same answer from a loaded model and from its folder, so that engines which never show their weights can say it too.
+
+A loaded model is identified by the names and values of its parameters.  `folder_model_id` reads the same parameters out of safetensors
+files, one at a time: it needs memory for one tensor, whatever the size of the model.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from json import loads
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+
+from lopd.causal_lm import unwrap
+from lopd.errors import ModelError
+from lopd.manifest import ModelId, hash_weights, hash_weights_in_order
+
+_INDEX = "model.safetensors.index.json"
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+
+
+def model_id(model: Any) -> ModelId:
+    """The identity of a loaded model, by a hash of its weights."""
+    name = Path(str(getattr(unwrap(model).config, "_name_or_path", "") or type(model).__name__)).name
+    return ModelId(name, hash_weights(model.named_parameters()), _name_of(next(model.parameters()).dtype))
+
+
+def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> ModelId:
+    """The identity that `model_id(load_model(folder, dtype)[0])` gives, without loading the model.
+
+    The names of the parameters, and which of them are tied, are those of a model that transformers builds from the folder's configuration
+    without memory for its weights.
+
+    Args:
+        folder: of a transformers model, in safetensors, whole or in shards.
+        dtype: of the weights in use; None is what the configuration says.
+
+    Raises:
+        ModelError: there are no safetensors files, or they name or shape a parameter otherwise than the loaded model does (transformers renames
+            or merges weights of some architectures while it loads them): take the identity of the loaded model, or state one.
+    """
+    folder = Path(folder)
+    dtype = dtype or folder_dtype(folder)
+    places = _places(folder)
+    weights = ((names[0], _read(folder, places, names, shape).to(dtype)) for names, shape in _parameters(folder))
+    return ModelId(folder.name, hash_weights_in_order(weights), _name_of(dtype))
+
+
+def folder_dtype(folder: str | Path) -> torch.dtype:
+    """The dtype in which transformers loads a folder when it is left to choose: the configuration's, or else that of the first weights."""
+    folder = Path(folder)
+    configured = getattr(transformers.AutoConfig.from_pretrained(folder), "dtype", None)
+    if isinstance(configured, torch.dtype):
+        return configured
+    places = _places(folder)
+    first = min(places)
+    with safe_open(places[first], "pt") as file:
+        dtype: torch.dtype = file.get_tensor(first).dtype
+    return dtype
+
+
+def local_folder(name: str | Path) -> Path:
+    """A folder as it is, or the local snapshot of a hub name; it is downloaded unless it is there or HF_HUB_OFFLINE is set."""
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), allow_patterns=_FILES))
+
+
+def _parameters(folder: Path) -> Iterator[tuple[list[str], tuple[int, ...]]]:
+    """Of each parameter, sorted by name: its name, then its other names if it is tied, and its shape."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for _, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        yield names[id(parameter)], tuple(parameter.shape)
+
+
+def _places(folder: Path) -> Mapping[str, Path]:
+    """Which file holds which tensor."""
+    if (folder / _INDEX).exists():
+        return {name: folder / file for name, file in loads((folder / _INDEX).read_text())["weight_map"].items()}
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise ModelError(
+            f"Model {folder}: it holds 0 files of weights in safetensors, expected model.safetensors or its shards; "
+            "save it in that format, or pass `identity=`."
+        )
+    with safe_open(path, "pt") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def _read(folder: Path, places: Mapping[str, Path], names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+    stored = next((name for name in names if name in places), None)
+    if stored is None:
+        raise ModelError(
+            f"Model {folder}: its files hold no {names[0]!r}, expected every parameter of the loaded model; transformers renames weights of this "
+            "architecture while it loads them, so load it once and pass `identity=model_id(model)`."
+        )
+    with safe_open(places[stored], "pt") as file:
+        tensor: Tensor = file.get_tensor(stored)
+    if tuple(tensor.shape) != shape:
+        raise ModelError(
+            f"Model {folder}: {stored!r} has shape {tuple(tensor.shape)}, expected {shape} as in the loaded model; transformers changes weights of "
+            "this architecture while it loads them, so load it once and pass `identity=model_id(model)`."
+        )
+    return tensor
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

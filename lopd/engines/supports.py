@@ -1,0 +1,85 @@
+"""From what an engine says about each response token to checked scores with a top-k support.
+
+Shape suffixes: T response tokens, K candidates a token, W entries that an engine gives at a token, in whatever order.
+"""
+
+from typing import Protocol
+
+import numpy as np
+from attrs import evolve
+from numpy.typing import NDArray
+
+from lopd.errors import EngineError
+from lopd.types import Rollout, Scores, TopK, floor_logprobs
+
+
+def make_scores(
+    rollout: Rollout, logprobs_T: NDArray[np.float32], ids_TK: NDArray[np.integer], candidates_TK: NDArray[np.float32]
+) -> Scores:
+    """Scores of one rollout: -inf becomes the floor, and is counted among the sampled tokens; K = 0 is no support.
+
+    Args:
+        rollout: whose tokens.
+        logprobs_T: of them, nats.
+        ids_TK: the K most likely tokens.
+        candidates_TK: of those, nats.
+
+    Raises:
+        InvalidRecordError: something is no log-prob; it names the rollout.
+    """
+    scores = Scores.of(rollout, *floor_logprobs(logprobs_T))
+    if ids_TK.shape[1] == 0:
+        return scores
+    # float32 rounding may leave the sum a little above 1
+    tail_T = np.clip(1 - np.exp(candidates_TK.astype(np.float64)).sum(-1), 0, 1)
+    return evolve(scores, top_k=TopK(ids_TK, floor_logprobs(candidates_TK)[0], tail_T))
+
+
+class FlatLogprobs(Protocol):
+    """vLLM's log-probs of all positions end to end; those of position i are at `start_indices[i]` to `end_indices[i]`."""
+
+    start_indices: list[int]
+    end_indices: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+def entries(flat: FlatLogprobs, first: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """(T, W) ids and log-probs of the positions from `first` on; where a position has fewer entries than another, id -1."""
+    starts_T, ends_T = (np.array(indices[first:], np.int64) for indices in (flat.start_indices, flat.end_indices))
+    places_TW = starts_T[:, None] + np.arange(max((ends_T - starts_T).max(initial=0), 1))
+    missing_TW = places_TW >= ends_T[:, None]
+    places_TW[missing_TW] = 0
+    ids_TW = np.array(flat.token_ids or [0], np.int64)[places_TW]
+    logprobs_TW = np.array(flat.logprobs or [0.0], np.float32)[places_TW]
+    ids_TW[missing_TW] = -1
+    return ids_TW, logprobs_TW
+
+
+def look_up(
+    owner: str, tokens_T: NDArray[np.integer], ids_TW: NDArray[np.int64], logprobs_TW: NDArray[np.float32], top_k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+    """(T,) log-probs of the tokens, and (T, K) ids and log-probs of the K most likely, all found by id.
+
+    A sampled token that is not among the K most likely comes on top of them, and one that is may come twice: rank and place say nothing.
+
+    Raises:
+        EngineError: a token is not among its entries, or there are fewer than K others.
+    """
+    hits_TW = ids_TW == tokens_T[:, None]
+    lost = np.flatnonzero(~hits_TW.any(1))
+    if lost.size:
+        raise EngineError(
+            f"{owner}: response token {lost[0]} is id {tokens_T[lost[0]]}, expected it among the engine's log-probs; report it."
+        )
+    places_T1 = hits_TW.argmax(1)[:, None]
+    twice_TW = hits_TW & (np.arange(ids_TW.shape[1]) > places_T1)
+    unusable_TW = twice_TW | (ids_TW < 0)
+    few = np.flatnonzero((~unusable_TW).sum(1) < top_k)
+    if few.size:
+        raise EngineError(
+            f"{owner}: response token {few[0]} has {(~unusable_TW[few[0]]).sum()} candidates, expected at least {top_k}; report it."
+        )
+    best_TK = np.lexsort((-logprobs_TW, unusable_TW), axis=-1)[:, :top_k]
+    logprobs_T = np.take_along_axis(logprobs_TW, places_T1, 1)[:, 0]
+    return logprobs_T, np.take_along_axis(ids_TW, best_TK, 1), np.take_along_axis(logprobs_TW, best_TK, 1)

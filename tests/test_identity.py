@@ -1,0 +1,110 @@
+"""The identity of a folder is that of the model that is loaded from it."""
+
+import copy
+
+import pytest
+import torch
+from conftest import PAD_ROWS
+from safetensors.torch import load_file, save_file
+
+from lopd import manifest
+from lopd.engines import identity
+from lopd.engines.hf import load_model
+from lopd.engines.identity import folder_model_id, local_folder, model_id
+from lopd.errors import ModelError
+
+KINDS = ("llama_tied", "qwen3_padded", "gemma2_softcap", "phi_bias", "gpt2")
+
+
+@pytest.fixture
+def saved(models, tokenizer, tmp_path):
+    """`saved(kind, dtype, max_shard_size)`: a folder with this model."""
+
+    def save(kind, dtype=torch.float32, **how):
+        folder = tmp_path / f"{kind}-{dtype}"
+        copy.deepcopy(models(kind)).to(dtype).save_pretrained(folder, **how)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_has_the_identity_of_the_model_that_is_loaded_from_it(kind, dtype, saved, models):
+    folder = saved(kind, dtype)
+    stored, loaded = folder_model_id(folder), model_id(load_model(folder)[0])
+    assert stored == loaded
+    assert (stored.name, stored.dtype) == (loaded.name, str(dtype).removeprefix("torch."))
+    assert stored.same_weights(model_id(models(kind))) == (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen3_padded"])
+def test_shards_and_weights_that_are_cast_when_loaded_change_nothing(kind, saved):
+    folder = saved(kind, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    assert folder_model_id(folder) == model_id(load_model(folder)[0])
+    assert folder_model_id(folder, torch.bfloat16) == model_id(load_model(folder, torch.bfloat16)[0])
+    assert folder_model_id(folder) != folder_model_id(folder, torch.bfloat16)
+
+
+def test_a_tied_weight_counts_once_under_whatever_names_it_is_stored(saved):
+    folder = saved("llama_tied")
+    expected, path = folder_model_id(folder), folder / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    assert folder_model_id(folder) == expected == model_id(load_model(folder)[0])
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, path, {"format": "pt"})
+    assert folder_model_id(folder) == expected
+
+
+def test_one_changed_value_is_another_model(saved):
+    folder = saved("qwen3_padded")
+    before, path = folder_model_id(folder), folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-3
+    save_file(weights, path, {"format": "pt"})
+    assert not folder_model_id(folder).same_weights(before)
+
+
+def test_files_that_do_not_hold_what_the_model_holds_are_refused(saved):
+    folder = saved("qwen3_padded")
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    save_file({f"renamed.{name}": weight for name, weight in weights.items()}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"hold no 'lm_head.weight'.*pass `identity=model_id\(model\)`"):
+        folder_model_id(folder)
+    save_file({**weights, "lm_head.weight": weights["lm_head.weight"][:-PAD_ROWS].contiguous()}, path, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"'lm_head.weight' has shape \(96, 32\), expected \(104, 32\)"):
+        folder_model_id(folder)
+    path.unlink()
+    with pytest.raises(ModelError, match=r"holds 0 files of weights in safetensors"):
+        folder_model_id(folder)
+
+
+def test_each_weight_is_hashed_before_the_next_is_read(saved, monkeypatch):
+    events = []
+    monkeypatch.setattr(identity, "_read", recorded(events, "read", identity._read))
+    monkeypatch.setattr(manifest, "_narrowest", recorded(events, "hash", manifest._narrowest))
+    folder_model_id(saved("qwen3_padded"))
+    assert len(events) > 40
+    assert events == ["read", "hash"] * (len(events) // 2)
+
+
+def recorded(events, name, function):
+    return lambda *arguments: events.append(name) or function(*arguments)
+
+
+def test_a_folder_is_its_own_snapshot_and_a_hub_name_is_looked_up_among_those_that_are_here(saved, tmp_path, monkeypatch):
+    folder = saved("llama_tied")
+    assert local_folder(folder) == local_folder(str(folder)) == folder
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--someone--tiny" / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    (cache / "models--someone--tiny" / "refs").mkdir()
+    (cache / "models--someone--tiny" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert local_folder("someone/tiny") == snapshot
+    assert folder_model_id(local_folder("someone/tiny")) == model_id(load_model(snapshot)[0])

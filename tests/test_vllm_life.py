@@ -1,0 +1,380 @@
+"""What surrounds vLLM, without vLLM: starting, dying, running out of memory, options, and reading its log-probs.  A fake takes its place."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOKENIZER_ID
+from engine_models import LONGEST, VOCAB, save_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lopd.backends.memory_store import MemoryStore
+from lopd.engines import vllm_engine
+from lopd.engines.supports import entries, look_up
+from lopd.engines.vllm import VLLMScorer, VLLMSource
+from lopd.engines.vllm_engine import VLLMEngine, VLLMSettings, import_vllm
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError, ModelError
+from lopd.manifest import Manifest, ModelId, SamplingParams
+from lopd.scoring import score_rollouts
+from lopd.types import Prompt, Rollout
+
+
+class FakeVLLM:
+    """The module vllm: gives -1 nats to every token of a prompt, and samples token 5; `faults` are raised, one a call, before it answers."""
+
+    __version__ = "0.0"
+
+    def __init__(self):
+        self.faults, self.started, self.requests, self.stopped = [], [], [], 0
+        self.overrides, self.cut = {}, []
+
+    SamplingParams = SimpleNamespace
+
+    def LLM(self, **arguments):
+        self.started.append(arguments)
+        seen = {**arguments, **self.overrides}
+        model = SimpleNamespace(logprobs_mode=seen["logprobs_mode"], get_vocab_size=lambda: self.overrides.get("rows", VOCAB))
+        cache = SimpleNamespace(enable_prefix_caching=seen["enable_prefix_caching"])
+        core = SimpleNamespace(shutdown=self.shutdown)
+        engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model, cache_config=cache), engine_core=core)
+        return SimpleNamespace(llm_engine=engine, generate=self.generate, collective_rpc=self.rpc, reset_prefix_cache=lambda: True)
+
+    def shutdown(self):
+        self.stopped += 1
+
+    def rpc(self, _name, args):
+        self.cut.append(args)
+        return [self.overrides.get("layers", 1)]
+
+    def generate(self, requests, params, use_tqdm):
+        assert use_tqdm is False
+        self.requests.append(len(requests))
+        if self.faults:
+            fault = self.faults.pop(0)
+            if fault is not None:
+                raise fault
+        return [self.answer(request["prompt_token_ids"], p) for request, p in zip(requests, params, strict=True)]
+
+    def answer(self, ids, _params):
+        n = len(ids)
+        flat = SimpleNamespace(
+            start_indices=[0, *range(n - 1)], end_indices=[0, *range(1, n)], token_ids=ids[1:], logprobs=[-1.0] * (n - 1)
+        )
+        one = SimpleNamespace(start_indices=[0], end_indices=[1], token_ids=[5], logprobs=[-2.0])
+        completion = SimpleNamespace(token_ids=[5], logprobs=one, finish_reason="length")
+        return SimpleNamespace(prompt_token_ids=ids, prompt_logprobs=flat, outputs=[completion])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("models") / "tied", "llama_tied")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    made = FakeVLLM()
+    monkeypatch.setattr(vllm_engine, "import_vllm", lambda: made)
+    monkeypatch.setattr("lopd.engines.vllm.import_vllm", lambda: made)
+    monkeypatch.setattr(vllm_engine, "_on_cpu", lambda: True)
+    return made
+
+
+def scorer_of(folder, **settings):
+    return VLLMScorer.from_folder(folder, VLLMSettings(**settings))
+
+
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.50 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+)
+
+
+# --- dying and starting anew ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_engine_starts_when_first_asked_and_again_after_it_was_closed(fake, folder, rollouts):
+    scorer = scorer_of(folder)
+    assert scorer.provenance.engine == "vllm 0.0"
+    assert list(scorer.score([])) == []
+    assert not fake.started
+    scorer.close()
+    for starts in (1, 1, 2):
+        if starts == 2:
+            scorer.close()
+        assert [s.rollout_id for s in scorer.score(rollouts)] == [r.rollout_id for r in rollouts]
+        assert len(fake.started) == scorer.engine.starts == starts
+
+
+@pytest.mark.parametrize("fault", OUT_OF_MEMORY, ids=["cuda", "python", "cpu"])
+def test_memory_that_runs_out_halves_the_tokens_until_it_is_enough_and_the_call_is_repeated(fault, fake, folder, rollouts):
+    fake.faults = [fault, fault]
+    scorer = scorer_of(folder, tokens_per_batch=64, least_tokens_per_batch=16, restarts=0)
+    assert len(scorer.score(rollouts)) == len(rollouts)
+    assert [a["max_num_batched_tokens"] for a in fake.started] == [64, 32, 16]
+    assert [a["max_num_seqs"] for a in fake.started] == [64, 32, 16]
+    assert fake.stopped == 2
+    scorer.score(rollouts)
+    assert len(fake.started) == 3, "the size that worked is kept"
+
+
+def test_memory_that_runs_out_hidden_behind_another_error_is_found(fake, folder, rollouts):
+    wrapped = RuntimeError("EngineCore failed")
+    wrapped.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+    fake.faults = [wrapped]
+    scorer_of(folder, tokens_per_batch=64, least_tokens_per_batch=16, restarts=0).score(rollouts)
+    assert [a["max_num_batched_tokens"] for a in fake.started] == [64, 32]
+
+
+def test_the_tokens_are_not_halved_below_the_least(fake, folder, rollouts):
+    fake.faults = [torch.OutOfMemoryError("CUDA out of memory")] * 9
+    with pytest.raises(EngineError, match=r"failed 1 times in one call, the last time by OutOfMemoryError \(CUDA out of memory\)"):
+        scorer_of(folder, tokens_per_batch=64, least_tokens_per_batch=16, restarts=0).score(rollouts)
+    assert [a["max_num_batched_tokens"] for a in fake.started] == [64, 32, 16]
+
+
+def test_an_engine_that_dies_is_started_anew_and_one_that_dies_twice_gets_half_as_much(fake, folder, rollouts):
+    fake.faults = [RuntimeError("EngineCore encountered an issue"), RuntimeError("again")]
+    scorer = scorer_of(folder, tokens_per_batch=64, least_tokens_per_batch=16, restarts=2)
+    assert len(scorer.score(rollouts)) == len(rollouts)
+    assert [a["max_num_batched_tokens"] for a in fake.started] == [64, 64, 32]
+
+
+def test_deaths_are_counted_for_each_call_of_its_own(fake, folder, rollouts):
+    scorer = scorer_of(folder, restarts=1)
+    for _ in range(3):
+        fake.faults = [RuntimeError("died")]
+        scorer.score(rollouts)
+    assert len(fake.started) == 4
+
+
+def test_an_engine_that_goes_on_dying_ends_the_run_with_everything_before_kept(fake, folder, rollouts):
+    store = MemoryStore(Manifest(TOKENIZER_ID, ModelId("policy", "1", "float32"), SamplingParams()))
+    store.append(rollouts)
+    fake.faults = [None, RuntimeError("died"), RuntimeError("died"), RuntimeError("died")]
+    scorer = scorer_of(folder, restarts=2)
+    with pytest.raises(
+        EngineError,
+        match=r"failed 3 times in one call, the last time by RuntimeError \(died\), expected at most 2; see its log, and call again to resume",
+    ):
+        score_rollouts(store, scorer, rollouts_per_batch=3)
+    assert store.scored("teacher").sum() == 3
+    assert score_rollouts(store, scorer, rollouts_per_batch=3) == 0
+    assert store.scored("teacher").all()
+    assert fake.requests == [3, 3, 3, 3, 3, 1]
+
+
+class VLLMClientError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fault", [ValueError("prompt is empty"), TypeError("no such argument"), VLLMClientError("invalid")])
+def test_what_vllm_refuses_is_not_tried_again(fault, fake, folder, rollouts):
+    fake.faults = [fault]
+    with pytest.raises(EngineError, match=rf"it refused {type(fault).__name__} \({fault}\)"):
+        scorer_of(folder, restarts=5).score(rollouts)
+    assert len(fake.started) == 1
+
+
+def test_an_interrupt_stops_the_engine_so_that_nothing_unfinished_is_answered_later(fake, folder, rollouts):
+    fake.faults = [KeyboardInterrupt()]
+    scorer = scorer_of(folder)
+    with pytest.raises(KeyboardInterrupt):
+        scorer.score(rollouts)
+    assert fake.stopped == 1
+    assert len(scorer.score(rollouts)) == len(rollouts)
+    assert len(fake.started) == 2
+
+
+# --- what it is started with ----------------------------------------------------------------------------------------------------------
+
+
+def test_sampling_and_scoring_start_vllm_as_each_must(fake, folder, rollouts):
+    scorer_of(folder, tokens_per_batch=16, dtype=torch.bfloat16).score(rollouts)
+    VLLMSource.from_folder(folder, SamplingParams(), VLLMSettings(tokens_per_batch=16)).sample([Prompt("p", [5])])
+    scoring, sampling = fake.started
+    assert (scoring["enable_prefix_caching"], sampling["enable_prefix_caching"]) == (False, True)
+    assert (scoring["enable_chunked_prefill"], scoring["max_num_batched_tokens"]) == (True, 16)
+    assert (sampling["enable_chunked_prefill"], sampling["max_num_batched_tokens"]) == (False, LONGEST), "a seed does not survive a part"
+    assert (scoring["dtype"], sampling["dtype"]) == ("bfloat16", "float32")
+    assert {a["logprobs_mode"] for a in fake.started} == {"raw_logprobs"}
+    assert {a["generation_config"] for a in fake.started} == {"vllm"}
+    assert {a["max_model_len"] for a in fake.started} == {LONGEST}
+
+
+def test_a_gpu_may_read_a_prompt_in_parts_while_sampling(fake, folder, monkeypatch):
+    monkeypatch.setattr(vllm_engine, "_on_cpu", lambda: False)
+    VLLMSource.from_folder(folder, SamplingParams(), VLLMSettings(tokens_per_batch=16)).sample([Prompt("p", [5])])
+    assert (fake.started[0]["enable_chunked_prefill"], fake.started[0]["max_num_batched_tokens"]) == (True, 16)
+
+
+def test_other_options_reach_vllm_and_those_that_lopd_sets_are_refused(fake, folder, rollouts):
+    options = {"quantization": "fp8", "max_num_seqs": 7, "hf_overrides": {"rope_theta": 1.0}}
+    scorer_of(folder, options=options).score(rollouts)
+    assert fake.started[0]["quantization"] == "fp8"
+    assert fake.started[0]["max_num_seqs"] == 7
+    assert fake.started[0]["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1.0}
+    reserved = set(VLLMEngine(folder, VOCAB).arguments()) - {"disable_log_stats", "max_num_seqs", "hf_overrides"}
+    for name in reserved:
+        with pytest.raises(InvalidRecordError, match=rf"options has '{name}', expected an argument that lopd does not set itself"):
+            VLLMSettings(options={name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tokens_per_batch", 0), ("restarts", -1), ("max_model_len", 1), ("gpu_memory_utilization", 0.0), ("tensor_parallel_size", 0)],
+)
+def test_settings_that_make_no_sense_are_refused(name, value):
+    with pytest.raises(InvalidRecordError, match=rf"VLLMSettings: {name} is {value}"):
+        VLLMSettings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("found", "error", "message"),
+    [
+        ({"logprobs_mode": "processed_logprobs"}, EngineError, "logprobs_mode is 'processed_logprobs', expected 'raw_logprobs'"),
+        ({"enable_prefix_caching": True}, EngineError, "enable_prefix_caching is True, expected False"),
+        ({"rows": VOCAB - 1}, ModelError, f"its head has {VOCAB - 1} rows, expected at least {VOCAB}"),
+        ({"rows": VOCAB + 1, "layers": 0}, ModelError, f"its head has {VOCAB + 1} rows and cannot be cut"),
+    ],
+)
+def test_an_engine_that_is_not_what_was_asked_for_is_refused(found, error, message, fake, folder):
+    fake.overrides = found
+    with pytest.raises(error, match=message):
+        scorer_of(folder, restarts=0).score([Rollout("r", [5], [6], [True], "length")])
+
+
+def test_only_a_head_with_padding_rows_is_cut(fake, folder, rollouts):
+    scorer_of(folder).score(rollouts)
+    assert fake.cut == []
+    fake.overrides = {"rows": VOCAB + 8}
+    scorer_of(folder).score(rollouts)
+    assert fake.cut == [(VOCAB,)]
+
+
+def test_engines_are_refused_where_they_do_not_fit(folder, tokenizer):
+    with pytest.raises(EngineError, match=r"VLLMSource: the engine has scoring=True, expected scoring=False"):
+        VLLMSource(VLLMEngine(folder, VOCAB, scoring=True), tokenizer)
+    with pytest.raises(EngineError, match=r"VLLMScorer: the engine has scoring=False, expected scoring=True"):
+        VLLMScorer(VLLMEngine(folder, VOCAB), tokenizer)
+    with pytest.raises(EngineError, match=r"the engine gives 2 candidates, expected 3"):
+        VLLMScorer(VLLMEngine(folder, VOCAB, scoring=True, top_k=2), tokenizer, top_k=3)
+    with pytest.raises(InvalidRecordError, match=rf"VLLMScorer: top_k is 97, expected 0 to {VOCAB}"):
+        VLLMScorer.from_folder(folder, top_k=97)
+
+
+def test_a_temperature_that_vllm_would_change_is_refused(folder):
+    VLLMSource.from_folder(folder, SamplingParams(temperature=0.01))
+    with pytest.raises(InvalidRecordError, match=r"VLLMSource: temperature is 0.001, expected 0 or at least 0.01"):
+        VLLMSource.from_folder(folder, SamplingParams(temperature=0.001))
+
+
+def test_where_vllm_is_missing_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    with pytest.raises(MissingDependencyError, match=r"Package vllm: it cannot be imported .*use `lopd\[vllm\]`"):
+        import_vllm()
+
+
+# --- requests and answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_needs_room_for_the_token_that_vllm_always_generates(fake, folder, rollouts):
+    fits, full, over = (
+        Rollout(name, [5] * 100, [6] * n, np.ones(n, bool), "length") for name, n in (("fits", 27), ("full", 28), ("over", 29))
+    )
+    assert len(scorer_of(folder).score([fits])) == 1
+    for bad, message in ((full, "'full'.*has 128 tokens, expected at most 127"), (over, "'over'.*has 129 tokens")):
+        with pytest.raises(ContextOverflowError, match=message):
+            scorer_of(folder).score([*rollouts, bad])
+    assert len(fake.started) == 1
+
+
+def test_prompts_and_rollouts_are_checked_before_anything_starts(fake, folder):
+    source = VLLMSource.from_folder(folder, SamplingParams())
+    with pytest.raises(ContextOverflowError, match=r"Prompt 'long'"):
+        source.sample([Prompt("p", [5]), Prompt("long", [5] * LONGEST)])
+    with pytest.raises(InvalidRecordError, match=r"Prompt 'q'.*token 1 is id 96"):
+        source.sample([Prompt("q", [5, 96])])
+    with pytest.raises(InvalidRecordError, match=r"Rollout 'r'.*token 0 is id 99"):
+        scorer_of(folder).score([Rollout("r", [5], [99], [True], "length")])
+    assert not fake.started
+
+
+def test_answers_to_other_prompts_are_refused(fake, folder, rollouts, monkeypatch):
+    real = fake.answer
+    monkeypatch.setattr(fake, "answer", lambda ids, p: real([7, *ids[1:]], p))
+    with pytest.raises(EngineError, match=r"it answered 7 prompts, expected the 7 asked, in order"):
+        scorer_of(folder).score(rollouts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"finish_reason": "abort"}, "1 tokens and the reason 'abort'"),
+        ({"token_ids": []}, "0 tokens and the reason 'length'"),
+        ({"token_ids": [VOCAB]}, f"sampled id {VOCAB}, expected one below the vocabulary's {VOCAB}"),
+        ({"token_ids": [6]}, "response token 0 is id 6, expected it among the engine's log-probs"),
+    ],
+)
+def test_responses_that_are_none_are_refused_by_name(change, message, fake, folder, monkeypatch):
+    real = fake.answer
+
+    def answer(ids, params):
+        output = real(ids, params)
+        vars(output.outputs[0]).update(change)
+        return output
+
+    monkeypatch.setattr(fake, "answer", answer)
+    with pytest.raises(EngineError, match=rf"Rollout 'p/s0/g0': .*{message}"):
+        VLLMSource.from_folder(folder, SamplingParams()).sample([Prompt("p", [5])])
+
+
+# --- reading log-probs ----------------------------------------------------------------------------------------------------------------
+
+
+def flat_of(positions):
+    """Log-probs of positions, each a list of (id, log-prob), as vLLM lays them out."""
+    ends = np.cumsum([len(p) for p in positions]).tolist()
+    return SimpleNamespace(
+        start_indices=[0, *ends[:-1]],
+        end_indices=ends,
+        token_ids=[i for p in positions for i, _ in p],
+        logprobs=[v for p in positions for _, v in p],
+    )
+
+
+@given(st.data())
+def test_tokens_are_found_by_id_in_whatever_order_and_however_often_they_come(data):
+    k = data.draw(st.integers(0, 4))
+    positions, tokens, truth = [], [], []
+    for _ in range(data.draw(st.integers(1, 4))):
+        values = data.draw(st.lists(st.floats(-20, -0.125, width=32), min_size=6, max_size=6, unique=True))
+        token = data.draw(st.integers(0, 5))
+        best = sorted(range(6), key=lambda i: -values[i])[:k]
+        given_ids = [token, *best] if data.draw(st.booleans()) or token not in best else best
+        positions.append([(i, values[i]) for i in data.draw(st.permutations(given_ids))])
+        tokens.append(token)
+        truth.append((values, best))
+    logprobs_T, ids_TK, candidates_TK = look_up("r", np.array(tokens), *entries(flat_of([[], *positions]), first=1), top_k=k)
+    for t, (values, best) in enumerate(truth):
+        assert logprobs_T[t] == np.float32(values[tokens[t]])
+        assert ids_TK[t].tolist() == best
+        assert candidates_TK[t].tolist() == [np.float32(values[i]) for i in best]
+
+
+def test_a_token_that_is_not_there_or_too_few_candidates_are_errors():
+    flat = flat_of([[(3, -1.0), (4, -2.0)], [(5, -1.0)]])
+    with pytest.raises(EngineError, match=r"r: response token 1 is id 6, expected it among"):
+        look_up("r", np.array([3, 6]), *entries(flat), top_k=0)
+    with pytest.raises(EngineError, match=r"r: response token 1 has 1 candidates, expected at least 2"):
+        look_up("r", np.array([3, 5]), *entries(flat), top_k=2)
+    assert issubclass(EngineError, LopdError)
+
+
+def test_a_position_without_entries_is_a_missing_token_and_not_another_ones():
+    with pytest.raises(EngineError, match=r"response token 0 is id 3"):
+        look_up("r", np.array([3, 3]), *entries(flat_of([[], [(3, -1.0)]])), top_k=0)
+    with pytest.raises(EngineError, match=r"response token 0 is id 3"):
+        look_up("r", np.array([3]), *entries(flat_of([[]])), top_k=0)
