@@ -41,6 +41,9 @@ bench-loss: .venv/installed-test  ## every way to the loss and its gradient besi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 	$(BIN)/python benchmarks/bench_loss.py
 
+bench-engines: .venv/installed-engines .venv/installed-data  ## sampling and scoring, transformers beside vLLM in process and served; about half an hour
+	$(BIN)/python benchmarks/bench_engines.py
+
 test-triton: .venv/installed-test  ## the CUDA kernels in Triton's interpreter, and compiled for two kinds of GPU; Triton is 700 MB
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.7.1
 	$(BIN)/python -m pytest tests/test_triton_rows.py

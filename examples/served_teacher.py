@@ -32,8 +32,8 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     scorer = ServerScorer(Servers(args.urls, args.model), tokenizer, ModelId(args.model, args.revision, args.dtype), args.top_k)
-    floored = score_rollouts(open_store(args.store), scorer, column=args.column, progress=RichProgress())
-    print(f"{scorer.provenance.engine}: column {args.column!r} is complete; {floored} log-probs were -inf")
+    report = score_rollouts(open_store(args.store), scorer, column=args.column, progress=RichProgress())
+    print(f"{scorer.provenance.engine}: column {args.column!r} is complete; {report.floored} log-probs were -inf")
 
 
 if __name__ == "__main__":

@@ -905,7 +905,7 @@ def test_a_run_that_lost_its_server_goes_on_where_it_was_and_ends_as_if_it_had_n
     broken = start()
     broken.fail(100, cut, lambda request: len(broken.requests) > 5)
     with pytest.raises(LopdError, match="2 attempts"):
-        score_rollouts(store, scorer_of(broken, top_k=2, attempts=2), rollouts_per_batch=3)
+        score_rollouts(store, scorer_of(broken, top_k=2, attempts=2), rollouts_per_batch=3, preflight=None)
     assert 0 < store.scored("teacher").sum() < 12
     score_rollouts(store, scorer_of(whole, top_k=2), rollouts_per_batch=3)
     for mine, theirs in zip(

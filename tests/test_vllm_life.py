@@ -159,9 +159,9 @@ def test_an_engine_that_goes_on_dying_ends_the_run_with_everything_before_kept(f
         EngineError,
         match=r"failed 3 times in one call, the last time by RuntimeError \(died\), expected at most 2; see its log, and call again to resume",
     ):
-        score_rollouts(store, scorer, rollouts_per_batch=3)
+        score_rollouts(store, scorer, rollouts_per_batch=3, preflight=None)
     assert store.scored("teacher").sum() == 3
-    assert score_rollouts(store, scorer, rollouts_per_batch=3) == 0
+    assert score_rollouts(store, scorer, rollouts_per_batch=3, preflight=None).floored == 0
     assert store.scored("teacher").all()
     assert fake.requests == [3, 3, 3, 3, 3, 1]
 

@@ -31,10 +31,10 @@ class Killer:
     scorer: VLLMScorer
     batches: int = 0
 
-    def begin(self, what: str, total: int, done: int, /) -> None:
+    def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
         pass
 
-    def advance(self, rollouts: int, tokens: int, /) -> None:
+    def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:
         self.batches += 1
         if self.batches == 1:
             manager = self.scorer.engine._llm.llm_engine.engine_core.resources.engine_manager

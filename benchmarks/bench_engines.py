@@ -1,0 +1,206 @@
+"""Sampling and scoring on transformers, on vLLM in process and served, and how far their log-probs are from each other: `make bench-engines`.
+
+Tokens a second are prompt and response tokens that were scored, or response tokens that were sampled; medians of repeats that take turns
+within one process for each engine.  Both engines run on the same CPU threads, one engine at a time.  Absolute numbers are those of a small
+CPU machine; on a GPU the two engines are much further apart.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from record import ROOT, describe_machine, fill, result_file
+
+from lopd import SamplingParams, ZarrStore, collect_rollouts
+from lopd.engines.hf import HFSource, load_model
+from lopd.prompts import make_prompts
+
+VLLM_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+WORKER = Path(__file__).with_name("engine_worker.py")
+GOAL = 0.9
+
+
+def main() -> None:
+    """Measure, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench-engines"))
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--record", action=argparse.BooleanOptionalAction, default=True, help="write results, picture and the README's tables"
+    )
+    options = parser.parse_args()
+    rows = [measure(name, folder, options) for name, folder in models(options.out).items()]
+    for row in rows:
+        print(json.dumps(row))
+    if options.record:
+        write(rows)
+
+
+def models(out: Path) -> dict[str, Path]:
+    """SmolLM2-135M-Instruct in two dtypes, and a random model of two layers whose head has padding rows."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    import smollm2
+
+    folders = {"SmolLM2-135M, float32": out / "fp32", "SmolLM2-135M, bfloat16": out / "bf16", "random, 3M, float32": out / "tiny"}
+    full, half, tiny = folders.values()
+    if not full.exists():
+        smollm2.save_teacher(full)
+    model, tokenizer = load_model(full)
+    if not half.exists():
+        model.to(torch.bfloat16).save_pretrained(half)
+        tokenizer.save_pretrained(half)
+    if not tiny.exists():
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+        rows = len(tokenizer) + 64
+        config = transformers.Qwen3Config(vocab_size=rows, head_dim=32, max_position_embeddings=1024, initializer_range=0.1, **sizes)
+        torch.manual_seed(0)
+        transformers.Qwen3ForCausalLM(config).save_pretrained(tiny)
+        tokenizer.save_pretrained(tiny)
+    return folders
+
+
+def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One row of the tables: both engines on rollouts that the model itself sampled."""
+    import smollm2
+
+    source = HFSource.from_folder(folder, SamplingParams(max_new_tokens=options.max_new_tokens))
+    store = ZarrStore.open_or_create(str(folder) + f"-{options.prompts}-{options.max_new_tokens}.zarr", source.manifest)
+    collect_rollouts(source, make_prompts(smollm2.questions()[: options.prompts], source.tokenizer), store)
+    del source
+    hf, truth = work("hf", folder, options)
+    vllm, ours = work("vllm", folder, options)
+    served, theirs = work("served", folder, options)
+    row = {
+        "model": name,
+        "threads": hf["threads"],
+        "tokens": hf["tokens"],
+        "hf": speeds(hf),
+        "vllm": speeds(vllm),
+        "served": speeds(served),
+    }
+    row["gaps"] = {"in process": gaps(ours, truth)}
+    if "bfloat16" in name:
+        half = work("vllm", folder, options, "--half-head", "--repeats", "0")[1]
+        row["gaps"]["in process, head in the model's dtype"] = gaps(half, truth)
+    row["gaps"]["served"] = gaps(theirs, truth)
+    return row
+
+
+def work(engine: str, folder: Path, options: argparse.Namespace, *more: str) -> tuple[dict[str, Any], np.ndarray]:
+    """What one engine reports, and the log-probs that it gives."""
+    out = folder.with_name(f"{folder.name}-{engine}{''.join(more)}")
+    sizes = ["--max-new-tokens", str(options.max_new_tokens), "--repeats", str(options.repeats)]
+    where = f"{folder}-{options.prompts}-{options.max_new_tokens}.zarr"
+    command = [sys.executable, str(WORKER), engine, str(folder), where, str(out), *sizes, *more]
+    subprocess.run(command, check=True, env={**VLLM_ENVIRONMENT, **os.environ})
+    report: dict[str, Any] = json.loads(out.with_suffix(".json").read_text())
+    return report, np.load(out.with_suffix(".npz"))["logprobs"]
+
+
+def speeds(report: dict[str, Any]) -> dict[str, Any]:
+    """Tokens a second of each variant: median, slowest, fastest."""
+    made = {}
+    for name, seconds in report["seconds"].items():
+        tokens = report["tokens"]["sampling" if name == "sampling" else "scoring"]
+        made[name] = {"median": tokens / median(seconds), "min": tokens / max(seconds), "max": tokens / min(seconds)}
+    return made
+
+
+def gaps(ours: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """How far two columns of log-probs are apart, in nats."""
+    difference = ours.astype(np.float64) - truth
+    size = np.abs(difference)
+    return {
+        "mean": float(size.mean()),
+        "p99": float(np.quantile(size, 0.99)),
+        "max": float(size.max()),
+        "bias": float(difference.mean()),
+        "tokens": size.size,
+    }
+
+
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was wanted, and what came out."""
+    found = []
+    for row in rows:
+        ratio = row["hf"]["scoring"]["median"] / row["hf"]["forward"]["median"]
+        goal = f"HFScorer, tokens/s beside a bare forward pass of {row['model']}"
+        found.append({"name": goal, "goal": f">= {GOAL}", "measured": round(ratio, 3), "met": ratio >= GOAL})
+    return found
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """Results, picture, tables."""
+    variants = ("hf", "forward"), ("hf", "scoring"), ("hf", "scoring, top-k"), ("vllm", "scoring"), ("vllm", "scoring, top-k")
+    variants = (
+        *variants,
+        ("served", "scoring"),
+        ("served", "scoring, top-k"),
+        ("hf", "sampling"),
+        ("vllm", "sampling"),
+        ("served", "sampling"),
+    )
+    scorers = "HFScorer", "… top-20", "VLLMScorer", "… top-20", "ServerScorer", "… top-20"
+    titles = "bare forward", *scorers, "HFSource", "VLLMSource", "ServerSource"
+    table = [f"| tokens a second | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
+    table += [
+        f"| {row['model']} | " + " | ".join(f"{row[engine][name]['median']:,.0f}" for engine, name in variants) + " |" for row in rows
+    ]
+    fill(ROOT / "README.md", "engine table", table)
+    table = ["| vLLM against transformers, nats | mean | p99 | max | mean with its sign |", "|---|--:|--:|--:|--:|"]
+    for row in rows:
+        table += [
+            f"| {row['model']}, {head} | {gap['mean']:.2g} | {gap['p99']:.2g} | {gap['max']:.2g} | {gap['bias']:+.1g} |"
+            for head, gap in row["gaps"].items()
+        ]
+    fill(ROOT / "README.md", "parity table", table)
+    report = describe_machine()
+    import vllm
+
+    report["versions"] |= {"vllm": vllm.__version__, "transformers": transformers.__version__}
+    result_file("bench_engines", report, rows, goals(rows))
+    draw(ROOT / "docs" / "bench_engines.png", rows)
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Tokens a second of both phases, the engines beside each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = (("sampling", "sampling"), ("scoring", "scoring"), ("scoring, top-k", "scoring with top-20"))
+    for axes, (variant, title) in zip(figure.subplots(1, 3), panels, strict=True):
+        for shift, engine, color in ((-0.27, "hf", "tab:gray"), (0.0, "vllm", "tab:blue"), (0.27, "served", "tab:orange")):
+            speed = [row[engine][variant] for row in rows]
+            middle = [s["median"] for s in speed]
+            spread = [
+                [m - s["min"] for m, s in zip(middle, speed, strict=True)],
+                [s["max"] - m for m, s in zip(middle, speed, strict=True)],
+            ]
+            label = {"hf": "transformers", "vllm": "vLLM in process", "served": "vLLM served"}[engine]
+            axes.bar([i + shift for i in range(len(rows))], middle, 0.25, yerr=spread, capsize=4, color=color, label=label)
+        axes.set(title=title, ylabel="tokens a second", yscale="log")
+        axes.set_xticks(range(len(rows)), [row["model"].replace(", ", "\n") for row in rows], fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    main()
