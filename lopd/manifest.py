@@ -237,6 +237,7 @@ class Provenance:
         engine: name and version of what ran it.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut.
         top_k: how many of the model's most likely tokens are kept at each response token, beside the sampled one.
+        eos_id: what ends a text of that model, by its tokenizer; no part of the identity.
         parity: how this engine compared with another that ran the same model, when the column was begun: what the first append
             said stays; no part of the identity.
 
@@ -249,6 +250,7 @@ class Provenance:
     engine: str
     logprobs_mode: str = "raw"
     top_k: int = 0
+    eos_id: int | None = field(default=None, eq=False)
     parity: Parity | None = field(default=None, eq=False)
 
     def __attrs_post_init__(self) -> None:

@@ -30,8 +30,8 @@ class Preflight:
       batch, and replicas with different weights fail here.
     - *It says what it said before*: a column that was begun is continued only by a scorer that agrees with what is stored.
     - *It says what the trainer would say* (with `truth`): the differences are stored with the column (`Provenance.parity`).
-    - *It knows how responses end*: a warning if it finds the tokens that ended the responses next to impossible, as a teacher does that
-      ends its own with another token.
+    - *It knows how responses end*: a warning if its tokenizer ends texts with another token than the policy's, or if it finds the tokens that
+      ended the responses next to impossible.
 
     Args:
         rollouts: how many are scored for the first two.
@@ -73,6 +73,7 @@ class Preflight:
             ScorerError: it does not give the same log-probs twice, is further from what is stored or from `truth` than allowed, or refuses what
                 it scored before, or all.
         """
+        self._check_eos(scorer.provenance, store.manifest.tokenizer.eos_id)
         by_length = np.argsort(store.lengths().sum(axis=1), kind="stable")
         scored = store.scored(column)[by_length]
         self._check_repeatable(store, scorer, evenly(by_length[~scored], self.rollouts), begun=bool(scored.any()))
@@ -122,6 +123,15 @@ class Preflight:
                 f"Scorer {scorer.provenance.model} ({scorer.provenance.engine}): its log-probs of {len(gaps)} rollouts differ by "
                 f"{difference:.3g} nats on average {what}, expected at most {self.repeat_bound:g}, and most for {worst!r}; turn prefix caching "
                 "off, check that all replicas serve the same weights, or raise `repeat_bound` if this noise is acceptable."
+            )
+
+    def _check_eos(self, provenance: Provenance, eos_id: int | None) -> None:
+        if provenance.eos_id is not None and eos_id is not None and provenance.eos_id != eos_id:
+            warnings.warn(
+                f"Scorer {provenance.model}: its texts end with token {provenance.eos_id}, expected the policy's {eos_id}; a student that learns "
+                "from a base model while it ends as an instructed one, or the other way round, may not stop, so check how the responses end.",
+                EndTokenWarning,
+                stacklevel=4,
             )
 
     def _check_ends(self, scorer: TeacherScorer, rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> None:

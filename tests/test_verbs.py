@@ -550,6 +550,15 @@ def test_pain_8_a_teacher_that_never_ends_as_the_policy_does_is_noticed(source, 
         score_rollouts(store, HFScorer(model, tokenizer))
 
 
+def test_pain_8_a_teacher_whose_tokenizer_ends_texts_with_another_token_is_noticed(source, prompts, teacher_model, tokenizer):
+    scorer = HFScorer(teacher_model, tokenizer)
+    assert scorer.provenance.eos_id == source.manifest.tokenizer.eos_id == tokenizer.eos_token_id
+    store = MemoryStore(evolve(source.manifest, tokenizer=evolve(source.manifest.tokenizer, eos_id=3)))
+    store.append([Rollout("r", [9, 10], [20, 30], [True] * 2, "length")])
+    with pytest.warns(EndTokenWarning, match=f"end with token {tokenizer.eos_token_id}, expected the policy's 3"):
+        score_rollouts(store, scorer)
+
+
 def test_parity_is_over_the_tokens_that_count_and_says_what_becomes_of_the_advantage():
     items = [
         Rollout("a", [9], [1, 2, 3], [True, False, True], "stop", [-1.0, -1.0, -1.0]),

@@ -185,7 +185,9 @@ class HFScorer:
 
     @cached_property
     def _provenance(self) -> Provenance:
-        return Provenance(self.identity or model_id(self.model), self.tokenizer_id.vocab_hash, ENGINE, top_k=self.top_k)
+        return Provenance(
+            self.identity or model_id(self.model), self.tokenizer_id.vocab_hash, ENGINE, "raw", self.top_k, self.tokenizer_id.eos_id
+        )
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""

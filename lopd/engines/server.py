@@ -77,7 +77,7 @@ class ServerScorer:
         Raises:
             EngineError: they do not agree, or none is up.
         """
-        return Provenance(self.identity, self.tokenizer_id.vocab_hash, _engine(self.servers), top_k=self.top_k)
+        return Provenance(self.identity, self.tokenizer_id.vocab_hash, _engine(self.servers), "raw", self.top_k, self.tokenizer_id.eos_id)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given.

@@ -191,7 +191,9 @@ class VLLMScorer:
     @cached_property
     def _provenance(self) -> Provenance:
         model = _identify(self.engine, self.identity)
-        return Provenance(model, self.tokenizer_id.vocab_hash, f"vllm {import_vllm().__version__}", "raw", self.top_k)
+        return Provenance(
+            model, self.tokenizer_id.vocab_hash, f"vllm {import_vllm().__version__}", "raw", self.top_k, self.tokenizer_id.eos_id
+        )
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
