@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def models(out: Path) -> dict[str, Path]:
-    """SmolLM2-135M-Instruct in two dtypes, and a random model of two layers whose head has padding rows."""
+    """SmolLM2-135M-Instruct in two dtypes, and a random model of two layers."""
     sys.path.insert(0, str(ROOT / "examples"))
     import smollm2
 
@@ -67,8 +67,7 @@ def models(out: Path) -> dict[str, Path]:
         tokenizer.save_pretrained(half)
     if not tiny.exists():
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-        rows = len(tokenizer) + 64
-        config = transformers.Qwen3Config(vocab_size=rows, head_dim=32, max_position_embeddings=1024, initializer_range=0.1, **sizes)
+        config = transformers.Qwen3Config(vocab_size=len(tokenizer), head_dim=32, max_position_embeddings=1024, initializer_range=0.1, **sizes)
         torch.manual_seed(0)
         transformers.Qwen3ForCausalLM(config).save_pretrained(tiny)
         tokenizer.save_pretrained(tiny)
