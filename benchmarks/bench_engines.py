@@ -67,7 +67,9 @@ def models(out: Path) -> dict[str, Path]:
         tokenizer.save_pretrained(half)
     if not tiny.exists():
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-        config = transformers.Qwen3Config(vocab_size=len(tokenizer), head_dim=32, max_position_embeddings=1024, initializer_range=0.1, **sizes)
+        config = transformers.Qwen3Config(
+            vocab_size=len(tokenizer), head_dim=32, max_position_embeddings=1024, initializer_range=0.1, **sizes
+        )
         torch.manual_seed(0)
         transformers.Qwen3ForCausalLM(config).save_pretrained(tiny)
         tokenizer.save_pretrained(tiny)
