@@ -4,6 +4,7 @@ vLLM is imported where it is used: it takes seconds, and its reading of the envi
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from gc import collect
 from pathlib import Path
 from types import ModuleType
@@ -134,7 +135,7 @@ class VLLMEngine:
     def _name(self) -> str:
         return f"vLLM with {self.folder}"
 
-    @property
+    @cached_property
     def context(self) -> int:
         """Tokens of the longest prompt and response together.
 
