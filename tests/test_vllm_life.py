@@ -1,5 +1,7 @@
 """What surrounds vLLM, without vLLM: starting, dying, running out of memory, options, and reading its log-probs.  A fake takes its place."""
 
+import queue
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -176,6 +178,42 @@ def test_what_vllm_refuses_is_not_tried_again(fault, fake, folder, rollouts):
     with pytest.raises(EngineError, match=rf"it refused {type(fault).__name__} \({fault}\)"):
         scorer_of(folder, restarts=5).score(rollouts)
     assert len(fake.started) == 1
+
+
+def test_a_call_whose_engine_process_dies_while_it_waits_ends_and_is_repeated(fake, folder, rollouts, monkeypatch):
+    answers, reset = queue.Queue(), Future()
+    resources = SimpleNamespace(engine_dead=False)
+    start, generate, waits = fake.LLM, fake.generate, iter([answers.get, reset.result])
+
+    def in_a_process_of_its_own(**arguments):
+        llm = start(**arguments)
+        vars(llm.llm_engine.engine_core).update(resources=resources, outputs_queue=answers, utility_results={1: reset})
+        return llm
+
+    def never_answered(*arguments, **options):
+        # as vLLM waits: for an answer in the queue, or for one of a utility, neither of which a dead process gives
+        wait = next(waits, None)
+        resources.engine_dead = wait is not None
+        if wait is None:
+            return generate(*arguments, **options)
+        try:
+            raise wait(timeout=20)
+        except (queue.Empty, TimeoutError):
+            pytest.fail("it would have waited for ever")
+
+    monkeypatch.setattr(fake, "LLM", in_a_process_of_its_own)
+    monkeypatch.setattr(fake, "generate", never_answered)
+    scorer = scorer_of(folder, restarts=2)
+    assert len(scorer.score(rollouts)) == len(rollouts)
+    assert scorer.engine.starts == 3
+    assert fake.stopped == 2
+
+
+def test_an_engine_that_is_refused_when_it_has_started_is_stopped(fake, folder, rollouts):
+    fake.overrides = {"enable_prefix_caching": True}
+    with pytest.raises(EngineError):
+        scorer_of(folder).score(rollouts)
+    assert fake.stopped == 1
 
 
 def test_an_interrupt_stops_the_engine_so_that_nothing_unfinished_is_answered_later(fake, folder, rollouts):

@@ -1,4 +1,4 @@
-"""Scores a store with vLLM in processes of its own, kills the engine with signal 9 between two batches, and looks at what is left.
+"""Scores a store with vLLM in processes of its own, kills the engine with signal 9 between two batches and within one, and looks at what is left.
 
 Arguments: the model's folder, and where to make the store.  Run by `test_vllm_engine.py`.
 """
@@ -6,6 +6,7 @@ Arguments: the model's folder, and where to make the store.  Run by `test_vllm_e
 import os
 import signal
 import sys
+import threading
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
 
@@ -26,9 +27,10 @@ from lopd.testing import tiny_rollout
 
 @define
 class Killer:
-    """Progress that kills the engine's process after the first batch."""
+    """Progress that kills the engine's process after the first batch: at once, or while the next batch waits for its answers."""
 
     scorer: VLLMScorer
+    waiting: bool
     batches: int = 0
 
     def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
@@ -39,8 +41,12 @@ class Killer:
         if self.batches == 1:
             manager = self.scorer.engine._llm.llm_engine.engine_core.resources.engine_manager
             (process,) = manager.processes
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
+            if self.waiting:
+                os.kill(process.pid, signal.SIGSTOP)
+                threading.Timer(3.0, os.kill, (process.pid, signal.SIGKILL)).start()
+            else:
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
 
     def end(self) -> None:
         pass
@@ -55,11 +61,11 @@ def main() -> None:
 
     gives_up = VLLMScorer.from_folder(folder, VLLMSettings(enforce_eager=True, restarts=0))
     with pytest.raises(EngineError, match="it failed 1 times in one call, the last time by EngineDeadError"):
-        score_rollouts(store, gives_up, rollouts_per_batch=3, progress=Killer(gives_up))
+        score_rollouts(store, gives_up, rollouts_per_batch=3, progress=Killer(gives_up, waiting=False))
     assert ZarrStore.open(path).scored("teacher").sum() == 3
 
     goes_on = VLLMScorer.from_folder(folder, VLLMSettings(enforce_eager=True, restarts=1))
-    score_rollouts(store, goes_on, rollouts_per_batch=3, progress=Killer(goes_on))
+    score_rollouts(store, goes_on, rollouts_per_batch=3, progress=Killer(goes_on, waiting=True))
     assert goes_on.engine.starts == 2
     goes_on.close()
     records = ZarrStore.open(path).read(range(9), columns=["teacher"])

@@ -16,6 +16,7 @@ from attrs import define, field, frozen
 
 from lopd.checks import check_at_least, check_number
 from lopd.engines.identity import folder_dtype
+from lopd.engines.vllm_liveness import told_of_death
 from lopd.errors import EngineError, InvalidRecordError, LopdError, MissingDependencyError, ModelError
 
 #: Arguments of `vllm.LLM` that lopd sets itself, and where to say them instead.
@@ -224,13 +225,13 @@ class VLLMEngine:
 
     def _generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[Any]:
         vllm = import_vllm()
-        if self._llm is None:
-            self._llm = self._start(vllm)
+        llm = self._llm or self._start(vllm)
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
-        outputs = self._llm.generate(requests, [vllm.SamplingParams(**p) for p in params], use_tqdm=False)
-        if not self.scoring:
-            # nothing that was computed in this call is left for the next: the same call computes the same again
-            self._llm.reset_prefix_cache()
+        with told_of_death(llm.llm_engine.engine_core):
+            outputs = llm.generate(requests, [vllm.SamplingParams(**p) for p in params], use_tqdm=False)
+            if not self.scoring:
+                # nothing that was computed in this call is left for the next: the same call computes the same again
+                llm.reset_prefix_cache()
         got = [list(output.prompt_token_ids) for output in outputs]
         if got != [request["prompt_token_ids"] for request in requests]:
             raise EngineError(f"{self._name}: it answered {len(got)} prompts, expected the {len(requests)} asked, in order; report it.")
@@ -238,7 +239,8 @@ class VLLMEngine:
 
     def _start(self, vllm: ModuleType) -> Any:
         self.starts += 1
-        llm = vllm.LLM(**self.arguments())
+        # kept before it is looked at, so that one which is refused is stopped
+        self._llm = llm = vllm.LLM(**self.arguments())
         config = llm.llm_engine.vllm_config
         self._check("logprobs_mode", str(config.model_config.logprobs_mode), "raw_logprobs")
         self._check("enable_prefix_caching", bool(config.cache_config.enable_prefix_caching) and self.scoring, False)
@@ -247,11 +249,15 @@ class VLLMEngine:
             raise ModelError(
                 f"Model {self.folder}: its head has {rows} rows, expected at least {self.vocab_size}, the tokenizer's; resize the embeddings."
             )
-        if rows > self.vocab_size and not all(llm.collective_rpc("lopd_cut_head", args=(self.vocab_size,))):
+        if rows > self.vocab_size and not self._cut_head(llm):
             raise ModelError(
                 f"Model {self.folder}: its head has {rows} rows and cannot be cut, expected the tokenizer's {self.vocab_size}; drop the padding rows."
             )
         return llm
+
+    def _cut_head(self, llm: Any) -> bool:
+        with told_of_death(llm.llm_engine.engine_core):
+            return all(llm.collective_rpc("lopd_cut_head", args=(self.vocab_size,)))
 
     def _check(self, name: str, got: object, wanted: object) -> None:
         if got != wanted:

@@ -1,0 +1,41 @@
+"""Whoever waits for a vLLM in a process of its own learns when that process dies."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Event, Thread
+from typing import Any
+
+_SECONDS = 0.2
+
+
+@contextmanager
+def told_of_death(core: Any) -> Iterator[None]:
+    """While this is open, a call that waits for answers of `llm_engine.engine_core` ends with an error if the process that owes them is gone.
+
+    vLLM notices the death of a process, marks the engine as dead and ends the thread that passes answers on, without an answer to the one
+    who waits (0.32): a call during which the engine was killed, by the system for want of memory say, would wait for ever.
+    """
+    resources = getattr(core, "resources", None)
+    if resources is None:  # it runs in this process
+        yield
+        return
+    over = Event()
+    watcher = Thread(target=_watch, args=(core, resources, over), name="lopd-vllm-liveness", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _watch(core: Any, resources: Any, over: Event) -> None:
+    while not over.wait(_SECONDS):
+        if resources.engine_dead:
+            died = RuntimeError("the process of the engine died")
+            core.outputs_queue.put_nowait(died)
+            for answer in list(core.utility_results.values()):
+                # unless it was answered in the meantime
+                with suppress(Exception):
+                    answer.set_exception(died)
+            return
