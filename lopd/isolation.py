@@ -43,8 +43,8 @@ def isolate(
             refused.append((part[0], str(error)))
             if len(refused) > most:
                 raise EngineError(
-                    f"{owner}: it refused more rows than the {most} that were left to refuse, expected it to accept nearly all; "
-                    f"the first reason is {refused[0][1]!r}; set right what is wrong with them all, or allow more."
+                    f"{owner}: it refused {len(refused)} rows of a batch, expected at most the {most} that `max_refused` still allows; the first "
+                    f"reason is {refused[0][1]!r}; set right what is wrong with them all, or allow more."
                 ) from error
     return results, refused
 

@@ -38,8 +38,8 @@ class Preflight:
         repeat_bound: mean absolute difference, nats, that is allowed between two answers.
         truth: the same model in another engine, usually `HFScorer`, which computes as the trainer does; None leaves the comparison out.
         parity_rollouts: how many are compared with it.
-        parity_bound: mean absolute difference, nats, that is allowed.  Measured with SmolLM2-135M in bfloat16: 0.05 between vLLM and transformers; in
-            float32 less than 0.0001.
+        parity_bound: mean absolute difference, nats, that is allowed; what vLLM and transformers differ by is in
+            `benchmarks/results/bench_engines.json`.
         parity_p99_bound: its 99 % quantile likewise: few tokens that are far off are a sign of misalignment, not of rounding.
         parity_bias_bound: the mean difference likewise, for it does not average out.
         end_bound: how much less likely the end tokens may be than those before them, nats, before it warns.

@@ -425,6 +425,14 @@ def test_a_selection_of_a_hugging_face_dataset_is_imported_in_its_order(memory: 
     assert store.scored("teacher").all()
 
 
+def test_a_selection_brings_the_quarantine_of_its_own_rows_and_no_others() -> None:
+    full, part = MemoryStore(tiny_manifest()), MemoryStore(tiny_manifest())
+    full.append([tiny_rollout(f"r{i}") for i in range(4)])
+    full.quarantine("teacher", tiny_provenance(), {"r1": "too long", "r3": "a NaN"})
+    from_hf_dataset(to_hf_dataset(full).select([3, 0]), part)
+    assert dict(part.quarantined("teacher")) == {0: "a NaN"}
+
+
 def test_an_empty_store_goes_to_a_hugging_face_dataset_and_back() -> None:
     dataset = to_hf_dataset(MemoryStore(tiny_manifest()))
     assert len(dataset) == 0

@@ -54,7 +54,8 @@ class VLLMSettings:
         tensor_parallel_size: GPUs that share one model.
         seed: of the engine; rollouts have seeds of their own (`SamplingParams.seed`).
         enforce_eager: no compilation and no CUDA graphs: quicker to start, slower to run.
-        float32_head: logits in float32, as lopd computes them everywhere; in bfloat16 they are off by some 0.02 to 0.05 nats.
+        float32_head: logits in float32, as lopd computes them everywhere, and not in the dtype of the weights; what it gains on a bfloat16 model
+            is in `benchmarks/results/bench_engines.json`.
         restarts: how often one call may start a dead engine anew.
         least_tokens_per_batch: memory that runs out halves `tokens_per_batch` down to this.
         options: any other arguments of `vllm.LLM`, by name.
