@@ -1,13 +1,15 @@
-"""Online OPD, the baseline, out of the same verbs: collect into memory, score, one step, again.  The teacher stays alive all through."""
+"""Online OPD, the baseline: rollouts that are refreshed at every step.  The teacher stays alive all through."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from attrs import evolve
 from torch.optim import Optimizer
 
-from lopd import MemoryStore, ModelId, batches, collect_rollouts, opd_steps, score_rollouts
+from lopd import MemoryStore, ModelId, batches, opd_steps
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.protocols import OPDLoss, Student
+from lopd.refresh import refresh_every, sample_round
 from lopd.types import Prompt, StepMetrics
 
 
@@ -30,19 +32,14 @@ def online_opd(
     All of this depends on k and the weights alone, so a run resumes exactly with a checkpoint and `start`.
     """
     share = max(len(prompts) // steps, 1)
-    for k in range(start, steps):
-        current = evolve(source, generation=k, identity=ModelId("online student", f"step-{k}", "as trained"))
-        first = k * share % len(prompts)
-        store = MemoryStore(current.manifest)
-        collect_rollouts(current, prompts[first : first + share], store)
-        score_rollouts(store, teacher, preflight=None)  # it would be tested anew at every step
-        step = batches(
-            store,
-            rollouts_per_step=len(store),
-            tokens_per_batch=tokens_per_batch,
-            start=k,
-            stop=k + 1,
-            ref="behavior",
-        )
-        schedule(k)
-        yield from opd_steps(student, step, loss, optimizer)
+
+    def make_round(generation: int, step: int) -> Iterator[StepMetrics]:
+        current = evolve(source, generation=generation, identity=ModelId("online student", f"step-{step}", "as trained"))
+        first = step * share % len(prompts)
+        store = MemoryStore(current.manifest)  # what is a step old is never read again
+        rows = sample_round(current, teacher, prompts[first : first + share], store)
+        fresh = batches(store, rollouts_per_step=len(rows), tokens_per_batch=tokens_per_batch, start=step, ref="behavior")
+        schedule(step)
+        return opd_steps(student, fresh, loss, optimizer)
+
+    return islice(refresh_every(1, make_round, start=start), steps - start)

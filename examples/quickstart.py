@@ -302,7 +302,7 @@ def finish(run: Run, phases: list[dict[str, Any]], settings: Settings) -> None:
     """The closing table, `metrics.json` and `curves.png`."""
     rows = [[p["name"], wall_time(p), p["tokens"], interval(p)] for p in phases]
     console.print(table("Lightning OPD, phase by phase", ["phase", "wall s", "tokens", "held-out reverse KL (nats, 95 %)"], rows))
-    history = {p["name"]: [StepMetrics(**row) for row in p.pop("history")] for p in phases if "history" in p}
+    history = {p["name"]: [StepMetrics.from_json(row) for row in p.pop("history")] for p in phases if "history" in p}
     sums = {
         p["name"].removeprefix("evaluate "): RolloutSums(**{k: np.array(v) for k, v in p.pop("per_rollout").items()})
         for p in phases

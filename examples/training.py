@@ -52,7 +52,7 @@ def resumably(
 ) -> list[StepMetrics]:
     """Metrics of all steps, those of a killed process included: `begin(k)` trains on from step k, and every few steps there is a checkpoint."""
     done = load_checkpoint(checkpoints, student, optimizer)
-    history = [StepMetrics(**row) for row in json.loads((checkpoints / "history.json").read_text())[:done]] if done else []
+    history = [StepMetrics.from_json(row) for row in json.loads((checkpoints / "history.json").read_text())[:done]] if done else []
     for metrics in follow(begin(done), total):
         history.append(metrics)
         if (metrics.step + 1) % 5 == 0:

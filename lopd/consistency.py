@@ -7,10 +7,11 @@ Judged from recorded weights, never from names that somebody typed.
 """
 
 import warnings
+from collections.abc import Sequence
 from enum import Enum
 
 from lopd.errors import TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
-from lopd.manifest import HasVocabulary, Lineage, Manifest, Provenance, TokenizerId
+from lopd.manifest import HasVocabulary, Lineage, Manifest, ModelId, Provenance, TokenizerId
 
 
 class ConsistencyPolicy(Enum):
@@ -51,11 +52,21 @@ def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: Tokeni
         )
 
 
-def lineage_after(manifest: Manifest, teacher: Provenance | None) -> Lineage:
+def lineage_after(manifest: Manifest, teachers: Sequence[Provenance]) -> Lineage:
     """What a student has been trained on after training on these rollouts.
 
     Without a score column the student imitates whoever wrote the rollouts: that is SFT, and the writer is its SFT teacher.
     """
-    if teacher is None:
+    if not teachers:
         return Lineage(sft_teacher=manifest.policy)
-    return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=teacher.model)
+    return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=mixture_id([teacher.model for teacher in teachers]))
+
+
+def mixture_id(models: Sequence[ModelId]) -> ModelId:
+    """The identity of several models together, in whatever order; of one model its own."""
+    distinct = {(model.name, model.revision): model for model in models}
+    if len(distinct) == 1:
+        return next(iter(distinct.values()))
+    ordered = [distinct[key] for key in sorted(distinct)]
+    name, revision, dtype = (" + ".join(getattr(model, part) for model in ordered) for part in ("name", "revision", "dtype"))
+    return ModelId(name, revision, dtype)

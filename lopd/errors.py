@@ -78,6 +78,14 @@ class TeacherConsistencyWarning(UserWarning):
     """What `TeacherConsistencyError` says, when the caller chose to go on."""
 
 
+class AdvantageWarning(UserWarning):
+    """Many tokens that the teacher finds nearly impossible: a loss without an importance ratio goes wrong on such."""
+
+
+class DriftWarning(UserWarning):
+    """A student that has left the policy whose rollouts it trains on."""
+
+
 class SourceError(LopdError, RuntimeError):
     """A source that gives other rollouts than it was asked for."""
 

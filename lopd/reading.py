@@ -1,6 +1,6 @@
-"""How to walk over a whole store: which rows can be read in one call, with all that they have."""
+"""How to find rows in a store, and to walk over a whole one: which rows can be read in one call, with all that they have."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +8,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.protocols import LogprobReader
-from lopd.types import ScoredRollout
+from lopd.types import Prompt, ScoredRollout, rollout_id
 
 
 @frozen
@@ -54,3 +54,19 @@ def in_batches(rows: NDArray[np.int64], rows_per_read: int = 64) -> Iterator[Seq
     """The rows, so many at a time."""
     for first in range(0, len(rows), rows_per_read):
         yield rows[first : first + rows_per_read].tolist()
+
+
+def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Iterable[int] | None = None) -> NDArray[np.int64]:
+    """Rows of all samples of these prompts that are in the store, in ascending order; reads no tokens.
+
+    Args:
+        reader: the store.
+        prompts: any, also such as were never sampled.
+        generations: only of these rounds; None for all.
+    """
+    rounds = reader.generations if generations is None else generations
+    samples = range(reader.manifest.sampling.samples_per_prompt)
+    rows = reader.find(
+        [rollout_id(prompt.prompt_id, sample, generation) for generation in rounds for prompt in prompts for sample in samples]
+    )
+    return np.sort(rows[rows >= 0])

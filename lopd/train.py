@@ -5,13 +5,15 @@ from collections.abc import Iterable, Iterator
 from time import perf_counter
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from lopd.consistency import check_vocabulary
+from lopd.drift import DriftMeter, TokenLogprobs
 from lopd.errors import InvalidRecordError, TrainingDivergedError
 from lopd.protocols import OPDLoss, Student
-from lopd.types import Step, StepMetrics
+from lopd.types import Batch, Step, StepMetrics
 
 
 def opd_steps(
@@ -21,6 +23,8 @@ def opd_steps(
 
     A generator: logging, evaluation, checkpoints and schedules are plain Python in the caller's loop.  The weight of the whole step is
     known before the first backward and divides every micro-batch's sum, so how a step is split changes nothing.
+
+    Steps that bring a ref column beside the teacher's (`batches(..., ref="behavior")`) have their drift measured: see `lopd.drift.watch_drift`.
 
     Args:
         student: its trained parameters are those that require a gradient.
@@ -43,11 +47,12 @@ def opd_steps(
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums, meter = torch.zeros(3, dtype=torch.float64), DriftMeter()
         for batch in step.batches:
             output = student(batch, loss)
             (output.loss_sum / total).backward()
             sums += torch.stack([output.loss_sum.detach(), output.reverse_kl_sum, output.clipped_sum]).cpu()
+            _add_tokens(meter, batch, output.logprobs)
         grad_norm = float(clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm))
         if not math.isfinite(grad_norm):
             raise TrainingDivergedError(
@@ -63,5 +68,15 @@ def opd_steps(
             grad_norm=grad_norm,
             rollouts=sum(int(batch.segment_ids[-1]) + 1 for batch in step.batches),
             tokens=sum(batch.inputs.numel() for batch in step.batches),
+            drift=meter.read(),
             seconds=perf_counter() - started,
         )
+
+
+def _add_tokens(meter: DriftMeter, batch: Batch, logprobs_M: Tensor | None) -> None:
+    """Tell the meter of a micro-batch, if all that it wants is known."""
+    if logprobs_M is None or batch.teacher_logprobs is None or batch.ref_logprobs is None:
+        return
+    on_N = batch.weight > 0
+    columns = (batch.teacher_logprobs, batch.ref_logprobs, batch.weight, batch.segment_ids)
+    meter.add(TokenLogprobs(logprobs_M.double().cpu().numpy(), *(column[on_N].cpu().numpy() for column in columns)))

@@ -29,6 +29,7 @@ from lopd.arrays import (
     to_optional_floats,
 )
 from lopd.checks import check_at_least
+from lopd.drift import Drift
 from lopd.errors import InvalidRecordError
 
 FinishReason = Literal["stop", "length"]
@@ -340,12 +341,15 @@ class LossOutput:
         neglected_sum: scalar, detached, or None where nothing was left out of the gradient on purpose: at least the sum over tokens of the
             1-norm of the gradient by the logits that was left out.  Times the largest norm of a hidden state it bounds what the head's
             weight lacks (Frobenius norm); times the largest norm of a row of that weight, what the hidden states lack.
+        logprobs: (M,) detached, nats: the student's log-probs of the targets whose weight is more than 0, in their order; None where a loss
+            does not say.  The loop measures drift with them.
     """
 
     loss_sum: Tensor
     reverse_kl_sum: Tensor
     clipped_sum: Tensor
     neglected_sum: Tensor | None = None
+    logprobs: Tensor | None = None
 
 
 @frozen
@@ -361,6 +365,7 @@ class StepMetrics:
         rollouts: in this step.
         tokens: positions the student read in this step, prompts included.
         seconds: wall time.
+        drift: from the reference policy; None unless the steps bring teacher and ref columns and the loss says its log-probs.
     """
 
     step: int
@@ -371,3 +376,10 @@ class StepMetrics:
     rollouts: int
     tokens: int
     seconds: float
+    drift: Drift | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "StepMetrics":
+        """The inverse of `attrs.asdict`, also after a way through JSON."""
+        drift = data.get("drift")
+        return cls(**{**data, "drift": None if drift is None else Drift.from_json(drift)})

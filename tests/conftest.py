@@ -3,6 +3,7 @@
 Session fixtures are shared: a test that trains or damages a model works on `copy.deepcopy` of it.
 """
 
+import copy
 import importlib
 import os
 import warnings
@@ -241,3 +242,14 @@ def contents() -> Callable[[Any], Sequence[tuple[str, bytes]]]:
 # Fixtures that a test asks for by name: a real S3 server on loopback, and a proxy in front of it that makes it fail.
 from fault_proxy import proxy  # noqa: E402, F401
 from s3_server import s3  # noqa: E402, F401
+
+
+@pytest.fixture(scope="session")
+def near_teacher(llama):
+    """Near the llama, as a teacher is to the student that was SFT-trained on its text."""
+    teacher = copy.deepcopy(llama)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.04 * torch.randn_like(parameter))
+    return teacher

@@ -96,11 +96,11 @@ class FusedLoss:
             return self.objective(logprobs_MK, tokens).sums()
         job = _Job(head, self.objective, tokens, self.chunking, self.epsilon)
         loss_sum: Tensor = _LossSum.apply(hidden_MD, head.weight, head.bias, job)  # type: ignore[no-untyped-call]
-        reverse_kl, clipped = (
-            torch.stack([getattr(chunk, name).sum() for chunk in job.said]).sum() if job.said else torch.zeros_like(loss_sum)
-            for name in ("reverse_kl", "clipped")
+        reverse_kl_M, clipped_M, logprobs_M = (
+            torch.cat([loss_sum.detach().new_zeros(0), *(getattr(chunk, name) for chunk in job.said)])
+            for name in ("reverse_kl", "clipped", "logprobs")
         )
-        return LossOutput(loss_sum, reverse_kl.detach(), clipped.detach(), job.neglected)
+        return LossOutput(loss_sum, reverse_kl_M.sum(), clipped_M.sum(), job.neglected, logprobs_M)
 
 
 @final

@@ -143,19 +143,21 @@ class TokenLosses:
         loss: (M,) carries the gradient.
         reverse_kl: (M,) detached; see `LossOutput`.
         clipped: (M,) detached.
+        logprobs: (M,) detached, nats, not weighted: the student's, of the targets.
     """
 
     loss: Tensor
     reverse_kl: Tensor
     clipped: Tensor
+    logprobs: Tensor
 
     def detach(self) -> "TokenLosses":
         """The same without a gradient."""
-        return TokenLosses(self.loss.detach(), self.reverse_kl, self.clipped)
+        return evolve(self, loss=self.loss.detach())
 
     def sums(self) -> LossOutput:
         """What the loop is told."""
-        return LossOutput(self.loss.sum(), self.reverse_kl.sum(), self.clipped.sum())
+        return LossOutput(self.loss.sum(), self.reverse_kl.sum(), self.clipped.sum(), logprobs=self.logprobs)
 
 
 class Objective(Protocol):
@@ -231,7 +233,7 @@ class OPDObjective:
             loss_M = functional.lightning(student_M, clipped_M)
         gap_M = torch.zeros_like(signal.student_logprobs) if self.advantage is not None else signal.student_logprobs - tokens.teacher()
         beyond_M = torch.zeros_like(gap_M) if self.clip is None else (signal.advantages.abs() > self.clip).to(gap_M.dtype)
-        return TokenLosses(signal.weight * loss_M, tokens.weight * gap_M, tokens.weight * beyond_M)
+        return TokenLosses(signal.weight * loss_M, tokens.weight * gap_M, tokens.weight * beyond_M, signal.student_logprobs)
 
     def _signal(self, logprobs_MK: Tensor, tokens: Tokens) -> Signal:
         student_M = logprobs_MK[:, 0]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
@@ -107,4 +107,4 @@ class WeightedLoss:
         total = torch.stack([coefficient * output.loss_sum for coefficient, output in outputs]).sum()
         first = outputs[0][1]
         neglected = [abs(coefficient) * output.neglected_sum for coefficient, output in outputs if output.neglected_sum is not None]
-        return LossOutput(total, first.reverse_kl_sum, first.clipped_sum, torch.stack(neglected).sum() if neglected else None)
+        return evolve(first, loss_sum=total, neglected_sum=torch.stack(neglected).sum() if neglected else None)

@@ -1,0 +1,175 @@
+r"""How far a student has moved from the policy that sampled its rollouts, and what the bound of theorem 3.5 makes of it.
+
+Offline OPD trains on the reference policy's rollouts; that its gradient is the online one holds at the start and fades with drift:
+\(\|\nabla J_{on} - \nabla J_{off}\| \le G \sigma_A \sqrt{\chi^2(\pi_\theta \| \pi_{ref})}\) (Lightning OPD, arXiv 2604.13010v2, theorem 3.5).
+All of it follows from log-probs that a training step has at hand: plain numpy on one value a token, no further pass of any model.
+
+Shape suffixes: M tokens that count, B rollouts.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from attrs import define, evolve, field, frozen
+from numpy.typing import NDArray
+
+Float64Array = NDArray[np.float64]
+
+#: Levels of the advantage quantiles.
+LEVELS = (0.01, 0.05, 0.5, 0.95, 0.99)
+#: Advantages below this (nats) are in the tail: half the clip of the paper (tau = 10, table 6).
+TAIL = -5.0
+_BINS = 5
+
+
+@frozen
+class AdvantageSummary:
+    """Unclipped advantages (teacher minus student log-prob) of some tokens.
+
+    Args:
+        mean: nats.
+        quantiles: nats, at `LEVELS`.
+        negative: share of tokens below 0, which training pushes down.
+        tail: share of tokens below `TAIL`: what the teacher finds nearly impossible.
+        tokens: how many there were.
+    """
+
+    mean: float
+    quantiles: tuple[float, ...]
+    negative: float
+    tail: float
+    tokens: int
+
+    @classmethod
+    def of(cls, advantages_M: NDArray[Any]) -> "AdvantageSummary":
+        """Of these, one at least."""
+        levels = np.quantile(advantages_M, LEVELS)
+        shares = float(np.mean(advantages_M < 0)), float(np.mean(advantages_M < TAIL))
+        return cls(float(np.mean(advantages_M, dtype=np.float64)), tuple(levels.tolist()), *shares, advantages_M.size)
+
+    def __str__(self) -> str:
+        """One line."""
+        levels = ", ".join(f"{level:.0%} {value:+.2f}" for level, value in zip(LEVELS, self.quantiles, strict=True))
+        return f"mean {self.mean:+.3f} nats, quantiles {levels}, {self.negative:.1%} below 0, {self.tail:.1%} below {TAIL:g}"
+
+
+@frozen
+class Drift:
+    r"""Where the student stands against the reference policy, on the rollouts of one step, before its update.
+
+    With \(r_t = \pi_\theta(a_t|s_t) / \pi_{ref}(a_t|s_t)\) and \(w = \prod_t r_t\) over the tokens of a rollout that count.
+
+    Args:
+        rollouts, tokens: that it was measured on.
+        ratio_mean, ratio_std: of \(r_t\) over tokens.  Over fresh draws of the reference policy the mean is 1 for every student; what
+            it lacks on stored rollouts is probability that left the tokens the teacher has judged, for tokens nobody has.
+        ess: effective sample size of the rollouts under w, as a share: \((\sum w)^2 / (B \sum w^2)\).  At least 1 / B.
+        chi2: \(\chi^2(\pi_\theta \| \pi_{ref})\) estimated as 1 / ess - 1, so at most B - 1: few rollouts cannot show a large one.
+        kl: \(KL(\pi_{ref} \| \pi_\theta)\), nats per token: the mean of \(r_t - 1 - \log r_t\).
+        gap_bound: \(\sigma_A \sqrt{\chi^2}\), nats: times the largest norm of \(\nabla \log \pi_\theta(a_t|s_t)\) it bounds the distance
+            of the gradient of this loss from the online one.  \(\sigma_A^2\) is the mean over rollouts of the squared weighted
+            sum of \(|A_t|\), A unclipped, weights as in the loss.
+        advantages: of the student as it is now.
+        gain: by fifths of the tokens, the least likely under the reference policy first: nats by which the student is nearer to the teacher
+            than the reference policy was, the mean of \(|\ell_T - \ell_{ref}| - |\ell_T - \ell_\theta|\).
+    """
+
+    rollouts: int
+    tokens: int
+    ratio_mean: float
+    ratio_std: float
+    ess: float
+    chi2: float
+    kl: float
+    gap_bound: float
+    advantages: AdvantageSummary
+    gain: tuple[float, ...]
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Drift":
+        """The inverse of `attrs.asdict`, also after a way through JSON."""
+        advantages = AdvantageSummary(**{**data["advantages"], "quantiles": tuple(data["advantages"]["quantiles"])})
+        return cls(**{**data, "advantages": advantages, "gain": tuple(data["gain"])})
+
+
+@frozen(eq=False)
+class TokenLogprobs:
+    """What is known of M tokens: log-probs of three models, nats.
+
+    Args:
+        student, teacher, ref: (M,).
+        weight: (M,), as in the loss.
+        segments: (M,), which rollout.
+    """
+
+    student: NDArray[Any]
+    teacher: NDArray[Any]
+    ref: NDArray[Any]
+    weight: NDArray[Any]
+    segments: NDArray[Any]
+
+
+@define
+class DriftMeter:
+    """Gathers the micro-batches of one step."""
+
+    _parts: list[TokenLogprobs] = field(factory=list, init=False)
+    _segments: int = field(default=0, init=False)
+
+    def add(self, part: TokenLogprobs) -> None:
+        """One micro-batch, whose rollouts are none of those before."""
+        if part.student.size:
+            self._parts.append(evolve(part, segments=part.segments + self._segments))
+            self._segments += int(part.segments.max()) + 1
+
+    def read(self) -> Drift | None:
+        """Of all that were added; None if there were none."""
+        if not self._parts:
+            return None
+        names = ("student", "teacher", "ref", "weight", "segments")
+        return measure_drift(TokenLogprobs(*(np.concatenate([getattr(part, name) for part in self._parts]) for name in names)))
+
+
+def measure_drift(tokens: TokenLogprobs) -> Drift:
+    """The drift of a student on these tokens; rollouts that have none are not there."""
+    student_M, teacher_M, ref_M, weight_M = (
+        np.asarray(values, np.float64) for values in (tokens.student, tokens.teacher, tokens.ref, tokens.weight)
+    )
+    _, segments_M = np.unique(tokens.segments, return_inverse=True)
+    log_ratio_M = student_M - ref_M
+    ess = effective_share(np.bincount(segments_M, log_ratio_M))
+    rollouts = int(segments_M.max()) + 1
+    size_B = np.bincount(segments_M, weight_M * np.abs(teacher_M - student_M)) * rollouts / weight_M.sum()
+    chi2 = max(1 / ess - 1, 0.0)
+    with np.errstate(over="ignore"):  # a student that has gone wild has an infinite ratio, and that is what to report
+        ratio_M = np.exp(log_ratio_M)
+    return Drift(
+        rollouts=rollouts,
+        tokens=student_M.size,
+        ratio_mean=float(ratio_M.mean()),
+        ratio_std=float(ratio_M.std()) if np.isfinite(ratio_M).all() else math.inf,
+        ess=ess,
+        chi2=chi2,
+        kl=float(np.mean(ratio_M - 1 - log_ratio_M)),
+        gap_bound=float(np.sqrt(np.mean(size_B**2) * chi2)),
+        advantages=AdvantageSummary.of(teacher_M - student_M),
+        gain=_gain_by_likelihood(student_M, teacher_M, ref_M),
+    )
+
+
+def effective_share(log_weights_B: Float64Array) -> float:
+    r"""\((\sum w)^2 / (B \sum w^2)\) from log-weights of any size: only their differences count.
+
+    >>> round(effective_share(np.array([-900.0, -900.0, -9000.0])), 4)
+    0.6667
+    """
+    shifted_B = np.exp(log_weights_B - log_weights_B.max())
+    return float(shifted_B.sum() ** 2 / (shifted_B.size * (shifted_B**2).sum()))
+
+
+def _gain_by_likelihood(student_M: Float64Array, teacher_M: Float64Array, ref_M: Float64Array) -> tuple[float, ...]:
+    gain_M = np.abs(teacher_M - ref_M) - np.abs(teacher_M - student_M)
+    order_M = np.argsort(ref_M, kind="stable")
+    return tuple(float(gain_M[part].mean()) if part.size else 0.0 for part in np.array_split(order_M, _BINS))

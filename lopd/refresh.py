@@ -1,0 +1,107 @@
+"""Between Lightning and online OPD: rollouts that are sampled anew when they have become old.
+
+A *round* is: sample with the student as it is, score, train some steps.  Lightning OPD is one round without end, online OPD a round for every
+step; `refresh_every` and `refresh_when` are what lies between, as plain generators around a function that makes a round:
+
+    def make_round(generation, start):
+        source = evolve(policy, generation=generation, identity=ModelId("student", f"step-{start}", "float32"))
+        rows = sample_round(source, teacher, prompts, store)
+        steps = batches(store, rows=rows, start=start, ref="behavior")
+        return opd_steps(student, steps, loss, optimizer)
+
+    for metrics in refresh_every(25, make_round): ...
+
+All rounds go into one store, each with its number and the policy that sampled it, so a ratio to `behavior` is one to the policy of the
+rollout's own round.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count, islice
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.checks import check_at_least
+from lopd.collect import collect_rollouts
+from lopd.preflight import Preflight
+from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
+from lopd.reading import rows_of
+from lopd.scoring import score_rollouts
+from lopd.types import Prompt, StepMetrics
+
+
+class Round(Protocol):
+    """Samples with the student as it is, and trains on that."""
+
+    def __call__(self, generation: int, start: int, /) -> Iterable[StepMetrics]:
+        """Metrics of step `start` and all after it, without end, on rollouts of this generation."""
+        ...
+
+
+def refresh_every(steps: int, make_round: Round, *, start: int = 0) -> Iterator[StepMetrics]:
+    """Steps without end, none on rollouts of a policy that is `steps` steps or more behind.
+
+    Args:
+        steps: of a round; 1 is online OPD.
+        make_round: one round.
+        start: first step; its round is the one it would have been in, so that a run resumes exactly.
+
+    Raises:
+        InvalidRecordError: `steps` is less than 1, or `start` than 0.
+    """
+    check_at_least("Refresh", "steps", steps, 1)
+    check_at_least("Refresh", "start", start, 0)
+    for generation in count(start // steps):
+        first = max(start, generation * steps)
+        yield from islice(make_round(generation, first), (generation + 1) * steps - first)
+
+
+def refresh_when(stale: Callable[[StepMetrics], bool], make_round: Round, *, start: int = 0, generation: int = 0) -> Iterator[StepMetrics]:
+    """Steps without end; one after which the rollouts are stale is the last of its round.
+
+    Args:
+        stale: says so of a step's metrics: `lambda m: m.drift.ess < 0.5`, for example.
+        make_round: one round.
+        start, generation: first step and its round, so that a run resumes exactly.
+
+    Raises:
+        InvalidRecordError: `start` or `generation` is less than 0.
+    """
+    check_at_least("Refresh", "start", start, 0)
+    check_at_least("Refresh", "generation", generation, 0)
+    for current in count(generation):
+        for metrics in make_round(current, start):
+            start = metrics.step + 1
+            yield metrics
+            if stale(metrics):
+                break
+
+
+def sample_round(
+    source: RolloutSource,
+    scorer: TeacherScorer,
+    prompts: Sequence[Prompt],
+    store: LogprobStore,
+    *,
+    column: str = "teacher",
+    preflight: Preflight | None = None,
+) -> NDArray[np.int64]:
+    """Collect and score the source's generation, unless another policy did; its rows in the store.
+
+    A run that resumes in the middle of a round has a student that is no longer the one that sampled: its rollouts are complete, and kept.
+
+    Args:
+        source: the student as it is, its manifest with the number of the round and an identity that no other step has.
+        scorer: the teacher.
+        prompts: of this round.
+        store: made with the manifest of the first round's source.
+        column: where the scores go.
+        preflight: the self-test of `score_rollouts`; the first round's is enough.
+    """
+    manifest = source.manifest
+    sampled_by = store.generations.get(manifest.generation, manifest.policy)
+    if sampled_by.same_weights(manifest.policy):
+        collect_rollouts(source, prompts, store)
+        score_rollouts(store, scorer, column=column, preflight=preflight)
+    return rows_of(store, prompts, [manifest.generation])

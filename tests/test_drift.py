@@ -1,0 +1,239 @@
+"""Drift from the reference policy: each number against its definition, how it reaches the loop's metrics, and when the guards speak."""
+
+import copy
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from attrs import asdict, evolve
+from conftest import TOKENIZER_ID
+
+from lopd import FusedOPDLoss, MemoryStore, ReferenceOPDLoss, SamplingParams, SFTLoss, by_token, collect_rollouts, score_rollouts
+from lopd.drift import LEVELS, AdvantageSummary, Drift, DriftMeter, TokenLogprobs, effective_share, measure_drift
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
+from lopd.guards import DriftLimits, stored_advantages, watch_drift
+from lopd.loader import batches
+from lopd.manifest import Lineage
+from lopd.students import CausalLMStudent
+from lopd.train import opd_steps
+from lopd.types import StepMetrics
+
+
+def random_tokens(seed=0, lengths=(5, 1, 30, 12)):
+    rng = np.random.default_rng(seed)
+    size = sum(lengths)
+    student, teacher, ref = (-rng.exponential(2.0, size) for _ in range(3))
+    segments = np.repeat(np.arange(len(lengths)), lengths)
+    return TokenLogprobs(student, teacher, ref, rng.uniform(0.1, 2.0, size), segments)
+
+
+def test_every_number_is_its_definition():
+    tokens = random_tokens()
+    drift = measure_drift(tokens)
+    ratio = np.exp(tokens.student - tokens.ref)
+    rows = [tokens.segments == i for i in range(4)]
+    w = np.array([np.prod(ratio[row]) for row in rows])
+    sums = np.array([np.sum((tokens.weight * np.abs(tokens.teacher - tokens.student))[row]) for row in rows])
+    sigma = math.sqrt(np.mean((4 * sums / tokens.weight.sum()) ** 2))
+    normalised = w / w.mean()
+    assert (drift.rollouts, drift.tokens) == (4, 48)
+    assert drift.ratio_mean == pytest.approx(ratio.mean())
+    assert drift.ratio_std == pytest.approx(ratio.std())
+    assert drift.ess == pytest.approx(w.sum() ** 2 / (4 * (w**2).sum()))
+    assert drift.chi2 == pytest.approx(np.mean(normalised**2) - 1)
+    assert drift.kl == pytest.approx(np.mean(ratio - 1 - np.log(ratio)))
+    assert drift.gap_bound == pytest.approx(sigma * math.sqrt(drift.chi2))
+    lowest = np.argsort(tokens.ref)[:10]
+    nearer = np.abs(tokens.teacher - tokens.ref) - np.abs(tokens.teacher - tokens.student)
+    assert drift.gain[0] == pytest.approx(nearer[lowest].mean())
+    assert sum(drift.gain[i] * n for i, n in enumerate((10, 10, 10, 9, 9))) == pytest.approx(nearer.sum())
+    gaps = tokens.teacher - tokens.student
+    assert drift.advantages.quantiles == pytest.approx([np.quantile(gaps, level) for level in LEVELS])
+    assert (drift.advantages.negative, drift.advantages.tail) == pytest.approx((np.mean(gaps < 0), np.mean(gaps < -5)))
+
+
+def test_a_student_that_is_the_reference_policy_has_not_drifted():
+    tokens = random_tokens()
+    drift = measure_drift(evolve(tokens, student=tokens.ref))
+    assert (drift.ratio_mean, drift.ratio_std, drift.chi2, drift.kl, drift.gap_bound) == (1.0, 0.0, 0.0, 0.0, 0.0)
+    assert drift.ess == 1.0
+    assert set(drift.gain) == {0.0}
+
+
+@pytest.mark.parametrize("shift", [-2000.0, 0.0, 2000.0])
+def test_the_effective_share_depends_on_differences_of_log_weights_however_long_the_rollouts_are(shift):
+    assert effective_share(np.log([1.0, 2.0, 3.0]) + shift) == pytest.approx(36 / (3 * 14))
+
+
+def test_a_student_gone_wild_has_an_infinite_ratio_and_no_warning_of_numpy():
+    tokens = random_tokens()
+    drift = measure_drift(evolve(tokens, ref=np.full(48, -900.0)))
+    assert (drift.ratio_mean, drift.ratio_std, drift.kl) == (math.inf, math.inf, math.inf)
+    assert 0.25 <= drift.ess <= 1
+
+
+def test_the_chi_square_of_independent_draws_is_the_one_of_the_distributions():
+    """Rollouts of one token: reference uniform on four tokens, student (.4, .3, .2, .1): chi-square 4 * sum p^2 - 1 = 0.2."""
+    rng = np.random.default_rng(3)
+    p = np.array([0.4, 0.3, 0.2, 0.1])
+    drawn = rng.integers(0, 4, 200_000)
+    ref = np.full(drawn.size, math.log(0.25))
+    drift = measure_drift(TokenLogprobs(np.log(p[drawn]), ref, ref, np.ones(drawn.size), np.arange(drawn.size)))
+    assert drift.chi2 == pytest.approx(0.2, abs=0.01)
+    assert drift.ratio_mean == pytest.approx(1.0, abs=0.005)
+    assert drift.kl == pytest.approx(float(np.sum(0.25 * np.log(0.25 / p))), abs=0.005)
+
+
+def test_micro_batches_add_up_to_the_drift_of_all():
+    tokens, meter = random_tokens(), DriftMeter()
+    first = tokens.segments < 2
+    for rows, renumber in ((first, 0), (~first, 2)):
+        parts = {name: getattr(tokens, name)[rows] for name in ("student", "teacher", "ref", "weight", "segments")}
+        parts["segments"] = parts["segments"] - renumber
+        meter.add(TokenLogprobs(**parts))
+    assert meter.read() == measure_drift(tokens)
+    assert DriftMeter().read() is None
+
+
+# --- in the loop ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored(llama, near_teacher, tokenizer, prompts):
+    scorer = HFScorer(near_teacher, tokenizer)
+    params = SamplingParams(max_new_tokens=6, samples_per_prompt=3, stop_ids=(0, 5))
+    store = MemoryStore((source := HFSource(llama, tokenizer, params, Lineage(sft_teacher=scorer.provenance.model))).manifest)
+    collect_rollouts(source, prompts, store)
+    score_rollouts(store, scorer)
+    return store
+
+
+def trained(store, llama, loss, steps, **options):
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
+    stream = batches(store, rollouts_per_step=7, stop=steps, tokens_per_batch=options.pop("tokens_per_batch", 4096), **options)
+    return opd_steps(student, stream, loss, torch.optim.AdamW(student.parameters(), lr=options.pop("lr", 3e-3)))
+
+
+@pytest.mark.parametrize("loss", [ReferenceOPDLoss(), FusedOPDLoss(), FusedOPDLoss(ratio_to_ref=True)])
+def test_the_loop_measures_drift_that_starts_at_nothing_and_grows(loss, scored, llama):
+    first, *_, last = [m.drift for m in trained(scored, llama, loss, 6, ref="behavior")]
+    assert first.chi2 == pytest.approx(0, abs=1e-6)
+    assert first.ratio_mean == pytest.approx(1, abs=1e-4)
+    assert last.chi2 > 0.01
+    assert last.kl > 100 * abs(first.kl)
+    assert first.advantages.mean == pytest.approx(stored_mean(scored, 7), abs=1.0)
+
+
+def stored_mean(store, count):
+    return stored_advantages(store, count=count).mean
+
+
+@pytest.mark.parametrize("weighting", [by_token, None])
+def test_how_a_step_is_split_does_not_change_its_drift(weighting, scored, llama):
+    extra = {} if weighting is None else {"weighting": weighting}
+    whole, split = (
+        next(iter(trained(scored, llama, ReferenceOPDLoss(), 1, ref="behavior", tokens_per_batch=cap, **extra))).drift for cap in (4096, 24)
+    )
+    for name, value in asdict(whole).items():
+        if name != "advantages":
+            np.testing.assert_allclose(getattr(split, name), value, rtol=1e-3, atol=1e-5, err_msg=name)
+
+
+def test_without_a_reference_column_or_a_teacher_there_is_no_drift(scored, llama):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdvantageWarning)
+        assert next(iter(trained(scored, llama, ReferenceOPDLoss(), 1))).drift is None
+    assert next(iter(trained(scored, llama, SFTLoss(), 1, teacher=None, ref="behavior"))).drift is None
+
+
+def test_metrics_with_drift_go_through_json(scored, llama):
+    (metrics,) = trained(scored, llama, ReferenceOPDLoss(), 1, ref="behavior")
+    assert StepMetrics.from_json(json.loads(json.dumps(asdict(metrics)))) == metrics
+    assert StepMetrics.from_json(asdict(evolve(metrics, drift=None))).drift is None
+
+
+# --- the guards -----------------------------------------------------------------------------------------------------------------------
+
+
+def metrics_of(ratio_mean, step=0, **changes):
+    drift = evolve(measure_drift(random_tokens()), ratio_mean=ratio_mean, **changes)
+    return StepMetrics(step, 0.0, 0.0, 0.0, 0.0, 4, 48, 1.0, drift)
+
+
+def test_the_watch_speaks_once_when_the_mean_over_the_last_steps_is_beyond_the_limit():
+    told = []
+    ratios = [1.0, 0.98, 0.5, 0.95, 0.7, 0.7, 0.7]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for m in watch_drift((metrics_of(r, i) for i, r in enumerate(ratios)), DriftLimits(ratio_mean=0.8, steps=4)):
+            told.append((m.step, len(caught)))
+    assert told == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
+    assert "Step 4: ratio_mean is 0.782" in str(caught[0].message)
+    assert caught[0].category is DriftWarning
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(("limits", "name"), [(DriftLimits(kl=0.01), "kl"), (DriftLimits(ess=0.99), "ess")])
+def test_each_limit_has_its_own_side(limits, name):
+    assert set(limits.exceeded([metrics_of(1.0).drift])) == {name}
+    assert not limits.exceeded([metrics_of(1.0, kl=0.0, ess=1.0).drift])
+
+
+def test_a_drift_that_is_no_number_is_beyond_every_limit():
+    assert set(DriftLimits(kl=1.0, ess=0.1).exceeded([metrics_of(math.nan, kl=math.nan, ess=math.nan).drift])) == {
+        "ratio_mean",
+        "kl",
+        "ess",
+    }
+
+
+def test_a_watch_with_nothing_to_watch_says_so():
+    with pytest.raises(InvalidRecordError, match=r"Step 3: its drift is None.*`ref=`"):
+        next(watch_drift([evolve(metrics_of(1.0, 3), drift=None)]))
+    with pytest.raises(InvalidRecordError, match="steps is 0"):
+        DriftLimits(steps=0)
+
+
+def test_stored_advantages_are_those_of_the_counted_tokens_of_evenly_spaced_rollouts(scored):
+    records = scored.read(range(len(scored)), columns=("teacher", "behavior"))
+    gaps = [(r.scores["teacher"] - r.scores["behavior"])[r.rollout.loss_mask] for r in records]
+    assert stored_advantages(scored) == AdvantageSummary.of(np.concatenate(gaps))
+    assert stored_advantages(scored, rows=np.array([3]), count=9) == AdvantageSummary.of(gaps[3])
+    assert stored_advantages(scored, count=2) == AdvantageSummary.of(np.concatenate([gaps[0], gaps[-1]]))
+    assert stored_advantages(scored, teacher="nobody") is None
+
+
+def self_scored(scored, llama, tokenizer):
+    own = HFScorer(llama, tokenizer)
+    store = MemoryStore(evolve(scored.manifest, sft_teacher=own.provenance.model))
+    store.append([record.rollout for record in scored.read(range(len(scored)))])
+    score_rollouts(store, own)
+    return store
+
+
+def test_the_advantages_are_judged_before_the_first_step_unless_a_ratio_is_at_hand(scored, llama, tokenizer, make_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches(self_scored(scored, llama, tokenizer))  # of a teacher that is the student: nothing to say
+    far = HFScorer(make_model("llama_tied", seed=9), tokenizer)
+    store = MemoryStore(evolve(scored.manifest, sft_teacher=far.provenance.model))
+    store.append([record.rollout for record in scored.read(range(len(scored)))])
+    score_rollouts(store, far)
+    with pytest.warns(AdvantageWarning, match=r"of its advantages are below -5 nats, expected at most 2%.*ratio_to_ref=True") as caught:
+        batches(store)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches(store, ref="behavior")
+
+
+def test_a_summary_reads_as_one_line():
+    summary = AdvantageSummary.of(np.array([-6.0, -1.0, 0.0, 1.0], np.float32))
+    assert str(summary) == (
+        "mean -1.500 nats, quantiles 1% -5.85, 5% -5.25, 50% -0.50, 95% +0.85, 99% +0.97, 50.0% below 0, 25.0% below -5"
+    )
+    assert isinstance(Drift.from_json(asdict(metrics_of(1.0).drift)), Drift)
