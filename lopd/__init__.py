@@ -19,6 +19,9 @@ from lopd.consistency import ConsistencyPolicy as ConsistencyPolicy
 from lopd.errors import LopdError as LopdError
 from lopd.evaluate import evaluate as evaluate
 from lopd.evaluate import evaluate_reverse_kl as evaluate_reverse_kl
+from lopd.guards import DriftLimits as DriftLimits
+from lopd.guards import stored_advantages as stored_advantages
+from lopd.guards import watch_drift as watch_drift
 from lopd.loader import batches as batches
 from lopd.losses.chunked import Chunking as Chunking
 from lopd.losses.chunked import selected_logprobs as selected_logprobs
@@ -35,6 +38,9 @@ from lopd.manifest import Manifest as Manifest
 from lopd.manifest import ModelId as ModelId
 from lopd.manifest import SamplingParams as SamplingParams
 from lopd.preflight import Preflight as Preflight
+from lopd.refresh import refresh_every as refresh_every
+from lopd.refresh import refresh_when as refresh_when
+from lopd.refresh import sample_round as sample_round
 from lopd.scoring import score_rollouts as score_rollouts
 from lopd.students import CausalLMStudent as CausalLMStudent
 from lopd.train import opd_steps as opd_steps

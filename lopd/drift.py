@@ -139,7 +139,7 @@ def measure_drift(tokens: TokenLogprobs) -> Drift:
     )
     _, segments_M = np.unique(tokens.segments, return_inverse=True)
     log_ratio_M = student_M - ref_M
-    ess = effective_share(np.bincount(segments_M, log_ratio_M))
+    ess = effective_share(np.bincount(segments_M, log_ratio_M).astype(np.float64))
     rollouts = int(segments_M.max()) + 1
     size_B = np.bincount(segments_M, weight_M * np.abs(teacher_M - student_M)) * rollouts / weight_M.sum()
     chi2 = max(1 / ess - 1, 0.0)

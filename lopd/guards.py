@@ -110,10 +110,8 @@ def stored_advantages(
     """
     usable = store.scored(teacher) & store.scored(student)
     chosen = evenly(np.flatnonzero(usable) if rows is None else rows[usable[rows]], count)
-    gaps = []
-    for part in in_batches(chosen):
-        for record in store.read(part, columns=(teacher, student)):
-            gaps.append((record.scores[teacher] - record.scores[student])[record.rollout.loss_mask])
+    records = (record for part in in_batches(chosen) for record in store.read(part, columns=(teacher, student)))
+    gaps = [(record.scores[teacher] - record.scores[student])[record.rollout.loss_mask] for record in records]
     return AdvantageSummary.of(np.concatenate(gaps)) if sum(gap.size for gap in gaps) else None
 
 
@@ -124,5 +122,5 @@ def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None) -> 
             f"{store!r}: {summary.tail:.1%} of its advantages are below {TAIL:g} nats, expected at most {MAX_TAIL:.0%} ({summary}); pass "
             '`ref="behavior"` and a loss with `ratio_to_ref=True`, or a smaller clip, or train the student longer on the teacher\'s text first.',
             AdvantageWarning,
-            stacklevel=4,
+            stacklevel=3,
         )

@@ -1,66 +1,20 @@
 """VERB `batches`: a store -> the micro-batches of optimizer step k, which depend on (seed, k) alone."""
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 import numpy as np
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 from numpy.typing import NDArray
 
 from lopd.collate import Weighting, by_rollout, collate
+from lopd.columns import Columns, check_reference, choose
 from lopd.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
-from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError, QuarantineWarning
+from lopd.errors import InvalidRecordError
 from lopd.guards import judge_advantages, stored_advantages
-from lopd.manifest import Lineage, Provenance
+from lopd.manifest import Lineage
 from lopd.protocols import LogprobReader
-from lopd.reading import rows_of
-from lopd.types import BEHAVIOR_COLUMN, Batch, Prompt, ScoredRollout, Step
-
-#: Where the scores of several teachers' columns go, one teacher for each rollout.
-_MIXED = "teacher of the prompt"
-
-
-@frozen(eq=False)
-class Columns:
-    """Which score columns a step reads.
-
-    Args:
-        teachers: columns to learn from: none for SFT, one, or several that share the rollouts among them.
-        ref: of the reference policy, or None.
-        top_k: whether the teachers' most likely tokens come along.
-        place: (len(store),) which of several teachers a rollout learns from, or None.
-    """
-
-    teachers: tuple[str, ...]
-    ref: str | None
-    top_k: bool
-    place: NDArray[np.int64] | None = None
-
-    def read(self, store: LogprobReader, rows: NDArray[np.int64]) -> list[ScoredRollout]:
-        """The rows in this order, each with the scores of its own teacher."""
-        if self.place is None:
-            return self._read(store, rows, self.teachers)
-        records: dict[int, ScoredRollout] = {}
-        for place in np.unique(self.place[rows]):
-            mine, column = rows[self.place[rows] == place], self.teachers[place]
-            records.update(zip(mine.tolist(), (_renamed(r, column) for r in self._read(store, mine, (column,))), strict=True))
-        return [records[row] for row in rows.tolist()]
-
-    def _read(self, store: LogprobReader, rows: NDArray[np.int64], teachers: tuple[str, ...]) -> list[ScoredRollout]:
-        ref = () if self.ref is None else (self.ref,)
-        return store.read(rows.tolist(), columns=(*teachers, *ref), top_k=teachers if self.top_k else ())
-
-    @property
-    def teacher(self) -> str | None:
-        """The name under which `read` gives the teacher's scores."""
-        return None if not self.teachers else self.teachers[0] if self.place is None else _MIXED
-
-
-def _renamed(record: ScoredRollout, column: str) -> ScoredRollout:
-    scores, top_k = ({_MIXED if name == column else name: value for name, value in d.items()} for d in (record.scores, record.top_k))
-    return evolve(record, scores=scores, top_k=top_k)
+from lopd.types import Batch, Prompt, Step
 
 
 @final
@@ -99,7 +53,7 @@ class StepStream:
     def _batch(self, rows: NDArray[np.int64]) -> Batch:
         records, teacher, ref = self.columns.read(self.store, rows), self.columns.teacher, self.columns.ref
         if ref is not None:
-            _check_reference(self.store, ref, {record.rollout.generation for record in records})
+            check_reference(self.store, ref, {record.rollout.generation for record in records})
         return collate(records, self.weighting, teacher=teacher, ref=ref, top_k=teacher if self.columns.top_k else None)
 
 
@@ -155,89 +109,17 @@ def batches(
         )
     if len(store) == 0:
         raise InvalidRecordError(f"{store!r}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
-    parts = _parts(store, teacher, _wanted(store, rows))
-    columns = Columns(
-        tuple(parts) if teacher is not None else (), ref, top_k, _places(store, parts) if isinstance(teacher, Mapping) else None
-    )
-    usable = np.sort(np.concatenate([_usable(store, part, [c for c in (name, ref) if c is not None]) for name, part in parts.items()]))
+    columns, usable = choose(store, teacher, ref, rows, top_k=top_k)
     _check_lengths(store, usable, tokens_per_batch)
     if ref is not None and rows is None:
-        _check_reference(store, ref, store.generations)
-    provenances = [_provenance(store, column) for column in columns.teachers]
+        check_reference(store, ref, store.generations)
+    provenances = columns.provenances(store)
     for column, provenance in zip(columns.teachers, provenances, strict=True):
         check_teacher_consistency(store.manifest, provenance, consistency)
         if ref is None:
             judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
-    _check_top_k(store, columns, provenances)
     lineage = lineage_after(store.manifest, provenances)
     return StepStream(lineage, store, usable, columns, rollouts_per_step, tokens_per_batch, seed, start, stop, weighting)
-
-
-def _wanted(store: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    if rows is None:
-        return np.arange(len(store))
-    unique = np.unique(np.asarray(rows, np.int64))
-    if not unique.size:
-        raise InvalidRecordError(
-            f"{store!r}: 0 rows were chosen, expected at least 1; look whether their prompts were sampled in that round."
-        )
-    if unique[0] < 0 or unique[-1] >= len(store):
-        raise NoSuchRowError(f"{store!r}: row {unique[0] if unique[0] < 0 else unique[-1]} was chosen, expected one of {len(store)} rows.")
-    return unique
-
-
-def _parts(
-    store: LogprobReader, teacher: str | Mapping[str, Sequence[Prompt]] | None, wanted: NDArray[np.int64]
-) -> dict[str | None, NDArray[np.int64]]:
-    """Column -> the rows that learn from it; None is no column, for SFT."""
-    if not isinstance(teacher, Mapping):
-        return {teacher: wanted}
-    parts: dict[str | None, NDArray[np.int64]] = {}
-    for column, prompts in teacher.items():
-        mine = np.intersect1d(rows_of(store, prompts), wanted)
-        if not mine.size:
-            raise InvalidRecordError(f"{store!r}: column {column!r} was given prompts with 0 rollouts, expected at least 1; leave it out.")
-        parts[column] = mine
-    every = np.concatenate([np.zeros(0, np.int64), *parts.values()])
-    twice = np.flatnonzero(np.bincount(every, minlength=1) > 1)
-    if twice.size or not every.size:
-        what = f"row {twice[0]} has two teachers" if twice.size else "there are 0 teachers"
-        raise InvalidRecordError(f"{store!r}: {what}, expected one teacher for each rollout; give each prompt to one column.")
-    return parts
-
-
-def _places(store: LogprobReader, parts: Mapping[str | None, NDArray[np.int64]]) -> NDArray[np.int64]:
-    place = np.full(len(store), -1, np.int64)
-    for i, rows in enumerate(parts.values()):
-        place[rows] = i
-    return place
-
-
-def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str]) -> NDArray[np.int64]:
-    """Those of the rows that have scores in all columns; the others must be in quarantine."""
-    usable = np.ones(len(rows), np.bool_)
-    for column in columns:
-        scored = store.scored(column)[rows]
-        chosen = set(rows.tolist())
-        quarantined = {row: reason for row, reason in store.quarantined(column).items() if row in chosen}
-        done = int(scored.sum())
-        if done + len(quarantined) < len(rows):
-            virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
-            remedy = virtual if column == BEHAVIOR_COLUMN else f"run `score_rollouts(..., column={column!r})`"
-            raise MissingScoresError(f"{store!r}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
-        for row, reason in islice(quarantined.items(), 1):
-            warnings.warn(
-                f"{store!r}: {len(quarantined)} of {len(rows)} rollouts could not be scored into column {column!r} and are left out; the first is "
-                f"row {row} ({reason})",
-                QuarantineWarning,
-                stacklevel=4,
-            )
-        usable &= scored
-    if not usable.any():
-        raise MissingScoresError(
-            f"{store!r}: all {len(rows)} rollouts are in quarantine, expected some with scores; see `store.quarantined`."
-        )
-    return rows[usable]
 
 
 def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], tokens_per_batch: int) -> None:
@@ -248,35 +130,6 @@ def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], tokens_per_bat
             f"Rollout {store.read([int(rows[longest])])[0].rollout.rollout_id!r}: it has {lengths[longest]} positions, expected at most "
             f"tokens_per_batch = {tokens_per_batch}; raise the cap."
         )
-
-
-def _check_reference(store: LogprobReader, column: str, generations: Iterable[int]) -> None:
-    provenance = store.columns.get(column)
-    if provenance is None:  # the virtual column: of each rollout's own policy
-        return
-    for policy in (store.generations[generation] for generation in generations):
-        if not provenance.model.same_weights(policy):
-            raise InvalidRecordError(
-                f"{store!r}: column {column!r} was scored by {provenance.model}, expected the policy that sampled, {policy}; "
-                "an importance ratio to another model is none."
-            )
-
-
-def _check_top_k(store: LogprobReader, columns: Columns, provenances: Sequence[Provenance]) -> None:
-    kept = [provenance.top_k for provenance in provenances]
-    if columns.top_k and min(kept, default=0) == 0:
-        column = columns.teachers[kept.index(0)] if kept else None
-        raise MissingScoresError(
-            f"{store!r}: column {column!r} keeps 0 most likely tokens, expected at least 1 for top_k=True; score with a scorer that keeps them."
-        )
-
-
-def _provenance(store: LogprobReader, column: str) -> Provenance:
-    if column not in store.columns:
-        raise InvalidRecordError(
-            f"{store!r}: column {column!r} holds what the policy itself reported, expected the scores of a teacher; pass `teacher='teacher'`, say."
-        )
-    return store.columns[column]
 
 
 def _places_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np.int64]:

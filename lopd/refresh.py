@@ -63,7 +63,8 @@ def refresh_when(stale: Callable[[StepMetrics], bool], make_round: Round, *, sta
     Args:
         stale: says so of a step's metrics: `lambda m: m.drift.ess < 0.5`, for example.
         make_round: one round.
-        start, generation: first step and its round, so that a run resumes exactly.
+        start: first step, so that a run resumes exactly.
+        generation: its round.
 
     Raises:
         InvalidRecordError: `start` or `generation` is less than 0.

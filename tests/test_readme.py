@@ -1,6 +1,7 @@
 """The program of the README runs as it is printed, only smaller."""
 
 import ast
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,25 @@ import torch
 from attrs import evolve
 from conftest import TOKENIZER_ID
 
-from lopd import CausalLMStudent, Lineage, MemoryStore, SamplingParams, SFTLoss, ZarrStore, batches, collect_rollouts, opd_steps
-from lopd.engines.hf import HFSource, load_model
+from lopd import (
+    CausalLMStudent,
+    Lineage,
+    MemoryStore,
+    ReferenceOPDLoss,
+    SamplingParams,
+    SFTLoss,
+    ZarrStore,
+    batches,
+    collect_rollouts,
+    opd_steps,
+)
+from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.prompts import make_prompts
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 (PROGRAM,) = re.findall(r"```python\n(import torch.*?)```", README, re.DOTALL)
+(ROUNDS,) = re.findall(r"```python\n(from lopd import refresh_when.*?)```", README, re.DOTALL)
 
 
 def printed_arguments(function: str) -> dict[str, Any]:
@@ -31,7 +44,14 @@ def printed_arguments(function: str) -> dict[str, Any]:
 def test_a_response_that_was_cut_at_the_printed_length_fits_into_the_printed_batches() -> None:
     sampling = SamplingParams(**printed_arguments("SamplingParams"))
     manifest = evolve(tiny_manifest(), sampling=sampling, sft_teacher=tiny_provenance().model)
-    longest = tiny_rollout("longest", [5] * sampling.max_new_tokens, prompt_ids=[4] * 500, finish_reason="length")
+    reported = [-1.0] * sampling.max_new_tokens
+    longest = tiny_rollout(
+        "longest",
+        [5] * sampling.max_new_tokens,
+        prompt_ids=[4] * 500,
+        finish_reason="length",
+        behavior_logprobs=reported,
+    )
     store = MemoryStore(manifest)
     store.append([longest])
     store.append_scores("teacher", tiny_provenance(), [tiny_scores(longest)])
@@ -70,3 +90,24 @@ def test_the_program_of_the_readme_runs_after_sft_on_the_same_teacher(
 
     assert capsys.readouterr().out.count("StepMetrics(step=") == 2
     assert Lineage.read(Path("opd-student")).opd_teacher == teacher.manifest.policy
+
+
+@pytest.mark.docs
+def test_the_rounds_of_the_readme_run_and_sample_anew(llama: Any, tokenizer: Any, prompts: Any) -> None:
+    model, loss = copy.deepcopy(llama), ReferenceOPDLoss()
+    student = CausalLMStudent(model, TOKENIZER_ID)
+    teacher, optimizer = HFScorer(copy.deepcopy(llama), tokenizer), torch.optim.SGD(student.parameters(), lr=0.01)
+    lineage = Lineage(sft_teacher=teacher.provenance.model)
+    store = MemoryStore(HFSource(model, tokenizer, SamplingParams(max_new_tokens=4), lineage).manifest)
+    names = {**globals(), **locals()}
+    program = ROUNDS
+    for printed, smaller in (
+        ("max_new_tokens=4096", "max_new_tokens=4"),
+        ("m.drift.ratio_mean < 0.9", "m.step % 2"),
+        ("    print(metrics)", "    if metrics.step == 4:\n        break"),
+    ):
+        assert printed in program
+        program = program.replace(printed, smaller)
+    exec(compile(program, "README.md", "exec"), names)  # noqa: S102
+    assert sorted(store.generations) == [0, 1, 2]
+    assert len(store) == 3 * len(prompts)

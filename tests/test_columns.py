@@ -1,0 +1,164 @@
+"""Which rows and columns a run trains on: chosen rows, several teachers by prompt, and a reference policy for each round."""
+
+# ruff: noqa: PLR0917 (fixtures are arguments)
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+
+from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
+from lopd.consistency import ConsistencyPolicy
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.errors import (
+    InvalidRecordError,
+    MissingScoresError,
+    NoSuchRowError,
+    QuarantineWarning,
+    TeacherConsistencyError,
+    TeacherConsistencyWarning,
+)
+from lopd.loader import batches
+from lopd.manifest import Lineage, ModelId
+from lopd.reading import rows_of
+
+PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5))
+BOTH = ("near", "other")
+
+
+@pytest.fixture(scope="module")
+def teachers(near_teacher, llama, tokenizer):
+    return HFScorer(near_teacher, tokenizer, top_k=3), HFScorer(llama, tokenizer, top_k=3)
+
+
+@pytest.fixture(params=["memory", "zarr", "lance"])
+def store(request, llama, tokenizer, prompts, teachers, tmp_path):
+    """Two rounds of one policy under two names, and two columns."""
+    lineage = Lineage(sft_teacher=teachers[0].provenance.model)
+    sources = [
+        HFSource(llama, tokenizer, PARAMS, lineage, generation=g, identity=ModelId("student", f"step-{g}", "float32")) for g in (0, 1)
+    ]
+    made = {
+        "memory": lambda: MemoryStore(sources[0].manifest),
+        "zarr": lambda: ZarrStore.create(str(tmp_path / "s.zarr"), sources[0].manifest),
+        "lance": lambda: LanceStore.create(str(tmp_path / "s.lance"), sources[0].manifest),
+    }[request.param]()
+    for source in sources:
+        collect_rollouts(source, prompts, made)
+    for column, teacher in zip(BOTH, teachers, strict=True):
+        score_rollouts(made, teacher, column=column)
+    return made
+
+
+def mixed(store, prompts, **options):
+    return batches(
+        store,
+        teacher={"near": prompts[:3], "other": prompts[3:]},
+        ref="behavior",
+        consistency=ConsistencyPolicy.WARN,
+        **options,
+    )
+
+
+def scores_of(step):
+    return torch.cat([batch.teacher_logprobs[batch.weight > 0] for batch in step.batches])
+
+
+def test_each_rollout_learns_from_the_teacher_of_its_prompt(store, prompts):
+    with pytest.warns(TeacherConsistencyWarning):
+        stream = mixed(store, prompts, rollouts_per_step=len(store), top_k=True)
+    rows = stream.rows
+    step = stream.step(0)
+    one = {column: batches_of(store, column, len(store)).step(0) for column in BOTH}
+    own = {}
+    for column, mine in (("near", prompts[:3]), ("other", prompts[3:])):
+        own |= dict.fromkeys(rows_of(store, mine).tolist(), column)
+    order = np.random.default_rng((0, 0)).permutation(len(rows))
+    expected = {column: segments(one[column]) for column in BOTH}
+    got = segments(step)
+    assert set(own.values()) == set(BOTH)
+    for place, row in enumerate(order.tolist()):
+        for a, b in zip(got[place], expected[own[row]][place], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def batches_of(store, column, count):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TeacherConsistencyWarning)
+        return batches(store, rollouts_per_step=count, teacher=column, ref="behavior", top_k=True, consistency=ConsistencyPolicy.WARN)
+
+
+def segments(step):
+    """(scores, top-k ids, ratio column) of each rollout."""
+    found = []
+    for batch in step.batches:
+        for i in batch.segment_ids.unique().tolist():
+            on = (batch.segment_ids == i) & (batch.weight > 0)
+            found.append((batch.teacher_logprobs[on], batch.top_k_ids[on], batch.ref_logprobs[on]))
+    return found
+
+
+def test_a_student_of_two_teachers_records_both_and_each_is_judged(store, prompts, teachers):
+    with pytest.warns(TeacherConsistencyWarning) as caught:
+        stream = mixed(store, prompts)
+    assert len(caught) == 1, "one of the two is the SFT teacher"
+    near, other = (teacher.provenance.model for teacher in teachers)
+    assert set(stream.lineage.opd_teacher.revision.split(" + ")) == {near.revision, other.revision}
+    with pytest.raises(TeacherConsistencyError, match=str(other)):
+        batches(store, teacher={"near": prompts[:3], "other": prompts[3:]}, ref="behavior")
+    alone = batches(store, teacher={"near": prompts}, ref="behavior")
+    assert alone.lineage.opd_teacher == near
+
+
+def test_only_the_chosen_rows_are_trained_on(store, prompts):
+    rows = rows_of(store, prompts[:2], [1])
+    stream = batches(store, teacher="near", rows=rows, ref="behavior", rollouts_per_step=4)
+    assert stream.rows.tolist() == rows.tolist()
+    expected = torch.cat([torch.from_numpy(r.scores["near"].copy()) for r in store.read(rows.tolist(), columns=("near",))])
+    assert scores_of(stream.step(3)).sort().values.tolist() == expected.sort().values.tolist()
+    assert batches(store, teacher=None, rows=rows[::-1].copy()).rows.tolist() == rows.tolist()
+
+
+def test_rows_that_are_not_chosen_need_no_scores_and_do_not_warn(store, prompts, tokenizer, teachers):
+    record = store.read([0])[0].rollout
+    late = evolve(record, rollout_id="late", generation=1)
+    bad = evolve(record, rollout_id="bad", generation=1)
+    store.append([late, bad])
+    store.quarantine("near", teachers[0].provenance, {"bad": "too long"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batches(store, teacher="near", rows=rows_of(store, prompts), ref="behavior")
+    with pytest.raises(MissingScoresError, match="column 'near' has scores for"):
+        batches(store, teacher="near", ref="behavior")
+    both = store.find(["bad", record.rollout_id])
+    with pytest.warns(QuarantineWarning, match="1 of 2 rollouts") as caught:
+        stream = batches(store, teacher="near", rows=both, ref="behavior")
+    assert caught[0].filename == __file__
+    assert stream.rows.tolist() == [0]
+
+
+def test_a_reference_column_is_of_the_policy_of_every_round_that_is_read(store, prompts, llama, tokenizer):
+    scorer = HFScorer(llama, tokenizer, identity=ModelId("student", "step-1", "float32"))
+    score_rollouts(store, scorer, column="ref-1")
+    with pytest.raises(InvalidRecordError, match=r"'ref-1' was scored by student@step-1, expected the policy that sampled, student@step-0"):
+        batches(store, teacher="near", ref="ref-1")
+    batches(store, teacher="near", ref="ref-1", rows=rows_of(store, prompts, [1])).step(0)
+    with pytest.raises(InvalidRecordError, match="an importance ratio to another model is none"):
+        batches(store, teacher="near", ref="ref-1", rows=rows_of(store, prompts, [0])).step(0)
+
+
+def test_what_cannot_be_chosen_is_refused(store, prompts):
+    with pytest.raises(NoSuchRowError, match=f"row {len(store)} was chosen"):
+        batches(store, teacher="near", rows=np.array([0, len(store)]))
+    with pytest.raises(NoSuchRowError, match="row -1 was chosen"):
+        batches(store, teacher="near", rows=np.array([-1]))
+    with pytest.raises(InvalidRecordError, match="0 rows were chosen"):
+        batches(store, teacher="near", rows=np.zeros(0, np.int64))
+    with pytest.raises(InvalidRecordError, match="two teachers"):
+        batches(store, teacher={"near": prompts, "other": prompts[:1]})
+    with pytest.raises(InvalidRecordError, match="column 'other' was given prompts with 0 rollouts"):
+        batches(store, teacher={"near": prompts, "other": []})
+    with pytest.raises(InvalidRecordError, match="there are 0 teachers"):
+        batches(store, teacher={})

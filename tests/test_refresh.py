@@ -1,0 +1,160 @@
+"""Rounds: Lightning and online OPD are their two ends, what is between samples when it should, and a killed run resumes in its round."""
+
+import copy
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from attrs import asdict, evolve
+from conftest import TOKENIZER_ID
+
+from lopd import MemoryStore, ReferenceOPDLoss, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.errors import InvalidRecordError
+from lopd.loader import batches
+from lopd.manifest import Lineage
+from lopd.reading import rows_of
+from lopd.refresh import refresh_every, refresh_when, sample_round
+from lopd.students import CausalLMStudent
+from lopd.train import opd_steps
+
+LOSS = ReferenceOPDLoss(ratio_to_ref=True)
+PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=3, stop_ids=(0, 5))
+
+
+class Run:
+    """A student on its way, and the rounds it makes: each samples all prompts with the weights of its moment."""
+
+    def __init__(self, llama, near_teacher, tokenizer, prompts, store=None):
+        self.student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-3)
+        self.teacher, self.tokenizer, self.prompts = HFScorer(near_teacher, tokenizer), tokenizer, prompts
+        self.store = store(self.source(0).manifest) if store else MemoryStore(self.source(0).manifest)
+        self.rounds = []
+
+    def source(self, generation):
+        lineage = Lineage(sft_teacher=self.teacher.provenance.model)
+        return HFSource(self.student.model, self.tokenizer, PARAMS, lineage, generation=generation)
+
+    def make_round(self, generation, start):
+        self.rounds.append((generation, start))
+        rows = sample_round(self.source(generation), self.teacher, self.prompts, self.store)
+        steps = batches(self.store, rows=rows, rollouts_per_step=7, seed=5, start=start, ref="behavior")
+        return opd_steps(self.student, steps, LOSS, self.optimizer)
+
+    def weights(self):
+        return {name: value.detach().clone() for name, value in self.student.named_parameters()}
+
+
+@pytest.fixture
+def new_run(llama, near_teacher, tokenizer, prompts):
+    return lambda **options: Run(llama, near_teacher, tokenizer, prompts, **options)
+
+
+def plain(metrics):
+    return [{name: value for name, value in asdict(m).items() if name != "seconds"} for m in metrics]
+
+
+def assert_same(a, b):
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_without_an_end_of_the_round_it_is_lightning_exactly(new_run):
+    refreshed, lightning = new_run(), new_run()
+    got = plain(islice(refresh_every(10**9, refreshed.make_round), 6))
+    collect_rollouts(lightning.source(0), lightning.prompts, lightning.store)
+    score_rollouts(lightning.store, lightning.teacher)
+    steps = batches(lightning.store, rollouts_per_step=7, seed=5, stop=6, ref="behavior")
+    assert got == plain(opd_steps(lightning.student, steps, LOSS, lightning.optimizer))
+    assert_same(refreshed.weights(), lightning.weights())
+
+
+def test_a_round_for_every_step_is_online_opd_exactly(new_run):
+    refreshed, online = new_run(), new_run()
+    got = plain(islice(refresh_every(1, refreshed.make_round), 4))
+    expected = []
+    for k in range(4):
+        source = online.source(k)
+        store = MemoryStore(source.manifest)
+        collect_rollouts(source, online.prompts, store)
+        score_rollouts(store, online.teacher, preflight=None)
+        steps = batches(store, rollouts_per_step=7, seed=5, start=k, stop=k + 1, ref="behavior")
+        expected += plain(opd_steps(online.student, steps, LOSS, online.optimizer))
+    assert got == expected
+    assert_same(refreshed.weights(), online.weights())
+    assert [m["drift"]["chi2"] < 1e-6 for m in got] == [True] * 4, "fresh rollouts have not drifted"
+
+
+def test_every_few_steps_a_new_round_of_the_weights_of_its_moment_begins(new_run):
+    run = new_run()
+    metrics = list(islice(refresh_every(3, run.make_round), 8))
+    assert [m.step for m in metrics] == list(range(8))
+    assert run.rounds == [(0, 0), (1, 3), (2, 6)]
+    assert len({policy.revision for policy in run.store.generations.values()}) == 3
+    fresh = [m.drift.kl < 1e-6 for m in metrics]
+    assert fresh == [True, False, False, True, False, False, True, False], "the ratio is one to the policy of the rollout's own round"
+
+
+def test_a_round_ends_with_the_first_step_that_finds_it_stale(new_run):
+    run = new_run()
+    metrics = list(islice(refresh_when(lambda m: m.step in {1, 4, 5}, run.make_round), 8))
+    assert [m.step for m in metrics] == list(range(8))
+    assert run.rounds == [(0, 0), (1, 2), (2, 5), (3, 6)]
+
+
+def test_drift_can_say_when_to_refresh(new_run):
+    run = new_run()
+    metrics = list(islice(refresh_when(lambda m: m.drift.ess < 0.97, run.make_round), 12))
+    assert 1 < len(run.rounds) < 12
+    for (_, start), (_, following) in zip(run.rounds, run.rounds[1:], strict=False):
+        ess = [metrics[k].drift.ess for k in range(start, following)]
+        assert ess[-1] < 0.97 <= min(ess[:-1], default=1.0)
+
+
+@pytest.mark.parametrize("killed_after", [3, 4, 5])
+def test_a_run_that_was_killed_in_a_round_resumes_as_if_it_had_not_been(killed_after, new_run, tmp_path):
+    whole = new_run()
+    expected = plain(islice(refresh_every(3, whole.make_round), 8))
+    first = new_run(store=lambda manifest: ZarrStore.create(str(tmp_path / "rounds.zarr"), manifest))
+    got = plain(islice(refresh_every(3, first.make_round), killed_after))
+    second = new_run()
+    second.store = ZarrStore.open(tmp_path / "rounds.zarr")
+    second.student.load_state_dict(first.student.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    got += plain(islice(refresh_every(3, second.make_round, start=killed_after), 8 - killed_after))
+    assert got == expected
+    assert len(second.store) == len(whole.store)
+
+
+def test_a_round_that_was_stopped_while_it_sampled_is_completed(new_run):
+    run, source = new_run(), None
+    source = run.source(0)
+    collect_rollouts(source, run.prompts[:2], run.store)
+    rows = sample_round(source, run.teacher, run.prompts, run.store)
+    assert rows.tolist() == list(range(len(run.prompts) * 3))
+    assert run.store.scored("teacher").all()
+
+
+@pytest.mark.parametrize(("steps", "start"), [(0, 0), (3, -1)])
+def test_numbers_that_make_no_sense_are_refused(steps, start, new_run):
+    with pytest.raises(InvalidRecordError, match="Refresh"):
+        next(refresh_every(steps, new_run().make_round, start=start))
+    if start < 0:
+        with pytest.raises(InvalidRecordError, match="Refresh"):
+            next(refresh_when(lambda _: False, new_run().make_round, start=start))
+
+
+def test_rows_of_prompts_and_rounds(new_run):
+    run = new_run()
+    for generation in (0, 1):
+        source = evolve(run.source(generation), identity=evolve(run.source(0).manifest.policy, revision=f"step-{generation}"))
+        run.store = run.store if generation else MemoryStore(source.manifest)
+        collect_rollouts(source, run.prompts, run.store)
+    of_first = rows_of(run.store, run.prompts[:1], [1])
+    assert [record.rollout.rollout_id for record in run.store.read(of_first)] == [f"{run.prompts[0].prompt_id}/s{s}/g1" for s in range(3)]
+    assert len(rows_of(run.store, run.prompts[:1])) == 6
+    assert rows_of(run.store, run.prompts).tolist() == list(range(len(run.store)))
+    absent = evolve(run.prompts[0], prompt_id="never sampled")
+    assert rows_of(run.store, [absent]).size == 0
+    assert np.isin(of_first, rows_of(run.store, run.prompts, [1])).all()
