@@ -5,6 +5,7 @@ The method is Lightning OPD (Wu, Han, Cai; arXiv 2604.13010).  Five nouns (`lopd
 `lopd.report`.
 """
 
+from lopd.audit import audit as audit
 from lopd.backends.lance_store import LanceStore as LanceStore
 from lopd.backends.memory_store import MemoryStore as MemoryStore
 from lopd.backends.opening import open_store as open_store
@@ -41,6 +42,8 @@ from lopd.preflight import Preflight as Preflight
 from lopd.refresh import refresh_every as refresh_every
 from lopd.refresh import refresh_when as refresh_when
 from lopd.refresh import sample_round as sample_round
+from lopd.residual import Residualiser as Residualiser
+from lopd.residual import residualise as residualise
 from lopd.scoring import score_rollouts as score_rollouts
 from lopd.students import CausalLMStudent as CausalLMStudent
 from lopd.train import opd_steps as opd_steps

@@ -74,8 +74,15 @@ def to_mask(value: Any) -> BoolArray:
     return read_only(array.astype(np.bool_))
 
 
-def check_logprobs(owner: str, name: str, logprobs: Float32Array, shape: tuple[int, ...]) -> None:
+def check_logprobs(owner: str, name: str, logprobs: Float32Array, shape: tuple[int, ...], *, residual: bool = False) -> None:
     """Refuse what is no log-prob, or not one for each token.
+
+    Args:
+        owner: for the message.
+        name: likewise.
+        logprobs: what there is.
+        shape: that it must have.
+        residual: an offset was subtracted (`lopd.residual`), so that more than 0 nats is a value like any other.
 
     Raises:
         InvalidRecordError: another shape; or NaN, an infinity, or more than 0 nats.
@@ -85,7 +92,7 @@ def check_logprobs(owner: str, name: str, logprobs: Float32Array, shape: tuple[i
             f"{owner}: {name} has shape {logprobs.shape}, expected {shape} (response_ids has {shape[0]} tokens); "
             "pass one value per response token."
         )
-    good = np.isfinite(logprobs) & (logprobs <= 0)
+    good = np.isfinite(logprobs) & (residual | (logprobs <= 0))
     if not good.all():
         place = tuple(int(i) for i in np.argwhere(~good)[0])
         raise InvalidRecordError(

@@ -15,28 +15,44 @@ from lopd.manifest import HasVocabulary, Lineage, Manifest, ModelId, Provenance,
 
 
 class ConsistencyPolicy(Enum):
-    """What to do when the scoring teacher is not the recorded SFT teacher, or none is recorded."""
+    """What to do when the scoring teacher is not the recorded SFT teacher, or none is recorded.
+
+    RESIDUALISE trains on another teacher's scores if its habits were taken out of them (`lopd.residual.residualise`), and stops otherwise.
+    """
 
     ERROR = "error"
     WARN = "warn"
+    RESIDUALISE = "residualise"
 
 
 def check_teacher_consistency(manifest: Manifest, teacher: Provenance, policy: ConsistencyPolicy = ConsistencyPolicy.ERROR) -> None:
     """Stop (or warn) unless the teacher of this column wrote the SFT text of the policy that sampled.
 
     Raises:
-        TeacherConsistencyError: another teacher, or an unknown one, under policy ERROR.
+        TeacherConsistencyError: another teacher, or an unknown one, under policy ERROR, or under RESIDUALISE if its scores are raw.
     """
-    if manifest.sft_teacher is not None and manifest.sft_teacher.same_weights(teacher.model):
+    verdict = inconsistency(manifest, teacher)
+    if verdict is None or (policy is ConsistencyPolicy.RESIDUALISE and teacher.residual):
         return
-    sft = "not recorded" if manifest.sft_teacher is None else str(manifest.sft_teacher)
-    message = (
-        f"Policy {manifest.policy}: its SFT teacher is {sft}, expected the scoring teacher {teacher.model}; score with the SFT teacher, "
-        "or SFT on text of this teacher, or pass `consistency=ConsistencyPolicy.WARN` if you know why they differ."
-    )
+    if policy is ConsistencyPolicy.RESIDUALISE:
+        raise TeacherConsistencyError(
+            f"{verdict}; its scores are {teacher.logprobs_mode}, expected a residual: write one with `lopd.residual.residualise`."
+        )
+    remedy = "score with the SFT teacher, or SFT on text of this one, or train on a residual of its scores (`lopd.residual.residualise`)"
+    if manifest.sft_teacher is None:
+        remedy = "find out who wrote the SFT text (`lopd.audit`) and record it, or score with that teacher"
+    message = f"{verdict}; {remedy}, or pass `consistency=ConsistencyPolicy.WARN` if you know why they differ."
     if policy is ConsistencyPolicy.ERROR:
         raise TeacherConsistencyError(message)
     warnings.warn(message, TeacherConsistencyWarning, stacklevel=3)
+
+
+def inconsistency(manifest: Manifest, teacher: Provenance) -> str | None:
+    """What is wrong with this teacher for this policy, in one clause; None if it is the recorded SFT teacher."""
+    if manifest.sft_teacher is not None and manifest.sft_teacher.same_weights(teacher.model):
+        return None
+    sft = "not recorded" if manifest.sft_teacher is None else str(manifest.sft_teacher)
+    return f"Policy {manifest.policy}: its SFT teacher is {sft}, expected the scoring teacher {teacher.model}"
 
 
 def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: TokenizerId) -> None:

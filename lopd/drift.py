@@ -87,6 +87,11 @@ class Drift:
     advantages: AdvantageSummary
     gain: tuple[float, ...]
 
+    @property
+    def mean_gain(self) -> float:
+        """Nats a token by which the student is nearer to the teacher than the reference policy was."""
+        return float(np.mean(self.gain))
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Drift":
         """The inverse of `attrs.asdict`, also after a way through JSON."""

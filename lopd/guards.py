@@ -26,20 +26,24 @@ MAX_TAIL = 0.02
 
 @frozen
 class DriftLimits:
-    """Where `watch_drift` speaks: a mean over the last steps beyond one of these.  None leaves one out.
+    """Where `watch_drift` speaks: means over the last steps beyond one of these.  None leaves one out.
+
+    A student has to move to learn, so distance alone says little; distance that brings it no nearer to the teacher does.
 
     Args:
-        ratio_mean: lowest mean per-token ratio to the reference policy.  The paper's runs stay near 0.94 (arXiv 2604.13010v2, figure 3a).
-        kl: highest KL from the reference policy, nats per token.
-        ess: lowest share of effective rollouts, of sequences: falls with their length, so there is no limit that fits all.
-        steps: how many steps are averaged; the first few are judged by what there is.
+        gain_per_kl: lowest gain (`Drift.mean_gain`) for each nat of KL from the reference policy, once that is above `kl_floor`.
+        kl_floor: nats per token.
+        ratio_mean: lowest mean per-token ratio.  The paper's runs stay near 0.94 (arXiv 2604.13010v2, figure 3a).
+        ess: lowest share of effective rollouts.  It falls with the length of rollouts, so no limit fits all.
+        steps: how many are averaged; the first few are judged by what there is.
 
     Raises:
         InvalidRecordError: `steps` is less than 1.
     """
 
+    gain_per_kl: float | None = 0.5
+    kl_floor: float = 0.01
     ratio_mean: float | None = 0.9
-    kl: float | None = None
     ess: float | None = None
     steps: int = 4
 
@@ -47,15 +51,13 @@ class DriftLimits:
         check_at_least("Drift limits", "steps", self.steps, 1)
 
     def exceeded(self, drifts: Iterable[Drift]) -> dict[str, str]:
-        """The limits that the mean of these is beyond, and a sentence on each."""
-        found, recent = {}, list(drifts)
-        for name, limit, sign in (("ratio_mean", self.ratio_mean, 1), ("kl", self.kl, -1), ("ess", self.ess, 1)):
-            mean = float(np.mean([getattr(drift, name) for drift in recent]))
-            if limit is not None and not sign * mean >= sign * limit:
-                found[name] = (
-                    f"{name} is {mean:.3g} over the last {len(recent)} steps, expected {'at least' if sign > 0 else 'at most'} {limit:g}"
-                )
-        return found
+        """The limits that the means of these are beyond, and a sentence on each; what is no number is beyond all."""
+        recent = list(drifts)
+        kl, gain, ratio, ess = (float(np.mean([getattr(d, name) for d in recent])) for name in ("kl", "mean_gain", "ratio_mean", "ess"))
+        measured = {"gain_per_kl": gain / kl if not kl <= self.kl_floor else np.inf, "ratio_mean": ratio, "ess": ess}
+        beyond = {name: value for name, value in measured.items() if (low := getattr(self, name)) is not None and not value >= low}
+        where = f"over the last {len(recent)} steps, KL {kl:.3g} nats a token"
+        return {name: f"{name} is {value:.3g} ({where}), expected at least {getattr(self, name):g}" for name, value in beyond.items()}
 
 
 _LIMITS = DriftLimits()

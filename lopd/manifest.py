@@ -22,6 +22,8 @@ from lopd.parity import Parity
 SCHEMA_VERSION = 1
 LINEAGE_FILE = "lopd.json"
 _HASHED = "weights:"
+#: The `Provenance.logprobs_mode` of columns that `lopd.residual` makes.
+RESIDUAL = "residual"
 
 
 def _digest(data: bytes) -> str:
@@ -235,7 +237,7 @@ class Provenance:
         model: whose log-probs these are.
         vocab_hash: of that model's tokenizer.
         engine: name and version of what ran it.
-        logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut.
+        logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0.
         top_k: how many of the model's most likely tokens are kept at each response token, beside the sampled one.
         eos_id: what ends a text of that model, by its tokenizer; no part of the identity.
         parity: how this engine compared with another that ran the same model, when the column was begun: what the first append
@@ -255,6 +257,11 @@ class Provenance:
 
     def __attrs_post_init__(self) -> None:
         check_at_least(f"Provenance of {self.model}", "top_k", self.top_k, 0)
+
+    @property
+    def residual(self) -> bool:
+        """Whether an offset was subtracted from these log-probs."""
+        return self.logprobs_mode == RESIDUAL
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""

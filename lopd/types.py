@@ -63,6 +63,17 @@ def rollout_id(prompt_id: str, sample: int, generation: int) -> str:
     return f"{prompt_id}/s{sample}/g{generation}"
 
 
+def prompt_id_of(rollout: str) -> str:
+    """The prompt's id in the id of a rollout; an id of another form is its own prompt.
+
+    >>> prompt_id_of("sums/7/s0/g2")
+    'sums/7'
+    """
+    parts = rollout.rsplit("/", 2)
+    named = len(parts) == 3 and parts[1][:1] == "s" and parts[2][:1] == "g" and parts[1][1:].isdigit() and parts[2][1:].isdigit()
+    return parts[0] if named else rollout
+
+
 def _hash_content(rollout: "Rollout") -> bytes:
     digest = blake2b(np.array([rollout.prompt_ids.size, rollout.response_ids.size], "<i8").tobytes(), digest_size=16)
     digest.update(rollout.prompt_ids.astype("<i4", copy=False).tobytes())
@@ -179,6 +190,8 @@ class Scores:
         logprobs: (T,) float32, nats, finite, <= 0.  0.0 is a value like any other; a missing score is a missing `Scores`.
         floored: how many of them were -inf and are stored as a floor (see `floor_logprobs`).
         top_k: the most likely tokens beside the sampled one, if the column has them (`Provenance.top_k`).
+        residual: an offset was subtracted from the log-probs (`lopd.residual`), so that they may be above 0; only a column whose provenance
+            says so takes such scores.
     """
 
     rollout_id: str
@@ -186,21 +199,22 @@ class Scores:
     logprobs: Float32Array = field(converter=to_floats)
     floored: int = 0
     top_k: TopK | None = None
+    residual: bool = False
 
     def __attrs_post_init__(self) -> None:
         owner = f"Scores of rollout {self.rollout_id!r}"
-        check_logprobs(owner, "logprobs", self.logprobs, (self.logprobs.size,))
+        check_logprobs(owner, "logprobs", self.logprobs, (self.logprobs.size,), residual=self.residual)
         if self.top_k is not None and len(self.top_k.ids) != self.logprobs.size:
             raise InvalidRecordError(
                 f"{owner}: top_k has {len(self.top_k.ids)} tokens, expected {self.logprobs.size}; pass one row per response token."
             )
 
     @classmethod
-    def of(cls, rollout: Rollout, logprobs_T: Any, floored: int = 0, top_k: TopK | None = None) -> "Scores":
+    def of(cls, rollout: Rollout, logprobs_T: Any, floored: int = 0, top_k: TopK | None = None, *, residual: bool = False) -> "Scores":
         """Scores for this very rollout; the length is checked here, where the rollout is at hand."""
         logprobs = to_floats(logprobs_T)
-        check_logprobs(f"Rollout {rollout.rollout_id!r}", "logprobs", logprobs, rollout.response_ids.shape)
-        return cls(rollout.rollout_id, rollout.content_hash, logprobs, floored, top_k)
+        check_logprobs(f"Rollout {rollout.rollout_id!r}", "logprobs", logprobs, rollout.response_ids.shape, residual=residual)
+        return cls(rollout.rollout_id, rollout.content_hash, logprobs, floored, top_k, residual)
 
 
 def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array, int]:

@@ -169,7 +169,7 @@ def test_the_watch_speaks_once_when_the_mean_over_the_last_steps_is_beyond_the_l
     ratios = [1.0, 0.98, 0.5, 0.95, 0.7, 0.7, 0.7]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for m in watch_drift((metrics_of(r, i) for i, r in enumerate(ratios)), DriftLimits(ratio_mean=0.8, steps=4)):
+        for m in watch_drift((metrics_of(r, i) for i, r in enumerate(ratios)), DriftLimits(gain_per_kl=None, ratio_mean=0.8, steps=4)):
             told.append((m.step, len(caught)))
     assert told == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
     assert "Step 4: ratio_mean is 0.782" in str(caught[0].message)
@@ -177,18 +177,29 @@ def test_the_watch_speaks_once_when_the_mean_over_the_last_steps_is_beyond_the_l
     assert caught[0].filename == __file__
 
 
-@pytest.mark.parametrize(("limits", "name"), [(DriftLimits(kl=0.01), "kl"), (DriftLimits(ess=0.99), "ess")])
-def test_each_limit_has_its_own_side(limits, name):
-    assert set(limits.exceeded([metrics_of(1.0).drift])) == {name}
-    assert not limits.exceeded([metrics_of(1.0, kl=0.0, ess=1.0).drift])
+@pytest.mark.parametrize(
+    ("limits", "name", "healthy"),
+    [
+        (DriftLimits(), "ratio_mean", {"ratio_mean": 0.9}),
+        (DriftLimits(), "gain_per_kl", {"gain": (0.04,) * 5}),
+        (DriftLimits(), "gain_per_kl", {"kl": 0.01}),
+        (DriftLimits(ess=0.5), "ess", {"ess": 0.5}),
+    ],
+)
+def test_each_limit_is_one(limits, name, healthy):
+    fine = {"ratio_mean": 1.0, "kl": 0.08, "gain": (0.2, 0.0, 0.0, 0.0, 0.0), "ess": 1.0}
+    poor = {"ratio_mean": 0.899, "gain_per_kl": {"gain": (0.19, 0.0, 0.0, 0.0, 0.0)}, "ess": 0.499}[name]
+    drift = evolve(metrics_of(1.0).drift, **fine)
+    assert not limits.exceeded([drift])
+    worse = evolve(drift, **(poor if isinstance(poor, dict) else {name: poor}))
+    assert set(limits.exceeded([worse])) == {name}
+    assert not limits.exceeded([evolve(worse, **healthy)])
+    assert not evolve(limits, **{name: None}).exceeded([worse])
 
 
 def test_a_drift_that_is_no_number_is_beyond_every_limit():
-    assert set(DriftLimits(kl=1.0, ess=0.1).exceeded([metrics_of(math.nan, kl=math.nan, ess=math.nan).drift])) == {
-        "ratio_mean",
-        "kl",
-        "ess",
-    }
+    wild = evolve(metrics_of(math.nan).drift, kl=math.nan, ess=math.nan)
+    assert set(DriftLimits(ess=0.1).exceeded([wild])) == {"ratio_mean", "gain_per_kl", "ess"}
 
 
 def test_a_watch_with_nothing_to_watch_says_so():

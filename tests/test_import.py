@@ -45,8 +45,8 @@ def test_the_public_names_of_the_package_are_these():
     names = {name for name, value in vars(lopd).items() if not name.startswith("_") and not isinstance(value, ModuleType)}
     verbs = {"collect_rollouts", "score_rollouts", "batches", "opd_steps", "evaluate", "evaluate_reverse_kl"}
     verbs |= {"save_checkpoint", "load_checkpoint", "collate", "by_rollout", "by_token", "floor_logprobs"}
-    verbs |= {"watch_drift", "stored_advantages", "refresh_every", "refresh_when", "sample_round"}
+    verbs |= {"watch_drift", "stored_advantages", "refresh_every", "refresh_when", "sample_round", "audit", "residualise"}
     things = {"MemoryStore", "ZarrStore", "LanceStore", "open_store", "CausalLMStudent", "ReferenceOPDLoss", "SFTLoss", "WeightedLoss"}
     things |= {"FusedLoss", "FusedOPDLoss", "FusedSFTLoss", "ReferenceLoss", "TopKObjective", "Chunking", "selected_logprobs"}
     records = {"Prompt", "Rollout", "Scores", "Manifest", "ModelId", "SamplingParams", "Lineage"}
-    assert names == verbs | things | records | {"ConsistencyPolicy", "DriftLimits", "LopdError", "Preflight"}
+    assert names == verbs | things | records | {"ConsistencyPolicy", "DriftLimits", "Residualiser", "LopdError", "Preflight"}

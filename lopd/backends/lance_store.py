@@ -221,7 +221,7 @@ class LanceStore:
         new = ragged.new_scores(
             self._owner,
             scores,
-            top_k=provenance.top_k,
+            provenance=provenance,
             vocab_size=vocab_size,
             known=self._known(ids),
             done={name for name, row in places.items() if row >= 0 and scored[row]},

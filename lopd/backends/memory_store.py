@@ -123,7 +123,7 @@ class MemoryStore:
         new = ragged.new_scores(
             "MemoryStore",
             scores,
-            top_k=provenance.top_k,
+            provenance=provenance,
             vocab_size=self._manifest.tokenizer.vocab_size,
             known={name: (rollout.content_hash, rollout.response_ids.size) for name, rollout in there.items()},
             done={name for name in there if self._rows[name] in self._scores.get(column, {})},

@@ -124,14 +124,20 @@ def check_provenance(owner: str, column: str, stored: Provenance | None, given: 
 
 
 def new_scores(
-    owner: str, scores: Sequence[Scores], *, top_k: int, vocab_size: int, known: Mapping[str, tuple[bytes, int]], done: Container[str]
+    owner: str,
+    scores: Sequence[Scores],
+    *,
+    provenance: Provenance,
+    vocab_size: int,
+    known: Mapping[str, tuple[bytes, int]],
+    done: Container[str],
 ) -> list[Scores]:
     """Those scores of one append whose rollout is not scored yet, each once, in order.
 
     Args:
         owner: how messages name the store.
         scores: what the call was given.
-        top_k: K of the column.
+        provenance: of the column.
         vocab_size: of the manifest's tokenizer.
         known: content hash and number of response tokens of the rollouts that are committed.
         done: ids of rollouts that are in the column already.
@@ -139,12 +145,18 @@ def new_scores(
     Raises:
         MissingScoresError: no such rollout.
         ConflictError: the scores were computed on other tokens.
-        InvalidRecordError: there is not one log-prob per response token, or not the top-k support of the column.
+        InvalidRecordError: there is not one log-prob per response token, or not the top-k support of the column, or one of the two says that
+            an offset was subtracted and the other does not.
     """
     fresh: dict[str, Scores] = {}
     for score in scores:
         _check_score(owner, score, known.get(score.rollout_id))
-        _check_top_k(owner, score, top_k, vocab_size)
+        if score.residual != provenance.residual:
+            raise InvalidRecordError(
+                f"{owner}: scores of rollout {score.rollout_id!r} have residual={score.residual}, expected {provenance.residual} as their provenance "
+                f"has logprobs_mode {provenance.logprobs_mode!r}; write what was corrected into a column of its own (`lopd.residual.residualise`)."
+            )
+        _check_top_k(owner, score, provenance.top_k, vocab_size)
         if score.rollout_id not in done:
             fresh.setdefault(score.rollout_id, score)
     return list(fresh.values())

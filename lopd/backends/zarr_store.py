@@ -228,7 +228,7 @@ class ZarrStore:
         new = ragged.new_scores(
             self._owner,
             scores,
-            top_k=provenance.top_k,
+            provenance=provenance,
             vocab_size=self._manifest.tokenizer.vocab_size,
             known=self._known(ids, found),
             done={name for name, row in places.items() if row >= 0 and scored[row]},

@@ -91,7 +91,8 @@ def _check_row(store: LogprobReader, row: ScoredRollout) -> Iterator[str]:
         ragged.new_rollouts(repr(store), [made], vocab_size=size, generations=store.generations, known={})
         for column, logprobs in row.scores.items():
             kept = row.top_k.get(column)
-            Scores.of(made, logprobs, top_k=None if kept is None else TopK(kept.ids, kept.logprobs, kept.tail))
+            support = None if kept is None else TopK(kept.ids, kept.logprobs, kept.tail)
+            Scores.of(made, logprobs, top_k=support, residual=column in store.columns and store.columns[column].residual)
     except InvalidRecordError as error:
         yield f"{store!r}: row of rollout {stored.rollout_id!r} breaks its contract: {error}"
         return

@@ -197,7 +197,7 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         rollouts = [_rollout(columns, i, owner) for i in range(len(columns["rollout_id"]))]
         store.append(rollouts)
         for name, provenance in description.columns.items():
-            store.append_scores(name, provenance, _scores(columns, name, provenance.top_k, rollouts, owner))
+            store.append_scores(name, provenance, _scores(columns, name, provenance, rollouts, owner))
     for name, reasons in description.quarantined.items():
         # a selection of the rows may lack some of them
         there = store.find(list(reasons)) >= 0
@@ -239,13 +239,13 @@ def _rollout(columns: Mapping[str, list[Any]], i: int, owner: str) -> Rollout:
     return rollout
 
 
-def _scores(columns: Mapping[str, list[Any]], name: str, k: int, rollouts: Sequence[Rollout], owner: str) -> list[Scores]:
-    made = []
+def _scores(columns: Mapping[str, list[Any]], name: str, provenance: Provenance, rollouts: Sequence[Rollout], owner: str) -> list[Scores]:
+    made, k = [], provenance.top_k
     for i, rollout in enumerate(rollouts):
         logprobs_T = columns[f"logprobs/{name}"][i]
         if logprobs_T is not None:
             support = _top_k([columns[f"top_k_{part}/{name}"][i] for part in _TOP_K_FIELDS], k, rollout, owner) if k else None
-            made.append(Scores.of(rollout, logprobs_T, top_k=support))
+            made.append(Scores.of(rollout, logprobs_T, top_k=support, residual=provenance.residual))
     return made
 
 

@@ -1,0 +1,187 @@
+"""Teachers trained on right workings, and students fine-tuned on what a teacher samples: small, from seeds, kept in a folder."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from attrs import asdict, evolve, field, frozen
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lopd import (
+    CausalLMStudent,
+    FusedSFTLoss,
+    Manifest,
+    MemoryStore,
+    ModelId,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    batches,
+    collect_rollouts,
+    opd_steps,
+)
+from lopd.engines.hf import HFSource
+from lopd.loader import StepStream
+from lopd.manifest import fingerprint_tokenizer
+from lopd.types import Step
+from testbed.task import CHARACTERS, EOS, Problem, Writer, encode, make_problems, make_tokenizer
+
+TOKENIZER = make_tokenizer()
+TOKENIZER_ID = fingerprint_tokenizer(TOKENIZER)
+STYLES = ("A", "B")
+
+
+@frozen
+class Setting:
+    """All that decides what is built.
+
+    Args:
+        digits: of the numbers that are added.
+        writer: of what the teachers are trained on.
+        teacher_size, student_size: hidden size and layers.
+        taught_problems: on whose right workings the teachers are trained.
+        teacher_steps: of that, of `batch` rollouts.
+        sft_prompts, opd_prompts, held_out_prompts: disjoint, and none that a teacher was trained on.
+        sft_steps: on the teacher's sampled text.
+        max_new_tokens: of every response.
+        opd_steps, opd_lr: of the OPD stage, online and offline alike; `batch` rollouts a step.
+    """
+
+    name: str
+    digits: int = 2
+    writer: Writer = field(factory=Writer)
+    teacher_size: tuple[int, int] = (64, 2)
+    student_size: tuple[int, int] = (48, 2)
+    taught_problems: int = 4000
+    teacher_steps: int = 700
+    teacher_lr: float = 5e-3
+    sft_prompts: int = 2000
+    sft_steps: int = 400
+    sft_lr: float = 5e-3
+    opd_prompts: int = 3000
+    held_out_prompts: int = 500
+    max_new_tokens: int = 14
+    batch: int = 128
+    opd_steps: int = 100
+    opd_lr: float = 1e-4
+
+
+#: The paper's regime: a teacher with doubts, a student fine-tuned for long on its text.  Online OPD gains, and Lightning gains as much.
+HEALTHY = Setting("healthy", writer=Writer(synonyms=2, slips=0.1), sft_steps=700)
+#: A teacher that is all but certain, a student half-way through SFT: its errors are impossible to the teacher, and plain Lightning makes it worse.
+FAILING = Setting("failing", sft_steps=300)
+
+
+@frozen(eq=False)
+class Testbed:
+    """What was built of a setting and a seed: folders of models, and prompts.
+
+    Args:
+        teachers: style -> folder.
+        students: style of the SFT teacher -> folder.
+    """
+
+    setting: Setting
+    seed: int
+    teachers: dict[str, Path]
+    students: dict[str, Path]
+    opd_prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+
+    def sampling(self, samples: int = 1, temperature: float = 1.0) -> SamplingParams:
+        """How every response is drawn."""
+        return SamplingParams(self.setting.max_new_tokens, temperature, samples_per_prompt=samples, seed=self.seed)
+
+
+def prepare(setting: Setting, seed: int, folder: Path, styles: Sequence[str] = STYLES) -> Testbed:
+    """Build, or find built, teachers and students."""
+    digest = hashlib.sha256(json.dumps([asdict(setting), seed]).encode()).hexdigest()[:12]
+    home = folder / f"{setting.name}-{digest}"
+    sizes = (setting.sft_prompts, setting.opd_prompts, setting.held_out_prompts, setting.taught_problems)
+    problems = make_problems(sum(sizes), setting.digits, seed)
+    sft, opd, held_out, taught = (list(part) for part in np.split(np.array(problems, object), np.cumsum(sizes)[:-1]))
+    teachers, students = {}, {}
+    for style in styles:
+        teachers[style] = _once(home / f"teacher-{style}", lambda to, s=style: _train_teacher(setting, seed, taught, s, to))
+        students[style] = _once(home / f"student-{style}", lambda to, s=style: _sft(setting, seed, sft, teachers[s], to))
+    return Testbed(setting, seed, teachers, students, [p.prompt() for p in opd], [p.prompt() for p in held_out])
+
+
+def _once(folder: Path, build: Callable[[Path], None]) -> Path:
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.partial")
+        partial.mkdir(parents=True, exist_ok=True)
+        build(partial)
+        partial.rename(folder)
+    return folder
+
+
+def new_model(size: tuple[int, int], seed: int) -> LlamaForCausalLM:
+    """A model with random weights."""
+    torch.manual_seed(seed)
+    hidden, layers = size
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(CHARACTERS),
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            bos_token_id=None,
+            eos_token_id=CHARACTERS.index(EOS),
+            pad_token_id=None,
+            attention_dropout=0.0,
+        )
+    )
+
+
+def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float) -> Iterator[Step]:
+    """The same steps; the rate rises over the first tenth and falls in a straight line."""
+    total = steps.stop or 1
+    for step in steps:
+        rate = lr * min((step.index + 1) / (total / 10), 1.0) * (1 - step.index / total)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        yield step
+
+
+def _train_teacher(setting: Setting, seed: int, problems: Sequence[Problem], style: str, folder: Path) -> None:
+    rng = np.random.default_rng([seed, STYLES.index(style)])
+    store = MemoryStore(
+        Manifest(TOKENIZER_ID, ModelId("written by rule", f"style {style}", "text"), SamplingParams(setting.max_new_tokens))
+    )
+    store.append([_right_answer(problem, problem.working(style, rng, setting.writer)) for problem in problems])
+    pace = (setting.teacher_steps, setting.teacher_lr, setting.batch)
+    _imitate(setting.teacher_size, 1000 * seed + STYLES.index(style), store, pace, folder)
+
+
+def _right_answer(problem: Problem, text: str) -> Rollout:
+    prompt, ids = problem.prompt(), encode(text)
+    return Rollout(f"{prompt.prompt_id}/s0/g0", prompt.token_ids, ids, [True] * len(ids), "stop")
+
+
+def _sft(setting: Setting, seed: int, problems: Sequence[Problem], teacher: Path, folder: Path) -> None:
+    source = source_of(teacher, SamplingParams(setting.max_new_tokens, seed=seed))
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, [problem.prompt() for problem in problems], store, prompts_per_batch=2048)
+    _imitate(setting.student_size, seed, store, (setting.sft_steps, setting.sft_lr, setting.batch), folder)
+
+
+def source_of(folder: Path, sampling: SamplingParams) -> HFSource:
+    """A model that samples in batches as wide as so small ones like them."""
+    return evolve(HFSource.from_folder(folder, sampling), rows_per_batch=1024)
+
+
+def _imitate(size: tuple[int, int], seed: int, store: MemoryStore, pace: tuple[int, float, int], folder: Path) -> None:
+    """SFT of a new model on the rollouts of a store, through lopd's own loop, for so many steps, at this rate, of so many rollouts."""
+    model, (steps, lr, batch) = new_model(size, seed), pace
+    student = CausalLMStudent(model, TOKENIZER_ID)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    stream = batches(store, teacher=None, rollouts_per_step=batch, tokens_per_batch=768, stop=steps)
+    for _ in opd_steps(student, scheduled(stream, optimizer, lr), FusedSFTLoss(), optimizer):
+        pass
+    student.export(folder, TOKENIZER, stream.lineage)

@@ -1,0 +1,96 @@
+"""Sums of two numbers with their working, in two ways of writing it: `058+007=` -> `5x6o0o=0065`.
+
+The working goes column by column from the right.  Style "A" writes a column's digit and then whether one is carried, style "B" writes all
+carries first and then all digits.  The verifier looks at the final number alone.
+
+A writer that never slips makes a teacher that is all but certain of every character: to it, a student's error is impossible.  One that slips makes a
+teacher with doubts, to which it is merely unlikely, as it is between large models of one family.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from attrs import frozen
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
+
+from lopd.types import Prompt, Rollout
+
+EOS = "$"
+CHARACTERS = (EOS, *"0123456789+=", *"oxnyufvg")
+#: Synonyms of "nothing is carried" and of "one is carried".
+MARKS = ("onuf", "xyvg")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character."""
+    backend = Tokenizer(tokenizer_models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token=EOS))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
+
+
+def encode(text: str) -> list[int]:
+    """Ids of characters."""
+    return [CHARACTERS.index(c) for c in text]
+
+
+def decode(ids: Sequence[int]) -> str:
+    """The text of ids."""
+    return "".join(CHARACTERS[i] for i in ids)
+
+
+@frozen
+class Writer:
+    """How sure a teacher is of what it writes.
+
+    Args:
+        synonyms: of each mark in use, 1 to 4.
+        slips: share of digits that are written at random.
+    """
+
+    synonyms: int = 1
+    slips: float = 0.0
+
+
+@frozen
+class Problem:
+    """a + b, both of so many digits."""
+
+    a: int
+    b: int
+    digits: int
+
+    def prompt(self) -> Prompt:
+        """Its prompt, with the sum as the answer for the verifier."""
+        text = f"{self.a:0{self.digits}}+{self.b:0{self.digits}}"
+        return Prompt(text, encode(f"{text}="), answer=self.answer())
+
+    def answer(self) -> str:
+        """The sum, of one digit more."""
+        return f"{self.a + self.b:0{self.digits + 1}}"
+
+    def working(self, style: str, rng: np.random.Generator, writer: Writer) -> str:
+        """A response in this style; what follows a slip is as if there had been none."""
+        digits, marks, carry = [], [], 0
+        for place in range(self.digits):
+            total = self.a // 10**place % 10 + self.b // 10**place % 10 + carry
+            carry = total // 10
+            digits.append(str(total % 10))
+            marks.append(MARKS[carry][rng.integers(writer.synonyms)])
+        columns = "".join(d + m for d, m in zip(digits, marks, strict=True)) if style == "A" else "".join([*marks, *digits])
+        text = f"{columns}={self.answer()}{EOS}"
+        slips = rng.random(len(text)) < writer.slips
+        return "".join(str(rng.integers(10)) if slip and c.isdigit() else c for c, slip in zip(text, slips, strict=True))
+
+
+def make_problems(count: int, digits: int, seed: int) -> list[Problem]:
+    """Distinct problems."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(10 ** (2 * digits), count, replace=False)
+    return [Problem(int(n) // 10**digits, int(n) % 10**digits, digits) for n in chosen]
+
+
+def verify(prompt: Prompt, rollout: Rollout) -> float:
+    """1 if the response ends with `=` and the right sum."""
+    text = decode(rollout.response_ids.tolist())
+    return float(text.endswith(f"={prompt.answer}{EOS}"))

@@ -1,0 +1,124 @@
+"""Who wrote a text: the author is found, a stranger is seen as one, and what cannot be told is said to be so."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+
+from lopd import MemoryStore, SamplingParams, collect_rollouts, score_rollouts
+from lopd.audit import FOREIGN_Z, audit
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
+from lopd.types import Prompt, Scores, TopK
+
+
+@pytest.fixture(scope="module")
+def candidates(llama):
+    """Three models near each other."""
+    made = {"author": llama}
+    for seed, name in enumerate(("second", "third")):
+        model = copy.deepcopy(llama)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.06 * torch.randn_like(parameter))
+        made[name] = model
+    return made
+
+
+@pytest.fixture(scope="module")
+def text_of(candidates, tokenizer):
+    def make(author, temperature=1.0, top_k=5, count=60, seed=3):
+        sampling = SamplingParams(max_new_tokens=20, temperature=temperature, samples_per_prompt=count // 6, seed=seed, stop_ids=(0,))
+        source = HFSource(candidates[author], tokenizer, sampling)
+        store = MemoryStore(source.manifest)
+        collect_rollouts(source, [Prompt(f"p{i}", [10 + i, 20, 30 + i]) for i in range(6)], store)
+        for name, model in candidates.items():
+            score_rollouts(store, HFScorer(model, tokenizer, top_k=top_k), column=name)
+        return store
+
+    return make
+
+
+@pytest.mark.parametrize("author", ["author", "second", "third"])
+def test_the_author_is_named(author, text_of):
+    found = audit(text_of(author), ["third", "second", "author"])
+    assert found.author == found.candidates[0].column == author
+    assert found.error < 0.01
+    assert found.candidates[0].behind.mean == 0 < found.candidates[1].behind.mean
+    assert abs(found.candidates[0].z) < FOREIGN_Z < found.candidates[1].z
+    assert f"{author!r} wrote it" in found.verdict
+
+
+def test_a_text_by_none_of_them_is_seen_as_such_if_the_columns_keep_a_top_k(text_of):
+    found = audit(text_of("author"), ["second", "third"])
+    assert found.author is None
+    assert "None of the candidates wrote it" in found.verdict
+    blind = audit(text_of("author", top_k=0), ["second", "third"])
+    assert blind.candidates[0].z is None
+    assert "Cannot be told" in blind.verdict
+
+
+def test_a_text_at_a_lower_temperature_is_surer_and_still_its_authors(text_of):
+    found = audit(text_of("author", temperature=0.7, count=120), ["author", "second", "third"])
+    assert found.author == "author"
+    assert found.candidates[0].z < -2
+
+
+def test_little_text_is_not_enough_to_tell(text_of):
+    store = text_of("author", seed=7)
+    found = audit(store, ["author", "second"], rows=np.array([0, 1]))
+    assert found.author is None, "two rollouts prove as little as two tossed coins"
+    assert found.error >= 0.25
+    assert "Cannot be told" in found.verdict
+    assert "2 rollouts" in found.verdict
+
+
+def test_under_the_author_z_is_standard_normal():
+    """300 texts of 200 tokens drawn from known distributions over 6 tokens, of which 3 are kept."""
+    rng = np.random.default_rng(0)
+    found = []
+    for text in range(300):
+        p = rng.dirichlet(np.ones(6) * 0.5, 200)
+        drawn = np.array([rng.choice(6, p=row) for row in p])
+        order = np.argsort(-p, axis=1)[:, :3]
+        kept = np.take_along_axis(p, order, axis=1)
+        store = MemoryStore(tiny_manifest())
+        rollout = tiny_rollout(f"r{text}", drawn)
+        store.append([rollout])
+        chance = np.maximum(p[np.arange(200), drawn], 1e-30)
+        support = TopK(order, np.minimum(np.log(np.maximum(kept, 1e-30)), 0), np.clip(1 - kept.sum(1), 0, 1))
+        store.append_scores("m", evolve(tiny_provenance(), top_k=3), [Scores.of(rollout, np.log(chance), top_k=support)])
+        found.append(audit(store, ["m"]).candidates[0].z)
+    assert abs(np.mean(found)) < 4 / np.sqrt(300)
+    assert 0.85 < np.std(found) < 1.15, "the 1 under the root takes a little"
+
+
+def test_masked_tokens_do_not_count():
+    store = MemoryStore(tiny_manifest())
+    rollouts = [tiny_rollout(f"r{i}", loss_mask=[True, False, True]) for i in range(4)]
+    store.append([*rollouts, tiny_rollout("unmasked", loss_mask=[False] * 3)])
+    for name, masked in (("a", -50.0), ("b", -0.1)):
+        scores = [Scores.of(r, [-1.0, masked, -1.0 - i / 10]) for i, r in enumerate([*rollouts, store.read([4])[0].rollout])]
+        store.append_scores(name, tiny_provenance(name), scores)
+    found = audit(store, ["a", "b"])
+    assert [c.surprisal.mean for c in found.candidates] == pytest.approx([1.075, 1.075])
+    assert (found.rollouts, found.tokens) == (4, 8)
+    assert found.author is None, "they agree on everything that counts"
+
+
+def test_what_cannot_be_audited_is_refused():
+    store = MemoryStore(tiny_manifest())
+    store.append([tiny_rollout("r")])
+    store.append_scores("a", tiny_provenance("a"), [Scores.of(store.read([0])[0].rollout, [-1.0] * 3)])
+    with pytest.raises(MissingScoresError, match="'b' is absent"):
+        audit(store, ["a", "b"])
+    for columns, rows in (([], None), (["a", "a"], None), (["a"], np.zeros(0, np.int64))):
+        with pytest.raises(InvalidRecordError, match="Audit"):
+            audit(store, columns, rows=rows)
+    alone = audit(store, ["a"])
+    assert (alone.author, alone.error) == ("a", 1.0)
+    assert "nothing excludes" in alone.verdict
