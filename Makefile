@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines test-triton test-kills test-engines test check clean
+.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines test-triton test-kills test-engines test-browser test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -48,6 +48,12 @@ bench-engines: .venv/installed-engines .venv/installed-data  ## sampling and sco
 test-triton: .venv/installed-test  ## the CUDA kernels in Triton's interpreter, and compiled for two kinds of GPU; Triton is 700 MB
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.7.1
 	$(BIN)/python -m pytest tests/test_triton_rows.py
+
+# Chromium comes from the system: Debian and its like by apt-get where there is root, any other has to bring it
+test-browser: .venv/installed-test  ## the token report in a headless Chromium
+	command -v chromium chromium-browser google-chrome || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
+	$(BIN)/python -m pytest tests/test_token_report.py
 
 test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants
 	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_faults.py tests/test_survival.py -k kill -rA --timeout 3000

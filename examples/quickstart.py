@@ -47,7 +47,7 @@ from lopd.loader import StepStream
 from lopd.manifest import fingerprint_tokenizer
 from lopd.metrics import RolloutSums, advantage_quantiles
 from lopd.prompts import make_prompts, read_prompts
-from lopd.report import draw_run
+from lopd.report.pictures import draw_run
 from lopd.types import Prompt, StepMetrics
 
 transformers.utils.logging.disable_progress_bar()

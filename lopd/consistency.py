@@ -55,6 +55,21 @@ def inconsistency(manifest: Manifest, teacher: Provenance) -> str | None:
     return f"Policy {manifest.policy}: its SFT teacher is {sft}, expected the scoring teacher {teacher.model}"
 
 
+def verdict(manifest: Manifest, scored: Provenance) -> str:
+    """What a column's model is to the policy, for people.
+
+    >>> from lopd.testing import tiny_manifest, tiny_provenance
+    >>> verdict(tiny_manifest(), tiny_provenance("other"))
+    'not consistent: its SFT teacher is not recorded'
+    """
+    if manifest.policy.same_weights(scored.model):
+        return "the policy itself"
+    if inconsistency(manifest, scored) is None:
+        return "consistent: it is the SFT teacher"
+    teacher = "its SFT teacher is not recorded" if manifest.sft_teacher is None else f"the SFT teacher is {manifest.sft_teacher}"
+    return f"not consistent: {teacher}{', but these scores are residuals' if scored.residual else ''}"
+
+
 def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: TokenizerId) -> None:
     """Stop unless the ids of both are of one vocabulary.  Its size proves nothing: two vocabularies of one size are still two.
 

@@ -7,12 +7,14 @@ import json
 import math
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from attrs import asdict, evolve
 
 from lopd.backends.opening import open_store
+from lopd.consistency import verdict
 from lopd.doctor.comparing import compare
 from lopd.doctor.contents import inspect_store
 from lopd.doctor.estimating import LOGPROB_BYTES, Plan, Rates, estimate, measure_rates, plan_like
@@ -55,6 +57,15 @@ def _parser() -> ArgumentParser:
     diff.add_argument("other", nargs="?", metavar="OTHER_URL", help="a second store; rollouts are matched by id")
     diff.add_argument("--columns", nargs="+", default=["teacher"], metavar="COLUMN", help="two, or one that is in both stores (teacher)")
     diff.add_argument("--tolerance", type=float, default=0.0, metavar="NATS", help="largest difference that is none (0)")
+
+    report = _command(commands, "report", "rollouts token by token, as a page for a browser", _report)
+    report.add_argument("--rows", type=_whole, nargs="+", default=[0], metavar="ROW", help="rollouts to show (0)")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
+    report.add_argument("--tokenizer", metavar="FOLDER", help="folder of a transformers tokenizer; ids are shown without one")
+    report.add_argument(
+        "--columns", nargs="+", default=["teacher", "behavior"], metavar="COLUMN", help="teacher, student, and a third to show"
+    )
+    report.add_argument("--clip", type=_positive, default=10.0, metavar="NATS", help="clip threshold of the advantage (10)")
 
     _command(commands, "compact", "merge many small appends into large ones", _compact)
 
@@ -125,10 +136,11 @@ def _open(url: str, options: Namespace) -> DurableStore:
 
 
 def _info(options: Namespace) -> int:
-    info = inspect_store(_open(options.url, options), sample=options.sample, clip=options.clip)
+    store = _open(options.url, options)
+    info = inspect_store(store, sample=options.sample, clip=options.clip)
     if options.json:
         return _print_json({**asdict(info), "bytes_per_token": info.bytes_per_token})
-    return _show(*_display().show_info(info))
+    return _show(*_display().show_info(info), *_verdicts(*((store, column) for column in store.columns)))
 
 
 def _verify(options: Namespace) -> int:
@@ -157,9 +169,36 @@ def _diff(options: Namespace) -> int:
         _print_json(asdict(difference))
         return exit_code
     _show(_display().show_difference(f"{left!r}: {left_column}", f"{right!r}: {right_column}", difference))
+    _show(*_verdicts((left, left_column), (right, right_column)))
     if manifests := left.manifest.difference(right.manifest):
         _show(f"The manifests differ: {manifests}.")
     return exit_code
+
+
+def _verdicts(*sides: tuple[DurableStore, str]) -> Iterator[str]:
+    for store, column in sides:
+        if column in store.columns:
+            yield f"{store!r}: {column}: {store.columns[column].model}: {verdict(store.manifest, store.columns[column])}."
+
+
+def _report(options: Namespace) -> int:
+    from lopd.report.tokens import TokenReport, write_token_report
+
+    if len(options.columns) not in {2, 3}:
+        raise InvalidRecordError(
+            f"Report: the columns are {options.columns}, expected teacher, student, and perhaps a third; pass --columns."
+        )
+    decode = None
+    if options.tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+        decode = lambda token: str(tokenizer.decode([token]))  # noqa: E731
+    teacher, student, *others = options.columns
+    report = TokenReport(teacher, student, others[0] if others else None, options.clip)
+    write_token_report(options.out, _open(options.url, options), options.rows, report=report, decode=decode)
+    print(f"{options.out}: {len(options.rows)} rollouts; open it in a browser.")
+    return FINE
 
 
 def _compact(options: Namespace) -> int:

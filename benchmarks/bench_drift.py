@@ -1,0 +1,193 @@
+"""Whether the guards speak where offline OPD fails, are silent where it works, and what they cost.
+
+    python benchmarks/bench_drift.py        # writes benchmarks/results/drift.json and docs/bench_drift.png; about ten minutes on two cores
+
+Two settings of the testbed, several seeds: a healthy one, in which online OPD gains and plain Lightning gains as much, and a failing one, in
+which plain Lightning falls below its start.  Held-out accuracy is of sampled responses, before every second step; the guards look at training
+alone.
+"""
+
+import argparse
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import asdict
+from record import ROOT, describe_machine, result_file
+from testbed.models import FAILING, HEALTHY, Setting, prepare
+from testbed.runs import Training, offline, online, scored_rollouts
+
+from lopd import FusedOPDLoss, stored_advantages, watch_drift
+from lopd.drift import TokenLogprobs, measure_drift
+from lopd.errors import DriftWarning
+from lopd.guards import MAX_TAIL
+
+FALL = 0.05
+RUNS = {
+    "plain": (FusedOPDLoss(), 1.0),
+    "plain, a third of the rate": (FusedOPDLoss(), 1 / 3),
+    "ratio to ref": (FusedOPDLoss(ratio_to_ref=True), 1.0),
+    "online": (FusedOPDLoss(), 1.0),
+}
+
+
+def follow(setting: Setting, seed: int, name: str, folder: Path) -> dict[str, Any]:
+    """One run: accuracy along the way, and when the watch spoke."""
+    loss, share = RUNS[name]
+    bed = prepare(setting, seed, folder, ("A",))
+    lr = setting.opd_lr * share
+    training = Training.of(bed.students["A"], lr)
+    store = scored_rollouts(bed, "A", "A")
+    steps = online(bed, training, loss, "A") if name == "online" else offline(bed, store, training, loss)
+    curve, spoke = [(0, training.accuracy(bed).mean)], None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for m in watch_drift(steps):
+            if spoke is None and any(issubclass(w.category, DriftWarning) for w in caught):
+                spoke = m.step
+            if m.step % 2 == 1:
+                curve.append((m.step + 1, training.accuracy(bed).mean))
+    start = curve[0][1]
+    fell = next((step for step, accuracy in curve if accuracy < start - FALL), None)
+    before = None if spoke is None else [accuracy for step, accuracy in curve if step <= spoke][-1] - start
+    return {
+        "setting": setting.name,
+        "seed": seed,
+        "run": name,
+        "lr": lr,
+        "accuracy_at_start": start,
+        "accuracy_at_end": curve[-1][1],
+        "step_at_which_it_had_fallen": fell,
+        "step_at_which_the_watch_spoke": spoke,
+        "change_of_accuracy_when_it_spoke": before,
+        "curve": curve,
+    }
+
+
+def judge(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
+    """What is said of the advantages before the first step."""
+    bed = prepare(setting, seed, folder, ("A",))
+    summary = stored_advantages(scored_rollouts(bed, "A", "A"))
+    warned = summary is not None and summary.tail > MAX_TAIL
+    said = {} if summary is None else asdict(summary)
+    return {"setting": setting.name, "seed": seed, "run": "before the first step", "warned": warned, **said}
+
+
+def cost(tokens: int = 2**20, rollouts: int = 256, repeats: int = 7) -> dict[str, Any]:
+    """Seconds to measure the drift of one step of the paper's size."""
+    rng = np.random.default_rng(0)
+    columns = [-rng.exponential(1.0, tokens).astype(np.float32) for _ in range(3)]
+    sample = TokenLogprobs(*columns, np.ones(tokens, np.float32), np.repeat(np.arange(rollouts), tokens // rollouts))
+    seconds = []
+    for _ in range(repeats):
+        started = time.process_time()
+        measure_drift(sample)
+        seconds.append(time.process_time() - started)
+    return {"run": "cost", "tokens": tokens, "cpu_s": statistics.median(seconds), "spread_s": [min(seconds), max(seconds)]}
+
+
+def work(job: tuple[str, Setting, int, str, Path]) -> dict[str, Any]:
+    """What one process does."""
+    torch.set_num_threads(1)
+    kind, setting, seed, name, folder = job
+    return judge(setting, seed, folder) if kind == "judge" else follow(setting, seed, name, folder)
+
+
+def build(job: tuple[Setting, int, Path]) -> None:
+    """Make the models of one setting and seed."""
+    torch.set_num_threads(1)
+    prepare(*job, ("A",))
+
+
+def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every goal, met or not."""
+    runs = [row for row in rows if "curve" in row]
+    judged = [row for row in rows if "warned" in row]
+    failing = [row for row in runs if row["setting"] == "failing" and row["run"].startswith("plain")]
+    slow = [row for row in failing if row["run"] != "plain"]
+    healthy = [row for row in runs if row["setting"] == "healthy" and row["run"] != "online"]
+    found: list[dict[str, Any]] = []
+
+    def add(name: str, goal: str, values: Sequence[bool]) -> None:
+        found.append({"name": name, "goal": goal, "measured": f"{sum(values)} of {len(values)}", "met": all(values) and bool(values)})
+
+    add("failing: the advantages are judged before the first step", "all seeds", [r["warned"] for r in judged if r["setting"] == "failing"])
+    add("healthy: the advantages are not complained of", "all seeds", [not r["warned"] for r in judged if r["setting"] == "healthy"])
+    add(
+        "failing: the watch speaks while training, before accuracy has fallen by 5 points, at a third of the rate",
+        "all seeds",
+        [(r["change_of_accuracy_when_it_spoke"] or -1.0) > -FALL for r in slow],
+    )
+    add(
+        "failing: likewise at the full rate, where it falls within three steps",
+        "all seeds",
+        [(r["change_of_accuracy_when_it_spoke"] or -1.0) > -FALL for r in failing if r["run"] == "plain"],
+    )
+    add("healthy: the watch is silent, offline runs of either loss", "all", [r["step_at_which_the_watch_spoke"] is None for r in healthy])
+    spent = next(row["cpu_s"] for row in rows if row["run"] == "cost")
+    # the paper's step: 16 GPU-hours over 150 steps on 8 GPUs (table 2, 8B)
+    share = spent / (16 * 3600 / 150 / 8)
+    found.append(
+        {
+            "name": "cost of a step of 2**20 tokens, share of the paper's step of 48 s",
+            "goal": "< 0.01",
+            "measured": share,
+            "met": share < 0.01,
+        }
+    )
+    return found
+
+
+def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Accuracy along every run, with a dot where the watch spoke."""
+    from matplotlib.figure import Figure
+
+    colors = dict(zip(RUNS, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, setting in zip(figure.subplots(1, 2), ("healthy", "failing"), strict=True):
+        for row in (row for row in rows if "curve" in row and row["setting"] == setting):
+            steps, accuracy = zip(*row["curve"], strict=True)
+            axes.plot(steps, accuracy, color=colors[row["run"]], linewidth=1, label=row["run"] if row["seed"] == 0 else None)
+            spoke = row["step_at_which_the_watch_spoke"]
+            if spoke is not None:
+                axes.plot([spoke], [np.interp(spoke, steps, accuracy)], "o", color=colors[row["run"]])
+        axes.set(title=setting, xlabel="optimizer step", ylabel="held-out accuracy, sampled")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Build, run, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "testbed")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    seeds, settings = range(options.seeds), (HEALTHY, FAILING)
+    jobs = [("follow", setting, seed, name, options.folder) for name in RUNS for setting in settings for seed in seeds]
+    jobs += [("judge", setting, seed, "", options.folder) for setting in settings for seed in seeds]
+    with ProcessPoolExecutor(options.workers) as pool:
+        list(pool.map(build, [(setting, seed, options.folder) for setting in settings for seed in seeds]))
+        rows = []
+        for row in pool.map(work, jobs):
+            print({name: value for name, value in row.items() if name != "curve"}, flush=True)
+            rows.append(row)
+    rows.append(cost())
+    found = goals(rows)
+    for goal in found:
+        print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", goal["measured"])
+    result_file("drift", describe_machine(), rows, found)
+    draw(ROOT / "docs" / "bench_drift.png", rows)
+
+
+if __name__ == "__main__":
+    main()

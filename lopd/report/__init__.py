@@ -1,0 +1,1 @@
+"""Reports of a run: pictures by matplotlib (`pictures`), and rollouts token by token as a page for any browser (`tokens`)."""

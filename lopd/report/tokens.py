@@ -1,0 +1,201 @@
+"""Rollouts token by token, as one HTML page: where the teacher and the student disagree.
+
+The page is a file of its own: no server, no network, no fonts, no libraries; dark or light as the browser is.
+"""
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from lopd.checks import check_number
+from lopd.drift import LEVELS, TAIL, AdvantageSummary
+from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.protocols import LogprobReader
+from lopd.reading import evenly, in_batches
+from lopd.report.charts import Chart, curves, histogram
+from lopd.types import BEHAVIOR_COLUMN, ScoredRollout
+
+Decode = Callable[[int], str]
+
+
+@frozen
+class TokenReport:
+    """What a page shows.
+
+    Args:
+        teacher: column of the teacher.
+        student: column that is subtracted: of the policy that sampled, or any other.
+        ref: a third column to show beside them, or None.
+        clip: nats at which colours are full, and at which advantages are clipped in training.
+        sample: rollouts, evenly spaced, behind histogram and curves, beside those that are shown.
+        bins: of the position in the response.
+
+    Raises:
+        InvalidRecordError: a number makes no sense.
+    """
+
+    teacher: str = "teacher"
+    student: str = BEHAVIOR_COLUMN
+    ref: str | None = None
+    clip: float = 10.0
+    sample: int = 256
+    bins: int = 20
+
+    def __attrs_post_init__(self) -> None:
+        check_number("Token report", "clip", self.clip, 0 < self.clip < np.inf, "finite and more than 0 nats")
+        check_number("Token report", "sample", self.sample, self.sample >= 0, "at least 0")
+        check_number("Token report", "bins", self.bins, self.bins >= 1, "at least 1")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns to read."""
+        return tuple(dict.fromkeys(name for name in (self.teacher, self.student, self.ref) if name is not None))
+
+    def advantages(self, record: ScoredRollout) -> NDArray[np.float64]:
+        """(T,) nats, unclipped."""
+        return record.scores[self.teacher].astype(np.float64) - record.scores[self.student]
+
+
+def write_token_report(
+    path: str | Path, store: LogprobReader, rows: Sequence[int], *, report: TokenReport | None = None, decode: Decode | None = None
+) -> None:
+    """Write a page with these rollouts token by token, and the advantages of more of them by size, position and round.
+
+    Memory is that of the rollouts shown and of one number for each token of the sample.
+
+    Args:
+        path: of the page.
+        store: with the columns.
+        rows: rollouts to show.
+        report: which columns, and how they are shown.
+        decode: token id -> text, `lambda token: tokenizer.decode([token])`; ids are shown without one.
+
+    Raises:
+        MissingScoresError: a column is not there, or a row has no scores in it.
+        NoSuchRowError: a row is not in the store.
+        InvalidRecordError: there are no rows.
+    """
+    report = report or TokenReport()
+    if not len(rows):
+        raise InvalidRecordError("Token report: it was given 0 rows, expected at least 1; choose some rollouts.")
+    for column in report.columns:
+        if column != BEHAVIOR_COLUMN and column not in store.columns:
+            raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected scores; the columns are {sorted(store.columns)}.")
+    shown = store.read(list(rows), columns=report.columns)
+    sampled, summary = _sample(store, report, shown)
+    page = _ENVIRONMENT.get_template("tokens.html").render(
+        facts=_facts(store, report, len(sampled)),
+        summary=summary,
+        levels=list(zip(LEVELS, summary.quantiles, strict=True)) if summary else [],
+        tail=TAIL,
+        clip=report.clip,
+        charts=_charts(report, sampled) if summary else [],
+        rollouts=[_rollout(record, report, decode or str) for record in shown],
+        named=decode is not None,
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+_ENVIRONMENT = Environment(loader=PackageLoader("lopd.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+_ENVIRONMENT.globals["breaks"] = lambda text: Markup("<wbr>") if text.startswith("·") else ""
+
+#: (generation, position from 0 to 1 of each counted token, its advantage)
+_Sampled = list[tuple[int, NDArray[np.float64], NDArray[np.float64]]]
+
+
+def _sample(store: LogprobReader, report: TokenReport, shown: Sequence[ScoredRollout]) -> tuple[_Sampled, AdvantageSummary | None]:
+    usable = np.ones(len(store), np.bool_)
+    for column in report.columns:
+        usable &= store.scored(column)
+    chosen = evenly(np.flatnonzero(usable), report.sample)
+    records = (record for part in in_batches(chosen) for record in store.read(part, columns=report.columns))
+    sampled = []
+    for record in records if report.sample else shown:
+        on_T = record.rollout.loss_mask
+        place_T = (np.arange(on_T.size) + 0.5) / on_T.size
+        sampled.append((record.rollout.generation, place_T[on_T], report.advantages(record)[on_T]))
+    every = np.concatenate([gaps for _, _, gaps in sampled])
+    return sampled, AdvantageSummary.of(every) if every.size else None
+
+
+def _charts(report: TokenReport, sampled: _Sampled) -> list[Chart]:
+    every = np.concatenate([gaps for _, _, gaps in sampled])
+    place = np.concatenate([places for _, places, _ in sampled])
+    charts = [
+        histogram("Advantages", "nats, clipped", np.clip(every, -report.clip, report.clip), report.clip),
+        curves("By position in the response", {"all": (place, every)}, report.bins, band=True),
+    ]
+    ordered = sorted(sampled, key=lambda item: item[0])
+    rounds = {
+        f"round {generation}": tuple(np.concatenate(parts) for parts in zip(*((p, g) for _, p, g in group), strict=True))
+        for generation, group in groupby(ordered, key=lambda item: item[0])
+    }
+    if len(rounds) > 1:
+        charts.append(curves("By round of sampling", {name: (p, g) for name, (p, g) in rounds.items()}, report.bins, band=False))
+    return charts
+
+
+def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tuple[str, str]]:
+    facts = [
+        ("store", repr(store)),
+        ("policy", str(store.manifest.policy)),
+        ("rollouts", f"{len(store):,}, {sampled:,} of them in the charts"),
+    ]
+    for name, column in (("teacher", report.teacher), ("student", report.student), ("ref", report.ref)):
+        if column is None:
+            continue
+        made = store.columns.get(column)
+        by = "what the policies reported while they sampled" if made is None else f"{made.model} in {made.model.dtype} by {made.engine}"
+        facts.append((name, f"column {column}: {by}"))
+    return facts
+
+
+def _rollout(record: ScoredRollout, report: TokenReport, decode: Decode) -> dict[str, Any]:
+    rollout, gap_T = record.rollout, report.advantages(record)
+    columns = {name: record.scores[column] for name, column in _named(report).items()}
+    tokens = []
+    for t, (token, on) in enumerate(zip(rollout.response_ids.tolist(), rollout.loss_mask.tolist(), strict=True)):
+        text = decode(token)
+        strength = min(abs(gap_T[t]) / report.clip, 1.0) ** 0.5 if on else 0.0  # the root: a tenth of the clip can still be seen
+        facts = {"position": str(t), "id": str(token), **{name: f"{column[t]:.4f}" for name, column in columns.items()}}
+        side = "up" if gap_T[t] > 0 else "down"
+        made = {"text": visible(text), "newline": "\n" in text, "side": side, "strength": f"{strength:.3f}", "on": on}
+        tokens.append({**made, "facts": facts, "advantage": f"{gap_T[t]:+.4f}"})
+    counted = gap_T[rollout.loss_mask]
+    mean = f"{counted.mean():+.3f}" if counted.size else "none counted"
+    prompt = [(visible(text := decode(token)), "\n" in text) for token in rollout.prompt_ids.tolist()]
+    return {
+        "id": visible(rollout.rollout_id),
+        "prompt": prompt,
+        "tokens": tokens,
+        "mean": mean,
+        "finish": rollout.finish_reason,
+        "round": rollout.generation,
+    }
+
+
+def _named(report: TokenReport) -> dict[str, str]:
+    named = {"teacher": report.teacher, "student": report.student, "ref": report.ref}
+    return {name: column for name, column in named.items() if column is not None}
+
+
+def visible(text: str) -> str:
+    r"""Text in which white space, control and direction marks, and halves of surrogate pairs can be seen.
+
+    >>> visible(" a\n\u202e")
+    '·a↵\\u202e'
+    """
+    return "".join(_SPACES.get(c) or (c if unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}") for c in text) or "∅"
+
+
+_SPACES = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
