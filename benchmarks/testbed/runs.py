@@ -1,11 +1,11 @@
 """The OPD stage on a testbed, offline and online: same prompts, samples, temperature, length, batch, rate, steps, loss and loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 
 from lopd import (
     CausalLMStudent,
@@ -20,11 +20,10 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.loader import StepStream
 from lopd.manifest import Lineage
 from lopd.metrics import Estimate
 from lopd.protocols import OPDLoss
-from lopd.types import Step, StepMetrics
+from lopd.types import StepMetrics
 from testbed.models import TOKENIZER, TOKENIZER_ID, Testbed, source_of
 from testbed.task import verify
 
@@ -65,7 +64,13 @@ def scored_rollouts(bed: Testbed, sft: str, opd: str) -> MemoryStore:
 
 
 def offline(
-    bed: Testbed, store: MemoryStore, training: Training, loss: OPDLoss, change: Callable[[StepStream], StepStream] = lambda stream: stream
+    bed: Testbed,
+    store: MemoryStore,
+    training: Training,
+    loss: OPDLoss,
+    *,
+    teacher: str = "teacher",
+    consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
 ) -> Iterator[StepMetrics]:
     """Lightning OPD on these rollouts."""
     setting = bed.setting
@@ -75,14 +80,15 @@ def offline(
         tokens_per_batch=768,
         seed=bed.seed,
         stop=setting.opd_steps,
+        teacher=teacher,
         ref="behavior",
-        consistency=ConsistencyPolicy.WARN,
+        consistency=consistency,
     )
-    return opd_steps(training.student, change(stream), loss, training.optimizer)
+    return opd_steps(training.student, stream, loss, training.optimizer)
 
 
 def online(bed: Testbed, training: Training, loss: OPDLoss, opd: str, every: int = 1) -> Iterator[StepMetrics]:
-    """OPD on rollouts that are sampled anew every few steps; 1 is online OPD.  Step k sees the same prompts as offline."""
+    """OPD on rollouts that are sampled anew every few steps; 1 is online OPD.  Of whatever teacher: consistency is not its condition."""
     setting, teacher = bed.setting, HFScorer.from_folder(bed.teachers[opd])
 
     def make_round(generation: int, start: int) -> Iterator[StepMetrics]:
@@ -95,16 +101,11 @@ def online(bed: Testbed, training: Training, loss: OPDLoss, opd: str, every: int
             rollouts_per_step=setting.batch,
             tokens_per_batch=768,
             seed=bed.seed,
+            start=start,
             rows=rows,
             ref="behavior",
             consistency=ConsistencyPolicy.WARN,
         )
-        return opd_steps(training.student, _numbered(stream, start), loss, training.optimizer)
+        return opd_steps(training.student, stream, loss, training.optimizer)
 
     return islice(refresh_every(every, make_round), setting.opd_steps)
-
-
-def _numbered(steps: StepStream, start: int) -> Iterator[Step]:
-    """Steps of a round, counted from `start`."""
-    for step in steps:
-        yield evolve(step, index=start + step.index)

@@ -1,0 +1,136 @@
+"""Teacher consistency on the testbed: SFT teacher x OPD teacher, offline and online, and what residualisation makes of a mismatch.
+
+    python benchmarks/bench_consistency.py        # writes benchmarks/results/consistency.json; about ten minutes on two cores
+
+The two teachers write their working in different orders and get the same sums right.  Held-out accuracy is of sampled responses.  The form is
+that of table 4 of Lightning OPD (arXiv 2604.13010v2).
+"""
+
+import argparse
+import os
+import statistics
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import ROOT, describe_machine, result_file
+from testbed.models import HEALTHY, STYLES, prepare
+from testbed.runs import Training, offline, online, scored_rollouts
+
+from lopd import ConsistencyPolicy, FusedOPDLoss, residualise
+from lopd.metrics import mean
+
+METHODS = ("offline", "offline, ratio to ref", "online", "offline, residual", "offline, residual, ratio to ref")
+
+
+def run(job: tuple[int, str, str, str, Path]) -> dict[str, Any]:
+    """One cell of the table, one seed."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    seed, sft, opd, method, folder = job
+    bed = prepare(HEALTHY, seed, folder)
+    training = Training.of(bed.students[sft], HEALTHY.opd_lr)
+    start = training.accuracy(bed).mean
+    loss = FusedOPDLoss(ratio_to_ref="ratio" in method)
+    row: dict[str, Any] = {"seed": seed, "sft_teacher": sft, "opd_teacher": opd, "method": method, "accuracy_at_start": start}
+    if method == "online":
+        steps = online(bed, training, loss, opd)
+    else:
+        store, policy, teacher = scored_rollouts(bed, sft, opd), ConsistencyPolicy.WARN, "teacher"
+        if "residual" in method:
+            report = residualise(store)
+            row |= {"offset": report.offset, "beyond_before": report.beyond_before, "beyond_after": report.beyond_after}
+            policy, teacher = ConsistencyPolicy.RESIDUALISE, "teacher-residual"
+        steps = offline(bed, store, training, loss, teacher=teacher, consistency=policy)
+    drift = list(steps)[-1].drift
+    return {**row, "accuracy": training.accuracy(bed).mean, "ratio_mean_at_end": None if drift is None else drift.ratio_mean}
+
+
+def build(job: tuple[int, str, Path]) -> None:
+    """Teacher and student of one style and seed."""
+    torch.set_num_threads(1)
+    seed, style, folder = job
+    prepare(HEALTHY, seed, folder, (style,))
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and 95 % interval over seeds of every cell, and of its change against SFT."""
+    found = []
+    for sft, opd, method in product(STYLES, STYLES, METHODS):
+        cell = [row for row in rows if (row["sft_teacher"], row["opd_teacher"], row["method"]) == (sft, opd, method)]
+        if cell:
+            reached, change = mean([r["accuracy"] for r in cell]), mean([r["accuracy"] - r["accuracy_at_start"] for r in cell])
+            summary = {
+                "sft_teacher": sft,
+                "opd_teacher": opd,
+                "method": method,
+                "seeds": len(cell),
+                "accuracy": reached.mean,
+                "ci95": reached.ci95,
+            }
+            found.append(
+                {
+                    **summary,
+                    "change": change.mean,
+                    "change_ci95": change.ci95,
+                    "start": statistics.mean(r["accuracy_at_start"] for r in cell),
+                }
+            )
+    return found
+
+
+def goals(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every question the issue asks, answered by a mean over seeds."""
+
+    def change(method: str, *, consistent: bool) -> float:
+        chosen = [c["change"] for c in cells if c["method"] == method and (c["sft_teacher"] == c["opd_teacher"]) == consistent]
+        return statistics.mean(chosen)
+
+    found = []
+    for ratio in ("", ", ratio to ref"):
+        gap = change(f"offline{ratio}", consistent=True) - change(f"offline{ratio}", consistent=False)
+        found.append(
+            {
+                "name": f"offline{ratio}: a consistent teacher gains more than a mismatched one",
+                "goal": "> 0",
+                "measured": gap,
+                "met": gap > 0,
+            }
+        )
+        repaired = change(f"offline, residual{ratio}", consistent=False) - change(f"offline{ratio}", consistent=False)
+        name = f"offline{ratio}: residualisation repairs the mismatched cells (gain over raw scores)"
+        found.append({"name": name, "goal": "> 0", "measured": repaired, "met": repaired > 0})
+        kept = change(f"offline, residual{ratio}", consistent=True) - change(f"offline{ratio}", consistent=True)
+        name = f"offline{ratio}: residualisation leaves the consistent cells alone (change by it)"
+        found.append({"name": name, "goal": "within 0.02 of 0", "measured": kept, "met": abs(kept) <= 0.02})
+    return found
+
+
+def main() -> None:
+    """Build, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "testbed")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    seeds = range(options.seeds)
+    rows = []
+    with ProcessPoolExecutor(options.workers) as pool:
+        list(pool.map(build, [(seed, style, options.folder) for seed in seeds for style in STYLES]))
+        for row in pool.map(run, [(*cell, options.folder) for cell in product(seeds, STYLES, STYLES, METHODS)]):
+            print(row, flush=True)
+            rows.append(row)
+    cells = summarise(rows)
+    found = goals(cells)
+    for goal in found:
+        print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", f"{goal['measured']:+.3f}")
+    result_file("consistency", describe_machine(), [*({"cell": True, **cell} for cell in cells), *rows], found)
+
+
+if __name__ == "__main__":
+    main()
