@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines test-triton test-kills test-engines test-browser test check clean
+.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards test-triton test-kills test-engines test-browser test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -44,6 +44,11 @@ bench-loss: .venv/installed-test  ## every way to the loss and its gradient besi
 
 bench-engines: .venv/installed-engines .venv/installed-data  ## sampling and scoring, transformers beside vLLM in process and served; about half an hour
 	$(BIN)/python benchmarks/bench_engines.py
+
+bench-guards: .venv/installed-test  ## the guards on small models where OPD works and where it fails, consistency, and the audit; half an hour
+	$(BIN)/python benchmarks/bench_drift.py
+	$(BIN)/python benchmarks/bench_consistency.py
+	$(BIN)/python benchmarks/audit_errors.py
 
 test-triton: .venv/installed-test  ## the CUDA kernels in Triton's interpreter, and compiled for two kinds of GPU; Triton is 700 MB
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.7.1

@@ -109,7 +109,7 @@ def measure_error(name: str, vocabulary: int, size: int, dtype: torch.dtype) -> 
 
 def work(name: str, tokens: int, shape: str, dtype: str, library: str) -> dict[str, float]:
     """What one child process does."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     vocabulary, size = SHAPES[shape]
     with ExitStack() as stack:
         if library == "onednn" and not stack.enter_context(fast_matmul()):
@@ -121,9 +121,9 @@ def work(name: str, tokens: int, shape: str, dtype: str, library: str) -> dict[s
         return measure_path(make_problem(tokens, vocabulary, size, DTYPES[dtype]), name)
 
 
-def child(*arguments: str) -> dict[str, float]:
+def child(*arguments: str, threads: int = 1) -> dict[str, float]:
     """One measurement in a fresh process; an empty answer where it cannot be done."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, __file__, "--worker", *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     if done.returncode:

@@ -70,6 +70,16 @@ def test_log_probs_and_gradients_are_those_of_float64(shape: tuple[int, int, int
     torch.testing.assert_close(logits.double(), gradient, rtol=tolerance, atol=tolerance * float(coefficients.abs().max()))
 
 
+@pytest.mark.parametrize("softcap", CAPS)
+def test_entropies_are_those_of_float64(softcap: float | None) -> None:
+    logits, ids, _ = problem(3, 5000, 2, torch.float32)
+    capped = logits.double() if softcap is None else softcap * (logits.double() / softcap).tanh()
+    truth = torch.special.entr(capped.softmax(-1)).sum(-1)
+    found = triton_rows.TritonRows(logits, softcap, torch.float32).logprobs(slice(0, 3), ids, entropy=True)
+    assert found.entropies is not None
+    torch.testing.assert_close(found.entropies.double(), truth, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("shift", [-1000.0, 1000.0])
 def test_logits_that_are_all_far_from_zero_change_nothing(shift: float) -> None:
     logits, ids, coefficients = problem(3, 5000, 2, torch.float32, shift)

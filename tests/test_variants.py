@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.losses.fused import FusedOPDLoss
-from lopd.losses.objective import OPDObjective, Signal, Tokens
+from lopd.losses.objective import OPDObjective, Signal, Tokens, with_entropy
 from lopd.losses.reference import ReferenceOPDLoss
 from lopd.losses.variants import (
     drift_gate,
+    entropy_advantage,
     extrapolate,
     importance_ratio,
     log_compress,
@@ -25,6 +27,7 @@ from lopd.losses.variants import (
     ppo_clip,
     prefix_fraction,
 )
+from lopd.testing import loss_case
 
 STUDENT, TEACHER, REF = (-0.1, -2.0, -7.0, -1.0, -0.5), (-0.2, -1.0, -9.0, -1.0, -3.0), (-0.9, -1.0, -7.1, -1.0, -0.4)
 SEGMENTS, WEIGHT = (0, 0, 0, 1, 1), (0.5, 1.0, 2.0, 1.0, 3.0)
@@ -175,6 +178,34 @@ def test_the_placebo_pushes_down_what_is_already_unlikely_and_needs_no_teacher()
     assert losses.reverse_kl.tolist() == [0.0] * 5
 
 
+def test_the_dynamic_placebo_pushes_harder_where_the_student_is_less_sure() -> None:
+    entropies = torch.tensor([0.5, 2.0, 1.0, 3.0, 3.0]).double()
+    changed = entropy_advantage(evolve(signal(), tokens=tokens(student_entropies=entropies)))
+    # the first rollout ranges from 0.5 to 2; the second has no range
+    assert changed.advantages.tolist() == pytest.approx([-0.5, -1.0, -0.5 - 0.5 / 3, -0.5, -0.5])
+    with pytest.raises(MissingScoresError, match=r"student_entropies is None.*with_entropy"):
+        entropy_advantage(signal())
+
+
+@pytest.mark.parametrize("loss", [ReferenceOPDLoss, partial(FusedOPDLoss, chunking=SMALL)])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (5.0, 0.5)])
+def test_an_objective_is_told_the_entropy_of_the_whole_distribution_if_it_asks(loss: Any, softcap: float | None, scale: float) -> None:
+    seen: list[Tensor] = []
+
+    @with_entropy
+    def look(s: Signal) -> Signal:
+        seen.append(s.tokens.entropies())
+        return s
+
+    case = loss_case("entropy", [20, 5], seed=3).rounded(torch.float32)
+    head = evolve(case.head, softcap=softcap, scale=scale)
+    hidden = case.hidden.clone().requires_grad_()
+    loss(transforms=(look,))(hidden, head, case.batch).loss_sum.backward()
+    logprobs = head.logits(case.hidden[case.batch.weight > 0].double()).log_softmax(-1)
+    torch.testing.assert_close(seen[0].double(), -(logprobs.exp() * logprobs).sum(-1), rtol=1e-5, atol=1e-5)
+    assert not seen[0].requires_grad
+
+
 @pytest.mark.parametrize(
     "variant", [importance_ratio, ppo_clip, partial(extrapolate, scale=1.5), drift_gate], ids=["ratio", "ppo", "extrapolate", "gate"]
 )
@@ -208,6 +239,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "gate": {"transforms": (partial(drift_gate, block=4),)},
     "prefix": {"transforms": (partial(prefix_fraction, fraction=0.3),)},
     "placebo": {"advantage": -0.5, "transforms": (lowest_logprobs,)},
+    "dynamic placebo": {"advantage": -0.5, "transforms": (entropy_advantage, lowest_logprobs)},
     "four at once": {"clip": 2.0, "transforms": (partial(extrapolate, scale=1.1), log_compress, importance_ratio, position_weights)},
 }
 

@@ -131,10 +131,15 @@ class ChunkedHead:
         """The sum over no tokens."""
         return self._hidden_MD.new_zeros((), dtype=self.sum_dtype)
 
-    def logprobs(self, ids_MK: Tensor) -> Tensor:
-        """(M, K) log-probs, nats, without a gradient: one matrix product."""
-        spans = (slice(first, first + self._rows) for first in range(0, len(self._hidden_MD), self._rows))
-        parts = [self._logprobs(rows, ids_MK[rows], 0).logprobs for rows in spans]
+    def logprobs(self, ids_MK: Tensor, entropies_M: Tensor | None = None) -> Tensor:
+        """(M, K) log-probs, nats, without a gradient: one matrix product.  Entropies are put where they are wanted, at the price of a log."""
+        parts = []
+        for first in range(0, len(self._hidden_MD), self._rows):
+            rows = slice(first, first + self._rows)
+            found = self._logprobs(rows, ids_MK[rows], 0, entropy=entropies_M is not None)
+            if entropies_M is not None and found.entropies is not None:
+                entropies_M[rows] = found.entropies
+            parts.append(found.logprobs)
         return torch.cat(parts) if parts else self._hidden_MD.new_zeros(ids_MK.shape, dtype=self.sum_dtype)
 
     def gradients(self, ids_MK: Tensor, coefficients: Coefficients, needs: Needs, least_M: Tensor | None = None) -> Gradients:
@@ -188,11 +193,11 @@ class ChunkedHead:
         hidden_CD = self._hidden_MD[rows].to(self.sum_dtype)
         return hidden_CD if self.head.scale == 1.0 else hidden_CD * self.head.scale
 
-    def _logprobs(self, rows: slice, ids_CK: Tensor, used: int) -> Statistics:
+    def _logprobs(self, rows: slice, ids_CK: Tensor, used: int, *, entropy: bool = False) -> Statistics:
         """Logits of the rows into the buffer, behind those in use, and their statistics."""
         place = slice(used, used + len(ids_CK))
         self._products.logits(self._hidden(rows).to(self._buffer_CV.dtype), self._bias_V, self._buffer_CV[place])
-        return self._work.logprobs(place, ids_CK)
+        return self._work.logprobs(place, ids_CK, entropy=entropy)
 
     def _add_gradients(self, sums: Gradients, index_R: Tensor, scale_R: Tensor) -> None:
         """The share of the rows in the buffer."""
@@ -238,21 +243,30 @@ def refuse_second_order() -> None:
         )
 
 
+@frozen(eq=False)
+class _Selection:
+    """What `_SelectedLogprobs` is asked for; entropies go into the tensor, if there is one."""
+
+    head: LMHead
+    ids: Tensor
+    chunking: Chunking
+    entropies: Tensor | None = None
+
+
 class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: tuple[LMHead, Tensor, Chunking]) -> Tensor:
-        head, ids_MK, chunking = job
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Selection) -> Tensor:
         ctx.save_for_backward(hidden_MD, weight_VD, bias_V)
         ctx.job = job
-        return ChunkedHead(hidden_MD, head, chunking).logprobs(ids_MK)
+        return ChunkedHead(hidden_MD, job.head, job.chunking).logprobs(job.ids, job.entropies)
 
     @staticmethod
     def backward(ctx: Any, upstream_MK: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         hidden_MD, weight_VD, bias_V = ctx.saved_tensors
-        head, ids_MK, chunking = ctx.job
-        chunked = ChunkedHead(hidden_MD, LMHead(weight_VD, bias_V, head.softcap, head.scale), chunking)
-        sums = chunked.gradients(ids_MK, lambda _, rows: upstream_MK[rows], Needs(*ctx.needs_input_grad[:3]))
+        job: _Selection = ctx.job
+        chunked = ChunkedHead(hidden_MD, LMHead(weight_VD, bias_V, job.head.softcap, job.head.scale), job.chunking)
+        sums = chunked.gradients(job.ids, lambda _, rows: upstream_MK[rows], Needs(*ctx.needs_input_grad[:3]))
         return (*sums.scaled(None, (hidden_MD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)), None)
 
 
@@ -281,5 +295,13 @@ def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Ch
     tensor([0.5000])
     """
     ids_MK = ids if ids.ndim == 2 else ids[:, None]
-    logprobs_MK: Tensor = _SelectedLogprobs.apply(hidden_MD, head.weight, head.bias, (head, ids_MK, chunking))  # type: ignore[no-untyped-call]
+    logprobs_MK: Tensor = _SelectedLogprobs.apply(hidden_MD, head.weight, head.bias, _Selection(head, ids_MK, chunking))  # type: ignore[no-untyped-call]
     return logprobs_MK if ids.ndim == 2 else logprobs_MK.squeeze(-1)
+
+
+def selected_logprobs_and_entropies(hidden_MD: Tensor, head: LMHead, ids_MK: Tensor, chunking: Chunking) -> tuple[Tensor, Tensor]:
+    """The same (M, K) log-probs, and the (M,) entropies of the whole distributions, nats, without a gradient."""
+    entropies_M = hidden_MD.new_zeros(len(hidden_MD), dtype=sum_dtype(hidden_MD, head.weight))
+    job = _Selection(head, ids_MK, chunking, entropies_M)
+    logprobs_MK: Tensor = _SelectedLogprobs.apply(hidden_MD, head.weight, head.bias, job)  # type: ignore[no-untyped-call]
+    return logprobs_MK, entropies_M

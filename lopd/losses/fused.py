@@ -7,12 +7,21 @@ import math
 from typing import Any, final
 
 import torch
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 from torch import Tensor
 
 from lopd.checks import check_number
 from lopd.errors import GradientError
-from lopd.losses.chunked import DEFAULT_CHUNKING, ChunkedHead, Chunking, Gradients, Needs, refuse_second_order, selected_logprobs
+from lopd.losses.chunked import (
+    DEFAULT_CHUNKING,
+    ChunkedHead,
+    Chunking,
+    Gradients,
+    Needs,
+    refuse_second_order,
+    selected_logprobs,
+    selected_logprobs_and_entropies,
+)
 from lopd.losses.objective import Objective, OPDObjective, TokenLosses, Tokens, Transform, check_clip, to_transforms
 from lopd.types import Batch, LMHead, LossOutput
 
@@ -92,7 +101,7 @@ class FusedLoss:
         tokens, hidden_MD = Tokens.counted(batch), hidden_ND[batch.weight > 0]
         trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_MD, head.weight, head.bias))
         if not (trained and self.objective.per_token):
-            logprobs_MK = selected_logprobs(hidden_MD, head, self.objective.ids(tokens), self.chunking)
+            logprobs_MK, tokens = self._statistics(hidden_MD, head, tokens)
             return self.objective(logprobs_MK, tokens).sums()
         job = _Job(head, self.objective, tokens, self.chunking, self.epsilon)
         loss_sum: Tensor = _LossSum.apply(hidden_MD, head.weight, head.bias, job)  # type: ignore[no-untyped-call]
@@ -101,6 +110,14 @@ class FusedLoss:
             for name in ("reverse_kl", "clipped", "logprobs")
         )
         return LossOutput(loss_sum, reverse_kl_M.sum(), clipped_M.sum(), job.neglected, logprobs_M)
+
+    def _statistics(self, hidden_MD: Tensor, head: LMHead, tokens: Tokens) -> tuple[Tensor, Tokens]:
+        """(M, K) log-probs with their gradient, and the tokens with what else the objective wants to know."""
+        ids_MK = self.objective.ids(tokens)
+        if not self.objective.wants_entropy:
+            return selected_logprobs(hidden_MD, head, ids_MK, self.chunking), tokens
+        logprobs_MK, entropies_M = selected_logprobs_and_entropies(hidden_MD, head, ids_MK, self.chunking)
+        return logprobs_MK, evolve(tokens, student_entropies=entropies_M)
 
 
 @final

@@ -38,6 +38,7 @@ class Tokens:
         segment_ids: (M,) int64, which rollout of the batch; tokens of one rollout are in their order.
         teacher_logprobs, ref_logprobs: (M,) nats, or None where the batch has no such column.
         top_k_ids, top_k_logprobs, top_k_tail: (M, K), (M, K) and (M,) of the teacher, or None where the batch has none.
+        student_entropies: (M,) nats, detached, of the student's distributions; a loss brings them for an objective that `wants_entropy`.
     """
 
     targets: Tensor
@@ -48,11 +49,13 @@ class Tokens:
     top_k_ids: Tensor | None = None
     top_k_logprobs: Tensor | None = None
     top_k_tail: Tensor | None = None
+    student_entropies: Tensor | None = None
 
     @classmethod
     def counted(cls, batch: Batch) -> "Tokens":
         """Those of the batch whose weight is more than 0."""
-        return cls(**{field.name: getattr(batch, field.name) for field in fields(cls)}).where(batch.weight > 0)
+        columns: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(cls) if field.name != "student_entropies"}
+        return cls(**columns).where(batch.weight > 0)
 
     def where(self, rows: Tensor | slice) -> "Tokens":
         """Some of them."""
@@ -75,6 +78,18 @@ class Tokens:
             MissingScoresError: the batch has none.
         """
         return _present(self.ref_logprobs, "ref")
+
+    def entropies(self) -> Tensor:
+        """The student's entropies.
+
+        Raises:
+            MissingScoresError: the loss brought none.
+        """
+        if self.student_entropies is None:
+            raise MissingScoresError(
+                "Tokens: student_entropies is None, expected the student's entropies; mark the transform with `lopd.losses.objective.with_entropy`."
+            )
+        return self.student_entropies
 
     def top_k(self) -> TopKColumn:
         """The teacher's most likely tokens.
@@ -126,13 +141,19 @@ def per_token(transform: _Function) -> _Function:
     return transform
 
 
+def with_entropy(transform: _Function) -> _Function:
+    """Mark a transform that reads `signal.tokens.entropies()`; whole rollouts are then seen, at the price of a fourth matrix product."""
+    transform.with_entropy = True  # type: ignore[attr-defined]
+    return transform
+
+
 def to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
     """A tuple of them; `functools.partial` gives one its options."""
     return tuple(transforms)
 
 
-def _is_per_token(transform: Transform) -> bool:
-    return bool(getattr(getattr(transform, "func", transform), "per_token", False))
+def _is_marked(transform: Transform, mark: str) -> bool:
+    return bool(getattr(getattr(transform, "func", transform), mark, False))
 
 
 @frozen(eq=False)
@@ -166,6 +187,11 @@ class Objective(Protocol):
     @property
     def per_token(self) -> bool:
         """Whether a token's loss depends on nothing but the log-probs of that token."""
+        ...
+
+    @property
+    def wants_entropy(self) -> bool:
+        """Whether the tokens must come with the student's entropies; if so, not `per_token`."""
         ...
 
     def ids(self, tokens: Tokens, /) -> Tensor:
@@ -215,7 +241,12 @@ class OPDObjective:
     @property
     def per_token(self) -> bool:
         """Whether all transforms are."""
-        return all(_is_per_token(transform) for transform in self.transforms)
+        return not self.wants_entropy and all(_is_marked(transform, "per_token") for transform in self.transforms)
+
+    @property
+    def wants_entropy(self) -> bool:
+        """Whether a transform does."""
+        return any(_is_marked(transform, "with_entropy") for transform in self.transforms)
 
     def ids(self, tokens: Tokens, /) -> Tensor:
         """(M, 1): the sampled token; with a baseline (M, 1 + K), the teacher's most likely ones too."""

@@ -12,17 +12,24 @@ _BLOCK_BYTES = 2 << 20
 
 
 class Statistics(NamedTuple):
-    """(C, K) log-probs in nats, (C,) largest logits, and (C,) sums of exp(logit - largest)."""
+    """(C, K) log-probs in nats, (C,) largest logits, (C,) sums of exp(logit - largest), and (C,) entropies in nats if they were asked for."""
 
     logprobs: Tensor
     largest: Tensor
     sums: Tensor
+    entropies: Tensor | None = None
+
+
+def entropies_of(shares_RV: Tensor, sums_R: Tensor) -> Tensor:
+    r"""(R,) nats: \(\log S - \frac1S \sum_v e_v \log e_v\) of rows \(e_v = \exp(z_v - \max z)\) whose sum is S."""
+    entropies_R: Tensor = sums_R.log() + torch.special.entr(shares_RV).sum(-1) / sums_R
+    return entropies_R
 
 
 class Rows(Protocol):
     """Works in place on rows of one buffer; `logprobs` first, then `gradients` of the same rows."""
 
-    def logprobs(self, place: slice, ids_CK: Tensor, /) -> Statistics:
+    def logprobs(self, place: slice, ids_CK: Tensor, /, *, entropy: bool = False) -> Statistics:
         """Of the logits in these rows of the buffer, which it may overwrite with whatever `gradients` needs."""
         ...
 
@@ -48,9 +55,10 @@ class TorchRows:
         self._slope_CV = None if softcap is None else torch.empty_like(buffer_CV)
         self._block_rows = max(1, _BLOCK_BYTES // (buffer_CV.shape[1] * dtype.itemsize))
 
-    def logprobs(self, place: slice, ids_CK: Tensor) -> Statistics:
+    def logprobs(self, place: slice, ids_CK: Tensor, *, entropy: bool = False) -> Statistics:
         """Leaves exp(logit - largest) in the rows."""
         buffer_CV = self._buffer_CV[place]
+        entropies_C = torch.empty(len(buffer_CV), dtype=self._dtype, device=buffer_CV.device) if entropy else None
         largest_C, sums_C = (torch.empty(len(buffer_CV), dtype=self._dtype, device=buffer_CV.device) for _ in range(2))
         selected_CK = torch.empty(ids_CK.shape, dtype=self._dtype, device=buffer_CV.device)
         for first in range(0, len(buffer_CV), self._block_rows):
@@ -64,9 +72,11 @@ class TorchRows:
             torch.gather(logits_RV, -1, ids_CK[block], out=selected_CK[block])
             logits_RV.sub_(largest_C[block, None]).exp_()
             torch.sum(logits_RV, -1, out=sums_C[block])
+            if entropies_C is not None:
+                entropies_C[block] = entropies_of(logits_RV, sums_C[block])
             if logits_RV.dtype != buffer_CV.dtype:
                 buffer_CV[block].copy_(logits_RV)
-        return Statistics(selected_CK.sub_(largest_C[:, None]).sub_(sums_C.log()[:, None]), largest_C, sums_C)
+        return Statistics(selected_CK.sub_(largest_C[:, None]).sub_(sums_C.log()[:, None]), largest_C, sums_C, entropies_C)
 
     def gradients(self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor) -> Tensor:
         """A scale of the row costs nothing, as it can be applied to hidden states; a pass over the buffer does.

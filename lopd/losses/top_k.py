@@ -26,6 +26,11 @@ class TopKObjective:
         """A divergence looks at each token alone."""
         return True
 
+    @property
+    def wants_entropy(self) -> bool:
+        """It does not."""
+        return False
+
     def ids(self, tokens: Tokens, /) -> Tensor:
         """(M, 1 + K): the sampled token, whose log-prob is only reported, and the teacher's most likely ones."""
         return torch.cat([tokens.targets[:, None], tokens.top_k().ids], dim=-1)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lopd.losses.rows import Statistics
+from lopd.losses.rows import Statistics, entropies_of
 
 BLOCK, WARPS = 4096, 8
 
@@ -145,10 +145,18 @@ class TritonRows:
         self._buffer_CV = buffer_CV
         self._softcap = softcap
 
-    def logprobs(self, place: slice, ids_CK: Tensor) -> Statistics:
+    def logprobs(self, place: slice, ids_CK: Tensor, *, entropy: bool = False) -> Statistics:
         """Leaves the logits in the rows."""
         found = partial_statistics(self._buffer_CV[place], ids_CK, self._softcap)
-        return Statistics(logprobs(found), found.largest, found.sums)
+        return Statistics(logprobs(found), found.largest, found.sums, self._entropies(place, found) if entropy else None)
+
+    def _entropies(self, place: slice, found: PartialStatistics) -> Tensor:
+        """In plain torch, row by row so that no copy of the buffer is made: few objectives ask."""
+        parts = []
+        for row_V, largest, total in zip(self._buffer_CV[place], found.largest, found.sums, strict=True):
+            logits_V = row_V.float() if self._softcap is None else self._softcap * torch.tanh(row_V.float() / self._softcap)
+            parts.append(entropies_of((logits_V - largest).exp_()[None], total[None]))
+        return torch.cat(parts)
 
     def gradients(self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor) -> Tensor:
         """In place, with scales of 1."""

@@ -20,7 +20,10 @@ from attrs import evolve
 from torch import Tensor
 
 from lopd.checks import check_number
-from lopd.losses.objective import Signal, per_token
+from lopd.losses.objective import Signal, per_token, with_entropy
+
+
+_LEAST_RANGE = 2e-3
 
 
 def _ratio(signal: Signal) -> Tensor:
@@ -165,10 +168,30 @@ def lowest_logprobs(signal: Signal, fraction: float = 0.2) -> Signal:
         signal: what is changed.
         fraction: more than 0, at most 1.
 
-    Source: OPSA (arXiv 2608.31046), with its constant advantage of -1/2.  The dynamic one needs the student's entropy at each token, which
-    log-probs of stored ids do not give.
+    Source: OPSA (arXiv 2608.31046), with its constant advantage of -1/2; `entropy_advantage` is the dynamic one.
     """
     return _keep(signal, fraction, lambda logprobs_T: logprobs_T.argsort(stable=True))
+
+
+@with_entropy
+def entropy_advantage(signal: Signal) -> Signal:
+    r"""The advantage becomes \(-\frac12 - \frac{H_t - H_{min}}{2\,(H_{max} - H_{min})}\): -1/2 where the student is surest, -1 where it is least.
+
+    The dynamic placebo is `FusedOPDLoss(advantage=-0.5, transforms=(entropy_advantage, lowest_logprobs))`.  H is the student's entropy at a
+    token, and its range that of the counted tokens of the rollout: a range over a batch would let the split of a step change the gradient.
+    One below a thousandth of a nat is none, or rounding would be blown up to advantages.
+
+    Args:
+        signal: what is changed.
+
+    Source: OPSA (arXiv 2608.31046), dynamic advantage; over which tokens the paper takes the range was not at hand.
+    """
+
+    def scaled(entropies_T: Tensor) -> Tensor:
+        above_T = entropies_T - entropies_T.min()
+        return -0.5 - above_T / (2 * above_T.max()).clamp(min=_LEAST_RANGE)
+
+    return evolve(signal, advantages=_by_rollout(signal, scaled, signal.tokens.entropies()).to(signal.advantages.dtype))
 
 
 def _keep(signal: Signal, fraction: float, order: Callable[[Tensor], Tensor]) -> Signal:
