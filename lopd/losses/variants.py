@@ -22,7 +22,6 @@ from torch import Tensor
 from lopd.checks import check_number
 from lopd.losses.objective import Signal, per_token, with_entropy
 
-
 _LEAST_RANGE = 2e-3
 
 
