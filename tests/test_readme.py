@@ -23,6 +23,7 @@ from lopd import (
     batches,
     collect_rollouts,
     opd_steps,
+    score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.prompts import make_prompts
@@ -30,6 +31,7 @@ from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scor
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 (PROGRAM,) = re.findall(r"```python\n(import torch.*?)```", README, re.DOTALL)
+(GUARDS,) = re.findall(r"```python\n(from lopd import ConsistencyPolicy.*?)```", README, re.DOTALL)
 (ROUNDS,) = re.findall(r"```python\n(from lopd import refresh_when.*?)```", README, re.DOTALL)
 
 
@@ -111,3 +113,15 @@ def test_the_rounds_of_the_readme_run_and_sample_anew(llama: Any, tokenizer: Any
     exec(compile(program, "README.md", "exec"), names)  # noqa: S102
     assert sorted(store.generations) == [0, 1, 2]
     assert len(store) == 3 * len(prompts)
+
+
+@pytest.mark.docs
+def test_the_residual_and_the_audit_of_the_readme_run(llama: Any, tokenizer: Any, prompts: Any, near_teacher: Any) -> None:
+    source = HFSource(llama, tokenizer, SamplingParams(max_new_tokens=6), Lineage(sft_teacher=tiny_provenance().model))
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    for column in ("teacher", "qwen3-32b", "qwq-32b"):
+        score_rollouts(store, HFScorer(llama if column == "qwq-32b" else near_teacher, tokenizer), column=column)
+    names: dict[str, Any] = {**globals(), "store": store, "text": store}
+    exec(compile(GUARDS, "README.md", "exec"), names)  # noqa: S102
+    assert names["steps"].lineage.opd_teacher == store.columns["teacher"].model

@@ -98,7 +98,9 @@ class FusedLoss:
             InvalidRecordError: hidden states of another size than the head's.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
-        tokens, hidden_MD = Tokens.counted(batch), hidden_ND[batch.weight > 0]
+        on_N = batch.weight > 0
+        # where all tokens count, selecting them would copy hidden states, and their gradient once more
+        tokens, hidden_MD = Tokens.counted(batch), hidden_ND if bool(on_N.all()) else hidden_ND[on_N]
         trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_MD, head.weight, head.bias))
         if not (trained and self.objective.per_token):
             logprobs_MK, tokens = self._statistics(hidden_MD, head, tokens)
