@@ -18,6 +18,7 @@ from lopd.backends.lance_store import LanceStore
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr_store import ZarrStore
+from lopd.consistency import verdict
 from lopd.doctor import (
     Plan,
     Rates,
@@ -322,6 +323,15 @@ def test_diff_of_two_columns_names_the_worst_token_and_exits_by_the_tolerance(st
     arguments = ["diff", str(tmp_path / "run.zarr"), "--columns", "teacher", "ref", "--json", "--tolerance"]
     assert main([*arguments, str(found.max)]) == 0
     assert main([*arguments, str(found.max * 0.999)]) == 1
+
+
+def test_diff_says_of_each_column_what_its_model_is_to_the_policy(
+    store: ZarrStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["diff", str(tmp_path / "run.zarr"), "--columns", "teacher", "ref"])
+    said = " ".join(capsys.readouterr().out.split())
+    for column in ("teacher", "ref"):
+        assert f"{column}: {store.columns[column].model}: {verdict(store.manifest, store.columns[column])}." in said
 
 
 def test_diff_of_two_stores_matches_rollouts_by_id(store: ZarrStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

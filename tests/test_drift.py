@@ -88,6 +88,32 @@ def test_the_chi_square_of_independent_draws_is_the_one_of_the_distributions():
     assert drift.kl == pytest.approx(float(np.sum(0.25 * np.log(0.25 / p))), abs=0.005)
 
 
+@pytest.mark.parametrize("distance", [0.0, 0.1, 0.5, 2.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_bound_of_theorem_3_5_holds_for_the_exact_gradients(seed, distance):
+    """All responses of two tokens over three, each as likely as the other under the reference policy: the sample is the distribution."""
+    torch.manual_seed(seed)
+    theta = (distance * torch.randn(4, 3, dtype=torch.float64)).requires_grad_()
+    teacher = torch.randn(4, 3, dtype=torch.float64).log_softmax(-1)
+    responses = [(a, b) for a in range(3) for b in range(3)]
+    places = torch.tensor([[(0, a), (1 + a, b)] for a, b in responses])  # the second token has a table for each first one
+    logprobs = theta.log_softmax(-1)[places[..., 0], places[..., 1]]
+    advantages = (teacher[places[..., 0], places[..., 1]] - logprobs).detach()
+    ratio = (logprobs.sum(-1) + 2 * math.log(3)).exp().detach()
+    # a loss is a mean over tokens, so is the policy gradient: two tokens a response, nine responses
+    on, off = (
+        torch.autograd.grad((w[:, None] * advantages * logprobs).sum() / 18, theta, retain_graph=True)[0] for w in (ratio, torch.ones(9))
+    )
+    scores = [torch.autograd.grad(value, theta, retain_graph=True)[0].norm() for value in logprobs.flatten()]
+    teacher_logprobs = teacher[places[..., 0], places[..., 1]]
+    columns = [t.detach().flatten().numpy() for t in (logprobs, teacher_logprobs, torch.full((9, 2), -math.log(3.0)))]
+    drift = measure_drift(TokenLogprobs(*columns, np.ones(18), np.repeat(np.arange(9), 2)))
+    assert drift.chi2 == pytest.approx(float((ratio**2).mean() - 1), abs=1e-9)
+    gap = float((on - off).norm())
+    assert gap <= float(max(scores)) * drift.gap_bound + 1e-12
+    assert (gap > 0.0) == (distance > 0)
+
+
 def test_micro_batches_add_up_to_the_drift_of_all():
     tokens, meter = random_tokens(), DriftMeter()
     first = tokens.segments < 2
