@@ -207,14 +207,14 @@ def test_the_watch_speaks_once_when_the_mean_over_the_last_steps_is_beyond_the_l
     ("limits", "name", "healthy"),
     [
         (DriftLimits(), "ratio_mean", {"ratio_mean": 0.9}),
-        (DriftLimits(), "gain_per_kl", {"gain": (0.04,) * 5}),
-        (DriftLimits(), "gain_per_kl", {"kl": 0.01}),
+        (DriftLimits(), "gain_per_kl", {"gain": (0.02,) * 5}),
+        (DriftLimits(), "gain_per_kl", {"kl": 0.005}),
         (DriftLimits(ess=0.5), "ess", {"ess": 0.5}),
     ],
 )
 def test_each_limit_is_one(limits, name, healthy):
-    fine = {"ratio_mean": 1.0, "kl": 0.08, "gain": (0.2, 0.0, 0.0, 0.0, 0.0), "ess": 1.0}
-    poor = {"ratio_mean": 0.899, "gain_per_kl": {"gain": (0.19, 0.0, 0.0, 0.0, 0.0)}, "ess": 0.499}[name]
+    fine = {"ratio_mean": 1.0, "kl": 0.08, "gain": (0.1, 0.0, 0.0, 0.0, 0.0), "ess": 1.0}
+    poor = {"ratio_mean": 0.899, "gain_per_kl": {"gain": (0.09, 0.0, 0.0, 0.0, 0.0)}, "ess": 0.499}[name]
     drift = evolve(metrics_of(1.0).drift, **fine)
     assert not limits.exceeded([drift])
     worse = evolve(drift, **(poor if isinstance(poor, dict) else {name: poor}))

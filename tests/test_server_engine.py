@@ -655,12 +655,12 @@ def test_control_c_ends_the_call_while_requests_are_under_way(stub):
     scorer = scorer_of(stub)
     with held(stub):
         main = threading.main_thread().ident
-        interrupter = threading.Thread(target=lambda: (until(lambda: stub.busy == 12), signal.pthread_kill(main, signal.SIGINT)))
+        interrupter = threading.Thread(target=lambda: (until(lambda: stub.busy >= 12), signal.pthread_kill(main, signal.SIGINT)))
         interrupter.start()
         with pytest.raises(KeyboardInterrupt):
             scorer.score(make_rollouts())
         interrupter.join()
-        assert stub.busy == 12, "nobody waits for the answers"
+        assert stub.busy >= 12, "nobody waits for the answers"
 
 
 def test_it_runs_where_an_event_loop_runs_already(stub):
