@@ -155,7 +155,8 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
                 axes.plot([spoke], [np.interp(spoke, steps, accuracy)], "o", color=colors[row["run"]])
         axes.set(title=setting, xlabel="optimizer step", ylabel="held-out accuracy, sampled")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(RUNS), frameon=False)
     figure.savefig(path, dpi=110)
 
 
