@@ -42,9 +42,7 @@ class Products:
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         if self._tile is None:
-            for first in range(0, self.weight.shape[0], 2048):
-                part = self.weight[first : first + 2048]
-                yield slice(first, first + len(part)), part
+            yield slice(None), self.weight
             return
         for first in range(0, self.weight.shape[0], _TILE_ROWS):
             part = self.weight[first : first + _TILE_ROWS]
