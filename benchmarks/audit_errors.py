@@ -40,7 +40,7 @@ def main() -> None:
         store = MemoryStore(source.manifest)
         collect_rollouts(source, beds[0].opd_prompts[:1000], store, prompts_per_batch=1000)
         for name, folder in models.items():
-            score_rollouts(store, HFScorer.from_folder(folder, top_k=5), column=name.replace(" ", "-"))
+            score_rollouts(store, evolve(HFScorer.from_folder(folder), top_k=5), column=name.replace(" ", "-"))
         columns = [name.replace(" ", "-") for name in models]
         for size, present in product(SIZES, (True, False)):
             asked = [column for column in columns if present or column != author.replace(" ", "-")]
