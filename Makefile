@@ -41,6 +41,7 @@ bench-store: .venv/installed-test  ## every store beside a memory map, parquet, 
 bench-loss: .venv/installed-test  ## every way to the loss and its gradient beside the bare matrix products; about an hour
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 	$(BIN)/python benchmarks/bench_loss.py
+	$(BIN)/python benchmarks/bench_threads.py
 
 bench-engines: .venv/installed-engines .venv/installed-data  ## sampling and scoring, transformers beside vLLM in process and served; about half an hour
 	$(BIN)/python benchmarks/bench_engines.py
