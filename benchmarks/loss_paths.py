@@ -49,7 +49,7 @@ def make_problem(tokens: int, vocabulary: int, size: int, dtype: torch.dtype, we
 def rollout_problem(folder: Path, tokens: int = 4096) -> Problem:
     """Hidden states of the student of a quickstart run on its own stored rollouts, with the teacher's stored log-probs."""
     from lopd import ZarrStore, batches
-    from lopd.causal_lm import hidden_states, lm_head
+    from lopd.causal_lm import lm_head, packed_hidden_states
     from lopd.engines.hf import load_model
 
     model, tokenizer = load_model(str(folder / "sft"), torch.float32)
@@ -57,7 +57,7 @@ def rollout_problem(folder: Path, tokens: int = 4096) -> Problem:
     step = batches(store, rollouts_per_step=len(store), tokens_per_batch=tokens).step(0)
     batch = step.batches[0]
     with torch.no_grad():
-        hidden_ND = hidden_states(model, batch.inputs[None], batch.position_ids[None])[0]
+        hidden_ND = packed_hidden_states(model, batch.inputs, batch.position_ids)
     weight = lm_head(model, len(tokenizer)).weight.detach().clone()
     on_N = batch.weight > 0
     columns = {

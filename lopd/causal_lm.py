@@ -71,6 +71,21 @@ def hidden_states(
     return output
 
 
+def packed_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
+    """(N, D) hidden states of a packed batch, whose positions restart with each rollout; rollouts do not see each other.
+
+    Attention that knows lengths (FlashAttention, FlexAttention) reads the pack as it is.  Any other would compute all N * N pairs and mask
+    most of them, so there each rollout is a row of its own, padded on the right, where a causal model cannot look.
+    """
+    attention = str(getattr(unwrap(model).config, "_attn_implementation", None))
+    if "flash" in attention or attention == "flex_attention":
+        return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
+    row_N = (position_ids_N == 0).cumsum(0) - 1
+    input_ids_BS = input_ids_N.new_zeros(int(row_N[-1]) + 1, int(position_ids_N.max()) + 1)
+    input_ids_BS[row_N, position_ids_N] = input_ids_N
+    return hidden_states(model, input_ids_BS)[row_N, position_ids_N]
+
+
 def token_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, rows: int = 512) -> Tensor:
     """(M,) float32 log-probs, nats, of `targets` under `head`, `rows` rows at a time: memory is rows * V, never M * V.
 
@@ -129,7 +144,7 @@ def check_cut(model: Any, vocab_size: int) -> None:
     short, long = (torch.tensor([i % vocab_size for i in ids], device=device) for ids in (_PROBE_IDS[:3], _PROBE_IDS))
     with evaluating(model):
         positions = torch.cat([torch.arange(len(long)), torch.arange(len(short))]).to(device)
-        packed_ND = hidden_states(model, torch.cat([long, short])[None], positions[None])[0]
+        packed_ND = packed_hidden_states(model, torch.cat([long, short]), positions)
         cut_NV = lm_head(model, vocab_size).logits(packed_ND)
         whole_NV = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0, :, :vocab_size].float() for ids in (long, short)])
     # a head may rule tokens out: where both say -inf they agree, where only one does the difference is infinite, the tolerance never

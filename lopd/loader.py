@@ -47,7 +47,7 @@ class StepStream:
         """Step `index`, whatever was asked for before."""
         rows = self.rows[_places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed)]
         lengths = self.store.lengths()[rows].sum(axis=1) - 1
-        parts = tuple(self._batch(rows[part]) for part in _split(lengths, self.tokens_per_batch))
+        parts = tuple(self._batch(rows[places]) for places in _split(lengths, self.tokens_per_batch))
         return Step(index, parts, self.store.manifest.tokenizer.vocab_hash)
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:
@@ -79,8 +79,8 @@ def batches(
     Args:
         store: rollouts, and the columns named below.
         rollouts_per_step: size of an optimizer step.
-        tokens_per_batch: cap on the packed micro-batches that a step is split into; this bounds memory, and a plain loss holds the logits of
-            all its response tokens (4 bytes * V each, a few times over).
+        tokens_per_batch: cap on the micro-batches that a step is split into, as rollouts times the longest of them; rollouts of like length
+            share one.  This bounds memory, and a plain loss holds the logits of all its response tokens (4 bytes * V each, a few times over).
         seed: of the shuffle; step k depends on (seed, k) alone.
         start: first step, so that a run resumes exactly.
         stop: one past the last step; None never ends.
@@ -140,13 +140,15 @@ def _places_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np
     return np.array([shuffles[int(e)][p % total] for e, p in zip(epochs, places, strict=True)], dtype=np.int64)
 
 
-def _split(lengths: NDArray[np.int64], cap: int) -> list[slice]:
-    """Consecutive slices whose lengths add up to at most `cap` each."""
-    slices: list[slice] = []
-    first, used = 0, 0
-    for i, length in enumerate(lengths):
-        if used + length > cap:
-            slices.append(slice(first, i))
-            first, used = i, 0
-        used += int(length)
-    return [*slices, slice(first, len(lengths))]
+def _split(lengths: NDArray[np.int64], cap: int) -> list[NDArray[np.int64]]:
+    """Places of each micro-batch: longest first, so that rollouts of a batch are alike in length, and too little memory shows at once.
+
+    A batch counts as rows times its longest, which bounds the padded form too.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    parts, first = [], 0
+    while first < len(order):
+        last = first + max(int(cap // lengths[order[first]]), 1)
+        parts.append(order[first:last])
+        first = last
+    return parts

@@ -87,6 +87,7 @@ def sample_round(
     *,
     column: str = "teacher",
     preflight: Preflight | None = None,
+    prompts_per_batch: int = 1024,
 ) -> NDArray[np.int64]:
     """Collect and score the source's generation, unless another policy did; its rows in the store.
 
@@ -99,10 +100,11 @@ def sample_round(
         store: made with the manifest of the first round's source.
         column: where the scores go.
         preflight: the self-test of `score_rollouts`; the first round's is enough.
+        prompts_per_batch: sampled together and committed together, as many rollouts scored likewise; training waits for the round, so many.
     """
     manifest = source.manifest
     sampled_by = store.generations.get(manifest.generation, manifest.policy)
     if sampled_by.same_weights(manifest.policy):
-        collect_rollouts(source, prompts, store)
-        score_rollouts(store, scorer, column=column, preflight=preflight)
+        collect_rollouts(source, prompts, store, prompts_per_batch=prompts_per_batch)
+        score_rollouts(store, scorer, column=column, preflight=preflight, rollouts_per_batch=prompts_per_batch)
     return rows_of(store, prompts, [manifest.generation])

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from lopd.causal_lm import check_cut, hidden_states, lm_head, unwrap
+from lopd.causal_lm import check_cut, lm_head, packed_hidden_states, unwrap
 from lopd.errors import ModelError
 from lopd.manifest import Lineage, TokenizerId
 from lopd.protocols import OPDLoss
@@ -54,7 +54,7 @@ class CausalLMStudent(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         enabled = self._autocast is not None
         with torch.autocast(batch.inputs.device.type, dtype=self._autocast or torch.bfloat16, enabled=enabled):
-            return hidden_states(self.model, batch.inputs[None], batch.position_ids[None])[0]
+            return packed_hidden_states(self.model, batch.inputs, batch.position_ids)
 
     def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:
         """Write a folder that engines load, with its lineage beside the weights.

@@ -246,9 +246,11 @@ def test_iterating_twice_gives_the_same_steps_twice() -> None:
 @quick
 def test_each_epoch_visits_each_rollout_exactly_once(size: tuple[int, int], seed: int) -> None:
     count, per_step = size
-    rows = [row for step in islice(numbered_stream(count, per_step, seed=seed), 3 * count) for row in rows_of(step)]
-    epochs = [rows[e * count : (e + 1) * count] for e in range(3)]
+    one_by_one = [row for step in islice(numbered_stream(count, 1, seed=seed), 3 * count) for row in rows_of(step)]
+    epochs = [one_by_one[e * count : (e + 1) * count] for e in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(count))] * 3
+    for step in islice(numbered_stream(count, per_step, seed=seed), 3 * count // per_step):
+        assert sorted(rows_of(step)) == sorted(one_by_one[step.index * per_step : (step.index + 1) * per_step])
 
 
 @given(sizes)
@@ -273,13 +275,14 @@ def test_a_run_stops_before_step_stop() -> None:
 
 @given(sizes, st.integers(5, 40), st.integers(0, 100))
 @quick
-def test_micro_batches_keep_to_the_cap_and_are_no_more_than_needed_in_this_order(size: tuple[int, int], cap: int, seed: int) -> None:
+def test_micro_batches_hold_rollouts_of_like_length_as_many_as_fit_longest_first(size: tuple[int, int], cap: int, seed: int) -> None:
     split = numbered_stream(*size, seed=seed, tokens_per_batch=cap).step(0)
-    tokens = [batch.inputs.numel() for batch in split.batches]
-    first_rollouts = [int((batch.segment_ids == 0).sum()) for batch in split.batches]
-    assert all(0 < n <= cap for n in tokens)
-    assert all(n + following > cap for n, following in zip(tokens, first_rollouts[1:], strict=False))
-    assert rows_of(split) == rows_of(numbered_stream(*size, seed=seed).step(0))
+    lengths = [batch.segment_ids.bincount().tolist() for batch in split.batches]
+    assert all(len(rows) * rows[0] <= cap for rows in lengths)
+    assert all((len(rows) + 1) * rows[0] > cap for rows in lengths[:-1]), "a batch is closed only if one more would not fit"
+    every = [length for rows in lengths for length in rows]
+    assert every == sorted(every, reverse=True)
+    assert sorted(rows_of(split)) == sorted(rows_of(numbered_stream(*size, seed=seed).step(0)))
 
 
 def train(steps: Sequence[Step], loss: OPDLoss = PLAIN, lr: float = 0.1) -> tuple[Tensor, list[StepMetrics]]:

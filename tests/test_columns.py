@@ -76,6 +76,7 @@ def test_each_rollout_learns_from_the_teacher_of_its_prompt(store, prompts):
     for column, mine in (("near", prompts[:3]), ("other", prompts[3:])):
         own |= dict.fromkeys(rows_of(store, mine).tolist(), column)
     order = np.random.default_rng((0, 0)).permutation(len(rows))
+    order = order[np.argsort(-store.lengths()[rows][order].sum(axis=1), kind="stable")]
     expected = {column: segments(one[column]) for column in BOTH}
     got = segments(step)
     assert set(own.values()) == set(BOTH)

@@ -11,7 +11,7 @@ import transformers
 from attrs import evolve
 from conftest import TOKENIZER_ID
 
-from lopd.causal_lm import check_cut, lm_head
+from lopd.causal_lm import check_cut, lm_head, packed_hidden_states
 from lopd.collate import by_token, collate
 from lopd.engines.hf import HFSource, load_model
 from lopd.errors import LopdError, ModelError
@@ -180,7 +180,7 @@ class _Forbidding(transformers.LlamaForCausalLM):
 
 
 class _Blind(transformers.LlamaForCausalLM):
-    """A decoder that does not look at positions, so that packed rollouts see each other."""
+    """A decoder that says it knows lengths, but does not look at positions: packed rollouts see each other."""
 
     def get_decoder(self):
         return lambda input_ids, **_: self.model(input_ids=input_ids, use_cache=False)
@@ -190,10 +190,38 @@ class _Blind(transformers.LlamaForCausalLM):
 def test_a_model_that_cannot_be_cut_or_packed_is_refused(kind, models):
     model = kind(copy.deepcopy(models("llama_tied").config)).eval()
     model.load_state_dict(models("llama_tied").state_dict())
+    if kind is _Blind:
+        check_cut(model, VOCAB)  # each rollout in a row of its own: nothing to see
+        model.config = copy.deepcopy(model.config)  # its layers keep theirs
+        model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match=kind.__name__):
         check_cut(model, VOCAB)
     with pytest.raises(ModelError, match=kind.__name__):
         CausalLMStudent(model, TOKENIZER_ID)
+
+
+@pytest.mark.parametrize(
+    ("attention", "shape"), [("sdpa", (2, 4)), ("eager", (2, 4)), ("flash_attention_2", (1, 6)), ("flex_attention", (1, 6))]
+)
+def test_a_pack_stays_one_row_only_for_attention_that_knows_lengths(attention, shape):
+    seen = []
+
+    class Decoder:
+        config = SimpleNamespace(_attn_implementation=attention)
+
+        def get_decoder(self):
+            return self
+
+        def __call__(self, input_ids, position_ids, **_):
+            seen.append((input_ids, position_ids))
+            return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
+
+    ids_N, positions_N = torch.tensor([5, 6, 7, 8, 9, 4]), torch.tensor([0, 1, 2, 3, 0, 1])
+    hidden_ND = packed_hidden_states(Decoder(), ids_N, positions_N)
+    assert hidden_ND[:, 0].tolist() == ids_N.tolist(), "whatever the form, each token has its own hidden state"
+    ((rows, positions),) = seen
+    assert rows.shape == shape
+    assert (positions is None) is (shape[0] == 2)
 
 
 def test_a_head_smaller_than_the_vocabulary_or_no_head_at_all_is_refused(models):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,13 @@ from testbed.task import CHARACTERS, EOS, Problem, Writer, encode, make_problems
 TOKENIZER = make_tokenizer()
 TOKENIZER_ID = fingerprint_tokenizer(TOKENIZER)
 STYLES = ("A", "B")
+TOKENS_PER_BATCH = 3072
+#: What decides a teacher, and what beside it a student.
+_OF_TEACHER = (
+    *("digits", "writer", "teacher_size", "taught_problems", "teacher_steps", "teacher_lr", "max_new_tokens", "batch"),
+    *("sft_prompts", "opd_prompts", "held_out_prompts"),
+)
+_OF_STUDENT = ("student_size", "sft_steps", "sft_lr")
 
 
 @frozen
@@ -97,25 +105,29 @@ class Testbed:
 
 
 def prepare(setting: Setting, seed: int, folder: Path, styles: Sequence[str] = STYLES) -> Testbed:
-    """Build, or find built, teachers and students."""
-    digest = hashlib.sha256(json.dumps([asdict(setting), seed]).encode()).hexdigest()[:12]
-    home = folder / f"{setting.name}-{digest}"
+    """Build, or find built, teachers and students; settings that differ elsewhere share what they have in common."""
     sizes = (setting.sft_prompts, setting.opd_prompts, setting.held_out_prompts, setting.taught_problems)
     problems = make_problems(sum(sizes), setting.digits, seed)
     sft, opd, held_out, taught = (list(part) for part in np.split(np.array(problems, object), np.cumsum(sizes)[:-1]))
+    of_teacher, of_student = (_digest(setting, seed, names) for names in (_OF_TEACHER, (*_OF_TEACHER, *_OF_STUDENT)))
     teachers, students = {}, {}
     for style in styles:
-        teachers[style] = _once(home / f"teacher-{style}", lambda to, s=style: _train_teacher(setting, seed, taught, s, to))
-        students[style] = _once(home / f"student-{style}", lambda to, s=style: _sft(setting, seed, sft, teachers[s], to))
+        teachers[style] = _once(folder / f"teacher-{style}-{of_teacher}", partial(_train_teacher, setting, seed, taught, style))
+        students[style] = _once(folder / f"student-{style}-{of_student}", partial(_sft, setting, seed, sft, teachers[style]))
     return Testbed(setting, seed, teachers, students, [p.prompt() for p in opd], [p.prompt() for p in held_out])
+
+
+def _digest(setting: Setting, seed: int, names: Sequence[str]) -> str:
+    settings = asdict(setting)
+    return hashlib.sha256(json.dumps([seed, {name: settings[name] for name in names}]).encode()).hexdigest()[:12]
 
 
 def _once(folder: Path, build: Callable[[Path], None]) -> Path:
     if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.partial")
-        partial.mkdir(parents=True, exist_ok=True)
-        build(partial)
-        partial.rename(folder)
+        unfinished = folder.with_name(f"{folder.name}.partial")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        build(unfinished)
+        unfinished.rename(folder)
     return folder
 
 
@@ -181,7 +193,7 @@ def _imitate(size: tuple[int, int], seed: int, store: MemoryStore, pace: tuple[i
     model, (steps, lr, batch) = new_model(size, seed), pace
     student = CausalLMStudent(model, TOKENIZER_ID)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    stream = batches(store, teacher=None, rollouts_per_step=batch, tokens_per_batch=768, stop=steps)
+    stream = batches(store, teacher=None, rollouts_per_step=batch, tokens_per_batch=TOKENS_PER_BATCH, stop=steps)
     for _ in opd_steps(student, scheduled(stream, optimizer, lr), FusedSFTLoss(), optimizer):
         pass
     student.export(folder, TOKENIZER, stream.lineage)

@@ -1,11 +1,13 @@
 """The OPD stage on a testbed, offline and online: same prompts, samples, temperature, length, batch, rate, steps, loss and loop."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from attrs import frozen
+from attrs import define, evolve, field, frozen
 
 from lopd import (
     CausalLMStudent,
@@ -20,12 +22,67 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.manifest import Lineage
+from lopd.manifest import Lineage, Manifest, Provenance
 from lopd.metrics import Estimate
-from lopd.protocols import OPDLoss
-from lopd.types import StepMetrics
-from testbed.models import TOKENIZER, TOKENIZER_ID, Testbed, source_of
+from lopd.protocols import OPDLoss, RolloutSource, TeacherScorer
+from lopd.types import Prompt, Rollout, Scores, StepMetrics
+from testbed.models import TOKENIZER, TOKENIZER_ID, TOKENS_PER_BATCH, Testbed, source_of
 from testbed.task import verify
+
+_Result = TypeVar("_Result")
+
+
+@define
+class Clock:
+    """Where the time of one thread goes."""
+
+    seconds: dict[str, float] = field(factory=dict)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Some more of it."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def run(self, name: str, call: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Call, and count the time."""
+        begun = time.process_time()
+        try:
+            return call(*arguments)
+        finally:
+            self.add(name, time.process_time() - begun)
+
+
+@frozen(eq=False)
+class TimedSource:
+    """A source whose sampling is counted."""
+
+    source: RolloutSource
+    clock: Clock
+
+    @property
+    def manifest(self) -> Manifest:
+        """The source's."""
+        return self.source.manifest
+
+    def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
+        """The source's."""
+        return self.clock.run("sampling", self.source.sample, prompts)
+
+
+@frozen(eq=False)
+class TimedScorer:
+    """A teacher whose scoring is counted."""
+
+    scorer: TeacherScorer
+    clock: Clock
+
+    @property
+    def provenance(self) -> Provenance:
+        """The scorer's."""
+        return self.scorer.provenance
+
+    def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
+        """The scorer's."""
+        return self.clock.run("scoring", self.scorer.score, rollouts)
 
 
 @frozen(eq=False)
@@ -54,12 +111,14 @@ class Training:
         return evaluate(self.source(bed, samples=samples, temperature=temperature), bed.held_out, verify).avg_at_n
 
 
-def scored_rollouts(bed: Testbed, sft: str, opd: str) -> MemoryStore:
-    """One rollout of the SFT student for every prompt, scored by the teacher of style `opd`: what offline OPD trains on."""
-    source = source_of(bed.students[sft], bed.sampling())
+def scored_rollouts(bed: Testbed, sft: str, opd: str, *, samples: int = 1, top_k: int = 0, clock: Clock | None = None) -> MemoryStore:
+    """Rollouts of the SFT student for every prompt, scored by the teacher of style `opd`: what offline OPD trains on."""
+    clock = clock or Clock()
+    source = TimedSource(source_of(bed.students[sft], bed.sampling(samples)), clock)
     store = MemoryStore(source.manifest)
     collect_rollouts(source, bed.opd_prompts, store, prompts_per_batch=2048)
-    score_rollouts(store, HFScorer.from_folder(bed.teachers[opd]), rollouts_per_batch=2048)
+    teacher = evolve(HFScorer.from_folder(bed.teachers[opd]), top_k=top_k)
+    score_rollouts(store, TimedScorer(teacher, clock), rollouts_per_batch=2048)
     return store
 
 
@@ -71,35 +130,41 @@ def offline(
     *,
     teacher: str = "teacher",
     consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
+    top_k: bool = False,
 ) -> Iterator[StepMetrics]:
     """Lightning OPD on these rollouts."""
     setting = bed.setting
     stream = batches(
         store,
         rollouts_per_step=setting.batch,
-        tokens_per_batch=768,
+        tokens_per_batch=TOKENS_PER_BATCH,
         seed=bed.seed,
         stop=setting.opd_steps,
         teacher=teacher,
         ref="behavior",
+        top_k=top_k,
         consistency=consistency,
     )
     return opd_steps(training.student, stream, loss, training.optimizer)
 
 
-def online(bed: Testbed, training: Training, loss: OPDLoss, opd: str, every: int = 1) -> Iterator[StepMetrics]:
+def online(
+    bed: Testbed, training: Training, loss: OPDLoss, opd: str, every: int = 1, clock: Clock | None = None
+) -> Iterator[StepMetrics]:
     """OPD on rollouts that are sampled anew every few steps; 1 is online OPD.  Of whatever teacher: consistency is not its condition."""
-    setting, teacher = bed.setting, HFScorer.from_folder(bed.teachers[opd])
+    setting, clock = bed.setting, clock or Clock()
+    teacher = TimedScorer(HFScorer.from_folder(bed.teachers[opd]), clock)
 
     def make_round(generation: int, start: int) -> Iterator[StepMetrics]:
-        source = training.source(bed, generation=generation)
+        source = TimedSource(training.source(bed, generation=generation), clock)
         store = MemoryStore(source.manifest)
-        prompts = [bed.opd_prompts[(start * setting.batch + i) % len(bed.opd_prompts)] for i in range(every * setting.batch)]
+        count = min(every * setting.batch, len(bed.opd_prompts))
+        prompts = [bed.opd_prompts[(start * setting.batch + i) % len(bed.opd_prompts)] for i in range(count)]
         rows = sample_round(source, teacher, prompts, store)
         stream = batches(
             store,
             rollouts_per_step=setting.batch,
-            tokens_per_batch=768,
+            tokens_per_batch=TOKENS_PER_BATCH,
             seed=bed.seed,
             start=start,
             rows=rows,
