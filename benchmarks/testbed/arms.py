@@ -1,11 +1,10 @@
 """One OPD run of the claims: which way of training, on which testbed, and all that is recorded of it."""
 
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from attrs import evolve, field, frozen
 
@@ -15,10 +14,8 @@ from lopd.losses.divergences import forward_kl, reverse_kl
 from lopd.losses.variants import entropy_advantage, lowest_logprobs, prefix_fraction
 from lopd.protocols import OPDLoss
 from lopd.types import StepMetrics
-from testbed.models import Setting, Testbed, prepare
+from testbed.models import Setting, prepare
 from testbed.runs import Clock, Training, offline, online, scored_rollouts
-
-_Result = TypeVar("_Result")
 
 
 @frozen
@@ -68,7 +65,10 @@ SAMPLES = (
     Arm("ratio, a quarter of the prompts, 1 sample each", RATIO.loss, prompts=0.25),
 )
 PREFIXES = tuple(
-    Arm(f"ratio, first {share:.0%} of each response", FusedOPDLoss(ratio_to_ref=True, transforms=(partial(prefix_fraction, fraction=share),)))
+    Arm(
+        f"ratio, first {share:.0%} of each response",
+        FusedOPDLoss(ratio_to_ref=True, transforms=(partial(prefix_fraction, fraction=share),)),
+    )
     for share in (0.5, 0.25)
 )
 SUPPORTS = (
@@ -96,55 +96,43 @@ def run_arm(
     """A row of the results.
 
     Args:
-        setting, seed, folder: of the testbed.
+        setting: of the testbed.
+        seed: of the testbed, and of the run.
+        folder: where the testbed is.
         arm: how to train.
         teachers: style of the SFT teacher and of the OPD teacher.
         curve: after how many steps accuracy is measured on the way; the time it takes is not counted.
     """
     sft, opd = teachers
-    bed, clock = prepare(setting, seed, folder, sorted(set(teachers))), Clock()
+    bed = prepare(setting, seed, folder, sorted(set(teachers)))
     training = Training.of(bed.students[sft], setting.opd_lr * arm.rate)
-    started, greedy = training.accuracy(bed).mean, training.accuracy(bed, temperature=0.0).mean
-    row: dict[str, Any] = {"setting": setting.name, "seed": seed, "arm": arm.name, "sft_teacher": sft, "opd_teacher": opd}
-    row |= {"start": started, "start_greedy": greedy, "steps": setting.opd_steps}
+    row = {"setting": setting.name, "seed": seed, "arm": arm.name, "sft_teacher": sft, "opd_teacher": opd, "steps": setting.opd_steps}
+    row |= {"start": training.accuracy(bed).mean, "start_greedy": training.accuracy(bed, temperature=0.0).mean}
     warnings.simplefilter("ignore", UserWarning)
-    begun = time.process_time()
-    steps = _steps(bed, arm, training, teachers, clock, row)
-    points, drift, spoke, evaluating = [(0, started, 0.0)], [], None, 0.0
+    clock = Clock()
+    if arm.every is None:
+        kept = evolve(bed, opd_prompts=bed.opd_prompts[: round(arm.prompts * len(bed.opd_prompts))])
+        store = scored_rollouts(kept, sft, opd, samples=arm.samples, top_k=arm.top_k, clock=clock)
+        row |= {"stored_rollouts": len(store), **_advantages(store)}
+        steps = offline(bed, store, training, arm.loss, consistency=ConsistencyPolicy.WARN, top_k=arm.top_k > 0)
+    else:
+        steps = online(bed, training, arm.loss, opd, every=arm.every, clock=clock)
+    points, drifts, spoke = [(0, row["start"], clock.total())], [], None
     for metrics, warned in _watched(steps):
         spoke = metrics.step if warned and spoke is None else spoke
-        clock.add("training", metrics.seconds)
         if metrics.drift is not None and (metrics.step < 20 or metrics.step % 5 == 4):
-            drift.append((metrics.step, metrics.drift.ratio_mean, metrics.drift.ratio_std, metrics.drift.kl, metrics.drift.mean_gain, metrics.drift.ess))
+            drift = metrics.drift
+            drifts.append((metrics.step, drift.ratio_mean, drift.ratio_std, drift.kl, drift.mean_gain, drift.ess))
         if metrics.step + 1 in curve:
-            accuracy, seconds = _timed(lambda: training.accuracy(bed).mean)
-            evaluating += seconds
-            points.append((metrics.step + 1, accuracy, time.process_time() - begun - evaluating))
-    total = time.process_time() - begun - evaluating
-    ended = points[-1][1] if points[-1][0] == setting.opd_steps else training.accuracy(bed).mean
-    row |= {"accuracy": ended, "greedy": training.accuracy(bed, temperature=0.0).mean, "watch_spoke_at": spoke, "cpu_s": {**clock.seconds, "all": total}}
-    return {**row, "curve": points if curve else None, "step_ratiomean_ratiostd_kl_gain_ess": drift}
+            spent = clock.total()
+            points.append((metrics.step + 1, clock.run("evaluation", training.accuracy, bed).mean, spent))
+    row |= {"cpu_s": clock.split(), "watch_spoke_at": spoke, "accuracy": training.accuracy(bed).mean}
+    row |= {"greedy": training.accuracy(bed, temperature=0.0).mean, "curve": points}
+    return {**row, "step_ratiomean_ratiostd_kl_gain_ess": drifts}
 
 
-def _timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
-    begun = time.process_time()
-    return call(), time.process_time() - begun
-
-
-def _steps(
-    bed: Testbed, arm: Arm, training: Training, teachers: tuple[str, str], clock: Clock, row: dict[str, Any]
-) -> Iterator[StepMetrics]:
-    """Those of the arm; what is known before the first step goes into the row."""
-    sft, opd = teachers
-    if arm.every is not None:
-        return online(bed, training, arm.loss, opd, arm.every, clock)
-    kept = evolve(bed, opd_prompts=bed.opd_prompts[: round(arm.prompts * len(bed.opd_prompts))])
-    store = scored_rollouts(kept, sft, opd, samples=arm.samples, top_k=arm.top_k, clock=clock)
-    row |= {"stored_rollouts": len(store), **_before(store)}
-    return offline(bed, store, training, arm.loss, consistency=ConsistencyPolicy.WARN, top_k=arm.top_k > 0)
-
-
-def _before(store: MemoryStore) -> dict[str, Any]:
+def _advantages(store: MemoryStore) -> dict[str, Any]:
+    """What is known of them before the first step."""
     said = stored_advantages(store)
     return {} if said is None else {"advantage_mean": said.mean, "advantage_quantiles": said.quantiles, "tail": said.tail}
 

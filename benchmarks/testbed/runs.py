@@ -34,13 +34,13 @@ _Result = TypeVar("_Result")
 
 @define
 class Clock:
-    """Where the time of one thread goes."""
+    """Where the CPU time of a run of one thread goes: sampling, scoring, and training, which is the rest.
 
-    seconds: dict[str, float] = field(factory=dict)
+    On a core of its own that thread takes as long; on a shared one the time of others is not counted.
+    """
 
-    def add(self, name: str, seconds: float) -> None:
-        """Some more of it."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+    seconds: dict[str, float] = field(factory=lambda: {"sampling": 0.0, "scoring": 0.0, "evaluation": 0.0})
+    begun: float = field(factory=time.process_time)
 
     def run(self, name: str, call: Callable[..., _Result], *arguments: Any) -> _Result:
         """Call, and count the time."""
@@ -48,7 +48,16 @@ class Clock:
         try:
             return call(*arguments)
         finally:
-            self.add(name, time.process_time() - begun)
+            self.seconds[name] += time.process_time() - begun
+
+    def total(self) -> float:
+        """Seconds since the beginning, without evaluation."""
+        return time.process_time() - self.begun - self.seconds["evaluation"]
+
+    def split(self) -> dict[str, float]:
+        """Seconds by what they were spent on, and of all together."""
+        counted, total = {name: self.seconds[name] for name in ("sampling", "scoring")}, self.total()
+        return {**counted, "training": total - sum(counted.values()), "all": total}
 
 
 @frozen(eq=False)
@@ -149,7 +158,7 @@ def offline(
 
 
 def online(
-    bed: Testbed, training: Training, loss: OPDLoss, opd: str, every: int = 1, clock: Clock | None = None
+    bed: Testbed, training: Training, loss: OPDLoss, opd: str, *, every: int = 1, clock: Clock | None = None
 ) -> Iterator[StepMetrics]:
     """OPD on rollouts that are sampled anew every few steps; 1 is online OPD.  Of whatever teacher: consistency is not its condition."""
     setting, clock = bed.setting, clock or Clock()

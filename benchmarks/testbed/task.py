@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from attrs import frozen
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +26,7 @@ MARKS = ("onuf", "xyvg")
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character."""
     backend = Tokenizer(tokenizer_models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token=EOS))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
 
 

@@ -1,0 +1,99 @@
+"""The same models, prompts, batch, rate and steps in TRL's DistillationTrainer: what people would use instead, with the teacher alive all along.
+
+Its loss is the divergence over the whole vocabulary, here the reverse KL (beta = 1), of tokens that the student samples at every step.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from lopd.engines.hf import load_model
+from testbed.models import Setting, prepare
+from testbed.runs import Clock, Training
+from testbed.task import make_tokenizer
+
+ARM = "TRL DistillationTrainer"
+
+
+class _Measure(TrainerCallback):
+    """Accuracy on the way; its time is not counted."""
+
+    def __init__(self, at: Sequence[int], clock: Clock, accuracy: Callable[[], float]) -> None:
+        self.at, self.clock, self.accuracy, self.points = at, clock, accuracy, []
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        if state.global_step in self.at:
+            spent = self.clock.total()
+            self.points.append((state.global_step, self.clock.run("evaluation", self.accuracy), spent))
+
+
+def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int]) -> dict[str, Any]:
+    """A row like those of `testbed.arms.run_arm`."""
+    from trl import DistillationConfig, DistillationTrainer
+
+    warnings.simplefilter("ignore")
+    bed = prepare(setting, seed, folder, ("A",))
+    training, teacher = Training.of(bed.students["A"], setting.opd_lr), load_model(bed.teachers["A"], torch.float32)[0]
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    started = training.accuracy(bed).mean
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = DistillationTrainer(
+            model=training.student.model,
+            teacher_model=teacher,
+            args=DistillationConfig(
+                output_dir=scratch,
+                per_device_train_batch_size=setting.batch,
+                max_steps=setting.opd_steps,
+                learning_rate=setting.opd_lr,
+                lr_scheduler_type="constant",
+                adam_beta2=0.98,
+                weight_decay=0.1,
+                beta=1.0,
+                temperature=1.0,
+                max_completion_length=setting.max_new_tokens,
+                seed=seed,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                dataloader_pin_memory=False,
+                logging_steps=setting.opd_steps,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": tokenizer.decode(p.token_ids).replace(" ", "")} for p in bed.opd_prompts]),
+            processing_class=tokenizer,
+        )
+        clock = Clock()
+        measure = _Measure(curve, clock, lambda: training.accuracy(bed).mean)
+        trainer.add_callback(measure)
+        with _counted(trainer, clock):
+            trainer.train()
+            spent = clock.split()
+    row = {"setting": setting.name, "seed": seed, "arm": ARM, "sft_teacher": "A", "opd_teacher": "A", "start": started}
+    return {**row, "accuracy": training.accuracy(bed).mean, "cpu_s": spent, "curve": [(0, started, 0.0), *measure.points]}
+
+
+@contextmanager
+def _counted(trainer: Any, clock: Clock) -> Iterator[None]:
+    """Count sampling, and the teacher's forward passes."""
+    sample, read, teacher = trainer._generate, trainer._get_last_hidden_state, trainer.accelerator.unwrap_model(trainer.teacher_model)
+
+    def reading(model: Any, *arguments: Any, **options: Any) -> Any:
+        if model is not teacher:
+            return read(model, *arguments, **options)
+        return clock.run("scoring", lambda: read(model, *arguments, **options))
+
+    trainer._generate, trainer._get_last_hidden_state = lambda prompts: clock.run("sampling", sample, prompts), reading
+    try:
+        yield
+    finally:
+        trainer._generate, trainer._get_last_hidden_state = sample, read
