@@ -16,20 +16,27 @@ ROOT = Path(__file__).parents[1]
 
 def describe_machine() -> dict[str, Any]:
     """Machine and versions, for reports that are not made by the quickstart."""
-    names = ("torch", "numpy", "zarr", "lancedb", "pyarrow", "datasets", "obstore", "xxhash")
+    names = ("torch", "numpy", "zarr", "lancedb", "pyarrow", "datasets", "obstore", "xxhash", "transformers", "trl")
     versions = {name: version(name) for name in names if find_spec(name)}
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     return {"machine": machine, "versions": {"lopd": lopd.__version__, **versions}}
 
 
-def result_file(name: str, report: dict[str, Any], rows: list[dict[str, Any]], goals: list[dict[str, Any]]) -> None:
-    """Write `benchmarks/results/NAME.json`; machine and versions are those of the report."""
+def result_file(
+    name: str,
+    report: dict[str, Any],
+    rows: list[dict[str, Any]],
+    goals: list[dict[str, Any]],
+    folder: Path = ROOT / "benchmarks" / "results",
+) -> Path:
+    """Write `NAME.json` into the folder; machine and versions are those of the report."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     machine = {**report["machine"], "system": platform.system()}
     result = {"machine": machine, "versions": report["versions"], "commit": commit, "rows": rows, "goals": goals}
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
+    folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
 
 
 def fill(readme: Path, name: str, lines: list[str]) -> None:

@@ -6,9 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from attrs import evolve, field, frozen
 
-from lopd import ConsistencyPolicy, FusedLoss, FusedOPDLoss, MemoryStore, TopKObjective, stored_advantages, watch_drift
+from lopd import ConsistencyPolicy, FusedLoss, FusedOPDLoss, MemoryStore, TopKObjective, watch_drift
+from lopd.drift import AdvantageSummary
 from lopd.errors import DriftWarning
 from lopd.losses.divergences import forward_kl, reverse_kl
 from lopd.losses.variants import entropy_advantage, lowest_logprobs, prefix_fraction
@@ -71,10 +73,8 @@ PREFIXES = tuple(
     )
     for share in (0.5, 0.25)
 )
-SUPPORTS = (
-    Arm(f"stored top-{_TOP_K}, forward KL", FusedLoss(TopKObjective(forward_kl)), top_k=_TOP_K),
-    Arm(f"stored top-{_TOP_K}, reverse KL", FusedLoss(TopKObjective(reverse_kl)), top_k=_TOP_K),
-)
+TOP_K = Arm(f"stored top-{_TOP_K}, reverse KL", FusedLoss(TopKObjective(reverse_kl)), top_k=_TOP_K)
+SUPPORTS = (Arm(f"stored top-{_TOP_K}, forward KL", FusedLoss(TopKObjective(forward_kl)), top_k=_TOP_K), TOP_K)
 PLACEBOS = (
     Arm("no teacher: -0.5 on the least likely fifth", FusedOPDLoss(advantage=-0.5, transforms=(lowest_logprobs,))),
     Arm("no teacher: by entropy on the least likely fifth", FusedOPDLoss(transforms=(entropy_advantage, lowest_logprobs))),
@@ -132,9 +132,12 @@ def run_arm(
 
 
 def _advantages(store: MemoryStore) -> dict[str, Any]:
-    """What is known of them before the first step."""
-    said = stored_advantages(store)
-    return {} if said is None else {"advantage_mean": said.mean, "advantage_quantiles": said.quantiles, "tail": said.tail}
+    """What is known of all of them before the first step."""
+    records = store.read(np.arange(len(store)), columns=("teacher", "behavior"))
+    gaps = np.concatenate([record.scores["teacher"] - record.scores["behavior"] for record in records])
+    said = AdvantageSummary.of(gaps)
+    sizes = {"advantage_mean": said.mean, "advantage_size": float(np.abs(gaps).mean())}
+    return {**sizes, "advantage_quantiles": said.quantiles, "tail": said.tail}
 
 
 def _watched(steps: Iterable[StepMetrics]) -> Iterator[tuple[StepMetrics, bool]]:

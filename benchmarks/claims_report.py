@@ -1,0 +1,324 @@
+"""RESULTS.md of the claims: tables, and words that depend on what was measured.
+
+python benchmarks/claims_report.py        # again, from benchmarks/results/claims.json
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import frozen
+from claims_plots import draw_ablations, draw_claims, draw_failure
+from claims_summary import Interval, Row, Runs, accuracy, change, ratio_path, ratios, spent
+from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K
+from testbed.trl_peer import ARM as TRL
+
+ROOT = Path(__file__).parents[1]
+#: Lightning and online OPD of the paper's table 2 (8B): GPU-hours of training, and of all.
+_PAPER_TRAINING, _PAPER_ONLINE = 16, 120
+
+
+@frozen(eq=False)
+class Report:
+    """What the sections read.
+
+    Args:
+        result: the result file.
+        claim: name of the setting in the paper's regime.
+        fall: name of the one in which Lightning falls.
+    """
+
+    result: dict[str, Any]
+    claim: str
+    fall: str
+
+    @property
+    def runs(self) -> Runs:
+        """All runs."""
+        return Runs.of(self.result["rows"])
+
+    @property
+    def settings(self) -> list[str]:
+        """In the order in which they were run."""
+        return [row["name"] for row in self.result["rows"] if row["kind"] == "setting"]
+
+    def goal(self, start: str) -> dict[str, Any]:
+        """The goal whose name begins so."""
+        return next(goal for goal in self.result["goals"] if goal["name"].startswith(start))
+
+    def holds(self, start: str) -> str:
+        """The verdict on it, in words."""
+        return "holds" if self.goal(start)["met"] else "does not hold"
+
+
+def write_report(result: Path, report: Path, plots: Path, claim: str, fall: str) -> None:
+    """Write the report, and its plots into a folder."""
+    found = Report(json.loads(result.read_text()), claim, fall)
+    plots.mkdir(parents=True, exist_ok=True)
+    pictures = {"claims": draw_claims, "claims_failure": draw_failure, "claims_ablations": draw_ablations}
+    for name, draw in pictures.items():
+        draw(plots / f"{name}.png", found.result["rows"], claim, fall)
+    links = {name: os.path.relpath(plots / f"{name}.png", report.parent) for name in pictures}
+    sections = [_head(found), _testbed(found), _accuracy(found, links), _cost(found), _mismatch(found), _ratio(found)]
+    sections += [_gap(found), _failure(found, links), _ablations(found, links), _recommendation(found), _LIMITS]
+    report.write_text("\n".join(line for section in sections for line in (*section, "")).rstrip() + "\n")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+
+def _measured(goal: dict[str, Any]) -> str:
+    if goal["measured"] is None:
+        return "never"
+    form = "+.3f" if abs(goal["measured"]) < 1 and "0" in goal["goal"].split() else ".2f"
+    half = "" if not goal["ci95"] else f" ± {goal['ci95']:{form.lstrip('+')}}"
+    return f"{goal['measured']:{form}}{half}"
+
+
+def _told(goal: dict[str, Any]) -> str:
+    return f"the difference of {_measured(goal)} {'cannot be told from none' if goal['met'] else 'is more than chance'}"
+
+
+def _head(found: Report) -> list[str]:
+    result, seeds = found.result, {row["seed"] for row in found.runs.rows}
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+    rows = [(goal["name"], goal["goal"], _measured(goal), "yes" if goal["met"] else "**no**") for goal in result["goals"]]
+    return [
+        "# What holds, on small models",
+        "",
+        f"Written by `benchmarks/claims.py`: commit {result['commit'][:12]}; {machine}; {versions}.",
+        f"{len(seeds)} seeds (each its own problems, teachers and students); ± is half of a 95 % interval over them (Student's t), differences are",
+        "taken seed by seed.  Paper: Lightning OPD, arXiv 2604.13010v2.",
+        "",
+        *_table(("claim or goal", "goal", "measured", "met"), rows),
+    ]
+
+
+def _testbed(found: Report) -> list[str]:
+    def line(name: str) -> list[str]:
+        cell = found.runs.where(name, PLAIN.name)
+        said = [statistics.mean(row[key] for row in cell.values()) for key in ("advantage_mean", "advantage_size", "tail")]
+        low, middle, high = (statistics.mean(row["advantage_quantiles"][i] for row in cell.values()) for i in (0, 2, 4))
+        starts = [found.runs.mean(cell, lambda row, key=key: row[key]).show() for key in ("start", "start_greedy")]
+        return [name, *starts, f"{said[0]:+.2f}", f"{said[1]:.2f}", f"{low:+.1f} / {middle:+.2f} / {high:+.1f}", f"{said[2]:.1%}"]
+
+    head = ("teacher, student", "SFT student, sampled", "greedy", "mean A", "mean abs A", "1 / 50 / 99 % of A", "below -5")
+    return [
+        "## The testbed",
+        "",
+        "Sums of two numbers with the working written out (`benchmarks/testbed/task.py`); Llama models of 2 layers, trained from scratch.  A teacher",
+        "learns from workings in which none, 3 % or 10 % of the digits are slips (certain, some doubt, doubt); a student is fine-tuned on what the",
+        "teacher samples, for so many steps.  Problems of SFT, of OPD and held-out ones are disjoint.  Accuracy is that of sampled responses",
+        "(temperature 1) on held-out problems unless greedy is said.  A: advantage in nats, before training, on the stored rollouts.",
+        "",
+        *_table(head, map(line, found.settings)),
+        "",
+        f'"{found.claim}" is nearest to the paper\'s regime, and the claims are tested there; "{found.fall}" is where the method fails.',
+    ]
+
+
+def _accuracy(found: Report, links: dict[str, str]) -> list[str]:
+    runs, names = found.runs, [*(arm.name for arm in (*MAIN, TOP_K)), TRL]
+    cells = {name: runs.where(found.claim, name) for name in names}
+    rows = [["SFT", runs.mean(cells[ONLINE.name], lambda row: row["start"]).show(), "", ""]]
+    for name, cell in cells.items():
+        beside = runs.difference(cell, cells[ONLINE.name], accuracy)
+        rows.append(
+            [
+                name,
+                runs.mean(cell, accuracy).show(),
+                runs.mean(cell, change).show("+.3f"),
+                "" if name == ONLINE.name else beside.show("+.3f"),
+            ]
+        )
+    return [
+        f"## Accuracy (table 1), {found.claim}",
+        "",
+        *_table(("", "accuracy", "gain over SFT", "minus online OPD"), rows),
+        "",
+        f"That online OPD beats SFT **{found.holds('online OPD gains')}**.",
+        f"That Lightning matches online OPD **{found.holds('Lightning minus')}**: {_told(found.goal('Lightning minus'))}.",
+        f"With the importance ratio to the reference policy it **{found.holds('Lightning, ratio to ref minus')}**:",
+        f"{_told(found.goal('Lightning, ratio to ref minus'))}.",
+        "",
+        f"![Accuracy, cost, teachers, ratio and SFT length]({links['claims']})",
+    ]
+
+
+def _cost(found: Report) -> list[str]:
+    runs, parts = found.runs, ("sampling", "scoring", "training", "all")
+    rows = []
+    for name in [*(arm.name for arm in (*MAIN, TOP_K)), TRL]:
+        cell = runs.where(found.claim, name)
+        times = [t.show(".2f") for t in ratios(runs, found.claim, ONLINE.name, name).values()]
+        split = [runs.mean(cell, lambda row, part=part: row["cpu_s"][part]).show(".2f") for part in parts]
+        rows.append([name, *split, *(["1"] * len(times) if name == ONLINE.name else times)])
+    online = runs.where(found.claim, ONLINE.name)
+    limit = runs.mean(online, lambda row: row["cpu_s"]["all"] / row["cpu_s"]["training"])
+    peer = [
+        ratios(runs, found.claim, TRL, arm.name)[what].show(".2f") for arm in (PLAIN, TOP_K) for what in ("equal steps", "equal accuracy")
+    ]
+    return [
+        "## Cost (table 2)",
+        "",
+        "CPU seconds of one thread for the whole OPD stage, all methods at the same prompts, batch, rate and number of steps.  Training is all",
+        "that is neither sampling nor scoring: reading, collating and drift included.  The last columns say how many times as much online OPD costs:",
+        "at equal steps, until both have the accuracy with which the worse of them ends, and until both have half of what online OPD gains.",
+        "",
+        *_table(("", *parts, "equal steps", "equal accuracy", "half of the gain"), rows),
+        "",
+        f"That online OPD costs 6 times as much **{found.holds(f'online OPD over {PLAIN.name}, cost of the OPD stage at equal')}** here.",
+        "Offline OPD saves sampling and scoring, never training, so it cannot save more than all over training of online OPD:",
+        f"{limit.show('.2f')} in this testbed.  In the paper training is {_PAPER_TRAINING} of {_PAPER_ONLINE} GPU-hours (table 2, 8B), so",
+        f"the limit there is {_PAPER_ONLINE / _PAPER_TRAINING:.1f}: long responses of a large model, decoded token by token, and a larger teacher",
+        "cost far more than a training step; here responses have 10 tokens and the teacher is nearly as small as the student.",
+        "",
+        "TRL's trainer samples and scores at every step, as online OPD does; its loss is the reverse KL over the whole vocabulary.  It costs",
+        f"{peer[0]} times as much as Lightning at equal steps, and {peer[1]} times at equal accuracy; beside the same divergence on the stored",
+        f"top {TOP_K.top_k} tokens it costs {peer[2]} and {peer[3]} times as much.",
+    ]
+
+
+def _mismatch(found: Report) -> list[str]:
+    runs, pairs = found.runs, [(sft, opd) for sft in "AB" for opd in "AB"]
+    cells = {pair: [runs.where(found.claim, arm.name, pair) for arm in MAIN] for pair in pairs}
+    rows = [
+        [sft, opd, *(runs.mean(cell, accuracy).show() + f" ({runs.mean(cell, change).mean:+.3f})" for cell in cells[sft, opd])]
+        for sft, opd in pairs
+        if all(cells[sft, opd])
+    ]
+    if len(rows) < len(pairs):
+        return []
+    return [
+        "## Teacher consistency (table 4)",
+        "",
+        "Two teachers of like skill write the working in different orders.  In brackets the change against SFT.",
+        "",
+        *_table(("SFT teacher", "OPD teacher", *(arm.name for arm in MAIN)), rows),
+        "",
+        f"That a consistent teacher gains more than a mismatched one, offline, **{found.holds('Lightning: a consistent')}**.  The styles are further",
+        "apart than two large models of one family: what the other teacher writes is nearly impossible to each.",
+    ]
+
+
+def _ratio(found: Report) -> list[str]:
+    runs, rows = found.runs, []
+    for setting in (found.claim, found.fall):
+        for arm in (PLAIN, RATIO):
+            paths = [ratio_path(row) for row in runs.where(setting, arm.name).values()]
+            at = [statistics.mean(path[step][0] for path in paths) for step in (4, 19, 49, 99)]
+            spread = statistics.mean(path[99][1] for path in paths)
+            rows.append([setting, arm.name, *(f"{mean:.3f}" for mean in at), f"{spread:.3f}"])
+    lengths = []
+    for setting in (s for s in found.settings if s.startswith("doubt")):
+        cells = [runs.where(setting, arm.name) for arm in MAIN]
+        lengths.append([setting, runs.mean(cells[0], lambda row: row["start"]).show(), *(runs.mean(c, accuracy).show() for c in cells)])
+    return [
+        "## The ratio to the reference policy (figure 3a), and SFT length (figure 3c)",
+        "",
+        *_table(("setting", "", "mean at step 5", "20", "50", "100", "its spread at 100"), rows),
+        "",
+        f"A plateau after step 20 **{found.holds('Lightning: the mean ratio')}** (the paper: 0.94 from step 20 on, spread below 0.1).",
+        "",
+        *_table(("teacher, SFT steps", "SFT", *(arm.name for arm in MAIN)), lengths),
+    ]
+
+
+def _gap(found: Report) -> list[str]:
+    gaps = [row for row in found.result["rows"] if row["kind"] == "gap"]
+    rows = []
+    for setting, arm, step in dict.fromkeys((row["setting"], row["arm"], row["step"]) for row in gaps):
+        cell = [row for row in gaps if (row["setting"], row["arm"], row["step"]) == (setting, arm, step)]
+        values = [Interval.of([row[name] for row in cell]).show(".2f") for name in ("online_gradient", "gap", "bound")]
+        rows.append([setting, arm, str(step), *values, f"{Interval.of([row['chi2'] for row in cell]).mean:.3g}"])
+    return [
+        "## The gradient gap and its bound (theorem 3.5)",
+        "",
+        "Norms of the online gradient and of its difference to the offline one, on all OPD prompts (the square estimated without bias from two",
+        "halves), and the bound G σ_A √χ² with G the largest score norm among 64 tokens.  At step 0 both policies are one, and what is measured",
+        "is the noise of two samples.",
+        "",
+        *_table(("setting", "", "step", "online gradient", "gap", "bound", "χ²"), rows),
+    ]
+
+
+def _failure(found: Report, links: dict[str, str]) -> list[str]:
+    runs, rows = found.runs, []
+    for setting in found.settings:
+        cells = [runs.where(setting, arm.name) for arm in MAIN]
+        spoke = [row["watch_spoke_at"] for row in cells[0].values() if row["watch_spoke_at"] is not None]
+        warned = f"{len(spoke)} of {len(cells[0])}" + (f", at step {statistics.median(spoke):.0f}" if spoke else "")
+        tail = statistics.mean(row["tail"] for row in cells[0].values())
+        rows.append([setting, f"{tail:.1%}", *(runs.mean(cell, change).show("+.3f") for cell in cells), warned])
+    return [
+        "## Where offline OPD breaks",
+        "",
+        "Change of accuracy against SFT; the last column: in how many of the Lightning runs `watch_drift` spoke, and when (median).",
+        "",
+        *_table(("teacher, student", "A below -5", *(arm.name for arm in MAIN), "the watch on Lightning"), rows),
+        "",
+        f"![Change of accuracy against the tail of the advantages, and the gradient gap]({links['claims_failure']})",
+    ]
+
+
+def _ablations(found: Report, links: dict[str, str]) -> list[str]:
+    runs = found.runs
+    lines = [(name, arm.name) for name, arms in {"": MAIN, **ABLATIONS}.items() for arm in arms if runs.where(found.claim, arm.name)]
+
+    def cell(setting: str, arm: str, value: Callable[[Row], float], form: str) -> str:
+        found_cell = runs.where(setting, arm)
+        return runs.mean(found_cell, value).show(form) if found_cell else ""
+
+    rows = [
+        [name, arm, cell(found.claim, arm, change, "+.3f"), cell(found.claim, arm, spent, ".1f"), cell(found.fall, arm, change, "+.3f")]
+        for name, arm in lines
+    ]
+    return [
+        "## What the paper lacks",
+        "",
+        "Change of accuracy against SFT, and CPU seconds of the OPD stage.",
+        "",
+        *_table(("", "", found.claim, "CPU s", found.fall), rows),
+        "",
+        f"![Change of accuracy of every ablation]({links['claims_ablations']})",
+    ]
+
+
+def _recommendation(found: Report) -> list[str]:
+    runs = found.runs
+    worst = {arm.name: min(runs.mean(runs.where(setting, arm.name), change).mean for setting in found.settings) for arm in (PLAIN, RATIO)}
+    beside = runs.difference(runs.where(found.claim, RATIO.name), runs.where(found.claim, PLAIN.name), accuracy)
+    better = worst[RATIO.name] > worst[PLAIN.name] and not beside.negative
+    name = "`FusedOPDLoss(ratio_to_ref=True)`" if better else "`FusedOPDLoss()`, the paper's,"
+    sentences = [
+        f"Over all settings the worst mean change of plain Lightning is {worst[PLAIN.name]:+.3f}, with the ratio {worst[RATIO.name]:+.3f};",
+        f"where Lightning works, the ratio changes accuracy by {beside.show('+.3f')}.  So lopd recommends {name} as the loss to start with.",
+        "Both need the same stored columns, and their gradients are equal at the first step.",
+    ]
+    top = {arm.name: [runs.where(setting, arm.name) for setting in (found.claim, found.fall)] for arm in ABLATIONS["top-k"]}
+    stored = [f"{name}: {', '.join(runs.mean(cell, change).show('+.3f') for cell in cells)}" for name, cells in top.items() if all(cells)]
+    if stored:
+        sentences += [
+            f"Where the teacher's most likely tokens can be stored, they are worth it ({found.claim}, then {found.fall}): {'; '.join(stored)}."
+        ]
+    return ["## Which loss", "", *sentences]
+
+
+_LIMITS = [
+    "## What this does not show",
+    "",
+    "One task, models of about 50,000 parameters, responses of 10 tokens, one machine without a GPU.  Signs and orders of magnitude may carry",
+    "over to large models, the figures do not.  Intervals are over seeds of problems, models and samples; the learning rate and the lengths of",
+    "SFT were chosen on other seeds.",
+]
+
+
+if __name__ == "__main__":
+    from claims import CLAIM, FALL
+
+    write_report(ROOT / "benchmarks" / "results" / "claims.json", ROOT / "benchmarks" / "RESULTS.md", ROOT / "docs", CLAIM.name, FALL.name)

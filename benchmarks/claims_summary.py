@@ -1,0 +1,167 @@
+"""Means over seeds with their intervals, and every goal of the claims, met or not."""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from testbed.arms import ABLATIONS, ONLINE, PLAIN, RATIO, TOP_K
+from testbed.trl_peer import ARM as TRL
+
+Row = dict[str, Any]
+
+#: 97.5 % quantiles of Student's t by degrees of freedom.
+_T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@frozen
+class Interval:
+    """A mean over seeds, and half the width of its 95 % interval (Student's t)."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Interval":
+        """Of one value a seed."""
+        n = len(values)
+        half = _T[min(n, len(_T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+        return cls(float(np.mean(values)), half, n)
+
+    @property
+    def positive(self) -> bool:
+        """All of it is above 0."""
+        return self.mean - self.half > 0
+
+    @property
+    def negative(self) -> bool:
+        """All of it is below 0."""
+        return self.mean + self.half < 0
+
+    def show(self, form: str = ".3f") -> str:
+        """As tables show it."""
+        return f"{self.mean:{form}} ± {self.half:{form.lstrip('+')}}"
+
+
+@frozen(eq=False)
+class Runs:
+    """The rows of the runs."""
+
+    rows: Sequence[Row]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Runs":
+        """Those among all rows."""
+        return cls([row for row in rows if row["kind"] == "run"])
+
+    def where(self, setting: str, arm: str, teachers: tuple[str, str] = ("A", "A")) -> dict[int, Row]:
+        """By seed."""
+        key = (setting, arm, *teachers)
+        return {row["seed"]: row for row in self.rows if (row["setting"], row["arm"], row["sft_teacher"], row["opd_teacher"]) == key}
+
+    def mean(self, cell: dict[int, Row], value: Callable[[Row], float]) -> Interval:
+        """Over the seeds of a cell."""
+        return Interval.of([value(row) for row in cell.values()])
+
+    def difference(self, one: dict[int, Row], other: dict[int, Row], value: Callable[[Row], float]) -> Interval:
+        """Over seeds, each with itself: what the models of a seed have in common cancels."""
+        return Interval.of([value(one[seed]) - value(other[seed]) for seed in sorted(set(one) & set(other))])
+
+
+def accuracy(row: Row) -> float:
+    """At the end."""
+    return float(row["accuracy"])
+
+
+def change(row: Row) -> float:
+    """Against the SFT student."""
+    return float(row["accuracy"] - row["start"])
+
+
+def spent(row: Row) -> float:
+    """CPU seconds of the whole OPD stage."""
+    return float(row["cpu_s"]["all"])
+
+
+def seconds_to(row: Row, target: float) -> float:
+    """CPU seconds at which the curve first reaches this accuracy, by straight lines between its points; infinite if it never does."""
+    points = row["curve"]
+    for (_, before, begun), (_, after, ended) in pairwise(points):
+        if before < target <= after:
+            return float(begun + (ended - begun) * (target - before) / (after - before))
+    return math.inf
+
+
+def ratios(runs: Runs, setting: str, base: str, arm: str) -> dict[str, Interval]:
+    """How many times as much as `arm` does `base` cost, seed by seed.
+
+    At equal steps; until both have the accuracy with which the worse of them ends; and until both have half of what online OPD gains.
+    """
+    online, slow, fast = (runs.where(setting, name) for name in (ONLINE.name, base, arm))
+    ended = {seed: min(accuracy(slow[seed]), accuracy(fast[seed])) for seed in fast}
+    half = {seed: (online[seed]["start"] + online[seed]["accuracy"]) / 2 for seed in fast}
+
+    def until(targets: dict[int, float]) -> Interval:
+        return Interval.of([seconds_to(slow[seed], targets[seed]) / seconds_to(fast[seed], targets[seed]) for seed in fast])
+
+    steps = Interval.of([spent(slow[seed]) / spent(fast[seed]) for seed in fast])
+    return {"equal steps": steps, "equal accuracy": until(ended), "half of the gain": until(half)}
+
+
+def ratio_path(row: Row) -> dict[int, tuple[float, float]]:
+    """Step -> mean and spread of the importance ratio."""
+    return {int(step): (mean, std) for step, mean, std, *_ in row["step_ratiomean_ratiostd_kl_gain_ess"]}
+
+
+def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any]]:
+    """Every goal; those of what was not run are left out."""
+    runs, goals = Runs.of(rows), []
+
+    def add(name: str, goal: str, measured: Interval, met: bool) -> None:
+        # JSON has no infinity: what never reaches the accuracy has no cost
+        mean, half = (number if math.isfinite(number) else None for number in (measured.mean, measured.half))
+        goals.append({"name": name, "goal": goal, "measured": mean, "ci95": half, "seeds": measured.seeds, "met": bool(met)})
+
+    cells = {arm.name: runs.where(claim, arm.name) for arm in (PLAIN, RATIO, ONLINE)}
+    gain = runs.mean(cells[ONLINE.name], change)
+    add("online OPD gains over SFT, accuracy (table 1)", "> 0", gain, gain.positive)
+    for arm in (PLAIN, RATIO):
+        gap = runs.difference(cells[arm.name], cells[ONLINE.name], accuracy)
+        add(f"{arm.name} minus online OPD, accuracy (table 1)", "0 in the interval", gap, abs(gap.mean) <= gap.half)
+    for arm in (PLAIN, RATIO):
+        for what, times in ratios(runs, claim, ONLINE.name, arm.name).items():
+            add(f"online OPD over {arm.name}, cost of the OPD stage at {what} (table 2)", ">= 6", times, times.mean >= 6)
+    crossed = [runs.where(claim, PLAIN.name, pair) for pair in (("A", "B"), ("B", "A"))]
+    if all(crossed):
+        same = [runs.where(claim, PLAIN.name, pair) for pair in (("A", "A"), ("B", "B"))]
+        lost = Interval.of([np.mean([change(c[s]) for c in same]) - np.mean([change(c[s]) for c in crossed]) for s in crossed[0]])
+        add("Lightning: a consistent teacher gains more than a mismatched one (table 4)", "> 0", lost, lost.positive)
+    paths = [ratio_path(row) for row in cells[PLAIN.name].values()]
+    middle, end = ([np.mean([p[step][0] for step in steps]) for p in paths] for steps in (range(15, 20), (84, 89, 94, 99)))
+    late = Interval.of([abs(after - before) - abs(before - 1) for before, after in zip(middle, end, strict=True)])
+    add("Lightning: the mean ratio moves less after step 20 than before (figure 3a)", "< 0", late, late.negative)
+    away = Interval.of([max(abs(mean - 1) for mean, _ in p.values()) for p in paths])
+    add("Lightning: the mean ratio of any step is within 0.06 of 1, as in figure 3a", "<= 0.06", away, away.mean + away.half <= 0.06)
+    for setting in sorted({row["setting"] for row in runs.rows if row["setting"].startswith("doubt")}, key=_sft_steps):
+        gained = runs.mean(runs.where(setting, PLAIN.name), change)
+        add(f"Lightning gains over SFT at {_sft_steps(setting)} SFT steps (figure 3c)", "> 0", gained, gained.positive)
+    gaps = [row for row in rows if row["kind"] == "gap"]
+    for setting, arm in dict.fromkeys((row["setting"], row["arm"]) for row in gaps):
+        share = [row["gap"] / row["bound"] for row in gaps if (row["setting"], row["arm"]) == (setting, arm) and row["step"] > 0]
+        largest = Interval(max(share), 0.0, len({row["seed"] for row in gaps}))
+        add(f"{arm} on {setting}: largest gradient gap over its bound (theorem 3.5)", "<= 1", largest, largest.mean <= 1)
+    for arm in (PLAIN, RATIO, TOP_K):
+        for what, times in ratios(runs, claim, TRL, arm.name).items():
+            add(f"TRL over {arm.name}, cost at {what}", "> 1", times, times.mean - times.half > 1)
+    fallen = {arm: runs.where(fall, arm) for arm in (PLAIN.name, RATIO.name, *(a.name for arms in ABLATIONS.values() for a in arms))}
+    for arm in (arm for arm, cell in fallen.items() if cell):
+        moved = runs.mean(fallen[arm], change)
+        add(f"{arm} does not fall below SFT on {fall}", "interval not below 0", moved, not moved.negative)
+    return goals
+
+
+def _sft_steps(setting: str) -> int:
+    return int(setting.rsplit(" ", 1)[1])
