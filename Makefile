@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards test-triton test-kills test-engines test-browser test check clean
+.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train claims claims-quick test-triton test-kills test-engines test-browser test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -50,6 +50,15 @@ bench-guards: .venv/installed-test  ## the guards on small models where OPD work
 	$(BIN)/python benchmarks/bench_drift.py
 	$(BIN)/python benchmarks/bench_consistency.py
 	$(BIN)/python benchmarks/audit_errors.py
+
+claims: .venv/installed-claims  ## every claim of the paper on small models, five seeds, TRL beside it; writes benchmarks/RESULTS.md; forty minutes
+	$(BIN)/python benchmarks/claims.py
+
+claims-quick: .venv/installed-claims  ## the main ones, two seeds, into runs/claims-quick; five minutes
+	$(BIN)/python benchmarks/claims.py --quick
+
+bench-train: .venv/installed-claims  ## tokens a second of a training step, beside packing, padding and TRL
+	$(BIN)/python benchmarks/bench_train.py
 
 test-triton: .venv/installed-test  ## the CUDA kernels in Triton's interpreter, and compiled for two kinds of GPU; Triton is 700 MB
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.7.1

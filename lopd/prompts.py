@@ -14,7 +14,9 @@ from lopd.types import Prompt
 Messages = Sequence[Mapping[str, str]]
 
 
-def read_prompts(path: str | os.PathLike[str], tokenizer: Any, *, field: str = "prompt", max_tokens: int | None = None) -> list[Prompt]:
+def read_prompts(
+    path: str | os.PathLike[str], tokenizer: Any, *, field: str = "prompt", template: str = "{prompt}", max_tokens: int | None = None
+) -> list[Prompt]:
     """Prompts from a file with one record per line (`.jsonl`) or row (`.parquet`).
 
     A record is a mapping; `record[field]` is a string (one user message) or a list of messages with "role" and "content".  Where `field` is
@@ -24,13 +26,19 @@ def read_prompts(path: str | os.PathLike[str], tokenizer: Any, *, field: str = "
         path: local, or any URL that fsspec opens.
         tokenizer: of the student.
         field: where the prompt is.
+        template: what is said around a prompt that is a string; `{prompt}` stands for it, once.
         max_tokens: longest prompt allowed; None for no limit.
 
     Raises:
-        PromptError: the file is empty, of another kind, or a record cannot be read; it names file and record.
+        PromptError: the file is empty, of another kind, or a record cannot be read; it names file and record.  Or the template has no place
+            for the prompt, or a record is messages, around which nothing can be said.
         ContextOverflowError: a prompt is longer than `max_tokens`.
     """
     path = os.fspath(path)
+    if template.count("{prompt}") != 1:
+        raise PromptError(
+            f"Prompt file {path}: `template` is {template!r:.80}, expected '{{prompt}}' in it once; put it where the prompt goes."
+        )
     records = _read_records(path)
     if not records:
         raise PromptError(f"Prompt file {path}: it has 0 records, expected at least 1; check that it was written.")
@@ -44,12 +52,20 @@ def read_prompts(path: str | os.PathLike[str], tokenizer: Any, *, field: str = "
             raise PromptError(
                 f"{where}: {field!r} is {content!r:.80}, expected text, or messages with a role and a content each; name the field with `field`."
             )
-        contents.append(content)
+        contents.append(_in_template(template, content, where))
     ids = [None if record.get("id") is None else str(record["id"]) for record in records]
     answers = [None if record.get("answer") is None else str(record["answer"]) for record in records]
     prompts = make_prompts(contents, tokenizer, ids=ids, answers=answers)
     _check_lengths(prompts, max_tokens, f"Prompt file {path}, record")
     return prompts
+
+
+def _in_template(template: str, content: str | Messages, where: str) -> str | Messages:
+    if template == "{prompt}":
+        return content
+    if not isinstance(content, str):
+        raise PromptError(f"{where}: it is a list of messages, expected text for `template`; leave the template out.")
+    return template.replace("{prompt}", content)
 
 
 def _is_content(content: Any) -> bool:

@@ -195,3 +195,25 @@ def test_a_file_of_another_kind_gives_one_typed_error_naming_it(tokenizer, tmp_p
 def test_ids_of_a_file_are_taken_as_they_are_also_twice(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}])
     assert [p.prompt_id for p in read_prompts(path, tokenizer)] == ["x", "x"], "collect_rollouts names the duplicate"
+
+
+def test_a_template_is_said_around_every_prompt(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1", "answer": 2}, {"prompt": "{prompt}"}])
+    first, second = read_prompts(path, tokenizer, template="what is {prompt}? in {braces}")
+    assert first.text == "what is 1+1? in {braces}"
+    assert first.token_ids.tolist() == wrapped(tokenizer, "what is 1+1? in {braces}")
+    assert (first.answer, second.text) == ("2", "what is {prompt}? in {braces}")
+
+
+@pytest.mark.parametrize("template", ["what is it?", "{prompt} and {prompt}", ""])
+def test_a_template_without_one_place_for_the_prompt_is_refused(tokenizer, tmp_path, template):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1"}])
+    with pytest.raises(PromptError, match=r"`template` is .* once; put it where the prompt goes"):
+        read_prompts(path, tokenizer, template=template)
+
+
+def test_messages_do_not_go_into_a_template(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1"}, {"messages": [{"role": "user", "content": "1+1"}]}])
+    with pytest.raises(PromptError, match="record 1: it is a list of messages, expected text for `template`"):
+        read_prompts(path, tokenizer, template="say {prompt}")
+    assert len(read_prompts(path, tokenizer)) == 2

@@ -1,0 +1,26 @@
+"""A verifier for mathematical answers, by math-verify."""
+
+from typing import Any
+
+from attrs import frozen
+from math_verify import parse, verify
+
+from lopd.types import Prompt, Rollout
+
+
+@frozen
+class MathGrader:
+    r"""1 where what the response says last, after any thinking, equals the answer of the prompt (LaTeX or plain: `\frac12`, `0.5`), else 0.
+
+    math-verify gives up on an expression after seconds, by a signal: call it from the main thread.
+
+    Args:
+        tokenizer: of the policy.
+    """
+
+    tokenizer: Any
+
+    def __call__(self, prompt: Prompt, rollout: Rollout) -> float:
+        """The grade."""
+        text = self.tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True).rpartition("</think>")[2]
+        return float(verify(parse(f"${prompt.answer}$"), parse(text)))

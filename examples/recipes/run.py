@@ -1,0 +1,257 @@
+"""A set-up of the Lightning OPD paper from the base model to the evaluated student.
+
+Needs `lopd[recipes,vllm]`; from the folder `examples`:
+
+    python -m recipes.run qwen3-4b-math --sft-prompts openthoughts.jsonl --prompts dapo.jsonl --test aime24.jsonl --out runs/4b-math
+    python -m recipes.run qwen3-4b-code --student runs/4b-math/opd --prompts epicoder.jsonl --out runs/4b-code
+
+Files have one JSON object a line: "prompt" (the problem) and, in a test, "answer".  What it will take is printed first; `--only-estimate`
+stops there.  Every hyper-parameter is an option (`--help`).  Every phase is kept in `--out`: a second call finds it done, a killed one
+resumes.
+
+Sampling and scoring use vLLM, on `--student-gpus` and `--teacher-gpus` GPUs; `--engine hf` needs no vLLM and suits tiny models.  Training is one
+process on one device, so a student whose weights, gradients and moments do not fit one GPU is refused before anything starts.
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import transformers
+from attrs import asdict, evolve
+from phases import Run, console, digest
+from training import resumably
+
+from lopd import (
+    CausalLMStudent,
+    FusedOPDLoss,
+    FusedSFTLoss,
+    SamplingParams,
+    ZarrStore,
+    batches,
+    collect_rollouts,
+    opd_steps,
+    score_rollouts,
+    watch_drift,
+)
+from lopd import evaluate as evaluate_policy
+from lopd.console import RichProgress
+from lopd.engines.hf import HFScorer, HFSource, load_model
+from lopd.loader import StepStream
+from lopd.manifest import fingerprint_tokenizer
+from lopd.prompts import read_prompts
+from lopd.protocols import OPDLoss
+from lopd.types import Prompt, Step, StepMetrics
+from recipes.estimate import describe, estimate
+from recipes.grading import MathGrader
+from recipes.paper import RECIPES, Recipe
+
+
+def main() -> None:
+    """Every phase of the recipe."""
+    recipe, options = parse()
+    tests = problems_of(options.test, recipe, recipe.student) if options.test else []
+    for line in describe(estimate(recipe, len(tests)), recipe.gpus):
+        console.print(line)
+    check_memory(recipe)
+    if options.only_estimate:
+        return
+    run = Run(options.out)
+    files = {name: getattr(options, name) for name in ("sft_prompts", "prompts", "test")}
+    run.claim({**asdict(recipe), "engine": options.engine}, {name: digest(path) for name, path in files.items() if path})
+    engine = Engine(recipe, options.engine)
+    start = Path(recipe.student)
+    if recipe.sft_steps:
+        texts = problems_of(options.sft_prompts, recipe, recipe.student)[: recipe.sft_texts]
+        run.phase("SFT text", lambda: sample(engine.source(recipe.teacher, sft_sampling(recipe)), texts, run.folder / "sft.zarr"))
+        run.phase("SFT", lambda: sft(run, recipe))
+        start = run.folder / "sft"
+    problems = problems_of(options.prompts, recipe, str(start))[: recipe.rollouts]
+    run.phase("rollouts", lambda: sample(engine.source(str(start), opd_sampling(recipe)), problems, run.folder / "opd.zarr"))
+    run.phase("scores", lambda: score(engine.scorer(recipe.teacher), run.folder / "opd.zarr", "teacher"))
+    if recipe.ratio_to_ref:
+        # the log-probs with which rollouts were drawn are those of another temperature
+        run.phase("scores of the start", lambda: score(engine.scorer(str(start)), run.folder / "opd.zarr", "ref"))
+    run.phase("OPD", lambda: opd(run, start, recipe))
+    if tests:
+        for name, folder in (("start", start), ("OPD", run.folder / "opd")):
+            run.phase(f"evaluation of {name}", lambda folder=folder: grade(engine.source(str(folder), test_sampling(recipe)), tests))
+
+
+def parse() -> tuple[Recipe, argparse.Namespace]:
+    """The recipe with what was given instead of the paper's, and where everything is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=RECIPES)
+    parser.add_argument("--sft-prompts", help="prompts that the teacher answers")
+    parser.add_argument("--prompts", required=True, help="prompts that the SFT student answers")
+    parser.add_argument("--test", help="problems with answers")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm")
+    parser.add_argument("--only-estimate", action="store_true", help="print what it will take, and stop")
+    for f in attrs.fields(Recipe):
+        option = f"--{f.name.replace('_', '-')}"
+        if f.type is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None)
+        else:
+            parser.add_argument(option, type=f.type, default=None)
+    options = parser.parse_args()
+    given = {f.name: getattr(options, f.name) for f in attrs.fields(Recipe) if getattr(options, f.name) is not None}
+    recipe = evolve(RECIPES[options.recipe], **given)
+    if not recipe.student:
+        parser.error("code goes on from the student of math, pass its folder with --student")
+    if recipe.sft_steps and not options.sft_prompts:
+        parser.error("SFT needs the prompts that the teacher answers, pass them with --sft-prompts")
+    return recipe, options
+
+
+def check_memory(recipe: Recipe) -> None:
+    """Refuse what would run out of memory after days of sampling."""
+    needed = estimate(recipe).training_gigabytes
+    if recipe.device.startswith("cuda") and torch.cuda.is_available():
+        there = torch.cuda.get_device_properties(recipe.device).total_memory / 1e9
+        if needed > 0.9 * there:
+            raise SystemExit(
+                f"Training: weights, gradients and moments of the student take {needed:.0f} GB, expected at most 0.9 of the {there:.0f} GB "
+                "of one GPU; take a larger GPU, or a smaller student."
+            )
+
+
+def problems_of(path: str, recipe: Recipe, model: str) -> list[Prompt]:
+    """Problems in the template of the recipe, and in the chat template of this model."""
+    return read_prompts(path, transformers.AutoTokenizer.from_pretrained(model), template=recipe.template)
+
+
+def sft_sampling(recipe: Recipe) -> SamplingParams:
+    """How the teacher writes what SFT imitates; the paper does not say at which temperature, so it is the policy itself."""
+    return SamplingParams(recipe.sft_tokens, seed=recipe.seed)
+
+
+def opd_sampling(recipe: Recipe) -> SamplingParams:
+    """How the SFT student answers (table 6)."""
+    return SamplingParams(recipe.max_new_tokens, recipe.temperature, recipe.top_p, seed=recipe.seed)
+
+
+def test_sampling(recipe: Recipe) -> SamplingParams:
+    """How students are tested."""
+    return SamplingParams(
+        recipe.test_tokens, recipe.test_temperature, recipe.test_top_p, samples_per_prompt=recipe.test_samples, seed=recipe.seed
+    )
+
+
+@attrs.frozen
+class Engine:
+    """Which engine samples and scores, and on how many GPUs."""
+
+    recipe: Recipe
+    name: str
+
+    def source(self, folder: str, sampling: SamplingParams) -> Any:
+        """A policy."""
+        if self.name == "hf":
+            return HFSource.from_folder(folder, sampling, device=self.recipe.device)
+        from lopd.engines.vllm import VLLMSource
+
+        return VLLMSource.from_folder(folder, sampling, self._settings(folder))
+
+    def scorer(self, folder: str) -> Any:
+        """A model that reads."""
+        if self.name == "hf":
+            return HFScorer.from_folder(folder, device=self.recipe.device)
+        from lopd.engines.vllm import VLLMScorer
+
+        return VLLMScorer.from_folder(folder, self._settings(folder))
+
+    def _settings(self, folder: str) -> Any:
+        from lopd.engines.vllm_engine import VLLMSettings
+
+        recipe = self.recipe
+        gpus = recipe.teacher_gpus if folder == recipe.teacher else recipe.student_gpus
+        return VLLMSettings(dtype=getattr(torch, recipe.dtype), tensor_parallel_size=gpus)
+
+
+def sample(source: Any, prompts: list[Prompt], path: Path) -> dict[str, Any]:
+    """A policy answers prompts, into a store."""
+    with closed(source):
+        store = ZarrStore.open_or_create(str(path), source.manifest)
+        collect_rollouts(source, prompts, store, prompts_per_batch=1024, progress=RichProgress(console))
+    return {"tokens": int(store.lengths()[:, 1].sum()), "rollouts": len(store)}
+
+
+def score(scorer: Any, path: Path, column: str) -> dict[str, Any]:
+    """A model reads the student's answers."""
+    store = ZarrStore.open(str(path))
+    with closed(scorer):
+        score_rollouts(store, scorer, column=column, progress=RichProgress(console))
+    return {"tokens": int(store.lengths()[:, 1].sum())}
+
+
+def closed(engine: Any) -> AbstractContextManager[Any]:
+    """Free the GPUs of a vLLM engine afterwards; transformers has nothing to close."""
+    return closing(engine) if hasattr(engine, "close") else nullcontext()
+
+
+def sft(run: Run, recipe: Recipe) -> dict[str, Any]:
+    """The base model imitates the teacher's text (table 5)."""
+    stream = steps_of(run.folder / "sft.zarr", recipe, recipe.sft_rollouts_per_step, recipe.sft_steps, teacher=None)
+    warmup = max(recipe.sft_warmup * recipe.sft_steps, 1.0)
+
+    def rate(step: int) -> float:
+        left = math.cos(math.pi * max(step - warmup, 0.0) / max(recipe.sft_steps - warmup, 1.0))
+        return recipe.sft_lr * min((step + 1) / warmup, 1.0) * (1 + left) / 2
+
+    return train(run, "sft", recipe.student, stream, FusedSFTLoss(), rate, recipe)
+
+
+def opd(run: Run, start: Path, recipe: Recipe) -> dict[str, Any]:
+    """Lightning OPD on the stored scores (table 6)."""
+    ref = "ref" if recipe.ratio_to_ref else None
+    stream = steps_of(run.folder / "opd.zarr", recipe, recipe.opd_rollouts_per_step, recipe.opd_steps, ref=ref)
+    loss = FusedOPDLoss(clip=recipe.clip, ratio_to_ref=recipe.ratio_to_ref)
+    return train(run, "opd", str(start), stream, loss, lambda _: recipe.opd_lr, recipe)
+
+
+def steps_of(path: Path, recipe: Recipe, rollouts: int, steps: int, **columns: Any) -> StepStream:
+    """The steps of a store."""
+    store = ZarrStore.open(str(path))
+    return batches(store, rollouts_per_step=rollouts, tokens_per_batch=recipe.tokens_per_batch, seed=recipe.seed, stop=steps, **columns)
+
+
+def train(
+    run: Run, name: str, start: str, stream: StepStream, loss: OPDLoss, rate: Callable[[int], float], recipe: Recipe
+) -> dict[str, Any]:
+    """Train from this start over these steps, resumably, and export the student to the folder of this name."""
+    model, tokenizer = load_model(start, torch.float32, recipe.device)
+    autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
+    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer), autocast=autocast, gradient_checkpointing=autocast is not None)
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+
+    def paced(done: int) -> Iterator[Step]:
+        for step in evolve(stream, start=done):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step.index)
+            yield step
+
+    def begin(done: int) -> Iterator[StepMetrics]:
+        steps = opd_steps(student, paced(done), loss, optimizer)
+        return watch_drift(steps) if stream.columns.ref is not None else steps
+
+    history = resumably(run.folder / "checkpoints" / name, student, optimizer, stream.lineage, begin, stream.stop or 0)
+    student.export(run.folder / name, tokenizer, stream.lineage)
+    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+
+
+def grade(source: Any, tests: list[Prompt]) -> dict[str, Any]:
+    """Mean accuracy over the samples of every problem."""
+    with closed(source):
+        found = evaluate_policy(source, tests, MathGrader(source.tokenizer))
+    return {"accuracy": found.avg_at_n.mean, "accuracy_ci95": found.avg_at_n.ci95, "samples": found.n}
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    main()

@@ -1,0 +1,161 @@
+"""The recipes of the paper: dry-run at tiny size, their estimate, and the grader."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attrs import evolve
+
+from lopd import ZarrStore
+from lopd.manifest import Lineage
+from lopd.types import Prompt, Rollout
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from recipes import run as recipe_run
+from recipes.estimate import Rates, estimate
+from recipes.grading import MathGrader
+from recipes.paper import RECIPES
+
+TINY = {
+    "template": "what is {prompt}?",
+    "sft-texts": 12,
+    "sft-tokens": 8,
+    "sft-steps": 12,
+    "sft-rollouts-per-step": 4,
+    "rollouts": 10,
+    "max-new-tokens": 8,
+    "opd-steps": 4,
+    "opd-rollouts-per-step": 4,
+    "tokens-per-batch": 128,
+    "test-samples": 2,
+    "test-tokens": 6,
+    "teacher-billions": 1e-6,
+    "student-billions": 1e-6,
+    "device": "cpu",
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer, make_model):
+    """Two models and the three files of a recipe."""
+    for name, seed in (("teacher", 1), ("base", 2)):
+        make_model("llama_tied", seed=seed).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    for name, start in (("sft", 0), ("opd", 20), ("test", 40)):
+        records = [{"prompt": f"{i} + {i}", "answer": 2 * i} for i in range(start, start + 12)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return tmp_path
+
+
+def start(monkeypatch, folder, name, **given):
+    """Run a recipe in this process."""
+    files = {"sft-prompts": "sft.jsonl", "prompts": "opd.jsonl", "test": "test.jsonl", "out": "run"}
+    paths = {option: folder / file for option, file in files.items()}
+    models = {"teacher": folder / "teacher", "student": folder / "base"}
+    flags = [option for option, value in given.items() if value is True]
+    options = {"engine": "hf", **paths, **models, **TINY, **{k: v for k, v in given.items() if v is not True}}
+    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["run", name, *words, *(f"--{flag}" for flag in flags)])
+    recipe_run.main()
+
+
+def phase(out, name):
+    return json.loads((out / "phases" / f"{name}.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")  # the models are random
+def test_math_then_code_from_the_base_model_to_the_evaluated_student(monkeypatch, folder, capsys):
+    start(monkeypatch, folder, "qwen3-4b-math")
+    out = folder / "run"
+    assert "GPU-hours (rollouts, scores, OPD)" in capsys.readouterr().out
+    store = ZarrStore.open(str(out / "opd.zarr"))
+    sampling = store.manifest.sampling
+    assert (len(store), sampling.temperature, sampling.top_p, sampling.seed) == (10, 0.8, 1.0, 42)
+    assert store.scored("teacher").all()
+    lineage = Lineage.read(out / "opd")
+    assert lineage.sft_teacher.same_weights(lineage.opd_teacher)
+    history = phase(out, "opd")["history"]
+    assert [m["step"] for m in history] == [0, 1, 2, 3]
+    assert all(np.isfinite(m["loss"]) for m in history)
+    assert phase(out, "evaluation-of-opd")["samples"] == 2
+
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    start(monkeypatch, folder, "qwen3-4b-math")
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")} == before, "what is done stays done"
+
+    code = {"student": out / "opd", "template": "{prompt}", "sft-steps": 0, "out": folder / "code", "prompts": folder / "sft.jsonl"}
+    start(monkeypatch, folder, "qwen3-4b-code", **code, **{"ratio-to-ref": True})
+    assert ZarrStore.open(str(folder / "code" / "opd.zarr")).scored("ref").all()
+    assert all(m["drift"] is not None for m in phase(folder / "code", "opd")["history"])
+    assert not (folder / "code" / "sft").exists()
+    assert Lineage.read(folder / "code" / "opd").sft_teacher.same_weights(lineage.sft_teacher)
+
+
+def test_an_estimate_alone_starts_nothing(monkeypatch, folder):
+    start(monkeypatch, folder, "qwen3-4b-math", **{"only-estimate": True})
+    assert not (folder / "run").exists()
+
+
+def test_rates_of_sft_rise_and_fall_and_that_of_opd_is_constant(monkeypatch, folder):
+    rates = {}
+    monkeypatch.setattr(recipe_run, "train", lambda run, name, start, stream, loss, rate, recipe: rates.update({name: rate}) or {})
+    monkeypatch.setattr(recipe_run, "steps_of", lambda *a, **k: None)
+    recipe = RECIPES["qwen3-8b-math"]
+    run = recipe_run.Run(folder / "run")
+    recipe_run.sft(run, recipe)
+    recipe_run.opd(run, folder, recipe)
+    assert rates["sft"](299) == pytest.approx(8e-5)
+    assert rates["sft"](149) == pytest.approx(4e-5)
+    assert rates["sft"](300 + 1350) == pytest.approx(4e-5)
+    assert rates["sft"](2999) < 1e-9
+    assert {rates["opd"](step) for step in range(150)} == {2e-6}
+
+
+@pytest.mark.parametrize(("name", "hours"), [("qwen3-4b-math", 20), ("qwen3-8b-math", 30)])
+def test_the_estimate_of_the_opd_stage_is_near_table_2(name, hours):
+    assert estimate(RECIPES[name]).opd_gpu_hours == pytest.approx(hours, rel=0.25)
+
+
+def test_the_estimate_grows_with_what_it_counts():
+    recipe = RECIPES["qwen3-8b-math"]
+    one, more = estimate(recipe), estimate(evolve(recipe, rollouts=2 * recipe.rollouts))
+    assert more.gpu_hours["rollouts"] == pytest.approx(2 * one.gpu_hours["rollouts"])
+    assert more.gpu_hours["scores"] == pytest.approx(2 * one.gpu_hours["scores"])
+    assert more.gpu_hours["OPD"] == one.gpu_hours["OPD"]
+    assert more.gigabytes["rollouts and scores"] == pytest.approx(2 * one.gigabytes["rollouts and scores"])
+    assert one.gigabytes["rollouts and scores"] == pytest.approx(17_400 * 4096 * 0.75 * 13 / 1e9)
+    assert estimate(recipe, rates=Rates(sampled=3000)).gpu_hours["rollouts"] == pytest.approx(one.gpu_hours["rollouts"] / 2)
+    assert one.training_gigabytes == pytest.approx(8.2 * 16)
+
+
+class Text:
+    """Decodes to what it is told."""
+
+    def __init__(self, text):
+        self.text = text
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return self.text
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("answer", "text", "grade"),
+    [
+        ("1/2", r"so it is \boxed{\frac{1}{2}}", 1),
+        (r"\frac12", r"\boxed{0.5}", 1),
+        ("27", r"<think>\boxed{27} or so</think> It is \boxed{28}.", 0),
+        ("27", r"<think>\boxed{28} or so</think> It is \boxed{27}.", 1),
+        ("27", r"<think>\boxed{27} and then it was cut", 1),
+        ("27", "I do not know", 0),
+        ("(1, 2)", r"\boxed{(1,2)}", 1),
+    ],
+)
+def test_the_grader_looks_at_the_answer_after_the_thinking(answer, text, grade):
+    prompt, rollout = Prompt("p", [1], answer=answer), Rollout("p/s0/g0", [1], [2], [True], "stop")
+    assert MathGrader(Text(text))(prompt, rollout) == grade
