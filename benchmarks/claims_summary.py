@@ -28,7 +28,8 @@ class Interval:
     def of(cls, values: Sequence[float]) -> "Interval":
         """Of one value a seed."""
         n = len(values)
-        half = _T[min(n, len(_T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+        with np.errstate(invalid="ignore"):  # a value may be infinite: then so is the mean, and there is no width
+            half = _T[min(n, len(_T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
         return cls(float(np.mean(values)), half, n)
 
     @property
@@ -42,7 +43,9 @@ class Interval:
         return self.mean + self.half < 0
 
     def show(self, form: str = ".3f") -> str:
-        """As tables show it."""
+        """As tables show it; an infinite cost is that of an accuracy that is never reached."""
+        if not math.isfinite(self.mean):
+            return "never"
         return f"{self.mean:{form}} ± {self.half:{form.lstrip('+')}}"
 
 

@@ -89,7 +89,7 @@ def _drift(training: Training, store: LogprobReader) -> Any:
 def _largest_score(training: Training, store: LogprobReader) -> float:
     r"""The largest norm of \(\nabla \log \pi_\theta(a_t|s_t)\) over some tokens: a lower estimate of G, so the bound is told too small, if at all."""
     rng, found = np.random.default_rng(0), 0.0
-    for row in rng.choice(len(store), _SCORES, replace=False).tolist():
+    for row in rng.choice(len(store), min(_SCORES, len(store)), replace=False).tolist():
         batch = collate(store.read([row], columns=["teacher"]), teacher="teacher")
         one = torch.zeros_like(batch.weight)
         one[int(rng.choice(np.flatnonzero(batch.weight.numpy())))] = 1.0

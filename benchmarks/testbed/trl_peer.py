@@ -34,48 +34,58 @@ class _Measure(TrainerCallback):
             self.points.append((state.global_step, self.clock.run("evaluation", self.accuracy), spent))
 
 
-def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int]) -> dict[str, Any]:
-    """A row like those of `testbed.arms.run_arm`."""
+def make_trainer(models: tuple[Any, Any], tokenizer: Any, prompts: Sequence[str], folder: str, **options: Any) -> Any:
+    """A DistillationTrainer of a student by a teacher, in float32 on the CPU, that writes nothing.
+
+    Args:
+        models: student and teacher.
+        tokenizer: of both.
+        prompts: as text.
+        folder: for what it writes all the same.
+        options: others of its configuration.
+    """
     from trl import DistillationConfig, DistillationTrainer
 
+    quiet = {"save_strategy": "no", "report_to": [], "disable_tqdm": True, "logging_steps": options["max_steps"]}
+    plain = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False}
+    student, teacher = models
+    return DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=DistillationConfig(
+            output_dir=folder, lr_scheduler_type="constant", adam_beta2=0.98, beta=1.0, temperature=1.0, **quiet, **plain, **options
+        ),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        processing_class=tokenizer,
+    )
+
+
+def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int]) -> dict[str, Any]:
+    """A row like those of `testbed.arms.run_arm`."""
     warnings.simplefilter("ignore")
     bed = prepare(setting, seed, folder, ("A",))
     training, teacher = Training.of(bed.students["A"], setting.opd_lr), load_model(bed.teachers["A"], torch.float32)[0]
     tokenizer = make_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     started = training.accuracy(bed).mean
+    prompts = [tokenizer.decode(p.token_ids).replace(" ", "") for p in bed.opd_prompts]
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = DistillationTrainer(
-            model=training.student.model,
-            teacher_model=teacher,
-            args=DistillationConfig(
-                output_dir=scratch,
-                per_device_train_batch_size=setting.batch,
-                max_steps=setting.opd_steps,
-                learning_rate=setting.opd_lr,
-                lr_scheduler_type="constant",
-                adam_beta2=0.98,
-                weight_decay=0.1,
-                beta=1.0,
-                temperature=1.0,
-                max_completion_length=setting.max_new_tokens,
-                seed=seed,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                dataloader_pin_memory=False,
-                logging_steps=setting.opd_steps,
-                save_strategy="no",
-                report_to=[],
-                disable_tqdm=True,
-            ),
-            train_dataset=Dataset.from_list([{"prompt": tokenizer.decode(p.token_ids).replace(" ", "")} for p in bed.opd_prompts]),
-            processing_class=tokenizer,
+        trainer = make_trainer(
+            (training.student.model, teacher),
+            tokenizer,
+            prompts,
+            scratch,
+            per_device_train_batch_size=setting.batch,
+            max_steps=setting.opd_steps,
+            learning_rate=setting.opd_lr,
+            weight_decay=0.1,
+            max_completion_length=setting.max_new_tokens,
+            seed=seed,
         )
         clock = Clock()
         measure = _Measure(curve, clock, lambda: training.accuracy(bed).mean)
         trainer.add_callback(measure)
-        with _counted(trainer, clock):
+        with counted(trainer, clock):
             trainer.train()
             spent = clock.split()
     row = {"setting": setting.name, "seed": seed, "arm": ARM, "sft_teacher": "A", "opd_teacher": "A", "start": started}
@@ -83,7 +93,7 @@ def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int]) -> 
 
 
 @contextmanager
-def _counted(trainer: Any, clock: Clock) -> Iterator[None]:
+def counted(trainer: Any, clock: Clock) -> Iterator[None]:
     """Count sampling, and the teacher's forward passes."""
     sample, read, teacher = trainer._generate, trainer._get_last_hidden_state, trainer.accelerator.unwrap_model(trainer.teacher_model)
 

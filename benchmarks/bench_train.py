@@ -1,0 +1,247 @@
+"""Tokens a second of a training step: rollouts in rows of like length, packed, plainly padded, and TRL's trainer on the same rollouts.
+
+    python benchmarks/bench_train.py        # writes benchmarks/results/bench_train.json; six minutes
+
+All train the same Llama model on the same steps of a Zarr store on disk, on one thread, and take turns.  TRL's DistillationTrainer is given
+the stored responses in place of those that it would sample, so its step is the teacher's forward pass, its own two and the optimizer; the
+teacher's is counted apart.  It pads all rollouts of a step to the longest, and its loss is the reverse KL over the whole vocabulary, twice
+over with the teacher's, where lopd's needs the log-prob of one token.  CPU seconds, tokens without padding.
+"""
+
+import argparse
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from time import process_time
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from attrs import define, field
+from numpy.typing import NDArray
+from record import describe_machine, result_file
+from testbed.runs import Clock
+from testbed.trl_peer import ARM as TRL
+from testbed.trl_peer import counted, make_trainer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+
+import lopd.loader
+import lopd.students
+from lopd import CausalLMStudent, FusedOPDLoss, Manifest, ModelId, Rollout, SamplingParams, Scores, ZarrStore, batches, opd_steps
+from lopd.causal_lm import hidden_states, packed_hidden_states
+from lopd.loader import StepStream
+from lopd.manifest import Provenance, fingerprint_tokenizer
+
+VOCABULARY, PROMPT, LONGEST = 16_384, 32, 512
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w0, w1, ..."""
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))  # noqa: S106
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1", pad_token="w1")  # noqa: S106
+
+
+def make_model(seed: int = 0) -> LlamaForCausalLM:
+    """Six layers, of random weights: speed does not depend on them."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, eos_token_id=1
+        )
+    )
+
+
+def make_store(folder: Path, tokenizer: PreTrainedTokenizerFast, rollouts: int) -> ZarrStore:
+    """Responses of log-normal length, as those of reasoning models are, with scores."""
+    rng = np.random.default_rng(0)
+    words, teacher = fingerprint_tokenizer(tokenizer), ModelId("teacher", "0", "float32")
+    manifest = Manifest(words, ModelId("student", "0", "float32"), SamplingParams(LONGEST), sft_teacher=teacher)
+    store = ZarrStore.create(str(folder), manifest)
+    lengths = np.clip(rng.lognormal(np.log(130), 0.7, rollouts), 16, LONGEST).astype(int)
+    made = []
+    for i, length in enumerate(lengths):
+        prompt, response = rng.integers(2, VOCABULARY, PROMPT), rng.integers(2, VOCABULARY, length)
+        logprobs = -rng.exponential(1.0, length).astype(np.float32)
+        made.append(Rollout(f"{i}/s0/g0", prompt, response, np.ones(length, bool), "stop", behavior_logprobs=logprobs))
+    store.append(made)
+    scores = [Scores(r.rollout_id, r.content_hash, -rng.exponential(1.0, r.response_ids.size).astype(np.float32)) for r in made]
+    store.append_scores("teacher", Provenance(teacher, words.vocab_hash, "a benchmark"), scores)
+    return store
+
+
+@define
+class Meter:
+    """CPU seconds of the parts of one step."""
+
+    parts: dict[str, float] = field(factory=dict)
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, counted."""
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            begun = process_time()
+            try:
+                return call(*arguments, **options)
+            finally:
+                self.parts[name] = self.parts.get(name, 0.0) + process_time() - begun
+
+        return counted
+
+
+def in_one_row(model: Any, input_ids_N: torch.Tensor, position_ids_N: torch.Tensor) -> torch.Tensor:
+    """Hidden states of a pack that stays one row, whatever attention makes of it."""
+    return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
+
+
+def as_they_come(lengths: NDArray[np.int64], cap: int) -> list[NDArray[np.int64]]:
+    """Micro-batches under the same bound, but not of like length."""
+    parts: list[list[int]] = [[]]
+    for place, length in enumerate(lengths):
+        longest = max([length, *lengths[parts[-1]]])
+        if parts[-1] and longest * (len(parts[-1]) + 1) > cap:
+            parts.append([])
+        parts[-1].append(place)
+    return [np.array(part) for part in parts]
+
+
+#: How layers see a pack, and how a step is cut into packs.
+PATHS = {
+    "rows of like length": (packed_hidden_states, lopd.loader._split),
+    "one row": (in_one_row, lopd.loader._split),
+    "rows as they come": (packed_hidden_states, as_they_come),
+}
+
+
+class Trained:
+    """A student on one of these paths.
+
+    Args:
+        path: of `PATHS`.
+        stream: the steps.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, path: str, stream: StepStream, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.path, self.stream, self.meter = path, stream, Meter()
+        student = CausalLMStudent(make_model(), fingerprint_tokenizer(tokenizer))
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+        optimizer.step = self.meter.timed("optimizer", optimizer.step)
+        read = self.meter.timed("reading and collating", stream.step)
+        loss = self.meter.timed("head and loss, forward", FusedOPDLoss())
+        self.steps = opd_steps(student, map(read, count()), loss, optimizer)
+
+    def run(self) -> dict[str, Any]:
+        """One step: its seconds by part, and its tokens a second."""
+        self.meter.parts.clear()
+        layers, split = PATHS[self.path]
+        layers = self.meter.timed("layers, forward", layers)
+        with patch.object(lopd.students, "packed_hidden_states", layers), patch.object(lopd.loader, "_split", split):
+            begun = process_time()
+            metrics = next(self.steps)
+            total = process_time() - begun
+        parts = {**self.meter.parts, "backward, clipping, drift": total - sum(self.meter.parts.values())}
+        return {"path": self.path, "step": metrics.step, "tokens": metrics.tokens, "cpu_s": total, "parts_s": parts}
+
+
+class InTurns(TrainerCallback):
+    """Times the steps of TRL's trainer; between two of them everything else takes its turn."""
+
+    def __init__(self, clock: Clock, others: Callable[[], list[dict[str, Any]]]) -> None:
+        self.clock, self.others, self.rows, self.begun = clock, others, [], 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """The clock starts."""
+        self.clock.seconds["scoring"], self.begun = 0.0, process_time()
+
+    def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
+        """It stops, and the others run."""
+        total, teacher = process_time() - self.begun, self.clock.seconds["scoring"]
+        found = self.others()
+        step = {"path": TRL, "step": state.global_step - 1, "tokens": found[0]["tokens"]}
+        self.rows += [*found, {**step, "cpu_s": total - teacher, "teacher_cpu_s": teacher}]
+
+
+def measure(folder: Path, steps: int, rollouts: int, tokens_per_batch: int) -> list[dict[str, Any]]:
+    """A row for each step of each path; the first step of each is a warm-up and left out."""
+    tokenizer = make_tokenizer()
+    store = make_store(folder / "store.zarr", tokenizer, steps * rollouts)
+    stream = batches(store, rollouts_per_step=rollouts, tokens_per_batch=tokens_per_batch, ref="behavior")
+    ours = [Trained(path, stream, tokenizer) for path in PATHS]
+    given = iter(range(steps))
+
+    def stored(_prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]], None, None, list[Any]]:
+        """The rollouts of the next step, in place of samples."""
+        places = lopd.loader._places_of_step(next(given), rollouts, len(store), stream.seed)
+        records = [record.rollout for record in store.read(stream.rows[places])]
+        return [r.prompt_ids.tolist() for r in records], [r.response_ids.tolist() for r in records], None, None, []
+
+    options = {"per_device_train_batch_size": rollouts, "max_steps": steps, "learning_rate": 1e-5, "max_completion_length": LONGEST}
+    trainer = make_trainer((make_model(), make_model(1)), tokenizer, ["w2"] * (steps * rollouts), str(folder / "trl"), **options)
+    trainer._generate = stored
+    clock = Clock()
+    turns = InTurns(clock, lambda: [path.run() for path in ours])
+    trainer.add_callback(turns)
+    with counted(trainer, clock):
+        trainer.train()
+    return [row for row in turns.rows if row["step"] > 0]
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every path the median tokens a second, and how much faster than TRL it was on the same step: median and range."""
+    peer = {row["step"]: row["cpu_s"] for row in rows if row["path"] == TRL}
+    found = []
+    for path in (*PATHS, TRL):
+        mine = [row for row in rows if row["path"] == path]
+        ratios = [peer[row["step"]] / row["cpu_s"] for row in mine]
+        summary = {"path": path, "steps": len(mine), "tokens_per_s": statistics.median(row["tokens"] / row["cpu_s"] for row in mine)}
+        summary |= {"faster_than_trl": statistics.median(ratios), "spread": [min(ratios), max(ratios)]}
+        parts = [row.get("parts_s", {}) for row in mine]
+        shares = {name: statistics.median(p[name] / row["cpu_s"] for p, row in zip(parts, mine, strict=True)) for name in parts[0]}
+        found.append({**summary, "share_of_a_step": shares})
+    teacher = statistics.median(row["teacher_cpu_s"] / row["cpu_s"] for row in rows if row["path"] == TRL)
+    return [*found, {"path": TRL, "teacher_forward_over_the_rest_of_the_step": teacher}]
+
+
+def goals(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of the training step."""
+    ours = found[0]
+    wait = ours["share_of_a_step"]["reading and collating"]
+    return [
+        {
+            "name": "training step over TRL's on the same rollouts, its teacher not counted",
+            "goal": ">= 1.5",
+            "measured": ours["faster_than_trl"],
+        },
+        {"name": "data wait, share of a step", "goal": "<= 0.02", "measured": wait},
+    ]
+
+
+def main() -> None:
+    """Measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=6, help="of which the first is a warm-up")
+    parser.add_argument("--rollouts", type=int, default=16, help="a step")
+    parser.add_argument("--tokens-per-batch", type=int, default=2048)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(Path(folder), options.steps, options.rollouts, options.tokens_per_batch)
+    found = summarise(rows)
+    first, second = goals(found)
+    judged = [{**first, "met": first["measured"] >= 1.5}, {**second, "met": second["measured"] <= 0.02}]
+    for row in (*found, *judged):
+        print(row)
+    result_file("bench_train", describe_machine(), [*found, *rows], judged)
+
+
+if __name__ == "__main__":
+    main()

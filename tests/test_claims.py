@@ -1,0 +1,166 @@
+"""The benchmarks of the paper's claims at tiny size: every kind of run, the goals, and the report in words."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import claims
+from claims_report import write_report
+from claims_summary import Interval, Runs, find_goals, ratios, seconds_to
+from record import result_file
+from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K, run_arm
+from testbed.gap import run_gap
+from testbed.models import Setting
+from testbed.trl_peer import ARM as TRL
+
+CLAIM = Setting(
+    "doubt, SFT 12",
+    teacher_size=(16, 1),
+    student_size=(16, 1),
+    taught_problems=64,
+    teacher_steps=12,
+    sft_prompts=16,
+    sft_steps=12,
+    opd_prompts=24,
+    held_out_prompts=8,
+    batch=8,
+    opd_steps=100,
+)
+FALL = evolve(CLAIM, name="certain, SFT 6", sft_steps=6)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("testbed")
+
+
+def test_an_interval_is_that_of_students_t():
+    found = Interval.of([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert (found.mean, found.seeds) == (3.0, 5)
+    assert found.half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
+    assert found.show("+.2f") == "+3.00 ± 1.96"
+    assert found.positive
+    assert not found.negative
+    assert math.isnan(Interval.of([1.0]).half)
+    assert not Interval.of([1.0]).positive, "one seed says nothing of chance"
+
+
+def test_seconds_to_an_accuracy_go_along_straight_lines():
+    row = {"curve": [(0, 0.2, 1.0), (10, 0.4, 3.0), (20, 0.3, 5.0), (30, 0.6, 8.0)]}
+    assert seconds_to(row, 0.3) == pytest.approx(2.0)
+    assert seconds_to(row, 0.5) == pytest.approx(7.0)
+    assert seconds_to(row, 0.7) == math.inf
+
+
+def fake(arm, seed, accuracy, seconds, start=0.2):
+    """A run whose accuracy rises in a straight line."""
+    row = {"kind": "run", "setting": "s", "arm": arm, "sft_teacher": "A", "opd_teacher": "A", "seed": seed, "start": start}
+    return {**row, "accuracy": accuracy, "cpu_s": {"all": seconds}, "curve": [(0, start, 0.0), (100, accuracy, seconds)]}
+
+
+def test_costs_are_compared_at_equal_steps_and_at_equal_accuracy():
+    rows = [fake(ONLINE.name, seed, 0.6, 12.0) for seed in (0, 1)] + [fake(PLAIN.name, seed, 0.5, 3.0) for seed in (0, 1)]
+    found = ratios(Runs(rows), "s", ONLINE.name, PLAIN.name)
+    assert {name: times.mean for name, times in found.items()} == {
+        "equal steps": pytest.approx(4.0),
+        "equal accuracy": pytest.approx(12 * 0.75 / 3),
+        "half of the gain": pytest.approx(12 * 0.5 / (3 * 2 / 3)),
+    }
+
+
+def test_an_accuracy_that_is_never_reached_is_no_number():
+    slow = [fake(ONLINE.name, seed, 0.6, 12.0) for seed in (0, 1)] + [fake(PLAIN.name, seed, 0.3, 3.0) for seed in (0, 1)]
+    never = ratios(Runs(slow), "s", PLAIN.name, ONLINE.name)["half of the gain"]
+    assert (never.mean, never.show()) == (math.inf, "never")
+    assert ratios(Runs(slow), "s", ONLINE.name, PLAIN.name)["half of the gain"].mean == 0
+
+
+def test_the_time_of_a_run_is_split_without_rest(folder):
+    row = run_arm(CLAIM, 0, folder, PLAIN, curve=(50, 100))
+    spent = row["cpu_s"]
+    assert spent["all"] == pytest.approx(spent["sampling"] + spent["scoring"] + spent["training"])
+    assert min(spent.values()) > 0
+    (_, start, before), (_, _, half), (_, end, last) = row["curve"]
+    assert (start, end) == (row["start"], row["accuracy"])
+    assert 0 < before < half < last <= spent["all"]
+    assert spent["sampling"] + spent["scoring"] <= before, "an offline run pays for its scores before its first step"
+    assert row["stored_rollouts"] == 24
+
+
+def test_the_gap_is_nothing_but_noise_before_the_first_step(folder):
+    rows = {row["step"]: row for row in run_gap(evolve(CLAIM, opd_prompts=512, opd_lr=3e-3), 0, folder, PLAIN, (0, 60))}
+    assert rows[0]["chi2"] == pytest.approx(0, abs=1e-6)
+    assert rows[0]["gap"] < 0.5 * rows[0]["online_gradient"]
+    assert rows[60]["chi2"] > 1e-4
+    assert 0 < rows[60]["gap"] <= rows[60]["bound"]
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    """Every kind of row there is.
+
+    That of TRL, which the test environment lacks, is an online run under its name; those of other teachers are the same runs under theirs.
+    """
+    found = [{"kind": "setting", "name": setting.name} for setting in (CLAIM, FALL)]
+    for seed in (0, 1):
+        found += [row for arm in (*MAIN, TOP_K) for row in claims.one(CLAIM, seed, folder, arm, curve=claims.CURVE)]
+        found += [row for arm in MAIN for row in claims.one(FALL, seed, folder, arm, curve=claims.CURVE)]
+        found += [{**row, "arm": TRL} for row in claims.one(CLAIM, seed, folder, ONLINE, curve=claims.CURVE)]
+        found += claims.gap(CLAIM, seed, folder, PLAIN, (0, 5)) + claims.gap(FALL, seed, folder, RATIO, (0, 5))
+    claimed = [row for row in found if row.get("setting") == CLAIM.name and row["kind"] == "run"]
+    crossed = [{"sft_teacher": sft, "opd_teacher": opd} for sft, opd in ("AB", "BA", "BB")]
+    return found + [{**row, **teachers} for teachers in crossed for row in claimed]
+
+
+def test_teachers_may_be_crossed(folder):
+    (row,) = claims.one(evolve(CLAIM, opd_steps=2), 0, folder, RATIO, teachers=("A", "B"))
+    assert (row["sft_teacher"], row["opd_teacher"]) == ("A", "B")
+    (same,) = claims.one(evolve(CLAIM, opd_steps=2), 0, folder, RATIO)
+    assert row["start"] == same["start"]
+    assert row["advantage_mean"] != same["advantage_mean"]
+
+
+def test_the_report_says_what_the_rows_say(rows, tmp_path):
+    goals = find_goals(rows, CLAIM.name, FALL.name)
+    names = [goal["name"] for goal in goals]
+    assert len(set(names)) == len(names)
+    for table in ("table 1", "table 2", "table 4", "figure 3a", "figure 3c", "theorem 3.5", "TRL"):
+        assert any(table in name for name in names), table
+    result = result_file("claims", {"machine": {}, "versions": {}}, rows, goals, tmp_path)
+    json.loads(result.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    write_report(result, tmp_path / "RESULTS.md", tmp_path / "plots", CLAIM.name, FALL.name)
+    text = (tmp_path / "RESULTS.md").read_text()
+    runs = Runs.of(rows)
+    for arm in MAIN:
+        assert runs.mean(runs.where(CLAIM.name, arm.name), lambda row: row["accuracy"]).show() in text
+    assert all(goal["name"] in text for goal in goals)
+    assert "nan" not in text
+    for name in ("claims", "claims_failure", "claims_ablations"):
+        assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 10_000
+        assert f"plots/{name}.png" in text
+
+
+def test_a_claim_that_fails_is_said_to_fail(rows, tmp_path):
+    worse = [{**row, "accuracy": 0.0} if row["kind"] == "run" and row["arm"] == ONLINE.name else row for row in rows]
+    worse = [{**row, "start": 0.5 + 0.01 * row["seed"]} if row["kind"] == "run" else row for row in worse]
+    goals = find_goals(worse, CLAIM.name, FALL.name)
+    gains = next(goal for goal in goals if goal["name"].startswith("online OPD gains"))
+    assert (gains["met"], gains["measured"]) == (False, pytest.approx(-0.505))
+    result = result_file("claims", {"machine": {}, "versions": {}}, worse, goals, tmp_path)
+    write_report(result, tmp_path / "RESULTS.md", tmp_path, CLAIM.name, FALL.name)
+    assert "That online OPD beats SFT **does not hold**" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_the_full_plan_has_five_seeds_and_every_ablation_once():
+    jobs = claims.runs(claims.FULL, Path("testbed"))
+    arms = [(job.args[1], job.args[0].name, job.args[3].name, job.keywords.get("teachers")) for job in jobs if job.func is claims.one]
+    assert len(set(arms)) == len(arms)
+    assert len({seed for seed, *_ in arms}) == 5
+    every = {arm.name for arms in ABLATIONS.values() for arm in arms}
+    assert every <= {arm for _, setting, arm, _ in arms if setting == claims.CLAIM.name}
