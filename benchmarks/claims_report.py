@@ -13,10 +13,10 @@ from typing import Any
 from attrs import frozen
 from claims_plots import draw_ablations, draw_claims, draw_failure
 from claims_summary import Interval, Row, Runs, accuracy, change, ratio_path, ratios, spent
+from record import ROOT, fill
 from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K
 from testbed.trl_peer import ARM as TRL
 
-ROOT = Path(__file__).parents[1]
 #: Lightning and online OPD of the paper's table 2 (8B): GPU-hours of training, and of all.
 _PAPER_TRAINING, _PAPER_ONLINE = 16, 120
 
@@ -65,6 +65,24 @@ def write_report(result: Path, report: Path, plots: Path, claim: str, fall: str)
     sections = [_head(found), _testbed(found), _accuracy(found, links), _cost(found), _mismatch(found), _ratio(found)]
     sections += [_gap(found), _failure(found, links), _ablations(found, links), _recommendation(found), _LIMITS]
     report.write_text("\n".join(line for section in sections for line in (*section, "")).rstrip() + "\n")
+
+
+def publish(result: Path, claim: str, fall: str) -> None:
+    """The report in the repository, and the README's table."""
+    write_report(result, ROOT / "benchmarks" / "RESULTS.md", ROOT / "docs", claim, fall)
+    fill(ROOT / "README.md", "claims", readme_table(Report(json.loads(result.read_text()), claim, fall)))
+
+
+def readme_table(found: Report) -> list[str]:
+    """The short form: accuracy and cost of every method."""
+    runs, rows = found.runs, []
+    for name in [*(arm.name for arm in (*MAIN, TOP_K)), TRL]:
+        cell, fallen = runs.where(found.claim, name), runs.where(found.fall, name)
+        cost, fall = runs.mean(cell, spent).show(".1f"), runs.mean(fallen, change).show("+.3f") if fallen else ""
+        rows.append([name, runs.mean(cell, accuracy).show(), runs.mean(cell, change).show("+.3f"), cost, fall])
+    sft = runs.mean(runs.where(found.claim, ONLINE.name), lambda row: row["start"]).show()
+    head = ("", "accuracy", "gain over SFT", "CPU s", "gain, sharp teacher and young student")
+    return _table(head, [["SFT", sft, "", "", ""], *rows])
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -321,4 +339,4 @@ _LIMITS = [
 if __name__ == "__main__":
     from claims import CLAIM, FALL
 
-    write_report(ROOT / "benchmarks" / "results" / "claims.json", ROOT / "benchmarks" / "RESULTS.md", ROOT / "docs", CLAIM.name, FALL.name)
+    publish(ROOT / "benchmarks" / "results" / "claims.json", CLAIM.name, FALL.name)

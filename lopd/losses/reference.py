@@ -43,7 +43,8 @@ class ReferenceOPDLoss:
 
     Args:
         clip: \(\tau\) in nats, finite and more than 0; or None for no clipping.
-        ratio_to_ref: multiply by the per-token importance ratio to the `ref` column (`functional.lightning_with_ratio`).
+        ratio_to_ref: multiply by the per-token importance ratio to the `ref` column (`functional.lightning_with_ratio`).  The paper's loss has
+            none; start with it all the same: as good where the paper's works, and it holds where that one fails (`benchmarks/RESULTS.md`).
         transforms: variants of advantages and weights, in their order (`lopd.losses.variants`); the clip comes after them.
         advantage: a constant in the place of teacher minus student; then no teacher is needed.
         kl_baseline: add KL(student, teacher) to the advantage, as a baseline (vOPD); needs `batches(top_k=True)`.
