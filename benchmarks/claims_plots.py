@@ -22,7 +22,7 @@ def draw_claims(path: Path, rows: Sequence[Row], claim: str, _fall: str) -> None
     for name, color in _COLORS.items():
         cell = list(runs.where(claim, name).values())
         curves = np.array([row["curve"] for row in cell])
-        _band(steps, curves[:, :, 0].mean(0), curves[:, :, 1], color, name)
+        _band(steps, curves[:, :, 0].mean(0), curves[:, :, 1] - curves[:, :1, 1], color, name)
         seconds.plot(curves[:, :, 2].mean(0), curves[:, :, 1].mean(0), color=color, marker=".", markersize=4)
         paths = [ratio_path(row) for row in cell if "step_ratiomean_ratiostd_kl_gain_ess" in row]
         if paths:
@@ -58,7 +58,7 @@ def draw_claims(path: Path, rows: Sequence[Row], claim: str, _fall: str) -> None
     length.legend(frameon=False)
     steps.legend(frameon=False)
     titles = {
-        steps: ("accuracy over steps", "optimizer step"),
+        steps: ("gain over SFT", "optimizer step"),
         seconds: ("accuracy over CPU time", "CPU seconds of the OPD stage"),
         cost: ("CPU seconds of the OPD stage", ""),
         teachers: ("change of accuracy", "SFT teacher → OPD teacher"),
@@ -78,9 +78,10 @@ def draw_failure(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None
         points = [(runs.where(s, PLAIN.name)[seed]["tail"], change(row)) for s in settings for seed, row in runs.where(s, arm.name).items()]
         tail.plot(*zip(*points, strict=True), "o", color=_COLORS[arm.name], markersize=4, alpha=0.7, label=arm.name)
         cell = np.array([row["curve"] for row in runs.where(fall, arm.name).values()])
-        _band(curve, cell[:, :, 0].mean(0), cell[:, :, 1], _COLORS[arm.name], arm.name)
+        _band(curve, cell[:, :, 0].mean(0), cell[:, :, 1] - cell[:, :1, 1], _COLORS[arm.name], arm.name)
     tail.axhline(0, color="black", linewidth=0.5)
     tail.set_xscale("symlog", linthresh=1e-3)
+    tail.set_xlim(left=-1e-4)
     tail.legend(frameon=False)
     gaps = [row for row in rows if row["kind"] == "gap" and row["step"] > 0]
     for setting, arm in dict.fromkeys((row["setting"], row["arm"]) for row in gaps):
@@ -96,7 +97,7 @@ def draw_failure(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None
     titles = {
         tail: ("change of accuracy, every run", "share of advantages below -5 nats before training"),
         gap: ("measured gradient gap", "bound of theorem 3.5"),
-        curve: (f"accuracy, {fall}", "optimizer step"),
+        curve: (f"change of accuracy, {fall}", "optimizer step"),
     }
     _finish(path, figure, titles)
 
