@@ -100,7 +100,7 @@ def in_one_row(model: Any, input_ids_N: torch.Tensor, position_ids_N: torch.Tens
     return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
 
 
-def as_they_come(lengths: NDArray[np.int64], cap: int) -> list[NDArray[np.int64]]:
+def as_they_come(lengths: NDArray[np.int64], cap: int, _rank: int, _ranks: int) -> list[NDArray[np.int64]]:
     """Micro-batches under the same bound, but not of like length."""
     parts: list[list[int]] = [[]]
     for place, length in enumerate(lengths):

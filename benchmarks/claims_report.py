@@ -241,8 +241,8 @@ def _ratio(found: Report) -> list[str]:
         "",
         *_table(("setting", "", "mean at step 5", "20", "50", "100", "its spread at 100"), rows),
         "",
-        f"A plateau after step 20 **{found.holds('Lightning: the mean ratio moves')}** (the paper: 0.94 from step 20 on, spread below 0.1); in the first",
-        f"setting the mean is never further than {_measured(found.goal('Lightning: the mean ratio of any'))} from 1.",
+        f"A plateau after step 20 **{found.holds('Lightning: the mean ratio moves')}** (the paper: 0.94 from step 20 on, spread below 0.1); in the",
+        f"first setting the mean is never further than {_measured(found.goal('Lightning: the mean ratio of any'))} from 1.",
         "",
         *_table(("teacher, SFT steps", "SFT", *(arm.name for arm in MAIN)), lengths),
     ]

@@ -15,17 +15,24 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lopd.errors import CheckpointError
 from lopd.manifest import Lineage
 from lopd.protocols import Student
+from lopd.ranks import Ranks, alike, inner, on_first
 
 _RNG = "rng.cpu"
 
 
-def save_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer, *, next_step: int, lineage: Lineage) -> Path:
+def save_checkpoint(
+    folder: str | Path, student: Student | DistributedDataParallel, optimizer: Optimizer, *, next_step: int, lineage: Lineage
+) -> Path:
     """Write trained parameters, optimizer, random state, data position and lineage; then remove the other checkpoints in `folder`.
+
+    Where several ranks train, each calls this; what is sharded is put together, tensor by tensor, and rank 0 writes.  The files are those of one
+    process, so a run may be resumed on any number of ranks, sharded or not.
 
     Args:
         folder: of the run; each checkpoint is a folder in it.
@@ -40,28 +47,39 @@ def save_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer, 
     Raises:
         CheckpointError: the optimizer holds a parameter that the student does not have; nothing was written.
     """
-    folder = Path(folder)
-    trained = _labels(f"Checkpoint of step {next_step}", student, optimizer)
+    folder, ranks, own = Path(folder), Ranks.current(), inner(student)
+    trained = _labels(f"Checkpoint of step {next_step}", own, optimizer)
+    parameters, (entries, plain) = on_first(_trained(own)), _flatten(optimizer)
+    moments = on_first(entries)
     others = _checkpoints(folder)
     final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
+    ranks.wait()  # all have seen which checkpoints there are
+    if ranks.rank == 0:
+        state = {"next_step": next_step, "trained": trained, "optimizer": plain}
+        tensors = {"parameters": parameters, "optimizer": {**moments, _RNG: torch.get_rng_state()}}
+        _write(folder, final, tensors, state, lineage)
+        for other in others:
+            shutil.rmtree(other)
+    ranks.wait()
+    return final
+
+
+def _write(folder: Path, final: Path, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any], lineage: Lineage) -> None:
+    """All of a checkpoint, and then its name."""
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors, plain = _flatten(optimizer)
-    save_file(_trained(student), partial / "parameters.safetensors")
-    save_file({**tensors, _RNG: torch.get_rng_state()}, partial / "optimizer.safetensors")
-    (partial / "state.json").write_text(json.dumps({"next_step": next_step, "trained": trained, "optimizer": plain}, indent=1))
+    for name, values in tensors.items():
+        save_file(values, partial / f"{name}.safetensors")
+    (partial / "state.json").write_text(json.dumps(state, indent=1))
     lineage.write(partial)
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
     partial.rename(final)
     _fsync(folder)
-    for other in others:
-        shutil.rmtree(other)
-    return final
 
 
-def load_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer | None = None) -> int:
+def load_checkpoint(folder: str | Path, student: Student | DistributedDataParallel, optimizer: Optimizer | None = None) -> int:
     """Put the newest checkpoint of `folder` into student and optimizer; gives the next step, 0 if there is no checkpoint.
 
     Args:
@@ -72,21 +90,21 @@ def load_checkpoint(folder: str | Path, student: Student, optimizer: Optimizer |
     Raises:
         CheckpointError: other parameters, shapes or optimizer than were saved, or a damaged file; nothing was changed.
     """
-    found = _checkpoints(Path(folder))
+    found, own = _checkpoints(Path(folder)), inner(student)
     if not found:
         return 0
     path = max(found, key=_order)
     state = _read_state(path / "state.json")
     saved = _read_tensors(path / "parameters.safetensors")
-    current = {name: p.detach() for name, p in student.named_parameters() if p.requires_grad}
+    current = {name: p.detach() for name, p in own.named_parameters() if p.requires_grad}
     _check_parameters(path, saved, current)
     if optimizer is not None:
-        _check_optimizer(path, student, optimizer, state)
+        _check_optimizer(path, own, optimizer, state)
         tensors = _read_tensors(path / "optimizer.safetensors", _RNG)
         torch.set_rng_state(tensors.pop(_RNG))
         _unflatten(optimizer, tensors, state["optimizer"])
     for name, tensor in saved.items():
-        current[name].copy_(tensor)
+        current[name].copy_(alike(tensor, current[name]))
     return int(state["next_step"])
 
 
@@ -101,7 +119,7 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def _trained(student: Student) -> dict[str, Tensor]:
-    return {name: p.detach().contiguous() for name, p in student.named_parameters() if p.requires_grad}
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
 def _labels(owner: str, student: Student, optimizer: Optimizer) -> list[list[str]]:
@@ -181,16 +199,19 @@ def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as named tensors, and what is left as JSON."""
     state = optimizer.state_dict()
     entries = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
-    tensors = {key: value.contiguous() for key, value in entries.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
     others = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
     return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "others": others}
 
 
 def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
     entries: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in {**tensors, **plain["others"]}.items():
         index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
+        parameter = parameters[int(index)]
+        sharded = isinstance(value, Tensor) and value.shape == parameter.shape
+        entries.setdefault(int(index), {})[name] = alike(value, parameter) if sharded else value
     # JSON has no tuples: those of the live groups (betas) say which lists were tuples
     live = optimizer.state_dict()["param_groups"]
     groups = [{k: tuple(v) if isinstance(g.get(k), tuple) else v for k, v in s.items()} for s, g in zip(plain["groups"], live, strict=True)]

@@ -8,7 +8,7 @@ Shape suffixes: M tokens that count, B rollouts.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -121,20 +121,25 @@ class DriftMeter:
     """Gathers the micro-batches of one step."""
 
     _parts: list[TokenLogprobs] = field(factory=list, init=False)
-    _segments: int = field(default=0, init=False)
 
     def add(self, part: TokenLogprobs) -> None:
         """One micro-batch, whose rollouts are none of those before."""
         if part.student.size:
-            self._parts.append(evolve(part, segments=part.segments + self._segments))
-            self._segments += int(part.segments.max()) + 1
+            self._parts.append(part)
 
-    def read(self) -> Drift | None:
-        """Of all that were added; None if there were none."""
-        if not self._parts:
+    def read(self, gather: Callable[[list[TokenLogprobs]], list[TokenLogprobs]] = list) -> Drift | None:
+        """Of all that were added; None if there were none.
+
+        Args:
+            gather: from this rank's micro-batches to those of all ranks.
+        """
+        parts = gather(self._parts)
+        if not parts:
             return None
+        before = np.cumsum([0, *(int(part.segments.max()) + 1 for part in parts)])
+        parts = [evolve(part, segments=part.segments + first) for part, first in zip(parts, before, strict=False)]
         names = ("student", "teacher", "ref", "weight", "segments")
-        return measure_drift(TokenLogprobs(*(np.concatenate([getattr(part, name) for part in self._parts]) for name in names)))
+        return measure_drift(TokenLogprobs(*(np.concatenate([getattr(part, name) for part in parts]) for name in names)))
 
 
 def measure_drift(tokens: TokenLogprobs) -> Drift:

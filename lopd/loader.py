@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
 import numpy as np
-from attrs import field, frozen
+import torch
+from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
 from lopd.collate import Weighting, by_rollout, collate
@@ -14,6 +15,7 @@ from lopd.errors import InvalidRecordError
 from lopd.guards import judge_advantages, stored_advantages
 from lopd.manifest import Lineage
 from lopd.protocols import LogprobReader
+from lopd.ranks import Ranks
 from lopd.types import Batch, Prompt, Step
 
 
@@ -35,6 +37,7 @@ class StepStream:
     start: int
     stop: int | None
     weighting: Weighting
+    ranks: Ranks
 
     def __iter__(self) -> Iterator[Step]:
         """Steps from `start` up to `stop`, or for ever."""
@@ -44,11 +47,17 @@ class StepStream:
             index += 1
 
     def step(self, index: int) -> Step:
-        """Step `index`, whatever was asked for before."""
+        """Step `index`, or this rank's share of it, whatever was asked for before."""
         rows = self.rows[_places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed)]
         lengths = self.store.lengths()[rows].sum(axis=1) - 1
-        parts = tuple(self._batch(rows[places]) for places in _split(lengths, self.tokens_per_batch))
-        return Step(index, parts, self.store.manifest.tokenizer.vocab_hash)
+        shares = [_split(lengths, self.tokens_per_batch, rank, self.ranks.size) for rank in range(self.ranks.size)]
+        parts = [self._batch(rows[places]) for places in shares[self.ranks.rank]]
+        # what sums gradients over ranks waits for each of them as many times as for the busiest
+        idle = max(map(len, shares)) - len(parts)
+        if idle:
+            shortest = self._batch(rows[[int(np.argmin(lengths))]])
+            parts += [evolve(shortest, weight=torch.zeros_like(shortest.weight))] * idle
+        return Step(index, tuple(parts), self.store.manifest.tokenizer.vocab_hash, idle)
 
     def _batch(self, rows: NDArray[np.int64]) -> Batch:
         records, teacher, ref = self.columns.read(self.store, rows), self.columns.teacher, self.columns.ref
@@ -71,6 +80,7 @@ def batches(
     weighting: Weighting = by_rollout,
     top_k: bool = False,
     consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
+    ranks: Ranks | None = None,
 ) -> StepStream:
     """The steps of a training run over a store, shuffled anew in each epoch; rollouts in quarantine are left out, with a warning.
 
@@ -92,6 +102,8 @@ def batches(
         weighting: what a token counts (`by_rollout` or `by_token`).
         top_k: bring the teacher's most likely tokens along, for losses on them.
         consistency: what to do about another, or an unknown, SFT teacher; each teacher is judged.
+        ranks: which share of each step is this process's; None is what torch.distributed says, or all.  The shares of a step are of like
+            sizes, and have as many micro-batches each: a rank that has fewer goes through some that weigh nothing.
 
     Warns:
         AdvantageWarning: without a `ref`, so without an importance ratio, if many stored advantages are far below 0 (`lopd.guards`).
@@ -119,7 +131,9 @@ def batches(
         if ref is None:
             judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
     lineage = lineage_after(store.manifest, provenances)
-    return StepStream(lineage, store, usable, columns, rollouts_per_step, tokens_per_batch, seed, start, stop, weighting)
+    return StepStream(
+        lineage, store, usable, columns, rollouts_per_step, tokens_per_batch, seed, start, stop, weighting, ranks or Ranks.current()
+    )
 
 
 def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], tokens_per_batch: int) -> None:
@@ -140,12 +154,12 @@ def _places_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np
     return np.array([shuffles[int(e)][p % total] for e, p in zip(epochs, places, strict=True)], dtype=np.int64)
 
 
-def _split(lengths: NDArray[np.int64], cap: int) -> list[NDArray[np.int64]]:
-    """Places of each micro-batch: longest first, so that rollouts of a batch are alike in length, and too little memory shows at once.
+def _split(lengths: NDArray[np.int64], cap: int, rank: int = 0, ranks: int = 1) -> list[NDArray[np.int64]]:
+    """Places of each micro-batch of a rank: longest first, so that rollouts of a batch are alike in length, and too little memory shows at once.
 
     A batch counts as rows times its longest, which bounds the padded form too.
     """
-    order = np.argsort(-lengths, kind="stable")
+    order = np.argsort(-lengths, kind="stable")[rank::ranks]
     parts, first = [], 0
     while first < len(order):
         last = first + max(int(cap // lengths[order[first]]), 1)

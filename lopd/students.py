@@ -10,6 +10,7 @@ from lopd.causal_lm import check_cut, lm_head, packed_hidden_states, unwrap
 from lopd.errors import ModelError
 from lopd.manifest import Lineage, TokenizerId
 from lopd.protocols import OPDLoss
+from lopd.ranks import Ranks, on_first, sharded
 from lopd.types import Batch, LossOutput
 
 
@@ -59,10 +60,15 @@ class CausalLMStudent(nn.Module):
     def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:
         """Write a folder that engines load, with its lineage beside the weights.
 
+        Where several ranks train, each calls this on its own student (not on the wrapper), and rank 0 writes.
+
         A full model is written as one; adapters in peft's own format (merge them first for an engine that wants one model).
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        lineage.write(folder)
+        folder, ranks = Path(folder), Ranks.current()
+        together = {"state_dict": on_first(self.model.state_dict())} if sharded(self) else {}
+        if ranks.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.model.save_pretrained(folder, **together)
+            tokenizer.save_pretrained(folder)
+            lineage.write(folder)
+        ranks.wait()

@@ -6,6 +6,7 @@ from time import perf_counter
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
@@ -13,11 +14,17 @@ from lopd.consistency import check_vocabulary
 from lopd.drift import DriftMeter, TokenLogprobs
 from lopd.errors import InvalidRecordError, TrainingDivergedError
 from lopd.protocols import OPDLoss, Student
+from lopd.ranks import Ranks, check_summed, gathering, inner, whole
 from lopd.types import Batch, Step, StepMetrics
 
 
 def opd_steps(
-    student: Student, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, *, max_grad_norm: float | None = 1.0
+    student: Student | DistributedDataParallel,
+    steps: Iterable[Step],
+    loss: OPDLoss,
+    optimizer: Optimizer,
+    *,
+    max_grad_norm: float | None = 1.0,
 ) -> Iterator[StepMetrics]:
     """Train, one optimizer step for each `Step`, and give its metrics after it.
 
@@ -25,6 +32,10 @@ def opd_steps(
     known before the first backward and divides every micro-batch's sum, so how a step is split changes nothing.
 
     Steps that bring a ref column beside the teacher's (`batches(..., ref="behavior")`) have their drift measured: see `lopd.drift.watch_drift`.
+
+    Several processes train together once torch.distributed is initialised: put the student in `DistributedDataParallel` or shard it with
+    `fully_shard` first.  `batches` gives each rank its share of a step; weights, gradients and metrics are those of one process on all of it,
+    up to rounding.
 
     Args:
         student: its trained parameters are those that require a gradient.
@@ -37,38 +48,46 @@ def opd_steps(
         TokenizerMismatchError: a step says that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; likewise.
         InvalidRecordError: no token of a step counts.
+        ModelError: there are several ranks, and nothing sums the gradients of the student.
     """
+    ranks = Ranks.current()
+    check_summed(student, ranks)
     parameters = [p for _, p in student.named_parameters() if p.requires_grad]
     for step in steps:
         started = perf_counter()
         if step.vocab_hash is not None:
-            check_vocabulary(f"Step {step.index}", step, "the student's", student.tokenizer)
-        total = sum(float(batch.weight.double().sum()) for batch in step.batches)
+            check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
+        total = float(ranks.sum(torch.stack([batch.weight.double().sum().cpu() for batch in step.batches]).sum()))
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
         sums, meter = torch.zeros(3, dtype=torch.float64), DriftMeter()
-        for batch in step.batches:
-            output = student(batch, loss)
-            (output.loss_sum / total).backward()
+        for place, batch in enumerate(step.batches, 1):
+            with gathering(student, last=place == len(step.batches)):
+                output = student(batch, loss)
+                # torch averages gradients over ranks, and a step is a sum
+                (output.loss_sum * ranks.size / total).backward()
             sums += torch.stack([output.loss_sum.detach(), output.reverse_kl_sum, output.clipped_sum]).cpu()
             _add_tokens(meter, batch, output.logprobs)
-        grad_norm = float(clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm))
+        grad_norm = float(whole(clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)))
         if not math.isfinite(grad_norm):
             raise TrainingDivergedError(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
             )
         optimizer.step()
-        mean_loss, reverse_kl, clip_fraction = (sums / total).tolist()
+        mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
+        read = step.batches[: len(step.batches) - step.idle]
+        counts = torch.tensor([sum(int(batch.segment_ids[-1]) + 1 for batch in read), sum(batch.inputs.numel() for batch in read)])
+        rollouts, tokens = ranks.sum(counts).tolist()
         yield StepMetrics(
             step=step.index,
             loss=mean_loss,
             reverse_kl=reverse_kl,
             clip_fraction=clip_fraction,
             grad_norm=grad_norm,
-            rollouts=sum(int(batch.segment_ids[-1]) + 1 for batch in step.batches),
-            tokens=sum(batch.inputs.numel() for batch in step.batches),
-            drift=meter.read(),
+            rollouts=rollouts,
+            tokens=tokens,
+            drift=meter.read(ranks.gather),
             seconds=perf_counter() - started,
         )
 

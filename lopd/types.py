@@ -306,11 +306,13 @@ class Step:
         index: its number in the run.
         batches: at least one.
         vocab_hash: of the tokenizer whose ids these are; `opd_steps` compares it with the student's.  None if nobody says.
+        idle: so many of the last batches weigh nothing, and are there for this rank to keep step with others.
     """
 
     index: int
     batches: tuple[Batch, ...]
     vocab_hash: str | None = None
+    idle: int = 0
 
 
 @frozen(eq=False)

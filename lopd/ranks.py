@@ -1,0 +1,120 @@
+"""The processes that train one student together, as torch.distributed has them; a process on its own is rank 0 of 1."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from attrs import frozen
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lopd.errors import InvalidRecordError, ModelError
+
+_Item = TypeVar("_Item")
+
+
+@frozen
+class Ranks:
+    """Which of how many.
+
+    Args:
+        rank: 0 up to `size`.
+        size: processes that each train on their share of a step.
+
+    Raises:
+        InvalidRecordError: there is no such rank.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def __attrs_post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise InvalidRecordError(f"Ranks: (rank, size) is {(self.rank, self.size)}, expected 0 <= rank < size; count from 0.")
+
+    @classmethod
+    def current(cls) -> "Ranks":
+        """Those of the default process group, or this process alone if there is none."""
+        return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Each value summed over the ranks; every rank must call."""
+        if self.size == 1:
+            return values
+        # NCCL knows no memory but a GPU's
+        summed = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(summed)
+        return summed.to(values.device)
+
+    def gather(self, mine: list[_Item]) -> list[_Item]:
+        """What all ranks have, in the order of ranks; every rank must call."""
+        if self.size == 1:
+            return mine
+        parts: list[list[_Item]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, mine)
+        return list(chain.from_iterable(parts))
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def inner(student: Any) -> Any:
+    """The student inside a DistributedDataParallel, or the student itself."""
+    return student.module if isinstance(student, DistributedDataParallel) else student
+
+
+def check_summed(student: Any, ranks: Ranks) -> None:
+    """Refuse a student of several ranks that go apart, because nothing sums their gradients.
+
+    Raises:
+        ModelError: it is neither in DistributedDataParallel nor sharded.
+    """
+    if ranks.size == 1 or isinstance(student, DistributedDataParallel):
+        return
+    from torch.distributed.fsdp import FSDPModule  # a second of imports that one process has no use for
+
+    if not isinstance(student, FSDPModule):
+        raise ModelError(
+            f"Student {type(student).__name__}: it is trained by {ranks.size} ranks and nothing sums its gradients, expected one in "
+            "DistributedDataParallel or after `fully_shard`; wrap it before `opd_steps`."
+        )
+
+
+def gathering(student: Any, *, last: bool) -> AbstractContextManager[None]:
+    """Where gradients of a micro-batch are made; DistributedDataParallel sums them over ranks once, with the last."""
+    return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
+
+
+def sharded(module: torch.nn.Module) -> bool:
+    """Whether this rank holds only a part of some parameter."""
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every rank; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """These put together one after the other, in the memory of rank 0's CPU; nothing on other ranks, which must call all the same."""
+    first, found = Ranks.current().rank == 0, {}
+    for name, tensor in tensors.items():
+        together = whole(tensor.detach())
+        if first:
+            found[name] = together.cpu().contiguous()
+    return found
+
+
+def alike(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor sharded as this one is, or as it is if that one is whole."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)  # noqa: S101 (what else has a `full_tensor`)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)

@@ -1,0 +1,128 @@
+"""What each of several processes does in `test_ranks`: the same training as one process, on its share."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from attrs import asdict, frozen
+from conftest import TOKENIZER_ID, build_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, ReferenceOPDLoss, batches, load_checkpoint, opd_steps, save_checkpoint
+from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams
+from lopd.ranks import Ranks, inner, on_first
+from lopd.types import Rollout, Scores
+
+TEACHER = ModelId("teacher", "0", "float32")
+STEPS = 4
+
+
+@frozen
+class Case:
+    """How a student is trained."""
+
+    wrap: str = "ddp"
+    loss: str = "fused"
+    model: str = "llama_tied"
+    autocast: bool = False
+    recompute: bool = False
+    adapters: bool = False
+    per_step: int = 5
+    ratio: bool = False
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(value) for value in asdict(self).values())
+
+
+CASES = [
+    *(Case(wrap, loss) for wrap in ("ddp", "fsdp") for loss in ("fused", "reference")),
+    *(Case(wrap, loss, "qwen3_padded", ratio=True) for wrap in ("ddp", "fsdp") for loss in ("fused", "reference")),
+    *(Case(wrap, recompute=True, per_step=1) for wrap in ("ddp", "fsdp")),
+    *(Case(wrap, autocast=True) for wrap in ("ddp", "fsdp")),
+    *(Case(wrap, adapters=True) for wrap in ("ddp", "fsdp")),
+]
+
+
+def make_store(per_step: int) -> MemoryStore:
+    """Eleven rollouts from 3 to 40 tokens, of which one does not count at all, unless it would be alone; 5 a step do not come out even."""
+    rng = np.random.default_rng(0)
+    store = MemoryStore(Manifest(TOKENIZER_ID, ModelId("policy", "0", "float32"), SamplingParams(40), sft_teacher=TEACHER))
+    made = []
+    for i, length in enumerate([3, 40, 7, 25, 4, 12, 33, 5, 9, 17, 6]):
+        mask = rng.random(length) < (0.0 if i == 4 and per_step > 1 else 0.8)
+        logprobs = -rng.exponential(1.0, length).astype(np.float32)
+        made.append(Rollout(f"{i}/s0/g0", rng.integers(8, 96, 3), rng.integers(8, 96, length), mask, "stop", behavior_logprobs=logprobs))
+    store.append(made)
+    scores = [Scores(r.rollout_id, r.content_hash, -rng.exponential(1.0, r.response_ids.size).astype(np.float32)) for r in made]
+    store.append_scores("teacher", Provenance(TEACHER, TOKENIZER_ID.vocab_hash, "a test"), scores)
+    return store
+
+
+def make_student(case: Case, ranks: Ranks) -> Any:
+    model = build_model(case.model, seed=3)
+    if case.adapters:
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    autocast = torch.bfloat16 if case.autocast else None
+    student = CausalLMStudent(model, TOKENIZER_ID, autocast=autocast, gradient_checkpointing=case.recompute)
+    if ranks.size == 1:
+        return student
+    if case.wrap == "ddp":
+        return DistributedDataParallel(student)
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    for layer in (model.get_base_model() if case.adapters else model).model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(student, mesh=mesh)
+
+
+def make_optimizer(student: Any) -> torch.optim.Optimizer:
+    """SGD: of a gradient that is nearly 0, Adam makes a step as large as any, and rounding decides its sign."""
+    return torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+
+
+def train(case: Case, start: int = 0, stop: int = STEPS, checkpoints: Path | None = None) -> dict[str, Any]:
+    """Metrics of every step, and the weights at the end, on rank 0."""
+    ranks = Ranks.current()
+    student = make_student(case, ranks)
+    optimizer = make_optimizer(student)
+    if checkpoints is not None and start:
+        assert load_checkpoint(checkpoints, student, optimizer) == start
+    kind = FusedOPDLoss if case.loss == "fused" else ReferenceOPDLoss
+    stream = batches(
+        make_store(case.per_step), rollouts_per_step=case.per_step, tokens_per_batch=50, start=start, stop=stop, ref="behavior"
+    )
+    history = [asdict(m) for m in opd_steps(student, stream, kind(ratio_to_ref=case.ratio), optimizer)]
+    if checkpoints is not None and not start:
+        save_checkpoint(checkpoints, student, optimizer, next_step=stop, lineage=Lineage())
+    return {"history": history, "weights": on_first(inner(student).state_dict())}
+
+
+def main(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    found: dict[str, Any] = {}
+    for case in CASES:
+        found[case.name] = train(case)
+    for wrap in ("ddp", "fsdp"):
+        case, path = Case(wrap), Path(folder) / f"checkpoints-{wrap}"
+        found[f"{wrap} first half"] = train(case, stop=2, checkpoints=path)
+        found[f"{wrap} second half of one process"] = train(case, start=2, checkpoints=Path(folder) / "checkpoints-single")
+        from conftest import build_tokenizer
+
+        student = make_student(case, Ranks.current())
+        inner(student).export(Path(folder) / f"export-{wrap}", build_tokenizer(), Lineage())
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

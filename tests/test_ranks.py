@@ -1,0 +1,177 @@
+"""Training on several ranks: weights, gradients and metrics of one process, whatever wraps the student and however a step is shared out."""
+
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ranks_worker
+import torch
+from attrs import evolve
+from ranks_worker import CASES, STEPS, Case, make_optimizer, make_store, make_student, train
+
+from lopd.checkpoint import load_checkpoint
+from lopd.engines.hf import load_model
+from lopd.errors import InvalidRecordError, ModelError
+from lopd.loader import batches
+from lopd.losses.fused import FusedOPDLoss
+from lopd.manifest import Lineage
+from lopd.ranks import Ranks, check_summed
+from lopd.train import opd_steps
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*of its advantages are below:lopd.errors.AdvantageWarning")  # the models are random
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def several(request, tmp_path_factory):
+    """What so many processes found, and the folder in which they worked."""
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    train(Case(), stop=2, checkpoints=folder / "checkpoints-single")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ranks_worker.__file__]
+    with ExitStack() as stack:
+        logs = [stack.enter_context((folder / f"log{rank}").open("w")) for rank in range(request.param)]
+        running = [
+            subprocess.Popen([*command, str(rank), str(request.param), str(folder)], env=environment, stdout=log, stderr=log)
+            for rank, log in enumerate(logs)
+        ]
+        codes = [process.wait(timeout=280) for process in running]
+    assert codes == [0] * len(codes), [Path(log.name).read_text()[-2000:] for log in logs]
+    return torch.load(folder / "found.pt", weights_only=False), folder
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same by one process; wrapping means nothing there."""
+    return {case: train(evolve(case, wrap="none")) for case in CASES}
+
+
+def assert_same(found, expected, *, rough=False):
+    """Up to rounding, which of bfloat16 layers is that of bfloat16: other rollouts share a matrix product."""
+    assert found["weights"].keys() == expected["weights"].keys()
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=2e-3 if rough else 1e-6)
+    assert len(found["history"]) == len(expected["history"])
+    for ours, theirs in zip(found["history"], expected["history"], strict=True):
+        for name in ("step", "rollouts", "tokens"):
+            assert ours[name] == theirs[name], name
+        for name in ("loss", "reverse_kl", "clip_fraction", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=3e-2 if rough else 1e-5, abs=1e-6), name
+        assert (ours["drift"] is None) == (theirs["drift"] is None)
+        for name in ("rollouts", "tokens", "ratio_mean", "ess", "kl", "gap_bound"):
+            if ours["drift"] is not None:
+                assert ours["drift"][name] == pytest.approx(theirs["drift"][name], rel=5e-2 if rough else 1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_several_ranks_train_as_one_process_does(case, several, alone):
+    found, _ = several
+    assert_same(found[case.name], alone[case], rough=case.autocast)
+
+
+@pytest.mark.slow
+def test_the_cases_learn_something_and_differ(alone):
+    start = make_student(Case(), Ranks()).state_dict()
+    plain, ratio = alone[Case()], alone[Case(model="qwen3_padded", ratio=True)]
+    assert any(not torch.equal(plain["weights"][name], start[name]) for name in start)
+    assert plain["history"][-1]["loss"] != ratio["history"][-1]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_a_run_is_resumed_on_another_number_of_ranks(wrap, several, alone):
+    found, folder = several
+    whole = alone[Case(wrap)]
+    half = {**whole, "history": whole["history"][2:]}
+    # begun by one process, ended by several
+    assert_same(found[f"{wrap} second half of one process"], half)
+    # begun by several, ended by one
+    student = make_student(Case(), Ranks())
+    assert load_checkpoint(folder / f"checkpoints-{wrap}", student) == 2
+    for name, weight in student.state_dict().items():
+        torch.testing.assert_close(weight, found[f"{wrap} first half"]["weights"][name], rtol=0, atol=0)
+    assert_same(train(Case(), start=2, stop=STEPS, checkpoints=folder / f"checkpoints-{wrap}"), half)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_a_student_of_several_ranks_is_exported_whole(wrap, several):
+    _, folder = several
+    model, _ = load_model(folder / f"export-{wrap}", torch.float32)
+    expected = make_student(Case(), Ranks()).model.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert Lineage.read(folder / f"export-{wrap}") == Lineage()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("per_step", [1, 5, 11])
+def test_the_shares_of_a_step_are_the_step(size, per_step):
+    store = make_store(per_step)
+    streams = [
+        batches(store, rollouts_per_step=per_step, tokens_per_batch=50, ref="behavior", ranks=Ranks(rank, size)) for rank in range(size)
+    ]
+    for index in range(4):
+        expected = batches(store, rollouts_per_step=per_step, tokens_per_batch=600, ref="behavior").step(index).batches
+        shares = [stream.step(index).batches for stream in streams]
+        assert len({len(share) for share in shares}) == 1, "every rank goes through as many micro-batches"
+        weighed = [batch for share in shares for batch in share if batch.weight.any()]
+        tokens = np.concatenate([batch.targets[batch.weight > 0].numpy() for batch in weighed] or [np.zeros(0)])
+        assert sorted(tokens.tolist()) == sorted(torch.cat([b.targets[b.weight > 0] for b in expected]).tolist())
+        total = sum(float(batch.weight.sum()) for batch in weighed)
+        assert total == pytest.approx(sum(float(batch.weight.sum()) for batch in expected))
+
+
+def test_shares_are_of_like_sizes():
+    store = make_store(11)
+    sizes = []
+    for rank in range(3):
+        stream = batches(store, rollouts_per_step=11, tokens_per_batch=50, ref="behavior", ranks=Ranks(rank, 3))
+        sizes.append(sum(batch.inputs.numel() for batch in stream.step(0).batches if batch.weight.any()))
+    assert max(sizes) < 1.6 * min(sizes)
+
+
+def test_one_rank_of_one_is_what_a_process_is_on_its_own():
+    assert Ranks.current() == Ranks(0, 1)
+    values = torch.tensor([1.0, 2.0])
+    assert torch.equal(Ranks().sum(values), values)
+    assert Ranks().gather([1, 2]) == [1, 2]
+
+
+@pytest.mark.parametrize(("rank", "size"), [(-1, 1), (1, 1), (2, 2), (0, 0)])
+def test_a_rank_that_there_is_not_is_refused(rank, size):
+    with pytest.raises(InvalidRecordError, match="count from 0"):
+        Ranks(rank, size)
+
+
+def test_a_student_whose_gradients_nobody_sums_is_refused():
+    student = make_student(Case(), Ranks())
+    check_summed(student, Ranks())
+    with pytest.raises(ModelError, match=r"trained by 2 ranks and nothing sums its gradients.*wrap it before `opd_steps`"):
+        check_summed(student, Ranks(1, 2))
+
+
+def test_a_step_without_weight_anywhere_is_refused():
+    store = make_store(1)
+    student = make_student(Case(), Ranks())
+    stream = batches(store, rollouts_per_step=1, tokens_per_batch=50, ref="behavior", stop=1)
+    (step,) = stream
+    nothing = evolve(step, batches=tuple(evolve(batch, weight=torch.zeros_like(batch.weight)) for batch in step.batches))
+    with pytest.raises(InvalidRecordError, match="expected more than 0"):
+        next(opd_steps(student, [nothing], FusedOPDLoss(), make_optimizer(student)))
+
+
+def test_an_idle_micro_batch_leaves_gradients_of_nothing_everywhere():
+    """FSDP sums what there is, so ranks must agree on which parameters have gradients."""
+    student = make_student(Case(), Ranks())
+    stream = batches(make_store(1), rollouts_per_step=1, tokens_per_batch=50, ref="behavior", ranks=Ranks(1, 2))
+    (idle,) = stream.step(0).batches
+    assert not idle.weight.any()
+    student(idle, FusedOPDLoss()).loss_sum.backward()
+    missing = [name for name, p in student.named_parameters() if p.grad is None]
+    assert missing == []
+    assert all(not p.grad.any() for p in student.parameters())
