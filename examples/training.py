@@ -11,6 +11,7 @@ from phases import console, write_json
 from lopd import CausalLMStudent, Lineage
 from lopd.checkpoint import load_checkpoint, save_checkpoint
 from lopd.loader import StepStream
+from lopd.ranks import Ranks
 from lopd.types import Step, StepMetrics
 
 
@@ -33,8 +34,12 @@ def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float, to
 
 
 def follow(steps: Iterable[StepMetrics], total: int) -> Iterator[StepMetrics]:
-    """The same metrics, with a line for each printed."""
+    """The same metrics, with a line for each printed, by one of the ranks if there are several."""
+    quiet = Ranks.current().rank > 0
     for m in steps:
+        if quiet:
+            yield m
+            continue
         drift = "" if m.drift is None else f"ratio {m.drift.ratio_mean:.3f}  effective rollouts {m.drift.ess:4.0%}  "
         console.print(
             f"step {m.step + 1:3d}/{total}  loss {m.loss:7.3f}  reverse KL {m.reverse_kl:6.3f}  gradient {m.grad_norm:5.2f}  {drift}"
@@ -57,6 +62,7 @@ def resumably(
     for metrics in follow(begin(done), total):
         history.append(metrics)
         if (metrics.step + 1) % 5 == 0:
-            write_json(checkpoints / "history.json", [asdict(m) for m in history])
+            if Ranks.current().rank == 0:
+                write_json(checkpoints / "history.json", [asdict(m) for m in history])
             save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=lineage)
     return history

@@ -15,6 +15,7 @@ from lopd.types import Prompt, Rollout
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from recipes import run as recipe_run
+from recipes import train as recipe_train
 from recipes.estimate import Rates, estimate
 from recipes.grading import MathGrader
 from recipes.paper import RECIPES
@@ -34,6 +35,7 @@ TINY = {
     "test-tokens": 6,
     "teacher-billions": 1e-6,
     "student-billions": 1e-6,
+    "training-gpus": 2,
     "device": "cpu",
     "dtype": "float32",
 }
@@ -101,18 +103,15 @@ def test_an_estimate_alone_starts_nothing(monkeypatch, folder):
 
 
 def test_rates_of_sft_rise_and_fall_and_that_of_opd_is_constant(monkeypatch, folder):
-    rates = {}
-    monkeypatch.setattr(recipe_run, "train", lambda run, name, start, stream, loss, rate, recipe: rates.update({name: rate}) or {})
-    monkeypatch.setattr(recipe_run, "steps_of", lambda *a, **k: None)
+    monkeypatch.setattr(recipe_train, "_steps", lambda *_, **__: None)
     recipe = RECIPES["qwen3-8b-math"]
-    run = recipe_run.Run(folder / "run")
-    recipe_run.sft(run, recipe)
-    recipe_run.opd(run, folder, recipe)
-    assert rates["sft"](299) == pytest.approx(8e-5)
-    assert rates["sft"](149) == pytest.approx(4e-5)
-    assert rates["sft"](300 + 1350) == pytest.approx(4e-5)
-    assert rates["sft"](2999) < 1e-9
-    assert {rates["opd"](step) for step in range(150)} == {2e-6}
+    sft, opd = recipe_train.sft_phase(folder, recipe), recipe_train.opd_phase(folder, recipe)
+    assert sft.rate(299) == pytest.approx(8e-5)
+    assert sft.rate(149) == pytest.approx(4e-5)
+    assert sft.rate(300 + 1350) == pytest.approx(4e-5)
+    assert sft.rate(2999) < 1e-9
+    assert {opd.rate(step) for step in range(150)} == {2e-6}
+    assert (opd.loss.clip, opd.loss.ratio_to_ref) == (10.0, False)
 
 
 @pytest.mark.parametrize(("name", "hours"), [("qwen3-4b-math", 20), ("qwen3-8b-math", 30)])

@@ -24,7 +24,7 @@ class Recipe:
         ratio_to_ref: weigh each token by its ratio to the reference policy; the paper does not.
         tokens_per_batch: positions of one forward pass of training.
         test_samples, test_temperature, test_top_p, test_tokens: of the evaluation.
-        gpus: in the machine; of them `teacher_gpus` and `student_gpus` hold one model in vLLM.
+        gpus: in the machine; of them `teacher_gpus` and `student_gpus` hold one model in vLLM, and training is sharded over `training_gpus`.
         device, dtype: of training.
     """
 
@@ -57,6 +57,7 @@ class Recipe:
     gpus: int = 8
     teacher_gpus: int = 2
     student_gpus: int = 1
+    training_gpus: int = 8
     device: str = "cuda"
     dtype: str = "bfloat16"
     seed: int = 42

@@ -9,13 +9,15 @@ Files have one JSON object a line: "prompt" (the problem) and, in a test, "answe
 stops there.  Every hyper-parameter is an option (`--help`).  Every phase is kept in `--out`: a second call finds it done, a killed one
 resumes.
 
-Sampling and scoring use vLLM, on `--student-gpus` and `--teacher-gpus` GPUs; `--engine hf` needs no vLLM and suits tiny models.  Training is one
-process on one device, so a student whose weights, gradients and moments do not fit one GPU is refused before anything starts.
+Sampling and scoring use vLLM, on `--student-gpus` and `--teacher-gpus` GPUs; `--engine hf` needs no vLLM and suits tiny models.  Training is
+sharded over `--training-gpus` (FSDP2); a student whose weights, gradients and moments do not fit there is refused before anything starts.
 """
 
 import argparse
-import math
-from collections.abc import Callable, Iterator
+import json
+import os
+import subprocess
+import sys
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,28 +27,13 @@ import torch
 import transformers
 from attrs import asdict, evolve
 from phases import Run, console, digest
-from training import resumably
 
-from lopd import (
-    CausalLMStudent,
-    FusedOPDLoss,
-    FusedSFTLoss,
-    SamplingParams,
-    ZarrStore,
-    batches,
-    collect_rollouts,
-    opd_steps,
-    score_rollouts,
-    watch_drift,
-)
+from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd import evaluate as evaluate_policy
 from lopd.console import RichProgress
-from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.loader import StepStream
-from lopd.manifest import fingerprint_tokenizer
+from lopd.engines.hf import HFScorer, HFSource
 from lopd.prompts import read_prompts
-from lopd.protocols import OPDLoss
-from lopd.types import Prompt, Step, StepMetrics
+from lopd.types import Prompt
 from recipes.estimate import describe, estimate
 from recipes.grading import MathGrader
 from recipes.paper import RECIPES, Recipe
@@ -69,7 +56,7 @@ def main() -> None:
     if recipe.sft_steps:
         texts = problems_of(options.sft_prompts, recipe, recipe.student)[: recipe.sft_texts]
         run.phase("SFT text", lambda: sample(engine.source(recipe.teacher, sft_sampling(recipe)), texts, run.folder / "sft.zarr"))
-        run.phase("SFT", lambda: sft(run, recipe))
+        run.phase("SFT", lambda: train(run, "sft", recipe.student, recipe))
         start = run.folder / "sft"
     problems = problems_of(options.prompts, recipe, str(start))[: recipe.rollouts]
     run.phase("rollouts", lambda: sample(engine.source(str(start), opd_sampling(recipe)), problems, run.folder / "opd.zarr"))
@@ -77,7 +64,7 @@ def main() -> None:
     if recipe.ratio_to_ref:
         # the log-probs with which rollouts were drawn are those of another temperature
         run.phase("scores of the start", lambda: score(engine.scorer(str(start)), run.folder / "opd.zarr", "ref"))
-    run.phase("OPD", lambda: opd(run, start, recipe))
+    run.phase("OPD", lambda: train(run, "opd", str(start), recipe))
     if tests:
         for name, folder in (("start", start), ("OPD", run.folder / "opd")):
             run.phase(f"evaluation of {name}", lambda folder=folder: grade(engine.source(str(folder), test_sampling(recipe)), tests))
@@ -114,10 +101,11 @@ def check_memory(recipe: Recipe) -> None:
     needed = estimate(recipe).training_gigabytes
     if recipe.device.startswith("cuda") and torch.cuda.is_available():
         there = torch.cuda.get_device_properties(recipe.device).total_memory / 1e9
-        if needed > 0.9 * there:
+        room = 0.9 * there * recipe.training_gpus
+        if needed > room:
             raise SystemExit(
-                f"Training: weights, gradients and moments of the student take {needed:.0f} GB, expected at most 0.9 of the {there:.0f} GB "
-                "of one GPU; take a larger GPU, or a smaller student."
+                f"Training: weights, gradients and moments of the student take {needed:.0f} GB, expected at most {room:.0f} GB, 0.9 of the memory "
+                f"of {recipe.training_gpus} GPUs; raise --training-gpus, or take a smaller student."
             )
 
 
@@ -195,54 +183,12 @@ def closed(engine: Any) -> AbstractContextManager[Any]:
     return closing(engine) if hasattr(engine, "close") else nullcontext()
 
 
-def sft(run: Run, recipe: Recipe) -> dict[str, Any]:
-    """The base model imitates the teacher's text (table 5)."""
-    stream = steps_of(run.folder / "sft.zarr", recipe, recipe.sft_rollouts_per_step, recipe.sft_steps, teacher=None)
-    warmup = max(recipe.sft_warmup * recipe.sft_steps, 1.0)
-
-    def rate(step: int) -> float:
-        left = math.cos(math.pi * max(step - warmup, 0.0) / max(recipe.sft_steps - warmup, 1.0))
-        return recipe.sft_lr * min((step + 1) / warmup, 1.0) * (1 + left) / 2
-
-    return train(run, "sft", recipe.student, stream, FusedSFTLoss(), rate, recipe)
-
-
-def opd(run: Run, start: Path, recipe: Recipe) -> dict[str, Any]:
-    """Lightning OPD on the stored scores (table 6)."""
-    ref = "ref" if recipe.ratio_to_ref else None
-    stream = steps_of(run.folder / "opd.zarr", recipe, recipe.opd_rollouts_per_step, recipe.opd_steps, ref=ref)
-    loss = FusedOPDLoss(clip=recipe.clip, ratio_to_ref=recipe.ratio_to_ref)
-    return train(run, "opd", str(start), stream, loss, lambda _: recipe.opd_lr, recipe)
-
-
-def steps_of(path: Path, recipe: Recipe, rollouts: int, steps: int, **columns: Any) -> StepStream:
-    """The steps of a store."""
-    store = ZarrStore.open(str(path))
-    return batches(store, rollouts_per_step=rollouts, tokens_per_batch=recipe.tokens_per_batch, seed=recipe.seed, stop=steps, **columns)
-
-
-def train(
-    run: Run, name: str, start: str, stream: StepStream, loss: OPDLoss, rate: Callable[[int], float], recipe: Recipe
-) -> dict[str, Any]:
-    """Train from this start over these steps, resumably, and export the student to the folder of this name."""
-    model, tokenizer = load_model(start, torch.float32, recipe.device)
-    autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
-    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer), autocast=autocast, gradient_checkpointing=autocast is not None)
-    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
-
-    def paced(done: int) -> Iterator[Step]:
-        for step in evolve(stream, start=done):
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step.index)
-            yield step
-
-    def begin(done: int) -> Iterator[StepMetrics]:
-        steps = opd_steps(student, paced(done), loss, optimizer)
-        return watch_drift(steps) if stream.columns.ref is not None else steps
-
-    history = resumably(run.folder / "checkpoints" / name, student, optimizer, stream.lineage, begin, stream.stop or 0)
-    student.export(run.folder / name, tokenizer, stream.lineage)
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+def train(run: Run, name: str, start: str, recipe: Recipe) -> dict[str, Any]:
+    """SFT or OPD, by as many processes as there are GPUs to train on; `recipes.train` is what each of them does."""
+    ranks = ["--standalone", "--nproc-per-node", str(recipe.training_gpus)]
+    command = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", "recipes.train", str(run.folder), name, start]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, check=True)
+    return json.loads((run.folder / f"{name}.json").read_text())
 
 
 def grade(source: Any, tests: list[Prompt]) -> dict[str, Any]:

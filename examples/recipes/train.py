@@ -1,0 +1,122 @@
+"""What each process of a training phase does; `recipes.run` starts them with torchrun.
+
+torchrun --nproc-per-node 8 -m recipes.train RUN sft|opd START
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+import transformers
+from attrs import asdict, evolve, fields
+from phases import write_json
+from torch.distributed.fsdp import fully_shard
+from training import resumably
+
+from lopd import CausalLMStudent, FusedOPDLoss, FusedSFTLoss, ZarrStore, batches, opd_steps, watch_drift
+from lopd.engines.hf import load_model
+from lopd.loader import StepStream
+from lopd.manifest import fingerprint_tokenizer
+from lopd.protocols import OPDLoss
+from lopd.ranks import Ranks
+from lopd.types import Step, StepMetrics
+from recipes.paper import Recipe
+
+
+@attrs.frozen
+class Phase:
+    """A training phase.
+
+    Args:
+        stream: its steps, this rank's share of each.
+        loss: of every step.
+        rate: step -> learning rate.
+    """
+
+    stream: StepStream
+    loss: OPDLoss
+    rate: Callable[[int], float]
+
+
+def sft_phase(folder: Path, recipe: Recipe) -> Phase:
+    """The base model imitates the teacher's text (table 5): the rate rises in a straight line and falls by a cosine."""
+    warmup = max(recipe.sft_warmup * recipe.sft_steps, 1.0)
+
+    def rate(step: int) -> float:
+        left = math.cos(math.pi * max(step - warmup, 0.0) / max(recipe.sft_steps - warmup, 1.0))
+        return recipe.sft_lr * min((step + 1) / warmup, 1.0) * (1 + left) / 2
+
+    stream = _steps(folder / "sft.zarr", recipe, recipe.sft_rollouts_per_step, recipe.sft_steps, teacher=None)
+    return Phase(stream, FusedSFTLoss(), rate)
+
+
+def opd_phase(folder: Path, recipe: Recipe) -> Phase:
+    """Lightning OPD on the stored scores (table 6), at a constant rate."""
+    ref = "ref" if recipe.ratio_to_ref else None
+    stream = _steps(folder / "opd.zarr", recipe, recipe.opd_rollouts_per_step, recipe.opd_steps, ref=ref)
+    return Phase(stream, FusedOPDLoss(clip=recipe.clip, ratio_to_ref=recipe.ratio_to_ref), lambda _: recipe.opd_lr)
+
+
+def _steps(path: Path, recipe: Recipe, rollouts: int, steps: int, **columns: Any) -> StepStream:
+    store = ZarrStore.open(str(path))
+    return batches(store, rollouts_per_step=rollouts, tokens_per_batch=recipe.tokens_per_batch, seed=recipe.seed, stop=steps, **columns)
+
+
+def make_student(start: str, recipe: Recipe) -> tuple[CausalLMStudent, Any]:
+    """Float32 weights, sharded layer by layer, computed in the dtype of the recipe with activations recomputed; and its tokenizer."""
+    model, tokenizer = load_model(start, torch.float32)
+    autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
+    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer), autocast=autocast, gradient_checkpointing=autocast is not None)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(student)
+    return student, tokenizer
+
+
+def train(folder: Path, name: str, start: str, recipe: Recipe) -> None:
+    """Train from this start, resumably, and export the student to the folder of this name."""
+    phase = {"sft": sft_phase, "opd": opd_phase}[name](folder, recipe)
+    stream = phase.stream
+    student, tokenizer = make_student(start, recipe)
+    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+
+    def paced(done: int) -> Iterator[Step]:
+        for step in evolve(stream, start=done):
+            for group in optimizer.param_groups:
+                group["lr"] = phase.rate(step.index)
+            yield step
+
+    def begin(done: int) -> Iterator[StepMetrics]:
+        steps = opd_steps(student, paced(done), phase.loss, optimizer)
+        return watch_drift(steps) if stream.columns.ref is not None else steps
+
+    history = resumably(folder / "checkpoints" / name, student, optimizer, stream.lineage, begin, stream.stop or 0)
+    student.export(folder / name, tokenizer, stream.lineage)
+    if Ranks.current().rank == 0:
+        write_json(folder / f"{name}.json", {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]})
+
+
+def main() -> None:
+    """As torchrun starts it."""
+    folder, name, start = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+    settings = json.loads((folder / "settings.json").read_text())
+    recipe = Recipe(**{f.name: settings[f.name] for f in fields(Recipe)})
+    transformers.utils.logging.disable_progress_bar()
+    if recipe.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if recipe.device == "cuda" else "gloo")
+    try:
+        train(folder, name, start, recipe)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
