@@ -1,15 +1,16 @@
 """VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from attrs import evolve, field, frozen
 
 from lopd.checks import check_at_least
 from lopd.errors import EngineError, InvalidRecordError, ManifestMismatchError, QuarantineWarning, SourceError
-from lopd.isolation import isolate
+from lopd.isolation import check_refused, isolate
 from lopd.manifest import Manifest
+from lopd.overlap import overlapped
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.types import Prompt, Rollout, rollout_id
 
@@ -34,6 +35,7 @@ def collect_rollouts(
     store: LogprobStore,
     *,
     prompts_per_batch: int = 64,
+    batches_at_once: int = 1,
     max_refused: int = 64,
     progress: Progress | None = None,
 ) -> CollectionReport:
@@ -47,16 +49,20 @@ def collect_rollouts(
         prompts: with unique ids.
         store: made with `source.manifest`; a source of another generation begins that round in it.
         prompts_per_batch: sampled together and committed together.
+        batches_at_once: calls of `source.sample` that are under way at the same time.  More than 1 is for engines with several workers (Ray,
+            servers), which are else idle while the slowest response of a batch is finished; those in this process take one at a time.
         max_refused: stop when more prompts are refused, for then it is not the prompts.
         progress: see `lopd.console.RichProgress`.
 
     Raises:
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
-        InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` is less than 1, or `max_refused` than 0.
+        InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` or `batches_at_once` is less than 1, or `max_refused`
+            than 0.
         SourceError: the source gave other rollouts than it was asked for.
         EngineError: more than `max_refused` prompts were refused, or all.
     """
     check_at_least("Collection", "prompts_per_batch", prompts_per_batch, 1)
+    check_at_least("Collection", "batches_at_once", batches_at_once, 1)
     check_at_least("Collection", "max_refused", max_refused, 0)
     _check_prompts(prompts)
     manifest = source.manifest
@@ -64,23 +70,24 @@ def collect_rollouts(
     samples = range(manifest.sampling.samples_per_prompt)
     rows = store.find([rollout_id(p.prompt_id, s, manifest.generation) for p in prompts for s in samples])
     missing: list[bool] = np.any(rows.reshape(len(prompts), len(samples)) < 0, axis=1).tolist()
+    owner, report = f"Source {manifest.policy}", CollectionReport()
+
+    def sample(batch: Sequence[Prompt]) -> tuple[list[Rollout], dict[str, str]]:
+        rollouts, refused = isolate(owner, source.sample, batch, max_refused)
+        return rollouts, {prompt.prompt_id: reason for prompt, reason in refused}
+
     if progress:
         progress.begin("sampling", len(prompts) * len(samples), (len(prompts) - sum(missing)) * len(samples), None)
-    report = CollectionReport()
     try:
-        for first in range(0, len(prompts), prompts_per_batch):
-            last = first + prompts_per_batch
-            todo = [p for p, wanted in zip(prompts[first:last], missing[first:last], strict=True) if wanted]
-            if not todo:
-                continue
-            rollouts, refused = isolate(f"Source {manifest.policy}", source.sample, todo, max_refused - len(report.refused))
-            reasons = {prompt.prompt_id: reason for prompt, reason in refused}
+        for batch, (rollouts, reasons) in overlapped(sample, _missing(prompts, missing, prompts_per_batch), batches_at_once):
+            refused = {**report.refused, **reasons}
+            check_refused(owner, list(refused.values()), max_refused)
             _check_ids(
-                [rollout_id(p.prompt_id, s, manifest.generation) for p in todo if p.prompt_id not in reasons for s in samples], rollouts
+                [rollout_id(p.prompt_id, s, manifest.generation) for p in batch if p.prompt_id not in reasons for s in samples], rollouts
             )
             store.append(rollouts)
             tokens = sum(r.response_ids.size for r in rollouts)
-            report = CollectionReport(report.rollouts + len(rollouts), report.tokens + tokens, {**report.refused, **reasons})
+            report = CollectionReport(report.rollouts + len(rollouts), report.tokens + tokens, refused)
             if progress:
                 progress.advance(len(rollouts), tokens, len(reasons) * len(samples))
     finally:
@@ -88,6 +95,14 @@ def collect_rollouts(
             progress.end()
     _warn_of(report.refused, accepted=len(prompts) - sum(missing) + report.rollouts)
     return report
+
+
+def _missing(prompts: Sequence[Prompt], missing: Sequence[bool], size: int) -> Iterator[list[Prompt]]:
+    """What is missing of each batch, of those where something is."""
+    for first in range(0, len(prompts), size):
+        todo = [p for p, wanted in zip(prompts[first : first + size], missing[first : first + size], strict=True) if wanted]
+        if todo:
+            yield todo
 
 
 def _begin(store: LogprobStore, manifest: Manifest) -> None:

@@ -41,12 +41,21 @@ def isolate(
                 waiting += [part[middle:], part[:middle]]
                 continue
             refused.append((part[0], str(error)))
-            if len(refused) > most:
-                raise EngineError(
-                    f"{owner}: it refused {len(refused)} rows of a batch, expected at most the {most} that `max_refused` still allows; the first "
-                    f"reason is {refused[0][1]!r}; set right what is wrong with them all, or allow more."
-                ) from error
+            check_refused(owner, [reason for _, reason in refused], most)
     return results, refused
+
+
+def check_refused(owner: str, reasons: Sequence[str], most: int) -> None:
+    """Refuse to go on where so much is refused that it must be the engine.
+
+    Raises:
+        EngineError: there are more than `most` reasons.
+    """
+    if len(reasons) > most:
+        raise EngineError(
+            f"{owner}: it refused {len(reasons)} rows, expected at most {most} (`max_refused`); the first reason is {reasons[0]!r}; set right what "
+            "is wrong with them all, or allow more."
+        )
 
 
 def score_each(scorer: TeacherScorer, rollouts: Sequence[Rollout], most: int) -> tuple[list[Scores], dict[str, str]]:

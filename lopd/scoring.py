@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from lopd.checks import check_at_least
 from lopd.consistency import check_vocabulary
 from lopd.errors import EngineError, QuarantineWarning
-from lopd.isolation import score_each
+from lopd.isolation import check_refused, score_each
 from lopd.manifest import Provenance
+from lopd.overlap import overlapped
 from lopd.parity import Parity
 from lopd.preflight import Preflight
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
@@ -46,6 +47,7 @@ def score_rollouts(
     *,
     column: str = "teacher",
     rollouts_per_batch: int = 256,
+    batches_at_once: int = 1,
     preflight: Preflight | None = _PREFLIGHT,
     max_refused: int = 64,
     retry_quarantined: bool = False,
@@ -62,6 +64,7 @@ def score_rollouts(
         scorer: the teacher, or any other model (the reference policy into column "ref").
         column: where the scores go; it belongs to one model.
         rollouts_per_batch: committed together.
+        batches_at_once: calls of `scorer.score` that are under way at the same time; more than 1 for engines with several workers (Ray, servers).
         preflight: the self-test before anything is scored; None leaves it out.
         max_refused: stop when one call meets more, for then it is not the rollouts.
         retry_quarantined: try those too that are in quarantine since an earlier call.
@@ -72,9 +75,10 @@ def score_rollouts(
         ConflictError: the column belongs to another model; nothing is scored.
         ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.
         EngineError: more than `max_refused` rollouts were refused, or more than have scores; none of them is put in quarantine.
-        InvalidRecordError: `rollouts_per_batch` is less than 1, or `max_refused` than 0.
+        InvalidRecordError: `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` than 0.
     """
     check_at_least("Scoring", "rollouts_per_batch", rollouts_per_batch, 1)
+    check_at_least("Scoring", "batches_at_once", batches_at_once, 1)
     check_at_least("Scoring", "max_refused", max_refused, 0)
     check_vocabulary(f"Scorer {scorer.provenance.model}", scorer.provenance, "the store's", store.manifest.tokenizer)
     # nothing is added, but a column of another model is refused before anything is paid for
@@ -82,15 +86,20 @@ def score_rollouts(
     pending, tokens, skipped = _pending(store, column, retry_quarantined)
     provenance = scorer.provenance if preflight is None or not len(pending) else preflight.check(store, scorer, column)
     report = ScoringReport(skipped=skipped, parity=provenance.parity)
+    batches = (
+        [record.rollout for record in store.read(pending[first : first + rollouts_per_batch].tolist())]
+        for first in range(0, len(pending), rollouts_per_batch)
+    )
     if progress:
         progress.begin(f"scoring {column}", len(store), len(store) - len(pending), tokens)
     try:
-        for first in range(0, len(pending), rollouts_per_batch):
-            rows = pending[first : first + rollouts_per_batch]
-            more = _score_batch(store, scorer, (column, provenance), rows, max_refused - len(report.refused))
-            report = _sum(report, more)
+        for rollouts, (scores, reasons) in overlapped(lambda batch: score_each(scorer, batch, max_refused), batches, batches_at_once):
+            check_refused(f"Scorer {provenance.model}", [*report.refused.values(), *reasons.values()], max_refused)
+            store.append_scores(column, provenance, scores)
+            tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id not in reasons)
+            report = _sum(report, ScoringReport(len(scores), tokens, sum(score.floored for score in scores), reasons))
             if progress:
-                progress.advance(more.rollouts, more.tokens, len(more.refused))
+                progress.advance(len(scores), tokens, len(reasons))
     finally:
         if progress:
             progress.end()
@@ -105,16 +114,6 @@ def _pending(store: LogprobStore, column: str, retry: bool) -> tuple[NDArray[np.
     rows = np.flatnonzero(missing)
     lengths = store.lengths()[rows].sum(axis=1)
     return rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(quarantined)
-
-
-def _score_batch(
-    store: LogprobStore, scorer: TeacherScorer, target: tuple[str, Provenance], rows: NDArray[np.int64], most: int
-) -> ScoringReport:
-    rollouts = [record.rollout for record in store.read(rows.tolist())]
-    scores, refused = score_each(scorer, rollouts, most)
-    store.append_scores(*target, scores)
-    tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id not in refused)
-    return ScoringReport(len(scores), tokens, sum(score.floored for score in scores), refused)
 
 
 def _sum(report: ScoringReport, more: ScoringReport) -> ScoringReport:

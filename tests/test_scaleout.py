@@ -1,0 +1,256 @@
+"""A real Ray cluster on this machine, of two workers."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attrs import frozen
+
+from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.errors import EngineError, InvalidRecordError, QuarantineWarning
+from lopd.overlap import overlapped
+from lopd.types import Prompt
+
+ray = pytest.importorskip("ray", reason="Ray is not installed")
+
+from lopd.scaleout import RayScorer, RaySource  # noqa: E402
+
+# Ray leaves pipes of its own to the end of the process
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=2, seed=3)
+PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 20 + i % 3]) for i in range(11)]
+ENDLESS = Prompt("endless", [5] * 5000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster():
+    here = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}  # workers import what tests define
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=here)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer, make_model):
+    """A policy and a teacher on disk, from where workers take them."""
+    made = {name: tmp_path_factory.mktemp(name) for name in ("policy", "teacher")}
+    for seed, folder in enumerate(made.values()):
+        make_model("llama_tied", seed=seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(folders):
+    """What one process makes of the prompts."""
+    source, scorer = HFSource.from_folder(folders["policy"], SAMPLING), HFScorer.from_folder(folders["teacher"])
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, PROMPTS, store)
+    score_rollouts(store, scorer)
+    return store
+
+
+@frozen
+class Mortal:
+    """Gives engines that are killed, as a machine that is short of memory does it, when they meet the fatal item; `lives` times in all."""
+
+    kind: str
+    folder: Path
+    fatal: str
+    lives: int
+    deaths: Path
+
+    def __call__(self):
+        inner = HFSource.from_folder(self.folder, SAMPLING) if self.kind == "source" else HFScorer.from_folder(self.folder)
+        return MortalEngine(self, inner)
+
+
+class MortalEngine:
+    def __init__(self, plan, inner):
+        self.plan, self.inner = plan, inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def _meet(self, names):
+        died = len(list(self.plan.deaths.iterdir()))
+        if self.plan.fatal in names and died < self.plan.lives:
+            (self.plan.deaths / str(died)).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def sample(self, prompts):
+        self._meet([prompt.prompt_id for prompt in prompts])
+        return self.inner.sample(prompts)
+
+    def score(self, rollouts):
+        self._meet([rollout.rollout_id for rollout in rollouts])
+        return self.inner.score(rollouts)
+
+
+@pytest.fixture
+def deaths(tmp_path):
+    (tmp_path / "deaths").mkdir()
+    return tmp_path / "deaths"
+
+
+def assert_same(store, expected):
+    """The same rows in the same order, and scores within the rounding of a batch of other company."""
+    assert len(store) == len(expected)
+    for ours, theirs in zip(store.read(range(len(store)), ("teacher",)), expected.read(range(len(expected)), ("teacher",)), strict=True):
+        assert (ours.rollout.rollout_id, ours.rollout.content_hash) == (theirs.rollout.rollout_id, theirs.rollout.content_hash)
+        np.testing.assert_allclose(ours.scores["teacher"], theirs.scores["teacher"], atol=1e-5)
+
+
+def test_two_workers_that_are_killed_in_the_middle_fill_the_store_that_one_process_fills(folders, alone, deaths, tmp_path):
+    kept = [kind.create(str(tmp_path / kind.__name__), alone.manifest) for kind in (ZarrStore, LanceStore)]
+    stores = [*kept, MemoryStore(alone.manifest)]
+    with closing(RaySource(Mortal("source", folders["policy"], "p6", 1, deaths))) as source:
+        for store in stores:
+            assert collect_rollouts(source, PROMPTS, store, prompts_per_batch=4, batches_at_once=2).rollouts == 22
+    assert len(list(deaths.iterdir())) == 1
+    with closing(RayScorer(Mortal("scorer", folders["teacher"], "p3/s1/g0", 2, deaths))) as scorer:
+        for store in stores:
+            assert score_rollouts(store, scorer, rollouts_per_batch=6, batches_at_once=2).rollouts == 22
+    assert len(list(deaths.iterdir())) == 2
+    for store in stores:
+        assert_same(store, alone)
+
+
+def test_what_an_engine_refuses_in_a_worker_is_left_out_as_in_one_process(folders, alone):
+    store = MemoryStore(alone.manifest)
+    with closing(RaySource(lambda folder=folders["policy"]: HFSource.from_folder(folder, SAMPLING), workers=1)) as source:
+        with pytest.warns(QuarantineWarning, match=r"1 prompts could not be sampled.*'endless'.*5000 tokens"):
+            report = collect_rollouts(source, [*PROMPTS[:5], ENDLESS, *PROMPTS[5:]], store)
+        assert list(report.refused) == ["endless"]
+        assert source.sample([]) == []
+        source.close()
+        assert len(source.sample(PROMPTS[:1])) == 2, "a later call starts the workers again"
+    score_rollouts(store, HFScorer.from_folder(folders["teacher"]))
+    assert_same(store, alone)
+
+
+def test_items_that_kill_every_worker_end_the_call_and_what_was_committed_stays(folders, alone, deaths):
+    store = MemoryStore(alone.manifest)
+    with closing(RaySource(Mortal("source", folders["policy"], "p6", 99, deaths), attempts=2)) as source:
+        with pytest.raises(EngineError, match=r"RaySource: 2 workers died over the same 2 items, expected one to get through"):
+            collect_rollouts(source, PROMPTS, store, prompts_per_batch=4)
+        assert len(store) == 8
+        assert len(source.sample(PROMPTS[:2])) == 4, "other workers have taken their places"
+
+
+@frozen
+class Moody:
+    """Gives an engine to the first who asks, and something else to all others."""
+
+    folder: Path
+    asked: Path
+    later: str
+
+    def __call__(self):
+        try:
+            (self.asked / "first").mkdir()
+            sampling = SAMPLING
+        except FileExistsError:
+            sampling = SamplingParams(max_new_tokens=9)
+            if self.later == "fail":
+                raise EngineError("Engine: it does not start, expected it to; look after it.") from None
+        return MortalEngine(
+            Mortal("source", self.folder, "p6", 99, self.asked.parent / "gone"), HFSource.from_folder(self.folder, sampling)
+        )
+
+
+def test_workers_that_are_not_alike_are_refused_before_anything_is_sampled(folders, deaths):
+    with (
+        closing(RaySource(Moody(folders["policy"], deaths, "differ"))) as source,
+        pytest.raises(EngineError, match=r"RaySource: a worker's engine is Manifest.*as another's is"),
+    ):
+        source.manifest  # noqa: B018
+
+
+def test_a_worker_that_cannot_be_replaced_leaves_the_work_to_the_others_and_the_last_ends_the_call(folders, deaths):
+    (deaths.parent / "gone").mkdir()
+    with closing(RaySource(Moody(folders["policy"], deaths, "fail"), workers=1)) as source:
+        assert len(source.sample(PROMPTS[:2])) == 4
+        with pytest.raises(EngineError, match=r"all 1 workers died and none could be started again") as caught:
+            source.sample(PROMPTS)
+        assert "does not start" in str(caught.value.__cause__)
+
+
+def test_a_cluster_that_has_not_what_is_asked_for_is_not_waited_for_forever(folders):
+    make = Moody(folders["policy"], folders["policy"], "differ")
+    with (
+        closing(RayScorer(make, workers=3, options={"resources": {"telescope": 1}}, patience_s=1.0)) as scorer,
+        pytest.raises(EngineError, match=r"RayScorer: 3 of 3 workers did not start within 1 s.*the cluster has .*CPU"),
+    ):
+        scorer.provenance  # noqa: B018
+
+
+def test_what_workers_cannot_import_is_named(folders):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mortal, "__module__", "not_here")
+        patch.setitem(sys.modules, "not_here", sys.modules[__name__])
+        with (
+            closing(RaySource(Mortal("source", folders["policy"], "p6", 0, folders["policy"]), workers=1)) as source,
+            pytest.raises(
+                EngineError, match=r"a worker died while it started \(.*No module named 'not_here'.*whether `make` can be imported there"
+            ),
+        ):
+            source.manifest  # noqa: B018
+
+
+@pytest.mark.parametrize(("argument", "value"), [("workers", 0), ("attempts", 0), ("patience_s", 0.0)])
+def test_numbers_that_make_no_sense_are_refused(argument, value):
+    for kind in (RaySource, RayScorer):
+        with pytest.raises(InvalidRecordError, match=f"{kind.__name__}: {argument} is {value}"):
+            kind(lambda: None, **{argument: value})
+
+
+def test_overlapped_calls_come_in_order_and_no_item_is_asked_for_before_there_is_room():
+    asked, ended = [], []
+
+    def items():
+        for i in range(8):
+            asked.append(i)
+            yield i
+
+    def call(i):
+        time.sleep(0.02 * (i % 3 == 0))
+        ended.append(i)
+        return -i
+
+    for i, (item, result) in enumerate(overlapped(call, items(), 3)):
+        assert (item, result) == (i, -i)
+        assert len(asked) <= i + 3
+    assert sorted(ended) == list(range(8))
+
+
+def test_the_first_error_of_overlapped_calls_ends_them_and_no_further_one_begins():
+    begun, gate = [], threading.Event()
+
+    def call(i):
+        begun.append(i)
+        if i == 1:
+            raise KeyError(i)
+        gate.wait(0.05)
+        return i
+
+    done = []
+    with pytest.raises(KeyError, match="1"):
+        done += [item for item, _ in overlapped(call, range(100), 2)]
+    assert max(begun) <= 3
+
+
+@pytest.mark.parametrize("verb", [collect_rollouts, score_rollouts])
+def test_no_batch_at_a_time_is_refused(verb, folders, alone):
+    engine = HFSource.from_folder(folders["policy"], SAMPLING) if verb is collect_rollouts else HFScorer.from_folder(folders["teacher"])
+    arguments = (engine, PROMPTS, MemoryStore(alone.manifest)) if verb is collect_rollouts else (alone, engine)
+    with pytest.raises(InvalidRecordError, match="batches_at_once is 0, expected at least 1"):
+        verb(*arguments, batches_at_once=0)
