@@ -10,13 +10,14 @@ from attrs import evolve
 
 from lopd import ZarrStore
 from lopd.manifest import Lineage
+from lopd.plan import rates_like
 from lopd.types import Prompt, Rollout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from recipes import run as recipe_run
 from recipes import train as recipe_train
-from recipes.estimate import Rates, estimate
+from recipes.estimate import estimate, work_of
 from recipes.grading import MathGrader
 from recipes.paper import RECIPES
 
@@ -73,7 +74,7 @@ def phase(out, name):
 def test_math_then_code_from_the_base_model_to_the_evaluated_student(monkeypatch, folder, capsys):
     start(monkeypatch, folder, "qwen3-4b-math")
     out = folder / "run"
-    assert "GPU-hours (rollouts, scores, OPD)" in capsys.readouterr().out
+    assert "GPU-hours" in capsys.readouterr().out
     store = ZarrStore.open(str(out / "opd.zarr"))
     sampling = store.manifest.sampling
     assert (len(store), sampling.temperature, sampling.top_p, sampling.seed) == (10, 0.8, 1.0, 42)
@@ -116,19 +117,25 @@ def test_rates_of_sft_rise_and_fall_and_that_of_opd_is_constant(monkeypatch, fol
 
 @pytest.mark.parametrize(("name", "hours"), [("qwen3-4b-math", 20), ("qwen3-8b-math", 30)])
 def test_the_estimate_of_the_opd_stage_is_near_table_2(name, hours):
-    assert estimate(RECIPES[name]).opd_gpu_hours == pytest.approx(hours, rel=0.25)
+    assert estimate(RECIPES[name]).opd.gpu_hours == pytest.approx(hours, rel=0.1)
 
 
-def test_the_estimate_grows_with_what_it_counts():
+def test_the_estimate_counts_every_phase():
     recipe = RECIPES["qwen3-8b-math"]
-    one, more = estimate(recipe), estimate(evolve(recipe, rollouts=2 * recipe.rollouts))
-    assert more.gpu_hours["rollouts"] == pytest.approx(2 * one.gpu_hours["rollouts"])
-    assert more.gpu_hours["scores"] == pytest.approx(2 * one.gpu_hours["scores"])
-    assert more.gpu_hours["OPD"] == one.gpu_hours["OPD"]
-    assert more.gigabytes["rollouts and scores"] == pytest.approx(2 * one.gigabytes["rollouts and scores"])
-    assert one.gigabytes["rollouts and scores"] == pytest.approx(17_400 * 4096 * 0.75 * 13 / 1e9)
-    assert estimate(recipe, rates=Rates(sampled=3000)).gpu_hours["rollouts"] == pytest.approx(one.gpu_hours["rollouts"] / 2)
-    assert one.training_gigabytes == pytest.approx(8.2 * 16)
+    one, more = estimate(recipe), estimate(evolve(recipe, sft_texts=2 * recipe.sft_texts, sft_steps=3 * recipe.sft_steps), problems=30)
+    assert more.gpu_hours["SFT text"] == pytest.approx(2 * one.gpu_hours["SFT text"])
+    assert more.gpu_hours["SFT"] == pytest.approx(3 * one.gpu_hours["SFT"])
+    assert (one.gpu_hours["evaluation"], more.gpu_hours["evaluation"]) == (
+        0,
+        pytest.approx(2 * 30 * 32 * 32_768 * 0.75 / 1485 / 3600, rel=1e-3),
+    )
+    assert more.opd == one.opd
+    both = estimate(evolve(recipe, ratio_to_ref=True))
+    assert both.opd.phases[1].gpu_hours == pytest.approx(2 * one.opd.phases[1].gpu_hours)
+    rates = rates_like(work_of(recipe))
+    fast = estimate(recipe, rates=evolve(rates, training=2 * rates.training))
+    assert fast.gpu_hours["SFT"] == pytest.approx(one.gpu_hours["SFT"] / 2)
+    assert one.opd.memory_gb == pytest.approx(8.2 * 16)
 
 
 class Text:

@@ -32,9 +32,10 @@ from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd import evaluate as evaluate_policy
 from lopd.console import RichProgress
 from lopd.engines.hf import HFScorer, HFSource
+from lopd.plan import trained_gb
 from lopd.prompts import read_prompts
 from lopd.types import Prompt
-from recipes.estimate import describe, estimate
+from recipes.estimate import describe, estimate, work_of
 from recipes.grading import MathGrader
 from recipes.paper import RECIPES, Recipe
 
@@ -98,7 +99,7 @@ def parse() -> tuple[Recipe, argparse.Namespace]:
 
 def check_memory(recipe: Recipe) -> None:
     """Refuse what would run out of memory after days of sampling."""
-    needed = estimate(recipe).training_gigabytes
+    needed = trained_gb(work_of(recipe))
     if recipe.device.startswith("cuda") and torch.cuda.is_available():
         there = torch.cuda.get_device_properties(recipe.device).total_memory / 1e9
         room = 0.9 * there * recipe.training_gpus

@@ -1,0 +1,147 @@
+"""The planner: arithmetic that can be done by hand, the paper's table 2, and the command line."""
+
+import itertools
+import json
+
+import pytest
+from attrs import evolve
+
+from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.errors import InvalidRecordError
+from lopd.plan import PAPER_LOCKSTEP, TABLE_2, Rates, Work, lightning, lockstep_of, online, rates_like
+from lopd.plan.__main__ import main
+
+HOUR = 3600
+WORK = Work(prompts=1000, samples=2, prompt_tokens=100, response_tokens=900, steps=50, rollouts_per_step=64, tokens_per_batch=8000)
+RATES = Rates(sampling=100, scoring=1000, training=500)
+
+
+def hours(bill):
+    return {phase.name: phase.gpu_hours for phase in bill.phases}
+
+
+def test_lightning_samples_and_scores_once_and_trains_on_every_step():
+    bill = lightning(WORK, RATES, gpus=4)
+    expected = {"rollouts": 2000 * 900 / 100, "scores": 2000 * 1000 / 1000, "training": 50 * 64 * 1000 / 500}
+    assert hours(bill) == pytest.approx({name: seconds / HOUR for name, seconds in expected.items()})
+    assert bill.wall_hours == pytest.approx(bill.gpu_hours / 4)
+    assert bill.bottleneck.name == "rollouts"
+    assert hours(lightning(evolve(WORK, columns=3), RATES, gpus=4))["scores"] == pytest.approx(3 * expected["scores"] / HOUR)
+
+
+def test_online_opd_samples_and_scores_what_every_step_trains_on():
+    bill = online(WORK, RATES, gpus=4)
+    expected = {"rollouts": 3200 * 900 / 100, "scores": 3200 * 1000 / 1000, "training": 3200 * 1000 / 500}
+    assert hours(bill) == pytest.approx({name: seconds / HOUR for name, seconds in expected.items()})
+    slow = hours(online(WORK, RATES, gpus=4, lockstep=3.0))
+    assert slow == pytest.approx({name: h * (1 if name == "training" else 3) for name, h in hours(bill).items()})
+
+
+def test_training_spreads_over_as_many_gpus_as_a_step_has_micro_batches_and_others_are_held_only_online():
+    few, many = lightning(WORK, RATES, gpus=8), lightning(WORK, RATES, gpus=100)
+    assert (few.phases[2].gpus, many.phases[2].gpus) == (8, 8)
+    assert many.phases[2].wall_hours == few.phases[2].wall_hours
+    assert many.phases[2].limit.startswith("50 steps one after the other, each with work for 8 GPUs")
+    assert many.bottleneck.name == "training"
+    assert many.gpu_hours == pytest.approx(few.gpu_hours)
+    assert hours(online(WORK, RATES, gpus=100))["training"] == pytest.approx(100 / 8 * hours(few)["training"])
+
+
+def test_one_process_that_commits_is_a_limit_of_its_own():
+    bill = lightning(WORK, RATES, gpus=100_000)
+    assert bill.phases[0].wall_hours == pytest.approx(2000 * 900 / 2e6 / HOUR)
+    assert bill.phases[0].limit.startswith("the process that commits")
+
+
+def test_by_default_steps_pass_over_the_rollouts_as_often_as_those_of_the_paper():
+    assert Work(prompts=17_400).all_steps == 150
+    assert Work(prompts=174_000).all_steps == 1500
+    assert Work(prompts=1).all_steps == 1
+
+
+def test_memory_is_that_of_the_largest_model_offline_and_of_all_of_them_online():
+    work = Work(prompts=10, student_billions=1, teacher_billions=10)
+    assert (lightning(work, RATES, 1).memory_gb, online(work, RATES, 1).memory_gb) == (20, 16 + 2 + 20)
+    mixture = evolve(work, student_active=0.5, teacher_active=2.0)
+    assert lightning(mixture, RATES, 1).memory_gb == 20, "experts that are not met are in memory all the same"
+    assert rates_like(mixture).training == pytest.approx(2 * rates_like(work).training)
+    assert rates_like(mixture).scoring == pytest.approx(5 * rates_like(work).scoring)
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_with_a_rows_own_rates_table_2_comes_out_as_it_is(name):
+    row = TABLE_2[name]
+    stored, texts = row.work.rollouts * row.work.response_tokens, row.work.rollouts * (row.work.response_tokens + 200)
+    trained = row.work.trained * (row.work.response_tokens + 200)
+    rates = Rates(sampling=stored / row.rollouts / HOUR, scoring=texts / row.scores / HOUR, training=trained / row.training / HOUR)
+    assert lightning(row.work, rates, 8).gpu_hours == pytest.approx(row.total)
+    assert online(row.work, rates, 8, lockstep_of(row)).gpu_hours == pytest.approx(row.online)
+    assert online(row.work, rates, 8).gpu_hours < 0.6 * row.online, "at bulk rates online OPD would have taken far less"
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_with_rates_from_the_sizes_of_models_table_2_comes_out_nearly(name):
+    row = TABLE_2[name]
+    rates = rates_like(row.work)
+    assert lightning(row.work, rates, 8).gpu_hours == pytest.approx(row.total, rel=0.1)
+    assert online(row.work, rates, 8, PAPER_LOCKSTEP).gpu_hours == pytest.approx(row.online, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Work(prompts=0), "Work: prompts is 0, expected at least 1"),
+        (lambda: evolve(WORK, steps=0), "Work: steps is 0"),
+        (lambda: evolve(WORK, student_billions=0), "Work: student_billions is 0, expected more than 0"),
+        (lambda: evolve(WORK, teacher_active=-1), "Work: teacher_active is -1"),
+        (lambda: evolve(WORK, prompt_tokens=0), "prompt_tokens is 0"),
+        (lambda: evolve(RATES, scoring=0), "Rates: scoring is 0, expected more than 0 tokens a second"),
+        (lambda: lightning(WORK, RATES, 0), "Bill: gpus is 0"),
+        (lambda: online(WORK, RATES, 1, 0.5), "Bill: lockstep is 0.5, expected at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(InvalidRecordError, match=message):
+        make()
+
+
+def printed(capsys, *arguments):
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_line_plans_several_sizes(capsys):
+    plans = printed(capsys, "--gpus", "64", "--top-k", "8")
+    assert [plan["rollouts"] * 3072 for plan in plans] == pytest.approx([1e6, 1e9, 1e12], rel=1e-2)
+    for small, large in itertools.pairwise(plans):
+        for name in ("lightning", "online_at_least", "online_in_lockstep"):
+            assert large[name]["gpu_hours"] == pytest.approx(1000 * small[name]["gpu_hours"], rel=0.2)
+        assert large["lightning"]["store_bytes"] == pytest.approx(1000 * small["lightning"]["store_bytes"], rel=0.01)
+    assert main(["--prompts", "17400", "--gpu-price", "2", "--storage-price", "0.02"]) == 0
+    shown = capsys.readouterr().out
+    assert "17,400 rollouts" in shown
+    assert "price" in shown
+    assert "Longest: training" in shown
+
+
+def test_given_rates_go_before_measured_ones_and_measured_ones_before_guesses(capsys, tmp_path, llama, tokenizer, prompts):
+    source = HFSource(llama, tokenizer, SamplingParams(max_new_tokens=6))
+    store = ZarrStore.create(str(tmp_path / "store"), source.manifest)
+    collect_rollouts(source, prompts, store, prompts_per_batch=2)
+    score_rollouts(store, HFScorer(llama, tokenizer), rollouts_per_batch=2)
+    (guess,) = printed(capsys, "--prompts", "100")
+    (plan,) = printed(capsys, "--prompts", "100", "--like", str(tmp_path / "store"), "--scoring-rate", "123")
+    (half,) = printed(capsys, "--prompts", "100", "--like", str(tmp_path / "store"), "--like-gpus", "2")
+    assert plan["work"]["vocab_size"] == 96
+    assert plan["work"]["prompt_tokens"] == pytest.approx(store.lengths()[:, 0].mean())
+    assert (plan["rates"]["scoring"], plan["rates"]["training"]) == (123, guess["rates"]["training"])
+    assert plan["rates"]["sampling"] == pytest.approx(2 * half["rates"]["sampling"])
+    assert plan["rates"]["sampling"] != guess["rates"]["sampling"]
+
+
+def test_what_the_command_line_cannot_do_is_one_sentence_and_exit_code_2(capsys, tmp_path):
+    assert main(["--prompts", "0"]) == 2
+    assert "Work: prompts is 0, expected at least 1" in capsys.readouterr().err
+    assert main(["--like", str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err
