@@ -6,6 +6,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import accelerate_worker
 import numpy as np
 import pytest
 import ranks_worker
@@ -71,6 +72,25 @@ def assert_same(found, expected, *, rough=False):
 def test_several_ranks_train_as_one_process_does(case, several, alone):
     found, _ = several
     assert_same(found[case.name], alone[case], rough=case.autocast)
+
+
+@pytest.mark.slow
+def test_a_student_and_an_optimizer_prepared_by_accelerate_train_as_one_process_does(tmp_path, alone):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        accelerate_worker.__file__,
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    processes, found = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert processes == 2
+    assert_same(found, alone[Case()])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from attrs import asdict, evolve
+from attrs import asdict, evolve, fields
 
 from lopd.backends.opening import open_store
 from lopd.doctor.estimating import measure_rates, plan_like
@@ -85,9 +85,7 @@ def _parser() -> ArgumentParser:
 
 
 def _works(options: Namespace) -> list[Work]:
-    names = ("samples", "prompt_tokens", "response_tokens", "steps", "rollouts_per_step", "tokens_per_batch", "student_billions")
-    names += ("teacher_billions", "student_active", "teacher_active", "vocab_size", "top_k", "columns")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    given = {f.name: value for f in fields(Work) if f.name != "prompts" and (value := getattr(options, f.name)) is not None}
     if options.like:
         there = plan_like(open_store(options.like))
         given = {"prompt_tokens": there.prompt_tokens, "response_tokens": there.response_tokens, "vocab_size": there.vocab_size, **given}
