@@ -916,6 +916,21 @@ def test_a_run_that_lost_its_server_goes_on_where_it_was_and_ends_as_if_it_had_n
         np.testing.assert_array_equal(mine.top_k["teacher"].ids, theirs.top_k["teacher"].ids)
 
 
+def test_two_batches_at_once_keep_a_server_busy_and_fill_the_same_store(start):
+    stub, lone = start(), start()
+    prompts, stores = make_prompts(12), []
+    for server, at_once in ((lone, 1), (stub, 2)):
+        server.fail(1000, late(0.05))
+        store = MemoryStore(source_of(server).manifest)
+        collect_rollouts(source_of(server), prompts, store, prompts_per_batch=3, batches_at_once=at_once)
+        score_rollouts(store, scorer_of(server), rollouts_per_batch=3, batches_at_once=at_once, preflight=None)
+        stores.append(store)
+    for mine, theirs in zip(*(store.read(range(12), ["teacher"]) for store in stores), strict=True):
+        assert (mine.rollout.rollout_id, mine.rollout.content_hash) == (theirs.rollout.rollout_id, theirs.rollout.content_hash)
+        np.testing.assert_array_equal(mine.scores["teacher"], theirs.scores["teacher"])
+    assert (lone.busiest, stub.busiest) == (3, 6)
+
+
 def test_the_example_scores_a_store(start, tmp_path, tokenizer, monkeypatch, capsys):
     stubs = [start(), start()]
     tokenizer.save_pretrained(tmp_path / "tokenizer")

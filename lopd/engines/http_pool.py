@@ -86,7 +86,7 @@ class Servers:
     Args:
         urls: one or several, with or without `/v1`.
         model: the name it is served under.
-        concurrency: requests at a time to each server.
+        concurrency: requests at a time to each server, of one call.
         attempts: how often one request is sent before its failure ends the call; time in which no server answers does not count.
         patience_s: how long a server may be down before it is given up; when all are, the call ends.
         timeout_s: longest silence of a request; a response arrives in one piece, so this bounds the time it takes to sample one.
