@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -331,3 +333,27 @@ def test_the_example_collects_scores_and_trains_phase_by_phase(folders, tmp_path
     assert run(*command, "--phases", "collect", "score").count("StepMetrics") == 0, (
         "a second call finds both phases done and trains nothing"
     )
+
+
+def test_workers_of_ray_with_a_vllm_each_sample_and_score_as_one_in_this_process_does(folders, sources, scorers):
+    ray = pytest.importorskip("ray", reason="Ray is not installed")
+    from lopd.scaleout import RayScorer, RaySource
+
+    folder, prompts = folders["llama_tied"], [Prompt(f"p{i}", [5 + i, 9, 20]) for i in range(7)]
+    source, scorer = sources("llama_tied", samples_per_prompt=2), scorers("llama_tied")
+    expected = source.sample(prompts)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        with closing(RaySource(partial(VLLMSource.from_folder, folder, source.sampling, EAGER))) as spread:
+            assert spread.manifest == source.manifest
+            found = spread.sample(prompts)
+        with closing(RayScorer(partial(VLLMScorer.from_folder, folder, EAGER, top_k=5))) as spread_scorer:
+            scores = spread_scorer.score(expected)
+            assert spread_scorer.provenance == scorer.provenance
+    finally:
+        ray.shutdown()
+    assert [r.rollout_id for r in found] == [r.rollout_id for r in expected]
+    assert as_lists(found) == as_lists(expected)
+    for ours, theirs in zip(scores, scorer.score(expected), strict=True):
+        assert ours.rollout_id == theirs.rollout_id
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=TOLERANCE)
