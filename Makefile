@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train claims claims-quick test-triton test-kills test-engines test-browser test check clean
+.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale claims claims-quick test-triton test-kills test-engines test-browser test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -59,6 +59,9 @@ claims-quick: .venv/installed-claims  ## the main ones, two seeds, into runs/cla
 
 bench-train: .venv/installed-claims  ## tokens a second of a training step, beside packing, padding and TRL
 	$(BIN)/python benchmarks/bench_train.py
+
+bench-scale: .venv/installed-test  ## one process and two, several readers, stores of up to a million rollouts; about ten minutes
+	$(BIN)/python benchmarks/bench_scale.py
 
 test-triton: .venv/installed-test  ## the CUDA kernels in Triton's interpreter, and compiled for two kinds of GPU; Triton is 700 MB
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.7.1

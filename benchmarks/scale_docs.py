@@ -107,14 +107,25 @@ def scale_table(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"| loading, {row['store']}: {row['readers']} readers | {range_of(row['tokens_per_s'])} | | |"
 
 
+def lost_table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Where the time of two ranks goes."""
+    training = [row for row in rows if "lost" in row]
+    names = list(training[0]["lost"])
+    yield f"| | {' | '.join(names)} |"
+    yield f"|---|{'--:|' * len(names)}"
+    for row in training:
+        yield f"| {row['arm']} | {' | '.join(format(row['lost'][name]['median'], '+.0%') for name in names)} |"
+
+
 def growth_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Milliseconds by rollouts."""
-    yield "| store | rollouts | open, ms | read 64 random rows, ms | refresh, ms | compact, s | bytes a rollout |"
-    yield "|---|--:|--:|--:|--:|--:|--:|"
+    yield "| store | rollouts | commits | open, ms | read 64 random rows, ms | the same when compacted | refresh, ms | compact, s | bytes a rollout |"
+    yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     for row in rows:
         if row["kind"] == "growth":
-            cells = [f"{1e3 * row[name]:.3g}" for name in ("open_s", "read_s", "refresh_s")]
-            yield f"| {row['store']} | {row['rollouts']:,} | {' | '.join(cells)} | {row['compact_s']:.3g} | {row['bytes_per_rollout']:.0f} |"
+            cells = [f"{1e3 * row[name]:.3g}" for name in ("open_s", "read_s", "read_compacted_s", "refresh_s")]
+            what, size = f"{row['store']} | {row['rollouts']:,} | {row['commits']}", f"{row['bytes_per_rollout']:.0f}"
+            yield f"| {what} | {' | '.join(cells)} | {row['compact_s']:.3g} | {size} |"
 
 
 def main() -> None:
@@ -127,6 +138,7 @@ def main() -> None:
     if measured.exists():
         rows = json.loads(measured.read_text())["rows"]
         fill(page, "scale table", list(scale_table(rows)))
+        fill(page, "lost table", list(lost_table(rows)))
         fill(page, "growth table", list(growth_table(rows)))
 
 
