@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale claims claims-quick test-triton test-kills test-engines test-browser test check clean
+.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale claims claims-quick test-triton test-kills test-engines test-browser test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -82,6 +82,14 @@ test-engines: .venv/installed-engines  ## sampling and scoring with a real vLLM,
 test: .venv/installed-test  ## all tests but those that start vLLM
 	$(BIN)/python -m pytest
 
+test-wheel:  ## wheel and sdist are built, and an example runs on the wheel in an environment of its own
+	rm -rf dist .venv-wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check build
+	.venv-wheel/bin/python -m build --outdir dist
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[hf,zarr]"
+	cd dist && ../.venv-wheel/bin/python -I ../tests/wheel_smoke.py
+
 check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -90,4 +98,4 @@ check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/lint-imports --no-cache
 
 clean:  ## everything that can be made again
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-wheel dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,16 +36,10 @@ def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float, to
 def follow(steps: Iterable[StepMetrics], total: int) -> Iterator[StepMetrics]:
     """The same metrics, with a line for each printed, by one of the ranks if there are several."""
     quiet = Ranks.current().rank > 0
-    for m in steps:
-        if quiet:
-            yield m
-            continue
-        drift = "" if m.drift is None else f"ratio {m.drift.ratio_mean:.3f}  effective rollouts {m.drift.ess:4.0%}  "
-        console.print(
-            f"step {m.step + 1:3d}/{total}  loss {m.loss:7.3f}  reverse KL {m.reverse_kl:6.3f}  gradient {m.grad_norm:5.2f}  {drift}"
-            f"{m.tokens / m.seconds:,.0f} tokens/s"
-        )
-        yield m
+    for metrics in steps:
+        if not quiet:
+            console.print(f"{metrics}  ({metrics.step + 1} of {total})", soft_wrap=True)
+        yield metrics
 
 
 def resumably(

@@ -5,6 +5,8 @@ The method is Lightning OPD (Wu, Han, Cai; arXiv 2604.13010).  Five nouns (`lopd
 `lopd.report`.
 """
 
+from importlib.metadata import version as _version
+
 from lopd.audit import audit as audit
 from lopd.backends.lance_store import LanceStore as LanceStore
 from lopd.backends.memory_store import MemoryStore as MemoryStore
@@ -52,4 +54,4 @@ from lopd.types import Rollout as Rollout
 from lopd.types import Scores as Scores
 from lopd.types import floor_logprobs as floor_logprobs
 
-__version__ = "0.1.0"
+__version__ = _version("lopd")

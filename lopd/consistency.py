@@ -40,7 +40,10 @@ def check_teacher_consistency(manifest: Manifest, teacher: Provenance, policy: C
         )
     remedy = "score with the SFT teacher, or SFT on text of this one, or train on a residual of its scores (`lopd.residual.residualise`)"
     if manifest.sft_teacher is None:
-        remedy = "find out who wrote the SFT text (`lopd.audit`) and record it, or score with that teacher"
+        remedy = (
+            "if that teacher wrote the SFT text, say so beside the weights before you sample (`Lineage(sft_teacher=scorer.provenance.model)"
+            ".write(FOLDER)`), else find out who wrote the SFT text (`lopd.audit`) and score with that teacher"
+        )
     message = f"{verdict}; {remedy}, or pass `consistency=ConsistencyPolicy.WARN` if you know why they differ."
     if policy is ConsistencyPolicy.ERROR:
         raise TeacherConsistencyError(message)

@@ -309,14 +309,14 @@ class Lineage:
     sft_teacher: ModelId | None = None
     opd_teacher: ModelId | None = field(default=None)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | Path) -> None:
         """Write it into a model's folder."""
-        (folder / LINEAGE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (Path(folder) / LINEAGE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> "Lineage":
+    def read(cls, folder: str | Path) -> "Lineage":
         """What is recorded in a model's folder; an empty lineage if nothing is."""
-        path = folder / LINEAGE_FILE
+        path = Path(folder) / LINEAGE_FILE
         if not path.exists():
             return cls()
         try:

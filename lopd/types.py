@@ -394,6 +394,18 @@ class StepMetrics:
     seconds: float
     drift: Drift | None = None
 
+    def __str__(self) -> str:
+        """One line for people; `repr` has every number.
+
+        >>> print(StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5))
+        step    9  loss   0.500  reverse KL  0.250  gradient  2.00  1,800 tokens/s
+        """
+        drift = "" if self.drift is None else f"ratio {self.drift.ratio_mean:.3f}  effective rollouts {self.drift.ess:4.0%}  "
+        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+        return (
+            f"step {self.step:4d}  loss {self.loss:7.3f}  reverse KL {self.reverse_kl:6.3f}  gradient {self.grad_norm:5.2f}  {drift}{speed}"
+        )
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StepMetrics":
         """The inverse of `attrs.asdict`, also after a way through JSON."""

@@ -11,7 +11,7 @@ from lopd import manifest
 from lopd.engines import identity
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, local_folder, model_id
-from lopd.errors import ModelError
+from lopd.errors import EngineError, ModelError
 
 KINDS = ("llama_tied", "qwen3_padded", "gemma2_softcap", "phi_bias", "gpt2")
 
@@ -108,3 +108,11 @@ def test_a_folder_is_its_own_snapshot_and_a_hub_name_is_looked_up_among_those_th
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     assert local_folder("someone/tiny") == snapshot
     assert folder_model_id(local_folder("someone/tiny")) == model_id(load_model(snapshot)[0])
+
+
+@pytest.mark.parametrize("load", [load_model, local_folder])
+def test_a_model_that_is_not_there_is_one_sentence(load, tmp_path):
+    with pytest.raises(
+        EngineError, match=r"Model '.*nowhere': it cannot be loaded \(.+\), expected a folder that transformers saved, or a name in"
+    ):
+        load(tmp_path / "nowhere")

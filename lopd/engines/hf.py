@@ -20,7 +20,7 @@ from lopd.checks import check_at_least
 from lopd.collate import target_slice
 from lopd.consistency import check_vocabulary
 from lopd.engines.decoding import Row, decode
-from lopd.engines.identity import model_id
+from lopd.engines.identity import looking_for, model_id
 from lopd.engines.inputs import check_prompts, check_rollouts, check_top_k, stop_ids, stream_seed
 from lopd.engines.supports import make_scores
 from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer
@@ -34,12 +34,17 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     """(model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
 
     Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
+
+    Raises:
+        EngineError: there is no such model.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    with looking_for(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         # only eager attention applies a cap on attention scores, and the choice is not saved with the weights
         model.set_attn_implementation("eager")
-    return model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(folder)
+    return model.to(device).eval(), tokenizer
 
 
 @final

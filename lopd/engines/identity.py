@@ -5,6 +5,7 @@ files, one at a time: it needs memory for one tensor, whatever the size of the m
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from json import loads
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from lopd.causal_lm import unwrap
-from lopd.errors import ModelError
+from lopd.errors import EngineError, ModelError
 from lopd.manifest import ModelId, hash_weights, hash_weights_in_order
 
 _INDEX = "model.safetensors.index.json"
@@ -63,9 +65,33 @@ def folder_dtype(folder: str | Path) -> torch.dtype:
     return dtype
 
 
+@contextmanager
+def looking_for(name: str | Path) -> Iterator[None]:
+    """Where a model is looked for and read: what goes wrong there is one sentence.
+
+    Raises:
+        EngineError: there is no such folder, no such model in the hub or its cache, or it cannot be read.
+    """
+    try:
+        yield
+    except (OSError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise EngineError(
+            f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; check the path, "
+            "and HF_HUB_OFFLINE if it is to be downloaded."
+        ) from error
+
+
 def local_folder(name: str | Path) -> Path:
-    """A folder as it is, or the local snapshot of a hub name; it is downloaded unless it is there or HF_HUB_OFFLINE is set."""
-    return Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), allow_patterns=_FILES))
+    """A folder as it is, or the local snapshot of a hub name; it is downloaded unless it is there or HF_HUB_OFFLINE is set.
+
+    Raises:
+        EngineError: there is none.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    with looking_for(name):
+        return Path(snapshot_download(str(name), allow_patterns=_FILES))
 
 
 def _parameters(folder: Path) -> Iterator[tuple[list[str], tuple[int, ...]]]:
