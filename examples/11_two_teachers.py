@@ -1,0 +1,53 @@
+"""Two teachers, two columns: each rollout learns from the teacher of its prompt, in one run with one student."""
+
+import torch
+from tiny import QUESTIONS, model_folders
+
+from lopd import (
+    CausalLMStudent,
+    ConsistencyPolicy,
+    FusedOPDLoss,
+    MemoryStore,
+    SamplingParams,
+    batches,
+    collect_rollouts,
+    opd_steps,
+    score_rollouts,
+    stored_advantages,
+)
+from lopd.engines.hf import HFScorer, HFSource, load_model
+from lopd.manifest import fingerprint_tokenizer
+from lopd.prompts import make_prompts
+from lopd.reading import rows_of
+
+# Replace these by your own.
+student_dir, math_teacher, code_teacher = model_folders(teachers=2)
+model, tokenizer = load_model(student_dir, torch.float32)
+math = make_prompts(QUESTIONS, tokenizer)
+code = make_prompts([f"write a program that prints {i}." for i in range(16)], tokenizer)
+
+source = HFSource.from_folder(student_dir, SamplingParams(max_new_tokens=12))
+store = MemoryStore(source.manifest)
+collect_rollouts(source, [*math, *code], store)
+# A column is complete or not there, so each teacher reads everything; only its own prompts are learnt from it.
+score_rollouts(store, HFScorer.from_folder(math_teacher), column="math")
+score_rollouts(store, HFScorer.from_folder(code_teacher), column="code")
+
+
+def mean_advantages() -> str:
+    """Of each teacher on the rollouts that learn from it, for the policy that sampled."""
+    means = {column: stored_advantages(store, teacher=column, rows=rows_of(store, own)).mean for column, own in teachers.items()}
+    return ", ".join(f"{column} {mean:+.3f}" for column, mean in means.items())
+
+
+teachers = {"math": math, "code": code}
+print(f"mean advantages before training, nats: {mean_advantages()}")
+
+# Both are judged.  The student's SFT text was the first one's alone, which is worth a warning: fine-tune on text of both where you can.
+steps = batches(store, teacher=teachers, rollouts_per_step=16, stop=8, ref="behavior", consistency=ConsistencyPolicy.WARN)
+student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
+for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
+    print(f"step {metrics.step}: reverse KL {metrics.reverse_kl:+.3f}")
+student.export("runs/11/student", tokenizer, steps.lineage)
+print(f"the student remembers both: {steps.lineage.opd_teacher.name}")

@@ -1,0 +1,78 @@
+"""lopd's loss in `transformers.Trainer`, for those who want to keep its callbacks, logging and launchers: the same step as `opd_steps`.
+
+Trainer is given lopd's student as the model: what it calls is the student, and what comes back is lopd's `LossOutput`, a sum over tokens.
+"""
+
+from typing import Any
+
+import torch
+from attrs import frozen
+from tiny import QUESTIONS, model_folders
+from transformers import Trainer, TrainingArguments
+
+from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, SamplingParams, batches, by_token, collate, collect_rollouts, score_rollouts
+from lopd.engines.hf import HFScorer, HFSource, load_model
+from lopd.loader import StepStream
+from lopd.manifest import fingerprint_tokenizer
+from lopd.prompts import make_prompts
+from lopd.protocols import LogprobReader, OPDLoss
+from lopd.types import LossOutput
+
+
+@frozen
+class Collator:
+    """Rows of a store -> what the student is called with, and the labels by which Trainer counts the tokens of a step."""
+
+    store: LogprobReader
+    loss: OPDLoss
+
+    def __call__(self, rows: list[int]) -> dict[str, Any]:
+        """Arguments of `CausalLMStudent.forward`, and `labels`, which Trainer takes out again."""
+        # by_token: the weights of a step add up to its number of tokens, which is what Trainer knows, over micro-batches and ranks
+        batch = collate(self.store.read(rows, columns=("teacher", "behavior")), by_token, teacher="teacher", ref="behavior")
+        return {"batch": batch, "loss": self.loss, "labels": batch.targets.masked_fill(batch.weight == 0, -100)}
+
+
+def mean_over_step(output: LossOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:  # noqa: ARG001  # Trainer's names
+    """`compute_loss_func`: a micro-batch's share of the step's mean."""
+    return output.loss_sum / num_items_in_batch
+
+
+def make_trainer(student: CausalLMStudent, steps: StepStream, loss: OPDLoss, **options: Any) -> Trainer:
+    """A Trainer over the rows that `batches` checked and found usable; `options` are those of TrainingArguments."""
+    fixed = {
+        "remove_unused_columns": False,  # the collator says what the student is called with
+        "dataloader_pin_memory": False,  # the student moves a batch to where it is
+        "save_strategy": "no",  # a checkpoint would be bare weights: `student.export` writes a model folder
+        "report_to": "none",
+    }
+    return Trainer(
+        model=student,
+        args=TrainingArguments(**{**fixed, **options}),
+        train_dataset=steps.rows.tolist(),
+        data_collator=Collator(steps.store, loss),
+        compute_loss_func=mean_over_step,
+    )
+
+
+if __name__ == "__main__":
+    student_dir, teacher_dir = model_folders()  # replace these and QUESTIONS by your own
+    source = HFSource.from_folder(student_dir, SamplingParams(max_new_tokens=12))
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, make_prompts(QUESTIONS, source.tokenizer), store)
+    score_rollouts(store, HFScorer.from_folder(teacher_dir))
+
+    model, tokenizer = load_model(student_dir, torch.float32)
+    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+    steps = batches(store, ref="behavior")
+    settings = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-3,
+        "max_steps": 8,
+        "logging_steps": 1,
+    }
+    trainer = make_trainer(student, steps, FusedOPDLoss(ratio_to_ref=True), output_dir="runs/13", **settings)
+    trainer.train()
+    print(f"{trainer.state.global_step} steps, loss {trainer.state.log_history[0]['loss']:.3f} in the first")
+    student.export("runs/13/student", tokenizer, steps.lineage)
