@@ -44,8 +44,8 @@ by_hand = {name: parameter.grad.clone() for name, parameter in model.named_param
 # The same step with lopd, on the same rollouts.  A rate of 0 leaves the weights, and the gradients can be looked at.
 store = MemoryStore(HFSource.from_folder(student_dir, SamplingParams(max_new_tokens=12)).manifest)
 for number, (ids, start) in enumerate(rollouts):
-    response = ids[start:].tolist()
-    store.append([Rollout(f"question-{number}", ids[:start].tolist(), response, [True] * len(response), "length")])
+    every = torch.ones(len(ids) - start, dtype=torch.bool)
+    store.append([Rollout(f"question-{number}", ids[:start], ids[start:], loss_mask=every, finish_reason="length")])
 score_rollouts(store, HFScorer.from_folder(teacher_dir))
 student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
 optimizer = torch.optim.SGD(student.parameters(), lr=0.0)

@@ -1,7 +1,7 @@
 """A store in a bucket: the path is a URL, and nothing else changes.
 
     export AWS_ACCESS_KEY_ID=... AWS_SECRET_ACCESS_KEY=... AWS_REGION=...
-    export AWS_ENDPOINT=http://localhost:9000 AWS_ALLOW_HTTP=true    # for MinIO and its like; not for AWS itself
+    export AWS_ENDPOINT=http://localhost:9000 AWS_ALLOW_HTTP=true    # both, for MinIO and its like; neither, for AWS itself
     python examples/05_s3.py s3://bucket/run.zarr
 
 Several machines may fill one store at once: each commit is all or nothing.  `gs://` and `az://` work likewise, and a plain path does too.

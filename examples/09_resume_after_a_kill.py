@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,15 +52,20 @@ def run(folder: Path, kill_after: int | None = None) -> dict[str, torch.Tensor]:
     return dict(student.named_parameters())
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--killed-in", type=Path, help="run in this folder, and be killed after step 5")
     if folder := parser.parse_args().killed_in:
         run(folder, kill_after=5)
-
+        return
+    shutil.rmtree("runs/09", ignore_errors=True)  # so that this script can be run again; your own would go on from there
     folder = Path("runs/09/killed")
     child = subprocess.run([sys.executable, __file__, "--killed-in", str(folder)], check=False)
     print(f"the process ended with {child.returncode}; {folder} holds {[path.name for path in (folder / 'checkpoints').iterdir()]}")
     resumed, unbroken = run(folder), run(Path("runs/09/unbroken"))
     equal = all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
     print(f"weights of both runs are {'equal, bit for bit' if equal else 'NOT equal'}")
+
+
+if __name__ == "__main__":
+    main()

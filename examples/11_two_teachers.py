@@ -29,7 +29,7 @@ code = make_prompts([f"write a program that prints {i}." for i in range(16)], to
 source = HFSource.from_folder(student_dir, SamplingParams(max_new_tokens=12))
 store = MemoryStore(source.manifest)
 collect_rollouts(source, [*math, *code], store)
-# A column is complete or not there, so each teacher reads everything; only its own prompts are learnt from it.
+# `score_rollouts` fills a whole column, so each teacher reads everything; only the rollouts of its own prompts learn from it.
 score_rollouts(store, HFScorer.from_folder(math_teacher), column="math")
 score_rollouts(store, HFScorer.from_folder(code_teacher), column="code")
 
@@ -43,7 +43,7 @@ def mean_advantages() -> str:
 teachers = {"math": math, "code": code}
 print(f"mean advantages before training, nats: {mean_advantages()}")
 
-# Both are judged.  The student's SFT text was the first one's alone, which is worth a warning: fine-tune on text of both where you can.
+# Each is judged.  The SFT text was the first one's alone, so the second gets a warning, which WARN says we know of.
 steps = batches(store, teacher=teachers, rollouts_per_step=16, stop=8, ref="behavior", consistency=ConsistencyPolicy.WARN)
 student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
