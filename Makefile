@@ -88,7 +88,7 @@ test-wheel:  ## wheel and sdist are built, and an example runs on the wheel in a
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check build
 	.venv-wheel/bin/python -m build --outdir dist
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[hf,zarr]"
-	cd dist && ../.venv-wheel/bin/python -I ../tests/wheel_smoke.py
+	cd dist && ../.venv-wheel/bin/python ../examples/02_wire_it.py
 
 check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/ruff check .

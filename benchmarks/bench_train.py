@@ -130,7 +130,7 @@ class Trained:
 
     def __init__(self, path: str, stream: StepStream, tokenizer: PreTrainedTokenizerFast) -> None:
         self.path, self.stream, self.meter = path, stream, Meter()
-        student = CausalLMStudent(make_model(), fingerprint_tokenizer(tokenizer))
+        student = CausalLMStudent(make_model(), tokenizer)
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
         optimizer.step = self.meter.timed("optimizer", optimizer.step)
         read = self.meter.timed("reading and collating", stream.step)

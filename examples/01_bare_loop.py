@@ -6,7 +6,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, Rollout, SamplingParams, batches, opd_steps, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.manifest import fingerprint_tokenizer
 
 student_dir, teacher_dir = model_folders()  # replace these and QUESTIONS by your own
 torch.manual_seed(0)
@@ -47,7 +46,7 @@ for number, (ids, start) in enumerate(rollouts):
     every = torch.ones(len(ids) - start, dtype=torch.bool)
     store.append([Rollout(f"question-{number}", ids[:start], ids[start:], loss_mask=every, finish_reason="length")])
 score_rollouts(store, HFScorer.from_folder(teacher_dir))
-student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
 steps = batches(store, rollouts_per_step=len(rollouts), stop=1)
 (metrics,) = opd_steps(student, steps, FusedOPDLoss(clip=10.0), optimizer, max_grad_norm=None)

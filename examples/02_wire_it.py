@@ -16,7 +16,6 @@ from lopd import (
     watch_drift,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.manifest import fingerprint_tokenizer
 from lopd.prompts import make_prompts
 
 student_dir, teacher_dir = model_folders()  # replace these and the questions by your own
@@ -27,7 +26,7 @@ sampling = SamplingParams(max_new_tokens=12, samples_per_prompt=4)
 source = HFSource.from_folder(student_dir, sampling)  # RolloutSource: samples; VLLMSource, ServerSource, RaySource, ...
 scorer = HFScorer.from_folder(teacher_dir)  # TeacherScorer: reads; VLLMScorer, ServerScorer, RayScorer, ...
 store = MemoryStore(source.manifest)  # LogprobStore: keeps; ZarrStore, LanceStore, ...
-student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))  # Student: is trained
+student = CausalLMStudent(model, tokenizer)  # Student: is trained
 loss = FusedOPDLoss(ratio_to_ref=True)  # OPDLoss: what a token costs
 
 # The verbs.

@@ -18,7 +18,6 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.manifest import fingerprint_tokenizer
 from lopd.prompts import make_prompts
 
 student_dir, teacher_dir = model_folders()  # replace these and QUESTIONS by your own
@@ -32,7 +31,7 @@ scored = score_rollouts(store, HFScorer.from_folder(teacher_dir), rollouts_per_b
 store.compact()
 print(f"sampled {collected.rollouts} and scored {scored.rollouts} of {len(store)} rollouts, {store.stored_bytes():,} bytes")
 
-student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 start = load_checkpoint("runs/03/checkpoints", student, optimizer)
 # Step k depends on the seed and on k alone, so `start` is all that a resumed run needs.

@@ -14,7 +14,6 @@ from tiny import QUESTIONS, model_folders
 
 from lopd import CausalLMStudent, FusedOPDLoss, SamplingParams, ZarrStore, batches, collect_rollouts, opd_steps, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.manifest import fingerprint_tokenizer
 from lopd.prompts import make_prompts
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -33,7 +32,7 @@ score_rollouts(ZarrStore.open(url), HFScorer.from_folder(teacher_dir))
 # Where training happens.
 store = ZarrStore.open(url)
 model, tokenizer = load_model(student_dir, torch.float32)
-student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 steps = batches(store, rollouts_per_step=8, stop=4, ref="behavior")
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):

@@ -17,7 +17,6 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.manifest import fingerprint_tokenizer
 from lopd.prompts import make_prompts
 
 student_dir, teacher_dir = model_folders()  # replace these and the questions by your own
@@ -31,7 +30,7 @@ base, tokenizer = load_model(student_dir, torch.float32)
 # Not on lm_head: the loss reads the head as it is.
 config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
 torch.manual_seed(0)  # of the adapters
-student = CausalLMStudent(get_peft_model(base, config), fingerprint_tokenizer(tokenizer))
+student = CausalLMStudent(get_peft_model(base, config), tokenizer)
 trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
 print(f"trains {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in student.parameters()):,} parameters")
 

@@ -24,7 +24,6 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.manifest import fingerprint_tokenizer
 from lopd.prompts import make_prompts
 
 STEPS, BETWEEN_CHECKPOINTS = 12, 4
@@ -39,7 +38,7 @@ def run(folder: Path, kill_after: int | None = None) -> dict[str, torch.Tensor]:
     score_rollouts(store, HFScorer.from_folder(teacher_dir))
 
     model, tokenizer = load_model(student_dir, torch.float32)
-    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+    student = CausalLMStudent(model, tokenizer)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     start = load_checkpoint(folder / "checkpoints", student, optimizer)
     steps = batches(store, rollouts_per_step=8, start=start, stop=STEPS, ref="behavior")

@@ -22,7 +22,6 @@ from lopd import (
     sample_round,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.manifest import fingerprint_tokenizer
 from lopd.prompts import make_prompts
 from lopd.types import StepMetrics
 
@@ -31,7 +30,7 @@ model, tokenizer = load_model(student_dir, torch.float32)
 prompts, sampling, lineage = make_prompts(QUESTIONS, tokenizer), SamplingParams(max_new_tokens=12), Lineage.read(student_dir)
 teacher = HFScorer.from_folder(teacher_dir)  # stays alive, as every round is scored
 
-student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
 loss = FusedOPDLoss(ratio_to_ref=True)
 store = MemoryStore(HFSource(model, tokenizer, sampling, lineage).manifest)

@@ -16,7 +16,6 @@ from lopd import (
     stored_advantages,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.manifest import fingerprint_tokenizer
 from lopd.prompts import make_prompts
 from lopd.reading import rows_of
 
@@ -45,7 +44,7 @@ print(f"mean advantages before training, nats: {mean_advantages()}")
 
 # Each is judged.  The SFT text was the first one's alone, so the second gets a warning, which WARN says we know of.
 steps = batches(store, teacher=teachers, rollouts_per_step=16, stop=8, ref="behavior", consistency=ConsistencyPolicy.WARN)
-student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
     print(f"step {metrics.step}: reverse KL {metrics.reverse_kl:+.3f}")

@@ -13,7 +13,6 @@ from transformers import Trainer, TrainingArguments
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, SamplingParams, batches, by_token, collate, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.loader import StepStream
-from lopd.manifest import fingerprint_tokenizer
 from lopd.prompts import make_prompts
 from lopd.protocols import LogprobReader, OPDLoss
 from lopd.types import LossOutput
@@ -63,7 +62,7 @@ if __name__ == "__main__":
     score_rollouts(store, HFScorer.from_folder(teacher_dir))
 
     model, tokenizer = load_model(student_dir, torch.float32)
-    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+    student = CausalLMStudent(model, tokenizer)
     steps = batches(store, ref="behavior")
     settings = {
         "per_device_train_batch_size": 4,

@@ -16,7 +16,6 @@ from tiny import QUESTIONS, model_folders
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, SamplingParams, batches, collect_rollouts, opd_steps, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.manifest import fingerprint_tokenizer
 from lopd.prompts import make_prompts
 
 OUT = Path("runs/14")
@@ -65,7 +64,7 @@ store = MemoryStore(source.manifest)
 collect_rollouts(source, make_prompts(QUESTIONS, source.tokenizer), store)
 score_rollouts(store, HFScorer.from_folder(teacher_dir))
 model, tokenizer = load_model(student_dir, torch.float32)
-student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 
 OUT.mkdir(parents=True, exist_ok=True)

@@ -285,7 +285,7 @@ def make_student(folder: Path, settings: Settings) -> tuple[CausalLMStudent, Any
         model.requires_grad_(False)
         for i in layers(settings.trained_layers):
             model.model.layers[i].requires_grad_(True)
-    return CausalLMStudent(model, fingerprint_tokenizer(tokenizer)), tokenizer
+    return CausalLMStudent(model, tokenizer), tokenizer
 
 
 def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:

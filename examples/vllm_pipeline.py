@@ -31,7 +31,6 @@ from lopd.console import RichProgress
 from lopd.engines.hf import load_model
 from lopd.engines.vllm import VLLMScorer, VLLMSource
 from lopd.engines.vllm_engine import VLLMSettings
-from lopd.manifest import fingerprint_tokenizer
 from lopd.prompts import read_prompts
 
 
@@ -89,7 +88,7 @@ def score(options: argparse.Namespace) -> None:
 def train(options: argparse.Namespace) -> None:
     """Phase 3: the student trains on what is stored."""
     model, tokenizer = load_model(options.student, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
-    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer), autocast=torch.bfloat16)
+    student = CausalLMStudent(model, tokenizer, autocast=torch.bfloat16)
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.1)
     steps = batches(
         ZarrStore.open(options.store),

@@ -131,8 +131,10 @@ class TokenizerLike(Protocol):
         ...
 
 
-def fingerprint_tokenizer(tokenizer: TokenizerLike) -> TokenizerId:
-    """The identity of a tokenizer, from its full vocabulary map, special ids and chat template."""
+def fingerprint_tokenizer(tokenizer: TokenizerId | TokenizerLike) -> TokenizerId:
+    """The identity of a tokenizer, from its full vocabulary map, special ids and chat template; an identity is its own."""
+    if isinstance(tokenizer, TokenizerId):
+        return tokenizer
     vocab = tokenizer.get_vocab()
     by_id = sorted((token_id, token) for token, token_id in vocab.items())
     template = getattr(tokenizer, "chat_template", None)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lopd.causal_lm import check_cut, lm_head, packed_hidden_states, unwrap
 from lopd.errors import ModelError
-from lopd.manifest import Lineage, TokenizerId
+from lopd.manifest import Lineage, TokenizerId, TokenizerLike, fingerprint_tokenizer
 from lopd.protocols import OPDLoss
 from lopd.ranks import Ranks, on_first, sharded
 from lopd.types import Batch, LossOutput
@@ -20,7 +20,7 @@ class CausalLMStudent(nn.Module):
 
     Args:
         model: a causal LM, or a peft model around one.  Parameters that require a gradient are trained, the rest stay as they are.
-        tokenizer: whose ids the model reads: `fingerprint_tokenizer(tokenizer)` of the one that belongs to it.  Head rows beyond its
+        tokenizer: whose ids the model reads: the one that belongs to it, or its fingerprint.  Head rows beyond its
             vocabulary are padding and get no mass.
         autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
@@ -30,17 +30,22 @@ class CausalLMStudent(nn.Module):
     """
 
     def __init__(
-        self, model: Any, tokenizer: TokenizerId, *, autocast: torch.dtype | None = None, gradient_checkpointing: bool = False
+        self,
+        model: Any,
+        tokenizer: TokenizerId | TokenizerLike,
+        *,
+        autocast: torch.dtype | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_cut(model, tokenizer.vocab_size)
+        self.tokenizer = fingerprint_tokenizer(tokenizer)
+        check_cut(model, self.tokenizer.vocab_size)
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
                 "or load adapters as trainable."
             )
         self.model = model
-        self.tokenizer = tokenizer
         self._autocast = autocast
         if gradient_checkpointing:
             unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -419,3 +419,8 @@ def test_a_head_without_weights_says_what_it_is():
     model = SimpleNamespace(get_output_embeddings=lambda: None)
     with pytest.raises(LopdError, match="NoneType"):
         lm_head(model, VOCAB)
+
+
+def test_a_tokenizer_will_do_in_place_of_its_fingerprint(llama, tokenizer):
+    model = copy.deepcopy(llama)
+    assert CausalLMStudent(model, tokenizer).tokenizer == CausalLMStudent(model, TOKENIZER_ID).tokenizer == TOKENIZER_ID

@@ -23,7 +23,6 @@ from training import resumably
 from lopd import CausalLMStudent, FusedOPDLoss, FusedSFTLoss, ZarrStore, batches, opd_steps, watch_drift
 from lopd.engines.hf import load_model
 from lopd.loader import StepStream
-from lopd.manifest import fingerprint_tokenizer
 from lopd.protocols import OPDLoss
 from lopd.ranks import Ranks
 from lopd.types import Step, StepMetrics
@@ -73,7 +72,7 @@ def make_student(start: str, recipe: Recipe) -> tuple[CausalLMStudent, Any]:
     """Float32 weights, sharded layer by layer, computed in the dtype of the recipe with activations recomputed; and its tokenizer."""
     model, tokenizer = load_model(start, torch.float32)
     autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
-    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer), autocast=autocast, gradient_checkpointing=autocast is not None)
+    student = CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=autocast is not None)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(student)

@@ -23,16 +23,12 @@ from lopd.engines.http_pool import Probe, Request, Servers
 from lopd.engines.inputs import check_prompts, check_rollouts, stream_seed
 from lopd.engines.server_wire import Ask, check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
 from lopd.errors import InvalidRecordError, MissingDependencyError
-from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, TokenizerLike, fingerprint_tokenizer
+from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.types import Prompt, Rollout, Scores, rollout_id
 
 # what servers take as a seed is a signed 64-bit integer
 _SEED_BITS = 63
 _PROBE_TOKENS = 16
-
-
-def _tokenizer_id(tokenizer: TokenizerId | TokenizerLike) -> TokenizerId:
-    return tokenizer if isinstance(tokenizer, TokenizerId) else fingerprint_tokenizer(tokenizer)
 
 
 def _id_set(ids: Iterable[int]) -> frozenset[int]:
@@ -60,7 +56,7 @@ class ServerScorer:
     """
 
     servers: Servers
-    tokenizer_id: TokenizerId = field(converter=_tokenizer_id, alias="tokenizer")
+    tokenizer_id: TokenizerId = field(converter=fingerprint_tokenizer, alias="tokenizer")
     identity: ModelId
     top_k: int = 0
     tokens_per_request: int = 2048
@@ -123,7 +119,7 @@ class ServerSource:
     """
 
     servers: Servers
-    tokenizer_id: TokenizerId = field(converter=_tokenizer_id, alias="tokenizer")
+    tokenizer_id: TokenizerId = field(converter=fingerprint_tokenizer, alias="tokenizer")
     identity: ModelId
     sampling: SamplingParams = field(factory=SamplingParams)
     eos_ids: frozenset[int] = field(default=frozenset(), converter=_id_set)
