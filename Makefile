@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale claims claims-quick test-triton test-kills test-engines test-browser test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale claims claims-quick test-triton test-kills test-engines test-browser test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -63,6 +63,9 @@ bench-train: .venv/installed-claims  ## tokens a second of a training step, besi
 bench-scale: .venv/installed-test  ## one process and two, several readers, stores of up to a million rollouts; about ten minutes
 	$(BIN)/python benchmarks/bench_scale.py
 
+docs: .venv/installed-docs  ## the documentation site, into site/; nothing is fetched when it is read
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 test-triton: .venv/installed-test  ## the CUDA kernels in Triton's interpreter, and compiled for two kinds of GPU; Triton is 700 MB
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.7.1
 	$(BIN)/python -m pytest tests/test_triton_rows.py
@@ -98,4 +101,4 @@ check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/lint-imports --no-cache
 
 clean:  ## everything that can be made again
-	rm -rf .venv .venv-wheel dist runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-wheel dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

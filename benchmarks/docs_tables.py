@@ -1,0 +1,208 @@
+"""Tables of the pages that help to choose, out of benchmarks/results/*.json: nothing is measured here.
+
+python benchmarks/docs_tables.py     # between the markers of docs/index.md, choose.md and reliability.md; a few seconds
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from claims_summary import Runs, change, spent
+from record import ROOT, fill
+
+Row = dict[str, Any]
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+
+#: The regime of the paper's claims, and one in which the method fails (`benchmarks/claims.py`).
+WORKS, FAILS = "doubt, SFT 700", "certain, SFT 300"
+LOSSES = {
+    "Lightning": "`FusedOPDLoss()`",
+    "Lightning, ratio to ref": "`FusedOPDLoss(ratio_to_ref=True)`",
+    "ratio, clip 1": "`FusedOPDLoss(ratio_to_ref=True, clip=1.0)`",
+    "stored top-8, reverse KL": "`FusedLoss(TopKObjective(reverse_kl))`",
+    "stored top-8, forward KL": "`FusedLoss(TopKObjective(forward_kl))`",
+    "refresh every 5 steps": "`FusedOPDLoss()`, `refresh_every(5, ...)`",
+    "online OPD": "`FusedOPDLoss()`, `refresh_every(1, ...)`",
+    "no teacher: -0.5 on the least likely fifth": "`FusedOPDLoss(advantage=-0.5, transforms=(lowest_logprobs,))`",
+    "TRL DistillationTrainer": "TRL, not lopd: full-vocabulary reverse KL, teacher alive",
+}
+STORES = {
+    "zarr": "`ZarrStore`",
+    "zarr, compacted": "`ZarrStore`, compacted",
+    "zarr, float16": '`ZarrStore`, `logprob_dtype="float16"`',
+    "zarr, zstd": '`ZarrStore`, `codec="zstd"`',
+    "lance, read_arrays": "`LanceStore`",
+    "parquet": "a parquet file, for comparison",
+    "memmap": "a bare memory map, for comparison",
+}
+ENGINES = {"hf": ("`HFSource`", "`HFScorer`"), "vllm": ("`VLLMSource`", "`VLLMScorer`"), "served": ("`ServerSource`", "`ServerScorer`")}
+#: Of `bench_loss`: the largest size of the larger vocabulary.
+LOSS_SIZE = (2048, "151936x896")
+
+
+def read(name: str) -> Row:
+    """A result file."""
+    found: Row = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+def table(head: Sequence[str], rows: Iterator[Sequence[str]], text: int = 1) -> list[str]:
+    """Markdown; all columns but the first `text` hold numbers."""
+    rule = ["---"] * text + ["--:"] * (len(head) - text)
+    return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
+
+
+def number(value: float) -> str:
+    """Three figures."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def when() -> list[str]:
+    """Where offline OPD works and where it does not, by how much of the advantages is in the tail."""
+    rows, runs = read("claims")["rows"], Runs.of(read("claims")["rows"])
+
+    def lines() -> Iterator[Sequence[str]]:
+        for name in sorted((row["name"] for row in rows if row["kind"] == "setting"), key=lambda name: _tail(runs, name)):
+            cells = [runs.mean(runs.where(name, arm), change).show("+.3f") for arm in list(LOSSES)[:2]]
+            yield name, f"{_tail(runs, name):.1%}", *cells, runs.mean(runs.where(name, "online OPD"), change).show("+.3f")
+
+    return table(("teacher, student", "advantages below -5 nats", "Lightning", "Lightning, ratio to ref", "online OPD"), lines())
+
+
+def _tail(runs: Runs, setting: str) -> float:
+    return runs.mean(runs.where(setting, "Lightning"), lambda row: float(row["tail"])).mean
+
+
+def losses() -> list[str]:
+    """What each loss gains and costs."""
+    runs = Runs.of(read("claims")["rows"])
+
+    def lines() -> Iterator[Sequence[str]]:
+        for arm, code in LOSSES.items():
+            works, fails = (runs.where(setting, arm) for setting in (WORKS, FAILS))
+            gains = [runs.mean(cell, change).show("+.3f") if cell else "not run" for cell in (works, fails)]
+            yield arm, code, *gains, runs.mean(works, spent).show(".1f")
+
+    return table(("loss", "in code", "gain where OPD works", "gain where it fails", "CPU s of the OPD stage"), lines(), 2)
+
+
+def paths() -> list[str]:
+    """Time and memory of the ways to one and the same loss."""
+    wanted = ("three products", "fused", "recomputed", "full logits")
+    named = {
+        "three products": "bare matrix products, the floor",
+        "fused": "`FusedOPDLoss`",
+        "recomputed": "`selected_logprobs`, and whole-rollout variants",
+        "full logits": "`ReferenceOPDLoss`",
+    }
+
+    def lines() -> Iterator[Sequence[str]]:
+        for row in read("bench_loss")["rows"]:
+            if (row.get("tokens"), row.get("shape")) == LOSS_SIZE and row["path"] in wanted and row["library"] in {"best", "mkl"}:
+                memory = f"{row['beyond_gradients_mib']:,.0f}" if "beyond_gradients_mib" in row else ""
+                yield named[row["path"]], row["dtype"], f"{row['cpu_s']:.1f}", memory
+
+    return table(("path", "weights", "CPU s", "MiB beyond the gradients"), lines(), 2)
+
+
+def stores() -> list[str]:
+    """Speed and size."""
+    found = {row["backend"]: row for row in read("bench_store")["rows"] if "backend" in row}
+
+    def lines() -> Iterator[Sequence[str]]:
+        for name, title in STORES.items():
+            row = found[name]
+            speeds = [number(row[key]["median"]) for key in ("append", "sequential", "random")]
+            yield title, *speeds, f"{row['bytes_per_token']['median']:.2f}"
+
+    return table(("store", "append", "read in order", "read 64 random rollouts", "bytes a token"), lines())
+
+
+def growth() -> list[str]:
+    """Times at the smallest and at the largest size."""
+    rows = [row for row in read("scale")["rows"] if row["kind"] == "growth"]
+    sizes = {min(row["rollouts"] for row in rows), max(row["rollouts"] for row in rows)}
+
+    def lines() -> Iterator[Sequence[str]]:
+        for row in rows:
+            if row["rollouts"] in sizes:
+                times = [f"{1e3 * row[key]:.3g}" for key in ("open_s", "read_s", "read_compacted_s")]
+                yield row["store"], f"{row['rollouts']:,}", *times
+
+    return table(("store", "rollouts", "open, ms", "read 64 random rollouts, ms", "the same when compacted"), lines())
+
+
+def engines() -> list[str]:
+    """Tokens a second on two cores."""
+    rows = read("bench_engines")["rows"]
+
+    def lines() -> Iterator[Sequence[str]]:
+        for engine, (source, scorer) in ENGINES.items():
+            for what, key in ((scorer, "scoring"), (f"{scorer}, top-20", "scoring, top-k"), (source, "sampling")):
+                yield what, *(number(row[engine][key]["median"]) for row in rows)
+
+    return table(("tokens a second", *(row["model"] for row in rows)), lines())
+
+
+def parity() -> list[str]:
+    """How far vLLM is from transformers."""
+
+    def lines() -> Iterator[Sequence[str]]:
+        for row in read("bench_engines")["rows"]:
+            for head, gap in row["gaps"].items():
+                yield f"{row['model']}, {head}", *(f"{gap[key]:.2g}" for key in ("mean", "p99", "max"))
+
+    return table(("vLLM against transformers, nats a token", "mean", "99 %", "largest"), lines())
+
+
+def teachers() -> list[str]:
+    """What a teacher that did not write the SFT text does, and what residuals repair."""
+    methods = ("offline", "offline, residual", "online")
+    cells = {(row["sft_teacher"], row["opd_teacher"], row["method"]): row for row in read("consistency")["rows"] if row.get("cell")}
+
+    def lines() -> Iterator[Sequence[str]]:
+        for sft, opd in sorted({key[:2] for key in cells}):
+            found = [cells[sft, opd, method] for method in methods]
+            yield sft, opd, f"{found[0]['start']:.3f}", *(f"{row['change']:+.3f} ± {row['change_ci95']:.3f}" for row in found)
+
+    return table(("SFT teacher", "OPD teacher", "accuracy after SFT", *methods), lines(), 2)
+
+
+def goals() -> list[str]:
+    """How many goals each benchmark met."""
+
+    def lines() -> Iterator[Sequence[str]]:
+        for path in sorted(RESULTS.glob("*.json")):
+            found = json.loads(path.read_text())
+            if found["goals"]:
+                met = sum(goal["met"] for goal in found["goals"])
+                yield f"`benchmarks/results/{path.name}`", str(len(found["goals"])), str(met), str(len(found["goals"]) - met)
+
+    return table(("result file", "goals", "met", "missed"), lines())
+
+
+TABLES = {
+    "index.md": {"when": when},
+    "choose.md": {
+        "losses": losses,
+        "paths": paths,
+        "stores": stores,
+        "growth": growth,
+        "engines": engines,
+        "parity": parity,
+        "teachers": teachers,
+    },
+    "reliability.md": {"goals": goals},
+}
+
+
+def main(folder: Path = DOCS) -> None:
+    """Fill the pages."""
+    for page, tables in TABLES.items():
+        for name, make in tables.items():
+            fill(folder / page, f"{name} table", make())
+
+
+if __name__ == "__main__":
+    main()
