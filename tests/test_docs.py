@@ -1,0 +1,242 @@
+"""The pages under docs/: every block of Python runs or says why not, and every function, test and public name they speak of is there."""
+
+import ast
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import test_readme
+from attrs import field, frozen
+
+import lopd
+from lopd import CausalLMStudent, SamplingParams, SFTLoss, ZarrStore, batches, collect_rollouts, opd_steps
+from lopd.engines.hf import HFSource, load_model
+from lopd.manifest import fingerprint_tokenizer
+from lopd.prompts import make_prompts
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+API = {page.name: re.findall(r"^::: (\S+)", page.read_text(), re.MULTILINE) for page in (DOCS / "api").glob("*.md")}
+
+#: What pages print, and what is run instead: the same with smaller numbers.
+SMALLER = {"max_new_tokens=4096": "max_new_tokens=8", "rollouts_per_step=256": "rollouts_per_step=2", "stop=150": "stop=2"}
+
+pytestmark = pytest.mark.docs
+
+
+@frozen
+class Block:
+    """One block of Python.
+
+    Args:
+        page: where it is.
+        line: its first line.
+        code: what is in it.
+        reason: why it is not run; None if it is.
+    """
+
+    page: Path
+    line: int
+    code: str = field(repr=False)
+    reason: str | None
+
+    def run(self, names: dict[str, Any]) -> None:
+        code = self.code
+        for printed, smaller in SMALLER.items():
+            code = code.replace(printed, smaller)
+        exec(compile("\n" * self.line + code, str(self.page), "exec"), names)  # noqa: S102
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    """In their order.  A comment `<!-- not run: REASON -->` on the line before a block says why it is not run."""
+    lines = page.read_text().splitlines()
+    for i, line in enumerate(lines):
+        fence = line.strip()
+        if fence.startswith("```python"):
+            end = next(j for j in range(i + 1, len(lines)) if lines[j].strip() == "```")
+            before = re.fullmatch(r"<!-- not run: (.+) -->", lines[i - 1].strip()) if i else None
+            yield Block(page, i + 1, "\n".join(lines[i + 1 : end]) + "\n", before[1] if before else None)
+
+
+RUN = [page for page in PAGES if any(block.reason is None for block in blocks_of(page))]
+#: Blocks of the README that `test_readme` runs, with models and stores of its own.
+RUN_IN_TEST_README = {test_readme.PROGRAM, test_readme.GUARDS, test_readme.ROUNDS}
+
+
+@pytest.fixture
+def trained(tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with `teacher`, `sft-student`, which was fine-tuned on its text, and `prompts.jsonl`."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("teacher", 1), ("base", 2)):
+        make_model("llama_tied", seed=seed).save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    writer = HFSource.from_folder("teacher", SamplingParams(max_new_tokens=8))
+    text = ZarrStore.create("sft.zarr", writer.manifest)
+    collect_rollouts(writer, make_prompts(["a", "b", "c"], tokenizer), text)
+    model, _ = load_model("base")
+    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+    steps = batches(text, teacher=None, rollouts_per_step=3, stop=1)
+    list(opd_steps(student, steps, SFTLoss(), student_optimizer(student)))
+    student.export("sft-student", tokenizer, steps.lineage)
+    Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')
+
+
+def student_optimizer(student: CausalLMStudent) -> Any:
+    import torch
+
+    return torch.optim.SGD(student.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore::lopd.errors.DriftWarning")  # two random models are far apart, and the page's program watches that
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(DOCS)))
+def test_the_blocks_of_a_page_run(page: Path, trained: None) -> None:
+    names: dict[str, Any] = {"__name__": f"docs_{page.stem}"}
+    for block in blocks_of(page):
+        if block.reason is None:
+            block.run(names)
+
+
+def test_the_suites_of_the_page_on_your_own_parts_pass(tmp_path: Path) -> None:
+    code = "\n".join(block.code for block in blocks_of(DOCS / "extending.md"))
+    test = tmp_path / "test_own_parts.py"
+    test.write_text(code)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(test)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:]
+    passed = int(re.findall(r"(\d+) passed", done.stdout)[-1])
+    assert passed > 50  # both suites were collected
+
+
+def test_every_block_of_the_readme_is_run_or_says_why_not() -> None:
+    blocks = list(blocks_of(ROOT / "README.md"))
+    assert {block.code for block in blocks} >= RUN_IN_TEST_README
+    for block in blocks:
+        if block.reason is None and block.code not in RUN_IN_TEST_README:
+            block.run({})
+
+
+def test_a_reason_is_a_sentence_and_stands_before_a_block() -> None:
+    for page in [*PAGES, ROOT / "README.md"]:
+        reasons = [block.reason for block in blocks_of(page) if block.reason is not None]
+        assert page.read_text().count("<!-- not run:") == len(reasons), page
+        assert all(len(reason.split()) >= 3 for reason in reasons), page
+
+
+# the equations
+
+EQUATIONS = re.findall(r"^Code: `(lopd/\S+\.py)`, `([\w.]+)`: `(.+)`$", (DOCS / "math.md").read_text(), re.MULTILINE)
+
+
+@cache
+def function_source(path: str, name: str) -> str:
+    """The text of a function or method, found without importing anything."""
+    text = (ROOT / path).read_text()
+    found: Any = ast.parse(text)
+    for part in name.split("."):
+        found = next(node for node in found.body if getattr(node, "name", None) == part)
+    return ast.get_source_segment(text, found) or ""
+
+
+@pytest.mark.parametrize(("path", "name", "line"), EQUATIONS)
+def test_an_equation_has_its_line_of_code(path: str, name: str, line: str) -> None:
+    assert line in [part.strip() for part in function_source(path, name).splitlines()]
+
+
+def test_no_equation_is_without_code() -> None:
+    text = (DOCS / "math.md").read_text()
+    assert text.count("\nCode: ") == len(EQUATIONS)
+    sections = re.split(r"^#+ ", text, flags=re.MULTILINE)
+    assert [section.splitlines()[0] for section in sections if "\\[" in section and "\nCode: " not in section] == []
+
+
+# the promises
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_test_that_a_page_names_is_there(page: Path) -> None:
+    for path, name in re.findall(r"`((?:tests|lopd/testing)/\w+\.py)(?:::(test_\w+))?`", page.read_text()):
+        assert (ROOT / path).exists(), path
+        if name:
+            functions = {node.name for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.FunctionDef)}
+            assert name in functions, f"{path}::{name}"
+
+
+def test_every_promise_has_a_test() -> None:
+    promised = (DOCS / "reliability.md").read_text().split("## What is not promised")[0]
+    rows = [line for line in promised.splitlines() if line.startswith("| ") and "| test |" not in line]
+    assert len(rows) > 50
+    assert [row for row in rows if "::test_" not in row] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    for path in re.findall(r"`((?:benchmarks|examples|lopd|tests|docs)/[\w/.-]+)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+# the API
+
+PUBLIC = {name: value for name, value in vars(lopd).items() if not name.startswith("_") and not isinstance(value, ModuleType)}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_name_has_a_docstring_and_a_place_in_the_api(name: str) -> None:
+    module = PUBLIC[name].__module__
+    assert inspect.getdoc(PUBLIC[name])
+    assert sum(module in modules for modules in API.values()) == 1
+    assert f"[`{name}`][{module}.{name}]" in (DOCS / "api" / "index.md").read_text()
+
+
+def test_every_module_is_on_one_api_page_or_named_as_having_none() -> None:
+    files = [path for path in (ROOT / "lopd").rglob("*.py") if not path.name.startswith("__")]
+    modules = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
+    without = re.findall(r"^- `(lopd\S+)`", (DOCS / "api" / "index.md").read_text(), re.MULTILINE)
+    shown = [module for found in API.values() for module in found]
+    assert sorted([*shown, *without]) == sorted(modules)
+
+
+@pytest.mark.parametrize("module", sorted(module for found in API.values() for module in found))
+def test_what_an_api_page_shows_has_docstrings(module: str) -> None:
+    tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text())
+    assert ast.get_docstring(tree)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), node.name
+
+
+# tables and navigation
+
+
+def test_the_tables_are_those_of_the_result_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tables = importlib.import_module("docs_tables")
+    for name in tables.TABLES:
+        (tmp_path / name).write_text((DOCS / name).read_text())
+    tables.main(tmp_path)
+    for name in tables.TABLES:
+        assert (tmp_path / name).read_text() == (DOCS / name).read_text(), f"{name}: run benchmarks/docs_tables.py"
+
+
+def test_every_page_is_in_the_navigation_and_every_decision_in_its_index() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text().split("nav:\n", 1)[1]
+    named = set(re.findall(r"[\w./-]+\.md", navigation))
+    assert named == {str(page.relative_to(DOCS)) for page in PAGES}
+    index = (DOCS / "decisions" / "index.md").read_text()
+    assert [
+        page.name for page in PAGES if page.parent.name == "decisions" and page.name != "index.md" and f"]({page.name})" not in index
+    ] == []
+
+
+def test_nothing_is_fetched_from_elsewhere() -> None:
+    for path in [ROOT / "mkdocs.yml", *DOCS.rglob("*.svg"), *DOCS.rglob("*.css")]:
+        assert re.findall(r"""(?:src|href|url|extra_javascript|@import)\W{0,3}https?:""", path.read_text()) == [], path
+    assert "\n  font: false" in (ROOT / "mkdocs.yml").read_text()
