@@ -84,7 +84,7 @@ def losses() -> list[str]:
             gains = [runs.mean(cell, change).show("+.3f") if cell else "not run" for cell in (works, fails)]
             yield arm, code, *gains, runs.mean(works, spent).show(".1f")
 
-    return table(("loss", "in code", "gain where OPD works", "gain where it fails", "CPU s of the OPD stage"), lines(), 2)
+    return table(("loss", "in code", "gain where OPD works", "gain where it fails", "CPU s"), lines(), 2)
 
 
 def paths() -> list[str]:
@@ -164,9 +164,10 @@ def teachers() -> list[str]:
     def lines() -> Iterator[Sequence[str]]:
         for sft, opd in sorted({key[:2] for key in cells}):
             found = [cells[sft, opd, method] for method in methods]
-            yield sft, opd, f"{found[0]['start']:.3f}", *(f"{row['change']:+.3f} ± {row['change_ci95']:.3f}" for row in found)
+            changes = [f"{row['change']:+.3f} ± {row['change_ci95']:.3f}" for row in found]
+            yield sft, opd, str(found[0]["seeds"]), f"{found[0]['start']:.3f}", *changes
 
-    return table(("SFT teacher", "OPD teacher", "accuracy after SFT", *methods), lines(), 2)
+    return table(("SFT teacher", "OPD teacher", "seeds", "accuracy after SFT", *methods), lines(), 2)
 
 
 def goals() -> list[str]:

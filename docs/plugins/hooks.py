@@ -53,3 +53,9 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 def on_page_content(html: str, **_: Any) -> str:
     """Called by mkdocs."""
     return draw_equations(html)
+
+
+def on_post_build(*, config: Any, **_: Any) -> None:
+    """Called by mkdocs.  Pages that are opened from a folder look for the index as a script, and their other scripts stop if it is missing."""
+    folder = Path(config.site_dir) / "search"
+    (folder / "search_index.js").write_text(f"var __index = {(folder / 'search_index.json').read_text()}")
