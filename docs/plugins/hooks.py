@@ -10,6 +10,7 @@ from posixpath import dirname, relpath
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parents[2]
 _INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
@@ -40,7 +41,11 @@ def draw_equations(html: str) -> str:
     """MathML in the place of LaTeX."""
 
     def drawn(found: re.Match[str]) -> str:
-        return convert(unescape(found[2]).strip(), display="block" if found[1] == "div" else "inline")
+        latex = unescape(found[2]).strip()
+        made = convert(latex, display="block" if found[1] == "div" else "inline")
+        if "\\" in made:  # a command that the converter does not know comes out as it is
+            raise PluginError(f"Equation {latex!r}: a command in it is not known, expected what latex2mathml draws; write it otherwise.")
+        return made
 
     return _MATH.sub(drawn, html)
 
