@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import test_readme
+import torch
 from attrs import field, frozen
 
 import lopd
@@ -85,15 +86,9 @@ def trained(tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path, monk
     model, _ = load_model("base")
     student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
     steps = batches(text, teacher=None, rollouts_per_step=3, stop=1)
-    list(opd_steps(student, steps, SFTLoss(), student_optimizer(student)))
+    list(opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=0.1)))
     student.export("sft-student", tokenizer, steps.lineage)
     Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')
-
-
-def student_optimizer(student: CausalLMStudent) -> Any:
-    import torch
-
-    return torch.optim.SGD(student.parameters(), lr=0.1)
 
 
 @pytest.mark.filterwarnings("ignore::lopd.errors.DriftWarning")  # two random models are far apart, and the page's program watches that
@@ -161,13 +156,16 @@ def test_no_equation_is_without_code() -> None:
 # the promises
 
 
+@cache
+def functions_in(path: str) -> frozenset[str]:
+    return frozenset(node.name for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.FunctionDef))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_test_that_a_page_names_is_there(page: Path) -> None:
     for path, name in re.findall(r"`((?:tests|lopd/testing)/\w+\.py)(?:::(test_\w+))?`", page.read_text()):
         assert (ROOT / path).exists(), path
-        if name:
-            functions = {node.name for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.FunctionDef)}
-            assert name in functions, f"{path}::{name}"
+        assert not name or name in functions_in(path), f"{path}::{name}"
 
 
 def test_every_promise_has_a_test() -> None:
