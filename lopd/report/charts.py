@@ -1,14 +1,17 @@
-"""Small charts as points for a template that draws them: a histogram, and means with a band."""
+"""Small charts as points for a template that draws them: a histogram, means with a band, and values by step."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from attrs import field, frozen
 from numpy.typing import NDArray
 
-WIDTH, HEIGHT = 420, 170
-_MARKS = 5
+WIDTH, HEIGHT = 340, 150
+#: Most points of a curve over steps; of a longer run each point is the mean of several steps.
+MOST_POINTS = 1000
+_MARKS = 4
 
 
 @frozen
@@ -31,6 +34,7 @@ class Chart:
         x_marks, y_marks: (pixel, label).
         zero: pixel of y = 0, or None.
         table: header, and rows.
+        said: what there is to see, in a few words.
     """
 
     title: str
@@ -42,8 +46,40 @@ class Chart:
     bars: list[tuple[float, float, float, float]] = field(factory=list)
     lines: list[Line] = field(factory=list)
     zero: float | None = None
+    said: str = ""
     width: int = WIDTH
     height: int = HEIGHT
+
+
+@frozen
+class Scale:
+    """From values between `low` and `high` to pixels between `start` and `stop`."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+
+    @classmethod
+    def of(cls, low: float, high: float, start: float, stop: float) -> "Scale":
+        """A scale that is not empty, also where all values are the same."""
+        room = 0.0 if high > low else abs(high) * 0.1
+        return cls(low - room, high + room, start, stop) if high > low or room else cls(0.0, 1.0, start, stop)
+
+    def pixel(self, value: float) -> float:
+        """Where this value is."""
+        return self.start + (self.stop - self.start) * (value - self.low) / (self.high - self.low)
+
+    def marks(self, label: Callable[[float], str] | None = None, least: float = 0.0) -> list[tuple[float, str]]:
+        """(pixel, label) of a few round values, at least `least` apart; labels have the digits that tell them apart."""
+        rough = max((self.high - self.low) / _MARKS, least)
+        power = 10.0 ** math.floor(math.log10(rough))
+        step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        values = [i * step for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
+        plain = digits <= 4 and max(abs(self.low), abs(self.high)) < 1e6
+        named = label or (lambda value: f"{value:,.{digits}f}" if plain else f"{value:.2g}")
+        return [(self.pixel(value), named(value)) for value in values]
 
 
 def histogram(title: str, x: str, values_M: NDArray[Any], limit: float, bins: int = 41) -> Chart:
@@ -64,28 +100,53 @@ def curves(title: str, series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], 
     found = {name: _by_bin(place, values, bins) for name, (place, values) in series.items()}
     drawn = np.concatenate([table if band else table[:1] for table in found.values()], axis=1)
     low, high = min(float(np.nanmin(drawn)), 0.0), max(float(np.nanmax(drawn)), 0.0)
-    low, high = (low, high) if high > low else (low - 1, high + 1)
-
-    def pixel(value: float) -> float:
-        return HEIGHT * (high - value) / (high - low)
-
-    def points(values: NDArray[Any], order: int = 1) -> str:
-        places = [(WIDTH * (i + 0.5) / bins, pixel(v)) for i, v in enumerate(values.tolist()) if np.isfinite(v)]
-        return " ".join(f"{x:.1f},{y:.1f}" for x, y in places[::order])
-
+    y, places_B = Scale.of(low, high, HEIGHT, 0), WIDTH * (np.arange(bins) + 0.5) / bins
     lines = [
-        Line(name, points(mean), f"{points(lower)} {points(upper, -1)}" if band else "") for name, (mean, lower, upper) in found.items()
+        Line(name, _points(places_B, mean, y), f"{_points(places_B, lower, y)} {_points(places_B[::-1], upper[::-1], y)}" if band else "")
+        for name, (mean, lower, upper) in found.items()
     ]
     x_marks = [(WIDTH * i / 4, f"{i / 4:.0%}") for i in range(5)]
-    y_marks = [(pixel(v), signed(v)) for v in np.linspace(low, high, _MARKS)]
     header = ["position", *found]
     rows = [[f"{i / bins:.0%}", *(f"{table[0, i]:+.3f}" for table in found.values())] for i in range(bins)]
-    return Chart(title, "position", "mean advantage, nats", x_marks, y_marks, [header, *rows], lines=lines, zero=pixel(0.0))
+    return Chart(title, "position", "mean advantage, nats", x_marks, y.marks(signed), [header, *rows], lines=lines, zero=y.pixel(0.0))
+
+
+def over_steps(title: str, unit: str, steps: Sequence[int], series: Mapping[str, Sequence[float]]) -> Chart:
+    """Values by optimizer step, one line for each series; values that are no finite numbers are in the table alone.
+
+    Args:
+        title: of the chart.
+        unit: of the values.
+        steps: their numbers, ascending, at least one.
+        series: name -> one value a step.
+    """
+    groups = np.array_split(np.arange(len(steps)), min(len(steps), MOST_POINTS))
+    steps_B = np.array([np.mean(np.take(steps, group)) for group in groups])
+    found = {name: np.array([np.mean(np.take(values, group)) for group in groups]) for name, values in series.items()}
+    every = np.concatenate(list(found.values()))
+    finite = every[np.isfinite(every)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    # a range that begins at 0 shows how much of a value has changed, unless the values are far from 0
+    low, high = min(low, 0.0) if low < high / 2 else low, max(high, 0.0) if high > low / 2 else high
+    y, x = Scale.of(low, high, HEIGHT, 0), Scale.of(steps_B[0], max(steps_B[-1], steps_B[0] + 1), 0, WIDTH)
+    lines = [Line(name, _points(np.array([x.pixel(step) for step in steps_B]), values, y)) for name, values in found.items()]
+    rows = [[f"{step:g}", *(f"{values[i]:.4g}" for values in found.values())] for i, step in enumerate(steps_B.tolist())]
+    most = max(len(group) for group in groups)
+    words = "step" if most == 1 else f"step, means of {most}"
+    zero = y.pixel(0.0) if low < 0 else None
+    x_marks = x.marks(least=1.0)
+    said = "; ".join(f"{name} from {values[0]:.3g} to {values[-1]:.3g}" for name, values in found.items())
+    return Chart(title, words, unit, x_marks, y.marks(), [["step", *found], *rows], lines=lines, zero=zero, said=said)
 
 
 def signed(value: float) -> str:
     """Two digits and a sign; nothing is plain 0."""
     return f"{value:+.2g}" if abs(value) > 1e-9 else "0"
+
+
+def _points(places_B: NDArray[Any], values_B: NDArray[Any], y: Scale) -> str:
+    pairs = zip(places_B.tolist(), values_B.tolist(), strict=True)
+    return " ".join(f"{place:.1f},{y.pixel(value):.1f}" for place, value in pairs if np.isfinite(value))
 
 
 def _by_bin(place_M: NDArray[Any], values_M: NDArray[Any], bins: int) -> NDArray[np.float64]:

@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 from attrs import frozen
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 from numpy.typing import NDArray
 
 from lopd.checks import check_number
@@ -21,6 +19,7 @@ from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.reading import evenly, in_batches
 from lopd.report.charts import Chart, curves, histogram
+from lopd.report.page import ENVIRONMENT
 from lopd.types import BEHAVIOR_COLUMN, ScoredRollout
 
 Decode = Callable[[int], str]
@@ -86,62 +85,92 @@ def write_token_report(
     report = report or TokenReport()
     if not len(rows):
         raise InvalidRecordError("Token report: it was given 0 rows, expected at least 1; choose some rollouts.")
-    for column in report.columns:
-        if column != BEHAVIOR_COLUMN and column not in store.columns:
-            raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected scores; the columns are {sorted(store.columns)}.")
+    check_columns(store, report)
     shown = store.read(list(rows), columns=report.columns)
-    sampled, summary = _sample(store, report, shown)
-    page = _ENVIRONMENT.get_template("tokens.html").render(
+    sampled = sample_advantages(store, report, evenly(scored_rows(store, report), report.sample) if report.sample else rows)
+    summary = summarise(sampled)
+    page = ENVIRONMENT.get_template("tokens.html").render(
         facts=_facts(store, report, len(sampled)),
         summary=summary,
         levels=list(zip(LEVELS, summary.quantiles, strict=True)) if summary else [],
         tail=TAIL,
         clip=report.clip,
-        charts=_charts(report, sampled) if summary else [],
-        rollouts=[_rollout(record, report, decode or str) for record in shown],
+        charts=advantage_charts(report, sampled) if summary else [],
+        rollouts=[show_rollout(record, report, decode) for record in shown],
         named=decode is not None,
     )
     Path(path).write_text(page, encoding="utf-8")
 
 
-_ENVIRONMENT = Environment(loader=PackageLoader("lopd.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+def check_columns(store: LogprobReader, report: TokenReport) -> None:
+    """Refuse columns that are not there.
 
-_ENVIRONMENT.globals["breaks"] = lambda text: Markup("<wbr>") if text.startswith("·") else ""
+    Raises:
+        MissingScoresError: one is not.
+    """
+    for column in report.columns:
+        if column != BEHAVIOR_COLUMN and column not in store.columns:
+            raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected scores; the columns are {sorted(store.columns)}.")
 
-#: (generation, position from 0 to 1 of each counted token, its advantage)
-_Sampled = list[tuple[int, NDArray[np.float64], NDArray[np.float64]]]
+
+@frozen(eq=False)
+class SampledRollout:
+    """The advantages of one rollout, of its N tokens that count.
+
+    Args:
+        row: in the store.   generation: round of sampling.
+        place: (N,) position in the response, from 0 to 1.
+        gap: (N,) advantage, nats, unclipped.
+    """
+
+    row: int
+    generation: int
+    place: NDArray[np.float64]
+    gap: NDArray[np.float64]
 
 
-def _sample(store: LogprobReader, report: TokenReport, shown: Sequence[ScoredRollout]) -> tuple[_Sampled, AdvantageSummary | None]:
+def scored_rows(store: LogprobReader, report: TokenReport) -> NDArray[np.int64]:
+    """Rows that have scores in every column of the report."""
     usable = np.ones(len(store), np.bool_)
     for column in report.columns:
         usable &= store.scored(column)
-    chosen = evenly(np.flatnonzero(usable), report.sample)
-    records = (record for part in in_batches(chosen) for record in store.read(part, columns=report.columns))
+    return np.flatnonzero(usable)
+
+
+def sample_advantages(store: LogprobReader, report: TokenReport, rows: Sequence[int] | NDArray[np.int64]) -> list[SampledRollout]:
+    """The advantages of these rows."""
     sampled = []
-    for record in records if report.sample else shown:
-        on_T = record.rollout.loss_mask
-        place_T = (np.arange(on_T.size) + 0.5) / on_T.size
-        sampled.append((record.rollout.generation, place_T[on_T], report.advantages(record)[on_T]))
-    every = np.concatenate([gaps for _, _, gaps in sampled])
-    return sampled, AdvantageSummary.of(every) if every.size else None
+    for part in in_batches(np.asarray(rows, np.int64)):
+        for row, record in zip(part, store.read(part, columns=report.columns), strict=True):
+            on_T = record.rollout.loss_mask
+            place_T = (np.arange(on_T.size) + 0.5) / on_T.size
+            sampled.append(SampledRollout(row, record.rollout.generation, place_T[on_T], report.advantages(record)[on_T]))
+    return sampled
 
 
-def _charts(report: TokenReport, sampled: _Sampled) -> list[Chart]:
-    every = np.concatenate([gaps for _, _, gaps in sampled])
-    place = np.concatenate([places for _, places, _ in sampled])
+def summarise(sampled: Sequence[SampledRollout]) -> AdvantageSummary | None:
+    """Of all tokens together; None if there are none."""
+    return AdvantageSummary.of(np.concatenate([rollout.gap for rollout in sampled])) if any(r.gap.size for r in sampled) else None
+
+
+def advantage_charts(report: TokenReport, sampled: Sequence[SampledRollout]) -> list[Chart]:
+    """The advantages by size, by position, and by round of sampling if there are several; of one token at least."""
+    place, every = _together(sampled)
     charts = [
         histogram("Advantages", "nats, clipped", np.clip(every, -report.clip, report.clip), report.clip),
         curves("By position in the response", {"all": (place, every)}, report.bins, band=True),
     ]
-    ordered = sorted(sampled, key=lambda item: item[0])
+    ordered = sorted(sampled, key=lambda rollout: rollout.generation)
     rounds = {
-        f"round {generation}": tuple(np.concatenate(parts) for parts in zip(*((p, g) for _, p, g in group), strict=True))
-        for generation, group in groupby(ordered, key=lambda item: item[0])
+        f"round {generation}": _together(list(group)) for generation, group in groupby(ordered, key=lambda rollout: rollout.generation)
     }
     if len(rounds) > 1:
-        charts.append(curves("By round of sampling", {name: (p, g) for name, (p, g) in rounds.items()}, report.bins, band=False))
+        charts.append(curves("By round of sampling", rounds, report.bins, band=False))
     return charts
+
+
+def _together(sampled: Sequence[SampledRollout]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.concatenate([rollout.place for rollout in sampled]), np.concatenate([rollout.gap for rollout in sampled])
 
 
 def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tuple[str, str]]:
@@ -159,7 +188,9 @@ def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tupl
     return facts
 
 
-def _rollout(record: ScoredRollout, report: TokenReport, decode: Decode) -> dict[str, Any]:
+def show_rollout(record: ScoredRollout, report: TokenReport, decode: Decode | None, note: str = "") -> dict[str, Any]:
+    """What the template `parts.html` shows of a rollout; ids in place of text without `decode`."""
+    decode = decode or str
     rollout, gap_T = record.rollout, report.advantages(record)
     columns = {name: record.scores[column] for name, column in _named(report).items()}
     tokens = []
@@ -180,6 +211,7 @@ def _rollout(record: ScoredRollout, report: TokenReport, decode: Decode) -> dict
         "mean": mean,
         "finish": rollout.finish_reason,
         "round": rollout.generation,
+        "note": note,
     }
 
 
