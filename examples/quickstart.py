@@ -47,7 +47,9 @@ from lopd.loader import StepStream
 from lopd.manifest import fingerprint_tokenizer
 from lopd.metrics import RolloutSums, advantage_quantiles
 from lopd.prompts import make_prompts, read_prompts
+from lopd.report.history import RunHistory
 from lopd.report.pictures import draw_run
+from lopd.report.run import write_run_report
 from lopd.types import Prompt, StepMetrics
 
 transformers.utils.logging.disable_progress_bar()
@@ -299,7 +301,7 @@ def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settin
 
 
 def finish(run: Run, phases: list[dict[str, Any]], settings: Settings) -> None:
-    """The closing table, `metrics.json` and `curves.png`."""
+    """The closing table, `metrics.json`, `curves.png` and `report.html`."""
     rows = [[p["name"], wall_time(p), p["tokens"], interval(p)] for p in phases]
     console.print(table("Lightning OPD, phase by phase", ["phase", "wall s", "tokens", "held-out reverse KL (nats, 95 %)"], rows))
     history = {p["name"]: [StepMetrics.from_json(row) for row in p.pop("history")] for p in phases if "history" in p}
@@ -314,12 +316,28 @@ def finish(run: Run, phases: list[dict[str, Any]], settings: Settings) -> None:
     versions = {"lopd": lopd.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()}
     paired = {name: asdict(change) for name, change in changes.items()}
-    write_json(
-        run.folder / "metrics.json",
-        {"phases": phases, "change": paired, "settings": asdict(settings), "versions": versions, "machine": machine},
-    )
+    steps = [asdict(m) for m in history["Lightning OPD"]]
+    metrics = {"phases": phases, "change": paired, "settings": asdict(settings), "versions": versions, "machine": machine, "history": steps}
+    write_json(run.folder / "metrics.json", metrics)
     draw_run(run.folder / "curves.png", {name: s.per_token() for name, s in sums.items()}, history["SFT"], history["Lightning OPD"])
-    console.print(f"total {sum(p['wall_s'] for p in phases):.0f} s; written: {run.folder}/metrics.json, {run.folder}/curves.png")
+    report(run, settings)
+    console.print(f"total {sum(p['wall_s'] for p in phases):.0f} s; written: {run.folder}/metrics.json, curves.png, report.html")
+
+
+def report(run: Run, settings: Settings) -> None:
+    """The whole run as a page for a browser."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.folder / "opd")
+    history = RunHistory.read(run.folder / "metrics.json")
+    write_run_report(
+        run.folder / "report.html",
+        ZarrStore.open(settings.store or run.folder / "store.zarr"),
+        history.steps,
+        phases=history.phases,
+        decode=lambda token: str(tokenizer.decode([token])),
+        lineage=Lineage.read(run.folder / "opd"),
+        versions=history.versions,
+        title="Lightning OPD: the quickstart",
+    )
 
 
 def interval(phase: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ Session fixtures are shared: a test that trains or damages a model works on `cop
 import copy
 import importlib
 import os
+import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -253,3 +254,16 @@ def near_teacher(llama):
         for parameter in teacher.parameters():
             parameter.add_(0.04 * torch.randn_like(parameter))
     return teacher
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: run `make test-browser`")
+    if chromium is None:
+        pytest.skip("there is no Chromium: run `make test-browser`")
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield launched
+        launched.close()

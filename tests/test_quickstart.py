@@ -97,6 +97,11 @@ def test_it_measures_every_phase_and_writes_what_it_promises(unbroken: Path) -> 
     assert all(p["wall_s"] > 0 and p["tokens"] > 0 for p in report["phases"])
     assert set(attempts(unbroken).values()) == {1}
     assert (unbroken / "curves.png").stat().st_size > 10_000
+    assert len(report["history"]) == 12
+    page = (unbroken / "report.html").read_text()
+    assert "12 steps" in page
+    assert all(name in page for name in by_name)
+    assert page.count("<section>") > 3
     assert (unbroken / "store.zarr" / "zarr.json").exists()
 
 

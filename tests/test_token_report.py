@@ -1,44 +1,19 @@
 """The token report: what it says is what the store holds, whatever the tokens are, and a browser shows it."""
 
-import html
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
+from reports import HOSTILE, decode, filled, tokens_of
 
 from lopd import MemoryStore, ZarrStore
 from lopd.doctor.__main__ import main
 from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError
-from lopd.manifest import ModelId
 from lopd.report.charts import curves, histogram
 from lopd.report.tokens import TokenReport, visible, write_token_report
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 from lopd.types import Scores
-
-HOSTILE = ["<script>alert(1)</script>", "\"'><b>", "\ud83d", "\u202eabc", " word", "\n", "&amp;", "שלום", ""]
-
-
-def decode(token):
-    return HOSTILE[token] if token < len(HOSTILE) else f" w{token}"
-
-
-def filled(store):
-    store.begin_generation(1, ModelId("student", "step-5", "float32"))
-    rng = np.random.default_rng(0)
-    rollouts = []
-    for i in range(12):
-        ids = [*range(9), *rng.integers(9, 200, 10 + i)]
-        mask = [t != 3 for t in range(len(ids))]
-        logprobs = -rng.exponential(1.0, len(ids))
-        rollouts.append(
-            tiny_rollout(f"p{i}/s0/g{i % 2}", ids, prompt_ids=[9, 5, 0], loss_mask=mask, behavior_logprobs=logprobs, generation=i % 2)
-        )
-    store.append(rollouts)
-    teacher = [Scores.of(r, np.minimum(r.behavior_logprobs + rng.normal(-1, 3, r.response_ids.size), 0)) for r in rollouts]
-    store.append_scores("teacher", tiny_provenance("T"), teacher)
-    return store
 
 
 @pytest.fixture
@@ -53,14 +28,6 @@ def page(store, tmp_path):
         return (tmp_path / "r.html").read_text(encoding="utf-8")
 
     return write
-
-
-def tokens_of(text):
-    """(class, attributes, text) of every token."""
-    found = []
-    for classes, attributes, inner in re.findall(r'<span class="(t [^"]*)"([^>]*)>(.*?)</span>', text, re.DOTALL):
-        found.append((classes.split(), dict(re.findall(r'([\w-]+)="([^"]*)"', attributes)), html.unescape(inner)))
-    return found
 
 
 def test_every_token_is_there_with_the_numbers_of_the_store(page, store):
@@ -174,18 +141,6 @@ def test_the_doctor_writes_one(tmp_path, capsys):
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: run `make test-browser`")
-    if chromium is None:
-        pytest.skip("there is no Chromium: run `make test-browser`")
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.mark.browser

@@ -1,6 +1,6 @@
 """Looking after a store: what is in it, whether it is sound, how two columns differ, and what a plan will cost.
 
-Functions first; `python -m lopd.doctor info|verify|diff|compact|estimate` prints what they find.
+Functions first; `python -m lopd.doctor info|verify|diff|report|run|compact|estimate` prints or draws what they find.
 """
 
 from lopd.doctor.comparing import Difference as Difference

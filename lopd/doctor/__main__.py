@@ -1,4 +1,4 @@
-"""The command line: `python -m lopd.doctor info|verify|diff|compact|estimate URL`.
+"""The command line: `python -m lopd.doctor info|verify|diff|report|run|compact|estimate URL`.
 
 Exit code 0 if all is well, 1 for problems or differences, 2 if a store cannot be opened or read, or the call makes no sense.
 """
@@ -60,12 +60,16 @@ def _parser() -> ArgumentParser:
 
     report = _command(commands, "report", "rollouts token by token, as a page for a browser", _report)
     report.add_argument("--rows", type=_whole, nargs="+", default=[0], metavar="ROW", help="rollouts to show (0)")
-    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
-    report.add_argument("--tokenizer", metavar="FOLDER", help="folder of a transformers tokenizer; ids are shown without one")
-    report.add_argument(
-        "--columns", nargs="+", default=["teacher", "behavior"], metavar="COLUMN", help="teacher, student, and a third to show"
-    )
-    report.add_argument("--clip", type=_positive, default=10.0, metavar="NATS", help="clip threshold of the advantage (10)")
+    run = _command(commands, "run", "a whole run as a page: training, cost, advantages, a few rollouts, who made what", _run_report)
+    run.add_argument("--history", type=Path, metavar="FILE", help="JSON of the training: its steps, or an object with them as history")
+    run.add_argument("--title", default="Run report", help="of the page")
+    for page in (report, run):
+        page.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
+        page.add_argument("--tokenizer", metavar="FOLDER", help="folder of a transformers tokenizer; ids are shown without one")
+        page.add_argument(
+            "--columns", nargs="+", default=["teacher", "behavior"], metavar="COLUMN", help="teacher, student, and a third to show"
+        )
+        page.add_argument("--clip", type=_positive, default=10.0, metavar="NATS", help="clip threshold of the advantage (10)")
 
     _command(commands, "compact", "merge many small appends into large ones", _compact)
 
@@ -182,23 +186,51 @@ def _verdicts(*sides: tuple[DurableStore, str]) -> Iterator[str]:
 
 
 def _report(options: Namespace) -> int:
-    from lopd.report.tokens import TokenReport, write_token_report
+    from lopd.report.tokens import write_token_report
+
+    store, report = _open(options.url, options), _columns(options)
+    write_token_report(options.out, store, options.rows, report=report, decode=_decode(options.tokenizer))
+    print(f"{options.out}: {len(options.rows)} rollouts; open it in a browser.")
+    return FINE
+
+
+def _run_report(options: Namespace) -> int:
+    from lopd.report.history import RunHistory
+    from lopd.report.run import write_run_report
+
+    history = RunHistory() if options.history is None else RunHistory.read(options.history)
+    write_run_report(
+        options.out,
+        _open(options.url, options),
+        history.steps,
+        phases=history.phases,
+        report=_columns(options),
+        decode=_decode(options.tokenizer),
+        versions=history.versions,
+        title=options.title,
+    )
+    print(f"{options.out}: {len(history.steps):,} steps; open it in a browser.")
+    return FINE
+
+
+def _columns(options: Namespace) -> Any:
+    from lopd.report.tokens import TokenReport
 
     if len(options.columns) not in {2, 3}:
         raise InvalidRecordError(
             f"Report: the columns are {options.columns}, expected teacher, student, and perhaps a third; pass --columns."
         )
-    decode = None
-    if options.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-        decode = lambda token: str(tokenizer.decode([token]))  # noqa: E731
     teacher, student, *others = options.columns
-    report = TokenReport(teacher, student, others[0] if others else None, options.clip)
-    write_token_report(options.out, _open(options.url, options), options.rows, report=report, decode=decode)
-    print(f"{options.out}: {len(options.rows)} rollouts; open it in a browser.")
-    return FINE
+    return TokenReport(teacher, student, others[0] if others else None, options.clip)
+
+
+def _decode(folder: str | None) -> Any:
+    if folder is None:
+        return None
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return lambda token: str(tokenizer.decode([token]))
 
 
 def _compact(options: Namespace) -> int:

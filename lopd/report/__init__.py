@@ -1,1 +1,1 @@
-"""Reports of a run: pictures by matplotlib (`pictures`), and rollouts token by token as a page for any browser (`tokens`)."""
+"""Reports of a run: pictures by matplotlib (`pictures`); pages for any browser of a whole run (`run`) and of its tokens (`tokens`)."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 WIDTH, HEIGHT = 340, 150
 #: Most points of a curve over steps; of a longer run each point is the mean of several steps.
 MOST_POINTS = 1000
-_MARKS = 4
+_MARKS = 5
 
 
 @frozen
@@ -90,7 +90,8 @@ def histogram(title: str, x: str, values_M: NDArray[Any], limit: float, bins: in
     width = WIDTH / bins
     bars = [(i * width, HEIGHT - HEIGHT * t / top, width * 0.9, HEIGHT * t / top) for i, t in enumerate(tall.tolist())]
     x_marks = [(WIDTH * i / 4, signed(-limit + limit * i / 2)) for i in range(5)]
-    y_marks = [(HEIGHT - HEIGHT * power / top, f"{10**power:,}") for power in range(int(top) + 1)]
+    marked = [10**power for power in range(int(top) + 1) if np.log10(10**power + 1) <= top]
+    y_marks = [(HEIGHT - HEIGHT * float(np.log10(count + 1)) / top, f"{count:,}") for count in marked]
     rows = [[f"{a:+.2f} to {b:+.2f}", f"{n:,}"] for a, b, n in zip(borders, borders[1:], counts.tolist(), strict=False) if n]
     return Chart(title, x, "tokens, logarithmic", x_marks, y_marks, [["advantage", "tokens"], *rows], bars=bars)
 
