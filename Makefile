@@ -71,10 +71,10 @@ test-triton: .venv/installed-test  ## the CUDA kernels in Triton's interpreter, 
 	$(BIN)/python -m pytest tests/test_triton_rows.py
 
 # Chromium comes from the system: Debian and its like by apt-get where there is root, any other has to bring it
-test-browser: .venv/installed-test  ## the token report in a headless Chromium
+test-browser: .venv/installed-test  ## both reports in a headless Chromium
 	command -v chromium chromium-browser google-chrome || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
-	$(BIN)/python -m pytest tests/test_token_report.py
+	$(BIN)/python -m pytest tests/test_token_report.py tests/test_run_report.py
 
 test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants
 	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_faults.py tests/test_survival.py -k kill -rA --timeout 3000

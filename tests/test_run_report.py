@@ -318,11 +318,11 @@ def test_a_history_is_read_from_what_a_run_keeps(tmp_path):
     assert RunHistory.read(path) == RunHistory(tuple(steps(3)))
     phases = [
         {"name": "OPD", "wall_s": 2.5, "tokens": 7, "held_out_reverse_kl": 0.5, "ci95": 0.1, "attempts": 1},
-        {"name": "x", "seconds": 1},
+        {"name": "x", "seconds": 1, "attempts": 2},
     ]
     path.write_text(json.dumps({"history": rows, "phases": phases, "versions": {"torch": "2.9"}, "settings": {}}))
     read = RunHistory.read(path)
-    assert read.phases == (Phase("OPD", 2.5, 7, "held-out reverse KL 0.500 ± 0.100"), Phase("x", 1))
+    assert read.phases == (Phase("OPD", 2.5, 7, "held-out reverse KL 0.500 ± 0.100"), Phase("x", 1, 0, "the last of 2 attempts"))
     assert read.versions == {"torch": "2.9"}
 
 
@@ -378,7 +378,8 @@ CONTRAST = """() => {
   const paper = (e) => (e ? [...paper(e.parentElement), getComputedStyle(e).backgroundColor] : ["#fff"]);
   const ratios = [];
   for (const e of document.querySelectorAll("body *")) {
-    if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || e.closest("script, title, [hidden], details:not([open]) .scroll")) continue;
+    if (![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
+    if (e.closest("script, title, [hidden], details:not([open]) .scroll")) continue;
     const style = getComputedStyle(e), below = paper(e);
     const [a, b] = [light(over([...below, e.closest("svg") ? style.fill : style.color])), light(over(below))].sort((p, q) => q - p);
     ratios.push([(a + 0.05) / (b + 0.05), e.tagName + "." + (e.getAttribute("class") ?? "") + " " + e.textContent.slice(0, 20)]);

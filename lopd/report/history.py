@@ -55,15 +55,15 @@ class RunHistory:
     def read(cls, path: str | Path) -> "RunHistory":
         """What a JSON file holds: a list of steps, or an object with such a list as `history`.
 
-        A step is `attrs.asdict` of its `StepMetrics`.  The object may have `phases`, a list of objects with `name`, `wall_s` (or `seconds`) and
-        `tokens`, and `versions`, an object of strings.
+        A step is `attrs.asdict` of its `StepMetrics`.  The object may have `phases`, a list of objects with `name`, `wall_s` (or `seconds`),
+        perhaps `tokens`, and what else the quickstart writes of one; and `versions`, an object of strings.
 
         Raises:
             InvalidRecordError: the file is absent, or holds something else.
         """
         owner = f"History {path}"
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InvalidRecordError(f"{owner}: it cannot be read ({error!r}), expected a JSON file; pass that of the training.") from error
         data = {"history": data} if isinstance(data, list) else data
@@ -100,6 +100,8 @@ def read_steps(history: Iterable[StepMetrics | Mapping[str, Any]]) -> tuple[Step
 
 def _phase(row: Mapping[str, Any]) -> Phase:
     seconds = row["wall_s"] if "wall_s" in row else row["seconds"]
-    kl, ci95 = row.get("held_out_reverse_kl"), row.get("ci95")
-    result = "" if kl is None or ci95 is None else f"held-out reverse KL {kl:.3f} ± {ci95:.3f}"
-    return Phase(str(row["name"]), seconds, row.get("tokens", 0), row.get("result", result))
+    kl, ci95, attempts = row.get("held_out_reverse_kl"), row.get("ci95"), row.get("attempts", 1)
+    measured = "" if kl is None or ci95 is None else f"held-out reverse KL {kl:.3f} ± {ci95:.3f}"
+    last = f"the last of {attempts} attempts" if attempts > 1 else ""
+    result = "; ".join(said for said in (row.get("result", measured), last) if said)
+    return Phase(str(row["name"]), seconds, row.get("tokens", 0), result)
