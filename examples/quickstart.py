@@ -47,9 +47,8 @@ from lopd.loader import StepStream
 from lopd.manifest import fingerprint_tokenizer
 from lopd.metrics import RolloutSums, advantage_quantiles
 from lopd.prompts import make_prompts, read_prompts
-from lopd.report.history import RunHistory
+from lopd.report import RunHistory, write_run_report
 from lopd.report.pictures import draw_run
-from lopd.report.run import write_run_report
 from lopd.types import Prompt, StepMetrics
 
 transformers.utils.logging.disable_progress_bar()

@@ -186,7 +186,7 @@ def _verdicts(*sides: tuple[DurableStore, str]) -> Iterator[str]:
 
 
 def _report(options: Namespace) -> int:
-    from lopd.report.tokens import write_token_report
+    from lopd.report import write_token_report
 
     store, report = _open(options.url, options), _columns(options)
     write_token_report(options.out, store, options.rows, report=report, decode=_decode(options.tokenizer))
@@ -195,8 +195,7 @@ def _report(options: Namespace) -> int:
 
 
 def _run_report(options: Namespace) -> int:
-    from lopd.report.history import RunHistory
-    from lopd.report.run import write_run_report
+    from lopd.report import RunHistory, write_run_report
 
     history = RunHistory() if options.history is None else RunHistory.read(options.history)
     write_run_report(
@@ -214,7 +213,7 @@ def _run_report(options: Namespace) -> int:
 
 
 def _columns(options: Namespace) -> Any:
-    from lopd.report.tokens import TokenReport
+    from lopd.report import TokenReport
 
     if len(options.columns) not in {2, 3}:
         raise InvalidRecordError(
