@@ -357,6 +357,9 @@ def test_the_doctor_writes_one(tmp_path, capsys):
     assert "<h1>Mine</h1>" in out.read_text()
     assert main(command) == 0
     assert "no history was given" in out.read_text()
+    Lineage(opd_teacher=tiny_provenance("T").model).write(tmp_path)
+    assert main([*command, "--student", str(tmp_path)]) == 0
+    assert "<dd>T@rev-T, float32</dd>" in out.read_text()
     assert main([*command, "--history", str(tmp_path / "absent.json")]) == 2
     assert main([*command, "--columns", "teacher"]) == 2
 

@@ -20,6 +20,7 @@ from lopd.doctor.contents import inspect_store
 from lopd.doctor.estimating import LOGPROB_BYTES, Plan, Rates, estimate, measure_rates, plan_like
 from lopd.doctor.upkeep import check_store, compact_store
 from lopd.errors import InvalidRecordError, LopdError, MissingDependencyError
+from lopd.manifest import Lineage
 from lopd.protocols import DurableStore
 
 FINE, PROBLEMS, UNUSABLE = 0, 1, 2
@@ -62,6 +63,7 @@ def _parser() -> ArgumentParser:
     report.add_argument("--rows", type=_whole, nargs="+", default=[0], metavar="ROW", help="rollouts to show (0)")
     run = _command(commands, "run", "a whole run as a page: training, cost, advantages, a few rollouts, who made what", _run_report)
     run.add_argument("--history", type=Path, metavar="FILE", help="JSON of the training: its steps, or an object with them as history")
+    run.add_argument("--student", type=Path, metavar="FOLDER", help="of the student that came out, for its lineage")
     run.add_argument("--title", default="Run report", help="of the page")
     for page in (report, run):
         page.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
@@ -205,6 +207,7 @@ def _run_report(options: Namespace) -> int:
         phases=history.phases,
         report=_columns(options),
         decode=_decode(options.tokenizer),
+        lineage=None if options.student is None else Lineage.read(options.student),
         versions=history.versions,
         title=options.title,
     )
