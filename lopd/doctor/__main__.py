@@ -59,19 +59,7 @@ def _parser() -> ArgumentParser:
     diff.add_argument("--columns", nargs="+", default=["teacher"], metavar="COLUMN", help="two, or one that is in both stores (teacher)")
     diff.add_argument("--tolerance", type=float, default=0.0, metavar="NATS", help="largest difference that is none (0)")
 
-    report = _command(commands, "report", "rollouts token by token, as a page for a browser", _report)
-    report.add_argument("--rows", type=_whole, nargs="+", default=[0], metavar="ROW", help="rollouts to show (0)")
-    run = _command(commands, "run", "a whole run as a page: training, cost, advantages, a few rollouts, who made what", _run_report)
-    run.add_argument("--history", type=Path, metavar="FILE", help="JSON of the training: its steps, or an object with them as history")
-    run.add_argument("--student", type=Path, metavar="FOLDER", help="of the student that came out, for its lineage")
-    run.add_argument("--title", default="Run report", help="of the page")
-    for page in (report, run):
-        page.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
-        page.add_argument("--tokenizer", metavar="FOLDER", help="folder of a transformers tokenizer; ids are shown without one")
-        page.add_argument(
-            "--columns", nargs="+", default=["teacher", "behavior"], metavar="COLUMN", help="teacher, student, and a third to show"
-        )
-        page.add_argument("--clip", type=_positive, default=10.0, metavar="NATS", help="clip threshold of the advantage (10)")
+    _pages(commands)
 
     _command(commands, "compact", "merge many small appends into large ones", _compact)
 
@@ -88,6 +76,22 @@ def _parser() -> ArgumentParser:
     cost.add_argument("--sampling-rate", type=_positive, metavar="TOKENS/S", help="response tokens sampled (measured in the store)")
     cost.add_argument("--scoring-rate", type=_positive, metavar="TOKENS/S", help="prompt and response tokens read by a scorer (measured)")
     return parser
+
+
+def _pages(commands: Any) -> None:
+    report = _command(commands, "report", "rollouts token by token, as a page for a browser", _report)
+    report.add_argument("--rows", type=_whole, nargs="+", default=[0], metavar="ROW", help="rollouts to show (0)")
+    run = _command(commands, "run", "a whole run as a page: training, cost, advantages, a few rollouts, who made what", _run_report)
+    run.add_argument("--history", type=Path, metavar="FILE", help="JSON of the training: its steps, or an object with them as history")
+    run.add_argument("--student", type=Path, metavar="FOLDER", help="of the student that came out, for its lineage")
+    run.add_argument("--title", default="Run report", help="of the page")
+    for page in (report, run):
+        page.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="the page (report.html)")
+        page.add_argument("--tokenizer", metavar="FOLDER", help="folder of a transformers tokenizer; ids are shown without one")
+        page.add_argument(
+            "--columns", nargs="+", default=["teacher", "behavior"], metavar="COLUMN", help="teacher, student, and a third to show"
+        )
+        page.add_argument("--clip", type=_positive, default=10.0, metavar="NATS", help="clip threshold of the advantage (10)")
 
 
 def _command(commands: Any, name: str, summary: str, run: Any, *, json: bool = False) -> ArgumentParser:
