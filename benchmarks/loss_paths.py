@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lopd import Chunking, FusedOPDLoss, ReferenceOPDLoss
 from lopd.losses.objective import OPDObjective, Signal, Tokens
-from lopd.types import Batch, LMHead
+from lopd.steps import Batch, LMHead
 
 
 @frozen(eq=False)

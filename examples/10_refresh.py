@@ -23,7 +23,7 @@ from lopd import (
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.prompts import make_prompts
-from lopd.types import StepMetrics
+from lopd.steps import StepMetrics
 
 student_dir, teacher_dir = model_folders()  # replace these and QUESTIONS by your own
 model, tokenizer = load_model(student_dir, torch.float32)

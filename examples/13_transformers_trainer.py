@@ -15,7 +15,7 @@ from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.loader import StepStream
 from lopd.prompts import make_prompts
 from lopd.protocols import LogprobReader, OPDLoss
-from lopd.types import LossOutput
+from lopd.steps import LossOutput
 
 
 @frozen

@@ -10,7 +10,8 @@ from lopd import MemoryStore, ModelId, batches, opd_steps
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.protocols import OPDLoss, Student
 from lopd.refresh import refresh_every, sample_round
-from lopd.types import Prompt, StepMetrics
+from lopd.steps import StepMetrics
+from lopd.types import Prompt
 
 
 def online_opd(

@@ -49,7 +49,8 @@ from lopd.metrics import RolloutSums, advantage_quantiles
 from lopd.prompts import make_prompts, read_prompts
 from lopd.report import RunHistory, write_run_report
 from lopd.report.pictures import draw_run
-from lopd.types import Prompt, StepMetrics
+from lopd.steps import StepMetrics
+from lopd.types import Prompt
 
 transformers.utils.logging.disable_progress_bar()
 

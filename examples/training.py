@@ -12,7 +12,7 @@ from lopd import CausalLMStudent, Lineage
 from lopd.checkpoint import load_checkpoint, save_checkpoint
 from lopd.loader import StepStream
 from lopd.ranks import Ranks
-from lopd.types import Step, StepMetrics
+from lopd.steps import Step, StepMetrics
 
 
 def make_optimizer(student: CausalLMStudent) -> torch.optim.AdamW:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lopd.errors import ModelError
-from lopd.types import LMHead
+from lopd.steps import LMHead
 
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
 

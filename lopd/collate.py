@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from lopd.arrays import BoolArray, Float32Array
 from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.types import Batch, Rollout, ScoredRollout
+from lopd.steps import Batch
+from lopd.types import Rollout, ScoredRollout
 
 Weighting = Callable[[BoolArray], Float32Array]
 

@@ -18,7 +18,8 @@ from lopd.drift import TAIL, AdvantageSummary, Drift
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
 from lopd.protocols import LogprobReader
 from lopd.reading import evenly, in_batches
-from lopd.types import BEHAVIOR_COLUMN, StepMetrics
+from lopd.steps import StepMetrics
+from lopd.types import BEHAVIOR_COLUMN
 
 #: Share of advantages in the tail from which a loss without an importance ratio is not to be trusted.
 MAX_TAIL = 0.02

@@ -16,7 +16,8 @@ from lopd.guards import judge_advantages, stored_advantages
 from lopd.manifest import Lineage
 from lopd.protocols import LogprobReader
 from lopd.ranks import Ranks
-from lopd.types import Batch, Prompt, Step
+from lopd.steps import Batch, Step
+from lopd.types import Prompt
 
 
 @final

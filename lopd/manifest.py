@@ -90,7 +90,7 @@ def _narrowest(tensor: Tensor) -> Tensor:
 
 
 class HasVocabulary(Protocol):
-    """Something whose token ids are of one tokenizer, and that says of which: a `TokenizerId`, `Provenance` or `lopd.types.Step`."""
+    """Something whose token ids are of one tokenizer, and that says of which: a `TokenizerId`, `Provenance` or `lopd.steps.Step`."""
 
     @property
     def vocab_hash(self) -> str | None:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lopd.manifest import Commit, Manifest, ModelId, Provenance, TokenizerId
-from lopd.types import Batch, LMHead, LossOutput, Prompt, Rollout, ScoredRollout, Scores
+from lopd.steps import Batch, LMHead, LossOutput
+from lopd.types import Prompt, Rollout, ScoredRollout, Scores
 
 
 class RolloutSource(Protocol):

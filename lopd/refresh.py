@@ -28,7 +28,8 @@ from lopd.preflight import Preflight
 from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
 from lopd.reading import rows_of
 from lopd.scoring import score_rollouts
-from lopd.types import Prompt, StepMetrics
+from lopd.steps import StepMetrics
+from lopd.types import Prompt
 
 
 class Round(Protocol):

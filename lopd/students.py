@@ -11,7 +11,7 @@ from lopd.errors import ModelError
 from lopd.manifest import Lineage, TokenizerId, TokenizerLike, fingerprint_tokenizer
 from lopd.protocols import OPDLoss
 from lopd.ranks import Ranks, on_first, sharded
-from lopd.types import Batch, LossOutput
+from lopd.steps import Batch, LossOutput
 
 
 @final

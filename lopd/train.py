@@ -15,7 +15,7 @@ from lopd.drift import DriftMeter, TokenLogprobs
 from lopd.errors import InvalidRecordError, TrainingDivergedError
 from lopd.protocols import OPDLoss, Student
 from lopd.ranks import Ranks, check_summed, gathering, inner, whole
-from lopd.types import Batch, Step, StepMetrics
+from lopd.steps import Batch, Step, StepMetrics
 
 
 def opd_steps(

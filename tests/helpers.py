@@ -16,7 +16,8 @@ from lopd.backends.memory_store import MemoryStore
 from lopd.collate import Weighting, by_rollout, by_token, collate
 from lopd.manifest import Manifest, ModelId, Provenance, SamplingParams, TokenizerId
 from lopd.protocols import OPDLoss
-from lopd.types import Batch, LMHead, LossOutput, Rollout, ScoredRollout, Scores
+from lopd.steps import Batch, LMHead, LossOutput
+from lopd.types import Rollout, ScoredRollout, Scores
 
 torch.set_num_threads(1)
 

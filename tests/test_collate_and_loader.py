@@ -31,9 +31,10 @@ from lopd.loader import StepStream, batches
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.manifest import Lineage, ModelId
 from lopd.protocols import OPDLoss
+from lopd.steps import Batch, LMHead, Step, StepMetrics
 from lopd.testing import tiny_top_k
 from lopd.train import opd_steps
-from lopd.types import Batch, LMHead, Rollout, ScoredRollout, Step, StepMetrics
+from lopd.types import Rollout, ScoredRollout
 
 POSITIONS, VOCAB = 12, 5
 PLAIN = ReferenceOPDLoss(clip=None)

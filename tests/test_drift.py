@@ -18,9 +18,9 @@ from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
 from lopd.guards import DriftLimits, stored_advantages, watch_drift
 from lopd.loader import batches
 from lopd.manifest import Lineage
+from lopd.steps import StepMetrics
 from lopd.students import CausalLMStudent
 from lopd.train import opd_steps
-from lopd.types import StepMetrics
 
 
 def random_tokens(seed=0, lengths=(5, 1, 30, 12)):

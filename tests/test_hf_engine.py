@@ -19,8 +19,9 @@ from lopd.errors import ContextOverflowError, InvalidRecordError, LopdError
 from lopd.losses.reference import SFTLoss
 from lopd.manifest import ModelId, SamplingParams
 from lopd.scoring import score_rollouts
+from lopd.steps import LMHead
 from lopd.students import CausalLMStudent
-from lopd.types import LMHead, Prompt, Rollout, ScoredRollout
+from lopd.types import Prompt, Rollout, ScoredRollout
 
 KINDS = ("llama_tied", "qwen3_padded", "gemma2_softcap", "mistral_window", "gpt2", "phi_bias", "granite_scaled", "cohere_scaled")
 VOCAB = 96

@@ -31,6 +31,7 @@ MODULES = (
     "lopd.report",
     "lopd.scaleout",
     "lopd.testing",
+    "lopd.steps",
     "lopd.types",
 )
 

@@ -19,8 +19,9 @@ from lopd.report.charts import MOST_POINTS, Scale, over_steps
 from lopd.report.history import Phase, RunHistory
 from lopd.report.run import duration, step_charts, write_run_report
 from lopd.report.tokens import TokenReport
+from lopd.steps import StepMetrics
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
-from lopd.types import Scores, StepMetrics
+from lopd.types import Scores
 
 PHASES = [Phase("student <i>rollouts</i>", 30.0, 6000), Phase("teacher scores", 10.0, 6000), Phase("OPD", 60.0, 9000, "reverse KL 0.5")]
 

@@ -19,8 +19,9 @@ from lopd.losses.chunked import Chunking
 from lopd.losses.fused import FusedOPDLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.manifest import Lineage, ModelId, SamplingParams, fingerprint_tokenizer
+from lopd.steps import LossOutput
 from lopd.students import CausalLMStudent
-from lopd.types import LossOutput, Rollout, ScoredRollout
+from lopd.types import Rollout, ScoredRollout
 
 VOCAB = 96
 KINDS = ("llama_tied", "qwen3_padded", "gemma2_softcap", "mistral_window", "gpt2", "phi_bias", "granite_scaled", "cohere_scaled")

@@ -30,8 +30,9 @@ from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss
 from lopd.losses.top_k import TopKObjective
 from lopd.protocols import OPDLoss
+from lopd.steps import Batch
 from lopd.testing import loss_case
-from lopd.types import Batch, Rollout, Scores, TopK
+from lopd.types import Rollout, Scores, TopK
 
 WITH_TAIL = [forward_kl, reverse_kl, jensen_shannon, partial(jensen_shannon, beta=0.1), entropy_gated]
 EVERY = [*WITH_TAIL, reverse_kl_renormalised]

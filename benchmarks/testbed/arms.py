@@ -15,7 +15,7 @@ from lopd.errors import DriftWarning
 from lopd.losses.divergences import forward_kl, reverse_kl
 from lopd.losses.variants import entropy_advantage, lowest_logprobs, prefix_fraction
 from lopd.protocols import OPDLoss
-from lopd.types import StepMetrics
+from lopd.steps import StepMetrics
 from testbed.models import Setting, prepare
 from testbed.runs import Clock, Training, offline, online, scored_rollouts
 

@@ -27,7 +27,7 @@ from lopd import (
 from lopd.engines.hf import HFSource
 from lopd.loader import StepStream
 from lopd.manifest import fingerprint_tokenizer
-from lopd.types import Step
+from lopd.steps import Step
 from testbed.task import CHARACTERS, EOS, Problem, Writer, encode, make_problems, make_tokenizer
 
 TOKENIZER = make_tokenizer()

@@ -25,7 +25,7 @@ from lopd.engines.hf import load_model
 from lopd.loader import StepStream
 from lopd.protocols import OPDLoss
 from lopd.ranks import Ranks
-from lopd.types import Step, StepMetrics
+from lopd.steps import Step, StepMetrics
 from recipes.paper import Recipe
 
 

@@ -25,7 +25,7 @@ from lopd.checks import check_at_least, check_number
 from lopd.errors import GradientError, InvalidRecordError
 from lopd.losses.products import Products, sum_dtype
 from lopd.losses.rows import Rows, Statistics, TorchRows
-from lopd.types import LMHead
+from lopd.steps import LMHead
 
 #: Enough rows of a large vocabulary to keep the matrix products busy (240 of 151,936 entries).
 CHUNK_BYTES = 144 << 20

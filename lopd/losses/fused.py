@@ -23,7 +23,7 @@ from lopd.losses.chunked import (
     selected_logprobs_and_entropies,
 )
 from lopd.losses.objective import Objective, OPDObjective, TokenLosses, Tokens, Transform, check_clip, to_transforms
-from lopd.types import Batch, LMHead, LossOutput
+from lopd.steps import Batch, LMHead, LossOutput
 
 
 @define(eq=False)

@@ -17,7 +17,7 @@ from lopd.checks import check_number
 from lopd.errors import MissingScoresError
 from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
-from lopd.types import Batch, LossOutput
+from lopd.steps import Batch, LossOutput
 
 
 class TopKColumn(NamedTuple):

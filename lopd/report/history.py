@@ -10,7 +10,7 @@ from attrs import field, frozen
 
 from lopd.checks import check_at_least, check_number
 from lopd.errors import InvalidRecordError
-from lopd.types import StepMetrics
+from lopd.steps import StepMetrics
 
 
 @frozen

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lopd.metrics import Estimate
-from lopd.types import StepMetrics
+from lopd.steps import StepMetrics
 
 
 def draw_run(path: Path, held_out: Mapping[str, Estimate], sft: Sequence[StepMetrics], opd: Sequence[StepMetrics]) -> None:

@@ -31,7 +31,8 @@ from lopd.report.tokens import (
     show_rollout,
     summarise,
 )
-from lopd.types import BEHAVIOR_COLUMN, StepMetrics
+from lopd.steps import StepMetrics
+from lopd.types import BEHAVIOR_COLUMN
 
 
 @frozen

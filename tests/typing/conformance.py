@@ -32,8 +32,8 @@ from lopd.protocols import (
     Student,
     TeacherScorer,
 )
+from lopd.steps import Step
 from lopd.students import CausalLMStudent
-from lopd.types import Step
 
 
 def rollout_sources(hf: HFSource, vllm: VLLMSource, served: ServerSource) -> tuple[RolloutSource, RolloutSource, RolloutSource]:
