@@ -62,6 +62,8 @@ bench-train: .venv/installed-claims  ## tokens a second of a training step, besi
 
 bench-scale: .venv/installed-test  ## one process and two, several readers, stores of up to a million rollouts; about ten minutes
 	$(BIN)/python benchmarks/bench_scale.py
+	$(BIN)/python benchmarks/scale_docs.py
+	$(BIN)/python benchmarks/docs_tables.py
 
 docs: .venv/installed-docs  ## the documentation site, into site/; nothing is fetched when it is read
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
