@@ -116,3 +116,9 @@ def test_a_model_that_is_not_there_is_one_sentence(load, tmp_path):
         EngineError, match=r"Model '.*nowhere': it cannot be loaded \(.+\), expected a folder that transformers saved, or a name in"
     ):
         load(tmp_path / "nowhere")
+
+
+def test_a_folder_of_adapters_is_no_whole_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds no config.json, expected a whole model \(adapters have none"):
+        folder_model_id(tmp_path)

@@ -9,12 +9,12 @@ from attrs import evolve
 from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import InvalidRecordError
-from lopd.plan import PAPER_LOCKSTEP, TABLE_2, Rates, Work, lightning, lockstep_of, online, rates_like
+from lopd.plan import PAPER_LOCKSTEP, TABLE_2, GpuRates, Work, lightning, lockstep_of, online, rates_like
 from lopd.plan.__main__ import main
 
 HOUR = 3600
 WORK = Work(prompts=1000, samples=2, prompt_tokens=100, response_tokens=900, steps=50, rollouts_per_step=64, tokens_per_batch=8000)
-RATES = Rates(sampling=100, scoring=1000, training=500)
+RATES = GpuRates(sampling=100, scoring=1000, training=500)
 
 
 def hours(bill):
@@ -74,7 +74,7 @@ def test_with_a_rows_own_rates_table_2_comes_out_as_it_is(name):
     row = TABLE_2[name]
     stored, texts = row.work.rollouts * row.work.response_tokens, row.work.rollouts * (row.work.response_tokens + 200)
     trained = row.work.trained * (row.work.response_tokens + 200)
-    rates = Rates(sampling=stored / row.rollouts / HOUR, scoring=texts / row.scores / HOUR, training=trained / row.training / HOUR)
+    rates = GpuRates(sampling=stored / row.rollouts / HOUR, scoring=texts / row.scores / HOUR, training=trained / row.training / HOUR)
     assert lightning(row.work, rates, 8).gpu_hours == pytest.approx(row.total)
     assert online(row.work, rates, 8, lockstep_of(row)).gpu_hours == pytest.approx(row.online)
     assert online(row.work, rates, 8).gpu_hours < 0.6 * row.online, "at bulk rates online OPD would have taken far less"
@@ -96,7 +96,7 @@ def test_with_rates_from_the_sizes_of_models_table_2_comes_out_nearly(name):
         (lambda: evolve(WORK, student_billions=0), "Work: student_billions is 0, expected more than 0"),
         (lambda: evolve(WORK, teacher_active=-1), "Work: teacher_active is -1"),
         (lambda: evolve(WORK, prompt_tokens=0), "prompt_tokens is 0"),
-        (lambda: evolve(RATES, scoring=0), "Rates: scoring is 0, expected more than 0 tokens a second"),
+        (lambda: evolve(RATES, scoring=0), "GpuRates: scoring is 0, expected more than 0 tokens a second"),
         (lambda: lightning(WORK, RATES, 0), "Bill: gpus is 0"),
         (lambda: online(WORK, RATES, 1, 0.5), "Bill: lockstep is 0.5, expected at least 1"),
     ],

@@ -18,8 +18,9 @@ from crash_worker import Call, Place, Worker, check, check_rows, die_at, provena
 from fault_proxy import ALWAYS, FaultProxy
 from s3_server import SIGNED, S3Server
 
+from lopd.backends.lance_store import LanceStore
 from lopd.backends.zarr_store import ZarrStore
-from lopd.errors import CorruptStoreError, LopdError, StoreExistsError, StoreReadError, StoreWriteError
+from lopd.errors import CorruptStoreError, LopdError, StoreExistsError, StorePathError, StoreReadError, StoreWriteError
 from lopd.testing import tiny_manifest
 
 #: Some seconds are enough for a test of giving up.
@@ -644,3 +645,14 @@ def test_a_fault_strikes_as_often_as_planned_before_or_after_the_server_did_its_
     fetch(key, "PUT", b"2")
     assert s3.read(key) == b"2"
     assert proxy.pending == 0
+
+
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+@pytest.mark.parametrize("place", ["options", "environment"])
+def test_plain_http_that_nobody_allowed_is_refused_at_once_and_not_after_minutes_of_repetition(kind, place, monkeypatch):
+    options = {"aws_endpoint": "http://somebody:secret@127.0.0.1:9", "aws_access_key_id": "a", "aws_secret_access_key": "b"}
+    if place == "environment":
+        for name, value in options.items():
+            monkeypatch.setenv(name.upper(), value)
+    with pytest.raises(StorePathError, match=r"its endpoint is http://127.0.0.1:9, expected https; set AWS_ALLOW_HTTP=true"):
+        kind.open("s3://bucket/run", storage_options=options if place == "options" else None)

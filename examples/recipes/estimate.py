@@ -2,7 +2,7 @@
 
 from attrs import evolve, frozen
 
-from lopd.plan import Bill, Rates, Work, lightning, rates_like
+from lopd.plan import Bill, GpuRates, Work, lightning, rates_like
 from recipes.paper import Recipe
 
 # mean response over the longest one: a guess, as the paper does not say
@@ -40,7 +40,7 @@ def work_of(recipe: Recipe) -> Work:
     )
 
 
-def estimate(recipe: Recipe, problems: int = 0, rates: Rates | None = None) -> Estimate:
+def estimate(recipe: Recipe, problems: int = 0, rates: GpuRates | None = None) -> Estimate:
     """What this recipe takes, with so many problems in the evaluation; rates are by default those that the paper's hours imply."""
     work = work_of(recipe)
     rates = rates or rates_like(work)

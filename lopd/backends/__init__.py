@@ -1,1 +1,1 @@
-"""Stores: in memory, and as Zarr v3 on a local disk; `ragged` holds what every store shares."""
+"""Stores: in memory, as Zarr v3 segments and as LanceDB tables, on a local disk or in a bucket; `ragged` holds what every store shares."""

@@ -23,6 +23,7 @@ from lopd.errors import ForkedStoreError, MissingDependencyError, StorePathError
 
 _OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")
+_ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
 _REQUESTS_AT_ONCE = 16
 # A request takes as long as a megabyte or so.
 _GAP = 1 << 20
@@ -60,6 +61,23 @@ def _merge_spans(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, 
     return spans
 
 
+def _check_http(shown: str, options: StorageOptions) -> None:
+    """Refuse plain http that nobody has allowed: object_store would repeat for a minute what it never sends, and not say why."""
+    given = {name.lower(): str(value) for place in (os.environ, options) for name, value in place.items()}
+    named = {name.lower() for name in options}
+    endpoint = next((given[name] for name in sorted(_ENDPOINTS, key=lambda name: name not in named) if name in given), "")
+    if endpoint.startswith("http://") and given.get("allow_http", given.get("aws_allow_http", "")).lower() not in (
+        "true",
+        "1",
+        "on",
+        "yes",
+    ):
+        raise StorePathError(
+            f"Store {shown}: its endpoint is {without_user(endpoint)}, expected https; set AWS_ALLOW_HTTP=true (or the option `allow_http`) if plain "
+            "http is meant."
+        )
+
+
 @final
 class _ForkGuard:
     """obstore's threads do not survive a fork: a child of a process that used it would wait for ever."""
@@ -86,7 +104,11 @@ class ObstoreFiles:
     """`Files` in a bucket of S3, GCS or Azure; conditional puts make commits safe, strong consistency makes them visible at once."""
 
     def __init__(self, url: str, options: StorageOptions) -> None:
-        """No request is made yet."""
+        """No request is made yet.
+
+        Raises:
+            StorePathError: it refuses the options, or the endpoint is http and nobody has allowed that.
+        """
         self._url = url.rstrip("/")
         self._shown = without_user(self._url)
         self._options = dict(options)
@@ -110,6 +132,7 @@ class ObstoreFiles:
                 f"Store {self._shown}: obstore is not installed, expected it for this URL; pip install 'lopd[zarr]'."
             ) from error
         _GUARD.check(self._shown)
+        _check_http(self._shown, self._options)
         options = dict(self._options)
         self._max_retries = int(options.pop("client_max_retries", 10))
         self._retry_timeout = float(options.pop("client_retry_timeout", 180))

@@ -56,7 +56,7 @@ class HFSource:
     with (up to the rounding of the matrix products).
 
     Args:
-        model: a causal LM in eval mode.
+        model: a causal LM; it is put in eval mode for as long as it computes here.
         tokenizer: its own.
         sampling: how to draw.
         lineage: what the model was trained on; `from_folder` reads it from beside the weights.
@@ -147,7 +147,7 @@ class HFScorer:
     Memory beyond the model: activations of `tokens_per_batch` positions, and `rows_per_chunk` * V logits; never a (B, S, V) tensor.
 
     Args:
-        model: a causal LM in eval mode.
+        model: a causal LM; it is put in eval mode for as long as it computes here.
         tokenizer: its own.
         tokens_per_batch: padded positions of one forward pass.
         rows_per_chunk: response tokens whose logits exist at once.

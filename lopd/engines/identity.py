@@ -42,10 +42,16 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
         dtype: of the weights in use; None is what the configuration says.
 
     Raises:
-        ModelError: there are no safetensors files, or they name or shape a parameter otherwise than the loaded model does (transformers renames
-            or merges weights of some architectures while it loads them): take the identity of the loaded model, or state one.
+        ModelError: there is no whole model (but adapters, say), there are no safetensors files, or they name or shape a parameter otherwise than
+            the loaded model does (transformers renames or merges weights of some architectures while it loads them): take the identity of the
+            loaded model, or state one.
     """
     folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            f"Model {folder}: it holds no config.json, expected a whole model (adapters have none: merge them first); save one there, or pass "
+            "`identity=`."
+        )
     dtype = dtype or folder_dtype(folder)
     places = _places(folder)
     weights = ((names[0], _read(folder, places, names, shape).to(dtype)) for names, shape in _parameters(folder))

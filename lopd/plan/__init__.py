@@ -1,8 +1,8 @@
 """What N prompts will cost before anything is spent, by Lightning OPD and by online OPD: `python -m lopd.plan`."""
 
 from lopd.plan.bill import Bill as Bill
+from lopd.plan.bill import GpuRates as GpuRates
 from lopd.plan.bill import Phase as Phase
-from lopd.plan.bill import Rates as Rates
 from lopd.plan.bill import Work as Work
 from lopd.plan.bill import lightning as lightning
 from lopd.plan.bill import online as online

@@ -15,7 +15,7 @@ from attrs import asdict, evolve, fields
 from lopd.backends.opening import open_store
 from lopd.doctor.estimating import measure_rates, plan_like
 from lopd.errors import LopdError, MissingDependencyError
-from lopd.plan.bill import Bill, Rates, Work, lightning, online
+from lopd.plan.bill import Bill, GpuRates, Work, lightning, online
 from lopd.plan.paper import H100_FLOPS, PAPER_LOCKSTEP, rates_like
 
 _SIZES = (1e6, 1e9, 1e12)
@@ -94,7 +94,7 @@ def _works(options: Namespace) -> list[Work]:
     return [evolve(work, prompts=size) for size in sizes]
 
 
-def _rates(work: Work, options: Namespace) -> Rates:
+def _rates(work: Work, options: Namespace) -> GpuRates:
     guessed = rates_like(work, options.tflops * _TERA)
     measured: dict[str, float] = {}
     if options.like:
@@ -104,12 +104,12 @@ def _rates(work: Work, options: Namespace) -> Rates:
     return evolve(guessed, **{**measured, **given})
 
 
-def _bills(work: Work, rates: Rates, options: Namespace) -> tuple[Bill, Bill, Bill]:
+def _bills(work: Work, rates: GpuRates, options: Namespace) -> tuple[Bill, Bill, Bill]:
     gpus = options.gpus
     return lightning(work, rates, gpus), online(work, rates, gpus), online(work, rates, gpus, options.lockstep)
 
 
-def _as_json(work: Work, rates: Rates, bills: tuple[Bill, ...]) -> dict[str, Any]:
+def _as_json(work: Work, rates: GpuRates, bills: tuple[Bill, ...]) -> dict[str, Any]:
     names = ("lightning", "online_at_least", "online_in_lockstep")
     described = [{**asdict(bill), "gpu_hours": bill.gpu_hours, "wall_hours": bill.wall_hours} for bill in bills]
     for bill, made in zip(described, bills, strict=True):
@@ -117,7 +117,7 @@ def _as_json(work: Work, rates: Rates, bills: tuple[Bill, ...]) -> dict[str, Any
     return {"work": asdict(work), "rollouts": work.rollouts, "rates": asdict(rates), **dict(zip(names, described, strict=True))}
 
 
-def _show(plans: Sequence[tuple[Work, Rates, tuple[Bill, Bill, Bill]]], options: Namespace) -> None:
+def _show(plans: Sequence[tuple[Work, GpuRates, tuple[Bill, Bill, Bill]]], options: Namespace) -> None:
     try:
         from rich.console import Console
 
@@ -156,7 +156,7 @@ def _rows(bills: tuple[Bill, Bill, Bill], price: float | None) -> Iterator[tuple
     yield row("online OPD, in lockstep", "", lockstep.gpu_hours, lockstep.wall_hours)
 
 
-def _sentences(rates: Rates, bills: tuple[Bill, Bill, Bill]) -> Iterator[str]:
+def _sentences(rates: GpuRates, bills: tuple[Bill, Bill, Bill]) -> Iterator[str]:
     offline, at_least, lockstep = bills
     slow = offline.bottleneck
     share = slow.wall_hours / offline.wall_hours

@@ -95,7 +95,7 @@ class Work:
 
 
 @frozen(kw_only=True)
-class Rates:
+class GpuRates:
     """Tokens a second of one GPU, and of one process that writes.
 
     Args:
@@ -115,7 +115,7 @@ class Rates:
 
     def __attrs_post_init__(self) -> None:
         for name in ("sampling", "scoring", "training", "append"):
-            check_number("Rates", name, getattr(self, name), getattr(self, name) > 0, "more than 0 tokens a second")
+            check_number("GpuRates", name, getattr(self, name), getattr(self, name) > 0, "more than 0 tokens a second")
 
 
 @frozen
@@ -174,7 +174,7 @@ class Bill:
         return max(self.phases, key=lambda phase: phase.wall_hours)
 
 
-def lightning(work: Work, rates: Rates, gpus: int) -> Bill:
+def lightning(work: Work, rates: GpuRates, gpus: int) -> Bill:
     """Sample once, score once, train on what is stored; one model at a time on all GPUs.
 
     Args:
@@ -193,7 +193,7 @@ def lightning(work: Work, rates: Rates, gpus: int) -> Bill:
     return Bill("Lightning OPD", phases, work.stored.total, max(trained_gb(work), _served_gb(work.teacher_billions)))
 
 
-def online(work: Work, rates: Rates, gpus: int, lockstep: float = 1.0) -> Bill:
+def online(work: Work, rates: GpuRates, gpus: int, lockstep: float = 1.0) -> Bill:
     """Sample, score and train in turn at every step, all GPUs taking part in each; student, its engine and teacher stay in memory.
 
     Args:
@@ -219,14 +219,14 @@ def online(work: Work, rates: Rates, gpus: int, lockstep: float = 1.0) -> Bill:
     return Bill("online OPD", phases, 0, memory)
 
 
-def _spread(name: str, tokens: float, rate: float, rates: Rates, gpus: int) -> Phase:
+def _spread(name: str, tokens: float, rate: float, rates: GpuRates, gpus: int) -> Phase:
     computed, committed = tokens / rate / gpus / _HOUR, tokens / rates.append / _HOUR
     if committed > computed:
         return Phase(name, tokens, gpus, committed, "the process that commits: let several, each with its own prompts")
     return Phase(name, tokens, gpus, computed, "GPUs")
 
 
-def _training(work: Work, rates: Rates, gpus: int) -> Phase:
+def _training(work: Work, rates: GpuRates, gpus: int) -> Phase:
     tokens_a_step = work.rollouts_per_step * (work.prompt_tokens + work.response_tokens)
     tokens = work.all_steps * tokens_a_step
     useful = max(min(gpus, int(tokens_a_step // work.tokens_per_batch)), 1)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from attrs import frozen
 
-from lopd.plan.bill import Rates, Work
+from lopd.plan.bill import GpuRates, Work
 
 #: Floating-point operations a second of the paper's GPU, dense bfloat16, as its maker has it.
 H100_FLOPS = 989e12
@@ -49,7 +49,7 @@ TABLE_2: Mapping[str, Measured] = {
 }
 
 
-def rates_like(work: Work, flops: float = H100_FLOPS) -> Rates:
+def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
     """Rates for models of these sizes, at the shares of `flops` that table 2 implies (the geometric mean of its rows).
 
     Sampling is as fast as there for students up to 8B, in both rows the same, and slower in proportion for larger ones.
@@ -66,7 +66,7 @@ def rates_like(work: Work, flops: float = H100_FLOPS) -> Rates:
         lambda row: row.work.trained / row.work.rollouts * texts[0] * 3 * row.work.flops_student / row.training / 3600 / H100_FLOPS
     )
     largest = max(row.work.flops_student for row in TABLE_2.values())
-    return Rates(
+    return GpuRates(
         sampling=sampled * min(1.0, largest / work.flops_student) * flops / H100_FLOPS,
         scoring=reads * flops / work.flops_teacher,
         training=trains * flops / (3 * work.flops_student),
