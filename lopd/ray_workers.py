@@ -194,10 +194,11 @@ class Workers:
         self._free.put(None)
         self._threads.shutdown(wait=False, cancel_futures=True)
         if ray.is_initialized():
-            begun = [worker for worker, started in self._workers.items() if ray.wait([started], timeout=0)[0]]
+            workers = dict(self._workers)  # a call that sees its worker die changes them
+            begun = [worker for worker, started in workers.items() if ray.wait([started], timeout=0)[0]]
             if begun:
                 ray.wait([worker.stop.remote() for worker in begun], num_returns=len(begun), timeout=_GOODBYE_S)
-            for worker in self._workers:
+            for worker in workers:
                 ray.kill(worker)
 
 

@@ -18,6 +18,7 @@ from crash_worker import Call, Place, Worker, check, check_rows, die_at, provena
 from fault_proxy import ALWAYS, FaultProxy
 from s3_server import SIGNED, S3Server
 
+from lopd.backends.cloud_files import ObstoreFiles
 from lopd.backends.lance_store import LanceStore
 from lopd.backends.zarr_store import ZarrStore
 from lopd.errors import CorruptStoreError, LopdError, StoreExistsError, StorePathError, StoreReadError, StoreWriteError
@@ -656,3 +657,11 @@ def test_plain_http_that_nobody_allowed_is_refused_at_once_and_not_after_minutes
             monkeypatch.setenv(name.upper(), value)
     with pytest.raises(StorePathError, match=r"its endpoint is http://127.0.0.1:9, expected https; set AWS_ALLOW_HTTP=true"):
         kind.open("s3://bucket/run", storage_options=options if place == "options" else None)
+
+
+def test_an_endpoint_of_s3_says_nothing_about_other_clouds(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT", "http://127.0.0.1:9")
+    assert ObstoreFiles("gs://bucket/run", {}).url == "gs://bucket/run"
+    with pytest.raises(StorePathError, match="expected https"):
+        ObstoreFiles("s3://bucket/run", {})
+    assert ObstoreFiles("s3://bucket/run", {"allow_http": "true"}).url == "s3://bucket/run"

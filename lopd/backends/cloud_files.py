@@ -24,6 +24,7 @@ from lopd.errors import ForkedStoreError, MissingDependencyError, StorePathError
 _OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
+_YES = ("true", "1", "on", "yes")
 _REQUESTS_AT_ONCE = 16
 # A request takes as long as a megabyte or so.
 _GAP = 1 << 20
@@ -63,15 +64,14 @@ def _merge_spans(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, 
 
 def _check_http(shown: str, options: StorageOptions) -> None:
     """Refuse plain http that nobody has allowed: object_store would repeat for a minute what it never sends, and not say why."""
-    given = {name.lower(): str(value) for place in (os.environ, options) for name, value in place.items()}
+    if not shown.startswith("s3"):
+        return  # the endpoint in the environment is not that of other clouds
+    environment = {name: value for name, value in os.environ.items() if name.upper().startswith("AWS_")}
+    given = {name.lower(): str(value) for place in (environment, options) for name, value in place.items()}
     named = {name.lower() for name in options}
     endpoint = next((given[name] for name in sorted(_ENDPOINTS, key=lambda name: name not in named) if name in given), "")
-    if endpoint.startswith("http://") and given.get("allow_http", given.get("aws_allow_http", "")).lower() not in (
-        "true",
-        "1",
-        "on",
-        "yes",
-    ):
+    allowed = given.get("allow_http", given.get("aws_allow_http", "")).lower() in _YES
+    if endpoint.startswith("http://") and not allowed:
         raise StorePathError(
             f"Store {shown}: its endpoint is {without_user(endpoint)}, expected https; set AWS_ALLOW_HTTP=true (or the option `allow_http`) if plain "
             "http is meant."

@@ -32,7 +32,7 @@ class Work:
         student_active, teacher_active: of these, those that a token meets (mixture of experts); None for all.
         vocab_size: of the tokenizer.
         top_k: most likely tokens that are stored at each response token.
-        columns: of scores, the teacher's included.
+        columns: of scores, the teacher's included; each is counted as if the teacher read it.
 
     Raises:
         InvalidRecordError: a number makes no sense.
