@@ -475,6 +475,8 @@ def test_a_prompt_that_is_too_long_is_left_out_and_the_rest_is_sampled_as_ever(s
         collect_rollouts(source, endless, store)
     with pytest.raises(EngineError, match="refused 2 rows, expected at most 1 "):
         collect_rollouts(source, [*prompts, *endless], store, max_refused=1)
+    with pytest.raises(EngineError, match="refused 2 rows, expected at most 1 "):
+        collect_rollouts(source, [endless[0], *prompts, endless[1]], store, prompts_per_batch=4, max_refused=1)
 
 
 # --- the self-test of a scorer ----------------------------------------------------------------------------------------------------------
