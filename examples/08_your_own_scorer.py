@@ -10,9 +10,8 @@ from attrs import evolve, frozen
 from tiny import QUESTIONS, model_folders
 
 from lopd import ConsistencyPolicy, MemoryStore, SamplingParams, Scores, batches, collect_rollouts, score_rollouts, stored_advantages
-from lopd.consistency import mixture_id
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.manifest import Provenance
+from lopd.manifest import ModelId, Provenance
 from lopd.prompts import make_prompts
 from lopd.protocols import TeacherScorer
 from lopd.types import Rollout
@@ -28,8 +27,9 @@ class Ensemble:
     @property
     def provenance(self) -> Provenance:
         """Whose log-probs these are: a column belongs to one model, and another pair of models is another one."""
-        both = mixture_id([self.first.provenance.model, self.second.provenance.model])
-        return evolve(self.first.provenance, model=both, engine="ensemble of two, mean of probabilities", top_k=0)
+        revisions = sorted(scorer.provenance.model.revision for scorer in (self.first, self.second))
+        mean = ModelId("mean of two", ", ".join(revisions), self.first.provenance.model.dtype)
+        return evolve(self.first.provenance, model=mean, engine="ensemble of two, mean of probabilities", top_k=0)
 
     def score(self, rollouts: Sequence[Rollout], /) -> list[Scores]:
         """(T,) nats for each rollout; `Scores.of` checks length and range, and binds them to the rollout's tokens."""
@@ -49,6 +49,6 @@ for column, scorer in zip(("one", "two"), scorers, strict=True):
 for column in ("teacher", "one", "two"):
     print(f"{column:8} {store.columns[column].model}: mean advantage {stored_advantages(store, teacher=column).mean:+.3f} nats")
 
-# The student was fine-tuned on text of the first teacher alone, so this teacher is another one: `batches` wants to be told that we know.
+# The student was fine-tuned on text that one or the other wrote.  Their mean wrote none of it: `batches` wants to be told that we know.
 steps = batches(store, rollouts_per_step=8, ref="behavior", consistency=ConsistencyPolicy.WARN)
 print(f"a step learns from {steps.lineage.opd_teacher}")

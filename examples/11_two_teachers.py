@@ -5,7 +5,6 @@ from tiny import QUESTIONS, model_folders
 
 from lopd import (
     CausalLMStudent,
-    ConsistencyPolicy,
     FusedOPDLoss,
     MemoryStore,
     SamplingParams,
@@ -28,9 +27,9 @@ code = make_prompts([f"write a program that prints {i}." for i in range(16)], to
 source = HFSource.from_folder(student_dir, SamplingParams(max_new_tokens=12))
 store = MemoryStore(source.manifest)
 collect_rollouts(source, [*math, *code], store)
-# `score_rollouts` fills a whole column, so each teacher reads everything; only the rollouts of its own prompts learn from it.
-score_rollouts(store, HFScorer.from_folder(math_teacher), column="math")
-score_rollouts(store, HFScorer.from_folder(code_teacher), column="code")
+# Each teacher reads the rollouts of its own prompts only.
+score_rollouts(store, HFScorer.from_folder(math_teacher), column="math", rows=rows_of(store, math))
+score_rollouts(store, HFScorer.from_folder(code_teacher), column="code", rows=rows_of(store, code))
 
 
 def mean_advantages() -> str:
@@ -42,8 +41,8 @@ def mean_advantages() -> str:
 teachers = {"math": math, "code": code}
 print(f"mean advantages before training, nats: {mean_advantages()}")
 
-# Each is judged.  The SFT text was the first one's alone, so the second gets a warning, which WARN says we know of.
-steps = batches(store, teacher=teachers, rollouts_per_step=16, stop=8, ref="behavior", consistency=ConsistencyPolicy.WARN)
+# The student's folder says that its SFT text was written by both, each in its own field: `Lineage(sft_teacher=mixture_id([...]))`.
+steps = batches(store, teacher=teachers, rollouts_per_step=16, stop=8, ref="behavior")
 student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):

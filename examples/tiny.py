@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lopd import Lineage
 from lopd.engines.identity import folder_model_id
+from lopd.manifest import mixture_id
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -24,7 +25,7 @@ def model_folders(teachers: int = 1, root: Path = Path("runs/tiny")) -> list[Pat
     """Folders of the student and of so many teachers, each with a tokenizer; the same weights every time.
 
     The student is random, and a teacher is the student with noise on its weights: as near to it as to a student that was fine-tuned on its text.
-    The student's folder says that the first teacher wrote that text, as it does for a student that lopd fine-tuned; `batches` asks for it.
+    The student's folder says that these teachers wrote that text, as it does for a student that lopd fine-tuned; `batches` asks for it.
     """
     tokenizer = _tokenizer()
     student = _student(len(tokenizer))
@@ -32,7 +33,7 @@ def model_folders(teachers: int = 1, root: Path = Path("runs/tiny")) -> list[Pat
     for seed, folder in enumerate(folders):
         _save(student, seed, folder)
         tokenizer.save_pretrained(folder)
-    Lineage(sft_teacher=folder_model_id(folders[1])).write(folders[0])
+    Lineage(sft_teacher=mixture_id(map(folder_model_id, folders[1:]))).write(folders[0])
     return folders
 
 

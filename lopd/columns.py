@@ -8,10 +8,10 @@ import numpy as np
 from attrs import evolve, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError, QuarantineWarning
+from lopd.errors import InvalidRecordError, MissingScoresError, QuarantineWarning
 from lopd.manifest import Provenance
 from lopd.protocols import LogprobReader
-from lopd.reading import rows_of
+from lopd.reading import chosen, rows_of
 from lopd.types import BEHAVIOR_COLUMN, Prompt, ScoredRollout
 
 Teacher = str | Mapping[str, Sequence[Prompt]] | None
@@ -76,7 +76,7 @@ def choose(
         NoSuchRowError: a row is not in the store.
         InvalidRecordError: there are no rows, or a rollout has two teachers.
     """
-    parts = _parts(store, teacher, _wanted(store, rows))
+    parts = _parts(store, teacher, chosen(store, rows))
     usable = []
     for column, part in parts.items():
         usable.append(_usable(store, part, [name for name in (column, ref) if name is not None]))
@@ -101,19 +101,6 @@ def check_reference(store: LogprobReader, column: str, generations: Iterable[int
                 f"{store!r}: column {column!r} was scored by {provenance.model}, expected the policy that sampled, {policy}; "
                 "an importance ratio to another model is none."
             )
-
-
-def _wanted(store: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    if rows is None:
-        return np.arange(len(store))
-    unique = np.unique(np.asarray(rows, np.int64))
-    if not unique.size:
-        raise InvalidRecordError(
-            f"{store!r}: 0 rows were chosen, expected at least 1; look whether their prompts were sampled in that round."
-        )
-    if unique[0] < 0 or unique[-1] >= len(store):
-        raise NoSuchRowError(f"{store!r}: row {unique[0] if unique[0] < 0 else unique[-1]} was chosen, expected one of {len(store)} rows.")
-    return unique
 
 
 def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) -> dict[str | None, NDArray[np.int64]]:
@@ -146,8 +133,8 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
     usable = np.ones(len(rows), np.bool_)
     for column in columns:
         scored = store.scored(column)[rows]
-        chosen = set(rows.tolist())
-        quarantined = {row: reason for row, reason in store.quarantined(column).items() if row in chosen}
+        mine = set(rows.tolist())
+        quarantined = {row: reason for row, reason in store.quarantined(column).items() if row in mine}
         done = int(scored.sum())
         if done + len(quarantined) < len(rows):
             virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"

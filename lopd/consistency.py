@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from lopd.errors import TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
-from lopd.manifest import HasVocabulary, Lineage, Manifest, ModelId, Provenance, TokenizerId
+from lopd.manifest import HasVocabulary, Lineage, Manifest, Provenance, TokenizerId, mixture_id
 
 
 class ConsistencyPolicy(Enum):
@@ -25,37 +25,52 @@ class ConsistencyPolicy(Enum):
     RESIDUALISE = "residualise"
 
 
-def check_teacher_consistency(manifest: Manifest, teacher: Provenance, policy: ConsistencyPolicy = ConsistencyPolicy.ERROR) -> None:
-    """Stop (or warn) unless the teacher of this column wrote the SFT text of the policy that sampled.
+def check_teacher_consistency(
+    manifest: Manifest, teachers: Sequence[Provenance], policy: ConsistencyPolicy = ConsistencyPolicy.ERROR
+) -> None:
+    """Stop (or warn) unless the teachers of these columns wrote the SFT text of the policy that sampled.
+
+    Several teachers pass together if the recorded SFT teacher is a mixture of just these; else each is judged alone.
 
     Raises:
         TeacherConsistencyError: another teacher, or an unknown one, under policy ERROR, or under RESIDUALISE if its scores are raw.
     """
-    verdict = inconsistency(manifest, teacher)
-    if verdict is None or (policy is ConsistencyPolicy.RESIDUALISE and teacher.residual):
-        return
-    if policy is ConsistencyPolicy.RESIDUALISE:
-        raise TeacherConsistencyError(
-            f"{verdict}; its scores are {teacher.logprobs_mode}, expected a residual: write one with `lopd.residual.residualise`."
-        )
-    remedy = "score with the SFT teacher, or SFT on text of this one, or train on a residual of its scores (`lopd.residual.residualise`)"
+    for teacher, wrong in zip(teachers, inconsistencies(manifest, teachers), strict=True):
+        if wrong is None or (policy is ConsistencyPolicy.RESIDUALISE and teacher.residual):
+            continue
+        if policy is ConsistencyPolicy.RESIDUALISE:
+            raise TeacherConsistencyError(
+                f"{wrong}; its scores are {teacher.logprobs_mode}, expected a residual: write one with `lopd.residual.residualise`."
+            )
+        message = f"{wrong}; {_remedy(manifest, teacher)}, or pass `consistency=ConsistencyPolicy.WARN` if you know why they differ."
+        if policy is ConsistencyPolicy.ERROR:
+            raise TeacherConsistencyError(message)
+        warnings.warn(message, TeacherConsistencyWarning, stacklevel=3)
+
+
+def _remedy(manifest: Manifest, teacher: Provenance) -> str:
     if manifest.sft_teacher is None:
-        remedy = (
+        return (
             "if that teacher wrote the SFT text, say so beside the weights before you sample (`Lineage(sft_teacher=scorer.provenance.model)"
             ".write(FOLDER)`), else find out who wrote the SFT text (`lopd.audit`) and score with that teacher"
         )
-    message = f"{verdict}; {remedy}, or pass `consistency=ConsistencyPolicy.WARN` if you know why they differ."
-    if policy is ConsistencyPolicy.ERROR:
-        raise TeacherConsistencyError(message)
-    warnings.warn(message, TeacherConsistencyWarning, stacklevel=3)
+    if _is_one_of_several(manifest, teacher):
+        return "let each of them score the rollouts of its own prompts (`batches(teacher={column: prompts})`), or residualise"
+    return "score with the SFT teacher, or SFT on text of this one, or train on a residual of its scores (`lopd.residual.residualise`)"
 
 
-def inconsistency(manifest: Manifest, teacher: Provenance) -> str | None:
-    """What is wrong with this teacher for this policy, in one clause; None if it is the recorded SFT teacher."""
-    if manifest.sft_teacher is not None and manifest.sft_teacher.same_weights(teacher.model):
-        return None
-    sft = "not recorded" if manifest.sft_teacher is None else str(manifest.sft_teacher)
-    return f"Policy {manifest.policy}: its SFT teacher is {sft}, expected the scoring teacher {teacher.model}"
+def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance]) -> list[str | None]:
+    """What is wrong with each of the teachers that train together, in one clause; None for one that is the recorded SFT teacher, or its part."""
+    sft = manifest.sft_teacher
+    if sft is not None and teachers and sft.same_weights(mixture_id([teacher.model for teacher in teachers])):
+        return [None] * len(teachers)
+    clauses = (
+        f"Policy {manifest.policy}: its SFT teacher is {sft or 'not recorded'}, expected the scoring teacher {teacher.model}"
+        for teacher in teachers
+    )
+    return [
+        None if sft is not None and sft.same_weights(teacher.model) else clause for teacher, clause in zip(teachers, clauses, strict=True)
+    ]
 
 
 def verdict(manifest: Manifest, scored: Provenance) -> str:
@@ -67,10 +82,17 @@ def verdict(manifest: Manifest, scored: Provenance) -> str:
     """
     if manifest.policy.same_weights(scored.model):
         return "the policy itself"
-    if inconsistency(manifest, scored) is None:
+    if inconsistencies(manifest, [scored]) == [None]:
         return "consistent: it is the SFT teacher"
+    if _is_one_of_several(manifest, scored):
+        return f"consistent on its own prompts: it is one of the SFT teachers {manifest.sft_teacher}"
     teacher = "its SFT teacher is not recorded" if manifest.sft_teacher is None else f"the SFT teacher is {manifest.sft_teacher}"
     return f"not consistent: {teacher}{', but these scores are residuals' if scored.residual else ''}"
+
+
+def _is_one_of_several(manifest: Manifest, teacher: Provenance) -> bool:
+    sft = manifest.sft_teacher
+    return sft is not None and len(sft.parts) > 1 and any(part.same_weights(teacher.model) for part in sft.parts)
 
 
 def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: TokenizerId) -> None:
@@ -94,13 +116,3 @@ def lineage_after(manifest: Manifest, teachers: Sequence[Provenance]) -> Lineage
     if not teachers:
         return Lineage(sft_teacher=manifest.policy)
     return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=mixture_id([teacher.model for teacher in teachers]))
-
-
-def mixture_id(models: Sequence[ModelId]) -> ModelId:
-    """The identity of several models together, in whatever order; of one model its own."""
-    distinct = {(model.name, model.revision): model for model in models}
-    if len(distinct) == 1:
-        return next(iter(distinct.values()))
-    ordered = [distinct[key] for key in sorted(distinct)]
-    name, revision, dtype = (" + ".join(getattr(model, part) for model in ordered) for part in ("name", "revision", "dtype"))
-    return ModelId(name, revision, dtype)

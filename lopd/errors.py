@@ -98,6 +98,10 @@ class QuarantineWarning(UserWarning):
     """Prompts or rollouts that were left out, and why."""
 
 
+class RepeatedRolloutsWarning(UserWarning):
+    """A step larger than what there is to train on, so that rollouts repeat within it."""
+
+
 class EndTokenWarning(UserWarning):
     """A teacher that finds the tokens that end the policy's responses next to impossible."""
 

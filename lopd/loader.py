@@ -1,5 +1,6 @@
 """VERB `batches`: a store -> the micro-batches of optimizer step k, which depend on (seed, k) alone."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import final
 
@@ -8,16 +9,19 @@ import torch
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
+from lopd.checks import check_at_least
 from lopd.collate import Weighting, by_rollout, collate
 from lopd.columns import Columns, check_reference, choose
 from lopd.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
-from lopd.errors import InvalidRecordError
+from lopd.errors import InvalidRecordError, RepeatedRolloutsWarning
 from lopd.guards import judge_advantages, stored_advantages
 from lopd.manifest import Lineage
 from lopd.protocols import LogprobReader
 from lopd.ranks import Ranks
 from lopd.steps import Batch, Step
 from lopd.types import Prompt
+
+_ROLLOUTS_PER_STEP = 256
 
 
 @final
@@ -70,7 +74,7 @@ class StepStream:
 def batches(
     store: LogprobReader,
     *,
-    rollouts_per_step: int = 256,
+    rollouts_per_step: int | None = None,
     tokens_per_batch: int = 4096,
     seed: int = 0,
     start: int = 0,
@@ -89,7 +93,7 @@ def batches(
 
     Args:
         store: rollouts, and the columns named below.
-        rollouts_per_step: size of an optimizer step.
+        rollouts_per_step: size of an optimizer step; None is 256, or all rollouts there are if they are fewer.
         tokens_per_batch: cap on the micro-batches that a step is split into, as rollouts times the longest of them; rollouts of like length
             share one.  This bounds memory, and a plain loss holds the logits of all its response tokens (4 bytes * V each, a few times over).
         seed: of the shuffle; step k depends on (seed, k) alone.
@@ -102,11 +106,12 @@ def batches(
             what each rollout's own policy reported, so also right where rollouts are of several rounds.
         weighting: what a token counts (`by_rollout` or `by_token`).
         top_k: bring the teacher's most likely tokens along, for losses on them.
-        consistency: what to do about another, or an unknown, SFT teacher; each teacher is judged.
+        consistency: what to do about another, or an unknown, SFT teacher (`check_teacher_consistency`).
         ranks: which share of each step is this process's; None is what torch.distributed says, or all.  The shares of a step are of like
             sizes, and have as many micro-batches each: a rank that has fewer goes through some that weigh nothing.
 
     Warns:
+        RepeatedRolloutsWarning: a step is larger than what there is to train on.
         AdvantageWarning: without a `ref`, so without an importance ratio, if many stored advantages are far below 0 (`lopd.guards`).
 
     Raises:
@@ -116,25 +121,29 @@ def batches(
         InvalidRecordError: the store is empty, a rollout has two teachers, `ref` is not of the policy, a rollout is longer than
             `tokens_per_batch`, or a number makes no sense.
     """
-    if rollouts_per_step < 1 or seed < 0 or start < 0:
-        raise InvalidRecordError(
-            f"Steps: (rollouts_per_step, seed, start) is {(rollouts_per_step, seed, start)}, expected at least (1, 0, 0); pass such numbers."
-        )
+    check_at_least("Steps", "rollouts_per_step", 1 if rollouts_per_step is None else rollouts_per_step, 1)
+    check_at_least("Steps", "seed", seed, 0)
+    check_at_least("Steps", "start", start, 0)
     if len(store) == 0:
         raise InvalidRecordError(f"{store!r}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
     columns, usable = choose(store, teacher, ref, rows, top_k=top_k)
+    count = min(_ROLLOUTS_PER_STEP, len(usable)) if rollouts_per_step is None else rollouts_per_step
+    if count > len(usable):
+        warnings.warn(
+            f"{store!r}: a step has {count} rollouts, and there are {len(usable)} to train on, so each step repeats some of them; pass a smaller "
+            "`rollouts_per_step`, or sample more.",
+            RepeatedRolloutsWarning,
+            stacklevel=2,
+        )
     _check_lengths(store, usable, tokens_per_batch)
     if ref is not None and rows is None:
         check_reference(store, ref, store.generations)
     provenances = columns.provenances(store)
-    for column, provenance in zip(columns.teachers, provenances, strict=True):
-        check_teacher_consistency(store.manifest, provenance, consistency)
-        if ref is None:
-            judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
+    check_teacher_consistency(store.manifest, provenances, consistency)
+    for column in columns.teachers if ref is None else ():
+        judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
     lineage = lineage_after(store.manifest, provenances)
-    return StepStream(
-        lineage, store, usable, columns, rollouts_per_step, tokens_per_batch, seed, start, stop, weighting, ranks or Ranks.current()
-    )
+    return StepStream(lineage, store, usable, columns, count, tokens_per_batch, seed, start, stop, weighting, ranks or Ranks.current())
 
 
 def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], tokens_per_batch: int) -> None:

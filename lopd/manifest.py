@@ -22,6 +22,7 @@ from lopd.parity import Parity
 SCHEMA_VERSION = 1
 LINEAGE_FILE = "lopd.json"
 _HASHED = "weights:"
+_TOGETHER = " + "
 #: The `Provenance.logprobs_mode` of columns that `lopd.residual` makes.
 RESIDUAL = "residual"
 
@@ -33,6 +34,8 @@ def _digest(data: bytes) -> str:
 @frozen(eq=False)
 class ModelId:
     """A model that can be recognised again.  Equal if weights and dtype are; the name counts only where the revision is no hash of weights.
+
+    Several models together (`mixture_id`) are one too: the teachers whose texts were put together for SFT, for example.
 
     Args:
         name: for people.
@@ -46,7 +49,7 @@ class ModelId:
 
     def __str__(self) -> str:
         """`name@revision`, shortened."""
-        return f"{self.name}@{self.revision.removeprefix(_HASHED)[:12]}"
+        return _TOGETHER.join(f"{part.name}@{part.revision.removeprefix(_HASHED)[:12]}" for part in self.parts)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelId) and (self._weights(), self.dtype) == (other._weights(), other.dtype)
@@ -58,9 +61,34 @@ class ModelId:
         """Whether both are the same model, in whatever dtype, and under whatever name if their weights were hashed."""
         return self._weights() == other._weights()
 
-    def _weights(self) -> tuple[str, str]:
-        # "main" is a revision of many models; a hash of weights is one of one
-        return ("" if self.revision.startswith(_HASHED) else self.name), self.revision
+    @property
+    def parts(self) -> "tuple[ModelId, ...]":
+        """The models of a mixture; a single model is its only part."""
+        names, revisions, dtypes = (value.split(_TOGETHER) for value in (self.name, self.revision, self.dtype))
+        if len(names) == len(revisions) == len(dtypes) > 1:
+            return tuple(map(ModelId, names, revisions, dtypes))
+        return (self,)
+
+    def _weights(self) -> frozenset[tuple[str, str]]:
+        return frozenset(map(_weights_of_one, self.parts))
+
+
+def _weights_of_one(model: ModelId) -> tuple[str, str]:
+    # "main" is a revision of many models; a hash of weights is one of one
+    return ("" if model.revision.startswith(_HASHED) else model.name), model.revision
+
+
+def mixture_id(models: Iterable[ModelId]) -> ModelId:
+    """The identity of several models together, in whatever order; of one model its own.
+
+    >>> a, b = ModelId("a", "1", "bfloat16"), ModelId("b", "7", "bfloat16")
+    >>> print(mixture_id([b, a, b]))
+    a@1 + b@7
+    """
+    distinct = {_weights_of_one(part): part for model in models for part in model.parts}
+    ordered = [distinct[key] for key in sorted(distinct)]
+    name, revision, dtype = (_TOGETHER.join(getattr(model, part) for model in ordered) for part in ("name", "revision", "dtype"))
+    return ModelId(name, revision, dtype)
 
 
 def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -304,7 +332,7 @@ class Lineage:
     """What a student was trained on: kept beside its weights, and copied into the manifest of what it samples.
 
     Args:
-        sft_teacher: the model that wrote the SFT data.
+        sft_teacher: the model that wrote the SFT data; `mixture_id` of several.
         opd_teacher: the model whose scores it was distilled on.
     """
 

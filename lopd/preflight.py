@@ -64,8 +64,8 @@ class Preflight:
             value = getattr(self, name)
             check_number("Preflight", name, value, 0 <= value < math.inf, "finite and at least 0 nats")
 
-    def check(self, store: LogprobReader, scorer: TeacherScorer, column: str) -> Provenance:
-        """The provenance to store with the column: the scorer's, and how it compares with `truth`.
+    def check(self, store: LogprobReader, scorer: TeacherScorer, column: str, rows: NDArray[np.int64]) -> Provenance:
+        """The provenance to store with the column: the scorer's, and how it compares with `truth`, on some of these rows.
 
         Rollouts that the scorer refuses are left out, but for those that the column holds already.
 
@@ -74,7 +74,7 @@ class Preflight:
                 it scored before, or all.
         """
         self._check_eos(scorer.provenance, store.manifest.tokenizer.eos_id)
-        by_length = np.argsort(store.lengths().sum(axis=1), kind="stable")
+        by_length = rows[np.argsort(store.lengths()[rows].sum(axis=1), kind="stable")]
         scored = store.scored(column)[by_length]
         self._check_repeatable(store, scorer, evenly(by_length[~scored], self.rollouts), begun=bool(scored.any()))
         self._check_continued(store, scorer, column, evenly(by_length[scored], self.rollouts))

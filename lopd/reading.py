@@ -7,6 +7,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
+from lopd.errors import InvalidRecordError, NoSuchRowError
 from lopd.protocols import LogprobReader
 from lopd.types import Prompt, ScoredRollout, rollout_id
 
@@ -54,6 +55,26 @@ def in_batches(rows: NDArray[np.int64], rows_per_read: int = 64) -> Iterator[Seq
     """The rows, so many at a time."""
     for first in range(0, len(rows), rows_per_read):
         yield rows[first : first + rows_per_read].tolist()
+
+
+def chosen(reader: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """The rows that a verb was given, ascending and each once; all of them for None.
+
+    Raises:
+        NoSuchRowError: a row is not in the store.
+        InvalidRecordError: there are none.
+    """
+    if rows is None:
+        return np.arange(len(reader))
+    unique = np.unique(np.asarray(rows, np.int64))
+    if not unique.size:
+        raise InvalidRecordError(
+            f"{reader!r}: 0 rows were chosen, expected at least 1; look whether their prompts were sampled in that round."
+        )
+    if unique[0] < 0 or unique[-1] >= len(reader):
+        row = unique[0] if unique[0] < 0 else unique[-1]
+        raise NoSuchRowError(f"{reader!r}: row {row} was chosen, expected one of {len(reader)} rows.")
+    return unique
 
 
 def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Iterable[int] | None = None) -> NDArray[np.int64]:

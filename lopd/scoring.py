@@ -16,6 +16,7 @@ from lopd.overlap import overlapped
 from lopd.parity import Parity
 from lopd.preflight import Preflight
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
+from lopd.reading import chosen
 
 _PREFLIGHT = Preflight()
 
@@ -46,6 +47,7 @@ def score_rollouts(
     scorer: TeacherScorer,
     *,
     column: str = "teacher",
+    rows: NDArray[np.int64] | None = None,
     rollouts_per_batch: int = 256,
     batches_at_once: int = 1,
     preflight: Preflight | None = _PREFLIGHT,
@@ -53,7 +55,7 @@ def score_rollouts(
     retry_quarantined: bool = False,
     progress: Progress | None = None,
 ) -> ScoringReport:
-    """Score every rollout that has no scores in this column yet, shortest first, and commit batch by batch.
+    """Score every rollout (or every one of `rows`) that has no scores in this column yet, shortest first, and commit batch by batch.
 
     A rollout that the scorer refuses (too long, a NaN) does not stop the others.  When all are done, the refused ones are put in quarantine
     with their reasons, and `batches` leaves them out; a call that is stopped before leaves them for the next.
@@ -63,6 +65,8 @@ def score_rollouts(
         store: with rollouts in it.
         scorer: the teacher, or any other model (the reference policy into column "ref").
         column: where the scores go; it belongs to one model.
+        rows: score these only, for example `lopd.reading.rows_of(store, prompts)` where several teachers share the prompts among them; None for
+            all.
         rollouts_per_batch: committed together.
         batches_at_once: calls of `scorer.score` that are under way at the same time; more than 1 for engines with several workers (Ray, servers).
         preflight: the self-test before anything is scored; None leaves it out.
@@ -75,7 +79,8 @@ def score_rollouts(
         ConflictError: the column belongs to another model; nothing is scored.
         ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.
         EngineError: more than `max_refused` rollouts were refused, or more than have scores; none of them is put in quarantine.
-        InvalidRecordError: `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` than 0.
+        NoSuchRowError: a row is not in the store.
+        InvalidRecordError: there are no `rows`, `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` than 0.
     """
     check_at_least("Scoring", "rollouts_per_batch", rollouts_per_batch, 1)
     check_at_least("Scoring", "batches_at_once", batches_at_once, 1)
@@ -83,15 +88,16 @@ def score_rollouts(
     check_vocabulary(f"Scorer {scorer.provenance.model}", scorer.provenance, "the store's", store.manifest.tokenizer)
     # nothing is added, but a column of another model is refused before anything is paid for
     store.append_scores(column, scorer.provenance, ())
-    pending, tokens, skipped = _pending(store, column, retry_quarantined)
-    provenance = scorer.provenance if preflight is None or not len(pending) else preflight.check(store, scorer, column)
+    wanted = chosen(store, rows)
+    pending, tokens, skipped = _pending(store, column, wanted, retry_quarantined)
+    provenance = scorer.provenance if preflight is None or not len(pending) else preflight.check(store, scorer, column, wanted)
     report = ScoringReport(skipped=skipped, parity=provenance.parity)
     batches = (
         [record.rollout for record in store.read(pending[first : first + rollouts_per_batch].tolist())]
         for first in range(0, len(pending), rollouts_per_batch)
     )
     if progress:
-        progress.begin(f"scoring {column}", len(store), len(store) - len(pending), tokens)
+        progress.begin(f"scoring {column}", len(wanted), len(wanted) - len(pending), tokens)
     try:
         for rollouts, (scores, reasons) in overlapped(lambda batch: score_each(scorer, batch, max_refused), batches, batches_at_once):
             check_refused(f"Scorer {provenance.model}", [*report.refused.values(), *reasons.values()], max_refused)
@@ -107,13 +113,12 @@ def score_rollouts(
     return report
 
 
-def _pending(store: LogprobStore, column: str, retry: bool) -> tuple[NDArray[np.int64], int, int]:
+def _pending(store: LogprobStore, column: str, wanted: NDArray[np.int64], retry: bool) -> tuple[NDArray[np.int64], int, int]:
     """Rows to score, shortest first; their tokens; and how many are left out because they are in quarantine."""
-    missing, quarantined = ~store.scored(column), [] if retry else list(store.quarantined(column))
-    missing[quarantined] = False
-    rows = np.flatnonzero(missing)
+    unscored = wanted[~store.scored(column)[wanted]]
+    rows = unscored if retry else unscored[~np.isin(unscored, list(store.quarantined(column)))]
     lengths = store.lengths()[rows].sum(axis=1)
-    return rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(quarantined)
+    return rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(unscored) - len(rows)
 
 
 def _sum(report: ScoringReport, more: ScoringReport) -> ScoringReport:

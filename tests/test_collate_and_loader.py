@@ -1,5 +1,6 @@
 """From ragged records to the batches of a step: what is aligned with what, what it weighs, and in which order it comes."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
@@ -26,7 +27,13 @@ from torch import Tensor
 
 from lopd.collate import Weighting, by_rollout, by_token, collate
 from lopd.consistency import ConsistencyPolicy
-from lopd.errors import InvalidRecordError, MissingScoresError, TeacherConsistencyError, TeacherConsistencyWarning
+from lopd.errors import (
+    InvalidRecordError,
+    MissingScoresError,
+    RepeatedRolloutsWarning,
+    TeacherConsistencyError,
+    TeacherConsistencyWarning,
+)
 from lopd.loader import StepStream, batches
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.manifest import Lineage, ModelId
@@ -228,6 +235,10 @@ def same_steps(left: Step, right: Step) -> bool:
 sizes = st.tuples(st.integers(1, 9), st.integers(1, 12))
 
 
+repeating = pytest.mark.filterwarnings("ignore::lopd.errors.RepeatedRolloutsWarning")
+
+
+@repeating
 @given(sizes, st.integers(0, 2**31), st.integers(0, 12))
 @quick
 def test_starting_at_step_k_gives_what_iterating_to_it_gives(size: tuple[int, int], seed: int, k: int) -> None:
@@ -243,6 +254,7 @@ def test_iterating_twice_gives_the_same_steps_twice() -> None:
     assert all(same_steps(a, b) for a, b in zip(islice(stream, 5), islice(stream, 5), strict=True))
 
 
+@repeating
 @given(sizes, st.integers(0, 2**31))
 @quick
 def test_each_epoch_visits_each_rollout_exactly_once(size: tuple[int, int], seed: int) -> None:
@@ -254,10 +266,27 @@ def test_each_epoch_visits_each_rollout_exactly_once(size: tuple[int, int], seed
         assert sorted(rows_of(step)) == sorted(one_by_one[step.index * per_step : (step.index + 1) * per_step])
 
 
+@repeating
 @given(sizes)
 @quick
 def test_each_step_has_as_many_rollouts_as_asked_for_even_over_the_end_of_an_epoch(size: tuple[int, int]) -> None:
     assert [len(rows_of(step)) for step in islice(numbered_stream(*size), 4)] == [size[1]] * 4
+
+
+def test_a_step_larger_than_the_store_draws_a_warning_unless_nobody_asked_for_it() -> None:
+    store = make_store(numbered_records(3), columns=("teacher",))
+    with pytest.warns(RepeatedRolloutsWarning, match="a step has 4 rollouts, and there are 3 to train on") as caught:
+        stream = batches(store, rollouts_per_step=4)
+    assert caught[0].filename == __file__
+    assert len(rows_of(stream.step(0))) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sorted(rows_of(batches(store).step(0))) == [0, 1, 2]
+        assert sorted(rows_of(batches(store, rollouts_per_step=3).step(1))) == [0, 1, 2]
+
+
+def test_a_step_has_256_rollouts_where_there_are_more() -> None:
+    assert len(rows_of(batches(make_store(numbered_records(300), columns=("teacher",))).step(0))) == 256
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
@@ -274,6 +303,7 @@ def test_a_run_stops_before_step_stop() -> None:
 # --- how a step is split -----------------------------------------------------------------------------------------------------------------
 
 
+@repeating
 @given(sizes, st.integers(5, 40), st.integers(0, 100))
 @quick
 def test_micro_batches_hold_rollouts_of_like_length_as_many_as_fit_longest_first(size: tuple[int, int], cap: int, seed: int) -> None:
@@ -458,7 +488,7 @@ def test_under_the_warn_policy_training_goes_on_with_a_warning_and_an_honest_lin
         stream = stream_with(sft_teacher, SFT_TEACHER, ConsistencyPolicy.WARN)
     assert [warning.filename for warning in caught] == [__file__]
     assert stream.lineage == Lineage(sft_teacher=sft_teacher, opd_teacher=SFT_TEACHER)
-    assert len(rows_of(stream.step(0))) == 256
+    assert len(rows_of(stream.step(0))) == 2
 
 
 def test_a_consistent_teacher_draws_no_warning_under_the_warn_policy() -> None:

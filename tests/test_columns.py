@@ -10,7 +10,7 @@ import torch
 from attrs import evolve
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
-from lopd.consistency import ConsistencyPolicy
+from lopd.consistency import ConsistencyPolicy, verdict
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
     InvalidRecordError,
@@ -21,7 +21,7 @@ from lopd.errors import (
     TeacherConsistencyWarning,
 )
 from lopd.loader import batches
-from lopd.manifest import Lineage, ModelId
+from lopd.manifest import Lineage, ModelId, mixture_id
 from lopd.reading import rows_of
 
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5))
@@ -111,6 +111,30 @@ def test_a_student_of_two_teachers_records_both_and_each_is_judged(store, prompt
         batches(store, teacher={"near": prompts[:3], "other": prompts[3:]}, ref="behavior")
     alone = batches(store, teacher={"near": prompts}, ref="behavior")
     assert alone.lineage.opd_teacher == near
+
+
+def test_a_mixture_of_teachers_is_the_sft_teacher_of_all_of_them_together_and_of_none_alone(store, prompts, teachers):
+    near, other = (teacher.provenance.model for teacher in teachers)
+    # in another order and under another name: weights decide
+    sft_teacher = mixture_id([other, evolve(near, name="renamed", dtype="bfloat16")])
+    mixed_store = MemoryStore(evolve(store.manifest, sft_teacher=sft_teacher))
+    records = [row.rollout for row in store.read(rows_of(store, prompts, [0]).tolist())]
+    mixed_store.append(records)
+    for column, teacher in zip(BOTH, teachers, strict=True):
+        score_rollouts(mixed_store, teacher, column=column)
+    options = {"ref": "behavior", "teacher": {"other": prompts[3:], "near": prompts[:3]}}
+    lineage = batches(mixed_store, **options).lineage
+    assert lineage.opd_teacher.same_weights(lineage.sft_teacher)
+    for column in BOTH:
+        with pytest.raises(TeacherConsistencyError, match=r"let each of them score the rollouts of its own prompts"):
+            batches(mixed_store, teacher=column, ref="behavior")
+        assert verdict(mixed_store.manifest, mixed_store.columns[column]).startswith("consistent on its own prompts: it is one of")
+    three = MemoryStore(evolve(store.manifest, sft_teacher=mixture_id([sft_teacher, ModelId("third", "1", "bfloat16")])))
+    three.append(records)
+    for column, teacher in zip(BOTH, teachers, strict=True):
+        score_rollouts(three, teacher, column=column)
+    with pytest.raises(TeacherConsistencyError, match="let each of them"):
+        batches(three, **options)
 
 
 def test_only_the_chosen_rows_are_trained_on(store, prompts):

@@ -8,7 +8,7 @@ import torch
 from attrs import evolve
 
 from lopd.errors import CorruptStoreError
-from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer, hash_weights
+from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer, hash_weights, mixture_id
 from lopd.testing import tiny_manifest
 
 
@@ -33,6 +33,19 @@ def test_hashed_weights_are_the_same_model_under_any_name() -> None:
 
 def test_a_branch_name_is_a_revision_of_one_model_only() -> None:
     assert not ModelId("Qwen3-32B", "main", "bfloat16").same_weights(ModelId("QwQ-32B", "main", "bfloat16"))
+
+
+def test_a_mixture_is_its_parts_in_whatever_order_and_says_all_of_them():
+    a, b = ModelId("a", "weights:1234567890abcdef", "float32"), ModelId("b", "main", "bfloat16")
+    both = mixture_id([a, b])
+    assert both == mixture_id([b, a, b]) == mixture_id([both, a])
+    assert both.parts == (a, b)
+    assert str(both) == "a@1234567890ab + b@main"
+    assert both.same_weights(mixture_id([b, evolve(a, name="copy of a", dtype="float16")]))
+    assert not both.same_weights(mixture_id([a, evolve(b, name="c")]))
+    assert not both.same_weights(a)
+    assert mixture_id([a, a]) == a
+    assert ModelId("merge of a + b", "main", "float32").parts == (ModelId("merge of a + b", "main", "float32"),)
 
 
 def test_a_difference_of_manifests_names_the_innermost_field() -> None:

@@ -5,7 +5,7 @@ import pytest
 from attrs import evolve
 
 from lopd import ConsistencyPolicy, LanceStore, MemoryStore, ZarrStore
-from lopd.consistency import inconsistency
+from lopd.consistency import inconsistencies
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, TeacherConsistencyError
 from lopd.interop.parquet import export_parquet, import_parquet
 from lopd.loader import batches
@@ -270,7 +270,8 @@ def test_numbers_that_make_no_sense_are_refused(numbers):
 def test_only_a_residual_of_another_teacher_may_be_trained_on_under_that_policy():
     store = MemoryStore(evolve(tiny_manifest(), sft_teacher=tiny_provenance("sft").model))
     filled(make_rollouts(prompts=20), lambda r: np.where(r.response_ids % 2, 0.0, -1.0), store)
-    assert "its SFT teacher is" in inconsistency(store.manifest, store.columns["teacher"])
+    (wrong,) = inconsistencies(store.manifest, [store.columns["teacher"]])
+    assert "its SFT teacher is" in wrong
     options = {"ref": "behavior", "consistency": ConsistencyPolicy.RESIDUALISE}
     with pytest.raises(
         TeacherConsistencyError, match=r"its scores are raw, expected a residual: write one with `lopd.residual.residualise`"

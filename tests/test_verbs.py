@@ -30,6 +30,7 @@ from lopd.errors import (
     InvalidRecordError,
     ManifestMismatchError,
     MissingScoresError,
+    NoSuchRowError,
     QuarantineWarning,
     ScorerError,
     SourceError,
@@ -44,6 +45,7 @@ from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer
 from lopd.parity import compare
 from lopd.preflight import Preflight
+from lopd.reading import rows_of
 from lopd.scoring import ScoringReport, score_rollouts
 from lopd.students import CausalLMStudent
 from lopd.train import opd_steps
@@ -316,6 +318,28 @@ def test_scoring_again_after_any_prefix_gives_the_column_of_an_unbroken_run(
     finished = Stopping(scorer, 0)
     score_rollouts(broken, finished)
     assert finished.asked == []
+
+
+def test_only_the_chosen_rows_are_scored_tested_counted_and_put_in_quarantine(source, prompts, teacher_model, tokenizer, make_store):
+    store, scorer, bar = make_store(source.manifest), HFScorer(teacher_model, tokenizer), Bar()
+    collect_rollouts(source, prompts, store)
+    rows = rows_of(store, prompts[2:5])
+    outside, bad = names(store, [row for row in range(14) if row not in rows]), names(store, rows[:1].tolist())
+    refusing = Refusing(scorer, [*outside, *bad])
+    with pytest.warns(QuarantineWarning, match="1 rollouts are without scores"):
+        report = score_rollouts(store, refusing, rows=rows[::-1].copy(), progress=bar)
+    assert set(report.refused) == set(bad), "nothing outside was asked for, not even by the self-test"
+    assert np.flatnonzero(store.scored("teacher")).tolist() == rows[1:].tolist()
+    assert list(store.quarantined("teacher")) == [rows[0]]
+    assert bar.told[0] == ("begin", "scoring teacher", 6, 0, int(store.lengths()[rows].sum()))
+    others = np.setdiff1d(np.arange(14), rows)
+    assert score_rollouts(store, scorer, rows=others).skipped == 0, "what is in quarantine elsewhere is no matter here"
+    with pytest.warns(QuarantineWarning, match="retry_quarantined"):
+        assert score_rollouts(store, scorer) == ScoringReport(skipped=1)
+    with pytest.raises(NoSuchRowError, match="row 14 was chosen"):
+        score_rollouts(store, scorer, rows=np.array([0, 14]))
+    with pytest.raises(InvalidRecordError, match="0 rows were chosen"):
+        score_rollouts(store, scorer, rows=np.zeros(0, np.int64))
 
 
 def test_every_rollout_gets_the_scores_of_its_own_tokens(scored, teacher_model, full_logprobs):

@@ -151,7 +151,7 @@ def _describe(store: LogprobReader, name: str, provenance: Provenance, history: 
     of_policy = any(provenance.model.same_weights(policy) for policy in store.generations.values())
     objection = None
     try:
-        check_teacher_consistency(store.manifest, provenance)
+        check_teacher_consistency(store.manifest, [provenance])
     except TeacherConsistencyError as error:
         objection = str(error)
     rounding = max((commit.rounding for commit in history if commit.column == name), default=0.0)

@@ -6,6 +6,7 @@ from itertools import islice
 
 from rich.table import Table
 
+from lopd.consistency import verdict
 from lopd.console import table
 from lopd.doctor.comparing import Difference
 from lopd.doctor.contents import AdvantageInfo, StoreInfo
@@ -79,7 +80,7 @@ def _columns(info: StoreInfo) -> Table:
             "not measured"
             if column.provenance.parity is None
             else f"{column.provenance.parity.mean:.2g} (max {column.provenance.parity.max:.2g})",
-            "the policy itself" if column.of_policy else "inconsistent" if column.objection else "consistent",
+            "the policy itself" if column.of_policy else verdict(info.manifest, column.provenance).partition(": ")[0],
         )
         for column in info.columns
     ]

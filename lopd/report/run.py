@@ -11,7 +11,7 @@ import numpy as np
 from attrs import frozen
 
 from lopd.checks import check_at_least
-from lopd.consistency import inconsistency, verdict
+from lopd.consistency import verdict
 from lopd.drift import LEVELS, TAIL, AdvantageSummary
 from lopd.guards import MAX_TAIL
 from lopd.manifest import Lineage, ModelId
@@ -154,11 +154,11 @@ def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
         return [*facts, Fact("scored by", "nobody yet", f"there is no column {report.teacher}")]
     many, refused = int(store.scored(report.teacher).sum()), len(store.quarantined(report.teacher))
     note = f"{many:,} of {len(store):,} rollouts{f', {refused:,} in quarantine' if refused else ''}; by {scored.engine}"
-    said, fits = verdict(store.manifest, scored), inconsistency(store.manifest, scored) is None
+    judged, _, why = verdict(store.manifest, scored).partition(": ")
     return [
         *facts,
         Fact("scored by", str(scored.model), note),
-        Fact("teacher consistency", "consistent" if fits else "not consistent", said.split("consistent: ")[-1], "good" if fits else "bad"),
+        Fact("teacher consistency", judged, why, "good" if judged.startswith("consistent") else "bad"),
     ]
 
 
