@@ -42,7 +42,10 @@ checkpoint = save_checkpoint("runs/06/checkpoints", student, optimizer, next_ste
 print(f"a checkpoint has {(checkpoint / 'parameters.safetensors').stat().st_size:,} bytes of weights")
 
 student.export("runs/06/adapters", tokenizer, steps.lineage)  # what peft loads
-merged = AutoPeftModelForCausalLM.from_pretrained("runs/06/adapters").merge_and_unload().eval()  # what any engine loads
+merged = AutoPeftModelForCausalLM.from_pretrained("runs/06/adapters").merge_and_unload().eval()
+for part in (merged, tokenizer):  # what any engine loads
+    part.save_pretrained("runs/06/merged")
+steps.lineage.write("runs/06/merged")
 held_out = make_prompts(HELD_OUT, tokenizer)
 before = evaluate_reverse_kl(source, scorer, held_out)
 after = evaluate_reverse_kl(HFSource(merged, tokenizer, sampling), scorer, held_out)

@@ -46,7 +46,7 @@ class Parity:
         )
 
 
-def compare(rollouts: Sequence[Rollout], ours: Sequence[Scores], theirs: Sequence[Scores], *, engine: str, truth: str) -> Parity:
+def measure_parity(rollouts: Sequence[Rollout], ours: Sequence[Scores], theirs: Sequence[Scores], *, engine: str, truth: str) -> Parity:
     """The differences over the tokens that count.
 
     Args:

@@ -13,7 +13,7 @@ from lopd.checks import check_at_least, check_number
 from lopd.errors import EndTokenWarning, ScorerError
 from lopd.isolation import score_each
 from lopd.manifest import Provenance
-from lopd.parity import Parity, compare
+from lopd.parity import Parity, measure_parity
 from lopd.protocols import LogprobReader, TeacherScorer
 from lopd.reading import evenly
 from lopd.types import Rollout, Scores
@@ -162,7 +162,7 @@ class Preflight:
                 f"Scorer {scorer.provenance.model}: {len(rollouts)} rollouts could be compared with {truth.provenance.engine}, and none "
                 "of their tokens count, expected some; see why both do not accept them."
             )
-        parity = compare(rollouts, ours, theirs, engine=scorer.provenance.engine, truth=truth.provenance.engine)
+        parity = measure_parity(rollouts, ours, theirs, engine=scorer.provenance.engine, truth=truth.provenance.engine)
         bounds = {"mean": self.parity_bound, "p99": self.parity_p99_bound, "bias": self.parity_bias_bound}
         for name, bound in bounds.items():
             if abs(getattr(parity, name)) > bound:

@@ -67,7 +67,8 @@ class CausalLMStudent(nn.Module):
 
         Where several ranks train, each calls this on its own student (not on the wrapper), and rank 0 writes.
 
-        A full model is written as one; adapters in peft's own format (merge them first for an engine that wants one model).
+        A full model is written as one; adapters in peft's own format (for an engine that wants one model, merge
+        them, save that, and write the lineage beside it).
         """
         folder, ranks = Path(folder), Ranks.current()
         together = {"state_dict": on_first(self.model.state_dict())} if sharded(self) else {}

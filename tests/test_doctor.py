@@ -24,7 +24,7 @@ from lopd.doctor import (
     Rates,
     check_store,
     compact_store,
-    compare,
+    compare_columns,
     describe_advantages,
     estimate,
     inspect_store,
@@ -316,7 +316,7 @@ def test_a_storage_that_refuses_says_nothing_about_the_store() -> None:
 
 def test_diff_of_two_columns_names_the_worst_token_and_exits_by_the_tolerance(store: ZarrStore, tmp_path: Path) -> None:
     done = run("diff", tmp_path / "run.zarr", "--columns", "teacher", "ref")
-    found = compare(store, store, "teacher", "ref")
+    found = compare_columns(store, store, "teacher", "ref")
     assert found.worst is not None
     assert done.returncode == 1
     assert f"{found.worst.rollout_id!r}, response token {found.worst.position}" in words(done.stdout)
@@ -354,7 +354,7 @@ def test_rollouts_on_one_side_only_or_with_other_content_are_counted_and_not_com
     for i in (0, 3, 4, 90):
         r = right.read(right.find([f"p{i}/s0/g0"]).tolist())[0].rollout
         right.append_scores("other", tiny_provenance("other"), [Scores.of(r, np.full(r.response_ids.size, -1.0))])
-    found = compare(left, right, "teacher", "other")
+    found = compare_columns(left, right, "teacher", "other")
     # p3 and p4 compare; p0 is another rollout; p1, p2 are not there, p5 is not scored; p90 is new
     assert (found.rollouts, found.only_left, found.only_right, found.other_content, found.first_other) == (1 + 1, 3, 1, 1, "p0/s0/g0")
     assert found.exceeds(1e9)
@@ -369,7 +369,7 @@ def test_statistics_of_a_difference_are_those_of_numpy(pairs: list[tuple[float, 
         store.append([r])
         for column, values in zip("ab", zip(*part, strict=True), strict=True):
             store.append_scores(column, tiny_provenance(column), [Scores.of(r, values)])
-    found, gaps = compare(store, store, "a", "b"), np.abs(np.diff(np.array(pairs, np.float64))[:, 0])
+    found, gaps = compare_columns(store, store, "a", "b"), np.abs(np.diff(np.array(pairs, np.float64))[:, 0])
     assert (found.tokens, found.max) == (len(pairs), gaps.max())
     np.testing.assert_allclose(found.mean, gaps.mean(), rtol=1e-12)
     assert (found.worst is None) == (found.max == 0)
@@ -380,14 +380,14 @@ def test_statistics_of_a_difference_are_those_of_numpy(pairs: list[tuple[float, 
 
 
 def test_a_column_equals_itself(store: ZarrStore) -> None:
-    found = compare(store, store, "teacher", "teacher")
+    found = compare_columns(store, store, "teacher", "teacher")
     assert (found.rollouts, found.max, found.p99, found.mean) == (40, 0.0, 0.0, 0.0)
     assert not found.exceeds(0.0)
 
 
 def test_diff_of_a_column_that_is_not_there_names_those_that_are(store: ZarrStore) -> None:
     with pytest.raises(MissingScoresError, match=r"'nobody' is absent, expected one of \['teacher', 'ref', 'behavior'\]"):
-        compare(store, store, "teacher", "nobody")
+        compare_columns(store, store, "teacher", "nobody")
 
 
 @pytest.mark.parametrize("columns", [[], ["teacher"], ["teacher", "teacher"], ["a", "b", "c"]])
@@ -558,7 +558,7 @@ def test_opening_finds_a_lance_store_and_the_doctor_reads_it(tmp_path: Path) -> 
     store = open_store(tmp_path / "run.lance")
     assert list(check_store(store)) == []
     assert inspect_store(store).rollouts == 40
-    assert not compare(store, store, "teacher", "teacher").exceeds(0.0)
+    assert not compare_columns(store, store, "teacher", "teacher").exceeds(0.0)
 
 
 def test_opening_nothing_or_a_file_says_that_nothing_is_there(tmp_path: Path) -> None:

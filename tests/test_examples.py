@@ -135,6 +135,7 @@ def test_06_adapters_alone_are_trained_and_saved(run):
     assert Path("runs/06/adapters/adapter_model.safetensors").exists()
     assert not Path("runs/06/adapters/model.safetensors").exists()
     assert names["after"].mean < names["before"].mean
+    assert HFSource.from_folder("runs/06/merged", SamplingParams()).lineage == names["steps"].lineage
     rollouts = [record.rollout for record in names["store"].read(range(4))]
     with torch.no_grad():
         names["student"].model.merge_adapter()

@@ -13,14 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from attrs import evolve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lopd.backends.lance_store import LanceStore
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr_store import ZarrStore
+from lopd.collate import collate
 from lopd.errors import (
     ConflictError,
     CorruptStoreError,
@@ -112,12 +114,9 @@ def test_a_torch_dataset_gives_each_rollout_as_a_dict_of_arrays(memory: MemorySt
     dataset = TorchDataset(scored, ["teacher"], ["teacher"])
     assert len(dataset) == 3
     for row, rollout in zip(dataset, items, strict=True):
-        assert (row["rollout_id"], row["generation"], row["finish_reason"]) == (rollout.rollout_id, 0, "stop")
-        for name in ("prompt_ids", "response_ids", "loss_mask"):
-            np.testing.assert_array_equal(row[name], getattr(rollout, name))
-        assert row["logprobs"]["teacher"].tolist() == [-1.0] * rollout.response_ids.size
-        np.testing.assert_array_equal(row["top_k"]["teacher"]["ids"], tiny_top_k(rollout.response_ids.size).ids)
-        assert row["top_k"]["teacher"].keys() == {"ids", "logprobs", "tail"}
+        assert_same_rollout(row.rollout, rollout)
+        assert row.scores["teacher"].tolist() == [-1.0] * rollout.response_ids.size
+        assert_same_top_k(row.top_k["teacher"], tiny_top_k(rollout.response_ids.size))
 
 
 def test_a_torch_dataset_without_complete_columns_is_refused_before_it_is_read(memory: MemoryStore) -> None:
@@ -154,8 +153,19 @@ def test_two_workers_of_a_data_loader_read_a_zarr_store(start: str, tmp_path: Pa
     loader = DataLoader(
         TorchDataset(store), batch_size=4, num_workers=2, collate_fn=first, multiprocessing_context=start, shuffle=True, timeout=100
     )
-    read = {row["rollout_id"]: row["response_ids"].tolist() for batch in loader for row in batch}
+    read = {row.rollout.rollout_id: row.rollout.response_ids.tolist() for batch in loader for row in batch}
     assert read == {row.rollout.rollout_id: row.rollout.response_ids.tolist() for row in store.read(range(30))}
+
+
+def test_workers_of_a_data_loader_make_the_batches_that_training_takes(tmp_path: Path) -> None:
+    store = fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest()))
+    rows = np.flatnonzero(store.scored("teacher"))
+    dataset = Subset(TorchDataset(store), rows.tolist())
+    loader = DataLoader(dataset, batch_size=4, num_workers=2, collate_fn=collate, multiprocessing_context="fork", timeout=100)
+    for first_row, batch in zip(range(0, len(rows), 4), loader, strict=True):
+        expected = collate(store.read(rows[first_row : first_row + 4].tolist()))
+        torch.testing.assert_close(batch.inputs, expected.inputs, rtol=0, atol=0)
+        torch.testing.assert_close(batch.weight, expected.weight, rtol=0, atol=0)
 
 
 def test_a_forked_worker_refuses_a_lance_store_in_one_sentence(tmp_path: Path) -> None:
@@ -168,7 +178,7 @@ def test_a_forked_worker_refuses_a_lance_store_in_one_sentence(tmp_path: Path) -
 def test_a_torch_dataset_pickles_with_its_reader(tmp_path: Path) -> None:
     dataset = TorchDataset(fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())))
     again = pickle.loads(pickle.dumps(dataset))  # noqa: S301  # our own bytes, made a moment ago
-    assert again[29]["rollout_id"] == dataset[29]["rollout_id"] == "p29/s0/g1"
+    assert again[29].rollout.rollout_id == dataset[29].rollout.rollout_id == "p29/s0/g1"
 
 
 # parquet

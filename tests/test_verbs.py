@@ -43,7 +43,7 @@ from lopd.evaluate import evaluate, evaluate_reverse_kl
 from lopd.loader import batches
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer
-from lopd.parity import compare
+from lopd.parity import measure_parity
 from lopd.preflight import Preflight
 from lopd.reading import rows_of
 from lopd.scoring import ScoringReport, score_rollouts
@@ -594,13 +594,13 @@ def test_parity_is_over_the_tokens_that_count_and_says_what_becomes_of_the_advan
     ]
     truth = [Scores.of(items[0], [-1.5, -9.0, -0.5]), Scores.of(items[1], [-2.25, -1.0])]
     engine = [Scores.of(items[0], [-0.5, -0.0, -0.5]), Scores.of(items[1], [-2.75, -1.25])]
-    parity = compare(items, engine, truth, engine="E", truth="T")
+    parity = measure_parity(items, engine, truth, engine="E", truth="T")
     differences = np.array([1.0, 0.0, -0.5, -0.25])
     assert (parity.rollouts, parity.tokens) == (2, 4)
     assert (parity.mean, parity.max, parity.bias) == (np.abs(differences).mean(), 1.0, differences.mean())
     assert parity.p99 == pytest.approx(np.quantile(np.abs(differences), 0.99))
     assert (parity.advantage, parity.sign_flips) == (np.abs([-0.5, 0.5, -0.25, 1.0]).mean(), 0.25)
-    assert compare([evolve(items[0], behavior_logprobs=None)], engine[:1], truth[:1], engine="E", truth="T").advantage is None
+    assert measure_parity([evolve(items[0], behavior_logprobs=None)], engine[:1], truth[:1], engine="E", truth="T").advantage is None
 
 
 class Tilted:

@@ -5,7 +5,7 @@ Functions first; `python -m lopd.doctor info|verify|diff|report|run|compact|esti
 
 from lopd.doctor.comparing import Difference as Difference
 from lopd.doctor.comparing import Worst as Worst
-from lopd.doctor.comparing import compare as compare
+from lopd.doctor.comparing import compare_columns as compare_columns
 from lopd.doctor.contents import AdvantageInfo as AdvantageInfo
 from lopd.doctor.contents import ColumnInfo as ColumnInfo
 from lopd.doctor.contents import StoreInfo as StoreInfo

@@ -15,7 +15,7 @@ from attrs import asdict, evolve
 
 from lopd.backends.opening import open_store
 from lopd.consistency import verdict
-from lopd.doctor.comparing import compare
+from lopd.doctor.comparing import compare_columns
 from lopd.doctor.contents import inspect_store
 from lopd.doctor.estimating import LOGPROB_BYTES, Plan, Rates, estimate, measure_rates, plan_like
 from lopd.doctor.upkeep import check_store, compact_store
@@ -173,7 +173,7 @@ def _diff(options: Namespace) -> int:
         )
     left = _open(options.url, options)
     right = left if options.other is None else _open(options.other, options)
-    difference = compare(left, right, left_column, right_column)
+    difference = compare_columns(left, right, left_column, right_column)
     exit_code = PROBLEMS if difference.exceeds(options.tolerance) else FINE
     if options.json:
         _print_json(asdict(difference))

@@ -92,7 +92,7 @@ class _Tally:
         return min(float(upper), self.greatest) if bin_number else 0.0
 
 
-def compare(left: LogprobReader, right: LogprobReader, left_column: str, right_column: str) -> Difference:
+def compare_columns(left: LogprobReader, right: LogprobReader, left_column: str, right_column: str) -> Difference:
     """How far a column of one store is from a column of another, or of the same store.
 
     Memory: flat, whatever the size of the stores; one batch of rollouts from each.

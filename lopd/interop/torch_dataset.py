@@ -1,9 +1,9 @@
 """A store as a map-style torch dataset, for training loops that are not ours."""
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import final
 
-from attrs import asdict, field, frozen
+from attrs import field, frozen
 from torch.utils.data import Dataset
 
 from lopd.errors import MissingScoresError
@@ -13,19 +13,25 @@ from lopd.types import ScoredRollout
 
 @final
 @frozen(eq=False)
-class TorchDataset(Dataset[dict[str, Any]]):
-    """One dict for each rollout, in the order of the rows.
+class TorchDataset(Dataset[ScoredRollout]):
+    """One `ScoredRollout` for each rollout, in the order of the rows: what `lopd.collate` makes a `Batch` of, or your own `collate_fn` anything else.
 
-    Its keys are `rollout_id`, `generation`, `finish_reason`, `prompt_ids`, `response_ids` and `loss_mask`; `logprobs` and `top_k` hold a
-    dict by column.  Arrays are numpy's, read-only: a tensor for each would cost a worker of a `DataLoader` one open file each.  Lengths
-    differ, so a `DataLoader` needs a `collate_fn`.  A batch is fetched in one read.  It pickles if the reader does.
+    Arrays are numpy's: a tensor for each would cost a worker of a `DataLoader` one open file each.  A batch is fetched in one read.  It pickles
+    if the reader does.
 
-    >>> from lopd import MemoryStore
-    >>> from lopd.testing import tiny_manifest, tiny_rollout
+    >>> from functools import partial
+    >>> import torch
+    >>> from lopd import MemoryStore, collate
+    >>> from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
     >>> store = MemoryStore(tiny_manifest())
     >>> store.append([tiny_rollout("r0", [5, 6, 1])])
-    >>> TorchDataset(store)[0]["response_ids"]
-    array([5, 6, 1], dtype=int32)
+    >>> store.append_scores("teacher", tiny_provenance(), [tiny_scores(tiny_rollout("r0", [5, 6, 1]))])
+    >>> dataset = TorchDataset(store, ["teacher"])
+    >>> dataset[0].rollout.response_ids, dataset[0].scores["teacher"]
+    (array([5, 6, 1], dtype=int32), array([-1., -1., -1.], dtype=float32))
+    >>> (batch,) = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=partial(collate, teacher="teacher"))
+    >>> batch.teacher_logprobs
+    tensor([-1., -1., -1.])
 
     Args:
         reader: any store.
@@ -58,16 +64,10 @@ class TorchDataset(Dataset[dict[str, Any]]):
         """Committed rollouts."""
         return len(self.reader)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> ScoredRollout:
         """One rollout."""
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[ScoredRollout]:
         """Several rollouts, in the order asked: what a `DataLoader` asks for."""
-        return [_to_dict(row) for row in self.reader.read(indices, columns=self.columns, top_k=self.top_k)]
-
-
-def _to_dict(row: ScoredRollout) -> dict[str, Any]:
-    names = ("rollout_id", "generation", "finish_reason", "prompt_ids", "response_ids", "loss_mask")
-    support = {column: asdict(top_k, recurse=False) for column, top_k in row.top_k.items()}
-    return {**{name: getattr(row.rollout, name) for name in names}, "logprobs": dict(row.scores), "top_k": support}
+        return self.reader.read(indices, columns=self.columns, top_k=self.top_k)

@@ -1,7 +1,5 @@
 """Only type-checked, never run: every class against the protocol it is used as.  A forgotten or renamed method fails here."""
 
-from typing import Any
-
 import torch
 
 from lopd.backends.cloud_files import ObstoreFiles
@@ -34,6 +32,7 @@ from lopd.protocols import (
 )
 from lopd.steps import Step
 from lopd.students import CausalLMStudent
+from lopd.types import ScoredRollout
 
 
 def rollout_sources(hf: HFSource, vllm: VLLMSource, served: ServerSource) -> tuple[RolloutSource, RolloutSource, RolloutSource]:
@@ -60,7 +59,7 @@ def files(local: LocalFiles, bucket: ObstoreFiles, other: FsspecFiles) -> tuple[
     return local, bucket, other
 
 
-def dataset(rows: TorchDataset) -> torch.utils.data.Dataset[dict[str, Any]]:
+def dataset(rows: TorchDataset) -> torch.utils.data.Dataset[ScoredRollout]:
     return rows
 
 
