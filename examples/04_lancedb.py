@@ -1,6 +1,5 @@
 """The same run on LanceDB: one line is another, and the tables can be queried, here for the responses that the teacher likes least."""
 
-import lancedb
 import numpy as np
 from tiny import QUESTIONS, model_folders
 
@@ -14,17 +13,18 @@ store = LanceStore.open_or_create("runs/04/store.lance", source.manifest)  # ins
 collect_rollouts(source, make_prompts(QUESTIONS, source.tokenizer), store)
 score_rollouts(store, HFScorer.from_folder(teacher_dir))
 
-# Reading: any tool that opens LanceDB.  A table of rollouts, and one for each column of scores; `row` joins them.
-# Writing is the store's alone, because each row carries checksums of its bytes.
-database = lancedb.connect("runs/04/store.lance")
-names = database.list_tables().tables
-rollouts = database.open_table(next(name for name in names if name.startswith("rollouts-")))
-scores = database.open_table(next(name for name in names if name.startswith("scores.teacher-")))
-print(f"tables: {len(names)}; columns of the scores: {', '.join(scores.schema.names)}")
+# LanceDB's own tables: one of rollouts, and one for each column of scores; `row` joins them.  They take queries and no writes, which are the
+# store's alone, because each row carries checksums of its bytes.
+rollouts, scores = store.table(), store.table("teacher")
+print(f"columns of the scores: {', '.join(scores.schema.names)}")
 
 # A filter that LanceDB runs, on the short columns alone: which responses were cut?
 cut = rollouts.search().where("finish_reason = 'length'").select(["row", "rollout_id", "response_length"]).limit(1000).to_arrow()
 print(f"{len(cut)} of {rollouts.count_rows()} responses were cut at {max(cut['response_length'].to_pylist(), default=0)} tokens")
+
+# An id is UTF-8 in bytes.
+first = rollouts.search().where("CAST(rollout_id AS STRING) LIKE '%/s0/g0'").limit(1000).to_arrow()
+print(f"{len(first)} responses are the first of their prompt")
 
 # A column fetched as a whole: which response does the teacher like least?
 table = scores.search().select(["row", "logprobs"]).limit(1000).to_arrow()

@@ -111,6 +111,7 @@ def test_04_queries_agree_with_the_store(run):
     records = names["store"].read(range(len(names["store"])), columns=("teacher",))
     cut = [record.rollout.rollout_id for record in records if record.rollout.finish_reason == "length"]
     assert sorted(name.decode() for name in names["cut"]["rollout_id"].to_pylist()) == sorted(cut)
+    assert len(names["first"]) == len(records)
     assert names["least"] == int(np.argmin([record.scores["teacher"].mean() for record in records]))
 
 

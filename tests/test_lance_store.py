@@ -43,6 +43,7 @@ from lopd.errors import (
     LopdError,
     ManifestMismatchError,
     MissingDependencyError,
+    MissingScoresError,
     StoreExistsError,
     StoreNotFoundError,
     StorePathError,
@@ -211,6 +212,32 @@ def test_lancedb_reads_every_column_under_its_name(tmp_path: Path, vocab_size: i
     assert table["loss_mask"][1].as_py() is table["behavior_logprobs"][1].as_py() is None
     scores = table_of(store, "scores.teacher").to_arrow().to_pylist()[0]
     assert (scores["row"], scores["logprobs"], scores["top_k_ids"], scores["top_k_tail"]) == (0, [-1, -1], [0, 1, 2, 3], [0.5, 0.5])
+
+
+def test_tables_for_queries_stand_at_what_the_store_sees_and_take_no_writes(filled: LanceStore) -> None:
+    reader = open_store(filled._files.url)
+    assert isinstance(reader, LanceStore)
+    before = len(reader)
+    filled.append([tiny_rollout("later/s0/g0")])
+    assert reader.table().count_rows() == before
+    reader.refresh()
+    table = reader.table()
+    found = table.search().where("CAST(rollout_id AS STRING) LIKE 'later/%'").select(["row"]).to_list()
+    assert [row["row"] for row in found] == [before]
+    scores = reader.table("teacher").to_arrow()
+    for row, logprobs in zip(scores["row"].to_pylist(), scores["logprobs"].to_pylist(), strict=True):
+        assert logprobs == reader.read([row], columns=("teacher",))[0].scores["teacher"].tolist()
+    for write in (lambda: table.delete("row = 0"), lambda: table.add(table.to_arrow())):
+        with pytest.raises(ValueError, match="cannot be modified"):
+            write()
+    assert len(open_store(filled._files.url)) == before + 1
+    with pytest.raises(MissingScoresError, match="no table of column 'nobody'"):
+        reader.table("nobody")
+
+
+def test_an_empty_store_has_no_table_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(MissingScoresError, match="no table of rollouts, expected one; append some first"):
+        LanceStore.create(tmp_path / "empty.lance", tiny_manifest()).table()
 
 
 def test_half_the_bytes_cost_a_rounding_that_each_commit_reports(tmp_path: Path) -> None:

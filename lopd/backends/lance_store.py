@@ -23,7 +23,7 @@ from lopd.backends.lance_snapshot import Snapshot
 from lopd.backends.lance_table import Database
 from lopd.backends.lance_writer import Draft, Writer
 from lopd.backends.ragged import LogprobDtype
-from lopd.errors import ManifestMismatchError, StoreExistsError, StorePathError
+from lopd.errors import ManifestMismatchError, MissingScoresError, StoreExistsError, StorePathError
 from lopd.manifest import Commit, Manifest, ModelId, Provenance
 from lopd.types import Rollout, RolloutArrays, ScoredRollout, Scores
 
@@ -184,6 +184,21 @@ class LanceStore:
         Raises as `read` does.
         """
         return self._snapshot.read_arrays(np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64), columns)
+
+    def table(self, column: str | None = None) -> Any:
+        """LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it takes no writes.
+
+        It is at the version that this store sees.  Its `row` is the row of the store, by which the tables join; `rollout_id` is UTF-8 in bytes,
+        so a filter reads `CAST(rollout_id AS STRING) LIKE 'sums/%'`.
+
+        Raises:
+            MissingScoresError: no such column, or nothing was appended yet.
+        """
+        part = self._snapshot.parts().get(column)
+        if part is None:
+            what = "rollouts" if column is None else f"column {column!r}"
+            raise MissingScoresError(f"{self!r}: there is no table of {what}, expected one; append some first.")
+        return self._database.for_queries(part.table)
 
     def refresh(self) -> None:
         """See what was committed since, by this process or others.
