@@ -1,6 +1,6 @@
 """lopd: offline on-policy distillation.  Sample once, score once, train with no teacher in memory.
 
-The method is Lightning OPD (Wu, Han, Cai; arXiv 2604.13010).  Five nouns (`lopd.protocols`), five verbs (below), records in between
+The method is Lightning OPD (Wu, Han, Cai; arXiv 2604.13010).  Five nouns (`lopd.protocols`), verbs (below), records in between
 (`lopd.types`).  What brings its own dependencies is imported from its own module: `lopd.engines.hf`, `lopd.prompts`, `lopd.console`,
 `lopd.report`.
 """

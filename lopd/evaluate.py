@@ -63,5 +63,5 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
         raise InvalidRecordError(
             "Source: it reports no behavior_logprobs, expected them with every rollout; score with the policy's own engine."
         )
-    sums = metrics.reverse_kl(student, [s.logprobs for s in teacher.score(rollouts)])
+    sums = metrics.sampled_reverse_kl(student, [s.logprobs for s in teacher.score(rollouts)])
     return sums.pooled(sampling.samples_per_prompt).per_token()

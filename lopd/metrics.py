@@ -70,7 +70,7 @@ class RolloutSums:
         return influence
 
 
-def reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> RolloutSums:
+def sampled_reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> RolloutSums:
     r"""KL(student, teacher) in nats, summed over the tokens of each rollout, estimated from the sampled tokens alone.
 
     \(\sum_t (r_t - 1 - \log r_t)\) with \(r = \exp(\ell_T - \ell_\theta)\).  \(-\log r\) alone has the same mean, since

@@ -215,7 +215,7 @@ class HFScorer:
 def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Rollout]) -> RolloutSums:
     r"""KL(student, teacher) in nats over the whole vocabulary, summed over the response tokens of each rollout of the student.
 
-    \(\sum_v \pi_\theta(v|s_t)\,(\log\pi_\theta(v|s_t) - \log\pi_T(v|s_t))\) at every state \(s_t\): the mean that `metrics.reverse_kl`
+    \(\sum_v \pi_\theta(v|s_t)\,(\log\pi_\theta(v|s_t) - \log\pi_T(v|s_t))\) at every state \(s_t\): the mean that `metrics.sampled_reverse_kl`
     estimates from sampled tokens alone, at the price of having both models in memory; its interval is narrower.
 
     Args:
