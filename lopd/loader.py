@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
 from typing import final
 
 import numpy as np
@@ -19,7 +21,7 @@ from lopd.manifest import Lineage
 from lopd.protocols import LogprobReader
 from lopd.ranks import Ranks
 from lopd.steps import Batch, Step
-from lopd.types import Prompt
+from lopd.types import Prompt, ScoredRollout
 
 _ROLLOUTS_PER_STEP = 256
 
@@ -56,19 +58,27 @@ class StepStream:
         rows = self.rows[_places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed)]
         lengths = self.store.lengths()[rows].sum(axis=1) - 1
         shares = [_split(lengths, self.tokens_per_batch, rank, self.ranks.size) for rank in range(self.ranks.size)]
-        parts = [self._batch(rows[places]) for places in shares[self.ranks.rank]]
+        parts = shares[self.ranks.rank]
         # what sums gradients over ranks waits for each of them as many times as for the busiest
         idle = max(map(len, shares)) - len(parts)
         if idle:
-            shortest = self._batch(rows[[int(np.argmin(lengths))]])
-            parts += [evolve(shortest, weight=torch.zeros_like(shortest.weight))] * idle
-        return Step(index, tuple(parts), self.store.manifest.tokenizer.vocab_hash, idle)
+            parts = [*parts, np.array([np.argmin(lengths)])]
+        # one read: a store fetches many rows at once faster than a few at a time
+        records = iter(self._read(rows[np.concatenate(parts)]))
+        made = [self._collate(list(islice(records, len(part)))) for part in parts]
+        if idle:
+            made[-1:] = [evolve(made[-1], weight=torch.zeros_like(made[-1].weight))] * idle
+        return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle)
 
-    def _batch(self, rows: NDArray[np.int64]) -> Batch:
-        records, teacher, ref = self.columns.read(self.store, rows), self.columns.teacher, self.columns.ref
-        if ref is not None:
-            check_reference(self.store, ref, {record.rollout.generation for record in records})
-        return collate(records, self.weighting, teacher=teacher, ref=ref, top_k=teacher if self.columns.top_k else None)
+    def _read(self, rows: NDArray[np.int64]) -> list[ScoredRollout]:
+        records = self.columns.read(self.store, rows)
+        if self.columns.ref is not None:
+            check_reference(self.store, self.columns.ref, {record.rollout.generation for record in records})
+        return records
+
+    def _collate(self, records: Sequence[ScoredRollout]) -> Batch:
+        teacher = self.columns.teacher
+        return collate(records, self.weighting, teacher=teacher, ref=self.columns.ref, top_k=teacher if self.columns.top_k else None)
 
 
 def batches(
@@ -160,8 +170,12 @@ def _places_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np
     """Places (of `total`) of step `index`: a window on the endless sequence of epochs, each a permutation seeded by (seed, epoch)."""
     places = np.arange(index * count, (index + 1) * count)
     epochs = places // total
-    shuffles = {int(e): np.random.default_rng((seed, int(e))).permutation(total) for e in np.unique(epochs)}
-    return np.array([shuffles[int(e)][p % total] for e, p in zip(epochs, places, strict=True)], dtype=np.int64)
+    return np.concatenate([_shuffle(seed, int(epoch), total)[places[epochs == epoch] % total] for epoch in np.unique(epochs)])
+
+
+@lru_cache(maxsize=2)  # the steps of an epoch share it, and a million places take 20 ms to shuffle
+def _shuffle(seed: int, epoch: int, total: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(total)
 
 
 def _split(lengths: NDArray[np.int64], cap: int, rank: int = 0, ranks: int = 1) -> list[NDArray[np.int64]]:

@@ -25,6 +25,7 @@ from helpers import (
 from hypothesis import given, settings
 from torch import Tensor
 
+from lopd.backends.memory_store import MemoryStore
 from lopd.collate import Weighting, by_rollout, by_token, collate
 from lopd.consistency import ConsistencyPolicy
 from lopd.errors import (
@@ -293,6 +294,14 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     first, second = (rows_of(step) for step in islice(numbered_stream(50, 50, seed=0), 2))
     other = rows_of(numbered_stream(50, 50, seed=1).step(0))
     assert len({tuple(rows) for rows in (first, second, other, range(50))}) == 4
+
+
+def test_a_step_is_one_read_whatever_it_is_split_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = numbered_stream(9, 7, tokens_per_batch=6)
+    reads, original = list[int](), MemoryStore.read
+    monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **names: reads.append(len(rows)) or original(self, rows, **names))
+    assert len(stream.step(2).batches) > 2
+    assert reads == [7]
 
 
 def test_a_run_stops_before_step_stop() -> None:
