@@ -48,7 +48,7 @@ from scale_summary import ALONE_SCORING, APART_SCORING, RAY, RAY_AHEAD, find_goa
 from scale_workers import Found, Workers
 
 from lopd import ZarrStore
-from lopd.manifest import fingerprint_tokenizer
+from lopd.identity import fingerprint_tokenizer
 from lopd.testing import tiny_manifest
 
 

@@ -35,8 +35,9 @@ import lopd.loader
 import lopd.students
 from lopd import CausalLMStudent, FusedOPDLoss, Manifest, ModelId, Rollout, SamplingParams, Scores, ZarrStore, batches, opd_steps
 from lopd.causal_lm import hidden_states, packed_hidden_states
+from lopd.identity import fingerprint_tokenizer
 from lopd.loader import StepStream
-from lopd.manifest import Provenance, fingerprint_tokenizer
+from lopd.manifest import Provenance
 
 VOCABULARY, PROMPT, LONGEST = 16_384, 32, 512
 

@@ -15,7 +15,8 @@ from scale_workers import Found
 
 from lopd import CausalLMStudent, FusedOPDLoss, Manifest, ModelId, Rollout, SamplingParams, Scores, ZarrStore, batches, opd_steps
 from lopd.backends.opening import open_store
-from lopd.manifest import Provenance, TokenizerId
+from lopd.identity import TokenizerId
+from lopd.manifest import Provenance
 from lopd.ranks import Ranks
 from lopd.scoring import score_rollouts
 

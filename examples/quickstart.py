@@ -43,8 +43,8 @@ from lopd import (
 )
 from lopd.console import RichProgress, table
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
+from lopd.identity import fingerprint_tokenizer
 from lopd.loader import StepStream
-from lopd.manifest import fingerprint_tokenizer
 from lopd.metrics import RolloutSums, advantage_quantiles
 from lopd.prompts import make_prompts, read_prompts
 from lopd.report import RunHistory, write_run_report

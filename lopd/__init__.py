@@ -25,6 +25,7 @@ from lopd.evaluate import evaluate_reverse_kl as evaluate_reverse_kl
 from lopd.guards import DriftLimits as DriftLimits
 from lopd.guards import stored_advantages as stored_advantages
 from lopd.guards import watch_drift as watch_drift
+from lopd.identity import ModelId as ModelId
 from lopd.loader import batches as batches
 from lopd.losses.chunked import Chunking as Chunking
 from lopd.losses.chunked import selected_logprobs as selected_logprobs
@@ -38,7 +39,6 @@ from lopd.losses.reference import WeightedLoss as WeightedLoss
 from lopd.losses.top_k import TopKObjective as TopKObjective
 from lopd.manifest import Lineage as Lineage
 from lopd.manifest import Manifest as Manifest
-from lopd.manifest import ModelId as ModelId
 from lopd.manifest import SamplingParams as SamplingParams
 from lopd.preflight import Preflight as Preflight
 from lopd.refresh import refresh_every as refresh_every

@@ -23,7 +23,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.manifest import ModelId
+from lopd.identity import ModelId
 from lopd.metrics import Estimate, RolloutSums
 from lopd.protocols import LogprobReader
 from lopd.reading import in_batches

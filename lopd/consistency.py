@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from enum import Enum
 
 from lopd.errors import TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
-from lopd.manifest import HasVocabulary, Lineage, Manifest, Provenance, TokenizerId, mixture_id
+from lopd.identity import HasVocabulary, TokenizerId, mixture_id
+from lopd.manifest import Lineage, Manifest, Provenance
 
 
 class ConsistencyPolicy(Enum):

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
-from lopd.manifest import Commit, Manifest, ModelId, Provenance, TokenizerId
+from lopd.identity import ModelId, TokenizerId
+from lopd.manifest import Commit, Manifest, Provenance
 from lopd.steps import Batch, LMHead, LossOutput
 from lopd.types import Prompt, Rollout, ScoredRollout, Scores
 

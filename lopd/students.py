@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lopd.causal_lm import check_cut, lm_head, packed_hidden_states, unwrap
 from lopd.errors import ModelError
-from lopd.manifest import Lineage, TokenizerId, TokenizerLike, fingerprint_tokenizer
+from lopd.identity import TokenizerId, TokenizerLike, fingerprint_tokenizer
+from lopd.manifest import Lineage
 from lopd.protocols import OPDLoss
 from lopd.ranks import Ranks, on_first, sharded
 from lopd.steps import Batch, LossOutput

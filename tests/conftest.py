@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from lopd.manifest import fingerprint_tokenizer
+from lopd.identity import fingerprint_tokenizer
 from lopd.types import Prompt, Rollout
 
 EOS, PAD_ROWS, CONTEXT = "<|eos|>", 8, 64

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.collate import Weighting, by_rollout, by_token, collate
-from lopd.manifest import Manifest, ModelId, Provenance, SamplingParams, TokenizerId
+from lopd.identity import ModelId, TokenizerId
+from lopd.manifest import Manifest, Provenance, SamplingParams
 from lopd.protocols import OPDLoss
 from lopd.steps import Batch, LMHead, LossOutput
 from lopd.types import Rollout, ScoredRollout, Scores

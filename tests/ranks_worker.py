@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, ReferenceOPDLoss, batches, load_checkpoint, opd_steps, save_checkpoint
-from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams
+from lopd.identity import ModelId
+from lopd.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.ranks import Ranks, inner, on_first
 from lopd.types import Rollout, Scores
 

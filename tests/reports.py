@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from lopd.manifest import ModelId
+from lopd.identity import ModelId
 from lopd.testing import tiny_provenance, tiny_rollout
 from lopd.types import Scores
 

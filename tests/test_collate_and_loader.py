@@ -35,9 +35,10 @@ from lopd.errors import (
     TeacherConsistencyError,
     TeacherConsistencyWarning,
 )
+from lopd.identity import ModelId
 from lopd.loader import StepStream, batches
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
-from lopd.manifest import Lineage, ModelId
+from lopd.manifest import Lineage
 from lopd.protocols import OPDLoss
 from lopd.steps import Batch, LMHead, Step, StepMetrics
 from lopd.testing import tiny_top_k

@@ -20,8 +20,9 @@ from lopd.errors import (
     TeacherConsistencyError,
     TeacherConsistencyWarning,
 )
+from lopd.identity import ModelId, mixture_id
 from lopd.loader import batches
-from lopd.manifest import Lineage, ModelId, mixture_id
+from lopd.manifest import Lineage
 from lopd.reading import rows_of
 
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5))

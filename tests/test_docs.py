@@ -20,7 +20,7 @@ from attrs import field, frozen
 import lopd
 from lopd import CausalLMStudent, SamplingParams, SFTLoss, ZarrStore, batches, collect_rollouts, opd_steps
 from lopd.engines.hf import HFSource, load_model
-from lopd.manifest import fingerprint_tokenizer
+from lopd.identity import fingerprint_tokenizer
 from lopd.prompts import make_prompts
 
 ROOT = Path(__file__).parents[1]

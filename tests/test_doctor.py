@@ -33,7 +33,8 @@ from lopd.doctor import (
 )
 from lopd.doctor.__main__ import main
 from lopd.errors import CorruptStoreError, InvalidRecordError, MissingScoresError, StoreNotFoundError, StoreReadError
-from lopd.manifest import Commit, ModelId
+from lopd.identity import ModelId
+from lopd.manifest import Commit
 from lopd.parity import Parity
 from lopd.reading import evenly, parts
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k

@@ -25,7 +25,8 @@ from lopd import (
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.errors import StoreWriteError, TeacherConsistencyWarning
-from lopd.manifest import SamplingParams, fingerprint_tokenizer
+from lopd.identity import fingerprint_tokenizer
+from lopd.manifest import SamplingParams
 from lopd.prompts import make_prompts
 from lopd.reading import rows_of
 from lopd.testing import StoreConformance, tiny_manifest, tiny_rollout

@@ -16,8 +16,9 @@ from lopd.collect import collect_rollouts
 from lopd.engines.decoding import draw
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import ContextOverflowError, InvalidRecordError, LopdError
+from lopd.identity import ModelId
 from lopd.losses.reference import SFTLoss
-from lopd.manifest import ModelId, SamplingParams
+from lopd.manifest import SamplingParams
 from lopd.scoring import score_rollouts
 from lopd.steps import LMHead
 from lopd.students import CausalLMStudent

@@ -39,6 +39,7 @@ from lopd.errors import (
     StoreWriteError,
     TokenizerMismatchError,
 )
+from lopd.identity import ModelId, fingerprint_tokenizer
 from lopd.interop import (
     TorchDataset,
     export_parquet,
@@ -49,7 +50,7 @@ from lopd.interop import (
     parquet_manifest,
     to_hf_dataset,
 )
-from lopd.manifest import ModelId, Provenance, fingerprint_tokenizer
+from lopd.manifest import Provenance
 from lopd.protocols import LogprobReader
 from lopd.testing import (
     assert_same_rollout,

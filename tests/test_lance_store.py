@@ -50,7 +50,8 @@ from lopd.errors import (
     StoreReadError,
     StoreWriteError,
 )
-from lopd.manifest import Manifest, ModelId
+from lopd.identity import ModelId
+from lopd.manifest import Manifest
 from lopd.protocols import LogprobStore
 from lopd.testing import StoreConformance, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 from lopd.types import Scores

@@ -8,7 +8,8 @@ import torch
 from attrs import evolve
 
 from lopd.errors import CorruptStoreError
-from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer, hash_weights, mixture_id
+from lopd.identity import ModelId, fingerprint_tokenizer, hash_weights, mixture_id
+from lopd.manifest import Lineage, Manifest, SamplingParams
 from lopd.testing import tiny_manifest
 
 

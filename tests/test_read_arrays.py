@@ -16,7 +16,7 @@ from lopd.backends.lance_store import LanceStore
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.zarr_store import ZarrStore
 from lopd.errors import CorruptStoreError, MissingScoresError, NoSuchRowError
-from lopd.manifest import ModelId
+from lopd.identity import ModelId
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.types import Rollout, RolloutArrays, Scores
 

@@ -7,9 +7,10 @@ from attrs import evolve
 from lopd import ConsistencyPolicy, LanceStore, MemoryStore, ZarrStore
 from lopd.consistency import inconsistencies
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, TeacherConsistencyError
+from lopd.identity import ModelId
 from lopd.interop.parquet import export_parquet, import_parquet
 from lopd.loader import batches
-from lopd.manifest import RESIDUAL, ModelId
+from lopd.manifest import RESIDUAL
 from lopd.residual import Residualiser, residualise
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 from lopd.types import Scores, prompt_id_of

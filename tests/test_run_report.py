@@ -14,7 +14,7 @@ from lopd import Lineage, MemoryStore, ZarrStore
 from lopd.doctor.__main__ import main
 from lopd.drift import LEVELS, AdvantageSummary, Drift
 from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.manifest import ModelId
+from lopd.identity import ModelId
 from lopd.report.charts import MOST_POINTS, Scale, over_steps
 from lopd.report.history import Phase, RunHistory
 from lopd.report.run import duration, step_charts, write_run_report

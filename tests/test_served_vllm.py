@@ -23,7 +23,8 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.http_pool import Servers
 from lopd.engines.server import ServerScorer, ServerSource
 from lopd.errors import ContextOverflowError, EngineError
-from lopd.manifest import ModelId, SamplingParams
+from lopd.identity import ModelId
+from lopd.manifest import SamplingParams
 from lopd.scoring import score_rollouts
 from lopd.types import Prompt, Rollout
 

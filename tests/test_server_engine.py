@@ -26,7 +26,8 @@ from lopd.engines import http_answers, http_pool
 from lopd.engines.http_pool import Servers
 from lopd.engines.server import ServerScorer, ServerSource
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError
-from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, TokenizerId, fingerprint_tokenizer
+from lopd.identity import ModelId, TokenizerId, fingerprint_tokenizer
+from lopd.manifest import Lineage, Manifest, SamplingParams
 from lopd.scoring import score_rollouts
 from lopd.types import Prompt, Rollout
 

@@ -44,7 +44,8 @@ from lopd.errors import (
     StorePathError,
     StoreWriteError,
 )
-from lopd.manifest import Manifest, ModelId
+from lopd.identity import ModelId
+from lopd.manifest import Manifest
 from lopd.protocols import LogprobStore
 from lopd.testing import (
     StoreConformance,

@@ -15,10 +15,11 @@ from lopd.causal_lm import check_cut, lm_head, packed_hidden_states
 from lopd.collate import by_token, collate
 from lopd.engines.hf import HFSource, load_model
 from lopd.errors import LopdError, ModelError
+from lopd.identity import ModelId, fingerprint_tokenizer
 from lopd.losses.chunked import Chunking
 from lopd.losses.fused import FusedOPDLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
-from lopd.manifest import Lineage, ModelId, SamplingParams, fingerprint_tokenizer
+from lopd.manifest import Lineage, SamplingParams
 from lopd.steps import LossOutput
 from lopd.students import CausalLMStudent
 from lopd.types import Rollout, ScoredRollout

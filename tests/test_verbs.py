@@ -40,9 +40,10 @@ from lopd.errors import (
     TrainingDivergedError,
 )
 from lopd.evaluate import evaluate, evaluate_reverse_kl
+from lopd.identity import ModelId, fingerprint_tokenizer
 from lopd.loader import batches
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
-from lopd.manifest import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer
+from lopd.manifest import Lineage, Manifest, SamplingParams
 from lopd.parity import measure_parity
 from lopd.preflight import Preflight
 from lopd.reading import rows_of

@@ -19,7 +19,8 @@ from lopd.collect import collect_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.vllm import VLLMScorer, VLLMSource
 from lopd.engines.vllm_engine import VLLMSettings, import_vllm
-from lopd.manifest import Lineage, ModelId, SamplingParams
+from lopd.identity import ModelId
+from lopd.manifest import Lineage, SamplingParams
 from lopd.scoring import score_rollouts
 from lopd.types import Prompt, Rollout
 

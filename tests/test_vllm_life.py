@@ -18,7 +18,8 @@ from lopd.engines.supports import entries, look_up
 from lopd.engines.vllm import VLLMScorer, VLLMSource
 from lopd.engines.vllm_engine import VLLMEngine, VLLMSettings, import_vllm
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError, ModelError
-from lopd.manifest import Manifest, ModelId, SamplingParams
+from lopd.identity import ModelId
+from lopd.manifest import Manifest, SamplingParams
 from lopd.scoring import score_rollouts
 from lopd.types import Prompt, Rollout
 

@@ -23,7 +23,8 @@ from lopd.backends.commit_log import seal, unseal
 from lopd.backends.files import Files, names_in
 from lopd.backends.ragged import LogprobDtype
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
-from lopd.manifest import Commit, Manifest, ModelId, Provenance
+from lopd.identity import ModelId
+from lopd.manifest import Commit, Manifest, Provenance
 
 ROOT_FILE = "lopd.json"
 ROLLOUTS_FILE = "rollouts.json"

@@ -24,7 +24,8 @@ from lopd.backends.lance_table import Database
 from lopd.backends.lance_writer import Draft, Writer
 from lopd.backends.ragged import LogprobDtype
 from lopd.errors import ManifestMismatchError, MissingScoresError, StoreExistsError, StorePathError
-from lopd.manifest import Commit, Manifest, ModelId, Provenance
+from lopd.identity import ModelId
+from lopd.manifest import Commit, Manifest, Provenance
 from lopd.types import Rollout, RolloutArrays, ScoredRollout, Scores
 
 _WEEK = 7 * 24 * 3600.0

@@ -17,7 +17,8 @@ from lopd.backends.lance_rows import tokens_of
 from lopd.backends.lance_snapshot import Snapshot
 from lopd.backends.lance_table import BEGAN_EMPTY, Database, first_line, is_conflict, is_lance_error
 from lopd.errors import LopdError, StoreWriteError
-from lopd.manifest import ModelId, Provenance
+from lopd.identity import ModelId
+from lopd.manifest import Provenance
 
 _TABLE_SUFFIX, _HINT = ".lance", "latest_version_hint.json"
 _PAUSE, _PATIENCE = 0.01, 60.0

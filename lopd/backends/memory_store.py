@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from lopd.arrays import Float32Array
 from lopd.backends import ragged
-from lopd.manifest import Manifest, ModelId, Provenance
+from lopd.identity import ModelId
+from lopd.manifest import Manifest, Provenance
 from lopd.types import BEHAVIOR_COLUMN, Rollout, ScoredRollout, Scores, TopK
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from lopd.arrays import Float32Array
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
-from lopd.manifest import ModelId, Provenance
+from lopd.identity import ModelId
+from lopd.manifest import Provenance
 from lopd.types import BEHAVIOR_COLUMN, Rollout, Scores
 
 LogprobDtype = Literal["float32", "float16"]

@@ -19,7 +19,8 @@ from lopd.backends.zarr_column import LINE_BITS, Column
 from lopd.backends.zarr_rows import BOUND_BY, ID_HASH, LENGTHS, R, hash_ids
 from lopd.backends.zarr_segment import Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
-from lopd.manifest import Manifest, ModelId, Provenance
+from lopd.identity import ModelId
+from lopd.manifest import Manifest, Provenance
 from lopd.types import BEHAVIOR_COLUMN, Rollout, RolloutArrays, ScoredRollout
 
 _Group = tuple[Segment, list[int], list[int]]

@@ -27,7 +27,8 @@ from lopd.backends.zarr_root import StorageTypes, create_root, read_root, taken
 from lopd.backends.zarr_snapshot import Snapshot
 from lopd.backends.zarr_writer import Draft, Writer
 from lopd.errors import ManifestMismatchError, StoreExistsError
-from lopd.manifest import Commit, Manifest, ModelId, Provenance
+from lopd.identity import ModelId
+from lopd.manifest import Commit, Manifest, Provenance
 from lopd.types import Rollout, RolloutArrays, ScoredRollout, Scores
 
 

@@ -16,7 +16,8 @@ from lopd.backends.zarr_root import StorageTypes
 from lopd.backends.zarr_segment import SegmentData, SegmentMeta, encode_segment
 from lopd.backends.zarr_snapshot import Snapshot
 from lopd.errors import StoreWriteError
-from lopd.manifest import ModelId, Provenance
+from lopd.identity import ModelId
+from lopd.manifest import Provenance
 
 
 @frozen(eq=False)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from lopd.consistency import check_teacher_consistency
 from lopd.errors import TeacherConsistencyError
-from lopd.manifest import Commit, Manifest, ModelId, Provenance
+from lopd.identity import ModelId
+from lopd.manifest import Commit, Manifest, Provenance
 from lopd.metrics import RolloutSums
 from lopd.protocols import DurableStore, LogprobReader
 from lopd.reading import evenly, in_batches

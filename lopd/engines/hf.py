@@ -23,7 +23,8 @@ from lopd.engines.decoding import Row, decode
 from lopd.engines.identity import looking_for, model_id
 from lopd.engines.inputs import check_prompts, check_rollouts, check_top_k, stop_ids, stream_seed
 from lopd.engines.supports import make_scores
-from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer
+from lopd.identity import ModelId, TokenizerId, fingerprint_tokenizer
+from lopd.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.metrics import RolloutSums
 from lopd.types import Prompt, Rollout, Scores, rollout_id
 

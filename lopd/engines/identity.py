@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lopd.causal_lm import unwrap
 from lopd.errors import EngineError, ModelError
-from lopd.manifest import ModelId, hash_weights, hash_weights_in_order
+from lopd.identity import ModelId, hash_weights, hash_weights_in_order
 
 _INDEX = "model.safetensors.index.json"
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from lopd.checks import check_number
 from lopd.errors import ContextOverflowError, InvalidRecordError
-from lopd.manifest import SamplingParams, TokenizerId
+from lopd.identity import TokenizerId
+from lopd.manifest import SamplingParams
 from lopd.types import Prompt, Rollout
 
 

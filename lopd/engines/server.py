@@ -23,7 +23,8 @@ from lopd.engines.http_pool import Probe, Request, Servers
 from lopd.engines.inputs import check_prompts, check_rollouts, stream_seed
 from lopd.engines.server_wire import Ask, check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
 from lopd.errors import InvalidRecordError, MissingDependencyError
-from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer
+from lopd.identity import ModelId, TokenizerId, fingerprint_tokenizer
+from lopd.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.types import Prompt, Rollout, Scores, rollout_id
 
 # what servers take as a seed is a signed 64-bit integer

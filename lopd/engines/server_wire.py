@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from lopd.engines.http_answers import Trouble
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.manifest import SamplingParams, TokenizerId
+from lopd.identity import TokenizerId
+from lopd.manifest import SamplingParams
 from lopd.types import Rollout, Scores, TopK, floor_logprobs
 
 # vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)

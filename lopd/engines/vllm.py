@@ -21,7 +21,8 @@ from lopd.engines.inputs import check_prompts, check_rollouts, check_top_k, stop
 from lopd.engines.supports import entries, look_up, make_scores
 from lopd.engines.vllm_engine import VLLMEngine, VLLMSettings, import_vllm
 from lopd.errors import ContextOverflowError, EngineError
-from lopd.manifest import Lineage, Manifest, ModelId, Provenance, SamplingParams, TokenizerId, fingerprint_tokenizer
+from lopd.identity import ModelId, TokenizerId, fingerprint_tokenizer
+from lopd.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.types import Prompt, Rollout, Scores, rollout_id
 
 # vLLM takes signed 64-bit seeds, and reads -1 as none

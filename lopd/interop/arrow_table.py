@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from lopd.backends import ragged
 from lopd.errors import CorruptStoreError, InvalidRecordError, ManifestMismatchError, MissingDependencyError
-from lopd.manifest import Manifest, ModelId, Provenance
+from lopd.identity import ModelId
+from lopd.manifest import Manifest, Provenance
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.reading import parts
 from lopd.types import Rollout, ScoredRollout, Scores, TopK

@@ -16,8 +16,9 @@ from lopd.backends import ragged
 from lopd.backends.files import StorageOptions, StorePath
 from lopd.consistency import check_vocabulary
 from lopd.errors import CorruptStoreError, InvalidRecordError
+from lopd.identity import fingerprint_tokenizer
 from lopd.interop.parquet import open_parquet, read_batches
-from lopd.manifest import Provenance, fingerprint_tokenizer
+from lopd.manifest import Provenance
 from lopd.protocols import LogprobStore
 from lopd.types import FinishReason, Rollout, Scores, rollout_id
 

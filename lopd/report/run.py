@@ -14,7 +14,8 @@ from lopd.checks import check_at_least
 from lopd.consistency import verdict
 from lopd.drift import LEVELS, TAIL, AdvantageSummary
 from lopd.guards import MAX_TAIL
-from lopd.manifest import Lineage, ModelId
+from lopd.identity import ModelId
+from lopd.manifest import Lineage
 from lopd.protocols import LogprobReader
 from lopd.reading import evenly
 from lopd.report.charts import Chart, over_steps

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
-from lopd.manifest import Manifest, ModelId, Provenance, SamplingParams, TokenizerId
+from lopd.identity import ModelId, TokenizerId
+from lopd.manifest import Manifest, Provenance, SamplingParams
 from lopd.parity import Parity
 from lopd.protocols import LogprobStore
 from lopd.types import Rollout, Scores, TopK
