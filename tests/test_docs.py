@@ -108,7 +108,7 @@ def test_the_suites_of_the_page_on_your_own_parts_pass(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:]
     passed = int(re.findall(r"(\d+) passed", done.stdout)[-1])
-    assert passed > 40  # both suites were collected
+    assert passed > 70  # all suites were collected
 
 
 def test_every_block_of_the_readme_is_run_or_says_why_not() -> None:

@@ -1,7 +1,4 @@
-"""The contract of a `LogprobStore`, one test a clause, with the records and Hypothesis strategies it is tested with."""
-
-from collections.abc import Sequence
-from typing import Any
+"""The contract of a `LogprobStore`, one test a clause."""
 
 import numpy as np
 import pytest
@@ -10,193 +7,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
-from lopd.identity import ModelId, TokenizerId
-from lopd.manifest import Manifest, Provenance, SamplingParams
-from lopd.parity import Parity
-from lopd.protocols import LogprobStore
+from lopd.identity import ModelId
+from lopd.testing.quarantine import QuarantineClauses
+from lopd.testing.records import (
+    assert_same_rollout,
+    assert_same_top_k,
+    rollouts,
+    scores_for,
+    tiny_manifest,
+    tiny_provenance,
+    tiny_rollout,
+    tiny_scores,
+    tiny_top_k,
+)
+from lopd.testing.store_suite import assert_holds
 from lopd.types import Rollout, Scores, TopK
 
 
-def tiny_manifest(vocab_size: int = 300) -> Manifest:
-    """A manifest of a made-up policy; 300 ids do not fit into a byte, which is a border worth crossing."""
-    tokenizer = TokenizerId("vocab-hash", vocab_size, eos_id=1, bos_id=None, pad_id=0, template_hash="")
-    return Manifest(tokenizer, ModelId("policy", "rev-p", "float32"), SamplingParams(max_new_tokens=8))
-
-
-def tiny_provenance(name: str = "teacher", top_k: int = 0) -> Provenance:
-    """The provenance of a made-up model."""
-    return Provenance(ModelId(name, f"rev-{name}", "float32"), "vocab-hash", "made-up 1.0", top_k=top_k)
-
-
-def tiny_rollout(rollout_id: str, response: Any = (5, 6, 1), **fields: Any) -> Rollout:
-    """A rollout with a one-token prompt; `fields` are those of `Rollout`."""
-    values: dict[str, Any] = {"prompt_ids": [4], "loss_mask": [True] * len(response), "finish_reason": "stop"} | fields
-    return Rollout(rollout_id=rollout_id, response_ids=response, **values)
-
-
-def tiny_scores(rollout: Rollout, logprob: float = -1.0) -> Scores:
-    """Scores with one value for every token."""
-    return Scores.of(rollout, np.full(rollout.response_ids.size, logprob))
-
-
-def tiny_top_k(length: int, k: int = 2, start: int = 0) -> TopK:
-    """A top-k support of a made-up model: `k` equally likely tokens, and a tail of one half."""
-    ids = start + np.arange(length * k).reshape(length, k) % 200
-    return TopK(ids, np.full((length, k), np.log(0.5 / k)), np.full(length, 0.5))
-
-
-def assert_same_top_k(left: TopK, right: TopK) -> None:
-    """Every field is equal, and of the same type."""
-    for name in ("ids", "logprobs", "tail"):
-        mine, theirs = getattr(left, name), getattr(right, name)
-        assert mine.dtype == theirs.dtype, name
-        np.testing.assert_array_equal(mine, theirs, err_msg=name)
-
-
-def _logprobs(length: int) -> st.SearchStrategy[list[float]]:
-    # Certainty (0.0), the floor and the ugliest float32 are as likely as the rest.
-    value = st.sampled_from([0.0, -100.0, -1e-45, -3.4e38]) | st.floats(min_value=-128.0, max_value=0.0, width=32)
-    return st.lists(value, min_size=length, max_size=length)
-
-
-@st.composite
-def rollouts(draw: st.DrawFn, manifest: Manifest | None = None, ids: st.SearchStrategy[str] | None = None, max_tokens: int = 6) -> Rollout:
-    """One legal rollout of any kind: short or long, masked or not, with behavior log-probs or without.
-
-    Args:
-        draw: given by Hypothesis.
-        manifest: whose vocabulary bounds the token ids; `tiny_manifest()` if None.
-        ids: rollout ids; any text if None.
-        max_tokens: cap on the prompt and on the response.
-    """
-    token = st.integers(0, (manifest or tiny_manifest()).tokenizer.vocab_size - 1)
-    response = draw(st.lists(token, min_size=1, max_size=max_tokens))
-    length = len(response)
-    mask = st.just([True] * length) | st.lists(st.booleans(), min_size=length, max_size=length)
-    return Rollout(
-        rollout_id=draw(st.text(max_size=8) if ids is None else ids),
-        prompt_ids=draw(st.lists(token, min_size=1, max_size=max_tokens)),
-        response_ids=response,
-        loss_mask=draw(mask),
-        finish_reason=draw(st.sampled_from(["stop", "length"])),
-        behavior_logprobs=draw(st.none() | _logprobs(length)),
-    )
-
-
-@st.composite
-def scores_for(draw: st.DrawFn, rollout: Rollout) -> Scores:
-    """Legal scores of this rollout.
-
-    Args:
-        draw: given by Hypothesis.
-        rollout: whose tokens were scored.
-    """
-    return Scores.of(rollout, draw(_logprobs(rollout.response_ids.size)), draw(st.integers(0, 2)))
-
-
-def assert_same_rollout(left: Rollout, right: Rollout) -> None:
-    """Every field is equal; an absent array equals only an absent one."""
-    for name in ("rollout_id", "finish_reason", "generation", "content_hash"):
-        assert getattr(left, name) == getattr(right, name), name
-    for name in ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs"):
-        mine, theirs = getattr(left, name), getattr(right, name)
-        assert (mine is None) == (theirs is None), name
-        if mine is not None:
-            assert mine.dtype == theirs.dtype, name
-            np.testing.assert_array_equal(mine, theirs, err_msg=name)
-
-
-def assert_holds(store: LogprobStore, expected: Sequence[Rollout]) -> None:
-    """The store holds exactly these rollouts, in this order, however it is asked."""
-    assert len(store) == len(expected)
-    assert store.find([rollout.rollout_id for rollout in expected]).tolist() == list(range(len(expected)))
-    pairs = [(rollout.prompt_ids.size, rollout.response_ids.size) for rollout in expected]
-    np.testing.assert_array_equal(store.lengths(), np.array(pairs, np.int64).reshape(-1, 2))
-    np.testing.assert_array_equal(store.scored("behavior"), np.array([r.behavior_logprobs is not None for r in expected], bool))
-    for row, rollout in zip(store.read(range(len(expected))), expected, strict=True):
-        assert_same_rollout(row.rollout, rollout)
-        assert row.scores == {}
-
-
-class StoreConformance:
+class StoreConformance(QuarantineClauses):
     """Every clause of the `LogprobStore` contract, as one test each.  Subclass it, and supply `make` and `reopen`."""
-
-    def make(self, manifest: Manifest) -> LogprobStore:
-        """A new, empty store; called several times in one test."""
-        raise NotImplementedError
-
-    def reopen(self, store: LogprobStore) -> LogprobStore:
-        """What a new process would see; the same object for a store that does not outlive one."""
-        raise NotImplementedError
-
-    def compact(self, store: LogprobStore) -> LogprobStore:
-        """Merge small appends into large ones, if the store can; gives a store that sees the result."""
-        return store
-
-    def _filled(self, n: int = 3) -> tuple[LogprobStore, list[Rollout]]:
-        store, items = self.make(tiny_manifest()), [tiny_rollout(f"r{i}", range(2, 3 + i)) for i in range(n)]
-        store.append(items)
-        return store, items
-
-    def test_what_cannot_be_scored_is_kept_with_its_reason_until_it_is_scored(self) -> None:
-        store, items = self._filled()
-        assert dict(store.quarantined("teacher")) == {}
-        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[2])])
-        store.quarantine("teacher", tiny_provenance(), {"r1": "too long", "r0": "", "r2": "scored already"})
-        store.quarantine("teacher", tiny_provenance(), {"r0": "an id outside \u20ac\ud800"})
-        for seen in (store, self.reopen(store), self.compact(store)):
-            assert dict(seen.quarantined("teacher")) == {0: "an id outside \u20ac\ud800", 1: "too long"}
-            assert dict(seen.quarantined("another")) == {}
-            assert seen.scored("teacher").tolist() == [False, False, True]
-            with pytest.raises(MissingScoresError, match="'r1'"):
-                seen.read([1], columns=("teacher",))
-        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[0])])
-        for seen in (store, self.reopen(store)):
-            assert dict(seen.quarantined("teacher")) == {1: "too long"}
-            assert seen.scored("teacher").tolist() == [True, False, True]
-
-    def test_what_cannot_be_scored_survives_many_appends_and_their_compaction(self) -> None:
-        store, items = self.make(tiny_manifest()), [tiny_rollout(f"r{i}") for i in range(6)]
-        for item in items:
-            store.append([item])
-            store.append_scores("teacher", tiny_provenance(), [tiny_scores(item)] if item.rollout_id in {"r0", "r3", "r4"} else [])
-        store.quarantine("teacher", tiny_provenance(), {"r5": "first", "r1": "too long"})
-        store.quarantine("teacher", tiny_provenance(), {"r5": "second"})
-        for _ in range(2):
-            store = self.reopen(self.compact(store))
-            assert dict(store.quarantined("teacher")) == {1: "too long", 5: "second"}
-            assert store.scored("teacher").tolist() == [True, False, False, True, True, False]
-
-    def test_the_first_append_says_how_the_engine_of_a_column_compared(self) -> None:
-        store, items = self._filled()
-        parity = Parity("engine", "truth", rollouts=1, tokens=2, mean=0.25, p99=0.5, max=0.5, bias=-0.25)
-        for item, compared in zip(items, (parity, None, evolve(parity, mean=0.5)), strict=True):
-            store.append_scores("teacher", evolve(tiny_provenance(), parity=compared), [tiny_scores(item)])
-        for seen in (store, self.reopen(store)):
-            assert seen.columns["teacher"].parity == parity
-
-    def test_a_column_may_have_nothing_but_reasons_and_still_belongs_to_its_model(self) -> None:
-        store, items = self._filled()
-        store.quarantine("teacher", tiny_provenance(), {"r0": "too long"})
-        again = self.reopen(self.compact(store))
-        assert dict(again.columns) == {"teacher": tiny_provenance()}
-        assert not again.scored("teacher").any()
-        with pytest.raises(ConflictError, match="'teacher'"):
-            store.append_scores("teacher", tiny_provenance("other"), [tiny_scores(items[1])])
-        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[1])])
-        with pytest.raises(ConflictError, match="'teacher'"):
-            store.quarantine("teacher", tiny_provenance("other"), {"r2": "too long"})
-        assert dict(self.reopen(store).quarantined("teacher")) == {0: "too long"}
-
-    def test_a_refused_quarantine_changes_nothing(self) -> None:
-        store, _ = self._filled()
-        with pytest.raises(MissingScoresError, match="'nobody'"):
-            store.quarantine("teacher", tiny_provenance(), {"r0": "too long", "nobody": "too long"})
-        with pytest.raises(InvalidRecordError, match=r"'\.\./up'"):
-            store.quarantine("../up", tiny_provenance(), {"r0": "too long"})
-        store.quarantine("teacher", tiny_provenance(), {})
-        for seen in (store, self.reopen(store)):
-            assert (dict(seen.columns), dict(seen.quarantined("teacher"))) == ({}, {})
 
     def test_a_new_store_is_empty_and_says_its_manifest(self) -> None:
         store = self.make(tiny_manifest())
@@ -240,12 +69,12 @@ class StoreConformance:
         check()
 
     def test_rows_are_in_the_order_of_appends(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         store.append([tiny_rollout("a"), items[1], tiny_rollout("b")])
         assert [row.rollout.rollout_id for row in self.reopen(store).read(range(5))] == ["r0", "r1", "r2", "a", "b"]
 
     def test_read_gives_the_order_asked_and_an_index_may_repeat(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         asked = [2, 0, 2, 1]
         for row, index in zip(store.read(asked), asked, strict=True):
             assert_same_rollout(row.rollout, items[index])
@@ -253,36 +82,36 @@ class StoreConformance:
 
     @pytest.mark.parametrize("index", [3, -1])
     def test_a_row_outside_is_refused(self, index: int) -> None:
-        store, _ = self._filled()
+        store, _ = self.filled()
         with pytest.raises(NoSuchRowError):
             store.read([0, index])
 
     def test_appending_again_or_nothing_changes_nothing(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         store.append(items)
         store.append([])
         store.append([tiny_rollout("twice"), tiny_rollout("twice")])
         assert_holds(self.reopen(store), [*items, tiny_rollout("twice")])
 
     def test_other_content_under_an_id_is_a_conflict_and_nothing_is_committed(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         for call in ([tiny_rollout("new"), tiny_rollout("r1", [9])], [tiny_rollout("new"), tiny_rollout("new", [9])]):
             with pytest.raises(ConflictError, match=call[1].rollout_id):
                 store.append(call)
         assert_holds(self.reopen(store), items)
 
     def test_a_token_outside_the_vocabulary_is_refused_and_named(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         with pytest.raises(InvalidRecordError, match=r"'bad'.*response_ids\[1\] is 300"):
             store.append([tiny_rollout("new"), tiny_rollout("bad", [299, 300, 301])])
         assert_holds(self.reopen(store), items)
 
     def test_rollouts_are_found_by_id_in_the_order_asked(self) -> None:
-        store, _ = self._filled()
+        store, _ = self.filled()
         assert self.reopen(store).find(["r2", "nobody", "r0", "r2"]).tolist() == [2, -1, 0, 2]
 
     def test_a_round_of_sampling_is_begun_with_its_policy_and_then_takes_rollouts(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         later, policy = tiny_rollout("later", generation=3), ModelId("policy", "rev-3", "float32")
         with pytest.raises(InvalidRecordError, match=r"'later'.*generation is 3"):
             store.append([tiny_rollout("now"), later])
@@ -301,7 +130,7 @@ class StoreConformance:
         assert_holds(store, [*items, later])
 
     def test_a_column_may_keep_the_most_likely_tokens(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         column = tiny_provenance(top_k=2)
         scores = [evolve(tiny_scores(r), top_k=tiny_top_k(r.response_ids.size, start=i)) for i, r in enumerate(items[:2])]
         store.append_scores("teacher", column, scores)
@@ -321,7 +150,7 @@ class StoreConformance:
                 store.read([row_number], top_k=(wanted,))
 
     def test_scores_with_another_top_k_than_their_provenance_says_are_refused(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         plain, ranked = tiny_scores(items[1]), evolve(tiny_scores(items[1]), top_k=tiny_top_k(2))
         outside = evolve(plain, top_k=TopK([[299], [300]], [[-0.5]] * 2, [1 - np.exp(-0.5)] * 2))
         for score, k in ((plain, 2), (ranked, 0), (ranked, 3), (outside, 1)):
@@ -330,7 +159,7 @@ class StoreConformance:
         assert not self.reopen(store).scored("teacher").any()
 
     def test_compaction_changes_nothing_that_can_be_read(self) -> None:
-        store, items = self._filled(1)
+        store, items = self.filled(1)
         policy = ModelId("policy", "rev-1", "float32")
         store.begin_generation(1, policy)
         for i in range(1, 6):
@@ -355,7 +184,7 @@ class StoreConformance:
         assert self.reopen(store).read([1], ("teacher",))[0].scores["teacher"].tolist() == [-7.0] * 3
 
     def test_pain_15_resume_is_keyed_by_id_and_content_not_position(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[1], -1.0)])
         store = self.reopen(store)
         store.append([tiny_rollout("new"), *reversed(items)])
@@ -365,7 +194,7 @@ class StoreConformance:
         assert [row.scores["teacher"][0] for row in store.read([0, 1, 2], ("teacher",))] == [-2.0, -1.0, -2.0]
 
     def test_pain_05_a_score_is_bound_to_the_tokens_it_was_computed_on(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         other = tiny_rollout("r1", [9, 9])
         with pytest.raises(ConflictError, match="r1"):
             store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[0]), tiny_scores(other)])
@@ -385,18 +214,18 @@ class StoreConformance:
                 store.read([0, 1], (column,))
 
     def test_scores_of_an_unknown_rollout_are_refused_and_nothing_is_committed(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         with pytest.raises(MissingScoresError, match="nobody"):
             store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[0]), tiny_scores(tiny_rollout("nobody"))])
         assert not self.reopen(store).scored("teacher").any()
 
     def test_scores_of_another_length_are_refused(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         with pytest.raises(InvalidRecordError, match="r2"):
             store.append_scores("teacher", tiny_provenance(), [Scores("r2", items[2].content_hash, [-1.0])])
 
     def test_a_column_belongs_to_one_model(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         store.append_scores("teacher", tiny_provenance("A"), [tiny_scores(items[0])])
         another = tiny_provenance("B")
         for other in (another, evolve(tiny_provenance("A"), logprobs_mode="processed")):
@@ -408,7 +237,7 @@ class StoreConformance:
         np.testing.assert_array_equal(store.scored("second"), [False, True, False])
 
     def test_scores_come_with_the_columns_asked_for_and_no_others(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         for column, logprob in (("teacher", -1.0), ("ref", -2.0)):
             store.append_scores(column, tiny_provenance(column), [tiny_scores(rollout, logprob) for rollout in items])
         row = store.read([1], ("ref", "teacher"))[0]
@@ -417,7 +246,7 @@ class StoreConformance:
         assert store.read([1], ("ref",))[0].scores.keys() == {"ref"}
 
     def test_a_column_that_is_not_there_covers_nothing_and_cannot_be_read(self) -> None:
-        store, _ = self._filled()
+        store, _ = self.filled()
         store.append_scores("empty", tiny_provenance(), [])
         for column in ("teacher", "empty"):
             assert not store.scored(column).any()
@@ -426,13 +255,13 @@ class StoreConformance:
         assert "empty" not in store.columns
 
     def test_scores_already_there_are_skipped(self) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         for logprob in (-1.0, -2.0):
             store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[0], logprob), tiny_scores(items[0], -3.0)])
         assert self.reopen(store).read([0], ("teacher",))[0].scores["teacher"].tolist() == [-1.0]
 
     @pytest.mark.parametrize("column", ["", "a/b", "..", ".hidden", "a b", "a\n", "zarr.json", "behavior", "\u00e4"])
     def test_a_column_name_is_plain_and_behavior_is_taken(self, column: str) -> None:
-        store, items = self._filled()
+        store, items = self.filled()
         with pytest.raises(InvalidRecordError):
             store.append_scores(column, tiny_provenance(), [tiny_scores(items[0])])

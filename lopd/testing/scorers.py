@@ -1,0 +1,151 @@
+"""The contract of a `TeacherScorer`, one test a clause: whether its numbers are log-probs of one model, each at its own token."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from attrs import evolve
+from numpy.typing import NDArray
+
+from lopd.backends.memory_store import MemoryStore
+from lopd.errors import ContextOverflowError, InvalidRecordError
+from lopd.identity import ModelId, TokenizerId
+from lopd.manifest import Manifest, Provenance, SamplingParams
+from lopd.protocols import TeacherScorer
+from lopd.scoring import score_rollouts
+from lopd.types import Rollout, Scores, TopK
+
+_LARGEST_VOCABULARY = 4096
+
+
+class ScorerConformance:
+    """Every clause of the `TeacherScorer` contract, as one test each.  Subclass it, and supply `make`, `tokenizer` and `rollouts`.
+
+    Attributes:
+        tolerance: nats by which the log-probs of the same tokens may differ, in the mean, from one call to another.
+    """
+
+    tolerance: float = 1e-3
+
+    def make(self) -> TeacherScorer:
+        """A new scorer of one and the same model; called several times in one test."""
+        raise NotImplementedError
+
+    def tokenizer(self) -> TokenizerId:
+        """Whose ids it reads."""
+        raise NotImplementedError
+
+    def rollouts(self) -> Sequence[Rollout]:
+        """At least three, of unlike lengths, the longest with four tokens of response or more."""
+        raise NotImplementedError
+
+    def too_long(self) -> Rollout | None:
+        """A rollout that is longer than the model's context; None where there is no limit."""
+        return None
+
+    def _longest(self) -> Rollout:
+        return max(self.rollouts(), key=lambda rollout: rollout.response_ids.size)
+
+    def _assert_near(self, got: Sequence[Scores], expected: Sequence[NDArray[np.float32]], when: str) -> None:
+        for score, logprobs in zip(got, expected, strict=True):
+            gap = float(np.abs(score.logprobs.astype(np.float64) - logprobs).mean())
+            assert gap <= self.tolerance, f"{score.rollout_id}: {gap} nats a token {when}"
+
+    def test_the_provenance_says_the_same_each_time_and_names_the_vocabulary(self) -> None:
+        provenance = self.make().provenance
+        assert provenance == self.make().provenance, "a column is continued by the model that began it, or by none"
+        assert provenance == Provenance.from_json(provenance.to_json())
+        assert self.tokenizer().same_vocabulary(provenance)
+
+    def test_each_rollout_has_its_scores_in_order(self) -> None:
+        rollouts = [evolve(rollout, rollout_id=f"r{i}") for i, rollout in enumerate([*self.rollouts(), *reversed(self.rollouts())])]
+        scores = self.make().score(rollouts)
+        assert [(s.rollout_id, s.content_hash, s.logprobs.shape) for s in scores] == [
+            (r.rollout_id, r.content_hash, r.response_ids.shape) for r in rollouts
+        ]
+
+    def test_no_rollouts_give_no_scores(self) -> None:
+        assert list(self.make().score([])) == []
+
+    def test_the_same_tokens_have_the_same_scores_alone_in_company_and_next_time(self) -> None:
+        scorer, rollouts = self.make(), list(self.rollouts())
+        expected = [score.logprobs for score in scorer.score(rollouts)]
+        self._assert_near([scorer.score([rollout])[0] for rollout in rollouts], expected, "from alone to in company")
+        self._assert_near(scorer.score(rollouts[::-1])[::-1], expected, "from one order to another")
+        self._assert_near(self.make().score(rollouts), expected, "from one scorer to the next")
+
+    def test_a_score_stands_at_its_own_token(self) -> None:
+        whole = self._longest()
+        (scores,), length = self.make().score([whole]), whole.response_ids.size
+        begun = [_cut(whole, stop=stop) for stop in range(1, length)]
+        self._assert_near(self.make().score(begun), [scores.logprobs[: r.response_ids.size] for r in begun], "if the response ends earlier")
+        moved = [_cut(whole, start=start) for start in range(1, length)]
+        self._assert_near(self.make().score(moved), [scores.logprobs[-r.response_ids.size :] for r in moved], "if the prompt ends later")
+
+    def test_masked_tokens_are_read_and_scored_like_others(self) -> None:
+        whole = self._longest()
+        masked = evolve(whole, loss_mask=np.arange(whole.response_ids.size) % 2 == 0)
+        plain, scores = self.make().score([whole, masked])
+        assert scores.content_hash == masked.content_hash
+        self._assert_near([scores], [plain.logprobs], "under another loss mask")
+
+    def test_probabilities_of_all_tokens_add_up_to_1(self) -> None:
+        vocab_size, whole = self.tokenizer().vocab_size, self._longest()
+        if vocab_size > _LARGEST_VOCABULARY:
+            pytest.skip(f"{vocab_size} rollouts would be scored; test it with a small model of the same kind")
+        nexts = [evolve(_cut(whole, stop=1), response_ids=[token], rollout_id=f"next {token}") for token in range(vocab_size)]
+        total = float(np.exp([float(score.logprobs[0]) for score in self.make().score(nexts)]).sum())
+        assert abs(total - 1) <= max(self.tolerance, 1e-3), f"they add up to {total}"
+
+    def test_the_most_likely_tokens_are_those_that_the_provenance_promises(self) -> None:
+        scorer, rollouts = self.make(), self.rollouts()
+        k = scorer.provenance.top_k
+        for rollout, score in zip(rollouts, scorer.score(rollouts), strict=True):
+            assert (score.top_k is None) == (k == 0), rollout.rollout_id
+            if score.top_k is not None:
+                self._check_top_k(rollout, score, score.top_k, k)
+
+    def _check_top_k(self, rollout: Rollout, score: Scores, top_k: TopK, k: int) -> None:
+        assert top_k.ids.shape == (rollout.response_ids.size, k)
+        assert all(len(set(ids)) == k for ids in top_k.ids.tolist()), "each token once"
+        assert 0 <= top_k.ids.min() <= top_k.ids.max() < self.tokenizer().vocab_size
+        least_T, among_TK = top_k.logprobs.min(axis=1), top_k.ids == rollout.response_ids[:, None]
+        assert (score.logprobs[~among_TK.any(axis=1)] <= least_T[~among_TK.any(axis=1)] + self.tolerance).all(), (
+            "a likelier one is left out"
+        )
+        gaps = np.abs(top_k.logprobs - score.logprobs[:, None])[among_TK]
+        assert not gaps.size or gaps.mean() <= self.tolerance, "the sampled token has two log-probs"
+
+    def test_a_rollout_longer_than_the_context_is_refused_and_named(self) -> None:
+        rollout = self.too_long()
+        if rollout is None:
+            pytest.skip("it has no limit")
+        with pytest.raises(ContextOverflowError, match=f"'{rollout.rollout_id}'"):
+            self.make().score([*self.rollouts(), rollout])
+
+    def test_an_id_outside_the_vocabulary_is_refused_and_its_rollout_named(self) -> None:
+        whole = self._longest()
+        outside = evolve(whole, rollout_id="outside", response_ids=[*whole.response_ids[:-1], self.tokenizer().vocab_size])
+        with pytest.raises(InvalidRecordError, match="'outside'"):
+            self.make().score([*self.rollouts(), outside])
+
+    def test_a_store_is_scored_once(self) -> None:
+        rollouts = [evolve(rollout, rollout_id=f"r{i}", generation=0) for i, rollout in enumerate(self.rollouts())]
+        store = MemoryStore(Manifest(self.tokenizer(), ModelId("policy", "made up", "float32"), SamplingParams()))
+        store.append(rollouts)
+        assert score_rollouts(store, self.make()).rollouts == len(rollouts)
+        records = store.read(range(len(rollouts)), columns=("teacher",))
+        self._assert_near(self.make().score(rollouts), [record.scores["teacher"] for record in records], "from what was stored")
+        assert score_rollouts(store, self.make()).rollouts == 0
+
+
+def _cut(rollout: Rollout, start: int = 0, stop: int | None = None) -> Rollout:
+    """The response from `start` to `stop`; what comes before is prompt."""
+    ids = rollout.response_ids
+    return Rollout(
+        rollout_id=f"{rollout.rollout_id} {start}:{stop}",
+        prompt_ids=np.concatenate([rollout.prompt_ids, ids[:start]]),
+        response_ids=ids[start:stop],
+        loss_mask=rollout.loss_mask[start:stop],
+        finish_reason="length",
+    )

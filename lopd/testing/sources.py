@@ -1,0 +1,149 @@
+"""The contract of a `RolloutSource`, one test a clause: whether an engine samples what training will take it for."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from attrs import evolve
+
+from lopd.backends.memory_store import MemoryStore
+from lopd.collect import collect_rollouts
+from lopd.errors import ContextOverflowError, InvalidRecordError
+from lopd.manifest import SamplingParams
+from lopd.protocols import RolloutSource, TeacherScorer
+from lopd.types import Prompt, Rollout, rollout_id
+
+_SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=4)
+
+
+class SourceConformance:
+    """Every clause of the `RolloutSource` contract, as one test each.  Subclass it, and supply `make` and `prompts`.
+
+    The model must be far from certain: of a few dozen responses at temperature 1, some must differ.
+
+    Attributes:
+        tolerance: nats by which log-probs may differ, in the mean, between two calls, or from those of `scorer`.
+    """
+
+    tolerance: float = 1e-3
+
+    def make(self, sampling: SamplingParams, generation: int) -> RolloutSource:
+        """A new source of one and the same policy; called several times in one test."""
+        raise NotImplementedError
+
+    def prompts(self) -> Sequence[Prompt]:
+        """At least two prompts that leave room for eight tokens."""
+        raise NotImplementedError
+
+    def too_long(self) -> Prompt | None:
+        """A prompt that leaves no room for a response; None where there is no limit."""
+        return None
+
+    def scorer(self) -> TeacherScorer | None:
+        """A scorer with the very policy in it, to compare reported log-probs with; None if there is none."""
+        return None
+
+    def _sample(self, sampling: SamplingParams = _SAMPLING, generation: int = 0) -> Sequence[Rollout]:
+        return self.make(sampling, generation).sample(self.prompts())
+
+    def test_the_manifest_says_what_was_asked_for(self) -> None:
+        sampling = evolve(_SAMPLING, temperature=0.5, seed=7)
+        manifest = self.make(sampling, 2).manifest
+        assert (manifest.sampling, manifest.generation) == (sampling, 2)
+        assert manifest == self.make(sampling, 2).manifest, "a store is opened again with the manifest of a new source"
+
+    def test_each_prompt_has_its_samples_in_order(self) -> None:
+        rollouts = self._sample(generation=3)
+        expected = [(prompt, rollout_id(prompt.prompt_id, sample, 3)) for prompt in self.prompts() for sample in range(4)]
+        assert [(rollout.rollout_id, rollout.generation) for rollout in rollouts] == [(name, 3) for _, name in expected]
+        for rollout, (prompt, _) in zip(rollouts, expected, strict=True):
+            np.testing.assert_array_equal(rollout.prompt_ids, prompt.token_ids)
+
+    def test_no_prompts_give_no_rollouts(self) -> None:
+        assert list(self.make(_SAMPLING, 0).sample([])) == []
+
+    def test_the_same_call_gives_the_same_rollouts(self) -> None:
+        source = self.make(_SAMPLING, 0)
+        first = source.sample(self.prompts())
+        for again in (source.sample(self.prompts()), self._sample()):
+            assert _contents(again) == _contents(first)
+            assert _mean_gap(again, first) <= self.tolerance
+
+    def test_samples_of_a_prompt_are_no_copies_of_each_other(self) -> None:
+        responses = [tuple(rollout.response_ids.tolist()) for rollout in self._sample()]
+        samples = _SAMPLING.samples_per_prompt
+        assert any(len(set(responses[first : first + samples])) > 1 for first in range(0, len(responses), samples))
+
+    @pytest.mark.parametrize(("seed", "generation"), [(1, 0), (0, 1)])
+    def test_each_seed_and_each_round_has_random_numbers_of_its_own(self, seed: int, generation: int) -> None:
+        here, there = self._sample(), self._sample(evolve(_SAMPLING, seed=seed), generation)
+        assert [rollout.response_ids.tolist() for rollout in here] != [rollout.response_ids.tolist() for rollout in there]
+
+    def test_ids_are_within_the_vocabulary(self) -> None:
+        vocab_size = self.make(_SAMPLING, 0).manifest.tokenizer.vocab_size
+        assert all(0 <= rollout.response_ids.min() <= rollout.response_ids.max() < vocab_size for rollout in self._sample())
+
+    def test_no_response_is_longer_than_asked_for(self) -> None:
+        for most in (1, 3):
+            assert {rollout.response_ids.size for rollout in self._sample(evolve(_SAMPLING, max_new_tokens=most))} <= set(
+                range(1, most + 1)
+            )
+
+    def test_a_stop_id_ends_a_response_and_is_kept(self) -> None:
+        # ids that were sampled, so that some response will meet one; not all, so that most do not begin with one
+        stop_ids = tuple(sorted({int(rollout.response_ids[-1]) for rollout in self._sample()}))
+        rollouts = self._sample(evolve(_SAMPLING, stop_ids=stop_ids))
+        for rollout in rollouts:
+            *before, last = np.isin(rollout.response_ids, stop_ids).tolist()
+            assert not any(before), f"{rollout.rollout_id} went on after a stop id"
+            assert last == (rollout.finish_reason == "stop"), rollout.rollout_id
+            assert last or rollout.response_ids.size == _SAMPLING.max_new_tokens, f"{rollout.rollout_id} was cut before its time"
+        assert any(rollout.finish_reason == "stop" for rollout in rollouts)
+
+    def test_reported_log_probs_are_of_the_whole_distribution_at_temperature_1(self) -> None:
+        scorer = self.scorer()
+        rollouts = [*self._sample(evolve(_SAMPLING, temperature=0.6)), *self._sample(evolve(_SAMPLING, top_p=0.7))]
+        reported = [rollout for rollout in rollouts if rollout.behavior_logprobs is not None]
+        assert len(reported) in {0, len(rollouts)}, "of all rollouts or of none"
+        if scorer is None or not reported:
+            pytest.skip("it reports no log-probs, or there is no scorer to compare them with")
+        for rollout, scores in zip(reported, scorer.score(reported), strict=True):
+            gap = np.abs(np.asarray(rollout.behavior_logprobs, np.float64) - scores.logprobs).mean()
+            assert gap <= self.tolerance, f"{rollout.rollout_id}: {gap} nats"
+
+    def test_a_prompt_that_leaves_no_room_is_refused_and_named(self) -> None:
+        prompt = self.too_long()
+        if prompt is None:
+            pytest.skip("it has no limit")
+        with pytest.raises(ContextOverflowError, match=_quoted(prompt.prompt_id)):
+            self.make(_SAMPLING, 0).sample([*self.prompts(), prompt])
+
+    def test_an_id_outside_the_vocabulary_is_refused_and_its_prompt_named(self) -> None:
+        source = self.make(_SAMPLING, 0)
+        outside = Prompt("outside", [source.manifest.tokenizer.vocab_size])
+        with pytest.raises(InvalidRecordError, match="'outside'"):
+            source.sample([*self.prompts(), outside])
+
+    def test_what_it_gives_can_be_collected_and_collecting_again_changes_nothing(self) -> None:
+        source = self.make(_SAMPLING, 0)
+        store = MemoryStore(source.manifest)
+        collect_rollouts(source, self.prompts(), store)
+        before = store.read(range(len(store)))
+        assert len(before) == len(self.prompts()) * _SAMPLING.samples_per_prompt
+        store.append(self._sample())
+        assert _contents([row.rollout for row in store.read(range(len(store)))]) == _contents([row.rollout for row in before])
+
+
+def _contents(rollouts: Sequence[Rollout]) -> list[tuple[str, bytes, str]]:
+    return [(rollout.rollout_id, rollout.content_hash, rollout.finish_reason) for rollout in rollouts]
+
+
+def _mean_gap(left: Sequence[Rollout], right: Sequence[Rollout]) -> float:
+    assert [rollout.behavior_logprobs is None for rollout in left] == [rollout.behavior_logprobs is None for rollout in right]
+    pairs = ((a.behavior_logprobs, b.behavior_logprobs) for a, b in zip(left, right, strict=True))
+    gaps = [np.abs(np.subtract(a, b, dtype=np.float64)) for a, b in pairs if a is not None and b is not None]
+    return float(np.concatenate(gaps).mean()) if gaps else 0.0
+
+
+def _quoted(name: str) -> str:
+    return f"'{name}'"
