@@ -78,43 +78,63 @@ def range_of(found: dict[str, float]) -> str:
 
 def plan_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """GPU-hours by size."""
-    yield "| stored tokens | store, GB | rollouts | scores | training | Lightning OPD | wall, days | online OPD, at least | in lockstep |"
-    yield "|--:|--:|--:|--:|--:|--:|--:|--:|--:|"
-    for row in rows:
-        names = ("store_gb", "rollouts", "scores", "training", "lightning", "wall_days", "online_at_least", "online_in_lockstep")
-        yield f"| {row['tokens']:.0e} | " + " | ".join(number(row[name]) for name in names) + " |"
+    yield f"| stored tokens | {' | '.join(format(row['tokens'], '.0e') for row in rows)} |"
+    yield f"|---|{'--:|' * len(rows)}"
+    for name, title in (
+        ("rollouts", "rollouts, GPU-hours"),
+        ("scores", "scores, GPU-hours"),
+        ("training", "training, GPU-hours"),
+        ("lightning", "**Lightning OPD, GPU-hours**"),
+        ("online_at_least", "online OPD, at least, GPU-hours"),
+        ("online_in_lockstep", "online OPD, in lockstep, GPU-hours"),
+        ("wall_days", "Lightning OPD, wall, days"),
+        ("store_gb", "store, GB"),
+    ):
+        yield f"| {title} | {' | '.join(number(row[name]) for row in rows)} |"
 
 
 def check_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """GPU-hours that are reported, beside predictions."""
-    yield "| GPU-hours | Lightning, reported | predicted | online, reported | at least | in lockstep | lockstep factor that its hours imply |"
-    yield "|---|--:|--:|--:|--:|--:|--:|"
-    for row in rows:
-        names = ("lightning_reported", "lightning", "online_reported", "online_at_least", "online_in_lockstep", "lockstep")
-        yield f"| {row['name']} | " + " | ".join(number(row[name]) for name in names) + " |"
+    yield f"| GPU-hours | {' | '.join(row['name'] for row in rows)} |"
+    yield f"|---|{'--:|' * len(rows)}"
+    for name, title in (
+        ("lightning_reported", "Lightning OPD, reported"),
+        ("lightning", "Lightning OPD, predicted"),
+        ("online_reported", "online OPD, reported"),
+        ("online_at_least", "online OPD, predicted, at least"),
+        ("online_in_lockstep", "online OPD, predicted, in lockstep"),
+        ("lockstep", "lockstep factor that its hours imply"),
+    ):
+        yield f"| {title} | {' | '.join(number(row[name]) for row in rows)} |"
 
 
-def scale_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Training and scoring by two, loading by several."""
-    yield "| | tokens a second | of twice the speed of one | over the ceiling |"
+def pairs_table(rows: list[dict[str, Any]], kind: str) -> Iterator[str]:
+    """Training, or scoring, by one and by two."""
+    yield f"| {kind} | tokens a second | of twice the speed of one | over the ceiling |"
     yield "|---|--:|--:|--:|"
     for row in rows:
-        if row["kind"] in {"training", "scoring"} and "tokens_per_s" in row:
+        if row["kind"] == kind and "tokens_per_s" in row:
             shares = [range_of(row[name]) if name in row else "" for name in ("efficiency", "over_ceiling")]
-            yield f"| {row['kind']}: {row['arm']} | {range_of(row['tokens_per_s'])} | " + " | ".join(shares) + " |"
+            yield f"| {row['arm']} | {range_of(row['tokens_per_s'])} | " + " | ".join(shares) + " |"
+
+
+def loading_table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Loading by several."""
+    yield "| store | readers | million tokens a second |"
+    yield "|---|--:|--:|"
     for row in rows:
         if row["kind"] == "loading":
-            yield f"| loading, {row['store']}: {row['readers']} readers | {range_of(row['tokens_per_s'])} | | |"
+            speed = {name: value / 1e6 for name, value in row["tokens_per_s"].items()}
+            yield f"| {row['store']} | {row['readers']} | {range_of(speed)} |"
 
 
 def lost_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Where the time of two ranks goes."""
     training = [row for row in rows if "lost" in row]
-    names = list(training[0]["lost"])
-    yield f"| | {' | '.join(names)} |"
-    yield f"|---|{'--:|' * len(names)}"
-    for row in training:
-        yield f"| {row['arm']} | {' | '.join(format(row['lost'][name]['median'], '+.0%') for name in names)} |"
+    yield f"| | {' | '.join(row['arm'].removeprefix('2 ranks, ') for row in training)} |"
+    yield f"|---|{'--:|' * len(training)}"
+    for name in training[0]["lost"]:
+        yield f"| {name} | {' | '.join(format(row['lost'][name]['median'], '+.0%') for row in training)} |"
 
 
 def growth_table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -137,7 +157,9 @@ def main() -> None:
     measured = ROOT / "benchmarks" / "results" / "scale.json"
     if measured.exists():
         rows = json.loads(measured.read_text())["rows"]
-        fill(page, "scale table", list(scale_table(rows)))
+        fill(page, "training table", list(pairs_table(rows, "training")))
+        fill(page, "scoring table", list(pairs_table(rows, "scoring")))
+        fill(page, "loading table", list(loading_table(rows)))
         fill(page, "lost table", list(lost_table(rows)))
         fill(page, "growth table", list(growth_table(rows)))
 
