@@ -1,4 +1,4 @@
-"""The pages under docs/: every block of Python runs or says why not, and every function, test and public name they speak of is there."""
+"""The pages under docs/: every block of Python runs or says why not, and every function, test, public name and link is there."""
 
 import ast
 import importlib
@@ -232,6 +232,68 @@ def test_every_page_is_in_the_navigation_and_every_decision_in_its_index() -> No
     assert [
         page.name for page in PAGES if page.parent.name == "decisions" and page.name != "index.md" and f"]({page.name})" not in index
     ] == []
+
+
+def with_includes(page: Path) -> str:
+    """What is on a page, code left out; of an included file the text is that of its own folder."""
+    text = re.sub(r"^<!-- include: (\S+) -->$", lambda found: (ROOT / found[1]).read_text(), page.read_text(), flags=re.MULTILINE)
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", with_includes(page), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+WRITTEN = [*PAGES, *ROOT.glob("*.md"), ROOT / "benchmarks" / "RESULTS.md", ROOT / "examples" / "README.md"]
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_to_a_file_and_a_heading_that_are_there(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\((?!https?:|mailto:)([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+def test_links_out_of_the_pages_are_those_that_have_a_page_of_their_own() -> None:
+    (found,) = re.findall(r"^PAGES = (\{.*\})$", (DOCS / "plugins" / "hooks.py").read_text(), re.MULTILINE)
+    pages = {(ROOT / path).resolve() for path in ast.literal_eval(found)}
+    for page in PAGES:
+        for link in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text()):
+            target = (page.parent / link).resolve()
+            assert target.is_relative_to(DOCS) or target in pages, f"{page}: {link}"
+
+
+def test_every_page_has_a_description_of_one_sentence() -> None:
+    (found,) = re.findall(r"^  descriptions:.*\n((?:    .+\n)+)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    described = dict(line.strip().split(": ", 1) for line in found.splitlines())
+    assert described.keys() == {str(page.relative_to(DOCS)) for page in PAGES}
+    assert [text for text in described.values() if not re.fullmatch(r"[A-Z][^.]{20,158}\.", text)] == []
+    assert len(set(described.values())) == len(described)
+
+
+def test_no_line_of_code_is_wider_than_the_column() -> None:
+    for page in PAGES:
+        for block in re.findall(r"^```.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            assert [line for line in block.splitlines() if len(line) > 98] == [], page
+
+
+def test_what_becomes_of_equations_and_cells_when_the_site_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("latex2mathml", "mkdocs"):
+        pytest.importorskip(name)
+    monkeypatch.syspath_prepend(DOCS / "plugins")
+    hooks = importlib.import_module("hooks")
+    two = hooks.draw_equations(r"""<div class="arithmatex">\[ \log p, \qquad \lvert f' \rvert \]</div>""")
+    assert two.count("<math") == 2  # they may stand below each other
+    assert '<mi>log</mi><mspace width="0.167em" /><mi>p</mi>' in two
+    assert [form for form in ("prefix", "postfix") if f'form="{form}">&#x0007C;' not in two] == []
+    assert "<mrow><mi>f</mi><mo>&#x02032;</mo></mrow>" in two  # raised once
+    assert "<mi>log</mi><mo" in hooks.draw(r"\log(p)")
+    cells = hooks.break_cells("<p>1 ± 2</p><td>1 ± 2 <code>a/b.py::test_c</code></td>")
+    assert cells == "<p>1 ± 2</p><td>1\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}2 <code>a/<wbr>b.<wbr>py::<wbr>test_<wbr>c</code></td>"
 
 
 def test_nothing_is_fetched_from_elsewhere() -> None:
