@@ -76,7 +76,7 @@ class FusedLoss:
     Args:
         objective: which loss.  One whose tokens depend on each other costs a fourth matrix product.
         chunking: memory and precision.
-        epsilon: tokens with \(|f'|(1 - p) \le \epsilon\), f' being the derivative of the unweighted loss by the log-prob and p the
+        epsilon: tokens with \(\lvert f'\rvert(1 - p) \le \epsilon\), f' being the derivative of the unweighted loss by the log-prob and p the
             probability, skip two of the three products; with several stored ids their sum.  0 is exact: then only tokens whose gradient is
             0 skip them.  `LossOutput.neglected_sum` bounds what is left out.  For objectives that cost a fourth product it does nothing.
 

@@ -98,7 +98,7 @@ def power(signal: Signal, alpha: float) -> Signal:
 
 @per_token
 def log_compress(signal: Signal) -> Signal:
-    r"""The advantage becomes \(\mathrm{sign}(A) \log(1 + |A|)\): small ones stay, tens of nats become a few.
+    r"""The advantage becomes \(\mathrm{sign}(A) \log(1 + \lvert A\rvert)\): small ones stay, tens of nats become a few.
 
     Source: log-compression of the advantage as in arXiv 2607.13399; the formula is the usual symmetric one, that of the paper was not at hand.
     """
@@ -106,7 +106,7 @@ def log_compress(signal: Signal) -> Signal:
 
 
 def position_weights(signal: Signal, gamma: float = 0.5) -> Signal:
-    r"""Early tokens weigh more: \(w_t\,\big(1 + \gamma\,(1 - \sum_{k<t}|A_k| / \sum_k |A_k|)\big)\) over the tokens of a rollout.
+    r"""Early tokens weigh more: \(w_t\,\big(1 + \gamma\,(1 - \sum_{k<t}\lvert A_k\rvert / \sum_k \lvert A_k\rvert)\big)\) over a rollout's tokens.
 
     Args:
         signal: what is changed; its advantages so far are the A.
@@ -125,8 +125,8 @@ def position_weights(signal: Signal, gamma: float = 0.5) -> Signal:
 def drift_gate(signal: Signal, block: int = 64) -> Signal:
     r"""Blocks in which the student has moved from the reference policy weigh less.
 
-    With \(d_b\) the mean of \(\ell_\theta - \ell_{ref}\) over the counted tokens of block b, the weights are multiplied by \(\exp(-|d_b|)\),
-    divided by its mean over the rollout's tokens, so that a rollout keeps its weight.
+    With \(d_b\) the mean of \(\ell_\theta - \ell_{ref}\) over the counted tokens of block b, the weights are multiplied by
+    \(\exp(-\lvert d_b\rvert)\), divided by its mean over the rollout's tokens, so that a rollout keeps its weight.
 
     Args:
         signal: what is changed.

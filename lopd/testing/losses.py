@@ -1,7 +1,8 @@
 r"""The contract of an `OPDLoss`, one test a clause: a path that saves memory or time must be as exact as the plain one.
 
 Each value and gradient is judged against the plain loss in float64, on the very same inputs: per element,
-\(|x - x_{64}| \le |x_{plain} - x_{64}| + \epsilon\), where \(\epsilon\) is a few roundings of float32, and one of the gradient's own dtype.
+\(\lvert x - x_{64}\rvert \le \lvert x_{plain} - x_{64}\rvert + \epsilon\), where \(\epsilon\) is a few roundings of float32, and one of the
+gradient's own dtype.
 
 Shape suffixes: N tokens of a batch, D hidden size, V vocabulary.
 """
