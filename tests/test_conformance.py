@@ -17,7 +17,7 @@ from lopd.engines import http_pool
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.http_pool import Servers
 from lopd.engines.server import ServerScorer, ServerSource
-from lopd.errors import InvalidRecordError, LopdError
+from lopd.errors import InvalidRecordError
 from lopd.identity import ModelId, TokenizerId
 from lopd.manifest import Manifest, Provenance, SamplingParams
 from lopd.protocols import RolloutSource, TeacherScorer
@@ -151,7 +151,7 @@ def broken_clauses(suite: Any) -> list[str]:
                 clause(**dict(zip(names, arguments, strict=True)))
             except Skipped:
                 pass
-            except (AssertionError, LopdError, ValueError, pytest.fail.Exception):
+            except (Exception, pytest.fail.Exception):  # noqa: BLE001  # whatever is raised fails a test
                 broken.append(name)
     return sorted(set(broken))
 
