@@ -4,7 +4,6 @@ Lightning OPD is one round that never ends, online OPD a round for every step (`
 """
 
 from collections.abc import Iterable
-from itertools import islice
 
 import torch
 from tiny import QUESTIONS, model_folders
@@ -50,11 +49,11 @@ def show(metrics: StepMetrics) -> None:
 
 
 # A new round every three steps.
-for metrics in islice(refresh_every(3, make_round), 6):
+for metrics in refresh_every(3, make_round, stop=6):
     show(metrics)
 
 # A new round when it is time, however many steps that takes.
-for metrics in islice(refresh_when(lambda m: m.drift.kl > 0.02, make_round, start=6, generation=2), 6):
+for metrics in refresh_when(lambda m: m.drift.kl > 0.02, make_round, start=6, stop=12, generation=2):
     show(metrics)
 
 print(f"{len(store)} rollouts of {len(store.generations)} policies")

@@ -1,7 +1,6 @@
 """Online OPD, the baseline: rollouts that are refreshed at every step.  The teacher stays alive all through."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 
 from attrs import evolve
 from torch.optim import Optimizer
@@ -43,4 +42,4 @@ def online_opd(
         schedule(step)
         return opd_steps(student, fresh, loss, optimizer)
 
-    return islice(refresh_every(1, make_round, start=start), steps - start)
+    return refresh_every(1, make_round, start=start, stop=steps)

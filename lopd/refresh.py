@@ -9,7 +9,7 @@ step; `refresh_every` and `refresh_when` are what lies between, as plain generat
         steps = batches(store, rows=rows, start=start, ref="behavior")
         return opd_steps(student, steps, loss, optimizer)
 
-    for metrics in refresh_every(25, make_round): ...
+    for metrics in refresh_every(25, make_round, stop=150): ...
 
 All rounds go into one store, each with its number and the policy that sampled it, so a ratio to `behavior` is one to the policy of the
 rollout's own round.
@@ -40,13 +40,14 @@ class Round(Protocol):
         ...
 
 
-def refresh_every(steps: int, make_round: Round, *, start: int = 0) -> Iterator[StepMetrics]:
-    """Steps without end, none on rollouts of a policy that is `steps` steps or more behind.
+def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | None = None) -> Iterator[StepMetrics]:
+    """Steps of a training run, none on rollouts of a policy that is `steps` steps or more behind.
 
     Args:
         steps: of a round; 1 is online OPD.
         make_round: one round.
         start: first step; its round is the one it would have been in, so that a run resumes exactly.
+        stop: one past the last step, and no round begins there; None never ends.
 
     Raises:
         InvalidRecordError: `steps` is less than 1, or `start` than 0.
@@ -54,18 +55,24 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0) -> Iterator[
     check_at_least("Refresh", "steps", steps, 1)
     check_at_least("Refresh", "start", start, 0)
     for generation in count(start // steps):
-        first = max(start, generation * steps)
-        yield from islice(make_round(generation, first), (generation + 1) * steps - first)
+        first, end = max(start, generation * steps), (generation + 1) * steps
+        end = end if stop is None else min(end, stop)
+        if first >= end:
+            return
+        yield from islice(make_round(generation, first), end - first)
 
 
-def refresh_when(stale: Callable[[StepMetrics], bool], make_round: Round, *, start: int = 0, generation: int = 0) -> Iterator[StepMetrics]:
-    """Steps without end; one after which the rollouts are stale is the last of its round.
+def refresh_when(
+    stale: Callable[[StepMetrics], bool], make_round: Round, *, start: int = 0, stop: int | None = None, generation: int = 0
+) -> Iterator[StepMetrics]:
+    """Steps of a training run; one after which the rollouts are stale is the last of its round.
 
     Args:
         stale: says so of a step's metrics: `lambda m: m.drift.ess < 0.5`, for example.
         make_round: one round.
         start: first step, so that a run resumes exactly.
-        generation: its round.
+        stop: one past the last step, and no round begins there; None never ends.
+        generation: the round of `start`: that of the step before, or the next one if that step was stale.
 
     Raises:
         InvalidRecordError: `start` or `generation` is less than 0.
@@ -73,10 +80,12 @@ def refresh_when(stale: Callable[[StepMetrics], bool], make_round: Round, *, sta
     check_at_least("Refresh", "start", start, 0)
     check_at_least("Refresh", "generation", generation, 0)
     for current in count(generation):
+        if stop is not None and start >= stop:
+            return
         for metrics in make_round(current, start):
             start = metrics.step + 1
             yield metrics
-            if stale(metrics):
+            if stale(metrics) or start == stop:
                 break
 
 

@@ -127,6 +127,60 @@ def test_a_run_that_was_killed_in_a_round_resumes_as_if_it_had_not_been(killed_a
     assert len(second.store) == len(whole.store)
 
 
+def stale_after(*steps):
+    return lambda metrics: metrics.step in steps
+
+
+def every_three(run, **options):
+    return refresh_every(3, run.make_round, **options)
+
+
+def after_two_or_five(run, **options):
+    return refresh_when(stale_after(2, 5), run.make_round, **options)
+
+
+@pytest.mark.parametrize("refresh", [every_three, after_two_or_five])
+@pytest.mark.parametrize("stop", [1, 3, 5, 6])
+def test_steps_end_before_the_stop_and_no_round_is_sampled_for_it(stop, refresh, new_run):
+    run = new_run()
+    assert [m.step for m in refresh(run, stop=stop)] == list(range(stop))
+    assert run.rounds == [(0, 0), (1, 3)][: 1 + (stop > 3)]
+    assert sorted(run.store.generations) == list(range(len(run.rounds)))
+
+
+@pytest.mark.parametrize("refresh", [every_three, after_two_or_five])
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (4, 4), (3, 3), (7, 2)])
+def test_a_run_that_has_reached_its_stop_samples_nothing(start, stop, refresh, new_run):
+    run = new_run()
+    assert list(refresh(run, start=start, stop=stop)) == []
+    assert run.rounds == []
+    assert len(run.store) == 0
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_run_that_was_stopped_and_started_again_there_equals_an_unbroken_one(stop, new_run):
+    whole, parts = new_run(), new_run()
+    expected = plain(every_three(whole, stop=7))
+    assert plain(every_three(parts, stop=stop)) + plain(every_three(parts, start=stop, stop=7)) == expected
+    assert_same(parts.weights(), whole.weights())
+    assert len(parts.store) == len(whole.store)
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_so_does_one_that_is_told_its_round(stop, new_run):
+    whole, parts = new_run(), new_run()
+    expected = plain(after_two_or_five(whole, stop=7))
+    got = list(after_two_or_five(parts, stop=stop))
+    generation = max(parts.store.generations) + stale_after(2, 5)(got[-1])
+    assert plain(got) + plain(after_two_or_five(parts, start=stop, stop=7, generation=generation)) == expected
+    assert_same(parts.weights(), whole.weights())
+    assert len(parts.store) == len(whole.store)
+
+
+def test_without_a_stop_steps_do_not_end(new_run):
+    assert [len(list(islice(refresh(new_run()), 9))) for refresh in (every_three, after_two_or_five)] == [9, 9]
+
+
 def test_a_round_that_was_stopped_while_it_sampled_is_completed(new_run):
     run, source = new_run(), None
     source = run.source(0)

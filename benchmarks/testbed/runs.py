@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -183,4 +182,4 @@ def online(
         )
         return opd_steps(training.student, stream, loss, training.optimizer)
 
-    return islice(refresh_every(every, make_round), setting.opd_steps)
+    return refresh_every(every, make_round, stop=setting.opd_steps)
