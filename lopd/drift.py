@@ -8,11 +8,11 @@ Shape suffixes: M tokens that count, B rollouts.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field, fields, frozen
 from numpy.typing import NDArray
 
 Float64Array = NDArray[np.float64]
@@ -54,6 +54,11 @@ class AdvantageSummary:
         levels = ", ".join(f"{level:.0%} {value:+.2f}" for level, value in zip(LEVELS, self.quantiles, strict=True))
         return f"mean {self.mean:+.3f} nats, quantiles {levels}, {self.negative:.1%} below 0, {self.tail:.1%} below {TAIL:g}"
 
+    def numbers(self) -> dict[str, float]:
+        """Every field by its name, the quantiles as q01, q05, q50, q95 and q99."""
+        quantiles = {f"q{level * 100:02.0f}": value for level, value in zip(LEVELS, self.quantiles, strict=True)}
+        return _plain_numbers(self, without=("quantiles",)) | quantiles
+
 
 @frozen
 class Drift:
@@ -91,6 +96,12 @@ class Drift:
     def mean_gain(self) -> float:
         """Nats a token by which the student is nearer to the teacher than the reference policy was."""
         return float(np.mean(self.gain))
+
+    def numbers(self) -> dict[str, float]:
+        """Every field by its name: advantages/mean and so on, and the gains as gain/fifth1 (the least likely tokens) to gain/fifth5."""
+        advantages = {f"advantages/{name}": value for name, value in self.advantages.numbers().items()}
+        gain = {f"gain/fifth{place}": value for place, value in enumerate(self.gain, 1)}
+        return _plain_numbers(self, without=("advantages", "gain")) | advantages | gain
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Drift":
@@ -140,6 +151,10 @@ class DriftMeter:
         parts = [evolve(part, segments=part.segments + first) for part, first in zip(parts, before, strict=False)]
         names = ("student", "teacher", "ref", "weight", "segments")
         return measure_drift(TokenLogprobs(*(np.concatenate([getattr(part, name) for part in parts]) for name in names)))
+
+
+def _plain_numbers(record: AdvantageSummary | Drift, without: Sequence[str]) -> dict[str, float]:
+    return {f.name: float(getattr(record, f.name)) for f in fields(type(record)) if f.name not in without}
 
 
 def measure_drift(tokens: TokenLogprobs) -> Drift:

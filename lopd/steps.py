@@ -157,6 +157,19 @@ class StepMetrics:
             f"step {self.step:4d}  loss {self.loss:7.3f}  reverse KL {self.reverse_kl:6.3f}  gradient {self.grad_norm:5.2f}  {drift}{speed}"
         )
 
+    def numbers(self) -> dict[str, float]:
+        """Every number but `step` by its name, flat, for any logger: `log(metrics.numbers(), step=metrics.step)`.
+
+        Loggers take the step beside the numbers, and some keep that name for themselves.  Those of `drift` begin with drift/, and there are
+        none of them where it is None.  Quantiles and gains have a name each.  A number may be infinite: the ratio of a student gone wild is.
+
+        >>> StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5).numbers()
+        {'loss': 0.5, 'reverse_kl': 0.25, 'clip_fraction': 0.0, 'grad_norm': 2.0, 'rollouts': 8.0, 'tokens': 900.0, 'seconds': 0.5}
+        """
+        own = {f.name: float(getattr(self, f.name)) for f in fields(StepMetrics) if f.name not in {"step", "drift"}}
+        drift = {} if self.drift is None else self.drift.numbers()
+        return own | {f"drift/{name}": value for name, value in drift.items()}
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StepMetrics":
         """The inverse of `attrs.asdict`, also after a way through JSON."""

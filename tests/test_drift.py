@@ -182,6 +182,46 @@ def test_metrics_with_drift_go_through_json(scored, llama):
     assert StepMetrics.from_json(asdict(evolve(metrics, drift=None))).drift is None
 
 
+ADVANTAGES = ["mean", "negative", "tail", "tokens", "q01", "q05", "q50", "q95", "q99"]
+DRIFT = ["rollouts", "tokens", "ratio_mean", "ratio_std", "ess", "chi2", "kl", "gap_bound"]
+NUMBERS = ["loss", "reverse_kl", "clip_fraction", "grad_norm", "rollouts", "tokens", "seconds"]
+NUMBERS_OF_DRIFT = [
+    *(f"drift/{name}" for name in DRIFT),
+    *(f"drift/advantages/{name}" for name in ADVANTAGES),
+    *(f"drift/gain/fifth{place}" for place in range(1, 6)),
+]
+
+
+def test_a_logger_gets_every_number_but_the_step_under_a_name_of_its_own(scored, llama):
+    # a field that is added later comes along: write down its name here
+    (metrics,) = trained(scored, llama, ReferenceOPDLoss(), 1, ref="behavior")
+    row = metrics.numbers()
+    assert list(row) == NUMBERS + NUMBERS_OF_DRIFT
+    assert {type(value) for value in row.values()} == {float}
+    everything = []
+
+    def walk(value):
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else None
+        everything.append(value) if parts is None else [walk(part) for part in parts]
+
+    walk({name: value for name, value in asdict(metrics).items() if name != "step"})
+    assert sorted(row.values()) == sorted(everything)
+
+
+def test_each_quantile_and_each_fifth_has_the_name_it_should(scored, llama):
+    (metrics,) = trained(scored, llama, ReferenceOPDLoss(), 1, ref="behavior")
+    row, advantages = metrics.numbers(), metrics.drift.advantages
+    assert [row[f"drift/advantages/{name}"] for name in ("q01", "q05", "q50", "q95", "q99")] == list(advantages.quantiles)
+    assert [row[f"drift/gain/fifth{place}"] for place in (1, 2, 3, 4, 5)] == list(metrics.drift.gain)
+    assert row["drift/advantages/mean"] == advantages.mean
+    assert row["tokens"] == metrics.tokens > row["drift/tokens"] == metrics.drift.tokens
+
+
+def test_without_drift_a_logger_gets_no_number_of_it(scored, llama):
+    (metrics,) = trained(scored, llama, ReferenceOPDLoss(), 1, ref="behavior")
+    assert list(evolve(metrics, drift=None).numbers()) == NUMBERS
+
+
 # --- the guards -----------------------------------------------------------------------------------------------------------------------
 
 
