@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale claims claims-quick test-triton test-kills test-engines test-browser test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale claims claims-quick test-triton test-kills test-engines test-browser test-loggers test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -77,6 +77,11 @@ test-browser: .venv/installed-test  ## both reports in a headless Chromium
 	command -v chromium chromium-browser google-chrome || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt playwright
 	$(BIN)/python -m pytest tests/test_token_report.py tests/test_run_report.py
+
+# a logger that is absent would only be skipped, so they are imported first
+test-loggers: .venv/installed-test .venv/installed-loggers  ## metrics in the real TensorBoard, trackio and Weights & Biases, nothing is sent
+	$(BIN)/python -c "import tensorboard, trackio, wandb"
+	$(BIN)/python -m pytest tests/test_loggers.py
 
 test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants
 	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_faults.py tests/test_survival.py -k kill -rA --timeout 3000

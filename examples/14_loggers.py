@@ -1,17 +1,16 @@
 """Metrics into any logger: `opd_steps` is a generator of plain numbers, so logging is three lines of your own loop.
 
-JSON lines are written always; TensorBoard, trackio and Weights & Biases where they are installed.
+JSON lines are written always; TensorBoard, trackio and Weights & Biases where they are installed: `pip install 'lopd[loggers]'` brings all three.
 """
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from attrs import asdict
 from tiny import QUESTIONS, model_folders
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, SamplingParams, batches, collect_rollouts, opd_steps, score_rollouts
@@ -21,24 +20,13 @@ from lopd.prompts import make_prompts
 OUT = Path("runs/14")
 
 
-def numbers(values: Mapping[str, Any], group: str = "") -> dict[str, float]:
-    """Names and values, those of drift in a group of their own: drift/ess, drift/advantages/mean, ..."""
-    flat: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= numbers(value, f"{group}{name}/")
-        elif isinstance(value, int | float):
-            flat[group + name] = float(value)
-    return flat
-
-
-def loggers() -> dict[str, Callable[[dict[str, float], int], None]]:
-    """One function for each logger that is installed."""
+def loggers(until: ExitStack) -> dict[str, Callable[[dict[str, float], int], None]]:
+    """One function for each logger that is installed; each has written all it was given when `until` is left."""
     found: dict[str, Callable[[dict[str, float], int], None]] = {}
     if find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(OUT))
+        writer = until.enter_context(SummaryWriter(str(OUT)))
 
         def add_scalars(row: dict[str, float], step: int) -> None:
             for name, value in row.items():
@@ -49,11 +37,12 @@ def loggers() -> dict[str, Callable[[dict[str, float], int], None]]:
         import trackio
 
         trackio.init(project="lopd")
+        until.callback(trackio.finish)
         found["trackio"] = lambda row, step: trackio.log(row, step=step)
     if find_spec("wandb"):
         import wandb
 
-        run = wandb.init(project="lopd", dir=OUT, mode=os.environ.get("WANDB_MODE", "offline"))
+        run = until.enter_context(wandb.init(project="lopd", dir=OUT, mode=os.environ.get("WANDB_MODE", "offline")))
         found["wandb"] = lambda row, step: run.log(row, step=step)
     return found
 
@@ -68,12 +57,12 @@ student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 
 OUT.mkdir(parents=True, exist_ok=True)
-logs = loggers()
 steps = batches(store, rollouts_per_step=8, stop=8, ref="behavior")
-with (OUT / "metrics.jsonl").open("w") as lines:
+with ExitStack() as until, (OUT / "metrics.jsonl").open("w") as lines:
+    logs = loggers(until)
     for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
-        row = numbers(asdict(metrics))
-        print(json.dumps(row), file=lines, flush=True)
+        row = metrics.numbers()
+        print(json.dumps({"step": metrics.step, **row}), file=lines, flush=True)
         for log in logs.values():
             log(row, metrics.step)
 print(f"logged {len(row)} numbers a step to {', '.join(['JSON lines', *logs])}: {', '.join(row)}")

@@ -4,7 +4,9 @@ import json
 import re
 import runpy
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -303,36 +305,52 @@ def test_13_as_a_page(run):
     assert Lineage.read(Path("runs/13/student")).opd_teacher == names["store"].columns["teacher"].model
 
 
-LOGGER = """
-rows = []
-def init(**_):
-    import sys
-    return sys.modules[__name__]
-def log(row, step):
-    rows.append((step, row))
-"""
+class Logger(ModuleType):
+    """A stand-in with the few names that the page calls."""
+
+    def __init__(self, name):
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)
+        self.rows, self.rows_when_finished = [], None
+
+    def init(self, **_):
+        return self
+
+    def log(self, row, *, step):
+        self.rows.append((step, row))
+
+    def finish(self):
+        self.rows_when_finished = len(self.rows)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.finish()
 
 
-def test_14_every_step_is_a_row_of_plain_numbers(run, tmp_path):
-    # stand-ins with the few names that the page calls: it needs neither of them, and neither is installed here
+def rows_of_14():
+    return [json.loads(line) for line in Path("runs/14/metrics.jsonl").read_text().splitlines()]
+
+
+def test_14_every_step_is_a_row_of_plain_numbers(run, monkeypatch):
+    # test_loggers.py has the real ones, where they are installed
     for name in ("trackio", "wandb"):
-        (tmp_path / f"{name}.py").write_text(LOGGER)
-    sys.path.insert(0, str(tmp_path))
-    try:
-        out, _ = run("14_loggers")
-        logged = [sys.modules.pop(name).rows for name in ("trackio", "wandb")]
-    finally:
-        sys.path.remove(str(tmp_path))
-    rows = [json.loads(line) for line in Path("runs/14/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(8))
-    assert {"loss", "reverse_kl", "drift/ess", "drift/advantages/mean"} <= rows[0].keys()
+        monkeypatch.setitem(sys.modules, name, Logger(name))
+    out, _ = run("14_loggers")
+    rows = rows_of_14()
+    assert [row.pop("step") for row in rows] == list(range(8))
+    assert {"loss", "reverse_kl", "drift/ess", "drift/advantages/mean", "drift/advantages/q50", "drift/gain/fifth1"} <= rows[0].keys()
     assert all(np.isfinite(value) for row in rows for value in row.values())
-    assert logged == [list(enumerate(rows))] * 2
-    assert "trackio, wandb: step, loss" in out
+    for name in ("trackio", "wandb"):
+        assert sys.modules[name].rows == list(enumerate(rows))
+        assert sys.modules[name].rows_when_finished == 8
+    assert "trackio, wandb: loss, reverse_kl" in out
 
 
 def test_14_no_logger_is_needed(run, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     out, names = run("14_loggers")
     assert names["logs"] == {}
-    assert "numbers a step to JSON lines: step, loss" in out
+    assert "numbers a step to JSON lines: loss, reverse_kl" in out
+    assert len(rows_of_14()) == 8
