@@ -24,6 +24,7 @@ from lopd.protocols import Student
 from lopd.ranks import Ranks, alike, inner, on_first
 
 _RNG = "rng.cpu"
+_STATE = "state.json"
 
 
 def save_checkpoint(
@@ -71,7 +72,7 @@ def _write(folder: Path, final: Path, tensors: Mapping[str, dict[str, Tensor]], 
     partial.mkdir(parents=True)
     for name, values in tensors.items():
         save_file(values, partial / f"{name}.safetensors")
-    (partial / "state.json").write_text(json.dumps(state, indent=1))
+    (partial / _STATE).write_text(json.dumps(state, indent=1))
     lineage.write(partial)
     for path in [*partial.iterdir(), partial]:
         _fsync(path)
@@ -83,18 +84,19 @@ def load_checkpoint(folder: str | Path, student: Student | DistributedDataParall
     """Put the newest checkpoint of `folder` into student and optimizer; gives the next step, 0 if there is no checkpoint.
 
     Args:
-        folder: of the run.
+        folder: of the run, or one checkpoint in it (what `save_checkpoint` gave).
         student: built as it was for the run that is resumed.
         optimizer: likewise; None restores the weights only.
 
     Raises:
         CheckpointError: other parameters, shapes or optimizer than were saved, or a damaged file; nothing was changed.
     """
-    found, own = _checkpoints(Path(folder)), inner(student)
+    folder, own = Path(folder), inner(student)
+    found = [folder] if (folder / _STATE).exists() else _checkpoints(folder)
     if not found:
         return 0
     path = max(found, key=_order)
-    state = _read_state(path / "state.json")
+    state = _read_state(path / _STATE)
     saved = _read_tensors(path / "parameters.safetensors")
     current = {name: p.detach() for name, p in own.named_parameters() if p.requires_grad}
     _check_parameters(path, saved, current)

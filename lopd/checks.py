@@ -1,5 +1,7 @@
 """Numbers that make no sense, refused where they are passed.  One function, so that all of them are refused with the same sentence."""
 
+from numbers import Integral
+
 from lopd.errors import InvalidRecordError
 
 
@@ -16,9 +18,10 @@ def check_number(owner: str, name: str, value: object, fits: bool, expected: str
 
 
 def check_at_least(owner: str, name: str, value: int, least: int) -> None:
-    """Refuse a value below the least that makes sense.
+    """Refuse a count below the least that makes sense, or that is no whole number.
 
     Raises:
         InvalidRecordError: it is.
     """
-    check_number(owner, name, value, value >= least, f"at least {least}")
+    whole = isinstance(value, Integral)
+    check_number(owner, name, value, whole and value >= least, f"at least {least}" if whole else "a whole number")

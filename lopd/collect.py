@@ -5,14 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from attrs import evolve, field, frozen
+from numpy.typing import NDArray
 
 from lopd.checks import check_at_least
-from lopd.errors import EngineError, InvalidRecordError, ManifestMismatchError, QuarantineWarning, SourceError
+from lopd.errors import ConflictError, EngineError, InvalidRecordError, ManifestMismatchError, QuarantineWarning, SourceError
 from lopd.isolation import check_refused, isolate
 from lopd.manifest import Manifest
 from lopd.overlap import overlapped
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.types import Prompt, Rollout, rollout_id
+
+_PROMPTS_PER_READ = 256
 
 
 @frozen
@@ -21,11 +24,13 @@ class CollectionReport:
 
     Args:
         rollouts, tokens: sampled; tokens of responses.
+        skipped: rollouts that were in the store before.
         refused: prompts that could not be sampled, and why; the next call tries them again.
     """
 
     rollouts: int = 0
     tokens: int = 0
+    skipped: int = 0
     refused: Mapping[str, str] = field(factory=dict)
 
 
@@ -55,6 +60,7 @@ def collect_rollouts(
         progress: see `lopd.console.RichProgress`.
 
     Raises:
+        ConflictError: the store has other tokens under the id of a prompt; nothing is sampled.
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
         InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` or `batches_at_once` is less than 1, or `max_refused`
             than 0.
@@ -69,8 +75,11 @@ def collect_rollouts(
     _begin(store, manifest)
     samples = range(manifest.sampling.samples_per_prompt)
     rows = store.find([rollout_id(p.prompt_id, s, manifest.generation) for p in prompts for s in samples])
-    missing: list[bool] = np.any(rows.reshape(len(prompts), len(samples)) < 0, axis=1).tolist()
-    owner, report = f"Source {manifest.policy}", CollectionReport()
+    rows = rows.reshape(len(prompts), len(samples))
+    _check_same_prompts(store, prompts, rows)
+    missing: list[bool] = np.any(rows < 0, axis=1).tolist()
+    owner = f"Source {manifest.policy}"
+    report = CollectionReport(skipped=(len(prompts) - sum(missing)) * len(samples))
 
     def sample(batch: Sequence[Prompt]) -> tuple[list[Rollout], dict[str, str]]:
         rollouts, refused = isolate(owner, source.sample, batch, max_refused)
@@ -87,7 +96,7 @@ def collect_rollouts(
             )
             store.append(rollouts)
             tokens = sum(r.response_ids.size for r in rollouts)
-            report = CollectionReport(report.rollouts + len(rollouts), report.tokens + tokens, refused)
+            report = evolve(report, rollouts=report.rollouts + len(rollouts), tokens=report.tokens + tokens, refused=refused)
             if progress:
                 progress.advance(len(rollouts), tokens, len(reasons) * len(samples))
     finally:
@@ -103,6 +112,19 @@ def _missing(prompts: Sequence[Prompt], missing: Sequence[bool], size: int) -> I
         todo = [p for p, wanted in zip(prompts[first : first + size], missing[first : first + size], strict=True) if wanted]
         if todo:
             yield todo
+
+
+def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: NDArray[np.int64]) -> None:
+    """Stop if a prompt was edited since it was sampled: its rollouts would be skipped, and be those of the old one."""
+    there = [(prompt, int(row.max())) for prompt, row in zip(prompts, rows, strict=True) if row.max() >= 0]
+    for first in range(0, len(there), _PROMPTS_PER_READ):
+        part = there[first : first + _PROMPTS_PER_READ]
+        for (prompt, _), record in zip(part, store.read([row for _, row in part]), strict=True):
+            if not np.array_equal(prompt.token_ids, record.rollout.prompt_ids):
+                raise ConflictError(
+                    f"{store!r}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} other tokens, expected those "
+                    f"of prompt {prompt.prompt_id!r}; give the prompt another id, or use another store, if it or its template was edited."
+                )
 
 
 def _begin(store: LogprobStore, manifest: Manifest) -> None:
@@ -143,6 +165,11 @@ def _warn_of(refused: Mapping[str, str], accepted: int) -> None:
 
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:
+    wrong = next((prompt for prompt in prompts if not isinstance(prompt, Prompt)), None)
+    if wrong is not None:
+        raise InvalidRecordError(
+            f"Prompts: one is a {type(wrong).__name__} ({wrong!r:.40}), expected a Prompt; make them with `lopd.prompts.make_prompts`."
+        )
     if not prompts:
         raise InvalidRecordError("Prompts: there are 0, expected at least 1; check the prompt file.")
     seen: set[str] = set()

@@ -137,6 +137,12 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
         quarantined = {row: reason for row, reason in store.quarantined(column).items() if row in mine}
         done = int(scored.sum())
         if done + len(quarantined) < len(rows):
+            if column not in (*store.columns, BEHAVIOR_COLUMN):
+                there = [*store.columns, BEHAVIOR_COLUMN]
+                raise MissingScoresError(
+                    f"{store!r}: column {column!r} is absent, expected one of {there}; name one of them, or run "
+                    f"`score_rollouts(..., column={column!r})`."
+                )
             virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
             remedy = virtual if column == BEHAVIOR_COLUMN else f"run `score_rollouts(..., column={column!r})`"
             raise MissingScoresError(f"{store!r}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")

@@ -50,7 +50,13 @@ def check_teacher_consistency(
 
 
 def _remedy(manifest: Manifest, teacher: Provenance) -> str:
-    if manifest.sft_teacher is None:
+    sft = manifest.sft_teacher
+    if sft is not None and sft.name == teacher.model.name and sft.dtype != teacher.model.dtype:
+        return (
+            f"the SFT teacher was {sft.name} in {sft.dtype}, and rounding its weights to {teacher.model.dtype} makes another model: score with it in "
+            f"{sft.dtype}"
+        )
+    if sft is None:
         return (
             "if that teacher wrote the SFT text, say so beside the weights before you sample (`Lineage(sft_teacher=scorer.provenance.model)"
             ".write(FOLDER)`), else find out who wrote the SFT text (`lopd.audit`) and score with that teacher"

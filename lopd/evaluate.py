@@ -11,7 +11,7 @@ from lopd.consistency import check_vocabulary
 from lopd.errors import InvalidRecordError
 from lopd.metrics import Estimate
 from lopd.protocols import RolloutSource, TeacherScorer, Verifier
-from lopd.types import Prompt
+from lopd.types import Prompt, Rollout
 
 
 @frozen
@@ -32,16 +32,29 @@ class Evaluation:
 def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifier) -> Evaluation:
     """Sample each prompt n = `samples_per_prompt` times and let the verifier judge.
 
+    Raises:
+        InvalidRecordError: there are no prompts, or the verifier gave something other than a number from 0 to 1; it names the prompt.
+
     Source: pass@k is the unbiased estimator of Chen et al., arXiv 2107.03374, eq. 1.
     """
     if not prompts:
         raise InvalidRecordError("Evaluation: there are 0 prompts, expected at least 1; check the prompt file.")
     n = source.manifest.sampling.samples_per_prompt
     rollouts = source.sample(prompts)
-    scores_BN = np.array([verifier(prompts[i // n], r) for i, r in enumerate(rollouts)]).reshape(len(prompts), n)
+    scores_BN = np.array([_judged(verifier, prompts[i // n], r) for i, r in enumerate(rollouts)]).reshape(len(prompts), n)
     right_B = (scores_BN == 1).sum(axis=1)
     pass_at_k = {k: float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in right_B])) for k in range(1, n + 1)}
     return Evaluation(metrics.mean(scores_BN.mean(axis=1)), pass_at_k, n)
+
+
+def _judged(verifier: Verifier, prompt: Prompt, rollout: Rollout) -> float:
+    """The verifier's answer, if it is one: it is the caller's own function."""
+    score = verifier(prompt, rollout)
+    if not isinstance(score, int | float | np.number | np.bool_) or not 0 <= score <= 1:
+        raise InvalidRecordError(
+            f"Prompt {prompt.prompt_id!r}: the verifier gave {score!r:.80}, expected a number from 0 to 1; 1 is right."
+        )
+    return float(score)
 
 
 def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: Sequence[Prompt]) -> Estimate:

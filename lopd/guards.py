@@ -122,9 +122,23 @@ def stored_advantages(
 def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None) -> None:
     """Warn if too many of these advantages are in the tail."""
     if summary is not None and summary.tail > MAX_TAIL:
-        warnings.warn(
-            f"{store!r}: {summary.tail:.1%} of its advantages are below {TAIL:g} nats, expected at most {MAX_TAIL:.0%} ({summary}); pass "
-            '`ref="behavior"` and a loss with `ratio_to_ref=True`, or a smaller clip, or train the student longer on the teacher\'s text first.',
-            AdvantageWarning,
-            stacklevel=3,
-        )
+        warnings.warn(f"{store!r}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
+
+
+def judge_loss(loss: object, summary: AdvantageSummary) -> None:
+    """Warn if too many of a step's advantages are in the tail for a loss that says of itself that it has no importance ratio.
+
+    A loss with transforms of advantages and weights has an answer of its own, and one without these attributes says nothing.
+    """
+    plain = (
+        getattr(loss, "ratio_to_ref", None) is False and not getattr(loss, "transforms", ()) and getattr(loss, "advantage", None) is None
+    )
+    if plain and summary.tail > MAX_TAIL:
+        warnings.warn(f"Loss {type(loss).__name__}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
+
+
+def _objection(summary: AdvantageSummary) -> str:
+    return (
+        f"{summary.tail:.1%} of its advantages are below {TAIL:g} nats, expected at most {MAX_TAIL:.0%} ({summary}); pass "
+        '`ref="behavior"` and a loss with `ratio_to_ref=True`, or a smaller clip, or train the student longer on the teacher\'s text first.'
+    )

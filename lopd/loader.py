@@ -134,6 +134,10 @@ def batches(
     check_at_least("Steps", "rollouts_per_step", 1 if rollouts_per_step is None else rollouts_per_step, 1)
     check_at_least("Steps", "seed", seed, 0)
     check_at_least("Steps", "start", start, 0)
+    if not callable(weighting):
+        raise InvalidRecordError(
+            f"Steps: weighting is {weighting!r}, expected a function of the loss mask; pass `by_rollout` or `by_token`."
+        )
     if len(store) == 0:
         raise InvalidRecordError(f"{store!r}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
     columns, usable = choose(store, teacher, ref, rows, top_k=top_k)

@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
 from attrs import asdict, field, fields, frozen, has
 
 from lopd.checks import check_at_least, check_number
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.identity import ModelId, TokenizerId
 from lopd.parity import Parity
 
@@ -17,6 +18,16 @@ SCHEMA_VERSION = 1
 LINEAGE_FILE = "lopd.json"
 #: The `Provenance.logprobs_mode` of columns that `lopd.residual` makes.
 RESIDUAL = "residual"
+
+
+def _to_stop_ids(ids: Iterable[Any]) -> tuple[int, ...]:
+    """A tuple of ints, also of a list or an array: a manifest that is read again has a tuple."""
+    try:
+        return tuple(index(token) for token in ids)
+    except TypeError as error:
+        raise InvalidRecordError(
+            f"Sampling: stop_ids is {ids!r:.80}, expected token ids; for a text, pass `tokenizer.convert_tokens_to_ids(...)` of its token."
+        ) from error
 
 
 @frozen
@@ -29,7 +40,8 @@ class SamplingParams:
         top_p: keep the most likely tokens that hold this much probability; stored log-probs are uncut all the same.
         samples_per_prompt: responses for each prompt.
         seed: each (seed, prompt, sample, generation) has its own random stream.
-        stop_ids: ids that end a response (kept in it); empty means the model's own EOS ids.
+        stop_ids: ids that end a response (kept in it); empty means the model's own EOS ids.  They take the place of those, so name EOS too unless
+            a response may go on after it.
 
     Raises:
         InvalidRecordError: a number makes no sense.
@@ -40,7 +52,7 @@ class SamplingParams:
     top_p: float = 1.0
     samples_per_prompt: int = 1
     seed: int = 0
-    stop_ids: tuple[int, ...] = ()
+    stop_ids: tuple[int, ...] = field(default=(), converter=_to_stop_ids)
 
     def __attrs_post_init__(self) -> None:
         owner = "Sampling"

@@ -91,9 +91,11 @@ def make_prompts(
     With a chat template, it is applied with the generation prompt; without one, strings are tokenised as they are.
 
     Raises:
-        PromptError: messages for a tokenizer without a chat template.
+        PromptError: messages for a tokenizer without a chat template, messages that end with an answer, or one string in place of several.
         ContextOverflowError: a prompt is longer than `max_tokens`.
     """
+    if isinstance(contents, str):
+        raise PromptError(f"Prompts: they are the text {contents!r:.40}, expected a list; pass [text], or read a file with `read_prompts`.")
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
     for i, content in enumerate(contents):
@@ -116,6 +118,11 @@ def _check_lengths(prompts: Sequence[Prompt], max_tokens: int | None, where: str
 def _tokenise(number: int, content: str | Messages, tokenizer: Any) -> tuple[str, list[int]]:
     messages = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
     text = str(messages[-1].get("content", ""))
+    if messages[-1].get("role") == "assistant":
+        raise PromptError(
+            f"Prompt number {number}: its last message is the assistant's ({text!r:.40}), expected one to be answered; drop the answer, which the "
+            "policy would otherwise be given."
+        )
     if getattr(tokenizer, "chat_template", None):
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         return text, list(encoded["input_ids"])

@@ -152,10 +152,10 @@ class StepMetrics:
         step    9  loss   0.500  reverse KL  0.250  gradient  2.00  1,800 tokens/s
         """
         drift = "" if self.drift is None else f"ratio {self.drift.ratio_mean:.3f}  effective rollouts {self.drift.ess:4.0%}  "
+        # exactly 0 only where no teacher is seen
+        reverse_kl = f"reverse KL {self.reverse_kl:6.3f}  " if self.reverse_kl else ""
         speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
-        return (
-            f"step {self.step:4d}  loss {self.loss:7.3f}  reverse KL {self.reverse_kl:6.3f}  gradient {self.grad_norm:5.2f}  {drift}{speed}"
-        )
+        return f"step {self.step:4d}  loss {self.loss:7.3f}  {reverse_kl}gradient {self.grad_norm:5.2f}  {drift}{speed}"
 
     def numbers(self) -> dict[str, float]:
         """Every number but `step` by its name, flat, for any logger: `log(metrics.numbers(), step=metrics.step)`.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lopd.causal_lm import check_cut, lm_head, packed_hidden_states, unwrap
+from lopd.consistency import check_vocabulary
 from lopd.errors import ModelError
 from lopd.identity import TokenizerId, TokenizerLike, fingerprint_tokenizer
 from lopd.manifest import Lineage
@@ -70,7 +71,11 @@ class CausalLMStudent(nn.Module):
 
         A full model is written as one; adapters in peft's own format (for an engine that wants one model, merge
         them, save that, and write the lineage beside it).
+
+        Raises:
+            TokenizerMismatchError: the tokenizer is not the one whose ids the student reads; nothing is written.
         """
+        check_vocabulary("Tokenizer to export", fingerprint_tokenizer(tokenizer), "the student's", self.tokenizer)
         folder, ranks = Path(folder), Ranks.current()
         together = {"state_dict": on_first(self.model.state_dict())} if sharded(self) else {}
         if ranks.rank == 0:

@@ -1,7 +1,7 @@
 """VERB `opd_steps`: the one training loop.  SFT, Lightning OPD and online OPD differ only in what is wired into it."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lopd.consistency import check_vocabulary
 from lopd.drift import DriftMeter, TokenLogprobs
 from lopd.errors import InvalidRecordError, TrainingDivergedError
+from lopd.guards import judge_loss
 from lopd.protocols import OPDLoss, Student
 from lopd.ranks import Ranks, check_summed, gathering, inner, whole
 from lopd.steps import Batch, Step, StepMetrics
@@ -37,6 +38,9 @@ def opd_steps(
     `fully_shard` first.  `batches` gives each rank its share of a step; weights, gradients and metrics are those of one process on all of it,
     up to rounding.
 
+    Warns:
+        AdvantageWarning: the second step has many advantages far below 0, and the loss says that it has no importance ratio (`lopd.guards`).
+
     Args:
         student: its trained parameters are those that require a gradient.
         steps: from `batches`, or any others.
@@ -47,13 +51,14 @@ def opd_steps(
     Raises:
         TokenizerMismatchError: a step says that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; likewise.
-        InvalidRecordError: no token of a step counts.
+        InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, or the loss is a class.
         ModelError: there are several ranks, and nothing sums the gradients of the student.
     """
     ranks = Ranks.current()
     check_summed(student, ranks)
     parameters = [p for _, p in student.named_parameters() if p.requires_grad]
-    for step in steps:
+    _check_parts(loss, optimizer, parameters)
+    for place_of_step, step in enumerate(steps):
         started = perf_counter()
         if step.vocab_hash is not None:
             check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
@@ -75,6 +80,10 @@ def opd_steps(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
             )
         optimizer.step()
+        drift = meter.read(ranks.gather)
+        # from the second step on rollouts are older than the student; online OPD never has one on the same rollouts
+        if place_of_step == 1 and drift is not None:
+            judge_loss(loss, drift.advantages)
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
         read = step.batches[: len(step.batches) - step.idle]
         counts = torch.tensor([sum(int(batch.segment_ids[-1]) + 1 for batch in read), sum(batch.inputs.numel() for batch in read)])
@@ -87,8 +96,20 @@ def opd_steps(
             grad_norm=grad_norm,
             rollouts=rollouts,
             tokens=tokens,
-            drift=meter.read(ranks.gather),
+            drift=drift,
             seconds=perf_counter() - started,
+        )
+
+
+def _check_parts(loss: OPDLoss, optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
+    """Refuse what would train nothing, or fail at the first batch with somebody else's words."""
+    if isinstance(loss, type):
+        raise InvalidRecordError(f"Loss: it is the class {loss.__name__}, expected an object; call it: {loss.__name__}().")
+    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if theirs.isdisjoint(map(id, trained)):
+        raise InvalidRecordError(
+            f"Optimizer {type(optimizer).__name__}: it has none of the student's {len(trained)} trained parameters, expected some; make it over "
+            "`student.parameters()` of this student, after wrapping or loading it."
         )
 
 

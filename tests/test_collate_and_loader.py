@@ -439,7 +439,7 @@ def test_a_column_with_a_gap_is_refused(wanted: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("wanted", [{"teacher": "nobody"}, {"ref": "nobody"}])
 def test_a_column_that_is_not_there_is_refused(wanted: dict[str, Any]) -> None:
-    with pytest.raises(MissingScoresError, match="column 'nobody' has scores for 0 rollouts, expected 3"):
+    with pytest.raises(MissingScoresError, match=r"column 'nobody' is absent, expected one of \['teacher', 'behavior'\]"):
         batches(make_store(numbered_records(3), columns=("teacher",)), **wanted)
 
 
@@ -480,6 +480,12 @@ def test_another_teacher_is_refused() -> None:
         TeacherConsistencyError, match=r"its SFT teacher is big-teacher@teacher-weig, expected .* other-teacher@other-weight"
     ):
         stream_with(SFT_TEACHER, OTHER_TEACHER)
+
+
+def test_the_same_teacher_in_another_dtype_is_told_so() -> None:
+    rounded = ModelId(SFT_TEACHER.name, "weights:rounded", "bfloat16")
+    with pytest.raises(TeacherConsistencyError, match=r"rounding its weights to bfloat16 makes another model: score with it in "):
+        stream_with(evolve(SFT_TEACHER, dtype="float32"), rounded)
 
 
 def test_other_weights_under_the_same_name_are_refused() -> None:
@@ -531,6 +537,17 @@ def test_a_store_that_grows_changes_no_step_of_a_run_that_has_begun() -> None:
     before = rows_of(stream.step(5))
     store.append([record.rollout for record in numbered_records(6)])
     assert rows_of(stream.step(5)) == before
+
+
+@pytest.mark.parametrize("wrong", [{"rollouts_per_step": 2.0}, {"start": 1.5}])
+def test_a_number_that_is_no_whole_one_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRecordError, match="expected a whole number"):
+        batches(make_store(numbered_records(2), columns=("teacher",)), **wrong)
+
+
+def test_the_name_of_a_weighting_is_none() -> None:
+    with pytest.raises(InvalidRecordError, match="weighting is 'by_token', expected a function"):
+        batches(make_store(numbered_records(2), columns=("teacher",)), weighting="by_token")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", [{"rollouts_per_step": 0}, {"seed": -1}, {"start": -1}])

@@ -17,6 +17,7 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
 from lopd.guards import DriftLimits, stored_advantages, watch_drift
 from lopd.loader import batches
+from lopd.losses.variants import ppo_clip
 from lopd.manifest import Lineage
 from lopd.steps import StepMetrics
 from lopd.students import CausalLMStudent
@@ -144,6 +145,7 @@ def trained(store, llama, loss, steps, **options):
     return opd_steps(student, stream, loss, torch.optim.AdamW(student.parameters(), lr=options.pop("lr", 3e-3)))
 
 
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning")  # the models are random
 @pytest.mark.parametrize("loss", [ReferenceOPDLoss(), FusedOPDLoss(), FusedOPDLoss(ratio_to_ref=True)])
 def test_the_loop_measures_drift_that_starts_at_nothing_and_grows(loss, scored, llama):
     first, *_, last = [m.drift for m in trained(scored, llama, loss, 6, ref="behavior")]
@@ -306,6 +308,22 @@ def test_the_advantages_are_judged_before_the_first_step_unless_a_ratio_is_at_ha
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         batches(store, ref="behavior")
+
+
+def test_a_loss_without_a_ratio_is_judged_when_the_student_has_left_its_rollouts(scored, llama, tokenizer, make_model):
+    far = HFScorer(make_model("llama_tied", seed=9), tokenizer)
+    store = MemoryStore(evolve(scored.manifest, sft_teacher=far.provenance.model))
+    store.append([record.rollout for record in scored.read(range(len(scored)))])
+    score_rollouts(store, far)
+    with pytest.warns(AdvantageWarning, match=r"Loss FusedOPDLoss: .* are below -5 nats.*ratio_to_ref=True") as caught:
+        list(trained(store, llama, FusedOPDLoss(), 3, ref="behavior"))
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(trained(store, llama, FusedOPDLoss(), 1, ref="behavior"))  # as each round of online OPD does
+        list(trained(store, llama, FusedOPDLoss(ratio_to_ref=True), 3, ref="behavior"))
+        list(trained(store, llama, FusedOPDLoss(transforms=(ppo_clip,)), 3, ref="behavior"))
+        list(trained(store, llama, SFTLoss(), 3, ref="behavior"))
 
 
 def test_a_summary_reads_as_one_line():

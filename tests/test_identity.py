@@ -7,7 +7,7 @@ import torch
 from conftest import PAD_ROWS
 from safetensors.torch import load_file, save_file
 
-from lopd import manifest
+from lopd import identity as identities
 from lopd.engines import identity
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, local_folder, model_id
@@ -86,7 +86,7 @@ def test_files_that_do_not_hold_what_the_model_holds_are_refused(saved):
 def test_each_weight_is_hashed_before_the_next_is_read(saved, monkeypatch):
     events = []
     monkeypatch.setattr(identity, "_read", recorded(events, "read", identity._read))
-    monkeypatch.setattr(manifest, "_narrowest", recorded(events, "hash", manifest._narrowest))
+    monkeypatch.setattr(identities, "_narrowest", recorded(events, "hash", identities._narrowest))
     folder_model_id(saved("qwen3_padded"))
     assert len(events) > 40
     assert events == ["read", "hash"] * (len(events) // 2)

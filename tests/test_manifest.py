@@ -1,13 +1,15 @@
 """Identities: what is the same model, the same tokenizer, the same manifest."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from attrs import evolve
 
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.identity import ModelId, fingerprint_tokenizer, hash_weights, mixture_id
 from lopd.manifest import Lineage, Manifest, SamplingParams
 from lopd.testing import tiny_manifest
@@ -34,6 +36,16 @@ def test_hashed_weights_are_the_same_model_under_any_name() -> None:
 
 def test_a_branch_name_is_a_revision_of_one_model_only() -> None:
     assert not ModelId("Qwen3-32B", "main", "bfloat16").same_weights(ModelId("QwQ-32B", "main", "bfloat16"))
+
+
+def test_stop_ids_are_a_tuple_of_ints_whatever_they_came_as():
+    for given in ([1, 7], np.array([1, 7]), (1, 7)):
+        params = SamplingParams(stop_ids=given)
+        manifest = evolve(tiny_manifest(), sampling=params)
+        assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+        assert params == SamplingParams(stop_ids=(1, 7))
+    with pytest.raises(InvalidRecordError, match=r"stop_ids is \('\\n',\), expected token ids"):
+        SamplingParams(stop_ids=("\n",))
 
 
 def test_a_mixture_is_its_parts_in_whatever_order_and_says_all_of_them():

@@ -34,6 +34,18 @@ def wrapped(tokenizer, *contents):
     return [*ids, tokenizer.convert_tokens_to_ids("<|assistant|>")]
 
 
+def test_messages_that_end_with_an_answer_are_refused_and_one_text_is_no_list(tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "2"}]
+    for call in (
+        lambda: make_prompts([chat], tokenizer),
+        lambda: read_prompts(write_jsonl(tmp_path / "p.jsonl", [{"messages": chat}]), tokenizer),
+    ):
+        with pytest.raises(PromptError, match=r"its last message is the assistant's \('2'\), expected one to be answered; drop the answer"):
+            call()
+    with pytest.raises(PromptError, match=r"they are the text '12', expected a list; pass \[text\]"):
+        make_prompts("12", tokenizer)
+
+
 def test_a_string_becomes_one_user_message_with_the_generation_prompt(tokenizer):
     (prompt,) = make_prompts(["what is 1+1?"], tokenizer)
     assert prompt.token_ids.tolist() == wrapped(tokenizer, "what is 1+1?")

@@ -14,7 +14,7 @@ from conftest import TOKENIZER_ID
 from lopd.causal_lm import check_cut, lm_head, packed_hidden_states
 from lopd.collate import by_token, collate
 from lopd.engines.hf import HFSource, load_model
-from lopd.errors import LopdError, ModelError
+from lopd.errors import LopdError, ModelError, TokenizerMismatchError
 from lopd.identity import ModelId, fingerprint_tokenizer
 from lopd.losses.chunked import Chunking
 from lopd.losses.fused import FusedOPDLoss
@@ -395,6 +395,13 @@ def test_an_exported_folder_is_an_ordinary_model_with_its_lineage(kind, models, 
     source = HFSource.from_folder(tmp_path / "deep" / "model", SamplingParams(max_new_tokens=4))
     assert source.manifest.sft_teacher == LINEAGE.sft_teacher
     assert source.manifest.policy.same_weights(HFSource(student.model, tokenizer).manifest.policy)
+
+
+def test_a_student_is_not_exported_with_a_tokenizer_of_other_ids(models, swapped_tokenizer, tmp_path):
+    student = CausalLMStudent(copy.deepcopy(models("llama_tied")), TOKENIZER_ID)
+    with pytest.raises(TokenizerMismatchError, match="Tokenizer to export"):
+        student.export(tmp_path / "model", swapped_tokenizer, LINEAGE)
+    assert not (tmp_path / "model").exists()
 
 
 def test_exported_adapters_load_on_their_base_model(models, tokenizer, records, prompts, tmp_path):

@@ -295,6 +295,42 @@ def test_a_scorer_that_loses_a_rollout_is_found_out(source, prompts, teacher_mod
     assert not store.scored("teacher").any()
 
 
+def test_a_prompt_that_was_edited_is_refused_and_what_was_there_is_counted(source, prompts, make_store):
+    store = make_store(source.manifest)
+    collect_rollouts(source, prompts[:3], store)
+    edited = Prompt(prompts[1].prompt_id, [*prompts[1].token_ids.tolist(), 7])
+    with pytest.raises(ConflictError, match=rf"'{prompts[1].prompt_id}/s\d/g0' has a prompt of .* other tokens.*another id"):
+        collect_rollouts(source, [prompts[0], edited, prompts[5]], store)
+    assert len(store) == 6
+    report = collect_rollouts(source, prompts, store)
+    assert (report.skipped, report.rollouts) == (6, 2 * len(prompts) - 6)
+
+
+@pytest.mark.parametrize("wrong", ["3+4=?", ["3+4=?"], [1, 2]])
+def test_what_is_no_prompt_is_refused_with_what_makes_one(wrong, source, make_store):
+    with pytest.raises(InvalidRecordError, match=r"expected a Prompt; make them with `lopd\.prompts\.make_prompts`"):
+        collect_rollouts(source, wrong, make_store(source.manifest))
+
+
+def test_a_source_or_scorer_whose_weights_were_changed_after_it_was_identified_is_refused(llama, tokenizer, prompts, scored):
+    model = copy.deepcopy(llama)
+    source, scorer = HFSource(model, tokenizer, PARAMS), HFScorer(model, tokenizer)
+    named = HFSource(model, tokenizer, PARAMS, identity=ModelId("student", "step-1", "float32"))
+    source.sample(prompts[:1])
+    rollouts = [record.rollout for record in scored.read([0])]
+    scorer.score(rollouts)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    with pytest.raises(InvalidRecordError, match="HFSource: the weights of its model were changed after it was identified"):
+        source.sample(prompts[:1])
+    with pytest.raises(InvalidRecordError, match="HFScorer: the weights of its model were changed"):
+        scorer.score(rollouts)
+    named.sample(prompts[:1])
+    fresh = evolve(source)
+    assert not fresh.manifest.policy.same_weights(source.manifest.policy)
+    fresh.sample(prompts[:1])
+
+
 # --- score_rollouts -------------------------------------------------------------------------------------------------------------------
 
 
@@ -764,6 +800,21 @@ def small(llama):
     return student, adamw(student)
 
 
+def test_a_checkpoint_is_found_by_its_own_folder_too(small, tmp_path):
+    path = save_checkpoint(tmp_path / "run", *small, next_step=7, lineage=Lineage())
+    assert load_checkpoint(path, *small) == load_checkpoint(tmp_path / "run", *small) == 7
+
+
+def test_an_optimizer_of_another_model_and_a_loss_that_is_a_class_are_refused_before_the_first_step(small, scored, llama):
+    student, optimizer = small
+    strange = adamw(CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID))
+    with pytest.raises(InvalidRecordError, match=r"Optimizer AdamW: it has none of the student's \d+ trained parameters"):
+        next(opd_steps(student, batches(scored), ReferenceOPDLoss(), strange))
+    with pytest.raises(InvalidRecordError, match=r"it is the class ReferenceOPDLoss, expected an object; call it: ReferenceOPDLoss\(\)"):
+        next(opd_steps(student, batches(scored), ReferenceOPDLoss, optimizer))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(student.model.parameters(), llama.parameters(), strict=True))
+
+
 def test_saving_leaves_one_checkpoint_and_its_lineage(small, scored, tmp_path):
     lineage = batches(scored).lineage
     assert lineage.opd_teacher == scored.columns["teacher"].model
@@ -1040,7 +1091,7 @@ def test_training_on_a_store_that_is_empty_or_not_scored_is_refused(source, prom
     with pytest.raises(InvalidRecordError, match="0 rollouts"):
         batches(store)
     collect_rollouts(source, prompts, store)
-    with pytest.raises(MissingScoresError, match="'teacher' has scores for 0 rollouts, expected 14"):
+    with pytest.raises(MissingScoresError, match=r"column 'teacher' is absent, expected one of \['behavior'\].*score_rollouts"):
         batches(store)
     with pytest.raises(MissingScoresError, match="'ref'"):
         batches(store, teacher=None, ref="ref")
@@ -1138,6 +1189,16 @@ def test_evaluating_on_no_prompts_is_refused(source, teacher_model, tokenizer):
         evaluate(source, [], verify)
     with pytest.raises(InvalidRecordError):
         evaluate_reverse_kl(HFSource(source.model, tokenizer), HFScorer(teacher_model, tokenizer), [])
+
+
+@pytest.mark.parametrize("answer", [None, float("nan"), 100, -1, "right"])
+def test_a_verifier_that_gives_no_number_from_0_to_1_is_refused_and_the_prompt_named(answer, source, prompts):
+    with pytest.raises(InvalidRecordError, match=rf"Prompt '{prompts[0].prompt_id}': the verifier gave .*, expected a number from 0 to 1"):
+        evaluate(source, prompts[:2], lambda prompt, rollout: answer)
+
+
+def test_a_verifier_may_answer_with_a_bool(source, prompts):
+    assert evaluate(source, prompts[:2], lambda prompt, rollout: np.bool_(True)).avg_at_n.mean == 1
 
 
 def test_the_estimated_reverse_kl_covers_the_exact_one(llama, near_teacher, tokenizer, prompts):

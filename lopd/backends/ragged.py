@@ -114,14 +114,17 @@ def check_provenance(owner: str, column: str, stored: Provenance | None, given: 
     """
     if stored is None or stored == given:
         return
+    remedy = "write another column or score with the same model"
     if stored.model != given.model:
         # Two models that print alike differ in dtype, or in the tail of the revision: then show all of it.
         show: Callable[[Any], str] = str if str(stored.model) != str(given.model) else repr
         was, want = f"by {show(stored.model)}", show(given.model)
     else:
         name = next(n for n in ("vocab_hash", "engine", "logprobs_mode", "top_k") if getattr(stored, n) != getattr(given, n))
-        was, want = f"with {name} {getattr(stored, name)!r}", repr(getattr(given, name))
-    raise ConflictError(f"{owner}: column {column!r} was scored {was}, expected {want}; write another column or score with the same model.")
+        was, want, remedy = f"with {name} {getattr(stored, name)!r}", repr(getattr(given, name)), "write another column or score as before"
+    if stored.model.name == given.model.name and stored.model.dtype != given.model.dtype:
+        remedy += f" (it was in {stored.model.dtype}, and this one is in {given.model.dtype})"
+    raise ConflictError(f"{owner}: column {column!r} was scored {was}, expected {want}; {remedy}.")
 
 
 def new_scores(

@@ -235,7 +235,10 @@ def _decode(folder: str | None) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    from lopd.engines.identity import looking_for
+
+    with looking_for(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     return lambda token: str(tokenizer.decode([token]))
 
 

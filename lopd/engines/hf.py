@@ -20,7 +20,7 @@ from lopd.checks import check_at_least
 from lopd.collate import target_slice
 from lopd.consistency import check_vocabulary
 from lopd.engines.decoding import Row, decode
-from lopd.engines.identity import looking_for, model_id
+from lopd.engines.identity import check_unchanged, identify, looking_for
 from lopd.engines.inputs import check_prompts, check_rollouts, check_top_k, stop_ids, stream_seed
 from lopd.engines.supports import make_scores
 from lopd.identity import ModelId, TokenizerId, fingerprint_tokenizer
@@ -94,13 +94,18 @@ class HFSource:
         return self._manifest
 
     @cached_property
+    def _identified(self) -> tuple[ModelId, int | None]:
+        return identify(self.model, self.identity)
+
+    @cached_property
     def _manifest(self) -> Manifest:
-        policy = self.identity or model_id(self.model)
+        policy, _ = self._identified
         return Manifest(fingerprint_tokenizer(self.tokenizer), policy, self.sampling, self.lineage.sft_teacher, self.generation)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
         """`samples_per_prompt` rollouts for each prompt, in their order."""
         check_prompts(prompts, self.manifest.tokenizer, context_length(self.model))
+        check_unchanged("HFSource", self.model, self._identified[1])
         rows = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
         order = sorted(range(len(rows)), key=lambda i: rows[i][0].token_ids.size)
         rollouts: dict[int, Rollout] = {}
@@ -168,10 +173,10 @@ class HFScorer:
     top_k: int = 0
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> "HFScorer":
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", *, top_k: int = 0) -> "HFScorer":
         """A scorer on a model folder or hub name."""
         model, tokenizer = load_model(folder, dtype, device)
-        return cls(model, tokenizer)
+        return cls(model, tokenizer, top_k=top_k)
 
     def __attrs_post_init__(self) -> None:
         check_at_least("HFScorer", "tokens_per_batch", self.tokens_per_batch, 1)
@@ -190,14 +195,17 @@ class HFScorer:
         return self._provenance
 
     @cached_property
+    def _identified(self) -> tuple[ModelId, int | None]:
+        return identify(self.model, self.identity)
+
+    @cached_property
     def _provenance(self) -> Provenance:
-        return Provenance(
-            self.identity or model_id(self.model), self.tokenizer_id.vocab_hash, ENGINE, "raw", self.top_k, self.tokenizer_id.eos_id
-        )
+        return Provenance(self._identified[0], self.tokenizer_id.vocab_hash, ENGINE, "raw", self.top_k, self.tokenizer_id.eos_id)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
         check_rollouts(rollouts, self.tokenizer_id, context_length(self.model))
+        check_unchanged("HFScorer", self.model, self._identified[1])
         scores: dict[int, Scores] = {}
         for part in _budgeted(rollouts, self.tokens_per_batch):
             scores.update(zip(part, self._score_batch([rollouts[i] for i in part]), strict=True))

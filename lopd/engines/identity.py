@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lopd.causal_lm import unwrap
-from lopd.errors import EngineError, ModelError
+from lopd.errors import EngineError, InvalidRecordError, LopdError, ModelError
 from lopd.identity import ModelId, hash_weights, hash_weights_in_order
 
 _INDEX = "model.safetensors.index.json"
@@ -29,6 +29,34 @@ def model_id(model: Any) -> ModelId:
     """The identity of a loaded model, by a hash of its weights."""
     name = Path(str(getattr(unwrap(model).config, "_name_or_path", "") or type(model).__name__)).name
     return ModelId(name, hash_weights(model.named_parameters()), _name_of(next(model.parameters()).dtype))
+
+
+def weights_version(model: Any) -> int:
+    """A number that grows whenever weights are changed in place, as optimizers do; torch counts without looking at values."""
+    return sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
+
+
+def identify(model: Any, identity: ModelId | None) -> tuple[ModelId, int | None]:
+    """The identity that was stated, or the hash of the weights with their version, for `check_unchanged`."""
+    return (identity, None) if identity else (model_id(model), weights_version(model))
+
+
+def check_unchanged(owner: str, model: Any, version: int | None) -> None:
+    """Stop if the weights were changed since they were hashed: rollouts or scores would be recorded as another model's.
+
+    Args:
+        owner: how messages name who computes.
+        model: whose weights.
+        version: when they were hashed; None if they were not.
+
+    Raises:
+        InvalidRecordError: they were.
+    """
+    if version is not None and weights_version(model) != version:
+        raise InvalidRecordError(
+            f"{owner}: the weights of its model were changed after it was identified, expected those of its hash; make a new one, or name the model "
+            "with `identity=`."
+        )
 
 
 def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> ModelId:
@@ -80,7 +108,9 @@ def looking_for(name: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, HFValidationError) as error:
+    except LopdError:
+        raise
+    except (OSError, ValueError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise EngineError(
             f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; check the path, "
