@@ -85,7 +85,7 @@ def verdict(manifest: Manifest, scored: Provenance) -> str:
 
     >>> from lopd.testing import tiny_manifest, tiny_provenance
     >>> verdict(tiny_manifest(), tiny_provenance("other"))
-    'not consistent: its SFT teacher is not recorded'
+    'not known: its SFT teacher is not recorded'
     """
     if manifest.policy.same_weights(scored.model):
         return "the policy itself"
@@ -93,8 +93,10 @@ def verdict(manifest: Manifest, scored: Provenance) -> str:
         return "consistent: it is the SFT teacher"
     if _is_one_of_several(manifest, scored):
         return f"consistent on its own prompts: it is one of the SFT teachers {manifest.sft_teacher}"
-    teacher = "its SFT teacher is not recorded" if manifest.sft_teacher is None else f"the SFT teacher is {manifest.sft_teacher}"
-    return f"not consistent: {teacher}{', but these scores are residuals' if scored.residual else ''}"
+    residual = ", but these scores are residuals" if scored.residual else ""
+    if manifest.sft_teacher is None:
+        return f"not known: its SFT teacher is not recorded{residual}"
+    return f"not consistent: the SFT teacher is {manifest.sft_teacher}{residual}"
 
 
 def _is_one_of_several(manifest: Manifest, teacher: Provenance) -> bool:

@@ -110,7 +110,7 @@ def test_the_summary_says_who_sampled_who_scored_and_how_training_went(write, st
     assert facts["sampled by"][0] == "policy@rev-p"
     assert "the first of 2 rounds" in facts["sampled by"][1]
     assert facts["scored by"][:2] == ("T@rev-T", "12 of 12 rollouts; by made-up 1.0")
-    assert facts["teacher consistency"] == ("not consistent", "its SFT teacher is not recorded", "bad")
+    assert facts["teacher consistency"] == ("not known", "its SFT teacher is not recorded", "bad")
     assert facts["training"][:2] == ("12 steps", "96 rollouts, 10,800 tokens, 30.0 s")
     assert facts["reverse KL, first and last step"][0] == "0.900 → 0.570"
 
@@ -224,7 +224,7 @@ def test_who_made_what(write, store):
     assert columns["column"] == ["teacher", "behavior"]
     assert columns["model"][0] == "T@rev-T, float32"
     assert columns["rollouts scored"] == ["12 of 12", "12 of 12"]
-    assert columns["as teacher"][0] == "not consistent: its SFT teacher is not recorded"
+    assert columns["as teacher"][0] == "not known: its SFT teacher is not recorded"
 
 
 def test_every_text_is_escaped(write, tmp_path):

@@ -137,7 +137,7 @@ def test_the_doctor_writes_one(tmp_path, capsys):
     assert out.read_text().count("<section>") == 2
     assert main(["report", str(tmp_path / "s.zarr"), "--columns", "teacher"]) == 2
     assert main(["info", str(tmp_path / "s.zarr")]) == 0
-    assert "not consistent: its SFT teacher is not recorded" in " ".join(capsys.readouterr().out.split())
+    assert "not known: its SFT teacher is not recorded" in " ".join(capsys.readouterr().out.split())
 
 
 # --- in a browser ---------------------------------------------------------------------------------------------------------------------
