@@ -122,7 +122,8 @@ def batches(
 
     Warns:
         RepeatedRolloutsWarning: a step is larger than what there is to train on.
-        AdvantageWarning: without a `ref`, so without an importance ratio, if many stored advantages are far below 0 (`lopd.guards`).
+        AdvantageWarning: without a `ref`, so without an importance ratio, and without `top_k`, if many stored advantages are far below 0
+            (`lopd.guards`).
 
     Raises:
         TeacherConsistencyError: see `check_teacher_consistency`.
@@ -154,7 +155,7 @@ def batches(
         check_reference(store, ref, store.generations)
     provenances = columns.provenances(store)
     check_teacher_consistency(store.manifest, provenances, consistency)
-    for column in columns.teachers if ref is None else ():
+    for column in columns.teachers if ref is None and not top_k else ():
         judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
     lineage = lineage_after(store.manifest, provenances)
     return StepStream(lineage, store, usable, columns, count, tokens_per_batch, seed, start, stop, weighting, ranks or Ranks.current())

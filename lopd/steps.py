@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from attrs import evolve, fields, frozen
+from attrs import evolve, field, fields, frozen
 from torch import Tensor
 
 from lopd.drift import Drift
+
+
+def _shape(values: Tensor | None) -> str:
+    """What a prompt shows of a tensor: thousands of numbers would hide the rest."""
+    return "None" if values is None else str(tuple(values.shape))
 
 
 @frozen(eq=False)
@@ -32,16 +37,16 @@ class Batch:
         top_k_tail: (N,) float32, the probability that the teacher gives to all other tokens.
     """
 
-    inputs: Tensor
-    targets: Tensor
-    position_ids: Tensor
-    segment_ids: Tensor
-    weight: Tensor
-    teacher_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-    top_k_ids: Tensor | None = None
-    top_k_logprobs: Tensor | None = None
-    top_k_tail: Tensor | None = None
+    inputs: Tensor = field(repr=_shape)
+    targets: Tensor = field(repr=_shape)
+    position_ids: Tensor = field(repr=_shape)
+    segment_ids: Tensor = field(repr=_shape)
+    weight: Tensor = field(repr=_shape)
+    teacher_logprobs: Tensor | None = field(default=None, repr=_shape)
+    ref_logprobs: Tensor | None = field(default=None, repr=_shape)
+    top_k_ids: Tensor | None = field(default=None, repr=_shape)
+    top_k_logprobs: Tensor | None = field(default=None, repr=_shape)
+    top_k_tail: Tensor | None = field(default=None, repr=_shape)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""

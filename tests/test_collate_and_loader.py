@@ -193,6 +193,14 @@ def test_a_rollout_in_which_no_token_counts_weighs_nothing(weighting: Weighting)
     assert collate([scored(make_rollout("a", [1, 2], [3, 4], [False, False]), {})], weighting).weight.tolist() == [0, 0, 0]
 
 
+def test_a_step_says_shapes_and_no_thousands_of_numbers() -> None:
+    step = numbered_stream(4, 4).step(0)
+    (batch,) = step.batches
+    assert f"inputs=({batch.inputs.numel()},)" in repr(step)
+    assert "ref_logprobs=None" in repr(step)
+    assert len(repr(step)) < 400
+
+
 def test_columns_that_were_not_asked_for_are_none() -> None:
     batch = collate(random_records(0, 2))
     assert batch.teacher_logprobs is None

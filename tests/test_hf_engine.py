@@ -502,3 +502,8 @@ def test_candidates_that_the_head_rules_out_get_the_floor_and_no_mass(models, to
     assert (support.logprobs[:, 10:] == -100).all()
     assert (support.ids[:, :10] < 10).all()
     np.testing.assert_allclose(support.tail, 0, atol=1e-6)
+
+
+def test_a_source_and_a_scorer_say_which_model_they_have(llama, tokenizer):
+    assert repr(HFScorer(llama, tokenizer)).startswith("HFScorer(model=LlamaForCausalLM, ")
+    assert repr(HFSource(llama, tokenizer, SamplingParams())).startswith("HFSource(model=LlamaForCausalLM, sampling=")

@@ -20,7 +20,7 @@ from lopd.checks import check_at_least
 from lopd.collate import target_slice
 from lopd.consistency import check_vocabulary
 from lopd.engines.decoding import Row, decode
-from lopd.engines.identity import check_unchanged, identify, looking_for
+from lopd.engines.identity import check_unchanged, identify, looking_for, model_name
 from lopd.engines.inputs import check_prompts, check_rollouts, check_top_k, stop_ids, stream_seed
 from lopd.engines.supports import make_scores
 from lopd.identity import ModelId, TokenizerId, fingerprint_tokenizer
@@ -70,7 +70,7 @@ class HFSource:
         ModelError: see `lopd.causal_lm.check_cut`.
     """
 
-    model: Any = field(repr=False)
+    model: Any = field(repr=model_name)
     tokenizer: Any = field(repr=False)
     sampling: SamplingParams = field(factory=SamplingParams)
     lineage: Lineage = field(factory=Lineage)
@@ -165,7 +165,7 @@ class HFScorer:
         ModelError: see `lopd.causal_lm.check_cut`.
     """
 
-    model: Any = field(repr=False)
+    model: Any = field(repr=model_name)
     tokenizer: Any = field(repr=False)
     tokens_per_batch: int = 8192
     rows_per_chunk: int = 512

@@ -27,8 +27,12 @@ _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 
 def model_id(model: Any) -> ModelId:
     """The identity of a loaded model, by a hash of its weights."""
-    name = Path(str(getattr(unwrap(model).config, "_name_or_path", "") or type(model).__name__)).name
-    return ModelId(name, hash_weights(model.named_parameters()), _name_of(next(model.parameters()).dtype))
+    return ModelId(model_name(model), hash_weights(model.named_parameters()), _name_of(next(model.parameters()).dtype))
+
+
+def model_name(model: Any) -> str:
+    """The folder or hub name that a model was loaded from, without what is above it; or what kind it is."""
+    return Path(str(getattr(unwrap(model).config, "_name_or_path", "") or type(model).__name__)).name
 
 
 def weights_version(model: Any) -> int:
