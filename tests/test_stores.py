@@ -27,6 +27,7 @@ from s3_server import S3Server
 
 from lopd.backends import local_files
 from lopd.backends.commit_log import CommitLog, seal, unseal
+from lopd.backends.lance_store import LanceStore
 from lopd.backends.local_files import LocalFiles
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr_format import Codec
@@ -45,7 +46,7 @@ from lopd.errors import (
     StoreWriteError,
 )
 from lopd.identity import ModelId
-from lopd.manifest import Manifest
+from lopd.manifest import Manifest, SamplingParams
 from lopd.protocols import LogprobStore
 from lopd.testing import (
     StoreConformance,
@@ -126,6 +127,18 @@ class TestZarrStoreOnS3(StoreConformance):
 def place(store: ZarrStore) -> Path:
     """The folder of a local store."""
     return Path(store._files.url)
+
+
+@pytest.mark.parametrize("kind", ["memory", "zarr", "lance"])
+def test_a_store_is_made_with_a_manifest_and_not_with_a_source(kind: str, tmp_path: Path) -> None:
+    make: dict[str, Callable[[Any], Any]] = {
+        "memory": MemoryStore,
+        "zarr": lambda manifest: ZarrStore.open_or_create(tmp_path / "s", manifest),
+        "lance": lambda manifest: LanceStore.create(tmp_path / "s", manifest),
+    }
+    with pytest.raises(InvalidRecordError, match=r"its manifest is a SamplingParams, expected a Manifest; pass `source\.manifest`"):
+        make[kind](SamplingParams())
+    assert not list(tmp_path.glob("s/*"))
 
 
 class StoreMachine(RuleBasedStateMachine):

@@ -21,7 +21,7 @@ from attrs import evolve, field, frozen
 
 from lopd.backends.commit_log import seal, unseal
 from lopd.backends.files import Files, names_in
-from lopd.backends.ragged import LogprobDtype
+from lopd.backends.ragged import LogprobDtype, check_manifest
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
 from lopd.identity import ModelId
 from lopd.manifest import Commit, Manifest, Provenance
@@ -94,6 +94,7 @@ def create_root(files: Files, manifest: Manifest, logprob_dtype: LogprobDtype) -
         StoreExistsError: a store, or anything else, is there.
         StoreWriteError: the storage refused.
     """
+    check_manifest(f"Store {files.url}", manifest)
     if logprob_dtype not in get_args(LogprobDtype):
         raise InvalidRecordError(
             f"Store {files.url}: logprob_dtype is {logprob_dtype!r}, expected one of {', '.join(get_args(LogprobDtype))}; pass one of them."

@@ -23,6 +23,7 @@ class MemoryStore:
 
     def __init__(self, manifest: Manifest) -> None:
         """Empty."""
+        ragged.check_manifest("MemoryStore", manifest)
         self._manifest = manifest
         self._rollouts: list[Rollout] = []
         self._rows: dict[str, int] = {}

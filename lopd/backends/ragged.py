@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lopd.arrays import Float32Array
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.identity import ModelId
-from lopd.manifest import Provenance
+from lopd.manifest import Manifest, Provenance
 from lopd.types import BEHAVIOR_COLUMN, Rollout, Scores
 
 LogprobDtype = Literal["float32", "float16"]
@@ -104,6 +104,16 @@ def check_column(owner: str, column: str) -> None:
             f"{owner}: the column name is {column!r}, expected any other, because it stands for the rollouts' own behavior_logprobs; "
             "append rollouts that carry them, or choose another name."
         )
+
+
+def check_manifest(owner: str, manifest: object) -> None:
+    """Refuse what is no manifest: a source, say, which has one.
+
+    Raises:
+        InvalidRecordError: it is something else.
+    """
+    if not isinstance(manifest, Manifest):
+        raise InvalidRecordError(f"{owner}: its manifest is a {type(manifest).__name__}, expected a Manifest; pass `source.manifest`.")
 
 
 def check_provenance(owner: str, column: str, stored: Provenance | None, given: Provenance) -> None:

@@ -8,7 +8,7 @@ from attrs import asdict, frozen
 
 from lopd.backends.commit_log import checksum, dump
 from lopd.backends.files import Files, names_in
-from lopd.backends.ragged import LogprobDtype
+from lopd.backends.ragged import LogprobDtype, check_manifest
 from lopd.backends.zarr_format import METADATA_FILE, Codec, group_document
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
 from lopd.manifest import Manifest
@@ -52,9 +52,11 @@ def create_root(files: Files, manifest: Manifest, storage: StorageTypes) -> None
     """Make an empty store; of several creators, one wins.
 
     Raises:
+        InvalidRecordError: the manifest is none.
         StoreExistsError: a store, or anything else, is there.
         StoreWriteError: the storage refused.
     """
+    check_manifest(f"Store {files.url}", manifest)
     try:
         free = not names_in(files) and files.put_if_absent(METADATA_FILE, _document(manifest.to_json(), asdict(storage), uuid4().hex))
     except StoreWriteError:
