@@ -3,6 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from vllm_stub import EOS, VOCAB, Stub
 from lopd.engines import http_pool
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.http_pool import Servers
+from lopd.engines.inputs import check_prompts, check_rollouts
 from lopd.engines.server import ServerScorer, ServerSource
-from lopd.errors import InvalidRecordError
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
 from lopd.identity import ModelId, TokenizerId
 from lopd.manifest import Manifest, Provenance, SamplingParams
 from lopd.protocols import RolloutSource, TeacherScorer
@@ -27,6 +29,7 @@ from lopd.types import Prompt, Rollout, Scores, TopK, rollout_id
 TABLE = TokenizerId("table-vocabulary", VOCAB, EOS, None, None, "")
 MODEL = ModelId("table", "1", "float32")
 TOKENIZER = build_tokenizer()
+TABLE_CONTEXT = 64
 SIZES = ((1, 1), (3, 7), (6, 4), (2, 12))
 
 
@@ -47,11 +50,27 @@ def filler(length: int) -> Rollout:
     return Rollout("filler", [2] * (length - 1), [3], [True], "length")
 
 
-class TestHFSource(SourceConformance):
-    kind = "llama_tied"
+class CountedModel:
+    """Counts forward passes of all models of a test."""
 
+    kind = "llama_tied"
+    forwards = 0
+
+    def model(self) -> Any:
+        model = build_model(self.kind, seed=2)
+        model.get_input_embeddings().register_forward_pre_hook(self._count)
+        return model
+
+    def _count(self, *_: Any) -> None:
+        self.forwards += 1
+
+    def work(self) -> int | None:
+        return self.forwards
+
+
+class TestHFSource(CountedModel, SourceConformance):
     def make(self, sampling: SamplingParams, generation: int) -> RolloutSource:
-        return HFSource(build_model(self.kind, seed=2), TOKENIZER, sampling, generation=generation, rows_per_batch=3)
+        return HFSource(self.model(), TOKENIZER, sampling, generation=generation, rows_per_batch=3)
 
     def prompts(self) -> Sequence[Prompt]:
         return some_prompts(TOKENIZER_ID.vocab_size)
@@ -67,11 +86,11 @@ class TestHFSourceWithAPaddedHead(TestHFSource):
     kind = "qwen3_padded"
 
 
-class TestHFScorer(ScorerConformance):
-    kind, top_k = "llama_tied", 0
+class TestHFScorer(CountedModel, ScorerConformance):
+    top_k = 0
 
     def make(self) -> TeacherScorer:
-        return HFScorer(build_model(self.kind, seed=2), TOKENIZER, tokens_per_batch=16, rows_per_chunk=5, top_k=self.top_k)
+        return HFScorer(self.model(), TOKENIZER, tokens_per_batch=16, rows_per_chunk=5, top_k=self.top_k)
 
     def tokenizer(self) -> TokenizerId:
         return TOKENIZER_ID
@@ -96,9 +115,13 @@ class Served:
         monkeypatch.delenv("VLLM_API_KEY", raising=False)
         stubs = [Stub(), Stub()]
         self.servers = Servers([stub.url for stub in stubs], model="table", patience_s=20, timeout_s=20)
+        self.stubs = stubs
         yield
         for stub in stubs:
             stub.close()
+
+    def work(self) -> int | None:
+        return sum(len(stub.requests) for stub in self.stubs)
 
 
 class TestServerSource(Served, SourceConformance):
@@ -109,7 +132,7 @@ class TestServerSource(Served, SourceConformance):
         return some_prompts(VOCAB)
 
     def too_long(self) -> Prompt | None:
-        return Prompt("filler", [2] * 64)
+        return Prompt("filler", [2] * TABLE_CONTEXT)
 
     def scorer(self) -> TeacherScorer | None:
         return ServerScorer(self.servers, TABLE, MODEL)
@@ -128,7 +151,7 @@ class TestServerScorer(Served, ScorerConformance):
         return some_rollouts(VOCAB)
 
     def too_long(self) -> Rollout | None:
-        return filler(64 + 1)
+        return filler(TABLE_CONTEXT + 1)
 
 
 class TestServerScorerWithTopK(TestServerScorer):
@@ -138,10 +161,14 @@ class TestServerScorerWithTopK(TestServerScorer):
 # The suites must catch what is wrong.
 
 
-def broken_clauses(suite: Any) -> list[str]:
-    """The clauses that fail, with all their arguments; those that are left out count as kept."""
+def clauses(suite: Any) -> list[str]:
+    return [name for name in dir(suite) if name.startswith("test_")]
+
+
+def broken_clauses(suite: Any, left_out: list[str] | None = None) -> list[str]:
+    """The clauses that fail with any of their arguments; those that are skipped count as kept, and are added to `left_out`."""
     broken = []
-    for name in (name for name in dir(suite) if name.startswith("test_")):
+    for name in clauses(suite):
         clause = getattr(suite, name)
         marks = [mark.args for mark in getattr(clause, "pytestmark", ()) if mark.name == "parametrize"]
         names = list(inspect.signature(clause).parameters)
@@ -150,7 +177,8 @@ def broken_clauses(suite: Any) -> list[str]:
             try:
                 clause(**dict(zip(names, arguments, strict=True)))
             except Skipped:
-                pass
+                if left_out is not None:
+                    left_out.append(name)
             except (Exception, pytest.fail.Exception):  # whatever is raised fails a test
                 broken.append(name)
     return sorted(set(broken))
@@ -158,6 +186,49 @@ def broken_clauses(suite: Any) -> list[str]:
 
 TABLE_VV = np.log(np.random.default_rng(0).dirichlet(np.full(VOCAB, 0.3), VOCAB)).astype(np.float32)
 Change = Callable[..., Any]
+#: What the table was asked for, by whomever.
+WORK: list[str] = []
+
+
+def unchecked(items: Sequence[Any]) -> None:
+    """Refuses nothing."""
+
+
+def nameless(check: Change) -> Change:
+    """Refuses the same, and does not say what."""
+
+    def refuse(items: Sequence[Any]) -> None:
+        try:
+            check(items)
+        except (ContextOverflowError, InvalidRecordError) as error:
+            raise type(error)("one of them will not do") from error
+
+    return refuse
+
+
+def as_if_all_were_wrong(check: Change) -> Change:
+    """Refuses the same, with the error that ends a run."""
+
+    def refuse(items: Sequence[Any]) -> None:
+        try:
+            check(items)
+        except (ContextOverflowError, InvalidRecordError) as error:
+            raise EngineError(str(error)) from error
+
+    return refuse
+
+
+def refuse_prompts(prompts: Sequence[Prompt]) -> None:
+    check_prompts(prompts, TABLE, TABLE_CONTEXT)
+
+
+def refuse_rollouts(rollouts: Sequence[Rollout]) -> None:
+    check_rollouts(rollouts, TABLE, TABLE_CONTEXT)
+
+
+def refuse_responses(rollouts: Sequence[Rollout]) -> None:
+    """Never looks at a prompt."""
+    check_rollouts([evolve(rollout, prompt_ids=[2] * rollout.prompt_ids.size) for rollout in rollouts], TABLE, TABLE_CONTEXT)
 
 
 @frozen
@@ -167,19 +238,20 @@ class TableSource:
     sampling: SamplingParams
     generation: int = 0
     change: Change = lambda source, prompts, rollouts: rollouts  # the mistakes have these arguments too
+    refuse: Change = refuse_prompts
 
     @property
     def manifest(self) -> Manifest:
         return Manifest(TABLE, MODEL, self.sampling, generation=self.generation)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
+        self.refuse(prompts)
         rows = itertools.product(prompts, range(self.sampling.samples_per_prompt))
         return list(self.change(self, prompts, [self._one(prompt, sample) for prompt, sample in rows]))
 
     def _one(self, prompt: Prompt, sample: int) -> Rollout:
-        if prompt.token_ids.max() >= VOCAB:
-            raise InvalidRecordError(f"Prompt {prompt.prompt_id!r}: outside")
         name = rollout_id(prompt.prompt_id, sample, self.generation)
+        WORK.append(name)
         random = np.random.default_rng([self.sampling.seed, *name.encode()])
         stop_ids, ids, logprobs = self.sampling.stop_ids or (EOS,), [int(prompt.token_ids[-1])], []
         while len(ids) <= self.sampling.max_new_tokens and (len(ids) == 1 or ids[-1] not in stop_ids):
@@ -198,17 +270,18 @@ class TableScorer:
     top_k: int = 0
     change: Change = lambda rollouts, scores: scores  # likewise
     name: str = "table"
+    refuse: Change = refuse_rollouts
 
     @property
     def provenance(self) -> Provenance:
         return Provenance(evolve(MODEL, name=self.name), TABLE.vocab_hash, "table 1.0", top_k=self.top_k, eos_id=EOS)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
+        self.refuse(rollouts)
         return list(self.change(rollouts, [self._one(rollout) for rollout in rollouts]))
 
     def _one(self, rollout: Rollout) -> Scores:
-        if rollout.response_ids.max() >= VOCAB:
-            raise InvalidRecordError(f"Rollout {rollout.rollout_id!r}: outside")
+        WORK.append(rollout.rollout_id)
         rows_TV = TABLE_VV[np.concatenate([rollout.prompt_ids[-1:], rollout.response_ids[:-1]])]
         ids_TK = np.argsort(-rows_TV, axis=1, kind="stable")[:, : self.top_k]
         among_TK = np.take_along_axis(rows_TV, ids_TK, axis=1)
@@ -225,8 +298,14 @@ class TableSourceSuite(SourceConformance):
     def prompts(self) -> Sequence[Prompt]:
         return some_prompts(VOCAB)
 
+    def too_long(self) -> Prompt | None:
+        return Prompt("filler", [2] * TABLE_CONTEXT)
+
     def scorer(self) -> TeacherScorer | None:
         return TableScorer()
+
+    def work(self) -> int | None:
+        return len(WORK)
 
 
 class TableScorerSuite(ScorerConformance):
@@ -241,13 +320,23 @@ class TableScorerSuite(ScorerConformance):
     def rollouts(self) -> Sequence[Rollout]:
         return some_rollouts(VOCAB)
 
+    def too_long(self) -> Rollout | None:
+        return filler(TABLE_CONTEXT + 1)
 
-def test_the_suites_accept_what_is_right() -> None:
-    assert broken_clauses(TableSourceSuite()) == []
-    for top_k in (0, 3):
-        suite = TableScorerSuite()
-        type(suite).make_scorer = staticmethod(lambda k=top_k: TableScorer(k))
-        assert broken_clauses(suite) == []
+    def work(self) -> int | None:
+        return len(WORK)
+
+
+class TableTopKSuite(TableScorerSuite):
+    make_scorer = staticmethod(lambda: TableScorer(3))
+
+
+@pytest.mark.parametrize("suite", [TableSourceSuite, TableScorerSuite, TableTopKSuite])
+def test_the_suites_accept_what_is_right(suite: type) -> None:
+    left_out: list[str] = []
+    assert broken_clauses(suite(), left_out) == []
+    assert all("most_likely" in name for name in left_out), "all that a suite can ask is asked here"
+    assert not left_out or suite is TableScorerSuite
 
 
 def resampled(source: TableSource, prompts: Sequence[Prompt], **fields: Any) -> list[Rollout]:
@@ -290,6 +379,15 @@ SOURCE_MISTAKES: dict[str, tuple[Change, str]] = {
         lambda s, p, rs: [evolve(r, behavior_logprobs=r.behavior_logprobs / s.sampling.temperature) for r in rs],
         "test_reported_log_probs_are_of_the_whole_distribution_at_temperature_1",
     ),
+    "ids of padding rows": (
+        lambda s, p, rs: [evolve(r, response_ids=r.response_ids + VOCAB) for r in rs],
+        "test_ids_are_within_the_vocabulary",
+    ),
+    "no prompts are too few": (lambda s, p, rs: [rs[0], *rs[1:]], "test_no_prompts_give_no_rollouts"),
+    "another answer from each source": (
+        lambda s, p, rs: resampled(s, p, seed=id(s)),
+        "test_what_it_gives_can_be_collected_and_collecting_again_changes_nothing",
+    ),
     "log-probs of some": (
         lambda s, p, rs: [evolve(r, behavior_logprobs=None) if i % 2 else r for i, r in enumerate(rs)],
         "test_reported_log_probs_are_of_the_whole_distribution_at_temperature_1",
@@ -297,10 +395,38 @@ SOURCE_MISTAKES: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "clause"), SOURCE_MISTAKES.values(), ids=SOURCE_MISTAKES)
-def test_the_suite_rejects_a_source_that_is_wrong(change: Change, clause: str) -> None:
+class SourceThatForgetsItsRound(TableSource):
+    @property
+    def manifest(self) -> Manifest:
+        return evolve(TableSource.manifest.fget(self), generation=0)
+
+
+class SourceThatChecksOneByOne(TableSource):
+    def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
+        return [rollout for prompt in prompts for rollout in TableSource.sample(self, [prompt])]
+
+
+NO_ROOM, OUTSIDE = (
+    "test_a_prompt_that_leaves_no_room_is_refused_and_named",
+    "test_an_id_outside_the_vocabulary_is_refused_and_its_prompt_named",
+)
+WRONG_SOURCES: dict[str, tuple[Change, str]] = {
+    **{name: (partial(TableSource, change=change), clause) for name, (change, clause) in SOURCE_MISTAKES.items()},
+    "the manifest forgets the round": (SourceThatForgetsItsRound, "test_the_manifest_says_what_was_asked_for"),
+    "long prompts are sampled": (partial(TableSource, refuse=unchecked), NO_ROOM),
+    "which prompt is too long is not said": (partial(TableSource, refuse=nameless(refuse_prompts)), NO_ROOM),
+    "a long prompt ends the run": (partial(TableSource, refuse=as_if_all_were_wrong(refuse_prompts)), NO_ROOM),
+    "ids are not checked": (partial(TableSource, refuse=unchecked), OUTSIDE),
+    "which prompt has a strange id is not said": (partial(TableSource, refuse=nameless(refuse_prompts)), OUTSIDE),
+    "a strange id ends the run": (partial(TableSource, refuse=as_if_all_were_wrong(refuse_prompts)), OUTSIDE),
+    "it samples what comes before the refused one": (SourceThatChecksOneByOne, "test_a_call_that_is_refused_samples_nothing"),
+}
+
+
+@pytest.mark.parametrize(("make", "clause"), WRONG_SOURCES.values(), ids=WRONG_SOURCES)
+def test_the_suite_rejects_a_source_that_is_wrong(make: Change, clause: str) -> None:
     class Suite(TableSourceSuite):
-        make_source = staticmethod(lambda sampling, generation: TableSource(sampling, generation, change))
+        make_source = staticmethod(make)
 
     assert clause in broken_clauses(Suite())
 
@@ -310,6 +436,17 @@ def rescored(change: Change) -> Change:
     return lambda rollouts, scores: [
         evolve(score, logprobs=change(rollout, score.logprobs)) for rollout, score in zip(rollouts, scores, strict=True)
     ]
+
+
+def resupported(change: Change) -> Change:
+    """Of the support of each rollout, given the call."""
+    return lambda rollouts, scores: [
+        evolve(score, top_k=TopK(*change(rollouts, score.top_k.ids, score.top_k.logprobs, score.top_k.tail))) for score in scores
+    ]
+
+
+def with_tail(ids: Any, logprobs: Any) -> tuple[Any, Any, Any]:
+    return ids, logprobs, 1 - np.exp(logprobs).sum(1)
 
 
 SCORER_MISTAKES: dict[str, tuple[int, Change, str]] = {
@@ -332,31 +469,75 @@ SCORER_MISTAKES: dict[str, tuple[int, Change, str]] = {
     ),
     "support of one token fewer": (
         3,
-        lambda rs, ss: [
-            evolve(s, top_k=TopK(s.top_k.ids[:, 1:], s.top_k.logprobs[:, 1:], 1 - np.exp(s.top_k.logprobs[:, 1:]).sum(1))) for s in ss
-        ],
+        resupported(lambda rs, ids, logprobs, tail: with_tail(ids[:, 1:], logprobs[:, 1:])),
+        "test_the_most_likely_tokens_are_those_that_the_provenance_promises",
+    ),
+    "no rollouts are too few": (0, lambda rs, ss: [ss[0], *ss[1:]], "test_no_rollouts_give_no_scores"),
+    "log-probs of the support in another order than its ids": (
+        3,
+        resupported(lambda rs, ids, logprobs, tail: (ids, logprobs[:, ::-1], tail)),
+        "test_each_of_the_most_likely_tokens_has_the_log_prob_that_it_has_as_a_response",
+    ),
+    "support that depends on the company": (
+        3,
+        resupported(lambda rs, ids, logprobs, tail: with_tail(ids, logprobs - 0.01 * len(rs))),
+        "test_the_most_likely_tokens_are_as_likely_alone_as_in_company",
+    ),
+    "a tail that is a little too small": (
+        3,
+        resupported(lambda rs, ids, logprobs, tail: (ids, logprobs, np.where(tail > 0.005, tail - 0.005, tail))),
         "test_the_most_likely_tokens_are_those_that_the_provenance_promises",
     ),
     "support of the next token": (
         3,
-        lambda rs, ss: [
-            evolve(s, top_k=TopK(*(np.roll(part, 1, 0) for part in (s.top_k.ids, s.top_k.logprobs, s.top_k.tail)))) for s in ss
-        ],
+        resupported(lambda rs, *parts: [np.roll(part, 1, 0) for part in parts]),
         "test_the_most_likely_tokens_are_those_that_the_provenance_promises",
     ),
 }
 
 
-@pytest.mark.parametrize(("top_k", "change", "clause"), SCORER_MISTAKES.values(), ids=SCORER_MISTAKES)
-def test_the_suite_rejects_a_scorer_that_is_wrong(top_k: int, change: Change, clause: str) -> None:
+class ScorerThatChecksOneByOne(TableScorer):
+    def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
+        return [scores for rollout in rollouts for scores in TableScorer.score(self, [rollout])]
+
+
+def renamed() -> TableScorer:
+    return TableScorer(name=f"table {next(CALLS)}")
+
+
+OVERFLOW, STRANGE = "test_a_rollout_longer_than_the_context_is_refused_and_named", OUTSIDE.replace("prompt", "rollout")
+WRONG_SCORERS: dict[str, tuple[Change, str]] = {
+    **{name: (partial(TableScorer, top_k, change), clause) for name, (top_k, change, clause) in SCORER_MISTAKES.items()},
+    "the name changes": (renamed, "test_the_provenance_says_the_same_each_time_and_names_the_vocabulary"),
+    "a column cannot be continued": (renamed, "test_a_store_is_scored_once"),
+    "long rollouts are scored": (partial(TableScorer, refuse=unchecked), OVERFLOW),
+    "which rollout is too long is not said": (partial(TableScorer, refuse=nameless(refuse_rollouts)), OVERFLOW),
+    "a long rollout ends the run": (partial(TableScorer, refuse=as_if_all_were_wrong(refuse_rollouts)), OVERFLOW),
+    "ids of prompts are not checked": (partial(TableScorer, refuse=refuse_responses), STRANGE),
+    "which rollout has a strange id is not said": (partial(TableScorer, refuse=nameless(refuse_rollouts)), STRANGE),
+    "a strange id ends the run": (partial(TableScorer, refuse=as_if_all_were_wrong(refuse_rollouts)), STRANGE),
+    "it scores what comes before the refused one": (ScorerThatChecksOneByOne, "test_a_call_that_is_refused_computes_nothing"),
+}
+
+
+@pytest.mark.parametrize(("make", "clause"), WRONG_SCORERS.values(), ids=WRONG_SCORERS)
+def test_the_suite_rejects_a_scorer_that_is_wrong(make: Change, clause: str) -> None:
     class Suite(TableScorerSuite):
-        make_scorer = staticmethod(lambda: TableScorer(top_k, change))
+        make_scorer = staticmethod(make)
 
     assert clause in broken_clauses(Suite())
 
 
-def test_the_suite_rejects_a_scorer_whose_name_changes() -> None:
-    class Suite(TableScorerSuite):
-        make_scorer = staticmethod(lambda: TableScorer(name=f"table {next(CALLS)}"))
+@pytest.mark.parametrize(("suite", "wrong"), [(SourceConformance, WRONG_SOURCES), (ScorerConformance, WRONG_SCORERS)])
+def test_every_clause_is_one_that_something_wrong_breaks(suite: type, wrong: dict[str, tuple[Change, str]]) -> None:
+    assert {clause for _, clause in wrong.values()} == set(clauses(suite))
 
-    assert "test_the_provenance_says_the_same_each_time_and_names_the_vocabulary" in broken_clauses(Suite())
+
+@pytest.mark.parametrize("suite", [TableSourceSuite, TableScorerSuite])
+def test_a_count_that_stands_still_is_rejected(suite: Any) -> None:
+    class Suite(suite):
+        def work(self) -> int | None:
+            return 0
+
+    (broken,) = broken_clauses(Suite())
+    assert broken.startswith("test_a_call_that_is_refused_")

@@ -1,6 +1,7 @@
 """The contract of a `TeacherScorer`, one test a clause: whether its numbers are log-probs of one model, each at its own token."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,6 +42,10 @@ class ScorerConformance:
 
     def too_long(self) -> Rollout | None:
         """A rollout that is longer than the model's context; None where there is no limit."""
+        return None
+
+    def work(self) -> int | None:
+        """How much all that `make` gave has computed so far, in any unit (forward passes, requests); None if nobody counts."""
         return None
 
     def _longest(self) -> Rollout:
@@ -109,12 +114,35 @@ class ScorerConformance:
         assert top_k.ids.shape == (rollout.response_ids.size, k)
         assert all(len(set(ids)) == k for ids in top_k.ids.tolist()), "each token once"
         assert 0 <= top_k.ids.min() <= top_k.ids.max() < self.tokenizer().vocab_size
+        # `TopK` itself allows ten times as much
+        assert (np.abs(_mass(top_k) - 1) <= max(self.tolerance, 1e-3)).all(), "the tail is not what the most likely tokens leave"
         least_T, among_TK = top_k.logprobs.min(axis=1), top_k.ids == rollout.response_ids[:, None]
         assert (score.logprobs[~among_TK.any(axis=1)] <= least_T[~among_TK.any(axis=1)] + self.tolerance).all(), (
             "a likelier one is left out"
         )
         gaps = np.abs(top_k.logprobs - score.logprobs[:, None])[among_TK]
         assert not gaps.size or gaps.mean() <= self.tolerance, "the sampled token has two log-probs"
+
+    def test_each_of_the_most_likely_tokens_has_the_log_prob_that_it_has_as_a_response(self) -> None:
+        scorer, whole = self.make(), self._longest()
+        if not scorer.provenance.top_k:
+            pytest.skip("it keeps no most likely tokens")
+        top_k = _support(scorer.score([whole])[0])
+        for place in (0, whole.response_ids.size - 1):
+            here = _cut(whole, start=place, stop=place + 1)
+            nexts = [evolve(here, response_ids=[token], rollout_id=f"next {token} at {place}") for token in top_k.ids[place].tolist()]
+            self._assert_near(scorer.score(nexts), list(top_k.logprobs[place][:, None]), "from among the most likely to sampled")
+
+    def test_the_most_likely_tokens_are_as_likely_alone_as_in_company(self) -> None:
+        scorer, rollouts = self.make(), self.rollouts()
+        if not scorer.provenance.top_k:
+            pytest.skip("it keeps no most likely tokens")
+        for rollout, score in zip(rollouts, scorer.score(rollouts), strict=True):
+            # which of two equally likely tokens comes last may depend on rounding
+            alone, company = (_support(one) for one in (scorer.score([rollout])[0], score))
+            gap = np.abs(np.sort(alone.logprobs).astype(np.float64) - np.sort(company.logprobs)).mean()
+            assert gap <= self.tolerance, f"{rollout.rollout_id}: {gap} nats a token from alone to in company"
+            assert np.abs(alone.tail.astype(np.float64) - company.tail).mean() <= self.tolerance, rollout.rollout_id
 
     def test_a_rollout_longer_than_the_context_is_refused_and_named(self) -> None:
         rollout = self.too_long()
@@ -123,11 +151,29 @@ class ScorerConformance:
         with pytest.raises(ContextOverflowError, match=f"'{rollout.rollout_id}'"):
             self.make().score([*self.rollouts(), rollout])
 
-    def test_an_id_outside_the_vocabulary_is_refused_and_its_rollout_named(self) -> None:
-        whole = self._longest()
-        outside = evolve(whole, rollout_id="outside", response_ids=[*whole.response_ids[:-1], self.tokenizer().vocab_size])
+    def _outside(self, field: str) -> Rollout:
+        """A rollout whose prompt begins, or whose response ends, with an id outside the vocabulary."""
+        whole, outside = self._longest(), self.tokenizer().vocab_size
+        prompt_ids, response_ids = [outside, *whole.prompt_ids[1:]], [*whole.response_ids[:-1], outside]
+        changed: dict[str, Any] = {field: prompt_ids if field == "prompt_ids" else response_ids}
+        return evolve(whole, rollout_id="outside", **changed)
+
+    @pytest.mark.parametrize("field", ["prompt_ids", "response_ids"])
+    def test_an_id_outside_the_vocabulary_is_refused_and_its_rollout_named(self, field: str) -> None:
         with pytest.raises(InvalidRecordError, match="'outside'"):
-            self.make().score([*self.rollouts(), outside])
+            self.make().score([*self.rollouts(), self._outside(field)])
+
+    def test_a_call_that_is_refused_computes_nothing(self) -> None:
+        scorer, before = self.make(), self.work()
+        if before is None:
+            pytest.skip("nobody counts what it computes")
+        for rollout in (self.too_long(), self._outside("prompt_ids"), self._outside("response_ids")):
+            if rollout is not None:
+                with pytest.raises((ContextOverflowError, InvalidRecordError)):
+                    scorer.score([*self.rollouts(), rollout])
+        assert self.work() == before, "the rollouts before the refused one were scored, and paid for"
+        scorer.score(self.rollouts())
+        assert (self.work() or 0) > before, "`work` does not count"
 
     def test_a_store_is_scored_once(self) -> None:
         rollouts = [evolve(rollout, rollout_id=f"r{i}", generation=0) for i, rollout in enumerate(self.rollouts())]
@@ -137,6 +183,17 @@ class ScorerConformance:
         records = store.read(range(len(rollouts)), columns=("teacher",))
         self._assert_near(self.make().score(rollouts), [record.scores["teacher"] for record in records], "from what was stored")
         assert score_rollouts(store, self.make()).rollouts == 0
+
+
+def _support(score: Scores) -> TopK:
+    assert score.top_k is not None, f"{score.rollout_id} has no most likely tokens"
+    return score.top_k
+
+
+def _mass(top_k: TopK) -> NDArray[np.float64]:
+    """(T,): the most likely tokens and the tail together."""
+    total_T: NDArray[np.float64] = np.exp(top_k.logprobs.astype(np.float64)).sum(axis=1) + top_k.tail
+    return total_T
 
 
 def _cut(rollout: Rollout, start: int = 0, stop: int | None = None) -> Rollout:

@@ -43,6 +43,10 @@ class SourceConformance:
         """A scorer with the very policy in it, to compare reported log-probs with; None if there is none."""
         return None
 
+    def work(self) -> int | None:
+        """How much all that `make` gave has computed so far, in any unit (forward passes, requests); None if nobody counts."""
+        return None
+
     def _sample(self, sampling: SamplingParams = _SAMPLING, generation: int = 0) -> Sequence[Rollout]:
         return self.make(sampling, generation).sample(self.prompts())
 
@@ -120,9 +124,20 @@ class SourceConformance:
 
     def test_an_id_outside_the_vocabulary_is_refused_and_its_prompt_named(self) -> None:
         source = self.make(_SAMPLING, 0)
-        outside = Prompt("outside", [source.manifest.tokenizer.vocab_size])
         with pytest.raises(InvalidRecordError, match="'outside'"):
-            source.sample([*self.prompts(), outside])
+            source.sample([*self.prompts(), _outside(source)])
+
+    def test_a_call_that_is_refused_samples_nothing(self) -> None:
+        source, before = self.make(_SAMPLING, 0), self.work()
+        if before is None:
+            pytest.skip("nobody counts what it computes")
+        for prompt in (self.too_long(), _outside(source)):
+            if prompt is not None:
+                with pytest.raises((ContextOverflowError, InvalidRecordError)):
+                    source.sample([*self.prompts(), prompt])
+        assert self.work() == before, "the prompts before the refused one were sampled, and paid for"
+        source.sample(self.prompts())
+        assert (self.work() or 0) > before, "`work` does not count"
 
     def test_what_it_gives_can_be_collected_and_collecting_again_changes_nothing(self) -> None:
         source = self.make(_SAMPLING, 0)
@@ -132,6 +147,10 @@ class SourceConformance:
         assert len(before) == len(self.prompts()) * _SAMPLING.samples_per_prompt
         store.append(self._sample())
         assert _contents([row.rollout for row in store.read(range(len(store)))]) == _contents([row.rollout for row in before])
+
+
+def _outside(source: RolloutSource) -> Prompt:
+    return Prompt("outside", [source.manifest.tokenizer.vocab_size])
 
 
 def _contents(rollouts: Sequence[Rollout]) -> list[tuple[str, bytes, str]]:
