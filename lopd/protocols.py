@@ -144,6 +144,9 @@ class LogprobWriter(Protocol):
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         """Add one model's scores.  Rows already scored by the same model are skipped.
 
+        No scores commit nothing, and do not begin a column; a column of another model is refused all the same, so a call without scores asks whose
+        column it is before anything is paid for.
+
         Raises:
             ConflictError: the column belongs to another model, or the scores were computed on other tokens.
             MissingScoresError: no such rollout.

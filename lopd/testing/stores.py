@@ -236,6 +236,22 @@ class StoreConformance(QuarantineClauses):
         assert dict(store.columns) == {"teacher": tiny_provenance("A"), "second": another}
         np.testing.assert_array_equal(store.scored("second"), [False, True, False])
 
+    def test_a_call_without_scores_commits_nothing_and_is_still_refused_if_the_column_is_of_another_model(self) -> None:
+        store, items = self.filled()
+        store.append_scores("teacher", tiny_provenance("A"), [])
+        store.append_scores("teacher", tiny_provenance("B"), [])
+        assert dict(self.reopen(store).columns) == {}, "nothing was committed, so the column is still free"
+        store.append_scores("teacher", tiny_provenance("A"), [tiny_scores(items[0])])
+        store.quarantine("reasons", tiny_provenance("A"), {"r0": "too long"})
+        for column in ("teacher", "reasons"):
+            store.append_scores(column, tiny_provenance("A"), [])
+            with pytest.raises(ConflictError, match=f"column '{column}' was scored"):
+                store.append_scores(column, tiny_provenance("B"), [])
+        for seen in (store, self.reopen(store)):
+            assert dict(seen.columns) == {"teacher": tiny_provenance("A"), "reasons": tiny_provenance("A")}
+            assert seen.scored("teacher").tolist() == [True, False, False]
+            assert dict(seen.quarantined("reasons")) == {0: "too long"}
+
     def test_scores_come_with_the_columns_asked_for_and_no_others(self) -> None:
         store, items = self.filled()
         for column, logprob in (("teacher", -1.0), ("ref", -2.0)):
