@@ -1,6 +1,7 @@
 """A scorer of your own: two members, `provenance` and `score`.  Here two teachers at once, by the mean of their probabilities.
 
 `score_rollouts` tests any scorer on a few rollouts before it pays for the rest: it must say the same of a rollout alone and in company.
+Test yours, clause by clause, with `lopd.testing.ScorerConformance`, as `tests/test_examples.py` tests this one.
 """
 
 from collections.abc import Sequence
@@ -35,7 +36,8 @@ class Ensemble:
     def score(self, rollouts: Sequence[Rollout], /) -> list[Scores]:
         """(T,) nats for each rollout; `Scores.of` checks length and range, and binds them to the rollout's tokens."""
         pairs = zip(rollouts, self.first.score(rollouts), self.second.score(rollouts), strict=True)
-        return [Scores.of(rollout, np.logaddexp(one.logprobs, two.logprobs) - np.log(2)) for rollout, one, two in pairs]
+        # rounding would leave the mean of two certainties a little above 0
+        return [Scores.of(rollout, np.minimum(np.logaddexp(one.logprobs, two.logprobs) - np.log(2), 0)) for rollout, one, two in pairs]
 
 
 student_dir, *teacher_dirs = model_folders(teachers=2)  # replace these and QUESTIONS by your own

@@ -31,7 +31,7 @@ from lopd.identity import fingerprint_tokenizer
 from lopd.manifest import SamplingParams
 from lopd.prompts import make_prompts
 from lopd.reading import rows_of
-from lopd.testing import StoreConformance, tiny_manifest, tiny_rollout
+from lopd.testing import ScorerConformance, StoreConformance, tiny_manifest, tiny_rollout, tiny_scores
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAGES = sorted(path.stem for path in EXAMPLES.glob("[0-9]*.py"))
@@ -220,6 +220,49 @@ def test_08_an_ensemble_scores_between_its_members_and_is_nobodys_sft_teacher(ru
         mean = (np.exp(record.scores["one"].astype(float)) + np.exp(record.scores["two"].astype(float))) / 2
         np.testing.assert_allclose(np.exp(record.scores["teacher"]), mean, rtol=1e-5, atol=1e-12)
     assert names["steps"].lineage.opd_teacher not in {scorer.provenance.model for scorer in names["scorers"]}
+
+
+@pytest.fixture(scope="class")
+def page_08(tmp_path_factory):
+    """The names of the page, which was run once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("08"))
+        patch.syspath_prepend(EXAMPLES)
+        with pytest.warns(TeacherConsistencyWarning):
+            return runpy.run_path(str(EXAMPLES / "08_your_own_scorer.py"))
+
+
+class TestEnsemble(ScorerConformance):
+    """08: the suite that the page names."""
+
+    @pytest.fixture(autouse=True)
+    def _page(self, page_08):
+        self.page = page_08
+
+    def make(self):
+        return self.page["Ensemble"](*self.page["scorers"])
+
+    def tokenizer(self):
+        return self.page["source"].manifest.tokenizer
+
+    def rollouts(self):
+        random, size = np.random.default_rng(0), self.tokenizer().vocab_size
+        lengths = {"one": 1, "six": 6, "twelve": 12}
+        return [tiny_rollout(name, random.integers(0, size, length), prompt_ids=[4, 7]) for name, length in lengths.items()]
+
+    def too_long(self):
+        return tiny_rollout("too long", [2] * 128)
+
+
+def test_08_two_certain_teachers_have_a_certain_mean(page_08):
+    rollout = tiny_rollout("certain")
+
+    class Certain:
+        def score(self, rollouts):
+            return [tiny_scores(one, 0.0) for one in rollouts]
+
+    (scores,) = page_08["Ensemble"](Certain(), Certain()).score([rollout])
+    assert scores.logprobs.tolist() == [0.0, 0.0, 0.0]
 
 
 def test_09_a_killed_run_ends_like_one_that_was_not(run):
