@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attrs import frozen
+from conftest import CONTEXT, TOKENIZER_ID
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import EngineError, InvalidRecordError, QuarantineWarning
 from lopd.overlap import overlapped
+from lopd.testing import ScorerConformance, tiny_rollout
 from lopd.types import Prompt
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
@@ -93,6 +95,35 @@ class MortalEngine:
     def score(self, rollouts):
         self._meet([rollout.rollout_id for rollout in rollouts])
         return self.inner.score(rollouts)
+
+
+@pytest.fixture(scope="class")
+def two_scorers(folders):
+    """Two workers for the whole class: to start them takes longer than all that they are asked."""
+    with closing(RayScorer(lambda folder=folders["teacher"]: HFScorer.from_folder(folder, top_k=3))) as scorer:
+        yield scorer
+
+
+class TestRayScorer(ScorerConformance):
+    """The contract, through two processes; `make` gives one and the same scorer.  `RaySource` would need workers anew for each test."""
+
+    @pytest.fixture(autouse=True)
+    def _workers(self, two_scorers):
+        self.two_scorers = two_scorers
+
+    def make(self):
+        return self.two_scorers
+
+    def tokenizer(self):
+        return TOKENIZER_ID
+
+    def rollouts(self):
+        random, size = np.random.default_rng(0), TOKENIZER_ID.vocab_size
+        lengths = {"one": 1, "six": 6, "twelve": 12}
+        return [tiny_rollout(name, random.integers(0, size, length), prompt_ids=[4, 7]) for name, length in lengths.items()]
+
+    def too_long(self):
+        return tiny_rollout("too long", [2] * CONTEXT)
 
 
 @pytest.fixture
