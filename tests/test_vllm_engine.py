@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import vllm_environment  # noqa: F401
+from attrs import asdict
+from conftest import TOKENIZER_ID
 from engine_models import LONGEST, VOCAB, save_model
 
 from lopd.backends.zarr_store import ZarrStore
@@ -22,6 +24,7 @@ from lopd.engines.vllm_engine import VLLMSettings, import_vllm
 from lopd.identity import ModelId
 from lopd.manifest import Lineage, SamplingParams
 from lopd.scoring import score_rollouts
+from lopd.testing import ScorerConformance, SourceConformance, tiny_rollout
 from lopd.types import Prompt, Rollout
 
 # warnings of vLLM and of what it brings are its own
@@ -85,6 +88,45 @@ def assert_scores_agree(ours, theirs, tolerance=TOLERANCE):
     for a, b in zip(ours, theirs, strict=True):
         assert (a.rollout_id, a.content_hash) == (b.rollout_id, b.content_hash)
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=tolerance)
+
+
+# --- the contract ---------------------------------------------------------------------------------------------------------------------
+
+
+class TestVLLMSource(SourceConformance):
+    @pytest.fixture(autouse=True)
+    def _engines(self, sources, scorers):
+        self.sources, self.scorers = sources, scorers
+
+    def make(self, sampling, generation):
+        return self.sources("qwen3_padded", generation, **asdict(sampling))
+
+    def prompts(self):
+        return [Prompt(f"p{i}", range(4, 5 + 2 * i)) for i in range(3)]
+
+    def too_long(self):
+        return Prompt("too long", [5] * LONGEST)
+
+    def scorer(self):
+        return self.scorers("qwen3_padded")
+
+
+class TestVLLMScorer(ScorerConformance):
+    @pytest.fixture(autouse=True)
+    def _engines(self, scorers):
+        self.scorers = scorers
+
+    def make(self):
+        return self.scorers("qwen3_padded")
+
+    def tokenizer(self):
+        return TOKENIZER_ID
+
+    def rollouts(self):
+        return [tiny_rollout(f"r{length}", range(4, 4 + length)) for length in (1, 3, 12)]
+
+    def too_long(self):
+        return tiny_rollout("too long", [5] * LONGEST)
 
 
 # --- scoring --------------------------------------------------------------------------------------------------------------------------
