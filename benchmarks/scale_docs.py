@@ -78,33 +78,37 @@ def range_of(found: dict[str, float]) -> str:
 
 def plan_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """GPU-hours by size."""
-    yield f"| stored tokens | {' | '.join(format(row['tokens'], '.0e') for row in rows)} |"
-    yield f"|---|{'--:|' * len(rows)}"
-    for name, title in (
-        ("rollouts", "rollouts, GPU-hours"),
-        ("scores", "scores, GPU-hours"),
-        ("training", "training, GPU-hours"),
-        ("lightning", "**Lightning OPD, GPU-hours**"),
-        ("online_at_least", "online OPD, at least, GPU-hours"),
-        ("online_in_lockstep", "online OPD, in lockstep, GPU-hours"),
-        ("wall_days", "Lightning OPD, wall, days"),
-        ("store_gb", "store, GB"),
-    ):
-        yield f"| {title} | {' | '.join(number(row[name]) for row in rows)} |"
+    titles = {
+        "rollouts": "rollouts, GPU-hours",
+        "scores": "scores, GPU-hours",
+        "training": "training, GPU-hours",
+        "lightning": "**Lightning OPD, GPU-hours**",
+        "online_at_least": "online OPD, at least, GPU-hours",
+        "online_in_lockstep": "online OPD, in lockstep, GPU-hours",
+        "wall_days": "Lightning OPD, wall, days",
+        "store_gb": "store, GB",
+    }
+    return turned("stored tokens", [format(row["tokens"], ".0e") for row in rows], titles, rows)
 
 
 def check_table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """GPU-hours that are reported, beside predictions."""
-    yield f"| GPU-hours | {' | '.join(row['name'] for row in rows)} |"
+    titles = {
+        "lightning_reported": "Lightning OPD, reported",
+        "lightning": "Lightning OPD, predicted",
+        "online_reported": "online OPD, reported",
+        "online_at_least": "online OPD, predicted, at least",
+        "online_in_lockstep": "online OPD, predicted, in lockstep",
+        "lockstep": "lockstep factor that its hours imply",
+    }
+    return turned("GPU-hours", [row["name"] for row in rows], titles, rows)
+
+
+def turned(corner: str, heads: list[str], titles: dict[str, str], rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A column for each row, and a line for each of its values that has a title."""
+    yield f"| {corner} | {' | '.join(heads)} |"
     yield f"|---|{'--:|' * len(rows)}"
-    for name, title in (
-        ("lightning_reported", "Lightning OPD, reported"),
-        ("lightning", "Lightning OPD, predicted"),
-        ("online_reported", "online OPD, reported"),
-        ("online_at_least", "online OPD, predicted, at least"),
-        ("online_in_lockstep", "online OPD, predicted, in lockstep"),
-        ("lockstep", "lockstep factor that its hours imply"),
-    ):
+    for name, title in titles.items():
         yield f"| {title} | {' | '.join(number(row[name]) for row in rows)} |"
 
 

@@ -52,10 +52,8 @@ def check_teacher_consistency(
 def _remedy(manifest: Manifest, teacher: Provenance) -> str:
     sft = manifest.sft_teacher
     if sft is not None and sft.name == teacher.model.name and sft.dtype != teacher.model.dtype:
-        return (
-            f"the SFT teacher was {sft.name} in {sft.dtype}, and rounding its weights to {teacher.model.dtype} makes another model: score with it in "
-            f"{sft.dtype}"
-        )
+        in_use, wanted = teacher.model.dtype, sft.dtype
+        return f"if it is that model in {in_use}, score with it in {wanted}, for rounded weights are another model's; else SFT on its text"
     if sft is None:
         return (
             "if that teacher wrote the SFT text, say so beside the weights before you sample (`Lineage(sft_teacher=scorer.provenance.model)"

@@ -58,7 +58,7 @@ def _judged(verifier: Verifier, prompt: Prompt, rollout: Rollout) -> float:
 
 
 def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: Sequence[Prompt]) -> Estimate:
-    """KL(policy, teacher) per token, nats, on fresh rollouts of the policy: the quantity that OPD descends.
+    """KL(policy, teacher) per counted token, nats, on fresh rollouts of the policy: the quantity that OPD descends.
 
     Raises:
         TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
@@ -71,10 +71,11 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
             f"Sampling: temperature is {sampling.temperature} and top_p {sampling.top_p}, expected 1 and 1; other samples are not the policy's own."
         )
     rollouts = source.sample(prompts)
-    student = [r.behavior_logprobs for r in rollouts if r.behavior_logprobs is not None]
+    student = [r.behavior_logprobs[r.loss_mask] for r in rollouts if r.behavior_logprobs is not None]
     if len(student) < len(rollouts):
         raise InvalidRecordError(
             "Source: it reports no behavior_logprobs, expected them with every rollout; score with the policy's own engine."
         )
-    sums = metrics.sampled_reverse_kl(student, [s.logprobs for s in teacher.score(rollouts)])
+    teachers = [s.logprobs[r.loss_mask] for r, s in zip(rollouts, teacher.score(rollouts), strict=True)]
+    sums = metrics.sampled_reverse_kl(student, teachers)
     return sums.pooled(sampling.samples_per_prompt).per_token()

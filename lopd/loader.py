@@ -135,6 +135,8 @@ def batches(
     check_at_least("Steps", "rollouts_per_step", 1 if rollouts_per_step is None else rollouts_per_step, 1)
     check_at_least("Steps", "seed", seed, 0)
     check_at_least("Steps", "start", start, 0)
+    check_at_least("Steps", "stop", start if stop is None else stop, 0)
+    check_at_least("Steps", "tokens_per_batch", tokens_per_batch, 1)
     if not callable(weighting):
         raise InvalidRecordError(
             f"Steps: weighting is {weighting!r}, expected a function of the loss mask; pass `by_rollout` or `by_token`."

@@ -38,15 +38,15 @@ def opd_steps(
     `fully_shard` first.  `batches` gives each rank its share of a step; weights, gradients and metrics are those of one process on all of it,
     up to rounding.
 
-    Warns:
-        AdvantageWarning: the second step has many advantages far below 0, and the loss says that it has no importance ratio (`lopd.guards`).
-
     Args:
         student: its trained parameters are those that require a gradient.
         steps: from `batches`, or any others.
         loss: what a micro-batch costs.
         optimizer: over the student's parameters.
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
+
+    Warns:
+        AdvantageWarning: the second step has many advantages far below 0, and the loss says that it has no importance ratio (`lopd.guards`).
 
     Raises:
         TokenizerMismatchError: a step says that its ids are of another vocabulary than the student's; the weights are those of the step before.

@@ -492,7 +492,9 @@ def test_another_teacher_is_refused() -> None:
 
 def test_the_same_teacher_in_another_dtype_is_told_so() -> None:
     rounded = ModelId(SFT_TEACHER.name, "weights:rounded", "bfloat16")
-    with pytest.raises(TeacherConsistencyError, match=r"rounding its weights to bfloat16 makes another model: score with it in "):
+    with pytest.raises(
+        TeacherConsistencyError, match="if it is that model in bfloat16, score with it in float32, for rounded weights are another"
+    ):
         stream_with(evolve(SFT_TEACHER, dtype="float32"), rounded)
 
 
@@ -547,7 +549,7 @@ def test_a_store_that_grows_changes_no_step_of_a_run_that_has_begun() -> None:
     assert rows_of(stream.step(5)) == before
 
 
-@pytest.mark.parametrize("wrong", [{"rollouts_per_step": 2.0}, {"start": 1.5}])
+@pytest.mark.parametrize("wrong", [{"rollouts_per_step": 2.0}, {"start": 1.5}, {"stop": 1.5}, {"tokens_per_batch": 1e4}])
 def test_a_number_that_is_no_whole_one_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRecordError, match="expected a whole number"):
         batches(make_store(numbered_records(2), columns=("teacher",)), **wrong)
@@ -558,7 +560,7 @@ def test_the_name_of_a_weighting_is_none() -> None:
         batches(make_store(numbered_records(2), columns=("teacher",)), weighting="by_token")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"rollouts_per_step": 0}, {"seed": -1}, {"start": -1}])
+@pytest.mark.parametrize("wrong", [{"rollouts_per_step": 0}, {"seed": -1}, {"start": -1}, {"stop": -1}, {"tokens_per_batch": 0}])
 def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(InvalidRecordError, match="expected at least"):
         batches(make_store(numbered_records(2), columns=("teacher",)), **wrong)

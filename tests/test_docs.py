@@ -283,7 +283,7 @@ def test_no_line_of_code_is_wider_than_the_column() -> None:
 
 def test_what_becomes_of_equations_and_cells_when_the_site_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("latex2mathml", "mkdocs"):
-        pytest.importorskip(name)
+        pytest.importorskip(name, reason=f"{name} is not installed: run `make docs`")
     monkeypatch.syspath_prepend(DOCS / "plugins")
     hooks = importlib.import_module("hooks")
     two = hooks.draw_equations(r"""<div class="arithmatex">\[ \log p, \qquad \lvert f' \rvert \]</div>""")

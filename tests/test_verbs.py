@@ -321,10 +321,20 @@ def test_a_source_or_scorer_whose_weights_were_changed_after_it_was_identified_i
     scorer.score(rollouts)
     with torch.no_grad():
         next(model.parameters()).mul_(1.5)
-    with pytest.raises(InvalidRecordError, match="HFSource: the weights of its model were changed after it was identified"):
+    with pytest.raises(EngineError, match="HFSource: the weights of its model were changed after it was identified"):
         source.sample(prompts[:1])
-    with pytest.raises(InvalidRecordError, match="HFScorer: the weights of its model were changed"):
+    with pytest.raises(EngineError, match="HFScorer: the weights of its model were changed"):
         scorer.score(rollouts)
+    store = MemoryStore(source.manifest)
+    with pytest.raises(EngineError, match=r"^HFSource: the weights"):
+        collect_rollouts(source, prompts, store)
+    store.append([record.rollout for record in scored.read(range(6))])
+    store.append_scores(
+        "teacher", scorer.provenance, [Scores.of(r.rollout, r.scores["behavior"]) for r in scored.read(range(5), ["behavior"])]
+    )
+    with pytest.raises(EngineError, match=r"^HFScorer: the weights"):
+        score_rollouts(store, scorer, preflight=None)
+    assert dict(store.quarantined("teacher")) == {}, "no rollout is to blame"
     named.sample(prompts[:1])
     fresh = evolve(source)
     assert not fresh.manifest.policy.same_weights(source.manifest.policy)
@@ -1209,6 +1219,29 @@ def test_the_estimated_reverse_kl_covers_the_exact_one(llama, near_teacher, toke
     assert exact > 0.02
     assert estimate.ci95 < 0.4 * exact
     assert abs(estimate.mean - exact) <= estimate.ci95
+
+
+class Spoken:
+    """A source in whose responses somebody else says the first token, with a log-prob that means nothing."""
+
+    def __init__(self, inner):
+        self.inner, self.manifest = inner, inner.manifest
+
+    def sample(self, prompts):
+        changed = []
+        for r in self.inner.sample(prompts):
+            others = np.arange(r.response_ids.size) == 0
+            changed.append(evolve(r, loss_mask=~others, behavior_logprobs=np.where(others, -50, r.behavior_logprobs)))
+        return changed
+
+
+def test_the_estimated_reverse_kl_counts_only_tokens_that_the_policy_said(llama, near_teacher, tokenizer, prompts):
+    source, teacher = HFSource(llama, tokenizer, SamplingParams(max_new_tokens=3, stop_ids=(1_000_000,))), HFScorer(near_teacher, tokenizer)
+    estimate = evaluate_reverse_kl(Spoken(source), teacher, prompts)
+    rollouts = source.sample(prompts)
+    gaps = np.concatenate([(s.logprobs - r.behavior_logprobs)[1:] for r, s in zip(rollouts, teacher.score(rollouts), strict=True)])
+    assert estimate.values == 2 * len(prompts)
+    assert estimate.mean == pytest.approx(float(np.mean(np.expm1(gaps) - gaps)), rel=1e-4)
 
 
 def test_pain_12_reverse_kl_to_a_teacher_of_other_tokens_is_refused_before_anything_is_sampled(

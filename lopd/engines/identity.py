@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lopd.causal_lm import unwrap
-from lopd.errors import EngineError, InvalidRecordError, LopdError, ModelError
+from lopd.errors import EngineError, LopdError, ModelError
 from lopd.identity import ModelId, hash_weights, hash_weights_in_order
 
 _INDEX = "model.safetensors.index.json"
@@ -48,16 +48,18 @@ def identify(model: Any, identity: ModelId | None) -> tuple[ModelId, int | None]
 def check_unchanged(owner: str, model: Any, version: int | None) -> None:
     """Stop if the weights were changed since they were hashed: rollouts or scores would be recorded as another model's.
 
+    An error of the call as a whole: one that speaks of a record would have the verbs ask in halves, and put the records away.
+
     Args:
         owner: how messages name who computes.
         model: whose weights.
         version: when they were hashed; None if they were not.
 
     Raises:
-        InvalidRecordError: they were.
+        EngineError: they were.
     """
     if version is not None and weights_version(model) != version:
-        raise InvalidRecordError(
+        raise EngineError(
             f"{owner}: the weights of its model were changed after it was identified, expected those of its hash; make a new one, or name the model "
             "with `identity=`."
         )
