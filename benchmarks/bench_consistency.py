@@ -22,7 +22,7 @@ from testbed.models import HEALTHY, STYLES, prepare
 from testbed.runs import Training, offline, online, scored_rollouts
 
 from lopd import ConsistencyPolicy, FusedOPDLoss, residualise
-from lopd.metrics import mean
+from lopd.records.estimates import mean
 
 METHODS = ("offline", "offline, ratio to ref", "online", "offline, residual", "offline, residual, ratio to ref")
 

@@ -25,9 +25,9 @@ from testbed.models import FAILING, HEALTHY, Setting, prepare
 from testbed.runs import Training, offline, online, scored_rollouts
 
 from lopd import FusedOPDLoss, stored_advantages, watch_drift
-from lopd.drift import TokenLogprobs, measure_drift
 from lopd.errors import DriftWarning
-from lopd.guards import MAX_TAIL
+from lopd.guards.watch import MAX_TAIL
+from lopd.records.drift import TokenLogprobs, measure_drift
 
 FALL = 0.05
 CHOSEN_ON = range(3)

@@ -21,7 +21,7 @@ from record import ROOT, describe_machine, fill, result_file
 
 from lopd import SamplingParams, ZarrStore, collect_rollouts
 from lopd.engines.hf import HFSource, load_model
-from lopd.prompts import make_prompts
+from lopd.records import make_prompts
 
 VLLM_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

@@ -48,7 +48,7 @@ from scale_summary import ALONE_SCORING, APART_SCORING, RAY, RAY_AHEAD, find_goa
 from scale_workers import Found, Workers
 
 from lopd import ZarrStore
-from lopd.identity import fingerprint_tokenizer
+from lopd.records import fingerprint_tokenizer
 from lopd.testing import tiny_manifest
 
 
@@ -127,7 +127,7 @@ def ray_scorers(make: Callable[[], Any], counts: tuple[int, ...]) -> Iterator[di
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    from lopd.scaleout import RayScorer
+    from lopd.engines.on_ray import RayScorer
 
     ray.init(num_cpus=sum(counts), include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:

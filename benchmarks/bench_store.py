@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from record import ROOT, describe_machine, fill, result_file
 from store_backends import BACKENDS, Rows, Store
 
-from lopd.backends.zarr_store import ZarrStore
+from lopd.backends.zarr.store import ZarrStore
+from lopd.records import Rollout, Scores
 from lopd.testing import tiny_manifest, tiny_provenance
-from lopd.types import Rollout, Scores
 
 BATCH, APPEND, BLOCK, BLOCKS = 64, 1024, 1024, 4
 GROUP = BLOCK * BLOCKS // BATCH

@@ -31,13 +31,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-import lopd.loader
-import lopd.students
+import lopd.engines.student
+import lopd.verbs.loader
 from lopd import CausalLMStudent, FusedOPDLoss, Manifest, ModelId, Rollout, SamplingParams, Scores, ZarrStore, batches, opd_steps
-from lopd.causal_lm import hidden_states, packed_hidden_states
-from lopd.identity import fingerprint_tokenizer
-from lopd.loader import StepStream
-from lopd.manifest import Provenance
+from lopd.engines.causal_lm import hidden_states, packed_hidden_states
+from lopd.records import Provenance, fingerprint_tokenizer
+from lopd.verbs import StepStream
 
 VOCABULARY, PROMPT, LONGEST = 16_384, 32, 512
 
@@ -114,8 +113,8 @@ def as_they_come(lengths: NDArray[np.int64], cap: int, _rank: int, _ranks: int) 
 
 #: How layers see a pack, and how a step is cut into packs.
 PATHS = {
-    "rows of like length": (packed_hidden_states, lopd.loader._split),
-    "one row": (in_one_row, lopd.loader._split),
+    "rows of like length": (packed_hidden_states, lopd.verbs.loader._split),
+    "one row": (in_one_row, lopd.verbs.loader._split),
     "rows as they come": (packed_hidden_states, as_they_come),
 }
 
@@ -143,7 +142,7 @@ class Trained:
         self.meter.parts.clear()
         layers, split = PATHS[self.path]
         layers = self.meter.timed("layers, forward", layers)
-        with patch.object(lopd.students, "packed_hidden_states", layers), patch.object(lopd.loader, "_split", split):
+        with patch.object(lopd.engines.student, "packed_hidden_states", layers), patch.object(lopd.verbs.loader, "_split", split):
             begun = process_time()
             metrics = next(self.steps)
             total = process_time() - begun
@@ -179,7 +178,7 @@ def measure(folder: Path, steps: int, rollouts: int, tokens_per_batch: int) -> l
 
     def stored(_prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]], None, None, list[Any]]:
         """The rollouts of the next step, in place of samples."""
-        places = lopd.loader._places_of_step(next(given), rollouts, len(store), stream.seed)
+        places = lopd.verbs.loader._places_of_step(next(given), rollouts, len(store), stream.seed)
         records = [record.rollout for record in store.read(stream.rows[places])]
         return [r.prompt_ids.tolist() for r in records], [r.response_ids.tolist() for r in records], None, None, []
 

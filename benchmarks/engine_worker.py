@@ -19,13 +19,11 @@ from attrs import evolve
 from engine_server import NAME, serving
 
 from lopd import Prompt, Rollout, SamplingParams, Scores, ZarrStore
-from lopd.causal_lm import hidden_states
+from lopd.engines.causal_lm import hidden_states
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.engines.http_pool import Servers
 from lopd.engines.identity import folder_model_id
-from lopd.engines.server import ServerScorer, ServerSource
-from lopd.engines.vllm import VLLMScorer, VLLMSource
-from lopd.engines.vllm_engine import VLLMEngine, VLLMSettings
+from lopd.engines.server import Servers, ServerScorer, ServerSource
+from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource
 
 TOKENS_PER_BATCH, TOP_K = 2048, 20
 

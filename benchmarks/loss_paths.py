@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lopd import Chunking, FusedOPDLoss, ReferenceOPDLoss
 from lopd.losses.objective import OPDObjective, Signal, Tokens
-from lopd.steps import Batch, LMHead
+from lopd.records import Batch, LMHead
 
 
 @frozen(eq=False)
@@ -49,7 +49,7 @@ def make_problem(tokens: int, vocabulary: int, size: int, dtype: torch.dtype, we
 def rollout_problem(folder: Path, tokens: int = 4096) -> Problem:
     """Hidden states of the student of a quickstart run on its own stored rollouts, with the teacher's stored log-probs."""
     from lopd import ZarrStore, batches
-    from lopd.causal_lm import lm_head, packed_hidden_states
+    from lopd.engines.causal_lm import lm_head, packed_hidden_states
     from lopd.engines.hf import load_model
 
     model, tokenizer = load_model(str(folder / "sft"), torch.float32)

@@ -17,8 +17,8 @@ import quickstart
 from phases import Run, console
 from record import ROOT, result_file
 
-from lopd.console import table
-from lopd.metrics import RolloutSums
+from lopd.records import RolloutSums
+from lopd.tools.console import table
 
 VARIANTS = {"Lightning, ratio 1 (plain)": {"ratio_to_ref": False}}
 

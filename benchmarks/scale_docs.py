@@ -9,7 +9,7 @@ from typing import Any
 
 from record import ROOT, describe_machine, fill, result_file
 
-from lopd.plan import PAPER_LOCKSTEP, TABLE_2, Work, lightning, lockstep_of, online, rates_like
+from lopd.tools.plan import PAPER_LOCKSTEP, TABLE_2, Work, lightning, lockstep_of, online, rates_like
 
 GPUS, RESPONSE = 64, 3072
 #: "Nearly": how far a prediction may be from what the paper reports.

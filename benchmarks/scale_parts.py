@@ -13,12 +13,21 @@ import torch.distributed as dist
 from attrs import define, field
 from scale_workers import Found
 
-from lopd import CausalLMStudent, FusedOPDLoss, Manifest, ModelId, Rollout, SamplingParams, Scores, ZarrStore, batches, opd_steps
+from lopd import (
+    CausalLMStudent,
+    FusedOPDLoss,
+    Manifest,
+    ModelId,
+    Rollout,
+    SamplingParams,
+    Scores,
+    ZarrStore,
+    batches,
+    opd_steps,
+    score_rollouts,
+)
 from lopd.backends.opening import open_store
-from lopd.identity import TokenizerId
-from lopd.manifest import Provenance
-from lopd.ranks import Ranks
-from lopd.scoring import score_rollouts
+from lopd.records import Provenance, Ranks, TokenizerId
 
 VOCABULARY, PROMPT, LONGEST, PER_COMMIT = 8192, 16, 2048, 1024
 TEACHER = ModelId("teacher", "0", "float32")

@@ -10,10 +10,10 @@ import numpy as np
 from attrs import field, frozen
 from numpy.typing import NDArray
 
-from lopd.backends.lance_store import LanceStore
-from lopd.backends.zarr_store import ZarrStore
+from lopd.backends.lance.store import LanceStore
+from lopd.backends.zarr.store import ZarrStore
+from lopd.records import Rollout, Scores
 from lopd.testing import tiny_manifest, tiny_provenance
-from lopd.types import Rollout, Scores
 
 VOCABULARY = 151_936
 Batch = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]

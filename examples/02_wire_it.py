@@ -16,7 +16,7 @@ from lopd import (
     watch_drift,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.prompts import make_prompts
+from lopd.records import make_prompts
 
 student_dir, teacher_dir = model_folders()  # replace these and the questions by your own
 model, tokenizer = load_model(student_dir, torch.float32)

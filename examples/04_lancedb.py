@@ -5,7 +5,7 @@ from tiny import QUESTIONS, model_folders
 
 from lopd import LanceStore, SamplingParams, batches, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.prompts import make_prompts
+from lopd.records import make_prompts
 
 student_dir, teacher_dir = model_folders()  # replace these and QUESTIONS by your own
 source = HFSource.from_folder(student_dir, SamplingParams(max_new_tokens=12))

@@ -14,7 +14,7 @@ from tiny import QUESTIONS, model_folders
 
 from lopd import CausalLMStudent, FusedOPDLoss, SamplingParams, ZarrStore, batches, collect_rollouts, opd_steps, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.prompts import make_prompts
+from lopd.records import make_prompts
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("url", help="of the store: s3://bucket/run.zarr")

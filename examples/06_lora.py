@@ -17,7 +17,7 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.prompts import make_prompts
+from lopd.records import make_prompts
 
 student_dir, teacher_dir = model_folders()  # replace these and the questions by your own
 sampling = SamplingParams(max_new_tokens=12, samples_per_prompt=4)

@@ -21,8 +21,7 @@ from tiny import QUESTIONS, model_folders
 from lopd import Manifest, MemoryStore, ModelId, Rollout, SamplingParams, Scores, batches, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import StoreWriteError
-from lopd.manifest import Provenance
-from lopd.prompts import make_prompts
+from lopd.records import Provenance, make_prompts
 
 
 class SqliteStore:

@@ -12,11 +12,8 @@ from tiny import QUESTIONS, model_folders
 
 from lopd import ConsistencyPolicy, MemoryStore, SamplingParams, Scores, batches, collect_rollouts, score_rollouts, stored_advantages
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.identity import ModelId
-from lopd.manifest import Provenance
-from lopd.prompts import make_prompts
 from lopd.protocols import TeacherScorer
-from lopd.types import Rollout
+from lopd.records import ModelId, Provenance, Rollout, make_prompts
 
 
 @frozen

@@ -24,7 +24,7 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.prompts import make_prompts
+from lopd.records import make_prompts
 
 STEPS, BETWEEN_CHECKPOINTS = 12, 4
 

@@ -21,8 +21,7 @@ from lopd import (
     sample_round,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.prompts import make_prompts
-from lopd.steps import StepMetrics
+from lopd.records import StepMetrics, make_prompts
 
 student_dir, teacher_dir = model_folders()  # replace these and QUESTIONS by your own
 model, tokenizer = load_model(student_dir, torch.float32)

@@ -15,8 +15,8 @@ from lopd import (
     stored_advantages,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.prompts import make_prompts
-from lopd.reading import rows_of
+from lopd.protocols.reading import rows_of
+from lopd.records import make_prompts
 
 # Replace these by your own.
 student_dir, math_teacher, code_teacher = model_folders(teachers=2)

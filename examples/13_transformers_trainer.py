@@ -12,10 +12,9 @@ from transformers import Trainer, TrainingArguments
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, SamplingParams, batches, by_token, collate, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.loader import StepStream
-from lopd.prompts import make_prompts
 from lopd.protocols import LogprobReader, OPDLoss
-from lopd.steps import LossOutput
+from lopd.records import LossOutput, make_prompts
+from lopd.verbs import StepStream
 
 
 @frozen

@@ -15,7 +15,7 @@ from tiny import QUESTIONS, model_folders
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, SamplingParams, batches, collect_rollouts, opd_steps, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.prompts import make_prompts
+from lopd.records import make_prompts
 
 OUT = Path("runs/14")
 

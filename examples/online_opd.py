@@ -5,12 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from attrs import evolve
 from torch.optim import Optimizer
 
-from lopd import MemoryStore, ModelId, batches, opd_steps
+from lopd import MemoryStore, ModelId, batches, opd_steps, refresh_every, sample_round
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.protocols import OPDLoss, Student
-from lopd.refresh import refresh_every, sample_round
-from lopd.steps import StepMetrics
-from lopd.types import Prompt
+from lopd.records import Prompt, StepMetrics
 
 
 def online_opd(

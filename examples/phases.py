@@ -12,7 +12,7 @@ import fsspec
 from attrs import frozen
 from rich.console import Console
 
-from lopd.console import table
+from lopd.tools.console import table
 
 console = Console()
 HIDDEN = ("name", "peak_rss_gib")

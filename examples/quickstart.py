@@ -41,16 +41,13 @@ from lopd import (
     opd_steps,
     score_rollouts,
 )
-from lopd.console import RichProgress, table
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
-from lopd.identity import fingerprint_tokenizer
-from lopd.loader import StepStream
-from lopd.metrics import RolloutSums, advantage_quantiles
-from lopd.prompts import make_prompts, read_prompts
-from lopd.report import RunHistory, write_run_report
-from lopd.report.pictures import draw_run
-from lopd.steps import StepMetrics
-from lopd.types import Prompt
+from lopd.records import Prompt, RolloutSums, StepMetrics, fingerprint_tokenizer, make_prompts, read_prompts
+from lopd.records.estimates import advantage_quantiles
+from lopd.tools.console import RichProgress, table
+from lopd.tools.report import RunHistory, write_run_report
+from lopd.tools.report.pictures import draw_run
+from lopd.verbs import StepStream
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -13,9 +13,8 @@ import argparse
 from transformers import AutoTokenizer
 
 from lopd import ModelId, open_store, score_rollouts
-from lopd.console import RichProgress
-from lopd.engines.http_pool import Servers
-from lopd.engines.server import ServerScorer
+from lopd.engines.server import Servers, ServerScorer
+from lopd.tools.console import RichProgress
 
 
 def main() -> None:

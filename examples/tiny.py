@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lopd import Lineage
 from lopd.engines.identity import folder_model_id
-from lopd.identity import mixture_id
+from lopd.records import mixture_id
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -8,11 +8,9 @@ import torch
 from attrs import asdict
 from phases import console, write_json
 
-from lopd import CausalLMStudent, Lineage
-from lopd.checkpoint import load_checkpoint, save_checkpoint
-from lopd.loader import StepStream
-from lopd.ranks import Ranks
-from lopd.steps import Step, StepMetrics
+from lopd import CausalLMStudent, Lineage, load_checkpoint, save_checkpoint
+from lopd.records import Ranks, Step, StepMetrics
+from lopd.verbs import StepStream
 
 
 def make_optimizer(student: CausalLMStudent) -> torch.optim.AdamW:

@@ -27,11 +27,10 @@ from lopd import (
     opd_steps,
     score_rollouts,
 )
-from lopd.console import RichProgress
 from lopd.engines.hf import load_model
-from lopd.engines.vllm import VLLMScorer, VLLMSource
-from lopd.engines.vllm_engine import VLLMSettings
-from lopd.prompts import read_prompts
+from lopd.engines.vllm import VLLMScorer, VLLMSettings, VLLMSource
+from lopd.records import read_prompts
+from lopd.tools.console import RichProgress
 
 
 def main() -> None:

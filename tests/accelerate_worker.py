@@ -11,7 +11,7 @@ from conftest import TOKENIZER_ID, build_model
 from ranks_worker import STEPS, Case, make_optimizer, make_store
 
 from lopd import CausalLMStudent, FusedOPDLoss, batches, opd_steps
-from lopd.ranks import inner, on_first
+from lopd.records.ranks import inner, on_first
 
 
 def main(folder: str) -> None:

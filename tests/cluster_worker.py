@@ -15,8 +15,8 @@ from attrs import asdict
 
 from lopd import FusedOPDLoss, LanceStore, MemoryStore, ZarrStore, batches, opd_steps, open_store
 from lopd.protocols import LogprobStore
-from lopd.ranks import Ranks, inner, on_first
-from lopd.types import Scores
+from lopd.records import Ranks, Scores
+from lopd.records.ranks import inner, on_first
 
 WRITERS, RANKS = 4, 2
 WHOLE, FOUND = "whole.pt", "found.pt"

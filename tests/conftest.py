@@ -27,8 +27,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from lopd.identity import fingerprint_tokenizer
-from lopd.types import Prompt, Rollout
+from lopd.records import Prompt, Rollout, fingerprint_tokenizer
 
 EOS, PAD_ROWS, CONTEXT = "<|eos|>", 8, 64
 SPECIAL = (EOS, "<|user|>", "<|assistant|>", "<|system|>")

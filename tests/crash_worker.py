@@ -24,21 +24,20 @@ import numpy as np
 from attrs import evolve, field, frozen
 
 from lopd.errors import StoreNotFoundError
-from lopd.manifest import Provenance
 from lopd.protocols import DurableStore
+from lopd.records import Provenance, Rollout, Scores
 from lopd.testing import assert_same_rollout, assert_same_top_k, tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
-from lopd.types import Rollout, Scores
 
 TOP_K = 2
 #: "rollouts" is a call of `append`, the others are columns.
 KINDS = ("rollouts", "teacher", "ref")
-_BACKENDS = {"zarr": ("lopd.backends.zarr_store", "ZarrStore"), "lance": ("lopd.backends.lance_store", "LanceStore")}
+_BACKENDS = {"zarr": ("lopd.backends.zarr.store", "ZarrStore"), "lance": ("lopd.backends.lance.store", "LanceStore")}
 _COMPACT_EVERY = 5
 _PATIENCE = 120.0
 
 # A process forked from one that has all this loaded begins to write at once.  Not lancedb: it starts threads when it is imported.
 multiprocessing.set_forkserver_preload(
-    ["lopd.testing", "lopd.backends.zarr_store", "lopd.backends.cloud_files", "obstore", "xxhash", "pytest"]
+    ["lopd.testing", "lopd.backends.zarr.store", "lopd.backends.files.cloud", "obstore", "xxhash", "pytest"]
 )
 
 Call = tuple[str, int]

@@ -12,13 +12,25 @@ import torch
 from attrs import evolve, field, frozen
 from torch import Tensor, nn
 
+from lopd import collate
 from lopd.backends.memory_store import MemoryStore
-from lopd.collate import Weighting, by_rollout, by_token, collate
-from lopd.identity import ModelId, TokenizerId
-from lopd.manifest import Manifest, Provenance, SamplingParams
 from lopd.protocols import OPDLoss
-from lopd.steps import Batch, LMHead, LossOutput
-from lopd.types import Rollout, ScoredRollout, Scores
+from lopd.records import (
+    Batch,
+    LMHead,
+    LossOutput,
+    Manifest,
+    ModelId,
+    Provenance,
+    Rollout,
+    SamplingParams,
+    ScoredRollout,
+    Scores,
+    TokenizerId,
+    Weighting,
+    by_rollout,
+    by_token,
+)
 
 torch.set_num_threads(1)
 

@@ -15,10 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, ReferenceOPDLoss, batches, load_checkpoint, opd_steps, save_checkpoint
-from lopd.identity import ModelId
-from lopd.manifest import Lineage, Manifest, Provenance, SamplingParams
-from lopd.ranks import Ranks, inner, on_first
-from lopd.types import Rollout, Scores
+from lopd.records import Lineage, Manifest, ModelId, Provenance, Ranks, Rollout, SamplingParams, Scores
+from lopd.records.ranks import inner, on_first
 
 TEACHER = ModelId("teacher", "0", "float32")
 STEPS = 4

@@ -5,9 +5,8 @@ import re
 
 import numpy as np
 
-from lopd.identity import ModelId
+from lopd.records import ModelId, Scores
 from lopd.testing import tiny_provenance, tiny_rollout
-from lopd.types import Scores
 
 HOSTILE = ["<script>alert(1)</script>", "\"'><b>", "\ud83d", "\u202eabc", " word", "\n", "&amp;", "שלום", ""]
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from attrs import evolve
 
-from lopd import MemoryStore, SamplingParams, collect_rollouts, score_rollouts
-from lopd.audit import FOREIGN_Z, audit
+from lopd import MemoryStore, SamplingParams, audit, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.guards.audit import FOREIGN_Z
+from lopd.records import Prompt, Scores, TopK
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
-from lopd.types import Prompt, Scores, TopK
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,8 @@ from test_ranks import assert_same
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.protocols import LogprobReader
-from lopd.ranks import Ranks
+from lopd.records import Ranks, ScoredRollout, Scores
 from lopd.testing import assert_same_rollout
-from lopd.types import ScoredRollout, Scores
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
 

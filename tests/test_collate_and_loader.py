@@ -25,9 +25,8 @@ from helpers import (
 from hypothesis import given, settings
 from torch import Tensor
 
+from lopd import batches, collate, opd_steps
 from lopd.backends.memory_store import MemoryStore
-from lopd.collate import Weighting, by_rollout, by_token, collate
-from lopd.consistency import ConsistencyPolicy
 from lopd.errors import (
     InvalidRecordError,
     MissingScoresError,
@@ -35,15 +34,12 @@ from lopd.errors import (
     TeacherConsistencyError,
     TeacherConsistencyWarning,
 )
-from lopd.identity import ModelId
-from lopd.loader import StepStream, batches
+from lopd.guards import ConsistencyPolicy
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
-from lopd.manifest import Lineage
 from lopd.protocols import OPDLoss
-from lopd.steps import Batch, LMHead, Step, StepMetrics
+from lopd.records import Batch, Lineage, LMHead, ModelId, Rollout, ScoredRollout, Step, StepMetrics, Weighting, by_rollout, by_token
 from lopd.testing import tiny_top_k
-from lopd.train import opd_steps
-from lopd.types import Rollout, ScoredRollout
+from lopd.verbs import StepStream
 
 POSITIONS, VOCAB = 12, 5
 PLAIN = ReferenceOPDLoss(clip=None)

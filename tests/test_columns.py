@@ -9,8 +9,7 @@ import pytest
 import torch
 from attrs import evolve
 
-from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
-from lopd.consistency import ConsistencyPolicy, verdict
+from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
     InvalidRecordError,
@@ -20,10 +19,10 @@ from lopd.errors import (
     TeacherConsistencyError,
     TeacherConsistencyWarning,
 )
-from lopd.identity import ModelId, mixture_id
-from lopd.loader import batches
-from lopd.manifest import Lineage
-from lopd.reading import rows_of
+from lopd.guards import ConsistencyPolicy
+from lopd.guards.consistency import verdict
+from lopd.protocols.reading import rows_of
+from lopd.records import Lineage, ModelId, mixture_id
 
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5))
 BOTH = ("near", "other")

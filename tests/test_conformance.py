@@ -14,17 +14,13 @@ from attrs import evolve, frozen
 from conftest import CONTEXT, TOKENIZER_ID, build_model, build_tokenizer
 from vllm_stub import EOS, VOCAB, Stub
 
-from lopd.engines import http_pool
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.engines.http_pool import Servers
 from lopd.engines.inputs import check_prompts, check_rollouts
-from lopd.engines.server import ServerScorer, ServerSource
+from lopd.engines.server import Servers, ServerScorer, ServerSource, pool
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
-from lopd.identity import ModelId, TokenizerId
-from lopd.manifest import Manifest, Provenance, SamplingParams
 from lopd.protocols import RolloutSource, TeacherScorer
+from lopd.records import Manifest, ModelId, Prompt, Provenance, Rollout, SamplingParams, Scores, TokenizerId, TopK, rollout_id
 from lopd.testing import ScorerConformance, SourceConformance
-from lopd.types import Prompt, Rollout, Scores, TopK, rollout_id
 
 TABLE = TokenizerId("table-vocabulary", VOCAB, EOS, None, None, "")
 MODEL = ModelId("table", "1", "float32")
@@ -111,7 +107,7 @@ class Served:
 
     @pytest.fixture(autouse=True)
     def _servers(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.setattr(http_pool, "_BACKOFF", tenacity.wait_fixed(0.01))
+        monkeypatch.setattr(pool, "_BACKOFF", tenacity.wait_fixed(0.01))
         monkeypatch.delenv("VLLM_API_KEY", raising=False)
         stubs = [Stub(), Stub()]
         self.servers = Servers([stub.url for stub in stubs], model="table", patience_s=20, timeout_s=20)

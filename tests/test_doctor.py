@@ -13,13 +13,17 @@ from attrs import evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import lopd.doctor
-from lopd.backends.lance_store import LanceStore
+import lopd.tools.doctor
+from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.opening import open_store
-from lopd.backends.zarr_store import ZarrStore
-from lopd.consistency import verdict
-from lopd.doctor import (
+from lopd.backends.zarr.store import ZarrStore
+from lopd.errors import CorruptStoreError, InvalidRecordError, MissingScoresError, StoreNotFoundError, StoreReadError
+from lopd.guards.consistency import verdict
+from lopd.protocols.reading import evenly, parts
+from lopd.records import Commit, ModelId, Parity, Rollout, Scores
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
+from lopd.tools.doctor import (
     Plan,
     Rates,
     check_store,
@@ -31,14 +35,7 @@ from lopd.doctor import (
     measure_rates,
     plan_like,
 )
-from lopd.doctor.__main__ import main
-from lopd.errors import CorruptStoreError, InvalidRecordError, MissingScoresError, StoreNotFoundError, StoreReadError
-from lopd.identity import ModelId
-from lopd.manifest import Commit
-from lopd.parity import Parity
-from lopd.reading import evenly, parts
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
-from lopd.types import Rollout, Scores
+from lopd.tools.doctor.__main__ import main
 
 POLICY, TEACHER = tiny_manifest().policy, tiny_provenance().model
 RNG = np.random.default_rng(0)
@@ -95,7 +92,7 @@ class Kept:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command line as a user runs it."""
-    command = [sys.executable, "-W", "error", "-m", "lopd.doctor", *map(str, arguments)]
+    command = [sys.executable, "-W", "error", "-m", "lopd.tools.doctor", *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 
@@ -544,7 +541,7 @@ def test_a_storage_option_is_never_printed(option: list[str], tmp_path: Path, ca
 
 def test_storage_options_reach_the_store(store: ZarrStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("lopd.doctor.__main__.open_store", lambda url, options: seen.append(options) or open_store(url))
+    monkeypatch.setattr("lopd.tools.doctor.__main__.open_store", lambda url, options: seen.append(options) or open_store(url))
     assert main(["info", str(tmp_path / "run.zarr"), "--storage-option", "a=b=c", "--storage-option", "d=e"]) == 0
     assert seen == [{"a": "b=c", "d": "e"}]
 
@@ -573,8 +570,8 @@ def test_opening_nothing_or_a_file_says_that_nothing_is_there(tmp_path: Path) ->
 def test_without_rich_the_tables_are_refused_and_json_is_printed(
     store: ZarrStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delattr(lopd.doctor, "display", raising=False)
-    monkeypatch.setitem(sys.modules, "lopd.doctor.display", None)
+    monkeypatch.delattr(lopd.tools.doctor, "display", raising=False)
+    monkeypatch.setitem(sys.modules, "lopd.tools.doctor.display", None)
     assert main(["info", str(tmp_path / "run.zarr")]) == 2
     assert "lopd[hf]" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "run.zarr"), "--json"]) == 0

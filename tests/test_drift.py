@@ -11,17 +11,25 @@ import torch
 from attrs import asdict, evolve
 from conftest import TOKENIZER_ID
 
-from lopd import FusedOPDLoss, MemoryStore, ReferenceOPDLoss, SamplingParams, SFTLoss, by_token, collect_rollouts, score_rollouts
-from lopd.drift import LEVELS, AdvantageSummary, Drift, DriftMeter, TokenLogprobs, effective_share, measure_drift
+from lopd import (
+    FusedOPDLoss,
+    MemoryStore,
+    ReferenceOPDLoss,
+    SamplingParams,
+    SFTLoss,
+    batches,
+    by_token,
+    collect_rollouts,
+    opd_steps,
+    score_rollouts,
+)
 from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.student import CausalLMStudent
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
 from lopd.guards import DriftLimits, stored_advantages, watch_drift
-from lopd.loader import batches
 from lopd.losses.variants import ppo_clip
-from lopd.manifest import Lineage
-from lopd.steps import StepMetrics
-from lopd.students import CausalLMStudent
-from lopd.train import opd_steps
+from lopd.records import AdvantageSummary, Drift, Lineage, StepMetrics
+from lopd.records.drift import LEVELS, DriftMeter, TokenLogprobs, effective_share, measure_drift
 
 
 def random_tokens(seed=0, lengths=(5, 1, 30, 12)):

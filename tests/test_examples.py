@@ -27,10 +27,8 @@ from lopd import (
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.errors import StoreWriteError, TeacherConsistencyWarning
-from lopd.identity import fingerprint_tokenizer
-from lopd.manifest import SamplingParams
-from lopd.prompts import make_prompts
-from lopd.reading import rows_of
+from lopd.protocols.reading import rows_of
+from lopd.records import SamplingParams, fingerprint_tokenizer, make_prompts
 from lopd.testing import ScorerConformance, StoreConformance, tiny_manifest, tiny_rollout, tiny_scores
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

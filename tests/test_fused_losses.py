@@ -13,7 +13,7 @@ from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
 from lopd.losses.objective import OPDObjective, Signal
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.protocols import OPDLoss
-from lopd.steps import Batch, LMHead, LossOutput
+from lopd.records import Batch, LMHead, LossOutput
 from lopd.testing import LossCase, LossConformance, assert_at_least_as_exact, loss_case, loss_cases
 from lopd.testing.losses import evaluate_case
 

@@ -20,7 +20,7 @@ from lopd.losses.objective import Transform
 from lopd.losses.reference import ReferenceOPDLoss
 from lopd.losses.variants import drift_gate, extrapolate, importance_ratio, ppo_clip
 from lopd.protocols import OPDLoss
-from lopd.steps import Batch, LMHead, LossOutput
+from lopd.records import Batch, LMHead, LossOutput
 
 PLAIN = ReferenceOPDLoss(clip=None)
 RATIO = ReferenceOPDLoss(clip=None, ratio_to_ref=True)

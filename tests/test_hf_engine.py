@@ -8,21 +8,16 @@ import pytest
 import torch
 from conftest import TOKENIZER_ID
 
+from lopd import collate, collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
-from lopd.backends.zarr_store import ZarrStore
-from lopd.causal_lm import lm_head
-from lopd.collate import by_rollout, by_token, collate
-from lopd.collect import collect_rollouts
-from lopd.engines.decoding import draw
+from lopd.backends.zarr.store import ZarrStore
+from lopd.engines.causal_lm import lm_head
 from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.hf.decoding import draw
+from lopd.engines.student import CausalLMStudent
 from lopd.errors import ContextOverflowError, InvalidRecordError, LopdError
-from lopd.identity import ModelId
 from lopd.losses.reference import SFTLoss
-from lopd.manifest import SamplingParams
-from lopd.scoring import score_rollouts
-from lopd.steps import LMHead
-from lopd.students import CausalLMStudent
-from lopd.types import Prompt, Rollout, ScoredRollout
+from lopd.records import LMHead, ModelId, Prompt, Rollout, SamplingParams, ScoredRollout, by_rollout, by_token
 
 KINDS = ("llama_tied", "qwen3_padded", "gemma2_softcap", "mistral_window", "gpt2", "phi_bias", "granite_scaled", "cohere_scaled")
 VOCAB = 96

@@ -7,11 +7,11 @@ import torch
 from conftest import PAD_ROWS
 from safetensors.torch import load_file, save_file
 
-from lopd import identity as identities
 from lopd.engines import identity
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, local_folder, model_id
 from lopd.errors import EngineError, ModelError
+from lopd.records import identity as identities
 
 KINDS = ("llama_tied", "qwen3_padded", "gemma2_softcap", "phi_bias", "gpt2")
 

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset
 
-from lopd.backends.lance_store import LanceStore
+from lopd import collate
+from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
-from lopd.backends.zarr_store import ZarrStore
-from lopd.collate import collate
+from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import (
     ConflictError,
     CorruptStoreError,
@@ -39,19 +39,8 @@ from lopd.errors import (
     StoreWriteError,
     TokenizerMismatchError,
 )
-from lopd.identity import ModelId, fingerprint_tokenizer
-from lopd.interop import (
-    TorchDataset,
-    export_parquet,
-    from_hf_dataset,
-    hf_dataset_manifest,
-    import_authors_parquet,
-    import_parquet,
-    parquet_manifest,
-    to_hf_dataset,
-)
-from lopd.manifest import Provenance
 from lopd.protocols import LogprobReader
+from lopd.records import ModelId, Provenance, Rollout, Scores, fingerprint_tokenizer
 from lopd.testing import (
     assert_same_rollout,
     assert_same_top_k,
@@ -62,7 +51,16 @@ from lopd.testing import (
     tiny_rollout,
     tiny_top_k,
 )
-from lopd.types import Rollout, Scores
+from lopd.tools.interop import (
+    TorchDataset,
+    export_parquet,
+    from_hf_dataset,
+    hf_dataset_manifest,
+    import_authors_parquet,
+    import_parquet,
+    parquet_manifest,
+    to_hf_dataset,
+)
 
 LATER = ModelId("policy", "rev-1", "float32")
 
@@ -409,9 +407,8 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(
 def test_importing_the_package_loads_no_optional_package() -> None:
     import subprocess
 
-    script = (
-        "import sys, lopd.interop, lopd.doctor; print(*{'pyarrow', 'datasets', 'fsspec', 'rich', 'zarr', 'lancedb'} & set(sys.modules))"
-    )
+    optional = "{'pyarrow', 'datasets', 'fsspec', 'rich', 'zarr', 'lancedb'}"
+    script = f"import sys, lopd.tools.interop, lopd.tools.doctor; print(*{optional} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

@@ -30,11 +30,11 @@ from hypothesis.stateful import run_state_machine_as_test
 from s3_server import S3Server
 from test_stores import MACHINE, Rows, StoreMachine, fill, many, rows_of
 
-from lopd.backends import lance_rows
-from lopd.backends.commit_log import seal, unseal
-from lopd.backends.lance_store import LanceStore
-from lopd.backends.lance_table import LanceTable
+from lopd.backends.lance import encode
+from lopd.backends.lance.store import LanceStore
+from lopd.backends.lance.table import LanceTable
 from lopd.backends.opening import open_store
+from lopd.backends.sealing import seal, unseal
 from lopd.errors import (
     ConflictError,
     CorruptStoreError,
@@ -50,11 +50,9 @@ from lopd.errors import (
     StoreReadError,
     StoreWriteError,
 )
-from lopd.identity import ModelId
-from lopd.manifest import Manifest
 from lopd.protocols import LogprobStore
+from lopd.records import Manifest, ModelId, Scores
 from lopd.testing import StoreConformance, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
-from lopd.types import Scores
 
 huge = tiny_rollout("huge", np.arange(100_000) % 300)
 
@@ -258,7 +256,7 @@ def test_half_the_bytes_cost_a_rounding_that_each_commit_reports(tmp_path: Path)
 def test_more_values_than_one_append_can_hold_are_refused_before_they_are_copied() -> None:
     half = np.broadcast_to(np.uint8(0), 1 << 30)
     with pytest.raises(InvalidRecordError, match=r"2147483648 values.*append fewer rollouts"):
-        lance_rows._list_column([half, half], half.dtype)
+        encode._list_column([half, half], half.dtype)
 
 
 def test_history_says_what_was_committed_in_which_order(filled: LanceStore) -> None:
@@ -450,7 +448,7 @@ def test_of_two_policies_for_a_round_one_wins(filled: LanceStore, monkeypatch: p
 
 def begin_together(path: str, writer: int, pipe: Connection) -> None:
     """All writers make the store, its first rows and a column at the same moment."""
-    import lopd.backends.lance_table as module
+    import lopd.backends.lance.table as module
 
     module._lancedb("Warm-up")
     pipe.send("ready")

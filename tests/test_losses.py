@@ -18,7 +18,7 @@ from lopd.losses.chunked import Chunking
 from lopd.losses.fused import FusedOPDLoss, FusedSFTLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss, WeightedLoss
 from lopd.protocols import OPDLoss
-from lopd.steps import Batch, LMHead
+from lopd.records import Batch, LMHead
 
 PLAIN = ReferenceOPDLoss(clip=None)
 LOSSES: dict[str, OPDLoss] = {

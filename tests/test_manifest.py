@@ -10,8 +10,8 @@ import torch
 from attrs import evolve
 
 from lopd.errors import CorruptStoreError, InvalidRecordError
-from lopd.identity import ModelId, fingerprint_tokenizer, hash_weights, mixture_id
-from lopd.manifest import Lineage, Manifest, SamplingParams
+from lopd.records import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer, mixture_id
+from lopd.records.identity import hash_weights
 from lopd.testing import tiny_manifest
 
 

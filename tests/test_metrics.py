@@ -9,11 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lopd import metrics
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl
 from lopd.errors import InvalidRecordError, TokenizerMismatchError
-from lopd.metrics import RolloutSums
-from lopd.types import Rollout
+from lopd.records import Rollout, RolloutSums
+from lopd.records import estimates as metrics
 
 
 def direct_kl(student: Any, teacher: Any, rollout: Rollout) -> float:

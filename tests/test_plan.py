@@ -9,8 +9,8 @@ from attrs import evolve
 from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import InvalidRecordError
-from lopd.plan import PAPER_LOCKSTEP, TABLE_2, GpuRates, Work, lightning, lockstep_of, online, rates_like
-from lopd.plan.__main__ import main
+from lopd.tools.plan import PAPER_LOCKSTEP, TABLE_2, GpuRates, Work, lightning, lockstep_of, online, rates_like
+from lopd.tools.plan.__main__ import main
 
 HOUR = 3600
 WORK = Work(prompts=1000, samples=2, prompt_tokens=100, response_tokens=900, steps=50, rollouts_per_step=64, tokens_per_batch=8000)

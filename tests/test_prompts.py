@@ -10,7 +10,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from lopd.errors import ContextOverflowError, PromptError
-from lopd.prompts import make_prompts, read_prompts
+from lopd.records import make_prompts, read_prompts
 
 
 def write_jsonl(path: Path, records) -> str:

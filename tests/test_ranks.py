@@ -14,14 +14,12 @@ import torch
 from attrs import evolve
 from ranks_worker import CASES, STEPS, Case, make_optimizer, make_store, make_student, train
 
-from lopd.checkpoint import load_checkpoint
+from lopd import batches, load_checkpoint, opd_steps
 from lopd.engines.hf import load_model
 from lopd.errors import InvalidRecordError, ModelError
-from lopd.loader import batches
 from lopd.losses.fused import FusedOPDLoss
-from lopd.manifest import Lineage
-from lopd.ranks import Ranks, check_summed
-from lopd.train import opd_steps
+from lopd.records import Lineage, Ranks
+from lopd.records.ranks import check_summed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of its advantages are below:lopd.errors.AdvantageWarning")  # the models are random
 

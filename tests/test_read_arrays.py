@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from s3_server import S3Server
 
-from lopd.backends import lance_arrays
-from lopd.backends.lance_store import LanceStore
+from lopd.backends.lance import arrays as chunks
+from lopd.backends.lance.store import LanceStore
 from lopd.backends.ragged import LogprobDtype
-from lopd.backends.zarr_store import ZarrStore
+from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import CorruptStoreError, MissingScoresError, NoSuchRowError
-from lopd.identity import ModelId
+from lopd.records import ModelId, Rollout, Scores
+from lopd.records.rollouts import RolloutArrays
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
-from lopd.types import Rollout, RolloutArrays, Scores
 
 Store = ZarrStore | LanceStore
 CREATE: dict[str, Callable[..., Store]] = {
@@ -106,7 +106,7 @@ def test_arrays_hold_what_records_hold_before_and_after_a_compaction(
         store.compact()
         store = reopened(store)
         # In many small pieces too.
-        monkeypatch.setattr(lance_arrays, "_TOKENS_AT_ONCE", 50)
+        monkeypatch.setattr(chunks, "_TOKENS_AT_ONCE", 50)
 
 
 @pytest.mark.s3

@@ -26,7 +26,7 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.prompts import make_prompts
+from lopd.records import make_prompts
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 README = (Path(__file__).parents[1] / "README.md").read_text()

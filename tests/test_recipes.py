@@ -9,9 +9,8 @@ import pytest
 from attrs import evolve
 
 from lopd import ZarrStore
-from lopd.manifest import Lineage
-from lopd.plan import rates_like
-from lopd.types import Prompt, Rollout
+from lopd.records import Lineage, Prompt, Rollout
+from lopd.tools.plan import rates_like
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

@@ -9,15 +9,24 @@ import torch
 from attrs import asdict, evolve
 from conftest import TOKENIZER_ID
 
-from lopd import MemoryStore, ReferenceOPDLoss, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
+from lopd import (
+    MemoryStore,
+    ReferenceOPDLoss,
+    SamplingParams,
+    ZarrStore,
+    batches,
+    collect_rollouts,
+    opd_steps,
+    refresh_every,
+    refresh_when,
+    sample_round,
+    score_rollouts,
+)
 from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.student import CausalLMStudent
 from lopd.errors import InvalidRecordError
-from lopd.loader import batches
-from lopd.manifest import Lineage
-from lopd.reading import rows_of
-from lopd.refresh import refresh_every, refresh_when, sample_round
-from lopd.students import CausalLMStudent
-from lopd.train import opd_steps
+from lopd.protocols.reading import rows_of
+from lopd.records import Lineage
 
 LOSS = ReferenceOPDLoss(ratio_to_ref=True)
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=3, stop_ids=(0, 5))

@@ -4,16 +4,14 @@ import numpy as np
 import pytest
 from attrs import evolve
 
-from lopd import ConsistencyPolicy, LanceStore, MemoryStore, ZarrStore
-from lopd.consistency import inconsistencies
+from lopd import ConsistencyPolicy, LanceStore, MemoryStore, ZarrStore, batches, residualise
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, TeacherConsistencyError
-from lopd.identity import ModelId
-from lopd.interop.parquet import export_parquet, import_parquet
-from lopd.loader import batches
-from lopd.manifest import RESIDUAL
-from lopd.residual import Residualiser, residualise
+from lopd.guards import Residualiser
+from lopd.guards.consistency import inconsistencies
+from lopd.records import ModelId, Scores, prompt_id_of
+from lopd.records.manifest import RESIDUAL
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
-from lopd.types import Scores, prompt_id_of
+from lopd.tools.interop.parquet import export_parquet, import_parquet
 
 TOKENS = 40
 
@@ -274,9 +272,7 @@ def test_only_a_residual_of_another_teacher_may_be_trained_on_under_that_policy(
     (wrong,) = inconsistencies(store.manifest, [store.columns["teacher"]])
     assert "its SFT teacher is" in wrong
     options = {"ref": "behavior", "consistency": ConsistencyPolicy.RESIDUALISE}
-    with pytest.raises(
-        TeacherConsistencyError, match=r"its scores are raw, expected a residual: write one with `lopd.residual.residualise`"
-    ):
+    with pytest.raises(TeacherConsistencyError, match=r"its scores are raw, expected a residual: write one with `lopd.residualise`"):
         batches(store, **options)
     residualise(store)
     with pytest.raises(TeacherConsistencyError, match="or train on a residual"):

@@ -11,17 +11,15 @@ from attrs import asdict, evolve
 from reports import decode, filled, tokens_of
 
 from lopd import Lineage, MemoryStore, ZarrStore
-from lopd.doctor.__main__ import main
-from lopd.drift import LEVELS, AdvantageSummary, Drift
 from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.identity import ModelId
-from lopd.report.charts import MOST_POINTS, Scale, over_steps
-from lopd.report.history import Phase, RunHistory
-from lopd.report.run import duration, step_charts, write_run_report
-from lopd.report.tokens import TokenReport
-from lopd.steps import StepMetrics
+from lopd.records import AdvantageSummary, Drift, ModelId, Scores, StepMetrics
+from lopd.records.drift import LEVELS
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
-from lopd.types import Scores
+from lopd.tools.doctor.__main__ import main
+from lopd.tools.report.charts import MOST_POINTS, Scale, over_steps
+from lopd.tools.report.history import Phase, RunHistory
+from lopd.tools.report.run import duration, step_charts, write_run_report
+from lopd.tools.report.tokens import TokenReport
 
 PHASES = [Phase("student <i>rollouts</i>", 30.0, 6000), Phase("teacher scores", 10.0, 6000), Phase("OPD", 60.0, 9000, "reverse KL 0.5")]
 

@@ -16,13 +16,13 @@ from conftest import CONTEXT, TOKENIZER_ID
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import EngineError, InvalidRecordError, QuarantineWarning
-from lopd.overlap import overlapped
+from lopd.records import Prompt
 from lopd.testing import ScorerConformance, tiny_rollout
-from lopd.types import Prompt
+from lopd.verbs.overlap import overlapped
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
-from lopd.scaleout import RayScorer, RaySource  # noqa: E402
+from lopd.engines.on_ray import RayScorer, RaySource  # noqa: E402
 
 # Ray leaves pipes of its own to the end of the process
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")

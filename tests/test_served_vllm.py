@@ -17,16 +17,12 @@ import torch
 import transformers
 from conftest import build_tokenizer
 
-from lopd.backends.zarr_store import ZarrStore
-from lopd.collect import collect_rollouts
+from lopd import collect_rollouts, score_rollouts
+from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.engines.http_pool import Servers
-from lopd.engines.server import ServerScorer, ServerSource
+from lopd.engines.server import Servers, ServerScorer, ServerSource
 from lopd.errors import ContextOverflowError, EngineError
-from lopd.identity import ModelId
-from lopd.manifest import SamplingParams
-from lopd.scoring import score_rollouts
-from lopd.types import Prompt, Rollout
+from lopd.records import ModelId, Prompt, Rollout, SamplingParams
 
 pytestmark = [
     pytest.mark.vllm,

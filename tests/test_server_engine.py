@@ -19,17 +19,12 @@ import pytest
 import tenacity
 from vllm_stub import EOS, VOCAB, Stub, answer, changed, cut, late, table
 
+from lopd import collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
-from lopd.backends.zarr_store import ZarrStore
-from lopd.collect import collect_rollouts
-from lopd.engines import http_answers, http_pool
-from lopd.engines.http_pool import Servers
-from lopd.engines.server import ServerScorer, ServerSource
+from lopd.backends.zarr.store import ZarrStore
+from lopd.engines.server import Servers, ServerScorer, ServerSource, answers, pool
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError
-from lopd.identity import ModelId, TokenizerId, fingerprint_tokenizer
-from lopd.manifest import Lineage, Manifest, SamplingParams
-from lopd.scoring import score_rollouts
-from lopd.types import Prompt, Rollout
+from lopd.records import Lineage, Manifest, ModelId, Prompt, Rollout, SamplingParams, TokenizerId, fingerprint_tokenizer
 
 TOKENIZER = TokenizerId("table-vocabulary", VOCAB, EOS, None, None, "")
 MODEL = ModelId("table", "1", "float32")
@@ -38,7 +33,7 @@ STOP = (EOS, 5)
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr(http_pool, "_BACKOFF", tenacity.wait_fixed(0.01))
+    monkeypatch.setattr(pool, "_BACKOFF", tenacity.wait_fixed(0.01))
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
 
 
@@ -453,7 +448,7 @@ def pauses(monkeypatch):
         asked.append(seconds)
         return sleep(0, *args)
 
-    monkeypatch.setattr(http_pool.asyncio, "sleep", no_sleep)
+    monkeypatch.setattr(pool.asyncio, "sleep", no_sleep)
     return asked
 
 
@@ -486,8 +481,8 @@ def test_a_server_that_asks_for_a_pause_gets_it(stub, pauses):
     [("2.5", 2.5, 2.5), ("Fri, 31 Dec 2100 23:59:59 GMT", 1e8, 1e10), ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 0), ("soon", 0, 0), ("", 0, 0)],
 )
 def test_a_pause_may_be_seconds_or_a_date(said, low, high):
-    with pytest.raises(http_answers.Trouble) as caught:
-        http_answers.accepted("Rollout 'r'", "http://a", httpx2.Response(429, headers={"Retry-After": said}))
+    with pytest.raises(answers.Trouble) as caught:
+        answers.accepted("Rollout 'r'", "http://a", httpx2.Response(429, headers={"Retry-After": said}))
     assert low <= caught.value.pause <= high
 
 

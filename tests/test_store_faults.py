@@ -18,9 +18,9 @@ from crash_worker import Call, Place, Worker, check, check_rows, die_at, provena
 from fault_proxy import ALWAYS, FaultProxy
 from s3_server import SIGNED, S3Server
 
-from lopd.backends.cloud_files import ObstoreFiles
-from lopd.backends.lance_store import LanceStore
-from lopd.backends.zarr_store import ZarrStore
+from lopd.backends.files.cloud import ObstoreFiles
+from lopd.backends.lance.store import LanceStore
+from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import CorruptStoreError, LopdError, StoreExistsError, StorePathError, StoreReadError, StoreWriteError
 from lopd.testing import tiny_manifest
 

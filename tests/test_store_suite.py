@@ -10,10 +10,9 @@ from test_conformance import broken_clauses, clauses
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.errors import ConflictError
-from lopd.manifest import Manifest, Provenance
 from lopd.protocols import LogprobStore
+from lopd.records import Manifest, Provenance, Rollout, ScoredRollout, Scores
 from lopd.testing import StoreConformance
-from lopd.types import Rollout, ScoredRollout, Scores
 
 
 class SkipsEmptyCalls(MemoryStore):

@@ -25,13 +25,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from s3_server import S3Server
 
-from lopd.backends import local_files
-from lopd.backends.commit_log import CommitLog, seal, unseal
-from lopd.backends.lance_store import LanceStore
-from lopd.backends.local_files import LocalFiles
+from lopd.backends.files import local
+from lopd.backends.files.local import LocalFiles
+from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
-from lopd.backends.zarr_format import Codec
-from lopd.backends.zarr_store import ZarrStore
+from lopd.backends.sealing import seal, unseal
+from lopd.backends.zarr.commit_log import CommitLog
+from lopd.backends.zarr.format import Codec
+from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import (
     ConflictError,
     CorruptStoreError,
@@ -45,9 +46,8 @@ from lopd.errors import (
     StorePathError,
     StoreWriteError,
 )
-from lopd.identity import ModelId
-from lopd.manifest import Manifest, SamplingParams
 from lopd.protocols import LogprobStore
+from lopd.records import Manifest, ModelId, Rollout, SamplingParams, Scores, TopK
 from lopd.testing import (
     StoreConformance,
     assert_holds,
@@ -60,7 +60,6 @@ from lopd.testing import (
     tiny_scores,
     tiny_top_k,
 )
-from lopd.types import Rollout, Scores, TopK
 
 
 @pytest.fixture(autouse=True)
@@ -427,7 +426,7 @@ def test_a_torn_append_is_invisible(filled: ZarrStore) -> None:
 
 
 def test_more_segments_than_maps_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_files, "_OPEN_MAPS", 2)
+    monkeypatch.setattr(local, "_OPEN_MAPS", 2)
     store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
     for i in range(5):
         store.append(many(i, 1))

@@ -11,18 +11,15 @@ import transformers
 from attrs import evolve
 from conftest import TOKENIZER_ID
 
-from lopd.causal_lm import check_cut, lm_head, packed_hidden_states
-from lopd.collate import by_token, collate
+from lopd import collate
+from lopd.engines.causal_lm import check_cut, lm_head, packed_hidden_states
 from lopd.engines.hf import HFSource, load_model
+from lopd.engines.student import CausalLMStudent
 from lopd.errors import LopdError, ModelError, TokenizerMismatchError
-from lopd.identity import ModelId, fingerprint_tokenizer
 from lopd.losses.chunked import Chunking
 from lopd.losses.fused import FusedOPDLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
-from lopd.manifest import Lineage, SamplingParams
-from lopd.steps import LossOutput
-from lopd.students import CausalLMStudent
-from lopd.types import Rollout, ScoredRollout
+from lopd.records import Lineage, LossOutput, ModelId, Rollout, SamplingParams, ScoredRollout, by_token, fingerprint_tokenizer
 
 VOCAB = 96
 KINDS = ("llama_tied", "qwen3_padded", "gemma2_softcap", "mistral_window", "gpt2", "phi_bias", "granite_scaled", "cohere_scaled")

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lopd.backends.lance_store import LanceStore
+from lopd import collect_rollouts, score_rollouts
+from lopd.backends.lance.store import LanceStore
 from lopd.backends.opening import open_store
-from lopd.backends.zarr_store import ZarrStore
-from lopd.collect import collect_rollouts
+from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.manifest import SamplingParams
-from lopd.scoring import score_rollouts
+from lopd.records import Prompt, SamplingParams, Scores
 from lopd.testing import assert_same_rollout
-from lopd.types import Prompt, Scores
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,7 @@ import pytest
 from attrs import evolve
 
 from lopd.losses.fused import FusedOPDLoss
-from lopd.manifest import Lineage
-from lopd.types import Rollout
+from lopd.records import Lineage, Rollout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -8,12 +8,12 @@ import pytest
 from reports import HOSTILE, decode, filled, tokens_of
 
 from lopd import MemoryStore, ZarrStore
-from lopd.doctor.__main__ import main
 from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError
-from lopd.report.charts import curves, histogram
-from lopd.report.tokens import TokenReport, visible, write_token_report
+from lopd.records import Scores
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
-from lopd.types import Scores
+from lopd.tools.doctor.__main__ import main
+from lopd.tools.report.charts import curves, histogram
+from lopd.tools.report.tokens import TokenReport, visible, write_token_report
 
 
 @pytest.fixture

@@ -14,10 +14,9 @@ from test_fused_losses import SMALL, broken_clauses
 from test_gradient_equivalence import Problem, assert_same, problems
 from torch import Tensor
 
+from lopd import batches, collate
 from lopd.backends.memory_store import MemoryStore
-from lopd.collate import collate
 from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.loader import batches
 from lopd.losses.divergences import (
     LEAST_TAIL,
     entropy_gated,
@@ -30,9 +29,8 @@ from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss
 from lopd.losses.top_k import TopKObjective
 from lopd.protocols import OPDLoss
-from lopd.steps import Batch
+from lopd.records import Batch, Rollout, Scores, TopK
 from lopd.testing import loss_case
-from lopd.types import Rollout, Scores, TopK
 
 WITH_TAIL = [forward_kl, reverse_kl, jensen_shannon, partial(jensen_shannon, beta=0.1), entropy_gated]
 EVERY = [*WITH_TAIL, reverse_kl_renormalised]

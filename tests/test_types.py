@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 
 from lopd.errors import InvalidRecordError
-from lopd.identity import ModelId
 from lopd.losses.reference import ReferenceOPDLoss
-from lopd.manifest import Provenance, SamplingParams
+from lopd.records import ModelId, Prompt, Provenance, Rollout, SamplingParams, Scores, TopK, floor_logprobs
 from lopd.testing import assert_same_rollout, tiny_provenance, tiny_rollout
-from lopd.types import Prompt, Rollout, Scores, TopK, floor_logprobs
 
 NAN, INF = float("nan"), float("inf")
 

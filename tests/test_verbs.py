@@ -15,13 +15,12 @@ import torch
 from attrs import evolve
 from conftest import TOKENIZER_ID
 
-import lopd.checkpoint
+import lopd.verbs.checkpoint
+from lopd import batches, collect_rollouts, evaluate, evaluate_reverse_kl, load_checkpoint, opd_steps, save_checkpoint, score_rollouts
 from lopd.backends.memory_store import MemoryStore
-from lopd.backends.zarr_store import ZarrStore
-from lopd.checkpoint import load_checkpoint, save_checkpoint
-from lopd.collect import collect_rollouts
-from lopd.consistency import ConsistencyPolicy
+from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.student import CausalLMStudent
 from lopd.errors import (
     CheckpointError,
     ConflictError,
@@ -39,18 +38,22 @@ from lopd.errors import (
     TokenizerMismatchError,
     TrainingDivergedError,
 )
-from lopd.evaluate import evaluate, evaluate_reverse_kl
-from lopd.identity import ModelId, fingerprint_tokenizer
-from lopd.loader import batches
+from lopd.guards import ConsistencyPolicy
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
-from lopd.manifest import Lineage, Manifest, SamplingParams
-from lopd.parity import measure_parity
-from lopd.preflight import Preflight
-from lopd.reading import rows_of
-from lopd.scoring import ScoringReport, score_rollouts
-from lopd.students import CausalLMStudent
-from lopd.train import opd_steps
-from lopd.types import Prompt, Rollout, Scores, rollout_id
+from lopd.protocols.reading import rows_of
+from lopd.records import (
+    Lineage,
+    Manifest,
+    ModelId,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    Scores,
+    fingerprint_tokenizer,
+    measure_parity,
+    rollout_id,
+)
+from lopd.verbs import Preflight, ScoringReport
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*of its advantages are below:lopd.errors.AdvantageWarning")  # the models are random
 
@@ -927,7 +930,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(write, small, score
     save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
     saved = state_of(*small)
     advance(*small, scored, 3, 5)
-    whole, writes = lopd.checkpoint.save_file, []
+    whole, writes = lopd.verbs.checkpoint.save_file, []
 
     def save_file(tensors, path):
         writes.append(path)
@@ -936,7 +939,7 @@ def test_an_interrupted_save_leaves_the_checkpoint_before_it(write, small, score
             raise Interrupted
         whole(tensors, path)
 
-    monkeypatch.setattr(lopd.checkpoint, "save_file", save_file)
+    monkeypatch.setattr(lopd.verbs.checkpoint, "save_file", save_file)
     with pytest.raises(Interrupted):
         save_checkpoint(tmp_path, *small, next_step=5, lineage=Lineage())
     student = CausalLMStudent(copy.deepcopy(small[0].model), TOKENIZER_ID)

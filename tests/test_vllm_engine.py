@@ -16,16 +16,13 @@ from attrs import asdict
 from conftest import TOKENIZER_ID
 from engine_models import LONGEST, VOCAB, save_model
 
-from lopd.backends.zarr_store import ZarrStore
-from lopd.collect import collect_rollouts
+from lopd import collect_rollouts, score_rollouts
+from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.engines.vllm import VLLMScorer, VLLMSource
-from lopd.engines.vllm_engine import VLLMSettings, import_vllm
-from lopd.identity import ModelId
-from lopd.manifest import Lineage, SamplingParams
-from lopd.scoring import score_rollouts
+from lopd.engines.vllm import VLLMScorer, VLLMSettings, VLLMSource
+from lopd.engines.vllm.engine import import_vllm
+from lopd.records import Lineage, ModelId, Prompt, Rollout, SamplingParams
 from lopd.testing import ScorerConformance, SourceConformance, tiny_rollout
-from lopd.types import Prompt, Rollout
 
 # warnings of vLLM and of what it brings are its own
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("default")]
@@ -380,7 +377,7 @@ def test_the_example_collects_scores_and_trains_phase_by_phase(folders, tmp_path
 
 def test_workers_of_ray_with_a_vllm_each_sample_and_score_as_one_in_this_process_does(folders, sources, scorers):
     ray = pytest.importorskip("ray", reason="Ray is not installed")
-    from lopd.scaleout import RayScorer, RaySource
+    from lopd.engines.on_ray import RayScorer, RaySource
 
     folder, prompts = folders["llama_tied"], [Prompt(f"p{i}", [5 + i, 9, 20]) for i in range(7)]
     source, scorer = sources("llama_tied", samples_per_prompt=2), scorers("llama_tied")

@@ -12,16 +12,14 @@ from engine_models import LONGEST, VOCAB, save_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lopd import score_rollouts
 from lopd.backends.memory_store import MemoryStore
-from lopd.engines import vllm_engine
 from lopd.engines.supports import entries, look_up
-from lopd.engines.vllm import VLLMScorer, VLLMSource
-from lopd.engines.vllm_engine import VLLMEngine, VLLMSettings, import_vllm
+from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource
+from lopd.engines.vllm import engine as vllm_engine
+from lopd.engines.vllm.engine import import_vllm
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError, ModelError
-from lopd.identity import ModelId
-from lopd.manifest import Manifest, SamplingParams
-from lopd.scoring import score_rollouts
-from lopd.types import Prompt, Rollout
+from lopd.records import Manifest, ModelId, Prompt, Rollout, SamplingParams
 
 
 class FakeVLLM:
@@ -79,7 +77,7 @@ def folder(tmp_path_factory):
 def fake(monkeypatch):
     made = FakeVLLM()
     monkeypatch.setattr(vllm_engine, "import_vllm", lambda: made)
-    monkeypatch.setattr("lopd.engines.vllm.import_vllm", lambda: made)
+    monkeypatch.setattr("lopd.engines.vllm.nouns.import_vllm", lambda: made)
     monkeypatch.setattr(vllm_engine, "_on_cpu", lambda: True)
     return made
 

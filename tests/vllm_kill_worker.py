@@ -15,13 +15,12 @@ import pytest
 import vllm_environment  # noqa: F401
 from attrs import define
 
-from lopd.backends.zarr_store import ZarrStore
+from lopd import score_rollouts
+from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.engines.vllm import VLLMScorer
-from lopd.engines.vllm_engine import VLLMSettings
+from lopd.engines.vllm import VLLMScorer, VLLMSettings
 from lopd.errors import EngineError
-from lopd.manifest import SamplingParams
-from lopd.scoring import score_rollouts
+from lopd.records import SamplingParams
 from lopd.testing import tiny_rollout
 
 

@@ -10,12 +10,11 @@ import numpy as np
 from attrs import evolve, field, frozen
 
 from lopd import ConsistencyPolicy, FusedLoss, FusedOPDLoss, MemoryStore, TopKObjective, watch_drift
-from lopd.drift import AdvantageSummary
 from lopd.errors import DriftWarning
 from lopd.losses.divergences import forward_kl, reverse_kl
 from lopd.losses.variants import entropy_advantage, lowest_logprobs, prefix_fraction
 from lopd.protocols import OPDLoss
-from lopd.steps import StepMetrics
+from lopd.records import AdvantageSummary, StepMetrics
 from testbed.models import Setting, prepare
 from testbed.runs import Clock, Training, offline, online, scored_rollouts
 

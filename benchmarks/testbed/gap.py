@@ -14,9 +14,9 @@ from attrs import evolve
 from torch import Tensor
 
 from lopd import FusedOPDLoss, MemoryStore, batches, collate, sample_round
-from lopd.drift import DriftMeter, TokenLogprobs
 from lopd.engines.hf import HFScorer
 from lopd.protocols import LogprobReader
+from lopd.records.drift import DriftMeter, TokenLogprobs
 from testbed.arms import PLAIN, RATIO, Arm
 from testbed.models import TOKENS_PER_BATCH, Setting, prepare
 from testbed.runs import Training, offline, scored_rollouts

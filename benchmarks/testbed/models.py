@@ -25,9 +25,8 @@ from lopd import (
     opd_steps,
 )
 from lopd.engines.hf import HFSource
-from lopd.identity import fingerprint_tokenizer
-from lopd.loader import StepStream
-from lopd.steps import Step
+from lopd.records import Step, fingerprint_tokenizer
+from lopd.verbs import StepStream
 from testbed.task import CHARACTERS, EOS, Problem, Writer, encode, make_problems, make_tokenizer
 
 TOKENIZER = make_tokenizer()

@@ -21,11 +21,8 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.manifest import Lineage, Manifest, Provenance
-from lopd.metrics import Estimate
 from lopd.protocols import OPDLoss, RolloutSource, TeacherScorer
-from lopd.steps import StepMetrics
-from lopd.types import Prompt, Rollout, Scores
+from lopd.records import Estimate, Lineage, Manifest, Prompt, Provenance, Rollout, Scores, StepMetrics
 from testbed.models import TOKENIZER, TOKENIZER_ID, TOKENS_PER_BATCH, Testbed, source_of
 from testbed.task import verify
 

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from lopd.types import Prompt, Rollout
+from lopd.records import Prompt, Rollout
 
 EOS = "$"
 CHARACTERS = (EOS, *"0123456789+=", *"oxnyufvg")

@@ -1,8 +1,8 @@
-"""What a recipe will take, before it starts: `lopd.plan` for the OPD stage, and what comes before and after it at the same rates."""
+"""What a recipe will take, before it starts: `lopd.tools.plan` for the OPD stage, and what comes before and after it at the same rates."""
 
 from attrs import evolve, frozen
 
-from lopd.plan import Bill, GpuRates, Work, lightning, rates_like
+from lopd.tools.plan import Bill, GpuRates, Work, lightning, rates_like
 from recipes.paper import Recipe
 
 # mean response over the longest one: a guess, as the paper does not say

@@ -5,7 +5,7 @@ from typing import Any
 from attrs import frozen
 from math_verify import parse, verify
 
-from lopd.types import Prompt, Rollout
+from lopd.records import Prompt, Rollout
 
 
 @frozen

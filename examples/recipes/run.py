@@ -30,11 +30,10 @@ from phases import Run, console, digest
 
 from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd import evaluate as evaluate_policy
-from lopd.console import RichProgress
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.plan import trained_gb
-from lopd.prompts import read_prompts
-from lopd.types import Prompt
+from lopd.records import Prompt, read_prompts
+from lopd.tools.console import RichProgress
+from lopd.tools.plan import trained_gb
 from recipes.estimate import describe, estimate, work_of
 from recipes.grading import MathGrader
 from recipes.paper import RECIPES, Recipe
@@ -156,7 +155,7 @@ class Engine:
         return VLLMScorer.from_folder(folder, self._settings(folder))
 
     def _settings(self, folder: str) -> Any:
-        from lopd.engines.vllm_engine import VLLMSettings
+        from lopd.engines.vllm import VLLMSettings
 
         recipe = self.recipe
         gpus = recipe.teacher_gpus if folder == recipe.teacher else recipe.student_gpus

@@ -22,10 +22,9 @@ from training import resumably
 
 from lopd import CausalLMStudent, FusedOPDLoss, FusedSFTLoss, ZarrStore, batches, opd_steps, watch_drift
 from lopd.engines.hf import load_model
-from lopd.loader import StepStream
 from lopd.protocols import OPDLoss
-from lopd.ranks import Ranks
-from lopd.steps import Step, StepMetrics
+from lopd.records import Ranks, Step, StepMetrics
+from lopd.verbs import StepStream
 from recipes.paper import Recipe
 
 

@@ -7,11 +7,11 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.arrays import Float32Array
 from lopd.backends import ragged
-from lopd.identity import ModelId
-from lopd.manifest import Manifest, Provenance
-from lopd.types import BEHAVIOR_COLUMN, Rollout, ScoredRollout, Scores, TopK
+from lopd.records.arrays import Float32Array
+from lopd.records.identity import ModelId
+from lopd.records.manifest import Manifest, Provenance
+from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, ScoredRollout, Scores, TopK
 
 
 @final

@@ -1,7 +1,7 @@
 """The durable store at a URL, whichever kind it is."""
 
 from lopd.backends.files import StorageOptions, StorePath, names_in, open_files
-from lopd.backends.zarr_format import METADATA_FILE
+from lopd.backends.zarr.format import METADATA_FILE
 from lopd.errors import StoreNotFoundError
 from lopd.protocols import DurableStore
 
@@ -26,9 +26,9 @@ def open_store(path: StorePath, storage_options: StorageOptions | None = None) -
             f"Store {files.url}: there is no folder with anything in it, expected a store; check the path, or create one there."
         )
     if METADATA_FILE in names:
-        from lopd.backends.zarr_store import ZarrStore
+        from lopd.backends.zarr.store import ZarrStore
 
         return ZarrStore.open(path, storage_options=storage_options)
-    from lopd.backends.lance_store import LanceStore
+    from lopd.backends.lance.store import LanceStore
 
     return LanceStore.open(path, storage_options=storage_options)

@@ -10,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.arrays import Float32Array
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
-from lopd.identity import ModelId
-from lopd.manifest import Manifest, Provenance
-from lopd.types import BEHAVIOR_COLUMN, Rollout, Scores
+from lopd.records.arrays import Float32Array
+from lopd.records.identity import ModelId
+from lopd.records.manifest import Manifest, Provenance
+from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, Scores
 
 LogprobDtype = Literal["float32", "float16"]
 
@@ -168,7 +168,7 @@ def new_scores(
         if score.residual != provenance.residual:
             raise InvalidRecordError(
                 f"{owner}: scores of rollout {score.rollout_id!r} have residual={score.residual}, expected {provenance.residual} as their provenance "
-                f"has logprobs_mode {provenance.logprobs_mode!r}; write what was corrected into a column of its own (`lopd.residual.residualise`)."
+                f"has logprobs_mode {provenance.logprobs_mode!r}; write what was corrected into a column of its own (`lopd.residualise`)."
             )
         _check_top_k(owner, score, provenance.top_k, vocab_size)
         if score.rollout_id not in done:

@@ -1,1 +1,1 @@
-"""Engines that sample and score; each is a module of its own, with its own dependencies."""
+"""What runs a model: `hf`, `vllm`, `server` and `on_ray` sample and score, each with its own dependencies; `student` trains."""

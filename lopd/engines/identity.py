@@ -17,9 +17,9 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from lopd.causal_lm import unwrap
+from lopd.engines.causal_lm import unwrap
 from lopd.errors import EngineError, LopdError, ModelError
-from lopd.identity import ModelId, hash_weights, hash_weights_in_order
+from lopd.records.identity import ModelId, hash_weights, hash_weights_in_order
 
 _INDEX = "model.safetensors.index.json"
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]

@@ -6,11 +6,11 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.checks import check_number
 from lopd.errors import ContextOverflowError, InvalidRecordError
-from lopd.identity import TokenizerId
-from lopd.manifest import SamplingParams
-from lopd.types import Prompt, Rollout
+from lopd.records.checks import check_number
+from lopd.records.identity import TokenizerId
+from lopd.records.manifest import SamplingParams
+from lopd.records.rollouts import Prompt, Rollout
 
 
 def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: int) -> None:

@@ -10,7 +10,7 @@ from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.errors import EngineError
-from lopd.types import Rollout, Scores, TopK, floor_logprobs
+from lopd.records.rollouts import Rollout, Scores, TopK, floor_logprobs
 
 
 def make_scores(

@@ -21,11 +21,11 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from lopd.checks import check_at_least, check_number
 from lopd.errors import GradientError, InvalidRecordError
 from lopd.losses.products import Products, sum_dtype
 from lopd.losses.rows import Rows, Statistics, TorchRows
-from lopd.steps import LMHead
+from lopd.records.checks import check_at_least, check_number
+from lopd.records.steps import LMHead
 
 #: Enough rows of a large vocabulary to keep the matrix products busy (240 of 151,936 entries).
 CHUNK_BYTES = 144 << 20

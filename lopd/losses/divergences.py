@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lopd.checks import check_number
+from lopd.records.checks import check_number
 
 #: A tail of less is taken for this much: below it, 1 minus a float32 sum is noise.
 LEAST_TAIL = 1e-6

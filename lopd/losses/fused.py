@@ -10,7 +10,6 @@ import torch
 from attrs import define, evolve, field, frozen
 from torch import Tensor
 
-from lopd.checks import check_number
 from lopd.errors import GradientError
 from lopd.losses.chunked import (
     DEFAULT_CHUNKING,
@@ -23,7 +22,8 @@ from lopd.losses.chunked import (
     selected_logprobs_and_entropies,
 )
 from lopd.losses.objective import Objective, OPDObjective, TokenLosses, Tokens, Transform, check_clip, to_transforms
-from lopd.steps import Batch, LMHead, LossOutput
+from lopd.records.checks import check_number
+from lopd.records.steps import Batch, LMHead, LossOutput
 
 
 @define(eq=False)

@@ -13,11 +13,11 @@ import torch
 from attrs import evolve, field, fields, frozen
 from torch import Tensor
 
-from lopd.checks import check_number
 from lopd.errors import MissingScoresError
 from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
-from lopd.steps import Batch, LossOutput
+from lopd.records.checks import check_number
+from lopd.records.steps import Batch, LossOutput
 
 
 class TopKColumn(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 from lopd.errors import InvalidRecordError
 from lopd.losses.objective import Objective, OPDObjective, Tokens, Transform, check_clip, to_transforms
 from lopd.protocols import OPDLoss
-from lopd.steps import Batch, LMHead, LossOutput
+from lopd.records.steps import Batch, LMHead, LossOutput
 
 
 @final

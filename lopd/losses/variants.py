@@ -19,8 +19,8 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from lopd.checks import check_number
 from lopd.losses.objective import Signal, per_token, with_entropy
+from lopd.records.checks import check_number
 
 _LEAST_RANGE = 2e-3
 

@@ -15,7 +15,7 @@ from attrs import evolve, fields, frozen
 from torch import Tensor
 
 from lopd.protocols import OPDLoss
-from lopd.steps import Batch, LMHead, LossOutput
+from lopd.records.steps import Batch, LMHead, LossOutput
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _STORED = ("teacher_logprobs", "ref_logprobs", "top_k_logprobs", "top_k_tail")

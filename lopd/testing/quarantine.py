@@ -4,7 +4,7 @@ import pytest
 from attrs import evolve
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError
-from lopd.parity import Parity
+from lopd.records.parity import Parity
 from lopd.testing.records import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.testing.store_suite import StoreSuite
 

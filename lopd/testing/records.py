@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from lopd.identity import ModelId, TokenizerId
-from lopd.manifest import Manifest, Provenance, SamplingParams
-from lopd.types import Rollout, Scores, TopK
+from lopd.records.identity import ModelId, TokenizerId
+from lopd.records.manifest import Manifest, Provenance, SamplingParams
+from lopd.records.rollouts import Rollout, Scores, TopK
 
 
 def tiny_manifest(vocab_size: int = 300) -> Manifest:

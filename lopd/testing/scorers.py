@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.errors import ContextOverflowError, InvalidRecordError
-from lopd.identity import ModelId, TokenizerId
-from lopd.manifest import Manifest, Provenance, SamplingParams
 from lopd.protocols import TeacherScorer
-from lopd.scoring import score_rollouts
-from lopd.types import Rollout, Scores, TopK
+from lopd.records.identity import ModelId, TokenizerId
+from lopd.records.manifest import Manifest, Provenance, SamplingParams
+from lopd.records.rollouts import Rollout, Scores, TopK
+from lopd.verbs.scoring import score_rollouts
 
 _LARGEST_VOCABULARY = 4096
 

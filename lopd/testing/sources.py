@@ -7,11 +7,11 @@ import pytest
 from attrs import evolve
 
 from lopd.backends.memory_store import MemoryStore
-from lopd.collect import collect_rollouts
 from lopd.errors import ContextOverflowError, InvalidRecordError
-from lopd.manifest import SamplingParams
 from lopd.protocols import RolloutSource, TeacherScorer
-from lopd.types import Prompt, Rollout, rollout_id
+from lopd.records.manifest import SamplingParams
+from lopd.records.rollouts import Prompt, Rollout, rollout_id
+from lopd.verbs.collect import collect_rollouts
 
 _SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=4)
 

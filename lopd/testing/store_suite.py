@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lopd.manifest import Manifest
 from lopd.protocols import LogprobStore
+from lopd.records.manifest import Manifest
+from lopd.records.rollouts import Rollout
 from lopd.testing.records import assert_same_rollout, tiny_manifest, tiny_rollout
-from lopd.types import Rollout
 
 
 def assert_holds(store: LogprobStore, expected: Sequence[Rollout]) -> None:

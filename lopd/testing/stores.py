@@ -7,7 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
-from lopd.identity import ModelId
+from lopd.records.identity import ModelId
+from lopd.records.rollouts import Rollout, Scores, TopK
 from lopd.testing.quarantine import QuarantineClauses
 from lopd.testing.records import (
     assert_same_rollout,
@@ -21,7 +22,6 @@ from lopd.testing.records import (
     tiny_top_k,
 )
 from lopd.testing.store_suite import assert_holds
-from lopd.types import Rollout, Scores, TopK
 
 
 class StoreConformance(QuarantineClauses):

@@ -2,20 +2,17 @@
 
 import torch
 
-from lopd.backends.cloud_files import ObstoreFiles
 from lopd.backends.files import Files
-from lopd.backends.fsspec_files import FsspecFiles
-from lopd.backends.lance_store import LanceStore
-from lopd.backends.local_files import LocalFiles
+from lopd.backends.files.by_fsspec import FsspecFiles
+from lopd.backends.files.cloud import ObstoreFiles
+from lopd.backends.files.local import LocalFiles
+from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
-from lopd.backends.zarr_store import ZarrStore
-from lopd.collate import Weighting, by_rollout, by_token
-from lopd.console import RichProgress
+from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.server import ServerScorer, ServerSource
+from lopd.engines.student import CausalLMStudent
 from lopd.engines.vllm import VLLMScorer, VLLMSource
-from lopd.interop import TorchDataset
-from lopd.loader import StepStream
 from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
 from lopd.losses.objective import Objective, OPDObjective
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, SFTLoss, WeightedLoss
@@ -30,9 +27,10 @@ from lopd.protocols import (
     Student,
     TeacherScorer,
 )
-from lopd.steps import Step
-from lopd.students import CausalLMStudent
-from lopd.types import ScoredRollout
+from lopd.records import ScoredRollout, Step, Weighting, by_rollout, by_token
+from lopd.tools.console import RichProgress
+from lopd.tools.interop import TorchDataset
+from lopd.verbs import StepStream
 
 
 def rollout_sources(hf: HFSource, vllm: VLLMSource, served: ServerSource) -> tuple[RolloutSource, RolloutSource, RolloutSource]:

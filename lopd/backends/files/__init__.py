@@ -1,0 +1,125 @@
+"""Where a store's files are: a folder on a local disk, or a prefix in a bucket.  Files are written once and never changed."""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.errors import StoreReadError
+
+StorePath = str | os.PathLike[str]
+StorageOptions = Mapping[str, Any]
+Bytes = NDArray[np.uint8]
+T = TypeVar("T")
+
+
+class Files(Protocol):
+    """Files under one root; paths are relative to it, with forward slashes.
+
+    Every method raises OSError when the storage refuses (after retries, where there is a network), FileNotFoundError when a file is missing.
+    """
+
+    @property
+    def url(self) -> str:
+        """The root, for messages; it carries no credentials."""
+        ...
+
+    def read(self, path: str, /) -> bytes:
+        """A whole file."""
+        ...
+
+    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
+        """Whole files, side by side where that is faster."""
+        ...
+
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
+        """Parts of one file, from `starts` up to but not including `ends`; near ones are fetched together."""
+        ...
+
+    def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
+        """What each call gives; side by side where they wait for a network."""
+        ...
+
+    def map(self, path: str, /) -> Bytes | None:
+        """The whole file as a memory map, or None where files cannot be mapped."""
+        ...
+
+    def write(self, files: Mapping[str, Bytes], /) -> None:
+        """New files, durable on return."""
+        ...
+
+    def put_if_absent(self, path: str, data: bytes, /) -> bool:
+        """Whether this call made the file.  No two calls with different bytes make the same file; it appears whole.
+
+        Raises:
+            StoreWriteError: the file was made, but may not survive a power cut.
+        """
+        ...
+
+    def settle(self, folder: str, /) -> None:
+        """Make the entries of a folder durable that another process may have made a moment ago."""
+        ...
+
+    def names(self, folder: str, /) -> list[str]:
+        """Sorted names of the files and folders in a folder; empty if it is not there, NotADirectoryError if it is a file."""
+        ...
+
+    def age(self, folder: str, /) -> float:
+        """Seconds since the newest file in a folder was written."""
+        ...
+
+    def remove(self, folders: Iterable[str], /) -> None:
+        """Remove folders with all that is in them; those that are not there do not matter."""
+        ...
+
+
+def without_user(url: str) -> str:
+    """The URL as messages show it: `user:password@` stays private."""
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
+def names_in(files: Files) -> list[str]:
+    """What is in the root; the root itself where it is a file.
+
+    Raises:
+        StoreReadError: the storage refused to say.
+    """
+    try:
+        return files.names("")
+    except NotADirectoryError:
+        return [files.url]
+    except OSError as error:
+        raise StoreReadError(
+            f"Store {files.url}: looking for it failed with {error}, expected to list what is there; check the path and the credentials."
+        ) from error
+
+
+def local_folder(path: StorePath) -> Path | None:
+    """The local folder that a path or a `file://` URL names, None for any other URL."""
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return None if "://" in text else Path(text)
+
+
+def open_files(path: StorePath, storage_options: StorageOptions | None = None) -> Files:
+    """The files under a local path or a URL.
+
+    s3, gs, az and their kin go through obstore, any other scheme through fsspec; both get `storage_options`.
+
+    Raises:
+        MissingDependencyError: the package for this kind of URL is not installed.
+        StorePathError: no package knows this kind of URL, or it refuses the options.
+    """
+    folder = local_folder(path)
+    if folder is not None:
+        from lopd.backends.files.local import LocalFiles
+
+        return LocalFiles(folder)
+    from lopd.backends.files.cloud import open_cloud_files
+
+    return open_cloud_files(os.fspath(path), storage_options or {})

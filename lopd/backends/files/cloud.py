@@ -1,0 +1,273 @@
+"""Files in a bucket: s3, gs, az and their kin through obstore, everything else that fsspec knows through fsspec.
+
+`storage_options` are those of Apache object_store, which LanceDB takes too: `aws_access_key_id`, `aws_secret_access_key`, `aws_region`,
+`aws_endpoint`, `allow_http`, ...; what is not given comes from the environment.  Requests that fail are repeated with growing pauses,
+within `client_max_retries` (10) and `client_retry_timeout` (180 s); `timeout` and `connect_timeout` limit one request ("30s").
+fsspec file systems take their own options (`key`, `secret`, ...), and need one writer at a time where they cannot create a file exclusively.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, final
+
+import numpy as np
+
+from lopd.backends.files import Bytes, Files, StorageOptions, T, without_user
+from lopd.backends.files.by_fsspec import FsspecFiles
+from lopd.errors import ForkedStoreError, MissingDependencyError, StorePathError, StoreWriteError
+
+_OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+_CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")
+_ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
+_YES = ("true", "1", "on", "yes")
+_REQUESTS_AT_ONCE = 16
+# A request takes as long as a megabyte or so.
+_GAP = 1 << 20
+
+
+def open_cloud_files(url: str, options: StorageOptions) -> Files:
+    """The files under a URL.
+
+    Raises:
+        MissingDependencyError: the package for this kind of URL is not installed.
+        StorePathError: no package knows this kind of URL, or it refuses the options.
+    """
+    scheme = url.split("://", 1)[0]
+    return ObstoreFiles(url, options) if scheme in _OBSTORE_SCHEMES else FsspecFiles(url, options)
+
+
+def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
+    if len(calls) < 2:
+        return [call() for call in calls]
+    with ThreadPoolExecutor(min(_REQUESTS_AT_ONCE, len(calls))) as pool:
+        return list(pool.map(lambda call: call(), calls))
+
+
+def _merge_spans(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int, list[int]]]:
+    """(start, end, which ranges are in it) of as few spans as there need be where small gaps are fetched along; empty ranges need none."""
+    spans: list[tuple[int, int, list[int]]] = []
+    for i in sorted(range(len(starts)), key=starts.__getitem__):
+        if ends[i] <= starts[i]:
+            continue
+        if spans and starts[i] - spans[-1][1] <= _GAP:
+            first, last, members = spans[-1]
+            spans[-1] = first, max(last, ends[i]), [*members, i]
+        else:
+            spans.append((starts[i], ends[i], [i]))
+    return spans
+
+
+def _check_http(shown: str, options: StorageOptions) -> None:
+    """Refuse plain http that nobody has allowed: object_store would repeat for a minute what it never sends, and not say why."""
+    if not shown.startswith("s3"):
+        return  # the endpoint in the environment is not that of other clouds
+    environment = {name: value for name, value in os.environ.items() if name.upper().startswith("AWS_")}
+    given = {name.lower(): str(value) for place in (environment, options) for name, value in place.items()}
+    named = {name.lower() for name in options}
+    endpoint = next((given[name] for name in sorted(_ENDPOINTS, key=lambda name: name not in named) if name in given), "")
+    allowed = given.get("allow_http", given.get("aws_allow_http", "")).lower() in _YES
+    if endpoint.startswith("http://") and not allowed:
+        raise StorePathError(
+            f"Store {shown}: its endpoint is {without_user(endpoint)}, expected https; set AWS_ALLOW_HTTP=true (or the option `allow_http`) if plain "
+            "http is meant."
+        )
+
+
+@final
+class _ForkGuard:
+    """obstore's threads do not survive a fork: a child of a process that used it would wait for ever."""
+
+    def __init__(self) -> None:
+        self._pid: int | None = None
+
+    def check(self, url: str) -> None:
+        """Refuse a process that was forked from one that has used obstore."""
+        if self._pid is None:
+            self._pid = os.getpid()
+        elif self._pid != os.getpid():
+            raise ForkedStoreError(
+                f"Store {url}: process {os.getpid()} was forked from {self._pid}, which used it, expected a process started afresh; "
+                "start workers with the 'spawn' or 'forkserver' method (DataLoader(multiprocessing_context='forkserver'))."
+            )
+
+
+_GUARD = _ForkGuard()
+
+
+@final
+class ObstoreFiles:
+    """`Files` in a bucket of S3, GCS or Azure; conditional puts make commits safe, strong consistency makes them visible at once."""
+
+    def __init__(self, url: str, options: StorageOptions) -> None:
+        """No request is made yet.
+
+        Raises:
+            StorePathError: it refuses the options, or the endpoint is http and nobody has allowed that.
+        """
+        self._url = url.rstrip("/")
+        self._shown = without_user(self._url)
+        self._options = dict(options)
+        self._obstore, self._store = self._open()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """URL and options: connections do not travel to another process."""
+        return ObstoreFiles, (self._url, self._options)
+
+    @property
+    def url(self) -> str:
+        """Bucket and prefix, without options."""
+        return self._shown
+
+    def _open(self) -> tuple[Any, Any]:
+        try:
+            import obstore
+            from obstore.exceptions import BaseError
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"Store {self._shown}: obstore is not installed, expected it for this URL; pip install 'lopd[zarr]'."
+            ) from error
+        _GUARD.check(self._shown)
+        _check_http(self._shown, self._options)
+        options = dict(self._options)
+        self._max_retries = int(options.pop("client_max_retries", 10))
+        self._retry_timeout = float(options.pop("client_retry_timeout", 180))
+        retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._retry_timeout)}
+        self._final = (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError)
+        client = {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
+        client = {name: value == "true" if value in ("true", "false") else value for name, value in client.items()}
+        try:
+            # Which options there are is obstore's to say.
+            store = obstore.store.from_url(self._url, config=options, client_options=client or None, retry_config=retry)  # type: ignore[call-overload]
+        except (BaseError, ValueError, TypeError) as error:
+            # The message names an option, never its value.
+            raise StorePathError(
+                f"Store {self._shown}: it cannot be opened ({type(error).__name__}), expected storage options of object_store; check their names."
+            ) from None
+        return obstore, store
+
+    def _call(self, path: str, work: Callable[[], T]) -> T:
+        _GUARD.check(self._shown)
+        try:
+            return work()
+        except (self._obstore.exceptions.NotFoundError, FileNotFoundError) as error:
+            raise FileNotFoundError(f"{self._shown}/{path} is not there") from error
+        except self._obstore.exceptions.BaseError as error:
+            raise OSError(f"{self._shown}/{path}: {_first_line(error)}") from error
+
+    def read(self, path: str, /) -> bytes:
+        """A whole object."""
+        return bytes(self._call(path, lambda: self._obstore.get(self._store, path).bytes()))
+
+    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
+        """Whole objects, some at a time."""
+        return _side_by_side([partial(self.read, path) for path in paths])
+
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
+        """Parts of one object; near ones are fetched by one request, and what is behind the end of the object is missing."""
+        found = [np.zeros(0, np.uint8)] * len(starts)
+        spans = _merge_spans(starts, ends)
+        fetched = _side_by_side([partial(self._read_span, path, first, last) for first, last, _ in spans])
+        for (first, _, members), data in zip(spans, fetched, strict=True):
+            for i in members:
+                found[i] = data[starts[i] - first : ends[i] - first]
+        return found
+
+    def _read_span(self, path: str, start: int, end: int) -> Bytes:
+        try:
+            return np.frombuffer(self._call(path, lambda: self._obstore.get_range(self._store, path, start=start, end=end)), np.uint8)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            # A server refuses a range that begins behind the end; that the object is too short is for the caller to say.
+            if self._call(path, lambda: self._obstore.head(self._store, path))["size"] > start:
+                raise
+            return np.zeros(0, np.uint8)
+
+    def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
+        """What each call gives, some at a time."""
+        return _side_by_side(calls)
+
+    def map(self, path: str, /) -> None:
+        """None: there is nothing to map."""
+
+    def write(self, files: Mapping[str, Bytes], /) -> None:
+        """New objects, some at a time."""
+        _side_by_side([partial(self._put, path, data) for path, data in files.items()])
+
+    def _put(self, path: str, data: Bytes) -> None:
+        self._call(path, lambda: self._obstore.put(self._store, path, data.tobytes()))
+
+    def put_if_absent(self, path: str, data: bytes, /) -> bool:
+        """Whether this call made the object.
+
+        Of a put whose answer was lost nobody knows whether it was done; then the object tells, and its bytes say whose it is.
+        """
+        try:
+            return self._repeat(partial(self._put_or_compare, path, data))
+        except OSError as error:
+            if isinstance(error.__cause__, self._final):
+                raise
+            raise StoreWriteError(
+                f"{self._shown}/{path}: the storage did not say whether it is written ({error}), expected an answer; "
+                "open the store again when the storage is back, and repeat the call, which is safe."
+            ) from error
+
+    def _put_or_compare(self, path: str, data: bytes) -> bool:
+        try:
+            self._call(path, lambda: self._obstore.put(self._store, path, data, mode="create"))
+        except OSError as error:
+            try:
+                return self.read(path) == data
+            except FileNotFoundError:
+                raise error from error.__cause__
+        return True
+
+    def _repeat(self, work: Callable[[], T]) -> T:
+        """Repeat what a lost connection cut off: object_store does so for what a server refuses (5xx), and for plain reads, only."""
+        deadline, pause = time.monotonic() + self._retry_timeout, 0.1
+        for left in range(self._max_retries, -1, -1):
+            try:
+                return work()
+            except FileNotFoundError:
+                raise
+            except OSError as error:
+                if not left or time.monotonic() > deadline or isinstance(error.__cause__, self._final):
+                    raise
+            time.sleep(pause * random.random())  # noqa: S311 (spreads writers that were refused at the same moment)
+            pause = min(2 * pause, 15.0)
+        raise AssertionError
+
+    def settle(self, folder: str, /) -> None:
+        """Nothing to do: a put is durable when it is answered."""
+
+    def names(self, folder: str, /) -> list[str]:
+        """Sorted names of what is in a folder."""
+        prefix = f"{folder}/" if folder else ""
+        listed = self._repeat(partial(self._call, folder, lambda: self._obstore.list_with_delimiter(self._store, prefix or None)))
+        paths = [*listed["common_prefixes"], *(entry["path"] for entry in listed["objects"])]
+        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)
+
+    def _listed(self, folder: str) -> list[Any]:
+        pages = lambda: [entry for page in self._obstore.list(self._store, f"{folder}/") for entry in page]  # noqa: E731 (drawn anew each time)
+        return self._repeat(partial(self._call, folder, pages))
+
+    def age(self, folder: str, /) -> float:
+        """Seconds since the newest object in a folder was written, by the server's clock."""
+        newest = max((entry["last_modified"] for entry in self._listed(folder)), default=datetime.now(UTC))
+        return float((datetime.now(UTC) - newest).total_seconds())
+
+    def remove(self, folders: Iterable[str], /) -> None:
+        """Remove all objects in these folders."""
+        for folder in folders:
+            paths = [entry["path"] for entry in self._listed(folder)]
+            if paths:
+                self._call(folder, lambda paths=paths: self._obstore.delete(self._store, paths))  # type: ignore[misc]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n", 1)[0][:300]

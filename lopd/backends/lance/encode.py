@@ -1,0 +1,205 @@
+"""Rollouts and scores -> rows of LanceDB tables; `lance_decode` is the way back.
+
+Two checksums a row: `line_checksum` covers its short columns (the line), `data_checksum` its tokens or log-probs, and is part of the line.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
+
+from lopd.backends import ragged
+from lopd.backends.lance.table import COMMIT, KEY_METADATA
+from lopd.errors import InvalidRecordError
+from lopd.records.manifest import Provenance
+from lopd.records.rollouts import Rollout, Scores, TopK
+
+#: What a line is made of, and checked by; `id_hash` is of the rollout id, which is a column of its own.
+ROLLOUT_LINE = np.dtype(
+    [
+        (COMMIT, "<i8"),
+        ("row", "<i8"),
+        ("id_hash", "V16"),
+        ("content_hash", "V16"),
+        ("prompt_length", "<i4"),
+        ("response_length", "<i4"),
+        ("generation", "<i8"),
+        ("has_behavior", "?"),
+        ("committed_at", "<f8"),
+        ("rounding", "<f8"),
+        ("data_checksum", "<u8"),
+    ]
+)
+SCORE_LINE = np.dtype(
+    [
+        (COMMIT, "<i8"),
+        ("row", "<i8"),
+        ("content_hash", "V16"),
+        ("length", "<i4"),
+        ("floored", "<i4"),
+        ("committed_at", "<f8"),
+        ("rounding", "<f8"),
+        ("data_checksum", "<u8"),
+        ("top_k_checksum", "<u8"),
+    ]
+)
+ROLLOUT_DATA = ("finish_reason", "token_ids", "loss_mask", "behavior_logprobs")
+SCORE_DATA = ("logprobs",)
+TOP_K_DATA = ("top_k_ids", "top_k_logprobs", "top_k_tail")
+ID, LINE_CHECKSUM = "rollout_id", "line_checksum"
+
+
+def line_columns(line: np.dtype[Any]) -> list[str]:
+    """The columns that a line is read from."""
+    return [*(ID if name == "id_hash" else name for name in line.names or ()), LINE_CHECKSUM]
+
+
+def tokens_of(lines: NDArray[np.void]) -> int:
+    """Prompt and response tokens of rollouts, or scored response tokens."""
+    return sum(int(lines[name].sum()) for name in ("prompt_length", "response_length", "length") if name in (lines.dtype.names or ()))
+
+
+def hash_ids(ids: Sequence[bytes]) -> NDArray[np.void]:
+    """(n,): 128 bits of each rollout id; two ids never share them in practice."""
+    return np.frombuffer(b"".join(map(xxh3_128_digest, ids)), "V16")
+
+
+def encode_id(rollout_id: str) -> bytes:
+    """UTF-8; lone surrogates, which JSON can carry, survive."""
+    return rollout_id.encode("utf-8", "surrogatepass")
+
+
+def decode_id(data: bytes) -> str:
+    """The inverse of `encode_id`."""
+    return data.decode("utf-8", "surrogatepass")
+
+
+def checksum(*parts: Any) -> int:
+    """Of arrays in this order; an absent one differs from any that is there."""
+    found = 0
+    for part in parts:
+        found = xxh3_64_intdigest(b"" if part is None else np.ascontiguousarray(part).data, seed=found)
+    return found
+
+
+def line_checksums(lines: NDArray[np.void]) -> NDArray[np.uint64]:
+    """(n,): of each line."""
+    data, size = lines.tobytes(), lines.dtype.itemsize
+    return np.array([xxh3_64_intdigest(data[at : at + size]) for at in range(0, len(data), size)], np.uint64)
+
+
+def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
+    """An Arrow table of one commit.  Ids are in the smallest type that holds the vocabulary; there is no mask where nothing is masked.
+
+    Raises:
+        InvalidRecordError: a log-prob is below what the type can hold; it names the rollout.
+    """
+    owners = [rollout.rollout_id for rollout in rollouts]
+    tokens = [np.concatenate([r.prompt_ids, r.response_ids]).astype(np.min_scalar_type(vocab_size - 1)) for r in rollouts]
+    masks = [None if r.loss_mask.all() else r.loss_mask.astype(np.uint8) for r in rollouts]
+    behaviors, rounding = ragged.to_stored([r.behavior_logprobs for r in rollouts], owners, logprob_dtype)
+    ids = [encode_id(owner) for owner in owners]
+    lines = np.zeros(len(rollouts), ROLLOUT_LINE)
+    columns: dict[str, Any] = {
+        COMMIT: commit,
+        "row": np.arange(first_row, first_row + len(rollouts)),
+        "id_hash": hash_ids(ids),
+        "content_hash": np.frombuffer(b"".join(r.content_hash for r in rollouts), "V16"),
+        "prompt_length": [r.prompt_ids.size for r in rollouts],
+        "response_length": [r.response_ids.size for r in rollouts],
+        "generation": [r.generation for r in rollouts],
+        "has_behavior": [values is not None for values in behaviors],
+        "committed_at": when,
+        "rounding": rounding,
+        "data_checksum": [checksum(r.finish_reason.encode(), *parts) for r, *parts in zip(rollouts, tokens, masks, behaviors, strict=True)],
+    }
+    for name, values in columns.items():
+        lines[name] = values
+    texts: dict[str, Sequence[bytes | str]] = {ID: ids, "finish_reason": [r.finish_reason for r in rollouts]}
+    return _table(lines, texts, {"token_ids": tokens}, {"loss_mask": masks, "behavior_logprobs": behaviors}, logprob_dtype)
+
+
+def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
+    """The same for scores; a row is that of the rollout.  All of them have a top-k support or none has."""
+    owners = [score.rollout_id for score in scores]
+    logprobs, rounding = ragged.to_stored([score.logprobs for score in scores], owners, logprob_dtype)
+    lists: dict[str, Sequence[Any]] = {"logprobs": logprobs}
+    supports = [score.top_k for score in scores if score.top_k is not None]
+    if supports:
+        ranked, error = ragged.to_stored([support.logprobs.ravel() for support in supports], owners, logprob_dtype)
+        ids = [support.ids.ravel().astype(np.min_scalar_type(vocab_size - 1)) for support in supports]
+        lists |= dict(zip(TOP_K_DATA, (ids, ranked, [support.tail for support in supports]), strict=True))
+        rounding = max(rounding, error)
+    lines = np.zeros(len(scores), SCORE_LINE)
+    columns: dict[str, Any] = {
+        COMMIT: commit,
+        "row": rows,
+        "content_hash": np.frombuffer(b"".join(score.content_hash for score in scores), "V16"),
+        "length": [score.logprobs.size for score in scores],
+        "floored": [score.floored for score in scores],
+        "committed_at": when,
+        "rounding": rounding,
+        "data_checksum": [checksum(values) for values in logprobs],
+        "top_k_checksum": [checksum(*three) for three in zip(*(lists[name] for name in TOP_K_DATA), strict=True)] if supports else 0,
+    }
+    for name, values in columns.items():
+        lines[name] = values
+    return _table(lines, {}, lists, {}, logprob_dtype)
+
+
+def no_scores(provenance: Provenance, vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
+    """An Arrow table of a column without a row."""
+    k = provenance.top_k
+    support = TopK([[0] * k], [[-np.log(k)] * k], [0.0]) if k else None
+    one = Scores("", b"\0" * 16, [0.0], top_k=support)
+    return encode_scores([one], [0], vocab_size, logprob_dtype, commit=commit, when=when).slice(0, 0)
+
+
+def _table(
+    lines: NDArray[np.void],
+    texts: dict[str, Sequence[bytes | str]],
+    lists: dict[str, Sequence[Any]],
+    optional_lists: dict[str, Sequence[Any]],
+    logprob_dtype: str,
+) -> Any:
+    import pyarrow as pa
+
+    empty = {"loss_mask": "uint8", "behavior_logprobs": logprob_dtype}
+    columns: list[tuple[Any, Any]] = []
+    for name in lines.dtype.names or ():
+        if name == "id_hash":
+            continue
+        array = _bytes_column(lines[name]) if lines.dtype[name].kind == "V" else pa.array(lines[name])
+        columns.append((pa.field(name, array.type, nullable=False, metadata=KEY_METADATA if name == COMMIT else None), array))
+    columns.append((pa.field(LINE_CHECKSUM, pa.uint64(), nullable=False), pa.array(line_checksums(lines))))
+    for name, texts_of in texts.items():
+        array = pa.array(texts_of, pa.binary() if name == ID else pa.string())
+        columns.append((pa.field(name, array.type, nullable=False), array))
+    for name, values in lists.items():
+        array = _list_column(values, values[0].dtype)
+        columns.append((pa.field(name, array.type, nullable=False), array))
+    for name, values in optional_lists.items():
+        array = _list_column(values, np.dtype(empty[name]))
+        columns.append((pa.field(name, array.type), array))
+    return pa.Table.from_arrays([array for _, array in columns], schema=pa.schema([field for field, _ in columns]))
+
+
+def _bytes_column(values: NDArray[np.void]) -> Any:
+    import pyarrow as pa
+
+    data = np.ascontiguousarray(values)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(data.dtype.itemsize), len(data), [None, pa.py_buffer(data.tobytes())])
+
+
+def _list_column(values: Sequence[NDArray[Any] | None], dtype: np.dtype[Any]) -> Any:
+    import pyarrow as pa
+
+    ends = ragged.offsets(np.array([0 if part is None else part.size for part in values]))
+    if ends[-1] > np.iinfo(np.int32).max:
+        raise InvalidRecordError(f"Append: one column has {ends[-1]} values, expected fewer than 2**31; append fewer rollouts at once.")
+    flat = ragged.concat([part for part in values if part is not None], dtype.name)
+    item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
+    absent = pa.array([part is None for part in values])
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat), type=pa.list_(item), mask=absent)

@@ -1,0 +1,209 @@
+"""What a store on LanceDB holds, at the versions of its tables that were last looked at."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, final
+
+import numpy as np
+from attrs import evolve
+from numpy.typing import NDArray
+
+from lopd.backends import ragged
+from lopd.backends.id_index import IdIndex
+from lopd.backends.lance import arrays, decode, encode
+from lopd.backends.lance.arrays import Wanted
+from lopd.backends.lance.catalog import ROLLOUTS_FILE, Catalog, TableEntry
+from lopd.backends.lance.encode import ID, ROLLOUT_DATA, ROLLOUT_LINE, SCORE_DATA, SCORE_LINE, TOP_K_DATA, tokens_of
+from lopd.backends.lance.part import Part
+from lopd.backends.lance.table import COMMIT, Database
+from lopd.errors import CorruptStoreError
+from lopd.records.arrays import Float32Array
+from lopd.records.manifest import Commit, Provenance
+from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, RolloutArrays, ScoredRollout, TopK
+
+_Column = Mapping[int, tuple[Float32Array, TopK | None]]
+
+
+@final
+class Snapshot:
+    """Reads at fixed versions, which only `refresh` and a writer move.
+
+    Args:
+        database, catalog: of the store.
+        versions: table name -> version to look at; the latest of those that are not named.
+    """
+
+    def __init__(self, database: Database, catalog: Catalog, versions: Mapping[str, int]) -> None:
+        """Opens the tables that the catalog names."""
+        self._owner = database.owner
+        self._database = database
+        self._catalog = catalog
+        self._index, self._indexed = IdIndex(), 0
+        self.rollouts: Part | None = None
+        self.columns: dict[str, Part] = {}
+        self._open(versions)
+
+    def _open(self, versions: Mapping[str, int]) -> None:
+        # Columns before rollouts: a score that is seen is then never one of a rollout that is not.
+        state = self._catalog.state
+        for column, entry in state.columns.items():
+            if column not in self.columns:
+                self.columns[column] = self._part(entry, SCORE_LINE, versions, dense=False)
+        if self.rollouts is None and state.rollouts is not None:
+            self.rollouts = self._part(state.rollouts, ROLLOUT_LINE, versions, dense=True)
+        if self.columns and self.rollouts is None:
+            raise CorruptStoreError(
+                f"{self._owner}: {ROLLOUTS_FILE} is missing, expected it where there are scores; restore the file from a backup."
+            )
+
+    def _part(self, entry: TableEntry, line: np.dtype[Any], versions: Mapping[str, int], *, dense: bool) -> Part:
+        return Part(self._owner, self._database.open(entry.table, versions.get(entry.table)), line, dense=dense)
+
+    def refresh(self) -> None:
+        """Move to the latest version of everything."""
+        self._catalog.refresh()
+        known = [*self.columns.values(), *([] if self.rollouts is None else [self.rollouts])]
+        for part in known:
+            part.table.refresh()
+        self._open({})
+
+    def part(self, column: str | None) -> Part | None:
+        """The table of a column, or of the rollouts; None where nothing was committed yet."""
+        return self.rollouts if column is None else self.columns.get(column)
+
+    def parts(self) -> dict[str | None, Part]:
+        """All tables."""
+        found: dict[str | None, Part] = {} if self.rollouts is None else {None: self.rollouts}
+        found.update(self.columns)
+        return found
+
+    def versions(self) -> dict[str, int]:
+        """Table name -> version."""
+        return {part.table.name: part.table.version for part in self.parts().values()}
+
+    def provenances(self) -> dict[str, Provenance]:
+        """Who computed each column."""
+        entries = {name: self._catalog.state.columns[name] for name in self.columns}
+        return {name: entry.provenance for name, entry in entries.items() if entry.provenance is not None}
+
+    @property
+    def rows(self) -> int:
+        """Rollouts."""
+        return 0 if self.rollouts is None else self.rollouts.table.rows
+
+    def lines(self) -> NDArray[np.void]:
+        """The lines of all rollouts."""
+        return np.zeros(0, ROLLOUT_LINE) if self.rollouts is None else self.rollouts.lines()
+
+    def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
+        """(n,): rows of rollouts, -1 where there is none."""
+        new = np.ascontiguousarray(self.lines()["id_hash"][self._indexed :])
+        if new.size:
+            self._index.add(new.view(np.uint64).reshape(-1, 2), self._indexed)
+            self._indexed += new.size
+        hashes = encode.hash_ids([encode.encode_id(rollout_id) for rollout_id in rollout_ids])
+        return self._index.find(hashes.view(np.uint64).reshape(-1, 2))
+
+    def scored(self, column: str) -> NDArray[np.bool_]:
+        """(rows,): which rollouts have scores in this column."""
+        if column == BEHAVIOR_COLUMN:
+            return self.lines()["has_behavior"].copy()
+        scored = self.columns[column].lines()["row"] if column in self.columns else np.zeros(0, np.int64)
+        if scored.size and scored[-1] >= self.rows:
+            raise CorruptStoreError(
+                f"{self._owner}: column {column!r} has scores of row {scored[-1]}, expected rows below {self.rows}; "
+                "restore the store from a backup."
+            )
+        mask = np.zeros(self.rows, np.bool_)
+        mask[scored] = True
+        return mask
+
+    def quarantined(self, column: str) -> dict[int, str]:
+        """Rows that could not be scored, and why; but for those that were scored later."""
+        reasons = self._catalog.reasons(column)
+        done = self.scored(column) if reasons else ()
+        return {row: reason for row, reason in sorted(reasons.items()) if not done[row]}
+
+    def history(self) -> list[Commit]:
+        """Commits of all tables, rounds and compactions, by the clocks of their writers."""
+        found = list(self._catalog.state.events)
+        for column, part in self.parts().items():
+            lines = part.lines()
+            lines = lines[np.argsort(lines[COMMIT], kind="stable")]
+            for commit in np.split(lines, np.flatnonzero(np.diff(lines[COMMIT])) + 1):
+                when, rounding = float(commit["committed_at"][0]), float(commit["rounding"][0])
+                kind: Literal["rollouts", "scores"] = "rollouts" if column is None else "scores"
+                found.append(Commit(0, kind, len(commit), tokens_of(commit), column, when, rounding))
+        found.sort(key=lambda commit: commit.when)
+        return [evolve(commit, number=number) for number, commit in enumerate(found)]
+
+    def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> list[ScoredRollout]:
+        """These rollouts with these columns and supports, in the order asked."""
+        distinct = np.unique(rows)
+        if self.rollouts is None or not distinct.size:
+            return []
+        table, lines = self.rollouts.fetch(distinct, [ID, *ROLLOUT_DATA])
+        rollouts = dict(zip(lines["row"].tolist(), decode.decode_rollouts(self._owner, table, lines), strict=True))
+        found = {name: self._column(name, distinct, rollouts, ranked=name in top_k) for name in {*columns, *top_k}}
+        return [
+            ScoredRollout(
+                rollouts[row],
+                {name: found[name][row][0] for name in columns},
+                {name: support for name in top_k if (support := found[name][row][1]) is not None},
+            )
+            for row in rows.tolist()
+        ]
+
+    def read_arrays(self, rows: NDArray[np.int64], columns: Sequence[str]) -> RolloutArrays:
+        """These rows end to end, in the order asked."""
+        if self.rollouts is None or not rows.size:
+            nothing = np.zeros(0, np.int64)
+            return RolloutArrays(nothing, nothing, np.zeros(0, np.int32), None, {name: np.zeros(0, np.float32) for name in columns})
+        lines = self.lines()[rows]
+        if BEHAVIOR_COLUMN in columns and not lines["has_behavior"].all():
+            raise ragged.missing_scores(self._owner, self._name(int(rows[~lines["has_behavior"]][0])), BEHAVIOR_COLUMN)
+        scored = {name: self._scored(name, rows, lines) for name in columns if name != BEHAVIOR_COLUMN}
+        found = arrays.read_arrays(Wanted(self._owner, self.rollouts, rows, lines), scored)
+        return evolve(found, scores={name: found.scores[name] for name in columns})
+
+    def _scored(self, column: str, rows: NDArray[np.int64], lines: NDArray[np.void]) -> Wanted:
+        """The scores of these rows, if there are some, of these rows' tokens."""
+        owner, part = f"{self._owner}: column {column!r}", self.columns.get(column)
+        at = np.full(rows.size, -1) if part is None else part.find(rows)
+        if part is None or (at < 0).any():
+            raise ragged.missing_scores(self._owner, self._name(int(rows[at < 0][0])), column)
+        found = part.lines()[at]
+        for i in np.flatnonzero((found["content_hash"] != lines["content_hash"]) | (found["length"] != lines["response_length"]))[:1]:
+            raise _other_tokens(owner, self._name(int(rows[i])))
+        return Wanted(owner, part, rows, found)
+
+    def _name(self, row: int) -> str:
+        """The rollout's id, for messages."""
+        return self.read(np.array([row]), (), ())[0].rollout.rollout_id
+
+    def _column(self, column: str, rows: NDArray[np.int64], rollouts: Mapping[int, Rollout], *, ranked: bool) -> _Column:
+        k = self._catalog.top_k(column)
+        if ranked and not k:
+            raise ragged.missing_top_k(self._owner, column)
+        if column == BEHAVIOR_COLUMN:
+            return {row: (self._behavior(rollout), None) for row, rollout in rollouts.items()}
+        part = self.columns.get(column)
+        absent = rows if part is None else rows[part.find(rows) < 0]
+        if part is None or absent.size:
+            raise ragged.missing_scores(self._owner, rollouts[int(absent[0])].rollout_id, column)
+        owner = f"{self._owner}: column {column!r}"
+        table, lines = part.fetch(rows, [*SCORE_DATA, *(TOP_K_DATA if ranked else ())])
+        logprobs = decode.decode_scores(owner, table, lines)
+        supports = decode.decode_top_k(owner, table, lines, k) if ranked else [None] * len(lines)
+        for row, content_hash, values in zip(lines["row"].tolist(), lines["content_hash"].tolist(), logprobs, strict=True):
+            if (content_hash, values.size) != (rollouts[row].content_hash, rollouts[row].response_ids.size):
+                raise _other_tokens(owner, rollouts[row].rollout_id)
+        return dict(zip(lines["row"].tolist(), zip(logprobs, supports, strict=True), strict=True))
+
+    def _behavior(self, rollout: Rollout) -> Float32Array:
+        if rollout.behavior_logprobs is None:
+            raise ragged.missing_scores(self._owner, rollout.rollout_id, BEHAVIOR_COLUMN)
+        return rollout.behavior_logprobs
+
+
+def _other_tokens(owner: str, rollout_id: str) -> CorruptStoreError:
+    return CorruptStoreError(f"{owner}: scores of rollout {rollout_id!r} were computed on other tokens; restore the store from a backup.")

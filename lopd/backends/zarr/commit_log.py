@@ -1,0 +1,125 @@
+"""The numbered log that says which segments exist, and checkpoints of what it adds up to.
+
+    commits/0000000000.json        one record a commit, put in place only if the number is free
+    checkpoints/0000000064.json    the state after 64 commits, so that opening reads one file and the records behind it
+
+A record is put last, after everything it names is durable.  So two writers never overwrite one another, a reader never sees half a
+commit, and the number gives all readers one order of rows.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, final
+
+from lopd.backends.files import Files
+from lopd.backends.sealing import seal, unseal
+from lopd.errors import CorruptStoreError, StoreReadError
+
+COMMITS, CHECKPOINTS = "commits", "checkpoints"
+COMMITS_PER_CHECKPOINT = 64
+
+
+@final
+class CommitLog:
+    """The commit records of one store.
+
+    Args:
+        files: of the store.   owner: how messages name it.
+    """
+
+    def __init__(self, files: Files, owner: str) -> None:
+        """Nothing is read yet."""
+        self._files = files
+        self._owner = owner
+
+    def commit(self, number: int, record: Mapping[str, Any]) -> bool:
+        """Whether this record took this number; False if somebody else did."""
+        return self._files.put_if_absent(_record_path(number), seal(record))
+
+    def settle(self) -> None:
+        """Make records durable that other processes may have put and not flushed yet."""
+        self._files.settle(COMMITS)
+
+    def next(self, number: int) -> dict[str, Any] | None:
+        """The record with this number, or None if it is not there yet.
+
+        Raises:
+            CorruptStoreError: it is damaged.
+            StoreReadError: the storage does not answer.
+        """
+        with self._reading():
+            try:
+                data = self._files.read(_record_path(number))
+            except FileNotFoundError:
+                return None
+        return self._unsealed(_record_path(number), data)
+
+    def records(self, start: int, stop: int | None = None) -> list[dict[str, Any]]:
+        """All records from this number on, without a gap.
+
+        Raises:
+            CorruptStoreError: a record is damaged, or one is missing before others.
+            StoreReadError: the storage does not answer.
+        """
+        with self._reading():
+            return self._records(start, stop)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except StoreReadError:
+            raise
+        except OSError as error:
+            raise StoreReadError(
+                f"{self._owner}: reading its commit log failed with {error}, expected the storage to answer; check it and try again."
+            ) from error
+
+    def _records(self, start: int, stop: int | None) -> list[dict[str, Any]]:
+        last = max((number for number in map(_number, self._files.names(COMMITS)) if number is not None), default=-1)
+        paths = [_record_path(number) for number in range(start, last + 1 if stop is None else stop)]
+        try:
+            return [self._unsealed(path, data) for path, data in zip(paths, self._files.read_many(paths), strict=True)]
+        except FileNotFoundError as error:
+            raise CorruptStoreError(
+                f"{self._owner}: a commit record is missing, expected {len(paths)} from {paths[0]} on ({error}); restore it from a backup."
+            ) from error
+
+    def checkpoint(self, until: int | None) -> dict[str, Any] | None:
+        """The latest checkpoint that is not after commit `until`; None if there is none.
+
+        Raises:
+            CorruptStoreError: it is damaged.
+            StoreReadError: the storage does not answer.
+        """
+        with self._reading():
+            numbers = [number for number in map(_number, self._files.names(CHECKPOINTS)) if number is not None]
+            numbers = [number for number in numbers if until is None or number <= until]
+            if not numbers:
+                return None
+            path = _checkpoint_path(max(numbers))
+            data = self._files.read(path)
+        return self._unsealed(path, data)
+
+    def put_checkpoint(self, number: int, state: Mapping[str, Any]) -> None:
+        """Keep the state after `number` commits; another process may have done it already."""
+        self._files.put_if_absent(_checkpoint_path(number), seal(state))
+
+    def _unsealed(self, path: str, data: bytes) -> dict[str, Any]:
+        record = unseal(data)
+        if record is None:
+            raise CorruptStoreError(f"{self._owner}: {path} is damaged, expected bytes that match its checksum; restore it from a backup.")
+        return record
+
+
+def _record_path(number: int) -> str:
+    return f"{COMMITS}/{number:010d}.json"
+
+
+def _checkpoint_path(number: int) -> str:
+    return f"{CHECKPOINTS}/{number:010d}.json"
+
+
+def _number(name: str) -> int | None:
+    stem = name.removesuffix(".json")
+    return int(stem) if stem != name and stem.isdigit() else None

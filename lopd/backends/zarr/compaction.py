@@ -1,0 +1,131 @@
+"""Many small segments -> few large ones with the same rows in the same order.  Plans and arrays; what is written where is the store's."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from lopd.backends import ragged
+from lopd.backends.zarr import encode
+from lopd.backends.zarr.segment import LINES, Segment, SegmentData
+from lopd.backends.zarr.snapshot import Snapshot
+
+
+@frozen(eq=False)
+class Merge:
+    """Segments to be replaced by one commit.
+
+    Args:
+        column: of scores; None for rollouts.
+        segments: that are replaced.
+    """
+
+    column: str | None
+    segments: tuple[Segment, ...]
+
+
+def plan(snapshot: Snapshot, target_tokens: int) -> list[Merge]:
+    """What to merge so that no segment but the last is much smaller than `target_tokens`; nothing if all is well.
+
+    Neighbouring segments of rollouts are merged up to the target, so rows keep their numbers.  Scores lie in the order in which they were
+    computed, often shortest first, so all segments of a column that are small or overlap are sorted together.
+    """
+    merges = [Merge(None, group) for group in _neighbours(snapshot.segments, target_tokens) if len(group) > 1]
+    for name, column in snapshot.columns.items():
+        loose = _loose(column.segments, target_tokens)
+        if len(loose) > 1:
+            merges.append(Merge(name, tuple(loose)))
+    return merges
+
+
+def _neighbours(segments: Sequence[Segment], target: int) -> Iterator[tuple[Segment, ...]]:
+    group: list[Segment] = []
+    for segment in segments:
+        if group and sum(s.meta.tokens for s in group) + segment.meta.tokens > target:
+            yield tuple(group)
+            group = []
+        group.append(segment)
+    yield tuple(group)
+
+
+def _loose(segments: Sequence[Segment], target: int) -> list[Segment]:
+    """Segments that are small, or share a range of rows with another."""
+    ordered = sorted(segments, key=lambda segment: segment.meta.first_row)
+    overlapping, end = set(), -1
+    for before, after in pairwise(ordered):
+        end = max(end, before.meta.last_row)
+        if after.meta.first_row <= end:
+            overlapping |= {before.meta.path, after.meta.path}
+    return [s for s in ordered if s.meta.tokens < target // 2 or s.meta.path in overlapping]
+
+
+def merge(job: Merge, target_tokens: int) -> Iterator[SegmentData]:
+    """The new segments, one in memory at a time; every line that is moved is verified."""
+    if job.column is None:
+        yield _merge_rollouts(job.segments)
+    else:
+        yield from _merge_scores(job.segments, target_tokens)
+
+
+def _whole(segment: Segment, name: str) -> NDArray[Any]:
+    return segment.ranges(name, [0], [segment.meta.arrays[name].shape[0]])[0]
+
+
+def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
+    lines = [segment.lines().copy() for segment in segments]
+    responses = [int(part[:, encode.LENGTHS][:, 1].sum()) for part in lines]
+    sizes = {
+        "token_ids": [segment.meta.tokens for segment in segments],
+        "rollout_ids": [segment.meta.arrays["rollout_ids"].shape[0] for segment in segments],
+        "response": responses,
+    }
+    starts = {"token_start": "token_ids", "response_start": "response", "id_start": "rollout_ids"}
+    for column, counted in starts.items():
+        for part, offset in zip(lines, ragged.offsets(np.array(sizes[counted])), strict=False):
+            part[:, encode.R[column]] += offset
+    arrays = {name: np.concatenate([_whole(segment, name) for segment in segments]) for name in ("token_ids", "rollout_ids")}
+    for name, filler in (("loss_mask", 1), ("behavior_logprobs", np.nan)):
+        having = [segment for segment in segments if name in segment]
+        if having:
+            dtype = having[0].meta.arrays[name].dtype
+            parts = [_whole(s, name) if name in s else np.full(n, filler, dtype) for s, n in zip(segments, responses, strict=True)]
+            arrays[name] = np.concatenate(parts)
+    first, last = segments[0].meta.first_row, segments[-1].meta.last_row
+    return SegmentData(encode.ROLLOUT_FIELDS, np.concatenate(lines), arrays, sum(sizes["token_ids"]), first, last)
+
+
+def _merge_scores(segments: Sequence[Segment], target: int) -> Iterator[SegmentData]:
+    lines = np.concatenate([segment.lines() for segment in segments])
+    owners = np.repeat(np.arange(len(segments)), [segment.meta.rows for segment in segments])
+    order = np.argsort(lines[:, encode.S["row"]], kind="stable")
+    lines, owners = lines[order], owners[order]
+    lengths = lines[:, encode.S["length"]]
+    for part in np.split(np.arange(len(lines)), _cuts(lengths, target)):
+        yield _gather_scores(segments, lines[part], owners[part], lengths[part])
+
+
+def _cuts(lengths: NDArray[np.int64], target: int) -> NDArray[np.int64]:
+    """Where to cut so that each part has about `target` tokens."""
+    return np.flatnonzero(np.diff(np.cumsum(lengths) // target)) + 1
+
+
+def _gather_scores(
+    segments: Sequence[Segment], lines: NDArray[np.int64], owners: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> SegmentData:
+    arrays: dict[str, NDArray[Any]] = {}
+    for name in [name for name in segments[0].meta.arrays if name != LINES]:
+        pieces: list[Any] = [None] * len(lines)
+        for number in np.unique(owners).tolist():
+            where = np.flatnonzero(owners == number)
+            starts = lines[where, encode.S["start"]]
+            parts = segments[number].ranges(name, starts.tolist(), (starts + lengths[where]).tolist())
+            for place, part in zip(where.tolist(), parts, strict=True):
+                pieces[place] = part
+        arrays[name] = np.concatenate(pieces)
+    lines = lines.copy()
+    lines[:, encode.S["start"]] = ragged.offsets(lengths)[:-1]
+    rows = lines[:, encode.S["row"]]
+    return SegmentData(encode.SCORE_FIELDS, lines, arrays, int(lengths.sum()), int(rows[0]), int(rows[-1]))

@@ -1,0 +1,146 @@
+"""Rollouts and scores -> the lines and arrays of a segment.  What each column of a line means is said here; `zarr_decode` is the way back."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_128_digest
+
+from lopd.backends import ragged
+from lopd.backends.zarr.segment import SegmentData, checksum_of
+from lopd.records.rollouts import FinishReason, Rollout, Scores
+
+REASONS: tuple[FinishReason, ...] = ("stop", "length")
+ROLLOUT_FIELDS = (
+    "prompt_length",
+    "response_length",
+    "token_start",
+    "response_start",
+    "id_start",
+    "id_length",
+    "finish_reason",
+    "generation",
+    "has_behavior",
+    "masked",
+    "id_hash_0",
+    "id_hash_1",
+    "content_hash_0",
+    "content_hash_1",
+    "token_checksum",
+    "mask_checksum",
+    "behavior_checksum",
+    "line_checksum",
+)
+SCORE_FIELDS = (
+    "row",
+    "length",
+    "start",
+    "floored",
+    "content_hash_0",
+    "content_hash_1",
+    "logprobs_checksum",
+    "top_k_checksum",
+    "line_checksum",
+)
+#: Column numbers of a rollout's line, and of a score's.
+R = {name: i for i, name in enumerate(ROLLOUT_FIELDS)}
+S = {name: i for i, name in enumerate(SCORE_FIELDS)}
+#: What binds scores to a rollout, in its line and in theirs: the length of the response, and the content hash.
+BOUND_BY = tuple(
+    [fields[length], fields["content_hash_0"], fields["content_hash_1"]] for fields, length in ((R, "response_length"), (S, "length"))
+)
+LENGTHS = slice(R["prompt_length"], R["response_length"] + 1)
+ID_HASH = slice(R["id_hash_0"], R["id_hash_1"] + 1)
+
+
+def hash_ids(texts: Sequence[str]) -> NDArray[np.uint64]:
+    """(n, 2): 128 bits of each rollout id; two ids never share them in practice."""
+    data = b"".join(xxh3_128_digest(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return np.frombuffer(data, "<u8").reshape(-1, 2)
+
+
+def _two(hashes: Sequence[bytes]) -> NDArray[np.int64]:
+    return np.frombuffer(b"".join(hashes), "<i8").reshape(-1, 2)
+
+
+def _table(fields: Sequence[str], rows: int, columns: Mapping[str, Any]) -> NDArray[np.int64]:
+    """(rows, fields) from columns by name; what is not given is 0."""
+    lines = np.zeros((rows, len(fields)), np.int64)
+    for name, values in columns.items():
+        lines[:, fields.index(name)] = values
+    return lines
+
+
+def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int, logprob_dtype: str) -> SegmentData:
+    """A segment of rollouts.  Ids are in the smallest type that holds the vocabulary; there is no mask where nothing is masked."""
+    id_type = np.min_scalar_type(vocab_size - 1)
+    masks = [None if r.loss_mask.all() else r.loss_mask.astype(np.uint8) for r in rollouts]
+    behaviors, rounding = ragged.to_stored([r.behavior_logprobs for r in rollouts], [r.rollout_id for r in rollouts], logprob_dtype)
+    id_bytes, id_lengths = ragged.concat_texts([r.rollout_id for r in rollouts])
+    lengths = np.array([(r.prompt_ids.size, r.response_ids.size) for r in rollouts], np.int64).reshape(-1, 2)
+    token_ids = np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).astype(id_type)
+    token_ends = ragged.offsets(lengths.sum(axis=1))
+    id_hashes, content_hashes = hash_ids([r.rollout_id for r in rollouts]).view(np.int64), _two([r.content_hash for r in rollouts])
+    columns: dict[str, Any] = {
+        "prompt_length": lengths[:, 0],
+        "response_length": lengths[:, 1],
+        "token_start": token_ends[:-1],
+        "response_start": ragged.offsets(lengths[:, 1])[:-1],
+        "id_start": ragged.offsets(id_lengths)[:-1],
+        "id_length": id_lengths,
+        "finish_reason": [REASONS.index(r.finish_reason) for r in rollouts],
+        "generation": [r.generation for r in rollouts],
+        "has_behavior": [values is not None for values in behaviors],
+        "masked": [mask is not None for mask in masks],
+        "id_hash_0": id_hashes[:, 0],
+        "id_hash_1": id_hashes[:, 1],
+        "content_hash_0": content_hashes[:, 0],
+        "content_hash_1": content_hashes[:, 1],
+        "token_checksum": [checksum_of(token_ids[start:end]) for start, end in pairwise(token_ends.tolist())],
+        "mask_checksum": [checksum_of(mask) for mask in masks],
+        "behavior_checksum": [checksum_of(logprobs) for logprobs in behaviors],
+    }
+    arrays: dict[str, NDArray[Any]] = {"token_ids": token_ids, "rollout_ids": id_bytes}
+    if any(columns["masked"]):
+        arrays["loss_mask"] = _filled(masks, lengths[:, 1], 1, "uint8")
+    if any(columns["has_behavior"]):
+        # NaN, not 0, where there is no value: other readers of these files must not take a gap for a certainty.
+        arrays["behavior_logprobs"] = _filled(behaviors, lengths[:, 1], np.nan, logprob_dtype)
+    lines = _table(ROLLOUT_FIELDS, len(rollouts), columns)
+    return SegmentData(ROLLOUT_FIELDS, lines, arrays, int(lengths.sum()), first_row, first_row + len(rollouts) - 1, rounding)
+
+
+def _filled(values: Sequence[NDArray[Any] | None], lengths: NDArray[np.int64], filler: float, dtype: str) -> NDArray[Any]:
+    parts = [np.full(n, filler, dtype) if value is None else value for value, n in zip(values, lengths.tolist(), strict=True)]
+    return ragged.concat(parts, dtype)
+
+
+def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str) -> SegmentData:
+    """A segment of scores, in the order of rows; rows stay right because rollouts are only ever added behind them."""
+    owners = [score.rollout_id for score in scores]
+    stored, rounding = ragged.to_stored([score.logprobs for score in scores], owners, logprob_dtype)
+    lengths = np.array([score.logprobs.size for score in scores], np.int64)
+    hashes = _two([score.content_hash for score in scores])
+    columns: dict[str, Any] = {
+        "row": rows,
+        "length": lengths,
+        "start": ragged.offsets(lengths)[:-1],
+        "floored": [score.floored for score in scores],
+        "content_hash_0": hashes[:, 0],
+        "content_hash_1": hashes[:, 1],
+        "logprobs_checksum": [checksum_of(logprobs) for logprobs in stored],
+    }
+    arrays: dict[str, NDArray[Any]] = {"logprobs": _filled(stored, lengths, np.nan, logprob_dtype)}
+    supports = [score.top_k for score in scores if score.top_k is not None]
+    if supports:
+        ids = [support.ids.astype(np.min_scalar_type(vocab_size - 1)) for support in supports]
+        ranked, error = ragged.to_stored([support.logprobs for support in supports], owners, logprob_dtype)
+        tails = [support.tail for support in supports]
+        columns["top_k_checksum"] = [checksum_of(*three) for three in zip(ids, ranked, tails, strict=True)]
+        parts: dict[str, Sequence[Any]] = {"top_k_ids": ids, "top_k_logprobs": ranked, "top_k_tail": tails}
+        arrays |= {name: np.concatenate(values) for name, values in parts.items()}
+        rounding = max(rounding, error)
+    lines = _table(SCORE_FIELDS, len(scores), columns)
+    return SegmentData(SCORE_FIELDS, lines, arrays, int(lengths.sum()), rows[0], rows[-1], rounding)

@@ -1,0 +1,115 @@
+"""Raw Zarr v3 groups and arrays, written by hand: one chunk per array, so that a part of an array is a range of a file.
+
+Any Zarr v3 reader reads them; lopd itself needs no zarr.  A segment is one group: written once, never changed.  The commit record that
+names it says type, shape and checksum of each array, so reading one fetches no metadata.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from attrs import asdict, frozen
+from numpy.typing import NDArray
+
+from lopd.backends.files import Bytes
+from lopd.backends.sealing import checksum, dump
+from lopd.errors import MissingDependencyError
+
+METADATA_FILE = "zarr.json"
+Codec = Literal["raw", "zstd"]
+_ZSTD_LEVEL = 3
+
+
+@frozen
+class ArrayMeta:
+    """One array of a segment, as its commit record describes it.
+
+    Args:
+        dtype: numpy name.
+        shape: of the array.
+        codec: "raw" or "zstd".
+        checksum: of the chunk file.
+        metadata_checksum: of its `zarr.json`.
+        stored_bytes: of both files.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    codec: Codec
+    checksum: str
+    metadata_checksum: str
+    stored_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ArrayMeta":
+        """The inverse of `to_json`."""
+        return cls(**{**data, "shape": tuple(data["shape"])})
+
+
+def chunk_path(folder: str, name: str, dimensions: int) -> str:
+    """Where the one chunk of an array is."""
+    return f"{folder}/{name}/{'.'.join(['c'] + ['0'] * dimensions)}"
+
+
+def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """What `zarr.json` of a group says."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
+
+
+def _array_document(array: NDArray[Any], codec: Codec, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    # A chunk has at least one row, even when the array has none.
+    chunk_shape = [max(1, array.shape[0]), *array.shape[1:]]
+    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if codec == "zstd":
+        codecs.append({"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}})
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": list(array.shape),
+        "data_type": array.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+        # A dot keeps the chunk in the array's own folder: half as many folders to flush.
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": 0,
+        "codecs": codecs,
+        "attributes": dict(attributes),
+        "storage_transformers": [],
+    }
+
+
+def encode_array(
+    folder: str, name: str, array: NDArray[Any], codec: Codec, attributes: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Bytes], ArrayMeta]:
+    """The two files of one array, and how a commit record describes them."""
+    data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+    if codec == "zstd":
+        data = np.frombuffer(_zstd().ZstdCompressor(level=_ZSTD_LEVEL).compress(data.data), np.uint8)
+    metadata = np.frombuffer(dump(_array_document(array, codec, attributes or {})), np.uint8)
+    files = {f"{folder}/{name}/{METADATA_FILE}": metadata, chunk_path(folder, name, array.ndim): data}
+    meta = ArrayMeta(array.dtype.name, array.shape, codec, checksum(data.data), checksum(metadata.data), data.size + metadata.size)
+    return files, meta
+
+
+def decode_zstd(data: bytes | Bytes) -> Bytes:
+    """What was compressed.
+
+    Raises:
+        ValueError: the bytes are not what zstd made.
+    """
+    zstandard = _zstd()
+    try:
+        return np.frombuffer(zstandard.ZstdDecompressor().decompress(bytes(data)), np.uint8)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+
+
+def _zstd() -> Any:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingDependencyError("Codec zstd: zstandard is not installed, expected it; pip install 'lopd[zarr]'.") from error
+    return zstandard

@@ -1,0 +1,238 @@
+"""One committed segment: a table of int64, one line per rollout (or per scored rollout), and the ragged arrays that its lines point into.
+
+A line says where its rollout's values are, and carries checksums of them and of itself: so any single rollout can be fetched and verified
+without reading anything else.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, final
+
+import numpy as np
+from attrs import asdict, frozen
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
+
+from lopd.backends.files import Bytes, Files
+from lopd.backends.sealing import dump
+from lopd.backends.zarr.format import METADATA_FILE, ArrayMeta, Codec, chunk_path, decode_zstd, encode_array, group_document
+from lopd.errors import CorruptStoreError, StoreReadError
+
+LINES = "lines"
+# Of a store written with codec "zstd": whole arrays that are kept decompressed.
+_DECODED_ARRAYS = 8
+# A record that named any other place could make a store read, or a sweep remove, what is not its own.
+_SEGMENT_PATH = re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")
+_Int64 = NDArray[np.int64]
+
+
+@frozen
+class SegmentMeta:
+    """A segment as its commit record describes it.
+
+    Args:
+        path: of its group in the store.
+        rows: lines.
+        tokens: of the rollouts, or scored ones.
+        first_row, last_row: of the rollouts in the store; lines of scores may skip some in between.
+        arrays: name -> what it is.
+    """
+
+    path: str
+    rows: int
+    tokens: int
+    first_row: int
+    last_row: int
+    arrays: Mapping[str, ArrayMeta]
+
+    @property
+    def dense(self) -> bool:
+        """Whether its lines are the rows from first to last, in order."""
+        return self.last_row - self.first_row + 1 == self.rows
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all arrays."""
+        return sum(array.stored_bytes for array in self.arrays.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return {**asdict(self, recurse=False), "arrays": {name: array.to_json() for name, array in self.arrays.items()}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], owner: str) -> "SegmentMeta":
+        """The inverse of `to_json`.
+
+        Raises:
+            CorruptStoreError: the path leads out of the store.
+        """
+        if not _SEGMENT_PATH.fullmatch(data["path"]):
+            raise CorruptStoreError(
+                f"{owner}: a commit record names the segment {data['path']!r}, expected a folder of segments/ or scores/; "
+                "restore the record from a backup."
+            )
+        return cls(**{**data, "arrays": {name: ArrayMeta.from_json(array) for name, array in data["arrays"].items()}})
+
+
+@frozen(eq=False)
+class SegmentData:
+    """What is in a segment that is to be written.
+
+    Args:
+        fields: what the columns of a line mean; the last is its checksum.
+        lines: (rows, fields) int64.
+        arrays: ragged values.
+        tokens: of the rollouts, or scored ones.
+        first_row, last_row: of the rollouts in the store.
+        rounding: largest error in nats by which a log-prob was rounded.
+    """
+
+    fields: Sequence[str]
+    lines: _Int64
+    arrays: Mapping[str, NDArray[Any]]
+    tokens: int
+    first_row: int
+    last_row: int
+    rounding: float = 0.0
+
+
+def seal_lines(lines: _Int64) -> _Int64:
+    """The same lines with the checksum of each in its last column."""
+    lines = np.ascontiguousarray(lines)
+    lines[:, -1] = _line_checksums(lines)
+    return lines
+
+
+def _line_checksums(lines: _Int64) -> _Int64:
+    data, width = lines.view(np.uint8).reshape(-1).data, lines.shape[1] * 8
+    sums = [xxh3_64_intdigest(data[start : start + width - 8]) for start in range(0, len(data), width)]
+    return np.array(sums, np.uint64).view(np.int64)
+
+
+def checksum_of(*arrays: NDArray[Any] | None) -> int:
+    """64 bits of all these arrays' bytes, one after the other, as the int64 that a line holds; what is None does not count."""
+    total = 0
+    for array in arrays:
+        total = total if array is None else xxh3_64_intdigest(array.data, seed=total)
+    return total - (1 << 64) if total >= 1 << 63 else total
+
+
+def encode_segment(path: str, data: SegmentData, codec: Codec) -> tuple[dict[str, Bytes], SegmentMeta]:
+    """The files of one segment, and how a commit record describes it.  The lines are never compressed: they are read one by one."""
+    files: dict[str, Bytes] = {f"{path}/{METADATA_FILE}": np.frombuffer(dump(group_document({})), np.uint8)}
+    metas = {}
+    encoded, metas[LINES] = encode_array(path, LINES, seal_lines(data.lines), "raw", {"fields": list(data.fields)})
+    files |= encoded
+    for name, array in data.arrays.items():
+        encoded, metas[name] = encode_array(path, name, array, codec)
+        files |= encoded
+    return files, SegmentMeta(path, len(data.lines), data.tokens, data.first_row, data.last_row, metas)
+
+
+@frozen(eq=False)
+class _Layout:
+    path: str
+    raw: bool
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    item_bytes: int
+    total_bytes: int
+
+
+@final
+class Segment:
+    """Reads one committed segment.
+
+    Args:
+        files: of the store.   meta: from the commit record.   owner: how messages name the store.
+        decoded: gives a compressed array whole; shared by the segments of a store, which keeps the latest few.
+    """
+
+    def __init__(self, files: Files, meta: SegmentMeta, owner: str, decoded: Callable[[str], Bytes]) -> None:
+        """Nothing is read yet."""
+        self.meta = meta
+        self._files = files
+        self._owner = owner
+        self._decoded = decoded
+        self._layouts: dict[str, _Layout] = {}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the segment has this array."""
+        return name in self.meta.arrays
+
+    def lines(self, indices: Sequence[int] | None = None) -> _Int64:
+        """(n, fields): these lines, or all of them; each verified."""
+        table = self.whole(LINES)
+        if table is not None:
+            lines = table if indices is None else table[np.asarray(indices, np.int64)]
+        elif indices is None:
+            (lines,) = self.ranges(LINES, [0], [self.meta.rows])
+        else:
+            lines = np.concatenate(self.ranges(LINES, indices, [i + 1 for i in indices]))
+        lines = np.ascontiguousarray(lines)
+        bad = np.flatnonzero(_line_checksums(lines) != lines[:, -1])
+        if bad.size:
+            raise self.damaged(LINES, f"line {bad[0] if indices is None else indices[bad[0]]} does not match its checksum")
+        return lines
+
+    def _layout(self, name: str) -> _Layout:
+        if name not in self._layouts:
+            meta = self.meta.arrays[name]
+            dtype = np.dtype(meta.dtype).newbyteorder("<")
+            size = dtype.itemsize * math.prod(meta.shape[1:])
+            path = chunk_path(self.meta.path, name, len(meta.shape))
+            self._layouts[name] = _Layout(path, meta.codec == "raw", dtype, meta.shape, size, size * meta.shape[0])
+        return self._layouts[name]
+
+    def whole(self, name: str) -> NDArray[Any] | None:
+        """A whole array, if it can be mapped or is decompressed anyway."""
+        layout = self._layout(name)
+        try:
+            data = self._files.map(layout.path) if layout.raw else self._decoded(layout.path)
+        except ValueError as error:
+            raise self.damaged(name, f"it cannot be decompressed ({error})") from error
+        except OSError as error:
+            raise self._unread(name, error) from error
+        if data is None:
+            return None
+        if data.size != layout.total_bytes:
+            raise self.damaged(name, f"its file has {data.size} bytes of {layout.total_bytes}")
+        return data.view(layout.dtype).reshape(layout.shape)
+
+    def ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[NDArray[Any]]:
+        """Parts of one array along its first dimension; not verified, the lines have the checksums."""
+        array = self.whole(name)
+        if array is not None:
+            return [array[start:end] for start, end in zip(starts, ends, strict=True)]
+        layout = self._layout(name)
+        size = layout.item_bytes
+        try:
+            parts = self._files.read_ranges(layout.path, [s * size for s in starts], [e * size for e in ends])
+        except OSError as error:
+            raise self._unread(name, error) from error
+        for part, start, end in zip(parts, starts, ends, strict=True):
+            if part.size != (end - start) * size:
+                raise self.damaged(name, "its file is too short")
+        return [part.view(layout.dtype).reshape(-1, *layout.shape[1:]) for part in parts]
+
+    def _unread(self, name: str, error: OSError) -> CorruptStoreError | StoreReadError:
+        if isinstance(error, FileNotFoundError):
+            return self.damaged(name, "its file is missing")
+        return StoreReadError(
+            f"{self._owner}: reading array {name!r} of {self.meta.path} failed with {error}, expected the storage to answer; "
+            "check it and try again."
+        )
+
+    def damaged(self, name: str, what: str) -> CorruptStoreError:
+        """The error for bytes that are not what was committed."""
+        return CorruptStoreError(
+            f"{self._owner}: segment {self.meta.path}, array {name!r}: {what}, expected what was committed; "
+            "restore the file from a backup, or write the store again."
+        )
+
+
+def decoded_arrays(files: Files) -> Callable[[str], Bytes]:
+    """A function that gives a compressed file's content, and keeps the latest few."""
+    return lru_cache(maxsize=_DECODED_ARRAYS)(lambda path: decode_zstd(files.read(path)))

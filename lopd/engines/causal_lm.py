@@ -1,0 +1,159 @@
+"""A transformers causal LM cut below its head: the one place that knows where head, bias, scale and soft-cap are.
+
+Sampling, scoring and training all compute log-probs through here, so they cannot disagree about what a logit is.
+Duck-typed on purpose: importing this module imports no engine.
+
+Shape suffixes: N tokens, M selected tokens, R of a chunk, K candidates, D hidden size, V vocabulary, B rows, S positions.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lopd.errors import ModelError
+from lopd.records.steps import LMHead
+
+_PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
+
+
+def unwrap(model: Any) -> Any:
+    """The transformers model inside a peft wrapper (its layers keep their adapters), or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def lm_head(model: Any, vocab_size: int) -> LMHead:
+    """The head of a causal LM, cut to the tokenizer's vocabulary; made anew at each step, because wrappers swap weights.
+
+    Raises:
+        ModelError: no linear head, a head with fewer rows than the tokenizer has ids, or an adapter on the head.
+    """
+    base = unwrap(model)
+    layer = base.get_output_embeddings()
+    name = type(base).__name__
+    if not isinstance(getattr(layer, "weight", None), Tensor):
+        raise ModelError(f"Model {name}: its output embedding is {type(layer).__name__}, expected a linear layer; use a causal LM.")
+    if hasattr(layer, "base_layer"):
+        raise ModelError(f"Model {name}: lm_head carries an adapter, expected a plain linear layer; leave lm_head out of target_modules.")
+    rows = layer.weight.shape[0]
+    if rows < vocab_size:
+        raise ModelError(
+            f"Model {name}: its head has {rows} rows, expected at least the tokenizer's {vocab_size} ids; resize the token embeddings."
+        )
+    bias = getattr(layer, "bias", None)
+    config = base.config.get_text_config()
+    return LMHead(
+        weight=layer.weight if rows == vocab_size else layer.weight[:vocab_size],
+        bias=bias if bias is None or rows == vocab_size else bias[:vocab_size],
+        softcap=getattr(config, "final_logit_softcapping", None),
+        scale=float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0),
+    )
+
+
+def hidden_states(
+    model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, *, mask_BS: Tensor | None = None, cache: Any = None
+) -> Tensor:
+    """(B, S, D) hidden states below the head.
+
+    Args:
+        model: a causal LM, or a peft model around one.
+        input_ids_BS: new tokens.
+        position_ids_BS: without a mask, positions that restart within a row mark packed rollouts, which do not see each other.
+        mask_BS: 1 for real tokens, cached ones included; for padding on the left.
+        cache: keys and values of earlier tokens; extended in place.
+    """
+    decoder = unwrap(model).get_decoder()
+    output: Tensor = decoder(
+        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=mask_BS, past_key_values=cache, use_cache=cache is not None
+    ).last_hidden_state
+    return output
+
+
+def packed_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
+    """(N, D) hidden states of a packed batch, whose positions restart with each rollout; rollouts do not see each other.
+
+    Attention that knows lengths (FlashAttention, FlexAttention) reads the pack as it is.  Any other would compute all N * N pairs and mask
+    most of them, so there each rollout is a row of its own, padded on the right, where a causal model cannot look.
+    """
+    attention = str(getattr(unwrap(model).config, "_attn_implementation", None))
+    if "flash" in attention or attention == "flex_attention":
+        return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
+    row_N = (position_ids_N == 0).cumsum(0) - 1
+    input_ids_BS = input_ids_N.new_zeros(int(row_N[-1]) + 1, int(position_ids_N.max()) + 1)
+    input_ids_BS[row_N, position_ids_N] = input_ids_N
+    return hidden_states(model, input_ids_BS)[row_N, position_ids_N]
+
+
+def token_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, rows: int = 512) -> Tensor:
+    """(M,) float32 log-probs, nats, of `targets` under `head`, `rows` rows at a time: memory is rows * V, never M * V.
+
+    Takes no gradient; the losses have their own.
+    """
+    return candidate_logprobs(hidden_MD, head, targets_M, 0, rows)[0]
+
+
+def candidate_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, top_k: int, rows: int = 512) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and the (M, K) ids and log-probs of the `top_k` most likely tokens, most likely first."""
+    logprobs, ids, values = [], [], []
+    with torch.no_grad():
+        for hidden_RD, targets_R in zip(hidden_MD.split(rows), targets_M.split(rows), strict=True):
+            logprobs_RV = head.logits(hidden_RD).log_softmax(-1)
+            logprobs.append(logprobs_RV.gather(-1, targets_R[:, None]).squeeze(-1))
+            values_RK, ids_RK = logprobs_RV.topk(top_k, -1)
+            ids.append(ids_RK)
+            values.append(values_RK)
+    if not logprobs:
+        return (
+            hidden_MD.new_zeros(0, dtype=torch.float32),
+            targets_M.new_zeros(0, top_k),
+            hidden_MD.new_zeros(0, top_k, dtype=torch.float32),
+        )
+    return torch.cat(logprobs), torch.cat(ids), torch.cat(values)
+
+
+def context_length(model: Any) -> int:
+    """Positions the model was made for."""
+    return int(getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model without dropout, as it was afterwards: source and student may share one model."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def check_cut(model: Any, vocab_size: int) -> None:
+    """Compare the cut model on two packed sequences with the whole model on each alone.
+
+    This finds what no list of model classes can: another scale or cap on the logits, attention across packed rollouts, positions that
+    do not restart.  A few milliseconds for a small model, one short forward for a large one.
+
+    Raises:
+        ModelError: the two disagree.
+    """
+    base = unwrap(model)
+    device = next(base.parameters()).device
+    short, long = (torch.tensor([i % vocab_size for i in ids], device=device) for ids in (_PROBE_IDS[:3], _PROBE_IDS))
+    with evaluating(model):
+        positions = torch.cat([torch.arange(len(long)), torch.arange(len(short))]).to(device)
+        packed_ND = packed_hidden_states(model, torch.cat([long, short]), positions)
+        cut_NV = lm_head(model, vocab_size).logits(packed_ND)
+        whole_NV = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0, :, :vocab_size].float() for ids in (long, short)])
+    # a head may rule tokens out: where both say -inf they agree, where only one does the difference is infinite, the tolerance never
+    both_NV = (cut_NV == -torch.inf) & (whole_NV == -torch.inf)
+    size = float(whole_NV.masked_fill(~whole_NV.isfinite(), 0.0).abs().max())
+    difference = float((cut_NV - whole_NV).masked_fill(both_NV, 0.0).abs().max())
+    tolerance = (1e-3 if next(base.parameters()).dtype == torch.float32 else 5e-2) * max(size, 1e-6)
+    if not difference <= tolerance:
+        raise ModelError(
+            f"Model {type(base).__name__}: cut below its head and packed, its logits differ by {difference:.3g} from its own, expected at most "
+            f"{tolerance:.3g}; it scales its logits or lets packed rollouts attend to each other, so lopd cannot train it."
+        )

@@ -1,0 +1,137 @@
+"""Autoregressive sampling from a transformers model: the decoding loop, and drawing one token a row.
+
+Nothing is random but the uniform numbers that are passed in, so a seed decides a rollout.
+
+Shape suffixes: B rows, S positions, T response tokens, V vocabulary, J blocks of the vocabulary, W ids of a block.
+"""
+
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from attrs import field, frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lopd.engines.causal_lm import context_length, hidden_states, lm_head, unwrap
+from lopd.errors import InvalidRecordError
+from lopd.records.manifest import SamplingParams
+
+_BLOCK = 256
+_BELOW_ONE = 1 - 2.0**-53
+
+
+@frozen(eq=False)
+class Row:
+    """One response being sampled.
+
+    Args:
+        rollout_id: how an error names it.
+        prompt_ids: what is answered.
+        uniforms: (max_new_tokens,) float64 in [0, 1), one for each token.
+        ids: sampled so far.
+        logprobs: of them, nats, at temperature 1.
+    """
+
+    rollout_id: str
+    prompt_ids: NDArray[np.int32]
+    uniforms: NDArray[np.float64]
+    ids: list[int] = field(factory=list)
+    logprobs: list[float] = field(factory=list)
+
+
+@torch.inference_mode()
+def decode(model: Any, rows: Sequence[Row], sampling: SamplingParams, vocab_size: int, stop_ids: AbstractSet[int]) -> None:
+    """Fill `ids` and `logprobs` of all rows: one batch, padded on the left, one cache, rows leave it as they finish.
+
+    Raises:
+        InvalidRecordError: the model gives logits that are not finite; it names the rollout.
+    """
+    head, device = lm_head(model, vocab_size).float(), next(model.parameters()).device
+    live = [(row, min(sampling.max_new_tokens, context_length(model) - row.prompt_ids.size)) for row in rows]
+    ids_BS, mask_BS = (t.to(device) for t in _pad_left([row.prompt_ids for row in rows]))
+    positions_BS, cache = (mask_BS.cumsum(-1) - 1).clamp(min=0), transformers.DynamicCache(config=unwrap(model).config)
+    while live:
+        logits_BV = head.logits(hidden_states(model, ids_BS, positions_BS, mask_BS=mask_BS, cache=cache)[:, -1])
+        _check_finite([row for row, _ in live], logits_BV)
+        uniforms_B = torch.tensor([row.uniforms[len(row.ids)] for row, _ in live], dtype=torch.float64, device=device)
+        ids_B, logprobs_B = draw(logits_BV, uniforms_B, sampling)
+        for (row, _), token, logprob in zip(live, ids_B.tolist(), logprobs_B.tolist(), strict=True):
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+        going = [i for i, (row, room) in enumerate(live) if row.ids[-1] not in stop_ids and len(row.ids) < room]
+        keep = torch.tensor(going, dtype=torch.long, device=device)
+        if len(going) < len(live):
+            cache.batch_select_indices(keep)
+        live = [live[i] for i in going]
+        ids_BS, positions_BS = ids_B[keep, None], positions_BS[keep, -1:] + 1
+        mask_BS = torch.cat([mask_BS[keep], mask_BS.new_ones(len(keep), 1)], dim=1)
+
+
+def _check_finite(rows: Sequence[Row], logits_BV: Tensor) -> None:
+    # the largest logit is NaN if any is, so one pass finds what would otherwise end as an index outside the vocabulary
+    for row, fine in zip(rows, logits_BV.amax(-1).isfinite().tolist(), strict=True):
+        if not fine:
+            raise InvalidRecordError(
+                f"Rollout {row.rollout_id!r}: the logits of token {len(row.ids)} are not finite, expected numbers; "
+                "check the weights, or compute in another dtype."
+            )
+
+
+def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
+    """One token a row by inverting the cumulative distribution at a uniform number, and its log-prob (nats) at temperature 1, uncut.
+
+    Args:
+        logits_BV: (B, V) float32.
+        uniforms_B: (B,) float64 in [0, 1).
+        sampling: temperature (0 takes the most likely token) and top_p.
+    """
+    logprobs_BV = logits_BV.log_softmax(-1)
+    if sampling.temperature == 0:
+        ids_B = logits_BV.argmax(-1)
+    else:
+        probs_BV = logprobs_BV.exp() if sampling.temperature == 1 else (logits_BV / sampling.temperature).softmax(-1)
+        ids_B = _invert(probs_BV if sampling.top_p == 1 else _nucleus(probs_BV, sampling.top_p), uniforms_B)
+    return ids_B, logprobs_BV.gather(-1, ids_B[:, None]).squeeze(-1)
+
+
+def _invert(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """(B,) ids at which the cumulative distribution passes the uniform numbers.
+
+    In two levels, blocks and then ids inside one block: a float64 running sum over the whole vocabulary took a third of a decoding step.
+    """
+    blocks_BJW = torch.nn.functional.pad(probs_BV, (0, -probs_BV.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    block_B, rest_B = _pass_point(blocks_BJW.sum(-1, dtype=torch.float64), uniforms_B)
+    within_B, _ = _pass_point(blocks_BJW[torch.arange(len(block_B), device=block_B.device), block_B].double(), rest_B)
+    return block_B * _BLOCK + within_B
+
+
+def _pass_point(masses_BJ: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    """(B,) first place with mass whose running sum passes the uniform share of the total, and how far into its mass, in [0, 1)."""
+    cumulative_BJ = masses_BJ.cumsum(-1)
+    targets_B1 = (uniforms_B * cumulative_BJ[:, -1])[:, None]
+    places_B1 = torch.searchsorted(cumulative_BJ, targets_B1, right=True)
+    mass_B1 = masses_BJ.gather(-1, places_B1)
+    into_B1 = (targets_B1 - (cumulative_BJ.gather(-1, places_B1) - mass_B1)) / mass_B1
+    return places_B1.squeeze(-1), into_B1.squeeze(-1).clamp(0, _BELOW_ONE)
+
+
+def _nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
+    """Probabilities with all but the smallest set of most likely tokens that holds `top_p` set to 0."""
+    ordered_BV, order_BV = probs_BV.sort(-1, descending=True)
+    ordered_BV[ordered_BV.cumsum(-1) - ordered_BV >= top_p] = 0
+    return torch.zeros_like(probs_BV).scatter(-1, order_BV, ordered_BV)
+
+
+def _pad_left(prompts: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
+    """(B, S) ids, and the mask of those that are real; generation continues at the right edge of every row."""
+    width = max(ids.size for ids in prompts)
+    ids_BS = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask_BS = torch.zeros(len(prompts), width, dtype=torch.long)
+    for i, ids in enumerate(prompts):
+        ids_BS[i, width - ids.size :] = torch.from_numpy(ids.astype(np.int64))
+        mask_BS[i, width - ids.size :] = 1
+    return ids_BS, mask_BS

@@ -1,0 +1,287 @@
+"""transformers as a RolloutSource and as a TeacherScorer: the engine that runs anywhere, and the truth that faster engines are compared with.
+
+Shape suffixes: B rows, S positions, M response tokens of a batch, R of a chunk, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+import transformers
+from attrs import define, field, frozen
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lopd.engines.causal_lm import candidate_logprobs, check_cut, context_length, evaluating, hidden_states, lm_head, unwrap
+from lopd.engines.hf.decoding import Row, decode
+from lopd.engines.identity import check_unchanged, identify, looking_for, model_name
+from lopd.engines.inputs import check_prompts, check_rollouts, check_top_k, stop_ids, stream_seed
+from lopd.engines.supports import make_scores
+from lopd.guards.consistency import check_vocabulary
+from lopd.records.checks import check_at_least
+from lopd.records.collate import target_slice
+from lopd.records.estimates import RolloutSums
+from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
+from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
+from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
+
+ENGINE = f"transformers {transformers.__version__}"
+
+
+def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
+
+    Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
+
+    Raises:
+        EngineError: there is no such model.
+    """
+    with looking_for(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # only eager attention applies a cap on attention scores, and the choice is not saved with the weights
+        model.set_attn_implementation("eager")
+    return model.to(device).eval(), tokenizer
+
+
+@final
+@frozen(eq=False)
+class HFSource:
+    """Samples from a transformers model, in batches with a KV cache.
+
+    Each (seed, prompt, sample, generation) has its own stream of uniform numbers, so a rollout does not depend on what it was batched
+    with (up to the rounding of the matrix products).
+
+    Args:
+        model: a causal LM; it is put in eval mode for as long as it computes here.
+        tokenizer: its own.
+        sampling: how to draw.
+        lineage: what the model was trained on; `from_folder` reads it from beside the weights.
+        identity: of the model; by default a hash of its weights, taken when first asked for.
+        generation: round of sampling.
+        rows_per_batch: responses that are sampled side by side; this bounds memory.
+
+    Raises:
+        InvalidRecordError: `rows_per_batch` is less than 1.
+        ModelError: see `lopd.engines.causal_lm.check_cut`.
+    """
+
+    model: Any = field(repr=model_name)
+    tokenizer: Any = field(repr=False)
+    sampling: SamplingParams = field(factory=SamplingParams)
+    lineage: Lineage = field(factory=Lineage)
+    identity: ModelId | None = None
+    generation: int = 0
+    rows_per_batch: int = 64
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, sampling: SamplingParams, dtype: torch.dtype | None = None, device: str = "cpu") -> "HFSource":
+        """A source on a model that `CausalLMStudent.export` (or anybody) wrote, with the SFT teacher that is recorded there."""
+        model, tokenizer = load_model(folder, dtype, device)
+        return cls(model, tokenizer, sampling, Lineage.read(Path(folder)))
+
+    def __attrs_post_init__(self) -> None:
+        check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
+        check_cut(self.model, fingerprint_tokenizer(self.tokenizer).vocab_size)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What a store of these rollouts must say; the policy is identified once, so make a new source (`attrs.evolve`) after training."""
+        return self._manifest
+
+    @cached_property
+    def _identified(self) -> tuple[ModelId, int | None]:
+        return identify(self.model, self.identity)
+
+    @cached_property
+    def _manifest(self) -> Manifest:
+        policy, _ = self._identified
+        return Manifest(fingerprint_tokenizer(self.tokenizer), policy, self.sampling, self.lineage.sft_teacher, self.generation)
+
+    def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
+        """`samples_per_prompt` rollouts for each prompt, in their order."""
+        check_prompts(prompts, self.manifest.tokenizer, context_length(self.model))
+        check_unchanged("HFSource", self.model, self._identified[1])
+        rows = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
+        order = sorted(range(len(rows)), key=lambda i: rows[i][0].token_ids.size)
+        rollouts: dict[int, Rollout] = {}
+        for first in range(0, len(rows), self.rows_per_batch):
+            part = order[first : first + self.rows_per_batch]
+            rollouts.update(zip(part, self._sample_batch([rows[i] for i in part]), strict=True))
+        return [rollouts[i] for i in range(len(rows))]
+
+    def _sample_batch(self, rows: Sequence[tuple[Prompt, int]]) -> list[Rollout]:
+        drawn = [self._row(prompt, sample) for prompt, sample in rows]
+        with evaluating(self.model):
+            decode(self.model, drawn, self.sampling, self.manifest.tokenizer.vocab_size, self.stop_ids)
+        return [self._rollout(row) for row in drawn]
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a response: those asked for, or the model's and the tokenizer's EOS."""
+        configured = getattr(unwrap(self.model).generation_config, "eos_token_id", None)
+        return stop_ids(self.sampling, configured, self.manifest.tokenizer)
+
+    def _row(self, prompt: Prompt, sample: int) -> Row:
+        """A row with its own stream of uniform numbers, whatever it will be batched with."""
+        name = rollout_id(prompt.prompt_id, sample, self.generation)
+        stream = np.random.default_rng(stream_seed(self.sampling, name))
+        return Row(name, prompt.token_ids, stream.random(self.sampling.max_new_tokens))
+
+    def _rollout(self, row: Row) -> Rollout:
+        return Rollout(
+            rollout_id=row.rollout_id,
+            prompt_ids=row.prompt_ids,
+            response_ids=np.array(row.ids, np.int32),
+            loss_mask=np.ones(len(row.ids), np.bool_),
+            finish_reason="stop" if row.ids[-1] in self.stop_ids else "length",
+            behavior_logprobs=np.array(row.logprobs, np.float32),
+            generation=self.generation,
+        )
+
+
+@final
+@define(eq=False, slots=False)
+class HFScorer:
+    """Reads rollouts with a transformers model: length-sorted batches under a token budget, float32 log-softmax in chunks of rows.
+
+    A log-prob of exactly -inf (a head that rules a token out) becomes the floor of `lopd.floor_logprobs`, and is counted.
+    Memory beyond the model: activations of `tokens_per_batch` positions, and `rows_per_chunk` * V logits; never a (B, S, V) tensor.
+
+    Args:
+        model: a causal LM; it is put in eval mode for as long as it computes here.
+        tokenizer: its own.
+        tokens_per_batch: padded positions of one forward pass.
+        rows_per_chunk: response tokens whose logits exist at once.
+        identity: of the model; by default a hash of its weights.
+        top_k: how many of the most likely tokens, and the probability of all others, are kept beside each response token.
+
+    Raises:
+        InvalidRecordError: `tokens_per_batch` or `rows_per_chunk` is less than 1, or `top_k` is not 0 to V.
+        ModelError: see `lopd.engines.causal_lm.check_cut`.
+    """
+
+    model: Any = field(repr=model_name)
+    tokenizer: Any = field(repr=False)
+    tokens_per_batch: int = 8192
+    rows_per_chunk: int = 512
+    identity: ModelId | None = None
+    top_k: int = 0
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", *, top_k: int = 0) -> "HFScorer":
+        """A scorer on a model folder or hub name."""
+        model, tokenizer = load_model(folder, dtype, device)
+        return cls(model, tokenizer, top_k=top_k)
+
+    def __attrs_post_init__(self) -> None:
+        check_at_least("HFScorer", "tokens_per_batch", self.tokens_per_batch, 1)
+        check_at_least("HFScorer", "rows_per_chunk", self.rows_per_chunk, 1)
+        check_top_k("HFScorer", self.top_k, self.tokenizer_id)
+        check_cut(self.model, self.tokenizer_id.vocab_size)
+
+    @cached_property
+    def tokenizer_id(self) -> TokenizerId:
+        """Whose ids it reads."""
+        return fingerprint_tokenizer(self.tokenizer)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Whose log-probs these are."""
+        return self._provenance
+
+    @cached_property
+    def _identified(self) -> tuple[ModelId, int | None]:
+        return identify(self.model, self.identity)
+
+    @cached_property
+    def _provenance(self) -> Provenance:
+        return Provenance(self._identified[0], self.tokenizer_id.vocab_hash, ENGINE, "raw", self.top_k, self.tokenizer_id.eos_id)
+
+    def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
+        """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
+        check_rollouts(rollouts, self.tokenizer_id, context_length(self.model))
+        check_unchanged("HFScorer", self.model, self._identified[1])
+        scores: dict[int, Scores] = {}
+        for part in _budgeted(rollouts, self.tokens_per_batch):
+            scores.update(zip(part, self._score_batch([rollouts[i] for i in part]), strict=True))
+        return [scores[i] for i in range(len(rollouts))]
+
+    @torch.inference_mode()
+    def _score_batch(self, rollouts: Sequence[Rollout]) -> list[Scores]:
+        hidden_MD, targets_M = _response_hidden(self.model, rollouts)
+        head = lm_head(self.model, self.tokenizer_id.vocab_size).float()
+        columns = candidate_logprobs(hidden_MD, head, targets_M, self.top_k, self.rows_per_chunk)
+        parts = zip(rollouts, *(_split(column.cpu().numpy(), rollouts) for column in columns), strict=True)
+        return [make_scores(rollout, *part) for rollout, *part in parts]
+
+
+@torch.inference_mode()
+def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Rollout]) -> RolloutSums:
+    r"""KL(student, teacher) in nats over the whole vocabulary, summed over the response tokens of each rollout of the student.
+
+    \(\sum_v \pi_\theta(v|s_t)\,(\log\pi_\theta(v|s_t) - \log\pi_T(v|s_t))\) at every state \(s_t\): the mean that `metrics.sampled_reverse_kl`
+    estimates from sampled tokens alone, at the price of having both models in memory; its interval is narrower.
+
+    Args:
+        student: the policy that sampled.
+        teacher: reads both, in its own `tokens_per_batch` and `rows_per_chunk`; the logits of a chunk exist for both models at once.
+        rollouts: fresh ones of the student.
+
+    Raises:
+        TokenizerMismatchError: the teacher's token-to-id map is not the student's.
+    """
+    ours = student.manifest.tokenizer
+    check_vocabulary("Teacher", teacher.tokenizer_id, "the student's", ours)
+    sums = np.zeros(len(rollouts))
+    models = student.model, teacher.model
+    heads = [lm_head(model, ours.vocab_size).float() for model in models]
+    for part in _budgeted(rollouts, teacher.tokens_per_batch):
+        batch = [rollouts[i] for i in part]
+        chunks = [_response_hidden(model, batch)[0].split(teacher.rows_per_chunk) for model in models]
+        kl_M = torch.cat([_kl(heads[0].logits(s_RD), heads[1].logits(t_RD)) for s_RD, t_RD in zip(*chunks, strict=True)])
+        sums[part] = [float(kl_T.astype(np.float64).sum()) for kl_T in _split(kl_M.cpu().numpy(), batch)]
+    return RolloutSums(sums, np.array([r.response_ids.size for r in rollouts], np.float64))
+
+
+def _kl(student_logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:
+    student_RV, teacher_RV = student_logits_RV.log_softmax(-1), teacher_logits_RV.log_softmax(-1)
+    # a token that the student rules out adds nothing, also where 0 * (-inf - -inf) would say NaN
+    gaps_RV = (student_RV - teacher_RV).masked_fill(student_RV == -torch.inf, 0.0)
+    return (student_RV.exp() * gaps_RV).sum(-1)
+
+
+def _budgeted(rollouts: Sequence[Rollout], tokens_per_batch: int) -> list[list[int]]:
+    """Indices in runs of similar length whose padded size stays within the budget."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(rollouts)), key=lambda i: len(rollouts[i])):
+        if parts and (len(parts[-1]) + 1) * len(rollouts[i]) <= tokens_per_batch:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
+    """(M, D) hidden states that predict the response tokens, and those tokens.
+
+    Padding is on the right, where causal attention never looks: no mask is needed.
+    """
+    device = next(model.parameters()).device
+    ids_BS = torch.zeros(len(rollouts), max(len(r) for r in rollouts), dtype=torch.long)
+    predicts_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
+    for i, r in enumerate(rollouts):
+        ids_BS[i, : len(r)] = torch.from_numpy(np.concatenate([r.prompt_ids, r.response_ids]).astype(np.int64))
+        predicts_BS[i, target_slice(r)] = True
+    targets_M = torch.cat([torch.from_numpy(r.response_ids.astype(np.int64)) for r in rollouts]).to(device)
+    with evaluating(model):
+        return hidden_states(model, ids_BS.to(device))[predicts_BS.to(device)], targets_M
+
+
+def _split(values_M: NDArray[Any], rollouts: Sequence[Rollout]) -> list[NDArray[Any]]:
+    """One array per rollout."""
+    return np.split(values_M, np.cumsum([r.response_ids.size for r in rollouts])[:-1])

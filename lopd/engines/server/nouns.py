@@ -1,0 +1,214 @@
+"""Served models as a RolloutSource and as a TeacherScorer: any server that speaks vLLM's extensions of the OpenAI completions (`vllm serve`).
+
+Token ids in, token ids out, never text.  A server does not say which weights it serves, nor which tokenizer its ids are of: you do, with
+`identity` and `tokenizer`, and `from_folder` reads both from the folder that is served.
+
+Start servers with `--generation-config vllm` (lopd sends every sampling field all the same), and for scoring
+
+- with `--max-logprobs` of at least `top_k`;
+- with `--max-num-batched-tokens` so small that float32 logits of that many tokens fit beside the model;
+- with `--skip-tokenizer-init`: no text is wanted, and a server that spells out `top_k` candidates a token took twice the time (tiny model,
+  top_k = 20, vLLM 0.32 on a CPU).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, final
+
+from attrs import define, field
+
+from lopd.engines.inputs import check_prompts, check_rollouts, stream_seed
+from lopd.engines.server.pool import Probe, Request, Servers
+from lopd.engines.server.wire import Ask, check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
+from lopd.errors import InvalidRecordError, MissingDependencyError
+from lopd.records.checks import check_at_least
+from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
+from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
+from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
+
+# what servers take as a seed is a signed 64-bit integer
+_SEED_BITS = 63
+_PROBE_TOKENS = 16
+
+
+def _id_set(ids: Iterable[int]) -> frozenset[int]:
+    return frozenset(ids)
+
+
+@final
+@define(eq=False, slots=False)
+class ServerScorer:
+    """Reads rollouts with a served model.
+
+    A rollout may have one token less than the context: the server insists on generating one.  A model whose head is padded gives its
+    padding ids a little probability there, which `HFScorer` cuts off.
+    A log-prob of exactly -inf, which servers write as -9999, becomes the floor of `lopd.floor_logprobs`, and is counted.
+
+    Args:
+        servers: that serve the model.
+        tokenizer: whose ids the model reads.
+        identity: of the model; name a revision that says which weights they are.
+        top_k: how many of the most likely tokens are kept at each response token; at most the servers' `--max-logprobs`.
+        tokens_per_request: short rollouts share a request, up to so many tokens.
+
+    Raises:
+        InvalidRecordError: `top_k` is less than 0, or more than there are tokens; or `tokens_per_request` is less than 1.
+    """
+
+    servers: Servers
+    tokenizer_id: TokenizerId = field(converter=fingerprint_tokenizer, alias="tokenizer")
+    identity: ModelId
+    top_k: int = 0
+    tokens_per_request: int = 2048
+
+    def __attrs_post_init__(self) -> None:
+        check_at_least("ServerScorer", "top_k", self.top_k, 0)
+        check_at_least("ServerScorer", "tokens_per_request", self.tokens_per_request, 1)
+        check_at_least("ServerScorer", "size of the vocabulary", self.tokenizer_id.vocab_size, self.top_k)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Whose log-probs these are; the servers are asked for their version.
+
+        Raises:
+            EngineError: they do not agree, or none is up.
+        """
+        return Provenance(self.identity, self.tokenizer_id.vocab_hash, _engine(self.servers), "raw", self.top_k, self.tokenizer_id.eos_id)
+
+    def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
+        """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
+
+        Raises:
+            ContextOverflowError: a rollout is too long; it names the rollout, and nothing is sent.
+            InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none.
+            EngineError: the servers failed, disagree, or do not speak the extensions.
+        """
+        check_rollouts(rollouts, self.tokenizer_id, self.servers.served.context - 1)
+        return self.servers.ask([self._request(group) for group in _groups(rollouts, self.tokens_per_request)])
+
+    def _request(self, group: Sequence[Rollout]) -> Request[Scores]:
+        def read(answer: Any) -> list[Scores]:
+            return read_scores(group, self.top_k, self.tokenizer_id.vocab_size, answer)
+
+        first, last = (repr(rollout.rollout_id) for rollout in (group[0], group[-1]))
+        owner = f"Rollout {first}" if len(group) == 1 else f"Rollouts {first} to {last}"
+        parts = [self._request([rollout]) for rollout in group] if len(group) > 1 else []
+        return Request(owner, scoring_body(group, self.top_k), read, parts)
+
+
+@final
+@define(eq=False, slots=False)
+class ServerSource:
+    """Samples from a served model.
+
+    Each (seed, prompt, sample, generation) is a request with a seed of its own, so a rollout depends on what it was batched with only as far
+    as the server's rounding does.
+
+    Args:
+        servers: that serve the model.
+        tokenizer: whose ids the model reads.
+        identity: of the model; name a revision that says which weights they are.
+        sampling: how to draw.
+        eos_ids: end a response where `sampling.stop_ids` is empty.  A server does not say its own, and the tokenizer's alone is not enough:
+            many models have several (`eos_token_id` in their generation_config.json).
+        lineage: what the model was trained on.
+        generation: round of sampling.
+
+    Raises:
+        InvalidRecordError: neither `eos_ids` nor `sampling.stop_ids` says how a response ends.
+    """
+
+    servers: Servers
+    tokenizer_id: TokenizerId = field(converter=fingerprint_tokenizer, alias="tokenizer")
+    identity: ModelId
+    sampling: SamplingParams = field(factory=SamplingParams)
+    eos_ids: frozenset[int] = field(default=frozenset(), converter=_id_set)
+    lineage: Lineage = field(factory=Lineage)
+    generation: int = 0
+
+    @classmethod
+    def from_folder(cls, servers: Servers, folder: str | Path, identity: ModelId, sampling: SamplingParams) -> "ServerSource":
+        """A source whose tokenizer, EOS ids and SFT teacher are read from a local copy of the folder that is served.
+
+        Raises:
+            MissingDependencyError: transformers is not installed.
+        """
+        try:
+            import transformers
+        except ImportError as error:
+            raise MissingDependencyError(
+                "ServerSource: transformers is not installed, expected it to read a tokenizer; pip install 'lopd[hf]'."
+            ) from error
+        tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
+        return cls(servers, tokenizer, identity, sampling, _eos_ids(Path(folder), tokenizer), Lineage.read(Path(folder)))
+
+    def __attrs_post_init__(self) -> None:
+        if not self.stop_ids:
+            raise InvalidRecordError(
+                "ServerSource: eos_ids and sampling.stop_ids are empty, expected ids that end a response; "
+                "pass those of the model's generation_config.json."
+            )
+
+    @property
+    def manifest(self) -> Manifest:
+        """What a store of these rollouts must say."""
+        return Manifest(self.tokenizer_id, self.identity, self.sampling, self.lineage.sft_teacher, self.generation)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a response: those asked for, or the model's EOS."""
+        return frozenset(self.sampling.stop_ids) or self.eos_ids
+
+    def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
+        """`samples_per_prompt` rollouts for each prompt, in their order.
+
+        Where temperature or top_p change the distribution, each server is asked first whether its log-probs are of temperature 1.
+
+        Raises:
+            ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sent.
+            InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none.
+            EngineError: the servers failed, disagree, do not speak the extensions, or report log-probs of another temperature.
+        """
+        if not prompts:
+            return []
+        check_prompts(prompts, self.tokenizer_id, self.servers.served.context)
+        changed = (self.sampling.temperature, self.sampling.top_p) != (1.0, 1.0)
+        probe = Probe(probe_bodies(prompts[0].token_ids[:_PROBE_TOKENS].tolist()), check_raw) if changed else None
+        samples = range(self.sampling.samples_per_prompt)
+        return self.servers.ask([self._request(prompt, sample) for prompt in prompts for sample in samples], probe)
+
+    def _request(self, prompt: Prompt, sample: int) -> Request[Rollout]:
+        name = rollout_id(prompt.prompt_id, sample, self.generation)
+        room = min(self.sampling.max_new_tokens, self.servers.served.context - prompt.token_ids.size)
+        seed = stream_seed(self.sampling, name) % 2**_SEED_BITS
+        ask = Ask(name, prompt.token_ids, room, seed, self.stop_ids, self.generation)
+        body = sampling_body(ask, self.sampling, self.tokenizer_id.vocab_size)
+        return Request(f"Rollout {name!r}", body, lambda answer: [read_rollout(ask, self.tokenizer_id, answer)])
+
+
+def _groups(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
+    """Neighbours, together while they have at most so many tokens."""
+    groups: list[list[Rollout]] = []
+    size = 0
+    for rollout in rollouts:
+        size += len(rollout)
+        if groups and size <= tokens:
+            groups[-1].append(rollout)
+        else:
+            groups.append([rollout])
+            size = len(rollout)
+    return groups
+
+
+def _engine(servers: Servers) -> str:
+    version = servers.served.version
+    return f"vllm {version} served" if version else "served by an unnamed version"
+
+
+def _eos_ids(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
+    """Those of generation_config.json, or else config.json, and the tokenizer's."""
+    files = [folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists()]
+    configured: int | list[int] = next((ids for file in files if (ids := json.loads(file.read_text()).get("eos_token_id")) is not None), [])
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(i for i in [*ids, tokenizer.eos_id] if i is not None)

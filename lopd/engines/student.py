@@ -1,0 +1,86 @@
+"""The model being trained: any transformers causal LM, cut below its head, full or with peft adapters."""
+
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from lopd.engines.causal_lm import check_cut, lm_head, packed_hidden_states, unwrap
+from lopd.errors import ModelError
+from lopd.guards.consistency import check_vocabulary
+from lopd.protocols import OPDLoss
+from lopd.records.identity import TokenizerId, TokenizerLike, fingerprint_tokenizer
+from lopd.records.manifest import Lineage
+from lopd.records.ranks import Ranks, on_first, sharded
+from lopd.records.steps import Batch, LossOutput
+
+
+@final
+class CausalLMStudent(nn.Module):
+    """A `Student` around a transformers causal LM.
+
+    Args:
+        model: a causal LM, or a peft model around one.  Parameters that require a gradient are trained, the rest stay as they are.
+        tokenizer: whose ids the model reads: the one that belongs to it, or its fingerprint.  Head rows beyond its
+            vocabulary are padding and get no mass.
+        autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
+
+    Raises:
+        ModelError: the model has nothing to train, cannot be cut, or lets packed rollouts attend to each other (`lopd.engines.causal_lm.check_cut`).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: TokenizerId | TokenizerLike,
+        *,
+        autocast: torch.dtype | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tokenizer = fingerprint_tokenizer(tokenizer)
+        check_cut(model, self.tokenizer.vocab_size)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ModelError(
+                f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
+                "or load adapters as trainable."
+            )
+        self.model = model
+        self._autocast = autocast
+        if gradient_checkpointing:
+            unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.train()
+
+    def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
+        """`loss` of this batch; moves the batch to where the model is."""
+        head = lm_head(self.model, self.tokenizer.vocab_size)
+        batch = batch.to(head.weight.device)
+        return loss(self._hidden(batch), head, batch)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        enabled = self._autocast is not None
+        with torch.autocast(batch.inputs.device.type, dtype=self._autocast or torch.bfloat16, enabled=enabled):
+            return packed_hidden_states(self.model, batch.inputs, batch.position_ids)
+
+    def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:
+        """Write a folder that engines load, with its lineage beside the weights.
+
+        Where several ranks train, each calls this on its own student (not on the wrapper), and rank 0 writes.
+
+        A full model is written as one; adapters in peft's own format (for an engine that wants one model, merge
+        them, save that, and write the lineage beside it).
+
+        Raises:
+            TokenizerMismatchError: the tokenizer is not the one whose ids the student reads; nothing is written.
+        """
+        check_vocabulary("Tokenizer to export", fingerprint_tokenizer(tokenizer), "the student's", self.tokenizer)
+        folder, ranks = Path(folder), Ranks.current()
+        together = {"state_dict": on_first(self.model.state_dict())} if sharded(self) else {}
+        if ranks.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.model.save_pretrained(folder, **together)
+            tokenizer.save_pretrained(folder)
+            lineage.write(folder)
+        ranks.wait()

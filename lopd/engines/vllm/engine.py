@@ -1,0 +1,310 @@
+"""The life of a vLLM: started when it is first asked, started anew when it dies, given less at a time when memory runs out, stopped to free it.
+
+vLLM is imported where it is used: it takes seconds, and its reading of the environment (`VLLM_*`) is left to the caller.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from gc import collect
+from pathlib import Path
+from types import ModuleType
+from typing import Any, final
+
+import torch
+import transformers
+from attrs import define, field, frozen
+
+from lopd.engines.identity import folder_dtype
+from lopd.engines.vllm.liveness import told_of_death
+from lopd.errors import EngineError, InvalidRecordError, LopdError, MissingDependencyError, ModelError
+from lopd.records.checks import check_at_least, check_number
+
+#: Arguments of `vllm.LLM` that lopd sets itself, and where to say them instead.
+_OURS = {
+    "model": "the folder",
+    "tokenizer": "the folder",
+    "dtype": "dtype",
+    "max_model_len": "max_model_len",
+    "max_num_batched_tokens": "tokens_per_batch",
+    "gpu_memory_utilization": "gpu_memory_utilization",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "seed": "seed",
+    "enforce_eager": "enforce_eager",
+    "max_logprobs": "top_k of the scorer",
+    "logprobs_mode": "nothing: lopd needs raw log-probs",
+    "enable_prefix_caching": "nothing: it is on for sampling and off for scoring",
+    "enable_chunked_prefill": "nothing: it is on wherever seeds survive it",
+    "generation_config": "SamplingParams",
+    "worker_extension_cls": "nothing: lopd cuts the head with it",
+}
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_ROWS = 256
+
+
+@final
+@frozen
+class VLLMSettings:
+    """How vLLM is started.
+
+    Args:
+        dtype: of the weights; None is what the model's configuration says (vLLM's own "auto" would turn float32 into less).
+        max_model_len: tokens of the longest prompt and response together; None is the context of the model.
+        tokens_per_batch: positions of one forward pass.  Scoring holds the logits of so many at once, a few times over: float32, V each.
+        gpu_memory_utilization: share of a GPU's memory; what scoring needs for logits comes from the rest.
+        tensor_parallel_size: GPUs that share one model.
+        seed: of the engine; rollouts have seeds of their own (`SamplingParams.seed`).
+        enforce_eager: no compilation and no CUDA graphs: quicker to start, slower to run.
+        float32_head: logits in float32, as lopd computes them everywhere, and not in the dtype of the weights; what it gains on a bfloat16 model
+            is in `benchmarks/results/bench_engines.json`.
+        restarts: how often one call may start a dead engine anew.
+        least_tokens_per_batch: memory that runs out halves `tokens_per_batch` down to this.
+        options: any other arguments of `vllm.LLM`, by name.
+
+    Raises:
+        InvalidRecordError: a number makes no sense, or an option is one that lopd sets itself.
+    """
+
+    dtype: torch.dtype | None = None
+    max_model_len: int | None = None
+    tokens_per_batch: int = 4096
+    gpu_memory_utilization: float = 0.85
+    tensor_parallel_size: int = 1
+    seed: int = 0
+    enforce_eager: bool = False
+    float32_head: bool = True
+    restarts: int = 2
+    least_tokens_per_batch: int = 256
+    options: Mapping[str, Any] = field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        owner = "VLLMSettings"
+        for name in ("tokens_per_batch", "least_tokens_per_batch", "tensor_parallel_size"):
+            check_at_least(owner, name, getattr(self, name), 1)
+        check_at_least(owner, "restarts", self.restarts, 0)
+        check_number(owner, "max_model_len", self.max_model_len, self.max_model_len is None or self.max_model_len > 1, "None or at least 2")
+        check_number(owner, "gpu_memory_utilization", self.gpu_memory_utilization, 0 < self.gpu_memory_utilization <= 1, "in (0, 1]")
+        for name in self.options:
+            if name in _OURS:
+                raise InvalidRecordError(
+                    f"{owner}: options has {name!r}, expected an argument that lopd does not set itself; the place for it is {_OURS[name]}."
+                )
+
+
+def import_vllm() -> ModuleType:
+    """The module vllm, found by importing it: builds for other devices are distributed under other names.
+
+    Raises:
+        MissingDependencyError: it cannot be imported.
+    """
+    try:
+        import vllm
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Package vllm: it cannot be imported ({error}), expected an installation; use `lopd[vllm]`."
+        ) from error
+    module: ModuleType = vllm
+    return module
+
+
+@final
+@define(eq=False)
+class VLLMEngine:
+    """One vLLM, for sampling or for scoring; it answers in order, and holds no memory until it is asked or after `close`.
+
+    Args:
+        folder: of the model.
+        vocab_size: ids of its tokenizer; the rows of the head beyond them are cut off.
+        settings: how to start it.
+        scoring: without prefix caching, whose log-probs of a prompt would depend on what was asked before; for sampling it is on.
+        top_k: the most candidates that are ever asked for.
+        tokens_per_batch: at the moment; less than in `settings` after memory ran out.
+        starts: how often it was started.
+    """
+
+    folder: Path
+    vocab_size: int
+    settings: VLLMSettings = field(factory=VLLMSettings)
+    scoring: bool = False
+    top_k: int = 0
+    tokens_per_batch: int = field(init=False)
+    starts: int = field(init=False, default=0)
+    _llm: Any = field(init=False, default=None, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.tokens_per_batch = self.settings.tokens_per_batch
+
+    @property
+    def _name(self) -> str:
+        return f"vLLM with {self.folder}"
+
+    @cached_property
+    def context(self) -> int:
+        """Tokens of the longest prompt and response together.
+
+        Raises:
+            ModelError: neither the settings nor the model's configuration say it.
+        """
+        if self.settings.max_model_len is not None:
+            return self.settings.max_model_len
+        length = getattr(transformers.AutoConfig.from_pretrained(self.folder).get_text_config(), "max_position_embeddings", None)
+        if length is None:
+            raise ModelError(f"Model {self.folder}: its configuration has no max_position_embeddings, expected one; pass `max_model_len`.")
+        return int(length)
+
+    def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The `RequestOutput` of vLLM for each prompt of token ids; `params` are arguments of `vllm.SamplingParams`.
+
+        An engine that fails is stopped and started anew, and the whole call repeated.  Where memory ran out it is given half as much at a
+        time; so it is where it died twice, since a dead process does not say of what.
+
+        Raises:
+            EngineError: it went on failing, or refused a request.
+        """
+        deaths = 0
+        while True:
+            try:
+                return self._generate(prompts, params)
+            except Exception as error:
+                self.close()
+                if isinstance(error, LopdError):
+                    raise
+                if _ran_out_of_memory(error) and self._halve():
+                    continue
+                deaths += 1
+                if _was_refused(error):
+                    raise EngineError(
+                        f"{self._name}: it refused {_words(error)}, expected to be asked what it takes; ask otherwise."
+                    ) from error
+                if deaths > self.settings.restarts:
+                    raise EngineError(
+                        f"{self._name}: it failed {deaths} times in one call, the last time by {_words(error)}, expected at most "
+                        f"{self.settings.restarts}; see its log, and call again to resume."
+                    ) from error
+                if deaths > 1:
+                    self._halve()
+            except BaseException:
+                # requests that an interrupt left unfinished would be answered in the next call
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Stop it and free its memory; the next call starts it again."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `vllm.LLM`."""
+        settings, options = self.settings, dict(self.settings.options)
+        overrides = {"head_dtype": "float32"} if settings.float32_head else {}
+        tokens = self.tokens_per_batch if self._may_split_prompts() else max(self.tokens_per_batch, self.context)
+        return {
+            "disable_log_stats": True,
+            **options,
+            "model": str(self.folder),
+            "dtype": str(settings.dtype or folder_dtype(self.folder)).removeprefix("torch."),
+            "max_model_len": self.context,
+            "max_num_batched_tokens": tokens,
+            "max_num_seqs": min(options.get("max_num_seqs", _ROWS), tokens),
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "seed": settings.seed,
+            "enforce_eager": settings.enforce_eager,
+            "hf_overrides": {**overrides, **options.get("hf_overrides", {})},
+            "max_logprobs": max(self.top_k, 1),
+            "logprobs_mode": "raw_logprobs",
+            "enable_prefix_caching": not self.scoring,
+            "enable_chunked_prefill": self._may_split_prompts(),
+            # vLLM would take temperature and cuts from beside the weights
+            "generation_config": "vllm",
+            "worker_extension_cls": "lopd.engines.vllm.worker.HeadCut",
+        }
+
+    def _generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[Any]:
+        vllm = import_vllm()
+        llm = self._llm or self._start(vllm)
+        requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        with told_of_death(llm.llm_engine.engine_core):
+            outputs = llm.generate(requests, [vllm.SamplingParams(**p) for p in params], use_tqdm=False)
+            if not self.scoring:
+                # nothing that was computed in this call is left for the next: the same call computes the same again
+                llm.reset_prefix_cache()
+        got = [list(output.prompt_token_ids) for output in outputs]
+        if got != [request["prompt_token_ids"] for request in requests]:
+            raise EngineError(f"{self._name}: it answered {len(got)} prompts, expected the {len(requests)} asked, in order; report it.")
+        return list(outputs)
+
+    def _start(self, vllm: ModuleType) -> Any:
+        self.starts += 1
+        # kept before it is looked at, so that one which is refused is stopped
+        self._llm = llm = vllm.LLM(**self.arguments())
+        config = llm.llm_engine.vllm_config
+        self._check("logprobs_mode", str(config.model_config.logprobs_mode), "raw_logprobs")
+        self._check("enable_prefix_caching", bool(config.cache_config.enable_prefix_caching) and self.scoring, False)
+        rows = config.model_config.get_vocab_size()
+        if rows < self.vocab_size:
+            raise ModelError(
+                f"Model {self.folder}: its head has {rows} rows, expected at least {self.vocab_size}, the tokenizer's; resize the embeddings."
+            )
+        if rows > self.vocab_size and not self._cut_head(llm):
+            raise ModelError(
+                f"Model {self.folder}: its head has {rows} rows and cannot be cut, expected the tokenizer's {self.vocab_size}; drop the padding rows."
+            )
+        return llm
+
+    def _cut_head(self, llm: Any) -> bool:
+        with told_of_death(llm.llm_engine.engine_core):
+            return all(llm.collective_rpc("lopd_cut_head", args=(self.vocab_size,)))
+
+    def _check(self, name: str, got: object, wanted: object) -> None:
+        if got != wanted:
+            raise EngineError(f"{self._name}: {name} is {got!r}, expected {wanted!r}; use a model for which vLLM keeps to it.")
+
+    def _halve(self) -> bool:
+        """Half as many tokens at a time, if that is not too few."""
+        half = self.tokens_per_batch // 2
+        if half < self._least_tokens():
+            return False
+        self.tokens_per_batch = half
+        return True
+
+    def _least_tokens(self) -> int:
+        return self.settings.least_tokens_per_batch if self._may_split_prompts() else self.context
+
+    def _may_split_prompts(self) -> bool:
+        """Whether a prompt may be read in parts ("chunked prefill").
+
+        Between the parts vLLM winds the random stream of a request with a seed back, which a CPU's generators cannot do: it kills the engine.
+        """
+        return self.scoring or not _on_cpu()
+
+
+def _on_cpu() -> bool:
+    import_vllm()
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    text = str(error).lower()
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or any(words in text for words in _OUT_OF_MEMORY)
+        or _ran_out_of_memory(error.__cause__ or error.__context__)
+    )
+
+
+def _was_refused(error: BaseException) -> bool:
+    """Whether vLLM would say no again; its own class for that is looked up by name, since not every version has it."""
+    return isinstance(error, ValueError | TypeError) or "VLLMClientError" in (kind.__name__ for kind in type(error).__mro__)
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__} ({(str(error).strip() or 'no message').splitlines()[0][:200]})"

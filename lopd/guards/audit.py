@@ -1,0 +1,163 @@
+r"""Who wrote this text?  For students whose SFT teacher nobody recorded.
+
+Import a sample of the SFT text as rollouts, score it with every model that may have written it, one column each, and ask:
+
+    audit(store, ["qwen3-32b", "qwq-32b", "student"]).verdict
+
+*Among the candidates* the author is the one to whom the text is least surprising: \(E_p[-\log p] \le E_p[-\log q]\) for every q (Gibbs).  The
+difference of two candidates is one number a rollout, so its interval is that of a paired mean.
+
+*Whether any of them is* the author shows in a column that keeps the most likely tokens.  Let g be the probability of the token that is there, 0
+for one that is none of the K.  Under the author its mean \(\sum_k p_k^2\) and its variance are known at every position, and what it deviates is
+a martingale: \(z = \sum_t (E g_t - g_t) / \sqrt{1 + \sum_t \mathrm{Var}\,g_t}\) is then about standard normal, if the text was sampled at
+temperature 1.  Another author writes what the model finds less likely than its own text, which makes z large; a lower temperature, or a cut of
+the tail, makes it negative.  (The 1 keeps a single rare token from speaking where a model is all but certain.)
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.protocols import LogprobReader
+from lopd.protocols.reading import in_batches
+from lopd.records.estimates import Estimate, RolloutSums
+from lopd.records.identity import ModelId
+from lopd.records.rollouts import ScoredRollout
+
+#: A text is another author's beyond this; below minus this it is surer than the model at temperature 1.
+FOREIGN_Z = 4.0
+
+
+@frozen
+class Candidate:
+    """One model, and what it makes of the text.
+
+    Args:
+        column: of its scores.
+        model: whose they are.
+        surprisal: nats per token.
+        behind: how much more surprising than to the first candidate, nats per token, paired; 0 for the first itself.
+        z: deviation of the text from what this model would write, in standard errors; None where the column keeps no top-k.
+    """
+
+    column: str
+    model: ModelId
+    surprisal: Estimate
+    behind: Estimate
+    z: float | None
+
+
+@frozen
+class Audit:
+    """What was found.
+
+    Args:
+        candidates: the least surprised first.
+        rollouts, tokens: that were looked at.
+        author: column of the author; None if it is none of them, or cannot be told.
+        error: estimated chance that the second candidate is the author after all (1 without a second one).
+        verdict: all of it in a sentence.
+    """
+
+    candidates: tuple[Candidate, ...]
+    rollouts: int
+    tokens: int
+    author: str | None
+    error: float
+    verdict: str
+
+
+def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int64] | None = None, max_error: float = 0.01) -> Audit:
+    """Which of these models wrote the rollouts of this store.
+
+    How often it is wrong was measured on known pairs: `benchmarks/results/audit_errors.json`.
+
+    Args:
+        store: text whose author is asked for.
+        columns: one for each candidate; with top-k, a text by none of them is seen as such.
+        rows: a sample of the text; None for all.
+        max_error: an author is named if the estimated chance of an error is at most this.
+
+    Raises:
+        MissingScoresError: a column is not there, or a row has no scores in it.
+        InvalidRecordError: there are no columns, no rows, or no tokens that count.
+    """
+    chosen = np.arange(len(store)) if rows is None else np.asarray(rows, np.int64)
+    if not len(columns) or not chosen.size or len(set(columns)) < len(columns):
+        raise InvalidRecordError(
+            f"Audit: it was given {len(columns)} columns ({len(set(columns))} distinct) and {chosen.size} rollouts, expected at least 1 of each."
+        )
+    for column in columns:
+        if column not in store.columns:
+            raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected a candidate's scores; run `score_rollouts` first.")
+    sums, deviations = _read(store, columns, chosen)
+    ordered = sorted(columns, key=lambda column: sums[column].per_token().mean)
+    best = sums[ordered[0]]
+    candidates = tuple(Candidate(c, store.columns[c].model, sums[c].per_token(), sums[c].minus(best), deviations.get(c)) for c in ordered)
+    tokens = int(best.counts.sum())
+    error = _error(candidates[1].behind) if len(candidates) > 1 else 1.0
+    author, verdict = _judge(candidates, error, max_error)
+    return Audit(candidates, len(best.sums), tokens, author, error, f"{verdict} ({len(best.sums)} rollouts, {tokens} tokens).")
+
+
+def _read(store: LogprobReader, columns: Sequence[str], rows: NDArray[np.int64]) -> tuple[dict[str, RolloutSums], dict[str, float]]:
+    supported = [column for column in columns if store.columns[column].top_k]
+    found: dict[str, list[float]] = {column: [] for column in columns}
+    moments = {column: np.zeros(2) for column in supported}
+    counts: list[float] = []
+    for part in in_batches(rows):
+        for record in store.read(part, columns=tuple(columns), top_k=tuple(supported)):
+            on_T = record.rollout.loss_mask
+            if not on_T.any():
+                continue
+            counts.append(float(on_T.sum()))
+            for column in columns:
+                found[column].append(-float(record.scores[column][on_T].sum(dtype=np.float64)))
+            for column in supported:
+                moments[column] += _deviation(record, column)
+    sums = {column: RolloutSums(np.array(values), np.array(counts)) for column, values in found.items()}
+    return sums, {column: float(total / math.sqrt(1 + variance)) for column, (total, variance) in moments.items()}
+
+
+def _deviation(record: ScoredRollout, column: str) -> NDArray[np.float64]:
+    """Sums over the counted tokens of E g - g, and of the variance of g."""
+    support, on_T = record.top_k[column], record.rollout.loss_mask
+    chance_TK = np.exp(support.logprobs.astype(np.float64))
+    mean_T = (chance_TK**2).sum(-1)
+    variance_T = (chance_TK**3).sum(-1) - mean_T**2
+    found_T = np.where(support.ids == record.rollout.response_ids[:, None], chance_TK, 0.0).sum(-1)
+    moments: NDArray[np.float64] = np.stack([mean_T - found_T, variance_T])[:, on_T].sum(-1)
+    return moments
+
+
+def _error(behind: Estimate) -> float:
+    """Chance that the second is the author: that the true difference is below 0; of n rollouts at least that of n tossed coins."""
+    spread = behind.ci95 / NormalDist().inv_cdf(0.975)
+    chance = NormalDist().cdf(-behind.mean / spread) if 0 < spread < math.inf else 0.5
+    return float(max(chance, 0.5**behind.clusters))
+
+
+def _judge(candidates: Sequence[Candidate], error: float, max_error: float) -> tuple[str | None, str]:
+    first = candidates[0]
+    if first.z is not None and first.z > FOREIGN_Z:
+        return (
+            None,
+            f"None of the candidates wrote it: even to {first.column!r} it is more surprising than its own text, by {first.z:.1f} standard errors",
+        )
+    if len(candidates) > 1 and error > max_error:
+        return (
+            None,
+            f"Cannot be told: {candidates[1].column!r} is the author instead of {first.column!r} with a chance of {error:.2g}; audit more text",
+        )
+    margin = (
+        f", {candidates[1].behind.mean:.3g} nats a token before {candidates[1].column!r}, error {error:.1g}" if len(candidates) > 1 else ""
+    )
+    if first.z is None:
+        return first.column, f"{first.column!r} is the likeliest author{margin}; without a top-k nothing excludes that it is somebody else"
+    surer = f"; it is surer than at temperature 1 (z {first.z:.1f})" if first.z < -FOREIGN_Z else ""
+    return first.column, f"{first.column!r} wrote it{margin}{surer}"

@@ -1,0 +1,266 @@
+r"""A teacher's scores with its habits taken out: what to train on where the scoring teacher did not write the SFT text.
+
+Another teacher differs from the student by what it knows and by how it writes; the second is an offset that follows the token, or the place
+and how sure the reference policy was, whatever the prompt.  It is estimated on other prompts and subtracted:
+
+\(d_t = \ell_T(a_t) - \ell_{ref}(a_t)\),  \(\hat b_t = \tfrac12 m_{tok}(a_t) + \tfrac12 m_{ctx}(p_t, r_t)\),  \(\tilde\ell_T = \ell_T - \hat b_t\)
+
+\(m_{tok}\) and \(m_{ctx}\) are means of d by token, and by position in the response and surprisal \(r = -\ell_{ref}\), in bins; every response has
+weight 1, spread over the tokens that count.  They are fitted on the prompts of all other folds, so that no prompt explains itself.
+
+Source: Lightning OPD 2.0 (arXiv 2607.28449), from accounts of it.  Its bins and smoothing were not at hand; ours are stated with the arguments.
+"""
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import final
+
+import numpy as np
+from attrs import define, field, frozen
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.protocols import LogprobReader, LogprobStore
+from lopd.protocols.reading import in_batches
+from lopd.records.checks import check_at_least, check_number
+from lopd.records.manifest import RESIDUAL, Provenance
+from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout, Scores, prompt_id_of
+
+Float64Array = NDArray[np.float64]
+_VERSION = 1
+#: Borders of the surprisal bins, nats.
+_SURPRISAL = np.array([0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 4.0, 8.0])
+
+
+@frozen
+class ResidualReport:
+    """What one call of `residualise` did.
+
+    Args:
+        rollouts, tokens: corrected; tokens that count.
+        offset: mean of what was subtracted, nats.
+        spread: its standard deviation over tokens, nats.
+        beyond_before, beyond_after: share of tokens on which the scores are more than 1 nat from the reference policy's.
+    """
+
+    rollouts: int = 0
+    tokens: int = 0
+    offset: float = 0.0
+    spread: float = 0.0
+    beyond_before: float = 0.0
+    beyond_after: float = 0.0
+
+
+@final
+@frozen
+class Residualiser:
+    """How offsets are estimated.
+
+    Args:
+        folds: prompts are dealt to so many by a hash of their id; a prompt's offsets come from the others.  At least 2.
+        positions: bins of the position in the response, from its first token to its last.
+        prior: a group of tokens is shrunk to the mean of all as if it had so many more tokens of that mean.
+
+    Raises:
+        InvalidRecordError: a number makes no sense.
+    """
+
+    folds: int = 5
+    positions: int = 10
+    prior: float = 20.0
+
+    def __attrs_post_init__(self) -> None:
+        check_at_least("Residualiser", "folds", self.folds, 2)
+        check_at_least("Residualiser", "positions", self.positions, 1)
+        check_number("Residualiser", "prior", self.prior, 0 <= self.prior < np.inf, "finite and at least 0")
+
+    def fit(self, store: LogprobReader, rows: NDArray[np.int64], column: str, ref: str) -> "Offsets":
+        """The offsets of these rows, in one pass that holds sums and no tokens."""
+        sums = [_Sums.of_size(self.folds, size) for size in (store.manifest.tokenizer.vocab_size, self.positions * (_SURPRISAL.size + 1))]
+        for record in _read(store, rows, column, ref):
+            on_T = record.rollout.loss_mask
+            if on_T.any():
+                gap_M = _gap(record, column, ref)[on_T]
+                for table, groups_T in zip(sums, self.groups(record, ref), strict=True):
+                    table.add(self.fold(record), groups_T[on_T], gap_M)
+        return Offsets(self, *(table.means(self.prior) for table in sums))
+
+    def fold(self, record: ScoredRollout) -> int:
+        """Of the rollout's prompt, whatever else is in the store."""
+        digest = blake2b(prompt_id_of(record.rollout.rollout_id).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest, "little") % self.folds
+
+    def groups(self, record: ScoredRollout, ref: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(T,) the group of each token in either table."""
+        length = record.rollout.response_ids.size
+        position_T = np.arange(length) * self.positions // length
+        surprisal_T = np.searchsorted(_SURPRISAL, -record.scores[ref], side="right")
+        return record.rollout.response_ids.astype(np.int64), position_T * (_SURPRISAL.size + 1) + surprisal_T
+
+
+@frozen(eq=False)
+class Offsets:
+    """Fitted tables.
+
+    Args:
+        how: what they were fitted with.
+        by_token: (folds, V) nats: the offset of each token for a prompt of each fold.
+        by_context: (folds, positions times surprisal bins), likewise.
+    """
+
+    how: Residualiser
+    by_token: Float64Array
+    by_context: Float64Array
+
+    def of(self, record: ScoredRollout, ref: str) -> Float64Array:
+        """(T,) nats; 0 for tokens that do not count."""
+        fold, (token_T, context_T) = self.how.fold(record), self.how.groups(record, ref)
+        return np.where(record.rollout.loss_mask, (self.by_token[fold, token_T] + self.by_context[fold, context_T]) / 2, 0.0)
+
+    def digest(self) -> str:
+        """Of all values, so that one column never mixes two fits."""
+        return blake2b(self.by_token.tobytes() + self.by_context.tobytes(), digest_size=8).hexdigest()
+
+
+def residualise(
+    store: LogprobStore,
+    column: str = "teacher",
+    *,
+    ref: str = BEHAVIOR_COLUMN,
+    into: str = "teacher-residual",
+    how: Residualiser | None = None,
+    rollouts_per_batch: int = 256,
+) -> ResidualReport:
+    """Write a new column: the scores of `column` less the offsets of its model.  Run it again to resume.
+
+    Train on it with `batches(teacher=into, consistency=ConsistencyPolicy.RESIDUALISE)`.  Two passes over the store; memory is that of the tables,
+    16 bytes * folds * V.  Rollouts in quarantine in either column are so in the new one.
+
+    Args:
+        store: with both columns.
+        column: of the teacher.
+        ref: of the reference policy.
+        into: the new column.
+        how: bins, folds and smoothing.
+        rollouts_per_batch: committed together.
+
+    Raises:
+        MissingScoresError: a column is not there, or not complete.
+        InvalidRecordError: `column` is a residual already, or is what the policy itself reported.
+        ConflictError: `into` holds something else, or a fit on other rollouts: write another column.
+    """
+    how = how or Residualiser()
+    check_at_least("Residualiser", "rollouts_per_batch", rollouts_per_batch, 1)
+    teacher = _teacher(store, column)
+    rows, reasons = _rows(store, (column, ref))
+    offsets = how.fit(store, rows, column, ref)
+    provenance = Provenance(teacher.model, teacher.vocab_hash, _engine(how, offsets, column, ref), RESIDUAL, eos_id=teacher.eos_id)
+    store.append_scores(into, provenance, ())
+    totals = _Totals()
+    pending = rows[~store.scored(into)[rows]]
+    for batch in in_batches(pending, rollouts_per_batch):
+        scores = []
+        for record in store.read(batch, columns=(column, ref)):
+            offset_T = offsets.of(record, ref)
+            totals.add(record, offset_T, _gap(record, column, ref))
+            scores.append(Scores.of(record.rollout, record.scores[column] - offset_T, residual=True))
+        store.append_scores(into, provenance, scores)
+    if reasons:
+        store.quarantine(into, provenance, reasons)
+    return totals.report()
+
+
+def _engine(how: Residualiser, offsets: Offsets, column: str, ref: str) -> str:
+    return (
+        f"lopd residual {_VERSION}: {column} less offsets against {ref}, {how.folds} folds, {how.positions} positions, prior {how.prior:g}, "
+        f"fit {offsets.digest()}"
+    )
+
+
+def _teacher(store: LogprobReader, column: str) -> Provenance:
+    provenance = store.columns.get(column)
+    if provenance is None and column != BEHAVIOR_COLUMN:
+        raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected a teacher's scores; run `score_rollouts` first.")
+    if provenance is None or provenance.residual:
+        what = "what the policy itself reported" if provenance is None else "a residual already"
+        raise InvalidRecordError(f"{store!r}: column {column!r} is {what}, expected a teacher's log-probs; pass the column of the teacher.")
+    return provenance
+
+
+def _rows(store: LogprobReader, columns: tuple[str, str]) -> tuple[NDArray[np.int64], dict[str, str]]:
+    """Rows with scores in both columns, and why others have none."""
+    usable, reasons = np.ones(len(store), np.bool_), dict[int, str]()
+    for column in columns:
+        scored = store.scored(column)
+        quarantined = store.quarantined(column)
+        if int(scored.sum()) + len(quarantined) < len(store) or not scored.any():
+            raise MissingScoresError(
+                f"{store!r}: column {column!r} has scores for {int(scored.sum())} rollouts, expected {len(store)}; run `score_rollouts` first."
+            )
+        usable &= scored
+        reasons.update({row: f"column {column!r}: {reason}" for row, reason in quarantined.items()})
+    ids = [record.rollout.rollout_id for record in store.read(sorted(reasons))]
+    return np.flatnonzero(usable), dict(zip(ids, (reasons[row] for row in sorted(reasons)), strict=True))
+
+
+def _read(store: LogprobReader, rows: NDArray[np.int64], *columns: str) -> Iterator[ScoredRollout]:
+    for part in in_batches(rows):
+        yield from store.read(part, columns=columns)
+
+
+def _gap(record: ScoredRollout, column: str, ref: str) -> Float64Array:
+    return record.scores[column].astype(np.float64) - record.scores[ref]
+
+
+@frozen(eq=False)
+class _Sums:
+    """Of each fold and group: weighted sums of gaps, weights, and one count of all tokens."""
+
+    sums: Float64Array
+    weights: Float64Array
+    tokens: NDArray[np.int64]
+
+    @classmethod
+    def of_size(cls, folds: int, groups: int) -> "_Sums":
+        return cls(np.zeros((folds, groups)), np.zeros((folds, groups)), np.zeros(folds, np.int64))
+
+    def add(self, fold: int, groups_M: NDArray[np.int64], gap_M: Float64Array) -> None:
+        np.add.at(self.sums[fold], groups_M, gap_M / gap_M.size)
+        np.add.at(self.weights[fold], groups_M, 1 / gap_M.size)
+        self.tokens[fold] += gap_M.size
+
+    def means(self, prior: float) -> Float64Array:
+        """(folds, groups): the shrunk mean of every group over all folds but one; that of all tokens where there is none."""
+        sums, weights, tokens = (total.sum(0) - total for total in (self.sums, self.weights, self.tokens))
+        weight_of_all = weights.sum(1)
+        mean_of_all = np.divide(sums.sum(1), weight_of_all, out=np.zeros(len(sums)), where=weight_of_all > 0)[:, None]
+        # so many tokens of average weight, in the unit in which a response weighs 1
+        extra = (prior * np.divide(weight_of_all, tokens, out=np.zeros(len(sums)), where=tokens > 0))[:, None]
+        total = weights + extra
+        means: Float64Array = np.where(weights > 0, (sums + extra * mean_of_all) / np.where(total > 0, total, 1.0), mean_of_all)
+        return means
+
+
+@define
+class _Totals:
+    """Of the tokens that count: how many, their offsets, and how many are beyond 1 nat."""
+
+    rollouts: int = 0
+    tokens: int = 0
+    offset: float = 0.0
+    square: float = 0.0
+    beyond: NDArray[np.int64] = field(factory=lambda: np.zeros(2, np.int64))
+
+    def add(self, record: ScoredRollout, offset_T: Float64Array, gap_T: Float64Array) -> None:
+        on_T = record.rollout.loss_mask
+        self.rollouts += 1
+        self.tokens += int(on_T.sum())
+        self.offset += float(offset_T[on_T].sum())
+        self.square += float((offset_T[on_T] ** 2).sum())
+        self.beyond += [int((np.abs(values_T[on_T]) > 1).sum()) for values_T in (gap_T, gap_T - offset_T)]
+
+    def report(self) -> ResidualReport:
+        n = max(self.tokens, 1)
+        mean = self.offset / n
+        shares = (self.beyond / n).tolist()
+        return ResidualReport(self.rollouts, self.tokens, mean, max(self.square / n - mean**2, 0.0) ** 0.5, *shares)

@@ -1,0 +1,144 @@
+"""Guards of offline OPD: the advantages judged before the first step, and drift from the reference policy watched at every one.
+
+Offline OPD without an importance ratio is a promise about closeness.  Where the teacher finds many sampled tokens nearly impossible, the
+regression on its log-probs pushes them down long after the student has dropped them, and their mass goes anywhere: held-out accuracy falls
+while the loss does too.  `benchmarks/results/drift.json` has a run of that kind, and what these guards said of it.
+"""
+
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
+from lopd.protocols import LogprobReader
+from lopd.protocols.reading import evenly, in_batches
+from lopd.records.checks import check_at_least
+from lopd.records.drift import TAIL, AdvantageSummary, Drift
+from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.records.steps import StepMetrics
+
+#: Share of advantages in the tail from which a loss without an importance ratio is not to be trusted.
+MAX_TAIL = 0.02
+
+
+@frozen
+class DriftLimits:
+    """Where `watch_drift` speaks: means over the last steps beyond one of these.  None leaves one out.
+
+    A student has to move to learn, so distance alone says little; distance that brings it no nearer to the teacher does.  The defaults were chosen
+    on three seeds of a testbed and held on two others (`benchmarks/results/drift.json`).
+
+    Args:
+        gain_per_kl: lowest gain (`Drift.mean_gain`) for each nat of KL from the reference policy, once that is above `kl_floor`.
+        kl_floor: nats per token.
+        ratio_mean: lowest mean per-token ratio.  The paper's runs stay near 0.94 (arXiv 2604.13010v2, figure 3a).
+        ess: lowest share of effective rollouts.  It falls with the length of rollouts, so no limit fits all.
+        steps: how many are averaged; the first few are judged by what there is.
+
+    Raises:
+        InvalidRecordError: `steps` is less than 1.
+    """
+
+    gain_per_kl: float | None = 0.25
+    kl_floor: float = 0.005
+    ratio_mean: float | None = 0.9
+    ess: float | None = None
+    steps: int = 4
+
+    def __attrs_post_init__(self) -> None:
+        check_at_least("Drift limits", "steps", self.steps, 1)
+
+    def exceeded(self, drifts: Iterable[Drift]) -> dict[str, str]:
+        """The limits that the means of these are beyond, and a sentence on each; what is no number is beyond all."""
+        recent = list(drifts)
+        kl, gain, ratio, ess = (float(np.mean([getattr(d, name) for d in recent])) for name in ("kl", "mean_gain", "ratio_mean", "ess"))
+        measured = {"gain_per_kl": gain / kl if not kl <= self.kl_floor else np.inf, "ratio_mean": ratio, "ess": ess}
+        beyond = {name: value for name, value in measured.items() if (low := getattr(self, name)) is not None and not value >= low}
+        where = f"over the last {len(recent)} steps, KL {kl:.3g} nats a token"
+        return {name: f"{name} is {value:.3g} ({where}), expected at least {getattr(self, name):g}" for name, value in beyond.items()}
+
+
+_LIMITS = DriftLimits()
+
+
+def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -> Iterator[StepMetrics]:
+    """The same metrics; a `DriftWarning` the first time each limit is passed (`warnings.simplefilter("error", DriftWarning)` stops there).
+
+    Args:
+        metrics: of `opd_steps`, over steps with a teacher's and a ref column.
+        limits: where it speaks.
+
+    Raises:
+        InvalidRecordError: there is no drift in the metrics.
+    """
+    recent: deque[Drift] = deque(maxlen=limits.steps)
+    said: set[str] = set()
+    for m in metrics:
+        if m.drift is None:
+            raise InvalidRecordError(
+                f"Step {m.step}: its drift is None, expected a measured one; pass `ref=` to `batches` and a loss that says its log-probs."
+            )
+        recent.append(m.drift)
+        for name, sentence in limits.exceeded(recent).items():
+            if name not in said:
+                said.add(name)
+                warnings.warn(
+                    f"Step {m.step}: {sentence}; the stored rollouts no longer speak for this student: lower the learning rate or the clip, use "
+                    "the importance ratio, or sample anew (`lopd.verbs.refresh`).",
+                    DriftWarning,
+                    stacklevel=2,
+                )
+        yield m
+
+
+def stored_advantages(
+    store: LogprobReader,
+    *,
+    teacher: str = "teacher",
+    student: str = BEHAVIOR_COLUMN,
+    rows: NDArray[np.int64] | None = None,
+    count: int = 256,
+) -> AdvantageSummary | None:
+    """Advantages of the policy that sampled, on the counted tokens of evenly spaced rollouts; None if none of them is scored in both columns.
+
+    Args:
+        store: with both columns.
+        teacher: whose log-probs.
+        student: minus whose.
+        rows: among which to choose; None for all.
+        count: at most so many rollouts.
+    """
+    usable = store.scored(teacher) & store.scored(student)
+    chosen = evenly(np.flatnonzero(usable) if rows is None else rows[usable[rows]], count)
+    records = (record for part in in_batches(chosen) for record in store.read(part, columns=(teacher, student)))
+    gaps = [(record.scores[teacher] - record.scores[student])[record.rollout.loss_mask] for record in records]
+    return AdvantageSummary.of(np.concatenate(gaps)) if sum(gap.size for gap in gaps) else None
+
+
+def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None) -> None:
+    """Warn if too many of these advantages are in the tail."""
+    if summary is not None and summary.tail > MAX_TAIL:
+        warnings.warn(f"{store!r}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
+
+
+def judge_loss(loss: object, summary: AdvantageSummary) -> None:
+    """Warn if too many of a step's advantages are in the tail for a loss that says of itself that it has no importance ratio.
+
+    A loss with transforms of advantages and weights has an answer of its own, and one without these attributes says nothing.
+    """
+    plain = (
+        getattr(loss, "ratio_to_ref", None) is False and not getattr(loss, "transforms", ()) and getattr(loss, "advantage", None) is None
+    )
+    if plain and summary.tail > MAX_TAIL:
+        warnings.warn(f"Loss {type(loss).__name__}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
+
+
+def _objection(summary: AdvantageSummary) -> str:
+    return (
+        f"{summary.tail:.1%} of its advantages are below {TAIL:g} nats, expected at most {MAX_TAIL:.0%} ({summary}); pass "
+        '`ref="behavior"` and a loss with `ratio_to_ref=True`, or a smaller clip, or train the student longer on the teacher\'s text first.'
+    )

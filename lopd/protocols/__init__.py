@@ -1,0 +1,245 @@
+"""The five nouns.  Structural: implement the methods, inherit nothing; `lopd.testing` has suites that check an implementation.
+
+Each docstring states the contract that the *weakest* implementation must keep.  Nothing here has a default or a body.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import Parameter
+
+from lopd.records.identity import ModelId, TokenizerId
+from lopd.records.manifest import Commit, Manifest, Provenance
+from lopd.records.rollouts import Prompt, Rollout, ScoredRollout, Scores
+from lopd.records.steps import Batch, LMHead, LossOutput
+
+
+class RolloutSource(Protocol):
+    """Something that answers prompts: an engine with a policy in it."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What a store of these rollouts must say: policy, tokenizer, sampling, generation, SFT teacher."""
+        ...
+
+    def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
+        """`samples_per_prompt` rollouts for each prompt, in the order of the prompts.
+
+        Ids are `rollout_id(prompt, sample, generation)`.  The same call on the same prompts gives the same rollouts, so an interrupted
+        collection can be repeated.  No prompts give no rollouts.
+
+        Raises:
+            ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sampled.
+            InvalidRecordError: an id is outside the model's vocabulary; likewise.
+            EngineError: the engine failed for a reason of its own.
+        """
+        ...
+
+
+class TeacherScorer(Protocol):
+    """Something that reads rollouts and says how likely one model finds their tokens.  The reference policy is scored through it too."""
+
+    @property
+    def provenance(self) -> Provenance:
+        """Whose log-probs these are."""
+        ...
+
+    def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
+        """The i-th holds (T_i,) log-probs, nats, of the i-th rollout's response tokens; independent of what else is in the call.
+
+        Raises:
+            ContextOverflowError: a rollout is longer than the model's context; it names the rollout, and nothing is computed.
+            InvalidRecordError: an id is outside the model's vocabulary, or the model gave something that is no log-prob.
+            EngineError: the engine failed for a reason of its own.
+
+        The first two speak of one rollout: the verb then asks in halves, and goes on without the rollouts that are refused alone.  Raise another
+        for what is wrong with the call as a whole.
+        """
+        ...
+
+
+class LogprobReader(Protocol):
+    """The half of a store that training needs.
+
+    The column `behavior` is virtual: it reads the rollouts' own `behavior_logprobs`.  `columns` does not list it, and nobody writes to it.
+    """
+
+    @property
+    def manifest(self) -> Manifest:
+        """What all rollouts have in common."""
+        ...
+
+    @property
+    def columns(self) -> Mapping[str, Provenance]:
+        """Score columns and who computed them."""
+        ...
+
+    def __len__(self) -> int:
+        """Committed rollouts."""
+        ...
+
+    @property
+    def generations(self) -> Mapping[int, ModelId]:
+        """Rounds of sampling, and the policy that sampled in each; the first is that of the manifest."""
+        ...
+
+    def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
+        """(len(rollout_ids),): the row of each committed rollout, -1 where there is none."""
+        ...
+
+    def lengths(self) -> NDArray[np.int64]:
+        """(len, 2): prompt and response tokens of each rollout."""
+        ...
+
+    def scored(self, column: str, /) -> NDArray[np.bool_]:
+        """(len,): which rollouts have scores in this column; all False for a column that is not there."""
+        ...
+
+    def quarantined(self, column: str, /) -> Mapping[int, str]:
+        """Rows that the column's model could not score, and why; a row that has scores is not among them."""
+        ...
+
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
+        """These rollouts with these columns, and with the top-k support of these, in the order asked; an index may repeat.
+
+        Raises:
+            MissingScoresError: a rollout has no scores in a column, or a column has no top-k support.
+            CorruptStoreError: stored bytes do not match their checksum, or scores were computed on other tokens.
+            NoSuchRowError: there is no such row.
+        """
+        ...
+
+
+class LogprobWriter(Protocol):
+    """The half of a store that collecting and scoring need.  Each call is all or nothing, durable on return, and safe to repeat.
+
+    After a call the store's own reader sees everything that is committed by then, by whomever.
+    """
+
+    def begin_generation(self, generation: int, policy: ModelId, /) -> None:
+        """Say which policy samples in another round; rollouts of it can be appended from then on.
+
+        Raises:
+            ConflictError: another policy sampled in this round.
+            StoreWriteError: the write failed; nothing was committed.
+        """
+        ...
+
+    def append(self, rollouts: Sequence[Rollout], /) -> None:
+        """Add rollouts.  Those that are already there, with the same content, are skipped.
+
+        Content is token ids and loss mask.  A rollout that is appended again keeps the `behavior_logprobs` and the `finish_reason` that
+        came first: a repeated request may give the same tokens with log-probs that are rounded otherwise.
+
+        Raises:
+            ConflictError: other content under an id that is there, or twice in the call.
+            InvalidRecordError: a token id is outside the manifest's vocabulary, or the generation was not begun.
+            StoreWriteError: the write failed; nothing was committed.
+        """
+        ...
+
+    def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
+        """Add one model's scores.  Rows already scored by the same model are skipped.
+
+        No scores commit nothing, and do not begin a column; a column of another model is refused all the same, so a call without scores asks whose
+        column it is before anything is paid for.
+
+        Raises:
+            ConflictError: the column belongs to another model, or the scores were computed on other tokens.
+            MissingScoresError: no such rollout.
+            InvalidRecordError: not one log-prob per response token, not the top-k that the provenance names, or a column name other
+                than letters, digits, `_`, `-`, `.`.
+            StoreWriteError: the write failed; nothing was committed.
+        """
+        ...
+
+    def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
+        """Say which rollouts this model cannot score, and why.  Rows that have scores are skipped; the latest reason counts.
+
+        Raises:
+            ConflictError: the column belongs to another model.
+            MissingScoresError: no such rollout.
+            InvalidRecordError: a column name as in `append_scores`.
+            StoreWriteError: the write failed; nothing was committed.
+        """
+        ...
+
+
+class LogprobStore(LogprobReader, LogprobWriter, Protocol):
+    """Rollouts, and one column of scores per model that has read them."""
+
+
+class DurableStore(LogprobStore, Protocol):
+    """A store that outlives the process: what looking after one needs."""
+
+    def refresh(self) -> None:
+        """See what was committed since this store was opened, last refreshed or last written to."""
+        ...
+
+    def compact(self) -> None:
+        """Merge many small appends into large ones; rows keep their numbers, and readers that are open read on.  Refreshes."""
+        ...
+
+    def history(self) -> Sequence[Commit]:
+        """What was committed, oldest first."""
+        ...
+
+    def stored_bytes(self) -> int:
+        """Bytes of all files that the current state is made of."""
+        ...
+
+    def verify(self) -> Iterator[str]:
+        """One sentence for each problem found in the stored bytes; reads all of them.  Nothing for a sound store."""
+        ...
+
+
+class OPDLoss(Protocol):
+    """A loss on a packed batch.  It takes hidden states and not logits, so that the plain and the fused paths are one protocol."""
+
+    def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        """Weighted sums over the batch's tokens; never a mean, the loop divides once."""
+        ...
+
+
+class Student(Protocol):
+    """The model being trained, cut below its head.  One call per micro-batch, so hooks of wrappers (DDP, FSDP) fire."""
+
+    @property
+    def tokenizer(self) -> TokenizerId:
+        """Whose ids it reads; `opd_steps` refuses steps that say they are of another."""
+        ...
+
+    def __call__(self, batch: Batch, loss: OPDLoss, /) -> LossOutput:
+        """`loss` of this batch under the current weights."""
+        ...
+
+    def named_parameters(self) -> Iterable[tuple[str, Parameter]]:
+        """All parameters; those that require a gradient are trained and go into checkpoints."""
+        ...
+
+
+class Verifier(Protocol):
+    """Says how good a response is."""
+
+    def __call__(self, prompt: Prompt, rollout: Rollout, /) -> float:
+        """A score in [0, 1]; 1 is right."""
+        ...
+
+
+class Progress(Protocol):
+    """Is told how far a verb has come; `lopd.tools.console.RichProgress` draws it."""
+
+    def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
+        """Work starts: `done` of `total` rollouts were there already, and the others have `tokens` tokens, if that is known."""
+        ...
+
+    def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:
+        """So many more rollouts, with so many tokens computed, are committed; so many more were refused."""
+        ...
+
+    def end(self) -> None:
+        """Work is over, or was interrupted."""
+        ...

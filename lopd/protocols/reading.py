@@ -1,0 +1,93 @@
+"""How to find rows in a store, and to walk over a whole one: which rows can be read in one call, with all that they have."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError, NoSuchRowError
+from lopd.protocols import LogprobReader
+from lopd.records.rollouts import Prompt, ScoredRollout, rollout_id
+
+
+@frozen
+class Part:
+    """Consecutive rows that are scored in the same columns: the arguments of one `read`.
+
+    Args:
+        rows: of the store.
+        columns: in which all of them have scores; never the virtual `behavior`, which comes with the rollouts.
+        top_k: those of the columns that keep a top-k support.
+    """
+
+    rows: range
+    columns: tuple[str, ...]
+    top_k: tuple[str, ...]
+
+    def read(self, reader: LogprobReader) -> list[ScoredRollout]:
+        """The rows, with all that they have."""
+        return reader.read(self.rows, columns=self.columns, top_k=self.top_k)
+
+
+def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
+    """All rows, in order, in parts of at most `rows_per_read`; reads no tokens."""
+    columns = dict(reader.columns)
+    covered = np.stack([np.zeros(len(reader), np.bool_), *(reader.scored(name) for name in columns)], axis=1)
+    changes = np.flatnonzero((covered[1:] != covered[:-1]).any(axis=1)) + 1
+    borders = sorted({*changes.tolist(), *range(0, len(reader), rows_per_read), len(reader)})
+    made = []
+    for start, stop in pairwise(borders):
+        names = tuple(name for name, there in zip(columns, covered[start, 1:], strict=True) if there)
+        made.append(Part(range(start, stop), names, tuple(name for name in names if columns[name].top_k)))
+    return made
+
+
+def evenly(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """At most `count` of these rows, evenly spaced, the first and the last among them."""
+    if len(rows) <= count:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
+
+
+def in_batches(rows: NDArray[np.int64], rows_per_read: int = 64) -> Iterator[Sequence[int]]:
+    """The rows, so many at a time."""
+    for first in range(0, len(rows), rows_per_read):
+        yield rows[first : first + rows_per_read].tolist()
+
+
+def chosen(reader: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """The rows that a verb was given, ascending and each once; all of them for None.
+
+    Raises:
+        NoSuchRowError: a row is not in the store.
+        InvalidRecordError: there are none.
+    """
+    if rows is None:
+        return np.arange(len(reader))
+    unique = np.unique(np.asarray(rows, np.int64))
+    if not unique.size:
+        raise InvalidRecordError(
+            f"{reader!r}: 0 rows were chosen, expected at least 1; look whether their prompts were sampled in that round."
+        )
+    if unique[0] < 0 or unique[-1] >= len(reader):
+        row = unique[0] if unique[0] < 0 else unique[-1]
+        raise NoSuchRowError(f"{reader!r}: row {row} was chosen, expected one of {len(reader)} rows.")
+    return unique
+
+
+def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Iterable[int] | None = None) -> NDArray[np.int64]:
+    """Rows of all samples of these prompts that are in the store, in ascending order; reads no tokens.
+
+    Args:
+        reader: the store.
+        prompts: any, also such as were never sampled.
+        generations: only of these rounds; None for all.
+    """
+    rounds = reader.generations if generations is None else generations
+    samples = range(reader.manifest.sampling.samples_per_prompt)
+    rows = reader.find(
+        [rollout_id(prompt.prompt_id, sample, generation) for generation in rounds for prompt in prompts for sample in samples]
+    )
+    return np.sort(rows[rows >= 0])

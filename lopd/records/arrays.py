@@ -1,0 +1,101 @@
+"""Converters of fields that are arrays: read-only on the way in, refused where a value would be lost.
+
+Shape suffixes: T response tokens of one rollout, K candidates a token.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError
+
+Int32Array = NDArray[np.int32]
+Float32Array = NDArray[np.float32]
+BoolArray = NDArray[np.bool_]
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    """A view that nobody can write through."""
+    array = array.view()
+    array.flags.writeable = False
+    return array
+
+
+def check_ids(value: Any, dimensions: int) -> NDArray[Any]:
+    """Token ids as they came, if int32 can hold them; anything that would lose a value on the way is refused."""
+    array = np.asarray(value)
+    if array.ndim != dimensions or (array.size and array.dtype.kind not in "iu"):
+        shape = {1: "a vector", 2: "a matrix"}[dimensions]
+        raise InvalidRecordError(
+            f"Token ids: the value has dtype {array.dtype} and shape {array.shape}, expected {shape} of integers; pass the sampled ids."
+        )
+    if array.size and (array.min() < 0 or array.max() > np.iinfo(np.int32).max):
+        raise InvalidRecordError(
+            f"Token ids: the range is [{array.min()}, {array.max()}], expected 0 to 2**31 - 1; drop padding markers before making the record."
+        )
+    return array
+
+
+def to_ids(value: Any) -> Int32Array:
+    """Token ids as a read-only int32 vector."""
+    return read_only(check_ids(value, 1).astype(np.int32))
+
+
+def to_candidates(value: Any) -> Int32Array:
+    """Token ids as a read-only int32 matrix."""
+    return read_only(check_ids(value, 2).astype(np.int32))
+
+
+def to_floats(value: Any) -> Float32Array:
+    """A read-only float32 copy."""
+    return read_only(np.array(value, dtype=np.float32))
+
+
+def to_optional_floats(value: Any) -> Float32Array | None:
+    """The same, or None."""
+    return None if value is None else to_floats(value)
+
+
+def to_mask(value: Any) -> BoolArray:
+    """A read-only bool copy of bools, or of integers that are 0 or 1: of a label such as -100 nobody knows whether it counts."""
+    array = np.asarray(value)
+    if array.size and array.dtype.kind not in "biu":
+        raise InvalidRecordError(
+            f"Loss mask: the value has dtype {array.dtype} and shape {array.shape}, expected bools, or integers that are 0 or 1; "
+            "pass True where a token counts."
+        )
+    wrong = np.argwhere((array != 0) & (array != 1))
+    if len(wrong):
+        place = tuple(int(i) for i in wrong[0])
+        raise InvalidRecordError(
+            f"Loss mask: entry {', '.join(map(str, place))} is {array[place]}, expected True, False, 1 or 0; pass True where a token counts."
+        )
+    return read_only(array.astype(np.bool_))
+
+
+def check_logprobs(owner: str, name: str, logprobs: Float32Array, shape: tuple[int, ...], *, residual: bool = False) -> None:
+    """Refuse what is no log-prob, or not one for each token.
+
+    Args:
+        owner: for the message.
+        name: likewise.
+        logprobs: what there is.
+        shape: that it must have.
+        residual: an offset was subtracted (`lopd.guards.residual`), so that more than 0 nats is a value like any other.
+
+    Raises:
+        InvalidRecordError: another shape; or NaN, an infinity, or more than 0 nats.
+    """
+    if logprobs.shape != shape:
+        raise InvalidRecordError(
+            f"{owner}: {name} has shape {logprobs.shape}, expected {shape} (response_ids has {shape[0]} tokens); "
+            "pass one value per response token."
+        )
+    good = np.isfinite(logprobs) & (residual | (logprobs <= 0))
+    if not good.all():
+        place = tuple(int(i) for i in np.argwhere(~good)[0])
+        raise InvalidRecordError(
+            f"{owner}: {name}[{', '.join(map(str, place))}] is {logprobs[place]}, expected a finite log-prob of at most 0 nats; "
+            "check the engine (an exact -inf may be stored with `lopd.floor_logprobs`, which counts it)."
+        )

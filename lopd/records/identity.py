@@ -1,0 +1,166 @@
+"""Which model, and which tokenizer: identities that are compared, and fingerprints that make them.
+
+A name is not an identity.  Models are compared by a revision that is a commit, a step or a hash of the weights; tokenizers by a hash of
+the whole token-to-id map (two vocabularies of the same size are still two vocabularies).
+"""
+
+import json
+from collections.abc import Iterable
+from hashlib import blake2b
+from typing import Protocol
+
+import torch
+from attrs import frozen
+from torch import Tensor
+
+_HASHED = "weights:"
+_TOGETHER = " + "
+
+
+def _digest(data: bytes) -> str:
+    return blake2b(data, digest_size=16).hexdigest()
+
+
+@frozen(eq=False)
+class ModelId:
+    """A model that can be recognised again.  Equal if weights and dtype are; the name counts only where the revision is no hash of weights.
+
+    Several models together (`mixture_id`) are one too: the teachers whose texts were put together for SFT, for example.
+
+    Args:
+        name: for people.
+        revision: commit, step or hash of the weights (`hash_weights`).
+        dtype: of the weights in use.
+    """
+
+    name: str
+    revision: str
+    dtype: str
+
+    def __str__(self) -> str:
+        """`name@revision`, shortened."""
+        return _TOGETHER.join(f"{part.name}@{part.revision.removeprefix(_HASHED)[:12]}" for part in self.parts)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ModelId) and (self._weights(), self.dtype) == (other._weights(), other.dtype)
+
+    def __hash__(self) -> int:
+        return hash((self._weights(), self.dtype))
+
+    def same_weights(self, other: "ModelId") -> bool:
+        """Whether both are the same model, in whatever dtype, and under whatever name if their weights were hashed."""
+        return self._weights() == other._weights()
+
+    @property
+    def parts(self) -> "tuple[ModelId, ...]":
+        """The models of a mixture; a single model is its only part."""
+        names, revisions, dtypes = (value.split(_TOGETHER) for value in (self.name, self.revision, self.dtype))
+        if len(names) == len(revisions) == len(dtypes) > 1:
+            return tuple(map(ModelId, names, revisions, dtypes))
+        return (self,)
+
+    def _weights(self) -> frozenset[tuple[str, str]]:
+        return frozenset(map(_weights_of_one, self.parts))
+
+
+def _weights_of_one(model: ModelId) -> tuple[str, str]:
+    # "main" is a revision of many models; a hash of weights is one of one
+    return ("" if model.revision.startswith(_HASHED) else model.name), model.revision
+
+
+def mixture_id(models: Iterable[ModelId]) -> ModelId:
+    """The identity of several models together, in whatever order; of one model its own.
+
+    >>> a, b = ModelId("a", "1", "bfloat16"), ModelId("b", "7", "bfloat16")
+    >>> print(mixture_id([b, a, b]))
+    a@1 + b@7
+    """
+    distinct = {_weights_of_one(part): part for model in models for part in model.parts}
+    ordered = [distinct[key] for key in sorted(distinct)]
+    name, revision, dtype = (_TOGETHER.join(getattr(model, part) for model in ordered) for part in ("name", "revision", "dtype"))
+    return ModelId(name, revision, dtype)
+
+
+def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, shapes and values of all tensors, whatever their order (some seconds per GB).
+
+    Of values, not of the dtype that holds them: bfloat16 weights loaded as float32 are still the same model.
+    """
+    return hash_weights_in_order(sorted(named_tensors, key=lambda item: item[0]))
+
+
+def hash_weights_in_order(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """The same of tensors that come sorted by name: they are needed one at a time."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in named_tensors:
+        data = _narrowest(tensor.detach().cpu().contiguous())
+        digest.update(f"{name}|{data.dtype}|{tuple(data.shape)}|".encode())
+        digest.update(data.flatten().view(torch.uint8).numpy().data)
+    return _HASHED + digest.hexdigest()
+
+
+def _narrowest(tensor: Tensor) -> Tensor:
+    """The same values in bfloat16 or float16, if nothing is lost by it."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if tensor.is_floating_point() and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return tensor.to(dtype)
+    return tensor
+
+
+class HasVocabulary(Protocol):
+    """Something whose token ids are of one tokenizer, and that says of which: a `TokenizerId`, `Provenance` or `lopd.records.Step`."""
+
+    @property
+    def vocab_hash(self) -> str | None:
+        """Of the whole token-to-id map; None if nobody recorded it."""
+        ...
+
+
+@frozen
+class TokenizerId:
+    """Fingerprint of a tokenizer.
+
+    Args:
+        vocab_hash: of the whole token-to-id map, added tokens included.
+        vocab_size: highest id + 1.
+        eos_id: end of a response, or None.
+        bos_id: beginning of a text, or None.
+        pad_id: padding, or None; may equal `eos_id`, nothing in lopd masks by it.
+        template_hash: of the chat template, or "".
+    """
+
+    vocab_hash: str
+    vocab_size: int
+    eos_id: int | None
+    bos_id: int | None
+    pad_id: int | None
+    template_hash: str
+
+    def same_vocabulary(self, other: HasVocabulary) -> bool:
+        """Whether both map the same tokens to the same ids."""
+        return self.vocab_hash == other.vocab_hash
+
+
+class TokenizerLike(Protocol):
+    """What a fingerprint needs of a tokenizer; transformers' tokenizers fit."""
+
+    def get_vocab(self) -> dict[str, int]:
+        """The whole token-to-id map."""
+        ...
+
+
+def fingerprint_tokenizer(tokenizer: TokenizerId | TokenizerLike) -> TokenizerId:
+    """The identity of a tokenizer, from its full vocabulary map, special ids and chat template; an identity is its own."""
+    if isinstance(tokenizer, TokenizerId):
+        return tokenizer
+    vocab = tokenizer.get_vocab()
+    by_id = sorted((token_id, token) for token, token_id in vocab.items())
+    template = getattr(tokenizer, "chat_template", None)
+    return TokenizerId(
+        vocab_hash=_digest(json.dumps(by_id).encode()),
+        vocab_size=by_id[-1][0] + 1,
+        eos_id=getattr(tokenizer, "eos_token_id", None),
+        bos_id=getattr(tokenizer, "bos_token_id", None),
+        pad_id=getattr(tokenizer, "pad_token_id", None),
+        template_hash=_digest(json.dumps(template).encode()) if template else "",
+    )

@@ -1,0 +1,227 @@
+"""Who made what: the manifest that a store carries, the provenance of each score column, the lineage of a student."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from operator import index
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import asdict, field, fields, frozen, has
+
+from lopd.errors import CorruptStoreError, InvalidRecordError
+from lopd.records.checks import check_at_least, check_number
+from lopd.records.identity import ModelId, TokenizerId
+from lopd.records.parity import Parity
+
+SCHEMA_VERSION = 1
+LINEAGE_FILE = "lopd.json"
+#: The `Provenance.logprobs_mode` of columns that `lopd.guards.residual` makes.
+RESIDUAL = "residual"
+
+
+def _to_stop_ids(ids: Iterable[Any]) -> tuple[int, ...]:
+    """A tuple of ints, also of a list or an array: a manifest that is read again has a tuple."""
+    try:
+        return tuple(index(token) for token in ids)
+    except TypeError as error:
+        raise InvalidRecordError(
+            f"Sampling: stop_ids is {ids!r:.80}, expected token ids; for a text, pass `tokenizer.convert_tokens_to_ids(...)` of its token."
+        ) from error
+
+
+@frozen
+class SamplingParams:
+    """How responses are drawn.
+
+    Args:
+        max_new_tokens: cap on T; make it the length you will train on, longer costs and is thrown away.
+        temperature: of the sampling distribution; stored log-probs are at temperature 1 all the same.
+        top_p: keep the most likely tokens that hold this much probability; stored log-probs are uncut all the same.
+        samples_per_prompt: responses for each prompt.
+        seed: each (seed, prompt, sample, generation) has its own random stream.
+        stop_ids: ids that end a response (kept in it); empty means the model's own EOS ids.  They take the place of those, so name EOS too unless
+            a response may go on after it.
+
+    Raises:
+        InvalidRecordError: a number makes no sense.
+    """
+
+    max_new_tokens: int = 4096
+    temperature: float = 1.0
+    top_p: float = 1.0
+    samples_per_prompt: int = 1
+    seed: int = 0
+    stop_ids: tuple[int, ...] = field(default=(), converter=_to_stop_ids)
+
+    def __attrs_post_init__(self) -> None:
+        owner = "Sampling"
+        check_at_least(owner, "max_new_tokens", self.max_new_tokens, 1)
+        check_number(owner, "temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0")
+        check_number(owner, "top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
+        check_at_least(owner, "samples_per_prompt", self.samples_per_prompt, 1)
+        check_at_least(owner, "seed", self.seed, 0)
+        check_at_least(owner, "smallest of stop_ids", min(self.stop_ids, default=0), 0)
+
+
+@frozen
+class Manifest:
+    """What every rollout of a store has in common.
+
+    Args:
+        tokenizer: of policy, teacher and student.
+        policy: the model that sampled.
+        sampling: how.
+        sft_teacher: the model whose text the policy was SFT-trained on; None if nobody recorded it.
+        generation: the round of sampling that the store begins with (0 for Lightning OPD; online OPD and refresh count up).
+    """
+
+    tokenizer: TokenizerId
+    policy: ModelId
+    sampling: SamplingParams
+    sft_teacher: ModelId | None = None
+    generation: int = 0
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Manifest":
+        """The inverse of `to_json`.
+
+        Raises:
+            CorruptStoreError: not a manifest, or of another schema version.
+        """
+        version = data.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise CorruptStoreError(
+                f"Manifest: schema_version is {version!r}, expected {SCHEMA_VERSION}; this store was not written by this version of lopd."
+            )
+        sampling = dict(data["sampling"])
+        sampling["stop_ids"] = tuple(sampling["stop_ids"])
+        return cls(
+            tokenizer=TokenizerId(**data["tokenizer"]),
+            policy=ModelId(**data["policy"]),
+            sampling=SamplingParams(**sampling),
+            sft_teacher=_model_or_none(data["sft_teacher"]),
+            generation=data["generation"],
+        )
+
+    def difference(self, other: "Manifest") -> str | None:
+        """The first field in which two manifests differ, as `policy.dtype is <self>, expected <other>`; None if they agree."""
+        return _difference("", self, other)
+
+
+@frozen
+class Provenance:
+    """Who computed a score column, and how.
+
+    Args:
+        model: whose log-probs these are.
+        vocab_hash: of that model's tokenizer.
+        engine: name and version of what ran it.
+        logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0.
+        top_k: how many of the model's most likely tokens are kept at each response token, beside the sampled one.
+        eos_id: what ends a text of that model, by its tokenizer; no part of the identity.
+        parity: how this engine compared with another that ran the same model, when the column was begun: what the first append
+            said stays; no part of the identity.
+
+    Raises:
+        InvalidRecordError: `top_k` is less than 0.
+    """
+
+    model: ModelId
+    vocab_hash: str
+    engine: str
+    logprobs_mode: str = "raw"
+    top_k: int = 0
+    eos_id: int | None = field(default=None, eq=False)
+    parity: Parity | None = field(default=None, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        check_at_least(f"Provenance of {self.model}", "top_k", self.top_k, 0)
+
+    @property
+    def residual(self) -> bool:
+        """Whether an offset was subtracted from these log-probs."""
+        return self.logprobs_mode == RESIDUAL
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON types only."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Provenance":
+        """The inverse of `to_json`."""
+        parity = data.get("parity")
+        return cls(**{**data, "model": ModelId(**data["model"]), "parity": None if parity is None else Parity(**parity)})
+
+
+@frozen
+class Commit:
+    """One entry of a store's history.
+
+    Args:
+        number: its place, from 0.
+        kind: what was committed.
+        rows: rollouts that were added, scored, rewritten or quarantined.
+        tokens: prompt and response tokens of added rollouts; scored response tokens; or tokens that a compaction rewrote.
+        column: of the scores, or of those that could not be computed; or None.
+        when: seconds since 1970, by the writer's clock.
+        rounding: largest error in nats by which a log-prob was rounded to the store's type.
+    """
+
+    number: int
+    kind: Literal["rollouts", "scores", "generation", "compaction", "quarantine"]
+    rows: int
+    tokens: int
+    column: str | None
+    when: float
+    rounding: float = 0.0
+
+
+@frozen
+class Lineage:
+    """What a student was trained on: kept beside its weights, and copied into the manifest of what it samples.
+
+    Args:
+        sft_teacher: the model that wrote the SFT data; `mixture_id` of several.
+        opd_teacher: the model whose scores it was distilled on.
+    """
+
+    sft_teacher: ModelId | None = None
+    opd_teacher: ModelId | None = field(default=None)
+
+    def write(self, folder: str | Path) -> None:
+        """Write it into a model's folder."""
+        (Path(folder) / LINEAGE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Lineage":
+        """What is recorded in a model's folder; an empty lineage if nothing is."""
+        path = Path(folder) / LINEAGE_FILE
+        if not path.exists():
+            return cls()
+        try:
+            data = json.loads(path.read_text())
+            return cls(_model_or_none(data["sft_teacher"]), _model_or_none(data["opd_teacher"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptStoreError(
+                f"Lineage {path}: it cannot be read ({error!r}), expected what lopd wrote; restore or remove it."
+            ) from error
+
+
+def _difference(path: str, mine: Any, theirs: Any) -> str | None:
+    if mine == theirs:
+        return None
+    if has(type(mine)) and type(mine) is type(theirs):
+        names = [f.name for f in fields(type(mine))]
+        found = (_difference(f"{path}.{name}".lstrip("."), getattr(mine, name), getattr(theirs, name)) for name in reversed(names))
+        return next(difference for difference in found if difference)
+    return f"{path} is {mine!r}, expected {theirs!r}"
+
+
+def _model_or_none(data: Mapping[str, Any] | None) -> ModelId | None:
+    return None if data is None else ModelId(**data)

@@ -1,0 +1,260 @@
+"""The records that move between lopd's verbs: frozen; those that come from outside are checked once, when they are made.
+
+Prompt -> Rollout -> Scores -> ScoredRollout is the way of a token to training, where `lopd.records.steps` takes it on: Batch -> LossOutput ->
+StepMetrics.
+Token ids are the truth; no field holds text that is ever tokenised again.  All log-probs are natural (nats), at temperature 1.
+
+Shape suffixes: P prompt tokens, T response tokens of one rollout, K candidates of a top-k support.
+"""
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Any, Literal
+
+import numpy as np
+from attrs import Factory, field, frozen
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError
+from lopd.records.arrays import (
+    BoolArray,
+    Float32Array,
+    Int32Array,
+    check_logprobs,
+    read_only,
+    to_candidates,
+    to_floats,
+    to_ids,
+    to_mask,
+    to_optional_floats,
+)
+from lopd.records.checks import check_at_least
+
+FinishReason = Literal["stop", "length"]
+#: The virtual column: what the sampling engine reported, kept in the rollouts themselves.
+BEHAVIOR_COLUMN = "behavior"
+
+
+@frozen(eq=False)
+class Prompt:
+    """Token ids before generation starts, chat template already applied.
+
+    Args:
+        prompt_id: unique within a run; rollouts are named after it.
+        token_ids: (P,) int32, P >= 1.
+        text: for people and verifiers; never tokenised.
+        answer: what a verifier compares a response with, if there is one.
+    """
+
+    prompt_id: str
+    token_ids: Int32Array = field(converter=to_ids)
+    text: str = ""
+    answer: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if self.token_ids.size == 0:
+            raise InvalidRecordError(f"Prompt {self.prompt_id!r}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
+
+
+def rollout_id(prompt_id: str, sample: int, generation: int) -> str:
+    """The id of one rollout: which prompt, which of its samples, which round of sampling."""
+    return f"{prompt_id}/s{sample}/g{generation}"
+
+
+def prompt_id_of(rollout: str) -> str:
+    """The prompt's id in the id of a rollout; an id of another form is its own prompt.
+
+    >>> prompt_id_of("sums/7/s0/g2")
+    'sums/7'
+    """
+    parts = rollout.rsplit("/", 2)
+    named = len(parts) == 3 and parts[1][:1] == "s" and parts[2][:1] == "g" and parts[1][1:].isdigit() and parts[2][1:].isdigit()
+    return parts[0] if named else rollout
+
+
+def _hash_content(rollout: "Rollout") -> bytes:
+    digest = blake2b(np.array([rollout.prompt_ids.size, rollout.response_ids.size], "<i8").tobytes(), digest_size=16)
+    digest.update(rollout.prompt_ids.astype("<i4", copy=False).tobytes())
+    digest.update(rollout.response_ids.astype("<i4", copy=False).tobytes())
+    digest.update(rollout.loss_mask.tobytes())
+    return digest.digest()
+
+
+@frozen(eq=False)
+class Rollout:
+    """One response sampled from a policy for one prompt: the ids that were *sampled*, EOS included.
+
+    Args:
+        rollout_id: see `rollout_id`.
+        prompt_ids: (P,) int32, P >= 1.
+        response_ids: (T,) int32, T >= 1.
+        loss_mask: (T,) bool, True where a token counts (False for tool or user tokens inside a response).
+        finish_reason: "stop" if the policy ended the response itself, "length" if it was cut.
+        behavior_logprobs: (T,) float32, nats: what the sampling engine reported for these tokens, or None.
+        generation: round of sampling, from 0; the store knows which policy sampled in it.
+        content_hash: of ids and mask, where the response starts included; every score carries it (computed, not passed).
+
+    Raises:
+        InvalidRecordError: a field is empty, of another length, or not what it must be (ids, bools, log-probs, a round).
+    """
+
+    rollout_id: str
+    prompt_ids: Int32Array = field(converter=to_ids)
+    response_ids: Int32Array = field(converter=to_ids)
+    loss_mask: BoolArray = field(converter=to_mask)
+    finish_reason: FinishReason
+    behavior_logprobs: Float32Array | None = field(default=None, converter=to_optional_floats)
+    generation: int = 0
+    content_hash: bytes = field(init=False, repr=lambda digest: digest.hex()[:8], default=Factory(_hash_content, takes_self=True))
+
+    def __attrs_post_init__(self) -> None:
+        owner = f"Rollout {self.rollout_id!r}"
+        for name, ids in (("prompt_ids", self.prompt_ids), ("response_ids", self.response_ids)):
+            if ids.size == 0:
+                raise InvalidRecordError(f"{owner}: {name} has 0 tokens, expected at least 1; drop the rollout.")
+        if self.loss_mask.shape != self.response_ids.shape:
+            raise InvalidRecordError(
+                f"{owner}: loss_mask has shape {self.loss_mask.shape}, but response_ids has shape {self.response_ids.shape}; "
+                "pass one value per response token."
+            )
+        if self.finish_reason not in ("stop", "length"):
+            raise InvalidRecordError(
+                f"{owner}: finish_reason is {self.finish_reason!r}, expected 'stop' or 'length'; map the engine's word."
+            )
+        check_at_least(owner, "generation", self.generation, 0)
+        if self.behavior_logprobs is not None:
+            check_logprobs(owner, "behavior_logprobs", self.behavior_logprobs, self.response_ids.shape)
+
+    @classmethod
+    def from_store(cls, **values: Any) -> "Rollout":
+        """A rollout out of fields that were checked when they were first made, and verified when they were read: checked no third time."""
+        rollout = object.__new__(cls)
+        for name, value in values.items():
+            object.__setattr__(rollout, name, value)
+        return rollout
+
+    def __len__(self) -> int:
+        """Tokens of prompt and response."""
+        return self.prompt_ids.size + self.response_ids.size
+
+
+@frozen(eq=False)
+class TopK:
+    """The K most likely tokens of one model at each response token, and what they leave out.
+
+    Args:
+        ids: (T, K) int32.
+        logprobs: (T, K) float32, nats, of the whole vocabulary's distribution: never renormalised over the K.
+        tail: (T,) float32 in [0, 1], the probability of all other tokens.
+
+    Raises:
+        InvalidRecordError: a field has another shape, a log-prob is none, or the K and the tail do not add up to 1 (within 0.01).
+    """
+
+    ids: Int32Array = field(converter=to_candidates)
+    logprobs: Float32Array = field(converter=to_floats)
+    tail: Float32Array = field(converter=to_floats)
+
+    @classmethod
+    def from_store(cls, ids: Any, logprobs: Any, tail: Any) -> "TopK":
+        """A support that was checked when it was first made, and verified when it was read."""
+        support = object.__new__(cls)
+        for name, value, dtype in (("ids", ids, np.int32), ("logprobs", logprobs, np.float32), ("tail", tail, np.float32)):
+            object.__setattr__(support, name, read_only(value.astype(dtype)))
+        return support
+
+    def __attrs_post_init__(self) -> None:
+        check_logprobs("Top-k", "logprobs", self.logprobs, self.ids.shape)
+        if self.tail.shape != self.ids.shape[:1]:
+            raise InvalidRecordError(
+                f"Top-k: tail has shape {self.tail.shape}, expected {self.ids.shape[:1]}; pass one value per response token."
+            )
+        total_T = np.exp(self.logprobs.astype(np.float64)).sum(-1) + self.tail
+        wrong = np.flatnonzero(~((self.tail >= 0) & (self.tail <= 1) & (np.abs(total_T - 1) <= 0.01)))
+        if wrong.size:
+            raise InvalidRecordError(
+                f"Top-k: token {wrong[0]} has tail {self.tail[wrong[0]]} and sums to {total_T[wrong[0]]:.4f}, expected a tail in [0, 1] and "
+                "a sum of 1; the tail is 1 minus the probabilities of the K."
+            )
+
+
+@frozen(eq=False)
+class Scores:
+    """One model's log-probs of one rollout's response tokens, bound to the tokens they were computed on.
+
+    Args:
+        rollout_id: whose tokens.
+        content_hash: of the `Rollout` that was read.
+        logprobs: (T,) float32, nats, finite, <= 0.  0.0 is a value like any other; a missing score is a missing `Scores`.
+        floored: how many of them were -inf and are stored as a floor (see `floor_logprobs`).
+        top_k: the most likely tokens beside the sampled one, if the column has them (`Provenance.top_k`).
+        residual: an offset was subtracted from the log-probs (`lopd.guards.residual`), so that they may be above 0; only a column whose provenance
+            says so takes such scores.
+    """
+
+    rollout_id: str
+    content_hash: bytes
+    logprobs: Float32Array = field(converter=to_floats)
+    floored: int = 0
+    top_k: TopK | None = None
+    residual: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        owner = f"Scores of rollout {self.rollout_id!r}"
+        check_logprobs(owner, "logprobs", self.logprobs, (self.logprobs.size,), residual=self.residual)
+        if self.top_k is not None and len(self.top_k.ids) != self.logprobs.size:
+            raise InvalidRecordError(
+                f"{owner}: top_k has {len(self.top_k.ids)} tokens, expected {self.logprobs.size}; pass one row per response token."
+            )
+
+    @classmethod
+    def of(cls, rollout: Rollout, logprobs_T: Any, floored: int = 0, top_k: TopK | None = None, *, residual: bool = False) -> "Scores":
+        """Scores for this very rollout; the length is checked here, where the rollout is at hand."""
+        logprobs = to_floats(logprobs_T)
+        check_logprobs(f"Rollout {rollout.rollout_id!r}", "logprobs", logprobs, rollout.response_ids.shape, residual=residual)
+        return cls(rollout.rollout_id, rollout.content_hash, logprobs, floored, top_k, residual)
+
+
+def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array, int]:
+    """Log-probs with every -inf replaced by `floor` (nats), and how many there were.
+
+    >>> floor_logprobs([-1.0, float("-inf")])
+    (array([  -1., -100.], dtype=float32), 1)
+    """
+    logprobs = np.array(logprobs_T, dtype=np.float32)
+    below = np.isneginf(logprobs)
+    logprobs[below] = floor
+    return logprobs, int(below.sum())
+
+
+@frozen(eq=False)
+class ScoredRollout:
+    """A rollout with the score columns that were asked for.
+
+    Args:
+        rollout: the tokens.
+        scores: column name -> (T,) float32, nats.
+        top_k: column name -> top-k support, of the columns for which it was asked for.
+    """
+
+    rollout: Rollout
+    scores: Mapping[str, Float32Array]
+    top_k: Mapping[str, TopK] = field(factory=dict)
+
+
+@frozen(eq=False)
+class RolloutArrays:
+    """Many rollouts end to end, for work on whole columns; the arrays may be views of files, in the types of the store.
+
+    Args:
+        prompt_lengths, response_lengths: (B,) int64.
+        token_ids: prompt and response of one rollout after the other.
+        loss_mask: one bool a response token; None where every token counts.
+        scores: column name -> one log-prob a response token, nats.
+    """
+
+    prompt_lengths: NDArray[np.int64]
+    response_lengths: NDArray[np.int64]
+    token_ids: NDArray[Any]
+    loss_mask: BoolArray | None
+    scores: Mapping[str, NDArray[Any]]

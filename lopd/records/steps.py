@@ -1,0 +1,182 @@
+"""What a step of training is made of: packed batches, the head that reads them, what a loss says of them, and the numbers of the step.
+
+Shape suffixes: N tokens of a packed batch, D hidden size, V vocabulary, K candidates of a top-k support.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from attrs import evolve, field, fields, frozen
+from torch import Tensor
+
+from lopd.records.drift import Drift
+
+
+def _shape(values: Tensor | None) -> str:
+    """What a prompt shows of a tensor: thousands of numbers would hide the rest."""
+    return "None" if values is None else str(tuple(values.shape))
+
+
+@frozen(eq=False)
+class Batch:
+    """Several rollouts in one row of N tokens, packed: no padding, positions restart with each rollout.
+
+    Everything is aligned with `targets`: entry n is about predicting `targets[n]` from the tokens up to `inputs[n]` of the same segment.
+
+    Args:
+        inputs: (N,) int64.
+        targets: (N,) int64, the inputs of the same rollout shifted by one.
+        position_ids: (N,) int64, the position within the rollout.
+        segment_ids: (N,) int64, which rollout of this batch.
+        weight: (N,) float32, how much a token counts; 0 for prompt tokens and masked tokens.
+        teacher_logprobs: (N,) float32, nats, meaningful where weight > 0 (0 elsewhere); None if no such column was asked for.
+        ref_logprobs: (N,) float32, nats, likewise.
+        top_k_ids: (N, K) int64, the tokens that the teacher finds most likely; None if they were not asked for, like the next two.
+        top_k_logprobs: (N, K) float32, nats, of the teacher's whole distribution.
+        top_k_tail: (N,) float32, the probability that the teacher gives to all other tokens.
+    """
+
+    inputs: Tensor = field(repr=_shape)
+    targets: Tensor = field(repr=_shape)
+    position_ids: Tensor = field(repr=_shape)
+    segment_ids: Tensor = field(repr=_shape)
+    weight: Tensor = field(repr=_shape)
+    teacher_logprobs: Tensor | None = field(default=None, repr=_shape)
+    ref_logprobs: Tensor | None = field(default=None, repr=_shape)
+    top_k_ids: Tensor | None = field(default=None, repr=_shape)
+    top_k_logprobs: Tensor | None = field(default=None, repr=_shape)
+    top_k_tail: Tensor | None = field(default=None, repr=_shape)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        values = {f.name: getattr(self, f.name) for f in fields(Batch)}
+        return evolve(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+
+
+@frozen(eq=False)
+class Step:
+    """The micro-batches of one optimizer step.
+
+    Args:
+        index: its number in the run.
+        batches: at least one.
+        vocab_hash: of the tokenizer whose ids these are; `opd_steps` compares it with the student's.  None if nobody says.
+        idle: so many of the last batches weigh nothing, and are there for this rank to keep step with others.
+    """
+
+    index: int
+    batches: tuple[Batch, ...]
+    vocab_hash: str | None = None
+    idle: int = 0
+
+
+@frozen(eq=False)
+class LMHead:
+    r"""The last layer of a causal LM: \(z = c \tanh(s (W h + b) / c)\), without the tanh if there is no soft-cap \(c\).
+
+    Args:
+        weight: (V, D); V is the tokenizer's vocabulary, padding rows already cut off so that no padding id carries mass.
+        bias: (V,) or None.
+        softcap: c or None.
+        scale: s.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def float(self) -> "LMHead":
+        """The same head with float32 weights: convert once where `logits` is called many times and no gradient is wanted."""
+        return evolve(self, weight=self.weight.float())
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """(N, V) logits in float32 (float64 if given float64): bf16 logits would cost 0.02 to 0.05 nats."""
+        dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), self.weight.to(dtype), bias)
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+
+
+@frozen(eq=False)
+class LossOutput:
+    """What a loss says about one micro-batch: weighted sums, so that any split of a step adds up to the same gradient.
+
+    Args:
+        loss_sum: scalar, differentiable: sum over tokens of weight times loss.
+        reverse_kl_sum: scalar, detached, nats: sum of weight times (student - teacher) log-prob, the one-sample estimate of
+            KL(student, teacher) on these tokens; may be negative; 0 for losses that see no teacher.
+        clipped_sum: scalar, detached: sum of weight over tokens whose advantage was clipped.
+        neglected_sum: scalar, detached, or None where nothing was left out of the gradient on purpose: at least the sum over tokens of the
+            1-norm of the gradient by the logits that was left out.  Times the largest norm of a hidden state it bounds what the head's
+            weight lacks (Frobenius norm); times the largest norm of a row of that weight, what the hidden states lack.
+        logprobs: (M,) detached, nats: the student's log-probs of the targets whose weight is more than 0, in their order; None where a loss
+            does not say.  The loop measures drift with them.
+    """
+
+    loss_sum: Tensor
+    reverse_kl_sum: Tensor
+    clipped_sum: Tensor
+    neglected_sum: Tensor | None = None
+    logprobs: Tensor | None = None
+
+
+@frozen
+class StepMetrics:
+    """Plain numbers of one optimizer step; means are weighted by the batch weights of the whole step.
+
+    Args:
+        step: its number in the run.
+        loss: mean loss, before the update.
+        reverse_kl: nats per token, one-sample estimate on the stored tokens.
+        clip_fraction: share of clipped advantages.
+        grad_norm: before clipping.
+        rollouts: in this step.
+        tokens: positions the student read in this step, prompts included.
+        seconds: wall time.
+        drift: from the reference policy; None unless the steps bring teacher and ref columns and the loss says its log-probs.
+    """
+
+    step: int
+    loss: float
+    reverse_kl: float
+    clip_fraction: float
+    grad_norm: float
+    rollouts: int
+    tokens: int
+    seconds: float
+    drift: Drift | None = None
+
+    def __str__(self) -> str:
+        """One line for people; `repr` has every number.
+
+        >>> print(StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5))
+        step    9  loss   0.500  reverse KL  0.250  gradient  2.00  1,800 tokens/s
+        """
+        drift = "" if self.drift is None else f"ratio {self.drift.ratio_mean:.3f}  effective rollouts {self.drift.ess:4.0%}  "
+        # exactly 0 only where no teacher is seen
+        reverse_kl = f"reverse KL {self.reverse_kl:6.3f}  " if self.reverse_kl else ""
+        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+        return f"step {self.step:4d}  loss {self.loss:7.3f}  {reverse_kl}gradient {self.grad_norm:5.2f}  {drift}{speed}"
+
+    def numbers(self) -> dict[str, float]:
+        """Every number but `step` by its name, flat, for any logger: `log(metrics.numbers(), step=metrics.step)`.
+
+        Loggers take the step beside the numbers, and some keep that name for themselves.  Those of `drift` begin with drift/, and there are
+        none of them where it is None.  Quantiles and gains have a name each.  A number may be infinite: the ratio of a student gone wild is.
+
+        >>> StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5).numbers()
+        {'loss': 0.5, 'reverse_kl': 0.25, 'clip_fraction': 0.0, 'grad_norm': 2.0, 'rollouts': 8.0, 'tokens': 900.0, 'seconds': 0.5}
+        """
+        own = {f.name: float(getattr(self, f.name)) for f in fields(StepMetrics) if f.name not in {"step", "drift"}}
+        drift = {} if self.drift is None else self.drift.numbers()
+        return own | {f"drift/{name}": value for name, value in drift.items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "StepMetrics":
+        """The inverse of `attrs.asdict`, also after a way through JSON."""
+        drift = data.get("drift")
+        return cls(**{**data, "drift": None if drift is None else Drift.from_json(drift)})

@@ -1,7 +1,0 @@
-"""Reports of a run: pictures by matplotlib (`pictures`); pages for any browser of a whole run (`run`) and of its tokens (`tokens`)."""
-
-from lopd.report.history import Phase as Phase
-from lopd.report.history import RunHistory as RunHistory
-from lopd.report.run import write_run_report as write_run_report
-from lopd.report.tokens import TokenReport as TokenReport
-from lopd.report.tokens import write_token_report as write_token_report

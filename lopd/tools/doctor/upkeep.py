@@ -1,0 +1,131 @@
+"""Checking a store to the last bit, and merging its small appends."""
+
+import time
+from collections.abc import Iterator
+
+from attrs import evolve, frozen
+
+from lopd.backends import ragged
+from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreReadError
+from lopd.protocols import DurableStore, LogprobReader, Progress
+from lopd.protocols.reading import Part, parts
+from lopd.records.rollouts import Rollout, ScoredRollout, Scores, TopK
+
+
+def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progress | None = None) -> Iterator[str]:
+    """One sentence for each problem: what the store finds in its own bytes, then what reading every row with every column brings up.
+
+    Every rollout, score and top-k support is made anew from what was read, so it is checked as strictly as when it was first made.
+
+    Args:
+        store: any durable store.
+        rows_per_read: how many at a time; bounds memory.
+        progress: see `lopd.tools.console.RichProgress`.
+
+    Raises:
+        StoreReadError: the storage refused a read; that says nothing about the store.
+    """
+    seen: set[str] = set()
+    for problem in _problems(store, rows_per_read, progress):
+        # one damaged file is met by every row in it
+        if problem not in seen:
+            seen.add(problem)
+            yield problem
+
+
+def _problems(store: DurableStore, rows_per_read: int, progress: Progress | None) -> Iterator[str]:
+    yield from store.verify()
+    try:
+        tokens, whole = store.lengths().sum(axis=1), parts(store, rows_per_read)
+    except CorruptStoreError as error:
+        yield str(error)
+        return
+    if progress:
+        progress.begin("verifying", len(store), 0, int(tokens.sum()))
+    try:
+        for part in whole:
+            yield from _check_part(store, part)
+            if progress:
+                progress.advance(len(part.rows), int(tokens[part.rows.start : part.rows.stop].sum()), 0)
+    finally:
+        if progress:
+            progress.end()
+
+
+def _check_part(store: LogprobReader, part: Part) -> Iterator[str]:
+    try:
+        read = part.read(store)
+    except StoreReadError:
+        raise
+    except LopdError as error:
+        if len(part.rows) == 1:
+            yield str(error)
+        else:
+            for number in part.rows:
+                yield from _check_part(store, evolve(part, rows=range(number, number + 1)))
+        return
+    found = store.find([row.rollout.rollout_id for row in read]).tolist()
+    for number, place, row in zip(part.rows, found, read, strict=True):
+        yield from _check_row(store, row)
+        if place != number:
+            yield (
+                f"{store!r}: rollout {row.rollout.rollout_id!r} is found in row {place}, expected row {number}, where it was read; "
+                "restore the store from a backup."
+            )
+
+
+def _check_row(store: LogprobReader, row: ScoredRollout) -> Iterator[str]:
+    stored = row.rollout
+    try:
+        made = Rollout(
+            stored.rollout_id,
+            stored.prompt_ids,
+            stored.response_ids,
+            stored.loss_mask,
+            stored.finish_reason,
+            stored.behavior_logprobs,
+            stored.generation,
+        )
+        # nothing is known, so what a store checks of new rollouts is checked of this one
+        size = store.manifest.tokenizer.vocab_size
+        ragged.new_rollouts(repr(store), [made], vocab_size=size, generations=store.generations, known={})
+        for column, logprobs in row.scores.items():
+            kept = row.top_k.get(column)
+            support = None if kept is None else TopK(kept.ids, kept.logprobs, kept.tail)
+            Scores.of(made, logprobs, top_k=support, residual=column in store.columns and store.columns[column].residual)
+    except InvalidRecordError as error:
+        yield f"{store!r}: row of rollout {stored.rollout_id!r} breaks its contract: {error}"
+        return
+    if made.content_hash != stored.content_hash:
+        yield (
+            f"{store!r}: rollout {stored.rollout_id!r} has content hash {stored.content_hash.hex()[:8]}, expected "
+            f"{made.content_hash.hex()[:8]} of the tokens that were read; restore the store from a backup."
+        )
+
+
+@frozen
+class Compaction:
+    """What a compaction did.
+
+    Args:
+        commits_before, commits_after: records in the history, of which a compaction is one.
+        bytes_before, bytes_after: of the files that the state is made of.
+        seconds: wall time.
+    """
+
+    commits_before: int
+    commits_after: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+
+
+def compact_store(store: DurableStore) -> Compaction:
+    """Merge many small appends into large ones, and say what that changed.
+
+    Raises:
+        StoreWriteError: the write failed; the store is as it was.
+    """
+    before, bytes_before, start = len(store.history()), store.stored_bytes(), time.perf_counter()
+    store.compact()
+    return Compaction(before, len(store.history()), bytes_before, store.stored_bytes(), time.perf_counter() - start)

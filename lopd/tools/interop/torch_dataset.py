@@ -1,0 +1,73 @@
+"""A store as a map-style torch dataset, for training loops that are not ours."""
+
+from collections.abc import Sequence
+from typing import final
+
+from attrs import field, frozen
+from torch.utils.data import Dataset
+
+from lopd.errors import MissingScoresError
+from lopd.protocols import LogprobReader
+from lopd.records.rollouts import ScoredRollout
+
+
+@final
+@frozen(eq=False)
+class TorchDataset(Dataset[ScoredRollout]):
+    """One `ScoredRollout` for each rollout, in the order of the rows: what `lopd.collate` makes a `Batch` of, or your own `collate_fn` anything else.
+
+    Arrays are numpy's: a tensor for each would cost a worker of a `DataLoader` one open file each.  A batch is fetched in one read.  It pickles
+    if the reader does.
+
+    >>> from functools import partial
+    >>> import torch
+    >>> from lopd import MemoryStore, collate
+    >>> from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+    >>> store = MemoryStore(tiny_manifest())
+    >>> store.append([tiny_rollout("r0", [5, 6, 1])])
+    >>> store.append_scores("teacher", tiny_provenance(), [tiny_scores(tiny_rollout("r0", [5, 6, 1]))])
+    >>> dataset = TorchDataset(store, ["teacher"])
+    >>> dataset[0].rollout.response_ids, dataset[0].scores["teacher"]
+    (array([5, 6, 1], dtype=int32), array([-1., -1., -1.], dtype=float32))
+    >>> (batch,) = torch.utils.data.DataLoader(dataset, batch_size=8, collate_fn=partial(collate, teacher="teacher"))
+    >>> batch.teacher_logprobs
+    tensor([-1., -1., -1.])
+
+    Args:
+        reader: any store.
+        columns: whose log-probs come along; `behavior` is one.
+        top_k: columns whose top-k support comes along.
+
+    Raises:
+        MissingScoresError: a column is not there, not complete, or keeps no top-k support.
+    """
+
+    reader: LogprobReader
+    columns: Sequence[str] = field(default=(), converter=tuple)
+    top_k: Sequence[str] = field(default=(), converter=tuple)
+
+    def __attrs_post_init__(self) -> None:
+        for column in (*self.columns, *self.top_k):
+            done = int(self.reader.scored(column).sum())
+            if done < len(self.reader):
+                raise MissingScoresError(
+                    f"{self.reader!r}: column {column!r} has scores for {done} rollouts, expected {len(self.reader)}; "
+                    f"run `score_rollouts(..., column={column!r})`."
+                )
+        for column in self.top_k:
+            if column not in self.reader.columns or not self.reader.columns[column].top_k:
+                raise MissingScoresError(
+                    f"{self.reader!r}: column {column!r} has no top-k support, expected one; score with a scorer that keeps a top_k."
+                )
+
+    def __len__(self) -> int:
+        """Committed rollouts."""
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> ScoredRollout:
+        """One rollout."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[ScoredRollout]:
+        """Several rollouts, in the order asked: what a `DataLoader` asks for."""
+        return self.reader.read(indices, columns=self.columns, top_k=self.top_k)

@@ -1,0 +1,247 @@
+"""The arithmetic: tokens over rates, phase by phase.
+
+Rates are those of one GPU and are best measured: the progress lines of a short run say them, and so does a store's history.  Sampling and scoring
+are taken to spread over GPUs without loss, for no rollout waits for another (`benchmarks/results/scale.json` says how nearly on one machine).
+Training spreads as far as a step has micro-batches.
+"""
+
+from attrs import frozen
+
+from lopd.records.checks import check_at_least, check_number
+from lopd.tools.doctor.estimating import Cost, Plan, estimate
+
+_HOUR = 3600.0
+# what the paper's runs did: 150 steps of 256 rollouts over 17,400
+_PASSES = 150 * 256 / 17_400
+# float32 weights, gradients and both moments of AdamW; weights of an engine in bfloat16
+_TRAINED_BYTES, _SERVED_BYTES = 16, 2
+
+
+@frozen(kw_only=True)
+class Work:
+    """What is going to be done.
+
+    Args:
+        prompts: that are answered.
+        samples: responses to each.
+        prompt_tokens, response_tokens: of a rollout, on average.
+        steps: of training; None for as many as pass over the rollouts as often as the paper's do, 2.2 times.
+        rollouts_per_step: of each step.
+        tokens_per_batch: of a micro-batch, the least that one GPU can be given.
+        student_billions, teacher_billions: parameters.
+        student_active, teacher_active: of these, those that a token meets (mixture of experts); None for all.
+        vocab_size: of the tokenizer.
+        top_k: most likely tokens that are stored at each response token.
+        columns: of scores, the teacher's included; each is counted as if the teacher read it.
+
+    Raises:
+        InvalidRecordError: a number makes no sense.
+    """
+
+    prompts: int
+    samples: int = 1
+    prompt_tokens: float = 200.0
+    response_tokens: float = 3072.0
+    steps: int | None = None
+    rollouts_per_step: int = 256
+    tokens_per_batch: int = 8192
+    student_billions: float = 8.2
+    teacher_billions: float = 32.8
+    student_active: float | None = None
+    teacher_active: float | None = None
+    vocab_size: int = 151_936
+    top_k: int = 0
+    columns: int = 1
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("prompts", "samples", "rollouts_per_step", "tokens_per_batch", "columns"):
+            check_at_least("Work", name, getattr(self, name), 1)
+        check_at_least("Work", "steps", self.all_steps, 1)
+        for name in ("prompt_tokens", "response_tokens", "student_billions", "teacher_billions", "student_active", "teacher_active"):
+            value = getattr(self, name)
+            check_number("Work", name, value, value is None or value > 0, "more than 0")
+
+    @property
+    def rollouts(self) -> int:
+        """That Lightning samples, scores and stores."""
+        return self.prompts * self.samples
+
+    @property
+    def all_steps(self) -> int:
+        """Of training."""
+        return max(round(_PASSES * self.rollouts / self.rollouts_per_step), 1) if self.steps is None else self.steps
+
+    @property
+    def trained(self) -> int:
+        """Rollouts that steps take, repetitions included: as many as online OPD samples and scores."""
+        return self.all_steps * self.rollouts_per_step
+
+    @property
+    def flops_student(self) -> float:
+        """Of one token forwards: two for each parameter that it meets."""
+        return 2e9 * (self.student_active or self.student_billions)
+
+    @property
+    def flops_teacher(self) -> float:
+        """Of one token forwards."""
+        return 2e9 * (self.teacher_active or self.teacher_billions)
+
+    @property
+    def stored(self) -> Cost:
+        """Bytes of the store."""
+        columns = (self.top_k, *[0] * (self.columns - 1))
+        plan = Plan(self.rollouts, self.prompt_tokens, self.response_tokens, self.vocab_size, columns, behavior=True)
+        return estimate(plan)
+
+
+@frozen(kw_only=True)
+class GpuRates:
+    """Tokens a second of one GPU, and of one process that writes.
+
+    Args:
+        sampling: response tokens that the student samples, with a full batch.
+        scoring: prompt and response tokens that the teacher reads.
+        training: prompt and response tokens that the student trains on.
+        append: tokens that one process commits to a store; `benchmarks/results/bench_store.json` has several times as many.
+
+    Raises:
+        InvalidRecordError: one is not more than 0.
+    """
+
+    sampling: float
+    scoring: float
+    training: float
+    append: float = 2e6
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("sampling", "scoring", "training", "append"):
+            check_number("GpuRates", name, getattr(self, name), getattr(self, name) > 0, "more than 0 tokens a second")
+
+
+@frozen
+class Phase:
+    """A part of the work.
+
+    Args:
+        name: of it.
+        tokens: sampled, read, or trained on.
+        gpus: that have something to do.
+        wall_hours: from its beginning to its end.
+        limit: what would have to be more for it to be over sooner.
+    """
+
+    name: str
+    tokens: float
+    gpus: int
+    wall_hours: float
+    limit: str
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of GPUs that are held while it lasts."""
+        return self.gpus * self.wall_hours
+
+
+@frozen
+class Bill:
+    """What a method takes.
+
+    Args:
+        method: its name.
+        phases: one after the other.
+        store_bytes: kept on disk.
+        memory_gb: 10^9 bytes of weights, gradients and moments that GPUs hold at the same time, at most.
+    """
+
+    method: str
+    phases: tuple[Phase, ...]
+    store_bytes: int
+    memory_gb: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """In all."""
+        return sum(phase.gpu_hours for phase in self.phases)
+
+    @property
+    def wall_hours(self) -> float:
+        """In all."""
+        return sum(phase.wall_hours for phase in self.phases)
+
+    @property
+    def bottleneck(self) -> Phase:
+        """What takes longest."""
+        return max(self.phases, key=lambda phase: phase.wall_hours)
+
+
+def lightning(work: Work, rates: GpuRates, gpus: int) -> Bill:
+    """Sample once, score once, train on what is stored; one model at a time on all GPUs.
+
+    Args:
+        work: what is to be done.
+        rates: of one GPU.
+        gpus: there are.
+    """
+    check_at_least("Bill", "gpus", gpus, 1)
+    responses = work.rollouts * work.response_tokens
+    texts = work.rollouts * (work.prompt_tokens + work.response_tokens)
+    phases = (
+        _spread("rollouts", responses, rates.sampling, rates, gpus),
+        _spread("scores", texts * work.columns, rates.scoring, rates, gpus),
+        _training(work, rates, gpus),
+    )
+    return Bill("Lightning OPD", phases, work.stored.total, max(trained_gb(work), _served_gb(work.teacher_billions)))
+
+
+def online(work: Work, rates: GpuRates, gpus: int, lockstep: float = 1.0) -> Bill:
+    """Sample, score and train in turn at every step, all GPUs taking part in each; student, its engine and teacher stay in memory.
+
+    Args:
+        work: what is to be done.
+        rates: of one GPU.
+        gpus: there are, and are held until the end.
+        lockstep: how many times slower sampling and scoring are when they come in portions of one step, the next waiting for the slowest
+            response; 1 is the least that it can be, and what table 2 implies is `lockstep_of`.
+    """
+    check_at_least("Bill", "gpus", gpus, 1)
+    check_number("Bill", "lockstep", lockstep, lockstep >= 1, "at least 1")
+    responses = work.trained * work.response_tokens
+    texts = work.trained * (work.prompt_tokens + work.response_tokens)
+    training = _training(work, rates, gpus)
+    why = "GPUs, and the slowest response of each step"
+    phases = (
+        Phase("rollouts", responses, gpus, responses * lockstep / rates.sampling / gpus / _HOUR, why),
+        Phase("scores", texts, gpus, texts * lockstep / rates.scoring / gpus / _HOUR, why),
+        # those that have nothing to train on are held all the same
+        Phase(training.name, training.tokens, gpus, training.wall_hours, training.limit),
+    )
+    memory = trained_gb(work) + _served_gb(work.student_billions) + _served_gb(work.teacher_billions)
+    return Bill("online OPD", phases, 0, memory)
+
+
+def _spread(name: str, tokens: float, rate: float, rates: GpuRates, gpus: int) -> Phase:
+    computed, committed = tokens / rate / gpus / _HOUR, tokens / rates.append / _HOUR
+    if committed > computed:
+        return Phase(name, tokens, gpus, committed, "the process that commits: let several, each with its own prompts")
+    return Phase(name, tokens, gpus, computed, "GPUs")
+
+
+def _training(work: Work, rates: GpuRates, gpus: int) -> Phase:
+    tokens_a_step = work.rollouts_per_step * (work.prompt_tokens + work.response_tokens)
+    tokens = work.all_steps * tokens_a_step
+    useful = max(min(gpus, int(tokens_a_step // work.tokens_per_batch)), 1)
+    limit = (
+        "GPUs"
+        if useful == gpus
+        else f"{work.all_steps:,} steps one after the other, each with work for {useful} GPUs: more rollouts a step"
+    )
+    return Phase("training", tokens, useful, tokens / rates.training / useful / _HOUR, limit)
+
+
+def trained_gb(work: Work) -> float:
+    """10^9 bytes of the student's weights, gradients and moments in float32."""
+    return _TRAINED_BYTES * work.student_billions
+
+
+def _served_gb(billions: float) -> float:
+    return _SERVED_BYTES * billions

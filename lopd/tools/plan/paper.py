@@ -1,0 +1,92 @@
+"""Rates that the paper's GPU-hours imply: a first guess where nothing was measured.
+
+Source: Lightning OPD, arXiv 2604.13010v2, table 2 (GPU-hours on H100) with the settings of its section 4: 17,400 prompts, 150 steps of 256
+rollouts, responses of at most 4,096 tokens.  It does not say how long responses were; here they are three quarters of that, and as the same length
+turns hours into rates and rates into hours, the hours do not depend on it.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+
+from attrs import frozen
+
+from lopd.tools.plan.bill import GpuRates, Work
+
+#: Floating-point operations a second of the paper's GPU, dense bfloat16, as its maker has it.
+H100_FLOPS = 989e12
+
+
+@frozen
+class Measured:
+    """A row of table 2, GPU-hours.
+
+    Args:
+        work: what was done.
+        rollouts, scores, training: of Lightning OPD.
+        online: of online OPD, in all.
+    """
+
+    work: Work
+    rollouts: float
+    scores: float
+    training: float
+    online: float
+
+    @property
+    def total(self) -> float:
+        """Of Lightning OPD."""
+        return self.rollouts + self.scores + self.training
+
+
+def _work(student: float, teacher: float) -> Work:
+    return Work(prompts=17_400, steps=150, response_tokens=0.75 * 4096, student_billions=student, teacher_billions=teacher)
+
+
+#: Student -> what the paper reports for it.
+TABLE_2: Mapping[str, Measured] = {
+    "Qwen3-4B from Qwen3-8B": Measured(_work(4.0, 8.2), rollouts=10, scores=2, training=8, online=72),
+    "Qwen3-8B from Qwen3-32B": Measured(_work(8.2, 32.8), rollouts=10, scores=4, training=16, online=120),
+}
+
+
+def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
+    """Rates for models of these sizes, at the shares of `flops` that table 2 implies (the geometric mean of its rows).
+
+    Sampling is as fast as there for students up to 8B, in both rows the same, and slower in proportion for larger ones.
+
+    Args:
+        work: sizes and lengths.
+        flops: of one GPU, a second.
+    """
+    texts = [row.work.rollouts * (row.work.prompt_tokens + row.work.response_tokens) for row in TABLE_2.values()]
+    sampled = _mean(lambda row: row.work.rollouts * row.work.response_tokens / row.rollouts / 3600)
+    reads = _mean(lambda row: texts[0] * row.work.flops_teacher / row.scores / 3600 / H100_FLOPS)
+    # a token is trained on forwards and, at twice the price, backwards
+    trains = _mean(
+        lambda row: row.work.trained / row.work.rollouts * texts[0] * 3 * row.work.flops_student / row.training / 3600 / H100_FLOPS
+    )
+    largest = max(row.work.flops_student for row in TABLE_2.values())
+    return GpuRates(
+        sampling=sampled * min(1.0, largest / work.flops_student) * flops / H100_FLOPS,
+        scoring=reads * flops / work.flops_teacher,
+        training=trains * flops / (3 * work.flops_student),
+    )
+
+
+def lockstep_of(row: Measured) -> float:
+    """How many times slower sampling and scoring were in online OPD than in bulk, for its GPU-hours to be what they are.
+
+    Its training is the same as Lightning's.  What is left is spent on as many rollouts as steps took, not as many as were stored: on waiting for the
+    longest response of each step, on batches of 32 rollouts a GPU, on GPUs that hold a teacher while others sample, on new weights for the
+    engine.  The paper does not split it, and its two runs were not matched in all settings.
+    """
+    return (row.online - row.training) / ((row.rollouts + row.scores) * row.work.trained / row.work.rollouts)
+
+
+def _mean(of: Callable[[Measured], float]) -> float:
+    values = [of(row) for row in TABLE_2.values()]
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+#: Of both rows.
+PAPER_LOCKSTEP = _mean(lockstep_of)

@@ -1,0 +1,7 @@
+"""Reports of a run: pictures by matplotlib (`pictures`); pages for any browser of a whole run (`run`) and of its tokens (`tokens`)."""
+
+from lopd.tools.report.history import Phase as Phase
+from lopd.tools.report.history import RunHistory as RunHistory
+from lopd.tools.report.run import write_run_report as write_run_report
+from lopd.tools.report.tokens import TokenReport as TokenReport
+from lopd.tools.report.tokens import write_token_report as write_token_report

@@ -1,0 +1,107 @@
+"""What a training left behind, read from the JSON it was kept in: its steps, what its phases cost, and versions."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from attrs import field, frozen
+
+from lopd.errors import InvalidRecordError
+from lopd.records.checks import check_at_least, check_number
+from lopd.records.steps import StepMetrics
+
+
+@frozen
+class Phase:
+    """What one phase of a run cost.
+
+    Args:
+        name: of the phase.
+        seconds: wall time.
+        tokens: that it worked on; 0 if it has none.
+        result: what it measured, in words.
+
+    Raises:
+        InvalidRecordError: a number makes no sense.
+    """
+
+    name: str
+    seconds: float
+    tokens: int = 0
+    result: str = ""
+
+    def __attrs_post_init__(self) -> None:
+        check_number(f"Phase {self.name!r}", "seconds", self.seconds, 0 <= self.seconds < math.inf, "finite and at least 0")
+        check_at_least(f"Phase {self.name!r}", "tokens", self.tokens, 0)
+
+
+@frozen
+class RunHistory:
+    """What a training left behind.
+
+    Args:
+        steps: its metrics, by step.
+        phases: what it cost.
+        versions: library -> version.
+    """
+
+    steps: tuple[StepMetrics, ...] = ()
+    phases: tuple[Phase, ...] = ()
+    versions: Mapping[str, str] = field(factory=dict)
+
+    @classmethod
+    def read(cls, path: str | Path) -> "RunHistory":
+        """What a JSON file holds: a list of steps, or an object with such a list as `history`.
+
+        A step is `attrs.asdict` of its `StepMetrics`.  The object may have `phases`, a list of objects with `name`, `wall_s` (or `seconds`),
+        perhaps `tokens`, and what else the quickstart writes of one; and `versions`, an object of strings.
+
+        Raises:
+            InvalidRecordError: the file is absent, or holds something else.
+        """
+        owner = f"History {path}"
+        try:
+            data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InvalidRecordError(f"{owner}: it cannot be read ({error!r}), expected a JSON file; pass that of the training.") from error
+        data = {"history": data} if isinstance(data, list) else data
+        if not isinstance(data, dict) or not isinstance(data.get("history"), list):
+            raise InvalidRecordError(
+                f"{owner}: it has no steps, expected a list of them, or an object with such a list as `history`; keep `asdict` of every step."
+            )
+        try:
+            phases = tuple(_phase(row) for row in data.get("phases", ()))
+            versions = {str(name): str(version) for name, version in data.get("versions", {}).items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InvalidRecordError(
+                f"{owner}: its phases or versions cannot be read ({error!r}), expected name, wall_s and tokens of each; correct or remove them."
+            ) from error
+        return cls(read_steps(data["history"]), phases, versions)
+
+
+def read_steps(history: Iterable[StepMetrics | Mapping[str, Any]]) -> tuple[StepMetrics, ...]:
+    """Metrics by step, of records or of what `attrs.asdict` made of them.
+
+    Raises:
+        InvalidRecordError: an entry is neither.
+    """
+    steps = []
+    for i, entry in enumerate(history):
+        try:
+            steps.append(entry if isinstance(entry, StepMetrics) else StepMetrics.from_json(entry))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidRecordError(
+                f"History: entry {i} cannot be read ({error!r}), expected the metrics of a step; pass what `opd_steps` gives."
+            ) from error
+    return tuple(sorted(steps, key=lambda m: m.step))
+
+
+def _phase(row: Mapping[str, Any]) -> Phase:
+    seconds = row["wall_s"] if "wall_s" in row else row["seconds"]
+    kl, ci95, attempts = row.get("held_out_reverse_kl"), row.get("ci95"), row.get("attempts", 1)
+    measured = "" if kl is None or ci95 is None else f"held-out reverse KL {kl:.3f} ± {ci95:.3f}"
+    last = f"the last of {attempts} attempts" if attempts > 1 else ""
+    result = "; ".join(said for said in (row.get("result", measured), last) if said)
+    return Phase(str(row["name"]), seconds, row.get("tokens", 0), result)

@@ -1,0 +1,280 @@
+"""A run as one HTML page: what was sampled and scored, how training went, what it cost, and rollouts token by token.
+
+The page is a file of its own: no server, no network, no fonts, no libraries; dark or light as the browser is.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+
+from lopd.guards.consistency import verdict
+from lopd.guards.watch import MAX_TAIL
+from lopd.protocols import LogprobReader
+from lopd.protocols.reading import evenly
+from lopd.records.checks import check_at_least
+from lopd.records.drift import LEVELS, TAIL, AdvantageSummary
+from lopd.records.identity import ModelId
+from lopd.records.manifest import Lineage
+from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.records.steps import StepMetrics
+from lopd.tools.report.charts import Chart, over_steps
+from lopd.tools.report.history import Phase, read_steps
+from lopd.tools.report.page import ENVIRONMENT
+from lopd.tools.report.tokens import (
+    Decode,
+    SampledRollout,
+    TokenReport,
+    advantage_charts,
+    check_columns,
+    sample_advantages,
+    scored_rows,
+    show_rollout,
+    summarise,
+)
+
+
+@frozen
+class Fact:
+    """One thing to know at a glance.
+
+    Args:
+        name: of the thing.
+        value: in a few words.
+        note: more words.
+        state: "good", "bad", or nothing.
+    """
+
+    name: str
+    value: str
+    note: str = ""
+    state: str = ""
+
+
+def write_run_report(
+    path: str | Path,
+    store: LogprobReader,
+    history: Iterable[StepMetrics | Mapping[str, Any]] = (),
+    *,
+    phases: Sequence[Phase] = (),
+    report: TokenReport | None = None,
+    decode: Decode | None = None,
+    lineage: Lineage | None = None,
+    versions: Mapping[str, str] | None = None,
+    title: str = "Run report",
+) -> None:
+    """Write a page about one run; what is not known (no steps, no scores, no log-probs of the policy) is said to be so.
+
+    Memory is that of three rollouts and of one number for each token of the sample.
+
+    Args:
+        path: of the page.
+        store: the rollouts of the run, and their scores.
+        history: metrics of the training, `StepMetrics` or `attrs.asdict` of them.
+        phases: what each phase of the run cost; without any the training itself is the only one.
+        report: which columns, the clip, and how many rollouts are behind the advantages; teacher minus behavior if None.
+        decode: token id -> text, `lambda token: tokenizer.decode([token])`; ids are shown without one.
+        lineage: of the student that came out.
+        versions: library -> version, of the program that trained.
+        title: of the page.
+
+    Raises:
+        MissingScoresError: a column of `report` is not there, and its columns are not the default ones.
+        InvalidRecordError: an entry of `history` is none, or `report` has no sample.
+    """
+    report, steps = report or TokenReport(), read_steps(history)
+    check_at_least("Run report", "sample", report.sample, 1)
+    if report.columns != TokenReport().columns:  # those may be absent: the rollouts are not scored yet
+        check_columns(store, report)
+    sampled = sample_advantages(store, report, evenly(scored_rows(store, report), report.sample))
+    summary = summarise(sampled)
+    page = ENVIRONMENT.get_template("run.html").render(
+        title=title,
+        facts=[*_store_facts(store, report), *_training_facts(steps), *_advantage_facts(summary)],
+        curves=step_charts(steps),
+        costs=_costs(phases or _training_phase(steps)),
+        report=report,
+        sampled=len(sampled),
+        summary=summary,
+        levels=list(zip(LEVELS, summary.quantiles, strict=True)) if summary else [],
+        tail=TAIL,
+        charts=advantage_charts(report, sampled) if summary else [],
+        missing=_missing(store, report),
+        rollouts=_rollouts(store, report, sampled, decode),
+        named=decode is not None,
+        origins=_origins(store, lineage, versions or {}),
+        columns=_columns(store),
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def step_charts(steps: Sequence[StepMetrics]) -> list[Chart]:
+    """A curve of every metric by step; those of drift where any step has it.  None without steps."""
+    if not steps:
+        return []
+    drifts = [m.drift for m in steps]
+    wanted: list[tuple[str, str, dict[str, list[float]]]] = [
+        ("Loss", "nats a token", {"loss": [m.loss for m in steps]}),
+        ("Reverse KL on the stored tokens", "nats a token", {"reverse KL": [m.reverse_kl for m in steps]}),
+        ("Gradient norm", "before clipping", {"gradient norm": [m.grad_norm for m in steps]}),
+        ("Clipped advantages", "share of tokens", {"clipped": [m.clip_fraction for m in steps]}),
+    ]
+    if any(drifts):
+        for title, unit, name in (
+            ("Ratio to the policy that sampled", "mean over tokens", "ratio_mean"),
+            ("Effective rollouts (ESS)", "share of the step's", "ess"),
+            ("Distance from the policy that sampled", "KL, nats a token", "kl"),
+        ):
+            wanted.append((title, unit, {title: [np.nan if d is None else getattr(d, name) for d in drifts]}))
+        gain = {
+            "all tokens": [np.nan if d is None else d.mean_gain for d in drifts],
+            "least likely fifth": [np.nan if d is None else d.gain[0] for d in drifts],
+        }
+        wanted.append(("Learned: nearer to the teacher", "nats a token", gain))
+    return [over_steps(title, unit, [m.step for m in steps], series) for title, unit, series in wanted]
+
+
+def divergence(rollout: SampledRollout) -> float:
+    """How far teacher and student are apart on a rollout: the mean of the absolute advantage, nats a token."""
+    return float(np.abs(rollout.gap).mean())
+
+
+def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
+    prompt, response = store.lengths().sum(axis=0).tolist()
+    policies, sampling = store.generations, store.manifest.sampling
+    drawn = f"{store.manifest.policy.dtype}, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
+    rounds = "" if len(policies) == 1 else f", the first of {len(policies)} rounds"
+    facts = [
+        Fact("rollouts", f"{len(store):,}", f"{response:,} tokens in responses, {prompt:,} in prompts"),
+        Fact("sampled by", str(store.manifest.policy), drawn + rounds),
+    ]
+    scored = store.columns.get(report.teacher)
+    if scored is None:
+        return [*facts, Fact("scored by", "nobody yet", f"there is no column {report.teacher}")]
+    many, refused = int(store.scored(report.teacher).sum()), len(store.quarantined(report.teacher))
+    note = f"{many:,} of {len(store):,} rollouts{f', {refused:,} in quarantine' if refused else ''}; by {scored.engine}"
+    judged, _, why = verdict(store.manifest, scored).partition(": ")
+    return [
+        *facts,
+        Fact("scored by", str(scored.model), note),
+        Fact("teacher consistency", judged, why, "good" if judged.startswith("consistent") else "bad"),
+    ]
+
+
+def _training_facts(steps: Sequence[StepMetrics]) -> list[Fact]:
+    if not steps:
+        return [Fact("training", "no steps", "no history was given")]
+    first, last = steps[0], steps[-1]
+    tokens, seconds = sum(m.tokens for m in steps), sum(m.seconds for m in steps)
+    moved = f"{first.reverse_kl:.3f} → {last.reverse_kl:.3f}"
+    return [
+        Fact("training", f"{len(steps):,} steps", f"{sum(m.rollouts for m in steps):,} rollouts, {tokens:,} tokens, {duration(seconds)}"),
+        Fact("reverse KL, first and last step", moved, "nats a token on the stored rollouts; held-out rollouts are what to judge by"),
+    ]
+
+
+def _advantage_facts(summary: AdvantageSummary | None) -> list[Fact]:
+    if summary is None:
+        return []
+    heavy = summary.tail > MAX_TAIL
+    advice = (
+        f"more than {MAX_TAIL:.0%}: a loss without importance ratio is not to be trusted" if heavy else f"at most {MAX_TAIL:.0%} is fine"
+    )
+    share = f"{summary.tail:.2%} below {TAIL:g} nats"
+    return [Fact("advantages", share, f"{advice}; mean {summary.mean:+.3f} nats", "bad" if heavy else "good")]
+
+
+def _training_phase(steps: Sequence[StepMetrics]) -> list[Phase]:
+    return [Phase("training", sum(m.seconds for m in steps), sum(m.tokens for m in steps))] if steps else []
+
+
+def _costs(phases: Sequence[Phase]) -> list[dict[str, Any]]:
+    total = sum(phase.seconds for phase in phases) or 1.0
+    return [
+        {
+            "name": phase.name,
+            "seconds": duration(phase.seconds),
+            "share": phase.seconds / total,
+            "tokens": f"{phase.tokens:,}" if phase.tokens else "",
+            "rate": f"{phase.tokens / phase.seconds:,.0f}" if phase.tokens and phase.seconds else "",
+            "result": phase.result,
+        }
+        for phase in phases
+    ]
+
+
+def _missing(store: LogprobReader, report: TokenReport) -> str:
+    """Why there are no advantages to show."""
+    if not len(store):
+        return "the store is empty"
+    for column in report.columns:
+        if not store.scored(column).any():
+            policy = ", the log-probs that the policy reported while it sampled" if column == BEHAVIOR_COLUMN else ""
+            return f"no rollout has scores in the column {column}{policy}"
+    return "no token that counts has scores in every column"
+
+
+def _rollouts(store: LogprobReader, report: TokenReport, sampled: Sequence[SampledRollout], decode: Decode | None) -> list[dict[str, Any]]:
+    """The least, the median and the most divergent rollout of the sample; fewer where there are fewer."""
+    ordered = sorted((rollout for rollout in sampled if rollout.gap.size), key=divergence)
+    if not ordered:
+        return []
+    chosen = {len(ordered) - 1: "most divergent", len(ordered) // 2: "median", 0: "least divergent"}
+    places = sorted(chosen)
+    records = store.read([ordered[i].row for i in places], columns=report.columns)
+    notes = [f"{chosen[i]} of {len(ordered):,}, mean |advantage| {divergence(ordered[i]):.3f}" for i in places]
+    return [show_rollout(record, report, decode, note) for record, note in zip(records, notes, strict=True)]
+
+
+def _origins(store: LogprobReader, lineage: Lineage | None, versions: Mapping[str, str]) -> list[tuple[str, str]]:
+    manifest, sampling = store.manifest, store.manifest.sampling
+    tokenizer = manifest.tokenizer
+    rows = [
+        ("store", repr(store)),
+        *((f"policy of round {number}", _model(policy)) for number, policy in store.generations.items()),
+        ("its SFT teacher", _model(manifest.sft_teacher)),
+        ("tokenizer", f"{tokenizer.vocab_size:,} ids, vocabulary {tokenizer.vocab_hash}, ends with {tokenizer.eos_id}"),
+        ("chat template", tokenizer.template_hash or "none"),
+        ("sampling", f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most {sampling.max_new_tokens:,} tokens"),
+        ("samples per prompt, seed", f"{sampling.samples_per_prompt:,}, {sampling.seed}"),
+        ("schema version", str(manifest.schema_version)),
+    ]
+    if lineage is not None:
+        rows += [("student's SFT teacher", _model(lineage.sft_teacher)), ("student's OPD teacher", _model(lineage.opd_teacher))]
+    return [*rows, *((f"version of {name}", version) for name, version in versions.items())]
+
+
+def _columns(store: LogprobReader) -> list[tuple[str, list[str]]]:
+    """Name and cells of each row; the first has the names of the columns."""
+    made = store.columns
+    cells: dict[str, list[str]] = {
+        "column": [*made, BEHAVIOR_COLUMN],
+        "model": [*(_model(p.model) for p in made.values()), "the policies, as they reported while they sampled"],
+        "engine": [*(p.engine for p in made.values()), ""],
+        "log-probs": [*(p.logprobs_mode for p in made.values()), ""],
+        "top-k": [*(str(p.top_k) for p in made.values()), ""],
+        "same vocabulary": [*("yes" if store.manifest.tokenizer.same_vocabulary(p) else "NO" for p in made.values()), ""],
+        "rollouts scored": [f"{int(store.scored(name).sum()):,} of {len(store):,}" for name in (*made, BEHAVIOR_COLUMN)],
+        "in quarantine": [*(f"{len(store.quarantined(name)):,}" for name in made), ""],
+        "parity, mean nats": [*("not measured" if p.parity is None else f"{p.parity.mean:.2g}" for p in made.values()), ""],
+        "as teacher": [*(verdict(store.manifest, p) for p in made.values()), ""],
+    }
+    return list(cells.items())
+
+
+def _model(model: ModelId | None) -> str:
+    return "not recorded" if model is None else f"{model.name}@{model.revision}, {model.dtype}"
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units that say something.
+
+    >>> duration(0.25), duration(75), duration(7300)
+    ('0.2 s', '1 min 15 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"

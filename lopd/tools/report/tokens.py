@@ -1,0 +1,233 @@
+"""Rollouts token by token, as one HTML page: where the teacher and the student disagree.
+
+The page is a file of its own: no server, no network, no fonts, no libraries; dark or light as the browser is.
+"""
+
+import unicodedata
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.protocols import LogprobReader
+from lopd.protocols.reading import evenly, in_batches
+from lopd.records.checks import check_number
+from lopd.records.drift import LEVELS, TAIL, AdvantageSummary
+from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout
+from lopd.tools.report.charts import Chart, curves, histogram
+from lopd.tools.report.page import ENVIRONMENT
+
+Decode = Callable[[int], str]
+
+
+@frozen
+class TokenReport:
+    """What a page shows.
+
+    Args:
+        teacher: column of the teacher.
+        student: column that is subtracted: of the policy that sampled, or any other.
+        ref: a third column to show beside them, or None.
+        clip: nats at which colours are full, and at which advantages are clipped in training.
+        sample: rollouts, evenly spaced, behind histogram and curves, beside those that are shown.
+        bins: of the position in the response.
+
+    Raises:
+        InvalidRecordError: a number makes no sense.
+    """
+
+    teacher: str = "teacher"
+    student: str = BEHAVIOR_COLUMN
+    ref: str | None = None
+    clip: float = 10.0
+    sample: int = 256
+    bins: int = 20
+
+    def __attrs_post_init__(self) -> None:
+        check_number("Token report", "clip", self.clip, 0 < self.clip < np.inf, "finite and more than 0 nats")
+        check_number("Token report", "sample", self.sample, self.sample >= 0, "at least 0")
+        check_number("Token report", "bins", self.bins, self.bins >= 1, "at least 1")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns to read."""
+        return tuple(dict.fromkeys(name for name in (self.teacher, self.student, self.ref) if name is not None))
+
+    def advantages(self, record: ScoredRollout) -> NDArray[np.float64]:
+        """(T,) nats, unclipped."""
+        return record.scores[self.teacher].astype(np.float64) - record.scores[self.student]
+
+
+def write_token_report(
+    path: str | Path, store: LogprobReader, rows: Sequence[int], *, report: TokenReport | None = None, decode: Decode | None = None
+) -> None:
+    """Write a page with these rollouts token by token, and the advantages of more of them by size, position and round.
+
+    Memory is that of the rollouts shown and of one number for each token of the sample.
+
+    Args:
+        path: of the page.
+        store: with the columns.
+        rows: rollouts to show.
+        report: which columns, and how they are shown.
+        decode: token id -> text, `lambda token: tokenizer.decode([token])`; ids are shown without one.
+
+    Raises:
+        MissingScoresError: a column is not there, or a row has no scores in it.
+        NoSuchRowError: a row is not in the store.
+        InvalidRecordError: there are no rows.
+    """
+    report = report or TokenReport()
+    if not len(rows):
+        raise InvalidRecordError("Token report: it was given 0 rows, expected at least 1; choose some rollouts.")
+    check_columns(store, report)
+    shown = store.read(list(rows), columns=report.columns)
+    sampled = sample_advantages(store, report, evenly(scored_rows(store, report), report.sample) if report.sample else rows)
+    summary = summarise(sampled)
+    page = ENVIRONMENT.get_template("tokens.html").render(
+        facts=_facts(store, report, len(sampled)),
+        summary=summary,
+        levels=list(zip(LEVELS, summary.quantiles, strict=True)) if summary else [],
+        tail=TAIL,
+        clip=report.clip,
+        charts=advantage_charts(report, sampled) if summary else [],
+        rollouts=[show_rollout(record, report, decode) for record in shown],
+        named=decode is not None,
+    )
+    Path(path).write_text(page, encoding="utf-8")
+
+
+def check_columns(store: LogprobReader, report: TokenReport) -> None:
+    """Refuse columns that are not there.
+
+    Raises:
+        MissingScoresError: one is not.
+    """
+    for column in report.columns:
+        if column != BEHAVIOR_COLUMN and column not in store.columns:
+            raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected scores; the columns are {sorted(store.columns)}.")
+
+
+@frozen(eq=False)
+class SampledRollout:
+    """The advantages of one rollout, of its N tokens that count.
+
+    Args:
+        row: in the store.   generation: round of sampling.
+        place: (N,) position in the response, from 0 to 1.
+        gap: (N,) advantage, nats, unclipped.
+    """
+
+    row: int
+    generation: int
+    place: NDArray[np.float64]
+    gap: NDArray[np.float64]
+
+
+def scored_rows(store: LogprobReader, report: TokenReport) -> NDArray[np.int64]:
+    """Rows that have scores in every column of the report."""
+    usable = np.ones(len(store), np.bool_)
+    for column in report.columns:
+        usable &= store.scored(column)
+    return np.flatnonzero(usable)
+
+
+def sample_advantages(store: LogprobReader, report: TokenReport, rows: Sequence[int] | NDArray[np.int64]) -> list[SampledRollout]:
+    """The advantages of these rows."""
+    sampled = []
+    for part in in_batches(np.asarray(rows, np.int64)):
+        for row, record in zip(part, store.read(part, columns=report.columns), strict=True):
+            on_T = record.rollout.loss_mask
+            place_T = (np.arange(on_T.size) + 0.5) / on_T.size
+            sampled.append(SampledRollout(row, record.rollout.generation, place_T[on_T], report.advantages(record)[on_T]))
+    return sampled
+
+
+def summarise(sampled: Sequence[SampledRollout]) -> AdvantageSummary | None:
+    """Of all tokens together; None if there are none."""
+    return AdvantageSummary.of(np.concatenate([rollout.gap for rollout in sampled])) if any(r.gap.size for r in sampled) else None
+
+
+def advantage_charts(report: TokenReport, sampled: Sequence[SampledRollout]) -> list[Chart]:
+    """The advantages by size, by position, and by round of sampling if there are several; of one token at least."""
+    place, every = _together(sampled)
+    charts = [
+        histogram("Advantages", "nats, clipped", np.clip(every, -report.clip, report.clip), report.clip),
+        curves("By position in the response", {"all": (place, every)}, report.bins, band=True),
+    ]
+    ordered = sorted(sampled, key=lambda rollout: rollout.generation)
+    rounds = {
+        f"round {generation}": _together(list(group)) for generation, group in groupby(ordered, key=lambda rollout: rollout.generation)
+    }
+    if len(rounds) > 1:
+        charts.append(curves("By round of sampling", rounds, report.bins, band=False))
+    return charts
+
+
+def _together(sampled: Sequence[SampledRollout]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.concatenate([rollout.place for rollout in sampled]), np.concatenate([rollout.gap for rollout in sampled])
+
+
+def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tuple[str, str]]:
+    facts = [
+        ("store", repr(store)),
+        ("policy", str(store.manifest.policy)),
+        ("rollouts", f"{len(store):,}, {sampled:,} of them in the charts"),
+    ]
+    for name, column in (("teacher", report.teacher), ("student", report.student), ("ref", report.ref)):
+        if column is None:
+            continue
+        made = store.columns.get(column)
+        by = "what the policies reported while they sampled" if made is None else f"{made.model} in {made.model.dtype} by {made.engine}"
+        facts.append((name, f"column {column}: {by}"))
+    return facts
+
+
+def show_rollout(record: ScoredRollout, report: TokenReport, decode: Decode | None, note: str = "") -> dict[str, Any]:
+    """What the template `parts.html` shows of a rollout; ids in place of text without `decode`."""
+    decode = decode or str
+    rollout, gap_T = record.rollout, report.advantages(record)
+    columns = {name: record.scores[column] for name, column in _named(report).items()}
+    tokens = []
+    for t, (token, on) in enumerate(zip(rollout.response_ids.tolist(), rollout.loss_mask.tolist(), strict=True)):
+        text = decode(token)
+        strength = min(abs(gap_T[t]) / report.clip, 1.0) ** 0.5 if on else 0.0  # the root: a tenth of the clip can still be seen
+        facts = {"position": str(t), "id": str(token), **{name: f"{column[t]:.4f}" for name, column in columns.items()}}
+        side = "up" if gap_T[t] > 0 else "down"
+        made = {"text": visible(text), "newline": "\n" in text, "side": side, "strength": f"{strength:.3f}", "on": on}
+        tokens.append({**made, "facts": facts, "advantage": f"{gap_T[t]:+.4f}"})
+    counted = gap_T[rollout.loss_mask]
+    mean = f"{counted.mean():+.3f}" if counted.size else "none counted"
+    prompt = [(visible(text := decode(token)), "\n" in text) for token in rollout.prompt_ids.tolist()]
+    return {
+        "id": visible(rollout.rollout_id),
+        "prompt": prompt,
+        "tokens": tokens,
+        "mean": mean,
+        "finish": rollout.finish_reason,
+        "round": rollout.generation,
+        "note": note,
+    }
+
+
+def _named(report: TokenReport) -> dict[str, str]:
+    named = {"teacher": report.teacher, "student": report.student, "ref": report.ref}
+    return {name: column for name, column in named.items() if column is not None}
+
+
+def visible(text: str) -> str:
+    r"""Text in which white space, control and direction marks, and halves of surrogate pairs can be seen.
+
+    >>> visible(" a\n\u202e")
+    '·a↵\\u202e'
+    """
+    return "".join(_SPACES.get(c) or (c if unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}") for c in text) or "∅"
+
+
+_SPACES = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
+_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}

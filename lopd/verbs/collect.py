@@ -1,0 +1,179 @@
+"""VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from attrs import evolve, field, frozen
+from numpy.typing import NDArray
+
+from lopd.errors import ConflictError, EngineError, InvalidRecordError, ManifestMismatchError, QuarantineWarning, SourceError
+from lopd.protocols import LogprobStore, Progress, RolloutSource
+from lopd.records.checks import check_at_least
+from lopd.records.manifest import Manifest
+from lopd.records.rollouts import Prompt, Rollout, rollout_id
+from lopd.verbs.isolation import check_refused, isolate
+from lopd.verbs.overlap import overlapped
+
+_PROMPTS_PER_READ = 256
+
+
+@frozen
+class CollectionReport:
+    """What one call of `collect_rollouts` did.
+
+    Args:
+        rollouts, tokens: sampled; tokens of responses.
+        skipped: rollouts that were in the store before.
+        refused: prompts that could not be sampled, and why; the next call tries them again.
+    """
+
+    rollouts: int = 0
+    tokens: int = 0
+    skipped: int = 0
+    refused: Mapping[str, str] = field(factory=dict)
+
+
+def collect_rollouts(
+    source: RolloutSource,
+    prompts: Sequence[Prompt],
+    store: LogprobStore,
+    *,
+    prompts_per_batch: int = 64,
+    batches_at_once: int = 1,
+    max_refused: int = 64,
+    progress: Progress | None = None,
+) -> CollectionReport:
+    """Sample every prompt that the store does not hold yet, and commit batch by batch.
+
+    Prompts are cut into the same batches each time, so a run that was stopped and repeated makes the same rollouts as one that was not.
+    A prompt that the source refuses (too long, say) is left out with a warning, and the rest goes on.
+
+    Args:
+        source: the reference policy.
+        prompts: with unique ids.
+        store: made with `source.manifest`; a source of another generation begins that round in it.
+        prompts_per_batch: sampled together and committed together.
+        batches_at_once: calls of `source.sample` that are under way at the same time.  More than 1 is for engines with several workers (Ray,
+            servers), which are else idle while the slowest response of a batch is finished; those in this process take one at a time.
+        max_refused: stop when more prompts are refused, for then it is not the prompts.
+        progress: see `lopd.tools.console.RichProgress`.
+
+    Raises:
+        ConflictError: the store has other tokens under the id of a prompt; nothing is sampled.
+        ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
+        InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` or `batches_at_once` is less than 1, or `max_refused`
+            than 0.
+        SourceError: the source gave other rollouts than it was asked for.
+        EngineError: more than `max_refused` prompts were refused, or all.
+    """
+    check_at_least("Collection", "prompts_per_batch", prompts_per_batch, 1)
+    check_at_least("Collection", "batches_at_once", batches_at_once, 1)
+    check_at_least("Collection", "max_refused", max_refused, 0)
+    _check_prompts(prompts)
+    manifest = source.manifest
+    _begin(store, manifest)
+    samples = range(manifest.sampling.samples_per_prompt)
+    rows = store.find([rollout_id(p.prompt_id, s, manifest.generation) for p in prompts for s in samples])
+    rows = rows.reshape(len(prompts), len(samples))
+    _check_same_prompts(store, prompts, rows)
+    missing: list[bool] = np.any(rows < 0, axis=1).tolist()
+    owner = f"Source {manifest.policy}"
+    report = CollectionReport(skipped=(len(prompts) - sum(missing)) * len(samples))
+
+    def sample(batch: Sequence[Prompt]) -> tuple[list[Rollout], dict[str, str]]:
+        rollouts, refused = isolate(owner, source.sample, batch, max_refused)
+        return rollouts, {prompt.prompt_id: reason for prompt, reason in refused}
+
+    if progress:
+        progress.begin("sampling", len(prompts) * len(samples), (len(prompts) - sum(missing)) * len(samples), None)
+    try:
+        for batch, (rollouts, reasons) in overlapped(sample, _missing(prompts, missing, prompts_per_batch), batches_at_once):
+            refused = {**report.refused, **reasons}
+            check_refused(owner, list(refused.values()), max_refused)
+            _check_ids(
+                [rollout_id(p.prompt_id, s, manifest.generation) for p in batch if p.prompt_id not in reasons for s in samples], rollouts
+            )
+            store.append(rollouts)
+            tokens = sum(r.response_ids.size for r in rollouts)
+            report = evolve(report, rollouts=report.rollouts + len(rollouts), tokens=report.tokens + tokens, refused=refused)
+            if progress:
+                progress.advance(len(rollouts), tokens, len(reasons) * len(samples))
+    finally:
+        if progress:
+            progress.end()
+    _warn_of(report.refused, accepted=len(prompts) - sum(missing) + report.rollouts)
+    return report
+
+
+def _missing(prompts: Sequence[Prompt], missing: Sequence[bool], size: int) -> Iterator[list[Prompt]]:
+    """What is missing of each batch, of those where something is."""
+    for first in range(0, len(prompts), size):
+        todo = [p for p, wanted in zip(prompts[first : first + size], missing[first : first + size], strict=True) if wanted]
+        if todo:
+            yield todo
+
+
+def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: NDArray[np.int64]) -> None:
+    """Stop if a prompt was edited since it was sampled: its rollouts would be skipped, and be those of the old one."""
+    there = [(prompt, int(row.max())) for prompt, row in zip(prompts, rows, strict=True) if row.max() >= 0]
+    for first in range(0, len(there), _PROMPTS_PER_READ):
+        part = there[first : first + _PROMPTS_PER_READ]
+        for (prompt, _), record in zip(part, store.read([row for _, row in part]), strict=True):
+            if not np.array_equal(prompt.token_ids, record.rollout.prompt_ids):
+                raise ConflictError(
+                    f"{store!r}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} other tokens, expected those "
+                    f"of prompt {prompt.prompt_id!r}; give the prompt another id, or use another store, if it or its template was edited."
+                )
+
+
+def _begin(store: LogprobStore, manifest: Manifest) -> None:
+    """Begin the source's round, unless the store is in it; all else must be what the store says."""
+    generation = manifest.generation
+    policy = store.generations.get(generation, manifest.policy)
+    difference = evolve(store.manifest, generation=generation, policy=policy).difference(manifest)
+    if difference is not None:
+        raise ManifestMismatchError(f"{store!r}: {difference}; create another store, or sample with the policy and settings of this one.")
+    if generation not in store.generations:
+        store.begin_generation(generation, policy)
+
+
+def _check_ids(wanted: Sequence[str], rollouts: Sequence[Rollout]) -> None:
+    got = [r.rollout_id for r in rollouts]
+    if got != wanted:
+        place = next((i for i, (a, b) in enumerate(zip(wanted, got, strict=False)) if a != b), min(len(wanted), len(got)))
+        raise SourceError(
+            f"Source: rollout {place} of {len(got)} is {got[place] if place < len(got) else None!r}, expected "
+            f"{wanted[place] if place < len(wanted) else None!r}; `sample` gives every sample of every prompt, in order."
+        )
+
+
+def _warn_of(refused: Mapping[str, str], accepted: int) -> None:
+    if not refused:
+        return
+    first, reason = next(iter(refused.items()))
+    if not accepted:
+        raise EngineError(
+            f"Collection: all {len(refused)} prompts were refused, expected most to be accepted; the first is {first!r} ({reason}); set right what "
+            "is wrong with them all."
+        )
+    warnings.warn(
+        f"Collection: {len(refused)} prompts could not be sampled and were left out; the first is {first!r} ({reason})",
+        QuarantineWarning,
+        stacklevel=3,
+    )
+
+
+def _check_prompts(prompts: Sequence[Prompt]) -> None:
+    wrong = next((prompt for prompt in prompts if not isinstance(prompt, Prompt)), None)
+    if wrong is not None:
+        raise InvalidRecordError(
+            f"Prompts: one is a {type(wrong).__name__} ({wrong!r:.40}), expected a Prompt; make them with `lopd.make_prompts`."
+        )
+    if not prompts:
+        raise InvalidRecordError("Prompts: there are 0, expected at least 1; check the prompt file.")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.prompt_id in seen:
+            raise InvalidRecordError(f"Prompt {prompt.prompt_id!r}: its id occurs twice, expected unique ids; rename or drop one.")
+        seen.add(prompt.prompt_id)

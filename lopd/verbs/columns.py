@@ -1,0 +1,173 @@
+"""Which rows and which score columns a run trains on: one teacher, several that share the rollouts among them, or none."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+
+import numpy as np
+from attrs import evolve, frozen
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError, MissingScoresError, QuarantineWarning
+from lopd.protocols import LogprobReader
+from lopd.protocols.reading import chosen, rows_of
+from lopd.records.manifest import Provenance
+from lopd.records.rollouts import BEHAVIOR_COLUMN, Prompt, ScoredRollout
+
+Teacher = str | Mapping[str, Sequence[Prompt]] | None
+
+#: Where the scores of several teachers' columns go, one teacher for each rollout.
+_MIXED = "teacher of the prompt"
+
+
+@frozen(eq=False)
+class Columns:
+    """Which score columns a step reads.
+
+    Args:
+        teachers: columns to learn from: none for SFT, one, or several that share the rollouts among them.
+        ref: of the reference policy, or None.
+        top_k: whether the teachers' most likely tokens come along.
+        place: (len(store),) which of several teachers a rollout learns from, or None.
+    """
+
+    teachers: tuple[str, ...]
+    ref: str | None
+    top_k: bool
+    place: NDArray[np.int64] | None = None
+
+    def read(self, store: LogprobReader, rows: NDArray[np.int64]) -> list[ScoredRollout]:
+        """The rows in this order, each with the scores of its own teacher."""
+        if self.place is None:
+            return self._read(store, rows, self.teachers)
+        records: dict[int, ScoredRollout] = {}
+        for place in np.unique(self.place[rows]):
+            mine, column = rows[self.place[rows] == place], self.teachers[place]
+            records.update(zip(mine.tolist(), (_renamed(r, column) for r in self._read(store, mine, (column,))), strict=True))
+        return [records[row] for row in rows.tolist()]
+
+    def _read(self, store: LogprobReader, rows: NDArray[np.int64], teachers: tuple[str, ...]) -> list[ScoredRollout]:
+        ref = () if self.ref is None else (self.ref,)
+        return store.read(rows.tolist(), columns=(*teachers, *ref), top_k=teachers if self.top_k else ())
+
+    def provenances(self, store: LogprobReader) -> list[Provenance]:
+        """Who computed each of the teachers' columns."""
+        return [_provenance(store, column, self.top_k) for column in self.teachers]
+
+    @property
+    def teacher(self) -> str | None:
+        """The name under which `read` gives the teacher's scores."""
+        return None if not self.teachers else self.teachers[0] if self.place is None else _MIXED
+
+
+def _renamed(record: ScoredRollout, column: str) -> ScoredRollout:
+    """With one more name for the column."""
+    top_k = {**record.top_k, _MIXED: record.top_k[column]} if column in record.top_k else record.top_k
+    return evolve(record, scores={**record.scores, _MIXED: record.scores[column]}, top_k=top_k)
+
+
+def choose(
+    store: LogprobReader, teacher: Teacher, ref: str | None, rows: NDArray[np.int64] | None, *, top_k: bool
+) -> tuple[Columns, NDArray[np.int64]]:
+    """The columns to read, and the rows, ascending, that have scores in them; see `lopd.batches`.
+
+    Raises:
+        MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
+        NoSuchRowError: a row is not in the store.
+        InvalidRecordError: there are no rows, or a rollout has two teachers.
+    """
+    parts = _parts(store, teacher, chosen(store, rows))
+    usable = []
+    for column, part in parts.items():
+        usable.append(_usable(store, part, [name for name in (column, ref) if name is not None]))
+    if top_k and teacher is None:
+        raise MissingScoresError(f"{store!r}: there is no teacher, expected one for top_k=True; pass `teacher=`.")
+    place = _places(store, parts) if isinstance(teacher, Mapping) else None
+    return Columns(tuple(name for name in parts if name is not None), ref, top_k, place), np.sort(np.concatenate(usable))
+
+
+def check_reference(store: LogprobReader, column: str, generations: Iterable[int]) -> None:
+    """Stop unless this column is of the very policies that sampled these rounds.
+
+    Raises:
+        InvalidRecordError: it is of another model.
+    """
+    provenance = store.columns.get(column)
+    if provenance is None:  # the virtual column: of each rollout's own policy
+        return
+    for policy in (store.generations[generation] for generation in generations):
+        if not provenance.model.same_weights(policy):
+            raise InvalidRecordError(
+                f"{store!r}: column {column!r} was scored by {provenance.model}, expected the policy that sampled, {policy}; "
+                "an importance ratio to another model is none."
+            )
+
+
+def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) -> dict[str | None, NDArray[np.int64]]:
+    """Column -> the rows that learn from it; None is no column, for SFT."""
+    if not isinstance(teacher, Mapping):
+        return {teacher: wanted}
+    parts: dict[str | None, NDArray[np.int64]] = {}
+    for column, prompts in teacher.items():
+        mine = np.intersect1d(rows_of(store, prompts), wanted)
+        if not mine.size:
+            raise InvalidRecordError(f"{store!r}: column {column!r} was given prompts with 0 rollouts, expected at least 1; leave it out.")
+        parts[column] = mine
+    every = np.concatenate([np.zeros(0, np.int64), *parts.values()])
+    twice = np.flatnonzero(np.bincount(every, minlength=1) > 1)
+    if twice.size or not every.size:
+        what = f"row {twice[0]} has two teachers" if twice.size else "there are 0 teachers"
+        raise InvalidRecordError(f"{store!r}: {what}, expected one teacher for each rollout; give each prompt to one column.")
+    return parts
+
+
+def _places(store: LogprobReader, parts: Mapping[str | None, NDArray[np.int64]]) -> NDArray[np.int64]:
+    place = np.full(len(store), -1, np.int64)
+    for i, rows in enumerate(parts.values()):
+        place[rows] = i
+    return place
+
+
+def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str]) -> NDArray[np.int64]:
+    """Those of the rows that have scores in all columns; the others must be in quarantine."""
+    usable = np.ones(len(rows), np.bool_)
+    for column in columns:
+        scored = store.scored(column)[rows]
+        mine = set(rows.tolist())
+        quarantined = {row: reason for row, reason in store.quarantined(column).items() if row in mine}
+        done = int(scored.sum())
+        if done + len(quarantined) < len(rows):
+            if column not in (*store.columns, BEHAVIOR_COLUMN):
+                there = [*store.columns, BEHAVIOR_COLUMN]
+                raise MissingScoresError(
+                    f"{store!r}: column {column!r} is absent, expected one of {there}; name one of them, or run "
+                    f"`score_rollouts(..., column={column!r})`."
+                )
+            virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
+            remedy = virtual if column == BEHAVIOR_COLUMN else f"run `score_rollouts(..., column={column!r})`"
+            raise MissingScoresError(f"{store!r}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
+        for row, reason in islice(quarantined.items(), 1):
+            warnings.warn(
+                f"{store!r}: {len(quarantined)} of {len(rows)} rollouts could not be scored into column {column!r} and are left out; the first is "
+                f"row {row} ({reason})",
+                QuarantineWarning,
+                stacklevel=4,
+            )
+        usable &= scored
+    if not usable.any():
+        raise MissingScoresError(
+            f"{store!r}: all {len(rows)} rollouts are in quarantine, expected some with scores; see `store.quarantined`."
+        )
+    return rows[usable]
+
+
+def _provenance(store: LogprobReader, column: str, top_k: bool) -> Provenance:
+    if column not in store.columns:
+        raise InvalidRecordError(
+            f"{store!r}: column {column!r} holds what the policy itself reported, expected the scores of a teacher; pass `teacher='teacher'`, say."
+        )
+    if top_k and store.columns[column].top_k == 0:
+        raise MissingScoresError(
+            f"{store!r}: column {column!r} keeps 0 most likely tokens, expected at least 1 for top_k=True; score with a scorer that keeps them."
+        )
+    return store.columns[column]

@@ -1,0 +1,81 @@
+"""VERB `evaluate`: how good is a policy?  By a verifier, and by its distance to the teacher on fresh rollouts."""
+
+from collections.abc import Sequence
+from math import comb
+
+import numpy as np
+from attrs import frozen
+
+from lopd.errors import InvalidRecordError
+from lopd.guards.consistency import check_vocabulary
+from lopd.protocols import RolloutSource, TeacherScorer, Verifier
+from lopd.records import estimates
+from lopd.records.estimates import Estimate
+from lopd.records.rollouts import Prompt, Rollout
+
+
+@frozen
+class Evaluation:
+    """What `evaluate` found.
+
+    Args:
+        avg_at_n: mean score over n samples of each prompt; its interval is over prompts.
+        pass_at_k: k -> chance that one of k samples is right (scores of 1 count as right).
+        n: samples per prompt.
+    """
+
+    avg_at_n: Estimate
+    pass_at_k: dict[int, float]
+    n: int
+
+
+def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifier) -> Evaluation:
+    """Sample each prompt n = `samples_per_prompt` times and let the verifier judge.
+
+    Raises:
+        InvalidRecordError: there are no prompts, or the verifier gave something other than a number from 0 to 1; it names the prompt.
+
+    Source: pass@k is the unbiased estimator of Chen et al., arXiv 2107.03374, eq. 1.
+    """
+    if not prompts:
+        raise InvalidRecordError("Evaluation: there are 0 prompts, expected at least 1; check the prompt file.")
+    n = source.manifest.sampling.samples_per_prompt
+    rollouts = source.sample(prompts)
+    scores_BN = np.array([_judged(verifier, prompts[i // n], r) for i, r in enumerate(rollouts)]).reshape(len(prompts), n)
+    right_B = (scores_BN == 1).sum(axis=1)
+    pass_at_k = {k: float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in right_B])) for k in range(1, n + 1)}
+    return Evaluation(estimates.mean(scores_BN.mean(axis=1)), pass_at_k, n)
+
+
+def _judged(verifier: Verifier, prompt: Prompt, rollout: Rollout) -> float:
+    """The verifier's answer, if it is one: it is the caller's own function."""
+    score = verifier(prompt, rollout)
+    if not isinstance(score, int | float | np.number | np.bool_) or not 0 <= score <= 1:
+        raise InvalidRecordError(
+            f"Prompt {prompt.prompt_id!r}: the verifier gave {score!r:.80}, expected a number from 0 to 1; 1 is right."
+        )
+    return float(score)
+
+
+def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: Sequence[Prompt]) -> Estimate:
+    """KL(policy, teacher) per counted token, nats, on fresh rollouts of the policy: the quantity that OPD descends.
+
+    Raises:
+        TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
+        InvalidRecordError: the source does not sample at temperature 1 without a cut, or reports no log-probs.
+    """
+    check_vocabulary(f"Scorer {teacher.provenance.model}", teacher.provenance, "the policy's", source.manifest.tokenizer)
+    sampling = source.manifest.sampling
+    if sampling.temperature != 1 or sampling.top_p != 1:
+        raise InvalidRecordError(
+            f"Sampling: temperature is {sampling.temperature} and top_p {sampling.top_p}, expected 1 and 1; other samples are not the policy's own."
+        )
+    rollouts = source.sample(prompts)
+    student = [r.behavior_logprobs[r.loss_mask] for r in rollouts if r.behavior_logprobs is not None]
+    if len(student) < len(rollouts):
+        raise InvalidRecordError(
+            "Source: it reports no behavior_logprobs, expected them with every rollout; score with the policy's own engine."
+        )
+    teachers = [s.logprobs[r.loss_mask] for r, s in zip(rollouts, teacher.score(rollouts), strict=True)]
+    sums = estimates.sampled_reverse_kl(student, teachers)
+    return sums.pooled(sampling.samples_per_prompt).per_token()

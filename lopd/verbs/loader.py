@@ -1,0 +1,199 @@
+"""VERB `batches`: a store -> the micro-batches of optimizer step k, which depend on (seed, k) alone."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
+from typing import final
+
+import numpy as np
+import torch
+from attrs import evolve, field, frozen
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError, RepeatedRolloutsWarning
+from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
+from lopd.guards.watch import judge_advantages, stored_advantages
+from lopd.protocols import LogprobReader
+from lopd.records.checks import check_at_least
+from lopd.records.collate import Weighting, by_rollout, collate
+from lopd.records.manifest import Lineage
+from lopd.records.ranks import Ranks
+from lopd.records.rollouts import Prompt, ScoredRollout
+from lopd.records.steps import Batch, Step
+from lopd.verbs.columns import Columns, check_reference, choose
+
+_ROLLOUTS_PER_STEP = 256
+
+
+@final
+@frozen(eq=False)
+class StepStream:
+    """An iterable of `Step`; made by `batches`, which checks what it is made of.  Iterating twice gives the same steps twice.
+
+    It trains on the `rows` that were there when it was made, also if the store grows.
+    """
+
+    lineage: Lineage
+    store: LogprobReader = field(repr=False)
+    rows: NDArray[np.int64] = field(repr=False)
+    columns: Columns
+    rollouts_per_step: int
+    tokens_per_batch: int
+    seed: int
+    start: int
+    stop: int | None
+    weighting: Weighting
+    ranks: Ranks
+
+    def __iter__(self) -> Iterator[Step]:
+        """Steps from `start` up to `stop`, or for ever."""
+        index = self.start
+        while self.stop is None or index < self.stop:
+            yield self.step(index)
+            index += 1
+
+    def step(self, index: int) -> Step:
+        """Step `index`, or this rank's share of it, whatever was asked for before."""
+        rows = self.rows[_places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed)]
+        lengths = self.store.lengths()[rows].sum(axis=1) - 1
+        shares = [_split(lengths, self.tokens_per_batch, rank, self.ranks.size) for rank in range(self.ranks.size)]
+        parts = shares[self.ranks.rank]
+        # what sums gradients over ranks waits for each of them as many times as for the busiest
+        idle = max(map(len, shares)) - len(parts)
+        if idle:
+            parts = [*parts, np.array([np.argmin(lengths)])]
+        # one read: a store fetches many rows at once faster than a few at a time
+        records = iter(self._read(rows[np.concatenate(parts)]))
+        made = [self._collate(list(islice(records, len(part)))) for part in parts]
+        if idle:
+            made[-1:] = [evolve(made[-1], weight=torch.zeros_like(made[-1].weight))] * idle
+        return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle)
+
+    def _read(self, rows: NDArray[np.int64]) -> list[ScoredRollout]:
+        records = self.columns.read(self.store, rows)
+        if self.columns.ref is not None:
+            check_reference(self.store, self.columns.ref, {record.rollout.generation for record in records})
+        return records
+
+    def _collate(self, records: Sequence[ScoredRollout]) -> Batch:
+        teacher = self.columns.teacher
+        return collate(records, self.weighting, teacher=teacher, ref=self.columns.ref, top_k=teacher if self.columns.top_k else None)
+
+
+def batches(
+    store: LogprobReader,
+    *,
+    rollouts_per_step: int | None = None,
+    tokens_per_batch: int = 4096,
+    seed: int = 0,
+    start: int = 0,
+    stop: int | None = None,
+    rows: NDArray[np.int64] | None = None,
+    teacher: str | Mapping[str, Sequence[Prompt]] | None = "teacher",
+    ref: str | None = None,
+    weighting: Weighting = by_rollout,
+    top_k: bool = False,
+    consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
+    ranks: Ranks | None = None,
+) -> StepStream:
+    """The steps of a training run over a store, shuffled anew in each epoch; rollouts in quarantine are left out, with a warning.
+
+    A resumed run equals an unbroken one if store and arguments are those of the run that was stopped.
+
+    Args:
+        store: rollouts, and the columns named below.
+        rollouts_per_step: size of an optimizer step; None is 256, or all rollouts there are if they are fewer.
+        tokens_per_batch: cap on the micro-batches that a step is split into, as rollouts times the longest of them; rollouts of like length
+            share one.  This bounds memory, and a plain loss holds the logits of all its response tokens (4 bytes * V each, a few times over).
+        seed: of the shuffle; step k depends on (seed, k) alone.
+        start: first step, so that a run resumes exactly.
+        stop: one past the last step; None never ends.
+        rows: train on these only, for example `lopd.rows_of(store, prompts, [generation])`; None for all.
+        teacher: score column to learn from; None trains on the rollouts as they are (SFT).  Several teachers: column -> the prompts whose
+            rollouts learn from it; rollouts of other prompts are left out.
+        ref: score column of the reference policy, for losses with an importance ratio, and to have drift measured.  `"behavior"` is
+            what each rollout's own policy reported, so also right where rollouts are of several rounds.
+        weighting: what a token counts (`by_rollout` or `by_token`).
+        top_k: bring the teacher's most likely tokens along, for losses on them.
+        consistency: what to do about another, or an unknown, SFT teacher (`check_teacher_consistency`).
+        ranks: which share of each step is this process's; None is what torch.distributed says, or all.  The shares of a step are of like
+            sizes, and have as many micro-batches each: a rank that has fewer goes through some that weigh nothing.
+
+    Warns:
+        RepeatedRolloutsWarning: a step is larger than what there is to train on.
+        AdvantageWarning: without a `ref`, so without an importance ratio, and without `top_k`, if many stored advantages are far below 0
+            (`lopd.guards.watch`).
+
+    Raises:
+        TeacherConsistencyError: see `check_teacher_consistency`.
+        MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
+        NoSuchRowError: a row is not in the store.
+        InvalidRecordError: the store is empty, a rollout has two teachers, `ref` is not of the policy, a rollout is longer than
+            `tokens_per_batch`, or a number makes no sense.
+    """
+    check_at_least("Steps", "rollouts_per_step", 1 if rollouts_per_step is None else rollouts_per_step, 1)
+    check_at_least("Steps", "seed", seed, 0)
+    check_at_least("Steps", "start", start, 0)
+    check_at_least("Steps", "stop", start if stop is None else stop, 0)
+    check_at_least("Steps", "tokens_per_batch", tokens_per_batch, 1)
+    if not callable(weighting):
+        raise InvalidRecordError(
+            f"Steps: weighting is {weighting!r}, expected a function of the loss mask; pass `by_rollout` or `by_token`."
+        )
+    if len(store) == 0:
+        raise InvalidRecordError(f"{store!r}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
+    columns, usable = choose(store, teacher, ref, rows, top_k=top_k)
+    count = min(_ROLLOUTS_PER_STEP, len(usable)) if rollouts_per_step is None else rollouts_per_step
+    if count > len(usable):
+        warnings.warn(
+            f"{store!r}: a step has {count} rollouts, and there are {len(usable)} to train on, so each step repeats some of them; pass a smaller "
+            "`rollouts_per_step`, or sample more.",
+            RepeatedRolloutsWarning,
+            stacklevel=2,
+        )
+    _check_lengths(store, usable, tokens_per_batch)
+    if ref is not None and rows is None:
+        check_reference(store, ref, store.generations)
+    provenances = columns.provenances(store)
+    check_teacher_consistency(store.manifest, provenances, consistency)
+    for column in columns.teachers if ref is None and not top_k else ():
+        judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
+    lineage = lineage_after(store.manifest, provenances)
+    return StepStream(lineage, store, usable, columns, count, tokens_per_batch, seed, start, stop, weighting, ranks or Ranks.current())
+
+
+def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], tokens_per_batch: int) -> None:
+    lengths = store.lengths()[rows].sum(axis=1) - 1
+    longest = int(np.argmax(lengths))
+    if lengths[longest] > tokens_per_batch:
+        raise InvalidRecordError(
+            f"Rollout {store.read([int(rows[longest])])[0].rollout.rollout_id!r}: it has {lengths[longest]} positions, expected at most "
+            f"tokens_per_batch = {tokens_per_batch}; raise the cap."
+        )
+
+
+def _places_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np.int64]:
+    """Places (of `total`) of step `index`: a window on the endless sequence of epochs, each a permutation seeded by (seed, epoch)."""
+    places = np.arange(index * count, (index + 1) * count)
+    epochs = places // total
+    return np.concatenate([_shuffle(seed, int(epoch), total)[places[epochs == epoch] % total] for epoch in np.unique(epochs)])
+
+
+@lru_cache(maxsize=2)  # the steps of an epoch share it, and a million places take 20 ms to shuffle
+def _shuffle(seed: int, epoch: int, total: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(total)
+
+
+def _split(lengths: NDArray[np.int64], cap: int, rank: int = 0, ranks: int = 1) -> list[NDArray[np.int64]]:
+    """Places of each micro-batch of a rank: longest first, so that rollouts of a batch are alike in length, and too little memory shows at once.
+
+    A batch counts as rows times its longest, which bounds the padded form too.
+    """
+    order = np.argsort(-lengths, kind="stable")[rank::ranks]
+    parts, first = [], 0
+    while first < len(order):
+        last = first + max(int(cap // lengths[order[first]]), 1)
+        parts.append(order[first:last])
+        first = last
+    return parts

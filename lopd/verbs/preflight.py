@@ -1,0 +1,183 @@
+"""What a scorer must show on a few rollouts before a whole column is paid for."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+from attrs import evolve, frozen
+from numpy.typing import NDArray
+
+from lopd.errors import EndTokenWarning, ScorerError
+from lopd.protocols import LogprobReader, TeacherScorer
+from lopd.protocols.reading import evenly
+from lopd.records.checks import check_at_least, check_number
+from lopd.records.manifest import Provenance
+from lopd.records.parity import Parity, measure_parity
+from lopd.records.rollouts import Rollout, Scores
+from lopd.verbs.isolation import score_each
+
+_ENDS_NEEDED = 3  # one response that the policy ended in a strange place says nothing about the teacher
+
+
+@final
+@frozen(eq=False)
+class Preflight:
+    """A self-test of a scorer, and a comparison with another engine that runs the same model.
+
+    - *It says the same twice*: a few rollouts are scored in one call and again one by one.  Prefix caches, kernels that depend on the
+      batch, and replicas with different weights fail here.
+    - *It says what it said before*: a column that was begun is continued only by a scorer that agrees with what is stored.
+    - *It says what the trainer would say* (with `truth`): the differences are stored with the column (`Provenance.parity`).
+    - *It knows how responses end*: a warning if its tokenizer ends texts with another token than the policy's, or if it finds the tokens that
+      ended the responses next to impossible.
+
+    Args:
+        rollouts: how many are scored for the first two.
+        repeat_bound: mean absolute difference, nats, that is allowed between two answers.
+        truth: the same model in another engine, usually `HFScorer`, which computes as the trainer does; None leaves the comparison out.
+        parity_rollouts: how many are compared with it.
+        parity_bound: mean absolute difference, nats, that is allowed; what vLLM and transformers differ by is in
+            `benchmarks/results/bench_engines.json`.
+        parity_p99_bound: its 99 % quantile likewise: few tokens that are far off are a sign of misalignment, not of rounding.
+        parity_bias_bound: the mean difference likewise, for it does not average out.
+        end_bound: how much less likely the end tokens may be than those before them, nats, before it warns.
+
+    Raises:
+        InvalidRecordError: a number makes no sense.
+    """
+
+    rollouts: int = 8
+    repeat_bound: float = 0.05
+    truth: TeacherScorer | None = None
+    parity_rollouts: int = 32
+    parity_bound: float = 0.1
+    parity_p99_bound: float = 1.0
+    parity_bias_bound: float = 0.05
+    end_bound: float = 7.0
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("rollouts", "parity_rollouts"):
+            check_at_least("Preflight", name, getattr(self, name), 1)
+        for name in ("repeat_bound", "parity_bound", "parity_p99_bound", "parity_bias_bound", "end_bound"):
+            value = getattr(self, name)
+            check_number("Preflight", name, value, 0 <= value < math.inf, "finite and at least 0 nats")
+
+    def check(self, store: LogprobReader, scorer: TeacherScorer, column: str, rows: NDArray[np.int64]) -> Provenance:
+        """The provenance to store with the column: the scorer's, and how it compares with `truth`, on some of these rows.
+
+        Rollouts that the scorer refuses are left out, but for those that the column holds already.
+
+        Raises:
+            ScorerError: it does not give the same log-probs twice, is further from what is stored or from `truth` than allowed, or refuses what
+                it scored before, or all.
+        """
+        self._check_eos(scorer.provenance, store.manifest.tokenizer.eos_id)
+        by_length = rows[np.argsort(store.lengths()[rows].sum(axis=1), kind="stable")]
+        scored = store.scored(column)[by_length]
+        self._check_repeatable(store, scorer, evenly(by_length[~scored], self.rollouts), begun=bool(scored.any()))
+        self._check_continued(store, scorer, column, evenly(by_length[scored], self.rollouts))
+        if self.truth is None:
+            return scorer.provenance
+        parity = self._check_parity(scorer, self.truth, _read(store, evenly(by_length, self.parity_rollouts)))
+        return evolve(scorer.provenance, parity=parity)
+
+    def _check_repeatable(self, store: LogprobReader, scorer: TeacherScorer, rows: NDArray[np.int64], *, begun: bool) -> None:
+        rollouts, together, refused = _accepted(scorer, _read(store, rows))
+        if refused and not rollouts and not begun:
+            raise ScorerError(
+                f"Scorer {scorer.provenance.model}: it refused all {len(refused)} rollouts that it was tested on, expected most to be accepted; the "
+                f"first reason is {next(iter(refused.values()))!r}; set right what is wrong with them all."
+            )
+        alone = []
+        for rollout in reversed(rollouts):
+            scores, refused = score_each(scorer, [rollout], 1)
+            if refused:
+                raise ScorerError(
+                    f"Scorer {scorer.provenance.model}, rollout {rollout.rollout_id!r}: it was refused alone and not in company, expected the same "
+                    f"answer to both ({refused[rollout.rollout_id]}); check that all replicas are set up alike."
+                )
+            alone += scores
+        self._compare(scorer, alone[::-1], together, "when they are scored alone and in company")
+        self._check_ends(scorer, rollouts, together)
+
+    def _check_continued(self, store: LogprobReader, scorer: TeacherScorer, column: str, rows: NDArray[np.int64]) -> None:
+        records = store.read(rows.tolist(), columns=(column,))
+        scores, refused = score_each(scorer, [record.rollout for record in records], len(records))
+        for rollout_id, reason in refused.items():
+            raise ScorerError(
+                f"Scorer {scorer.provenance.model}, rollout {rollout_id!r}: it is refused ({reason}) although column {column!r} holds its scores, "
+                "expected the answer it gave before; see what has changed since."
+            )
+        stored = [Scores.of(record.rollout, record.scores[column]) for record in records]
+        self._compare(scorer, scores, stored, f"from those that column {column!r} holds")
+
+    def _compare(self, scorer: TeacherScorer, ours: Sequence[Scores], theirs: Sequence[Scores], what: str) -> None:
+        """Stop if the mean absolute difference over all tokens is too large."""
+        gaps = [np.abs(mine.logprobs.astype(np.float64) - other.logprobs) for mine, other in zip(ours, theirs, strict=True)]
+        difference = float(np.concatenate(gaps).mean()) if gaps else 0.0
+        if difference > self.repeat_bound:
+            worst = ours[int(np.argmax([gap.mean() for gap in gaps]))].rollout_id
+            raise ScorerError(
+                f"Scorer {scorer.provenance.model} ({scorer.provenance.engine}): its log-probs of {len(gaps)} rollouts differ by "
+                f"{difference:.3g} nats on average {what}, expected at most {self.repeat_bound:g}, and most for {worst!r}; turn prefix caching "
+                "off, check that all replicas serve the same weights, or raise `repeat_bound` if this noise is acceptable."
+            )
+
+    def _check_eos(self, provenance: Provenance, eos_id: int | None) -> None:
+        if provenance.eos_id is not None and eos_id is not None and provenance.eos_id != eos_id:
+            warnings.warn(
+                f"Scorer {provenance.model}: its texts end with token {provenance.eos_id}, expected the policy's {eos_id}; a student that learns "
+                "from a base model while it ends as an instructed one, or the other way round, may not stop, so check how the responses end.",
+                EndTokenWarning,
+                stacklevel=4,
+            )
+
+    def _check_ends(self, scorer: TeacherScorer, rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> None:
+        ended = [s.logprobs for r, s in zip(rollouts, scores, strict=True) if r.finish_reason == "stop" and r.response_ids.size > 1]
+        if len(ended) < _ENDS_NEEDED:
+            return
+        at_end, before = float(np.mean([values[-1] for values in ended])), float(np.concatenate([values[:-1] for values in ended]).mean())
+        if before - at_end > self.end_bound:
+            warnings.warn(
+                f"Scorer {scorer.provenance.model}: the tokens that ended {len(ended)} responses have a mean log-prob of {at_end:.3g} nats, and "
+                f"those before them {before:.3g}, expected less than {self.end_bound:g} between the two; the teacher may end its own responses with "
+                "another token, and a student that learns from it will not stop, so compare the EOS ids and chat templates of both.",
+                EndTokenWarning,
+                stacklevel=5,
+            )
+
+    def _check_parity(self, scorer: TeacherScorer, truth: TeacherScorer, rollouts: Sequence[Rollout]) -> Parity:
+        if not scorer.provenance.model.same_weights(truth.provenance.model):
+            raise ScorerError(
+                f"Scorer {scorer.provenance.model}: the truth it is to be compared with is {truth.provenance.model}, expected the same weights; "
+                "pass the same model to both, or the same `identity`."
+            )
+        rollouts, ours, _ = _accepted(scorer, rollouts)
+        rollouts, theirs, refused = _accepted(truth, rollouts)
+        ours = [scores for scores in ours if scores.rollout_id not in refused]
+        if not any(rollout.loss_mask.any() for rollout in rollouts):
+            raise ScorerError(
+                f"Scorer {scorer.provenance.model}: {len(rollouts)} rollouts could be compared with {truth.provenance.engine}, and none "
+                "of their tokens count, expected some; see why both do not accept them."
+            )
+        parity = measure_parity(rollouts, ours, theirs, engine=scorer.provenance.engine, truth=truth.provenance.engine)
+        bounds = {"mean": self.parity_bound, "p99": self.parity_p99_bound, "bias": self.parity_bias_bound}
+        for name, bound in bounds.items():
+            if abs(getattr(parity, name)) > bound:
+                raise ScorerError(
+                    f"Scorer {scorer.provenance.model}: {parity}, expected a {name} of at most {bound:g}; look for other dtypes, templates, "
+                    f"quantisation or padded vocabularies, or raise `parity_{'' if name == 'mean' else name + '_'}bound` if this is acceptable."
+                )
+        return parity
+
+
+def _read(store: LogprobReader, rows: NDArray[np.int64]) -> list[Rollout]:
+    return [record.rollout for record in store.read(rows.tolist())]
+
+
+def _accepted(scorer: TeacherScorer, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[Scores], dict[str, str]]:
+    """The rollouts that it does not refuse, their scores, and why it refuses the others."""
+    scores, refused = score_each(scorer, rollouts, len(rollouts))
+    return [rollout for rollout in rollouts if rollout.rollout_id not in refused], scores, refused

@@ -1,0 +1,120 @@
+"""Between Lightning and online OPD: rollouts that are sampled anew when they have become old.
+
+A *round* is: sample with the student as it is, score, train some steps.  Lightning OPD is one round without end, online OPD a round for every
+step; `refresh_every` and `refresh_when` are what lies between, as plain generators around a function that makes a round:
+
+    def make_round(generation, start):
+        source = evolve(policy, generation=generation, identity=ModelId("student", f"step-{start}", "float32"))
+        rows = sample_round(source, teacher, prompts, store)
+        steps = batches(store, rows=rows, start=start, ref="behavior")
+        return opd_steps(student, steps, loss, optimizer)
+
+    for metrics in refresh_every(25, make_round, stop=150): ...
+
+All rounds go into one store, each with its number and the policy that sampled it, so a ratio to `behavior` is one to the policy of the
+rollout's own round.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count, islice
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
+from lopd.protocols.reading import rows_of
+from lopd.records.checks import check_at_least
+from lopd.records.rollouts import Prompt
+from lopd.records.steps import StepMetrics
+from lopd.verbs.collect import collect_rollouts
+from lopd.verbs.preflight import Preflight
+from lopd.verbs.scoring import score_rollouts
+
+
+class Round(Protocol):
+    """Samples with the student as it is, and trains on that."""
+
+    def __call__(self, generation: int, start: int, /) -> Iterable[StepMetrics]:
+        """Metrics of step `start` and all after it, without end, on rollouts of this generation."""
+        ...
+
+
+def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | None = None) -> Iterator[StepMetrics]:
+    """Steps of a training run, none on rollouts of a policy that is `steps` steps or more behind.
+
+    Args:
+        steps: of a round; 1 is online OPD.
+        make_round: one round.
+        start: first step; its round is the one it would have been in, so that a run resumes exactly.
+        stop: one past the last step, and no round begins there; None never ends.
+
+    Raises:
+        InvalidRecordError: `steps` is less than 1, or `start` than 0.
+    """
+    check_at_least("Refresh", "steps", steps, 1)
+    check_at_least("Refresh", "start", start, 0)
+    for generation in count(start // steps):
+        first, end = max(start, generation * steps), (generation + 1) * steps
+        end = end if stop is None else min(end, stop)
+        if first >= end:
+            return
+        yield from islice(make_round(generation, first), end - first)
+
+
+def refresh_when(
+    stale: Callable[[StepMetrics], bool], make_round: Round, *, start: int = 0, stop: int | None = None, generation: int = 0
+) -> Iterator[StepMetrics]:
+    """Steps of a training run; one after which the rollouts are stale is the last of its round.
+
+    Args:
+        stale: says so of a step's metrics: `lambda m: m.drift.ess < 0.5`, for example.
+        make_round: one round.
+        start: first step, so that a run resumes exactly.
+        stop: one past the last step, and no round begins there; None never ends.
+        generation: the round of `start`: that of the step before, or the next one if that step was stale.
+
+    Raises:
+        InvalidRecordError: `start` or `generation` is less than 0.
+    """
+    check_at_least("Refresh", "start", start, 0)
+    check_at_least("Refresh", "generation", generation, 0)
+    for current in count(generation):
+        if stop is not None and start >= stop:
+            return
+        for metrics in make_round(current, start):
+            start = metrics.step + 1
+            yield metrics
+            if stale(metrics) or start == stop:
+                break
+
+
+def sample_round(
+    source: RolloutSource,
+    scorer: TeacherScorer,
+    prompts: Sequence[Prompt],
+    store: LogprobStore,
+    *,
+    column: str = "teacher",
+    preflight: Preflight | None = None,
+    prompts_per_batch: int = 1024,
+) -> NDArray[np.int64]:
+    """Collect and score the source's generation, unless another policy did; its rows in the store.
+
+    A run that resumes in the middle of a round has a student that is no longer the one that sampled: its rollouts are complete, and kept.
+
+    Args:
+        source: the student as it is, its manifest with the number of the round and an identity that no other step has.
+        scorer: the teacher.
+        prompts: of this round.
+        store: made with the manifest of the first round's source.
+        column: where the scores go.
+        preflight: the self-test of `score_rollouts`; the first round's is enough.
+        prompts_per_batch: sampled together and committed together, as many rollouts scored likewise; training waits for the round, so many.
+    """
+    manifest = source.manifest
+    sampled_by = store.generations.get(manifest.generation, manifest.policy)
+    if sampled_by.same_weights(manifest.policy):
+        collect_rollouts(source, prompts, store, prompts_per_batch=prompts_per_batch)
+        score_rollouts(store, scorer, column=column, preflight=preflight, rollouts_per_batch=prompts_per_batch)
+    return rows_of(store, prompts, [manifest.generation])

@@ -1,0 +1,151 @@
+"""VERB `score_rollouts`: a store's rollouts -> one model's column of log-probs.  Run it again to resume."""
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+from attrs import evolve, field, frozen
+from numpy.typing import NDArray
+
+from lopd.errors import EngineError, QuarantineWarning
+from lopd.guards.consistency import check_vocabulary
+from lopd.protocols import LogprobStore, Progress, TeacherScorer
+from lopd.protocols.reading import chosen
+from lopd.records.checks import check_at_least
+from lopd.records.manifest import Provenance
+from lopd.records.parity import Parity
+from lopd.verbs.isolation import check_refused, score_each
+from lopd.verbs.overlap import overlapped
+from lopd.verbs.preflight import Preflight
+
+_PREFLIGHT = Preflight()
+
+
+@frozen
+class ScoringReport:
+    """What one call of `score_rollouts` did.
+
+    Args:
+        rollouts, tokens: scored; tokens of prompts and responses.
+        floored: log-probs that were exactly -inf, and are stored as a floor that is finite (`Scores.floored`).  Where there are any, the teacher
+            rules out what the policy sampled: look whether both are asked in the same way.
+        refused: rollouts that could not be scored, and why, by id; they are in the store's quarantine now.
+        skipped: rollouts that were in quarantine before, and were not tried again.
+        parity: how the engine compares with the truth it was tested against, if it was.
+    """
+
+    rollouts: int = 0
+    tokens: int = 0
+    floored: int = 0
+    refused: Mapping[str, str] = field(factory=dict)
+    skipped: int = 0
+    parity: Parity | None = None
+
+
+def score_rollouts(
+    store: LogprobStore,
+    scorer: TeacherScorer,
+    *,
+    column: str = "teacher",
+    rows: NDArray[np.int64] | None = None,
+    rollouts_per_batch: int = 256,
+    batches_at_once: int = 1,
+    preflight: Preflight | None = _PREFLIGHT,
+    max_refused: int = 64,
+    retry_quarantined: bool = False,
+    progress: Progress | None = None,
+) -> ScoringReport:
+    """Score every rollout (or every one of `rows`) that has no scores in this column yet, shortest first, and commit batch by batch.
+
+    A rollout that the scorer refuses (too long, a NaN) does not stop the others.  When all are done, the refused ones are put in quarantine
+    with their reasons, and `batches` leaves them out; a call that is stopped before leaves them for the next.
+    If the scorer itself fails, its error is raised and the batches before it are kept.
+
+    Args:
+        store: with rollouts in it.
+        scorer: the teacher, or any other model (the reference policy into column "ref").
+        column: where the scores go; it belongs to one model.
+        rows: score these only, for example `lopd.rows_of(store, prompts)` where several teachers share the prompts among them; None for
+            all.
+        rollouts_per_batch: committed together.
+        batches_at_once: calls of `scorer.score` that are under way at the same time; more than 1 for engines with several workers (Ray, servers).
+        preflight: the self-test before anything is scored; None leaves it out.
+        max_refused: stop when one call meets more, for then it is not the rollouts.
+        retry_quarantined: try those too that are in quarantine since an earlier call.
+        progress: see `lopd.tools.console`.
+
+    Raises:
+        TokenizerMismatchError: the scorer's token-to-id map is not the store's; nothing is scored.
+        ConflictError: the column belongs to another model; nothing is scored.
+        ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.
+        EngineError: more than `max_refused` rollouts were refused, or more than have scores; none of them is put in quarantine.
+        NoSuchRowError: a row is not in the store.
+        InvalidRecordError: there are no `rows`, `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` than 0.
+    """
+    check_at_least("Scoring", "rollouts_per_batch", rollouts_per_batch, 1)
+    check_at_least("Scoring", "batches_at_once", batches_at_once, 1)
+    check_at_least("Scoring", "max_refused", max_refused, 0)
+    check_vocabulary(f"Scorer {scorer.provenance.model}", scorer.provenance, "the store's", store.manifest.tokenizer)
+    # nothing is added, but a column of another model is refused before anything is paid for
+    store.append_scores(column, scorer.provenance, ())
+    wanted = chosen(store, rows)
+    pending, tokens, skipped = _pending(store, column, wanted, retry_quarantined)
+    provenance = scorer.provenance if preflight is None or not len(pending) else preflight.check(store, scorer, column, wanted)
+    report = ScoringReport(skipped=skipped, parity=provenance.parity)
+    batches = (
+        [record.rollout for record in store.read(pending[first : first + rollouts_per_batch].tolist())]
+        for first in range(0, len(pending), rollouts_per_batch)
+    )
+    if progress:
+        progress.begin(f"scoring {column}", len(wanted), len(wanted) - len(pending), tokens)
+    try:
+        for rollouts, (scores, reasons) in overlapped(lambda batch: score_each(scorer, batch, max_refused), batches, batches_at_once):
+            check_refused(f"Scorer {provenance.model}", [*report.refused.values(), *reasons.values()], max_refused)
+            store.append_scores(column, provenance, scores)
+            tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id not in reasons)
+            report = _sum(report, ScoringReport(len(scores), tokens, sum(score.floored for score in scores), reasons))
+            if progress:
+                progress.advance(len(scores), tokens, len(reasons))
+    finally:
+        if progress:
+            progress.end()
+    _put_in_quarantine(store, column, provenance, report)
+    return report
+
+
+def _pending(store: LogprobStore, column: str, wanted: NDArray[np.int64], retry: bool) -> tuple[NDArray[np.int64], int, int]:
+    """Rows to score, shortest first; their tokens; and how many are left out because they are in quarantine."""
+    unscored = wanted[~store.scored(column)[wanted]]
+    rows = unscored if retry else unscored[~np.isin(unscored, list(store.quarantined(column)))]
+    lengths = store.lengths()[rows].sum(axis=1)
+    return rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(unscored) - len(rows)
+
+
+def _sum(report: ScoringReport, more: ScoringReport) -> ScoringReport:
+    return evolve(
+        report,
+        rollouts=report.rollouts + more.rollouts,
+        tokens=report.tokens + more.tokens,
+        floored=report.floored + more.floored,
+        refused={**report.refused, **more.refused},
+    )
+
+
+def _put_in_quarantine(store: LogprobStore, column: str, provenance: Provenance, report: ScoringReport) -> None:
+    if not report.refused and not report.skipped:
+        return
+    first = next(iter(report.refused.values()), "they were in quarantine before; pass `retry_quarantined=True` to try them again")
+    accepted = int(store.scored(column).sum())
+    if len(report.refused) > accepted:
+        raise EngineError(
+            f"{store!r}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted, expected most to be "
+            f"accepted; the first reason is {first!r}; none was put in quarantine, so set right what is wrong with them all and run it again."
+        )
+    if report.refused:
+        store.quarantine(column, provenance, report.refused)
+    warnings.warn(
+        f"{store!r}, column {column!r}: {len(report.refused) + report.skipped} rollouts are without scores in quarantine, and training leaves them "
+        f"out; {first}",
+        QuarantineWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,122 @@
+"""VERB `opd_steps`: the one training loop.  SFT, Lightning OPD and online OPD differ only in what is wired into it."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from time import perf_counter
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import Optimizer
+
+from lopd.errors import InvalidRecordError, TrainingDivergedError
+from lopd.guards.consistency import check_vocabulary
+from lopd.guards.watch import judge_loss
+from lopd.protocols import OPDLoss, Student
+from lopd.records.drift import DriftMeter, TokenLogprobs
+from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
+from lopd.records.steps import Batch, Step, StepMetrics
+
+
+def opd_steps(
+    student: Student | DistributedDataParallel,
+    steps: Iterable[Step],
+    loss: OPDLoss,
+    optimizer: Optimizer,
+    *,
+    max_grad_norm: float | None = 1.0,
+) -> Iterator[StepMetrics]:
+    """Train, one optimizer step for each `Step`, and give its metrics after it.
+
+    A generator: logging, evaluation, checkpoints and schedules are plain Python in the caller's loop.  The weight of the whole step is
+    known before the first backward and divides every micro-batch's sum, so how a step is split changes nothing.
+
+    Steps that bring a ref column beside the teacher's (`batches(..., ref="behavior")`) have their drift measured: see `lopd.watch_drift`.
+
+    Several processes train together once torch.distributed is initialised: put the student in `DistributedDataParallel` or shard it with
+    `fully_shard` first.  `batches` gives each rank its share of a step; weights, gradients and metrics are those of one process on all of it,
+    up to rounding.
+
+    Args:
+        student: its trained parameters are those that require a gradient.
+        steps: from `batches`, or any others.
+        loss: what a micro-batch costs.
+        optimizer: over the student's parameters.
+        max_grad_norm: gradients are scaled down to this norm; None leaves them.
+
+    Warns:
+        AdvantageWarning: the second step has many advantages far below 0, and the loss says that it has no importance ratio (`lopd.guards.watch`).
+
+    Raises:
+        TokenizerMismatchError: a step says that its ids are of another vocabulary than the student's; the weights are those of the step before.
+        TrainingDivergedError: a gradient is not finite; likewise.
+        InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, or the loss is a class.
+        ModelError: there are several ranks, and nothing sums the gradients of the student.
+    """
+    ranks = Ranks.current()
+    check_summed(student, ranks)
+    parameters = [p for _, p in student.named_parameters() if p.requires_grad]
+    _check_parts(loss, optimizer, parameters)
+    for place_of_step, step in enumerate(steps):
+        started = perf_counter()
+        if step.vocab_hash is not None:
+            check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
+        total = float(ranks.sum(torch.stack([batch.weight.double().sum().cpu() for batch in step.batches]).sum()))
+        if total <= 0:
+            raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
+        optimizer.zero_grad(set_to_none=True)
+        sums, meter = torch.zeros(3, dtype=torch.float64), DriftMeter()
+        for place, batch in enumerate(step.batches, 1):
+            with gathering(student, last=place == len(step.batches)):
+                output = student(batch, loss)
+                # torch averages gradients over ranks, and a step is a sum
+                (output.loss_sum * ranks.size / total).backward()
+            sums += torch.stack([output.loss_sum.detach(), output.reverse_kl_sum, output.clipped_sum]).cpu()
+            _add_tokens(meter, batch, output.logprobs)
+        grad_norm = float(whole(clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)))
+        if not math.isfinite(grad_norm):
+            raise TrainingDivergedError(
+                f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
+            )
+        optimizer.step()
+        drift = meter.read(ranks.gather)
+        # from the second step on rollouts are older than the student; online OPD never has one on the same rollouts
+        if place_of_step == 1 and drift is not None:
+            judge_loss(loss, drift.advantages)
+        mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
+        read = step.batches[: len(step.batches) - step.idle]
+        counts = torch.tensor([sum(int(batch.segment_ids[-1]) + 1 for batch in read), sum(batch.inputs.numel() for batch in read)])
+        rollouts, tokens = ranks.sum(counts).tolist()
+        yield StepMetrics(
+            step=step.index,
+            loss=mean_loss,
+            reverse_kl=reverse_kl,
+            clip_fraction=clip_fraction,
+            grad_norm=grad_norm,
+            rollouts=rollouts,
+            tokens=tokens,
+            drift=drift,
+            seconds=perf_counter() - started,
+        )
+
+
+def _check_parts(loss: OPDLoss, optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
+    """Refuse what would train nothing, or fail at the first batch with somebody else's words."""
+    if isinstance(loss, type):
+        raise InvalidRecordError(f"Loss: it is the class {loss.__name__}, expected an object; call it: {loss.__name__}().")
+    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if theirs.isdisjoint(map(id, trained)):
+        raise InvalidRecordError(
+            f"Optimizer {type(optimizer).__name__}: it has none of the student's {len(trained)} trained parameters, expected some; make it over "
+            "`student.parameters()` of this student, after wrapping or loading it."
+        )
+
+
+def _add_tokens(meter: DriftMeter, batch: Batch, logprobs_M: Tensor | None) -> None:
+    """Tell the meter of a micro-batch, if all that it wants is known."""
+    if logprobs_M is None or batch.teacher_logprobs is None or batch.ref_logprobs is None:
+        return
+    on_N = batch.weight > 0
+    columns = (batch.teacher_logprobs, batch.ref_logprobs, batch.weight, batch.segment_ids)
+    meter.add(TokenLogprobs(logprobs_M.double().cpu().numpy(), *(column[on_N].cpu().numpy() for column in columns)))
