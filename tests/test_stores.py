@@ -729,32 +729,6 @@ def test_the_message_for_a_second_model_is_the_one_we_promise(filled: ZarrStore)
     assert isinstance(caught.value, LopdError)
 
 
-# Whole columns
-
-
-@pytest.mark.parametrize("codec", ["raw", "zstd"])
-def test_arrays_end_to_end_hold_what_the_rollouts_hold(tmp_path: Path, codec: Codec) -> None:
-    store = fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), codec=codec))
-    store.append([tiny_rollout("plain", [7, 8], behavior_logprobs=[-1, -2])])
-    for _ in range(2):
-        for rows in ([0, 1, 2, 3, 4], [3, 1, 1, 0], [2, 3], []):
-            arrays = store.read_arrays(rows)
-            records = [row.rollout for row in store.read(rows)]
-            assert arrays.prompt_lengths.tolist() == [r.prompt_ids.size for r in records]
-            assert arrays.response_lengths.tolist() == [r.response_ids.size for r in records]
-            assert arrays.token_ids.tolist() == [i for r in records for i in [*r.prompt_ids, *r.response_ids]]
-            masked = any(not r.loss_mask.all() for r in records)
-            assert (arrays.loss_mask is not None) == masked
-            if arrays.loss_mask is not None:
-                assert arrays.loss_mask.tolist() == [bool(m) for r in records for m in r.loss_mask]
-        assert store.read_arrays([3, 1], ("teacher",)).scores["teacher"].tolist() == [-1.0] * 6
-        assert store.read_arrays([4, 1], ("behavior",)).scores["behavior"].tolist() == [-1, -2, 0, -1, -2]
-        for rows, column in (([1, 0], "teacher"), ([1, 0], "behavior"), ([0], "nothing")):
-            with pytest.raises(MissingScoresError, match="'m'"):
-                store.read_arrays(rows, (column,))
-        store.compact()
-
-
 def test_half_the_bytes_cost_a_rounding_that_each_commit_reports(tmp_path: Path) -> None:
     store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), logprob_dtype="float16")
     full = np.array([-0.1, -1e-9, -77.7], np.float32)

@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.backends import ragged
-from lopd.records.arrays import Float32Array
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, ScoredRollout, Scores, TopK
+from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, Scores
+from lopd.records.rows import Rows
 
 
 @final
@@ -27,6 +27,7 @@ class MemoryStore:
         self._manifest = manifest
         self._rollouts: list[Rollout] = []
         self._rows: dict[str, int] = {}
+        self._lengths = np.zeros((0, 2), np.int64)
         self._columns: dict[str, Provenance] = {}
         self._scores: dict[str, dict[int, Scores]] = {}
         self._quarantined: dict[str, dict[int, str]] = {}
@@ -61,8 +62,9 @@ class MemoryStore:
 
     def lengths(self) -> NDArray[np.int64]:
         """(len, 2): prompt and response tokens of each rollout."""
-        pairs = [(rollout.prompt_ids.size, rollout.response_ids.size) for rollout in self._rollouts]
-        return np.array(pairs, np.int64).reshape(-1, 2)
+        new = [(rollout.prompt_ids.size, rollout.response_ids.size) for rollout in self._rollouts[len(self._lengths) :]]
+        self._lengths = np.concatenate([self._lengths, np.array(new, np.int64).reshape(-1, 2)]) if new else self._lengths
+        return self._lengths
 
     def scored(self, column: str, /) -> NDArray[np.bool_]:
         """(len,): which rollouts have scores in this column."""
@@ -77,32 +79,26 @@ class MemoryStore:
         done = self._scores.get(column, {})
         return {row: reason for row, reason in sorted(self._quarantined.get(column, {}).items()) if row not in done}
 
-    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """These rollouts with these columns, in the order asked."""
-        return [self._read_row(row, columns, top_k) for row in ragged.check_rows("MemoryStore", indices, len(self))]
+        rows = [int(row) for row in ragged.check_rows("MemoryStore", indices, len(self))]
+        scores = {name: self._scores_of(rows, name) for name in (*columns, *top_k) if name != BEHAVIOR_COLUMN}
+        for name in top_k:
+            if rows and (name == BEHAVIOR_COLUMN or not self._columns[name].top_k):
+                raise ragged.missing_top_k("MemoryStore", name)
+        read = Rows.joined(
+            [self._rollouts[row] for row in rows],
+            {name: [score.logprobs for score in found] for name, found in scores.items()},
+            {name: [score.top_k for score in scores[name] if score.top_k is not None] for name in top_k if rows},
+        )
+        return ragged.with_columns("MemoryStore", read, columns)
 
-    def _read_row(self, row: int, columns: Sequence[str], top_k: Sequence[str]) -> ScoredRollout:
-        rollout = self._rollouts[row]
-        logprobs = {column: self._logprobs(row, rollout, column) for column in columns}
-        return ScoredRollout(rollout, logprobs, {column: self._top_k(row, rollout, column) for column in top_k})
-
-    def _logprobs(self, row: int, rollout: Rollout, column: str) -> Float32Array:
-        if column != BEHAVIOR_COLUMN:
-            return self._score(row, rollout, column).logprobs
-        if rollout.behavior_logprobs is None:
-            raise ragged.missing_scores("MemoryStore", rollout.rollout_id, column)
-        return rollout.behavior_logprobs
-
-    def _top_k(self, row: int, rollout: Rollout, column: str) -> TopK:
-        if column == BEHAVIOR_COLUMN or (found := self._score(row, rollout, column).top_k) is None:
-            raise ragged.missing_top_k("MemoryStore", column)
-        return found
-
-    def _score(self, row: int, rollout: Rollout, column: str) -> Scores:
-        found = self._scores.get(column, {}).get(row)
-        if found is None:
-            raise ragged.missing_scores("MemoryStore", rollout.rollout_id, column)
-        return found
+    def _scores_of(self, rows: Sequence[int], column: str) -> list[Scores]:
+        there = self._scores.get(column, {})
+        for row in rows:
+            if row not in there:
+                raise ragged.missing_scores("MemoryStore", self._rollouts[row].rollout_id, column)
+        return [there[row] for row in rows]
 
     def begin_generation(self, generation: int, policy: ModelId, /) -> None:
         """Say which policy samples in another round."""

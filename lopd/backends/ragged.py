@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
@@ -15,6 +16,7 @@ from lopd.records.arrays import Float32Array
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, Scores
+from lopd.records.rows import Rows
 
 LogprobDtype = Literal["float32", "float16"]
 
@@ -250,6 +252,23 @@ def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresErr
         f"{owner}: rollout {rollout_id!r} has no scores in column {column!r}, expected one log-prob per response token; "
         f"run score_rollouts with column={column!r}, or read only rows that `scored` names."
     )
+
+
+def with_columns(owner: str, rows: Rows, columns: Sequence[str]) -> Rows:
+    """Return rows with these columns as their scores, the virtual one among them.
+
+    Raises:
+        MissingScoresError: a rollout has no `behavior_logprobs`, and they are asked for.
+    """
+    scores = dict(rows.scores)
+    if BEHAVIOR_COLUMN in columns:
+        gaps = np.ones(len(rows), np.bool_)
+        if rows.behavior_logprobs is not None:
+            scores[BEHAVIOR_COLUMN], gaps = rows.behavior_logprobs, np.isnan(rows.behavior_logprobs[rows.response_ends[:-1]])
+        for i in np.flatnonzero(gaps)[:1]:
+            raise missing_scores(owner, rows.rollout_ids[int(i)], BEHAVIOR_COLUMN)
+    nothing = np.zeros(0, np.float32)
+    return evolve(rows, scores={name: scores[name] if len(rows) else nothing for name in columns})
 
 
 def check_rows(owner: str, indices: Sequence[int], length: int) -> list[int]:

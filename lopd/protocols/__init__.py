@@ -13,7 +13,8 @@ from torch.nn import Parameter
 
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.manifest import Commit, Manifest, Provenance
-from lopd.records.rollouts import Prompt, Rollout, ScoredRollout, Scores
+from lopd.records.rollouts import Prompt, Rollout, Scores
+from lopd.records.rows import Rows
 from lopd.records.steps import Batch, LMHead, LossOutput
 
 
@@ -102,8 +103,10 @@ class LogprobReader(Protocol):
         """Rows that the column's model could not score, and why; a row that has scores is not among them."""
         ...
 
-    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
-        """These rollouts with these columns, and with the top-k support of these, in the order asked; an index may repeat.
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
+        """These rollouts end to end, with these columns and the top-k support of these, in the order asked; an index may repeat.
+
+        Everything is verified before it is given.  A store that keeps records makes them columns with `Rows.of`.
 
         Raises:
             MissingScoresError: a rollout has no scores in a column, or a column has no top-k support.

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, NoSuchRowError
 from lopd.protocols import LogprobReader
-from lopd.records.rollouts import Prompt, ScoredRollout, rollout_id
+from lopd.records.rollouts import Prompt, rollout_id
+from lopd.records.rows import Rows
 
 
 @frozen
@@ -26,7 +27,7 @@ class Part:
     columns: tuple[str, ...]
     top_k: tuple[str, ...]
 
-    def read(self, reader: LogprobReader) -> list[ScoredRollout]:
+    def read(self, reader: LogprobReader) -> Rows:
         """The rows, with all that they have."""
         return reader.read(self.rows, columns=self.columns, top_k=self.top_k)
 

@@ -38,6 +38,7 @@ from lopd.records.rollouts import TopK as TopK
 from lopd.records.rollouts import floor_logprobs as floor_logprobs
 from lopd.records.rollouts import prompt_id_of as prompt_id_of
 from lopd.records.rollouts import rollout_id as rollout_id
+from lopd.records.rows import Rows as Rows
 from lopd.records.steps import Batch as Batch
 from lopd.records.steps import LMHead as LMHead
 from lopd.records.steps import LossOutput as LossOutput

@@ -1,7 +1,9 @@
-"""Ragged records -> one packed `Batch`.  The only place that shifts, and the only place that makes weights.
+"""Rows of a store -> one packed `Batch`.  The only place that shifts, and the only place that makes weights.
 
 A rollout of P prompt and T response tokens gives P + T - 1 predictions: input n is token n, target n is token n + 1.  The first response
 token is the target of the last prompt token, so response entries begin at position P - 1.
+
+Shape suffixes: B rollouts, M response tokens of all of them, N predictions of all of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.records.arrays import BoolArray, Float32Array
 from lopd.records.rollouts import Rollout, ScoredRollout
+from lopd.records.rows import Rows, ends
 from lopd.records.steps import Batch
 
 Weighting = Callable[[BoolArray], Float32Array]
@@ -21,7 +25,8 @@ Weighting = Callable[[BoolArray], Float32Array]
 
 def by_rollout(loss_mask_T: BoolArray) -> Float32Array:
     """(T,) weights: every rollout counts 1, shared by its counted tokens.  What the paper's release does, and our default."""
-    return loss_mask_T.astype(np.float32) / np.float32(max(int(loss_mask_T.sum()), 1))
+    weight_T: Float32Array = np.divide(loss_mask_T, np.count_nonzero(loss_mask_T) or 1, dtype=np.float32)
+    return weight_T
 
 
 def by_token(loss_mask_T: BoolArray) -> Float32Array:
@@ -30,38 +35,42 @@ def by_token(loss_mask_T: BoolArray) -> Float32Array:
 
 
 def collate(
-    records: Sequence[ScoredRollout],
+    rows: Rows | Sequence[ScoredRollout],
     weighting: Weighting = by_rollout,
     *,
     teacher: str | None = None,
     ref: str | None = None,
     top_k: str | None = None,
 ) -> Batch:
-    """Pack records into one row of N = sum(P + T - 1) tokens, in their order.
+    """Pack rollouts into one row of N = sum(P + T - 1) tokens, in their order.
 
     Args:
-        records: what a store read.
+        rows: what a store read, or records.
         weighting: `by_rollout`, `by_token`, or your own function of the loss mask.
         teacher: which score column becomes `teacher_logprobs`.
         ref: which score column becomes `ref_logprobs`.
         top_k: of which score column the most likely tokens come along.
 
     Raises:
-        InvalidRecordError: there are no records, their K differ, or the weighting gave something that is no weight.
-        MissingScoresError: a record lacks a column; it names the rollout.
+        InvalidRecordError: there are no rollouts, their K differ, or the weighting gave something that is no weight.
+        MissingScoresError: a column was not read; it names the rollout.
     """
-    if not records:
+    rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+    if not len(rows):
         raise InvalidRecordError("Batch: it has 0 rollouts, expected at least 1; check the store is not empty.")
-    tokens = [np.concatenate([r.rollout.prompt_ids, r.rollout.response_ids]).astype(np.int64) for r in records]
+    lengths_B = rows.prompt_lengths + rows.response_lengths - 1
+    starts_B, stops_B = rows.token_ends[:-1].tolist(), rows.token_ends[1:].tolist()
+    place = _Places(rows, lengths_B)
+    ids, positions = rows.token_ids, np.arange(lengths_B.max())
     return Batch(
-        inputs=_pack([ids[:-1] for ids in tokens]),
-        targets=_pack([ids[1:] for ids in tokens]),
-        position_ids=_pack([np.arange(ids.size - 1) for ids in tokens]),
-        segment_ids=_pack([np.full(ids.size - 1, i) for i, ids in enumerate(tokens)]),
-        weight=_pack([_at_targets(r, _weights(r, weighting)) for r in records]),
-        teacher_logprobs=_column(records, teacher),
-        ref_logprobs=_column(records, ref),
-        **_top_k(records, top_k),
+        inputs=_joined([ids[start : stop - 1] for start, stop in zip(starts_B, stops_B, strict=True)]),
+        targets=_joined([ids[start + 1 : stop] for start, stop in zip(starts_B, stops_B, strict=True)]),
+        position_ids=_joined([positions[:n] for n in lengths_B.tolist()]),
+        segment_ids=torch.from_numpy(np.repeat(np.arange(len(rows)), lengths_B)),
+        weight=place.at_targets(_weights(rows, weighting)),
+        teacher_logprobs=None if teacher is None else place.at_targets(_column(rows, rows.scores, teacher, "columns")),
+        ref_logprobs=None if ref is None else place.at_targets(_column(rows, rows.scores, ref, "columns")),
+        **({} if top_k is None else _top_k(place, _column(rows, rows.top_k, top_k, "top_k"))),
     )
 
 
@@ -70,56 +79,58 @@ def target_slice(rollout: Rollout) -> slice:
     return slice(rollout.prompt_ids.size - 1, len(rollout) - 1)
 
 
-def _pack(parts: Sequence[NDArray[np.generic]]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts))
+def _joined(parts: Sequence[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts, dtype=np.int64, casting="safe"))
 
 
-def _weights(record: ScoredRollout, weighting: Weighting) -> Float32Array:
-    """The weighting's answer, if it is one: it may be the caller's own function."""
-    weight_T = np.asarray(weighting(record.rollout.loss_mask), np.float32)
-    if weight_T.shape != record.rollout.loss_mask.shape or not (np.isfinite(weight_T) & (weight_T >= 0)).all():
-        raise InvalidRecordError(
-            f"Rollout {record.rollout.rollout_id!r}: its weights have shape {weight_T.shape} and range [{weight_T.min(initial=0)}, "
-            f"{weight_T.max(initial=0)}], expected shape {record.rollout.loss_mask.shape}, finite and at least 0; fix the weighting function."
-        )
-    return weight_T
+class _Places:
+    """Where response tokens are among the predictions of all rollouts."""
+
+    def __init__(self, rows: Rows, lengths_B: NDArray[np.int64]) -> None:
+        self.total = int(lengths_B.sum())
+        first_B = ends(lengths_B)[:-1] + rows.prompt_lengths - 1
+        self._spans = list(zip(first_B.tolist(), (first_B + rows.response_lengths).tolist(), *_spans(rows), strict=True))
+
+    def at_targets(self, values_M: NDArray[Any], dtype: Any = np.float32) -> Tensor:
+        """One value (or row) per response token -> one per target, 0 where the target is a prompt token."""
+        values_N = np.zeros((self.total, *values_M.shape[1:]), dtype)
+        for start, stop, first, last in self._spans:
+            values_N[start:stop] = values_M[first:last]
+        return torch.from_numpy(values_N)
 
 
-def _at_targets(record: ScoredRollout, values_T: NDArray[Any]) -> NDArray[Any]:
-    """One value (or row) per response token -> one per target, 0 where the target is a prompt token."""
-    values = np.zeros((len(record.rollout) - 1, *values_T.shape[1:]), values_T.dtype)
-    values[target_slice(record.rollout)] = values_T
-    return values
+def _spans(rows: Rows) -> tuple[list[int], list[int]]:
+    return rows.response_ends[:-1].tolist(), rows.response_ends[1:].tolist()
 
 
-def _column(records: Sequence[ScoredRollout], name: str | None) -> torch.Tensor | None:
-    if name is None:
-        return None
-    for record in records:
-        if name not in record.scores:
-            raise MissingScoresError(
-                f"Rollout {record.rollout.rollout_id!r}: column {name!r} was not read; name it in `read(columns=...)`."
-            )
-    return _pack([_at_targets(record, record.scores[name]) for record in records])
+def _weights(rows: Rows, weighting: Weighting) -> Float32Array:
+    """(M,): the weighting's answers, if they are weights: it may be the caller's own function."""
+    mask_M = np.ones(int(rows.response_ends[-1]), np.bool_) if rows.loss_mask is None else rows.loss_mask
+    parts = [np.asarray(weighting(mask_M[first:last]), np.float32) for first, last in zip(*_spans(rows), strict=True)]
+    lengths_B = rows.response_lengths.tolist()
+    wrong = [i for i, part in enumerate(parts) if part.shape != (lengths_B[i],)]
+    if not wrong:
+        weight_M = np.concatenate(parts)
+        if weight_M.min() >= 0 and weight_M.max() < np.inf:
+            return weight_M
+        wrong = [i for i, part in enumerate(parts) if not (part.min() >= 0 and part.max() < np.inf)]
+    i, weight_T = wrong[0], parts[wrong[0]]
+    raise InvalidRecordError(
+        f"Rollout {rows.rollout_ids[i]!r}: its weights have shape {weight_T.shape} and range [{weight_T.min(initial=0)}, "
+        f"{weight_T.max(initial=0)}], expected shape {(lengths_B[i],)}, finite and at least 0; fix the weighting function."
+    )
 
 
-def _top_k(records: Sequence[ScoredRollout], name: str | None) -> dict[str, torch.Tensor]:
-    if name is None:
-        return {}
-    for record in records:
-        if name not in record.top_k:
-            raise MissingScoresError(
-                f"Rollout {record.rollout.rollout_id!r}: top-k of column {name!r} was not read; name it in `read(top_k=...)`."
-            )
-        k, expected = record.top_k[name].ids.shape[1], records[0].top_k[name].ids.shape[1]
-        if k != expected:
-            raise InvalidRecordError(
-                f"Rollout {record.rollout.rollout_id!r}: its top-k has {k} tokens, expected {expected} as the first of the batch; "
-                "score all rollouts with one K."
-            )
-    supports = [(record, record.top_k[name]) for record in records]
+def _column(rows: Rows, values: Any, name: str, argument: str) -> Any:
+    if name not in values:
+        what = "top-k of column" if argument == "top_k" else "column"
+        raise MissingScoresError(f"Rollout {rows.rollout_ids[0]!r}: {what} {name!r} was not read; name it in `read({argument}=...)`.")
+    return values[name]
+
+
+def _top_k(place: _Places, support: Any) -> dict[str, Tensor]:
     return {
-        "top_k_ids": _pack([_at_targets(record, support.ids.astype(np.int64)) for record, support in supports]),
-        "top_k_logprobs": _pack([_at_targets(record, support.logprobs) for record, support in supports]),
-        "top_k_tail": _pack([_at_targets(record, support.tail) for record, support in supports]),
+        "top_k_ids": place.at_targets(support.ids, np.int64),
+        "top_k_logprobs": place.at_targets(support.logprobs),
+        "top_k_tail": place.at_targets(support.tail),
     }

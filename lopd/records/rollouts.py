@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 from attrs import Factory, field, frozen
-from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError
 from lopd.records.arrays import (
@@ -160,8 +159,12 @@ class TopK:
         """A support that was checked when it was first made, and verified when it was read."""
         support = object.__new__(cls)
         for name, value, dtype in (("ids", ids, np.int32), ("logprobs", logprobs, np.float32), ("tail", tail, np.float32)):
-            object.__setattr__(support, name, read_only(value.astype(dtype)))
+            object.__setattr__(support, name, read_only(value.astype(dtype, copy=False)))
         return support
+
+    def __getitem__(self, tokens: slice) -> "TopK":
+        """Return the support of some of the tokens; a view."""
+        return TopK.from_store(self.ids[tokens], self.logprobs[tokens], self.tail[tokens])
 
     def __attrs_post_init__(self) -> None:
         check_logprobs("Top-k", "logprobs", self.logprobs, self.ids.shape)
@@ -240,21 +243,3 @@ class ScoredRollout:
     rollout: Rollout
     scores: Mapping[str, Float32Array]
     top_k: Mapping[str, TopK] = field(factory=dict)
-
-
-@frozen(eq=False)
-class RolloutArrays:
-    """Many rollouts end to end, for work on whole columns; the arrays may be views of files, in the types of the store.
-
-    Args:
-        prompt_lengths, response_lengths: (B,) int64.
-        token_ids: prompt and response of one rollout after the other.
-        loss_mask: one bool a response token; None where every token counts.
-        scores: column name -> one log-prob a response token, nats.
-    """
-
-    prompt_lengths: NDArray[np.int64]
-    response_lengths: NDArray[np.int64]
-    token_ids: NDArray[Any]
-    loss_mask: BoolArray | None
-    scores: Mapping[str, NDArray[Any]]

@@ -78,7 +78,7 @@ class StoreConformance(QuarantineClauses):
         asked = [2, 0, 2, 1]
         for row, index in zip(store.read(asked), asked, strict=True):
             assert_same_rollout(row.rollout, items[index])
-        assert store.read([]) == []
+        assert len(store.read([])) == 0
 
     @pytest.mark.parametrize("index", [3, -1])
     def test_a_row_outside_is_refused(self, index: int) -> None:

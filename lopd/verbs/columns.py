@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
-from attrs import evolve, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError, QuarantineWarning
@@ -13,11 +13,9 @@ from lopd.protocols import LogprobReader
 from lopd.protocols.reading import chosen, rows_of
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, Prompt, ScoredRollout
+from lopd.records.rows import Rows
 
 Teacher = str | Mapping[str, Sequence[Prompt]] | None
-
-#: Where the scores of several teachers' columns go, one teacher for each rollout.
-_MIXED = "teacher of the prompt"
 
 
 @frozen(eq=False)
@@ -36,34 +34,24 @@ class Columns:
     top_k: bool
     place: NDArray[np.int64] | None = None
 
-    def read(self, store: LogprobReader, rows: NDArray[np.int64]) -> list[ScoredRollout]:
-        """The rows in this order, each with the scores of its own teacher."""
+    def read(self, store: LogprobReader, rows: NDArray[np.int64]) -> Rows:
+        """The rows in this order, with the scores of each one's own teacher as "teacher", and those of the reference policy as "ref"."""
         if self.place is None:
-            return self._read(store, rows, self.teachers)
+            return self._read(store, rows, *self.teachers)
         records: dict[int, ScoredRollout] = {}
         for place in np.unique(self.place[rows]):
-            mine, column = rows[self.place[rows] == place], self.teachers[place]
-            records.update(zip(mine.tolist(), (_renamed(r, column) for r in self._read(store, mine, (column,))), strict=True))
-        return [records[row] for row in rows.tolist()]
+            mine = rows[self.place[rows] == place]
+            records.update(zip(mine.tolist(), self._read(store, mine, self.teachers[place]), strict=True))
+        return Rows.of([records[row] for row in rows.tolist()])
 
-    def _read(self, store: LogprobReader, rows: NDArray[np.int64], teachers: tuple[str, ...]) -> list[ScoredRollout]:
-        ref = () if self.ref is None else (self.ref,)
-        return store.read(rows.tolist(), columns=(*teachers, *ref), top_k=teachers if self.top_k else ())
+    def _read(self, store: LogprobReader, rows: NDArray[np.int64], teacher: str | None = None) -> Rows:
+        columns = [column for column in (teacher, self.ref) if column is not None]
+        read = store.read(rows.tolist(), columns=columns, top_k=columns[:1] if self.top_k else ())
+        return read.named(teacher=teacher, ref=self.ref)
 
     def provenances(self, store: LogprobReader) -> list[Provenance]:
         """Who computed each of the teachers' columns."""
         return [_provenance(store, column, self.top_k) for column in self.teachers]
-
-    @property
-    def teacher(self) -> str | None:
-        """The name under which `read` gives the teacher's scores."""
-        return None if not self.teachers else self.teachers[0] if self.place is None else _MIXED
-
-
-def _renamed(record: ScoredRollout, column: str) -> ScoredRollout:
-    """With one more name for the column."""
-    top_k = {**record.top_k, _MIXED: record.top_k[column]} if column in record.top_k else record.top_k
-    return evolve(record, scores={**record.scores, _MIXED: record.scores[column]}, top_k=top_k)
 
 
 def choose(

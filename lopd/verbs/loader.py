@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
+from itertools import accumulate, pairwise
 from typing import final
 
 import numpy as np
@@ -19,7 +19,8 @@ from lopd.records.checks import check_at_least
 from lopd.records.collate import Weighting, by_rollout, collate
 from lopd.records.manifest import Lineage
 from lopd.records.ranks import Ranks
-from lopd.records.rollouts import Prompt, ScoredRollout
+from lopd.records.rollouts import Prompt
+from lopd.records.rows import Rows
 from lopd.records.steps import Batch, Step
 from lopd.verbs.columns import Columns, check_reference, choose
 
@@ -64,21 +65,17 @@ class StepStream:
         if idle:
             parts = [*parts, np.array([np.argmin(lengths)])]
         # one read: a store fetches many rows at once faster than a few at a time
-        records = iter(self._read(rows[np.concatenate(parts)]))
-        made = [self._collate(list(islice(records, len(part)))) for part in parts]
+        read = self.columns.read(self.store, rows[np.concatenate(parts)])
+        if self.columns.ref is not None:
+            check_reference(self.store, self.columns.ref, set(read.generations.tolist()))
+        made = [self._collate(read[start:stop]) for start, stop in pairwise(accumulate(map(len, parts), initial=0))]
         if idle:
             made[-1:] = [evolve(made[-1], weight=torch.zeros_like(made[-1].weight))] * idle
         return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle)
 
-    def _read(self, rows: NDArray[np.int64]) -> list[ScoredRollout]:
-        records = self.columns.read(self.store, rows)
-        if self.columns.ref is not None:
-            check_reference(self.store, self.columns.ref, {record.rollout.generation for record in records})
-        return records
-
-    def _collate(self, records: Sequence[ScoredRollout]) -> Batch:
-        teacher = self.columns.teacher
-        return collate(records, self.weighting, teacher=teacher, ref=self.columns.ref, top_k=teacher if self.columns.top_k else None)
+    def _collate(self, rows: Rows) -> Batch:
+        role = {name: name if name in rows.scores else None for name in ("teacher", "ref")}
+        return collate(rows, self.weighting, **role, top_k="teacher" if self.columns.top_k else None)
 
 
 def batches(

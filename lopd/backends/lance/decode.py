@@ -1,12 +1,14 @@
-"""Rows of LanceDB tables -> rollouts and scores, each verified by its checksums."""
+"""Rows of LanceDB tables -> rows of a store: fetched some at a time, and each value verified where it was just copied to."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Protocol, final
 
 import numpy as np
+from attrs import frozen
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
 from lopd.backends.lance.encode import (
     ID,
@@ -14,14 +16,223 @@ from lopd.backends.lance.encode import (
     ROLLOUT_DATA,
     SCORE_DATA,
     TOP_K_DATA,
-    checksum,
     decode_id,
     hash_ids,
     line_checksums,
 )
+from lopd.backends.lance.table import RANGE, in_advance
 from lopd.errors import CorruptStoreError, LopdError
-from lopd.records.arrays import Float32Array, read_only
-from lopd.records.rollouts import Rollout, TopK
+from lopd.records.rollouts import TopK
+from lopd.records.rows import Rows, ends
+
+# Larger answers of Lance come in fresh memory each time; smaller ones cost more than they bring.
+_ROWS_AT_ONCE, _TOKENS_AT_ONCE = 2048, 1 << 21
+_REASON, _TOKENS, _MASK, _BEHAVIOR = ROLLOUT_DATA
+(_LOGPROBS,) = SCORE_DATA
+
+
+class Fetches(Protocol):
+    """A table of which some rows can be fetched."""
+
+    def fetch(self, rows: NDArray[np.int64], columns: Sequence[str], /) -> Any:
+        """Return an Arrow table with these columns, and `row`, of distinct and ascending rows, in an order of Lance's choice."""
+        ...
+
+
+@frozen(eq=False)
+class Wanted:
+    """Rows of one table.
+
+    Args:
+        owner: how messages name it.
+        table: where they are.
+        rows: (B,), their numbers in the store, in the order of the call.
+        lines: (B,), theirs in this table, verified.
+    """
+
+    owner: str
+    table: Fetches
+    rows: NDArray[np.int64]
+    lines: NDArray[np.void]
+
+
+def read(rollouts: Wanted, scores: Mapping[str, Wanted], top_k: Mapping[str, int]) -> Rows:
+    """Read rows end to end, with their scores, which are in other tables, and the supports (column -> K) of some.
+
+    Raises:
+        CorruptStoreError: a value is not what was written; it names the row.
+        StoreReadError: the storage does not answer.
+    """
+    lines = rollouts.lines
+    prompts, responses = (lines[name].astype(np.int64) for name in ("prompt_length", "response_length"))
+    names, reasons = _Cells(len(lines)), _Cells(len(lines))
+    tokens, mask, behavior = _Lists(prompts + responses), _Lists(responses, filler=1), _Lists(responses, filler=np.nan)
+    data: dict[str, _Cells | _Lists] = {_REASON: reasons, _TOKENS: tokens, _MASK: mask, _BEHAVIOR: behavior}
+    readers = [_Reader(rollouts, {None: {ID: names}, "data_checksum": data})]
+    columns: dict[str, list[_Lists]] = {}
+    for name, wanted in scores.items():
+        ranked = [_Lists(responses * n) for n in (top_k[name], top_k[name], 1)] if name in top_k else []
+        columns[name] = [_Lists(responses), *ranked]
+        targets = {"data_checksum": {_LOGPROBS: columns[name][0]}, "top_k_checksum": dict(zip(TOP_K_DATA, ranked, strict=bool(ranked)))}
+        readers.append(_Reader(wanted, {key: group for key, group in targets.items() if group}))
+    calls = [(reader, call) for reader in readers for call in reader.calls()]
+    for (reader, _), chunk in zip(calls, in_advance([call for _, call in calls]), strict=True):
+        reader.put(chunk)
+    for i in np.flatnonzero(hash_ids(names.values) != lines["id_hash"])[:1]:
+        raise damaged(rollouts.owner, f"rollout {_shown(names.values[i])}", f"id is not the one of row {lines['row'][i]}")
+    return Rows(
+        rollout_ids=[decode_id(name) for name in names.values],
+        prompt_lengths=prompts,
+        response_lengths=responses,
+        token_ids=tokens.array(np.int32),
+        loss_mask=None if mask.values is None else mask.values.view(np.bool_),
+        behavior_logprobs=None if behavior.values is None else behavior.array(np.float32).astype(np.float32, copy=False),
+        finish_reasons=reasons.values,
+        generations=lines["generation"].astype(np.int64),
+        content_hashes=lines["content_hash"].tolist(),
+        scores={name: found[0].array(np.float32).astype(np.float32, copy=False) for name, found in columns.items()},
+        top_k={
+            name: TopK.from_store(ids.array(np.int32).reshape(-1, k), ranked.array(np.float32).reshape(-1, k), tail.array(np.float32))
+            for name, k in top_k.items()
+            for _, ids, ranked, tail in [columns[name]]
+        },
+    )
+
+
+@frozen(eq=False)
+class _Chunk:
+    """Some of the rows.
+
+    Args:
+        table: their columns.
+        at: which row of the table is meant,
+        places: at each of these places in the call.
+    """
+
+    table: Any
+    at: NDArray[np.int64]
+    places: NDArray[np.int64]
+
+
+@final
+class _Cells:
+    """One text a row of the call."""
+
+    def __init__(self, count: int) -> None:
+        self.values: list[Any] = [None] * count
+
+    def take(self, column: Any, chunk: _Chunk, sums: Sequence[int]) -> list[int]:
+        """Put the texts of a chunk in their places; gives the checksum of each, which goes on from these."""
+        cells = column.to_pylist()
+        for at, place in zip(chunk.at.tolist(), chunk.places.tolist(), strict=True):
+            self.values[place] = cells[at]
+        found = [cells[at] if isinstance(cells[at], bytes) else cells[at].encode() for at in chunk.at.tolist()]
+        return list(map(xxh3_64_intdigest, found, sums))
+
+
+@final
+class _Lists:
+    """One list a row of the call, end to end; the array begins to be when the first values come.
+
+    Args:
+        lengths: values of each row of the call.
+        filler: for rows that have none; None where that cannot be.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], filler: float | None = None) -> None:
+        self.values: NDArray[Any] | None = None
+        self._ends = ends(lengths)
+        self._filler = filler
+
+    def array(self, dtype: Any) -> NDArray[Any]:
+        """Return the values; an empty array of this type if no row has any."""
+        return np.zeros(0, dtype) if self.values is None else self.values
+
+    def take(self, column: Any, chunk: _Chunk, sums: Sequence[int]) -> list[int]:
+        """Copy the values of a chunk to their places; gives the checksum of the copies, which goes on from these.
+
+        Raises:
+            ValueError: there are not as many as there should be.
+        """
+        if column.null_count == len(column):
+            return [xxh3_64_intdigest(b"", seed) for seed in sums]
+        values, bounds = column.values.to_numpy(), column.offsets.to_numpy().astype(np.int64)
+        if self.values is None:
+            total = int(self._ends[-1])
+            self.values = np.empty(total, values.dtype) if self._filler is None else np.full(total, self._filler, values.dtype)
+        there = column.is_valid().to_numpy(zero_copy_only=False)[chunk.at]
+        starts, places = bounds[chunk.at], self._ends[chunk.places]
+        lengths = np.where(there, bounds[chunk.at + 1] - starts, 0)
+        if (lengths != np.where(there, self._ends[chunk.places + 1] - places, 0)).any():
+            raise ValueError("a list is shorter or longer than its line says")
+        size, found = values.itemsize, []
+        source, target = values.view(np.uint8).data, self.values.view(np.uint8).data
+        # A copy is hashed while it is in the cache.  Views live for a moment: lists of them would keep the garbage collector busy.
+        for start, length, place, seed in zip(
+            (starts * size).tolist(), (lengths * size).tolist(), (places * size).tolist(), sums, strict=True
+        ):
+            target[place : place + length] = source[start : start + length]
+            found.append(xxh3_64_intdigest(target[place : place + length], seed))
+        return found
+
+
+@final
+class _Reader:
+    """Fills arrays and texts from one table.
+
+    Args:
+        wanted: its rows.
+        targets: for each checksum of a line, column -> where it goes, in the order in which the checksum goes over them; None for those of none.
+    """
+
+    def __init__(self, wanted: Wanted, targets: Mapping[str | None, Mapping[str, _Cells | _Lists]]) -> None:
+        self._wanted = wanted
+        self._targets = targets
+        self._columns = [name for group in targets.values() for name in group]
+        self._distinct, first, self._inverse, counts = np.unique(wanted.rows, return_index=True, return_inverse=True, return_counts=True)
+        self._order, self._ends = np.argsort(self._inverse, kind="stable"), ends(counts)
+        lengths = [
+            wanted.lines[name][first] for name in ("prompt_length", "response_length", "length") if name in (wanted.lines.dtype.names or ())
+        ]
+        self._tokens = ends(np.array(lengths, np.int64).sum(axis=0))
+
+    def calls(self) -> list[Callable[[], _Chunk]]:
+        """Each fetches some of the rows, in the order in which they are stored; a row that is asked for twice is fetched once."""
+        return [partial(self._fetch, start, stop) for start, stop in _cut(self._distinct, self._tokens)]
+
+    def _fetch(self, start: int, stop: int) -> _Chunk:
+        table = self._wanted.table.fetch(self._distinct[start:stop], self._columns)
+        places, found = self._order[self._ends[start] : self._ends[stop]], np.argsort(table["row"].to_numpy())
+        return _Chunk(table, found[self._inverse[places] - start], places)
+
+    def put(self, chunk: _Chunk) -> None:
+        """Copy what was fetched, and compare it with the checksums that the lines have."""
+        owner, lines = self._wanted.owner, self._wanted.lines[chunk.places]
+        for name, targets in self._targets.items():
+            with decoding(owner):
+                sums = [0] * len(chunk.at)
+                for column, target in targets.items():
+                    sums = target.take(chunk.table.column(column).chunk(0), chunk, sums)
+            for i in np.flatnonzero(np.array(sums, np.uint64) != lines[name])[:1] if name else ():
+                raise damaged(owner, self._name(chunk, int(i)), "checksum of its values is another than the one that was written")
+
+    def _name(self, chunk: _Chunk, i: int) -> str:
+        if ID in self._columns:
+            return f"rollout {_shown(chunk.table.column(ID)[int(chunk.at[i])].as_py())}"
+        return f"scores of row {self._wanted.rows[chunk.places[i]]}"
+
+
+def _cut(rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """(first, last + 1) of pieces of ascending rows, which begin after so many tokens; long runs of neighbours are pieces of their own."""
+    pieces, start = [], 0
+    run_ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, rows.size)
+    while start < rows.size:
+        fitting = int(np.searchsorted(tokens, tokens[start] + _TOKENS_AT_ONCE, side="right")) - 1
+        run_end = int(run_ends[np.searchsorted(run_ends, start, side="right")])
+        stop = min(max(fitting, start + 1), start + _ROWS_AT_ONCE, run_end if run_end - start >= RANGE else rows.size)
+        pieces.append((start, stop))
+        start = stop
+    return pieces
 
 
 @contextmanager
@@ -44,19 +255,18 @@ def read_lines(owner: str, table: Any, line: np.dtype[Any]) -> NDArray[np.void]:
     lines = np.zeros(len(table), line)
     with decoding(owner):
         for name in line.names or ():
-            lines[name] = hash_ids(_cells(table, ID)) if name == "id_hash" else _numbers(owner, table, name, line[name])
+            lines[name] = hash_ids(table.column(ID).to_pylist()) if name == "id_hash" else _numbers(owner, table, name, line[name])
         found, wanted = line_checksums(lines), _numbers(owner, table, LINE_CHECKSUM, np.dtype("<u8"))
     for i in np.flatnonzero(found != wanted)[:1]:
-        raise damaged(owner, _name_of(table, int(i), lines), f"checksum of its line is {found[i]:016x}, expected {wanted[i]:016x}")
+        name = f"scores of row {lines['row'][i]}"
+        if ID in table.column_names:
+            name = f"rollout {_shown(table.column(ID)[int(i)].as_py())}"
+        raise damaged(owner, name, f"checksum of its line is {found[i]:016x}, expected {wanted[i]:016x}")
     return lines
 
 
-def _name_of(table: Any, i: int, lines: NDArray[np.void]) -> str:
-    return (
-        f"rollout {_cells(table, ID)[i].decode(errors='backslashreplace')!r}"
-        if ID in table.column_names
-        else f"scores of row {lines['row'][i]}"
-    )
+def _shown(rollout_id: bytes) -> str:
+    return repr(rollout_id.decode(errors="backslashreplace"))
 
 
 def damaged(owner: str, name: str, what: str) -> CorruptStoreError:
@@ -71,92 +281,3 @@ def _numbers(owner: str, table: Any, name: str, dtype: np.dtype[Any]) -> NDArray
     if dtype.kind == "V":
         return np.frombuffer(column.buffers()[1], dtype)[column.offset : column.offset + len(column)]
     return np.asarray(column.to_numpy(zero_copy_only=False))
-
-
-def _cells(table: Any, name: str) -> list[Any]:
-    return list(table.column(name).to_pylist())
-
-
-class _Lists(NamedTuple):
-    """A column of lists: all values end to end, where each list ends and the next begins, and which are there."""
-
-    values: NDArray[Any]
-    ends: list[int]
-    there: list[bool]
-
-    @classmethod
-    def of(cls, table: Any, name: str) -> "_Lists":
-        column = table.column(name).chunk(0)
-        return cls(column.values.to_numpy(), column.offsets.to_numpy().tolist(), column.is_valid().to_pylist())
-
-    def converted(self, dtype: Any) -> "_Lists":
-        return self._replace(values=read_only(self.values.astype(dtype, copy=False)))
-
-    def get(self, i: int) -> NDArray[Any] | None:
-        return self.values[self.ends[i] : self.ends[i + 1]] if self.there[i] else None
-
-    def all(self) -> list[NDArray[Any]]:
-        return [self.values[start:end] for start, end in pairwise(self.ends)]
-
-
-def decode_rollouts(owner: str, table: Any, lines: NDArray[np.void]) -> list[Rollout]:
-    """The rollouts of an Arrow table that has their ids and values, in its order; `lines` are theirs.
-
-    Raises:
-        CorruptStoreError: one is not what was written; it names the rollout.
-    """
-    with decoding(owner):
-        return _decode_rollouts(owner, table, lines)
-
-
-def _decode_rollouts(owner: str, table: Any, lines: NDArray[np.void]) -> list[Rollout]:
-    stored_ids, reasons = _cells(table, ID), _cells(table, "finish_reason")
-    for i in np.flatnonzero(hash_ids(stored_ids) != lines["id_hash"])[:1]:
-        raise damaged(owner, f"rollout {stored_ids[i].decode(errors='backslashreplace')!r}", f"id is not the one of row {lines['row'][i]}")
-    ids = [decode_id(data) for data in stored_ids]
-    stored = tokens, masks, behaviors = [_Lists.of(table, name) for name in ROLLOUT_DATA[1:]]
-    for i, wanted in enumerate(lines["data_checksum"].tolist()):
-        if checksum(reasons[i].encode(), *(column.get(i) for column in stored)) != wanted:
-            raise damaged(owner, f"rollout {ids[i]!r}", "checksum of its tokens is another than the one that was written")
-    token_ids, masks, behaviors = tokens.converted(np.int32).all(), masks.converted(np.bool_), behaviors.converted(np.float32)
-    prompts, responses = lines["prompt_length"].tolist(), lines["response_length"].tolist()
-    all_count = read_only(np.ones(max(responses), np.bool_))
-    return [
-        Rollout.from_store(
-            rollout_id=ids[i],
-            prompt_ids=token_ids[i][: prompts[i]],
-            response_ids=token_ids[i][prompts[i] :],
-            loss_mask=all_count[: responses[i]] if (mask := masks.get(i)) is None else mask,
-            finish_reason=reasons[i],
-            behavior_logprobs=behaviors.get(i),
-            generation=generation,
-            content_hash=content_hash,
-        )
-        for i, (generation, content_hash) in enumerate(zip(lines["generation"].tolist(), lines["content_hash"].tolist(), strict=True))
-    ]
-
-
-def decode_scores(owner: str, table: Any, lines: NDArray[np.void]) -> list[Float32Array]:
-    """The log-probs of an Arrow table, in its order; `lines` are theirs.
-
-    Raises:
-        CorruptStoreError: one is not what was written; it names the row.
-    """
-    with decoding(owner):
-        logprobs = _Lists.of(table, SCORE_DATA[0])
-        _check_data(owner, lines, "data_checksum", [(values,) for values in logprobs.all()])
-        return logprobs.converted(np.float32).all()
-
-
-def decode_top_k(owner: str, table: Any, lines: NDArray[np.void], k: int) -> list[TopK]:
-    """The top-k supports of the same table."""
-    with decoding(owner):
-        stored = list(zip(*(_Lists.of(table, name).all() for name in TOP_K_DATA), strict=True))
-        _check_data(owner, lines, "top_k_checksum", stored)
-        return [TopK.from_store(ids.reshape(-1, k), logprobs.reshape(-1, k), tail) for ids, logprobs, tail in stored]
-
-
-def _check_data(owner: str, lines: NDArray[np.void], name: str, stored: Sequence[Sequence[Any]]) -> None:
-    for row, wanted, parts in zip(lines["row"].tolist(), lines[name].tolist(), stored, strict=True):
-        if checksum(*parts) != wanted:
-            raise damaged(owner, f"scores of row {row}", f"{name} of its log-probs is another than the one that was written")

@@ -94,25 +94,33 @@ class Part:
         """A number that no commit has that this version knows of."""
         return int(self.lines()[COMMIT].max(initial=-1)) + 1
 
-    def fetch(self, rows: NDArray[np.int64], columns: Sequence[str]) -> tuple[Any, NDArray[np.void]]:
-        """These columns of these rows, which must be there, distinct and ascending, and their lines; both in an order of Lance's choice.
-
-        Lines that are in memory, where they were verified, are not read again.
+    def lines_of(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
+        """Return the lines of rows that are there, in this order; of a table that has every row, no others are read where none is in memory.
 
         Raises:
-            CorruptStoreError: a line is damaged or missing.
+            CorruptStoreError: one is damaged.
+        """
+        if self._dense and not self._rows.size:
+            distinct, places = np.unique(rows, return_inverse=True)
+            found = read_lines(self._owner, self.table.take(distinct, line_columns(self._line)), self._line)
+            found = found[np.argsort(found["row"])]
+            if np.array_equal(found["row"], distinct):
+                return found[places]
+        return self.lines()[self.find(rows)]
+
+    def fetch(self, rows: NDArray[np.int64], columns: Sequence[str]) -> Any:
+        """Return these columns, and `row`, of rows that are there, distinct and ascending; in an order of Lance's choice.
+
+        Raises:
+            CorruptStoreError: other rows are in their places.
         """
         for _ in range(2):
             with self._lock:
-                # Without its lines in memory, a row of a dense table is looked for where it ought to be.
-                known = not self._dense or self._rows.size > 0
-                places = self._places_of(rows) if known else rows
-            wanted = ["row", *columns] if known else list(dict.fromkeys([*line_columns(self._line), *columns]))
-            found = self.table.take(np.sort(places), wanted)
-            there = found["row"].to_numpy()
-            if np.array_equal(np.sort(there), rows):
-                with self._lock:
-                    return found, self._lines[self.find(there)] if known else read_lines(self._owner, found, self._line)
+                # Without its lines in memory, a row of a table that has every row is looked for where it ought to be.
+                places = self._places_of(rows) if self._rows.size or not self._dense else rows
+            found = self.table.take(np.sort(places), ["row", *columns])
+            if np.array_equal(np.sort(found["row"].to_numpy()), rows):
+                return found
             with self._lock:
                 self.forget()
                 self.lines()

@@ -9,18 +9,16 @@ from numpy.typing import NDArray
 
 from lopd.backends import ragged
 from lopd.backends.id_index import IdIndex
-from lopd.backends.lance import arrays, decode, encode
-from lopd.backends.lance.arrays import Wanted
+from lopd.backends.lance import decode, encode
 from lopd.backends.lance.catalog import ROLLOUTS_FILE, Catalog, TableEntry
-from lopd.backends.lance.encode import ID, ROLLOUT_DATA, ROLLOUT_LINE, SCORE_DATA, SCORE_LINE, TOP_K_DATA, tokens_of
+from lopd.backends.lance.decode import Wanted
+from lopd.backends.lance.encode import ROLLOUT_LINE, SCORE_LINE, tokens_of
 from lopd.backends.lance.part import Part
 from lopd.backends.lance.table import COMMIT, Database
 from lopd.errors import CorruptStoreError
-from lopd.records.arrays import Float32Array
 from lopd.records.manifest import Commit, Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, RolloutArrays, ScoredRollout, TopK
-
-_Column = Mapping[int, tuple[Float32Array, TopK | None]]
+from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.records.rows import Rows
 
 
 @final
@@ -136,74 +134,32 @@ class Snapshot:
         found.sort(key=lambda commit: commit.when)
         return [evolve(commit, number=number) for number, commit in enumerate(found)]
 
-    def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> list[ScoredRollout]:
-        """These rollouts with these columns and supports, in the order asked."""
-        distinct = np.unique(rows)
-        if self.rollouts is None or not distinct.size:
-            return []
-        table, lines = self.rollouts.fetch(distinct, [ID, *ROLLOUT_DATA])
-        rollouts = dict(zip(lines["row"].tolist(), decode.decode_rollouts(self._owner, table, lines), strict=True))
-        found = {name: self._column(name, distinct, rollouts, ranked=name in top_k) for name in {*columns, *top_k}}
-        return [
-            ScoredRollout(
-                rollouts[row],
-                {name: found[name][row][0] for name in columns},
-                {name: support for name in top_k if (support := found[name][row][1]) is not None},
-            )
-            for row in rows.tolist()
-        ]
-
-    def read_arrays(self, rows: NDArray[np.int64], columns: Sequence[str]) -> RolloutArrays:
-        """These rows end to end, in the order asked."""
+    def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
+        """Return these rollouts with these columns and supports, in the order asked."""
+        supports = {name: self._catalog.top_k(name) for name in top_k}
+        for name in top_k:
+            if not supports[name]:
+                raise ragged.missing_top_k(self._owner, name)
         if self.rollouts is None or not rows.size:
-            nothing = np.zeros(0, np.int64)
-            return RolloutArrays(nothing, nothing, np.zeros(0, np.int32), None, {name: np.zeros(0, np.float32) for name in columns})
-        lines = self.lines()[rows]
-        if BEHAVIOR_COLUMN in columns and not lines["has_behavior"].all():
-            raise ragged.missing_scores(self._owner, self._name(int(rows[~lines["has_behavior"]][0])), BEHAVIOR_COLUMN)
-        scored = {name: self._scored(name, rows, lines) for name in columns if name != BEHAVIOR_COLUMN}
-        found = arrays.read_arrays(Wanted(self._owner, self.rollouts, rows, lines), scored)
-        return evolve(found, scores={name: found.scores[name] for name in columns})
+            return ragged.with_columns(self._owner, Rows.of(()), columns)
+        lines = self.rollouts.lines_of(rows)
+        scored = {name: self._scored(name, rows, lines) for name in dict.fromkeys([*columns, *top_k]) if name != BEHAVIOR_COLUMN}
+        read = decode.read(Wanted(self._owner, self.rollouts, rows, lines), scored, supports)
+        return ragged.with_columns(self._owner, read, columns)
 
     def _scored(self, column: str, rows: NDArray[np.int64], lines: NDArray[np.void]) -> Wanted:
         """The scores of these rows, if there are some, of these rows' tokens."""
         owner, part = f"{self._owner}: column {column!r}", self.columns.get(column)
-        at = np.full(rows.size, -1) if part is None else part.find(rows)
-        if part is None or (at < 0).any():
-            raise ragged.missing_scores(self._owner, self._name(int(rows[at < 0][0])), column)
-        found = part.lines()[at]
+        absent = rows if part is None else rows[part.find(rows) < 0]
+        if part is None or absent.size:
+            raise ragged.missing_scores(self._owner, self._name(int(absent[0])), column)
+        found = part.lines_of(rows)
         for i in np.flatnonzero((found["content_hash"] != lines["content_hash"]) | (found["length"] != lines["response_length"]))[:1]:
-            raise _other_tokens(owner, self._name(int(rows[i])))
+            raise CorruptStoreError(
+                f"{owner}: scores of rollout {self._name(int(rows[i]))!r} were computed on other tokens; restore the store from a backup."
+            )
         return Wanted(owner, part, rows, found)
 
     def _name(self, row: int) -> str:
         """The rollout's id, for messages."""
-        return self.read(np.array([row]), (), ())[0].rollout.rollout_id
-
-    def _column(self, column: str, rows: NDArray[np.int64], rollouts: Mapping[int, Rollout], *, ranked: bool) -> _Column:
-        k = self._catalog.top_k(column)
-        if ranked and not k:
-            raise ragged.missing_top_k(self._owner, column)
-        if column == BEHAVIOR_COLUMN:
-            return {row: (self._behavior(rollout), None) for row, rollout in rollouts.items()}
-        part = self.columns.get(column)
-        absent = rows if part is None else rows[part.find(rows) < 0]
-        if part is None or absent.size:
-            raise ragged.missing_scores(self._owner, rollouts[int(absent[0])].rollout_id, column)
-        owner = f"{self._owner}: column {column!r}"
-        table, lines = part.fetch(rows, [*SCORE_DATA, *(TOP_K_DATA if ranked else ())])
-        logprobs = decode.decode_scores(owner, table, lines)
-        supports = decode.decode_top_k(owner, table, lines, k) if ranked else [None] * len(lines)
-        for row, content_hash, values in zip(lines["row"].tolist(), lines["content_hash"].tolist(), logprobs, strict=True):
-            if (content_hash, values.size) != (rollouts[row].content_hash, rollouts[row].response_ids.size):
-                raise _other_tokens(owner, rollouts[row].rollout_id)
-        return dict(zip(lines["row"].tolist(), zip(logprobs, supports, strict=True), strict=True))
-
-    def _behavior(self, rollout: Rollout) -> Float32Array:
-        if rollout.behavior_logprobs is None:
-            raise ragged.missing_scores(self._owner, rollout.rollout_id, BEHAVIOR_COLUMN)
-        return rollout.behavior_logprobs
-
-
-def _other_tokens(owner: str, rollout_id: str) -> CorruptStoreError:
-    return CorruptStoreError(f"{owner}: scores of rollout {rollout_id!r} were computed on other tokens; restore the store from a backup.")
+        return self.read(np.array([row]), (), ()).rollout_ids[0]

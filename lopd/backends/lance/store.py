@@ -27,7 +27,8 @@ from lopd.backends.ragged import LogprobDtype
 from lopd.errors import ManifestMismatchError, MissingScoresError, StoreExistsError, StorePathError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
-from lopd.records.rollouts import Rollout, RolloutArrays, ScoredRollout, Scores
+from lopd.records.rollouts import Rollout, Scores
+from lopd.records.rows import Rows
 
 _WEEK = 7 * 24 * 3600.0
 _SCHEMES = ("s3", "gs", "az", "abfss")
@@ -175,17 +176,10 @@ class LanceStore:
         """Rows that the column's model could not score, and why."""
         return self._snapshot.quarantined(column)
 
-    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """These rollouts with these columns, in the order asked; fetches and verifies these rows, and of columns also all lines, once."""
         rows = np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64)
         return self._snapshot.read(rows, columns, top_k)
-
-    def read_arrays(self, indices: Sequence[int], /, columns: Sequence[str] = ()) -> RolloutArrays:
-        """The same rows end to end, and the faster the more of them one call asks for; also reads all lines, once.
-
-        Raises as `read` does.
-        """
-        return self._snapshot.read_arrays(np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64), columns)
 
     def table(self, column: str | None = None) -> Any:
         """LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it takes no writes.

@@ -1,6 +1,6 @@
-"""The lines and arrays of a segment -> rollouts and scores; every value that leaves here has been compared with its checksum."""
+"""The lines and arrays of segments -> rows; every value that leaves here has been compared with its checksum."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,172 +8,183 @@ from attrs import frozen
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from lopd.backends.zarr.encode import BOUND_BY, LENGTHS, REASONS, R, S
-from lopd.backends.zarr.segment import Segment, checksum_of
-from lopd.records.arrays import Float32Array, read_only
-from lopd.records.rollouts import Rollout, TopK
+from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, REASONS, TOP_K_ARRAYS, R, S
+from lopd.backends.zarr.segment import Segment
+from lopd.records.rollouts import TopK
+from lopd.records.rows import Rows
 
 _Int64 = NDArray[np.int64]
+#: Calls functions, side by side where they wait for a network, and returns their answers.
+Run = Callable[[Sequence[Callable[[], Any]]], list[Any]]
 
 
 @frozen(eq=False)
-class Pieces:
-    """Where some rows have their values in one array.
+class Group:
+    """Rows of a call that are in one segment.
 
     Args:
-        segment, name: of the array.
-        starts, ends: (n,), of each row's piece.
-        expected: (n,), their checksums.
+        segment: where they are.
+        places: (n,), their places in the call.
+        indices: (n,), their lines in the segment.
     """
 
     segment: Segment
-    name: str
+    places: _Int64
+    indices: _Int64
+
+    def lines(self) -> _Int64:
+        """Return (n, fields), verified."""
+        return self.segment.lines(self.indices)
+
+
+@frozen(eq=False)
+class _Pieces:
+    """Where some rows of a call have their values.
+
+    Args:
+        segment: where they are.
+        names: arrays; the checksum goes over one after the other.
+        places: (n,), places of the rows in the call.
+        starts, ends: (n,), along the first dimension of each array.
+        expected: (n,), checksums.
+    """
+
+    segment: Segment
+    names: tuple[str, ...]
+    places: _Int64
     starts: _Int64
     ends: _Int64
     expected: _Int64
 
-    def read(self) -> list[NDArray[Any]]:
-        """One array a row."""
-        pieces = self.segment.ranges(self.name, self.starts.tolist(), self.ends.tolist())
-        self._compare([xxh3_64_intdigest(piece.data) for piece in pieces])
-        return pieces
+    @classmethod
+    def at(cls, group: Group, names: tuple[str, ...], starts: _Int64, lengths: _Int64, expected: _Int64) -> "_Pieces":
+        return cls(group.segment, names, group.places, starts, starts + lengths, expected)
 
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of the values."""
-        return np.dtype(self.segment.meta.arrays[self.name].dtype)
-
-    @property
-    def neighbours(self) -> bool:
-        """Whether they lie end to end, in the order in which they are asked for."""
-        return bool((self.starts[1:] == self.ends[:-1]).all())
-
-    def read_whole(self) -> NDArray[Any]:
-        """Neighbours end to end, as they lie; not even copied from a local file."""
-        first = int(self.starts[0])
-        (whole,) = self.segment.ranges(self.name, [first], [int(self.ends[-1])])
-        size, data = whole.itemsize, whole.view(np.uint8).data
-        bounds = zip(((self.starts - first) * size).tolist(), ((self.ends - first) * size).tolist(), strict=True)
-        self._compare([xxh3_64_intdigest(data[start:end]) for start, end in bounds])
-        return whole
-
-    def read_bytes(self) -> list[memoryview]:
-        """The bytes of each row: slices of views cost half of what slices of arrays do."""
-        source = self.segment.whole(self.name)
-        if source is None:
-            pieces = [piece.view(np.uint8).data for piece in self.segment.ranges(self.name, self.starts.tolist(), self.ends.tolist())]
-        else:
-            size, data = source.itemsize, source.view(np.uint8).data
-            bounds = zip((self.starts * size).tolist(), (self.ends * size).tolist(), strict=True)
-            pieces = [data[start:end] for start, end in bounds]
-        self._compare([xxh3_64_intdigest(piece) for piece in pieces])
-        return pieces
-
-    def _compare(self, sums: list[int]) -> None:
+    def read(self) -> list[list[memoryview]]:
+        """Return, for each array, the bytes of each row."""
+        found = [self._bytes(name) for name in self.names]
+        sums = [0] * len(self.places)
+        for pieces in found:
+            sums = list(map(xxh3_64_intdigest, pieces, sums))
         bad = np.flatnonzero(np.array(sums, np.uint64).view(np.int64) != self.expected)
         if bad.size:
-            raise self.segment.damaged(self.name, f"what belongs to line {bad[0]} of those that were asked for does not match its checksum")
+            what = f"what belongs to line {bad[0]} of those that were asked for does not match its checksum"
+            raise self.segment.damaged(self.names[0], what)
+        return found
+
+    def _bytes(self, name: str) -> list[memoryview]:
+        whole = self.segment.whole(name)
+        if whole is None:
+            parts = self.segment.ranges(name, self.starts.tolist(), self.ends.tolist())
+            return [part.reshape(-1).view(np.uint8).data for part in parts]
+        # slices of views cost half of what slices of arrays do
+        data, size = whole.reshape(-1).view(np.uint8).data, whole.nbytes // max(len(whole), 1)
+        bounds = zip((self.starts * size).tolist(), (self.ends * size).tolist(), strict=True)
+        return [data[start:end] for start, end in bounds]
+
+
+def read(rollouts: Sequence[Group], scores: Mapping[str, Sequence[Group]], top_k: Sequence[str], run: Run) -> Rows:
+    """Read rows with their scores in these columns, and the supports of some: first all lines, then all values.
+
+    Raises:
+        CorruptStoreError: a value does not match its checksum, or scores were computed on other tokens.
+        StoreReadError: the storage does not answer.
+    """
+    groups = [*rollouts, *(group for column in scores.values() for group in column)]
+    parts = iter(run([group.lines for group in groups]))
+    own = [(group, next(parts)) for group in rollouts]
+    columns = {name: [(group, next(parts)) for group in column] for name, column in scores.items()}
+    lines = np.empty((sum(len(part) for _, part in own), len(R)), np.int64)
+    for group, part in own:
+        lines[group.places] = part
+    prompts, responses = lines[:, LENGTHS].T
+    wanted = {
+        "token_ids": [
+            _Pieces.at(group, ("token_ids",), part[:, R["token_start"]], part[:, LENGTHS].sum(axis=1), part[:, R["token_checksum"]])
+            for group, part in own
+        ],
+        "loss_mask": _some(own, "loss_mask", "masked", "mask_checksum"),
+        "behavior_logprobs": _some(own, "behavior_logprobs", "has_behavior", "behavior_checksum"),
+    }
+    for name, column in columns.items():
+        for group, part in column:
+            _check_bound(group, part, lines)
+        wanted[f"scores {name}"] = _scored(column, ("logprobs",), "logprobs_checksum")
+        wanted[f"top_k {name}"] = _scored(column, TOP_K_ARRAYS, "top_k_checksum") if name in top_k else []
+    calls = [pieces.read for several in wanted.values() for pieces in several]
+    answers = iter(run([*calls, *(lambda g=group, p=part: _names(g, p) for group, part in own)]))
+    found = {name: [(pieces, next(answers)) for pieces in several] for name, several in wanted.items()}
+    masks, behaviors = found["loss_mask"], found["behavior_logprobs"]
+    return Rows(
+        rollout_ids=_scattered(len(lines), [(group.places, next(answers)) for group, _ in own]),
+        prompt_lengths=prompts,
+        response_lengths=responses,
+        token_ids=_joined(found["token_ids"], prompts)[0],
+        loss_mask=_joined(masks, responses, 1)[0].view(np.bool_) if masks else None,
+        behavior_logprobs=_joined(behaviors, responses, np.nan)[0].astype(np.float32, copy=False) if behaviors else None,
+        finish_reasons=[REASONS[i] for i in lines[:, R["finish_reason"]].tolist()],
+        generations=lines[:, R["generation"]],
+        content_hashes=contents(lines),
+        scores={name: _joined(found[f"scores {name}"], responses)[0].astype(np.float32, copy=False) for name in scores},
+        top_k={name: TopK.from_store(*_joined(found[f"top_k {name}"], responses)) for name in top_k},
+    )
 
 
 def contents(lines: _Int64) -> list[bytes]:
-    """The content hash of each rollout."""
+    """Return the content hash of each rollout."""
     first = R["content_hash_0"]
     hashes = np.ascontiguousarray(lines[:, first : first + 2]).tobytes()
     return [hashes[i : i + 16] for i in range(0, len(hashes), 16)]
 
 
-def tokens(segment: Segment, lines: _Int64) -> Pieces:
-    """Prompt and response ids."""
-    starts = lines[:, R["token_start"]]
-    return Pieces(segment, "token_ids", starts, starts + lines[:, LENGTHS].sum(axis=1), lines[:, R["token_checksum"]])
-
-
-def responses(segment: Segment, lines: _Int64, name: str, flag: str, checksum: str) -> list[NDArray[Any] | None]:
-    """One value a response token for the rows that have them, None for the others."""
-    having = np.flatnonzero(lines[:, R[flag]])
-    found: list[NDArray[Any] | None] = [None] * len(lines)
-    if having.size:
-        chosen = lines[having]
-        starts = chosen[:, R["response_start"]]
-        pieces = Pieces(segment, name, starts, starts + chosen[:, R["response_length"]], chosen[:, R[checksum]]).read()
-        for place, piece in zip(having.tolist(), pieces, strict=True):
-            found[place] = piece
+def _some(own: Sequence[tuple[Group, _Int64]], name: str, flag: str, checksum: str) -> list[_Pieces]:
+    """Find one value a response token, of the rows that have them."""
+    found = []
+    for group, part in own:
+        having = np.flatnonzero(part[:, R[flag]])
+        if having.size:
+            some, lines = Group(group.segment, group.places[having], group.indices[having]), part[having]
+            found.append(_Pieces.at(some, (name,), *lines[:, [R["response_start"], R["response_length"], R[checksum]]].T))
     return found
 
 
-def masks(segment: Segment, lines: _Int64) -> list[NDArray[Any] | None]:
-    """Loss masks; None where every token counts."""
-    return responses(segment, lines, "loss_mask", "masked", "mask_checksum")
+def _scored(column: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], checksum: str) -> list[_Pieces]:
+    return [_Pieces.at(group, names, *part[:, [S["start"], S["length"], S[checksum]]].T) for group, part in column]
 
 
-def behaviors(segment: Segment, lines: _Int64) -> list[NDArray[Any] | None]:
-    """What the sampling engine reported, if it did."""
-    return responses(segment, lines, "behavior_logprobs", "has_behavior", "behavior_checksum")
+def _check_bound(group: Group, part: _Int64, lines: _Int64) -> None:
+    """Refuse scores that were computed on other tokens than those they are read with."""
+    strange = np.flatnonzero((part[:, BOUND_BY[1]] != lines[group.places][:, BOUND_BY[0]]).any(axis=1))
+    if strange.size:
+        raise group.segment.damaged("logprobs", f"the scores of row {part[strange[0], S['row']]} were computed on other tokens")
 
 
-def rollouts(segment: Segment, indices: Sequence[int]) -> list[Rollout]:
-    """These rollouts of a segment."""
-    lines = segment.lines(indices)
-    columns = masks(segment, lines), behaviors(segment, lines), contents(lines)
-    parts = zip(_ids(segment, lines), lines.tolist(), tokens(segment, lines).read(), *columns, strict=True)
-    decoded = []
-    for name, line, token_ids, mask, behavior, content_hash in parts:
-        ids = read_only(token_ids.astype(np.int32))
-        middle, length = line[R["prompt_length"]], line[R["response_length"]]
-        decoded.append(
-            Rollout.from_store(
-                rollout_id=name,
-                prompt_ids=ids[:middle],
-                response_ids=ids[middle:],
-                loss_mask=read_only(np.ones(length, np.bool_) if mask is None else mask.astype(np.bool_)),
-                finish_reason=REASONS[line[R["finish_reason"]]],
-                # A copy: a view would keep its map, and the file behind it, open for as long as the caller keeps the rollout.
-                behavior_logprobs=None if behavior is None else read_only(behavior.astype(np.float32)),
-                generation=line[R["generation"]],
-                content_hash=content_hash,
-            )
-        )
-    return decoded
-
-
-def _ids(segment: Segment, lines: _Int64) -> list[str]:
+def _names(group: Group, lines: _Int64) -> list[str]:
     starts = lines[:, R["id_start"]]
-    data = [piece.tobytes() for piece in segment.ranges("rollout_ids", starts.tolist(), (starts + lines[:, R["id_length"]]).tolist())]
+    ends = starts + lines[:, R["id_length"]]
+    data = [piece.tobytes() for piece in group.segment.ranges("rollout_ids", starts.tolist(), ends.tolist())]
     hashes = np.frombuffer(b"".join(map(xxh3_128_digest, data)), "<i8").reshape(-1, 2)
-    if (hashes != lines[:, R["id_hash_0"] : R["id_hash_1"] + 1]).any():
-        raise segment.damaged("rollout_ids", "an id is not the one that its line names")
+    if (hashes != lines[:, ID_HASH]).any():
+        raise group.segment.damaged("rollout_ids", "an id is not the one that its line names")
     return [raw.decode("utf-8", "surrogatepass") for raw in data]
 
 
-def bound_to(rollouts: Sequence[Rollout]) -> _Int64:
-    """(n, 3): what the scores of these rollouts must say of the tokens that they were computed on."""
-    hashes = np.frombuffer(b"".join(rollout.content_hash for rollout in rollouts), "<i8").reshape(-1, 2)
-    return np.column_stack([np.array([rollout.response_ids.size for rollout in rollouts], np.int64), hashes])
+def _scattered(count: int, parts: Sequence[tuple[_Int64, Sequence[Any]]]) -> list[Any]:
+    """Put one value a row in the order of the call; None where there is none."""
+    whole: list[Any] = [None] * count
+    for places, part in parts:
+        for place, value in zip(places.tolist(), part, strict=True):
+            whole[place] = value
+    return whole
 
 
-def logprobs(segment: Segment, lines: _Int64, bound: _Int64) -> Pieces:
-    """Log-probs of these lines of scores, if they were computed on the rollouts that they are read with."""
-    strange = np.flatnonzero((lines[:, BOUND_BY[1]] != bound).any(axis=1))
-    if strange.size:
-        raise segment.damaged("logprobs", f"the scores of row {lines[strange[0], S['row']]} were computed on other tokens")
-    starts = lines[:, S["start"]]
-    return Pieces(segment, "logprobs", starts, starts + lines[:, S["length"]], lines[:, S["logprobs_checksum"]])
-
-
-def scores(segment: Segment, indices: Sequence[int], bound: _Int64, *, top_k: bool) -> list[tuple[Float32Array, TopK | None]]:
-    """Log-probs, and the top-k supports if they are wanted."""
-    lines = segment.lines(indices)
-    values = [read_only(piece.astype(np.float32)) for piece in logprobs(segment, lines, bound).read()]
-    return list(zip(values, _top_k(segment, lines) if top_k else [None] * len(lines), strict=True))
-
-
-def _top_k(segment: Segment, lines: _Int64) -> list[TopK]:
-    starts = lines[:, S["start"]]
-    ends = (starts + lines[:, S["length"]]).tolist()
-    parts = [segment.ranges(name, starts.tolist(), ends) for name in ("top_k_ids", "top_k_logprobs", "top_k_tail")]
-    supports = []
-    for expected, *three in zip(lines[:, S["top_k_checksum"]].tolist(), *parts, strict=True):
-        if checksum_of(*three) != expected:
-            raise segment.damaged("top_k", "a support does not match its checksum")
-        supports.append(TopK.from_store(*three))
-    return supports
+def _joined(found: Sequence[tuple[_Pieces, list[list[memoryview]]]], lengths_B: _Int64, filler: float = 0) -> list[NDArray[Any]]:
+    """Put the values of all rows end to end, in the order of the call, an array for each name; rows without values get the filler."""
+    arrays = []
+    for k, name in enumerate(found[0][0].names):
+        meta = found[0][0].segment.meta.arrays[name]
+        rows = _scattered(len(lengths_B), [(pieces.places, read[k]) for pieces, read in found])
+        if None in rows:
+            rows = [np.full(n, filler, meta.dtype).data if row is None else row for row, n in zip(rows, lengths_B.tolist(), strict=True)]
+        arrays.append(np.frombuffer(b"".join(rows), np.dtype(meta.dtype).newbyteorder("<")).reshape(-1, *meta.shape[1:]))
+    return arrays

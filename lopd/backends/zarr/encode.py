@@ -1,4 +1,4 @@
-"""Rollouts and scores -> the lines and arrays of a segment.  What each column of a line means is said here; `zarr_decode` is the way back."""
+"""Rollouts and scores -> the lines and arrays of a segment; `decode` is the way back.  What each column of a line means is said here."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -44,6 +44,8 @@ SCORE_FIELDS = (
     "top_k_checksum",
     "line_checksum",
 )
+#: The arrays of a support, in the order in which its checksum goes over them.
+TOP_K_ARRAYS = ("top_k_ids", "top_k_logprobs", "top_k_tail")
 #: Column numbers of a rollout's line, and of a score's.
 R = {name: i for i, name in enumerate(ROLLOUT_FIELDS)}
 S = {name: i for i, name in enumerate(SCORE_FIELDS)}
@@ -139,7 +141,7 @@ def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int
         ranked, error = ragged.to_stored([support.logprobs for support in supports], owners, logprob_dtype)
         tails = [support.tail for support in supports]
         columns["top_k_checksum"] = [checksum_of(*three) for three in zip(ids, ranked, tails, strict=True)]
-        parts: dict[str, Sequence[Any]] = {"top_k_ids": ids, "top_k_logprobs": ranked, "top_k_tail": tails}
+        parts: dict[str, Sequence[Any]] = dict(zip(TOP_K_ARRAYS, (ids, ranked, tails), strict=True))
         arrays |= {name: np.concatenate(values) for name, values in parts.items()}
         rounding = max(rounding, error)
     lines = _table(SCORE_FIELDS, len(scores), columns)

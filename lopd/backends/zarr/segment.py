@@ -162,15 +162,15 @@ class Segment:
         """Whether the segment has this array."""
         return name in self.meta.arrays
 
-    def lines(self, indices: Sequence[int] | None = None) -> _Int64:
+    def lines(self, indices: _Int64 | None = None) -> _Int64:
         """(n, fields): these lines, or all of them; each verified."""
         table = self.whole(LINES)
         if table is not None:
-            lines = table if indices is None else table[np.asarray(indices, np.int64)]
+            lines = table if indices is None else table[indices]
         elif indices is None:
             (lines,) = self.ranges(LINES, [0], [self.meta.rows])
         else:
-            lines = np.concatenate(self.ranges(LINES, indices, [i + 1 for i in indices]))
+            lines = np.concatenate(self.ranges(LINES, indices.tolist(), (indices + 1).tolist()))
         lines = np.ascontiguousarray(lines)
         bad = np.flatnonzero(_line_checksums(lines) != lines[:, -1])
         if bad.size:

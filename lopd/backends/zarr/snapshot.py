@@ -5,7 +5,6 @@ read when it is first asked for, and is some bytes per rollout.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, final
 
 import numpy as np
@@ -17,14 +16,13 @@ from lopd.backends.files import Files
 from lopd.backends.id_index import IdIndex
 from lopd.backends.zarr import decode
 from lopd.backends.zarr.column import LINE_BITS, Column
-from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, R, hash_ids
+from lopd.backends.zarr.encode import ID_HASH, LENGTHS, R, hash_ids
 from lopd.backends.zarr.segment import Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, RolloutArrays, ScoredRollout
-
-_Group = tuple[Segment, list[int], list[int]]
+from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.records.rows import Rows
 
 
 @final
@@ -170,134 +168,38 @@ class Snapshot:
 
     def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
         """Content hash and number of response tokens of rollouts."""
-        groups = self._grouped(rows)
-        lines = self._files.run([partial(segment.lines, indices) for segment, _, indices in groups])
-        found = [list(zip(decode.contents(part), part[:, R["response_length"]].tolist(), strict=True)) for part in lines]
-        return _scatter(len(rows), [where for _, where, _ in groups], found)
+        groups, found = self._grouped(rows), np.empty((len(rows), len(R)), np.int64)
+        for group, lines in zip(groups, self._files.run([group.lines for group in groups]), strict=True):
+            found[group.places] = lines
+        return list(zip(decode.contents(found), found[:, R["response_length"]].tolist(), strict=True))
 
-    def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> list[ScoredRollout]:
+    def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """These rows with these columns; everything is verified."""
-        if not len(rows):
-            return []
-        groups = self._grouped(rows)
-        parts = self._files.run([partial(decode.rollouts, segment, indices) for segment, _, indices in groups])
-        rollouts: list[Rollout] = _scatter(len(rows), [where for _, where, _ in groups], parts)
-        scores: list[dict[str, Any]] = [{} for _ in rollouts]
-        supports: list[dict[str, Any]] = [{} for _ in rollouts]
-        for name in dict.fromkeys([*columns, *top_k]):
-            for i, (logprobs_T, support) in enumerate(self._read_column(name, rows, rollouts, name in top_k)):
-                if name in columns:
-                    scores[i][name] = logprobs_T
-                if name in top_k:
-                    supports[i][name] = support
-        return [ScoredRollout(*three) for three in zip(rollouts, scores, supports, strict=True)]
+        for name in top_k:
+            if name == BEHAVIOR_COLUMN or (name in self.columns and self.columns[name].provenance.top_k == 0):
+                raise ragged.missing_top_k(self._owner, name)
+        names = [name for name in dict.fromkeys([*columns, *top_k]) if name != BEHAVIOR_COLUMN]
+        groups, scored = self._grouped(rows), {name: self._grouped_scores(name, rows) for name in names}
+        read = decode.read(groups, scored, top_k, self._files.run) if groups else Rows.of(())
+        return ragged.with_columns(self._owner, read, columns)
 
-    def _read_column(self, name: str, rows: NDArray[np.int64], rollouts: Sequence[Rollout], wants_top_k: bool) -> list[Any]:
-        if name == BEHAVIOR_COLUMN and not wants_top_k:
-            return [(self._behavior_of(rollout), None) for rollout in rollouts]
-        groups = self._grouped_scores(name, rows)
-        if wants_top_k and self.columns[name].provenance.top_k == 0:
-            raise ragged.missing_top_k(self._owner, name)
-        calls = []
-        for segment, where, lines in groups:
-            bound_to = decode.bound_to([rollouts[i] for i in where])
-            calls.append(partial(decode.scores, segment, lines, bound_to, top_k=wants_top_k))
-        return _scatter(len(rows), [where for _, where, _ in groups], self._files.run(calls))
-
-    def read_arrays(self, rows: NDArray[np.int64], columns: Sequence[str]) -> RolloutArrays:
-        """These rows end to end; everything is verified."""
-        if not len(rows):
-            nothing = np.zeros(0, np.int64)
-            return RolloutArrays(nothing, nothing, np.zeros(0, np.int32), None, {name: np.zeros(0, np.float32) for name in columns})
-        groups = self._grouped(rows)
-        wheres = [where for _, where, _ in groups]
-        lines = self._files.run([partial(segment.lines, indices) for segment, _, indices in groups])
-        ordered = np.empty((len(rows), len(R)), np.int64)
-        for where, part in zip(wheres, lines, strict=True):
-            ordered[where] = part
-        masks = [decode.masks(g[0], part) for g, part in zip(groups, lines, strict=True)] if ordered[:, R["masked"]].any() else None
-        tokens = [decode.tokens(g[0], part) for g, part in zip(groups, lines, strict=True)]
-        return RolloutArrays(
-            prompt_lengths=ordered[:, R["prompt_length"]],
-            response_lengths=ordered[:, R["response_length"]],
-            token_ids=self._join(len(rows), wheres, tokens),
-            loss_mask=None if masks is None else _join_masks(ordered[:, R["response_length"]], _scatter(len(rows), wheres, masks)),
-            scores={name: self._column_array(name, rows, ordered, groups, lines) for name in columns},
-        )
-
-    def _column_array(
-        self, name: str, rows: NDArray[np.int64], ordered: NDArray[np.int64], groups: Sequence[_Group], lines: Sequence[NDArray[np.int64]]
-    ) -> NDArray[Any]:
-        if name == BEHAVIOR_COLUMN:
-            found = _scatter(
-                len(rows), [g[1] for g in groups], [decode.behaviors(g[0], part) for g, part in zip(groups, lines, strict=True)]
-            )
-            if any(piece is None for piece in found):
-                raise ragged.missing_scores(self._owner, self._name(int(rows[[piece is None for piece in found].index(True)])), name)
-            return np.concatenate(found)
-        scored = self._grouped_scores(name, rows)
-        bound_to = ordered[:, BOUND_BY[0]]
-        pieces = self._files.run([partial(_logprobs, segment, where_lines, bound_to[where]) for segment, where, where_lines in scored])
-        return self._join(len(rows), [where for _, where, _ in scored], pieces)
-
-    def _join(self, count: int, wheres: Sequence[Sequence[int]], parts: Sequence[decode.Pieces]) -> NDArray[Any]:
-        """The pieces end to end in the order of the call; not copied where they lie so in one file."""
-        if len(parts) == 1 and parts[0].neighbours:
-            return parts[0].read_whole()
-        pieces = _scatter(count, wheres, self._files.run([part.read_bytes for part in parts]))
-        return np.frombuffer(b"".join(pieces), parts[0].dtype)
-
-    def _grouped_scores(self, name: str, rows: NDArray[np.int64]) -> list[_Group]:
-        """The same for the scores of a column."""
+    def _grouped_scores(self, name: str, rows: NDArray[np.int64]) -> list[decode.Group]:
+        """Group rows by the segments that have their scores."""
         column = self.columns.get(name)
         places = column.places(rows) if column else np.full(len(rows), -1, np.int64)
-        if column is None or (places < 0).any():
+        if len(rows) and (column is None or (places < 0).any()):
             raise ragged.missing_scores(self._owner, self._name(int(rows[int(np.argmax(places < 0))])), name)
-        return _group(column.segments, places >> LINE_BITS, places & ((1 << LINE_BITS) - 1))
+        return _group(column.segments if column else [], places >> LINE_BITS, places & ((1 << LINE_BITS) - 1))
 
     def _name(self, row: int) -> str:
         """The rollout's id, for messages."""
-        return self.read(np.array([row]), (), ())[0].rollout.rollout_id
+        return self.read(np.array([row]), (), ()).rollout_ids[0]
 
-    def _behavior_of(self, rollout: Rollout) -> Any:
-        if rollout.behavior_logprobs is None:
-            raise ragged.missing_scores(self._owner, rollout.rollout_id, BEHAVIOR_COLUMN)
-        return rollout.behavior_logprobs
-
-    def _grouped(self, rows: NDArray[np.int64]) -> list[_Group]:
-        """(segment, places in the call, lines in the segment) for each segment that some of these rows are in."""
+    def _grouped(self, rows: NDArray[np.int64]) -> list[decode.Group]:
+        """Group rows by the segments that they are in."""
         numbers = np.searchsorted(self._starts, rows, side="right") - 1
         return _group(self.segments, numbers, rows - self._starts[numbers]) if len(rows) else []
 
 
-def _group(segments: Sequence[Segment], numbers: NDArray[np.int64], lines: NDArray[np.int64]) -> list[_Group]:
-    if (numbers == numbers[0]).all():
-        # After a compaction, nearly always.
-        return [(segments[int(numbers[0])], list(range(len(lines))), lines.tolist())]
-    groups = []
-    for number in np.unique(numbers).tolist():
-        where = np.flatnonzero(numbers == number)
-        groups.append((segments[number], where.tolist(), lines[where].tolist()))
-    return groups
-
-
-def _scatter(count: int, wheres: Sequence[Sequence[int]], parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """The parts as one list in the order of the call."""
-    if len(parts) == 1:
-        return list(parts[0])
-    whole: list[Any] = [None] * count
-    for where, part in zip(wheres, parts, strict=True):
-        for place, value in zip(where, part, strict=True):
-            whole[place] = value
-    return whole
-
-
-def _logprobs(segment: Segment, indices: Sequence[int], bound_to: NDArray[np.int64]) -> decode.Pieces:
-    return decode.logprobs(segment, segment.lines(indices), bound_to)
-
-
-def _join_masks(lengths: NDArray[np.int64], masks: Sequence[NDArray[Any] | None]) -> NDArray[np.bool_]:
-    parts = [
-        np.ones(length, np.bool_) if mask is None else mask.astype(np.bool_) for length, mask in zip(lengths.tolist(), masks, strict=True)
-    ]
-    return np.concatenate(parts)
+def _group(segments: Sequence[Segment], numbers: NDArray[np.int64], lines: NDArray[np.int64]) -> list[decode.Group]:
+    return [decode.Group(segments[n], where := np.flatnonzero(numbers == n), lines[where]) for n in np.unique(numbers).tolist()]

@@ -30,7 +30,8 @@ from lopd.backends.zarr.writer import Draft, Writer
 from lopd.errors import ManifestMismatchError, StoreExistsError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
-from lopd.records.rollouts import Rollout, RolloutArrays, ScoredRollout, Scores
+from lopd.records.rollouts import Rollout, Scores
+from lopd.records.rows import Rows
 
 
 @final
@@ -172,17 +173,10 @@ class ZarrStore:
         """Rows that the column's model could not score, and why."""
         return self._snapshot.quarantined(column)
 
-    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """These rollouts with these columns, in the order asked; fetches and verifies these rows and no others."""
         rows = np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64)
         return self._snapshot.read(rows, columns, top_k)
-
-    def read_arrays(self, indices: Sequence[int], /, columns: Sequence[str] = ()) -> RolloutArrays:
-        """The same rows end to end, several times faster than one by one; neighbours on a local disk are not even copied.
-
-        Raises as `read` does.
-        """
-        return self._snapshot.read_arrays(np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64), columns)
 
     def refresh(self) -> None:
         """See what was committed since, by this process or others.

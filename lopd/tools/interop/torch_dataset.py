@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.records.rollouts import ScoredRollout
+from lopd.records.rows import Rows
 
 
 @final
@@ -68,6 +69,6 @@ class TorchDataset(Dataset[ScoredRollout]):
         """One rollout."""
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[ScoredRollout]:
+    def __getitems__(self, indices: Sequence[int]) -> Rows:
         """Several rollouts, in the order asked: what a `DataLoader` asks for."""
         return self.reader.read(indices, columns=self.columns, top_k=self.top_k)

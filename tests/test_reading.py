@@ -1,4 +1,4 @@
-"""`read_arrays` of the stores that have it: what `read` gives, end to end, whichever rows are asked for, and verified as much."""
+"""What the durable stores read: the columns and records that a store in memory gives, whichever rows are asked for, all verified."""
 
 import os
 import random
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from s3_server import S3Server
 
-from lopd.backends.lance import arrays as chunks
+from lopd.backends.lance import decode as chunks
 from lopd.backends.lance.store import LanceStore
+from lopd.backends.memory_store import MemoryStore
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.zarr.store import ZarrStore
-from lopd.errors import CorruptStoreError, MissingScoresError, NoSuchRowError
-from lopd.records import ModelId, Rollout, Scores
-from lopd.records.rollouts import RolloutArrays
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.errors import CorruptStoreError, InvalidRecordError, MissingScoresError, NoSuchRowError
+from lopd.records import ModelId, Rollout, Rows, Scores
+from lopd.testing import assert_same_rollout, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 Store = ZarrStore | LanceStore
 CREATE: dict[str, Callable[..., Store]] = {
@@ -54,7 +54,7 @@ def random_rollout(number: int, rng: np.random.Generator) -> Rollout:
     )
 
 
-def fill(store: Store, count: int = 700) -> Store:
+def fill(store: Any, count: int = 700) -> Any:
     """Several commits of rollouts, of two rounds; `teacher` has scored all, in another order, and `ref` the even ones."""
     rng = np.random.default_rng(0)
     rollouts = [random_rollout(i, rng) for i in range(count)]
@@ -69,19 +69,20 @@ def fill(store: Store, count: int = 700) -> Store:
     return store
 
 
-def expect(store: Store, rows: Sequence[int], columns: Sequence[str] = ()) -> RolloutArrays:
-    """The arrays of these rows, which must be what their records say."""
-    arrays, records = store.read_arrays(rows, columns), store.read(rows, columns)
-    rollouts = [record.rollout for record in records]
-    assert arrays.prompt_lengths.tolist() == [r.prompt_ids.size for r in rollouts]
-    assert arrays.response_lengths.tolist() == [r.response_ids.size for r in rollouts]
-    assert arrays.token_ids.tolist() == [i for r in rollouts for i in [*r.prompt_ids.tolist(), *r.response_ids.tolist()]]
-    mask = [m for r in rollouts for m in r.loss_mask.tolist()]
-    assert (None if arrays.loss_mask is None else arrays.loss_mask.tolist()) == (None if all(mask) else mask)
-    assert list(arrays.scores) == list(columns)
-    for name in columns:
-        assert arrays.scores[name].tolist() == [value for record in records for value in record.scores[name].tolist()]
-    return arrays
+def expect(store: Any, memory: MemoryStore, rows: Sequence[int], columns: Sequence[str] = (), dtype: str = "float32") -> Rows:
+    """What the store reads of these rows, which must be what is in memory, as columns and as records."""
+    found, wanted = store.read(rows, columns), memory.read(rows, columns)
+    for name in ("rollout_ids", "finish_reasons", "content_hashes"):
+        assert list(getattr(found, name)) == list(getattr(wanted, name))
+    for name in ("prompt_lengths", "response_lengths", "token_ids", "loss_mask", "generations", "token_ends", "response_ends"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name))
+    assert list(found.scores) == list(wanted.scores) == list(columns)
+    for name, values in wanted.scores.items():
+        assert found.scores[name].dtype == np.float32
+        np.testing.assert_array_equal(found.scores[name], values.astype(dtype).astype(np.float32))
+    for i in range(0, len(rows), 50) if dtype == "float32" else ():
+        assert_same_rollout(found[i].rollout, memory.read([rows[i]])[0].rollout)
+    return found
 
 
 def reopened(store: Store) -> Store:
@@ -90,19 +91,18 @@ def reopened(store: Store) -> Store:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_arrays_hold_what_records_hold_before_and_after_a_compaction(
+def test_a_store_reads_what_memory_reads_before_and_after_a_compaction(
     create: Callable[..., Store], dtype: LogprobDtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, rng = fill(create(logprob_dtype=dtype)), np.random.default_rng(1)
+    store, memory, rng = fill(create(logprob_dtype=dtype)), fill(MemoryStore(tiny_manifest())), np.random.default_rng(1)
     selections = [range(700), range(40, 640), range(230, 240), [699], rng.permutation(700), rng.integers(0, 700, 90), [5, 5, 4, 5], []]
     for _ in range(2):
         for rows in selections:
-            arrays = expect(store, [int(row) for row in rows], ("teacher",))
+            expect(store, memory, [int(row) for row in rows], ("teacher",), dtype)
         for parity in (0, 1):
             even = [int(row) for row in rng.permutation(700) if row % 2 == parity and row % 3]
-            arrays = expect(store, even, ("behavior", "ref", "teacher") if parity == 0 else ("teacher", "behavior"))
-            assert (arrays.token_ids.dtype, arrays.loss_mask is not None) == (np.uint16, True)
-            assert {values.dtype for values in arrays.scores.values()} == {np.dtype(dtype)}
+            read = expect(store, memory, even, ("behavior", "ref", "teacher") if parity == 0 else ("teacher", "behavior"), dtype)
+            assert (read.token_ids.dtype, read.loss_mask is not None) == (np.uint16, True)
         store.compact()
         store = reopened(store)
         # In many small pieces too.
@@ -111,45 +111,62 @@ def test_arrays_hold_what_records_hold_before_and_after_a_compaction(
 
 @pytest.mark.s3
 @pytest.mark.parametrize(("kind", "suffix"), [(ZarrStore, ".zarr"), (LanceStore, ".lance")])
-def test_arrays_come_from_a_bucket_too(s3: S3Server, kind: type[Store], suffix: str) -> None:
+def test_a_bucket_gives_what_memory_gives(s3: S3Server, kind: type[Store], suffix: str) -> None:
     store = fill(kind.create(s3.new_url(suffix), tiny_manifest(), storage_options=s3.storage_options), 60)
+    memory = fill(MemoryStore(tiny_manifest()), 60)
     for _ in range(2):
         for rows in (range(60), [59, 3, 3, 20], []):
-            expect(store, list(rows), ("teacher",))
-        expect(store, [58, 4, 10], ("ref", "behavior"))
+            expect(store, memory, list(rows), ("teacher",))
+        expect(store, memory, [58, 4, 10], ("ref", "behavior"))
         store.compact()
 
 
+def test_a_part_of_rows_is_what_a_read_of_these_rows_gives(create: Callable[..., Store]) -> None:
+    store = fill(create(), 60)
+    whole = store.read(range(59, -1, -1), ("teacher",))
+    for part in (slice(0, 60), slice(7, 31), slice(59, None), slice(-3, None), slice(8, 8), slice(9, 4)):
+        rows = list(range(59, -1, -1))[part]
+        read = store.read(rows, ("teacher",))
+        for name in ("token_ids", "prompt_lengths", "generations", "token_ends", "response_ends"):
+            np.testing.assert_array_equal(getattr(whole[part], name), getattr(read, name))
+        np.testing.assert_array_equal(whole[part].scores["teacher"], read.scores["teacher"])
+        assert [record.rollout.rollout_id for record in whole[part]] == [f"r{row}" for row in rows]
+    with pytest.raises(InvalidRecordError, match="a step of 2, expected neighbours"):
+        whole[::2]
+
+
 def test_a_long_rollout_among_short_ones_is_read_whole(create: Callable[..., Store]) -> None:
-    store = create()
-    store.append([tiny_rollout("a"), tiny_rollout("huge", np.arange(100_000) % 300), tiny_rollout("b", loss_mask=[True, False, True])])
+    store, memory = create(), MemoryStore(tiny_manifest())
+    for one in (store, memory):
+        one.append([tiny_rollout("a"), tiny_rollout("huge", np.arange(100_000) % 300), tiny_rollout("b", loss_mask=[True, False, True])])
     for rows in ([0, 1, 2], [2, 1, 0], [1]):
-        expect(store, rows)
+        expect(store, memory, rows)
 
 
 def test_an_empty_selection_or_store_has_every_column_and_nothing_in_it(create: Callable[..., Store]) -> None:
     store = create()
-    for _ in range(2):
-        arrays = store.read_arrays([], ("teacher", "behavior"))
-        assert (arrays.token_ids.size, arrays.loss_mask, arrays.prompt_lengths.dtype) == (0, None, np.int64)
-        assert {name: values.size for name, values in arrays.scores.items()} == {"teacher": 0, "behavior": 0}
-        store.append([tiny_rollout("a")])
+    for one in (store, MemoryStore(tiny_manifest())):
+        for _ in range(2):
+            read = one.read([], ("teacher", "behavior"))
+            assert (read.token_ids.size, read.loss_mask, read.prompt_lengths.dtype, len(read), list(read)) == (0, None, np.int64, 0, [])
+            assert {name: values.size for name, values in read.scores.items()} == {"teacher": 0, "behavior": 0}
+            one.append([tiny_rollout("a")])
 
 
 def test_rows_without_scores_are_refused_and_named(create: Callable[..., Store]) -> None:
     store = fill(create(), 12)
     for rows, column, name in (([2, 5, 4], "ref", "r5"), ([1, 2, 0], "behavior", "r0"), ([7], "nothing", "r7")):
         with pytest.raises(MissingScoresError, match=f"'{name}'"):
-            store.read_arrays(rows, ("teacher", column))
+            store.read(rows, ("teacher", column))
     for row in (12, -1):
         with pytest.raises(NoSuchRowError, match="expected 0 to 11"):
-            store.read_arrays([0, row])
+            store.read([0, row])
 
 
 def test_a_flipped_bit_is_an_error_or_changes_nothing(create: Callable[..., Store], capfd: pytest.CaptureFixture[str]) -> None:
     store, rng, noticed = fill(create(), 30), random.Random(0), 0
     rows, root = [row for row in range(29, -1, -1) if row % 3], Path(store._files.url)
-    wanted = store.read_arrays(rows, ("teacher", "behavior"))
+    wanted = store.read(rows, ("teacher", "behavior"))
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and (path.parent.name == "data" or path.name.startswith("c."))]
     assert files
     for path in files:
@@ -160,7 +177,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(create: Callable[..., Stor
             flipped[bit // 8] ^= 1 << bit % 8
             path.write_bytes(flipped)
             try:
-                found = reopened(store).read_arrays(rows, ("teacher", "behavior"))
+                found = reopened(store).read(rows, ("teacher", "behavior"))
                 for name in ("token_ids", "loss_mask", "prompt_lengths", "response_lengths"):
                     np.testing.assert_array_equal(getattr(found, name), getattr(wanted, name), err_msg=f"{path}: bit {bit}")
                 for name, values in found.scores.items():
@@ -174,7 +191,7 @@ def test_a_flipped_bit_is_an_error_or_changes_nothing(create: Callable[..., Stor
 
 
 @pytest.mark.parametrize(
-    ("values", "what"), [(np.array([4, 2, 3], np.uint16), "row 4"), (np.array([-7, -7], np.float32), "'teacher': row 4")]
+    ("values", "what"), [(np.array([4, 2, 3], np.uint16), "rollout 'r4'"), (np.array([-7, -7], np.float32), "'teacher': scores of row 4")]
 )
 def test_a_damaged_value_in_lance_is_an_error_that_names_its_row(tmp_path: Path, values: np.ndarray, what: str) -> None:
     store = LanceStore.create(tmp_path / "run", tiny_manifest())
@@ -185,8 +202,8 @@ def test_a_damaged_value_in_lance_is_an_error_that_names_its_row(tmp_path: Path,
     (path,) = [path for path in (tmp_path / "run").rglob("data/*") if values.tobytes() in path.read_bytes()]
     path.write_bytes(path.read_bytes().replace(values.tobytes(), values[::-1].tobytes() if values[0] > 0 else (values * 2).tobytes()))
     with pytest.raises(CorruptStoreError, match=f"{what}: the checksum of its values"):
-        reopened(store).read_arrays([4, 0], ("teacher",))
-    expect(reopened(store), [3, 0], ("teacher",))
+        reopened(store).read([4, 0], ("teacher",))
+    assert reopened(store).read([3, 0], ("teacher",)).token_ids.tolist() == [4, 7, 11, 4, 7, 8]
 
 
 def test_scores_of_other_tokens_are_refused(tmp_path: Path) -> None:
@@ -198,17 +215,17 @@ def test_scores_of_other_tokens_are_refused(tmp_path: Path) -> None:
     stores[0]._snapshot.columns["teacher"] = stores[1]._snapshot.columns["teacher"]
     assert part is not stores[0]._snapshot.columns["teacher"]
     with pytest.raises(CorruptStoreError, match="column 'teacher': scores of rollout 'r' were computed on other tokens"):
-        stores[0].read_arrays([0], ("teacher",))
+        stores[0].read([0], ("teacher",))
 
 
 def test_rows_that_lance_has_moved_are_found_again(tmp_path: Path) -> None:
     store: Any = fill(LanceStore.create(tmp_path / "run", tiny_manifest()))
     rows = list(range(699, -1, -1))
-    wanted, database = store.read_arrays(rows, ("teacher",)), lancedb.connect(tmp_path / "run")
+    wanted, database = store.read(rows, ("teacher",)), lancedb.connect(tmp_path / "run")
     for part in store._snapshot.parts().values():
         table = database.open_table(part.table.name).to_arrow()
         database.create_table(part.table.name, table.take(list(reversed(range(len(table))))), mode="overwrite")
     for moved in (reopened(store), store):
         moved.refresh()
-        np.testing.assert_array_equal(moved.read_arrays(rows, ("teacher",)).token_ids, wanted.token_ids)
-        np.testing.assert_array_equal(moved.read_arrays(rows, ("teacher",)).scores["teacher"], wanted.scores["teacher"])
+        np.testing.assert_array_equal(moved.read(rows, ("teacher",)).token_ids, wanted.token_ids)
+        np.testing.assert_array_equal(moved.read(rows, ("teacher",)).scores["teacher"], wanted.scores["teacher"])

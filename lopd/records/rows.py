@@ -1,0 +1,193 @@
+"""What a store reads: many rollouts end to end, in columns.  Training works on the columns; people and engines look at one rollout at a time.
+
+Shape suffixes: B rollouts, M response tokens of all of them, K candidates of a top-k support.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final, overload
+
+import numpy as np
+from attrs import Factory, evolve, field, frozen
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.records.arrays import BoolArray, Float32Array, read_only
+from lopd.records.rollouts import FinishReason, Rollout, ScoredRollout, TopK
+
+_Int64 = NDArray[np.int64]
+
+
+def ends(lengths: NDArray[Any]) -> _Int64:
+    """Return (n + 1,): where each piece starts in the concatenation, and where the last one ends."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+@final
+@frozen(eq=False)
+class Rows(Sequence[ScoredRollout]):
+    """Rollouts end to end, in the order in which they were asked for; as a sequence, one `ScoredRollout` each.
+
+    The arrays are not to be written to: they may be views of files, and records are views of them.
+
+    Args:
+        rollout_ids: B names.
+        prompt_lengths, response_lengths: (B,) int64, tokens.
+        token_ids: integers, the prompt and the response of one rollout after the other.
+        loss_mask: (M,) bool; None where every token counts.
+        behavior_logprobs: (M,) float32, nats, NaN for a rollout whose engine reported none; None where there are none at all.
+        finish_reasons: B words.
+        generations: (B,) int64.
+        content_hashes: B hashes, see `Rollout`.
+        scores: column name -> (M,) float32, nats.
+        top_k: column name -> the support of all M tokens.
+    """
+
+    rollout_ids: Sequence[str]
+    prompt_lengths: _Int64
+    response_lengths: _Int64
+    token_ids: NDArray[Any]
+    loss_mask: BoolArray | None
+    behavior_logprobs: Float32Array | None
+    finish_reasons: Sequence[FinishReason]
+    generations: _Int64
+    content_hashes: Sequence[bytes]
+    scores: Mapping[str, Float32Array] = field(factory=dict)
+    top_k: Mapping[str, TopK] = field(factory=dict)
+    token_ends: _Int64 = field(init=False, default=Factory(lambda self: ends(self.prompt_lengths + self.response_lengths), takes_self=True))
+    response_ends: _Int64 = field(init=False, default=Factory(lambda self: ends(self.response_lengths), takes_self=True))
+
+    @classmethod
+    def of(cls, records: Sequence[ScoredRollout]) -> "Rows":
+        """Put records end to end.
+
+        Raises:
+            MissingScoresError: a record lacks a column that the first one has; it names the rollout.
+            InvalidRecordError: their K differ.
+        """
+        first = records[0] if records else None
+        return cls.joined(
+            [record.rollout for record in records],
+            {name: [_of(r, r.scores, name, "columns") for r in records] for name in (first.scores if first else ())},
+            {name: [_of(r, r.top_k, name, "top_k") for r in records] for name in (first.top_k if first else ())},
+        )
+
+    @classmethod
+    def joined(
+        cls, rollouts: Sequence[Rollout], scores: Mapping[str, Sequence[Float32Array]], top_k: Mapping[str, Sequence[TopK]]
+    ) -> "Rows":
+        """Put rollouts end to end, and the scores and supports of each column, one for each rollout.
+
+        Raises:
+            InvalidRecordError: their K differ.
+        """
+        prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+        lengths = np.array([len(ids) for ids in (*prompts, *responses)], np.int64).reshape(2, -1)
+        mask_M = _end_to_end([r.loss_mask for r in rollouts], np.bool_)
+        behaviors = [r.behavior_logprobs for r in rollouts]
+        return cls(
+            [r.rollout_id for r in rollouts],
+            lengths[0],
+            lengths[1],
+            _end_to_end([ids for both in zip(prompts, responses, strict=True) for ids in both], np.int32),
+            None if mask_M.all() else mask_M,
+            None if all(values is None for values in behaviors) else np.concatenate(_with_gaps(behaviors, lengths[1])),
+            [r.finish_reason for r in rollouts],
+            np.array([r.generation for r in rollouts], np.int64),
+            [r.content_hash for r in rollouts],
+            {name: _end_to_end(values, np.float32) for name, values in scores.items()},
+            {name: _one(supports, rollouts) for name, supports in top_k.items()},
+        )
+
+    def __len__(self) -> int:
+        """Rollouts."""
+        return len(self.prompt_lengths)
+
+    @overload
+    def __getitem__(self, index: int, /) -> ScoredRollout: ...
+    @overload
+    def __getitem__(self, index: slice, /) -> "Rows": ...
+    def __getitem__(self, index: int | slice, /) -> "ScoredRollout | Rows":
+        """One rollout as a record; or some neighbours as columns, which are views of these."""
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise InvalidRecordError(
+                    f"Rows: the slice has a step of {step}, expected neighbours; read the rows you want in their order."
+                )
+            return self._slice(start, max(start, stop))
+        i = range(len(self))[index]
+        at = slice(*self.response_ends[i : i + 2].tolist())
+        return ScoredRollout(
+            self._rollout(i, at),
+            {name: read_only(values[at]) for name, values in self.scores.items()},
+            {name: support[at] for name, support in self.top_k.items()},
+        )
+
+    def _rollout(self, i: int, at: slice) -> Rollout:
+        start, stop = self.token_ends[i : i + 2].tolist()
+        middle = start + int(self.prompt_lengths[i])
+        reported = None if self.behavior_logprobs is None else self.behavior_logprobs[at]
+        return Rollout.from_store(
+            rollout_id=self.rollout_ids[i],
+            # copies: a view of a file would keep it open for as long as the caller keeps the rollout
+            prompt_ids=read_only(self.token_ids[start:middle].astype(np.int32)),
+            response_ids=read_only(self.token_ids[middle:stop].astype(np.int32)),
+            loss_mask=read_only(np.ones(at.stop - at.start, np.bool_) if self.loss_mask is None else self.loss_mask[at]),
+            finish_reason=self.finish_reasons[i],
+            behavior_logprobs=None if reported is None or np.isnan(reported[0]) else read_only(reported),
+            generation=int(self.generations[i]),
+            content_hash=self.content_hashes[i],
+        )
+
+    def _slice(self, start: int, stop: int) -> "Rows":
+        at, tokens = slice(*self.response_ends[[start, stop]].tolist()), slice(*self.token_ends[[start, stop]].tolist())
+        return Rows(
+            self.rollout_ids[start:stop],
+            self.prompt_lengths[start:stop],
+            self.response_lengths[start:stop],
+            self.token_ids[tokens],
+            None if self.loss_mask is None else self.loss_mask[at],
+            None if self.behavior_logprobs is None else self.behavior_logprobs[at],
+            self.finish_reasons[start:stop],
+            self.generations[start:stop],
+            self.content_hashes[start:stop],
+            {name: values[at] for name, values in self.scores.items()},
+            {name: support[at] for name, support in self.top_k.items()},
+        )
+
+    def named(self, **roles: str | None) -> "Rows":
+        """Return these with scores and supports under other names: `rows.named(teacher="qwen3-32b")`; a role without a column is left out."""
+        given = {role: column for role, column in roles.items() if column is not None}
+        return evolve(
+            self,
+            scores={role: self.scores[column] for role, column in given.items()},
+            top_k={role: self.top_k[column] for role, column in given.items() if column in self.top_k},
+        )
+
+
+def _end_to_end(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
+    return np.concatenate(parts) if parts else np.zeros(0, dtype)
+
+
+def _with_gaps(values: Sequence[Float32Array | None], lengths: _Int64) -> list[Float32Array]:
+    return [np.full(n, np.nan, np.float32) if value is None else value for value, n in zip(values, lengths.tolist(), strict=True)]
+
+
+def _of(record: ScoredRollout, values: Mapping[str, Any], name: str, argument: str) -> Any:
+    if name not in values:
+        what = "" if argument == "columns" else "top-k of "
+        raise MissingScoresError(
+            f"Rollout {record.rollout.rollout_id!r}: {what}column {name!r} was not read; name it in `read({argument}=...)`."
+        )
+    return values[name]
+
+
+def _one(supports: Sequence[TopK], rollouts: Sequence[Rollout]) -> TopK:
+    widths = [support.ids.shape[1] for support in supports]
+    for rollout, k in zip(rollouts, widths, strict=True):
+        if k != widths[0]:
+            raise InvalidRecordError(
+                f"Rollout {rollout.rollout_id!r}: its top-k has {k} tokens, expected {widths[0]} as the first of the batch; "
+                "score all rollouts with one K."
+            )
+    return TopK.from_store(*(np.concatenate([getattr(support, name) for support in supports]) for name in ("ids", "logprobs", "tail")))
