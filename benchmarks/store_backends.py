@@ -138,16 +138,15 @@ class Records:
     ref: list[Scores]
 
 
-def records(rows: Rows) -> Records:
-    """Rollouts and scores; log-probs of all tokens but the first."""
+def records(rows: Rows, prompt: int = 1) -> Records:
+    """Rollouts and scores; the first tokens of each, so many and at most half, are its prompt, and have no log-probs."""
     bounds = rows.bounds.tolist()
-    spans = list(pairwise(bounds))
+    spans = [(a, a + min(prompt, (b - a) // 2), b) for a, b in pairwise(bounds)]
     rollouts = [
-        Rollout(f"prompt-{i}/s0/g0", rows.ids[a : a + 1], rows.ids[a + 1 : b], np.ones(b - a - 1, np.bool_), "stop")
-        for i, (a, b) in enumerate(spans)
+        Rollout(f"prompt-{i}/s0/g0", rows.ids[a:m], rows.ids[m:b], np.ones(b - m, np.bool_), "stop") for i, (a, m, b) in enumerate(spans)
     ]
     teacher, ref = (
-        [Scores.of(r, values[a + 1 : b]) for r, (a, b) in zip(rollouts, spans, strict=True)] for values in (rows.teacher, rows.ref)
+        [Scores.of(r, values[m:b]) for r, (_, m, b) in zip(rollouts, spans, strict=True)] for values in (rows.teacher, rows.ref)
     )
     return Records(rollouts, teacher, ref)
 
@@ -171,7 +170,7 @@ def open_zarr(folder: Path) -> Store:
     store = ZarrStore.open(folder / "s.zarr")
 
     def read(rows: NDArray[np.int64]) -> Batch:
-        found = store.read_arrays(rows.tolist(), ("teacher", "ref"))
+        found = store.read(rows.tolist(), ("teacher", "ref"))
         return found.token_ids, found.scores["teacher"], found.scores["ref"]
 
     return Store(read, skipped=True)
@@ -180,17 +179,6 @@ def open_zarr(folder: Path) -> Store:
 def open_zarr_rounded(folder: Path) -> Store:
     """The same, without a comparison of values that were rounded."""
     return Store(open_zarr(folder).read, skipped=True, ordered=False)
-
-
-def records_reader(store: Any) -> Store:
-    """Records one by one, as training reads them."""
-
-    def read(rows: NDArray[np.int64]) -> Batch:
-        found = store.read(rows.tolist(), ("teacher", "ref"))
-        ids = np.concatenate([part for r in found for part in (r.rollout.prompt_ids, r.rollout.response_ids)])
-        return ids, np.concatenate([r.scores["teacher"] for r in found]), np.concatenate([r.scores["ref"] for r in found])
-
-    return Store(read, skipped=True)
 
 
 def compact_zarr(folder: Path) -> None:
@@ -272,11 +260,11 @@ def open_lance(folder: Path) -> Store:
     store = LanceStore.open(folder / "s.lance")
 
     def read(rows: NDArray[np.int64]) -> Batch:
-        found = store.read_arrays(rows.tolist(), ("teacher", "ref"))
+        found = store.read(rows.tolist(), ("teacher", "ref"))
         return found.token_ids, found.scores["teacher"], found.scores["ref"]
 
     def read_group(batches: Sequence[NDArray[np.int64]]) -> list[Batch]:
-        found = store.read_arrays(np.concatenate(batches).tolist(), ("teacher", "ref"))
+        found = store.read(np.concatenate(batches).tolist(), ("teacher", "ref"))
         last = np.cumsum([len(rows) for rows in batches])[:-1] - 1
         responses = np.cumsum(found.response_lengths)
         tokens = np.cumsum(found.prompt_lengths) + responses
@@ -336,11 +324,8 @@ BACKENDS = {
     "memmap": Backend(write_memmap, open_memmap),
     "zarr": Backend(zarr_writer(), open_zarr, records),
     "zarr, compacted": Backend(zarr_writer(), open_zarr, records, compact_zarr),
-    "zarr, compacted, records": Backend(zarr_writer(), lambda f: records_reader(ZarrStore.open(f / "s.zarr")), records, compact_zarr),
     "zarr, float16": Backend(zarr_writer(logprob_dtype="float16"), open_zarr_rounded, records),
-    "zarr, zstd": Backend(zarr_writer(codec="zstd"), open_zarr, records, needs="zstandard"),
-    "lance, read_arrays": Backend(write_lance, open_lance, records, compact_lance, needs="lancedb"),
-    "lance": Backend(write_lance, lambda f: records_reader(LanceStore.open(f / "s.lance")), records, compact_lance, needs="lancedb"),
+    "lance, compacted": Backend(write_lance, open_lance, records, compact_lance, needs="lancedb"),
     "parquet": Backend(write_parquet, open_parquet, needs="pyarrow"),
     "hugging face arrow": Backend(write_arrow, open_arrow, needs="datasets"),
     "lancedb StreamingDataset": Backend(write_lancedb, open_lancedb, needs="lancedb"),

@@ -55,7 +55,8 @@ def collate(
         InvalidRecordError: there are no rollouts, their K differ, or the weighting gave something that is no weight.
         MissingScoresError: a column was not read; it names the rollout.
     """
-    rows = rows if isinstance(rows, Rows) else Rows.of(rows)
+    if not isinstance(rows, Rows):
+        rows = Rows.of(rows, [name for name in (teacher, ref) if name is not None], [] if top_k is None else [top_k])
     if not len(rows):
         raise InvalidRecordError("Batch: it has 0 rollouts, expected at least 1; check the store is not empty.")
     lengths_B = rows.prompt_lengths + rows.response_lengths - 1

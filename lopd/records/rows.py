@@ -3,7 +3,7 @@
 Shape suffixes: B rollouts, M response tokens of all of them, K candidates of a top-k support.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final, overload
 
 import numpy as np
@@ -56,19 +56,36 @@ class Rows(Sequence[ScoredRollout]):
     token_ends: _Int64 = field(init=False, default=Factory(lambda self: ends(self.prompt_lengths + self.response_lengths), takes_self=True))
     response_ends: _Int64 = field(init=False, default=Factory(lambda self: ends(self.response_lengths), takes_self=True))
 
+    def __attrs_post_init__(self) -> None:
+        """Refuse arrays that are not as long as the lengths say; values were checked when the records were made."""
+        tokens, responses = int(self.token_ends[-1]), int(self.response_ends[-1])
+        arrays = {"loss_mask": self.loss_mask, "behavior_logprobs": self.behavior_logprobs, **self.scores}
+        sizes = {"token_ids": (self.token_ids, tokens), **{name: (values, responses) for name, values in arrays.items()}}
+        for name, (values, size) in sizes.items():
+            if values is not None and values.shape != (size,):
+                raise InvalidRecordError(
+                    f"Rows: {name} has shape {values.shape}, expected {(size,)}; pass the values of all rollouts, end to end."
+                )
+
     @classmethod
-    def of(cls, records: Sequence[ScoredRollout]) -> "Rows":
+    def of(cls, records: Sequence[ScoredRollout], columns: Iterable[str] | None = None, top_k: Iterable[str] | None = None) -> "Rows":
         """Put records end to end.
 
+        Args:
+            records: any number.
+            columns: whose scores come along; None for those of the first record.
+            top_k: whose supports come along, likewise.
+
         Raises:
-            MissingScoresError: a record lacks a column that the first one has; it names the rollout.
+            MissingScoresError: a record lacks a column; it names the rollout.
             InvalidRecordError: their K differ.
         """
-        first = records[0] if records else None
+        columns = columns if columns is not None else records[0].scores if records else ()
+        top_k = top_k if top_k is not None else records[0].top_k if records else ()
         return cls.joined(
             [record.rollout for record in records],
-            {name: [_of(r, r.scores, name, "columns") for r in records] for name in (first.scores if first else ())},
-            {name: [_of(r, r.top_k, name, "top_k") for r in records] for name in (first.top_k if first else ())},
+            {name: [_of(r, r.scores, name, "columns") for r in records] for name in columns},
+            {name: [_of(r, r.top_k, name, "top_k") for r in records] for name in top_k},
         )
 
     @classmethod
@@ -89,7 +106,7 @@ class Rows(Sequence[ScoredRollout]):
             lengths[0],
             lengths[1],
             _end_to_end([ids for both in zip(prompts, responses, strict=True) for ids in both], np.int32),
-            None if mask_M.all() else mask_M,
+            None if mask_M.all() and mask_M.size == lengths[1].sum() else mask_M,
             None if all(values is None for values in behaviors) else np.concatenate(_with_gaps(behaviors, lengths[1])),
             [r.finish_reason for r in rollouts],
             np.array([r.generation for r in rollouts], np.int64),
