@@ -7,11 +7,11 @@ import numpy as np
 from attrs import define, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import in_batches
 from lopd.records.arrays import Float32Array
-from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout
+from lopd.records.rollouts import ScoredRollout
+from lopd.tools.advantages import check_columns
 
 # The upper bits of a float32 that is not negative sort like the number itself: 20 of its 32 bits tell numbers apart to 0.1 %.
 _DROPPED_BITS = 12
@@ -107,8 +107,8 @@ def compare_columns(left: LogprobReader, right: LogprobReader, left_column: str,
         MissingScoresError: a store has no such column.
         CorruptStoreError: a row is damaged.
     """
-    _check_column(left, left_column)
-    _check_column(right, right_column)
+    check_columns(left, [left_column])
+    check_columns(right, [right_column])
     right_scored, tally = right.scored(right_column), _Tally()
     matched, others = 0, list[str]()
     for batch in in_batches(np.flatnonzero(left.scored(left_column))):
@@ -141,9 +141,3 @@ def _add_pairs(tally: _Tally, mine: Sequence[ScoredRollout], theirs: Sequence[Sc
         else:
             others.append(left.rollout.rollout_id)
     return others
-
-
-def _check_column(reader: LogprobReader, column: str) -> None:
-    there = [*reader.columns, *([BEHAVIOR_COLUMN] if reader.scored(BEHAVIOR_COLUMN).any() else [])]
-    if column not in there:
-        raise MissingScoresError(f"{reader!r}: column {column!r} is absent, expected one of {there}; name one of them.")

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 
 from attrs import frozen
 
-from lopd.tools.plan.bill import GpuRates, Work
+from lopd.tools.plan.bill import GpuRates
+from lopd.tools.plan.work import Work
 
 #: Floating-point operations a second of the paper's GPU, dense bfloat16, as its maker has it.
 H100_FLOPS = 989e12

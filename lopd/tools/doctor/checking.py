@@ -1,9 +1,8 @@
-"""Checking a store to the last bit, and merging its small appends."""
+"""Checking a store to the last bit."""
 
-import time
 from collections.abc import Iterator
 
-from attrs import evolve, frozen
+from attrs import evolve
 
 from lopd.backends import ragged
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreReadError
@@ -101,31 +100,3 @@ def _check_row(store: LogprobReader, row: ScoredRollout) -> Iterator[str]:
             f"{store!r}: rollout {stored.rollout_id!r} has content hash {stored.content_hash.hex()[:8]}, expected "
             f"{made.content_hash.hex()[:8]} of the tokens that were read; restore the store from a backup."
         )
-
-
-@frozen
-class Compaction:
-    """What a compaction did.
-
-    Args:
-        commits_before, commits_after: records in the history, of which a compaction is one.
-        bytes_before, bytes_after: of the files that the state is made of.
-        seconds: wall time.
-    """
-
-    commits_before: int
-    commits_after: int
-    bytes_before: int
-    bytes_after: int
-    seconds: float
-
-
-def compact_store(store: DurableStore) -> Compaction:
-    """Merge many small appends into large ones, and say what that changed.
-
-    Raises:
-        StoreWriteError: the write failed; the store is as it was.
-    """
-    before, bytes_before, start = len(store.history()), store.stored_bytes(), time.perf_counter()
-    store.compact()
-    return Compaction(before, len(store.history()), bytes_before, store.stored_bytes(), time.perf_counter() - start)
