@@ -14,19 +14,27 @@ from lopd.records.rollouts import BEHAVIOR_COLUMN
 
 
 @frozen(eq=False)
-class SampledRollout:
-    """The advantages of one rollout, of its N tokens that count.
+class SampledAdvantages:
+    """Unclipped advantages of B rollouts, of their M tokens that count.
 
     Args:
-        row: in the store.   generation: round of sampling.
-        place: (N,) position in the response, from 0 to 1.
-        gap: (N,) advantage, nats, unclipped.
+        rows: (B,) rows of the store.
+        rounds: (B,) rounds of sampling.
+        segments: (M,) place of the rollout among the B.
+        place: (M,) position in the response, from 0 to 1.
+        gap: (M,) advantage, nats.
     """
 
-    row: int
-    generation: int
+    rows: NDArray[np.int64]
+    rounds: NDArray[np.int64]
+    segments: NDArray[np.int64]
     place: NDArray[np.float64]
     gap: NDArray[np.float64]
+
+    @property
+    def summary(self) -> AdvantageSummary | None:
+        """Summary of all tokens; None if there are none."""
+        return AdvantageSummary.of(self.gap) if self.gap.size else None
 
 
 def check_columns(store: LogprobReader, columns: Iterable[str]) -> None:
@@ -49,18 +57,15 @@ def scored_rows(store: LogprobReader, columns: Iterable[str]) -> NDArray[np.int6
     return np.flatnonzero(usable)
 
 
-def sample_advantages(store: LogprobReader, teacher: str, student: str, rows: Sequence[int] | NDArray[np.int64]) -> list[SampledRollout]:
+def sample_advantages(store: LogprobReader, teacher: str, student: str, rows: Sequence[int] | NDArray[np.int64]) -> SampledAdvantages:
     """Return the advantages of these rows, which have scores in both columns."""
-    sampled = []
-    for part in in_batches(np.asarray(rows, np.int64)):
-        for row, record in zip(part, store.read(part, columns=(teacher, student)), strict=True):
+    every, rounds = np.asarray(rows, np.int64), list[int]()
+    places, gaps = [np.empty(0)], [np.empty(0)]
+    for part in in_batches(every):
+        for record in store.read(part, columns=(teacher, student)):
             on_T = record.rollout.loss_mask
-            place_T = (np.arange(on_T.size) + 0.5) / on_T.size
-            gap_T = record.scores[teacher].astype(np.float64) - record.scores[student]
-            sampled.append(SampledRollout(row, record.rollout.generation, place_T[on_T], gap_T[on_T]))
-    return sampled
-
-
-def summarise(sampled: Sequence[SampledRollout]) -> AdvantageSummary | None:
-    """Summarise all tokens together; None if there are none."""
-    return AdvantageSummary.of(np.concatenate([rollout.gap for rollout in sampled])) if any(r.gap.size for r in sampled) else None
+            rounds.append(record.rollout.generation)
+            places.append(((np.arange(on_T.size) + 0.5) / on_T.size)[on_T])
+            gaps.append((record.scores[teacher].astype(np.float64) - record.scores[student])[on_T])
+    segments = np.repeat(np.arange(len(every)), [gap.size for gap in gaps[1:]])
+    return SampledAdvantages(every, np.array(rounds, np.int64), segments, np.concatenate(places), np.concatenate(gaps))

@@ -17,7 +17,7 @@ from lopd.records.estimates import RolloutSums
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN
-from lopd.tools.advantages import sample_advantages, scored_rows, summarise
+from lopd.tools.advantages import sample_advantages, scored_rows
 
 
 @frozen
@@ -177,16 +177,17 @@ def describe_advantages(reader: LogprobReader, teacher: str, student: str, *, sa
         None if no token that counts has both scores.
     """
     sampled = sample_advantages(reader, teacher, student, evenly(scored_rows(reader, (teacher, student)), sample))
-    summary = summarise(sampled)
+    summary = sampled.summary
     if summary is None:
         return None
-    gaps = [rollout.gap for rollout in sampled if rollout.gap.size]
-    mean = RolloutSums(np.array([gap.sum() for gap in gaps]), np.array([gap.size for gap in gaps], np.float64)).per_token()
+    counted, counts = np.unique(sampled.segments, return_counts=True)
+    sums = np.bincount(sampled.segments, sampled.gap)[counted].astype(np.float64)
+    ci95 = RolloutSums(sums, counts.astype(np.float64)).per_token().ci95
     return AdvantageInfo(
         teacher,
         student,
-        rollouts=len(sampled),
-        ci95=mean.ci95 if math.isfinite(mean.ci95) else None,
-        mean_abs=sum(float(np.abs(gap).sum()) for gap in gaps) / summary.tokens,
+        rollouts=len(sampled.rows),
+        ci95=ci95 if math.isfinite(ci95) else None,
+        mean_abs=float(np.abs(sampled.gap).mean()),
         summary=summary,
     )

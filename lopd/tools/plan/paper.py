@@ -59,12 +59,11 @@ def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
         work: sizes and lengths.
         flops: of one GPU, a second.
     """
-    texts = [row.work.rollouts * (row.work.prompt_tokens + row.work.response_tokens) for row in TABLE_2.values()]
     sampled = _mean(lambda row: row.work.rollouts * row.work.response_tokens / row.rollouts / 3600)
-    reads = _mean(lambda row: texts[0] * row.work.flops_teacher / row.scores / 3600 / H100_FLOPS)
+    reads = _mean(lambda row: row.work.tokens * row.work.flops_teacher / row.scores / 3600 / H100_FLOPS)
     # a token is trained on forwards and, at twice the price, backwards
     trains = _mean(
-        lambda row: row.work.trained / row.work.rollouts * texts[0] * 3 * row.work.flops_student / row.training / 3600 / H100_FLOPS
+        lambda row: row.work.trained / row.work.rollouts * row.work.tokens * 3 * row.work.flops_student / row.training / 3600 / H100_FLOPS
     )
     largest = max(row.work.flops_student for row in TABLE_2.values())
     return GpuRates(

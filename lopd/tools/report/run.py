@@ -19,7 +19,7 @@ from lopd.records.drift import TAIL, AdvantageSummary
 from lopd.records.manifest import Lineage
 from lopd.records.rollouts import BEHAVIOR_COLUMN
 from lopd.records.steps import StepMetrics
-from lopd.tools.advantages import SampledRollout, check_columns, sample_advantages, scored_rows
+from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
 from lopd.tools.origins import describe_model, origins, score_columns
 from lopd.tools.report.charts import Chart, over_steps
 from lopd.tools.report.history import Phase, read_steps
@@ -81,12 +81,13 @@ def write_run_report(
         check_columns(store, report.columns)
     sampled = sample_advantages(store, report.teacher, report.student, evenly(scored_rows(store, report.columns), report.sample))
     advantages = advantage_parts(report, sampled)
+    whole = Phase("training", sum(m.seconds for m in steps), sum(m.tokens for m in steps))
     parts = {
         "title": title,
         "facts": [*_store_facts(store, report), *_training_facts(steps), *_advantage_facts(advantages["summary"])],
         "curves": step_charts(steps),
-        "costs": _costs(phases or _training_phase(steps)),
-        "sampled": len(sampled),
+        "costs": _costs(phases or ([whole] if steps else [])),
+        "sampled": len(sampled.rows),
         "missing": _missing(store, report),
         "rollouts": _rollouts(store, report, sampled, decode),
         "named": decode is not None,
@@ -120,11 +121,6 @@ def step_charts(steps: Sequence[StepMetrics]) -> list[Chart]:
         }
         wanted.append(("Learned: nearer to the teacher", "nats a token", gain))
     return [over_steps(title, unit, [m.step for m in steps], series) for title, unit, series in wanted]
-
-
-def divergence(rollout: SampledRollout) -> float:
-    """How far teacher and student are apart on a rollout: the mean of the absolute advantage, nats a token."""
-    return float(np.abs(rollout.gap).mean())
 
 
 def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
@@ -172,10 +168,6 @@ def _advantage_facts(summary: AdvantageSummary | None) -> list[Fact]:
     return [Fact("advantages", share, f"{advice}; mean {summary.mean:+.3f} nats", "bad" if heavy else "good")]
 
 
-def _training_phase(steps: Sequence[StepMetrics]) -> list[Phase]:
-    return [Phase("training", sum(m.seconds for m in steps), sum(m.tokens for m in steps))] if steps else []
-
-
 def _costs(phases: Sequence[Phase]) -> list[dict[str, Any]]:
     total = sum(phase.seconds for phase in phases) or 1.0
     return [
@@ -202,15 +194,16 @@ def _missing(store: LogprobReader, report: TokenReport) -> str:
     return "no token that counts has scores in every column"
 
 
-def _rollouts(store: LogprobReader, report: TokenReport, sampled: Sequence[SampledRollout], decode: Decode | None) -> list[dict[str, Any]]:
-    """The least, the median and the most divergent rollout of the sample; fewer where there are fewer."""
-    ordered = sorted((rollout for rollout in sampled if rollout.gap.size), key=divergence)
-    if not ordered:
+def _rollouts(store: LogprobReader, report: TokenReport, sampled: SampledAdvantages, decode: Decode | None) -> list[dict[str, Any]]:
+    """The least, the median and the most divergent rollout of the sample, by their mean |advantage|; fewer where there are fewer."""
+    counted, counts = np.unique(sampled.segments, return_counts=True)
+    if not counted.size:
         return []
-    chosen = {len(ordered) - 1: "most divergent", len(ordered) // 2: "median", 0: "least divergent"}
-    places = sorted(chosen)
-    records = store.read([ordered[i].row for i in places], columns=report.columns)
-    notes = [f"{chosen[i]} of {len(ordered):,}, mean |advantage| {divergence(ordered[i]):.3f}" for i in places]
+    divergence = np.bincount(sampled.segments, np.abs(sampled.gap))[counted] / counts
+    order, last = np.argsort(divergence, kind="stable"), len(counted) - 1
+    chosen = sorted({last: "most divergent", len(counted) // 2: "median", 0: "least divergent"}.items())
+    records = store.read(sampled.rows[counted[order[[i for i, _ in chosen]]]].tolist(), columns=report.columns)
+    notes = [f"{name} of {len(counted):,}, mean |advantage| {divergence[order[i]]:.3f}" for i, name in chosen]
     return [show_rollout(record, report, decode, note) for record, note in zip(records, notes, strict=True)]
 
 

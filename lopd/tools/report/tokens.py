@@ -5,14 +5,11 @@ The page is a file of its own: no server, no network, no fonts, no libraries; da
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attrs import frozen
-from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError
 from lopd.protocols import LogprobReader
@@ -20,7 +17,7 @@ from lopd.protocols.reading import evenly
 from lopd.records.checks import check_number
 from lopd.records.drift import LEVELS, TAIL
 from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout
-from lopd.tools.advantages import SampledRollout, check_columns, sample_advantages, scored_rows, summarise
+from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
 from lopd.tools.report.charts import Chart, curves, histogram
 from lopd.tools.report.page import write_page
 
@@ -60,10 +57,6 @@ class TokenReport:
         """Columns to read."""
         return tuple(dict.fromkeys(name for name in (self.teacher, self.student, self.ref) if name is not None))
 
-    def advantages(self, record: ScoredRollout) -> NDArray[np.float64]:
-        """(T,) nats, unclipped."""
-        return record.scores[self.teacher].astype(np.float64) - record.scores[self.student]
-
 
 def write_token_report(
     path: str | Path, store: LogprobReader, rows: Sequence[int], *, report: TokenReport | None = None, decode: Decode | None = None
@@ -91,33 +84,28 @@ def write_token_report(
     shown = store.read(list(rows), columns=report.columns)
     chosen = evenly(scored_rows(store, report.columns), report.sample) if report.sample else rows
     sampled = sample_advantages(store, report.teacher, report.student, chosen)
-    parts = {"facts": _facts(store, report, len(sampled)), "rollouts": [show_rollout(record, report, decode) for record in shown]}
+    parts = {"facts": _facts(store, report, len(sampled.rows)), "rollouts": [show_rollout(record, report, decode) for record in shown]}
     write_page(path, "tokens.html", {**parts, **advantage_parts(report, sampled), "named": decode is not None})
 
 
-def advantage_parts(report: TokenReport, sampled: Sequence[SampledRollout]) -> dict[str, Any]:
+def advantage_parts(report: TokenReport, sampled: SampledAdvantages) -> dict[str, Any]:
     """Return what both pages show of the advantages."""
-    summary = summarise(sampled)
+    summary = sampled.summary
     charts = advantage_charts(report, sampled) if summary else []
     return {"report": report, "summary": summary, "levels": LEVELS, "tail": TAIL, "charts": charts}
 
 
-def advantage_charts(report: TokenReport, sampled: Sequence[SampledRollout]) -> list[Chart]:
+def advantage_charts(report: TokenReport, sampled: SampledAdvantages) -> list[Chart]:
     """The advantages by size, by position, and by round of sampling if there are several; of one token at least."""
-    place, every = _together(sampled)
     charts = [
-        histogram("Advantages", "nats, clipped", np.clip(every, -report.clip, report.clip), report.clip),
-        curves("By position in the response", {"all": (place, every)}, report.bins, band=True),
+        histogram("Advantages", "nats, clipped", np.clip(sampled.gap, -report.clip, report.clip), report.clip),
+        curves("By position in the response", {"all": (sampled.place, sampled.gap)}, report.bins, band=True),
     ]
-    generation = attrgetter("generation")
-    rounds = {f"round {number}": _together(list(group)) for number, group in groupby(sorted(sampled, key=generation), key=generation)}
-    if len(rounds) > 1:
+    inside = {number: sampled.rounds[sampled.segments] == number for number in np.unique(sampled.rounds).tolist()}
+    if len(inside) > 1:
+        rounds = {f"round {number}": (sampled.place[on_M], sampled.gap[on_M]) for number, on_M in inside.items()}
         charts.append(curves("By round of sampling", rounds, report.bins, band=False))
     return charts
-
-
-def _together(sampled: Sequence[SampledRollout]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return np.concatenate([rollout.place for rollout in sampled]), np.concatenate([rollout.gap for rollout in sampled])
 
 
 def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tuple[str, str]]:
@@ -136,7 +124,7 @@ def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tupl
 def show_rollout(record: ScoredRollout, report: TokenReport, decode: Decode | None, note: str = "") -> dict[str, Any]:
     """What the template `parts.html` shows of a rollout; ids in place of text without `decode`."""
     decode = decode or str
-    rollout, gap_T = record.rollout, report.advantages(record)
+    rollout, gap_T = record.rollout, record.scores[report.teacher].astype(np.float64) - record.scores[report.student]
     columns = {name: record.scores[column] for name, column in _named(report).items()}
     tokens = []
     for t, (token, on) in enumerate(zip(rollout.response_ids.tolist(), rollout.loss_mask.tolist(), strict=True)):
