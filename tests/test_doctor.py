@@ -464,7 +464,7 @@ def test_opening_nothing_or_a_file_says_that_nothing_is_there(tmp_path: Path) ->
 def test_without_rich_the_tables_are_refused_and_json_is_printed(
     store: ZarrStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "lopd.tools.console", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["info", str(tmp_path / "run.zarr")]) == 2
     assert "lopd[hf]" in capsys.readouterr().err
     assert main(["info", str(tmp_path / "run.zarr"), "--json"]) == 0

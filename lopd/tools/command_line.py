@@ -4,12 +4,12 @@ import json
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any
 
 from lopd.backends.opening import open_store
-from lopd.errors import LopdError, MissingDependencyError
+from lopd.errors import LopdError
 from lopd.protocols import DurableStore
+from lopd.tools.optional import need
 
 FINE, PROBLEMS, UNUSABLE = 0, 1, 2
 #: Title, names of the columns, rows: the arguments of `lopd.tools.console.table`.
@@ -58,20 +58,6 @@ def opened(url: str, options: Namespace) -> DurableStore:
     return open_store(url, dict(options.storage_option) or None)
 
 
-def drawing() -> Any:
-    """Return the module `lopd.tools.console`.
-
-    Raises:
-        MissingDependencyError: rich is not installed.
-    """
-    try:
-        return import_module("lopd.tools.console")
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Command line: rich is not installed, expected it for tables and progress; pip install 'lopd[hf]', or ask for --json."
-        ) from error
-
-
 def show(*things: Table | str) -> None:
     """Print tables and sentences.
 
@@ -79,9 +65,11 @@ def show(*things: Table | str) -> None:
         MissingDependencyError: rich is not installed.
     """
     # names and sentences may hold brackets, which are not markup
-    rich, console = drawing(), drawing().Console(markup=False, highlight=False)
+    console = need("rich.console", "Tables (--json prints none)").Console(markup=False, highlight=False)
+    from lopd.tools.console import table
+
     for thing in things:
-        console.print(thing if isinstance(thing, str) else rich.table(*thing), soft_wrap=isinstance(thing, str))
+        console.print(thing if isinstance(thing, str) else table(*thing), soft_wrap=isinstance(thing, str))
 
 
 def print_json(values: Any) -> None:

@@ -16,11 +16,12 @@ from lopd.errors import InvalidRecordError
 from lopd.guards.consistency import verdict
 from lopd.protocols import DurableStore
 from lopd.records.manifest import Lineage
-from lopd.tools.command_line import FINE, PROBLEMS, add_storage_option, drawing, opened, print_json, run, show
+from lopd.tools.command_line import FINE, PROBLEMS, add_storage_option, opened, print_json, run, show
 from lopd.tools.doctor.checking import check_store
 from lopd.tools.doctor.comparing import compare_columns
 from lopd.tools.doctor.contents import inspect_store
 from lopd.tools.doctor.display import show_difference, show_info
+from lopd.tools.optional import need
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,8 +87,11 @@ def _info(options: Namespace) -> int:
 
 
 def _verify(options: Namespace) -> int:
-    progress, store, problems = drawing().RichProgress(), opened(options.url, options), 0
-    for problem in check_store(store, progress=progress):
+    need("rich", "Progress")
+    from lopd.tools.console import RichProgress
+
+    store, problems = opened(options.url, options), 0
+    for problem in check_store(store, progress=RichProgress()):
         problems += 1
         print(problem, flush=True)
     print(f"{store!r}: {problems:,} problems in {len(store):,} rollouts.")

@@ -9,33 +9,19 @@ The description (manifest, generations, provenance of each column) is JSON.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 from attrs import asdict, field, frozen
 
-from lopd.errors import CorruptStoreError, InvalidRecordError, ManifestMismatchError, MissingDependencyError
+from lopd.errors import CorruptStoreError, InvalidRecordError, ManifestMismatchError
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.reading import parts
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores, TopK
+from lopd.tools.optional import need
 
 _TOP_K_FIELDS = ("ids", "logprobs", "tail")
-
-
-def need(package: str, use: str) -> Any:
-    """An optional package, or a module of it.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{use}: {package.partition('.')[0]} is not installed, expected it; pip install 'lopd[hf]'."
-        ) from error
 
 
 @frozen
