@@ -42,7 +42,7 @@ def add_storage_option(parser: ArgumentParser) -> None:
         type=_key_and_value,
         default=[],
         metavar="KEY=VALUE",
-        help="of the storage of all URLs, may be repeated; credentials are better left in the environment",
+        help="how to reach the storage of all URLs, may be repeated; credentials are better left in the environment",
     )
 
 

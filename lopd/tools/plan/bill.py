@@ -68,9 +68,9 @@ class Bill:
     """What a method takes.
 
     Args:
-        method: its name.
+        method: name of the method.
         phases: one after the other.
-        store_bytes: kept on disk.
+        store_bytes: bytes that are kept on disk.
         memory_gb: 10^9 bytes of weights, gradients and moments that GPUs hold at the same time, at most.
     """
 
@@ -81,17 +81,17 @@ class Bill:
 
     @property
     def gpu_hours(self) -> float:
-        """In all."""
+        """GPU-hours of all phases."""
         return sum(phase.gpu_hours for phase in self.phases)
 
     @property
     def wall_hours(self) -> float:
-        """In all."""
+        """Hours of all phases."""
         return sum(phase.wall_hours for phase in self.phases)
 
     @property
     def bottleneck(self) -> Phase:
-        """What takes longest."""
+        """The phase that takes longest."""
         return max(self.phases, key=lambda phase: phase.wall_hours)
 
 
@@ -100,8 +100,8 @@ def lightning(work: Work, rates: GpuRates, gpus: int) -> Bill:
 
     Args:
         work: what is to be done.
-        rates: of one GPU.
-        gpus: there are.
+        rates: tokens a second of one GPU.
+        gpus: number of GPUs.
     """
     check_at_least("Bill", "gpus", gpus, 1)
     phases = (
@@ -117,8 +117,8 @@ def online(work: Work, rates: GpuRates, gpus: int, lockstep: float = 1.0) -> Bil
 
     Args:
         work: what is to be done.
-        rates: of one GPU.
-        gpus: there are, and are held until the end.
+        rates: tokens a second of one GPU.
+        gpus: number of GPUs, which are held until the end.
         lockstep: how many times slower sampling and scoring are when they come in portions of one step, the next waiting for the slowest
             response; 1 is the least that it can be, and what table 2 implies is `lockstep_of`.
     """

@@ -23,8 +23,8 @@ class Measured:
 
     Args:
         work: what was done.
-        rollouts, scores, training: of Lightning OPD.
-        online: of online OPD, in all.
+        rollouts, scores, training: phases of Lightning OPD.
+        online: online OPD as a whole.
     """
 
     work: Work
@@ -35,7 +35,7 @@ class Measured:
 
     @property
     def total(self) -> float:
-        """Of Lightning OPD."""
+        """GPU-hours of Lightning OPD."""
         return self.rollouts + self.scores + self.training
 
 
@@ -57,7 +57,7 @@ def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
 
     Args:
         work: sizes and lengths.
-        flops: of one GPU, a second.
+        flops: floating-point operations that one GPU does in a second.
     """
     sampled = _mean(lambda row: row.work.rollouts * row.work.response_tokens / row.rollouts / 3600)
     reads = _mean(lambda row: row.work.tokens * row.work.flops_teacher / row.scores / 3600 / H100_FLOPS)
@@ -88,5 +88,5 @@ def _mean(of: Callable[[Measured], float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-#: Of both rows.
+#: Geometric mean of both rows.
 PAPER_LOCKSTEP = _mean(lockstep_of)

@@ -25,7 +25,7 @@ class StoreSize:
 
     Args:
         token_ids: in the smallest unsigned type that holds the vocabulary.
-        logprobs: of all columns and `behavior`.
+        logprobs: those of all columns, and of `behavior`.
         top_k: ids, log-probs and tails.
         masks: one byte a response token.
         overhead: lengths, hashes, checksums and ids of rollouts and scores, and array metadata.
