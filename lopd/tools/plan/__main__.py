@@ -161,9 +161,10 @@ def _sentences(rates: GpuRates, bills: _Bills) -> Iterator[str]:
 
 
 def _store_sentence(work: Work, size: StoreSize) -> str:
+    columns = f"{len(work.columns)} score column{'s' * (len(work.columns) > 1)}{', behavior' * work.behavior}"
     parts = {
         "token ids": size.token_ids,
-        f"log-probs ({work.logprob_dtype}; {len(work.columns)} score columns{', behavior' * work.behavior})": size.logprobs,
+        f"log-probs ({work.logprob_dtype}; {columns})": size.logprobs,
         "top-k": size.top_k,
         "loss masks": size.masks,
         "rollouts and commits": size.overhead,
