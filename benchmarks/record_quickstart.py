@@ -6,9 +6,10 @@ Nothing in the README's tables is typed by hand.
 """
 
 import json
-import shutil
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from phases import wall_time
 from record import ROOT, fill, result_file
 
@@ -19,10 +20,31 @@ def main() -> None:
     """Read the run, write the files."""
     report = json.loads((RUN / "metrics.json").read_text())
     result_file("quickstart", report, report["phases"], goals(report))
-    shutil.copy(RUN / "curves.png", ROOT / "docs" / "quickstart.png")
+    draw(report["phases"])
     losses = json.loads((ROOT / "benchmarks" / "results" / "quickstart_losses.json").read_text())
     fill(ROOT / "README.md", "quickstart table", phase_table(report["phases"]))
     fill(ROOT / "README.md", "loss table", loss_table(losses["rows"]))
+
+
+def draw(phases: list[dict[str, Any]]) -> None:
+    """SFT loss, reverse KL on the stored rollouts while OPD runs, and the held-out reverse KL after each phase."""
+    sft, opd = (json.loads((RUN / "phases" / f"{name}.json").read_text())["history"] for name in ("sft", "lightning-opd"))
+    held_out = {p["name"].removeprefix("evaluate "): p for p in phases if p["held_out_reverse_kl"] is not None}
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    left.plot([m["step"] for m in sft], [m["loss"] for m in sft], color="tab:gray")
+    left.set(title="SFT on the teacher's text", xlabel="optimizer step", ylabel="loss (nats per token)")
+    middle.plot([m["step"] for m in opd], [m["reverse_kl"] for m in opd], color="tab:blue")
+    middle.set(title="OPD on frozen rollouts", xlabel="optimizer step", ylabel="student - teacher (nats per token)")
+    for axes in (left, middle):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    means, intervals = [[p[name] for p in held_out.values()] for name in ("held_out_reverse_kl", "ci95")]
+    right.bar(range(len(means)), means, yerr=intervals, capsize=6, color="tab:green", width=0.6)
+    right.set(title="held-out reverse KL, fresh rollouts", ylabel="nats per token (95 % interval)")
+    right.set_xticks(range(len(means)), [label.replace(" online ", "\nonline ") for label in held_out])
+    for axes in (left, middle, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "docs" / "quickstart.png", dpi=130)
 
 
 def goals(report: dict[str, Any]) -> list[dict[str, Any]]:

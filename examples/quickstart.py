@@ -40,13 +40,13 @@ from lopd import (
     collect_rollouts,
     opd_steps,
     score_rollouts,
+    stored_advantages,
 )
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.records import Prompt, RolloutSums, StepMetrics, fingerprint_tokenizer, make_prompts, read_prompts
-from lopd.records.estimates import advantage_quantiles
+from lopd.records.drift import LEVELS
 from lopd.tools.console import RichProgress, table
 from lopd.tools.report import RunHistory, write_run_report
-from lopd.tools.report.pictures import draw_run
 from lopd.verbs import StepStream
 
 transformers.utils.logging.disable_progress_bar()
@@ -192,10 +192,10 @@ def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, An
     report = score_rollouts(store, scorer, rollouts_per_batch=32, progress=RichProgress(console))
     if report.floored:
         console.print(f"{report.floored} log-probs of the teacher were -inf; a floor is stored in their place")
-    records = store.read(range(len(store)), columns=("teacher", "behavior"))
-    quantiles = advantage_quantiles([r.scores["behavior"] for r in records], [r.scores["teacher"] for r in records])
-    console.print("advantages before the first step, nats: " + ", ".join(f"{level:.0%} {value:.2f}" for level, value in quantiles.items()))
-    return {"tokens": int(store.lengths()[:, 1].sum()), "advantage_quantiles": {str(k): v for k, v in quantiles.items()}}
+    advantages = stored_advantages(store, count=len(store))
+    console.print(f"advantages before the first step: {advantages}")
+    quantiles = dict(zip(map(str, LEVELS), advantages.quantiles, strict=True))
+    return {"tokens": int(store.lengths()[:, 1].sum()), "advantage_quantiles": quantiles}
 
 
 def sft(run: Run, student_dir: Path, settings: Settings) -> dict[str, Any]:
@@ -298,10 +298,10 @@ def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settin
 
 
 def finish(run: Run, phases: list[dict[str, Any]], settings: Settings) -> None:
-    """The closing table, `metrics.json`, `curves.png` and `report.html`."""
+    """The closing table, `metrics.json` and `report.html`."""
     rows = [[p["name"], wall_time(p), p["tokens"], interval(p)] for p in phases]
     console.print(table("Lightning OPD, phase by phase", ["phase", "wall s", "tokens", "held-out reverse KL (nats, 95 %)"], rows))
-    history = {p["name"]: [StepMetrics.from_json(row) for row in p.pop("history")] for p in phases if "history" in p}
+    history = {p["name"]: p.pop("history") for p in phases if "history" in p}
     sums = {
         p["name"].removeprefix("evaluate "): RolloutSums(**{k: np.array(v) for k, v in p.pop("per_rollout").items()})
         for p in phases
@@ -313,12 +313,10 @@ def finish(run: Run, phases: list[dict[str, Any]], settings: Settings) -> None:
     versions = {"lopd": lopd.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "python": platform.python_version()}
     paired = {name: asdict(change) for name, change in changes.items()}
-    steps = [asdict(m) for m in history["Lightning OPD"]]
-    metrics = {"phases": phases, "change": paired, "settings": asdict(settings), "versions": versions, "machine": machine, "history": steps}
-    write_json(run.folder / "metrics.json", metrics)
-    draw_run(run.folder / "curves.png", {name: s.per_token() for name, s in sums.items()}, history["SFT"], history["Lightning OPD"])
+    found = {"phases": phases, "change": paired, "history": history["Lightning OPD"]}
+    write_json(run.folder / "metrics.json", {**found, "settings": asdict(settings), "versions": versions, "machine": machine})
     report(run, settings)
-    console.print(f"total {sum(p['wall_s'] for p in phases):.0f} s; written: {run.folder}/metrics.json, curves.png, report.html")
+    console.print(f"total {sum(p['wall_s'] for p in phases):.0f} s; written: {run.folder}/metrics.json, report.html")
 
 
 def report(run: Run, settings: Settings) -> None:

@@ -3,13 +3,27 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 from attrs import evolve
 
-from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
+from lopd import MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import InvalidRecordError
-from lopd.tools.plan import PAPER_LOCKSTEP, TABLE_2, GpuRates, Work, lightning, lockstep_of, online, rates_like
+from lopd.records import Commit, Scores
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
+from lopd.tools.plan import (
+    PAPER_LOCKSTEP,
+    TABLE_2,
+    GpuRates,
+    Work,
+    lightning,
+    lockstep_of,
+    measured_rates,
+    online,
+    rates_like,
+    work_like,
+)
 from lopd.tools.plan.__main__ import main
 
 HOUR = 3600
@@ -27,7 +41,7 @@ def test_lightning_samples_and_scores_once_and_trains_on_every_step():
     assert hours(bill) == pytest.approx({name: seconds / HOUR for name, seconds in expected.items()})
     assert bill.wall_hours == pytest.approx(bill.gpu_hours / 4)
     assert bill.bottleneck.name == "rollouts"
-    assert hours(lightning(evolve(WORK, columns=3), RATES, gpus=4))["scores"] == pytest.approx(3 * expected["scores"] / HOUR)
+    assert hours(lightning(evolve(WORK, columns=(0, 0, 0)), RATES, gpus=4))["scores"] == pytest.approx(3 * expected["scores"] / HOUR)
 
 
 def test_online_opd_samples_and_scores_what_every_step_trains_on():
@@ -95,7 +109,11 @@ def test_with_rates_from_the_sizes_of_models_table_2_comes_out_nearly(name):
         (lambda: evolve(WORK, steps=0), "Work: steps is 0"),
         (lambda: evolve(WORK, student_billions=0), "Work: student_billions is 0, expected more than 0"),
         (lambda: evolve(WORK, teacher_active=-1), "Work: teacher_active is -1"),
-        (lambda: evolve(WORK, prompt_tokens=0), "prompt_tokens is 0"),
+        (lambda: evolve(WORK, prompt_tokens=0.5), "prompt_tokens is 0.5, expected finite and at least 1"),
+        (lambda: evolve(WORK, response_tokens=float("nan")), "response_tokens is nan"),
+        (lambda: evolve(WORK, columns=()), "number of columns is 0"),
+        (lambda: evolve(WORK, columns=(0, -1)), "top-k is -1"),
+        (lambda: evolve(WORK, logprob_dtype="bfloat16"), "logprob_dtype is 'bfloat16'"),
         (lambda: evolve(RATES, scoring=0), "GpuRates: scoring is 0, expected more than 0 tokens a second"),
         (lambda: lightning(WORK, RATES, 0), "Bill: gpus is 0"),
         (lambda: online(WORK, RATES, 1, 0.5), "Bill: lockstep is 0.5, expected at least 1"),
@@ -104,6 +122,74 @@ def test_with_rates_from_the_sizes_of_models_table_2_comes_out_nearly(name):
 def test_numbers_that_make_no_sense_are_refused(make, message):
     with pytest.raises(InvalidRecordError, match=message):
         make()
+
+
+# what is stored
+
+
+def fill(store, count=40):
+    """Fill a store with rollouts in two appends, a teacher with a top-k support, and another column."""
+    lengths = [3 + i % 5 for i in range(count)]
+    items = [tiny_rollout(f"p{i}/s0/g0", range(n), behavior_logprobs=[-1.0] * n) for i, n in enumerate(lengths)]
+    items[1] = tiny_rollout("p1/s0/g0", range(4), loss_mask=[True, False, True, False], behavior_logprobs=[-1.0] * 4)
+    store.append(items[: count // 2])
+    store.append(items[count // 2 :])
+    for column, k in (("teacher", 2), ("ref", 0)):
+        scores = [Scores.of(r, np.full(r.response_ids.size, -2.0), top_k=tiny_top_k(r.response_ids.size) if k else None) for r in items]
+        store.append_scores(column, tiny_provenance(column, k), scores)
+    return store
+
+
+@pytest.mark.parametrize(("vocab_size", "width"), [(256, 1), (257, 2), (65_536, 2), (65_537, 4)])
+def test_a_token_costs_its_id_and_its_log_probs_exactly(vocab_size, width):
+    work = Work(prompts=10, prompt_tokens=20, response_tokens=100, vocab_size=vocab_size, columns=(0, 0), behavior=False)
+    assert (work.stored.token_ids, work.stored.logprobs) == (10 * 120 * width, 10 * 100 * 2 * 4)
+    size = evolve(work, logprob_dtype="float16", behavior=True, columns=(16, 0), masked=True).stored
+    assert (size.logprobs, size.top_k, size.masks) == (10 * 100 * 3 * 2, 10 * 100 * (16 * (width + 2) + 4), 10 * 100)
+    assert size.total == size.token_ids + size.logprobs + size.top_k + size.masks + size.overhead
+
+
+def test_twelve_bytes_a_token_for_ids_teacher_and_ref_in_long_rollouts():
+    assert 11.99 < Work(prompts=1000, prompt_tokens=1, response_tokens=8191).stored.bytes_per_token < 12.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("compacted", [False, True])
+def test_the_plan_of_a_store_that_is_there_has_its_size(tmp_path, dtype, compacted):
+    for count in (8, 200):
+        store = fill(ZarrStore.create(tmp_path / f"{count}", tiny_manifest(), logprob_dtype=dtype), count)
+        if compacted:
+            store.compact()
+        assert work_like(store, dtype).stored.total == pytest.approx(store.stored_bytes(), rel=0.03)
+
+
+def test_rates_are_the_median_over_commits_so_that_a_night_does_not_count():
+    class Remembering:
+        def __getattr__(self, name):
+            return getattr(store, name)
+
+        def history(self):
+            return commits
+
+    store = fill(MemoryStore(tiny_manifest()), 5)
+    prompts, responses = store.lengths().sum(axis=0).tolist()
+    share, moments = responses / (prompts + responses), [0, 10, 20, 86_420, 86_430]
+    commits = [Commit(i, "rollouts", 5, 1000, None, when) for i, when in enumerate(moments)]
+    commits += [Commit(5 + i, "scores", 5, 600, "teacher", 90_000 + 3 * i) for i in range(4)]
+    assert measured_rates(Remembering()) == pytest.approx({"sampling": 100 * share, "scoring": 200 / share})
+    commits = commits[:1]
+    assert measured_rates(Remembering()) == {}
+
+
+def test_an_empty_store_cannot_be_measured_and_one_without_scores_is_planned_with_a_column(tmp_path):
+    store = ZarrStore.create(tmp_path / "empty", tiny_manifest())
+    with pytest.raises(InvalidRecordError, match="0 rollouts"):
+        work_like(store)
+    store.append([tiny_rollout("p/s0/g0")])
+    assert work_like(store).columns == (0,)
+
+
+# the command line
 
 
 def printed(capsys, *arguments):
@@ -138,6 +224,51 @@ def test_given_rates_go_before_measured_ones_and_measured_ones_before_guesses(ca
     assert (plan["rates"]["scoring"], plan["rates"]["training"]) == (123, guess["rates"]["training"])
     assert plan["rates"]["sampling"] == pytest.approx(2 * half["rates"]["sampling"])
     assert plan["rates"]["sampling"] != guess["rates"]["sampling"]
+
+
+def test_the_bytes_are_those_of_what_is_asked(capsys):
+    lengths = ("--prompt-tokens", "100", "--response-tokens", "3000")
+    (plan,) = printed(capsys, "--prompts", "1000", "--samples", "4", *lengths, "--columns", "2", "--top-k", "8", "--no-behavior")
+    assert plan["store"]["token_ids"] == 4000 * 3100 * 4
+    assert plan["store"]["logprobs"] == 4000 * 3000 * 2 * 4
+    assert plan["store"]["top_k"] == 4000 * 3000 * (8 * 8 + 4)
+    assert plan["store"]["total"] == plan["lightning"]["store_bytes"]
+
+
+def test_like_a_store_of_as_many_prompts_is_its_size(capsys, tmp_path):
+    store = fill(ZarrStore.create(tmp_path / "store", tiny_manifest(), logprob_dtype="float16"))
+    like = ("--prompts", "40", "--like", str(tmp_path / "store"), "--logprob-dtype", "float16")
+    (plan,) = printed(capsys, *like, "--storage-option", "any=thing")
+    assert plan["store"]["total"] == pytest.approx(store.stored_bytes(), rel=0.03)
+    assert plan["work"]["columns"] == [2, 0]
+    (plan,) = printed(capsys, *like, "--columns", "3", "--top-k", "0", "--samples", "2")
+    assert (plan["work"]["columns"], plan["rollouts"]) == ([0, 0, 0], 80)
+    assert main(like) == 0
+    assert "float16; 2 score columns, behavior" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--prompts", "many"],
+        ["--prompts", "5", "--prompt-tokens", "0"],
+        ["--prompts", "5", "--prompt-tokens", "nan"],
+        ["--prompts", "5", "--columns", "0"],
+        ["--prompts", "5", "--vocab-size", "0"],
+        ["--prompts", "5", "--sampling-rate", "-1"],
+        ["--prompts", "5", "--logprob-dtype", "float8"],
+        ["--prompts", "5", "--storage-options", "secret=hunter2"],
+    ],
+)
+def test_a_plan_of_nonsense_is_bad_usage(arguments, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as leaving:
+        code = leaving.code
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.count("\n") >= 1
+    assert "hunter2" not in error
 
 
 def test_what_the_command_line_cannot_do_is_one_sentence_and_exit_code_2(capsys, tmp_path):

@@ -96,7 +96,6 @@ def test_it_measures_every_phase_and_writes_what_it_promises(unbroken: Path) -> 
         assert by_name[name]["ci95"] > 0
     assert all(p["wall_s"] > 0 and p["tokens"] > 0 for p in report["phases"])
     assert set(attempts(unbroken).values()) == {1}
-    assert (unbroken / "curves.png").stat().st_size > 10_000
     assert len(report["history"]) == 12
     page = (unbroken / "report.html").read_text()
     assert "12 steps" in page

@@ -104,7 +104,7 @@ def test_what_cannot_be_shown_is_refused(store, tmp_path):
     path = tmp_path / "r.html"
     with pytest.raises(InvalidRecordError, match="0 rows"):
         write_token_report(path, store, [])
-    with pytest.raises(MissingScoresError, match=r"column 'nobody' is absent.*\['teacher'\]"):
+    with pytest.raises(MissingScoresError, match=r"column 'nobody' is absent, expected one of \['teacher', 'behavior'\]"):
         write_token_report(path, store, [0], report=TokenReport(ref="nobody"))
     with pytest.raises(NoSuchRowError):
         write_token_report(path, store, [99])

@@ -97,13 +97,3 @@ def _estimate(value: float, influence_B: NDArray[np.float64], values: int) -> Es
     n = len(influence_B)
     error = float(np.sqrt(n / (n - 1) * np.square(influence_B).sum())) if n > 1 else float("inf")
     return Estimate(float(value), _Z95 * error, n, values)
-
-
-def advantage_quantiles(
-    student_logprobs: Sequence[Float32Array],
-    teacher_logprobs: Sequence[Float32Array],
-    levels: Sequence[float] = (0.01, 0.05, 0.5, 0.95, 0.99),
-) -> dict[float, float]:
-    """Quantiles of the unclipped advantage, nats.  Look at them before training: a heavy lower tail is where ratio-1 OPD goes wrong."""
-    gaps = np.concatenate([t - s for s, t in zip(student_logprobs, teacher_logprobs, strict=True)])
-    return {level: float(np.quantile(gaps, level)) for level in levels}

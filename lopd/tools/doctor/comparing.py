@@ -1,17 +1,16 @@
 """Two columns of log-probs side by side: of one store or of two, matched by rollout id."""
 
-from collections.abc import Sequence
 from typing import final
 
 import numpy as np
 from attrs import define, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import in_batches
 from lopd.records.arrays import Float32Array
-from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout
+from lopd.records.rollouts import Rollout
+from lopd.tools.advantages import check_columns, scored_rows
 
 # The upper bits of a float32 that is not negative sort like the number itself: 20 of its 32 bits tell numbers apart to 0.1 %.
 _DROPPED_BITS = 12
@@ -67,19 +66,25 @@ class _Tally:
 
     rollouts: int = 0
     tokens: int = 0
+    others: int = 0
+    first_other: str | None = None
     total: float = 0.0
     greatest: float = 0.0
     worst: Worst | None = None
     counts: NDArray[np.int64] = field(factory=lambda: np.zeros(1 << (31 - _DROPPED_BITS), np.int64))
 
-    def add(self, rollout_id: str, left_T: Float32Array, right_T: Float32Array) -> None:
-        """Count one pair."""
+    def add(self, left: Rollout, right: Rollout, left_T: Float32Array, right_T: Float32Array) -> None:
+        """Count one pair; of other content, only that it is there."""
+        if left.content_hash != right.content_hash:
+            self.others += 1
+            self.first_other = self.first_other or left.rollout_id
+            return
         # exact in float64; the greatest difference of two float32 fits into one again
         gap_T = np.abs(left_T.astype(np.float64) - right_T)
         place = int(gap_T.argmax())
         if gap_T[place] > self.greatest:
             self.greatest = float(gap_T[place])
-            self.worst = Worst(rollout_id, place, float(left_T[place]), float(right_T[place]))
+            self.worst = Worst(left.rollout_id, place, float(left_T[place]), float(right_T[place]))
         self.rollouts += 1
         self.tokens += gap_T.size
         self.total += float(gap_T.sum())
@@ -107,43 +112,26 @@ def compare_columns(left: LogprobReader, right: LogprobReader, left_column: str,
         MissingScoresError: a store has no such column.
         CorruptStoreError: a row is damaged.
     """
-    _check_column(left, left_column)
-    _check_column(right, right_column)
-    right_scored, tally = right.scored(right_column), _Tally()
-    matched, others = 0, list[str]()
-    for batch in in_batches(np.flatnonzero(left.scored(left_column))):
+    check_columns(left, [left_column])
+    check_columns(right, [right_column])
+    left_rows, right_scored, tally = scored_rows(left, [left_column]), right.scored(right_column), _Tally()
+    for batch in in_batches(left_rows):
         mine = left.read(batch, columns=(left_column,))
         places = right.find([row.rollout.rollout_id for row in mine])
         both = [(row, place) for row, place in zip(mine, places.tolist(), strict=True) if place >= 0 and right_scored[place]]
-        matched += len(both)
         theirs = right.read([place for _, place in both], columns=(right_column,))
-        others += _add_pairs(tally, [row for row, _ in both], theirs, (left_column, right_column))
+        for (row, _), other in zip(both, theirs, strict=True):
+            tally.add(row.rollout, other.rollout, row.scores[left_column], other.scores[right_column])
+    matched = tally.rollouts + tally.others
     return Difference(
         rollouts=tally.rollouts,
         tokens=tally.tokens,
-        only_left=int(left.scored(left_column).sum()) - matched,
+        only_left=len(left_rows) - matched,
         only_right=int(right_scored.sum()) - matched,
-        other_content=len(others),
-        first_other=others[0] if others else None,
+        other_content=tally.others,
+        first_other=tally.first_other,
         max=tally.greatest,
         p99=tally.quantile(0.99),
         mean=tally.total / max(1, tally.tokens),
         worst=tally.worst,
     )
-
-
-def _add_pairs(tally: _Tally, mine: Sequence[ScoredRollout], theirs: Sequence[ScoredRollout], columns: tuple[str, str]) -> list[str]:
-    """Count the pairs that have the same content; gives the ids of the others."""
-    others = []
-    for left, right in zip(mine, theirs, strict=True):
-        if left.rollout.content_hash == right.rollout.content_hash:
-            tally.add(left.rollout.rollout_id, left.scores[columns[0]], right.scores[columns[1]])
-        else:
-            others.append(left.rollout.rollout_id)
-    return others
-
-
-def _check_column(reader: LogprobReader, column: str) -> None:
-    there = [*reader.columns, *([BEHAVIOR_COLUMN] if reader.scored(BEHAVIOR_COLUMN).any() else [])]
-    if column not in there:
-        raise MissingScoresError(f"{reader!r}: column {column!r} is absent, expected one of {there}; name one of them.")

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 
 import numpy as np
 from attrs import frozen
-from numpy.typing import NDArray
 
 from lopd.errors import TeacherConsistencyError
 from lopd.guards.consistency import check_teacher_consistency
 from lopd.protocols import DurableStore, LogprobReader
 from lopd.protocols.reading import evenly, in_batches
+from lopd.records.checks import check_at_least
+from lopd.records.drift import AdvantageSummary
 from lopd.records.estimates import RolloutSums
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN
-
-QUANTILES = (0.001, 0.01, 0.05, 0.5, 0.95, 0.99, 0.999)
+from lopd.tools.advantages import sample_advantages, scored_rows
 
 
 @frozen
@@ -48,24 +48,18 @@ class AdvantageInfo:
 
     Args:
         teacher, student: columns.
-        rollouts, tokens: in the sample.
-        mean: over tokens.   ci95: half-width of its 95 % interval, rollouts being the draws; None for a single rollout.
+        rollouts: number in the sample.
+        ci95: half-width of the 95 % interval of the mean, rollouts being the draws; None for a single rollout.
         mean_abs: mean of the absolute value.
-        quantiles: level -> nats.
-        below_half_clip: share of tokens below minus half the clip threshold; they are where ratio-1 OPD goes wrong.
-        negative: share of tokens below 0.
+        summary: mean, quantiles and shares of the tokens.
     """
 
     teacher: str
     student: str
     rollouts: int
-    tokens: int
-    mean: float
     ci95: float | None
     mean_abs: float
-    quantiles: Mapping[float, float]
-    below_half_clip: float
-    negative: float
+    summary: AdvantageSummary
 
 
 @frozen
@@ -81,7 +75,6 @@ class StoreInfo:
         columns: scores.
         sampled: rollouts that were read for what follows, evenly spaced.
         finish_reasons: of the sampled rollouts.   masked: share of their response tokens that do not count.
-        clip: threshold of the advantage, nats.
         advantages: of each teacher against each student column, each over at most as many rollouts as `sampled`.
         history: all commits, oldest first.
     """
@@ -98,7 +91,6 @@ class StoreInfo:
     sampled: int
     finish_reasons: Mapping[str, int]
     masked: float
-    clip: float
     advantages: tuple[AdvantageInfo, ...]
     history: tuple[Commit, ...]
 
@@ -108,19 +100,20 @@ class StoreInfo:
         return self.stored_bytes / max(1, self.prompt_tokens + self.response_tokens)
 
 
-def inspect_store(store: DurableStore, *, sample: int = 1000, clip: float = 10.0) -> StoreInfo:
+def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
     """Everything that `python -m lopd.tools.doctor info` shows.
 
     Args:
         store: any durable store.
         sample: most rollouts to read for finish reasons, masks and each pair of columns.
-        clip: threshold of the advantage, nats.
 
-    Memory: 8 bytes for each response token of the sample.
+    Memory: 16 bytes for each response token of the sample.
 
     Raises:
+        InvalidRecordError: the sample is empty.
         CorruptStoreError: a row of the sample is damaged.
     """
+    check_at_least("Store info", "sample", sample, 1)
     history = tuple(store.history())
     prompt_tokens, response_tokens = store.lengths().sum(axis=0).tolist()
     columns = tuple(_describe(store, name, provenance, history) for name, provenance in store.columns.items())
@@ -128,7 +121,7 @@ def inspect_store(store: DurableStore, *, sample: int = 1000, clip: float = 10.0
     behavior = int(store.scored(BEHAVIOR_COLUMN).sum())
     students = [BEHAVIOR_COLUMN] * bool(behavior) + [column.name for column in columns if column.of_policy]
     pairs = [(column.name, student) for column in columns if not column.of_policy for student in students]
-    found = [describe_advantages(store, teacher, student, sample=sample, clip=clip) for teacher, student in pairs]
+    found = [describe_advantages(store, teacher, student, sample=sample) for teacher, student in pairs]
     return StoreInfo(
         store=repr(store),
         manifest=store.manifest,
@@ -142,7 +135,6 @@ def inspect_store(store: DurableStore, *, sample: int = 1000, clip: float = 10.0
         sampled=sampled,
         finish_reasons=finish_reasons,
         masked=masked,
-        clip=clip,
         advantages=tuple(pair for pair in found if pair is not None),
         history=history,
     )
@@ -172,41 +164,30 @@ def _look_at_rollouts(store: LogprobReader, sample: int) -> tuple[int, Mapping[s
     return len(rows), dict(reasons), masked / max(1, tokens)
 
 
-def describe_advantages(
-    reader: LogprobReader, teacher: str, student: str, *, sample: int = 1000, clip: float = 10.0
-) -> AdvantageInfo | None:
-    """Statistics of the advantage of one pair of columns, over an evenly spaced sample of the rollouts that have both.
+def describe_advantages(reader: LogprobReader, teacher: str, student: str, *, sample: int = 1000) -> AdvantageInfo | None:
+    """Return statistics of the advantage of one pair of columns, over an evenly spaced sample of the rollouts that have both.
 
     Args:
         reader: any store.
         teacher: a column.
         student: another; `behavior` is one.
         sample: most rollouts to read.
-        clip: threshold of the advantage, nats.
 
     Returns:
         None if no token that counts has both scores.
     """
-    rows = evenly(np.flatnonzero(reader.scored(teacher) & reader.scored(student)), sample)
-    gaps: list[NDArray[np.float64]] = []
-    for batch in in_batches(rows):
-        for row in reader.read(batch, columns=(teacher, student)):
-            gap_T = row.scores[teacher].astype(np.float64) - row.scores[student]
-            gaps.append(gap_T[row.rollout.loss_mask])
-    gaps = [gap for gap in gaps if gap.size]
-    if not gaps:
+    sampled = sample_advantages(reader, teacher, student, evenly(scored_rows(reader, (teacher, student)), sample))
+    summary = sampled.summary
+    if summary is None:
         return None
-    mean = RolloutSums(np.array([gap.sum() for gap in gaps]), np.array([gap.size for gap in gaps], np.float64)).per_token()
-    every = np.concatenate(gaps)
+    counted, counts = np.unique(sampled.segments, return_counts=True)
+    sums = np.bincount(sampled.segments, sampled.gap)[counted].astype(np.float64)
+    ci95 = RolloutSums(sums, counts.astype(np.float64)).per_token().ci95
     return AdvantageInfo(
         teacher,
         student,
-        rollouts=len(rows),
-        tokens=every.size,
-        mean=mean.mean,
-        ci95=mean.ci95 if math.isfinite(mean.ci95) else None,
-        mean_abs=float(np.abs(every).mean()),
-        quantiles=dict(zip(QUANTILES, np.quantile(every, QUANTILES).tolist(), strict=True)),
-        below_half_clip=float((every < -clip / 2).mean()),
-        negative=float((every < 0).mean()),
+        rollouts=len(sampled.rows),
+        ci95=ci95 if math.isfinite(ci95) else None,
+        mean_abs=float(np.abs(sampled.gap).mean()),
+        summary=summary,
     )

@@ -8,38 +8,20 @@ The description (manifest, generations, provenance of each column) is JSON.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import import_module
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from attrs import asdict, field, frozen
-from numpy.typing import NDArray
 
-from lopd.backends import ragged
-from lopd.errors import CorruptStoreError, InvalidRecordError, ManifestMismatchError, MissingDependencyError
+from lopd.errors import CorruptStoreError, InvalidRecordError, ManifestMismatchError
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.reading import parts
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores, TopK
+from lopd.tools.optional import need
 
 _TOP_K_FIELDS = ("ids", "logprobs", "tail")
-
-
-def need(package: str, use: str) -> Any:
-    """An optional package, or a module of it.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{use}: {package.partition('.')[0]} is not installed, expected it; pip install 'lopd[hf]'."
-        ) from error
 
 
 @frozen
@@ -61,8 +43,11 @@ class Description:
     @classmethod
     def of(cls, reader: LogprobReader) -> "Description":
         """What a store says."""
-        reasons = {name: reader.quarantined(name) for name in reader.columns}
-        named = {name: dict(zip(_names(reader, rows), rows.values(), strict=True)) for name, rows in reasons.items() if rows}
+        named = dict[str, dict[str, str]]()
+        for name in reader.columns:
+            if reasons := reader.quarantined(name):
+                ids = [record.rollout.rollout_id for record in reader.read(list(reasons))]
+                named[name] = dict(zip(ids, reasons.values(), strict=True))
         return cls(reader.manifest, dict(reader.generations), dict(reader.columns), named)
 
     def to_json(self) -> str:
@@ -119,44 +104,33 @@ class Description:
         return pa.schema(fields)
 
 
-def _names(reader: LogprobReader, rows: Iterable[int]) -> list[str]:
-    return [record.rollout.rollout_id for record in reader.read(list(rows))]
-
-
 def tables(reader: LogprobReader, description: Description, rows_per_table: int) -> Iterator[Any]:
     """The whole store in tables of about so many rows."""
-    pa = need("pyarrow", "Arrow tables")
     schema, waiting = description.schema(), list[ScoredRollout]()
     for part in parts(reader, min(64, rows_per_table)):
         waiting += part.read(reader)
         if len(waiting) >= rows_per_table:
-            yield pa.table(_arrays(waiting, schema), schema=schema)
+            yield _table(waiting, schema)
             waiting = []
     if waiting:
-        yield pa.table(_arrays(waiting, schema), schema=schema)
+        yield _table(waiting, schema)
 
 
-def _arrays(rows: Sequence[ScoredRollout], schema: Any) -> list[Any]:
+def _table(rows: Sequence[ScoredRollout], schema: Any) -> Any:
     pa = need("pyarrow", "Arrow tables")
     for row in rows:
         _check_text(row.rollout.rollout_id)
-    arrays = []
-    for column in schema:
-        take = _values(column.name)
-        values = [take(row) for row in rows]
-        arrays.append(_lists(values, column.type) if pa.types.is_list(column.type) else pa.array(values, column.type))
-    return arrays
+    return pa.table([pa.array([_value(row, column.name) for row in rows], column.type) for column in schema], schema=schema)
 
 
-def _values(name: str) -> Callable[[ScoredRollout], Any]:
-    """How to take what a column of the table holds out of a row."""
+def _value(row: ScoredRollout, name: str) -> Any:
+    """Return what a column of the table holds of a row."""
     kind, slash, column = name.partition("/")
     if not slash:
-        return lambda row: getattr(row.rollout, name)
+        return getattr(row.rollout, name)
     if kind == "logprobs":
-        return lambda row: row.scores.get(column)
-    part = kind.removeprefix("top_k_")
-    return lambda row: getattr(row.top_k[column], part).reshape(-1) if column in row.top_k else None
+        return row.scores.get(column)
+    return getattr(row.top_k[column], kind.removeprefix("top_k_")).reshape(-1) if column in row.top_k else None
 
 
 def _check_text(rollout_id: str) -> None:
@@ -167,15 +141,6 @@ def _check_text(rollout_id: str) -> None:
             f"Rollout {rollout_id!r}: its id has a lone surrogate at {error.start}, expected text that Arrow can hold; "
             "rename the prompt and collect it again."
         ) from error
-
-
-def _lists(values: Sequence[NDArray[Any] | None], kind: Any) -> Any:
-    pa = need("pyarrow", "Arrow tables")
-    there = [value for value in values if value is not None]
-    flat = pa.array(np.concatenate(there) if there else [], kind.value_type)
-    borders = pa.array(ragged.offsets(np.array([0 if value is None else value.size for value in values])), pa.int32())
-    absent = pa.array([value is None for value in values])
-    return pa.ListArray.from_arrays(borders, flat, type=kind, mask=absent)
 
 
 def store_tables(store: LogprobStore, description: Description, incoming: Iterator[Any], owner: str) -> None:
@@ -194,11 +159,11 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
             store.begin_generation(number, policy)
     schema = description.schema()
     for table in incoming:
-        columns = _to_numpy(table, schema, owner)
-        rollouts = [_rollout(columns, i, owner) for i in range(len(columns["rollout_id"]))]
-        store.append(rollouts)
+        rows = [(row, _rollout(row, owner)) for row in _rows(table, schema, owner)]
+        store.append([rollout for _, rollout in rows])
         for name, provenance in description.columns.items():
-            store.append_scores(name, provenance, _scores(columns, name, provenance, rollouts, owner))
+            scores = [_scores(row, rollout, name, provenance, owner) for row, rollout in rows if row[f"logprobs/{name}"] is not None]
+            store.append_scores(name, provenance, scores)
     for name, reasons in description.quarantined.items():
         # a selection of the rows may lack some of them
         there = store.find(list(reasons)) >= 0
@@ -206,56 +171,39 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         store.quarantine(name, description.columns[name], kept)
 
 
-def _to_numpy(table: Any, schema: Any, owner: str) -> dict[str, list[Any]]:
+def _rows(table: Any, schema: Any, owner: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table; lists are arrays."""
     pa = need("pyarrow", "Arrow tables")
     try:
-        table = table.select(schema.names).cast(schema).combine_chunks()
+        table = table.select(schema.names).cast(schema)
     except (KeyError, pa.ArrowException) as error:
         raise CorruptStoreError(
             f"{owner}: its columns are {table.column_names} and do not fit ({error}), expected those of its description; export it again."
         ) from error
-    return {name: _to_pieces(table.column(name)) for name in schema.names}
+    columns = (table[field.name].to_numpy() if pa.types.is_list(field.type) else table[field.name].to_pylist() for field in schema)
+    for values in zip(*columns, strict=True):
+        yield dict(zip(schema.names, values, strict=True))
 
 
-def _to_pieces(column: Any) -> list[Any]:
-    pa = need("pyarrow", "Arrow tables")
-    if not pa.types.is_list(column.type):
-        return list(column.to_pylist())
-    pieces: list[Any] = []
-    for chunk in column.chunks:
-        flat, borders = chunk.values.to_numpy(zero_copy_only=False), chunk.offsets.to_numpy()
-        spans = zip(pairwise(borders.tolist()), chunk.is_valid().to_pylist(), strict=True)
-        pieces += [flat[start:end] if valid else None for (start, end), valid in spans]
-    return pieces
-
-
-def _rollout(columns: Mapping[str, list[Any]], i: int, owner: str) -> Rollout:
+def _rollout(row: Mapping[str, Any], owner: str) -> Rollout:
     names = ("rollout_id", "prompt_ids", "response_ids", "loss_mask", "finish_reason", "behavior_logprobs", "generation")
-    rollout = Rollout(**{name: columns[name][i] for name in names})
-    if rollout.content_hash != columns["content_hash"][i]:
+    rollout = Rollout(**{name: row[name] for name in names})
+    if rollout.content_hash != row["content_hash"]:
         raise CorruptStoreError(
             f"{owner}: rollout {rollout.rollout_id!r} has content hash {rollout.content_hash.hex()[:8]}, expected the "
-            f"{(columns['content_hash'][i] or b'').hex()[:8]} of its row; export it again."
+            f"{(row['content_hash'] or b'').hex()[:8]} of its row; export it again."
         )
     return rollout
 
 
-def _scores(columns: Mapping[str, list[Any]], name: str, provenance: Provenance, rollouts: Sequence[Rollout], owner: str) -> list[Scores]:
-    made, k = [], provenance.top_k
-    for i, rollout in enumerate(rollouts):
-        logprobs_T = columns[f"logprobs/{name}"][i]
-        if logprobs_T is not None:
-            support = _top_k([columns[f"top_k_{part}/{name}"][i] for part in _TOP_K_FIELDS], k, rollout, owner) if k else None
-            made.append(Scores.of(rollout, logprobs_T, top_k=support, residual=provenance.residual))
-    return made
-
-
-def _top_k(flat: Sequence[NDArray[Any] | None], k: int, rollout: Rollout, owner: str) -> TopK:
-    ids, logprobs, tail = flat
-    length = rollout.response_ids.size
-    if ids is None or logprobs is None or tail is None or ids.size != length * k or logprobs.size != length * k:
-        raise CorruptStoreError(
-            f"{owner}: rollout {rollout.rollout_id!r} has a top-k support of another size, expected {k} for each of its {length} tokens; "
-            "export it again."
-        )
-    return TopK(ids.reshape(length, k), logprobs.reshape(length, k), tail)
+def _scores(row: Mapping[str, Any], rollout: Rollout, name: str, provenance: Provenance, owner: str) -> Scores:
+    support, k, length = None, provenance.top_k, rollout.response_ids.size
+    if k:
+        ids, logprobs, tail = (row[f"top_k_{part}/{name}"] for part in _TOP_K_FIELDS)
+        if ids is None or logprobs is None or tail is None or ids.size != length * k or logprobs.size != length * k:
+            raise CorruptStoreError(
+                f"{owner}: rollout {rollout.rollout_id!r} has a top-k support of another size, expected {k} for each of its {length} tokens; "
+                "export it again."
+            )
+        support = TopK(ids.reshape(length, k), logprobs.reshape(length, k), tail)
+    return Scores.of(rollout, row[f"logprobs/{name}"], top_k=support, residual=provenance.residual)

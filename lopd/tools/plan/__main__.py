@@ -1,51 +1,44 @@
 """The command line: `python -m lopd.tools.plan --tokens 1e6 1e9 1e12 --gpus 64`.
 
-Give rates that you measured, or a store that was filled with these models (its history says how fast); else they are guessed from the sizes of the
-models and the GPU-hours of the paper.  Exit code 0, or 2 if the call makes no sense or a store cannot be read.
+Give rates that you measured, or a store to be like (its lengths, columns and dtype, and how fast it was filled); else rates are guessed from the
+sizes of the models and the GPU-hours of the paper.  Exit code 0, or 2 if the call makes no sense or a store cannot be read.
 """
 
-import json
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from attrs import asdict, evolve, fields
 
-from lopd.backends.opening import open_store
-from lopd.errors import LopdError, MissingDependencyError
-from lopd.tools.doctor.estimating import measure_rates, plan_like
-from lopd.tools.plan.bill import Bill, GpuRates, Work, lightning, online
+from lopd.tools.command_line import FINE, Table, add_storage_option, opened, print_json, run, show
+from lopd.tools.plan.bill import Bill, GpuRates, lightning, online
+from lopd.tools.plan.like import measured_rates, work_like
 from lopd.tools.plan.paper import H100_FLOPS, PAPER_LOCKSTEP, rates_like
+from lopd.tools.plan.work import LOGPROB_BYTES, StoreSize, Work
 
 _SIZES = (1e6, 1e9, 1e12)
 _TERA, _GIGA = 1e12, 1e9
+#: Lightning, online at bulk rates, online in lockstep.
+_Bills = tuple[Bill, Bill, Bill]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the bills; gives the exit code.
+    """Print the bills; return the exit code.
 
     Args:
-        arguments: of the command line; those of this process if None.
+        arguments: words of the command line; those of this process if None.
     """
-    options = _parser().parse_args(arguments)
-    try:
-        works = _works(options)
-        plans = [(work, rates := _rates(work, options), _bills(work, rates, options)) for work in works]
-        if options.json:
-            print(json.dumps([_as_json(*plan) for plan in plans], indent=1))
-        else:
-            _show(plans, options)
-    except LopdError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run(_parser(), arguments)
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="python -m lopd.tools.plan", description="GPU-hours, wall time and bytes of Lightning OPD, and of online OPD beside it."
+        prog="python -m lopd.tools.plan",
+        description="GPU-hours, wall time and bytes of Lightning OPD, and of online OPD for comparison.",
+        allow_abbrev=False,
     )
+    parser.set_defaults(run=_plan)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--prompts", type=int, nargs="+", metavar="N")
     size.add_argument("--tokens", type=float, nargs="+", default=_SIZES, metavar="N", help="response tokens that are stored (1e6 1e9 1e12)")
@@ -62,18 +55,23 @@ def _parser() -> ArgumentParser:
         ("student-active", float, "parameters that a token meets, billions (all)"),
         ("teacher-active", float, "parameters that a token meets, billions (all)"),
         ("vocab-size", int, "(151936)"),
-        ("top-k", int, "most likely tokens that are stored (0)"),
+        ("top-k", int, "most likely tokens that the first column stores (0)"),
         ("columns", int, "of scores (1)"),
     ):
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=what)
+    parser.add_argument("--behavior", action=BooleanOptionalAction, help="whether the sampling engine's log-probs are stored (they are)")
+    parser.add_argument("--logprob-dtype", choices=sorted(LOGPROB_BYTES), default="float32", help="of the store (float32)")
     for name, what in (
         ("sampling", "response tokens"),
         ("scoring", "prompt and response tokens"),
         ("training", "prompt and response tokens"),
     ):
         parser.add_argument(f"--{name}-rate", type=float, metavar="TOKENS/S", help=f"{what} a second of one GPU, measured")
-    parser.add_argument("--like", metavar="URL", help="a store: its lengths, and how fast it was filled")
+    parser.add_argument(
+        "--like", metavar="URL", help="a store: its lengths and columns, and how fast it was filled, where nothing is given"
+    )
     parser.add_argument("--like-gpus", type=int, default=1, metavar="N", help="GPUs that filled it (1)")
+    add_storage_option(parser)
     parser.add_argument("--tflops", type=float, default=H100_FLOPS / _TERA, metavar="N", help="of one GPU, where rates are guessed (989)")
     parser.add_argument(
         "--lockstep", type=float, default=PAPER_LOCKSTEP, metavar="X", help="see `lopd.tools.plan.online` (%(default).2f, the paper's)"
@@ -84,79 +82,74 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _works(options: Namespace) -> list[Work]:
-    given = {f.name: value for f in fields(Work) if f.name != "prompts" and (value := getattr(options, f.name)) is not None}
+def _plan(options: Namespace) -> int:
+    like, measured = Work(prompts=1, logprob_dtype=options.logprob_dtype), dict[str, float]()
     if options.like:
-        there = plan_like(open_store(options.like))
-        given = {"prompt_tokens": there.prompt_tokens, "response_tokens": there.response_tokens, "vocab_size": there.vocab_size, **given}
-    work = Work(prompts=1, **given)
-    sizes = options.prompts or [max(round(tokens / work.response_tokens / work.samples), 1) for tokens in options.tokens]
-    return [evolve(work, prompts=size) for size in sizes]
-
-
-def _rates(work: Work, options: Namespace) -> GpuRates:
-    guessed = rates_like(work, options.tflops * _TERA)
-    measured: dict[str, float] = {}
-    if options.like:
-        found = measure_rates(open_store(options.like))
-        measured = {name: rate / options.like_gpus for name in ("sampling", "scoring") if (rate := getattr(found, name)) is not None}
+        store = opened(options.like, options)
+        like = work_like(store, options.logprob_dtype)
+        measured = {name: rate / options.like_gpus for name, rate in measured_rates(store).items()}
     given = {name: rate for name in ("sampling", "scoring", "training") if (rate := getattr(options, f"{name}_rate")) is not None}
-    return evolve(guessed, **{**measured, **given})
+    plans = list[tuple[Work, GpuRates, _Bills]]()
+    for work in _works(like, options):
+        rates = evolve(rates_like(work, options.tflops * _TERA), **{**measured, **given})
+        gpus = options.gpus
+        plans.append((work, rates, (lightning(work, rates, gpus), online(work, rates, gpus), online(work, rates, gpus, options.lockstep))))
+    if options.json:
+        print_json([_as_json(*plan) for plan in plans])
+    else:
+        show(*(thing for plan in plans for thing in _shown(*plan, options)))
+    return FINE
 
 
-def _bills(work: Work, rates: GpuRates, options: Namespace) -> tuple[Bill, Bill, Bill]:
-    gpus = options.gpus
-    return lightning(work, rates, gpus), online(work, rates, gpus), online(work, rates, gpus, options.lockstep)
+def _works(like: Work, options: Namespace) -> list[Work]:
+    """Return `like` with what the options say, once for each size."""
+    names = {f.name for f in fields(Work)} - {"prompts", "columns"}
+    work = evolve(like, **{name: value for name in names if (value := getattr(options, name, None)) is not None})
+    columns = [*work.columns, *[0] * (options.columns or 0)][: len(work.columns) if options.columns is None else max(options.columns, 0)]
+    if columns and options.top_k is not None:
+        columns[0] = options.top_k
+    sizes = options.prompts or [max(round(tokens / work.response_tokens / work.samples), 1) for tokens in options.tokens]
+    return [evolve(work, columns=tuple(columns), prompts=size) for size in sizes]
 
 
-def _as_json(work: Work, rates: GpuRates, bills: tuple[Bill, ...]) -> dict[str, Any]:
-    names = ("lightning", "online_at_least", "online_in_lockstep")
-    described = [{**asdict(bill), "gpu_hours": bill.gpu_hours, "wall_hours": bill.wall_hours} for bill in bills]
-    for bill, made in zip(described, bills, strict=True):
-        bill["bottleneck"] = made.bottleneck.name
-    return {"work": asdict(work), "rollouts": work.rollouts, "rates": asdict(rates), **dict(zip(names, described, strict=True))}
+def _as_json(work: Work, rates: GpuRates, bills: _Bills) -> dict[str, Any]:
+    described = [
+        {**asdict(bill), "gpu_hours": bill.gpu_hours, "wall_hours": bill.wall_hours, "bottleneck": bill.bottleneck.name} for bill in bills
+    ]
+    return {
+        "work": asdict(work),
+        "rollouts": work.rollouts,
+        "rates": asdict(rates),
+        "store": {**asdict(work.stored), "total": work.stored.total, "bytes_per_token": work.stored.bytes_per_token},
+        **dict(zip(("lightning", "online_at_least", "online_in_lockstep"), described, strict=True)),
+    }
 
 
-def _show(plans: Sequence[tuple[Work, GpuRates, tuple[Bill, Bill, Bill]]], options: Namespace) -> None:
-    try:
-        from rich.console import Console
-
-        from lopd.tools.console import table
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Plan: rich is not installed, expected it for tables; pip install 'lopd[hf]', or ask for --json."
-        ) from error
-    console = Console(markup=False, highlight=False)
-    for work, rates, bills in plans:
-        columns = ("", "tokens", "GPU-hours", "wall", *(("price",) if options.gpu_price else ()))
-        console.print(table(_title(work, bills[0], options), columns, list(_rows(bills, options.gpu_price))))
-        for line in _sentences(rates, bills):
-            console.print(line, soft_wrap=True)
-        console.print()
-
-
-def _title(work: Work, bill: Bill, options: Namespace) -> str:
-    price = f", {bill.store_bytes / _GIGA * options.storage_price:,.2f} a month" if options.storage_price else ""
-    return (
-        f"{work.rollouts:,} rollouts, {work.rollouts * work.response_tokens:.3g} response tokens, {_size(bill.store_bytes)}{price}; "
+def _shown(work: Work, rates: GpuRates, bills: _Bills, options: Namespace) -> Iterator[Table | str]:
+    size = work.stored.total
+    price = f", {size / _GIGA * options.storage_price:,.2f} a month" if options.storage_price else ""
+    title = (
+        f"{work.rollouts:,} rollouts, {work.rollouts * work.response_tokens:.3g} response tokens, {_size(size)}{price}; "
         f"{work.all_steps:,} steps; {options.gpus} GPUs"
     )
+    columns = ("", "tokens", "GPU-hours", "wall", *(("price",) if options.gpu_price else ()))
+    yield title, columns, list(_rows(bills, options.gpu_price))
+    yield from _sentences(rates, bills)
+    yield f"{_store_sentence(work, work.stored)}\n"
 
 
-def _rows(bills: tuple[Bill, Bill, Bill], price: float | None) -> Iterator[tuple[str, ...]]:
+def _rows(bills: _Bills, price: float | None) -> Iterator[tuple[str, ...]]:
     def row(name: str, tokens: str, gpu_hours: float, wall: float) -> tuple[str, ...]:
         hours = f"{gpu_hours:.3g}" if gpu_hours < 1000 else f"{gpu_hours:,.0f}"
         return (name, tokens, hours, _hours(wall), *((f"{gpu_hours * price:,.0f}",) if price else ()))
 
-    offline, at_least, lockstep = bills
-    for phase in offline.phases:
+    for phase in bills[0].phases:
         yield row(phase.name, f"{phase.tokens:.3g}", phase.gpu_hours, phase.wall_hours)
-    yield row("Lightning OPD", "", offline.gpu_hours, offline.wall_hours)
-    yield row("online OPD, at least", "", at_least.gpu_hours, at_least.wall_hours)
-    yield row("online OPD, in lockstep", "", lockstep.gpu_hours, lockstep.wall_hours)
+    for name, bill in zip(("Lightning OPD", "online OPD, at least", "online OPD, in lockstep"), bills, strict=True):
+        yield row(name, "", bill.gpu_hours, bill.wall_hours)
 
 
-def _sentences(rates: GpuRates, bills: tuple[Bill, Bill, Bill]) -> Iterator[str]:
+def _sentences(rates: GpuRates, bills: _Bills) -> Iterator[str]:
     offline, at_least, lockstep = bills
     slow = offline.bottleneck
     share = slow.wall_hours / offline.wall_hours
@@ -165,6 +158,20 @@ def _sentences(rates: GpuRates, bills: tuple[Bill, Bill, Bill]) -> Iterator[str]
     yield f"Online OPD takes {low:.1f} to {high:.1f} times the GPU-hours."
     yield f"Memory of weights, gradients and moments at the same time: {offline.memory_gb:,.0f} GB, online {lockstep.memory_gb:,.0f} GB."
     yield f"Tokens a second of a GPU: {rates.sampling:,.0f} sampled, {rates.scoring:,.0f} scored, {rates.training:,.0f} trained on."
+
+
+def _store_sentence(work: Work, size: StoreSize) -> str:
+    columns = f"{len(work.columns)} score column{'s' * (len(work.columns) > 1)}{', behavior' * work.behavior}"
+    parts = {
+        "token ids": size.token_ids,
+        f"log-probs ({work.logprob_dtype}; {columns})": size.logprobs,
+        "top-k": size.top_k,
+        "loss masks": size.masks,
+        "rollouts and commits": size.overhead,
+    }
+    return (
+        f"Store, {size.bytes_per_token:.4g} bytes a token: {', '.join(f'{name} {_size(count)}' for name, count in parts.items() if count)}."
+    )
 
 
 def _hours(hours: float) -> str:

@@ -5,93 +5,14 @@ are taken to spread over GPUs without loss, for no rollout waits for another (`b
 Training spreads as far as a step has micro-batches.
 """
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from lopd.records.checks import check_at_least, check_number
-from lopd.tools.doctor.estimating import Cost, Plan, estimate
+from lopd.tools.plan.work import Work
 
 _HOUR = 3600.0
-# what the paper's runs did: 150 steps of 256 rollouts over 17,400
-_PASSES = 150 * 256 / 17_400
 # float32 weights, gradients and both moments of AdamW; weights of an engine in bfloat16
 _TRAINED_BYTES, _SERVED_BYTES = 16, 2
-
-
-@frozen(kw_only=True)
-class Work:
-    """What is going to be done.
-
-    Args:
-        prompts: that are answered.
-        samples: responses to each.
-        prompt_tokens, response_tokens: of a rollout, on average.
-        steps: of training; None for as many as pass over the rollouts as often as the paper's do, 2.2 times.
-        rollouts_per_step: of each step.
-        tokens_per_batch: of a micro-batch, the least that one GPU can be given.
-        student_billions, teacher_billions: parameters.
-        student_active, teacher_active: of these, those that a token meets (mixture of experts); None for all.
-        vocab_size: of the tokenizer.
-        top_k: most likely tokens that are stored at each response token.
-        columns: of scores, the teacher's included; each is counted as if the teacher read it.
-
-    Raises:
-        InvalidRecordError: a number makes no sense.
-    """
-
-    prompts: int
-    samples: int = 1
-    prompt_tokens: float = 200.0
-    response_tokens: float = 3072.0
-    steps: int | None = None
-    rollouts_per_step: int = 256
-    tokens_per_batch: int = 8192
-    student_billions: float = 8.2
-    teacher_billions: float = 32.8
-    student_active: float | None = None
-    teacher_active: float | None = None
-    vocab_size: int = 151_936
-    top_k: int = 0
-    columns: int = 1
-
-    def __attrs_post_init__(self) -> None:
-        for name in ("prompts", "samples", "rollouts_per_step", "tokens_per_batch", "columns"):
-            check_at_least("Work", name, getattr(self, name), 1)
-        check_at_least("Work", "steps", self.all_steps, 1)
-        for name in ("prompt_tokens", "response_tokens", "student_billions", "teacher_billions", "student_active", "teacher_active"):
-            value = getattr(self, name)
-            check_number("Work", name, value, value is None or value > 0, "more than 0")
-
-    @property
-    def rollouts(self) -> int:
-        """That Lightning samples, scores and stores."""
-        return self.prompts * self.samples
-
-    @property
-    def all_steps(self) -> int:
-        """Of training."""
-        return max(round(_PASSES * self.rollouts / self.rollouts_per_step), 1) if self.steps is None else self.steps
-
-    @property
-    def trained(self) -> int:
-        """Rollouts that steps take, repetitions included: as many as online OPD samples and scores."""
-        return self.all_steps * self.rollouts_per_step
-
-    @property
-    def flops_student(self) -> float:
-        """Of one token forwards: two for each parameter that it meets."""
-        return 2e9 * (self.student_active or self.student_billions)
-
-    @property
-    def flops_teacher(self) -> float:
-        """Of one token forwards."""
-        return 2e9 * (self.teacher_active or self.teacher_billions)
-
-    @property
-    def stored(self) -> Cost:
-        """Bytes of the store."""
-        columns = (self.top_k, *[0] * (self.columns - 1))
-        plan = Plan(self.rollouts, self.prompt_tokens, self.response_tokens, self.vocab_size, columns, behavior=True)
-        return estimate(plan)
 
 
 @frozen(kw_only=True)
@@ -123,11 +44,11 @@ class Phase:
     """A part of the work.
 
     Args:
-        name: of it.
+        name: rollouts, scores or training.
         tokens: sampled, read, or trained on.
-        gpus: that have something to do.
+        gpus: GPUs that have something to do.
         wall_hours: from its beginning to its end.
-        limit: what would have to be more for it to be over sooner.
+        limit: the bottleneck resource.
     """
 
     name: str
@@ -138,7 +59,7 @@ class Phase:
 
     @property
     def gpu_hours(self) -> float:
-        """Of GPUs that are held while it lasts."""
+        """Hours of the GPUs that are held while it lasts."""
         return self.gpus * self.wall_hours
 
 
@@ -147,9 +68,9 @@ class Bill:
     """What a method takes.
 
     Args:
-        method: its name.
+        method: name of the method.
         phases: one after the other.
-        store_bytes: kept on disk.
+        store_bytes: bytes that are kept on disk.
         memory_gb: 10^9 bytes of weights, gradients and moments that GPUs hold at the same time, at most.
     """
 
@@ -160,17 +81,17 @@ class Bill:
 
     @property
     def gpu_hours(self) -> float:
-        """In all."""
+        """GPU-hours of all phases."""
         return sum(phase.gpu_hours for phase in self.phases)
 
     @property
     def wall_hours(self) -> float:
-        """In all."""
+        """Hours of all phases."""
         return sum(phase.wall_hours for phase in self.phases)
 
     @property
     def bottleneck(self) -> Phase:
-        """What takes longest."""
+        """The phase that takes longest."""
         return max(self.phases, key=lambda phase: phase.wall_hours)
 
 
@@ -179,15 +100,13 @@ def lightning(work: Work, rates: GpuRates, gpus: int) -> Bill:
 
     Args:
         work: what is to be done.
-        rates: of one GPU.
-        gpus: there are.
+        rates: tokens a second of one GPU.
+        gpus: number of GPUs.
     """
     check_at_least("Bill", "gpus", gpus, 1)
-    responses = work.rollouts * work.response_tokens
-    texts = work.rollouts * (work.prompt_tokens + work.response_tokens)
     phases = (
-        _spread("rollouts", responses, rates.sampling, rates, gpus),
-        _spread("scores", texts * work.columns, rates.scoring, rates, gpus),
+        _spread("rollouts", work.rollouts * work.response_tokens, rates.sampling, rates, gpus),
+        _spread("scores", work.tokens * len(work.columns), rates.scoring, rates, gpus),
         _training(work, rates, gpus),
     )
     return Bill("Lightning OPD", phases, work.stored.total, max(trained_gb(work), _served_gb(work.teacher_billions)))
@@ -198,8 +117,8 @@ def online(work: Work, rates: GpuRates, gpus: int, lockstep: float = 1.0) -> Bil
 
     Args:
         work: what is to be done.
-        rates: of one GPU.
-        gpus: there are, and are held until the end.
+        rates: tokens a second of one GPU.
+        gpus: number of GPUs, which are held until the end.
         lockstep: how many times slower sampling and scoring are when they come in portions of one step, the next waiting for the slowest
             response; 1 is the least that it can be, and what table 2 implies is `lockstep_of`.
     """
@@ -212,8 +131,8 @@ def online(work: Work, rates: GpuRates, gpus: int, lockstep: float = 1.0) -> Bil
     phases = (
         Phase("rollouts", responses, gpus, responses * lockstep / rates.sampling / gpus / _HOUR, why),
         Phase("scores", texts, gpus, texts * lockstep / rates.scoring / gpus / _HOUR, why),
-        # those that have nothing to train on are held all the same
-        Phase(training.name, training.tokens, gpus, training.wall_hours, training.limit),
+        # GPUs that have nothing to train on are held all the same
+        evolve(training, gpus=gpus),
     )
     memory = trained_gb(work) + _served_gb(work.student_billions) + _served_gb(work.teacher_billions)
     return Bill("online OPD", phases, 0, memory)

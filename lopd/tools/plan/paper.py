@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 
 from attrs import frozen
 
-from lopd.tools.plan.bill import GpuRates, Work
+from lopd.tools.plan.bill import GpuRates
+from lopd.tools.plan.work import Work
 
 #: Floating-point operations a second of the paper's GPU, dense bfloat16, as its maker has it.
 H100_FLOPS = 989e12
@@ -22,8 +23,8 @@ class Measured:
 
     Args:
         work: what was done.
-        rollouts, scores, training: of Lightning OPD.
-        online: of online OPD, in all.
+        rollouts, scores, training: phases of Lightning OPD.
+        online: online OPD as a whole.
     """
 
     work: Work
@@ -34,7 +35,7 @@ class Measured:
 
     @property
     def total(self) -> float:
-        """Of Lightning OPD."""
+        """GPU-hours of Lightning OPD."""
         return self.rollouts + self.scores + self.training
 
 
@@ -56,14 +57,13 @@ def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
 
     Args:
         work: sizes and lengths.
-        flops: of one GPU, a second.
+        flops: floating-point operations that one GPU does in a second.
     """
-    texts = [row.work.rollouts * (row.work.prompt_tokens + row.work.response_tokens) for row in TABLE_2.values()]
     sampled = _mean(lambda row: row.work.rollouts * row.work.response_tokens / row.rollouts / 3600)
-    reads = _mean(lambda row: texts[0] * row.work.flops_teacher / row.scores / 3600 / H100_FLOPS)
+    reads = _mean(lambda row: row.work.tokens * row.work.flops_teacher / row.scores / 3600 / H100_FLOPS)
     # a token is trained on forwards and, at twice the price, backwards
     trains = _mean(
-        lambda row: row.work.trained / row.work.rollouts * texts[0] * 3 * row.work.flops_student / row.training / 3600 / H100_FLOPS
+        lambda row: row.work.trained / row.work.rollouts * row.work.tokens * 3 * row.work.flops_student / row.training / 3600 / H100_FLOPS
     )
     largest = max(row.work.flops_student for row in TABLE_2.values())
     return GpuRates(
@@ -88,5 +88,5 @@ def _mean(of: Callable[[Measured], float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-#: Of both rows.
+#: Geometric mean of both rows.
 PAPER_LOCKSTEP = _mean(lockstep_of)

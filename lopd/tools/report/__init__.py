@@ -1,4 +1,4 @@
-"""Reports of a run: pictures by matplotlib (`pictures`); pages for any browser of a whole run (`run`) and of its tokens (`tokens`)."""
+"""Pages for any browser: a whole run (`run`), and its tokens (`tokens`)."""
 
 from lopd.tools.report.history import Phase as Phase
 from lopd.tools.report.history import RunHistory as RunHistory

@@ -15,25 +15,16 @@ from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import evenly
 from lopd.records.checks import check_at_least
-from lopd.records.drift import LEVELS, TAIL, AdvantageSummary
-from lopd.records.identity import ModelId
+from lopd.records.drift import TAIL, AdvantageSummary
 from lopd.records.manifest import Lineage
 from lopd.records.rollouts import BEHAVIOR_COLUMN
 from lopd.records.steps import StepMetrics
+from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
+from lopd.tools.origins import describe_model, origins, score_columns
 from lopd.tools.report.charts import Chart, over_steps
 from lopd.tools.report.history import Phase, read_steps
-from lopd.tools.report.page import ENVIRONMENT
-from lopd.tools.report.tokens import (
-    Decode,
-    SampledRollout,
-    TokenReport,
-    advantage_charts,
-    check_columns,
-    sample_advantages,
-    scored_rows,
-    show_rollout,
-    summarise,
-)
+from lopd.tools.report.page import write_page
+from lopd.tools.report.tokens import Decode, TokenReport, advantage_parts, show_rollout
 
 
 @frozen
@@ -87,27 +78,23 @@ def write_run_report(
     report, steps = report or TokenReport(), read_steps(history)
     check_at_least("Run report", "sample", report.sample, 1)
     if report.columns != TokenReport().columns:  # those may be absent: the rollouts are not scored yet
-        check_columns(store, report)
-    sampled = sample_advantages(store, report, evenly(scored_rows(store, report), report.sample))
-    summary = summarise(sampled)
-    page = ENVIRONMENT.get_template("run.html").render(
-        title=title,
-        facts=[*_store_facts(store, report), *_training_facts(steps), *_advantage_facts(summary)],
-        curves=step_charts(steps),
-        costs=_costs(phases or _training_phase(steps)),
-        report=report,
-        sampled=len(sampled),
-        summary=summary,
-        levels=list(zip(LEVELS, summary.quantiles, strict=True)) if summary else [],
-        tail=TAIL,
-        charts=advantage_charts(report, sampled) if summary else [],
-        missing=_missing(store, report),
-        rollouts=_rollouts(store, report, sampled, decode),
-        named=decode is not None,
-        origins=_origins(store, lineage, versions or {}),
-        columns=_columns(store),
-    )
-    Path(path).write_text(page, encoding="utf-8")
+        check_columns(store, report.columns)
+    sampled = sample_advantages(store, report.teacher, report.student, evenly(scored_rows(store, report.columns), report.sample))
+    advantages = advantage_parts(report, sampled)
+    whole = Phase("training", sum(m.seconds for m in steps), sum(m.tokens for m in steps))
+    parts = {
+        "title": title,
+        "facts": [*_store_facts(store, report), *_training_facts(steps), *_advantage_facts(advantages["summary"])],
+        "curves": step_charts(steps),
+        "costs": _costs(phases or ([whole] if steps else [])),
+        "sampled": len(sampled.rows),
+        "missing": _missing(store, report),
+        "rollouts": _rollouts(store, report, sampled, decode),
+        "named": decode is not None,
+        "origins": _origins(store, lineage, versions or {}),
+        "columns": {**score_columns(store), "as teacher": [verdict(store.manifest, p) for p in store.columns.values()] + [""]},
+    }
+    write_page(path, "run.html", {**parts, **advantages})
 
 
 def step_charts(steps: Sequence[StepMetrics]) -> list[Chart]:
@@ -134,11 +121,6 @@ def step_charts(steps: Sequence[StepMetrics]) -> list[Chart]:
         }
         wanted.append(("Learned: nearer to the teacher", "nats a token", gain))
     return [over_steps(title, unit, [m.step for m in steps], series) for title, unit, series in wanted]
-
-
-def divergence(rollout: SampledRollout) -> float:
-    """How far teacher and student are apart on a rollout: the mean of the absolute advantage, nats a token."""
-    return float(np.abs(rollout.gap).mean())
 
 
 def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
@@ -186,10 +168,6 @@ def _advantage_facts(summary: AdvantageSummary | None) -> list[Fact]:
     return [Fact("advantages", share, f"{advice}; mean {summary.mean:+.3f} nats", "bad" if heavy else "good")]
 
 
-def _training_phase(steps: Sequence[StepMetrics]) -> list[Phase]:
-    return [Phase("training", sum(m.seconds for m in steps), sum(m.tokens for m in steps))] if steps else []
-
-
 def _costs(phases: Sequence[Phase]) -> list[dict[str, Any]]:
     total = sum(phase.seconds for phase in phases) or 1.0
     return [
@@ -216,56 +194,25 @@ def _missing(store: LogprobReader, report: TokenReport) -> str:
     return "no token that counts has scores in every column"
 
 
-def _rollouts(store: LogprobReader, report: TokenReport, sampled: Sequence[SampledRollout], decode: Decode | None) -> list[dict[str, Any]]:
-    """The least, the median and the most divergent rollout of the sample; fewer where there are fewer."""
-    ordered = sorted((rollout for rollout in sampled if rollout.gap.size), key=divergence)
-    if not ordered:
+def _rollouts(store: LogprobReader, report: TokenReport, sampled: SampledAdvantages, decode: Decode | None) -> list[dict[str, Any]]:
+    """The least, the median and the most divergent rollout of the sample, by their mean |advantage|; fewer where there are fewer."""
+    counted, counts = np.unique(sampled.segments, return_counts=True)
+    if not counted.size:
         return []
-    chosen = {len(ordered) - 1: "most divergent", len(ordered) // 2: "median", 0: "least divergent"}
-    places = sorted(chosen)
-    records = store.read([ordered[i].row for i in places], columns=report.columns)
-    notes = [f"{chosen[i]} of {len(ordered):,}, mean |advantage| {divergence(ordered[i]):.3f}" for i in places]
+    divergence = np.bincount(sampled.segments, np.abs(sampled.gap))[counted] / counts
+    order, last = np.argsort(divergence, kind="stable"), len(counted) - 1
+    chosen = sorted({last: "most divergent", len(counted) // 2: "median", 0: "least divergent"}.items())
+    records = store.read(sampled.rows[counted[order[[i for i, _ in chosen]]]].tolist(), columns=report.columns)
+    notes = [f"{name} of {len(counted):,}, mean |advantage| {divergence[order[i]]:.3f}" for i, name in chosen]
     return [show_rollout(record, report, decode, note) for record, note in zip(records, notes, strict=True)]
 
 
 def _origins(store: LogprobReader, lineage: Lineage | None, versions: Mapping[str, str]) -> list[tuple[str, str]]:
-    manifest, sampling = store.manifest, store.manifest.sampling
-    tokenizer = manifest.tokenizer
-    rows = [
-        ("store", repr(store)),
-        *((f"policy of round {number}", _model(policy)) for number, policy in store.generations.items()),
-        ("its SFT teacher", _model(manifest.sft_teacher)),
-        ("tokenizer", f"{tokenizer.vocab_size:,} ids, vocabulary {tokenizer.vocab_hash}, ends with {tokenizer.eos_id}"),
-        ("chat template", tokenizer.template_hash or "none"),
-        ("sampling", f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most {sampling.max_new_tokens:,} tokens"),
-        ("samples per prompt, seed", f"{sampling.samples_per_prompt:,}, {sampling.seed}"),
-        ("schema version", str(manifest.schema_version)),
-    ]
+    rows = [("store", repr(store)), *origins(store)]
     if lineage is not None:
-        rows += [("student's SFT teacher", _model(lineage.sft_teacher)), ("student's OPD teacher", _model(lineage.opd_teacher))]
+        rows.append(("student's SFT teacher", describe_model(lineage.sft_teacher)))
+        rows.append(("student's OPD teacher", describe_model(lineage.opd_teacher)))
     return [*rows, *((f"version of {name}", version) for name, version in versions.items())]
-
-
-def _columns(store: LogprobReader) -> list[tuple[str, list[str]]]:
-    """Name and cells of each row; the first has the names of the columns."""
-    made = store.columns
-    cells: dict[str, list[str]] = {
-        "column": [*made, BEHAVIOR_COLUMN],
-        "model": [*(_model(p.model) for p in made.values()), "the policies, as they reported while they sampled"],
-        "engine": [*(p.engine for p in made.values()), ""],
-        "log-probs": [*(p.logprobs_mode for p in made.values()), ""],
-        "top-k": [*(str(p.top_k) for p in made.values()), ""],
-        "same vocabulary": [*("yes" if store.manifest.tokenizer.same_vocabulary(p) else "NO" for p in made.values()), ""],
-        "rollouts scored": [f"{int(store.scored(name).sum()):,} of {len(store):,}" for name in (*made, BEHAVIOR_COLUMN)],
-        "in quarantine": [*(f"{len(store.quarantined(name)):,}" for name in made), ""],
-        "parity, mean nats": [*("not measured" if p.parity is None else f"{p.parity.mean:.2g}" for p in made.values()), ""],
-        "as teacher": [*(verdict(store.manifest, p) for p in made.values()), ""],
-    }
-    return list(cells.items())
-
-
-def _model(model: ModelId | None) -> str:
-    return "not recorded" if model is None else f"{model.name}@{model.revision}, {model.dtype}"
 
 
 def duration(seconds: float) -> str:

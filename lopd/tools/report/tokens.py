@@ -5,22 +5,21 @@ The page is a file of its own: no server, no network, no fonts, no libraries; da
 
 import unicodedata
 from collections.abc import Callable, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attrs import frozen
-from numpy.typing import NDArray
 
-from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.errors import InvalidRecordError
 from lopd.protocols import LogprobReader
-from lopd.protocols.reading import evenly, in_batches
+from lopd.protocols.reading import evenly
 from lopd.records.checks import check_number
-from lopd.records.drift import LEVELS, TAIL, AdvantageSummary
+from lopd.records.drift import LEVELS, TAIL
 from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout
+from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
 from lopd.tools.report.charts import Chart, curves, histogram
-from lopd.tools.report.page import ENVIRONMENT
+from lopd.tools.report.page import write_page
 
 Decode = Callable[[int], str]
 
@@ -58,10 +57,6 @@ class TokenReport:
         """Columns to read."""
         return tuple(dict.fromkeys(name for name in (self.teacher, self.student, self.ref) if name is not None))
 
-    def advantages(self, record: ScoredRollout) -> NDArray[np.float64]:
-        """(T,) nats, unclipped."""
-        return record.scores[self.teacher].astype(np.float64) - record.scores[self.student]
-
 
 def write_token_report(
     path: str | Path, store: LogprobReader, rows: Sequence[int], *, report: TokenReport | None = None, decode: Decode | None = None
@@ -85,92 +80,32 @@ def write_token_report(
     report = report or TokenReport()
     if not len(rows):
         raise InvalidRecordError("Token report: it was given 0 rows, expected at least 1; choose some rollouts.")
-    check_columns(store, report)
+    check_columns(store, report.columns)
     shown = store.read(list(rows), columns=report.columns)
-    sampled = sample_advantages(store, report, evenly(scored_rows(store, report), report.sample) if report.sample else rows)
-    summary = summarise(sampled)
-    page = ENVIRONMENT.get_template("tokens.html").render(
-        facts=_facts(store, report, len(sampled)),
-        summary=summary,
-        levels=list(zip(LEVELS, summary.quantiles, strict=True)) if summary else [],
-        tail=TAIL,
-        clip=report.clip,
-        charts=advantage_charts(report, sampled) if summary else [],
-        rollouts=[show_rollout(record, report, decode) for record in shown],
-        named=decode is not None,
-    )
-    Path(path).write_text(page, encoding="utf-8")
+    chosen = evenly(scored_rows(store, report.columns), report.sample) if report.sample else rows
+    sampled = sample_advantages(store, report.teacher, report.student, chosen)
+    parts = {"facts": _facts(store, report, len(sampled.rows)), "rollouts": [show_rollout(record, report, decode) for record in shown]}
+    write_page(path, "tokens.html", {**parts, **advantage_parts(report, sampled), "named": decode is not None})
 
 
-def check_columns(store: LogprobReader, report: TokenReport) -> None:
-    """Refuse columns that are not there.
-
-    Raises:
-        MissingScoresError: one is not.
-    """
-    for column in report.columns:
-        if column != BEHAVIOR_COLUMN and column not in store.columns:
-            raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected scores; the columns are {sorted(store.columns)}.")
+def advantage_parts(report: TokenReport, sampled: SampledAdvantages) -> dict[str, Any]:
+    """Return what both pages show of the advantages."""
+    summary = sampled.summary
+    charts = advantage_charts(report, sampled) if summary else []
+    return {"report": report, "summary": summary, "levels": LEVELS, "tail": TAIL, "charts": charts}
 
 
-@frozen(eq=False)
-class SampledRollout:
-    """The advantages of one rollout, of its N tokens that count.
-
-    Args:
-        row: in the store.   generation: round of sampling.
-        place: (N,) position in the response, from 0 to 1.
-        gap: (N,) advantage, nats, unclipped.
-    """
-
-    row: int
-    generation: int
-    place: NDArray[np.float64]
-    gap: NDArray[np.float64]
-
-
-def scored_rows(store: LogprobReader, report: TokenReport) -> NDArray[np.int64]:
-    """Rows that have scores in every column of the report."""
-    usable = np.ones(len(store), np.bool_)
-    for column in report.columns:
-        usable &= store.scored(column)
-    return np.flatnonzero(usable)
-
-
-def sample_advantages(store: LogprobReader, report: TokenReport, rows: Sequence[int] | NDArray[np.int64]) -> list[SampledRollout]:
-    """The advantages of these rows."""
-    sampled = []
-    for part in in_batches(np.asarray(rows, np.int64)):
-        for row, record in zip(part, store.read(part, columns=report.columns), strict=True):
-            on_T = record.rollout.loss_mask
-            place_T = (np.arange(on_T.size) + 0.5) / on_T.size
-            sampled.append(SampledRollout(row, record.rollout.generation, place_T[on_T], report.advantages(record)[on_T]))
-    return sampled
-
-
-def summarise(sampled: Sequence[SampledRollout]) -> AdvantageSummary | None:
-    """Of all tokens together; None if there are none."""
-    return AdvantageSummary.of(np.concatenate([rollout.gap for rollout in sampled])) if any(r.gap.size for r in sampled) else None
-
-
-def advantage_charts(report: TokenReport, sampled: Sequence[SampledRollout]) -> list[Chart]:
+def advantage_charts(report: TokenReport, sampled: SampledAdvantages) -> list[Chart]:
     """The advantages by size, by position, and by round of sampling if there are several; of one token at least."""
-    place, every = _together(sampled)
     charts = [
-        histogram("Advantages", "nats, clipped", np.clip(every, -report.clip, report.clip), report.clip),
-        curves("By position in the response", {"all": (place, every)}, report.bins, band=True),
+        histogram("Advantages", "nats, clipped", np.clip(sampled.gap, -report.clip, report.clip), report.clip),
+        curves("By position in the response", {"all": (sampled.place, sampled.gap)}, report.bins, band=True),
     ]
-    ordered = sorted(sampled, key=lambda rollout: rollout.generation)
-    rounds = {
-        f"round {generation}": _together(list(group)) for generation, group in groupby(ordered, key=lambda rollout: rollout.generation)
-    }
-    if len(rounds) > 1:
+    inside = {number: sampled.rounds[sampled.segments] == number for number in np.unique(sampled.rounds).tolist()}
+    if len(inside) > 1:
+        rounds = {f"round {number}": (sampled.place[on_M], sampled.gap[on_M]) for number, on_M in inside.items()}
         charts.append(curves("By round of sampling", rounds, report.bins, band=False))
     return charts
-
-
-def _together(sampled: Sequence[SampledRollout]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return np.concatenate([rollout.place for rollout in sampled]), np.concatenate([rollout.gap for rollout in sampled])
 
 
 def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tuple[str, str]]:
@@ -179,9 +114,7 @@ def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tupl
         ("policy", str(store.manifest.policy)),
         ("rollouts", f"{len(store):,}, {sampled:,} of them in the charts"),
     ]
-    for name, column in (("teacher", report.teacher), ("student", report.student), ("ref", report.ref)):
-        if column is None:
-            continue
+    for name, column in _named(report).items():
         made = store.columns.get(column)
         by = "what the policies reported while they sampled" if made is None else f"{made.model} in {made.model.dtype} by {made.engine}"
         facts.append((name, f"column {column}: {by}"))
@@ -191,7 +124,7 @@ def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tupl
 def show_rollout(record: ScoredRollout, report: TokenReport, decode: Decode | None, note: str = "") -> dict[str, Any]:
     """What the template `parts.html` shows of a rollout; ids in place of text without `decode`."""
     decode = decode or str
-    rollout, gap_T = record.rollout, report.advantages(record)
+    rollout, gap_T = record.rollout, record.scores[report.teacher].astype(np.float64) - record.scores[report.student]
     columns = {name: record.scores[column] for name, column in _named(report).items()}
     tokens = []
     for t, (token, on) in enumerate(zip(rollout.response_ids.tolist(), rollout.loss_mask.tolist(), strict=True)):

@@ -1,15 +1,14 @@
-"""Checking a store to the last bit, and merging its small appends."""
+"""Checking a store to the last bit."""
 
-import time
 from collections.abc import Iterator
 
-from attrs import evolve, frozen
+from attrs import evolve
 
 from lopd.backends import ragged
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreReadError
 from lopd.protocols import DurableStore, LogprobReader, Progress
 from lopd.protocols.reading import Part, parts
-from lopd.records.rollouts import Rollout, ScoredRollout, Scores, TopK
+from lopd.records.rollouts import ScoredRollout, Scores
 
 
 def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progress | None = None) -> Iterator[str]:
@@ -77,21 +76,14 @@ def _check_part(store: LogprobReader, part: Part) -> Iterator[str]:
 def _check_row(store: LogprobReader, row: ScoredRollout) -> Iterator[str]:
     stored = row.rollout
     try:
-        made = Rollout(
-            stored.rollout_id,
-            stored.prompt_ids,
-            stored.response_ids,
-            stored.loss_mask,
-            stored.finish_reason,
-            stored.behavior_logprobs,
-            stored.generation,
-        )
+        # a copy is checked as if it were new
+        made = evolve(stored)
         # nothing is known, so what a store checks of new rollouts is checked of this one
         size = store.manifest.tokenizer.vocab_size
         ragged.new_rollouts(repr(store), [made], vocab_size=size, generations=store.generations, known={})
         for column, logprobs in row.scores.items():
             kept = row.top_k.get(column)
-            support = None if kept is None else TopK(kept.ids, kept.logprobs, kept.tail)
+            support = None if kept is None else evolve(kept)
             Scores.of(made, logprobs, top_k=support, residual=column in store.columns and store.columns[column].residual)
     except InvalidRecordError as error:
         yield f"{store!r}: row of rollout {stored.rollout_id!r} breaks its contract: {error}"
@@ -101,31 +93,3 @@ def _check_row(store: LogprobReader, row: ScoredRollout) -> Iterator[str]:
             f"{store!r}: rollout {stored.rollout_id!r} has content hash {stored.content_hash.hex()[:8]}, expected "
             f"{made.content_hash.hex()[:8]} of the tokens that were read; restore the store from a backup."
         )
-
-
-@frozen
-class Compaction:
-    """What a compaction did.
-
-    Args:
-        commits_before, commits_after: records in the history, of which a compaction is one.
-        bytes_before, bytes_after: of the files that the state is made of.
-        seconds: wall time.
-    """
-
-    commits_before: int
-    commits_after: int
-    bytes_before: int
-    bytes_after: int
-    seconds: float
-
-
-def compact_store(store: DurableStore) -> Compaction:
-    """Merge many small appends into large ones, and say what that changed.
-
-    Raises:
-        StoreWriteError: the write failed; the store is as it was.
-    """
-    before, bytes_before, start = len(store.history()), store.stored_bytes(), time.perf_counter()
-    store.compact()
-    return Compaction(before, len(store.history()), bytes_before, store.stored_bytes(), time.perf_counter() - start)

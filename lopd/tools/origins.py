@@ -1,0 +1,41 @@
+"""Who sampled and scored a store, and how, as rows of text: what the doctor and the run report show."""
+
+from lopd.protocols import LogprobReader
+from lopd.records.identity import ModelId
+from lopd.records.rollouts import BEHAVIOR_COLUMN
+
+
+def origins(store: LogprobReader) -> list[tuple[str, str]]:
+    """Return name and value of each fact of the manifest."""
+    manifest, sampling, tokenizer = store.manifest, store.manifest.sampling, store.manifest.tokenizer
+    return [
+        *((f"policy of round {number}", describe_model(policy)) for number, policy in store.generations.items()),
+        ("its SFT teacher", describe_model(manifest.sft_teacher)),
+        ("tokenizer", f"{tokenizer.vocab_size:,} ids, vocabulary {tokenizer.vocab_hash}, ends with {tokenizer.eos_id}"),
+        ("chat template", tokenizer.template_hash or "none"),
+        ("sampling", f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most {sampling.max_new_tokens:,} tokens"),
+        ("samples per prompt, seed", f"{sampling.samples_per_prompt:,}, {sampling.seed}"),
+        ("schema version", str(manifest.schema_version)),
+    ]
+
+
+def score_columns(store: LogprobReader) -> dict[str, list[str]]:
+    """Return the cells of each row of a table with one column for each score column; `behavior` comes last."""
+    made, names = store.columns.values(), [*store.columns, BEHAVIOR_COLUMN]
+    parity = ["not measured" if p.parity is None else f"{p.parity.mean:.2g} (max {p.parity.max:.2g})" for p in made]
+    return {
+        "column": names,
+        "model": [*(describe_model(p.model) for p in made), "the policies that sampled"],
+        "engine": [*(p.engine for p in made), ""],
+        "log-probs": [*(p.logprobs_mode for p in made), ""],
+        "top-k": [*(str(p.top_k) for p in made), ""],
+        "same vocabulary": [*("yes" if store.manifest.tokenizer.same_vocabulary(p) else "NO" for p in made), ""],
+        "rollouts scored": [f"{int(store.scored(name).sum()):,} of {len(store):,}" for name in names],
+        "in quarantine": [*(f"{len(store.quarantined(name)):,}" for name in store.columns), ""],
+        "parity, mean nats": [*parity, ""],
+    }
+
+
+def describe_model(model: ModelId | None) -> str:
+    """Return name, revision and dtype."""
+    return "not recorded" if model is None else f"{model.name}@{model.revision}, {model.dtype}"

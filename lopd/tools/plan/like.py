@@ -1,0 +1,74 @@
+"""A store that is there as the model of one that is not: what is in it, and how fast it was filled."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from lopd.errors import InvalidRecordError
+from lopd.protocols import DurableStore
+from lopd.protocols.reading import evenly
+from lopd.records.manifest import Commit
+from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.tools.plan.work import Work
+
+
+def work_like(store: DurableStore, logprob_dtype: str = "float32", *, sample: int = 1000) -> Work:
+    """Return the work that made a store, measured, as if all its columns were complete; one that is not scored gets a plain column.
+
+    Args:
+        store: at least one rollout.
+        logprob_dtype: "float32" or "float16", as the store was created.
+        sample: most rollouts to read for masks and the length of ids.
+
+    Raises:
+        InvalidRecordError: the store is empty.
+    """
+    if not len(store):
+        raise InvalidRecordError(f"{store!r}: it has 0 rollouts, expected at least 1 to measure; pass lengths instead.")
+    prompt_tokens, response_tokens = store.lengths().mean(axis=0).tolist()
+    read = [row.rollout for row in store.read(evenly(np.arange(len(store)), sample).tolist())]
+    samples = store.manifest.sampling.samples_per_prompt
+    return Work(
+        prompts=max(1, round(len(store) / samples)),
+        samples=samples,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        vocab_size=store.manifest.tokenizer.vocab_size,
+        columns=tuple(provenance.top_k for provenance in store.columns.values()) or (0,),
+        behavior=bool(store.scored(BEHAVIOR_COLUMN).any()),
+        masked=not all(rollout.loss_mask.all() for rollout in read),
+        logprob_dtype=logprob_dtype,
+        id_bytes=sum(len(rollout.rollout_id.encode("utf-8", "surrogatepass")) for rollout in read) / len(read),
+        rollouts_per_commit=max(1.0, len(store) * (1 + len(store.columns)) / max(1, _segments(store.history()))),
+    )
+
+
+def _segments(history: Sequence[Commit]) -> int:
+    """Return how many appends the rows are in; a compaction makes one of those of its column."""
+    count: Counter[str | None] = Counter()
+    for commit in history:
+        if commit.kind in {"rollouts", "scores", "compaction"}:
+            count[commit.column] = 1 if commit.kind == "compaction" else count[commit.column] + 1
+    return count.total()
+
+
+def measured_rates(store: DurableStore) -> dict[str, float]:
+    """Return tokens a second as `GpuRates` counts them, of what filled a store: "sampling" and "scoring", where the history tells them.
+
+    Each is the median over commits, so that nights between runs do not count.
+    """
+    prompts, responses = store.lengths().sum(axis=0).tolist()
+    history, rates = store.history(), dict[str, float]()
+    # the history counts all tokens of rollouts, and only the response tokens of scores
+    share = max(1, responses) / max(1, prompts + responses)
+    for name, kind, factor in (("sampling", "rollouts", share), ("scoring", "scores", 1 / share)):
+        found = [
+            commit.tokens / (commit.when - before.when)
+            for before, commit in pairwise(history)
+            if (before.kind, before.column) == (commit.kind, commit.column) == (kind, commit.column) and commit.when > before.when
+        ]
+        if found:
+            rates[name] = float(np.median(found)) * factor
+    return rates
