@@ -31,8 +31,9 @@ STORES = {
     "zarr": "`ZarrStore`",
     "zarr, compacted": "`ZarrStore`, compacted",
     "zarr, float16": '`ZarrStore`, `logprob_dtype="float16"`',
-    "zarr, zstd": '`ZarrStore`, `codec="zstd"`',
-    "lance, read_arrays": "`LanceStore`",
+    "lance": "`LanceStore`",
+    "lance, compacted": "`LanceStore`, compacted",
+    "memory": "`MemoryStore`",
     "parquet": "a parquet file, for comparison",
     "memmap": "a bare memory map, for comparison",
 }
@@ -107,16 +108,18 @@ def paths() -> list[str]:
 
 
 def stores() -> list[str]:
-    """Speed and size."""
-    found = {row["backend"]: row for row in read("bench_store")["rows"] if "backend" in row}
+    """Speed and size: what training gets, and its share of what a memory map gives, before what single reads get."""
+    rows = read("bench_store")["rows"]
+    stored, trained = ({row[key]: row for row in rows if key in row} for key in ("backend", "training"))
 
     def lines() -> Iterator[Sequence[str]]:
         for name, title in STORES.items():
-            row = found[name]
-            speeds = [number(row[key]["median"]) for key in ("append", "sequential", "random")]
-            yield title, *speeds, f"{row['bytes_per_token']['median']:.2f}"
+            batch = [number(trained[name][key]["median"]) for key in ("to_batch", "of_memmap")] if name in trained else ["", ""]
+            keys = ("append", "sequential", "random", "bytes_per_token")
+            yield title, *batch, *([number(stored[name][key]["median"]) for key in keys] if name in stored else [""] * 4)
 
-    return table(("store", "append", "read in order", "read 64 random rollouts", "bytes a token"), lines())
+    head = ("store", "to a collated batch", "share of a memory map", "append", "read in order", "read 64 random rollouts", "bytes a token")
+    return table(head, lines())
 
 
 def growth() -> list[str]:
@@ -198,8 +201,9 @@ TABLES = {
 }
 
 
-def main(folder: Path = DOCS) -> None:
+def main(folder: Path = DOCS, readme: Path = ROOT / "README.md") -> None:
     """Fill the pages."""
+    fill(readme, "store table", stores())
     for page, tables in TABLES.items():
         for name, make in tables.items():
             fill(folder / page, f"{name} table", make())
