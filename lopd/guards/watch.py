@@ -14,7 +14,7 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
-from lopd.protocols import LogprobReader
+from lopd.protocols import LogprobReader, StatesCorrection
 from lopd.protocols.reading import evenly, in_batches
 from lopd.records.checks import check_at_least
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
@@ -126,14 +126,8 @@ def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None) -> 
 
 
 def judge_loss(loss: object, summary: AdvantageSummary) -> None:
-    """Warn if too many of a step's advantages are in the tail for a loss that says of itself that it has no importance ratio.
-
-    A loss with transforms of advantages and weights has an answer of its own, and one without these attributes says nothing.
-    """
-    plain = (
-        getattr(loss, "ratio_to_ref", None) is False and not getattr(loss, "transforms", ()) and getattr(loss, "advantage", None) is None
-    )
-    if plain and summary.tail > MAX_TAIL:
+    """Warn if too many of a step's advantages are in the tail for a loss that states that it is `uncorrected` (`StatesCorrection`)."""
+    if isinstance(loss, StatesCorrection) and loss.uncorrected and summary.tail > MAX_TAIL:
         warnings.warn(f"Loss {type(loss).__name__}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
 
 

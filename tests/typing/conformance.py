@@ -24,6 +24,7 @@ from lopd.protocols import (
     OPDLoss,
     Progress,
     RolloutSource,
+    StatesCorrection,
     Student,
     TeacherScorer,
 )
@@ -69,8 +70,12 @@ def fused_losses(loss: FusedLoss, plain: ReferenceLoss) -> tuple[OPDLoss, OPDLos
     return FusedOPDLoss(), FusedSFTLoss(), loss, plain
 
 
-def objective() -> Objective:
-    return OPDObjective()
+def objective() -> tuple[Objective, StatesCorrection]:
+    return OPDObjective(), OPDObjective()
+
+
+def losses_that_state_their_correction(fused: FusedLoss, plain: ReferenceLoss, sum_of_losses: WeightedLoss) -> list[StatesCorrection]:
+    return [ReferenceOPDLoss(), FusedOPDLoss(), fused, plain, sum_of_losses]
 
 
 def student(model: CausalLMStudent) -> Student:
