@@ -171,7 +171,7 @@ def rows_for(buffer_CV: Tensor, softcap: float | None, dtype: torch.dtype) -> Ro
     if buffer_CV.is_cuda and dtype == torch.float32 and find_spec("triton"):
         from lopd.losses.triton_rows import TritonRows
 
-        return TritonRows(buffer_CV, softcap, dtype)
+        return TritonRows(buffer_CV, softcap)
     return TorchRows(buffer_CV, softcap, dtype)
 
 
