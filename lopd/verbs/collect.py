@@ -7,7 +7,7 @@ import numpy as np
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import ConflictError, EngineError, InvalidRecordError, ManifestMismatchError, QuarantineWarning, SourceError
+from lopd.errors import ConflictError, EngineError, InvalidRecordError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest
@@ -47,7 +47,7 @@ def collect_rollouts(
     """Sample every prompt that the store does not hold yet, and commit batch by batch.
 
     Prompts are cut into the same batches each time, so a run that was stopped and repeated makes the same rollouts as one that was not.
-    A prompt that the source refuses (too long, say) is left out with a warning, and the rest goes on.
+    A prompt that the source refuses (for example because it is too long) is left out with a warning, and the rest goes on.
 
     Args:
         source: the reference policy.
@@ -58,6 +58,9 @@ def collect_rollouts(
             servers), which are else idle while the slowest response of a batch is finished; those in this process take one at a time.
         max_refused: stop when more prompts are refused, for then it is not the prompts.
         progress: see `lopd.tools.console.RichProgress`.
+
+    Warns:
+        RefusedPromptsWarning: some prompts were refused.
 
     Raises:
         ConflictError: the store has other tokens under the id of a prompt; nothing is sampled.
@@ -159,7 +162,7 @@ def _warn_of(refused: Mapping[str, str], accepted: int) -> None:
         )
     warnings.warn(
         f"Collection: {len(refused)} prompts could not be sampled and were left out; the first is {first!r} ({reason})",
-        QuarantineWarning,
+        RefusedPromptsWarning,
         stacklevel=3,
     )
 
