@@ -74,6 +74,9 @@ def score_rollouts(
         retry_quarantined: try those too that are in quarantine since an earlier call.
         progress: see `lopd.tools.console`.
 
+    Warns:
+        QuarantineWarning: some rollouts are without scores in quarantine.
+
     Raises:
         TokenizerMismatchError: the scorer's token-to-id map is not the store's; nothing is scored.
         ConflictError: the column belongs to another model; nothing is scored.
@@ -103,7 +106,13 @@ def score_rollouts(
             check_refused(f"Scorer {provenance.model}", [*report.refused.values(), *reasons.values()], max_refused)
             store.append_scores(column, provenance, scores)
             tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id not in reasons)
-            report = _sum(report, ScoringReport(len(scores), tokens, sum(score.floored for score in scores), reasons))
+            report = evolve(
+                report,
+                rollouts=report.rollouts + len(scores),
+                tokens=report.tokens + tokens,
+                floored=report.floored + sum(score.floored for score in scores),
+                refused={**report.refused, **reasons},
+            )
             if progress:
                 progress.advance(len(scores), tokens, len(reasons))
     finally:
@@ -119,16 +128,6 @@ def _pending(store: LogprobStore, column: str, wanted: NDArray[np.int64], retry:
     rows = unscored if retry else unscored[~np.isin(unscored, list(store.quarantined(column)))]
     lengths = store.lengths()[rows].sum(axis=1)
     return rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(unscored) - len(rows)
-
-
-def _sum(report: ScoringReport, more: ScoringReport) -> ScoringReport:
-    return evolve(
-        report,
-        rollouts=report.rollouts + more.rollouts,
-        tokens=report.tokens + more.tokens,
-        floored=report.floored + more.floored,
-        refused={**report.refused, **more.refused},
-    )
 
 
 def _put_in_quarantine(store: LogprobStore, column: str, provenance: Provenance, report: ScoringReport) -> None:
