@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
 from lopd.protocols import LogprobReader, StatesCorrection
-from lopd.protocols.reading import evenly, in_batches
+from lopd.protocols.reading import evenly, walk
 from lopd.records.checks import check_at_least
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
 from lopd.records.rollouts import BEHAVIOR_COLUMN
@@ -114,7 +114,7 @@ def stored_advantages(
     """
     usable = store.scored(teacher) & store.scored(student)
     chosen = evenly(np.flatnonzero(usable) if rows is None else rows[usable[rows]], count)
-    records = (record for part in in_batches(chosen) for record in store.read(part, columns=(teacher, student)))
+    records = walk(store, chosen, (teacher, student))
     gaps = [(record.scores[teacher] - record.scores[student])[record.rollout.loss_mask] for record in records]
     return AdvantageSummary.of(np.concatenate(gaps)) if sum(gap.size for gap in gaps) else None
 
