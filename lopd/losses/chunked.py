@@ -183,11 +183,7 @@ def _rows_of_chunk(rows: int, row_bytes: int, chunk_bytes: int) -> int:
 
 
 def refuse_second_order() -> None:
-    """Refuse `create_graph`: with `create_graph`, torch runs a backward pass with gradients enabled.
-
-    Raises:
-        GradientError: it does.
-    """
+    """Refuse `create_graph`, with which torch runs a backward pass with gradients enabled, by a GradientError."""
     if torch.is_grad_enabled():
         raise GradientError(
             "Loss: a gradient of its gradient was asked for (create_graph), expected first order only; use ReferenceOPDLoss for that."

@@ -55,59 +55,37 @@ class Tokens:
     @classmethod
     def counted(cls, batch: Batch) -> "Tokens":
         """Those of the batch whose weight is more than 0."""
-        columns: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(cls) if field.name != "student_entropies"}
-        return cls(**columns).where(batch.weight > 0)
+        columns = [getattr(batch, f.name) for f in fields(cls) if f.name != "student_entropies"]
+        return cls(*columns).where(batch.weight > 0)
 
     def where(self, rows: Tensor | slice) -> "Tokens":
         """Some of them."""
-        columns = {field.name: getattr(self, field.name) for field in fields(Tokens)}
-        changed: dict[str, Any] = {name: column[rows] for name, column in columns.items() if column is not None}
-        return evolve(self, **changed)
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Tokens)}
+        return evolve(self, **{name: column[rows] for name, column in columns.items() if column is not None})
 
     def teacher(self) -> Tensor:
-        """The teacher's log-probs.
-
-        Raises:
-            MissingScoresError: the batch has none.
-        """
-        return _present(self.teacher_logprobs, "teacher")
+        """Return the teacher's log-probs; MissingScoresError where the batch has none."""
+        return _present(self.teacher_logprobs, "Batch: teacher_logprobs", "a score column; name it in `batches(teacher=...)`")
 
     def ref(self) -> Tensor:
-        """The reference policy's log-probs.
-
-        Raises:
-            MissingScoresError: the batch has none.
-        """
-        return _present(self.ref_logprobs, "ref")
+        """Return the reference policy's log-probs; MissingScoresError where the batch has none."""
+        return _present(self.ref_logprobs, "Batch: ref_logprobs", "a score column; name it in `batches(ref=...)`")
 
     def entropies(self) -> Tensor:
-        """The student's entropies.
-
-        Raises:
-            MissingScoresError: the loss brought none.
-        """
-        if self.student_entropies is None:
-            raise MissingScoresError(
-                "Tokens: student_entropies is None, expected the student's entropies; mark the transform with `lopd.losses.objective.with_entropy`."
-            )
-        return self.student_entropies
+        """Return the student's entropies; MissingScoresError where the loss brought none."""
+        remedy = "mark the transform with `lopd.losses.objective.with_entropy`"
+        return _present(self.student_entropies, "Tokens: student_entropies", f"the student's entropies; {remedy}")
 
     def top_k(self) -> TopKColumn:
-        """The teacher's most likely tokens.
-
-        Raises:
-            MissingScoresError: the batch has none.
-        """
-        if self.top_k_ids is None or self.top_k_logprobs is None or self.top_k_tail is None:
-            raise MissingScoresError(
-                "Batch: top_k_ids is None, expected the teacher's most likely tokens; ask for them in `batches(top_k=True)`."
-            )
-        return TopKColumn(self.top_k_ids, self.top_k_logprobs, self.top_k_tail)
+        """Return the teacher's most likely tokens; MissingScoresError where the batch has none."""
+        columns = (self.top_k_ids, self.top_k_logprobs, self.top_k_tail)
+        expected = "the teacher's most likely tokens; ask for them in `batches(top_k=True)`"
+        return TopKColumn(*(_present(column, "Batch: top_k_ids", expected) for column in columns))
 
 
-def _present(column: Tensor | None, name: str) -> Tensor:
+def _present(column: Tensor | None, name: str, expected: str) -> Tensor:
     if column is None:
-        raise MissingScoresError(f"Batch: {name}_logprobs is None, expected a score column; name it in `batches({name}=...)`.")
+        raise MissingScoresError(f"{name} is None, expected {expected}.")
     return column
 
 
