@@ -18,7 +18,7 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
 from lopd.records import Prompt
 from lopd.testing import ScorerConformance, tiny_rollout
-from lopd.verbs.overlap import overlapped
+from lopd.verbs.asking import overlapped
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 

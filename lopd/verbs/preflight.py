@@ -16,7 +16,7 @@ from lopd.records.checks import check_at_least, check_number
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity, measure_parity
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores
-from lopd.verbs.isolation import score_each
+from lopd.verbs.asking import score_each
 
 _ENDS_NEEDED = 3  # one response that the policy ended in a strange place says nothing about the teacher
 
