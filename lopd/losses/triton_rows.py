@@ -79,8 +79,8 @@ class TritonRows:
     """`Rows` on a CUDA device.
 
     Args:
-        buffer_CV: of logits, float32, bfloat16 or float16.
-        softcap: of the head.
+        buffer_CV: logits, float32, bfloat16 or float16.
+        softcap: the cap of the head, or None.
     """
 
     def __init__(self, buffer_CV: Tensor, softcap: float | None) -> None:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from attrs import evolve, field, frozen
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import ConflictError, EngineError, InvalidRecordError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
-from lopd.protocols.reading import walk
+from lopd.protocols.reading import in_batches, walk
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.rollouts import Prompt, Rollout, rollout_id
@@ -79,11 +79,11 @@ def collect_rollouts(
     names = [rollout_id(prompt.prompt_id, s, manifest.generation) for prompt in prompts for s in samples]
     rows = store.find(names).reshape(len(prompts), len(samples))
     _check_same_prompts(store, prompts, rows)
-    missing: list[bool] = np.any(rows < 0, axis=1).tolist()
-    report = CollectionReport(skipped=(len(prompts) - sum(missing)) * len(samples))
-    asked = ask(
-        f"Source {manifest.policy}", source.sample, _missing(prompts, missing, prompts_per_batch), at_once=batches_at_once, most=max_refused
-    )
+    missing = np.any(rows < 0, axis=1)
+    report = CollectionReport(skipped=int((~missing).sum()) * len(samples))
+    # cut before what is there is left out, so that a repeated run has the same batches
+    batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
+    asked = ask(f"Source {manifest.policy}", source.sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
     with shown(progress, "sampling", rows.size, report.skipped, None) as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
@@ -100,14 +100,6 @@ def collect_rollouts(
             advance(len(rollouts), tokens, len(refused) * len(samples))
     _warn_of(report)
     return report
-
-
-def _missing(prompts: Sequence[Prompt], missing: Sequence[bool], size: int) -> Iterator[list[Prompt]]:
-    """What is missing of each batch, of those where something is."""
-    for first in range(0, len(prompts), size):
-        todo = [p for p, wanted in zip(prompts[first : first + size], missing[first : first + size], strict=True) if wanted]
-        if todo:
-            yield todo
 
 
 def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: NDArray[np.int64]) -> None:
