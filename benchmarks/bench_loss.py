@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 from loss_paths import PATHS, Problem, make_problem
+from matrix_library import fast_matmul
 from record import ROOT, describe_machine, fill, result_file
 
 import lopd
-from lopd.losses.cpu import fast_matmul
 from lopd.losses.reference import ReferenceOPDLoss
 
 SHAPES = {"151936x896": (151_936, 896), "49152x576": (49_152, 576)}

@@ -95,7 +95,11 @@ class ScorerError(LopdError, RuntimeError):
 
 
 class QuarantineWarning(UserWarning):
-    """Prompts or rollouts that were left out, and why."""
+    """Rollouts without scores, which training leaves out, and why."""
+
+
+class RefusedPromptsWarning(UserWarning):
+    """Prompts that could not be sampled and were left out, and why; the next collection tries them again."""
 
 
 class RepeatedRolloutsWarning(UserWarning):

@@ -12,11 +12,15 @@ from attrs import asdict, evolve
 from conftest import TOKENIZER_ID
 
 from lopd import (
+    FusedLoss,
     FusedOPDLoss,
     MemoryStore,
+    ReferenceLoss,
     ReferenceOPDLoss,
     SamplingParams,
     SFTLoss,
+    TopKObjective,
+    WeightedLoss,
     batches,
     by_token,
     collect_rollouts,
@@ -26,7 +30,9 @@ from lopd import (
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
-from lopd.guards import DriftLimits, stored_advantages, watch_drift
+from lopd.guards import DriftLimits, judge_loss, stored_advantages, watch_drift
+from lopd.losses.divergences import forward_kl
+from lopd.losses.objective import OPDObjective
 from lopd.losses.variants import ppo_clip
 from lopd.records import AdvantageSummary, Drift, Lineage, StepMetrics
 from lopd.records.drift import LEVELS, DriftMeter, TokenLogprobs, effective_share, measure_drift
@@ -332,6 +338,23 @@ def test_a_loss_without_a_ratio_is_judged_when_the_student_has_left_its_rollouts
         list(trained(store, llama, FusedOPDLoss(ratio_to_ref=True), 3, ref="behavior"))
         list(trained(store, llama, FusedOPDLoss(transforms=(ppo_clip,)), 3, ref="behavior"))
         list(trained(store, llama, SFTLoss(), 3, ref="behavior"))
+
+
+def test_every_form_of_the_loss_without_a_ratio_is_warned_of_and_no_other(recwarn):
+    summary = AdvantageSummary.of(np.full(10, -9.0, np.float32))
+    plain, ratio = OPDObjective(), OPDObjective(ratio_to_ref=True)
+    for loss in (FusedLoss(plain), ReferenceLoss(plain), FusedOPDLoss(), WeightedLoss([(1.0, SFTLoss()), (0.1, FusedLoss(plain))])):
+        with pytest.warns(AdvantageWarning, match=f"Loss {type(loss).__name__}: 100.0% of its advantages"):
+            judge_loss(loss, summary)
+    silent = (
+        FusedLoss(ratio),
+        ReferenceLoss(OPDObjective.sft()),
+        FusedLoss(TopKObjective(forward_kl)),
+        FusedOPDLoss(transforms=(ppo_clip,)),
+    )
+    for loss in (*silent, SFTLoss(), WeightedLoss([(1.0, FusedLoss(ratio)), (0.1, SFTLoss())])):
+        judge_loss(loss, summary)
+    assert not recwarn
 
 
 def test_a_summary_reads_as_one_line():

@@ -8,7 +8,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from lopd.errors import GradientError, InvalidRecordError
-from lopd.losses.chunked import ChunkedHead, Chunking, Gradients, selected_logprobs
+from lopd.losses.chunked import ChunkedHead, Chunking, selected_logprobs
 from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
 from lopd.losses.objective import OPDObjective, Signal
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
@@ -396,10 +396,10 @@ def test_the_suite_rejects_a_loss_that_is_wrong(mutant: Callable[[Tensor, Tensor
 def test_the_suite_rejects_a_weight_gradient_that_is_added_up_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ChunkedHead._add_gradients
 
-    def rounding(self: ChunkedHead, sums: Gradients, rows: slice, scale_C: Tensor) -> None:
-        plain(self, sums, rows, scale_C)
-        if sums.weight is not None:
-            sums.weight.copy_(sums.weight.bfloat16())
+    def rounding(self: ChunkedHead, rows: Tensor, scale_C: Tensor) -> None:
+        plain(self, rows, scale_C)
+        if (weight := self.sums[1]) is not None:
+            weight.copy_(weight.bfloat16())
 
     monkeypatch.setattr(ChunkedHead, "_add_gradients", rounding)
     broken = broken_clauses(FusedOPDLoss(clip=None, chunking=SMALL))

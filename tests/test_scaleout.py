@@ -15,10 +15,10 @@ from conftest import CONTEXT, TOKENIZER_ID
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.errors import EngineError, InvalidRecordError, QuarantineWarning
+from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
 from lopd.records import Prompt
 from lopd.testing import ScorerConformance, tiny_rollout
-from lopd.verbs.overlap import overlapped
+from lopd.verbs.asking import overlapped
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -158,7 +158,7 @@ def test_two_workers_that_are_killed_in_the_middle_fill_the_store_that_one_proce
 def test_what_an_engine_refuses_in_a_worker_is_left_out_as_in_one_process(folders, alone):
     store = MemoryStore(alone.manifest)
     with closing(RaySource(lambda folder=folders["policy"]: HFSource.from_folder(folder, SAMPLING), workers=1)) as source:
-        with pytest.warns(QuarantineWarning, match=r"1 prompts could not be sampled.*'endless'.*5000 tokens"):
+        with pytest.warns(RefusedPromptsWarning, match=r"1 prompts could not be sampled.*'endless'.*5000 tokens"):
             report = collect_rollouts(source, [*PROMPTS[:5], ENDLESS, *PROMPTS[5:]], store)
         assert list(report.refused) == ["endless"]
         assert source.sample([]) == []

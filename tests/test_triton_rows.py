@@ -7,9 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +55,7 @@ def expected(logits: Tensor, ids: Tensor, coefficients: Tensor, softcap: float |
 def test_log_probs_and_gradients_are_those_of_float64(shape: tuple[int, int, int], dtype: torch.dtype, softcap: float | None) -> None:
     logits, ids, coefficients = problem(*shape, dtype)
     logprobs, gradient = expected(logits, ids, coefficients, softcap)
-    rows = triton_rows.TritonRows(logits, softcap, torch.float32)
+    rows = triton_rows.TritonRows(logits, softcap)
     place = slice(0, shape[0])
     found = rows.logprobs(place, ids)
     assert (found.logprobs <= 0).all()
@@ -72,7 +70,7 @@ def test_entropies_are_those_of_float64(softcap: float | None) -> None:
     logits, ids, _ = problem(3, 5000, 2, torch.float32)
     capped = logits.double() if softcap is None else softcap * (logits.double() / softcap).tanh()
     truth = torch.special.entr(capped.softmax(-1)).sum(-1)
-    found = triton_rows.TritonRows(logits, softcap, torch.float32).logprobs(slice(0, 3), ids, entropy=True)
+    found = triton_rows.TritonRows(logits, softcap).logprobs(slice(0, 3), ids, entropy=True)
     assert found.entropies is not None
     torch.testing.assert_close(found.entropies.double(), truth, rtol=1e-5, atol=1e-5)
 
@@ -81,8 +79,8 @@ def test_entropies_are_those_of_float64(softcap: float | None) -> None:
 def test_logits_that_are_all_far_from_zero_change_nothing(shift: float) -> None:
     logits, ids, coefficients = problem(3, 5000, 2, torch.float32, shift)
     logprobs, _ = expected(logits, ids, coefficients, None)
-    statistics = triton_rows.partial_statistics(logits, ids)
-    torch.testing.assert_close(triton_rows.logprobs(statistics).double(), logprobs, rtol=1e-6, atol=1e-4)
+    found = triton_rows.TritonRows(logits, None).logprobs(slice(0, 3), ids)
+    torch.testing.assert_close(found.logprobs.double(), logprobs, rtol=1e-6, atol=1e-4)
 
 
 def test_ruled_out_tokens_get_no_probability_and_no_gradient_even_if_they_come_first() -> None:
@@ -90,7 +88,7 @@ def test_ruled_out_tokens_get_no_probability_and_no_gradient_even_if_they_come_f
     logits[:, :4500] = -torch.inf
     ids.fill_(4700)
     logprobs, gradient = expected(logits, ids, coefficients, None)
-    rows = triton_rows.TritonRows(logits, None, torch.float32)
+    rows = triton_rows.TritonRows(logits, None)
     found = rows.logprobs(slice(0, 2), ids)
     rows.gradients(slice(0, 2), ids, found, coefficients)
     torch.testing.assert_close(found.logprobs.double(), logprobs, rtol=1e-5, atol=1e-5)
@@ -101,30 +99,16 @@ def test_an_id_that_occurs_twice_in_a_row_gets_both_coefficients() -> None:
     logits, _, coefficients = problem(3, 100, 4, torch.float32)
     ids = torch.full((3, 4), 42, device=DEVICE)
     _, gradient = expected(logits, ids, coefficients, None)
-    triton_rows.gradients_(logits, ids, triton_rows.partial_statistics(logits, ids), coefficients)
+    rows = triton_rows.TritonRows(logits, None)
+    rows.gradients(slice(0, 3), ids, rows.logprobs(slice(0, 3), ids), coefficients)
     torch.testing.assert_close(logits.double(), gradient, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("borders", [(0, 3000, 9000), (0, 1, 4096, 9000), (0, 9000)])
-def test_a_vocabulary_in_parts_says_the_same_as_the_whole(borders: Sequence[int]) -> None:
-    logits, ids, coefficients = problem(3, 9000, 4, torch.float32)
-    logprobs, gradient = expected(logits, ids, coefficients, 3.0)
-    spans = list(pairwise(borders))
-    parts = [logits[:, first:last].contiguous() for first, last in spans]
-    together = triton_rows.merge(
-        [triton_rows.partial_statistics(part, ids, 3.0, first) for part, (first, _) in zip(parts, spans, strict=True)]
-    )
-    torch.testing.assert_close(triton_rows.logprobs(together).double(), logprobs, rtol=1e-5, atol=1e-5)
-    for part, (first, _) in zip(parts, spans, strict=True):
-        triton_rows.gradients_(part, ids, together, coefficients, softcap=3.0, first_id=first)
-    torch.testing.assert_close(torch.cat(parts, -1).double(), gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_that_are_part_of_a_wider_buffer_leave_the_rest_of_it_alone() -> None:
     logits, ids, coefficients = problem(4, 700, 1, torch.float32)
     wide = torch.full((6, 1000), 7.0, device=DEVICE)
     wide[1:5, :700] = logits
-    rows = triton_rows.TritonRows(wide[:, :700], None, torch.float32)
+    rows = triton_rows.TritonRows(wide[:, :700], None)
     found = rows.logprobs(slice(1, 5), ids)
     rows.gradients(slice(1, 5), ids, found, coefficients)
     torch.testing.assert_close(wide[1:5, :700].double(), expected(logits, ids, coefficients, None)[1], rtol=1e-5, atol=1e-6)
@@ -136,8 +120,7 @@ def test_rows_that_are_part_of_a_wider_buffer_leave_the_rest_of_it_alone() -> No
 @pytest.mark.parametrize("objective", ["lightning", "top-k"])
 def test_a_fused_loss_on_these_kernels_passes_the_suite_in_float32(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows_for(buffer: Tensor, softcap: float | None, dtype: torch.dtype) -> Any:
-        kind = triton_rows.TritonRows if dtype == torch.float32 else chunked.TorchRows
-        return kind(buffer, softcap, dtype)
+        return triton_rows.TritonRows(buffer, softcap) if dtype == torch.float32 else chunked.TorchRows(buffer, softcap, dtype)
 
     monkeypatch.setattr(chunked, "rows_for", rows_for)
     top_k = TopKObjective(forward_kl)
@@ -155,7 +138,7 @@ from triton.compiler import ASTSource, compile
 from lopd.losses import triton_rows as rows
 
 capability, dtype, capped = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
-common = dict(vocabulary="i32", first_id="i32", row_stride="i64", softcap="fp32", K="i32", CAPPED="constexpr", BLOCK="constexpr")
+common = dict(vocabulary="i32", row_stride="i64", softcap="fp32", K="i32", CAPPED="constexpr", BLOCK="constexpr")
 kernels = {
     rows.statistics_kernel: dict(logits="*" + dtype, ids="*i64", largest="*fp32", sums="*fp32", selected="*fp32", **common),
     rows.gradient_kernel: dict(logits="*" + dtype, ids="*i64", largest="*fp32", sums="*fp32", coefficients="*fp32", **common),

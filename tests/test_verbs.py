@@ -31,6 +31,7 @@ from lopd.errors import (
     MissingScoresError,
     NoSuchRowError,
     QuarantineWarning,
+    RefusedPromptsWarning,
     ScorerError,
     SourceError,
     TeacherConsistencyError,
@@ -538,11 +539,11 @@ def test_a_rollout_in_quarantine_may_be_longer_than_a_batch(source, teacher_mode
 def test_a_prompt_that_is_too_long_is_left_out_and_the_rest_is_sampled_as_ever(source, prompts, make_store, contents):
     whole, store = make_store(source.manifest), make_store(source.manifest)
     collect_rollouts(source, prompts, whole)
-    with pytest.warns(QuarantineWarning, match=r"1 prompts could not be sampled.*'endless'.*context"):
+    with pytest.warns(RefusedPromptsWarning, match=r"1 prompts could not be sampled.*'endless'.*context"):
         report = collect_rollouts(source, [*prompts[:3], Prompt("endless", [5] * 5000), *prompts[3:]], store)
     assert dict(contents(store)) == dict(contents(whole))
     assert (report.rollouts, list(report.refused)) == (14, ["endless"])
-    with pytest.warns(QuarantineWarning, match="1 prompts could not be sampled"):
+    with pytest.warns(RefusedPromptsWarning, match="1 prompts could not be sampled"):
         assert collect_rollouts(source, [Prompt("endless", [5] * 5000), *prompts], store, prompts_per_batch=1).rollouts == 0
     endless = [Prompt(f"endless{i}", [5] * 5000) for i in range(3)]
     with pytest.raises(EngineError, match="all 3 prompts were refused"):
@@ -611,6 +612,17 @@ def test_pain_9_the_difference_to_the_trainers_own_log_probs_is_measured_stored_
     np.testing.assert_allclose(parity.advantage, np.abs(gaps).mean(), rtol=1e-4)
     np.testing.assert_allclose(parity.sign_flips, ((gaps > 0) & (gaps < 0.02)).mean(), atol=1e-9)
     assert dict(collected.columns) == {"teacher": engine}, "a comparison is no part of who computed a column"
+
+
+def test_the_self_test_asks_for_all_its_rollouts_at_once_then_for_those_that_are_new_alone_and_the_truth_once(
+    collected, teacher_model, tokenizer
+):
+    scorer, truth = (Refusing(HFScorer(teacher_model, tokenizer), []) for _ in range(2))
+    score_rollouts(collected, scorer, rows=np.arange(4), preflight=Preflight(rollouts=3, truth=truth))
+    assert (scorer.asked, truth.asked) == ([4, 1, 1, 1, 4], [4])
+    scorer.asked.clear()
+    score_rollouts(collected, scorer, preflight=Preflight(rollouts=3))
+    assert scorer.asked == [6, 1, 1, 1, 10], "three that the column holds and three that are new; then the column"
 
 
 def test_the_truth_must_be_the_same_model(collected, teacher_model, llama, tokenizer):

@@ -16,12 +16,21 @@ class Docstrings(griffe.Extension):
         if obj.docstring is not None and ">>>" in obj.docstring.value:
             obj.docstring.value = fence(obj.docstring.value)
 
-    def on_class_members(self, *, cls: griffe.Class, **_: Any) -> None:
-        """Called by griffe when a class is complete."""
-        if "__init__" not in cls.members and any(decorator.callable_path in _ATTRS for decorator in cls.decorators):
-            kind = griffe.ParameterKind.positional_or_keyword
-            own = griffe.Parameter("self", kind=griffe.ParameterKind.positional_only)
-            cls.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(own, *_parameters(cls, kind))))
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Called by griffe when all modules are loaded, so that the fields of a base in another one are known."""
+        for cls in _classes(pkg):
+            if "__init__" not in cls.members and any(decorator.callable_path in _ATTRS for decorator in cls.decorators):
+                kind = griffe.ParameterKind.positional_or_keyword
+                own = griffe.Parameter("self", kind=griffe.ParameterKind.positional_only)
+                cls.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(own, *_parameters(cls, kind))))
+
+
+def _classes(module: griffe.Module) -> Iterator[griffe.Class]:
+    for member in module.members.values():
+        if isinstance(member, griffe.Module):
+            yield from _classes(member)
+        elif isinstance(member, griffe.Class):
+            yield member
 
 
 def _parameters(cls: griffe.Class, kind: griffe.ParameterKind) -> Iterator[griffe.Parameter]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader
-from lopd.protocols.reading import in_batches
+from lopd.protocols.reading import walk
 from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.identity import ModelId
 from lopd.records.rollouts import ScoredRollout
@@ -110,16 +110,15 @@ def _read(store: LogprobReader, columns: Sequence[str], rows: NDArray[np.int64])
     found: dict[str, list[float]] = {column: [] for column in columns}
     moments = {column: np.zeros(2) for column in supported}
     counts: list[float] = []
-    for part in in_batches(rows):
-        for record in store.read(part, columns=tuple(columns), top_k=tuple(supported)):
-            on_T = record.rollout.loss_mask
-            if not on_T.any():
-                continue
-            counts.append(float(on_T.sum()))
-            for column in columns:
-                found[column].append(-float(record.scores[column][on_T].sum(dtype=np.float64)))
-            for column in supported:
-                moments[column] += _deviation(record, column)
+    for record in walk(store, rows, columns, supported):
+        on_T = record.rollout.loss_mask
+        if not on_T.any():
+            continue
+        counts.append(float(on_T.sum()))
+        for column in columns:
+            found[column].append(-float(record.scores[column][on_T].sum(dtype=np.float64)))
+        for column in supported:
+            moments[column] += _deviation(record, column)
     sums = {column: RolloutSums(np.array(values), np.array(counts)) for column, values in found.items()}
     return sums, {column: float(total / math.sqrt(1 + variance)) for column, (total, variance) in moments.items()}
 
@@ -143,20 +142,16 @@ def _error(behind: Estimate) -> float:
 
 
 def _judge(candidates: Sequence[Candidate], error: float, max_error: float) -> tuple[str | None, str]:
-    first = candidates[0]
+    first, margin = candidates[0], ""
     if first.z is not None and first.z > FOREIGN_Z:
-        return (
-            None,
-            f"None of the candidates wrote it: even to {first.column!r} it is more surprising than its own text, by {first.z:.1f} standard errors",
-        )
-    if len(candidates) > 1 and error > max_error:
-        return (
-            None,
-            f"Cannot be told: {candidates[1].column!r} is the author instead of {first.column!r} with a chance of {error:.2g}; audit more text",
-        )
-    margin = (
-        f", {candidates[1].behind.mean:.3g} nats a token before {candidates[1].column!r}, error {error:.1g}" if len(candidates) > 1 else ""
-    )
+        surprise = f"even to {first.column!r} it is more surprising than its own text, by {first.z:.1f} standard errors"
+        return None, f"None of the candidates wrote it: {surprise}"
+    if len(candidates) > 1:
+        second = candidates[1]
+        if error > max_error:
+            doubt = f"{second.column!r} is the author instead of {first.column!r} with a chance of {error:.2g}"
+            return None, f"Cannot be told: {doubt}; audit more text"
+        margin = f", {second.behind.mean:.3g} nats a token before {second.column!r}, error {error:.1g}"
     if first.z is None:
         return first.column, f"{first.column!r} is the likeliest author{margin}; without a top-k nothing excludes that it is somebody else"
     surer = f"; it is surer than at temperature 1 (z {first.z:.1f})" if first.z < -FOREIGN_Z else ""

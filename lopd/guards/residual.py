@@ -11,17 +11,16 @@ weight 1, spread over the tokens that count.  They are fitted on the prompts of 
 Source: Lightning OPD 2.0 (arXiv 2607.28449), from accounts of it.  Its bins and smoothing were not at hand; ours are stated with the arguments.
 """
 
-from collections.abc import Iterator
 from hashlib import blake2b
 from typing import final
 
 import numpy as np
-from attrs import define, field, frozen
+from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader, LogprobStore
-from lopd.protocols.reading import in_batches
+from lopd.protocols.reading import in_batches, walk
 from lopd.records.checks import check_at_least, check_number
 from lopd.records.manifest import RESIDUAL, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout, Scores, prompt_id_of
@@ -76,14 +75,17 @@ class Residualiser:
 
     def fit(self, store: LogprobReader, rows: NDArray[np.int64], column: str, ref: str) -> "Offsets":
         """The offsets of these rows, in one pass that holds sums and no tokens."""
-        sums = [_Sums.of_size(self.folds, size) for size in (store.manifest.tokenizer.vocab_size, self.positions * (_SURPRISAL.size + 1))]
-        for record in _read(store, rows, column, ref):
+        sizes = (store.manifest.tokenizer.vocab_size, self.positions * (_SURPRISAL.size + 1))
+        tables, tokens = [np.zeros((2, self.folds, size)) for size in sizes], np.zeros(self.folds)
+        for record in walk(store, rows, (column, ref)):
             on_T = record.rollout.loss_mask
             if on_T.any():
-                gap_M = _gap(record, column, ref)[on_T]
-                for table, groups_T in zip(sums, self.groups(record, ref), strict=True):
-                    table.add(self.fold(record), groups_T[on_T], gap_M)
-        return Offsets(self, *(table.means(self.prior) for table in sums))
+                fold, gap_M = self.fold(record), _gap(record, column, ref)[on_T]
+                tokens[fold] += gap_M.size
+                for (sums, weights), groups_T in zip(tables, self.groups(record, ref), strict=True):
+                    np.add.at(sums[fold], groups_T[on_T], gap_M / gap_M.size)
+                    np.add.at(weights[fold], groups_T[on_T], 1 / gap_M.size)
+        return Offsets(self, *(_means(sums, weights, tokens, self.prior) for sums, weights in tables))
 
     def fold(self, record: ScoredRollout) -> int:
         """Of the rollout's prompt, whatever else is in the store."""
@@ -154,27 +156,24 @@ def residualise(
     teacher = _teacher(store, column)
     rows, reasons = _rows(store, (column, ref))
     offsets = how.fit(store, rows, column, ref)
-    provenance = Provenance(teacher.model, teacher.vocab_hash, _engine(how, offsets, column, ref), RESIDUAL, eos_id=teacher.eos_id)
+    engine = (
+        f"lopd residual {_VERSION}: {column} less offsets against {ref}, {how.folds} folds, {how.positions} positions, prior {how.prior:g}, "
+        f"fit {offsets.digest()}"
+    )
+    provenance = Provenance(teacher.model, teacher.vocab_hash, engine, RESIDUAL, eos_id=teacher.eos_id)
     store.append_scores(into, provenance, ())
-    totals = _Totals()
+    totals = np.zeros(6)
     pending = rows[~store.scored(into)[rows]]
     for batch in in_batches(pending, rollouts_per_batch):
         scores = []
         for record in store.read(batch, columns=(column, ref)):
             offset_T = offsets.of(record, ref)
-            totals.add(record, offset_T, _gap(record, column, ref))
+            totals += _count(record, offset_T, _gap(record, column, ref))
             scores.append(Scores.of(record.rollout, record.scores[column] - offset_T, residual=True))
         store.append_scores(into, provenance, scores)
     if reasons:
         store.quarantine(into, provenance, reasons)
-    return totals.report()
-
-
-def _engine(how: Residualiser, offsets: Offsets, column: str, ref: str) -> str:
-    return (
-        f"lopd residual {_VERSION}: {column} less offsets against {ref}, {how.folds} folds, {how.positions} positions, prior {how.prior:g}, "
-        f"fit {offsets.digest()}"
-    )
+    return _report(totals)
 
 
 def _teacher(store: LogprobReader, column: str) -> Provenance:
@@ -203,64 +202,34 @@ def _rows(store: LogprobReader, columns: tuple[str, str]) -> tuple[NDArray[np.in
     return np.flatnonzero(usable), dict(zip(ids, (reasons[row] for row in sorted(reasons)), strict=True))
 
 
-def _read(store: LogprobReader, rows: NDArray[np.int64], *columns: str) -> Iterator[ScoredRollout]:
-    for part in in_batches(rows):
-        yield from store.read(part, columns=columns)
-
-
 def _gap(record: ScoredRollout, column: str, ref: str) -> Float64Array:
     return record.scores[column].astype(np.float64) - record.scores[ref]
 
 
-@frozen(eq=False)
-class _Sums:
-    """Of each fold and group: weighted sums of gaps, weights, and one count of all tokens."""
+def _means(sums: Float64Array, weights: Float64Array, tokens: Float64Array, prior: float) -> Float64Array:
+    """(folds, groups): the shrunk mean of every group over all folds except one; that of all tokens where a group has none.
 
-    sums: Float64Array
-    weights: Float64Array
-    tokens: NDArray[np.int64]
-
-    @classmethod
-    def of_size(cls, folds: int, groups: int) -> "_Sums":
-        return cls(np.zeros((folds, groups)), np.zeros((folds, groups)), np.zeros(folds, np.int64))
-
-    def add(self, fold: int, groups_M: NDArray[np.int64], gap_M: Float64Array) -> None:
-        np.add.at(self.sums[fold], groups_M, gap_M / gap_M.size)
-        np.add.at(self.weights[fold], groups_M, 1 / gap_M.size)
-        self.tokens[fold] += gap_M.size
-
-    def means(self, prior: float) -> Float64Array:
-        """(folds, groups): the shrunk mean of every group over all folds but one; that of all tokens where there is none."""
-        sums, weights, tokens = (total.sum(0) - total for total in (self.sums, self.weights, self.tokens))
-        weight_of_all = weights.sum(1)
-        mean_of_all = np.divide(sums.sum(1), weight_of_all, out=np.zeros(len(sums)), where=weight_of_all > 0)[:, None]
-        # so many tokens of average weight, in the unit in which a response weighs 1
-        extra = (prior * np.divide(weight_of_all, tokens, out=np.zeros(len(sums)), where=tokens > 0))[:, None]
-        total = weights + extra
-        means: Float64Array = np.where(weights > 0, (sums + extra * mean_of_all) / np.where(total > 0, total, 1.0), mean_of_all)
-        return means
+    Gaps are summed up in (folds, groups), their weights likewise; tokens are counted in (folds,).
+    """
+    sums, weights, tokens = (total.sum(0) - total for total in (sums, weights, tokens))
+    weight_of_all = weights.sum(1)
+    mean_of_all = np.divide(sums.sum(1), weight_of_all, out=np.zeros(len(sums)), where=weight_of_all > 0)[:, None]
+    # so many tokens of average weight, in the unit in which a response weighs 1
+    extra = (prior * np.divide(weight_of_all, tokens, out=np.zeros(len(sums)), where=tokens > 0))[:, None]
+    total = weights + extra
+    means: Float64Array = np.where(weights > 0, (sums + extra * mean_of_all) / np.where(total > 0, total, 1.0), mean_of_all)
+    return means
 
 
-@define
-class _Totals:
-    """Of the tokens that count: how many, their offsets, and how many are beyond 1 nat."""
+def _count(record: ScoredRollout, offset_T: Float64Array, gap_T: Float64Array) -> Float64Array:
+    """(6,): 1, and of the tokens that count: their number, sums of offsets and of squares, and how many are beyond 1 nat before and after."""
+    on_T = record.rollout.loss_mask
+    offset_M, gap_M = offset_T[on_T], gap_T[on_T]
+    beyond = [float((np.abs(values_M) > 1).sum()) for values_M in (gap_M, gap_M - offset_M)]
+    return np.array([1.0, offset_M.size, offset_M.sum(), (offset_M**2).sum(), *beyond])
 
-    rollouts: int = 0
-    tokens: int = 0
-    offset: float = 0.0
-    square: float = 0.0
-    beyond: NDArray[np.int64] = field(factory=lambda: np.zeros(2, np.int64))
 
-    def add(self, record: ScoredRollout, offset_T: Float64Array, gap_T: Float64Array) -> None:
-        on_T = record.rollout.loss_mask
-        self.rollouts += 1
-        self.tokens += int(on_T.sum())
-        self.offset += float(offset_T[on_T].sum())
-        self.square += float((offset_T[on_T] ** 2).sum())
-        self.beyond += [int((np.abs(values_T[on_T]) > 1).sum()) for values_T in (gap_T, gap_T - offset_T)]
-
-    def report(self) -> ResidualReport:
-        n = max(self.tokens, 1)
-        mean = self.offset / n
-        shares = (self.beyond / n).tolist()
-        return ResidualReport(self.rollouts, self.tokens, mean, max(self.square / n - mean**2, 0.0) ** 0.5, *shares)
+def _report(totals: Float64Array) -> ResidualReport:
+    tokens = max(float(totals[1]), 1.0)
+    mean, square, *beyond = (totals[2:] / tokens).tolist()
+    return ResidualReport(int(totals[0]), int(totals[1]), mean, max(square - mean**2, 0.0) ** 0.5, *beyond)

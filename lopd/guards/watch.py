@@ -14,8 +14,8 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
-from lopd.protocols import LogprobReader
-from lopd.protocols.reading import evenly, in_batches
+from lopd.protocols import LogprobReader, StatesCorrection
+from lopd.protocols.reading import evenly, walk
 from lopd.records.checks import check_at_least
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
 from lopd.records.rollouts import BEHAVIOR_COLUMN
@@ -114,7 +114,7 @@ def stored_advantages(
     """
     usable = store.scored(teacher) & store.scored(student)
     chosen = evenly(np.flatnonzero(usable) if rows is None else rows[usable[rows]], count)
-    records = (record for part in in_batches(chosen) for record in store.read(part, columns=(teacher, student)))
+    records = walk(store, chosen, (teacher, student))
     gaps = [(record.scores[teacher] - record.scores[student])[record.rollout.loss_mask] for record in records]
     return AdvantageSummary.of(np.concatenate(gaps)) if sum(gap.size for gap in gaps) else None
 
@@ -126,14 +126,8 @@ def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None) -> 
 
 
 def judge_loss(loss: object, summary: AdvantageSummary) -> None:
-    """Warn if too many of a step's advantages are in the tail for a loss that says of itself that it has no importance ratio.
-
-    A loss with transforms of advantages and weights has an answer of its own, and one without these attributes says nothing.
-    """
-    plain = (
-        getattr(loss, "ratio_to_ref", None) is False and not getattr(loss, "transforms", ()) and getattr(loss, "advantage", None) is None
-    )
-    if plain and summary.tail > MAX_TAIL:
+    """Warn if too many of a step's advantages are in the tail for a loss that states that it is `uncorrected` (`StatesCorrection`)."""
+    if isinstance(loss, StatesCorrection) and loss.uncorrected and summary.tail > MAX_TAIL:
         warnings.warn(f"Loss {type(loss).__name__}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
 
 

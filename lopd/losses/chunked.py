@@ -13,12 +13,12 @@ Memory: one buffer of `chunk_bytes`, and float32 sums of the gradients.
 Shape suffixes: M tokens, C tokens of a chunk, K selected ids each, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, final
 
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from torch import Tensor
 
 from lopd.errors import GradientError, InvalidRecordError
@@ -30,9 +30,6 @@ from lopd.records.steps import LMHead
 #: Enough rows of a large vocabulary to keep the matrix products busy (240 of 151,936 entries).
 CHUNK_BYTES = 144 << 20
 _LEAST_ROWS = 16
-
-#: d loss / d log-probs (C, K) of the rows, from their log-probs (C, K).
-Coefficients = Callable[[Tensor, slice], Tensor]
 
 
 @frozen
@@ -61,158 +58,112 @@ class Chunking:
 DEFAULT_CHUNKING = Chunking()
 
 
-@frozen(eq=False)
-class Needs:
-    """Which gradients are wanted."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-
-@frozen(eq=False)
-class Gradients:
-    """Sums in float32 or better; None where no gradient was wanted.
-
-    Args:
-        hidden: (M, D).
-        weight: (V, D).
-        bias: (V,).
-        neglected: scalar; sum of the 1-norms of those gradients by the logits that were left out, or more.
-    """
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    neglected: Tensor
-
-    def scaled(self, by: Tensor | None, dtypes: Sequence[torch.dtype | None]) -> list[Tensor | None]:
-        """The sums, in place, times a scalar, and then rounded once to the dtypes of what they are gradients of."""
-        sums = (self.hidden, self.weight, self.bias)
-        return [
-            None if total is None else (total if by is None else total.mul_(by)).to(dtype)
-            for total, dtype in zip(sums, dtypes, strict=True)
-        ]
-
-
 @final
 class ChunkedHead:
-    """Hidden states and a head, met chunk by chunk in one buffer.
+    """Hidden states and a head, met chunk by chunk in one buffer, and sums of gradients that are made on the way.
 
     Args:
-        hidden_MD: of the tokens that count.
+        hidden_MD: hidden states of the tokens that count.
         head: the last layer.
         chunking: memory and precision.
+        wanted: whether the gradients by hidden states, weight and bias are.
 
     Raises:
         InvalidRecordError: hidden states of another size than the head's; logits, perhaps.
     """
 
-    def __init__(self, hidden_MD: Tensor, head: LMHead, chunking: Chunking) -> None:
+    def __init__(self, hidden_MD: Tensor, head: LMHead, chunking: Chunking, wanted: Sequence[bool] = (False, False, False)) -> None:
         if hidden_MD.ndim != 2 or hidden_MD.shape[1] != head.weight.shape[1]:
             raise InvalidRecordError(
                 f"Loss: hidden states have shape {tuple(hidden_MD.shape)}, expected (tokens, {head.weight.shape[1]}) as the head's weight "
                 f"has shape {tuple(head.weight.shape)}; pass what goes into the head, not logits."
             )
-        self.head = head
-        self.sum_dtype = sum_dtype(hidden_MD, head.weight)
-        dtype = chunking.matmul_dtype or self.sum_dtype
+        self._hidden_MD, self._scale = hidden_MD.detach(), head.scale
+        self._sum_dtype = sum_dtype(hidden_MD, head.weight)
+        dtype = chunking.matmul_dtype or self._sum_dtype
         self._products = Products(head.weight.detach(), dtype)
-        self._hidden_MD = hidden_MD.detach()
-        self._bias_V = None if head.bias is None else (head.bias.detach().to(self.sum_dtype) * head.scale).to(dtype)
+        self._bias_V = None if head.bias is None else (head.bias.detach().to(self._sum_dtype) * head.scale).to(dtype)
         vocabulary = head.weight.shape[0]
         buffers = 1 if head.softcap is None else 2
         self._rows = _rows_of_chunk(len(hidden_MD), vocabulary * dtype.itemsize * buffers, chunking.chunk_bytes)
         self._buffer_CV = hidden_MD.new_empty(self._rows, vocabulary, dtype=dtype)
-        self._work = rows_for(self._buffer_CV, head.softcap, self.sum_dtype)
-        self._added = False
+        self._work = rows_for(self._buffer_CV, head.softcap, self._sum_dtype)
+        # the first rows overwrite the sums of weight and bias, so nothing fills those with zeros where there are rows
+        new = torch.empty_like if len(hidden_MD) else torch.zeros_like
+        of = zip((torch.zeros_like, new, new), (hidden_MD, head.weight, head.bias), wanted, strict=True)
+        #: Gradients by hidden states (M, D), weight (V, D) and bias (V,), float32 or better; None where none is wanted.
+        self.sums = [make(t.detach(), dtype=self._sum_dtype) if want and t is not None else None for make, t, want in of]
+        self._first = True
+        #: Scalar: the sum of the 1-norms of those gradients by the logits that were left out, or more.
+        self.neglected = self.zeros()
+        self._kept: list[tuple[Tensor, Tensor]] = []  # rows whose gradients by the logits wait at the front of the buffer, and their scales
+        self._used = 0
 
-    def zero(self) -> Tensor:
-        """The sum over no tokens."""
-        return self._hidden_MD.new_zeros((), dtype=self.sum_dtype)
+    def zeros(self, *shape: int) -> Tensor:
+        """Return zeros in the dtype of the sums: float32, or float64 if hidden states or weight are."""
+        return self._hidden_MD.new_zeros(shape, dtype=self._sum_dtype)
 
-    def logprobs(self, ids_MK: Tensor, entropies_M: Tensor | None = None) -> Tensor:
-        """(M, K) log-probs, nats, without a gradient: one matrix product.  Entropies are put where they are wanted, at the price of a log."""
-        parts = []
-        for first in range(0, len(self._hidden_MD), self._rows):
-            rows = slice(first, first + self._rows)
-            found = self._logprobs(rows, ids_MK[rows], 0, entropy=entropies_M is not None)
-            if entropies_M is not None and found.entropies is not None:
-                entropies_M[rows] = found.entropies
-            parts.append(found.logprobs)
-        return torch.cat(parts) if parts else self._hidden_MD.new_zeros(ids_MK.shape, dtype=self.sum_dtype)
+    def chunks(self, ids_MK: Tensor, *, entropy: bool = False) -> Iterator[tuple[slice, Statistics]]:
+        """Yield the rows of each chunk and the statistics of their logits, without a gradient: one matrix product.
 
-    def gradients(self, ids_MK: Tensor, coefficients: Coefficients, needs: Needs, least_M: Tensor | None = None) -> Gradients:
-        """The gradient of a loss whose derivative by the selected log-probs is given by `coefficients`: three matrix products.
-
-        Rows whose gradient by the logits has a 1-norm of at most twice `least` (0 if None) skip two of them.
+        Where gradients are wanted, call `add` before the next chunk.
         """
-        sums = self._empty_sums(needs)
-        neglected, first, used = self.zero(), 0, 0
-        kept: list[tuple[Tensor, Tensor]] = []
-        while first < len(self._hidden_MD):
-            rows = slice(first, min(first + self._rows - used, len(self._hidden_MD)))
-            ids_CK = ids_MK[rows]
-            found = self._logprobs(rows, ids_CK, used)
-            gradient_CK = coefficients(found.logprobs, rows)
-            scale_C = self._work.gradients(slice(used, used + len(ids_CK)), ids_CK, found, gradient_CK)
-            # |f'| (1 - p): the gradient of log p by the logits has a 1-norm of 2 (1 - p)
-            size_C = (gradient_CK * found.logprobs.expm1()).abs().sum(-1)
-            small_C = size_C <= (0.0 if least_M is None else least_M[rows])
-            neglected += 2 * size_C.masked_fill(~small_C, 0.0).sum()
-            index_R = (~small_C).nonzero().squeeze(-1)
-            if len(index_R) < len(size_C):
-                self._close_up(index_R, used)
-            kept.append((index_R + first, scale_C[index_R]))
-            first, used = rows.stop, used + len(index_R)
-            if used > self._rows // 2 or first == len(self._hidden_MD):
-                self._add_gradients(sums, *(torch.cat(parts) for parts in zip(*kept, strict=True)))
-                kept, used = [], 0
-        return evolve(sums, neglected=neglected)
+        self._ids_MK = ids_MK
+        first, count = 0, len(self._hidden_MD)
+        while first < count:
+            rows = slice(first, min(first + self._rows - self._used, count))
+            place = slice(self._used, self._used + rows.stop - first)
+            self._products.logits(self._hidden(rows).to(self._buffer_CV.dtype), self._bias_V, self._buffer_CV[place])
+            self._chunk = rows, place, self._work.logprobs(place, ids_MK[rows], entropy=entropy)
+            yield rows, self._chunk[2]
+            first = rows.stop
 
-    def _close_up(self, index_R: Tensor, used: int) -> None:
+    def add(self, gradient_CK: Tensor, least_C: Tensor | float = 0.0) -> None:
+        """Add the gradients of a loss whose derivative by the log-probs of the present chunk is given: two more matrix products.
+
+        Rows whose gradient by the logits has a 1-norm of at most twice `least_C` skip them.
+        """
+        rows, place, found = self._chunk
+        scale_C = self._work.gradients(place, self._ids_MK[rows], found, gradient_CK)
+        # |f'| (1 - p): the gradient of log p by the logits has a 1-norm of 2 (1 - p)
+        size_C = (gradient_CK * found.logprobs.expm1()).abs().sum(-1)
+        small_C = size_C <= least_C
+        self.neglected += 2 * size_C.masked_fill(~small_C, 0.0).sum()
+        index_R = (~small_C).nonzero().squeeze(-1)
+        if len(index_R) < len(size_C):
+            self._close_up(index_R)
+        self._kept.append((index_R + rows.start, scale_C[index_R]))
+        self._used += len(index_R)
+        if self._used > self._rows // 2 or rows.stop == len(self._hidden_MD):
+            self._add_gradients(*(torch.cat(parts) for parts in zip(*self._kept, strict=True)))
+            self._kept, self._used = [], 0
+
+    def _close_up(self, index_R: Tensor) -> None:
         """Move the rows that are kept to the front, so that the next logits go behind them and the products stay large."""
         for place, row in enumerate(index_R.tolist()):
             if place != row:
-                self._buffer_CV[used + place].copy_(self._buffer_CV[used + row])
-
-    def _empty_sums(self, needs: Needs) -> Gradients:
-        # what the first chunk overwrites is not filled with zeros, where there is one
-        new = torch.empty if len(self._hidden_MD) else torch.zeros
-        vocabulary, size = self.head.weight.shape
-        options: dict[str, Any] = {"dtype": self.sum_dtype, "device": self._hidden_MD.device}
-        return Gradients(
-            hidden=torch.zeros(self._hidden_MD.shape, **options) if needs.hidden else None,
-            weight=new(vocabulary, size, **options) if needs.weight else None,
-            bias=new(vocabulary, **options) if needs.bias else None,
-            neglected=self.zero(),
-        )
+                self._buffer_CV[self._used + place].copy_(self._buffer_CV[self._used + row])
 
     def _hidden(self, rows: slice | Tensor) -> Tensor:
         """(C, D) rows times the head's scale, in the dtype of the sums."""
-        hidden_CD = self._hidden_MD[rows].to(self.sum_dtype)
-        return hidden_CD if self.head.scale == 1.0 else hidden_CD * self.head.scale
+        hidden_CD = self._hidden_MD[rows].to(self._sum_dtype)
+        return hidden_CD if self._scale == 1.0 else hidden_CD * self._scale
 
-    def _logprobs(self, rows: slice, ids_CK: Tensor, used: int, *, entropy: bool = False) -> Statistics:
-        """Logits of the rows into the buffer, behind those in use, and their statistics."""
-        place = slice(used, used + len(ids_CK))
-        self._products.logits(self._hidden(rows).to(self._buffer_CV.dtype), self._bias_V, self._buffer_CV[place])
-        return self._work.logprobs(place, ids_CK, entropy=entropy)
-
-    def _add_gradients(self, sums: Gradients, index_R: Tensor, scale_R: Tensor) -> None:
-        """The share of the rows in the buffer."""
-        buffer_RV, first = self._buffer_CV[: len(index_R)], not self._added
-        self._added = True
-        scale_R1 = (scale_R * self.head.scale)[:, None]
-        if sums.hidden is not None:
-            gradient_RD = torch.zeros(len(index_R), sums.hidden.shape[1], dtype=self.sum_dtype, device=index_R.device)
+    def _add_gradients(self, index_R: Tensor, scale_R: Tensor) -> None:
+        """Add the share of the rows in the buffer to the sums."""
+        buffer_RV, first = self._buffer_CV[: len(index_R)], self._first
+        self._first = False
+        hidden_MD, weight_VD, bias_V = self.sums
+        scale_R1 = (scale_R * self._scale)[:, None]
+        if hidden_MD is not None:
+            gradient_RD = self.zeros(len(index_R), hidden_MD.shape[1])
             self._products.hidden_gradient(buffer_RV, gradient_RD)
-            sums.hidden[index_R] = gradient_RD.mul_(scale_R1)
-        if sums.weight is not None:
+            hidden_MD[index_R] = gradient_RD.mul_(scale_R1)
+        if weight_VD is not None:
             scaled_RD = self._hidden(index_R).mul(scale_R[:, None]).to(buffer_RV.dtype)
-            self._products.weight_gradient(buffer_RV, scaled_RD, sums.weight, first=first)
-        if sums.bias is not None:
-            self._products.weight_gradient(buffer_RV, scale_R1.to(buffer_RV.dtype), sums.bias[:, None], first=first)
+            self._products.weight_gradient(buffer_RV, scaled_RD, weight_VD, first=first)
+        if bias_V is not None:
+            self._products.weight_gradient(buffer_RV, scale_R1.to(buffer_RV.dtype), bias_V[:, None], first=first)
 
 
 def rows_for(buffer_CV: Tensor, softcap: float | None, dtype: torch.dtype) -> Rows:
@@ -220,7 +171,7 @@ def rows_for(buffer_CV: Tensor, softcap: float | None, dtype: torch.dtype) -> Ro
     if buffer_CV.is_cuda and dtype == torch.float32 and find_spec("triton"):
         from lopd.losses.triton_rows import TritonRows
 
-        return TritonRows(buffer_CV, softcap, dtype)
+        return TritonRows(buffer_CV, softcap)
     return TorchRows(buffer_CV, softcap, dtype)
 
 
@@ -232,11 +183,7 @@ def _rows_of_chunk(rows: int, row_bytes: int, chunk_bytes: int) -> int:
 
 
 def refuse_second_order() -> None:
-    """Refuse `create_graph`: with `create_graph`, torch runs a backward pass with gradients enabled.
-
-    Raises:
-        GradientError: it does.
-    """
+    """Refuse `create_graph`, with which torch runs a backward pass with gradients enabled, by a GradientError."""
     if torch.is_grad_enabled():
         raise GradientError(
             "Loss: a gradient of its gradient was asked for (create_graph), expected first order only; use ReferenceOPDLoss for that."
@@ -245,29 +192,37 @@ def refuse_second_order() -> None:
 
 @frozen(eq=False)
 class _Selection:
-    """What `_SelectedLogprobs` is asked for; entropies go into the tensor, if there is one."""
+    """What `_SelectedLogprobs` is asked for."""
 
     head: LMHead
     ids: Tensor
     chunking: Chunking
-    entropies: Tensor | None = None
+    entropy: bool
 
 
 class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Selection) -> Tensor:
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Selection) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(hidden_MD, weight_VD, bias_V)
         ctx.job = job
-        return ChunkedHead(hidden_MD, job.head, job.chunking).logprobs(job.ids, job.entropies)
+        chunked = ChunkedHead(hidden_MD, job.head, job.chunking)
+        found = [statistics for _, statistics in chunked.chunks(job.ids, entropy=job.entropy)]
+        logprobs_MK = torch.cat([chunked.zeros(0, job.ids.shape[1]), *(part.logprobs for part in found)])
+        if not job.entropy:
+            return logprobs_MK, None
+        entropies_M = torch.cat([chunked.zeros(0), *(part.entropies for part in found if part.entropies is not None)])
+        ctx.mark_non_differentiable(entropies_M)
+        return logprobs_MK, entropies_M
 
     @staticmethod
-    def backward(ctx: Any, upstream_MK: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream_MK: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         hidden_MD, weight_VD, bias_V = ctx.saved_tensors
-        job: _Selection = ctx.job
-        chunked = ChunkedHead(hidden_MD, LMHead(weight_VD, bias_V, job.head.softcap, job.head.scale), job.chunking)
-        sums = chunked.gradients(job.ids, lambda _, rows: upstream_MK[rows], Needs(*ctx.needs_input_grad[:3]))
-        return (*sums.scaled(None, (hidden_MD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)), None)
+        head = LMHead(weight_VD, bias_V, ctx.job.head.softcap, ctx.job.head.scale)
+        chunked = ChunkedHead(hidden_MD, head, ctx.job.chunking, ctx.needs_input_grad[:3])
+        for rows, _statistics in chunked.chunks(ctx.job.ids):
+            chunked.add(upstream_MK[rows])
+        return (*chunked.sums, None)  # autograd rounds each once to the dtype of what it is the gradient of
 
 
 def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Chunking = DEFAULT_CHUNKING) -> Tensor:
@@ -294,14 +249,15 @@ def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Ch
     >>> selected_logprobs(torch.tensor([[0.0]]), head, torch.tensor([1])).exp()
     tensor([0.5000])
     """
-    ids_MK = ids if ids.ndim == 2 else ids[:, None]
-    logprobs_MK: Tensor = _SelectedLogprobs.apply(hidden_MD, head.weight, head.bias, _Selection(head, ids_MK, chunking))  # type: ignore[no-untyped-call]
+    logprobs_MK, _ = logprobs_and_entropies(hidden_MD, head, ids if ids.ndim == 2 else ids[:, None], chunking)
     return logprobs_MK if ids.ndim == 2 else logprobs_MK.squeeze(-1)
 
 
-def selected_logprobs_and_entropies(hidden_MD: Tensor, head: LMHead, ids_MK: Tensor, chunking: Chunking) -> tuple[Tensor, Tensor]:
-    """The same (M, K) log-probs, and the (M,) entropies of the whole distributions, nats, without a gradient."""
-    entropies_M = hidden_MD.new_zeros(len(hidden_MD), dtype=sum_dtype(hidden_MD, head.weight))
-    job = _Selection(head, ids_MK, chunking, entropies_M)
-    logprobs_MK: Tensor = _SelectedLogprobs.apply(hidden_MD, head.weight, head.bias, job)  # type: ignore[no-untyped-call]
-    return logprobs_MK, entropies_M
+def logprobs_and_entropies(
+    hidden_MD: Tensor, head: LMHead, ids_MK: Tensor, chunking: Chunking, *, entropy: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Return the (M, K) log-probs of `selected_logprobs`; and, if asked for, the (M,) entropies of the distributions, nats, without a gradient."""
+    found: tuple[Tensor, Tensor | None] = _SelectedLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden_MD, head.weight, head.bias, _Selection(head, ids_MK, chunking, entropy)
+    )
+    return found

@@ -6,7 +6,7 @@ Shape suffixes: N tokens of a batch, M of them that count, K selected ids each.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, final
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from lopd.errors import MissingScoresError
 from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
+from lopd.protocols import StatesCorrection
 from lopd.records.checks import check_number
 from lopd.records.steps import Batch, LossOutput
 
@@ -54,59 +55,37 @@ class Tokens:
     @classmethod
     def counted(cls, batch: Batch) -> "Tokens":
         """Those of the batch whose weight is more than 0."""
-        columns: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(cls) if field.name != "student_entropies"}
-        return cls(**columns).where(batch.weight > 0)
+        columns = [getattr(batch, f.name) for f in fields(cls) if f.name != "student_entropies"]
+        return cls(*columns).where(batch.weight > 0)
 
     def where(self, rows: Tensor | slice) -> "Tokens":
         """Some of them."""
-        columns = {field.name: getattr(self, field.name) for field in fields(Tokens)}
-        changed: dict[str, Any] = {name: column[rows] for name, column in columns.items() if column is not None}
-        return evolve(self, **changed)
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Tokens)}
+        return evolve(self, **{name: column[rows] for name, column in columns.items() if column is not None})
 
     def teacher(self) -> Tensor:
-        """The teacher's log-probs.
-
-        Raises:
-            MissingScoresError: the batch has none.
-        """
-        return _present(self.teacher_logprobs, "teacher")
+        """Return the teacher's log-probs; MissingScoresError where the batch has none."""
+        return _present(self.teacher_logprobs, "Batch: teacher_logprobs", "a score column; name it in `batches(teacher=...)`")
 
     def ref(self) -> Tensor:
-        """The reference policy's log-probs.
-
-        Raises:
-            MissingScoresError: the batch has none.
-        """
-        return _present(self.ref_logprobs, "ref")
+        """Return the reference policy's log-probs; MissingScoresError where the batch has none."""
+        return _present(self.ref_logprobs, "Batch: ref_logprobs", "a score column; name it in `batches(ref=...)`")
 
     def entropies(self) -> Tensor:
-        """The student's entropies.
-
-        Raises:
-            MissingScoresError: the loss brought none.
-        """
-        if self.student_entropies is None:
-            raise MissingScoresError(
-                "Tokens: student_entropies is None, expected the student's entropies; mark the transform with `lopd.losses.objective.with_entropy`."
-            )
-        return self.student_entropies
+        """Return the student's entropies; MissingScoresError where the loss brought none."""
+        remedy = "mark the transform with `lopd.losses.objective.with_entropy`"
+        return _present(self.student_entropies, "Tokens: student_entropies", f"the student's entropies; {remedy}")
 
     def top_k(self) -> TopKColumn:
-        """The teacher's most likely tokens.
-
-        Raises:
-            MissingScoresError: the batch has none.
-        """
-        if self.top_k_ids is None or self.top_k_logprobs is None or self.top_k_tail is None:
-            raise MissingScoresError(
-                "Batch: top_k_ids is None, expected the teacher's most likely tokens; ask for them in `batches(top_k=True)`."
-            )
-        return TopKColumn(self.top_k_ids, self.top_k_logprobs, self.top_k_tail)
+        """Return the teacher's most likely tokens; MissingScoresError where the batch has none."""
+        columns = (self.top_k_ids, self.top_k_logprobs, self.top_k_tail)
+        expected = "the teacher's most likely tokens; ask for them in `batches(top_k=True)`"
+        return TopKColumn(*(_present(column, "Batch: top_k_ids", expected) for column in columns))
 
 
-def _present(column: Tensor | None, name: str) -> Tensor:
+def _present(column: Tensor | None, name: str, expected: str) -> Tensor:
     if column is None:
-        raise MissingScoresError(f"Batch: {name}_logprobs is None, expected a score column; name it in `batches({name}=...)`.")
+        raise MissingScoresError(f"{name} is None, expected {expected}.")
     return column
 
 
@@ -147,8 +126,7 @@ def with_entropy(transform: _Function) -> _Function:
     return transform
 
 
-def to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
-    """A tuple of them; `functools.partial` gives one its options."""
+def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
     return tuple(transforms)
 
 
@@ -172,9 +150,10 @@ class TokenLosses:
     clipped: Tensor
     logprobs: Tensor
 
-    def detach(self) -> "TokenLosses":
-        """The same without a gradient."""
-        return evolve(self, loss=self.loss.detach())
+    @classmethod
+    def joined(cls, parts: Sequence["TokenLosses"], empty: Tensor) -> "TokenLosses":
+        """Return those of all parts in their order; `empty`, of shape (0,), gives device and dtype where there are 0 parts."""
+        return cls(*(torch.cat([empty, *(getattr(part, f.name) for part in parts)]) for f in fields(cls)))
 
     def sums(self) -> LossOutput:
         """What the loop is told."""
@@ -203,35 +182,58 @@ class Objective(Protocol):
         ...
 
 
-def check_clip(owner: str, clip: float | None) -> None:
-    """Refuse a clip that is none.
+def is_uncorrected(part: object) -> bool:
+    """Return whether a loss or an objective says that it does not correct for rollouts of another policy."""
+    return isinstance(part, StatesCorrection) and part.uncorrected
+
+
+def _check_clip(owner: object, _: Any, clip: float | None) -> None:
+    check_number(type(owner).__name__, "clip", clip, clip is None or 0 < clip < math.inf, "None, or finite and more than 0 nats")
+
+
+@frozen
+class OPDSettings:
+    r"""The settings of the Lightning OPD loss, the same for its objective, its plain and its fused form.
+
+    \(\sum_t w_t\, (-A_t\, \ell_\theta(a_t))\), \(A_t = \mathrm{clip}(\ell_T - \mathrm{sg}[\ell_\theta], \pm\tau)\).
+
+    Args:
+        clip: \(\tau\) in nats, finite and more than 0; or None for no clipping.
+        ratio_to_ref: multiply by the per-token importance ratio to the `ref` column (`functional.lightning_with_ratio`), with the gradient
+            through it.  The paper's loss has none; start with it all the same: as good where the paper's works, and it holds where that one
+            fails (`benchmarks/RESULTS.md`).
+        transforms: variants of advantages and weights, in their order (`lopd.losses.variants`); the clip comes after them.
+        advantage: a constant in the place of teacher minus student, then no teacher is needed; 1 is supervised fine-tuning.
+        kl_baseline: add \(KL(\pi_\theta, \pi_T)\), over the teacher's top-k and the tail, to the advantage before the transforms; needs
+            `batches(top_k=True)`.  The advantage has mean -KL under the student, so what is added up has mean 0: online the same expected
+            gradient, with less variance (vOPD, arXiv 2605.07865).
 
     Raises:
-        InvalidRecordError: it is neither None nor finite and more than 0.
+        InvalidRecordError: `clip` is neither None nor finite and more than 0.
+
+    Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.
     """
-    check_number(owner, "clip", clip, clip is None or 0 < clip < math.inf, "None, or finite and more than 0 nats")
+
+    clip: float | None = field(default=10.0, validator=_check_clip)
+    ratio_to_ref: bool = False
+    transforms: tuple[Transform, ...] = field(default=(), converter=_to_transforms)
+    advantage: float | None = None
+    kl_baseline: bool = False
+
+    @property
+    def uncorrected(self) -> bool:
+        """Whether it has neither an importance ratio, nor a transform, nor a constant advantage (`lopd.protocols.StatesCorrection`)."""
+        return not self.ratio_to_ref and not self.transforms and self.advantage is None
+
+    def objective(self) -> "OPDObjective":
+        """Return the objective that has these settings."""
+        return OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage, self.kl_baseline)
 
 
 @final
 @frozen
-class OPDObjective:
-    r"""\(-w A\,\ell_\theta(a_t)\), or \(-w A \exp(\ell_\theta - \ell_{ref})\); A and w went through the transforms, then A is clipped.
-
-    Args:
-        clip: \(\tau\) in nats, or None.
-        ratio_to_ref: multiply by the per-token importance ratio, with the gradient through it.
-        transforms: applied in their order to the unclipped advantages.
-        advantage: a constant instead of teacher minus student; 1 is supervised fine-tuning.
-        kl_baseline: add \(KL(\pi_\theta, \pi_T)\), over the teacher's top-k and the tail, to the advantage before the transforms.  The
-            advantage has mean -KL under the student, so what is added up has mean 0: online the same expected gradient, with less
-            variance (vOPD, arXiv 2605.07865).
-    """
-
-    clip: float | None = 10.0
-    ratio_to_ref: bool = False
-    transforms: tuple[Transform, ...] = field(default=(), converter=to_transforms)
-    advantage: float | None = None
-    kl_baseline: bool = False
+class OPDObjective(OPDSettings):
+    r"""\(-w A\,\ell_\theta(a_t)\), or \(-w A \exp(\ell_\theta - \ell_{ref})\); A and w went through the transforms, then A is clipped."""
 
     @classmethod
     def sft(cls) -> "OPDObjective":

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import final
 
 import torch
-from attrs import Factory, field, frozen
 from torch import Tensor
 
 _TILE_ROWS = 2048  # stays in a cache while it is converted and used
@@ -18,34 +17,27 @@ def sum_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _make_tile(products: "Products") -> Tensor | None:
-    weight_VD = products.weight
-    rows = min(_TILE_ROWS, weight_VD.shape[0])
-    return None if weight_VD.dtype == products.dtype else weight_VD.new_empty(rows, weight_VD.shape[1], dtype=products.dtype)
-
-
 @final
-@frozen(eq=False)
 class Products:
     """`hidden @ weight.T` and the two products of its backward pass.
 
     A weight of another dtype is converted tile by tile, so no copy of it ever exists.
 
     Args:
-        weight: (V, D) of any float dtype and strides.
+        weight_VD: of any float dtype and strides.
         dtype: what the products are computed in.
     """
 
-    weight: Tensor
-    dtype: torch.dtype
-    _tile: Tensor | None = field(init=False, default=Factory(_make_tile, takes_self=True))
+    def __init__(self, weight_VD: Tensor, dtype: torch.dtype) -> None:
+        self._weight_VD, tile = weight_VD, weight_VD[:_TILE_ROWS]
+        self._tile = None if weight_VD.dtype == dtype else torch.empty_like(tile, dtype=dtype)
 
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         if self._tile is None:
-            yield slice(None), self.weight
+            yield slice(None), self._weight_VD
             return
-        for first in range(0, self.weight.shape[0], _TILE_ROWS):
-            part = self.weight[first : first + _TILE_ROWS]
+        for first in range(0, self._weight_VD.shape[0], _TILE_ROWS):
+            part = self._weight_VD[first : first + _TILE_ROWS]
             yield slice(first, first + len(part)), self._tile[: len(part)].copy_(part)
 
     def logits(self, hidden_CD: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> None:
@@ -58,19 +50,17 @@ class Products:
 
     def hidden_gradient(self, gradient_CV: Tensor, out_CD: Tensor) -> None:
         """`gradient @ weight` into `out`, which is summed in its own dtype over tiles."""
-        first = True
         for tile, weight_RD in self._tiles():
-            _add_product(out_CD, gradient_CV[:, tile], weight_RD, first)
-            first = False
+            _add_product(out_CD, gradient_CV[:, tile], weight_RD, first=tile.start in (None, 0))
 
     def weight_gradient(self, gradient_CV: Tensor, hidden_CD: Tensor, out_VD: Tensor, first: bool) -> None:
-        """Add `gradient.T @ hidden` to `out`; the `first` chunk overwrites it, so that nobody has to fill it with zeros."""
+        """Add `gradient.T @ hidden` to `out`; the `first` chunk overwrites it, so nothing has to fill it with zeros."""
         for begin in range(0, len(out_VD), _TILE_ROWS):
             tile = slice(begin, begin + _TILE_ROWS)
-            _add_product(out_VD[tile], gradient_CV[:, tile].T, hidden_CD, first)
+            _add_product(out_VD[tile], gradient_CV[:, tile].T, hidden_CD, first=first)
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+def _add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
     """Products in another dtype than the sum's are rounded once each, and never added up in it."""
     if left.dtype == out.dtype:
         out.addmm_(left, right, beta=0 if first else 1)

@@ -11,7 +11,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
-from lopd.losses.objective import Objective, OPDObjective, Tokens, Transform, check_clip, to_transforms
+from lopd.losses.objective import Objective, OPDObjective, OPDSettings, Tokens, is_uncorrected
 from lopd.protocols import OPDLoss
 from lopd.records.steps import Batch, LMHead, LossOutput
 
@@ -27,6 +27,11 @@ class ReferenceLoss:
 
     objective: Objective
 
+    @property
+    def uncorrected(self) -> bool:
+        """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
+        return is_uncorrected(self.objective)
+
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens."""
         tokens = Tokens.counted(batch)
@@ -38,31 +43,8 @@ class ReferenceLoss:
 
 @final
 @frozen
-class ReferenceOPDLoss:
-    r"""Lightning OPD: \(\sum_t w_t\, (-A_t\, \ell_\theta(a_t))\), \(A_t = \mathrm{clip}(\ell_T - \mathrm{sg}[\ell_\theta], \pm\tau)\).
-
-    Args:
-        clip: \(\tau\) in nats, finite and more than 0; or None for no clipping.
-        ratio_to_ref: multiply by the per-token importance ratio to the `ref` column (`functional.lightning_with_ratio`).  The paper's loss has
-            none; start with it all the same: as good where the paper's works, and it holds where that one fails (`benchmarks/RESULTS.md`).
-        transforms: variants of advantages and weights, in their order (`lopd.losses.variants`); the clip comes after them.
-        advantage: a constant in the place of teacher minus student; then no teacher is needed.
-        kl_baseline: add KL(student, teacher) to the advantage, as a baseline (vOPD); needs `batches(top_k=True)`.
-
-    Raises:
-        InvalidRecordError: `clip` is neither.
-
-    Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.
-    """
-
-    clip: float | None = 10.0
-    ratio_to_ref: bool = False
-    transforms: tuple[Transform, ...] = field(default=(), converter=to_transforms)
-    advantage: float | None = None
-    kl_baseline: bool = False
-
-    def __attrs_post_init__(self) -> None:
-        check_clip("ReferenceOPDLoss", self.clip)
+class ReferenceOPDLoss(OPDSettings):
+    """Lightning OPD in plain torch, with the arguments of `lopd.losses.objective.OPDSettings`."""
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens.
@@ -70,8 +52,7 @@ class ReferenceOPDLoss:
         Raises:
             MissingScoresError: the batch has no teacher column, or no ref column though the ratio is asked for.
         """
-        objective = OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage, self.kl_baseline)
-        return ReferenceLoss(objective)(hidden_ND, head, batch)
+        return ReferenceLoss(self.objective())(hidden_ND, head, batch)
 
 
 @final
@@ -103,6 +84,11 @@ class WeightedLoss:
     """
 
     terms: tuple[tuple[float, OPDLoss], ...] = field(converter=_to_terms)
+
+    @property
+    def uncorrected(self) -> bool:
+        """Whether any of its terms is (`lopd.protocols.StatesCorrection`)."""
+        return any(is_uncorrected(loss) for _, loss in self.terms)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens."""

@@ -21,15 +21,8 @@ class TopKObjective:
 
     divergence: Divergence
 
-    @property
-    def per_token(self) -> bool:
-        """A divergence looks at each token alone."""
-        return True
-
-    @property
-    def wants_entropy(self) -> bool:
-        """It does not."""
-        return False
+    per_token = True  # a divergence looks at each token alone
+    wants_entropy = False
 
     def ids(self, tokens: Tokens, /) -> Tensor:
         """(M, 1 + K): the sampled token, whose log-prob is only reported, and the teacher's most likely ones."""

@@ -4,7 +4,7 @@ Each docstring states the contract that the *weakest* implementation must keep. 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -204,6 +204,16 @@ class OPDLoss(Protocol):
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the batch's tokens; never a mean, the loop divides once."""
+        ...
+
+
+@runtime_checkable
+class StatesCorrection(Protocol):
+    """What a loss, or its objective, may state besides, so that guards can warn of it; they say nothing of one that does not state it."""
+
+    @property
+    def uncorrected(self) -> bool:
+        """Whether it takes the stored rollouts for the student's own: it has neither an importance ratio nor another answer to drift."""
         ...
 
 

@@ -58,6 +58,14 @@ def in_batches(rows: NDArray[np.int64], rows_per_read: int = 64) -> Iterator[Seq
         yield rows[first : first + rows_per_read].tolist()
 
 
+def walk(
+    reader: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str] = (), top_k: Sequence[str] = (), rows_per_read: int = 64
+) -> Iterator[ScoredRollout]:
+    """Yield these rows in the order given, each with these columns; the store is read a part at a time."""
+    for part in in_batches(rows, rows_per_read):
+        yield from reader.read(part, columns=columns, top_k=top_k)
+
+
 def chosen(reader: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
     """The rows that a verb was given, ascending and each once; all of them for None.
 

@@ -7,7 +7,7 @@ and no folder is removed before its successor has one, so at every moment the ne
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,13 @@ def load_checkpoint(folder: str | Path, student: Student | DistributedDataParall
     if not found:
         return 0
     path = max(found, key=_order)
-    state = _read_state(path / _STATE)
-    saved = _read_tensors(path / "parameters.safetensors")
-    current = {name: p.detach() for name, p in own.named_parameters() if p.requires_grad}
+    state = _read(path / _STATE, lambda path: json.loads(path.read_text()), "next_step", "optimizer", "trained")
+    saved = _read(path / "parameters.safetensors", load_file)
+    current = {name: p.detach() for name, p in _trained(own).items()}
     _check_parameters(path, saved, current)
     if optimizer is not None:
         _check_optimizer(path, own, optimizer, state)
-        tensors = _read_tensors(path / "optimizer.safetensors", _RNG)
+        tensors = _read(path / "optimizer.safetensors", load_file, _RNG)
         torch.set_rng_state(tensors.pop(_RNG))
         _unflatten(optimizer, tensors, state["optimizer"])
     for name, tensor in saved.items():
@@ -137,32 +137,19 @@ def _labels(owner: str, student: Student, optimizer: Optimizer) -> list[list[str
     return [[labels[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read(path: Path, load: Callable[[Path], Mapping[str, Any]], *needed: str) -> dict[str, Any]:
+    """Return what a file of a checkpoint holds; refuse one that cannot be read, or lacks a name."""
+    cause: Exception | None = None
     try:
-        state: dict[str, Any] = json.loads(path.read_text())
-        missing = {"next_step", "trained", "optimizer"} - state.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise _damaged(path, str(error)) from error
-    if missing:
-        raise _damaged(path, f"it lacks {sorted(missing)[0]!r}")
-    return state
-
-
-def _read_tensors(path: Path, *needed: str) -> dict[str, Tensor]:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, str(error)) from error
-    for name in needed:
-        if name not in tensors:
-            raise _damaged(path, f"it lacks {name!r}")
-    return tensors
-
-
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"Checkpoint file {path}: it cannot be read ({reason}), expected what lopd wrote; restore it, or remove its folder."
-    )
+        found = dict(load(path))
+        reason = next((f"it lacks {name!r}" for name in needed if name not in found), "")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        found, reason, cause = {}, str(error) or type(error).__name__, error
+    if reason:
+        raise CheckpointError(
+            f"Checkpoint file {path}: it cannot be read ({reason}), expected what lopd wrote; restore it, or remove its folder."
+        ) from cause
+    return found
 
 
 def _check_parameters(path: Path, saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:

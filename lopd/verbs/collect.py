@@ -1,21 +1,20 @@
 """VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import ConflictError, EngineError, InvalidRecordError, ManifestMismatchError, QuarantineWarning, SourceError
+from lopd.errors import ConflictError, EngineError, InvalidRecordError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
+from lopd.protocols.reading import in_batches, walk
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.rollouts import Prompt, Rollout, rollout_id
-from lopd.verbs.isolation import check_refused, isolate
-from lopd.verbs.overlap import overlapped
-
-_PROMPTS_PER_READ = 256
+from lopd.verbs.asking import ask, shown
 
 
 @frozen
@@ -47,7 +46,7 @@ def collect_rollouts(
     """Sample every prompt that the store does not hold yet, and commit batch by batch.
 
     Prompts are cut into the same batches each time, so a run that was stopped and repeated makes the same rollouts as one that was not.
-    A prompt that the source refuses (too long, say) is left out with a warning, and the rest goes on.
+    A prompt that the source refuses (for example because it is too long) is left out with a warning, and the rest goes on.
 
     Args:
         source: the reference policy.
@@ -58,6 +57,9 @@ def collect_rollouts(
             servers), which are else idle while the slowest response of a batch is finished; those in this process take one at a time.
         max_refused: stop when more prompts are refused, for then it is not the prompts.
         progress: see `lopd.tools.console.RichProgress`.
+
+    Warns:
+        RefusedPromptsWarning: some prompts were refused.
 
     Raises:
         ConflictError: the store has other tokens under the id of a prompt; nothing is sampled.
@@ -74,57 +76,42 @@ def collect_rollouts(
     manifest = source.manifest
     _begin(store, manifest)
     samples = range(manifest.sampling.samples_per_prompt)
-    rows = store.find([rollout_id(p.prompt_id, s, manifest.generation) for p in prompts for s in samples])
-    rows = rows.reshape(len(prompts), len(samples))
+    names = [rollout_id(prompt.prompt_id, s, manifest.generation) for prompt in prompts for s in samples]
+    rows = store.find(names).reshape(len(prompts), len(samples))
     _check_same_prompts(store, prompts, rows)
-    missing: list[bool] = np.any(rows < 0, axis=1).tolist()
-    owner = f"Source {manifest.policy}"
-    report = CollectionReport(skipped=(len(prompts) - sum(missing)) * len(samples))
-
-    def sample(batch: Sequence[Prompt]) -> tuple[list[Rollout], dict[str, str]]:
-        rollouts, refused = isolate(owner, source.sample, batch, max_refused)
-        return rollouts, {prompt.prompt_id: reason for prompt, reason in refused}
-
-    if progress:
-        progress.begin("sampling", len(prompts) * len(samples), (len(prompts) - sum(missing)) * len(samples), None)
-    try:
-        for batch, (rollouts, reasons) in overlapped(sample, _missing(prompts, missing, prompts_per_batch), batches_at_once):
-            refused = {**report.refused, **reasons}
-            check_refused(owner, list(refused.values()), max_refused)
-            _check_ids(
-                [rollout_id(p.prompt_id, s, manifest.generation) for p in batch if p.prompt_id not in reasons for s in samples], rollouts
-            )
+    missing = np.any(rows < 0, axis=1)
+    report = CollectionReport(skipped=int((~missing).sum()) * len(samples))
+    # cut before what is there is left out, so that a repeated run has the same batches
+    batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
+    asked = ask(f"Source {manifest.policy}", source.sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
+    with shown(progress, "sampling", rows.size, report.skipped, None) as advance:
+        for batch, rollouts, refused in asked:
+            reasons = {prompt.prompt_id: reason for prompt, reason in refused}
+            accepted = [prompt.prompt_id for prompt in batch if prompt.prompt_id not in reasons]
+            _check_ids([rollout_id(name, s, manifest.generation) for name in accepted for s in samples], rollouts)
             store.append(rollouts)
             tokens = sum(r.response_ids.size for r in rollouts)
-            report = evolve(report, rollouts=report.rollouts + len(rollouts), tokens=report.tokens + tokens, refused=refused)
-            if progress:
-                progress.advance(len(rollouts), tokens, len(reasons) * len(samples))
-    finally:
-        if progress:
-            progress.end()
-    _warn_of(report.refused, accepted=len(prompts) - sum(missing) + report.rollouts)
+            report = evolve(
+                report,
+                rollouts=report.rollouts + len(rollouts),
+                tokens=report.tokens + tokens,
+                refused={**report.refused, **reasons},
+            )
+            advance(len(rollouts), tokens, len(refused) * len(samples))
+    _warn_of(report)
     return report
-
-
-def _missing(prompts: Sequence[Prompt], missing: Sequence[bool], size: int) -> Iterator[list[Prompt]]:
-    """What is missing of each batch, of those where something is."""
-    for first in range(0, len(prompts), size):
-        todo = [p for p, wanted in zip(prompts[first : first + size], missing[first : first + size], strict=True) if wanted]
-        if todo:
-            yield todo
 
 
 def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: NDArray[np.int64]) -> None:
     """Stop if a prompt was edited since it was sampled: its rollouts would be skipped, and be those of the old one."""
-    there = [(prompt, int(row.max())) for prompt, row in zip(prompts, rows, strict=True) if row.max() >= 0]
-    for first in range(0, len(there), _PROMPTS_PER_READ):
-        part = there[first : first + _PROMPTS_PER_READ]
-        for (prompt, _), record in zip(part, store.read([row for _, row in part]), strict=True):
-            if not np.array_equal(prompt.token_ids, record.rollout.prompt_ids):
-                raise ConflictError(
-                    f"{store!r}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} other tokens, expected those "
-                    f"of prompt {prompt.prompt_id!r}; give the prompt another id, or use another store, if it or its template was edited."
-                )
+    last = rows.max(axis=1)
+    there = np.flatnonzero(last >= 0)
+    for place, record in zip(there.tolist(), walk(store, last[there], rows_per_read=256), strict=True):
+        if not np.array_equal(prompts[place].token_ids, record.rollout.prompt_ids):
+            raise ConflictError(
+                f"{store!r}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} other tokens, expected those "
+                f"of prompt {prompts[place].prompt_id!r}; give the prompt another id, or use another store, if it or its template was edited."
+            )
 
 
 def _begin(store: LogprobStore, manifest: Manifest) -> None:
@@ -148,18 +135,18 @@ def _check_ids(wanted: Sequence[str], rollouts: Sequence[Rollout]) -> None:
         )
 
 
-def _warn_of(refused: Mapping[str, str], accepted: int) -> None:
-    if not refused:
+def _warn_of(report: CollectionReport) -> None:
+    if not report.refused:
         return
-    first, reason = next(iter(refused.items()))
-    if not accepted:
+    first, reason = next(iter(report.refused.items()))
+    if not report.rollouts + report.skipped:
         raise EngineError(
-            f"Collection: all {len(refused)} prompts were refused, expected most to be accepted; the first is {first!r} ({reason}); set right what "
-            "is wrong with them all."
+            f"Collection: all {len(report.refused)} prompts were refused, expected most to be accepted; the first is {first!r} ({reason}); "
+            "set right what is wrong with them all."
         )
     warnings.warn(
-        f"Collection: {len(refused)} prompts could not be sampled and were left out; the first is {first!r} ({reason})",
-        QuarantineWarning,
+        f"Collection: {len(report.refused)} prompts could not be sampled and were left out; the first is {first!r} ({reason})",
+        RefusedPromptsWarning,
         stacklevel=3,
     )
 
@@ -172,8 +159,6 @@ def _check_prompts(prompts: Sequence[Prompt]) -> None:
         )
     if not prompts:
         raise InvalidRecordError("Prompts: there are 0, expected at least 1; check the prompt file.")
-    seen: set[str] = set()
-    for prompt in prompts:
-        if prompt.prompt_id in seen:
-            raise InvalidRecordError(f"Prompt {prompt.prompt_id!r}: its id occurs twice, expected unique ids; rename or drop one.")
-        seen.add(prompt.prompt_id)
+    times = Counter(prompt.prompt_id for prompt in prompts)
+    for name in (name for name, count in times.items() if count > 1):
+        raise InvalidRecordError(f"Prompt {name!r}: its id occurs twice, expected unique ids; rename or drop one.")

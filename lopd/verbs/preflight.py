@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import final
 
 import numpy as np
@@ -15,10 +15,12 @@ from lopd.protocols.reading import evenly
 from lopd.records.checks import check_at_least, check_number
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity, measure_parity
-from lopd.records.rollouts import Rollout, Scores
-from lopd.verbs.isolation import score_each
+from lopd.records.rollouts import Rollout, ScoredRollout, Scores
+from lopd.verbs.asking import score_each
 
 _ENDS_NEEDED = 3  # one response that the policy ended in a strange place says nothing about the teacher
+
+Answers = Mapping[str, Scores]  # by rollout id: what the scorer gave in its one call with all rollouts
 
 
 @final
@@ -67,7 +69,8 @@ class Preflight:
     def check(self, store: LogprobReader, scorer: TeacherScorer, column: str, rows: NDArray[np.int64]) -> Provenance:
         """The provenance to store with the column: the scorer's, and how it compares with `truth`, on some of these rows.
 
-        Rollouts that the scorer refuses are left out, but for those that the column holds already.
+        The rollouts of all checks are read first, and the scorer is called once with all of them; then once with each rollout that the column
+        does not hold yet, alone; and `truth` once.  Rollouts that the scorer refuses are left out, except those that the column holds already.
 
         Raises:
             ScorerError: it does not give the same log-probs twice, is further from what is stored or from `truth` than allowed, or refuses what
@@ -76,49 +79,57 @@ class Preflight:
         self._check_eos(scorer.provenance, store.manifest.tokenizer.eos_id)
         by_length = rows[np.argsort(store.lengths()[rows].sum(axis=1), kind="stable")]
         scored = store.scored(column)[by_length]
-        self._check_repeatable(store, scorer, evenly(by_length[~scored], self.rollouts), begun=bool(scored.any()))
-        self._check_continued(store, scorer, column, evenly(by_length[scored], self.rollouts))
+        new, held = evenly(by_length[~scored], self.rollouts).tolist(), evenly(by_length[scored], self.rollouts).tolist()
+        compared = [] if self.truth is None else evenly(by_length, self.parity_rollouts).tolist()
+        before = store.read(held, columns=(column,))
+        others = [row for row in dict.fromkeys([*new, *compared]) if row not in set(held)]
+        rollouts = {row: r.rollout for row, r in zip([*held, *others], [*before, *store.read(others)], strict=True)}
+        scores, refused = score_each(scorer, list(rollouts.values()), len(rollouts))
+        together = {score.rollout_id: score for score in scores}
+        self._check_repeatable(scorer, [rollouts[row] for row in new], together, refused, begun=bool(held))
+        self._check_continued(scorer, column, before, together, refused)
         if self.truth is None:
             return scorer.provenance
-        parity = self._check_parity(scorer, self.truth, _read(store, evenly(by_length, self.parity_rollouts)))
-        return evolve(scorer.provenance, parity=parity)
+        return evolve(scorer.provenance, parity=self._check_parity(scorer, self.truth, [rollouts[row] for row in compared], together))
 
-    def _check_repeatable(self, store: LogprobReader, scorer: TeacherScorer, rows: NDArray[np.int64], *, begun: bool) -> None:
-        rollouts, together, refused = _accepted(scorer, _read(store, rows))
-        if refused and not rollouts and not begun:
+    def _check_repeatable(
+        self, scorer: TeacherScorer, rollouts: Sequence[Rollout], together: Answers, refused: Mapping[str, str], *, begun: bool
+    ) -> None:
+        accepted = [rollout for rollout in rollouts if rollout.rollout_id in together]
+        if rollouts and not accepted and not begun:
             raise ScorerError(
-                f"Scorer {scorer.provenance.model}: it refused all {len(refused)} rollouts that it was tested on, expected most to be accepted; the "
-                f"first reason is {next(iter(refused.values()))!r}; set right what is wrong with them all."
+                f"Scorer {scorer.provenance.model}: it refused all {len(rollouts)} rollouts that it was tested on, expected most to be accepted; the "
+                f"first reason is {refused[rollouts[0].rollout_id]!r}; set right what is wrong with them all."
             )
         alone = []
-        for rollout in reversed(rollouts):
-            scores, refused = score_each(scorer, [rollout], 1)
-            if refused:
+        for rollout in accepted:
+            scores, reasons = score_each(scorer, [rollout], 1)
+            if reasons:
                 raise ScorerError(
                     f"Scorer {scorer.provenance.model}, rollout {rollout.rollout_id!r}: it was refused alone and not in company, expected the same "
-                    f"answer to both ({refused[rollout.rollout_id]}); check that all replicas are set up alike."
+                    f"answer to both ({reasons[rollout.rollout_id]}); check that all replicas are set up alike."
                 )
             alone += scores
-        self._compare(scorer, alone[::-1], together, "when they are scored alone and in company")
-        self._check_ends(scorer, rollouts, together)
+        self._compare(scorer, alone, together, "when they are scored alone and in company")
+        self._check_ends(scorer, accepted, together)
 
-    def _check_continued(self, store: LogprobReader, scorer: TeacherScorer, column: str, rows: NDArray[np.int64]) -> None:
-        records = store.read(rows.tolist(), columns=(column,))
-        scores, refused = score_each(scorer, [record.rollout for record in records], len(records))
-        for rollout_id, reason in refused.items():
+    def _check_continued(
+        self, scorer: TeacherScorer, column: str, held: Sequence[ScoredRollout], together: Answers, refused: Mapping[str, str]
+    ) -> None:
+        for name in (record.rollout.rollout_id for record in held if record.rollout.rollout_id in refused):
             raise ScorerError(
-                f"Scorer {scorer.provenance.model}, rollout {rollout_id!r}: it is refused ({reason}) although column {column!r} holds its scores, "
+                f"Scorer {scorer.provenance.model}, rollout {name!r}: it is refused ({refused[name]}) although column {column!r} holds its scores, "
                 "expected the answer it gave before; see what has changed since."
             )
-        stored = [Scores.of(record.rollout, record.scores[column]) for record in records]
-        self._compare(scorer, scores, stored, f"from those that column {column!r} holds")
+        stored = [Scores.of(record.rollout, record.scores[column]) for record in held]
+        self._compare(scorer, stored, together, f"from those that column {column!r} holds")
 
-    def _compare(self, scorer: TeacherScorer, ours: Sequence[Scores], theirs: Sequence[Scores], what: str) -> None:
+    def _compare(self, scorer: TeacherScorer, others: Sequence[Scores], together: Answers, what: str) -> None:
         """Stop if the mean absolute difference over all tokens is too large."""
-        gaps = [np.abs(mine.logprobs.astype(np.float64) - other.logprobs) for mine, other in zip(ours, theirs, strict=True)]
+        gaps = [np.abs(together[other.rollout_id].logprobs.astype(np.float64) - other.logprobs) for other in others]
         difference = float(np.concatenate(gaps).mean()) if gaps else 0.0
         if difference > self.repeat_bound:
-            worst = ours[int(np.argmax([gap.mean() for gap in gaps]))].rollout_id
+            worst = others[int(np.argmax([gap.mean() for gap in gaps]))].rollout_id
             raise ScorerError(
                 f"Scorer {scorer.provenance.model} ({scorer.provenance.engine}): its log-probs of {len(gaps)} rollouts differ by "
                 f"{difference:.3g} nats on average {what}, expected at most {self.repeat_bound:g}, and most for {worst!r}; turn prefix caching "
@@ -134,8 +145,8 @@ class Preflight:
                 stacklevel=4,
             )
 
-    def _check_ends(self, scorer: TeacherScorer, rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> None:
-        ended = [s.logprobs for r, s in zip(rollouts, scores, strict=True) if r.finish_reason == "stop" and r.response_ids.size > 1]
+    def _check_ends(self, scorer: TeacherScorer, rollouts: Sequence[Rollout], together: Answers) -> None:
+        ended = [together[r.rollout_id].logprobs for r in rollouts if r.finish_reason == "stop" and r.response_ids.size > 1]
         if len(ended) < _ENDS_NEEDED:
             return
         at_end, before = float(np.mean([values[-1] for values in ended])), float(np.concatenate([values[:-1] for values in ended]).mean())
@@ -148,21 +159,23 @@ class Preflight:
                 stacklevel=5,
             )
 
-    def _check_parity(self, scorer: TeacherScorer, truth: TeacherScorer, rollouts: Sequence[Rollout]) -> Parity:
+    def _check_parity(self, scorer: TeacherScorer, truth: TeacherScorer, rollouts: Sequence[Rollout], together: Answers) -> Parity:
         if not scorer.provenance.model.same_weights(truth.provenance.model):
             raise ScorerError(
                 f"Scorer {scorer.provenance.model}: the truth it is to be compared with is {truth.provenance.model}, expected the same weights; "
                 "pass the same model to both, or the same `identity`."
             )
-        rollouts, ours, _ = _accepted(scorer, rollouts)
-        rollouts, theirs, refused = _accepted(truth, rollouts)
-        ours = [scores for scores in ours if scores.rollout_id not in refused]
+        accepted = [rollout for rollout in rollouts if rollout.rollout_id in together]
+        theirs, refused = score_each(truth, accepted, len(accepted))
+        rollouts = [rollout for rollout in accepted if rollout.rollout_id not in refused]
         if not any(rollout.loss_mask.any() for rollout in rollouts):
             raise ScorerError(
                 f"Scorer {scorer.provenance.model}: {len(rollouts)} rollouts could be compared with {truth.provenance.engine}, and none "
                 "of their tokens count, expected some; see why both do not accept them."
             )
-        parity = measure_parity(rollouts, ours, theirs, engine=scorer.provenance.engine, truth=truth.provenance.engine)
+        parity = measure_parity(
+            rollouts, [together[s.rollout_id] for s in theirs], theirs, engine=scorer.provenance.engine, truth=truth.provenance.engine
+        )
         bounds = {"mean": self.parity_bound, "p99": self.parity_p99_bound, "bias": self.parity_bias_bound}
         for name, bound in bounds.items():
             if abs(getattr(parity, name)) > bound:
@@ -171,13 +184,3 @@ class Preflight:
                     f"quantisation or padded vocabularies, or raise `parity_{'' if name == 'mean' else name + '_'}bound` if this is acceptable."
                 )
         return parity
-
-
-def _read(store: LogprobReader, rows: NDArray[np.int64]) -> list[Rollout]:
-    return [record.rollout for record in store.read(rows.tolist())]
-
-
-def _accepted(scorer: TeacherScorer, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], list[Scores], dict[str, str]]:
-    """The rollouts that it does not refuse, their scores, and why it refuses the others."""
-    scores, refused = score_each(scorer, rollouts, len(rollouts))
-    return [rollout for rollout in rollouts if rollout.rollout_id not in refused], scores, refused

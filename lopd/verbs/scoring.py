@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 from lopd.errors import EngineError, QuarantineWarning
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
-from lopd.protocols.reading import chosen
+from lopd.protocols.reading import chosen, in_batches
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity
-from lopd.verbs.isolation import check_refused, score_each
-from lopd.verbs.overlap import overlapped
+from lopd.verbs.asking import ask, check_scores, shown
 from lopd.verbs.preflight import Preflight
 
 _PREFLIGHT = Preflight()
@@ -74,6 +73,9 @@ def score_rollouts(
         retry_quarantined: try those too that are in quarantine since an earlier call.
         progress: see `lopd.tools.console`.
 
+    Warns:
+        QuarantineWarning: some rollouts are without scores in quarantine.
+
     Raises:
         TokenizerMismatchError: the scorer's token-to-id map is not the store's; nothing is scored.
         ConflictError: the column belongs to another model; nothing is scored.
@@ -92,23 +94,21 @@ def score_rollouts(
     pending, tokens, skipped = _pending(store, column, wanted, retry_quarantined)
     provenance = scorer.provenance if preflight is None or not len(pending) else preflight.check(store, scorer, column, wanted)
     report = ScoringReport(skipped=skipped, parity=provenance.parity)
-    batches = (
-        [record.rollout for record in store.read(pending[first : first + rollouts_per_batch].tolist())]
-        for first in range(0, len(pending), rollouts_per_batch)
-    )
-    if progress:
-        progress.begin(f"scoring {column}", len(wanted), len(wanted) - len(pending), tokens)
-    try:
-        for rollouts, (scores, reasons) in overlapped(lambda batch: score_each(scorer, batch, max_refused), batches, batches_at_once):
-            check_refused(f"Scorer {provenance.model}", [*report.refused.values(), *reasons.values()], max_refused)
+    batches = ([record.rollout for record in store.read(part)] for part in in_batches(pending, rollouts_per_batch))
+    asked = ask(f"Scorer {provenance.model}", scorer.score, batches, at_once=batches_at_once, most=max_refused)
+    with shown(progress, f"scoring {column}", len(wanted), len(wanted) - len(pending), tokens) as advance:
+        for rollouts, scores, refused in asked:
+            reasons = check_scores(rollouts, scores, refused)
             store.append_scores(column, provenance, scores)
             tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id not in reasons)
-            report = _sum(report, ScoringReport(len(scores), tokens, sum(score.floored for score in scores), reasons))
-            if progress:
-                progress.advance(len(scores), tokens, len(reasons))
-    finally:
-        if progress:
-            progress.end()
+            report = evolve(
+                report,
+                rollouts=report.rollouts + len(scores),
+                tokens=report.tokens + tokens,
+                floored=report.floored + sum(score.floored for score in scores),
+                refused={**report.refused, **reasons},
+            )
+            advance(len(scores), tokens, len(reasons))
     _put_in_quarantine(store, column, provenance, report)
     return report
 
@@ -119,16 +119,6 @@ def _pending(store: LogprobStore, column: str, wanted: NDArray[np.int64], retry:
     rows = unscored if retry else unscored[~np.isin(unscored, list(store.quarantined(column)))]
     lengths = store.lengths()[rows].sum(axis=1)
     return rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(unscored) - len(rows)
-
-
-def _sum(report: ScoringReport, more: ScoringReport) -> ScoringReport:
-    return evolve(
-        report,
-        rollouts=report.rollouts + more.rollouts,
-        tokens=report.tokens + more.tokens,
-        floored=report.floored + more.floored,
-        refused={**report.refused, **more.refused},
-    )
 
 
 def _put_in_quarantine(store: LogprobStore, column: str, provenance: Provenance, report: ScoringReport) -> None:

@@ -13,9 +13,11 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.server import ServerScorer, ServerSource
 from lopd.engines.student import CausalLMStudent
 from lopd.engines.vllm import VLLMScorer, VLLMSource
+from lopd.losses.divergences import forward_kl
 from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
 from lopd.losses.objective import Objective, OPDObjective
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, SFTLoss, WeightedLoss
+from lopd.losses.top_k import TopKObjective
 from lopd.protocols import (
     DurableStore,
     LogprobReader,
@@ -24,6 +26,7 @@ from lopd.protocols import (
     OPDLoss,
     Progress,
     RolloutSource,
+    StatesCorrection,
     Student,
     TeacherScorer,
 )
@@ -69,8 +72,12 @@ def fused_losses(loss: FusedLoss, plain: ReferenceLoss) -> tuple[OPDLoss, OPDLos
     return FusedOPDLoss(), FusedSFTLoss(), loss, plain
 
 
-def objective() -> Objective:
-    return OPDObjective()
+def objectives() -> tuple[Objective, Objective, StatesCorrection]:
+    return OPDObjective(), TopKObjective(forward_kl), OPDObjective()
+
+
+def losses_that_state_their_correction(fused: FusedLoss, plain: ReferenceLoss, sum_of_losses: WeightedLoss) -> list[StatesCorrection]:
+    return [ReferenceOPDLoss(), FusedOPDLoss(), fused, plain, sum_of_losses]
 
 
 def student(model: CausalLMStudent) -> Student:

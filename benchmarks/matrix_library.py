@@ -1,4 +1,4 @@
-"""A switch for processors on which torch's default matrix library is slow: off unless you ask, and undone at the end of the block."""
+"""Float32 products of torch through its other matrix library on a CPU, for a block of code."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,15 +36,8 @@ def fast_matmul() -> Iterator[bool]:
 
     torch multiplies float32 matrices on a CPU with MKL, which takes a slow path on processors of another maker.  oneDNN does not, and torch
     uses it for float32 where bfloat16 would be allowed.  Whether oneDNN then really rounds to bfloat16 depends on the processor (with AMX it
-    does), so three products are compared with float64 first: where they are not float32, nothing is switched.
-
-    What it brings was measured on two processors: twice the speed on an AMD one (Zen 5), nothing on an Intel one with AVX-512.  So it is off
-    by default; measure yours (`benchmarks/bench_loss.py` prints both).  The setting belongs to the process, other threads included, and is
-    what it was after the block.
-
-    >>> with fast_matmul() as on:
-    ...     products_are_float32()
-    True
+    does), so three products are compared with float64 first: where they are not float32, nothing is switched.  The setting belongs to the
+    process, other threads included, and is what it was after the block.
     """
     setting = _setting()
     if setting is None:

@@ -1,0 +1,135 @@
+"""How verbs ask an engine: in several calls at a time, and on without the rows that it refuses, for one bad row must not stop a month of work."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, ScorerError
+from lopd.protocols import Progress, TeacherScorer
+from lopd.records.rollouts import Rollout, Scores
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+def ask(
+    owner: str, call: Callable[[Sequence[_Item]], Sequence[_Result]], batches: Iterable[Sequence[_Item]], *, at_once: int, most: int
+) -> Iterator[tuple[Sequence[_Item], list[_Result], list[tuple[_Item, str]]]]:
+    """Yield each batch in order with what `call` gives for its items, and with the items that it refuses and why.
+
+    See `isolate` and `overlapped`; `most` counts the refused items of all batches.
+    """
+    reasons: list[str] = []
+    for batch, (results, refused) in overlapped(lambda batch: isolate(owner, call, batch, most), batches, at_once):
+        reasons += [reason for _, reason in refused]
+        _check_refused(owner, reasons, most)
+        yield batch, results, refused
+
+
+@contextmanager
+def shown(progress: Progress | None, what: str, total: int, done: int, tokens: int | None) -> Iterator[Callable[[int, int, int], None]]:
+    """Begin a progress and end it with the block; gives what to call as `Progress.advance`, also where there is no progress to tell."""
+    if progress is None:
+        yield lambda _rollouts, _tokens, _refused: None
+        return
+    progress.begin(what, total, done, tokens)
+    try:
+        yield progress.advance
+    finally:
+        progress.end()
+
+
+def overlapped(call: Callable[[_Item], _Result], items: Iterable[_Item], at_once: int) -> Iterator[tuple[_Item, _Result]]:
+    """Each item and what `call` makes of it, in order; up to `at_once` calls are under way, in threads.
+
+    The calls that follow a slow one go on, so an engine of several workers is not idle while its slowest finishes.
+    Items are asked for one by one as calls come to an end, in the caller's thread: what is read for them does not pile up.
+    The first error ends it when the calls under way have ended; with `at_once` 1 there are no threads.
+    """
+    if at_once == 1:
+        yield from ((item, call(item)) for item in items)
+        return
+    waiting: deque[tuple[_Item, Future[_Result]]] = deque()
+    with ThreadPoolExecutor(at_once, "lopd-overlap") as pool:
+        try:
+            for item in items:
+                waiting.append((item, pool.submit(call, item)))
+                if len(waiting) == at_once:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for last, future in waiting:
+                yield last, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def isolate(
+    owner: str, call: Callable[[Sequence[_Item]], Sequence[_Result]], items: Sequence[_Item], most: int
+) -> tuple[list[_Result], list[tuple[_Item, str]]]:
+    """What `call` gives for all items but those that it refuses, in order, and why it refuses those.
+
+    A refused call is tried again in halves, down to the items that are refused alone.  What our engines check before they compute (lengths,
+    ids) is found at once; a NaN costs the halves that hold it again.
+
+    Args:
+        owner: how messages name the engine.
+        call: raises ContextOverflowError or InvalidRecordError if it refuses an item; any other error goes through.
+        items: for one call.
+        most: refused items that may be.
+
+    Raises:
+        EngineError: more than `most` are refused; it gives the first reason.
+    """
+    results: list[_Result] = []
+    refused: list[tuple[_Item, str]] = []
+    waiting = [items] if items else []
+    while waiting:
+        part = waiting.pop()
+        try:
+            results += call(part)
+        except (ContextOverflowError, InvalidRecordError) as error:
+            middle = len(part) // 2
+            if middle:
+                waiting += [part[middle:], part[:middle]]
+                continue
+            refused.append((part[0], str(error)))
+            _check_refused(owner, [reason for _, reason in refused], most)
+    return results, refused
+
+
+def _check_refused(owner: str, reasons: Sequence[str], most: int) -> None:
+    if len(reasons) > most:
+        raise EngineError(
+            f"{owner}: it refused {len(reasons)} rows, expected at most {most} (`max_refused`); the first reason is {reasons[0]!r}; set right what "
+            "is wrong with them all, or allow more."
+        )
+
+
+def score_each(scorer: TeacherScorer, rollouts: Sequence[Rollout], most: int) -> tuple[list[Scores], dict[str, str]]:
+    """Scores of the rollouts that are not refused, in order, and why the others are, by id.
+
+    Raises:
+        EngineError: more than `most` are refused.
+        ScorerError: see `check_scores`.
+    """
+    scores, refused = isolate(f"Scorer {scorer.provenance.model}", scorer.score, rollouts, most)
+    return scores, check_scores(rollouts, scores, refused)
+
+
+def check_scores(rollouts: Sequence[Rollout], scores: Sequence[Scores], refused: Sequence[tuple[Rollout, str]]) -> dict[str, str]:
+    """Return why rollouts are refused, by id.
+
+    Raises:
+        ScorerError: the scores are not those of the other rollouts, in order.
+    """
+    reasons = {rollout.rollout_id: reason for rollout, reason in refused}
+    wanted, got = [r.rollout_id for r in rollouts if r.rollout_id not in reasons], [s.rollout_id for s in scores]
+    if wanted != got:
+        lost = next((name for name in wanted if name not in got), wanted[0] if wanted else got[0])
+        raise ScorerError(
+            f"Rollout {lost!r}: the scorer gave {len(got)} scores for {len(wanted)} rollouts, expected one for each, in order; fix the scorer."
+        )
+    return reasons
