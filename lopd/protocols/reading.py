@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, NoSuchRowError
 from lopd.protocols import LogprobReader
-from lopd.records.rollouts import Prompt, rollout_id
+from lopd.records.rollouts import Prompt, ScoredRollout, rollout_id
 from lopd.records.rows import Rows
 
 
