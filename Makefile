@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale claims claims-quick test-triton test-kills test-engines test-browser test-loggers test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale claims claims-quick test-triton test-kills test-engines test-browser test-loggers test-lowest test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -92,6 +92,12 @@ test-engines: .venv/installed-engines  ## sampling and scoring with a real vLLM,
 test: .venv/installed-test  ## all tests but those that start vLLM
 	$(BIN)/python -m pytest
 
+test-lowest:  ## all tests with the lowest versions that pyproject.toml allows, in an environment of its own
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python .ci/lowest.py test > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt -e '.[test]'
+	.venv-lowest/bin/python -m pytest
+
 test-wheel:  ## wheel and sdist are built, and an example runs on the wheel in an environment of its own
 	rm -rf dist .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
@@ -108,4 +114,4 @@ check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/lint-imports --no-cache
 
 clean:  ## everything that can be made again
-	rm -rf .venv .venv-wheel dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-wheel dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

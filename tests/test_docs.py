@@ -174,6 +174,16 @@ def test_every_promise_has_a_test() -> None:
     assert [row for row in rows if "::test_" not in row] == []
 
 
+def test_every_pain_has_a_sentence_and_its_tests() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+) \|$", (DOCS / "pains.md").read_text(), re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, len(rows) + 1))
+    listed = {(int(number), name) for number, _, tests in rows for name in re.findall(r"`(test_\w+)`", tests)}
+    written = {name for folder in ("tests", "lopd/testing") for path in (ROOT / folder).glob("*.py") for name in functions_in(str(path))}
+    assert sorted(name for _, name in listed if name not in written) == []
+    numbered = {(int(found[1]), name) for name in written if (found := re.match(r"test_pain_(\d+)_", name))}
+    assert sorted(numbered - listed) == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_every_file_that_a_page_names_is_there(page: Path) -> None:
     for path in re.findall(r"`((?:benchmarks|examples|lopd|tests|docs)/[\w/.-]+)`", page.read_text()):

@@ -51,7 +51,7 @@ def test_shards_and_weights_that_are_cast_when_loaded_change_nothing(kind, saved
 def test_a_tied_weight_counts_once_under_whatever_names_it_is_stored(saved):
     folder = saved("llama_tied")
     expected, path = folder_model_id(folder), folder / "model.safetensors"
-    weights = load_file(path)
+    weights = {name: tensor.clone() for name, tensor in load_file(path).items()}  # some versions map the file, which is written over
     save_file({**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
     assert folder_model_id(folder) == expected == model_id(load_model(folder)[0])
     weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")

@@ -598,7 +598,7 @@ def test_a_column_is_not_continued_by_a_scorer_that_says_something_else_than_wha
     assert int(collected.scored("teacher").sum()) == before == 4
 
 
-def test_pain_9_the_difference_to_the_trainers_own_log_probs_is_measured_stored_and_bounded(collected, teacher_model, tokenizer, tmp_path):
+def test_pain_09_the_difference_to_the_trainers_own_log_probs_is_measured_stored_and_bounded(collected, teacher_model, tokenizer, tmp_path):
     truth = HFScorer(teacher_model, tokenizer)
     engine = evolve(truth.provenance, engine="shifted 1.0")
     with pytest.raises(ScorerError, match=r"shifted 1\.0 against transformers.*mean 0\.2.*expected a mean of at most 0\.1"):
@@ -630,7 +630,7 @@ def test_the_truth_must_be_the_same_model(collected, teacher_model, llama, token
         score_rollouts(collected, HFScorer(teacher_model, tokenizer), preflight=Preflight(truth=HFScorer(llama, tokenizer)))
 
 
-def test_pain_8_a_teacher_that_never_ends_as_the_policy_does_is_noticed(source, make_model, tokenizer):
+def test_pain_08_a_teacher_that_never_ends_as_the_policy_does_is_noticed(source, make_model, tokenizer):
     store, model = MemoryStore(source.manifest), make_model("phi_bias")
     store.append([Rollout(f"r{i}", [9, 10], [20 + i, 30, 40, 5], [True] * 4, "stop") for i in range(4)])
     score_rollouts(store, HFScorer(model, tokenizer), column="healthy")
@@ -640,7 +640,7 @@ def test_pain_8_a_teacher_that_never_ends_as_the_policy_does_is_noticed(source, 
         score_rollouts(store, HFScorer(model, tokenizer))
 
 
-def test_pain_8_a_teacher_whose_tokenizer_ends_texts_with_another_token_is_noticed(source, prompts, teacher_model, tokenizer):
+def test_pain_08_a_teacher_whose_tokenizer_ends_texts_with_another_token_is_noticed(source, prompts, teacher_model, tokenizer):
     scorer = HFScorer(teacher_model, tokenizer)
     assert scorer.provenance.eos_id == source.manifest.tokenizer.eos_id == tokenizer.eos_token_id
     store = MemoryStore(evolve(source.manifest, tokenizer=evolve(source.manifest.tokenizer, eos_id=3)))

@@ -1,0 +1,89 @@
+"""docs/map.md draws the package as it is: its entries, its floors, its contracts, and the one place of each hazard."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LOPD = ROOT / "lopd"
+MAP = (ROOT / "docs" / "map.md").read_text()
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+MODULES = sorted(LOPD.rglob("*.py"))
+
+pytestmark = pytest.mark.docs
+
+
+def rows_under(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading, without its head."""
+    section = MAP.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in section.splitlines() if line.startswith("| ")]
+    return rows[1:]
+
+
+def entries() -> list[str]:
+    """What stands at the top of the package: folders with a slash, and files."""
+    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in LOPD.iterdir() if path.name != "__pycache__")
+
+
+FLOORS = [(int(floor), entry.strip("`")) for floor, entry, _ in rows_under("Floors")]
+HAZARDS = [(place.strip("`"), sign.strip("`")) for _, place, sign in rows_under("Where each hazard has its one place")]
+
+
+def test_every_entry_of_the_package_is_on_the_map_and_nothing_else() -> None:
+    beside = [name for name in ("__init__.py", "py.typed") if f"`{name}`" in MAP]
+    assert sorted([entry for _, entry in FLOORS] + beside) == entries()
+
+
+def test_the_floors_are_those_of_the_import_contracts() -> None:
+    (contract,) = [contract for contract in CONTRACTS if contract.get("containers") == ["lopd"]]
+    layers = [sorted(layer.split(" | ")) for layer in contract["layers"]]
+    drawn = {floor: sorted(re.sub(r"/|\.py", "", entry) for at, entry in FLOORS if at == floor) for floor, _ in FLOORS}
+    assert list(drawn) == sorted(drawn, reverse=True)
+    assert list(drawn.values()) == layers
+
+
+def test_the_picture_has_the_floors_of_the_table() -> None:
+    boxes = re.findall(r'class="code" x="\d+" y="(\d+)"[^>]*>([^<]+)<', (ROOT / "docs" / "map.svg").read_text())
+    heights = sorted({int(y) for y, _ in boxes}, reverse=True)
+    picture = sorted((heights.index(int(y)) + 1, name) for y, name in boxes)
+    assert picture == sorted((floor, re.sub(r"/|\.py", "", entry)) for floor, entry in FLOORS)
+
+
+def test_the_map_names_every_import_contract() -> None:
+    assert [name for name, _ in rows_under("Import contracts")] == [contract["name"] for contract in CONTRACTS]
+
+
+@pytest.mark.parametrize(("place", "sign"), HAZARDS)
+def test_a_hazard_is_in_its_one_place_and_nowhere_else(place: str, sign: str) -> None:
+    found = [path for path in MODULES if sign in path.read_text() and not path.is_relative_to(LOPD / "testing")]
+    assert [str(path.relative_to(ROOT)) for path in found] == [place]
+
+
+def test_pages_and_examples_import_from_packages_and_the_modules_that_the_map_calls_public() -> None:
+    public = set(re.findall(r"`(lopd\.[\w.]+)`", MAP.split("except these:")[1].split("\n\n")[0]))
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")]
+    imported = {name for page in pages for name in re.findall(r"^\s*(?:from|import) (lopd[\w.]*)", page.read_text(), re.MULTILINE)}
+    folders = {name for name in imported if (ROOT / name.replace(".", "/")).is_dir()}
+    assert imported - folders - public == {"lopd.errors"}
+
+
+def test_the_top_of_the_package_has_at_most_twelve_entries() -> None:
+    assert len(entries()) <= 12
+
+
+def test_a_file_has_at_most_300_lines() -> None:
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES}
+    assert {path: lines for path, lines in sizes.items() if lines > 300} == {}
+
+
+def test_a_class_has_at_most_12_public_methods_unless_it_is_a_store_or_a_suite() -> None:
+    public = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and not node.name.endswith(("Store", "Conformance")):
+                names = [part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
+                public[f"{path.relative_to(ROOT)}: {node.name}"] = len([name for name in names if not name.startswith("_")])
+    assert {name: methods for name, methods in public.items() if methods > 12} == {}
