@@ -106,7 +106,6 @@ def train(case: Case, start: int = 0, stop: int = STEPS, checkpoints: Path | Non
 
 
 def main(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     found: dict[str, Any] = {}
     for case in CASES:

@@ -63,7 +63,7 @@ def run_here(command: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="module")

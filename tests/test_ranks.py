@@ -1,6 +1,5 @@
 """Training on several ranks: weights, gradients and metrics of one process, whatever wraps the student and however a step is shared out."""
 
-import os
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -29,12 +28,11 @@ def several(request, tmp_path_factory):
     """What so many processes found, and the folder in which they worked."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     train(Case(), stop=2, checkpoints=folder / "checkpoints-single")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, ranks_worker.__file__]
     with ExitStack() as stack:
         logs = [stack.enter_context((folder / f"log{rank}").open("w")) for rank in range(request.param)]
         running = [
-            subprocess.Popen([*command, str(rank), str(request.param), str(folder)], env=environment, stdout=log, stderr=log)
+            subprocess.Popen([*command, str(rank), str(request.param), str(folder)], stdout=log, stderr=log)
             for rank, log in enumerate(logs)
         ]
         codes = [process.wait(timeout=280) for process in running]
@@ -84,7 +82,7 @@ def test_a_student_and_an_optimizer_prepared_by_accelerate_train_as_one_process_
         accelerate_worker.__file__,
         str(tmp_path),
     ]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     processes, found = torch.load(tmp_path / "found.pt", weights_only=False)
     assert processes == 2
