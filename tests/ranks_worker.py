@@ -1,7 +1,6 @@
 """What each of several processes does in `test_ranks`: the same training as one process, on its share."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,3 @@ def main(rank: int, size: int, folder: str) -> None:
         torch.save(found, Path(folder) / "found.pt")
     dist.barrier()
     os._exit(0)  # the interpreter's end is a race with gloo's threads, see `recipes.train`
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
