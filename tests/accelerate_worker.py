@@ -15,7 +15,6 @@ from lopd.records.ranks import inner, on_first
 
 
 def main(folder: str) -> None:
-    torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     case = Case()
     student = CausalLMStudent(build_model(case.model, seed=3), TOKENIZER_ID)

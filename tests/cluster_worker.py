@@ -60,7 +60,6 @@ def train(store: LogprobStore) -> dict[str, Any]:
 
 
 def main(work: str, kind: str, url: str, folder: Path, ranks: Ranks) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{work}", rank=ranks.rank, world_size=ranks.size)
     if work == "write":
         write(kind, url, torch.load(folder / WHOLE, weights_only=False), ranks.rank)

@@ -1,5 +1,7 @@
 """One thread, no network, and tiny real models: a tokenizer of 96 tokens built in code and transformers models of two layers.
 
+`LOPD_TEST_THREADS=2` runs the tests, and every process that a test starts, with two threads.
+
 Session fixtures are shared: a test that trains or damages a model works on `copy.deepcopy` of it.
 """
 
@@ -13,6 +15,9 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# sums depend on the number of threads, and a child process learns it from the environment alone
+os.environ["OMP_NUM_THREADS"] = os.environ.get("LOPD_TEST_THREADS", "1")
+os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]
 
 import numpy as np
 import pytest
@@ -58,8 +63,8 @@ def _why_no_vllm() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _threads() -> None:
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(autouse=True)

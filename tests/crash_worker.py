@@ -8,7 +8,6 @@ from its number: a store that holds something between two batches holds part of 
 
 import argparse
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -22,6 +21,7 @@ from typing import Any, final
 
 import numpy as np
 from attrs import evolve, field, frozen
+from forked import FORKS
 
 from lopd.errors import StoreNotFoundError
 from lopd.protocols import DurableStore
@@ -34,11 +34,6 @@ KINDS = ("rollouts", "teacher", "ref")
 _BACKENDS = {"zarr": ("lopd.backends.zarr.store", "ZarrStore"), "lance": ("lopd.backends.lance.store", "LanceStore")}
 _COMPACT_EVERY = 5
 _PATIENCE = 120.0
-
-# A process forked from one that has all this loaded begins to write at once.  Not lancedb: it starts threads when it is imported.
-multiprocessing.set_forkserver_preload(
-    ["lopd.testing", "lopd.backends.zarr.store", "lopd.backends.files.cloud", "obstore", "xxhash", "pytest"]
-)
 
 Call = tuple[str, int]
 Acknowledge = Callable[[Call], object]
@@ -253,9 +248,8 @@ class Worker:
 
     def __init__(self, work: Callable[..., None], place: Place, *args: Any) -> None:
         """Starts it, from a server that has everything loaded and has never touched a store."""
-        context = multiprocessing.get_context("forkserver")
-        self._pipe, theirs = context.Pipe(duplex=False)
-        self.process: BaseProcess = context.Process(target=work, args=(place, theirs, *args), daemon=True)
+        self._pipe, theirs = FORKS.Pipe(duplex=False)
+        self.process: BaseProcess = FORKS.Process(target=work, args=(place, theirs, *args), daemon=True)
         self.process.start()
         theirs.close()
         self.acknowledged: list[Call] = []

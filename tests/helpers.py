@@ -32,8 +32,6 @@ from lopd.records import (
     by_token,
 )
 
-torch.set_num_threads(1)
-
 SFT_TEACHER = ModelId("big-teacher", "weights:teacher-weights", "bfloat16")
 OTHER_TEACHER = ModelId("other-teacher", "weights:other-weights", "bfloat16")
 POLICY = ModelId("sft-student", "weights:policy-weights", "bfloat16")

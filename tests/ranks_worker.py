@@ -1,7 +1,6 @@
 """What each of several processes does in `test_ranks`: the same training as one process, on its share."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,6 @@ def train(case: Case, start: int = 0, stop: int = STEPS, checkpoints: Path | Non
 
 
 def main(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     found: dict[str, Any] = {}
     for case in CASES:
@@ -123,7 +121,3 @@ def main(rank: int, size: int, folder: str) -> None:
         torch.save(found, Path(folder) / "found.pt")
     dist.barrier()
     os._exit(0)  # the interpreter's end is a race with gloo's threads, see `recipes.train`
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

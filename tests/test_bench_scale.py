@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +67,7 @@ def numbers(value):
 def run_quick(folder, *parts):
     """The benchmark at tiny size."""
     command = [sys.executable, bench_scale.__file__, "--quick", "--out", folder, "--parts", *parts]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ class Cluster:
 
 def _environment(place: Place) -> dict[str, str]:
     options = {f"AWS_{name.removeprefix('aws_').upper()}": value for name, value in place.storage_options.items()}
-    return {**os.environ, **options, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **options}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """The fused losses against the plain ones, and every trap that fused losses of other projects fell into."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -361,8 +361,8 @@ def half_the_gradient(logits_MV: Tensor, targets_M1: Tensor, teacher_M: Tensor) 
 PLAIN = ReferenceOPDLoss(clip=None)
 
 
-def broken_clauses(loss: OPDLoss, reference: OPDLoss = PLAIN) -> list[str]:
-    """The clauses of the suite that this loss fails."""
+def broken_clauses(loss: OPDLoss, reference: OPDLoss = PLAIN, cases: Callable[[], Sequence[LossCase]] = loss_cases) -> list[str]:
+    """The clauses of the suite that this loss fails on these cases."""
 
     class Suite(LossConformance):
         def make(self) -> OPDLoss:
@@ -370,6 +370,9 @@ def broken_clauses(loss: OPDLoss, reference: OPDLoss = PLAIN) -> list[str]:
 
         def reference(self) -> OPDLoss:
             return reference
+
+        def cases(self) -> Sequence[LossCase]:
+            return cases()
 
     broken = []
     for name in (name for name in dir(Suite) if name.startswith("test_")):

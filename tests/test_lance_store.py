@@ -23,8 +23,8 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
-from crash_worker import Worker  # noqa: F401  # says what a forkserver loads before it forks
 from fault_proxy import ALWAYS, FaultProxy
+from forked import FORKS
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 from s3_server import S3Server
@@ -463,9 +463,8 @@ def begin_together(path: str, writer: int, pipe: Connection) -> None:
 
 def started(work: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
     """A process that inherits nothing of ours, with a pipe to it."""
-    context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(*args, theirs), daemon=True)
+    ours, theirs = FORKS.Pipe()
+    process = FORKS.Process(target=work, args=(*args, theirs), daemon=True)
     process.start()
     return process, ours
 

@@ -2,13 +2,14 @@
 
 import json
 import os
-import signal
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 
 from lopd import ZarrStore
@@ -45,7 +46,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, make_model:
 def command(inputs: Path) -> Callable[[Path], list[str]]:
     """The command line that runs the script into a folder."""
     models = ["--teacher", str(inputs / "teacher"), "--student", str(inputs / "student"), "--prompts", str(inputs / "prompts.jsonl")]
-    return lambda out: [sys.executable, str(SCRIPT), *models, *SIZES, "--out", str(out)]
+    return lambda out: [str(SCRIPT), *models, *SIZES, "--out", str(out)]
 
 
 @pytest.fixture
@@ -55,21 +56,23 @@ def run_here(command: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPat
     import quickstart
 
     def run(out: Path, *options: str) -> None:
-        monkeypatch.setattr(sys, "argv", [*command(out)[1:], *options])
+        monkeypatch.setattr(sys, "argv", [*command(out), *options])
         quickstart.main()
 
     return run
 
 
-@pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONUNBUFFERED": "1"}
+def run_there(command: list[str]) -> None:
+    """Run the script in a process of its own."""
+    sys.argv, os.environ["COLUMNS"] = command, "120"
+    sys.path.insert(0, str(SCRIPT.parent))
+    runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
-def unbroken(command: Callable[[Path], list[str]], environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(command: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    subprocess.run(command(out), check=True, env=environment, capture_output=True, timeout=200)
+    subprocess.run([sys.executable, *command(out)], check=True, capture_output=True, timeout=200)
     return out
 
 
@@ -104,10 +107,10 @@ def test_it_measures_every_phase_and_writes_what_it_promises(unbroken: Path) -> 
     assert (unbroken / "store.zarr" / "zarr.json").exists()
 
 
-def test_a_second_call_finds_everything_done(unbroken: Path, command: Callable[[Path], list[str]], environment: dict[str, str]) -> None:
+def test_a_second_call_finds_everything_done(unbroken: Path, run_here: Callable[..., None]) -> None:
     before = {path: path.stat().st_mtime_ns for path in unbroken.rglob("*") if path.is_file() and path.parent != unbroken}
     report = json.loads((unbroken / "metrics.json").read_text())
-    subprocess.run(command(unbroken), check=True, env=environment, capture_output=True, timeout=200)
+    run_here(unbroken)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert json.loads((unbroken / "metrics.json").read_text()) == report
 
@@ -153,23 +156,25 @@ def test_the_store_may_be_at_a_url_and_online_opd_left_out(
 
 
 def test_a_run_that_is_killed_again_and_again_equals_the_run_that_was_not(
-    unbroken: Path, command: Callable[[Path], list[str]], environment: dict[str, str], tmp_path: Path
+    unbroken: Path, command: Callable[[Path], list[str]], tmp_path: Path
 ) -> None:
+    os.mkfifo(printed := tmp_path / "printed")
     out, step = tmp_path / "run", "step   10"
     for phase, moment in (("teacher writes", ""), ("SFT", step), ("teacher scores", ""), ("Lightning OPD", step), ("online OPD", step)):
-        process = subprocess.Popen(command(out), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert process.stdout is not None
-        seen = any(line.startswith(phase) for line in process.stdout) and any(line.startswith(moment) for line in process.stdout)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process = forked.start(run_there, printed, command(out))
+        with printed.open() as lines:
+            seen = any(line.startswith(phase) for line in lines) and any(line.startswith(moment) for line in lines)
+            process.kill()
+        process.join()
         assert seen
         assert not (out / "metrics.json").exists()
-    last = subprocess.run(command(out), check=True, env=environment, capture_output=True, text=True, timeout=200)
+    last = forked.start(run_there, tmp_path / "last", command(out))
+    last.join(200)
+    assert last.exitcode == 0
     assert results(out) == results(unbroken)
     assert histories(out) == histories(unbroken)
     again = {name for name, count in attempts(out).items() if count == 2}
     # on a busy machine a signal may come when the phase has just ended
     assert again, "no phase was killed before its end"
     assert again <= {"teacher writes SFT text", "SFT", "teacher scores", "Lightning OPD", "online OPD"}
-    assert last.stdout.count("(attempt 2)") == len(again), "the closing table says of which attempt a wall time is"
+    assert (tmp_path / "last").read_text().count("(attempt 2)") == len(again), "the closing table says of which attempt a wall time is"

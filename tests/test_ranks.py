@@ -1,12 +1,10 @@
 """Training on several ranks: weights, gradients and metrics of one process, whatever wraps the student and however a step is shared out."""
 
-import os
 import subprocess
 import sys
-from contextlib import ExitStack
-from pathlib import Path
 
 import accelerate_worker
+import forked
 import numpy as np
 import pytest
 import ranks_worker
@@ -29,16 +27,12 @@ def several(request, tmp_path_factory):
     """What so many processes found, and the folder in which they worked."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     train(Case(), stop=2, checkpoints=folder / "checkpoints-single")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, ranks_worker.__file__]
-    with ExitStack() as stack:
-        logs = [stack.enter_context((folder / f"log{rank}").open("w")) for rank in range(request.param)]
-        running = [
-            subprocess.Popen([*command, str(rank), str(request.param), str(folder)], env=environment, stdout=log, stderr=log)
-            for rank, log in enumerate(logs)
-        ]
-        codes = [process.wait(timeout=280) for process in running]
-    assert codes == [0] * len(codes), [Path(log.name).read_text()[-2000:] for log in logs]
+    logs = [folder / f"log{rank}" for rank in range(request.param)]
+    running = [forked.start(ranks_worker.main, log, rank, request.param, str(folder)) for rank, log in enumerate(logs)]
+    for process in running:
+        process.join(280)
+    codes = [process.exitcode for process in running]
+    assert codes == [0] * len(codes), [log.read_text()[-2000:] for log in logs]
     return torch.load(folder / "found.pt", weights_only=False), folder
 
 
@@ -84,7 +78,7 @@ def test_a_student_and_an_optimizer_prepared_by_accelerate_train_as_one_process_
         accelerate_worker.__file__,
         str(tmp_path),
     ]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     processes, found = torch.load(tmp_path / "found.pt", weights_only=False)
     assert processes == 2

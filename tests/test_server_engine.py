@@ -647,6 +647,15 @@ def test_an_error_ends_the_call_while_other_requests_are_under_way(stub):
         assert stub.busy > 0, "nobody waits for the others"
 
 
+@pytest.fixture
+def _control_c_interrupts():
+    """As in a terminal: a process that a shell starts in the background ignores control-c."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_control_c_interrupts")
 def test_control_c_ends_the_call_while_requests_are_under_way(stub):
     scorer = scorer_of(stub)
     with held(stub):

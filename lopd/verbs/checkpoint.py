@@ -1,5 +1,7 @@
 """Training state on disk: a run that is stopped and resumed equals the run that was not, bit for bit on the CPU.
 
+Bit for bit needs the same threads, processor and versions (`docs/reliability.md`, "What bit for bit needs").
+
 Layout: `FOLDER/step-00000012.0/{parameters,optimizer}.safetensors, state.json, lopd.json`.  A folder gets its name only when it is complete,
 and no folder is removed before its successor has one, so at every moment the newest name is a whole checkpoint.
 """
