@@ -16,13 +16,13 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
-import tenacity
 from vllm_stub import EOS, VOCAB, Stub, answer, changed, cut, late, table
 
 from lopd import collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr.store import ZarrStore
-from lopd.engines.server import Servers, ServerScorer, ServerSource, answers, pool
+from lopd.engines import pool
+from lopd.engines.server import Servers, ServerScorer, ServerSource, answers
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError
 from lopd.records import Lineage, Manifest, ModelId, Prompt, Rollout, SamplingParams, TokenizerId, fingerprint_tokenizer
 
@@ -33,7 +33,7 @@ STOP = (EOS, 5)
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr(pool, "_BACKOFF", tenacity.wait_fixed(0.01))
+    monkeypatch.setattr(pool, "backoff", lambda _: 0.01)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
 
 
@@ -442,13 +442,8 @@ def test_a_request_that_fails_each_time_ends_the_call_with_the_rollout_the_url_a
 @pytest.fixture
 def pauses(monkeypatch):
     """How long the client sleeps each time; in truth it does not."""
-    asked, sleep = [], asyncio.sleep
-
-    def no_sleep(seconds, *args):
-        asked.append(seconds)
-        return sleep(0, *args)
-
-    monkeypatch.setattr(pool.asyncio, "sleep", no_sleep)
+    asked = []
+    monkeypatch.setattr(pool.Pool, "_sleep", lambda _, seconds: asked.append(seconds))
     return asked
 
 
@@ -565,7 +560,7 @@ def test_a_server_that_comes_back_with_another_model_is_not_used(start):
     second = []
 
     def restart():
-        until(lambda: first.busy >= 2)
+        until(lambda: first.busy >= 12)
         first.close()
         second.append(start(port=port, root="/models/chair"))
 
@@ -675,7 +670,7 @@ def test_a_scorer_that_was_used_can_be_sent_to_another_process(stub):
 
 
 def test_without_its_packages_the_module_says_what_to_install(monkeypatch):
-    for missing in ("httpx2", "tenacity", "anyio.from_thread"):
+    for missing in ("httpx2",):
         with monkeypatch.context() as patch:
             for name in [name for name in sys.modules if name.startswith(("lopd.engines.http", "lopd.engines.server"))]:
                 patch.delitem(sys.modules, name)

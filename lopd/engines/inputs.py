@@ -1,7 +1,8 @@
-"""What every engine checks before it computes anything, what ends a response, and the random stream of each."""
+"""What every engine does with what it is given: the checks before it computes anything, batches, what ends a response, random streams."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from lopd.records.checks import check_number
 from lopd.records.identity import TokenizerId
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import Prompt, Rollout
+
+T = TypeVar("T")
 
 
 def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: int) -> None:
@@ -62,6 +65,23 @@ def check_top_k(owner: str, top_k: int, tokenizer: TokenizerId) -> None:
         InvalidRecordError: not of this vocabulary.
     """
     check_number(owner, "top_k", top_k, 0 <= top_k <= tokenizer.vocab_size, f"0 to {tokenizer.vocab_size}")
+
+
+def budgeted(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in runs of similar length whose padded size, the longest times how many, stays within the budget; one too long is alone."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if parts and (len(parts[-1]) + 1) * lengths[i] <= budget:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def in_order(order: Sequence[int], results: Sequence[T], each: int = 1) -> list[T]:
+    """Results of items that were asked for in this order, `each` for one item, in the order of the items."""
+    places = np.argsort(np.array(order, np.int64))
+    return [results[place * each + k] for place in places.tolist() for k in range(each)]
 
 
 def stop_ids(sampling: SamplingParams, configured: int | Sequence[int] | None, tokenizer: TokenizerId) -> frozenset[int]:

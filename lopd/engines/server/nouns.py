@@ -18,8 +18,9 @@ from typing import Any, final
 
 from attrs import define, field
 
-from lopd.engines.inputs import check_prompts, check_rollouts, stream_seed
-from lopd.engines.server.pool import Probe, Request, Servers
+from lopd.engines.inputs import budgeted, check_prompts, check_rollouts, in_order, stream_seed
+from lopd.engines.pool import Request
+from lopd.engines.server.servers import Probe, Servers
 from lopd.engines.server.wire import Ask, check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
 from lopd.errors import InvalidRecordError, MissingDependencyError
 from lopd.records.checks import check_at_least
@@ -50,7 +51,7 @@ class ServerScorer:
         tokenizer: whose ids the model reads.
         identity: of the model; name a revision that says which weights they are.
         top_k: how many of the most likely tokens are kept at each response token; at most the servers' `--max-logprobs`.
-        tokens_per_request: short rollouts share a request, up to so many tokens.
+        tokens_per_request: short rollouts share a request, up to so many tokens, the longest times how many.
 
     Raises:
         InvalidRecordError: `top_k` is less than 0, or more than there are tokens; or `tokens_per_request` is less than 1.
@@ -85,16 +86,16 @@ class ServerScorer:
             EngineError: the servers failed, disagree, or do not speak the extensions.
         """
         check_rollouts(rollouts, self.tokenizer_id, self.servers.served.context - 1)
-        return self.servers.ask([self._request(group) for group in _groups(rollouts, self.tokens_per_request)])
+        groups = budgeted([len(rollout) for rollout in rollouts], self.tokens_per_request)
+        scores = self.servers.ask([self._request([rollouts[i] for i in group]) for group in groups])
+        return in_order([i for group in groups for i in group], scores)
 
     def _request(self, group: Sequence[Rollout]) -> Request[Scores]:
         def read(answer: Any) -> list[Scores]:
             return read_scores(group, self.top_k, self.tokenizer_id.vocab_size, answer)
 
-        first, last = (repr(rollout.rollout_id) for rollout in (group[0], group[-1]))
-        owner = f"Rollout {first}" if len(group) == 1 else f"Rollouts {first} to {last}"
         parts = [self._request([rollout]) for rollout in group] if len(group) > 1 else []
-        return Request(owner, scoring_body(group, self.top_k), read, parts)
+        return Request(f"Rollout {group[0].rollout_id!r}", scoring_body(group, self.top_k), read, parts)
 
 
 @final
@@ -185,20 +186,6 @@ class ServerSource:
         ask = Ask(name, prompt.token_ids, room, seed, self.stop_ids, self.generation)
         body = sampling_body(ask, self.sampling, self.tokenizer_id.vocab_size)
         return Request(f"Rollout {name!r}", body, lambda answer: [read_rollout(ask, self.tokenizer_id, answer)])
-
-
-def _groups(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
-    """Neighbours, together while they have at most so many tokens."""
-    groups: list[list[Rollout]] = []
-    size = 0
-    for rollout in rollouts:
-        size += len(rollout)
-        if groups and size <= tokens:
-            groups[-1].append(rollout)
-        else:
-            groups.append([rollout])
-            size = len(rollout)
-    return groups
 
 
 def _engine(servers: Servers) -> str:
