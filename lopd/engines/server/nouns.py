@@ -18,18 +18,16 @@ from typing import Any, final
 
 from attrs import define, field
 
-from lopd.engines.inputs import budgeted, check_prompts, check_rollouts, in_order, stream_seed
+from lopd.engines.inputs import SEED_BITS, budgeted, check_prompts, check_rollouts, in_order, sampling_settings, stream_seed
 from lopd.engines.pool import Request
 from lopd.engines.server.servers import Probe, Servers
-from lopd.engines.server.wire import Ask, check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
+from lopd.engines.server.wire import check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
 from lopd.errors import InvalidRecordError, MissingDependencyError
 from lopd.records.checks import check_at_least
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
-# what servers take as a seed is a signed 64-bit integer
-_SEED_BITS = 63
 _PROBE_TOKENS = 16
 
 
@@ -182,10 +180,13 @@ class ServerSource:
     def _request(self, prompt: Prompt, sample: int) -> Request[Rollout]:
         name = rollout_id(prompt.prompt_id, sample, self.generation)
         room = min(self.sampling.max_new_tokens, self.servers.served.context - prompt.token_ids.size)
-        seed = stream_seed(self.sampling, name) % 2**_SEED_BITS
-        ask = Ask(name, prompt.token_ids, room, seed, self.stop_ids, self.generation)
-        body = sampling_body(ask, self.sampling, self.tokenizer_id.vocab_size)
-        return Request(f"Rollout {name!r}", body, lambda answer: [read_rollout(ask, self.tokenizer_id, answer)])
+        settings = sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id)
+        body = sampling_body(prompt.token_ids.tolist(), room, stream_seed(self.sampling, name, SEED_BITS), settings)
+
+        def read(answer: Any) -> list[Rollout]:
+            return [read_rollout(name, self.generation, self.tokenizer_id.vocab_size, body, answer)]
+
+        return Request(f"Rollout {name!r}", body, read)
 
 
 def _engine(servers: Servers) -> str:
