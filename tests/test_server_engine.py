@@ -375,6 +375,8 @@ def test_a_key_opens_the_server_and_is_shown_nowhere(start, monkeypatch):
     [
         ({"urls": []}, "number of urls is 0"),
         ({"urls": ["localhost:8000"]}, "'localhost:8000', expected http://"),
+        ({"urls": ["http://"]}, "'http:', expected http://"),
+        ({"urls": ["http://[::1"]}, "'http://\\[::1', expected http://"),
         ({"urls": ["http://me:sesame@localhost"]}, "one with a user or password"),
         ({"urls": "http://a", "api_key": "sesame\n"}, "api_key has spaces"),
         ({"urls": "http://a", "concurrency": 0}, "concurrency is 0"),
@@ -387,6 +389,12 @@ def test_settings_that_make_no_sense_are_refused_and_secrets_not_repeated(settin
     with pytest.raises(InvalidRecordError, match=says) as caught:
         Servers(model="table", **settings)
     assert "sesame" not in str(caught.value)
+
+
+def test_a_proxy_of_the_environment_that_is_not_one_is_named(stub, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "garbage://x:y")
+    with pytest.raises(EngineError, match=r"Server http://127.*no client can be made for it \(Invalid port.*look at HTTP_PROXY"):
+        scorer_of(stub).score(make_rollouts())
 
 
 def test_urls_may_end_as_openai_clients_write_them():
@@ -867,6 +875,11 @@ def test_a_folder_says_tokenizer_ends_and_teacher(tmp_path, tokenizer, stub):
     assert source.stop_ids == {0, 5, 6}
     assert source.manifest == Manifest(source.tokenizer_id, MODEL, params, teacher)
     assert source.tokenizer_id.vocab_size == 96
+    with pytest.raises(EngineError, match="cannot be loaded"):
+        ServerSource.from_folder(servers, tmp_path / "not here", MODEL, params)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(EngineError, match="cannot be loaded"):
+        ServerSource.from_folder(servers, tmp_path, MODEL, params)
 
 
 def test_a_tokenizer_will_do_in_place_of_its_fingerprint(tokenizer):

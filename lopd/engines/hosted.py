@@ -30,6 +30,10 @@ class DiedError(Exception):
     """The process of a worker is gone; it becomes an EngineError, or another process."""
 
 
+class LateError(Exception):
+    """A worker did not start in time; the message is what may help, as a clause."""
+
+
 @final
 class Host:
     """Lives in the process of a worker, and holds the engine that `make` gives."""
@@ -66,7 +70,7 @@ class Process(Protocol):
         """Begin a process, in place of one that was begun before.
 
         Raises:
-            TimeoutError: it took longer than `patience_s`; the message is what may help, as a clause.
+            LateError: it took longer than `patience_s`.
         """
         ...
 
@@ -114,7 +118,7 @@ class _Worker:
         name, wanted, patience_s = self.engines._name, self.engines.workers, self.engines.patience_s
         try:
             return self.process.start(self.engines._identity, patience_s)
-        except TimeoutError as late:
+        except LateError as late:
             raise EngineError(
                 f"{name}: a worker did not start within {patience_s:g} s, expected all {wanted}; {late}, or wait for longer (`patience_s`)."
             ) from None
@@ -173,12 +177,12 @@ class Hosted(ABC, Generic[Engine]):
         return type(self).__name__
 
     @abstractmethod
-    def _process(self, place: int, make: Callable[[], Engine]) -> Process:
+    def _process(self, place: int) -> Process:
         """Where the engine of this worker lives."""
 
     @cached_property
     def _pool(self) -> Pool:
-        workers = [_Worker(self, self._process(place, self.make)) for place in range(self.workers)]
+        workers = [_Worker(self, self._process(place)) for place in range(self.workers)]
         return Pool(self._name, workers, self.attempts)
 
     def _identify(self) -> Any:
@@ -211,6 +215,7 @@ class Hosted(ABC, Generic[Engine]):
             pool.close()
 
 
+@define(eq=False, slots=False)
 class HostedSource(Hosted[RolloutSource]):
     """A RolloutSource in several processes."""
 
@@ -236,6 +241,7 @@ class HostedSource(Hosted[RolloutSource]):
         return self._spread(prompts, self.manifest.sampling.samples_per_prompt)
 
 
+@define(eq=False, slots=False)
 class HostedScorer(Hosted[TeacherScorer]):
     """A TeacherScorer in several processes."""
 

@@ -22,19 +22,39 @@ from time import monotonic
 from traceback import format_exc
 from typing import Any, final
 
-from attrs import define, field
+from attrs import define
 
-from lopd.engines.hosted import GOODBYE_S, DiedError, Host, HostedScorer, HostedSource
+from lopd.engines.hosted import GOODBYE_S, DiedError, Engine, Host, Hosted, HostedScorer, HostedSource, LateError
 from lopd.errors import EngineError, InvalidRecordError
+from lopd.protocols import RolloutSource, TeacherScorer
 from lopd.records.checks import check_number
 
 _POLL_S, _DEATH_S = 0.5, 5.0
 _CHILD = "import sys; from lopd.engines.local.nouns import serve; serve(int(sys.argv[1]))"
 
 
+@define(eq=False, slots=False)
+class _Local(Hosted[Engine]):
+    environments: Sequence[Mapping[str, str]] = ()
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        given, wanted = len(self.environments), self.workers
+        check_number(self._name, "number of environments", given, given in (0, wanted), f"0 or {wanted}, one per worker")
+        try:
+            pickle.dumps(self.make)
+        except Exception as error:  # whatever the parts of `make` raise
+            raise InvalidRecordError(
+                f"{self._name}: make cannot be sent to another process ({error}); pass a function of a module, or a functools.partial of one."
+            ) from error
+
+    def _process(self, place: int) -> "_Child":
+        return _Child(self.make, self.environments[place] if self.environments else {})
+
+
 @final
 @define(eq=False, slots=False)
-class LocalSource(HostedSource):
+class LocalSource(HostedSource, _Local[RolloutSource]):
     """Samples with engines in several processes of this machine; `contextlib.closing` ends them.
 
     Args:
@@ -48,19 +68,10 @@ class LocalSource(HostedSource):
         InvalidRecordError: a number makes no sense, there are fewer or more environments than workers, or `make` cannot be pickled.
     """
 
-    environments: Sequence[Mapping[str, str]] = field(default=())
-
-    def __attrs_post_init__(self) -> None:
-        super().__attrs_post_init__()
-        _check("LocalSource", self.workers, self.environments, self.make)
-
-    def _process(self, place: int, make: Callable[[], Any]) -> "_Child":
-        return _Child(make, self.environments[place] if self.environments else {})
-
 
 @final
 @define(eq=False, slots=False)
-class LocalScorer(HostedScorer):
+class LocalScorer(HostedScorer, _Local[TeacherScorer]):
     """Reads rollouts with engines in several processes of this machine; `contextlib.closing` ends them.
 
     Args:
@@ -70,25 +81,6 @@ class LocalScorer(HostedScorer):
     Raises:
         InvalidRecordError: a number makes no sense, there are fewer or more environments than workers, or `make` cannot be pickled.
     """
-
-    environments: Sequence[Mapping[str, str]] = field(default=())
-
-    def __attrs_post_init__(self) -> None:
-        super().__attrs_post_init__()
-        _check("LocalScorer", self.workers, self.environments, self.make)
-
-    def _process(self, place: int, make: Callable[[], Any]) -> "_Child":
-        return _Child(make, self.environments[place] if self.environments else {})
-
-
-def _check(owner: str, workers: int, environments: Sequence[Mapping[str, str]], make: Callable[[], Any]) -> None:
-    check_number(owner, "number of environments", len(environments), len(environments) in (0, workers), f"0 or {workers}, one per worker")
-    try:
-        pickle.dumps(make)
-    except Exception as error:  # whatever the parts of `make` raise
-        raise InvalidRecordError(
-            f"{owner}: make cannot be sent to another process ({error}); pass a function of a module, or a functools.partial of one."
-        ) from error
 
 
 @final
@@ -141,7 +133,7 @@ class _Child:
             # what it has started may hold the connection open when it is gone
             while not connection.poll(_POLL_S) and process.poll() is None:
                 if monotonic() > late:
-                    raise TimeoutError("ask for fewer workers")
+                    raise LateError("ask for fewer workers")
             fine, answer = connection.recv()
         except (EOFError, ConnectionError) as error:
             with suppress(subprocess.TimeoutExpired):

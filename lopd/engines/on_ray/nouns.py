@@ -13,8 +13,9 @@ from typing import Any, final
 
 from attrs import define, field
 
-from lopd.engines.hosted import GOODBYE_S, DiedError, Host, HostedScorer, HostedSource
+from lopd.engines.hosted import GOODBYE_S, DiedError, Engine, Host, Hosted, HostedScorer, HostedSource, LateError
 from lopd.errors import InvalidRecordError, MissingDependencyError
+from lopd.protocols import RolloutSource, TeacherScorer
 
 try:
     import ray
@@ -25,9 +26,17 @@ except ImportError as error:
     ) from error
 
 
+@define(eq=False, slots=False)
+class _OnRay(Hosted[Engine]):
+    options: Mapping[str, Any] = field(factory=dict)
+
+    def _process(self, place: int) -> "_Actor":  # noqa: ARG002
+        return _Actor(self.make, self.options)
+
+
 @final
 @define(eq=False, slots=False)
-class RaySource(HostedSource):
+class RaySource(HostedSource, _OnRay[RolloutSource]):
     """Samples with the engines of several workers; `contextlib.closing` gives the machines back.
 
     Args:
@@ -41,15 +50,10 @@ class RaySource(HostedSource):
         InvalidRecordError: a number makes no sense.
     """
 
-    options: Mapping[str, Any] = field(factory=dict)
-
-    def _process(self, place: int, make: Callable[[], Any]) -> "_Actor":  # noqa: ARG002
-        return _Actor(make, self.options)
-
 
 @final
 @define(eq=False, slots=False)
-class RayScorer(HostedScorer):
+class RayScorer(HostedScorer, _OnRay[TeacherScorer]):
     """Reads rollouts with the engines of several workers; `contextlib.closing` gives the machines back.
 
     Args:
@@ -59,11 +63,6 @@ class RayScorer(HostedScorer):
     Raises:
         InvalidRecordError: a number makes no sense.
     """
-
-    options: Mapping[str, Any] = field(factory=dict)
-
-    def _process(self, place: int, make: Callable[[], Any]) -> "_Actor":  # noqa: ARG002
-        return _Actor(make, self.options)
 
 
 @final
@@ -90,7 +89,7 @@ class _Actor:
         self._actor = actor = self._new.remote(self._make)
         started = actor.start.remote(identity)
         if not ray.wait([started], timeout=patience_s)[0]:
-            raise TimeoutError(f"the cluster has {ray.available_resources()} left to give: ask for fewer workers or other `options`")
+            raise LateError(f"the cluster has {ray.available_resources()} left to give: ask for fewer workers or other `options`")
         return _result(started)
 
     def work(self, method: str, items: Sequence[Any]) -> list[Any]:

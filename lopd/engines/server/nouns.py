@@ -131,16 +131,20 @@ class ServerSource:
         """A source whose tokenizer, EOS ids and SFT teacher are read from a local copy of the folder that is served.
 
         Raises:
+            EngineError: the folder is not there, or cannot be read.
             MissingDependencyError: transformers is not installed.
         """
         try:
             import transformers
+
+            from lopd.engines.identity import looking_for
         except ImportError as error:
             raise MissingDependencyError(
                 "ServerSource: transformers is not installed, expected it to read a tokenizer; pip install 'lopd[hf]'."
             ) from error
-        tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
-        return cls(servers, tokenizer, identity, sampling, _eos_ids(Path(folder), tokenizer), Lineage.read(Path(folder)))
+        with looking_for(folder):
+            tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
+            return cls(servers, tokenizer, identity, sampling, _eos_ids(Path(folder), tokenizer), Lineage.read(Path(folder)))
 
     def __attrs_post_init__(self) -> None:
         if not self.stop_ids:

@@ -15,7 +15,7 @@ import numpy as np
 import transformers
 from attrs import field, frozen
 
-from lopd.engines.identity import folder_model_id, local_folder
+from lopd.engines.identity import folder_model_id, local_folder, looking_for
 from lopd.engines.inputs import (
     SEED_BITS,
     all_ids,
@@ -221,7 +221,8 @@ class VLLMScorer:
 
 def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = False, top_k: int = 0) -> tuple[VLLMEngine, Any]:
     path = local_folder(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    with looking_for(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     vocab_size = fingerprint_tokenizer(tokenizer).vocab_size
     return VLLMEngine(path, vocab_size, settings or VLLMSettings(), scoring=scoring, top_k=top_k), tokenizer
 
