@@ -41,10 +41,6 @@ class Down(Exception):  # noqa: N818  # never leaves the engine: at most its `er
         self.error, self.pause = error, pause
 
 
-class _EndedError(Exception):
-    """The call is over; its threads end."""
-
-
 @final
 @frozen(eq=False)
 class Request(Generic[T]):
@@ -157,7 +153,9 @@ class Pool:
             with self._changed:
                 self._wait(lambda: call.error is not None or len(call.results) == len(requests))
         finally:
-            call.over = True
+            with self._changed:
+                call.over = True
+                self._changed.notify_all()
         if call.error is not None:
             raise call.error
         return [result for i in range(len(requests)) for result in call.results[i]]
@@ -258,8 +256,6 @@ class Pool:
                 with self._changed:
                     call.results[i] = results
                     self._changed.notify_all()
-        except _EndedError:
-            return
         except BaseException as error:  # it is the caller's
             with self._changed:
                 call.error = call.error or error
@@ -299,7 +295,7 @@ class Pool:
         with self._changed:
             self._changed.wait_for(lambda: call.over or self._over() or bool(self._free()))
             if call.over or self._over():
-                raise _EndedError
+                raise InterruptedError  # the results are not waited for any more
             place = min(self._free(), key=lambda place: place.busy)
             place.busy += 1
             return place

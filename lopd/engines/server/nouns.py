@@ -18,7 +18,7 @@ from typing import Any, final
 
 from attrs import define, field
 
-from lopd.engines.inputs import SEED_BITS, budgeted, check_prompts, check_rollouts, in_order, sampling_settings, stream_seed
+from lopd.engines.inputs import SEED_BITS, budgeted, check_prompts, check_rollouts, in_order, sampling_settings, stop_ids, stream_seed
 from lopd.engines.pool import Request
 from lopd.engines.server.servers import Probe, Servers
 from lopd.engines.server.wire import check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
@@ -73,7 +73,9 @@ class ServerScorer:
         Raises:
             EngineError: they do not agree, or none is up.
         """
-        return Provenance(self.identity, self.tokenizer_id.vocab_hash, _engine(self.servers), "raw", self.top_k, self.tokenizer_id.eos_id)
+        version = self.servers.served.version
+        engine = f"vllm {version} served" if version else "served by an unnamed version"
+        return Provenance(self.identity, self.tokenizer_id.vocab_hash, engine, "raw", self.top_k, self.tokenizer_id.eos_id)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
@@ -193,14 +195,8 @@ class ServerSource:
         return Request(f"Rollout {name!r}", body, read)
 
 
-def _engine(servers: Servers) -> str:
-    version = servers.served.version
-    return f"vllm {version} served" if version else "served by an unnamed version"
-
-
 def _eos_ids(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
     """Those of generation_config.json, or else config.json, and the tokenizer's."""
     files = [folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists()]
-    configured: int | list[int] = next((ids for file in files if (ids := json.loads(file.read_text()).get("eos_token_id")) is not None), [])
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in [*ids, tokenizer.eos_id] if i is not None)
+    configured = next((ids for file in files if (ids := json.loads(file.read_text()).get("eos_token_id")) is not None), None)
+    return stop_ids(SamplingParams(), configured, tokenizer)

@@ -86,7 +86,7 @@ class VLLMSource:
 
     @cached_property
     def _identified(self) -> ModelId:
-        return _identify(self.engine, self.identity)
+        return self.identity or folder_model_id(self.engine.folder, self.engine.settings.dtype)
 
     @property
     def manifest(self) -> Manifest:
@@ -181,7 +181,7 @@ class VLLMScorer:
 
     @cached_property
     def _identified(self) -> ModelId:
-        return _identify(self.engine, self.identity)
+        return self.identity or folder_model_id(self.engine.folder, self.engine.settings.dtype)
 
     @property
     def provenance(self) -> Provenance:
@@ -232,10 +232,6 @@ def _check_purpose(owner: str, engine: VLLMEngine, *, scoring: bool) -> None:
         raise EngineError(
             f"{owner}: the engine has scoring={engine.scoring}, expected scoring={scoring}; sampling and scoring need engines of their own."
         )
-
-
-def _identify(engine: VLLMEngine, identity: ModelId | None) -> ModelId:
-    return identity or folder_model_id(engine.folder, engine.settings.dtype)
 
 
 def _configured_eos(folder: Path) -> Any:
