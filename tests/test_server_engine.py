@@ -8,6 +8,7 @@ import importlib
 import pickle
 import runpy
 import signal
+import socket
 import sys
 import threading
 from contextlib import contextmanager
@@ -129,6 +130,14 @@ def held(stub, when=lambda _: True):
         yield
     finally:
         leave.set()
+
+
+def is_dropped(connection):
+    """Whether the client has closed it; the server may still answer."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
 
 
 def until(fits):
@@ -648,6 +657,7 @@ def test_an_error_ends_the_call_while_other_requests_are_under_way(stub):
         with pytest.raises(EngineError, match="'r11'"):
             scorer_of(stub).score(rollouts)
         assert stub.busy > 0, "nobody waits for the others"
+        until(lambda: all(map(is_dropped, stub.connections)))
 
 
 def test_control_c_ends_the_call_while_requests_are_under_way(stub):
@@ -660,6 +670,7 @@ def test_control_c_ends_the_call_while_requests_are_under_way(stub):
             scorer.score(make_rollouts())
         interrupter.join()
         assert stub.busy >= 12, "nobody waits for the answers"
+        until(lambda: all(map(is_dropped, stub.connections)))
 
 
 def test_it_runs_where_an_event_loop_runs_already(stub):
