@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tenacity
 from _pytest.outcomes import Skipped
 from attrs import evolve, frozen
 from conftest import CONTEXT, TOKENIZER_ID, build_model, build_tokenizer
 from vllm_stub import EOS, VOCAB, Stub
 
+from lopd.engines import pool
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.inputs import check_prompts, check_rollouts
-from lopd.engines.server import Servers, ServerScorer, ServerSource, pool
+from lopd.engines.server import Servers, ServerScorer, ServerSource
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
 from lopd.protocols import RolloutSource, TeacherScorer
 from lopd.records import Manifest, ModelId, Prompt, Provenance, Rollout, SamplingParams, Scores, TokenizerId, TopK, rollout_id
@@ -107,7 +107,7 @@ class Served:
 
     @pytest.fixture(autouse=True)
     def _servers(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.setattr(pool, "_BACKOFF", tenacity.wait_fixed(0.01))
+        monkeypatch.setattr(pool, "backoff", lambda _: 0.01)
         monkeypatch.delenv("VLLM_API_KEY", raising=False)
         stubs = [Stub(), Stub()]
         self.servers = Servers([stub.url for stub in stubs], model="table", patience_s=20, timeout_s=20)

@@ -17,6 +17,7 @@ PINNED = Path(__file__).with_name("public_api.txt")
 MODULES = (
     "lopd",
     "lopd.engines.hf",
+    "lopd.engines.local",
     "lopd.engines.on_ray",
     "lopd.engines.server",
     "lopd.engines.vllm",

@@ -219,7 +219,7 @@ def test_a_cluster_that_has_not_what_is_asked_for_is_not_waited_for_forever(fold
     make = Moody(folders["policy"], folders["policy"], "differ")
     with (
         closing(RayScorer(make, workers=3, options={"resources": {"telescope": 1}}, patience_s=1.0)) as scorer,
-        pytest.raises(EngineError, match=r"RayScorer: 3 of 3 workers did not start within 1 s.*the cluster has .*CPU"),
+        pytest.raises(EngineError, match=r"RayScorer: a worker did not start within 1 s.*the cluster has .*CPU"),
     ):
         scorer.provenance  # noqa: B018
 

@@ -8,6 +8,7 @@ import importlib
 import pickle
 import runpy
 import signal
+import socket
 import sys
 import threading
 from contextlib import contextmanager
@@ -16,13 +17,13 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import pytest
-import tenacity
 from vllm_stub import EOS, VOCAB, Stub, answer, changed, cut, late, table
 
 from lopd import collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr.store import ZarrStore
-from lopd.engines.server import Servers, ServerScorer, ServerSource, answers, pool
+from lopd.engines import pool
+from lopd.engines.server import Servers, ServerScorer, ServerSource, answers
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError
 from lopd.records import Lineage, Manifest, ModelId, Prompt, Rollout, SamplingParams, TokenizerId, fingerprint_tokenizer
 
@@ -33,7 +34,7 @@ STOP = (EOS, 5)
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch):
-    monkeypatch.setattr(pool, "_BACKOFF", tenacity.wait_fixed(0.01))
+    monkeypatch.setattr(pool, "backoff", lambda _: 0.01)
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
 
 
@@ -129,6 +130,14 @@ def held(stub, when=lambda _: True):
         yield
     finally:
         leave.set()
+
+
+def is_dropped(connection):
+    """Whether the client has closed it; the server may still answer."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
 
 
 def until(fits):
@@ -375,6 +384,8 @@ def test_a_key_opens_the_server_and_is_shown_nowhere(start, monkeypatch):
     [
         ({"urls": []}, "number of urls is 0"),
         ({"urls": ["localhost:8000"]}, "'localhost:8000', expected http://"),
+        ({"urls": ["http://"]}, "'http:', expected http://"),
+        ({"urls": ["http://[::1"]}, "'http://\\[::1', expected http://"),
         ({"urls": ["http://me:sesame@localhost"]}, "one with a user or password"),
         ({"urls": "http://a", "api_key": "sesame\n"}, "api_key has spaces"),
         ({"urls": "http://a", "concurrency": 0}, "concurrency is 0"),
@@ -387,6 +398,12 @@ def test_settings_that_make_no_sense_are_refused_and_secrets_not_repeated(settin
     with pytest.raises(InvalidRecordError, match=says) as caught:
         Servers(model="table", **settings)
     assert "sesame" not in str(caught.value)
+
+
+def test_a_proxy_of_the_environment_that_is_not_one_is_named(stub, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "garbage://x:y")
+    with pytest.raises(EngineError, match=r"Server http://127.*no client can be made for it \(Invalid port.*look at HTTP_PROXY"):
+        scorer_of(stub).score(make_rollouts())
 
 
 def test_urls_may_end_as_openai_clients_write_them():
@@ -442,13 +459,8 @@ def test_a_request_that_fails_each_time_ends_the_call_with_the_rollout_the_url_a
 @pytest.fixture
 def pauses(monkeypatch):
     """How long the client sleeps each time; in truth it does not."""
-    asked, sleep = [], asyncio.sleep
-
-    def no_sleep(seconds, *args):
-        asked.append(seconds)
-        return sleep(0, *args)
-
-    monkeypatch.setattr(pool.asyncio, "sleep", no_sleep)
+    asked = []
+    monkeypatch.setattr(pool.Pool, "_sleep", lambda _, seconds: asked.append(seconds))
     return asked
 
 
@@ -565,7 +577,7 @@ def test_a_server_that_comes_back_with_another_model_is_not_used(start):
     second = []
 
     def restart():
-        until(lambda: first.busy >= 2)
+        until(lambda: first.busy >= 12)
         first.close()
         second.append(start(port=port, root="/models/chair"))
 
@@ -645,6 +657,7 @@ def test_an_error_ends_the_call_while_other_requests_are_under_way(stub):
         with pytest.raises(EngineError, match="'r11'"):
             scorer_of(stub).score(rollouts)
         assert stub.busy > 0, "nobody waits for the others"
+        until(lambda: all(map(is_dropped, stub.connections)))
 
 
 @pytest.fixture
@@ -666,6 +679,7 @@ def test_control_c_ends_the_call_while_requests_are_under_way(stub):
             scorer.score(make_rollouts())
         interrupter.join()
         assert stub.busy >= 12, "nobody waits for the answers"
+        until(lambda: all(map(is_dropped, stub.connections)))
 
 
 def test_it_runs_where_an_event_loop_runs_already(stub):
@@ -684,7 +698,7 @@ def test_a_scorer_that_was_used_can_be_sent_to_another_process(stub):
 
 
 def test_without_its_packages_the_module_says_what_to_install(monkeypatch):
-    for missing in ("httpx2", "tenacity", "anyio.from_thread"):
+    for missing in ("httpx2",):
         with monkeypatch.context() as patch:
             for name in [name for name in sys.modules if name.startswith(("lopd.engines.http", "lopd.engines.server"))]:
                 patch.delitem(sys.modules, name)
@@ -881,6 +895,11 @@ def test_a_folder_says_tokenizer_ends_and_teacher(tmp_path, tokenizer, stub):
     assert source.stop_ids == {0, 5, 6}
     assert source.manifest == Manifest(source.tokenizer_id, MODEL, params, teacher)
     assert source.tokenizer_id.vocab_size == 96
+    with pytest.raises(EngineError, match="cannot be loaded"):
+        ServerSource.from_folder(servers, tmp_path / "not here", MODEL, params)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(EngineError, match="cannot be loaded"):
+        ServerSource.from_folder(servers, tmp_path, MODEL, params)
 
 
 def test_a_tokenizer_will_do_in_place_of_its_fingerprint(tokenizer):

@@ -110,6 +110,11 @@ class Stub:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def connections(self) -> list[socket.socket]:
+        """Those that are open here."""
+        return list(self._listener.open)
+
     def close(self) -> None:
         """Stop listening, and drop the connections that are open."""
         self._listener.shutdown()

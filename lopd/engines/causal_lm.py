@@ -86,30 +86,19 @@ def packed_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor
     return hidden_states(model, input_ids_BS)[row_N, position_ids_N]
 
 
-def token_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, rows: int = 512) -> Tensor:
-    """(M,) float32 log-probs, nats, of `targets` under `head`, `rows` rows at a time: memory is rows * V, never M * V.
+@torch.no_grad()
+def candidate_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, top_k: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(M,) float32 log-probs, nats, of `targets` under `head`, and (M, K) ids and log-probs of the `top_k` most likely tokens, most likely first.
 
-    Takes no gradient; the losses have their own.
+    `rows` rows at a time: memory is rows * V, never M * V.  Takes no gradient; the losses have their own.
     """
-    return candidate_logprobs(hidden_MD, head, targets_M, 0, rows)[0]
-
-
-def candidate_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, top_k: int, rows: int = 512) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and the (M, K) ids and log-probs of the `top_k` most likely tokens, most likely first."""
     logprobs, ids, values = [], [], []
-    with torch.no_grad():
-        for hidden_RD, targets_R in zip(hidden_MD.split(rows), targets_M.split(rows), strict=True):
-            logprobs_RV = head.logits(hidden_RD).log_softmax(-1)
-            logprobs.append(logprobs_RV.gather(-1, targets_R[:, None]).squeeze(-1))
-            values_RK, ids_RK = logprobs_RV.topk(top_k, -1)
-            ids.append(ids_RK)
-            values.append(values_RK)
-    if not logprobs:
-        return (
-            hidden_MD.new_zeros(0, dtype=torch.float32),
-            targets_M.new_zeros(0, top_k),
-            hidden_MD.new_zeros(0, top_k, dtype=torch.float32),
-        )
+    for hidden_RD, targets_R in zip(hidden_MD.split(rows), targets_M.split(rows), strict=True):
+        logprobs_RV = head.logits(hidden_RD).log_softmax(-1)
+        logprobs.append(logprobs_RV.gather(-1, targets_R[:, None]).squeeze(-1))
+        values_RK, ids_RK = logprobs_RV.topk(top_k, -1)
+        ids.append(ids_RK)
+        values.append(values_RK)
     return torch.cat(logprobs), torch.cat(ids), torch.cat(values)
 
 

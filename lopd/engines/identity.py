@@ -14,7 +14,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lopd.engines.causal_lm import unwrap
@@ -76,6 +76,7 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
         dtype: of the weights in use; None is what the configuration says.
 
     Raises:
+        EngineError: a file is damaged.
         ModelError: there is no whole model (but adapters, say), there are no safetensors files, or they name or shape a parameter otherwise than
             the loaded model does (transformers renames or merges weights of some architectures while it loads them): take the identity of the
             loaded model, or state one.
@@ -87,21 +88,27 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
             "`identity=`."
         )
     dtype = dtype or folder_dtype(folder)
-    places = _places(folder)
-    weights = ((names[0], _read(folder, places, names, shape).to(dtype)) for names, shape in _parameters(folder))
-    return ModelId(folder.name, hash_weights_in_order(weights), _name_of(dtype))
+    with looking_for(folder):
+        places = _places(folder)
+        weights = ((names[0], _read(folder, places, names, shape).to(dtype)) for names, shape in _parameters(folder))
+        return ModelId(folder.name, hash_weights_in_order(weights), _name_of(dtype))
 
 
 def folder_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype in which transformers loads a folder when it is left to choose: the configuration's, or else that of the first weights."""
+    """The dtype in which transformers loads a folder when it is left to choose: the configuration's, or else that of the first weights.
+
+    Raises:
+        EngineError: there is no such folder, or a file is damaged.
+        ModelError: there are no safetensors files, and the configuration does not say it.
+    """
     folder = Path(folder)
-    configured = getattr(transformers.AutoConfig.from_pretrained(folder), "dtype", None)
-    if isinstance(configured, torch.dtype):
-        return configured
-    places = _places(folder)
-    first = min(places)
-    with safe_open(places[first], "pt") as file:
-        dtype: torch.dtype = file.get_tensor(first).dtype
+    with looking_for(folder):
+        configured = getattr(transformers.AutoConfig.from_pretrained(folder), "dtype", None)
+        if isinstance(configured, torch.dtype):
+            return configured
+        first, path = min(_places(folder).items())
+        with safe_open(path, "pt") as file:
+            dtype: torch.dtype = file.get_tensor(first).dtype
     return dtype
 
 
@@ -116,7 +123,7 @@ def looking_for(name: str | Path) -> Iterator[None]:
         yield
     except LopdError:
         raise
-    except (OSError, ValueError, HFValidationError) as error:
+    except (OSError, ValueError, HFValidationError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise EngineError(
             f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; check the path, "

@@ -1,7 +1,8 @@
-"""What every engine checks before it computes anything, what ends a response, and the random stream of each."""
+"""What every engine does with what it is given: the checks before it computes anything, batches, what ends a response, random streams."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import blake2b
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,7 +11,13 @@ from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.records.checks import check_number
 from lopd.records.identity import TokenizerId
 from lopd.records.manifest import SamplingParams
-from lopd.records.rollouts import Prompt, Rollout
+from lopd.records.rollouts import Prompt, Rollout, floor_logprobs
+
+T = TypeVar("T")
+#: vLLM takes signed 64-bit seeds, and reads -1 as none.
+SEED_BITS = 63
+#: What leaves the distribution of a model as it is, by vLLM's names.
+NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: int) -> None:
@@ -64,6 +71,28 @@ def check_top_k(owner: str, top_k: int, tokenizer: TokenizerId) -> None:
     check_number(owner, "top_k", top_k, 0 <= top_k <= tokenizer.vocab_size, f"0 to {tokenizer.vocab_size}")
 
 
+def budgeted(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in runs of similar length whose padded size, the longest times how many, stays within the budget; one too long is alone."""
+    parts: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if parts and (len(parts[-1]) + 1) * lengths[i] <= budget:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
+
+def all_ids(rollout: Rollout) -> list[int]:
+    """Prompt and response."""
+    return [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
+
+
+def in_order(order: Sequence[int], results: Sequence[T], each: int = 1) -> list[T]:
+    """Results of items that were asked for in this order, `each` for one item, in the order of the items."""
+    places = np.argsort(np.array(order, np.int64))
+    return [results[place * each + k] for place in places.tolist() for k in range(each)]
+
+
 def stop_ids(sampling: SamplingParams, configured: int | Sequence[int] | None, tokenizer: TokenizerId) -> frozenset[int]:
     """Ids that end a response: those asked for, or the EOS ids of the model's generation configuration and of the tokenizer."""
     if sampling.stop_ids:
@@ -72,6 +101,43 @@ def stop_ids(sampling: SamplingParams, configured: int | Sequence[int] | None, t
     return frozenset(i for i in [*ids, tokenizer.eos_id] if i is not None)
 
 
-def stream_seed(sampling: SamplingParams, rollout_id: str) -> int:
-    """128 bits that are the rollout's own: of the run's seed and of prompt, sample and generation, which its id names."""
-    return int.from_bytes(blake2b(f"{sampling.seed}|{rollout_id}".encode(), digest_size=16).digest(), "little")
+def stream_seed(sampling: SamplingParams, rollout_id: str, bits: int) -> int:
+    """At most 128 bits that are the rollout's own: of the run's seed and of prompt, sample and generation, which its id names."""
+    return int.from_bytes(blake2b(f"{sampling.seed}|{rollout_id}".encode(), digest_size=16).digest(), "little") & ((1 << bits) - 1)
+
+
+def sampling_settings(sampling: SamplingParams, stops: Collection[int], tokenizer: TokenizerId) -> dict[str, Any]:
+    """Everything that vLLM has defaults of its own for, which may come from beside the weights; log-probs are of the sampled token alone.
+
+    Stop ids are named, and its own idea of EOS is turned off: the two may differ.  An id outside the vocabulary ends nothing, and vLLM refuses it.
+    """
+    ends = sorted(token for token in stops if token < tokenizer.vocab_size)
+    given = {"temperature": sampling.temperature, "top_p": sampling.top_p, "n": 1, "logprobs": 0}
+    return {**NEUTRAL, **given, "min_tokens": 0, "ignore_eos": True, "stop_token_ids": ends}
+
+
+def make_rollout(
+    name: str, prompt_ids: NDArray[np.int32], ids: Sequence[int], logprobs: Any, *, stops: Collection[int], generation: int
+) -> Rollout:
+    """A rollout as it was sampled: all of its tokens count, and it ends at a stop id or for its length.
+
+    Args:
+        name: its id.
+        prompt_ids: what is answered.
+        ids: (T,) sampled tokens, at least one.
+        logprobs: (T,) of them, nats, at temperature 1; -inf becomes the floor.
+        stops: ids that end a response.
+        generation: round of sampling.
+
+    Raises:
+        InvalidRecordError: something is not a log-prob; it names the rollout.
+    """
+    return Rollout(
+        rollout_id=name,
+        prompt_ids=prompt_ids,
+        response_ids=np.array(ids, np.int64),
+        loss_mask=np.ones(len(ids), np.bool_),
+        finish_reason="stop" if int(ids[-1]) in stops else "length",
+        behavior_logprobs=floor_logprobs(logprobs)[0],
+        generation=generation,
+    )

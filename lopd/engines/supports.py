@@ -9,7 +9,7 @@ import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
 
-from lopd.errors import EngineError
+from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores, TopK, floor_logprobs
 
 
@@ -32,7 +32,10 @@ def make_scores(
         return scores
     # float32 rounding may leave the sum a little above 1
     tail_T = np.clip(1 - np.exp(candidates_TK.astype(np.float64)).sum(-1), 0, 1)
-    return evolve(scores, top_k=TopK(ids_TK, floor_logprobs(candidates_TK)[0], tail_T))
+    try:
+        return evolve(scores, top_k=TopK(ids_TK, floor_logprobs(candidates_TK)[0], tail_T))
+    except InvalidRecordError as error:
+        raise InvalidRecordError(f"Rollout {rollout.rollout_id!r}: {error}") from error
 
 
 class FlatLogprobs(Protocol):

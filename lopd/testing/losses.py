@@ -17,6 +17,7 @@ from torch import Tensor
 from lopd.protocols import OPDLoss
 from lopd.records.steps import Batch, LMHead, LossOutput
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _STORED = ("teacher_logprobs", "ref_logprobs", "top_k_logprobs", "top_k_tail")
 _ROUNDINGS = 16
 _SUMS = ("loss_sum", "reverse_kl_sum", "clipped_sum")
@@ -223,7 +224,7 @@ class LossConformance:
             assert_at_least_as_exact(f"{label}, gradient by {name}", got, expected, exact)
 
     def test_sums_and_gradients_are_as_exact_as_the_plain_ones_in_every_dtype(self) -> None:
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for dtype in _DTYPES:
             for case in self.cases():
                 self._judge(case, dtype)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lopd.engines.causal_lm import candidate_logprobs, check_cut, context_length, evaluating, hidden_states, lm_head, unwrap
 from lopd.engines.hf.decoding import Row, decode
 from lopd.engines.identity import check_unchanged, identify, looking_for, model_name
-from lopd.engines.inputs import check_prompts, check_rollouts, check_top_k, stop_ids, stream_seed
+from lopd.engines.inputs import budgeted, check_prompts, check_rollouts, check_top_k, in_order, make_rollout, stop_ids, stream_seed
 from lopd.engines.supports import make_scores
 from lopd.guards.consistency import check_vocabulary
 from lopd.records.checks import check_at_least
@@ -28,7 +28,7 @@ from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
-ENGINE = f"transformers {transformers.__version__}"
+_ENGINE = f"transformers {transformers.__version__}"
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
@@ -86,62 +86,53 @@ class HFSource:
 
     def __attrs_post_init__(self) -> None:
         check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
-        check_cut(self.model, fingerprint_tokenizer(self.tokenizer).vocab_size)
+        check_cut(self.model, self.tokenizer_id.vocab_size)
 
-    @property
-    def manifest(self) -> Manifest:
-        """What a store of these rollouts must say; the policy is identified once, so make a new source (`attrs.evolve`) after training."""
-        return self._manifest
+    @cached_property
+    def tokenizer_id(self) -> TokenizerId:
+        """Whose ids it reads."""
+        return fingerprint_tokenizer(self.tokenizer)
 
     @cached_property
     def _identified(self) -> tuple[ModelId, int | None]:
         return identify(self.model, self.identity)
 
-    @cached_property
-    def _manifest(self) -> Manifest:
-        policy, _ = self._identified
-        return Manifest(fingerprint_tokenizer(self.tokenizer), policy, self.sampling, self.lineage.sft_teacher, self.generation)
+    @property
+    def manifest(self) -> Manifest:
+        """What a store of these rollouts must say; the policy is identified once, so make a new source (`attrs.evolve`) after training."""
+        return Manifest(self.tokenizer_id, self._identified[0], self.sampling, self.lineage.sft_teacher, self.generation)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
         """`samples_per_prompt` rollouts for each prompt, in their order."""
-        check_prompts(prompts, self.manifest.tokenizer, context_length(self.model))
+        check_prompts(prompts, self.tokenizer_id, context_length(self.model))
         check_unchanged("HFSource", self.model, self._identified[1])
-        rows = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
-        order = sorted(range(len(rows)), key=lambda i: rows[i][0].token_ids.size)
-        rollouts: dict[int, Rollout] = {}
-        for first in range(0, len(rows), self.rows_per_batch):
-            part = order[first : first + self.rows_per_batch]
-            rollouts.update(zip(part, self._sample_batch([rows[i] for i in part]), strict=True))
-        return [rollouts[i] for i in range(len(rows))]
-
-    def _sample_batch(self, rows: Sequence[tuple[Prompt, int]]) -> list[Rollout]:
-        drawn = [self._row(prompt, sample) for prompt, sample in rows]
-        with evaluating(self.model):
-            decode(self.model, drawn, self.sampling, self.manifest.tokenizer.vocab_size, self.stop_ids)
-        return [self._rollout(row) for row in drawn]
+        drawn: list[Row] = []
+        asked = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
+        order = sorted(range(len(asked)), key=lambda i: asked[i][0].token_ids.size)
+        for first in range(0, len(asked), self.rows_per_batch):
+            rows = [self._row(*asked[i]) for i in order[first : first + self.rows_per_batch]]
+            with evaluating(self.model):
+                decode(self.model, rows, self.sampling, self.tokenizer_id.vocab_size, self.stop_ids)
+            drawn += rows
+        return in_order(
+            order,
+            [
+                make_rollout(row.rollout_id, row.prompt_ids, row.ids, row.logprobs, stops=self.stop_ids, generation=self.generation)
+                for row in drawn
+            ],
+        )
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a response: those asked for, or the model's and the tokenizer's EOS."""
         configured = getattr(unwrap(self.model).generation_config, "eos_token_id", None)
-        return stop_ids(self.sampling, configured, self.manifest.tokenizer)
+        return stop_ids(self.sampling, configured, self.tokenizer_id)
 
     def _row(self, prompt: Prompt, sample: int) -> Row:
         """A row with its own stream of uniform numbers, whatever it will be batched with."""
         name = rollout_id(prompt.prompt_id, sample, self.generation)
-        stream = np.random.default_rng(stream_seed(self.sampling, name))
+        stream = np.random.default_rng(stream_seed(self.sampling, name, bits=128))
         return Row(name, prompt.token_ids, stream.random(self.sampling.max_new_tokens))
-
-    def _rollout(self, row: Row) -> Rollout:
-        return Rollout(
-            rollout_id=row.rollout_id,
-            prompt_ids=row.prompt_ids,
-            response_ids=np.array(row.ids, np.int32),
-            loss_mask=np.ones(len(row.ids), np.bool_),
-            finish_reason="stop" if row.ids[-1] in self.stop_ids else "length",
-            behavior_logprobs=np.array(row.logprobs, np.float32),
-            generation=self.generation,
-        )
 
 
 @final
@@ -189,27 +180,22 @@ class HFScorer:
         """Whose ids it reads."""
         return fingerprint_tokenizer(self.tokenizer)
 
-    @property
-    def provenance(self) -> Provenance:
-        """Whose log-probs these are."""
-        return self._provenance
-
     @cached_property
     def _identified(self) -> tuple[ModelId, int | None]:
         return identify(self.model, self.identity)
 
-    @cached_property
-    def _provenance(self) -> Provenance:
-        return Provenance(self._identified[0], self.tokenizer_id.vocab_hash, ENGINE, "raw", self.top_k, self.tokenizer_id.eos_id)
+    @property
+    def provenance(self) -> Provenance:
+        """Whose log-probs these are."""
+        return Provenance(self._identified[0], self.tokenizer_id.vocab_hash, _ENGINE, "raw", self.top_k, self.tokenizer_id.eos_id)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
         check_rollouts(rollouts, self.tokenizer_id, context_length(self.model))
         check_unchanged("HFScorer", self.model, self._identified[1])
-        scores: dict[int, Scores] = {}
-        for part in _budgeted(rollouts, self.tokens_per_batch):
-            scores.update(zip(part, self._score_batch([rollouts[i] for i in part]), strict=True))
-        return [scores[i] for i in range(len(rollouts))]
+        parts = budgeted([len(rollout) for rollout in rollouts], self.tokens_per_batch)
+        scores = [made for part in parts for made in self._score_batch([rollouts[i] for i in part])]
+        return in_order([i for part in parts for i in part], scores)
 
     @torch.inference_mode()
     def _score_batch(self, rollouts: Sequence[Rollout]) -> list[Scores]:
@@ -235,12 +221,12 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
     Raises:
         TokenizerMismatchError: the teacher's token-to-id map is not the student's.
     """
-    ours = student.manifest.tokenizer
+    ours = student.tokenizer_id
     check_vocabulary("Teacher", teacher.tokenizer_id, "the student's", ours)
     sums = np.zeros(len(rollouts))
     models = student.model, teacher.model
     heads = [lm_head(model, ours.vocab_size).float() for model in models]
-    for part in _budgeted(rollouts, teacher.tokens_per_batch):
+    for part in budgeted([len(rollout) for rollout in rollouts], teacher.tokens_per_batch):
         batch = [rollouts[i] for i in part]
         chunks = [_response_hidden(model, batch)[0].split(teacher.rows_per_chunk) for model in models]
         kl_M = torch.cat([_kl(heads[0].logits(s_RD), heads[1].logits(t_RD)) for s_RD, t_RD in zip(*chunks, strict=True)])
@@ -253,17 +239,6 @@ def _kl(student_logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:
     # a token that the student rules out adds nothing, also where 0 * (-inf - -inf) would say NaN
     gaps_RV = (student_RV - teacher_RV).masked_fill(student_RV == -torch.inf, 0.0)
     return (student_RV.exp() * gaps_RV).sum(-1)
-
-
-def _budgeted(rollouts: Sequence[Rollout], tokens_per_batch: int) -> list[list[int]]:
-    """Indices in runs of similar length whose padded size stays within the budget."""
-    parts: list[list[int]] = []
-    for i in sorted(range(len(rollouts)), key=lambda i: len(rollouts[i])):
-        if parts and (len(parts[-1]) + 1) * len(rollouts[i]) <= tokens_per_batch:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-    return parts
 
 
 def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:

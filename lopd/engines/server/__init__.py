@@ -1,5 +1,14 @@
 """Models that servers serve over HTTP."""
 
+from lopd.errors import MissingDependencyError
+
+try:
+    import httpx2  # noqa: F401  # the modules below need it
+except ImportError as error:
+    raise MissingDependencyError(
+        f"Served engine: {error.name} is not installed, expected it for requests to servers; pip install 'lopd[server]'."
+    ) from error
+
 from lopd.engines.server.nouns import ServerScorer as ServerScorer
 from lopd.engines.server.nouns import ServerSource as ServerSource
-from lopd.engines.server.pool import Servers as Servers
+from lopd.engines.server.servers import Servers as Servers

@@ -1,18 +1,12 @@
 """What comes of one HTTP request: an answer, trouble after which it may be sent again, or a refusal that is final."""
 
-from collections.abc import Awaitable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
 
-from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingDependencyError
+import httpx2
 
-try:
-    import httpx2
-except ImportError as error:
-    raise MissingDependencyError(
-        f"Served engine: {error.name} is not installed, expected it for requests to servers; pip install 'lopd[server]'."
-    ) from error
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError
 
 _BUSY = (408, 425, 429)
 # vLLM's words for a prompt that is longer than the context, and for one that fills it
@@ -30,15 +24,6 @@ class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes a
     def __init__(self, what: str, pause: float = 0.0) -> None:
         super().__init__(what)
         self.pause = pause
-
-
-async def sent(url: str, call: Awaitable[httpx2.Response]) -> httpx2.Response:
-    """The answer, whatever its status."""
-    try:
-        return await call
-    except httpx2.TransportError as error:
-        # by its type alone: what the error says may quote headers
-        raise Trouble(f"{url} fails with {type(error).__name__}") from None
 
 
 def accepted(owner: str, url: str, response: httpx2.Response) -> Any:

@@ -18,17 +18,16 @@ from typing import Any, final
 
 from attrs import define, field
 
-from lopd.engines.inputs import check_prompts, check_rollouts, stream_seed
-from lopd.engines.server.pool import Probe, Request, Servers
-from lopd.engines.server.wire import Ask, check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
+from lopd.engines.inputs import SEED_BITS, budgeted, check_prompts, check_rollouts, in_order, sampling_settings, stop_ids, stream_seed
+from lopd.engines.pool import Request
+from lopd.engines.server.servers import Probe, Servers
+from lopd.engines.server.wire import check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
 from lopd.errors import InvalidRecordError, MissingDependencyError
 from lopd.records.checks import check_at_least
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
-# what servers take as a seed is a signed 64-bit integer
-_SEED_BITS = 63
 _PROBE_TOKENS = 16
 
 
@@ -50,7 +49,7 @@ class ServerScorer:
         tokenizer: whose ids the model reads.
         identity: of the model; name a revision that says which weights they are.
         top_k: how many of the most likely tokens are kept at each response token; at most the servers' `--max-logprobs`.
-        tokens_per_request: short rollouts share a request, up to so many tokens.
+        tokens_per_request: short rollouts share a request, up to so many tokens, the longest times how many.
 
     Raises:
         InvalidRecordError: `top_k` is less than 0, or more than there are tokens; or `tokens_per_request` is less than 1.
@@ -74,7 +73,9 @@ class ServerScorer:
         Raises:
             EngineError: they do not agree, or none is up.
         """
-        return Provenance(self.identity, self.tokenizer_id.vocab_hash, _engine(self.servers), "raw", self.top_k, self.tokenizer_id.eos_id)
+        version = self.servers.served.version
+        engine = f"vllm {version} served" if version else "served by an unnamed version"
+        return Provenance(self.identity, self.tokenizer_id.vocab_hash, engine, "raw", self.top_k, self.tokenizer_id.eos_id)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
@@ -85,16 +86,16 @@ class ServerScorer:
             EngineError: the servers failed, disagree, or do not speak the extensions.
         """
         check_rollouts(rollouts, self.tokenizer_id, self.servers.served.context - 1)
-        return self.servers.ask([self._request(group) for group in _groups(rollouts, self.tokens_per_request)])
+        groups = budgeted([len(rollout) for rollout in rollouts], self.tokens_per_request)
+        scores = self.servers.ask([self._request([rollouts[i] for i in group]) for group in groups])
+        return in_order([i for group in groups for i in group], scores)
 
     def _request(self, group: Sequence[Rollout]) -> Request[Scores]:
         def read(answer: Any) -> list[Scores]:
             return read_scores(group, self.top_k, self.tokenizer_id.vocab_size, answer)
 
-        first, last = (repr(rollout.rollout_id) for rollout in (group[0], group[-1]))
-        owner = f"Rollout {first}" if len(group) == 1 else f"Rollouts {first} to {last}"
         parts = [self._request([rollout]) for rollout in group] if len(group) > 1 else []
-        return Request(owner, scoring_body(group, self.top_k), read, parts)
+        return Request(f"Rollout {group[0].rollout_id!r}", scoring_body(group, self.top_k), read, parts)
 
 
 @final
@@ -132,16 +133,20 @@ class ServerSource:
         """A source whose tokenizer, EOS ids and SFT teacher are read from a local copy of the folder that is served.
 
         Raises:
+            EngineError: the folder is not there, or cannot be read.
             MissingDependencyError: transformers is not installed.
         """
         try:
             import transformers
+
+            from lopd.engines.identity import looking_for
         except ImportError as error:
             raise MissingDependencyError(
                 "ServerSource: transformers is not installed, expected it to read a tokenizer; pip install 'lopd[hf]'."
             ) from error
-        tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
-        return cls(servers, tokenizer, identity, sampling, _eos_ids(Path(folder), tokenizer), Lineage.read(Path(folder)))
+        with looking_for(folder):
+            tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
+            return cls(servers, tokenizer, identity, sampling, _eos_ids(Path(folder), tokenizer), Lineage.read(Path(folder)))
 
     def __attrs_post_init__(self) -> None:
         if not self.stop_ids:
@@ -181,34 +186,17 @@ class ServerSource:
     def _request(self, prompt: Prompt, sample: int) -> Request[Rollout]:
         name = rollout_id(prompt.prompt_id, sample, self.generation)
         room = min(self.sampling.max_new_tokens, self.servers.served.context - prompt.token_ids.size)
-        seed = stream_seed(self.sampling, name) % 2**_SEED_BITS
-        ask = Ask(name, prompt.token_ids, room, seed, self.stop_ids, self.generation)
-        body = sampling_body(ask, self.sampling, self.tokenizer_id.vocab_size)
-        return Request(f"Rollout {name!r}", body, lambda answer: [read_rollout(ask, self.tokenizer_id, answer)])
+        settings = sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id)
+        body = sampling_body(prompt.token_ids.tolist(), room, stream_seed(self.sampling, name, SEED_BITS), settings)
 
+        def read(answer: Any) -> list[Rollout]:
+            return [read_rollout(name, self.generation, self.tokenizer_id.vocab_size, body, answer)]
 
-def _groups(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
-    """Neighbours, together while they have at most so many tokens."""
-    groups: list[list[Rollout]] = []
-    size = 0
-    for rollout in rollouts:
-        size += len(rollout)
-        if groups and size <= tokens:
-            groups[-1].append(rollout)
-        else:
-            groups.append([rollout])
-            size = len(rollout)
-    return groups
-
-
-def _engine(servers: Servers) -> str:
-    version = servers.served.version
-    return f"vllm {version} served" if version else "served by an unnamed version"
+        return Request(f"Rollout {name!r}", body, read)
 
 
 def _eos_ids(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
     """Those of generation_config.json, or else config.json, and the tokenizer's."""
     files = [folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists()]
-    configured: int | list[int] = next((ids for file in files if (ids := json.loads(file.read_text()).get("eos_token_id")) is not None), [])
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(i for i in [*ids, tokenizer.eos_id] if i is not None)
+    configured = next((ids for file in files if (ids := json.loads(file.read_text()).get("eos_token_id")) is not None), None)
+    return stop_ids(SamplingParams(), configured, tokenizer)

@@ -9,19 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import frozen
 from numpy.typing import NDArray
 
+from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
 from lopd.engines.server.answers import Trouble
+from lopd.engines.supports import make_scores
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.identity import TokenizerId
-from lopd.records.manifest import SamplingParams
-from lopd.records.rollouts import Rollout, Scores, TopK, floor_logprobs
+from lopd.records.rollouts import Rollout, Scores
 
 # vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)
 _NO_PROBABILITY = -9999.0
-# Of these a server's generation_config.json has values of its own, which hold where a request says nothing.
-_UNCHANGED = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 _EXTENSIONS = "serve with vLLM, or with a server that speaks its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
 _PROBED = 5
 # the highest that vLLM takes
@@ -29,12 +26,12 @@ _HOT = 2.0
 
 
 def _body(ids: Sequence[int] | Sequence[Sequence[int]], max_tokens: int, **more: Any) -> dict[str, Any]:
-    return {"prompt": ids, "max_tokens": max_tokens, "add_special_tokens": False, "return_token_ids": True, **_UNCHANGED, **more}
+    return {"prompt": ids, "max_tokens": max_tokens, "add_special_tokens": False, "return_token_ids": True, **NEUTRAL, **more}
 
 
 def scoring_body(rollouts: Sequence[Rollout], top_k: int) -> dict[str, Any]:
     """A request for the log-probs of rollouts' own tokens; the one token that vLLM insists on generating is thrown away."""
-    return _body([_ids(rollout) for rollout in rollouts], 1, prompt_logprobs=top_k, temperature=1.0, top_p=1.0)
+    return _body([all_ids(rollout) for rollout in rollouts], 1, prompt_logprobs=top_k, temperature=1.0, top_p=1.0)
 
 
 def read_scores(rollouts: Sequence[Rollout], top_k: int, vocab_size: int, answer: Any) -> list[Scores]:
@@ -51,13 +48,13 @@ def read_scores(rollouts: Sequence[Rollout], top_k: int, vocab_size: int, answer
 
 
 def _scores(rollout: Rollout, top_k: int, vocab_size: int, choice: Mapping[str, Any]) -> Scores:
-    owner, ids = f"Rollout {rollout.rollout_id!r}", _ids(rollout)
+    owner, ids = f"Rollout {rollout.rollout_id!r}", all_ids(rollout)
     _check_read(owner, choice, ids)
     entries = _listed(owner, choice, "prompt_logprobs", len(ids))[rollout.prompt_ids.size :]
     logprobs = [
         _logprob(owner, t, entry, token) for t, (entry, token) in enumerate(zip(entries, rollout.response_ids.tolist(), strict=True))
     ]
-    return Scores.of(rollout, *floor_logprobs(logprobs), _top_k(owner, entries, top_k, vocab_size) if top_k else None)
+    return make_scores(rollout, np.array(logprobs, np.float32), *_top_k(owner, entries, top_k, vocab_size))
 
 
 def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
@@ -70,10 +67,6 @@ def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
     cached = details.get("cached_tokens") if isinstance(details, Mapping) else None
     if cached:
         raise EngineError(f"{owner}: {cached} of its tokens came out of the prefix cache, expected 0; start the server without it.")
-
-
-def _ids(rollout: Rollout) -> list[int]:
-    return [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
 
 
 def _logprob(owner: str, place: int, entry: Any, token: int | str) -> float:
@@ -95,10 +88,10 @@ def _number(owner: str, place: int, value: Any) -> float:
     return float("-inf") if value <= _NO_PROBABILITY else float(value)
 
 
-def _top_k(owner: str, entries: Sequence[Any], top_k: int, vocab_size: int) -> TopK:
+def _top_k(owner: str, entries: Sequence[Any], top_k: int, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """The K most likely of each position; the server gives the prompt token too, and with it K or K + 1."""
     ids_TK, logprobs_TK = np.empty((len(entries), top_k), np.int64), np.empty((len(entries), top_k), np.float32)
-    for t, entry in enumerate(entries):
+    for t, entry in enumerate(entries if top_k else ()):
         found = sorted((-_logprob(owner, t, entry, key), _candidate(owner, t, key, vocab_size)) for key in entry)
         if not top_k <= len(found) <= top_k + 1:
             raise InvalidRecordError(
@@ -106,11 +99,7 @@ def _top_k(owner: str, entries: Sequence[Any], top_k: int, vocab_size: int) -> T
             )
         ids_TK[t] = [token for _, token in found[:top_k]]
         logprobs_TK[t] = [-minus for minus, _ in found[:top_k]]
-    tail_T = 1 - np.exp(logprobs_TK.astype(np.float64)).sum(-1)
-    try:
-        return TopK(ids_TK, floor_logprobs(logprobs_TK)[0], tail_T.clip(0, 1))
-    except InvalidRecordError as error:
-        raise InvalidRecordError(f"{owner}: {error}") from error
+    return ids_TK, logprobs_TK
 
 
 def _candidate(owner: str, place: int, key: str, vocab_size: int) -> int:
@@ -123,93 +112,49 @@ def _candidate(owner: str, place: int, key: str, vocab_size: int) -> int:
     return token
 
 
-@frozen(eq=False)
-class Ask:
-    """One response that is asked for.
-
-    Args:
-        rollout_id: its name.
-        prompt_ids: what is answered.
-        max_tokens: its longest, at least 1.
-        seed: below 2**63.
-        stop_ids: end it.
-        generation: round of sampling.
-    """
-
-    rollout_id: str
-    prompt_ids: NDArray[np.int32]
-    max_tokens: int
-    seed: int
-    stop_ids: frozenset[int]
-    generation: int
+def sampling_body(prompt_ids: Sequence[int], max_tokens: int, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A request for one response of at most `max_tokens` tokens; `settings` are `sampling_settings`."""
+    return _body(prompt_ids, max_tokens, seed=seed, skip_special_tokens=False, return_tokens_as_token_ids=True, **settings)
 
 
-def sampling_body(ask: Ask, sampling: SamplingParams, vocab_size: int) -> dict[str, Any]:
-    """A request for one response.  Stop ids are sent, and the server's own idea of EOS is turned off: the two may differ.
-
-    An id of no token never ends anything, and a server refuses it.
-    """
-    return _body(
-        ask.prompt_ids.tolist(),
-        ask.max_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=ask.seed,
-        n=1,
-        min_tokens=0,
-        ignore_eos=True,
-        stop_token_ids=sorted(token for token in ask.stop_ids if token < vocab_size),
-        skip_special_tokens=False,
-        logprobs=0,
-        return_tokens_as_token_ids=True,
-    )
-
-
-def read_rollout(ask: Ask, tokenizer: TokenizerId, answer: Any) -> Rollout:
-    """The rollout in the answer to `sampling_body`.
+def read_rollout(rollout_id: str, generation: int, vocab_size: int, body: Mapping[str, Any], answer: Any) -> Rollout:
+    """The rollout in the answer to this `sampling_body`.
 
     Raises:
         InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none; it names the rollout.
         EngineError: the server read another prompt, or stopped elsewhere than it was told to, or does not speak the extensions.
     """
-    owner = f"Rollout {ask.rollout_id!r}"
+    owner, prompt, stops = f"Rollout {rollout_id!r}", body["prompt"], body["stop_token_ids"]
     (choice,) = _choices(owner, answer, 1)
-    _check_read(owner, choice, ask.prompt_ids.tolist())
+    _check_read(owner, choice, prompt)
     ids = _listed(owner, choice, "token_ids")
-    _check_sampled(owner, ids, tokenizer)
-    _check_end(owner, ids, ask, choice.get("finish_reason"))
-    return Rollout(
-        rollout_id=ask.rollout_id,
-        prompt_ids=ask.prompt_ids,
-        response_ids=np.array(ids, np.int64),
-        loss_mask=np.ones(len(ids), np.bool_),
-        finish_reason="stop" if ids[-1] in ask.stop_ids else "length",
-        behavior_logprobs=floor_logprobs(_reported(owner, choice.get("logprobs"), ids))[0],
-        generation=ask.generation,
-    )
+    _check_sampled(owner, ids, vocab_size)
+    _check_end(owner, ids, stops, body["max_tokens"], choice.get("finish_reason"))
+    reported = _reported(owner, choice.get("logprobs"), ids)
+    return make_rollout(rollout_id, np.array(prompt, np.int32), ids, reported, stops=stops, generation=generation)
 
 
-def _check_sampled(owner: str, ids: Sequence[Any], tokenizer: TokenizerId) -> None:
+def _check_sampled(owner: str, ids: Sequence[Any], vocab_size: int) -> None:
     for place, token in enumerate(ids):
-        if type(token) is not int or not 0 <= token < tokenizer.vocab_size:
+        if type(token) is not int or not 0 <= token < vocab_size:
             raise InvalidRecordError(
-                f"{owner}: sampled token {place} is {str(token)[:40]}, expected an id below the vocabulary's {tokenizer.vocab_size}; "
+                f"{owner}: sampled token {place} is {str(token)[:40]}, expected an id below the vocabulary's {vocab_size}; "
                 "serve the model of this tokenizer (a head that is padded may sample its padding)."
             )
 
 
-def _check_end(owner: str, ids: Sequence[int], ask: Ask, reason: Any) -> None:
+def _check_end(owner: str, ids: Sequence[int], stops: Sequence[int], longest: int, reason: Any) -> None:
     """The response ends at a stop id, or is as long as it may be, and has no stop id inside."""
     if reason in (None, "abort", "error"):
         raise Trouble(f"the response was broken off (finish_reason {reason!r})")
-    inside = next((place for place, token in enumerate(ids[:-1]) if token in ask.stop_ids), None)
+    inside = next((place for place, token in enumerate(ids[:-1]) if token in stops), None)
     if inside is not None:
         raise EngineError(
             f"{owner}: it goes on after stop id {ids[inside]} at token {inside}, expected its end there; {_EXTENSIONS}, and its stop_token_ids."
         )
-    if not ids or (ids[-1] not in ask.stop_ids and len(ids) != ask.max_tokens):
+    if not ids or (ids[-1] not in stops and len(ids) != longest):
         raise EngineError(
-            f"{owner}: the server ended it ({str(reason)[:40]!r}) after {len(ids)} of {ask.max_tokens} tokens at id {ids[-1:]}, expected a stop id; "
+            f"{owner}: the server ended it ({str(reason)[:40]!r}) after {len(ids)} of {longest} tokens at id {ids[-1:]}, expected a stop id; "
             "add the server's own stop ids to the sampling's stop_ids."
         )
 

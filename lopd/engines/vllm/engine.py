@@ -266,14 +266,12 @@ class VLLMEngine:
 
     def _halve(self) -> bool:
         """Half as many tokens at a time, if that is not too few."""
+        least = self.settings.least_tokens_per_batch if self._may_split_prompts() else self.context
         half = self.tokens_per_batch // 2
-        if half < self._least_tokens():
+        if half < least:
             return False
         self.tokens_per_batch = half
         return True
-
-    def _least_tokens(self) -> int:
-        return self.settings.least_tokens_per_batch if self._may_split_prompts() else self.context
 
     def _may_split_prompts(self) -> bool:
         """Whether a prompt may be read in parts ("chunked prefill").

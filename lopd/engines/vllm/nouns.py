@@ -15,8 +15,19 @@ import numpy as np
 import transformers
 from attrs import field, frozen
 
-from lopd.engines.identity import folder_model_id, local_folder
-from lopd.engines.inputs import check_prompts, check_rollouts, check_top_k, stop_ids, stream_seed
+from lopd.engines.identity import folder_model_id, local_folder, looking_for
+from lopd.engines.inputs import (
+    SEED_BITS,
+    all_ids,
+    check_prompts,
+    check_rollouts,
+    check_top_k,
+    in_order,
+    make_rollout,
+    sampling_settings,
+    stop_ids,
+    stream_seed,
+)
 from lopd.engines.supports import entries, look_up, make_scores
 from lopd.engines.vllm.engine import VLLMEngine, VLLMSettings, import_vllm
 from lopd.errors import ContextOverflowError, EngineError
@@ -25,8 +36,6 @@ from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
-# vLLM takes signed 64-bit seeds, and reads -1 as none
-_SEED_BITS = (1 << 63) - 1
 _COLDEST = 0.01
 
 
@@ -70,24 +79,28 @@ class VLLMSource:
         # vLLM would raise it to that
         check_number("VLLMSource", "temperature", temperature, temperature == 0 or temperature >= _COLDEST, f"0 or at least {_COLDEST}")
 
+    @cached_property
+    def tokenizer_id(self) -> TokenizerId:
+        """Whose ids it reads."""
+        return fingerprint_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _identified(self) -> ModelId:
+        return self.identity or folder_model_id(self.engine.folder, self.engine.settings.dtype)
+
     @property
     def manifest(self) -> Manifest:
         """What a store of these rollouts must say; the policy is identified once."""
-        return self._manifest
-
-    @cached_property
-    def _manifest(self) -> Manifest:
-        tokenizer = fingerprint_tokenizer(self.tokenizer)
-        return Manifest(tokenizer, _identify(self.engine, self.identity), self.sampling, self.lineage.sft_teacher, self.generation)
+        return Manifest(self.tokenizer_id, self._identified, self.sampling, self.lineage.sft_teacher, self.generation)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a response: those asked for, or the model's and the tokenizer's EOS."""
-        return stop_ids(self.sampling, _configured_eos(self.engine.folder), self.manifest.tokenizer)
+        return stop_ids(self.sampling, _configured_eos(self.engine.folder), self.tokenizer_id)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
         """`samples_per_prompt` rollouts for each prompt, in their order."""
-        check_prompts(prompts, self.manifest.tokenizer, self.engine.context)
+        check_prompts(prompts, self.tokenizer_id, self.engine.context)
         rows = [(p, rollout_id(p.prompt_id, s, self.generation)) for p in prompts for s in range(self.sampling.samples_per_prompt)]
         if not rows:
             return []
@@ -97,20 +110,9 @@ class VLLMSource:
     def _params(self, prompt: Prompt, name: str) -> dict[str, Any]:
         greedy = self.sampling.temperature == 0
         return {
-            "n": 1,
-            "seed": None if greedy else stream_seed(self.sampling, name) & _SEED_BITS,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "top_k": 0,
-            "min_p": 0.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "repetition_penalty": 1.0,
+            **sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id),
+            "seed": None if greedy else stream_seed(self.sampling, name, SEED_BITS),
             "max_tokens": min(self.sampling.max_new_tokens, self.engine.context - prompt.token_ids.size),
-            "ignore_eos": True,
-            # an id outside the vocabulary ends nothing, and vLLM refuses it
-            "stop_token_ids": sorted(i for i in self.stop_ids if i < self.manifest.tokenizer.vocab_size),
-            "logprobs": 0,
             "flat_logprobs": True,
             "detokenize": False,
         }
@@ -122,19 +124,12 @@ class VLLMSource:
                 f"Rollout {name!r}: vLLM gave {ids.size} tokens and the reason {completion.finish_reason!r}, expected 'stop' or 'length'; "
                 "see its log, and call again to resume."
             )
-        if ids.max() >= self.manifest.tokenizer.vocab_size:
+        if ids.max() >= self.tokenizer_id.vocab_size:
             raise EngineError(
-                f"Rollout {name!r}: vLLM sampled id {ids.max()}, expected one below the vocabulary's {self.manifest.tokenizer.vocab_size}; report it."
+                f"Rollout {name!r}: vLLM sampled id {ids.max()}, expected one below the vocabulary's {self.tokenizer_id.vocab_size}; report it."
             )
-        return Rollout(
-            rollout_id=name,
-            prompt_ids=prompt.token_ids,
-            response_ids=ids,
-            loss_mask=np.ones(ids.size, np.bool_),
-            finish_reason="stop" if int(ids[-1]) in self.stop_ids else "length",
-            behavior_logprobs=look_up(f"Rollout {name!r}", ids, *entries(completion.logprobs), top_k=0)[0],
-            generation=self.generation,
-        )
+        logprobs = look_up(f"Rollout {name!r}", ids, *entries(completion.logprobs), top_k=0)[0]
+        return make_rollout(name, prompt.token_ids, completion.token_ids, logprobs, stops=self.stop_ids, generation=self.generation)
 
     def close(self) -> None:
         """Free the engine's memory; a later call starts it again."""
@@ -184,17 +179,15 @@ class VLLMScorer:
         """Whose ids it reads."""
         return fingerprint_tokenizer(self.tokenizer)
 
+    @cached_property
+    def _identified(self) -> ModelId:
+        return self.identity or folder_model_id(self.engine.folder, self.engine.settings.dtype)
+
     @property
     def provenance(self) -> Provenance:
         """Whose log-probs these are; the model is identified once."""
-        return self._provenance
-
-    @cached_property
-    def _provenance(self) -> Provenance:
-        model = _identify(self.engine, self.identity)
-        return Provenance(
-            model, self.tokenizer_id.vocab_hash, f"vllm {import_vllm().__version__}", "raw", self.top_k, self.tokenizer_id.eos_id
-        )
+        engine = f"vllm {import_vllm().__version__}"
+        return Provenance(self._identified, self.tokenizer_id.vocab_hash, engine, "raw", self.top_k, self.tokenizer_id.eos_id)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
@@ -209,10 +202,8 @@ class VLLMScorer:
             return []
         order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
         params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": self.top_k, "flat_logprobs": True, "detokenize": False}
-        ids = [[*rollouts[i].prompt_ids.tolist(), *rollouts[i].response_ids.tolist()] for i in order]
-        outputs = self.engine.generate(ids, [params] * len(order))
-        scores = {i: self._scores(rollouts[i], output.prompt_logprobs) for i, output in zip(order, outputs, strict=True)}
-        return [scores[i] for i in range(len(rollouts))]
+        outputs = self.engine.generate([all_ids(rollouts[i]) for i in order], [params] * len(order))
+        return in_order(order, [self._scores(rollouts[i], output.prompt_logprobs) for i, output in zip(order, outputs, strict=True)])
 
     def _scores(self, rollout: Rollout, flat: Any) -> Scores:
         owner = f"Rollout {rollout.rollout_id!r}"
@@ -230,7 +221,8 @@ class VLLMScorer:
 
 def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = False, top_k: int = 0) -> tuple[VLLMEngine, Any]:
     path = local_folder(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    with looking_for(folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     vocab_size = fingerprint_tokenizer(tokenizer).vocab_size
     return VLLMEngine(path, vocab_size, settings or VLLMSettings(), scoring=scoring, top_k=top_k), tokenizer
 
@@ -240,10 +232,6 @@ def _check_purpose(owner: str, engine: VLLMEngine, *, scoring: bool) -> None:
         raise EngineError(
             f"{owner}: the engine has scoring={engine.scoring}, expected scoring={scoring}; sampling and scoring need engines of their own."
         )
-
-
-def _identify(engine: VLLMEngine, identity: ModelId | None) -> ModelId:
-    return identity or folder_model_id(engine.folder, engine.settings.dtype)
 
 
 def _configured_eos(folder: Path) -> Any:

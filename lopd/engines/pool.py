@@ -1,0 +1,316 @@
+"""Like workers that share the items of a call: HTTP servers, processes of this machine, actors of a Ray cluster.
+
+A worker that fails is started again, with growing pauses where it has time to recover, and what it had to do goes to another.
+Workers block, so each item that is under way has a thread.  The threads are daemons: an interrupt does not wait for them.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from random import random
+from threading import Condition, Thread
+from time import monotonic
+from typing import Any, Generic, Protocol, TypeVar, final
+
+from attrs import define, field, frozen
+
+from lopd.errors import EngineError, LopdError
+
+T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
+_FIRST_LOOK_S, _LAST_WAIT_S = 1.0, 1.0
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to wait after this many failures before the last one."""
+    return min(0.25 * 2.0 ** min(attempt, 10), 15.0) + 0.25 * random()  # noqa: S311
+
+
+class Down(Exception):  # noqa: N818  # never leaves the engine: at most its `error` does
+    """A worker that failed for a reason of its own: another may do what it was to do.
+
+    Args:
+        what: happened, for the log.
+        error: ends the call if there is no other worker, or no attempt left.
+        pause: seconds for which the worker asks to be left alone.
+    """
+
+    def __init__(self, what: str, error: EngineError, pause: float = 0.0) -> None:
+        super().__init__(what)
+        self.error, self.pause = error, pause
+
+
+@final
+@frozen(eq=False)
+class Request(Generic[T]):
+    """What one worker is asked for at a time.
+
+    Args:
+        owner: how an error names it.
+        body: what the worker is given.
+        read: makes results of the worker's answer; its errors end the call.
+        parts: the same, one by one, to be asked for if they cannot be had together: an error then names the one at fault.
+    """
+
+    owner: str
+    body: Any
+    read: Callable[[Any], Sequence[T]]
+    parts: "Sequence[Request[T]]" = ()
+
+
+class Worker(Protocol):
+    """One of several that are alike.  What `start` and `work` raise other than `Down` ends the call."""
+
+    @property
+    def name(self) -> str:
+        """How the log names it."""
+        ...
+
+    def start(self) -> Any:
+        """Bring it up, or up again, and return what its engine is; all workers must return the same."""
+        ...
+
+    def unlike(self, identity: Any, expected: Any, whose: str) -> EngineError:
+        """The error of a worker whose engine is another than that of `whose`."""
+        ...
+
+    def work(self, request: Request[T], /) -> Sequence[T]:
+        """The results of one request."""
+        ...
+
+    def stop(self) -> None:
+        """End it, and what it is doing; called again, do nothing."""
+        ...
+
+
+@define(eq=False)
+class _Place:
+    """What the pool knows of a worker: requests under way, whether it was started at least once, is up, was given up."""
+
+    worker: Worker
+    busy: int = 0
+    tried: bool = False
+    up: bool = False
+    lost: bool = False
+
+
+@define(eq=False)
+class _Call(Generic[T]):
+    todo: Iterator[tuple[int, Request[T]]]
+    results: dict[int, Sequence[T]] = field(factory=dict)
+    error: BaseException | None = None
+    over: bool = False
+
+
+@final
+class Pool:
+    """Workers, from their start until `close`; `run` may be called from several threads.
+
+    Args:
+        owner: how messages name it.
+        workers: that are alike.
+        attempts: how many workers may fail over the same request.
+        slots: requests at a time to each worker.
+        patience_s: how long a worker that does not start is tried again; after that it is given up, and when all are, every call ends.
+        expected: what the engines are, if that is known.
+    """
+
+    def __init__(
+        self, owner: str, workers: Sequence[Worker], attempts: int, *, slots: int = 1, patience_s: float = 0.0, expected: Any = None
+    ) -> None:
+        self._owner, self._attempts, self._slots, self._patience_s = owner, attempts, slots, patience_s
+        self._identity, self._whose = expected, "the others"
+        self._places = [_Place(worker) for worker in workers]
+        self._changed, self._closed = Condition(), False
+        self._error: BaseException | None = None
+        self._threads: list[Thread] = []
+        for place in self._places:
+            self._begin(self._bring_up, place, 0.0)
+
+    def identify(self) -> Any:
+        """What the engines are, as soon as each worker was tried and one is up.
+
+        Raises:
+            EngineError: they are not alike, or none started.
+        """
+        with self._changed:
+            self._wait(lambda: self._all_tried() and self._identity is not None and any(place.up for place in self._places))
+        return self._identity
+
+    def run(self, requests: Sequence[Request[T]]) -> list[T]:
+        """The results of the requests, in their order.  The first error ends the call; what is under way is left to its worker.
+
+        Raises:
+            EngineError: `attempts` workers failed over the same request, no worker is left, or the pool was closed.
+        """
+        call: _Call[T] = _Call(iter(enumerate(requests)))
+        with self._changed:  # a moment for all to start: else the first would get everything
+            self._changed.wait_for(lambda: self._all_tried() or self._over(), _FIRST_LOOK_S)
+        for _ in range(min(self._slots * len(self._places), len(requests))):
+            self._begin(self._serve, call)
+        try:
+            with self._changed:
+                self._wait(lambda: call.error is not None or len(call.results) == len(requests))
+        finally:
+            with self._changed:
+                call.over = True
+                self._changed.notify_all()
+        if call.error is not None:
+            raise call.error
+        return [result for i in range(len(requests)) for result in call.results[i]]
+
+    def close(self) -> None:
+        """Stop all workers, and end the calls that are under way."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        with ThreadPoolExecutor(len(self._places)) as goodbyes:
+            list(goodbyes.map(lambda place: place.worker.stop(), self._places))
+        last = monotonic() + _LAST_WAIT_S
+        for thread in self._threads:
+            thread.join(max(0.0, last - monotonic()))
+
+    # --- in the caller's thread
+
+    def _wait(self, fits: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: self._over() or fits())
+        if self._error is not None:
+            raise self._error
+        if self._closed:
+            raise EngineError(f"{self._owner}: it was closed during a call, expected to be closed after it; call again to resume.")
+
+    def _over(self) -> bool:
+        return self._closed or self._error is not None
+
+    def _all_tried(self) -> bool:
+        return all(place.tried for place in self._places)
+
+    def _begin(self, work: Callable[..., None], *args: Any) -> None:
+        thread = Thread(target=work, args=args, name=f"lopd-{self._owner}", daemon=True)
+        self._threads = [*(other for other in self._threads if other.is_alive()), thread]
+        thread.start()
+
+    # --- in a thread that starts a worker
+
+    def _bring_up(self, place: _Place, pause: float) -> None:
+        """Start a worker, until it is up or has failed for too long."""
+        self._sleep(min(pause, self._patience_s))
+        began = monotonic()
+        for attempt in count():
+            try:
+                self._start(place)
+                break
+            except Down as down:
+                self._missed(place, down, lost=monotonic() - began >= self._patience_s)
+                pause = max(backoff(attempt), min(down.pause, self._patience_s))
+            except BaseException as error:  # whoever waits for a worker has to hear of it
+                self._end(error)
+                break
+            if self._over() or place.lost:
+                break
+            self._sleep(pause)
+        if self._closed:  # while it started
+            place.worker.stop()
+
+    def _start(self, place: _Place) -> None:
+        identity = place.worker.start()
+        with self._changed:
+            if self._identity is None:
+                self._identity, self._whose = identity, place.worker.name
+            if identity != self._identity:
+                raise place.worker.unlike(identity, self._identity, self._whose)
+            place.tried = place.up = True
+            self._changed.notify_all()
+
+    def _missed(self, place: _Place, down: Down, *, lost: bool) -> None:
+        with self._changed:
+            place.tried, place.lost = True, lost
+            self._changed.notify_all()
+        if lost and not self._closed:
+            _LOG.warning("%s is given up: %s", place.worker.name, down)
+            if all(other.lost for other in self._places):
+                down.error.__cause__ = down.__cause__
+                self._end(down.error)
+
+    def _end(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
+    def _sleep(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(self._over, seconds)
+
+    # --- in a thread of a request
+
+    def _serve(self, call: _Call[T]) -> None:
+        """Do one request after the other, as long as there are any."""
+        try:
+            while True:
+                with self._changed:
+                    i, request = next(call.todo, (-1, None))
+                if request is None:
+                    return
+                results = self._results(call, request)
+                with self._changed:
+                    call.results[i] = results
+                    self._changed.notify_all()
+        except BaseException as error:  # it is the caller's
+            with self._changed:
+                call.error = call.error or error
+                self._changed.notify_all()
+
+    def _results(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
+        """All results together or, if there is something wrong with one of them, one by one."""
+        try:
+            return self._persist(call, request)
+        except LopdError:
+            if not request.parts:
+                raise
+        return [result for part in request.parts for result in self._persist(call, part)]
+
+    def _persist(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
+        """By whichever worker is free; by another if that one fails."""
+        for attempt in count():
+            place = self._take(call)
+            try:
+                results = place.worker.work(request)
+            except Down as down:
+                if attempt + 1 == self._attempts:
+                    self._release(place, down)
+                    raise down.error from down.__cause__
+                if not self._release(place, down):
+                    self._sleep(backoff(attempt))
+            except BaseException:
+                self._release(place)
+                raise
+            else:
+                self._release(place)
+                return results
+        raise AssertionError
+
+    def _take(self, call: _Call[Any]) -> _Place:
+        """The least busy worker, as soon as one is up and has room."""
+        with self._changed:
+            self._changed.wait_for(lambda: call.over or self._over() or bool(self._free()))
+            if call.over or self._over():
+                raise InterruptedError  # the results are not waited for any more
+            place = min(self._free(), key=lambda place: place.busy)
+            place.busy += 1
+            return place
+
+    def _free(self) -> list[_Place]:
+        return [place for place in self._places if place.up and place.busy < self._slots]
+
+    def _release(self, place: _Place, down: Down | None = None) -> bool:
+        """Say that a request is over; a worker that failed is started again.  Return whether any is up."""
+        with self._changed:
+            place.busy -= 1
+            failed, place.up = down is not None and place.up and not self._closed, place.up and down is None
+            self._changed.notify_all()
+            left = any(other.up for other in self._places)
+        if failed and down is not None:
+            _LOG.warning("%s is left alone for now: %s", place.worker.name, down)
+            self._begin(self._bring_up, place, down.pause)
+        return left

@@ -1,0 +1,284 @@
+"""Several servers of one model as one engine.
+
+Requests are spread, bounded, sent again when that may help, and dropped together.  A server that fails is left alone and asked how it is, with
+growing pauses; when it answers, and still serves the same model, it is used again.  Nothing outlives a call: its connections and threads end
+with it, so a `Servers` can be pickled and forked.
+"""
+
+import os
+import socket
+import ssl
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache, cached_property
+from typing import Any, TypeVar, final
+from weakref import WeakSet
+
+import httpx2
+from attrs import define, field, frozen
+
+from lopd.engines.pool import Down, Pool, Request
+from lopd.engines.server.answers import Trouble, accepted
+from lopd.errors import EngineError, InvalidRecordError
+from lopd.records.checks import check_at_least, check_number
+
+T = TypeVar("T")
+_KEY_VARIABLE = "VLLM_API_KEY"
+_CHECK_S, _CONNECT_S = 30.0, 10.0
+# uvicorn closes a connection that was idle for 5 s; one that is closed while a request is on its way costs a try
+_IDLE_S = 3.0
+_CONNECTED = ("connection.connect_tcp.complete", "connection.start_tls.complete")
+
+
+@final
+@frozen
+class Served:
+    """What all servers must have in common.
+
+    Args:
+        version: of vLLM; "" where a server does not say.
+        root: the path or name that the model was loaded from.
+        context: positions of a sequence.
+    """
+
+    version: str
+    root: str | None
+    context: int
+
+
+@final
+@frozen(eq=False)
+class Probe:
+    """What is asked of each server before it is used, and again after it was down.
+
+    Args:
+        bodies: of completions.
+        judge: takes the server's name and the answers, and raises if they are not as they must be.
+    """
+
+    bodies: tuple[Mapping[str, Any], ...]
+    judge: Callable[..., None]
+
+
+def _bases(urls: str | Iterable[str]) -> tuple[str, ...]:
+    return tuple(url.rstrip("/").removesuffix("/v1").rstrip("/") for url in ([urls] if isinstance(urls, str) else urls))
+
+
+def _has_host(url: str) -> bool:
+    try:
+        return url.startswith(("http://", "https://")) and bool(httpx2.URL(url).host)
+    except httpx2.InvalidURL:
+        return False
+
+
+@final
+@define(eq=False, slots=False)
+class Servers:
+    """Servers of one model, all of the same version and context.
+
+    Args:
+        urls: one or several, with or without `/v1`.
+        model: the name it is served under.
+        concurrency: requests at a time to each server, of one call.
+        attempts: how often one request is sent before its failure ends the call; time in which no server answers does not count.
+        patience_s: how long a server may be down before it is given up; when all are, the call ends.
+        timeout_s: longest silence of a request; a response arrives in one piece, so this bounds the time it takes to sample one.
+        context: positions of a sequence; by default what the servers say (`max_model_len`).
+        api_key: by default VLLM_API_KEY of the environment.
+
+    Raises:
+        InvalidRecordError: there is no URL, one is no http URL or carries a password, or a number makes no sense.
+    """
+
+    urls: tuple[str, ...] = field(converter=_bases)
+    model: str
+    concurrency: int = 32
+    attempts: int = 5
+    patience_s: float = 600.0
+    timeout_s: float = 3600.0
+    context: int | None = None
+    api_key: str | None = field(factory=lambda: os.environ.get(_KEY_VARIABLE), repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        check_at_least("Servers", "number of urls", len(self.urls), 1)
+        for name in ("concurrency", "attempts"):
+            check_at_least("Servers", name, getattr(self, name), 1)
+        for name in ("patience_s", "timeout_s"):
+            check_number("Servers", name, getattr(self, name), getattr(self, name) > 0, "more than 0")
+        for i, url in enumerate(self.urls):
+            if "@" in url or not _has_host(url):
+                shown = "one with a user or password" if "@" in url else repr(url)
+                raise InvalidRecordError(f"Servers: url {i} is {shown}, expected http:// or https:// and a host; pass keys as `api_key=`.")
+        if self.api_key is not None and not (
+            self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip() == self.api_key
+        ):
+            raise InvalidRecordError("Servers: api_key has spaces or unprintable characters, expected a header's value; strip it.")
+
+    @cached_property
+    def served(self) -> Served:
+        """What they serve.  All that are up are asked, once.
+
+        Raises:
+            EngineError: one serves something else than the others, or none is up within `patience_s`.
+        """
+        with self._pool(None, None) as pool:
+            served: Served = pool.identify()
+        return served
+
+    def ask(self, requests: Sequence[Request[T]], probe: Probe | None = None) -> list[T]:
+        """What the requests give, in their order.  The first error ends the call, and what is under way is cancelled.
+
+        Raises:
+            EngineError: a request failed `attempts` times, or was refused; or no server was up for `patience_s`.
+        """
+        if not requests:
+            return []
+        with self._pool(self.served, probe) as pool:
+            return pool.run(requests)
+
+    @contextmanager
+    def _pool(self, served: Served | None, probe: Probe | None) -> Iterator[Pool]:
+        endpoints = [_Endpoint(url, self, probe) for url in self.urls]
+        pool = Pool("Servers", endpoints, self.attempts, slots=self.concurrency, patience_s=self.patience_s, expected=served)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+@final
+class _Endpoint:
+    """A worker of the pool that is a server.
+
+    Args:
+        url: of the server.
+        servers: of which it is one.
+        probe: that it must pass.
+
+    Raises:
+        EngineError: the environment names a proxy or certificates that cannot be used.
+    """
+
+    def __init__(self, url: str, servers: Servers, probe: Probe | None) -> None:
+        self._url, self._servers, self._probe, self._stopped = url, servers, probe, False
+        self.name = f"Server {url}"
+        self._sockets: WeakSet[socket.socket] = WeakSet()
+        try:
+            self._client = httpx2.Client(
+                verify=_certificates(),
+                timeout=httpx2.Timeout(servers.timeout_s, connect=_CONNECT_S),
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S),
+                headers={"Authorization": f"Bearer {servers.api_key}"} if servers.api_key else {},
+            )
+        except (ValueError, OSError, ImportError, httpx2.InvalidURL) as error:
+            raise EngineError(
+                f"{self.name}: no client can be made for it ({error}), expected usable proxies and certificates; look at HTTP_PROXY, HTTPS_PROXY, "
+                "ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR of the environment."
+            ) from error
+
+    def start(self) -> Served:
+        """What it serves, if it is healthy and passes the probe."""
+        try:
+            served = self._served()
+            if self._probe:
+                self._probe.judge(self.name, *(self._complete(self.name, body) for body in self._probe.bodies))
+        except Trouble as trouble:
+            error = EngineError(
+                f"{self.name}: {trouble}, expected an answer within {self._servers.patience_s:.0f} s; look at its log, start it again, and run this "
+                "again: what is committed stays."
+            )
+            raise Down(str(trouble), error, trouble.pause) from None
+        return served
+
+    def unlike(self, identity: Served, expected: Served, whose: str) -> EngineError:
+        """The first thing that it serves otherwise."""
+        words = {"version": "version", "root": "model's root", "context": "max_model_len"}
+        name = next(name for name in words if getattr(identity, name) != getattr(expected, name))
+        return EngineError(
+            f"{self.name}: its {words[name]} is {getattr(identity, name)!r}, expected {getattr(expected, name)!r} as of "
+            f"{whose.removeprefix('Server ')}; serve one model with one version of vLLM everywhere."
+        )
+
+    def work(self, request: Request[T]) -> Sequence[T]:
+        """The results of a completion."""
+        try:
+            return request.read(self._complete(request.owner, request.body))
+        except Trouble as trouble:
+            error = EngineError(
+                f"{request.owner}: {trouble}, at last of {self._servers.attempts} attempts, expected an answer; look at the server's log, and run "
+                "this again: what is committed stays."
+            )
+            raise Down(str(trouble), error, trouble.pause) from None
+
+    def stop(self) -> None:
+        """Drop all connections: the server is told to give up what is under way, and whoever waits for it goes on."""
+        self._stopped = True
+        for connection in list(self._sockets):
+            _shut(connection)
+        self._client.close()
+
+    def _served(self) -> Served:
+        self._get("/health", missing=None)
+        version = self._get("/version", missing={})
+        listed = self._get("/v1/models", missing={})
+        try:
+            cards = {card["id"]: card for card in listed["data"]}
+            said = str(version.get("version") or "")
+        except (KeyError, TypeError, AttributeError):
+            raise EngineError(f"{self.name}: it lists no models, expected /v1/models; check the URL.") from None
+        card = cards.get(self._servers.model)
+        if card is None:
+            raise EngineError(
+                f"{self.name}: it serves {', '.join(map(repr, cards))}, expected {self._servers.model!r}; pass the name it serves."
+            )
+        return Served(said, card.get("root"), self._positions(card.get("max_model_len")))
+
+    def _positions(self, said: Any) -> int:
+        asked, said = self._servers.context, said if isinstance(said, int) else None
+        context = said if asked is None else asked
+        if context is None or (said is not None and context > said):
+            raise EngineError(
+                f"{self.name}: its max_model_len is {said}, expected {'a number' if asked is None else f'at least {asked}'}; "
+                "pass `context=` that all servers have."
+            )
+        return context
+
+    def _complete(self, owner: str, body: Mapping[str, Any]) -> Any:
+        """The answer to a completion."""
+        url = f"{self._url}/v1/completions"
+        return accepted(owner, url, self._send("POST", url, json={"model": self._servers.model, **body}))
+
+    def _get(self, path: str, missing: Any) -> Any:
+        """The answer, or `missing` where there is no such path."""
+        url = self._url + path
+        response = self._send("GET", url, timeout=_CHECK_S)
+        if response.status_code == 404 or (response.is_success and not response.content):
+            return missing
+        return accepted(self.name, url, response)
+
+    def _send(self, method: str, url: str, *, json: Any = None, timeout: Any = httpx2.USE_CLIENT_DEFAULT) -> httpx2.Response:
+        """The answer, whatever its status."""
+        try:
+            return self._client.request(method, url, json=json, timeout=timeout, extensions={"trace": self._remember})
+        except httpx2.RequestError as error:
+            # by its type alone: what the error says may quote headers
+            raise Trouble(f"{url} fails with {type(error).__name__}") from None
+
+    def _remember(self, event: str, info: Mapping[str, Any]) -> None:
+        """Keep the socket of a new connection: to close a client does not wake those who read from it."""
+        if event in _CONNECTED:
+            connection = info["return_value"].get_extra_info("socket")
+            self._sockets.add(connection)
+            if self._stopped:
+                _shut(connection)
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+@cache
+def _certificates() -> ssl.SSLContext:
+    """Made once: reading all certificates takes longer than many a call."""
+    return httpx2.create_ssl_context()

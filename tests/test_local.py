@@ -1,0 +1,202 @@
+"""Engines in several processes of this machine."""
+
+import os
+import signal
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from time import sleep
+
+import numpy as np
+import pytest
+from attrs import evolve, frozen
+
+from lopd import MemoryStore, SamplingParams, collect_rollouts, score_rollouts
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.local import LocalScorer, LocalSource
+from lopd.errors import EngineError, InvalidRecordError, QuarantineWarning
+from lopd.records import Prompt
+
+SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=2, seed=3)
+PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 20 + i % 3]) for i in range(11)]
+ENDLESS = Prompt("endless", [5] * 5000)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer, make_model):
+    made = {name: tmp_path_factory.mktemp(name) for name in ("policy", "teacher")}
+    for seed, folder in enumerate(made.values()):
+        make_model("llama_tied", seed=seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(folders):
+    """What one process makes of the prompts."""
+    source, scorer = HFSource.from_folder(folders["policy"], SAMPLING), HFScorer.from_folder(folders["teacher"])
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, PROMPTS, store)
+    score_rollouts(store, scorer)
+    return store
+
+
+@frozen
+class Mortal:
+    """Gives engines whose process is killed, as by a system that is short of memory, when they meet the fatal item; `lives` times in all."""
+
+    kind: str
+    folder: Path
+    fatal: str
+    lives: int
+    deaths: Path
+    #: Only the first engine can be made.
+    once: bool = False
+
+    def __call__(self):
+        if self.once and (self.deaths / "first").exists():
+            raise EngineError("Engine: it does not start, expected it to; look after it.")
+        (self.deaths / "first").touch()
+        makes = {"source": partial(HFSource.from_folder, sampling=SAMPLING), "scorer": HFScorer.from_folder, "small": lambda _: Small()}
+        return MortalEngine(self, makes[self.kind](self.folder))
+
+
+class MortalEngine:
+    def __init__(self, plan, inner):
+        self.plan, self.inner = plan, inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def _meet(self, names):
+        died = len(list(self.plan.deaths.glob("death*")))
+        if self.plan.fatal in names and died < self.plan.lives:
+            (self.plan.deaths / f"death{died}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def sample(self, prompts):
+        self._meet([prompt.prompt_id for prompt in prompts])
+        return self.inner.sample(prompts)
+
+    def score(self, rollouts):
+        self._meet([getattr(rollout, "rollout_id", rollout) for rollout in rollouts])
+        return self.inner.score(rollouts)
+
+
+class UnpicklableError(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+class Small:
+    """An engine that needs no model, and says what it sees of its environment."""
+
+    provenance = "small"
+
+    def score(self, rollouts):
+        if "raise" in rollouts:
+            raise UnpicklableError("this", "that")
+        if "meet" in rollouts:
+            here = Path(os.environ["FAREWELL"]).with_suffix(".here")
+            here.touch()
+            while len(list(here.parent.glob("*.here"))) < 2:
+                sleep(0.01)
+        return [os.environ.get("CUDA_VISIBLE_DEVICES") for _ in rollouts]
+
+    def close(self):
+        Path(os.environ["FAREWELL"]).touch()
+
+
+class Odd(Small):
+    @property
+    def provenance(self):
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+def make_nothing():
+    os._exit(3)
+
+
+def make_slowly():
+    signal.pause()
+
+
+def assert_same(store, expected):
+    """The same rows in the same order, and scores within the rounding of a batch of other company."""
+    assert len(store) == len(expected)
+    for ours, theirs in zip(store.read(range(len(store)), ("teacher",)), expected.read(range(len(expected)), ("teacher",)), strict=True):
+        assert (ours.rollout.rollout_id, ours.rollout.content_hash) == (theirs.rollout.rollout_id, theirs.rollout.content_hash)
+        np.testing.assert_allclose(ours.scores["teacher"], theirs.scores["teacher"], atol=1e-5)
+
+
+def test_two_processes_of_which_one_is_killed_fill_the_store_that_one_process_fills(folders, alone, tmp_path):
+    store = MemoryStore(alone.manifest)
+    with (
+        closing(LocalSource(Mortal("source", folders["policy"], "p6", 1, tmp_path))) as source,
+        pytest.warns(QuarantineWarning, match=r"1 prompts could not be sampled.*'endless'.*5000 tokens"),
+    ):
+        collect_rollouts(source, [*PROMPTS[:5], ENDLESS, *PROMPTS[5:]], store, prompts_per_batch=4, batches_at_once=2)
+    assert len(list(tmp_path.glob("death*"))) == 1
+    with closing(LocalScorer(Mortal("scorer", folders["teacher"], "p3/s1/g0", 2, tmp_path))) as scorer:
+        score_rollouts(store, scorer, rollouts_per_batch=6, batches_at_once=2)
+    assert len(list(tmp_path.glob("death*"))) == 2
+    assert_same(store, alone)
+
+
+def test_items_that_kill_every_process_end_the_call_and_a_process_that_cannot_be_replaced_too(tmp_path):
+    plan = Mortal("small", tmp_path, "fatal", 99, tmp_path)
+    with closing(LocalScorer(plan, workers=1, attempts=2, environments=[{"FAREWELL": str(tmp_path / "end")}])) as scorer:
+        with pytest.raises(EngineError, match=r"LocalScorer: 2 workers died over the same 3 items, expected one to get through"):
+            scorer.score(["a", "fatal", "b"])
+        assert len(scorer.score(["a", "b"])) == 2, "another process has taken its place"
+    (tmp_path / "first").unlink()
+    with closing(LocalScorer(evolve(plan, once=True), workers=1)) as scorer:
+        with pytest.raises(EngineError, match=r"LocalScorer: all 1 workers died and none could be started again") as caught:
+            scorer.score(["a", "fatal", "b"])
+        assert "does not start" in str(caught.value.__cause__)
+
+
+def test_each_process_has_its_environment_and_ends_its_engine(tmp_path):
+    environments = [{"CUDA_VISIBLE_DEVICES": str(i), "FAREWELL": str(tmp_path / str(i))} for i in range(2)]
+    with closing(LocalScorer(Small, environments=environments)) as scorer:
+        assert scorer.provenance == "small"
+        assert set(scorer.score(["meet", "meet"])) == {"0", "1"}
+        with pytest.raises(EngineError, match="UnpicklableError \\(this and that\\); see the worker's output"):
+            scorer.score(["raise"])
+    assert sorted(path.name for path in tmp_path.glob("?")) == ["0", "1"]
+    with (
+        closing(LocalScorer(Odd, environments=environments)) as scorer,
+        pytest.raises(EngineError, match=r"LocalScorer: a worker's engine is [01], expected [01] as another's is"),
+    ):
+        scorer.provenance  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("make", "patience_s", "says"),
+    [
+        (make_nothing, 60.0, r"a worker died while it started \(exit code 3\).*whether `make` can be imported there"),
+        (make_slowly, 0.1, r"a worker did not start within 0.1 s"),
+    ],
+)
+def test_a_process_that_does_not_start_is_an_error(make, patience_s, says):
+    with closing(LocalScorer(make, workers=1, patience_s=patience_s)) as scorer, pytest.raises(EngineError, match=says):
+        scorer.provenance  # noqa: B018
+
+
+def test_what_a_process_cannot_import_is_named(monkeypatch):
+    monkeypatch.setattr(Small, "__module__", "__main__")
+    monkeypatch.setattr("__main__.Small", Small, raising=False)
+    with (
+        closing(LocalScorer(Small, workers=1)) as scorer,
+        pytest.raises(EngineError, match=r"died while it started \(AttributeError: .*Small"),
+    ):
+        scorer.provenance  # noqa: B018
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(InvalidRecordError, match="LocalSource: workers is 0"):
+        LocalSource(partial(HFSource.from_folder, "policy", SAMPLING), workers=0)
+    with pytest.raises(InvalidRecordError, match="number of environments is 1, expected 0 or 2, one per worker"):
+        LocalScorer(Small, environments=[{}])
+    with pytest.raises(InvalidRecordError, match="LocalScorer: make cannot be sent to another process"):
+        LocalScorer(lambda: None)
