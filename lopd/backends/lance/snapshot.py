@@ -129,7 +129,8 @@ class Snapshot:
         for column, part in self.parts().items():
             lines = part.lines()
             lines = lines[np.argsort(lines[COMMIT], kind="stable")]
-            for commit in np.split(lines, np.flatnonzero(np.diff(lines[COMMIT])) + 1):
+            # A column of which no row was scored, only quarantined, has no lines.
+            for commit in np.split(lines, np.flatnonzero(np.diff(lines[COMMIT])) + 1) if lines.size else ():
                 when, rounding = float(commit["committed_at"][0]), float(commit["rounding"][0])
                 kind: Literal["rollouts", "scores"] = "rollouts" if column is None else "scores"
                 found.append(Commit(0, kind, len(commit), tokens_of(commit), column, when, rounding))
