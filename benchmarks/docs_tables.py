@@ -31,7 +31,6 @@ STORES = {
     "zarr": "`ZarrStore`",
     "zarr, compacted": "`ZarrStore`, compacted",
     "zarr, float16": '`ZarrStore`, `logprob_dtype="float16"`',
-    "zarr, zstd": '`ZarrStore`, `codec="zstd"`',
     "lance, read_arrays": "`LanceStore`",
     "parquet": "a parquet file, for comparison",
     "memmap": "a bare memory map, for comparison",

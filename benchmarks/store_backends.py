@@ -338,7 +338,6 @@ BACKENDS = {
     "zarr, compacted": Backend(zarr_writer(), open_zarr, records, compact_zarr),
     "zarr, compacted, records": Backend(zarr_writer(), lambda f: records_reader(ZarrStore.open(f / "s.zarr")), records, compact_zarr),
     "zarr, float16": Backend(zarr_writer(logprob_dtype="float16"), open_zarr_rounded, records),
-    "zarr, zstd": Backend(zarr_writer(codec="zstd"), open_zarr, records, needs="zstandard"),
     "lance, read_arrays": Backend(write_lance, open_lance, records, compact_lance, needs="lancedb"),
     "lance": Backend(write_lance, lambda f: records_reader(LanceStore.open(f / "s.lance")), records, compact_lance, needs="lancedb"),
     "parquet": Backend(write_parquet, open_parquet, needs="pyarrow"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lopd import LanceStore, ZarrStore, open_store
+from lopd.errors import CorruptStoreError
 from lopd.protocols import DurableStore
 from lopd.records import Manifest, ModelId, Provenance, Rollout, SamplingParams, Scores, TokenizerId, TopK
 from lopd.testing import assert_same_rollout
@@ -121,3 +122,14 @@ def test_an_old_store_is_gone_on_with(place: Path, kind: str) -> None:
     store.compact()
     assert_whole(store, extra=True)
     assert_whole(open_store(place), extra=True)
+
+
+def test_damage_to_a_compressed_array_is_noticed(tmp_path: Path) -> None:
+    with tarfile.open(DATA / "zstd.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    store = ZarrStore.open(tmp_path / "zstd")
+    for chunk in (tmp_path / "zstd").glob("segments/*/token_ids/c*"):
+        chunk.write_bytes(chunk.read_bytes()[:-1])
+    with pytest.raises(CorruptStoreError, match="cannot be decompressed"):
+        store.read([0])
+    assert len(list(store.verify())) == len(list((tmp_path / "zstd").glob("segments/*/")))

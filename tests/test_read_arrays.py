@@ -23,7 +23,6 @@ from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scor
 Store = ZarrStore | LanceStore
 CREATE: dict[str, Callable[..., Store]] = {
     "zarr": ZarrStore.create,
-    "zarr zstd": lambda path, manifest, **options: ZarrStore.create(path, manifest, codec="zstd", **options),
     "lance": LanceStore.create,
 }
 

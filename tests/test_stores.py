@@ -31,7 +31,6 @@ from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.sealing import seal, unseal
 from lopd.backends.zarr.commit_log import CommitLog
-from lopd.backends.zarr.format import Codec
 from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import (
     ConflictError,
@@ -92,11 +91,6 @@ class TestZarrStore(StoreConformance):
         assert isinstance(store, ZarrStore)
         store.compact()
         return store
-
-
-class TestCompressedZarrStore(TestZarrStore):
-    def make(self, manifest: Manifest) -> ZarrStore:
-        return ZarrStore.create(self.folder / uuid4().hex, manifest, codec="zstd")
 
 
 class TestZarrStoreInFsspec(TestZarrStore):
@@ -350,9 +344,7 @@ def test_zarr_python_reads_every_array_back_equal(tmp_path: Path, vocab_size: in
     assert (scores["row"], scores["length"], scores["floored"]) == (1, 2, 1)
 
 
-@pytest.mark.parametrize("codec", ["raw", "zstd"])
-def test_a_flipped_bit_is_noticed_in_every_file_that_is_read_and_by_verify_in_the_others(tmp_path: Path, codec: Codec) -> None:
-    filled = fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), codec=codec))
+def test_a_flipped_bit_is_noticed_in_every_file_that_is_read_and_by_verify_in_the_others(filled: ZarrStore) -> None:
     root, rng = place(filled), random.Random(0)
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.stat().st_size]
     assert len(files) >= 30
@@ -732,9 +724,8 @@ def test_the_message_for_a_second_model_is_the_one_we_promise(filled: ZarrStore)
 # Whole columns
 
 
-@pytest.mark.parametrize("codec", ["raw", "zstd"])
-def test_arrays_end_to_end_hold_what_the_rollouts_hold(tmp_path: Path, codec: Codec) -> None:
-    store = fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), codec=codec))
+def test_arrays_end_to_end_hold_what_the_rollouts_hold(tmp_path: Path) -> None:
+    store = fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest()))
     store.append([tiny_rollout("plain", [7, 8], behavior_logprobs=[-1, -2])])
     for _ in range(2):
         for rows in ([0, 1, 2, 3, 4], [3, 1, 1, 0], [2, 3], []):
@@ -771,9 +762,8 @@ def test_half_the_bytes_cost_a_rounding_that_each_commit_reports(tmp_path: Path)
 
 
 def test_a_storage_type_that_there_is_not_is_refused(tmp_path: Path) -> None:
-    for options in ({"logprob_dtype": "bfloat16"}, {"codec": "lz4"}):
-        with pytest.raises(InvalidRecordError, match=next(iter(options.values()))):
-            ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), **options)
+    with pytest.raises(InvalidRecordError, match="bfloat16"):
+        ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), logprob_dtype="bfloat16")
     assert not (tmp_path / "run.zarr").exists()
 
 

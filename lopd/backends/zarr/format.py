@@ -5,7 +5,7 @@ names it says type, shape and checksum of each array, so reading one fetches no 
 """
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from attrs import asdict, frozen
@@ -16,8 +16,7 @@ from lopd.backends.sealing import checksum, dump
 from lopd.errors import MissingDependencyError
 
 METADATA_FILE = "zarr.json"
-Codec = Literal["raw", "zstd"]
-_ZSTD_LEVEL = 3
+RAW = "raw"
 
 
 @frozen
@@ -27,7 +26,7 @@ class ArrayMeta:
     Args:
         dtype: numpy name.
         shape: of the array.
-        codec: "raw" or "zstd".
+        codec: "raw"; older stores may also have "zstd", which is only read.
         checksum: of the chunk file.
         metadata_checksum: of its `zarr.json`.
         stored_bytes: of both files.
@@ -35,7 +34,7 @@ class ArrayMeta:
 
     dtype: str
     shape: tuple[int, ...]
-    codec: Codec
+    codec: str
     checksum: str
     metadata_checksum: str
     stored_bytes: int
@@ -60,12 +59,9 @@ def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
-def _array_document(array: NDArray[Any], codec: Codec, attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _array_document(array: NDArray[Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
     # A chunk has at least one row, even when the array has none.
     chunk_shape = [max(1, array.shape[0]), *array.shape[1:]]
-    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if codec == "zstd":
-        codecs.append({"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}})
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -75,22 +71,18 @@ def _array_document(array: NDArray[Any], codec: Codec, attributes: Mapping[str, 
         # A dot keeps the chunk in the array's own folder: half as many folders to flush.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": 0,
-        "codecs": codecs,
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         "attributes": dict(attributes),
         "storage_transformers": [],
     }
 
 
-def encode_array(
-    folder: str, name: str, array: NDArray[Any], codec: Codec, attributes: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Bytes], ArrayMeta]:
+def encode_array(folder: str, name: str, array: NDArray[Any], attributes: Mapping[str, Any]) -> tuple[dict[str, Bytes], ArrayMeta]:
     """The two files of one array, and how a commit record describes them."""
     data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
-    if codec == "zstd":
-        data = np.frombuffer(_zstd().ZstdCompressor(level=_ZSTD_LEVEL).compress(data.data), np.uint8)
-    metadata = np.frombuffer(dump(_array_document(array, codec, attributes or {})), np.uint8)
+    metadata = np.frombuffer(dump(_array_document(array, attributes)), np.uint8)
     files = {f"{folder}/{name}/{METADATA_FILE}": metadata, chunk_path(folder, name, array.ndim): data}
-    meta = ArrayMeta(array.dtype.name, array.shape, codec, checksum(data.data), checksum(metadata.data), data.size + metadata.size)
+    meta = ArrayMeta(array.dtype.name, array.shape, RAW, checksum(data.data), checksum(metadata.data), data.size + metadata.size)
     return files, meta
 
 
@@ -100,16 +92,11 @@ def decode_zstd(data: bytes | Bytes) -> Bytes:
     Raises:
         ValueError: the bytes are not what zstd made.
     """
-    zstandard = _zstd()
-    try:
-        return np.frombuffer(zstandard.ZstdDecompressor().decompress(bytes(data)), np.uint8)
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from error
-
-
-def _zstd() -> Any:
     try:
         import zstandard
     except ImportError as error:
         raise MissingDependencyError("Codec zstd: zstandard is not installed, expected it; pip install 'lopd[zarr]'.") from error
-    return zstandard
+    try:
+        return np.frombuffer(zstandard.ZstdDecompressor().decompress(bytes(data)), np.uint8)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error

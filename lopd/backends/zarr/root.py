@@ -9,7 +9,7 @@ from attrs import asdict, frozen
 from lopd.backends.files import Files, names_in
 from lopd.backends.ragged import LogprobDtype, check_manifest
 from lopd.backends.sealing import checksum, dump
-from lopd.backends.zarr.format import METADATA_FILE, Codec, group_document
+from lopd.backends.zarr.format import METADATA_FILE, RAW, group_document
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
 from lopd.records.manifest import Manifest
 
@@ -22,18 +22,17 @@ class StorageTypes:
 
     Args:
         logprob_dtype: float16 halves a log-prob and rounds it (a relative error of 2**-11; each commit says its largest error in nats).
-        codec: "raw" is read by range; "zstd" is smaller, and each array is decompressed whole: for archives.
+        codec: "raw"; older stores may also say "zstd", which is only read.
     """
 
     logprob_dtype: LogprobDtype = "float32"
-    codec: Codec = "raw"
+    codec: str = RAW
 
     def __attrs_post_init__(self) -> None:
-        for name, kind in (("logprob_dtype", LogprobDtype), ("codec", Codec)):
-            if getattr(self, name) not in get_args(kind):
-                raise InvalidRecordError(
-                    f"Store: {name} is {getattr(self, name)!r}, expected one of {', '.join(get_args(kind))}; pass one of them."
-                )
+        if self.logprob_dtype not in get_args(LogprobDtype):
+            raise InvalidRecordError(
+                f"Store: logprob_dtype is {self.logprob_dtype!r}, expected one of {', '.join(get_args(LogprobDtype))}; pass one of them."
+            )
 
 
 def taken(files: Files) -> StoreExistsError:

@@ -23,7 +23,7 @@ from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.zarr import encode, verify
 from lopd.backends.zarr.commit_log import CommitLog
-from lopd.backends.zarr.format import METADATA_FILE, Codec
+from lopd.backends.zarr.format import METADATA_FILE
 from lopd.backends.zarr.root import StorageTypes, create_root, read_root, taken
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.writer import Draft, Writer
@@ -68,7 +68,6 @@ class ZarrStore:
         manifest: Manifest,
         *,
         logprob_dtype: LogprobDtype = "float32",
-        codec: Codec = "raw",
         storage_options: StorageOptions | None = None,
     ) -> "ZarrStore":
         """A new, empty store.
@@ -77,7 +76,6 @@ class ZarrStore:
             path: a folder that is empty or not there yet, or a URL such as `s3://bucket/run1.zarr`.
             manifest: what all rollouts will have in common.
             logprob_dtype: "float32", or "float16" for half the bytes (see `StorageTypes`).
-            codec: "raw", or "zstd" for an archive.
             storage_options: credentials, endpoint and time limits; see `lopd.backends.files.cloud`.
 
         Raises:
@@ -86,7 +84,7 @@ class ZarrStore:
             StoreWriteError: the write failed.
         """
         files = open_files(path, storage_options)
-        create_root(files, manifest, StorageTypes(logprob_dtype, codec))
+        create_root(files, manifest, StorageTypes(logprob_dtype))
         return cls(files)
 
     @classmethod
@@ -119,7 +117,6 @@ class ZarrStore:
         manifest: Manifest,
         *,
         logprob_dtype: LogprobDtype = "float32",
-        codec: Codec = "raw",
         storage_options: StorageOptions | None = None,
     ) -> "ZarrStore":
         """The store that is there if it has this manifest, a new one if there is nothing.
@@ -132,7 +129,7 @@ class ZarrStore:
         if METADATA_FILE not in names_in(files):
             # Somebody else may be creating it right now; then theirs is as good.
             with suppress(StoreExistsError):
-                return cls.create(path, manifest, logprob_dtype=logprob_dtype, codec=codec, storage_options=storage_options)
+                return cls.create(path, manifest, logprob_dtype=logprob_dtype, storage_options=storage_options)
         if METADATA_FILE not in names_in(files):
             raise taken(files)
         return cls.open(path, manifest, storage_options=storage_options)

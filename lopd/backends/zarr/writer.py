@@ -130,7 +130,7 @@ class Writer:
 
     def _put_segment(self, parent: str, data: SegmentData) -> SegmentMeta:
         path = f"{parent}/{uuid4().hex}"
-        files, meta = encode_segment(path, data, self._storage.codec)
+        files, meta = encode_segment(path, data)
         try:
             self._make_groups(parent)
             self._files.write(files)
