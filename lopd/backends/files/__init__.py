@@ -28,6 +28,11 @@ class Files(Protocol):
         """The root, for messages; it carries no credentials."""
         ...
 
+    @property
+    def options(self) -> StorageOptions:
+        """What it was opened with, credentials among them; none for a local disk."""
+        ...
+
     def read(self, path: str, /) -> bytes:
         """A whole file."""
         ...

@@ -44,6 +44,11 @@ class FsspecFiles:
         """The root, without options and passwords."""
         return self._shown
 
+    @property
+    def options(self) -> StorageOptions:
+        """As they were given."""
+        return self._options
+
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/")
 
