@@ -14,15 +14,15 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from typing import Any, final, get_args
+from typing import Any, final
 from uuid import uuid4
 
 from attrs import evolve, field, frozen
 
-from lopd.backends.files import Files, names_in
-from lopd.backends.ragged import LogprobDtype, check_manifest
+from lopd.backends.files import Files
+from lopd.backends.root import Root
 from lopd.backends.sealing import seal, unseal
-from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
+from lopd.errors import CorruptStoreError, StoreNotFoundError, StoreReadError, StoreWriteError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 
@@ -81,69 +81,23 @@ class CatalogState:
     seen: frozenset[str] = frozenset()
 
 
-def taken(files: Files) -> StoreExistsError:
-    """The error for a place that is not free."""
-    what = "a store" if ROOT_FILE in names_in(files) else "something that is no store"
-    return StoreExistsError(f"Store {files.url}: {what} is there, expected an empty folder or nothing; open it, or choose another path.")
+@final
+class LanceRoot:
+    """A `RootFile`: sealed JSON."""
 
+    name = ROOT_FILE
 
-def create_root(files: Files, manifest: Manifest, logprob_dtype: LogprobDtype) -> None:
-    """Make an empty store; of several creators, one wins.
+    def encode(self, root: Root, /) -> bytes:
+        """The file's bytes."""
+        return seal({"manifest": root.manifest.to_json(), "logprob_dtype": root.logprob_dtype, "by": uuid4().hex})
 
-    Raises:
-        StoreExistsError: a store, or anything else, is there.
-        StoreWriteError: the storage refused.
-    """
-    check_manifest(f"Store {files.url}", manifest)
-    if logprob_dtype not in get_args(LogprobDtype):
-        raise InvalidRecordError(
-            f"Store {files.url}: logprob_dtype is {logprob_dtype!r}, expected one of {', '.join(get_args(LogprobDtype))}; pass one of them."
-        )
-    document = {"manifest": manifest.to_json(), "logprob_dtype": logprob_dtype}
-    if names_in(files) or not put(files, ROOT_FILE, document):
-        raise taken(files)
-
-
-def read_root(files: Files) -> tuple[Manifest, LogprobDtype]:
-    """The manifest of the store in this place, and the type of its log-probs.
-
-    Raises:
-        StoreNotFoundError: no store is there.
-        StoreReadError: the storage refused.
-        CorruptStoreError: the manifest is damaged, or of another schema version.
-    """
-    if ROOT_FILE not in (names := names_in(files)):
-        what = "holds something that is no store" if names else "is not there"
-        raise StoreNotFoundError(f"Store {files.url}: the folder {what}, expected a store; check the path, or create one there.")
-    data = _read(files, ROOT_FILE)
-    try:
+    def decode(self, url: str, data: bytes, /) -> Root | None:
+        """What the bytes say."""
         document = json.loads(data)
-        manifest, logprob_dtype = Manifest.from_json(document["manifest"]), document["logprob_dtype"]
-    except CorruptStoreError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(files, ROOT_FILE) from error
-    if unseal(data) is None:
-        raise _damaged(files, ROOT_FILE)
-    return manifest, logprob_dtype
-
-
-def put(files: Files, path: str, document: Mapping[str, Any]) -> bool:
-    """Whether this call made the file.
-
-    Raises:
-        StoreWriteError: the storage refused.
-    """
-    try:
-        # The key makes the bytes of each call its own, which is how a repeated request knows its own file.
-        return files.put_if_absent(path, seal({**document, "by": uuid4().hex}))
-    except StoreWriteError:
-        raise
-    except OSError as error:
-        raise StoreWriteError(
-            f"Store {files.url}: writing {path} failed with {error}, expected a place that can be written to; nothing was committed, "
-            "so check the path, its permissions and the free space."
-        ) from error
+        if "opd_teacher" in document:
+            raise StoreNotFoundError(f"Store {url}: its {self.name} is the lineage of a trained model, expected a store; check the path.")
+        root = Root(Manifest.from_json(document["manifest"]), document["logprob_dtype"])
+        return root if unseal(data) is not None else None
 
 
 @final
@@ -170,14 +124,14 @@ class Catalog:
             try:
                 self.state = _grown(self.state, path, self.document(path))
             except (KeyError, TypeError, AttributeError) as error:
-                raise _damaged(self._files, path) from error
+                raise self._damaged(path) from error
 
     def paths(self) -> list[str]:
         """The files of the catalog that are there now."""
         try:
             listed = {folder: self._files.names(folder) for folder in (_COLUMNS, _GENERATIONS, _COMPACTIONS, _QUARANTINE, "")}
         except OSError as error:
-            raise _unreadable(self._files, error) from error
+            raise self._unreadable(error) from error
         found = [f"{folder}/{name}" for folder, names in listed.items() if folder for name in names if name.endswith(".json")]
         return [ROLLOUTS_FILE, *found] if ROLLOUTS_FILE in listed[""] else found
 
@@ -188,10 +142,23 @@ class Catalog:
             CorruptStoreError: it is damaged.
             StoreReadError: the storage refused.
         """
-        document = unseal(_read(self._files, path))
+        try:
+            document = unseal(self._files.read(path))
+        except OSError as error:
+            raise self._unreadable(error) from error
         if document is None:
-            raise _damaged(self._files, path)
+            raise self._damaged(path)
         return document
+
+    def _unreadable(self, error: OSError) -> StoreReadError:
+        return StoreReadError(
+            f"Store {self._files.url}: reading its catalog failed with {error}, expected the storage to answer; check it and try again."
+        )
+
+    def _damaged(self, path: str) -> CorruptStoreError:
+        return CorruptStoreError(
+            f"Store {self._files.url}: {path} is damaged, expected bytes that match their checksum; restore the file from a backup."
+        )
 
     def top_k(self, column: str) -> int:
         """K of a column; 0 where it has none, or is none."""
@@ -216,7 +183,16 @@ class Catalog:
         Raises:
             StoreWriteError: the storage refused.
         """
-        return put(self._files, path, {"when": time.time(), **document})
+        try:
+            # The key makes the bytes of each call its own, which is how a repeated request knows its own file.
+            return self._files.put_if_absent(path, seal({"when": time.time(), **document, "by": uuid4().hex}))
+        except StoreWriteError:
+            raise
+        except OSError as error:
+            raise StoreWriteError(
+                f"Store {self._files.url}: writing {path} failed with {error}, expected a place that can be written to; nothing was committed, "
+                "so check the path, its permissions and the free space."
+            ) from error
 
 
 def column_path(column: str) -> str:
@@ -271,22 +247,3 @@ def _entry(path: str, document: Mapping[str, Any]) -> TableEntry:
         )
     provenance = document["provenance"]
     return TableEntry(document["table"], None if provenance is None else Provenance.from_json(provenance))
-
-
-def _read(files: Files, path: str) -> bytes:
-    try:
-        return files.read(path)
-    except OSError as error:
-        raise _unreadable(files, error) from error
-
-
-def _unreadable(files: Files, error: OSError) -> StoreReadError:
-    return StoreReadError(
-        f"Store {files.url}: reading its catalog failed with {error}, expected the storage to answer; check it and try again."
-    )
-
-
-def _damaged(files: Files, path: str) -> CorruptStoreError:
-    return CorruptStoreError(
-        f"Store {files.url}: {path} is damaged, expected bytes that match their checksum; restore the file from a backup."
-    )

@@ -17,6 +17,7 @@ from lopd.backends.lance.part import Part
 from lopd.backends.lance.table import COMMIT, Database
 from lopd.errors import CorruptStoreError
 from lopd.records.arrays import Float32Array
+from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, RolloutArrays, ScoredRollout, TopK
 
@@ -90,9 +91,24 @@ class Snapshot:
         """Rollouts."""
         return 0 if self.rollouts is None else self.rollouts.table.rows
 
+    @property
+    def generations(self) -> Mapping[int, ModelId]:
+        """Policy of each round of sampling."""
+        return self._catalog.state.generations
+
     def lines(self) -> NDArray[np.void]:
         """The lines of all rollouts."""
         return np.zeros(0, ROLLOUT_LINE) if self.rollouts is None else self.rollouts.lines()
+
+    def lengths(self) -> NDArray[np.int64]:
+        """(rows, 2): prompt and response tokens."""
+        lines = self.lines()
+        return np.stack([lines["prompt_length"], lines["response_length"]], axis=1).astype(np.int64)
+
+    def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
+        """Content hash and number of response tokens of rollouts."""
+        lines = self.lines()[rows]
+        return list(zip(lines["content_hash"].tolist(), lines["response_length"].tolist(), strict=True))
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """(n,): rows of rollouts, -1 where there is none."""

@@ -17,6 +17,7 @@ from lopd.backends.files import Files
 from lopd.backends.id_index import IdIndex
 from lopd.backends.zarr import decode
 from lopd.backends.zarr.column import LINE_BITS, Column
+from lopd.backends.zarr.commit_log import CommitLog
 from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, R, hash_ids
 from lopd.backends.zarr.segment import Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
@@ -32,23 +33,29 @@ class Snapshot:
     """The state of a store after `commits` records.
 
     Args:
-        files: of the store.   manifest: of the store.   owner: how messages name it.
+        files, log, manifest: of the store.   owner: how messages name it.
+        until: number of records to take in; None for all that are there.
     """
 
-    def __init__(self, files: Files, manifest: Manifest, owner: str) -> None:
-        """Before the first record."""
+    def __init__(self, files: Files, log: CommitLog, manifest: Manifest, owner: str, until: int | None = None) -> None:
+        """Reads the latest checkpoint that is not after `until`, and the records behind it."""
         self.commits = 0
         self.rows = 0
         self.generations: dict[int, ModelId] = {manifest.generation: manifest.policy}
         self.segments: list[Segment] = []
         self.columns: dict[str, Column] = {}
         self._files = files
+        self._log = log
         self._owner = owner
         self._decoded = decoded_arrays(files)
         self._index = IdIndex()
         self._lengths = np.zeros((0, 2), np.int64)
         self._behavior = np.zeros(0, np.bool_)
         self._starts = np.zeros(0, np.int64)
+        if (checkpoint := log.checkpoint(until)) is not None:
+            self._load(checkpoint)
+        for record in log.records(self.commits, until):
+            self.add(record)
 
     def to_json(self) -> dict[str, Any]:
         """The state as a checkpoint keeps it."""
@@ -59,12 +66,21 @@ class Snapshot:
             "columns": {name: column.to_json() for name, column in self.columns.items()},
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of a checkpoint."""
+    def _load(self, state: Mapping[str, Any]) -> None:
         self.commits = state["commits"]
         self.generations = {int(number): ModelId(**policy) for number, policy in state["generations"].items()}
         self._set_segments([self._segment(meta) for meta in state["segments"]])
         self.columns = {name: Column.from_json(column, self._segment) for name, column in state["columns"].items()}
+
+    def refresh(self) -> None:
+        """Take in the records that were added since.
+
+        Raises:
+            CorruptStoreError: one is damaged.
+            StoreReadError: the storage does not answer.
+        """
+        while (record := self._log.next(self.commits)) is not None:
+            self.add(record)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in the next record of the log.

@@ -1,0 +1,104 @@
+"""The one file that makes a folder or a prefix a store: whether its place is free, and what it says."""
+
+from typing import Protocol, get_args
+
+from attrs import frozen
+
+from lopd.backends.files import Files, names_in
+from lopd.backends.ragged import LogprobDtype, check_manifest
+from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
+from lopd.records.manifest import Manifest
+
+
+@frozen
+class Root:
+    """What a store says of itself.
+
+    Args:
+        manifest: what all rollouts have in common.
+        logprob_dtype: how log-probs are kept.
+    """
+
+    manifest: Manifest
+    logprob_dtype: LogprobDtype
+
+
+class RootFile(Protocol):
+    """How one kind of store writes its root."""
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        ...
+
+    def encode(self, root: Root, /) -> bytes:
+        """The file's bytes; no two calls give the same, so that a repeated request knows its own file."""
+        ...
+
+    def decode(self, url: str, data: bytes, /) -> Root | None:
+        """What the bytes say; None if a single bit differs from what `encode` gave.
+
+        Raises:
+            StoreNotFoundError: they belong to something else.
+            CorruptStoreError: the manifest is of another schema version.
+        """
+        ...
+
+
+def taken(url: str, *, by_store: bool) -> StoreExistsError:
+    """The error for a place that is not free."""
+    what = "a store" if by_store else "something that is no store"
+    return StoreExistsError(f"Store {url}: {what} is there, expected an empty folder or nothing; open it, or choose another path.")
+
+
+def put_root(files: Files, kind: RootFile, root: Root) -> bool:
+    """Make an empty store where nothing is; False if another process did so at the same moment.
+
+    Raises:
+        InvalidRecordError: the manifest is something else, or there is no such type of log-probs.
+        StoreWriteError: the storage refused.
+    """
+    check_manifest(f"Store {files.url}", root.manifest)
+    if root.logprob_dtype not in get_args(LogprobDtype):
+        raise InvalidRecordError(
+            f"Store {files.url}: logprob_dtype is {root.logprob_dtype!r}, expected one of {', '.join(get_args(LogprobDtype))}; pass one of them."
+        )
+    try:
+        return files.put_if_absent(kind.name, kind.encode(root))
+    except StoreWriteError:
+        raise
+    except OSError as error:
+        raise StoreWriteError(
+            f"Store {files.url}: creating it failed with {error}, expected a place that can be written to; nothing was created, "
+            "so check the path, its permissions and the free space."
+        ) from error
+
+
+def read_root(files: Files, kind: RootFile) -> Root:
+    """What the store in this place says of itself.
+
+    Raises:
+        StoreNotFoundError: no store is there.
+        StoreReadError: the storage refused.
+        CorruptStoreError: the manifest is damaged, or of another schema version.
+    """
+    try:
+        data = files.read(kind.name)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "holds something that is no store" if names_in(files) else "is not there"
+        raise StoreNotFoundError(f"Store {files.url}: the folder {what}, expected a store; check the path, or create one there.") from error
+    except OSError as error:
+        raise StoreReadError(
+            f"Store {files.url}: opening it failed with {error}, expected the storage to answer; check it and try again."
+        ) from error
+    try:
+        root = kind.decode(files.url, data)
+    except (CorruptStoreError, StoreNotFoundError):
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        root = None
+    if root is None:
+        raise CorruptStoreError(
+            f"Store {files.url}: {kind.name} is damaged, expected bytes that match their checksum; restore the file from a backup."
+        )
+    return root
