@@ -22,78 +22,42 @@ from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Rollout, Scores
 
 
-class Snapshot(Protocol):
-    """What a store holds, as it was when it last looked."""
+class _Snapshot(Protocol):
+    """What a store holds, as it was at the last `refresh`; the methods are those of `LogprobReader`.
 
-    @property
-    def rows(self) -> int:
-        """Number of rollouts."""
-        ...
-
-    @property
-    def generations(self) -> Mapping[int, ModelId]:
-        """Policy of each round of sampling."""
-        ...
-
-    def provenances(self) -> Mapping[str, Provenance]:
-        """Score columns and who computed them."""
-        ...
-
-    def refresh(self) -> None:
-        """Look again."""
-        ...
-
-    def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
-        """(n,): rows of rollouts, -1 where there is none."""
-        ...
-
-    def lengths(self) -> NDArray[np.int64]:
-        """(rows, 2): prompt and response tokens."""
-        ...
-
-    def content(self, rows: NDArray[np.int64], /) -> Sequence[tuple[bytes, int]]:
-        """Content hash and number of response tokens of rollouts."""
-        ...
-
-    def scored(self, column: str, /) -> NDArray[np.bool_]:
-        """(rows,): which have scores in this column."""
-        ...
-
-    def quarantined(self, column: str, /) -> Mapping[int, str]:
-        """Rows that could not be scored, and why."""
-        ...
-
-
-class Writer(Protocol):
-    """Tries to commit what is new since its store last looked.
-
-    Each `add_` returns True once the addition is durable and the snapshot has it, and False where another process was quicker: nothing
-    was committed then.  Each raises StoreWriteError when the storage refuses.
+    `content` gives the content hash and the number of response tokens of rollouts.
     """
 
-    def add_generation(self, generation: int, policy: ModelId, /) -> bool:
-        """Which policy samples in a round."""
-        ...
-
-    def add_rollouts(self, rollouts: Sequence[Rollout], first_row: int, /) -> bool:
-        """Rollouts, in the rows from `first_row` on."""
-        ...
-
-    def add_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], rows: Sequence[int], /) -> bool:
-        """Scores of these rows, which ascend."""
-        ...
-
-    def add_reasons(self, column: str, provenance: Provenance, reasons: Mapping[int, str], /) -> bool:
-        """Why rows could not be scored."""
-        ...
-
-    def settle(self, column: str | None, /) -> None:
-        """Make durable what is there already: the process that committed it may not have flushed it yet."""
-        ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def generations(self) -> Mapping[int, ModelId]: ...
+    def provenances(self) -> Mapping[str, Provenance]: ...
+    def refresh(self) -> None: ...
+    def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]: ...
+    def lengths(self) -> NDArray[np.int64]: ...
+    def content(self, rows: NDArray[np.int64], /) -> Sequence[tuple[bytes, int]]: ...
+    def scored(self, column: str, /) -> NDArray[np.bool_]: ...
+    def quarantined(self, column: str, /) -> Mapping[int, str]: ...
 
 
-S = TypeVar("S", bound=Snapshot)
-W = TypeVar("W", bound=Writer)
+class _Writer(Protocol):
+    """Tries to commit what is new since the last `refresh`.
+
+    Each `add_` returns True once the addition is durable and the snapshot has it, and False where another process was quicker: nothing
+    was committed then.  Rows ascend.  `settle` makes durable what is there already: the process that committed it may not have flushed it yet.
+    Each raises StoreWriteError when the storage refuses.
+    """
+
+    def add_generation(self, generation: int, policy: ModelId, /) -> bool: ...
+    def add_rollouts(self, rollouts: Sequence[Rollout], first_row: int, /) -> bool: ...
+    def add_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], rows: Sequence[int], /) -> bool: ...
+    def add_reasons(self, column: str, provenance: Provenance, reasons: Mapping[int, str], /) -> bool: ...
+    def settle(self, column: str | None, /) -> None: ...
+
+
+S = TypeVar("S", bound=_Snapshot)
+W = TypeVar("W", bound=_Writer)
 
 
 class DurableBase(ABC, Generic[S, W]):

@@ -4,9 +4,9 @@ from typing import Protocol, get_args
 
 from attrs import frozen
 
-from lopd.backends.files import Files, names_in
+from lopd.backends.files import Files, names_in, reading, writing
 from lopd.backends.ragged import LogprobDtype, check_manifest
-from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
+from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
 from lopd.records.manifest import Manifest
 
 
@@ -63,15 +63,8 @@ def put_root(files: Files, kind: RootFile, root: Root) -> bool:
         raise InvalidRecordError(
             f"Store {files.url}: logprob_dtype is {root.logprob_dtype!r}, expected one of {', '.join(get_args(LogprobDtype))}; pass one of them."
         )
-    try:
+    with writing(f"Store {files.url}", "creating it"):
         return files.put_if_absent(kind.name, kind.encode(root))
-    except StoreWriteError:
-        raise
-    except OSError as error:
-        raise StoreWriteError(
-            f"Store {files.url}: creating it failed with {error}, expected a place that can be written to; nothing was created, "
-            "so check the path, its permissions and the free space."
-        ) from error
 
 
 def read_root(files: Files, kind: RootFile) -> Root:
@@ -82,15 +75,13 @@ def read_root(files: Files, kind: RootFile) -> Root:
         StoreReadError: the storage refused.
         CorruptStoreError: the manifest is damaged, or of another schema version.
     """
-    try:
-        data = files.read(kind.name)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        what = "holds something that is no store" if names_in(files) else "is not there"
-        raise StoreNotFoundError(f"Store {files.url}: the folder {what}, expected a store; check the path, or create one there.") from error
-    except OSError as error:
-        raise StoreReadError(
-            f"Store {files.url}: opening it failed with {error}, expected the storage to answer; check it and try again."
-        ) from error
+    with reading(f"Store {files.url}", "opening it"):
+        try:
+            data = files.read(kind.name)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            what = "holds something that is no store" if names_in(files) else "is not there"
+            message = f"Store {files.url}: the folder {what}, expected a store; check the path, or create one there."
+            raise StoreNotFoundError(message) from error
     try:
         root = kind.decode(files.url, data)
     except (CorruptStoreError, StoreNotFoundError):

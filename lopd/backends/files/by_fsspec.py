@@ -56,10 +56,6 @@ class FsspecFiles:
         """A whole file."""
         return bytes(self._fs.cat_file(self._path(path)))
 
-    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
-        """Whole files."""
-        return [self.read(path) for path in paths]
-
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
         """Parts of one file."""
         parts = self._fs.cat_ranges([self._path(path)] * len(starts), list(starts), list(ends), on_error="raise") if starts else []

@@ -148,10 +148,6 @@ class ObstoreFiles:
         """A whole object."""
         return bytes(self._call(path, lambda: self._obstore.get(self._store, path).bytes()))
 
-    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
-        """Whole objects, some at a time."""
-        return _side_by_side([partial(self.read, path) for path in paths])
-
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
         """Parts of one object; near ones are fetched by one request, and what is behind the end of the object is missing."""
         found = [np.zeros(0, np.uint8)] * len(starts)

@@ -52,10 +52,6 @@ class LocalFiles:
         """A whole file."""
         return (self.root / path).read_bytes()
 
-    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
-        """Whole files."""
-        return [self.read(path) for path in paths]
-
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
         """Parts of one file, straight from the page cache."""
         mapped = self.map(path)

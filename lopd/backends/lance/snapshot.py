@@ -44,13 +44,13 @@ class Snapshot:
         self._open(versions)
 
     def _open(self, versions: Mapping[str, int]) -> None:
-        # Columns before rollouts: a score that is seen is then never one of a rollout that is not.
-        state = self._catalog.state
-        for column, entry in state.columns.items():
-            if column not in self.columns:
+        # Columns before rollouts: so every visible score has a visible rollout.
+        tables = self._catalog.state.tables
+        for column, entry in tables.items():
+            if column is not None and column not in self.columns:
                 self.columns[column] = self._part(entry, SCORE_LINE, versions, dense=False)
-        if self.rollouts is None and state.rollouts is not None:
-            self.rollouts = self._part(state.rollouts, ROLLOUT_LINE, versions, dense=True)
+        if self.rollouts is None and None in tables:
+            self.rollouts = self._part(tables[None], ROLLOUT_LINE, versions, dense=True)
         if self.columns and self.rollouts is None:
             raise CorruptStoreError(
                 f"{self._owner}: {ROLLOUTS_FILE} is missing, expected it where there are scores; restore the file from a backup."
@@ -83,7 +83,7 @@ class Snapshot:
 
     def provenances(self) -> dict[str, Provenance]:
         """Who computed each column."""
-        entries = {name: self._catalog.state.columns[name] for name in self.columns}
+        entries = {name: self._catalog.state.tables[name] for name in self.columns}
         return {name: entry.provenance for name, entry in entries.items() if entry.provenance is not None}
 
     @property

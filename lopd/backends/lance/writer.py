@@ -10,8 +10,8 @@ from uuid import uuid4
 
 from attrs import asdict
 
-from lopd.backends.files import Files, local_folder
-from lopd.backends.lance.catalog import ROLLOUTS_FILE, Catalog, column_path, compaction_path, generation_path, quarantine_path
+from lopd.backends.files import Files, local_folder, writing
+from lopd.backends.lance.catalog import COLUMNS, COMPACTIONS, GENERATIONS, QUARANTINE, Catalog, generation_path, new_path, table_path
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
 from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.table import BEGAN_EMPTY, Database, first_line, is_conflict, is_lance_error
@@ -68,7 +68,7 @@ class Writer:
             if not self._create(column, provenance, empty):
                 return False
         named = {str(row): reason for row, reason in reasons.items()}
-        self._catalog.put(quarantine_path(), {"column": column, "reasons": named, "when": self._catalog.later()})
+        self._catalog.put(new_path(QUARANTINE), {"column": column, "reasons": named, "when": self._catalog.later()})
         return self._seen(column)
 
     def _seen(self, column: str | None) -> bool:
@@ -106,7 +106,7 @@ class Writer:
         self._database.create(name, data)
         self._flush(name)
         entry = {"table": name, "provenance": None if provenance is None else provenance.to_json()}
-        made = self._catalog.put(ROLLOUTS_FILE if column is None else column_path(column), entry)
+        made = self._catalog.put(table_path(column), entry)
         if made:
             self._snapshot.refresh()
         else:
@@ -146,21 +146,16 @@ class Writer:
                 merged = False
             if merged:
                 record = {"rows": part.table.rows, "tokens": tokens_of(part.lines()), "column": column}
-                self._catalog.put(compaction_path(), record)
+                self._catalog.put(new_path(COMPACTIONS), record)
         self._remove_strangers(older_than)
         self._snapshot.refresh()
 
     def _remove_strangers(self, older_than: float) -> None:
         """Tables of writers that were killed, or refused, before they could say which column theirs is."""
         known = {f"{name}{_TABLE_SUFFIX}" for name in self._snapshot.versions()}
-        try:
+        with writing(self._owner, "removing what killed writers left"):
             found = [name for name in self._files.names("") if name.endswith(_TABLE_SUFFIX) and name not in known]
             self._files.remove([name for name in found if self._files.age(name) >= older_than])
-        except OSError as error:
-            raise StoreWriteError(
-                f"{self._owner}: removing what killed writers left failed with {error}, expected the storage to list and remove; "
-                "check it and repeat the call."
-            ) from error
 
     def settle(self, column: str | None, /) -> None:
         """Make durable what a call relies on, also where another process wrote it and may not have come to flush it."""
@@ -169,8 +164,8 @@ class Writer:
         for part in {self._snapshot.rollouts, self._snapshot.part(column)}:
             if part is not None:
                 self._flush(part.table.name)
-        for path in (ROLLOUTS_FILE, column_path(""), generation_path(0), quarantine_path()):
-            self._files.settle(path.rpartition("/")[0])
+        for folder in ("", COLUMNS, GENERATIONS, QUARANTINE):
+            self._files.settle(folder)
 
     def _flush(self, table: str) -> None:
         """Lance flushes nothing: flush the files of a table that are new, and the folders that lead to them."""

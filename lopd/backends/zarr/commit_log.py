@@ -7,13 +7,13 @@ A record is put last, after everything it names is durable.  So two writers neve
 commit, and the number gives all readers one order of rows.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
-from lopd.backends.files import Files
+from lopd.backends.files import Files, reading
 from lopd.backends.sealing import seal, unseal
-from lopd.errors import CorruptStoreError, StoreReadError
+from lopd.errors import CorruptStoreError
 
 COMMITS, CHECKPOINTS = "commits", "checkpoints"
 COMMITS_PER_CHECKPOINT = 64
@@ -47,7 +47,7 @@ class CommitLog:
             CorruptStoreError: it is damaged.
             StoreReadError: the storage does not answer.
         """
-        with self._reading():
+        with reading(self._owner, "reading its commit log"):
             try:
                 data = self._files.read(_record_path(number))
             except FileNotFoundError:
@@ -61,29 +61,16 @@ class CommitLog:
             CorruptStoreError: a record is damaged, or one is missing before others.
             StoreReadError: the storage does not answer.
         """
-        with self._reading():
-            return self._records(start, stop)
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except StoreReadError:
-            raise
-        except OSError as error:
-            raise StoreReadError(
-                f"{self._owner}: reading its commit log failed with {error}, expected the storage to answer; check it and try again."
-            ) from error
-
-    def _records(self, start: int, stop: int | None) -> list[dict[str, Any]]:
-        last = max((number for number in map(_number, self._files.names(COMMITS)) if number is not None), default=-1)
-        paths = [_record_path(number) for number in range(start, last + 1 if stop is None else stop)]
-        try:
-            return [self._unsealed(path, data) for path, data in zip(paths, self._files.read_many(paths), strict=True)]
-        except FileNotFoundError as error:
-            raise CorruptStoreError(
-                f"{self._owner}: a commit record is missing, expected {len(paths)} from {paths[0]} on ({error}); restore it from a backup."
-            ) from error
+        with reading(self._owner, "reading its commit log"):
+            last = max(_numbers(self._files.names(COMMITS)), default=-1)
+            paths = [_record_path(number) for number in range(start, last + 1 if stop is None else stop)]
+            try:
+                found = self._files.run([partial(self._files.read, path) for path in paths])
+            except FileNotFoundError as error:
+                raise CorruptStoreError(
+                    f"{self._owner}: a commit record is missing, expected {len(paths)} from {paths[0]} on ({error}); restore it from a backup."
+                ) from error
+        return [self._unsealed(path, data) for path, data in zip(paths, found, strict=True)]
 
     def checkpoint(self, until: int | None) -> dict[str, Any] | None:
         """The latest checkpoint that is not after commit `until`; None if there is none.
@@ -92,9 +79,8 @@ class CommitLog:
             CorruptStoreError: it is damaged.
             StoreReadError: the storage does not answer.
         """
-        with self._reading():
-            numbers = [number for number in map(_number, self._files.names(CHECKPOINTS)) if number is not None]
-            numbers = [number for number in numbers if until is None or number <= until]
+        with reading(self._owner, "reading its commit log"):
+            numbers = [number for number in _numbers(self._files.names(CHECKPOINTS)) if until is None or number <= until]
             if not numbers:
                 return None
             path = _checkpoint_path(max(numbers))
@@ -120,6 +106,5 @@ def _checkpoint_path(number: int) -> str:
     return f"{CHECKPOINTS}/{number:010d}.json"
 
 
-def _number(name: str) -> int | None:
-    stem = name.removesuffix(".json")
-    return int(stem) if stem != name and stem.isdigit() else None
+def _numbers(names: Sequence[str]) -> list[int]:
+    return [int(stem) for name in names if (stem := name.removesuffix(".json")) != name and stem.isdigit()]

@@ -1,14 +1,14 @@
 """How a store on segments changes: write a segment, then try to take the next number of the commit log."""
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, final
 from uuid import uuid4
 
 from attrs import asdict, evolve, frozen
 
-from lopd.backends.files import Files
+from lopd.backends.files import Files, writing
 from lopd.backends.root import Root
 from lopd.backends.sealing import dump
 from lopd.backends.zarr import compaction
@@ -77,12 +77,8 @@ class Writer:
     def settle(self, column: str | None, /) -> None:  # noqa: ARG002 (all columns are in one log)
         """Make durable what another process may have committed a moment ago, and not have flushed yet."""
         self._take_spare("", ())
-        try:
+        with self._writing([]):
             self._log.settle()
-        except StoreWriteError:
-            raise
-        except OSError as error:
-            raise self._refused([], error) from error
 
     def _take_spare(self, parent: str, records: Sequence[Rollout] | Sequence[Scores]) -> _Written | None:
         """The segment that lost the race for a number, if it was made of these very records; any other is removed."""
@@ -105,11 +101,9 @@ class Writer:
     def _put_segment(self, parent: str, data: SegmentData) -> SegmentMeta:
         path = f"{parent}/{uuid4().hex}"
         files, meta = encode_segment(path, data)
-        try:
+        with self._writing([path]):
             self._make_groups(parent)
             self._files.write(files)
-        except OSError as error:
-            raise self._refused([path], error) from error
         return meta
 
     def _make_groups(self, parent: str) -> None:
@@ -123,13 +117,8 @@ class Writer:
     def _publish(self, record: Mapping[str, Any], written: Sequence[str] = ()) -> bool:
         """Whether this record is the next commit; if so, the snapshot has it."""
         record = {**record, "when": time.time()}
-        try:
+        with self._writing(written):
             mine = self._log.commit(self._snapshot.commits, record)
-        except StoreWriteError:
-            # The record is there, only its durability is in doubt: its segments must stay.
-            raise
-        except OSError as error:
-            raise self._refused(written, error) from error
         if mine:
             self._snapshot.add(record)
             if self._snapshot.commits % COMMITS_PER_CHECKPOINT == 0 or record["kind"] == "compaction":
@@ -143,12 +132,18 @@ class Writer:
         with suppress(OSError):
             self._files.remove(paths)
 
-    def _refused(self, paths: Sequence[str], error: OSError) -> StoreWriteError:
-        self._remove(paths)
-        return StoreWriteError(
-            f"{self._owner}: the write failed with {error}, expected it to succeed; nothing of this call was committed, "
-            "so free space or fix permissions and repeat it."
-        )
+    @contextmanager
+    def _writing(self, paths: Sequence[str]) -> Iterator[None]:
+        """Remove these segments when the storage refuses."""
+        with writing(self._owner):
+            try:
+                yield
+            except StoreWriteError:
+                # The record is there, only its durability is in doubt: its segments must stay.
+                raise
+            except OSError:
+                self._remove(paths)
+                raise
 
     def compact(self, target_tokens: int) -> None:
         """Merge until there is nothing to merge."""
@@ -180,16 +175,9 @@ class Writer:
         records = self._log.records(0)
         recent = {path for r in records if time.time() - r["when"] < older_than for path in r.get("removes", ())}
         keep = self._snapshot.paths() | recent
-        try:
-            dead = [path for path in self._found() if path not in keep and self._files.age(path) >= older_than]
+        with writing(self._owner, "sweeping"):
+            parents = ["segments", *(f"scores/{name}" for name in self._files.names("scores") if name != METADATA_FILE)]
+            found = [f"{parent}/{name}" for parent in parents for name in self._files.names(parent) if name != METADATA_FILE]
+            dead = [path for path in found if path not in keep and self._files.age(path) >= older_than]
             self._files.remove(dead)
-        except OSError as error:
-            raise StoreWriteError(
-                f"{self._owner}: sweeping failed with {error}, expected the storage to list and remove; check it and repeat the call."
-            ) from error
         return dead
-
-    def _found(self) -> list[str]:
-        """Paths of all segments that are there, whether a record names them or not."""
-        parents = ["segments", *(f"scores/{name}" for name in self._files.names("scores") if name != METADATA_FILE)]
-        return [f"{parent}/{name}" for parent in parents for name in self._files.names(parent) if name != METADATA_FILE]
