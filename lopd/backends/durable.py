@@ -12,7 +12,7 @@ from typing import ClassVar, Generic, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open_files
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile, put_root, read_root, taken
@@ -199,7 +199,7 @@ class DurableBase(ABC, Generic[S, W]):
         while True:
             self.refresh()
             known = self.generations.get(generation)
-            ragged.check_generation(self._owner, generation, known, policy)
+            admission.check_generation(self._owner, generation, known, policy)
             if known is not None:
                 return self._writer.settle(None)
             if self._writer.add_generation(generation, policy):
@@ -211,7 +211,7 @@ class DurableBase(ABC, Generic[S, W]):
         while True:
             self.refresh()
             known = {name: content for name, (content, _) in self._known(ids, self.find(ids)).items()}
-            new = ragged.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self.generations, known=known)
+            new = admission.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self.generations, known=known)
             if not new:
                 return self._writer.settle(None)
             if self._writer.add_rollouts(new, len(self)):
@@ -219,7 +219,7 @@ class DurableBase(ABC, Generic[S, W]):
 
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         """Add one model's scores, durably; rows already scored are skipped.  Refreshes."""
-        ragged.check_column(self._owner, column)
+        admission.check_column(self._owner, column)
         while True:
             self.refresh()
             new = self._new_scores(column, provenance, scores)
@@ -230,11 +230,11 @@ class DurableBase(ABC, Generic[S, W]):
 
     def _new_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores]) -> dict[int, Scores]:
         """By row, in ascending order."""
-        ragged.check_provenance(self._owner, column, self.columns.get(column), provenance)
+        admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
         ids = [score.rollout_id for score in scores]
         found, scored = self.find(ids), self.scored(column)
         rows = dict(zip(ids, found.tolist(), strict=True))
-        new = ragged.new_scores(
+        new = admission.new_scores(
             self._owner,
             scores,
             provenance=provenance,
@@ -246,12 +246,12 @@ class DurableBase(ABC, Generic[S, W]):
 
     def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
         """Say, durably, which rollouts this model cannot score, and why.  Refreshes."""
-        ragged.check_column(self._owner, column)
+        admission.check_column(self._owner, column)
         while True:
             self.refresh()
-            ragged.check_provenance(self._owner, column, self.columns.get(column), provenance)
+            admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
             rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
-            new = ragged.new_quarantine(self._owner, reasons, rows=rows, scored=self.scored(column), known=known)
+            new = admission.new_quarantine(self._owner, reasons, rows=rows, scored=self.scored(column), known=known)
             if not new:
                 return self._writer.settle(column)
             if self._writer.add_reasons(column, provenance, new):

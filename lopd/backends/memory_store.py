@@ -7,7 +7,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.records.arrays import Float32Array
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
@@ -23,7 +23,7 @@ class MemoryStore:
 
     def __init__(self, manifest: Manifest) -> None:
         """Empty."""
-        ragged.check_manifest("MemoryStore", manifest)
+        admission.check_manifest("MemoryStore", manifest)
         self._manifest = manifest
         self._rollouts: list[Rollout] = []
         self._rows: dict[str, int] = {}
@@ -79,7 +79,7 @@ class MemoryStore:
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
         """These rollouts with these columns, in the order asked."""
-        return [self._read_row(row, columns, top_k) for row in ragged.check_rows("MemoryStore", indices, len(self))]
+        return [self._read_row(row, columns, top_k) for row in admission.check_rows("MemoryStore", indices, len(self))]
 
     def _read_row(self, row: int, columns: Sequence[str], top_k: Sequence[str]) -> ScoredRollout:
         rollout = self._rollouts[row]
@@ -90,39 +90,39 @@ class MemoryStore:
         if column != BEHAVIOR_COLUMN:
             return self._score(row, rollout, column).logprobs
         if rollout.behavior_logprobs is None:
-            raise ragged.missing_scores("MemoryStore", rollout.rollout_id, column)
+            raise admission.missing_scores("MemoryStore", rollout.rollout_id, column)
         return rollout.behavior_logprobs
 
     def _top_k(self, row: int, rollout: Rollout, column: str) -> TopK:
         if column == BEHAVIOR_COLUMN or (found := self._score(row, rollout, column).top_k) is None:
-            raise ragged.missing_top_k("MemoryStore", column)
+            raise admission.missing_top_k("MemoryStore", column)
         return found
 
     def _score(self, row: int, rollout: Rollout, column: str) -> Scores:
         found = self._scores.get(column, {}).get(row)
         if found is None:
-            raise ragged.missing_scores("MemoryStore", rollout.rollout_id, column)
+            raise admission.missing_scores("MemoryStore", rollout.rollout_id, column)
         return found
 
     def begin_generation(self, generation: int, policy: ModelId, /) -> None:
         """Say which policy samples in another round."""
-        ragged.check_generation("MemoryStore", generation, self._generations.get(generation), policy)
+        admission.check_generation("MemoryStore", generation, self._generations.get(generation), policy)
         self._generations[generation] = policy
 
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts; those already there are skipped."""
         known = {r.rollout_id: self._rollouts[self._rows[r.rollout_id]].content_hash for r in rollouts if r.rollout_id in self._rows}
         vocab_size = self._manifest.tokenizer.vocab_size
-        for rollout in ragged.new_rollouts("MemoryStore", rollouts, vocab_size=vocab_size, generations=self._generations, known=known):
+        for rollout in admission.new_rollouts("MemoryStore", rollouts, vocab_size=vocab_size, generations=self._generations, known=known):
             self._rows[rollout.rollout_id] = len(self._rollouts)
             self._rollouts.append(rollout)
 
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         """Add one model's scores; rows already scored are skipped."""
-        ragged.check_column("MemoryStore", column)
-        ragged.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
+        admission.check_column("MemoryStore", column)
+        admission.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
         there = {s.rollout_id: self._rollouts[self._rows[s.rollout_id]] for s in scores if s.rollout_id in self._rows}
-        new = ragged.new_scores(
+        new = admission.new_scores(
             "MemoryStore",
             scores,
             provenance=provenance,
@@ -136,10 +136,10 @@ class MemoryStore:
 
     def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
         """Say which rollouts this model cannot score, and why."""
-        ragged.check_column("MemoryStore", column)
-        ragged.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
+        admission.check_column("MemoryStore", column)
+        admission.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
         rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
-        new = ragged.new_quarantine("MemoryStore", reasons, rows=rows, scored=self.scored(column), known=known)
+        new = admission.new_quarantine("MemoryStore", reasons, rows=rows, scored=self.scored(column), known=known)
         if new:
             self._columns.setdefault(column, provenance)
             self._quarantined.setdefault(column, {}).update(new)

@@ -4,8 +4,9 @@ from typing import Protocol, get_args
 
 from attrs import frozen
 
+from lopd.backends.admission import check_manifest
 from lopd.backends.files import Files, names_in, reading, writing
-from lopd.backends.ragged import LogprobDtype, check_manifest
+from lopd.backends.ragged import LogprobDtype
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
 from lopd.records.manifest import Manifest
 

@@ -7,7 +7,7 @@ import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.backends.id_index import IdIndex
 from lopd.backends.lance import arrays, decode, encode
 from lopd.backends.lance.arrays import Wanted
@@ -177,7 +177,7 @@ class Snapshot:
             return RolloutArrays(nothing, nothing, np.zeros(0, np.int32), None, {name: np.zeros(0, np.float32) for name in columns})
         lines = self.lines()[rows]
         if BEHAVIOR_COLUMN in columns and not lines["has_behavior"].all():
-            raise ragged.missing_scores(self._owner, self._name(int(rows[~lines["has_behavior"]][0])), BEHAVIOR_COLUMN)
+            raise admission.missing_scores(self._owner, self._name(int(rows[~lines["has_behavior"]][0])), BEHAVIOR_COLUMN)
         scored = {name: self._scored(name, rows, lines) for name in columns if name != BEHAVIOR_COLUMN}
         found = arrays.read_arrays(Wanted(self._owner, self.rollouts, rows, lines), scored)
         return evolve(found, scores={name: found.scores[name] for name in columns})
@@ -187,7 +187,7 @@ class Snapshot:
         owner, part = f"{self._owner}: column {column!r}", self.columns.get(column)
         at = np.full(rows.size, -1) if part is None else part.find(rows)
         if part is None or (at < 0).any():
-            raise ragged.missing_scores(self._owner, self._name(int(rows[at < 0][0])), column)
+            raise admission.missing_scores(self._owner, self._name(int(rows[at < 0][0])), column)
         found = part.lines()[at]
         for i in np.flatnonzero((found["content_hash"] != lines["content_hash"]) | (found["length"] != lines["response_length"]))[:1]:
             raise _other_tokens(owner, self._name(int(rows[i])))
@@ -200,13 +200,13 @@ class Snapshot:
     def _column(self, column: str, rows: NDArray[np.int64], rollouts: Mapping[int, Rollout], *, ranked: bool) -> _Column:
         k = self._catalog.top_k(column)
         if ranked and not k:
-            raise ragged.missing_top_k(self._owner, column)
+            raise admission.missing_top_k(self._owner, column)
         if column == BEHAVIOR_COLUMN:
             return {row: (self._behavior(rollout), None) for row, rollout in rollouts.items()}
         part = self.columns.get(column)
         absent = rows if part is None else rows[part.find(rows) < 0]
         if part is None or absent.size:
-            raise ragged.missing_scores(self._owner, rollouts[int(absent[0])].rollout_id, column)
+            raise admission.missing_scores(self._owner, rollouts[int(absent[0])].rollout_id, column)
         owner = f"{self._owner}: column {column!r}"
         table, lines = part.fetch(rows, [*SCORE_DATA, *(TOP_K_DATA if ranked else ())])
         logprobs = decode.decode_scores(owner, table, lines)
@@ -218,7 +218,7 @@ class Snapshot:
 
     def _behavior(self, rollout: Rollout) -> Float32Array:
         if rollout.behavior_logprobs is None:
-            raise ragged.missing_scores(self._owner, rollout.rollout_id, BEHAVIOR_COLUMN)
+            raise admission.missing_scores(self._owner, rollout.rollout_id, BEHAVIOR_COLUMN)
         return rollout.behavior_logprobs
 
 

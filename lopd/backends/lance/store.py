@@ -12,7 +12,7 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.backends.durable import DurableBase
 from lopd.backends.files import Files, StorageOptions, StorePath
 from lopd.backends.lance import verify
@@ -68,7 +68,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
         """These rollouts with these columns, in the order asked; fetches and verifies these rows, and of columns also all lines, once."""
-        rows = np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64)
+        rows = np.array(admission.check_rows(self._owner, indices, len(self)), np.int64)
         return self._snapshot.read(rows, columns, top_k)
 
     def read_arrays(self, indices: Sequence[int], /, columns: Sequence[str] = ()) -> RolloutArrays:
@@ -76,7 +76,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
         Raises as `read` does.
         """
-        return self._snapshot.read_arrays(np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64), columns)
+        return self._snapshot.read_arrays(np.array(admission.check_rows(self._owner, indices, len(self)), np.int64), columns)
 
     def table(self, column: str | None = None) -> Any:
         """LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it takes no writes.

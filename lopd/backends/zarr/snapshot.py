@@ -12,7 +12,7 @@ import numpy as np
 from attrs import asdict
 from numpy.typing import NDArray
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.backends.files import Files
 from lopd.backends.id_index import IdIndex
 from lopd.backends.zarr import decode
@@ -213,7 +213,7 @@ class Snapshot:
             return [(self._behavior_of(rollout), None) for rollout in rollouts]
         groups = self._grouped_scores(name, rows)
         if wants_top_k and self.columns[name].provenance.top_k == 0:
-            raise ragged.missing_top_k(self._owner, name)
+            raise admission.missing_top_k(self._owner, name)
         calls = []
         for segment, where, lines in groups:
             bound_to = decode.bound_to([rollouts[i] for i in where])
@@ -249,7 +249,7 @@ class Snapshot:
                 len(rows), [g[1] for g in groups], [decode.behaviors(g[0], part) for g, part in zip(groups, lines, strict=True)]
             )
             if any(piece is None for piece in found):
-                raise ragged.missing_scores(self._owner, self._name(int(rows[[piece is None for piece in found].index(True)])), name)
+                raise admission.missing_scores(self._owner, self._name(int(rows[[piece is None for piece in found].index(True)])), name)
             return np.concatenate(found)
         scored = self._grouped_scores(name, rows)
         bound_to = ordered[:, BOUND_BY[0]]
@@ -268,7 +268,7 @@ class Snapshot:
         column = self.columns.get(name)
         places = column.places(rows) if column else np.full(len(rows), -1, np.int64)
         if column is None or (places < 0).any():
-            raise ragged.missing_scores(self._owner, self._name(int(rows[int(np.argmax(places < 0))])), name)
+            raise admission.missing_scores(self._owner, self._name(int(rows[int(np.argmax(places < 0))])), name)
         return _group(column.segments, places >> LINE_BITS, places & ((1 << LINE_BITS) - 1))
 
     def _name(self, row: int) -> str:
@@ -277,7 +277,7 @@ class Snapshot:
 
     def _behavior_of(self, rollout: Rollout) -> Any:
         if rollout.behavior_logprobs is None:
-            raise ragged.missing_scores(self._owner, rollout.rollout_id, BEHAVIOR_COLUMN)
+            raise admission.missing_scores(self._owner, rollout.rollout_id, BEHAVIOR_COLUMN)
         return rollout.behavior_logprobs
 
     def _grouped(self, rows: NDArray[np.int64]) -> list[_Group]:

@@ -14,7 +14,7 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.backends.durable import DurableBase
 from lopd.backends.files import Files
 from lopd.backends.root import Root
@@ -53,7 +53,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> list[ScoredRollout]:
         """These rollouts with these columns, in the order asked; fetches and verifies these rows and no others."""
-        rows = np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64)
+        rows = np.array(admission.check_rows(self._owner, indices, len(self)), np.int64)
         return self._snapshot.read(rows, columns, top_k)
 
     def read_arrays(self, indices: Sequence[int], /, columns: Sequence[str] = ()) -> RolloutArrays:
@@ -61,7 +61,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
 
         Raises as `read` does.
         """
-        return self._snapshot.read_arrays(np.array(ragged.check_rows(self._owner, indices, len(self)), np.int64), columns)
+        return self._snapshot.read_arrays(np.array(admission.check_rows(self._owner, indices, len(self)), np.int64), columns)
 
     def compact(self, *, target_tokens: int = 1 << 24) -> None:
         """Merge small segments into ones of about `target_tokens`; rows keep their numbers, and open readers read on.  Refreshes.
