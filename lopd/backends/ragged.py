@@ -49,9 +49,3 @@ def offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
 def concat(arrays: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:
     """All arrays end to end in one type; an empty array for none."""
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)
-
-
-def concat_texts(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """UTF-8 bytes of all texts end to end, and the bytes of each.  Lone surrogates, which JSON can carry, survive."""
-    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-    return np.frombuffer(b"".join(encoded), np.uint8), np.array([len(text) for text in encoded], np.int32)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lopd.backends.id_index import decode_id, hash_ids
 from lopd.backends.lance.encode import (
     ID,
     LINE_CHECKSUM,
@@ -15,8 +16,6 @@ from lopd.backends.lance.encode import (
     SCORE_DATA,
     TOP_K_DATA,
     checksum,
-    decode_id,
-    hash_ids,
     line_checksums,
 )
 from lopd.errors import CorruptStoreError, LopdError

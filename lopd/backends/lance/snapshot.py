@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lopd.backends import admission
 from lopd.backends.id_index import IdIndex
-from lopd.backends.lance import arrays, decode, encode
+from lopd.backends.lance import arrays, decode
 from lopd.backends.lance.arrays import Wanted
 from lopd.backends.lance.catalog import ROLLOUTS_FILE, Catalog, TableEntry
 from lopd.backends.lance.encode import ID, ROLLOUT_DATA, ROLLOUT_LINE, SCORE_DATA, SCORE_LINE, TOP_K_DATA, tokens_of
@@ -112,12 +112,11 @@ class Snapshot:
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """(n,): rows of rollouts, -1 where there is none."""
-        new = np.ascontiguousarray(self.lines()["id_hash"][self._indexed :])
+        new = self.lines()["id_hash"][self._indexed :]
         if new.size:
-            self._index.add(new.view(np.uint64).reshape(-1, 2), self._indexed)
+            self._index.add(new, self._indexed)
             self._indexed += new.size
-        hashes = encode.hash_ids([encode.encode_id(rollout_id) for rollout_id in rollout_ids])
-        return self._index.find(hashes.view(np.uint64).reshape(-1, 2))
+        return self._index.find(rollout_ids)
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """(rows,): which rollouts have scores in this column."""

@@ -18,7 +18,7 @@ from lopd.backends.id_index import IdIndex
 from lopd.backends.zarr import decode
 from lopd.backends.zarr.column import LINE_BITS, Column
 from lopd.backends.zarr.commit_log import CommitLog
-from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, R, hash_ids
+from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, R
 from lopd.backends.zarr.segment import Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
@@ -157,7 +157,7 @@ class Snapshot:
         if not lines:
             return
         added = np.concatenate(lines)
-        self._index.add(np.ascontiguousarray(added[:, ID_HASH]).view(np.uint64), seen)
+        self._index.add(np.ascontiguousarray(added[:, ID_HASH]).view("V16")[:, 0], seen)
         self._lengths = np.concatenate([self._lengths, added[:, LENGTHS]])
         self._behavior = np.concatenate([self._behavior, added[:, R["has_behavior"]].astype(np.bool_)])
 
@@ -169,7 +169,7 @@ class Snapshot:
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Rows of rollouts, -1 where there is none."""
         self._scan()
-        return self._index.find(hash_ids(rollout_ids))
+        return self._index.find(rollout_ids)
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """(rows,): which have scores in this column."""
