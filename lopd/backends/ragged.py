@@ -44,8 +44,3 @@ def _to_float16(owner: str, logprobs: Float32Array) -> NDArray[np.float16]:
 def offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
     """(n + 1,): where each piece starts in the concatenation, and where the last one ends."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-
-
-def concat(arrays: Sequence[NDArray[Any]], dtype: str) -> NDArray[Any]:
-    """All arrays end to end in one type; an empty array for none."""
-    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(0, dtype)

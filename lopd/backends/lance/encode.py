@@ -185,7 +185,7 @@ def _list_column(values: Sequence[NDArray[Any] | None], dtype: np.dtype[Any]) ->
     ends = ragged.offsets(np.array([0 if part is None else part.size for part in values]))
     if ends[-1] > np.iinfo(np.int32).max:
         raise InvalidRecordError(f"Append: one column has {ends[-1]} values, expected fewer than 2**31; append fewer rollouts at once.")
-    flat = ragged.concat([part for part in values if part is not None], dtype.name)
+    flat = np.concatenate([np.zeros(0, dtype), *(part for part in values if part is not None)])
     item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
     absent = pa.array([part is None for part in values])
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat), type=pa.list_(item), mask=absent)

@@ -11,21 +11,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lopd.backends import admission
 from lopd.backends.durable import DurableBase
 from lopd.backends.files import Files, StorageOptions, StorePath
-from lopd.backends.lance import verify
 from lopd.backends.lance.catalog import Catalog, CatalogState, LanceRoot
 from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.table import Database
 from lopd.backends.lance.writer import Writer
 from lopd.backends.root import Root
-from lopd.errors import MissingScoresError
+from lopd.errors import LopdError, MissingScoresError
 from lopd.records.manifest import Commit
 from lopd.records.rollouts import RolloutArrays, ScoredRollout
 
 _WEEK = 7 * 24 * 3600.0
+_ROWS_AT_ONCE = 256
 
 
 @final
@@ -114,4 +115,31 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
     def verify(self) -> Iterator[str]:
         """One sentence for each problem found; reads every row of the current versions, and the catalog."""
-        return verify.problems(self._catalog, self._snapshot)
+        for path in sorted(self._catalog.state.seen):
+            try:
+                self._catalog.document(path)
+            except LopdError as error:
+                yield str(error)
+        for column, part in self._snapshot.parts().items():
+            # Not what was read before, but what is stored now.
+            part.forget()
+            try:
+                rows = part.lines()["row"]
+            except LopdError as error:
+                yield str(error)
+                continue
+            columns = () if column is None else (column,)
+            ranked = tuple(name for name in columns if self._catalog.top_k(name))
+            for start in range(0, len(rows), _ROWS_AT_ONCE):
+                yield from self._problems_of(rows[start : start + _ROWS_AT_ONCE], columns, ranked)
+
+    def _problems_of(self, rows: NDArray[np.int64], columns: tuple[str, ...], ranked: tuple[str, ...]) -> Iterator[str]:
+        """Of many rows at once if they are sound, and else of one after the other; the same sentence once."""
+        try:
+            self._snapshot.read(rows, columns, ranked)
+        except LopdError as error:
+            if len(rows) == 1:
+                yield str(error)
+            else:
+                one_by_one = (problem for row in np.split(rows, len(rows)) for problem in self._problems_of(row, columns, ranked))
+                yield from dict.fromkeys(one_by_one)

@@ -109,7 +109,7 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
 
 def _filled(values: Sequence[NDArray[Any] | None], lengths: NDArray[np.int64], filler: float, dtype: str) -> NDArray[Any]:
     parts = [np.full(n, filler, dtype) if value is None else value for value, n in zip(values, lengths.tolist(), strict=True)]
-    return ragged.concat(parts, dtype)
+    return np.concatenate(parts)
 
 
 def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str) -> SegmentData:

@@ -10,6 +10,7 @@ A segment that no commit record names does not exist.  Rows are in the order of 
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
 from typing import Any, final
 
 import numpy as np
@@ -18,11 +19,13 @@ from lopd.backends import admission
 from lopd.backends.durable import DurableBase
 from lopd.backends.files import Files
 from lopd.backends.root import Root
-from lopd.backends.zarr import verify
+from lopd.backends.sealing import checksum, dump
 from lopd.backends.zarr.commit_log import CommitLog
+from lopd.backends.zarr.format import METADATA_FILE, chunk_path, group_document
 from lopd.backends.zarr.root import ZarrRoot
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.writer import Writer
+from lopd.errors import LopdError
 from lopd.records.manifest import Commit
 from lopd.records.rollouts import RolloutArrays, ScoredRollout
 
@@ -102,4 +105,26 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
 
     def verify(self) -> Iterator[str]:
         """One sentence for each problem found: every checksum of every file that the current state is made of, and the whole log."""
-        return verify.problems(self._files, self._log, self._snapshot)
+        try:
+            self._log.records(0, self._snapshot.commits)
+            self._log.checkpoint(self._snapshot.commits)
+        except LopdError as error:
+            yield str(error)
+        segments = [segment.meta for segment in self._snapshot.all_segments()]
+        groups = {str(folder) for meta in segments for folder in [PurePosixPath(meta.path), *PurePosixPath(meta.path).parents[:-1]]}
+        for folder in sorted(groups):
+            yield from self._compare(f"{folder}/{METADATA_FILE}", checksum(dump(group_document({}))))
+        for meta in segments:
+            for name, array in meta.arrays.items():
+                yield from self._compare(f"{meta.path}/{name}/{METADATA_FILE}", array.metadata_checksum)
+                yield from self._compare(chunk_path(meta.path, name, len(array.shape)), array.checksum)
+
+    def _compare(self, path: str, wanted: str) -> Iterator[str]:
+        try:
+            found = checksum(self._files.read(path))
+        except FileNotFoundError:
+            found = "no file"
+        except OSError as error:
+            found = str(error)
+        if found != wanted:
+            yield f"{self._files.url}: the checksum of {path} is {found}, expected {wanted}; restore the file from a backup."
