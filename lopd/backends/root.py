@@ -1,12 +1,14 @@
 """The one file that makes a folder or a prefix a store: whether its place is free, and what it says."""
 
-from typing import Protocol, get_args
+from collections.abc import Callable
+from typing import get_args
 
 from attrs import frozen
 
 from lopd.backends.admission import check_manifest
 from lopd.backends.files import Files, names_in, reading, writing
 from lopd.backends.ragged import LogprobDtype
+from lopd.backends.sealing import damaged
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
 from lopd.records.manifest import Manifest
 
@@ -24,26 +26,20 @@ class Root:
     logprob_dtype: LogprobDtype
 
 
-class RootFile(Protocol):
-    """How one kind of store writes its root."""
+@frozen
+class RootFile:
+    """How one kind of store writes its root.
 
-    @property
-    def name(self) -> str:
-        """The file's name."""
-        ...
+    Args:
+        name: the file's name.
+        encode: gives the file's bytes; no two calls give the same, so that a repeated request knows its own file.
+        decode: gives what the bytes under a URL say; None if a single bit differs from what `encode` gave.  It raises StoreNotFoundError
+            where the file belongs to something else.
+    """
 
-    def encode(self, root: Root, /) -> bytes:
-        """The file's bytes; no two calls give the same, so that a repeated request knows its own file."""
-        ...
-
-    def decode(self, url: str, data: bytes, /) -> Root | None:
-        """What the bytes say; None if a single bit differs from what `encode` gave.
-
-        Raises:
-            StoreNotFoundError: they belong to something else.
-            CorruptStoreError: the manifest is of another schema version.
-        """
-        ...
+    name: str
+    encode: Callable[[Root], bytes]
+    decode: Callable[[str, bytes], Root | None]
 
 
 def taken(url: str, *, by_store: bool) -> StoreExistsError:
@@ -90,7 +86,5 @@ def read_root(files: Files, kind: RootFile) -> Root:
     except (ValueError, KeyError, TypeError, AttributeError):
         root = None
     if root is None:
-        raise CorruptStoreError(
-            f"Store {files.url}: {kind.name} is damaged, expected bytes that match their checksum; restore the file from a backup."
-        )
+        raise damaged(f"Store {files.url}", kind.name)
     return root

@@ -16,6 +16,7 @@ StorePath = str | os.PathLike[str]
 StorageOptions = Mapping[str, Any]
 Bytes = NDArray[np.uint8]
 T = TypeVar("T")
+_OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 
 
 class Files(Protocol):
@@ -152,6 +153,11 @@ def open_files(path: StorePath, storage_options: StorageOptions | None = None) -
         from lopd.backends.files.local import LocalFiles
 
         return LocalFiles(folder)
-    from lopd.backends.files.cloud import open_cloud_files
+    url, options = os.fspath(path), storage_options or {}
+    if url.split("://", 1)[0] in _OBSTORE_SCHEMES:
+        from lopd.backends.files.cloud import ObstoreFiles
 
-    return open_cloud_files(os.fspath(path), storage_options or {})
+        return ObstoreFiles(url, options)
+    from lopd.backends.files.by_fsspec import FsspecFiles
+
+    return FsspecFiles(url, options)

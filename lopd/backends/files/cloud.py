@@ -1,9 +1,9 @@
-"""Files in a bucket: s3, gs, az and their kin through obstore, everything else that fsspec knows through fsspec.
+"""Files in a bucket: s3, gs, az and their kin, through obstore.
 
 `storage_options` are those of Apache object_store, which LanceDB takes too: `aws_access_key_id`, `aws_secret_access_key`, `aws_region`,
 `aws_endpoint`, `allow_http`, ...; what is not given comes from the environment.  Requests that fail are repeated with growing pauses,
 within `client_max_retries` (10) and `client_retry_timeout` (180 s); `timeout` and `connect_timeout` limit one request ("30s").
-fsspec file systems take their own options (`key`, `secret`, ...), and need one writer at a time where they cannot create a file exclusively.
+The file systems of fsspec, which has every other URL, take options of their own (`key`, `secret`, ...).
 """
 
 import os
@@ -15,13 +15,11 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends.files import Bytes, Files, StorageOptions, T, without_user
-from lopd.backends.files.by_fsspec import FsspecFiles
+from lopd.backends.files import Bytes, StorageOptions, T, without_user
 from lopd.backends.fork import ForkGuard
 from lopd.backends.retry import repeat
 from lopd.errors import MissingDependencyError, StorePathError, StoreWriteError
 
-_OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
 _YES = ("true", "1", "on", "yes")
@@ -29,17 +27,6 @@ _REQUESTS_AT_ONCE = 16
 # A request takes as long as a megabyte or so.
 _GAP = 1 << 20
 _GUARD = ForkGuard("obstore")
-
-
-def open_cloud_files(url: str, options: StorageOptions) -> Files:
-    """The files under a URL.
-
-    Raises:
-        MissingDependencyError: the package for this kind of URL is not installed.
-        StorePathError: no package knows this kind of URL, or it refuses the options.
-    """
-    scheme = url.split("://", 1)[0]
-    return ObstoreFiles(url, options) if scheme in _OBSTORE_SCHEMES else FsspecFiles(url, options)
 
 
 def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:

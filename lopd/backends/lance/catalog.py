@@ -20,13 +20,12 @@ from uuid import uuid4
 from attrs import field, frozen
 
 from lopd.backends.files import Files, reading, writing
-from lopd.backends.root import Root
-from lopd.backends.sealing import seal, unseal
+from lopd.backends.root import Root, RootFile
+from lopd.backends.sealing import damaged, seal, unseal
 from lopd.errors import CorruptStoreError, StoreNotFoundError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 
-ROOT_FILE = "lopd.json"
 ROLLOUTS_FILE = "rollouts.json"
 COLUMNS, GENERATIONS, COMPACTIONS, QUARANTINE = "columns", "generations", "compactions", "quarantine"
 _EVENTS: dict[str, Literal["generation", "compaction", "quarantine"]] = {
@@ -37,23 +36,20 @@ _EVENTS: dict[str, Literal["generation", "compaction", "quarantine"]] = {
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
-@final
-class LanceRoot:
-    """A `RootFile`: sealed JSON."""
+def _encode_root(root: Root) -> bytes:
+    return seal({"manifest": root.manifest.to_json(), "logprob_dtype": root.logprob_dtype, "by": uuid4().hex})
 
-    name = ROOT_FILE
 
-    def encode(self, root: Root, /) -> bytes:
-        """The file's bytes."""
-        return seal({"manifest": root.manifest.to_json(), "logprob_dtype": root.logprob_dtype, "by": uuid4().hex})
+def _decode_root(url: str, data: bytes) -> Root | None:
+    document = json.loads(data)
+    if "opd_teacher" in document:
+        raise StoreNotFoundError(f"Store {url}: its lopd.json is the lineage of a trained model, expected a store; check the path.")
+    root = Root(Manifest.from_json(document["manifest"]), document["logprob_dtype"])
+    return root if unseal(data) is not None else None
 
-    def decode(self, url: str, data: bytes, /) -> Root | None:
-        """What the bytes say."""
-        document = json.loads(data)
-        if "opd_teacher" in document:
-            raise StoreNotFoundError(f"Store {url}: its {self.name} is the lineage of a trained model, expected a store; check the path.")
-        root = Root(Manifest.from_json(document["manifest"]), document["logprob_dtype"])
-        return root if unseal(data) is not None else None
+
+#: Sealed JSON.
+ROOT = RootFile("lopd.json", _encode_root, _decode_root)
 
 
 @frozen
@@ -132,7 +128,7 @@ class Catalog:
             try:
                 self._add(path, self.document(path))
             except (KeyError, TypeError, AttributeError) as error:
-                raise self._damaged(path) from error
+                raise damaged(self._owner, path) from error
 
     def _add(self, path: str, document: Mapping[str, Any]) -> None:
         state, (folder, _, name) = self.state, path.removesuffix(".json").rpartition("/")
@@ -159,13 +155,8 @@ class Catalog:
         with reading(self._owner, "reading its catalog"):
             document = unseal(self._files.read(path))
         if document is None:
-            raise self._damaged(path)
+            raise damaged(self._owner, path)
         return document
-
-    def _damaged(self, path: str) -> CorruptStoreError:
-        return CorruptStoreError(
-            f"{self._owner}: {path} is damaged, expected bytes that match their checksum; restore the file from a backup."
-        )
 
     def top_k(self, column: str) -> int:
         """K of a column; 0 where it has none, or is none."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lopd.backends import admission
 from lopd.backends.durable import DurableBase
 from lopd.backends.files import Files, StorageOptions, StorePath
-from lopd.backends.lance.catalog import Catalog, CatalogState, LanceRoot
+from lopd.backends.lance.catalog import ROOT, Catalog, CatalogState
 from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.table import Database
 from lopd.backends.lance.writer import Writer
@@ -43,7 +43,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     commit may leave a last version that cannot be read; what was returned before is whole in the versions before it.
     """
 
-    _ROOT = LanceRoot()
+    _ROOT = ROOT
 
     def __init__(self, files: Files, root: Root | None = None, seen: tuple[CatalogState, Mapping[str, int]] | None = None) -> None:
         """Not for callers: `open` says what is wrong with a path."""
@@ -92,7 +92,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         if part is None:
             what = "rollouts" if column is None else f"column {column!r}"
             raise MissingScoresError(f"{self!r}: there is no table of {what}, expected one; append some first.")
-        return self._database.for_queries(part.table)
+        return self._database.handle(part.table.name, part.table.version)
 
     def compact(self, *, older_than: float = _WEEK) -> None:
         """Merge many small files into large ones; rows keep their numbers.  Refreshes.

@@ -128,18 +128,15 @@ class Database:
     def open(self, name: str, version: int | None = None) -> "LanceTable":
         """A table at this version, or as it is now."""
         with _reading(f"{self.owner}: table {name!r}"):
-            return LanceTable(self, name, self._handle(name, version))
+            return LanceTable(self, name, self.handle(name, version))
 
-    def _handle(self, name: str, version: int | None) -> Any:
-        handle = self.connection.open_table(name)
-        if version is not None:
-            handle.checkout(version)
-        return handle
-
-    def for_queries(self, table: "LanceTable") -> Any:
-        """LanceDB's own handle of this table at its version; one that stands at a version takes no writes."""
-        with _reading(f"{self.owner}: table {table.name!r}"):
-            return self._handle(table.name, table.version)
+    def handle(self, name: str, version: int | None) -> Any:
+        """LanceDB's own handle of a table; one that stands at a version takes no writes."""
+        with _reading(f"{self.owner}: table {name!r}"):
+            handle = self.connection.open_table(name)
+            if version is not None:
+                handle.checkout(version)
+            return handle
 
     def create(self, name: str, data: Any) -> "LanceTable":
         """A new table.  The name must be nobody else's: LanceDB lets several creators of one table win."""

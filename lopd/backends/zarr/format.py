@@ -4,19 +4,24 @@ Any Zarr v3 reader reads them; lopd itself needs no zarr.  A segment is one grou
 names it says type, shape and checksum of each array, so reading one fetches no metadata.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from attrs import asdict, frozen
 from numpy.typing import NDArray
 
 from lopd.backends.files import Bytes
+from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, dump
-from lopd.errors import MissingDependencyError
+from lopd.errors import MissingDependencyError, StoreNotFoundError
+from lopd.records.manifest import Manifest
 
 METADATA_FILE = "zarr.json"
 RAW = "raw"
+_MANIFEST, _STORAGE, _CHECKSUM, _CREATION = "lopd", "lopd_storage", "lopd_checksum", "lopd_creation"
 
 
 @frozen
@@ -100,3 +105,25 @@ def decode_zstd(data: bytes | Bytes) -> Bytes:
         return np.frombuffer(zstandard.ZstdDecompressor().decompress(bytes(data)), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
+
+
+def _encode_root(root: Root) -> bytes:
+    storage = {"logprob_dtype": root.logprob_dtype, "codec": RAW}
+    return _root_document({_MANIFEST: root.manifest.to_json(), _STORAGE: storage, _CREATION: uuid4().hex})
+
+
+def _decode_root(url: str, data: bytes) -> Root | None:
+    attributes = json.loads(data)["attributes"]
+    if _MANIFEST not in attributes:
+        raise StoreNotFoundError(f"Store {url}: it is a Zarr group without a lopd manifest, expected a store of lopd; check the path.")
+    root = Root(Manifest.from_json(attributes[_MANIFEST]), attributes[_STORAGE]["logprob_dtype"])
+    return root if data == _root_document({key: attributes[key] for key in (_MANIFEST, _STORAGE, _CREATION)}) else None
+
+
+def _root_document(body: Mapping[str, Any]) -> bytes:
+    # The checksum is an attribute of its own because Zarr allows no other keys in a group.
+    return dump(group_document({**body, _CHECKSUM: checksum(dump(body))}))
+
+
+#: The metadata of a Zarr v3 group; its attributes say what the store is.
+ROOT = RootFile(METADATA_FILE, _encode_root, _decode_root)

@@ -98,13 +98,6 @@ class SegmentData:
     rounding: float = 0.0
 
 
-def seal_lines(lines: _Int64) -> _Int64:
-    """The same lines with the checksum of each in its last column."""
-    lines = np.ascontiguousarray(lines)
-    lines[:, -1] = _line_checksums(lines)
-    return lines
-
-
 def _line_checksums(lines: _Int64) -> _Int64:
     data, width = lines.view(np.uint8).reshape(-1).data, lines.shape[1] * 8
     sums = [xxh3_64_intdigest(data[start : start + width - 8]) for start in range(0, len(data), width)]
@@ -122,8 +115,9 @@ def checksum_of(*arrays: NDArray[Any] | None) -> int:
 def encode_segment(path: str, data: SegmentData) -> tuple[dict[str, Bytes], SegmentMeta]:
     """The files of one segment, and how a commit record describes it."""
     files: dict[str, Bytes] = {f"{path}/{METADATA_FILE}": np.frombuffer(dump(group_document({})), np.uint8)}
-    metas = {}
-    for name, array in {LINES: seal_lines(data.lines), **data.arrays}.items():
+    metas, lines = {}, np.ascontiguousarray(data.lines)
+    lines[:, -1] = _line_checksums(lines)
+    for name, array in {LINES: lines, **data.arrays}.items():
         encoded, metas[name] = encode_array(path, name, array, {"fields": list(data.fields)} if name == LINES else {})
         files |= encoded
     return files, SegmentMeta(path, len(data.lines), data.tokens, data.first_row, data.last_row, metas)

@@ -21,8 +21,7 @@ from lopd.backends.files import Files
 from lopd.backends.root import Root
 from lopd.backends.sealing import checksum, dump
 from lopd.backends.zarr.commit_log import CommitLog
-from lopd.backends.zarr.format import METADATA_FILE, chunk_path, group_document
-from lopd.backends.zarr.root import ZarrRoot
+from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.writer import Writer
 from lopd.errors import LopdError
@@ -41,7 +40,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     `find` takes 24 bytes of memory a rollout from the first call on.
     """
 
-    _ROOT = ZarrRoot()
+    _ROOT = ROOT
 
     def __init__(self, files: Files, root: Root | None = None, commits: int | None = None) -> None:
         """Not for callers: `open` says what is wrong with a path."""

@@ -15,7 +15,7 @@ from lopd.backends.zarr import compaction
 from lopd.backends.zarr.commit_log import COMMITS_PER_CHECKPOINT, CommitLog
 from lopd.backends.zarr.encode import encode_rollouts, encode_scores
 from lopd.backends.zarr.format import METADATA_FILE, group_document
-from lopd.backends.zarr.segment import SegmentData, SegmentMeta, encode_segment
+from lopd.backends.zarr.segment import Segment, SegmentData, SegmentMeta, encode_segment
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.errors import StoreWriteError
 from lopd.records.identity import ModelId
@@ -148,20 +148,20 @@ class Writer:
     def compact(self, target_tokens: int) -> None:
         """Merge until there is nothing to merge."""
         self._snapshot.refresh()
-        while jobs := compaction.plan(self._snapshot, target_tokens):
-            self._merge(jobs[0], target_tokens)
+        while job := compaction.plan(self._snapshot, target_tokens):
+            self._merge(*job, target_tokens)
 
-    def _merge(self, job: compaction.Merge, target_tokens: int) -> None:
-        parent = "segments" if job.column is None else f"scores/{job.column}"
+    def _merge(self, column: str | None, segments: Sequence[Segment], target_tokens: int) -> None:
+        parent = "segments" if column is None else f"scores/{column}"
         added: list[SegmentMeta] = []
         try:
-            for data in compaction.merge(job, target_tokens):
+            for data in compaction.merge(column, segments, target_tokens):
                 added.append(self._put_segment(parent, data))  # noqa: PERF401 (what was put before an error is removed)
         except Exception:
             self._remove([meta.path for meta in added])
             raise
-        gone, paths = [segment.meta.path for segment in job.segments], [meta.path for meta in added]
-        record = {"kind": "compaction", "column": job.column, "removes": gone, "adds": [meta.to_json() for meta in added]}
+        gone, paths = [segment.meta.path for segment in segments], [meta.path for meta in added]
+        record = {"kind": "compaction", "column": column, "removes": gone, "adds": [meta.to_json() for meta in added]}
         while not self._publish(record, paths):
             self._snapshot.refresh()
             if not set(gone) <= self._snapshot.paths():
