@@ -1,6 +1,7 @@
 """Checks of a call against what a store holds.
 
 Pure functions: a store passes in what it knows and gets back what is new, so that all stores refuse the same things in the same words.
+`owner` is how messages name the store, and `vocab_size` that of its manifest's tokenizer.
 """
 
 import re
@@ -22,14 +23,9 @@ _COLUMN_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", 
 def new_rollouts(
     owner: str, rollouts: Sequence[Rollout], *, vocab_size: int, generations: Container[int], known: Mapping[str, bytes]
 ) -> list[Rollout]:
-    """Those rollouts of one append that are not there yet, each once, in order.
+    """Return those rollouts of one append that are not there yet, each once, in order.
 
-    Args:
-        owner: how messages name the store.
-        rollouts: what the call was given.
-        vocab_size: of the manifest's tokenizer.
-        generations: rounds of sampling that were begun.
-        known: content hashes of those that are committed.
+    `generations` are the rounds of sampling that were begun, and `known` the content hashes of those rollouts that are committed.
 
     Raises:
         ConflictError: other content under an id that is there, or twice in the call.
@@ -143,15 +139,9 @@ def new_scores(
     known: Mapping[str, tuple[bytes, int]],
     done: Container[str],
 ) -> list[Scores]:
-    """Those scores of one append whose rollout is not scored yet, each once, in order.
+    """Return those scores of one append whose rollout is not scored yet, each once, in order.
 
-    Args:
-        owner: how messages name the store.
-        scores: what the call was given.
-        provenance: of the column.
-        vocab_size: of the manifest's tokenizer.
-        known: content hash and number of response tokens of the rollouts that are committed.
-        done: ids of rollouts that are in the column already.
+    `known` are the content hash and the number of response tokens of those rollouts that are committed, and `done` those that are scored.
 
     Raises:
         MissingScoresError: no such rollout.
@@ -215,14 +205,10 @@ def missing_top_k(owner: str, column: str) -> MissingScoresError:
 def new_quarantine(
     owner: str, reasons: Mapping[str, str], *, rows: Sequence[int], scored: NDArray[np.bool_], known: Mapping[int, str]
 ) -> dict[int, str]:
-    """Row -> reason of those rollouts that have neither scores nor this reason yet, by row.
+    """Return row -> reason of those rollouts that have neither scores nor this reason yet, by row.
 
-    Args:
-        owner: how messages name the store.
-        reasons: what the call was given, by rollout id.
-        rows: of these rollouts, -1 where there is none.
-        scored: (len,), which rollouts have scores in the column.
-        known: reasons that are there.
+    `rows` are those of the rollouts in `reasons`, -1 where there is none; `scored` (len,) says which rollouts have scores; `known` are the
+    reasons that are there.
 
     Raises:
         MissingScoresError: no such rollout.
