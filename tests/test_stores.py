@@ -29,6 +29,7 @@ from lopd.backends.files import local
 from lopd.backends.files.local import LocalFiles
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
+from lopd.backends.opening import open_store
 from lopd.backends.sealing import seal, unseal
 from lopd.backends.zarr.commit_log import CommitLog
 from lopd.backends.zarr.store import ZarrStore
@@ -783,6 +784,28 @@ def test_opening_reads_the_latest_checkpoint_and_the_records_behind_it(tmp_path:
     assert asked == ["zarr.json", "checkpoints/0000000128.json", "commits/0000000128.json", "commits/0000000129.json"]
     assert_holds(again, many(0, 130))
     assert [commit.number for commit in again.history()] == list(range(130))
+
+
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_a_place_is_listed_once_and_its_root_read_once(
+    kind: type[ZarrStore | LanceStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, listed = LocalFiles.read, LocalFiles.names
+    asked: list[str] = []
+    monkeypatch.setattr(LocalFiles, "read", lambda self, path: asked.append(path) or read(self, path))
+    monkeypatch.setattr(LocalFiles, "names", lambda self, folder: asked.append(folder) or listed(self, folder))
+    root = "zarr.json" if kind is ZarrStore else "lopd.json"
+    # The catalog of a LanceStore is a listing of its own, of the same folder.
+    lists = 1 if kind is ZarrStore else 2
+    kind.create(tmp_path / "run", tiny_manifest())
+    assert (asked.count(""), asked.count(root)) == (lists, 0)
+    for attempt in (lambda: open_store(tmp_path / "run"), lambda: kind.open_or_create(tmp_path / "run", tiny_manifest())):
+        asked.clear()
+        attempt()
+        assert (asked.count(""), asked.count(root)) == (lists, 1)
+    asked.clear()
+    kind.open(tmp_path / "run", tiny_manifest())
+    assert (asked.count(""), asked.count(root)) == (lists - 1, 1)
 
 
 def test_a_copy_sees_the_snapshot_of_its_original_also_behind_later_checkpoints(tmp_path: Path) -> None:
