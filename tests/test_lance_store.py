@@ -51,7 +51,7 @@ from lopd.errors import (
     StoreWriteError,
 )
 from lopd.protocols import LogprobStore
-from lopd.records import Manifest, ModelId, Scores
+from lopd.records import Lineage, Manifest, ModelId, Scores
 from lopd.testing import StoreConformance, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 
 huge = tiny_rollout("huge", np.arange(100_000) % 300)
@@ -759,3 +759,9 @@ def test_no_error_tells_a_secret(s3: S3Server) -> None:
     assert store._files.url in str(caught.value)
     for text in (str(caught.value), repr(store), repr(caught.value.__cause__)):
         assert "xyzzy" not in text
+
+
+def test_the_folder_of_a_trained_model_is_not_taken_for_a_damaged_store(tmp_path: Path) -> None:
+    Lineage().write(tmp_path)
+    with pytest.raises(StoreNotFoundError, match="lineage of a trained model"):
+        open_store(tmp_path)

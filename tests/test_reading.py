@@ -23,7 +23,6 @@ from lopd.testing import assert_same_rollout, tiny_manifest, tiny_provenance, ti
 Store = ZarrStore | LanceStore
 CREATE: dict[str, Callable[..., Store]] = {
     "zarr": ZarrStore.create,
-    "zarr zstd": lambda path, manifest, **options: ZarrStore.create(path, manifest, codec="zstd", **options),
     "lance": LanceStore.create,
 }
 

@@ -29,9 +29,9 @@ from lopd.backends.files import local
 from lopd.backends.files.local import LocalFiles
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
+from lopd.backends.opening import open_store
 from lopd.backends.sealing import seal, unseal
 from lopd.backends.zarr.commit_log import CommitLog
-from lopd.backends.zarr.format import Codec
 from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import (
     ConflictError,
@@ -92,11 +92,6 @@ class TestZarrStore(StoreConformance):
         assert isinstance(store, ZarrStore)
         store.compact()
         return store
-
-
-class TestCompressedZarrStore(TestZarrStore):
-    def make(self, manifest: Manifest) -> ZarrStore:
-        return ZarrStore.create(self.folder / uuid4().hex, manifest, codec="zstd")
 
 
 class TestZarrStoreInFsspec(TestZarrStore):
@@ -350,9 +345,7 @@ def test_zarr_python_reads_every_array_back_equal(tmp_path: Path, vocab_size: in
     assert (scores["row"], scores["length"], scores["floored"]) == (1, 2, 1)
 
 
-@pytest.mark.parametrize("codec", ["raw", "zstd"])
-def test_a_flipped_bit_is_noticed_in_every_file_that_is_read_and_by_verify_in_the_others(tmp_path: Path, codec: Codec) -> None:
-    filled = fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), codec=codec))
+def test_a_flipped_bit_is_noticed_in_every_file_that_is_read_and_by_verify_in_the_others(filled: ZarrStore) -> None:
     root, rng = place(filled), random.Random(0)
     files = [path for path in sorted(root.rglob("*")) if path.is_file() and path.stat().st_size]
     assert len(files) >= 30
@@ -745,9 +738,8 @@ def test_half_the_bytes_cost_a_rounding_that_each_commit_reports(tmp_path: Path)
 
 
 def test_a_storage_type_that_there_is_not_is_refused(tmp_path: Path) -> None:
-    for options in ({"logprob_dtype": "bfloat16"}, {"codec": "lz4"}):
-        with pytest.raises(InvalidRecordError, match=next(iter(options.values()))):
-            ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), **options)
+    with pytest.raises(InvalidRecordError, match="bfloat16"):
+        ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), logprob_dtype="bfloat16")
     assert not (tmp_path / "run.zarr").exists()
 
 
@@ -767,6 +759,28 @@ def test_opening_reads_the_latest_checkpoint_and_the_records_behind_it(tmp_path:
     assert asked == ["zarr.json", "checkpoints/0000000128.json", "commits/0000000128.json", "commits/0000000129.json"]
     assert_holds(again, many(0, 130))
     assert [commit.number for commit in again.history()] == list(range(130))
+
+
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_a_place_is_listed_once_and_its_root_read_once(
+    kind: type[ZarrStore | LanceStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, listed = LocalFiles.read, LocalFiles.names
+    asked: list[str] = []
+    monkeypatch.setattr(LocalFiles, "read", lambda self, path: asked.append(path) or read(self, path))
+    monkeypatch.setattr(LocalFiles, "names", lambda self, folder: asked.append(folder) or listed(self, folder))
+    root = "zarr.json" if kind is ZarrStore else "lopd.json"
+    # The catalog of a LanceStore is a listing of its own, of the same folder.
+    lists = 1 if kind is ZarrStore else 2
+    kind.create(tmp_path / "run", tiny_manifest())
+    assert (asked.count(""), asked.count(root)) == (lists, 0)
+    for attempt in (lambda: open_store(tmp_path / "run"), lambda: kind.open_or_create(tmp_path / "run", tiny_manifest())):
+        asked.clear()
+        attempt()
+        assert (asked.count(""), asked.count(root)) == (lists, 1)
+    asked.clear()
+    kind.open(tmp_path / "run", tiny_manifest())
+    assert (asked.count(""), asked.count(root)) == (lists - 1, 1)
 
 
 def test_a_copy_sees_the_snapshot_of_its_original_also_behind_later_checkpoints(tmp_path: Path) -> None:

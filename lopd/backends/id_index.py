@@ -1,11 +1,30 @@
 """Rollout ids -> rows, in 24 bytes a rollout."""
 
+from collections.abc import Sequence
 from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128_digest
 
+#: Type of a hashed id: 128 bits, which two ids never share in practice.
+ID_HASH = np.dtype("V16")
 _Block = tuple[NDArray[np.uint64], NDArray[np.int64]]
+
+
+def encode_id(rollout_id: str) -> bytes:
+    """UTF-8; lone surrogates, which JSON can carry, survive."""
+    return rollout_id.encode("utf-8", "surrogatepass")
+
+
+def decode_id(data: bytes) -> str:
+    """The inverse of `encode_id`."""
+    return data.decode("utf-8", "surrogatepass")
+
+
+def hash_ids(ids: Sequence[bytes]) -> NDArray[np.void]:
+    """(n,): the hash of each encoded id."""
+    return np.frombuffer(b"".join(map(xxh3_128_digest, ids)), ID_HASH)
 
 
 @final
@@ -16,17 +35,18 @@ class IdIndex:
         """Empty."""
         self._blocks: list[_Block] = []
 
-    def add(self, hashes: NDArray[np.uint64], first_row: int) -> None:
-        """(n, 2) hashes of the ids of n more rows."""
-        block = hashes, np.arange(first_row, first_row + len(hashes))
+    def add(self, id_hashes: NDArray[np.void], first_row: int) -> None:
+        """(n,) hashes of the ids of n more rows."""
+        block = _halves(id_hashes), np.arange(first_row, first_row + len(id_hashes))
         while self._blocks and len(self._blocks[-1][1]) <= len(block[1]):
             older = self._blocks.pop()
             block = np.concatenate([older[0], block[0]]), np.concatenate([older[1], block[1]])
         order = np.argsort(block[0][:, 0], kind="stable")
         self._blocks.append((block[0][order], block[1][order]))
 
-    def find(self, hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """(n,): the row of each hash, -1 where it is not known."""
+    def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
+        """(n,): the row of each id, -1 where it is not known."""
+        hashes = _halves(hash_ids([encode_id(rollout_id) for rollout_id in rollout_ids]))
         rows = np.full(len(hashes), -1, np.int64)
         for known, places in self._blocks:
             at = np.searchsorted(known[:, 0], hashes[:, 0])
@@ -40,3 +60,7 @@ class IdIndex:
                 looking = looking[~hit]
                 at[looking] += 1
         return rows
+
+
+def _halves(id_hashes: NDArray[np.void]) -> NDArray[np.uint64]:
+    return np.ascontiguousarray(id_hashes).view("<u8").reshape(-1, 2)

@@ -7,7 +7,7 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, Scores
@@ -23,7 +23,7 @@ class MemoryStore:
 
     def __init__(self, manifest: Manifest) -> None:
         """Empty."""
-        ragged.check_manifest("MemoryStore", manifest)
+        admission.check_manifest("MemoryStore", manifest)
         self._manifest = manifest
         self._rollouts: list[Rollout] = []
         self._rows: dict[str, int] = {}
@@ -81,44 +81,44 @@ class MemoryStore:
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """These rollouts with these columns, in the order asked."""
-        rows = [int(row) for row in ragged.check_rows("MemoryStore", indices, len(self))]
+        rows = [int(row) for row in admission.check_rows("MemoryStore", indices, len(self))]
         scores = {name: self._scores_of(rows, name) for name in (*columns, *top_k) if name != BEHAVIOR_COLUMN}
         for name in top_k:
             if rows and (name == BEHAVIOR_COLUMN or not self._columns[name].top_k):
-                raise ragged.missing_top_k("MemoryStore", name)
+                raise admission.missing_top_k("MemoryStore", name)
         read = Rows.joined(
             [self._rollouts[row] for row in rows],
             {name: [score.logprobs for score in found] for name, found in scores.items()},
             {name: [score.top_k for score in scores[name] if score.top_k is not None] for name in top_k if rows},
         )
-        return ragged.with_columns("MemoryStore", read, columns)
+        return admission.with_columns("MemoryStore", read, columns)
 
     def _scores_of(self, rows: Sequence[int], column: str) -> list[Scores]:
         there = self._scores.get(column, {})
         for row in rows:
             if row not in there:
-                raise ragged.missing_scores("MemoryStore", self._rollouts[row].rollout_id, column)
+                raise admission.missing_scores("MemoryStore", self._rollouts[row].rollout_id, column)
         return [there[row] for row in rows]
 
     def begin_generation(self, generation: int, policy: ModelId, /) -> None:
         """Say which policy samples in another round."""
-        ragged.check_generation("MemoryStore", generation, self._generations.get(generation), policy)
+        admission.check_generation("MemoryStore", generation, self._generations.get(generation), policy)
         self._generations[generation] = policy
 
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts; those already there are skipped."""
         known = {r.rollout_id: self._rollouts[self._rows[r.rollout_id]].content_hash for r in rollouts if r.rollout_id in self._rows}
         vocab_size = self._manifest.tokenizer.vocab_size
-        for rollout in ragged.new_rollouts("MemoryStore", rollouts, vocab_size=vocab_size, generations=self._generations, known=known):
+        for rollout in admission.new_rollouts("MemoryStore", rollouts, vocab_size=vocab_size, generations=self._generations, known=known):
             self._rows[rollout.rollout_id] = len(self._rollouts)
             self._rollouts.append(rollout)
 
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         """Add one model's scores; rows already scored are skipped."""
-        ragged.check_column("MemoryStore", column)
-        ragged.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
+        admission.check_column("MemoryStore", column)
+        admission.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
         there = {s.rollout_id: self._rollouts[self._rows[s.rollout_id]] for s in scores if s.rollout_id in self._rows}
-        new = ragged.new_scores(
+        new = admission.new_scores(
             "MemoryStore",
             scores,
             provenance=provenance,
@@ -132,10 +132,10 @@ class MemoryStore:
 
     def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
         """Say which rollouts this model cannot score, and why."""
-        ragged.check_column("MemoryStore", column)
-        ragged.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
+        admission.check_column("MemoryStore", column)
+        admission.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
         rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
-        new = ragged.new_quarantine("MemoryStore", reasons, rows=rows, scored=self.scored(column), known=known)
+        new = admission.new_quarantine("MemoryStore", reasons, rows=rows, scored=self.scored(column), known=known)
         if new:
             self._columns.setdefault(column, provenance)
             self._quarantined.setdefault(column, {}).update(new)

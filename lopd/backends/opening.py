@@ -28,7 +28,7 @@ def open_store(path: StorePath, storage_options: StorageOptions | None = None) -
     if METADATA_FILE in names:
         from lopd.backends.zarr.store import ZarrStore
 
-        return ZarrStore.open(path, storage_options=storage_options)
+        return ZarrStore(files)
     from lopd.backends.lance.store import LanceStore
 
-    return LanceStore.open(path, storage_options=storage_options)
+    return LanceStore(files)

@@ -6,6 +6,8 @@ from typing import Any
 
 import xxhash
 
+from lopd.errors import CorruptStoreError
+
 
 def checksum(data: Any) -> str:
     """What a byte string is recognised by: XXH3, which notices damage and not malice."""
@@ -31,3 +33,8 @@ def unseal(data: bytes) -> dict[str, Any] | None:
     except (ValueError, AttributeError):
         return None
     return body if seal(body) == data else None
+
+
+def damaged(owner: str, path: str) -> CorruptStoreError:
+    """The error for a document that is not what was sealed."""
+    return CorruptStoreError(f"{owner}: {path} is damaged, expected bytes that match its checksum; restore it from a backup.")

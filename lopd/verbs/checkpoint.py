@@ -7,7 +7,6 @@ and no folder is removed before its successor has one, so at every moment the ne
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch.optim import Optimizer
 
 from lopd.errors import CheckpointError
 from lopd.protocols import Student
+from lopd.records.flush import flush
 from lopd.records.manifest import Lineage
 from lopd.records.ranks import Ranks, alike, inner, on_first
 
@@ -77,9 +77,9 @@ def _write(folder: Path, final: Path, tensors: Mapping[str, dict[str, Tensor]], 
     (partial / _STATE).write_text(json.dumps(state, indent=1))
     lineage.write(partial)
     for path in [*partial.iterdir(), partial]:
-        _fsync(path)
+        flush(path)
     partial.rename(final)
-    _fsync(folder)
+    flush(folder)
 
 
 def load_checkpoint(folder: str | Path, student: Student | DistributedDataParallel, optimizer: Optimizer | None = None) -> int:
@@ -207,11 +207,3 @@ def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mappi
     live = optimizer.state_dict()["param_groups"]
     groups = [{k: tuple(v) if isinstance(g.get(k), tuple) else v for k, v in s.items()} for s, g in zip(plain["groups"], live, strict=True)]
     optimizer.load_state_dict({"state": entries, "param_groups": groups})
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

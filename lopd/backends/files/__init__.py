@@ -2,19 +2,21 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.errors import StoreReadError
+from lopd.errors import LopdError, StoreReadError, StoreWriteError
 
 StorePath = str | os.PathLike[str]
 StorageOptions = Mapping[str, Any]
 Bytes = NDArray[np.uint8]
 T = TypeVar("T")
+_OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 
 
 class Files(Protocol):
@@ -28,12 +30,13 @@ class Files(Protocol):
         """The root, for messages; it carries no credentials."""
         ...
 
-    def read(self, path: str, /) -> bytes:
-        """A whole file."""
+    @property
+    def options(self) -> StorageOptions:
+        """What it was opened with, credentials among them; none for a local disk."""
         ...
 
-    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
-        """Whole files, side by side where that is faster."""
+    def read(self, path: str, /) -> bytes:
+        """A whole file."""
         ...
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
@@ -82,20 +85,50 @@ def without_user(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", url)
 
 
+@contextmanager
+def reading(owner: str, what: str, hint: str = "expected the storage to answer; check it and try again") -> Iterator[None]:
+    """Turn what a storage raises while a store reads into an error of ours; `what` says what the store was doing.
+
+    Raises:
+        StoreReadError: the storage refused.
+    """
+    try:
+        yield
+    except LopdError:
+        raise
+    except OSError as error:
+        raise StoreReadError(f"{owner}: {what} failed with {error}, {hint}.") from error
+
+
+@contextmanager
+def writing(owner: str, what: str = "the write") -> Iterator[None]:
+    """The same while it writes.
+
+    Raises:
+        StoreWriteError: the storage refused; or it has made what was asked for, and only its durability is in doubt.
+    """
+    try:
+        yield
+    except LopdError:
+        raise
+    except OSError as error:
+        raise StoreWriteError(
+            f"{owner}: {what} failed with {error}, expected a place that can be written to; nothing of this call was committed, "
+            "so check the path, its permissions and the free space, and repeat it."
+        ) from error
+
+
 def names_in(files: Files) -> list[str]:
     """What is in the root; the root itself where it is a file.
 
     Raises:
         StoreReadError: the storage refused to say.
     """
-    try:
-        return files.names("")
-    except NotADirectoryError:
-        return [files.url]
-    except OSError as error:
-        raise StoreReadError(
-            f"Store {files.url}: looking for it failed with {error}, expected to list what is there; check the path and the credentials."
-        ) from error
+    with reading(f"Store {files.url}", "looking for it", "expected to list what is there; check the path and the credentials"):
+        try:
+            return files.names("")
+        except NotADirectoryError:
+            return [files.url]
 
 
 def local_folder(path: StorePath) -> Path | None:
@@ -120,6 +153,11 @@ def open_files(path: StorePath, storage_options: StorageOptions | None = None) -
         from lopd.backends.files.local import LocalFiles
 
         return LocalFiles(folder)
-    from lopd.backends.files.cloud import open_cloud_files
+    url, options = os.fspath(path), storage_options or {}
+    if url.split("://", 1)[0] in _OBSTORE_SCHEMES:
+        from lopd.backends.files.cloud import ObstoreFiles
 
-    return open_cloud_files(os.fspath(path), storage_options or {})
+        return ObstoreFiles(url, options)
+    from lopd.backends.files.by_fsspec import FsspecFiles
+
+    return FsspecFiles(url, options)

@@ -44,16 +44,17 @@ class FsspecFiles:
         """The root, without options and passwords."""
         return self._shown
 
+    @property
+    def options(self) -> StorageOptions:
+        """As they were given."""
+        return self._options
+
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/")
 
     def read(self, path: str, /) -> bytes:
         """A whole file."""
         return bytes(self._fs.cat_file(self._path(path)))
-
-    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
-        """Whole files."""
-        return [self.read(path) for path in paths]
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
         """Parts of one file."""

@@ -1,14 +1,12 @@
-"""Files in a bucket: s3, gs, az and their kin through obstore, everything else that fsspec knows through fsspec.
+"""Files in a bucket: s3, gs, az and their kin, through obstore.
 
 `storage_options` are those of Apache object_store, which LanceDB takes too: `aws_access_key_id`, `aws_secret_access_key`, `aws_region`,
 `aws_endpoint`, `allow_http`, ...; what is not given comes from the environment.  Requests that fail are repeated with growing pauses,
 within `client_max_retries` (10) and `client_retry_timeout` (180 s); `timeout` and `connect_timeout` limit one request ("30s").
-fsspec file systems take their own options (`key`, `secret`, ...), and need one writer at a time where they cannot create a file exclusively.
+The file systems of fsspec, which has every other URL, take options of their own (`key`, `secret`, ...).
 """
 
 import os
-import random
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -17,28 +15,18 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends.files import Bytes, Files, StorageOptions, T, without_user
-from lopd.backends.files.by_fsspec import FsspecFiles
-from lopd.errors import ForkedStoreError, MissingDependencyError, StorePathError, StoreWriteError
+from lopd.backends.files import Bytes, StorageOptions, T, without_user
+from lopd.backends.fork import ForkGuard
+from lopd.backends.retry import repeat
+from lopd.errors import MissingDependencyError, StorePathError, StoreWriteError
 
-_OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
 _YES = ("true", "1", "on", "yes")
 _REQUESTS_AT_ONCE = 16
 # A request takes as long as a megabyte or so.
 _GAP = 1 << 20
-
-
-def open_cloud_files(url: str, options: StorageOptions) -> Files:
-    """The files under a URL.
-
-    Raises:
-        MissingDependencyError: the package for this kind of URL is not installed.
-        StorePathError: no package knows this kind of URL, or it refuses the options.
-    """
-    scheme = url.split("://", 1)[0]
-    return ObstoreFiles(url, options) if scheme in _OBSTORE_SCHEMES else FsspecFiles(url, options)
+_GUARD = ForkGuard("obstore")
 
 
 def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
@@ -79,27 +67,6 @@ def _check_http(shown: str, options: StorageOptions) -> None:
 
 
 @final
-class _ForkGuard:
-    """obstore's threads do not survive a fork: a child of a process that used it would wait for ever."""
-
-    def __init__(self) -> None:
-        self._pid: int | None = None
-
-    def check(self, url: str) -> None:
-        """Refuse a process that was forked from one that has used obstore."""
-        if self._pid is None:
-            self._pid = os.getpid()
-        elif self._pid != os.getpid():
-            raise ForkedStoreError(
-                f"Store {url}: process {os.getpid()} was forked from {self._pid}, which used it, expected a process started afresh; "
-                "start workers with the 'spawn' or 'forkserver' method (DataLoader(multiprocessing_context='forkserver'))."
-            )
-
-
-_GUARD = _ForkGuard()
-
-
-@final
 class ObstoreFiles:
     """`Files` in a bucket of S3, GCS or Azure; conditional puts make commits safe, strong consistency makes them visible at once."""
 
@@ -123,6 +90,11 @@ class ObstoreFiles:
         """Bucket and prefix, without options."""
         return self._shown
 
+    @property
+    def options(self) -> StorageOptions:
+        """As they were given."""
+        return self._options
+
     def _open(self) -> tuple[Any, Any]:
         try:
             import obstore
@@ -131,7 +103,7 @@ class ObstoreFiles:
             raise MissingDependencyError(
                 f"Store {self._shown}: obstore is not installed, expected it for this URL; pip install 'lopd[zarr]'."
             ) from error
-        _GUARD.check(self._shown)
+        _GUARD.check(f"Store {self._shown}")
         _check_http(self._shown, self._options)
         options = dict(self._options)
         self._max_retries = int(options.pop("client_max_retries", 10))
@@ -151,7 +123,7 @@ class ObstoreFiles:
         return obstore, store
 
     def _call(self, path: str, work: Callable[[], T]) -> T:
-        _GUARD.check(self._shown)
+        _GUARD.check(f"Store {self._shown}")
         try:
             return work()
         except (self._obstore.exceptions.NotFoundError, FileNotFoundError) as error:
@@ -162,10 +134,6 @@ class ObstoreFiles:
     def read(self, path: str, /) -> bytes:
         """A whole object."""
         return bytes(self._call(path, lambda: self._obstore.get(self._store, path).bytes()))
-
-    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
-        """Whole objects, some at a time."""
-        return _side_by_side([partial(self.read, path) for path in paths])
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
         """Parts of one object; near ones are fetched by one request, and what is behind the end of the object is missing."""
@@ -229,18 +197,10 @@ class ObstoreFiles:
 
     def _repeat(self, work: Callable[[], T]) -> T:
         """Repeat what a lost connection cut off: object_store does so for what a server refuses (5xx), and for plain reads, only."""
-        deadline, pause = time.monotonic() + self._retry_timeout, 0.1
-        for left in range(self._max_retries, -1, -1):
-            try:
-                return work()
-            except FileNotFoundError:
-                raise
-            except OSError as error:
-                if not left or time.monotonic() > deadline or isinstance(error.__cause__, self._final):
-                    raise
-            time.sleep(pause * random.random())  # noqa: S311 (spreads writers that were refused at the same moment)
-            pause = min(2 * pause, 15.0)
-        raise AssertionError
+        return repeat(work, self._passes, seconds=self._retry_timeout, times=self._max_retries, pause=0.1, longest=15.0)
+
+    def _passes(self, error: Exception) -> bool:
+        return isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, self._final)
 
     def settle(self, folder: str, /) -> None:
         """Nothing to do: a put is durable when it is answered."""

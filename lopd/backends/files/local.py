@@ -12,8 +12,9 @@ from uuid import uuid4
 
 import numpy as np
 
-from lopd.backends.files import Bytes, T
+from lopd.backends.files import Bytes, StorageOptions, T
 from lopd.errors import StoreWriteError
+from lopd.records.flush import flush
 
 #: Leftovers of a killed writer start with this; nothing ever reads them.
 TEMPORARY_PREFIX = ".tmp-"
@@ -42,13 +43,14 @@ class LocalFiles:
         """The folder."""
         return str(self.root)
 
+    @property
+    def options(self) -> StorageOptions:
+        """None."""
+        return {}
+
     def read(self, path: str, /) -> bytes:
         """A whole file."""
         return (self.root / path).read_bytes()
-
-    def read_many(self, paths: Sequence[str], /) -> list[bytes]:
-        """Whole files."""
-        return [self.read(path) for path in paths]
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
         """Parts of one file, straight from the page cache."""
@@ -72,14 +74,14 @@ class LocalFiles:
         for path, data in files.items():
             _write_file(self.root / path, data)
         for folder in {*folders, *made}:
-            _sync_folder(folder)
+            flush(folder)
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Whether this call made the file: written under a temporary name, flushed, and linked to its own, which fails if that is taken."""
         final = self.root / path
         if final.parent not in self._durable or not final.parent.is_dir():
             for folder in _make_folder(final.parent):
-                _sync_folder(folder)
+                flush(folder)
             self._durable.add(final.parent)
         temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid4().hex}"
         try:
@@ -98,9 +100,9 @@ class LocalFiles:
         if not (self.root / folder).is_dir():
             return
         try:
-            _sync_folder(self.root / folder)
+            flush(self.root / folder)
             if self.root / folder not in self._durable:
-                _sync_folder((self.root / folder).parent)
+                flush((self.root / folder).parent)
                 self._durable.add(self.root / folder)
         except OSError as error:
             raise StoreWriteError(
@@ -143,11 +145,3 @@ def _make_folder(folder: Path) -> list[Path]:
         with suppress(FileExistsError):
             folder.mkdir()
     return changed
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

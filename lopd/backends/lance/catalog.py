@@ -1,4 +1,4 @@
-"""What a store on LanceDB says beside its tables: small JSON files, each made by exactly one of those who try, each with a checksum.
+"""What a store on LanceDB says outside its tables: small JSON files, each made by exactly one of those who try, each with a checksum.
 
     lopd.json                      the manifest; the store exists from here on
     rollouts.json                  the name of the table that holds the rollouts
@@ -7,29 +7,49 @@
     compactions/<key>.json         what was merged, for the history
     quarantine/<key>.json          rows that a column's model could not score, and why
 
-They are files and not rows because creating a LanceDB table is no decision: of several creators, more than one is told that it won.
+They are files and not rows because creating a LanceDB table is not atomic: two concurrent creators can both be told that they succeeded.
 """
 
 import json
 import re
 import time
 from collections.abc import Mapping
-from typing import Any, final, get_args
+from typing import Any, Literal, final
 from uuid import uuid4
 
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 
-from lopd.backends.files import Files, names_in
-from lopd.backends.ragged import LogprobDtype, check_manifest
-from lopd.backends.sealing import seal, unseal
-from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError, StoreReadError, StoreWriteError
+from lopd.backends.files import Files, reading, writing
+from lopd.backends.root import Root, RootFile
+from lopd.backends.sealing import damaged, seal, unseal
+from lopd.errors import CorruptStoreError, StoreNotFoundError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 
-ROOT_FILE = "lopd.json"
 ROLLOUTS_FILE = "rollouts.json"
-_COLUMNS, _GENERATIONS, _COMPACTIONS, _QUARANTINE = "columns", "generations", "compactions", "quarantine"
+COLUMNS, GENERATIONS, COMPACTIONS, QUARANTINE = "columns", "generations", "compactions", "quarantine"
+_EVENTS: dict[str, Literal["generation", "compaction", "quarantine"]] = {
+    GENERATIONS: "generation",
+    COMPACTIONS: "compaction",
+    QUARANTINE: "quarantine",
+}
 _TABLE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+
+
+def _encode_root(root: Root) -> bytes:
+    return seal({"manifest": root.manifest.to_json(), "logprob_dtype": root.logprob_dtype, "by": uuid4().hex})
+
+
+def _decode_root(url: str, data: bytes) -> Root | None:
+    document = json.loads(data)
+    if "opd_teacher" in document:
+        raise StoreNotFoundError(f"Store {url}: its lopd.json is the lineage of a trained model, expected a store; check the path.")
+    root = Root(Manifest.from_json(document["manifest"]), document["logprob_dtype"])
+    return root if unseal(data) is not None else None
+
+
+#: Sealed JSON.
+ROOT = RootFile("lopd.json", _encode_root, _decode_root)
 
 
 @frozen
@@ -38,7 +58,7 @@ class TableEntry:
 
     Args:
         table: its name in the database.
-        provenance: of a column; None for the rollouts.
+        provenance: who computed the scores; None for the rollouts.
     """
 
     table: str
@@ -50,7 +70,7 @@ class Quarantine:
     """Rows that could not be scored.
 
     Args:
-        column: of the scores that are not there.
+        column: column that lacks their scores.
         reasons: by row.
         when: seconds since 1970.
     """
@@ -62,88 +82,21 @@ class Quarantine:
 
 @frozen
 class CatalogState:
-    """What was there at one moment.
+    """What was there at one moment; only `Catalog` adds to it.
 
     Args:
-        rollouts: the table of the rollouts, None before the first append.
-        columns: those of the score columns.
+        tables: table of each column; that of the rollouts has the key None, and is there from the first append on.
         generations: policies, by round.
         quarantines: of all columns, in no order.
         events: generations, compactions and quarantines, for the history.
         seen: files that are in all this.
     """
 
-    rollouts: TableEntry | None = None
-    columns: Mapping[str, TableEntry] = field(factory=dict)
-    generations: Mapping[int, ModelId] = field(factory=dict)
-    quarantines: tuple[Quarantine, ...] = ()
-    events: tuple[Commit, ...] = ()
-    seen: frozenset[str] = frozenset()
-
-
-def taken(files: Files) -> StoreExistsError:
-    """The error for a place that is not free."""
-    what = "a store" if ROOT_FILE in names_in(files) else "something that is no store"
-    return StoreExistsError(f"Store {files.url}: {what} is there, expected an empty folder or nothing; open it, or choose another path.")
-
-
-def create_root(files: Files, manifest: Manifest, logprob_dtype: LogprobDtype) -> None:
-    """Make an empty store; of several creators, one wins.
-
-    Raises:
-        StoreExistsError: a store, or anything else, is there.
-        StoreWriteError: the storage refused.
-    """
-    check_manifest(f"Store {files.url}", manifest)
-    if logprob_dtype not in get_args(LogprobDtype):
-        raise InvalidRecordError(
-            f"Store {files.url}: logprob_dtype is {logprob_dtype!r}, expected one of {', '.join(get_args(LogprobDtype))}; pass one of them."
-        )
-    document = {"manifest": manifest.to_json(), "logprob_dtype": logprob_dtype}
-    if names_in(files) or not put(files, ROOT_FILE, document):
-        raise taken(files)
-
-
-def read_root(files: Files) -> tuple[Manifest, LogprobDtype]:
-    """The manifest of the store in this place, and the type of its log-probs.
-
-    Raises:
-        StoreNotFoundError: no store is there.
-        StoreReadError: the storage refused.
-        CorruptStoreError: the manifest is damaged, or of another schema version.
-    """
-    if ROOT_FILE not in (names := names_in(files)):
-        what = "holds something that is no store" if names else "is not there"
-        raise StoreNotFoundError(f"Store {files.url}: the folder {what}, expected a store; check the path, or create one there.")
-    data = _read(files, ROOT_FILE)
-    try:
-        document = json.loads(data)
-        manifest, logprob_dtype = Manifest.from_json(document["manifest"]), document["logprob_dtype"]
-    except CorruptStoreError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(files, ROOT_FILE) from error
-    if unseal(data) is None:
-        raise _damaged(files, ROOT_FILE)
-    return manifest, logprob_dtype
-
-
-def put(files: Files, path: str, document: Mapping[str, Any]) -> bool:
-    """Whether this call made the file.
-
-    Raises:
-        StoreWriteError: the storage refused.
-    """
-    try:
-        # The key makes the bytes of each call its own, which is how a repeated request knows its own file.
-        return files.put_if_absent(path, seal({**document, "by": uuid4().hex}))
-    except StoreWriteError:
-        raise
-    except OSError as error:
-        raise StoreWriteError(
-            f"Store {files.url}: writing {path} failed with {error}, expected a place that can be written to; nothing was committed, "
-            "so check the path, its permissions and the free space."
-        ) from error
+    tables: dict[str | None, TableEntry] = field(factory=dict)
+    generations: dict[int, ModelId] = field(factory=dict)
+    quarantines: list[Quarantine] = field(factory=list)
+    events: list[Commit] = field(factory=list)
+    seen: set[str] = field(factory=set)
 
 
 @final
@@ -157,6 +110,7 @@ class Catalog:
     def __init__(self, files: Files, state: CatalogState) -> None:
         """Reads nothing."""
         self._files = files
+        self._owner = f"Store {files.url}"
         self.state = state
 
     def refresh(self) -> None:
@@ -166,20 +120,30 @@ class Catalog:
             CorruptStoreError: one is damaged.
             StoreReadError: the storage refused.
         """
-        for path in sorted(set(self.paths()) - self.state.seen):
-            try:
-                self.state = _grown(self.state, path, self.document(path))
-            except (KeyError, TypeError, AttributeError) as error:
-                raise _damaged(self._files, path) from error
-
-    def paths(self) -> list[str]:
-        """The files of the catalog that are there now."""
-        try:
-            listed = {folder: self._files.names(folder) for folder in (_COLUMNS, _GENERATIONS, _COMPACTIONS, _QUARANTINE, "")}
-        except OSError as error:
-            raise _unreadable(self._files, error) from error
+        with reading(self._owner, "reading its catalog"):
+            listed = {folder: self._files.names(folder) for folder in (COLUMNS, *_EVENTS, "")}
         found = [f"{folder}/{name}" for folder, names in listed.items() if folder for name in names if name.endswith(".json")]
-        return [ROLLOUTS_FILE, *found] if ROLLOUTS_FILE in listed[""] else found
+        found += [ROLLOUTS_FILE] if ROLLOUTS_FILE in listed[""] else []
+        for path in sorted(set(found) - self.state.seen):
+            try:
+                self._add(path, self.document(path))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise damaged(self._owner, path) from error
+
+    def _add(self, path: str, document: Mapping[str, Any]) -> None:
+        state, (folder, _, name) = self.state, path.removesuffix(".json").rpartition("/")
+        rows, tokens, column = document.get("rows", 0), document.get("tokens", 0), document.get("column")
+        if folder in ("", COLUMNS):
+            state.tables[name if folder else None] = _entry(path, document)
+        elif folder == GENERATIONS:
+            state.generations[document["generation"]] = ModelId(**document["policy"])
+        elif folder == QUARANTINE:
+            reasons = {int(row): reason for row, reason in document["reasons"].items()}
+            rows = len(reasons)
+            state.quarantines.append(Quarantine(document["column"], reasons, document["when"]))
+        if folder in _EVENTS:
+            state.events.append(Commit(0, _EVENTS[folder], rows, tokens, column, document["when"]))
+        state.seen.add(path)
 
     def document(self, path: str) -> dict[str, Any]:
         """What one file says.
@@ -188,23 +152,21 @@ class Catalog:
             CorruptStoreError: it is damaged.
             StoreReadError: the storage refused.
         """
-        document = unseal(_read(self._files, path))
+        with reading(self._owner, "reading its catalog"):
+            document = unseal(self._files.read(path))
         if document is None:
-            raise _damaged(self._files, path)
+            raise damaged(self._owner, path)
         return document
 
     def top_k(self, column: str) -> int:
         """K of a column; 0 where it has none, or is none."""
-        entry = self.state.columns.get(column)
+        entry = self.state.tables.get(column)
         return 0 if entry is None or entry.provenance is None else entry.provenance.top_k
 
     def reasons(self, column: str) -> dict[int, str]:
         """Why the column's model could not score rows, scored since or not; of several reasons the latest."""
-        found = dict[int, str]()
-        for quarantine in sorted(self.state.quarantines, key=_when):
-            if quarantine.column == column:
-                found.update(quarantine.reasons)
-        return found
+        ordered = sorted(self.state.quarantines, key=lambda quarantine: quarantine.when)
+        return {row: reason for quarantine in ordered if quarantine.column == column for row, reason in quarantine.reasons.items()}
 
     def later(self) -> float:
         """Now, or just after the latest quarantine that is known, should the clock of its writer be ahead."""
@@ -216,51 +178,24 @@ class Catalog:
         Raises:
             StoreWriteError: the storage refused.
         """
-        return put(self._files, path, {"when": time.time(), **document})
+        with writing(self._owner, f"writing {path}"):
+            # The key makes the bytes of each call its own, which is how a repeated request knows its own file.
+            return self._files.put_if_absent(path, seal({"when": time.time(), **document, "by": uuid4().hex}))
 
 
-def column_path(column: str) -> str:
-    """The file that says where a column is."""
-    return f"{_COLUMNS}/{column}.json"
+def table_path(column: str | None) -> str:
+    """The file that says where a column is, or the rollouts."""
+    return ROLLOUTS_FILE if column is None else f"{COLUMNS}/{column}.json"
+
+
+def new_path(folder: str) -> str:
+    """A file for one compaction or quarantine, named as no other."""
+    return f"{folder}/{uuid4().hex}.json"
 
 
 def generation_path(generation: int) -> str:
     """The file that says who sampled in a round."""
-    return f"{_GENERATIONS}/{generation:010d}.json"
-
-
-def compaction_path() -> str:
-    """A file for one compaction, named as no other."""
-    return f"{_COMPACTIONS}/{uuid4().hex}.json"
-
-
-def quarantine_path() -> str:
-    """A file for one quarantine, named as no other."""
-    return f"{_QUARANTINE}/{uuid4().hex}.json"
-
-
-def _when(quarantine: Quarantine) -> float:
-    return quarantine.when
-
-
-def _grown(state: CatalogState, path: str, document: Mapping[str, Any]) -> CatalogState:
-    folder, _, name = path.removesuffix(".json").rpartition("/")
-    state = evolve(state, seen=state.seen | {path})
-    if path == ROLLOUTS_FILE:
-        return evolve(state, rollouts=_entry(path, document))
-    if folder == _COLUMNS:
-        return evolve(state, columns={**state.columns, name: _entry(path, document)})
-    if folder == _GENERATIONS:
-        policies = {**state.generations, document["generation"]: ModelId(**document["policy"])}
-        event = Commit(0, "generation", 0, 0, None, document["when"])
-        return evolve(state, generations=policies, events=(*state.events, event))
-    if folder == _QUARANTINE:
-        reasons = {int(row): reason for row, reason in document["reasons"].items()}
-        added = Quarantine(document["column"], reasons, document["when"])
-        event = Commit(0, "quarantine", len(reasons), 0, added.column, added.when)
-        return evolve(state, quarantines=(*state.quarantines, added), events=(*state.events, event))
-    event = Commit(0, "compaction", document["rows"], document["tokens"], document["column"], document["when"])
-    return evolve(state, events=(*state.events, event))
+    return f"{GENERATIONS}/{generation:010d}.json"
 
 
 def _entry(path: str, document: Mapping[str, Any]) -> TableEntry:
@@ -271,22 +206,3 @@ def _entry(path: str, document: Mapping[str, Any]) -> TableEntry:
         )
     provenance = document["provenance"]
     return TableEntry(document["table"], None if provenance is None else Provenance.from_json(provenance))
-
-
-def _read(files: Files, path: str) -> bytes:
-    try:
-        return files.read(path)
-    except OSError as error:
-        raise _unreadable(files, error) from error
-
-
-def _unreadable(files: Files, error: OSError) -> StoreReadError:
-    return StoreReadError(
-        f"Store {files.url}: reading its catalog failed with {error}, expected the storage to answer; check it and try again."
-    )
-
-
-def _damaged(files: Files, path: str) -> CorruptStoreError:
-    return CorruptStoreError(
-        f"Store {files.url}: {path} is damaged, expected bytes that match their checksum; restore the file from a backup."
-    )

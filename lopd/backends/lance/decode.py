@@ -10,14 +10,13 @@ from attrs import frozen
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from lopd.backends.id_index import decode_id, hash_ids
 from lopd.backends.lance.encode import (
     ID,
     LINE_CHECKSUM,
     ROLLOUT_DATA,
     SCORE_DATA,
     TOP_K_DATA,
-    decode_id,
-    hash_ids,
     line_checksums,
 )
 from lopd.backends.lance.table import RANGE, in_advance

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_64_intdigest, xxh3_128_digest
+from xxhash import xxh3_64_intdigest
 
 from lopd.backends import ragged
+from lopd.backends.id_index import encode_id, hash_ids
 from lopd.backends.lance.table import COMMIT, KEY_METADATA
 from lopd.errors import InvalidRecordError
 from lopd.records.manifest import Provenance
@@ -59,21 +60,6 @@ def line_columns(line: np.dtype[Any]) -> list[str]:
 def tokens_of(lines: NDArray[np.void]) -> int:
     """Prompt and response tokens of rollouts, or scored response tokens."""
     return sum(int(lines[name].sum()) for name in ("prompt_length", "response_length", "length") if name in (lines.dtype.names or ()))
-
-
-def hash_ids(ids: Sequence[bytes]) -> NDArray[np.void]:
-    """(n,): 128 bits of each rollout id; two ids never share them in practice."""
-    return np.frombuffer(b"".join(map(xxh3_128_digest, ids)), "V16")
-
-
-def encode_id(rollout_id: str) -> bytes:
-    """UTF-8; lone surrogates, which JSON can carry, survive."""
-    return rollout_id.encode("utf-8", "surrogatepass")
-
-
-def decode_id(data: bytes) -> str:
-    """The inverse of `encode_id`."""
-    return data.decode("utf-8", "surrogatepass")
 
 
 def checksum(*parts: Any) -> int:
@@ -199,7 +185,7 @@ def _list_column(values: Sequence[NDArray[Any] | None], dtype: np.dtype[Any]) ->
     ends = ragged.offsets(np.array([0 if part is None else part.size for part in values]))
     if ends[-1] > np.iinfo(np.int32).max:
         raise InvalidRecordError(f"Append: one column has {ends[-1]} values, expected fewer than 2**31; append fewer rollouts at once.")
-    flat = ragged.concat([part for part in values if part is not None], dtype.name)
+    flat = np.concatenate([np.zeros(0, dtype), *(part for part in values if part is not None)])
     item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
     absent = pa.array([part is None for part in values])
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat), type=pa.list_(item), mask=absent)

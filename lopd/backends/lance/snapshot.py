@@ -7,15 +7,16 @@ import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.backends.id_index import IdIndex
-from lopd.backends.lance import decode, encode
+from lopd.backends.lance import decode
 from lopd.backends.lance.catalog import ROLLOUTS_FILE, Catalog, TableEntry
 from lopd.backends.lance.decode import Wanted
 from lopd.backends.lance.encode import ROLLOUT_LINE, SCORE_LINE, tokens_of
 from lopd.backends.lance.part import Part
 from lopd.backends.lance.table import COMMIT, Database
 from lopd.errors import CorruptStoreError
+from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN
 from lopd.records.rows import Rows
@@ -41,13 +42,13 @@ class Snapshot:
         self._open(versions)
 
     def _open(self, versions: Mapping[str, int]) -> None:
-        # Columns before rollouts: a score that is seen is then never one of a rollout that is not.
-        state = self._catalog.state
-        for column, entry in state.columns.items():
-            if column not in self.columns:
+        # Columns before rollouts: so every visible score has a visible rollout.
+        tables = self._catalog.state.tables
+        for column, entry in tables.items():
+            if column is not None and column not in self.columns:
                 self.columns[column] = self._part(entry, SCORE_LINE, versions, dense=False)
-        if self.rollouts is None and state.rollouts is not None:
-            self.rollouts = self._part(state.rollouts, ROLLOUT_LINE, versions, dense=True)
+        if self.rollouts is None and None in tables:
+            self.rollouts = self._part(tables[None], ROLLOUT_LINE, versions, dense=True)
         if self.columns and self.rollouts is None:
             raise CorruptStoreError(
                 f"{self._owner}: {ROLLOUTS_FILE} is missing, expected it where there are scores; restore the file from a backup."
@@ -80,7 +81,7 @@ class Snapshot:
 
     def provenances(self) -> dict[str, Provenance]:
         """Who computed each column."""
-        entries = {name: self._catalog.state.columns[name] for name in self.columns}
+        entries = {name: self._catalog.state.tables[name] for name in self.columns}
         return {name: entry.provenance for name, entry in entries.items() if entry.provenance is not None}
 
     @property
@@ -88,18 +89,32 @@ class Snapshot:
         """Rollouts."""
         return 0 if self.rollouts is None else self.rollouts.table.rows
 
+    @property
+    def generations(self) -> Mapping[int, ModelId]:
+        """Policy of each round of sampling."""
+        return self._catalog.state.generations
+
     def lines(self) -> NDArray[np.void]:
         """The lines of all rollouts."""
         return np.zeros(0, ROLLOUT_LINE) if self.rollouts is None else self.rollouts.lines()
 
+    def lengths(self) -> NDArray[np.int64]:
+        """(rows, 2): prompt and response tokens."""
+        lines = self.lines()
+        return np.stack([lines["prompt_length"], lines["response_length"]], axis=1).astype(np.int64)
+
+    def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
+        """Content hash and number of response tokens of rollouts."""
+        lines = self.lines()[rows]
+        return list(zip(lines["content_hash"].tolist(), lines["response_length"].tolist(), strict=True))
+
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """(n,): rows of rollouts, -1 where there is none."""
-        new = np.ascontiguousarray(self.lines()["id_hash"][self._indexed :])
+        new = self.lines()["id_hash"][self._indexed :]
         if new.size:
-            self._index.add(new.view(np.uint64).reshape(-1, 2), self._indexed)
+            self._index.add(new, self._indexed)
             self._indexed += new.size
-        hashes = encode.hash_ids([encode.encode_id(rollout_id) for rollout_id in rollout_ids])
-        return self._index.find(hashes.view(np.uint64).reshape(-1, 2))
+        return self._index.find(rollout_ids)
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """(rows,): which rollouts have scores in this column."""
@@ -127,7 +142,8 @@ class Snapshot:
         for column, part in self.parts().items():
             lines = part.lines()
             lines = lines[np.argsort(lines[COMMIT], kind="stable")]
-            for commit in np.split(lines, np.flatnonzero(np.diff(lines[COMMIT])) + 1):
+            # A column of which no row was scored, only quarantined, has no lines.
+            for commit in np.split(lines, np.flatnonzero(np.diff(lines[COMMIT])) + 1) if lines.size else ():
                 when, rounding = float(commit["committed_at"][0]), float(commit["rounding"][0])
                 kind: Literal["rollouts", "scores"] = "rollouts" if column is None else "scores"
                 found.append(Commit(0, kind, len(commit), tokens_of(commit), column, when, rounding))
@@ -139,20 +155,20 @@ class Snapshot:
         supports = {name: self._catalog.top_k(name) for name in top_k}
         for name in top_k:
             if not supports[name]:
-                raise ragged.missing_top_k(self._owner, name)
+                raise admission.missing_top_k(self._owner, name)
         if self.rollouts is None or not rows.size:
-            return ragged.with_columns(self._owner, Rows.of(()), columns)
+            return admission.with_columns(self._owner, Rows.of(()), columns)
         lines = self.rollouts.lines_of(rows)
         scored = {name: self._scored(name, rows, lines) for name in dict.fromkeys([*columns, *top_k]) if name != BEHAVIOR_COLUMN}
         read = decode.read(Wanted(self._owner, self.rollouts, rows, lines), scored, supports)
-        return ragged.with_columns(self._owner, read, columns)
+        return admission.with_columns(self._owner, read, columns)
 
     def _scored(self, column: str, rows: NDArray[np.int64], lines: NDArray[np.void]) -> Wanted:
         """The scores of these rows, if there are some, of these rows' tokens."""
         owner, part = f"{self._owner}: column {column!r}", self.columns.get(column)
         absent = rows if part is None else rows[part.find(rows) < 0]
         if part is None or absent.size:
-            raise ragged.missing_scores(self._owner, self._name(int(absent[0])), column)
+            raise admission.missing_scores(self._owner, self._name(int(absent[0])), column)
         found = part.lines_of(rows)
         for i in np.flatnonzero((found["content_hash"] != lines["content_hash"]) | (found["length"] != lines["response_length"]))[:1]:
             raise CorruptStoreError(

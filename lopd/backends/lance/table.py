@@ -4,9 +4,8 @@ A row of a table carries the number of the commit that added it, and that column
 a number, which Lance decides: of two writers that add commit 7 at once, one adds all of its rows and the other none.
 """
 
-import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -17,8 +16,9 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.backends.files import T
-from lopd.errors import CorruptStoreError, ForkedStoreError, LopdError, MissingDependencyError, StoreReadError
+from lopd.backends.files import Files, T
+from lopd.backends.fork import ForkGuard
+from lopd.errors import CorruptStoreError, LopdError, MissingDependencyError, StorePathError, StoreReadError
 
 #: The column that says which commit added a row, and what makes Lance let only one writer have a number.
 COMMIT = "commit"
@@ -35,7 +35,8 @@ _NETWORK = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure err
 #: So many neighbours are read on; fewer are looked up one by one.
 RANGE = 512
 _FETCHES = 2
-_used_in: int | None = None
+_SCHEMES = ("s3", "gs", "az", "abfss")
+_GUARD = ForkGuard("LanceDB")
 
 
 def _lancedb(owner: str) -> Any:
@@ -45,19 +46,13 @@ def _lancedb(owner: str) -> Any:
         MissingDependencyError: it is not installed.
         ForkedStoreError: this process was forked from one that used it.
     """
-    global _used_in  # noqa: PLW0603  # what a process has done is global
-    if _used_in not in (None, os.getpid()):
-        raise ForkedStoreError(
-            f"{owner}: process {os.getpid()} was forked from {_used_in}, which used LanceDB, expected a process started afresh; "
-            "start workers with the 'spawn' or 'forkserver' method (DataLoader(multiprocessing_context='forkserver'))."
-        )
     try:
         lancedb = import_module("lancedb")
     except ImportError as error:
         raise MissingDependencyError(
             f"{owner}: lancedb is not installed, expected it for this store; pip install 'lopd[lance]'."
         ) from error
-    _used_in = os.getpid()
+    _GUARD.check(owner)
     return lancedb
 
 
@@ -99,22 +94,27 @@ def is_conflict(error: BaseException) -> bool:
 
 @final
 class Database:
-    """The LanceDB database of one store; pickles as its place, and connects again where it arrives.
+    """The LanceDB database of one store.
 
     Args:
-        url: of the store.   options: of LanceDB, credentials among them.
+        files: of the store; LanceDB takes their place and their options, credentials among them.
+
+    Raises:
+        StorePathError: LanceDB cannot store there.
+        MissingDependencyError: LanceDB is not installed.
     """
 
-    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, files: Files) -> None:
         """Connects at the first call: connecting makes a folder."""
-        self.url = url
-        self.owner = f"Store {url}"
-        self._options = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in options.items()}
+        self.url, self.owner = files.url, f"Store {files.url}"
+        scheme, separator, _ = self.url.partition("://")
+        if separator and scheme not in _SCHEMES:
+            raise StorePathError(
+                f"{self.owner}: LanceDB cannot store there, expected a local path, or a URL of {', '.join(_SCHEMES)}; choose another place."
+            )
+        self._options = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in files.options.items()}
         self._connection: Any = None
         _lancedb(self.owner)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Database, (self.url, self._options)
 
     @property
     def connection(self) -> Any:
@@ -128,18 +128,15 @@ class Database:
     def open(self, name: str, version: int | None = None) -> "LanceTable":
         """A table at this version, or as it is now."""
         with _reading(f"{self.owner}: table {name!r}"):
-            return LanceTable(self, name, self._handle(name, version))
+            return LanceTable(self, name, self.handle(name, version))
 
-    def _handle(self, name: str, version: int | None) -> Any:
-        handle = self.connection.open_table(name)
-        if version is not None:
-            handle.checkout(version)
-        return handle
-
-    def for_queries(self, table: "LanceTable") -> Any:
-        """LanceDB's own handle of this table at its version; one that stands at a version takes no writes."""
-        with _reading(f"{self.owner}: table {table.name!r}"):
-            return self._handle(table.name, table.version)
+    def handle(self, name: str, version: int | None) -> Any:
+        """LanceDB's own handle of a table; one that stands at a version takes no writes."""
+        with _reading(f"{self.owner}: table {name!r}"):
+            handle = self.connection.open_table(name)
+            if version is not None:
+                handle.checkout(version)
+            return handle
 
     def create(self, name: str, data: Any) -> "LanceTable":
         """A new table.  The name must be nobody else's: LanceDB lets several creators of one table win."""

@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.backends import ragged
@@ -14,31 +13,21 @@ from lopd.backends.zarr.segment import LINES, Segment, SegmentData
 from lopd.backends.zarr.snapshot import Snapshot
 
 
-@frozen(eq=False)
-class Merge:
-    """Segments to be replaced by one commit.
+def plan(snapshot: Snapshot, target_tokens: int) -> tuple[str | None, tuple[Segment, ...]] | None:
+    """The column (None: rollouts) and the segments that the next commit should merge; None if there is nothing to merge.
 
-    Args:
-        column: of scores; None for rollouts.
-        segments: that are replaced.
-    """
-
-    column: str | None
-    segments: tuple[Segment, ...]
-
-
-def plan(snapshot: Snapshot, target_tokens: int) -> list[Merge]:
-    """What to merge so that no segment but the last is much smaller than `target_tokens`; nothing if all is well.
+    In the end no segment but the last is much smaller than `target_tokens`.
 
     Neighbouring segments of rollouts are merged up to the target, so rows keep their numbers.  Scores lie in the order in which they were
     computed, often shortest first, so all segments of a column that are small or overlap are sorted together.
     """
-    merges = [Merge(None, group) for group in _neighbours(snapshot.segments, target_tokens) if len(group) > 1]
+    for group in _neighbours(snapshot.segments, target_tokens):
+        if len(group) > 1:
+            return None, group
     for name, column in snapshot.columns.items():
-        loose = _loose(column.segments, target_tokens)
-        if len(loose) > 1:
-            merges.append(Merge(name, tuple(loose)))
-    return merges
+        if len(loose := _loose(column.segments, target_tokens)) > 1:
+            return name, loose
+    return None
 
 
 def _neighbours(segments: Sequence[Segment], target: int) -> Iterator[tuple[Segment, ...]]:
@@ -51,7 +40,7 @@ def _neighbours(segments: Sequence[Segment], target: int) -> Iterator[tuple[Segm
     yield tuple(group)
 
 
-def _loose(segments: Sequence[Segment], target: int) -> list[Segment]:
+def _loose(segments: Sequence[Segment], target: int) -> tuple[Segment, ...]:
     """Segments that are small, or share a range of rows with another."""
     ordered = sorted(segments, key=lambda segment: segment.meta.first_row)
     overlapping, end = set(), -1
@@ -59,15 +48,15 @@ def _loose(segments: Sequence[Segment], target: int) -> list[Segment]:
         end = max(end, before.meta.last_row)
         if after.meta.first_row <= end:
             overlapping |= {before.meta.path, after.meta.path}
-    return [s for s in ordered if s.meta.tokens < target // 2 or s.meta.path in overlapping]
+    return tuple(s for s in ordered if s.meta.tokens < target // 2 or s.meta.path in overlapping)
 
 
-def merge(job: Merge, target_tokens: int) -> Iterator[SegmentData]:
+def merge(column: str | None, segments: Sequence[Segment], target_tokens: int) -> Iterator[SegmentData]:
     """The new segments, one in memory at a time; every line that is moved is verified."""
-    if job.column is None:
-        yield _merge_rollouts(job.segments)
+    if column is None:
+        yield _merge_rollouts(segments)
     else:
-        yield from _merge_scores(job.segments, target_tokens)
+        yield from _merge_scores(segments, target_tokens)
 
 
 def _whole(segment: Segment, name: str) -> NDArray[Any]:
@@ -103,13 +92,9 @@ def _merge_scores(segments: Sequence[Segment], target: int) -> Iterator[SegmentD
     order = np.argsort(lines[:, encode.S["row"]], kind="stable")
     lines, owners = lines[order], owners[order]
     lengths = lines[:, encode.S["length"]]
-    for part in np.split(np.arange(len(lines)), _cuts(lengths, target)):
+    # Each part has about `target` tokens.
+    for part in np.split(np.arange(len(lines)), np.flatnonzero(np.diff(np.cumsum(lengths) // target)) + 1):
         yield _gather_scores(segments, lines[part], owners[part], lengths[part])
-
-
-def _cuts(lengths: NDArray[np.int64], target: int) -> NDArray[np.int64]:
-    """Where to cut so that each part has about `target` tokens."""
-    return np.flatnonzero(np.diff(np.cumsum(lengths) // target)) + 1
 
 
 def _gather_scores(

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from xxhash import xxh3_128_digest
 
 from lopd.backends import ragged
+from lopd.backends.id_index import encode_id, hash_ids
 from lopd.backends.zarr.segment import SegmentData, checksum_of
 from lopd.records.rollouts import FinishReason, Rollout, Scores
 
@@ -57,12 +57,6 @@ LENGTHS = slice(R["prompt_length"], R["response_length"] + 1)
 ID_HASH = slice(R["id_hash_0"], R["id_hash_1"] + 1)
 
 
-def hash_ids(texts: Sequence[str]) -> NDArray[np.uint64]:
-    """(n, 2): 128 bits of each rollout id; two ids never share them in practice."""
-    data = b"".join(xxh3_128_digest(text.encode("utf-8", "surrogatepass")) for text in texts)
-    return np.frombuffer(data, "<u8").reshape(-1, 2)
-
-
 def _two(hashes: Sequence[bytes]) -> NDArray[np.int64]:
     return np.frombuffer(b"".join(hashes), "<i8").reshape(-1, 2)
 
@@ -80,17 +74,18 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     id_type = np.min_scalar_type(vocab_size - 1)
     masks = [None if r.loss_mask.all() else r.loss_mask.astype(np.uint8) for r in rollouts]
     behaviors, rounding = ragged.to_stored([r.behavior_logprobs for r in rollouts], [r.rollout_id for r in rollouts], logprob_dtype)
-    id_bytes, id_lengths = ragged.concat_texts([r.rollout_id for r in rollouts])
+    ids = [encode_id(r.rollout_id) for r in rollouts]
+    id_lengths = [len(name) for name in ids]
     lengths = np.array([(r.prompt_ids.size, r.response_ids.size) for r in rollouts], np.int64).reshape(-1, 2)
     token_ids = np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).astype(id_type)
     token_ends = ragged.offsets(lengths.sum(axis=1))
-    id_hashes, content_hashes = hash_ids([r.rollout_id for r in rollouts]).view(np.int64), _two([r.content_hash for r in rollouts])
+    id_hashes, content_hashes = hash_ids(ids).view("<i8").reshape(-1, 2), _two([r.content_hash for r in rollouts])
     columns: dict[str, Any] = {
         "prompt_length": lengths[:, 0],
         "response_length": lengths[:, 1],
         "token_start": token_ends[:-1],
         "response_start": ragged.offsets(lengths[:, 1])[:-1],
-        "id_start": ragged.offsets(id_lengths)[:-1],
+        "id_start": ragged.offsets(np.array(id_lengths))[:-1],
         "id_length": id_lengths,
         "finish_reason": [REASONS.index(r.finish_reason) for r in rollouts],
         "generation": [r.generation for r in rollouts],
@@ -104,7 +99,7 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
         "mask_checksum": [checksum_of(mask) for mask in masks],
         "behavior_checksum": [checksum_of(logprobs) for logprobs in behaviors],
     }
-    arrays: dict[str, NDArray[Any]] = {"token_ids": token_ids, "rollout_ids": id_bytes}
+    arrays: dict[str, NDArray[Any]] = {"token_ids": token_ids, "rollout_ids": np.frombuffer(b"".join(ids), np.uint8)}
     if any(columns["masked"]):
         arrays["loss_mask"] = _filled(masks, lengths[:, 1], 1, "uint8")
     if any(columns["has_behavior"]):
@@ -116,7 +111,7 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
 
 def _filled(values: Sequence[NDArray[Any] | None], lengths: NDArray[np.int64], filler: float, dtype: str) -> NDArray[Any]:
     parts = [np.full(n, filler, dtype) if value is None else value for value, n in zip(values, lengths.tolist(), strict=True)]
-    return ragged.concat(parts, dtype)
+    return np.concatenate(parts)
 
 
 def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str) -> SegmentData:

@@ -4,20 +4,24 @@ Any Zarr v3 reader reads them; lopd itself needs no zarr.  A segment is one grou
 names it says type, shape and checksum of each array, so reading one fetches no metadata.
 """
 
+import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from attrs import asdict, frozen
 from numpy.typing import NDArray
 
 from lopd.backends.files import Bytes
+from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, dump
-from lopd.errors import MissingDependencyError
+from lopd.errors import MissingDependencyError, StoreNotFoundError
+from lopd.records.manifest import Manifest
 
 METADATA_FILE = "zarr.json"
-Codec = Literal["raw", "zstd"]
-_ZSTD_LEVEL = 3
+RAW = "raw"
+_MANIFEST, _STORAGE, _CHECKSUM, _CREATION = "lopd", "lopd_storage", "lopd_checksum", "lopd_creation"
 
 
 @frozen
@@ -27,7 +31,7 @@ class ArrayMeta:
     Args:
         dtype: numpy name.
         shape: of the array.
-        codec: "raw" or "zstd".
+        codec: "raw"; older stores may also have "zstd", which is only read.
         checksum: of the chunk file.
         metadata_checksum: of its `zarr.json`.
         stored_bytes: of both files.
@@ -35,7 +39,7 @@ class ArrayMeta:
 
     dtype: str
     shape: tuple[int, ...]
-    codec: Codec
+    codec: str
     checksum: str
     metadata_checksum: str
     stored_bytes: int
@@ -60,12 +64,9 @@ def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
-def _array_document(array: NDArray[Any], codec: Codec, attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _array_document(array: NDArray[Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
     # A chunk has at least one row, even when the array has none.
     chunk_shape = [max(1, array.shape[0]), *array.shape[1:]]
-    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}]
-    if codec == "zstd":
-        codecs.append({"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}})
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -75,22 +76,18 @@ def _array_document(array: NDArray[Any], codec: Codec, attributes: Mapping[str, 
         # A dot keeps the chunk in the array's own folder: half as many folders to flush.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "fill_value": 0,
-        "codecs": codecs,
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
         "attributes": dict(attributes),
         "storage_transformers": [],
     }
 
 
-def encode_array(
-    folder: str, name: str, array: NDArray[Any], codec: Codec, attributes: Mapping[str, Any] | None = None
-) -> tuple[dict[str, Bytes], ArrayMeta]:
+def encode_array(folder: str, name: str, array: NDArray[Any], attributes: Mapping[str, Any]) -> tuple[dict[str, Bytes], ArrayMeta]:
     """The two files of one array, and how a commit record describes them."""
     data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
-    if codec == "zstd":
-        data = np.frombuffer(_zstd().ZstdCompressor(level=_ZSTD_LEVEL).compress(data.data), np.uint8)
-    metadata = np.frombuffer(dump(_array_document(array, codec, attributes or {})), np.uint8)
+    metadata = np.frombuffer(dump(_array_document(array, attributes)), np.uint8)
     files = {f"{folder}/{name}/{METADATA_FILE}": metadata, chunk_path(folder, name, array.ndim): data}
-    meta = ArrayMeta(array.dtype.name, array.shape, codec, checksum(data.data), checksum(metadata.data), data.size + metadata.size)
+    meta = ArrayMeta(array.dtype.name, array.shape, RAW, checksum(data.data), checksum(metadata.data), data.size + metadata.size)
     return files, meta
 
 
@@ -100,16 +97,33 @@ def decode_zstd(data: bytes | Bytes) -> Bytes:
     Raises:
         ValueError: the bytes are not what zstd made.
     """
-    zstandard = _zstd()
+    try:
+        import zstandard
+    except ImportError as error:
+        raise MissingDependencyError("Codec zstd: zstandard is not installed, expected it; pip install 'lopd[zarr]'.") from error
     try:
         return np.frombuffer(zstandard.ZstdDecompressor().decompress(bytes(data)), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
 
 
-def _zstd() -> Any:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise MissingDependencyError("Codec zstd: zstandard is not installed, expected it; pip install 'lopd[zarr]'.") from error
-    return zstandard
+def _encode_root(root: Root) -> bytes:
+    storage = {"logprob_dtype": root.logprob_dtype, "codec": RAW}
+    return _root_document({_MANIFEST: root.manifest.to_json(), _STORAGE: storage, _CREATION: uuid4().hex})
+
+
+def _decode_root(url: str, data: bytes) -> Root | None:
+    attributes = json.loads(data)["attributes"]
+    if _MANIFEST not in attributes:
+        raise StoreNotFoundError(f"Store {url}: it is a Zarr group without a lopd manifest, expected a store of lopd; check the path.")
+    root = Root(Manifest.from_json(attributes[_MANIFEST]), attributes[_STORAGE]["logprob_dtype"])
+    return root if data == _root_document({key: attributes[key] for key in (_MANIFEST, _STORAGE, _CREATION)}) else None
+
+
+def _root_document(body: Mapping[str, Any]) -> bytes:
+    # The checksum is an attribute of its own because Zarr allows no other keys in a group.
+    return dump(group_document({**body, _CHECKSUM: checksum(dump(body))}))
+
+
+#: The metadata of a Zarr v3 group; its attributes say what the store is.
+ROOT = RootFile(METADATA_FILE, _encode_root, _decode_root)

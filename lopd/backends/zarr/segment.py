@@ -17,11 +17,11 @@ from xxhash import xxh3_64_intdigest
 
 from lopd.backends.files import Bytes, Files
 from lopd.backends.sealing import dump
-from lopd.backends.zarr.format import METADATA_FILE, ArrayMeta, Codec, chunk_path, decode_zstd, encode_array, group_document
+from lopd.backends.zarr.format import METADATA_FILE, RAW, ArrayMeta, chunk_path, decode_zstd, encode_array, group_document
 from lopd.errors import CorruptStoreError, StoreReadError
 
 LINES = "lines"
-# Of a store written with codec "zstd": whole arrays that are kept decompressed.
+# Arrays of an old store that are compressed: so many are kept decompressed.
 _DECODED_ARRAYS = 8
 # A record that named any other place could make a store read, or a sweep remove, what is not its own.
 _SEGMENT_PATH = re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")
@@ -98,13 +98,6 @@ class SegmentData:
     rounding: float = 0.0
 
 
-def seal_lines(lines: _Int64) -> _Int64:
-    """The same lines with the checksum of each in its last column."""
-    lines = np.ascontiguousarray(lines)
-    lines[:, -1] = _line_checksums(lines)
-    return lines
-
-
 def _line_checksums(lines: _Int64) -> _Int64:
     data, width = lines.view(np.uint8).reshape(-1).data, lines.shape[1] * 8
     sums = [xxh3_64_intdigest(data[start : start + width - 8]) for start in range(0, len(data), width)]
@@ -119,14 +112,13 @@ def checksum_of(*arrays: NDArray[Any] | None) -> int:
     return total - (1 << 64) if total >= 1 << 63 else total
 
 
-def encode_segment(path: str, data: SegmentData, codec: Codec) -> tuple[dict[str, Bytes], SegmentMeta]:
-    """The files of one segment, and how a commit record describes it.  The lines are never compressed: they are read one by one."""
+def encode_segment(path: str, data: SegmentData) -> tuple[dict[str, Bytes], SegmentMeta]:
+    """The files of one segment, and how a commit record describes it."""
     files: dict[str, Bytes] = {f"{path}/{METADATA_FILE}": np.frombuffer(dump(group_document({})), np.uint8)}
-    metas = {}
-    encoded, metas[LINES] = encode_array(path, LINES, seal_lines(data.lines), "raw", {"fields": list(data.fields)})
-    files |= encoded
-    for name, array in data.arrays.items():
-        encoded, metas[name] = encode_array(path, name, array, codec)
+    metas, lines = {}, np.ascontiguousarray(data.lines)
+    lines[:, -1] = _line_checksums(lines)
+    for name, array in {LINES: lines, **data.arrays}.items():
+        encoded, metas[name] = encode_array(path, name, array, {"fields": list(data.fields)} if name == LINES else {})
         files |= encoded
     return files, SegmentMeta(path, len(data.lines), data.tokens, data.first_row, data.last_row, metas)
 
@@ -183,7 +175,7 @@ class Segment:
             dtype = np.dtype(meta.dtype).newbyteorder("<")
             size = dtype.itemsize * math.prod(meta.shape[1:])
             path = chunk_path(self.meta.path, name, len(meta.shape))
-            self._layouts[name] = _Layout(path, meta.codec == "raw", dtype, meta.shape, size, size * meta.shape[0])
+            self._layouts[name] = _Layout(path, meta.codec == RAW, dtype, meta.shape, size, size * meta.shape[0])
         return self._layouts[name]
 
     def whole(self, name: str) -> NDArray[Any] | None:

@@ -11,12 +11,13 @@ import numpy as np
 from attrs import asdict
 from numpy.typing import NDArray
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.backends.files import Files
 from lopd.backends.id_index import IdIndex
 from lopd.backends.zarr import decode
 from lopd.backends.zarr.column import LINE_BITS, Column
-from lopd.backends.zarr.encode import ID_HASH, LENGTHS, R, hash_ids
+from lopd.backends.zarr.commit_log import CommitLog
+from lopd.backends.zarr.encode import ID_HASH, LENGTHS, R
 from lopd.backends.zarr.segment import Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
@@ -30,23 +31,29 @@ class Snapshot:
     """The state of a store after `commits` records.
 
     Args:
-        files: of the store.   manifest: of the store.   owner: how messages name it.
+        files, log, manifest: of the store.   owner: how messages name it.
+        until: number of records to take in; None for all that are there.
     """
 
-    def __init__(self, files: Files, manifest: Manifest, owner: str) -> None:
-        """Before the first record."""
+    def __init__(self, files: Files, log: CommitLog, manifest: Manifest, owner: str, until: int | None = None) -> None:
+        """Reads the latest checkpoint that is not after `until`, and the records behind it."""
         self.commits = 0
         self.rows = 0
         self.generations: dict[int, ModelId] = {manifest.generation: manifest.policy}
         self.segments: list[Segment] = []
         self.columns: dict[str, Column] = {}
         self._files = files
+        self._log = log
         self._owner = owner
         self._decoded = decoded_arrays(files)
         self._index = IdIndex()
         self._lengths = np.zeros((0, 2), np.int64)
         self._behavior = np.zeros(0, np.bool_)
         self._starts = np.zeros(0, np.int64)
+        if (checkpoint := log.checkpoint(until)) is not None:
+            self._load(checkpoint)
+        for record in log.records(self.commits, until):
+            self.add(record)
 
     def to_json(self) -> dict[str, Any]:
         """The state as a checkpoint keeps it."""
@@ -57,12 +64,21 @@ class Snapshot:
             "columns": {name: column.to_json() for name, column in self.columns.items()},
         }
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of a checkpoint."""
+    def _load(self, state: Mapping[str, Any]) -> None:
         self.commits = state["commits"]
         self.generations = {int(number): ModelId(**policy) for number, policy in state["generations"].items()}
         self._set_segments([self._segment(meta) for meta in state["segments"]])
         self.columns = {name: Column.from_json(column, self._segment) for name, column in state["columns"].items()}
+
+    def refresh(self) -> None:
+        """Take in the records that were added since.
+
+        Raises:
+            CorruptStoreError: one is damaged.
+            StoreReadError: the storage does not answer.
+        """
+        while (record := self._log.next(self.commits)) is not None:
+            self.add(record)
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take in the next record of the log.
@@ -139,7 +155,7 @@ class Snapshot:
         if not lines:
             return
         added = np.concatenate(lines)
-        self._index.add(np.ascontiguousarray(added[:, ID_HASH]).view(np.uint64), seen)
+        self._index.add(np.ascontiguousarray(added[:, ID_HASH]).view("V16")[:, 0], seen)
         self._lengths = np.concatenate([self._lengths, added[:, LENGTHS]])
         self._behavior = np.concatenate([self._behavior, added[:, R["has_behavior"]].astype(np.bool_)])
 
@@ -151,7 +167,7 @@ class Snapshot:
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Rows of rollouts, -1 where there is none."""
         self._scan()
-        return self._index.find(hash_ids(rollout_ids))
+        return self._index.find(rollout_ids)
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """(rows,): which have scores in this column."""
@@ -177,18 +193,18 @@ class Snapshot:
         """These rows with these columns; everything is verified."""
         for name in top_k:
             if name == BEHAVIOR_COLUMN or (name in self.columns and self.columns[name].provenance.top_k == 0):
-                raise ragged.missing_top_k(self._owner, name)
+                raise admission.missing_top_k(self._owner, name)
         names = [name for name in dict.fromkeys([*columns, *top_k]) if name != BEHAVIOR_COLUMN]
         groups, scored = self._grouped(rows), {name: self._grouped_scores(name, rows) for name in names}
         read = decode.read(groups, scored, top_k, self._files.run) if groups else Rows.of(())
-        return ragged.with_columns(self._owner, read, columns)
+        return admission.with_columns(self._owner, read, columns)
 
     def _grouped_scores(self, name: str, rows: NDArray[np.int64]) -> list[decode.Group]:
         """Group rows by the segments that have their scores."""
         column = self.columns.get(name)
         places = column.places(rows) if column else np.full(len(rows), -1, np.int64)
         if len(rows) and (column is None or (places < 0).any()):
-            raise ragged.missing_scores(self._owner, self._name(int(rows[int(np.argmax(places < 0))])), name)
+            raise admission.missing_scores(self._owner, self._name(int(rows[int(np.argmax(places < 0))])), name)
         return _group(column.segments if column else [], places >> LINE_BITS, places & ((1 << LINE_BITS) - 1))
 
     def _name(self, row: int) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from attrs import evolve
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreReadError
 from lopd.protocols import DurableStore, LogprobReader, Progress
 from lopd.protocols.reading import Part, parts
@@ -80,7 +80,7 @@ def _check_row(store: LogprobReader, row: ScoredRollout) -> Iterator[str]:
         made = evolve(stored)
         # nothing is known, so what a store checks of new rollouts is checked of this one
         size = store.manifest.tokenizer.vocab_size
-        ragged.new_rollouts(repr(store), [made], vocab_size=size, generations=store.generations, known={})
+        admission.new_rollouts(repr(store), [made], vocab_size=size, generations=store.generations, known={})
         for column, logprobs in row.scores.items():
             kept = row.top_k.get(column)
             support = None if kept is None else evolve(kept)

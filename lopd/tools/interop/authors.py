@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from lopd.backends import ragged
+from lopd.backends import admission
 from lopd.backends.files import StorageOptions, StorePath
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.guards.consistency import check_vocabulary
@@ -155,5 +155,5 @@ def _rollout(
         finish_reason=finish_reason or ("length" if length >= store.manifest.sampling.max_new_tokens else "stop"),
         generation=store.manifest.generation,
     )
-    ragged.new_rollouts(repr(store), [rollout], vocab_size=store.manifest.tokenizer.vocab_size, generations=store.generations, known={})
+    admission.new_rollouts(repr(store), [rollout], vocab_size=store.manifest.tokenizer.vocab_size, generations=store.generations, known={})
     return rollout

@@ -1,0 +1,267 @@
+"""Checks of a call against what a store holds.
+
+Pure functions: a store passes in what it knows and gets back what is new, so that all stores refuse the same things in the same words.
+`owner` is how messages name the store, and `vocab_size` that of its manifest's tokenizer.
+"""
+
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from attrs import evolve
+from numpy.typing import NDArray
+
+from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
+from lopd.records.identity import ModelId
+from lopd.records.manifest import Manifest, Provenance
+from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, Scores
+from lopd.records.rows import Rows
+
+# No separators, no leading dot, no name that Zarr keeps for itself: a column becomes a folder in some stores.
+_COLUMN_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", re.IGNORECASE)
+
+
+def new_rollouts(
+    owner: str, rollouts: Sequence[Rollout], *, vocab_size: int, generations: Container[int], known: Mapping[str, bytes]
+) -> list[Rollout]:
+    """Return those rollouts of one append that are not there yet, each once, in order.
+
+    `generations` are the rounds of sampling that were begun, and `known` the content hashes of those rollouts that are committed.
+
+    Raises:
+        ConflictError: other content under an id that is there, or twice in the call.
+        InvalidRecordError: a token id is outside the vocabulary, or the generation was not begun.
+    """
+    fresh: dict[str, Rollout] = {}
+    for rollout in rollouts:
+        seen = fresh.get(rollout.rollout_id)
+        hash_there = known.get(rollout.rollout_id) if seen is None else seen.content_hash
+        if hash_there is None:
+            if rollout.generation not in generations:
+                raise InvalidRecordError(
+                    f"Rollout {rollout.rollout_id!r}: its generation is {rollout.generation}, expected one that was begun; "
+                    "call `begin_generation` with the policy that sampled it."
+                )
+            fresh[rollout.rollout_id] = rollout
+        elif hash_there != rollout.content_hash:
+            where = "is committed" if seen is None else "appears earlier in the same call"
+            raise ConflictError(
+                f"{owner}: rollout {rollout.rollout_id!r} has content hash {rollout.content_hash.hex()[:8]}, expected {hash_there.hex()[:8]}, "
+                f"which {where} under this id; give other content another id (a new generation, for instance)."
+            )
+    new = list(fresh.values())
+    _check_ids(new, vocab_size)
+    return new
+
+
+def _check_ids(rollouts: Sequence[Rollout], vocab_size: int) -> None:
+    """Refuse a rollout with an id outside the vocabulary; all at once, because one by one takes as long as writing them."""
+    if not rollouts or np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).max() < vocab_size:
+        return
+    for rollout in rollouts:
+        for name, ids in (("prompt_ids", rollout.prompt_ids), ("response_ids", rollout.response_ids)):
+            if ids.max() >= vocab_size:
+                position = int(np.argmax(ids >= vocab_size))
+                raise InvalidRecordError(
+                    f"Rollout {rollout.rollout_id!r}: {name}[{position}] is {ids[position]}, expected an id below {vocab_size}, "
+                    "the size of the manifest's vocabulary; check that policy and manifest share one tokenizer."
+                )
+
+
+def check_generation(owner: str, generation: int, stored: ModelId | None, given: ModelId) -> None:
+    """Refuse another policy in a round that was begun.
+
+    Raises:
+        ConflictError: it names both.
+    """
+    if generation < 0:
+        raise InvalidRecordError(f"{owner}: the generation is {generation}, expected at least 0; count rounds from 0.")
+    if stored is not None and stored != given:
+        raise ConflictError(
+            f"{owner}: generation {generation} was sampled by {stored}, expected {given}; give the round of another policy another number."
+        )
+
+
+def check_column(owner: str, column: str) -> None:
+    """Refuse a column name that cannot be written to.
+
+    Raises:
+        InvalidRecordError: other characters than letters, digits, `_`, `-`, `.`; a leading dot; `zarr.json`; or the reserved `behavior`.
+    """
+    if not _COLUMN_NAME.fullmatch(column):
+        raise InvalidRecordError(
+            f"{owner}: the column name is {column!r}, expected 1 to 128 letters, digits, '_', '-' or '.', "
+            "no '.' in front, and not 'zarr.json'; rename it."
+        )
+    if column == BEHAVIOR_COLUMN:
+        raise InvalidRecordError(
+            f"{owner}: the column name is {column!r}, expected any other, because it stands for the rollouts' own behavior_logprobs; "
+            "append rollouts that carry them, or choose another name."
+        )
+
+
+def check_manifest(owner: str, manifest: object) -> None:
+    """Refuse what is no manifest: a source, say, which has one.
+
+    Raises:
+        InvalidRecordError: it is something else.
+    """
+    if not isinstance(manifest, Manifest):
+        raise InvalidRecordError(f"{owner}: its manifest is a {type(manifest).__name__}, expected a Manifest; pass `source.manifest`.")
+
+
+def check_provenance(owner: str, column: str, stored: Provenance | None, given: Provenance) -> None:
+    """Refuse scores of another model, or made in another way, than those already under a column.
+
+    Raises:
+        ConflictError: it names the first thing that differs.
+    """
+    if stored is None or stored == given:
+        return
+    remedy = "write another column or score with the same model"
+    if stored.model != given.model:
+        # Two models that print alike differ in dtype, or in the tail of the revision: then show all of it.
+        show: Callable[[Any], str] = str if str(stored.model) != str(given.model) else repr
+        was, want = f"by {show(stored.model)}", show(given.model)
+    else:
+        name = next(n for n in ("vocab_hash", "engine", "logprobs_mode", "top_k") if getattr(stored, n) != getattr(given, n))
+        was, want, remedy = f"with {name} {getattr(stored, name)!r}", repr(getattr(given, name)), "write another column or score as before"
+    if stored.model.name == given.model.name and stored.model.dtype != given.model.dtype:
+        remedy += f" (it was in {stored.model.dtype}, and this one is in {given.model.dtype})"
+    raise ConflictError(f"{owner}: column {column!r} was scored {was}, expected {want}; {remedy}.")
+
+
+def new_scores(
+    owner: str,
+    scores: Sequence[Scores],
+    *,
+    provenance: Provenance,
+    vocab_size: int,
+    known: Mapping[str, tuple[bytes, int]],
+    done: Container[str],
+) -> list[Scores]:
+    """Return those scores of one append whose rollout is not scored yet, each once, in order.
+
+    `known` are the content hash and the number of response tokens of those rollouts that are committed, and `done` those that are scored.
+
+    Raises:
+        MissingScoresError: no such rollout.
+        ConflictError: the scores were computed on other tokens.
+        InvalidRecordError: there is not one log-prob per response token, or not the top-k support of the column, or one of the two says that
+            an offset was subtracted and the other does not.
+    """
+    fresh: dict[str, Scores] = {}
+    for score in scores:
+        _check_score(owner, score, known.get(score.rollout_id))
+        if score.residual != provenance.residual:
+            raise InvalidRecordError(
+                f"{owner}: scores of rollout {score.rollout_id!r} have residual={score.residual}, expected {provenance.residual} as their provenance "
+                f"has logprobs_mode {provenance.logprobs_mode!r}; write what was corrected into a column of its own (`lopd.residualise`)."
+            )
+        _check_top_k(owner, score, provenance.top_k, vocab_size)
+        if score.rollout_id not in done:
+            fresh.setdefault(score.rollout_id, score)
+    return list(fresh.values())
+
+
+def _check_top_k(owner: str, score: Scores, top_k: int, vocab_size: int) -> None:
+    found = 0 if score.top_k is None else score.top_k.ids.shape[1]
+    if found != top_k:
+        raise InvalidRecordError(
+            f"{owner}: scores of rollout {score.rollout_id!r} have a top-k of {found}, expected the {top_k} of their provenance; "
+            "say in the provenance what the scorer keeps."
+        )
+    if score.top_k is not None and score.top_k.ids.size and score.top_k.ids.max() >= vocab_size:
+        raise InvalidRecordError(
+            f"{owner}: scores of rollout {score.rollout_id!r} have top-k id {score.top_k.ids.max()}, expected ids below {vocab_size}; "
+            "cut the scorer's logits to the tokenizer's vocabulary."
+        )
+
+
+def _check_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> None:
+    if known is None:
+        raise MissingScoresError(
+            f"{owner}: rollout {score.rollout_id!r} is absent, expected it before its scores; append the rollout first."
+        )
+    content_hash, length = known
+    if score.content_hash != content_hash:
+        raise ConflictError(
+            f"{owner}: scores of rollout {score.rollout_id!r} were computed on tokens with hash {score.content_hash.hex()[:8]}, "
+            f"expected {content_hash.hex()[:8]}; score the rollout that is in the store."
+        )
+    if score.logprobs.size != length:
+        raise InvalidRecordError(
+            f"Scores of rollout {score.rollout_id!r}: logprobs has shape {score.logprobs.shape}, but response_ids has shape ({length},); "
+            "make them with `Scores.of`, which checks this."
+        )
+
+
+def missing_top_k(owner: str, column: str) -> MissingScoresError:
+    """The error for a column that keeps no top-k support."""
+    return MissingScoresError(
+        f"{owner}: column {column!r} has no top-k support, expected one; score with a scorer whose provenance names a top_k."
+    )
+
+
+def new_quarantine(
+    owner: str, reasons: Mapping[str, str], *, rows: Sequence[int], scored: NDArray[np.bool_], known: Mapping[int, str]
+) -> dict[int, str]:
+    """Return row -> reason of those rollouts that have neither scores nor this reason yet, by row.
+
+    `rows` are those of the rollouts in `reasons`, -1 where there is none; `scored` (len,) says which rollouts have scores; `known` are the
+    reasons that are there.
+
+    Raises:
+        MissingScoresError: no such rollout.
+    """
+    for rollout_id, row in zip(reasons, rows, strict=True):
+        if row < 0:
+            raise MissingScoresError(
+                f"{owner}: rollout {rollout_id!r} is not there, expected it before it is quarantined; append it first."
+            )
+    given = sorted(zip(rows, reasons.values(), strict=True))
+    return {row: reason for row, reason in given if not scored[row] and known.get(row) != reason}
+
+
+def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresError:
+    """The error for a rollout that has no scores in a column."""
+    if column == BEHAVIOR_COLUMN:
+        return MissingScoresError(
+            f"{owner}: rollout {rollout_id!r} has no behavior_logprobs, expected what the sampling engine reported; "
+            "collect with an engine that reports them, or read another column."
+        )
+    return MissingScoresError(
+        f"{owner}: rollout {rollout_id!r} has no scores in column {column!r}, expected one log-prob per response token; "
+        f"run score_rollouts with column={column!r}, or read only rows that `scored` names."
+    )
+
+
+def with_columns(owner: str, rows: Rows, columns: Sequence[str]) -> Rows:
+    """Return rows with these columns as their scores, the virtual one among them.
+
+    Raises:
+        MissingScoresError: a rollout has no `behavior_logprobs`, and they are asked for.
+    """
+    scores = dict(rows.scores)
+    if BEHAVIOR_COLUMN in columns:
+        gaps = np.ones(len(rows), np.bool_)
+        if rows.behavior_logprobs is not None:
+            scores[BEHAVIOR_COLUMN], gaps = rows.behavior_logprobs, np.isnan(rows.behavior_logprobs[rows.response_ends[:-1]])
+        for i in np.flatnonzero(gaps)[:1]:
+            raise missing_scores(owner, rows.rollout_ids[int(i)], BEHAVIOR_COLUMN)
+    nothing = np.zeros(0, np.float32)
+    return evolve(rows, scores={name: scores[name] if len(rows) else nothing for name in columns})
+
+
+def check_rows(owner: str, indices: Sequence[int], length: int) -> list[int]:
+    """The indices as plain ints.
+
+    Raises:
+        NoSuchRowError: one is negative or past the end; a store has no rows to count backwards from while it grows.
+    """
+    rows = [int(index) for index in indices]
+    for row in rows:
+        if not 0 <= row < length:
+            raise NoSuchRowError(f"{owner}: row {row} was asked for, expected 0 to {length - 1}; ask for rows that are there.")
+    return rows

@@ -1,0 +1,263 @@
+"""What the durable stores share: how one is opened and made, what it is asked, and the loop by which anything is added.
+
+A store has a snapshot, which says what was there when it last looked, and a writer, which tries to take the next number.  If another
+process took that number first, the store looks again at what is new, and tries again.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import ClassVar, Generic, Protocol, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.backends import admission
+from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open_files
+from lopd.backends.ragged import LogprobDtype
+from lopd.backends.root import Root, RootFile, put_root, read_root, taken
+from lopd.errors import ManifestMismatchError
+from lopd.records.identity import ModelId
+from lopd.records.manifest import Manifest, Provenance
+from lopd.records.rollouts import Rollout, Scores
+
+
+class _Snapshot(Protocol):
+    """What a store holds, as it was at the last `refresh`; the methods are those of `LogprobReader`.
+
+    `content` gives the content hash and the number of response tokens of rollouts.
+    """
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def generations(self) -> Mapping[int, ModelId]: ...
+    def provenances(self) -> Mapping[str, Provenance]: ...
+    def refresh(self) -> None: ...
+    def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]: ...
+    def lengths(self) -> NDArray[np.int64]: ...
+    def content(self, rows: NDArray[np.int64], /) -> Sequence[tuple[bytes, int]]: ...
+    def scored(self, column: str, /) -> NDArray[np.bool_]: ...
+    def quarantined(self, column: str, /) -> Mapping[int, str]: ...
+
+
+class _Writer(Protocol):
+    """Tries to commit what is new since the last `refresh`.
+
+    Each `add_` returns True once the addition is durable and the snapshot has it, and False where another process was quicker: nothing
+    was committed then.  Rows ascend.  `settle` makes durable what is there already: the process that committed it may not have flushed it yet.
+    Each raises StoreWriteError when the storage refuses.
+    """
+
+    def add_generation(self, generation: int, policy: ModelId, /) -> bool: ...
+    def add_rollouts(self, rollouts: Sequence[Rollout], first_row: int, /) -> bool: ...
+    def add_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], rows: Sequence[int], /) -> bool: ...
+    def add_reasons(self, column: str, provenance: Provenance, reasons: Mapping[int, str], /) -> bool: ...
+    def settle(self, column: str | None, /) -> None: ...
+
+
+S = TypeVar("S", bound=_Snapshot)
+W = TypeVar("W", bound=_Writer)
+
+
+class DurableBase(ABC, Generic[S, W]):
+    """The face of `ZarrStore` and `LanceStore`; not for other stores, which implement `lopd.protocols.DurableStore`."""
+
+    _ROOT: ClassVar[RootFile]
+    _snapshot: S
+    _writer: W
+
+    @abstractmethod
+    def __init__(self, files: Files, root: Root | None = None) -> None:
+        """Not for callers: `open` says what is wrong with a path.  `root` is what the root file says, if it was read already."""
+        self._files = files
+        self._owner = f"Store {files.url}"
+        self._root = root or read_root(files, self._ROOT)
+
+    def __repr__(self) -> str:
+        """How messages name it."""
+        return self._owner
+
+    @classmethod
+    def create(
+        cls, path: StorePath, manifest: Manifest, *, logprob_dtype: LogprobDtype = "float32", storage_options: StorageOptions | None = None
+    ) -> Self:
+        """A new, empty store.
+
+        Args:
+            path: a folder that is empty or not there yet, or a URL such as `s3://bucket/run1`.
+            manifest: what all rollouts will have in common.
+            logprob_dtype: "float32", or "float16" for half the bytes (a relative error of 2**-11; `history` says the largest of each commit).
+            storage_options: credentials, endpoint and time limits; see `lopd.backends.files.cloud`.
+
+        Raises:
+            StoreExistsError: a store, or anything else, is there.
+            StorePathError: nothing can be stored at such a path.
+            StoreWriteError: the write failed.
+            MissingDependencyError: the package for this kind of store or URL is not installed.
+        """
+        files, root = cls._place(path, storage_options), Root(manifest, logprob_dtype)
+        names = names_in(files)
+        if names or not put_root(files, cls._ROOT, root):
+            raise taken(files.url, by_store=not names or cls._ROOT.name in names)
+        return cls(files, root)
+
+    @classmethod
+    def open(cls, path: StorePath, manifest: Manifest | None = None, *, storage_options: StorageOptions | None = None) -> Self:
+        """The store that is there, with all commits that are there now.
+
+        Args:
+            path: its folder or URL.
+            manifest: what it must say; None takes whatever it says.
+            storage_options: see `create`.
+
+        Raises:
+            StoreNotFoundError: no store is there.
+            ManifestMismatchError: it says something else than `manifest`.
+            CorruptStoreError: its manifest, or what was committed, is damaged or of another schema version.
+            StoreReadError: the storage does not answer.
+        """
+        return cls._found(cls._place(path, storage_options), manifest)
+
+    @classmethod
+    def open_or_create(
+        cls, path: StorePath, manifest: Manifest, *, logprob_dtype: LogprobDtype = "float32", storage_options: StorageOptions | None = None
+    ) -> Self:
+        """The store that is there if it has this manifest, a new one if there is nothing.
+
+        Raises:
+            ManifestMismatchError: a store with another manifest is there.
+            StoreExistsError: something that is no store is there.
+        """
+        files, root = cls._place(path, storage_options), Root(manifest, logprob_dtype)
+        names = names_in(files)
+        if names and cls._ROOT.name not in names:
+            raise taken(files.url, by_store=False)
+        # Another process may be creating it right now; then its store is as good.
+        return cls(files, root) if not names and put_root(files, cls._ROOT, root) else cls._found(files, manifest)
+
+    @classmethod
+    def _place(cls, path: StorePath, options: StorageOptions | None) -> Files:
+        """Files where a store of this kind can be."""
+        return open_files(path, options)
+
+    @classmethod
+    def _found(cls, files: Files, manifest: Manifest | None) -> Self:
+        root = read_root(files, cls._ROOT)
+        if manifest is not None and (difference := root.manifest.difference(manifest)) is not None:
+            raise ManifestMismatchError(
+                f"Store {files.url}: {difference}; open it with the manifest it was created with (or none), or create another store."
+            )
+        return cls(files, root)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What all rollouts have in common."""
+        return self._root.manifest
+
+    @property
+    def columns(self) -> Mapping[str, Provenance]:
+        """Score columns and who computed them."""
+        return MappingProxyType(dict(self._snapshot.provenances()))
+
+    @property
+    def generations(self) -> Mapping[int, ModelId]:
+        """Rounds of sampling, and the policy of each."""
+        return MappingProxyType(dict(self._snapshot.generations))
+
+    def __len__(self) -> int:
+        """Committed rollouts."""
+        return self._snapshot.rows
+
+    def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
+        """(n,): rows of rollouts, -1 where there is none; the first call reads a line of each rollout."""
+        return self._snapshot.find(rollout_ids)
+
+    def lengths(self) -> NDArray[np.int64]:
+        """(len, 2): prompt and response tokens of each rollout; reads no tokens."""
+        return self._snapshot.lengths()
+
+    def scored(self, column: str, /) -> NDArray[np.bool_]:
+        """(len,): which rollouts have scores in this column; reads no scores."""
+        return self._snapshot.scored(column)
+
+    def quarantined(self, column: str, /) -> Mapping[int, str]:
+        """Rows that the column's model could not score, and why."""
+        return self._snapshot.quarantined(column)
+
+    def refresh(self) -> None:
+        """See what was committed since, by this process or others.
+
+        Raises:
+            CorruptStoreError: what was committed is damaged.
+            StoreReadError: the storage does not answer.
+        """
+        self._snapshot.refresh()
+
+    def begin_generation(self, generation: int, policy: ModelId, /) -> None:
+        """Say, durably, which policy samples in another round.  Refreshes."""
+        while True:
+            self.refresh()
+            known = self.generations.get(generation)
+            admission.check_generation(self._owner, generation, known, policy)
+            if known is not None:
+                return self._writer.settle(None)
+            if self._writer.add_generation(generation, policy):
+                return None
+
+    def append(self, rollouts: Sequence[Rollout], /) -> None:
+        """Add rollouts, durably; those already there are skipped.  Refreshes."""
+        ids, vocab_size = [rollout.rollout_id for rollout in rollouts], self.manifest.tokenizer.vocab_size
+        while True:
+            self.refresh()
+            known = {name: content for name, (content, _) in self._known(ids, self.find(ids)).items()}
+            new = admission.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self.generations, known=known)
+            if not new:
+                return self._writer.settle(None)
+            if self._writer.add_rollouts(new, len(self)):
+                return None
+
+    def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
+        """Add one model's scores, durably; rows already scored are skipped.  Refreshes."""
+        admission.check_column(self._owner, column)
+        while True:
+            self.refresh()
+            new = self._new_scores(column, provenance, scores)
+            if not new:
+                return self._writer.settle(column)
+            if self._writer.add_scores(column, provenance, list(new.values()), list(new)):
+                return None
+
+    def _new_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores]) -> dict[int, Scores]:
+        """By row, in ascending order."""
+        admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
+        ids = [score.rollout_id for score in scores]
+        found, scored = self.find(ids), self.scored(column)
+        rows = dict(zip(ids, found.tolist(), strict=True))
+        new = admission.new_scores(
+            self._owner,
+            scores,
+            provenance=provenance,
+            vocab_size=self.manifest.tokenizer.vocab_size,
+            known=self._known(ids, found),
+            done={name for name, row in rows.items() if row >= 0 and scored[row]},
+        )
+        return {rows[score.rollout_id]: score for score in sorted(new, key=lambda score: rows[score.rollout_id])}
+
+    def quarantine(self, column: str, provenance: Provenance, reasons: Mapping[str, str], /) -> None:
+        """Say, durably, which rollouts this model cannot score, and why.  Refreshes."""
+        admission.check_column(self._owner, column)
+        while True:
+            self.refresh()
+            admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
+            rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
+            new = admission.new_quarantine(self._owner, reasons, rows=rows, scored=self.scored(column), known=known)
+            if not new:
+                return self._writer.settle(column)
+            if self._writer.add_reasons(column, provenance, new):
+                return None
+
+    def _known(self, rollout_ids: Sequence[str], rows: NDArray[np.int64]) -> dict[str, tuple[bytes, int]]:
+        """Content hash and response tokens of those of these rollouts that are committed, in these rows (-1: not)."""
+        there = np.flatnonzero(rows >= 0)
+        return {rollout_ids[i]: content for i, content in zip(there.tolist(), self._snapshot.content(rows[there]), strict=True)}

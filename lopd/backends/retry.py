@@ -1,0 +1,33 @@
+"""How a store repeats what failed for a reason that passes."""
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def repeat(
+    work: Callable[[], T], passes: Callable[[Exception], bool], *, seconds: float, times: int | None = None, pause: float, longest: float
+) -> T:
+    """Call `work` until it succeeds, or fails for a reason that does not pass; gives what it gave.
+
+    Args:
+        work: what is done; safe to repeat.
+        passes: whether an error is worth another call.
+        seconds: an error that comes later than this after the first call is raised.
+        times: cap on repetitions; None for no cap.
+        pause: seconds before the first repetition, doubled for each further one; a random part of it is waited, which spreads writers that
+            were refused at the same moment.
+        longest: cap on the pause, seconds.
+    """
+    deadline, failures = time.monotonic() + seconds, 0
+    while True:
+        try:
+            return work()
+        except Exception as error:
+            if not passes(error) or time.monotonic() > deadline or failures == times:
+                raise
+        time.sleep(min(pause * 2**failures, longest) * random.random())  # noqa: S311 (not a secret)
+        failures += 1

@@ -1,0 +1,90 @@
+"""The one file that makes a folder or a prefix a store: whether its place is free, and what it says."""
+
+from collections.abc import Callable
+from typing import get_args
+
+from attrs import frozen
+
+from lopd.backends.admission import check_manifest
+from lopd.backends.files import Files, names_in, reading, writing
+from lopd.backends.ragged import LogprobDtype
+from lopd.backends.sealing import damaged
+from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
+from lopd.records.manifest import Manifest
+
+
+@frozen
+class Root:
+    """What a store says of itself.
+
+    Args:
+        manifest: what all rollouts have in common.
+        logprob_dtype: how log-probs are kept.
+    """
+
+    manifest: Manifest
+    logprob_dtype: LogprobDtype
+
+
+@frozen
+class RootFile:
+    """How one kind of store writes its root.
+
+    Args:
+        name: the file's name.
+        encode: gives the file's bytes; no two calls give the same, so that a repeated request knows its own file.
+        decode: gives what the bytes under a URL say; None if a single bit differs from what `encode` gave.  It raises StoreNotFoundError
+            where the file belongs to something else.
+    """
+
+    name: str
+    encode: Callable[[Root], bytes]
+    decode: Callable[[str, bytes], Root | None]
+
+
+def taken(url: str, *, by_store: bool) -> StoreExistsError:
+    """The error for a place that is not free."""
+    what = "a store" if by_store else "something that is no store"
+    return StoreExistsError(f"Store {url}: {what} is there, expected an empty folder or nothing; open it, or choose another path.")
+
+
+def put_root(files: Files, kind: RootFile, root: Root) -> bool:
+    """Make an empty store where nothing is; False if another process did so at the same moment.
+
+    Raises:
+        InvalidRecordError: the manifest is something else, or there is no such type of log-probs.
+        StoreWriteError: the storage refused.
+    """
+    check_manifest(f"Store {files.url}", root.manifest)
+    if root.logprob_dtype not in get_args(LogprobDtype):
+        raise InvalidRecordError(
+            f"Store {files.url}: logprob_dtype is {root.logprob_dtype!r}, expected one of {', '.join(get_args(LogprobDtype))}; pass one of them."
+        )
+    with writing(f"Store {files.url}", "creating it"):
+        return files.put_if_absent(kind.name, kind.encode(root))
+
+
+def read_root(files: Files, kind: RootFile) -> Root:
+    """What the store in this place says of itself.
+
+    Raises:
+        StoreNotFoundError: no store is there.
+        StoreReadError: the storage refused.
+        CorruptStoreError: the manifest is damaged, or of another schema version.
+    """
+    with reading(f"Store {files.url}", "opening it"):
+        try:
+            data = files.read(kind.name)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            what = "holds something that is no store" if names_in(files) else "is not there"
+            message = f"Store {files.url}: the folder {what}, expected a store; check the path, or create one there."
+            raise StoreNotFoundError(message) from error
+    try:
+        root = kind.decode(files.url, data)
+    except (CorruptStoreError, StoreNotFoundError):
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError):
+        root = None
+    if root is None:
+        raise damaged(f"Store {files.url}", kind.name)
+    return root

@@ -1,0 +1,135 @@
+"""Stores on disk outlive the code: those of tests/data were written by an earlier version, and are read, verified and gone on with.
+
+Each holds what `ROLLOUTS`, `SCORES` and `REASONS` say, in several commits of which a compaction merged the first.  `zstd` was written when
+arrays could still be compressed; it is float16.
+"""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lopd import LanceStore, ZarrStore, open_store
+from lopd.errors import CorruptStoreError
+from lopd.protocols import DurableStore
+from lopd.records import Manifest, ModelId, Provenance, Rollout, SamplingParams, Scores, TokenizerId, TopK
+from lopd.testing import assert_same_rollout
+
+DATA = Path(__file__).parent / "data"
+KINDS: dict[str, type[ZarrStore] | type[LanceStore]] = {"zarr": ZarrStore, "zstd": ZarrStore, "lance": LanceStore}
+LATER = ModelId("student", "rev-1", "bfloat16")
+MANIFEST = Manifest(
+    TokenizerId("vocab-hash", 300, eos_id=1, bos_id=None, pad_id=0, template_hash="template"),
+    ModelId("policy", "rev-0", "float32"),
+    SamplingParams(max_new_tokens=8, temperature=0.5, stop_ids=(1, 2)),
+    sft_teacher=ModelId("author", "rev-a", "float32"),
+)
+
+
+def provenance(name: str, top_k: int = 0) -> Provenance:
+    return Provenance(ModelId(name, f"rev-{name}", "float32"), "vocab-hash", "made-up 1.0", top_k=top_k, eos_id=1)
+
+
+def rollout(number: int) -> Rollout:
+    """Masked or not, with the engine's log-probs or without, of either round; ids are any text."""
+    length = number % 5 + 1
+    return Rollout(
+        rollout_id=["plain", "with/slash", "ünï", "\ud800"][number] if number < 4 else f"r{number}",
+        prompt_ids=[(7 * number + i) % 300 for i in range(number % 3 + 1)],
+        response_ids=[(11 * number + 29 * i) % 300 for i in range(length)],
+        loss_mask=[i != 1 for i in range(length)] if number % 4 == 1 else [True] * length,
+        finish_reason="length" if number % 3 else "stop",
+        behavior_logprobs=[-i / 4 for i in range(length)] if number % 2 else None,
+        generation=int(number >= 6),
+    )
+
+
+def scores(number: int, top_k: int = 0) -> Scores:
+    """Values that float16 holds exactly."""
+    of = ROLLOUTS[number]
+    length = of.response_ids.size
+    ids = [[(number + 3 * i + j) % 300 for j in range(top_k)] for i in range(length)]
+    support = TopK(ids, np.full((length, top_k), -2.0), np.full(length, 1 - top_k * np.exp(-2.0))) if top_k else None
+    return Scores.of(of, [-number - i / 8 for i in range(length)], number % 2, support)
+
+
+ROLLOUTS = [rollout(number) for number in range(12)]
+#: Column -> rows that are scored, in the order in which they were.
+SCORES = {"teacher": [3, 0, 1, 2, 4, 6, 5, 10, 8], "ref": [0, 2, 4]}
+TOP_K = {"teacher": 2, "ref": 0}
+REASONS = {"teacher": {7: "too long", 9: "also too long"}, "spare": {0: "refused"}}
+EXTRA = 11  # not in the store yet
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def place(kind: str, tmp_path: Path) -> Path:
+    with tarfile.open(DATA / f"{kind}.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path / kind
+
+
+def assert_whole(store: DurableStore, extra: bool = False) -> None:
+    """It holds what it was given, and with `extra` also what was added here."""
+    count, scored = len(ROLLOUTS) - (not extra), {**SCORES, "teacher": [*SCORES["teacher"], *([EXTRA] if extra else [])]}
+    assert (len(store), list(store.find([r.rollout_id for r in ROLLOUTS[:count]]))) == (count, list(range(count)))
+    assert store.lengths().tolist() == [[r.prompt_ids.size, r.response_ids.size] for r in ROLLOUTS[:count]]
+    assert dict(store.generations) == {0: MANIFEST.policy, 1: LATER}
+    assert dict(store.columns) == {name: provenance(name, TOP_K.get(name, 0)) for name in ("teacher", "ref", "spare")}
+    assert {record.eos_id for record in store.columns.values()} == {1}
+    for name, rows in scored.items():
+        assert np.flatnonzero(store.scored(name)).tolist() == sorted(rows)
+        ranked = [name] if TOP_K[name] else []
+        for row, record in zip(rows, store.read(rows, [name], ranked), strict=True):
+            wanted = scores(row, TOP_K[name])
+            assert record.scores[name].tolist() == wanted.logprobs.tolist()
+            for support in record.top_k.values():
+                assert wanted.top_k is not None
+                np.testing.assert_array_equal(support.ids, wanted.top_k.ids)
+                np.testing.assert_array_equal(support.logprobs, wanted.top_k.logprobs)
+    for row, record in enumerate(store.read(range(count))):
+        assert_same_rollout(record.rollout, ROLLOUTS[row])
+    having = np.flatnonzero(store.scored("behavior")).tolist()
+    assert having == [row for row in range(count) if row % 2]
+    for row, record in zip(having, store.read(having, ["behavior"]), strict=True):
+        assert record.scores["behavior"].tolist() == np.asarray(ROLLOUTS[row].behavior_logprobs).tolist()
+    assert {name: dict(store.quarantined(name)) for name in REASONS} == REASONS
+    assert list(store.verify()) == []
+
+
+def test_an_old_store_holds_what_it_was_given_and_says_how_it_came_about(place: Path, kind: str) -> None:
+    store = open_store(place)
+    assert (type(store), store.manifest) == (KINDS[kind], MANIFEST)
+    assert_whole(store)
+    history = store.history()
+    kinds = [commit.kind for commit in history]
+    assert (kinds.count("rollouts"), kinds.count("scores"), kinds.count("generation"), kinds.count("quarantine")) == (3, 4, 1, 2)
+    assert "compaction" in kinds
+    assert sum(commit.rows for commit in history if commit.kind == "scores") == sum(map(len, SCORES.values()))
+
+
+def test_an_old_store_is_gone_on_with(place: Path, kind: str) -> None:
+    store = KINDS[kind].open(place, MANIFEST)
+    store.append(ROLLOUTS)
+    store.append_scores("teacher", provenance("teacher", 2), [scores(row, 2) for row in [EXTRA, *SCORES["teacher"]]])
+    assert_whole(store, extra=True)
+    assert_whole(open_store(place), extra=True)
+    store.compact()
+    assert_whole(store, extra=True)
+    assert_whole(open_store(place), extra=True)
+
+
+def test_damage_to_a_compressed_array_is_noticed(tmp_path: Path) -> None:
+    with tarfile.open(DATA / "zstd.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    store = ZarrStore.open(tmp_path / "zstd")
+    for chunk in (tmp_path / "zstd").glob("segments/*/token_ids/c*"):
+        chunk.write_bytes(chunk.read_bytes()[:-1])
+    with pytest.raises(CorruptStoreError, match="cannot be decompressed"):
+        store.read([0])
+    assert len(list(store.verify())) == len(list((tmp_path / "zstd").glob("segments/*/")))
