@@ -15,6 +15,11 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# servers of tests are on this machine, whatever proxy it uses for others
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+# tables are as wide everywhere, and without colours
+os.environ["COLUMNS"] = "80"
+os.environ["FORCE_COLOR"] = ""
 # sums depend on the number of threads, and a child process learns it from the environment alone
 os.environ["OMP_NUM_THREADS"] = os.environ.get("LOPD_TEST_THREADS", "1")
 os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"]

@@ -8,6 +8,7 @@ It checks no signatures, so the helpers speak plain HTTP: `keys`, `read`, `write
 """
 
 import http.client
+import os
 import re
 import subprocess
 import sys
@@ -113,8 +114,10 @@ class S3Server:
 def start_server(log: Path) -> tuple[subprocess.Popen[bytes], int]:
     """A server on a port that the system chose, and that port: what it prints says when it listens, and where."""
     command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    # the profile of whoever runs the tests may not be there for the server, which then answers nothing
+    environment = {name: value for name, value in os.environ.items() if name != "AWS_PROFILE"}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment)
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         if found := re.search(rb"Running on http://127\.0\.0\.1:(\d+)", log.read_bytes()):
