@@ -150,7 +150,7 @@ def train(
         meet(rank, 2, meeting)
     ranks = Ranks(rank, 2) if together or arm == SHARES else Ranks()
     options = {"rollouts_per_step": per_step, "tokens_per_batch": tokens_per_batch, "ref": "behavior", "ranks": ranks}
-    stream = batches(store, seed=rank if arm == APART else 0, stop=steps + 1, **options)
+    stream = batches(store, seed=rank if arm == APART else 0, **options)[: steps + 1]
     student: Any = CausalLMStudent(make_model(hidden, layers), store.manifest.tokenizer)
     student = wrapped(student, arm) if together else student
     optimizer, reading, updating = torch.optim.AdamW(student.parameters(), lr=1e-5), Clock(), Clock()

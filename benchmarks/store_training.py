@@ -5,7 +5,6 @@ Run by `bench_store.py`, in one process and on one thread; the ways take turns, 
 
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +102,8 @@ def training(made: Records, folder: Path, repeats: int) -> Iterator[dict[str, An
 
     def by_store(name: str) -> Callable[[int], int]:
         def read(turn: int) -> int:
-            stream = evolve(steps[name], start=STEPS * turn)
-            return sum(batch.inputs.numel() for step in islice(stream, STEPS) for batch in step.batches)
+            turns = steps[name][STEPS * turn : STEPS * (turn + 1)]
+            return sum(batch.inputs.numel() for step in turns for batch in step.batches)
 
         return read
 

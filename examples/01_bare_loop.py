@@ -48,7 +48,7 @@ for number, (ids, start) in enumerate(rollouts):
 score_rollouts(store, HFScorer.from_folder(teacher_dir))
 student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
-steps = batches(store, rollouts_per_step=len(rollouts), stop=1)
+steps = batches(store, rollouts_per_step=len(rollouts))[:1]
 (metrics,) = opd_steps(student, steps, FusedOPDLoss(clip=10.0), optimizer, max_grad_norm=None)
 
 furthest = max(float((by_hand[name] - parameter.grad).abs().max()) for name, parameter in model.named_parameters())

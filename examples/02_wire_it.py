@@ -34,7 +34,7 @@ held_out = make_prompts(HELD_OUT, tokenizer)
 before = evaluate_reverse_kl(source, scorer, held_out)
 collect_rollouts(source, make_prompts(QUESTIONS, tokenizer), store)
 score_rollouts(store, scorer)
-steps = batches(store, rollouts_per_step=32, stop=16, ref="behavior")
+steps = batches(store, rollouts_per_step=32, ref="behavior")[:16]
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
 for metrics in watch_drift(opd_steps(student, steps, loss, optimizer)):
     print(f"step {metrics.step:2d}  reverse KL {metrics.reverse_kl:+.3f}  ratio to the reference {metrics.drift.ratio_mean:.3f}")

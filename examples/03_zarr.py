@@ -35,7 +35,7 @@ student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 start = load_checkpoint("runs/03/checkpoints", student, optimizer)
 # Step k depends on the seed and on k alone, so `start` is all that a resumed run needs.
-steps = batches(store, rollouts_per_step=8, start=start, ref="behavior")
+steps = batches(store, rollouts_per_step=8, ref="behavior")[start:]
 for metrics in islice(opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer), 4):
     print(f"step {metrics.step}: reverse KL {metrics.reverse_kl:+.3f}")
 save_checkpoint("runs/03/checkpoints", student, optimizer, next_step=metrics.step + 1, lineage=steps.lineage)

@@ -34,7 +34,7 @@ store = ZarrStore.open(url)
 model, tokenizer = load_model(student_dir, torch.float32)
 student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-steps = batches(store, rollouts_per_step=8, stop=4, ref="behavior")
+steps = batches(store, rollouts_per_step=8, ref="behavior")[:4]
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
     print(f"step {metrics.step}: reverse KL {metrics.reverse_kl:+.3f}")
 for commit in store.history():

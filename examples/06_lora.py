@@ -35,7 +35,7 @@ trained = [parameter for parameter in student.parameters() if parameter.requires
 print(f"trains {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in student.parameters()):,} parameters")
 
 optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.0)
-steps = batches(store, rollouts_per_step=32, stop=16, ref="behavior")
+steps = batches(store, rollouts_per_step=32, ref="behavior")[:16]
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
     print(f"step {metrics.step:2d}: reverse KL {metrics.reverse_kl:+.3f}")
 checkpoint = save_checkpoint("runs/06/checkpoints", student, optimizer, next_step=metrics.step + 1, lineage=steps.lineage)

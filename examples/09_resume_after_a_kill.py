@@ -41,7 +41,7 @@ def run(folder: Path, kill_after: int | None = None) -> dict[str, torch.Tensor]:
     student = CausalLMStudent(model, tokenizer)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     start = load_checkpoint(folder / "checkpoints", student, optimizer)
-    steps = batches(store, rollouts_per_step=8, start=start, stop=STEPS, ref="behavior")
+    steps = batches(store, rollouts_per_step=8, ref="behavior")[start:STEPS]
     for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
         print(f"{folder}: step {metrics.step}, reverse KL {metrics.reverse_kl:+.3f}", flush=True)
         if metrics.step == kill_after:

@@ -42,7 +42,7 @@ teachers = {"math": math, "code": code}
 print(f"mean advantages before training, nats: {mean_advantages()}")
 
 # The student's folder says that its SFT text was written by both, each in its own field: `Lineage(sft_teacher=mixture_id([...]))`.
-steps = batches(store, teacher=teachers, rollouts_per_step=16, stop=8, ref="behavior")
+steps = batches(store, teacher=teachers, rollouts_per_step=16, ref="behavior")[:8]
 student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):

@@ -57,7 +57,7 @@ student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 
 OUT.mkdir(parents=True, exist_ok=True)
-steps = batches(store, rollouts_per_step=8, stop=8, ref="behavior")
+steps = batches(store, rollouts_per_step=8, ref="behavior")[:8]
 with ExitStack() as until, (OUT / "metrics.jsonl").open("w") as lines:
     logs = loggers(until)
     for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):

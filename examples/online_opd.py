@@ -36,7 +36,7 @@ def online_opd(
         first = step * share % len(prompts)
         store = MemoryStore(current.manifest)  # what is a step old is never read again
         rows = sample_round(current, teacher, prompts[first : first + share], store)
-        fresh = batches(store, rollouts_per_step=len(rows), tokens_per_batch=tokens_per_batch, start=step, ref="behavior")
+        fresh = batches(store, rollouts_per_step=len(rows), tokens_per_batch=tokens_per_batch, ref="behavior")[step:]
         schedule(step)
         return opd_steps(student, fresh, loss, optimizer)
 

@@ -206,9 +206,8 @@ def sft(run: Run, student_dir: Path, settings: Settings) -> dict[str, Any]:
         rollouts_per_step=settings.sft_rollouts_per_step,
         tokens_per_batch=settings.tokens_per_batch,
         seed=settings.seed,
-        stop=settings.sft_steps,
         teacher=None,
-    )
+    )[: settings.sft_steps]
     return train(run.folder, "sft", student_dir, steps, SFTLoss(), settings.sft_lr, settings)
 
 
@@ -219,9 +218,8 @@ def opd_batches(store: str, settings: Settings) -> StepStream:
         rollouts_per_step=settings.opd_rollouts_per_step,
         tokens_per_batch=settings.tokens_per_batch,
         seed=settings.seed,
-        stop=settings.opd_steps,
         ref="behavior",
-    )
+    )[: settings.opd_steps]
 
 
 def lightning_opd(run: Run, store: str, settings: Settings) -> dict[str, Any]:

@@ -93,9 +93,8 @@ def train(options: argparse.Namespace) -> None:
         ZarrStore.open(options.store),
         rollouts_per_step=options.rollouts_per_step,
         tokens_per_batch=options.tokens_per_batch,
-        stop=options.steps,
         consistency=ConsistencyPolicy.WARN if options.any_teacher else ConsistencyPolicy.ERROR,
-    )
+    )[: options.steps]
     for metrics in opd_steps(student, steps, ReferenceOPDLoss(clip=10.0), optimizer):
         print(metrics)
     student.export(options.out, tokenizer, steps.lineage)

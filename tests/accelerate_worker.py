@@ -19,7 +19,7 @@ def main(folder: str) -> None:
     case = Case()
     student = CausalLMStudent(build_model(case.model, seed=3), TOKENIZER_ID)
     student, optimizer = accelerator.prepare(student, make_optimizer(student))
-    stream = batches(make_store(case.per_step), rollouts_per_step=case.per_step, tokens_per_batch=50, stop=STEPS, ref="behavior")
+    stream = batches(make_store(case.per_step), rollouts_per_step=case.per_step, tokens_per_batch=50, ref="behavior")[:STEPS]
     history = [asdict(metrics) for metrics in opd_steps(student, stream, FusedOPDLoss(), optimizer)]
     found = {"history": history, "weights": on_first(inner(student).state_dict())}
     if accelerator.is_main_process:

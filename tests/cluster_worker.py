@@ -54,7 +54,7 @@ def train(store: LogprobStore) -> dict[str, Any]:
     from ranks_worker import STEPS, Case, make_optimizer, make_student  # it imports transformers, which no writer needs
 
     student = make_student(Case(), Ranks.current())
-    steps = batches(store, rollouts_per_step=6, tokens_per_batch=50, stop=STEPS, ref="behavior")
+    steps = batches(store, rollouts_per_step=6, tokens_per_batch=50, ref="behavior")[:STEPS]
     history = [asdict(metrics) for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), make_optimizer(student))]
     return {"history": history, "weights": on_first(inner(student).state_dict())}
 

@@ -95,9 +95,7 @@ def train(case: Case, start: int = 0, stop: int = STEPS, checkpoints: Path | Non
     if checkpoints is not None and start:
         assert load_checkpoint(checkpoints, student, optimizer) == start
     kind = FusedOPDLoss if case.loss == "fused" else ReferenceOPDLoss
-    stream = batches(
-        make_store(case.per_step), rollouts_per_step=case.per_step, tokens_per_batch=50, start=start, stop=stop, ref="behavior"
-    )
+    stream = batches(make_store(case.per_step), rollouts_per_step=case.per_step, tokens_per_batch=50, ref="behavior")[start:stop]
     history = [asdict(m) for m in opd_steps(student, stream, kind(ratio_to_ref=case.ratio), optimizer)]
     if checkpoints is not None and not start:
         save_checkpoint(checkpoints, student, optimizer, next_step=stop, lineage=Lineage())

@@ -225,7 +225,7 @@ def numbered_records(count: int) -> list[ScoredRollout]:
 
 def numbered_stream(count: int, per_step: int, seed: int = 0, start: int = 0, tokens_per_batch: int = 1000) -> StepStream:
     store = make_store(numbered_records(count), columns=("teacher",))
-    return batches(store, rollouts_per_step=per_step, tokens_per_batch=tokens_per_batch, seed=seed, start=start)
+    return batches(store, rollouts_per_step=per_step, tokens_per_batch=tokens_per_batch, seed=seed)[start:]
 
 
 def rows_of(step: Step) -> list[int]:
@@ -311,7 +311,7 @@ def test_a_step_is_one_read_whatever_it_is_split_into(monkeypatch: pytest.Monkey
 
 def test_a_run_stops_before_step_stop() -> None:
     store = make_store(numbered_records(3))
-    assert [step.index for step in batches(store, teacher=None, rollouts_per_step=2, start=2, stop=5)] == [2, 3, 4]
+    assert [step.index for step in batches(store, teacher=None, rollouts_per_step=2)[2:5]] == [2, 3, 4]
 
 
 # --- how a step is split -----------------------------------------------------------------------------------------------------------------
@@ -340,8 +340,8 @@ def train(steps: Sequence[Step], loss: OPDLoss = PLAIN, lr: float = 0.1) -> tupl
 def train_on(records: list[ScoredRollout], weighting: Weighting, cap: int, loss: OPDLoss = PLAIN) -> tuple[Tensor, list[StepMetrics]]:
     """One step over all records, through a store."""
     stream = batches(
-        make_store(records), rollouts_per_step=len(records), tokens_per_batch=cap, stop=1, weighting=weighting, teacher="teacher", ref="ref"
-    )
+        make_store(records), rollouts_per_step=len(records), tokens_per_batch=cap, weighting=weighting, teacher="teacher", ref="ref"
+    )[:1]
     return train(list(stream), loss)
 
 
@@ -545,10 +545,41 @@ def test_a_store_that_grows_changes_no_step_of_a_run_that_has_begun() -> None:
     assert rows_of(stream.step(5)) == before
 
 
-@pytest.mark.parametrize("wrong", [{"rollouts_per_step": 2.0}, {"start": 1.5}, {"stop": 1.5}, {"tokens_per_batch": 1e4}])
+@pytest.mark.parametrize("wrong", [{"rollouts_per_step": 2.0}, {"tokens_per_batch": 1e4}])
 def test_a_number_that_is_no_whole_one_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidRecordError, match="expected a whole number"):
         batches(make_store(numbered_records(2), columns=("teacher",)), **wrong)
+
+
+def test_a_slice_is_a_part_of_the_run_by_the_numbers_of_its_steps() -> None:
+    stream = batches(make_store(numbered_records(5), columns=("teacher",)), rollouts_per_step=2)
+    whole = [rows_of(stream.step(index)) for index in range(9)]
+    for part, numbers in (
+        (stream[2:5], [2, 3, 4]),
+        (stream[:3], [0, 1, 2]),
+        (stream[4:][:6], [4, 5]),
+        (stream[:6][2:], [2, 3, 4, 5]),
+        (stream[3:3], []),
+    ):
+        steps = list(part)
+        assert [step.index for step in steps] == numbers
+        assert [rows_of(step) for step in steps] == [whole[index] for index in numbers]
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (slice(-1, None), "start is -1, expected at least 0"),
+        (slice(None, -2), "stop is -2, expected at least 0"),
+        (slice(1.5, None), "start is 1.5, expected a whole number"),
+        (slice(None, 1.5), "stop is 1.5, expected a whole number"),
+        (slice(0, 9, 2), "a step of 2, expected every step"),
+    ],
+)
+def test_a_slice_that_makes_no_sense_is_refused(part: slice, message: str) -> None:
+    stream = batches(make_store(numbered_records(2), columns=("teacher",)))
+    with pytest.raises(InvalidRecordError, match=message):
+        stream[part]
 
 
 def test_the_name_of_a_weighting_is_none() -> None:
@@ -556,7 +587,7 @@ def test_the_name_of_a_weighting_is_none() -> None:
         batches(make_store(numbered_records(2), columns=("teacher",)), weighting="by_token")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("wrong", [{"rollouts_per_step": 0}, {"seed": -1}, {"start": -1}, {"stop": -1}, {"tokens_per_batch": 0}])
+@pytest.mark.parametrize("wrong", [{"rollouts_per_step": 0}, {"seed": -1}, {"tokens_per_batch": 0}])
 def test_numbers_that_make_no_sense_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(InvalidRecordError, match="expected at least"):
         batches(make_store(numbered_records(2), columns=("teacher",)), **wrong)

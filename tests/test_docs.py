@@ -84,7 +84,7 @@ def trained(tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path, monk
     collect_rollouts(writer, make_prompts(["a", "b", "c"], tokenizer), text)
     model, _ = load_model("base")
     student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
-    steps = batches(text, teacher=None, rollouts_per_step=3, stop=1)
+    steps = batches(text, teacher=None, rollouts_per_step=3)[:1]
     list(opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=0.1)))
     student.export("sft-student", tokenizer, steps.lineage)
     Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')

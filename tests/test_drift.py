@@ -155,7 +155,7 @@ def scored(llama, near_teacher, tokenizer, prompts):
 
 def trained(store, llama, loss, steps, **options):
     student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
-    stream = batches(store, rollouts_per_step=7, stop=steps, tokens_per_batch=options.pop("tokens_per_batch", 4096), **options)
+    stream = batches(store, rollouts_per_step=7, tokens_per_batch=options.pop("tokens_per_batch", 4096), **options)[:steps]
     return opd_steps(student, stream, loss, torch.optim.AdamW(student.parameters(), lr=options.pop("lr", 3e-3)))
 
 

@@ -317,7 +317,7 @@ def test_13_one_step_of_trainer_is_one_of_opd_steps(run):
         model, tokenizer = load_model(student_dir, torch.float32)
         trained.append(CausalLMStudent(model, fingerprint_tokenizer(tokenizer)))
 
-    steps = batches(store, rollouts_per_step=16, stop=1, ref="behavior", weighting=by_token)
+    steps = batches(store, rollouts_per_step=16, ref="behavior", weighting=by_token)[:1]
     optimizer = torch.optim.SGD(trained[0].parameters(), lr=0.1)
     losses += [metrics.loss for metrics in opd_steps(trained[0], steps, loss, optimizer)]
 

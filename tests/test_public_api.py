@@ -54,7 +54,12 @@ def public(module: ModuleType) -> dict[str, Any]:
 def lines(module: ModuleType, name: str, thing: Any) -> list[str]:
     """The signature of a function; of a class also those of its public methods, and its properties."""
     found = [f"{module.__name__}.{name}{signature(thing)}"]
-    for member, value in sorted(vars(thing).items()) if inspect.isclass(thing) else ():
+    members = (
+        {name: value for kind in reversed(thing.__mro__) if kind.__module__.startswith("lopd") for name, value in vars(kind).items()}
+        if inspect.isclass(thing)
+        else {}
+    )
+    for member, value in sorted(members.items()):
         inside = value.__func__ if isinstance(value, classmethod | staticmethod) else value
         if not member.startswith("_") and inspect.isfunction(inside):
             found.append(f"    {member}{signature(inside)}")

@@ -170,7 +170,7 @@ def test_a_student_whose_gradients_nobody_sums_is_refused():
 def test_a_step_without_weight_anywhere_is_refused():
     store = make_store(1)
     student = make_student(Case(), Ranks())
-    stream = batches(store, rollouts_per_step=1, tokens_per_batch=50, ref="behavior", stop=1)
+    stream = batches(store, rollouts_per_step=1, tokens_per_batch=50, ref="behavior")[:1]
     (step,) = stream
     nothing = evolve(step, batches=tuple(evolve(batch, weight=torch.zeros_like(batch.weight)) for batch in step.batches))
     with pytest.raises(InvalidRecordError, match="expected more than 0"):

@@ -74,7 +74,7 @@ def test_the_program_of_the_readme_runs_after_sft_on_the_same_teacher(
     collect_rollouts(teacher, make_prompts(["a", "b", "c"], tokenizer), text)
     model, _ = load_model("base")
     student = CausalLMStudent(model, TOKENIZER_ID)
-    steps = batches(text, teacher=None, rollouts_per_step=3, stop=1)
+    steps = batches(text, teacher=None, rollouts_per_step=3)[:1]
     list(opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=0.1)))
     student.export("sft-student", tokenizer, steps.lineage)
     Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')

@@ -49,7 +49,7 @@ class Run:
     def make_round(self, generation, start):
         self.rounds.append((generation, start))
         rows = sample_round(self.source(generation), self.teacher, self.prompts, self.store)
-        steps = batches(self.store, rows=rows, rollouts_per_step=7, seed=5, start=start, ref="behavior")
+        steps = batches(self.store, rows=rows, rollouts_per_step=7, seed=5, ref="behavior")[start:]
         return opd_steps(self.student, steps, LOSS, self.optimizer)
 
     def weights(self):
@@ -74,7 +74,7 @@ def test_without_an_end_of_the_round_it_is_lightning_exactly(new_run):
     got = plain(islice(refresh_every(10**9, refreshed.make_round), 6))
     collect_rollouts(lightning.source(0), lightning.prompts, lightning.store)
     score_rollouts(lightning.store, lightning.teacher)
-    steps = batches(lightning.store, rollouts_per_step=7, seed=5, stop=6, ref="behavior")
+    steps = batches(lightning.store, rollouts_per_step=7, seed=5, ref="behavior")[:6]
     assert got == plain(opd_steps(lightning.student, steps, LOSS, lightning.optimizer))
     assert_same(refreshed.weights(), lightning.weights())
 
@@ -88,7 +88,7 @@ def test_a_round_for_every_step_is_online_opd_exactly(new_run):
         store = MemoryStore(source.manifest)
         collect_rollouts(source, online.prompts, store)
         score_rollouts(store, online.teacher, preflight=None)
-        steps = batches(store, rollouts_per_step=7, seed=5, start=k, stop=k + 1, ref="behavior")
+        steps = batches(store, rollouts_per_step=7, seed=5, ref="behavior")[k : k + 1]
         expected += plain(opd_steps(online.student, steps, LOSS, online.optimizer))
     assert got == expected
     assert_same(refreshed.weights(), online.weights())

@@ -786,7 +786,7 @@ def assert_same_state(a, b):
 
 
 def advance(student, optimizer, store, start, stop):
-    steps = batches(store, rollouts_per_step=5, tokens_per_batch=40, seed=3, start=start, stop=stop)
+    steps = batches(store, rollouts_per_step=5, tokens_per_batch=40, seed=3)[start:stop]
     return [m.loss for m in opd_steps(student, steps, ReferenceOPDLoss(), optimizer)]
 
 
@@ -1013,7 +1013,7 @@ def test_pain_01_training_needs_no_teacher_in_memory(make_model, prompts, tokeni
     student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
     before = [p.detach().clone() for p in student.parameters()]
     store = ZarrStore.open(tmp_path / "store")
-    metrics = list(opd_steps(student, batches(store, rollouts_per_step=14, stop=12), ReferenceOPDLoss(), adamw(student)))
+    metrics = list(opd_steps(student, batches(store, rollouts_per_step=14)[:12], ReferenceOPDLoss(), adamw(student)))
     assert metrics[-1].reverse_kl < metrics[0].reverse_kl
     assert all(not torch.equal(p, b) for p, b in zip(student.parameters(), before, strict=True))
 
@@ -1024,7 +1024,7 @@ def test_sft_records_its_teacher_and_opd_holds_the_student_to_it(make_model, tok
     sft_store = MemoryStore(teacher_source.manifest)
     collect_rollouts(teacher_source, prompts, sft_store)
     student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
-    steps = batches(sft_store, rollouts_per_step=7, stop=4, teacher=None)
+    steps = batches(sft_store, rollouts_per_step=7, teacher=None)[:4]
     metrics = list(opd_steps(student, steps, SFTLoss(), adamw(student)))
     assert metrics[-1].loss < metrics[0].loss
     assert {m.reverse_kl for m in metrics} == {0.0}
@@ -1037,12 +1037,12 @@ def test_sft_records_its_teacher_and_opd_holds_the_student_to_it(make_model, tok
     collect_rollouts(policy, prompts, store)
     score_rollouts(store, HFScorer(teacher, tokenizer), column="teacher")
     score_rollouts(store, HFScorer(make_model("llama_tied", seed=78), tokenizer), column="other")
-    stream = batches(store, stop=1)
+    stream = batches(store)[:1]
     assert stream.lineage == Lineage(policy.manifest.sft_teacher, store.columns["teacher"].model)
     with pytest.raises(TeacherConsistencyError, match="SFT teacher"):
         batches(store, teacher="other")
     with pytest.warns(TeacherConsistencyWarning, match="SFT teacher"):
-        warned = batches(store, teacher="other", stop=1, consistency=ConsistencyPolicy.WARN)
+        warned = batches(store, teacher="other", consistency=ConsistencyPolicy.WARN)[:1]
     assert len(list(opd_steps(student, warned, ReferenceOPDLoss(), adamw(student)))) == 1
 
 
@@ -1056,7 +1056,7 @@ def test_a_policy_whose_teacher_nobody_recorded_is_refused(source, prompts, teac
 
 def test_pain_12_a_student_that_reads_other_tokens_is_refused_before_anything_is_learned(scored, llama, swapped_tokenizer):
     student = CausalLMStudent(copy.deepcopy(llama), fingerprint_tokenizer(swapped_tokenizer))
-    optimizer, steps = adamw(student), batches(scored, rollouts_per_step=5, stop=2)
+    optimizer, steps = adamw(student), batches(scored, rollouts_per_step=5)[:2]
     before = state_of(student, optimizer)
     for wrapped in (steps, (step for step in steps)):
         with pytest.raises(TokenizerMismatchError, match="Step 0: the hash of its vocabulary"):
@@ -1069,7 +1069,7 @@ def test_pain_12_a_student_that_reads_other_tokens_is_refused_before_anything_is
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_stops_training_and_leaves_weights_and_optimizer_as_they_were(value, small, scored):
     student, optimizer = small
-    good, bad = batches(scored, rollouts_per_step=5, tokens_per_batch=20, stop=2)
+    good, bad = batches(scored, rollouts_per_step=5, tokens_per_batch=20)[:2]
     poisoned = torch.where(bad.batches[-1].weight > 0, value, 0.0)
     bad = evolve(bad, batches=(*bad.batches[:-1], evolve(bad.batches[-1], teacher_logprobs=poisoned)))
     assert len(bad.batches) > 1
@@ -1088,7 +1088,7 @@ def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(llama, tok
     collect_rollouts(source, prompts, store)
     score_rollouts(store, scorer)
     student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
-    (step,) = batches(store, rollouts_per_step=14, tokens_per_batch=60, stop=1)
+    (step,) = batches(store, rollouts_per_step=14, tokens_per_batch=60)[:1]
     assert len(step.batches) > 1
     (metrics,) = opd_steps(student, [step], ReferenceOPDLoss(), plain_sgd(student))
     assert abs(metrics.loss) < 1e-5
@@ -1096,12 +1096,12 @@ def test_a_teacher_equal_to_the_student_gives_no_loss_and_no_gradient(llama, tok
     assert metrics.grad_norm < 1e-4
     assert metrics.clip_fraction == 0
     ratio = ReferenceOPDLoss(ratio_to_ref=True)
-    (metrics,) = opd_steps(student, batches(store, rollouts_per_step=14, stop=1, ref="behavior"), ratio, plain_sgd(student))
+    (metrics,) = opd_steps(student, batches(store, rollouts_per_step=14, ref="behavior")[:1], ratio, plain_sgd(student))
     assert metrics.grad_norm < 1e-4
 
 
 def test_the_behavior_column_serves_as_reference_and_cannot_be_a_teacher(scored):
-    (step,) = batches(scored, rollouts_per_step=14, ref="behavior", stop=1)
+    (step,) = batches(scored, rollouts_per_step=14, ref="behavior")[:1]
     counted = step.batches[0].weight > 0
     sampled = {r.rollout.content_hash: r.scores["behavior"] for r in scored.read(range(14), columns=["behavior"])}
     assert float(step.batches[0].ref_logprobs[counted].double().sum()) == pytest.approx(
@@ -1133,7 +1133,7 @@ def test_online_opd_is_the_same_verbs_on_a_store_that_forgets(near_teacher, toke
         store = MemoryStore(source.manifest)
         collect_rollouts(source, prompts, store)
         score_rollouts(store, teacher)
-        steps = batches(store, rollouts_per_step=len(store), stop=1)
+        steps = batches(store, rollouts_per_step=len(store))[:1]
         (metrics,) = opd_steps(student, steps, ReferenceOPDLoss(), optimizer)
         assert store.find([rollout_id("p0", 0, generation)])[0] == 0
         assert metrics.rollouts == len(store) == 24 * 7
@@ -1151,7 +1151,7 @@ def test_lightning_opd_on_frozen_rollouts_brings_the_student_nearer_to_the_teach
     score_rollouts(store, scorer)
     student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    list(opd_steps(student, batches(store, rollouts_per_step=56, seed=0, stop=10), ReferenceOPDLoss(), optimizer))
+    list(opd_steps(student, batches(store, rollouts_per_step=56, seed=0)[:10], ReferenceOPDLoss(), optimizer))
     assert exact_reverse_kl(student.model.eval(), near_teacher, prompts) < 0.8 * exact_reverse_kl(llama, near_teacher, prompts)
 
 

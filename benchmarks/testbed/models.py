@@ -192,7 +192,7 @@ def _imitate(size: tuple[int, int], seed: int, store: MemoryStore, pace: tuple[i
     model, (steps, lr, batch) = new_model(size, seed), pace
     student = CausalLMStudent(model, TOKENIZER_ID)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    stream = batches(store, teacher=None, rollouts_per_step=batch, tokens_per_batch=TOKENS_PER_BATCH, stop=steps)
+    stream = batches(store, teacher=None, rollouts_per_step=batch, tokens_per_batch=TOKENS_PER_BATCH)[:steps]
     for _ in opd_steps(student, scheduled(stream, optimizer, lr), FusedSFTLoss(), optimizer):
         pass
     student.export(folder, TOKENIZER, stream.lineage)

@@ -145,12 +145,11 @@ def offline(
         rollouts_per_step=setting.batch,
         tokens_per_batch=TOKENS_PER_BATCH,
         seed=bed.seed,
-        stop=setting.opd_steps,
         teacher=teacher,
         ref="behavior",
         top_k=top_k,
         consistency=consistency,
-    )
+    )[: setting.opd_steps]
     return opd_steps(training.student, stream, loss, training.optimizer)
 
 
@@ -172,11 +171,10 @@ def online(
             rollouts_per_step=setting.batch,
             tokens_per_batch=TOKENS_PER_BATCH,
             seed=bed.seed,
-            start=start,
             rows=rows,
             ref="behavior",
             consistency=ConsistencyPolicy.WARN,
-        )
+        )[start:]
         return opd_steps(training.student, stream, loss, training.optimizer)
 
     return refresh_every(every, make_round, stop=setting.opd_steps)

@@ -64,7 +64,7 @@ def opd_phase(folder: Path, recipe: Recipe) -> Phase:
 
 def _steps(path: Path, recipe: Recipe, rollouts: int, steps: int, **columns: Any) -> StepStream:
     store = ZarrStore.open(str(path))
-    return batches(store, rollouts_per_step=rollouts, tokens_per_batch=recipe.tokens_per_batch, seed=recipe.seed, stop=steps, **columns)
+    return batches(store, rollouts_per_step=rollouts, tokens_per_batch=recipe.tokens_per_batch, seed=recipe.seed, **columns)[:steps]
 
 
 def make_student(start: str, recipe: Recipe) -> tuple[CausalLMStudent, Any]:

@@ -41,7 +41,7 @@ def save_checkpoint(
         folder: of the run; each checkpoint is a folder in it.
         student: whose trained parameters are saved.
         optimizer: whose state is saved.
-        next_step: the first step that is not in these weights; pass it to `batches(start=...)` after loading.
+        next_step: the first step that is not in these weights; go on with `batches(...)[next_step:]` after loading.
         lineage: `steps.lineage` of what was trained on.
 
     Returns:

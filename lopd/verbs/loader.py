@@ -30,8 +30,9 @@ _ROLLOUTS_PER_STEP = 256
 @final
 @frozen(eq=False)
 class StepStream:
-    """An iterable of `Step`; made by `batches`, which checks what it is made of.  Iterating twice gives the same steps twice.
+    """The steps of a run, one after the other without end; made by `batches`, which checks what it is made of.
 
+    `steps[:150]` ends before step 150, and `steps[60:]` goes on with step 60: step k is the same wherever the run began.
     It trains on the `rows` that were there when it was made, also if the store grows.
     """
 
@@ -42,10 +43,10 @@ class StepStream:
     rollouts_per_step: int
     tokens_per_batch: int
     seed: int
-    start: int
-    stop: int | None
     weighting: Weighting
     ranks: Ranks
+    start: int = 0
+    stop: int | None = None
 
     def __iter__(self) -> Iterator[Step]:
         """Steps from `start` up to `stop`, or for ever."""
@@ -53,6 +54,20 @@ class StepStream:
         while self.stop is None or index < self.stop:
             yield self.step(index)
             index += 1
+
+    def __getitem__(self, steps: slice) -> "StepStream":
+        """Steps from `start` up to `stop` of the whole run, by their numbers in it.
+
+        Raises:
+            InvalidRecordError: a number is negative, or steps are left out in between.
+        """
+        if steps.step not in (None, 1):
+            raise InvalidRecordError(f"Steps: the slice has a step of {steps.step}, expected every step; filter them as they come.")
+        start = 0 if steps.start is None else steps.start
+        check_at_least("Steps", "start", start, 0)
+        check_at_least("Steps", "stop", 0 if steps.stop is None else steps.stop, 0)
+        ends = [end for end in (self.stop, steps.stop) if end is not None]
+        return evolve(self, start=max(start, self.start), stop=min(ends, default=None))
 
     def step(self, index: int) -> Step:
         """Step `index`, or this rank's share of it, whatever was asked for before."""
@@ -84,8 +99,6 @@ def batches(
     rollouts_per_step: int | None = None,
     tokens_per_batch: int = 4096,
     seed: int = 0,
-    start: int = 0,
-    stop: int | None = None,
     rows: NDArray[np.int64] | None = None,
     teacher: str | Mapping[str, Sequence[Prompt]] | None = "teacher",
     ref: str | None = None,
@@ -94,8 +107,9 @@ def batches(
     consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
     ranks: Ranks | None = None,
 ) -> StepStream:
-    """The steps of a training run over a store, shuffled anew in each epoch; rollouts in quarantine are left out, with a warning.
+    """The steps of a training run over a store, shuffled for each epoch; rollouts in quarantine are left out, with a warning.
 
+    They go on without end: `batches(store)[:150]` are the first 150, and `batches(store)[60:150]` resume such a run after 60.
     A resumed run equals an unbroken one if store and arguments are those of the run that was stopped.
 
     Args:
@@ -104,8 +118,6 @@ def batches(
         tokens_per_batch: cap on the micro-batches that a step is split into, as rollouts times the longest of them; rollouts of like length
             share one.  This bounds memory, and a plain loss holds the logits of all its response tokens (4 bytes * V each, a few times over).
         seed: of the shuffle; step k depends on (seed, k) alone.
-        start: first step, so that a run resumes exactly.
-        stop: one past the last step; None never ends.
         rows: train on these only, for example `lopd.rows_of(store, prompts, [generation])`; None for all.
         teacher: score column to learn from; None trains on the rollouts as they are (SFT).  Several teachers: column -> the prompts whose
             rollouts learn from it; rollouts of other prompts are left out.
@@ -131,8 +143,6 @@ def batches(
     """
     check_at_least("Steps", "rollouts_per_step", 1 if rollouts_per_step is None else rollouts_per_step, 1)
     check_at_least("Steps", "seed", seed, 0)
-    check_at_least("Steps", "start", start, 0)
-    check_at_least("Steps", "stop", start if stop is None else stop, 0)
     check_at_least("Steps", "tokens_per_batch", tokens_per_batch, 1)
     if not callable(weighting):
         raise InvalidRecordError(
@@ -157,7 +167,7 @@ def batches(
     for column in columns.teachers if ref is None and not top_k else ():
         judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
     lineage = lineage_after(store.manifest, provenances)
-    return StepStream(lineage, store, usable, columns, count, tokens_per_batch, seed, start, stop, weighting, ranks or Ranks.current())
+    return StepStream(lineage, store, usable, columns, count, tokens_per_batch, seed, weighting, ranks or Ranks.current())
 
 
 def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], tokens_per_batch: int) -> None:

@@ -6,7 +6,7 @@ step; `refresh_every` and `refresh_when` are what lies between, as plain generat
     def make_round(generation, start):
         source = evolve(policy, generation=generation, identity=ModelId("student", f"step-{start}", "float32"))
         rows = sample_round(source, teacher, prompts, store)
-        steps = batches(store, rows=rows, start=start, ref="behavior")
+        steps = batches(store, rows=rows, ref="behavior")[start:]
         return opd_steps(student, steps, loss, optimizer)
 
     for metrics in refresh_every(25, make_round, stop=150): ...
