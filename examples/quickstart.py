@@ -43,8 +43,7 @@ from lopd import (
     stored_advantages,
 )
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
-from lopd.records import Prompt, RolloutSums, StepMetrics, fingerprint_tokenizer, make_prompts, read_prompts
-from lopd.records.drift import LEVELS
+from lopd.records import LEVELS, Prompt, RolloutSums, StepMetrics, fingerprint_tokenizer, make_prompts, read_prompts
 from lopd.tools.console import RichProgress, table
 from lopd.tools.report import RunHistory, write_run_report
 from lopd.verbs import StepStream

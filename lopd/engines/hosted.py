@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar, final
 from attrs import define, field
 
 from lopd.engines.inputs import in_order
-from lopd.engines.pool import Down, Pool, Request
+from lopd.engines.pool import Pool
+from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError
 from lopd.protocols import RolloutSource, TeacherScorer
 from lopd.records.checks import check_at_least, check_number

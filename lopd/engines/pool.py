@@ -8,80 +8,17 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from random import random
 from threading import Condition, Thread
 from time import monotonic
-from typing import Any, Generic, Protocol, TypeVar, final
+from typing import Any, Generic, final
 
-from attrs import define, field, frozen
+from attrs import define, field
 
+from lopd.engines.workers import Down, Request, T, Worker, backoff
 from lopd.errors import EngineError, LopdError
 
-T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 _FIRST_LOOK_S, _LAST_WAIT_S = 1.0, 1.0
-
-
-def backoff(attempt: int) -> float:
-    """Seconds to wait after this many failures before the last one."""
-    return min(0.25 * 2.0 ** min(attempt, 10), 15.0) + 0.25 * random()  # noqa: S311
-
-
-class Down(Exception):  # noqa: N818  # never leaves the engine: at most its `error` does
-    """A worker that failed for a reason of its own: another may do what it was to do.
-
-    Args:
-        what: happened, for the log.
-        error: ends the call if there is no other worker, or no attempt left.
-        pause: seconds for which the worker asks to be left alone.
-    """
-
-    def __init__(self, what: str, error: EngineError, pause: float = 0.0) -> None:
-        super().__init__(what)
-        self.error, self.pause = error, pause
-
-
-@final
-@frozen(eq=False)
-class Request(Generic[T]):
-    """What one worker is asked for at a time.
-
-    Args:
-        owner: how an error names it.
-        body: what the worker is given.
-        read: makes results of the worker's answer; its errors end the call.
-        parts: the same, one by one, to be asked for if they cannot be had together: an error then names the one at fault.
-    """
-
-    owner: str
-    body: Any
-    read: Callable[[Any], Sequence[T]]
-    parts: "Sequence[Request[T]]" = ()
-
-
-class Worker(Protocol):
-    """One of several that are alike.  What `start` and `work` raise other than `Down` ends the call."""
-
-    @property
-    def name(self) -> str:
-        """How the log names it."""
-        ...
-
-    def start(self) -> Any:
-        """Bring it up, or up again, and return what its engine is; all workers must return the same."""
-        ...
-
-    def unlike(self, identity: Any, expected: Any, whose: str) -> EngineError:
-        """The error of a worker whose engine is another than that of `whose`."""
-        ...
-
-    def work(self, request: Request[T], /) -> Sequence[T]:
-        """The results of one request."""
-        ...
-
-    def stop(self) -> None:
-        """End it, and what it is doing; called again, do nothing."""
-        ...
 
 
 @define(eq=False)

@@ -9,6 +9,7 @@ from lopd.records.arrays import Int32Array as Int32Array
 from lopd.records.collate import Weighting as Weighting
 from lopd.records.collate import by_rollout as by_rollout
 from lopd.records.collate import by_token as by_token
+from lopd.records.drift import LEVELS as LEVELS
 from lopd.records.drift import AdvantageSummary as AdvantageSummary
 from lopd.records.drift import Drift as Drift
 from lopd.records.estimates import Estimate as Estimate

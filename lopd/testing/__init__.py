@@ -13,12 +13,12 @@ Subclass a suite in a test module, say how to make the thing, and pytest runs ev
 `SourceConformance` and `ScorerConformance` judge what samples and what scores; they need a model to be made with.
 """
 
-from lopd.testing.losses import LossCase as LossCase
+from lopd.testing.loss_cases import LossCase as LossCase
+from lopd.testing.loss_cases import loss_case as loss_case
+from lopd.testing.loss_cases import loss_cases as loss_cases
+from lopd.testing.loss_cases import separated_loss_cases as separated_loss_cases
 from lopd.testing.losses import LossConformance as LossConformance
 from lopd.testing.losses import assert_at_least_as_exact as assert_at_least_as_exact
-from lopd.testing.losses import loss_case as loss_case
-from lopd.testing.losses import loss_cases as loss_cases
-from lopd.testing.losses import separated_loss_cases as separated_loss_cases
 from lopd.testing.records import assert_same_rollout as assert_same_rollout
 from lopd.testing.records import assert_same_top_k as assert_same_top_k
 from lopd.testing.records import rollouts as rollouts

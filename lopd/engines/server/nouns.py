@@ -19,9 +19,9 @@ from typing import Any, final
 from attrs import define, field
 
 from lopd.engines.inputs import SEED_BITS, budgeted, check_prompts, check_rollouts, in_order, sampling_settings, stop_ids, stream_seed
-from lopd.engines.pool import Request
 from lopd.engines.server.servers import Probe, Servers
 from lopd.engines.server.wire import check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
+from lopd.engines.workers import Request
 from lopd.errors import InvalidRecordError, MissingDependencyError
 from lopd.records.checks import check_at_least
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer

@@ -17,8 +17,9 @@ from weakref import WeakSet
 import httpx2
 from attrs import define, field, frozen
 
-from lopd.engines.pool import Down, Pool, Request
+from lopd.engines.pool import Pool
 from lopd.engines.server.answers import Trouble, accepted
+from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.checks import check_at_least, check_number
 

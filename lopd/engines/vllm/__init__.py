@@ -1,6 +1,6 @@
 """vLLM, in this process."""
 
 from lopd.engines.vllm.engine import VLLMEngine as VLLMEngine
-from lopd.engines.vllm.engine import VLLMSettings as VLLMSettings
 from lopd.engines.vllm.nouns import VLLMScorer as VLLMScorer
 from lopd.engines.vllm.nouns import VLLMSource as VLLMSource
+from lopd.engines.vllm.settings import VLLMSettings as VLLMSettings

@@ -29,7 +29,8 @@ from lopd.engines.inputs import (
     stream_seed,
 )
 from lopd.engines.supports import entries, look_up, make_scores
-from lopd.engines.vllm.engine import VLLMEngine, VLLMSettings, import_vllm
+from lopd.engines.vllm.engine import VLLMEngine, import_vllm
+from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import ContextOverflowError, EngineError
 from lopd.records.checks import check_number
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
