@@ -20,6 +20,7 @@ from lopd.errors import ManifestMismatchError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Rollout, Scores
+from lopd.records.rows import Rows
 
 
 class _Snapshot(Protocol):
@@ -39,6 +40,7 @@ class _Snapshot(Protocol):
     def content(self, rows: NDArray[np.int64], /) -> Sequence[tuple[bytes, int]]: ...
     def scored(self, column: str, /) -> NDArray[np.bool_]: ...
     def quarantined(self, column: str, /) -> Mapping[int, str]: ...
+    def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str], /) -> Rows: ...
 
 
 class _Writer(Protocol):
@@ -184,6 +186,10 @@ class DurableBase(ABC, Generic[S, W]):
     def quarantined(self, column: str, /) -> Mapping[int, str]:
         """Rows that the column's model could not score, and why."""
         return self._snapshot.quarantined(column)
+
+    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
+        """These rollouts with these columns, in the order asked; fetches the values of these rows and no others, and verifies them."""
+        return self._snapshot.read(np.array(admission.check_rows(self._owner, indices, len(self)), np.int64), columns, top_k)
 
     def refresh(self) -> None:
         """See what was committed since, by this process or others.

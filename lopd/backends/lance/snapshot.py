@@ -1,10 +1,9 @@
 """What a store on LanceDB holds, at the versions of its tables that were last looked at."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, final
+from typing import Any, final
 
 import numpy as np
-from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.backends import admission
@@ -12,12 +11,12 @@ from lopd.backends.id_index import IdIndex
 from lopd.backends.lance import decode
 from lopd.backends.lance.catalog import ROLLOUTS_FILE, Catalog, TableEntry
 from lopd.backends.lance.decode import Wanted
-from lopd.backends.lance.encode import ROLLOUT_LINE, SCORE_LINE, tokens_of
+from lopd.backends.lance.encode import ROLLOUT_LINE, SCORE_LINE
 from lopd.backends.lance.part import Part
-from lopd.backends.lance.table import COMMIT, Database
+from lopd.backends.lance.table import Database
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
-from lopd.records.manifest import Commit, Provenance
+from lopd.records.manifest import Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN
 from lopd.records.rows import Rows
 
@@ -65,19 +64,11 @@ class Snapshot:
             part.table.refresh()
         self._open({})
 
-    def part(self, column: str | None) -> Part | None:
-        """The table of a column, or of the rollouts; None where nothing was committed yet."""
-        return self.rollouts if column is None else self.columns.get(column)
-
     def parts(self) -> dict[str | None, Part]:
-        """All tables."""
+        """All tables that are there: of each column, and of the rollouts, which are None."""
         found: dict[str | None, Part] = {} if self.rollouts is None else {None: self.rollouts}
         found.update(self.columns)
         return found
-
-    def versions(self) -> dict[str, int]:
-        """Table name -> version."""
-        return {part.table.name: part.table.version for part in self.parts().values()}
 
     def provenances(self) -> dict[str, Provenance]:
         """Who computed each column."""
@@ -94,23 +85,23 @@ class Snapshot:
         """Policy of each round of sampling."""
         return self._catalog.state.generations
 
-    def lines(self) -> NDArray[np.void]:
+    def _lines(self) -> NDArray[np.void]:
         """The lines of all rollouts."""
         return np.zeros(0, ROLLOUT_LINE) if self.rollouts is None else self.rollouts.lines()
 
     def lengths(self) -> NDArray[np.int64]:
         """(rows, 2): prompt and response tokens."""
-        lines = self.lines()
+        lines = self._lines()
         return np.stack([lines["prompt_length"], lines["response_length"]], axis=1).astype(np.int64)
 
     def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
         """Content hash and number of response tokens of rollouts."""
-        lines = self.lines()[rows]
+        lines = self._lines()[rows]
         return list(zip(lines["content_hash"].tolist(), lines["response_length"].tolist(), strict=True))
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """(n,): rows of rollouts, -1 where there is none."""
-        new = self.lines()["id_hash"][self._indexed :]
+        new = self._lines()["id_hash"][self._indexed :]
         if new.size:
             self._index.add(new, self._indexed)
             self._indexed += new.size
@@ -119,7 +110,7 @@ class Snapshot:
     def scored(self, column: str) -> NDArray[np.bool_]:
         """(rows,): which rollouts have scores in this column."""
         if column == BEHAVIOR_COLUMN:
-            return self.lines()["has_behavior"].copy()
+            return self._lines()["has_behavior"].copy()
         scored = self.columns[column].lines()["row"] if column in self.columns else np.zeros(0, np.int64)
         if scored.size and scored[-1] >= self.rows:
             raise CorruptStoreError(
@@ -135,20 +126,6 @@ class Snapshot:
         reasons = self._catalog.reasons(column)
         done = self.scored(column) if reasons else ()
         return {row: reason for row, reason in sorted(reasons.items()) if not done[row]}
-
-    def history(self) -> list[Commit]:
-        """Commits of all tables, rounds and compactions, by the clocks of their writers."""
-        found = list(self._catalog.state.events)
-        for column, part in self.parts().items():
-            lines = part.lines()
-            lines = lines[np.argsort(lines[COMMIT], kind="stable")]
-            # A column of which no row was scored, only quarantined, has no lines.
-            for commit in np.split(lines, np.flatnonzero(np.diff(lines[COMMIT])) + 1) if lines.size else ():
-                when, rounding = float(commit["committed_at"][0]), float(commit["rounding"][0])
-                kind: Literal["rollouts", "scores"] = "rollouts" if column is None else "scores"
-                found.append(Commit(0, kind, len(commit), tokens_of(commit), column, when, rounding))
-        found.sort(key=lambda commit: commit.when)
-        return [evolve(commit, number=number) for number, commit in enumerate(found)]
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """Return these rollouts with these columns and supports, in the order asked."""

@@ -1,6 +1,6 @@
 """A store on LanceDB: tables that its tools can query, versions, and several writers at once, on a local disk or in a bucket.
 
-    lopd.json, rollouts.json, columns/*.json, ...   what the store is, and which table holds what (see `lance_catalog`)
+    lopd.json, rollouts.json, columns/*.json, ...   what the store is, and which table holds what (see `catalog`)
     rollouts-<key>.lance                            one row a rollout
     scores.<column>-<key>.lance                     one row a rollout that is scored
 
@@ -8,22 +8,22 @@ Rows are in the order of commits, then in the order of the call; each row carrie
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
+from attrs import evolve
 from numpy.typing import NDArray
 
-from lopd.backends import admission
 from lopd.backends.durable import DurableBase
 from lopd.backends.files import Files, StorageOptions, StorePath
 from lopd.backends.lance.catalog import ROOT, Catalog, CatalogState
+from lopd.backends.lance.encode import tokens_of
 from lopd.backends.lance.snapshot import Snapshot
-from lopd.backends.lance.table import Database
+from lopd.backends.lance.table import COMMIT, Database
 from lopd.backends.lance.writer import Writer
 from lopd.backends.root import Root
 from lopd.errors import LopdError, MissingScoresError
 from lopd.records.manifest import Commit
-from lopd.records.rows import Rows
 
 _WEEK = 7 * 24 * 3600.0
 _ROWS_AT_ONCE = 256
@@ -37,7 +37,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     The virtual column `behavior` reads the rollouts' own `behavior_logprobs`; `columns` does not list it, and it cannot be written to.
     It pickles as its place and versions.  One thread at a time; processes as many as you like, but LanceDB does not survive a fork: a
     forked process is refused (start workers with "spawn" or "forkserver").
-    `find`, `lengths` and `scored` read all lines at the first call, and hold them from then on (about 130 bytes a rollout).
+    `find`, `lengths`, `scored`, and `read` of a column, read all lines at the first call, and hold them from then on (about 130 bytes a rollout).
     Each commit costs about 70 kB of LanceDB's bookkeeping until `compact` removes it: append hundreds of rollouts at once.
     On a local disk a commit is flushed before its call returns.  LanceDB itself flushes nothing, so a power cut in the middle of a
     commit may leave a last version that cannot be read; what was returned before is whole in the versions before it.
@@ -58,7 +58,8 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Place and versions: connections do not travel to another process."""
-        return LanceStore, (self._files, None, (self._catalog.state, self._snapshot.versions()))
+        versions = {part.table.name: part.table.version for part in self._snapshot.parts().values()}
+        return LanceStore, (self._files, None, (self._catalog.state, versions))
 
     @classmethod
     def _place(cls, path: StorePath, options: StorageOptions | None) -> Files:
@@ -66,11 +67,6 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         # It refuses a place where LanceDB cannot be, before anything is made there.
         Database(files)
         return files
-
-    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
-        """These rollouts with these columns, in the order asked; fetches and verifies these rows, and of columns also all lines, once."""
-        rows = np.array(admission.check_rows(self._owner, indices, len(self)), np.int64)
-        return self._snapshot.read(rows, columns, top_k)
 
     def table(self, column: str | None = None) -> Any:
         """LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it takes no writes.
@@ -100,7 +96,17 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
     def history(self) -> Sequence[Commit]:
         """What was committed up to this store's snapshot, by the clocks of the writers, oldest first."""
-        return self._snapshot.history()
+        found = list(self._catalog.state.events)
+        for column, part in self._snapshot.parts().items():
+            lines = part.lines()
+            lines = lines[np.argsort(lines[COMMIT], kind="stable")]
+            # A column of which no row was scored, only quarantined, has no lines.
+            for commit in np.split(lines, np.flatnonzero(np.diff(lines[COMMIT])) + 1) if lines.size else ():
+                when, rounding = float(commit["committed_at"][0]), float(commit["rounding"][0])
+                kind: Literal["rollouts", "scores"] = "rollouts" if column is None else "scores"
+                found.append(Commit(0, kind, len(commit), tokens_of(commit), column, when, rounding))
+        found.sort(key=lambda commit: commit.when)
+        return [evolve(commit, number=number) for number, commit in enumerate(found)]
 
     def stored_bytes(self) -> int:
         """Bytes of the data files that the current versions are made of, without LanceDB's own bookkeeping."""

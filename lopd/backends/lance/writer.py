@@ -63,7 +63,7 @@ class Writer:
 
     def add_reasons(self, column: str, provenance: Provenance, reasons: Mapping[int, str], /) -> bool:
         """Commit why rows could not be scored; a column that is not there is made first, so that it has one owner."""
-        if self._snapshot.part(column) is None:
+        if self._snapshot.parts().get(column) is None:
             empty = no_scores(provenance, *self._formats, commit=0, when=time.time())
             if not self._create(column, provenance, empty):
                 return False
@@ -78,12 +78,12 @@ class Writer:
         return True
 
     def _next_commit(self, column: str | None) -> int:
-        part = self._snapshot.part(column)
+        part = self._snapshot.parts().get(column)
         return 0 if part is None else part.next_commit()
 
     def _insert(self, column: str | None, provenance: Provenance | None, data: Any, records: Sequence[Rollout] | Sequence[Scores]) -> bool:
         """Whether the next commit of a table is now this one."""
-        part = self._snapshot.part(column)
+        part = self._snapshot.parts().get(column)
         try:
             if part is None:
                 made = self._create(column, provenance, data)
@@ -152,7 +152,7 @@ class Writer:
 
     def _remove_strangers(self, older_than: float) -> None:
         """Tables of writers that were killed, or refused, before they could say which column theirs is."""
-        known = {f"{name}{_TABLE_SUFFIX}" for name in self._snapshot.versions()}
+        known = {f"{part.table.name}{_TABLE_SUFFIX}" for part in self._snapshot.parts().values()}
         with writing(self._owner, "removing what killed writers left"):
             found = [name for name in self._files.names("") if name.endswith(_TABLE_SUFFIX) and name not in known]
             self._files.remove([name for name in found if self._files.age(name) >= older_than])
@@ -161,7 +161,7 @@ class Writer:
         """Make durable what a call relies on, also where another process wrote it and may not have come to flush it."""
         if self._folder is None:
             return
-        for part in {self._snapshot.rollouts, self._snapshot.part(column)}:
+        for part in {self._snapshot.rollouts, self._snapshot.parts().get(column)}:
             if part is not None:
                 self._flush(part.table.name)
         for folder in ("", COLUMNS, GENERATIONS, QUARANTINE):

@@ -13,9 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, final
 
-import numpy as np
-
-from lopd.backends import admission
 from lopd.backends.durable import DurableBase
 from lopd.backends.files import Files
 from lopd.backends.root import Root
@@ -26,7 +23,6 @@ from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.writer import Writer
 from lopd.errors import LopdError
 from lopd.records.manifest import Commit
-from lopd.records.rows import Rows
 
 
 @final
@@ -52,11 +48,6 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Place and snapshot: memory maps and connections do not travel to another process."""
         return ZarrStore, (self._files, None, self._snapshot.commits)
-
-    def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
-        """These rollouts with these columns, in the order asked; fetches and verifies these rows and no others."""
-        rows = np.array(admission.check_rows(self._owner, indices, len(self)), np.int64)
-        return self._snapshot.read(rows, columns, top_k)
 
     def compact(self, *, target_tokens: int = 1 << 24) -> None:
         """Merge small segments into ones of about `target_tokens`; rows keep their numbers, and open readers read on.  Refreshes.
