@@ -1,6 +1,7 @@
 """Does Lightning OPD do what its paper says?  Every claim on small models with a verifier, over several seeds.
 
     python benchmarks/claims.py            # benchmarks/results/claims.json, benchmarks/RESULTS.md and its plots; about 35 minutes on two cores
+    python benchmarks/claims.py --report   # RESULTS.md and the plots again, from claims.json
     python benchmarks/claims.py --quick    # two seeds, the main claims; writes to runs/claims-quick, in a few minutes
 
 Paper: Lightning OPD, arXiv 2604.13010v2.  Teachers and students are made from seeds and kept in runs/testbed.
@@ -134,9 +135,13 @@ def main() -> None:
     """Build, run, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--report", action="store_true", help="only write the report again, from results/claims.json")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "testbed")
     options = parser.parse_args()
+    if options.report:
+        publish(ROOT / "benchmarks" / "results" / "claims.json", CLAIM.name, FALL.name)
+        return
     os.environ |= {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     plan = QUICK if options.quick else FULL
     rows: Rows = [{"kind": "setting", **asdict(setting)} for setting in plan.settings]

@@ -1,7 +1,4 @@
-"""RESULTS.md of the claims: tables, and words that depend on what was measured.
-
-python benchmarks/claims_report.py        # again, from benchmarks/results/claims.json
-"""
+"""RESULTS.md of the claims: tables, and words that depend on what was measured.  `claims.py` writes it."""
 
 import json
 import os
@@ -335,9 +332,3 @@ _LIMITS = [
     "over to large models, the figures do not.  Intervals are over seeds of problems, models and samples; the learning rate and the lengths of",
     "SFT were chosen on other seeds.",
 ]
-
-
-if __name__ == "__main__":
-    from claims import CLAIM, FALL
-
-    publish(ROOT / "benchmarks" / "results" / "claims.json", CLAIM.name, FALL.name)

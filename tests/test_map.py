@@ -88,3 +88,30 @@ def test_a_class_has_at_most_12_public_methods_unless_it_is_a_store_or_a_suite()
                 names = [part.name for part in node.body if isinstance(part, ast.FunctionDef | ast.AsyncFunctionDef)]
                 public[f"{path.relative_to(ROOT)}: {node.name}"] = len([name for name in names if not name.startswith("_")])
     assert {name: methods for name, methods in public.items() if methods > 12} == {}
+
+
+def imports(folder: Path) -> dict[str, set[str]]:
+    """Module -> the modules of the same folder that it imports, wherever in the file."""
+    paths = {
+        ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in folder.rglob("*.py")
+    }
+    prefix = f"{folder.name}."  # scripts import one another by their bare names
+    found: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        named = [
+            f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) and node.module for alias in node.names
+        ]
+        named += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+        candidates = [(one, prefix + one, one.rpartition(".")[0], prefix + one.rpartition(".")[0]) for one in named]
+        found[name] = {next((own for own in several if own in paths), name) for several in candidates} - {name}
+    return found
+
+
+@pytest.mark.parametrize("folder", ["lopd", "benchmarks", "examples"])
+def test_no_imports_go_in_a_circle(folder: str) -> None:
+    left = imports(ROOT / folder)
+    assert len(left) > 10
+    while free := {name for name, needed in left.items() if not needed & left.keys()}:
+        left = {name: needed for name, needed in left.items() if name not in free}
+    assert left == {}

@@ -9,7 +9,7 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends.files import Bytes, StorageOptions, T, without_user
+from lopd.backends.files.contract import Bytes, StorageOptions, T, without_user
 from lopd.errors import MissingDependencyError, StorePathError
 
 

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from lopd.backends.files import Bytes, StorageOptions, T
+from lopd.backends.files.contract import Bytes, StorageOptions, T
 from lopd.errors import StoreWriteError
 from lopd.records.flush import flush
 
