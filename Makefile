@@ -30,7 +30,7 @@ export GOMP_SPINCOUNT ?= 20000
 quickstart: .venv/installed-quickstart .venv/installed-data  ## Lightning and online OPD on a real model, about ten minutes on two cores
 	$(BIN)/python examples/quickstart.py
 
-bench-quickstart: .venv/installed-quickstart .venv/installed-data  ## the quickstart with the plain loss beside it; writes the README's tables
+bench-quickstart: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## the quickstart with the plain loss beside it; writes the README's tables
 	$(BIN)/python examples/quickstart.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/quickstart_losses.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/record_quickstart.py
