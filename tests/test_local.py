@@ -16,7 +16,7 @@ from mortal import ENDLESS, PROMPTS, SAMPLING, Mortal, alone, assert_same, folde
 from lopd import MemoryStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.local import LocalScorer, LocalSource
-from lopd.errors import EngineError, InvalidRecordError, QuarantineWarning
+from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
 
 
 class UnpicklableError(Exception):
@@ -61,7 +61,7 @@ def test_two_processes_of_which_one_is_killed_fill_the_store_that_one_process_fi
     store = MemoryStore(alone.manifest)
     with (
         closing(LocalSource(Mortal(partial(HFSource.from_folder, folders["policy"], SAMPLING), "p6", 1, tmp_path))) as source,
-        pytest.warns(QuarantineWarning, match=r"1 prompts could not be sampled.*'endless'.*5000 tokens"),
+        pytest.warns(RefusedPromptsWarning, match=r"1 prompts could not be sampled.*'endless'.*5000 tokens"),
     ):
         collect_rollouts(source, [*PROMPTS[:5], ENDLESS, *PROMPTS[5:]], store, prompts_per_batch=4, batches_at_once=2)
     assert len(list(tmp_path.glob("death*"))) == 1
