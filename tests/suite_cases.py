@@ -6,12 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 from _pytest.outcomes import Skipped
-from vllm_stub import EOS, VOCAB
 
-from lopd.records import ModelId, Prompt, Rollout, TokenizerId
+from lopd.records import Prompt, Rollout
 
-TABLE = TokenizerId("table-vocabulary", VOCAB, EOS, None, None, "")
-MODEL = ModelId("table", "1", "float32")
 TABLE_CONTEXT = 64
 SIZES = ((1, 1), (3, 7), (6, 4), (2, 12))
 

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from attrs import evolve, frozen
-from suite_cases import MODEL, TABLE, TABLE_CONTEXT, broken_clauses, clauses, filler, some_prompts, some_rollouts
+from served_table import MODEL
+from served_table import TOKENIZER as TABLE
+from suite_cases import TABLE_CONTEXT, broken_clauses, clauses, filler, some_prompts, some_rollouts
 from vllm_stub import EOS, VOCAB
 
 from lopd.engines.inputs import check_prompts, check_rollouts

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 from conftest import CONTEXT, TOKENIZER_ID, build_model, build_tokenizer
-from suite_cases import MODEL, TABLE, TABLE_CONTEXT, filler, some_prompts, some_rollouts
+from served_table import MODEL
+from served_table import TOKENIZER as TABLE
+from suite_cases import TABLE_CONTEXT, filler, some_prompts, some_rollouts
 from vllm_stub import EOS, VOCAB, Stub
 
 from lopd.engines import pool
