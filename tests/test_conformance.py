@@ -1,184 +1,23 @@
-"""Our sources and scorers against the suites that other people's are judged by, and the suites against what is wrong on purpose."""
+"""The suites of sources and scorers against what is wrong on purpose."""
 
-import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from _pytest.outcomes import Skipped
 from attrs import evolve, frozen
-from conftest import CONTEXT, TOKENIZER_ID, build_model, build_tokenizer
-from vllm_stub import EOS, VOCAB, Stub
+from served_table import MODEL
+from served_table import TOKENIZER as TABLE
+from suite_cases import TABLE_CONTEXT, broken_clauses, clauses, filler, some_prompts, some_rollouts
+from vllm_stub import EOS, VOCAB
 
-from lopd.engines import pool
-from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.inputs import check_prompts, check_rollouts
-from lopd.engines.server import Servers, ServerScorer, ServerSource
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
 from lopd.protocols import RolloutSource, TeacherScorer
-from lopd.records import Manifest, ModelId, Prompt, Provenance, Rollout, SamplingParams, Scores, TokenizerId, TopK, rollout_id
+from lopd.records import Manifest, Prompt, Provenance, Rollout, SamplingParams, Scores, TokenizerId, TopK, rollout_id
 from lopd.testing import ScorerConformance, SourceConformance
-
-TABLE = TokenizerId("table-vocabulary", VOCAB, EOS, None, None, "")
-MODEL = ModelId("table", "1", "float32")
-TOKENIZER = build_tokenizer()
-TABLE_CONTEXT = 64
-SIZES = ((1, 1), (3, 7), (6, 4), (2, 12))
-
-
-def some_rollouts(vocab_size: int) -> list[Rollout]:
-    rng = np.random.default_rng(5)
-    return [
-        Rollout(f"r{i}", rng.integers(0, vocab_size, p), rng.integers(0, vocab_size, t), np.ones(t, bool), "length")
-        for i, (p, t) in enumerate(SIZES)
-    ]
-
-
-def some_prompts(vocab_size: int) -> list[Prompt]:
-    rng = np.random.default_rng(6)
-    return [Prompt(f"p{i}", rng.integers(1, vocab_size, 1 + 2 * i)) for i in range(5)]
-
-
-def filler(length: int) -> Rollout:
-    return Rollout("filler", [2] * (length - 1), [3], [True], "length")
-
-
-class CountedModel:
-    """Counts forward passes of all models of a test."""
-
-    kind = "llama_tied"
-    forwards = 0
-
-    def model(self) -> Any:
-        model = build_model(self.kind, seed=2)
-        model.get_input_embeddings().register_forward_pre_hook(self._count)
-        return model
-
-    def _count(self, *_: Any) -> None:
-        self.forwards += 1
-
-    def work(self) -> int | None:
-        return self.forwards
-
-
-class TestHFSource(CountedModel, SourceConformance):
-    def make(self, sampling: SamplingParams, generation: int) -> RolloutSource:
-        return HFSource(self.model(), TOKENIZER, sampling, generation=generation, rows_per_batch=3)
-
-    def prompts(self) -> Sequence[Prompt]:
-        return some_prompts(TOKENIZER_ID.vocab_size)
-
-    def too_long(self) -> Prompt | None:
-        return Prompt("filler", [2] * CONTEXT)
-
-    def scorer(self) -> TeacherScorer | None:
-        return HFScorer(build_model(self.kind, seed=2), TOKENIZER)
-
-
-class TestHFSourceWithAPaddedHead(TestHFSource):
-    kind = "qwen3_padded"
-
-
-class TestHFScorer(CountedModel, ScorerConformance):
-    top_k = 0
-
-    def make(self) -> TeacherScorer:
-        return HFScorer(self.model(), TOKENIZER, tokens_per_batch=16, rows_per_chunk=5, top_k=self.top_k)
-
-    def tokenizer(self) -> TokenizerId:
-        return TOKENIZER_ID
-
-    def rollouts(self) -> Sequence[Rollout]:
-        return some_rollouts(TOKENIZER_ID.vocab_size)
-
-    def too_long(self) -> Rollout | None:
-        return filler(CONTEXT + 1)
-
-
-class TestHFScorerWithTopKOfAPaddedHead(TestHFScorer):
-    kind, top_k = "qwen3_padded", 7
-
-
-class Served:
-    """Two servers for each test."""
-
-    @pytest.fixture(autouse=True)
-    def _servers(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-        monkeypatch.setattr(pool, "backoff", lambda _: 0.01)
-        monkeypatch.delenv("VLLM_API_KEY", raising=False)
-        stubs = [Stub(), Stub()]
-        self.servers = Servers([stub.url for stub in stubs], model="table", patience_s=20, timeout_s=20)
-        self.stubs = stubs
-        yield
-        for stub in stubs:
-            stub.close()
-
-    def work(self) -> int | None:
-        return sum(len(stub.requests) for stub in self.stubs)
-
-
-class TestServerSource(Served, SourceConformance):
-    def make(self, sampling: SamplingParams, generation: int) -> RolloutSource:
-        return ServerSource(self.servers, TABLE, MODEL, sampling, (EOS,), generation=generation)
-
-    def prompts(self) -> Sequence[Prompt]:
-        return some_prompts(VOCAB)
-
-    def too_long(self) -> Prompt | None:
-        return Prompt("filler", [2] * TABLE_CONTEXT)
-
-    def scorer(self) -> TeacherScorer | None:
-        return ServerScorer(self.servers, TABLE, MODEL)
-
-
-class TestServerScorer(Served, ScorerConformance):
-    top_k = 0
-
-    def make(self) -> TeacherScorer:
-        return ServerScorer(self.servers, TABLE, MODEL, self.top_k, tokens_per_request=24)
-
-    def tokenizer(self) -> TokenizerId:
-        return TABLE
-
-    def rollouts(self) -> Sequence[Rollout]:
-        return some_rollouts(VOCAB)
-
-    def too_long(self) -> Rollout | None:
-        return filler(TABLE_CONTEXT + 1)
-
-
-class TestServerScorerWithTopK(TestServerScorer):
-    top_k = 4
-
-
-# The suites must catch what is wrong.
-
-
-def clauses(suite: Any) -> list[str]:
-    return [name for name in dir(suite) if name.startswith("test_")]
-
-
-def broken_clauses(suite: Any, left_out: list[str] | None = None) -> list[str]:
-    """The clauses that fail with any of their arguments; those that are skipped count as kept, and are added to `left_out`."""
-    broken = []
-    for name in clauses(suite):
-        clause = getattr(suite, name)
-        marks = [mark.args for mark in getattr(clause, "pytestmark", ()) if mark.name == "parametrize"]
-        names = list(inspect.signature(clause).parameters)
-        values = [value if isinstance(value, tuple) else (value,) for value in marks[0][1]] if marks else [()]
-        for arguments in values:
-            try:
-                clause(**dict(zip(names, arguments, strict=True)))
-            except Skipped:
-                if left_out is not None:
-                    left_out.append(name)
-            except (Exception, pytest.fail.Exception):  # whatever is raised fails a test
-                broken.append(name)
-    return sorted(set(broken))
-
 
 TABLE_VV = np.log(np.random.default_rng(0).dirichlet(np.full(VOCAB, 0.3), VOCAB)).astype(np.float32)
 Change = Callable[..., Any]
@@ -342,7 +181,6 @@ def resampled(source: TableSource, prompts: Sequence[Prompt], **fields: Any) -> 
 
 
 CALLS = itertools.count()
-
 SOURCE_MISTAKES: dict[str, tuple[Change, str]] = {
     "copies of the first sample": (
         lambda s, p, rs: [evolve(rs[i - i % 4], rollout_id=r.rollout_id) for i, r in enumerate(rs)] if len(rs) > 4 else rs,

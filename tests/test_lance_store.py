@@ -1,66 +1,43 @@
-"""`LanceStore`: the contract, and what several writers, forks, damage and a full disk can do to it.
+"""`LanceStore`: the contract, places, what is stored, and snapshots.
 
-Kills and many processes at once are in `test_store_faults.py`, for all backends.
+Kills and many processes at once are in `test_store_kills.py`, for all backends.
 """
 
-import errno
-import multiprocessing
+# ruff: noqa: F811 (fixtures are imported)
+
 import os
 import pickle
-import random
-import resource
-import shutil
 import sys
-from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import lancedb
 import numpy as np
 import pytest
-import torch
 from attrs import evolve
-from fault_proxy import ALWAYS, FaultProxy
-from forked import FORKS
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
+from lance_stores import filled, reopened, table_of  # noqa: F401
 from s3_server import S3Server
-from test_stores import MACHINE, Rows, StoreMachine, fill, many, rows_of
+from zarr_stores import MACHINE, StoreMachine, _quick_disk, fill, many, place, rows_of  # noqa: F401
 
 from lopd.backends.lance import encode
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import LanceTable
 from lopd.backends.opening import open_store
-from lopd.backends.sealing import seal, unseal
 from lopd.errors import (
-    ConflictError,
     CorruptStoreError,
-    ForkedStoreError,
     InvalidRecordError,
-    LopdError,
     ManifestMismatchError,
     MissingDependencyError,
     MissingScoresError,
     StoreExistsError,
     StoreNotFoundError,
     StorePathError,
-    StoreReadError,
-    StoreWriteError,
 )
 from lopd.protocols import LogprobStore
 from lopd.records import Lineage, Manifest, ModelId, Scores
 from lopd.testing import StoreConformance, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
-
-huge = tiny_rollout("huge", np.arange(100_000) % 300)
-
-
-@pytest.fixture(autouse=True)
-def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Nothing cuts the power here; that files are flushed has a test of its own.
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 class TestLanceStore(StoreConformance):
@@ -93,33 +70,9 @@ class TestLanceStoreOnS3(TestLanceStore):
         return reopened(store, self.s3.storage_options)
 
 
-def reopened(store: Any, storage_options: dict[str, Any] | None = None) -> LanceStore:
-    """As a new process would see it."""
-    assert isinstance(store, LanceStore)
-    return LanceStore.open(store._files.url, store.manifest, storage_options=storage_options)
-
-
-def place(store: LanceStore) -> Path:
-    """The folder of a local store."""
-    return Path(store._files.url)
-
-
 def sent(store: LanceStore) -> LanceStore:
     """As a worker process of a data loader gets it."""
     return pickle.loads(pickle.dumps(store))  # noqa: S301  # our own bytes, made a moment ago
-
-
-@pytest.fixture
-def filled(tmp_path: Path) -> LanceStore:
-    """Two commits of rollouts of all kinds, one of scores with top-k."""
-    return fill(LanceStore.create(tmp_path / "run.lance", tiny_manifest()))
-
-
-def table_of(store: LanceStore, name: str) -> Any:
-    """LanceDB's own table: `rollouts`, or `scores.<column>`."""
-    database = lancedb.connect(place(store))
-    (found,) = [path.stem for path in place(store).glob(f"{name}-*.lance")]
-    return database.open_table(found)
 
 
 def test_a_lance_store_equals_a_dict_under_append_score_reopen_read_and_compaction(tmp_path: Path) -> None:
@@ -191,6 +144,12 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: 
     with pytest.raises(MissingDependencyError, match=r"pip install 'lopd\[lance\]'"):
         LanceStore.create(tmp_path / "run.lance", tiny_manifest())
     assert not (tmp_path / "run.lance").exists()
+
+
+def test_the_folder_of_a_trained_model_is_not_taken_for_a_damaged_store(tmp_path: Path) -> None:
+    Lineage().write(tmp_path)
+    with pytest.raises(StoreNotFoundError, match="lineage of a trained model"):
+        open_store(tmp_path)
 
 
 # What is stored
@@ -369,399 +328,3 @@ def test_compaction_leaves_one_fragment_and_removes_old_versions_only_when_told_
         reader.read([0])
     reader.refresh()
     assert rows_of(reader) == ["m", "b", "r0", "r1"]
-
-
-# Races
-
-
-@pytest.fixture
-def before_insert(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
-    """`before_insert(act)`: something that happens once, between a writer's last look and its commit."""
-
-    def arrange(act: Callable[[], None]) -> None:
-        real = LanceTable.insert
-
-        def insert(self: LanceTable, data: Any) -> bool:
-            monkeypatch.setattr(LanceTable, "insert", real)
-            act()
-            return real(self, data)
-
-        monkeypatch.setattr(LanceTable, "insert", insert)
-
-    return arrange
-
-
-def test_a_writer_that_lost_the_race_drops_rows_that_are_there_by_now(filled: LanceStore, before_insert: Any) -> None:
-    other = reopened(filled)
-    before_insert(lambda: other.append(many(50, 1)))
-    filled.append(many(50, 2))
-    assert rows_of(filled) == rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r50", "r51"]
-    assert list(filled.verify()) == []
-
-
-def test_of_two_contents_for_an_id_one_wins_and_the_other_call_commits_nothing(filled: LanceStore, before_insert: Any) -> None:
-    other = reopened(filled)
-    before_insert(lambda: other.append([tiny_rollout("x", [1])]))
-    with pytest.raises(ConflictError, match="'x'"):
-        filled.append([tiny_rollout("y"), tiny_rollout("x", [2])])
-    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "x"]
-
-
-def test_of_two_models_for_a_new_column_one_wins_and_the_other_leaves_no_trace(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    rollout, other, real = filled.read([0])[0].rollout, reopened(filled), filled._database.create
-
-    def create(name: str, data: Any) -> Any:
-        other.append_scores("ref", tiny_provenance("A"), [tiny_scores(rollout, -1.0)])
-        return real(name, data)
-
-    monkeypatch.setattr(type(filled._database), "create", lambda self, *args: (create if self is filled._database else real)(*args))
-    with pytest.raises(ConflictError, match="column 'ref' was scored by A@rev-A, expected B@rev-B"):
-        filled.append_scores("ref", tiny_provenance("B"), [tiny_scores(rollout, -2.0)])
-    store = reopened(filled)
-    assert store.columns["ref"] == tiny_provenance("A")
-    assert store.read([0], ("ref",))[0].scores["ref"].tolist() == [-1.0] * 3
-    assert len(list(place(filled).glob("scores.ref-*"))) == 1
-
-
-def test_scores_that_another_writer_adds_to_a_new_column_at_the_same_time_are_both_there(filled: LanceStore, before_insert: Any) -> None:
-    items, other = [row.rollout for row in filled.read(range(4))], reopened(filled)
-    filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(items[2])])
-    before_insert(lambda: other.append_scores("ref", tiny_provenance("ref"), [tiny_scores(items[1], -3.0), tiny_scores(items[3])]))
-    filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(items[0]), tiny_scores(items[1], -4.0)])
-    assert [row.scores["ref"][0] for row in reopened(filled).read(range(4), ("ref",))] == [-1.0, -3.0, -1.0, -1.0]
-
-
-def test_of_two_policies_for_a_round_one_wins(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    policies, other = [ModelId("policy", name, "float32") for name in ("A", "B")], reopened(filled)
-    real = filled._catalog.put
-
-    def put(path: str, document: Any) -> bool:
-        monkeypatch.undo()
-        other.begin_generation(1, policies[0])
-        return real(path, document)
-
-    monkeypatch.setattr(type(filled._catalog), "put", lambda self, *args: put(*args))
-    with pytest.raises(ConflictError, match="generation 1 was sampled by policy@A"):
-        filled.begin_generation(1, policies[1])
-    assert reopened(filled).generations[1] == policies[0]
-
-
-def begin_together(path: str, writer: int, pipe: Connection) -> None:
-    """All writers make the store, its first rows and a column at the same moment."""
-    import lopd.backends.lance.table as module
-
-    module._lancedb("Warm-up")
-    pipe.send("ready")
-    pipe.recv()
-    store = LanceStore.open_or_create(path, tiny_manifest())
-    for i in range(4):
-        mine = [*many(10 * writer + i, 1), *many(100 + i, 1)]
-        store.append(mine)
-        store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout) for rollout in mine])
-    pipe.send(len(store))
-
-
-def started(work: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
-    """A process that inherits nothing of ours, with a pipe to it."""
-    ours, theirs = FORKS.Pipe()
-    process = FORKS.Process(target=work, args=(*args, theirs), daemon=True)
-    process.start()
-    return process, ours
-
-
-def test_four_processes_that_begin_a_store_together_lose_nothing_and_write_nothing_twice(tmp_path: Path) -> None:
-    path = str(tmp_path / "run.lance")
-    processes = [started(begin_together, path, writer) for writer in range(4)]
-    for signal in ("ready", "go"):
-        for _, pipe in processes:
-            assert signal == "go" or (pipe.poll(60) and pipe.recv() == signal)
-            if signal == "go":
-                pipe.send(signal)
-    for process, _ in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    store = LanceStore.open(path)
-    numbers = {*range(100, 104), *(10 * writer + i for writer in range(4) for i in range(4))}
-    assert sorted(rows_of(store)) == sorted(f"r{i}" for i in numbers)
-    assert store.scored("teacher").all()
-    assert list(store.verify()) == []
-    assert sum(commit.rows for commit in store.history()) == 2 * len(numbers)
-
-
-# Damage
-
-
-def readable(store: LanceStore) -> list[Any]:
-    """All that a store says."""
-    rows = store.read(range(len(store)))
-    scored = store.read([1, 3], ("teacher",), top_k=("teacher",))
-    return [
-        [(r.rollout.rollout_id, r.rollout.content_hash, r.rollout.finish_reason, r.rollout.generation) for r in rows],
-        [[a.tolist() for a in (r.rollout.prompt_ids, r.rollout.response_ids, r.rollout.loss_mask)] for r in rows],
-        [None if (values := r.rollout.behavior_logprobs) is None else values.tolist() for r in rows],
-        [[*r.scores["teacher"].tolist(), *r.top_k["teacher"].ids.tolist(), *r.top_k["teacher"].logprobs.tolist()] for r in scored],
-        store.lengths().tolist(), store.scored("teacher").tolist(), store.scored("behavior").tolist(),
-        store.find(["m", "b", "r0", "r1", "r2"]).tolist(), dict(store.columns), dict(store.generations), len(store.history()),
-    ]  # fmt: skip
-
-
-def test_a_flipped_bit_in_any_file_is_an_error_or_changes_nothing(filled: LanceStore, capfd: pytest.CaptureFixture[str]) -> None:
-    expected, rng, noticed = readable(filled), random.Random(0), 0
-    files = [path for path in sorted(place(filled).rglob("*")) if path.is_file() and path.parent.name != "_transactions"]
-    for path in files:
-        data = path.read_bytes()
-        for _ in range(12):
-            bit = rng.randrange(8 * len(data))
-            flipped = bytearray(data)
-            flipped[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(flipped)
-            try:
-                assert readable(reopened(filled)) == expected, f"{path}: bit {bit}"
-            except (CorruptStoreError, StoreNotFoundError):
-                noticed += 1
-        path.write_bytes(data)
-    assert len(files) >= 10
-    assert noticed >= 50
-    assert readable(reopened(filled)) == expected
-    # Rust's panics are printed where they happen.
-    capfd.readouterr()
-
-
-def test_a_damaged_value_is_an_error_that_names_its_rollout_and_so_does_verify(filled: LanceStore) -> None:
-    wanted = np.array([4, 2, 3], np.uint16).tobytes()
-    filled.append([tiny_rollout("r2", [2, 3])])
-    (path,) = [path for path in place(filled).glob("rollouts-*/data/*") if wanted in path.read_bytes()]
-    path.write_bytes(path.read_bytes().replace(wanted, np.array([4, 2, 7], np.uint16).tobytes()))
-    store = reopened(filled)
-    with pytest.raises(CorruptStoreError, match="rollout 'r2': the checksum of its values"):
-        store.read([4, 0])
-    assert [row.rollout.rollout_id for row in store.read(range(4))] == ["m", "b", "r0", "r1"]
-    (problem,) = store.verify()
-    assert "rollout 'r2'" in problem
-
-
-def test_a_lost_file_is_an_error(filled: LanceStore) -> None:
-    for pattern, words in (("rollouts-*/data/*", "Not found"), ("scores.*/_versions", "was not found"), ("rollouts.json", "is missing")):
-        kept = place(filled).with_name("kept")
-        path = next(place(filled).glob(pattern))
-        path.rename(kept)
-        with pytest.raises(CorruptStoreError, match=words):
-            readable(reopened(filled))
-        kept.rename(path)
-    assert list(reopened(filled).verify()) == []
-
-
-def test_rows_that_lance_has_moved_are_found_again(filled: LanceStore) -> None:
-    expected, reader = readable(filled), reopened(filled)
-    assert readable(reader) == expected
-    for name in ("rollouts", "scores.teacher"):
-        table = table_of(filled, name)
-        data = table.to_arrow()
-        database = lancedb.connect(place(filled))
-        database.create_table(table.name, data.take(list(reversed(range(len(data))))), mode="overwrite")
-    assert readable(reopened(filled)) == expected
-    reader.refresh()
-    assert readable(reader) == expected
-
-
-def test_rows_that_somebody_added_past_the_store_are_refused(filled: LanceStore) -> None:
-    table = table_of(filled, "rollouts")
-    table.add(table.to_arrow())
-    store = reopened(filled)
-    with pytest.raises(CorruptStoreError, match="a row twice"):
-        store.append(many(10, 1))
-    with pytest.raises(CorruptStoreError, match="a row twice"):
-        store.find(["r0"])
-
-
-def test_scores_of_other_tokens_are_refused_at_read(tmp_path: Path) -> None:
-    stores = [LanceStore.create(tmp_path / name, tiny_manifest()) for name in ("x", "y")]
-    for store, response in zip(stores, ([7, 8], [8, 7]), strict=True):
-        store.append([tiny_rollout("r", response)])
-        store.append_scores("teacher", tiny_provenance(), [tiny_scores(tiny_rollout("r", response))])
-    # Somebody copies the scores of one store, with the file that names their table, into the other.
-    shutil.copytree(tmp_path / "y", tmp_path / "x", ignore=lambda _, names: [n for n in names if "rollouts" in n], dirs_exist_ok=True)
-    with pytest.raises(CorruptStoreError, match=r"column 'teacher': scores of rollout 'r' were computed on other tokens"):
-        LanceStore.open(tmp_path / "x").read([0], ("teacher",))
-
-
-def test_a_catalog_file_that_leads_out_of_the_store_is_refused(filled: LanceStore) -> None:
-    path = place(filled) / "columns/teacher.json"
-    document = unseal(path.read_bytes())
-    assert document is not None
-    for name in ("../elsewhere", "/etc", ".", "a/b"):
-        path.write_bytes(seal({**document, "table": name}))
-        with pytest.raises(CorruptStoreError, match=r"names table .*expected letters"):
-            reopened(filled)
-
-
-def test_tables_of_killed_writers_are_removed_when_they_are_old(filled: LanceStore) -> None:
-    shutil.copytree(next(place(filled).glob("scores.*.lance")), place(filled) / f"scores.ref-{uuid4().hex}.lance")
-    filled.compact()
-    assert len(list(place(filled).glob("scores.ref-*"))) == 1
-    filled.compact(older_than=0.0)
-    assert len(list(place(filled).glob("scores.ref-*"))) == 0
-    assert list(reopened(filled).verify()) == []
-
-
-# Failing writes
-
-
-def write_to_a_full_disk(path: str, pipe: Connection) -> None:
-    """Files may not grow past a limit; a big call fails, a small one does not, and the big one can be repeated."""
-    store, hard = LanceStore.open(path), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    for call in (
-        lambda: store.append(many(10, 1, length=100_000)),
-        lambda: store.append_scores("big", tiny_provenance(), [tiny_scores(huge)]),
-    ):
-        try:
-            call()
-        except StoreWriteError as error:
-            pipe.send(str(error))
-    store.append(many(11, 1))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    store.append(many(10, 1, length=100_000))
-    pipe.send(len(store))
-
-
-def test_a_write_past_the_file_size_limit_is_a_typed_error_and_can_be_repeated(filled: LanceStore) -> None:
-    filled.append([huge])
-    process, pipe = started(write_to_a_full_disk, str(place(filled)))
-    process.join(60)
-    for _ in range(2):
-        assert "File too large" in (said := pipe.recv())
-        assert "nothing of this call was committed" in said
-    assert pipe.recv() == 7
-    store = reopened(filled)
-    assert rows_of(store) == ["m", "b", "r0", "r1", "huge", "r11", "r10"]
-    assert store.columns.keys() == {"teacher"}
-    assert list(store.verify()) == []
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_cannot_be_written_to_is_a_typed_error(filled: LanceStore) -> None:
-    for folder in place(filled).glob("rollouts-*/*/"):
-        folder.chmod(0o500)
-    with pytest.raises(StoreWriteError):
-        filled.append(many(10, 1))
-
-
-def test_a_failing_flush_says_that_what_was_committed_may_not_last(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fsync(descriptor: int) -> None:
-        raise OSError(errno.EIO, "Input/output error")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fsync)
-        with pytest.raises(StoreWriteError, match=r"flushing table .*may not survive a power cut"):
-            filled.append(many(10, 1))
-    filled.append(many(10, 1))
-    assert rows_of(filled) == ["m", "b", "r0", "r1", "r10"]
-
-
-# Other processes
-
-
-@pytest.mark.parametrize("where", ["disk", pytest.param("s3", marks=pytest.mark.s3)])
-def test_spawned_data_loader_workers_read_a_store(filled: LanceStore, where: str, request: pytest.FixtureRequest) -> None:
-    if where == "s3":
-        s3: S3Server = request.getfixturevalue("s3")
-        filled = fill(LanceStore.create(s3.new_url(".lance"), tiny_manifest(), storage_options=s3.storage_options))
-    loader = torch.utils.data.DataLoader(Rows(filled), batch_size=None, num_workers=1, multiprocessing_context="spawn")
-    found = list(loader)
-    assert [ids for _, ids in found] == [row.rollout.response_ids.tolist() for row in filled.read(range(4))]
-    assert os.getpid() not in {pid for pid, _ in found}
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_forked_process_is_told_to_be_spawned(filled: LanceStore) -> None:
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-
-    def work() -> None:
-        for attempt in (lambda: filled.read([0]), lambda: filled.append(many(10, 1)), filled.refresh, lambda: reopened(filled)):
-            try:
-                attempt()
-            except ForkedStoreError as error:
-                theirs.send(str(error))
-
-    process = context.Process(target=work, daemon=True)
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
-    for _ in range(4):
-        assert "start workers with the 'spawn' or 'forkserver' method" in ours.recv()
-    assert rows_of(filled) == ["m", "b", "r0", "r1"]
-
-
-IMPATIENT = {"client_max_retries": "1", "client_retry_timeout": "1"}
-OPERATIONS: dict[str, Callable[[LanceStore], object]] = {
-    "read": lambda store: store.read([1], ("teacher",)),
-    "find": lambda store: store.find(["r0"]),
-    "refresh": lambda store: store.refresh(),
-    "append": lambda store: store.append(many(10, 1)),
-    "append_scores": lambda store: store.append_scores("ref", tiny_provenance("ref"), [tiny_scores(tiny_rollout("b"))]),
-    "compact": lambda store: store.compact(),
-    "begin_generation": lambda store: store.begin_generation(1, tiny_manifest().policy),
-}
-
-
-@pytest.mark.s3
-@pytest.mark.parametrize("fault", ["refuse", "cut"])
-def test_a_storage_that_stays_away_ends_each_call_in_one_clear_error_and_nothing_is_changed(
-    s3: S3Server, proxy: FaultProxy, fault: str
-) -> None:
-    url = s3.new_url(".lance")
-    fill(LanceStore.create(url, tiny_manifest(), storage_options=s3.storage_options))
-    for name, operation in OPERATIONS.items():
-        proxy.heal()
-        store = LanceStore.open(url, storage_options=proxy.storage_options | IMPATIENT | {"client_max_retries": "0"})
-        getattr(proxy, fault)(ALWAYS)
-        with pytest.raises((StoreReadError, StoreWriteError), match=url) as caught:
-            operation(store)
-        assert "\n" not in str(caught.value), name
-        assert rows_of(LanceStore.open(url, storage_options=s3.storage_options)) == ["m", "b", "r0", "r1"]
-    proxy.heal()
-    store = LanceStore.open(url, storage_options=proxy.storage_options)
-    for operation in OPERATIONS.values():
-        operation(store)
-    assert rows_of(store) == ["m", "b", "r0", "r1", "r10"]
-
-
-@pytest.mark.s3
-@pytest.mark.parametrize("path", ["/_versions/", "/data/", "/columns/"])
-@pytest.mark.parametrize("fault", ["refuse", "cut", "refuse_after", "cut_after"])
-def test_a_write_that_meets_a_fault_is_done_once_or_ends_in_an_error_and_can_be_repeated(
-    s3: S3Server, proxy: FaultProxy, fault: str, path: str
-) -> None:
-    store = fill(LanceStore.create(s3.new_url(".lance"), tiny_manifest(), storage_options=proxy.storage_options | IMPATIENT))
-    calls = (lambda: store.append(many(10, 2)), lambda: store.append_scores("ref", tiny_provenance("ref"), [tiny_scores(many(10, 1)[0])]))
-    for call in calls:
-        getattr(proxy, fault)(1, "PUT", path)
-        with suppress(StoreReadError, StoreWriteError):
-            call()
-        proxy.heal()
-        call()
-    again = reopened(store, s3.storage_options)
-    assert rows_of(again) == ["m", "b", "r0", "r1", "r10", "r11"]
-    assert again.scored("ref").tolist() == [False] * 4 + [True, False]
-    assert [(commit.kind, commit.rows) for commit in again.history()][3:] == [("rollouts", 2), ("scores", 1)]
-    assert list(again.verify()) == []
-
-
-@pytest.mark.s3
-def test_no_error_tells_a_secret(s3: S3Server) -> None:
-    options = s3.storage_options | {"aws_secret_access_key": "xyzzy", "client_max_retries": "0", "client_retry_timeout": "1"}
-    store = fill(LanceStore.create(s3.new_url(".lance"), tiny_manifest(), storage_options=options))
-    s3.delete([key for key in s3.keys(store._files.url) if "/data/" in key])
-    with pytest.raises(LopdError) as caught:
-        store.read([0])
-    assert store._files.url in str(caught.value)
-    for text in (str(caught.value), repr(store), repr(caught.value.__cause__)):
-        assert "xyzzy" not in text
-
-
-def test_the_folder_of_a_trained_model_is_not_taken_for_a_damaged_store(tmp_path: Path) -> None:
-    Lineage().write(tmp_path)
-    with pytest.raises(StoreNotFoundError, match="lineage of a trained model"):
-        open_store(tmp_path)

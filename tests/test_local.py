@@ -1,5 +1,7 @@
 """Engines in several processes of this machine."""
 
+# ruff: noqa: F811 (fixtures are imported)
+
 import os
 import signal
 from contextlib import closing
@@ -7,80 +9,14 @@ from functools import partial
 from pathlib import Path
 from time import sleep
 
-import numpy as np
 import pytest
-from attrs import evolve, frozen
+from attrs import evolve
+from mortal import ENDLESS, PROMPTS, SAMPLING, Mortal, alone, assert_same, folders  # noqa: F401
 
-from lopd import MemoryStore, SamplingParams, collect_rollouts, score_rollouts
+from lopd import MemoryStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.local import LocalScorer, LocalSource
-from lopd.errors import EngineError, InvalidRecordError, QuarantineWarning
-from lopd.records import Prompt
-
-SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=2, seed=3)
-PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 20 + i % 3]) for i in range(11)]
-ENDLESS = Prompt("endless", [5] * 5000)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tokenizer, make_model):
-    made = {name: tmp_path_factory.mktemp(name) for name in ("policy", "teacher")}
-    for seed, folder in enumerate(made.values()):
-        make_model("llama_tied", seed=seed).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return made
-
-
-@pytest.fixture(scope="module")
-def alone(folders):
-    """What one process makes of the prompts."""
-    source, scorer = HFSource.from_folder(folders["policy"], SAMPLING), HFScorer.from_folder(folders["teacher"])
-    store = MemoryStore(source.manifest)
-    collect_rollouts(source, PROMPTS, store)
-    score_rollouts(store, scorer)
-    return store
-
-
-@frozen
-class Mortal:
-    """Gives engines whose process is killed, as by a system that is short of memory, when they meet the fatal item; `lives` times in all."""
-
-    kind: str
-    folder: Path
-    fatal: str
-    lives: int
-    deaths: Path
-    #: Only the first engine can be made.
-    once: bool = False
-
-    def __call__(self):
-        if self.once and (self.deaths / "first").exists():
-            raise EngineError("Engine: it does not start, expected it to; look after it.")
-        (self.deaths / "first").touch()
-        makes = {"source": partial(HFSource.from_folder, sampling=SAMPLING), "scorer": HFScorer.from_folder, "small": lambda _: Small()}
-        return MortalEngine(self, makes[self.kind](self.folder))
-
-
-class MortalEngine:
-    def __init__(self, plan, inner):
-        self.plan, self.inner = plan, inner
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def _meet(self, names):
-        died = len(list(self.plan.deaths.glob("death*")))
-        if self.plan.fatal in names and died < self.plan.lives:
-            (self.plan.deaths / f"death{died}").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def sample(self, prompts):
-        self._meet([prompt.prompt_id for prompt in prompts])
-        return self.inner.sample(prompts)
-
-    def score(self, rollouts):
-        self._meet([getattr(rollout, "rollout_id", rollout) for rollout in rollouts])
-        return self.inner.score(rollouts)
+from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
 
 
 class UnpicklableError(Exception):
@@ -121,35 +57,26 @@ def make_slowly():
     signal.pause()
 
 
-def assert_same(store, expected):
-    """The same rows in the same order, and scores within the rounding of a batch of other company."""
-    assert len(store) == len(expected)
-    for ours, theirs in zip(store.read(range(len(store)), ("teacher",)), expected.read(range(len(expected)), ("teacher",)), strict=True):
-        assert (ours.rollout.rollout_id, ours.rollout.content_hash) == (theirs.rollout.rollout_id, theirs.rollout.content_hash)
-        np.testing.assert_allclose(ours.scores["teacher"], theirs.scores["teacher"], atol=1e-5)
-
-
 def test_two_processes_of_which_one_is_killed_fill_the_store_that_one_process_fills(folders, alone, tmp_path):
     store = MemoryStore(alone.manifest)
     with (
-        closing(LocalSource(Mortal("source", folders["policy"], "p6", 1, tmp_path))) as source,
-        pytest.warns(QuarantineWarning, match=r"1 prompts could not be sampled.*'endless'.*5000 tokens"),
+        closing(LocalSource(Mortal(partial(HFSource.from_folder, folders["policy"], SAMPLING), "p6", 1, tmp_path))) as source,
+        pytest.warns(RefusedPromptsWarning, match=r"1 prompts could not be sampled.*'endless'.*5000 tokens"),
     ):
         collect_rollouts(source, [*PROMPTS[:5], ENDLESS, *PROMPTS[5:]], store, prompts_per_batch=4, batches_at_once=2)
     assert len(list(tmp_path.glob("death*"))) == 1
-    with closing(LocalScorer(Mortal("scorer", folders["teacher"], "p3/s1/g0", 2, tmp_path))) as scorer:
+    with closing(LocalScorer(Mortal(partial(HFScorer.from_folder, folders["teacher"]), "p3/s1/g0", 2, tmp_path))) as scorer:
         score_rollouts(store, scorer, rollouts_per_batch=6, batches_at_once=2)
     assert len(list(tmp_path.glob("death*"))) == 2
     assert_same(store, alone)
 
 
 def test_items_that_kill_every_process_end_the_call_and_a_process_that_cannot_be_replaced_too(tmp_path):
-    plan = Mortal("small", tmp_path, "fatal", 99, tmp_path)
+    plan = Mortal(Small, "fatal", 99, tmp_path)
     with closing(LocalScorer(plan, workers=1, attempts=2, environments=[{"FAREWELL": str(tmp_path / "end")}])) as scorer:
         with pytest.raises(EngineError, match=r"LocalScorer: 2 workers died over the same 3 items, expected one to get through"):
             scorer.score(["a", "fatal", "b"])
         assert len(scorer.score(["a", "b"])) == 2, "another process has taken its place"
-    (tmp_path / "first").unlink()
     with closing(LocalScorer(evolve(plan, once=True), workers=1)) as scorer:
         with pytest.raises(EngineError, match=r"LocalScorer: all 1 workers died and none could be started again") as caught:
             scorer.score(["a", "fatal", "b"])

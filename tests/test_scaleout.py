@@ -1,22 +1,23 @@
 """A real Ray cluster on this machine, of two workers."""
 
-import os
-import signal
+# ruff: noqa: F811 (fixtures are imported)
+
 import sys
 import threading
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from attrs import frozen
 from conftest import CONTEXT, TOKENIZER_ID
+from mortal import ENDLESS, PROMPTS, SAMPLING, Mortal, alone, assert_same, folders  # noqa: F401
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
-from lopd.records import Prompt
 from lopd.testing import ScorerConformance, tiny_rollout
 from lopd.verbs.asking import overlapped
 
@@ -27,10 +28,6 @@ from lopd.engines.on_ray import RayScorer, RaySource  # noqa: E402
 # Ray leaves pipes of its own to the end of the process
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
-SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=2, seed=3)
-PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 20 + i % 3]) for i in range(11)]
-ENDLESS = Prompt("endless", [5] * 5000)
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _cluster():
@@ -38,63 +35,6 @@ def _cluster():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=here)
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tokenizer, make_model):
-    """A policy and a teacher on disk, from where workers take them."""
-    made = {name: tmp_path_factory.mktemp(name) for name in ("policy", "teacher")}
-    for seed, folder in enumerate(made.values()):
-        make_model("llama_tied", seed=seed).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return made
-
-
-@pytest.fixture(scope="module")
-def alone(folders):
-    """What one process makes of the prompts."""
-    source, scorer = HFSource.from_folder(folders["policy"], SAMPLING), HFScorer.from_folder(folders["teacher"])
-    store = MemoryStore(source.manifest)
-    collect_rollouts(source, PROMPTS, store)
-    score_rollouts(store, scorer)
-    return store
-
-
-@frozen
-class Mortal:
-    """Gives engines that are killed, as a machine that is short of memory does it, when they meet the fatal item; `lives` times in all."""
-
-    kind: str
-    folder: Path
-    fatal: str
-    lives: int
-    deaths: Path
-
-    def __call__(self):
-        inner = HFSource.from_folder(self.folder, SAMPLING) if self.kind == "source" else HFScorer.from_folder(self.folder)
-        return MortalEngine(self, inner)
-
-
-class MortalEngine:
-    def __init__(self, plan, inner):
-        self.plan, self.inner = plan, inner
-
-    def __getattr__(self, name):
-        return getattr(self.inner, name)
-
-    def _meet(self, names):
-        died = len(list(self.plan.deaths.iterdir()))
-        if self.plan.fatal in names and died < self.plan.lives:
-            (self.plan.deaths / str(died)).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def sample(self, prompts):
-        self._meet([prompt.prompt_id for prompt in prompts])
-        return self.inner.sample(prompts)
-
-    def score(self, rollouts):
-        self._meet([rollout.rollout_id for rollout in rollouts])
-        return self.inner.score(rollouts)
 
 
 @pytest.fixture(scope="class")
@@ -132,22 +72,14 @@ def deaths(tmp_path):
     return tmp_path / "deaths"
 
 
-def assert_same(store, expected):
-    """The same rows in the same order, and scores within the rounding of a batch of other company."""
-    assert len(store) == len(expected)
-    for ours, theirs in zip(store.read(range(len(store)), ("teacher",)), expected.read(range(len(expected)), ("teacher",)), strict=True):
-        assert (ours.rollout.rollout_id, ours.rollout.content_hash) == (theirs.rollout.rollout_id, theirs.rollout.content_hash)
-        np.testing.assert_allclose(ours.scores["teacher"], theirs.scores["teacher"], atol=1e-5)
-
-
 def test_two_workers_that_are_killed_in_the_middle_fill_the_store_that_one_process_fills(folders, alone, deaths, tmp_path):
     kept = [kind.create(str(tmp_path / kind.__name__), alone.manifest) for kind in (ZarrStore, LanceStore)]
     stores = [*kept, MemoryStore(alone.manifest)]
-    with closing(RaySource(Mortal("source", folders["policy"], "p6", 1, deaths))) as source:
+    with closing(RaySource(Mortal(partial(HFSource.from_folder, folders["policy"], SAMPLING), "p6", 1, deaths))) as source:
         for store in stores:
             assert collect_rollouts(source, PROMPTS, store, prompts_per_batch=4, batches_at_once=2).rollouts == 22
     assert len(list(deaths.iterdir())) == 1
-    with closing(RayScorer(Mortal("scorer", folders["teacher"], "p3/s1/g0", 2, deaths))) as scorer:
+    with closing(RayScorer(Mortal(partial(HFScorer.from_folder, folders["teacher"]), "p3/s1/g0", 2, deaths))) as scorer:
         for store in stores:
             assert score_rollouts(store, scorer, rollouts_per_batch=6, batches_at_once=2).rollouts == 22
     assert len(list(deaths.iterdir())) == 2
@@ -170,7 +102,7 @@ def test_what_an_engine_refuses_in_a_worker_is_left_out_as_in_one_process(folder
 
 def test_items_that_kill_every_worker_end_the_call_and_what_was_committed_stays(folders, alone, deaths):
     store = MemoryStore(alone.manifest)
-    with closing(RaySource(Mortal("source", folders["policy"], "p6", 99, deaths), attempts=2)) as source:
+    with closing(RaySource(Mortal(partial(HFSource.from_folder, folders["policy"], SAMPLING), "p6", 99, deaths), attempts=2)) as source:
         with pytest.raises(EngineError, match=r"RaySource: 2 workers died over the same 2 items, expected one to get through"):
             collect_rollouts(source, PROMPTS, store, prompts_per_batch=4)
         assert len(store) == 8
@@ -193,9 +125,7 @@ class Moody:
             sampling = SamplingParams(max_new_tokens=9)
             if self.later == "fail":
                 raise EngineError("Engine: it does not start, expected it to; look after it.") from None
-        return MortalEngine(
-            Mortal("source", self.folder, "p6", 99, self.asked.parent / "gone"), HFSource.from_folder(self.folder, sampling)
-        )
+        return Mortal(partial(HFSource.from_folder, self.folder, sampling), "p6", 99, self.asked.parent / "gone")()
 
 
 def test_workers_that_are_not_alike_are_refused_before_anything_is_sampled(folders, deaths):
@@ -229,7 +159,9 @@ def test_what_workers_cannot_import_is_named(folders):
         patch.setattr(Mortal, "__module__", "not_here")
         patch.setitem(sys.modules, "not_here", sys.modules[__name__])
         with (
-            closing(RaySource(Mortal("source", folders["policy"], "p6", 0, folders["policy"]), workers=1)) as source,
+            closing(
+                RaySource(Mortal(partial(HFSource.from_folder, folders["policy"], SAMPLING), "p6", 0, folders["policy"]), workers=1)
+            ) as source,
             pytest.raises(
                 EngineError, match=r"a worker died while it started \(.*No module named 'not_here'.*whether `make` can be imported there"
             ),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from attrs import evolve
-from test_conformance import broken_clauses, clauses
+from suite_cases import broken_clauses, clauses
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.errors import ConflictError

@@ -1,0 +1,90 @@
+"""Engines whose process is killed, as by a system that is short of memory, and what one process makes of the same prompts."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attrs import frozen
+
+from lopd import MemoryStore, SamplingParams, collect_rollouts, score_rollouts
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.errors import EngineError
+from lopd.records import Prompt
+
+SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=2, seed=3)
+PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 20 + i % 3]) for i in range(11)]
+ENDLESS = Prompt("endless", [5] * 5000)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer, make_model):
+    """A policy and a teacher on disk, from where workers take them."""
+    made = {name: tmp_path_factory.mktemp(name) for name in ("policy", "teacher")}
+    for seed, folder in enumerate(made.values()):
+        make_model("llama_tied", seed=seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return made
+
+
+@pytest.fixture(scope="module")
+def alone(folders):
+    """What one process makes of the prompts."""
+    source, scorer = HFSource.from_folder(folders["policy"], SAMPLING), HFScorer.from_folder(folders["teacher"])
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, PROMPTS, store)
+    score_rollouts(store, scorer)
+    return store
+
+
+def assert_same(store, expected):
+    """The same rows in the same order, and scores within the rounding of a batch of other company."""
+    assert len(store) == len(expected)
+    for ours, theirs in zip(store.read(range(len(store)), ("teacher",)), expected.read(range(len(expected)), ("teacher",)), strict=True):
+        assert (ours.rollout.rollout_id, ours.rollout.content_hash) == (theirs.rollout.rollout_id, theirs.rollout.content_hash)
+        np.testing.assert_allclose(ours.scores["teacher"], theirs.scores["teacher"], atol=1e-5)
+
+
+@frozen
+class Mortal:
+    """Gives engines whose process is killed when they meet the fatal item, `lives` times in all; each death is a file in `deaths`."""
+
+    make: Callable[[], Any]
+    fatal: str
+    lives: int
+    deaths: Path
+    #: Only the first engine can be made.
+    once: bool = False
+
+    def __call__(self):
+        if self.once:
+            try:
+                (self.deaths / "first").touch(exist_ok=False)
+            except FileExistsError:
+                raise EngineError("Engine: it does not start, expected it to; look after it.") from None
+        return MortalEngine(self, self.make())
+
+
+class MortalEngine:
+    def __init__(self, plan, inner):
+        self.plan, self.inner = plan, inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def _meet(self, names):
+        died = len(list(self.plan.deaths.glob("death*")))
+        if self.plan.fatal in names and died < self.plan.lives:
+            (self.plan.deaths / f"death{died}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def sample(self, prompts):
+        self._meet([prompt.prompt_id for prompt in prompts])
+        return self.inner.sample(prompts)
+
+    def score(self, rollouts):
+        self._meet([getattr(rollout, "rollout_id", rollout) for rollout in rollouts])
+        return self.inner.score(rollouts)

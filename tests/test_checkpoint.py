@@ -1,0 +1,211 @@
+"""Checkpoints: resumed bit for bit, refused when of another run, and whole when a save is interrupted."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TOKENIZER_ID
+from small_runs import Interrupted, adamw, assert_same_state, plain_sgd, scored, small, state_of, teacher_model  # noqa: F401
+
+import lopd.verbs.checkpoint
+from lopd import batches, load_checkpoint, opd_steps, save_checkpoint
+from lopd.engines.student import CausalLMStudent
+from lopd.errors import CheckpointError, InvalidRecordError
+from lopd.losses.reference import ReferenceOPDLoss
+from lopd.records import Lineage
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*of its advantages are below:lopd.errors.AdvantageWarning")  # the models are random
+
+
+def momentum(student):
+    return torch.optim.SGD(student.parameters(), lr=1e-2, momentum=0.9)
+
+
+def advance(student, optimizer, store, start, stop):
+    steps = batches(store, rollouts_per_step=5, tokens_per_batch=40, seed=3)[start:stop]
+    return [m.loss for m in opd_steps(student, steps, ReferenceOPDLoss(), optimizer)]
+
+
+@pytest.mark.parametrize("kind", ["gpt2_dropout", "llama_tied"])
+@pytest.mark.parametrize("make_optimizer", [adamw, momentum, plain_sgd])
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(kind, make_optimizer, make_model, scored, tmp_path):
+    def fresh(seed):
+        student = CausalLMStudent(make_model(kind, seed), TOKENIZER_ID)
+        return student, make_optimizer(student)
+
+    whole, whole_optimizer = fresh(1)
+    torch.manual_seed(9)
+    losses = advance(whole, whole_optimizer, scored, 0, 6)
+
+    first, first_optimizer = fresh(1)
+    torch.manual_seed(9)
+    head = advance(first, first_optimizer, scored, 0, 3)
+    save_checkpoint(tmp_path, first, first_optimizer, next_step=3, lineage=Lineage())
+
+    second, second_optimizer = fresh(2)  # other weights and another random state: all must come from the checkpoint
+    torch.manual_seed(1234)
+    start = load_checkpoint(tmp_path, second, second_optimizer)
+    assert start == 3
+    tail = advance(second, second_optimizer, scored, start, 6)
+    assert head + tail == losses
+    assert_same_state(state_of(second, second_optimizer), state_of(whole, whole_optimizer))
+    if kind == "gpt2_dropout":
+        other, other_optimizer = fresh(1)
+        torch.manual_seed(10)
+        assert advance(other, other_optimizer, scored, 0, 6) != losses, "without dropout the random state would not be tested"
+
+
+def test_a_checkpoint_is_found_by_its_own_folder_too(small, tmp_path):
+    path = save_checkpoint(tmp_path / "run", *small, next_step=7, lineage=Lineage())
+    assert load_checkpoint(path, *small) == load_checkpoint(tmp_path / "run", *small) == 7
+
+
+def test_an_optimizer_of_another_model_and_a_loss_that_is_a_class_are_refused_before_the_first_step(small, scored, llama):
+    student, optimizer = small
+    strange = adamw(CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID))
+    with pytest.raises(InvalidRecordError, match=r"Optimizer AdamW: it has none of the student's \d+ trained parameters"):
+        next(opd_steps(student, batches(scored), ReferenceOPDLoss(), strange))
+    with pytest.raises(InvalidRecordError, match=r"it is the class ReferenceOPDLoss, expected an object; call it: ReferenceOPDLoss\(\)"):
+        next(opd_steps(student, batches(scored), ReferenceOPDLoss, optimizer))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(student.model.parameters(), llama.parameters(), strict=True))
+
+
+def test_saving_leaves_one_checkpoint_and_its_lineage(small, scored, tmp_path):
+    lineage = batches(scored).lineage
+    assert lineage.opd_teacher == scored.columns["teacher"].model
+    for step in (3, 12):
+        path = save_checkpoint(tmp_path / "run", *small, next_step=step, lineage=lineage)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [path.name] == ["step-00000012.0"]
+    assert Lineage.read(path) == lineage
+    assert load_checkpoint(tmp_path / "run", *small) == 12
+
+
+def test_without_a_checkpoint_a_run_starts_at_step_zero(small, tmp_path):
+    before = state_of(*small)
+    assert load_checkpoint(tmp_path / "none", *small) == 0
+    assert_same_state(state_of(*small), before)
+
+
+def test_weights_can_be_loaded_without_the_optimizer(small, make_model, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=4, lineage=Lineage())
+    other = CausalLMStudent(make_model("llama_tied", 5), TOKENIZER_ID)
+    random_state = torch.get_rng_state()
+    assert load_checkpoint(tmp_path, other) == 4
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for (name, a), (_, b) in zip(other.named_parameters(), small[0].named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("what", ["names", "shapes", "dtype", "frozen", "optimizer", "groups"])
+def test_a_checkpoint_of_another_run_is_refused_and_changes_nothing(what, small, make_model, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=4, lineage=Lineage())
+    model = make_model("mistral_window" if what == "names" else "llama_tied", 5)
+    if what == "shapes":
+        model.model.norm.weight = torch.nn.Parameter(torch.ones(33))
+    if what == "dtype":
+        model.to(torch.bfloat16)
+    student = CausalLMStudent(make_model("llama_tied", 5), TOKENIZER_ID)
+    student.model = model
+    if what == "frozen":
+        model.model.norm.weight.requires_grad_(False)
+    trained = [p for p in student.parameters() if p.requires_grad]
+    optimizer = momentum(student) if what == "optimizer" else torch.optim.AdamW(trained, lr=1e-3)
+    if what == "groups":
+        optimizer = torch.optim.AdamW([{"params": trained[:3]}, {"params": trained[3:]}], lr=1e-3)
+    before = state_of(student, optimizer)
+    match = {"names": "lm_head", "shapes": r"norm.weight.*\(32,\).*\(33,\)", "dtype": "bfloat16", "frozen": "norm.weight"}
+    with pytest.raises(CheckpointError, match=match.get(what, "optimizer")):
+        load_checkpoint(tmp_path, student, optimizer)
+    assert_same_state(state_of(student, optimizer), before)
+
+
+def test_an_optimizer_with_the_same_parameters_in_another_order_is_refused(small, tmp_path):
+    student, optimizer = small
+    save_checkpoint(tmp_path, student, optimizer, next_step=4, lineage=Lineage())
+    # two matrices of one shape change places: nothing but their names tells them apart
+    named = dict(student.named_parameters())
+    names = list(named)
+    first, second = (names.index(f"model.model.layers.{i}.self_attn.q_proj.weight") for i in (0, 1))
+    names[first], names[second] = names[second], names[first]
+    other = torch.optim.AdamW([named[name] for name in names], lr=3e-3)
+    before = state_of(student, other)
+    with pytest.raises(CheckpointError, match=rf"parameter {first} of optimizer group 0 is 'model.*layers.0.*expected 'model.*layers.1"):
+        load_checkpoint(tmp_path, student, other)
+    assert_same_state(state_of(student, other), before)
+
+
+def test_an_optimizer_over_parameters_of_another_model_is_refused_when_saving(small, make_model, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
+    strangers = CausalLMStudent(make_model("llama_tied", 5), TOKENIZER_ID)
+    with pytest.raises(CheckpointError, match="parameter 0 of optimizer group 0 is none of the student's"):
+        save_checkpoint(tmp_path, small[0], adamw(strangers), next_step=5, lineage=Lineage())
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000003.0"]
+
+
+@pytest.mark.parametrize("name", ["parameters.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-9], lambda data: b"{}" + b"\xff" * 20, None])
+def test_a_damaged_or_missing_file_of_a_checkpoint_is_named_and_nothing_is_changed(name, damage, small, scored, tmp_path):
+    path = save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage()) / name
+    advance(*small, scored, 3, 4)
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    before, random_state = state_of(*small), torch.get_rng_state()
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        load_checkpoint(tmp_path, *small)
+    assert_same_state(state_of(*small), before)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("lacking", ["next_step", "trained", "optimizer"])
+def test_a_state_file_that_lacks_something_says_what(lacking, small, tmp_path):
+    path = save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage()) / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in state.items() if key != lacking}))
+    with pytest.raises(CheckpointError, match=rf"state\.json.*lacks '{lacking}'"):
+        load_checkpoint(tmp_path, *small)
+
+
+@pytest.mark.parametrize("write", [1, 2])
+def test_an_interrupted_save_leaves_the_checkpoint_before_it(write, small, scored, monkeypatch, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
+    saved = state_of(*small)
+    advance(*small, scored, 3, 5)
+    whole, writes = lopd.verbs.checkpoint.save_file, []
+
+    def save_file(tensors, path):
+        writes.append(path)
+        if len(writes) == write:
+            Path(path).write_bytes(b"half of a")
+            raise Interrupted
+        whole(tensors, path)
+
+    monkeypatch.setattr(lopd.verbs.checkpoint, "save_file", save_file)
+    with pytest.raises(Interrupted):
+        save_checkpoint(tmp_path, *small, next_step=5, lineage=Lineage())
+    student = CausalLMStudent(copy.deepcopy(small[0].model), TOKENIZER_ID)
+    optimizer = adamw(student)
+    assert load_checkpoint(tmp_path, student, optimizer) == 3
+    assert_same_state(state_of(student, optimizer), saved)
+    monkeypatch.undo()
+    save_checkpoint(tmp_path, *small, next_step=5, lineage=Lineage())
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000005.0"]
+
+
+def test_an_interrupted_save_of_the_same_step_again_leaves_a_checkpoint(small, monkeypatch, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
+
+    def rename(*_):
+        raise Interrupted
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(Interrupted):
+        save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path, *small) == 3

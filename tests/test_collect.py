@@ -1,0 +1,227 @@
+"""`collect_rollouts`: runs that are resumed, stores of other runs, and what a source may not do."""
+
+# ruff: noqa: F811, PLR0917 (fixtures are imported, and are arguments)
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+from small_runs import PARAMS, Bar, Interrupted, Stopping, behavior, make_store, reopened, scored, source, teacher_model  # noqa: F401
+
+from lopd import collect_rollouts, score_rollouts
+from lopd.backends.memory_store import MemoryStore
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.errors import (
+    ConflictError,
+    EngineError,
+    InvalidRecordError,
+    ManifestMismatchError,
+    RefusedPromptsWarning,
+    ScorerError,
+    SourceError,
+)
+from lopd.records import ModelId, Prompt, Scores, fingerprint_tokenizer
+from lopd.verbs import Preflight
+
+
+@pytest.mark.parametrize("batches_done", [0, 1, 2, 3])
+def test_collecting_again_after_any_prefix_gives_the_store_of_an_unbroken_run(
+    batches_done, source, prompts, make_store, contents, tmp_path
+):
+    whole, broken = make_store(source.manifest), make_store(source.manifest)
+    collect_rollouts(source, prompts, whole, prompts_per_batch=2)
+    with pytest.raises(Interrupted):
+        collect_rollouts(Stopping(source, batches_done), prompts, broken, prompts_per_batch=2)
+    assert len(broken) == 2 * 2 * batches_done
+    again = Stopping(source, 99)
+    broken = reopened(broken, tmp_path)
+    collect_rollouts(again, prompts, broken, prompts_per_batch=2)
+    assert sum(again.asked) == len(prompts) - 2 * batches_done, "only what is missing is sampled"
+    assert contents(broken) == contents(whole)
+    assert len(whole) == 2 * len(prompts)
+    np.testing.assert_array_equal(behavior(broken), behavior(whole))
+    finished = Stopping(source, 0)
+    collect_rollouts(finished, prompts, broken, prompts_per_batch=2)
+    assert finished.asked == [], "a finished collection samples nothing"
+
+
+def test_collecting_more_prompts_or_in_other_batches_keeps_what_is_there(source, prompts, make_store, contents):
+    one, other = make_store(source.manifest), make_store(source.manifest)
+    collect_rollouts(source, prompts, one)
+    collect_rollouts(source, prompts[2:3], other)
+    collect_rollouts(source, prompts, other, prompts_per_batch=3)
+    assert dict(contents(one)) == dict(contents(other))
+
+
+def test_a_prompt_of_which_one_sample_is_missing_is_completed(source, prompts, make_store, contents):
+    whole, partly = make_store(source.manifest), make_store(source.manifest)
+    collect_rollouts(source, prompts, whole)
+    partly.append([whole.read([0])[0].rollout])
+    bar = Bar()
+    collect_rollouts(source, prompts, partly, progress=bar)
+    assert dict(contents(partly)) == dict(contents(whole))
+    assert bar.told[0] == ("begin", "sampling", 14, 0, None)
+    assert sum(bar.advanced) == 14
+
+
+def test_progress_of_collecting_is_told_totals_and_an_end_even_when_interrupted(source, prompts, make_store):
+    store, bar = make_store(source.manifest), Bar()
+    with pytest.raises(Interrupted):
+        collect_rollouts(Stopping(source, 2), prompts, store, prompts_per_batch=2, progress=bar)
+    sampled = [r.rollout.response_ids.size for r in store.read(range(8))]
+    assert bar.told == [
+        ("begin", "sampling", 14, 0, None),
+        ("advance", 4, sum(sampled[:4]), 0),
+        ("advance", 4, sum(sampled[4:]), 0),
+        ("end",),
+    ]
+    bar = Bar()
+    collect_rollouts(source, prompts, store, prompts_per_batch=2, progress=bar)
+    assert bar.told[0] == ("begin", "sampling", 14, 8, None)
+    assert bar.advanced == [4, 2]
+    assert bar.told[-1] == ("end",)
+
+
+@pytest.mark.parametrize("what", ["policy", "sampling", "sft_teacher", "tokenizer"])
+def test_a_store_of_another_run_is_refused_before_anything_is_sampled(what, source, prompts, swapped_tokenizer, make_store):
+    other = {
+        "policy": ModelId("other", "0", "float32"),
+        "sampling": evolve(PARAMS, temperature=0.9),
+        "sft_teacher": ModelId("other", "0", "float32"),
+        "tokenizer": fingerprint_tokenizer(swapped_tokenizer),
+    }[what]
+    store, asked = make_store(evolve(source.manifest, **{what: other})), Stopping(source, 99)
+    with pytest.raises(ManifestMismatchError, match=what):
+        collect_rollouts(asked, prompts, store)
+    assert asked.asked == []
+    assert len(store) == 0
+
+
+def test_another_round_goes_into_the_same_store_with_its_policy(source, prompts, make_store):
+    store = make_store(source.manifest)
+    later = evolve(source, generation=1, identity=ModelId("student", "step-10", "float32"))
+    for part in (source, later, later):
+        collect_rollouts(part, prompts[:2], store)
+    assert dict(store.generations) == {0: source.manifest.policy, 1: later.manifest.policy}
+    assert [r.rollout.generation for r in store.read(range(len(store)))] == [0] * 4 + [1] * 4
+    with pytest.raises(ManifestMismatchError, match="policy"):
+        collect_rollouts(evolve(later, identity=ModelId("student", "step-11", "float32")), prompts, store)
+
+
+def test_no_prompts_or_two_with_one_id_are_refused_before_anything_is_sampled(source, prompts, make_store):
+    store, asked = make_store(source.manifest), Stopping(source, 99)
+    with pytest.raises(InvalidRecordError, match="there are 0"):
+        collect_rollouts(asked, [], store)
+    with pytest.raises(InvalidRecordError, match=r"'p3'.*twice"):
+        collect_rollouts(asked, [*prompts, Prompt("p3", [9])], store)
+    assert asked.asked == []
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_batches_that_hold_nothing_are_refused(size, source, prompts, teacher_model, tokenizer):
+    store = MemoryStore(source.manifest)
+    with pytest.raises(InvalidRecordError, match=f"prompts_per_batch is {size}, expected at least 1"):
+        collect_rollouts(source, prompts, store, prompts_per_batch=size)
+    with pytest.raises(InvalidRecordError, match=f"rollouts_per_batch is {size}, expected at least 1"):
+        score_rollouts(store, HFScorer(teacher_model, tokenizer), rollouts_per_batch=size)
+
+
+class Forgetful:
+    """A source or scorer that loses the last item of each batch."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @property
+    def manifest(self):
+        return self.inner.manifest
+
+    @property
+    def provenance(self):
+        return self.inner.provenance
+
+    def sample(self, prompts):
+        return self.inner.sample(prompts)[:-1]
+
+    def score(self, rollouts):
+        return self.inner.score(rollouts)[:-1]
+
+
+def test_a_source_that_loses_a_rollout_is_found_out(source, prompts):
+    with pytest.raises(SourceError, match="every sample of every prompt"):
+        collect_rollouts(Forgetful(source), prompts, MemoryStore(source.manifest))
+
+
+def test_a_scorer_that_loses_a_rollout_is_found_out(source, prompts, teacher_model, tokenizer):
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    for preflight in (Preflight(), None):
+        with pytest.raises(ScorerError, match="scores for"):
+            score_rollouts(store, Forgetful(HFScorer(teacher_model, tokenizer)), preflight=preflight)
+    assert not store.scored("teacher").any()
+
+
+def test_a_prompt_that_was_edited_is_refused_and_what_was_there_is_counted(source, prompts, make_store):
+    store = make_store(source.manifest)
+    collect_rollouts(source, prompts[:3], store)
+    edited = Prompt(prompts[1].prompt_id, [*prompts[1].token_ids.tolist(), 7])
+    with pytest.raises(ConflictError, match=rf"'{prompts[1].prompt_id}/s\d/g0' has a prompt of .* other tokens.*another id"):
+        collect_rollouts(source, [prompts[0], edited, prompts[5]], store)
+    assert len(store) == 6
+    report = collect_rollouts(source, prompts, store)
+    assert (report.skipped, report.rollouts) == (6, 2 * len(prompts) - 6)
+
+
+@pytest.mark.parametrize("wrong", ["3+4=?", ["3+4=?"], [1, 2]])
+def test_what_is_no_prompt_is_refused_with_what_makes_one(wrong, source, make_store):
+    with pytest.raises(InvalidRecordError, match=r"expected a Prompt; make them with `lopd\.make_prompts`"):
+        collect_rollouts(source, wrong, make_store(source.manifest))
+
+
+def test_a_source_or_scorer_whose_weights_were_changed_after_it_was_identified_is_refused(llama, tokenizer, prompts, scored):
+    model = copy.deepcopy(llama)
+    source, scorer = HFSource(model, tokenizer, PARAMS), HFScorer(model, tokenizer)
+    named = HFSource(model, tokenizer, PARAMS, identity=ModelId("student", "step-1", "float32"))
+    source.sample(prompts[:1])
+    rollouts = [record.rollout for record in scored.read([0])]
+    scorer.score(rollouts)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    with pytest.raises(EngineError, match="HFSource: the weights of its model were changed after it was identified"):
+        source.sample(prompts[:1])
+    with pytest.raises(EngineError, match="HFScorer: the weights of its model were changed"):
+        scorer.score(rollouts)
+    store = MemoryStore(source.manifest)
+    with pytest.raises(EngineError, match=r"^HFSource: the weights"):
+        collect_rollouts(source, prompts, store)
+    store.append([record.rollout for record in scored.read(range(6))])
+    store.append_scores(
+        "teacher", scorer.provenance, [Scores.of(r.rollout, r.scores["behavior"]) for r in scored.read(range(5), ["behavior"])]
+    )
+    with pytest.raises(EngineError, match=r"^HFScorer: the weights"):
+        score_rollouts(store, scorer, preflight=None)
+    assert dict(store.quarantined("teacher")) == {}, "no rollout is to blame"
+    named.sample(prompts[:1])
+    fresh = evolve(source)
+    assert not fresh.manifest.policy.same_weights(source.manifest.policy)
+    fresh.sample(prompts[:1])
+
+
+def test_a_prompt_that_is_too_long_is_left_out_and_the_rest_is_sampled_as_ever(source, prompts, make_store, contents):
+    whole, store = make_store(source.manifest), make_store(source.manifest)
+    collect_rollouts(source, prompts, whole)
+    with pytest.warns(RefusedPromptsWarning, match=r"1 prompts could not be sampled.*'endless'.*context"):
+        report = collect_rollouts(source, [*prompts[:3], Prompt("endless", [5] * 5000), *prompts[3:]], store)
+    assert dict(contents(store)) == dict(contents(whole))
+    assert (report.rollouts, list(report.refused)) == (14, ["endless"])
+    with pytest.warns(RefusedPromptsWarning, match="1 prompts could not be sampled"):
+        assert collect_rollouts(source, [Prompt("endless", [5] * 5000), *prompts], store, prompts_per_batch=1).rollouts == 0
+    endless = [Prompt(f"endless{i}", [5] * 5000) for i in range(3)]
+    with pytest.raises(EngineError, match="all 3 prompts were refused"):
+        collect_rollouts(source, endless, store)
+    with pytest.raises(EngineError, match="refused 2 rows, expected at most 1 "):
+        collect_rollouts(source, [*prompts, *endless], store, max_refused=1)
+    with pytest.raises(EngineError, match="refused 2 rows, expected at most 1 "):
+        collect_rollouts(source, [endless[0], *prompts, endless[1]], store, prompts_per_batch=4, max_refused=1)

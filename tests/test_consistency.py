@@ -1,0 +1,86 @@
+"""Teacher consistency: which columns a student may be trained on."""
+
+import pytest
+import torch
+from attrs import evolve
+from helpers import OTHER_TEACHER, POLICY, SFT_TEACHER, make_manifest, make_provenance, make_store, random_records
+from named_batches import numbered_records, rows_of
+
+from lopd import batches
+from lopd.errors import InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning
+from lopd.guards import ConsistencyPolicy
+from lopd.records import Lineage, ModelId
+from lopd.verbs import StepStream
+
+
+def stream_with(sft_teacher: ModelId | None, scorer: ModelId, consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR) -> StepStream:
+    manifest = make_manifest(sft_teacher)
+    store = make_store(numbered_records(2), columns=("teacher",), manifest=manifest, provenance=lambda _: make_provenance(scorer))
+    return batches(store, consistency=consistency)
+
+
+def test_the_teacher_that_wrote_the_sft_data_may_score() -> None:
+    assert stream_with(SFT_TEACHER, SFT_TEACHER).lineage == Lineage(sft_teacher=SFT_TEACHER, opd_teacher=SFT_TEACHER)
+
+
+def test_the_same_weights_pass_under_any_name_and_dtype() -> None:
+    renamed = ModelId("a mirror of it", SFT_TEACHER.revision, "float8")
+    assert stream_with(SFT_TEACHER, renamed).lineage.opd_teacher == renamed
+
+
+def test_another_teacher_is_refused() -> None:
+    with pytest.raises(
+        TeacherConsistencyError, match=r"its SFT teacher is big-teacher@teacher-weig, expected .* other-teacher@other-weight"
+    ):
+        stream_with(SFT_TEACHER, OTHER_TEACHER)
+
+
+def test_the_same_teacher_in_another_dtype_is_told_so() -> None:
+    rounded = ModelId(SFT_TEACHER.name, "weights:rounded", "bfloat16")
+    with pytest.raises(
+        TeacherConsistencyError, match="if it is that model in bfloat16, score with it in float32, for rounded weights are another"
+    ):
+        stream_with(evolve(SFT_TEACHER, dtype="float32"), rounded)
+
+
+def test_other_weights_under_the_same_name_are_refused() -> None:
+    with pytest.raises(TeacherConsistencyError, match="SFT teacher is big-teacher"):
+        stream_with(SFT_TEACHER, ModelId(SFT_TEACHER.name, "newer-weights", SFT_TEACHER.dtype))
+
+
+def test_an_unknown_sft_teacher_is_refused() -> None:
+    with pytest.raises(TeacherConsistencyError, match="its SFT teacher is not recorded"):
+        stream_with(None, SFT_TEACHER)
+
+
+@pytest.mark.parametrize("sft_teacher", [None, OTHER_TEACHER])
+def test_under_the_warn_policy_training_goes_on_with_a_warning_and_an_honest_lineage(sft_teacher: ModelId | None) -> None:
+    with pytest.warns(TeacherConsistencyWarning, match="its SFT teacher is") as caught:
+        stream = stream_with(sft_teacher, SFT_TEACHER, ConsistencyPolicy.WARN)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert stream.lineage == Lineage(sft_teacher=sft_teacher, opd_teacher=SFT_TEACHER)
+    assert len(rows_of(stream.step(0))) == 2
+
+
+def test_a_consistent_teacher_draws_no_warning_under_the_warn_policy() -> None:
+    stream_with(SFT_TEACHER, SFT_TEACHER, ConsistencyPolicy.WARN)
+
+
+@pytest.mark.parametrize("sft_teacher", [None, OTHER_TEACHER])
+def test_sft_needs_no_scores_and_makes_the_writer_of_the_rollouts_the_sft_teacher(sft_teacher: ModelId | None) -> None:
+    stream = batches(make_store(numbered_records(2), columns=(), manifest=make_manifest(sft_teacher)), teacher=None)
+    assert stream.lineage == Lineage(sft_teacher=POLICY, opd_teacher=None)
+    assert stream.step(0).batches[0].teacher_logprobs is None
+
+
+def test_a_ref_column_is_read_beside_the_teacher_and_is_no_matter_of_consistency() -> None:
+    batch = batches(make_store(random_records(0, 3)), ref="ref", rollouts_per_step=3).step(0).batches[0]
+    assert batch.teacher_logprobs is not None
+    assert batch.ref_logprobs is not None
+    assert not torch.equal(batch.teacher_logprobs, batch.ref_logprobs)
+
+
+def test_a_ref_column_of_another_model_than_the_policy_is_refused() -> None:
+    store = make_store(random_records(0, 3), provenance=lambda _: make_provenance(SFT_TEACHER))
+    with pytest.raises(InvalidRecordError, match=r"'ref' was scored by big-teacher.*expected the policy"):
+        batches(store, ref="ref", rollouts_per_step=3)

@@ -1,0 +1,128 @@
+"""Our sources and scorers against the suites that other people's are judged by."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from conftest import CONTEXT, TOKENIZER_ID, build_model, build_tokenizer
+from served_table import MODEL
+from served_table import TOKENIZER as TABLE
+from suite_cases import TABLE_CONTEXT, filler, some_prompts, some_rollouts
+from vllm_stub import EOS, VOCAB, Stub
+
+from lopd.engines import pool
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.server import Servers, ServerScorer, ServerSource
+from lopd.protocols import RolloutSource, TeacherScorer
+from lopd.records import Prompt, Rollout, SamplingParams, TokenizerId
+from lopd.testing import ScorerConformance, SourceConformance
+
+TOKENIZER = build_tokenizer()
+
+
+class CountedModel:
+    """Counts forward passes of all models of a test."""
+
+    kind = "llama_tied"
+    forwards = 0
+
+    def model(self) -> Any:
+        model = build_model(self.kind, seed=2)
+        model.get_input_embeddings().register_forward_pre_hook(self._count)
+        return model
+
+    def _count(self, *_: Any) -> None:
+        self.forwards += 1
+
+    def work(self) -> int | None:
+        return self.forwards
+
+
+class TestHFSource(CountedModel, SourceConformance):
+    def make(self, sampling: SamplingParams, generation: int) -> RolloutSource:
+        return HFSource(self.model(), TOKENIZER, sampling, generation=generation, rows_per_batch=3)
+
+    def prompts(self) -> Sequence[Prompt]:
+        return some_prompts(TOKENIZER_ID.vocab_size)
+
+    def too_long(self) -> Prompt | None:
+        return Prompt("filler", [2] * CONTEXT)
+
+    def scorer(self) -> TeacherScorer | None:
+        return HFScorer(build_model(self.kind, seed=2), TOKENIZER)
+
+
+class TestHFSourceWithAPaddedHead(TestHFSource):
+    kind = "qwen3_padded"
+
+
+class TestHFScorer(CountedModel, ScorerConformance):
+    top_k = 0
+
+    def make(self) -> TeacherScorer:
+        return HFScorer(self.model(), TOKENIZER, tokens_per_batch=16, rows_per_chunk=5, top_k=self.top_k)
+
+    def tokenizer(self) -> TokenizerId:
+        return TOKENIZER_ID
+
+    def rollouts(self) -> Sequence[Rollout]:
+        return some_rollouts(TOKENIZER_ID.vocab_size)
+
+    def too_long(self) -> Rollout | None:
+        return filler(CONTEXT + 1)
+
+
+class TestHFScorerWithTopKOfAPaddedHead(TestHFScorer):
+    kind, top_k = "qwen3_padded", 7
+
+
+class Served:
+    """Two servers for each test."""
+
+    @pytest.fixture(autouse=True)
+    def _servers(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(pool, "backoff", lambda _: 0.01)
+        monkeypatch.delenv("VLLM_API_KEY", raising=False)
+        stubs = [Stub(), Stub()]
+        self.servers = Servers([stub.url for stub in stubs], model="table", patience_s=20, timeout_s=20)
+        self.stubs = stubs
+        yield
+        for stub in stubs:
+            stub.close()
+
+    def work(self) -> int | None:
+        return sum(len(stub.requests) for stub in self.stubs)
+
+
+class TestServerSource(Served, SourceConformance):
+    def make(self, sampling: SamplingParams, generation: int) -> RolloutSource:
+        return ServerSource(self.servers, TABLE, MODEL, sampling, (EOS,), generation=generation)
+
+    def prompts(self) -> Sequence[Prompt]:
+        return some_prompts(VOCAB)
+
+    def too_long(self) -> Prompt | None:
+        return Prompt("filler", [2] * TABLE_CONTEXT)
+
+    def scorer(self) -> TeacherScorer | None:
+        return ServerScorer(self.servers, TABLE, MODEL)
+
+
+class TestServerScorer(Served, ScorerConformance):
+    top_k = 0
+
+    def make(self) -> TeacherScorer:
+        return ServerScorer(self.servers, TABLE, MODEL, self.top_k, tokens_per_request=24)
+
+    def tokenizer(self) -> TokenizerId:
+        return TABLE
+
+    def rollouts(self) -> Sequence[Rollout]:
+        return some_rollouts(VOCAB)
+
+    def too_long(self) -> Rollout | None:
+        return filler(TABLE_CONTEXT + 1)
+
+
+class TestServerScorerWithTopK(TestServerScorer):
+    top_k = 4

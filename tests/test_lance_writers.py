@@ -1,0 +1,165 @@
+"""Several writers of a `LanceStore`, and readers in other processes."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lance_stores import filled, reopened, started  # noqa: F401
+from s3_server import S3Server
+from zarr_stores import Rows, _quick_disk, fill, many, place, rows_of  # noqa: F401
+
+from lopd.backends.lance.store import LanceStore
+from lopd.backends.lance.table import LanceTable
+from lopd.errors import ConflictError, ForkedStoreError
+from lopd.records import ModelId
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+
+# Races
+
+
+@pytest.fixture
+def before_insert(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
+    """`before_insert(act)`: something that happens once, between a writer's last look and its commit."""
+
+    def arrange(act: Callable[[], None]) -> None:
+        real = LanceTable.insert
+
+        def insert(self: LanceTable, data: Any) -> bool:
+            monkeypatch.setattr(LanceTable, "insert", real)
+            act()
+            return real(self, data)
+
+        monkeypatch.setattr(LanceTable, "insert", insert)
+
+    return arrange
+
+
+def test_a_writer_that_lost_the_race_drops_rows_that_are_there_by_now(filled: LanceStore, before_insert: Any) -> None:
+    other = reopened(filled)
+    before_insert(lambda: other.append(many(50, 1)))
+    filled.append(many(50, 2))
+    assert rows_of(filled) == rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r50", "r51"]
+    assert list(filled.verify()) == []
+
+
+def test_of_two_contents_for_an_id_one_wins_and_the_other_call_commits_nothing(filled: LanceStore, before_insert: Any) -> None:
+    other = reopened(filled)
+    before_insert(lambda: other.append([tiny_rollout("x", [1])]))
+    with pytest.raises(ConflictError, match="'x'"):
+        filled.append([tiny_rollout("y"), tiny_rollout("x", [2])])
+    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "x"]
+
+
+def test_of_two_models_for_a_new_column_one_wins_and_the_other_leaves_no_trace(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout, other, real = filled.read([0])[0].rollout, reopened(filled), filled._database.create
+
+    def create(name: str, data: Any) -> Any:
+        other.append_scores("ref", tiny_provenance("A"), [tiny_scores(rollout, -1.0)])
+        return real(name, data)
+
+    monkeypatch.setattr(type(filled._database), "create", lambda self, *args: (create if self is filled._database else real)(*args))
+    with pytest.raises(ConflictError, match="column 'ref' was scored by A@rev-A, expected B@rev-B"):
+        filled.append_scores("ref", tiny_provenance("B"), [tiny_scores(rollout, -2.0)])
+    store = reopened(filled)
+    assert store.columns["ref"] == tiny_provenance("A")
+    assert store.read([0], ("ref",))[0].scores["ref"].tolist() == [-1.0] * 3
+    assert len(list(place(filled).glob("scores.ref-*"))) == 1
+
+
+def test_scores_that_another_writer_adds_to_a_new_column_at_the_same_time_are_both_there(filled: LanceStore, before_insert: Any) -> None:
+    items, other = [row.rollout for row in filled.read(range(4))], reopened(filled)
+    filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(items[2])])
+    before_insert(lambda: other.append_scores("ref", tiny_provenance("ref"), [tiny_scores(items[1], -3.0), tiny_scores(items[3])]))
+    filled.append_scores("ref", tiny_provenance("ref"), [tiny_scores(items[0]), tiny_scores(items[1], -4.0)])
+    assert [row.scores["ref"][0] for row in reopened(filled).read(range(4), ("ref",))] == [-1.0, -3.0, -1.0, -1.0]
+
+
+def test_of_two_policies_for_a_round_one_wins(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies, other = [ModelId("policy", name, "float32") for name in ("A", "B")], reopened(filled)
+    real = filled._catalog.put
+
+    def put(path: str, document: Any) -> bool:
+        monkeypatch.undo()
+        other.begin_generation(1, policies[0])
+        return real(path, document)
+
+    monkeypatch.setattr(type(filled._catalog), "put", lambda self, *args: put(*args))
+    with pytest.raises(ConflictError, match="generation 1 was sampled by policy@A"):
+        filled.begin_generation(1, policies[1])
+    assert reopened(filled).generations[1] == policies[0]
+
+
+def begin_together(path: str, writer: int, pipe: Connection) -> None:
+    """All writers make the store, its first rows and a column at the same moment."""
+    import lopd.backends.lance.table as module
+
+    module._lancedb("Warm-up")
+    pipe.send("ready")
+    pipe.recv()
+    store = LanceStore.open_or_create(path, tiny_manifest())
+    for i in range(4):
+        mine = [*many(10 * writer + i, 1), *many(100 + i, 1)]
+        store.append(mine)
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(rollout) for rollout in mine])
+    pipe.send(len(store))
+
+
+def test_four_processes_that_begin_a_store_together_lose_nothing_and_write_nothing_twice(tmp_path: Path) -> None:
+    path = str(tmp_path / "run.lance")
+    processes = [started(begin_together, path, writer) for writer in range(4)]
+    for signal in ("ready", "go"):
+        for _, pipe in processes:
+            assert signal == "go" or (pipe.poll(60) and pipe.recv() == signal)
+            if signal == "go":
+                pipe.send(signal)
+    for process, _ in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    store = LanceStore.open(path)
+    numbers = {*range(100, 104), *(10 * writer + i for writer in range(4) for i in range(4))}
+    assert sorted(rows_of(store)) == sorted(f"r{i}" for i in numbers)
+    assert store.scored("teacher").all()
+    assert list(store.verify()) == []
+    assert sum(commit.rows for commit in store.history()) == 2 * len(numbers)
+
+
+# Other processes
+
+
+@pytest.mark.parametrize("where", ["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def test_spawned_data_loader_workers_read_a_store(filled: LanceStore, where: str, request: pytest.FixtureRequest) -> None:
+    if where == "s3":
+        s3: S3Server = request.getfixturevalue("s3")
+        filled = fill(LanceStore.create(s3.new_url(".lance"), tiny_manifest(), storage_options=s3.storage_options))
+    loader = torch.utils.data.DataLoader(Rows(filled), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    found = list(loader)
+    assert [ids for _, ids in found] == [row.rollout.response_ids.tolist() for row in filled.read(range(4))]
+    assert os.getpid() not in {pid for pid, _ in found}
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_process_is_told_to_be_spawned(filled: LanceStore) -> None:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+
+    def work() -> None:
+        for attempt in (lambda: filled.read([0]), lambda: filled.append(many(10, 1)), filled.refresh, lambda: reopened(filled)):
+            try:
+                attempt()
+            except ForkedStoreError as error:
+                theirs.send(str(error))
+
+    process = context.Process(target=work, daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    for _ in range(4):
+        assert "start workers with the 'spawn' or 'forkserver' method" in ours.recv()
+    assert rows_of(filled) == ["m", "b", "r0", "r1"]

@@ -1,0 +1,268 @@
+"""Stores in parquet: what goes out comes back equal, and a file of another kind is refused."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from attrs import evolve
+from exchanged import assert_equal_stores, fill, memory  # noqa: F401
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lopd.backends.memory_store import MemoryStore
+from lopd.backends.zarr.store import ZarrStore
+from lopd.errors import (
+    ConflictError,
+    CorruptStoreError,
+    InvalidRecordError,
+    LopdError,
+    ManifestMismatchError,
+    MissingDependencyError,
+    StoreExistsError,
+    StoreNotFoundError,
+    StorePathError,
+    StoreReadError,
+    StoreWriteError,
+)
+from lopd.protocols import LogprobReader
+from lopd.records import Rollout
+from lopd.testing import rollouts, scores_for, tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
+from lopd.tools.interop import export_parquet, import_parquet, parquet_manifest, to_hf_dataset
+
+
+def round_trip(store: LogprobReader, path: Path, **sizes: int) -> MemoryStore:
+    export_parquet(store, path, rows_per_group=sizes.get("group", 1024))
+    again = MemoryStore(parquet_manifest(path))
+    import_parquet(path, again, rows_per_commit=sizes.get("commit", 1024))
+    return again
+
+
+@pytest.mark.parametrize(("group", "commit"), [(1024, 1024), (7, 4), (1, 100)])
+def test_a_store_comes_back_equal_from_parquet(memory: MemoryStore, tmp_path: Path, group: int, commit: int) -> None:
+    assert_equal_stores(round_trip(memory, tmp_path / "run.parquet", group=group, commit=commit), memory)
+
+
+def test_any_rollouts_and_scores_come_back_equal_from_parquet(tmp_path: Path) -> None:
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(items=st.lists(rollouts(), max_size=5, unique_by=lambda rollout: rollout.rollout_id), data=st.data())
+    def check(items: list[Rollout], data: st.DataObject) -> None:
+        store = MemoryStore(tiny_manifest())
+        store.append(items)
+        for column, k in (("teacher", 0), ("ranked", 3)):
+            chosen = [item for item in items if data.draw(st.booleans())]
+            scores = [evolve(data.draw(scores_for(item)), floored=0) for item in chosen]
+            scores = [evolve(s, top_k=tiny_top_k(s.logprobs.size, k)) for s in scores] if k else scores
+            store.append_scores(column, tiny_provenance(column, k), scores)
+            refused = [item.rollout_id for item in items if data.draw(st.booleans())]
+            store.quarantine(column, tiny_provenance(column, k), dict.fromkeys(refused, "too long"))
+        again = round_trip(store, tmp_path / uuid4().hex, group=data.draw(st.integers(1, 4)), commit=data.draw(st.integers(1, 4)))
+        assert_equal_stores(again, store)
+
+    check()
+
+
+def test_parquet_and_zarr_hold_the_same(memory: MemoryStore, tmp_path: Path) -> None:
+    export_parquet(memory, tmp_path / "run.parquet")
+    store = ZarrStore.create(tmp_path / "run.zarr", parquet_manifest(tmp_path / "run.parquet"))
+    for _ in range(2):
+        import_parquet(tmp_path / "run.parquet", store, rows_per_commit=8)
+        assert_equal_stores(ZarrStore.open(tmp_path / "run.zarr"), memory)
+    export_parquet(store, tmp_path / "again.parquet")
+    assert pq.read_table(tmp_path / "again.parquet").equals(pq.read_table(tmp_path / "run.parquet"), check_metadata=True)
+
+
+def test_an_import_that_was_interrupted_is_resumed_by_running_it_again(memory: MemoryStore, tmp_path: Path) -> None:
+    export_parquet(memory, tmp_path / "run.parquet")
+
+    class KilledError(Exception):
+        pass
+
+    class Dying:
+        left = 3
+
+        def __init__(self, store: MemoryStore) -> None:
+            self.store = store
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.store, name)
+
+        def append_scores(self, *arguments: Any) -> None:
+            Dying.left -= 1
+            if not Dying.left:
+                raise KilledError
+            self.store.append_scores(*arguments)
+
+    again = MemoryStore(tiny_manifest())
+    with pytest.raises(KilledError):
+        import_parquet(tmp_path / "run.parquet", Dying(again), rows_per_commit=4)
+    assert 0 < len(again) < 30
+    import_parquet(tmp_path / "run.parquet", again, rows_per_commit=4)
+    assert_equal_stores(again, memory)
+
+
+def test_parquet_is_written_in_row_groups_and_reads_as_plain_columns(memory: MemoryStore, tmp_path: Path) -> None:
+    export_parquet(memory, tmp_path / "run.parquet", rows_per_group=8)
+    file = pq.ParquetFile(tmp_path / "run.parquet")
+    assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [8, 8, 8, 6]
+    row = file.read().to_pylist()[3]
+    assert (row["rollout_id"], row["loss_mask"], row["response_ids"]) == ("masked", [True, False, True], [5, 6, 1])
+    assert (len(row["logprobs/teacher"]), len(row["top_k_ids/teacher"]), row["logprobs/a.b-c"]) == (3, 6, None)
+    assert file.read().to_pylist()[-1]["logprobs/teacher"] is None
+
+
+def test_an_empty_store_goes_to_parquet_and_back(tmp_path: Path) -> None:
+    assert_equal_stores(round_trip(MemoryStore(tiny_manifest()), tmp_path / "run.parquet"), MemoryStore(tiny_manifest()))
+
+
+def test_parquet_goes_wherever_fsspec_goes(memory: MemoryStore) -> None:
+    path = f"memory://{uuid4().hex}/run.parquet"
+    export_parquet(memory, path)
+    again = MemoryStore(parquet_manifest(path))
+    import_parquet(path, again)
+    assert_equal_stores(again, memory)
+    fsspec.filesystem("memory").rm(path)
+
+
+def test_an_export_overwrites_nothing(memory: MemoryStore, tmp_path: Path) -> None:
+    (tmp_path / "run.parquet").write_bytes(b"mine")
+    with pytest.raises(StoreExistsError, match=r"run\.parquet"):
+        export_parquet(memory, tmp_path / "run.parquet")
+    assert (tmp_path / "run.parquet").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"), [(StoreReadError("Store: down."), StoreReadError), (OSError("No space left on device"), StoreWriteError)]
+)
+def test_an_export_that_fails_leaves_no_file_behind(
+    failure: OSError, expected: type[Exception], memory: MemoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = MemoryStore.read
+
+    def read(self: MemoryStore, rows: Sequence[int], **asked: Any) -> Any:
+        if 20 in rows:
+            raise failure
+        return original(self, rows, **asked)
+
+    monkeypatch.setattr(MemoryStore, "read", read)
+    with pytest.raises(expected):
+        export_parquet(memory, tmp_path / "run.parquet", rows_per_group=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_id_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
+    store = MemoryStore(tiny_manifest())
+    store.append([tiny_rollout("fine"), tiny_rollout("not \ud800")])
+    with pytest.raises(InvalidRecordError, match="lone surrogate at 4"):
+        export_parquet(store, tmp_path / "run.parquet")
+    assert list(tmp_path.iterdir()) == []
+
+
+def rewritten(store: LogprobReader, path: Path, change: Any) -> None:
+    """An export with one table changed, and the description that it had."""
+    export_parquet(store, path)
+    table = pq.read_table(path)
+    pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
+
+
+def put(name: str, values: Any) -> Any:
+    def change(table: pa.Table) -> pa.Table:
+        column = table.column(name).to_pylist()
+        column[5] = values
+        return table.set_column(table.schema.get_field_index(name), name, pa.array(column, table.schema.field(name).type))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("response_ids", [7] * 6), "'p5/s0/g1' has content hash"),
+        (put("prompt_ids", [5]), "'p5/s0/g1' has content hash"),
+        (put("content_hash", None), "'p5/s0/g1' has content hash"),
+        (put("response_ids", None), "Token ids"),
+        (put("loss_mask", [True]), "'p5/s0/g1'.*loss_mask"),
+        (put("finish_reason", "eos"), "'p5/s0/g1'.*finish_reason"),
+        (put("logprobs/teacher", [-1.0]), "'p5/s0/g1'.*logprobs"),
+        (put("logprobs/teacher", [float("nan")] * 6), "'p5/s0/g1'.*nan"),
+        (put("top_k_ids/teacher", [1]), "'p5/s0/g1' has a top-k support of another size"),
+        (put("top_k_logprobs/teacher", [-1.0]), "'p5/s0/g1' has a top-k support of another size"),
+        (put("top_k_tail/teacher", None), "'p5/s0/g1' has a top-k support of another size"),
+        (put("top_k_tail/teacher", [0.1] * 6), "Top-k"),
+        (lambda table: table.drop_columns(["logprobs/teacher"]), "do not fit"),
+        (lambda table: table.set_column(0, "rollout_id", pa.array([[i] for i in range(30)])), "do not fit"),
+    ],
+)
+def test_a_row_that_is_not_what_was_exported_is_refused(change: Any, message: str, memory: MemoryStore, tmp_path: Path) -> None:
+    rewritten(memory, tmp_path / "run.parquet", change)
+    with pytest.raises(LopdError, match=message):
+        import_parquet(tmp_path / "run.parquet", MemoryStore(tiny_manifest()))
+
+
+def test_a_store_of_another_manifest_is_refused(memory: MemoryStore, tmp_path: Path) -> None:
+    export_parquet(memory, tmp_path / "run.parquet")
+    other = MemoryStore(tiny_manifest(301))
+    with pytest.raises(ManifestMismatchError, match="vocab_size is 301, expected 300"):
+        import_parquet(tmp_path / "run.parquet", other)
+    assert len(other) == 0
+
+
+def test_other_content_under_an_id_is_a_conflict(memory: MemoryStore, tmp_path: Path) -> None:
+    export_parquet(memory, tmp_path / "run.parquet")
+    other = MemoryStore(tiny_manifest())
+    other.append([tiny_rollout("masked", [9])])
+    with pytest.raises(ConflictError, match="masked"):
+        import_parquet(tmp_path / "run.parquet", other)
+
+
+def test_what_is_no_export_of_lopd_is_one_typed_error_that_names_the_file(memory: MemoryStore, tmp_path: Path) -> None:
+    path = tmp_path / "run.parquet"
+    with pytest.raises(StoreNotFoundError, match=r"run\.parquet"):
+        parquet_manifest(path)
+    for data in (b"", b"no parquet", b"PAR1" * 9):
+        path.write_bytes(data)
+        with pytest.raises(CorruptStoreError, match=r"run\.parquet"):
+            parquet_manifest(path)
+    for metadata in (None, {"lopd": "{"}, {"lopd": "[]"}, {"lopd": '{"manifest": {}}'}, {"lopd": '{"manifest": {"schema_version": 1}}'}):
+        pq.write_table(pa.table({"a": [1]}, metadata=metadata), path)
+        with pytest.raises(CorruptStoreError, match=r"run\.parquet"):
+            import_parquet(path, memory)
+    with pytest.raises(StorePathError, match="nosuchthing"):
+        parquet_manifest("nosuchthing://bucket/run.parquet")
+    with pytest.raises(LopdError, match=str(tmp_path)):
+        parquet_manifest(tmp_path)
+
+
+def test_a_damaged_part_of_a_parquet_file_is_one_typed_error(tmp_path: Path) -> None:
+    path = tmp_path / "run.parquet"
+    export_parquet(fill(MemoryStore(tiny_manifest())), path, rows_per_group=8)
+    data = bytearray(path.read_bytes())
+    data[100:2000] = b"\xff" * 1900
+    path.write_bytes(data)
+    with pytest.raises(CorruptStoreError, match=r"run\.parquet"):
+        import_parquet(path, MemoryStore(tiny_manifest()))
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "pyarrow.parquet", "fsspec.core", "datasets"])
+def test_a_missing_package_is_named_with_the_extra_that_brings_it(
+    package: str, memory: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependencyError, match=rf"{package.split('.', maxsplit=1)[0]} is not installed.*lopd\[hf\]"):
+        to_hf_dataset(memory) if package == "datasets" else export_parquet(memory, "memory://never")
+
+
+def test_importing_the_package_loads_no_optional_package() -> None:
+    import subprocess
+
+    optional = "{'pyarrow', 'datasets', 'fsspec', 'rich', 'zarr', 'lancedb'}"
+    script = f"import sys, lopd.tools.interop, lopd.tools.doctor; print(*{optional} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -1,0 +1,217 @@
+"""`ServerSource` against a stub of vLLM: samples, their seeds, wrong answers, and log-probs of the sampler."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+import numpy as np
+import pytest
+from served_table import MODEL, STOP, TOKENIZER, _short_pauses, make_prompts, servers_of, source_of, start, stub, truth, without  # noqa: F401
+from vllm_stub import EOS, VOCAB, answer, changed
+
+from lopd.engines.server import Servers, ServerScorer, ServerSource
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
+from lopd.records import Lineage, Manifest, ModelId, Prompt, SamplingParams
+
+
+def as_lists(rollouts):
+    return {r.rollout_id: (r.response_ids.tolist(), r.finish_reason) for r in rollouts}
+
+
+def test_rollouts_are_what_was_sampled_with_the_end_and_the_logprobs_of_each_token(stub):
+    prompts = make_prompts()
+    rollouts = source_of(stub, samples_per_prompt=3).sample(prompts)
+    assert [r.rollout_id for r in rollouts] == [f"p{i}/s{s}/g0" for i in range(6) for s in range(3)]
+    for i, rollout in enumerate(rollouts):
+        assert np.array_equal(rollout.prompt_ids, prompts[i // 3].token_ids)
+        np.testing.assert_allclose(rollout.behavior_logprobs, truth(rollout), atol=1e-6)
+        assert rollout.loss_mask.all()
+        ended = int(rollout.response_ids[-1]) in STOP
+        assert rollout.finish_reason == ("stop" if ended else "length")
+        assert ended or rollout.response_ids.size == 12
+        assert not set(rollout.response_ids[:-1].tolist()) & set(STOP)
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+
+
+def test_a_rollout_depends_on_seed_prompt_sample_and_generation_and_on_nothing_else(stub, start):
+    prompts = make_prompts()
+    once = as_lists(source_of(stub, samples_per_prompt=2).sample(prompts))
+    stub.fail(4, answer(503))
+    again = as_lists(source_of(stub, start(), samples_per_prompt=2).sample(prompts[::-1]))
+    alone = as_lists([r for p in prompts for r in source_of(stub, samples_per_prompt=2).sample([p])])
+    assert once == again == alone
+    assert len({tuple(ids) for ids, _ in once.values()}) == 12
+    other_seed = as_lists(source_of(stub, samples_per_prompt=2, seed=1).sample(prompts))
+    other_round = as_lists(source_of(stub, samples_per_prompt=2, generation=1).sample(prompts))
+    assert not {tuple(ids) for ids, _ in other_seed.values()} & {tuple(ids) for ids, _ in once.values()}
+    assert {name.replace("/g1", "/g0"): ids for name, ids in other_round.items()} != once
+    assert all(0 <= request["seed"] < 2**63 for request in stub.requests)
+
+
+def test_every_sampling_field_is_sent_so_that_the_servers_own_defaults_never_count(start):
+    neutral, biased = start(), start(defaults={"temperature": 0.01, "top_p": 0.1})
+    assert as_lists(source_of(neutral).sample(make_prompts())) == as_lists(source_of(biased).sample(make_prompts()))
+    request = biased.requests[0]
+    expected = {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "n": 1,
+        "min_tokens": 0,
+        "ignore_eos": True,
+        "stop_token_ids": [0, 5],
+        "skip_special_tokens": False,
+        "add_special_tokens": False,
+    }
+    assert expected.items() <= request.items()
+
+
+def test_a_response_is_as_long_as_the_context_leaves_room_for(start):
+    stub = start(context=20)
+    prompts = [Prompt("short", [1] * 4), Prompt("long", [1] * 19)]
+    source_of(stub).sample(prompts)
+    assert sorted(r["max_tokens"] for r in stub.requests) == [1, 12]
+    stub.requests.clear()
+    with pytest.raises(ContextOverflowError, match="'full'"):
+        source_of(stub).sample([*prompts, Prompt("full", [1] * 20)])
+    with pytest.raises(InvalidRecordError, match="'out'"):
+        source_of(stub).sample([*prompts, Prompt("out", [VOCAB])])
+    assert not stub.requests
+    assert source_of(stub).sample([]) == []
+
+
+def test_a_stop_id_of_no_token_ends_nothing(stub):
+    (rollout,) = source_of(stub, stop_ids=(VOCAB + 5,)).sample(make_prompts(1))
+    assert (rollout.response_ids.size, rollout.finish_reason) == (12, "length")
+
+
+def set_choice(**values):
+    return lambda body: body["choices"][0].update(values)
+
+
+def set_logprobs(name, place, value):
+    return lambda body: body["choices"][0]["logprobs"][name].__setitem__(place, value)
+
+
+def add_token(token):
+    """One more token at the end."""
+
+    def change(body):
+        choice = body["choices"][0]
+        choice["token_ids"].append(token)
+        choice["logprobs"]["tokens"].append(f"token_id:{token}")
+        choice["logprobs"]["token_logprobs"].append(-1.0)
+
+    return change
+
+
+BAD_SAMPLES = {
+    "an id of no token": (add_token(VOCAB), InvalidRecordError, "is 32, expected an id below the vocabulary's 32"),
+    "no id": (add_token(None), InvalidRecordError, "is None, expected an id"),
+    "a negative id": (add_token(-1), InvalidRecordError, "is -1, expected an id"),
+    "one token too many": (add_token(3), EngineError, "goes on after stop id|of 12 tokens at id"),
+    "none at all": (set_choice(token_ids=[]), EngineError, "after 0 of 12 tokens"),
+    "text alone": (without("token_ids"), EngineError, "holds no token_ids"),
+    "no logprobs": (set_choice(logprobs=None), EngineError, "holds no tokens"),
+    "logprobs of another token": (set_logprobs("tokens", 0, "token_id:31"), EngineError, "is of 'token_id:31', expected 'token_id:"),
+    "logprobs of text": (set_logprobs("tokens", 0, " the"), EngineError, "is of ' the', expected 'token_id:"),
+    "null": (set_logprobs("token_logprobs", 0, None), InvalidRecordError, "'None'"),
+    "nan": (set_logprobs("token_logprobs", 0, float("nan")), InvalidRecordError, "nan"),
+    "positive": (set_logprobs("token_logprobs", 0, 1e-3), InvalidRecordError, "0.001"),
+    "one logprob less": (lambda b: b["choices"][0]["logprobs"]["token_logprobs"].pop() and None, InvalidRecordError, "expected"),
+    "another prompt": (set_choice(prompt_token_ids=[1, 1]), EngineError, "from token"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLES)
+def test_a_sample_that_is_not_what_it_must_be_is_an_error_that_names_the_rollout(stub, name):
+    change, error, says = BAD_SAMPLES[name]
+    prompts = make_prompts()
+    stub.fail(1, changed(lambda body: change(body) and None), lambda request: request["prompt"] == prompts[2].token_ids.tolist())
+    with pytest.raises(error, match=says) as caught:
+        source_of(stub).sample(prompts)
+    assert "'p2/s0/g0'" in str(caught.value)
+
+
+@pytest.mark.parametrize("reason", ["abort", None, "error"])
+def test_a_response_that_was_broken_off_is_asked_for_again(stub, reason):
+    whole = as_lists(source_of(stub).sample(make_prompts()))
+    stub.fail(2, changed(set_choice(finish_reason=reason)))
+    assert as_lists(source_of(stub).sample(make_prompts())) == whole
+
+
+def test_a_server_that_stops_at_ids_of_its_own_is_an_error(start):
+    stub = start(defaults={"stop_token_ids": list(range(8, VOCAB))})
+    with pytest.raises(EngineError, match=r"the server ended it \('stop'\) after \d+ of 12 tokens .*expected a stop id"):
+        source_of(stub).sample(make_prompts())
+
+
+def test_a_server_that_does_not_stop_is_an_error(stub):
+    stub.fail(1, changed(lambda body: [body["choices"][0]["token_ids"].insert(0, EOS), None][1]))
+    with pytest.raises(EngineError, match="goes on after stop id 0 at token 0"):
+        source_of(stub).sample(make_prompts())
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"top_p": 0.9}, {"temperature": 0.0}])
+def test_logprobs_after_temperature_or_cut_are_found_out_before_anything_is_sampled(start, sampling):
+    raw, processed = start(), start(mode="processed_logprobs")
+    rollouts = source_of(raw, **sampling).sample(make_prompts())
+    for rollout in rollouts:
+        np.testing.assert_allclose(rollout.behavior_logprobs, truth(rollout), atol=1e-6)
+    for _ in range(3):
+        with pytest.raises(EngineError, match=f"{processed.url}: its log-probs change with the temperature .*--logprobs-mode raw_logprobs"):
+            source_of(raw, processed, **sampling).sample(make_prompts() * 10)
+    assert len(processed.requests) == 6, "the two of the probe, each time"
+
+
+def test_at_temperature_one_and_uncut_no_probe_is_sent(stub):
+    source_of(stub).sample(make_prompts())
+    assert len(stub.requests) == 6
+
+
+@pytest.mark.parametrize(
+    "change", [set_choice(logprobs=None), set_choice(logprobs={"top_logprobs": [None]}), lambda b: b.update(choices=[])]
+)
+def test_a_server_that_gives_no_candidates_fails_the_probe(stub, change):
+    stub.fail(1, changed(change))
+    with pytest.raises(EngineError, match="holds no top_logprobs"):
+        source_of(stub, temperature=0.7).sample(make_prompts())
+
+
+def test_how_a_response_ends_must_be_said():
+    servers = Servers("http://a", "table")
+    with pytest.raises(InvalidRecordError, match=r"eos_ids and sampling.stop_ids are empty"):
+        ServerSource(servers, TOKENIZER, MODEL)
+    assert ServerSource(servers, TOKENIZER, MODEL, SamplingParams(stop_ids=(7,)), eos_ids=[EOS]).stop_ids == {7}
+    assert ServerSource(servers, TOKENIZER, MODEL, eos_ids=[EOS, 3]).stop_ids == {EOS, 3}
+
+
+def test_a_folder_says_tokenizer_ends_and_teacher(tmp_path, tokenizer, stub):
+    teacher = ModelId("teacher", "2", "bfloat16")
+    tokenizer.save_pretrained(tmp_path)
+    Lineage(sft_teacher=teacher).write(tmp_path)
+    servers, params = servers_of(stub), SamplingParams()
+    assert ServerSource.from_folder(servers, tmp_path, MODEL, params).stop_ids == {0}
+    (tmp_path / "config.json").write_text('{"eos_token_id": 4}')
+    assert ServerSource.from_folder(servers, tmp_path, MODEL, params).stop_ids == {0, 4}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 6], "temperature": 0.6}')
+    source = ServerSource.from_folder(servers, tmp_path, MODEL, params)
+    assert source.stop_ids == {0, 5, 6}
+    assert source.manifest == Manifest(source.tokenizer_id, MODEL, params, teacher)
+    assert source.tokenizer_id.vocab_size == 96
+    with pytest.raises(EngineError, match="cannot be loaded"):
+        ServerSource.from_folder(servers, tmp_path / "not here", MODEL, params)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(EngineError, match="cannot be loaded"):
+        ServerSource.from_folder(servers, tmp_path, MODEL, params)
+
+
+def test_a_tokenizer_will_do_in_place_of_its_fingerprint(tokenizer):
+    scorer = ServerScorer(Servers("http://a", "m"), tokenizer, MODEL)
+    assert scorer.tokenizer_id.vocab_size == 96
+    with pytest.raises(InvalidRecordError, match="top_k is -1"):
+        ServerScorer(Servers("http://a", "m"), TOKENIZER, MODEL, -1)
+    with pytest.raises(InvalidRecordError, match="size of the vocabulary is 32, expected at least 33"):
+        ServerScorer(Servers("http://a", "m"), TOKENIZER, MODEL, 33)

@@ -1,0 +1,398 @@
+"""`Servers` in trouble: requests that fail, servers that die and come back, and calls that end early."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+import asyncio
+import importlib
+import pickle
+import signal
+import socket
+import sys
+import threading
+from contextlib import contextmanager
+
+import httpx2
+import numpy as np
+import pytest
+from served_table import _short_pauses, is_for, make_prompts, make_rollouts, refused, scorer_of, servers_of, source_of, start, stub, truth  # noqa: F401
+from vllm_stub import answer, changed, cut, late
+
+from lopd import collect_rollouts, score_rollouts
+from lopd.backends.memory_store import MemoryStore
+from lopd.engines import pool
+from lopd.engines.server import answers
+from lopd.errors import EngineError, LopdError, MissingDependencyError
+
+
+@contextmanager
+def held(stub, when=lambda _: True):
+    """Completions that fit are not answered before the block is left."""
+    leave = threading.Event()
+
+    def wait(handler, status, data):
+        leave.wait(60)
+        late(0)(handler, status, data)
+
+    stub.fail(1000, wait, when)
+    try:
+        yield
+    finally:
+        leave.set()
+
+
+def is_dropped(connection):
+    """Whether the client has closed it; the server may still answer."""
+    try:
+        return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+
+
+def until(fits):
+    """Wait for something that another thread does."""
+    for _ in range(2000):
+        if fits():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it never came")
+
+
+# --- trouble --------------------------------------------------------------------------------------------------------------------------
+
+
+TROUBLE = {
+    "503": answer(503),
+    "500": answer(500, body={"error": "EngineCore encountered an issue"}),
+    "502 in html": changed(lambda _: b"<html>"),
+    "429": answer(429),
+    "408": answer(408),
+    "a cut connection": cut,
+}
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_after_trouble_a_request_is_sent_again(stub, name):
+    rollouts = make_rollouts()
+    stub.fail(3, TROUBLE[name], is_for(rollouts[5]))
+    for rollout, scores in zip(rollouts, scorer_of(stub).score(rollouts), strict=True):
+        np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+    assert sum(map(is_for(rollouts[5]), stub.requests)) == 4
+
+
+def test_an_answer_that_takes_too_long_is_asked_for_again(stub):
+    rollouts = make_rollouts()
+    stub.fail(1, late(3), is_for(rollouts[5]))
+    scores = scorer_of(stub, timeout_s=0.5).score(rollouts)
+    np.testing.assert_allclose(scores[5].logprobs, truth(rollouts[5]), atol=1e-6)
+    assert sum(map(is_for(rollouts[5]), stub.requests)) == 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (answer(500, body={"error": {"message": "Out of range float values"}}), r"answers 500 \(Out of range float values\)"),
+        (cut, "fails with RemoteProtocolError"),
+        (changed(lambda _: b"<html>"), "answers 200 with what is no JSON"),
+    ],
+)
+def test_a_request_that_fails_each_time_ends_the_call_with_the_rollout_the_url_and_the_last_status(stub, fault, says):
+    rollouts = make_rollouts()
+    stub.fail(100, fault, is_for(rollouts[5]))
+    with pytest.raises(EngineError, match=f"Rollout 'r5': {stub.url}/v1/completions {says}.*at last of 3 attempts"):
+        scorer_of(stub, attempts=3).score(rollouts)
+    assert sum(map(is_for(rollouts[5]), stub.requests)) == 3
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """How long the client sleeps each time; in truth it does not."""
+    asked = []
+    monkeypatch.setattr(pool.Pool, "_sleep", lambda _, seconds: asked.append(seconds))
+    return asked
+
+
+def test_a_request_that_failed_waits_before_it_is_sent_again_unless_another_server_can_be_asked(stub, start, pauses):
+    stub.fail(2, answer(500))
+    assert len(scorer_of(stub).score(make_rollouts()[:1])) == 1
+    assert [pause for pause in pauses if pause] == [0.01, 0.01]
+    pauses.clear()
+    stubs = [start(), start()]
+    for one in stubs:
+        one.fail(1, answer(500))
+    assert len(scorer_of(*stubs).score(make_rollouts()[:1])) == 1
+    assert sum(len(one.requests) for one in stubs) in (2, 3)
+    assert [pause for pause in pauses if pause] in ([], [0.01])
+
+
+def test_a_server_that_asks_for_a_pause_gets_it(stub, pauses):
+    scorer = scorer_of(stub)
+    stub.fail(1, answer(429, {"Retry-After": "7"}))
+    assert len(scorer.score(make_rollouts())) == 12
+    assert 7.0 in pauses
+    pauses.clear()
+    stub.fail(1, answer(503, {"Retry-After": "100000"}))
+    assert len(scorer.score(make_rollouts())) == 12
+    assert max(pauses) == scorer.servers.patience_s, "no longer than the patience"
+
+
+@pytest.mark.parametrize(
+    ("said", "low", "high"),
+    [("2.5", 2.5, 2.5), ("Fri, 31 Dec 2100 23:59:59 GMT", 1e8, 1e10), ("Fri, 31 Dec 1999 23:59:59 GMT", 0, 0), ("soon", 0, 0), ("", 0, 0)],
+)
+def test_a_pause_may_be_seconds_or_a_date(said, low, high):
+    with pytest.raises(answers.Trouble) as caught:
+        answers.accepted("Rollout 'r'", "http://a", httpx2.Response(429, headers={"Retry-After": said}))
+    assert low <= caught.value.pause <= high
+
+
+# --- several servers ------------------------------------------------------------------------------------------------------------------
+
+
+def test_requests_are_spread_over_servers_and_bounded_at_each(start):
+    stubs = [start(), start()]
+    for each in stubs:
+        each.fail(1000, late(0.03))
+    rollouts = make_rollouts(40)
+    for rollout, scores in zip(rollouts, scorer_of(*stubs, concurrency=3).score(rollouts), strict=True):
+        np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+    assert [stub.busiest for stub in stubs] == [3, 3]
+    assert all(len(stub.requests) >= 10 for stub in stubs)
+    assert sum(len(stub.requests) for stub in stubs) == 40
+
+
+def test_the_least_busy_server_gets_the_next_request(start):
+    stubs = [start(), start(), start()]
+    with held(stubs[0]), held(stubs[1]), held(stubs[2]):
+        thread = threading.Thread(target=lambda: scorer_of(*stubs).score(make_rollouts()))
+        thread.start()
+        until(lambda: sum(stub.busy for stub in stubs) == 12)
+        assert [stub.busy for stub in stubs] == [4, 4, 4]
+    thread.join()
+
+
+def test_a_server_that_is_dead_from_the_beginning_is_left_out(stub, start):
+    dead = start()
+    dead.close()
+    scorer = scorer_of(dead, stub)
+    for rollout, scores in zip(make_rollouts(), scorer.score(make_rollouts()), strict=True):
+        np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+    assert scorer.provenance.engine == "vllm 0.32.0 served"
+
+
+def test_a_server_that_dies_leaves_its_requests_to_the_other_and_the_log_says_so(stub, start, caplog):
+    dying = start()
+    scorer = scorer_of(dying, stub, concurrency=4)
+    assert scorer.servers.served.context == 64
+    with held(dying):
+        killer = threading.Thread(target=lambda: (until(lambda: dying.busy >= 2), dying.close()))
+        killer.start()
+        rollouts = make_rollouts(30)
+        for rollout, scores in zip(rollouts, scorer.score(rollouts), strict=True):
+            np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+        killer.join()
+    assert f"Server {dying.url} is left alone for now: {dying.url}/v1/completions fails with" in caplog.text
+    assert stub.url not in caplog.text
+
+
+def test_a_server_that_comes_back_is_used_again(start):
+    first = start()
+    port = first.port
+    scorer = scorer_of(first, concurrency=4, patience_s=30)
+    assert scorer.servers.served.context == 64
+    second = []
+
+    def restart():
+        until(lambda: first.busy >= 2)
+        first.close()
+        second.append(start(port=port))
+
+    with held(first):
+        thread = threading.Thread(target=restart)
+        thread.start()
+        rollouts = make_rollouts(20)
+        for rollout, scores in zip(rollouts, scorer.score(rollouts), strict=True):
+            np.testing.assert_allclose(scores.logprobs, truth(rollout), atol=1e-6)
+        thread.join()
+    assert len(second[0].requests) == 20
+
+
+def test_a_server_that_comes_back_with_another_model_is_not_used(start):
+    first = start()
+    port = first.port
+    scorer = scorer_of(first, patience_s=30)
+    assert scorer.servers.served.root == "/models/table"
+    second = []
+
+    def restart():
+        until(lambda: first.busy >= 12)
+        first.close()
+        second.append(start(port=port, root="/models/chair"))
+
+    with held(first):
+        thread = threading.Thread(target=restart)
+        thread.start()
+        with pytest.raises(EngineError, match="model's root is '/models/chair', expected '/models/table'"):
+            scorer.score(make_rollouts())
+        thread.join()
+    assert not second[0].requests
+
+
+def test_an_engine_that_is_not_healthy_is_down_even_if_its_server_answers(stub, start):
+    sick = start()
+    scorer = scorer_of(sick, stub)
+    assert scorer.servers.served.version == "0.32.0"
+    sick.healthy = False
+    assert len(scorer.score(make_rollouts())) == 12
+    assert not sick.requests
+
+
+def test_when_all_servers_are_dead_the_call_ends_with_one_of_them_and_what_to_do(start):
+    stubs = [start(), start()]
+    scorer = scorer_of(*stubs, patience_s=0.3)
+    assert scorer.servers.served.context == 64
+    for each in stubs:
+        each.close()
+    with pytest.raises(
+        EngineError, match=r"Server http://127\.0\.0\.1:\d+: .* fails with ConnectError, expected an answer within 0 s; .*start"
+    ):
+        scorer.score(make_rollouts())
+    with pytest.raises(EngineError, match="ConnectError"):
+        _ = scorer_of(*stubs, patience_s=0.3).provenance
+
+
+@pytest.mark.parametrize(
+    ("odd", "says"),
+    [
+        ({"version": "0.31.0"}, "version is '0.3[12].0', expected '0.3[12].0'"),
+        ({"root": "/models/chair"}, "model's root is '/models/(table|chair)', expected '/models/(table|chair)'"),
+        ({"context": 32}, "max_model_len is (64|32), expected (64|32)"),
+        ({"model": "chair"}, "serves 'chair', expected 'table'"),
+    ],
+)
+def test_servers_that_do_not_agree_are_refused_by_name_before_anything_is_computed(stub, start, odd, says):
+    other = start(**odd)
+    for order in ((stub, other), (other, stub)):
+        with pytest.raises(EngineError, match=says) as caught:
+            scorer_of(*order).score(make_rollouts())
+        assert other.url in str(caught.value)
+    assert not stub.requests + other.requests
+
+
+def test_a_context_that_all_servers_have_may_be_stated(stub, start):
+    other = start(context=32)
+    assert scorer_of(stub, other, context=30).servers.served.context == 30
+    with pytest.raises(EngineError, match="max_model_len is 32, expected at least 40"):
+        scorer_of(stub, other, context=40).score(make_rollouts())
+
+
+def test_a_server_that_says_no_version_is_recorded_as_such_and_one_that_says_no_context_is_told_it(start):
+    unnamed = start(version=None)
+    assert scorer_of(unnamed).provenance.engine == "served by an unnamed version"
+    unnamed.context = None
+    with pytest.raises(EngineError, match="max_model_len is None, expected a number; pass `context=`"):
+        scorer_of(unnamed).score(make_rollouts())
+    assert scorer_of(unnamed, context=50).servers.served.context == 50
+
+
+# --- ending early ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_ends_the_call_while_other_requests_are_under_way(stub):
+    rollouts = make_rollouts()
+    stub.fail(1, refused(400, "no such thing"), is_for(rollouts[11]))
+    with held(stub):
+        with pytest.raises(EngineError, match="'r11'"):
+            scorer_of(stub).score(rollouts)
+        assert stub.busy > 0, "nobody waits for the others"
+        until(lambda: all(map(is_dropped, stub.connections)))
+
+
+@pytest.fixture
+def _control_c_interrupts():
+    """As in a terminal: a process that a shell starts in the background ignores control-c."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_control_c_interrupts")
+def test_control_c_ends_the_call_while_requests_are_under_way(stub):
+    scorer = scorer_of(stub)
+    with held(stub):
+        main = threading.main_thread().ident
+        interrupter = threading.Thread(target=lambda: (until(lambda: stub.busy >= 12), signal.pthread_kill(main, signal.SIGINT)))
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            scorer.score(make_rollouts())
+        interrupter.join()
+        assert stub.busy >= 12, "nobody waits for the answers"
+        until(lambda: all(map(is_dropped, stub.connections)))
+
+
+def test_it_runs_where_an_event_loop_runs_already(stub):
+    async def notebook():
+        return scorer_of(stub).score(make_rollouts())
+
+    assert len(asyncio.run(notebook())) == 12
+
+
+def test_a_scorer_that_was_used_can_be_sent_to_another_process(stub):
+    scorer = scorer_of(stub)
+    scorer.score(make_rollouts())
+    copy = pickle.loads(pickle.dumps(scorer))  # noqa: S301
+    assert copy.provenance == scorer.provenance
+    assert len(copy.score(make_rollouts())) == 12
+
+
+def test_without_its_packages_the_module_says_what_to_install(monkeypatch):
+    for missing in ("httpx2",):
+        with monkeypatch.context() as patch:
+            for name in [name for name in sys.modules if name.startswith(("lopd.engines.http", "lopd.engines.server"))]:
+                patch.delitem(sys.modules, name)
+            patch.setitem(sys.modules, missing, None)
+            with pytest.raises(MissingDependencyError, match=r"pip install 'lopd\[server\]'"):
+                importlib.import_module("lopd.engines.server")
+
+
+# --- with the verbs -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_lost_its_server_goes_on_where_it_was_and_ends_as_if_it_had_not(start):
+    whole, broken = start(), start()
+    store, reference = MemoryStore(source_of(whole).manifest), MemoryStore(source_of(whole).manifest)
+    prompts = make_prompts(12)
+    collect_rollouts(source_of(whole), prompts, reference)
+    score_rollouts(reference, scorer_of(whole, top_k=2))
+
+    broken.fail(100, cut, lambda request: len(broken.requests) > 5)
+    with pytest.raises(EngineError, match="2 attempts"):
+        collect_rollouts(source_of(servers=servers_of(broken, attempts=2)), prompts, store, prompts_per_batch=3)
+    assert 0 < len(store) < 12
+    collect_rollouts(source_of(whole), prompts, store, prompts_per_batch=3)
+    broken = start()
+    broken.fail(100, cut, lambda request: len(broken.requests) > 5)
+    with pytest.raises(LopdError, match="2 attempts"):
+        score_rollouts(store, scorer_of(broken, top_k=2, attempts=2), rollouts_per_batch=3, preflight=None)
+    assert 0 < store.scored("teacher").sum() < 12
+    score_rollouts(store, scorer_of(whole, top_k=2), rollouts_per_batch=3)
+    for mine, theirs in zip(
+        store.read(range(12), ["teacher"], ["teacher"]), reference.read(range(12), ["teacher"], ["teacher"]), strict=True
+    ):
+        assert mine.rollout.content_hash == theirs.rollout.content_hash
+        np.testing.assert_array_equal(mine.scores["teacher"], theirs.scores["teacher"])
+        np.testing.assert_array_equal(mine.top_k["teacher"].ids, theirs.top_k["teacher"].ids)
+
+
+def test_two_batches_at_once_keep_a_server_busy_and_fill_the_same_store(start):
+    stub, lone = start(), start()
+    prompts, stores = make_prompts(12), []
+    for server, at_once in ((lone, 1), (stub, 2)):
+        server.fail(1000, late(0.05))
+        store = MemoryStore(source_of(server).manifest)
+        collect_rollouts(source_of(server), prompts, store, prompts_per_batch=3, batches_at_once=at_once)
+        score_rollouts(store, scorer_of(server), rollouts_per_batch=3, batches_at_once=at_once, preflight=None)
+        stores.append(store)
+    for mine, theirs in zip(*(store.read(range(12), ["teacher"]) for store in stores), strict=True):
+        assert (mine.rollout.rollout_id, mine.rollout.content_hash) == (theirs.rollout.rollout_id, theirs.rollout.content_hash)
+        np.testing.assert_array_equal(mine.scores["teacher"], theirs.scores["teacher"])
+    assert (lone.busiest, stub.busiest) == (3, 6)

@@ -1,0 +1,101 @@
+"""Compaction of a `ZarrStore`: readers that are open, rivals, damage, and sweeps."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+import os
+import pickle
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from zarr_stores import _quick_disk, filled, many, place, rows_of  # noqa: F401
+
+from lopd.backends.zarr.store import ZarrStore
+from lopd.errors import CorruptStoreError
+from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_scores
+
+
+def test_compaction_leaves_few_large_segments_and_sorts_scores_by_row(tmp_path: Path) -> None:
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+    items = many(0, 12)
+    for item in items:
+        store.append([item])
+    for i in (7, 3, 11, 0, 5, 1, 2, 4, 6, 8, 9, 10):
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[i], -i)])
+    before = {path.name for path in place(store).glob("segments/*/")}
+    store.compact(target_tokens=16)
+    assert [len(s) for s in (store._snapshot.segments, store._snapshot.columns["teacher"].segments)] == [3, 3]
+    assert all(segment.meta.dense for segment in store._snapshot.all_segments())
+    assert [row.scores["teacher"][0] for row in ZarrStore.open(place(store)).read(range(12), ("teacher",))] == [-i for i in range(12)]
+    assert before < {path.name for path in place(store).glob("segments/*/")}
+    commits = len(store.history())
+    store.compact(target_tokens=16)
+    assert len(store.history()) == commits
+    assert list(store.verify()) == []
+
+
+def test_a_reader_that_was_open_reads_on_through_a_compaction_and_an_old_copy_too(filled: ZarrStore) -> None:
+    reader, copied = ZarrStore.open(place(filled)), pickle.dumps(filled)
+    expected = [row.rollout for row in filled.read(range(4))]
+    filled.compact()
+    for store in (reader, pickle.loads(copied)):  # noqa: S301
+        assert_holds(store, expected)
+        assert store.read([3], ("teacher",), top_k=("teacher",))[0].scores["teacher"].tolist() == [-1.0] * 3
+        assert len(store.history()) == 3
+        store.refresh()
+        assert len(store.history()) == 4
+        assert_holds(store, expected)
+
+
+def test_of_two_compactions_at_once_one_wins_and_nothing_is_doubled(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, real, raced = ZarrStore.open(place(filled)), os.link, []
+
+    def link(source: Path, target: Path) -> None:
+        if not raced and target.parent.name == "commits":
+            raced.append(1)
+            other.append(many(50, 1))
+            other.compact()
+        real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    filled.compact()
+    assert rows_of(filled) == rows_of(ZarrStore.open(place(filled))) == ["m", "b", "r0", "r1", "r50"]
+    assert [commit.kind for commit in filled.history()] == ["rollouts"] * 2 + ["scores", "rollouts", "compaction"]
+    assert list(filled.verify()) == []
+
+
+def test_a_damaged_line_is_not_moved_by_a_compaction(filled: ZarrStore) -> None:
+    path = next(place(filled).glob("segments/*/lines/c.0.0"))
+    data = bytearray(path.read_bytes())
+    data[9] ^= 1
+    path.write_bytes(data)
+    count = len(list(place(filled).rglob("*")))
+    with pytest.raises(CorruptStoreError, match="lines"):
+        ZarrStore.open(place(filled)).compact()
+    assert len(list(place(filled).rglob("*"))) == count
+
+
+def test_a_damaged_value_stays_noticed_after_a_compaction_has_moved_it(filled: ZarrStore) -> None:
+    path = next(place(filled).glob("segments/*/token_ids/c.0"))
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    store = ZarrStore.open(place(filled))
+    store.compact()
+    with pytest.raises(CorruptStoreError, match="token_ids"):
+        store.read(range(4))
+
+
+def test_a_sweep_removes_only_what_is_old_and_that_nothing_needs(filled: ZarrStore) -> None:
+    filled.compact()
+    orphan = place(filled) / "scores/teacher" / uuid4().hex
+    orphan.mkdir()
+    (orphan / "zarr.json").touch()
+    assert filled.sweep() == []
+    assert filled.sweep(older_than=3600.0) == []
+    removed = filled.sweep(older_than=-1.0)
+    assert len(removed) == 3
+    assert f"scores/teacher/{orphan.name}" in removed
+    assert_holds(ZarrStore.open(place(filled)), [row.rollout for row in filled.read(range(4))])
+    assert list(filled.verify()) == []
+    assert filled.sweep(older_than=-1.0) == []

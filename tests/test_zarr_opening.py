@@ -1,0 +1,215 @@
+"""Opening a `ZarrStore`: places, manifests, many commits, and records that do not fit."""
+
+# ruff: noqa: F811 (fixtures are imported)
+
+import errno
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attrs import evolve
+from zarr_stores import _quick_disk, filled, many, place  # noqa: F401
+
+from lopd.backends.files.local import LocalFiles
+from lopd.backends.lance.store import LanceStore
+from lopd.backends.opening import open_store
+from lopd.backends.sealing import seal, unseal
+from lopd.backends.zarr.commit_log import CommitLog
+from lopd.backends.zarr.store import ZarrStore
+from lopd.errors import (
+    ConflictError,
+    CorruptStoreError,
+    InvalidRecordError,
+    LopdError,
+    ManifestMismatchError,
+    StoreExistsError,
+    StoreNotFoundError,
+    StorePathError,
+)
+from lopd.records import Manifest, ModelId, Scores
+from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+
+# Opening
+
+
+def test_creating_over_anything_is_refused(filled: ZarrStore, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/file").touch()
+    for path in (place(filled), tmp_path / "other", tmp_path / "other/file"):
+        with pytest.raises(StoreExistsError, match=path.name):
+            ZarrStore.create(path, tiny_manifest())
+    with pytest.raises(StoreExistsError, match="no store"):
+        ZarrStore.open_or_create(tmp_path / "other", tiny_manifest())
+    assert len(ZarrStore.open_or_create(place(filled), tiny_manifest())) == 4
+
+
+def test_an_empty_folder_will_do_and_so_will_what_a_killed_creator_left(tmp_path: Path) -> None:
+    (tmp_path / ".tmp-1").touch()
+    assert len(ZarrStore.open_or_create(str(tmp_path), tiny_manifest())) == 0
+    assert len(ZarrStore.open_or_create(tmp_path / "deep/er/run.zarr", tiny_manifest())) == 0
+
+
+def test_opening_what_is_no_store_says_so(tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/zarr.json").write_text('{"zarr_format":3,"node_type":"group","attributes":{"mine":1}}')
+    (tmp_path / "file").touch()
+    for name, words in (("missing", "is not there"), ("foreign", "without a lopd manifest"), ("file", "is no store"), (".", "is no store")):
+        with pytest.raises(StoreNotFoundError, match=words):
+            ZarrStore.open(tmp_path / name)
+    with pytest.raises(StoreNotFoundError, match="without a lopd manifest"):
+        ZarrStore.open_or_create(tmp_path / "foreign", tiny_manifest())
+
+
+@pytest.mark.parametrize("make", [ZarrStore.create, ZarrStore.open, ZarrStore.open_or_create])
+def test_a_url_that_nobody_can_open_is_refused(make: Callable[[str, Manifest], ZarrStore]) -> None:
+    with pytest.raises(StorePathError, match=r"nonsense://bucket/run.zarr.*expected a URL it knows"):
+        make("nonsense://bucket/run.zarr", tiny_manifest())
+
+
+def test_another_manifest_is_refused_and_the_field_is_named(filled: ZarrStore) -> None:
+    other = evolve(tiny_manifest(), policy=ModelId("policy", "rev-q", "float32"))
+    for make in (ZarrStore.open, ZarrStore.open_or_create):
+        with pytest.raises(ManifestMismatchError, match=r"run.zarr: policy.revision is .*rev-p.*, expected .*rev-q.*;"):
+            make(place(filled), other)
+
+
+def test_another_schema_version_is_refused(filled: ZarrStore) -> None:
+    path = place(filled) / "zarr.json"
+    path.write_text(path.read_text().replace('"schema_version":1', '"schema_version":2'))
+    with pytest.raises(CorruptStoreError, match="schema_version is 2, expected 1"):
+        ZarrStore.open(place(filled))
+
+
+def test_a_relative_path_keeps_its_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    store = ZarrStore.create("run.zarr", tiny_manifest())
+    monkeypatch.chdir("/")
+    store.append(many(0, 1))
+    assert len(ZarrStore.open(tmp_path / "run.zarr")) == 1
+    assert repr(store) == f"Store {tmp_path}/run.zarr"
+
+
+def test_the_message_for_a_second_model_is_the_one_we_promise(filled: ZarrStore) -> None:
+    old, new = (evolve(tiny_provenance(), model=ModelId(name, "main", "bf16")) for name in ("Qwen3-8B", "Qwen3-32B"))
+    scores = [tiny_scores(filled.read([0])[0].rollout)]
+    filled.append_scores("t", old, scores)
+    with pytest.raises(ConflictError) as caught:
+        filled.append_scores("t", new, scores)
+    words = "column 't' was scored by Qwen3-8B@main, expected Qwen3-32B@main; write another column or score with the same model."
+    assert str(caught.value) == f"{filled!r}: {words}"
+    with pytest.raises(ConflictError, match="float32"):
+        filled.append_scores("t", evolve(old, model=evolve(old.model, dtype="float32")), scores)
+    with pytest.raises(ConflictError, match=r"was scored with engine 'made-up 1.0', expected 'other'"):
+        filled.append_scores("t", evolve(old, engine="other"), scores)
+    assert isinstance(caught.value, LopdError)
+
+
+def test_half_the_bytes_cost_a_rounding_that_each_commit_reports(tmp_path: Path) -> None:
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), logprob_dtype="float16")
+    full = np.array([-0.1, -1e-9, -77.7], np.float32)
+    store.append([tiny_rollout("r", behavior_logprobs=full)])
+    store.append_scores("teacher", tiny_provenance(), [Scores.of(tiny_rollout("r"), full / 2)])
+    row = ZarrStore.open(store._files.url).read([0], ("teacher", "behavior"))[0]
+    for commit, column, values in zip(store.history(), ("behavior", "teacher"), (full, full / 2), strict=True):
+        np.testing.assert_array_equal(row.scores[column], values.astype(np.float16).astype(np.float32))
+        assert commit.rounding == np.abs(row.scores[column] - values).max() > 0
+    assert (row.scores["teacher"] <= 0).all()
+    with pytest.raises(InvalidRecordError, match=r"'low'.*-70000.*at least -65504"):
+        store.append([tiny_rollout("low", [1], behavior_logprobs=[-70000.0])])
+    assert len(ZarrStore.open(store._files.url)) == 1
+
+
+def test_a_storage_type_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRecordError, match="bfloat16"):
+        ZarrStore.create(tmp_path / "run.zarr", tiny_manifest(), logprob_dtype="bfloat16")
+    assert not (tmp_path / "run.zarr").exists()
+
+
+# Many commits
+
+
+def test_opening_reads_the_latest_checkpoint_and_the_records_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+    for i in range(130):
+        store.append(many(i, 1))
+    names = sorted(path.name for path in (tmp_path / "run.zarr/checkpoints").iterdir())
+    assert names == ["0000000064.json", "0000000128.json"]
+    asked: list[str] = []
+    real = LocalFiles.read
+    monkeypatch.setattr(LocalFiles, "read", lambda self, path: asked.append(path) or real(self, path))
+    again = ZarrStore.open(tmp_path / "run.zarr")
+    assert asked == ["zarr.json", "checkpoints/0000000128.json", "commits/0000000128.json", "commits/0000000129.json"]
+    assert_holds(again, many(0, 130))
+    assert [commit.number for commit in again.history()] == list(range(130))
+
+
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_a_place_is_listed_once_and_its_root_read_once(
+    kind: type[ZarrStore | LanceStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, listed = LocalFiles.read, LocalFiles.names
+    asked: list[str] = []
+    monkeypatch.setattr(LocalFiles, "read", lambda self, path: asked.append(path) or read(self, path))
+    monkeypatch.setattr(LocalFiles, "names", lambda self, folder: asked.append(folder) or listed(self, folder))
+    root = "zarr.json" if kind is ZarrStore else "lopd.json"
+    # The catalog of a LanceStore is a listing of its own, of the same folder.
+    lists = 1 if kind is ZarrStore else 2
+    kind.create(tmp_path / "run", tiny_manifest())
+    assert (asked.count(""), asked.count(root)) == (lists, 0)
+    for attempt in (lambda: open_store(tmp_path / "run"), lambda: kind.open_or_create(tmp_path / "run", tiny_manifest())):
+        asked.clear()
+        attempt()
+        assert (asked.count(""), asked.count(root)) == (lists, 1)
+    asked.clear()
+    kind.open(tmp_path / "run", tiny_manifest())
+    assert (asked.count(""), asked.count(root)) == (lists - 1, 1)
+
+
+def test_a_copy_sees_the_snapshot_of_its_original_also_behind_later_checkpoints(tmp_path: Path) -> None:
+    store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
+    for i in range(70):
+        store.append(many(i, 1))
+        if i == 10:
+            early = pickle.dumps(store)
+    assert_holds(pickle.loads(early), many(0, 11))  # noqa: S301
+    (tmp_path / "run.zarr/commits/0000000003.json").unlink()
+    with pytest.raises(CorruptStoreError, match="a commit record is missing"):
+        pickle.loads(early)  # noqa: S301
+    (problem,) = ZarrStore.open(tmp_path / "run.zarr").verify()
+    assert "a commit record is missing" in problem
+
+
+def test_a_checkpoint_that_cannot_be_written_does_not_fail_the_append(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(CommitLog, "put_checkpoint", refuse)
+    filled.compact()
+    assert len(filled.history()) == 4
+    assert_holds(ZarrStore.open(place(filled)), [row.rollout for row in filled.read(range(4))])
+
+
+# Strange records
+
+
+def test_a_record_that_leads_out_of_the_store_is_refused(filled: ZarrStore) -> None:
+    path = place(filled) / "commits/0000000000.json"
+    record = unseal(path.read_bytes())
+    for strange in ("../../elsewhere", "/etc", "segments/../../x", "scores/../x/" + "0" * 32, "scores/.x/" + "0" * 32):
+        record["segment"]["path"] = strange
+        path.write_bytes(seal(record))
+        with pytest.raises(CorruptStoreError, match="expected a folder of segments/ or scores/"):
+            ZarrStore.open(place(filled))
+
+
+def test_records_that_do_not_fit_together_are_refused(filled: ZarrStore) -> None:
+    path = place(filled) / "commits/0000000001.json"
+    record = unseal(path.read_bytes())
+    path.write_bytes(seal({**record, "segment": {**record["segment"], "first_row": 3, "last_row": 4}}))
+    with pytest.raises(CorruptStoreError, match="begins with row 3, expected 2"):
+        ZarrStore.open(place(filled))
+    path.write_bytes(seal({**record, "kind": "surprise"}))
+    with pytest.raises(CorruptStoreError, match="commit 1 is of kind 'surprise'"):
+        ZarrStore.open(place(filled))
