@@ -81,6 +81,27 @@ def test_scores_that_another_writer_adds_to_a_new_column_at_the_same_time_are_bo
     assert [row.scores["ref"][0] for row in reopened(filled).read(range(4), ("ref",))] == [-1.0, -3.0, -1.0, -1.0]
 
 
+def test_a_column_that_is_new_at_a_refresh_has_no_scores_of_rollouts_that_are_not_seen(
+    filled: LanceStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, both = reopened(filled), many(10, 2)
+    filled.append(both[:1])
+    filled.append_scores("new", tiny_provenance("new"), [tiny_scores(both[0])])
+    real = type(reader._snapshot)._open
+
+    def meanwhile(snapshot: Any, versions: Any) -> None:
+        if snapshot is reader._snapshot:
+            filled.append(both[1:])
+            filled.append_scores("new", tiny_provenance("new"), [tiny_scores(both[1])])
+        real(snapshot, versions)
+
+    monkeypatch.setattr(type(reader._snapshot), "_open", meanwhile)
+    reader.refresh()
+    scored = reader.scored("new")
+    assert len(scored) == len(reader)
+    assert scored[reader.find([both[0].rollout_id])].all()
+
+
 def test_of_two_policies_for_a_round_one_wins(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     policies, other = [ModelId("policy", name, "float32") for name in ("A", "B")], reopened(filled)
     real = filled._catalog.put

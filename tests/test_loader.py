@@ -15,12 +15,13 @@ from hypothesis import given
 from named_batches import PLAIN, VOCAB, numbered_records, numbered_stream, quick, rows_of, weightings
 from torch import Tensor
 
-from lopd import batches, collate, opd_steps
+from lopd import ConsistencyPolicy, batches, collate, opd_steps
 from lopd.backends.memory_store import MemoryStore
 from lopd.errors import InvalidRecordError, MissingScoresError, RepeatedRolloutsWarning
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.protocols import OPDLoss
-from lopd.records import Batch, ScoredRollout, Step, StepMetrics, Weighting, by_rollout, by_token
+from lopd.records import Batch, Prompt, ScoredRollout, Step, StepMetrics, Weighting, by_rollout, by_token
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 
 # --- which rollouts are in step k --------------------------------------------------------------------------------------------------------
 
@@ -98,6 +99,25 @@ def test_a_step_is_one_read_whatever_it_is_split_into(monkeypatch: pytest.Monkey
     monkeypatch.setattr(MemoryStore, "read", lambda self, rows, **names: reads.append(len(rows)) or original(self, rows, **names))
     assert len(stream.step(2).batches) > 2
     assert reads == [7]
+
+
+@pytest.mark.filterwarnings("ignore::lopd.errors.TeacherConsistencyWarning")
+@pytest.mark.parametrize("seed", range(4))
+def test_the_reference_policy_may_be_one_of_several_teachers(seed: int) -> None:
+    policy = tiny_manifest().policy
+    store, rollouts = MemoryStore(tiny_manifest()), [tiny_rollout(f"p{i}/s0/g0") for i in range(6)]
+    store.append(rollouts)
+    for column, model in (("A", tiny_provenance("A", 2).model), ("P", policy)):
+        provenance = evolve(tiny_provenance(column, 2), model=model)
+        logprob = -1.0 if column == "A" else -2.0
+        store.append_scores(column, provenance, [evolve(tiny_scores(r, logprob), top_k=tiny_top_k(3)) for r in rollouts])
+    prompts = [Prompt(f"p{i}", [4]) for i in range(6)]
+    teachers = {"A": prompts[:3], "P": prompts[3:]}
+    stream = batches(store, teacher=teachers, ref="P", top_k=True, seed=seed, consistency=ConsistencyPolicy.WARN)
+    (batch,) = stream.step(0).batches
+    assert sorted(batch.teacher_logprobs.tolist()) == [-2.0] * 9 + [-1.0] * 9
+    assert batch.ref_logprobs.tolist() == [-2.0] * 18
+    assert batch.top_k_ids.shape == (18, 2)
 
 
 def test_a_run_stops_before_step_stop() -> None:

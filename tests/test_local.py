@@ -49,6 +49,26 @@ class Odd(Small):
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
+class Forking(Small):
+    """Dies and leaves a process behind, which holds open what it inherited."""
+
+    def score(self, rollouts):
+        if os.fork() == 0:
+            signal.pause()
+        os._exit(3)
+
+
+class Restarted(Small):
+    def score(self, rollouts):
+        return os._exit(3) if "die" in rollouts else list(rollouts)
+
+
+def make_but_the_second(folder):
+    starts = len(list(folder.glob("start*")))
+    (folder / f"start{starts}").touch()
+    return os._exit(4) if starts == 1 else Restarted()
+
+
 def make_nothing():
     os._exit(3)
 
@@ -81,6 +101,19 @@ def test_items_that_kill_every_process_end_the_call_and_a_process_that_cannot_be
         with pytest.raises(EngineError, match=r"LocalScorer: all 1 workers died and none could be started again") as caught:
             scorer.score(["a", "fatal", "b"])
         assert "does not start" in str(caught.value.__cause__)
+
+
+def test_a_process_that_died_is_noticed_although_one_that_it_started_lives():
+    with closing(LocalScorer(Forking, workers=1, attempts=1)) as scorer, pytest.raises(EngineError, match="1 workers died over the same 1"):
+        scorer.score(["a"])
+
+
+def test_a_call_after_all_workers_were_lost_starts_them_again(tmp_path):
+    with closing(LocalScorer(partial(make_but_the_second, tmp_path), workers=1, attempts=2)) as scorer:
+        with pytest.raises(EngineError, match="none could be started again"):
+            scorer.score(["die"])
+        assert scorer.score(["a", "b"]) == ["a", "b"]
+        assert scorer.score([]) == []
 
 
 def test_each_process_has_its_environment_and_ends_its_engine(tmp_path):

@@ -152,6 +152,27 @@ def test_an_empty_selection_or_store_has_every_column_and_nothing_in_it(create: 
             one.append([tiny_rollout("a")])
 
 
+def test_every_store_refuses_a_support_that_is_not_kept_also_of_no_rows(create: Callable[..., Store]) -> None:
+    for store in (fill(create(), 12), fill(MemoryStore(tiny_manifest()), 12)):
+        for rows in ([], [1]):
+            for name in ("teacher", "behavior"):
+                with pytest.raises(MissingScoresError, match=f"column '{name}' has no top-k support"):
+                    store.read(rows, (), (name,))
+        assert len(store.read([], (), ("nothing",))) == 0
+        with pytest.raises(MissingScoresError, match="'r1' has no scores in column 'nothing'"):
+            store.read([1], (), ("nothing",))
+        with pytest.raises(MissingScoresError, match="column 'x' was not read"):
+            store.read([1], ("teacher",)).named(teacher="x")
+
+
+def test_a_record_does_not_keep_what_else_was_read(create: Callable[..., Store]) -> None:
+    record = fill(create(), 12).read(range(12), ("teacher",))[4]
+    for values in (record.rollout.response_ids, record.rollout.loss_mask, record.rollout.behavior_logprobs, record.scores["teacher"]):
+        whole = values if values.base is None else values.base
+        assert whole.nbytes <= values.nbytes
+        assert not values.flags.writeable
+
+
 def test_rows_without_scores_are_refused_and_named(create: Callable[..., Store]) -> None:
     store = fill(create(), 12)
     for rows, column, name in (([2, 5, 4], "ref", "r5"), ([1, 2, 0], "behavior", "r0"), ([7], "nothing", "r7")):

@@ -218,6 +218,36 @@ def test_a_writer_that_lost_the_race_drops_rows_that_are_there_by_now(filled: Za
     assert len(list(place(filled).glob("segments/*/"))) == 4
 
 
+def test_a_segment_of_a_call_that_was_interrupted_is_not_committed_by_a_later_one(
+    filled: ZarrStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, rollouts, looks = ZarrStore.open(place(filled)), many(30, 2), []
+    log, refresh = filled._log, filled._snapshot.refresh
+
+    def lose(number: int, record: object, *, commit: object = log.commit) -> bool:
+        if not looks[1:]:
+            other.append(many(40, 1))
+        return commit(number, record)  # type: ignore[operator]
+
+    def interrupted() -> None:
+        looks.append(1)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        refresh()
+
+    monkeypatch.setattr(log, "commit", lose)
+    monkeypatch.setattr(filled._snapshot, "refresh", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        filled.append(rollouts)
+    other.sweep(older_than=0)
+    filled.append(rollouts)
+    again = ZarrStore.open(place(filled))
+    assert list(again.verify()) == []
+    assert [record.rollout.rollout_id for record in again.read(again.find([r.rollout_id for r in rollouts]).tolist())] == [
+        r.rollout_id for r in rollouts
+    ]
+
+
 def test_a_reader_keeps_its_snapshot_until_it_refreshes(filled: ZarrStore) -> None:
     reader, copied = ZarrStore.open(place(filled)), sent(filled)
     filled.append(many(10, 1))

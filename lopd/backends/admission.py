@@ -197,11 +197,17 @@ def _check_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> 
         )
 
 
-def missing_top_k(owner: str, column: str) -> MissingScoresError:
-    """The error for a column that keeps no top-k support."""
-    return MissingScoresError(
-        f"{owner}: column {column!r} has no top-k support, expected one; score with a scorer whose provenance names a top_k."
-    )
+def check_supports(owner: str, top_k: Sequence[str], columns: Mapping[str, Provenance]) -> None:
+    """Refuse to read the support of a column that keeps none; one that is absent is refused with its scores.
+
+    Raises:
+        MissingScoresError: it names the column.
+    """
+    for name in top_k:
+        if name == BEHAVIOR_COLUMN or (name in columns and columns[name].top_k == 0):
+            raise MissingScoresError(
+                f"{owner}: column {name!r} has no top-k support, expected one; score with a scorer whose provenance names a top_k."
+            )
 
 
 def new_quarantine(

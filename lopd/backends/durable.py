@@ -47,7 +47,8 @@ class _Writer(Protocol):
     """Tries to commit what is new since the last `refresh`.
 
     Each `add_` returns True once the addition is durable and the snapshot has it, and False where another process was quicker: nothing
-    was committed then.  Rows ascend.  `settle` makes durable what is there already: the process that committed it may not have flushed it yet.
+    was committed then.  Rows ascend.  `end` says that the call is over, however it ended.
+    `settle` makes durable what is there already: the process that committed it may not have flushed it yet.
     Each raises StoreWriteError when the storage refuses.
     """
 
@@ -56,6 +57,7 @@ class _Writer(Protocol):
     def add_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], rows: Sequence[int], /) -> bool: ...
     def add_reasons(self, column: str, provenance: Provenance, reasons: Mapping[int, str], /) -> bool: ...
     def settle(self, column: str | None, /) -> None: ...
+    def end(self) -> None: ...
 
 
 S = TypeVar("S", bound=_Snapshot)
@@ -214,25 +216,31 @@ class DurableBase(ABC, Generic[S, W]):
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts, durably; those already there are skipped.  Refreshes."""
         ids, vocab_size = [rollout.rollout_id for rollout in rollouts], self.manifest.tokenizer.vocab_size
-        while True:
-            self.refresh()
-            known = {name: content for name, (content, _) in self._known(ids, self.find(ids)).items()}
-            new = admission.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self.generations, known=known)
-            if not new:
-                return self._writer.settle(None)
-            if self._writer.add_rollouts(new, len(self)):
-                return None
+        try:
+            while True:
+                self.refresh()
+                known = {name: content for name, (content, _) in self._known(ids, self.find(ids)).items()}
+                new = admission.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self.generations, known=known)
+                if not new:
+                    return self._writer.settle(None)
+                if self._writer.add_rollouts(new, len(self)):
+                    return None
+        finally:
+            self._writer.end()
 
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         """Add one model's scores, durably; rows already scored are skipped.  Refreshes."""
         admission.check_column(self._owner, column)
-        while True:
-            self.refresh()
-            new = self._new_scores(column, provenance, scores)
-            if not new:
-                return self._writer.settle(column)
-            if self._writer.add_scores(column, provenance, list(new.values()), list(new)):
-                return None
+        try:
+            while True:
+                self.refresh()
+                new = self._new_scores(column, provenance, scores)
+                if not new:
+                    return self._writer.settle(column)
+                if self._writer.add_scores(column, provenance, list(new.values()), list(new)):
+                    return None
+        finally:
+            self._writer.end()
 
     def _new_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores]) -> dict[int, Scores]:
         """By row, in ascending order."""

@@ -81,11 +81,9 @@ class MemoryStore:
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
         """These rollouts with these columns, in the order asked."""
-        rows = [int(row) for row in admission.check_rows("MemoryStore", indices, len(self))]
+        rows = admission.check_rows("MemoryStore", indices, len(self))
+        admission.check_supports("MemoryStore", top_k, self._columns)
         scores = {name: self._scores_of(rows, name) for name in (*columns, *top_k) if name != BEHAVIOR_COLUMN}
-        for name in top_k:
-            if rows and (name == BEHAVIOR_COLUMN or not self._columns[name].top_k):
-                raise admission.missing_top_k("MemoryStore", name)
         read = Rows.joined(
             [self._rollouts[row] for row in rows],
             {name: [score.logprobs for score in found] for name, found in scores.items()},

@@ -147,8 +147,10 @@ class _Worker:
                     f"through; see {self.process.log}, and give fewer at a time if memory was short."
                 ),
             ) from died
-        finally:
-            self.idle = True
+        except BaseException:
+            self.idle = True  # it has answered, with an error
+            raise
+        self.idle = True
         return request.read(answer)
 
     def stop(self) -> None:
@@ -195,8 +197,16 @@ class Hosted(ABC, Generic[Engine]):
 
     def _spread(self, items: Sequence[Any], results_per_item: int) -> list[Any]:
         """What the engines make of the items.  Parts are dealt like cards: of a batch that is sorted by length, all are alike."""
+        if not items:
+            return []
         places = [range(first, len(items), self.workers) for first in range(min(self.workers, len(items)))]
-        made = self._pool.run([self._request([items[i] for i in part], results_per_item) for part in places])
+        pool = self._pool
+        try:
+            made = pool.run([self._request([items[i] for i in part], results_per_item) for part in places])
+        except BaseException:
+            if pool.over:  # a later call starts the workers again
+                self.close()
+            raise
         return in_order([i for part in places for i in part], made, results_per_item)
 
     def _request(self, items: Sequence[Any], results_per_item: int) -> Request[Any]:

@@ -83,7 +83,7 @@ class Pool:
         """
         call: _Call[T] = _Call(iter(enumerate(requests)))
         with self._changed:  # a moment for all to start: else the first would get everything
-            self._changed.wait_for(lambda: self._all_tried() or self._over(), _FIRST_LOOK_S)
+            self._changed.wait_for(lambda: self._all_tried() or self.over, _FIRST_LOOK_S)
         for _ in range(min(self._slots * len(self._places), len(requests))):
             self._begin(self._serve, call)
         try:
@@ -96,6 +96,11 @@ class Pool:
         if call.error is not None:
             raise call.error
         return [result for i in range(len(requests)) for result in call.results[i]]
+
+    @property
+    def over(self) -> bool:
+        """Whether it was closed, or an error has ended it for good."""
+        return self._closed or self._error is not None
 
     def close(self) -> None:
         """Stop all workers, and end the calls that are under way."""
@@ -111,14 +116,11 @@ class Pool:
     # --- in the caller's thread
 
     def _wait(self, fits: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self._over() or fits())
+        self._changed.wait_for(lambda: self.over or fits())
         if self._error is not None:
             raise self._error
         if self._closed:
             raise EngineError(f"{self._owner}: it was closed during a call, expected to be closed after it; call again to resume.")
-
-    def _over(self) -> bool:
-        return self._closed or self._error is not None
 
     def _all_tried(self) -> bool:
         return all(place.tried for place in self._places)
@@ -144,7 +146,7 @@ class Pool:
             except BaseException as error:  # whoever waits for a worker has to hear of it
                 self._end(error)
                 break
-            if self._over() or place.lost:
+            if self.over or place.lost:
                 break
             self._sleep(pause)
         if self._closed:  # while it started
@@ -177,7 +179,7 @@ class Pool:
 
     def _sleep(self, seconds: float) -> None:
         with self._changed:
-            self._changed.wait_for(self._over, seconds)
+            self._changed.wait_for(lambda: self.over, seconds)
 
     # --- in a thread of a request
 
@@ -230,8 +232,8 @@ class Pool:
     def _take(self, call: _Call[Any]) -> _Place:
         """The least busy worker, as soon as one is up and has room."""
         with self._changed:
-            self._changed.wait_for(lambda: call.over or self._over() or bool(self._free()))
-            if call.over or self._over():
+            self._changed.wait_for(lambda: call.over or self.over or bool(self._free()))
+            if call.over or self.over:
                 raise InterruptedError  # the results are not waited for any more
             place = min(self._free(), key=lambda place: place.busy)
             place.busy += 1

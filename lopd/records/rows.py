@@ -27,7 +27,7 @@ def ends(lengths: NDArray[Any]) -> _Int64:
 class Rows(Sequence[ScoredRollout]):
     """Rollouts end to end, in the order in which they were asked for; as a sequence, one `ScoredRollout` each.
 
-    The arrays are not to be written to: they may be views of files, and records are views of them.
+    The arrays are not to be written to: they may be views of files.
 
     Args:
         rollout_ids: B names.
@@ -136,20 +136,20 @@ class Rows(Sequence[ScoredRollout]):
         at = slice(*self.response_ends[i : i + 2].tolist())
         return ScoredRollout(
             self._rollout(i, at),
-            {name: read_only(values[at]) for name, values in self.scores.items()},
-            {name: support[at] for name, support in self.top_k.items()},
+            {name: read_only(values[at].copy()) for name, values in self.scores.items()},
+            {name: TopK.from_store(s.ids[at].copy(), s.logprobs[at].copy(), s.tail[at].copy()) for name, s in self.top_k.items()},
         )
 
     def _rollout(self, i: int, at: slice) -> Rollout:
         start, stop = self.token_ends[i : i + 2].tolist()
         middle = start + int(self.prompt_lengths[i])
-        reported = None if self.behavior_logprobs is None else self.behavior_logprobs[at]
+        reported = None if self.behavior_logprobs is None else self.behavior_logprobs[at].copy()
         return Rollout.from_store(
             rollout_id=self.rollout_ids[i],
-            # copies: a view of a file would keep it open for as long as the caller keeps the rollout
+            # copies: a view would keep all that was read, and its file, for as long as the caller keeps the rollout
             prompt_ids=read_only(self.token_ids[start:middle].astype(np.int32)),
             response_ids=read_only(self.token_ids[middle:stop].astype(np.int32)),
-            loss_mask=read_only(np.ones(at.stop - at.start, np.bool_) if self.loss_mask is None else self.loss_mask[at]),
+            loss_mask=read_only(np.ones(at.stop - at.start, np.bool_) if self.loss_mask is None else self.loss_mask[at].copy()),
             finish_reason=self.finish_reasons[i],
             behavior_logprobs=None if reported is None or np.isnan(reported[0]) else read_only(reported),
             generation=int(self.generations[i]),
@@ -175,6 +175,9 @@ class Rows(Sequence[ScoredRollout]):
     def named(self, **roles: str | None) -> "Rows":
         """Return these with scores and supports under other names: `rows.named(teacher="qwen3-32b")`; a role without a column is left out."""
         given = {role: column for role, column in roles.items() if column is not None}
+        for column in given.values():
+            if column not in self.scores:
+                raise MissingScoresError(f"Rows: column {column!r} was not read; name it in `read(columns=...)`.")
         return evolve(
             self,
             scores={role: self.scores[column] for role, column in given.items()},

@@ -42,7 +42,7 @@ class Columns:
         for place in np.unique(self.place[rows]):
             mine = rows[self.place[rows] == place]
             records.update(zip(mine.tolist(), self._read(store, mine, self.teachers[place]), strict=True))
-        return Rows.of([records[row] for row in rows.tolist()])
+        return Rows.of([records[row] for row in rows.tolist()], top_k=["teacher"] if self.top_k else [])
 
     def _read(self, store: LogprobReader, rows: NDArray[np.int64], teacher: str | None = None) -> Rows:
         columns = [column for column in (teacher, self.ref) if column is not None]

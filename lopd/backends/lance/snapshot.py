@@ -59,10 +59,12 @@ class Snapshot:
     def refresh(self) -> None:
         """Move to the latest version of everything."""
         self._catalog.refresh()
-        known = [*self.columns.values(), *([] if self.rollouts is None else [self.rollouts])]
-        for part in known:
+        for part in self.columns.values():
             part.table.refresh()
+        rollouts = self.rollouts
         self._open({})
+        if rollouts is not None:  # last: every score that is seen then has its rollout
+            rollouts.table.refresh()
 
     def parts(self) -> dict[str | None, Part]:
         """All tables that are there: of each column, and of the rollouts, which are None."""
@@ -130,9 +132,7 @@ class Snapshot:
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """Return these rollouts with these columns and supports, in the order asked."""
         supports = {name: self._catalog.top_k(name) for name in top_k}
-        for name in top_k:
-            if not supports[name]:
-                raise admission.missing_top_k(self._owner, name)
+        admission.check_supports(self._owner, top_k, self.provenances())
         if self.rollouts is None or not rows.size:
             return admission.with_columns(self._owner, Rows.of(()), columns)
         lines = self.rollouts.lines_of(rows)

@@ -157,6 +157,9 @@ class Writer:
             found = [name for name in self._files.names("") if name.endswith(_TABLE_SUFFIX) and name not in known]
             self._files.remove([name for name in found if self._files.age(name) >= older_than])
 
+    def end(self) -> None:
+        """Nothing is written before it is committed."""
+
     def settle(self, column: str | None, /) -> None:
         """Make durable what a call relies on, also where another process wrote it and may not have come to flush it."""
         if self._folder is None:

@@ -191,9 +191,7 @@ class Snapshot:
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """These rows with these columns; everything is verified."""
-        for name in top_k:
-            if name == BEHAVIOR_COLUMN or (name in self.columns and self.columns[name].provenance.top_k == 0):
-                raise admission.missing_top_k(self._owner, name)
+        admission.check_supports(self._owner, top_k, self.provenances())
         names = [name for name in dict.fromkeys([*columns, *top_k]) if name != BEHAVIOR_COLUMN]
         groups, scored = self._grouped(rows), {name: self._grouped_scores(name, rows) for name in names}
         read = decode.read(groups, scored, top_k, self._files.run) if groups else Rows.of(())

@@ -76,9 +76,12 @@ class Writer:
 
     def settle(self, column: str | None, /) -> None:  # noqa: ARG002 (all columns are in one log)
         """Make durable what another process may have committed a moment ago, and not have flushed yet."""
-        self._take_spare("", ())
         with self._writing([]):
             self._log.settle()
+
+    def end(self) -> None:
+        """Remove what was written for a call that is over: nothing keeps a sweep from it."""
+        self._take_spare("", ())
 
     def _take_spare(self, parent: str, records: Sequence[Rollout] | Sequence[Scores]) -> _Written | None:
         """The segment that lost the race for a number, if it was made of these very records; any other is removed."""
