@@ -32,7 +32,7 @@ class Part:
         self.table = table
         self._owner = owner
         self._line = line
-        self._dense = dense
+        self._dense, self._asked = dense, False
         # Fetches may run side by side; what is in memory changes under one of them at a time.
         self._lock = RLock()
         self.forget()
@@ -95,12 +95,15 @@ class Part:
         return int(self.lines()[COMMIT].max(initial=-1)) + 1
 
     def lines_of(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
-        """Return the lines of rows that are there, in this order; of a table that has every row, no others are read where none is in memory.
+        """Return the lines of rows that are there, in this order.
+
+        The first call reads no others of a table that has every row; whoever asks again will ask often, and then all lines are read.
 
         Raises:
             CorruptStoreError: one is damaged.
         """
-        if self._dense and not self._rows.size:
+        if self._dense and not self._rows.size and not self._asked:
+            self._asked = True
             distinct, places = np.unique(rows, return_inverse=True)
             found = read_lines(self._owner, self.table.take(distinct, line_columns(self._line)), self._line)
             found = found[np.argsort(found["row"])]

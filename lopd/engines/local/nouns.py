@@ -134,13 +134,14 @@ class _Child:
             while not connection.poll(_POLL_S) and process.poll() is None:
                 if monotonic() > late:
                     raise LateError("ask for fewer workers")
-            fine, answer = connection.recv() if connection.poll(0) else (None, None)
+            received: Any = connection.recv() if connection.poll(0) else None
         except (EOFError, ConnectionError) as error:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_DEATH_S)
             raise DiedError(f"exit code {process.returncode}") from error
-        if fine is None:
+        if received is None:
             raise DiedError(f"exit code {process.returncode}")
+        fine, answer = received
         if not fine:
             raise answer
         return answer
