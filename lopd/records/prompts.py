@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lopd.errors import ContextOverflowError, MissingDependencyError, PromptError
+from lopd.errors import ContextOverflowError, PromptError
+from lopd.records.optional import need
 from lopd.records.rollouts import Prompt
 
 Messages = Sequence[Mapping[str, str]]
@@ -141,12 +142,7 @@ def _name(token_ids: Sequence[int], seen: dict[str, int]) -> str:
 
 
 def _read_records(path: str) -> list[Any]:
-    try:
-        import fsspec
-    except ImportError as error:
-        raise MissingDependencyError(
-            "Prompt files: fsspec is not installed, expected it for `read_prompts`; pip install 'lopd[hf]'."
-        ) from error
+    fsspec = need("fsspec", "Prompt files")
     try:
         with fsspec.open(path, "rb") as file:
             if path.endswith(".parquet"):
@@ -159,11 +155,7 @@ def _read_records(path: str) -> list[Any]:
 
 
 def _read_parquet(file: Any) -> list[Any]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingDependencyError("Prompt files: pyarrow is not installed, expected it for parquet; pip install 'lopd[hf]'.") from error
+    pa, pq = need("pyarrow", "Prompt files"), need("pyarrow.parquet", "Prompt files")
     try:
         rows: list[Any] = pq.read_table(file).to_pylist()
     except pa.ArrowException as error:

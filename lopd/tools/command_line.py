@@ -9,7 +9,7 @@ from typing import Any
 from lopd.backends.opening import open_store
 from lopd.errors import LopdError
 from lopd.protocols import DurableStore
-from lopd.tools.optional import need
+from lopd.records.optional import need
 
 FINE, PROBLEMS, UNUSABLE = 0, 1, 2
 #: Title, names of the columns, rows: the arguments of `lopd.tools.console.table`.

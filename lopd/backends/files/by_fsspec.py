@@ -10,7 +10,8 @@ from typing import Any, final
 import numpy as np
 
 from lopd.backends.files.contract import Bytes, StorageOptions, T, without_user
-from lopd.errors import MissingDependencyError, StorePathError
+from lopd.errors import StorePathError
+from lopd.records.optional import need
 
 
 @final
@@ -22,14 +23,9 @@ class FsspecFiles:
         self._url = url.rstrip("/")
         self._shown = without_user(self._url)
         self._options = dict(options)
+        core = need("fsspec.core", f"Store {self._shown}", "zarr")
         try:
-            import fsspec
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"Store {self._shown}: fsspec is not installed, expected it for this URL; pip install 'lopd[zarr]'."
-            ) from error
-        try:
-            self._fs, self._root = fsspec.core.url_to_fs(self._url, **self._options)
+            self._fs, self._root = core.url_to_fs(self._url, **self._options)
         except (ValueError, ImportError, TypeError) as error:
             raise StorePathError(
                 f"Store {self._shown}: fsspec cannot open it ({type(error).__name__}), expected a URL it knows; check scheme and options."

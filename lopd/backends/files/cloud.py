@@ -18,7 +18,8 @@ import numpy as np
 from lopd.backends.files.contract import Bytes, StorageOptions, T, without_user
 from lopd.backends.fork import ForkGuard
 from lopd.backends.retry import repeat
-from lopd.errors import MissingDependencyError, StorePathError, StoreWriteError
+from lopd.errors import StorePathError, StoreWriteError
+from lopd.records.optional import need
 
 _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
@@ -96,13 +97,7 @@ class ObstoreFiles:
         return self._options
 
     def _open(self) -> tuple[Any, Any]:
-        try:
-            import obstore
-            from obstore.exceptions import BaseError
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"Store {self._shown}: obstore is not installed, expected it for this URL; pip install 'lopd[zarr]'."
-            ) from error
+        obstore = need("obstore", f"Store {self._shown}", "zarr")
         _GUARD.check(f"Store {self._shown}")
         _check_http(self._shown, self._options)
         options = dict(self._options)
@@ -114,8 +109,8 @@ class ObstoreFiles:
         client = {name: value == "true" if value in ("true", "false") else value for name, value in client.items()}
         try:
             # Which options there are is obstore's to say.
-            store = obstore.store.from_url(self._url, config=options, client_options=client or None, retry_config=retry)  # type: ignore[call-overload]
-        except (BaseError, ValueError, TypeError) as error:
+            store = obstore.store.from_url(self._url, config=options, client_options=client or None, retry_config=retry)
+        except (obstore.exceptions.BaseError, ValueError, TypeError) as error:
             # The message names an option, never its value.
             raise StorePathError(
                 f"Store {self._shown}: it cannot be opened ({type(error).__name__}), expected storage options of object_store; check their names."

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from importlib import import_module
 from itertools import islice
 from typing import Any, final
 
@@ -18,7 +17,8 @@ from numpy.typing import NDArray
 
 from lopd.backends.files import Files, T
 from lopd.backends.fork import ForkGuard
-from lopd.errors import CorruptStoreError, LopdError, MissingDependencyError, StorePathError, StoreReadError
+from lopd.errors import CorruptStoreError, LopdError, StorePathError, StoreReadError
+from lopd.records.optional import need
 
 #: The column that says which commit added a row, and what makes Lance let only one writer have a number.
 COMMIT = "commit"
@@ -46,12 +46,7 @@ def _lancedb(owner: str) -> Any:
         MissingDependencyError: it is not installed.
         ForkedStoreError: this process was forked from one that used it.
     """
-    try:
-        lancedb = import_module("lancedb")
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{owner}: lancedb is not installed, expected it for this store; pip install 'lopd[lance]'."
-        ) from error
+    lancedb = need("lancedb", owner, "lance")
     _GUARD.check(owner)
     return lancedb
 

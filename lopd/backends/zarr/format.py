@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from lopd.backends.files import Bytes
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, dump
-from lopd.errors import MissingDependencyError, StoreNotFoundError
+from lopd.errors import StoreNotFoundError
 from lopd.records.manifest import Manifest
+from lopd.records.optional import need
 
 METADATA_FILE = "zarr.json"
 RAW = "raw"
@@ -97,10 +98,7 @@ def decode_zstd(data: bytes | Bytes) -> Bytes:
     Raises:
         ValueError: the bytes are not what zstd made.
     """
-    try:
-        import zstandard
-    except ImportError as error:
-        raise MissingDependencyError("Codec zstd: zstandard is not installed, expected it; pip install 'lopd[zarr]'.") from error
+    zstandard = need("zstandard", "Codec zstd", "zarr")
     try:
         return np.frombuffer(zstandard.ZstdDecompressor().decompress(bytes(data)), np.uint8)
     except zstandard.ZstdError as error:

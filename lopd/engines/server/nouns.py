@@ -22,10 +22,11 @@ from lopd.engines.inputs import SEED_BITS, budgeted, check_prompts, check_rollou
 from lopd.engines.server.servers import Probe, Servers
 from lopd.engines.server.wire import check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
 from lopd.engines.workers import Request
-from lopd.errors import InvalidRecordError, MissingDependencyError
+from lopd.errors import InvalidRecordError
 from lopd.records.checks import check_at_least
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
+from lopd.records.optional import need
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
 _PROBE_TOKENS = 16
@@ -136,14 +137,9 @@ class ServerSource:
             EngineError: the folder is not there, or cannot be read.
             MissingDependencyError: transformers is not installed.
         """
-        try:
-            import transformers
+        transformers = need("transformers", "ServerSource")
+        from lopd.engines.identity import looking_for
 
-            from lopd.engines.identity import looking_for
-        except ImportError as error:
-            raise MissingDependencyError(
-                "ServerSource: transformers is not installed, expected it to read a tokenizer; pip install 'lopd[hf]'."
-            ) from error
         with looking_for(folder):
             tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
             return cls(servers, tokenizer, identity, sampling, _eos_ids(Path(folder), tokenizer), Lineage.read(Path(folder)))

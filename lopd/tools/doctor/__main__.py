@@ -16,12 +16,12 @@ from lopd.errors import InvalidRecordError
 from lopd.guards.consistency import verdict
 from lopd.protocols import DurableStore
 from lopd.records.manifest import Lineage
+from lopd.records.optional import need
 from lopd.tools.command_line import FINE, PROBLEMS, add_storage_option, opened, print_json, run, show
 from lopd.tools.doctor.checking import check_store
 from lopd.tools.doctor.comparing import compare_columns
 from lopd.tools.doctor.contents import inspect_store
 from lopd.tools.doctor.display import show_difference, show_info
-from lopd.tools.optional import need
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,8 +18,8 @@ from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.reading import parts
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
+from lopd.records.optional import need
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores, TopK
-from lopd.tools.optional import need
 
 _TOP_K_FIELDS = ("ids", "logprobs", "tail")
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.records.manifest import Manifest
+from lopd.records.optional import need
 from lopd.tools.interop.arrow_table import Description, store_tables, tables
-from lopd.tools.optional import need
 
 
 def to_hf_dataset(reader: LogprobReader) -> Any:

@@ -17,8 +17,8 @@ from lopd.errors import (
 )
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.records.manifest import Manifest
+from lopd.records.optional import need
 from lopd.tools.interop.arrow_table import Description, store_tables, tables
-from lopd.tools.optional import need
 
 _KEY = b"lopd"
 
