@@ -1,7 +1,5 @@
 """Checkpoints: resumed bit for bit, refused when of another run, and whole when a save is interrupted."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import copy
 import json
 import re

@@ -1,7 +1,5 @@
 """`collect_rollouts`: runs that are resumed, stores of other runs, and what a source may not do."""
 
-# ruff: noqa: F811, PLR0917 (fixtures are imported, and are arguments)
-
 import copy
 
 import numpy as np

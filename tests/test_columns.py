@@ -1,7 +1,5 @@
 """Which rows and columns a run trains on: chosen rows, several teachers by prompt, and a reference policy for each round."""
 
-# ruff: noqa: PLR0917 (fixtures are arguments)
-
 import warnings
 
 import numpy as np

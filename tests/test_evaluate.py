@@ -1,7 +1,5 @@
 """`evaluate` and `evaluate_reverse_kl`: values that one gets by hand or exactly."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import numpy as np
 import pytest
 from attrs import evolve

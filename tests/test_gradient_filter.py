@@ -42,7 +42,7 @@ def nothing(signal: Signal) -> Signal:
     return evolve(signal, weight=0 * signal.weight)
 
 
-def test_tokens_without_any_gradient_skip_two_products_even_so(products: Recorded) -> None:  # noqa: F811
+def test_tokens_without_any_gradient_skip_two_products_even_so(products: Recorded) -> None:
     case = agreeing().rounded(torch.float32)
     FusedOPDLoss(transforms=(nothing,), chunking=SMALL)(*case.leaves(), case.batch)
     assert len(products.logits) > 5
@@ -89,7 +89,7 @@ def test_tokens_that_are_kept_get_the_exact_gradient() -> None:
         torch.testing.assert_close(filtered, expected)
 
 
-def test_rows_that_are_kept_are_gathered_until_the_buffer_is_half_full(products: Recorded) -> None:  # noqa: F811
+def test_rows_that_are_kept_are_gathered_until_the_buffer_is_half_full(products: Recorded) -> None:
     case = agreeing().rounded(torch.float32)
     counted = int((case.batch.weight > 0).sum())
     FusedOPDLoss(epsilon=0.01, chunking=Chunking(chunk_bytes=32 * 67 * 4))(*case.leaves(), case.batch)

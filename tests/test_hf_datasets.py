@@ -1,7 +1,5 @@
 """Stores as Hugging Face datasets: what goes out comes back equal."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 from pathlib import Path
 
 import datasets

@@ -1,7 +1,5 @@
 """What damage, a full disk and a storage that fails do to a `LanceStore`."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import errno
 import os
 import random

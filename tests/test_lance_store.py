@@ -3,8 +3,6 @@
 Kills and many processes at once are in `test_store_kills.py`, for all backends.
 """
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import os
 import pickle
 import sys

@@ -1,7 +1,5 @@
 """Several writers of a `LanceStore`, and readers in other processes."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import multiprocessing
 import os
 from collections.abc import Callable

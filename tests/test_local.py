@@ -1,7 +1,5 @@
 """Engines in several processes of this machine."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import os
 import signal
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Stores in parquet: what goes out comes back equal, and a file of another kind is refused."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

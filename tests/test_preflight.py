@@ -1,7 +1,5 @@
 """The self-test of a scorer, before a column is paid for."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import numpy as np
 import pytest
 import torch

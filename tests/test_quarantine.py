@@ -1,7 +1,5 @@
 """Rollouts that cannot be scored: put in quarantine, counted, bounded, and left out of training."""
 
-# ruff: noqa: F811, PLR0917 (fixtures are imported, and are arguments)
-
 import numpy as np
 import pytest
 from attrs import evolve

@@ -1,7 +1,5 @@
 """A real Ray cluster on this machine, of two workers."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import sys
 import threading
 import time

@@ -1,7 +1,5 @@
 """`score_rollouts`: runs that are resumed, columns of several models, and what is reported."""
 
-# ruff: noqa: F811, PLR0917 (fixtures are imported, and are arguments)
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """`ServerSource` against a stub of vLLM: samples, their seeds, wrong answers, and log-probs of the sampler."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import numpy as np
 import pytest
 from served_table import MODEL, STOP, TOKENIZER, _short_pauses, make_prompts, servers_of, source_of, start, stub, truth, without  # noqa: F401

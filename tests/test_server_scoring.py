@@ -1,7 +1,5 @@
 """`ServerScorer` against a stub of vLLM: scores, wrong answers, refusals, and keys."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import runpy
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`Servers` in trouble: requests that fail, servers that die and come back, and calls that end early."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import asyncio
 import importlib
 import pickle

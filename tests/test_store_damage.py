@@ -1,7 +1,5 @@
 """Objects of a bucket that are damaged, lost or cut short."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import os
 import random
 import re

@@ -1,7 +1,5 @@
 """What networks and rivals do to stores in a bucket."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import re
 import time
 from collections.abc import Callable

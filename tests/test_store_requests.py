@@ -1,7 +1,5 @@
 """How many requests reading and opening a store take."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import random
 import re
 from collections import Counter

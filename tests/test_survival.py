@@ -1,7 +1,5 @@
 """Sampling and scoring killed with SIGKILL at random instants, and run again until done: the store of an unbroken run."""
 
-# ruff: noqa: PLR0917 (fixtures are arguments)
-
 import multiprocessing
 import os
 import random

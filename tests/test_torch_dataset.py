@@ -1,7 +1,5 @@
 """A store as a dataset of torch, also in the workers of a data loader."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import pickle
 from collections.abc import Sequence
 from pathlib import Path

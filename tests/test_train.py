@@ -1,7 +1,5 @@
 """`opd_steps` on real models: SFT, OPD, who taught whom, and what stops training."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import copy
 import gc
 import json

@@ -1,7 +1,5 @@
 """Compaction of a `ZarrStore`: readers that are open, rivals, damage, and sweeps."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import os
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Opening a `ZarrStore`: places, manifests, many commits, and records that do not fit."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import errno
 import pickle
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """`ZarrStore` and `MemoryStore`: the contract, what is on disk, and workers of a data loader."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import multiprocessing
 import os
 import random

@@ -1,7 +1,5 @@
 """Writes of a `ZarrStore` that fail, and several processes that write at once."""
 
-# ruff: noqa: F811 (fixtures are imported)
-
 import errno
 import multiprocessing
 import os

@@ -1,11 +1,11 @@
 """Models that servers serve over HTTP."""
 
-from lopd.errors import MissingDependencyError
+from lopd.errors import MissingDependencyError as _MissingDependencyError
 
 try:
     import httpx2  # noqa: F401  # the modules below need it
 except ImportError as error:
-    raise MissingDependencyError(
+    raise _MissingDependencyError(
         f"Served engine: {error.name} is not installed, expected it for requests to servers; pip install 'lopd[server]'."
     ) from error
 
