@@ -12,8 +12,9 @@ from attrs import evolve
 from conftest import TOKENIZER_ID
 
 from lopd import collate
-from lopd.engines.causal_lm import check_cut, lm_head, packed_hidden_states
+from lopd.engines.causal_lm import lm_head, packed_hidden_states
 from lopd.engines.hf import HFSource, load_model
+from lopd.engines.probes import check_cut
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import LopdError, ModelError, TokenizerMismatchError
 from lopd.losses.chunked import Chunking

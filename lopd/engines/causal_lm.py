@@ -16,8 +16,6 @@ from torch import Tensor
 from lopd.errors import ModelError
 from lopd.records.steps import LMHead
 
-_PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
-
 
 def unwrap(model: Any) -> Any:
     """The transformers model inside a peft wrapper (its layers keep their adapters), or the model itself."""
@@ -116,33 +114,3 @@ def evaluating(model: Any) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
-
-
-@torch.no_grad()
-def check_cut(model: Any, vocab_size: int) -> None:
-    """Compare the cut model on two packed sequences with the whole model on each alone.
-
-    This finds what no list of model classes can: another scale or cap on the logits, attention across packed rollouts, positions that
-    do not restart.  A few milliseconds for a small model, one short forward for a large one.
-
-    Raises:
-        ModelError: the two disagree.
-    """
-    base = unwrap(model)
-    device = next(base.parameters()).device
-    short, long = (torch.tensor([i % vocab_size for i in ids], device=device) for ids in (_PROBE_IDS[:3], _PROBE_IDS))
-    with evaluating(model):
-        positions = torch.cat([torch.arange(len(long)), torch.arange(len(short))]).to(device)
-        packed_ND = packed_hidden_states(model, torch.cat([long, short]), positions)
-        cut_NV = lm_head(model, vocab_size).logits(packed_ND)
-        whole_NV = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0, :, :vocab_size].float() for ids in (long, short)])
-    # a head may rule tokens out: where both say -inf they agree, where only one does the difference is infinite, the tolerance never
-    both_NV = (cut_NV == -torch.inf) & (whole_NV == -torch.inf)
-    size = float(whole_NV.masked_fill(~whole_NV.isfinite(), 0.0).abs().max())
-    difference = float((cut_NV - whole_NV).masked_fill(both_NV, 0.0).abs().max())
-    tolerance = (1e-3 if next(base.parameters()).dtype == torch.float32 else 5e-2) * max(size, 1e-6)
-    if not difference <= tolerance:
-        raise ModelError(
-            f"Model {type(base).__name__}: cut below its head and packed, its logits differ by {difference:.3g} from its own, expected at most "
-            f"{tolerance:.3g}; it scales its logits or lets packed rollouts attend to each other, so lopd cannot train it."
-        )

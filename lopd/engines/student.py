@@ -6,7 +6,8 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from lopd.engines.causal_lm import check_cut, lm_head, packed_hidden_states, unwrap
+from lopd.engines.causal_lm import lm_head, packed_hidden_states, unwrap
+from lopd.engines.probes import check_cut
 from lopd.errors import ModelError
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
@@ -28,7 +29,7 @@ class CausalLMStudent(nn.Module):
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
     Raises:
-        ModelError: the model has nothing to train, cannot be cut, or lets packed rollouts attend to each other (`lopd.engines.causal_lm.check_cut`).
+        ModelError: the model has nothing to train, cannot be cut, or lets packed rollouts attend to each other (`lopd.engines.probes.check_cut`).
     """
 
     def __init__(

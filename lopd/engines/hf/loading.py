@@ -1,0 +1,26 @@
+"""A transformers model and its tokenizer, from a folder or a hub name."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from lopd.engines.identity import looking_for
+
+
+def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    """(model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
+
+    Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
+
+    Raises:
+        EngineError: there is no such model.
+    """
+    with looking_for(folder):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        # only eager attention applies a cap on attention scores, and the choice is not saved with the weights
+        model.set_attn_implementation("eager")
+    return model.to(device).eval(), tokenizer
