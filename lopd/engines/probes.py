@@ -14,7 +14,7 @@ _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
 
 
 @torch.no_grad()
-def check_cut(model: Any, vocab_size: int) -> None:
+def check_scoring(model: Any, vocab_size: int) -> None:
     """Compare the cut model on two packed sequences with the whole model on each alone.
 
     This finds what no list of model classes can: another scale or cap on the logits, attention across packed rollouts, positions that
@@ -41,3 +41,12 @@ def check_cut(model: Any, vocab_size: int) -> None:
             f"Model {type(base).__name__}: cut below its head and packed, its logits differ by {difference:.3g} from its own, expected at most "
             f"{tolerance:.3g}; it scales its logits or lets packed rollouts attend to each other, so lopd cannot train it."
         )
+
+
+def check_training(model: Any, vocab_size: int) -> None:
+    """Check that a model can be trained: what `check_scoring` checks, on rollouts that are packed as a student packs them.
+
+    Raises:
+        ModelError: likewise.
+    """
+    check_scoring(model, vocab_size)

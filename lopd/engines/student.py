@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lopd.engines.causal_lm import lm_head, packed_hidden_states, unwrap
-from lopd.engines.probes import check_cut
+from lopd.engines.probes import check_training
 from lopd.errors import ModelError
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
@@ -29,7 +29,7 @@ class CausalLMStudent(nn.Module):
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
     Raises:
-        ModelError: the model has nothing to train, cannot be cut, or lets packed rollouts attend to each other (`lopd.engines.probes.check_cut`).
+        ModelError: the model has nothing to train, cannot be cut, or lets packed rollouts attend to each other (`lopd.engines.probes.check_training`).
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class CausalLMStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer = fingerprint_tokenizer(tokenizer)
-        check_cut(model, self.tokenizer.vocab_size)
+        check_training(model, self.tokenizer.vocab_size)
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "

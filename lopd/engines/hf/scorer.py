@@ -20,7 +20,7 @@ from lopd.engines.hf.loading import load_model
 from lopd.engines.hf.source import HFSource
 from lopd.engines.identity import check_unchanged, identify, model_name
 from lopd.engines.inputs import budgeted, check_rollouts, check_top_k, in_order
-from lopd.engines.probes import check_cut
+from lopd.engines.probes import check_scoring
 from lopd.engines.supports import make_scores
 from lopd.guards.consistency import check_vocabulary
 from lopd.records.checks import check_at_least
@@ -51,7 +51,7 @@ class HFScorer:
 
     Raises:
         InvalidRecordError: `tokens_per_batch` or `rows_per_chunk` is less than 1, or `top_k` is not 0 to V.
-        ModelError: see `lopd.engines.probes.check_cut`.
+        ModelError: see `lopd.engines.probes.check_scoring`.
     """
 
     model: Any = field(repr=model_name)
@@ -71,7 +71,7 @@ class HFScorer:
         check_at_least("HFScorer", "tokens_per_batch", self.tokens_per_batch, 1)
         check_at_least("HFScorer", "rows_per_chunk", self.rows_per_chunk, 1)
         check_top_k("HFScorer", self.top_k, self.tokenizer_id)
-        check_cut(self.model, self.tokenizer_id.vocab_size)
+        check_scoring(self.model, self.tokenizer_id.vocab_size)
 
     @cached_property
     def tokenizer_id(self) -> TokenizerId:

@@ -14,7 +14,7 @@ from lopd.engines.hf.decoding import Row, decode
 from lopd.engines.hf.loading import load_model
 from lopd.engines.identity import check_unchanged, identify, model_name
 from lopd.engines.inputs import check_prompts, in_order, make_rollout, stop_ids, stream_seed
-from lopd.engines.probes import check_cut
+from lopd.engines.probes import check_scoring
 from lopd.records.checks import check_at_least
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, SamplingParams
@@ -40,7 +40,7 @@ class HFSource:
 
     Raises:
         InvalidRecordError: `rows_per_batch` is less than 1.
-        ModelError: see `lopd.engines.probes.check_cut`.
+        ModelError: see `lopd.engines.probes.check_scoring`.
     """
 
     model: Any = field(repr=model_name)
@@ -59,7 +59,7 @@ class HFSource:
 
     def __attrs_post_init__(self) -> None:
         check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
-        check_cut(self.model, self.tokenizer_id.vocab_size)
+        check_scoring(self.model, self.tokenizer_id.vocab_size)
 
     @cached_property
     def tokenizer_id(self) -> TokenizerId:
