@@ -296,9 +296,16 @@ def test_text_in_parts_is_text_whether_the_template_reads_parts_or_not(tmp_path)
         read_prompts(path, byte_tokenizer(CHATML))
 
 
-def test_a_template_that_leaves_the_text_out_is_doubted():
-    with pytest.warns(PromptWarning, match=r"Prompts: the chat template does not write the text of a user's message"):
+def test_a_role_whose_text_the_template_leaves_out_is_doubted():
+    with pytest.warns(PromptWarning, match=r"Prompt number 0: the chat template leaves out the text of the role 'user'"):
         make_prompts(["hi"], byte_tokenizer("<|im_start|>assistant\n"))
+    silent = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+    with pytest.warns(PromptWarning, match=r"Prompt number 1: the chat template leaves out the text of the role 'system'") as caught:
+        make_prompts(["hi", [{"role": "system", "content": "Be brief."}, *ask("hi")], ask("ho")], byte_tokenizer(silent))
+    assert len(caught) == 1
+    rewritten = byte_tokenizer(CHATML.replace("m['content']", "m['content'] | trim | upper"))
+    make_prompts([[{"role": "system", "content": " Be brief.\n"}, *ask("hi ")]], rewritten)
+    make_prompts([CONVERSATION], byte_tokenizer(THINKING))
 
 
 @pytest.mark.parametrize(

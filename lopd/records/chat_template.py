@@ -47,14 +47,13 @@ class ChatTemplate:
         self._day = day or datetime.now()
         self.clock_was_read = False
         text, parts = (self._written(content) for content in (PROBE, [{"type": "text", "text": PROBE}]))
-        #: Whether the text of a user's message is written at all; a template that could not be tried has the benefit of the doubt.
-        self.writes_text = not text or PROBE in (text + parts).lower()
         self._wants_parts = PROBE not in text and PROBE in parts
         self._reads_parts = self._wants_parts or text == parts
         mark = text.partition(PROBE)[2].strip()
         marks = sorted({*special, *([mark] if len(mark) >= _SHORTEST_MARK else [])}, key=len, reverse=True)
         self._marks = re.compile("|".join(map(re.escape, marks)) or "(?!)")
         self.clock_was_read = False
+        self._tried = set[frozenset[str]]()
 
     def ids(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> list[int]:
         """The token ids of checked messages, the generation prompt included."""
@@ -66,6 +65,17 @@ class ChatTemplate:
             yield "`tools`"
         yield from (f"{name!r} of `chat_template_kwargs`" for name in variables if name not in self._words)
         yield from (f"{key!r} of messages" for message in messages for key in message if key not in {"role", "content", *self._words})
+
+    def left_out(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
+        """A role whose text the template does not write; tried once for each set of roles."""
+        roles = frozenset(message["role"] for message in messages)
+        if roles in self._tried:
+            return None
+        self._tried.add(roles)
+        # spaces and case may be the template's; what an assistant thought or a tool gave is often rewritten
+        written = _folded(self._apply(messages, tools, variables, tokenize=False))
+        wanted = (message for message in messages if message["role"] not in {"assistant", "tool"})
+        return next((message["role"] for message in wanted if _folded(text_of(message)) not in written), None)
 
     def mark_in(self, messages: Messages) -> str | None:
         """A special token, or the end of the template, that the text of the messages contains: it was written by this or another template."""
@@ -97,6 +107,10 @@ class ChatTemplate:
     def _strftime(self, form: str) -> str:
         self.clock_was_read = True
         return self._day.strftime(form)
+
+
+def _folded(text: str) -> str:
+    return "".join(text.split()).casefold()
 
 
 def _words(owner: str, source: Any) -> set[str]:

@@ -94,8 +94,6 @@ class Rendering:
             self.doubts.add(
                 self._owner, f"the chat template does not read {', '.join(self._unread)}; drop them, or use a template that does"
             )
-        if not self._template.writes_text:
-            self.doubts.add(self._owner, "the chat template does not write the text of a user's message; use another template")
         if self._template.clock_was_read and self._day is None:
             self.doubts.add(
                 self._owner,
@@ -112,7 +110,10 @@ class Rendering:
                 f"its text contains {mark!r}, which belongs to a chat template, and the template is applied to it; pass `verbatim=True` if the "
                 "text carries the template already",
             )
-        return self._encoded(where, lambda: template.ids(messages, tools, variables))
+        ids = self._encoded(where, lambda: template.ids(messages, tools, variables))
+        if role := template.left_out(messages, tools, variables):
+            self.doubts.add(where, f"the chat template leaves out the text of the role {role!r}; drop it, or use a template that writes it")
+        return ids
 
     def _encode(self, where: str, text: Any, *, bare: bool = False) -> list[int]:
         return self._encoded(where, lambda: self._tokenizer(text, add_special_tokens=not bare)["input_ids"])
