@@ -79,7 +79,9 @@ def test_text_that_carries_the_template_already_is_doubted_and_verbatim_text_has
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": "fine"}, {"prompt": text}, {"prompt": [{"role": "user", "content": text}]}])
     _, sentences = doubts(lambda: read_prompts(path, tokenizer))
     (sentence,) = sentences
-    assert sentence.startswith(f"Prompt file {path}, record 1 and 1 more: its text contains '{mark}', which belongs to a chat template, ")
+    assert sentence.startswith(
+        f"Prompt file {path}, record 1 and 1 more: its text contains '{mark}', as if it carried a chat template already"
+    )
     prompts, sentences = doubts(lambda: make_prompts([text], tokenizer, verbatim=True))
     assert (texts(tokenizer, prompts), sentences) == ([text], [])
 

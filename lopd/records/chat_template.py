@@ -50,8 +50,8 @@ class ChatTemplate:
         self._wants_parts = PROBE not in text and PROBE in parts
         self._reads_parts = self._wants_parts or text == parts
         mark = text.partition(PROBE)[2].strip()
-        marks = sorted({*special, *([mark] if len(mark) >= _SHORTEST_MARK else [])}, key=len, reverse=True)
-        self._marks = re.compile("|".join(map(re.escape, marks)) or "(?!)")
+        marks = [*special, mark] if len(mark) >= _SHORTEST_MARK else list(special)
+        self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
         self.clock_was_read = False
         self._tried = set[frozenset[str]]()
 
@@ -64,7 +64,7 @@ class ChatTemplate:
         if tools and "tools" not in self._words:
             yield "`tools`"
         yield from (f"{name!r} of `chat_template_kwargs`" for name in variables if name not in self._words)
-        yield from (f"{key!r} of messages" for message in messages for key in message if key not in {"role", "content", *self._words})
+        yield from (f"{key!r} of messages" for message in messages for key in message if key not in self._words)
 
     def left_out(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
         """A role whose text the template does not write; tried once for each set of roles."""
@@ -72,9 +72,9 @@ class ChatTemplate:
         if roles in self._tried:
             return None
         self._tried.add(roles)
-        # spaces and case may be the template's; what an assistant thought or a tool gave is often rewritten
+        # spaces and case may be the template's; what an assistant thought, or a tool gave, is often rewritten
         written = _folded(self._apply(messages, tools, variables, tokenize=False))
-        wanted = (message for message in messages if message["role"] not in {"assistant", "tool"})
+        wanted = (message for message in messages if message["role"] in {"system", "developer", "user"})
         return next((message["role"] for message in wanted if _folded(text_of(message)) not in written), None)
 
     def mark_in(self, messages: Messages) -> str | None:
@@ -121,4 +121,4 @@ def _words(owner: str, source: Any) -> set[str]:
         tokens = [token for template in templates for token in jinja2.Environment().lex(template)]
     except jinja2.TemplateSyntaxError as error:
         raise PromptError(f"{owner}: the chat template is not valid Jinja ({error}); mend it.") from error
-    return {text.strip("'\"") for _, kind, text in tokens if kind in {"name", "string"}}
+    return {"role", "content", *(text.strip("'\"") for _, kind, text in tokens if kind in {"name", "string"})}

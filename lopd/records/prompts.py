@@ -106,7 +106,8 @@ def make_prompts(
     """
     rendering = Rendering("Prompts", tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
     records = [content if isinstance(content, Mapping) else {field: content} for content in _several(contents)]
-    for key, values in (("id", ids), ("answer", answers)):
+    beside: dict[str, Sequence[Any] | None] = {"id": ids, "answer": answers}
+    for key, values in beside.items():
         if values is not None:
             if len(values) != len(records):
                 raise PromptError(f"Prompts: there are {len(values)} {key}s, expected {len(records)}; pass one for each prompt.")

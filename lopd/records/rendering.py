@@ -53,7 +53,7 @@ class Rendering:
             self._need_template(owner, "`date`")
             if not isinstance(day, date):
                 raise PromptError(f"{owner}: `date` is {day!r:.40}, expected a datetime.date; pass one.")
-        self._tools, self._variables = self._given(owner, tools, variables)
+        self._tools, self._variables = self._tools_in(owner, tools), self._variables_in(owner, variables)
         self._unread: dict[str, None] = {}
         self._ends = {getattr(tokenizer, "eos_token_id", None)}
         if not has_template and not verbatim:
@@ -71,7 +71,7 @@ class Rendering:
         Raises:
             PromptError: the template or the tokenizer refuses it, or there is no template to read it.
         """
-        own_tools, own_variables = self._given(where, tools, variables)
+        own_tools, own_variables = self._tools_in(where, tools), self._variables_in(where, variables)
         if not isinstance(content, str):
             self._need_template(where, "a list of messages")
         if self._template:
@@ -107,8 +107,8 @@ class Rendering:
         if mark := template.mark_in(messages):
             self.doubts.add(
                 where,
-                f"its text contains {mark!r}, which belongs to a chat template, and the template is applied to it; pass `verbatim=True` if the "
-                "text carries the template already",
+                f"its text contains {mark!r}, as if it carried a chat template already, and the template is applied to it; pass `verbatim=True` "
+                "if it does, or else drop it",
             )
         ids = self._encoded(where, lambda: template.ids(messages, tools, variables))
         if role := template.left_out(messages, tools, variables):
@@ -126,20 +126,25 @@ class Rendering:
                 f"{where}: the tokenizer or its chat template raised {type(error).__name__} ({error!s:.200}); mend the record or the template."
             ) from error
 
-    def _given(self, where: str, tools: Any, variables: Any) -> tuple[list[Any] | None, dict[str, Any]]:
-        tools, variables = (
-            plain(from_json(value, where, key), where) for key, value in (("tools", tools), ("chat_template_kwargs", variables))
-        )
-        for name, value in (("`tools`", tools), ("`chat_template_kwargs`", variables)):
-            if value:
-                self._need_template(where, name)
+    def _tools_in(self, where: str, value: Any) -> list[Any] | None:
+        tools = self._for_template(where, "tools", value)
         if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) or callable(tool) for tool in tools)):
             raise PromptError(f"{where}: `tools` is {tools!r:.80}, expected a list of mappings; write one JSON schema for each tool.")
-        if variables and (not isinstance(variables, Mapping) or (self._template and not self._template.reserved.isdisjoint(variables))):
+        return tools
+
+    def _variables_in(self, where: str, value: Any) -> Mapping[str, Any]:
+        variables = self._for_template(where, "chat_template_kwargs", value) or {}
+        if not isinstance(variables, Mapping) or (self._template and not self._template.reserved.isdisjoint(variables)):
             raise PromptError(
                 f"{where}: `chat_template_kwargs` is {variables!r:.80}, expected a mapping of the template's own variables; leave others out."
             )
-        return tools, variables or {}
+        return variables
+
+    def _for_template(self, where: str, key: str, value: Any) -> Any:
+        value = plain(from_json(value, where, key), where)
+        if value:
+            self._need_template(where, f"`{key}`")
+        return value
 
     def _need_template(self, where: str, what: str) -> None:
         if not self._template:
