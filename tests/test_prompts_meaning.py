@@ -215,7 +215,13 @@ def test_a_column_of_ints_with_a_gap_gives_ints(tmp_path):
     table = pa.table({"prompt": ["a", "b", "c"], "id": pa.array([1.0, None, 3.0]), "answer": pa.array([None, 2.5, 12.0])})
     pq.write_table(table, tmp_path / "p.parquet")
     tokenizer = byte_tokenizer()
-    for prompts in (read_prompts(tmp_path / "p.parquet", tokenizer), make_prompts(table.to_pandas().to_dict("records"), tokenizer)):
+    frame = table.to_pandas()
+    rows = [
+        frame.to_dict("records"),
+        frame.convert_dtypes().to_dict("records"),
+        frame.assign(tools=np.datetime64("NaT")).to_dict("records"),
+    ]
+    for prompts in (read_prompts(tmp_path / "p.parquet", tokenizer), *(make_prompts(some, tokenizer) for some in rows)):
         assert (prompts[0].prompt_id, prompts[2].prompt_id, len(prompts[1].prompt_id)) == ("1", "3", 16)
         assert [prompt.answer for prompt in prompts] == [None, "2.5", "12"]
 

@@ -39,11 +39,11 @@ def plain(value: Any, owner: str) -> Any:
 def _plain_leaf(value: Any, owner: str) -> Any:
     if value is None or isinstance(value, int) or callable(value):
         return value
-    # NaN, and NaT of pandas
-    if value != value:  # noqa: PLR0124
-        return None
     if isinstance(value, str):
         return _encodable(value, owner)
+    # pandas has a null of its own for each kind of column: NaN, NaT and NA
+    if type(value).__name__ == "NAType" or (isinstance(value, float | Decimal | datetime.date) and value != value):  # noqa: PLR0124
+        return None
     if isinstance(value, float | Decimal):
         return int(value) if abs(float(value)) < _EXACT and value == int(value) else value
     if isinstance(value, datetime.date | datetime.time):
