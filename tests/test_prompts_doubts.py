@@ -176,6 +176,19 @@ def test_a_tokenizer_that_raises_is_one_error_with_the_record():
         make_prompts(["a", "b"], Raising())
 
 
+def test_a_processor_is_not_a_tokenizer():
+    class Processor:
+        chat_template = CHATML
+
+        def apply_chat_template(self, conversation, tokenize=False, return_dict=False, **options):
+            return {"input_ids": [[1, 2]]} if tokenize else "hi"
+
+    with pytest.raises(
+        PromptError, match=r"Prompt number 0: the tokenizer gave a list, expected token ids; pass the tokenizer of a processor"
+    ):
+        make_prompts(["hi"], Processor())
+
+
 def test_text_that_gives_no_tokens_is_refused_with_its_record(tokenizer, tmp_path):
     bare = byte_tokenizer("{{ '' }}")
     with pytest.raises(PromptError, match=r"Prompt number 0: it has 0 tokens, expected at least 1"):

@@ -344,3 +344,32 @@ def test_columns_and_splits_of_a_dataset_are_prompts():
         assert [prompt.prompt_id for prompt in make_prompts(contents, tokenizer, field=field)] == expected
     with pytest.raises(PromptError, match=r"Prompt file: the path is a Dataset, expected text or a path; pass records to `make_prompts`"):
         read_prompts(dataset, tokenizer)
+
+
+class InCode:
+    """Like the tokenizers of mistral-common: the chat template is code, and some of what others have is missing."""
+
+    chat_template = None
+
+    def __init__(self):
+        inner = byte_tokenizer(None, before="<s>")
+        self.encode, self.decode, self.all_special_ids, self.all_special_tokens = inner, inner.decode, [1, 2], ["<s>", "</s>"]
+
+    def __call__(self, text, **options):
+        return self.encode(text, **options)
+
+    def added_tokens_decoder(self):
+        raise NotImplementedError
+
+    def apply_chat_template(self, conversation, tools=None, add_generation_prompt=False, tokenize=True, return_dict=True):
+        assert tokenize, "text of it is unsafe"
+        said = "".join(f"[{message['role']}]{message['content']}" for message in conversation)
+        return self.encode(f"<s>{tools or ''}{said}[/]", add_special_tokens=False)
+
+
+def test_a_chat_template_in_code_is_applied_too():
+    tokenizer = InCode()
+    prompts = make_prompts(["hi", PARTED, {"prompt": "hi", "tools": [{"name": "f"}]}], tokenizer)
+    assert texts(tokenizer, prompts) == ["<s>[user]hi[/]", "<s>[user]one two[/]", "<s>[{'name': 'f'}][user]hi[/]"]
+    with pytest.raises(PromptError, match=r"Prompt number 0: the tokenizer or its chat template raised TypeError .*'enable_thinking'"):
+        make_prompts(["hi"], tokenizer, chat_template_kwargs={"enable_thinking": True})

@@ -26,12 +26,22 @@ def text_of(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
+def formats_chats(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template, in Jinja or, like that of mistral-common, in code."""
+    if getattr(tokenizer, "chat_template", None):
+        return True
+    try:
+        return bool(tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], add_generation_prompt=True))
+    except Exception:  # transformers raises where there is no template
+        return False
+
+
 class ChatTemplate:
-    """The chat template of a tokenizer, and what it reads.
+    """The chat template of a tokenizer, and what it reads; of a template in code only what it gives is known.
 
     Args:
         owner: how messages name all prompts.
-        tokenizer: with a chat template.
+        tokenizer: one that `formats_chats`.
         special: its special tokens.
         day: what the template reads as today; None for today.
 
@@ -40,15 +50,16 @@ class ChatTemplate:
     """
 
     def __init__(self, owner: str, tokenizer: Any, special: Collection[str], day: date | None) -> None:
-        self._tokenizer, self._words = tokenizer, _words(owner, tokenizer.chat_template)
+        self._tokenizer, self._source = tokenizer, getattr(tokenizer, "chat_template", None)
+        self._words = _words(owner, self._source) if self._source else set[str]()
         #: Arguments of transformers that are not variables of a template.
-        self.reserved = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents"}
+        self.reserved = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents", "reasoning_effort"}
         # one day for all, also when it ends meanwhile
         self._day = day or datetime.now()
         self.clock_was_read = False
-        text, parts = (self._written(content) for content in (PROBE, [{"type": "text", "text": PROBE}]))
+        text, parts = (self._written(content) for content in (PROBE, [{"type": "text", "text": PROBE}])) if self._source else ("", "")
         self._wants_parts = PROBE not in text and PROBE in parts
-        self._reads_parts = self._wants_parts or text == parts
+        self._reads_parts = self._wants_parts or text == parts != ""
         mark = text.partition(PROBE)[2].strip()
         marks = [*special, mark] if len(mark) >= _SHORTEST_MARK else list(special)
         self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
@@ -61,6 +72,8 @@ class ChatTemplate:
 
     def unread(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> Iterator[str]:
         """What the template does not mention: `tools`, variables, and keys of messages."""
+        if not self._source:
+            return
         if tools and "tools" not in self._words:
             yield "`tools`"
         yield from (f"{name!r} of `chat_template_kwargs`" for name in variables if name not in self._words)
@@ -69,7 +82,7 @@ class ChatTemplate:
     def left_out(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
         """A role whose text the template does not write; tried once for each set of roles."""
         roles = frozenset(message["role"] for message in messages)
-        if roles in self._tried:
+        if roles in self._tried or not self._source:
             return None
         self._tried.add(roles)
         # spaces and case may be the template's; what an assistant thought, or a tool gave, is often rewritten

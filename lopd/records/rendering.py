@@ -3,10 +3,11 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from numbers import Integral
 from typing import Any
 
 from lopd.errors import PromptError, PromptWarning
-from lopd.records.chat_template import PROBE, ChatTemplate, Messages
+from lopd.records.chat_template import PROBE, ChatTemplate, Messages, formats_chats
 from lopd.records.plain import from_json, plain
 
 
@@ -47,7 +48,7 @@ class Rendering:
         self.doubts = Doubts()
         self._owner, self._tokenizer, self._verbatim, self._day = owner, tokenizer, verbatim, day
         self._special = _special_tokens(tokenizer)
-        has_template = not verbatim and getattr(tokenizer, "chat_template", None)
+        has_template = not verbatim and formats_chats(tokenizer)
         self._template = ChatTemplate(owner, tokenizer, self._special.values(), day) if has_template else None
         if day is not None:
             self._need_template(owner, "`date`")
@@ -120,11 +121,16 @@ class Rendering:
 
     def _encoded(self, where: str, encode: Callable[[], Sequence[int]]) -> list[int]:
         try:
-            return list(encode())
+            ids = list(encode())
         except Exception as error:  # a template may raise anything
             raise PromptError(
                 f"{where}: the tokenizer or its chat template raised {type(error).__name__} ({error!s:.200}); mend the record or the template."
             ) from error
+        if ids and not isinstance(ids[0], Integral):
+            raise PromptError(
+                f"{where}: the tokenizer gave a {type(ids[0]).__name__}, expected token ids; pass the tokenizer of a processor."
+            )
+        return ids
 
     def _tools_in(self, where: str, value: Any) -> list[Any] | None:
         tools = self._for_template(where, "tools", value)
@@ -169,5 +175,7 @@ class Rendering:
 
 def _special_tokens(tokenizer: Any) -> dict[int, str]:
     """Token id -> text."""
-    added = {id_: str(token) for id_, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special}
-    return {**dict(zip(getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "all_special_tokens", ()), strict=False)), **added}
+    named = zip(getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "all_special_tokens", ()), strict=False)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    # mistral-common has a method of this name, which raises
+    return {**dict(named), **({id_: str(token) for id_, token in added.items() if token.special} if isinstance(added, dict) else {})}
