@@ -86,6 +86,15 @@ def test_text_that_carries_the_template_already_is_doubted_and_verbatim_text_has
     assert (texts(tokenizer, prompts), sentences) == ([text], [])
 
 
+def test_messages_as_json_text_are_doubted(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"messages": json.dumps([{"role": "user", "content": "hi"}])}])
+    prompts, sentences = doubts(lambda: read_prompts(path, byte_tokenizer()))
+    assert prompts[0].text.startswith("[{")
+    assert sentences == [
+        f"Prompt file {path}, record 0: it is a list of messages as JSON text, which is read as text; decode it for the chat template."
+    ]
+
+
 def test_messages_are_refused_where_text_is_verbatim():
     with pytest.raises(
         PromptError, match=r"Prompt number 0: it has a list of messages, which only a chat template reads, but `verbatim` text"
