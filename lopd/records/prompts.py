@@ -80,7 +80,8 @@ def make_prompts(
     A record is a mapping; `record[field]`, or else `record["messages"]`, is a string or a list of messages with "role" and "content".
     "id" and "answer" are taken over; without "id" a prompt is named after its tokens.  "tools" and "chat_template_kwargs" go to the chat
     template, and so does each key of a message.  Keys that are null count as missing, and whole floats as ints, at every depth, so that JSONL,
-    parquet and datasets give the same ids.
+    parquet and datasets give the same ids.  A columnar file has one order of keys for all records, and a template writes tools in the order
+    that they have.
 
     A chat template is applied with the generation prompt.  Without one, strings are tokenised as the tokenizer does by itself, with its BOS.
     A `PromptWarning` names what may be wrong: keys that nothing reads, special tokens in a text, a text that begins with BOS twice or ends with
