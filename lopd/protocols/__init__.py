@@ -65,7 +65,8 @@ class TeacherScorer(Protocol):
 class LogprobReader(Protocol):
     """The half of a store that training needs.
 
-    The column `behavior` is virtual: it reads the rollouts' own `behavior_logprobs`.  `columns` does not list it, and nobody writes to it.
+    The columns `behavior` and `behavior/sampler` are virtual: they read the rollouts' own `behavior_logprobs` and `sampler_logprobs`.
+    `columns` does not list them, and nobody writes to them.
     """
 
     @property
@@ -134,8 +135,8 @@ class LogprobWriter(Protocol):
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts.  Those that are already there, with the same content, are skipped.
 
-        Content is token ids and loss mask.  A rollout that is appended again keeps the `behavior_logprobs` and the `finish_reason` that
-        came first: a repeated request may give the same tokens with log-probs that are rounded otherwise.
+        Content is token ids and loss mask.  A rollout that is appended again keeps the `behavior_logprobs`, the `sampler_logprobs` and the
+        `finish_reason` that came first: a repeated request may give the same tokens with log-probs that are rounded otherwise.
 
         Raises:
             ConflictError: other content under an id that is there, or twice in the call.
