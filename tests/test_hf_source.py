@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOKENIZER_ID
+from engine_models import drawn_logprobs
 from hf_parts import FLAT, VOCAB, every_kind, source_of, spoiled
 
 from lopd import collate
@@ -230,23 +231,10 @@ def test_the_log_probs_of_the_sampler_are_at_its_temperature_and_renormalised_ov
     for sampling in ({"temperature": 0.5}, {"top_p": 0.6}, {"temperature": 1.7, "top_p": 0.8}):
         source = source_of(llama, tokenizer, **sampling)
         for rollout in source.sample(prompts):
-            logits_TV = full_logits(llama, rollout) / sampling.get("temperature", 1.0)
-            ordered_TV, order_TV = logits_TV.softmax(-1).sort(descending=True)
-            beyond_TV = torch.zeros_like(logits_TV, dtype=torch.bool).scatter(
-                -1, order_TV, ordered_TV.cumsum(-1) - ordered_TV >= source.sampling.top_p
-            )
-            wanted_TV = logits_TV.masked_fill(beyond_TV, -torch.inf).log_softmax(-1)
-            wanted_T = wanted_TV.gather(-1, torch.tensor(rollout.response_ids.tolist())[:, None])[:, 0]
-            np.testing.assert_allclose(rollout.sampler_logprobs, wanted_T, atol=2e-5)
+            np.testing.assert_allclose(rollout.sampler_logprobs, drawn_logprobs(llama, rollout, **sampling), atol=2e-5)
     (greedy, *_) = source_of(llama, tokenizer, temperature=0.0, top_p=0.9).sample(prompts)
     assert greedy.sampler_logprobs.tolist() == [0.0] * greedy.response_ids.size
     assert {rollout.sampler_logprobs for rollout in source_of(llama, tokenizer).sample(prompts)} == {None}
-
-
-def full_logits(model, rollout):
-    ids = torch.tensor([[*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]])
-    with torch.no_grad():
-        return model(input_ids=ids, use_cache=False).logits[0, rollout.prompt_ids.size - 1 : -1, :VOCAB].double()
 
 
 def drawn_on_a_grid(probabilities, expected, n=1000, **sampling):
