@@ -48,7 +48,8 @@ def collate(
         rows: what a store read, or records.
         weighting: `by_rollout`, `by_token`, or your own function of the loss mask.
         teacher: which score column becomes `teacher_logprobs`.
-        ref: which score column becomes `ref_logprobs`.
+        ref: which score column becomes `ref_logprobs`.  Where rollouts have `sampler_logprobs`, these come along; a rollout without them
+            has its `ref_logprobs` there.
         top_k: of which score column the most likely tokens come along.
 
     Raises:
@@ -71,6 +72,9 @@ def collate(
         weight=place.at_targets(_weights(rows, weighting)),
         teacher_logprobs=None if teacher is None else place.at_targets(_column(rows, rows.scores, teacher, "columns")),
         ref_logprobs=None if ref is None else place.at_targets(_column(rows, rows.scores, ref, "columns")),
+        sampler_logprobs=None if ref is None or (drawn_M := rows.sampler_logprobs) is None else place.at_targets(
+            np.where(np.isnan(drawn_M), rows.scores[ref], drawn_M)
+        ),
         **({} if top_k is None else _top_k(place, _column(rows, rows.top_k, top_k, "top_k"))),
     )
 
