@@ -161,7 +161,9 @@ def _bias(sampling: SamplingParams) -> str:
     """How tokens were drawn, and what that does to the gradient of a loss which takes them for draws at temperature 1."""
     at, often = f"temperature {sampling.temperature:g} and top_p {sampling.top_p:g}", "often" if sampling.temperature < 1 else "rarely"
     heated = f"likely tokens came too {often}" if sampling.temperature != 1 else "the tokens that were left came too often"
-    cut = ", and those that were never drawn are missing from it, with a ratio too" if sampling.top_p < 1 or sampling.temperature == 0 else ""
+    cut = (
+        ", and those that were never drawn are missing from it, with a ratio too" if sampling.top_p < 1 or sampling.temperature == 0 else ""
+    )
     return f"{at}, so the gradient is biased before the student has moved: {heated}{cut}"
 
 

@@ -30,7 +30,8 @@ class RolloutSource(Protocol):
         """`samples_per_prompt` rollouts for each prompt, in the order of the prompts.
 
         Ids are `rollout_id(prompt, sample, generation)`.  The same call on the same prompts gives the same rollouts, so an interrupted
-        collection can be repeated.  No prompts give no rollouts.
+        collection can be repeated.  No prompts give no rollouts.  Where `manifest.sampling` is not `neutral`, rollouts have
+        `sampler_logprobs` if the engine can tell them; elsewhere None.
 
         Raises:
             ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sampled.

@@ -72,9 +72,9 @@ def collate(
         weight=place.at_targets(_weights(rows, weighting)),
         teacher_logprobs=None if teacher is None else place.at_targets(_column(rows, rows.scores, teacher, "columns")),
         ref_logprobs=None if ref is None else place.at_targets(_column(rows, rows.scores, ref, "columns")),
-        sampler_logprobs=None if ref is None or (drawn_M := rows.sampler_logprobs) is None else place.at_targets(
-            np.where(np.isnan(drawn_M), rows.scores[ref], drawn_M)
-        ),
+        sampler_logprobs=None
+        if ref is None or (drawn_M := rows.sampler_logprobs) is None
+        else place.at_targets(np.where(np.isnan(drawn_M), rows.scores[ref], drawn_M)),
         **({} if top_k is None else _top_k(place, _column(rows, rows.top_k, top_k, "top_k"))),
     )
 

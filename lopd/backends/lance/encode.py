@@ -165,7 +165,7 @@ def _table(
     for name in lines.dtype.names or ():
         if name == "id_hash":
             continue
-        values = (lines[name] & 1).astype(np.bool_) if name == "has_behavior" else lines[name]
+        values: Any = (lines[name] & 1).astype(np.bool_) if name == "has_behavior" else lines[name]
         array = _bytes_column(values) if values.dtype.kind == "V" else pa.array(values)
         columns.append((pa.field(name, array.type, nullable=False, metadata=KEY_METADATA if name == COMMIT else None), array))
     columns.append((pa.field(LINE_CHECKSUM, pa.uint64(), nullable=False), pa.array(line_checksums(lines))))
