@@ -251,7 +251,7 @@ def with_columns(owner: str, rows: Rows, columns: Sequence[str]) -> Rows:
         MissingScoresError: a rollout lacks what a virtual column reads, and it is asked for.
     """
     scores = dict(rows.scores)
-    for column in VIRTUAL_COLUMNS.keys() & set(columns):
+    for column in filter(VIRTUAL_COLUMNS.__contains__, columns):
         gaps, reported = np.ones(len(rows), np.bool_), getattr(rows, VIRTUAL_COLUMNS[column])
         if reported is not None:
             scores[column], gaps = reported, np.isnan(reported[rows.response_ends[:-1]])

@@ -116,7 +116,7 @@ class SourceConformance:
             assert gap <= self.tolerance, f"{rollout.rollout_id}: {gap} nats"
 
     def test_log_probs_of_the_sampler_come_where_it_draws_from_another_distribution(self) -> None:
-        assert {rollout.sampler_logprobs for rollout in self._sample()} == {None}, "they would be the behavior_logprobs"
+        assert all(rollout.sampler_logprobs is None for rollout in self._sample()), "they would be the behavior_logprobs"
         for sampling in (evolve(_SAMPLING, temperature=0.6), evolve(_SAMPLING, top_p=0.7)):
             drawn = [rollout.sampler_logprobs for rollout in self._sample(sampling)]
             there = [logprobs for logprobs in drawn if logprobs is not None]
