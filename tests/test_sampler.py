@@ -120,7 +120,7 @@ def scored(llama, make_model, tokenizer, prompts):
 
 
 def without_sampler(store, ids):
-    """The same store, but for the sampler's log-probs of some rollouts."""
+    """The same store without the sampler's log-probs of some rollouts."""
     made = MemoryStore(store.manifest)
     records = store.read(range(len(store)), ["teacher"])
     rollouts = [r.rollout if i not in ids else evolve(r.rollout, sampler_logprobs=None) for i, r in enumerate(records)]

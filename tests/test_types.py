@@ -1,5 +1,6 @@
 """Records refuse what breaks their contract, with one sentence that says which record, which field and which entry."""
 
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -133,6 +134,7 @@ def test_a_rollout_from_a_store_equals_the_one_that_was_checked(logprobs: Any) -
     checked = tiny_rollout("p1/s0/g3", loss_mask=[True, False, True], generation=3, **reported)
     unchecked = Rollout.from_store(**{field.name: getattr(checked, field.name) for field in fields(Rollout)})
     assert_same_rollout(unchecked, checked)
+    assert_same_rollout(pickle.loads(pickle.dumps(unchecked)), checked)  # noqa: S301
     assert len(unchecked) == len(checked)
     assert repr(unchecked) == repr(checked)
 

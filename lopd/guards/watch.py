@@ -133,7 +133,7 @@ def judge_loss(loss: object, summary: AdvantageSummary) -> None:
 
 
 def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool) -> None:
-    """Warn where the gradient is biased by how the rollouts were drawn: their distribution is not the policy's, and no ratio corrects that.
+    """Warn where the gradient is biased by how the rollouts were drawn, since no importance ratio to their distribution corrects that.
 
     Args:
         store: whose rollouts.
@@ -141,16 +141,16 @@ def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool
         ratio: whether a loss can form an importance ratio; it is to the right distribution where rollouts have `sampler_logprobs`.
     """
     sampling = store.manifest.sampling
-    lacking = 0 if sampling.neutral else int((~store.scored(SAMPLER_COLUMN)[rows]).sum()) if ratio else len(rows)
+    if sampling.neutral:
+        return
+    lacking = int((~store.scored(SAMPLER_COLUMN)[rows]).sum()) if ratio else len(rows)
+    what, remedy = "have no importance ratio", 'pass `ref="behavior"` and a loss with `ratio_to_ref=True`'
+    if ratio:
+        what = "lack the sampler_logprobs that an importance ratio needs"
+        remedy = "sample with an engine that records them (a server: `--logprobs-mode processed_logprobs`)"
     if lacking:
-        why = "lack the sampler_logprobs that an importance ratio needs" if ratio else "have no importance ratio"
-        remedy = (
-            "sample with an engine that records them (a server: `--logprobs-mode processed_logprobs`)"
-            if ratio
-            else 'pass `ref="behavior"` and a loss with `ratio_to_ref=True`'
-        )
         warnings.warn(
-            f"{store!r}: {lacking} of {len(rows)} rollouts {why}, and they were drawn at {_bias(sampling)}; {remedy}, or sample at temperature 1 "
+            f"{store!r}: {lacking} of {len(rows)} rollouts {what}, and they were drawn at {_bias(sampling)}; {remedy}, or sample at temperature 1 "
             "and top_p 1.",
             SamplerWarning,
             stacklevel=3,
@@ -159,12 +159,12 @@ def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool
 
 def _bias(sampling: SamplingParams) -> str:
     """How tokens were drawn, and what that does to the gradient of a loss which takes them for draws at temperature 1."""
-    at, often = f"temperature {sampling.temperature:g} and top_p {sampling.top_p:g}", "often" if sampling.temperature < 1 else "rarely"
+    often = "often" if sampling.temperature < 1 else "rarely"
     heated = f"likely tokens came too {often}" if sampling.temperature != 1 else "the tokens that were left came too often"
     cut = (
         ", and those that were never drawn are missing from it, with a ratio too" if sampling.top_p < 1 or sampling.temperature == 0 else ""
     )
-    return f"{at}, so the gradient is biased before the student has moved: {heated}{cut}"
+    return f"temperature {sampling.temperature:g} and top_p {sampling.top_p:g}, so the gradient is biased before the student has moved: {heated}{cut}"
 
 
 def judge_ratio(loss: object, batches: Iterable[Batch]) -> None:

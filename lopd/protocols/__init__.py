@@ -67,7 +67,7 @@ class LogprobReader(Protocol):
     """The half of a store that training needs.
 
     The columns `behavior` and `behavior/sampler` are virtual: they read the rollouts' own `behavior_logprobs` and `sampler_logprobs`.
-    `columns` does not list them, and nobody writes to them.
+    `columns` does not list them, and they cannot be written to.
     """
 
     @property

@@ -72,9 +72,7 @@ def collate(
         weight=place.at_targets(_weights(rows, weighting)),
         teacher_logprobs=None if teacher is None else place.at_targets(_column(rows, rows.scores, teacher, "columns")),
         ref_logprobs=None if ref is None else place.at_targets(_column(rows, rows.scores, ref, "columns")),
-        sampler_logprobs=None
-        if ref is None or (drawn_M := rows.sampler_logprobs) is None
-        else place.at_targets(np.where(np.isnan(drawn_M), rows.scores[ref], drawn_M)),
+        sampler_logprobs=None if ref is None or rows.sampler_logprobs is None else place.at_targets(_sampler(rows, ref)),
         **({} if top_k is None else _top_k(place, _column(rows, rows.top_k, top_k, "top_k"))),
     )
 
@@ -131,6 +129,12 @@ def _column(rows: Rows, values: Any, name: str, argument: str) -> Any:
         what = "top-k of column" if argument == "top_k" else "column"
         raise MissingScoresError(f"Rollout {rows.rollout_ids[0]!r}: {what} {name!r} was not read; name it in `read({argument}=...)`.")
     return values[name]
+
+
+def _sampler(rows: Rows, ref: str) -> NDArray[Any]:
+    """(M,): the log-probs in the distribution that drew the tokens; those of the ref column where a rollout has none."""
+    drawn_M: Any = rows.sampler_logprobs
+    return np.where(np.isnan(drawn_M), rows.scores[ref], drawn_M)
 
 
 def _top_k(place: _Places, support: Any) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class Batch:
         top_k_logprobs: (N, K) float32, nats, of the teacher's whole distribution.
         top_k_tail: (N,) float32, the probability that the teacher gives to all other tokens.
         sampler_logprobs: (N,) float32, nats, in the distribution that drew the tokens: importance ratios are to these.  None where
-            `ref_logprobs` are the same (temperature and top-p are 1), or where nobody recorded them.
+            `ref_logprobs` are the same (temperature and top-p are 1), or where they were not recorded.
     """
 
     inputs: Tensor = field(repr=_shape)

@@ -44,7 +44,7 @@ SCORE_FIELDS = (
     "top_k_checksum",
     "line_checksum",
 )
-#: What an engine reported of a rollout.  `has_behavior` says which of them there are, in bits from the lowest on, and `behavior_checksum` goes
+#: What an engine reported of a rollout.  Bits of `has_behavior`, from the lowest on, mark which of them there are, and `behavior_checksum` goes
 #: over those: so a line without the second is what it was before there was one.
 REPORTED = tuple(VIRTUAL_COLUMNS.values())
 #: The arrays of a support, in the order in which its checksum goes over them.

@@ -173,7 +173,7 @@ def _reported(owner: str, logprobs: Any, ids: Sequence[int]) -> list[float]:
 
 
 def probe_bodies(ids: Sequence[int]) -> tuple[dict[str, Any], ...]:
-    """Three requests for one token, as it is, heated, and cut: what a server reports of them says its `logprobs_mode`."""
+    """Three requests for one token, as it is, heated, and cut: what a server reports of them shows its `logprobs_mode`."""
     same: dict[str, Any] = {"logprobs": _PROBED, "return_tokens_as_token_ids": True}
     return tuple(_body(ids, 1, temperature=t, top_p=p, **same) for t, p in ((1.0, 1.0), (_HOT, 1.0), (1.0, _CUT)))
 
