@@ -126,6 +126,10 @@ class MissingDependencyError(LopdError, ImportError):
     """An optional package that this call needs is not installed."""
 
 
+class SlowSamplingWarning(UserWarning):
+    """A model whose cache is not right, so sampling computes each token from the whole text."""
+
+
 class ForkedStoreError(LopdError, RuntimeError):
     """A store whose library does not survive a fork, used in a forked process."""
 

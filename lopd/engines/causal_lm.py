@@ -50,22 +50,15 @@ def lm_head(model: Any, vocab_size: int) -> LMHead:
     )
 
 
-def hidden_states(
-    model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, *, mask_BS: Tensor | None = None, cache: Any = None
-) -> Tensor:
+def hidden_states(model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None) -> Tensor:
     """(B, S, D) hidden states below the head.
 
     Args:
         model: a causal LM, or a peft model around one.
-        input_ids_BS: new tokens.
-        position_ids_BS: without a mask, positions that restart within a row mark packed rollouts, which do not see each other.
-        mask_BS: 1 for real tokens, cached ones included; for padding on the left.
-        cache: keys and values of earlier tokens; extended in place.
+        input_ids_BS: token ids.
+        position_ids_BS: positions that restart within a row mark packed rollouts, which do not see each other.
     """
-    decoder = unwrap(model).get_decoder()
-    output: Tensor = decoder(
-        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=mask_BS, past_key_values=cache, use_cache=cache is not None
-    ).last_hidden_state
+    output: Tensor = unwrap(model).get_decoder()(input_ids=input_ids_BS, position_ids=position_ids_BS, use_cache=False).last_hidden_state
     return output
 
 
@@ -103,6 +96,13 @@ def candidate_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, top_k
 def context_length(model: Any) -> int:
     """Positions the model was made for."""
     return int(getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", 1 << 30))
+
+
+def rope_borders(model: Any) -> list[int]:
+    """Lengths beyond which a model turns all positions by other angles (LongRoPE), in ascending order."""
+    parameters = getattr(unwrap(model).config.get_text_config(), "rope_parameters", None) or {}
+    tables = [parameters, *(table for table in parameters.values() if isinstance(table, dict))]
+    return sorted({int(table["original_max_position_embeddings"]) for table in tables if table.get("rope_type") == "longrope"})
 
 
 @contextmanager

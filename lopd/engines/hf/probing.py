@@ -1,0 +1,130 @@
+"""The probe of decoding: which way of continuing texts gives what the whole model gives for each text alone.
+
+Shape suffixes: B rows, P positions, V vocabulary.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lopd.engines.causal_lm import context_length, evaluating, hidden_states, lm_head, rope_borders, unwrap
+from lopd.engines.hf.texts import Way
+from lopd.errors import ModelError, SlowSamplingWarning
+
+_STEPS = 4
+#: Fields of a configuration that hold a length beyond which a model computes in another way.
+_WINDOW = re.compile("window|chunk|block_size|compress|original_max_position")
+#: Longer windows are not probed: it would cost more than a few short forwards.
+_LONGEST = 2048
+_NEXT_STEP = "sample with vLLM (`lopd.engines.vllm`) where it knows this model; it can still be scored and trained."
+_known: WeakKeyDictionary[Any, tuple[Any, Way]] = WeakKeyDictionary()
+
+
+def check_sampling(model: Any, vocab_size: int) -> Way:
+    """Find the first way of decoding that is right: for one row, for rows of unlike length, after rows left, beyond windows and rope borders.
+
+    A few short forwards, once for each model object, dtype and kind of attention.
+
+    Warns:
+        SlowSamplingWarning: no cache is right, so each token will be computed from the whole text.
+
+    Raises:
+        ModelError: no way is right.
+    """
+    base = unwrap(model)
+    setting = (base.dtype, base.device, getattr(base.config, "_attn_implementation", None), vocab_size)
+    if _known.get(base, (None,))[0] != setting:
+        way, causes = _first_right(model, vocab_size)
+        if way is Way.WHOLE:
+            text = f"{causes[-1]}, so each token is computed from the whole text, which is right but slow; {_NEXT_STEP}"
+            warnings.warn(f"Model {type(base).__name__}: {text}", SlowSamplingWarning, stacklevel=4)
+        _known[base] = (setting, way)
+    return _known[base][1]
+
+
+@torch.inference_mode()
+def _first_right(model: Any, vocab_size: int) -> tuple[Way, list[str]]:
+    """The first way that is right, and why those before it are not."""
+    causes: list[str] = []
+    for way in Way:
+        with evaluating(model):
+            cause = _what_is_wrong(model, vocab_size, way)
+        if cause is None:
+            return way, causes
+        causes.append(cause)
+    raise ModelError(f"Model {type(unwrap(model)).__name__}: it cannot be sampled here, {causes[-1]}; {_NEXT_STEP}")
+
+
+def _what_is_wrong(model: Any, vocab_size: int, way: Way) -> str | None:
+    """Why this way is not right for the model, or None where it is."""
+    try:
+        gap = max(_gaps(model, vocab_size, way))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what a family raises that has no such cache, or other arguments, can be anything
+        return f"decoding {way.value} ends in {type(error).__name__} ({error!s:.80})"
+    tolerance = _tolerance(model)
+    if gap <= tolerance:
+        return None
+    return f"decoding {way.value} gives other log-probs (by {gap:.2g} of their spread, expected at most {tolerance:.2g})"
+
+
+def _tolerance(model: Any) -> float:
+    return 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.1
+
+
+def _gaps(model: Any, vocab_size: int, way: Way) -> Iterator[float]:
+    """Yield for each text how far its log-probs in a batch are from those alone, as a share of their spread over the vocabulary."""
+    head = lm_head(model, vocab_size).float()
+    lengths = [n for n in _lengths(model) for _ in range(2 if way is Way.EQUAL else 1)]
+    texts = [_text(model, n, i, vocab_size) for i, n in enumerate(lengths)]
+    alone = [head.logits(hidden_states(model, ids[None])[0, n - 1 :]).log_softmax(-1) for n, ids in zip(lengths, texts, strict=True)]
+    for batch in [[len(lengths) // 2], *way.batches(model, lengths, len(lengths))]:
+        seen: dict[int, list[Tensor]] = {i: [] for i in batch}
+        rows, prompts = batch, [texts[i][: lengths[i]].cpu().numpy() for i in batch]
+        running = way.begin(model, prompts)
+        for step in range(_STEPS + 1):
+            for i, logprobs_V in zip(rows, head.logits(running.last_hidden()).log_softmax(-1), strict=True):
+                seen[i].append(_distance(logprobs_V, alone[i][step]))
+            if step < _STEPS:
+                # every second row leaves, the first among them, until one is left
+                going = list(range(len(rows)))[1::2] or [0]
+                running.extend(torch.stack([texts[i][lengths[i] + step] for i in rows]), going)
+                rows = [rows[k] for k in going]
+        yield from (float(torch.stack(distances).mean()) for distances in seen.values())
+
+
+def _distance(logprobs_V: Tensor, alone_V: Tensor) -> Tensor:
+    """Root mean square difference as a share of the spread; ids that both rule out agree."""
+    both_V = (logprobs_V == -torch.inf) & (alone_V == -torch.inf)
+    difference_V = (logprobs_V - alone_V).masked_fill(both_V, 0.0)
+    return difference_V.square().mean().sqrt() / alone_V[alone_V.isfinite()].std().clamp(min=1e-3)
+
+
+def _lengths(model: Any) -> list[int]:
+    """Prompt lengths that are short, that end before each window and rope border, and that begin behind them; none crosses a rope border."""
+    config = unwrap(model).config.get_text_config().to_dict()
+    windows = {size for name, value in config.items() if _WINDOW.search(name) for size in _sizes(value) if size <= _LONGEST}
+    around = {n for size in windows if size <= 64 or size == max(windows) for n in (size - _STEPS // 2, size + _STEPS)}
+    fitting = {n for n in {1, 3, 7} | around if 0 < n <= context_length(model) - _STEPS}
+    return sorted(n for n in fitting if not any(n <= border < n + _STEPS for border in rope_borders(model)))
+
+
+def _sizes(value: Any) -> list[int]:
+    parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
+    return [part for part in parts if isinstance(part, int) and part > 1]
+
+
+def _text(model: Any, length: int, place: int, vocab_size: int) -> Tensor:
+    """(length + steps,) ids, any and special ones: families that find padding by its id compute something else on a text that has it."""
+    config = unwrap(model).config.get_text_config()
+    ids = np.random.default_rng(place).integers(vocab_size, size=length + _STEPS)
+    special = [i for name in ("pad_token_id", "eos_token_id") if isinstance(i := getattr(config, name, None), int) and 0 <= i < vocab_size]
+    ids[length - 1 : length - 1 + len(special)] = special
+    return torch.from_numpy(ids).to(next(model.parameters()).device)
