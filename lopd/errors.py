@@ -31,7 +31,11 @@ class EngineError(LopdError, RuntimeError):
 
 
 class ModelError(LopdError, TypeError):
-    """A model that lopd cannot cut below its head without changing what it computes."""
+    """A model that cannot be sampled, scored or trained here without changing what it computes."""
+
+
+class ModelWarning(UserWarning):
+    """A model that computes at random, with an attention that was changed to keep what it computes, or without a cache."""
 
 
 class StoreNotFoundError(LopdError, FileNotFoundError):
@@ -124,10 +128,6 @@ class GradientError(LopdError, RuntimeError):
 
 class MissingDependencyError(LopdError, ImportError):
     """An optional package that this call needs is not installed."""
-
-
-class SlowSamplingWarning(UserWarning):
-    """A model whose cache is not right, so sampling computes each token from the whole text."""
 
 
 class ForkedStoreError(LopdError, RuntimeError):

@@ -12,7 +12,7 @@ from hf_parts import source_of
 from lopd import MemoryStore, collect_rollouts
 from lopd.engines.hf.probing import check_sampling
 from lopd.engines.hf.texts import Way, select_rows
-from lopd.errors import ContextOverflowError, ModelError, RefusedPromptsWarning, SlowSamplingWarning
+from lopd.errors import ContextOverflowError, ModelError, ModelWarning, RefusedPromptsWarning
 from lopd.records import Prompt
 
 VOCAB, BORDER = 96, 16
@@ -91,7 +91,7 @@ def same_tokens(first, second):
     return [r.response_ids.tolist() for r in first] == [r.response_ids.tolist() for r in second]
 
 
-@pytest.mark.filterwarnings("ignore::lopd.errors.SlowSamplingWarning")
+@pytest.mark.filterwarnings("ignore::lopd.errors.ModelWarning")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_reports_the_logprobs_of_the_whole_model_in_batches_and_alone(name, family, tokenizer, prompts, full_logprobs):
     source = source_of(family(name), tokenizer, stop_ids=tuple(range(20)))
@@ -102,7 +102,7 @@ def test_each_family_reports_the_logprobs_of_the_whole_model_in_batches_and_alon
     assert same_tokens(together, alone)
 
 
-@pytest.mark.filterwarnings("ignore::lopd.errors.SlowSamplingWarning")
+@pytest.mark.filterwarnings("ignore::lopd.errors.ModelWarning")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_is_decoded_in_the_fastest_way_that_is_right(name, family):
     assert check_sampling(family(name), VOCAB) is FAMILIES[name][3]

@@ -207,12 +207,12 @@ def test_a_pack_stays_one_row_only_for_attention_that_knows_lengths(attention, s
     seen = []
 
     class Decoder:
-        config = SimpleNamespace(_attn_implementation=attention)
+        config = transformers.PretrainedConfig(attn_implementation=attention)
 
         def get_decoder(self):
             return self
 
-        def __call__(self, input_ids, position_ids, **_):
+        def __call__(self, input_ids, position_ids=None, **_):
             seen.append((input_ids, position_ids))
             return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
 

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 import transformers
 
+from lopd.engines.conditions import drops_cap
 from lopd.engines.identity import looking_for
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
+
+    A model that also reads images is loaded whole, and lopd uses its text part.
 
     Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
 
@@ -18,9 +21,22 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
         EngineError: there is no such model.
     """
     with looking_for(folder):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        model = _from_pretrained(folder, dtype or "auto")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        # only eager attention applies a cap on attention scores, and the choice is not saved with the weights
+    if drops_cap(model):
         model.set_attn_implementation("eager")
     return model.to(device).eval(), tokenizer
+
+
+def _from_pretrained(folder: str | Path, dtype: torch.dtype | str) -> Any:
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        # a model that also reads images or sound: its own class computes text alone too
+        names = transformers.AutoConfig.from_pretrained(folder).architectures or []
+        named = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+        if named is None:
+            raise
+        return named.from_pretrained(folder, dtype=dtype)

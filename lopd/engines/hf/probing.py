@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lopd.engines.causal_lm import context_length, evaluating, hidden_states, lm_head, rope_borders, unwrap
+from lopd.engines.causal_lm import context_length, evaluating, hidden_states, lm_head, rope_borders, text_config, unwrap
 from lopd.engines.hf.texts import Way
-from lopd.errors import ModelError, SlowSamplingWarning
+from lopd.engines.probes import refusal
+from lopd.errors import ModelWarning
 
 _STEPS = 8
 #: Fields of a configuration that hold a length beyond which a model computes in another way.
@@ -24,7 +25,6 @@ _WINDOW = re.compile("window|chunk|block_size|compress|original_max_position")
 #: Longer windows are not probed: it would cost more than a few short forwards.
 _LONGEST = 2048
 _NO_LIMIT = (0.0, math.inf)
-_NEXT_STEP = "sample with vLLM (`lopd.engines.vllm`) where it knows this model; it can still be scored and trained."
 _known: WeakKeyDictionary[Any, tuple[Any, Way]] = WeakKeyDictionary()
 
 
@@ -34,7 +34,7 @@ def check_sampling(model: Any, vocab_size: int) -> Way:
     A few short forwards, once for each model object, dtype and kind of attention.
 
     Warns:
-        SlowSamplingWarning: no cache is right, so each token will be computed from the whole text.
+        ModelWarning: no cache is right, so each token will be computed from the whole text.
 
     Raises:
         ModelError: no way is right.
@@ -44,8 +44,8 @@ def check_sampling(model: Any, vocab_size: int) -> Way:
     if _known.get(base, (None,))[0] != setting:
         way, causes = _first_right(model, vocab_size)
         if way is Way.WHOLE:
-            text = f"{causes[-1]}, so each token is computed from the whole text, which is right but slow; {_NEXT_STEP}"
-            warnings.warn(f"Model {type(base).__name__}: {text}", SlowSamplingWarning, stacklevel=4)
+            text = f"{causes[-1]}, so each token is computed from the whole text, which is right but slow; sample with vLLM where you can."
+            warnings.warn(f"Model {type(base).__name__}: {text}", ModelWarning, stacklevel=4)
         _known[base] = (setting, way)
     return _known[base][1]
 
@@ -60,7 +60,7 @@ def _first_right(model: Any, vocab_size: int) -> tuple[Way, list[str]]:
         if cause is None:
             return way, causes
         causes.append(cause)
-    raise ModelError(f"Model {type(unwrap(model)).__name__}: it cannot be sampled here, {causes[-1]}; {_NEXT_STEP}")
+    raise refusal(model, "sampling", causes[-1])
 
 
 def _what_is_wrong(model: Any, vocab_size: int, way: Way) -> str | None:
@@ -116,7 +116,7 @@ def _distance(logprobs_V: Tensor, alone_V: Tensor) -> float:
 
 def _lengths(model: Any) -> list[int]:
     """Prompt lengths that are short, that end before each window and rope border, and that begin behind them; none crosses a rope border."""
-    config = unwrap(model).config.get_text_config().to_dict()
+    config = text_config(model).to_dict()
     windows = {size for name, value in config.items() if _WINDOW.search(name) for size in _sizes(value) if size <= _LONGEST}
     around = {n for size in windows if size <= 64 or size == max(windows) for n in (size - _STEPS // 2, size + _STEPS)}
     fitting = {n for n in {1, 2, 3, 5, 7} | around if 0 < n <= context_length(model) - _STEPS}
@@ -130,7 +130,7 @@ def _sizes(value: Any) -> list[int]:
 
 def _text(model: Any, length: int, place: int, vocab_size: int) -> Tensor:
     """(length + steps,) ids, usual and special ones: families that find padding by its id compute something else on a text that has it."""
-    config = unwrap(model).config.get_text_config()
+    config = text_config(model)
     ids = np.random.default_rng(place).integers(vocab_size, size=length + _STEPS)
     special = [i for name in ("pad_token_id", "eos_token_id") if isinstance(i := getattr(config, name, None), int) and 0 <= i < vocab_size]
     ids[length - 1 : length - 1 + len(special)] = special

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
-from lopd.engines.causal_lm import packed_hidden_states, rope_borders, unwrap
+from lopd.engines.causal_lm import decoder_of, rope_borders, row_hidden_states, unwrap
 from lopd.errors import ModelError
 
 Ids = NDArray[np.int32]
@@ -58,7 +58,7 @@ class _CachedTexts:
     """Texts whose earlier tokens the model keeps in a cache of its own making: families differ in its class and its name."""
 
     def __init__(self, model: Any, prompts: Sequence[Ids], padded: bool) -> None:
-        self._decoder = unwrap(model).get_decoder()
+        self._decoder = decoder_of(unwrap(model))
         device = next(model.parameters()).device
         self._ids_BS, mask_BS = (t.to(device) for t in _pad_left(prompts))
         self._padding = {"attention_mask": mask_BS, "position_ids": (mask_BS.cumsum(-1) - 1).clamp(min=0)} if padded else {}
@@ -93,7 +93,7 @@ class _WholeTexts:
     def last_hidden(self) -> Tensor:
         positions_N = torch.cat([torch.arange(len(ids), device=ids.device) for ids in self._rows])
         ends_B = torch.tensor([len(ids) for ids in self._rows], device=positions_N.device).cumsum(0) - 1
-        return packed_hidden_states(self._model, torch.cat(self._rows), positions_N)[ends_B]
+        return row_hidden_states(self._model, torch.cat(self._rows), positions_N)[ends_B]
 
     def extend(self, ids_B: Tensor, going: Sequence[int]) -> None:
         self._rows = [torch.cat([self._rows[i], ids_B[i, None]]) for i in going]
