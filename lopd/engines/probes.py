@@ -18,6 +18,7 @@ from lopd.engines.causal_lm import (
     evaluating,
     lm_head,
     packed_hidden_states,
+    rope_borders,
     row_hidden_states,
     text_config,
     unwrap,
@@ -26,8 +27,8 @@ from lopd.engines.conditions import check_kind, keep_caps, randomly
 from lopd.errors import LopdError, ModelError
 
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
-_BORDERS = ("window", "chunk", "block_size", "original_max_position")
-_LONGEST, _CPU_FLOPS, _FLOPS = 2048, 2e11, 2e14
+_BORDERS = ("window", "chunk", "block_size")
+_LONGEST, _CPU_FLOPS, _FLOPS, _ENDS = 2048, 4e10, 2e14, 16
 _Hidden = Callable[[Any, Tensor, Tensor], Tensor]
 
 
@@ -65,9 +66,9 @@ def _check(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> None:
     with torch.no_grad(), evaluating(model), refusing(model, ability):
         rows = probe.rows()
         alone = [probe.cut([ids]) for ids in rows]
-        probe.check_head(torch.cat(alone), torch.cat([_whole(model, ids)[:, :vocab_size] for ids in rows]))
+        probe.check_head(torch.cat(alone), torch.cat([probe.whole(ids) for ids in rows]))
         probe.check_order(rows[-1], alone[-1])
-        together = probe.cut(rows).split([len(ids) for ids in rows])
+        together = probe.cut(rows).split([len(logits_SV) for logits_SV in alone])
         for place in range(len(rows)):
             probe.check_alone(rows, place, together[place], alone[place])
         if ability == "training":
@@ -91,9 +92,15 @@ class _Probe:
         return [torch.tensor(ids[:length], device=device) % self.vocab_size for length in sorted(lengths)]
 
     def cut(self, rows: Sequence[Tensor]) -> Tensor:
-        """(N, V) logits of the cut model for rollouts that share a batch."""
+        """(N, V) logits of the cut model for rollouts that share a batch, at both ends of each."""
         positions_N = torch.cat([torch.arange(len(ids), device=ids.device) for ids in rows])
-        return lm_head(self.model, self.vocab_size).logits(self.hidden(self.model, torch.cat(list(rows)), positions_N))
+        hidden_ND = self.hidden(self.model, torch.cat(list(rows)), positions_N)
+        return lm_head(self.model, self.vocab_size).logits(torch.cat([_ends(part_SD) for part_SD in hidden_ND.split([*map(len, rows)])]))
+
+    def whole(self, ids_S: Tensor) -> Tensor:
+        """(S, V) logits of the whole model for one rollout alone, at both ends, without the autocast that `accelerate` puts around a model."""
+        forward = getattr(self.model, "_original_forward", self.model)
+        return _ends(forward(input_ids=ids_S[None], use_cache=False).logits[0])[:, : self.vocab_size].float()
 
     def check_head(self, cut_NV: Tensor, whole_NV: Tensor) -> None:
         """The cut model's logits are the model's own: slope 1, offset 0, and nothing left over.
@@ -132,7 +139,7 @@ class _Probe:
         if self.same(together_SV, alone_SV):
             return
         others = [ids if i == place else (ids + 1) % self.vocab_size for i, ids in enumerate(rows)]
-        with_others_SV = self.cut(others).split([len(ids) for ids in rows])[place]
+        with_others_SV = self.cut(others).split([len(_ends(ids)) for ids in rows])[place]
         if not self.same(with_others_SV, together_SV):
             self.refuse("rollouts of a batch see each other")
         self.refuse(
@@ -200,11 +207,9 @@ def refusing(model: Any, ability: str) -> Iterator[None]:
         raise refusal(model, ability, f"a short forward ends in {type(error).__name__} ({reason[:300]})") from error
 
 
-def _whole(model: Any, ids_S: Tensor) -> Tensor:
-    """(S, V) logits of the model as a whole, alone, without the autocast that `accelerate` wraps around a prepared model."""
-    forward = getattr(model, "_original_forward", model)
-    logits_SV: Tensor = forward(input_ids=ids_S[None], use_cache=False).logits[0]
-    return logits_SV.float()
+def _ends(values_S: Tensor) -> Tensor:
+    """The first and the last rows of a long tensor, or all of a short one: logits of all would take more memory than the model."""
+    return values_S if len(values_S) <= 2 * _ENDS else torch.cat([values_S[:_ENDS], values_S[-_ENDS:]])
 
 
 def _beyond_borders(model: Any, context: int) -> int:
@@ -212,7 +217,8 @@ def _beyond_borders(model: Any, context: int) -> int:
     weights = sum(parameter.numel() for parameter in model.parameters())
     budget = _CPU_FLOPS if next(model.parameters()).device.type == "cpu" else _FLOPS
     longest = min(_LONGEST, context, int(budget / (2 * weights)))
-    stated = [value for name, value in vars(text_config(model)).items() if any(part in name for part in _BORDERS)]
+    windows = [value for name, value in vars(text_config(model)).items() if any(part in name for part in _BORDERS)]
+    stated = [*windows, *rope_borders(model)]
     return max((value + 2 for value in stated if isinstance(value, int) and 0 < value <= longest - 2), default=1)
 
 
