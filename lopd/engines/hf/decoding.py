@@ -43,7 +43,8 @@ class Row:
     logprobs: list[float] = field(factory=list)
 
 
-@torch.inference_mode()
+# not in inference mode: some models keep what they compute in buffers, which training could then not use
+@torch.no_grad()
 def decode(model: Any, rows: Sequence[Row], sampling: SamplingParams, *, vocab_size: int, stop_ids: AbstractSet[int], way: Way) -> None:
     """Fill `ids` and `logprobs` of all rows: one batch, which rows leave as they finish.
 

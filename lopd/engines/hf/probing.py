@@ -4,7 +4,6 @@ Shape suffixes: B rows, P positions, V vocabulary.
 """
 
 import math
-import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,14 +15,10 @@ from torch import Tensor
 
 from lopd.engines.causal_lm import context_length, evaluating, hidden_states, lm_head, rope_borders, text_config, unwrap
 from lopd.engines.hf.texts import Way
-from lopd.engines.probes import refusal
+from lopd.engines.probes import is_exact, refusal, stated_borders
 from lopd.errors import ModelWarning
 
-_STEPS = 8
-#: Fields of a configuration that hold a length beyond which a model computes in another way.
-_WINDOW = re.compile("window|chunk|block_size|compress|original_max_position")
-#: Longer windows are not probed: it would cost more than a few short forwards.
-_LONGEST = 2048
+_STEPS, _SMALL = 8, 64
 _NO_LIMIT = (0.0, math.inf)
 _known: WeakKeyDictionary[Any, tuple[Any, Way]] = WeakKeyDictionary()
 
@@ -39,8 +34,8 @@ def check_sampling(model: Any, vocab_size: int) -> Way:
     Raises:
         ModelError: no way is right.
     """
-    base = unwrap(model)
-    setting = (base.dtype, base.device, getattr(base.config, "_attn_implementation", None), vocab_size)
+    base, weight = unwrap(model), next(model.parameters())
+    setting = (weight.dtype, weight.device, getattr(base.config, "_attn_implementation", None), vocab_size)
     if _known.get(base, (None,))[0] != setting:
         way, causes = _first_right(model, vocab_size)
         if way is Way.WHOLE:
@@ -50,7 +45,7 @@ def check_sampling(model: Any, vocab_size: int) -> Way:
     return _known[base][1]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _first_right(model: Any, vocab_size: int) -> tuple[Way, list[str]]:
     """The first way that is right, and why those before it are not."""
     causes: list[str] = []
@@ -68,7 +63,7 @@ def _what_is_wrong(model: Any, vocab_size: int, way: Way) -> str | None:
     if way is not Way.WHOLE and any(tuple(getattr(m, "time_step_limit", _NO_LIMIT)) != _NO_LIMIT for m in unwrap(model).modules()):
         # whether a text shows it depends on its tokens, so a few forwards need not find it
         return f"decoding {way.value} leaves out the limits of Mamba's time step"
-    exact = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    exact = is_exact(model)
     try:
         distances = list(_distances(model, vocab_size, way))
     except torch.OutOfMemoryError:
@@ -116,16 +111,11 @@ def _distance(logprobs_V: Tensor, alone_V: Tensor) -> float:
 
 def _lengths(model: Any) -> list[int]:
     """Prompt lengths that are short, that end before each window and rope border, and that begin behind them; none crosses a rope border."""
-    config = text_config(model).to_dict()
-    windows = {size for name, value in config.items() if _WINDOW.search(name) for size in _sizes(value) if size <= _LONGEST}
-    around = {n for size in windows if size <= 64 or size == max(windows) for n in (size - _STEPS // 2, size + _STEPS)}
+    borders = stated_borders(model)
+    # each small one, and of the large ones that with the longest forward
+    around = {n for size in borders if size <= _SMALL or size == borders[-1] for n in (size - _STEPS // 2, size + 2)}
     fitting = {n for n in {1, 2, 3, 5, 7} | around if 0 < n <= context_length(model) - _STEPS}
     return sorted(n for n in fitting if not any(n <= border < n + _STEPS for border in rope_borders(model)))
-
-
-def _sizes(value: Any) -> list[int]:
-    parts = value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
-    return [part for part in parts if isinstance(part, int) and part > 1]
 
 
 def _text(model: Any, length: int, place: int, vocab_size: int) -> Tensor:
