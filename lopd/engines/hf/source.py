@@ -1,4 +1,4 @@
-"""transformers as a RolloutSource: batches with a KV cache, a random stream for each rollout."""
+"""transformers as a RolloutSource: batches in the way that is right for the model, a random stream for each rollout."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -26,7 +26,10 @@ from lopd.records.rollouts import Prompt, Rollout, rollout_id
 @final
 @frozen(eq=False)
 class HFSource:
-    """Samples from a transformers model, in batches with a KV cache.
+    """Samples from a transformers model in batches: with a cache and padding if both are right for the model, which is probed.
+
+    A model whose padding is not right has prompts of one length in each batch; one whose cache is not right computes each token from the whole
+    text, with a warning.
 
     Each (seed, prompt, sample, generation) has its own stream of uniform numbers, so a rollout does not depend on what it was batched
     with (up to the rounding of the matrix products).
@@ -39,6 +42,9 @@ class HFSource:
         identity: of the model; by default a hash of its weights, taken when first asked for.
         generation: round of sampling.
         rows_per_batch: responses that are sampled side by side; this bounds memory.
+
+    Warns:
+        ModelWarning: no cache is right for the model, so sampling is slow.
 
     Raises:
         InvalidRecordError: `rows_per_batch` is less than 1.
