@@ -38,9 +38,9 @@ class Texts(Protocol):
 class Way(Enum):
     """A way to continue texts.  `check_sampling` finds the first that is right for a model."""
 
-    PADDED = "with a cache, prompts padded on the left"
-    EQUAL = "with a cache, prompts of one length in each batch"
-    WHOLE = "without a cache, from the whole text for each token"
+    PADDED = "with a cache (prompts padded on the left)"
+    EQUAL = "with a cache (prompts of one length)"
+    WHOLE = "without a cache"
 
     def begin(self, model: Any, prompts: Sequence[Ids]) -> Texts:
         """Put prompts of one batch before the model; nothing is computed yet."""
@@ -68,7 +68,7 @@ class _CachedTexts:
         output = self._decoder(input_ids=self._ids_BS, use_cache=True, **self._padding, **self._cache)
         self._cache = {name: cache for name in _CACHES if (cache := getattr(output, name, None)) is not None}
         if not self._cache:
-            raise ModelError(f"Model {type(self._decoder).__name__}: it returns no cache; sample from the whole text.")
+            raise ModelError(f"{type(self._decoder).__name__} returns no cache")
         hidden_BD: Tensor = output.last_hidden_state[:, -1]
         return hidden_BD
 
@@ -110,7 +110,7 @@ def select_rows(state: Any, keep: Tensor, rows: int) -> Any:
         if state.ndim < 2:
             return state
         if len(state) != rows:
-            raise ModelError(f"Cache: it holds a tensor of shape {tuple(state.shape)}, expected {rows} rows; sample from the whole text.")
+            raise ModelError(f"its cache holds a tensor of shape {tuple(state.shape)}, expected {rows} rows")
         return state[keep]
     if isinstance(state, dict):
         return {name: select_rows(part, keep, rows) for name, part in state.items()}
