@@ -122,16 +122,57 @@ def test_whatever_a_model_raises_is_the_refusal_of_an_ability(error, llama, toke
             make(tampered(llama, fail), tokenizer)
 
 
+def test_options_that_a_model_does_not_take_are_refused_with_the_option(llama):
+    class Plain(type(llama)):
+        def gradient_checkpointing_enable(self, **_):
+            raise ValueError("does not support it")
+
+    model = copy.deepcopy(llama)
+    model.__class__ = Plain
+    with pytest.raises(ModelError, match=r"ValueError \(does not support it\); leave out `gradient_checkpointing`"):
+        CausalLMStudent(model, TOKENIZER_ID, gradient_checkpointing=True)
+
+    def strict(_, hidden):
+        # a product is of the autocast's dtype, and index_add takes no other than its own
+        return hidden + 0 * torch.zeros_like(hidden).index_add(1, torch.tensor([0]), (hidden @ torch.eye(32, dtype=hidden.dtype))[:, :1])
+
+    with pytest.raises(ModelError, match=r"RuntimeError .*; leave out `autocast`"):
+        CausalLMStudent(tampered(llama, strict), TOKENIZER_ID, autocast=torch.bfloat16)
+
+
 # --- what is no causal LM of its own --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["prompt", "prefix", "p"])
-def test_adapters_without_weights_in_the_layers_are_refused_by_name(kind, llama, tokenizer):
-    config = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig, "p": peft.PromptEncoderConfig}[kind]
-    model = peft.get_peft_model(copy.deepcopy(llama), config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING"),
+        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PREFIX_TUNING"),
+        (peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "P_TUNING"),
+        (peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6]), "activated LoRA"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_adapters_that_act_outside_the_layers_are_refused_by_name(config, name, llama, tokenizer):
+    model = peft.get_peft_model(copy.deepcopy(llama), config)
     for make in (HFScorer, HFSource, CausalLMStudent):
-        with pytest.raises(ModelError, match=r"its adapter is (PROMPT|PREFIX|P)_TUNING, expected one with weights in the layers"):
+        with pytest.raises(ModelError, match=rf"its adapter is {name}, expected one that acts within the layers"):
             make(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+        peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+        peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 6]),
+        peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[], init_ia3_weights=False),
+    ],
+    ids=["lora", "dora", "tokens", "ia3"],
+)
+def test_adapters_within_the_layers_are_scored_with_them(config, llama, tokenizer, rollouts, full_logprobs):
+    config.task_type = "CAUSAL_LM"
+    assert_scores_are_those_of_the_whole_model(peft.get_peft_model(copy.deepcopy(llama), config).eval(), tokenizer, rollouts, full_logprobs)
 
 
 @pytest.mark.parametrize("thing", ["org/student", torch.nn.Linear(2, 2)], ids=["name", "layer"])

@@ -15,19 +15,21 @@ from lopd.errors import ModelError, ModelWarning
 
 
 def check_kind(model: Any) -> None:
-    """Refuse what is not a causal LM of transformers, and adapters that are not in its layers.
+    """Refuse what is not a causal LM of transformers, and adapters that act outside its layers.
 
     Raises:
         ModelError: it names what was given.
     """
     for config in getattr(model, "peft_config", {}).values():
-        if getattr(config, "is_prompt_learning", False):
+        # both depend on more than the layers: virtual tokens, or where a rollout has certain tokens
+        kind = "activated LoRA" if getattr(config, "alora_invocation_tokens", None) else config.peft_type.value
+        if kind == "activated LoRA" or getattr(config, "is_prompt_learning", False):
             raise ModelError(
-                f"Model {type(unwrap(model)).__name__}: its adapter is {config.peft_type.value}, expected one with weights in the layers (LoRA and "
-                "its kin); lopd computes the layers alone, so virtual tokens would be lost."
+                f"Model {type(unwrap(model)).__name__}: its adapter is {kind}, expected one that acts within the layers (LoRA and its kin); train "
+                "such an adapter instead."
             )
     base = unwrap(model)
-    if not all(hasattr(base, name) for name in ("config", "get_decoder", "get_output_embeddings", "parameters")):
+    if not all(hasattr(base, name) for name in ("config", "get_decoder", "parameters")):
         raise ModelError(
             f"Model: it is {type(base).__name__}, expected a causal LM of transformers, or a peft model around one; load one with "
             "`lopd.engines.hf.load_model`."

@@ -47,8 +47,8 @@ def check_scoring(model: Any, vocab_size: int) -> None:
     _check(model, vocab_size, "scoring", row_hidden_states)
 
 
-def check_training(model: Any, vocab_size: int) -> None:
-    """`check_scoring` for rollouts that are packed as a student packs them, and once more in training mode.
+def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = None) -> None:
+    """`check_scoring` for rollouts that are packed as a student packs them, and once more in training mode and in the student's autocast.
 
     Warns:
         ModelWarning: likewise.
@@ -56,10 +56,15 @@ def check_training(model: Any, vocab_size: int) -> None:
     Raises:
         ModelError: the model cannot be trained here; it names the cause and the next step.
     """
-    _check(model, vocab_size, "training", packed_hidden_states)
+    probe = _check(model, vocab_size, "training", packed_hidden_states)
+    with torch.no_grad(), evaluating(model), refusing(model, "training"):
+        ids_S = probe.rows()[0]
+        probe.check_mode(ids_S)
+        with refusing(model, "training", "leave out `autocast`"), torch.autocast(ids_S.device.type, autocast, enabled=autocast is not None):
+            probe.cut([ids_S])
 
 
-def _check(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> None:
+def _check(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> "_Probe":
     check_kind(model)
     keep_caps(model)
     probe = _Probe(model, vocab_size, ability, hidden)
@@ -71,8 +76,7 @@ def _check(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> None:
         together = probe.cut(rows).split([len(logits_SV) for logits_SV in alone])
         for place in range(len(rows)):
             probe.check_alone(rows, place, together[place], alone[place])
-        if ability == "training":
-            probe.check_mode(rows[0], alone[0])
+    return probe
 
 
 @frozen(eq=False)
@@ -146,12 +150,13 @@ class _Probe:
             f"a rollout of {len(rows[place])} tokens has other logits beside one of {len(rows[-1])} than alone (padding or positions)"
         )
 
-    def check_mode(self, ids_S: Tensor, alone_SV: Tensor) -> None:
+    def check_mode(self, ids_S: Tensor) -> None:
         """In training mode the model computes the same function, dropout apart."""
+        eval_SV = self.cut([ids_S])
         with randomly(self.model):
             self.model.train()
             first_SV = self.cut([ids_S])
-            if not self.same(first_SV, alone_SV) and self.same(self.cut([ids_S]), first_SV):
+            if not self.same(first_SV, eval_SV) and self.same(self.cut([ids_S]), first_SV):
                 self.refuse("in training mode its logits are others than in eval mode, and not by chance")
 
     def same(self, left_SV: Tensor, right_SV: Tensor) -> bool:
@@ -190,15 +195,15 @@ def refusal(model: Any, ability: str, cause: str, step: str | None = None) -> Mo
 
 
 @contextmanager
-def refusing(model: Any, ability: str) -> Iterator[None]:
-    """Turn whatever a model raises in a probe into the refusal of an ability."""
+def refusing(model: Any, ability: str, step: str | None = None) -> Iterator[None]:
+    """Turn whatever a model raises into the refusal of an ability."""
     try:
         yield
     except (LopdError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         reason = (str(error).strip() or "it gives no reason").splitlines()[0].rstrip(".")
-        raise refusal(model, ability, f"a short forward ends in {type(error).__name__} ({reason[:300]})") from error
+        raise refusal(model, ability, f"it raises {type(error).__name__} ({reason[:300]})", step) from error
 
 
 def _ends(values_S: Tensor) -> Tensor:

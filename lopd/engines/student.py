@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lopd.engines.causal_lm import context_length, lm_head, packed_hidden_states, unwrap
 from lopd.engines.conditions import warn_of_dropout
-from lopd.engines.probes import check_training
+from lopd.engines.probes import check_training, refusing
 from lopd.errors import ContextOverflowError, ModelError
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
@@ -43,7 +43,7 @@ class CausalLMStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer = fingerprint_tokenizer(tokenizer)
-        check_training(model, self.tokenizer.vocab_size)
+        check_training(model, self.tokenizer.vocab_size, autocast)
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
@@ -52,7 +52,8 @@ class CausalLMStudent(nn.Module):
         self.model = model
         self._autocast = autocast
         if gradient_checkpointing:
-            unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with refusing(model, "training", "leave out `gradient_checkpointing`"):
+                unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._dropout_is_judged = False
         # a model that was put in training mode keeps the modules in eval that its owner put there
         if not model.training:
