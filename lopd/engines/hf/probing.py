@@ -88,10 +88,11 @@ def _distances(model: Any, vocab_size: int, way: Way) -> Iterator[list[float]]:
         seen: dict[int, list[float]] = {i: [] for i in batch}
         rows, prompts = batch, [texts[i][: lengths[i]].cpu().numpy() for i in batch]
         running = way.begin(model, prompts)
-        for step in range(_STEPS + 1):
+        steps = _STEPS if len(batch) > 1 else 2
+        for step in range(steps + 1):
             for i, logprobs_V in zip(rows, head.logits(running.last_hidden()).log_softmax(-1), strict=True):
                 seen[i].append(_distance(logprobs_V, alone[i][step]))
-            if step < _STEPS:
+            if step < steps:
                 # after every second token one row leaves, the first or one amid the others; one stays to the end
                 going = [k for k in range(len(rows)) if step % 2 == 0 or len(rows) == 1 or k != step // 2 % len(rows)]
                 running.extend(torch.stack([texts[i][lengths[i] + step] for i in rows]), going)
