@@ -122,6 +122,16 @@ def test_whatever_a_model_raises_is_the_refusal_of_an_ability(error, llama, toke
             make(tampered(llama, fail), tokenizer)
 
 
+def test_a_model_without_a_backward_pass_cannot_be_trained_but_scored(llama, tokenizer):
+    class OneWay(torch.autograd.Function):
+        forward = staticmethod(lambda ctx, hidden: hidden.clone())
+
+    model = tampered(llama, lambda _, hidden: OneWay.apply(hidden))
+    HFScorer(model, tokenizer)
+    with pytest.raises(ModelError, match="training is not possible here, because it raises NotImplementedError"):
+        CausalLMStudent(model, TOKENIZER_ID)
+
+
 def test_options_that_a_model_does_not_take_are_refused_with_the_option(llama):
     class Plain(type(llama)):
         def gradient_checkpointing_enable(self, **_):
@@ -261,3 +271,12 @@ def test_a_folder_whose_class_reads_images_is_used_for_text(make, tokenizer, rol
     student(collate([ScoredRollout(r, {}) for r in rollouts]), SFTLoss()).loss_sum.backward()
     layers = (model.model if make is llama4 else model.get_decoder()).layers
     assert all(p.grad is not None for p in layers.parameters())
+
+
+def test_a_folder_that_lacks_weights_is_refused_before_they_are_made_up(qwen3, tokenizer, tmp_path):
+    for name, part in (("headless", qwen3.model), ("whole", qwen3)):
+        part.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    with pytest.raises(ModelError, match=r"headless': its files lack 1 weights \('lm_head.weight'\), expected all of a Qwen3ForCausalLM"):
+        load_model(tmp_path / "headless")
+    load_model(tmp_path / "whole")

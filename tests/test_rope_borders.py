@@ -1,15 +1,17 @@
 """LongRoPE: a rollout's log-probs and gradients are those of the rollout alone, whatever is longer in its batch."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import TOKENIZER_ID
 from odd_models import LONGROPE, odd_model
 
 from lopd import collate
-from lopd.engines.causal_lm import rope_borders
+from lopd.engines.causal_lm import packed_hidden_states, rope_borders
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.hf.scorer import exact_reverse_kl
 from lopd.engines.student import CausalLMStudent
@@ -64,6 +66,27 @@ def test_exact_reverse_kl_reads_each_rollout_as_if_alone(tokenizer, long_and_sho
     source, scorer = HFSource(student, tokenizer, SamplingParams(max_new_tokens=4)), HFScorer(teacher, tokenizer)
     together = exact_reverse_kl(source, scorer, long_and_short).sums
     np.testing.assert_allclose(together, [exact_reverse_kl(source, scorer, [r]).sums[0] for r in long_and_short], rtol=1e-4)
+
+
+def test_a_pack_that_stays_one_row_is_one_for_each_side_of_the_border():
+    seen = []
+
+    class Decoder:
+        config = transformers.LlamaConfig(
+            rope_parameters={**LONGROPE, "original_max_position_embeddings": 3}, hidden_size=32, num_attention_heads=4
+        )
+
+        def get_decoder(self):
+            return self
+
+        def __call__(self, input_ids, position_ids, **_):
+            seen.append(position_ids.tolist())
+            return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
+
+    Decoder.config._attn_implementation = "flash_attention_2"
+    ids_N, positions_N = torch.arange(11), torch.tensor([0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3])
+    assert packed_hidden_states(Decoder(), ids_N, positions_N)[:, 0].tolist() == ids_N.tolist()
+    assert seen == [[[0, 1, 2]], [[0, 1, 2, 3, 0, 1, 2, 3]]]
 
 
 def test_a_probe_reaches_beyond_the_border(tokenizer):

@@ -57,7 +57,7 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
         ModelError: the model cannot be trained here; it names the cause and the next step.
     """
     probe = _check(model, vocab_size, "training", packed_hidden_states)
-    with torch.no_grad(), evaluating(model), refusing(model, "training"):
+    with torch.no_grad(), evaluating(model), randomly(model), refusing(model, "training"):
         ids_S = probe.rows()[0]
         probe.check_mode(ids_S)
         with refusing(model, "training", "leave out `autocast`"), torch.autocast(ids_S.device.type, autocast, enabled=autocast is not None):
@@ -151,13 +151,16 @@ class _Probe:
         )
 
     def check_mode(self, ids_S: Tensor) -> None:
-        """In training mode the model computes the same function, dropout apart."""
+        """In training mode the model computes the same function, dropout apart, and has a gradient."""
         eval_SV = self.cut([ids_S])
-        with randomly(self.model):
-            self.model.train()
-            first_SV = self.cut([ids_S])
-            if not self.same(first_SV, eval_SV) and self.same(self.cut([ids_S]), first_SV):
-                self.refuse("in training mode its logits are others than in eval mode, and not by chance")
+        trained = next((parameter for parameter in self.model.parameters() if parameter.requires_grad), None)
+        self.model.train()
+        first_SV = self.cut([ids_S])
+        if not self.same(first_SV, eval_SV) and self.same(self.cut([ids_S]), first_SV):
+            self.refuse("in training mode its logits are others than in eval mode, and not by chance")
+        if trained is not None:
+            with torch.enable_grad():
+                torch.autograd.grad(self.cut([ids_S]).sum(), trained, allow_unused=True)
 
     def same(self, left_SV: Tensor, right_SV: Tensor) -> bool:
         """Whether logits of two forwards agree, to the rounding of forwards of unlike shape."""
