@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lopd.engines.causal_lm import context_length, evaluating, hidden_states, lm_head, rope_borders, text_config, unwrap
-from lopd.engines.hf.texts import Way
+from lopd.engines.hf.texts import Texts, Way
 from lopd.engines.probes import is_exact, refusal, stated_borders
 from lopd.errors import ModelWarning
+from lopd.records.steps import LMHead
 
-_STEPS, _SMALL = 8, 64
+_STEPS, _SMALL = 9, 64
 _NO_LIMIT = (0.0, math.inf)
 _known: WeakKeyDictionary[Any, tuple[Any, Way]] = WeakKeyDictionary()
 
@@ -69,7 +70,8 @@ def _what_is_wrong(model: Any, vocab_size: int, way: Way) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # what a family raises that has no such cache, or other arguments, can be anything
-        return f"decoding {way.value} ends in {type(error).__name__} ({error!s:.80})"
+        reason = str(error).partition("\n")[0].partition(";")[0]
+        return f"decoding {way.value} ends in {type(error).__name__} ({reason:.160})"
     # where rounding is coarse, it can send one token to another expert
     gap = max(max(of_text) if exact else sum(of_text) / len(of_text) for of_text in distances)
     tolerance = 1e-4 if exact else 0.1
@@ -85,19 +87,22 @@ def _distances(model: Any, vocab_size: int, way: Way) -> Iterator[list[float]]:
     texts = [_text(model, n, i, vocab_size) for i, n in enumerate(lengths)]
     alone = [head.logits(hidden_states(model, ids[None])[0, n - 1 :]).log_softmax(-1) for n, ids in zip(lengths, texts, strict=True)]
     for batch in [[len(lengths) // 2], *way.batches(model, lengths, len(lengths))]:
-        seen: dict[int, list[float]] = {i: [] for i in batch}
-        rows, prompts = batch, [texts[i][: lengths[i]].cpu().numpy() for i in batch]
-        running = way.begin(model, prompts)
-        steps = _STEPS if len(batch) > 1 else 2
-        for step in range(steps + 1):
-            for i, logprobs_V in zip(rows, head.logits(running.last_hidden()).log_softmax(-1), strict=True):
-                seen[i].append(_distance(logprobs_V, alone[i][step]))
-            if step < steps:
-                # after every second token one row leaves, the first or one amid the others; one stays to the end
-                going = [k for k in range(len(rows)) if step % 2 == 0 or len(rows) == 1 or k != step // 2 % len(rows)]
-                running.extend(torch.stack([texts[i][lengths[i] + step] for i in rows]), going)
-                rows = [rows[k] for k in going]
-        yield from seen.values()
+        running = way.begin(model, [texts[i][: lengths[i]].cpu().numpy() for i in batch])
+        yield from _side_by_side(running, head, [texts[i][lengths[i] :] for i in batch], [alone[i] for i in batch])
+
+
+def _side_by_side(running: Texts, head: LMHead, forced: list[Tensor], alone: list[Tensor]) -> list[list[float]]:
+    """Continue each text by its own next tokens, and compare each step with the text alone; rows leave on the way, and one stays."""
+    seen: list[list[float]] = [[] for _ in alone]
+    rows = list(range(len(alone)))
+    for step in range(_STEPS if len(alone) > 1 else 3):
+        for i, logprobs_V in zip(rows, head.logits(running.last_hidden()).log_softmax(-1), strict=True):
+            seen[i].append(_distance(logprobs_V, alone[i][step]))
+        # after every second token one leaves, the first or one amid the others
+        going = [k for k in range(len(rows)) if step % 2 == 0 or len(rows) == 1 or k != step // 2 % len(rows)]
+        running.extend(torch.stack([forced[i][step] for i in rows]), going)
+        rows = [rows[k] for k in going]
+    return seen
 
 
 def _distance(logprobs_V: Tensor, alone_V: Tensor) -> float:

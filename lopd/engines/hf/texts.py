@@ -68,7 +68,7 @@ class _CachedTexts:
         output = self._decoder(input_ids=self._ids_BS, use_cache=True, **self._padding, **self._cache)
         self._cache = {name: cache for name in _CACHES if (cache := getattr(output, name, None)) is not None}
         if not self._cache:
-            raise ModelError(f"{type(self._decoder).__name__} returns no cache")
+            raise ModelError(f"Model {type(self._decoder).__name__}: it returns no cache; compute each token from the whole text.")
         hidden_BD: Tensor = output.last_hidden_state[:, -1]
         return hidden_BD
 
@@ -110,7 +110,9 @@ def select_rows(state: Any, keep: Tensor, rows: int) -> Any:
         if state.ndim < 2:
             return state
         if len(state) != rows:
-            raise ModelError(f"its cache holds a tensor of shape {tuple(state.shape)}, expected {rows} rows")
+            raise ModelError(
+                f"Cache: it holds a tensor of shape {tuple(state.shape)}, expected {rows} rows; compute each token from the whole text."
+            )
         return state[keep]
     if isinstance(state, dict):
         return {name: select_rows(part, keep, rows) for name, part in state.items()}
