@@ -39,6 +39,10 @@ def warned(student, batch, loss):
     return [str(w.message) for w in seen if issubclass(w.category, ModelWarning)]
 
 
+def of_jitter(module, hidden):
+    return hidden * torch.empty_like(hidden).uniform_(0.99, 1.01) if module.training else hidden
+
+
 def of_functional(module, hidden):
     return torch.nn.functional.dropout(hidden, 0.2, module.training)
 
@@ -49,8 +53,9 @@ def of_functional(module, hidden):
         (lambda make_model, llama: make_model("gpt2_dropout"), r"7 modules drop values at random \(transformer.drop with p = 0.3\)"),
         (lambda make_model, llama: adapted(llama, lora_dropout=0.1), r"2 modules drop .*lora_dropout.default with p = 0.1"),
         (lambda make_model, llama: tampered(llama, of_functional), "its layers draw at random"),
+        (lambda make_model, llama: tampered(llama, of_jitter), "its layers draw at random"),
     ],
-    ids=["gpt2", "lora that begins at 0", "not a module"],
+    ids=["gpt2", "lora that begins at 0", "not a module", "jitter"],
 )
 def test_dropout_beside_a_ref_column_draws_one_warning(make, said, make_model, llama, batch):
     with pytest.warns(ModelWarning, match=said):

@@ -92,7 +92,9 @@ def _same_twice(model: Any) -> bool:
     ids_N = torch.arange(8, device=next(model.parameters()).device) % unwrap(model).get_input_embeddings().num_embeddings
     with randomly(model):
         first_ND, second_ND = (packed_hidden_states(model, ids_N, ids_N) for _ in range(2))
-    return torch.allclose(first_ND, second_ND, rtol=5e-2, atol=5e-2 * float(first_ND.abs().max()))
+    # a router that jitters its input by 1 % shows as little; kernels that add in any order show less
+    share = 1e-3 if first_ND.dtype == torch.float32 else 2e-2
+    return float((first_ND - second_ND).abs().max()) <= share * float(first_ND.abs().max())
 
 
 @contextmanager

@@ -60,7 +60,9 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
     with torch.no_grad(), evaluating(model), randomly(model), refusing(model, "training"):
         ids_S = probe.rows()[0]
         probe.check_mode(ids_S)
-        with refusing(model, "training", "leave out `autocast`"), torch.autocast(ids_S.device.type, autocast, enabled=autocast is not None):
+        if autocast is None:
+            return
+        with refusing(model, "training", "leave out `autocast`"), torch.autocast(ids_S.device.type, autocast):
             probe.cut([ids_S])
 
 
@@ -69,10 +71,12 @@ def _check(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> "_Prob
     keep_caps(model)
     probe = _Probe(model, vocab_size, ability, hidden)
     with torch.no_grad(), evaluating(model), refusing(model, ability):
+        lm_head(model, vocab_size)
         rows = probe.rows()
-        alone = [probe.cut([ids]) for ids in rows]
-        probe.check_head(torch.cat(alone), torch.cat([probe.whole(ids) for ids in rows]))
-        probe.check_order(rows[-1], alone[-1])
+        alone = [probe.whole(ids) for ids in rows]
+        longest_SV = probe.cut(rows[-1:])
+        probe.check_head(longest_SV, alone[-1])
+        probe.check_order(rows[-1], longest_SV)
         together = probe.cut(rows).split([len(logits_SV) for logits_SV in alone])
         for place in range(len(rows)):
             probe.check_alone(rows, place, together[place], alone[place])
@@ -153,14 +157,14 @@ class _Probe:
     def check_mode(self, ids_S: Tensor) -> None:
         """In training mode the model computes the same function, dropout apart, and has a gradient."""
         eval_SV = self.cut([ids_S])
-        trained = next((parameter for parameter in self.model.parameters() if parameter.requires_grad), None)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad][:1]
         self.model.train()
-        first_SV = self.cut([ids_S])
+        with torch.set_grad_enabled(bool(trained)):
+            first_SV = self.cut([ids_S])
+            if trained:
+                torch.autograd.grad(first_SV.sum(), trained, allow_unused=True)
         if not self.same(first_SV, eval_SV) and self.same(self.cut([ids_S]), first_SV):
             self.refuse("in training mode its logits are others than in eval mode, and not by chance")
-        if trained is not None:
-            with torch.enable_grad():
-                torch.autograd.grad(self.cut([ids_S]).sum(), trained, allow_unused=True)
 
     def same(self, left_SV: Tensor, right_SV: Tensor) -> bool:
         """Whether logits of two forwards agree, to the rounding of forwards of unlike shape."""
