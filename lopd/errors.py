@@ -39,7 +39,7 @@ class ModelError(LopdError, TypeError):
 
 
 class ModelWarning(UserWarning):
-    """A model that computes at random, or with an attention that was changed to keep what it computes."""
+    """A model that computes at random, with an attention that was changed to keep what it computes, or without a cache."""
 
 
 class StoreNotFoundError(LopdError, FileNotFoundError):

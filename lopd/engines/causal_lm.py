@@ -91,22 +91,17 @@ def _scale(config: Any) -> float:
     return scale
 
 
-def hidden_states(
-    model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, *, mask_BS: Tensor | None = None, cache: Any = None
-) -> Tensor:
+def hidden_states(model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None) -> Tensor:
     """(B, S, D) hidden states below the head.
 
     Args:
         model: a causal LM, or a peft model around one.
-        input_ids_BS: new tokens.
-        position_ids_BS: without a mask, positions that restart within a row mark packed rollouts, which do not see each other.
-        mask_BS: 1 for real tokens, cached ones included; for padding on the left.
-        cache: keys and values of earlier tokens; extended in place.
+        input_ids_BS: token ids.
+        position_ids_BS: positions that restart within a row mark packed rollouts, which do not see each other.
     """
-    # not every decoder takes every argument
-    given = {"position_ids": position_ids_BS, "attention_mask": mask_BS, "past_key_values": cache}
-    given = {name: value for name, value in given.items() if value is not None}
-    output: Tensor = decoder_of(unwrap(model))(input_ids=input_ids_BS, use_cache=cache is not None, **given).last_hidden_state
+    # not every decoder takes positions
+    given = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
+    output: Tensor = decoder_of(unwrap(model))(input_ids=input_ids_BS, use_cache=False, **given).last_hidden_state
     return output
 
 

@@ -27,7 +27,7 @@ from lopd.engines.conditions import check_kind, keep_caps, randomly
 from lopd.errors import LopdError, ModelError
 
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
-_BORDERS = ("window", "chunk", "block_size")
+_BORDERS = ("window", "chunk", "block_size", "compress")
 _LONGEST, _CPU_FLOPS, _FLOPS, _ENDS = 2048, 4e10, 2e14, 16
 _Hidden = Callable[[Any, Tensor, Tensor], Tensor]
 
@@ -96,7 +96,7 @@ class _Probe:
     def rows(self) -> list[Tensor]:
         """Two short rollouts, and one beyond each window, chunk and rope border if that is cheap; the longest comes last."""
         context, device = context_length(self.model), next(self.model.parameters()).device
-        lengths = {min(n, context) for n in (3, len(_PROBE_IDS), _beyond_borders(self.model, context))}
+        lengths = {min(n, context) for n in (3, len(_PROBE_IDS), max(stated_borders(self.model), default=0) + 2)}
         ids = [_PROBE_IDS[i % len(_PROBE_IDS)] + i // len(_PROBE_IDS) for i in range(max(lengths))]
         return [torch.tensor(ids[:length], device=device) % self.vocab_size for length in sorted(lengths)]
 
@@ -175,21 +175,15 @@ class _Probe:
         gap_N, size_N = (left_SV - right_SV)[finite_SV], right_SV[finite_SV]
         if gap_N.numel() == 0:
             return True
-        if self.exact:
+        if is_exact(self.model):
             return bool(gap_N.abs().max() <= self.tolerances[1] * max(float(size_N.abs().max()), 1e-6))
         # rounding adds up over layers, and the largest of many errors is no measure of it
         return bool(gap_N.square().mean().sqrt() <= 6e-2 * max(float(size_N.square().mean().sqrt()), 1e-6))
 
     @property
-    def exact(self) -> bool:
-        """Whether products are in float32 or better."""
-        weight = next(self.model.parameters())
-        return weight.dtype in (torch.float32, torch.float64) and not (weight.is_cuda and torch.backends.cuda.matmul.allow_tf32)
-
-    @property
     def tolerances(self) -> tuple[float, float]:
         """Of slope and offset, and of what a regression leaves over, in shares of the largest logit."""
-        return (1e-4, 3e-4) if self.exact else (4e-3, 2e-2)
+        return (1e-4, 3e-4) if is_exact(self.model) else (4e-3, 2e-2)
 
     def refuse(self, cause: str, step: str | None = None) -> None:
         """Raise the refusal of this ability."""
@@ -225,14 +219,25 @@ def _ends(values_S: Tensor) -> Tensor:
     return values_S if len(values_S) <= 2 * _ENDS else torch.cat([values_S[:_ENDS], values_S[-_ENDS:]])
 
 
-def _beyond_borders(model: Any, context: int) -> int:
-    """A length beyond every window, chunk and rope border that one forward can afford."""
+def is_exact(model: Any) -> bool:
+    """Whether products are in float32 or better."""
+    weight = next(model.parameters())
+    return weight.dtype in (torch.float32, torch.float64) and not (weight.is_cuda and torch.backends.cuda.matmul.allow_tf32)
+
+
+def stated_borders(model: Any) -> list[int]:
+    """Windows, chunks and rope borders that the configuration states, as far as a forward beyond them is cheap, in ascending order."""
     weights = sum(parameter.numel() for parameter in model.parameters())
     budget = _CPU_FLOPS if next(model.parameters()).device.type == "cpu" else _FLOPS
-    longest = min(_LONGEST, context, int(budget / (2 * weights)))
+    longest = min(_LONGEST, context_length(model), int(budget / (2 * weights))) - 2
     windows = [value for name, value in vars(text_config(model)).items() if any(part in name for part in _BORDERS)]
-    stated = [*windows, *rope_borders(model)]
-    return max((value + 2 for value in stated if isinstance(value, int) and 0 < value <= longest - 2), default=1)
+    return sorted({size for value in [*windows, rope_borders(model)] for size in _numbers(value) if 0 < size <= longest})
+
+
+def _numbers(value: Any) -> list[int]:
+    """A number of the configuration, those of a list, or those of a table."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    return [part for part in parts if isinstance(part, int) and not isinstance(part, bool)]
 
 
 def _fit(cut_N: Tensor, whole_N: Tensor) -> tuple[float, float]:
