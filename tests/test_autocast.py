@@ -29,6 +29,8 @@ def test_scores_and_samples_are_those_of_the_weights(kind, models, tokenizer, ro
         scores, sampled = scorer.score(rollouts), source.sample(prompts)
     for inside, outside in zip(scores, scorer.score(rollouts), strict=True):
         np.testing.assert_array_equal(inside.logprobs, outside.logprobs)
+        assert inside.top_k is not None
+        assert outside.top_k is not None
         np.testing.assert_array_equal(inside.top_k.logprobs, outside.top_k.logprobs)
     for inside, outside in zip(sampled, source.sample(prompts), strict=True):
         np.testing.assert_array_equal(inside.response_ids, outside.response_ids)

@@ -192,6 +192,17 @@ def test_what_is_not_a_causal_lm_is_refused(thing, tokenizer):
             make(thing, tokenizer)
 
 
+def test_a_configuration_that_is_not_of_one_text_model_is_refused(llama, tokenizer):
+    class Two(transformers.LlamaConfig):
+        def get_text_config(self, **_):
+            raise ValueError("multiple valid text configs")
+
+    model = copy.deepcopy(llama)
+    model.config = Two(**{key: value for key, value in llama.config.to_dict().items() if key != "model_type"})
+    with pytest.raises(ModelError, match="multiple valid text configs"):
+        HFScorer(model, tokenizer)
+
+
 def test_a_model_without_a_head_is_refused(llama, tokenizer):
     with pytest.raises(ModelError, match="NoneType"):
         HFScorer(llama.model, tokenizer)

@@ -148,7 +148,8 @@ def _by_side(model: Any, compute: Callable[[Any, Tensor, Tensor], Tensor], input
 def rope_borders(model: Any) -> list[int]:
     """Lengths beyond which a model turns all positions by other angles (LongRoPE), in ascending order.
 
-    The longest row of a batch decides for every row, so rollouts on different sides of a border never share a forward.
+    The longest row of a batch decides for every row, so rollouts on different sides of a border never share a forward.  What counts is the
+    tokens that are read: all of a rollout in scoring, all but the last in training.
     """
     config = text_config(model)
     stated = [getattr(config, field, None) or {} for field in ("rope_parameters", "rope_scaling")]

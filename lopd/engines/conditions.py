@@ -22,7 +22,7 @@ def check_kind(model: Any) -> None:
     """
     for config in getattr(model, "peft_config", {}).values():
         # both depend on more than the layers: virtual tokens, or where a rollout has certain tokens
-        kind = "activated LoRA" if getattr(config, "alora_invocation_tokens", None) else config.peft_type.value
+        kind = "activated LoRA" if getattr(config, "alora_invocation_tokens", None) else str(config.peft_type).removeprefix("PeftType.")
         if kind == "activated LoRA" or getattr(config, "is_prompt_learning", False):
             raise ModelError(
                 f"Model {type(unwrap(model)).__name__}: its adapter is {kind}, expected one that acts within the layers (LoRA and its kin); train "

@@ -67,11 +67,12 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
 
 
 def _check(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> "_Probe":
-    check_kind(model)
-    keep_caps(model)
     probe = _Probe(model, vocab_size, ability, hidden)
-    with torch.no_grad(), evaluating(model), refusing(model, ability):
+    with refusing(model, ability):
+        check_kind(model)
+        keep_caps(model)
         lm_head(model, vocab_size)
+    with torch.no_grad(), evaluating(model), refusing(model, ability):
         rows = probe.rows()
         alone = [probe.whole(ids) for ids in rows]
         longest_SV = probe.cut(rows[-1:])
