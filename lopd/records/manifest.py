@@ -121,7 +121,7 @@ class Provenance:
     Args:
         model: whose log-probs these are.
         vocab_hash: of that model's tokenizer.
-        engine: name and version of what ran it.
+        engine: name and version of what ran it; not part of the identity, `Preflight` compares what it computes.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0.
         top_k: how many of the model's most likely tokens are kept at each response token, beside the sampled one.
         eos_id: what ends a text of that model, by its tokenizer; no part of the identity.
@@ -134,7 +134,7 @@ class Provenance:
 
     model: ModelId
     vocab_hash: str
-    engine: str
+    engine: str = field(eq=False)
     logprobs_mode: str = "raw"
     top_k: int = 0
     eos_id: int | None = field(default=None, eq=False)
@@ -217,7 +217,7 @@ def _difference(path: str, mine: Any, theirs: Any) -> str | None:
     if mine == theirs:
         return None
     if has(type(mine)) and type(mine) is type(theirs):
-        names = [f.name for f in fields(type(mine))]
+        names = [f.name for f in fields(type(mine)) if f.eq]
         found = (_difference(f"{path}.{name}".lstrip("."), getattr(mine, name), getattr(theirs, name)) for name in reversed(names))
         return next(difference for difference in found if difference)
     return f"{path} is {mine!r}, expected {theirs!r}"
