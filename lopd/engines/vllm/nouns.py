@@ -53,7 +53,7 @@ class VLLMSource:
         tokenizer: the model's own.
         sampling: how to draw.
         lineage: what the model was trained on; `from_folder` reads it from beside the weights.
-        identity: of the model; by default a hash of the weights in its folder, taken when first asked for.
+        identity: of the model; by default that of its folder (`lopd.engines.identity.folder_model_id`), taken when first asked for.
         generation: round of sampling.
 
     Raises:
@@ -149,7 +149,7 @@ class VLLMScorer:
     Args:
         engine: for scoring; it starts when first asked.
         tokenizer: the model's own.
-        identity: of the model; by default a hash of the weights in its folder.
+        identity: of the model; by default that of its folder (`lopd.engines.identity.folder_model_id`).
         top_k: how many of the most likely tokens, and the probability of all others, are kept beside each response token.
 
     Raises:
