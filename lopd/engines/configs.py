@@ -16,6 +16,9 @@ _IRRELEVANT = frozenset(transformers.GenerationConfig().to_dict()) | {
     *("sep_token_id", "cls_token_id", "unk_token_id", "mask_token_id", "eod_token_id", "return_dict", "output_router_logits"),
     *("id2label", "label2id", "problem_type", "task_specific_params", "chunk_size_feed_forward", "chunk_size_lm_head", "pretraining_tp"),
     *("gradient_checkpointing", "use_mamba_kernels", "use_mambapy", "use_mem_eff_path", "slow_but_exact", "init_std", "init_device"),
+    # these round otherwise, as another dtype does
+    *("reorder_and_upcast_attn", "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "residual_in_fp32"),
+    *("norm_reduction_force_float32", "enable_moe_fp32_combine"),
 }
 _IRRELEVANT_PARTS = ("dropout", "pdrop", "layerdrop", "jitter_noise", "initializer_", "loss", "summary_", "version")
 # Which of their settings the kinds of rotary embeddings read, and what transformers takes for one that is left out.
@@ -67,7 +70,10 @@ def _settings(config: Any, capped: bool) -> dict[str, Any]:
         inner = vars(config).get(name)
         if isinstance(inner, transformers.PreTrainedConfig):
             found[name] = _settings(inner, capped)
-        elif value != defaults.get(name) and (name != _ATTENTION_CAP or capped or not _is_capless(config)):
+            continue
+        if name == _ATTENTION_CAP and not capped and _is_capless(config):
+            value = None
+        if value != defaults.get(name):
             found[name] = value
     if rope := fields.get("rope_parameters"):
         for name in _ROPE_SPELLINGS:
