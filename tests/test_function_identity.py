@@ -1,6 +1,8 @@
 """Identities are equal if and only if logits are: over families, settings, buffers, adapters, wrappers and folders."""
 
 import copy
+import json
+from collections.abc import Callable
 from itertools import combinations
 from typing import Any
 
@@ -10,9 +12,10 @@ import torch
 import transformers
 from conftest import build_tokenizer
 
-from lopd.engines.hf import folder_model_id, load_model, model_id
-from lopd.errors import ModelError
-from lopd.records import ModelId
+from lopd.engines.hf import HFScorer, HFSource, folder_model_id, load_model, model_id
+from lopd.engines.identity import function_version
+from lopd.errors import EngineError, ModelError
+from lopd.records import Lineage, ModelId, Prompt, SamplingParams
 
 # torch.compile and some methods of peft warn of what is not the matter here
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::UserWarning", "ignore::RuntimeWarning")
@@ -233,7 +236,7 @@ def test_wrappers_adapters_and_folders(family: str, tmp_path: Any) -> None:
     parent.mlp = torch.compile(parent.mlp)
     seen["compiled layer"] = look(model)
     assert_equal_if_and_only_if_the_function_is(seen)
-    assert len(set(seen[name][0].revision for name in seen)) == 4
+    assert len({identity.revision for identity, _ in seen.values()}) == 4
     assert str(seen["compiled"][0]) == str(seen["as it is"][0])
 
 
@@ -286,8 +289,11 @@ def test_an_adapter_with_an_effect_beside_the_weights_is_refused(config: Any) ->
         model_id(made)
 
 
-@pytest.mark.parametrize(("family", "buffer"), [("gemma4", "layer_scalar"), ("deepseek_v3", "e_score_correction_bias")])
-def test_saved_buffers(family: str, buffer: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "buffer"),
+    [("gemma4", "layer_scalar"), ("deepseek_v3", "e_score_correction_bias"), ("gemma2", "embed_scale"), ("llama", "inv_freq")],
+)
+def test_buffers_saved_or_not(family: str, buffer: str, tmp_path: Any) -> None:
     model = build(family)
     seen = {"as it is": look(model)} | in_folder(model, tmp_path / "before")
     with torch.no_grad():
@@ -295,3 +301,102 @@ def test_saved_buffers(family: str, buffer: str, tmp_path: Any) -> None:
     seen |= {"changed": look(model)} | in_folder(model, tmp_path / "after")
     assert_equal_if_and_only_if_the_function_is(seen)
     assert len({identity.revision for identity, _ in seen.values()}) == 2
+
+
+class Quantised(torch.nn.Module):
+    """A linear layer of whole numbers and a scale, as buffers, as most methods of quantisation have it."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().max() / 127
+        self.register_buffer("qweight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden @ (self.qweight.float() * self.scale).T
+
+
+def test_scales_of_quantised_weights(tmp_path: Any) -> None:
+    model = build("llama")
+    seen = {"as it is": look(model)} | in_folder(model, tmp_path / "plain")
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Quantised(layer.mlp.down_proj)
+    seen["quantised"] = look(model)
+    model.model.layers[1].mlp.down_proj.scale.mul_(2)
+    seen["doubled"] = look(model)
+    assert_equal_if_and_only_if_the_function_is(seen)
+    config = tmp_path / "plain" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ModelError, match=r"its weights are quantised, expected plain ones.*pass `identity=model_id\(model\)`"):
+        folder_model_id(tmp_path / "plain")
+
+
+def test_a_cast_that_loses_nothing_keeps_the_function_in_whatever_dtype() -> None:
+    model = build("llama")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+    wide, narrow = model_id(model), model_id(model.bfloat16())
+    assert wide.same_weights(narrow)
+    assert wide != narrow, "scores of one are not put in a column of the other"
+
+
+def settings_changed(model: Any) -> None:
+    model.config.final_logit_softcapping = 1.0
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "weights": lambda model: next(model.parameters()).mul_(1.5),
+    "buffer": lambda model: model.base_model.model.model.rotary_emb.inv_freq.mul_(0.5),
+    "setting": settings_changed,
+    "dtype": lambda model: model.half(),
+    "other adapter": lambda model: model.set_adapter("other"),
+    "two adapters": lambda model: model.base_model.set_adapter(["default", "other"]),
+    "adapters off": lambda model: model.base_model.disable_adapter_layers(),
+    "merged": lambda model: model.merge_adapter(),
+    "strength": lambda model: model.base_model.model.model.layers[0].self_attn.q_proj.scale_layer(2.0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_after_the_model_was_identified_is_seen(change: str) -> None:
+    model, tokenizer = adapted(build("llama"), "default", "other"), build_tokenizer()
+    source, scorer = HFSource(model, tokenizer, SamplingParams(max_new_tokens=4)), HFScorer(model, tokenizer)
+    rollouts = source.sample([Prompt("p", [5, 6, 7])])
+    scorer.score(rollouts)
+    tokenizer.pad_token, model.config.pad_token_id, model.config.use_cache = "x", 3, False
+    model.train().eval()
+    scorer.score(source.sample([Prompt("q", [8, 9])]))
+    with torch.no_grad():
+        CHANGES[change](model)
+    for ask in (lambda: source.sample([Prompt("p", [5])]), lambda: scorer.score(rollouts)):
+        with pytest.raises(
+            EngineError, match=r"HFS\w+: the weights of its model were changed after it was identified \(or .* active adapters"
+        ):
+            ask()
+    assert model_id(model).same_weights(source.manifest.policy) == (change == "merged")
+
+
+def test_embeddings_that_follow_the_longest_sequence_are_not_a_change() -> None:
+    model = build("llama", **rope(rope_type="dynamic", factor=2.0))
+    identity, version = model_id(model), function_version(model)
+    with torch.no_grad():
+        model(input_ids=torch.arange(90)[None])
+    assert (model_id(model), function_version(model)) == (identity, version)
+
+
+def test_a_name_in_the_hub_is_its_folder_and_keeps_its_lineage(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, folder = ModelId("teacher", "weights:1/2", "float32"), tmp_path / "student"
+    model = build("llama")
+    in_folder(model, folder)
+    Lineage(sft_teacher=teacher).write(folder)
+    expected = folder_model_id(folder)
+    place = tmp_path / "hub" / "models--org--student"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("a" * 40)
+    folder.rename((place / "snapshots").mkdir() or place / "snapshots" / ("a" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = HFSource.from_folder("org/student", SamplingParams())
+    assert source.manifest.sft_teacher == teacher
+    assert source.manifest.policy == folder_model_id("org/student") == expected == model_id(model)
+    assert source.manifest.policy.name == folder_model_id("org/student").name == "student"

@@ -35,6 +35,7 @@ _ROPE_KINDS: Mapping[str, tuple[str, ...]] = {
 }
 _ROPE_SETTINGS = {name for names in _ROPE_KINDS.values() for name in names}
 _ROPE_DEFAULTS = {"partial_rotary_factor": 1.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+_MOVING = ("dynamic", "longrope")
 _ROPE_SPELLINGS = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 _ATTENTION_CAP = "attn_logit_softcapping"
 
@@ -55,6 +56,12 @@ def function_settings(model: Any, *, capped: bool = False) -> str:
     return json.dumps([_settings(base.config, capped), sorted(paddings - {None}), without_sinks], sort_keys=True)
 
 
+def rope_moves(config: Any) -> bool:
+    """Whether rotary embeddings depend on the longest sequence so far."""
+    rope = _plain(config.to_dict().get("rope_parameters") or {})
+    return any(_rope_kind(part) in _MOVING for part in _rope_parts(rope))
+
+
 def _keeps_padding_for_itself(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | transformers.PreTrainedModel)
 
@@ -65,22 +72,21 @@ def _is_capless(config: Any) -> bool:
 
 
 def _settings(config: Any, capped: bool) -> dict[str, Any]:
-    defaults, fields, found = _defaults(config.__class__), _fields(config), {}
+    defaults, fields = _defaults(config.__class__), _fields(config)
+    found: dict[str, Any] = {}
     for name, value in fields.items():
         inner = vars(config).get(name)
         if isinstance(inner, transformers.PreTrainedConfig):
             found[name] = _settings(inner, capped)
             continue
-        if name == _ATTENTION_CAP and not capped and _is_capless(config):
-            value = None
-        if value != defaults.get(name):
-            found[name] = value
+        effective = None if name == _ATTENTION_CAP and not capped and _is_capless(config) else value
+        if effective != defaults.get(name):
+            found[name] = effective
     if rope := fields.get("rope_parameters"):
         for name in _ROPE_SPELLINGS:
             if name in found and found[name] == rope.get(name):
                 del found[name]
-        parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
-        if not any(_reads_length(part) for part in parts):
+        if not any(map(_reads_length, _rope_parts(rope))):
             found.pop("max_position_embeddings", None)
         found["rope_parameters"] = _rope(rope)
     return found
@@ -113,6 +119,11 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, str | bool | None) else str(value)
 
 
+def _rope_parts(rope: Mapping[str, Any]) -> list[Any]:
+    """One for each type of layer, or the only one."""
+    return [part for part in rope.values() if isinstance(part, dict)] or [rope]
+
+
 def _rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     if any(isinstance(part, dict) for part in rope.values()):
         return {name: _rope(part) if isinstance(part, dict) else part for name, part in rope.items()}
@@ -132,4 +143,4 @@ def _rope_kind(rope: Mapping[str, Any]) -> str:
 
 def _reads_length(rope: Mapping[str, Any]) -> bool:
     """Whether the configured number of positions changes the embeddings of the first ones."""
-    return _rope_kind(rope) in ("dynamic", "longrope") or (_rope_kind(rope) == "yarn" and "factor" not in rope)
+    return _rope_kind(rope) in _MOVING or (_rope_kind(rope) == "yarn" and "factor" not in rope)

@@ -5,7 +5,7 @@ Adapters of peft count through what they make of the weights: switched off they 
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from attrs import define, field, frozen
@@ -17,6 +17,9 @@ from lopd.errors import ModelError
 # torch.compile, FSDP and activation checkpointing put a module around a module
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+Kind = Literal["parameter", "buffer", "derived"]
 
 
 @define(eq=False)
@@ -38,13 +41,13 @@ class Weight:
 
     Args:
         names: all its names, the first one first; several if it is tied.
-        is_parameter: or a buffer that is saved with the parameters.
+        kind: a parameter, a buffer that is saved with the parameters, or one that the model derives from its configuration.
         held: the tensor in the model; adapters change its values but not its shape.
         adapted: the adapted layer that applies it and its name in there, or None.
     """
 
     names: list[str]
-    is_parameter: bool
+    kind: Kind
     held: Tensor
     adapted: tuple[_Merger, Any, str] | None = None
 
@@ -57,7 +60,7 @@ class Weight:
 
 
 def effective_weights(model: Any) -> list[Weight]:
-    """The parameters and saved buffers that a model applies now, sorted by name.
+    """The parameters and buffers that a model applies now, sorted by name.
 
     The values of adapted layers are computed when they are read, a layer at a time.
 
@@ -106,8 +109,8 @@ def _walk(module: Any, prefix: str, merger: _Merger) -> Iterator[Weight]:
     elif is_adapted(module):
         yield from _walk_adapted(module, prefix, merger)
     else:
-        for name, tensor, is_parameter in _own_tensors(module):
-            yield Weight([prefix + name], is_parameter, tensor)
+        for name, tensor, kind in _own_tensors(module):
+            yield Weight([prefix + name], kind, tensor)
         for name, child in module.named_children():
             yield from _walk(child, prefix if name in _TRANSPARENT else f"{prefix}{name}.", merger)
 
@@ -117,7 +120,7 @@ def _walk_adapted(layer: Any, prefix: str, merger: _Merger) -> Iterator[Weight]:
     changed, mergeable = _differs_from_base(layer), all(map(_is_mergeable, base.parameters()))
     for weight in _walk(base, "", merger):
         adapted = (merger, layer, weight.names[0]) if changed and mergeable else None
-        yield Weight([prefix + weight.names[0]], weight.is_parameter, weight.held, adapted)
+        yield Weight([prefix + weight.names[0]], weight.kind, weight.held, adapted)
     if changed and not mergeable:
         yield from _beside_the_base(layer, prefix)
 
@@ -127,10 +130,10 @@ def _beside_the_base(layer: Any, prefix: str) -> Iterator[Weight]:
     for adapter in layer.active_adapters:
         for name, tensor in layer.named_parameters():
             if adapter in name.split(".") and not name.startswith("base_layer."):
-                yield Weight([f"{prefix}{name.replace(f'.{adapter}', '')}"], True, tensor)
+                yield Weight([f"{prefix}{name.replace(f'.{adapter}', '')}"], "parameter", tensor)
         scaling = getattr(layer, "scaling", {}).get(adapter)
         if scaling is not None:
-            yield Weight([f"{prefix}scaling"], True, torch.tensor(float(scaling)))
+            yield Weight([f"{prefix}scaling"], "parameter", torch.tensor(float(scaling)))
 
 
 def _innermost(layer: Any) -> Any:
@@ -163,12 +166,10 @@ def _merged(layer: Any) -> Any:
     return copied
 
 
-def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor, bool]]:
-    """Name, tensor, and whether it is a parameter, of all that the module itself would save; of quantised weights, their scales too."""
-    for name, parameter in module.named_parameters(recurse=False):
-        yield name, parameter, True
+def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor, Kind]]:
+    """The tensors of the module itself, by name; of quantised weights, also the scales that it saves beside them."""
     saved: dict[str, Any] = {}
     module._save_to_state_dict(saved, "", True)
-    for name, tensor in saved.items():
-        if isinstance(tensor, Tensor) and name not in module._parameters:
-            yield name, tensor, False
+    for name, tensor in {**saved, **module._buffers, **module._parameters}.items():
+        if isinstance(tensor, Tensor):
+            yield name, tensor, "parameter" if name in module._parameters else "buffer" if name in saved else "derived"

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lopd.engines.causal_lm import unwrap
-from lopd.engines.configs import function_settings
+from lopd.engines.configs import function_settings, rope_moves
+from lopd.engines.derived import changed_buffers
 from lopd.engines.effective import Weight, effective_weights
 from lopd.engines.stored import StoredModel, stored_places
 from lopd.errors import EngineError, LopdError, ModelError
@@ -51,7 +52,9 @@ def function_version(model: Any) -> int:
     torch counts changes in place, as optimizers make them.
     """
     base = unwrap(model)
-    counts = tuple((t._version, t.dtype) for t in (*base.parameters(), *base.buffers()) if not t.is_inference())
+    moving = "inv_freq" if rope_moves(base.config) else "not a name"
+    buffers = (buffer for name, buffer in base.named_buffers() if moving not in name)
+    counts = tuple((t._version, t.dtype) for t in (*base.parameters(), *buffers) if not t.is_inference())
     return hash((counts, tuple(map(_adapters, base.modules())), function_settings(model)))
 
 
@@ -174,8 +177,9 @@ def local_folder(name: str | Path, *, weights: bool = True) -> Path:
 
 def _revision(model: Any, read: Callable[[Weight], Tensor], *, capped: bool = False) -> str:
     weights = effective_weights(model)
-    parameters = ((weight.names[0], read(weight)) for weight in weights if weight.is_parameter)
-    buffers = ((weight.names[0], read(weight)) for weight in weights if not weight.is_parameter)
+    changed = changed_buffers(model, weights)
+    parameters = ((weight.names[0], read(weight)) for weight in weights if weight.kind == "parameter")
+    buffers = ((weight.names[0], read(weight)) for weight in weights if weight.kind == "buffer" or weight in changed)
     return hash_function(parameters, buffers, function_settings(model, capped=capped))
 
 
