@@ -12,10 +12,13 @@ import torch
 import transformers
 from conftest import build_tokenizer
 
+from lopd import MemoryStore, collect_rollouts
 from lopd.engines.hf import HFScorer, HFSource, folder_model_id, load_model, model_id
 from lopd.engines.identity import function_version
 from lopd.errors import EngineError, ModelError
-from lopd.records import Lineage, ModelId, Prompt, SamplingParams
+from lopd.guards import check_teacher_consistency
+from lopd.records import Lineage, Manifest, ModelId, Prompt, SamplingParams, fingerprint_tokenizer, mixture_id
+from lopd.records.identity import hash_weights
 
 # torch.compile and some methods of peft warn of what is not the matter here
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::UserWarning", "ignore::RuntimeWarning")
@@ -400,3 +403,18 @@ def test_a_name_in_the_hub_is_its_folder_and_keeps_its_lineage(tmp_path: Any, mo
     assert source.manifest.sft_teacher == teacher
     assert source.manifest.policy == folder_model_id("org/student") == expected == model_id(model)
     assert source.manifest.policy.name == folder_model_id("org/student").name == "student"
+
+
+def test_an_identity_of_lopd_0_2_is_compared_by_its_parameters() -> None:
+    model = build("llama")
+    now, other = model_id(model), model_id(build("llama", **yarn()))
+    old = ModelId("student", hash_weights(model.named_parameters()), "float32")
+    assert old == now and old == other and now != other  # noqa: PT018
+    assert hash(old) == hash(now) == hash(other)
+    assert mixture_id([old, now]) == now == mixture_id([now, old])
+    assert mixture_id([now, other]).parts != mixture_id([old, other]).parts
+    assert str(now).startswith(str(old).replace("student", "LlamaForCausalLM") + "/")
+    store = MemoryStore(Manifest(fingerprint_tokenizer(build_tokenizer()), old, SamplingParams(max_new_tokens=4), sft_teacher=old))
+    report = collect_rollouts(HFSource(model, build_tokenizer(), store.manifest.sampling, Lineage(now)), [Prompt("p", [5, 6])], store)
+    assert report.rollouts == 1
+    check_teacher_consistency(store.manifest, [HFScorer(model, build_tokenizer()).provenance])
