@@ -31,13 +31,15 @@ from lopd.engines.inputs import (
 from lopd.engines.supports import entries, look_up, make_scores
 from lopd.engines.vllm.engine import VLLMEngine, import_vllm
 from lopd.engines.vllm.settings import VLLMSettings
-from lopd.errors import ContextOverflowError, EngineError
+from lopd.errors import ContextOverflowError, EngineError, ModelError
 from lopd.records.checks import check_number
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
 _COLDEST = 0.01
+# Options of vLLM that change what the weights in a folder compute.
+_CHANGING = {"hf_overrides", "hf_config_path", "quantization", "rope_scaling", "rope_theta"}
 
 
 @final
@@ -87,7 +89,7 @@ class VLLMSource:
 
     @cached_property
     def _identified(self) -> ModelId:
-        return self.identity or folder_model_id(self.engine.folder, self.engine.settings.dtype)
+        return self.identity or _folder_identity(self.engine)
 
     @property
     def manifest(self) -> Manifest:
@@ -182,7 +184,7 @@ class VLLMScorer:
 
     @cached_property
     def _identified(self) -> ModelId:
-        return self.identity or folder_model_id(self.engine.folder, self.engine.settings.dtype)
+        return self.identity or _folder_identity(self.engine)
 
     @property
     def provenance(self) -> Provenance:
@@ -233,6 +235,15 @@ def _check_purpose(owner: str, engine: VLLMEngine, *, scoring: bool) -> None:
         raise EngineError(
             f"{owner}: the engine has scoring={engine.scoring}, expected scoring={scoring}; sampling and scoring need engines of their own."
         )
+
+
+def _folder_identity(engine: VLLMEngine) -> ModelId:
+    for name in sorted(engine.settings.options.keys() & _CHANGING):
+        raise ModelError(
+            f"Model {engine.folder}: vLLM's option {name!r} makes another model of it than its folder says; pass `identity=` with a revision of its "
+            "own."
+        )
+    return folder_model_id(engine.folder, engine.settings.dtype)
 
 
 def _configured_eos(folder: Path) -> Any:
