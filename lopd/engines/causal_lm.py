@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lopd.errors import ModelError
 from lopd.records.steps import LMHead
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside torch.compile, DDP and peft (its layers keep their adapters), or the model itself."""
+    """The transformers model inside torch.compile, data parallelism and peft (its layers keep their adapters), or the model itself."""
     if hasattr(model, "_orig_mod"):
         return unwrap(model._orig_mod)
-    if isinstance(model, DistributedDataParallel):
+    if isinstance(model, DataParallel | DistributedDataParallel):
         return unwrap(model.module)
     return unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lopd.engines.adapters import keep_precision
 from lopd.engines.causal_lm import unwrap
 from lopd.engines.configs import function_settings, rope_moves
 from lopd.engines.derived import changed_buffers
@@ -111,6 +112,7 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
     with looking_for(folder):
         if (folder / "adapter_config.json").exists():
             adapted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+            keep_precision(adapted, folder)
             dtype, revision = adapted.dtype, _revision(adapted, Weight.read, capped=True)
         elif (folder / "config.json").exists():
             stored = StoredModel(folder, dtype := dtype or folder_dtype(folder))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import transformers
 
+from lopd.engines.adapters import keep_precision
 from lopd.engines.identity import looking_for
 
 
@@ -19,6 +20,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     """
     with looking_for(folder):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        keep_precision(model, folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         # only eager attention applies a cap on attention scores, and the choice is not saved with the weights
