@@ -10,12 +10,13 @@ import peft
 import pytest
 import torch
 import transformers
+from attrs import evolve
 from conftest import build_tokenizer
 
 from lopd import MemoryStore, collect_rollouts
 from lopd.engines.hf import HFScorer, HFSource, folder_model_id, load_model, model_id
 from lopd.engines.identity import function_version
-from lopd.errors import EngineError, ModelError
+from lopd.errors import EngineError, ModelError, TeacherConsistencyError
 from lopd.guards import check_teacher_consistency
 from lopd.records import Lineage, Manifest, ModelId, Prompt, SamplingParams, fingerprint_tokenizer, mixture_id
 from lopd.records.identity import hash_weights
@@ -243,6 +244,14 @@ def test_wrappers_adapters_and_folders(family: str, tmp_path: Any) -> None:
     assert str(seen["compiled"][0]) == str(seen["as it is"][0])
 
 
+def test_adapters_keep_their_precision_on_a_narrow_base(tmp_path: Any) -> None:
+    in_folder(build("llama").bfloat16(), tmp_path / "base")
+    model = adapted(load_model(tmp_path / "base")[0], "default")
+    seen = {"as it is": look(model), "parallel": look(torch.nn.DataParallel(model))} | in_folder(model, tmp_path / "adapter")
+    assert_equal_if_and_only_if_the_function_is(seen)
+    assert len({identity for identity, _ in seen.values()}) == 1
+
+
 TUNERS = {
     "ia3": peft.IA3Config(target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "loha": peft.LoHaConfig(target_modules=["q_proj"], r=4),
@@ -417,4 +426,7 @@ def test_an_identity_of_lopd_0_2_is_compared_by_its_parameters() -> None:
     store = MemoryStore(Manifest(fingerprint_tokenizer(build_tokenizer()), old, SamplingParams(max_new_tokens=4), sft_teacher=old))
     report = collect_rollouts(HFSource(model, build_tokenizer(), store.manifest.sampling, Lineage(now)), [Prompt("p", [5, 6])], store)
     assert report.rollouts == 1
-    check_teacher_consistency(store.manifest, [HFScorer(model, build_tokenizer()).provenance])
+    scored = HFScorer(model, build_tokenizer()).provenance
+    check_teacher_consistency(store.manifest, [scored])
+    with pytest.raises(TeacherConsistencyError, match=r"its weights are the same, and its settings or buffers are not: load it as it was"):
+        check_teacher_consistency(evolve(store.manifest, sft_teacher=other), [scored])

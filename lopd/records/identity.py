@@ -57,6 +57,10 @@ class ModelId:
         mine, theirs = set(map(_key, self.parts)), set(map(_key, other.parts))
         return all(any(_fits(a, b) for b in theirs) for a in mine) and all(any(_fits(a, b) for a in mine) for b in theirs)
 
+    def same_parameters(self, other: "ModelId") -> bool:
+        """Whether both have the same weights, and perhaps other settings or buffers."""
+        return {_key(part)[:2] for part in self.parts} == {_key(part)[:2] for part in other.parts}
+
     @property
     def parts(self) -> "tuple[ModelId, ...]":
         """The models of a mixture; a single model is its only part."""
