@@ -343,6 +343,17 @@ def test_scales_of_quantised_weights(tmp_path: Any) -> None:
         folder_model_id(tmp_path / "plain")
 
 
+def test_a_model_that_reads_images_too(tmp_path: Any) -> None:
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(text_config=build("llama").config, vision_config=vision)
+    ).save_pretrained(tmp_path)
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert model_id(loaded) == folder_model_id(tmp_path)
+
+
 def test_a_cast_that_loses_nothing_keeps_the_function_in_whatever_dtype() -> None:
     model = build("llama")
     with torch.no_grad():

@@ -80,7 +80,7 @@ class StoredModel:
             )
         self._places = stored_places(self.folder)
         with torch.device("meta"):
-            self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+            self.model = _build(config, self.dtype)
         self._sources = _find_sources(self.model, self._places)
 
     def read(self, weight: Weight) -> Tensor:
@@ -118,6 +118,13 @@ class StoredModel:
         with safe_open(self._places[stored], "pt") as file:
             tensor: Tensor = file.get_tensor(stored)
         return tensor
+
+
+def _build(config: Any, dtype: torch.dtype) -> Any:
+    named = [kind for name in config.architectures or () if (kind := getattr(transformers, name, None))]
+    if named and type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        return named[0]._from_config(config, dtype=dtype)  # it reads images or sound too
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _find_sources(model: Any, stored_names: Iterable[str]) -> dict[str, _Source]:
