@@ -361,6 +361,7 @@ def test_a_cast_that_loses_nothing_keeps_the_function_in_whatever_dtype() -> Non
             parameter.copy_(parameter.bfloat16())
     wide, narrow = model_id(model), model_id(model.bfloat16())
     assert wide.same_weights(narrow)
+    assert wide == model_id(model.float()), "a cast rounds the rotary frequencies, and loading makes them again"
     assert wide != narrow, "scores of one are not put in a column of the other"
 
 
