@@ -336,6 +336,14 @@ def test_scales_of_quantised_weights(tmp_path: Any) -> None:
     seen["quantised"] = look(model)
     model.model.layers[1].mlp.down_proj.scale.mul_(2)
     seen["doubled"] = look(model)
+    made = adapted(build("llama"), "default", "other")
+    for layer in made.base_model.model.model.layers:
+        layer.mlp.down_proj.base_layer = Quantised(layer.mlp.down_proj.base_layer)
+    seen["adapter"] = look(made)
+    made.set_adapter("other")
+    seen["other adapter"] = look(made)
+    with made.disable_adapter():
+        seen["adapters off"] = look(made)
     assert_equal_if_and_only_if_the_function_is(seen)
     config = tmp_path / "plain" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "fp8"}}))

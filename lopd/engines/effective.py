@@ -18,7 +18,6 @@ from lopd.errors import ModelError
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-
 Kind = Literal["parameter", "buffer", "derived"]
 
 
@@ -116,9 +115,9 @@ def _walk(module: Any, prefix: str, merger: _Merger) -> Iterator[Weight]:
 
 
 def _walk_adapted(layer: Any, prefix: str, merger: _Merger) -> Iterator[Weight]:
-    base = _innermost(layer)
-    changed, mergeable = _differs_from_base(layer), all(map(_is_mergeable, base.parameters()))
-    for weight in _walk(base, "", merger):
+    weights = list(_walk(_innermost(layer), "", merger))
+    changed, mergeable = _differs_from_base(layer), all(_is_mergeable(weight.held) for weight in weights)
+    for weight in weights:
         adapted = (merger, layer, weight.names[0]) if changed and mergeable else None
         yield Weight([prefix + weight.names[0]], weight.kind, weight.held, adapted)
     if changed and not mergeable:
@@ -145,8 +144,8 @@ def _differs_from_base(layer: Any) -> bool:
     return is_adapted(layer) and (bool(layer.merged_adapters) == layer.disable_adapters or _differs_from_base(layer.base_layer))
 
 
-def _is_mergeable(parameter: Tensor) -> bool:
-    return type(parameter) is nn.Parameter and parameter.dtype in _MERGEABLE
+def _is_mergeable(held: Tensor) -> bool:
+    return type(held) in (nn.Parameter, Tensor) and held.dtype in _MERGEABLE
 
 
 @torch.no_grad()
