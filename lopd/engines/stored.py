@@ -120,10 +120,14 @@ class StoredModel:
         return tensor
 
 
+def named_class(config: Any) -> Any:
+    """The class that a configuration names, which may read images or sound too; None if transformers does not have it."""
+    return next((getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)), None)
+
+
 def _build(config: Any, dtype: torch.dtype) -> Any:
-    named = [kind for name in config.architectures or () if (kind := getattr(transformers, name, None))]
-    if named and type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        return named[0]._from_config(config, dtype=dtype)  # it reads images or sound too
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping and (named := named_class(config)):
+        return named._from_config(config, dtype=dtype)
     return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
