@@ -122,6 +122,10 @@ class EndTokenWarning(UserWarning):
     """A teacher that finds the tokens that end the policy's responses next to impossible."""
 
 
+class EngineChangeWarning(UserWarning):
+    """A column that another engine, or another version of the same engine, continues."""
+
+
 class CheckpointError(LopdError, ValueError):
     """A checkpoint that does not fit the student or optimizer it is loaded into."""
 

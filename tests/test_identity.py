@@ -7,9 +7,9 @@ import torch
 from conftest import PAD_ROWS
 from safetensors.torch import load_file, save_file
 
-from lopd.engines import identity
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id, local_folder, model_id
+from lopd.engines.stored import StoredModel
 from lopd.errors import EngineError, ModelError
 from lopd.records import identity as identities
 
@@ -85,7 +85,7 @@ def test_files_that_do_not_hold_what_the_model_holds_are_refused(saved):
 
 def test_each_weight_is_hashed_before_the_next_is_read(saved, monkeypatch):
     events = []
-    monkeypatch.setattr(identity, "_read", recorded(events, "read", identity._read))
+    monkeypatch.setattr(StoredModel, "_load", recorded(events, "read", StoredModel._load))
     monkeypatch.setattr(identities, "_narrowest", recorded(events, "hash", identities._narrowest))
     folder_model_id(saved("qwen3_padded"))
     assert len(events) > 40
@@ -118,7 +118,9 @@ def test_a_model_that_is_not_there_is_one_sentence(load, tmp_path):
         load(tmp_path / "nowhere")
 
 
-def test_a_folder_of_adapters_is_no_whole_model(tmp_path):
+def test_a_folder_without_a_model_and_adapters_without_their_base_are_one_sentence(tmp_path):
+    with pytest.raises(ModelError, match=r"holds neither config.json nor adapter_config.json, expected a model"):
+        folder_model_id(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"holds no config.json, expected a whole model \(adapters have none"):
+    with pytest.raises(EngineError, match=r"it cannot be loaded \('base_model_name_or_path'\)"):
         folder_model_id(tmp_path)

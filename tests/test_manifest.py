@@ -12,7 +12,7 @@ from attrs import evolve
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.records import Lineage, Manifest, ModelId, SamplingParams, fingerprint_tokenizer, mixture_id
 from lopd.records.identity import hash_weights
-from lopd.testing import tiny_manifest
+from lopd.testing import tiny_manifest, tiny_provenance
 
 
 def test_the_hash_of_weights_knows_values_and_not_the_dtype_that_holds_them() -> None:
@@ -84,6 +84,17 @@ def test_a_tokenizer_is_its_whole_map(tokenizer: Any, swapped_tokenizer: Any) ->
     mine, theirs = fingerprint_tokenizer(tokenizer), fingerprint_tokenizer(swapped_tokenizer)
     assert mine.vocab_size == theirs.vocab_size
     assert not mine.same_vocabulary(theirs)
+
+
+def test_padding_and_the_version_of_an_engine_are_recorded_and_not_compared() -> None:
+    manifest, column = tiny_manifest(), tiny_provenance("t")
+    padded = evolve(manifest, tokenizer=evolve(manifest.tokenizer, pad_id=1))
+    assert manifest.difference(padded) is None
+    assert Manifest.from_json(padded.to_json()).tokenizer.pad_id == 1
+    ended = evolve(padded, tokenizer=evolve(padded.tokenizer, eos_id=7))
+    assert manifest.difference(ended) == f"tokenizer.eos_id is {manifest.tokenizer.eos_id}, expected 7"
+    assert evolve(column, engine="other 2.0") == column
+    assert evolve(column, top_k=2) != column
 
 
 def test_a_lineage_is_read_back_and_a_damaged_one_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from small_runs import Interrupted, Refusing, Stopping, behavior, column, make_s
 from lopd import collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer
-from lopd.errors import EndTokenWarning, InvalidRecordError, ScorerError
+from lopd.errors import EndTokenWarning, EngineChangeWarning, InvalidRecordError, ScorerError
 from lopd.records import Rollout, Scores, measure_parity
 from lopd.verbs import Preflight
 
@@ -53,6 +53,20 @@ def test_a_column_is_not_continued_by_a_scorer_that_says_something_else_than_wha
     with pytest.raises(ScorerError, match=r"differ by 0\.3 nats on average from those that column 'teacher' holds"):
         score_rollouts(collected, Moody(scorer, always=0.3))
     assert int(collected.scored("teacher").sum()) == before == 4
+
+
+def test_another_engine_goes_on_with_a_column_that_it_agrees_with_and_both_are_named(collected, teacher_model, tokenizer):
+    scorer = HFScorer(teacher_model, tokenizer)
+    with pytest.raises(Interrupted):
+        score_rollouts(collected, Stopping(scorer, 1), rollouts_per_batch=4, preflight=None)
+    newer = evolve(scorer.provenance, engine="transformers 99.0")
+    with pytest.warns(
+        EngineChangeWarning,
+        match=rf"begun with '{scorer.provenance.engine}' and goes on with 'transformers 99.0'; on 4 rollouts.* 0\.01 nats",
+    ):
+        score_rollouts(collected, Moody(scorer, always=0.01, provenance=newer))
+    assert collected.scored("teacher").all()
+    assert collected.columns["teacher"].engine == scorer.provenance.engine
 
 
 def test_pain_09_the_difference_to_the_trainers_own_log_probs_is_measured_stored_and_bounded(collected, teacher_model, tokenizer, tmp_path):

@@ -99,8 +99,10 @@ def test_the_message_for_a_second_model_is_the_one_we_promise(filled: ZarrStore)
     assert str(caught.value) == f"{filled!r}: {words}"
     with pytest.raises(ConflictError, match="float32"):
         filled.append_scores("t", evolve(old, model=evolve(old.model, dtype="float32")), scores)
-    with pytest.raises(ConflictError, match=r"was scored with engine 'made-up 1.0', expected 'other'"):
-        filled.append_scores("t", evolve(old, engine="other"), scores)
+    with pytest.raises(ConflictError, match=r"was scored with logprobs_mode 'raw', expected 'other'"):
+        filled.append_scores("t", evolve(old, logprobs_mode="other"), scores)
+    filled.append_scores("t", evolve(old, engine="other"), scores)
+    assert filled.columns["t"].engine == old.engine, "what the first append said stays"
     assert isinstance(caught.value, LopdError)
 
 

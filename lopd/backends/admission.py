@@ -125,7 +125,7 @@ def check_provenance(owner: str, column: str, stored: Provenance | None, given: 
         show: Callable[[Any], str] = str if str(stored.model) != str(given.model) else repr
         was, want = f"by {show(stored.model)}", show(given.model)
     else:
-        name = next(n for n in ("vocab_hash", "engine", "logprobs_mode", "top_k") if getattr(stored, n) != getattr(given, n))
+        name = next(n for n in ("vocab_hash", "logprobs_mode", "top_k", "engine") if getattr(stored, n) != getattr(given, n))
         was, want, remedy = f"with {name} {getattr(stored, name)!r}", repr(getattr(given, name)), "write another column or score as before"
     if stored.model.name == given.model.name and stored.model.dtype != given.model.dtype:
         remedy += f" (it was in {stored.model.dtype}, and this one is in {given.model.dtype})"

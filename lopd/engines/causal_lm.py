@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lopd.errors import ModelError
 from lopd.records.steps import LMHead
@@ -32,8 +33,12 @@ _CONTEXTS = (
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a peft wrapper (its layers keep their adapters), or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside torch.compile, data parallelism and peft (its layers keep their adapters), or the model itself."""
+    if hasattr(model, "_orig_mod"):
+        return unwrap(model._orig_mod)
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        return unwrap(model.module)
+    return unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def lm_head(model: Any, vocab_size: int) -> LMHead:

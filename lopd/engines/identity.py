@@ -1,12 +1,12 @@
 """Which model is it?  The same answer from a loaded model and from its folder, so that engines which never show their weights can say it too.
 
-A loaded model is identified by the names and values of its parameters.  `folder_model_id` reads the same parameters out of safetensors
-files, one at a time: it needs memory for one tensor, whatever the size of the model.
+A model is identified by the function that it computes: the weights that it applies (`lopd.engines.effective`), its saved buffers, and the
+settings that decide what is computed from them (`lopd.engines.configs`).  `folder_model_id` reads the same weights out of safetensors files
+(`lopd.engines.stored`), a few at a time, whatever the size of the model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from json import loads
 from pathlib import Path
 from typing import Any
 
@@ -17,81 +17,111 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lopd.engines.adapters import keep_precision
 from lopd.engines.causal_lm import unwrap
+from lopd.engines.configs import function_settings, rope_moves
+from lopd.engines.derived import changed_buffers
+from lopd.engines.effective import Weight, effective_weights
+from lopd.engines.stored import StoredModel, stored_places
 from lopd.errors import EngineError, LopdError, ModelError
-from lopd.records.identity import ModelId, hash_weights, hash_weights_in_order
+from lopd.records.identity import ModelId, hash_function
 
-_INDEX = "model.safetensors.index.json"
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+_DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def model_id(model: Any) -> ModelId:
-    """The identity of a loaded model, by a hash of its weights."""
-    return ModelId(model_name(model), hash_weights(model.named_parameters()), _name_of(next(model.parameters()).dtype))
+    """The identity of a loaded model: equal for equal functions, whatever is wrapped around it.
+
+    It is a hash of the weights that the model applies now (active adapters merged in, adapters that are off left out), of its saved buffers, and
+    of the settings that decide what it computes from them.
+
+    Raises:
+        ModelError: the effect of an adapter is not in the weights (prompt tuning, for example).
+    """
+    return ModelId(model_name(model), _revision(model, Weight.read), _name_of(next(model.parameters()).dtype))
 
 
 def model_name(model: Any) -> str:
     """The folder or hub name that a model was loaded from, without what is above it; or what kind it is."""
-    return Path(str(getattr(unwrap(model).config, "_name_or_path", "") or type(model).__name__)).name
+    base = unwrap(model)
+    return Path(str(getattr(base.config, "_name_or_path", "") or type(base).__name__)).name
 
 
-def weights_version(model: Any) -> int:
-    """A number that grows whenever weights are changed in place, as optimizers do; torch counts without looking at values."""
-    return sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
+def function_version(model: Any) -> int:
+    """A number that changes when the function of a model is changed: weights and buffers in place, adapters, or settings; values are not read.
+
+    torch counts changes in place, as optimizers make them.
+    """
+    base = unwrap(model)
+    moving = "inv_freq" if rope_moves(base.config) else "not a name"
+    buffers = (buffer for name, buffer in base.named_buffers() if moving not in name)
+    counts = tuple((t._version, t.dtype) for t in (*base.parameters(), *buffers) if not t.is_inference())
+    return hash((counts, tuple(map(_adapters, base.modules())), function_settings(model)))
+
+
+def _adapters(module: Any) -> tuple[Any, ...] | None:
+    """Which adapters a layer of peft applies, and how strongly; None for any other layer."""
+    if not hasattr(module, "merged_adapters"):
+        return None
+    scaling = getattr(module, "scaling", None)
+    strengths = tuple(sorted(scaling.items())) if isinstance(scaling, dict) else ()
+    return module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters), strengths
 
 
 def identify(model: Any, identity: ModelId | None) -> tuple[ModelId, int | None]:
-    """The identity that was stated, or the hash of the weights with their version, for `check_unchanged`."""
-    return (identity, None) if identity else (model_id(model), weights_version(model))
+    """The identity that was stated, or that of the model with the version of its function, for `check_unchanged`."""
+    return (identity, None) if identity else (model_id(model), function_version(model))
 
 
 def check_unchanged(owner: str, model: Any, version: int | None) -> None:
-    """Stop if the weights were changed since they were hashed: rollouts or scores would be recorded as another model's.
+    """Stop if the function was changed since it was identified: rollouts or scores would be recorded as another model's.
 
     An error of the call as a whole: one that speaks of a record would have the verbs ask in halves, and put the records away.
 
     Args:
         owner: how messages name who computes.
-        model: whose weights.
-        version: when they were hashed; None if they were not.
+        model: that computes.
+        version: of its function when it was identified; None if it was not.
 
     Raises:
-        EngineError: they were.
+        EngineError: it was changed.
     """
-    if version is not None and weights_version(model) != version:
+    if version is not None and function_version(model) != version:
         raise EngineError(
-            f"{owner}: the weights of its model were changed after it was identified, expected those of its hash; make a new one, or name the model "
-            "with `identity=`."
+            f"{owner}: the weights of its model were changed after it was identified (or its buffers, active adapters or settings), expected the "
+            "same function; make a new one, or name the model with `identity=`."
         )
 
 
 def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> ModelId:
-    """The identity that `model_id(load_model(folder, dtype)[0])` gives, without loading the model.
+    """The identity that `model_id(load_model(folder, dtype)[0])` gives, without loading the model; a model with adapters is loaded.
 
-    The names of the parameters, and which of them are tied, are those of a model that transformers builds from the folder's configuration
+    The names of the weights, and which of them are tied, are those of a model that transformers builds from the folder's configuration
     without memory for its weights.
 
     Args:
-        folder: of a transformers model, in safetensors, whole or in shards.
+        folder: of a transformers model, in safetensors, whole or in shards; or of adapters, whose base model they name; or a hub name.
         dtype: of the weights in use; None is what the configuration says.
 
     Raises:
-        EngineError: a file is damaged.
-        ModelError: there is no whole model (but adapters, say), there are no safetensors files, or they name or shape a parameter otherwise than
-            the loaded model does (transformers renames or merges weights of some architectures while it loads them): take the identity of the
-            loaded model, or state one.
+        EngineError: there is no such folder, or a file is damaged.
+        ModelError: there is not a whole model, there are no safetensors files, its weights are quantised, or the files name or shape a weight
+            otherwise than the loaded model does: take the identity of the loaded model, or state one.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
-        raise ModelError(
-            f"Model {folder}: it holds no config.json, expected a whole model (adapters have none: merge them first); save one there, or pass "
-            "`identity=`."
-        )
-    dtype = dtype or folder_dtype(folder)
+    folder = local_folder(folder)
     with looking_for(folder):
-        places = _places(folder)
-        weights = ((names[0], _read(folder, places, names, shape).to(dtype)) for names, shape in _parameters(folder))
-        return ModelId(folder.name, hash_weights_in_order(weights), _name_of(dtype))
+        if (folder / "adapter_config.json").exists():
+            adapted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+            keep_precision(adapted, folder)
+            dtype, revision = adapted.dtype, _revision(adapted, Weight.read, capped=True)
+        elif (folder / "config.json").exists():
+            stored = StoredModel(folder, dtype := dtype or folder_dtype(folder))
+            revision = _revision(stored.model, stored.read, capped=True)
+        else:
+            raise ModelError(
+                f"Model {folder}: it holds neither config.json nor adapter_config.json, expected a model; save one there, or pass `identity=`."
+            )
+    return ModelId(_folder_name(folder), revision, _name_of(dtype))
 
 
 def folder_dtype(folder: str | Path) -> torch.dtype:
@@ -106,7 +136,7 @@ def folder_dtype(folder: str | Path) -> torch.dtype:
         configured = getattr(transformers.AutoConfig.from_pretrained(folder), "dtype", None)
         if isinstance(configured, torch.dtype):
             return configured
-        first, path = min(_places(folder).items())
+        first, path = min(stored_places(folder).items())
         with safe_open(path, "pt") as file:
             dtype: torch.dtype = file.get_tensor(first).dtype
     return dtype
@@ -123,7 +153,7 @@ def looking_for(name: str | Path) -> Iterator[None]:
         yield
     except LopdError:
         raise
-    except (OSError, ValueError, HFValidationError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, HFValidationError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise EngineError(
             f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; check the path, "
@@ -131,58 +161,33 @@ def looking_for(name: str | Path) -> Iterator[None]:
         ) from error
 
 
-def local_folder(name: str | Path) -> Path:
+def local_folder(name: str | Path, *, weights: bool = True) -> Path:
     """A folder as it is, or the local snapshot of a hub name; it is downloaded unless it is there or HF_HUB_OFFLINE is set.
 
+    Args:
+        name: of a folder, or in the hub.
+        weights: whether the weights have to be there too, or only what stands beside them.
+
     Raises:
-        EngineError: there is none.
+        EngineError: there is no such folder or snapshot.
     """
     if Path(name).is_dir():
         return Path(name)
     with looking_for(name):
-        return Path(snapshot_download(str(name), allow_patterns=_FILES))
+        return Path(snapshot_download(str(name), allow_patterns=[*_DESCRIPTIONS, *(["*.safetensors"] if weights else [])]))
 
 
-def _parameters(folder: Path) -> Iterator[tuple[list[str], tuple[int, ...]]]:
-    """Of each parameter, sorted by name: its name, then its other names if it is tied, and its shape."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for _, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        yield names[id(parameter)], tuple(parameter.shape)
+def _revision(model: Any, read: Callable[[Weight], Tensor], *, capped: bool = False) -> str:
+    weights = effective_weights(model)
+    changed = changed_buffers(model, weights)
+    parameters = ((weight.names[0], read(weight)) for weight in weights if weight.kind == "parameter")
+    buffers = ((weight.names[0], read(weight)) for weight in weights if weight.kind == "buffer" or weight in changed)
+    return hash_function(parameters, buffers, function_settings(model, capped=capped))
 
 
-def _places(folder: Path) -> Mapping[str, Path]:
-    """Which file holds which tensor."""
-    if (folder / _INDEX).exists():
-        return {name: folder / file for name, file in loads((folder / _INDEX).read_text())["weight_map"].items()}
-    path = folder / "model.safetensors"
-    if not path.exists():
-        raise ModelError(
-            f"Model {folder}: it holds 0 files of weights in safetensors, expected model.safetensors or its shards; "
-            "save it in that format, or pass `identity=`."
-        )
-    with safe_open(path, "pt") as file:
-        return dict.fromkeys(file.keys(), path)
-
-
-def _read(folder: Path, places: Mapping[str, Path], names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
-    stored = next((name for name in names if name in places), None)
-    if stored is None:
-        raise ModelError(
-            f"Model {folder}: its files hold no {names[0]!r}, expected every parameter of the loaded model; transformers renames weights of this "
-            "architecture while it loads them, so load it once and pass `identity=model_id(model)`."
-        )
-    with safe_open(places[stored], "pt") as file:
-        tensor: Tensor = file.get_tensor(stored)
-    if tuple(tensor.shape) != shape:
-        raise ModelError(
-            f"Model {folder}: {stored!r} has shape {tuple(tensor.shape)}, expected {shape} as in the loaded model; transformers changes weights of "
-            "this architecture while it loads them, so load it once and pass `identity=model_id(model)`."
-        )
-    return tensor
+def _folder_name(folder: Path) -> str:
+    """The name of a folder; that of the model for a snapshot in the cache of the hub, which is named by its commit."""
+    return folder.parent.parent.name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
 
 def _name_of(dtype: torch.dtype) -> str:

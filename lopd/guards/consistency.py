@@ -51,6 +51,8 @@ def check_teacher_consistency(
 
 def _remedy(manifest: Manifest, teacher: Provenance) -> str:
     sft = manifest.sft_teacher
+    if sft is not None and sft.same_parameters(teacher.model):
+        return "its weights are the same, and its settings or buffers are not: load it as it was (rotary scaling, caps, attention implementation)"
     if sft is not None and sft.name == teacher.model.name and sft.dtype != teacher.model.dtype:
         in_use, wanted = teacher.model.dtype, sft.dtype
         return f"if it is that model in {in_use}, score with it in {wanted}, for rounded weights are another model's; else SFT on its text"

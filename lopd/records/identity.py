@@ -1,7 +1,10 @@
 """Which model, and which tokenizer: identities that are compared, and fingerprints that make them.
 
-A name is not an identity.  Models are compared by a revision that is a commit, a step or a hash of the weights; tokenizers by a hash of
+A name is not an identity.  Models are compared by a revision that is a commit, a step or a hash of the function; tokenizers by a hash of
 the whole token-to-id map (two vocabularies of the same size are still two vocabularies).
+
+A hash of the function is `weights:<parameters>/<rest>`: parameters by name and value; then the buffers and the settings that decide what
+is computed from them.  lopd 0.2 recorded `weights:<parameters>` alone: such an identity is compared by its parameters.
 """
 
 import json
@@ -10,10 +13,11 @@ from hashlib import blake2b
 from typing import Protocol
 
 import torch
-from attrs import frozen
+from attrs import field, frozen
 from torch import Tensor
 
 _HASHED = "weights:"
+_REST = "/"
 _TOGETHER = " + "
 
 
@@ -23,13 +27,13 @@ def _digest(data: bytes) -> str:
 
 @frozen(eq=False)
 class ModelId:
-    """A model that can be recognised again.  Equal if weights and dtype are; the name counts only where the revision is no hash of weights.
+    """A model that can be recognised again.  Equal if function and dtype are; the name counts only where the revision is not a hash.
 
     Several models together (`mixture_id`) are one too: the teachers whose texts were put together for SFT, for example.
 
     Args:
         name: for people.
-        revision: commit, step or hash of the weights (`hash_weights`).
+        revision: commit, step or hash of the function (`lopd.engines.identity.model_id`).
         dtype: of the weights in use.
     """
 
@@ -39,17 +43,23 @@ class ModelId:
 
     def __str__(self) -> str:
         """`name@revision`, shortened."""
-        return _TOGETHER.join(f"{part.name}@{part.revision.removeprefix(_HASHED)[:12]}" for part in self.parts)
+        return _TOGETHER.join(f"{part.name}@{_short(part.revision)}" for part in self.parts)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ModelId) and (self._weights(), self.dtype) == (other._weights(), other.dtype)
+        return isinstance(other, ModelId) and self.same_weights(other) and self.dtype == other.dtype
 
     def __hash__(self) -> int:
-        return hash((self._weights(), self.dtype))
+        # not of the rest of a function, which one of two equal identities may lack
+        return hash((frozenset(_key(part)[:2] for part in self.parts), self.dtype))
 
     def same_weights(self, other: "ModelId") -> bool:
-        """Whether both are the same model, in whatever dtype, and under whatever name if their weights were hashed."""
-        return self._weights() == other._weights()
+        """Whether both are the same function, in whatever dtype, and under whatever name if it was hashed."""
+        mine, theirs = set(map(_key, self.parts)), set(map(_key, other.parts))
+        return all(any(_fits(a, b) for b in theirs) for a in mine) and all(any(_fits(a, b) for a in mine) for b in theirs)
+
+    def same_parameters(self, other: "ModelId") -> bool:
+        """Whether both have the same weights, and perhaps other settings or buffers."""
+        return {_key(part)[:2] for part in self.parts} == {_key(part)[:2] for part in other.parts}
 
     @property
     def parts(self) -> "tuple[ModelId, ...]":
@@ -59,13 +69,22 @@ class ModelId:
             return tuple(map(ModelId, names, revisions, dtypes))
         return (self,)
 
-    def _weights(self) -> frozenset[tuple[str, str]]:
-        return frozenset(map(_weights_of_one, self.parts))
+
+def _key(model: ModelId) -> tuple[str, str, str]:
+    """Name, parameters and the rest of a function; "" where it does not count or was not recorded."""
+    if not model.revision.startswith(_HASHED):
+        return model.name, model.revision, ""  # "main" is a revision of many models; a hash is one of one
+    parameters, _, rest = model.revision.partition(_REST)
+    return "", parameters, rest
 
 
-def _weights_of_one(model: ModelId) -> tuple[str, str]:
-    # "main" is a revision of many models; a hash of weights is one of one
-    return ("" if model.revision.startswith(_HASHED) else model.name), model.revision
+def _fits(a: tuple[str, str, str], b: tuple[str, str, str]) -> bool:
+    return a[:2] == b[:2] and (a[2] == b[2] or not a[2] or not b[2])
+
+
+def _short(revision: str) -> str:
+    parameters, slash, rest = revision.removeprefix(_HASHED).partition(_REST)
+    return parameters[:12] + slash + rest[:4]
 
 
 def mixture_id(models: Iterable[ModelId]) -> ModelId:
@@ -75,10 +94,17 @@ def mixture_id(models: Iterable[ModelId]) -> ModelId:
     >>> print(mixture_id([b, a, b]))
     a@1 + b@7
     """
-    distinct = {_weights_of_one(part): part for model in models for part in model.parts}
-    ordered = [distinct[key] for key in sorted(distinct)]
+    distinct = {_key(part): part for model in models for part in model.parts}
+    # one that lacks the rest of its function is left out where the same parameters are there with it
+    ordered = [distinct[key] for key in sorted(distinct) if key[2] or not any(key != other and _fits(key, other) for other in distinct)]
     name, revision, dtype = (_TOGETHER.join(getattr(model, part) for model in ordered) for part in ("name", "revision", "dtype"))
     return ModelId(name, revision, dtype)
+
+
+def hash_function(parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], settings: str) -> str:
+    """The revision of a function: of its parameters and saved buffers, each sorted by name, and of the settings that decide it."""
+    rest = _digest(f"{hash_weights_in_order(buffers)}|{settings}".encode())
+    return f"{hash_weights_in_order(parameters)}{_REST}{rest}"
 
 
 def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -125,7 +151,7 @@ class TokenizerId:
         vocab_size: highest id + 1.
         eos_id: end of a response, or None.
         bos_id: beginning of a text, or None.
-        pad_id: padding, or None; may equal `eos_id`, nothing in lopd masks by it.
+        pad_id: padding, or None; may equal `eos_id`, nothing in lopd masks by it, and it is not part of the identity.
         template_hash: of the chat template, or "".
     """
 
@@ -133,7 +159,7 @@ class TokenizerId:
     vocab_size: int
     eos_id: int | None
     bos_id: int | None
-    pad_id: int | None
+    pad_id: int | None = field(eq=False)
     template_hash: str
 
     def same_vocabulary(self, other: HasVocabulary) -> bool:

@@ -121,14 +121,15 @@ class Manifest:
         return _difference("", self, other)
 
 
-@frozen
+@frozen(eq=False)
 class Provenance:
     """Who computed a score column, and how.
 
     Args:
         model: whose log-probs these are.
         vocab_hash: of that model's tokenizer.
-        engine: name and version of what ran it.
+        engine: name and version of what ran it; not part of the identity (`Preflight` compares what it computes), except that of a residual, whose
+            fit it names.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0.
         top_k: how many of the model's most likely tokens are kept at each response token, beside the sampled one.
         eos_id: what ends a text of that model, by its tokenizer; no part of the identity.
@@ -144,11 +145,20 @@ class Provenance:
     engine: str
     logprobs_mode: str = "raw"
     top_k: int = 0
-    eos_id: int | None = field(default=None, eq=False)
-    parity: Parity | None = field(default=None, eq=False)
+    eos_id: int | None = None
+    parity: Parity | None = None
 
     def __attrs_post_init__(self) -> None:
         check_at_least(f"Provenance of {self.model}", "top_k", self.top_k, 0)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Provenance) and self._compared() == other._compared()
+
+    def __hash__(self) -> int:
+        return hash(self._compared())
+
+    def _compared(self) -> tuple[Any, ...]:
+        return self.model, self.vocab_hash, self.logprobs_mode, self.top_k, self.engine if self.residual else ""
 
     @property
     def residual(self) -> bool:
@@ -224,7 +234,7 @@ def _difference(path: str, mine: Any, theirs: Any) -> str | None:
     if mine == theirs:
         return None
     if has(type(mine)) and type(mine) is type(theirs):
-        names = [f.name for f in fields(type(mine))]
+        names = [f.name for f in fields(type(mine)) if f.eq]
         found = (_difference(f"{path}.{name}".lstrip("."), getattr(mine, name), getattr(theirs, name)) for name in reversed(names))
         return next(difference for difference in found if difference)
     return f"{path} is {mine!r}, expected {theirs!r}"

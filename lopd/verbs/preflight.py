@@ -9,7 +9,7 @@ import numpy as np
 from attrs import evolve, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import EndTokenWarning, ScorerError
+from lopd.errors import EndTokenWarning, EngineChangeWarning, ScorerError
 from lopd.protocols import LogprobReader, TeacherScorer
 from lopd.protocols.reading import evenly
 from lopd.records.checks import check_at_least, check_number
@@ -30,7 +30,8 @@ class Preflight:
 
     - *It says the same twice*: a few rollouts are scored in one call and again one by one.  Prefix caches, kernels that depend on the
       batch, and replicas with different weights fail here.
-    - *It says what it said before*: a column that was begun is continued only by a scorer that agrees with what is stored.
+    - *It says what it said before*: a column that was begun is continued only by a scorer that agrees with what is stored; another engine, or
+      another version of it, draws a warning with the difference.
     - *It says what the trainer would say* (with `truth`): the differences are stored with the column (`Provenance.parity`).
     - *It knows how responses end*: a warning if its tokenizer ends texts with another token than the policy's, or if it finds the tokens that
       ended the responses next to impossible.
@@ -87,7 +88,14 @@ class Preflight:
         scores, refused = score_each(scorer, list(rollouts.values()), len(rollouts))
         together = {score.rollout_id: score for score in scores}
         self._check_repeatable(scorer, [rollouts[row] for row in new], together, refused, begun=bool(held))
-        self._check_continued(scorer, column, before, together, refused)
+        difference = self._check_continued(scorer, column, before, together, refused)
+        if (begun := store.columns.get(column)) is not None and begun.engine != scorer.provenance.engine:
+            warnings.warn(
+                f"Scorer {scorer.provenance.model}: column {column!r} was begun with {begun.engine!r} and goes on with {scorer.provenance.engine!r}; "
+                f"on {len(before)} rollouts their log-probs differ by {difference:.2g} nats on average",
+                EngineChangeWarning,
+                stacklevel=3,
+            )
         if self.truth is None:
             return scorer.provenance
         return evolve(scorer.provenance, parity=self._check_parity(scorer, self.truth, [rollouts[row] for row in compared], together))
@@ -115,17 +123,17 @@ class Preflight:
 
     def _check_continued(
         self, scorer: TeacherScorer, column: str, held: Sequence[ScoredRollout], together: Answers, refused: Mapping[str, str]
-    ) -> None:
+    ) -> float:
         for name in (record.rollout.rollout_id for record in held if record.rollout.rollout_id in refused):
             raise ScorerError(
                 f"Scorer {scorer.provenance.model}, rollout {name!r}: it is refused ({refused[name]}) although column {column!r} holds its scores, "
                 "expected the answer it gave before; see what has changed since."
             )
         stored = [Scores.of(record.rollout, record.scores[column]) for record in held]
-        self._compare(scorer, stored, together, f"from those that column {column!r} holds")
+        return self._compare(scorer, stored, together, f"from those that column {column!r} holds")
 
-    def _compare(self, scorer: TeacherScorer, others: Sequence[Scores], together: Answers, what: str) -> None:
-        """Stop if the mean absolute difference over all tokens is too large."""
+    def _compare(self, scorer: TeacherScorer, others: Sequence[Scores], together: Answers, what: str) -> float:
+        """The mean absolute difference over all tokens; stop if it is too large."""
         gaps = [np.abs(together[other.rollout_id].logprobs.astype(np.float64) - other.logprobs) for other in others]
         difference = float(np.concatenate(gaps).mean()) if gaps else 0.0
         if difference > self.repeat_bound:
@@ -135,6 +143,7 @@ class Preflight:
                 f"{difference:.3g} nats on average {what}, expected at most {self.repeat_bound:g}, and most for {worst!r}; turn prefix caching "
                 "off, check that all replicas serve the same weights, or raise `repeat_bound` if this noise is acceptable."
             )
+        return difference
 
     def _check_eos(self, provenance: Provenance, eos_id: int | None) -> None:
         if provenance.eos_id is not None and eos_id is not None and provenance.eos_id != eos_id:

@@ -6,8 +6,10 @@ from typing import Any
 import torch
 import transformers
 
+from lopd.engines.adapters import keep_precision
 from lopd.engines.conditions import drops_cap
 from lopd.engines.identity import looking_for
+from lopd.engines.stored import named_class
 from lopd.errors import ModelError
 
 
@@ -24,6 +26,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     """
     with looking_for(folder):
         model, read = _from_pretrained(folder, dtype or "auto")
+        keep_precision(model, folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     missing = sorted(read["missing_keys"] & dict(model.named_parameters(remove_duplicate=False)).keys())
     if missing:
@@ -44,8 +47,7 @@ def _from_pretrained(folder: str | Path, dtype: torch.dtype | str) -> Any:
         if "Unrecognized configuration class" not in str(error):
             raise
         # a model that also reads images or sound: its own class computes text alone too
-        names = transformers.AutoConfig.from_pretrained(folder).architectures or []
-        named = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+        named = named_class(transformers.AutoConfig.from_pretrained(folder))
         if named is None:
             raise
         return named.from_pretrained(folder, dtype=dtype, output_loading_info=True)

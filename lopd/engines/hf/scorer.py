@@ -47,7 +47,7 @@ class HFScorer:
         tokenizer: its own.
         tokens_per_batch: padded positions of one forward pass.
         rows_per_chunk: response tokens whose logits exist at once.
-        identity: of the model; by default a hash of its weights.
+        identity: of the model; by default a hash of its function (`lopd.engines.identity.model_id`).
         top_k: how many of the most likely tokens, and the probability of all others, are kept beside each response token.
 
     Raises:

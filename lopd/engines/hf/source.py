@@ -13,7 +13,7 @@ from lopd.engines.causal_lm import context_length, evaluating, rope_borders, unw
 from lopd.engines.hf.decoding import Row, decode
 from lopd.engines.hf.loading import load_model
 from lopd.engines.hf.probing import check_sampling
-from lopd.engines.identity import check_unchanged, identify, model_name
+from lopd.engines.identity import check_unchanged, identify, local_folder, model_name
 from lopd.engines.inputs import check_prompts, in_order, make_rollout, stop_ids, stream_seed
 from lopd.engines.probes import check_scoring
 from lopd.errors import ContextOverflowError
@@ -39,7 +39,7 @@ class HFSource:
         tokenizer: its own.
         sampling: how to draw.
         lineage: what the model was trained on; `from_folder` reads it from beside the weights.
-        identity: of the model; by default a hash of its weights, taken when first asked for.
+        identity: of the model; by default a hash of its function (`lopd.engines.identity.model_id`), taken when first asked for.
         generation: round of sampling.
         rows_per_batch: responses that are sampled side by side; this bounds memory.
 
@@ -61,9 +61,9 @@ class HFSource:
 
     @classmethod
     def from_folder(cls, folder: str | Path, sampling: SamplingParams, dtype: torch.dtype | None = None, device: str = "cpu") -> "HFSource":
-        """A source on a model that `CausalLMStudent.export` (or anybody) wrote, with the SFT teacher that is recorded there."""
+        """A source on a model folder or hub name, with the SFT teacher that `CausalLMStudent.export` recorded there."""
         model, tokenizer = load_model(folder, dtype, device)
-        return cls(model, tokenizer, sampling, Lineage.read(Path(folder)))
+        return cls(model, tokenizer, sampling, Lineage.read(local_folder(folder, weights=False)))
 
     def __attrs_post_init__(self) -> None:
         check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)

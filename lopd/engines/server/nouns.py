@@ -132,18 +132,19 @@ class ServerSource:
 
     @classmethod
     def from_folder(cls, servers: Servers, folder: str | Path, identity: ModelId, sampling: SamplingParams) -> "ServerSource":
-        """A source whose tokenizer, EOS ids and SFT teacher are read from a local copy of the folder that is served.
+        """A source whose tokenizer, EOS ids and SFT teacher are read from a local copy of the folder that is served, or its hub name.
 
         Raises:
             EngineError: the folder is not there, or cannot be read.
             MissingDependencyError: transformers is not installed.
         """
         transformers = need("transformers", "ServerSource")
-        from lopd.engines.identity import looking_for
+        from lopd.engines.identity import local_folder, looking_for
 
+        path = local_folder(folder, weights=False)
         with looking_for(folder):
-            tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
-            return cls(servers, tokenizer, identity, sampling, _eos_ids(Path(folder), tokenizer), Lineage.read(Path(folder)))
+            tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(path))
+            return cls(servers, tokenizer, identity, sampling, _eos_ids(path, tokenizer), Lineage.read(path))
 
     def __attrs_post_init__(self) -> None:
         if not self.stop_ids:

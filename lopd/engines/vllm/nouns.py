@@ -32,13 +32,15 @@ from lopd.engines.inputs import (
 from lopd.engines.supports import entries, look_up, make_scores
 from lopd.engines.vllm.engine import VLLMEngine, import_vllm
 from lopd.engines.vllm.settings import VLLMSettings
-from lopd.errors import ContextOverflowError, EngineError
+from lopd.errors import ContextOverflowError, EngineError, ModelError
 from lopd.records.checks import check_number
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
 _COLDEST = 0.01
+# Options of vLLM that change what the weights in a folder compute.
+_CHANGING = {"hf_overrides", "hf_config_path", "quantization", "rope_scaling", "rope_theta"}
 
 
 @final
@@ -57,7 +59,7 @@ class VLLMSource:
         tokenizer: the model's own.
         sampling: how to draw.
         lineage: what the model was trained on; `from_folder` reads it from beside the weights.
-        identity: of the model; by default a hash of the weights in its folder, taken when first asked for.
+        identity: of the model; by default that of its folder (`lopd.engines.identity.folder_model_id`), taken when first asked for.
         generation: round of sampling.
 
     Raises:
@@ -91,7 +93,7 @@ class VLLMSource:
 
     @cached_property
     def _identified(self) -> ModelId:
-        return self.identity or folder_model_id(self.engine.folder, self.engine.settings.dtype)
+        return self.identity or _folder_identity(self.engine)
 
     @property
     def manifest(self) -> Manifest:
@@ -168,7 +170,7 @@ class VLLMScorer:
     Args:
         engine: for scoring; it starts when first asked.
         tokenizer: the model's own.
-        identity: of the model; by default a hash of the weights in its folder.
+        identity: of the model; by default that of its folder (`lopd.engines.identity.folder_model_id`).
         top_k: how many of the most likely tokens, and the probability of all others, are kept beside each response token.
 
     Raises:
@@ -201,7 +203,7 @@ class VLLMScorer:
 
     @cached_property
     def _identified(self) -> ModelId:
-        return self.identity or folder_model_id(self.engine.folder, self.engine.settings.dtype)
+        return self.identity or _folder_identity(self.engine)
 
     @property
     def provenance(self) -> Provenance:
@@ -258,6 +260,15 @@ def _check_purpose(owner: str, engine: VLLMEngine, *, scoring: bool) -> None:
         raise EngineError(
             f"{owner}: the engine has scoring={engine.scoring}, expected scoring={scoring}; sampling and scoring need engines of their own."
         )
+
+
+def _folder_identity(engine: VLLMEngine) -> ModelId:
+    for name in sorted(engine.settings.options.keys() & _CHANGING):
+        raise ModelError(
+            f"Model {engine.folder}: vLLM's option {name!r} makes another model of it than its folder says; pass `identity=` with a revision of its "
+            "own."
+        )
+    return folder_model_id(engine.folder, engine.settings.dtype)
 
 
 def _configured_eos(folder: Path) -> Any:

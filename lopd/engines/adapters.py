@@ -1,0 +1,23 @@
+"""Adapters of peft, loaded in the precision that they were trained in."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def keep_precision(model: Any, folder: str | Path) -> None:
+    """Load the adapters of a model again, in float32 if its weights are narrower, as peft trains them: transformers rounds them to the weights'.
+
+    Args:
+        model: as transformers loaded it from `folder`; one without adapters is left as it is.
+        folder: of adapters, or a hub name.
+    """
+    if not getattr(model, "_hf_peft_config_loaded", False) or model.dtype not in (torch.float16, torch.bfloat16):
+        return
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+    from peft.utils.save_and_load import load_peft_weights, set_peft_model_state_dict
+
+    (name,) = model.peft_config
+    cast_adapter_dtype(model, name)
+    set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)), adapter_name=name)

@@ -1,0 +1,154 @@
+"""The weights in the files of a folder, as the model that is loaded from it holds them: read a few at a time."""
+
+import re
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from json import loads
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from attrs import define, field, frozen
+from safetensors import safe_open
+from torch import Tensor
+
+from lopd.engines.effective import Weight
+from lopd.errors import ModelError
+
+_INDEX = "model.safetensors.index.json"
+_REMEDY = "load it once and pass `identity=model_id(model)`"
+
+
+def stored_places(folder: Path) -> Mapping[str, Path]:
+    """Which file holds which tensor.
+
+    Raises:
+        ModelError: there are no files of weights in safetensors.
+    """
+    if (folder / _INDEX).exists():
+        return {name: folder / file for name, file in loads((folder / _INDEX).read_text())["weight_map"].items()}
+    path = folder / "model.safetensors"
+    if not path.exists():
+        raise ModelError(
+            f"Model {folder}: it holds 0 files of weights in safetensors, expected model.safetensors or its shards; "
+            "save it in that format, or pass `identity=`."
+        )
+    with safe_open(path, "pt") as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+@frozen(eq=False)
+class _Source:
+    """What a tensor of the model is made of.
+
+    Args:
+        stored: names in the files, each with the pattern of `converter` that it matched.
+        target: the first of the tensors that are made of them.
+        converter: of transformers, which stacks, splits or joins them; None if there is one, which is taken as it is.
+    """
+
+    stored: list[tuple[str, Any]]
+    target: str
+    converter: Any
+
+
+@define(eq=False)
+class StoredModel:
+    """A model that is built without memory for its weights, and their values in the files of its folder.
+
+    Args:
+        folder: of the model.
+        dtype: of the weights in use.
+
+    Raises:
+        ModelError: there are no files of weights in safetensors, or the weights are quantised.
+    """
+
+    folder: Path
+    dtype: torch.dtype
+    model: Any = field(init=False)
+    _places: Mapping[str, Path] = field(init=False)
+    _sources: Mapping[str, _Source] = field(init=False)
+    _last: tuple[_Source | None, Mapping[str, Tensor]] = field(init=False, default=(None, {}))
+
+    def __attrs_post_init__(self) -> None:
+        config = transformers.AutoConfig.from_pretrained(self.folder)
+        if getattr(config, "quantization_config", None):
+            raise ModelError(
+                f"Model {self.folder}: its weights are quantised, expected plain ones, since scales decide what a quantised weight is; {_REMEDY}."
+            )
+        self._places = stored_places(self.folder)
+        with torch.device("meta"):
+            self.model = _build(config, self.dtype)
+        self._sources = _find_sources(self.model, self._places)
+
+    def read(self, weight: Weight) -> Tensor:
+        """The values of a weight of `model`.
+
+        Raises:
+            ModelError: the files lack it, or have it in another shape.
+        """
+        name = next((name for name in weight.names if name in self._sources), None)
+        if name is None:
+            raise ModelError(
+                f"Model {self.folder}: its files hold no {weight.names[0]!r}, expected every weight of the loaded model; {_REMEDY}."
+            )
+        kept = (dtype for part, dtype in self.model._get_dtype_plan(self.dtype).items() if re.search(part.replace("*", ".*"), name))
+        tensor, shape = self._make(self._sources[name], name, next(kept, weight.held.dtype)), tuple(weight.held.shape)
+        if tuple(tensor.shape) != shape:
+            raise ModelError(
+                f"Model {self.folder}: {name!r} has shape {tuple(tensor.shape)}, expected {shape} as in the loaded model; {_REMEDY}."
+            )
+        return tensor
+
+    def _make(self, source: _Source, name: str, dtype: torch.dtype) -> Tensor:
+        if source.converter is None:
+            return self._load(source.stored[0][0]).to(dtype)
+        if self._last[0] is not source:
+            self._last = (None, {})  # make room first
+            converter = deepcopy(source.converter)
+            for stored, pattern in source.stored:
+                converter.add_tensor(source.target, stored, pattern, self._load(stored).to(dtype))
+            made = converter.convert(source.target, model=self.model, config=self.model.config)
+            self._last = source, {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+        return self._last[1][name]
+
+    def _load(self, stored: str) -> Tensor:
+        with safe_open(self._places[stored], "pt") as file:
+            tensor: Tensor = file.get_tensor(stored)
+        return tensor
+
+
+def named_class(config: Any) -> Any:
+    """The class that a configuration names, which may read images or sound too; None if transformers does not have it."""
+    return next((getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)), None)
+
+
+def _build(config: Any, dtype: torch.dtype) -> Any:
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping and (named := named_class(config)):
+        return named._from_config(config, dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def _find_sources(model: Any, stored_names: Iterable[str]) -> dict[str, _Source]:
+    """What each tensor is made of, by name: transformers renames and converts weights of many architectures while it loads them."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+    held, prefix, mapping = model.state_dict(), model.base_model_prefix, get_model_conversion_mapping(model)
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings = [entry for entry in mapping if not isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    found: dict[str, _Source] = {}
+    for stored in sorted(stored_names, key=dot_natural_key):
+        target, pattern = rename_source_key(stored, renamings, converters, prefix, held)
+        if target not in held and stored in held:
+            target, pattern = rename_source_key(stored, [], [], prefix, held)
+        converter = by_pattern.get(pattern)
+        source = found.setdefault(target, _Source([], target, converter))
+        source.stored.append((stored, pattern))
+        if converter is not None:
+            first, *others = converter.target_patterns
+            found |= {target.replace(first, other): source for other in others}
+    return found
