@@ -218,7 +218,7 @@ def attempt(check: Callable[[Any, Path], float], model: Any, folder: Path) -> Ro
 
 def _named(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:120]}"
+    return f"{type(error).__name__}: {lines[0].split('. ')[0][:160]}"
 
 
 def _first_clause(sentence: str) -> str:
