@@ -42,6 +42,7 @@ ENGINES = {"hf": ("`HFSource`", "`HFScorer`"), "vllm": ("`VLLMSource`", "`VLLMSc
 ABILITIES = {
     "score": "scoring",
     "sample": "sampling",
+    "length": "past its context",
     "gradient": "packed gradient",
     "export": "export",
     "identity": "identity",

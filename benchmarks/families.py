@@ -24,7 +24,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from record import describe_machine, result_file
-from tiny_models import VARIANTS, VOCAB, build_model, build_tokenizer, families
+from tiny_models import CONTEXT, VARIANTS, VOCAB, build_model, build_tokenizer, families
 
 from lopd import CausalLMStudent, FusedOPDLoss, Lineage, LopdError, ModelId, Prompt, Rollout, SamplingParams, collate
 from lopd.engines.hf import HFScorer, HFSource, folder_model_id, load_model, model_id
@@ -110,6 +110,26 @@ def sample(model: Any, _: Path) -> float:
     return error if same or error > LIMIT else BEYOND
 
 
+def length(model: Any, _: Path) -> float:
+    """Scores of a rollout that is longer than the context, and log-probs of one that is sampled up to it and beyond; most are refused."""
+    ids = np.random.default_rng(2).integers(4, VOCAB, CONTEXT + 6)
+    long = [Rollout("long/s0/g0", ids[:4], ids[4:], np.ones(CONTEXT + 2, bool), "length")]
+
+    def sampled() -> float:
+        drawn = HFSource(model, TOKENIZER, SAMPLING).sample([Prompt("long", ids[: CONTEXT - 4])])
+        return largest([r.behavior_logprobs for r in drawn], truth(model, drawn))
+
+    error, refusal = 0.0, None
+    for part in (lambda: largest(_scores(model, long), truth(model, long)), sampled):
+        try:
+            error = max(error, part())
+        except LopdError as refused:
+            refusal = refused
+    if refusal is not None and error <= LIMIT:
+        raise refusal
+    return error
+
+
 def gradient(model: Any, _: Path) -> float:
     """The gradient of a packed batch, relative to that of the plain loss on each rollout alone."""
     plain = copy.deepcopy(model).train()
@@ -192,12 +212,12 @@ def _mean_difference(found: Sequence[NDArray[np.float32]], wanted: Sequence[NDAr
     return float(np.abs(np.concatenate(found) - np.concatenate(wanted)).mean())
 
 
-def _scores(model: Any) -> list[NDArray[np.float32]]:
-    return [scores.logprobs for scores in HFScorer(model, TOKENIZER).score(ROLLOUTS)]
+def _scores(model: Any, rollouts: Sequence[Rollout] = ROLLOUTS) -> list[NDArray[np.float32]]:
+    return [scores.logprobs for scores in HFScorer(model, TOKENIZER).score(rollouts)]
 
 
 ABILITIES: Mapping[str, Callable[[Any, Path], float]] = {
-    check.__name__: check for check in (score, sample, gradient, export, identity, lora, bfloat16)
+    check.__name__: check for check in (score, sample, length, gradient, export, identity, lora, bfloat16)
 }
 
 
