@@ -132,13 +132,14 @@ def length(model: Any, _: Path) -> float:
 
 def gradient(model: Any, _: Path) -> float:
     """The gradient of a packed batch, relative to that of the plain loss on each rollout alone."""
-    plain = copy.deepcopy(model).train()
+    student = _trained(model)
+    plain = copy.deepcopy(student.model)
+    plain.zero_grad()
     for record in RECORDS:
         logprobs = whole_logprobs(plain, record.rollout)
         mask = torch.from_numpy(record.rollout.loss_mask).float()
         advantages = torch.from_numpy(record.scores["teacher"]) - logprobs.detach()
         (-mask / mask.sum() * advantages * logprobs).sum().backward()
-    student = _trained(model)
     pairs = [(_gradient_of(a), _gradient_of(b)) for a, b in zip(student.model.parameters(), plain.parameters(), strict=True)]
     squares = sum(float((a - b).square().sum()) for a, b in pairs), sum(float(b.square().sum()) for _, b in pairs)
     return float((squares[0] / squares[1]) ** 0.5) if squares[1] else BEYOND
@@ -149,7 +150,7 @@ def _gradient_of(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _trained(model: Any, rate: float = 0.0) -> CausalLMStudent:
-    """A student after a packed batch, its gradients still there."""
+    """A student after a packed batch and a step at this rate, its gradients still there."""
     student = CausalLMStudent(model, TOKENIZER)
     student(collate(RECORDS, teacher="teacher"), FusedOPDLoss(clip=None)).loss_sum.backward()
     torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=rate).step()
