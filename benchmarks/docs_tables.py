@@ -222,10 +222,8 @@ def models() -> list[str]:
 
 
 def _verdict(found: Row) -> str:
-    size = found.get("error", 0)
-    return {"right": f"{size:.0e}" if size else "0", "wrong": f"**wrong**: {size:.2g}", "raw": "**raw**"}.get(
-        found["verdict"], found["verdict"]
-    )
+    size, verdict = found.get("error", 0), str(found["verdict"])
+    return {"right": f"{size:.0e}" if size else "0", "wrong": f"**wrong**: {size:.2g}", "raw": "**raw**"}.get(verdict, verdict)
 
 
 def causes() -> list[str]:

@@ -89,6 +89,11 @@ def truth(model: Any, rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
         return [whole_logprobs(model, rollout).numpy() for rollout in rollouts]
 
 
+def behavior(rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
+    """Log-probs that were recorded while sampling."""
+    return [rollout.behavior_logprobs for rollout in rollouts if rollout.behavior_logprobs is not None]
+
+
 def largest(found: Sequence[NDArray[np.float32]], wanted: Sequence[NDArray[np.float32]]) -> float:
     """The largest difference, nats; `BEYOND` if one is not a number."""
     differences = np.concatenate([np.abs(a - b) for a, b in zip(found, wanted, strict=True)])
@@ -105,7 +110,7 @@ def sample(model: Any, _: Path) -> float:
     source = HFSource(model, TOKENIZER, SAMPLING)
     together = source.sample(PROMPTS)
     alone = [rollout for prompt in PROMPTS for rollout in source.sample([prompt])]
-    error = max(largest([r.behavior_logprobs for r in rollouts], truth(model, rollouts)) for rollouts in (together, alone))
+    error = max(largest(behavior(rollouts), truth(model, rollouts)) for rollouts in (together, alone))
     same = all(np.array_equal(a.response_ids, b.response_ids) for a, b in zip(together, alone, strict=True))
     return error if same or error > LIMIT else BEYOND
 
@@ -117,7 +122,7 @@ def length(model: Any, _: Path) -> float:
 
     def sampled() -> float:
         drawn = HFSource(model, TOKENIZER, SAMPLING).sample([Prompt("long", ids[: CONTEXT - 4])])
-        return largest([r.behavior_logprobs for r in drawn], truth(model, drawn))
+        return largest(behavior(drawn), truth(model, drawn))
 
     error, refusal = 0.0, None
     for part in (lambda: largest(_scores(model, long), truth(model, long)), sampled):
@@ -132,9 +137,9 @@ def length(model: Any, _: Path) -> float:
 
 def gradient(model: Any, _: Path) -> float:
     """The gradient of a packed batch, relative to that of the plain loss on each rollout alone."""
-    student = _trained(model)
-    plain = copy.deepcopy(student.model)
-    plain.zero_grad()
+    student = CausalLMStudent(model, TOKENIZER)
+    plain = copy.deepcopy(student.model)  # not of the model: a student may set another attention
+    _train(student)
     for record in RECORDS:
         logprobs = whole_logprobs(plain, record.rollout)
         mask = torch.from_numpy(record.rollout.loss_mask).float()
@@ -149,17 +154,16 @@ def _gradient_of(parameter: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(parameter, dtype=torch.float64) if parameter.grad is None else parameter.grad.double()
 
 
-def _trained(model: Any, rate: float = 0.0) -> CausalLMStudent:
-    """A student after a packed batch and a step at this rate, its gradients still there."""
-    student = CausalLMStudent(model, TOKENIZER)
+def _train(student: CausalLMStudent, rate: float = 0.0) -> None:
+    """A packed batch and a step at this rate; the gradients stay."""
     student(collate(RECORDS, teacher="teacher"), FusedOPDLoss(clip=None)).loss_sum.backward()
     torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=rate).step()
-    return student
 
 
 def export(model: Any, folder: Path) -> float:
     """Scores of a trained student by the model that is loaded from its folder."""
-    student = _trained(model, rate=0.01)
+    student = CausalLMStudent(model, TOKENIZER)
+    _train(student, rate=0.01)
     student.export(folder / "student", TOKENIZER, LINEAGE)
     loaded, _ = load_model(folder / "student", torch.float32)
     return largest(truth(loaded, ROLLOUTS), truth(student.model, ROLLOUTS))
@@ -176,7 +180,8 @@ def lora(model: Any, folder: Path) -> float:
     """Scores with adapters on all linear layers, and scores of the trained adapters loaded from their folder."""
     adapted = _adapted(model, folder / "base")
     error = score(adapted, folder)
-    student = _trained(adapted, rate=0.01)
+    student = CausalLMStudent(adapted, TOKENIZER)
+    _train(student, rate=0.01)
     student.export(folder / "adapters", TOKENIZER, LINEAGE)
     loaded, _ = load_model(folder / "adapters", torch.float32)
     return max(error, largest(truth(loaded, ROLLOUTS), truth(student.model, ROLLOUTS)))
