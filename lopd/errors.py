@@ -90,6 +90,10 @@ class DriftWarning(UserWarning):
     """A student that has left the policy whose rollouts it trains on."""
 
 
+class SamplerWarning(UserWarning):
+    """A loss whose gradient takes tokens for draws of the policy itself, though another temperature or top-p drew them."""
+
+
 class SourceError(LopdError, RuntimeError):
     """A source that gives other rollouts than it was asked for."""
 

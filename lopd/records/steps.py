@@ -31,10 +31,12 @@ class Batch:
         segment_ids: (N,) int64, which rollout of this batch.
         weight: (N,) float32, how much a token counts; 0 for prompt tokens and masked tokens.
         teacher_logprobs: (N,) float32, nats, meaningful where weight > 0 (0 elsewhere); None if no such column was asked for.
-        ref_logprobs: (N,) float32, nats, likewise.
+        ref_logprobs: (N,) float32, nats, likewise, of the reference policy at temperature 1: drift is measured from these.
         top_k_ids: (N, K) int64, the tokens that the teacher finds most likely; None if they were not asked for, like the next two.
         top_k_logprobs: (N, K) float32, nats, of the teacher's whole distribution.
         top_k_tail: (N,) float32, the probability that the teacher gives to all other tokens.
+        sampler_logprobs: (N,) float32, nats, in the distribution that drew the tokens: importance ratios are to these.  None where
+            `ref_logprobs` are the same (temperature and top-p are 1), or where they were not recorded.
     """
 
     inputs: Tensor = field(repr=_shape)
@@ -47,6 +49,7 @@ class Batch:
     top_k_ids: Tensor | None = field(default=None, repr=_shape)
     top_k_logprobs: Tensor | None = field(default=None, repr=_shape)
     top_k_tail: Tensor | None = field(default=None, repr=_shape)
+    sampler_logprobs: Tensor | None = field(default=None, repr=_shape)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""

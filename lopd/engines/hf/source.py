@@ -90,7 +90,15 @@ class HFSource:
         return in_order(
             order,
             [
-                make_rollout(row.rollout_id, row.prompt_ids, row.ids, row.logprobs, stops=self.stop_ids, generation=self.generation)
+                make_rollout(
+                    row.rollout_id,
+                    row.prompt_ids,
+                    row.ids,
+                    row.logprobs,
+                    None if self.sampling.neutral else row.drawn,
+                    stops=self.stop_ids,
+                    generation=self.generation,
+                )
                 for row in drawn
             ],
         )
