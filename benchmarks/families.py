@@ -137,8 +137,10 @@ def length(model: Any, _: Path) -> float:
 
 def gradient(model: Any, _: Path) -> float:
     """The gradient of a packed batch, relative to that of the plain loss on each rollout alone."""
+    plain = copy.deepcopy(model).train()  # before anything has run: some models keep what they computed, and cannot be copied then
     student = CausalLMStudent(model, TOKENIZER)
-    plain = copy.deepcopy(student.model)  # not of the model: a student may set another attention
+    if (attention := model.config._attn_implementation) != plain.config._attn_implementation:
+        plain.set_attn_implementation(attention)  # as the student did
     _train(student)
     for record in RECORDS:
         logprobs = whole_logprobs(plain, record.rollout)
