@@ -35,7 +35,11 @@ class EngineError(LopdError, RuntimeError):
 
 
 class ModelError(LopdError, TypeError):
-    """A model that lopd cannot cut below its head without changing what it computes."""
+    """A model that cannot be sampled, scored or trained here without changing what it computes."""
+
+
+class ModelWarning(UserWarning):
+    """A model that computes at random, with an attention that was changed to keep what it computes, or without a cache."""
 
 
 class StoreNotFoundError(LopdError, FileNotFoundError):

@@ -95,10 +95,11 @@ class LMHead:
         return evolve(self, weight=self.weight.float())
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """(N, V) logits in float32 (float64 if given float64): bf16 logits would cost 0.02 to 0.05 nats."""
+        """(N, V) logits in float32 (float64 if given float64), also under autocast: bf16 logits would cost 0.02 to 0.05 nats."""
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
-        logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), self.weight.to(dtype), bias)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), self.weight.to(dtype), bias)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)

@@ -71,7 +71,8 @@ def opd_steps(
         optimizer.zero_grad(set_to_none=True)
         sums, meter = torch.zeros(3, dtype=torch.float64), DriftMeter()
         for place, batch in enumerate(step.batches, 1):
-            with gathering(student, last=place == len(step.batches)):
+            # a product in an autocast that the caller is in would round gradients; a student has its own
+            with gathering(student, last=place == len(step.batches)), torch.autocast(parameters[0].device.type, enabled=False):
                 output = student(batch, loss)
                 # torch averages gradients over ranks, and a step is a sum
                 (output.loss_sum * ranks.size / total).backward()
