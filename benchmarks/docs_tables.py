@@ -1,9 +1,10 @@
 """Tables of the pages that help to choose, out of benchmarks/results/*.json: nothing is measured here.
 
-python benchmarks/docs_tables.py     # between the markers of docs/index.md, choose.md and reliability.md; a few seconds
+python benchmarks/docs_tables.py     # between the markers of docs/index.md, choose.md, models.md and reliability.md; a few seconds
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,17 @@ STORES = {
     "memmap": "a bare memory map, for comparison",
 }
 ENGINES = {"hf": ("`HFSource`", "`HFScorer`"), "vllm": ("`VLLMSource`", "`VLLMScorer`"), "served": ("`ServerSource`", "`ServerScorer`")}
+ABILITIES = {
+    "score": "scoring",
+    "sample": "sampling",
+    "length": "past its context",
+    "gradient": "packed gradient",
+    "export": "export",
+    "identity": "identity",
+    "lora": "LoRA",
+    "bfloat16": "bfloat16",
+}
+VERDICTS = ("right", "refused", "wrong", "raw", "not built")
 #: Of `bench_loss`: the largest size of the larger vocabulary.
 LOSS_SIZE = (2048, "151936x896")
 
@@ -186,6 +198,55 @@ def goals() -> list[str]:
     return table(("result file", "goals", "met", "missed"), lines())
 
 
+def abilities() -> list[str]:
+    """How many models have each ability."""
+    built = [row for row in read("families")["rows"] if "not_built" not in row]
+
+    def lines() -> Iterator[Sequence[str]]:
+        for ability, title in ABILITIES.items():
+            verdicts = [row[ability]["verdict"] for row in built]
+            yield title, *(str(verdicts.count(verdict)) for verdict in VERDICTS)
+
+    return table(("ability", *VERDICTS), lines())
+
+
+def models() -> list[str]:
+    """What became of each ability of each family."""
+
+    def lines() -> Iterator[Sequence[str]]:
+        for row in read("families")["rows"]:
+            if "not_built" not in row:
+                yield row["family"], f"`{row['class']}`", *(_verdict(row[ability]) for ability in ABILITIES)
+
+    return table(("family", "class", *ABILITIES.values()), lines(), 2)
+
+
+def _verdict(found: Row) -> str:
+    size, verdict = found.get("error", 0), str(found["verdict"])
+    return {"right": f"{size:.0e}" if size else "0", "wrong": f"**wrong**: {size:.2g}", "raw": "**raw**"}.get(verdict, verdict)
+
+
+def causes() -> list[str]:
+    """Why families were refused or could not be built; numbers are left out, so that like causes stand together."""
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for row in read("families")["rows"]:
+        parts = {"family": {"verdict": "not built", "cause": row["not_built"]}} if "not_built" in row else row
+        for ability, title in {"family": "the model itself", **ABILITIES}.items():
+            if "cause" in (part := parts.get(ability, {})):
+                cause = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", part["cause"])
+                cause = re.sub(r"(?<!\w)\d+(\.\d+)?", "N", cause).replace("|", "/").replace("`", "'")
+                entry = found.setdefault((part["verdict"], cause), {"abilities": set(), "families": set()})
+                entry["abilities"].add(title)
+                entry["families"].add(row["family"])
+    titles = ["the model itself", *ABILITIES.values()]
+
+    def lines() -> Iterator[Sequence[str]]:
+        for (verdict, cause), entry in sorted(found.items(), key=lambda item: (VERDICTS.index(item[0][0]), item[0][1])):
+            yield verdict, f"`{cause}`", ", ".join(sorted(entry["abilities"], key=titles.index)), ", ".join(sorted(entry["families"]))
+
+    return table(("verdict", "cause", "abilities", "families"), lines(), 4)
+
+
 TABLES = {
     "index.md": {"when": when},
     "choose.md": {
@@ -197,6 +258,7 @@ TABLES = {
         "parity": parity,
         "teachers": teachers,
     },
+    "models.md": {"abilities": abilities, "models": models, "causes": causes},
     "reliability.md": {"goals": goals},
 }
 
