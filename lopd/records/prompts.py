@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lopd.errors import ContextOverflowError, PromptError
+from lopd.records.checks import path_or_url
 from lopd.records.optional import need
 from lopd.records.rollouts import Prompt
 
@@ -35,7 +36,7 @@ def read_prompts(
             for the prompt, or a record is messages, around which nothing can be said.
         ContextOverflowError: a prompt is longer than `max_tokens`.
     """
-    path = os.fspath(path)
+    path = path_or_url("Prompt file", path, PromptError)
     if template.count("{prompt}") != 1:
         raise PromptError(
             f"Prompt file {path}: `template` is {template!r:.80}, expected '{{prompt}}' in it once; put it where the prompt goes."

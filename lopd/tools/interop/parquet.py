@@ -1,6 +1,5 @@
 """A store as one parquet file, and back, on a local disk or wherever fsspec reaches."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,6 +15,7 @@ from lopd.errors import (
     StoreWriteError,
 )
 from lopd.protocols import LogprobReader, LogprobStore
+from lopd.records.checks import path_or_url
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
 from lopd.tools.interop.arrow_table import Description, store_tables, tables
@@ -150,7 +150,7 @@ def _damaged(owner: str, error: Exception) -> CorruptStoreError:
 
 
 def _filesystem(path: StorePath, storage_options: StorageOptions | None) -> tuple[Any, str]:
-    core, text = need("fsspec.core", "Parquet"), os.fspath(path)
+    core, text = need("fsspec.core", "Parquet"), path_or_url("Parquet", path, StorePathError)
     name: str
     try:
         files, name = core.url_to_fs(text, **(storage_options or {}))
