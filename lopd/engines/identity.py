@@ -19,7 +19,9 @@ from torch import Tensor
 
 from lopd.engines.causal_lm import unwrap
 from lopd.errors import EngineError, LopdError, ModelError
+from lopd.records.checks import local_path
 from lopd.records.identity import ModelId, hash_weights, hash_weights_in_order
+from lopd.records.manifest import refuse_store
 
 _INDEX = "model.safetensors.index.json"
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -81,7 +83,7 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
             the loaded model does (transformers renames or merges weights of some architectures while it loads them): take the identity of the
             loaded model, or state one.
     """
-    folder = Path(folder)
+    folder = find_model(folder)
     if not (folder / "config.json").exists():
         raise ModelError(
             f"Model {folder}: it holds no config.json, expected a whole model (adapters have none: merge them first); save one there, or pass "
@@ -101,33 +103,52 @@ def folder_dtype(folder: str | Path) -> torch.dtype:
         EngineError: there is no such folder, or a file is damaged.
         ModelError: there are no safetensors files, and the configuration does not say it.
     """
-    folder = Path(folder)
-    with looking_for(folder):
-        configured = getattr(transformers.AutoConfig.from_pretrained(folder), "dtype", None)
+    with looking_for(folder) as found:
+        configured = getattr(transformers.AutoConfig.from_pretrained(found), "dtype", None)
         if isinstance(configured, torch.dtype):
             return configured
-        first, path = min(_places(folder).items())
+        first, path = min(_places(found).items())
         with safe_open(path, "pt") as file:
             dtype: torch.dtype = file.get_tensor(first).dtype
     return dtype
 
 
+def find_model(name: str | Path) -> Path:
+    """Return the folder that a model's name is, with `~` expanded; a name in the hub as it is.
+
+    Raises:
+        EngineError: it is a path, and there is no such folder: the hub would be asked for it, again and again.
+    """
+    path = local_path("Model", name, EngineError)
+    is_path = (
+        isinstance(name, Path)
+        or str(name).startswith((".", "/", "~"))
+        or len(path.parts) > 2
+        or (len(path.parts) > 1 and path.parent.is_dir())
+    )
+    if is_path and not path.exists():
+        raise EngineError(f"Model {str(name)!r}: there is no such folder; check the path (the working directory is {Path.cwd()}).")
+    refuse_store("Model", path, EngineError)
+    return path
+
+
 @contextmanager
-def looking_for(name: str | Path) -> Iterator[None]:
-    """Where a model is looked for and read: what goes wrong there is one sentence.
+def looking_for(name: str | Path) -> Iterator[Path]:
+    """Where a model is looked for and read: what goes wrong there is one sentence.  Gives what `find_model` does.
 
     Raises:
         EngineError: there is no such folder, no such model in the hub or its cache, or it cannot be read.
     """
+    found = find_model(name)
     try:
-        yield
+        yield found
     except LopdError:
         raise
-    except (OSError, ValueError, HFValidationError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, HFValidationError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise EngineError(
             f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; check the path, "
-            "and HF_HUB_OFFLINE if it is to be downloaded."
+            "and HF_HUB_OFFLINE, proxies and certificates of the environment if it is to be downloaded."
         ) from error
 
 
@@ -137,9 +158,9 @@ def local_folder(name: str | Path) -> Path:
     Raises:
         EngineError: there is none.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    with looking_for(name):
+    with looking_for(name) as found:
+        if found.is_dir():
+            return found
         return Path(snapshot_download(str(name), allow_patterns=_FILES))
 
 

@@ -17,9 +17,9 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     Raises:
         EngineError: there is no such model.
     """
-    with looking_for(folder):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with looking_for(folder) as name:
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(name), dtype=dtype or "auto")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(name))
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         # only eager attention applies a cap on attention scores, and the choice is not saved with the weights
         model.set_attn_implementation("eager")

@@ -55,7 +55,7 @@ class HFSource:
     def from_folder(cls, folder: str | Path, sampling: SamplingParams, dtype: torch.dtype | None = None, device: str = "cpu") -> "HFSource":
         """A source on a model that `CausalLMStudent.export` (or anybody) wrote, with the SFT teacher that is recorded there."""
         model, tokenizer = load_model(folder, dtype, device)
-        return cls(model, tokenizer, sampling, Lineage.read(Path(folder)))
+        return cls(model, tokenizer, sampling, Lineage.read(folder))
 
     def __attrs_post_init__(self) -> None:
         check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)

@@ -140,9 +140,9 @@ class ServerSource:
         transformers = need("transformers", "ServerSource")
         from lopd.engines.identity import looking_for
 
-        with looking_for(folder):
-            tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(folder))
-            return cls(servers, tokenizer, identity, sampling, _eos_ids(Path(folder), tokenizer), Lineage.read(Path(folder)))
+        with looking_for(folder) as path:
+            tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(path))
+            return cls(servers, tokenizer, identity, sampling, _eos_ids(path, tokenizer), Lineage.read(path))
 
     def __attrs_post_init__(self) -> None:
         if not self.stop_ids:
