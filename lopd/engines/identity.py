@@ -127,7 +127,7 @@ def find_model(name: str | Path) -> Path:
         or (len(path.parts) > 1 and path.parent.is_dir())
     )
     if is_path and not path.exists():
-        raise EngineError(f"Model {str(name)!r}: there is no such folder; check the path (the working directory is {Path.cwd()}).")
+        raise _not_loaded(name, f"there is no such folder, seen from {Path.cwd()}")
     refuse_store("Model", path, EngineError)
     return path
 
@@ -145,11 +145,14 @@ def looking_for(name: str | Path) -> Iterator[Path]:
     except LopdError:
         raise
     except (OSError, ValueError, ImportError, HFValidationError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise EngineError(
-            f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; check the path, "
-            "and HF_HUB_OFFLINE, proxies and certificates of the environment if it is to be downloaded."
-        ) from error
+        raise _not_loaded(name, (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")) from error
+
+
+def _not_loaded(name: str | Path, reason: str) -> EngineError:
+    return EngineError(
+        f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; check the path, and "
+        "HF_HUB_OFFLINE, proxies and certificates of the environment if it is to be downloaded."
+    )
 
 
 def local_folder(name: str | Path) -> Path:
