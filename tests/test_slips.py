@@ -38,7 +38,7 @@ from lopd.records import Lineage, SamplingParams, read_prompts
 from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.tools.command_line import show
 from lopd.tools.doctor.__main__ import main
-from lopd.tools.interop import export_parquet
+from lopd.tools.interop import export_parquet, import_parquet
 from lopd.tools.report import RunHistory, write_run_report
 from lopd.verbs import asking
 
@@ -198,6 +198,14 @@ def test_messages_show_a_url_without_its_secrets(url: str, shown: str) -> None:
     with pytest.raises(StoreNotFoundError) as caught:
         open_store(url)
     assert "SEC" not in str(caught.value)
+
+
+def test_a_prompt_file_or_table_is_named_without_its_secrets() -> None:
+    for call in (lambda url: read_prompts(url, None), lambda url: import_parquet(url, MemoryStore(tiny_manifest()))):
+        for url in ("memory://a/x.jsonl?token=SECRET", "http://user:SECRET@127.0.0.1:1/x.parquet"):
+            with pytest.raises(LopdError) as caught:
+                call(url)
+            assert "SECRET" not in str(caught.value)
 
 
 # Puts whose answer is an error

@@ -57,3 +57,18 @@ def path_or_url(owner: str, path: str | os.PathLike[str], refusal: type[LopdErro
     """Return a URL as it is, and a path of this machine as `local_path` does; raises as that does."""
     text = os.fspath(path)
     return text if "://" in text else str(local_path(owner, text, refusal))
+
+
+def without_secrets(url: str) -> str:
+    """The URL as messages show it: user, password and query stay private.
+
+    >>> without_secrets("ftp://user:pass/word@host/run?token=1"), without_secrets("abfss://container@account/run")
+    ('ftp://host/run', 'abfss://container@account/run')
+    """
+    user = r"//[^/@:]*:.*@" if url.startswith(("abfs", "az")) else r"//([^/@:]*:.*|[^/@]*)@"
+    return re.sub(r"[?#].*", "", re.sub(user, "//", url, count=1))
+
+
+def said_of(url: str, error: Exception) -> str:
+    """What an error says; only its type where the URL has secrets, which the error may repeat."""
+    return str(error) if without_secrets(url) == url else type(error).__name__

@@ -9,8 +9,9 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends.files.contract import Bytes, StorageOptions, T, was_put, without_secrets
+from lopd.backends.files.contract import Bytes, StorageOptions, T, was_put
 from lopd.errors import StorePathError
+from lopd.records.checks import said_of, without_secrets
 from lopd.records.optional import need
 from lopd.records.waiting import QUIET_S, waiting
 
@@ -57,8 +58,8 @@ class FsspecFiles:
         except (FileNotFoundError, FileExistsError, NotADirectoryError, NotImplementedError, ValueError):
             raise
         except Exception as error:
-            said = str(error) if self._shown == self._url and not self._options else ""
-            raise OSError(f"{type(error).__name__}({said.splitlines()[0][:300] if said else ''})") from error
+            said = "" if self._options else said_of(self._url, error)
+            raise OSError(f"{type(error).__name__}: {said}".split("\n", 1)[0][:300]) from error
 
     def read(self, path: str, /) -> bytes:
         """A whole file."""

@@ -17,10 +17,11 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends.files.contract import Bytes, StorageOptions, T, in_doubt, without_secrets
+from lopd.backends.files.contract import Bytes, StorageOptions, T, in_doubt
 from lopd.backends.fork import ForkGuard
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
+from lopd.records.checks import without_secrets
 from lopd.records.optional import need
 from lopd.records.waiting import waiting
 

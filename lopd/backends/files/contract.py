@@ -1,7 +1,6 @@
 """Where a store's files are: a folder on a local disk, or a prefix in a bucket.  Files are written once and never changed."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,16 +77,6 @@ class Files(Protocol):
     def remove(self, folders: Iterable[str], /) -> None:
         """Remove folders with all that is in them; those that are not there do not matter."""
         ...
-
-
-def without_secrets(url: str) -> str:
-    """The URL as messages show it: user, password and query stay private.
-
-    >>> without_secrets("ftp://user:pass/word@host/run?token=1"), without_secrets("abfss://container@account/run")
-    ('ftp://host/run', 'abfss://container@account/run')
-    """
-    user = r"//[^/@:]*:.*@" if url.startswith(("abfs", "az")) else r"//([^/@:]*:.*|[^/@]*)@"
-    return re.sub(r"[?#].*", "", re.sub(user, "//", url, count=1))
 
 
 @contextmanager
