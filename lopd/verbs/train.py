@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lopd.errors import InvalidRecordError, TrainingDivergedError
 from lopd.guards.consistency import check_vocabulary
-from lopd.guards.watch import judge_loss
+from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import OPDLoss, Student
 from lopd.records.drift import DriftMeter, TokenLogprobs
 from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
@@ -46,6 +46,7 @@ def opd_steps(
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
 
     Warns:
+        SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss says that it has no importance ratio.
         AdvantageWarning: the second step has many advantages far below 0, and the loss says that it has no importance ratio (`lopd.guards.watch`).
 
     Raises:
@@ -62,13 +63,16 @@ def opd_steps(
         started = perf_counter()
         if step.vocab_hash is not None:
             check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
+        if place_of_step == 0:
+            judge_ratio(loss, step.batches)
         total = float(ranks.sum(torch.stack([batch.weight.double().sum().cpu() for batch in step.batches]).sum()))
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
         sums, meter = torch.zeros(3, dtype=torch.float64), DriftMeter()
         for place, batch in enumerate(step.batches, 1):
-            with gathering(student, last=place == len(step.batches)):
+            # a product in an autocast that the caller is in would round gradients; a student has its own
+            with gathering(student, last=place == len(step.batches)), torch.autocast(parameters[0].device.type, enabled=False):
                 output = student(batch, loss)
                 # torch averages gradients over ranks, and a step is a sum
                 (output.loss_sum * ranks.size / total).backward()
