@@ -181,7 +181,7 @@ def sample_once(model_dir: Path, prompts: list[Prompt], path: str, settings: Set
     source = HFSource.from_folder(model_dir, sampling, device=settings.device)
     store = ZarrStore.open_or_create(path, source.manifest)
     collect_rollouts(source, prompts, store, prompts_per_batch=64, progress=RichProgress(console))
-    return {"tokens": int(store.lengths()[:, 1].sum()), "rollouts": len(store)}
+    return {"tokens": int(store.lengths().sum()), "rollouts": len(store)}
 
 
 def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, An
     advantages = stored_advantages(store, count=len(store))
     console.print(f"advantages before the first step: {advantages}")
     quantiles = dict(zip(map(str, LEVELS), advantages.quantiles, strict=True))
-    return {"tokens": int(store.lengths()[:, 1].sum()), "advantage_quantiles": quantiles}
+    return {"tokens": int(store.lengths().sum()), "advantage_quantiles": quantiles}
 
 
 def sft(run: Run, student_dir: Path, settings: Settings) -> dict[str, Any]:

@@ -275,7 +275,9 @@ def test_a_server_that_is_killed_and_started_again_leaves_the_store_of_an_unbrok
         with pytest.raises(EngineError, match="expected an answer within 1 s"):
             score_rollouts(ZarrStore.open(store), scorer, rollouts_per_batch=16, progress=Killer())
     assert 16 <= ZarrStore.open(store).scored("teacher").sum() < 96
-    patient = ServerScorer(Servers(f"http://127.0.0.1:{port}", "tiny", patience_s=START_S), build_tokenizer(), MODEL, 3)
+    patient = ServerScorer(
+        Servers(f"http://127.0.0.1:{port}", "tiny", patience_s=START_S, first_contact_s=START_S), build_tokenizer(), MODEL, 3
+    )
     again = Server(folder, port)
     try:
         score_rollouts(ZarrStore.open(store), patient, rollouts_per_batch=16)

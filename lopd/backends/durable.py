@@ -17,6 +17,7 @@ from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile, put_root, read_root, taken
 from lopd.errors import ManifestMismatchError
+from lopd.protocols.reading import describe
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Rollout, Scores
@@ -82,6 +83,14 @@ class DurableBase(ABC, Generic[S, W]):
         """How messages name it."""
         return self._owner
 
+    def __str__(self) -> str:
+        """Place, rollouts and columns in one line."""
+        return describe(self)
+
+    def __bool__(self) -> bool:
+        """True, also while it is empty: `if store` asks whether there is a store."""
+        return True
+
     @classmethod
     def create(
         cls, path: StorePath, manifest: Manifest, *, logprob_dtype: LogprobDtype = "float32", storage_options: StorageOptions | None = None
@@ -103,7 +112,7 @@ class DurableBase(ABC, Generic[S, W]):
         files, root = cls._place(path, storage_options), Root(manifest, logprob_dtype)
         names = names_in(files)
         if names or not put_root(files, cls._ROOT, root):
-            raise taken(files.url, by_store=not names or cls._ROOT.name in names)
+            raise taken(files, cls._ROOT, names)
         return cls(files, root)
 
     @classmethod
@@ -136,7 +145,7 @@ class DurableBase(ABC, Generic[S, W]):
         files, root = cls._place(path, storage_options), Root(manifest, logprob_dtype)
         names = names_in(files)
         if names and cls._ROOT.name not in names:
-            raise taken(files.url, by_store=False)
+            raise taken(files, cls._ROOT, names)
         # Another process may be creating it right now; then its store is as good.
         return cls(files, root) if not names and put_root(files, cls._ROOT, root) else cls._found(files, manifest)
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.backends import admission
+from lopd.protocols.reading import describe
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import VIRTUAL_COLUMNS, Rollout, Scores
@@ -37,6 +38,14 @@ class MemoryStore:
     def __repr__(self) -> str:
         """How messages name it."""
         return "MemoryStore"
+
+    def __str__(self) -> str:
+        """Place, rollouts and columns in one line."""
+        return describe(self)
+
+    def __bool__(self) -> bool:
+        """True, also while it is empty: `if store` asks whether there is a store."""
+        return True
 
     @property
     def manifest(self) -> Manifest:

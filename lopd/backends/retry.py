@@ -1,11 +1,15 @@
 """How a store repeats what failed for a reason that passes."""
 
+import logging
 import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from lopd.records.waiting import QUIET_S
+
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 
 def repeat(
@@ -22,12 +26,16 @@ def repeat(
             were refused at the same moment.
         longest: cap on the pause, seconds.
     """
-    deadline, failures = time.monotonic() + seconds, 0
+    began, failures, silent = time.monotonic(), 0, True
     while True:
         try:
             return work()
         except Exception as error:
-            if not passes(error) or time.monotonic() > deadline or failures == times:
+            elapsed = time.monotonic() - began
+            if not passes(error) or elapsed > seconds or failures == times:
                 raise
+            if silent and elapsed > QUIET_S:
+                silent = False
+                _LOG.warning("Storage: trying again, for up to %.0f s: %s", seconds, error)
         time.sleep(min(pause * 2**failures, longest) * random.random())  # noqa: S311 (not a secret)
         failures += 1

@@ -1,6 +1,8 @@
 """The one file that makes a folder or a prefix a store: whether its place is free, and what it says."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import get_args
 
 from attrs import frozen
@@ -10,7 +12,9 @@ from lopd.backends.files import Files, names_in, reading, writing
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.sealing import damaged
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
-from lopd.records.manifest import Manifest
+from lopd.records.manifest import LINEAGE_FILE, Manifest
+
+_MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
 
 
 @frozen
@@ -42,10 +46,26 @@ class RootFile:
     decode: Callable[[str, bytes], Root | None]
 
 
-def taken(url: str, *, by_store: bool) -> StoreExistsError:
-    """The error for a place that is not free."""
-    what = "a store" if by_store else "something that is no store"
-    return StoreExistsError(f"Store {url}: {what} is there, expected an empty folder or nothing; open it, or choose another path.")
+def taken(files: Files, kind: RootFile, names: Sequence[str]) -> StoreExistsError:
+    """The error for a place that holds these names, or nothing a moment ago."""
+    what = other_kind(files, names) or ("a store" if not names or kind.name in names else "something that is no store")
+    return StoreExistsError(f"Store {files.url}: {what} is there, expected an empty folder or nothing; open it, or choose another path.")
+
+
+def other_kind(files: Files, names: Sequence[str]) -> str:
+    """What a folder with these names is, if lopd knows it and it is not a store; a model's lineage and a store's root may share a name."""
+    if any(name in _MODEL_FILES for name in names):
+        return "a model"
+    if any(name.startswith("step-") for name in names):
+        return "a folder of checkpoints"
+    if LINEAGE_FILE in names:
+        with suppress(OSError, ValueError):
+            return "the lineage of a trained model" if "sft_teacher" in json.loads(files.read(LINEAGE_FILE)) else ""
+    return ""
+
+
+def _not_a_store(files: Files, what: str) -> StoreNotFoundError:
+    return StoreNotFoundError(f"Store {files.url}: the folder {what}, expected a store; check the path, or create one there.")
 
 
 def put_root(files: Files, kind: RootFile, root: Root) -> bool:
@@ -76,15 +96,17 @@ def read_root(files: Files, kind: RootFile) -> Root:
         try:
             data = files.read(kind.name)
         except (FileNotFoundError, NotADirectoryError) as error:
-            what = "holds something that is no store" if names_in(files) else "is not there"
-            message = f"Store {files.url}: the folder {what}, expected a store; check the path, or create one there."
-            raise StoreNotFoundError(message) from error
+            names = names_in(files)
+            known = other_kind(files, names) or "something that is no store"
+            raise _not_a_store(files, f"holds {known}" if names else "is not there") from error
     try:
         root = kind.decode(files.url, data)
     except (CorruptStoreError, StoreNotFoundError):
         raise
     except (ValueError, KeyError, TypeError, AttributeError):
         root = None
+    if root is None and (other := other_kind(files, names_in(files))):
+        raise _not_a_store(files, f"holds {other}")
     if root is None:
         raise damaged(f"Store {files.url}", kind.name)
     return root

@@ -24,7 +24,9 @@ from lopd.engines.derived import changed_buffers
 from lopd.engines.effective import Weight, effective_weights
 from lopd.engines.stored import StoredModel, stored_places
 from lopd.errors import EngineError, LopdError, ModelError
+from lopd.records.checks import local_path
 from lopd.records.identity import ModelId, hash_function
+from lopd.records.manifest import refuse_store
 
 _DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
@@ -131,34 +133,56 @@ def folder_dtype(folder: str | Path) -> torch.dtype:
         EngineError: there is no such folder, or a file is damaged.
         ModelError: there are no safetensors files, and the configuration does not say it.
     """
-    folder = Path(folder)
-    with looking_for(folder):
-        configured = getattr(transformers.AutoConfig.from_pretrained(folder), "dtype", None)
+    with looking_for(folder) as found:
+        configured = getattr(transformers.AutoConfig.from_pretrained(found), "dtype", None)
         if isinstance(configured, torch.dtype):
             return configured
-        first, path = min(stored_places(folder).items())
+        first, path = min(stored_places(found).items())
         with safe_open(path, "pt") as file:
             dtype: torch.dtype = file.get_tensor(first).dtype
     return dtype
 
 
+def find_model(name: str | Path) -> Path:
+    """Return the folder that a model's name is, with `~` expanded; a name in the hub as it is.
+
+    Raises:
+        EngineError: it is a path, and there is no such folder: the hub would be asked for it, again and again.
+    """
+    path = local_path("Model", name, EngineError)
+    is_path = (
+        isinstance(name, Path)
+        or str(name).startswith((".", "/", "~"))
+        or len(path.parts) > 2
+        or (len(path.parts) > 1 and path.parent.is_dir())
+    )
+    if is_path and not path.exists():
+        raise _not_loaded(name, f"there is no such folder, seen from {Path.cwd()}")
+    refuse_store("Model", path, EngineError)
+    return path
+
+
 @contextmanager
-def looking_for(name: str | Path) -> Iterator[None]:
-    """Where a model is looked for and read: what goes wrong there is one sentence.
+def looking_for(name: str | Path) -> Iterator[Path]:
+    """Where a model is looked for and read: what goes wrong there is one sentence.  Gives what `find_model` does.
 
     Raises:
         EngineError: there is no such folder, no such model in the hub or its cache, or it cannot be read.
     """
+    found = find_model(name)
     try:
-        yield
+        yield found
     except LopdError:
         raise
-    except (OSError, ValueError, KeyError, HFValidationError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise EngineError(
-            f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; check the path, "
-            "and HF_HUB_OFFLINE if it is to be downloaded."
-        ) from error
+    except (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
+        raise _not_loaded(name, (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")) from error
+
+
+def _not_loaded(name: str | Path, reason: str) -> EngineError:
+    return EngineError(
+        f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; check the path, and "
+        "HF_HUB_OFFLINE, proxies and certificates of the environment if it is to be downloaded."
+    )
 
 
 def local_folder(name: str | Path, *, weights: bool = True) -> Path:
@@ -171,9 +195,9 @@ def local_folder(name: str | Path, *, weights: bool = True) -> Path:
     Raises:
         EngineError: there is no such folder or snapshot.
     """
-    if Path(name).is_dir():
-        return Path(name)
-    with looking_for(name):
+    with looking_for(name) as found:
+        if found.is_dir():
+            return found
         return Path(snapshot_download(str(name), allow_patterns=[*_DESCRIPTIONS, *(["*.safetensors"] if weights else [])]))
 
 

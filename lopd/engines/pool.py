@@ -16,6 +16,7 @@ from attrs import define, field
 
 from lopd.engines.workers import Down, Request, T, Worker, backoff
 from lopd.errors import EngineError, LopdError
+from lopd.records.waiting import QUIET_S
 
 _LOG = logging.getLogger(__name__)
 _FIRST_LOOK_S, _LAST_WAIT_S = 1.0, 1.0
@@ -23,13 +24,14 @@ _FIRST_LOOK_S, _LAST_WAIT_S = 1.0, 1.0
 
 @define(eq=False)
 class _Place:
-    """What the pool knows of a worker: requests under way, whether it was started at least once, is up, was given up."""
+    """What the pool knows of a worker: requests under way, whether it was started at least once, is up, was given up, and why it is not up."""
 
     worker: Worker
     busy: int = 0
     tried: bool = False
     up: bool = False
     lost: bool = False
+    why: str = "it has not answered yet"
 
 
 @define(eq=False)
@@ -116,11 +118,19 @@ class Pool:
     # --- in the caller's thread
 
     def _wait(self, fits: Callable[[], bool]) -> None:
-        self._changed.wait_for(lambda: self.over or fits())
+        ends = lambda: self.over or fits()  # noqa: E731
+        if not self._changed.wait_for(ends, QUIET_S):
+            self._say_what_it_waits_for()
+            self._changed.wait_for(ends)
         if self._error is not None:
             raise self._error
         if self._closed:
             raise EngineError(f"{self._owner}: it was closed during a call, expected to be closed after it; call again to resume.")
+
+    def _say_what_it_waits_for(self) -> None:
+        if not any(place.up for place in self._places):
+            place = self._places[0]
+            _LOG.warning("%s: waiting for %d to start; %s: %s", self._owner, len(self._places), place.worker.name, place.why)
 
     def _all_tried(self) -> bool:
         return all(place.tried for place in self._places)
@@ -164,7 +174,7 @@ class Pool:
 
     def _missed(self, place: _Place, down: Down, *, lost: bool) -> None:
         with self._changed:
-            place.tried, place.lost = True, lost
+            place.tried, place.lost, place.why = True, lost, str(down)
             self._changed.notify_all()
         if lost and not self._closed:
             _LOG.warning("%s is given up: %s", place.worker.name, down)

@@ -12,6 +12,7 @@ from lopd.engines.probes import check_training, refusing
 from lopd.errors import ContextOverflowError, ModelError
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
+from lopd.records.checks import local_path
 from lopd.records.identity import TokenizerId, TokenizerLike, fingerprint_tokenizer
 from lopd.records.manifest import Lineage
 from lopd.records.ranks import Ranks, on_first, sharded
@@ -104,7 +105,7 @@ class CausalLMStudent(nn.Module):
             TokenizerMismatchError: the tokenizer is not the one whose ids the student reads; nothing is written.
         """
         check_vocabulary("Tokenizer to export", fingerprint_tokenizer(tokenizer), "the student's", self.tokenizer)
-        folder, ranks = Path(folder), Ranks.current()
+        folder, ranks = local_path("Export", folder), Ranks.current()
         together = {"state_dict": on_first(self.model.state_dict())} if sharded(self) else {}
         if ranks.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)

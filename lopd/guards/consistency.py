@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from enum import Enum
 
 from lopd.errors import TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
+from lopd.protocols import TeacherScorer
 from lopd.records.identity import HasVocabulary, TokenizerId, mixture_id
 from lopd.records.manifest import Lineage, Manifest, Provenance
 
@@ -110,11 +111,22 @@ def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: Tokeni
     Raises:
         TokenizerMismatchError: they are not.
     """
-    if not ours.same_vocabulary(theirs):
-        raise TokenizerMismatchError(
-            f"{owner}: the hash of its vocabulary is {str(theirs.vocab_hash)[:12]}, expected {whose} {ours.vocab_hash[:12]}; the same ids mean "
-            "other tokens there, use a teacher, a student and rollouts of one tokenizer."
-        )
+    if ours.same_vocabulary(theirs):
+        return
+    size: int | None = getattr(theirs, "vocab_size", None)
+    remedy = "use a teacher, a student and rollouts of one tokenizer"
+    if size is not None and size > ours.vocab_size:
+        remedy += f", or, if only its ids from {ours.vocab_size} on are tokens that the other lacks, give it the smaller tokenizer"
+    raise TokenizerMismatchError(
+        f"{owner}: the hash of its vocabulary is {str(theirs.vocab_hash)[:12]}{'' if size is None else f' ({size:,} ids)'}, expected {whose} "
+        f"{ours.vocab_hash[:12]} ({ours.vocab_size:,} ids); the same ids mean other tokens there, {remedy}."
+    )
+
+
+def vocabulary_of(scorer: TeacherScorer) -> HasVocabulary:
+    """The scorer's tokenizer, which has a size, where the scorer says it; else its provenance."""
+    tokenizer = getattr(scorer, "tokenizer_id", None)
+    return tokenizer if isinstance(tokenizer, TokenizerId) and tokenizer.same_vocabulary(scorer.provenance) else scorer.provenance
 
 
 def lineage_after(manifest: Manifest, teachers: Sequence[Provenance]) -> Lineage:

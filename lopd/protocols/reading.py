@@ -73,6 +73,8 @@ def chosen(reader: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.
         NoSuchRowError: a row is not in the store.
         InvalidRecordError: there are none.
     """
+    if not len(reader):
+        raise InvalidRecordError(f"{reader!r}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
     if rows is None:
         return np.arange(len(reader))
     unique = np.unique(np.asarray(rows, np.int64))
@@ -100,3 +102,9 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
         [rollout_id(prompt.prompt_id, sample, generation) for generation in rounds for prompt in prompts for sample in samples]
     )
     return np.sort(rows[rows >= 0])
+
+
+def describe(reader: LogprobReader) -> str:
+    """Place, rollouts and columns of a store in one line: what `print` shows of ours."""
+    columns = ", ".join(f"{name} ({int(reader.scored(name).sum()):,} scored)" for name in reader.columns) or "none"
+    return f"{reader!r}: {len(reader):,} rollouts, score columns: {columns}"

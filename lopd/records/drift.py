@@ -59,6 +59,13 @@ class AdvantageSummary:
         quantiles = {f"q{level * 100:02.0f}": value for level, value in zip(LEVELS, self.quantiles, strict=True)}
         return _plain_numbers(self, without=("quantiles",)) | quantiles
 
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, float]) -> "AdvantageSummary":
+        """The inverse of `numbers`."""
+        quantiles = tuple(numbers[f"q{level * 100:02.0f}"] for level in LEVELS)
+        plain = {name: value for name, value in numbers.items() if not name.startswith("q")}
+        return cls(**{**plain, "quantiles": quantiles, "tokens": int(numbers["tokens"])})  # type: ignore[arg-type]
+
 
 @frozen
 class Drift:
@@ -104,6 +111,14 @@ class Drift:
         advantages = {f"advantages/{name}": value for name, value in self.advantages.numbers().items()}
         gain = {f"gain/fifth{place}": value for place, value in enumerate(self.gain, 1)}
         return _plain_numbers(self, without=("advantages", "gain")) | advantages | gain
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, float]) -> "Drift":
+        """The inverse of `numbers`."""
+        plain: dict[str, Any] = {name: value for name, value in numbers.items() if "/" not in name}
+        counts = {name: int(plain[name]) for name in ("rollouts", "tokens")}
+        advantages = AdvantageSummary.from_numbers(below("advantages", numbers))
+        return cls(**{**plain, **counts, "advantages": advantages, "gain": tuple(below("gain", numbers).values())})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Drift":
@@ -153,6 +168,15 @@ class DriftMeter:
         parts = [evolve(part, segments=part.segments + first) for part, first in zip(parts, before, strict=False)]
         names = ("student", "teacher", "ref", "weight", "segments")
         return measure_drift(TokenLogprobs(*(np.concatenate([getattr(part, name) for part in parts]) for name in names)))
+
+
+def below(group: str, numbers: Mapping[str, float]) -> dict[str, float]:
+    """Numbers whose names begin with `group/`, without that.
+
+    >>> below("drift", {"loss": 1.0, "drift/kl": 0.5})
+    {'kl': 0.5}
+    """
+    return {name.removeprefix(f"{group}/"): value for name, value in numbers.items() if name.startswith(f"{group}/")}
 
 
 def _plain_numbers(record: AdvantageSummary | Drift, without: Sequence[str]) -> dict[str, float]:

@@ -2,15 +2,17 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
 from attrs import asdict, field, fields, frozen, has
 
-from lopd.errors import CorruptStoreError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_number
+from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
+from lopd.records.checks import check_at_least, check_number, local_path
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.parity import Parity
 
@@ -213,12 +215,13 @@ class Lineage:
 
     def write(self, folder: str | Path) -> None:
         """Write it into a model's folder."""
-        (Path(folder) / LINEAGE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (local_path("Lineage", folder) / LINEAGE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> "Lineage":
         """What is recorded in a model's folder; an empty lineage if nothing is."""
-        path = Path(folder) / LINEAGE_FILE
+        refuse_store("Lineage", folder := local_path("Lineage", folder))
+        path = folder / LINEAGE_FILE
         if not path.exists():
             return cls()
         try:
@@ -228,6 +231,18 @@ class Lineage:
             raise CorruptStoreError(
                 f"Lineage {path}: it cannot be read ({error!r}), expected what lopd wrote; restore or remove it."
             ) from error
+
+
+def refuse_store(owner: str, folder: Path, refusal: type[LopdError] = InvalidRecordError) -> None:
+    """Refuse a store where a model is expected: its root may have the name of a lineage.
+
+    Raises:
+        LopdError: of the class `refusal`.
+    """
+    for path in (folder / LINEAGE_FILE, folder / "zarr.json"):
+        with suppress(OSError):
+            if re.search('"(manifest|lopd_storage)":', path.read_text(errors="replace")):
+                raise refusal(f"{owner} {folder}: the folder is a store, expected a model's; pass the folder of the model.")
 
 
 def _difference(path: str, mine: Any, theirs: Any) -> str | None:

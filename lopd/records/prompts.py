@@ -11,6 +11,7 @@ import numpy as np
 
 from lopd.errors import ContextOverflowError, LopdError, PromptError
 from lopd.records.chat_template import Messages, text_of
+from lopd.records.checks import path_or_url, said_of, without_secrets
 from lopd.records.optional import need
 from lopd.records.plain import as_id, as_text, plain
 from lopd.records.rendering import Rendering
@@ -52,8 +53,8 @@ def read_prompts(
     """
     if not isinstance(path, str | os.PathLike):
         raise PromptError(f"Prompt file: the path is a {type(path).__name__}, expected text or a path; pass records to `make_prompts`.")
-    path = os.fspath(path)
-    owner = f"Prompt file {path}"
+    path = path_or_url("Prompt file", path, PromptError)
+    owner = f"Prompt file {without_secrets(path)}"
     rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
     records = _read_records(path)
     if not records:
@@ -222,7 +223,7 @@ def _read_records(path: str) -> list[Any]:
         raise
     except Exception as error:  # each file system and format raises its own
         raise PromptError(
-            f"Prompt file {path}: it cannot be read ({error}), expected a .jsonl or .parquet file; check the path."
+            f"Prompt file {without_secrets(path)}: it cannot be read ({said_of(path, error)}), expected a .jsonl or .parquet file; check the path."
         ) from error
 
 
@@ -231,5 +232,5 @@ def _parse(path: str, number: int, line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise PromptError(
-            f"Prompt file {path}, line {number + 1}: it is not JSON ({error}), expected one object a line; fix the line."
+            f"Prompt file {without_secrets(path)}, line {number + 1}: it is not JSON ({error}), expected one object a line; fix the line."
         ) from error

@@ -10,7 +10,7 @@ import torch
 from attrs import evolve, field, fields, frozen
 from torch import Tensor
 
-from lopd.records.drift import Drift
+from lopd.records.drift import Drift, below
 
 
 def _shape(values: Tensor | None) -> str:
@@ -181,6 +181,9 @@ class StepMetrics:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StepMetrics":
-        """The inverse of `attrs.asdict`, also after a way through JSON."""
-        drift = data.get("drift")
-        return cls(**{**data, "drift": None if drift is None else Drift.from_json(drift)})
+        """The inverse of `attrs.asdict`, also after a way through JSON; and of `{"step": metrics.step, **metrics.numbers()}`."""
+        nested, flat = data.get("drift"), below("drift", data)
+        drift = Drift.from_numbers(flat) if flat else None if nested is None else Drift.from_json(nested)
+        own = {name: value for name, value in data.items() if not name.startswith("drift/")}
+        counts = {name: int(data[name]) for name in ("step", "rollouts", "tokens")}
+        return cls(**{**own, **counts, "drift": drift})

@@ -30,7 +30,7 @@ def run(parser: ArgumentParser, arguments: Sequence[str] | None) -> int:
     try:
         return int(options.run(options))
     except LopdError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return UNUSABLE
 
 
@@ -69,7 +69,21 @@ def show(*things: Table | str) -> None:
     from lopd.tools.console import table
 
     for thing in things:
-        console.print(thing if isinstance(thing, str) else table(*thing), soft_wrap=isinstance(thing, str))
+        if isinstance(thing, str):
+            console.print(printable(thing), soft_wrap=True)
+        else:
+            title, columns, rows = thing
+            cells = [[printable(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
+            console.print(table(printable(title), [printable(column) for column in columns], cells))
+
+
+def printable(text: str) -> str:
+    r"""Text of a store as a terminal may have it: what is not printable, such as an escape sequence, is spelled out.
+
+    >>> printable("a \x1b[31mred\x1b[0m id")
+    'a \\x1b[31mred\\x1b[0m id'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_json(values: Any) -> None:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lopd.errors import CheckpointError
 from lopd.protocols import Student
+from lopd.records.checks import local_path
 from lopd.records.flush import flush
 from lopd.records.manifest import Lineage
 from lopd.records.ranks import Ranks, alike, inner, on_first
@@ -50,7 +51,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: the optimizer holds a parameter that the student does not have; nothing was written.
     """
-    folder, ranks, own = Path(folder), Ranks.current(), inner(student)
+    folder, ranks, own = local_path("Checkpoint", folder, CheckpointError), Ranks.current(), inner(student)
     trained = _labels(f"Checkpoint of step {next_step}", own, optimizer)
     parameters, (entries, plain) = on_first(_trained(own)), _flatten(optimizer)
     moments = on_first(entries)
@@ -93,7 +94,7 @@ def load_checkpoint(folder: str | Path, student: Student | DistributedDataParall
     Raises:
         CheckpointError: other parameters, shapes or optimizer than were saved, or a damaged file; nothing was changed.
     """
-    folder, own = Path(folder), inner(student)
+    folder, own = local_path("Checkpoint", folder, CheckpointError), inner(student)
     found = [folder] if (folder / _STATE).exists() else _checkpoints(folder)
     if not found:
         return 0

@@ -22,15 +22,17 @@ class CollectionReport:
     """What one call of `collect_rollouts` did.
 
     Args:
-        rollouts, tokens: sampled; tokens of responses.
+        rollouts, tokens: sampled; tokens of their prompts and responses, as in every report.
         skipped: rollouts that were in the store before.
         refused: prompts that could not be sampled, and why; the next call tries them again.
+        response_tokens: those of the tokens that were sampled.
     """
 
     rollouts: int = 0
     tokens: int = 0
     skipped: int = 0
     refused: Mapping[str, str] = field(factory=dict)
+    response_tokens: int = field(default=0, eq=False)
 
 
 def collect_rollouts(
@@ -56,7 +58,7 @@ def collect_rollouts(
         batches_at_once: calls of `source.sample` that are under way at the same time.  More than 1 is for engines with several workers (Ray,
             servers), which are else idle while the slowest response of a batch is finished; those in this process take one at a time.
         max_refused: stop when more prompts are refused, for then it is not the prompts.
-        progress: see `lopd.tools.console.RichProgress`.
+        progress: see `lopd.tools.console.RichProgress`; None shows one line on a terminal, if it takes longer than some seconds.
 
     Warns:
         RefusedPromptsWarning: some prompts were refused.
@@ -94,7 +96,8 @@ def collect_rollouts(
             report = evolve(
                 report,
                 rollouts=report.rollouts + len(rollouts),
-                tokens=report.tokens + tokens,
+                tokens=report.tokens + sum(len(rollout) for rollout in rollouts),
+                response_tokens=report.response_tokens + tokens,
                 refused={**report.refused, **reasons},
             )
             advance(len(rollouts), tokens, len(refused) * len(samples))

@@ -7,7 +7,7 @@ import numpy as np
 from attrs import frozen
 
 from lopd.errors import InvalidRecordError
-from lopd.guards.consistency import check_vocabulary
+from lopd.guards.consistency import check_vocabulary, vocabulary_of
 from lopd.protocols import RolloutSource, TeacherScorer, Verifier
 from lopd.records import estimates
 from lopd.records.estimates import Estimate
@@ -64,7 +64,7 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
         TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
         InvalidRecordError: the source does not sample at temperature 1 without a cut, or reports no log-probs.
     """
-    check_vocabulary(f"Scorer {teacher.provenance.model}", teacher.provenance, "the policy's", source.manifest.tokenizer)
+    check_vocabulary(f"Scorer {teacher.provenance.model}", vocabulary_of(teacher), "the policy's", source.manifest.tokenizer)
     sampling = source.manifest.sampling
     if sampling.temperature != 1 or sampling.top_p != 1:
         raise InvalidRecordError(

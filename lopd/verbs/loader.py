@@ -152,8 +152,6 @@ def batches(
         raise InvalidRecordError(
             f"Steps: weighting is {weighting!r}, expected a function of the loss mask; pass `by_rollout` or `by_token`."
         )
-    if len(store) == 0:
-        raise InvalidRecordError(f"{store!r}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
     columns, usable = choose(store, teacher, ref, rows, top_k=top_k)
     count = min(_ROLLOUTS_PER_STEP, len(usable)) if rollouts_per_step is None else rollouts_per_step
     if count > len(usable):

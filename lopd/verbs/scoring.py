@@ -8,7 +8,7 @@ from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
 from lopd.errors import EngineError, QuarantineWarning
-from lopd.guards.consistency import check_vocabulary
+from lopd.guards.consistency import check_vocabulary, vocabulary_of
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
 from lopd.protocols.reading import chosen, in_batches
 from lopd.records.checks import check_at_least
@@ -25,12 +25,13 @@ class ScoringReport:
     """What one call of `score_rollouts` did.
 
     Args:
-        rollouts, tokens: scored; tokens of prompts and responses.
+        rollouts, tokens: scored; tokens of their prompts and responses, as in every report.
         floored: log-probs that were exactly -inf, and are stored as a floor that is finite (`Scores.floored`).  Where there are any, the teacher
             rules out what the policy sampled: look whether both are asked in the same way.
         refused: rollouts that could not be scored, and why, by id; they are in the store's quarantine now.
         skipped: rollouts that were in quarantine before, and were not tried again.
         parity: how the engine compares with the truth it was tested against, if it was.
+        response_tokens: those of the tokens that have log-probs.
     """
 
     rollouts: int = 0
@@ -39,6 +40,7 @@ class ScoringReport:
     refused: Mapping[str, str] = field(factory=dict)
     skipped: int = 0
     parity: Parity | None = None
+    response_tokens: int = field(default=0, eq=False)
 
 
 def score_rollouts(
@@ -71,7 +73,7 @@ def score_rollouts(
         preflight: the self-test before anything is scored; None leaves it out.
         max_refused: stop when one call meets more, for then it is not the rollouts.
         retry_quarantined: try those too that are in quarantine since an earlier call.
-        progress: see `lopd.tools.console`.
+        progress: see `lopd.tools.console.RichProgress`; None shows one line on a terminal, if it takes longer than some seconds.
 
     Warns:
         QuarantineWarning: some rollouts are without scores in quarantine.
@@ -82,12 +84,13 @@ def score_rollouts(
         ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.
         EngineError: more than `max_refused` rollouts were refused, or more than have scores; none of them is put in quarantine.
         NoSuchRowError: a row is not in the store.
-        InvalidRecordError: there are no `rows`, `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` than 0.
+        InvalidRecordError: the store is empty, there are no `rows`, `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` less
+            than 0.
     """
     check_at_least("Scoring", "rollouts_per_batch", rollouts_per_batch, 1)
     check_at_least("Scoring", "batches_at_once", batches_at_once, 1)
     check_at_least("Scoring", "max_refused", max_refused, 0)
-    check_vocabulary(f"Scorer {scorer.provenance.model}", scorer.provenance, "the store's", store.manifest.tokenizer)
+    check_vocabulary(f"Scorer {scorer.provenance.model}", vocabulary_of(scorer), "the store's", store.manifest.tokenizer)
     # nothing is added, but a column of another model is refused before anything is paid for
     store.append_scores(column, scorer.provenance, ())
     wanted = chosen(store, rows)
@@ -105,6 +108,7 @@ def score_rollouts(
                 report,
                 rollouts=report.rollouts + len(scores),
                 tokens=report.tokens + tokens,
+                response_tokens=report.response_tokens + sum(score.logprobs.size for score in scores),
                 floored=report.floored + sum(score.floored for score in scores),
                 refused={**report.refused, **reasons},
             )

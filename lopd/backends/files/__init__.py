@@ -10,7 +10,6 @@ from lopd.backends.files.contract import T as T
 from lopd.backends.files.contract import local_folder as local_folder
 from lopd.backends.files.contract import names_in as names_in
 from lopd.backends.files.contract import reading as reading
-from lopd.backends.files.contract import without_user as without_user
 from lopd.backends.files.contract import writing as writing
 
 _OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")

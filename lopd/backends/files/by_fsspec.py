@@ -9,9 +9,11 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends.files.contract import Bytes, StorageOptions, T, without_user
+from lopd.backends.files.contract import Bytes, StorageOptions, T, was_put
 from lopd.errors import StorePathError
+from lopd.records.checks import said_of, without_secrets
 from lopd.records.optional import need
+from lopd.records.waiting import QUIET_S, waiting
 
 
 @final
@@ -21,7 +23,7 @@ class FsspecFiles:
     def __init__(self, url: str, options: StorageOptions) -> None:
         """No request is made yet."""
         self._url = url.rstrip("/")
-        self._shown = without_user(self._url)
+        self._shown = without_secrets(self._url)
         self._options = dict(options)
         core = need("fsspec.core", f"Store {self._shown}", "zarr")
         try:
@@ -48,13 +50,26 @@ class FsspecFiles:
     def _path(self, path: str) -> str:
         return f"{self._root}/{path}".rstrip("/")
 
+    def _call(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
+        """What a file system answers; its packages raise errors of their own, and some show the whole URL."""
+        try:
+            with waiting(f"Store {self._shown}: its storage has not answered for {QUIET_S:.0f} s; still waiting"):
+                return work(*args, **options)
+        except (FileNotFoundError, FileExistsError, NotADirectoryError, NotImplementedError, ValueError):
+            raise
+        except Exception as error:
+            said = "" if self._options else said_of(self._url, error)
+            raise OSError(f"{type(error).__name__}: {said}".split("\n", 1)[0][:300]) from error
+
     def read(self, path: str, /) -> bytes:
         """A whole file."""
-        return bytes(self._fs.cat_file(self._path(path)))
+        return bytes(self._call(self._fs.cat_file, self._path(path)))
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
         """Parts of one file."""
-        parts = self._fs.cat_ranges([self._path(path)] * len(starts), list(starts), list(ends), on_error="raise") if starts else []
+        if not starts:
+            return []
+        parts = self._call(self._fs.cat_ranges, [self._path(path)] * len(starts), list(starts), list(ends), on_error="raise")
         return [np.frombuffer(part, np.uint8) for part in parts]
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
@@ -67,14 +82,14 @@ class FsspecFiles:
     def write(self, files: Mapping[str, Bytes], /) -> None:
         """New files."""
         for path, data in files.items():
-            self._fs.pipe_file(self._path(path), data.tobytes())
+            self._call(self._fs.pipe_file, self._path(path), data.tobytes())
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Whether this call made the file; safe against other writers where the file system creates exclusively (s3fs and gcsfs do)."""
         try:
-            self._fs.pipe_file(self._path(path), data, mode="create")
-        except FileExistsError:
-            return self.read(path) == data
+            self._call(self._fs.pipe_file, self._path(path), data, mode="create")
+        except OSError as error:
+            return was_put(self, path, data, error)
         return True
 
     def settle(self, folder: str, /) -> None:
@@ -83,7 +98,7 @@ class FsspecFiles:
     def names(self, folder: str, /) -> list[str]:
         """Sorted names of what is in a folder."""
         try:
-            listed = self._fs.ls(self._path(folder), detail=False, refresh=True)
+            listed = self._call(self._fs.ls, self._path(folder), detail=False, refresh=True)
         except FileNotFoundError:
             return []
         return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
@@ -91,7 +106,7 @@ class FsspecFiles:
     def age(self, folder: str, /) -> float:
         """Seconds since the newest file in a folder was written; 0 where the file system does not say."""
         try:
-            newest = max(self._fs.modified(path).timestamp() for path in self._fs.find(self._path(folder)))
+            newest = max(self._call(self._fs.modified, path).timestamp() for path in self._call(self._fs.find, self._path(folder)))
         except (NotImplementedError, ValueError):
             return 0.0
         return float(time.time() - newest)
@@ -99,5 +114,5 @@ class FsspecFiles:
     def remove(self, folders: Iterable[str], /) -> None:
         """Remove folders with all that is in them."""
         for folder in folders:
-            if self._fs.exists(self._path(folder)):
-                self._fs.rm(self._path(folder), recursive=True)
+            if self._call(self._fs.exists, self._path(folder)):
+                self._call(self._fs.rm, self._path(folder), recursive=True)

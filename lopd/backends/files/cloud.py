@@ -3,10 +3,12 @@
 `storage_options` are those of Apache object_store, which LanceDB takes too: `aws_access_key_id`, `aws_secret_access_key`, `aws_region`,
 `aws_endpoint`, `allow_http`, ...; what is not given comes from the environment.  Requests that fail are repeated with growing pauses,
 within `client_max_retries` (10) and `client_retry_timeout` (180 s); `timeout` and `connect_timeout` limit one request ("30s").
+Until the storage has answered once, requests are given up after some seconds.
 The file systems of fsspec, which has every other URL, take options of their own (`key`, `secret`, ...).
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -15,13 +17,20 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends.files.contract import Bytes, StorageOptions, T, without_user
+from lopd.backends.files.contract import Bytes, StorageOptions, T, in_doubt
 from lopd.backends.fork import ForkGuard
 from lopd.backends.retry import repeat
-from lopd.errors import StorePathError, StoreWriteError
+from lopd.errors import StorePathError
+from lopd.records.checks import without_secrets
 from lopd.records.optional import need
+from lopd.records.waiting import waiting
 
 _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")
+_RETRY_OPTIONS = ("client_max_retries", "client_retry_timeout")
+# Within them, and their sum, a first request fails; well below 20 s together.
+_FIRST_S, _FIRST_TIMEOUTS = 5.0, {"connect_timeout": "5s", "timeout": "8s"}
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist", "specified container does not exist")
+_METADATA_HOST = "169.254.169.254"
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
 _YES = ("true", "1", "on", "yes")
 _REQUESTS_AT_ONCE = 16
@@ -62,8 +71,8 @@ def _check_http(shown: str, options: StorageOptions) -> None:
     allowed = given.get("allow_http", given.get("aws_allow_http", "")).lower() in _YES
     if endpoint.startswith("http://") and not allowed:
         raise StorePathError(
-            f"Store {shown}: its endpoint is {without_user(endpoint)}, expected https; set AWS_ALLOW_HTTP=true (or the option `allow_http`) if plain "
-            "http is meant."
+            f"Store {shown}: its endpoint is {without_secrets(endpoint)}, expected https; set AWS_ALLOW_HTTP=true (or the option `allow_http`) if "
+            "plain http is meant."
         )
 
 
@@ -71,20 +80,25 @@ def _check_http(shown: str, options: StorageOptions) -> None:
 class ObstoreFiles:
     """`Files` in a bucket of S3, GCS or Azure; conditional puts make commits safe, strong consistency makes them visible at once."""
 
-    def __init__(self, url: str, options: StorageOptions) -> None:
+    def __init__(self, url: str, options: StorageOptions, *, answered: bool = False) -> None:
         """No request is made yet.
 
         Raises:
             StorePathError: it refuses the options, or the endpoint is http and nobody has allowed that.
         """
         self._url = url.rstrip("/")
-        self._shown = without_user(self._url)
+        self._shown = without_secrets(self._url)
         self._options = dict(options)
-        self._obstore, self._store = self._open()
+        self._obstore = need("obstore", f"Store {self._shown}", "zarr")
+        self._final = (self._obstore.exceptions.PermissionDeniedError, self._obstore.exceptions.UnauthenticatedError)
+        self._max_retries = int(self._options.get("client_max_retries", 10))
+        self._retry_timeout = float(self._options.get("client_retry_timeout", 180))
+        self._answered = answered
+        self._store = self._open()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """URL and options: connections do not travel to another process."""
-        return ObstoreFiles, (self._url, self._options)
+        return partial(ObstoreFiles, answered=self._answered), (self._url, self._options)
 
     @property
     def url(self) -> str:
@@ -96,35 +110,50 @@ class ObstoreFiles:
         """As they were given."""
         return self._options
 
-    def _open(self) -> tuple[Any, Any]:
-        obstore = need("obstore", f"Store {self._shown}", "zarr")
+    @property
+    def _patience(self) -> float:
+        """Seconds: before the first answer, a mistake is likelier than trouble that passes."""
+        return self._retry_timeout if self._answered else min(_FIRST_S, self._retry_timeout)
+
+    def _open(self) -> Any:
+        obstore = self._obstore
         _GUARD.check(f"Store {self._shown}")
         _check_http(self._shown, self._options)
-        options = dict(self._options)
-        self._max_retries = int(options.pop("client_max_retries", 10))
-        self._retry_timeout = float(options.pop("client_retry_timeout", 180))
-        retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._retry_timeout)}
-        self._final = (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError)
-        client = {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
+        options = {name: value for name, value in self._options.items() if name not in _RETRY_OPTIONS}
+        retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._patience)}
+        client = ({} if self._answered else _FIRST_TIMEOUTS) | {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
         client = {name: value == "true" if value in ("true", "false") else value for name, value in client.items()}
         try:
             # Which options there are is obstore's to say.
-            store = obstore.store.from_url(self._url, config=options, client_options=client or None, retry_config=retry)
+            return obstore.store.from_url(self._url, config=options, client_options=client or None, retry_config=retry)
         except (obstore.exceptions.BaseError, ValueError, TypeError) as error:
             # The message names an option, never its value.
             raise StorePathError(
                 f"Store {self._shown}: it cannot be opened ({type(error).__name__}), expected storage options of object_store; check their names."
             ) from None
-        return obstore, store
 
     def _call(self, path: str, work: Callable[[], T]) -> T:
         _GUARD.check(f"Store {self._shown}")
         try:
-            return work()
-        except (self._obstore.exceptions.NotFoundError, FileNotFoundError) as error:
-            raise FileNotFoundError(f"{self._shown}/{path} is not there") from error
-        except self._obstore.exceptions.BaseError as error:
-            raise OSError(f"{self._shown}/{path}: {_first_line(error)}") from error
+            with waiting(f"Store {self._shown}: waiting for its storage to answer, for up to {self._patience:.0f} s"):
+                done = work()
+        except (self._obstore.exceptions.BaseError, FileNotFoundError) as error:
+            if any(words in str(error) for words in _NO_BUCKET):
+                raise StorePathError(
+                    f"Store {self._shown}: there is no such bucket; create it, or check its name, the region and the endpoint."
+                ) from error
+            if isinstance(error, self._obstore.exceptions.NotFoundError | FileNotFoundError):
+                self._hear()
+                raise FileNotFoundError(f"{self._shown}/{path} is not there") from error
+            raise OSError(f"{self._shown}/{path}: {_said(error)}") from error
+        self._hear()
+        return done
+
+    def _hear(self) -> None:
+        """The storage has answered: from now on it is given time to recover."""
+        if not self._answered:
+            self._answered = True
+            self._store = self._open()
 
     def read(self, path: str, /) -> bytes:
         """A whole object."""
@@ -170,20 +199,21 @@ class ObstoreFiles:
 
         Of a put whose answer was lost nobody knows whether it was done; then the object tells, and its bytes say whose it is.
         """
+        lost: list[OSError] = []
         try:
-            return self._repeat(partial(self._put_or_compare, path, data))
+            return self._repeat(partial(self._put_or_compare, path, data, lost))
         except OSError as error:
-            if isinstance(error.__cause__, self._final):
+            if not lost:
                 raise
-            raise StoreWriteError(
-                f"{self._shown}/{path}: the storage did not say whether it is written ({error}), expected an answer; "
-                "open the store again when the storage is back, and repeat the call, which is safe."
-            ) from error
+            raise in_doubt(self, path, error) from error
 
-    def _put_or_compare(self, path: str, data: bytes) -> bool:
+    def _put_or_compare(self, path: str, data: bytes, lost: list[OSError]) -> bool:
         try:
             self._call(path, lambda: self._obstore.put(self._store, path, data, mode="create"))
         except OSError as error:
+            if isinstance(error.__cause__, self._final):
+                raise  # it was refused, so it is not done
+            lost.append(error)
             try:
                 return self.read(path) == data
             except FileNotFoundError:
@@ -192,7 +222,7 @@ class ObstoreFiles:
 
     def _repeat(self, work: Callable[[], T]) -> T:
         """Repeat what a lost connection cut off: object_store does so for what a server refuses (5xx), and for plain reads, only."""
-        return repeat(work, self._passes, seconds=self._retry_timeout, times=self._max_retries, pause=0.1, longest=15.0)
+        return repeat(work, self._passes, seconds=self._patience, times=self._max_retries, pause=0.1, longest=15.0)
 
     def _passes(self, error: Exception) -> bool:
         return isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, self._final)
@@ -224,5 +254,13 @@ class ObstoreFiles:
                 self._call(folder, lambda paths=paths: self._obstore.delete(self._store, paths))  # type: ignore[misc]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0][:300]
+def _said(error: Exception) -> str:
+    """What an error of obstore says in a few words: neither XML nor a query, which may carry a signature."""
+    text = str(error)
+    host, code, status = (re.search(p, text) for p in (r"https?://([^/\s?]+)", r"<Code>(\w+)", r"status code: (\d+ [\w ]*\w)"))
+    if host is None:
+        return text.split("\n", 1)[0][:300]
+    if host[1] == _METADATA_HOST:
+        return f"no credentials were given, and {host[1]}, which machines in the cloud have them from, does not help"
+    answer = code or status
+    return f"{host[1]} does not answer" if answer is None else f"{host[1]} answers {answer[1]}"

@@ -1,7 +1,6 @@
 """Where a store's files are: a folder on a local disk, or a prefix in a bucket.  Files are written once and never changed."""
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.errors import LopdError, StoreReadError, StoreWriteError
+from lopd.errors import LopdError, StorePathError, StoreReadError, StoreWriteError
+from lopd.records.checks import local_path
 
 StorePath = str | os.PathLike[str]
 StorageOptions = Mapping[str, Any]
@@ -79,11 +79,6 @@ class Files(Protocol):
         ...
 
 
-def without_user(url: str) -> str:
-    """The URL as messages show it: `user:password@` stays private."""
-    return re.sub(r"//[^/@]*@", "//", url)
-
-
 @contextmanager
 def reading(owner: str, what: str, hint: str = "expected the storage to answer; check it and try again") -> Iterator[None]:
     """Turn what a storage raises while a store reads into an error of ours; `what` says what the store was doing.
@@ -123,16 +118,44 @@ def names_in(files: Files) -> list[str]:
     Raises:
         StoreReadError: the storage refused to say.
     """
-    with reading(f"Store {files.url}", "looking for it", "expected to list what is there; check the path and the credentials"):
+    way = ", credentials, endpoint, proxies and certificates" if "://" in files.url else " and its permissions"
+    with reading(f"Store {files.url}", "looking for it", f"expected to list what is there; check the path{way}"):
         try:
             return files.names("")
         except NotADirectoryError:
             return [files.url]
 
 
+def was_put(files: Files, path: str, data: bytes, error: OSError) -> bool:
+    """Whether a put that failed has made the file all the same, with these bytes: an answer may be lost after the work is done.
+
+    Raises:
+        OSError: `error`, as there is no such file.
+        StoreWriteError: the storage does not say.
+    """
+    try:
+        return files.read(path) == data
+    except FileNotFoundError:
+        raise error from error.__cause__
+    except OSError:
+        raise in_doubt(files, path, error) from error
+
+
+def in_doubt(files: Files, path: str, error: OSError) -> StoreWriteError:
+    """The error for a put whose fate nobody knows: what belongs to it must stay."""
+    return StoreWriteError(
+        f"{files.url}/{path}: the storage did not say whether it is written ({error}), expected an answer; "
+        "open the store again when the storage is back, and repeat the call, which is safe."
+    )
+
+
 def local_folder(path: StorePath) -> Path | None:
-    """The local folder that a path or a `file://` URL names, None for any other URL."""
+    """The local folder that a path or a `file://` URL names, None for any other URL.
+
+    Raises:
+        StorePathError: `Path` has taken a URL's second slash.
+    """
     text = os.fspath(path)
-    if text.startswith("file://"):
-        return Path(text.removeprefix("file://"))
-    return None if "://" in text else Path(text)
+    if "://" in text and not text.startswith("file://"):
+        return None
+    return local_path("Store", text.removeprefix("file://"), StorePathError)

@@ -86,9 +86,8 @@ class LocalFiles:
         temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid4().hex}"
         try:
             _write_file(temporary, data)
-            os.link(temporary, final)
-        except FileExistsError:
-            return False
+            if not _link(temporary, final):
+                return False
         finally:
             with suppress(OSError):
                 temporary.unlink()
@@ -132,6 +131,19 @@ def _write_file(path: Path, data: Any) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _link(file: Path, name: Path) -> bool:
+    """Give a file another name; False if that is taken.  A file server may answer with an error after it has done so."""
+    try:
+        os.link(file, name)
+    except OSError as error:
+        if file.stat().st_nlink > 1:
+            return True
+        if not isinstance(error, FileExistsError):
+            raise
+        return False
+    return True
 
 
 def _make_folder(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from attrs import field, frozen
 from lopd.backends.files import Files, reading, writing
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import damaged, seal, unseal
-from lopd.errors import CorruptStoreError, StoreNotFoundError
+from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 
@@ -40,10 +40,8 @@ def _encode_root(root: Root) -> bytes:
     return seal({"manifest": root.manifest.to_json(), "logprob_dtype": root.logprob_dtype, "by": uuid4().hex})
 
 
-def _decode_root(url: str, data: bytes) -> Root | None:
+def _decode_root(_: str, data: bytes) -> Root | None:
     document = json.loads(data)
-    if "opd_teacher" in document:
-        raise StoreNotFoundError(f"Store {url}: its lopd.json is the lineage of a trained model, expected a store; check the path.")
     root = Root(Manifest.from_json(document["manifest"]), document["logprob_dtype"])
     return root if unseal(data) is not None else None
 

@@ -24,10 +24,10 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
         EngineError: there is no such model.
         ModelError: its files lack weights, which transformers would make up.
     """
-    with looking_for(folder):
-        model, read = _from_pretrained(folder, dtype or "auto")
-        keep_precision(model, folder)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with looking_for(folder) as found:
+        model, read = _from_pretrained(str(found), dtype or "auto")
+        keep_precision(model, found)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(found))
     missing = sorted(read["missing_keys"] & dict(model.named_parameters(remove_duplicate=False)).keys())
     if missing:
         raise ModelError(
@@ -39,7 +39,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     return model.to(device).eval(), tokenizer
 
 
-def _from_pretrained(folder: str | Path, dtype: torch.dtype | str) -> Any:
+def _from_pretrained(folder: str, dtype: torch.dtype | str) -> Any:
     """(model, what its files lacked)."""
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)

@@ -25,6 +25,7 @@ from lopd.records.checks import check_at_least, check_number
 
 T = TypeVar("T")
 _KEY_VARIABLE = "VLLM_API_KEY"
+_SECRETS = {"@": "one with a user or password", "?": "one with a query", "#": "one with a fragment"}
 _CHECK_S, _CONNECT_S = 30.0, 10.0
 # uvicorn closes a connection that was idle for 5 s; one that is closed while a request is on its way costs a try
 _IDLE_S = 3.0
@@ -83,12 +84,13 @@ class Servers:
         concurrency: requests at a time to each server, of one call.
         attempts: how often one request is sent before its failure ends the call; time in which no server answers does not count.
         patience_s: how long a server may be down before it is given up; when all are, the call ends.
+        first_contact_s: how long to try until one answers for the first time; give more where servers start beside the program.
         timeout_s: longest silence of a request; a response arrives in one piece, so this bounds the time it takes to sample one.
         context: positions of a sequence; by default what the servers say (`max_model_len`).
         api_key: by default VLLM_API_KEY of the environment.
 
     Raises:
-        InvalidRecordError: there is no URL, one is no http URL or carries a password, or a number makes no sense.
+        InvalidRecordError: there is no URL, one is not an http URL or carries a password or a query, or a number makes no sense.
     """
 
     urls: tuple[str, ...] = field(converter=_bases)
@@ -99,16 +101,18 @@ class Servers:
     timeout_s: float = 3600.0
     context: int | None = None
     api_key: str | None = field(factory=lambda: os.environ.get(_KEY_VARIABLE), repr=False)
+    first_contact_s: float = field(default=10.0, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
         check_at_least("Servers", "number of urls", len(self.urls), 1)
         for name in ("concurrency", "attempts"):
             check_at_least("Servers", name, getattr(self, name), 1)
-        for name in ("patience_s", "timeout_s"):
+        for name in ("patience_s", "timeout_s", "first_contact_s"):
             check_number("Servers", name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         for i, url in enumerate(self.urls):
-            if "@" in url or not _has_host(url):
-                shown = "one with a user or password" if "@" in url else repr(url)
+            secret = next((what for sign, what in _SECRETS.items() if sign in url), None)
+            if secret or not _has_host(url):
+                shown = secret or repr(url)
                 raise InvalidRecordError(f"Servers: url {i} is {shown}, expected http:// or https:// and a host; pass keys as `api_key=`.")
         if self.api_key is not None and not (
             self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip() == self.api_key
@@ -120,7 +124,7 @@ class Servers:
         """What they serve.  All that are up are asked, once.
 
         Raises:
-            EngineError: one serves something else than the others, or none is up within `patience_s`.
+            EngineError: one serves something else than the others, or none is up within `first_contact_s`.
         """
         with self._pool(None, None) as pool:
             served: Served = pool.identify()
@@ -139,8 +143,9 @@ class Servers:
 
     @contextmanager
     def _pool(self, served: Served | None, probe: Probe | None) -> Iterator[Pool]:
-        endpoints = [_Endpoint(url, self, probe) for url in self.urls]
-        pool = Pool("Servers", endpoints, self.attempts, slots=self.concurrency, patience_s=self.patience_s, expected=served)
+        patience_s = self.patience_s if served else min(self.first_contact_s, self.patience_s)
+        endpoints = [_Endpoint(url, self, probe, patience_s, first=served is None) for url in self.urls]
+        pool = Pool("Servers", endpoints, self.attempts, slots=self.concurrency, patience_s=patience_s, expected=served)
         try:
             yield pool
         finally:
@@ -155,13 +160,17 @@ class _Endpoint:
         url: of the server.
         servers: of which it is one.
         probe: that it must pass.
+        patience_s: for which it is tried.
+        first: whether it was never heard of before.
 
     Raises:
         EngineError: the environment names a proxy or certificates that cannot be used.
     """
 
-    def __init__(self, url: str, servers: Servers, probe: Probe | None) -> None:
+    def __init__(self, url: str, servers: Servers, probe: Probe | None, patience_s: float, *, first: bool) -> None:
         self._url, self._servers, self._probe, self._stopped = url, servers, probe, False
+        self._patience_s, self._first = patience_s, first
+        self._check_s = min(_CHECK_S, patience_s) if first else _CHECK_S
         self.name = f"Server {url}"
         self._sockets: WeakSet[socket.socket] = WeakSet()
         try:
@@ -184,10 +193,13 @@ class _Endpoint:
             if self._probe:
                 self._probe.judge(self.name, *(self._complete(self.name, body) for body in self._probe.bodies))
         except Trouble as trouble:
-            error = EngineError(
-                f"{self.name}: {trouble}, expected an answer within {self._servers.patience_s:.0f} s; look at its log, start it again, and run this "
-                "again: what is committed stays."
+            remedy = (
+                "check the URL, whether it is started, and HTTP_PROXY, HTTPS_PROXY and ALL_PROXY of the environment, or wait for longer "
+                "(`first_contact_s`)."
+                if self._first
+                else "look at its log, start it again, and run this again: what is committed stays."
             )
+            error = EngineError(f"{self.name}: {trouble}, expected an answer within {self._patience_s:.0f} s; {remedy}")
             raise Down(str(trouble), error, trouble.pause) from None
         return served
 
@@ -252,7 +264,7 @@ class _Endpoint:
     def _get(self, path: str, missing: Any) -> Any:
         """The answer, or `missing` where there is no such path."""
         url = self._url + path
-        response = self._send("GET", url, timeout=_CHECK_S)
+        response = self._send("GET", url, timeout=self._check_s)
         if response.status_code == 404 or (response.is_success and not response.content):
             return missing
         return accepted(self.name, url, response)

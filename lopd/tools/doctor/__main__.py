@@ -17,7 +17,7 @@ from lopd.guards.consistency import verdict
 from lopd.protocols import DurableStore
 from lopd.records.manifest import Lineage
 from lopd.records.optional import need
-from lopd.tools.command_line import FINE, PROBLEMS, add_storage_option, opened, print_json, run, show
+from lopd.tools.command_line import FINE, PROBLEMS, add_storage_option, opened, print_json, printable, run, show
 from lopd.tools.doctor.checking import check_store
 from lopd.tools.doctor.comparing import compare_columns
 from lopd.tools.doctor.contents import inspect_store
@@ -52,7 +52,12 @@ def _parser() -> ArgumentParser:
     tokens = _command(commands, "report", "rollouts token by token, as a page for a browser", _report)
     tokens.add_argument("--rows", type=int, nargs="+", default=[0], metavar="ROW", help="rollouts to show (0)")
     whole = _command(commands, "run", "a whole run as a page: training, cost, advantages, a few rollouts, who made what", _run_report)
-    whole.add_argument("--history", type=Path, metavar="FILE", help="JSON of the training: its steps, or an object with them as history")
+    whole.add_argument(
+        "--history",
+        type=Path,
+        metavar="FILE",
+        help="of the training: JSON of its steps, an object with them as history, or JSON lines of a logger",
+    )
     whole.add_argument("--student", type=Path, metavar="FOLDER", help="of the student that came out, for its lineage")
     whole.add_argument("--title", default="Run report", help="of the page")
     for page, out in ((tokens, "tokens.html"), (whole, "run.html")):
@@ -93,7 +98,7 @@ def _verify(options: Namespace) -> int:
     store, problems = opened(options.url, options), 0
     for problem in check_store(store, progress=RichProgress()):
         problems += 1
-        print(problem, flush=True)
+        print(printable(problem), flush=True)
     print(f"{store!r}: {problems:,} problems in {len(store):,} rollouts.")
     return PROBLEMS if problems else FINE
 
@@ -169,8 +174,8 @@ def _decode(folder: str | None) -> Any:
 
     from lopd.engines.identity import looking_for
 
-    with looking_for(folder):
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    with looking_for(folder) as path:
+        tokenizer = AutoTokenizer.from_pretrained(path)
     return lambda token: str(tokenizer.decode([token]))
 
 

@@ -25,7 +25,7 @@ def show_info(store: LogprobReader, info: StoreInfo) -> Iterator[Table | str]:
     shown = info.history[-_COMMITS_SHOWN:]
     yield (
         f"History: the last {len(shown)} of {len(info.history)} commits",
-        ("commit", "kind", "column", "rows", "tokens", "when (UTC)", "rounding (nats)"),
+        ("commit", "kind", "column", "rows", "tokens (scores: of responses)", "when (UTC)", "rounding (nats)"),
         [
             (str(c.number), c.kind, c.column or "", c.rows, c.tokens, time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(c.when)), c.rounding)
             for c in shown

@@ -1,6 +1,5 @@
 """A store as one parquet file, and back, on a local disk or wherever fsspec reaches."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,6 +15,7 @@ from lopd.errors import (
     StoreWriteError,
 )
 from lopd.protocols import LogprobReader, LogprobStore
+from lopd.records.checks import path_or_url, said_of, without_secrets
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
 from lopd.tools.interop.arrow_table import Description, store_tables, tables
@@ -46,7 +46,9 @@ def export_parquet(
     """
     pq, files, name = need("pyarrow.parquet", "Parquet"), *_filesystem(path, storage_options)
     if files.exists(name):
-        raise StoreExistsError(f"Parquet file {name}: it is there already, expected nothing; remove it, or choose another name.")
+        raise StoreExistsError(
+            f"Parquet file {without_secrets(name)}: it is there already, expected nothing; remove it, or choose another name."
+        )
     description = Description.of(reader)
     schema = description.schema().with_metadata({_KEY: description.to_json().encode()})
     try:
@@ -59,7 +61,8 @@ def export_parquet(
             files.rm(name)
         if isinstance(error, OSError) and not isinstance(error, StoreReadError):
             raise StoreWriteError(
-                f"Parquet file {name}: the write failed with {error}, expected it to succeed; free space or fix permissions, and repeat it."
+                f"Parquet file {without_secrets(name)}: the write failed with {said_of(name, error)}, expected it to succeed; "
+                "free space or fix permissions, and repeat it."
             ) from error
         raise
 
@@ -110,14 +113,14 @@ def open_parquet(path: StorePath, storage_options: StorageOptions | None) -> Ite
     """An open parquet file, and how messages name it."""
     pa, pq = need("pyarrow", "Parquet"), need("pyarrow.parquet", "Parquet")
     files, name = _filesystem(path, storage_options)
-    owner = f"Parquet file {name}"
+    owner = f"Parquet file {without_secrets(name)}"
     try:
         raw = files.open(name, "rb")
     except FileNotFoundError as error:
         raise StoreNotFoundError(f"{owner}: there is nothing, expected a parquet file; check the path.") from error
     except OSError as error:
         raise StoreReadError(
-            f"{owner}: opening it failed with {error}, expected a parquet file; check the path and permissions."
+            f"{owner}: opening it failed with {said_of(name, error)}, expected a parquet file; check the path and permissions."
         ) from error
     with raw:
         try:
@@ -150,7 +153,7 @@ def _damaged(owner: str, error: Exception) -> CorruptStoreError:
 
 
 def _filesystem(path: StorePath, storage_options: StorageOptions | None) -> tuple[Any, str]:
-    core, text = need("fsspec.core", "Parquet"), os.fspath(path)
+    core, text = need("fsspec.core", "Parquet"), path_or_url("Parquet", path, StorePathError)
     name: str
     try:
         files, name = core.url_to_fs(text, **(storage_options or {}))

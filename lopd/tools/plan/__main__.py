@@ -144,7 +144,12 @@ def _rows(bills: _Bills, price: float | None) -> Iterator[tuple[str, ...]]:
         return (name, tokens, hours, _hours(wall), *((f"{gpu_hours * price:,.0f}",) if price else ()))
 
     for phase in bills[0].phases:
-        yield row(phase.name, f"{phase.tokens:.3g}", phase.gpu_hours, phase.wall_hours)
+        yield row(
+            phase.name + (" (tokens of responses)" if phase.name == "rollouts" else ""),
+            f"{phase.tokens:.3g}",
+            phase.gpu_hours,
+            phase.wall_hours,
+        )
     for name, bill in zip(("Lightning OPD", "online OPD, at least", "online OPD, in lockstep"), bills, strict=True):
         yield row(name, "", bill.gpu_hours, bill.wall_hours)
 

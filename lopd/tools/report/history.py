@@ -8,8 +8,8 @@ from typing import Any
 
 from attrs import field, frozen
 
-from lopd.errors import InvalidRecordError
-from lopd.records.checks import check_at_least, check_number
+from lopd.errors import InvalidRecordError, LopdError
+from lopd.records.checks import check_at_least, check_number, local_path
 from lopd.records.steps import StepMetrics
 
 
@@ -53,9 +53,10 @@ class RunHistory:
 
     @classmethod
     def read(cls, path: str | Path) -> "RunHistory":
-        """What a JSON file holds: a list of steps, or an object with such a list as `history`.
+        """What a JSON file holds: a list of steps, an object with such a list as `history`, or JSON lines with a step each.
 
-        A step is `attrs.asdict` of its `StepMetrics`.  The object may have `phases`, a list of objects with `name`, `wall_s` (or `seconds`),
+        A step is `attrs.asdict` of its `StepMetrics`, or its number as `step` with its `numbers()`, as a logger writes it.
+        The object may have `phases`, a list of objects with `name`, `wall_s` (or `seconds`),
         perhaps `tokens`, and what else the quickstart writes of one; and `versions`, an object of strings.
 
         Raises:
@@ -63,9 +64,13 @@ class RunHistory:
         """
         owner = f"History {path}"
         try:
-            data: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            data: Any = _read_json(local_path(owner, path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InvalidRecordError(f"{owner}: it cannot be read ({error!r}), expected a JSON file; pass that of the training.") from error
+            if isinstance(error, LopdError):
+                raise
+            raise InvalidRecordError(
+                f"{owner}: it cannot be read ({error!r}), expected a JSON file, or JSON lines; pass that of the training."
+            ) from error
         data = {"history": data} if isinstance(data, list) else data
         if not isinstance(data, dict) or not isinstance(data.get("history"), list):
             raise InvalidRecordError(
@@ -79,6 +84,24 @@ class RunHistory:
                 f"{owner}: its phases or versions cannot be read ({error!r}), expected name, wall_s and tokens of each; correct or remove them."
             ) from error
         return cls(read_steps(data["history"]), phases, versions)
+
+
+def _read_json(text: str) -> Any:
+    """One document, or a list of one for each line; raises ValueError."""
+    try:
+        data = json.loads(text)
+    except ValueError:
+        data = [_line(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        if not data:
+            raise
+    return [data] if isinstance(data, dict) and "step" in data else data
+
+
+def _line(number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
 
 
 def read_steps(history: Iterable[StepMetrics | Mapping[str, Any]]) -> tuple[StepMetrics, ...]:

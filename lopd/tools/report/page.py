@@ -7,11 +7,24 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from lopd.errors import StoreWriteError
+from lopd.records.checks import local_path
+
 ENVIRONMENT = Environment(loader=PackageLoader("lopd.tools.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 #: A line may break before a space, which is shown as a dot.
 ENVIRONMENT.globals["breaks"] = lambda text: Markup("<wbr>") if text.startswith("·") else ""
 
 
 def write_page(path: str | Path, template: str, parts: Mapping[str, Any]) -> None:
-    """Fill a template with these parts, and write it."""
-    Path(path).write_text(ENVIRONMENT.get_template(template).render(parts), encoding="utf-8")
+    """Fill a template with these parts, and write it.
+
+    Raises:
+        StoreWriteError: the operating system refuses.
+    """
+    page = ENVIRONMENT.get_template(template).render(parts)
+    try:
+        local_path("Report", path).write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise StoreWriteError(
+            f"Report {path}: it cannot be written ({error}); check the folder, its permissions and the free space."
+        ) from error

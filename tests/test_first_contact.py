@@ -1,0 +1,181 @@
+"""A first contact that fails is said soon, in one sentence that says what to do; a long wait says what it waits for."""
+
+import copy
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from s3_server import S3Server
+from served_table import MODEL, TOKENIZER
+
+from lopd.backends import retry
+from lopd.backends.files import cloud
+from lopd.backends.lance import LanceStore
+from lopd.backends.opening import open_store
+from lopd.backends.zarr import ZarrStore
+from lopd.engines import pool
+from lopd.engines.server import Servers, ServerScorer
+from lopd.errors import EngineError, InvalidRecordError, LopdError, StorePathError, StoreReadError
+from lopd.records import waiting
+from lopd.testing import tiny_manifest, tiny_rollout
+
+#: Of a URL, by whichever way a store is first looked for.
+LOOKS: dict[str, Callable[[str, Any], Any]] = {
+    "open": open_store,
+    "Zarr": lambda url, options: ZarrStore.create(url, tiny_manifest(), storage_options=options),
+    "Lance": lambda url, options: LanceStore.open_or_create(url, tiny_manifest(), storage_options=options),
+}
+
+
+@pytest.fixture
+def closed() -> Iterator[str]:
+    """A port that nobody listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """A port that is listened on, and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+# Buckets
+
+
+@pytest.mark.s3
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_missing_bucket_is_named_at_once(s3: S3Server, look: str) -> None:
+    with pytest.raises(StorePathError, match="Store s3://nobodys/run: there is no such bucket; create it, or check its name") as caught:
+        LOOKS[look]("s3://nobodys/run", s3.storage_options)
+    assert "xml" not in str(caught.value)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["closed", "silent"])
+def test_an_endpoint_that_does_not_answer_is_said_soon(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cloud._FIRST_S <= 10
+    monkeypatch.setattr(cloud, "_FIRST_S", 0.3)
+    monkeypatch.setattr(cloud, "_FIRST_TIMEOUTS", {"timeout": "1s"})
+    host = request.getfixturevalue(kind)
+    options = {"aws_endpoint": f"http://{host}", "allow_http": "true", "aws_access_key_id": "a", "aws_secret_access_key": "SECRET"}
+    for look in LOOKS.values():
+        with pytest.raises(StoreReadError, match=rf"{host} does not answer, .*check the path, credentials, endpoint, proxies") as caught:
+            look("s3://lopd/run", options)
+        assert "SECRET" not in str(caught.value)
+
+
+@pytest.mark.s3
+@pytest.mark.timeout(20)
+def test_a_proxy_or_certificates_of_the_environment_that_do_not_work_are_said_soon(
+    s3: S3Server, closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cloud, "_FIRST_S", 0.3)
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("HTTP_PROXY", f"http://{closed}")
+    with pytest.raises(StoreReadError, match=r"does not answer, .*proxies"):
+        open_store(s3.url("run"), s3.storage_options)
+    with pytest.raises(StoreReadError, match=r"does not answer, .*certificates"):
+        open_store(s3.url("run"), s3.storage_options | {"aws_endpoint": s3.endpoint.replace("http", "https")})
+
+
+@pytest.mark.s3
+def test_a_storage_that_has_answered_is_given_time(s3: S3Server) -> None:
+    files = ZarrStore.create(s3.new_url(), tiny_manifest(), storage_options=s3.storage_options)._files
+    assert files._patience == 180
+    assert copy.copy(files)._patience == 180
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (
+            "Error GET http://h:1/b?sig=SECRET - status code: 403 Forbidden: <?xml?><Code>InvalidAccessKeyId</Code>",
+            "h:1 answers InvalidAccessKeyId",
+        ),
+        ("Error GET http://h:1/b?sig=SECRET - status code: 503 Slow Down: <html>", "h:1 answers 503 Slow Down"),
+        ("Error PUT http://169.254.169.254/latest/api/token in 5ms - HTTP error", "no credentials were given"),
+        ("unsigned payload\nDebug source", "unsigned payload"),
+    ],
+)
+def test_what_a_bucket_says_is_said_without_xml_and_secrets(said: str, words: str) -> None:
+    shown = cloud._said(ValueError(said))
+    assert shown.startswith(words)
+    assert not any(word in shown for word in ("SECRET", "xml", "html", "Debug"))
+
+
+def test_repetitions_that_take_long_say_why_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(retry, "QUIET_S", 0.0)
+    with pytest.raises(OSError, match="busy"):
+        retry.repeat(busy, lambda _: True, seconds=60, times=3, pause=0.001, longest=0.001)
+    assert caplog.text.count("Storage: trying again, for up to 60 s: busy") == 1
+
+
+def busy() -> None:
+    raise OSError("busy")
+
+
+# Servers
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(("kind", "error"), [("closed", "ConnectError"), ("silent", "ReadTimeout")])
+def test_a_server_that_never_answered_is_said_soon_and_what_to_check(kind: str, error: str, request: pytest.FixtureRequest) -> None:
+    url = f"http://{request.getfixturevalue(kind)}"
+    assert Servers(url, "m").first_contact_s <= 15 < Servers(url, "m").patience_s
+    scorer = ServerScorer(Servers(url, "m", first_contact_s=0.3), TOKENIZER, MODEL)
+    for ask in (lambda: scorer.provenance, lambda: scorer.score([tiny_rollout("a")])):
+        with pytest.raises(
+            EngineError, match=f"Server {url}: .* fails with {error}, .*check the URL, whether it is started, and HTTP_PROXY"
+        ):
+            ask()
+
+
+@pytest.mark.parametrize(("name", "value"), [("HTTP_PROXY", "foo://x"), ("SSL_CERT_FILE", "/nowhere")])
+def test_a_proxy_or_certificates_that_cannot_be_used_are_one_sentence(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lopd.engines.server import servers
+
+    servers._certificates.cache_clear()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(EngineError, match=r"no client can be made for it .*look at HTTP_PROXY, .*SSL_CERT_FILE"):
+        _ = Servers("http://localhost:1", "m").served
+
+
+@pytest.mark.parametrize("url", ["http://h/v1?token=SECRET", "http://h/#SECRET", "http://SECRET@h"])
+def test_a_secret_in_the_url_of_a_server_is_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(InvalidRecordError, match=r"Servers: url 0 is one with a .*api_key") as caught:
+        Servers(url, "m")
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_long_wait_for_a_server_says_what_it_waits_for(
+    closed: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pool, "QUIET_S", 0.2)
+    with pytest.raises(EngineError):
+        _ = Servers(f"http://{closed}", "m", first_contact_s=0.8).served
+    assert f"Servers: waiting for 1 to start; Server http://{closed}: http://{closed}/health fails with ConnectError" in caplog.text
+
+
+def test_a_long_wait_for_a_storage_says_so_once_and_a_short_one_does_not(
+    silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(waiting, "QUIET_S", 0.2)
+    monkeypatch.setattr(cloud, "_FIRST_TIMEOUTS", {"timeout": "1s"})
+    monkeypatch.setattr(cloud, "_FIRST_S", 0.1)
+    ZarrStore.create(tmp_path / "run", tiny_manifest())
+    with pytest.raises(LopdError):
+        open_store(
+            "s3://lopd/run",
+            {"aws_endpoint": f"http://{silent}", "allow_http": "true", "aws_access_key_id": "a", "aws_secret_access_key": "b"},
+        )
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert said == ["Store s3://lopd/run: waiting for its storage to answer, for up to 0 s"]

@@ -1,0 +1,358 @@
+"""Small mistakes, each of which is one sentence that says what is wrong."""
+
+import json
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from attrs import asdict, evolve
+from fsspec.implementations.memory import MemoryFileSystem
+from test_drift import metrics_of
+
+from lopd import MemoryStore, load_checkpoint, score_rollouts
+from lopd.backends.files import open_files
+from lopd.backends.lance import LanceStore
+from lopd.backends.opening import open_store
+from lopd.backends.zarr import ZarrStore
+from lopd.engines.hf import HFScorer, HFSource, load_model
+from lopd.engines.identity import find_model, folder_model_id, local_folder
+from lopd.errors import (
+    CheckpointError,
+    EngineError,
+    InvalidRecordError,
+    LopdError,
+    PromptError,
+    StoreExistsError,
+    StoreNotFoundError,
+    StorePathError,
+    StoreWriteError,
+    TokenizerMismatchError,
+)
+from lopd.records import Lineage, SamplingParams, read_prompts
+from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.tools.command_line import show
+from lopd.tools.doctor.__main__ import main
+from lopd.tools.interop import export_parquet, import_parquet
+from lopd.tools.report import RunHistory, write_run_report
+from lopd.verbs import asking
+
+STORES: dict[str, Callable[[Any], Any]] = {
+    "memory": lambda _: MemoryStore(tiny_manifest()),
+    "Zarr": lambda path: ZarrStore.create(path, tiny_manifest()),
+    "Lance": lambda path: LanceStore.create(path, tiny_manifest()),
+}
+
+
+# What a store is
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_an_empty_store_is_true_and_print_says_what_is_in_it(kind: str, tmp_path: Path) -> None:
+    store = STORES[kind](tmp_path / "run")
+    assert store
+    assert str(store) == f"{store!r}: 0 rollouts, score columns: none"
+    store.append([tiny_rollout("a"), tiny_rollout("b")])
+    store.append_scores("teacher", tiny_provenance(), [tiny_scores(tiny_rollout("a"))])
+    assert str(store) == f"{store!r}: 2 rollouts, score columns: teacher (1 scored)"
+
+
+# What a folder is
+
+
+def model_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    Lineage().write(path)
+
+
+def lineage_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "lopd.json").write_text('{"sft_teacher": null}')
+
+
+def checkpoints(path: Path) -> None:
+    (path / "step-00000001.0").mkdir(parents=True)
+
+
+OTHERS = {"a model": model_folder, "the lineage of a trained model": lineage_folder, "a folder of checkpoints": checkpoints}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_a_folder_that_is_something_else_is_no_damaged_store(what: str, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    OTHERS[what](folder)
+    for open_it in (open_store, ZarrStore.open, LanceStore.open):
+        with pytest.raises(StoreNotFoundError, match=f"the folder holds {what}, expected a store"):
+            open_it(folder)
+    for kind in (ZarrStore, LanceStore):
+        for make in (kind.create, kind.open_or_create):
+            with pytest.raises((StoreExistsError, StoreNotFoundError), match=what):
+                make(folder, tiny_manifest())
+
+
+@pytest.mark.parametrize("kind", ["Zarr", "Lance"])
+def test_a_store_is_no_damaged_model(kind: str, tmp_path: Path) -> None:
+    STORES[kind](tmp_path / "run")
+    with pytest.raises(InvalidRecordError, match=r"Lineage .*run: the folder is a store, expected a model's"):
+        Lineage.read(tmp_path / "run")
+    for read in (load_model, folder_model_id, lambda path: HFSource.from_folder(path, SamplingParams())):
+        with pytest.raises(EngineError, match="the folder is a store, expected a model's"):
+            read(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "name", ["./runs/studnt", "/nowhere/student", "~/.nowhere/student", "runs/of/mine", "there/studnt", Path("studnt")]
+)
+def test_a_model_folder_that_is_not_there_is_said_without_asking_the_hub(
+    name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    for read in (load_model, folder_model_id, local_folder, HFScorer.from_folder):
+        with pytest.raises(EngineError, match=r"there is no such folder, seen from .*; check the path") as caught:
+            read(name)
+        assert str(name) in str(caught.value)
+
+
+def test_a_name_in_the_hub_is_not_taken_for_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert [str(find_model(name)) for name in ("gpt2", "Qwen/Qwen3-0.6B")] == ["gpt2", "Qwen/Qwen3-0.6B"]
+
+
+# Paths
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, which is home too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path
+
+
+PLACES: dict[str, tuple[Callable[[Any], Any], type[LopdError]]] = {
+    "a store": (lambda path: ZarrStore.create(path, tiny_manifest()), StorePathError),
+    "a Lance store": (lambda path: LanceStore.create(path, tiny_manifest()), StorePathError),
+    "any store": (open_store, StorePathError),
+    "a checkpoint": (lambda path: load_checkpoint(path, types.SimpleNamespace()), CheckpointError),
+    "prompts": (lambda path: read_prompts(path, None), PromptError),
+    "a report": (lambda path: write_run_report(path, MemoryStore(tiny_manifest())), InvalidRecordError),
+    "a history": (RunHistory.read, InvalidRecordError),
+    "a table": (lambda path: export_parquet(MemoryStore(tiny_manifest()), path), StorePathError),
+    "a lineage": (lambda path: Lineage().write(path), InvalidRecordError),
+    "a model": (load_model, EngineError),
+}
+
+
+@pytest.mark.parametrize("what", PLACES)
+def test_a_url_that_went_through_path_is_refused_by_name_and_nothing_is_made(what: str, here: Path) -> None:
+    call, refusal = PLACES[what]
+    with pytest.raises(refusal, match=r"the path is a URL without its second slash \('s3:/...'\), .*pass URLs as strings"):
+        call(Path("s3://bucket/SECRET"))
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["a checkpoint", "a report", "a lineage", "a model"])
+def test_a_url_where_only_a_folder_can_be_is_refused_and_nothing_is_made(what: str, here: Path) -> None:
+    call, refusal = PLACES[what]
+    with pytest.raises(refusal, match=r"the path is a URL \('s3://...'\), expected one of this machine"):
+        call("s3://bucket/x")
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", [str, Path])
+def test_a_tilde_is_home(form: Any, here: Path) -> None:
+    for store in (ZarrStore, LanceStore):
+        store.create(form(f"~/{store.__name__}"), tiny_manifest())
+        open_store(form(f"~/{store.__name__}"))
+    (here / "home/model").mkdir()
+    Lineage().write(form("~/model"))
+    assert Lineage.read(form("~/model")) == Lineage()
+    export_parquet(MemoryStore(tiny_manifest()), form("~/run.parquet"))
+    write_run_report(form("~/run.html"), MemoryStore(tiny_manifest()))
+    assert sorted(path.name for path in (here / "home").iterdir()) == ["LanceStore", "ZarrStore", "model", "run.html", "run.parquet"]
+    with pytest.raises(StorePathError, match="expected a user of this machine behind '~'"):
+        ZarrStore.create(form("~nobody-at-all/run"), tiny_manifest())
+    assert [path.name for path in here.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("memory://user:SECRET@run/x", "memory://run/x"),
+        ("memory://user:SEC/RET@run/x", "memory://run/x"),
+        ("memory://SECRET@run/x", "memory://run/x"),
+        ("memory://run/x?sig=SECRET", "memory://run/x"),
+        ("memory://run/x?token=SECRET#a", "memory://run/x"),
+        ("memory://run/x@2", "memory://run/x@2"),
+    ],
+)
+def test_messages_show_a_url_without_its_secrets(url: str, shown: str) -> None:
+    assert open_files(url).url == shown
+    with pytest.raises(StoreNotFoundError) as caught:
+        open_store(url)
+    assert "SEC" not in str(caught.value)
+
+
+def test_a_prompt_file_or_table_is_named_without_its_secrets() -> None:
+    for call in (lambda url: read_prompts(url, None), lambda url: import_parquet(url, MemoryStore(tiny_manifest()))):
+        for url in ("memory://a/x.jsonl?token=SECRET", "http://user:SECRET@127.0.0.1:1/x.parquet"):
+            with pytest.raises(LopdError) as caught:
+                call(url)
+            assert "SECRET" not in str(caught.value)
+
+
+# Puts whose answer is an error
+
+
+class Forgetful(MemoryFileSystem):
+    """Does what it is asked, and answers with an error where `lose` is part of the path."""
+
+    protocol = "forgetful"
+    cachable = False
+    lose = "commits"
+    does = True
+
+    def pipe_file(self, path: str, value: Any, mode: str = "overwrite", **options: Any) -> None:
+        if self.does or self.lose not in path:
+            super().pipe_file(path, value, mode=mode, **options)
+        if self.lose in path:
+            raise ConnectionResetError("the answer was lost")
+
+
+@pytest.fixture
+def forgetful(tmp_path: Path) -> str:
+    fsspec.register_implementation("forgetful", Forgetful, clobber=True)
+    return f"forgetful://{tmp_path.name}/run"
+
+
+def test_a_commit_that_was_put_but_answered_with_an_error_keeps_its_rows(forgetful: str) -> None:
+    store = ZarrStore.create(forgetful, tiny_manifest())
+    store.append([tiny_rollout("a")])
+    again = ZarrStore.open(forgetful)
+    assert len(store) == len(again) == 1
+    assert_holds(again, [tiny_rollout("a")])
+    assert list(again.verify()) == []
+
+
+def test_a_commit_that_was_not_put_leaves_nothing_and_may_be_repeated(forgetful: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ZarrStore.create(forgetful, tiny_manifest())
+    monkeypatch.setattr(Forgetful, "does", False)
+    with pytest.raises(LopdError, match="nothing of this call was committed"):
+        store.append([tiny_rollout("a")])
+    monkeypatch.undo()
+    assert [name for name in store._files.names("segments") if name != "zarr.json"] == []
+    store.append([tiny_rollout("a")])
+    assert list(ZarrStore.open(forgetful).verify()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(5, "I/O"), FileExistsError("there already")])
+def test_a_link_that_was_made_but_answered_with_an_error_is_a_commit(
+    error: OSError, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, link = ZarrStore.create(tmp_path / "run", tiny_manifest()), os.link
+
+    def link_and_fail(source: Any, target: Any) -> None:
+        link(source, target)
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "link", link_and_fail)
+        store.append([tiny_rollout("a")])
+    assert len(ZarrStore.open(tmp_path / "run")) == 1
+    assert list(store.verify()) == []
+
+
+# Scoring
+
+
+def test_an_empty_store_is_not_scored_with_success(tokenizer: Any, llama: Any) -> None:
+    scorer = HFScorer(llama, tokenizer)
+    store = MemoryStore(evolve(tiny_manifest(), tokenizer=scorer.tokenizer_id))
+    with pytest.raises(InvalidRecordError, match="it has 0 rollouts, expected at least 1; run `collect_rollouts` first"):
+        score_rollouts(store, scorer)
+
+
+def test_a_teacher_with_two_more_tokens_is_told_how_many_and_what_to_do(tokenizer: Any, llama: Any) -> None:
+    scorer = HFScorer(llama, tokenizer)
+    size = scorer.tokenizer_id.vocab_size
+    smaller = evolve(scorer.tokenizer_id, vocab_hash="other", vocab_size=size - 2)
+    store = MemoryStore(evolve(tiny_manifest(), tokenizer=smaller))
+    with pytest.raises(
+        TokenizerMismatchError,
+        match=rf"\({size} ids\), expected the store's other \({size - 2} ids\); .*from {size - 2} on .*smaller tokenizer",
+    ):
+        score_rollouts(store, scorer)
+
+
+# Progress
+
+
+def test_a_long_call_without_a_progress_keeps_a_line_of_a_terminal_and_no_other(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(asking, "QUIET_S", 0.0)
+    for terminal, shown in ((True, "\rsampling: 3 of 8 rollouts, 0 s\n"), (False, "")):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with asking.shown(None, "sampling", 8, 2, None) as advance:
+            advance(1, 10, 0)
+            advance(1, 10, 0)
+        assert capsys.readouterr().err == shown
+
+
+# Tools
+
+
+def test_the_doctor_reads_the_json_lines_of_a_logger(tmp_path: Path) -> None:
+    steps = [evolve(metrics_of(1.0), step=3), evolve(metrics_of(2.0), step=4, drift=None)]
+    lines = [json.dumps({"step": m.step, **m.numbers()}) for m in steps]
+    for count in (1, 2):
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:count]) + "\n")
+        assert RunHistory.read(tmp_path / "metrics.jsonl").steps == tuple(steps[:count])
+    ZarrStore.create(tmp_path / "run", tiny_manifest())
+    arguments = ["run", str(tmp_path / "run"), "--history", str(tmp_path / "metrics.jsonl"), "--out", str(tmp_path / "run.html")]
+    assert main(arguments) == 0
+    assert "2 steps" in (tmp_path / "run.html").read_text()
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, lines[0][:20]]))
+    with pytest.raises(InvalidRecordError, match="line 3"):
+        RunHistory.read(tmp_path / "metrics.jsonl")
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(InvalidRecordError, match="cannot be read"):
+        RunHistory.read(tmp_path / "metrics.jsonl")
+    (tmp_path / "history.json").write_text(json.dumps([asdict(m) for m in steps]))
+    assert RunHistory.read(tmp_path / "history.json").steps == tuple(steps)
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StoreWriteError, match=r"Report .*run.html: it cannot be written .*; check the folder"):
+        write_run_report(tmp_path / "nowhere/run.html", MemoryStore(tiny_manifest()))
+
+
+def test_escape_sequences_of_a_store_do_not_reach_the_terminal(tmp_path: Path, capsys: Any) -> None:
+    red = "\x1b[31mred\x1b]0;title\x07"
+    store = ZarrStore.create(tmp_path / "run", tiny_manifest())
+    store.append([tiny_rollout(red), tiny_rollout("b")])
+    store.append_scores("teacher", evolve(tiny_provenance(), engine=red), [tiny_scores(tiny_rollout("b"))])
+    store.quarantine("teacher", evolve(tiny_provenance(), engine=red), {red: f"refused {red}"})
+    for command in (["info"], ["verify"], ["diff", "--columns", "teacher", red]):
+        main([command[0], str(tmp_path / "run"), *command[1:]])
+    show(("\x1b[31m", ["\x1b[32m"], [["\x1b[33m"]]), "\x1b[34m\u202e\ud800")
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert "\\x1b[31mred" in said.out
+
+
+def test_every_report_counts_prompts_and_responses(tokenizer: Any, llama: Any, prompts: Any) -> None:
+    from lopd import collect_rollouts
+
+    source = HFSource(llama, tokenizer, SamplingParams(max_new_tokens=4))
+    store = MemoryStore(source.manifest)
+    collected, scored = collect_rollouts(source, prompts, store), score_rollouts(store, HFScorer(llama, tokenizer))
+    lengths = store.lengths()
+    assert collected.tokens == scored.tokens == lengths.sum()
+    assert collected.response_tokens == scored.response_tokens == lengths[:, 1].sum()
+    assert np.all(lengths > 0)
