@@ -1,8 +1,12 @@
-"""Numbers that make no sense, refused where they are passed.  One function, so that all of them are refused with the same sentence."""
+"""Arguments that make no sense, refused where they are passed.  One place, so that all of them are refused with the same sentences."""
 
-from numbers import Integral
+from inspect import signature
+from numbers import Integral, Real
+from typing import Any
 
-from lopd.errors import InvalidRecordError
+from attrs import fields
+
+from lopd.errors import ArgumentError, InvalidRecordError
 
 
 def check_number(owner: str, name: str, value: object, fits: bool, expected: str) -> None:
@@ -17,11 +21,101 @@ def check_number(owner: str, name: str, value: object, fits: bool, expected: str
         raise InvalidRecordError(f"{owner}: {name} is {value!r}, expected {expected}; pass such a number.")
 
 
-def check_at_least(owner: str, name: str, value: int, least: int) -> None:
-    """Refuse a count below the least that makes sense, or that is no whole number.
+def check_at_least(owner: str, name: str, value: Any, least: int) -> int:
+    """Refuse a count below the least that makes sense, or that is not a whole number; return it as Python's own.
 
     Raises:
         InvalidRecordError: it is.
     """
-    whole = isinstance(value, Integral)
-    check_number(owner, name, value, whole and value >= least, f"at least {least}" if whole else "a whole number")
+    whole = to_whole(owner, name, value)
+    check_number(owner, name, whole, whole >= least, f"at least {least}")
+    return whole
+
+
+def to_whole(owner: str, name: str, value: Any) -> int:
+    """Return a whole number as Python's own, also from numpy or a tensor of one value.
+
+    >>> import numpy as np
+    >>> to_whole("Sampling", "max_new_tokens", np.int64(4))
+    4
+
+    Raises:
+        InvalidRecordError: it is not one; True and False are not.
+    """
+    own = _scalar(value)
+    check_number(owner, name, value, isinstance(own, Integral) and not isinstance(own, bool), "a whole number")
+    return int(own)
+
+
+def to_real(owner: str, name: str, value: Any) -> int | float:
+    """Return a number as Python's own, also from numpy or a tensor of one value.
+
+    Raises:
+        InvalidRecordError: it is not one; text that looks like one is not.
+    """
+    own = _scalar(value)
+    check_number(owner, name, value, isinstance(own, Real) and not isinstance(own, bool), "a number")
+    return own if type(own) in (int, float) else float(own)
+
+
+def own_numbers(record: Any, owner: str) -> None:
+    """Make every number of settings Python's own, before they are compared, hashed or written.
+
+    Args:
+        record: an attrs object that is being made; its fields of type int or float, or either of these or None, are looked at.
+        owner: how messages name it.
+
+    Raises:
+        InvalidRecordError: a field does not hold a number.
+    """
+    for field in fields(type(record)):
+        value, optional = getattr(record, field.name), field.type in (int | None, float | None)
+        convert = to_whole if field.type in (int, int | None) else to_real if field.type in (float, float | None) else None
+        if convert is not None and not (optional and value is None):
+            object.__setattr__(record, field.name, convert(owner, field.name, value))
+
+
+def _scalar(value: Any) -> Any:
+    """The Python number in a numpy scalar, or in an array or tensor without dimensions; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def check_kind(owner: str, name: str, value: object, kind: type, remedy: str) -> None:
+    """Refuse an argument that lacks a public name of `kind`, or cannot be called though `kind` can.
+
+    Args:
+        owner: the call, as messages name it.
+        name: of the argument.
+        value: what was passed.
+        kind: a protocol or a class, for its names.
+        remedy: what to pass in its place.
+
+    Raises:
+        ArgumentError: it does, or it is a class in place of an object.
+    """
+    if isinstance(value, type):
+        raise ArgumentError(f"{owner}: {name} is the class {value.__name__}, expected an object; call it: {value.__name__}(...).")
+    lacking = [public for public in dir(kind) if not public.startswith("_") and not hasattr(value, public)]
+    if "__call__" in vars(kind) and not callable(value):
+        lacking.append("__call__")
+    if lacking:
+        raise ArgumentError(f"{owner}: {name} is a {type(value).__name__}, which has no `{lacking[0]}`; {remedy}.")
+
+
+def check_call(owner: str, name: str, value: object, arguments: str) -> None:
+    """Refuse what cannot be called with these arguments (names, separated by commas); one whose signature is not known passes.
+
+    Raises:
+        ArgumentError: it is not a function, or takes other arguments.
+    """
+    takes: object = type(value).__name__
+    try:
+        if callable(value):
+            takes = signature(value)
+            takes.bind(*arguments.split(","))
+            return
+    except ValueError:
+        return
+    except TypeError:
+        pass
+    raise ArgumentError(f"{owner}: {name} is {takes}, expected a function of ({arguments}); write one.")

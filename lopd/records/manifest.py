@@ -10,7 +10,7 @@ from typing import Any, Literal
 from attrs import asdict, field, fields, frozen, has
 
 from lopd.errors import CorruptStoreError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_number
+from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.parity import Parity
 
@@ -44,7 +44,7 @@ class SamplingParams:
             a response may go on after it.
 
     Raises:
-        InvalidRecordError: a number makes no sense.
+        InvalidRecordError: a number makes no sense, or is not a number.  Those of numpy or torch are made Python's own.
     """
 
     max_new_tokens: int = 4096
@@ -56,6 +56,7 @@ class SamplingParams:
 
     def __attrs_post_init__(self) -> None:
         owner = "Sampling"
+        own_numbers(self, owner)
         check_at_least(owner, "max_new_tokens", self.max_new_tokens, 1)
         check_number(owner, "temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0")
         check_number(owner, "top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
@@ -141,6 +142,7 @@ class Provenance:
     parity: Parity | None = field(default=None, eq=False)
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, f"Provenance of {self.model}")
         check_at_least(f"Provenance of {self.model}", "top_k", self.top_k, 0)
 
     @property

@@ -69,9 +69,9 @@ def collect_rollouts(
         SourceError: the source gave other rollouts than it was asked for.
         EngineError: more than `max_refused` prompts were refused, or all.
     """
-    check_at_least("Collection", "prompts_per_batch", prompts_per_batch, 1)
-    check_at_least("Collection", "batches_at_once", batches_at_once, 1)
-    check_at_least("Collection", "max_refused", max_refused, 0)
+    prompts_per_batch = check_at_least("Collection", "prompts_per_batch", prompts_per_batch, 1)
+    batches_at_once = check_at_least("Collection", "batches_at_once", batches_at_once, 1)
+    max_refused = check_at_least("Collection", "max_refused", max_refused, 0)
     _check_prompts(prompts)
     manifest = source.manifest
     _begin(store, manifest)

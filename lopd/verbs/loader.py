@@ -11,7 +11,7 @@ import torch
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import InvalidRecordError, RepeatedRolloutsWarning
+from lopd.errors import ArgumentError, InvalidRecordError, RepeatedRolloutsWarning
 from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
 from lopd.guards.watch import judge_advantages, stored_advantages
 from lopd.protocols import LogprobReader
@@ -59,14 +59,16 @@ class StepStream:
         """Steps from `start` up to `stop` of the whole run, by their numbers in it.
 
         Raises:
+            ArgumentError: it is not a slice.
             InvalidRecordError: a number is negative, or steps are left out in between.
         """
+        if not isinstance(steps, slice):
+            raise ArgumentError(f"Steps: the index is {steps!r:.80}, expected a slice such as [60:150]; ask for one step with `.step(60)`.")
         if steps.step not in (None, 1):
             raise InvalidRecordError(f"Steps: the slice has a step of {steps.step}, expected every step; filter them as they come.")
-        start = 0 if steps.start is None else steps.start
-        check_at_least("Steps", "start", start, 0)
-        check_at_least("Steps", "stop", 0 if steps.stop is None else steps.stop, 0)
-        ends = [end for end in (self.stop, steps.stop) if end is not None]
+        start = check_at_least("Steps", "start", 0 if steps.start is None else steps.start, 0)
+        stop = None if steps.stop is None else check_at_least("Steps", "stop", steps.stop, 0)
+        ends = [end for end in (self.stop, stop) if end is not None]
         return evolve(self, start=max(start, self.start), stop=min(ends, default=None))
 
     def step(self, index: int) -> Step:
@@ -141,9 +143,10 @@ def batches(
         InvalidRecordError: the store is empty, a rollout has two teachers, `ref` is not of the policy, a rollout is longer than
             `tokens_per_batch`, or a number makes no sense.
     """
-    check_at_least("Steps", "rollouts_per_step", 1 if rollouts_per_step is None else rollouts_per_step, 1)
-    check_at_least("Steps", "seed", seed, 0)
-    check_at_least("Steps", "tokens_per_batch", tokens_per_batch, 1)
+    if rollouts_per_step is not None:
+        rollouts_per_step = check_at_least("Steps", "rollouts_per_step", rollouts_per_step, 1)
+    seed = check_at_least("Steps", "seed", seed, 0)
+    tokens_per_batch = check_at_least("Steps", "tokens_per_batch", tokens_per_batch, 1)
     if not callable(weighting):
         raise InvalidRecordError(
             f"Steps: weighting is {weighting!r}, expected a function of the loss mask; pass `by_rollout` or `by_token`."

@@ -52,8 +52,8 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
     Raises:
         InvalidRecordError: `steps` is less than 1, or `start` than 0.
     """
-    check_at_least("Refresh", "steps", steps, 1)
-    check_at_least("Refresh", "start", start, 0)
+    steps = check_at_least("Refresh", "steps", steps, 1)
+    start = check_at_least("Refresh", "start", start, 0)
     for generation in count(start // steps):
         first, end = max(start, generation * steps), (generation + 1) * steps
         end = end if stop is None else min(end, stop)
@@ -77,8 +77,8 @@ def refresh_when(
     Raises:
         InvalidRecordError: `start` or `generation` is less than 0.
     """
-    check_at_least("Refresh", "start", start, 0)
-    check_at_least("Refresh", "generation", generation, 0)
+    start = check_at_least("Refresh", "start", start, 0)
+    generation = check_at_least("Refresh", "generation", generation, 0)
     for current in count(generation):
         if stop is not None and start >= stop:
             return

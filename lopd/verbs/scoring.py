@@ -84,9 +84,9 @@ def score_rollouts(
         NoSuchRowError: a row is not in the store.
         InvalidRecordError: there are no `rows`, `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` than 0.
     """
-    check_at_least("Scoring", "rollouts_per_batch", rollouts_per_batch, 1)
-    check_at_least("Scoring", "batches_at_once", batches_at_once, 1)
-    check_at_least("Scoring", "max_refused", max_refused, 0)
+    rollouts_per_batch = check_at_least("Scoring", "rollouts_per_batch", rollouts_per_batch, 1)
+    batches_at_once = check_at_least("Scoring", "batches_at_once", batches_at_once, 1)
+    max_refused = check_at_least("Scoring", "max_refused", max_refused, 0)
     check_vocabulary(f"Scorer {scorer.provenance.model}", scorer.provenance, "the store's", store.manifest.tokenizer)
     # nothing is added, but a column of another model is refused before anything is paid for
     store.append_scores(column, scorer.provenance, ())
