@@ -14,7 +14,7 @@ class InvalidRecordError(LopdError, ValueError):
     """A prompt, rollout, score or batch that breaks the contract of its type."""
 
 
-class ArgumentError(LopdError, TypeError):
+class ArgumentError(InvalidRecordError, TypeError):
     """An argument of another kind than the call takes."""
 
 

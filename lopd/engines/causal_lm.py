@@ -14,11 +14,23 @@ import torch
 from torch import Tensor
 
 from lopd.errors import ModelError
+from lopd.records.checks import check_kind
 from lopd.records.steps import LMHead
 
 
+class _Model:
+    """What every transformers model has."""
+
+    config = None
+
+
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a peft wrapper (its layers keep their adapters), or the model itself."""
+    """The transformers model inside a peft wrapper (its layers keep their adapters), or the model itself.
+
+    Raises:
+        ArgumentError: it is something else, such as the name of a model.
+    """
+    check_kind("Model", model, _Model, "load it: `lopd.engines.hf.load_model(folder)`")
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader, LogprobStore
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import in_batches, walk
 from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.manifest import RESIDUAL, Provenance
@@ -152,6 +153,7 @@ def residualise(
         InvalidRecordError: `column` is a residual already, or is what the policy itself reported.
         ConflictError: `into` holds something else, or a fit on other rollouts: write another column.
     """
+    check_noun(store, LogprobStore)
     how = how or Residualiser()
     rollouts_per_batch = check_at_least("Residualiser", "rollouts_per_batch", rollouts_per_batch, 1)
     teacher = _teacher(store, column)

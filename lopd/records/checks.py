@@ -80,12 +80,11 @@ def _scalar(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () else value
 
 
-def check_kind(owner: str, name: str, value: object, kind: type, remedy: str) -> None:
+def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
     """Refuse an argument that lacks a public name of `kind`, or cannot be called though `kind` can.
 
     Args:
-        owner: the call, as messages name it.
-        name: of the argument.
+        owner: how messages name the argument.
         value: what was passed.
         kind: a protocol or a class, for its names.
         remedy: what to pass in its place.
@@ -94,28 +93,28 @@ def check_kind(owner: str, name: str, value: object, kind: type, remedy: str) ->
         ArgumentError: it does, or it is a class in place of an object.
     """
     if isinstance(value, type):
-        raise ArgumentError(f"{owner}: {name} is the class {value.__name__}, expected an object; call it: {value.__name__}(...).")
-    lacking = [public for public in dir(kind) if not public.startswith("_") and not hasattr(value, public)]
-    if "__call__" in vars(kind) and not callable(value):
-        lacking.append("__call__")
-    if lacking:
-        raise ArgumentError(f"{owner}: {name} is a {type(value).__name__}, which has no `{lacking[0]}`; {remedy}.")
+        raise ArgumentError(f"{owner}: it is the class {value.__name__}, expected an object; call it: {value.__name__}().")
+    names = [*(name for name in dir(kind) if not name.startswith("_")), *(["__call__"] if "__call__" in vars(kind) else [])]
+    # of the class first: a property may ask a server
+    lacking = next((name for name in names if not hasattr(type(value), name) and not hasattr(value, name)), None)
+    if lacking is not None:
+        raise ArgumentError(f"{owner}: it is a {type(value).__name__}, which has no `{lacking}`; {remedy}.")
 
 
-def check_call(owner: str, name: str, value: object, arguments: str) -> None:
+def check_call(owner: str, value: object, arguments: str) -> None:
     """Refuse what cannot be called with these arguments (names, separated by commas); one whose signature is not known passes.
 
     Raises:
         ArgumentError: it is not a function, or takes other arguments.
     """
-    takes: object = type(value).__name__
+    takes = f"a {type(value).__name__}"
     try:
         if callable(value):
-            takes = signature(value)
-            takes.bind(*arguments.split(","))
+            takes = f"a function of {signature(value)}"
+            signature(value).bind(*arguments.split(","))
             return
     except ValueError:
         return
     except TypeError:
         pass
-    raise ArgumentError(f"{owner}: {name} is {takes}, expected a function of ({arguments}); write one.")
+    raise ArgumentError(f"{owner}: it is {takes}, expected a function of ({arguments}); write one.")

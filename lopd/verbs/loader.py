@@ -15,6 +15,7 @@ from lopd.errors import ArgumentError, InvalidRecordError, RepeatedRolloutsWarni
 from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
 from lopd.guards.watch import judge_advantages, stored_advantages
 from lopd.protocols import LogprobReader
+from lopd.protocols.doors import check_noun
 from lopd.records.checks import check_at_least
 from lopd.records.collate import Weighting, by_rollout, collate
 from lopd.records.manifest import Lineage
@@ -137,12 +138,14 @@ def batches(
             (`lopd.guards.watch`).
 
     Raises:
+        ArgumentError: the store is something else, such as its path.
         TeacherConsistencyError: see `check_teacher_consistency`.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
         InvalidRecordError: the store is empty, a rollout has two teachers, `ref` is not of the policy, a rollout is longer than
             `tokens_per_batch`, or a number makes no sense.
     """
+    check_noun(store, LogprobReader)
     if rollouts_per_step is not None:
         rollouts_per_step = check_at_least("Steps", "rollouts_per_step", rollouts_per_step, 1)
     seed = check_at_least("Steps", "seed", seed, 0)

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import rows_of
 from lopd.records.checks import check_at_least
 from lopd.records.rollouts import Prompt
@@ -112,6 +113,8 @@ def sample_round(
         preflight: the self-test of `score_rollouts`; the first round's is enough.
         prompts_per_batch: sampled together and committed together, as many rollouts scored likewise; training waits for the round, so many.
     """
+    check_noun(source, RolloutSource)
+    check_noun(store, LogprobStore)
     manifest = source.manifest
     sampled_by = store.generations.get(manifest.generation, manifest.policy)
     if sampled_by.same_weights(manifest.policy):

@@ -10,10 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from lopd.errors import InvalidRecordError, TrainingDivergedError
+from lopd.errors import ArgumentError, InvalidRecordError, TrainingDivergedError
 from lopd.guards.consistency import check_vocabulary
 from lopd.guards.watch import judge_loss
 from lopd.protocols import OPDLoss, Student
+from lopd.protocols.doors import check_noun
 from lopd.records.drift import DriftMeter, TokenLogprobs
 from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
 from lopd.records.steps import Batch, Step, StepMetrics
@@ -29,7 +30,7 @@ def opd_steps(
 ) -> Iterator[StepMetrics]:
     """Train, one optimizer step for each `Step`, and give its metrics after it.
 
-    A generator: logging, evaluation, checkpoints and schedules are plain Python in the caller's loop.  The weight of the whole step is
+    An iterator: logging, evaluation, checkpoints and schedules are plain Python in the caller's loop.  The weight of the whole step is
     known before the first backward and divides every micro-batch's sum, so how a step is split changes nothing.
 
     Steps that bring a ref column beside the teacher's (`batches(..., ref="behavior")`) have their drift measured: see `lopd.watch_drift`.
@@ -49,15 +50,27 @@ def opd_steps(
         AdvantageWarning: the second step has many advantages far below 0, and the loss says that it has no importance ratio (`lopd.guards.watch`).
 
     Raises:
+        ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
         TokenizerMismatchError: a step says that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; likewise.
-        InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, or the loss is a class.
+        InvalidRecordError: no token of a step counts, or the optimizer has none of the student's trained parameters.
         ModelError: there are several ranks, and nothing sums the gradients of the student.
     """
     ranks = Ranks.current()
+    for value, noun in ((student, Student), (loss, OPDLoss), (optimizer, Optimizer)):
+        check_noun(value, noun)
+    if not isinstance(steps, Iterable):
+        raise ArgumentError(f"Steps: it is a {type(steps).__name__}, expected steps one after the other; pass `batches(store)[:150]`.")
     check_summed(student, ranks)
+    _check_optimizer(optimizer, [p for _, p in student.named_parameters() if p.requires_grad])
+    return _trained(student, steps, loss, optimizer, math.inf if max_grad_norm is None else max_grad_norm)
+
+
+def _trained(
+    student: Student | DistributedDataParallel, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, max_grad_norm: float
+) -> Iterator[StepMetrics]:
+    ranks = Ranks.current()
     parameters = [p for _, p in student.named_parameters() if p.requires_grad]
-    _check_parts(loss, optimizer, parameters)
     for place_of_step, step in enumerate(steps):
         started = perf_counter()
         if step.vocab_hash is not None:
@@ -74,7 +87,7 @@ def opd_steps(
                 (output.loss_sum * ranks.size / total).backward()
             sums += torch.stack([output.loss_sum.detach(), output.reverse_kl_sum, output.clipped_sum]).cpu()
             _add_tokens(meter, batch, output.logprobs)
-        grad_norm = float(whole(clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)))
+        grad_norm = float(whole(clip_grad_norm_(parameters, max_grad_norm)))
         if not math.isfinite(grad_norm):
             raise TrainingDivergedError(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
@@ -101,10 +114,8 @@ def opd_steps(
         )
 
 
-def _check_parts(loss: OPDLoss, optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
-    """Refuse what would train nothing, or fail at the first batch with somebody else's words."""
-    if isinstance(loss, type):
-        raise InvalidRecordError(f"Loss: it is the class {loss.__name__}, expected an object; call it: {loss.__name__}().")
+def _check_optimizer(optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
+    """Refuse an optimizer that would train nothing."""
     theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if theirs.isdisjoint(map(id, trained)):
         raise InvalidRecordError(
