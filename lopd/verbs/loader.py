@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import accumulate, pairwise
 from typing import final
 
@@ -48,6 +49,20 @@ class StepStream:
     ranks: Ranks
     start: int = 0
     stop: int | None = None
+
+    @property
+    def settings(self) -> dict[str, str | int | bool | None]:
+        """What decides which rollouts step k has and what their tokens count, for `save_checkpoint`; how steps are split does not."""
+        chosen = np.stack([self.rows, *self.store.lengths()[self.rows].T]).astype("<i8")
+        return {
+            "rollouts_per_step": self.rollouts_per_step,
+            "seed": self.seed,
+            "rows": f"{len(self.rows)} rollouts, {blake2b(chosen.tobytes(), digest_size=6).hexdigest()}",
+            "teacher": ", ".join(self.columns.teachers) or None,
+            "ref": self.columns.ref,
+            "top_k": self.columns.top_k,
+            "weighting": getattr(self.weighting, "__qualname__", type(self.weighting).__qualname__),
+        }
 
     def __iter__(self) -> Iterator[Step]:
         """Steps from `start` up to `stop`, or for ever."""
