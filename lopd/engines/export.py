@@ -71,20 +71,20 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
         StoreWriteError: the disk refused.
     """
     owner, folder = f"Export {folder}", folder.expanduser().resolve()
-    partial = folder.with_name(f".{folder.name}.partial")
+    fresh = folder.with_name(f".{folder.name}.partial")
     with _saving(owner, "it"):
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            model.save_pretrained(partial, **({} if state is None else {"state_dict": state}))
-            tokenizer.save_pretrained(partial)
-            (partial / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the one in the folder is its owner's
-            written = _files(partial)
-            lineage.write(partial)
-            _name_files(partial, written)
-            _place(owner, model, partial, written, folder)
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            model.save_pretrained(fresh, **({} if state is None else {"state_dict": state}))
+            tokenizer.save_pretrained(fresh)
+            (fresh / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the one in the folder is its owner's
+            written = _files(fresh)
+            lineage.write(fresh)
+            _name_files(fresh, written)
+            _place(owner, model, fresh, written, folder)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def _exported(folder: Path) -> set[str]:
         return set()
 
 
-def _place(owner: str, model: Any, partial: Path, written: list[str], folder: Path) -> None:
+def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path) -> None:
     """Give a whole export its name; where that would replace what no export wrote, give it another name, and say so."""
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():  # an exchange by two moves was cut short between them
@@ -132,13 +132,13 @@ def _place(owner: str, model: Any, partial: Path, written: list[str], folder: Pa
     objection = _objection(model, folder, written) if folder.exists() else None
     if objection is not None:
         aside = folder.with_name(f"{folder.name}-export")
-        _place(owner, model, partial, written, aside)
+        _place(owner, model, fresh, written, aside)
         raise StoreExistsError(f"{owner}: {objection}; the student was written to {aside}, move it, or move away what is there.")
-    _carry(folder, partial)
-    for path in [*sorted(partial.rglob("*")), partial]:
+    _carry(folder, fresh)
+    for path in [*sorted(fresh.rglob("*")), fresh]:
         if not path.is_symlink():
             flush(path)
-    _replace(folder, partial, old)
+    _replace(folder, fresh, old)
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -160,26 +160,26 @@ def _objection(model: Any, folder: Path, written: list[str]) -> str | None:
     return None
 
 
-def _carry(folder: Path, partial: Path) -> None:
+def _carry(folder: Path, fresh: Path) -> None:
     """Link the files that are not of the earlier export into the new one; copy them where links are not possible."""
     ours = {*_exported(folder), LINEAGE_FILE}
     for name in _files(folder):
         if name not in ours:
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             try:
-                os.link(folder / name, partial / name, follow_symlinks=False)
+                os.link(folder / name, fresh / name, follow_symlinks=False)
             except OSError:
-                shutil.copy2(folder / name, partial / name, follow_symlinks=False)
+                shutil.copy2(folder / name, fresh / name, follow_symlinks=False)
 
 
-def _replace(folder: Path, partial: Path, old: Path) -> None:
+def _replace(folder: Path, fresh: Path, old: Path) -> None:
     """Put the new folder in the place of the old one: in one move, or in two where the system has no exchange."""
     if not folder.exists():
-        partial.rename(folder)
-    elif not _exchange(partial, folder):
+        fresh.rename(folder)
+    elif not _exchange(fresh, folder):
         folder.rename(old)
         try:
-            partial.rename(folder)
+            fresh.rename(folder)
         except OSError:
             old.rename(folder)
             raise
