@@ -13,15 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopd.errors import ModelError
-from lopd.records.checks import check_kind
+from lopd.errors import ArgumentError, ModelError
 from lopd.records.steps import LMHead
-
-
-class _Model:
-    """What every transformers model has."""
-
-    config = None
 
 
 def unwrap(model: Any) -> Any:
@@ -30,7 +23,8 @@ def unwrap(model: Any) -> Any:
     Raises:
         ArgumentError: it is something else, such as the name of a model.
     """
-    check_kind("Model", model, _Model, "load it: `lopd.engines.hf.load_model(folder)`")
+    if not hasattr(model, "config") and not hasattr(model, "get_output_embeddings"):
+        raise ArgumentError(f"Model: it is a {type(model).__name__}, expected a causal LM; load it: `lopd.engines.hf.load_model(folder)`.")
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

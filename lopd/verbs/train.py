@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, InvalidRecordError, TrainingDivergedError
 from lopd.guards.consistency import check_vocabulary
+from lopd.guards.first_step import Movement, at_full_rate, judge_distance, judge_gradients, judge_optimizer
 from lopd.guards.watch import judge_loss
 from lopd.protocols import OPDLoss, Student
 from lopd.protocols.doors import check_noun
 from lopd.records.drift import DriftMeter, TokenLogprobs
 from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
-from lopd.records.steps import Batch, Step, StepMetrics
+from lopd.records.steps import Batch, LossOutput, Step, StepMetrics
 
 
 def opd_steps(
@@ -47,7 +48,11 @@ def opd_steps(
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
 
     Warns:
-        AdvantageWarning: the second step has many advantages far below 0, and the loss says that it has no importance ratio (`lopd.guards.watch`).
+        TrainingWarning: the optimizer lacks trained parameters; or in the first step some get no gradient, or most weights stay where they are,
+            because updates are smaller than their rounding.
+        AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss says
+            that it has no importance ratio (`lopd.guards.watch`).
+        DriftWarning: in the first step few rollouts are effective: the student is not the policy that sampled them.
 
     Raises:
         ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
@@ -62,15 +67,17 @@ def opd_steps(
     if not isinstance(steps, Iterable):
         raise ArgumentError(f"Steps: it is a {type(steps).__name__}, expected steps one after the other; pass `batches(store)[:150]`.")
     check_summed(student, ranks)
-    _check_optimizer(optimizer, [p for _, p in student.named_parameters() if p.requires_grad])
+    trained = _trained_parameters(student)
+    _check_optimizer(optimizer, list(trained.values()))
+    judge_optimizer(optimizer, trained)
     return _trained(student, steps, loss, optimizer, math.inf if max_grad_norm is None else max_grad_norm)
 
 
 def _trained(
     student: Student | DistributedDataParallel, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, max_grad_norm: float
 ) -> Iterator[StepMetrics]:
-    ranks = Ranks.current()
-    parameters = [p for _, p in student.named_parameters() if p.requires_grad]
+    ranks, trained = Ranks.current(), _trained_parameters(student)
+    judged = False
     for place_of_step, step in enumerate(steps):
         started = perf_counter()
         if step.vocab_hash is not None:
@@ -83,21 +90,30 @@ def _trained(
         for place, batch in enumerate(step.batches, 1):
             with gathering(student, last=place == len(step.batches)):
                 output = student(batch, loss)
+                _check_output(loss, output)
                 # torch averages gradients over ranks, and a step is a sum
                 (output.loss_sum * ranks.size / total).backward()
             sums += torch.stack([output.loss_sum.detach(), output.reverse_kl_sum, output.clipped_sum]).cpu()
             _add_tokens(meter, batch, output.logprobs)
-        grad_norm = float(whole(clip_grad_norm_(parameters, max_grad_norm)))
+        grad_norm = float(whole(clip_grad_norm_(trained.values(), max_grad_norm)))
         if not math.isfinite(grad_norm):
             raise TrainingDivergedError(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
             )
+        if place_of_step == 0:
+            judge_gradients(optimizer, trained)
+        movement = None if judged or not at_full_rate(optimizer) else Movement.before(optimizer, grad_norm)
         optimizer.step()
+        if movement is not None:
+            judged = True
+            movement.judge(optimizer)
         drift = meter.read(ranks.gather)
         # from the second step on rollouts are older than the student; online OPD never has one on the same rollouts
         if place_of_step == 1 and drift is not None:
             judge_loss(loss, drift.advantages)
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
+        if place_of_step == 0:
+            judge_distance(optimizer, loss, reverse_kl, drift)
         read = step.batches[: len(step.batches) - step.idle]
         counts = torch.tensor([sum(int(batch.segment_ids[-1]) + 1 for batch in read), sum(batch.inputs.numel() for batch in read)])
         rollouts, tokens = ranks.sum(counts).tolist()
@@ -112,6 +128,16 @@ def _trained(
             drift=drift,
             seconds=perf_counter() - started,
         )
+
+
+def _trained_parameters(student: Student | DistributedDataParallel) -> dict[str, Tensor]:
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
+def _check_output(loss: OPDLoss, output: object) -> None:
+    if not isinstance(output, LossOutput) or not output.loss_sum.requires_grad:
+        what = "a loss without a gradient" if isinstance(output, LossOutput) else f"a {type(output).__name__}"
+        raise InvalidRecordError(f"Loss {type(loss).__name__}: it gave {what}, expected a LossOutput whose loss_sum can be differentiated.")
 
 
 def _check_optimizer(optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
