@@ -19,7 +19,11 @@ class ArgumentError(InvalidRecordError, TypeError):
 
 
 class PromptError(LopdError, ValueError):
-    """A prompt file that cannot be turned into prompts."""
+    """A prompt, or a file of prompts, that cannot be turned into token ids."""
+
+
+class PromptWarning(UserWarning):
+    """Prompts that may not be what their records mean: keys that nothing reads, a template applied twice, today's date."""
 
 
 class ContextOverflowError(LopdError, ValueError):

@@ -82,6 +82,15 @@ def test_the_report_says_what_the_authors_rows_cannot_vouch_for(
     assert other.columns.keys() == {"other"}
 
 
+@pytest.mark.parametrize("metadata", [{"response_tokens": 5, "loss_mask": 1}, {"teacher_log_probs": ["a", "b", "c"]}])
+def test_fields_of_the_authors_rows_of_another_type_are_refused_by_row(
+    metadata: dict[str, Any], tokenizer: Any, teacher: Provenance, empty: MemoryStore, tmp_path: Path
+) -> None:
+    path = write_authors(tmp_path / "opd.parquet", [authors_row(**metadata)])
+    with pytest.raises(InvalidRecordError, match=r"opd\.parquet, row 0: "):
+        import_authors_parquet(path, empty, tokenizer, teacher)
+
+
 @pytest.mark.parametrize(
     "bad",
     [

@@ -9,6 +9,7 @@ import pytest
 from attrs import evolve
 
 from lopd import ZarrStore
+from lopd.errors import PromptError
 from lopd.records import Lineage, Prompt, Rollout
 from lopd.tools.plan import rates_like
 
@@ -164,3 +165,8 @@ class Text:
 def test_the_grader_looks_at_the_answer_after_the_thinking(answer, text, grade):
     prompt, rollout = Prompt("p", [1], answer=answer), Rollout("p/s0/g0", [1], [2], [True], "stop")
     assert MathGrader(Text(text))(prompt, rollout) == grade
+
+
+def test_a_problem_without_an_answer_is_refused_and_not_graded_0():
+    with pytest.raises(PromptError, match=r"Prompt 'p': it has no answer to grade by"):
+        MathGrader(Text("1"))(Prompt("p", [1]), Rollout("p/s0/g0", [1], [2], [True], "stop"))

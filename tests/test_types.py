@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lopd.errors import InvalidRecordError
 from lopd.losses.reference import ReferenceOPDLoss
@@ -25,6 +26,7 @@ WRONG_IDS = {
     "a number": (7, "shape (), expected a vector"),
     "a padding marker": ([5, -100], "range is [-100, 5], expected 0 to 2**31 - 1"),
     "more than int32 holds": ([2**31], "range is [2147483648, 2147483648]"),
+    "a ragged list": ([1, [2]], "numpy cannot read a list"),
     "more than int64 holds": (np.array([2**63], np.uint64), "range is [9223372036854775808"),
 }
 wrong_ids = pytest.mark.parametrize(("ids", "message"), WRONG_IDS.values(), ids=WRONG_IDS.keys())
@@ -98,6 +100,7 @@ WRONG_MASKS = {
     "floats": ([1.0, 0.0, 1.0], "dtype float64 and shape (3,), expected bools, or integers that are 0 or 1"),
     "text": (["True", "False", ""], "dtype <U5"),
     "nothing": ([None, True, True], "dtype object"),
+    "a ragged list": ([[True], True, True], "numpy cannot read a list"),
 }
 
 
@@ -162,6 +165,12 @@ WRONG_SCORES: dict[str, tuple[list[float], str]] = {
 def test_scores_that_are_no_log_probs_of_the_rollout_are_refused_by_its_name(logprobs: list[float], message: str) -> None:
     with refused(f"Rollout 'r7': {message}"):
         Scores.of(tiny_rollout("r7"), logprobs)
+
+
+@pytest.mark.parametrize("values", [["a"], [[-1.0], -1.0], torch.zeros(3, requires_grad=True), torch.zeros(3, dtype=torch.bfloat16)])
+def test_scores_that_numpy_cannot_read_are_refused(values: Any) -> None:
+    with refused("Log-probs: numpy cannot read a "):
+        Scores.of(tiny_rollout("r7"), values)
 
 
 @pytest.mark.parametrize("value", [0.5, NAN, -INF])

@@ -5,6 +5,7 @@ from typing import Any
 from attrs import frozen
 from math_verify import parse, verify
 
+from lopd.errors import PromptError
 from lopd.records import Prompt, Rollout
 
 
@@ -22,5 +23,7 @@ class MathGrader:
 
     def __call__(self, prompt: Prompt, rollout: Rollout) -> float:
         """The grade."""
+        if prompt.answer is None:
+            raise PromptError(f"Prompt {prompt.prompt_id!r}: it has no answer to grade by, expected one; give its record the key 'answer'.")
         text = self.tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True).rpartition("</think>")[2]
         return float(verify(parse(f"${prompt.answer}$"), parse(text)))

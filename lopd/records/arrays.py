@@ -22,9 +22,19 @@ def read_only(array: NDArray[Any]) -> NDArray[Any]:
     return array
 
 
+def _array(what: str, value: Any, dtype: Any = None) -> NDArray[Any]:
+    """The value as an array; what numpy cannot read (ragged lists, text, tensors on a device) is refused."""
+    try:
+        return np.asarray(value, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidRecordError(
+            f"{what}: numpy cannot read a {type(value).__name__} ({error}); pass a list or an array of numbers."
+        ) from error
+
+
 def check_ids(value: Any, dimensions: int) -> NDArray[Any]:
     """Token ids as they came, if int32 can hold them; anything that would lose a value on the way is refused."""
-    array = np.asarray(value)
+    array = _array("Token ids", value)
     if array.ndim != dimensions or (array.size and array.dtype.kind not in "iu"):
         shape = {1: "a vector", 2: "a matrix"}[dimensions]
         raise InvalidRecordError(
@@ -49,7 +59,7 @@ def to_candidates(value: Any) -> Int32Array:
 
 def to_floats(value: Any) -> Float32Array:
     """A read-only float32 copy."""
-    return read_only(np.array(value, dtype=np.float32))
+    return read_only(_array("Log-probs", value, np.float32).copy())
 
 
 def to_optional_floats(value: Any) -> Float32Array | None:
@@ -59,7 +69,7 @@ def to_optional_floats(value: Any) -> Float32Array | None:
 
 def to_mask(value: Any) -> BoolArray:
     """A read-only bool copy of bools, or of integers that are 0 or 1: of a label such as -100 nobody knows whether it counts."""
-    array = np.asarray(value)
+    array = _array("Loss mask", value)
     if array.size and array.dtype.kind not in "biu":
         raise InvalidRecordError(
             f"Loss mask: the value has dtype {array.dtype} and shape {array.shape}, expected bools, or integers that are 0 or 1; "

@@ -1,63 +1,160 @@
-"""Prompts from JSONL, parquet, messages or plain strings.  The chat template is applied here, once; from here on there are only ids."""
+"""Prompts from JSONL, parquet, Hugging Face datasets, messages or plain strings."""
 
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import date as Date  # noqa: N812 -- `date` is an argument here
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
-from lopd.errors import ContextOverflowError, PromptError
+from lopd.errors import ContextOverflowError, LopdError, PromptError
+from lopd.records.chat_template import Messages, text_of
 from lopd.records.optional import need
+from lopd.records.plain import as_id, as_text, plain
+from lopd.records.rendering import Rendering
 from lopd.records.rollouts import Prompt
 
-Messages = Sequence[Mapping[str, str]]
+_KEYS = ("id", "answer", "tools", "chat_template_kwargs")
 
 
 def read_prompts(
-    path: str | os.PathLike[str], tokenizer: Any, *, field: str = "prompt", template: str = "{prompt}", max_tokens: int | None = None
+    path: str | os.PathLike[str],
+    tokenizer: Any,
+    *,
+    field: str = "prompt",
+    template: str = "{prompt}",
+    max_tokens: int | None = None,
+    verbatim: bool = False,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    date: Date | None = None,
 ) -> list[Prompt]:
     """Prompts from a file with one record per line (`.jsonl`) or row (`.parquet`).
 
-    A record is a mapping; `record[field]` is a string (one user message) or a list of messages with "role" and "content".  Where `field` is
-    missing, "messages" is looked for.  "id" and "answer" are taken over if they are there; without "id" a prompt is named after its tokens.
+    See `make_prompts` for what a record may have, for the arguments, and for what draws a `PromptWarning`.
 
     Args:
         path: local, or any URL that fsspec opens.
         tokenizer: of the student.
-        field: where the prompt is.
-        template: what is said around a prompt that is a string; `{prompt}` stands for it, once.
-        max_tokens: longest prompt allowed; None for no limit.
+        field: as in `make_prompts`, like all that follow.
+        template: text around each prompt.
+        max_tokens: longest prompt allowed.
+        verbatim: texts are tokenised as they are.
+        tools: for records without tools.
+        chat_template_kwargs: for all records.
+        date: what the chat template reads as today.
 
     Raises:
-        PromptError: the file is empty, of another kind, or a record cannot be read; it names file and record.  Or the template has no place
-            for the prompt, or a record is messages, around which nothing can be said.
+        PromptError: the file is empty, of another kind, or a record cannot be turned into a prompt; it names file and record.
         ContextOverflowError: a prompt is longer than `max_tokens`.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise PromptError(f"Prompt file: the path is a {type(path).__name__}, expected text or a path; pass records to `make_prompts`.")
     path = os.fspath(path)
-    if template.count("{prompt}") != 1:
-        raise PromptError(
-            f"Prompt file {path}: `template` is {template!r:.80}, expected '{{prompt}}' in it once; put it where the prompt goes."
-        )
+    owner = f"Prompt file {path}"
+    rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
     records = _read_records(path)
     if not records:
-        raise PromptError(f"Prompt file {path}: it has 0 records, expected at least 1; check that it was written.")
-    contents: list[str | Messages] = []
+        raise PromptError(f"{owner}: it has 0 records, expected at least 1; check that it was written.")
+    return _make(records, rendering, f"{owner}, record", owner=owner, field=field, template=template, max_tokens=max_tokens)
+
+
+def make_prompts(
+    contents: Iterable[str | Messages | Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    ids: Sequence[str | None] | None = None,
+    answers: Sequence[str | None] | None = None,
+    field: str = "prompt",
+    template: str = "{prompt}",
+    max_tokens: int | None = None,
+    verbatim: bool = False,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    date: Date | None = None,
+) -> list[Prompt]:
+    """Prompts from strings (one user message each), lists of messages, or records such as the rows of a Hugging Face dataset.
+
+    A record is a mapping; `record[field]`, or else `record["messages"]`, is a string or a list of messages with "role" and "content".
+    "id" and "answer" are taken over; without "id" a prompt is named after its tokens.  "tools" and "chat_template_kwargs" go to the chat
+    template, and so does each key of a message.  Keys that are null count as missing, and whole floats as ints, at every depth, so that JSONL,
+    parquet and datasets give the same ids.  A columnar file has one order of keys for all records, and a template writes tools in the order
+    that they have.
+
+    A chat template is applied with the generation prompt.  Without one, strings are tokenised as the tokenizer does by itself, with its BOS.
+    A `PromptWarning` names what may be wrong: keys that nothing reads, special tokens in a text, a text that begins with BOS twice or ends with
+    EOS, today's date in a template.
+
+    Args:
+        contents: any number of them, in their order.
+        tokenizer: of the student.
+        ids: one for each prompt, or None to take the record's, or its tokens'.
+        answers: likewise, what a verifier compares a response with.
+        field: key of the prompt in a record.
+        template: text around each prompt that is a string; `{prompt}` stands for it, once.
+        max_tokens: longest prompt allowed; None for no limit.
+        verbatim: texts carry the chat template already, or want none: they are tokenised as they are, and nothing is added.
+        tools: JSON schemas, or functions, for records without tools.
+        chat_template_kwargs: variables of the chat template, for example `{"enable_thinking": False}`; those of a record override them.
+        date: what the chat template reads as today, so that a run that is resumed tomorrow makes the same prompts.
+
+    Raises:
+        PromptError: a content cannot be turned into a prompt: it is not text or messages, it ends with an answer, it needs a chat template
+            that the tokenizer does not have, or the template or the tokenizer raised an error.
+        ContextOverflowError: a prompt is longer than `max_tokens`.
+    """
+    rendering = Rendering("Prompts", tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
+    records = [content if isinstance(content, Mapping) else {field: content} for content in _several(contents)]
+    beside: dict[str, Sequence[Any] | None] = {"id": ids, "answer": answers}
+    for key, values in beside.items():
+        if values is not None:
+            if len(values) != len(records):
+                raise PromptError(f"Prompts: there are {len(values)} {key}s, expected {len(records)}; pass one for each prompt.")
+            records = [record if value is None else {**record, key: value} for record, value in zip(records, values, strict=True)]
+    return _make(records, rendering, "Prompt number", owner="Prompts", field=field, template=template, max_tokens=max_tokens)
+
+
+def _several(contents: Any) -> list[Any]:
+    # a dataset's splits and a frame's columns iterate as text, which would be taken for prompts
+    if isinstance(contents, str | Mapping) or hasattr(contents, "columns") or not isinstance(contents, Iterable):
+        what = f"the text {contents!r:.40}" if isinstance(contents, str) else f"a {type(contents).__name__}"
+        raise PromptError(
+            f"Prompts: they are {what}, expected a list; pass [text], one split of a dataset, rows of a table, or use `read_prompts`."
+        )
+    return list(contents)
+
+
+def _make(
+    records: Iterable[Any], rendering: Rendering, item: str, *, owner: str, field: str, template: str, max_tokens: int | None
+) -> list[Prompt]:
+    if template.count("{prompt}") != 1:
+        raise PromptError(f"{owner}: `template` is {template!r:.80}, expected '{{prompt}}' in it once; put it where the prompt goes.")
+    prompts, seen, unread = list[Prompt](), dict[str, int](), dict[str, None]()
     for i, record in enumerate(records):
-        where = f"Prompt file {path}, record {i}"
+        where = f"{item} {i}"
         if not isinstance(record, Mapping):
             raise PromptError(f"{where}: it is a {type(record).__name__}, expected a mapping; write one JSON object a line.")
-        content = record.get(field, record.get("messages"))
-        if not _is_content(content):
-            raise PromptError(
-                f"{where}: {field!r} is {content!r:.80}, expected text, or messages with a role and a content each; name the field with `field`."
+        known = {key: plain(record.get(key), where) for key in (field, "messages", *_KEYS)}
+        used = "messages" if known[field] is None else field
+        unread.update({key: None for key, value in record.items() if value is not None and key not in {used, *_KEYS}})
+        content = _in_template(template, _checked(known[used], field, where), where)
+        if isinstance(content, str) and content.startswith("[{") and '"role"' in content:
+            rendering.doubts.add(where, "it is a list of messages as JSON text, which is read as text; decode it for the chat template")
+        ids = rendering.tokenise(where, content, known["tools"], known["chat_template_kwargs"])
+        name = as_id(known["id"], where) or _name(ids, seen)
+        if max_tokens is not None and len(ids) > max_tokens:
+            raise ContextOverflowError(
+                f"{where}: prompt {name!r} has {len(ids)} tokens, expected at most {max_tokens}; shorten it or drop it."
             )
-        contents.append(_in_template(template, content, where))
-    ids = [None if record.get("id") is None else str(record["id"]) for record in records]
-    answers = [None if record.get("answer") is None else str(record["answer"]) for record in records]
-    prompts = make_prompts(contents, tokenizer, ids=ids, answers=answers)
-    _check_lengths(prompts, max_tokens, f"Prompt file {path}, record")
+        prompts.append(Prompt(name, ids, content if isinstance(content, str) else text_of(content[-1]), as_text(known["answer"])))
+    if unread:
+        rendering.doubts.add(
+            owner, f"the keys {', '.join(map(repr, unread))} are not read; drop them, or name the prompt's key with `field`"
+        )
+    rendering.doubt_template()
+    rendering.doubts.warn(stacklevel=3)
     return prompts
 
 
@@ -69,69 +166,42 @@ def _in_template(template: str, content: str | Messages, where: str) -> str | Me
     return template.replace("{prompt}", content)
 
 
-def _is_content(content: Any) -> bool:
-    if isinstance(content, str):
-        return bool(content)
-    return (
-        isinstance(content, list)
-        and bool(content)
-        and all(isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in content)
-    )
-
-
-def make_prompts(
-    contents: Iterable[str | Messages],
-    tokenizer: Any,
-    *,
-    ids: Sequence[str | None] | None = None,
-    answers: Sequence[str | None] | None = None,
-    max_tokens: int | None = None,
-) -> list[Prompt]:
-    """Prompts from strings (one user message each) or lists of messages.
-
-    With a chat template, it is applied with the generation prompt; without one, strings are tokenised as they are.
-
-    Raises:
-        PromptError: messages for a tokenizer without a chat template, messages that end with an answer, or one string in place of several.
-        ContextOverflowError: a prompt is longer than `max_tokens`.
-    """
-    if isinstance(contents, str):
-        raise PromptError(f"Prompts: they are the text {contents!r:.40}, expected a list; pass [text], or read a file with `read_prompts`.")
-    prompts: list[Prompt] = []
-    seen: dict[str, int] = {}
-    for i, content in enumerate(contents):
-        text, token_ids = _tokenise(i, content, tokenizer)
-        name = (ids[i] if ids else None) or _name(token_ids, seen)
-        prompts.append(Prompt(name, token_ids, text, answers[i] if answers else None))
-    _check_lengths(prompts, max_tokens, "Prompt number")
-    return prompts
-
-
-def _check_lengths(prompts: Sequence[Prompt], max_tokens: int | None, where: str) -> None:
-    for i, prompt in enumerate(prompts):
-        if max_tokens is not None and prompt.token_ids.size > max_tokens:
-            raise ContextOverflowError(
-                f"{where} {i}: prompt {prompt.prompt_id!r} has {prompt.token_ids.size} tokens, expected at most {max_tokens}; "
-                "shorten it or drop it."
-            )
-
-
-def _tokenise(number: int, content: str | Messages, tokenizer: Any) -> tuple[str, list[int]]:
-    messages = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
-    text = str(messages[-1].get("content", ""))
-    if messages[-1].get("role") == "assistant":
+def _checked(content: Any, field: str, where: str) -> str | Messages:
+    """Text that is not empty, or messages of text that end with one to be answered."""
+    if content and isinstance(content, str):
+        return content
+    if (
+        not content
+        or not isinstance(content, list)
+        or not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in content)
+    ):
         raise PromptError(
-            f"Prompt number {number}: its last message is the assistant's ({text!r:.40}), expected one to be answered; drop the answer, which the "
-            "policy would otherwise be given."
+            f"{where}: {field!r} is {content!r:.80}, expected text, or messages with a role and a content each; name the field with `field`."
         )
-    if getattr(tokenizer, "chat_template", None):
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return text, list(encoded["input_ids"])
-    if not isinstance(content, str):
+    for i, message in enumerate(content):
+        _check_message(message, f"{where}, message {i}")
+    text = text_of(content[-1])
+    if content[-1]["role"] == "assistant":
         raise PromptError(
-            f"Prompt number {number}: it is a list of messages, but the tokenizer has no chat template; pass strings or set one."
+            f"{where}: its last message is the assistant's ({text!r:.40}), expected one to be answered; drop the answer, which the policy would "
+            "otherwise be given."
         )
-    return text, list(tokenizer(content)["input_ids"])
+    if content[-1]["role"] == "user" and not text:
+        raise PromptError(f"{where}: its last message is empty, expected text; drop the record.")
+    return content
+
+
+def _check_message(message: Mapping[str, Any], where: str) -> None:
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise PromptError(
+                    f"{where}: a part is {part!r:.80}, expected {{'type': 'text', 'text': ...}}; only text can be sampled from."
+                )
+    # an assistant that calls a tool may say nothing beside
+    elif not isinstance(content, str) and (content is not None or message.keys() == {"role"}):
+        raise PromptError(f"{where}: its content is {content!r:.80}, expected text or parts that are text; write it as text.")
 
 
 def _name(token_ids: Sequence[int], seen: dict[str, int]) -> str:
@@ -146,27 +216,20 @@ def _read_records(path: str) -> list[Any]:
     try:
         with fsspec.open(path, "rb") as file:
             if path.endswith(".parquet"):
-                return _read_parquet(file)
+                return list(need("pyarrow.parquet", "Prompt files").read_table(file).to_pylist(maps_as_pydicts="strict"))
             return [_parse(path, i, line) for i, line in enumerate(file.read().split(b"\n")) if line.strip()]
-    except OSError as error:
+    except LopdError:
+        raise
+    except Exception as error:  # each file system and format raises its own
         raise PromptError(
             f"Prompt file {path}: it cannot be read ({error}), expected a .jsonl or .parquet file; check the path."
         ) from error
 
 
-def _read_parquet(file: Any) -> list[Any]:
-    pa, pq = need("pyarrow", "Prompt files"), need("pyarrow.parquet", "Prompt files")
-    try:
-        rows: list[Any] = pq.read_table(file).to_pylist()
-    except pa.ArrowException as error:
-        raise OSError(f"not parquet: {error}") from error
-    return rows
-
-
 def _parse(path: str, number: int, line: bytes) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(
             f"Prompt file {path}, line {number + 1}: it is not JSON ({error}), expected one object a line; fix the line."
         ) from error

@@ -143,7 +143,7 @@ def _rollout(
     digest = blake2b(np.array(prompt_ids, "<i4").tobytes(), digest_size=8).hexdigest()
     # counted also when the row is refused below, so that the names of others do not depend on it
     seen[digest] += 1
-    sizes = {field: None if metadata.get(field) is None else len(metadata[field]) for field in _ARRAYS}
+    sizes = {field: len(metadata[field]) if isinstance(metadata.get(field), list) else None for field in _ARRAYS}
     length = sizes["response_tokens"]
     if length is None or set(sizes.values()) != {length}:
         raise InvalidRecordError(f"the lengths are {sizes}, expected three that agree; score the row again.")

@@ -1,0 +1,137 @@
+"""Messages -> token ids.  The chat template is applied here, once; from here on there are only ids."""
+
+import inspect
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from datetime import date, datetime
+from typing import Any
+
+from lopd.errors import PromptError
+from lopd.records.optional import need
+
+Messages = Sequence[Mapping[str, Any]]
+#: A word for which the template shows how it treats text; nothing in it is changed by trimming.
+PROBE = "lopd"
+# a shorter end of a template is found in text by chance
+_SHORTEST_MARK = 4
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, its parts joined.
+
+    >>> text_of({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]})
+    'ab'
+    """
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def formats_chats(tokenizer: Any) -> bool:
+    """Whether a tokenizer has a chat template, in Jinja or, like that of mistral-common, in code."""
+    if getattr(tokenizer, "chat_template", None):
+        return True
+    try:
+        return bool(tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], add_generation_prompt=True))
+    except Exception:  # transformers raises where there is no template
+        return False
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, and what it reads; of a template in code only what it gives is known.
+
+    Args:
+        owner: how messages name all prompts.
+        tokenizer: one that `formats_chats`.
+        special: its special tokens.
+        day: what the template reads as today; None for today.
+
+    Raises:
+        PromptError: the template is not valid Jinja.
+    """
+
+    def __init__(self, owner: str, tokenizer: Any, special: Collection[str], day: date | None) -> None:
+        self._tokenizer, self._source = tokenizer, getattr(tokenizer, "chat_template", None)
+        self._words = _words(owner, self._source) if self._source else set[str]()
+        #: Arguments of transformers that are not variables of a template.
+        self.reserved = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents", "reasoning_effort"}
+        # one day for all, also when it ends meanwhile
+        self._day = day or datetime.now()
+        self.clock_was_read = False
+        text, parts = (self._written(content) for content in (PROBE, [{"type": "text", "text": PROBE}])) if self._source else ("", "")
+        self._wants_parts = PROBE not in text and PROBE in parts
+        self._reads_parts = self._wants_parts or text == parts != ""
+        mark = text.partition(PROBE)[2].strip()
+        marks = [*special, mark] if len(mark) >= _SHORTEST_MARK else list(special)
+        self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
+        self.clock_was_read = False
+        self._tried = set[frozenset[str]]()
+
+    def ids(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> list[int]:
+        """The token ids of checked messages, the generation prompt included."""
+        return list(self._apply(messages, tools, variables, tokenize=True, return_dict=True)["input_ids"])
+
+    def unread(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> Iterator[str]:
+        """What the template does not mention: `tools`, variables, and keys of messages."""
+        if not self._source:
+            return
+        if tools and "tools" not in self._words:
+            yield "`tools`"
+        yield from (f"{name!r} of `chat_template_kwargs`" for name in variables if name not in self._words)
+        yield from (f"{key!r} of messages" for message in messages for key in message if key not in self._words)
+
+    def left_out(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
+        """A role whose text the template does not write; tried once for each set of roles."""
+        roles = frozenset(message["role"] for message in messages)
+        if roles in self._tried or not self._source:
+            return None
+        self._tried.add(roles)
+        # spaces and case may be the template's; what an assistant thought, or a tool gave, is often rewritten
+        written = _folded(self._apply(messages, tools, variables, tokenize=False))
+        wanted = (message for message in messages if message["role"] in {"system", "developer", "user"})
+        return next((message["role"] for message in wanted if _folded(text_of(message)) not in written), None)
+
+    def mark_in(self, messages: Messages) -> str | None:
+        """A special token, or the end of the template, that the text of the messages contains: it was written by this or another template."""
+        found = (self._marks.search(text_of(message)) for message in messages)
+        return next((match[0] for match in found if match), None)
+
+    def _apply(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any], **how: Any) -> Any:
+        given = dict(variables)
+        if tools:
+            given["tools"] = tools
+        if "strftime_now" in self._words:
+            given.setdefault("strftime_now", self._strftime)
+        messages = [{**message, "content": self._content(message)} if "content" in message else dict(message) for message in messages]
+        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **given, **how)
+
+    def _content(self, message: Mapping[str, Any]) -> Any:
+        content = message["content"]
+        if isinstance(content, str):
+            return [{"type": "text", "text": content}] if self._wants_parts else content
+        return content if self._reads_parts else text_of(message)
+
+    def _written(self, content: Any) -> str:
+        self._wants_parts, self._reads_parts = False, True
+        try:
+            return str(self._apply([{"role": "user", "content": content}], None, {}, tokenize=False))
+        except Exception:  # a template may refuse such a message; what it raises for a prompt is reported there
+            return ""
+
+    def _strftime(self, form: str) -> str:
+        self.clock_was_read = True
+        return self._day.strftime(form)
+
+
+def _folded(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def _words(owner: str, source: Any) -> set[str]:
+    """Names and texts in the code of a template, or of several by name."""
+    jinja2 = need("jinja2", "Chat templates")
+    templates = source.values() if isinstance(source, Mapping) else [source]
+    try:
+        tokens = [token for template in templates for token in jinja2.Environment().lex(template)]
+    except jinja2.TemplateSyntaxError as error:
+        raise PromptError(f"{owner}: the chat template is not valid Jinja ({error}); mend it.") from error
+    return {"role", "content", *(text.strip("'\"") for _, kind, text in tokens if kind in {"name", "string"})}

@@ -1,0 +1,100 @@
+"""Values of records, as their file means them: the same from JSON lines, from Arrow and from numpy."""
+
+import datetime
+import json
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from lopd.errors import PromptError
+
+# floats hold every whole number below it
+_EXACT = 2**53
+
+
+def plain(value: Any, owner: str) -> Any:
+    """A value as JSON has it: keys that are null are dropped, whole numbers are ints, dates are ISO text, arrays are lists.
+
+    Columnar formats fill keys that a record lacks with null, and read a column of ints with a gap as floats.  NaN is null, as in pandas.
+
+    >>> plain({"role": "user", "name": None, "n": 2.0}, "Record 0")
+    {'role': 'user', 'n': 2}
+
+    Raises:
+        PromptError: a value is of another type, or text that UTF-8 cannot hold.
+    """
+    if isinstance(value, Mapping):
+        items = ((key, plain(item, owner)) for key, item in value.items())
+        return {key: item for key, item in items if item is not None}
+    if isinstance(value, np.ndarray | np.generic):
+        # finer times have no Python type
+        return plain((value.astype("M8[us]") if value.dtype.kind == "M" else value).tolist(), owner)
+    if isinstance(value, list | tuple):
+        return [plain(item, owner) for item in value]
+    return _plain_leaf(value, owner)
+
+
+def _plain_leaf(value: Any, owner: str) -> Any:
+    if value is None or isinstance(value, int) or callable(value):
+        return value
+    if isinstance(value, str):
+        return _encodable(value, owner)
+    # pandas has a null of its own for each kind of column: NaN, NaT and NA
+    if type(value).__name__ == "NAType" or (isinstance(value, float | Decimal | datetime.date) and value != value):  # noqa: PLR0124
+        return None
+    if isinstance(value, float | Decimal):
+        return int(value) if abs(float(value)) < _EXACT and value == int(value) else value
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    raise PromptError(f"{owner}: it holds a {type(value).__name__} ({value!r:.40}), expected what JSON can hold; convert it to text.")
+
+
+def _encodable(text: str, owner: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{owner}: its text has the lone surrogate {text[error.start]!r} at character {error.start}, which is half of a character; "
+            "decode the file again, or drop it."
+        ) from error
+    return text
+
+
+def from_json(value: Any, owner: str, key: str) -> Any:
+    """What a value that may be JSON text stands for: nested values are often kept as text in columns.
+
+    Raises:
+        PromptError: it is text that is not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{owner}: {key!r} is text that is not JSON ({error}); write the value itself.") from error
+
+
+def as_text(value: Any) -> str | None:
+    """A plain value as text: text as it is, everything else as JSON writes it.
+
+    >>> as_text(True), as_text(7), as_text(["a", "b"])
+    ('true', '7', '["a", "b"]')
+    """
+    if value is None or isinstance(value, str):
+        return value
+    return f"{value.normalize():f}" if isinstance(value, Decimal) else json.dumps(value, ensure_ascii=False, default=as_text)
+
+
+def as_id(value: Any, owner: str) -> str | None:
+    """The id of a record as text.
+
+    Raises:
+        PromptError: it is not text or a number, is empty, or is a float that was rounded.
+    """
+    rounded = isinstance(value, float) and abs(value) >= _EXACT
+    if value == "" or rounded or isinstance(value, bool | list | Mapping):
+        why = "which is rounded" if rounded else "expected text or a number"
+        raise PromptError(f"{owner}: its id is {value!r:.80}, {why}; leave it out to name the prompt after its tokens.")
+    return as_text(value)

@@ -1,0 +1,181 @@
+"""Text or messages -> token ids, with or without a chat template, and what looks wrong about them."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from numbers import Integral
+from typing import Any
+
+from lopd.errors import PromptError, PromptWarning
+from lopd.records.chat_template import PROBE, ChatTemplate, Messages, formats_chats
+from lopd.records.plain import from_json, plain
+
+
+class Doubts:
+    """What may be wrong with prompts: one warning for each kind, which names the first prompt and counts the others."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, tuple[str, int]] = {}
+
+    def add(self, where: str, doubt: str) -> None:
+        """Note a doubt about one prompt, or about all."""
+        first, count = self._found.get(doubt, (where, 0))
+        self._found[doubt] = (first, count + 1)
+
+    def warn(self, stacklevel: int) -> None:
+        """Give the warnings."""
+        for doubt, (first, count) in self._found.items():
+            others = f" and {count - 1} more" if count > 1 else ""
+            warnings.warn(f"{first}{others}: {doubt}.", PromptWarning, stacklevel=stacklevel + 1)
+
+
+class Rendering:
+    """A tokenizer, and what its chat template is given with every prompt.
+
+    Args:
+        owner: how messages name all prompts, for example "Prompt file p.jsonl".
+        tokenizer: of the student.
+        verbatim: the texts carry the chat template already, so nothing is added to them.
+        tools: for prompts that have no tools of their own.
+        variables: of the template; those of a prompt override them.
+        day: what the template reads as today; None for today.
+
+    Raises:
+        PromptError: they are not what they must be, or there is no chat template to read them.
+    """
+
+    def __init__(self, owner: str, tokenizer: Any, *, verbatim: bool, tools: Any, variables: Any, day: date | None) -> None:
+        self.doubts = Doubts()
+        self._owner, self._tokenizer, self._verbatim, self._day = owner, tokenizer, verbatim, day
+        self._special = _special_tokens(tokenizer)
+        has_template = not verbatim and formats_chats(tokenizer)
+        self._template = ChatTemplate(owner, tokenizer, self._special.values(), day) if has_template else None
+        if day is not None:
+            self._need_template(owner, "`date`")
+            if not isinstance(day, date):
+                raise PromptError(f"{owner}: `date` is {day!r:.40}, expected a datetime.date; pass one.")
+        self._tools, self._variables = self._tools_in(owner, tools), self._variables_in(owner, variables)
+        self._unread: dict[str, None] = {}
+        self._ends = {getattr(tokenizer, "eos_token_id", None)}
+        if not has_template and not verbatim:
+            self._ends |= {*self._encode(owner, PROBE)[-1:]} - {*self._encode(owner, PROBE, bare=True)[-1:]}
+
+    def tokenise(self, where: str, content: str | Messages, tools: Any, variables: Any) -> list[int]:
+        """The token ids of one prompt, the generation prompt included.
+
+        Args:
+            where: how messages name the prompt.
+            content: text (one user message), or messages that were checked.
+            tools: of this prompt; None for those of all.
+            variables: of the template, for this prompt.
+
+        Raises:
+            PromptError: the template or the tokenizer refuses it, or there is no template to read it.
+        """
+        own_tools, own_variables = self._tools_in(where, tools), self._variables_in(where, variables)
+        if not isinstance(content, str):
+            self._need_template(where, "a list of messages")
+        if self._template:
+            messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+            ids = self._converse(
+                self._template, where, messages, self._tools if own_tools is None else own_tools, {**self._variables, **own_variables}
+            )
+        else:
+            ids = self._encode(where, content, bare=self._verbatim)
+        if not ids:
+            raise PromptError(f"{where}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
+        self._doubt_ends(where, ids)
+        return ids
+
+    def doubt_template(self) -> None:
+        """Note what concerns the template and not one prompt; call it when all were tokenised."""
+        if not self._template:
+            return
+        if self._unread:
+            self.doubts.add(
+                self._owner, f"the chat template does not read {', '.join(self._unread)}; drop them, or use a template that does"
+            )
+        if self._template.clock_was_read and self._day is None:
+            self.doubts.add(
+                self._owner,
+                "the chat template writes today's date, so that the same records give other prompts tomorrow; fix it with `date`",
+            )
+        if self._day is not None and not self._template.clock_was_read:
+            self.doubts.add(self._owner, "the chat template does not ask for today's date, so that `date` changes nothing; leave it out")
+
+    def _converse(self, template: ChatTemplate, where: str, messages: Messages, tools: Any, variables: Mapping[str, Any]) -> list[int]:
+        self._unread.update(dict.fromkeys(template.unread(messages, tools, variables)))
+        if mark := template.mark_in(messages):
+            self.doubts.add(
+                where,
+                f"its text contains {mark!r}, as if it carried a chat template already, and the template is applied to it; pass `verbatim=True` "
+                "if it does, or else drop it",
+            )
+        ids = self._encoded(where, lambda: template.ids(messages, tools, variables))
+        if role := template.left_out(messages, tools, variables):
+            self.doubts.add(where, f"the chat template leaves out the text of the role {role!r}; drop it, or use a template that writes it")
+        return ids
+
+    def _encode(self, where: str, text: Any, *, bare: bool = False) -> list[int]:
+        return self._encoded(where, lambda: self._tokenizer(text, add_special_tokens=not bare)["input_ids"])
+
+    def _encoded(self, where: str, encode: Callable[[], Sequence[int]]) -> list[int]:
+        try:
+            ids = list(encode())
+        except Exception as error:  # a template may raise anything
+            raise PromptError(
+                f"{where}: the tokenizer or its chat template raised {type(error).__name__} ({error!s:.200}); mend the record or the template."
+            ) from error
+        if ids and not isinstance(ids[0], Integral):
+            raise PromptError(
+                f"{where}: the tokenizer gave a {type(ids[0]).__name__}, expected token ids; pass the tokenizer of a processor."
+            )
+        return ids
+
+    def _tools_in(self, where: str, value: Any) -> list[Any] | None:
+        tools = self._for_template(where, "tools", value)
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) or callable(tool) for tool in tools)):
+            raise PromptError(f"{where}: `tools` is {tools!r:.80}, expected a list of mappings; write one JSON schema for each tool.")
+        return tools
+
+    def _variables_in(self, where: str, value: Any) -> Mapping[str, Any]:
+        variables = self._for_template(where, "chat_template_kwargs", value) or {}
+        if not isinstance(variables, Mapping) or (self._template and not self._template.reserved.isdisjoint(variables)):
+            raise PromptError(
+                f"{where}: `chat_template_kwargs` is {variables!r:.80}, expected a mapping of the template's own variables; leave others out."
+            )
+        return variables
+
+    def _for_template(self, where: str, key: str, value: Any) -> Any:
+        value = plain(from_json(value, where, key), where)
+        if value:
+            self._need_template(where, f"`{key}`")
+        return value
+
+    def _need_template(self, where: str, what: str) -> None:
+        if not self._template:
+            why = "`verbatim` text is tokenised as it is" if self._verbatim else "the tokenizer has no chat template"
+            raise PromptError(f"{where}: it has {what}, which only a chat template reads, but {why}; pass text alone, or set a template.")
+
+    def _doubt_ends(self, where: str, ids: Sequence[int]) -> None:
+        if ids[0] in self._special and ids[1:2] == ids[:1]:
+            self.doubts.add(
+                where,
+                f"it begins with {self._special[ids[0]]!r} twice; drop it from the text, or pass `verbatim=True` for text to which nothing is added",
+            )
+        # spaces after the last token that can be seen
+        last = next((token for token in reversed(ids) if token in self._special or self._tokenizer.decode([token]).strip()), None)
+        if last is not None and last in self._ends:
+            self.doubts.add(
+                where,
+                f"it ends with {self._special.get(last, str(last))!r}, after which a response seldom goes on; give the template a generation prompt, "
+                "or pass `verbatim=True` for text to which nothing is added",
+            )
+
+
+def _special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Token id -> text."""
+    named = zip(getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "all_special_tokens", ()), strict=False)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    # mistral-common has a method of this name, which raises
+    return {**dict(named), **({id_: str(token) for id_, token in added.items() if token.special} if isinstance(added, dict) else {})}
