@@ -94,9 +94,11 @@ def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
     """
     if isinstance(value, type):
         raise ArgumentError(f"{owner}: it is the class {value.__name__}, expected an object; call it: {value.__name__}().")
-    names = [*(name for name in dir(kind) if not name.startswith("_")), *(["__call__"] if "__call__" in vars(kind) else [])]
+    names = [name for name in dir(kind) if not name.startswith("_")]
     # of the class first: a property may ask a server
     lacking = next((name for name in names if not hasattr(type(value), name) and not hasattr(value, name)), None)
+    if lacking is None and "__call__" in vars(kind) and not callable(value):
+        lacking = "__call__"
     if lacking is not None:
         raise ArgumentError(f"{owner}: it is a {type(value).__name__}, which has no `{lacking}`; {remedy}.")
 
