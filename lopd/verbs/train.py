@@ -70,10 +70,10 @@ def opd_steps(
     trained = _trained_parameters(student)
     _check_optimizer(optimizer, list(trained.values()))
     judge_optimizer(optimizer, trained)
-    return _trained(student, steps, loss, optimizer, math.inf if max_grad_norm is None else max_grad_norm)
+    return _train(student, steps, loss, optimizer, math.inf if max_grad_norm is None else max_grad_norm)
 
 
-def _trained(
+def _train(
     student: Student | DistributedDataParallel, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, max_grad_norm: float
 ) -> Iterator[StepMetrics]:
     ranks, trained = Ranks.current(), _trained_parameters(student)
