@@ -64,6 +64,12 @@ def judge_distance(optimizer: Optimizer, loss: object, reverse_kl: float, drift:
     """Warn if the student is far from its teacher, or is not the policy that sampled.
 
     Of the distance under a loss that states that it is `uncorrected`, `lopd.guards.watch` warns.
+
+    Args:
+        optimizer: whose first step it is.
+        loss: of the step.
+        reverse_kl: nats a token.
+        drift: before any update; None where there was one, as in a run that was resumed, or where it was not measured.
     """
     if abs(reverse_kl) > MAX_DISTANCE and not (isinstance(loss, StatesCorrection) and loss.uncorrected):
         _warn_once(

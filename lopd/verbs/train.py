@@ -52,7 +52,7 @@ def opd_steps(
             because updates are smaller than their rounding.
         AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss says
             that it has no importance ratio (`lopd.guards.watch`).
-        DriftWarning: in the first step few rollouts are effective: the student is not the policy that sampled them.
+        DriftWarning: in step 0 few rollouts are effective: the student is not the policy that sampled them.
 
     Raises:
         ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
@@ -113,7 +113,7 @@ def _train(
             judge_loss(loss, drift.advantages)
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
         if place_of_step == 0:
-            judge_distance(optimizer, loss, reverse_kl, drift)
+            judge_distance(optimizer, loss, reverse_kl, drift if step.index == 0 else None)
         read = step.batches[: len(step.batches) - step.idle]
         counts = torch.tensor([sum(int(batch.segment_ids[-1]) + 1 for batch in read), sum(batch.inputs.numel() for batch in read)])
         rollouts, tokens = ranks.sum(counts).tolist()
