@@ -109,6 +109,10 @@ def test_few_effective_rollouts_in_the_first_step_are_said(small, scored):
         warnings.simplefilter("error")
         list(opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer))
     far = [near(step, 3.0) for step in batches(scored, rollouts_per_step=14, tokens_per_batch=400, ref="behavior")[:1]]
+    resumed = [evolve(step, index=60) for step in far]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(opd_steps(student, resumed, FusedOPDLoss(ratio_to_ref=True), optimizer))
     with pytest.warns(
         DriftWarning, match=r"% of the 14 rollouts are effective in the first step, expected at least 50%; it is not the policy"
     ):
