@@ -39,7 +39,11 @@ class EngineError(LopdError, RuntimeError):
 
 
 class ModelError(LopdError, TypeError):
-    """A model that lopd cannot cut below its head without changing what it computes."""
+    """A model that cannot be sampled, scored or trained here without changing what it computes."""
+
+
+class ModelWarning(UserWarning):
+    """A model that computes at random, with an attention that was changed to keep what it computes, or without a cache."""
 
 
 class StoreNotFoundError(LopdError, FileNotFoundError):
@@ -96,6 +100,10 @@ class TrainingWarning(UserWarning):
 
 class DriftWarning(UserWarning):
     """A student that has left the policy whose rollouts it trains on."""
+
+
+class SamplerWarning(UserWarning):
+    """A loss whose gradient takes tokens for draws of the policy itself, though another temperature or top-p drew them."""
 
 
 class SourceError(LopdError, RuntimeError):

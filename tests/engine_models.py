@@ -33,3 +33,16 @@ def save_model(folder: Path, kind: str, seed: int = 0, dtype: torch.dtype = torc
     getattr(transformers, f"{prefix}ForCausalLM")(config).to(dtype).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
+
+
+def drawn_logprobs(model, rollout, temperature=1.0, top_p=1.0):
+    """(T,) log-probs of a rollout in the distribution that a sampler with these settings draws from, token by token."""
+    ids, start = [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()], rollout.prompt_ids.size
+    with torch.no_grad():
+        logits_TV = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, start - 1 : -1, :VOCAB].double()
+    found = []
+    for logits_V, token in zip(logits_TV, ids[start:], strict=True):
+        probs_V = torch.eye(VOCAB)[logits_V.argmax()] if temperature == 0 else (logits_V / temperature).softmax(-1)
+        kept = [other for other in range(VOCAB) if temperature == 0 or float(probs_V[probs_V > probs_V[other]].sum()) < top_p]
+        found.append(float((probs_V[token] / probs_V[kept].sum()).log()))
+    return found

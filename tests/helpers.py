@@ -31,6 +31,7 @@ from lopd.records import (
     by_rollout,
     by_token,
 )
+from lopd.testing.loss_cases import map_batch
 
 SFT_TEACHER = ModelId("big-teacher", "weights:teacher-weights", "bfloat16")
 OTHER_TEACHER = ModelId("other-teacher", "weights:other-weights", "bfloat16")
@@ -202,8 +203,7 @@ def random_batch(
 
 def to_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
     """The same batch with weights and log-probs in another dtype."""
-    teacher, ref = (None if column is None else column.to(dtype) for column in (batch.teacher_logprobs, batch.ref_logprobs))
-    return evolve(batch, weight=batch.weight.to(dtype), teacher_logprobs=teacher, ref_logprobs=ref)
+    return map_batch(batch, ("weight", "teacher_logprobs", "ref_logprobs", "sampler_logprobs"), lambda column: column.to(dtype))
 
 
 def random_head(

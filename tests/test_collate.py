@@ -105,11 +105,18 @@ def test_two_packed_rollouts_look_like_this() -> None:
 
 
 def test_a_batch_has_int64_ids_and_float32_values() -> None:
-    records = [evolve(r, top_k={"teacher": tiny_top_k(r.rollout.response_ids.size)}) for r in random_records(0, 2)]
+    records = [
+        evolve(
+            r,
+            rollout=evolve(r.rollout, sampler_logprobs=r.scores["ref"]),
+            top_k={"teacher": tiny_top_k(r.rollout.response_ids.size)},
+        )
+        for r in random_records(0, 2)
+    ]
     batch = collate(records, teacher="teacher", ref="ref", top_k="teacher")
     assert {f.name: str(getattr(batch, f.name).dtype).removeprefix("torch.") for f in fields(Batch)} == {
         **dict.fromkeys(["inputs", "targets", "position_ids", "segment_ids", "top_k_ids"], "int64"),
-        **dict.fromkeys(["weight", "teacher_logprobs", "ref_logprobs", "top_k_logprobs", "top_k_tail"], "float32"),
+        **dict.fromkeys(["weight", "teacher_logprobs", "ref_logprobs", "sampler_logprobs", "top_k_logprobs", "top_k_tail"], "float32"),
     }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOKENIZER_ID
+from engine_models import drawn_logprobs
 from hf_parts import FLAT, VOCAB, every_kind, source_of, spoiled
 
 from lopd import collate
@@ -226,11 +227,22 @@ def test_dropout_is_off_while_sampling_and_scoring_a_model_in_training_mode(make
 # --- drawing one token ----------------------------------------------------------------------------------------------------------------
 
 
-def drawn_on_a_grid(probabilities, n=1000, **sampling):
+def test_the_log_probs_of_the_sampler_are_at_its_temperature_and_renormalised_over_its_cut(llama, tokenizer, prompts):
+    for sampling in ({"temperature": 0.5}, {"top_p": 0.6}, {"temperature": 1.7, "top_p": 0.8}):
+        source = source_of(llama, tokenizer, **sampling)
+        for rollout in source.sample(prompts):
+            np.testing.assert_allclose(rollout.sampler_logprobs, drawn_logprobs(llama, rollout, **sampling), atol=2e-5)
+    (greedy, *_) = source_of(llama, tokenizer, temperature=0.0, top_p=0.9).sample(prompts)
+    assert greedy.sampler_logprobs.tolist() == [0.0] * greedy.response_ids.size
+    assert all(rollout.sampler_logprobs is None for rollout in source_of(llama, tokenizer).sample(prompts))
+
+
+def drawn_on_a_grid(probabilities, expected, n=1000, **sampling):
     """How often each token is drawn when the uniform numbers are the midpoints of n equal intervals: its probability, exactly."""
     logits_BV = torch.tensor(probabilities, dtype=torch.float32).log().expand(n, -1)
-    ids_B, logprobs_B = draw(logits_BV, (torch.arange(n, dtype=torch.float64) + 0.5) / n, SamplingParams(**sampling))
+    ids_B, logprobs_B, drawn_B = draw(logits_BV, (torch.arange(n, dtype=torch.float64) + 0.5) / n, SamplingParams(**sampling))
     np.testing.assert_allclose(logprobs_B, torch.tensor(probabilities).log()[ids_B], atol=1e-6)
+    np.testing.assert_allclose(drawn_B, torch.tensor(expected).log()[ids_B], atol=1e-6)
     return np.bincount(ids_B.numpy(), minlength=len(probabilities)) / n
 
 
@@ -239,17 +251,17 @@ def drawn_on_a_grid(probabilities, n=1000, **sampling):
     [
         ({}, [0.15, 0.5, 0.05, 0.3]),
         ({"temperature": 0.5}, [p**2 / 0.365 for p in (0.15, 0.5, 0.05, 0.3)]),
-        ({"temperature": 0.0}, [0, 1, 0, 0]),
+        ({"temperature": 0.0}, [0.0, 1.0, 0.0, 0.0]),
         ({"top_p": 0.99}, [0.15, 0.5, 0.05, 0.3]),
         ({"top_p": 0.9}, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
         ({"top_p": 0.7}, [0, 0.625, 0, 0.375]),
-        ({"top_p": 0.45}, [0, 1, 0, 0]),
-        ({"top_p": 1e-6}, [0, 1, 0, 0]),
+        ({"top_p": 0.45}, [0.0, 1.0, 0.0, 0.0]),
+        ({"top_p": 1e-6}, [0.0, 1.0, 0.0, 0.0]),
         ({"top_p": 0.7, "temperature": 0.5}, [0, 0.25 / 0.34, 0, 0.09 / 0.34]),
     ],
 )
 def test_draw_gives_each_token_its_share_of_the_uniform_numbers(sampling, expected):
-    np.testing.assert_allclose(drawn_on_a_grid([0.15, 0.5, 0.05, 0.3], **sampling), expected, atol=1.01e-3)
+    np.testing.assert_allclose(drawn_on_a_grid([0.15, 0.5, 0.05, 0.3], expected, **sampling), expected, atol=1.01e-3)
 
 
 def test_draw_stays_inside_the_vocabulary_and_off_impossible_tokens_at_both_ends_of_the_interval():
@@ -257,7 +269,7 @@ def test_draw_stays_inside_the_vocabulary_and_off_impossible_tokens_at_both_ends
     logits_BV[:, [0, 1, 95, 96]] = float("-inf")
     for u in (0.0, float(np.nextafter(1.0, 0.0))):
         for top_p in (1.0, 0.8):
-            ids_B, logprobs_B = draw(logits_BV, torch.full((500,), u, dtype=torch.float64), SamplingParams(top_p=top_p))
+            ids_B, logprobs_B, drawn_B = draw(logits_BV, torch.full((500,), u, dtype=torch.float64), SamplingParams(top_p=top_p))
             assert int(ids_B.min()) >= 2
             assert int(ids_B.max()) <= 94
-            assert bool(logprobs_B.isfinite().all())
+            assert bool((logprobs_B.isfinite() & drawn_B.isfinite()).all())

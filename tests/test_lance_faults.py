@@ -39,8 +39,10 @@ def readable(store: LanceStore) -> list[Any]:
         [(r.rollout.rollout_id, r.rollout.content_hash, r.rollout.finish_reason, r.rollout.generation) for r in rows],
         [[a.tolist() for a in (r.rollout.prompt_ids, r.rollout.response_ids, r.rollout.loss_mask)] for r in rows],
         [None if (values := r.rollout.behavior_logprobs) is None else values.tolist() for r in rows],
+        [None if (values := r.rollout.sampler_logprobs) is None else values.tolist() for r in rows],
         [[*r.scores["teacher"].tolist(), *r.top_k["teacher"].ids.tolist(), *r.top_k["teacher"].logprobs.tolist()] for r in scored],
         store.lengths().tolist(), store.scored("teacher").tolist(), store.scored("behavior").tolist(),
+        store.scored("behavior/sampler").tolist(),
         store.find(["m", "b", "r0", "r1", "r2"]).tolist(), dict(store.columns), dict(store.generations), len(store.history()),
     ]  # fmt: skip
 

@@ -7,14 +7,18 @@ arrays could still be compressed; it is float16.
 import tarfile
 from pathlib import Path
 
+import lancedb
 import numpy as np
 import pytest
 
 from lopd import LanceStore, ZarrStore, open_store
+from lopd.backends.lance import encode as lance_encode
+from lopd.backends.zarr import encode as zarr_encode
+from lopd.backends.zarr.segment import encode_segment
 from lopd.errors import CorruptStoreError
 from lopd.protocols import DurableStore
 from lopd.records import Manifest, ModelId, Provenance, Rollout, SamplingParams, Scores, TokenizerId, TopK
-from lopd.testing import assert_same_rollout
+from lopd.testing import assert_same_rollout, tiny_rollout
 
 DATA = Path(__file__).parent / "data"
 KINDS: dict[str, type[ZarrStore] | type[LanceStore]] = {"zarr": ZarrStore, "zstd": ZarrStore, "lance": LanceStore}
@@ -122,6 +126,40 @@ def test_an_old_store_is_gone_on_with(place: Path, kind: str) -> None:
     store.compact()
     assert_whole(store, extra=True)
     assert_whole(open_store(place), extra=True)
+
+
+def test_an_old_store_takes_log_probs_of_the_sampler(place: Path, kind: str) -> None:
+    # two writers, of which each finds a store that has none yet
+    stores = [KINDS[kind].open(place, MANIFEST) for _ in range(2)]
+    drawn = [tiny_rollout(f"drawn{i}", behavior_logprobs=[-1.0, -2.0, -3.0], sampler_logprobs=[-0.5 - i, -1.0, 0.0]) for i in range(2)]
+    for store, rollout in zip(stores, drawn, strict=True):
+        store.append([rollout])
+    stores[0].append([tiny_rollout("plain again", behavior_logprobs=[-1.0] * 3)])
+    for seen in (stores[0], KINDS[kind].open(place)):
+        assert np.flatnonzero(seen.scored("behavior/sampler")).tolist() == [EXTRA, EXTRA + 1]
+        for row, (rollout, record) in enumerate(zip([*ROLLOUTS[:EXTRA], *drawn], seen.read(range(EXTRA + 2)), strict=True)):
+            assert_same_rollout(record.rollout, rollout)
+            assert bool(seen.scored("behavior")[row]) == (rollout.behavior_logprobs is not None)
+        assert seen.read([EXTRA], ["behavior/sampler"])[0].scores["behavior/sampler"].tolist() == [-0.5, -1.0, 0.0]
+        assert list(seen.verify()) == []
+        stores[0].compact()
+
+
+def test_without_log_probs_of_the_sampler_a_store_is_written_as_before(tmp_path: Path) -> None:
+    for kind in ("zarr", "lance"):
+        with tarfile.open(DATA / f"{kind}.tar.gz") as archive:
+            archive.extractall(tmp_path, filter="data")
+    # the two largest hold all rows; those that a compaction merged are there too
+    segments = sorted(tmp_path.glob("zarr/segments/*/lines/c*"), key=lambda path: path.stat().st_size, reverse=True)
+    for chunk, (first, last) in zip(segments, ((0, 6), (6, EXTRA)), strict=False):
+        files, _ = encode_segment("new", zarr_encode.encode_rollouts(ROLLOUTS[first:last], first, 300, "float32"))
+        for name in ("lines", "token_ids", "rollout_ids", "loss_mask", "behavior_logprobs"):
+            (old,) = (chunk.parents[1] / name).glob("c*")
+            assert bytes(files[f"new/{name}/{old.name}"]) == old.read_bytes(), name
+        assert len(files) == 1 + 2 * 5
+    table = lance_encode.encode_rollouts(ROLLOUTS[:EXTRA], 0, 300, "float32", commit=0, when=0.0)
+    (folder,) = tmp_path.glob("lance/rollouts-*.lance")
+    assert table.schema == lancedb.connect(tmp_path / "lance").open_table(folder.stem).schema
 
 
 def test_damage_to_a_compressed_array_is_noticed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from conftest import build_tokenizer
+from engine_models import drawn_logprobs
 
 from lopd import collect_rollouts, score_rollouts
 from lopd.backends.zarr.store import ZarrStore
@@ -287,11 +288,13 @@ def test_a_server_that_is_killed_and_started_again_leaves_the_store_of_an_unbrok
         np.testing.assert_array_equal(mine.top_k["teacher"].ids, theirs.top_k["teacher"].ids)
 
 
-def test_a_server_that_reports_logprobs_after_temperature_is_found_out_and_none_needs_a_tokenizer(folder, hf):
+def test_a_server_that_reports_logprobs_after_temperature_gives_both_and_none_needs_a_tokenizer(folder, hf):
     with serving(folder, "--logprobs-mode", "processed_logprobs", "--skip-tokenizer-init") as server:
         for scores, truth in zip(scorer_of(server, top_k=5).score(make_rollouts()), hf.score(make_rollouts()), strict=True):
             np.testing.assert_allclose(scores.logprobs, truth.logprobs, atol=TOLERANCE)
-        for sampling in ({"temperature": 0.7}, {"top_p": 0.9}):
-            with pytest.raises(EngineError, match="change with the temperature"):
-                source_of(folder, server, **sampling).sample(make_prompts())
+        for sampling in ({"temperature": 0.7}, {"top_p": 0.8}, {"temperature": 1.3, "top_p": 0.7}, {"temperature": 0.0}):
+            rollouts = source_of(folder, server, **sampling).sample(make_prompts())
+            for rollout, truth in zip(rollouts, hf.score(rollouts), strict=True):
+                np.testing.assert_allclose(rollout.behavior_logprobs, truth.logprobs, atol=TOLERANCE)
+                np.testing.assert_allclose(rollout.sampler_logprobs, drawn_logprobs(hf.model, rollout, **sampling), atol=TOLERANCE)
         assert len(source_of(folder, server).sample(make_prompts())) == 12

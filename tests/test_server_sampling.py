@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from served_table import MODEL, STOP, TOKENIZER, _short_pauses, make_prompts, servers_of, source_of, start, stub, truth, without  # noqa: F401
-from vllm_stub import EOS, VOCAB, answer, changed
+from vllm_stub import EOS, VOCAB, _processed, answer, changed, table
 
 from lopd.engines.server import Servers, ServerScorer, ServerSource
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
@@ -153,15 +153,49 @@ def test_a_server_that_does_not_stop_is_an_error(stub):
 
 
 @pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"top_p": 0.9}, {"temperature": 0.0}])
-def test_logprobs_after_temperature_or_cut_are_found_out_before_anything_is_sampled(start, sampling):
+def test_log_probs_after_temperature_or_cut_and_raw_ones_are_told_apart_and_kept_as_what_they_are(start, sampling):
     raw, processed = start(), start(mode="processed_logprobs")
-    rollouts = source_of(raw, **sampling).sample(make_prompts())
-    for rollout in rollouts:
+    once, again = (source_of(stub, **sampling).sample(make_prompts()) for stub in (raw, processed))
+    assert as_lists(once) == as_lists(again)
+    for rough, rollout in zip(once, again, strict=True):
+        np.testing.assert_allclose(rough.behavior_logprobs, truth(rollout), atol=1e-6)
         np.testing.assert_allclose(rollout.behavior_logprobs, truth(rollout), atol=1e-6)
+        np.testing.assert_allclose(rollout.sampler_logprobs, drawn(rollout, **sampling), atol=1e-6)
+        assert (rough.sampler_logprobs is None) == (sampling != {"temperature": 0.0})
+    assert len(raw.requests) == 3 + len(once)
+    assert len(processed.requests) > 3 + len(again), "they were read once more"
     for _ in range(3):
-        with pytest.raises(EngineError, match=f"{processed.url}: its log-probs change with the temperature .*--logprobs-mode raw_logprobs"):
+        with pytest.raises(
+            EngineError, match=r"logprobs_mode is '(raw|processed)_logprobs', expected '(raw|processed)_logprobs' as of Server"
+        ):
             source_of(raw, processed, **sampling).sample(make_prompts() * 10)
-    assert len(processed.requests) == 6, "the two of the probe, each time"
+
+
+def drawn(rollout, temperature=1.0, top_p=1.0):
+    rows = table([*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()])[rollout.prompt_ids.size : -1]
+    return [_processed(row, temperature, top_p)[token] for row, token in zip(rows, rollout.response_ids, strict=True)]
+
+
+@pytest.mark.parametrize("mode", ["processed_logprobs", "raw_logprobs"])
+def test_a_rollout_of_another_distribution_leaves_room_to_be_read_once_more(start, mode):
+    stub = start(mode=mode, context=16)
+    prompts = [Prompt("short", [5, 6]), Prompt("just fits", [5] * 14)]
+    assert max(len(r) for r in source_of(stub, temperature=0.7, samples_per_prompt=4, max_new_tokens=99).sample(prompts)) == 15
+    with pytest.raises(ContextOverflowError, match="'too long'"):
+        source_of(stub, temperature=0.7).sample([Prompt("too long", [5] * 15)])
+
+
+def scaled(body):
+    """Log-probs after the temperature, without the cut: what some other servers report."""
+    top = body["choices"][0]["logprobs"]["top_logprobs"][0]
+    body["choices"][0]["logprobs"]["top_logprobs"] = [{name: value / 2 - 3 for name, value in top.items()}]
+
+
+def test_log_probs_of_no_known_kind_are_refused(stub):
+    stub.fail(1, changed(scaled), when=lambda request: request["temperature"] == 2.0)
+    with pytest.raises(EngineError, match=r"neither those at temperature 1 nor those of what is drawn.*--logprobs-mode processed_logprobs"):
+        source_of(stub, temperature=0.7).sample(make_prompts())
+    assert len(stub.requests) == 3
 
 
 def test_at_temperature_one_and_uncut_no_probe_is_sent(stub):

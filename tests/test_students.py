@@ -14,7 +14,7 @@ from conftest import TOKENIZER_ID
 from lopd import collate
 from lopd.engines.causal_lm import lm_head, packed_hidden_states
 from lopd.engines.hf import HFSource, load_model
-from lopd.engines.probes import check_cut
+from lopd.engines.probes import check_training
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import LopdError, ModelError, TokenizerMismatchError
 from lopd.losses.chunked import Chunking
@@ -191,11 +191,11 @@ def test_a_model_that_cannot_be_cut_or_packed_is_refused(kind, models):
     model = kind(copy.deepcopy(models("llama_tied").config)).eval()
     model.load_state_dict(models("llama_tied").state_dict())
     if kind is _Blind:
-        check_cut(model, VOCAB)  # each rollout in a row of its own: nothing to see
+        check_training(model, VOCAB)  # each rollout in a row of its own: nothing to see
         model.config = copy.deepcopy(model.config)  # its layers keep theirs
         model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match=kind.__name__):
-        check_cut(model, VOCAB)
+        check_training(model, VOCAB)
     with pytest.raises(ModelError, match=kind.__name__):
         CausalLMStudent(model, TOKENIZER_ID)
 
@@ -207,12 +207,12 @@ def test_a_pack_stays_one_row_only_for_attention_that_knows_lengths(attention, s
     seen = []
 
     class Decoder:
-        config = SimpleNamespace(_attn_implementation=attention)
+        config = transformers.PretrainedConfig(attn_implementation=attention)
 
         def get_decoder(self):
             return self
 
-        def __call__(self, input_ids, position_ids, **_):
+        def __call__(self, input_ids, position_ids=None, **_):
             seen.append((input_ids, position_ids))
             return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
 
@@ -255,7 +255,7 @@ def test_checking_the_cut_leaves_mode_random_state_and_gradients_as_they_were(ma
     for training in (True, False):
         model = make_model("gpt2_dropout").train(training)
         state = torch.get_rng_state()
-        check_cut(model, VOCAB)
+        check_training(model, VOCAB)
         assert model.training is training
         assert torch.equal(torch.get_rng_state(), state)
         assert all(p.grad is None for p in model.parameters())

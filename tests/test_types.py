@@ -1,5 +1,6 @@
 """Records refuse what breaks their contract, with one sentence that says which record, which field and which entry."""
 
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attrs import fields
 
 from lopd.errors import InvalidRecordError
 from lopd.losses.reference import ReferenceOPDLoss
@@ -131,10 +133,11 @@ def test_the_arrays_of_a_rollout_are_copies_that_nobody_can_write_to() -> None:
 
 @pytest.mark.parametrize("logprobs", [None, [-1.0, 0.0, -2.5]])
 def test_a_rollout_from_a_store_equals_the_one_that_was_checked(logprobs: Any) -> None:
-    checked = tiny_rollout("p1/s0/g3", loss_mask=[True, False, True], behavior_logprobs=logprobs, generation=3)
-    names = ("rollout_id", "prompt_ids", "response_ids", "loss_mask", "finish_reason", "behavior_logprobs", "generation", "content_hash")
-    unchecked = Rollout.from_store(**{name: getattr(checked, name) for name in names})
+    reported = {"behavior_logprobs": logprobs, "sampler_logprobs": logprobs}
+    checked = tiny_rollout("p1/s0/g3", loss_mask=[True, False, True], generation=3, **reported)
+    unchecked = Rollout.from_store(**{field.name: getattr(checked, field.name) for field in fields(Rollout)})
     assert_same_rollout(unchecked, checked)
+    assert_same_rollout(pickle.loads(pickle.dumps(unchecked)), checked)  # noqa: S301
     assert len(unchecked) == len(checked)
     assert repr(unchecked) == repr(checked)
 
@@ -147,7 +150,8 @@ def test_the_content_hash_knows_where_the_response_begins_and_what_counts() -> N
         tiny_rollout("r", [5, 6, 2]).content_hash,
     }
     assert len(hashes) == 4
-    assert tiny_rollout("another name", [5, 6, 1], behavior_logprobs=[-1.0] * 3, generation=2).content_hash in hashes
+    reported = {"behavior_logprobs": [-1.0] * 3, "sampler_logprobs": [-0.5] * 3}
+    assert tiny_rollout("another name", [5, 6, 1], generation=2, **reported).content_hash in hashes
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------------------------

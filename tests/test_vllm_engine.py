@@ -14,7 +14,7 @@ import torch
 import vllm_environment  # noqa: F401
 from attrs import asdict
 from conftest import TOKENIZER_ID
-from engine_models import LONGEST, VOCAB, save_model
+from engine_models import LONGEST, VOCAB, drawn_logprobs, save_model
 
 from lopd import collect_rollouts, score_rollouts
 from lopd.backends.zarr.store import ZarrStore
@@ -229,6 +229,16 @@ def test_reported_logprobs_are_what_transformers_says_of_the_sampled_tokens(kind
     assert max(r.response_ids.max() for r in rollouts) < VOCAB
     for rollout, score in zip(rollouts, HFScorer.from_folder(folders[kind]).score(rollouts), strict=True):
         np.testing.assert_allclose(rollout.behavior_logprobs, score.logprobs, atol=TOLERANCE)
+
+
+@every_kind
+@pytest.mark.parametrize("sampling", [{"temperature": 0.6}, {"top_p": 0.8}, {"temperature": 1.4, "top_p": 0.7}, {"temperature": 0.0}])
+def test_both_log_probs_are_those_of_transformers(kind, sampling, sources, folders, prompts, scorers):
+    rollouts = sources(kind, samples_per_prompt=2, **sampling).sample(prompts)
+    model = HFScorer.from_folder(folders[kind]).model
+    for rollout, scores in zip(rollouts, scorers(kind).score(rollouts), strict=True):
+        np.testing.assert_allclose(rollout.behavior_logprobs, scores.logprobs, atol=TOLERANCE)
+        np.testing.assert_allclose(rollout.sampler_logprobs, drawn_logprobs(model, rollout, **sampling), atol=TOLERANCE)
 
 
 @every_kind

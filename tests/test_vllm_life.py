@@ -236,9 +236,25 @@ def test_sampling_and_scoring_start_vllm_as_each_must(fake, folder, rollouts):
     assert (scoring["enable_chunked_prefill"], scoring["max_num_batched_tokens"]) == (True, 16)
     assert (sampling["enable_chunked_prefill"], sampling["max_num_batched_tokens"]) == (False, LONGEST), "a seed does not survive a part"
     assert (scoring["dtype"], sampling["dtype"]) == ("bfloat16", "float32")
-    assert {a["logprobs_mode"] for a in fake.started} == {"raw_logprobs"}
+    assert (scoring["logprobs_mode"], sampling["logprobs_mode"]) == ("raw_logprobs", "processed_logprobs")
     assert {a["generation_config"] for a in fake.started} == {"vllm"}
     assert {a["max_model_len"] for a in fake.started} == {LONGEST}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "behavior", "drawn", "calls"),
+    [({}, -2.0, None, 1), ({"temperature": 0.0}, -2.0, 0.0, 1), ({"temperature": 0.5}, -1.0, -2.0, 2), ({"top_p": 0.5}, -1.0, -2.0, 2)],
+)
+def test_rollouts_of_another_distribution_are_read_once_more_at_temperature_one(fake, folder, sampling, behavior, drawn, calls):
+    (rollout,) = VLLMSource.from_folder(folder, SamplingParams(**sampling)).sample([Prompt("p", [5])])
+    assert rollout.behavior_logprobs.tolist() == [behavior]
+    assert (None if rollout.sampler_logprobs is None else rollout.sampler_logprobs.tolist()) == (None if drawn is None else [drawn])
+    assert fake.requests == [1] * calls
+    source = VLLMSource.from_folder(folder, SamplingParams(**sampling))
+    room = LONGEST - (calls == 2)
+    source.sample([Prompt("fits", [5] * (room - 1))])
+    with pytest.raises(ContextOverflowError, match="'too long'"):
+        source.sample([Prompt("too long", [5] * room)])
 
 
 def test_a_gpu_may_read_a_prompt_in_parts_while_sampling(fake, folder, monkeypatch):

@@ -143,9 +143,8 @@ def many(start: int, n: int, length: int = 3) -> list[Rollout]:
 
 def fill(store: ZarrStore) -> ZarrStore:
     """Two segments of rollouts of all kinds, one of scores with top-k."""
-    store.append(
-        [tiny_rollout("m", loss_mask=[True, False, True]), tiny_rollout("b", behavior_logprobs=[0, -1, -2], finish_reason="length")]
-    )
+    reported = {"behavior_logprobs": [0, -1, -2], "sampler_logprobs": [0, -0.5, -1]}
+    store.append([tiny_rollout("m", loss_mask=[True, False, True]), tiny_rollout("b", finish_reason="length", **reported)])
     store.append(many(0, 2))
     scores = [evolve(tiny_scores(row.rollout), top_k=tiny_top_k(3)) for row in store.read([1, 3])]
     store.append_scores("teacher", tiny_provenance(top_k=2), scores)

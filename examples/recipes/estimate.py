@@ -36,7 +36,7 @@ def work_of(recipe: Recipe) -> Work:
         tokens_per_batch=recipe.tokens_per_batch,
         student_billions=recipe.student_billions,
         teacher_billions=recipe.teacher_billions,
-        columns=(0,) * (1 + recipe.ratio_to_ref),
+        columns=(0,),
     )
 
 

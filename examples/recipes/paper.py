@@ -21,7 +21,7 @@ class Recipe:
         max_new_tokens: longest of these answers.
         temperature, top_p: with which they are drawn.
         opd_steps, opd_rollouts_per_step, opd_lr, weight_decay, clip: of OPD, at a constant rate; clip in nats.
-        ratio_to_ref: weigh each token by its ratio to the reference policy; the paper does not.
+        ratio_to_ref: weigh each token by its ratio to what drew it; the paper does not, and at its temperature the gradient is biased then.
         tokens_per_batch: positions of one forward pass of training.
         test_samples, test_temperature, test_top_p, test_tokens: of the evaluation.
         gpus: in the machine; of them `teacher_gpus` and `student_gpus` hold one model in vLLM, and training is sharded over `training_gpus`.

@@ -61,9 +61,6 @@ def main() -> None:
     problems = problems_of(options.prompts, recipe, str(start))[: recipe.rollouts]
     run.phase("rollouts", lambda: sample(engine.source(str(start), opd_sampling(recipe)), problems, run.folder / "opd.zarr"))
     run.phase("scores", lambda: score(engine.scorer(recipe.teacher), run.folder / "opd.zarr", "teacher"))
-    if recipe.ratio_to_ref:
-        # the log-probs with which rollouts were drawn are those of another temperature
-        run.phase("scores of the start", lambda: score(engine.scorer(str(start)), run.folder / "opd.zarr", "ref"))
     run.phase("OPD", lambda: train(run, "opd", str(start), recipe))
     if tests:
         for name, folder in (("start", start), ("OPD", run.folder / "opd")):

@@ -57,7 +57,8 @@ def sft_phase(folder: Path, recipe: Recipe) -> Phase:
 
 def opd_phase(folder: Path, recipe: Recipe) -> Phase:
     """Lightning OPD on the stored scores (table 6), at a constant rate."""
-    ref = "ref" if recipe.ratio_to_ref else None
+    # with the ratio the log-probs of what drew the rollouts come along, at whatever temperature and top-p
+    ref = "behavior" if recipe.ratio_to_ref else None
     stream = _steps(folder / "opd.zarr", recipe, recipe.opd_rollouts_per_step, recipe.opd_steps, ref=ref)
     return Phase(stream, FusedOPDLoss(clip=recipe.clip, ratio_to_ref=recipe.ratio_to_ref), lambda _: recipe.opd_lr)
 

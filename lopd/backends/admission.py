@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, Scores
+from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN, VIRTUAL_COLUMNS, Rollout, Scores
 from lopd.records.rows import Rows
 
 # No separators, no leading dot, no name that Zarr keeps for itself: a column becomes a folder in some stores.
@@ -204,7 +204,7 @@ def check_supports(owner: str, top_k: Sequence[str], columns: Mapping[str, Prove
         MissingScoresError: it names the column.
     """
     for name in top_k:
-        if name == BEHAVIOR_COLUMN or (name in columns and columns[name].top_k == 0):
+        if name in VIRTUAL_COLUMNS or (name in columns and columns[name].top_k == 0):
             raise MissingScoresError(
                 f"{owner}: column {name!r} has no top-k support, expected one; score with a scorer whose provenance names a top_k."
             )
@@ -232,9 +232,10 @@ def new_quarantine(
 
 def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresError:
     """The error for a rollout that has no scores in a column."""
-    if column == BEHAVIOR_COLUMN:
+    if column in VIRTUAL_COLUMNS:
+        neutral = " (where temperature and top_p are 1 they are the behavior_logprobs)" if column == SAMPLER_COLUMN else ""
         return MissingScoresError(
-            f"{owner}: rollout {rollout_id!r} has no behavior_logprobs, expected what the sampling engine reported; "
+            f"{owner}: rollout {rollout_id!r} has no {VIRTUAL_COLUMNS[column]}, expected what the sampling engine reported{neutral}; "
             "collect with an engine that reports them, or read another column."
         )
     return MissingScoresError(
@@ -244,18 +245,18 @@ def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresErr
 
 
 def with_columns(owner: str, rows: Rows, columns: Sequence[str]) -> Rows:
-    """Return rows with these columns as their scores, the virtual one among them.
+    """Return rows with these columns as their scores, the virtual ones among them.
 
     Raises:
-        MissingScoresError: a rollout has no `behavior_logprobs`, and they are asked for.
+        MissingScoresError: a rollout lacks what a virtual column reads, and it is asked for.
     """
     scores = dict(rows.scores)
-    if BEHAVIOR_COLUMN in columns:
-        gaps = np.ones(len(rows), np.bool_)
-        if rows.behavior_logprobs is not None:
-            scores[BEHAVIOR_COLUMN], gaps = rows.behavior_logprobs, np.isnan(rows.behavior_logprobs[rows.response_ends[:-1]])
+    for column in filter(VIRTUAL_COLUMNS.__contains__, columns):
+        gaps, reported = np.ones(len(rows), np.bool_), getattr(rows, VIRTUAL_COLUMNS[column])
+        if reported is not None:
+            scores[column], gaps = reported, np.isnan(reported[rows.response_ends[:-1]])
         for i in np.flatnonzero(gaps)[:1]:
-            raise missing_scores(owner, rows.rollout_ids[int(i)], BEHAVIOR_COLUMN)
+            raise missing_scores(owner, rows.rollout_ids[int(i)], column)
     nothing = np.zeros(0, np.float32)
     return evolve(rows, scores={name: scores[name] if len(rows) else nothing for name in columns})
 

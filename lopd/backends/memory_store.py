@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lopd.backends import admission
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN, Rollout, Scores
+from lopd.records.rollouts import VIRTUAL_COLUMNS, Rollout, Scores
 from lopd.records.rows import Rows
 
 
@@ -18,7 +18,8 @@ from lopd.records.rows import Rows
 class MemoryStore:
     """A `LogprobStore` in lists and dicts: nothing is copied, and nothing outlives the process.
 
-    The virtual column `behavior` reads the rollouts' own `behavior_logprobs`; `columns` does not list it, and it cannot be written to.
+    The virtual columns `behavior` and `behavior/sampler` read the rollouts' own log-probs; `columns` does not list them, and they cannot be
+    written to.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -68,8 +69,8 @@ class MemoryStore:
 
     def scored(self, column: str, /) -> NDArray[np.bool_]:
         """(len,): which rollouts have scores in this column."""
-        if column == BEHAVIOR_COLUMN:
-            return np.array([rollout.behavior_logprobs is not None for rollout in self._rollouts], np.bool_)
+        if column in VIRTUAL_COLUMNS:
+            return np.array([getattr(rollout, VIRTUAL_COLUMNS[column]) is not None for rollout in self._rollouts], np.bool_)
         mask = np.zeros(len(self), np.bool_)
         mask[list(self._scores.get(column, ()))] = True
         return mask
@@ -83,7 +84,7 @@ class MemoryStore:
         """These rollouts with these columns, in the order asked."""
         rows = admission.check_rows("MemoryStore", indices, len(self))
         admission.check_supports("MemoryStore", top_k, self._columns)
-        scores = {name: self._scores_of(rows, name) for name in (*columns, *top_k) if name != BEHAVIOR_COLUMN}
+        scores = {name: self._scores_of(rows, name) for name in (*columns, *top_k) if name not in VIRTUAL_COLUMNS}
         read = Rows.joined(
             [self._rollouts[row] for row in rows],
             {name: [score.logprobs for score in found] for name, found in scores.items()},

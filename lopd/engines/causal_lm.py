@@ -6,7 +6,7 @@ Duck-typed on purpose: importing this module imports no engine.
 Shape suffixes: N tokens, M selected tokens, R of a chunk, K candidates, D hidden size, V vocabulary, B rows, S positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,20 @@ from torch import Tensor
 
 from lopd.errors import ArgumentError, ModelError
 from lopd.records.steps import LMHead
+
+#: Fields of a configuration that multiply the logits (1) or divide them (-1), and that cap them; the probes find a model that does otherwise.
+_SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1, "logits_mup_width_multiplier": -1}
+_MULTIPLIED_BY_ALL = ("hyperclovax",)
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_CONTEXTS = (
+    "max_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+    "context_length",
+)
 
 
 def unwrap(model: Any) -> Any:
@@ -47,31 +61,53 @@ def lm_head(model: Any, vocab_size: int) -> LMHead:
             f"Model {name}: its head has {rows} rows, expected at least the tokenizer's {vocab_size} ids; resize the token embeddings."
         )
     bias = getattr(layer, "bias", None)
-    config = base.config.get_text_config()
     return LMHead(
         weight=layer.weight if rows == vocab_size else layer.weight[:vocab_size],
         bias=bias if bias is None or rows == vocab_size else bias[:vocab_size],
-        softcap=getattr(config, "final_logit_softcapping", None),
-        scale=float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0),
+        softcap=_first_number(text_config(model), _CAPS),
+        scale=_scale(text_config(model)),
     )
 
 
-def hidden_states(
-    model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, *, mask_BS: Tensor | None = None, cache: Any = None
-) -> Tensor:
+def decoder_of(base: Any) -> Any:
+    """The layers below the head.  transformers finds them by name, and may take the head, the model itself or a causal LM for them."""
+    found = base.get_decoder()
+    if found is base or isinstance(found, torch.nn.Linear):
+        return getattr(base, "model", found)
+    inner = getattr(found, "get_output_embeddings", lambda: None)()
+    return found if inner is None else decoder_of(found)
+
+
+def text_config(model: Any) -> Any:
+    """The part of a model's configuration that is about text."""
+    return unwrap(model).config.get_text_config()
+
+
+def _first_number(config: Any, names: Iterable[str]) -> float | None:
+    """The first of these fields that is a number above 0: transformers writes None, 0, -1 or a word where a field does not apply."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int | float) and value > 0), None)
+
+
+def _scale(config: Any) -> float:
+    scale = 1.0
+    for name, power in _SCALES.items():
+        value = float(_first_number(config, [name]) or 1.0)
+        scale *= value if power > 0 or getattr(config, "model_type", None) in _MULTIPLIED_BY_ALL else 1 / value
+    return scale
+
+
+def hidden_states(model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None) -> Tensor:
     """(B, S, D) hidden states below the head.
 
     Args:
         model: a causal LM, or a peft model around one.
-        input_ids_BS: new tokens.
-        position_ids_BS: without a mask, positions that restart within a row mark packed rollouts, which do not see each other.
-        mask_BS: 1 for real tokens, cached ones included; for padding on the left.
-        cache: keys and values of earlier tokens; extended in place.
+        input_ids_BS: token ids.
+        position_ids_BS: positions that restart within a row mark packed rollouts, which do not see each other.
     """
-    decoder = unwrap(model).get_decoder()
-    output: Tensor = decoder(
-        input_ids=input_ids_BS, position_ids=position_ids_BS, attention_mask=mask_BS, past_key_values=cache, use_cache=cache is not None
-    ).last_hidden_state
+    # not every decoder takes positions
+    given = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
+    output: Tensor = decoder_of(unwrap(model))(input_ids=input_ids_BS, use_cache=False, **given).last_hidden_state
     return output
 
 
@@ -79,15 +115,54 @@ def packed_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor
     """(N, D) hidden states of a packed batch, whose positions restart with each rollout; rollouts do not see each other.
 
     Attention that knows lengths (FlashAttention, FlexAttention) reads the pack as it is.  Any other would compute all N * N pairs and mask
-    most of them, so there each rollout is a row of its own, padded on the right, where a causal model cannot look.
+    most of them, so there each rollout is a row of its own.
     """
     attention = str(getattr(unwrap(model).config, "_attn_implementation", None))
     if "flash" in attention or attention == "flex_attention":
-        return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
+        return _by_side(model, _as_they_come, input_ids_N, position_ids_N)
+    return row_hidden_states(model, input_ids_N, position_ids_N)
+
+
+def row_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
+    """(N, D) hidden states of the same batch, each rollout in a row of its own, padded on the right, where a causal model cannot look."""
+    return _by_side(model, _in_rows, input_ids_N, position_ids_N)
+
+
+def _as_they_come(model: Any, input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
+    return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
+
+
+def _in_rows(model: Any, input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
     row_N = (position_ids_N == 0).cumsum(0) - 1
     input_ids_BS = input_ids_N.new_zeros(int(row_N[-1]) + 1, int(position_ids_N.max()) + 1)
     input_ids_BS[row_N, position_ids_N] = input_ids_N
     return hidden_states(model, input_ids_BS)[row_N, position_ids_N]
+
+
+def _by_side(model: Any, compute: Callable[[Any, Tensor, Tensor], Tensor], input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
+    """What `compute` gives for rollouts on one side of each rope border, then on the next, in the order given."""
+    borders = rope_borders(model)
+    if not borders:
+        return compute(model, input_ids_N, position_ids_N)
+    starts = (position_ids_N == 0).nonzero().flatten()
+    lengths_R = torch.diff(starts, append=starts.new_tensor([len(position_ids_N)]))
+    side_N = torch.bucketize(lengths_R, lengths_R.new_tensor(borders)).repeat_interleave(lengths_R)
+    places = [(side_N == side).nonzero().flatten() for side in side_N.unique()]
+    return torch.cat([compute(model, input_ids_N[part], position_ids_N[part]) for part in places])[torch.cat(places).argsort()]
+
+
+def rope_borders(model: Any) -> list[int]:
+    """Lengths beyond which a model turns all positions by other angles (LongRoPE), in ascending order.
+
+    The longest row of a batch decides for every row, so rollouts on different sides of a border never share a forward.
+    """
+    config = text_config(model)
+    stated = [getattr(config, field, None) or {} for field in ("rope_parameters", "rope_scaling")]
+    # one table for all layers, or one for each type of them
+    tables = [*stated, *(table for tables in stated for table in tables.values() if isinstance(table, dict))]
+    name = "original_max_position_embeddings"
+    long = [table for table in tables if table.get("rope_type", table.get("type")) in ("longrope", "su")]
+    return sorted({int(table.get(name) or getattr(config, name)) for table in long})
 
 
 @torch.no_grad()
@@ -107,16 +182,24 @@ def candidate_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, top_k
 
 
 def context_length(model: Any) -> int:
-    """Positions the model was made for."""
-    return int(getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", 1 << 30))
+    """Positions the model was made for; a very large number where its configuration has no limit."""
+    embeddings = getattr(getattr(decoder_of(unwrap(model)), "embeddings", None), "position_embeddings", None)
+    # RoBERTa and its kin count positions from behind the padding id
+    before = getattr(embeddings, "padding_idx", None)
+    return int(_first_number(text_config(model), _CONTEXTS) or 1 << 30) - (0 if before is None else before + 1)
 
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout, as it was afterwards: source and student may share one model."""
-    was_training = model.training
+    """The model without dropout and without the caller's autocast; afterwards each module is in the mode it was in.
+
+    Source and student may share one model, and a caller may keep some modules in eval mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training

@@ -117,7 +117,14 @@ def sampling_settings(sampling: SamplingParams, stops: Collection[int], tokenize
 
 
 def make_rollout(
-    name: str, prompt_ids: NDArray[np.int32], ids: Sequence[int], logprobs: Any, *, stops: Collection[int], generation: int
+    name: str,
+    prompt_ids: NDArray[np.int32],
+    ids: Sequence[int],
+    logprobs: Any,
+    drawn: Any,
+    *,
+    stops: Collection[int],
+    generation: int,
 ) -> Rollout:
     """A rollout as it was sampled: all of its tokens count, and it ends at a stop id or for its length.
 
@@ -125,7 +132,8 @@ def make_rollout(
         name: its id.
         prompt_ids: what is answered.
         ids: (T,) sampled tokens, at least one.
-        logprobs: (T,) of them, nats, at temperature 1; -inf becomes the floor.
+        logprobs: (T,) of them, nats, at temperature 1; -inf becomes the floor.  None where the engine reported none.
+        drawn: (T,) of them, nats, in the distribution that they were drawn from, likewise; None where that is the one at temperature 1, too.
         stops: ids that end a response.
         generation: round of sampling.
 
@@ -138,6 +146,7 @@ def make_rollout(
         response_ids=np.array(ids, np.int64),
         loss_mask=np.ones(len(ids), np.bool_),
         finish_reason="stop" if int(ids[-1]) in stops else "length",
-        behavior_logprobs=floor_logprobs(logprobs)[0],
+        behavior_logprobs=None if logprobs is None else floor_logprobs(logprobs)[0],
         generation=generation,
+        sampler_logprobs=None if drawn is None else floor_logprobs(drawn)[0],
     )

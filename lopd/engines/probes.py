@@ -1,43 +1,247 @@
 """Probes of a model: short forwards that show whether lopd computes what the model itself does, whatever its class.
 
-Shape suffixes: N tokens, D hidden size, V vocabulary.
+Each ability has its own: `check_scoring` (rollouts in rows) and `check_training` (packed).  A source adds one for decoding.
+
+Shape suffixes: N tokens, D hidden size, V vocabulary, S positions.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from attrs import frozen
+from torch import Tensor
 
-from lopd.engines.causal_lm import evaluating, lm_head, packed_hidden_states, unwrap
-from lopd.errors import ModelError
+from lopd.engines.causal_lm import (
+    context_length,
+    evaluating,
+    lm_head,
+    packed_hidden_states,
+    rope_borders,
+    row_hidden_states,
+    text_config,
+    unwrap,
+)
+from lopd.engines.conditions import check_kind, keep_caps, randomly
+from lopd.errors import LopdError, ModelError
 
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
+_BORDERS = ("window", "chunk", "block_size", "compress")
+_LONGEST, _CPU_FLOPS, _FLOPS, _ENDS = 2048, 4e10, 2e14, 16
+_Hidden = Callable[[Any, Tensor, Tensor], Tensor]
 
 
-@torch.no_grad()
-def check_cut(model: Any, vocab_size: int) -> None:
-    """Compare the cut model on two packed sequences with the whole model on each alone.
+def check_scoring(model: Any, vocab_size: int) -> None:
+    """Compare the model cut below its head with the whole model, and rollouts in one batch with each alone.
 
-    This finds what no list of model classes can: another scale or cap on the logits, attention across packed rollouts, positions that
-    do not restart.  A few milliseconds for a small model, one short forward for a large one.
+    This finds what no list of model classes can: another scale or cap on the logits, a model that looks ahead, a result that depends on what
+    shares the batch, also beyond a window or a rope border.  A few short forwards.
+
+    Warns:
+        ModelWarning: its attention was set to "eager", since it drops a cap on attention scores.
 
     Raises:
-        ModelError: the two disagree.
+        ModelError: the model cannot be scored here; it names the cause and the next step.
     """
-    base = unwrap(model)
-    device = next(base.parameters()).device
-    short, long = (torch.tensor([i % vocab_size for i in ids], device=device) for ids in (_PROBE_IDS[:3], _PROBE_IDS))
-    with evaluating(model):
-        positions = torch.cat([torch.arange(len(long)), torch.arange(len(short))]).to(device)
-        packed_ND = packed_hidden_states(model, torch.cat([long, short]), positions)
-        cut_NV = lm_head(model, vocab_size).logits(packed_ND)
-        whole_NV = torch.cat([model(input_ids=ids[None], use_cache=False).logits[0, :, :vocab_size].float() for ids in (long, short)])
-    # a head may rule tokens out: where both say -inf they agree, where only one does the difference is infinite, the tolerance never
-    both_NV = (cut_NV == -torch.inf) & (whole_NV == -torch.inf)
-    size = float(whole_NV.masked_fill(~whole_NV.isfinite(), 0.0).abs().max())
-    difference = float((cut_NV - whole_NV).masked_fill(both_NV, 0.0).abs().max())
-    tolerance = (1e-3 if next(base.parameters()).dtype == torch.float32 else 5e-2) * max(size, 1e-6)
-    if not difference <= tolerance:
-        raise ModelError(
-            f"Model {type(base).__name__}: cut below its head and packed, its logits differ by {difference:.3g} from its own, expected at most "
-            f"{tolerance:.3g}; it scales its logits or lets packed rollouts attend to each other, so lopd cannot train it."
+    _check(model, vocab_size, "scoring", row_hidden_states)
+
+
+def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = None) -> None:
+    """`check_scoring` for rollouts that are packed as a student packs them, and once more in training mode and in the student's autocast.
+
+    Warns:
+        ModelWarning: likewise.
+
+    Raises:
+        ModelError: the model cannot be trained here; it names the cause and the next step.
+    """
+    probe = _check(model, vocab_size, "training", packed_hidden_states)
+    with torch.no_grad(), evaluating(model), randomly(model), refusing(model, "training"):
+        ids_S = probe.rows()[0]
+        probe.check_mode(ids_S)
+        if autocast is None:
+            return
+        with refusing(model, "training", "leave out `autocast`"), torch.autocast(ids_S.device.type, autocast):
+            probe.cut([ids_S])
+
+
+def _check(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> "_Probe":
+    check_kind(model)
+    keep_caps(model)
+    probe = _Probe(model, vocab_size, ability, hidden)
+    with torch.no_grad(), evaluating(model), refusing(model, ability):
+        lm_head(model, vocab_size)
+        rows = probe.rows()
+        alone = [probe.whole(ids) for ids in rows]
+        longest_SV = probe.cut(rows[-1:])
+        probe.check_head(longest_SV, alone[-1])
+        probe.check_order(rows[-1], longest_SV)
+        together = probe.cut(rows).split([len(logits_SV) for logits_SV in alone])
+        for place in range(len(rows)):
+            probe.check_alone(rows, place, together[place], alone[place])
+    return probe
+
+
+@frozen(eq=False)
+class _Probe:
+    """One model, one ability, and how it computes hidden states for it."""
+
+    model: Any
+    vocab_size: int
+    ability: str
+    hidden: _Hidden
+
+    def rows(self) -> list[Tensor]:
+        """Two short rollouts, and one beyond each window, chunk and rope border if that is cheap; the longest comes last."""
+        context, device = context_length(self.model), next(self.model.parameters()).device
+        lengths = {min(n, context) for n in (3, len(_PROBE_IDS), max(stated_borders(self.model), default=0) + 2)}
+        ids = [_PROBE_IDS[i % len(_PROBE_IDS)] + i // len(_PROBE_IDS) for i in range(max(lengths))]
+        return [torch.tensor(ids[:length], device=device) % self.vocab_size for length in sorted(lengths)]
+
+    def cut(self, rows: Sequence[Tensor]) -> Tensor:
+        """(N, V) logits of the cut model for rollouts that share a batch, at both ends of each."""
+        positions_N = torch.cat([torch.arange(len(ids), device=ids.device) for ids in rows])
+        hidden_ND = self.hidden(self.model, torch.cat(list(rows)), positions_N)
+        return lm_head(self.model, self.vocab_size).logits(torch.cat([_ends(part_SD) for part_SD in hidden_ND.split([*map(len, rows)])]))
+
+    def whole(self, ids_S: Tensor) -> Tensor:
+        """(S, V) logits of the whole model for one rollout alone, at both ends, without the autocast that `accelerate` puts around a model."""
+        forward = getattr(self.model, "_original_forward", self.model)
+        return _ends(forward(input_ids=ids_S[None], use_cache=False).logits[0])[:, : self.vocab_size].float()
+
+    def check_head(self, cut_NV: Tensor, whole_NV: Tensor) -> None:
+        """The cut model's logits are the model's own: slope 1, offset 0, and nothing left over.
+
+        Both come from forwards of one shape, so in half precision too they differ by the rounding of a few products, and a regression over
+        all of them sees a scale that the largest difference would hide.
+        """
+        possible_NV = cut_NV != -torch.inf
+        if not torch.equal(possible_NV, whole_NV != -torch.inf):
+            self.refuse("it rules out tokens that its head does not")
+        cut_N, whole_N = cut_NV[possible_NV].double(), whole_NV[possible_NV].double()
+        if not bool(cut_N.isfinite().all() and whole_N.isfinite().all()):
+            self.refuse("its logits are not finite", "check its weights, or load it in another dtype")
+        slope, offset = _fit(cut_N, whole_N)
+        size, (fine, coarse) = float(whole_N.abs().max()), self.tolerances
+        rest = float((whole_N - slope * cut_N - offset).abs().max())
+        if rest > coarse * max(size, 1e-6):
+            gap = float((whole_N - cut_N).abs().max())
+            self.refuse(
+                f"its logits differ by {gap:.3g} from those of its head on the states of its decoder (another cap, or a layer between)"
+            )
+        if abs(slope - 1) > fine or abs(offset) > fine * size:
+            self.refuse(f"its logits are {slope:.5g} times those of its head plus {offset:.3g}, by no field that lopd knows")
+
+    def check_order(self, ids_S: Tensor, cut_SV: Tensor) -> None:
+        """A later token changes no logit of an earlier one."""
+        changed_S = ids_S.clone()
+        changed_S[-1] = (changed_S[-1] + 1) % self.vocab_size
+        if not self.same(self.cut([changed_S])[:-1], cut_SV[:-1]):
+            self.refuse(
+                "a later token changes the logits of an earlier one", "load it as a decoder (`is_decoder=True`), or use a causal LM"
+            )
+
+    def check_alone(self, rows: Sequence[Tensor], place: int, together_SV: Tensor, alone_SV: Tensor) -> None:
+        """A rollout in a batch has the logits that it has alone; what makes the difference is looked for only if there is one."""
+        if self.same(together_SV, alone_SV):
+            return
+        others = [ids if i == place else (ids + 1) % self.vocab_size for i, ids in enumerate(rows)]
+        with_others_SV = self.cut(others).split([len(_ends(ids)) for ids in rows])[place]
+        if not self.same(with_others_SV, together_SV):
+            self.refuse("rollouts of a batch see each other")
+        self.refuse(
+            f"a rollout of {len(rows[place])} tokens has other logits beside one of {len(rows[-1])} than alone (padding or positions)"
         )
+
+    def check_mode(self, ids_S: Tensor) -> None:
+        """In training mode the model computes the same function, dropout apart, and has a gradient."""
+        eval_SV = self.cut([ids_S])
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad][:1]
+        self.model.train()
+        with torch.set_grad_enabled(bool(trained)):
+            first_SV = self.cut([ids_S])
+            if trained:
+                torch.autograd.grad(first_SV.sum(), trained, allow_unused=True)
+        if not self.same(first_SV, eval_SV) and self.same(self.cut([ids_S]), first_SV):
+            self.refuse("in training mode its logits are others than in eval mode, and not by chance")
+
+    def same(self, left_SV: Tensor, right_SV: Tensor) -> bool:
+        """Whether logits of two forwards agree, to the rounding of forwards of unlike shape."""
+        finite_SV = right_SV != -torch.inf
+        if not torch.equal(left_SV != -torch.inf, finite_SV):
+            return False
+        gap_N, size_N = (left_SV - right_SV)[finite_SV], right_SV[finite_SV]
+        if gap_N.numel() == 0:
+            return True
+        if is_exact(self.model):
+            return bool(gap_N.abs().max() <= self.tolerances[1] * max(float(size_N.abs().max()), 1e-6))
+        # rounding adds up over layers, and the largest of many errors is no measure of it
+        return bool(gap_N.square().mean().sqrt() <= 6e-2 * max(float(size_N.square().mean().sqrt()), 1e-6))
+
+    @property
+    def tolerances(self) -> tuple[float, float]:
+        """Of slope and offset, and of what a regression leaves over, in shares of the largest logit."""
+        return (1e-4, 3e-4) if is_exact(self.model) else (4e-3, 2e-2)
+
+    def refuse(self, cause: str, step: str | None = None) -> None:
+        """Raise the refusal of this ability."""
+        raise refusal(self.model, self.ability, cause, step)
+
+
+_STEPS = {
+    "sampling": "sample with vLLM (`lopd.engines.vllm`); it may still be scored and trained here",
+    "scoring": "score with vLLM (`lopd.engines.vllm`)",
+    "training": "train another model",
+}
+
+
+def refusal(model: Any, ability: str, cause: str, step: str | None = None) -> ModelError:
+    """The error that says what a model cannot do here, why, and what to do instead."""
+    return ModelError(f"Model {type(unwrap(model)).__name__}: {ability} is not possible here, because {cause}; {step or _STEPS[ability]}.")
+
+
+@contextmanager
+def refusing(model: Any, ability: str, step: str | None = None) -> Iterator[None]:
+    """Turn whatever a model raises into the refusal of an ability."""
+    try:
+        yield
+    except (LopdError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or "it gives no reason").splitlines()[0].rstrip(".")
+        raise refusal(model, ability, f"it raises {type(error).__name__} ({reason[:300]})", step) from error
+
+
+def _ends(values_S: Tensor) -> Tensor:
+    """The first and the last rows of a long tensor, or all of a short one: logits of all would take more memory than the model."""
+    return values_S if len(values_S) <= 2 * _ENDS else torch.cat([values_S[:_ENDS], values_S[-_ENDS:]])
+
+
+def is_exact(model: Any) -> bool:
+    """Whether products are in float32 or better."""
+    weight = next(model.parameters())
+    return weight.dtype in (torch.float32, torch.float64) and not (weight.is_cuda and torch.backends.cuda.matmul.allow_tf32)
+
+
+def stated_borders(model: Any) -> list[int]:
+    """Windows, chunks and rope borders that the configuration states, as far as a forward beyond them is cheap, in ascending order."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    budget = _CPU_FLOPS if next(model.parameters()).device.type == "cpu" else _FLOPS
+    longest = min(_LONGEST, context_length(model), int(budget / (2 * weights))) - 2
+    windows = [value for name, value in vars(text_config(model)).items() if any(part in name for part in _BORDERS)]
+    return sorted({size for value in [*windows, rope_borders(model)] for size in _numbers(value) if 0 < size <= longest})
+
+
+def _numbers(value: Any) -> list[int]:
+    """A number of the configuration, those of a list, or those of a table."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+    return [part for part in parts if isinstance(part, int) and not isinstance(part, bool)]
+
+
+def _fit(cut_N: Tensor, whole_N: Tensor) -> tuple[float, float]:
+    """Slope and offset of the least squares line; slope 1 where the logits are all alike."""
+    centred_N = cut_N - cut_N.mean()
+    spread = float(centred_N.square().sum())
+    slope = float((centred_N * whole_N).sum()) / spread if spread > 1e-12 else 1.0
+    return slope, float(whole_N.mean() - slope * cut_N.mean())

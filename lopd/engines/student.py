@@ -6,10 +6,11 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from lopd.engines.causal_lm import lm_head, packed_hidden_states, unwrap
+from lopd.engines.causal_lm import context_length, lm_head, packed_hidden_states, unwrap
+from lopd.engines.conditions import warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
-from lopd.engines.probes import check_cut
-from lopd.errors import ModelError
+from lopd.engines.probes import check_training, refusing
+from lopd.errors import ContextOverflowError, ModelError
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
 from lopd.records.checks import check_kind
@@ -39,8 +40,7 @@ class CausalLMStudent(nn.Module):
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
     Raises:
-        ModelError: the model has nothing to train, could not be exported, cannot be cut, or lets packed rollouts attend to each other
-            (`lopd.engines.probes.check_cut`).
+        ModelError: the model has nothing to train, could not be exported, or cannot be trained here (`lopd.engines.probes.check_training`).
         ArgumentError: model or tokenizer are something else.
     """
 
@@ -54,7 +54,7 @@ class CausalLMStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer = fingerprint_tokenizer(tokenizer)
-        check_cut(model, self.tokenizer.vocab_size)
+        check_training(model, self.tokenizer.vocab_size, autocast)
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
@@ -64,14 +64,40 @@ class CausalLMStudent(nn.Module):
         self.model = model
         self._autocast = autocast
         if gradient_checkpointing:
-            unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.train()
+            with refusing(model, "training", "leave out `gradient_checkpointing`"):
+                unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._dropout_is_judged = False
+        # a model that was put in training mode keeps the modules in eval that its owner put there
+        if not model.training:
+            self.train()
 
     def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
-        """`loss` of this batch; moves the batch to where the model is."""
+        """`loss` of this batch; moves the batch to where the model is.
+
+        Computes in the dtype of the weights, or in `autocast`, whatever autocast the caller is in.
+
+        Warns:
+            ModelWarning: the first batch with a ref column meets modules that drop values at random.
+
+        Raises:
+            ContextOverflowError: a rollout is longer than the model's context.
+        """
         head = lm_head(self.model, self.tokenizer.vocab_size)
         batch = batch.to(head.weight.device)
-        return loss(self._hidden(batch), head, batch)
+        self._check_length(int(batch.position_ids.max()) + 1)
+        with torch.autocast(batch.inputs.device.type, enabled=False):
+            if batch.ref_logprobs is not None and not self._dropout_is_judged:
+                self._dropout_is_judged = True
+                warn_of_dropout(self.model)
+            return loss(self._hidden(batch), head, batch)
+
+    def _check_length(self, longest: int) -> None:
+        context = context_length(self.model)
+        if longest > context:
+            raise ContextOverflowError(
+                f"Batch: its longest rollout has {longest} positions, expected at most the student's context of {context}; leave out longer "
+                "rollouts, or use a student with a longer context."
+            )
 
     def _hidden(self, batch: Batch) -> Tensor:
         enabled = self._autocast is not None

@@ -1,4 +1,4 @@
-"""Guards of offline OPD: the advantages judged before the first step, and drift from the reference policy watched at every one.
+"""Guards of offline OPD: advantages and sampling judged before the first step, and drift from the reference policy watched at every one.
 
 Offline OPD without an importance ratio is a promise about closeness.  Where the teacher finds many sampled tokens nearly impossible, the
 regression on its log-probs pushes them down long after the student has dropped them, and their mass goes anywhere: held-out accuracy falls
@@ -13,13 +13,14 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError
+from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, SamplerWarning
 from lopd.protocols import LogprobReader, StatesCorrection
 from lopd.protocols.reading import evenly, walk
 from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
-from lopd.records.rollouts import BEHAVIOR_COLUMN
-from lopd.records.steps import StepMetrics
+from lopd.records.manifest import SamplingParams
+from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
+from lopd.records.steps import Batch, StepMetrics
 
 #: Share of advantages in the tail from which a loss without an importance ratio is not to be trusted.
 MAX_TAIL = 0.02
@@ -130,6 +131,52 @@ def judge_loss(loss: object, summary: AdvantageSummary) -> None:
     """Warn if too many of a step's advantages are in the tail for a loss that states that it is `uncorrected` (`StatesCorrection`)."""
     if isinstance(loss, StatesCorrection) and loss.uncorrected and summary.tail > MAX_TAIL:
         warnings.warn(f"Loss {type(loss).__name__}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
+
+
+def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool) -> None:
+    """Warn where the gradient is biased by how the rollouts were drawn, since no importance ratio to their distribution corrects that.
+
+    Args:
+        store: whose rollouts.
+        rows: that are trained on.
+        ratio: whether a loss can form an importance ratio; it is to the right distribution where rollouts have `sampler_logprobs`.
+    """
+    sampling = store.manifest.sampling
+    if sampling.neutral:
+        return
+    lacking = int((~store.scored(SAMPLER_COLUMN)[rows]).sum()) if ratio else len(rows)
+    what, remedy = "have no importance ratio", 'pass `ref="behavior"` and a loss with `ratio_to_ref=True`'
+    if ratio:
+        what = "lack the sampler_logprobs that an importance ratio needs"
+        remedy = "sample with an engine that records them (a server: `--logprobs-mode processed_logprobs`)"
+    if lacking:
+        warnings.warn(
+            f"{store!r}: {lacking} of {len(rows)} rollouts {what}, and they were drawn at {_bias(sampling)}; {remedy}, or sample at temperature 1 "
+            "and top_p 1.",
+            SamplerWarning,
+            stacklevel=3,
+        )
+
+
+def _bias(sampling: SamplingParams) -> str:
+    """How tokens were drawn, and what that does to the gradient of a loss which takes them for draws at temperature 1."""
+    often = "often" if sampling.temperature < 1 else "rarely"
+    heated = f"likely tokens came too {often}" if sampling.temperature != 1 else "the tokens that were left came too often"
+    cut = (
+        ", and those that were never drawn are missing from it, with a ratio too" if sampling.top_p < 1 or sampling.temperature == 0 else ""
+    )
+    return f"temperature {sampling.temperature:g} and top_p {sampling.top_p:g}, so the gradient is biased before the student has moved: {heated}{cut}"
+
+
+def judge_ratio(loss: object, batches: Iterable[Batch]) -> None:
+    """Warn if a loss states that it is `uncorrected`, and the batches were drawn at another temperature or top-p than 1."""
+    if isinstance(loss, StatesCorrection) and loss.uncorrected and any(batch.sampler_logprobs is not None for batch in batches):
+        warnings.warn(
+            f"Loss {type(loss).__name__}: it has no importance ratio, and its tokens were not drawn at temperature 1 and top_p 1, so the gradient "
+            "is biased before the student has moved; pass `ratio_to_ref=True`.",
+            SamplerWarning,
+            stacklevel=3,
+        )
 
 
 def _objection(summary: AdvantageSummary) -> str:

@@ -42,17 +42,19 @@ def lightning(student_logprobs_M: Tensor, advantages_M: Tensor) -> Tensor:
     return -advantages_M * student_logprobs_M
 
 
-def lightning_with_ratio(student_logprobs_M: Tensor, advantages_M: Tensor, ref_logprobs_M: Tensor) -> Tensor:
-    r"""\(-A\,\exp(\ell_\theta - \ell_{ref})\): the same with the per-token importance ratio to the policy that sampled.
+def lightning_with_ratio(student_logprobs_M: Tensor, advantages_M: Tensor, sampler_logprobs_M: Tensor) -> Tensor:
+    r"""\(-A\,\exp(\ell_\theta - \ell_q)\): the same with the per-token importance ratio to the distribution q that drew the tokens.
 
-    Gradient through the ratio.  It has the gradient of `lightning` at \(\theta = \theta_{ref}\).  Away from it they differ: `lightning` regresses
+    Gradient through the ratio.  Where temperature and top-p are 1, q is the reference policy; at another temperature the gradient is, in
+    expectation, that of tokens drawn at temperature 1; of tokens that top-p cut off, which were never drawn, it lacks the share.
+
+    It has the gradient of `lightning` at \(\theta = q\).  Away from it they differ: `lightning` regresses
     \(\ell_\theta\) on \(\ell_T\) at every frozen token, and one that the teacher finds nearly impossible keeps its large gap until the student
-    finds it so too; here such a token fades as its probability falls.  The ratio is one of temperature-1 log-probs, whatever temperature
-    drew the tokens.
+    finds it so too; here such a token fades as its probability falls.
 
     Source: the standard importance-sampled policy gradient, as AsyncOPD (arXiv 2606.24143) uses it for stale rollouts.
 
     >>> lightning_with_ratio(torch.tensor([-2.0]), torch.tensor([0.5]), torch.tensor([-2.0]))
     tensor([-0.5000])
     """
-    return -advantages_M * torch.exp(student_logprobs_M - ref_logprobs_M)
+    return -advantages_M * torch.exp(student_logprobs_M - sampler_logprobs_M)

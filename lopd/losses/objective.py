@@ -37,7 +37,7 @@ class Tokens:
         targets: (M,) int64.
         weight: (M,) more than 0.
         segment_ids: (M,) int64, which rollout of the batch; tokens of one rollout are in their order.
-        teacher_logprobs, ref_logprobs: (M,) nats, or None where the batch has no such column.
+        teacher_logprobs, ref_logprobs, sampler_logprobs: (M,) nats, or None where the batch has no such column.
         top_k_ids, top_k_logprobs, top_k_tail: (M, K), (M, K) and (M,) of the teacher, or None where the batch has none.
         student_entropies: (M,) nats, detached, of the student's distributions; a loss brings them for an objective that `wants_entropy`.
     """
@@ -50,6 +50,7 @@ class Tokens:
     top_k_ids: Tensor | None = None
     top_k_logprobs: Tensor | None = None
     top_k_tail: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
     student_entropies: Tensor | None = None
 
     @classmethod
@@ -68,8 +69,15 @@ class Tokens:
         return _present(self.teacher_logprobs, "Batch: teacher_logprobs", "a score column; name it in `batches(teacher=...)`")
 
     def ref(self) -> Tensor:
-        """Return the reference policy's log-probs; MissingScoresError where the batch has none."""
+        """Return the reference policy's log-probs at temperature 1; MissingScoresError where the batch has none."""
         return _present(self.ref_logprobs, "Batch: ref_logprobs", "a score column; name it in `batches(ref=...)`")
+
+    def sampler(self) -> Tensor:
+        """Return the log-probs in the distribution that drew the tokens: an importance ratio is to these.
+
+        They are the reference policy's where the batch has no others; MissingScoresError where it has neither.
+        """
+        return self.ref() if self.sampler_logprobs is None else self.sampler_logprobs
 
     def entropies(self) -> Tensor:
         """Return the student's entropies; MissingScoresError where the loss brought none."""
@@ -200,8 +208,9 @@ class OPDSettings:
 
     Args:
         clip: \(\tau\) in nats, finite and more than 0; or None for no clipping.
-        ratio_to_ref: multiply by the per-token importance ratio to the `ref` column (`functional.lightning_with_ratio`), with the gradient
-            through it.  The paper's loss has none; start with it all the same: as good where the paper's works, and it holds where that one
+        ratio_to_ref: multiply by the per-token importance ratio to the policy that sampled (`functional.lightning_with_ratio`), with the
+            gradient through it: to what drew the tokens (`Batch.sampler_logprobs`), which is the `ref` column where temperature and top-p
+            are 1.  The paper's loss has none; start with it all the same: as good where the paper's works, and it holds where that one
             fails (`benchmarks/RESULTS.md`).
         transforms: variants of advantages and weights, in their order (`lopd.losses.variants`); the clip comes after them.
         advantage: a constant in the place of teacher minus student, then no teacher is needed; 1 is supervised fine-tuning.
@@ -234,7 +243,7 @@ class OPDSettings:
 @final
 @frozen
 class OPDObjective(OPDSettings):
-    r"""\(-w A\,\ell_\theta(a_t)\), or \(-w A \exp(\ell_\theta - \ell_{ref})\); A and w went through the transforms, then A is clipped."""
+    r"""\(-w A\,\ell_\theta(a_t)\), or \(-w A \exp(\ell_\theta - \ell_q)\); A and w went through the transforms, then A is clipped."""
 
     @classmethod
     def sft(cls) -> "OPDObjective":
@@ -262,7 +271,7 @@ class OPDObjective(OPDSettings):
         signal = self._signal(logprobs_MK.detach(), tokens)
         clipped_M = functional.clip_advantages(signal.advantages, self.clip)
         if self.ratio_to_ref:
-            loss_M = functional.lightning_with_ratio(student_M, clipped_M, tokens.ref())
+            loss_M = functional.lightning_with_ratio(student_M, clipped_M, tokens.sampler())
         else:
             loss_M = functional.lightning(student_M, clipped_M)
         gap_M = torch.zeros_like(signal.student_logprobs) if self.advantage is not None else signal.student_logprobs - tokens.teacher()

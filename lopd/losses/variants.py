@@ -26,14 +26,15 @@ _LEAST_RANGE = 2e-3
 
 
 def _ratio(signal: Signal) -> Tensor:
-    return torch.exp(signal.student_logprobs - signal.tokens.ref())
+    return torch.exp(signal.student_logprobs - signal.tokens.sampler())
 
 
 @per_token
 def importance_ratio(signal: Signal, cap: float | None = None) -> Signal:
-    r"""Weights times the truncated per-token ratio, \(w \min(\exp(\ell_\theta - \ell_{ref}), c)\), to whatever policy the ref column is of.
+    r"""Weights times the truncated per-token ratio, \(w \min(\exp(\ell_\theta - \ell_q), c)\), to the distribution q that drew the tokens.
 
-    Without a cap the gradient is that of `ratio_to_ref=True`.  Let the ref column be `"behavior"` for the ratio to what the engine reported.
+    Without a cap the gradient is that of `ratio_to_ref=True`.  q is the ref column where temperature and top-p are 1; let that be `"behavior"`
+    for the ratio to what the engine reported.
 
     Args:
         signal: what is changed.
@@ -50,6 +51,8 @@ def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
     r"""The gradient of PPO's \(\max(-rA, -\mathrm{clip}(r, 1 - \epsilon_{low}, 1 + \epsilon_{high})\,A)\).
 
     With \(r = \exp(\ell_\theta - \ell_{ref})\): weights times r, and 0 where r is already beyond the clip in the direction of the advantage.
+    Where another distribution than the reference policy drew the tokens, the weight is the ratio to that one, and r says how far the student
+    has moved.
 
     Args:
         signal: what is changed.
@@ -58,9 +61,9 @@ def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
 
     Source: PPO (arXiv 1707.06347), eq. 7; with two bounds DAPO (arXiv 2503.14476).
     """
-    ratio_M = _ratio(signal)
-    beyond_M = ((signal.advantages > 0) & (ratio_M > 1 + high)) | ((signal.advantages < 0) & (ratio_M < 1 - low))
-    return evolve(signal, weight=signal.weight * ratio_M.masked_fill(beyond_M, 0.0))
+    moved_M = torch.exp(signal.student_logprobs - signal.tokens.ref())
+    beyond_M = ((signal.advantages > 0) & (moved_M > 1 + high)) | ((signal.advantages < 0) & (moved_M < 1 - low))
+    return evolve(signal, weight=signal.weight * _ratio(signal).masked_fill(beyond_M, 0.0))
 
 
 @per_token

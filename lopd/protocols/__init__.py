@@ -30,7 +30,8 @@ class RolloutSource(Protocol):
         """`samples_per_prompt` rollouts for each prompt, in the order of the prompts.
 
         Ids are `rollout_id(prompt, sample, generation)`.  The same call on the same prompts gives the same rollouts, so an interrupted
-        collection can be repeated.  No prompts give no rollouts.
+        collection can be repeated.  No prompts give no rollouts.  Where `manifest.sampling` is not `neutral`, rollouts have
+        `sampler_logprobs` if the engine can tell them; elsewhere None.
 
         Raises:
             ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sampled.
@@ -65,7 +66,8 @@ class TeacherScorer(Protocol):
 class LogprobReader(Protocol):
     """The half of a store that training needs.
 
-    The column `behavior` is virtual: it reads the rollouts' own `behavior_logprobs`.  `columns` does not list it, and nobody writes to it.
+    The columns `behavior` and `behavior/sampler` are virtual: they read the rollouts' own `behavior_logprobs` and `sampler_logprobs`.
+    `columns` does not list them, and they cannot be written to.
     """
 
     @property
@@ -134,8 +136,8 @@ class LogprobWriter(Protocol):
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts.  Those that are already there, with the same content, are skipped.
 
-        Content is token ids and loss mask.  A rollout that is appended again keeps the `behavior_logprobs` and the `finish_reason` that
-        came first: a repeated request may give the same tokens with log-probs that are rounded otherwise.
+        Content is token ids and loss mask.  A rollout that is appended again keeps the `behavior_logprobs`, the `sampler_logprobs` and the
+        `finish_reason` that came first: a repeated request may give the same tokens with log-probs that are rounded otherwise.
 
         Raises:
             ConflictError: other content under an id that is there, or twice in the call.

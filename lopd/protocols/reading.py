@@ -19,7 +19,7 @@ class Part:
 
     Args:
         rows: of the store.
-        columns: in which all of them have scores; never the virtual `behavior`, which comes with the rollouts.
+        columns: in which all of them have scores; never a virtual one, which comes with the rollouts.
         top_k: those of the columns that keep a top-k support.
     """
 

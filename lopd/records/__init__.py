@@ -30,6 +30,7 @@ from lopd.records.prompts import make_prompts as make_prompts
 from lopd.records.prompts import read_prompts as read_prompts
 from lopd.records.ranks import Ranks as Ranks
 from lopd.records.rollouts import BEHAVIOR_COLUMN as BEHAVIOR_COLUMN
+from lopd.records.rollouts import SAMPLER_COLUMN as SAMPLER_COLUMN
 from lopd.records.rollouts import FinishReason as FinishReason
 from lopd.records.rollouts import Prompt as Prompt
 from lopd.records.rollouts import Rollout as Rollout

@@ -48,7 +48,8 @@ def collate(
         rows: what a store read, or records.
         weighting: `by_rollout`, `by_token`, or your own function of the loss mask.
         teacher: which score column becomes `teacher_logprobs`.
-        ref: which score column becomes `ref_logprobs`.
+        ref: which score column becomes `ref_logprobs`.  Where rollouts have `sampler_logprobs`, these come along; a rollout without them
+            has its `ref_logprobs` there.
         top_k: of which score column the most likely tokens come along.
 
     Raises:
@@ -71,6 +72,7 @@ def collate(
         weight=place.at_targets(_weights(rows, weighting)),
         teacher_logprobs=None if teacher is None else place.at_targets(_column(rows, rows.scores, teacher, "columns")),
         ref_logprobs=None if ref is None else place.at_targets(_column(rows, rows.scores, ref, "columns")),
+        sampler_logprobs=None if ref is None or rows.sampler_logprobs is None else place.at_targets(_sampler(rows, ref)),
         **({} if top_k is None else _top_k(place, _column(rows, rows.top_k, top_k, "top_k"))),
     )
 
@@ -127,6 +129,12 @@ def _column(rows: Rows, values: Any, name: str, argument: str) -> Any:
         what = "top-k of column" if argument == "top_k" else "column"
         raise MissingScoresError(f"Rollout {rows.rollout_ids[0]!r}: {what} {name!r} was not read; name it in `read({argument}=...)`.")
     return values[name]
+
+
+def _sampler(rows: Rows, ref: str) -> NDArray[Any]:
+    """(M,): the log-probs in the distribution that drew the tokens; those of the ref column where a rollout has none."""
+    drawn_M: Any = rows.sampler_logprobs
+    return np.where(np.isnan(drawn_M), rows.scores[ref], drawn_M)
 
 
 def _top_k(place: _Places, support: Any) -> dict[str, Tensor]:

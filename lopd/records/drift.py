@@ -64,7 +64,9 @@ class AdvantageSummary:
 class Drift:
     r"""Where the student stands against the reference policy, on the rollouts of one step, before its update.
 
-    With \(r_t = \pi_\theta(a_t|s_t) / \pi_{ref}(a_t|s_t)\) and \(w = \prod_t r_t\) over the tokens of a rollout that count.
+    With \(r_t = \pi_\theta(a_t|s_t) / \pi_{ref}(a_t|s_t)\) and \(w = \prod_t r_t\) over the tokens of a rollout that count.  Both policies are at
+    temperature 1, whatever drew the tokens, so a student that has not moved has ratios of 1; the ratio of a loss is another where
+    temperature or top-p is (`Batch.sampler_logprobs`).
 
     Args:
         rollouts, tokens: that it was measured on.

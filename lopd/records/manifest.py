@@ -36,8 +36,10 @@ class SamplingParams:
 
     Args:
         max_new_tokens: cap on T; make it the length you will train on, longer costs and is thrown away.
-        temperature: of the sampling distribution; stored log-probs are at temperature 1 all the same.
-        top_p: keep the most likely tokens that hold this much probability; stored log-probs are uncut all the same.
+        temperature: of the sampling distribution.  `behavior_logprobs` are at temperature 1 and uncut all the same; where `neutral` is False,
+            `sampler_logprobs` are those of the distribution that drew the tokens, for the importance ratio of a loss.
+        top_p: keep the most likely tokens that hold this much probability.  The others are never drawn, and what they would have added to
+            the gradient is missing from it, whatever the ratio.
         samples_per_prompt: responses for each prompt.
         seed: each (seed, prompt, sample, generation) has its own random stream.
         stop_ids: ids that end a response (kept in it); empty means the model's own EOS ids.  They take the place of those, so name EOS too unless
@@ -63,6 +65,11 @@ class SamplingParams:
         check_at_least(owner, "samples_per_prompt", self.samples_per_prompt, 1)
         check_at_least(owner, "seed", self.seed, 0)
         check_at_least(owner, "smallest of stop_ids", min(self.stop_ids, default=0), 0)
+
+    @property
+    def neutral(self) -> bool:
+        """Whether tokens are drawn from the model's own distribution: temperature and top_p are 1."""
+        return self.temperature == self.top_p == 1
 
 
 @frozen

@@ -2,13 +2,15 @@
 
 Prompt -> Rollout -> Scores -> ScoredRollout is the way of a token to training, where `lopd.records.steps` takes it on: Batch -> LossOutput ->
 StepMetrics.
-Token ids are the truth; no field holds text that is ever tokenised again.  All log-probs are natural (nats), at temperature 1.
+Token ids are the truth; no field holds text that is ever tokenised again.  All log-probs are natural (nats), at temperature 1, with one
+exception: `Rollout.sampler_logprobs`.
 
 Shape suffixes: P prompt tokens, T response tokens of one rollout, K candidates of a top-k support.
 """
 
 from collections.abc import Mapping
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -30,8 +32,11 @@ from lopd.records.arrays import (
 from lopd.records.checks import check_at_least
 
 FinishReason = Literal["stop", "length"]
-#: The virtual column: what the sampling engine reported, kept in the rollouts themselves.
-BEHAVIOR_COLUMN = "behavior"
+#: Virtual columns: what the sampling engine reported, kept in the rollouts themselves.  A score column cannot have the name of the second,
+#: so the name shadows no column of a store.
+BEHAVIOR_COLUMN, SAMPLER_COLUMN = "behavior", "behavior/sampler"
+#: Virtual column -> the field of a rollout that it reads.
+VIRTUAL_COLUMNS: Mapping[str, str] = MappingProxyType({BEHAVIOR_COLUMN: "behavior_logprobs", SAMPLER_COLUMN: "sampler_logprobs"})
 
 
 @frozen(eq=False)
@@ -95,8 +100,10 @@ class Rollout:
         response_ids: (T,) int32, T >= 1.
         loss_mask: (T,) bool, True where a token counts (False for tool or user tokens inside a response).
         finish_reason: "stop" if the policy ended the response itself, "length" if it was cut.
-        behavior_logprobs: (T,) float32, nats: what the sampling engine reported for these tokens, or None.
+        behavior_logprobs: (T,) float32, nats: what the sampling engine reported for these tokens, at temperature 1 and uncut, or None.
         generation: round of sampling, from 0; the store knows which policy sampled in it.
+        sampler_logprobs: (T,) float32, nats: the log-probs in the distribution that drew the tokens, with its temperature and top-p.  None where
+            the engine reported none, and where temperature and top-p are 1: `behavior_logprobs` are the same then.
         content_hash: of ids and mask, where the response starts included; every score carries it (computed, not passed).
 
     Raises:
@@ -110,6 +117,7 @@ class Rollout:
     finish_reason: FinishReason
     behavior_logprobs: Float32Array | None = field(default=None, converter=to_optional_floats)
     generation: int = 0
+    sampler_logprobs: Float32Array | None = field(default=None, converter=to_optional_floats)
     content_hash: bytes = field(init=False, repr=lambda digest: digest.hex()[:8], default=Factory(_hash_content, takes_self=True))
 
     def __attrs_post_init__(self) -> None:
@@ -128,8 +136,9 @@ class Rollout:
                 f"{owner}: finish_reason is {self.finish_reason!r}, expected 'stop' or 'length'; map the engine's word."
             )
         object.__setattr__(self, "generation", check_at_least(owner, "generation", self.generation, 0))
-        if self.behavior_logprobs is not None:
-            check_logprobs(owner, "behavior_logprobs", self.behavior_logprobs, self.response_ids.shape)
+        for name in VIRTUAL_COLUMNS.values():
+            if (logprobs := getattr(self, name)) is not None:
+                check_logprobs(owner, name, logprobs, self.response_ids.shape)
 
     @classmethod
     def from_store(cls, **values: Any) -> "Rollout":

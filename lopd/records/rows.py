@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.records.arrays import BoolArray, Float32Array, read_only
-from lopd.records.rollouts import FinishReason, Rollout, ScoredRollout, TopK
+from lopd.records.rollouts import VIRTUAL_COLUMNS, FinishReason, Rollout, ScoredRollout, TopK
 
 _Int64 = NDArray[np.int64]
 
@@ -40,6 +40,7 @@ class Rows(Sequence[ScoredRollout]):
         content_hashes: B hashes, see `Rollout`.
         scores: column name -> (M,) float32, nats.
         top_k: column name -> the support of all M tokens.
+        sampler_logprobs: (M,) float32, nats, with gaps as in `behavior_logprobs`; None where there are none at all.
     """
 
     rollout_ids: Sequence[str]
@@ -53,13 +54,14 @@ class Rows(Sequence[ScoredRollout]):
     content_hashes: Sequence[bytes]
     scores: Mapping[str, Float32Array] = field(factory=dict)
     top_k: Mapping[str, TopK] = field(factory=dict)
+    sampler_logprobs: Float32Array | None = None
     token_ends: _Int64 = field(init=False, default=Factory(lambda self: ends(self.prompt_lengths + self.response_lengths), takes_self=True))
     response_ends: _Int64 = field(init=False, default=Factory(lambda self: ends(self.response_lengths), takes_self=True))
 
     def __attrs_post_init__(self) -> None:
         """Refuse arrays that are not as long as the lengths say; values were checked when the records were made."""
         tokens, responses = int(self.token_ends[-1]), int(self.response_ends[-1])
-        arrays = {"loss_mask": self.loss_mask, "behavior_logprobs": self.behavior_logprobs, **self.scores}
+        arrays = {name: getattr(self, name) for name in ("loss_mask", *VIRTUAL_COLUMNS.values())} | dict(self.scores)
         sizes = {"token_ids": (self.token_ids, tokens), **{name: (values, responses) for name, values in arrays.items()}}
         for name, (values, size) in sizes.items():
             if values is not None and values.shape != (size,):
@@ -100,19 +102,19 @@ class Rows(Sequence[ScoredRollout]):
         prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
         lengths = np.array([len(ids) for ids in (*prompts, *responses)], np.int64).reshape(2, -1)
         mask_M = _end_to_end([r.loss_mask for r in rollouts], np.bool_)
-        behaviors = [r.behavior_logprobs for r in rollouts]
         return cls(
             [r.rollout_id for r in rollouts],
             lengths[0],
             lengths[1],
             _end_to_end([ids for both in zip(prompts, responses, strict=True) for ids in both], np.int32),
             None if mask_M.all() and mask_M.size == lengths[1].sum() else mask_M,
-            None if all(values is None for values in behaviors) else np.concatenate(_with_gaps(behaviors, lengths[1])),
+            _with_gaps([r.behavior_logprobs for r in rollouts], lengths[1]),
             [r.finish_reason for r in rollouts],
             np.array([r.generation for r in rollouts], np.int64),
             [r.content_hash for r in rollouts],
             {name: _end_to_end(values, np.float32) for name, values in scores.items()},
             {name: _one(supports, rollouts) for name, supports in top_k.items()},
+            _with_gaps([r.sampler_logprobs for r in rollouts], lengths[1]),
         )
 
     def __len__(self) -> int:
@@ -143,7 +145,6 @@ class Rows(Sequence[ScoredRollout]):
     def _rollout(self, i: int, at: slice) -> Rollout:
         start, stop = self.token_ends[i : i + 2].tolist()
         middle = start + int(self.prompt_lengths[i])
-        reported = None if self.behavior_logprobs is None else self.behavior_logprobs[at].copy()
         return Rollout.from_store(
             rollout_id=self.rollout_ids[i],
             # copies: a view would keep all that was read, and its file, for as long as the caller keeps the rollout
@@ -151,9 +152,9 @@ class Rows(Sequence[ScoredRollout]):
             response_ids=read_only(self.token_ids[middle:stop].astype(np.int32)),
             loss_mask=read_only(np.ones(at.stop - at.start, np.bool_) if self.loss_mask is None else self.loss_mask[at].copy()),
             finish_reason=self.finish_reasons[i],
-            behavior_logprobs=None if reported is None or np.isnan(reported[0]) else read_only(reported),
             generation=int(self.generations[i]),
             content_hash=self.content_hashes[i],
+            **{name: _reported(getattr(self, name), at) for name in VIRTUAL_COLUMNS.values()},
         )
 
     def _slice(self, start: int, stop: int) -> "Rows":
@@ -170,6 +171,7 @@ class Rows(Sequence[ScoredRollout]):
             self.content_hashes[start:stop],
             {name: values[at] for name, values in self.scores.items()},
             {name: support[at] for name, support in self.top_k.items()},
+            None if self.sampler_logprobs is None else self.sampler_logprobs[at],
         )
 
     def named(self, **roles: str | None) -> "Rows":
@@ -189,8 +191,15 @@ def _end_to_end(parts: Sequence[NDArray[Any]], dtype: Any) -> NDArray[Any]:
     return np.concatenate(parts) if parts else np.zeros(0, dtype)
 
 
-def _with_gaps(values: Sequence[Float32Array | None], lengths: _Int64) -> list[Float32Array]:
-    return [np.full(n, np.nan, np.float32) if value is None else value for value, n in zip(values, lengths.tolist(), strict=True)]
+def _with_gaps(values: Sequence[Float32Array | None], lengths: _Int64) -> Float32Array | None:
+    if all(value is None for value in values):
+        return None
+    return np.concatenate([np.full(n, np.nan, np.float32) if v is None else v for v, n in zip(values, lengths.tolist(), strict=True)])
+
+
+def _reported(values: Float32Array | None, at: slice) -> Float32Array | None:
+    """What an engine reported of one rollout; NaN stands for nothing."""
+    return None if values is None or np.isnan(values[at.start]) else read_only(values[at].copy())
 
 
 def _of(record: ScoredRollout, values: Mapping[str, Any], name: str, argument: str) -> Any:

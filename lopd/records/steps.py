@@ -31,10 +31,12 @@ class Batch:
         segment_ids: (N,) int64, which rollout of this batch.
         weight: (N,) float32, how much a token counts; 0 for prompt tokens and masked tokens.
         teacher_logprobs: (N,) float32, nats, meaningful where weight > 0 (0 elsewhere); None if no such column was asked for.
-        ref_logprobs: (N,) float32, nats, likewise.
+        ref_logprobs: (N,) float32, nats, likewise, of the reference policy at temperature 1: drift is measured from these.
         top_k_ids: (N, K) int64, the tokens that the teacher finds most likely; None if they were not asked for, like the next two.
         top_k_logprobs: (N, K) float32, nats, of the teacher's whole distribution.
         top_k_tail: (N,) float32, the probability that the teacher gives to all other tokens.
+        sampler_logprobs: (N,) float32, nats, in the distribution that drew the tokens: importance ratios are to these.  None where
+            `ref_logprobs` are the same (temperature and top-p are 1), or where they were not recorded.
     """
 
     inputs: Tensor = field(repr=_shape)
@@ -47,6 +49,7 @@ class Batch:
     top_k_ids: Tensor | None = field(default=None, repr=_shape)
     top_k_logprobs: Tensor | None = field(default=None, repr=_shape)
     top_k_tail: Tensor | None = field(default=None, repr=_shape)
+    sampler_logprobs: Tensor | None = field(default=None, repr=_shape)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
@@ -92,10 +95,11 @@ class LMHead:
         return evolve(self, weight=self.weight.float())
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """(N, V) logits in float32 (float64 if given float64): bf16 logits would cost 0.02 to 0.05 nats."""
+        """(N, V) logits in float32 (float64 if given float64), also under autocast: bf16 logits would cost 0.02 to 0.05 nats."""
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
-        logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), self.weight.to(dtype), bias)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), self.weight.to(dtype), bias)
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)

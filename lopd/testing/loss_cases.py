@@ -14,7 +14,7 @@ from lopd.records.steps import Batch, LMHead
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 ROUNDINGS = 16
-STORED = ("teacher_logprobs", "ref_logprobs", "top_k_logprobs", "top_k_tail")
+STORED = ("teacher_logprobs", "ref_logprobs", "sampler_logprobs", "top_k_logprobs", "top_k_tail")
 
 
 @frozen(eq=False)
@@ -72,6 +72,7 @@ def loss_case(
     shift: float = 0.0,
     softcap: float | None = None,
     scale: float = 1.0,
+    heated: bool = False,
 ) -> LossCase:
     """A random micro-batch.
 
@@ -87,6 +88,7 @@ def loss_case(
         shift: added to the bias.
         softcap: of the head.
         scale: of the head.
+        heated: whether another distribution than the reference policy drew the tokens.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -101,6 +103,8 @@ def loss_case(
     own_N = own_NV.gather(-1, targets_N[:, None]).squeeze(-1)
     # float32 values, so that a float64 run sees the very same; near the student's own, as after SFT
     columns = {f"{model}_logprobs": (own_N + 2 * normal(count)).clamp(-90, 0).float().double() for model in ("teacher", "ref")}
+    if heated:
+        columns["sampler_logprobs"] = (0.8 * columns["ref_logprobs"]).float().double()
     weight_N = torch.rand(count, generator=random, dtype=torch.float64) + 0.05
     weight_N *= torch.rand(count, generator=random, dtype=torch.float64) < counted
     segments_N = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])
@@ -117,6 +121,7 @@ def loss_cases() -> list[LossCase]:
     return [
         loss_case("some of everything"),
         loss_case("one token", [1], counted=1.0),
+        loss_case("drawn at another temperature", [9, 4], heated=True, seed=11),
         loss_case("one token in the vocabulary", vocab=1, dim=3),
         loss_case("one dimension", vocab=5, dim=1),
         loss_case("no token counts", counted=0.0),

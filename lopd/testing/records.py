@@ -54,7 +54,7 @@ def _logprobs(length: int) -> st.SearchStrategy[list[float]]:
 
 @st.composite
 def rollouts(draw: st.DrawFn, manifest: Manifest | None = None, ids: st.SearchStrategy[str] | None = None, max_tokens: int = 6) -> Rollout:
-    """One legal rollout of any kind: short or long, masked or not, with behavior log-probs or without.
+    """One legal rollout of any kind: short or long, masked or not, with log-probs of the engine or without.
 
     Args:
         draw: given by Hypothesis.
@@ -73,6 +73,7 @@ def rollouts(draw: st.DrawFn, manifest: Manifest | None = None, ids: st.SearchSt
         loss_mask=draw(mask),
         finish_reason=draw(st.sampled_from(["stop", "length"])),
         behavior_logprobs=draw(st.none() | _logprobs(length)),
+        sampler_logprobs=draw(st.none() | _logprobs(length)),
     )
 
 
@@ -91,7 +92,7 @@ def assert_same_rollout(left: Rollout, right: Rollout) -> None:
     """Every field is equal; an absent array equals only an absent one."""
     for name in ("rollout_id", "finish_reason", "generation", "content_hash"):
         assert getattr(left, name) == getattr(right, name), name
-    for name in ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs"):
+    for name in ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs", "sampler_logprobs"):
         mine, theirs = getattr(left, name), getattr(right, name)
         assert (mine is None) == (theirs is None), name
         if mine is not None:

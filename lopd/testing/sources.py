@@ -115,6 +115,13 @@ class SourceConformance:
             gap = np.abs(np.asarray(rollout.behavior_logprobs, np.float64) - scores.logprobs).mean()
             assert gap <= self.tolerance, f"{rollout.rollout_id}: {gap} nats"
 
+    def test_log_probs_of_the_sampler_come_where_it_draws_from_another_distribution(self) -> None:
+        assert all(rollout.sampler_logprobs is None for rollout in self._sample()), "they would be the behavior_logprobs"
+        for sampling in (evolve(_SAMPLING, temperature=0.6), evolve(_SAMPLING, top_p=0.7)):
+            drawn = [rollout.sampler_logprobs for rollout in self._sample(sampling)]
+            there = [logprobs for logprobs in drawn if logprobs is not None]
+            assert len(there) in {0, len(drawn)}, "of all rollouts or of none"
+
     def test_a_prompt_that_leaves_no_room_is_refused_and_named(self) -> None:
         prompt = self.too_long()
         if prompt is None:
@@ -158,8 +165,9 @@ def _contents(rollouts: Sequence[Rollout]) -> list[tuple[str, bytes, str]]:
 
 
 def _mean_gap(left: Sequence[Rollout], right: Sequence[Rollout]) -> float:
-    assert [rollout.behavior_logprobs is None for rollout in left] == [rollout.behavior_logprobs is None for rollout in right]
-    pairs = ((a.behavior_logprobs, b.behavior_logprobs) for a, b in zip(left, right, strict=True))
+    names = ("behavior_logprobs", "sampler_logprobs")
+    pairs = [(getattr(a, name), getattr(b, name)) for name in names for a, b in zip(left, right, strict=True)]
+    assert [a is None for a, _ in pairs] == [b is None for _, b in pairs]
     gaps = [np.abs(np.subtract(a, b, dtype=np.float64)) for a, b in pairs if a is not None and b is not None]
     return float(np.concatenate(gaps).mean()) if gaps else 0.0
 

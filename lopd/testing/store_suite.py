@@ -6,7 +6,7 @@ import numpy as np
 
 from lopd.protocols import LogprobStore
 from lopd.records.manifest import Manifest
-from lopd.records.rollouts import Rollout
+from lopd.records.rollouts import VIRTUAL_COLUMNS, Rollout
 from lopd.testing.records import assert_same_rollout, tiny_manifest, tiny_rollout
 
 
@@ -16,7 +16,8 @@ def assert_holds(store: LogprobStore, expected: Sequence[Rollout]) -> None:
     assert store.find([rollout.rollout_id for rollout in expected]).tolist() == list(range(len(expected)))
     pairs = [(rollout.prompt_ids.size, rollout.response_ids.size) for rollout in expected]
     np.testing.assert_array_equal(store.lengths(), np.array(pairs, np.int64).reshape(-1, 2))
-    np.testing.assert_array_equal(store.scored("behavior"), np.array([r.behavior_logprobs is not None for r in expected], bool))
+    for column, name in VIRTUAL_COLUMNS.items():
+        np.testing.assert_array_equal(store.scored(column), np.array([getattr(r, name) is not None for r in expected], bool))
     for row, rollout in zip(store.read(range(len(expected))), expected, strict=True):
         assert_same_rollout(row.rollout, rollout)
         assert row.scores == {}

@@ -45,6 +45,8 @@ class StoreConformance(QuarantineClauses):
             tiny_rollout("masked", loss_mask=[True, False, True]),
             tiny_rollout("nothing counts", loss_mask=[False] * 3),
             tiny_rollout("behavior", behavior_logprobs=[0.0, -1e-45, -100.0]),
+            tiny_rollout("sampler", sampler_logprobs=[-0.25, 0.0, -100.0]),
+            tiny_rollout("both", behavior_logprobs=[-1.0, -2.0, -3.0], sampler_logprobs=[-0.5, -1.5, -2.5]),
             tiny_rollout("long", np.arange(2000) % manifest.tokenizer.vocab_size, prompt_ids=np.arange(299)),
             tiny_rollout("", [1]),
             tiny_rollout("\u4f60/\U0001f600\ud800", [1]),
@@ -145,7 +147,7 @@ class StoreConformance(QuarantineClauses):
             assert top_k is not None
             assert_same_top_k(store.read([i], top_k=("teacher",))[0].top_k["teacher"], top_k)
         assert store.read([1], ("teacher",))[0].top_k == {}
-        for wanted, row_number in (("ref", 1), ("behavior", 1), ("nothing", 1), ("teacher", 2)):
+        for wanted, row_number in (("ref", 1), ("behavior", 1), ("behavior/sampler", 1), ("nothing", 1), ("teacher", 2)):
             with pytest.raises(MissingScoresError):
                 store.read([row_number], top_k=(wanted,))
 
@@ -163,7 +165,8 @@ class StoreConformance(QuarantineClauses):
         policy = ModelId("policy", "rev-1", "float32")
         store.begin_generation(1, policy)
         for i in range(1, 6):
-            kind = {"loss_mask": [True, False, True]} if i == 2 else {"behavior_logprobs": [-0.5] * 3} if i == 4 else {}
+            reported = {4: "behavior_logprobs", 5: "sampler_logprobs"}
+            kind = {"loss_mask": [True, False, True]} if i == 2 else {reported[i]: [-0.5] * 3} if i in reported else {}
             items.append(tiny_rollout(f"r{i}", generation=i % 2, **kind))
             store.append(items[-1:])
         for i in (4, 0, 3, 5):
@@ -203,11 +206,12 @@ class StoreConformance(QuarantineClauses):
 
     def test_pain_07_zero_is_a_log_probability_not_a_missing_value(self) -> None:
         store = self.make(tiny_manifest())
-        certain, unscored = tiny_rollout("certain", behavior_logprobs=[0.0, 0.0, 0.0]), tiny_rollout("unscored")
+        certain = tiny_rollout("certain", behavior_logprobs=[0.0, 0.0, 0.0], sampler_logprobs=[0.0, 0.0, 0.0])
+        unscored = tiny_rollout("unscored")
         store.append([certain, unscored])
         store.append_scores("teacher", tiny_provenance(), [tiny_scores(certain, 0.0)])
         store = self.reopen(store)
-        for column in ("teacher", "behavior"):
+        for column in ("teacher", "behavior", "behavior/sampler"):
             np.testing.assert_array_equal(store.scored(column), [True, False])
             np.testing.assert_array_equal(store.read([0], (column,))[0].scores[column], np.zeros(3, np.float32))
             with pytest.raises(MissingScoresError, match="unscored"):
@@ -276,7 +280,7 @@ class StoreConformance(QuarantineClauses):
             store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[0], logprob), tiny_scores(items[0], -3.0)])
         assert self.reopen(store).read([0], ("teacher",))[0].scores["teacher"].tolist() == [-1.0]
 
-    @pytest.mark.parametrize("column", ["", "a/b", "..", ".hidden", "a b", "a\n", "zarr.json", "behavior", "\u00e4"])
+    @pytest.mark.parametrize("column", ["", "a/b", "..", ".hidden", "a b", "a\n", "zarr.json", "behavior", "behavior/sampler", "\u00e4"])
     def test_a_column_name_is_plain_and_behavior_is_taken(self, column: str) -> None:
         store, items = self.filled()
         with pytest.raises(InvalidRecordError):

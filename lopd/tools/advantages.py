@@ -10,7 +10,7 @@ from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import in_batches
 from lopd.records.drift import AdvantageSummary
-from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.records.rollouts import VIRTUAL_COLUMNS
 
 
 @frozen(eq=False)
@@ -43,7 +43,7 @@ def check_columns(store: LogprobReader, columns: Iterable[str]) -> None:
     Raises:
         MissingScoresError: a column is absent.
     """
-    there = [*store.columns, *([BEHAVIOR_COLUMN] if store.scored(BEHAVIOR_COLUMN).any() else [])]
+    there = [*store.columns, *(column for column in VIRTUAL_COLUMNS if store.scored(column).any())]
     for column in columns:
         if column not in there:
             raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected one of {there}; name one of them.")

@@ -2,7 +2,7 @@
 
 from lopd.protocols import LogprobReader
 from lopd.records.identity import ModelId
-from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 
 
 def origins(store: LogprobReader) -> list[tuple[str, str]]:
@@ -20,19 +20,22 @@ def origins(store: LogprobReader) -> list[tuple[str, str]]:
 
 
 def score_columns(store: LogprobReader) -> dict[str, list[str]]:
-    """Return the cells of each row of a table with one column for each score column; `behavior` comes last."""
-    made, names = store.columns.values(), [*store.columns, BEHAVIOR_COLUMN]
+    """Return the cells of each row of a table with one column for each score column; those that the rollouts hold themselves come last."""
+    made, own = store.columns.values(), {BEHAVIOR_COLUMN: "temperature 1"}
+    if store.scored(SAMPLER_COLUMN).any():
+        own[SAMPLER_COLUMN] = "of what was drawn"
+    names, blank = [*store.columns, *own], [""] * len(own)
     parity = ["not measured" if p.parity is None else f"{p.parity.mean:.2g} (max {p.parity.max:.2g})" for p in made]
     return {
         "column": names,
-        "model": [*(describe_model(p.model) for p in made), "the policies that sampled"],
-        "engine": [*(p.engine for p in made), ""],
-        "log-probs": [*(p.logprobs_mode for p in made), ""],
-        "top-k": [*(str(p.top_k) for p in made), ""],
-        "same vocabulary": [*("yes" if store.manifest.tokenizer.same_vocabulary(p) else "NO" for p in made), ""],
+        "model": [*(describe_model(p.model) for p in made), *("the policies that sampled" for _ in own)],
+        "engine": [*(p.engine for p in made), *blank],
+        "log-probs": [*(p.logprobs_mode for p in made), *own.values()],
+        "top-k": [*(str(p.top_k) for p in made), *blank],
+        "same vocabulary": [*("yes" if store.manifest.tokenizer.same_vocabulary(p) else "NO" for p in made), *blank],
         "rollouts scored": [f"{int(store.scored(name).sum()):,} of {len(store):,}" for name in names],
-        "in quarantine": [*(f"{len(store.quarantined(name)):,}" for name in store.columns), ""],
-        "parity, mean nats": [*parity, ""],
+        "in quarantine": [*(f"{len(store.quarantined(name)):,}" for name in store.columns), *blank],
+        "parity, mean nats": [*parity, *blank],
     }
 
 

@@ -12,7 +12,7 @@ from lopd.errors import InvalidRecordError, MissingScoresError, QuarantineWarnin
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import chosen, rows_of
 from lopd.records.manifest import Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN, Prompt, ScoredRollout
+from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN, Prompt, ScoredRollout
 from lopd.records.rows import Rows
 
 Teacher = str | Mapping[str, Sequence[Prompt]] | None
@@ -75,11 +75,16 @@ def choose(
 
 
 def check_reference(store: LogprobReader, column: str, generations: Iterable[int]) -> None:
-    """Stop unless this column is of the very policies that sampled these rounds.
+    """Stop unless this column is of the very policies that sampled these rounds, at temperature 1.
 
     Raises:
-        InvalidRecordError: it is of another model.
+        InvalidRecordError: it is not.
     """
+    if column == SAMPLER_COLUMN:
+        raise InvalidRecordError(
+            f"{store!r}: the reference column is {column!r}, expected log-probs at temperature 1; pass {BEHAVIOR_COLUMN!r}, and the sampler's "
+            "come along."
+        )
     provenance = store.columns.get(column)
     if provenance is None:  # the virtual column: of each rollout's own policy
         return

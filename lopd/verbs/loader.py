@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, RepeatedRolloutsWarning
 from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
-from lopd.guards.watch import judge_advantages, stored_advantages
+from lopd.guards.watch import judge_advantages, judge_sampling, stored_advantages
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import check_at_least
@@ -140,7 +140,9 @@ def batches(
         teacher: score column to learn from; None trains on the rollouts as they are (SFT).  Several teachers: column -> the prompts whose
             rollouts learn from it; rollouts of other prompts are left out.
         ref: score column of the reference policy, for losses with an importance ratio, and to have drift measured.  `"behavior"` is
-            what each rollout's own policy reported, so also right where rollouts are of several rounds.
+            what each rollout's own policy reported, so also right where rollouts are of several rounds.  It is the policy at temperature 1,
+            and drift is measured from it.  Where temperature or top-p is another, `Batch.sampler_logprobs` come along, and an importance
+            ratio is to those.
         weighting: what a token counts (`by_rollout` or `by_token`).
         top_k: bring the teacher's most likely tokens along, for losses on them.
         consistency: what to do about another, or an unknown, SFT teacher (`check_teacher_consistency`).
@@ -151,6 +153,8 @@ def batches(
         RepeatedRolloutsWarning: a step is larger than what there is to train on.
         AdvantageWarning: without a `ref`, so without an importance ratio, and without `top_k`, if many stored advantages are far below 0
             (`lopd.guards.watch`).
+        SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and there is no `ref`, and no `top_k`, or rollouts
+            without `sampler_logprobs`: it says how the gradient is biased.
 
     Raises:
         ArgumentError: the store is something else, such as its path.
@@ -187,6 +191,8 @@ def batches(
     check_teacher_consistency(store.manifest, provenances, consistency)
     for column in columns.teachers if ref is None and not top_k else ():
         judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
+    if columns.teachers and (ref is not None or not top_k):
+        judge_sampling(store, usable, ratio=ref is not None)
     lineage = lineage_after(store.manifest, provenances)
     return StepStream(lineage, store, usable, columns, count, tokens_per_batch, seed, weighting, ranks or Ranks.current())
 

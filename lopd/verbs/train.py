@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lopd.errors import ArgumentError, InvalidRecordError, TrainingDivergedError
 from lopd.guards.consistency import check_vocabulary
 from lopd.guards.first_step import Movement, at_full_rate, judge_distance, judge_gradients, judge_optimizer
-from lopd.guards.watch import judge_loss
+from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import OPDLoss, Student
 from lopd.protocols.doors import check_noun
 from lopd.records.drift import DriftMeter, TokenLogprobs
@@ -48,6 +48,7 @@ def opd_steps(
         max_grad_norm: gradients are scaled down to this norm; None leaves them.
 
     Warns:
+        SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss says that it has no importance ratio.
         TrainingWarning: the optimizer lacks trained parameters; or in the first step some get no gradient, or most weights stay where they are,
             because updates are smaller than their rounding.
         AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss says
@@ -77,18 +78,21 @@ def _train(
     student: Student | DistributedDataParallel, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, max_grad_norm: float
 ) -> Iterator[StepMetrics]:
     ranks, trained = Ranks.current(), _trained_parameters(student)
-    judged = False
+    judged, device = False, next(iter(trained.values())).device.type
     for place_of_step, step in enumerate(steps):
         started = perf_counter()
         if step.vocab_hash is not None:
             check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
+        if place_of_step == 0:
+            judge_ratio(loss, step.batches)
         total = float(ranks.sum(torch.stack([batch.weight.double().sum().cpu() for batch in step.batches]).sum()))
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
         sums, meter = torch.zeros(3, dtype=torch.float64), DriftMeter()
         for place, batch in enumerate(step.batches, 1):
-            with gathering(student, last=place == len(step.batches)):
+            # a product in an autocast that the caller is in would round gradients; a student has its own
+            with gathering(student, last=place == len(step.batches)), torch.autocast(device, enabled=False):
                 output = student(batch, loss)
                 _check_output(loss, output)
                 # torch averages gradients over ranks, and a step is a sum

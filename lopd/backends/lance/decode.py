@@ -19,14 +19,14 @@ from lopd.backends.lance.encode import (
     TOP_K_DATA,
     line_checksums,
 )
-from lopd.backends.lance.table import RANGE, in_advance
+from lopd.backends.lance.table import HAS_SAMPLER, LATER, RANGE, in_advance
 from lopd.errors import CorruptStoreError, LopdError
 from lopd.records.rollouts import TopK
 from lopd.records.rows import Rows, ends
 
 # Larger answers of Lance come in fresh memory each time; smaller ones cost more than they bring.
 _ROWS_AT_ONCE, _TOKENS_AT_ONCE = 2048, 1 << 21
-_REASON, _TOKENS, _MASK, _BEHAVIOR = ROLLOUT_DATA
+_REASON, _TOKENS, _MASK, _BEHAVIOR, _SAMPLER = ROLLOUT_DATA
 (_LOGPROBS,) = SCORE_DATA
 
 
@@ -66,7 +66,8 @@ def read(rollouts: Wanted, scores: Mapping[str, Wanted], top_k: Mapping[str, int
     prompts, responses = (lines[name].astype(np.int64) for name in ("prompt_length", "response_length"))
     names, reasons = _Cells(len(lines)), _Cells(len(lines))
     tokens, mask, behavior = _Lists(prompts + responses), _Lists(responses, filler=1), _Lists(responses, filler=np.nan)
-    data: dict[str, _Cells | _Lists] = {_REASON: reasons, _TOKENS: tokens, _MASK: mask, _BEHAVIOR: behavior}
+    sampler = _Lists(responses, filler=np.nan, absent_counts=False)
+    data: dict[str, _Cells | _Lists] = {_REASON: reasons, _TOKENS: tokens, _MASK: mask, _BEHAVIOR: behavior, _SAMPLER: sampler}
     readers = [_Reader(rollouts, {None: {ID: names}, "data_checksum": data})]
     columns: dict[str, list[_Lists]] = {}
     for name, wanted in scores.items():
@@ -85,7 +86,8 @@ def read(rollouts: Wanted, scores: Mapping[str, Wanted], top_k: Mapping[str, int
         response_lengths=responses,
         token_ids=tokens.array(np.int32),
         loss_mask=None if mask.values is None else mask.values.view(np.bool_),
-        behavior_logprobs=None if behavior.values is None else behavior.array(np.float32).astype(np.float32, copy=False),
+        behavior_logprobs=behavior.floats(),
+        sampler_logprobs=sampler.floats(),
         finish_reasons=reasons.values,
         generations=lines["generation"].astype(np.int64),
         content_hashes=lines["content_hash"].tolist(),
@@ -136,16 +138,22 @@ class _Lists:
     Args:
         lengths: values of each row of the call.
         filler: for rows that have none; None where that cannot be.
+        absent_counts: whether a list that is not there changes the checksum.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], filler: float | None = None) -> None:
+    def __init__(self, lengths: NDArray[np.int64], filler: float | None = None, *, absent_counts: bool = True) -> None:
         self.values: NDArray[Any] | None = None
         self._ends = ends(lengths)
         self._filler = filler
+        self._absent_counts = absent_counts
 
     def array(self, dtype: Any) -> NDArray[Any]:
         """Return the values; an empty array of this type if no row has any."""
         return np.zeros(0, dtype) if self.values is None else self.values
+
+    def floats(self) -> NDArray[np.float32] | None:
+        """Return the values as float32; None if no row has any."""
+        return None if self.values is None else self.values.astype(np.float32, copy=False)
 
     def take(self, column: Any, chunk: _Chunk, sums: Sequence[int]) -> list[int]:
         """Copy the values of a chunk to their places; gives the checksum of the copies, which goes on from these.
@@ -154,7 +162,7 @@ class _Lists:
             ValueError: there are not as many as there should be.
         """
         if column.null_count == len(column):
-            return [xxh3_64_intdigest(b"", seed) for seed in sums]
+            return [xxh3_64_intdigest(b"", seed) for seed in sums] if self._absent_counts else list(sums)
         values, bounds = column.values.to_numpy(), column.offsets.to_numpy().astype(np.int64)
         if self.values is None:
             total = int(self._ends[-1])
@@ -171,7 +179,7 @@ class _Lists:
             (starts * size).tolist(), (lengths * size).tolist(), (places * size).tolist(), sums, strict=True
         ):
             target[place : place + length] = source[start : start + length]
-            found.append(xxh3_64_intdigest(target[place : place + length], seed))
+            found.append(xxh3_64_intdigest(target[place : place + length], seed) if length or self._absent_counts else seed)
         return found
 
 
@@ -211,6 +219,8 @@ class _Reader:
             with decoding(owner):
                 sums = [0] * len(chunk.at)
                 for column, target in targets.items():
+                    if column in LATER and column not in chunk.table.column_names:
+                        continue
                     sums = target.take(chunk.table.column(column).chunk(0), chunk, sums)
             for i in np.flatnonzero(np.array(sums, np.uint64) != lines[name])[:1] if name else ():
                 raise damaged(owner, self._name(chunk, int(i)), "checksum of its values is another than the one that was written")
@@ -255,6 +265,8 @@ def read_lines(owner: str, table: Any, line: np.dtype[Any]) -> NDArray[np.void]:
     with decoding(owner):
         for name in line.names or ():
             lines[name] = hash_ids(table.column(ID).to_pylist()) if name == "id_hash" else _numbers(owner, table, name, line[name])
+        if HAS_SAMPLER in table.column_names:
+            lines["has_behavior"] |= table.column(HAS_SAMPLER).fill_null(False).to_numpy().astype(np.uint8) << 1
         found, wanted = line_checksums(lines), _numbers(owner, table, LINE_CHECKSUM, np.dtype("<u8"))
     for i in np.flatnonzero(found != wanted)[:1]:
         name = f"scores of row {lines['row'][i]}"

@@ -12,7 +12,7 @@ from xxhash import xxh3_64_intdigest
 
 from lopd.backends import ragged
 from lopd.backends.id_index import encode_id, hash_ids
-from lopd.backends.lance.table import COMMIT, KEY_METADATA
+from lopd.backends.lance.table import COMMIT, HAS_SAMPLER, KEY_METADATA
 from lopd.errors import InvalidRecordError
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores, TopK
@@ -27,7 +27,8 @@ ROLLOUT_LINE = np.dtype(
         ("prompt_length", "<i4"),
         ("response_length", "<i4"),
         ("generation", "<i8"),
-        ("has_behavior", "?"),
+        # two bits: behavior_logprobs, and sampler_logprobs
+        ("has_behavior", "u1"),
         ("committed_at", "<f8"),
         ("rounding", "<f8"),
         ("data_checksum", "<u8"),
@@ -46,15 +47,16 @@ SCORE_LINE = np.dtype(
         ("top_k_checksum", "<u8"),
     ]
 )
-ROLLOUT_DATA = ("finish_reason", "token_ids", "loss_mask", "behavior_logprobs")
+ROLLOUT_DATA = ("finish_reason", "token_ids", "loss_mask", "behavior_logprobs", "sampler_logprobs")
 SCORE_DATA = ("logprobs",)
 TOP_K_DATA = ("top_k_ids", "top_k_logprobs", "top_k_tail")
 ID, LINE_CHECKSUM = "rollout_id", "line_checksum"
 
 
 def line_columns(line: np.dtype[Any]) -> list[str]:
-    """The columns that a line is read from."""
-    return [*(ID if name == "id_hash" else name for name in line.names or ()), LINE_CHECKSUM]
+    """The columns that a line is read from, if they are there."""
+    names = [ID if name == "id_hash" else name for name in line.names or ()]
+    return [*names, *([HAS_SAMPLER] if "has_behavior" in names else []), LINE_CHECKSUM]
 
 
 def tokens_of(lines: NDArray[np.void]) -> int:
@@ -86,6 +88,9 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     tokens = [np.concatenate([r.prompt_ids, r.response_ids]).astype(np.min_scalar_type(vocab_size - 1)) for r in rollouts]
     masks = [None if r.loss_mask.all() else r.loss_mask.astype(np.uint8) for r in rollouts]
     behaviors, rounding = ragged.to_stored([r.behavior_logprobs for r in rollouts], owners, logprob_dtype)
+    drawn, error = ragged.to_stored([r.sampler_logprobs for r in rollouts], owners, logprob_dtype)
+    # absent log-probs of the sampler do not count in a checksum, which is then what it was before there were any
+    parts = [(t, m, b, *([] if s is None else [s])) for t, m, b, s in zip(tokens, masks, behaviors, drawn, strict=True)]
     ids = [encode_id(owner) for owner in owners]
     lines = np.zeros(len(rollouts), ROLLOUT_LINE)
     columns: dict[str, Any] = {
@@ -96,15 +101,18 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
         "prompt_length": [r.prompt_ids.size for r in rollouts],
         "response_length": [r.response_ids.size for r in rollouts],
         "generation": [r.generation for r in rollouts],
-        "has_behavior": [values is not None for values in behaviors],
+        "has_behavior": [(b is not None) + 2 * (s is not None) for b, s in zip(behaviors, drawn, strict=True)],
         "committed_at": when,
-        "rounding": rounding,
-        "data_checksum": [checksum(r.finish_reason.encode(), *parts) for r, *parts in zip(rollouts, tokens, masks, behaviors, strict=True)],
+        "rounding": max(rounding, error),
+        "data_checksum": [checksum(r.finish_reason.encode(), *some) for r, some in zip(rollouts, parts, strict=True)],
     }
     for name, values in columns.items():
         lines[name] = values
     texts: dict[str, Sequence[bytes | str]] = {ID: ids, "finish_reason": [r.finish_reason for r in rollouts]}
-    return _table(lines, texts, {"token_ids": tokens}, {"loss_mask": masks, "behavior_logprobs": behaviors}, logprob_dtype)
+    optional: dict[str, Sequence[Any]] = {"loss_mask": masks, "behavior_logprobs": behaviors}
+    if any(values is not None for values in drawn):
+        optional["sampler_logprobs"] = drawn
+    return _table(lines, texts, {"token_ids": tokens}, optional, logprob_dtype)
 
 
 def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
@@ -152,23 +160,26 @@ def _table(
 ) -> Any:
     import pyarrow as pa
 
-    empty = {"loss_mask": "uint8", "behavior_logprobs": logprob_dtype}
+    empty = {"loss_mask": "uint8", "behavior_logprobs": logprob_dtype, "sampler_logprobs": logprob_dtype}
     columns: list[tuple[Any, Any]] = []
     for name in lines.dtype.names or ():
         if name == "id_hash":
             continue
-        array = _bytes_column(lines[name]) if lines.dtype[name].kind == "V" else pa.array(lines[name])
+        values: Any = (lines[name] & 1).astype(np.bool_) if name == "has_behavior" else lines[name]
+        array = _bytes_column(values) if values.dtype.kind == "V" else pa.array(values)
         columns.append((pa.field(name, array.type, nullable=False, metadata=KEY_METADATA if name == COMMIT else None), array))
     columns.append((pa.field(LINE_CHECKSUM, pa.uint64(), nullable=False), pa.array(line_checksums(lines))))
     for name, texts_of in texts.items():
         array = pa.array(texts_of, pa.binary() if name == ID else pa.string())
         columns.append((pa.field(name, array.type, nullable=False), array))
-    for name, values in lists.items():
-        array = _list_column(values, values[0].dtype)
+    for name, some in lists.items():
+        array = _list_column(some, some[0].dtype)
         columns.append((pa.field(name, array.type, nullable=False), array))
-    for name, values in optional_lists.items():
-        array = _list_column(values, np.dtype(empty[name]))
+    for name, some in optional_lists.items():
+        array = _list_column(some, np.dtype(empty[name]))
         columns.append((pa.field(name, array.type), array))
+    if "sampler_logprobs" in optional_lists:
+        columns.append((pa.field(HAS_SAMPLER, pa.bool_()), pa.array(lines["has_behavior"] > 1)))
     return pa.Table.from_arrays([array for _, array in columns], schema=pa.schema([field for field, _ in columns]))
 
 

@@ -17,7 +17,7 @@ from lopd.backends.lance.table import Database
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.records.rollouts import BEHAVIOR_COLUMN, VIRTUAL_COLUMNS
 from lopd.records.rows import Rows
 
 
@@ -111,8 +111,8 @@ class Snapshot:
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """(rows,): which rollouts have scores in this column."""
-        if column == BEHAVIOR_COLUMN:
-            return self._lines()["has_behavior"].copy()
+        if column in VIRTUAL_COLUMNS:
+            return (self._lines()["has_behavior"] & (1 if column == BEHAVIOR_COLUMN else 2)) > 0
         scored = self.columns[column].lines()["row"] if column in self.columns else np.zeros(0, np.int64)
         if scored.size and scored[-1] >= self.rows:
             raise CorruptStoreError(
@@ -136,7 +136,7 @@ class Snapshot:
         if self.rollouts is None or not rows.size:
             return admission.with_columns(self._owner, Rows.of(()), columns)
         lines = self.rollouts.lines_of(rows)
-        scored = {name: self._scored(name, rows, lines) for name in dict.fromkeys([*columns, *top_k]) if name != BEHAVIOR_COLUMN}
+        scored = {name: self._scored(name, rows, lines) for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS}
         read = decode.read(Wanted(self._owner, self.rollouts, rows, lines), scored, supports)
         return admission.with_columns(self._owner, read, columns)
 

@@ -34,7 +34,8 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     """A `DurableStore` of LanceDB tables; make one with `create`, `open` or `open_or_create`.  It needs `pip install 'lopd[lance]'`.
 
     A store sees the versions that were there when it was opened, last refreshed or last written to; `refresh` shows later ones.
-    The virtual column `behavior` reads the rollouts' own `behavior_logprobs`; `columns` does not list it, and it cannot be written to.
+    The virtual columns `behavior` and `behavior/sampler` read the rollouts' own log-probs; `columns` does not list them, and they cannot be
+    written to.
     It pickles as its place and versions.  One thread at a time; processes as many as you like, but LanceDB does not survive a fork: a
     forked process is refused (start workers with "spawn" or "forkserver").
     `find`, `lengths`, `scored`, and `read` of a column, read all lines at the first call, and hold them from then on (about 130 bytes a rollout).

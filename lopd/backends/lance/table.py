@@ -24,6 +24,9 @@ from lopd.records.optional import need
 COMMIT = "commit"
 #: How tables of columns are named in which nothing was scored when they were made.
 BEGAN_EMPTY = "unscored."
+#: Columns that a table of rollouts gets when the first rollout with `sampler_logprobs` comes; other rows have nulls in them.
+HAS_SAMPLER = "has_sampler"
+LATER = (HAS_SAMPLER, "sampler_logprobs")
 KEY_METADATA = {"lance-schema:unenforced-primary-key": "true"}
 
 # Lance 2.0 files are read nearly twice as fast as those of its default format, and take 1.15 times the space.
@@ -160,6 +163,7 @@ class LanceTable:
 
     def _load(self) -> None:
         self.version, self.rows = int(self._handle.version), int(self._handle.count_rows())
+        self._columns = frozenset(self._handle.schema.names)
         if not self.rows and not self.name.startswith(BEGAN_EMPTY):
             # It was made with rows in it, and none is ever removed: only damage to its manifest looks like this.
             raise CorruptStoreError(f"{self._named()}: it has no rows, expected at least 1; restore its files from a backup.")
@@ -179,9 +183,12 @@ class LanceTable:
             self._load()
 
     def take(self, offsets: NDArray[np.int64], columns: Sequence[str]) -> Any:
-        """These columns of the rows at these places, which must be distinct and ascending, as an Arrow table in an order of Lance's choice."""
+        """These columns of the rows at these places, which must be distinct and ascending, as an Arrow table in an order of Lance's choice.
+
+        Columns of `LATER` that the table does not have are left out.
+        """
         with _reading(self._named()):
-            table, names = self._table, list(columns)
+            table, names = self._table, [name for name in columns if name in self._columns or name not in LATER]
             if offsets.size >= RANGE and offsets[-1] - offsets[0] == offsets.size - 1:
                 # One batch: several would be copied to make one of them.
                 query = table.search().select(names).offset(int(offsets[0])).limit(offsets.size)
@@ -196,10 +203,16 @@ class LanceTable:
         return found
 
     def insert(self, data: Any) -> bool:
-        """Add rows of one commit, unless that number is taken: all or none of them.  Moves to the latest version either way."""
+        """Add rows of one commit, unless that number is taken: all or none of them.  Moves to the latest version either way.
+
+        Columns that the table does not have yet are added first, empty.
+        """
         table = self._table
         try:
             table.checkout_latest()
+            new = [field for field in data.schema if field.name not in table.schema.names]
+            if new:
+                table.add_columns(data.select([field.name for field in new]).schema)
             return bool(table.merge_insert(COMMIT).when_not_matched_insert_all().execute(data).num_inserted_rows)
         finally:
             self._load()

@@ -76,7 +76,7 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
         for part, offset in zip(lines, ragged.offsets(np.array(sizes[counted])), strict=False):
             part[:, encode.R[column]] += offset
     arrays = {name: np.concatenate([_whole(segment, name) for segment in segments]) for name in ("token_ids", "rollout_ids")}
-    for name, filler in (("loss_mask", 1), ("behavior_logprobs", np.nan)):
+    for name, filler in (("loss_mask", 1), *((name, np.nan) for name in encode.REPORTED)):
         having = [segment for segment in segments if name in segment]
         if having:
             dtype = having[0].meta.arrays[name].dtype

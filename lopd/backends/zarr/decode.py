@@ -4,16 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, REASONS, TOP_K_ARRAYS, R, S
+from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, REASONS, REPORTED, TOP_K_ARRAYS, R, S
 from lopd.backends.zarr.segment import Segment
 from lopd.records.rollouts import TopK
 from lopd.records.rows import Rows
 
 _Int64 = NDArray[np.int64]
+# Bits of `has_behavior` -> the arrays that such a row has values in.
+_REPORTED = {bits: tuple(name for bit, name in enumerate(REPORTED) if bits >> bit & 1) for bits in range(1, 1 << len(REPORTED))}
 #: Calls functions, side by side where they wait for a network, and returns their answers.
 Run = Callable[[Sequence[Callable[[], Any]]], list[Any]]
 
@@ -103,8 +105,8 @@ def read(rollouts: Sequence[Group], scores: Mapping[str, Sequence[Group]], top_k
             _Pieces.at(group, ("token_ids",), part[:, R["token_start"]], part[:, LENGTHS].sum(axis=1), part[:, R["token_checksum"]])
             for group, part in own
         ],
-        "loss_mask": _some(own, "loss_mask", "masked", "mask_checksum"),
-        "behavior_logprobs": _some(own, "behavior_logprobs", "has_behavior", "behavior_checksum"),
+        "loss_mask": _some(own, ("loss_mask",), "masked", "mask_checksum"),
+        **{f"reported {bits}": _some(own, names, "has_behavior", "behavior_checksum", bits) for bits, names in _REPORTED.items()},
     }
     for name, column in columns.items():
         for group, part in column:
@@ -114,14 +116,15 @@ def read(rollouts: Sequence[Group], scores: Mapping[str, Sequence[Group]], top_k
     calls = [pieces.read for several in wanted.values() for pieces in several]
     answers = iter(run([*calls, *(lambda g=group, p=part: _names(g, p) for group, part in own)]))
     found = {name: [(pieces, next(answers)) for pieces in several] for name, several in wanted.items()}
-    masks, behaviors = found["loss_mask"], found["behavior_logprobs"]
+    masks = found["loss_mask"]
+    reported = {name: [part for bits in _REPORTED for part in _only(name, found[f"reported {bits}"])] for name in REPORTED}
     return Rows(
         rollout_ids=_scattered(len(lines), [(group.places, next(answers)) for group, _ in own]),
         prompt_lengths=prompts,
         response_lengths=responses,
         token_ids=_joined(found["token_ids"], prompts)[0],
         loss_mask=_joined(masks, responses, 1)[0].view(np.bool_) if masks else None,
-        behavior_logprobs=_joined(behaviors, responses, np.nan)[0].astype(np.float32, copy=False) if behaviors else None,
+        **{name: _joined(p, responses, np.nan)[0].astype(np.float32, copy=False) if p else None for name, p in reported.items()},
         finish_reasons=[REASONS[i] for i in lines[:, R["finish_reason"]].tolist()],
         generations=lines[:, R["generation"]],
         content_hashes=contents(lines),
@@ -137,15 +140,20 @@ def contents(lines: _Int64) -> list[bytes]:
     return [hashes[i : i + 16] for i in range(0, len(hashes), 16)]
 
 
-def _some(own: Sequence[tuple[Group, _Int64]], name: str, flag: str, checksum: str) -> list[_Pieces]:
-    """Find one value a response token, of the rows that have them."""
+def _some(own: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], flag: str, checksum: str, value: int = 1) -> list[_Pieces]:
+    """Find one value a response token in each of these arrays, of the rows whose flag is this."""
     found = []
     for group, part in own:
-        having = np.flatnonzero(part[:, R[flag]])
+        having = np.flatnonzero(part[:, R[flag]] == value)
         if having.size:
             some, lines = Group(group.segment, group.places[having], group.indices[having]), part[having]
-            found.append(_Pieces.at(some, (name,), *lines[:, [R["response_start"], R["response_length"], R[checksum]]].T))
+            found.append(_Pieces.at(some, names, *lines[:, [R["response_start"], R["response_length"], R[checksum]]].T))
     return found
+
+
+def _only(name: str, found: Sequence[tuple[_Pieces, list[list[memoryview]]]]) -> list[tuple[_Pieces, list[list[memoryview]]]]:
+    """What was found in the array of this name."""
+    return [(evolve(pieces, names=(name,)), [read[pieces.names.index(name)]]) for pieces, read in found if name in pieces.names]
 
 
 def _scored(column: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], checksum: str) -> list[_Pieces]:

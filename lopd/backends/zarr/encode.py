@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lopd.backends import ragged
 from lopd.backends.id_index import encode_id, hash_ids
 from lopd.backends.zarr.segment import SegmentData, checksum_of
-from lopd.records.rollouts import FinishReason, Rollout, Scores
+from lopd.records.rollouts import VIRTUAL_COLUMNS, FinishReason, Rollout, Scores
 
 REASONS: tuple[FinishReason, ...] = ("stop", "length")
 ROLLOUT_FIELDS = (
@@ -44,6 +44,9 @@ SCORE_FIELDS = (
     "top_k_checksum",
     "line_checksum",
 )
+#: What an engine reported of a rollout.  Bits of `has_behavior`, from the lowest on, mark which of them there are, and `behavior_checksum` goes
+#: over those: so a line without the second is what it was before there was one.
+REPORTED = tuple(VIRTUAL_COLUMNS.values())
 #: The arrays of a support, in the order in which its checksum goes over them.
 TOP_K_ARRAYS = ("top_k_ids", "top_k_logprobs", "top_k_tail")
 #: Column numbers of a rollout's line, and of a score's.
@@ -73,8 +76,10 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     """A segment of rollouts.  Ids are in the smallest type that holds the vocabulary; there is no mask where nothing is masked."""
     id_type = np.min_scalar_type(vocab_size - 1)
     masks = [None if r.loss_mask.all() else r.loss_mask.astype(np.uint8) for r in rollouts]
-    behaviors, rounding = ragged.to_stored([r.behavior_logprobs for r in rollouts], [r.rollout_id for r in rollouts], logprob_dtype)
-    ids = [encode_id(r.rollout_id) for r in rollouts]
+    owners = [r.rollout_id for r in rollouts]
+    stored = {name: ragged.to_stored([getattr(r, name) for r in rollouts], owners, logprob_dtype) for name in REPORTED}
+    reported = list(zip(*(values for values, _ in stored.values()), strict=True))
+    ids = [encode_id(owner) for owner in owners]
     id_lengths = [len(name) for name in ids]
     lengths = np.array([(r.prompt_ids.size, r.response_ids.size) for r in rollouts], np.int64).reshape(-1, 2)
     token_ids = np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).astype(id_type)
@@ -89,7 +94,7 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
         "id_length": id_lengths,
         "finish_reason": [REASONS.index(r.finish_reason) for r in rollouts],
         "generation": [r.generation for r in rollouts],
-        "has_behavior": [values is not None for values in behaviors],
+        "has_behavior": [sum((values is not None) << bit for bit, values in enumerate(several)) for several in reported],
         "masked": [mask is not None for mask in masks],
         "id_hash_0": id_hashes[:, 0],
         "id_hash_1": id_hashes[:, 1],
@@ -97,15 +102,16 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
         "content_hash_1": content_hashes[:, 1],
         "token_checksum": [checksum_of(token_ids[start:end]) for start, end in pairwise(token_ends.tolist())],
         "mask_checksum": [checksum_of(mask) for mask in masks],
-        "behavior_checksum": [checksum_of(logprobs) for logprobs in behaviors],
+        "behavior_checksum": [checksum_of(*several) for several in reported],
     }
     arrays: dict[str, NDArray[Any]] = {"token_ids": token_ids, "rollout_ids": np.frombuffer(b"".join(ids), np.uint8)}
     if any(columns["masked"]):
         arrays["loss_mask"] = _filled(masks, lengths[:, 1], 1, "uint8")
-    if any(columns["has_behavior"]):
-        # NaN, not 0, where there is no value: other readers of these files must not take a gap for a certainty.
-        arrays["behavior_logprobs"] = _filled(behaviors, lengths[:, 1], np.nan, logprob_dtype)
-    lines = _table(ROLLOUT_FIELDS, len(rollouts), columns)
+    for name, (values, _) in stored.items():
+        if any(part is not None for part in values):
+            # NaN, not 0, where there is no value: other readers of these files must not take a gap for a certainty.
+            arrays[name] = _filled(values, lengths[:, 1], np.nan, logprob_dtype)
+    lines, rounding = _table(ROLLOUT_FIELDS, len(rollouts), columns), max(error for _, error in stored.values())
     return SegmentData(ROLLOUT_FIELDS, lines, arrays, int(lengths.sum()), first_row, first_row + len(rollouts) - 1, rounding)
 
 

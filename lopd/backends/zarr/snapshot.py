@@ -17,12 +17,12 @@ from lopd.backends.id_index import IdIndex
 from lopd.backends.zarr import decode
 from lopd.backends.zarr.column import LINE_BITS, Column
 from lopd.backends.zarr.commit_log import CommitLog
-from lopd.backends.zarr.encode import ID_HASH, LENGTHS, R
+from lopd.backends.zarr.encode import ID_HASH, LENGTHS, REPORTED, R
 from lopd.backends.zarr.segment import Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.records.rollouts import VIRTUAL_COLUMNS
 from lopd.records.rows import Rows
 
 
@@ -48,7 +48,7 @@ class Snapshot:
         self._decoded = decoded_arrays(files)
         self._index = IdIndex()
         self._lengths = np.zeros((0, 2), np.int64)
-        self._behavior = np.zeros(0, np.bool_)
+        self._reported = np.zeros(0, np.uint8)
         self._starts = np.zeros(0, np.int64)
         if (checkpoint := log.checkpoint(until)) is not None:
             self._load(checkpoint)
@@ -157,7 +157,7 @@ class Snapshot:
         added = np.concatenate(lines)
         self._index.add(np.ascontiguousarray(added[:, ID_HASH]).view("V16")[:, 0], seen)
         self._lengths = np.concatenate([self._lengths, added[:, LENGTHS]])
-        self._behavior = np.concatenate([self._behavior, added[:, R["has_behavior"]].astype(np.bool_)])
+        self._reported = np.concatenate([self._reported, added[:, R["has_behavior"]].astype(np.uint8)])
 
     def lengths(self) -> NDArray[np.int64]:
         """(rows, 2): prompt and response tokens."""
@@ -171,9 +171,9 @@ class Snapshot:
 
     def scored(self, column: str) -> NDArray[np.bool_]:
         """(rows,): which have scores in this column."""
-        if column == BEHAVIOR_COLUMN:
+        if column in VIRTUAL_COLUMNS:
             self._scan()
-            return self._behavior
+            return (self._reported >> REPORTED.index(VIRTUAL_COLUMNS[column]) & 1).astype(np.bool_)
         if column not in self.columns:
             return np.zeros(self.rows, np.bool_)
         return self.columns[column].places(np.arange(self.rows)) >= 0
@@ -192,7 +192,7 @@ class Snapshot:
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """These rows with these columns; everything is verified."""
         admission.check_supports(self._owner, top_k, self.provenances())
-        names = [name for name in dict.fromkeys([*columns, *top_k]) if name != BEHAVIOR_COLUMN]
+        names = [name for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS]
         groups, scored = self._grouped(rows), {name: self._grouped_scores(name, rows) for name in names}
         read = decode.read(groups, scored, top_k, self._files.run) if groups else Rows.of(())
         return admission.with_columns(self._owner, read, columns)

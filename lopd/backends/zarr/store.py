@@ -30,7 +30,8 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     """A `DurableStore` of raw Zarr v3 segments; make one with `create`, `open` or `open_or_create`.
 
     A store sees the commits that were there when it was opened, last refreshed or last written to; `refresh` shows later ones.
-    The virtual column `behavior` reads the rollouts' own `behavior_logprobs`; `columns` does not list it, and it cannot be written to.
+    The virtual columns `behavior` and `behavior/sampler` read the rollouts' own log-probs; `columns` does not list them, and they cannot be
+    written to.
     It pickles as its place and the number of commits it sees.  One thread at a time; processes as many as you like.
     On a local disk it survives a fork; in a bucket, a forked process is refused (start workers with "spawn" or "forkserver").
     `find` takes 24 bytes of memory a rollout from the first call on.

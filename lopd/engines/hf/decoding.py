@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from attrs import field, frozen
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lopd.engines.causal_lm import context_length, hidden_states, lm_head, unwrap
+from lopd.engines.causal_lm import context_length, lm_head
+from lopd.engines.hf.texts import Way
 from lopd.errors import InvalidRecordError
 from lopd.records.manifest import SamplingParams
 
@@ -34,6 +34,7 @@ class Row:
         uniforms: (max_new_tokens,) float64 in [0, 1), one for each token.
         ids: sampled so far.
         logprobs: of them, nats, at temperature 1.
+        drawn: of them, nats, in the distribution that they were drawn from.
     """
 
     rollout_id: str
@@ -41,34 +42,32 @@ class Row:
     uniforms: NDArray[np.float64]
     ids: list[int] = field(factory=list)
     logprobs: list[float] = field(factory=list)
+    drawn: list[float] = field(factory=list)
 
 
-@torch.inference_mode()
-def decode(model: Any, rows: Sequence[Row], sampling: SamplingParams, vocab_size: int, stop_ids: AbstractSet[int]) -> None:
-    """Fill `ids` and `logprobs` of all rows: one batch, padded on the left, one cache, rows leave it as they finish.
+# not in inference mode: some models keep what they compute in buffers, which training could then not use
+@torch.no_grad()
+def decode(model: Any, rows: Sequence[Row], sampling: SamplingParams, *, vocab_size: int, stop_ids: AbstractSet[int], way: Way) -> None:
+    """Fill `ids`, `logprobs` and `drawn` of all rows: one batch, which rows leave as they finish.
 
     Raises:
         InvalidRecordError: the model gives logits that are not finite; it names the rollout.
     """
     head, device = lm_head(model, vocab_size).float(), next(model.parameters()).device
     live = [(row, min(sampling.max_new_tokens, context_length(model) - row.prompt_ids.size)) for row in rows]
-    ids_BS, mask_BS = (t.to(device) for t in _pad_left([row.prompt_ids for row in rows]))
-    positions_BS, cache = (mask_BS.cumsum(-1) - 1).clamp(min=0), transformers.DynamicCache(config=unwrap(model).config)
+    texts = way.begin(model, [row.prompt_ids for row in rows])
     while live:
-        logits_BV = head.logits(hidden_states(model, ids_BS, positions_BS, mask_BS=mask_BS, cache=cache)[:, -1])
+        logits_BV = head.logits(texts.last_hidden())
         _check_finite([row for row, _ in live], logits_BV)
         uniforms_B = torch.tensor([row.uniforms[len(row.ids)] for row, _ in live], dtype=torch.float64, device=device)
-        ids_B, logprobs_B = draw(logits_BV, uniforms_B, sampling)
-        for (row, _), token, logprob in zip(live, ids_B.tolist(), logprobs_B.tolist(), strict=True):
+        ids_B, logprobs_B, drawn_B = draw(logits_BV, uniforms_B, sampling)
+        for (row, _), token, logprob, drawn in zip(live, ids_B.tolist(), logprobs_B.tolist(), drawn_B.tolist(), strict=True):
             row.ids.append(token)
             row.logprobs.append(logprob)
+            row.drawn.append(drawn)
         going = [i for i, (row, room) in enumerate(live) if row.ids[-1] not in stop_ids and len(row.ids) < room]
-        keep = torch.tensor(going, dtype=torch.long, device=device)
-        if len(going) < len(live):
-            cache.batch_select_indices(keep)
+        texts.extend(ids_B, going)
         live = [live[i] for i in going]
-        ids_BS, positions_BS = ids_B[keep, None], positions_BS[keep, -1:] + 1
-        mask_BS = torch.cat([mask_BS[keep], mask_BS.new_ones(len(keep), 1)], dim=1)
 
 
 def _check_finite(rows: Sequence[Row], logits_BV: Tensor) -> None:
@@ -81,8 +80,11 @@ def _check_finite(rows: Sequence[Row], logits_BV: Tensor) -> None:
             )
 
 
-def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor]:
-    """One token a row by inverting the cumulative distribution at a uniform number, and its log-prob (nats) at temperature 1, uncut.
+def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
+    """One token a row by inverting the cumulative distribution at a uniform number.
+
+    Its log-prob (nats) at temperature 1, uncut, comes along, and that in the distribution that it was drawn from, which is 0 where the
+    temperature is 0.
 
     Args:
         logits_BV: (B, V) float32.
@@ -92,10 +94,16 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingParams) -> tup
     logprobs_BV = logits_BV.log_softmax(-1)
     if sampling.temperature == 0:
         ids_B = logits_BV.argmax(-1)
-    else:
-        probs_BV = logprobs_BV.exp() if sampling.temperature == 1 else (logits_BV / sampling.temperature).softmax(-1)
-        ids_B = _invert(probs_BV if sampling.top_p == 1 else _nucleus(probs_BV, sampling.top_p), uniforms_B)
-    return ids_B, logprobs_BV.gather(-1, ids_B[:, None]).squeeze(-1)
+        return ids_B, _at(logprobs_BV, ids_B), torch.zeros_like(logits_BV[:, 0])
+    drawn_BV = logprobs_BV if sampling.temperature == 1 else (logits_BV / sampling.temperature).log_softmax(-1)
+    if sampling.top_p < 1:
+        drawn_BV = drawn_BV.masked_fill(~_nucleus(drawn_BV.exp(), sampling.top_p), -torch.inf).log_softmax(-1)
+    ids_B = _invert(drawn_BV.exp(), uniforms_B)
+    return ids_B, _at(logprobs_BV, ids_B), _at(drawn_BV, ids_B)
+
+
+def _at(logprobs_BV: Tensor, ids_B: Tensor) -> Tensor:
+    return logprobs_BV.gather(-1, ids_B[:, None]).squeeze(-1)
 
 
 def _invert(probs_BV: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -120,18 +128,6 @@ def _pass_point(masses_BJ: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
-    """Probabilities with all but the smallest set of most likely tokens that holds `top_p` set to 0."""
+    """(B, V) whether a token is in the smallest set of most likely tokens that holds `top_p`."""
     ordered_BV, order_BV = probs_BV.sort(-1, descending=True)
-    ordered_BV[ordered_BV.cumsum(-1) - ordered_BV >= top_p] = 0
-    return torch.zeros_like(probs_BV).scatter(-1, order_BV, ordered_BV)
-
-
-def _pad_left(prompts: Sequence[NDArray[np.int32]]) -> tuple[Tensor, Tensor]:
-    """(B, S) ids, and the mask of those that are real; generation continues at the right edge of every row."""
-    width = max(ids.size for ids in prompts)
-    ids_BS = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask_BS = torch.zeros(len(prompts), width, dtype=torch.long)
-    for i, ids in enumerate(prompts):
-        ids_BS[i, width - ids.size :] = torch.from_numpy(ids.astype(np.int64))
-        mask_BS[i, width - ids.size :] = 1
-    return ids_BS, mask_BS
+    return torch.zeros_like(probs_BV, dtype=torch.bool).scatter(-1, order_BV, ordered_BV.cumsum(-1) - ordered_BV < top_p)

@@ -6,24 +6,33 @@ from typing import Any
 import torch
 import transformers
 
+from lopd.engines.conditions import drops_cap
 from lopd.engines.identity import looking_for
-from lopd.errors import EngineError
+from lopd.errors import EngineError, ModelError
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
 
+    A model that also reads images is loaded whole, and lopd uses its text part.
+
     Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
 
     Raises:
         EngineError: there is no such model, or no such device.
+        ModelError: its files lack weights, which transformers would make up.
     """
     _check_device(folder, device)
     with looking_for(folder):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        model, read = _from_pretrained(folder, dtype or "auto")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        # only eager attention applies a cap on attention scores, and the choice is not saved with the weights
+    missing = sorted(read["missing_keys"] & dict(model.named_parameters(remove_duplicate=False)).keys())
+    if missing:
+        raise ModelError(
+            f"Model {str(folder)!r}: its files lack {len(missing)} weights ({missing[0]!r}), expected all of a {type(model).__name__}; transformers "
+            "draws such weights at random, so load the folder of a whole causal LM."
+        )
+    if drops_cap(model):
         model.set_attn_implementation("eager")
     return model.to(device).eval(), tokenizer
 
@@ -37,3 +46,18 @@ def _check_device(folder: str | Path, device: str) -> None:
         raise EngineError(
             f"Model {str(folder)!r}: device {device!r} cannot be used ({reason}); pass device='cpu', or install the build of torch for it."
         ) from error
+
+
+def _from_pretrained(folder: str | Path, dtype: torch.dtype | str) -> Any:
+    """(model, what its files lacked)."""
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        # a model that also reads images or sound: its own class computes text alone too
+        names = transformers.AutoConfig.from_pretrained(folder).architectures or []
+        named = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+        if named is None:
+            raise
+        return named.from_pretrained(folder, dtype=dtype, output_loading_info=True)

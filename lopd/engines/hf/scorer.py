@@ -5,6 +5,7 @@ Shape suffixes: B rows, S positions, M response tokens of a batch, R of a chunk,
 
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, final
 
@@ -15,12 +16,12 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lopd.engines.causal_lm import candidate_logprobs, context_length, evaluating, hidden_states, lm_head
+from lopd.engines.causal_lm import candidate_logprobs, context_length, evaluating, lm_head, row_hidden_states
 from lopd.engines.hf.loading import load_model
 from lopd.engines.hf.source import HFSource
 from lopd.engines.identity import check_unchanged, identify, model_name
 from lopd.engines.inputs import budgeted, check_rollouts, check_top_k, in_order
-from lopd.engines.probes import check_cut
+from lopd.engines.probes import check_scoring
 from lopd.engines.supports import make_scores
 from lopd.guards.consistency import check_vocabulary
 from lopd.records.checks import check_at_least, own_numbers
@@ -51,7 +52,7 @@ class HFScorer:
 
     Raises:
         InvalidRecordError: `tokens_per_batch` or `rows_per_chunk` is less than 1, or `top_k` is not 0 to V.
-        ModelError: see `lopd.engines.probes.check_cut`.
+        ModelError: see `lopd.engines.probes.check_scoring`.
     """
 
     model: Any = field(repr=model_name)
@@ -72,7 +73,7 @@ class HFScorer:
         check_at_least("HFScorer", "tokens_per_batch", self.tokens_per_batch, 1)
         check_at_least("HFScorer", "rows_per_chunk", self.rows_per_chunk, 1)
         check_top_k("HFScorer", self.top_k, self.tokenizer_id)
-        check_cut(self.model, self.tokenizer_id.vocab_size)
+        check_scoring(self.model, self.tokenizer_id.vocab_size)
 
     @cached_property
     def tokenizer_id(self) -> TokenizerId:
@@ -141,19 +142,16 @@ def _kl(student_logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:
 
 
 def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
-    """(M, D) hidden states that predict the response tokens, and those tokens.
-
-    Padding is on the right, where causal attention never looks: no mask is needed.
-    """
+    """(M, D) hidden states that predict the response tokens, and those tokens."""
     device = next(model.parameters()).device
-    ids_BS = torch.zeros(len(rollouts), max(len(r) for r in rollouts), dtype=torch.long)
-    predicts_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
-    for i, r in enumerate(rollouts):
-        ids_BS[i, : len(r)] = torch.from_numpy(np.concatenate([r.prompt_ids, r.response_ids]).astype(np.int64))
-        predicts_BS[i, target_slice(r)] = True
+    ids_N = torch.from_numpy(np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).astype(np.int64)).to(device)
+    positions_N = torch.cat([torch.arange(len(r)) for r in rollouts]).to(device)
+    predicts_N = torch.zeros(len(ids_N), dtype=torch.bool)
+    for first, r in zip(accumulate(map(len, rollouts), initial=0), rollouts, strict=False):
+        predicts_N[first : first + len(r)][target_slice(r)] = True
     targets_M = torch.cat([torch.from_numpy(r.response_ids.astype(np.int64)) for r in rollouts]).to(device)
     with evaluating(model):
-        return hidden_states(model, ids_BS.to(device))[predicts_BS.to(device)], targets_M
+        return row_hidden_states(model, ids_N, positions_N)[predicts_N.to(device)], targets_M
 
 
 def _split(values_M: NDArray[Any], rollouts: Sequence[Rollout]) -> list[NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""transformers as a RolloutSource: batches with a KV cache, a random stream for each rollout."""
+"""transformers as a RolloutSource: batches in the way that is right for the model, a random stream for each rollout."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from attrs import field, frozen
 
-from lopd.engines.causal_lm import context_length, evaluating, unwrap
+from lopd.engines.causal_lm import context_length, evaluating, rope_borders, unwrap
 from lopd.engines.hf.decoding import Row, decode
 from lopd.engines.hf.loading import load_model
+from lopd.engines.hf.probing import check_sampling
 from lopd.engines.identity import check_unchanged, identify, model_name
 from lopd.engines.inputs import check_prompts, in_order, make_rollout, stop_ids, stream_seed
-from lopd.engines.probes import check_cut
+from lopd.engines.probes import check_scoring
+from lopd.errors import ContextOverflowError
 from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, SamplingParams
@@ -24,7 +26,10 @@ from lopd.records.rollouts import Prompt, Rollout, rollout_id
 @final
 @frozen(eq=False)
 class HFSource:
-    """Samples from a transformers model, in batches with a KV cache.
+    """Samples from a transformers model in batches: with a cache and padding if both are right for the model, which is probed.
+
+    A model whose padding is not right has prompts of one length in each batch; one whose cache is not right computes each token from the whole
+    text, with a warning.
 
     Each (seed, prompt, sample, generation) has its own stream of uniform numbers, so a rollout does not depend on what it was batched
     with (up to the rounding of the matrix products).
@@ -38,9 +43,12 @@ class HFSource:
         generation: round of sampling.
         rows_per_batch: responses that are sampled side by side; this bounds memory.
 
+    Warns:
+        ModelWarning: no cache is right for the model, so sampling is slow.
+
     Raises:
         InvalidRecordError: `rows_per_batch` is less than 1.
-        ModelError: see `lopd.engines.probes.check_cut`.
+        ModelError: see `lopd.engines.probes.check_scoring` and `lopd.engines.hf.probing.check_sampling`.
     """
 
     model: Any = field(repr=model_name)
@@ -60,7 +68,8 @@ class HFSource:
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "HFSource")
         check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
-        check_cut(self.model, self.tokenizer_id.vocab_size)
+        check_scoring(self.model, self.tokenizer_id.vocab_size)
+        check_sampling(self.model, self.tokenizer_id.vocab_size)
 
     @cached_property
     def tokenizer_id(self) -> TokenizerId:
@@ -77,21 +86,36 @@ class HFSource:
         return Manifest(self.tokenizer_id, self._identified[0], self.sampling, self.lineage.sft_teacher, self.generation)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
-        """`samples_per_prompt` rollouts for each prompt, in their order."""
+        """Sample `samples_per_prompt` rollouts for each prompt, in their order.
+
+        Raises:
+            ContextOverflowError: a prompt leaves no room for a response, or its rollout could cross a LongRoPE border; nothing is sampled.
+            InvalidRecordError: a prompt has an id outside the vocabulary, or the model gives logits that are not finite.
+        """
         check_prompts(prompts, self.tokenizer_id, context_length(self.model))
+        self._check_borders(prompts)
         check_unchanged("HFSource", self.model, self._identified[1])
-        drawn: list[Row] = []
+        way = check_sampling(self.model, self.tokenizer_id.vocab_size)
         asked = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
-        order = sorted(range(len(asked)), key=lambda i: asked[i][0].token_ids.size)
-        for first in range(0, len(asked), self.rows_per_batch):
-            rows = [self._row(*asked[i]) for i in order[first : first + self.rows_per_batch]]
+        batches = way.batches(self.model, [prompt.token_ids.size for prompt, _ in asked], self.rows_per_batch)
+        drawn: list[Row] = []
+        for batch in batches:
+            rows = [self._row(*asked[i]) for i in batch]
             with evaluating(self.model):
-                decode(self.model, rows, self.sampling, self.tokenizer_id.vocab_size, self.stop_ids)
+                decode(self.model, rows, self.sampling, vocab_size=self.tokenizer_id.vocab_size, stop_ids=self.stop_ids, way=way)
             drawn += rows
         return in_order(
-            order,
+            [i for batch in batches for i in batch],
             [
-                make_rollout(row.rollout_id, row.prompt_ids, row.ids, row.logprobs, stops=self.stop_ids, generation=self.generation)
+                make_rollout(
+                    row.rollout_id,
+                    row.prompt_ids,
+                    row.ids,
+                    row.logprobs,
+                    None if self.sampling.neutral else row.drawn,
+                    stops=self.stop_ids,
+                    generation=self.generation,
+                )
                 for row in drawn
             ],
         )
@@ -101,6 +125,18 @@ class HFSource:
         """Ids that end a response: those asked for, or the model's and the tokenizer's EOS."""
         configured = getattr(unwrap(self.model).generation_config, "eos_token_id", None)
         return stop_ids(self.sampling, configured, self.tokenizer_id)
+
+    def _check_borders(self, prompts: Sequence[Prompt]) -> None:
+        """Refuse a rollout that would cross a rope border: its first tokens are then drawn from another function than they are scored with."""
+        borders, context = rope_borders(self.model), context_length(self.model)
+        for prompt in prompts:
+            length = min(prompt.token_ids.size + self.sampling.max_new_tokens, context)
+            crossed = next((border for border in borders if prompt.token_ids.size <= border < length), None)
+            if crossed is not None:
+                raise ContextOverflowError(
+                    f"Prompt {prompt.prompt_id!r}: with its response it has up to {length} tokens, expected at most {crossed}, where LongRoPE "
+                    "changes the angles of all positions; sample with a smaller `max_new_tokens`, or drop the prompt."
+                )
 
     def _row(self, prompt: Prompt, sample: int) -> Row:
         """A row with its own stream of uniform numbers, whatever it will be batched with."""

@@ -3,7 +3,8 @@
 Token ids in, token ids out, never text.  A server does not say which weights it serves, nor which tokenizer its ids are of: you do, with
 `identity` and `tokenizer`, and `from_folder` reads both from the folder that is served.
 
-Start servers with `--generation-config vllm` (lopd sends every sampling field all the same), and for scoring
+Start servers with `--generation-config vllm` (lopd sends every sampling field all the same), for sampling with a temperature or top_p other
+than 1 with `--logprobs-mode processed_logprobs`, and for scoring
 
 - with `--max-logprobs` of at least `top_k`;
 - with `--max-num-batched-tokens` so small that float32 logits of that many tokens fit beside the model;
@@ -16,11 +17,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, final
 
-from attrs import define, field
+from attrs import define, evolve, field
 
 from lopd.engines.inputs import SEED_BITS, budgeted, check_prompts, check_rollouts, in_order, sampling_settings, stop_ids, stream_seed
 from lopd.engines.server.servers import Probe, Servers
-from lopd.engines.server.wire import check_raw, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
+from lopd.engines.server.wire import ModeJudge, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
 from lopd.engines.workers import Request
 from lopd.errors import InvalidRecordError
 from lopd.records.checks import check_at_least, own_numbers
@@ -165,29 +166,40 @@ class ServerSource:
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
         """`samples_per_prompt` rollouts for each prompt, in their order.
 
-        Where temperature or top_p change the distribution, each server is asked first whether its log-probs are of temperature 1.
+        Where temperature or top_p change the distribution, each server is asked first whether its log-probs are those at temperature 1, or
+        those of what is drawn.  With the former `sampler_logprobs` stay None, unless the temperature is 0; with the latter the rollouts are
+        read once more for those at temperature 1.  In either case a rollout has at most one token less than the context.
 
         Raises:
             ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sent.
             InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none.
-            EngineError: the servers failed, disagree, do not speak the extensions, or report log-probs of another temperature.
+            EngineError: the servers failed, disagree, do not speak the extensions, or report log-probs of some other kind.
         """
         if not prompts:
             return []
-        check_prompts(prompts, self.tokenizer_id, self.servers.served.context)
-        changed = (self.sampling.temperature, self.sampling.top_p) != (1.0, 1.0)
-        probe = Probe(probe_bodies(prompts[0].token_ids[:_PROBE_TOKENS].tolist()), check_raw) if changed else None
+        check_prompts(prompts, self.tokenizer_id, self._context)
+        judge = ModeJudge()
+        probe = None if self.sampling.neutral else Probe(probe_bodies(prompts[0].token_ids[:_PROBE_TOKENS].tolist()), judge)
         samples = range(self.sampling.samples_per_prompt)
-        return self.servers.ask([self._request(prompt, sample) for prompt in prompts for sample in samples], probe)
+        rollouts = self.servers.ask([self._request(prompt, sample, judge) for prompt in prompts for sample in samples], probe)
+        if not judge.processed:
+            return rollouts
+        scores = ServerScorer(self.servers, self.tokenizer_id, self.identity).score(rollouts)
+        return [evolve(rollout, behavior_logprobs=s.logprobs) for rollout, s in zip(rollouts, scores, strict=True)]
 
-    def _request(self, prompt: Prompt, sample: int) -> Request[Rollout]:
+    @property
+    def _context(self) -> int:
+        """Tokens of the longest rollout; one that may be read once more leaves room for the token that servers insist on."""
+        return self.servers.served.context - (not self.sampling.neutral)
+
+    def _request(self, prompt: Prompt, sample: int, judge: ModeJudge) -> Request[Rollout]:
         name = rollout_id(prompt.prompt_id, sample, self.generation)
-        room = min(self.sampling.max_new_tokens, self.servers.served.context - prompt.token_ids.size)
+        room = min(self.sampling.max_new_tokens, self._context - prompt.token_ids.size)
         settings = sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id)
         body = sampling_body(prompt.token_ids.tolist(), room, stream_seed(self.sampling, name, SEED_BITS), settings)
 
         def read(answer: Any) -> list[Rollout]:
-            return [read_rollout(name, self.generation, self.tokenizer_id.vocab_size, body, answer)]
+            return [read_rollout(name, self.generation, self.tokenizer_id.vocab_size, body, answer, processed=judge.processed)]
 
         return Request(f"Rollout {name!r}", body, read)
 

@@ -6,9 +6,10 @@ Shape suffixes: T response tokens, K candidates a token.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 import numpy as np
+from attrs import define, field
 from numpy.typing import NDArray
 
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
@@ -20,9 +21,8 @@ from lopd.records.rollouts import Rollout, Scores
 # vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)
 _NO_PROBABILITY = -9999.0
 _EXTENSIONS = "serve with vLLM, or with a server that speaks its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
-_PROBED = 5
-# the highest that vLLM takes
-_HOT = 2.0
+# a probe: how many candidates, the highest temperature that vLLM takes, a small top_p, and nats by which two answers may differ by rounding
+_PROBED, _HOT, _CUT, _TOLERANCE = 5, 2.0, 0.1, 0.5
 
 
 def _body(ids: Sequence[int] | Sequence[Sequence[int]], max_tokens: int, **more: Any) -> dict[str, Any]:
@@ -117,8 +117,8 @@ def sampling_body(prompt_ids: Sequence[int], max_tokens: int, seed: int, setting
     return _body(prompt_ids, max_tokens, seed=seed, skip_special_tokens=False, return_tokens_as_token_ids=True, **settings)
 
 
-def read_rollout(rollout_id: str, generation: int, vocab_size: int, body: Mapping[str, Any], answer: Any) -> Rollout:
-    """The rollout in the answer to this `sampling_body`.
+def read_rollout(rollout_id: str, generation: int, vocab_size: int, body: Mapping[str, Any], answer: Any, *, processed: bool) -> Rollout:
+    """The rollout in the answer to this `sampling_body`; where the server's log-probs are `processed`, those at temperature 1 are missing.
 
     Raises:
         InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none; it names the rollout.
@@ -131,7 +131,10 @@ def read_rollout(rollout_id: str, generation: int, vocab_size: int, body: Mappin
     _check_sampled(owner, ids, vocab_size)
     _check_end(owner, ids, stops, body["max_tokens"], choice.get("finish_reason"))
     reported = _reported(owner, choice.get("logprobs"), ids)
-    return make_rollout(rollout_id, np.array(prompt, np.int32), ids, reported, stops=stops, generation=generation)
+    behavior, drawn = (None, reported) if processed else (reported, None)
+    if body["temperature"] == 0:
+        drawn = [0.0] * len(ids)
+    return make_rollout(rollout_id, np.array(prompt, np.int32), ids, behavior, drawn, stops=stops, generation=generation)
 
 
 def _check_sampled(owner: str, ids: Sequence[Any], vocab_size: int) -> None:
@@ -169,28 +172,67 @@ def _reported(owner: str, logprobs: Any, ids: Sequence[int]) -> list[float]:
     return [_number(owner, place, value) for place, value in enumerate(values)]
 
 
-def probe_bodies(ids: Sequence[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two requests for one token, the same but for temperature and top_p, on which raw log-probs do not depend."""
+def probe_bodies(ids: Sequence[int]) -> tuple[dict[str, Any], ...]:
+    """Three requests for one token, as it is, heated, and cut: what a server reports of them shows its `logprobs_mode`."""
     same: dict[str, Any] = {"logprobs": _PROBED, "return_tokens_as_token_ids": True}
-    return _body(ids, 1, temperature=1.0, top_p=1.0, **same), _body(ids, 1, temperature=_HOT, top_p=0.1, **same)
+    return tuple(_body(ids, 1, temperature=t, top_p=p, **same) for t, p in ((1.0, 1.0), (_HOT, 1.0), (1.0, _CUT)))
 
 
-def check_raw(owner: str, plain: Any, heated: Any, tolerance: float = 0.5) -> None:
-    """The answers to `probe_bodies` say the same.
+@final
+@define(eq=False)
+class ModeJudge:
+    """Takes servers' answers to `probe_bodies`: all must report the log-probs of sampled tokens in one of the two ways, and in the same.
 
-    Log-probs that are taken after temperature and top_p differ: what top_p = 0.1 leaves is renormalised, and all else is ruled out.
-
-    Raises:
-        EngineError: they do not, so the server's `logprobs_mode` is not "raw_logprobs".
+    Either at temperature 1, whatever the sampling ("raw_logprobs"); or those of what is drawn, after temperature and top_p
+    ("processed_logprobs"): the differences of two heated ones are halved, and what a cut leaves is renormalised.
     """
-    first, second = (_candidates(owner, answer) for answer in (plain, heated))
-    shared = first.keys() & second.keys()
-    gap = max((abs(first[name] - second[name]) for name in shared), default=float("inf"))
-    if len(shared) < 2 or not gap <= tolerance:
-        raise EngineError(
-            f"{owner}: its log-probs change with the temperature (by {gap:.3g} nats), expected those of temperature 1; "
-            "start it with `--logprobs-mode raw_logprobs`."
-        )
+
+    _first: dict[str, tuple[bool, str]] = field(factory=dict, init=False)
+
+    @property
+    def processed(self) -> bool:
+        """Whether after temperature and top_p; False as long as no server was asked."""
+        return self._first.get("mode", (False, ""))[0]
+
+    def __call__(self, owner: str, *answers: Any) -> None:
+        """Judge one server.
+
+        Raises:
+            EngineError: its log-probs are neither, or are not as those of the server that was asked first.
+        """
+        plain, hot, cut = (_candidates(owner, answer) for answer in answers)
+        processed = not (_agree(plain, hot) and _agree(plain, cut))
+        if processed and not (_agree(plain, hot, slope=_HOT) and _is_renormalised(plain, cut)):
+            raise EngineError(
+                f"{owner}: its log-probs are neither those at temperature 1 nor those of what is drawn, expected one of the two; "
+                "start it with `--logprobs-mode processed_logprobs`."
+            )
+        first, whose = self._first.setdefault("mode", (processed, owner))
+        if processed != first:
+            names = {True: "processed_logprobs", False: "raw_logprobs"}
+            raise EngineError(
+                f"{owner}: its logprobs_mode is {names[processed]!r}, expected {names[first]!r} as of {whose}; start all servers with one mode."
+            )
+
+
+def _agree(plain: Mapping[str, float], other: Mapping[str, float], slope: float = 0.0) -> bool:
+    """Whether two answers have the same log-probs; with a slope, whether those of the first differ from one another so many times as much."""
+    shared = [name for name in plain if name in other]
+    if len(shared) < 2:
+        return False
+    one, two = (np.array([answer[name] for name in shared]) for answer in (plain, other))
+    gaps = slope * (two - two[0]) - (one - one[0]) if slope else two - one
+    return bool(np.abs(gaps).max() <= _TOLERANCE * max(slope, 1.0))
+
+
+def _is_renormalised(plain: Mapping[str, float], cut: Mapping[str, float]) -> bool:
+    """Whether the cut left the most likely tokens, which gained the probability of the others."""
+    left = {name: value for name, value in cut.items() if value > _NO_PROBABILITY}
+    gained = [value - plain[name] for name, value in left.items() if name in plain]
+    if not gained or max(gained) - min(gained) > _TOLERANCE:
+        return False
+    # where all candidates are left, so are many more tokens, and together they had little more than `_CUT`
+    return gained[0] > 1.0 if len(left) >= _PROBED else abs(np.log(np.exp(list(left.values())).sum())) <= _TOLERANCE
 
 
 def _candidates(owner: str, answer: Any) -> dict[str, float]:

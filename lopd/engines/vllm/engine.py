@@ -70,6 +70,11 @@ class VLLMEngine:
     def _name(self) -> str:
         return f"vLLM with {self.folder}"
 
+    @property
+    def _logprobs_mode(self) -> str:
+        """Of sampled tokens: after temperature and top_p.  Those of a prompt are at temperature 1 in either mode."""
+        return "raw_logprobs" if self.scoring else "processed_logprobs"
+
     @cached_property
     def context(self) -> int:
         """Tokens of the longest prompt and response together.
@@ -149,7 +154,7 @@ class VLLMEngine:
             "enforce_eager": settings.enforce_eager,
             "hf_overrides": {**overrides, **options.get("hf_overrides", {})},
             "max_logprobs": max(self.top_k, 1),
-            "logprobs_mode": "raw_logprobs",
+            "logprobs_mode": self._logprobs_mode,
             "enable_prefix_caching": not self.scoring,
             "enable_chunked_prefill": self._may_split_prompts(),
             # vLLM would take temperature and cuts from beside the weights
@@ -176,7 +181,7 @@ class VLLMEngine:
         # kept before it is looked at, so that one which is refused is stopped
         self._llm = llm = vllm.LLM(**self.arguments())
         config = llm.llm_engine.vllm_config
-        self._check("logprobs_mode", str(config.model_config.logprobs_mode), "raw_logprobs")
+        self._check("logprobs_mode", str(config.model_config.logprobs_mode), self._logprobs_mode)
         self._check("enable_prefix_caching", bool(config.cache_config.enable_prefix_caching) and self.scoring, False)
         rows = config.model_config.get_vocab_size()
         if rows < self.vocab_size:

@@ -1,6 +1,7 @@
 """vLLM in this process as a RolloutSource and as a TeacherScorer: token ids in, token ids and log-probs out, never text.
 
-Log-probs are those of the model itself: log-softmax of the logits at temperature 1, uncut, over the ids of the tokenizer.  Two computers of
+Log-probs are those of the model itself: log-softmax of the logits at temperature 1, uncut, over the ids of the tokenizer.  Where a source draws
+from another distribution, the log-probs in that one are recorded too.  Two computers of
 log-probs never agree to the last bit; how far vLLM is from transformers on a model is measured, not assumed (`benchmarks/bench_engines.py`).
 
 Shape suffixes: S positions, T response tokens, K candidates a token, W entries of a position.
@@ -13,7 +14,7 @@ from typing import Any, final
 
 import numpy as np
 import transformers
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from lopd.engines.identity import folder_model_id, local_folder, looking_for
 from lopd.engines.inputs import (
@@ -47,6 +48,9 @@ class VLLMSource:
 
     Each (seed, prompt, sample, generation) has its own random stream, so a rollout does not depend on what shared its batch (up to the
     rounding of the matrix products).  They are other streams than HFSource's: the same seed gives other rollouts there.
+
+    vLLM reports the log-probs of the distribution that it draws from.  Where that is not the one at temperature 1, rollouts are read once more
+    for those; a rollout then has at most one token less than the context, as for `VLLMScorer`.  At temperature 0 vLLM reports those at 1.
 
     Args:
         engine: for sampling; it starts when first asked.
@@ -101,19 +105,32 @@ class VLLMSource:
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
         """`samples_per_prompt` rollouts for each prompt, in their order."""
-        check_prompts(prompts, self.tokenizer_id, self.engine.context)
+        check_prompts(prompts, self.tokenizer_id, self._context)
         rows = [(p, rollout_id(p.prompt_id, s, self.generation)) for p in prompts for s in range(self.sampling.samples_per_prompt)]
         if not rows:
             return []
         outputs = self.engine.generate([p.token_ids.tolist() for p, _ in rows], [self._params(p, name) for p, name in rows])
-        return [self._rollout(prompt, name, output.outputs[0]) for (prompt, name), output in zip(rows, outputs, strict=True)]
+        rollouts = [self._rollout(prompt, name, output.outputs[0]) for (prompt, name), output in zip(rows, outputs, strict=True)]
+        if self._reads_again:
+            scores = _read(self.engine, rollouts, top_k=0)
+            rollouts = [evolve(rollout, behavior_logprobs=s.logprobs) for rollout, s in zip(rollouts, scores, strict=True)]
+        return rollouts
+
+    @property
+    def _reads_again(self) -> bool:
+        return not self.sampling.neutral and self.sampling.temperature > 0
+
+    @property
+    def _context(self) -> int:
+        """Tokens of the longest rollout."""
+        return self.engine.context - self._reads_again
 
     def _params(self, prompt: Prompt, name: str) -> dict[str, Any]:
         greedy = self.sampling.temperature == 0
         return {
             **sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id),
             "seed": None if greedy else stream_seed(self.sampling, name, SEED_BITS),
-            "max_tokens": min(self.sampling.max_new_tokens, self.engine.context - prompt.token_ids.size),
+            "max_tokens": min(self.sampling.max_new_tokens, self._context - prompt.token_ids.size),
             "flat_logprobs": True,
             "detokenize": False,
         }
@@ -129,8 +146,10 @@ class VLLMSource:
             raise EngineError(
                 f"Rollout {name!r}: vLLM sampled id {ids.max()}, expected one below the vocabulary's {self.tokenizer_id.vocab_size}; report it."
             )
-        logprobs = look_up(f"Rollout {name!r}", ids, *entries(completion.logprobs), top_k=0)[0]
-        return make_rollout(name, prompt.token_ids, completion.token_ids, logprobs, stops=self.stop_ids, generation=self.generation)
+        reported = look_up(f"Rollout {name!r}", ids, *entries(completion.logprobs), top_k=0)[0]
+        drawn = None if self.sampling.neutral else reported if self._reads_again else np.zeros_like(reported)
+        behavior = None if self._reads_again else reported
+        return make_rollout(name, prompt.token_ids, completion.token_ids, behavior, drawn, stops=self.stop_ids, generation=self.generation)
 
     def close(self) -> None:
         """Free the engine's memory; a later call starts it again."""
@@ -201,23 +220,29 @@ class VLLMScorer:
                 )
         if not rollouts:
             return []
-        order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
-        params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": self.top_k, "flat_logprobs": True, "detokenize": False}
-        outputs = self.engine.generate([all_ids(rollouts[i]) for i in order], [params] * len(order))
-        return in_order(order, [self._scores(rollouts[i], output.prompt_logprobs) for i, output in zip(order, outputs, strict=True)])
-
-    def _scores(self, rollout: Rollout, flat: Any) -> Scores:
-        owner = f"Rollout {rollout.rollout_id!r}"
-        positions = len(flat.start_indices)
-        if positions != len(rollout):
-            raise EngineError(f"{owner}: vLLM gave log-probs at {positions} positions, expected {len(rollout)}; report it.")
-        # position 0 has no log-prob, and is never that of a response: a prompt has at least one token
-        candidates = entries(flat, first=rollout.prompt_ids.size)
-        return make_scores(rollout, *look_up(owner, rollout.response_ids, *candidates, top_k=self.top_k))
+        return _read(self.engine, rollouts, self.top_k)
 
     def close(self) -> None:
         """Free the engine's memory; a later call starts it again."""
         self.engine.close()
+
+
+def _read(engine: VLLMEngine, rollouts: Sequence[Rollout], top_k: int) -> list[Scores]:
+    """Scores of rollouts, which go in as prompts, shortest first."""
+    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
+    params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k, "flat_logprobs": True, "detokenize": False}
+    outputs = engine.generate([all_ids(rollouts[i]) for i in order], [params] * len(order))
+    return in_order(order, [_scores(rollouts[i], output.prompt_logprobs, top_k) for i, output in zip(order, outputs, strict=True)])
+
+
+def _scores(rollout: Rollout, flat: Any, top_k: int) -> Scores:
+    owner = f"Rollout {rollout.rollout_id!r}"
+    positions = len(flat.start_indices)
+    if positions != len(rollout):
+        raise EngineError(f"{owner}: vLLM gave log-probs at {positions} positions, expected {len(rollout)}; report it.")
+    # position 0 has no log-prob, and is never that of a response: a prompt has at least one token
+    candidates = entries(flat, first=rollout.prompt_ids.size)
+    return make_scores(rollout, *look_up(owner, rollout.response_ids, *candidates, top_k=top_k))
 
 
 def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = False, top_k: int = 0) -> tuple[VLLMEngine, Any]:

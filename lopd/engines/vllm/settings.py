@@ -21,7 +21,7 @@ _OURS = {
     "seed": "seed",
     "enforce_eager": "enforce_eager",
     "max_logprobs": "top_k of the scorer",
-    "logprobs_mode": "nothing: lopd needs raw log-probs",
+    "logprobs_mode": "nothing: lopd needs those of what was drawn, and records those at temperature 1 beside them",
     "enable_prefix_caching": "nothing: it is on for sampling and off for scoring",
     "enable_chunked_prefill": "nothing: it is on wherever seeds survive it",
     "generation_config": "SamplingParams",
@@ -37,7 +37,8 @@ class VLLMSettings:
     Args:
         dtype: of the weights; None is what the model's configuration says (vLLM's own "auto" would turn float32 into less).
         max_model_len: tokens of the longest prompt and response together; None is the context of the model.
-        tokens_per_batch: positions of one forward pass.  Scoring holds the logits of so many at once, a few times over: float32, V each.
+        tokens_per_batch: positions of one forward pass.  Scoring holds the logits of so many at once, a few times over: float32, V each.  So
+            does sampling with a temperature or top_p other than 1, which reads its rollouts once more.
         gpu_memory_utilization: share of a GPU's memory; what scoring needs for logits comes from the rest.
         tensor_parallel_size: GPUs that share one model.
         seed: of the engine; rollouts have seeds of their own (`SamplingParams.seed`).

@@ -16,7 +16,7 @@ from lopd.records.drift import AdvantageSummary
 from lopd.records.estimates import RolloutSums
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 from lopd.tools.advantages import sample_advantages, scored_rows
 
 
@@ -72,6 +72,7 @@ class StoreInfo:
         rollouts, prompt_tokens, response_tokens: in all.
         stored_bytes: of the files that the current state is made of.
         behavior: rollouts with log-probs of the sampling engine.
+        sampler: rollouts with those of the distribution that drew them, where temperature or top-p is not 1.
         columns: scores.
         sampled: rollouts that were read for what follows, evenly spaced.
         finish_reasons: of the sampled rollouts.   masked: share of their response tokens that do not count.
@@ -87,6 +88,7 @@ class StoreInfo:
     response_tokens: int
     stored_bytes: int
     behavior: int
+    sampler: int
     columns: tuple[ColumnInfo, ...]
     sampled: int
     finish_reasons: Mapping[str, int]
@@ -131,6 +133,7 @@ def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
         response_tokens=response_tokens,
         stored_bytes=store.stored_bytes(),
         behavior=behavior,
+        sampler=int(store.scored(SAMPLER_COLUMN).sum()),
         columns=columns,
         sampled=sampled,
         finish_reasons=finish_reasons,

@@ -1,6 +1,7 @@
 """Rollouts and scores <-> Arrow tables: one row for each rollout, everything that a reader gives, and a description of the whole.
 
     rollout_id, generation, finish_reason, prompt_ids, response_ids, loss_mask, behavior_logprobs, content_hash
+    sampler_logprobs                                               where a rollout of the store has them
     logprobs/<column>                                              of each score column; null where a rollout has no scores
     top_k_ids/<column>, top_k_logprobs/<column>, top_k_tail/<column>   of those that keep a support; K values a token, token after token
 
@@ -19,7 +20,7 @@ from lopd.protocols.reading import parts
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.optional import need
-from lopd.records.rollouts import Rollout, ScoredRollout, Scores, TopK
+from lopd.records.rollouts import SAMPLER_COLUMN, Rollout, ScoredRollout, Scores, TopK
 
 _TOP_K_FIELDS = ("ids", "logprobs", "tail")
 
@@ -33,12 +34,14 @@ class Description:
         generations: rounds of sampling and their policies.
         columns: name -> who computed it.
         quarantined: column -> rollout id -> why it could not be scored.
+        sampler: whether there is a column of `sampler_logprobs`.
     """
 
     manifest: Manifest
     generations: Mapping[int, ModelId]
     columns: Mapping[str, Provenance]
     quarantined: Mapping[str, Mapping[str, str]] = field(factory=dict)
+    sampler: bool = False
 
     @classmethod
     def of(cls, reader: LogprobReader) -> "Description":
@@ -48,7 +51,8 @@ class Description:
             if reasons := reader.quarantined(name):
                 ids = [record.rollout.rollout_id for record in reader.read(list(reasons))]
                 named[name] = dict(zip(ids, reasons.values(), strict=True))
-        return cls(reader.manifest, dict(reader.generations), dict(reader.columns), named)
+        sampler = bool(reader.scored(SAMPLER_COLUMN).any())
+        return cls(reader.manifest, dict(reader.generations), dict(reader.columns), named, sampler)
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -58,6 +62,7 @@ class Description:
                 "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
                 "columns": {name: provenance.to_json() for name, provenance in self.columns.items()},
                 "quarantined": self.quarantined,
+                **({"sampler": True} if self.sampler else {}),
             }
         )
 
@@ -75,6 +80,7 @@ class Description:
                 {int(number): ModelId(**policy) for number, policy in data["generations"].items()},
                 {name: Provenance.from_json(provenance) for name, provenance in data["columns"].items()},
                 data.get("quarantined", {}),
+                data.get("sampler", False),
             )
         except CorruptStoreError as error:
             raise CorruptStoreError(f"{owner}: {error}") from error
@@ -95,6 +101,7 @@ class Description:
             ("loss_mask", pa.list_(pa.bool_())),
             ("behavior_logprobs", pa.list_(pa.float32())),
             ("content_hash", pa.binary()),
+            *([("sampler_logprobs", pa.list_(pa.float32()))] if self.sampler else []),
         ]
         for name, provenance in self.columns.items():
             fields.append((f"logprobs/{name}", pa.list_(pa.float32())))
@@ -187,7 +194,7 @@ def _rows(table: Any, schema: Any, owner: str) -> Iterator[dict[str, Any]]:
 
 def _rollout(row: Mapping[str, Any], owner: str) -> Rollout:
     names = ("rollout_id", "prompt_ids", "response_ids", "loss_mask", "finish_reason", "behavior_logprobs", "generation")
-    rollout = Rollout(**{name: row[name] for name in names})
+    rollout = Rollout(**{name: row[name] for name in names}, sampler_logprobs=row.get("sampler_logprobs"))
     if rollout.content_hash != row["content_hash"]:
         raise CorruptStoreError(
             f"{owner}: rollout {rollout.rollout_id!r} has content hash {rollout.content_hash.hex()[:8]}, expected the "

@@ -36,7 +36,7 @@ class TorchDataset(Dataset[ScoredRollout]):
 
     Args:
         reader: any store.
-        columns: whose log-probs come along; `behavior` is one.
+        columns: whose log-probs come along; `behavior` is one, and `behavior/sampler`.
         top_k: columns whose top-k support comes along.
 
     Raises:

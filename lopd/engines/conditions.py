@@ -1,0 +1,105 @@
+"""What a model must be for the engines to compute what it means: a causal LM, with its caps, and the same at each forward.
+
+Shape suffixes: N tokens, D hidden size.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lopd.engines.causal_lm import packed_hidden_states, text_config, unwrap
+from lopd.errors import ModelError, ModelWarning
+
+
+def check_kind(model: Any) -> None:
+    """Refuse what is not a causal LM of transformers, and adapters that act outside its layers.
+
+    Raises:
+        ModelError: it names what was given.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        # both depend on more than the layers: virtual tokens, or where a rollout has certain tokens
+        kind = "activated LoRA" if getattr(config, "alora_invocation_tokens", None) else config.peft_type.value
+        if kind == "activated LoRA" or getattr(config, "is_prompt_learning", False):
+            raise ModelError(
+                f"Model {type(unwrap(model)).__name__}: its adapter is {kind}, expected one that acts within the layers (LoRA and its kin); train "
+                "such an adapter instead."
+            )
+    base = unwrap(model)
+    if not all(hasattr(base, name) for name in ("config", "get_decoder", "parameters")):
+        raise ModelError(
+            f"Model: it is {type(base).__name__}, expected a causal LM of transformers, or a peft model around one; load one with "
+            "`lopd.engines.hf.load_model`."
+        )
+
+
+def keep_caps(model: Any) -> None:
+    """Set the attention to "eager" where another would drop the cap that the model has on attention scores.
+
+    transformers loads such models with "sdpa", which has no cap, and does not save the choice with the weights.
+
+    Warns:
+        ModelWarning: it was set.
+    """
+    if drops_cap(model):
+        unwrap(model).set_attn_implementation("eager")
+        warnings.warn(
+            f"Model {type(unwrap(model)).__name__}: its attention dropped the cap on attention scores, and was set to 'eager', which keeps it; load "
+            "the model with attn_implementation='eager', or with `lopd.engines.hf.load_model`.",
+            ModelWarning,
+            stacklevel=5,
+        )
+
+
+def drops_cap(model: Any) -> bool:
+    """Whether the model caps attention scores, and runs with an attention that does not."""
+    config = text_config(model)
+    capped = any("att" in name and "cap" in name and isinstance(value, int | float) and value for name, value in vars(config).items())
+    return capped and str(getattr(config, "_attn_implementation", "sdpa")) == "sdpa"
+
+
+def warn_of_dropout(model: Any) -> None:
+    """Warn where a student is another function at each forward, so that a ratio to its policy is noise.
+
+    Warns:
+        ModelWarning: a module in training mode drops values at random; it names the first, and p.
+    """
+    kinds = (torch.nn.modules.dropout._DropoutNd, torch.nn.AlphaDropout)
+    dropping = [
+        (name, module.p) for name, module in model.named_modules() if isinstance(module, kinds) and module.training and module.p > 0
+    ]
+    # an adapter that begins at 0 hides its dropout for a step; a dropout that is no module shows in the states alone
+    if not dropping and _same_twice(model):
+        return
+    what = (
+        f"{len(dropping)} modules drop values at random ({dropping[0][0]} with p = {dropping[0][1]:g})"
+        if dropping
+        else "its layers draw at random"
+    )
+    warnings.warn(
+        f"Student {type(unwrap(model)).__name__}: {what}, so its log-probs differ from the policy's by chance, and importance ratios and drift are "
+        "noise; set dropout to 0, or call `student.model.eval()`.",
+        ModelWarning,
+        stacklevel=2,
+    )
+
+
+@torch.no_grad()
+def _same_twice(model: Any) -> bool:
+    ids_N = torch.arange(8, device=next(model.parameters()).device) % unwrap(model).get_input_embeddings().num_embeddings
+    with randomly(model):
+        first_ND, second_ND = (packed_hidden_states(model, ids_N, ids_N) for _ in range(2))
+    # a router that jitters its input by 1 % shows as little; kernels that add in any order show less
+    share = 1e-3 if first_ND.dtype == torch.float32 else 2e-2
+    return float((first_ND - second_ND).abs().max()) <= share * float(first_ND.abs().max())
+
+
+@contextmanager
+def randomly(model: Any) -> Iterator[None]:
+    """Random numbers that are drawn here are not missing from the caller's stream."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
