@@ -47,7 +47,7 @@ def to_whole(owner: str, name: str, value: Any) -> int:
     return int(own)
 
 
-def to_real(owner: str, name: str, value: Any) -> int | float:
+def to_real(owner: str, name: str, value: Any) -> float:
     """Return a number as Python's own, also from numpy or a tensor of one value.
 
     Raises:
@@ -55,7 +55,7 @@ def to_real(owner: str, name: str, value: Any) -> int | float:
     """
     own = _scalar(value)
     check_number(owner, name, value, isinstance(own, Real) and not isinstance(own, bool), "a number")
-    return own if type(own) in (int, float) else float(own)
+    return value if type(value) in (int, float) else float(own)
 
 
 def own_numbers(record: Any, owner: str) -> None:
