@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lopd.errors import ArgumentError, ModelError
+from lopd.errors import ModelError
 from lopd.records.steps import LMHead
 
 #: Fields of a configuration that multiply the logits (1) or divide them (-1), and that cap them; the probes find a model that does otherwise.
@@ -32,13 +32,7 @@ _CONTEXTS = (
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside a peft wrapper (its layers keep their adapters), or the model itself.
-
-    Raises:
-        ArgumentError: it is something else, such as the name of a model.
-    """
-    if not hasattr(model, "config") and not hasattr(model, "get_output_embeddings"):
-        raise ArgumentError(f"Model: it is a {type(model).__name__}, expected a causal LM; load it: `lopd.engines.hf.load_model(folder)`.")
+    """The transformers model inside a peft wrapper (its layers keep their adapters), or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
