@@ -40,14 +40,14 @@ def run(folder: Path, kill_after: int | None = None) -> dict[str, torch.Tensor]:
     model, tokenizer = load_model(student_dir, torch.float32)
     student = CausalLMStudent(model, tokenizer)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
-    start = load_checkpoint(folder / "checkpoints", student, optimizer)
-    steps = batches(store, rollouts_per_step=8, ref="behavior")[start:STEPS]
-    for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
+    steps = batches(store, rollouts_per_step=8, ref="behavior")[:STEPS]
+    start = load_checkpoint(folder / "checkpoints", student, optimizer, steps=steps)
+    for metrics in opd_steps(student, steps[start:], FusedOPDLoss(ratio_to_ref=True), optimizer):
         print(f"{folder}: step {metrics.step}, reverse KL {metrics.reverse_kl:+.3f}", flush=True)
         if metrics.step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)  # no handler, no clean-up: as when the machine takes the process away
         if (metrics.step + 1) % BETWEEN_CHECKPOINTS == 0:
-            save_checkpoint(folder / "checkpoints", student, optimizer, next_step=metrics.step + 1, lineage=steps.lineage)
+            save_checkpoint(folder / "checkpoints", student, optimizer, next_step=metrics.step + 1, steps=steps)
     return dict(student.named_parameters())
 
 

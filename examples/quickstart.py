@@ -241,7 +241,7 @@ def train(
     def begin(done: int) -> Iterator[StepMetrics]:
         return opd_steps(student, scheduled(attrs.evolve(steps, start=done), optimizer, lr, total), loss, optimizer)
 
-    history = resumably(folder / "checkpoints" / name, student, optimizer, steps.lineage, begin, total)
+    history = resumably(folder / "checkpoints" / name, student, optimizer, steps, begin, total)
     student.export(folder / name, tokenizer, steps.lineage)
     return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
 

@@ -44,17 +44,22 @@ def resumably(
     checkpoints: Path,
     student: CausalLMStudent,
     optimizer: torch.optim.Optimizer,
-    lineage: Lineage,
+    trained_on: StepStream | Lineage,
     begin: Callable[[int], Iterable[StepMetrics]],
     total: int,
 ) -> list[StepMetrics]:
-    """Metrics of all steps, those of a killed process included: `begin(k)` trains on from step k, and every few steps there is a checkpoint."""
-    done = load_checkpoint(checkpoints, student, optimizer)
+    """Metrics of all steps, those of a killed process included: `begin(k)` trains on from step k, and every few steps there is a checkpoint.
+
+    Steps of a store are compared with those that were saved; a run that samples anew at each step has a lineage only.
+    """
+    steps = trained_on if isinstance(trained_on, StepStream) else None
+    lineage = trained_on.lineage if isinstance(trained_on, StepStream) else trained_on
+    done = load_checkpoint(checkpoints, student, optimizer, steps=steps)
     history = [StepMetrics.from_json(row) for row in json.loads((checkpoints / "history.json").read_text())[:done]] if done else []
     for metrics in follow(begin(done), total):
         history.append(metrics)
         if (metrics.step + 1) % 5 == 0:
             if Ranks.current().rank == 0:
                 write_json(checkpoints / "history.json", [asdict(m) for m in history])
-            save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=lineage)
+            save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=lineage, steps=steps)
     return history

@@ -14,6 +14,10 @@ class InvalidRecordError(LopdError, ValueError):
     """A prompt, rollout, score or batch that breaks the contract of its type."""
 
 
+class ArgumentError(InvalidRecordError, TypeError):
+    """An argument of another kind than the call takes."""
+
+
 class PromptError(LopdError, ValueError):
     """A prompt, or a file of prompts, that cannot be turned into token ids."""
 
@@ -87,7 +91,11 @@ class TeacherConsistencyWarning(UserWarning):
 
 
 class AdvantageWarning(UserWarning):
-    """Many tokens that the teacher finds nearly impossible: a loss without an importance ratio goes wrong on such."""
+    """A teacher far from what it judges, or many tokens that it finds nearly impossible: training goes wrong on such."""
+
+
+class TrainingWarning(UserWarning):
+    """A run that trains something else than its author will think: weights that stay where they are, or other steps than before."""
 
 
 class DriftWarning(UserWarning):

@@ -90,7 +90,7 @@ def trained(tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path, monk
     Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')
 
 
-@pytest.mark.filterwarnings("ignore::lopd.errors.DriftWarning")  # two random models are far apart, and the page's program watches that
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")  # of random models
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(DOCS)))
 def test_the_blocks_of_a_page_run(page: Path, trained: None) -> None:
     names: dict[str, Any] = {"__name__": f"docs_{page.stem}"}

@@ -335,9 +335,11 @@ def test_a_loss_without_a_ratio_is_judged_when_the_student_has_left_its_rollouts
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         list(trained(store, llama, FusedOPDLoss(), 1, ref="behavior"))  # as each round of online OPD does
-        list(trained(store, llama, FusedOPDLoss(ratio_to_ref=True), 3, ref="behavior"))
-        list(trained(store, llama, FusedOPDLoss(transforms=(ppo_clip,)), 3, ref="behavior"))
         list(trained(store, llama, SFTLoss(), 3, ref="behavior"))
+    for corrected in (FusedOPDLoss(ratio_to_ref=True), FusedOPDLoss(transforms=(ppo_clip,))):
+        with pytest.warns(AdvantageWarning, match=r"Student: it is 5\.04 nats a token from its teacher in the first step") as caught:
+            list(trained(store, llama, corrected, 3, ref="behavior"))
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_every_form_of_the_loss_without_a_ratio_is_warned_of_and_no_other(recwarn):

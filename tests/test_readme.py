@@ -62,6 +62,7 @@ def test_a_response_that_was_cut_at_the_printed_length_fits_into_the_printed_bat
 
 
 @pytest.mark.docs
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")  # of random models
 def test_the_program_of_the_readme_runs_after_sft_on_the_same_teacher(
     tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,8 @@ from lopd.losses.reference import ReferenceOPDLoss
 from lopd.losses.variants import importance_ratio, ppo_clip
 from lopd.records import SAMPLER_COLUMN, Lineage, Rollout, ScoredRollout
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*nats a token from its teacher:lopd.errors.AdvantageWarning")  # the models are random
+
 PLAIN = ReferenceOPDLoss(clip=None)
 RATIOS = {
     "plain": ReferenceOPDLoss(clip=None, ratio_to_ref=True),

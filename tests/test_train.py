@@ -161,7 +161,7 @@ def test_training_on_a_store_that_is_empty_or_not_scored_is_refused(source, prom
     with pytest.raises(InvalidRecordError, match="0 rollouts"):
         batches(store)
     collect_rollouts(source, prompts, store)
-    with pytest.raises(MissingScoresError, match=r"column 'teacher' is absent, expected one of \['behavior'\].*score_rollouts"):
+    with pytest.raises(MissingScoresError, match=r"column 'teacher' is absent and the rollouts have no scores yet; run `score_rollouts"):
         batches(store)
     with pytest.raises(MissingScoresError, match="'ref'"):
         batches(store, teacher=None, ref="ref")

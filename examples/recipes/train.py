@@ -96,7 +96,7 @@ def train(folder: Path, name: str, start: str, recipe: Recipe) -> None:
         steps = opd_steps(student, paced(done), phase.loss, optimizer)
         return watch_drift(steps) if stream.columns.ref is not None else steps
 
-    history = resumably(folder / "checkpoints" / name, student, optimizer, stream.lineage, begin, stream.stop or 0)
+    history = resumably(folder / "checkpoints" / name, student, optimizer, stream, begin, stream.stop or 0)
     student.export(folder / name, tokenizer, stream.lineage)
     if Ranks.current().rank == 0:
         write_json(folder / f"{name}.json", {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]})

@@ -14,7 +14,7 @@ from lopd.engines.causal_lm import packed_hidden_states, text_config, unwrap
 from lopd.errors import ModelError, ModelWarning
 
 
-def check_kind(model: Any) -> None:
+def check_causal_lm(model: Any) -> None:
     """Refuse what is not a causal LM of transformers, and adapters that act outside its layers.
 
     Raises:

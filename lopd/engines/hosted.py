@@ -18,7 +18,7 @@ from lopd.engines.pool import Pool
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError
 from lopd.protocols import RolloutSource, TeacherScorer
-from lopd.records.checks import check_at_least, check_number
+from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores
 
@@ -171,6 +171,7 @@ class Hosted(ABC, Generic[Engine]):
     patience_s: float = field(default=1800.0, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, self._name)
         check_at_least(self._name, "workers", self.workers, 1)
         check_at_least(self._name, "attempts", self.attempts, 1)
         check_number(self._name, "patience_s", self.patience_s, self.patience_s > 0, "more than 0")

@@ -24,9 +24,9 @@ from lopd.engines.derived import changed_buffers
 from lopd.engines.effective import Weight, effective_weights
 from lopd.engines.stored import StoredModel, stored_places
 from lopd.errors import EngineError, LopdError, ModelError
-from lopd.records.checks import local_path
 from lopd.records.identity import ModelId, hash_function
 from lopd.records.manifest import refuse_store
+from lopd.records.paths import local_path
 
 _DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 

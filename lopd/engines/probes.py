@@ -23,7 +23,7 @@ from lopd.engines.causal_lm import (
     text_config,
     unwrap,
 )
-from lopd.engines.conditions import check_kind, keep_caps, randomly
+from lopd.engines.conditions import check_causal_lm, keep_caps, randomly
 from lopd.errors import LopdError, ModelError
 
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
@@ -69,7 +69,7 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
 def _check(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> "_Probe":
     probe = _Probe(model, vocab_size, ability, hidden)
     with refusing(model, ability):
-        check_kind(model)
+        check_causal_lm(model)
         keep_caps(model)
         lm_head(model, vocab_size)
     with torch.no_grad(), evaluating(model), refusing(model, ability):

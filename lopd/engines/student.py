@@ -1,22 +1,32 @@
 """The model being trained: any transformers causal LM, cut below its head, full or with peft adapters."""
 
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
 from lopd.engines.causal_lm import context_length, lm_head, packed_hidden_states, unwrap
 from lopd.engines.conditions import warn_of_dropout
+from lopd.engines.export import check_exportable, export_model
 from lopd.engines.probes import check_training, refusing
 from lopd.errors import ContextOverflowError, ModelError
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
-from lopd.records.checks import local_path
+from lopd.records.checks import check_kind
 from lopd.records.identity import TokenizerId, TokenizerLike, fingerprint_tokenizer
 from lopd.records.manifest import Lineage
+from lopd.records.paths import local_path
 from lopd.records.ranks import Ranks, on_first, sharded
 from lopd.records.steps import Batch, LossOutput
+
+
+class _Saved(TokenizerLike, Protocol):
+    """What an export needs of a tokenizer."""
+
+    def save_pretrained(self, folder: Path, /) -> Any:
+        """Write it."""
+        ...
 
 
 @final
@@ -31,7 +41,8 @@ class CausalLMStudent(nn.Module):
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
     Raises:
-        ModelError: the model has nothing to train, or cannot be trained here (`lopd.engines.probes.check_training`).
+        ModelError: the model has nothing to train, could not be exported, or cannot be trained here (`lopd.engines.probes.check_training`).
+        ArgumentError: model or tokenizer are something else.
     """
 
     def __init__(
@@ -50,6 +61,7 @@ class CausalLMStudent(nn.Module):
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
                 "or load adapters as trainable."
             )
+        check_exportable(model, tokenizer)
         self.model = model
         self._autocast = autocast
         if gradient_checkpointing:
@@ -101,15 +113,19 @@ class CausalLMStudent(nn.Module):
         A full model is written as one; adapters in peft's own format (for an engine that wants one model, merge
         them, save that, and write the lineage beside it).
 
+        The folder appears whole or not at all.  An earlier export in it is replaced, lineage included; other files in it, such as notes, are kept.
+
         Raises:
-            TokenizerMismatchError: the tokenizer is not the one whose ids the student reads; nothing is written.
+            ArgumentError: an argument is something else, such as the lineage in place of the tokenizer.
+            TokenizerMismatchError: the tokenizer is not the one whose ids the student reads.
+            StoreExistsError: the folder holds weights, or files of a model, that no export wrote, or the model that the adapters are for; nothing in
+                it is touched, and the export is in the folder that the message names.
+            ModelError: transformers refuses to save the model or the tokenizer.
+            StoreWriteError: the disk refused.  After each of these the folder is as it was.
         """
+        check_kind("Tokenizer to export", tokenizer, _Saved, "pass the tokenizer that `load_model` gave")
+        check_kind("Lineage", lineage, Lineage, "pass `steps.lineage`")
         check_vocabulary("Tokenizer to export", fingerprint_tokenizer(tokenizer), "the student's", self.tokenizer)
-        folder, ranks = local_path("Export", folder), Ranks.current()
-        together = {"state_dict": on_first(self.model.state_dict())} if sharded(self) else {}
-        if ranks.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.model.save_pretrained(folder, **together)
-            tokenizer.save_pretrained(folder)
-            lineage.write(folder)
-        ranks.wait()
+        folder = local_path("Export", folder)
+        state = on_first(self.model.state_dict()) if sharded(self) else None
+        Ranks.current().first(lambda: export_model(self.model, tokenizer, lineage, folder, state))

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import walk
 from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.identity import ModelId
@@ -87,6 +88,7 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
         MissingScoresError: a column is not there, or a row has no scores in it.
         InvalidRecordError: there are no columns, no rows, or no tokens that count.
     """
+    check_noun(store, LogprobReader)
     chosen = np.arange(len(store)) if rows is None else np.asarray(rows, np.int64)
     if not len(columns) or not chosen.size or len(set(columns)) < len(columns):
         raise InvalidRecordError(

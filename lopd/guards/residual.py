@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader, LogprobStore
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import in_batches, walk
-from lopd.records.checks import check_at_least, check_number
+from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.manifest import RESIDUAL, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout, Scores, prompt_id_of
 
@@ -69,6 +70,7 @@ class Residualiser:
     prior: float = 20.0
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, "Residualiser")
         check_at_least("Residualiser", "folds", self.folds, 2)
         check_at_least("Residualiser", "positions", self.positions, 1)
         check_number("Residualiser", "prior", self.prior, 0 <= self.prior < np.inf, "finite and at least 0")
@@ -151,8 +153,9 @@ def residualise(
         InvalidRecordError: `column` is a residual already, or is what the policy itself reported.
         ConflictError: `into` holds something else, or a fit on other rollouts: write another column.
     """
+    check_noun(store, LogprobStore)
     how = how or Residualiser()
-    check_at_least("Residualiser", "rollouts_per_batch", rollouts_per_batch, 1)
+    rollouts_per_batch = check_at_least("Residualiser", "rollouts_per_batch", rollouts_per_batch, 1)
     teacher = _teacher(store, column)
     rows, reasons = _rows(store, (column, ref))
     offsets = how.fit(store, rows, column, ref)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, SamplerWarning
 from lopd.protocols import LogprobReader, StatesCorrection
 from lopd.protocols.reading import evenly, walk
-from lopd.records.checks import check_at_least
+from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
@@ -41,7 +41,7 @@ class DriftLimits:
         steps: how many are averaged; the first few are judged by what there is.
 
     Raises:
-        InvalidRecordError: `steps` is less than 1.
+        InvalidRecordError: `steps` is less than 1, or a limit is not a number.
     """
 
     gain_per_kl: float | None = 0.25
@@ -51,6 +51,7 @@ class DriftLimits:
     steps: int = 4
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, "Drift limits")
         check_at_least("Drift limits", "steps", self.steps, 1)
 
     def exceeded(self, drifts: Iterable[Drift]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from lopd.errors import GradientError, InvalidRecordError
 from lopd.losses.products import Products, sum_dtype
 from lopd.losses.rows import Rows, Statistics, TorchRows
-from lopd.records.checks import check_at_least, check_number
+from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.steps import LMHead
 
 #: Enough rows of a large vocabulary to keep the matrix products busy (240 of 151,936 entries).
@@ -49,6 +49,7 @@ class Chunking:
     matmul_dtype: torch.dtype | None = None
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, "Chunking")
         check_at_least("Chunking", "chunk_bytes", self.chunk_bytes, 1)
         # float16 cannot hold the small factors of rows
         fits = self.matmul_dtype in (None, torch.float32, torch.float64, torch.bfloat16)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lopd.records.checks import check_number
+from lopd.records.checks import check_number, to_real
 
 #: A tail of less is taken for this much: below it, 1 minus a float32 sum is noise.
 LEAST_TAIL = 1e-6
@@ -75,6 +75,7 @@ def jensen_shannon(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor, beta:
 
     Source: generalised Jensen-Shannon divergence as in GKD (arXiv 2306.13649), eq. 4.
     """
+    beta = to_real("Jensen-Shannon divergence", "beta", beta)
     check_number("Jensen-Shannon divergence", "beta", beta, 0 < beta < 1, "between 0 and 1")
     student_MB, teacher_MB = _buckets(student_MK), _buckets(teacher_MK, tail_M)
     mixture_MB = torch.logaddexp(teacher_MB + math.log(beta), student_MB + math.log1p(-beta))

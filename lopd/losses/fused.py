@@ -13,7 +13,7 @@ from torch import Tensor
 from lopd.errors import GradientError
 from lopd.losses.chunked import DEFAULT_CHUNKING, ChunkedHead, Chunking, logprobs_and_entropies, refuse_second_order
 from lopd.losses.objective import Objective, OPDObjective, OPDSettings, TokenLosses, Tokens, is_uncorrected
-from lopd.records.checks import check_number
+from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import Batch, LMHead, LossOutput
 
 
@@ -36,7 +36,8 @@ class _WithGradients(torch.autograd.Function):
         return (*(None if total is None else total.mul_(upstream) for total in sums), None, None)
 
 
-def _check_epsilon(owner: object, _: Any, epsilon: float) -> None:
+def _check_epsilon(owner: object, _: Any, epsilon: Any) -> None:
+    own_numbers(owner, type(owner).__name__)
     check_number(type(owner).__name__, "epsilon", epsilon, 0 <= epsilon < math.inf, "finite and at least 0")
 
 

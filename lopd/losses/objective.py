@@ -17,7 +17,7 @@ from lopd.errors import MissingScoresError
 from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
 from lopd.protocols import StatesCorrection
-from lopd.records.checks import check_number
+from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import Batch, LossOutput
 
 
@@ -195,7 +195,8 @@ def is_uncorrected(part: object) -> bool:
     return isinstance(part, StatesCorrection) and part.uncorrected
 
 
-def _check_clip(owner: object, _: Any, clip: float | None) -> None:
+def _check_clip(owner: object, _: Any, clip: Any) -> None:
+    own_numbers(owner, type(owner).__name__)
     check_number(type(owner).__name__, "clip", clip, clip is None or 0 < clip < math.inf, "None, or finite and more than 0 nats")
 
 

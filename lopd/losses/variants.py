@@ -20,7 +20,7 @@ from attrs import evolve
 from torch import Tensor
 
 from lopd.losses.objective import Signal, per_token, with_entropy
-from lopd.records.checks import check_number
+from lopd.records.checks import check_at_least, check_number, to_real
 
 _LEAST_RANGE = 2e-3
 
@@ -94,6 +94,7 @@ def power(signal: Signal, alpha: float) -> Signal:
     Source: PowerOPD (arXiv 2606.17199).  Secondary sources also give \(((\pi_T/\pi_\theta)^\alpha - 1)/\alpha\), which has no bound above, and
     the numerator alone; this is the difference of two Box-Cox transforms, which is bounded as the paper says.
     """
+    alpha = to_real("Power", "alpha", alpha)
     check_number("Power", "alpha", alpha, 0 < alpha < math.inf, "finite and more than 0")
     powers_M = [torch.expm1(alpha * logprobs_M) for logprobs_M in (signal.tokens.teacher(), signal.student_logprobs)]
     return evolve(signal, advantages=(powers_M[0] - powers_M[1]) / alpha)
@@ -138,7 +139,7 @@ def drift_gate(signal: Signal, block: int = 64) -> Signal:
     Source: blockwise policy-drift gating (arXiv 2606.24084): block mean, detached, normalised by the mean.  The paper's gate function was not
     at hand; this one is 1 without drift and falls with the geometric mean of the ratio.
     """
-    check_number("Drift gate", "block", block, block >= 1, "at least 1")
+    block = check_at_least("Drift gate", "block", block, 1)
 
     def factors(drift_T: Tensor) -> Tensor:
         moved_T = torch.cat([part.mean().abs().expand_as(part) for part in drift_T.split(block)])
@@ -198,6 +199,7 @@ def entropy_advantage(signal: Signal) -> Signal:
 
 def _keep(signal: Signal, fraction: float, order: Callable[[Tensor], Tensor]) -> Signal:
     """Weights of the first `fraction` of each rollout in this order; the others 0."""
+    fraction = to_real("Variant", "fraction", fraction)
     check_number("Variant", "fraction", fraction, 0 < fraction <= 1, "more than 0 and at most 1")
 
     def factors(logprobs_T: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
-"""Numbers and paths that make no sense, refused where they are passed, so that all of them are refused with the same sentence."""
+"""Arguments that make no sense, refused where they are passed.  One place, so that all of them are refused with the same sentences."""
 
-import os
-import re
-from numbers import Integral
-from pathlib import Path
+from inspect import signature
+from numbers import Integral, Real
+from typing import Any
 
-from lopd.errors import InvalidRecordError, LopdError
+from attrs import fields
+
+from lopd.errors import ArgumentError, InvalidRecordError
 
 
 def check_number(owner: str, name: str, value: object, fits: bool, expected: str) -> None:
@@ -20,55 +21,102 @@ def check_number(owner: str, name: str, value: object, fits: bool, expected: str
         raise InvalidRecordError(f"{owner}: {name} is {value!r}, expected {expected}; pass such a number.")
 
 
-def check_at_least(owner: str, name: str, value: int, least: int) -> None:
-    """Refuse a count below the least that makes sense, or that is no whole number.
+def check_at_least(owner: str, name: str, value: Any, least: int) -> int:
+    """Refuse a count below the least that makes sense, or that is not a whole number; return it as Python's own.
 
     Raises:
         InvalidRecordError: it is.
     """
-    whole = isinstance(value, Integral)
-    check_number(owner, name, value, whole and value >= least, f"at least {least}" if whole else "a whole number")
+    whole = to_whole(owner, name, value)
+    check_number(owner, name, whole, whole >= least, f"at least {least}")
+    return whole
 
 
-def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError] = InvalidRecordError) -> Path:
-    """Return a path of this machine, with `~` expanded.
+def to_whole(owner: str, name: str, value: Any) -> int:
+    """Return a whole number as Python's own, also from numpy or a tensor of one value.
 
-    >>> local_path("Report", Path("s3://bucket/report"))
-    Traceback (most recent call last):
-    lopd.errors.InvalidRecordError: Report: the path is a URL without its second slash ('s3:/...'), which pathlib took; pass URLs as strings.
+    >>> import numpy as np
+    >>> to_whole("Sampling", "max_new_tokens", np.int64(4))
+    4
 
     Raises:
-        LopdError: of the class `refusal`; it is a URL, also one that went through `Path`, or begins with `~` and an unknown user.
+        InvalidRecordError: it is not one; True and False are not.
     """
-    text = os.path.expanduser(os.fspath(path))  # noqa: PTH111 (`Path.expanduser` raises for an unknown user)
-    if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text):
-        # the rest may hold a secret
-        what = "a URL" if scheme[2] == "//" else "a URL without its second slash"
-        where = (
-            "expected one of this machine; write there, and copy it" if scheme[2] == "//" else "which pathlib took; pass URLs as strings"
-        )
-        raise refusal(f"{owner}: the path is {what} ('{scheme[0]}...'), {where}.")
-    if text.startswith("~"):
-        raise refusal(f"{owner}: the path is {text!r}, expected a user of this machine behind '~'; write the path in full.")
-    return Path(text)
+    own = _scalar(value)
+    check_number(owner, name, value, isinstance(own, Integral) and not isinstance(own, bool), "a whole number")
+    return int(own)
 
 
-def path_or_url(owner: str, path: str | os.PathLike[str], refusal: type[LopdError] = InvalidRecordError) -> str:
-    """Return a URL as it is, and a path of this machine as `local_path` does; raises as that does."""
-    text = os.fspath(path)
-    return text if "://" in text else str(local_path(owner, text, refusal))
+def to_real(owner: str, name: str, value: Any) -> float:
+    """Return a number as Python's own, also from numpy or a tensor of one value.
 
-
-def without_secrets(url: str) -> str:
-    """The URL as messages show it: user, password and query stay private.
-
-    >>> without_secrets("ftp://user:pass/word@host/run?token=1"), without_secrets("abfss://container@account/run")
-    ('ftp://host/run', 'abfss://container@account/run')
+    Raises:
+        InvalidRecordError: it is not one; text that looks like one is not.
     """
-    user = r"//[^/@:]*:.*@" if url.startswith(("abfs", "az")) else r"//([^/@:]*:.*|[^/@]*)@"
-    return re.sub(r"[?#].*", "", re.sub(user, "//", url, count=1))
+    own = _scalar(value)
+    check_number(owner, name, value, isinstance(own, Real) and not isinstance(own, bool), "a number")
+    return value if type(value) in (int, float) else float(own)
 
 
-def said_of(url: str, error: Exception) -> str:
-    """What an error says; only its type where the URL has secrets, which the error may repeat."""
-    return str(error) if without_secrets(url) == url else type(error).__name__
+def own_numbers(record: Any, owner: str) -> None:
+    """Make every number of settings Python's own, before they are compared, hashed or written.
+
+    Args:
+        record: an attrs object that is being made; its fields of type int or float, or either of these or None, are looked at.
+        owner: how messages name it.
+
+    Raises:
+        InvalidRecordError: a field does not hold a number.
+    """
+    for field in fields(type(record)):
+        value, optional = getattr(record, field.name), field.type in (int | None, float | None)
+        convert = to_whole if field.type in (int, int | None) else to_real if field.type in (float, float | None) else None
+        if convert is not None and not (optional and value is None):
+            object.__setattr__(record, field.name, convert(owner, field.name, value))
+
+
+def _scalar(value: Any) -> Any:
+    """The Python number in a numpy scalar, or in an array or tensor without dimensions; anything else as it is."""
+    return value.item() if getattr(value, "shape", None) == () else value
+
+
+def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
+    """Refuse an argument that lacks a public name of `kind`, or cannot be called though `kind` can.
+
+    Args:
+        owner: how messages name the argument.
+        value: what was passed.
+        kind: a protocol or a class, for its names.
+        remedy: what to pass in its place.
+
+    Raises:
+        ArgumentError: it does, or it is a class in place of an object.
+    """
+    if isinstance(value, type):
+        raise ArgumentError(f"{owner}: it is the class {value.__name__}, expected an object; call it: {value.__name__}().")
+    names = [name for name in dir(kind) if not name.startswith("_")]
+    # of the class first: a property may ask a server
+    lacking = next((name for name in names if not hasattr(type(value), name) and not hasattr(value, name)), None)
+    if lacking is None and "__call__" in vars(kind) and not callable(value):
+        lacking = "__call__"
+    if lacking is not None:
+        raise ArgumentError(f"{owner}: it is a {type(value).__name__}, which has no `{lacking}`; {remedy}.")
+
+
+def check_call(owner: str, value: object, arguments: str) -> None:
+    """Refuse what cannot be called with these arguments (names, separated by commas); one whose signature is not known passes.
+
+    Raises:
+        ArgumentError: it is not a function, or takes other arguments.
+    """
+    takes = f"a {type(value).__name__}"
+    try:
+        if callable(value):
+            takes = f"a function of {signature(value)}"
+            signature(value).bind(*arguments.split(","))
+            return
+    except ValueError:
+        return
+    except TypeError:
+        pass
+    raise ArgumentError(f"{owner}: it is {takes}, expected a function of ({arguments}); write one.")

@@ -16,6 +16,8 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from lopd.records.checks import check_kind
+
 _HASHED = "weights:"
 _REST = "/"
 _TOGETHER = " + "
@@ -176,9 +178,14 @@ class TokenizerLike(Protocol):
 
 
 def fingerprint_tokenizer(tokenizer: TokenizerId | TokenizerLike) -> TokenizerId:
-    """The identity of a tokenizer, from its full vocabulary map, special ids and chat template; an identity is its own."""
+    """The identity of a tokenizer, from its full vocabulary map, special ids and chat template; an identity is its own.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
     if isinstance(tokenizer, TokenizerId):
         return tokenizer
+    check_kind("Tokenizer", tokenizer, TokenizerLike, "pass the tokenizer that belongs to the model")
     vocab = tokenizer.get_vocab()
     by_id = sorted((token_id, token) for token, token_id in vocab.items())
     template = getattr(tokenizer, "chat_template", None)

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from attrs import asdict, field, fields, frozen, has
 
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
-from lopd.records.checks import check_at_least, check_number, local_path
+from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.parity import Parity
+from lopd.records.paths import local_path
 
 SCHEMA_VERSION = 1
 LINEAGE_FILE = "lopd.json"
@@ -48,7 +49,7 @@ class SamplingParams:
             a response may go on after it.
 
     Raises:
-        InvalidRecordError: a number makes no sense.
+        InvalidRecordError: a number makes no sense, or is not a number.  Those of numpy or torch are made Python's own.
     """
 
     max_new_tokens: int = 4096
@@ -60,6 +61,7 @@ class SamplingParams:
 
     def __attrs_post_init__(self) -> None:
         owner = "Sampling"
+        own_numbers(self, owner)
         check_at_least(owner, "max_new_tokens", self.max_new_tokens, 1)
         check_number(owner, "temperature", self.temperature, 0 <= self.temperature < math.inf, "finite and at least 0")
         check_number(owner, "top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
@@ -151,6 +153,7 @@ class Provenance:
     parity: Parity | None = None
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, f"Provenance of {self.model}")
         check_at_least(f"Provenance of {self.model}", "top_k", self.top_k, 0)
 
     def __eq__(self, other: object) -> bool:

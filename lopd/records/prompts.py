@@ -11,8 +11,8 @@ import numpy as np
 
 from lopd.errors import ContextOverflowError, LopdError, PromptError
 from lopd.records.chat_template import Messages, text_of
-from lopd.records.checks import path_or_url, said_of, without_secrets
 from lopd.records.optional import need
+from lopd.records.paths import path_or_url, said_of, without_secrets
 from lopd.records.plain import as_id, as_text, plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import Prompt

@@ -1,6 +1,6 @@
 """The processes that train one student together, as torch.distributed has them; a process on its own is rank 0 of 1."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from attrs import frozen
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lopd.errors import InvalidRecordError, ModelError
+from lopd.errors import InvalidRecordError, LopdError, ModelError
 
 _Item = TypeVar("_Item")
 
@@ -56,6 +56,23 @@ class Ranks:
         parts: list[list[_Item]] = [[] for _ in range(self.size)]
         dist.all_gather_object(parts, mine)
         return list(chain.from_iterable(parts))
+
+    def first(self, act: Callable[[], None]) -> None:
+        """Rank 0 acts; every rank must call, and goes on when that is done, or raises the error that rank 0 met.
+
+        Raises:
+            LopdError: whichever the action raised.
+        """
+        errors: list[LopdError] = []
+        try:
+            if self.rank == 0:
+                act()
+        except LopdError as error:
+            if self.size == 1:
+                raise
+            errors.append(error)
+        for first in self.gather(errors):
+            raise first
 
     def wait(self) -> None:
         """Until every rank is here."""

@@ -56,8 +56,14 @@ class Prompt:
     answer: str | None = None
 
     def __attrs_post_init__(self) -> None:
+        _check_id("Prompt", "prompt_id", self.prompt_id)
         if self.token_ids.size == 0:
             raise InvalidRecordError(f"Prompt {self.prompt_id!r}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
+
+
+def _check_id(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise InvalidRecordError(f"{owner} {value!r:.80}: {name} is a {type(value).__name__}, expected a str; pass `str(...)` of it.")
 
 
 def rollout_id(prompt_id: str, sample: int, generation: int) -> str:
@@ -116,6 +122,7 @@ class Rollout:
 
     def __attrs_post_init__(self) -> None:
         owner = f"Rollout {self.rollout_id!r}"
+        _check_id("Rollout", "rollout_id", self.rollout_id)
         for name, ids in (("prompt_ids", self.prompt_ids), ("response_ids", self.response_ids)):
             if ids.size == 0:
                 raise InvalidRecordError(f"{owner}: {name} has 0 tokens, expected at least 1; drop the rollout.")
@@ -128,7 +135,7 @@ class Rollout:
             raise InvalidRecordError(
                 f"{owner}: finish_reason is {self.finish_reason!r}, expected 'stop' or 'length'; map the engine's word."
             )
-        check_at_least(owner, "generation", self.generation, 0)
+        object.__setattr__(self, "generation", check_at_least(owner, "generation", self.generation, 0))
         for name in VIRTUAL_COLUMNS.values():
             if (logprobs := getattr(self, name)) is not None:
                 check_logprobs(owner, name, logprobs, self.response_ids.shape)

@@ -7,10 +7,12 @@ and no folder is removed before its successor has one, so at every moment the ne
 """
 
 import json
+import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -19,21 +21,46 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from lopd.errors import CheckpointError
+from lopd.errors import CheckpointError, StoreWriteError, TrainingWarning
 from lopd.protocols import Student
-from lopd.records.checks import local_path
+from lopd.protocols.doors import check_noun
+from lopd.records.checks import check_at_least
 from lopd.records.flush import flush
 from lopd.records.manifest import Lineage
+from lopd.records.paths import local_path
 from lopd.records.ranks import Ranks, alike, inner, on_first
+from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
 
 _RNG = "rng.cpu"
 _STATE = "state.json"
+_NAME = re.compile(r"step-(\d{8,})\.(\d+)")
+
+
+class Described(Protocol):
+    """Steps that say what they were made with, as those of `lopd.batches` do."""
+
+    @property
+    def lineage(self) -> Lineage:
+        """What is trained on."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What decides which rollouts a step has, and what they count: plain JSON, the same on every rank."""
+        ...
 
 
 def save_checkpoint(
-    folder: str | Path, student: Student | DistributedDataParallel, optimizer: Optimizer, *, next_step: int, lineage: Lineage
+    folder: str | Path,
+    student: Student | DistributedDataParallel,
+    optimizer: Optimizer,
+    *,
+    next_step: int,
+    lineage: Lineage | None = None,
+    steps: Described | None = None,
+    keep: int | None = 1,
 ) -> Path:
-    """Write trained parameters, optimizer, random state, data position and lineage; then remove the other checkpoints in `folder`.
+    """Write trained parameters, optimizer, random state, data position and lineage; then remove older checkpoints in `folder`.
 
     Where several ranks train, each calls this; what is sharded is put together, tensor by tensor, and rank 0 writes.  The files are those of one
     process, so a run may be resumed on any number of ranks, sharded or not.
@@ -43,78 +70,147 @@ def save_checkpoint(
         student: whose trained parameters are saved.
         optimizer: whose state is saved.
         next_step: the first step that is not in these weights; go on with `batches(...)[next_step:]` after loading.
-        lineage: `steps.lineage` of what was trained on.
+        lineage: of what was trained on; None is that of `steps`.
+        steps: what was trained on (`lopd.batches`), whose settings are saved, so that `load_checkpoint` can compare them.
+        keep: so many checkpoints stay, this one included; None keeps all.  One of a later step than this is of a run that went back, and goes.
+            Folders with other names than lopd's are left alone.
 
     Returns:
         The folder of this checkpoint.
 
+    Warns:
+        TrainingWarning: `keep` is None, and a checkpoint of a later step stays, which `load_checkpoint` would take for the newest.
+
     Raises:
-        CheckpointError: the optimizer holds a parameter that the student does not have; nothing was written.
+        ArgumentError: an argument is something else, such as the student in place of the optimizer.
+        InvalidRecordError: `next_step` is less than 0, `keep` less than 1, or the optimizer holds something else than numbers, text and tensors.
+        CheckpointError: the optimizer holds a parameter that the student does not have, or there is neither lineage nor steps; nothing was written.
+        StoreWriteError: the disk refused; the checkpoints before this one are as they were.
     """
-    folder, ranks, own = local_path("Checkpoint", folder, CheckpointError), Ranks.current(), inner(student)
-    trained = _labels(f"Checkpoint of step {next_step}", own, optimizer)
-    parameters, (entries, plain) = on_first(_trained(own)), _flatten(optimizer)
+    folder, ranks, own = _check_arguments(folder, student, optimizer), Ranks.current(), inner(student)
+    next_step = check_at_least("Checkpoint", "next_step", next_step, 0)
+    keep = None if keep is None else check_at_least("Checkpoint", "keep", keep, 1)
+    owner = f"Checkpoint of step {next_step}"
+    if lineage is None and steps is not None:
+        lineage = steps.lineage
+    if lineage is None:
+        raise CheckpointError(f"{owner}: there is no lineage; pass `steps=`, what it was trained on, or `lineage=`.")
+    trained = parameter_labels(owner, own, optimizer)
+    parameters, (entries, plain) = on_first(_trained(own)), flatten(owner, optimizer)
     moments = on_first(entries)
     others = _checkpoints(folder)
     final = folder / f"step-{next_step:08d}.{1 + max((_order(p)[1] for p in others if _order(p)[0] == next_step), default=-1)}"
     ranks.wait()  # all have seen which checkpoints there are
-    if ranks.rank == 0:
-        state = {"next_step": next_step, "trained": trained, "optimizer": plain}
-        tensors = {"parameters": parameters, "optimizer": {**moments, _RNG: torch.get_rng_state()}}
-        _write(folder, final, tensors, state, lineage)
-        for other in others:
-            shutil.rmtree(other)
-    ranks.wait()
+    state = {"next_step": next_step, "trained": trained, "optimizer": plain, "steps": None if steps is None else dict(steps.settings)}
+    tensors = {"parameters": parameters, "optimizer": {**moments, _RNG: torch.get_rng_state()}}
+    ranks.first(lambda: _write(final, tensors, state, lineage, _superseded(others, final, keep)))
     return final
 
 
-def _write(folder: Path, final: Path, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any], lineage: Lineage) -> None:
-    """All of a checkpoint, and then its name."""
-    partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, values in tensors.items():
-        save_file(values, partial / f"{name}.safetensors")
-    (partial / _STATE).write_text(json.dumps(state, indent=1))
-    lineage.write(partial)
-    for path in [*partial.iterdir(), partial]:
-        flush(path)
-    partial.rename(final)
-    flush(folder)
+def _check_arguments(folder: str | Path, student: object, optimizer: object) -> Path:
+    check_noun(student, Student)
+    if optimizer is not None:
+        check_noun(optimizer, Optimizer)
+    return local_path("Checkpoint", folder, CheckpointError)
 
 
-def load_checkpoint(folder: str | Path, student: Student | DistributedDataParallel, optimizer: Optimizer | None = None) -> int:
+def _superseded(others: Collection[Path], final: Path, keep: int | None) -> list[Path]:
+    """Which checkpoints go once this one is there, oldest first."""
+    later = [path for path in others if _order(path) > _order(final)]
+    earlier = sorted((path for path in others if path not in later), key=_order)
+    if keep is not None:
+        return [*later, *earlier[: max(len(earlier) + 1 - keep, 0)]]
+    for path in later[:1]:
+        warnings.warn(
+            f"Checkpoint {final}: {path.name} is of a later step and stays, so `load_checkpoint` takes it for the newest; move it away, or load by "
+            "the folder of a checkpoint.",
+            TrainingWarning,
+            stacklevel=5,
+        )
+    return []
+
+
+def _write(
+    final: Path, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any], lineage: Lineage, superseded: list[Path]
+) -> None:
+    """All of a checkpoint, and then its name; then the end of those before it."""
+    folder, partial = final.parent, final.with_name(".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for name, values in tensors.items():
+            save_file(_apart(values), partial / f"{name}.safetensors")
+        (partial / _STATE).write_text(json.dumps(state, indent=1))
+        lineage.write(partial)
+        for path in [*partial.iterdir(), partial]:
+            flush(path)
+        partial.rename(final)
+        flush(folder)
+        for path in superseded:
+            shutil.rmtree(path)
+    except (OSError, SafetensorError) as error:
+        raise StoreWriteError(f"Checkpoint {final}: the disk refused ({error}); make room, or save into another folder.") from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, each with memory of its own: the file format refuses to store shared memory twice."""
+    seen: set[int] = set()
+    made = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        made[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return made
+
+
+def load_checkpoint(
+    folder: str | Path,
+    student: Student | DistributedDataParallel,
+    optimizer: Optimizer | None = None,
+    *,
+    steps: Described | None = None,
+    changed: Collection[str] = (),
+) -> int:
     """Put the newest checkpoint of `folder` into student and optimizer; gives the next step, 0 if there is no checkpoint.
 
     Args:
         folder: of the run, or one checkpoint in it (what `save_checkpoint` gave).
         student: built as it was for the run that is resumed.
         optimizer: likewise; None restores the weights only.
+        steps: what the run goes on with; its settings must be those that were saved, or steps would be repeated and others left out.
+        changed: names of settings that are meant to be others from here on, such as `["seed"]`.
+
+    Warns:
+        TrainingWarning: an optimizer is restored, and the settings that were saved are compared with nothing, for `steps` is None.
 
     Raises:
-        CheckpointError: other parameters, shapes or optimizer than were saved, or a damaged file; nothing was changed.
+        ArgumentError: an argument is something else, such as the student in place of the optimizer.
+        CheckpointError: other parameters, shapes, optimizer or settings of the steps than were saved, or a damaged file; nothing was changed.
     """
-    folder, own = local_path("Checkpoint", folder, CheckpointError), inner(student)
-    found = [folder] if (folder / _STATE).exists() else _checkpoints(folder)
+    folder, own = _check_arguments(folder, student, optimizer), inner(student)
+    found = [folder] if (folder / _STATE).exists() else sorted(_checkpoints(folder), key=_order)
     if not found:
         return 0
-    path = max(found, key=_order)
+    path = found[-1]
     state = _read(path / _STATE, lambda path: json.loads(path.read_text()), "next_step", "optimizer", "trained")
+    if optimizer is not None:
+        _check_settings(path, state.get("steps"), steps, changed)
     saved = _read(path / "parameters.safetensors", load_file)
     current = {name: p.detach() for name, p in _trained(own).items()}
     _check_parameters(path, saved, current)
     if optimizer is not None:
-        _check_optimizer(path, own, optimizer, state)
+        check_optimizer(path, own, optimizer, state)
         tensors = _read(path / "optimizer.safetensors", load_file, _RNG)
-        torch.set_rng_state(tensors.pop(_RNG))
-        _unflatten(optimizer, tensors, state["optimizer"])
+        restore(path, optimizer, tensors, state["optimizer"])
+        torch.set_rng_state(tensors[_RNG])
     for name, tensor in saved.items():
         current[name].copy_(alike(tensor, current[name]))
     return int(state["next_step"])
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return list(folder.glob("step-*.*"))
+    """Those that lopd named; copies and other files beside them are somebody's own."""
+    return [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def _order(path: Path) -> tuple[int, int]:
@@ -123,21 +219,27 @@ def _order(path: Path) -> tuple[int, int]:
     return int(step), int(again)
 
 
+def _check_settings(path: Path, saved: Mapping[str, Any] | None, steps: Described | None, changed: Collection[str]) -> None:
+    """Refuse steps that were made otherwise than those of the checkpoint; one from before settings were saved has none to compare."""
+    if saved is None:
+        return
+    if steps is None:
+        warnings.warn(
+            f"Checkpoint {path}: the settings of its steps are compared with nothing; pass `steps=`, what the run goes on with.",
+            TrainingWarning,
+            stacklevel=3,
+        )
+        return
+    for name, mine in json.loads(json.dumps(dict(steps.settings))).items():
+        if name not in changed and name in saved and saved[name] != mine:
+            raise CheckpointError(
+                f"Checkpoint {path}: {name} of its steps is {saved[name]!r}, expected {mine!r} as in those to go on with; pass the arguments of "
+                f"the run that is resumed, or `changed=[{name!r}]` if other steps are meant."
+            )
+
+
 def _trained(student: Student) -> dict[str, Tensor]:
     return {name: p for name, p in student.named_parameters() if p.requires_grad}
-
-
-def _labels(owner: str, student: Student, optimizer: Optimizer) -> list[list[str]]:
-    """The student's name and the shape of each group's parameters: torch keeps their state by place, and a place is no identity."""
-    labels = {id(p): f"{name} {tuple(p.shape)}" for name, p in student.named_parameters()}
-    for number, group in enumerate(optimizer.param_groups):
-        for place, parameter in enumerate(group["params"]):
-            if id(parameter) not in labels:
-                raise CheckpointError(
-                    f"{owner}: parameter {place} of optimizer group {number} is none of the student's, expected only the student's own; "
-                    "make the optimizer over `student.named_parameters()`."
-                )
-    return [[labels[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _read(path: Path, load: Callable[[Path], Mapping[str, Any]], *needed: str) -> dict[str, Any]:
@@ -167,44 +269,3 @@ def _check_parameters(path: Path, saved: Mapping[str, Tensor], current: Mapping[
                 f"Checkpoint {path}: parameter {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected "
                 f"{current[name].dtype} {tuple(current[name].shape)}; rebuild the student as it was."
             )
-
-
-def _check_optimizer(path: Path, student: Student, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    owner, kind = f"Checkpoint {path}", state["optimizer"]["class"]
-    labels, saved = _labels(owner, student, optimizer), state["trained"]
-    sizes, saved_sizes = [len(group) for group in labels], [len(group) for group in saved]
-    if kind != type(optimizer).__name__ or sizes != saved_sizes:
-        raise CheckpointError(
-            f"{owner}: its optimizer is {kind} over {saved_sizes} parameters, expected {type(optimizer).__name__} over {sizes}; "
-            "make the optimizer as it was."
-        )
-    for number, (theirs, ours) in enumerate(zip(saved, labels, strict=True)):
-        place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b), None)
-        if place is not None:
-            raise CheckpointError(
-                f"{owner}: parameter {place} of optimizer group {number} is {theirs[place]!r}, expected {ours[place]!r}; "
-                "give the optimizer the parameters in the order in which it had them."
-            )
-
-
-def _flatten(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors, and what is left as JSON."""
-    state = optimizer.state_dict()
-    entries = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
-    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
-    others = {key: value for key, value in entries.items() if not isinstance(value, Tensor)}
-    return tensors, {"class": type(optimizer).__name__, "groups": state["param_groups"], "others": others}
-
-
-def _unflatten(optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-    entries: dict[int, dict[str, Any]] = {}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for key, value in {**tensors, **plain["others"]}.items():
-        index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        sharded = isinstance(value, Tensor) and value.shape == parameter.shape
-        entries.setdefault(int(index), {})[name] = alike(value, parameter) if sharded else value
-    # JSON has no tuples: those of the live groups (betas) say which lists were tuples
-    live = optimizer.state_dict()["param_groups"]
-    groups = [{k: tuple(v) if isinstance(g.get(k), tuple) else v for k, v in s.items()} for s, g in zip(plain["groups"], live, strict=True)]
-    optimizer.load_state_dict({"state": entries, "param_groups": groups})

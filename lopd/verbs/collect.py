@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import ConflictError, EngineError, InvalidRecordError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
+from lopd.protocols.doors import check_noun, check_prompt_list
 from lopd.protocols.reading import in_batches, walk
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest
@@ -64,6 +65,7 @@ def collect_rollouts(
         RefusedPromptsWarning: some prompts were refused.
 
     Raises:
+        ArgumentError: source, prompts or store are something else.
         ConflictError: the store has other tokens under the id of a prompt; nothing is sampled.
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling; nothing is sampled.
         InvalidRecordError: there are no prompts, two share an id, `prompts_per_batch` or `batches_at_once` is less than 1, or `max_refused`
@@ -71,9 +73,11 @@ def collect_rollouts(
         SourceError: the source gave other rollouts than it was asked for.
         EngineError: more than `max_refused` prompts were refused, or all.
     """
-    check_at_least("Collection", "prompts_per_batch", prompts_per_batch, 1)
-    check_at_least("Collection", "batches_at_once", batches_at_once, 1)
-    check_at_least("Collection", "max_refused", max_refused, 0)
+    check_noun(source, RolloutSource)
+    check_noun(store, LogprobStore)
+    prompts_per_batch = check_at_least("Collection", "prompts_per_batch", prompts_per_batch, 1)
+    batches_at_once = check_at_least("Collection", "batches_at_once", batches_at_once, 1)
+    max_refused = check_at_least("Collection", "max_refused", max_refused, 0)
     _check_prompts(prompts)
     manifest = source.manifest
     _begin(store, manifest)
@@ -155,13 +159,7 @@ def _warn_of(report: CollectionReport) -> None:
 
 
 def _check_prompts(prompts: Sequence[Prompt]) -> None:
-    wrong = next((prompt for prompt in prompts if not isinstance(prompt, Prompt)), None)
-    if wrong is not None:
-        raise InvalidRecordError(
-            f"Prompts: one is a {type(wrong).__name__} ({wrong!r:.40}), expected a Prompt; make them with `lopd.make_prompts`."
-        )
-    if not prompts:
-        raise InvalidRecordError("Prompts: there are 0, expected at least 1; check the prompt file.")
+    check_prompt_list(prompts)
     times = Counter(prompt.prompt_id for prompt in prompts)
     for name in (name for name, count in times.items() if count > 1):
         raise InvalidRecordError(f"Prompt {name!r}: its id occurs twice, expected unique ids; rename or drop one.")

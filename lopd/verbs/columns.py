@@ -67,7 +67,7 @@ def choose(
     parts = _parts(store, teacher, chosen(store, rows))
     usable = []
     for column, part in parts.items():
-        usable.append(_usable(store, part, [name for name in (column, ref) if name is not None]))
+        usable.append(_usable(store, part, [name for name in (column, ref) if name is not None], ref))
     if top_k and teacher is None:
         raise MissingScoresError(f"{store!r}: there is no teacher, expected one for top_k=True; pass `teacher=`.")
     place = _places(store, parts) if isinstance(teacher, Mapping) else None
@@ -121,7 +121,7 @@ def _places(store: LogprobReader, parts: Mapping[str | None, NDArray[np.int64]])
     return place
 
 
-def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str]) -> NDArray[np.int64]:
+def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str], ref: str | None) -> NDArray[np.int64]:
     """Those of the rows that have scores in all columns; the others must be in quarantine."""
     usable = np.ones(len(rows), np.bool_)
     for column in columns:
@@ -131,10 +131,11 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
         done = int(scored.sum())
         if done + len(quarantined) < len(rows):
             if column not in (*store.columns, BEHAVIOR_COLUMN):
-                there = [*store.columns, BEHAVIOR_COLUMN]
+                # what the policy itself reported is nobody's teacher
+                there = [*store.columns, *([BEHAVIOR_COLUMN] if column == ref else [])]
+                others = f", expected one of {there}; name one of them, or" if there else " and the rollouts have no scores yet;"
                 raise MissingScoresError(
-                    f"{store!r}: column {column!r} is absent, expected one of {there}; name one of them, or run "
-                    f"`score_rollouts(..., column={column!r})`."
+                    f"{store!r}: column {column!r} is absent{others} run `score_rollouts(store, scorer, column={column!r})`."
                 )
             virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
             remedy = virtual if column == BEHAVIOR_COLUMN else f"run `score_rollouts(..., column={column!r})`"

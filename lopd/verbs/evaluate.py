@@ -9,7 +9,9 @@ from attrs import frozen
 from lopd.errors import InvalidRecordError
 from lopd.guards.consistency import check_vocabulary, vocabulary_of
 from lopd.protocols import RolloutSource, TeacherScorer, Verifier
+from lopd.protocols.doors import check_noun, check_prompt_list
 from lopd.records import estimates
+from lopd.records.checks import check_call
 from lopd.records.estimates import Estimate
 from lopd.records.rollouts import Prompt, Rollout
 
@@ -33,12 +35,14 @@ def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifie
     """Sample each prompt n = `samples_per_prompt` times and let the verifier judge.
 
     Raises:
+        ArgumentError: the source is something else, or the verifier does not take a prompt and a rollout; nothing is sampled.
         InvalidRecordError: there are no prompts, or the verifier gave something other than a number from 0 to 1; it names the prompt.
 
     Source: pass@k is the unbiased estimator of Chen et al., arXiv 2107.03374, eq. 1.
     """
-    if not prompts:
-        raise InvalidRecordError("Evaluation: there are 0 prompts, expected at least 1; check the prompt file.")
+    check_noun(source, RolloutSource)
+    check_call("Verifier", verifier, "prompt, rollout")
+    check_prompt_list(prompts)
     n = source.manifest.sampling.samples_per_prompt
     rollouts = source.sample(prompts)
     scores_BN = np.array([_judged(verifier, prompts[i // n], r) for i, r in enumerate(rollouts)]).reshape(len(prompts), n)
@@ -61,9 +65,13 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
     """KL(policy, teacher) per counted token, nats, on fresh rollouts of the policy: the quantity that OPD descends.
 
     Raises:
+        ArgumentError: source or teacher are something else.
         TokenizerMismatchError: the teacher's token-to-id map is not the policy's; nothing is sampled.
         InvalidRecordError: the source does not sample at temperature 1 without a cut, or reports no log-probs.
     """
+    check_noun(source, RolloutSource)
+    check_noun(teacher, TeacherScorer)
+    check_prompt_list(prompts)
     check_vocabulary(f"Scorer {teacher.provenance.model}", vocabulary_of(teacher), "the policy's", source.manifest.tokenizer)
     sampling = source.manifest.sampling
     if sampling.temperature != 1 or sampling.top_p != 1:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from hashlib import blake2b
 from itertools import accumulate, pairwise
 from typing import final
 
@@ -11,10 +12,11 @@ import torch
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import InvalidRecordError, RepeatedRolloutsWarning
+from lopd.errors import ArgumentError, InvalidRecordError, RepeatedRolloutsWarning
 from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
 from lopd.guards.watch import judge_advantages, judge_sampling, stored_advantages
 from lopd.protocols import LogprobReader
+from lopd.protocols.doors import check_noun
 from lopd.records.checks import check_at_least
 from lopd.records.collate import Weighting, by_rollout, collate
 from lopd.records.manifest import Lineage
@@ -48,6 +50,20 @@ class StepStream:
     start: int = 0
     stop: int | None = None
 
+    @property
+    def settings(self) -> dict[str, str | int | bool | None]:
+        """What decides which rollouts step k has and what their tokens count, for `save_checkpoint`; how steps are split does not."""
+        chosen = np.stack([self.rows, *self.store.lengths()[self.rows].T]).astype("<i8")
+        return {
+            "rollouts_per_step": self.rollouts_per_step,
+            "seed": self.seed,
+            "rows": f"{len(self.rows)} rollouts, {blake2b(chosen.tobytes(), digest_size=6).hexdigest()}",
+            "teacher": ", ".join(self.columns.teachers) or None,
+            "ref": self.columns.ref,
+            "top_k": self.columns.top_k,
+            "weighting": getattr(self.weighting, "__qualname__", type(self.weighting).__qualname__),
+        }
+
     def __iter__(self) -> Iterator[Step]:
         """Steps from `start` up to `stop`, or for ever."""
         index = self.start
@@ -59,14 +75,16 @@ class StepStream:
         """Steps from `start` up to `stop` of the whole run, by their numbers in it.
 
         Raises:
+            ArgumentError: it is not a slice.
             InvalidRecordError: a number is negative, or steps are left out in between.
         """
+        if not isinstance(steps, slice):
+            raise ArgumentError(f"Steps: the index is {steps!r:.80}, expected a slice such as [60:150]; ask for one step with `.step(60)`.")
         if steps.step not in (None, 1):
             raise InvalidRecordError(f"Steps: the slice has a step of {steps.step}, expected every step; filter them as they come.")
-        start = 0 if steps.start is None else steps.start
-        check_at_least("Steps", "start", start, 0)
-        check_at_least("Steps", "stop", 0 if steps.stop is None else steps.stop, 0)
-        ends = [end for end in (self.stop, steps.stop) if end is not None]
+        start = check_at_least("Steps", "start", 0 if steps.start is None else steps.start, 0)
+        stop = None if steps.stop is None else check_at_least("Steps", "stop", steps.stop, 0)
+        ends = [end for end in (self.stop, stop) if end is not None]
         return evolve(self, start=max(start, self.start), stop=min(ends, default=None))
 
     def step(self, index: int) -> Step:
@@ -139,15 +157,18 @@ def batches(
             without `sampler_logprobs`: it says how the gradient is biased.
 
     Raises:
+        ArgumentError: the store is something else, such as its path.
         TeacherConsistencyError: see `check_teacher_consistency`.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
         InvalidRecordError: the store is empty, a rollout has two teachers, `ref` is not of the policy, a rollout is longer than
             `tokens_per_batch`, or a number makes no sense.
     """
-    check_at_least("Steps", "rollouts_per_step", 1 if rollouts_per_step is None else rollouts_per_step, 1)
-    check_at_least("Steps", "seed", seed, 0)
-    check_at_least("Steps", "tokens_per_batch", tokens_per_batch, 1)
+    check_noun(store, LogprobReader)
+    if rollouts_per_step is not None:
+        rollouts_per_step = check_at_least("Steps", "rollouts_per_step", rollouts_per_step, 1)
+    seed = check_at_least("Steps", "seed", seed, 0)
+    tokens_per_batch = check_at_least("Steps", "tokens_per_batch", tokens_per_batch, 1)
     if not callable(weighting):
         raise InvalidRecordError(
             f"Steps: weighting is {weighting!r}, expected a function of the loss mask; pass `by_rollout` or `by_token`."

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import rows_of
 from lopd.records.checks import check_at_least
 from lopd.records.rollouts import Prompt
@@ -52,8 +53,8 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
     Raises:
         InvalidRecordError: `steps` is less than 1, or `start` than 0.
     """
-    check_at_least("Refresh", "steps", steps, 1)
-    check_at_least("Refresh", "start", start, 0)
+    steps = check_at_least("Refresh", "steps", steps, 1)
+    start = check_at_least("Refresh", "start", start, 0)
     for generation in count(start // steps):
         first, end = max(start, generation * steps), (generation + 1) * steps
         end = end if stop is None else min(end, stop)
@@ -77,8 +78,8 @@ def refresh_when(
     Raises:
         InvalidRecordError: `start` or `generation` is less than 0.
     """
-    check_at_least("Refresh", "start", start, 0)
-    check_at_least("Refresh", "generation", generation, 0)
+    start = check_at_least("Refresh", "start", start, 0)
+    generation = check_at_least("Refresh", "generation", generation, 0)
     for current in count(generation):
         if stop is not None and start >= stop:
             return
@@ -112,6 +113,8 @@ def sample_round(
         preflight: the self-test of `score_rollouts`; the first round's is enough.
         prompts_per_batch: sampled together and committed together, as many rollouts scored likewise; training waits for the round, so many.
     """
+    check_noun(source, RolloutSource)
+    check_noun(store, LogprobStore)
     manifest = source.manifest
     sampled_by = store.generations.get(manifest.generation, manifest.policy)
     if sampled_by.same_weights(manifest.policy):

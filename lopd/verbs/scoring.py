@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from lopd.errors import EngineError, QuarantineWarning
 from lopd.guards.consistency import check_vocabulary, vocabulary_of
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import chosen, in_batches
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Provenance
@@ -79,6 +80,7 @@ def score_rollouts(
         QuarantineWarning: some rollouts are without scores in quarantine.
 
     Raises:
+        ArgumentError: store or scorer are something else.
         TokenizerMismatchError: the scorer's token-to-id map is not the store's; nothing is scored.
         ConflictError: the column belongs to another model; nothing is scored.
         ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.
@@ -87,9 +89,11 @@ def score_rollouts(
         InvalidRecordError: the store is empty, there are no `rows`, `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` less
             than 0.
     """
-    check_at_least("Scoring", "rollouts_per_batch", rollouts_per_batch, 1)
-    check_at_least("Scoring", "batches_at_once", batches_at_once, 1)
-    check_at_least("Scoring", "max_refused", max_refused, 0)
+    check_noun(store, LogprobStore)
+    check_noun(scorer, TeacherScorer)
+    rollouts_per_batch = check_at_least("Scoring", "rollouts_per_batch", rollouts_per_batch, 1)
+    batches_at_once = check_at_least("Scoring", "batches_at_once", batches_at_once, 1)
+    max_refused = check_at_least("Scoring", "max_refused", max_refused, 0)
     check_vocabulary(f"Scorer {scorer.provenance.model}", vocabulary_of(scorer), "the store's", store.manifest.tokenizer)
     # nothing is added, but a column of another model is refused before anything is paid for
     store.append_scores(column, scorer.provenance, ())

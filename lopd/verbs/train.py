@@ -10,13 +10,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from lopd.errors import InvalidRecordError, TrainingDivergedError
+from lopd.errors import ArgumentError, InvalidRecordError, TrainingDivergedError
 from lopd.guards.consistency import check_vocabulary
+from lopd.guards.first_step import Movement, at_full_rate, judge_distance, judge_gradients, judge_optimizer
 from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import OPDLoss, Student
+from lopd.protocols.doors import check_noun
 from lopd.records.drift import DriftMeter, TokenLogprobs
 from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
-from lopd.records.steps import Batch, Step, StepMetrics
+from lopd.records.steps import Batch, LossOutput, Step, StepMetrics
 
 
 def opd_steps(
@@ -29,7 +31,7 @@ def opd_steps(
 ) -> Iterator[StepMetrics]:
     """Train, one optimizer step for each `Step`, and give its metrics after it.
 
-    A generator: logging, evaluation, checkpoints and schedules are plain Python in the caller's loop.  The weight of the whole step is
+    An iterator: logging, evaluation, checkpoints and schedules are plain Python in the caller's loop.  The weight of the whole step is
     known before the first backward and divides every micro-batch's sum, so how a step is split changes nothing.
 
     Steps that bring a ref column beside the teacher's (`batches(..., ref="behavior")`) have their drift measured: see `lopd.watch_drift`.
@@ -47,18 +49,36 @@ def opd_steps(
 
     Warns:
         SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss says that it has no importance ratio.
-        AdvantageWarning: the second step has many advantages far below 0, and the loss says that it has no importance ratio (`lopd.guards.watch`).
+        TrainingWarning: the optimizer lacks trained parameters; or in the first step some get no gradient, or most weights stay where they are,
+            because updates are smaller than their rounding.
+        AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss says
+            that it has no importance ratio (`lopd.guards.watch`).
+        DriftWarning: in step 0 few rollouts are effective: the student is not the policy that sampled them.
 
     Raises:
+        ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
         TokenizerMismatchError: a step says that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; likewise.
-        InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, or the loss is a class.
+        InvalidRecordError: no token of a step counts, or the optimizer has none of the student's trained parameters.
         ModelError: there are several ranks, and nothing sums the gradients of the student.
     """
     ranks = Ranks.current()
+    for value, noun in ((student, Student), (loss, OPDLoss), (optimizer, Optimizer)):
+        check_noun(value, noun)
+    if not isinstance(steps, Iterable):
+        raise ArgumentError(f"Steps: it is a {type(steps).__name__}, expected steps one after the other; pass `batches(store)[:150]`.")
     check_summed(student, ranks)
-    parameters = [p for _, p in student.named_parameters() if p.requires_grad]
-    _check_parts(loss, optimizer, parameters)
+    trained = _trained_parameters(student)
+    _check_optimizer(optimizer, list(trained.values()))
+    judge_optimizer(optimizer, trained)
+    return _train(student, steps, loss, optimizer, math.inf if max_grad_norm is None else max_grad_norm)
+
+
+def _train(
+    student: Student | DistributedDataParallel, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, max_grad_norm: float
+) -> Iterator[StepMetrics]:
+    ranks, trained = Ranks.current(), _trained_parameters(student)
+    judged, device = False, next(iter(trained.values())).device.type
     for place_of_step, step in enumerate(steps):
         started = perf_counter()
         if step.vocab_hash is not None:
@@ -72,23 +92,32 @@ def opd_steps(
         sums, meter = torch.zeros(3, dtype=torch.float64), DriftMeter()
         for place, batch in enumerate(step.batches, 1):
             # a product in an autocast that the caller is in would round gradients; a student has its own
-            with gathering(student, last=place == len(step.batches)), torch.autocast(parameters[0].device.type, enabled=False):
+            with gathering(student, last=place == len(step.batches)), torch.autocast(device, enabled=False):
                 output = student(batch, loss)
+                _check_output(loss, output)
                 # torch averages gradients over ranks, and a step is a sum
                 (output.loss_sum * ranks.size / total).backward()
             sums += torch.stack([output.loss_sum.detach(), output.reverse_kl_sum, output.clipped_sum]).cpu()
             _add_tokens(meter, batch, output.logprobs)
-        grad_norm = float(whole(clip_grad_norm_(parameters, math.inf if max_grad_norm is None else max_grad_norm)))
+        grad_norm = float(whole(clip_grad_norm_(trained.values(), max_grad_norm)))
         if not math.isfinite(grad_norm):
             raise TrainingDivergedError(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
             )
+        if place_of_step == 0:
+            judge_gradients(optimizer, trained)
+        movement = None if judged or not at_full_rate(optimizer) else Movement.before(optimizer, grad_norm)
         optimizer.step()
+        if movement is not None:
+            judged = True
+            movement.judge(optimizer)
         drift = meter.read(ranks.gather)
         # from the second step on rollouts are older than the student; online OPD never has one on the same rollouts
         if place_of_step == 1 and drift is not None:
             judge_loss(loss, drift.advantages)
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
+        if place_of_step == 0:
+            judge_distance(optimizer, loss, reverse_kl, drift if step.index == 0 else None)
         read = step.batches[: len(step.batches) - step.idle]
         counts = torch.tensor([sum(int(batch.segment_ids[-1]) + 1 for batch in read), sum(batch.inputs.numel() for batch in read)])
         rollouts, tokens = ranks.sum(counts).tolist()
@@ -105,10 +134,18 @@ def opd_steps(
         )
 
 
-def _check_parts(loss: OPDLoss, optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
-    """Refuse what would train nothing, or fail at the first batch with somebody else's words."""
-    if isinstance(loss, type):
-        raise InvalidRecordError(f"Loss: it is the class {loss.__name__}, expected an object; call it: {loss.__name__}().")
+def _trained_parameters(student: Student | DistributedDataParallel) -> dict[str, Tensor]:
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
+def _check_output(loss: OPDLoss, output: object) -> None:
+    if not isinstance(output, LossOutput) or not output.loss_sum.requires_grad:
+        what = "a loss without a gradient" if isinstance(output, LossOutput) else f"a {type(output).__name__}"
+        raise InvalidRecordError(f"Loss {type(loss).__name__}: it gave {what}, expected a LossOutput whose loss_sum can be differentiated.")
+
+
+def _check_optimizer(optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
+    """Refuse an optimizer that would train nothing."""
     theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if theirs.isdisjoint(map(id, trained)):
         raise InvalidRecordError(

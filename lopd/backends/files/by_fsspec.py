@@ -11,8 +11,8 @@ import numpy as np
 
 from lopd.backends.files.contract import Bytes, StorageOptions, T, was_put
 from lopd.errors import StorePathError
-from lopd.records.checks import said_of, without_secrets
 from lopd.records.optional import need
+from lopd.records.paths import said_of, without_secrets
 from lopd.records.waiting import QUIET_S, waiting
 
 

@@ -21,8 +21,8 @@ from lopd.backends.files.contract import Bytes, StorageOptions, T, in_doubt
 from lopd.backends.fork import ForkGuard
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
-from lopd.records.checks import without_secrets
 from lopd.records.optional import need
+from lopd.records.paths import without_secrets
 from lopd.records.waiting import waiting
 
 _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout", "timeout", "proxy_url", "user_agent")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.errors import LopdError, StorePathError, StoreReadError, StoreWriteError
-from lopd.records.checks import local_path
+from lopd.records.paths import local_path
 
 StorePath = str | os.PathLike[str]
 StorageOptions = Mapping[str, Any]

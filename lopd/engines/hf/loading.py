@@ -10,7 +10,7 @@ from lopd.engines.adapters import keep_precision
 from lopd.engines.conditions import drops_cap
 from lopd.engines.identity import looking_for
 from lopd.engines.stored import named_class
-from lopd.errors import ModelError
+from lopd.errors import EngineError, ModelError
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Any, Any]:
@@ -21,9 +21,10 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
 
     Raises:
-        EngineError: there is no such model.
+        EngineError: there is no such model, or no such device.
         ModelError: its files lack weights, which transformers would make up.
     """
+    _check_device(folder, device)
     with looking_for(folder) as found:
         model, read = _from_pretrained(str(found), dtype or "auto")
         keep_precision(model, found)
@@ -37,6 +38,17 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     if drops_cap(model):
         model.set_attn_implementation("eager")
     return model.to(device).eval(), tokenizer
+
+
+def _check_device(folder: str | Path, device: str) -> None:
+    """Refuse a device that this process cannot use, before the weights are read."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise EngineError(
+            f"Model {str(folder)!r}: device {device!r} cannot be used ({reason}); pass device='cpu', or install the build of torch for it."
+        ) from error
 
 
 def _from_pretrained(folder: str, dtype: torch.dtype | str) -> Any:

@@ -24,7 +24,7 @@ from lopd.engines.inputs import budgeted, check_rollouts, check_top_k, in_order
 from lopd.engines.probes import check_scoring
 from lopd.engines.supports import make_scores
 from lopd.guards.consistency import check_vocabulary
-from lopd.records.checks import check_at_least
+from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.collate import target_slice
 from lopd.records.estimates import RolloutSums
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
@@ -69,6 +69,7 @@ class HFScorer:
         return cls(model, tokenizer, top_k=top_k)
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, "HFScorer")
         check_at_least("HFScorer", "tokens_per_batch", self.tokens_per_batch, 1)
         check_at_least("HFScorer", "rows_per_chunk", self.rows_per_chunk, 1)
         check_top_k("HFScorer", self.top_k, self.tokenizer_id)

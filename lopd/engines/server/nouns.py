@@ -24,7 +24,7 @@ from lopd.engines.server.servers import Probe, Servers
 from lopd.engines.server.wire import ModeJudge, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
 from lopd.engines.workers import Request
 from lopd.errors import InvalidRecordError
-from lopd.records.checks import check_at_least
+from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.optional import need
@@ -64,6 +64,7 @@ class ServerScorer:
     tokens_per_request: int = 2048
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, "ServerScorer")
         check_at_least("ServerScorer", "top_k", self.top_k, 0)
         check_at_least("ServerScorer", "tokens_per_request", self.tokens_per_request, 1)
         check_at_least("ServerScorer", "size of the vocabulary", self.tokenizer_id.vocab_size, self.top_k)

@@ -21,7 +21,7 @@ from lopd.engines.pool import Pool
 from lopd.engines.server.answers import Trouble, accepted
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_number
+from lopd.records.checks import check_at_least, check_number, own_numbers
 
 T = TypeVar("T")
 _KEY_VARIABLE = "VLLM_API_KEY"
@@ -104,6 +104,7 @@ class Servers:
     first_contact_s: float = field(default=10.0, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, "Servers")
         check_at_least("Servers", "number of urls", len(self.urls), 1)
         for name in ("concurrency", "attempts"):
             check_at_least("Servers", name, getattr(self, name), 1)

@@ -7,7 +7,7 @@ import torch
 from attrs import field, frozen
 
 from lopd.errors import InvalidRecordError
-from lopd.records.checks import check_at_least, check_number
+from lopd.records.checks import check_at_least, check_number, own_numbers
 
 #: Arguments of `vllm.LLM` that lopd sets itself, and where to say them instead.
 _OURS = {
@@ -67,6 +67,7 @@ class VLLMSettings:
 
     def __attrs_post_init__(self) -> None:
         owner = "VLLMSettings"
+        own_numbers(self, owner)
         for name in ("tokens_per_batch", "least_tokens_per_batch", "tensor_parallel_size"):
             check_at_least(owner, name, getattr(self, name), 1)
         check_at_least(owner, "restarts", self.restarts, 0)

@@ -15,9 +15,9 @@ from lopd.errors import (
     StoreWriteError,
 )
 from lopd.protocols import LogprobReader, LogprobStore
-from lopd.records.checks import path_or_url, said_of, without_secrets
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
+from lopd.records.paths import path_or_url, said_of, without_secrets
 from lopd.tools.interop.arrow_table import Description, store_tables, tables
 
 _KEY = b"lopd"

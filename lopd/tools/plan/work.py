@@ -8,7 +8,7 @@ from attrs import frozen
 
 from lopd.backends.zarr.encode import ROLLOUT_FIELDS, SCORE_FIELDS
 from lopd.errors import InvalidRecordError
-from lopd.records.checks import check_at_least, check_number
+from lopd.records.checks import check_at_least, check_number, own_numbers
 
 LOGPROB_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2}
 _TAIL_BYTES = 4
@@ -95,6 +95,7 @@ class Work:
     rollouts_per_commit: float = 256.0
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, "Work")
         for name in ("prompts", "samples", "rollouts_per_step", "tokens_per_batch", "vocab_size"):
             check_at_least("Work", name, getattr(self, name), 1)
         check_at_least("Work", "steps", self.all_steps, 1)

@@ -9,7 +9,8 @@ from typing import Any
 from attrs import field, frozen
 
 from lopd.errors import InvalidRecordError, LopdError
-from lopd.records.checks import check_at_least, check_number, local_path
+from lopd.records.checks import check_at_least, check_number
+from lopd.records.paths import local_path
 from lopd.records.steps import StepMetrics
 
 

@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from lopd.errors import StoreWriteError
-from lopd.records.checks import local_path
+from lopd.records.paths import local_path
 
 ENVIRONMENT = Environment(loader=PackageLoader("lopd.tools.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
 #: A line may break before a space, which is shown as a dot.

@@ -14,7 +14,7 @@ from attrs import frozen
 from lopd.errors import InvalidRecordError
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import evenly
-from lopd.records.checks import check_number
+from lopd.records.checks import check_number, own_numbers
 from lopd.records.drift import LEVELS, TAIL
 from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout
 from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
@@ -48,6 +48,7 @@ class TokenReport:
     bins: int = 20
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, "Token report")
         check_number("Token report", "clip", self.clip, 0 < self.clip < np.inf, "finite and more than 0 nats")
         check_number("Token report", "sample", self.sample, self.sample >= 0, "at least 0")
         check_number("Token report", "bins", self.bins, self.bins >= 1, "at least 1")

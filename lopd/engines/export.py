@@ -1,0 +1,193 @@
+"""A trained model as a folder that engines load: it replaces what was there as a whole, or not at all.
+
+The new folder is written beside the old one, flushed, and then takes its place in one move.  Files of yours (notes, logs) move along.
+What no export wrote is never replaced: the new export then stands beside it, and an error says where.
+`lopd.json` names the files of an export, which is how the next one knows them.
+"""
+
+import ctypes
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors import SafetensorError
+
+from lopd.engines.causal_lm import unwrap
+from lopd.errors import LopdError, ModelError, StoreExistsError, StoreWriteError
+from lopd.records.flush import flush
+from lopd.records.manifest import LINEAGE_FILE, Lineage
+
+#: Endings of files that some library takes for weights, or for what says which weights to load.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json", "adapter_config.json")
+_FILES = "files"
+_EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
+
+
+def check_exportable(model: Any, tokenizer: Any) -> None:
+    """Save what is small, and compare which weights are shared with what transformers ties when it loads: an export must not fail after training.
+
+    Raises:
+        ModelError: transformers refuses to save the configuration or the tokenizer, or would load other weights than it saves.
+    """
+    base, name = unwrap(model), type(unwrap(model)).__name__
+    own = {"config": getattr(base, "config", None), "generation_config": getattr(base, "generation_config", None)} if base is model else {}
+    with TemporaryDirectory() as folder:
+        for what, part in {**own, "tokenizer": tokenizer}.items():
+            if hasattr(part, "save_pretrained"):
+                with _saving(f"Model {name}", f"its {what}"):
+                    part.save_pretrained(folder)
+    tied: Mapping[str, str] = getattr(base, "all_tied_weights_keys", None) or {}
+    shared: dict[int, list[str]] = {}
+    for key, parameter in base.named_parameters(remove_duplicate=False) if base is model else ():
+        if key not in tied:
+            shared.setdefault(id(parameter), []).append(key)
+    twice = next((keys for keys in shared.values() if len(keys) > 1), None)
+    if twice:
+        raise ModelError(
+            f"Model {name}: {twice[0]!r} and {twice[1]!r} are one tensor, which its configuration does not say, so an export would load with "
+            "one of them random; set `config.tie_word_embeddings = True` before loading, or give each its own tensor."
+        )
+
+
+def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, state: Mapping[str, Any] | None = None) -> None:
+    """Write the folder, or leave it as it was.
+
+    Args:
+        model: a transformers model, or a peft model around one.
+        tokenizer: transformers'.
+        lineage: written beside the weights.
+        folder: may hold an earlier export, which is replaced, and files that are not a model's, which are kept.
+        state: the weights, where the model's own are sharded.
+
+    Raises:
+        ModelError: transformers refuses to save the model or the tokenizer.
+        StoreExistsError: the folder holds what no export wrote and this one would replace; the export is in the folder that the message names.
+        StoreWriteError: the disk refused.
+    """
+    owner, folder = f"Export {folder}", folder.expanduser().resolve()
+    fresh = folder.with_name(f".{folder.name}.partial")
+    with _saving(owner, "it"):
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            model.save_pretrained(fresh, **({} if state is None else {"state_dict": state}))
+            tokenizer.save_pretrained(fresh)
+            (fresh / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the one in the folder is its owner's
+            written = _files(fresh)
+            lineage.write(fresh)
+            _name_files(fresh, written)
+            _place(owner, model, fresh, written, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+@contextmanager
+def _saving(owner: str, what: str) -> Iterator[None]:
+    """Where transformers and the disk are asked to write: what goes wrong there is one sentence."""
+    try:
+        yield
+    except LopdError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise StoreWriteError(
+            f"{owner}: {what} cannot be written ({error}); what was there is as it was, so make room, or export elsewhere."
+        ) from error
+    except Exception as error:  # whatever a tokenizer or a model raises that cannot be saved
+        reason = " ".join(str(error).split())[:300].rstrip(".")
+        raise ModelError(
+            f"{owner}: {what} cannot be saved ({type(error).__name__}: {reason}); correct it on the model or the tokenizer before training, "
+            "for example `model.generation_config.do_sample = True`."
+        ) from error
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+
+
+def _name_files(folder: Path, written: list[str]) -> None:
+    """Add to the lineage which files are the export's."""
+    path = folder / LINEAGE_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), _FILES: written}, indent=1) + "\n")
+
+
+def _exported(folder: Path) -> set[str]:
+    """Files of an earlier export; none where no export is recorded."""
+    try:
+        return set(json.loads((folder / LINEAGE_FILE).read_text()).get(_FILES, ()))
+    except (OSError, ValueError, AttributeError):
+        return set()
+
+
+def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path) -> None:
+    """Give a whole export its name; where that would replace what no export wrote, give it another name, and say so."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():  # an exchange by two moves was cut short between them
+        old.rename(folder)
+    objection = _objection(model, folder, written) if folder.exists() else None
+    if objection is not None:
+        aside = folder.with_name(f"{folder.name}-export")
+        _place(owner, model, fresh, written, aside)
+        raise StoreExistsError(f"{owner}: {objection}; the student was written to {aside}, move it, or move away what is there.")
+    _carry(folder, fresh)
+    for path in [*sorted(fresh.rglob("*")), fresh]:
+        if not path.is_symlink():
+            flush(path)
+    _replace(folder, fresh, old)
+    flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _objection(model: Any, folder: Path, written: list[str]) -> str | None:
+    """Why an export of these files must not replace this folder, in a clause."""
+    if not folder.is_dir():
+        return "it is a file, expected a folder"
+    bases = [config.base_model_name_or_path for config in getattr(model, "peft_config", {}).values()]
+    if any(base and Path(base).expanduser().resolve() == folder for base in bases):
+        return "it holds the model that the adapters are for"
+    ours = _exported(folder)
+    foreign = [name for name in _files(folder) if name not in ours and (name in written or ("/" not in name and name.endswith(_WEIGHTS)))]
+    if foreign:
+        return f"it holds {foreign[0]!r}, which no export is recorded to have written"
+    root = folder / LINEAGE_FILE
+    if (folder / "zarr.json").exists() or (root.exists() and "opd_teacher" not in root.read_text(errors="replace")):
+        return "it is a store"
+    return None
+
+
+def _carry(folder: Path, fresh: Path) -> None:
+    """Link the files that are not of the earlier export into the new one; copy them where links are not possible."""
+    ours = {*_exported(folder), LINEAGE_FILE}
+    for name in _files(folder):
+        if name not in ours:
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(folder / name, fresh / name, follow_symlinks=False)
+            except OSError:
+                shutil.copy2(folder / name, fresh / name, follow_symlinks=False)
+
+
+def _replace(folder: Path, fresh: Path, old: Path) -> None:
+    """Put the new folder in the place of the old one: in one move, or in two where the system has no exchange."""
+    if not folder.exists():
+        fresh.rename(folder)
+    elif not _exchange(fresh, folder):
+        folder.rename(old)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one move, if the system can."""
+    if sys.platform != "linux":
+        return False
+    move = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    return move is not None and move(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0

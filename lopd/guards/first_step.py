@@ -1,0 +1,146 @@
+"""What a run shows of itself at its first step: whether it trains what its author thinks it trains.  Later steps pay nothing for it."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from attrs import frozen
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lopd.errors import AdvantageWarning, DriftWarning, TrainingWarning
+from lopd.protocols import StatesCorrection
+from lopd.records.drift import Drift
+
+#: Nats a token between student and teacher: beyond it the teacher finds a typical token of the student seven times less likely.  After SFT on
+#: the teacher's text it is a few tenths.
+MAX_DISTANCE = 2.0
+#: Share of effective rollouts: before its first update a student is the policy that sampled, and all are effective but for rounding.
+MIN_ESS = 0.5
+#: Share of the weights with a gradient that one step must change; in bfloat16 at a rate of 1e-5 it is a seventh, in float32 nearly all.
+MIN_MOVED = 0.5
+#: Below this norm a gradient is rounding, and weights that stay where they are show nothing.
+_LEAST_NORM = 1e-3
+_SAMPLED, _SHOWN = 4096, 3
+
+_said: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
+
+
+def _warn_once(optimizer: Optimizer, subject: str, message: str, category: type[Warning] = TrainingWarning) -> None:
+    """Warn of a subject once for each optimizer: online OPD has a first step in every round."""
+    said = _said.setdefault(optimizer, set())
+    if subject not in said:
+        said.add(subject)
+        warnings.warn(message, category, stacklevel=4)
+
+
+def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None:
+    """Warn if the optimizer lacks some of the trained parameters."""
+    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    lacking = [name for name, parameter in trained.items() if id(parameter) not in theirs]
+    if lacking:
+        _warn_once(
+            optimizer,
+            "optimizer",
+            f"Optimizer {type(optimizer).__name__}: it has {len(trained) - len(lacking)} of the student's {len(trained)} trained parameters, "
+            f"expected all; {_some(lacking)} stay as they are: make it over all that require a gradient, or freeze the others.",
+        )
+
+
+def judge_gradients(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None:
+    """Warn if some trained parameters have no gradient after a whole step: nothing that was computed depends on them."""
+    lacking = [name for name, parameter in trained.items() if parameter.grad is None]
+    if lacking:
+        _warn_once(
+            optimizer,
+            "gradients",
+            f"Student: {len(lacking)} of its {len(trained)} trained parameters got no gradient in the first step, expected one for each; "
+            f"{_some(lacking)} stay as they are: freeze them (`requires_grad_(False)`), or leave them out of the adapters' `target_modules`.",
+        )
+
+
+def judge_distance(optimizer: Optimizer, loss: object, reverse_kl: float, drift: Drift | None) -> None:
+    """Warn if the student is far from its teacher, or is not the policy that sampled.
+
+    Of the distance under a loss that states that it is `uncorrected`, `lopd.guards.watch` warns.
+
+    Args:
+        optimizer: whose first step it is.
+        loss: of the step.
+        reverse_kl: nats a token.
+        drift: before any update; None where there was one, as in a run that was resumed, or where it was not measured.
+    """
+    if abs(reverse_kl) > MAX_DISTANCE and not (isinstance(loss, StatesCorrection) and loss.uncorrected):
+        _warn_once(
+            optimizer,
+            "distance",
+            f"Student: it is {abs(reverse_kl):.3g} nats a token from its teacher in the first step, expected at most {MAX_DISTANCE:g}; most of its "
+            f"advantages are {'below' if reverse_kl > 0 else 'above'} 0: look whether both read the same prompts, and train it longer on the "
+            "teacher's text first.",
+            AdvantageWarning,
+        )
+    if drift is not None and drift.ess < MIN_ESS:
+        _warn_once(
+            optimizer,
+            "effective rollouts",
+            f"Student: {drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, expected at least {MIN_ESS:.0%}; it is not "
+            "the policy that sampled them, or has moved far from it: start from that policy's weights and dtype, or sample again.",
+            DriftWarning,
+        )
+
+
+def at_full_rate(optimizer: Optimizer) -> bool:
+    """Whether a step moves weights as far as it is meant to: a warm-up begins with rates that are lower, or 0."""
+    rates = [(float(group.get("lr", 1.0)), float(group.get("initial_lr", 0.0))) for group in optimizer.param_groups]
+    return all(rate > 0 and rate >= initial / 2 for rate, initial in rates)
+
+
+@frozen(eq=False)
+class Movement:
+    """Some of the weights that have a gradient, as they were before a step; made by `before`."""
+
+    parts: list[tuple[Tensor, Tensor, Tensor, int]]
+
+    @classmethod
+    def before(cls, optimizer: Optimizer, grad_norm: float) -> "Movement":
+        """Of each parameter up to 4,096 weights, evenly spaced; none where the gradient is rounding alone."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]] if grad_norm > _LEAST_NORM else []
+        parts = []
+        for parameter in parameters:
+            if parameter.grad is not None:
+                sizes = _sample(parameter.grad).abs().float()
+                chosen = sizes > 0.1 * sizes.mean()
+                parts.append((parameter, chosen, _sample(parameter)[chosen].clone(), parameter.numel()))
+        return cls(parts)
+
+    def judge(self, optimizer: Optimizer) -> None:
+        """Warn if the step changed too few of them: its updates are smaller than the rounding of the weights."""
+        sizes, moved = 0, 0.0
+        for parameter, chosen, before, size in self.parts:
+            if before.numel():
+                sizes += size
+                moved += size * float((_sample(parameter)[chosen] != before).float().mean())
+        if sizes and moved / sizes < MIN_MOVED:
+            dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter, *_ in self.parts})
+            rate = max(float(group.get("lr", 1.0)) for group in optimizer.param_groups)
+            narrow = not {"float32", "float64"} & set(dtypes)
+            remedy = "keep the weights in float32 (`autocast=` computes in less)" if narrow else "raise the learning rate"
+            _warn_once(
+                optimizer,
+                "movement",
+                f"Student: {moved / sizes:.0%} of its weights with a gradient moved in a step at rate {rate:g} in {', '.join(dtypes)}, "
+                f"expected at least {MIN_MOVED:.0%}; the others are rounded away: {remedy}, unless the optimizer keeps a copy of them.",
+            )
+
+
+def _sample(tensor: Any) -> Tensor:
+    """(up to 4,096,) evenly spaced values, of this rank's part where it is sharded."""
+    values: Tensor = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().reshape(-1)
+    return values[:: max(values.numel() // _SAMPLED, 1)][:_SAMPLED]
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of these names."""
+    every = list(names)
+    return ", ".join(map(repr, every[:_SHOWN])) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")

@@ -1,0 +1,57 @@
+"""What each verb asks of its arguments at its door, so that a wrong one is a sentence there, and not an AttributeError deep inside."""
+
+from collections.abc import Sequence
+
+from torch.optim import Optimizer
+
+from lopd.errors import ArgumentError, InvalidRecordError
+from lopd.protocols import LogprobReader, LogprobStore, OPDLoss, RolloutSource, Student, TeacherScorer
+from lopd.records.checks import check_kind
+from lopd.records.ranks import inner
+from lopd.records.rollouts import Prompt
+
+
+class _Optimizer:
+    """What lopd asks of an optimizer; wrappers have this much in common."""
+
+    step = zero_grad = state_dict = load_state_dict = None
+
+
+#: How messages name each noun, and what to pass in place of something else.
+_NOUNS: dict[type, tuple[str, str]] = {
+    LogprobReader: ("Store", "open it: `lopd.open_store(path)`"),
+    LogprobStore: ("Store", "open it: `lopd.open_store(path)`"),
+    OPDLoss: ("Loss", "make one: `lopd.FusedOPDLoss()`"),
+    Optimizer: ("Optimizer", "make one: `torch.optim.AdamW(student.parameters())`"),
+    RolloutSource: ("Source", "make one: `HFSource(model, tokenizer, SamplingParams())`"),
+    Student: ("Student", "wrap it: `lopd.CausalLMStudent(model, tokenizer)`"),
+    TeacherScorer: ("Scorer", "make one: `HFScorer(model, tokenizer)`"),
+}
+
+
+def check_noun(value: object, noun: type) -> None:
+    """Refuse what is not of this noun, by the names that it lacks; a student may be inside a DistributedDataParallel.
+
+    Raises:
+        ArgumentError: it is something else, or a class in place of an object.
+    """
+    name, remedy = _NOUNS[noun]
+    check_kind(name, inner(value), _Optimizer if noun is Optimizer else noun, remedy)
+
+
+def check_prompt_list(prompts: Sequence[Prompt]) -> None:
+    """Refuse what is not a list of prompts, or is empty.
+
+    Raises:
+        ArgumentError: it cannot be indexed, such as a generator or a single prompt.
+        InvalidRecordError: one is not a `Prompt`, or there are none.
+    """
+    if not hasattr(prompts, "__getitem__"):
+        raise ArgumentError(f"Prompts: it is a {type(prompts).__name__}, expected a list; pass `list(...)` or `[...]`.")
+    wrong = next((prompt for prompt in prompts if not isinstance(prompt, Prompt)), None)
+    if wrong is not None:
+        raise InvalidRecordError(
+            f"Prompts: one is a {type(wrong).__name__} ({wrong!r:.40}), expected a Prompt; make them with `lopd.make_prompts`."
+        )
+    if not prompts:
+        raise InvalidRecordError("Prompts: there are 0, expected at least 1; check the prompt file.")

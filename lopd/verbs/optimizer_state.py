@@ -1,0 +1,107 @@
+"""The state of an optimizer as tensors and JSON, and back into an optimizer over the same parameters."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lopd.errors import CheckpointError
+from lopd.protocols import Student
+from lopd.records.nested import moved, pack, unpack_all
+from lopd.records.ranks import alike
+
+
+def parameter_labels(owner: str, student: Student, optimizer: Optimizer) -> list[list[str]]:
+    """The student's name and the shape of each group's parameters: torch keeps their state by place, and a place is no identity."""
+    labels = {id(p): f"{name} {tuple(p.shape)}" for name, p in student.named_parameters()}
+    for number, group in enumerate(optimizer.param_groups):
+        for place, parameter in enumerate(group["params"]):
+            if id(parameter) not in labels:
+                raise CheckpointError(
+                    f"{owner}: parameter {place} of optimizer group {number} is none of the student's, expected only the student's own; "
+                    "make the optimizer over `student.named_parameters()`."
+                )
+    return [[labels[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def check_optimizer(path: Path, student: Student, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Refuse an optimizer of another kind, or over other parameters, than a checkpoint's.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    owner, kind = f"Checkpoint {path}", state["optimizer"]["class"]
+    labels, saved = parameter_labels(owner, student, optimizer), state["trained"]
+    sizes, saved_sizes = [len(group) for group in labels], [len(group) for group in saved]
+    if kind != type(optimizer).__name__ or sizes != saved_sizes:
+        raise CheckpointError(
+            f"{owner}: its optimizer is {kind} over {saved_sizes} parameters, expected {type(optimizer).__name__} over {sizes}; "
+            "make the optimizer as it was."
+        )
+    for number, (theirs, ours) in enumerate(zip(saved, labels, strict=True)):
+        place = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=True)) if a != b), None)
+        if place is not None:
+            raise CheckpointError(
+                f"{owner}: parameter {place} of optimizer group {number} is {theirs[place]!r}, expected {ours[place]!r}; "
+                "give the optimizer the parameters in the order in which it had them."
+            )
+
+
+def flatten(owner: str, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors, and what is left as JSON.
+
+    Raises:
+        InvalidRecordError: it holds a value that cannot be saved.
+    """
+    state = optimizer.state_dict()
+    entries = {f"{i}.{name}": value for i, entry in state["state"].items() for name, value in entry.items()}
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    kind = type(optimizer).__name__
+    others = {key: pack(f"{owner}, {kind} {key}", value, tensors) for key, value in entries.items() if not isinstance(value, Tensor)}
+    groups = [{k: pack(f"{owner}, {kind} {k!r}", v, tensors) for k, v in group.items()} for group in state["param_groups"]]
+    return tensors, {"class": kind, "groups": groups, "others": others}
+
+
+def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    """Put what `flatten` gave, or an older version of it, into the optimizer, each value as it was.
+
+    Raises:
+        CheckpointError: a tensor is missing; nothing was changed.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    whole = {key: value for key, value in tensors.items() if key.split(".", 1)[0].isdigit()}
+    try:
+        saved = {**whole, **unpack_all(plain["others"], tensors)}
+        groups = [unpack_all(group, tensors) for group in plain["groups"]]
+    except KeyError as error:
+        raise CheckpointError(
+            f"Checkpoint {path}: tensor {error} of its optimizer is missing; restore it, or remove its folder."
+        ) from error
+    entries: dict[int, dict[str, Any]] = {}
+    for key, value in saved.items():
+        index, name = key.split(".", 1)
+        sharded = isinstance(value, Tensor) and value.shape == parameters[int(index)].shape
+        entries.setdefault(int(index), {})[name] = alike(value, parameters[int(index)]) if sharded else value
+    # older checkpoints wrote tuples as lists: the live groups (betas) say which were tuples
+    live = optimizer.state_dict()["param_groups"]
+    groups = [{k: _like(v, g.get(k)) for k, v in s.items()} for s, g in zip(groups, live, strict=True)]
+    taken = {i: {k: v for k, v in entry.items() if isinstance(v, Tensor | bool | int | float)} for i, entry in entries.items()}
+    optimizer.load_state_dict({"state": taken, "param_groups": groups})
+    # torch casts what it is given to the dtype of the weights, and calls the type of what it can iterate over: put those as they were
+    for place, entry in entries.items():
+        parameter, state = parameters[place], optimizer.state[parameters[place]]
+        for label, value in entry.items():
+            there = state.get(label)
+            if label not in taken[place]:
+                state[label] = moved(value, parameter.device)
+            elif isinstance(there, Tensor) and there.dtype != value.dtype:
+                state[label] = value.to(there.device)
+
+
+def _like(value: Any, live: Any) -> Any:
+    """A setting of a group on the device of the one that it replaces, and as a tuple if that is one."""
+    if isinstance(live, Tensor):
+        return moved(value, live.device)
+    return tuple(value) if isinstance(live, tuple) else value

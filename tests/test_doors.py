@@ -1,0 +1,178 @@
+"""Arguments that are something else than a verb takes, and settings out of numpy, torch or a YAML file: one sentence each, or what was meant."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from small_runs import PARAMS, scored, small, source, teacher_model  # noqa: F401
+
+from lopd import (
+    CausalLMStudent,
+    DriftLimits,
+    FusedOPDLoss,
+    MemoryStore,
+    Prompt,
+    ReferenceOPDLoss,
+    Rollout,
+    SamplingParams,
+    audit,
+    batches,
+    collect_rollouts,
+    evaluate,
+    evaluate_reverse_kl,
+    load_checkpoint,
+    opd_steps,
+    residualise,
+    sample_round,
+    save_checkpoint,
+    score_rollouts,
+)
+from lopd.engines.hf import HFScorer, HFSource, load_model
+from lopd.errors import ArgumentError, EngineError, InvalidRecordError, LopdError, MissingScoresError, ModelError
+from lopd.records import Lineage
+
+WRAP, OPEN = r"wrap it: `lopd.CausalLMStudent\(model, tokenizer\)`", r"open it: `lopd.open_store\(path\)`"
+
+
+@pytest.fixture
+def scorer(teacher_model, tokenizer):
+    return HFScorer(teacher_model, tokenizer)
+
+
+LOSS = ReferenceOPDLoss()
+TRAINING = {
+    "a model": (
+        lambda s, o, steps: opd_steps(s.model, steps, LOSS, o),
+        f"Student: it is a LlamaForCausalLM, which has no `tokenizer`; {WRAP}",
+    ),
+    "swapped": (lambda s, o, steps: opd_steps(o, steps, LOSS, s), f"Student: it is a AdamW, which has no `named_parameters`; {WRAP}"),
+    "no optimizer": (lambda s, o, steps: opd_steps(s, steps, LOSS, 1e-3), "Optimizer: it is a float"),
+    "no loss": (lambda s, o, steps: opd_steps(s, steps, "opd", o), "Loss: it is a str"),
+    "a class": (
+        lambda s, o, steps: opd_steps(s, steps, ReferenceOPDLoss, o),
+        r"Loss: it is the class ReferenceOPDLoss.*call it: ReferenceOPDLoss\(\)",
+    ),
+    "a store for steps": (lambda s, o, steps: opd_steps(s, steps.store, LOSS, o), r"Steps: it is a MemoryStore.*pass `batches\(store\)"),
+    "a step for a slice": (lambda s, o, steps: steps[5], r"the index is 5, expected a slice.*`\.step\(60\)`"),
+    "save swapped": (lambda s, o, steps: save_checkpoint("x", o, s, next_step=1, lineage=Lineage()), "Student: it is a AdamW"),
+    "save without a folder": (
+        lambda s, o, steps: save_checkpoint(3, s, o, next_step=1, lineage=Lineage()),
+        "Folder of checkpoints: it is a int",
+    ),
+    "load swapped": (lambda s, o, steps: load_checkpoint("x", o, s), "Student: it is a AdamW"),
+    "export swapped": (lambda s, o, steps: s.export("x", Lineage(), s.tokenizer), "Tokenizer to export: it is a Lineage"),
+    "export of an identity": (lambda s, o, steps: s.export("x", s.tokenizer, Lineage()), "Tokenizer to export: it is a TokenizerId"),
+}
+
+
+@pytest.mark.parametrize("case", TRAINING)
+def test_training_and_keeping_check_what_they_were_given_before_anything_is_done(case, small, scored, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    call, message = TRAINING[case]
+    with pytest.raises(ArgumentError, match=message):
+        call(*small, batches(scored, teacher=None))
+    assert not list(tmp_path.iterdir())
+
+
+DATA = {
+    "a path for a store": (lambda source, scorer, store, prompts: batches("run.zarr"), f"Store: it is a str.*{OPEN}"),
+    "collect swapped": (lambda source, scorer, store, prompts: collect_rollouts(store, prompts, source), "Source: it is a MemoryStore"),
+    "collect into prompts": (lambda source, scorer, store, prompts: collect_rollouts(source, store, prompts), "Store: it is a list"),
+    "one prompt": (
+        lambda source, scorer, store, prompts: collect_rollouts(source, prompts[0], store),
+        "Prompts: it is a Prompt, expected a list",
+    ),
+    "a generator": (lambda source, scorer, store, prompts: evaluate(source, iter(prompts), len), "Verifier|Prompts"),
+    "score swapped": (lambda source, scorer, store, prompts: score_rollouts(scorer, store), f"Store: it is a HFScorer.*{OPEN}"),
+    "a model scores": (
+        lambda source, scorer, store, prompts: score_rollouts(store, scorer.model),
+        r"Scorer: it is a Llama.*HFScorer\(model",
+    ),
+    "a store is asked": (lambda source, scorer, store, prompts: evaluate(store, prompts, lambda p, r: 1.0), "Source: it is a MemoryStore"),
+    "kl swapped": (lambda source, scorer, store, prompts: evaluate_reverse_kl(scorer, source, prompts), "Source: it is a HFScorer"),
+    "a round swapped": (lambda source, scorer, store, prompts: sample_round(scorer, source, prompts, store), "Source: it is a HFScorer"),
+    "audit of a path": (lambda source, scorer, store, prompts: audit("x", ["teacher"]), "Store: it is a str"),
+    "residual of a path": (lambda source, scorer, store, prompts: residualise("x"), "Store: it is a str"),
+    "student swapped": (lambda source, scorer, store, prompts: CausalLMStudent(source.tokenizer, source.model), "Tokenizer: it is a Llama"),
+    "scorer of a folder": (
+        lambda source, scorer, store, prompts: HFScorer("folder", source.tokenizer),
+        r"Model: it is str.*load_model",
+    ),
+    "source swapped": (lambda source, scorer, store, prompts: HFSource(source.tokenizer, source.model, PARAMS), "Tokenizer: it is a Llama"),
+}
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_collecting_scoring_and_evaluating_check_what_they_were_given(case, source, scorer, prompts):
+    call, message = DATA[case]
+    store = MemoryStore(source.manifest)
+    with pytest.raises(ModelError if case == "scorer of a folder" else ArgumentError, match=message):
+        call(source, scorer, store, prompts)
+    assert len(store) == 0
+
+
+@pytest.mark.parametrize("verifier", [lambda rollout: 1.0, lambda: 1.0, lambda a, b, c: 1.0, None, 0.5])
+def test_a_verifier_of_other_arguments_is_refused_before_anything_is_sampled(verifier, source, prompts, monkeypatch):
+    monkeypatch.setattr(type(source), "sample", lambda *_: pytest.fail("it was asked"))
+    with pytest.raises(ArgumentError, match=r"Verifier: .*expected a function of \(prompt, rollout\)"):
+        evaluate(source, prompts, verifier)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "gpu"])
+def test_a_device_that_is_not_there_is_said_before_weights_are_read(device, tmp_path):
+    for load in (load_model, HFScorer.from_folder):
+        with pytest.raises(EngineError, match=rf"device '{device}' cannot be used .*pass device='cpu'"):
+            load(tmp_path / "none", device=device)
+
+
+def test_forgotten_scores_are_not_offered_the_policys_own(source, prompts):
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    with pytest.raises(
+        MissingScoresError, match=r"'teacher' is absent and the rollouts have no scores yet; run `score_rollouts\(store, scorer"
+    ) as error:
+        batches(store)
+    assert "behavior" not in str(error.value)
+
+
+def test_numbers_of_numpy_and_torch_are_made_pythons_own(source, prompts):
+    given = SamplingParams(np.int64(6), np.float32(0.5), torch.tensor(0.75), np.uint8(2), np.array(3), np.array([0, 5]))
+    assert given == SamplingParams(6, 0.5, 0.75, 2, 3, (0, 5))
+    assert {type(value) for value in (given.max_new_tokens, given.samples_per_prompt, given.seed)} == {int}
+    assert {type(value) for value in (given.temperature, given.top_p)} == {float}
+    json.dumps(given.stop_ids)
+    assert type(DriftLimits(ess=np.float32(0.5), steps=np.int32(4)).steps) is int
+    assert FusedOPDLoss(clip=np.float64(10), epsilon=torch.tensor(0.0)) == FusedOPDLoss(clip=10.0)
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store, prompts_per_batch=np.int64(3))
+    steps = batches(store, teacher=None, rollouts_per_step=np.int64(3), seed=np.int32(1), tokens_per_batch=torch.tensor(99))[
+        np.int64(1) : np.int64(2)
+    ]
+    json.dumps(steps.settings)
+    assert [type(value) for value in (steps.rollouts_per_step, steps.seed, steps.tokens_per_batch, steps.stop)] == [int] * 4
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SamplingParams(temperature="2e-1"), "temperature is '2e-1', expected a number"),
+        (lambda: SamplingParams(temperature=None), "temperature is None, expected a number"),
+        (lambda: SamplingParams(seed=True), "seed is True, expected a whole number"),
+        (lambda: SamplingParams(max_new_tokens=4.0), "max_new_tokens is 4.0, expected a whole number"),
+        (lambda: SamplingParams(top_p=np.array([0.5, 0.6])), "top_p is .* expected a number"),
+        (lambda: FusedOPDLoss(clip="10"), "clip is '10', expected a number"),
+        (lambda: DriftLimits(ess="low"), "ess is 'low', expected a number"),
+    ],
+)
+def test_what_is_not_a_number_is_refused_by_name(make, message):
+    with pytest.raises(InvalidRecordError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("make", [lambda name: Prompt(name, [1]), lambda name: Rollout(name, [1], [1], [True], "stop")])
+@pytest.mark.parametrize("name", [3, None, b"a", ("a", 1)])
+def test_an_id_that_is_not_text_is_refused_when_the_record_is_made(make, name):
+    with pytest.raises(LopdError, match=r"_id is a \w+, expected a str; pass `str"):
+        make(name)

@@ -1,0 +1,220 @@
+"""An export replaces whole or not at all; what it would lose, or transformers would refuse, is said before."""
+
+import copy
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from conftest import TOKENIZER_ID, build_tokenizer
+
+import lopd.engines.export
+from lopd import CausalLMStudent, LanceStore, ModelId, ZarrStore
+from lopd.engines.hf import HFSource, load_model
+from lopd.errors import ModelError, StoreExistsError, StoreWriteError
+from lopd.records import Lineage, SamplingParams
+
+FIRST, SECOND = (Lineage(sft_teacher=ModelId(name, "1", "float32")) for name in ("first", "second"))
+IDS = torch.arange(4, 20)[None]
+
+
+@pytest.fixture
+def full(make_model):
+    return CausalLMStudent(make_model("llama_tied", seed=7), TOKENIZER_ID)
+
+
+@pytest.fixture
+def adapters(make_model, tokenizer, tmp_path):
+    """A student with adapters on a base model in the folder `base`."""
+    make_model("llama_tied", seed=1).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base, _ = load_model(tmp_path / "base", torch.float32)
+    return CausalLMStudent(
+        peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)), TOKENIZER_ID
+    )
+
+
+def assert_holds(folder, student, lineage):
+    loaded, _ = load_model(folder, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=IDS).logits, student.model.eval()(input_ids=IDS).logits)
+    assert Lineage.read(folder) == lineage
+    assert not [path.name for path in folder.parent.iterdir() if path.name.startswith(".")], "nothing is left beside it"
+
+
+def test_a_full_model_takes_the_place_of_adapters_and_the_reverse(full, adapters, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    for student, lineage in ((adapters, FIRST), (full, SECOND), (adapters, FIRST)):
+        student.export(out, tokenizer, lineage)
+        assert_holds(out, student, lineage)
+        assert (out / "config.json").exists() is (student is full)
+        assert (out / "adapter_config.json").exists() is (student is adapters)
+
+
+def test_files_of_its_owner_move_along(full, adapters, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    full.export(out, tokenizer, FIRST)
+    mine = {"README.md": "mine", "notes.txt": "see the log", "logs/steps.bin": "1 2 3"}
+    for name, text in mine.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    (out / "latest").symlink_to("logs")
+    for student, lineage in ((adapters, SECOND), (full, FIRST)):
+        student.export(out, tokenizer, lineage)
+        assert_holds(out, student, lineage)
+        assert {name: (out / name).read_text() for name in mine} == mine
+        assert (out / "latest").readlink().name == "logs"
+
+
+@pytest.mark.parametrize("foreign", ["pytorch_model.bin", "other.safetensors", "adapter_config.json", "model.gguf", "config.json"])
+def test_what_no_export_wrote_is_not_replaced_and_the_student_is_not_lost(foreign, full, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / foreign).write_text("somebody's")
+    for _ in range(2):
+        with pytest.raises(StoreExistsError, match=rf"holds '{foreign}', which no export is recorded.*written to {out}-export, move"):
+            full.export(out, tokenizer, FIRST)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {foreign: "somebody's"}
+    assert_holds(tmp_path / "out-export", full, FIRST)
+
+
+def test_a_model_that_transformers_saved_is_not_replaced_though_a_lineage_is_beside_it(full, adapters, tokenizer, tmp_path):
+    FIRST.write(tmp_path / "base")
+    with pytest.raises(StoreExistsError, match="no export is recorded to have written"):
+        full.export(tmp_path / "base", tokenizer, SECOND)
+    with pytest.raises(StoreExistsError, match="it holds the model that the adapters are for"):
+        adapters.export(tmp_path / "base", tokenizer, SECOND)
+    assert Lineage.read(tmp_path / "base") == FIRST
+    assert_holds(tmp_path / "base-export", adapters, SECOND)
+
+
+def test_adapters_are_not_exported_over_their_own_base_that_was_exported(full, tokenizer, tmp_path):
+    full.export(tmp_path / "base", tokenizer, FIRST)
+    base, _ = load_model(tmp_path / "base", torch.float32)
+    student = CausalLMStudent(peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])), TOKENIZER_ID)
+    with pytest.raises(StoreExistsError, match="it holds the model that the adapters are for"):
+        student.export(tmp_path / "base", tokenizer, SECOND)
+    assert_holds(tmp_path / "base", full, FIRST)
+
+
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_a_store_is_not_replaced(kind, full, tokenizer, llama, tmp_path):
+    kind.create(str(tmp_path / "store"), HFSource(llama, tokenizer, SamplingParams()).manifest)
+    with pytest.raises(StoreExistsError, match="it is a store"):
+        full.export(tmp_path / "store", tokenizer, FIRST)
+    assert len(kind.open(str(tmp_path / "store"))) == 0
+
+
+class _Broken:
+    """A tokenizer that cannot be saved."""
+
+    def __init__(self, error):
+        self._error, self._inner = error, build_tokenizer()
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)
+
+    def save_pretrained(self, folder):
+        raise self._error
+
+
+class Killed(BaseException):
+    """What stops an export in these tests."""
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (OSError(28, "No space left on device"), StoreWriteError, "No space left on device"),
+        (NotImplementedError("a slow one"), ModelError, "cannot be saved.*a slow one"),
+        (Killed(), Killed, None),
+    ],
+)
+def test_an_export_that_is_cut_short_leaves_the_one_before_it(raised, expected, message, full, adapters, tokenizer, tmp_path):
+    full.export(tmp_path / "out", tokenizer, FIRST)
+    with pytest.raises(expected, match=message):
+        adapters.export(tmp_path / "out", _Broken(raised), SECOND)
+    assert_holds(tmp_path / "out", full, FIRST)
+    with pytest.raises(expected, match=message):
+        adapters.export(tmp_path / "new", _Broken(raised), SECOND)
+    assert not (tmp_path / "new").exists()
+
+
+def test_at_every_flush_and_move_the_folder_is_one_whole_export(full, adapters, tokenizer, monkeypatch, tmp_path):
+    """The process is killed at each of these places in turn: nothing is cleaned up, and the next export is as if nothing had been."""
+    out, place = tmp_path / "out", 0
+    full.export(out, tokenizer, FIRST)
+    monkeypatch.setattr(lopd.engines.export.shutil, "rmtree", lambda *_, **__: None)
+
+    def counted(act):
+        def at(*arguments):
+            left.append(1)
+            if len(left) > place:
+                raise Killed
+            return act(*arguments)
+
+        return at
+
+    for name in ("flush", "_exchange"):
+        monkeypatch.setattr(lopd.engines.export, name, counted(getattr(lopd.engines.export, name)))
+    while True:
+        left = []
+        shutil_free = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        for path in shutil_free:
+            for file in sorted(path.rglob("*"), reverse=True):
+                file.unlink()
+            path.rmdir()
+        try:
+            adapters.export(out, tokenizer, SECOND)
+        except Killed:
+            place += 1
+            holds = Lineage.read(out)
+            assert (out / "config.json").exists() is (holds == FIRST)
+            assert (out / "adapter_model.safetensors").exists() is (holds == SECOND)
+        else:
+            break
+    assert place > 6
+    assert Lineage.read(out) == SECOND
+
+
+def test_without_an_exchange_a_kill_between_two_moves_is_set_right_by_the_next_export(full, adapters, tokenizer, monkeypatch, tmp_path):
+    out, old = tmp_path / "out", tmp_path / ".out.old"
+    monkeypatch.setattr(lopd.engines.export, "_exchange", lambda *_: False)
+    full.export(out, tokenizer, FIRST)
+    adapters.export(out, tokenizer, SECOND)
+    assert_holds(out, adapters, SECOND)
+    (out / "notes.txt").write_text("mine")
+    shutil.move(out, old)  # as after a kill between the moves
+    full.export(out, tokenizer, FIRST)
+    assert_holds(out, full, FIRST)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_is_found_when_the_student_is_made(llama, tokenizer, tmp_path):
+    llama.save_pretrained(tmp_path / "sft")
+    tokenizer.save_pretrained(tmp_path / "sft")
+    (tmp_path / "sft" / "generation_config.json").write_text(json.dumps({"do_sample": False, "temperature": 0.9, "top_p": 0.6}))
+    model, own = load_model(tmp_path / "sft", torch.float32)
+    with pytest.raises(ModelError, match=r"its generation_config cannot be saved .*do_sample.*before training"):
+        CausalLMStudent(model, own)
+    model.generation_config.do_sample = True
+    student = CausalLMStudent(model, own)
+    student.export(tmp_path / "out", own, FIRST)
+    assert_holds(tmp_path / "out", student, FIRST)
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_found_when_the_student_is_made(llama):
+    with pytest.raises(ModelError, match=r"its tokenizer cannot be saved .*a slow one"):
+        CausalLMStudent(copy.deepcopy(llama), _Broken(NotImplementedError("a slow one")))
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "layers"])
+def test_weights_that_are_one_tensor_though_the_configuration_does_not_say_so_are_found(kind, make_model):
+    model = make_model("qwen3_padded")
+    if kind == "embeddings":
+        model.lm_head.weight = model.model.embed_tokens.weight
+    else:
+        model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    with pytest.raises(ModelError, match="are one tensor, which its configuration does not say"):
+        CausalLMStudent(model, TOKENIZER_ID)

@@ -1,0 +1,132 @@
+"""What a run does not train, or trains from far away, is said once, in the first step."""
+
+import copy
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+from attrs import evolve
+from conftest import TOKENIZER_ID
+from small_runs import scored, small, teacher_model  # noqa: F401
+
+from lopd import CausalLMStudent, FusedOPDLoss, batches, opd_steps
+from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, TrainingWarning
+from lopd.guards.first_step import MAX_DISTANCE
+from lopd.losses.reference import SFTLoss
+from lopd.records import LossOutput
+
+
+def sft(student, optimizer, store, steps=1):
+    return list(opd_steps(student, batches(store, teacher=None, rollouts_per_step=7)[:steps], SFTLoss(), optimizer))
+
+
+def student_in(llama, dtype=torch.float32):
+    return CausalLMStudent(copy.deepcopy(llama).to(dtype), TOKENIZER_ID)
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [(torch.bfloat16, 1e-6), (torch.bfloat16, 1e-5), (torch.float32, 1e-12)])
+def test_weights_that_cannot_move_at_this_rate_and_dtype_are_said_once(dtype, rate, llama, scored):
+    student = student_in(llama, dtype)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=rate)
+    remedy = "keep the weights in float32" if dtype == torch.bfloat16 else "raise the learning rate"
+    with pytest.warns(
+        TrainingWarning, match=rf"of its weights with a gradient moved in a step at rate .* rounded away: {remedy}"
+    ) as caught:
+        sft(student, optimizer, scored, steps=3)
+    sft(student, optimizer, scored)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize(("dtype", "rate"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_weights_that_move_are_not_spoken_of(dtype, rate, llama, scored):
+    student = student_in(llama, dtype)
+    sft(student, torch.optim.AdamW(student.parameters(), lr=rate), scored, steps=2)
+
+
+def test_a_warm_up_from_zero_is_judged_at_the_rate_that_it_reaches(llama, scored):
+    student = student_in(llama, torch.bfloat16)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(step / 2, 1.0))
+    steps = opd_steps(student, batches(scored, teacher=None, rollouts_per_step=7)[:3], SFTLoss(), optimizer)
+    next(steps)  # at rate 0, where nothing is to move
+    schedule.step()
+    with pytest.warns(TrainingWarning, match="at rate 5e-07 in bfloat16"):
+        next(steps)
+
+
+def test_an_optimizer_over_a_part_of_the_trained_parameters_is_said(llama, scored):
+    student = student_in(llama)
+    optimizer = torch.optim.SGD(list(student.parameters())[:2], lr=1e-2)
+    count = len(list(student.parameters()))
+    with pytest.warns(TrainingWarning, match=rf"it has 2 of the student's {count} trained parameters.* and {count - 5} more") as caught:
+        sft(student, optimizer, scored)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_trained_parameters_that_nothing_depends_on_are_named(llama, scored):
+    student = student_in(llama)
+    student.model.vision_tower = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-2)
+    count = len(list(student.parameters()))
+    named = rf"2 of its {count} trained parameters got no gradient in the first step.*'model\.vision_tower\.weight', 'model\.vision_tower\.bias'"
+    with pytest.warns(TrainingWarning, match=named):
+        sft(student, optimizer, scored)
+
+
+def test_adapters_whose_first_gradient_is_zero_are_not_spoken_of(llama, scored):
+    model = peft.get_peft_model(copy.deepcopy(llama), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    student = CausalLMStudent(model, TOKENIZER_ID)
+    sft(student, torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-3), scored)
+
+
+def test_a_student_far_from_its_teacher_is_said_with_a_ratio_too(small, scored):
+    student, optimizer = small
+    optimizer.param_groups[0]["lr"] = 1e-6
+    steps, loss = batches(scored, rollouts_per_step=7, ref="behavior")[:2], FusedOPDLoss(ratio_to_ref=True)
+    with pytest.warns(AdvantageWarning, match=r"nats a token from its teacher in the first step, expected at most 2") as caught:
+        metrics = list(opd_steps(student, steps[:1], loss, optimizer))
+    list(opd_steps(student, steps[:1], loss, optimizer))
+    assert metrics[0].reverse_kl > MAX_DISTANCE
+    assert [warning.category for warning in caught] == [AdvantageWarning]
+
+
+def near(step, ref_shift):
+    """The step with a near teacher, and with a reference policy that is this far from the student on each second rollout."""
+
+    def changed(batch):
+        shifted = batch.ref_logprobs - ref_shift * (batch.segment_ids % 2) * (batch.weight > 0)
+        return evolve(batch, teacher_logprobs=batch.ref_logprobs, ref_logprobs=shifted)
+
+    return evolve(step, batches=tuple(map(changed, step.batches)))
+
+
+def test_few_effective_rollouts_in_the_first_step_are_said(small, scored):
+    student, optimizer = small
+    steps = [near(step, 0.0) for step in batches(scored, rollouts_per_step=14, ref="behavior")[:1]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer))
+    far = [near(step, 3.0) for step in batches(scored, rollouts_per_step=14, tokens_per_batch=400, ref="behavior")[:1]]
+    resumed = [evolve(step, index=60) for step in far]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(opd_steps(student, resumed, FusedOPDLoss(ratio_to_ref=True), optimizer))
+    with pytest.warns(
+        DriftWarning, match=r"% of the 14 rollouts are effective in the first step, expected at least 50%; it is not the policy"
+    ):
+        list(opd_steps(student, far, FusedOPDLoss(ratio_to_ref=True), optimizer))
+
+
+@pytest.mark.parametrize("what", ["a Tensor", "a loss without a gradient"])
+def test_a_loss_that_gives_something_else_is_refused(what, small, scored):
+    def loss(hidden_ND, head, batch):
+        value = hidden_ND.sum()
+        return value if what == "a Tensor" else LossOutput(value.detach(), value.detach(), value.detach())
+
+    student, optimizer = small
+    before = [parameter.detach().clone() for parameter in student.parameters()]
+    with pytest.raises(InvalidRecordError, match=rf"Loss function: it gave {what}, expected a LossOutput"):
+        list(opd_steps(student, batches(scored, teacher=None)[:1], loss, optimizer))
+    assert all(np.array_equal(a, b.detach()) for a, b in zip(before, student.parameters(), strict=True))

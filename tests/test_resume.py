@@ -1,0 +1,206 @@
+"""What a checkpoint keeps of an optimizer and of the steps, which checkpoints stay, and what lies beside them."""
+
+import copy
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOKENIZER_ID
+from small_runs import adamw, scored, small, teacher_model  # noqa: F401
+
+from lopd import CausalLMStudent, batches, by_token, load_checkpoint, save_checkpoint
+from lopd.errors import CheckpointError, InvalidRecordError, StoreWriteError, TrainingWarning
+from lopd.records import Lineage
+
+
+def fresh(llama, dtype=torch.float32):
+    student = CausalLMStudent(copy.deepcopy(llama).to(dtype), TOKENIZER_ID)
+    return student, adamw(student)
+
+
+def step(student, optimizer):
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+NUMBERS = {
+    "a tensor": torch.tensor(1e-3),
+    "float32": np.float32(1e-3),
+    "float64": np.float64(1e-3),
+    "int64": np.int64(2),
+    "bool": np.bool_(True),
+    "an array": np.arange(3.0),
+    "infinity": float("inf"),
+    "complex": 1 + 2j,
+    "None": None,
+    "text": "cosine",
+    "a tuple in a list in a dict": {"bounds": [(0.9, np.float32(0.5)), (1, None)], 3: {"deep": torch.arange(2)}},
+}
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert np.array_equal(a, b)
+        assert getattr(a, "dtype", None) == getattr(b, "dtype", None)
+
+
+@pytest.mark.parametrize("kind", NUMBERS)
+def test_a_number_of_any_kind_comes_back_as_it_was_from_groups_and_from_state(kind, small, llama, tmp_path):
+    student, optimizer = small
+    step(student, optimizer)
+    optimizer.param_groups[0]["setting"] = optimizer.state[next(student.parameters())]["entry"] = NUMBERS[kind]
+    save_checkpoint(tmp_path, student, optimizer, next_step=1, lineage=Lineage())
+    other, other_optimizer = fresh(llama)
+    assert load_checkpoint(tmp_path, other, other_optimizer) == 1
+    assert_same(other_optimizer.param_groups[0]["setting"], NUMBERS[kind])
+    assert_same(other_optimizer.state[next(other.parameters())]["entry"], NUMBERS[kind])
+
+
+@pytest.mark.parametrize("rate", [torch.tensor(1e-3), np.float32(1e-3), np.float64(1e-3)])
+def test_a_rate_of_numpy_or_torch_goes_on_bit_for_bit(rate, small, llama, tmp_path):
+    whole, optimizer = small
+    optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["foreach"] = rate, False
+    step(whole, optimizer)
+    save_checkpoint(tmp_path, whole, optimizer, next_step=1, lineage=Lineage())
+    other, other_optimizer = fresh(llama)
+    load_checkpoint(tmp_path, other, other_optimizer)
+    for pair in ((whole, optimizer), (other, other_optimizer)):
+        step(*pair)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
+
+
+def test_moments_in_float32_of_bfloat16_weights_keep_their_dtype(llama, tmp_path):
+    student, optimizer = fresh(llama, torch.bfloat16)
+    step(student, optimizer)
+    for entry in optimizer.state.values():
+        entry["exp_avg"] = entry["exp_avg"].float() + 1e-4
+    save_checkpoint(tmp_path, student, optimizer, next_step=1, lineage=Lineage())
+    other, other_optimizer = fresh(llama, torch.bfloat16)
+    load_checkpoint(tmp_path, other, other_optimizer)
+    for mine, theirs in zip(student.parameters(), other.parameters(), strict=True):
+        assert_same(other_optimizer.state[theirs]["exp_avg"], optimizer.state[mine]["exp_avg"])
+
+
+def test_tensors_that_share_memory_are_saved(small, llama, tmp_path):
+    student, optimizer = small
+    step(student, optimizer)
+    shared = torch.ones(())
+    for entry in optimizer.state.values():
+        entry["step"] = shared
+    save_checkpoint(tmp_path, student, optimizer, next_step=1, lineage=Lineage())
+    assert load_checkpoint(tmp_path, *fresh(llama)) == 1
+
+
+def test_what_cannot_be_saved_is_named_and_nothing_is_written(small, tmp_path):
+    small[1].param_groups[0]["schedule"] = object()
+    with pytest.raises(InvalidRecordError, match="AdamW 'schedule': it holds a object, expected numbers"):
+        save_checkpoint(tmp_path, *small, next_step=1, lineage=Lineage())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_before_is_read(small, llama, tmp_path):
+    """Numbers as plain JSON, tuples as lists, and no settings of the steps: as versions up to 0.2 wrote them."""
+    step(*small)
+    path = save_checkpoint(tmp_path, *small, next_step=1, lineage=Lineage()) / "state.json"
+    state = json.loads(path.read_text())
+    state["optimizer"]["groups"][0]["betas"] = [0.7, 0.9]
+    del state["steps"]
+    path.write_text(json.dumps(state))
+    other, optimizer = fresh(llama)
+    assert load_checkpoint(tmp_path, other, optimizer) == 1
+    assert optimizer.param_groups[0]["betas"] == (0.7, 0.9)
+    step(other, optimizer)
+
+
+@pytest.mark.parametrize(
+    "name", ["step-00000001.0.bak", "step-00000001.bak", "step-best.keep", "step-00000001.0 (copy)", "keep-step-1", "step-1.0"]
+)
+def test_a_copy_beside_checkpoints_is_left_alone_and_is_loaded_by_its_own_name(name, small, llama, tmp_path):
+    first = save_checkpoint(tmp_path, *small, next_step=1, lineage=Lineage())
+    shutil.copytree(first, tmp_path / name)
+    (tmp_path / ".DS_Store").write_text("x")
+    (tmp_path / "step-00000009.0").write_text("a file")
+    save_checkpoint(tmp_path, *small, next_step=2, lineage=Lineage())
+    assert load_checkpoint(tmp_path, *fresh(llama)) == 2
+    assert load_checkpoint(tmp_path / name, *fresh(llama)) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {name, ".DS_Store", "step-00000009.0", "step-00000002.0"}
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (3, [3, 4, 5]), (np.int64(2), [4, 5]), (None, [1, 2, 3, 4, 5])])
+def test_as_many_checkpoints_stay_as_are_asked_for(keep, left, small, tmp_path):
+    for next_step in range(1, 6):
+        save_checkpoint(tmp_path, *small, next_step=next_step, lineage=Lineage(), keep=keep)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-{next_step:08d}.0" for next_step in left]
+    with pytest.raises(InvalidRecordError, match="keep is 0, expected at least 1"):
+        save_checkpoint(tmp_path, *small, next_step=6, lineage=Lineage(), keep=0)
+
+
+def test_a_run_that_goes_back_leaves_no_later_checkpoint_to_be_taken_for_the_newest(small, tmp_path):
+    for next_step in (1, 2, 3):
+        save_checkpoint(tmp_path, *small, next_step=next_step, lineage=Lineage(), keep=None)
+    with pytest.warns(TrainingWarning, match=r"step-00000003\.0 is of a later step and stays") as caught:
+        save_checkpoint(tmp_path, *small, next_step=2, lineage=Lineage(), keep=None)
+    assert caught[0].filename == __file__
+    save_checkpoint(tmp_path, *small, next_step=2, lineage=Lineage(), keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002.1", "step-00000002.2"]
+
+
+def test_a_disk_that_refuses_is_one_sentence_and_the_checkpoint_before_stays(small, monkeypatch, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=1, lineage=Lineage())
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lopd.verbs.checkpoint.save_file", refuse)
+    with pytest.raises(StoreWriteError, match=r"Checkpoint .*step-00000002\.0: .*No space left"):
+        save_checkpoint(tmp_path, *small, next_step=2, lineage=Lineage())
+    assert load_checkpoint(tmp_path, *small) == 1
+
+
+ASKED = {"teacher": None, "rollouts_per_step": 4, "seed": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("seed", 2), ("rollouts_per_step", 5), ("rows", np.arange(9)), ("weighting", by_token), ("ref", "behavior"), ("teacher", "teacher")],
+)
+@pytest.mark.filterwarnings("ignore:.*of its advantages are below:lopd.errors.AdvantageWarning")
+def test_steps_that_were_made_otherwise_are_refused_by_name_unless_they_are_meant(name, other, small, scored, tmp_path):
+    steps, changed = batches(scored, **ASKED), batches(scored, **{**ASKED, name: other})
+    save_checkpoint(tmp_path, *small, next_step=2, steps=steps)
+    before = [parameter.detach().clone() for parameter in small[0].parameters()]
+    with pytest.raises(CheckpointError, match=rf"{name} of its steps is .*, expected .*; .*`changed=\['{name}'\]`"):
+        load_checkpoint(tmp_path, *small, steps=changed)
+    assert all(torch.equal(a, b) for a, b in zip(before, small[0].parameters(), strict=True))
+    assert load_checkpoint(tmp_path, *small, steps=changed, changed=[name]) == 2
+
+
+def test_the_same_steps_are_the_same_however_they_are_split_and_wherever_they_end(small, scored, tmp_path):
+    path = save_checkpoint(tmp_path, *small, next_step=2, steps=batches(scored, **ASKED)[:3])
+    assert Lineage.read(path) == batches(scored, **ASKED).lineage
+    assert load_checkpoint(tmp_path, *small, steps=batches(scored, **ASKED, tokens_per_batch=50)[2:9]) == 2
+
+
+def test_settings_that_are_compared_with_nothing_are_said(small, scored, tmp_path):
+    save_checkpoint(tmp_path, *small, next_step=2, steps=batches(scored, **ASKED))
+    with pytest.warns(TrainingWarning, match="are compared with nothing; pass `steps=`") as caught:
+        assert load_checkpoint(tmp_path, *small) == 2
+    assert caught[0].filename == __file__
+    assert load_checkpoint(tmp_path, small[0]) == 2, "weights alone go on with no steps"
+
+
+def test_a_checkpoint_needs_a_lineage(small, tmp_path):
+    with pytest.raises(CheckpointError, match="there is no lineage; pass `steps=`"):
+        save_checkpoint(tmp_path, *small, next_step=1)
