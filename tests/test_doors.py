@@ -23,10 +23,14 @@ from lopd import (
     evaluate_reverse_kl,
     load_checkpoint,
     opd_steps,
+    refresh_every,
     residualise,
+    rows_of,
     sample_round,
     save_checkpoint,
     score_rollouts,
+    stored_advantages,
+    watch_drift,
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.errors import ArgumentError, EngineError, InvalidRecordError, LopdError, MissingScoresError, ModelError
@@ -46,7 +50,7 @@ TRAINING = {
         lambda s, o, steps: opd_steps(s.model, steps, LOSS, o),
         f"Student: it is a LlamaForCausalLM, which has no `tokenizer`; {WRAP}",
     ),
-    "swapped": (lambda s, o, steps: opd_steps(o, steps, LOSS, s), f"Student: it is a AdamW, which has no `named_parameters`; {WRAP}"),
+    "swapped": (lambda s, o, steps: opd_steps(o, steps, LOSS, s), f"Student: it is an AdamW, which has no `named_parameters`; {WRAP}"),
     "no optimizer": (lambda s, o, steps: opd_steps(s, steps, LOSS, 1e-3), "Optimizer: it is a float"),
     "no loss": (lambda s, o, steps: opd_steps(s, steps, "opd", o), "Loss: it is a str"),
     "a class": (
@@ -54,13 +58,14 @@ TRAINING = {
         r"Loss: it is the class ReferenceOPDLoss.*call it: ReferenceOPDLoss\(\)",
     ),
     "a store for steps": (lambda s, o, steps: opd_steps(s, steps.store, LOSS, o), r"Steps: it is a MemoryStore.*pass `batches\(store\)"),
+    "what is not a step": (lambda s, o, steps: next(opd_steps(s, [[1]], LOSS, o)), r"Step: it is a list.*pass `batches\(store\)"),
     "a step for a slice": (lambda s, o, steps: steps[5], r"the index is 5, expected a slice.*`\.step\(60\)`"),
-    "save swapped": (lambda s, o, steps: save_checkpoint("x", o, s, next_step=1, lineage=Lineage()), "Student: it is a AdamW"),
+    "save swapped": (lambda s, o, steps: save_checkpoint("x", o, s, next_step=1, lineage=Lineage()), "Student: it is an AdamW"),
     "save without a folder": (
         lambda s, o, steps: save_checkpoint(3, s, o, next_step=1, lineage=Lineage()),
-        "Folder of checkpoints: it is a int",
+        "Checkpoint: the path is 3, expected text or a Path",
     ),
-    "load swapped": (lambda s, o, steps: load_checkpoint("x", o, s), "Student: it is a AdamW"),
+    "load swapped": (lambda s, o, steps: load_checkpoint("x", o, s), "Student: it is an AdamW"),
     "export swapped": (lambda s, o, steps: s.export("x", Lineage(), s.tokenizer), "Tokenizer to export: it is a Lineage"),
     "export of an identity": (lambda s, o, steps: s.export("x", s.tokenizer, Lineage()), "Tokenizer to export: it is a TokenizerId"),
 }
@@ -99,6 +104,14 @@ DATA = {
         lambda source, scorer, store, prompts: HFScorer("folder", source.tokenizer),
         r"Model: it is str.*load_model",
     ),
+    "rows of a path": (lambda source, scorer, store, prompts: rows_of("x", prompts), f"Store: it is a str.*{OPEN}"),
+    "advantages of a path": (lambda source, scorer, store, prompts: stored_advantages("x"), f"Store: it is a str.*{OPEN}"),
+    "drift of steps": (lambda source, scorer, store, prompts: next(watch_drift([3])), "Metrics: it is an int"),
+    "a number for a round": (lambda source, scorer, store, prompts: next(refresh_every(3, 5)), "Refresh: make_round: it is an int"),
+    "settings in a dict": (
+        lambda source, scorer, store, prompts: HFSource(source.model, source.tokenizer, {"max_new_tokens": 4}),
+        r"HFSource: sampling: it is a dict.*`SamplingParams\(",
+    ),
     "source swapped": (lambda source, scorer, store, prompts: HFSource(source.tokenizer, source.model, PARAMS), "Tokenizer: it is a Llama"),
 }
 
@@ -110,6 +123,12 @@ def test_collecting_scoring_and_evaluating_check_what_they_were_given(case, sour
     with pytest.raises(ModelError if case == "scorer of a folder" else ArgumentError, match=message):
         call(source, scorer, store, prompts)
     assert len(store) == 0
+
+
+@pytest.mark.parametrize("rows", ["abc", [0.5], np.array([True, False]), [[0, 1]]])
+def test_rows_that_are_not_numbers_are_refused_and_a_mask_is_not_taken_for_rows(rows, scored):
+    with pytest.raises(InvalidRecordError, match=r"expected a vector of whole numbers; of a mask pass `np.flatnonzero"):
+        batches(scored, teacher=None, rows=rows)
 
 
 @pytest.mark.parametrize("verifier", [lambda rollout: 1.0, lambda: 1.0, lambda a, b, c: 1.0, None, 0.5])
@@ -174,5 +193,5 @@ def test_what_is_not_a_number_is_refused_by_name(make, message):
 @pytest.mark.parametrize("make", [lambda name: Prompt(name, [1]), lambda name: Rollout(name, [1], [1], [True], "stop")])
 @pytest.mark.parametrize("name", [3, None, b"a", ("a", 1)])
 def test_an_id_that_is_not_text_is_refused_when_the_record_is_made(make, name):
-    with pytest.raises(LopdError, match=r"_id is a \w+, expected a str; pass `str"):
+    with pytest.raises(LopdError, match=r"_id is (an? \w+|None), expected a str; pass `str"):
         make(name)

@@ -13,6 +13,7 @@ from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
+from lopd.records.checks import a_kind
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN, VIRTUAL_COLUMNS, Rollout, Scores
@@ -108,7 +109,7 @@ def check_manifest(owner: str, manifest: object) -> None:
         InvalidRecordError: it is something else.
     """
     if not isinstance(manifest, Manifest):
-        raise InvalidRecordError(f"{owner}: its manifest is a {type(manifest).__name__}, expected a Manifest; pass `source.manifest`.")
+        raise InvalidRecordError(f"{owner}: its manifest is {a_kind(manifest)}, expected a Manifest; pass `source.manifest`.")
 
 
 def check_provenance(owner: str, column: str, stored: Provenance | None, given: Provenance) -> None:

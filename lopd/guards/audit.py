@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import walk
+from lopd.protocols.reading import row_numbers, walk
 from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.identity import ModelId
 from lopd.records.rollouts import ScoredRollout
@@ -89,7 +89,7 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
         InvalidRecordError: there are no columns, no rows, or no tokens that count.
     """
     check_noun(store, LogprobReader)
-    chosen = np.arange(len(store)) if rows is None else np.asarray(rows, np.int64)
+    chosen = np.arange(len(store)) if rows is None else row_numbers(repr(store), rows)
     if not len(columns) or not chosen.size or len(set(columns)) < len(columns):
         raise InvalidRecordError(
             f"Audit: it was given {len(columns)} columns ({len(set(columns))} distinct) and {chosen.size} rollouts, expected at least 1 of each."

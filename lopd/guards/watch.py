@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, SamplerWarning
 from lopd.protocols import LogprobReader, StatesCorrection
+from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import evenly, walk
-from lopd.records.checks import check_at_least, own_numbers
+from lopd.records.checks import check_at_least, check_kind, own_numbers
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
@@ -80,6 +81,7 @@ def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -
     recent: deque[Drift] = deque(maxlen=limits.steps)
     said: set[str] = set()
     for m in metrics:
+        check_kind("Metrics", m, StepMetrics, "pass what `opd_steps` gives")
         if m.drift is None:
             raise InvalidRecordError(
                 f"Step {m.step}: its drift is None, expected a measured one; pass `ref=` to `batches` and a loss that says its log-probs."
@@ -114,6 +116,7 @@ def stored_advantages(
         rows: among which to choose; None for all.
         count: at most so many rollouts.
     """
+    check_noun(store, LogprobReader)
     usable = store.scored(teacher) & store.scored(student)
     chosen = evenly(np.flatnonzero(usable) if rows is None else rows[usable[rows]], count)
     records = walk(store, chosen, (teacher, student))

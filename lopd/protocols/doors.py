@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.protocols import LogprobReader, LogprobStore, OPDLoss, RolloutSource, Student, TeacherScorer
-from lopd.records.checks import check_kind
+from lopd.records.checks import a_kind, check_kind
 from lopd.records.ranks import inner
 from lopd.records.rollouts import Prompt
 
@@ -47,11 +47,9 @@ def check_prompt_list(prompts: Sequence[Prompt]) -> None:
         InvalidRecordError: one is not a `Prompt`, or there are none.
     """
     if not hasattr(prompts, "__getitem__"):
-        raise ArgumentError(f"Prompts: it is a {type(prompts).__name__}, expected a list; pass `list(...)` or `[...]`.")
+        raise ArgumentError(f"Prompts: it is {a_kind(prompts)}, expected a list; pass `list(...)` or `[...]`.")
     wrong = next((prompt for prompt in prompts if not isinstance(prompt, Prompt)), None)
     if wrong is not None:
-        raise InvalidRecordError(
-            f"Prompts: one is a {type(wrong).__name__} ({wrong!r:.40}), expected a Prompt; make them with `lopd.make_prompts`."
-        )
+        raise InvalidRecordError(f"Prompts: one is {a_kind(wrong)} ({wrong!r:.40}), expected a Prompt; make them with `lopd.make_prompts`.")
     if not prompts:
         raise InvalidRecordError("Prompts: there are 0, expected at least 1; check the prompt file.")

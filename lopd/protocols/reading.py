@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from lopd.errors import InvalidRecordError, NoSuchRowError
+from lopd.errors import ArgumentError, InvalidRecordError, NoSuchRowError
 from lopd.protocols import LogprobReader
+from lopd.protocols.doors import check_noun
+from lopd.records.checks import a_kind
 from lopd.records.rollouts import Prompt, ScoredRollout, rollout_id
 from lopd.records.rows import Rows
 
@@ -66,18 +69,33 @@ def walk(
         yield from reader.read(part, columns=columns, top_k=top_k)
 
 
+def row_numbers(owner: str, rows: Any) -> NDArray[np.int64]:
+    """Return rows as (R,) int64.
+
+    Raises:
+        InvalidRecordError: they are not whole numbers; a mask of rows is not.
+    """
+    given = np.asarray(rows)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise InvalidRecordError(
+            f"{owner}: rows have dtype {given.dtype} and shape {given.shape}, expected a vector of whole numbers; of a mask "
+            "pass `np.flatnonzero(...)`."
+        )
+    return given.astype(np.int64, copy=False)
+
+
 def chosen(reader: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
     """The rows that a verb was given, ascending and each once; all of them for None.
 
     Raises:
         NoSuchRowError: a row is not in the store.
-        InvalidRecordError: there are none.
+        InvalidRecordError: there are none, or they are not whole numbers; a mask of rows is not.
     """
     if not len(reader):
         raise InvalidRecordError(f"{reader!r}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
     if rows is None:
         return np.arange(len(reader))
-    unique = np.unique(np.asarray(rows, np.int64))
+    unique = np.unique(row_numbers(repr(reader), rows))
     if not unique.size:
         raise InvalidRecordError(
             f"{reader!r}: 0 rows were chosen, expected at least 1; look whether their prompts were sampled in that round."
@@ -95,7 +113,15 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
         reader: the store.
         prompts: any, also such as were never sampled.
         generations: only of these rounds; None for all.
+
+    Raises:
+        ArgumentError: the store or the prompts are something else.
     """
+    check_noun(reader, LogprobReader)
+    if wrong := [prompt for prompt in prompts if not isinstance(prompt, Prompt)]:
+        raise ArgumentError(
+            f"Prompts: one is {a_kind(wrong[0])} ({wrong[0]!r:.40}), expected a Prompt; make them with `lopd.make_prompts`."
+        )
     rounds = reader.generations if generations is None else generations
     samples = range(reader.manifest.sampling.samples_per_prompt)
     rows = reader.find(

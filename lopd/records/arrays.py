@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError
+from lopd.records.checks import a_kind
 
 Int32Array = NDArray[np.int32]
 Float32Array = NDArray[np.float32]
@@ -27,9 +28,7 @@ def _array(what: str, value: Any, dtype: Any = None) -> NDArray[Any]:
     try:
         return np.asarray(value, dtype=dtype)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidRecordError(
-            f"{what}: numpy cannot read a {type(value).__name__} ({error}); pass a list or an array of numbers."
-        ) from error
+        raise InvalidRecordError(f"{what}: numpy cannot read {a_kind(value)} ({error}); pass a list or an array of numbers.") from error
 
 
 def check_ids(value: Any, dimensions: int) -> NDArray[Any]:

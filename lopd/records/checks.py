@@ -80,6 +80,18 @@ def _scalar(value: Any) -> Any:
     return value.item() if getattr(value, "shape", None) == () else value
 
 
+def a_kind(value: object) -> str:
+    """The type of a value with its article.
+
+    >>> a_kind(3), a_kind("x"), a_kind(None)
+    ('an int', 'a str', 'None')
+    """
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeiou' else 'a'} {name}"
+
+
 def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
     """Refuse an argument that lacks a public name of `kind`, or cannot be called though `kind` can.
 
@@ -100,7 +112,7 @@ def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
     if lacking is None and "__call__" in vars(kind) and not callable(value):
         lacking = "__call__"
     if lacking is not None:
-        raise ArgumentError(f"{owner}: it is a {type(value).__name__}, which has no `{lacking}`; {remedy}.")
+        raise ArgumentError(f"{owner}: it is {a_kind(value)}, which has no `{lacking}`; {remedy}.")
 
 
 def check_call(owner: str, value: object, arguments: str) -> None:
@@ -109,7 +121,7 @@ def check_call(owner: str, value: object, arguments: str) -> None:
     Raises:
         ArgumentError: it is not a function, or takes other arguments.
     """
-    takes = f"a {type(value).__name__}"
+    takes = a_kind(value)
     try:
         if callable(value):
             takes = f"a function of {signature(value)}"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
+from lopd.records.checks import a_kind
 
 _PLAIN = (type(None), bool, int, float, str)
 
@@ -37,7 +38,7 @@ def pack(owner: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {"dict": [[pack(owner, part, tensors) for part in pair] for pair in value.items()]}
     raise InvalidRecordError(
-        f"{owner}: it holds a {type(value).__name__}, expected numbers, text, tensors, and lists or dicts of them; take it out."
+        f"{owner}: it holds {a_kind(value)}, expected numbers, text, tensors, and lists or dicts of them; take it out."
     )
 
 

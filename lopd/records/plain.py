@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lopd.errors import PromptError
+from lopd.records.checks import a_kind
 
 # floats hold every whole number below it
 _EXACT = 2**53
@@ -48,7 +49,7 @@ def _plain_leaf(value: Any, owner: str) -> Any:
         return int(value) if abs(float(value)) < _EXACT and value == int(value) else value
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    raise PromptError(f"{owner}: it holds a {type(value).__name__} ({value!r:.40}), expected what JSON can hold; convert it to text.")
+    raise PromptError(f"{owner}: it holds {a_kind(value)} ({value!r:.40}), expected what JSON can hold; convert it to text.")
 
 
 def _encodable(text: str, owner: str) -> str:

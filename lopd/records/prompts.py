@@ -11,6 +11,7 @@ import numpy as np
 
 from lopd.errors import ContextOverflowError, LopdError, PromptError
 from lopd.records.chat_template import Messages, text_of
+from lopd.records.checks import a_kind
 from lopd.records.optional import need
 from lopd.records.paths import path_or_url, said_of, without_secrets
 from lopd.records.plain import as_id, as_text, plain
@@ -52,7 +53,7 @@ def read_prompts(
         ContextOverflowError: a prompt is longer than `max_tokens`.
     """
     if not isinstance(path, str | os.PathLike):
-        raise PromptError(f"Prompt file: the path is a {type(path).__name__}, expected text or a path; pass records to `make_prompts`.")
+        raise PromptError(f"Prompt file: the path is {a_kind(path)}, expected text or a path; pass records to `make_prompts`.")
     path = path_or_url("Prompt file", path, PromptError)
     owner = f"Prompt file {without_secrets(path)}"
     rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
@@ -120,7 +121,7 @@ def make_prompts(
 def _several(contents: Any) -> list[Any]:
     # a dataset's splits and a frame's columns iterate as text, which would be taken for prompts
     if isinstance(contents, str | Mapping) or hasattr(contents, "columns") or not isinstance(contents, Iterable):
-        what = f"the text {contents!r:.40}" if isinstance(contents, str) else f"a {type(contents).__name__}"
+        what = f"the text {contents!r:.40}" if isinstance(contents, str) else a_kind(contents)
         raise PromptError(
             f"Prompts: they are {what}, expected a list; pass [text], one split of a dataset, rows of a table, or use `read_prompts`."
         )
@@ -136,7 +137,7 @@ def _make(
     for i, record in enumerate(records):
         where = f"{item} {i}"
         if not isinstance(record, Mapping):
-            raise PromptError(f"{where}: it is a {type(record).__name__}, expected a mapping; write one JSON object a line.")
+            raise PromptError(f"{where}: it is {a_kind(record)}, expected a mapping; write one JSON object a line.")
         known = {key: plain(record.get(key), where) for key in (field, "messages", *_KEYS)}
         used = "messages" if known[field] is None else field
         unread.update({key: None for key, value in record.items() if value is not None and key not in {used, *_KEYS}})

@@ -8,6 +8,7 @@ from typing import Any
 
 from lopd.errors import PromptError, PromptWarning
 from lopd.records.chat_template import PROBE, ChatTemplate, Messages, formats_chats
+from lopd.records.checks import a_kind
 from lopd.records.plain import from_json, plain
 
 
@@ -127,9 +128,7 @@ class Rendering:
                 f"{where}: the tokenizer or its chat template raised {type(error).__name__} ({error!s:.200}); mend the record or the template."
             ) from error
         if ids and not isinstance(ids[0], Integral):
-            raise PromptError(
-                f"{where}: the tokenizer gave a {type(ids[0]).__name__}, expected token ids; pass the tokenizer of a processor."
-            )
+            raise PromptError(f"{where}: the tokenizer gave {a_kind(ids[0])}, expected token ids; pass the tokenizer of a processor.")
         return ids
 
     def _tools_in(self, where: str, value: Any) -> list[Any] | None:

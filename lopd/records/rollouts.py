@@ -29,7 +29,7 @@ from lopd.records.arrays import (
     to_mask,
     to_optional_floats,
 )
-from lopd.records.checks import check_at_least
+from lopd.records.checks import a_kind, check_at_least
 
 FinishReason = Literal["stop", "length"]
 #: Virtual columns: what the sampling engine reported, kept in the rollouts themselves.  A score column cannot have the name of the second,
@@ -63,7 +63,7 @@ class Prompt:
 
 def _check_id(owner: str, name: str, value: object) -> None:
     if not isinstance(value, str):
-        raise InvalidRecordError(f"{owner} {value!r:.80}: {name} is a {type(value).__name__}, expected a str; pass `str(...)` of it.")
+        raise InvalidRecordError(f"{owner} {value!r:.80}: {name} is {a_kind(value)}, expected a str; pass `str(...)` of it.")
 
 
 def rollout_id(prompt_id: str, sample: int, generation: int) -> str:

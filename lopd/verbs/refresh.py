@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import rows_of
-from lopd.records.checks import check_at_least
+from lopd.records.checks import check_at_least, check_call
 from lopd.records.rollouts import Prompt
 from lopd.records.steps import StepMetrics
 from lopd.verbs.collect import collect_rollouts
@@ -53,6 +53,7 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
     Raises:
         InvalidRecordError: `steps` is less than 1, or `start` than 0.
     """
+    check_call("Refresh: make_round", make_round, "generation,first")
     steps = check_at_least("Refresh", "steps", steps, 1)
     start = check_at_least("Refresh", "start", start, 0)
     for generation in count(start // steps):
@@ -78,6 +79,8 @@ def refresh_when(
     Raises:
         InvalidRecordError: `start` or `generation` is less than 0.
     """
+    check_call("Refresh: stale", stale, "metrics")
+    check_call("Refresh: make_round", make_round, "generation,first")
     start = check_at_least("Refresh", "start", start, 0)
     generation = check_at_least("Refresh", "generation", generation, 0)
     for current in count(generation):

@@ -16,6 +16,7 @@ from lopd.guards.first_step import Movement, at_full_rate, judge_distance, judge
 from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import OPDLoss, Student
 from lopd.protocols.doors import check_noun
+from lopd.records.checks import a_kind, check_kind
 from lopd.records.drift import DriftMeter, TokenLogprobs
 from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
 from lopd.records.steps import Batch, LossOutput, Step, StepMetrics
@@ -66,7 +67,7 @@ def opd_steps(
     for value, noun in ((student, Student), (loss, OPDLoss), (optimizer, Optimizer)):
         check_noun(value, noun)
     if not isinstance(steps, Iterable):
-        raise ArgumentError(f"Steps: it is a {type(steps).__name__}, expected steps one after the other; pass `batches(store)[:150]`.")
+        raise ArgumentError(f"Steps: it is {a_kind(steps)}, expected steps one after the other; pass `batches(store)[:150]`.")
     check_summed(student, ranks)
     trained = _trained_parameters(student)
     _check_optimizer(optimizer, list(trained.values()))
@@ -81,6 +82,7 @@ def _train(
     judged, device = False, next(iter(trained.values())).device.type
     for place_of_step, step in enumerate(steps):
         started = perf_counter()
+        check_kind("Step", step, Step, "pass `batches(store)[:150]`")
         if step.vocab_hash is not None:
             check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
         if place_of_step == 0:
@@ -140,7 +142,7 @@ def _trained_parameters(student: Student | DistributedDataParallel) -> dict[str,
 
 def _check_output(loss: OPDLoss, output: object) -> None:
     if not isinstance(output, LossOutput) or not output.loss_sum.requires_grad:
-        what = "a loss without a gradient" if isinstance(output, LossOutput) else f"a {type(output).__name__}"
+        what = "a loss without a gradient" if isinstance(output, LossOutput) else a_kind(output)
         raise InvalidRecordError(f"Loss {type(loss).__name__}: it gave {what}, expected a LossOutput whose loss_sum can be differentiated.")
 
 

@@ -17,7 +17,7 @@ from lopd.engines.identity import check_unchanged, identify, local_folder, model
 from lopd.engines.inputs import check_prompts, in_order, make_rollout, stop_ids, stream_seed
 from lopd.engines.probes import check_scoring
 from lopd.errors import ContextOverflowError
-from lopd.records.checks import check_at_least, own_numbers
+from lopd.records.checks import check_at_least, check_kind, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, rollout_id
@@ -66,6 +66,7 @@ class HFSource:
         return cls(model, tokenizer, sampling, Lineage.read(local_folder(folder, weights=False)))
 
     def __attrs_post_init__(self) -> None:
+        check_kind("HFSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
         own_numbers(self, "HFSource")
         check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
         check_scoring(self.model, self.tokenizer_id.vocab_size)

@@ -24,7 +24,7 @@ from lopd.engines.server.servers import Probe, Servers
 from lopd.engines.server.wire import ModeJudge, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
 from lopd.engines.workers import Request
 from lopd.errors import InvalidRecordError
-from lopd.records.checks import check_at_least, own_numbers
+from lopd.records.checks import check_at_least, check_kind, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.optional import need
@@ -148,6 +148,7 @@ class ServerSource:
             return cls(servers, tokenizer, identity, sampling, _eos_ids(path, tokenizer), Lineage.read(path))
 
     def __attrs_post_init__(self) -> None:
+        check_kind("ServerSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
         if not self.stop_ids:
             raise InvalidRecordError(
                 "ServerSource: eos_ids and sampling.stop_ids are empty, expected ids that end a response; "

@@ -33,7 +33,7 @@ from lopd.engines.supports import entries, look_up, make_scores
 from lopd.engines.vllm.engine import VLLMEngine, import_vllm
 from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import ContextOverflowError, EngineError, ModelError
-from lopd.records.checks import check_number
+from lopd.records.checks import check_kind, check_number
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
@@ -81,6 +81,7 @@ class VLLMSource:
         return cls(engine, tokenizer, sampling, Lineage.read(engine.folder))
 
     def __attrs_post_init__(self) -> None:
+        check_kind("VLLMSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
         _check_purpose("VLLMSource", self.engine, scoring=False)
         temperature = self.sampling.temperature
         # vLLM would raise it to that
