@@ -323,7 +323,7 @@ def test_a_role_whose_text_the_template_leaves_out_is_doubted():
         ),
         (pa.table({"prompt": ["a"]}).to_pandas(), r"they are a DataFrame, expected a list; .*rows of a table"),
         (pa.table({"prompt": ["a"]}), r"they are a Table, expected a list"),
-        (5, r"they are a int, expected a list"),
+        (5, r"they are an int, expected a list"),
         (ask("a"), r"Prompt number 0: 'prompt' is None"),
     ],
 )
