@@ -26,6 +26,7 @@ from lopd.engines.derived import changed_buffers
 from lopd.engines.effective import Weight, effective_weights
 from lopd.engines.stored import StoredModel, stored_places
 from lopd.errors import EngineError, LopdError, ModelError
+from lopd.records.checks import check_kind
 from lopd.records.identity import ModelId, hash_function
 from lopd.records.manifest import refuse_store
 from lopd.records.paths import local_path
@@ -91,6 +92,8 @@ class Identified:
 
 def identify(model: Any, identity: ModelId | None) -> Identified:
     """The identity that was stated, or that of the model with the version of its function, for `check_unchanged`."""
+    if identity is not None:
+        check_kind("Model: identity", identity, ModelId, "pass `model_id(model)`, or `ModelId(name, commit, dtype)`")
     return Identified(identity, None) if identity else Identified(model_id(model), function_version(model))
 
 

@@ -120,9 +120,11 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
 
     Raises:
         TokenizerMismatchError: the teacher's token-to-id map is not the student's.
+        ContextOverflowError: a rollout is longer than the context of one of them.
     """
     ours = student.tokenizer_id
     check_vocabulary("Teacher", teacher.tokenizer_id, "the student's", ours)
+    check_rollouts(rollouts, ours, min(context_length(student.model), context_length(teacher.model)))
     sums = np.zeros(len(rollouts))
     models = student.model, teacher.model
     heads = [lm_head(model, ours.vocab_size).float() for model in models]

@@ -67,6 +67,7 @@ class HFSource:
 
     def __attrs_post_init__(self) -> None:
         check_kind("HFSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
+        check_kind("HFSource: lineage", self.lineage, Lineage, "pass `Lineage(sft_teacher=...)`, or leave it out")
         own_numbers(self, "HFSource")
         check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
         check_scoring(self.model, self.tokenizer_id.vocab_size)
