@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from s3_server import S3Server
 from served_table import MODEL, TOKENIZER
 
@@ -16,7 +17,8 @@ from lopd.backends.files import cloud
 from lopd.backends.lance import LanceStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
-from lopd.engines import pool
+from lopd.engines import identity, pool
+from lopd.engines.identity import local_folder
 from lopd.engines.server import Servers, ServerScorer
 from lopd.errors import EngineError, InvalidRecordError, LopdError, StorePathError, StoreReadError
 from lopd.records import waiting
@@ -179,3 +181,15 @@ def test_a_long_wait_for_a_storage_says_so_once_and_a_short_one_does_not(
         )
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert said == ["Store s3://lopd/run: waiting for its storage to answer, for up to 0 s"]
+
+
+@pytest.mark.parametrize(("kind", "error"), [("closed", "ConnectError"), ("silent", "ReadTimeout")])
+def test_a_hub_that_does_not_answer_is_asked_once(
+    kind: str, error: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://{request.getfixturevalue(kind)}")
+    monkeypatch.setattr(identity, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(identity, "snapshot_download", lambda *_, **__: pytest.fail("it was asked for files"))
+    with pytest.raises(EngineError, match=rf"Model 'somebody/model': it cannot be loaded \({error} of http://127"):
+        local_folder("somebody/model")

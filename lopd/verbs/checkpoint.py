@@ -108,10 +108,11 @@ def save_checkpoint(
 
 
 def _check_arguments(folder: str | Path, student: object, optimizer: object) -> Path:
+    path = local_path("Checkpoint", folder, CheckpointError)
     check_noun(student, Student)
     if optimizer is not None:
         check_noun(optimizer, Optimizer)
-    return local_path("Checkpoint", folder, CheckpointError)
+    return path
 
 
 def _superseded(others: Collection[Path], final: Path, keep: int | None) -> list[Path]:
