@@ -61,6 +61,16 @@ def test_a_missing_bucket_is_named_at_once(s3: S3Server, look: str) -> None:
     assert "xml" not in str(caught.value)
 
 
+@pytest.mark.s3
+@pytest.mark.parametrize("allowed", ["true", "1"])
+def test_what_the_environment_allows_holds_at_the_first_request_too(s3: S3Server, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.storage_options.items():
+        monkeypatch.setenv(name.upper() if name.startswith("aws_") else f"AWS_{name.upper()}", allowed if value == "true" else value)
+    url = s3.new_url()
+    ZarrStore.create(url, tiny_manifest())
+    assert len(open_store(url)) == 0
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", ["closed", "silent"])
 def test_an_endpoint_that_does_not_answer_is_said_soon(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
