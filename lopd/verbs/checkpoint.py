@@ -110,12 +110,13 @@ def save_checkpoint(
 
 
 def _check_arguments(folder: str | Path, student: object, optimizer: object, steps: object) -> Path:
+    path = local_path("Checkpoint", folder, CheckpointError)
     check_noun(student, Student)
     if optimizer is not None:
         check_noun(optimizer, Optimizer)
     if steps is not None:
         check_kind("Steps", steps, Described, "pass what `lopd.batches` gave, or a slice of it")
-    return local_path("Checkpoint", folder, CheckpointError)
+    return path
 
 
 def _superseded(others: Collection[Path], final: Path, keep: int | None) -> list[Path]:
