@@ -13,6 +13,7 @@ from lopd import (
     FusedOPDLoss,
     LanceStore,
     ModelId,
+    Prompt,
     ZarrStore,
     batches,
     load_checkpoint,
@@ -78,6 +79,17 @@ def test_a_norm_that_would_turn_or_spoil_gradients_is_refused(norm, small, score
     student, optimizer = small
     with pytest.raises(InvalidRecordError, match="max_grad_norm is"):
         opd_steps(student, batches(scored, rollouts_per_step=4, ref="behavior")[:1], FusedOPDLoss(), optimizer, max_grad_norm=norm)
+
+
+def test_a_list_of_teachers_is_no_teacher(scored):
+    with pytest.raises(ArgumentError, match="Teacher: it is a list, expected the name of a column"):
+        batches(scored, teacher=["teacher"])
+
+
+@pytest.mark.parametrize("wrong", [{"text": 3}, {"answer": 3}, {"answer": 1.0}])
+def test_a_text_or_answer_that_no_response_equals_is_refused(wrong):
+    with pytest.raises(InvalidRecordError, match=r"Prompt 'p': (text|answer) is an? \w+, expected a str"):
+        Prompt("p", [1], **wrong)
 
 
 def test_the_name_of_a_consistency_policy_is_not_one(scored):
