@@ -105,7 +105,7 @@ def test_tensors_that_share_memory_are_saved(small, llama, tmp_path):
 
 def test_what_cannot_be_saved_is_named_and_nothing_is_written(small, tmp_path):
     small[1].param_groups[0]["schedule"] = object()
-    with pytest.raises(InvalidRecordError, match="AdamW 'schedule': it holds a object, expected numbers"):
+    with pytest.raises(InvalidRecordError, match="AdamW 'schedule': it holds an object, expected numbers"):
         save_checkpoint(tmp_path, *small, next_step=1, lineage=Lineage())
     assert not list(tmp_path.iterdir())
 
