@@ -188,6 +188,10 @@ SOURCE_MISTAKES: dict[str, tuple[Change, str]] = {
     ),
     "samples in another order": (lambda s, p, rs: rs[::-1], "test_each_prompt_has_its_samples_in_order"),
     "one lost": (lambda s, p, rs: rs[:-1], "test_each_prompt_has_its_samples_in_order"),
+    "the sampler's log-probs where they are the policy's own": (
+        lambda s, p, rs: [evolve(r, sampler_logprobs=r.behavior_logprobs) for r in rs],
+        "test_log_probs_of_the_sampler_come_where_it_draws_from_another_distribution",
+    ),
     "the round is forgotten": (lambda s, p, rs: [evolve(r, generation=0) for r in rs], "test_each_prompt_has_its_samples_in_order"),
     "the round has no numbers of its own": (
         lambda s, p, rs: resampled(s, p),

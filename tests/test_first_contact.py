@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 from s3_server import S3Server
 from served_table import MODEL, TOKENIZER
 
@@ -16,7 +17,8 @@ from lopd.backends.files import cloud
 from lopd.backends.lance import LanceStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
-from lopd.engines import pool
+from lopd.engines import identity, pool
+from lopd.engines.identity import local_folder
 from lopd.engines.server import Servers, ServerScorer
 from lopd.errors import EngineError, InvalidRecordError, LopdError, StorePathError, StoreReadError
 from lopd.records import waiting
@@ -57,6 +59,16 @@ def test_a_missing_bucket_is_named_at_once(s3: S3Server, look: str) -> None:
     with pytest.raises(StorePathError, match="Store s3://nobodys/run: there is no such bucket; create it, or check its name") as caught:
         LOOKS[look]("s3://nobodys/run", s3.storage_options)
     assert "xml" not in str(caught.value)
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("allowed", ["true", "1"])
+def test_what_the_environment_allows_holds_at_the_first_request_too(s3: S3Server, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.storage_options.items():
+        monkeypatch.setenv(name.upper() if name.startswith("aws_") else f"AWS_{name.upper()}", allowed if value == "true" else value)
+    url = s3.new_url()
+    ZarrStore.create(url, tiny_manifest())
+    assert len(open_store(url)) == 0
 
 
 @pytest.mark.timeout(20)
@@ -179,3 +191,15 @@ def test_a_long_wait_for_a_storage_says_so_once_and_a_short_one_does_not(
         )
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert said == ["Store s3://lopd/run: waiting for its storage to answer, for up to 0 s"]
+
+
+@pytest.mark.parametrize(("kind", "error"), [("closed", "ConnectError"), ("silent", "ReadTimeout")])
+def test_a_hub_that_does_not_answer_is_asked_once(
+    kind: str, error: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://{request.getfixturevalue(kind)}")
+    monkeypatch.setattr(identity, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(identity, "snapshot_download", lambda *_, **__: pytest.fail("it was asked for files"))
+    with pytest.raises(EngineError, match=rf"Model 'somebody/model': it cannot be loaded \({error} of http://127"):
+        local_folder("somebody/model")

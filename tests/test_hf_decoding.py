@@ -10,6 +10,8 @@ import transformers
 from hf_parts import source_of
 
 from lopd import MemoryStore, collect_rollouts
+from lopd.engines import structure
+from lopd.engines.hf import probing
 from lopd.engines.hf.probing import check_sampling
 from lopd.engines.hf.texts import Way, select_rows
 from lopd.errors import ContextOverflowError, ModelError, ModelWarning, RefusedPromptsWarning
@@ -136,29 +138,44 @@ def test_each_family_is_decoded_in_the_fastest_way_that_is_right(name, dtype, fa
 # --- the probe ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_without_a_right_cache_is_named_once_with_the_cause(family, tokenizer):
+def test_a_model_without_a_right_cache_is_named_with_the_cause_when_a_source_is_made(family, tokenizer):
     model = copy.deepcopy(family("rwkv"))
-    with pytest.warns(
-        ModelWarning, match=r"Model RwkvForCausalLM: decoding with a cache.* gives other log-probs .*right but slow; sample with vLLM"
-    ):
-        source_of(model, tokenizer)
+    for _ in range(2):
+        with pytest.warns(
+            ModelWarning, match=r"Model RwkvForCausalLM: decoding with a cache.* gives other log-probs .*right but slow; sample with vLLM"
+        ):
+            source = source_of(model, tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        source_of(model, tokenizer).sample([Prompt("p", [5, 6])])
+        source.sample([Prompt("p", [5, 6])])
         source_of(family("llama"), tokenizer)
 
 
-def test_a_model_is_probed_once_and_again_with_another_attention(family, tokenizer):
-    model, calls = copy.deepcopy(family("llama")), []
-    model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
-    costs = []
-    for attention in ("sdpa", "sdpa", "eager"):
-        model.set_attn_implementation(attention)
-        before = len(calls)
+def test_models_of_one_structure_are_probed_once_and_again_with_another_attention_or_setting(family, monkeypatch):
+    probed = []
+    monkeypatch.setattr(probing, "_first_right", lambda model, _: probed.append(model) or (Way.PADDED, []))
+    monkeypatch.setattr(structure, "_of_all", {})
+    first, second = copy.deepcopy(family("llama")), copy.deepcopy(family("llama"))
+    with torch.no_grad():
+        second.lm_head.weight.add_(1.0)
+    for model in (first, second, first):
         check_sampling(model, VOCAB)
-        costs.append(len(calls) - before)
-    assert costs[0] == costs[2] > 0
-    assert costs[1] == 0
+    assert probed == [first]
+    second.model.layers[0].self_attn.scaling = 0.5
+    check_sampling(second, VOCAB)
+    first.set_attn_implementation("eager")
+    check_sampling(first, VOCAB)
+    first.double()
+    check_sampling(first, VOCAB)
+    first.model.layers[0].forward = first.model.layers[0].forward
+    for model in (first, first):
+        check_sampling(model, VOCAB)
+    third = copy.deepcopy(second)
+    third.__class__ = type("Mine", (type(third),), {})
+    for model in (third, third, copy.deepcopy(third)):
+        check_sampling(model, VOCAB)
+    assert [id(model) for model in probed[:-1]] == list(map(id, [first, second, first, first, first, third]))
+    assert len(probed) == 7, "each object with code of its own"
 
 
 def test_a_model_that_no_way_decodes_right_is_refused_with_the_cause_and_the_next_step(family):
@@ -175,8 +192,11 @@ def test_a_model_that_no_way_decodes_right_is_refused_with_the_cause_and_the_nex
 
 def test_prompts_of_unlike_length_share_no_batch_where_padding_is_wrong(family, tokenizer, prompts):
     model, lengths = copy.deepcopy(family("mamba")), []
+    model.get_decoder().register_forward_hook(
+        lambda _m, a, kwargs, _o: lengths.append(tuple(kwargs.get("input_ids", *a[:1]).shape)), with_kwargs=True
+    )
     source = source_of(model, tokenizer, max_new_tokens=1, samples_per_prompt=2)
-    model.get_decoder().register_forward_hook(lambda _m, _a, kwargs, _o: lengths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    lengths.clear()  # those of its probes
     source.sample(prompts)
     assert sorted(lengths) == [(2, 1), (2, 2), (2, 3), (2, 8), (2, 11), (4, 5)]
 

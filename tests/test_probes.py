@@ -74,7 +74,10 @@ def test_scales_and_caps_have_many_names(name, fields, tokenizer, rollouts, full
     assert_scores_are_those_of_the_whole_model(odd_model(name, **fields), tokenizer, rollouts, full_logprobs)
 
 
-def test_a_prepared_model_is_read_without_the_autocast_around_it(llama, tokenizer, rollouts):
+def test_a_prepared_model_is_read_without_the_autocast_around_it(llama, tokenizer, rollouts, monkeypatch):
+    # accelerate keeps one state for the process, which another test may have made
+    monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", {})
+    monkeypatch.setattr(accelerate.state.PartialState, "_shared_state", {})
     plain = HFScorer(llama, tokenizer).score(rollouts)
     prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(copy.deepcopy(llama))
     for before, after in zip(plain, HFScorer(prepared, tokenizer).score(rollouts), strict=True):

@@ -66,6 +66,15 @@ def test_an_end_in_the_text_or_of_a_template_without_a_generation_prompt_is_doub
     assert doubts(lambda: make_prompts(["hi"], byte_tokenizer(STRICT)))[1] == [], "its generation prompt is the end of the user's turn"
 
 
+def test_the_end_of_an_answer_is_doubted_also_where_it_is_not_eos():
+    _, sentences = doubts(lambda: make_prompts(["hi"], byte_tokenizer(CLOSED, eos="</s>")))
+    (sentence,) = sentences
+    assert sentence.startswith("Prompt number 0: it ends with '<|im_end|>'")
+    for template in (CHATML, DATED, STRICT):
+        found = doubts(lambda: make_prompts(["hi"], byte_tokenizer(template, eos="<|pad|>"), date=datetime.date(2026, 1, 2)))[1]  # noqa: B023
+        assert not [sentence for sentence in found if "ends with" in sentence]
+
+
 @pytest.mark.parametrize(
     ("template", "mark", "text"),
     [

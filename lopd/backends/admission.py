@@ -5,8 +5,8 @@ Pure functions: a store passes in what it knows and gets back what is new, so th
 """
 
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from attrs import evolve
@@ -19,6 +19,7 @@ from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN, VIRTUAL_COLUMNS, Rollout, Scores
 from lopd.records.rows import Rows
 
+R = TypeVar("R", Rollout, Scores)
 # No separators, no leading dot, no name that Zarr keeps for itself: a column becomes a folder in some stores.
 _COLUMN_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", re.IGNORECASE)
 
@@ -70,6 +71,19 @@ def _check_ids(rollouts: Sequence[Rollout], vocab_size: int) -> None:
                 )
 
 
+def listed(owner: str, records: Iterable[R], kind: type[R]) -> list[R]:
+    """The records as a list: an iterator would be used up before they are written.
+
+    Raises:
+        InvalidRecordError: they are something else.
+    """
+    found = list(records) if isinstance(records, Iterable) else None
+    if found is None or not all(isinstance(record, kind) for record in found):
+        wrong = records if found is None else next(record for record in found if not isinstance(record, kind))
+        raise InvalidRecordError(f"{owner}: it was given {a_kind(wrong)}, expected a list of {kind.__name__} objects; pass `[...]`.")
+    return found
+
+
 def check_generation(owner: str, generation: int, stored: ModelId | None, given: ModelId) -> None:
     """Refuse another policy in a round that was begun.
 
@@ -90,7 +104,7 @@ def check_column(owner: str, column: str) -> None:
     Raises:
         InvalidRecordError: other characters than letters, digits, `_`, `-`, `.`; a leading dot; `zarr.json`; or the reserved `behavior`.
     """
-    if not _COLUMN_NAME.fullmatch(column):
+    if not isinstance(column, str) or not _COLUMN_NAME.fullmatch(column):
         raise InvalidRecordError(
             f"{owner}: the column name is {column!r}, expected 1 to 128 letters, digits, '_', '-' or '.', "
             "no '.' in front, and not 'zarr.json'; rename it."

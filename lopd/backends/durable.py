@@ -224,6 +224,7 @@ class DurableBase(ABC, Generic[S, W]):
 
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts, durably; those already there are skipped.  Refreshes."""
+        rollouts = admission.listed(self._owner, rollouts, Rollout)
         ids, vocab_size = [rollout.rollout_id for rollout in rollouts], self.manifest.tokenizer.vocab_size
         try:
             while True:
@@ -239,6 +240,7 @@ class DurableBase(ABC, Generic[S, W]):
 
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         """Add one model's scores, durably; rows already scored are skipped.  Refreshes."""
+        scores = admission.listed(self._owner, scores, Scores)
         admission.check_column(self._owner, column)
         try:
             while True:

@@ -115,6 +115,7 @@ class MemoryStore:
 
     def append(self, rollouts: Sequence[Rollout], /) -> None:
         """Add rollouts; those already there are skipped."""
+        rollouts = admission.listed("MemoryStore", rollouts, Rollout)
         known = {r.rollout_id: self._rollouts[self._rows[r.rollout_id]].content_hash for r in rollouts if r.rollout_id in self._rows}
         vocab_size = self._manifest.tokenizer.vocab_size
         for rollout in admission.new_rollouts("MemoryStore", rollouts, vocab_size=vocab_size, generations=self._generations, known=known):
@@ -123,6 +124,7 @@ class MemoryStore:
 
     def append_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], /) -> None:
         """Add one model's scores; rows already scored are skipped."""
+        scores = admission.listed("MemoryStore", scores, Scores)
         admission.check_column("MemoryStore", column)
         admission.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
         there = {s.rollout_id: self._rollouts[self._rows[s.rollout_id]] for s in scores if s.rollout_id in self._rows}

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,7 +71,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
         StoreWriteError: the disk refused.
     """
     owner, folder = f"Export {folder}", folder.expanduser().resolve()
-    fresh = folder.with_name(f".{folder.name}.partial")
+    fresh = folder.parent / f".{folder.name}.partial"
     with _saving(owner, "it"):
         try:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -126,12 +126,12 @@ def _exported(folder: Path) -> set[str]:
 
 def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path) -> None:
     """Give a whole export its name; where that would replace what no export wrote, give it another name, and say so."""
-    old = folder.with_name(f".{folder.name}.old")
+    old = folder.parent / f".{folder.name}.old"
     if old.exists() and not folder.exists():  # an exchange by two moves was cut short between them
         old.rename(folder)
     objection = _objection(model, folder, written) if folder.exists() else None
     if objection is not None:
-        aside = folder.with_name(f"{folder.name}-export")
+        aside = folder.parent / f"{folder.name}-export"
         _place(owner, model, fresh, written, aside)
         raise StoreExistsError(f"{owner}: {objection}; the student was written to {aside}, move it, or move away what is there.")
     _carry(folder, fresh)
@@ -147,6 +147,8 @@ def _objection(model: Any, folder: Path, written: list[str]) -> str | None:
     """Why an export of these files must not replace this folder, in a clause."""
     if not folder.is_dir():
         return "it is a file, expected a folder"
+    if _holds_this_process(folder):
+        return "it is the working directory, or holds it, and programs that run in it would lose it"
     bases = [config.base_model_name_or_path for config in getattr(model, "peft_config", {}).values()]
     if any(base and Path(base).expanduser().resolve() == folder for base in bases):
         return "it holds the model that the adapters are for"
@@ -158,6 +160,12 @@ def _objection(model: Any, folder: Path, written: list[str]) -> str | None:
     if (folder / "zarr.json").exists() or (root.exists() and "opd_teacher" not in root.read_text(errors="replace")):
         return "it is a store"
     return None
+
+
+def _holds_this_process(folder: Path) -> bool:
+    with suppress(OSError):  # where the working directory is gone already
+        return Path.cwd().is_relative_to(folder)
+    return False
 
 
 def _carry(folder: Path, fresh: Path) -> None:

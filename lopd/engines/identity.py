@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from attrs import define
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,6 +31,8 @@ from lopd.records.identity import ModelId, hash_function
 from lopd.records.manifest import refuse_store
 from lopd.records.paths import local_path
 
+#: Seconds for the hub to answer at all.
+_PATIENCE_S = 10.0
 _DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -197,12 +199,27 @@ def looking_for(name: str | Path) -> Iterator[Path]:
         EngineError: there is no such folder, no such model in the hub or its cache, or it cannot be read.
     """
     found = find_model(name)
+    if not found.exists():
+        _reach_hub(name)
     try:
         yield found
     except LopdError:
         raise
     except (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
         raise _not_loaded(name, (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")) from error
+
+
+def _reach_hub(name: str | Path) -> None:
+    """Ask the hub once for a model that is not in its cache: huggingface_hub tries each file for most of a minute."""
+    described = (try_to_load_from_cache(str(name), file) for file in ("config.json", "adapter_config.json"))
+    if constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in described):
+        return
+    try:
+        HfApi().model_info(str(name), timeout=_PATIENCE_S)
+    except Exception as error:  # of the hub, or of its HTTP library
+        raise _not_loaded(
+            name, f"{type(error).__name__} of {constants.ENDPOINT}: {str(error).strip().splitlines()[0]}".rstrip(".")
+        ) from error
 
 
 def _not_loaded(name: str | Path, reason: str) -> EngineError:

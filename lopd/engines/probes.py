@@ -24,6 +24,7 @@ from lopd.engines.causal_lm import (
     unwrap,
 )
 from lopd.engines.conditions import check_causal_lm, keep_caps, randomly
+from lopd.engines.structure import once
 from lopd.errors import LopdError, ModelError
 
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
@@ -36,7 +37,7 @@ def check_scoring(model: Any, vocab_size: int) -> None:
     """Compare the model cut below its head with the whole model, and rollouts in one batch with each alone.
 
     This finds what no list of model classes can: another scale or cap on the logits, a model that looks ahead, a result that depends on what
-    shares the batch, also beyond a window or a rope border.  A few short forwards.
+    shares the batch, also beyond a window or a rope border.  A few short forwards, once for models of one structure.
 
     Warns:
         ModelWarning: its attention was set to "eager", since it drops a cap on attention scores.
@@ -44,7 +45,8 @@ def check_scoring(model: Any, vocab_size: int) -> None:
     Raises:
         ModelError: the model cannot be scored here; it names the cause and the next step.
     """
-    _check(model, vocab_size, "scoring", row_hidden_states)
+    probe = _prepare(model, vocab_size, "scoring", row_hidden_states)
+    once(("scoring", vocab_size), model, lambda: _check(probe))
 
 
 def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = None) -> None:
@@ -56,7 +58,13 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
     Raises:
         ModelError: the model cannot be trained here; it names the cause and the next step.
     """
-    probe = _check(model, vocab_size, "training", packed_hidden_states)
+    probe = _prepare(model, vocab_size, "training", packed_hidden_states)
+    once(("training", vocab_size, autocast), model, lambda: _check_training(probe, autocast))
+
+
+def _check_training(probe: "_Probe", autocast: torch.dtype | None) -> None:
+    _check(probe)
+    model = probe.model
     with torch.no_grad(), evaluating(model), randomly(model), refusing(model, "training"):
         ids_S = probe.rows()[0]
         probe.check_mode(ids_S)
@@ -66,13 +74,20 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
             probe.cut([ids_S])
 
 
-def _check(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> "_Probe":
+def _prepare(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> "_Probe":
+    """What has to be looked at in each model: its attention, its head, and whether its weights are numbers."""
     probe = _Probe(model, vocab_size, ability, hidden)
     with refusing(model, ability):
         check_causal_lm(model)
         keep_caps(model)
         lm_head(model, vocab_size)
     with torch.no_grad(), evaluating(model), refusing(model, ability):
+        probe.check_finite(probe.cut(probe.rows()[:1]))
+    return probe
+
+
+def _check(probe: "_Probe") -> None:
+    with torch.no_grad(), evaluating(probe.model), refusing(probe.model, probe.ability):
         rows = probe.rows()
         alone = [probe.whole(ids) for ids in rows]
         longest_SV = probe.cut(rows[-1:])
@@ -81,7 +96,6 @@ def _check(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> "_Prob
         together = probe.cut(rows).split([len(logits_SV) for logits_SV in alone])
         for place in range(len(rows)):
             probe.check_alone(rows, place, together[place], alone[place])
-    return probe
 
 
 @frozen(eq=False)
@@ -121,8 +135,7 @@ class _Probe:
         if not torch.equal(possible_NV, whole_NV != -torch.inf):
             self.refuse("it rules out tokens that its head does not")
         cut_N, whole_N = cut_NV[possible_NV].double(), whole_NV[possible_NV].double()
-        if not bool(cut_N.isfinite().all() and whole_N.isfinite().all()):
-            self.refuse("its logits are not finite", "check its weights, or load it in another dtype")
+        self.check_finite(cut_N, whole_N)
         slope, offset = _fit(cut_N, whole_N)
         size, (fine, coarse) = float(whole_N.abs().max()), self.tolerances
         rest = float((whole_N - slope * cut_N - offset).abs().max())
@@ -133,6 +146,11 @@ class _Probe:
             )
         if abs(slope - 1) > fine or abs(offset) > fine * size:
             self.refuse(f"its logits are {slope:.5g} times those of its head plus {offset:.3g}, by no field that lopd knows")
+
+    def check_finite(self, *logits: Tensor) -> None:
+        """Logits are numbers, but for those of tokens that the head rules out."""
+        if any(bool((part.isnan() | (part == torch.inf)).any()) for part in logits):
+            self.refuse("its logits are not finite", "check its weights, or load it in another dtype")
 
     def check_order(self, ids_S: Tensor, cut_SV: Tensor) -> None:
         """A later token changes no logit of an earlier one."""

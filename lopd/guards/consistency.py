@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from enum import Enum
 
-from lopd.errors import TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
+from lopd.errors import ArgumentError, TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
 from lopd.protocols import TeacherScorer
 from lopd.records.identity import HasVocabulary, TokenizerId, mixture_id
 from lopd.records.manifest import Lineage, Manifest, Provenance
@@ -35,8 +35,13 @@ def check_teacher_consistency(
     Several teachers pass together if the recorded SFT teacher is a mixture of just these; else each is judged alone.
 
     Raises:
+        ArgumentError: the policy is something else, such as its name.
         TeacherConsistencyError: another teacher, or an unknown one, under policy ERROR, or under RESIDUALISE if its scores are raw.
     """
+    if not isinstance(policy, ConsistencyPolicy):
+        raise ArgumentError(
+            f"Consistency: it is {policy!r:.80}, expected a ConsistencyPolicy; pass `lopd.ConsistencyPolicy.WARN` or another."
+        )
     for teacher, wrong in zip(teachers, inconsistencies(manifest, teachers), strict=True):
         if wrong is None or (policy is ConsistencyPolicy.RESIDUALISE and teacher.residual):
             continue

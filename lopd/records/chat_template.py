@@ -60,6 +60,8 @@ class ChatTemplate:
         text, parts = (self._written(content) for content in (PROBE, [{"type": "text", "text": PROBE}])) if self._source else ("", "")
         self._wants_parts = PROBE not in text and PROBE in parts
         self._reads_parts = self._wants_parts or text == parts != ""
+        #: What the template writes behind an answer.
+        self.answer_end = self._end() if self._source else ""
         mark = text.partition(PROBE)[2].strip()
         marks = [*special, mark] if len(mark) >= _SHORTEST_MARK else list(special)
         self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
@@ -102,7 +104,7 @@ class ChatTemplate:
         if "strftime_now" in self._words:
             given.setdefault("strftime_now", self._strftime)
         messages = [{**message, "content": self._content(message)} if "content" in message else dict(message) for message in messages]
-        return self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, **given, **how)
+        return self._tokenizer.apply_chat_template(messages, **{"add_generation_prompt": True, **given, **how})
 
     def _content(self, message: Mapping[str, Any]) -> Any:
         content = message["content"]
@@ -116,6 +118,14 @@ class ChatTemplate:
             return str(self._apply([{"role": "user", "content": content}], None, {}, tokenize=False))
         except Exception:  # a template may refuse such a message; what it raises for a prompt is reported there
             return ""
+
+    def _end(self) -> str:
+        messages = [{"role": role, "content": PROBE} for role in ("user", "assistant")]
+        try:
+            text = str(self._apply(messages, None, {}, tokenize=False, add_generation_prompt=False))
+        except Exception:  # a template may refuse them
+            return ""
+        return text.rpartition(PROBE)[2].strip()
 
     def _strftime(self, form: str) -> str:
         self.clock_was_read = True

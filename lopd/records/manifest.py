@@ -211,14 +211,33 @@ class Lineage:
     Args:
         sft_teacher: the model that wrote the SFT data; `mixture_id` of several.
         opd_teacher: the model whose scores it was distilled on.
+
+    Raises:
+        InvalidRecordError: a teacher is not a `ModelId`.
     """
 
     sft_teacher: ModelId | None = None
-    opd_teacher: ModelId | None = field(default=None)
+    opd_teacher: ModelId | None = None
+
+    def __attrs_post_init__(self) -> None:
+        for name, model in asdict(self, recurse=False).items():
+            if not isinstance(model, ModelId | None):
+                raise InvalidRecordError(f"Lineage: {name} is {model!r:.80}, expected a ModelId; pass `scorer.provenance.model`.")
 
     def write(self, folder: str | Path) -> None:
-        """Write it into a model's folder."""
-        (local_path("Lineage", folder) / LINEAGE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        """Write it into a model's folder; what else an export recorded there stays.
+
+        Raises:
+            InvalidRecordError: the folder is not there, or is a store.
+            CorruptStoreError: there is a lineage that cannot be read.
+        """
+        folder = local_path("Lineage", folder)
+        if not folder.is_dir():
+            raise InvalidRecordError(f"Lineage {folder}: there is no such folder, expected a model's; check the path.")
+        self.read(folder)
+        path = folder / LINEAGE_FILE
+        there = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> "Lineage":

@@ -20,18 +20,12 @@ def pack(owner: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     {'dict': [['betas', {'tuple': [0.9, {'numpy': 'float32', 'value': 0.5}]}]]}
 
     Raises:
-        InvalidRecordError: it holds something that is neither a number, text, tensor, array, None, nor a list, tuple or dict of such.
+        InvalidRecordError: it holds something that is neither a number, text, tensor, array, dtype, None, nor a list, tuple or dict of such.
     """
-    if isinstance(value, Tensor):
-        name = f"nested.{len(tensors)}"
-        tensors[name] = value.detach().clone()
-        return {"tensor": name}
-    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biuf":
-        return {"numpy": value.dtype.name, "value": value.tolist()}
-    if isinstance(value, _PLAIN):
+    if isinstance(value, _PLAIN) and not isinstance(value, np.number):
         return value
-    if isinstance(value, complex):
-        return {"complex": [value.real, value.imag]}
+    if (leaf := _pack_leaf(owner, value, tensors)) is not None:
+        return leaf
     if isinstance(value, list | tuple):
         packed = [pack(owner, item, tensors) for item in value]
         return packed if isinstance(value, list) else {"tuple": packed}
@@ -40,6 +34,21 @@ def pack(owner: str, value: Any, tensors: dict[str, Tensor]) -> Any:
     raise InvalidRecordError(
         f"{owner}: it holds {a_kind(value)}, expected numbers, text, tensors, and lists or dicts of them; take it out."
     )
+
+
+def _pack_leaf(owner: str, value: Any, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+    """What JSON has no word for; None for anything else."""
+    if isinstance(value, Tensor):
+        name = f"nested.{len(tensors)}"
+        tensors[name] = value.detach().clone()
+        return {"tensor": name}
+    # JSON has no more digits than 64 bits
+    if isinstance(value, np.generic | np.ndarray) and value.dtype.kind in "biufc" and value.dtype.char not in "gG":
+        shape = {"shape": value.shape} if isinstance(value, np.ndarray) else {}
+        return {"numpy": value.dtype.name, "value": pack(owner, value.tolist(), tensors), **shape}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    return {"complex": [value.real, value.imag]} if isinstance(value, complex) else None
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -53,8 +62,12 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
             made: Any = [unpack(item, tensors) for item in items]
         case {"tensor": name}:
             made = tensors[name]
-        case {"numpy": dtype, "value": value}:
-            made = np.array(value, dtype)[()]
+        case {"numpy": dtype, "value": value, "shape": shape}:
+            made = np.array(unpack(value, tensors), dtype).reshape(shape)
+        case {"numpy": dtype, "value": value}:  # a scalar; older checkpoints have arrays so, too
+            made = np.array(unpack(value, tensors), dtype)[()]
+        case {"dtype": name}:
+            made = getattr(torch, name)
         case {"complex": [real, imaginary]}:
             made = complex(real, imaginary)
         case {"tuple": [*items]}:

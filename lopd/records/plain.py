@@ -24,16 +24,23 @@ def plain(value: Any, owner: str) -> Any:
     {'role': 'user', 'n': 2}
 
     Raises:
-        PromptError: a value is of another type, or text that UTF-8 cannot hold.
+        PromptError: a value is of another type, text that UTF-8 cannot hold, or nested too deep.
     """
+    try:
+        return _plain(value, owner)
+    except RecursionError as error:
+        raise PromptError(f"{owner}: it holds values that are nested too deep, or hold themselves; flatten them.") from error
+
+
+def _plain(value: Any, owner: str) -> Any:
     if isinstance(value, Mapping):
-        items = ((key, plain(item, owner)) for key, item in value.items())
+        items = ((key, _plain(item, owner)) for key, item in value.items())
         return {key: item for key, item in items if item is not None}
     if isinstance(value, np.ndarray | np.generic):
         # finer times have no Python type
-        return plain((value.astype("M8[us]") if value.dtype.kind == "M" else value).tolist(), owner)
+        return _plain((value.astype("M8[us]") if value.dtype.kind == "M" else value).tolist(), owner)
     if isinstance(value, list | tuple):
-        return [plain(item, owner) for item in value]
+        return [_plain(item, owner) for item in value]
     return _plain_leaf(value, owner)
 
 

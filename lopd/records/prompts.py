@@ -11,7 +11,7 @@ import numpy as np
 
 from lopd.errors import ContextOverflowError, LopdError, PromptError
 from lopd.records.chat_template import Messages, text_of
-from lopd.records.checks import a_kind
+from lopd.records.checks import a_kind, check_at_least
 from lopd.records.optional import need
 from lopd.records.paths import path_or_url, said_of, without_secrets
 from lopd.records.plain import as_id, as_text, plain
@@ -56,6 +56,7 @@ def read_prompts(
         raise PromptError(f"Prompt file: the path is {a_kind(path)}, expected text or a path; pass records to `make_prompts`.")
     path = path_or_url("Prompt file", path, PromptError)
     owner = f"Prompt file {without_secrets(path)}"
+    _check_names(owner, field, template)
     rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
     records = _read_records(path)
     if not records:
@@ -107,11 +108,14 @@ def make_prompts(
             that the tokenizer does not have, or the template or the tokenizer raised an error.
         ContextOverflowError: a prompt is longer than `max_tokens`.
     """
+    _check_names("Prompts", field, template)
     rendering = Rendering("Prompts", tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
     records = [content if isinstance(content, Mapping) else {field: content} for content in _several(contents)]
     beside: dict[str, Sequence[Any] | None] = {"id": ids, "answer": answers}
     for key, values in beside.items():
         if values is not None:
+            if isinstance(values, str | Mapping) or not hasattr(values, "__len__"):
+                raise PromptError(f"Prompts: the {key}s are {a_kind(values)}, expected a list; pass one for each prompt, or None.")
             if len(values) != len(records):
                 raise PromptError(f"Prompts: there are {len(values)} {key}s, expected {len(records)}; pass one for each prompt.")
             records = [record if value is None else {**record, key: value} for record, value in zip(records, values, strict=True)]
@@ -131,9 +135,8 @@ def _several(contents: Any) -> list[Any]:
 def _make(
     records: Iterable[Any], rendering: Rendering, item: str, *, owner: str, field: str, template: str, max_tokens: int | None
 ) -> list[Prompt]:
-    if template.count("{prompt}") != 1:
-        raise PromptError(f"{owner}: `template` is {template!r:.80}, expected '{{prompt}}' in it once; put it where the prompt goes.")
     prompts, seen, unread = list[Prompt](), dict[str, int](), dict[str, None]()
+    max_tokens = None if max_tokens is None else check_at_least(owner, "max_tokens", max_tokens, 1)
     for i, record in enumerate(records):
         where = f"{item} {i}"
         if not isinstance(record, Mapping):
@@ -158,6 +161,14 @@ def _make(
     rendering.doubt_template()
     rendering.doubts.warn(stacklevel=3)
     return prompts
+
+
+def _check_names(owner: str, field: str, template: str) -> None:
+    for name, value in (("field", field), ("template", template)):
+        if not isinstance(value, str):
+            raise PromptError(f"{owner}: `{name}` is {value!r:.80}, expected text; pass a str.")
+    if template.count("{prompt}") != 1:
+        raise PromptError(f"{owner}: `template` is {template!r:.80}, expected '{{prompt}}' in it once; put it where the prompt goes.")
 
 
 def _in_template(template: str, content: str | Messages, where: str) -> str | Messages:
@@ -202,7 +213,7 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
                     f"{where}: a part is {part!r:.80}, expected {{'type': 'text', 'text': ...}}; only text can be sampled from."
                 )
     # an assistant that calls a tool may say nothing beside
-    elif not isinstance(content, str) and (content is not None or message.keys() == {"role"}):
+    elif not isinstance(content, str) and (content is not None or message["role"] != "assistant" or message.keys() == {"role"}):
         raise PromptError(f"{where}: its content is {content!r:.80}, expected text or parts that are text; write it as text.")
 
 

@@ -58,6 +58,8 @@ class Rendering:
         self._tools, self._variables = self._tools_in(owner, tools), self._variables_in(owner, variables)
         self._unread: dict[str, None] = {}
         self._ends = {getattr(tokenizer, "eos_token_id", None)}
+        if self._template:
+            self._ends |= {id_ for id_, token in self._special.items() if self._template.answer_end == token}
         if not has_template and not verbatim:
             self._ends |= {*self._encode(owner, PROBE)[-1:]} - {*self._encode(owner, PROBE, bare=True)[-1:]}
 

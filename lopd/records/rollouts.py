@@ -57,6 +57,9 @@ class Prompt:
 
     def __attrs_post_init__(self) -> None:
         _check_id("Prompt", "prompt_id", self.prompt_id)
+        for name in ("text", "answer") if self.answer is not None else ("text",):
+            if not isinstance(value := getattr(self, name), str):
+                raise InvalidRecordError(f"Prompt {self.prompt_id!r}: {name} is {a_kind(value)}, expected a str; pass `str(...)` of it.")
         if self.token_ids.size == 0:
             raise InvalidRecordError(f"Prompt {self.prompt_id!r}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
 

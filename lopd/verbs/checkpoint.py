@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from lopd.errors import CheckpointError, StoreWriteError, TrainingWarning
 from lopd.protocols import Student
 from lopd.protocols.doors import check_noun
-from lopd.records.checks import check_at_least
+from lopd.records.checks import check_at_least, check_kind
 from lopd.records.flush import flush
 from lopd.records.manifest import Lineage
 from lopd.records.paths import local_path
@@ -87,11 +87,13 @@ def save_checkpoint(
         CheckpointError: the optimizer holds a parameter that the student does not have, or there is neither lineage nor steps; nothing was written.
         StoreWriteError: the disk refused; the checkpoints before this one are as they were.
     """
-    folder, ranks, own = _check_arguments(folder, student, optimizer), Ranks.current(), inner(student)
+    folder, ranks, own = _check_arguments(folder, student, optimizer, steps), Ranks.current(), inner(student)
     next_step = check_at_least("Checkpoint", "next_step", next_step, 0)
     keep = None if keep is None else check_at_least("Checkpoint", "keep", keep, 1)
     owner = f"Checkpoint of step {next_step}"
-    if lineage is None and steps is not None:
+    if lineage is not None:
+        check_kind("Lineage", lineage, Lineage, "pass `steps.lineage`")
+    elif steps is not None:
         lineage = steps.lineage
     if lineage is None:
         raise CheckpointError(f"{owner}: there is no lineage; pass `steps=`, what it was trained on, or `lineage=`.")
@@ -107,11 +109,14 @@ def save_checkpoint(
     return final
 
 
-def _check_arguments(folder: str | Path, student: object, optimizer: object) -> Path:
+def _check_arguments(folder: str | Path, student: object, optimizer: object, steps: object) -> Path:
+    path = local_path("Checkpoint", folder, CheckpointError)
     check_noun(student, Student)
     if optimizer is not None:
         check_noun(optimizer, Optimizer)
-    return local_path("Checkpoint", folder, CheckpointError)
+    if steps is not None:
+        check_kind("Steps", steps, Described, "pass what `lopd.batches` gave, or a slice of it")
+    return path
 
 
 def _superseded(others: Collection[Path], final: Path, keep: int | None) -> list[Path]:
@@ -185,9 +190,14 @@ def load_checkpoint(
 
     Raises:
         ArgumentError: an argument is something else, such as the student in place of the optimizer.
-        CheckpointError: other parameters, shapes, optimizer or settings of the steps than were saved, or a damaged file; nothing was changed.
+        CheckpointError: other parameters, shapes, optimizer or settings of the steps than were saved, a damaged file, or one checkpoint was
+            named that is not there; nothing was changed.
     """
-    folder, own = _check_arguments(folder, student, optimizer), inner(student)
+    folder, own = _check_arguments(folder, student, optimizer, steps), inner(student)
+    if _NAME.fullmatch(folder.name) and not folder.exists():
+        raise CheckpointError(
+            f"Checkpoint {folder}: there is no such folder, expected a checkpoint; check the path, or pass the run's folder."
+        )
     found = [folder] if (folder / _STATE).exists() else sorted(_checkpoints(folder), key=_order)
     if not found:
         return 0

@@ -8,9 +8,10 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from lopd.errors import InvalidRecordError, MissingScoresError, QuarantineWarning
+from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, QuarantineWarning
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import chosen, rows_of
+from lopd.records.checks import a_kind
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN, Prompt, ScoredRollout
 from lopd.records.rows import Rows
@@ -60,10 +61,15 @@ def choose(
     """The columns to read, and the rows, ascending, that have scores in them; see `lopd.batches`.
 
     Raises:
+        ArgumentError: `teacher` is neither a name nor a mapping.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
         InvalidRecordError: there are no rows, or a rollout has two teachers.
     """
+    if not isinstance(teacher, str | Mapping | None):
+        raise ArgumentError(
+            f"Teacher: it is {a_kind(teacher)}, expected the name of a column; of several pass a dict with the prompts of each."
+        )
     parts = _parts(store, teacher, chosen(store, rows))
     usable = []
     for column, part in parts.items():

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopd.errors import CheckpointError
+from lopd.errors import CheckpointError, InvalidRecordError
 from lopd.protocols import Student
 from lopd.records.nested import moved, pack, unpack_all
 from lopd.records.ranks import alike
@@ -61,6 +62,9 @@ def flatten(owner: str, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[s
     kind = type(optimizer).__name__
     others = {key: pack(f"{owner}, {kind} {key}", value, tensors) for key, value in entries.items() if not isinstance(value, Tensor)}
     groups = [{k: pack(f"{owner}, {kind} {k!r}", v, tensors) for k, v in group.items()} for group in state["param_groups"]]
+    sparse = next((key for key, tensor in tensors.items() if tensor.layout is not torch.strided), None)
+    if sparse is not None:
+        raise InvalidRecordError(f"{owner}, {kind} {sparse}: it is a sparse tensor, expected a dense one; make it so.")
     return tensors, {"class": kind, "groups": groups, "others": others}
 
 

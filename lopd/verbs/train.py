@@ -16,7 +16,7 @@ from lopd.guards.first_step import Movement, at_full_rate, judge_distance, judge
 from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import OPDLoss, Student
 from lopd.protocols.doors import check_noun
-from lopd.records.checks import a_kind, check_kind
+from lopd.records.checks import a_kind, check_kind, check_number, to_real
 from lopd.records.drift import DriftMeter, TokenLogprobs
 from lopd.records.ranks import Ranks, check_summed, gathering, inner, whole
 from lopd.records.steps import Batch, LossOutput, Step, StepMetrics
@@ -46,7 +46,7 @@ def opd_steps(
         steps: from `batches`, or any others.
         loss: what a micro-batch costs.
         optimizer: over the student's parameters.
-        max_grad_norm: gradients are scaled down to this norm; None leaves them.
+        max_grad_norm: gradients are scaled down to this norm, more than 0; None leaves them.
 
     Warns:
         SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss says that it has no importance ratio.
@@ -60,7 +60,7 @@ def opd_steps(
         ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
         TokenizerMismatchError: a step says that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; likewise.
-        InvalidRecordError: no token of a step counts, or the optimizer has none of the student's trained parameters.
+        InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, or `max_grad_norm` makes no sense.
         ModelError: there are several ranks, and nothing sums the gradients of the student.
     """
     ranks = Ranks.current()
@@ -68,11 +68,13 @@ def opd_steps(
         check_noun(value, noun)
     if not isinstance(steps, Iterable):
         raise ArgumentError(f"Steps: it is {a_kind(steps)}, expected steps one after the other; pass `batches(store)[:150]`.")
+    most = math.inf if max_grad_norm is None else to_real("Training", "max_grad_norm", max_grad_norm)
+    check_number("Training", "max_grad_norm", max_grad_norm, most > 0, "more than 0")
     check_summed(student, ranks)
     trained = _trained_parameters(student)
     _check_optimizer(optimizer, list(trained.values()))
     judge_optimizer(optimizer, trained)
-    return _train(student, steps, loss, optimizer, math.inf if max_grad_norm is None else max_grad_norm)
+    return _train(student, steps, loss, optimizer, most)
 
 
 def _train(

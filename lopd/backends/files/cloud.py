@@ -29,6 +29,7 @@ _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout"
 _RETRY_OPTIONS = ("client_max_retries", "client_retry_timeout")
 # Within them, and their sum, a first request fails; well below 20 s together.
 _FIRST_S, _FIRST_TIMEOUTS = 5.0, {"connect_timeout": "5s", "timeout": "8s"}
+_ENVIRONMENTS = {"gs": "GOOGLE_", "az": "AZURE_", "abfs": "AZURE_", "adl": "AZURE_"}
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist", "specified container does not exist")
 _METADATA_HOST = "169.254.169.254"
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
@@ -76,6 +77,12 @@ def _check_http(shown: str, options: StorageOptions) -> None:
         )
 
 
+def _client_options_of_environment(url: str) -> dict[str, str]:
+    prefix = next((prefix for scheme, prefix in _ENVIRONMENTS.items() if url.startswith(scheme)), "AWS_")
+    own = {name.upper().removeprefix(prefix).lower(): value for name, value in os.environ.items() if name.upper().startswith(prefix)}
+    return {name: own[name] for name in _CLIENT_OPTIONS if name in own}
+
+
 @final
 class ObstoreFiles:
     """`Files` in a bucket of S3, GCS or Azure; conditional puts make commits safe, strong consistency makes them visible at once."""
@@ -121,8 +128,11 @@ class ObstoreFiles:
         _check_http(self._shown, self._options)
         options = {name: value for name, value in self._options.items() if name not in _RETRY_OPTIONS}
         retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._patience)}
-        client = ({} if self._answered else _FIRST_TIMEOUTS) | {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
-        client = {name: value == "true" if value in ("true", "false") else value for name, value in client.items()}
+        client = {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
+        if not self._answered:
+            # what is passed takes the place of all that the environment says
+            client = _FIRST_TIMEOUTS | _client_options_of_environment(self._url) | client
+        client = {name: str(value).lower() in _YES if name.startswith("allow_") else value for name, value in client.items()}
         try:
             # Which options there are is obstore's to say.
             return obstore.store.from_url(self._url, config=options, client_options=client or None, retry_config=retry)

@@ -153,8 +153,10 @@ def local_folder(path: StorePath) -> Path | None:
     """The local folder that a path or a `file://` URL names, None for any other URL.
 
     Raises:
-        StorePathError: `Path` has taken a URL's second slash.
+        StorePathError: it is not a path, or `Path` has taken a URL's second slash.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise StorePathError(f"Store: the path is {path!r:.80}, expected text or a Path; pass one.")
     text = os.fspath(path)
     if "://" in text and not text.startswith("file://"):
         return None

@@ -21,10 +21,12 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
     Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
 
     Raises:
-        EngineError: there is no such model, or no such device.
+        EngineError: there is no such model, no such device, or no such dtype.
         ModelError: its files lack weights, which transformers would make up.
     """
     _check_device(folder, device)
+    if not isinstance(getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype, torch.dtype | None):
+        raise EngineError(f"Model {str(folder)!r}: dtype is {dtype!r:.40}, expected a torch.dtype; pass torch.float32, for example.")
     with looking_for(folder) as found:
         model, read = _from_pretrained(str(found), dtype or "auto")
         keep_precision(model, found)

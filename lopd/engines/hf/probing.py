@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,18 +15,23 @@ from torch import Tensor
 from lopd.engines.causal_lm import context_length, evaluating, hidden_states, lm_head, rope_borders, text_config, unwrap
 from lopd.engines.hf.texts import Texts, Way
 from lopd.engines.probes import is_exact, refusal, stated_borders
+from lopd.engines.structure import once
 from lopd.errors import ModelWarning
 from lopd.records.steps import LMHead
 
 _STEPS, _SMALL = 9, 64
 _NO_LIMIT = (0.0, math.inf)
-_known: WeakKeyDictionary[Any, tuple[Any, Way]] = WeakKeyDictionary()
 
 
-def check_sampling(model: Any, vocab_size: int) -> Way:
+def check_sampling(model: Any, vocab_size: int, *, warn: bool = True) -> Way:
     """Find the first way of decoding that is right: for one row, for rows of unlike length, after rows left, beyond windows and rope borders.
 
-    A few short forwards, once for each model object, dtype and kind of attention.
+    A few short forwards, once for models of one structure.
+
+    Args:
+        model: to be decoded.
+        vocab_size: ids of the tokenizer.
+        warn: where the way is slow.
 
     Warns:
         ModelWarning: no cache is right, so each token will be computed from the whole text.
@@ -35,15 +39,11 @@ def check_sampling(model: Any, vocab_size: int) -> Way:
     Raises:
         ModelError: no way is right.
     """
-    base, weight = unwrap(model), next(model.parameters())
-    setting = (weight.dtype, weight.device, getattr(base.config, "_attn_implementation", None), vocab_size)
-    if _known.get(base, (None,))[0] != setting:
-        way, causes = _first_right(model, vocab_size)
-        if way is Way.WHOLE:
-            text = f"{causes[-1]}, so each token is computed from the whole text, which is right but slow; sample with vLLM where you can."
-            warnings.warn(f"Model {type(base).__name__}: {text}", ModelWarning, stacklevel=4)
-        _known[base] = (setting, way)
-    return _known[base][1]
+    way, causes = once(("sampling", vocab_size), model, lambda: _first_right(model, vocab_size))
+    if warn and way is Way.WHOLE:
+        text = f"{causes[-1]}, so each token is computed from the whole text, which is right but slow; sample with vLLM where you can."
+        warnings.warn(f"Model {type(unwrap(model)).__name__}: {text}", ModelWarning, stacklevel=4)
+    return way
 
 
 @torch.no_grad()

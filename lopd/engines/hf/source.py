@@ -97,7 +97,7 @@ class HFSource:
         check_prompts(prompts, self.tokenizer_id, context_length(self.model))
         self._check_borders(prompts)
         check_unchanged("HFSource", self.model, self._identified)
-        way = check_sampling(self.model, self.tokenizer_id.vocab_size)
+        way = check_sampling(self.model, self.tokenizer_id.vocab_size, warn=False)
         asked = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
         batches = way.batches(self.model, [prompt.token_ids.size for prompt, _ in asked], self.rows_per_batch)
         drawn: list[Row] = []
