@@ -1,10 +1,12 @@
 """Arguments that are something else than a verb takes, and settings out of numpy, torch or a YAML file: one sentence each, or what was meant."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import torch
+from attrs import evolve
 from small_runs import PARAMS, scored, small, source, teacher_model  # noqa: F401
 
 from lopd import (
@@ -32,8 +34,8 @@ from lopd import (
     stored_advantages,
     watch_drift,
 )
-from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.errors import ArgumentError, EngineError, InvalidRecordError, LopdError, MissingScoresError, ModelError
+from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
+from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingScoresError, ModelError
 from lopd.records import Lineage
 
 WRAP, OPEN = r"wrap it: `lopd.CausalLMStudent\(model, tokenizer\)`", r"open it: `lopd.open_store\(path\)`"
@@ -195,3 +197,26 @@ def test_what_is_not_a_number_is_refused_by_name(make, message):
 def test_an_id_that_is_not_text_is_refused_when_the_record_is_made(make, name):
     with pytest.raises(LopdError, match=r"_id is (an? \w+|None), expected a str; pass `str"):
         make(name)
+
+
+ENGINES = {
+    "Prompt: it is a str, which has no `answer`": lambda source, scorer: source.sample(["What is 2 + 2?"]),
+    "Rollout: it is a Prompt, which has no `behavior_logprobs`": lambda source, scorer: scorer.score([Prompt("p", [5])]),
+    "HFSource: lineage: it is a dict, which has no `opd_teacher`": lambda source, scorer: evolve(source, lineage={"sft_teacher": None}),
+    "Model: identity: it is a str": lambda source, scorer: evolve(source, identity="org/student").manifest,
+}
+
+
+@pytest.mark.parametrize("message", ENGINES)
+def test_engines_check_what_they_were_given(message, llama, tokenizer):
+    source, scorer = HFSource(llama, tokenizer, PARAMS), HFScorer(llama, tokenizer)
+    with pytest.raises(ArgumentError, match=message):
+        ENGINES[message](source, scorer)
+
+
+def test_the_exact_reverse_kl_refuses_a_rollout_beyond_the_teachers_context(llama, tokenizer):
+    source = HFSource(llama, tokenizer, PARAMS)
+    teacher = copy.deepcopy(llama)
+    teacher.config.max_position_embeddings = 8
+    with pytest.raises(ContextOverflowError, match="expected at most the context of 8"):
+        exact_reverse_kl(source, HFScorer(teacher, tokenizer), source.sample([Prompt("p", [5] * 12)]))

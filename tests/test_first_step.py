@@ -92,6 +92,15 @@ def test_a_student_far_from_its_teacher_is_said_with_a_ratio_too(small, scored):
     assert [warning.category for warning in caught] == [AdvantageWarning]
 
 
+def test_a_student_that_finds_what_it_reads_far_less_likely_than_its_teacher_is_said_without_a_ratio(small, scored):
+    student, optimizer = small
+    step = batches(scored, rollouts_per_step=7, ref="behavior").step(0)
+    above = [evolve(batch, teacher_logprobs=batch.ref_logprobs + 3 * (batch.weight > 0), ref_logprobs=None) for batch in step.batches]
+    with pytest.warns(AdvantageWarning, match=r"3 nats a token from its teacher .* most of its advantages are above 0") as caught:
+        list(opd_steps(student, [evolve(step, batches=tuple(above))], FusedOPDLoss(), optimizer))
+    assert len(caught) == 1
+
+
 def near(step, ref_shift):
     """The step with a near teacher, and with a reference policy that is this far from the student on each second rollout."""
 

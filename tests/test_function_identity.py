@@ -369,6 +369,7 @@ def test_a_cast_that_loses_nothing_keeps_the_function_in_whatever_dtype() -> Non
             parameter.copy_(parameter.bfloat16())
     wide, narrow = model_id(model), model_id(model.bfloat16())
     assert wide.same_weights(narrow)
+    assert narrow.same_weights(model_id(model.double()))
     assert wide == model_id(model.float()), "a cast rounds the rotary frequencies, and loading makes them again"
     assert wide != narrow, "scores of one are not put in a column of the other"
 
@@ -379,13 +380,13 @@ def settings_changed(model: Any) -> None:
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "weights": lambda model: next(model.parameters()).mul_(1.5),
+    "weights through .data": lambda model: next(model.parameters()).data.mul_(1.5),
     "buffer": lambda model: model.base_model.model.model.rotary_emb.inv_freq.mul_(0.5),
     "setting": settings_changed,
     "dtype": lambda model: model.half(),
     "other adapter": lambda model: model.set_adapter("other"),
     "two adapters": lambda model: model.base_model.set_adapter(["default", "other"]),
     "adapters off": lambda model: model.base_model.disable_adapter_layers(),
-    "merged": lambda model: model.merge_adapter(),
     "strength": lambda model: model.base_model.model.model.layers[0].self_attn.q_proj.scale_layer(2.0),
 }
 
@@ -401,12 +402,46 @@ def test_a_change_after_the_model_was_identified_is_seen(change: str) -> None:
     scorer.score(source.sample([Prompt("q", [8, 9])]))
     with torch.no_grad():
         CHANGES[change](model)
+    assert not model_id(model).same_weights(source.manifest.policy) or change == "dtype"
     for ask in (lambda: source.sample([Prompt("p", [5])]), lambda: scorer.score(rollouts)):
         with pytest.raises(
             EngineError, match=r"HFS\w+: the weights of its model were changed after it was identified \(or .* active adapters"
         ):
             ask()
-    assert model_id(model).same_weights(source.manifest.policy) == (change == "merged")
+
+
+def trained_while_off(model: Any) -> None:
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.mul_(1.5)
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_what_leaves_the_function_as_it_is_is_not_a_change(off: bool) -> None:
+    model, tokenizer = adapted(build("llama"), "default", "other"), build_tokenizer()
+    if off:
+        model.base_model.disable_adapter_layers()
+    source, scorer = HFSource(model, tokenizer, SamplingParams(max_new_tokens=4)), HFScorer(model, tokenizer)
+    rollouts = source.sample([Prompt("p", [5, 6, 7])])
+    scores = scorer.score(rollouts)
+    for change in [trained_while_off] if off else [lambda model: model.merge_adapter(), lambda model: model.delete_adapter("other")]:
+        change(model)
+        assert [rollout.response_ids.tolist() for rollout in source.sample([Prompt("p", [5, 6, 7])])] == [rollouts[0].response_ids.tolist()]
+        torch.testing.assert_close(scorer.score(rollouts)[0].logprobs, scores[0].logprobs, atol=1e-5, rtol=0)
+    if off:
+        model.base_model.enable_adapter_layers()
+        with pytest.raises(EngineError, match="active adapters"):
+            scorer.score(rollouts)
+
+
+def test_what_is_not_a_model_in_memory_has_no_identity() -> None:
+    for thing in (None, "org/student", torch.nn.Linear(2, 2)):
+        with pytest.raises(ModelError, match=f"it is {type(thing).__name__}, expected a causal LM"):
+            model_id(thing)
+    for ask in (model_id, lambda model: HFScorer(model, build_tokenizer())):
+        with pytest.raises(
+            ModelError, match=r"Model LlamaForCausalLM: \d+ of its weights \('.*'\) are on the meta device, expected all in memory"
+        ):
+            ask(build("llama").to("meta"))
 
 
 def test_embeddings_that_follow_the_longest_sequence_are_not_a_change() -> None:

@@ -241,3 +241,10 @@ def test_a_rollout_that_could_cross_a_rope_border_is_refused_before_anything_is_
         report = collect_rollouts(source, [Prompt("one", [5]), Prompt("nine", [5] * 9), Prompt("long", [5] * 17)], store)
     assert list(report.refused) == ["nine"]
     assert [record.rollout.rollout_id for record in store.read(range(2))] == ["one/s0/g0", "long/s0/g0"]
+
+
+@pytest.mark.parametrize("context", [2, 4, 8, 9, 10])
+def test_a_context_of_a_few_tokens_is_no_reason_to_refuse_a_model(context):
+    config = transformers.LlamaConfig(**{**_SHAPE, "max_position_embeddings": context})
+    torch.manual_seed(0)
+    assert check_sampling(transformers.LlamaForCausalLM(config).eval(), VOCAB) is Way.PADDED

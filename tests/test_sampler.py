@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from lopd.errors import AdvantageWarning, InvalidRecordError, SamplerWarning
 from lopd.losses.fused import FusedOPDLoss
 from lopd.losses.objective import Tokens
 from lopd.losses.reference import ReferenceOPDLoss
-from lopd.losses.variants import importance_ratio, ppo_clip
+from lopd.losses.variants import extrapolate, importance_ratio, position_weights, ppo_clip, prefix_fraction
 from lopd.records import SAMPLER_COLUMN, Lineage, Rollout, ScoredRollout
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*nats a token from its teacher:lopd.errors.AdvantageWarning")  # the models are random
@@ -192,14 +193,16 @@ def test_rollouts_that_lack_the_log_probs_of_the_sampler_are_counted_and_go_by_t
     assert {batch.sampler_logprobs for batch in next(iter(steps)).batches} == {None}
 
 
-def test_a_loss_that_states_it_has_no_ratio_is_warned_of_at_the_first_step(scored, llama, tokenizer):
+@pytest.mark.parametrize("transforms", [(), (position_weights,), (partial(extrapolate, scale=1.5), partial(prefix_fraction, fraction=0.5))])
+def test_a_loss_that_states_it_has_no_ratio_is_warned_of_at_the_first_step(transforms, scored, llama, tokenizer):
     student = CausalLMStudent(copy.deepcopy(llama), tokenizer)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.0)
     steps = batches(scored(temperature=0.8), ref="behavior")
     with pytest.warns(SamplerWarning, match=r"Loss FusedOPDLoss: it has no importance ratio, .*pass `ratio_to_ref=True`") as caught:
-        next(iter(opd_steps(student, steps, FusedOPDLoss(), optimizer)))
+        next(iter(opd_steps(student, steps, FusedOPDLoss(transforms=transforms), optimizer)))
     assert len(caught) == 1
-    next(iter(opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer)))
+    for corrected in ({"ratio_to_ref": True, "transforms": transforms}, {"transforms": (importance_ratio, *transforms)}):
+        next(iter(opd_steps(student, steps, FusedOPDLoss(**corrected), optimizer)))
 
 
 def test_records_bring_them_too():

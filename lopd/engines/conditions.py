@@ -28,11 +28,25 @@ def check_causal_lm(model: Any) -> None:
                 f"Model {type(unwrap(model)).__name__}: its adapter is {kind}, expected one that acts within the layers (LoRA and its kin); train "
                 "such an adapter instead."
             )
+    check_loaded(model)
+
+
+def check_loaded(model: Any) -> None:
+    """Refuse what is not a model of transformers, or is not in memory.
+
+    Raises:
+        ModelError: it names what was given.
+    """
     base = unwrap(model)
     if not all(hasattr(base, name) for name in ("config", "get_decoder", "parameters")):
         raise ModelError(
             f"Model: it is {type(base).__name__}, expected a causal LM of transformers, or a peft model around one; load one with "
             "`lopd.engines.hf.load_model`."
+        )
+    if absent := [name for name, parameter in base.named_parameters() if parameter.is_meta]:
+        raise ModelError(
+            f"Model {type(base).__name__}: {len(absent)} of its weights ({absent[0]!r}) are on the meta device, expected all in memory; load it "
+            "whole, without offloading."
         )
 
 

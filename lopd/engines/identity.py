@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from attrs import define
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from lopd.engines.adapters import keep_precision
 from lopd.engines.causal_lm import unwrap
+from lopd.engines.conditions import check_loaded
 from lopd.engines.configs import function_settings, rope_moves
 from lopd.engines.derived import changed_buffers
 from lopd.engines.effective import Weight, effective_weights
 from lopd.engines.stored import StoredModel, stored_places
 from lopd.errors import EngineError, LopdError, ModelError
+from lopd.records.checks import check_kind
 from lopd.records.identity import ModelId, hash_function
 from lopd.records.manifest import refuse_store
 from lopd.records.paths import local_path
@@ -40,8 +43,10 @@ def model_id(model: Any) -> ModelId:
     of the settings that decide what it computes from them.
 
     Raises:
-        ModelError: the effect of an adapter is not in the weights (prompt tuning, for example).
+        ModelError: it is not a causal LM, some of its weights are not in memory, or the effect of an adapter is not in the weights (prompt tuning,
+            for example).
     """
+    check_loaded(model)
     return ModelId(model_name(model), _revision(model, Weight.read), _name_of(next(model.parameters()).dtype))
 
 
@@ -54,13 +59,20 @@ def model_name(model: Any) -> str:
 def function_version(model: Any) -> int:
     """A number that changes when the function of a model is changed: weights and buffers in place, adapters, or settings; values are not read.
 
-    torch counts changes in place, as optimizers make them.
+    torch counts changes in place, as optimizers make them, but not those through `.data`: a few values of each parameter are compared for these.
     """
     base = unwrap(model)
     moving = "inv_freq" if rope_moves(base.config) else "not a name"
     buffers = (buffer for name, buffer in base.named_buffers() if moving not in name)
     counts = tuple((t._version, t.dtype) for t in (*base.parameters(), *buffers) if not t.is_inference())
-    return hash((counts, tuple(map(_adapters, base.modules())), function_settings(model)))
+    return hash((counts, _some_values(base), tuple(map(_adapters, base.modules())), function_settings(model)))
+
+
+def _some_values(base: Any) -> bytes:
+    """Of each parameter up to 16 values, evenly spaced."""
+    plain = (t.detach() for t in base.parameters() if type(t) in (torch.nn.Parameter, Tensor) and t.is_floating_point() and not t.is_meta)
+    parts = [t.reshape(-1)[:: max(t.numel() // 16, 1)][:16].float().cpu() for t in plain]
+    return torch.cat(parts).numpy().tobytes() if parts else b""
 
 
 def _adapters(module: Any) -> tuple[Any, ...] | None:
@@ -72,29 +84,44 @@ def _adapters(module: Any) -> tuple[Any, ...] | None:
     return module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters), strengths
 
 
-def identify(model: Any, identity: ModelId | None) -> tuple[ModelId, int | None]:
+@define(eq=False)
+class Identified:
+    """The identity of a model, and the version of its function that has it; None if the identity was stated."""
+
+    identity: ModelId
+    version: int | None
+
+
+def identify(model: Any, identity: ModelId | None) -> Identified:
     """The identity that was stated, or that of the model with the version of its function, for `check_unchanged`."""
-    return (identity, None) if identity else (model_id(model), function_version(model))
+    if identity is not None:
+        check_kind("Model: identity", identity, ModelId, "pass `model_id(model)`, or `ModelId(name, commit, dtype)`")
+    return Identified(identity, None) if identity else Identified(model_id(model), function_version(model))
 
 
-def check_unchanged(owner: str, model: Any, version: int | None) -> None:
+def check_unchanged(owner: str, model: Any, identified: Identified) -> None:
     """Stop if the function was changed since it was identified: rollouts or scores would be recorded as another model's.
+
+    Where something was changed, the identity is taken again: adapters may be trained while they are off, or merged.
 
     An error of the call as a whole: one that speaks of a record would have the verbs ask in halves, and put the records away.
 
     Args:
         owner: how messages name who computes.
         model: that computes.
-        version: of its function when it was identified; None if it was not.
+        identified: what it was; its version is brought up to date.
 
     Raises:
         EngineError: it was changed.
     """
-    if version is not None and function_version(model) != version:
+    if identified.version is None or (version := function_version(model)) == identified.version:
+        return
+    if model_id(model) != identified.identity:
         raise EngineError(
             f"{owner}: the weights of its model were changed after it was identified (or its buffers, active adapters or settings), expected the "
             "same function; make a new one, or name the model with `identity=`."
         )
+    identified.version = version
 
 
 def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> ModelId:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.errors import ContextOverflowError, InvalidRecordError
-from lopd.records.checks import check_number
+from lopd.records.checks import check_kind, check_number
 from lopd.records.identity import TokenizerId
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, floor_logprobs
@@ -24,10 +24,12 @@ def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: in
     """Each prompt has ids of this vocabulary and leaves room for a response in a context of `context` positions.
 
     Raises:
+        ArgumentError: one is something else, such as a text.
         ContextOverflowError: the first that leaves none.
         InvalidRecordError: the first with an id outside the vocabulary.
     """
     for prompt in prompts:
+        check_kind("Prompt", prompt, Prompt, "pass those of `make_prompts` or `read_prompts`")
         owner = f"Prompt {prompt.prompt_id!r}"
         _check_ids(owner, prompt.token_ids, tokenizer)
         if prompt.token_ids.size >= context:
@@ -40,10 +42,12 @@ def check_rollouts(rollouts: Sequence[Rollout], tokenizer: TokenizerId, context:
     """Each rollout has ids of this vocabulary and fits into `context` positions.
 
     Raises:
+        ArgumentError: one is something else, such as a prompt.
         ContextOverflowError: the first that does not fit.
         InvalidRecordError: the first with an id outside the vocabulary.
     """
     for rollout in rollouts:
+        check_kind("Rollout", rollout, Rollout, "pass those that a source sampled, or `record.rollout` of a store's records")
         owner = f"Rollout {rollout.rollout_id!r}"
         if len(rollout) > context:
             raise ContextOverflowError(

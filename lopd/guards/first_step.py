@@ -63,7 +63,7 @@ def judge_gradients(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
 def judge_distance(optimizer: Optimizer, loss: object, reverse_kl: float, drift: Drift | None) -> None:
     """Warn if the student is far from its teacher, or is not the policy that sampled.
 
-    Of the distance under a loss that states that it is `uncorrected`, `lopd.guards.watch` warns.
+    Of advantages below 0 under a loss that states that it is `uncorrected`, `lopd.guards.watch` warns.
 
     Args:
         optimizer: whose first step it is.
@@ -71,7 +71,8 @@ def judge_distance(optimizer: Optimizer, loss: object, reverse_kl: float, drift:
         reverse_kl: nats a token.
         drift: before any update; None where there was one, as in a run that was resumed, or where it was not measured.
     """
-    if abs(reverse_kl) > MAX_DISTANCE and not (isinstance(loss, StatesCorrection) and loss.uncorrected):
+    watched = reverse_kl > 0 and isinstance(loss, StatesCorrection) and loss.uncorrected
+    if abs(reverse_kl) > MAX_DISTANCE and not watched:
         _warn_once(
             optimizer,
             "distance",

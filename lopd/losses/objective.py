@@ -134,6 +134,12 @@ def with_entropy(transform: _Function) -> _Function:
     return transform
 
 
+def uncorrected(transform: _Function) -> _Function:
+    """Mark a transform that is neither an importance ratio nor another answer to drift, so that guards warn as they do without it."""
+    transform.uncorrected = True  # type: ignore[attr-defined]
+    return transform
+
+
 def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
     return tuple(transforms)
 
@@ -232,8 +238,9 @@ class OPDSettings:
 
     @property
     def uncorrected(self) -> bool:
-        """Whether it has neither an importance ratio, nor a transform, nor a constant advantage (`lopd.protocols.StatesCorrection`)."""
-        return not self.ratio_to_ref and not self.transforms and self.advantage is None
+        """Whether it has neither an importance ratio, nor a constant advantage, nor a transform but those marked `uncorrected`."""
+        unchanged = all(_is_marked(transform, "uncorrected") for transform in self.transforms)
+        return not self.ratio_to_ref and unchanged and self.advantage is None
 
     def objective(self) -> "OPDObjective":
         """Return the objective that has these settings."""

@@ -19,7 +19,7 @@ import torch
 from attrs import evolve
 from torch import Tensor
 
-from lopd.losses.objective import Signal, per_token, with_entropy
+from lopd.losses.objective import Signal, per_token, uncorrected, with_entropy
 from lopd.records.checks import check_at_least, check_number, to_real
 
 _LEAST_RANGE = 2e-3
@@ -66,6 +66,7 @@ def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
     return evolve(signal, weight=signal.weight * _ratio(signal).masked_fill(beyond_M, 0.0))
 
 
+@uncorrected
 @per_token
 def extrapolate(signal: Signal, scale: float) -> Signal:
     r"""The advantage becomes \(\lambda(\ell_T - \ell_{ref}) - (\ell_\theta - \ell_{ref})\): 1 is OPD, more goes beyond the teacher.
@@ -109,6 +110,7 @@ def log_compress(signal: Signal) -> Signal:
     return evolve(signal, advantages=signal.advantages.sign() * signal.advantages.abs().log1p())
 
 
+@uncorrected
 def position_weights(signal: Signal, gamma: float = 0.5) -> Signal:
     r"""Early tokens weigh more: \(w_t\,\big(1 + \gamma\,(1 - \sum_{k<t}\lvert A_k\rvert / \sum_k \lvert A_k\rvert)\big)\) over a rollout's tokens.
 
@@ -149,6 +151,7 @@ def drift_gate(signal: Signal, block: int = 64) -> Signal:
     return evolve(signal, weight=signal.weight * _by_rollout(signal, factors, signal.student_logprobs - signal.tokens.ref()))
 
 
+@uncorrected
 def prefix_fraction(signal: Signal, fraction: float) -> Signal:
     """Weights of all but the first tokens of each rollout become 0: `fraction` of them, rounded up, keep theirs.
 
@@ -161,6 +164,7 @@ def prefix_fraction(signal: Signal, fraction: float) -> Signal:
     return _keep(signal, fraction, lambda logprobs_T: torch.arange(len(logprobs_T), device=logprobs_T.device))
 
 
+@uncorrected
 def lowest_logprobs(signal: Signal, fraction: float = 0.2) -> Signal:
     r"""Weights of all but the tokens that the student finds least likely become 0: the lowest `fraction` of each rollout keep theirs.
 

@@ -128,9 +128,9 @@ def hash_weights_in_order(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _narrowest(tensor: Tensor) -> Tensor:
-    """The same values in bfloat16 or float16, if nothing is lost by it."""
-    for dtype in (torch.bfloat16, torch.float16):
-        if tensor.is_floating_point() and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+    """The same values in the first dtype that loses nothing."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if tensor.is_floating_point() and (tensor.dtype == dtype or torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)):
             return tensor.to(dtype)
     return tensor
 

@@ -22,6 +22,7 @@ from lopd.records.manifest import SamplingParams
 
 _BLOCK = 256
 _BELOW_ONE = 1 - 2.0**-53
+_SMALLEST = 1e-30  # less is 0 in float32, or its inverse is not finite; the draw is the same
 
 
 @frozen(eq=False)
@@ -95,9 +96,9 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, sampling: SamplingParams) -> tup
     if sampling.temperature == 0:
         ids_B = logits_BV.argmax(-1)
         return ids_B, _at(logprobs_BV, ids_B), torch.zeros_like(logits_BV[:, 0])
-    drawn_BV = logprobs_BV if sampling.temperature == 1 else (logits_BV / sampling.temperature).log_softmax(-1)
+    drawn_BV = logprobs_BV if sampling.temperature == 1 else (logits_BV / max(sampling.temperature, _SMALLEST)).log_softmax(-1)
     if sampling.top_p < 1:
-        drawn_BV = drawn_BV.masked_fill(~_nucleus(drawn_BV.exp(), sampling.top_p), -torch.inf).log_softmax(-1)
+        drawn_BV = drawn_BV.masked_fill(~_nucleus(drawn_BV.exp(), max(sampling.top_p, _SMALLEST)), -torch.inf).log_softmax(-1)
     ids_B = _invert(drawn_BV.exp(), uniforms_B)
     return ids_B, _at(logprobs_BV, ids_B), _at(drawn_BV, ids_B)
 

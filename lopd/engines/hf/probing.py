@@ -83,8 +83,10 @@ def _what_is_wrong(model: Any, vocab_size: int, way: Way) -> str | None:
 def _distances(model: Any, vocab_size: int, way: Way) -> Iterator[list[float]]:
     """Yield for each text how far its log-probs in a batch are from those alone, token by token."""
     head = lm_head(model, vocab_size).float()
-    lengths = [n for n in _lengths(model) for _ in range(2 if way is Way.EQUAL else 1)]
-    texts = [_text(model, n, i, vocab_size) for i, n in enumerate(lengths)]
+    # half of a context that is short, so that there are prompts before them
+    steps = min(_STEPS, context_length(model) // 2)
+    lengths = [n for n in _lengths(model, steps) for _ in range(2 if way is Way.EQUAL else 1)]
+    texts = [_text(model, n, steps, i, vocab_size) for i, n in enumerate(lengths)]
     alone = [head.logits(hidden_states(model, ids[None])[0, n - 1 :]).log_softmax(-1) for n, ids in zip(lengths, texts, strict=True)]
     for batch in [[len(lengths) // 2], *way.batches(model, lengths, len(lengths))]:
         running = way.begin(model, [texts[i][: lengths[i]].cpu().numpy() for i in batch])
@@ -95,7 +97,7 @@ def _side_by_side(running: Texts, head: LMHead, forced: list[Tensor], alone: lis
     """Continue each text by its own next tokens, and compare each step with the text alone; rows leave on the way, and one stays."""
     seen: list[list[float]] = [[] for _ in alone]
     rows = list(range(len(alone)))
-    for step in range(_STEPS if len(alone) > 1 else 3):
+    for step in range(min(_STEPS if len(alone) > 1 else 3, len(forced[0]))):
         for i, logprobs_V in zip(rows, head.logits(running.last_hidden()).log_softmax(-1), strict=True):
             seen[i].append(_distance(logprobs_V, alone[i][step]))
         # after every second token one leaves, the first or one amid the others
@@ -115,19 +117,19 @@ def _distance(logprobs_V: Tensor, alone_V: Tensor) -> float:
     return math.inf if math.isnan(share) else share
 
 
-def _lengths(model: Any) -> list[int]:
+def _lengths(model: Any, steps: int) -> list[int]:
     """Prompt lengths that are short, that end before each window and rope border, and that begin behind them; none crosses a rope border."""
     borders = stated_borders(model)
     # each small one, and of the large ones that with the longest forward
-    around = {n for size in borders if size <= _SMALL or size == borders[-1] for n in (size - _STEPS // 2, size + 2)}
-    fitting = {n for n in {1, 2, 3, 5, 7} | around if 0 < n <= context_length(model) - _STEPS}
-    return sorted(n for n in fitting if not any(n <= border < n + _STEPS for border in rope_borders(model)))
+    around = {n for size in borders if size <= _SMALL or size == borders[-1] for n in (size - steps // 2, size + 2)}
+    fitting = {n for n in {1, 2, 3, 5, 7} | around if 0 < n <= context_length(model) - steps}
+    return sorted(n for n in fitting if not any(n <= border < n + steps for border in rope_borders(model)))
 
 
-def _text(model: Any, length: int, place: int, vocab_size: int) -> Tensor:
+def _text(model: Any, length: int, steps: int, place: int, vocab_size: int) -> Tensor:
     """(length + steps,) ids, usual and special ones: families that find padding by its id compute something else on a text that has it."""
     config = text_config(model)
-    ids = np.random.default_rng(place).integers(vocab_size, size=length + _STEPS)
+    ids = np.random.default_rng(place).integers(vocab_size, size=length + steps)
     special = [i for name in ("pad_token_id", "eos_token_id") if isinstance(i := getattr(config, name, None), int) and 0 <= i < vocab_size]
-    ids[length - 1 : length - 1 + len(special)] = special
+    ids[length - 1 : length - 1 + len(special)] = special[: steps + 1]
     return torch.from_numpy(ids).to(next(model.parameters()).device)

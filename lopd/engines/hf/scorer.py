@@ -19,7 +19,7 @@ from torch import Tensor
 from lopd.engines.causal_lm import candidate_logprobs, context_length, evaluating, lm_head, row_hidden_states
 from lopd.engines.hf.loading import load_model
 from lopd.engines.hf.source import HFSource
-from lopd.engines.identity import check_unchanged, identify, model_name
+from lopd.engines.identity import Identified, check_unchanged, identify, model_name
 from lopd.engines.inputs import budgeted, check_rollouts, check_top_k, in_order
 from lopd.engines.probes import check_scoring
 from lopd.engines.supports import make_scores
@@ -81,18 +81,18 @@ class HFScorer:
         return fingerprint_tokenizer(self.tokenizer)
 
     @cached_property
-    def _identified(self) -> tuple[ModelId, int | None]:
+    def _identified(self) -> Identified:
         return identify(self.model, self.identity)
 
     @property
     def provenance(self) -> Provenance:
         """Whose log-probs these are."""
-        return Provenance(self._identified[0], self.tokenizer_id.vocab_hash, _ENGINE, "raw", self.top_k, self.tokenizer_id.eos_id)
+        return Provenance(self._identified.identity, self.tokenizer_id.vocab_hash, _ENGINE, "raw", self.top_k, self.tokenizer_id.eos_id)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
         check_rollouts(rollouts, self.tokenizer_id, context_length(self.model))
-        check_unchanged("HFScorer", self.model, self._identified[1])
+        check_unchanged("HFScorer", self.model, self._identified)
         parts = budgeted([len(rollout) for rollout in rollouts], self.tokens_per_batch)
         scores = [made for part in parts for made in self._score_batch([rollouts[i] for i in part])]
         return in_order([i for part in parts for i in part], scores)
@@ -120,9 +120,11 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
 
     Raises:
         TokenizerMismatchError: the teacher's token-to-id map is not the student's.
+        ContextOverflowError: a rollout is longer than the context of one of them.
     """
     ours = student.tokenizer_id
     check_vocabulary("Teacher", teacher.tokenizer_id, "the student's", ours)
+    check_rollouts(rollouts, ours, min(context_length(student.model), context_length(teacher.model)))
     sums = np.zeros(len(rollouts))
     models = student.model, teacher.model
     heads = [lm_head(model, ours.vocab_size).float() for model in models]

@@ -13,7 +13,7 @@ from lopd.engines.causal_lm import context_length, evaluating, rope_borders, unw
 from lopd.engines.hf.decoding import Row, decode
 from lopd.engines.hf.loading import load_model
 from lopd.engines.hf.probing import check_sampling
-from lopd.engines.identity import check_unchanged, identify, local_folder, model_name
+from lopd.engines.identity import Identified, check_unchanged, identify, local_folder, model_name
 from lopd.engines.inputs import check_prompts, in_order, make_rollout, stop_ids, stream_seed
 from lopd.engines.probes import check_scoring
 from lopd.errors import ContextOverflowError
@@ -67,6 +67,7 @@ class HFSource:
 
     def __attrs_post_init__(self) -> None:
         check_kind("HFSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
+        check_kind("HFSource: lineage", self.lineage, Lineage, "pass `Lineage(sft_teacher=...)`, or leave it out")
         own_numbers(self, "HFSource")
         check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
         check_scoring(self.model, self.tokenizer_id.vocab_size)
@@ -78,13 +79,13 @@ class HFSource:
         return fingerprint_tokenizer(self.tokenizer)
 
     @cached_property
-    def _identified(self) -> tuple[ModelId, int | None]:
+    def _identified(self) -> Identified:
         return identify(self.model, self.identity)
 
     @property
     def manifest(self) -> Manifest:
         """What a store of these rollouts must say; the policy is identified once, so make a new source (`attrs.evolve`) after training."""
-        return Manifest(self.tokenizer_id, self._identified[0], self.sampling, self.lineage.sft_teacher, self.generation)
+        return Manifest(self.tokenizer_id, self._identified.identity, self.sampling, self.lineage.sft_teacher, self.generation)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
         """Sample `samples_per_prompt` rollouts for each prompt, in their order.
@@ -95,7 +96,7 @@ class HFSource:
         """
         check_prompts(prompts, self.tokenizer_id, context_length(self.model))
         self._check_borders(prompts)
-        check_unchanged("HFSource", self.model, self._identified[1])
+        check_unchanged("HFSource", self.model, self._identified)
         way = check_sampling(self.model, self.tokenizer_id.vocab_size, warn=False)
         asked = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
         batches = way.batches(self.model, [prompt.token_ids.size for prompt, _ in asked], self.rows_per_batch)
