@@ -156,6 +156,7 @@ def test_models_of_one_structure_are_probed_once_and_again_with_another_attentio
     monkeypatch.setattr(probing, "_first_right", lambda model, _: probed.append(model) or (Way.PADDED, []))
     monkeypatch.setattr(structure, "_of_all", {})
     first, second = copy.deepcopy(family("llama")), copy.deepcopy(family("llama"))
+    second.name_or_path = second.model.name_or_path = "another/folder"
     with torch.no_grad():
         second.lm_head.weight.add_(1.0)
     for model in (first, second, first):

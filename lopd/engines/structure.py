@@ -11,6 +11,8 @@ from lopd.engines.causal_lm import unwrap
 T = TypeVar("T")
 # their modules do what their class and settings say; one of somebody's own may do something else in each object
 _LIBRARIES = ("transformers", "peft", "torch")
+# each probe sets the mode; where a model came from, and that it was made, change nothing
+_OF_ONE = ("training", "name_or_path", "_is_hf_initialized")
 _Plain = int | float | str | bool | None
 _of_all: dict[Hashable, Any] = {}
 _of_one: WeakKeyDictionary[Any, dict[Hashable, Any]] = WeakKeyDictionary()
@@ -40,8 +42,8 @@ def _structure(model: Any) -> tuple[Hashable, bool]:
         own, kind = vars(module), type(module)
         attached = tuple(map(id, (*module._forward_hooks.values(), *module._forward_pre_hooks.values(), own.get("forward"))))
         shared = shared and len(attached) == 1 and "forward" not in own and kind.__module__.partition(".")[0] in _LIBRARIES
-        # those of a configuration are in its text; `training` is set by each probe
-        settings = tuple((name, value) for name, value in own.items() if name != "training" and isinstance(value, _Plain))
+        # those of a configuration are in its text
+        settings = tuple((name, value) for name, value in own.items() if name not in _OF_ONE and isinstance(value, _Plain))
         parts.append((path, kind, kind.forward, attached, settings))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # a number that is kept as a weight may be a scale
