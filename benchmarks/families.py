@@ -234,7 +234,7 @@ def attempt(check: Callable[[Any, Path], float], model: Any, folder: Path) -> Ro
     try:
         error = check(copy.deepcopy(model), folder)
     except LopdError as refusal:
-        return {"verdict": "refused", "cause": _first_clause(str(refusal))}
+        return {"verdict": "refused", "cause": _first_clause(str(refusal).replace(f"{folder}/", ""))}  # a folder of this run
     except NotBuiltError as missing:
         return {"verdict": "not built", "cause": str(missing)}
     except Exception as raw:
