@@ -11,7 +11,7 @@ def keep_precision(model: Any, folder: str | Path) -> None:
 
     Args:
         model: as transformers loaded it from `folder`; one without adapters is left as it is.
-        folder: of adapters, or a hub name.
+        folder: a folder with adapters, or a hub name.
     """
     if not getattr(model, "_hf_peft_config_loaded", False) or model.dtype not in (torch.float16, torch.bfloat16):
         return

@@ -131,7 +131,7 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
     without memory for its weights.
 
     Args:
-        folder: of a transformers model, in safetensors, whole or in shards; or of adapters, whose base model they name; or a hub name.
+        folder: a folder with a transformers model in safetensors, whole or in shards, or with adapters that name their base model; or a hub name.
         dtype: of the weights in use; None is what the configuration says.
 
     Raises:
@@ -233,7 +233,7 @@ def local_folder(name: str | Path, *, weights: bool = True) -> Path:
     """A folder as it is, or the local snapshot of a hub name; it is downloaded unless it is there or HF_HUB_OFFLINE is set.
 
     Args:
-        name: of a folder, or in the hub.
+        name: a folder, or a name in the hub.
         weights: whether the weights have to be there too, or only what stands beside them.
 
     Raises:

@@ -148,7 +148,7 @@ class _Probe:
             self.refuse(f"its logits are {slope:.5g} times those of its head plus {offset:.3g}, by no field that lopd knows")
 
     def check_finite(self, *logits: Tensor) -> None:
-        """Logits are numbers, but for those of tokens that the head rules out."""
+        """Refuse logits that are NaN or plus infinity; minus infinity is a token that the head rules out."""
         if any(bool((part.isnan() | (part == torch.inf)).any()) for part in logits):
             self.refuse("its logits are not finite", "check its weights, or load it in another dtype")
 

@@ -45,7 +45,7 @@ class _Source:
     Args:
         stored: names in the files, each with the pattern of `converter` that it matched.
         target: the first of the tensors that are made of them.
-        converter: of transformers, which stacks, splits or joins them; None if there is one, which is taken as it is.
+        converter: the converter of transformers that stacks, splits or joins them; None if a single tensor is taken as it is.
     """
 
     stored: list[tuple[str, Any]]

@@ -142,7 +142,7 @@ def was_put(files: Files, path: str, data: bytes, error: OSError) -> bool:
 
 
 def in_doubt(files: Files, path: str, error: OSError) -> StoreWriteError:
-    """The error for a put whose fate nobody knows: what belongs to it must stay."""
+    """Make the error for a put that may have been done: what belongs to it must stay."""
     return StoreWriteError(
         f"{files.url}/{path}: the storage did not say whether it is written ({error}), expected an answer; "
         "open the store again when the storage is back, and repeat the call, which is safe."
