@@ -6,10 +6,23 @@ A checksum notices damage and not malice: anybody can seal a document.  So nothi
 import json
 import re
 import types
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from reprlib import Repr
-from typing import Annotated, Any, Literal, NoReturn, NotRequired, TypeVar, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NoReturn,
+    NotRequired,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+    overload,
+)
 
 from attrs import NOTHING, fields, has
 
@@ -60,7 +73,11 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"it holds {name}, which is not JSON")
 
 
-def read_as(kind: type[T], value: Any, owner: str) -> T:
+@overload
+def read_as(kind: type[T], value: Any, owner: str) -> T: ...
+@overload
+def read_as(kind: object, value: Any, owner: str) -> Any: ...
+def read_as(kind: Any, value: Any, owner: str) -> Any:
     """Make a typed value of parsed JSON.
 
     >>> read_as(tuple[Count, ...], [3, 4], "Store x")
@@ -77,8 +94,7 @@ def read_as(kind: type[T], value: Any, owner: str) -> T:
         CorruptStoreError: it is something else; the message names the key.
     """
     try:
-        reader: Callable[[Any], T] = _reader(cast("Hashable", kind))
-        return reader(value)
+        return _reader(kind)(value)
     except (_Wrong, RecursionError) as error:
         keys = ".".join(reversed(error.keys)) if isinstance(error, _Wrong) else ""
         what = str(error) if isinstance(error, _Wrong) else "is nested too deep"

@@ -4,7 +4,6 @@ Any Zarr v3 reader reads them; lopd itself needs no zarr.  A segment is one grou
 names it says type, shape and checksum of each array, so reading one fetches no metadata.
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 from uuid import uuid4
@@ -14,11 +13,13 @@ from attrs import asdict, frozen
 from numpy.typing import NDArray
 
 from lopd.backends.files import Bytes
+from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, dump
 from lopd.errors import StoreNotFoundError
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
+from lopd.records.stored import parse, read_as
 
 METADATA_FILE = "zarr.json"
 RAW = "raw"
@@ -111,10 +112,11 @@ def _encode_root(root: Root) -> bytes:
 
 
 def _decode_root(url: str, data: bytes) -> Root | None:
-    attributes = json.loads(data)["attributes"]
+    attributes, owner = parse(data)["attributes"], f"Store {url}: {METADATA_FILE}"
     if _MANIFEST not in attributes:
         raise StoreNotFoundError(f"Store {url}: it is a Zarr group without a lopd manifest, expected a store of lopd; check the path.")
-    root = Root(Manifest.from_json(attributes[_MANIFEST]), attributes[_STORAGE]["logprob_dtype"])
+    dtype = read_as(LogprobDtype, attributes[_STORAGE]["logprob_dtype"], owner)
+    root = Root(Manifest.from_json(attributes[_MANIFEST], owner), dtype)
     return root if data == _root_document({key: attributes[key] for key in (_MANIFEST, _STORAGE, _CREATION)}) else None
 
 
