@@ -16,6 +16,7 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
+from lopd.errors import printable
 from lopd.records.checks import check_kind, check_number, check_texts, own_numbers
 
 _HASHED = "weights:"
@@ -50,8 +51,8 @@ class ModelId:
         check_texts(self, "ModelId")
 
     def __str__(self) -> str:
-        """`name@revision`, shortened."""
-        return _TOGETHER.join(f"{part.name}@{_short(part.revision)}" for part in self.parts)
+        """`name@revision`, shortened and printable."""
+        return printable(_TOGETHER.join(f"{part.name}@{_short(part.revision)}" for part in self.parts))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelId) and self.same_weights(other) and self.dtype == other.dtype
