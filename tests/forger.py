@@ -10,6 +10,7 @@ import contextlib
 import copy
 import io
 import json
+import os
 import pickle
 import random
 import re
@@ -20,6 +21,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +61,22 @@ def build(kind: str, folder: Path) -> None:
     store.append_scores("other", tiny_provenance("other"), [tiny_scores(tiny_rollout(f"b{i}", **reported)) for i in (0, 3)])
     store.quarantine("other", tiny_provenance("other"), {"m1": "too long", "m2": "refused"})
     store.quarantine("judge", tiny_provenance("judge"), {"m1": "too long"})
+    if kind == "zarr":
+        store.sweep(older_than=-60)
+        for number in range(2, 50):  # until there are checkpoints
+            store.begin_generation(number, ModelId("later", "rev", "float32"))
+        assert list(folder.glob("checkpoints/*"))
 
 
-def documents(folder: Path) -> list[Path]:
-    """JSON files of each kind, three at most of one kind; LanceDB's own are its own."""
+def documents(folder: Path) -> dict[str, list[Path]]:
+    """JSON files of each kind; what LanceDB writes in its tables is its own.  The records of a log are of the kinds that they say."""
     kinds: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*.json")):
         if not any(part.endswith(".lance") for part in path.relative_to(folder).parts[:-1]):
-            kinds.setdefault(re.sub(r"[0-9a-f]{32}|\d{10}", "*", str(path.relative_to(folder))), []).append(path)
-    return [path for paths in kinds.values() for path in {paths[0], paths[len(paths) // 2], paths[-1]}]
+            name = re.sub(r"[0-9a-f]{32}|\d{10}", "*", str(path.relative_to(folder)))
+            name = re.sub(r"\w+/zarr.json", "array", name) if "*/" in name else name
+            kinds.setdefault(f"{name} {json.loads(path.read_text()).get('kind', '')}", []).append(path)
+    return kinds
 
 
 def places(document: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -174,29 +183,36 @@ def examine(kind: str, folder: Path) -> list[str]:
     return found
 
 
+def cases(path: Path) -> list[tuple[Path, str, Any]]:
+    """All forgeries of a file."""
+    return [(path, label, forged) for label, forged in forgeries(json.loads(path.read_text()))]
+
+
 def main(kind: str, base: Path, count: int) -> None:
     """Try `count` forgeries, or all of them for 0."""
+    os.fsync = lambda _: None  # nothing cuts the power here
     whole, work = base / "whole", base / "work"
     build(kind, whole)
-    cases = []
-    for path in documents(whole):
-        original = json.loads(path.read_text())
-        cases += [(path.relative_to(whole), label, sealed(forged, original)) for label, forged in forgeries(original)]
-    random.Random(7).shuffle(cases)
+    drawn = random.Random(7)
+    kinds = [[case for path in drawn.sample(paths, min(3, len(paths))) for case in cases(path)] for paths in documents(whole).values()]
+    for kind_cases in kinds:
+        drawn.shuffle(kind_cases)
+    in_turns = [case for several in zip_longest(*kinds) for case in several if case]
     assert examine(kind, shutil.copytree(whole, work)) == [], "an honest store"
     resource.setrlimit(resource.RLIMIT_AS, (_memory() + MEMORY,) * 2)
     warnings.simplefilter("ignore")
-    for path, label, data in cases[: count or None]:
+    for path, label, forged in in_turns[: count or None]:
         shutil.rmtree(work)
         shutil.copytree(whole, work)
-        (work / path).write_bytes(data)
-        name = f"{path}: {label}"
+        original = path.read_text()
+        (work / path.relative_to(whole)).write_bytes(sealed(forged, json.loads(original)))
+        name = f"{path.relative_to(whole)}: {label}"
         print(json.dumps({"begins": name}), flush=True)
         # a busy machine is slow: what counts is the time of the processor
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         signal.alarm(20 * SECONDS)
         found = examine(kind, work)
-        found += [f"made {path.name} beside the store" for path in base.iterdir() if path.name not in {"whole", "work"}]
+        found += [f"made {other.name} beside the store" for other in base.iterdir() if other not in (whole, work)]
         print(json.dumps({"ended": name, "found": found}), flush=True)
 
 
