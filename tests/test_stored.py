@@ -48,6 +48,10 @@ def test_a_document_that_fits_is_typed() -> None:
     assert read_as(Whole, GOOD, "Store x") == Whole(3, {"x": Part("a", (2, 3))}, 0.5, "c")
     assert read_as(Whole, {**GOOD, "share": 1, "column": None, "more": PART}, "Store x").more == Part("a", (2, 3))
     assert read_as(list[int], [-1], "x") == [-1]
+    assert read_as(tuple[int, str], [1, "a"], "x") == (1, "a")
+    for odd in ([1], [1, "a", 2], ["a", 1], "1a"):
+        with pytest.raises(CorruptStoreError, match=r"^x: "):
+            read_as(tuple[int, str], odd, "x")
     note = read_as(Note, {"kind": "note", "reasons": {"0": "a", "12": "b"}, "new": [1]}, "x")
     assert note == {"kind": "note", "reasons": {0: "a", 12: "b"}}
 

@@ -76,7 +76,7 @@ def own_numbers(record: Any, owner: str) -> None:
             object.__setattr__(record, field.name, convert(owner, field.name, value))
 
 
-def check_texts(record: Any, owner: str) -> None:
+def own_texts(record: Any, owner: str) -> None:
     """Refuse a field of type str that holds something else, which no store could read again.
 
     Raises:

@@ -5,7 +5,7 @@ A checksum notices damage and not malice: anybody can seal a document.  So nothi
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from reprlib import Repr
 from types import UnionType
@@ -87,8 +87,8 @@ def read_as(kind: Any, value: Any, owner: str) -> Any:
 
     Args:
         kind: an attrs class or a `TypedDict`, whose fields are read by their types; or such a type: `str`, `bool`, `int` (64 bits), `float` (finite),
-            `None`, `Any`, a literal, a union, `tuple[X, ...]`, `list[X]`, `Mapping[K, X]`, or one of them annotated with the `range` of a number
-            or the pattern of a text.  An attrs class takes no other keys than its fields.
+            `None`, `Any`, a literal, a union, `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`, `Mapping[K, X]`, or one of them annotated with the
+            `range` of a number or the pattern of a text.  An attrs class takes no other keys than its fields.
         value: what `parse` gave.
         owner: how messages name the file that it is from.
 
@@ -172,6 +172,12 @@ def _many(make: type[list[Any] | tuple[Any, ...]], kind: Any) -> _Reader:
     return lambda value: make(_under(i, reader, item) for i, item in enumerate(check(value)))
 
 
+def _each(kinds: Sequence[Any]) -> _Reader:
+    readers = list(map(_reader, kinds))
+    check = _plain(lambda value: type(value) in (list, tuple) and len(value) == len(readers), f"a list of {len(readers)}")
+    return lambda value: tuple(_under(i, reader, item) for i, (reader, item) in enumerate(zip(readers, check(value), strict=True)))
+
+
 _object = _plain(lambda value: type(value) is dict, "an object")
 
 
@@ -213,7 +219,7 @@ _MAKERS: dict[Any, Callable[..., _Reader]] = {
     Union: _any_of,
     UnionType: _any_of,
     NotRequired: _reader,
-    tuple: lambda kind, _: _many(tuple, kind),
+    tuple: lambda *kinds: _many(tuple, kinds[0]) if kinds[-1] is ... else _each(kinds),
     list: lambda kind: _many(list, kind),
     Mapping: _pairs,
 }

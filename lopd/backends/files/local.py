@@ -40,7 +40,8 @@ class _Open:
 
     def read(self, start: int, end: int) -> bytes:
         """These bytes, or fewer at the end of the file."""
-        data = os.pread(self.descriptor, end - start, start)
+        end = max(min(end, self.size), start)
+        data = os.pread(self._descriptor, end - start, start)
         if 0 < len(data) < end - start:  # one call reads at most 2 GiB
             return data + self.read(start + len(data), end)
         return data
@@ -74,7 +75,7 @@ class LocalFiles:
     def read(self, path: str, /) -> bytes:
         """A whole file."""
         file = _Open(self.root / path)
-        return file.read(0, os.fstat(file.descriptor).st_size)
+        return file.read(0, file.size)
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
         """Parts of one file, which stays open for the next time."""
