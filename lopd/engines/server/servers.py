@@ -6,6 +6,7 @@ with it, so a `Servers` can be pickled and forked.
 """
 
 import os
+import re
 import socket
 import ssl
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from lopd.engines.server.answers import Trouble, accepted
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.paths import cause_of, said_of
 
 T = TypeVar("T")
 _KEY_VARIABLE = "VLLM_API_KEY"
@@ -113,7 +115,7 @@ class Servers:
         for i, url in enumerate(self.urls):
             secret = next((what for sign, what in _SECRETS.items() if sign in url), None)
             if secret or not _has_host(url):
-                shown = secret or repr(url)
+                shown = secret or repr(re.sub("(?s)://.*", "://...", url))
                 raise InvalidRecordError(f"Servers: url {i} is {shown}, expected http:// or https:// and a host; pass keys as `api_key=`.")
         if self.api_key is not None and not (
             self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip() == self.api_key
@@ -174,6 +176,7 @@ class _Endpoint:
         self._check_s = min(_CHECK_S, patience_s) if first else _CHECK_S
         self.name = f"Server {url}"
         self._sockets: WeakSet[socket.socket] = WeakSet()
+        refused: Exception | None = None
         try:
             self._client = httpx2.Client(
                 verify=_certificates(),
@@ -182,10 +185,13 @@ class _Endpoint:
                 headers={"Authorization": f"Bearer {servers.api_key}"} if servers.api_key else {},
             )
         except (ValueError, OSError, ImportError, httpx2.InvalidURL) as error:
+            refused = error
+        if refused is not None:
+            proxies = " ".join(value for name, value in os.environ.items() if name.lower().endswith("_proxy"))
             raise EngineError(
-                f"{self.name}: no client can be made for it ({error}), expected usable proxies and certificates; look at HTTP_PROXY, HTTPS_PROXY, "
-                "ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR of the environment."
-            ) from error
+                f"{self.name}: no client can be made for it ({said_of(proxies, refused)}), expected usable proxies and certificates; look at "
+                "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR of the environment."
+            ) from cause_of(proxies, refused)
 
     def start(self) -> Served:
         """What it serves, if it is healthy and passes the probe."""
