@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.backends import admission
-from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open_files
+from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open_files, prove
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile, put_root, read_root, taken
 from lopd.errors import ManifestMismatchError
@@ -164,6 +164,12 @@ class DurableBase(ABC, Generic[S, W]):
         return cls(files, root)
 
     @property
+    def _proven_writer(self) -> W:
+        """What changes the store, once its storage has shown that this is safe."""
+        prove(self._files)
+        return self._writer
+
+    @property
     def manifest(self) -> Manifest:
         """What all rollouts have in common."""
         return self._root.manifest
@@ -219,7 +225,7 @@ class DurableBase(ABC, Generic[S, W]):
             admission.check_generation(self._owner, generation, known, policy)
             if known is not None:
                 return self._writer.settle(None)
-            if self._writer.add_generation(generation, policy):
+            if self._proven_writer.add_generation(generation, policy):
                 return None
 
     def append(self, rollouts: Sequence[Rollout], /) -> None:
@@ -233,7 +239,7 @@ class DurableBase(ABC, Generic[S, W]):
                 new = admission.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self.generations, known=known)
                 if not new:
                     return self._writer.settle(None)
-                if self._writer.add_rollouts(new, len(self)):
+                if self._proven_writer.add_rollouts(new, len(self)):
                     return None
         finally:
             self._writer.end()
@@ -248,7 +254,7 @@ class DurableBase(ABC, Generic[S, W]):
                 new = self._new_scores(column, provenance, scores)
                 if not new:
                     return self._writer.settle(column)
-                if self._writer.add_scores(column, provenance, list(new.values()), list(new)):
+                if self._proven_writer.add_scores(column, provenance, list(new.values()), list(new)):
                     return None
         finally:
             self._writer.end()
@@ -279,7 +285,7 @@ class DurableBase(ABC, Generic[S, W]):
             new = admission.new_quarantine(self._owner, reasons, rows=rows, scored=self.scored(column), known=known)
             if not new:
                 return self._writer.settle(column)
-            if self._writer.add_reasons(column, provenance, new):
+            if self._proven_writer.add_reasons(column, provenance, new):
                 return None
 
     def _known(self, rollout_ids: Sequence[str], rows: NDArray[np.int64]) -> dict[str, tuple[bytes, int]]:

@@ -8,7 +8,7 @@ from typing import get_args
 from attrs import frozen
 
 from lopd.backends.admission import check_manifest
-from lopd.backends.files import Files, names_in, reading, writing
+from lopd.backends.files import Files, names_in, prove, reading, writing
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.sealing import damaged
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
@@ -73,6 +73,7 @@ def put_root(files: Files, kind: RootFile, root: Root) -> bool:
 
     Raises:
         InvalidRecordError: the manifest is something else, or there is no such type of log-probs.
+        StorePathError: the storage does not keep what a store relies on.
         StoreWriteError: the storage refused.
     """
     check_manifest(f"Store {files.url}", root.manifest)
@@ -80,6 +81,7 @@ def put_root(files: Files, kind: RootFile, root: Root) -> bool:
         raise InvalidRecordError(
             f"Store {files.url}: logprob_dtype is {root.logprob_dtype!r}, expected one of {', '.join(get_args(LogprobDtype))}; pass one of them."
         )
+    prove(files)
     with writing(f"Store {files.url}", "creating it"):
         return files.put_if_absent(kind.name, kind.encode(root))
 
