@@ -6,10 +6,9 @@ with it, so a `Servers` can be pickled and forked.
 """
 
 import os
-import re
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from typing import Any, TypeVar, final
@@ -20,6 +19,7 @@ from attrs import define, field, frozen
 
 from lopd.engines.pool import Pool
 from lopd.engines.server.answers import Trouble, accepted
+from lopd.engines.server.urls import bases, check_urls
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.checks import check_at_least, check_number, own_numbers
@@ -27,7 +27,6 @@ from lopd.records.paths import cause_of, said_of
 
 T = TypeVar("T")
 _KEY_VARIABLE = "VLLM_API_KEY"
-_SECRETS = {"@": "one with a user or password", "?": "one with a query", "#": "one with a fragment"}
 _CHECK_S, _CONNECT_S = 30.0, 10.0
 # uvicorn closes a connection that was idle for 5 s; one that is closed while a request is on its way costs a try
 _IDLE_S = 3.0
@@ -64,17 +63,6 @@ class Probe:
     judge: Callable[..., None]
 
 
-def _bases(urls: str | Iterable[str]) -> tuple[str, ...]:
-    return tuple(url.rstrip("/").removesuffix("/v1").rstrip("/") for url in ([urls] if isinstance(urls, str) else urls))
-
-
-def _has_host(url: str) -> bool:
-    try:
-        return url.startswith(("http://", "https://")) and bool(httpx2.URL(url).host)
-    except httpx2.InvalidURL:
-        return False
-
-
 @final
 @define(eq=False, slots=False)
 class Servers:
@@ -95,7 +83,7 @@ class Servers:
         InvalidRecordError: there is no URL, one is not an http URL or carries a password or a query, or a number makes no sense.
     """
 
-    urls: tuple[str, ...] = field(converter=_bases)
+    urls: tuple[str, ...] = field(converter=bases)
     model: str
     concurrency: int = 32
     attempts: int = 5
@@ -112,11 +100,7 @@ class Servers:
             check_at_least("Servers", name, getattr(self, name), 1)
         for name in ("patience_s", "timeout_s", "first_contact_s"):
             check_number("Servers", name, getattr(self, name), getattr(self, name) > 0, "more than 0")
-        for i, url in enumerate(self.urls):
-            secret = next((what for sign, what in _SECRETS.items() if sign in url), None)
-            if secret or not _has_host(url):
-                shown = secret or repr(re.sub("(?s)://.*", "://...", url))
-                raise InvalidRecordError(f"Servers: url {i} is {shown}, expected http:// or https:// and a host; pass keys as `api_key=`.")
+        check_urls(self.urls)
         if self.api_key is not None and not (
             self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip() == self.api_key
         ):
