@@ -1,11 +1,11 @@
 """The one file that makes a folder or a prefix a store: whether its place is free, and what it says."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import get_args
+from uuid import uuid4
 
-from attrs import frozen
+from attrs import field, frozen
 
 from lopd.backends.admission import check_manifest
 from lopd.backends.files import Files, names_in, prove, reading, writing
@@ -13,6 +13,7 @@ from lopd.backends.ragged import LogprobDtype
 from lopd.backends.sealing import damaged
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
 from lopd.records.manifest import LINEAGE_FILE, Manifest
+from lopd.records.stored import parse
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
 
@@ -24,10 +25,14 @@ class Root:
     Args:
         manifest: what all rollouts have in common.
         logprob_dtype: how log-probs are kept.
+        creation: no other store has it.
+        chained: whether each record says its store, its number and the record before it; those of older stores need not.
     """
 
     manifest: Manifest
     logprob_dtype: LogprobDtype
+    creation: str = field(factory=lambda: uuid4().hex)
+    chained: bool = True
 
 
 @frozen
@@ -36,7 +41,7 @@ class RootFile:
 
     Args:
         name: the file's name.
-        encode: gives the file's bytes; no two calls give the same, so that a repeated request knows its own file.
+        encode: gives the file's bytes; those of no two creations are the same, so that a repeated request knows its own file.
         decode: gives what the bytes under a URL say; None if a single bit differs from what `encode` gave.  It raises StoreNotFoundError
             where the file belongs to something else.
     """
@@ -59,8 +64,8 @@ def other_kind(files: Files, names: Sequence[str]) -> str:
     if any(name.startswith("step-") for name in names):
         return "a folder of checkpoints"
     if LINEAGE_FILE in names:
-        with suppress(OSError, ValueError):
-            return "the lineage of a trained model" if "sft_teacher" in json.loads(files.read(LINEAGE_FILE)) else ""
+        with suppress(OSError, ValueError, TypeError):
+            return "the lineage of a trained model" if "sft_teacher" in parse(files.read(LINEAGE_FILE)) else ""
     return ""
 
 

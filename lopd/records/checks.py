@@ -1,5 +1,6 @@
 """Arguments that make no sense, refused where they are passed.  One place, so that all of them are refused with the same sentences."""
 
+from collections.abc import Iterable
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any
@@ -75,6 +76,17 @@ def own_numbers(record: Any, owner: str) -> None:
             object.__setattr__(record, field.name, convert(owner, field.name, value))
 
 
+def check_texts(record: Any, owner: str) -> None:
+    """Refuse a field of type str that holds something else, which no store could read again.
+
+    Raises:
+        InvalidRecordError: it does.
+    """
+    for field in fields(type(record)):
+        if field.type is str and not isinstance(value := getattr(record, field.name), str):
+            raise InvalidRecordError(f"{owner}: {field.name} is {value!r:.80}, expected text; pass a str.")
+
+
 def _scalar(value: Any) -> Any:
     """The Python number in a numpy scalar, or in an array or tensor without dimensions; anything else as it is."""
     return value.item() if getattr(value, "shape", None) == () else value
@@ -113,6 +125,18 @@ def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
         lacking = "__call__"
     if lacking is not None:
         raise ArgumentError(f"{owner}: it is {a_kind(value)}, which has no `{lacking}`; {remedy}.")
+
+
+def texts_of(owner: str, values: Any) -> list[str]:
+    """Return several texts as a list.
+
+    Raises:
+        ArgumentError: they are something else.
+    """
+    wrong = next((value for value in values if not isinstance(value, str)), None) if isinstance(values, Iterable) else values
+    if wrong is not None:
+        raise ArgumentError(f"{owner}: it is {a_kind(wrong)}, expected text; pass a str, or several.")
+    return list(values)
 
 
 def check_call(owner: str, value: object, arguments: str) -> None:

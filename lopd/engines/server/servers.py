@@ -22,7 +22,7 @@ from lopd.engines.server.answers import Trouble, accepted
 from lopd.engines.server.urls import bases, check_urls
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.checks import check_at_least, check_number, own_numbers, texts_of
 from lopd.records.paths import cause_of, said_of
 
 T = TypeVar("T")
@@ -80,6 +80,7 @@ class Servers:
         api_key: by default VLLM_API_KEY of the environment.
 
     Raises:
+        ArgumentError: a URL or the key is not text.
         InvalidRecordError: there is no URL, one is not an http URL or carries a password or a query, or a number makes no sense.
     """
 
@@ -101,9 +102,8 @@ class Servers:
         for name in ("patience_s", "timeout_s", "first_contact_s"):
             check_number("Servers", name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         check_urls(self.urls)
-        if self.api_key is not None and not (
-            self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip() == self.api_key
-        ):
+        key = texts_of("Servers: api_key", [self.api_key or ""])[0]
+        if not (key.isascii() and key.isprintable() and key.strip() == key):
             raise InvalidRecordError("Servers: api_key has spaces or unprintable characters, expected a header's value; strip it.")
 
     @cached_property

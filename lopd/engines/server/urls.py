@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import httpx2
 
 from lopd.errors import InvalidRecordError
+from lopd.records.checks import texts_of
 
 _SECRETS = {"@": "one with a user or password", "?": "one with a query", "#": "one with a fragment"}
 # A password whose host was forgotten; a port and an address in brackets are none.
@@ -14,7 +15,8 @@ _PASSWORD = re.compile(r"(?s)(://[^/\[:]*:)(?!\d+(/|$)).*")
 
 def bases(urls: str | Iterable[str]) -> tuple[str, ...]:
     """Return what paths are added to."""
-    return tuple(url.rstrip("/").removesuffix("/v1").rstrip("/") for url in ([urls] if isinstance(urls, str) else urls))
+    several = texts_of("Servers: urls", [urls] if isinstance(urls, str) else urls)
+    return tuple(url.rstrip("/").removesuffix("/v1").rstrip("/") for url in several)
 
 
 def check_urls(urls: Sequence[str]) -> None:
