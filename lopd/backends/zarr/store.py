@@ -65,7 +65,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
             CorruptStoreError: a line that would be moved is damaged; nothing of its merge was committed.
             StoreWriteError: the write failed; merges before it are kept.
         """
-        self._writer.compact(target_tokens)
+        self._proven_writer.compact(target_tokens)
 
     def sweep(self, *, older_than: float = 7 * 24 * 3600.0) -> list[str]:
         """Remove segments that no commit names, and those that compactions replaced, if both are older than this many seconds.
