@@ -10,21 +10,22 @@
 They are files and not rows because creating a LanceDB table is not atomic: two concurrent creators can both be told that they succeeded.
 """
 
-import json
 import re
 import time
 from collections.abc import Mapping
-from typing import Any, Literal, final
+from typing import Annotated, Any, Literal, TypedDict, final
 from uuid import uuid4
 
 from attrs import field, frozen
 
+from lopd.backends.admission import ColumnName
 from lopd.backends.files import Files, reading, writing
+from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import damaged, seal, unseal
-from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
+from lopd.records.stored import Count, parse, read_as
 
 ROLLOUTS_FILE = "rollouts.json"
 COLUMNS, GENERATIONS, COMPACTIONS, QUARANTINE = "columns", "generations", "compactions", "quarantine"
@@ -33,16 +34,17 @@ _EVENTS: dict[str, Literal["generation", "compaction", "quarantine"]] = {
     COMPACTIONS: "compaction",
     QUARANTINE: "quarantine",
 }
-_TABLE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
+# A table is a folder of the database.
+_TableName = Annotated[str, re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")]
 
 
 def _encode_root(root: Root) -> bytes:
     return seal({"manifest": root.manifest.to_json(), "logprob_dtype": root.logprob_dtype, "by": uuid4().hex})
 
 
-def _decode_root(_: str, data: bytes) -> Root | None:
-    document = json.loads(data)
-    root = Root(Manifest.from_json(document["manifest"]), document["logprob_dtype"])
+def _decode_root(url: str, data: bytes) -> Root | None:
+    document, owner = parse(data), f"Store {url}: lopd.json"
+    root = Root(Manifest.from_json(document["manifest"], owner), read_as(LogprobDtype, document["logprob_dtype"], owner))
     return root if unseal(data) is not None else None
 
 
@@ -59,8 +61,35 @@ class TableEntry:
         provenance: who computed the scores; None for the rollouts.
     """
 
-    table: str
+    table: _TableName
     provenance: Provenance | None
+
+
+class _Table(TypedDict):
+    """What a file of a table says."""
+
+    table: _TableName
+    provenance: Provenance | None
+    when: float
+
+
+class _Generation(TypedDict):
+    generation: Count
+    policy: ModelId
+    when: float
+
+
+class _Quarantine(TypedDict):
+    column: ColumnName
+    reasons: Mapping[Count, str]
+    when: float
+
+
+class _Compaction(TypedDict):
+    column: ColumnName | None
+    rows: Count
+    tokens: Count
+    when: float
 
 
 @frozen
@@ -123,22 +152,24 @@ class Catalog:
         found = [f"{folder}/{name}" for folder, names in listed.items() if folder for name in names if name.endswith(".json")]
         found += [ROLLOUTS_FILE] if ROLLOUTS_FILE in listed[""] else []
         for path in sorted(set(found) - self.state.seen):
-            try:
-                self._add(path, self.document(path))
-            except (KeyError, TypeError, AttributeError) as error:
-                raise damaged(self._owner, path) from error
+            self._add(path, self.document(path))
 
     def _add(self, path: str, document: Mapping[str, Any]) -> None:
-        state, (folder, _, name) = self.state, path.removesuffix(".json").rpartition("/")
-        rows, tokens, column = document.get("rows", 0), document.get("tokens", 0), document.get("column")
+        state, (folder, _, name), owner = self.state, path.removesuffix(".json").rpartition("/"), f"{self._owner}: {path}"
+        rows, tokens, column = 0, 0, None
         if folder in ("", COLUMNS):
-            state.tables[name if folder else None] = _entry(path, document)
+            table = read_as(_Table, document, owner)
+            state.tables[read_as(ColumnName, name, owner) if folder else None] = TableEntry(table["table"], table["provenance"])
         elif folder == GENERATIONS:
-            state.generations[document["generation"]] = ModelId(**document["policy"])
+            generation = read_as(_Generation, document, owner)
+            state.generations[generation["generation"]] = generation["policy"]
         elif folder == QUARANTINE:
-            reasons = {int(row): reason for row, reason in document["reasons"].items()}
-            rows = len(reasons)
-            state.quarantines.append(Quarantine(document["column"], reasons, document["when"]))
+            quarantine = read_as(_Quarantine, document, owner)
+            rows, column = len(quarantine["reasons"]), quarantine["column"]
+            state.quarantines.append(Quarantine(**quarantine))
+        else:
+            merged = read_as(_Compaction, document, owner)
+            rows, tokens, column = merged["rows"], merged["tokens"], merged["column"]
         if folder in _EVENTS:
             state.events.append(Commit(0, _EVENTS[folder], rows, tokens, column, document["when"]))
         state.seen.add(path)
@@ -194,13 +225,3 @@ def new_path(folder: str) -> str:
 def generation_path(generation: int) -> str:
     """The file that says who sampled in a round."""
     return f"{GENERATIONS}/{generation:010d}.json"
-
-
-def _entry(path: str, document: Mapping[str, Any]) -> TableEntry:
-    if not _TABLE_NAME.fullmatch(document["table"]):
-        raise CorruptStoreError(
-            f"Catalog file {path}: it names table {document['table']!r}, expected letters, digits, '_', '-' or '.', and no '.' in front; "
-            "restore the file from a backup."
-        )
-    provenance = document["provenance"]
-    return TableEntry(document["table"], None if provenance is None else Provenance.from_json(provenance))

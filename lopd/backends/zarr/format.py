@@ -4,9 +4,10 @@ Any Zarr v3 reader reads them; lopd itself needs no zarr.  A segment is one grou
 names it says type, shape and checksum of each array, so reading one fetches no metadata.
 """
 
-import json
+import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 from uuid import uuid4
 
 import numpy as np
@@ -14,15 +15,20 @@ from attrs import asdict, frozen
 from numpy.typing import NDArray
 
 from lopd.backends.files import Bytes
+from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, dump
 from lopd.errors import StoreNotFoundError
+from lopd.records.checks import check_number
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
+from lopd.records.stored import Count, parse, read_as
 
 METADATA_FILE = "zarr.json"
 RAW = "raw"
 _MANIFEST, _STORAGE, _CHECKSUM, _CREATION = "lopd", "lopd_storage", "lopd_checksum", "lopd_creation"
+
+_Checksum = Annotated[str, re.compile("[0-9a-f]{32}")]
 
 
 @frozen
@@ -38,21 +44,22 @@ class ArrayMeta:
         stored_bytes: of both files.
     """
 
-    dtype: str
-    shape: tuple[int, ...]
-    codec: str
-    checksum: str
-    metadata_checksum: str
-    stored_bytes: int
+    dtype: Annotated[str, re.compile("uint8|uint16|uint32|int32|int64|float16|float32")]
+    shape: tuple[Count, ...]
+    codec: Annotated[str, re.compile("raw|zstd")]
+    checksum: _Checksum
+    metadata_checksum: _Checksum
+    stored_bytes: Count
+
+    def __attrs_post_init__(self) -> None:
+        dimensions = len(self.shape)
+        check_number("Array", "number of dimensions", dimensions, dimensions in (1, 2), "1 or 2")
+        # sizes in bytes are computed with 64 bits
+        check_number("Array", "shape", self.shape, math.prod(self.shape) < 1 << 50, "fewer than 2**50 values")
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return {**asdict(self), "shape": list(self.shape)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "ArrayMeta":
-        """The inverse of `to_json`."""
-        return cls(**{**data, "shape": tuple(data["shape"])})
 
 
 def chunk_path(folder: str, name: str, dimensions: int) -> str:
@@ -92,15 +99,19 @@ def encode_array(folder: str, name: str, array: NDArray[Any], attributes: Mappin
     return files, meta
 
 
-def decode_zstd(data: bytes | Bytes) -> Bytes:
-    """What was compressed.
+def decode_zstd(data: bytes | Bytes, size: int) -> Bytes:
+    """The `size` bytes that were compressed; small input may claim to be terabytes.
 
     Raises:
-        ValueError: the bytes are not what zstd made.
+        ValueError: the bytes are not what zstd made, or of another size.
     """
     zstandard = need("zstandard", "Codec zstd", "zarr")
     try:
-        return np.frombuffer(zstandard.ZstdDecompressor().decompress(bytes(data)), np.uint8)
+        claimed = zstandard.frame_content_size(bytes(data))
+        # it is -1 where the frame does not say; only then does the limit count
+        if claimed not in (-1, size):
+            raise ValueError(f"it has {claimed} bytes of {size}")
+        return np.frombuffer(zstandard.ZstdDecompressor().decompress(bytes(data), max_output_size=max(size, 1)), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
 
@@ -111,10 +122,11 @@ def _encode_root(root: Root) -> bytes:
 
 
 def _decode_root(url: str, data: bytes) -> Root | None:
-    attributes = json.loads(data)["attributes"]
+    attributes, owner = parse(data)["attributes"], f"Store {url}: {METADATA_FILE}"
     if _MANIFEST not in attributes:
         raise StoreNotFoundError(f"Store {url}: it is a Zarr group without a lopd manifest, expected a store of lopd; check the path.")
-    root = Root(Manifest.from_json(attributes[_MANIFEST]), attributes[_STORAGE]["logprob_dtype"])
+    dtype = read_as(LogprobDtype, attributes[_STORAGE]["logprob_dtype"], owner)
+    root = Root(Manifest.from_json(attributes[_MANIFEST], owner), dtype)
     return root if data == _root_document({key: attributes[key] for key in (_MANIFEST, _STORAGE, _CREATION)}) else None
 
 

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import numpy as np
 from attrs import asdict, frozen
@@ -19,12 +19,14 @@ from lopd.backends.files import Bytes, Files
 from lopd.backends.sealing import dump
 from lopd.backends.zarr.format import METADATA_FILE, RAW, ArrayMeta, chunk_path, decode_zstd, encode_array, group_document
 from lopd.errors import CorruptStoreError, StoreReadError
+from lopd.records.checks import check_number
+from lopd.records.stored import Count, Name, read_as
 
 LINES = "lines"
 # Arrays of an old store that are compressed: so many are kept decompressed.
 _DECODED_ARRAYS = 8
 # A record that named any other place could make a store read, or a sweep remove, what is not its own.
-_SEGMENT_PATH = re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")
+_SegmentPath = Annotated[str, re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")]
 _Int64 = NDArray[np.int64]
 
 
@@ -40,12 +42,18 @@ class SegmentMeta:
         arrays: name -> what it is.
     """
 
-    path: str
-    rows: int
-    tokens: int
-    first_row: int
-    last_row: int
-    arrays: Mapping[str, ArrayMeta]
+    path: _SegmentPath
+    rows: Count
+    tokens: Count
+    first_row: Count
+    last_row: Count
+    arrays: Mapping[Name, ArrayMeta]
+
+    def __attrs_post_init__(self) -> None:
+        owner, span, lines = f"Segment {self.path}", self.last_row - self.first_row + 1, self.arrays.get(LINES)
+        check_number(owner, "number of rows", self.rows, 0 < self.rows <= span, f"from 1 to {span}, the rows from first to last")
+        shape = None if lines is None else lines.shape[0]
+        check_number(owner, "number of lines", shape, shape == self.rows, f"{self.rows}, one for each row")
 
     @property
     def dense(self) -> bool:
@@ -62,18 +70,13 @@ class SegmentMeta:
         return {**asdict(self, recurse=False), "arrays": {name: array.to_json() for name, array in self.arrays.items()}}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], owner: str) -> "SegmentMeta":
+    def from_json(cls, data: Any, owner: str) -> "SegmentMeta":
         """The inverse of `to_json`.
 
         Raises:
-            CorruptStoreError: the path leads out of the store.
+            CorruptStoreError: it is not a segment, or its path leads out of the store.
         """
-        if not _SEGMENT_PATH.fullmatch(data["path"]):
-            raise CorruptStoreError(
-                f"{owner}: a commit record names the segment {data['path']!r}, expected a folder of segments/ or scores/; "
-                "restore the record from a backup."
-            )
-        return cls(**{**data, "arrays": {name: ArrayMeta.from_json(array) for name, array in data["arrays"].items()}})
+        return read_as(cls, data, owner)
 
 
 @frozen(eq=False)
@@ -142,7 +145,7 @@ class Segment:
         decoded: gives a compressed array whole; shared by the segments of a store, which keeps the latest few.
     """
 
-    def __init__(self, files: Files, meta: SegmentMeta, owner: str, decoded: Callable[[str], Bytes]) -> None:
+    def __init__(self, files: Files, meta: SegmentMeta, owner: str, decoded: Callable[[str, int], Bytes]) -> None:
         """Nothing is read yet."""
         self.meta = meta
         self._files = files
@@ -182,7 +185,7 @@ class Segment:
         """A whole array, if it can be mapped or is decompressed anyway."""
         layout = self._layout(name)
         try:
-            data = self._files.map(layout.path) if layout.raw else self._decoded(layout.path)
+            data = self._files.map(layout.path) if layout.raw else self._decoded(layout.path, layout.total_bytes)
         except ValueError as error:
             raise self.damaged(name, f"it cannot be decompressed ({error})") from error
         except OSError as error:
@@ -225,6 +228,6 @@ class Segment:
         )
 
 
-def decoded_arrays(files: Files) -> Callable[[str], Bytes]:
-    """A function that gives a compressed file's content, and keeps the latest few."""
-    return lru_cache(maxsize=_DECODED_ARRAYS)(lambda path: decode_zstd(files.read(path)))
+def decoded_arrays(files: Files) -> Callable[[str, int], Bytes]:
+    """A function that gives a compressed file's content, of so many bytes, and keeps the latest few."""
+    return lru_cache(maxsize=_DECODED_ARRAYS)(lambda path, size: decode_zstd(files.read(path), size))
