@@ -241,7 +241,7 @@ def put(*path_and_value: Any) -> Callable[[dict[str, Any]], None]:
     "change",
     [
         *(renamed(name) for name in ("../../x", "/etc/x", "..", "", "a/b", "behavior", "a\0b", "zarr.json", "\x1b[31m", "x" * 1000)),
-        *(put("rows", value) for value in (-1, 29, 31, 10**30, "30", None, 30.0)),
+        *(put("rows", value) for value in (-1, 29, 31, 10**30, "30", True, 30.0)),
         *(put("columns", "teacher", "top_k", value) for value in (-1, 1, 3, 301, 10**12, 10**30, "2", 2.5, None, True)),
         *(put("columns", "teacher", "model", value) for value in (None, [], "x", {"name": "a"})),
         *(put("columns", "teacher", value) for value in (None, [], "x", {})),
@@ -254,7 +254,7 @@ def put(*path_and_value: Any) -> Callable[[dict[str, Any]], None]:
         *(put("order", value) for value in (None, 3, ["nobody"], [[]])),
         *(put("manifest", value) for value in (None, [], {}, {"schema_version": 1})),
         *(put("manifest", "tokenizer", value) for value in (None, {}, [])),
-        *(put("manifest", "sampling", value) for value in (None, {}, {"stop_ids": "x"})),
+        *(put("manifest", "sampling", value) for value in (None, 3, {"stop_ids": "x"})),
         *(put("manifest", "sampling", "temperature", value) for value in ("hot", -1, None)),
         put("manifest", "generation", "x"),
         put("sampler", "yes"),

@@ -1,10 +1,9 @@
 """What all rows of an exported table have in common, as JSON that notices damage to itself."""
 
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from attrs import asdict, field, frozen
+from attrs import asdict, evolve, field, frozen
 
 from lopd.backends import admission, sealing
 from lopd.errors import CorruptStoreError
@@ -14,12 +13,11 @@ from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.optional import need
 from lopd.records.rollouts import SAMPLER_COLUMN
+from lopd.records.stored import Count, parse, read_as
 
 TOP_K_FIELDS = ("ids", "logprobs", "tail")
 #: The column that has the checksum of each row.
 CHECKSUM = "checksum"
-# The keys of a description without a checksum. A damaged one that lost its checksum has another key.
-_UNSEALED = {"manifest", "generations", "columns", "quarantined", "sampler"}
 
 
 @frozen
@@ -34,15 +32,29 @@ class Description:
         sampler: whether there is a column of `sampler_logprobs`.
         rows: number of rows that were exported; None if neither rows nor description have checksums.
         fingerprint: of the exported dataset, which `datasets` changes when rows are selected; "" in a file.
+        order: names of the columns, which JSON with a checksum sorts; empty for the order of `columns`.
+
+    Raises:
+        InvalidRecordError: a column has a name or a top-k that no store takes, or is missing.
     """
 
     manifest: Manifest
-    generations: Mapping[int, ModelId]
+    generations: Mapping[Count, ModelId]
     columns: Mapping[str, Provenance]
     quarantined: Mapping[str, Mapping[str, str]] = field(factory=dict)
     sampler: bool = False
     rows: int | None = None
     fingerprint: str = ""
+    order: tuple[str, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        vocab_size = self.manifest.tokenizer.vocab_size
+        for name, provenance in self.columns.items():
+            admission.check_column("Description", name)
+            fits = provenance.top_k <= vocab_size
+            check_number(f"Column {name!r}", "top_k", provenance.top_k, fits, f"at most {vocab_size}, the size of the vocabulary")
+        for what, names in (("order", self.order or self.columns), ("quarantined", {*self.columns, *self.quarantined})):
+            check_number("Description", what, [*names], sorted(names) == sorted(self.columns), f"the columns {[*self.columns]}")
 
     @classmethod
     def of(cls, reader: LogprobReader) -> "Description":
@@ -61,12 +73,11 @@ class Description:
             "manifest": self.manifest.to_json(),
             "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
             "columns": {name: provenance.to_json() for name, provenance in self.columns.items()},
-            # a sealed document sorts its keys
-            "order": list(self.columns),
             "quarantined": self.quarantined,
             "sampler": self.sampler,
             "rows": self.rows,
             "fingerprint": self.fingerprint,
+            "order": list(self.columns),
         }
         return sealing.seal(document).decode()
 
@@ -77,14 +88,18 @@ class Description:
         Raises:
             CorruptStoreError: it is no description, is damaged, or of another schema version.
         """
+        owner = f"{owner}: its description"
         try:
-            return _described(text.encode() if isinstance(text, str) else text or b"")
-        except CorruptStoreError as error:
-            raise CorruptStoreError(f"{owner}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CorruptStoreError(
-                f"{owner}: its description of manifest and columns cannot be read ({error!r}), expected what lopd exported; export it again."
-            ) from error
+            data = text if isinstance(text, bytes) else str(text).encode()
+            document = sealing.unseal(data) or parse(data)
+        except ValueError as error:
+            raise CorruptStoreError(f"{owner} cannot be read ({error}), expected what lopd exported; export it again.") from error
+        if isinstance(document, dict):
+            # says of which version it is before anything is said of its fields
+            Manifest.from_json(document.get("manifest"), owner)
+        # a damaged one still has its checksum, under whatever key, which is not a field
+        made = read_as(cls, document, owner)
+        return evolve(made, columns={name: made.columns[name] for name in made.order or made.columns})
 
     def schema(self) -> Any:
         """The Arrow schema of a table."""
@@ -106,26 +121,3 @@ class Description:
                 types = (pa.int32(), pa.float32(), pa.float32())
                 fields += [(f"top_k_{part}/{name}", pa.list_(kind)) for part, kind in zip(TOP_K_FIELDS, types, strict=True)]
         return pa.schema([*fields, *([] if self.rows is None else [(CHECKSUM, pa.binary())])])
-
-
-def _described(text: bytes) -> Description:
-    data = sealing.unseal(text)
-    if data is None:
-        data = json.loads(text)
-        if unknown := sorted(data.keys() - _UNSEALED):
-            raise ValueError(f"it does not match its checksum, or has the unknown keys {unknown}")
-        data = {"order": [*data["columns"]], "quarantined": {}, "sampler": False, "rows": None, "fingerprint": "", **data}
-    elif not (isinstance(data["rows"], int) and isinstance(data["sampler"], bool)):
-        raise TypeError("rows is not a whole number, or sampler not a bool")
-    manifest = Manifest.from_json(data["manifest"])
-    columns = {name: Provenance.from_json(data["columns"][name]) for name in data["order"]}
-    for name, provenance in columns.items():
-        admission.check_column("Description", name)
-        fits = provenance.top_k <= manifest.tokenizer.vocab_size
-        check_number(f"Column {name!r}", "top_k", provenance.top_k, fits, "at most the size of the vocabulary")
-    for name, reasons in data["quarantined"].items():
-        if name not in columns or not all(isinstance(reason, str) for reason in reasons.values()):
-            raise ValueError(f"the reasons of column {name!r} are not text for each rollout of a column")
-    generations = {int(number): ModelId(**policy) for number, policy in data["generations"].items()}
-    check_number("Description", "last generation", last := max(generations, default=0), last < 2**63, "an int64")
-    return Description(manifest, generations, columns, data["quarantined"], data["sampler"], data["rows"], str(data["fingerprint"]))
