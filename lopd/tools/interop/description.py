@@ -1,7 +1,7 @@
 """What all rows of an exported table have in common, as JSON that notices damage to itself."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 from attrs import asdict, evolve, field, frozen
 
