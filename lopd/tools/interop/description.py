@@ -95,9 +95,11 @@ class Description:
         except ValueError as error:
             raise CorruptStoreError(f"{owner} cannot be read ({error}), expected what lopd exported; export it again.") from error
         if isinstance(document, dict):
+            if "checksum" in document:
+                raise CorruptStoreError(f"{owner} does not match its checksum; restore it from a backup.")
             # says of which version it is before anything is said of its fields
             Manifest.from_json(document.get("manifest"), owner)
-        # a damaged one still has its checksum, under whatever key, which is not a field
+        # Damage may have changed the key of the checksum. It is not a field then.
         made = read_as(cls, document, owner)
         return evolve(made, columns={name: made.columns[name] for name in made.order or made.columns})
 

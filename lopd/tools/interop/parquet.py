@@ -83,6 +83,7 @@ def import_parquet(
 
     Raises:
         StoreNotFoundError: no file is there.
+        StorePathError: it is a pipe or a device.
         CorruptStoreError: it is damaged, no export of lopd, a row does not match its checksum or hash, or rows are missing.
         InvalidRecordError: a row breaks the contract of a rollout or of scores.
         ManifestMismatchError: the store has another manifest.
