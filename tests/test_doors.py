@@ -35,6 +35,7 @@ from lopd import (
     watch_drift,
 )
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
+from lopd.engines.server import Servers
 from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError, LopdError, MissingScoresError, ModelError
 from lopd.records import Lineage
 
@@ -109,6 +110,10 @@ DATA = {
     "rows of a path": (lambda source, scorer, store, prompts: rows_of("x", prompts), f"Store: it is a str.*{OPEN}"),
     "advantages of a path": (lambda source, scorer, store, prompts: stored_advantages("x"), f"Store: it is a str.*{OPEN}"),
     "drift of steps": (lambda source, scorer, store, prompts: next(watch_drift([3])), "Metrics: it is an int"),
+    "drift of a number": (lambda source, scorer, store, prompts: next(watch_drift(3)), "Metrics: it is an int"),
+    "drift within a number": (lambda source, scorer, store, prompts: next(watch_drift([], 3)), "Limits: it is an int"),
+    "a number for servers": (lambda source, scorer, store, prompts: Servers(3, "m"), "Servers: urls: it is an int"),
+    "a number for a key": (lambda source, scorer, store, prompts: Servers("http://h", "m", api_key=3), "Servers: api_key: it is an int"),
     "a number for a round": (lambda source, scorer, store, prompts: next(refresh_every(3, 5)), "Refresh: make_round: it is an int"),
     "settings in a dict": (
         lambda source, scorer, store, prompts: HFSource(source.model, source.tokenizer, {"max_new_tokens": 4}),

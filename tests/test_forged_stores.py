@@ -12,7 +12,7 @@ from lopd.backends.zarr.format import decode_zstd
 def test_what_is_decompressed_has_the_size_that_was_recorded(sized: bool) -> None:
     bomb = zstandard.ZstdCompressor(write_content_size=sized).compress(bytes(1 << 26))
     assert len(bomb) < 10_000
-    with pytest.raises(ValueError, match="67108864 bytes of 4096" if sized else "did not decompress"):
+    with pytest.raises(ValueError, match="it holds more bytes than 4096"):
         decode_zstd(bomb, 4096)
     small = zstandard.ZstdCompressor(write_content_size=sized).compress(b"1234")
     assert decode_zstd(small, 4).tobytes() == b"1234"

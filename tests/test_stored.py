@@ -1,6 +1,7 @@
 """Stored JSON becomes typed values or one clear error, whoever wrote it."""
 
 import re
+import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
@@ -8,7 +9,7 @@ import pytest
 from attrs import frozen
 
 from lopd.errors import CorruptStoreError, InvalidRecordError
-from lopd.records.stored import LARGEST_JSON, Count, Name, parse, read_as
+from lopd.records.stored import LARGEST_JSON, Count, Name, Seconds, parse, read_as
 
 Color = Literal["red", "blue"]
 
@@ -36,7 +37,7 @@ class Whole:
 class Note(TypedDict):
     kind: Literal["note"]
     reasons: Mapping[Count, str]
-    when: NotRequired[float]
+    when: NotRequired[Seconds]
 
 
 PART = {"name": "a", "shape": [2, 3]}
@@ -47,6 +48,10 @@ def test_a_document_that_fits_is_typed() -> None:
     assert read_as(Whole, GOOD, "Store x") == Whole(3, {"x": Part("a", (2, 3))}, 0.5, "c")
     assert read_as(Whole, {**GOOD, "share": 1, "column": None, "more": PART}, "Store x").more == Part("a", (2, 3))
     assert read_as(list[int], [-1], "x") == [-1]
+    assert read_as(tuple[int, str], [1, "a"], "x") == (1, "a")
+    for odd in ([1], [1, "a", 2], ["a", 1], "1a"):
+        with pytest.raises(CorruptStoreError, match=r"^x: "):
+            read_as(tuple[int, str], odd, "x")
     note = read_as(Note, {"kind": "note", "reasons": {"0": "a", "12": "b"}, "new": [1]}, "x")
     assert note == {"kind": "note", "reasons": {0: "a", 12: "b"}}
 
@@ -88,6 +93,13 @@ def test_a_key_that_stands_for_a_number_is_one(key: str) -> None:
     with pytest.raises(CorruptStoreError, match=r"reasons\..* is .*, expected a whole number") as caught:
         read_as(Note, {"kind": "note", "reasons": {key: "a"}}, "x")
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("when", [-1, 1e12, 10**400, True, "1", None])
+def test_a_moment_is_one_that_has_a_date(when: object) -> None:
+    assert time.gmtime(read_as(Note, {"kind": "note", "reasons": {}, "when": 1.5e9}, "x")["when"]).tm_year == 2017
+    with pytest.raises(CorruptStoreError, match=r"when is .*, expected a number from 0 to 137438953471"):
+        read_as(Note, {"kind": "note", "reasons": {}, "when": when}, "x")
 
 
 @pytest.mark.parametrize(

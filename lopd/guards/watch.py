@@ -13,11 +13,11 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, SamplerWarning
+from lopd.errors import AdvantageWarning, ArgumentError, DriftWarning, InvalidRecordError, SamplerWarning
 from lopd.protocols import LogprobReader, StatesCorrection
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import evenly, walk
-from lopd.records.checks import check_at_least, check_kind, own_numbers
+from lopd.records.checks import a_kind, check_at_least, check_kind, own_numbers
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
@@ -76,8 +76,12 @@ def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -
         limits: where it speaks.
 
     Raises:
+        ArgumentError: an argument is something else.
         InvalidRecordError: there is no drift in the metrics.
     """
+    check_kind("Limits", limits, DriftLimits, "make one: `DriftLimits()`")
+    if not isinstance(metrics, Iterable):
+        raise ArgumentError(f"Metrics: it is {a_kind(metrics)}, expected one for each step; pass `opd_steps(...)`.")
     recent: deque[Drift] = deque(maxlen=limits.steps)
     said: set[str] = set()
     for m in metrics:

@@ -1,5 +1,6 @@
 """Arguments that make no sense, refused where they are passed.  One place, so that all of them are refused with the same sentences."""
 
+from collections.abc import Iterable
 from inspect import signature
 from numbers import Integral, Real
 from typing import Any
@@ -75,7 +76,7 @@ def own_numbers(record: Any, owner: str) -> None:
             object.__setattr__(record, field.name, convert(owner, field.name, value))
 
 
-def check_texts(record: Any, owner: str) -> None:
+def own_texts(record: Any, owner: str) -> None:
     """Refuse a field of type str that holds something else, which no store could read again.
 
     Raises:
@@ -124,6 +125,18 @@ def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
         lacking = "__call__"
     if lacking is not None:
         raise ArgumentError(f"{owner}: it is {a_kind(value)}, which has no `{lacking}`; {remedy}.")
+
+
+def check_texts(owner: str, values: Any) -> list[str]:
+    """Return several texts as a list.
+
+    Raises:
+        ArgumentError: they are something else.
+    """
+    wrong = next((value for value in values if not isinstance(value, str)), None) if isinstance(values, Iterable) else values
+    if wrong is not None:
+        raise ArgumentError(f"{owner}: it is {a_kind(wrong)}, expected text; pass a str, or several.")
+    return list(values)
 
 
 def check_call(owner: str, value: object, arguments: str) -> None:

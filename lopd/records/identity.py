@@ -17,7 +17,7 @@ from attrs import field, frozen
 from torch import Tensor
 
 from lopd.errors import printable
-from lopd.records.checks import check_kind, check_number, check_texts, own_numbers
+from lopd.records.checks import check_kind, check_number, own_numbers, own_texts
 
 _HASHED = "weights:"
 _REST = "/"
@@ -48,7 +48,7 @@ class ModelId:
     dtype: str
 
     def __attrs_post_init__(self) -> None:
-        check_texts(self, "ModelId")
+        own_texts(self, "ModelId")
 
     def __str__(self) -> str:
         """`name@revision`, shortened and printable."""
@@ -176,7 +176,7 @@ class TokenizerId:
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "TokenizerId")
-        check_texts(self, "TokenizerId")
+        own_texts(self, "TokenizerId")
         check_number("TokenizerId", "vocab_size", self.vocab_size, 0 < self.vocab_size <= 1 << 31, "from 1 to 2**31")
 
     def same_vocabulary(self, other: HasVocabulary) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict
 from attrs import asdict, field, fields, frozen, has
 
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
-from lopd.records.checks import check_at_least, check_number, check_texts, own_numbers
+from lopd.records.checks import check_at_least, check_number, own_numbers, own_texts
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.parity import Parity
 from lopd.records.paths import local_path, read_regular
@@ -148,7 +148,7 @@ class Provenance:
     def __attrs_post_init__(self) -> None:
         owner = f"Provenance of {self.model}"
         own_numbers(self, owner)
-        check_texts(self, owner)
+        own_texts(self, owner)
         check_at_least(owner, "top_k", self.top_k, 0)
 
     def __eq__(self, other: object) -> bool:
@@ -194,7 +194,7 @@ class Commit:
     """
 
     number: int
-    kind: Literal["rollouts", "scores", "generation", "compaction", "quarantine"]
+    kind: Literal["rollouts", "scores", "generation", "compaction", "quarantine", "sweep"]
     rows: int
     tokens: int
     column: str | None

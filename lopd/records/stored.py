@@ -5,10 +5,10 @@ A checksum notices damage and not malice: anybody can seal a document.  So nothi
 
 import json
 import re
-import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from reprlib import Repr
+from types import UnionType
 from typing import (
     Annotated,
     Any,
@@ -33,6 +33,8 @@ LARGEST_JSON = 64 << 20
 _INT64 = range(-(1 << 63), 1 << 63)
 #: A number of rows, tokens or bytes, or the number of a row or commit.  Numpy can hold sums of a few thousand of them.
 Count = Annotated[int, range(1 << 50)]
+#: A moment, in seconds since 1970; every library can make a date of it.
+Seconds = Annotated[float, range(1 << 37)]
 #: A name that becomes a folder or a part of a file's name: nothing in it leads elsewhere.
 Name = Annotated[str, re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,255}")]
 
@@ -85,8 +87,8 @@ def read_as(kind: Any, value: Any, owner: str) -> Any:
 
     Args:
         kind: an attrs class or a `TypedDict`, whose fields are read by their types; or such a type: `str`, `bool`, `int` (64 bits), `float` (finite),
-            `None`, `Any`, a literal, a union, `tuple[X, ...]`, `list[X]`, `Mapping[K, X]`, or one of them annotated with the `range` of a number
-            or the pattern of a text.  An attrs class takes no other keys than its fields.
+            `None`, `Any`, a literal, a union, `tuple[X, ...]`, `tuple[X, Y]`, `list[X]`, `Mapping[K, X]`, or one of them annotated with the
+            `range` of a number or the pattern of a text.  An attrs class takes no other keys than its fields.
         value: what `parse` gave.
         owner: how messages name the file that it is from.
 
@@ -135,7 +137,8 @@ def _one_of(*values: Any) -> _Reader:
 
 def _within(kind: Any, limit: range | re.Pattern[str]) -> _Reader:
     if isinstance(limit, range):
-        return _plain(lambda value: type(value) is kind and value in limit, f"a whole number from {limit[0]} to {limit[-1]}")
+        types, what = ((int, float), "number") if kind is float else ((int,), "whole number")
+        return _plain(lambda value: type(value) in types and limit[0] <= value <= limit[-1], f"a {what} from {limit[0]} to {limit[-1]}")
     return _plain(lambda value: type(value) is kind and limit.fullmatch(value) is not None, f"text like {limit.pattern}")
 
 
@@ -167,6 +170,12 @@ def _many(make: type[list[Any] | tuple[Any, ...]], kind: Any) -> _Reader:
     reader = _reader(kind)
     check = _plain(lambda value: type(value) in (list, tuple), "a list")
     return lambda value: make(_under(i, reader, item) for i, item in enumerate(check(value)))
+
+
+def _each(kinds: Sequence[Any]) -> _Reader:
+    readers = list(map(_reader, kinds))
+    check = _plain(lambda value: type(value) in (list, tuple) and len(value) == len(readers), f"a list of {len(readers)}")
+    return lambda value: tuple(_under(i, reader, item) for i, (reader, item) in enumerate(zip(readers, check(value), strict=True)))
 
 
 _object = _plain(lambda value: type(value) is dict, "an object")
@@ -208,9 +217,9 @@ _MAKERS: dict[Any, Callable[..., _Reader]] = {
     Annotated: _within,
     Literal: _one_of,
     Union: _any_of,
-    types.UnionType: _any_of,
+    UnionType: _any_of,
     NotRequired: _reader,
-    tuple: lambda kind, _: _many(tuple, kind),
+    tuple: lambda *kinds: _many(tuple, kinds[0]) if kinds[-1] is ... else _each(kinds),
     list: lambda kind: _many(list, kind),
     Mapping: _pairs,
 }

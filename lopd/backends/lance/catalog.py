@@ -25,7 +25,7 @@ from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import damaged, seal, unseal
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
-from lopd.records.stored import Count, parse, read_as
+from lopd.records.stored import Count, Seconds, parse, read_as
 
 ROLLOUTS_FILE = "rollouts.json"
 COLUMNS, GENERATIONS, COMPACTIONS, QUARANTINE = "columns", "generations", "compactions", "quarantine"
@@ -70,26 +70,26 @@ class _Table(TypedDict):
 
     table: _TableName
     provenance: Provenance | None
-    when: float
+    when: Seconds
 
 
 class _Generation(TypedDict):
     generation: Count
     policy: ModelId
-    when: float
+    when: Seconds
 
 
 class _Quarantine(TypedDict):
     column: ColumnName
     reasons: Mapping[Count, str]
-    when: float
+    when: Seconds
 
 
 class _Compaction(TypedDict):
     column: ColumnName | None
     rows: Count
     tokens: Count
-    when: float
+    when: Seconds
 
 
 @frozen

@@ -115,18 +115,26 @@ class Snapshot:
             return (self._lines()["has_behavior"] & (1 if column == BEHAVIOR_COLUMN else 2)) > 0
         scored = self.columns[column].lines()["row"] if column in self.columns else np.zeros(0, np.int64)
         if scored.size and scored[-1] >= self.rows:
-            raise CorruptStoreError(
-                f"{self._owner}: column {column!r} has scores of row {scored[-1]}, expected rows below {self.rows}; "
-                "restore the store from a backup."
-            )
+            raise self._beyond(column, "scores of", scored[-1])
         mask = np.zeros(self.rows, np.bool_)
         mask[scored] = True
         return mask
+
+    def _beyond(self, column: str, what: str, row: int) -> CorruptStoreError:
+        return CorruptStoreError(
+            f"{self._owner}: column {column!r} has {what} row {row}, expected rows below {self.rows}; restore the store from a backup."
+        )
+
+    def scored_rows(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(n,): which of these rows have scores in this column."""
+        return self.scored(column)[rows]
 
     def quarantined(self, column: str) -> dict[int, str]:
         """Rows that could not be scored, and why; but for those that were scored later."""
         reasons = self._catalog.reasons(column)
         done = self.scored(column) if reasons else ()
+        if (row := max(reasons, default=-1)) >= self.rows:
+            raise self._beyond(column, "a reason for", row)
         return {row: reason for row, reason in sorted(reasons.items()) if not done[row]}
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:

@@ -21,7 +21,7 @@ from lopd.engines.pool import Pool
 from lopd.engines.server.answers import Trouble, accepted
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.checks import check_at_least, check_number, check_texts, own_numbers
 
 T = TypeVar("T")
 _KEY_VARIABLE = "VLLM_API_KEY"
@@ -63,7 +63,8 @@ class Probe:
 
 
 def _bases(urls: str | Iterable[str]) -> tuple[str, ...]:
-    return tuple(url.rstrip("/").removesuffix("/v1").rstrip("/") for url in ([urls] if isinstance(urls, str) else urls))
+    several = check_texts("Servers: urls", [urls] if isinstance(urls, str) else urls)
+    return tuple(url.rstrip("/").removesuffix("/v1").rstrip("/") for url in several)
 
 
 def _has_host(url: str) -> bool:
@@ -90,6 +91,7 @@ class Servers:
         api_key: by default VLLM_API_KEY of the environment.
 
     Raises:
+        ArgumentError: a URL or the key is not text.
         InvalidRecordError: there is no URL, one is not an http URL or carries a password or a query, or a number makes no sense.
     """
 
@@ -115,9 +117,8 @@ class Servers:
             if secret or not _has_host(url):
                 shown = secret or repr(url)
                 raise InvalidRecordError(f"Servers: url {i} is {shown}, expected http:// or https:// and a host; pass keys as `api_key=`.")
-        if self.api_key is not None and not (
-            self.api_key.isascii() and self.api_key.isprintable() and self.api_key.strip() == self.api_key
-        ):
+        key = check_texts("Servers: api_key", [self.api_key or ""])[0]
+        if not (key.isascii() and key.isprintable() and key.strip() == key):
             raise InvalidRecordError("Servers: api_key has spaces or unprintable characters, expected a header's value; strip it.")
 
     @cached_property
