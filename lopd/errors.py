@@ -100,7 +100,7 @@ class CorruptStoreError(LopdError, ValueError):
     """Stored bytes that do not match their checksum or hash."""
 
 
-class UncheckedDataWarning(UserWarning):
+class UncheckedDataWarning(LopdWarning):
     """Imported data without checksums, in which damage cannot be noticed."""
 
 
