@@ -35,7 +35,7 @@ from lopd.errors import (
 from lopd.protocols import LogprobReader
 from lopd.records import Rollout
 from lopd.testing import rollouts, scores_for, tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
-from lopd.tools.interop import export_parquet, import_parquet, parquet_manifest, to_hf_dataset
+from lopd.tools.interop import export_parquet, from_hf_dataset, import_parquet, parquet_manifest, to_hf_dataset
 
 
 def round_trip(store: LogprobReader, path: Path, **sizes: int) -> MemoryStore:
@@ -155,6 +155,19 @@ def test_an_export_that_fails_leaves_no_file_behind(
     with pytest.raises(expected):
         export_parquet(memory, tmp_path / "run.parquet", rows_per_group=4)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rows", [0, -1, 1.5, "3", None])
+def test_a_number_of_rows_that_makes_no_sense_is_refused(rows: Any, memory: MemoryStore, tmp_path: Path) -> None:
+    export_parquet(memory, tmp_path / "run.parquet")
+    for refused in (
+        lambda: export_parquet(memory, tmp_path / "again.parquet", rows_per_group=rows),
+        lambda: import_parquet(tmp_path / "run.parquet", MemoryStore(tiny_manifest()), rows_per_commit=rows),
+        lambda: from_hf_dataset(to_hf_dataset(memory), MemoryStore(tiny_manifest()), rows_per_commit=rows),
+    ):
+        with pytest.raises(InvalidRecordError, match="rows_per_"):
+            refused()
+    assert not (tmp_path / "again.parquet").exists()
 
 
 def test_an_id_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from attrs import evolve
 from lopd.backends import sealing
 from lopd.errors import ArgumentError
 from lopd.protocols import LogprobReader, LogprobStore
-from lopd.records.checks import a_kind
+from lopd.records.checks import a_kind, check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
 from lopd.tools.interop.arrow_table import sound, store_tables, tables
@@ -47,10 +47,12 @@ def from_hf_dataset(dataset: Any, store: LogprobStore, *, rows_per_commit: int =
 
     Raises:
         ArgumentError: it is not a `datasets.Dataset`.
+        InvalidRecordError: a row breaks the contract of a rollout or of scores, or `rows_per_commit` is less than 1.
         CorruptStoreError: it has no description of lopd, a row does not match its checksum, or rows are missing though none were selected.
         ManifestMismatchError: the store has another manifest.
         ConflictError: other content is under an id, or another model under a column, of the store.
     """
+    check_at_least("Import", "rows_per_commit", rows_per_commit, 1)
     description, owner = _describe(dataset)
     # `datasets` gives a selection, or whatever else it makes of a dataset, another fingerprint
     whole = dataset._fingerprint == description.fingerprint

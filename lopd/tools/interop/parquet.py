@@ -14,6 +14,7 @@ from lopd.errors import (
     StoreWriteError,
 )
 from lopd.protocols import LogprobReader, LogprobStore
+from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
 from lopd.records.paths import path_or_url, said_of, without_secrets
@@ -41,7 +42,7 @@ def export_parquet(
         StoreExistsError: a file is there.
         StoreWriteError: the write failed; what was written of the file is removed.
         StorePathError: fsspec knows no such kind of URL.
-        InvalidRecordError: a rollout id is no text that parquet can hold.
+        InvalidRecordError: a rollout id is not text that parquet can hold, or `rows_per_group` is less than 1.
         MissingDependencyError: pyarrow or fsspec is not installed.
     """
     pq, files, name = need("pyarrow.parquet", "Parquet"), *_filesystem(path, storage_options)
@@ -49,6 +50,7 @@ def export_parquet(
         raise StoreExistsError(
             f"Parquet file {without_secrets(name)}: it is there already, expected nothing; remove it, or choose another name."
         )
+    check_at_least("Export", "rows_per_group", rows_per_group, 1)
     description = Description.of(reader)
     schema = description.schema().with_metadata({_KEY: description.to_json().encode()})
     try:
@@ -72,8 +74,8 @@ def import_parquet(
 ) -> None:
     """Append what `export_parquet` wrote; run it again to resume.
 
-    Verifies the checksum of every page and every row, and that no row is missing.  Warns of a file without checksums, as lopd 0.2 and other
-    programs write them; such a file has the same columns and description, without `checksum`.
+    Verifies the checksum of every page and every row, and that no row is missing.  Where one is damaged, those before it may be in the store.
+    Warns of a file without checksums, as lopd 0.2 and other programs write them; it has the same columns and description, without `checksum`.
 
     Args:
         path: local, or any URL that fsspec opens.
@@ -85,7 +87,7 @@ def import_parquet(
         StoreNotFoundError: no file is there.
         StorePathError: it is a pipe or a device.
         CorruptStoreError: it is damaged, no export of lopd, a row does not match its checksum or hash, or rows are missing.
-        InvalidRecordError: a row breaks the contract of a rollout or of scores.
+        InvalidRecordError: a row breaks the contract of a rollout or of scores, or `rows_per_commit` is less than 1.
         ManifestMismatchError: the store has another manifest.
         ConflictError: other content is under an id, or another model under a column, of the store.
         MissingDependencyError: pyarrow or fsspec is not installed.
@@ -137,9 +139,11 @@ def read_batches(file: Any, rows: int, owner: str) -> Iterator[Any]:
     """Tables of so many rows.
 
     Raises:
+        InvalidRecordError: that number is less than 1.
         CorruptStoreError: a part of the file is damaged.
     """
     pa = need("pyarrow", "Parquet")
+    check_at_least("Import", "rows_per_commit", rows, 1)
     return sound((pa.Table.from_batches([batch]) for batch in file.iter_batches(batch_size=rows)), owner)
 
 
