@@ -35,10 +35,8 @@ class _Open:
 
     def __init__(self, path: Path) -> None:
         file = open_regular(path)
+        self.descriptor = file.fileno()
         finalize(self, file.close)
-        self._descriptor = file.fileno()
-        # a read takes memory for all that is asked for, whatever is there
-        self.size = os.fstat(self._descriptor).st_size
 
     def read(self, start: int, end: int) -> bytes:
         """These bytes, or fewer at the end of the file."""

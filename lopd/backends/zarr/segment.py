@@ -26,14 +26,8 @@ LINES = "lines"
 # Arrays of an old store that are compressed: so many are kept decompressed.
 _DECODED_ARRAYS = 8
 # A record that named any other place could make a store read, or a sweep remove, what is not its own.
-_SEGMENT_PATH = re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")
-SegmentPath = Annotated[str, _SEGMENT_PATH]
+SegmentPath = Annotated[str, re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")]
 _Int64 = NDArray[np.int64]
-
-
-def is_segment_path(path: str) -> bool:
-    """Whether a segment can be there."""
-    return _SEGMENT_PATH.fullmatch(path) is not None
 
 
 @frozen
@@ -57,13 +51,13 @@ class SegmentMeta:
     last_row: Count
     arrays: Mapping[Name, ArrayMeta]
     level: Count = 0
-    replaces: tuple[Name, ...] = ()
+    replaces: tuple[str, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         owner, span, lines = f"Segment {self.path}", self.last_row - self.first_row + 1, self.arrays.get(LINES)
         check_number(owner, "number of rows", self.rows, 0 < self.rows <= span, f"from 1 to {span}, the rows from first to last")
-        shape = None if lines is None or lines.dtype != "int64" else lines.shape[:-1]
-        check_number(owner, "shape of lines", shape, shape == (self.rows,), f"{(self.rows,)}, one of int64 for each row")
+        shape = None if lines is None else lines.shape[0]
+        check_number(owner, "number of lines", shape, shape == self.rows, f"{self.rows}, one for each row")
 
     @property
     def dense(self) -> bool:
