@@ -127,7 +127,7 @@ def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
         raise ArgumentError(f"{owner}: it is {a_kind(value)}, which has no `{lacking}`; {remedy}.")
 
 
-def check_texts(owner: str, values: Any) -> list[str]:
+def texts_of(owner: str, values: Any) -> list[str]:
     """Return several texts as a list.
 
     Raises:

@@ -37,11 +37,11 @@ class _Open:
         file = open_regular(path)
         finalize(self, file.close)
         self._descriptor = file.fileno()
-        # a read takes memory for all that is asked for, whatever is there
         self.size = os.fstat(self._descriptor).st_size
 
     def read(self, start: int, end: int) -> bytes:
         """These bytes, or fewer at the end of the file."""
+        # a read takes memory for all that is asked for, whatever is there
         end = max(min(end, self.size), start)
         data = os.pread(self._descriptor, end - start, start)
         if 0 < len(data) < end - start:  # one call reads at most 2 GiB

@@ -120,14 +120,14 @@ class Snapshot:
         mask[scored] = True
         return mask
 
+    def scored_rows(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(n,): which of these rows have scores in this column."""
+        return self.scored(column)[rows]
+
     def _beyond(self, column: str, what: str, row: int) -> CorruptStoreError:
         return CorruptStoreError(
             f"{self._owner}: column {column!r} has {what} row {row}, expected rows below {self.rows}; restore the store from a backup."
         )
-
-    def scored_rows(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(n,): which of these rows have scores in this column."""
-        return self.scored(column)[rows]
 
     def quarantined(self, column: str) -> dict[int, str]:
         """Rows that could not be scored, and why; but for those that were scored later."""

@@ -93,7 +93,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         Raises:
             StoreWriteError: the write failed; nothing was lost.
         """
-        self._writer.compact(older_than)
+        self._proven_writer.compact(older_than)
 
     def history(self) -> Sequence[Commit]:
         """What was committed up to this store's snapshot, by the clocks of the writers, oldest first."""

@@ -15,7 +15,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.backends.files import Files, T
+from lopd.backends.files import Files, T, bucket_url
 from lopd.backends.fork import ForkGuard
 from lopd.errors import CorruptStoreError, LopdError, StorePathError, StoreReadError
 from lopd.records.optional import need
@@ -105,7 +105,9 @@ class Database:
     def __init__(self, files: Files) -> None:
         """Connects at the first call: connecting makes a folder."""
         self.url, self.owner = files.url, f"Store {files.url}"
-        scheme, separator, _ = self.url.partition("://")
+        # LanceDB does not know every way to write the URL
+        self._place = bucket_url(self.url)
+        scheme, separator, _ = self._place.partition("://")
         if separator and scheme not in _SCHEMES:
             raise StorePathError(
                 f"{self.owner}: LanceDB cannot store there, expected a local path, or a URL of {', '.join(_SCHEMES)}; choose another place."
@@ -120,7 +122,7 @@ class Database:
         lancedb = _lancedb(self.owner)
         if self._connection is None:
             session = lancedb.Session(index_cache_size_bytes=_INDEX_CACHE, metadata_cache_size_bytes=_METADATA_CACHE)
-            self._connection = lancedb.connect(self.url, storage_options={**self._options, **_FILE_FORMAT}, session=session)
+            self._connection = lancedb.connect(self._place, storage_options={**self._options, **_FILE_FORMAT}, session=session)
         return self._connection
 
     def open(self, name: str, version: int | None = None) -> "LanceTable":

@@ -31,12 +31,13 @@ _ABOUT = (
     "is no longer live; commits/*.json name those that are."
 )
 
-_Checksum = Annotated[str, re.compile("[0-9a-f]{32}")]
-
 
 class _Storage(TypedDict):
     logprob_dtype: LogprobDtype
     chained: NotRequired[bool]
+
+
+_Checksum = Annotated[str, re.compile("[0-9a-f]{32}")]
 
 
 @frozen
@@ -116,7 +117,7 @@ def encode_array(folder: str, name: str, array: NDArray[Any], attributes: Mappin
 
 
 def decode_zstd(data: bytes | Bytes, size: int) -> Bytes:
-    """What was compressed; a few bytes may claim to be gigabytes, so no more than `size` is made of them.
+    """The `size` bytes that were compressed; small input may claim to be terabytes, so no more of them are made.
 
     Raises:
         ValueError: the bytes are not what zstd made, or of another size.
@@ -142,8 +143,9 @@ def _decode_root(url: str, data: bytes) -> Root | None:
     attributes = document["attributes"]
     if _MANIFEST not in attributes:
         raise StoreNotFoundError(f"Store {url}: it is a Zarr group without a lopd manifest, expected a store of lopd; check the path.")
-    storage, creation = read_as(_Storage, attributes[_STORAGE], owner), read_as(str, attributes[_CREATION], owner)
-    root = Root(Manifest.from_json(attributes[_MANIFEST], owner), storage["logprob_dtype"], creation, storage.get("chained", False))
+    storage = read_as(_Storage, attributes[_STORAGE], owner)
+    manifest, creation = Manifest.from_json(attributes[_MANIFEST], owner), read_as(_Checksum, attributes[_CREATION], owner)
+    root = Root(manifest, storage["logprob_dtype"], creation, storage.get("chained", False))
     # attributes of the user's, and metadata that Zarr consolidates, may stand beside ours
     ours = {key: attributes[key] for key in (_MANIFEST, _STORAGE, _CREATION)}
     return root if checksum(dump(ours)) == attributes[_CHECKSUM] and same_node(document, group_document({})) else None

@@ -26,14 +26,8 @@ LINES = "lines"
 # Arrays of an old store that are compressed: so many are kept decompressed.
 _DECODED_ARRAYS = 8
 # A record that named any other place could make a store read, or a sweep remove, what is not its own.
-_SEGMENT_PATH = re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")
-SegmentPath = Annotated[str, _SEGMENT_PATH]
+SegmentPath = Annotated[str, re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")]
 _Int64 = NDArray[np.int64]
-
-
-def is_segment_path(path: str) -> bool:
-    """Whether a segment can be there."""
-    return _SEGMENT_PATH.fullmatch(path) is not None
 
 
 @frozen
@@ -57,13 +51,13 @@ class SegmentMeta:
     last_row: Count
     arrays: Mapping[Name, ArrayMeta]
     level: Count = 0
-    replaces: tuple[Name, ...] = ()
+    replaces: tuple[str, ...] = ()
 
     def __attrs_post_init__(self) -> None:
         owner, span, lines = f"Segment {self.path}", self.last_row - self.first_row + 1, self.arrays.get(LINES)
         check_number(owner, "number of rows", self.rows, 0 < self.rows <= span, f"from 1 to {span}, the rows from first to last")
-        shape = None if lines is None or lines.dtype != "int64" else lines.shape[:-1]
-        check_number(owner, "shape of lines", shape, shape == (self.rows,), f"{(self.rows,)}, one of int64 for each row")
+        shape = None if lines is None else lines.shape[0]
+        check_number(owner, "number of lines", shape, shape == self.rows, f"{self.rows}, one for each row")
 
     @property
     def dense(self) -> bool:
@@ -212,8 +206,6 @@ class Segment:
 
     def _layout(self, name: str) -> _Layout:
         if name not in self._layouts:
-            if name not in self:
-                raise self.damaged(name, "its record lacks it")
             meta = self.meta.arrays[name]
             dtype = np.dtype(meta.dtype).newbyteorder("<")
             size = dtype.itemsize * math.prod(meta.shape[1:])
@@ -224,8 +216,6 @@ class Segment:
     def pieces(self, name: str, starts: _Int64, ends: _Int64) -> list[Piece]:
         """The bytes of parts of one array along its first dimension; not verified, the lines have the checksums."""
         layout = self._layout(name)
-        if ((starts < 0) | (starts > ends) | (ends > layout.shape[0])).any():
-            raise self.damaged(name, f"a line points beyond its {layout.shape[0]} values")
         begin, stop = (starts * layout.item_bytes).tolist(), (ends * layout.item_bytes).tolist()
         try:
             if layout.raw:
