@@ -23,15 +23,15 @@ class Part:
     row number, every read compares it, and places that have moved are found anew.
 
     Args:
-        owner: how messages name the store.   table: whose lines.   line: what they consist of.
+        owner: how messages name the store.   table: whose lines.   line: what they consist of.   seed: of their checksums.
         dense: the table has every row from 0 on.
     """
 
-    def __init__(self, owner: str, table: LanceTable, line: np.dtype[Any], *, dense: bool) -> None:
+    def __init__(self, owner: str, table: LanceTable, line: np.dtype[Any], seed: int, *, dense: bool) -> None:
         """Reads nothing."""
         self.table = table
         self._owner = owner
-        self._line = line
+        self._line, self.seed = line, seed
         self._dense, self._asked = dense, False
         # Fetches may run side by side; what is in memory changes under one of them at a time.
         self._lock = RLock()
@@ -41,6 +41,11 @@ class Part:
         """Read lines anew when they are next asked for."""
         self._lines = np.zeros(0, self._line)
         self._rows, self._places = np.zeros(0, np.int64), np.zeros(0, np.int64)
+
+    @property
+    def read(self) -> int:
+        """Number of rows whose lines were read, so that they are there whole."""
+        return len(self._lines)
 
     def lines(self) -> NDArray[np.void]:
         """All lines of the table's version, by row number.
@@ -61,7 +66,7 @@ class Part:
         parts, start = [self._lines], len(self._lines)
         for first in range(start, self.table.rows, _ROWS_AT_ONCE):
             places = np.arange(first, min(first + _ROWS_AT_ONCE, self.table.rows))
-            parts.append(read_lines(self._owner, self.table.take(places, line_columns(self._line)), self._line))
+            parts.append(read_lines(self._owner, self.table.take(places, line_columns(self._line)), self._line, self.seed))
         lines, places = np.concatenate(parts), np.concatenate([self._places, np.arange(start, self.table.rows)])
         order = np.argsort(lines["row"], kind="stable")
         if not (order[:-1] < order[1:]).all():
@@ -105,7 +110,7 @@ class Part:
         if self._dense and not self._rows.size and not self._asked:
             self._asked = True
             distinct, places = np.unique(rows, return_inverse=True)
-            found = read_lines(self._owner, self.table.take(distinct, line_columns(self._line)), self._line)
+            found = read_lines(self._owner, self.table.take(distinct, line_columns(self._line)), self._line, self.seed)
             found = found[np.argsort(found["row"])]
             if np.array_equal(found["row"], distinct):
                 return found[places]

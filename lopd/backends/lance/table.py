@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from itertools import islice
 from typing import Any, final
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from lopd.backends.files import Files, T
 from lopd.backends.fork import ForkGuard
+from lopd.backends.retry import repeat
 from lopd.errors import CorruptStoreError, LopdError, StorePathError, StoreReadError
 from lopd.records.optional import need
 
@@ -38,6 +40,8 @@ _NETWORK = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure err
 #: So many neighbours are read on; fewer are looked up one by one.
 RANGE = 512
 _FETCHES = 2
+#: How long a call that meets other writers goes on; see `repeat`.
+PATIENCE: dict[str, float] = {"seconds": 60.0, "pause": 0.02, "longest": 0.1}
 _SCHEMES = ("s3", "gs", "az", "abfss")
 _GUARD = ForkGuard("LanceDB")
 
@@ -163,7 +167,7 @@ class LanceTable:
 
     def _load(self) -> None:
         self.version, self.rows = int(self._handle.version), int(self._handle.count_rows())
-        self._columns = frozenset(self._handle.schema.names)
+        self.columns = frozenset(self._handle.schema.names)
         if not self.rows and not self.name.startswith(BEGAN_EMPTY):
             # It was made with rows in it, and none is ever removed: only damage to its manifest looks like this.
             raise CorruptStoreError(f"{self._named()}: it has no rows, expected at least 1; restore its files from a backup.")
@@ -182,13 +186,19 @@ class LanceTable:
             self._table.checkout_latest()
             self._load()
 
+    def is_behind(self) -> bool:
+        """Whether there is a later version than the one that the last call found: what failed there may succeed now."""
+        before = self.version
+        self.refresh()
+        return self.version > before
+
     def take(self, offsets: NDArray[np.int64], columns: Sequence[str]) -> Any:
         """These columns of the rows at these places, which must be distinct and ascending, as an Arrow table in an order of Lance's choice.
 
         Columns of `LATER` that the table does not have are left out.
         """
         with _reading(self._named()):
-            table, names = self._table, [name for name in columns if name in self._columns or name not in LATER]
+            table, names = self._table, [name for name in columns if name in self.columns or name not in LATER]
             if offsets.size >= RANGE and offsets[-1] - offsets[0] == offsets.size - 1:
                 # One batch: several would be copied to make one of them.
                 query = table.search().select(names).offset(int(offsets[0])).limit(offsets.size)
@@ -217,17 +227,52 @@ class LanceTable:
         finally:
             self._load()
 
-    def compact(self, older_than: float) -> bool:
-        """Merge small files, and drop versions older than this many seconds; gives whether anything was merged."""
-        table = self._table
+    def take_back(self, count: int) -> int:
+        """Remove the last rows of this version, whatever their files hold and whoever has written since; gives how many were removed.
+
+        Moves to the latest version.
+        """
+        ids = self._row_ids()[-count:]
         try:
-            table.checkout_latest()
-            before = table.stats()["fragment_stats"]["num_fragments"]
-            # Exactly 0 makes LanceDB warn of what our caller has said it wants.
-            table.optimize(cleanup_older_than=timedelta(seconds=max(older_than, 0.001)))
-            return bool(table.stats()["fragment_stats"]["num_fragments"] < before)
+            # Row ids are computed: nothing of a broken file is read.
+            return repeat(partial(self._delete, f"_rowid >= {ids.min()} AND _rowid <= {ids.max()}"), is_conflict, **PATIENCE)
         finally:
             self._load()
+
+    def _delete(self, condition: str) -> int:
+        self._table.checkout_latest()
+        return int(self._table.delete(condition).num_deleted_rows)
+
+    def _row_ids(self) -> NDArray[np.int64]:
+        """(rows,): number of the fragment that holds each row, times 2**32, plus its place in there."""
+        return self._table.search().select(["_rowid"]).limit(self.rows).to_arrow()["_rowid"].to_numpy().astype(np.int64)
+
+    def compact(self, older_than: float) -> tuple[int, NDArray[np.int64]]:
+        """Merge small files of the latest version, then drop versions older than this many seconds.
+
+        Returns:
+            The version before, and the places of those of its rows that are in other files now.
+        """
+        self.refresh()
+        before, ids = self.version, self._row_ids()
+        try:
+            # Exactly 0 makes LanceDB warn of what our caller has said it wants.
+            self._table.optimize(cleanup_older_than=timedelta(seconds=max(older_than, 0.001)))
+        finally:
+            self._load()
+        return before, np.flatnonzero(~np.isin(self._row_ids()[: ids.size] >> 32, ids >> 32))
+
+    def restore(self, version: int) -> None:
+        """Make the table what it was at a version before this one.  Commits that came after this one are added again."""
+        table, rows = self._table, self.rows
+        table.checkout(version)
+        table.restore()
+        table.checkout_latest()
+        self._load()
+        later = self._database.open(self.name, self.version - 1)
+        if later.rows > rows:
+            data = later.take(np.arange(rows, later.rows), later._handle.schema.names)
+            repeat(partial(self.insert, data), is_conflict, **PATIENCE)
 
     def stored_bytes(self) -> int:
         """Bytes of the data files of this version."""
