@@ -262,17 +262,21 @@ class LanceTable:
             self._load()
         return before, np.flatnonzero(~np.isin(self._row_ids()[: ids.size] >> 32, ids >> 32))
 
-    def restore(self, version: int) -> None:
-        """Make the table what it was at a version before this one.  Commits that came after this one are added again."""
-        table, rows = self._table, self.rows
-        table.checkout(version)
-        table.restore()
-        table.checkout_latest()
-        self._load()
-        later = self._database.open(self.name, self.version - 1)
-        if later.rows > rows:
-            data = later.take(np.arange(rows, later.rows), later._handle.schema.names)
-            repeat(partial(self.insert, data), is_conflict, **PATIENCE)
+    def restore(self, version: int) -> bool:
+        """Make the table what it was at a version, unless rows have come since; gives whether it was done."""
+        rows = self._database.open(self.name, version).rows
+        self.refresh()
+        if self.rows != rows:
+            return False
+        self._table.checkout(version)
+        self._table.restore()
+        self.refresh()
+        return True
+
+    def with_commit(self, number: int, columns: Sequence[str]) -> Any:
+        """These columns of the rows of one commit, wherever they are, as an Arrow table; reads the number of every row."""
+        with _reading(self._named()):
+            return self._table.search().where(f"{COMMIT} = {number}").limit(self.rows).select(list(columns)).to_arrow().combine_chunks()
 
     def stored_bytes(self) -> int:
         """Bytes of the data files of this version."""

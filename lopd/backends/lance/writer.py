@@ -10,8 +10,8 @@ from uuid import uuid4
 
 from attrs import asdict
 
-from lopd.backends.files import Files, local_folder, writing
-from lopd.backends.lance.catalog import LOG, Catalog, table_seed
+from lopd.backends.files import Files, local_folder, reading, writing
+from lopd.backends.lance.catalog import HEAD, LOG, Catalog, table_seed
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
 from lopd.backends.lance.snapshot import Snapshot
 from lopd.backends.lance.table import BEGAN_EMPTY, PATIENCE, Database, LanceTable, first_line, is_conflict, is_lance_error
@@ -26,6 +26,8 @@ from lopd.records.rollouts import Rollout, Scores
 
 _TABLE_SUFFIX, _HINT = ".lance", "latest_version_hint.json"
 _Records = Sequence[Rollout] | Sequence[Scores]
+# Seconds by which two clocks may differ.
+_CLOCKS = 3600.0
 _CENTURY = 100 * 365 * 24 * 3600.0
 
 
@@ -172,6 +174,7 @@ class Writer:
     def compact(self, older_than: float) -> None:
         """Merge small files of each table, drop its old versions, and remove tables that no column will have."""
         self._snapshot.refresh()
+        self._check_clock()
         for column, part in self._snapshot.parts().items():
             began = time.monotonic()
             try:
@@ -196,16 +199,26 @@ class Writer:
         self._remove_strangers()
         self._snapshot.refresh()
 
+    def _check_clock(self) -> None:
+        """Lance removes files that no version has if it believes them to be a week old: another writer may be about to commit them."""
+        self._catalog.mark(LOG, self._catalog.state.number)
+        with reading(self._owner, "comparing clocks"):
+            age = self._files.age(f"{LOG}{HEAD}")
+        if abs(age) > _CLOCKS:
+            raise StoreWriteError(
+                f"{self._owner}: the clock of this machine and that of the storage differ by {age:.0f} s, expected less than {_CLOCKS:.0f} s, "
+                "for files of writers at work would look old; set the clock, and compact again."
+            )
+
     def _merge(self, table: LanceTable, older_than: float) -> bool:
         """Whether rows are in other files now, in which they were read."""
         before, places = table.compact(older_than)
         try:
             self._reader.check_merged(table, before, places)
         except LopdError as error:
-            after = "the version before is still there"
+            after = f"version {before} of it is still there"
             with suppress(Exception):
-                if not isinstance(error, StoreReadError):
-                    table.restore(before)
+                if not isinstance(error, StoreReadError) and table.restore(before):
                     after = "the table is again what it was before"
             raise self._unreadable(table.name, error, after) from error
         return places.size > 0

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.backends.files import Files
-from lopd.backends.lance.table import Database, LanceTable
+from lopd.backends.lance.table import COMMIT, Database, LanceTable
 from lopd.backends.retry import repeat
 from lopd.errors import CorruptStoreError
 
@@ -40,7 +40,12 @@ class Reader:
 
     def _check_added(self, table: LanceTable, data: Any) -> None:
         stored = self._database.open(table.name)
-        if stored.version < table.version or not _same(stored.take(np.arange(table.rows - len(data), table.rows), data.column_names), data):
+        if stored.version == table.version:
+            found = stored.take(np.arange(table.rows - len(data), table.rows), data.column_names)
+        else:
+            # A merge may have moved them.
+            found = stored.with_commit(data[COMMIT][0].as_py(), data.column_names)
+        if stored.version < table.version or not _same(found, data):
             raise _others(table)
 
     def check_merged(self, table: LanceTable, before: int, places: NDArray[np.int64]) -> None:
@@ -60,10 +65,19 @@ class Reader:
         except CorruptStoreError:
             # Another compaction has removed it, after a look of its own.
             return
-        for some in np.split(places, range(_ROWS_AT_ONCE, places.size, _ROWS_AT_ONCE)):
-            columns = sorted(old.columns)
-            if stored.version < table.version or not _same(stored.take(some, columns), old.take(some, columns)):
+        columns, (numbers, wanted) = sorted(old.columns), (_numbers(stored), _numbers(old)[places])
+        order = np.argsort(numbers)
+        moved = order[np.minimum(np.searchsorted(numbers, wanted, sorter=order), order.size - 1)]
+        for first in range(0, places.size, _ROWS_AT_ONCE):
+            some = slice(first, first + _ROWS_AT_ONCE)
+            if not _same(stored.take(np.unique(moved[some]), columns), old.take(places[some], columns)):
                 raise _others(table)
+
+
+def _numbers(table: LanceTable) -> NDArray[np.int64]:
+    """(rows,): the row number at each place."""
+    found = table.take(np.arange(table.rows), ["row"])
+    return found["row"].to_numpy()
 
 
 def _again(look: Any) -> None:
@@ -72,6 +86,8 @@ def _again(look: Any) -> None:
 
 def _same(found: Any, wanted: Any) -> bool:
     """Whether two Arrow tables have the same rows, in whatever order."""
+    if len(found) != len(wanted):
+        return False
     if found["row"] != wanted["row"]:
         found, wanted = found.sort_by("row"), wanted.sort_by("row")
     return all(found[name].combine_chunks() == wanted[name].combine_chunks() for name in wanted.column_names)
