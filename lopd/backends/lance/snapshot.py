@@ -142,6 +142,10 @@ class Snapshot:
         mask[scored] = True
         return mask
 
+    def scored_rows(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """(n,): which of these rows have scores in this column."""
+        return self.scored(column)[rows]
+
     def quarantined(self, column: str) -> dict[int, str]:
         """Rows that could not be scored, and why; but for those that were scored later."""
         reasons = self._catalog.reasons(column)
