@@ -1,5 +1,6 @@
 """How a store on LanceDB changes: add rows of the next commit number to a table, or a file to the catalog."""
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from uuid import uuid4
 from attrs import asdict
 
 from lopd.backends.files import Files, local_folder, writing
+from lopd.backends.lance import tiers
 from lopd.backends.lance.catalog import COLUMNS, COMPACTIONS, GENERATIONS, QUARANTINE, Catalog, generation_path, new_path, table_path
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
+from lopd.backends.lance.part import Part
 from lopd.backends.lance.snapshot import Snapshot
-from lopd.backends.lance.table import BEGAN_EMPTY, Database, first_line, is_conflict, is_lance_error
+from lopd.backends.lance.table import BEGAN_EMPTY, COMMIT, TABLE_SUFFIX, Database, first_line, is_conflict, is_lance_error
 from lopd.backends.retry import repeat
 from lopd.backends.root import Root
 from lopd.errors import LopdError, StoreWriteError
@@ -23,7 +26,10 @@ from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
 
-_TABLE_SUFFIX, _HINT = ".lance", "latest_version_hint.json"
+_LOG = logging.getLogger(__name__)
+# Seconds by which the clock of a writer and that of its storage may differ.
+_CLOCKS = 24 * 3600.0
+_HINT = "latest_version_hint.json"
 
 
 @final
@@ -44,7 +50,7 @@ class Writer:
         # None in a bucket, where what is written is durable.
         self._folder = local_folder(files.url)
         self._owner = database.owner
-        self._flushed: set[str] = set()
+        self._flushed: dict[str, set[str]] = {}
 
     def add_generation(self, generation: int, policy: ModelId, /) -> bool:
         """Commit which policy samples in a round."""
@@ -96,8 +102,33 @@ class Writer:
                 raise
             raise self._refused(error, column, [record.rollout_id for record in records]) from error
         if made:
+            if part is not None:
+                self._tidy(part, data[COMMIT][0].as_py())
             self.settle(column)
         return made
+
+    def _tidy(self, part: Part, commit: int) -> None:
+        """Do a share of what `compact` does, after some commits.  They are committed, however this ends."""
+        try:
+            if commit % tiers.FAN == 0:
+                tiers.tidy(part.table.dataset(), partial(self._look, part.table.name))
+            # Lance removes unknown files that it believes to be a week old: where clocks disagree, those of other writers.
+            if commit % (tiers.VERSIONS // 2) == 0 and abs(self._files.age(f"{part.table.name}{TABLE_SUFFIX}/_versions")) < _CLOCKS:
+                tiers.drop_versions(part.table.dataset())
+        except BaseException as error:
+            if not is_lance_error(error):
+                raise
+            if not is_conflict(error):
+                _LOG.warning("%s: merging small files failed, which a later commit repeats: %s", self._owner, first_line(error))
+
+    def _look(self, table: str, name: str, size: int) -> None:
+        """Make a file that a merge wrote durable, if it is whole."""
+        if self._folder is None:
+            return
+        path = self._folder / f"{table}{TABLE_SUFFIX}" / "data" / name
+        if (found := path.stat().st_size) != size:
+            raise StoreWriteError(f"{self._owner}: file {path} has {found} bytes, expected {size}; check the disk and repeat the call.")
+        flush(path)
 
     def _create(self, column: str | None, provenance: Provenance | None, data: Any) -> bool:
         """Whether the table of a column, or of the rollouts, is now one that this call made."""
@@ -130,7 +161,8 @@ class Writer:
         self._snapshot.refresh()
         for column, part in self._snapshot.parts().items():
             try:
-                merged = part.table.compact(older_than)
+                merged = tiers.compact(part.table.dataset(), partial(self._look, part.table.name))
+                tiers.drop_versions(part.table.dataset(), older_than)
                 self._flush(part.table.name)
             except LopdError:
                 raise
@@ -152,9 +184,9 @@ class Writer:
 
     def _remove_strangers(self, older_than: float) -> None:
         """Tables of writers that were killed, or refused, before they could say which column theirs is."""
-        known = {f"{part.table.name}{_TABLE_SUFFIX}" for part in self._snapshot.parts().values()}
+        known = {f"{part.table.name}{TABLE_SUFFIX}" for part in self._snapshot.parts().values()}
         with writing(self._owner, "removing what killed writers left"):
-            found = [name for name in self._files.names("") if name.endswith(_TABLE_SUFFIX) and name not in known]
+            found = [name for name in self._files.names("") if name.endswith(TABLE_SUFFIX) and name not in known]
             self._files.remove([name for name in found if self._files.age(name) >= older_than])
 
     def end(self) -> None:
@@ -174,17 +206,19 @@ class Writer:
         """Lance flushes nothing: flush the files of a table that are new, and the folders that lead to them."""
         if self._folder is None:
             return
+        known, found = self._flushed.get(table, set()), set[str]()
         try:
-            for folder, folders, names in os.walk(self._folder / f"{table}{_TABLE_SUFFIX}", topdown=False):
+            for folder, folders, names in os.walk(self._folder / f"{table}{TABLE_SUFFIX}", topdown=False):
                 paths = {f"{folder}/{name}" for name in [*folders, *names]}
-                new = paths - self._flushed
+                new = paths - known
                 # Lance never changes a file, but for the one that says which version it believes to be the latest.
                 for path in [*new, *(paths & {f"{folder}/{_HINT}"}), folder] if new else []:
                     # What a compaction removes just now needs no flushing.
                     with suppress(FileNotFoundError):
                         flush(path)
-                self._flushed |= new
+                found |= paths
             flush(self._folder)
+            self._flushed[table] = found
         except OSError as error:
             raise StoreWriteError(
                 f"{self._owner}: flushing table {table!r} failed with {error}, expected it to be durable; what was committed "
