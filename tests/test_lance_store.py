@@ -247,7 +247,9 @@ def flushed(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
 
 
 def not_flushed(store: LanceStore, flushed: dict[int, int]) -> list[Path]:
-    paths = [place(store), *place(store).rglob("*")]
+    # How far a table has come need not survive a power cut; it is marked at the end, in a new folder of the store.
+    paths = [path for path in place(store).rglob("*") if ".head" not in str(path.relative_to(place(store)))]
+    assert place(store).stat().st_ino in flushed
     return [path for path in paths if flushed.get(path.stat().st_ino) != path.stat().st_mtime_ns]
 
 

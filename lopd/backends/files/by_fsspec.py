@@ -92,6 +92,11 @@ class FsspecFiles:
             return was_put(self, path, data, error)
         return True
 
+    def mark(self, folder: str, number: int, /) -> None:
+        """Make an empty file of this number, and remove the one before it."""
+        self._call(self._fs.pipe_file, self._path(f"{folder}/{number:010d}"), b"")
+        self.remove([f"{folder}/{number - 1:010d}"] if number else [])
+
     def settle(self, folder: str, /) -> None:
         """Nothing to do: a file counts when it is closed."""
 

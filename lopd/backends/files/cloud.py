@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, final
@@ -237,6 +238,12 @@ class ObstoreFiles:
     def _passes(self, error: Exception) -> bool:
         return isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, self._final)
 
+    def mark(self, folder: str, number: int, /) -> None:
+        """Make an empty object of this number, and remove the one before it."""
+        self._put(f"{folder}/{number:010d}", np.zeros(0, np.uint8))
+        if number:
+            self.remove([f"{folder}/{number - 1:010d}"])
+
     def settle(self, folder: str, /) -> None:
         """Nothing to do: a put is durable when it is answered."""
 
@@ -256,12 +263,12 @@ class ObstoreFiles:
         newest = max((entry["last_modified"] for entry in self._listed(folder)), default=datetime.now(UTC))
         return float((datetime.now(UTC) - newest).total_seconds())
 
-    def remove(self, folders: Iterable[str], /) -> None:
-        """Remove all objects in these folders."""
-        for folder in folders:
-            paths = [entry["path"] for entry in self._listed(folder)]
-            if paths:
-                self._call(folder, lambda paths=paths: self._obstore.delete(self._store, paths))  # type: ignore[misc]
+    def remove(self, paths: Iterable[str], /) -> None:
+        """Remove objects, and all objects in folders."""
+        for path in paths:
+            objects = [entry["path"] for entry in self._listed(path)] or [path]
+            with suppress(FileNotFoundError):
+                self._call(path, lambda objects=objects: self._obstore.delete(self._store, objects))  # type: ignore[misc]
 
 
 def _said(error: Exception) -> str:

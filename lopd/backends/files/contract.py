@@ -62,6 +62,10 @@ class Files(Protocol):
         """
         ...
 
+    def mark(self, folder: str, number: int, /) -> None:
+        """Make an empty file named by this number, and remove the one before it; it need not survive a power cut."""
+        ...
+
     def settle(self, folder: str, /) -> None:
         """Make the entries of a folder durable that another process may have made a moment ago."""
         ...
@@ -74,8 +78,8 @@ class Files(Protocol):
         """Seconds since the newest file in a folder was written."""
         ...
 
-    def remove(self, folders: Iterable[str], /) -> None:
-        """Remove folders with all that is in them; those that are not there do not matter."""
+    def remove(self, paths: Iterable[str], /) -> None:
+        """Remove files, and folders with all that is in them but not what links lead to; what is not there does not matter."""
         ...
 
 

@@ -94,6 +94,14 @@ class LocalFiles:
         self.settle(str(final.parent.relative_to(self.root)))
         return True
 
+    def mark(self, folder: str, number: int, /) -> None:
+        """Make an empty file of this number, and remove the one before it; neither is flushed."""
+        path = self.root / folder / f"{number:010d}"
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        if number:
+            path.with_name(f"{number - 1:010d}").unlink(missing_ok=True)
+
     def settle(self, folder: str, /) -> None:
         """Flush a folder, and its entry in the one that it stands in, unless this object has done so before."""
         if not (self.root / folder).is_dir():
@@ -120,10 +128,17 @@ class LocalFiles:
         files = [self.root / folder, *(self.root / folder).rglob("*")]
         return time.time() - max(path.stat().st_mtime for path in files)
 
-    def remove(self, folders: Iterable[str], /) -> None:
-        """Remove folders with all that is in them."""
-        for folder in folders:
-            shutil.rmtree(self.root / folder, ignore_errors=True)
+    def remove(self, paths: Iterable[str], /) -> None:
+        """Remove files, and folders with all that is in them; neither links nor what they lead to."""
+        root = self.root.resolve()
+        for path in paths:
+            whole = root / path
+            if whole.resolve() != whole:
+                continue
+            if whole.is_dir():
+                shutil.rmtree(whole, ignore_errors=True)
+            else:
+                whole.unlink(missing_ok=True)
 
 
 def _write_file(path: Path, data: Any) -> None:

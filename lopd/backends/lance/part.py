@@ -24,15 +24,15 @@ class Part:
     number and its commit, every read compares it, and places that have moved are found anew.
 
     Args:
-        owner: how messages name the store.   table: whose lines.   line: what they consist of.
+        owner: how messages name the store.   table: whose lines.   line: what they consist of.   seed: of their checksums.
         limit: gives the number of rollouts of the store; None for their own table, which has every row from 0 on.
     """
 
-    def __init__(self, owner: str, table: LanceTable, line: np.dtype[Any], limit: Callable[[], int] | None) -> None:
+    def __init__(self, owner: str, table: LanceTable, line: np.dtype[Any], seed: int, limit: Callable[[], int] | None) -> None:
         """Reads nothing."""
         self.table = table
         self._owner = owner
-        self._line = line
+        self._line, self.seed = line, seed
         self._limit, self._asked = limit, False
         # Fetches may run side by side; what is in memory changes under one of them at a time.
         self._lock = RLock()
@@ -45,6 +45,11 @@ class Part:
         self._at = Growing(np.int64)
         # For each line its place in the table; None while all are where they ought to be.
         self._places: NDArray[np.int64] | None = None
+
+    @property
+    def read(self) -> int:
+        """Number of rows whose lines were read, so that they are there whole."""
+        return len(self._lines)
 
     def lines(self) -> NDArray[np.void]:
         """All lines of the table's version, in the order of commits.
@@ -70,7 +75,7 @@ class Part:
         start = len(self._lines)
         for first in range(start, self.table.rows, _ROWS_AT_ONCE):
             places = np.arange(first, min(first + _ROWS_AT_ONCE, self.table.rows))
-            self._lines.append(read_lines(self._owner, self.table.take(places, line_columns(self._line)), self._line))
+            self._lines.append(read_lines(self._owner, self.table.take(places, line_columns(self._line)), self._line, self.seed))
         if (np.diff(self._lines.view()[COMMIT][max(start - 1, 0) :]) < 0).any():
             self._places = self._in_order(start)
         self._index(start)
@@ -138,7 +143,7 @@ class Part:
         if self._limit is None and not len(self._lines) and not self._asked:
             self._asked = True
             distinct, places = np.unique(rows, return_inverse=True)
-            found = read_lines(self._owner, self.table.take(distinct, line_columns(self._line)), self._line)
+            found = read_lines(self._owner, self.table.take(distinct, line_columns(self._line)), self._line, self.seed)
             found = found[np.argsort(found["row"])]
             if np.array_equal(found["row"], distinct):
                 return found[places]

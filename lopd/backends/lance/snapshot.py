@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lopd.backends import admission
 from lopd.backends.id_index import IdIndex
 from lopd.backends.lance import decode
-from lopd.backends.lance.catalog import ROLLOUTS_FILE, Catalog, TableEntry
+from lopd.backends.lance.catalog import Catalog, TableEntry
 from lopd.backends.lance.decode import Wanted
 from lopd.backends.lance.encode import ROLLOUT_LINE, SCORE_LINE
 from lopd.backends.lance.part import Part
@@ -50,21 +50,40 @@ class Snapshot:
             self.rollouts = self._part(tables[None], ROLLOUT_LINE, versions, None)
         if self.columns and self.rollouts is None:
             raise CorruptStoreError(
-                f"{self._owner}: {ROLLOUTS_FILE} is missing, expected it where there are scores; restore the file from a backup."
+                f"{self._owner}: the catalog names no table of rollouts, expected one where there are scores; restore the store from a backup."
             )
 
     def _part(self, entry: TableEntry, line: np.dtype[Any], versions: Seen, limit: Callable[[], int] | None) -> Part:
-        return Part(self._owner, self._database.open(entry.table, versions.get(entry.table)), line, limit)
+        least = 0 if entry.table in versions else self._catalog.least(entry.table)
+        part = Part(self._owner, self._database.open(entry.table, versions.get(entry.table)), line, entry.seed, limit)
+        return self._checked(part, least)
+
+    def _checked(self, part: Part, least: int) -> Part:
+        """The part, unless it has fewer rows than were there before somebody opened it."""
+        if part.table.rows < least:
+            raise CorruptStoreError(
+                f"{self._owner}: table {part.table.name!r} has {part.table.rows} rows, expected at least {least}, for that many were written; "
+                "restore its newest files from a backup."
+            )
+        return part
+
+    def _move(self, part: Part) -> None:
+        least, before = self._catalog.least(part.table.name), part.table.rows
+        part.table.refresh()
+        if self._checked(part, least).table.rows < before:
+            # A writer took back what it could not read.
+            part.forget()
+            self._index, self._indexed = IdIndex(), 0
 
     def refresh(self) -> None:
         """Move to the latest version of everything."""
         self._catalog.refresh()
         for part in self.columns.values():
-            part.table.refresh()
+            self._move(part)
         rollouts = self.rollouts
         self._open({})
         if rollouts is not None:  # last: every score that is seen then has its rollout
-            rollouts.table.refresh()
+            self._move(rollouts)
 
     def parts(self) -> dict[str | None, Part]:
         """All tables that are there: of each column, and of the rollouts, which are None."""

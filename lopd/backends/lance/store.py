@@ -1,8 +1,8 @@
 """A store on LanceDB: tables that its tools can query, versions, and several writers at once, on a local disk or in a bucket.
 
-    lopd.json, rollouts.json, columns/*.json, ...   what the store is, and which table holds what (see `catalog`)
-    rollouts-<key>.lance                            one row a rollout
-    scores.<column>-<key>.lance                     one row a rollout that is scored
+    lopd.json, log/, *.head/       what the store is, which table holds what, and how much there is (see `catalog`)
+    rollouts-<key>.lance           one row a rollout
+    scores.<column>-<key>.lance    one row a rollout that is scored
 
 Rows are in the order of commits, then in the order of the call; each row carries its number, its commit, and checksums of its bytes.
 """
@@ -50,12 +50,15 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         """Not for callers: `open` says what is wrong with a path."""
         super().__init__(files, root)
         self._database = Database(files)
-        state, versions = seen or (CatalogState(generations={self.manifest.generation: self.manifest.policy}), {})
+        state, versions = seen or (self._nothing_seen(), {})
         self._catalog = Catalog(files, state)
         if seen is None:
             self._catalog.refresh()
         self._snapshot = Snapshot(self._database, self._catalog, versions)
         self._writer = Writer(files, self._database, self._catalog, self._snapshot, self._root)
+
+    def _nothing_seen(self) -> CatalogState:
+        return CatalogState(generations={self.manifest.generation: self.manifest.policy})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Place and versions: connections do not travel to another process."""
@@ -87,11 +90,11 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     def compact(self, *, older_than: float = _WEEK) -> None:
         """Merge many small files into large ones; rows keep their numbers.  Refreshes.
 
-        Versions, and tables that killed writers left behind, are removed if they are older than this many seconds: choose a time that no
-        reader and no pickled store lives, for they read on only as long as their version is there.
+        Versions are removed if they are older than this many seconds: choose a time that no reader and no pickled store lives, for they read
+        on only as long as their version is there.  Tables that killed writers left behind are removed once their column has another table.
 
         Raises:
-            StoreWriteError: the write failed; nothing was lost.
+            StoreWriteError: the write failed, or what was merged is not what was there before; nothing was lost.
         """
         self._writer.compact(older_than)
 
@@ -114,13 +117,14 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
     def verify(self) -> Iterator[str]:
         """One sentence for each problem found; reads every row of the current versions, and the catalog."""
-        for path in sorted(self._catalog.state.seen):
-            try:
-                self._catalog.document(path)
-            except LopdError as error:
-                yield str(error)
-        for column, part in self._snapshot.parts().items():
+        try:
             # Not what was read before, but what is stored now.
+            catalog = Catalog(self._files, self._nothing_seen())
+            catalog.refresh()
+            Snapshot(Database(self._files), catalog, {})
+        except LopdError as error:
+            yield str(error)
+        for column, part in self._snapshot.parts().items():
             part.forget()
             try:
                 rows = part.lines()["row"]

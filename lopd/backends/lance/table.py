@@ -4,8 +4,9 @@ A row of a table carries the number of the commit that added it, and that column
 a number, which Lance decides: of two writers that add commit 7 at once, one adds all of its rows and the other none.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, final
 
 import numpy as np
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 
 from lopd.backends.files import Files
 from lopd.backends.fork import ForkGuard
-from lopd.errors import CorruptStoreError, LopdError, StorePathError, StoreReadError
+from lopd.backends.lance.failures import is_conflict, is_gone, reading
+from lopd.backends.retry import repeat
+from lopd.errors import CorruptStoreError, StorePathError
 from lopd.records.optional import need
 
 #: The column that says which commit added a row, and what makes Lance let only one writer have a number.
@@ -29,15 +32,15 @@ KEY_METADATA = {"lance-schema:unenforced-primary-key": "true"}
 _FILE_FORMAT = {"new_table_data_storage_version": "2.0", "new_table_enable_v2_manifest_paths": "true"}
 # Left alone, the caches of one table grow to seven gigabytes.
 _INDEX_CACHE, _METADATA_CACHE = 16 << 20, 64 << 20
-_CONFLICTS = ("commit conflict", "was preempted", "incompatible transaction", "contention", "too many concurrent writers")
-# What Lance says of files that a clean-up has removed since they were looked at.
-_GONE = ("not found", "no such file", "no longer exists")
-_NETWORK = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure error", "error sending request", "timed out")
 #: So many neighbours are read on; fewer are looked up one by one.
 RANGE = 512
 TABLE_SUFFIX = ".lance"
+# Names of manifests count down, so that the newest is listed first.
+_LAST, _MANIFEST = (1 << 64) - 1, ".manifest"
 #: By name of a table: a version of it, and how many rows it had then.
 Seen = Mapping[str, tuple[int, int]]
+#: How long a call that meets other writers goes on; see `repeat`.
+PATIENCE: dict[str, Any] = {"seconds": 60.0, "pause": 0.02, "longest": 0.1}
 _SCHEMES = ("s3", "gs", "az", "abfss")
 _GUARD = ForkGuard("LanceDB")
 
@@ -52,46 +55,6 @@ def _lancedb(owner: str) -> Any:
     lancedb = need("lancedb", owner, "lance")
     _GUARD.check(owner)
     return lancedb
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Turns what Lance raises while it reads into errors of ours."""
-    try:
-        yield
-    except LopdError:
-        raise
-    except BaseException as error:
-        if not is_lance_error(error):
-            raise
-        said = first_line(error)
-        if any(words in said for words in _NETWORK):
-            raise StoreReadError(
-                f"{what}: reading it failed with {said!r}, expected the storage to answer; check it and try again."
-            ) from error
-        raise CorruptStoreError(
-            f"{what}: LanceDB cannot read it ({said!r}), expected whole files; restore them from a backup, or refresh the store "
-            "if they are of a version that has been removed since."
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The gist of what Lance says; the rest is a stack of Rust."""
-    return str(error).split("\n", 1)[0].split(", /", 1)[0][:300]
-
-
-def is_lance_error(error: BaseException) -> bool:
-    """Whether LanceDB may have raised it; a panic of its Rust code is no `Exception`."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def is_conflict(error: BaseException) -> bool:
-    """Whether a write failed because another one came first."""
-    return any(word in str(error).lower() for word in _CONFLICTS)
-
-
-def _is_gone(error: BaseException) -> bool:
-    return any(word in str(error).lower() for word in _GONE)
 
 
 @final
@@ -136,18 +99,18 @@ class Database:
 
     def open(self, name: str, seen: tuple[int, int] | None = None) -> "LanceTable":
         """A table as it is now, or with the rows that it had when this was seen."""
-        with _reading(f"{self.owner}: table {name!r}"):
+        with reading(f"{self.owner}: table {name!r}"):
             handle = self.connection.open_table(name)
             try:
                 handle.checkout(handle.version if seen is None else seen[0])
             except Exception as error:
-                if not _is_gone(error):
+                if not is_gone(error):
                     raise
             return LanceTable(self, name, handle, seen)
 
     def handle(self, name: str, version: int | None) -> Any:
         """LanceDB's own handle of a table; one that stands at a version takes no writes."""
-        with _reading(f"{self.owner}: table {name!r}"):
+        with reading(f"{self.owner}: table {name!r}"):
             handle = self.connection.open_table(name)
             if version is not None:
                 handle.checkout(version)
@@ -200,22 +163,28 @@ class LanceTable:
 
     def refresh(self) -> None:
         """Move to the latest version."""
-        with _reading(self._named()):
+        with reading(self._named()):
             self._table.checkout_latest()
             self._load()
+
+    def is_behind(self) -> bool:
+        """Whether there is a later version than the one that the last call found: what failed there may succeed now."""
+        before = self.version
+        self.refresh()
+        return self.version > before
 
     def take(self, offsets: NDArray[np.int64], columns: Sequence[str]) -> Any:
         """These columns of the rows at these places, which must be distinct and ascending, as an Arrow table in an order of Lance's choice.
 
         Columns of `LATER` that the table does not have are left out.
         """
-        with _reading(self._named()):
+        with reading(self._named()):
             table, names = self._table, [name for name in columns if name in self._columns or name not in LATER]
             before = table.version
             try:
                 found = _taken(table, offsets, names)
             except Exception as error:
-                if not (_is_gone(error) and self._overtaken(before)):
+                if not (is_gone(error) and self._overtaken(before)):
                     raise
                 found = _taken(table, offsets, names)
             found.validate(full=True)
@@ -239,10 +208,6 @@ class LanceTable:
             base = int(table.version)
             made = table.merge_insert(COMMIT).when_not_matched_insert_all().execute(data).num_inserted_rows
             return bool(made) and self._once(data, base)
-        except Exception as error:
-            if _is_gone(error) and self._overtaken(self.version):
-                raise RuntimeError("commit conflict with so many others that the version it began with is gone") from error
-            raise
         finally:
             self._load()
 
@@ -251,18 +216,15 @@ class LanceTable:
 
         Lance looks for the number in versions that others have committed meanwhile, and passes over those that are removed by then.
         """
-        table = self._table
-        table.checkout_latest()
-        if table.version == base + 1:
+        there = set(self._database.files.names(f"{self.name}{TABLE_SUFFIX}/_versions"))
+        newest = _LAST - min(int(name.removesuffix(_MANIFEST)) for name in there if name.endswith(_MANIFEST))
+        if {f"{_LAST - version}{_MANIFEST}" for version in range(base, newest + 1)} <= there:
             return True
-        there = self._database.files.names(f"{self.name}{TABLE_SUFFIX}/_versions")
-        if {f"{(1 << 64) - 1 - version}.manifest" for version in range(base, table.version + 1)} <= set(there):
-            return True
-        number = f"{COMMIT} = {data[COMMIT][0].as_py()}"
+        latest, number = self._database.handle(self.name, None), f"{COMMIT} = {data[COMMIT][0].as_py()}"
         mine = f"{number} AND committed_at = {data['committed_at'][0].as_py()!r}"
-        if table.count_rows(number) == table.count_rows(mine) == len(data):
+        if latest.count_rows(number) == latest.count_rows(mine) == len(data):
             return True
-        table.delete(mine)
+        latest.delete(mine)
         return False
 
     def _overtaken(self, version: int) -> bool:
@@ -275,9 +237,25 @@ class LanceTable:
         self._table.checkout_latest()
         return self._handle.to_lance(session=self._database.session())
 
+    def take_back(self, count: int) -> int:
+        """Remove the last rows of this version, whatever their files hold and whoever has written since; gives how many were removed.
+
+        Moves to the latest version.
+        """
+        ids = self._table.search().select(["_rowid"]).limit(self.rows).to_arrow()["_rowid"].to_numpy().astype(np.int64)[-count:]
+        try:
+            # Row ids are computed: nothing of a broken file is read.
+            return repeat(partial(self._delete, f"_rowid >= {ids.min()} AND _rowid <= {ids.max()}"), is_conflict, **PATIENCE)
+        finally:
+            self._load()
+
+    def _delete(self, condition: str) -> int:
+        self._table.checkout_latest()
+        return int(self._table.delete(condition).num_deleted_rows)
+
     def stored_bytes(self) -> int:
         """Bytes of the data files of this version."""
-        with _reading(self._named()):
+        with reading(self._named()):
             return int(self._table.stats()["total_bytes"])
 
 

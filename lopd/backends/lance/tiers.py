@@ -9,8 +9,10 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-#: What looks at a file that was just written, (name in the table's folder of data, bytes it should have), and makes it durable.
-Look = Callable[[str, int], None]
+from lopd.errors import CorruptStoreError
+
+#: What makes a file durable, by its name in the table's folder of data.
+Flush = Callable[[str], None]
 
 #: So many files of one size are merged, which makes one of the next.
 FAN = 16
@@ -19,19 +21,20 @@ _LARGEST = 1 << 30
 _BATCH = 1 << 24
 # What `compact` makes.
 _ROWS = 1 << 20
+_ROWS_AT_ONCE = 4096
 #: So many versions are kept, 70 kB each: a writer reads those that were committed since it began, and other tools may stand at one.
 VERSIONS = 128
 
 
-def tidy(dataset: Any, look: Look) -> None:
+def tidy(dataset: Any, flush: Flush) -> None:
     """Merge the newest files of a table once they are many."""
     fragments = [fragment.metadata for fragment in dataset.get_fragments()]
     count = crowd([_bytes_of(fragment) for fragment in fragments])
     if count:
-        _merge(dataset, fragments[-count:], look)
+        _merge(dataset, fragments[-count:], flush)
 
 
-def compact(dataset: Any, look: Look) -> bool:
+def compact(dataset: Any, flush: Flush) -> bool:
     """Merge all small files of a table that are neighbours; gives whether there were any."""
     groups: list[list[Any]] = [[]]
     for fragment in dataset.get_fragments():
@@ -40,7 +43,7 @@ def compact(dataset: Any, look: Look) -> bool:
         groups[-1].append(fragment.metadata)
     small = [group for group in groups if len(group) > 1]
     for group in small:
-        _merge(dataset, group, look)
+        _merge(dataset, group, flush)
     return bool(small)
 
 
@@ -69,13 +72,16 @@ def _bytes_of(fragment: Any) -> int:
     return sum(file.file_size_bytes or 0 for file in fragment.files)
 
 
-def _merge(dataset: Any, fragments: Sequence[Any], look: Look) -> None:
+def _merge(dataset: Any, fragments: Sequence[Any], flush: Flush) -> None:
     """Put one file in the place of some neighbours.  Readers of older versions are not disturbed; nor are those who add rows meanwhile.
 
     Args:
         dataset: at a version that has the fragments.
         fragments: what it says of them.
-        look: raises if a file is not whole; then nothing is changed.
+        flush: of the file that is written, before it is committed.
+
+    Raises:
+        CorruptStoreError: what was written is not what was read; nothing is changed then.
     """
     from lance import LanceDataset, LanceOperation
     from lance.fragment import FragmentMetadata
@@ -93,10 +99,27 @@ def _merge(dataset: Any, fragments: Sequence[Any], look: Look) -> None:
     )
     for task in plan.tasks:
         (written,) = task.execute(dataset).new_fragments
-        for file in written.files:
-            look(file.path, file.file_size_bytes)
+        (file,) = written.files
+        flush(file.path)
+        _check(dataset, fragments, f"{dataset.uri}/data/{file.path}")
         # Lance keeps fragments in the order of their numbers.  The number that it would give, a new one, is behind those of rows that other
         # writers add before this merge is committed.
         placed = FragmentMetadata.from_json(json.dumps({**written.to_json(), "id": fragments[-1].id}))
         group = LanceOperation.RewriteGroup(old_fragments=list(fragments), new_fragments=[placed])
         LanceDataset.commit(dataset, LanceOperation.Rewrite([group], []), read_version=dataset.version)
+
+
+def _check(dataset: Any, fragments: Sequence[Any], path: str) -> None:
+    """Compare a file with the fragments that it will replace: Lance drops the error of a write that fails."""
+    from lance.file import LanceFileReader
+
+    reader, start = LanceFileReader(path, storage_options=dataset.latest_storage_options()), 0
+    for fragment in map(dataset.get_fragment, [fragment.id for fragment in fragments]):
+        for offset in range(0, fragment.physical_rows, _ROWS_AT_ONCE):
+            wanted = fragment.to_table(offset=offset, limit=_ROWS_AT_ONCE)
+            found = reader.read_range(start, len(wanted)).to_table()
+            if any(found[name] != wanted[name] for name in wanted.column_names):
+                raise CorruptStoreError(
+                    f"File {path}: rows from {start} on are not those that were merged; check the disk and repeat the call."
+                )
+            start += len(wanted)
