@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from lopd.backends.id_index import decode_id, hash_ids
+from lopd.backends.lance.advance import in_advance
 from lopd.backends.lance.encode import (
     ID,
     LINE_CHECKSUM,
@@ -19,7 +20,7 @@ from lopd.backends.lance.encode import (
     TOP_K_DATA,
     line_checksums,
 )
-from lopd.backends.lance.table import HAS_SAMPLER, LATER, RANGE, in_advance
+from lopd.backends.lance.table import HAS_SAMPLER, LATER, RANGE
 from lopd.errors import CorruptStoreError, LopdError
 from lopd.records.rollouts import TopK
 from lopd.records.rows import Rows, ends

@@ -7,7 +7,7 @@
 Rows are in the order of commits, then in the order of the call; each row carries its number, its commit, and checksums of its bytes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, final
 
 import numpy as np
@@ -19,7 +19,7 @@ from lopd.backends.files import Files, StorageOptions, StorePath
 from lopd.backends.lance.catalog import ROOT, Catalog, CatalogState
 from lopd.backends.lance.encode import tokens_of
 from lopd.backends.lance.snapshot import Snapshot
-from lopd.backends.lance.table import COMMIT, Database
+from lopd.backends.lance.table import COMMIT, Database, Seen
 from lopd.backends.lance.writer import Writer
 from lopd.backends.root import Root
 from lopd.errors import LopdError, MissingScoresError
@@ -46,7 +46,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
     _ROOT = ROOT
 
-    def __init__(self, files: Files, root: Root | None = None, seen: tuple[CatalogState, Mapping[str, int]] | None = None) -> None:
+    def __init__(self, files: Files, root: Root | None = None, seen: tuple[CatalogState, Seen] | None = None) -> None:
         """Not for callers: `open` says what is wrong with a path."""
         super().__init__(files, root)
         self._database = Database(files)
@@ -62,7 +62,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Place and versions: connections do not travel to another process."""
-        versions = {part.table.name: part.table.version for part in self._snapshot.parts().values()}
+        versions = {part.table.name: (part.table.version, part.table.rows) for part in self._snapshot.parts().values()}
         return LanceStore, (self._files, None, (self._catalog.state, versions))
 
     @classmethod
@@ -103,7 +103,6 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         found = list(self._catalog.state.events)
         for column, part in self._snapshot.parts().items():
             lines = part.lines()
-            lines = lines[np.argsort(lines[COMMIT], kind="stable")]
             # A column of which no row was scored, only quarantined, has no lines.
             for commit in np.split(lines, np.flatnonzero(np.diff(lines[COMMIT])) + 1) if lines.size else ():
                 when, rounding = float(commit["committed_at"][0]), float(commit["rounding"][0])

@@ -1,5 +1,6 @@
 """How a store on LanceDB changes: add rows of the next commit number to a table, or a file to the catalog."""
 
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +12,12 @@ from uuid import uuid4
 from attrs import asdict
 
 from lopd.backends.files import Files, local_folder, reading, writing
+from lopd.backends.lance import tiers
 from lopd.backends.lance.catalog import HEAD, LOG, Catalog, table_seed
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
+from lopd.backends.lance.failures import first_line, is_conflict, is_lance_error
 from lopd.backends.lance.snapshot import Snapshot
-from lopd.backends.lance.table import BEGAN_EMPTY, PATIENCE, Database, LanceTable, first_line, is_conflict, is_lance_error
+from lopd.backends.lance.table import BEGAN_EMPTY, COMMIT, PATIENCE, TABLE_SUFFIX, Database, LanceTable
 from lopd.backends.lance.written import Reader
 from lopd.backends.retry import repeat
 from lopd.backends.root import Root
@@ -24,11 +27,11 @@ from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
 
-_TABLE_SUFFIX, _HINT = ".lance", "latest_version_hint.json"
+_LOG = logging.getLogger(__name__)
+# Seconds by which the clock of a writer and that of its storage may differ.
+_CLOCKS = 24 * 3600.0
+_HINT = "latest_version_hint.json"
 _Records = Sequence[Rollout] | Sequence[Scores]
-# Seconds by which two clocks may differ.
-_CLOCKS = 3600.0
-_CENTURY = 100 * 365 * 24 * 3600.0
 
 
 @final
@@ -49,7 +52,7 @@ class Writer:
         # None in a bucket, where what is written is durable.
         self._folder = local_folder(files.url)
         self._owner = database.owner
-        self._flushed: set[str] = set()
+        self._flushed: dict[str, set[str]] = {}
         self._reader = Reader(files)
         self._marked: dict[str, int] = {}
 
@@ -102,6 +105,25 @@ class Writer:
             self.settle(column)
         return made
 
+    def _tidy(self, table: LanceTable, commit: int) -> None:
+        """Do a share of what `compact` does, after some commits.  They are committed, however this ends."""
+        try:
+            if commit % tiers.FAN == 0:
+                tiers.tidy(table.dataset(), partial(self._flush_file, table.name))
+            # Lance removes unknown files that it believes to be a week old: where clocks disagree, those of other writers.
+            if commit % (tiers.VERSIONS // 2) == 0 and abs(self._files.age(f"{table.name}{TABLE_SUFFIX}/_versions")) < _CLOCKS:
+                tiers.drop_versions(table.dataset())
+        except BaseException as error:
+            if not is_lance_error(error):
+                raise
+            if not is_conflict(error):
+                _LOG.warning("%s: merging small files failed, which a later commit repeats: %s", self._owner, first_line(error))
+
+    def _flush_file(self, table: str, name: str) -> None:
+        """Make a file of rows durable that no version has yet."""
+        if self._folder is not None:
+            flush(self._folder / f"{table}{TABLE_SUFFIX}" / "data" / name)
+
     def _add(self, table: LanceTable, data: Any) -> bool:
         made = repeat(partial(table.insert, data), lambda error: is_conflict(error) or table.is_behind(), **PATIENCE)
         if made:
@@ -111,6 +133,7 @@ class Writer:
                 raise self._unreadable(table.name, error, self._take_back(table, len(data), error)) from error
             self._flush(table.name)
             self._mark(table.name, table.rows)
+            self._tidy(table, data[COMMIT][0].as_py())
         return made
 
     def _take_back(self, table: LanceTable, count: int, error: LopdError) -> str:
@@ -176,11 +199,9 @@ class Writer:
         self._snapshot.refresh()
         self._check_clock()
         for column, part in self._snapshot.parts().items():
-            began = time.monotonic()
             try:
-                # Versions go only when what they were merged into was read.
-                merged = self._merge(part.table, _CENTURY)
-                self._merge(part.table, max(older_than, time.monotonic() - began))
+                merged = tiers.compact(part.table.dataset(), partial(self._flush_file, part.table.name))
+                tiers.drop_versions(part.table.dataset(), older_than)
                 self._flush(part.table.name)
             except LopdError:
                 raise
@@ -210,24 +231,11 @@ class Writer:
                 "for files of writers at work would look old; set the clock, and compact again."
             )
 
-    def _merge(self, table: LanceTable, older_than: float) -> bool:
-        """Whether rows are in other files now, in which they were read."""
-        before, places = table.compact(older_than)
-        try:
-            self._reader.check_merged(table, before, places)
-        except LopdError as error:
-            after = f"version {before} of it is still there"
-            with suppress(Exception):
-                if not isinstance(error, StoreReadError) and table.restore(before):
-                    after = "the table is again what it was before"
-            raise self._unreadable(table.name, error, after) from error
-        return places.size > 0
-
     def _remove_strangers(self) -> None:
         """Tables of writers that were killed, or came too late: their column has another table, which it keeps."""
         tables = self._catalog.state.tables
         dead = {
-            f"{name}{_TABLE_SUFFIX}"
+            f"{name}{TABLE_SUFFIX}"
             for name, column in self._catalog.state.begun.items()
             if column in tables and tables[column].table != name
         }
@@ -256,17 +264,19 @@ class Writer:
         """Lance flushes nothing: flush the files of a table that are new, and the folders that lead to them."""
         if self._folder is None:
             return
+        known, found = self._flushed.get(table, set()), set[str]()
         try:
-            for folder, folders, names in os.walk(self._folder / f"{table}{_TABLE_SUFFIX}", topdown=False):
+            for folder, folders, names in os.walk(self._folder / f"{table}{TABLE_SUFFIX}", topdown=False):
                 paths = {f"{folder}/{name}" for name in [*folders, *names]}
-                new = paths - self._flushed
+                new = paths - known
                 # Lance never changes a file, but for the one that says which version it believes to be the latest.
                 for path in [*new, *(paths & {f"{folder}/{_HINT}"}), folder] if new else []:
                     # What a compaction removes just now needs no flushing.
                     with suppress(FileNotFoundError):
                         flush(path)
-                self._flushed |= new
+                found |= paths
             flush(self._folder)
+            self._flushed[table] = found
         except OSError as error:
             raise StoreWriteError(
                 f"{self._owner}: flushing table {table!r} failed with {error}, expected it to be durable; what was committed "
