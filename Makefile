@@ -90,8 +90,9 @@ test-loggers: .venv/installed-test .venv/installed-loggers  ## metrics in the re
 	$(BIN)/python -c "import tensorboard, trackio, wandb"
 	$(BIN)/python -m pytest tests/test_loggers.py
 
-test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants
+test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants; writes that fail; writers beside maintenance
 	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_kills.py tests/test_survival.py -k kill -rA --timeout 3000
+	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_failing_writes.py tests/test_lance_safety.py -rA --timeout 3000
 
 test-engines: .venv/installed-engines  ## sampling and scoring with a real vLLM, in a process of its own; about five minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm

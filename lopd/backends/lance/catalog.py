@@ -15,7 +15,7 @@ An older store has folders of files without numbers instead.  They are read, and
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 from uuid import uuid4
 
@@ -36,6 +36,7 @@ Kind = Literal["begun", "table", "generation", "quarantine", "compaction", "old"
 _OLD_FOLDERS: dict[str, Kind] = {"columns": "table", "generations": "generation", "quarantine": "quarantine", "compactions": "compaction"}
 _OLD_ROLLOUTS = "rollouts.json"
 _TABLE_NAME, _RECORD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"), re.compile(r"[0-9]{10}\.json")
+_MARKED = re.compile(r"(rollouts|(scores|unscored)\..+)-[0-9a-f]{32}\.head")
 
 
 def _encode_root(root: Root) -> bytes:
@@ -127,11 +128,12 @@ class Catalog:
             CorruptStoreError: one is damaged, missing, or another store's.
             StoreReadError: the storage refused.
         """
-        state, expected = self.state, 0
-        if not state.last:
+        state, expected, first = self.state, 0, not self.state.last
+        if first:
+            names = self._names("")
             expected = max(self.least(LOG), 0, *(int(name[:10]) + 1 for name in self._names(LOG) if _RECORD_NAME.fullmatch(name)))
             state.last = checksum(self._read(ROOT.name) or b"")
-            self._read_old()
+            self._read_old(names)
         while (data := self._read(path := _path(state.number))) is not None:
             document = self._unsealed(path, data)
             if (document.get("number"), document.get("previous")) != (state.number, state.last):
@@ -140,9 +142,12 @@ class Catalog:
             state.number, state.last = state.number + 1, checksum(data)
         if state.number < expected:
             raise self._broken(path, "is missing", f"{expected} records")
+        # A table is marked after the record that names it.
+        marked = {name.removesuffix(HEAD) for name in names if _MARKED.fullmatch(name)} if first else set[str]()
+        for name in marked.difference(state.begun, (entry.table for entry in state.tables.values())):
+            raise self._broken(path, "is missing", f"a record of table {name!r}, which has rows")
 
-    def _read_old(self) -> None:
-        names = self._names("")
+    def _read_old(self, names: Sequence[str]) -> None:
         paths = [_OLD_ROLLOUTS] if _OLD_ROLLOUTS in names else []
         paths += [
             f"{folder}/{name}" for folder in _OLD_FOLDERS if folder in names for name in self._names(folder) if name.endswith(".json")

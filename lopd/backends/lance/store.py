@@ -40,8 +40,8 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     forked process is refused (start workers with "spawn" or "forkserver").
     `find`, `lengths`, `scored`, and `read` of a column, read all lines at the first call, and hold them from then on (about 130 bytes a rollout).
     Each commit costs about 70 kB of LanceDB's bookkeeping until `compact` removes it: append hundreds of rollouts at once.
-    On a local disk a commit is flushed before its call returns.  LanceDB itself flushes nothing, so a power cut in the middle of a
-    commit may leave a last version that cannot be read; what was returned before is whole in the versions before it.
+    What a commit added is read back and, on a local disk, flushed before its call returns.  LanceDB itself flushes nothing, so a power cut
+    in the middle of a commit may leave a last version that cannot be read; what was returned before is whole in the versions before it.
     """
 
     _ROOT = ROOT
