@@ -1,6 +1,5 @@
 """The one file that makes a folder or a prefix a store: whether its place is free, and what it says."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import get_args
@@ -14,6 +13,7 @@ from lopd.backends.ragged import LogprobDtype
 from lopd.backends.sealing import damaged
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
 from lopd.records.manifest import LINEAGE_FILE, Manifest
+from lopd.records.stored import parse
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
 
@@ -64,8 +64,8 @@ def other_kind(files: Files, names: Sequence[str]) -> str:
     if any(name.startswith("step-") for name in names):
         return "a folder of checkpoints"
     if LINEAGE_FILE in names:
-        with suppress(OSError, ValueError):
-            return "the lineage of a trained model" if "sft_teacher" in json.loads(files.read(LINEAGE_FILE)) else ""
+        with suppress(OSError, ValueError, TypeError):
+            return "the lineage of a trained model" if "sft_teacher" in parse(files.read(LINEAGE_FILE)) else ""
     return ""
 
 

@@ -1,8 +1,11 @@
-"""Paths and URLs: what is refused where it is passed, and what messages may show."""
+"""Paths and URLs: what is refused where it is passed, what is opened as a file, and what messages may show."""
 
+import errno
 import os
 import re
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from lopd.errors import ArgumentError, InvalidRecordError, LopdError
 
@@ -52,3 +55,25 @@ def without_secrets(url: str) -> str:
 def said_of(url: str, error: Exception) -> str:
     """What an error says; only its type where the URL has secrets, which the error may repeat."""
     return str(error) if without_secrets(url) == url else type(error).__name__
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading, but not what only has the name of one: a device does not end, and a pipe may never begin.
+
+    Raises:
+        OSError: it is a device, a pipe, a socket or a folder, or a link to one; or it cannot be opened.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (`Path.open` has no opener)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "It is a device, a pipe or a socket, not a file", str(path))
+    return file
+
+
+def read_regular(path: str | os.PathLike[str], largest: int | None = None) -> bytes:
+    """Read a whole file of at most so many bytes; raises as `open_regular`, and OSError where it is larger."""
+    with open_regular(path) as file:
+        data = file.read(-1 if largest is None else largest + 1)
+    if largest is not None and len(data) > largest:
+        raise OSError(errno.EFBIG, f"It has more than {largest:,} bytes", str(path))
+    return data

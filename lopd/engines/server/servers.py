@@ -21,7 +21,7 @@ from lopd.engines.pool import Pool
 from lopd.engines.server.answers import Trouble, accepted
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_number, check_texts, own_numbers
+from lopd.records.checks import check_at_least, check_number, own_numbers, texts_of
 
 T = TypeVar("T")
 _KEY_VARIABLE = "VLLM_API_KEY"
@@ -63,7 +63,7 @@ class Probe:
 
 
 def _bases(urls: str | Iterable[str]) -> tuple[str, ...]:
-    several = check_texts("Servers: urls", [urls] if isinstance(urls, str) else urls)
+    several = texts_of("Servers: urls", [urls] if isinstance(urls, str) else urls)
     return tuple(url.rstrip("/").removesuffix("/v1").rstrip("/") for url in several)
 
 
@@ -117,7 +117,7 @@ class Servers:
             if secret or not _has_host(url):
                 shown = secret or repr(url)
                 raise InvalidRecordError(f"Servers: url {i} is {shown}, expected http:// or https:// and a host; pass keys as `api_key=`.")
-        key = check_texts("Servers: api_key", [self.api_key or ""])[0]
+        key = texts_of("Servers: api_key", [self.api_key or ""])[0]
         if not (key.isascii() and key.isprintable() and key.strip() == key):
             raise InvalidRecordError("Servers: api_key has spaces or unprintable characters, expected a header's value; strip it.")
 
