@@ -152,11 +152,12 @@ def test_without_log_probs_of_the_sampler_a_store_is_written_as_before(tmp_path:
     # the two largest hold all rows; those that a compaction merged are there too
     segments = sorted(tmp_path.glob("zarr/segments/*/lines/c*"), key=lambda path: path.stat().st_size, reverse=True)
     for chunk, (first, last) in zip(segments, ((0, 6), (6, EXTRA)), strict=False):
-        files, _ = encode_segment("new", zarr_encode.encode_rollouts(ROLLOUTS[first:last], first, 300, "float32"))
+        files, _ = encode_segment("new", zarr_encode.encode_rollouts(ROLLOUTS[first:last], first, 300, "float32"), "store")
         for name in ("lines", "token_ids", "rollout_ids", "loss_mask", "behavior_logprobs"):
             (old,) = (chunk.parents[1] / name).glob("c*")
             assert bytes(files[f"new/{name}/{old.name}"]) == old.read_bytes(), name
-        assert len(files) == 1 + 2 * 5
+        # and an index of ids, which older segments lack
+        assert len(files) == 1 + 2 * 6
     table = lance_encode.encode_rollouts(ROLLOUTS[:EXTRA], 0, 300, "float32", commit=0, when=0.0, seed=0)
     (folder,) = tmp_path.glob("lance/rollouts-*.lance")
     assert table.schema == lancedb.connect(tmp_path / "lance").open_table(folder.stem).schema

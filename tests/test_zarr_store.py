@@ -18,11 +18,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule, run_state_machine_as_test
 from s3_server import S3Server
-from zarr_stores import MACHINE, Rows, StoreMachine, _quick_disk, fill, filled, many, place, rows_of, start  # noqa: F401
+from zarr_stores import MACHINE, Rows, StoreMachine, _quick_disk, fill, filled, forge, many, place, rows_of, start  # noqa: F401
 
 from lopd.backends.files import local
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
+from lopd.backends.sealing import checksum
+from lopd.backends.zarr.encode import id_index
 from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import ConflictError, CorruptStoreError, ForkedStoreError, InvalidRecordError, StoreNotFoundError
 from lopd.protocols import LogprobStore
@@ -164,6 +166,7 @@ def test_zarr_python_reads_every_array_back_equal(tmp_path: Path, vocab_size: in
         "top_k_ids": top_k.ids.astype(dtype),
         "top_k_logprobs": top_k.logprobs,
         "top_k_tail": top_k.tail,
+        "id_index": id_index(rollout_group["lines"][:]),
     }
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -237,6 +240,11 @@ def test_scores_that_belong_to_other_tokens_are_refused_at_read(tmp_path: Path) 
     shutil.rmtree(tmp_path / "x/scores")
     shutil.copytree(tmp_path / "y/scores", tmp_path / "x/scores")
     shutil.copy(tmp_path / "y/commits/0000000001.json", tmp_path / "x/commits/0000000001.json")
+    with pytest.raises(CorruptStoreError, match=r"commits/0000000001.json has store .*expected"):
+        ZarrStore.open(tmp_path / "x")
+    # and even makes it look as if it were of this store
+    previous = (tmp_path / "x/commits/0000000000.json").read_bytes()
+    forge(tmp_path / "x/commits/0000000001.json", store=stores[0]._root.creation, previous=checksum(previous))
     with pytest.raises(CorruptStoreError, match=r"scores/teacher/.*row 0 were computed on other tokens"):
         ZarrStore.open(tmp_path / "x").read([0], ("teacher",))
 
@@ -245,14 +253,15 @@ def test_a_torn_append_is_invisible(filled: ZarrStore) -> None:
     filled.append(many(2, 1))
     # Killed just before its record was linked: the segment is there, the record has only its temporary name.
     (place(filled) / "commits/0000000003.json").rename(place(filled) / "commits/.tmp-0")
+    (place(filled) / "head/0000000003").rename(place(filled) / "head/0000000002")
     store = ZarrStore.open(place(filled))
     assert (len(store), store.find(["r2"]).tolist()) == (4, [-1])
     store.append(many(2, 2))
     assert rows_of(ZarrStore.open(place(filled))) == ["m", "b", "r0", "r1", "r2", "r3"]
 
 
-def test_more_segments_than_maps_may_be_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local, "_OPEN_MAPS", 2)
+def test_more_files_than_may_be_open_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "_OPEN_FILES", 2)
     store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())
     for i in range(5):
         store.append(many(i, 1))

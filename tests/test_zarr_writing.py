@@ -85,7 +85,7 @@ def test_everything_a_commit_record_names_is_flushed_before_the_record_appears(t
     def link(source: Path, target: Path) -> None:
         if target.parent.name == "commits":
             assert source in flushed
-            paths = [path for path in root.rglob("*") if path.parent.name != "commits"]
+            paths = [path for path in root.rglob("*") if path.parent.name != "commits" and "head" not in path.parts]
             assert [path for path in paths if path.name not in flushed.get(path.parent, ())] == []
             # What is outside a segment was linked into place, and shares the bytes of a temporary file that was flushed.
             written = {path for path in paths if path.is_file() and any(len(part) == 32 for part in path.relative_to(root).parts)}
@@ -190,7 +190,7 @@ def test_processes_that_append_at_the_same_time_lose_nothing_and_write_nothing_t
     assert (len(store), set(rows_of(store))) == (42, expected)
     assert rows_of(store) == rows_of(ZarrStore.open(root))
     assert store.scored("teacher").sum() == 6
-    assert sum(commit.rows for commit in store.history()) == 48
+    assert sum(commit.rows for commit in store.history() if commit.kind != "compaction") == 48
 
 
 def test_two_models_that_race_for_a_column_do_not_share_it(filled: ZarrStore) -> None:
@@ -222,10 +222,10 @@ def test_a_segment_of_a_call_that_was_interrupted_is_not_committed_by_a_later_on
     other, rollouts, looks = ZarrStore.open(place(filled)), many(30, 2), []
     log, refresh = filled._log, filled._snapshot.refresh
 
-    def lose(number: int, record: object, *, commit: object = log.commit) -> bool:
+    def lose(number: int, record: object, previous: str, *, commit: object = log.commit) -> object:
         if not looks[1:]:
             other.append(many(40, 1))
-        return commit(number, record)  # type: ignore[operator]
+        return commit(number, record, previous)  # type: ignore[operator]
 
     def interrupted() -> None:
         looks.append(1)

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from lopd.backends.sealing import seal, unseal
 from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import ConflictError, MissingScoresError
 from lopd.protocols import LogprobStore
@@ -155,6 +156,11 @@ def fill(store: ZarrStore) -> ZarrStore:
 def filled(tmp_path: Path) -> ZarrStore:
     """See `fill`."""
     return fill(ZarrStore.create(tmp_path / "run.zarr", tiny_manifest()))
+
+
+def forge(path: Path, **changes: object) -> None:
+    """Change what a sealed document says, and seal it again."""
+    path.write_bytes(seal({**(unseal(path.read_bytes()) or {}), **changes}))
 
 
 def rows_of(store: ZarrStore) -> list[str]:

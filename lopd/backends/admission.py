@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from attrs import evolve
-from numpy.typing import NDArray
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.records.checks import a_kind
@@ -98,13 +97,18 @@ def check_generation(owner: str, generation: int, stored: ModelId | None, given:
         )
 
 
+def is_column_name(name: object) -> bool:
+    """Whether a column can have this name."""
+    return isinstance(name, str) and _COLUMN_NAME.fullmatch(name) is not None
+
+
 def check_column(owner: str, column: str) -> None:
     """Refuse a column name that cannot be written to.
 
     Raises:
         InvalidRecordError: other characters than letters, digits, `_`, `-`, `.`; a leading dot; `zarr.json`; or the reserved `behavior`.
     """
-    if not isinstance(column, str) or not _COLUMN_NAME.fullmatch(column):
+    if not is_column_name(column):
         raise InvalidRecordError(
             f"{owner}: the column name is {column!r}, expected 1 to 128 letters, digits, '_', '-' or '.', "
             "no '.' in front, and not 'zarr.json'; rename it."
@@ -226,11 +230,11 @@ def check_supports(owner: str, top_k: Sequence[str], columns: Mapping[str, Prove
 
 
 def new_quarantine(
-    owner: str, reasons: Mapping[str, str], *, rows: Sequence[int], scored: NDArray[np.bool_], known: Mapping[int, str]
+    owner: str, reasons: Mapping[str, str], *, rows: Sequence[int], done: Container[int], known: Mapping[int, str]
 ) -> dict[int, str]:
     """Return row -> reason of those rollouts that have neither scores nor this reason yet, by row.
 
-    `rows` are those of the rollouts in `reasons`, -1 where there is none; `scored` (len,) says which rollouts have scores; `known` are the
+    `rows` are those of the rollouts in `reasons`, -1 where there is none; `done` are the rows that have scores; `known` are the
     reasons that are there.
 
     Raises:
@@ -242,7 +246,7 @@ def new_quarantine(
                 f"{owner}: rollout {rollout_id!r} is not there, expected it before it is quarantined; append it first."
             )
     given = sorted(zip(rows, reasons.values(), strict=True))
-    return {row: reason for row, reason in given if not scored[row] and known.get(row) != reason}
+    return {row: reason for row, reason in given if row not in done and known.get(row) != reason}
 
 
 def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresError:

@@ -27,7 +27,7 @@ from lopd.records.rows import Rows
 class _Snapshot(Protocol):
     """What a store holds, as it was at the last `refresh`; the methods are those of `LogprobReader`.
 
-    `content` gives the content hash and the number of response tokens of rollouts.
+    `content` gives the content hash and the number of response tokens of rollouts; `scored_rows` which of these rows have scores.
     """
 
     @property
@@ -40,6 +40,7 @@ class _Snapshot(Protocol):
     def lengths(self) -> NDArray[np.int64]: ...
     def content(self, rows: NDArray[np.int64], /) -> Sequence[tuple[bytes, int]]: ...
     def scored(self, column: str, /) -> NDArray[np.bool_]: ...
+    def scored_rows(self, column: str, rows: NDArray[np.int64], /) -> NDArray[np.bool_]: ...
     def quarantined(self, column: str, /) -> Mapping[int, str]: ...
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str], /) -> Rows: ...
 
@@ -257,15 +258,15 @@ class DurableBase(ABC, Generic[S, W]):
         """By row, in ascending order."""
         admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
         ids = [score.rollout_id for score in scores]
-        found, scored = self.find(ids), self.scored(column)
-        rows = dict(zip(ids, found.tolist(), strict=True))
+        found = self.find(ids)
+        rows, done = dict(zip(ids, found.tolist(), strict=True)), self._done(column, found)
         new = admission.new_scores(
             self._owner,
             scores,
             provenance=provenance,
             vocab_size=self.manifest.tokenizer.vocab_size,
             known=self._known(ids, found),
-            done={name for name, row in rows.items() if row >= 0 and scored[row]},
+            done={name for name, row in rows.items() if row in done},
         )
         return {rows[score.rollout_id]: score for score in sorted(new, key=lambda score: rows[score.rollout_id])}
 
@@ -275,12 +276,17 @@ class DurableBase(ABC, Generic[S, W]):
         while True:
             self.refresh()
             admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
-            rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
-            new = admission.new_quarantine(self._owner, reasons, rows=rows, scored=self.scored(column), known=known)
+            rows, known = self.find(list(reasons)), self.quarantined(column)
+            new = admission.new_quarantine(self._owner, reasons, rows=rows.tolist(), done=self._done(column, rows), known=known)
             if not new:
                 return self._writer.settle(column)
             if self._writer.add_reasons(column, provenance, new):
                 return None
+
+    def _done(self, column: str, rows: NDArray[np.int64]) -> set[int]:
+        """Those of these rows (-1: not there) that have scores."""
+        there = rows[rows >= 0]
+        return set(there[self._snapshot.scored_rows(column, there)].tolist())
 
     def _known(self, rollout_ids: Sequence[str], rows: NDArray[np.int64]) -> dict[str, tuple[bytes, int]]:
         """Content hash and response tokens of those of these rollouts that are committed, in these rows (-1: not)."""

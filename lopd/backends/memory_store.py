@@ -145,7 +145,9 @@ class MemoryStore:
         admission.check_column("MemoryStore", column)
         admission.check_provenance("MemoryStore", column, self._columns.get(column), provenance)
         rows, known = self.find(list(reasons)).tolist(), self.quarantined(column)
-        new = admission.new_quarantine("MemoryStore", reasons, rows=rows, scored=self.scored(column), known=known)
+        new = admission.new_quarantine(
+            "MemoryStore", reasons, rows=rows, done=set(np.flatnonzero(self.scored(column)).tolist()), known=known
+        )
         if new:
             self._columns.setdefault(column, provenance)
             self._quarantined.setdefault(column, {}).update(new)

@@ -4,8 +4,9 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import get_args
+from uuid import uuid4
 
-from attrs import frozen
+from attrs import field, frozen
 
 from lopd.backends.admission import check_manifest
 from lopd.backends.files import Files, names_in, reading, writing
@@ -24,10 +25,14 @@ class Root:
     Args:
         manifest: what all rollouts have in common.
         logprob_dtype: how log-probs are kept.
+        creation: no other store has it.
+        chained: whether each record says its store, its number and the record before it; those of older stores need not.
     """
 
     manifest: Manifest
     logprob_dtype: LogprobDtype
+    creation: str = field(factory=lambda: uuid4().hex)
+    chained: bool = True
 
 
 @frozen
@@ -36,7 +41,7 @@ class RootFile:
 
     Args:
         name: the file's name.
-        encode: gives the file's bytes; no two calls give the same, so that a repeated request knows its own file.
+        encode: gives the file's bytes; those of no two creations are the same, so that a repeated request knows its own file.
         decode: gives what the bytes under a URL say; None if a single bit differs from what `encode` gave.  It raises StoreNotFoundError
             where the file belongs to something else.
     """

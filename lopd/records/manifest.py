@@ -196,7 +196,7 @@ class Commit:
     """
 
     number: int
-    kind: Literal["rollouts", "scores", "generation", "compaction", "quarantine"]
+    kind: Literal["rollouts", "scores", "generation", "compaction", "quarantine", "sweep"]
     rows: int
     tokens: int
     column: str | None

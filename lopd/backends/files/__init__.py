@@ -4,6 +4,8 @@ import os
 
 from lopd.backends.files.contract import Bytes as Bytes
 from lopd.backends.files.contract import Files as Files
+from lopd.backends.files.contract import Piece as Piece
+from lopd.backends.files.contract import Run as Run
 from lopd.backends.files.contract import StorageOptions as StorageOptions
 from lopd.backends.files.contract import StorePath as StorePath
 from lopd.backends.files.contract import T as T

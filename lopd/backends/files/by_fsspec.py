@@ -7,9 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, final
 
-import numpy as np
-
-from lopd.backends.files.contract import Bytes, StorageOptions, T, was_put
+from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, was_put
 from lopd.errors import StorePathError
 from lopd.records.optional import need
 from lopd.records.paths import said_of, without_secrets
@@ -65,19 +63,15 @@ class FsspecFiles:
         """A whole file."""
         return bytes(self._call(self._fs.cat_file, self._path(path)))
 
-    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
         """Parts of one file."""
         if not starts:
             return []
-        parts = self._call(self._fs.cat_ranges, [self._path(path)] * len(starts), list(starts), list(ends), on_error="raise")
-        return [np.frombuffer(part, np.uint8) for part in parts]
+        return list(self._call(self._fs.cat_ranges, [self._path(path)] * len(starts), list(starts), list(ends), on_error="raise"))
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
         """What each call gives, one after the other: not every file system may be used from several threads."""
         return [call() for call in calls]
-
-    def map(self, path: str, /) -> None:
-        """None: there is nothing to map."""
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
         """New files."""
@@ -116,8 +110,8 @@ class FsspecFiles:
             return 0.0
         return float(time.time() - newest)
 
-    def remove(self, folders: Iterable[str], /) -> None:
-        """Remove folders with all that is in them."""
-        for folder in folders:
-            if self._call(self._fs.exists, self._path(folder)):
-                self._call(self._fs.rm, self._path(folder), recursive=True)
+    def remove(self, paths: Iterable[str], /) -> None:
+        """Remove files, and folders with all that is in them."""
+        for path in paths:
+            if self._call(self._fs.exists, self._path(path)):
+                self._call(self._fs.rm, self._path(path), recursive=True)

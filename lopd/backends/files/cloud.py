@@ -18,7 +18,7 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends.files.contract import Bytes, StorageOptions, T, in_doubt
+from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, in_doubt, read_spans
 from lopd.backends.fork import ForkGuard
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
@@ -46,20 +46,6 @@ def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
         return [call() for call in calls]
     with ThreadPoolExecutor(min(_REQUESTS_AT_ONCE, len(calls))) as pool:
         return list(pool.map(lambda call: call(), calls))
-
-
-def _merge_spans(starts: Sequence[int], ends: Sequence[int]) -> list[tuple[int, int, list[int]]]:
-    """(start, end, which ranges are in it) of as few spans as there need be where small gaps are fetched along; empty ranges need none."""
-    spans: list[tuple[int, int, list[int]]] = []
-    for i in sorted(range(len(starts)), key=starts.__getitem__):
-        if ends[i] <= starts[i]:
-            continue
-        if spans and starts[i] - spans[-1][1] <= _GAP:
-            first, last, members = spans[-1]
-            spans[-1] = first, max(last, ends[i]), [*members, i]
-        else:
-            spans.append((starts[i], ends[i], [i]))
-    return spans
 
 
 def _check_http(shown: str, options: StorageOptions) -> None:
@@ -170,33 +156,24 @@ class ObstoreFiles:
         """A whole object."""
         return bytes(self._call(path, lambda: self._obstore.get(self._store, path).bytes()))
 
-    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
         """Parts of one object; near ones are fetched by one request, and what is behind the end of the object is missing."""
-        found = [np.zeros(0, np.uint8)] * len(starts)
-        spans = _merge_spans(starts, ends)
-        fetched = _side_by_side([partial(self._read_span, path, first, last) for first, last, _ in spans])
-        for (first, _, members), data in zip(spans, fetched, strict=True):
-            for i in members:
-                found[i] = data[starts[i] - first : ends[i] - first]
-        return found
+        return read_spans(partial(self._read_span, path), starts, ends, _GAP, _side_by_side)
 
-    def _read_span(self, path: str, start: int, end: int) -> Bytes:
+    def _read_span(self, path: str, start: int, end: int) -> Piece:
         try:
-            return np.frombuffer(self._call(path, lambda: self._obstore.get_range(self._store, path, start=start, end=end)), np.uint8)
+            return bytes(self._call(path, lambda: self._obstore.get_range(self._store, path, start=start, end=end)))
         except FileNotFoundError:
             raise
         except OSError:
             # A server refuses a range that begins behind the end; that the object is too short is for the caller to say.
             if self._call(path, lambda: self._obstore.head(self._store, path))["size"] > start:
                 raise
-            return np.zeros(0, np.uint8)
+            return b""
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
         """What each call gives, some at a time."""
         return _side_by_side(calls)
-
-    def map(self, path: str, /) -> None:
-        """None: there is nothing to map."""
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
         """New objects, some at a time."""

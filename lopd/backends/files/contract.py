@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +16,10 @@ from lopd.records.paths import local_path
 StorePath = str | os.PathLike[str]
 StorageOptions = Mapping[str, Any]
 Bytes = NDArray[np.uint8]
+Piece = bytes | memoryview
 T = TypeVar("T")
+#: Calls functions, side by side where they wait for a network, and returns their answers.
+Run = Callable[[Sequence[Callable[[], Any]]], list[Any]]
 
 
 class Files(Protocol):
@@ -38,20 +42,16 @@ class Files(Protocol):
         """A whole file."""
         ...
 
-    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
-        """Parts of one file, from `starts` up to but not including `ends`; near ones are fetched together."""
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
+        """Parts of one file, from `starts` up to but not including `ends`; near ones are fetched together, and what is behind its end is missing."""
         ...
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
         """What each call gives; side by side where they wait for a network."""
         ...
 
-    def map(self, path: str, /) -> Bytes | None:
-        """The whole file as a memory map, or None where files cannot be mapped."""
-        ...
-
     def write(self, files: Mapping[str, Bytes], /) -> None:
-        """New files, durable on return."""
+        """New files, durable on return; FileNotFoundError where somebody removed their folder at the same moment."""
         ...
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
@@ -81,6 +81,34 @@ class Files(Protocol):
     def remove(self, paths: Iterable[str], /) -> None:
         """Remove files, and folders with all that is in them but not what links lead to; what is not there does not matter."""
         ...
+
+
+def read_spans(read: Callable[[int, int], Piece], starts: Sequence[int], ends: Sequence[int], gap: int, run: Run) -> list[Piece]:
+    """Parts of one file from as few reads as there need be where gaps up to this many bytes are read along; empty parts need none.
+
+    Args:
+        read: gives the bytes from a place up to another, or fewer at the end of the file.
+        starts: of the parts.
+        ends: of the parts.
+        gap: bytes.
+        run: calls functions.
+    """
+    spans: list[tuple[int, int, list[int]]] = []
+    for i in sorted(range(len(starts)), key=starts.__getitem__):
+        if ends[i] <= starts[i]:
+            continue
+        if spans and starts[i] - spans[-1][1] <= gap:
+            first, last, members = spans[-1]
+            members.append(i)
+            spans[-1] = first, max(last, ends[i]), members
+        else:
+            spans.append((starts[i], ends[i], [i]))
+    found: list[Piece] = [b""] * len(starts)
+    for (first, _, members), data in zip(spans, run([partial(read, first, last) for first, last, _ in spans]), strict=True):
+        view = memoryview(data)
+        for i in members:
+            found[i] = view[starts[i] - first : ends[i] - first]
+    return found
 
 
 @contextmanager

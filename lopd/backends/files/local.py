@@ -1,26 +1,53 @@
-"""Files on a local disk: flushed before they count, linked into place whole, read through memory maps."""
+"""Files on a local disk: flushed before they count, linked into place whole, read by position.
 
+They are not mapped: a mapped file that is cut under a reader, or whose disk fails, ends the process; a read gives fewer bytes, or an error.
+"""
+
+import errno
 import os
 import shutil
+import stat
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from functools import lru_cache
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, final
 from uuid import uuid4
+from weakref import finalize
 
-import numpy as np
-
-from lopd.backends.files.contract import Bytes, StorageOptions, T
+from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, read_spans
 from lopd.errors import StoreWriteError
 from lopd.records.flush import flush
 
 #: Leftovers of a killed writer start with this; nothing ever reads them.
 TEMPORARY_PREFIX = ".tmp-"
 
-# Every map holds a file descriptor; a store of many small appends would run out of them without a bound.
-_OPEN_MAPS = 384
+# Far below the usual limits of a process; a store of many small appends has more files than that.
+_OPEN_FILES = 64
+# Reading so many bytes along costs less than another read.
+_GAP = 4096
+
+
+@final
+class _Open:
+    """A file that is open for reading until nobody uses it any more."""
+
+    def __init__(self, path: Path) -> None:
+        # a pipe would keep the process waiting, and a device would never end
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        finalize(self, os.close, self.descriptor)
+        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+
+    def read(self, start: int, end: int) -> bytes:
+        """These bytes, or fewer at the end of the file."""
+        data = os.pread(self.descriptor, end - start, start)
+        if 0 < len(data) < end - start:  # one call reads at most 2 GiB
+            return data + self.read(start + len(data), end)
+        return data
 
 
 @final
@@ -30,12 +57,12 @@ class LocalFiles:
     def __init__(self, root: Path) -> None:
         """Nothing is made yet.  A relative path would change its meaning with the working directory."""
         self.root = root.absolute()
-        self.map = lru_cache(maxsize=_OPEN_MAPS)(self._map)
+        self._open: OrderedDict[str, _Open] = OrderedDict()
         # Folders of single files whose own entry this object has flushed: nothing ever removes them.
         self._durable: set[Path] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The path: memory maps do not travel to another process."""
+        """The path: open files do not travel to another process."""
         return LocalFiles, (self.root,)
 
     @property
@@ -50,29 +77,44 @@ class LocalFiles:
 
     def read(self, path: str, /) -> bytes:
         """A whole file."""
-        return (self.root / path).read_bytes()
+        file = _Open(self.root / path)
+        return file.read(0, os.fstat(file.descriptor).st_size)
 
-    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Bytes]:
-        """Parts of one file, straight from the page cache."""
-        mapped = self.map(path)
-        return [mapped[start:end] for start, end in zip(starts, ends, strict=True)]
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
+        """Parts of one file, which stays open for the next time."""
+        file = self._open.get(path)
+        if file is None:
+            self._open[path] = file = self._opened(path)
+            while len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        else:
+            self._open.move_to_end(path)
+        return read_spans(file.read, starts, ends, _GAP, self.run)
+
+    def _opened(self, path: str) -> _Open:
+        try:
+            return _Open(self.root / path)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self._open:
+                raise
+            self._open.clear()
+            return _Open(self.root / path)
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
         """What each call gives, one after the other."""
         return [call() for call in calls]
 
-    def _map(self, path: str, /) -> Bytes:
-        if (self.root / path).stat().st_size == 0:
-            return np.zeros(0, np.uint8)
-        # As a plain array: slicing the subclass costs more than the read.
-        return np.asarray(np.memmap(self.root / path, np.uint8, mode="r"))
-
     def write(self, files: Mapping[str, Bytes], /) -> None:
         """New files, flushed to disk together with the folders that lead to them."""
         folders = {(self.root / path).parent for path in files}
         made = [folder for parent in folders for folder in _make_folder(parent)]
-        for path, data in files.items():
-            _write_file(self.root / path, data)
+        # Written first and flushed then: the disk works on all of them at once.
+        with ExitStack() as stack:
+            written = [stack.enter_context((self.root / path).open("xb", buffering=0)) for path in files]
+            for file, data in zip(written, files.values(), strict=True):
+                _write(file, data)
+            for file in written:
+                os.fsync(file.fileno())
         for folder in {*folders, *made}:
             flush(folder)
 
@@ -85,7 +127,9 @@ class LocalFiles:
             self._durable.add(final.parent)
         temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid4().hex}"
         try:
-            _write_file(temporary, data)
+            with temporary.open("xb", buffering=0) as file:
+                _write(file, data)
+                os.fsync(file.fileno())
             if not _link(temporary, final):
                 return False
         finally:
@@ -126,7 +170,7 @@ class LocalFiles:
     def age(self, folder: str, /) -> float:
         """Seconds since the newest file in a folder was written."""
         files = [self.root / folder, *(self.root / folder).rglob("*")]
-        return time.time() - max(path.stat().st_mtime for path in files)
+        return time.time() - max(path.lstat().st_mtime for path in files)
 
     def remove(self, paths: Iterable[str], /) -> None:
         """Remove files, and folders with all that is in them; neither links nor what they lead to."""
@@ -141,11 +185,11 @@ class LocalFiles:
                 whole.unlink(missing_ok=True)
 
 
-def _write_file(path: Path, data: Any) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _write(file: Any, data: Any) -> None:
+    """Write all bytes: one call writes at most 2 GiB, and fewer on a disk that is full."""
+    left = memoryview(data).cast("B")
+    while left:
+        left = left[file.write(left) :]
 
 
 def _link(file: Path, name: Path) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.backends.zarr.encode import S
+from lopd.backends.zarr.encode import SCORED_ROWS, scored_rows
 from lopd.backends.zarr.segment import Segment
 from lopd.records.manifest import Provenance
 
@@ -24,11 +24,9 @@ class Column:
         self.provenance = provenance
         self.segments = list(segments)
         self.reasons = dict(reasons or {})
-        self._known = np.zeros(0, np.int64)
-        self._taken_in = 0
-        # Of each segment, in the order of rows: its number, its first row, and how many it has.
-        self._sorted: tuple[_Int64, _Int64, _Int64] | None = None
-        self._dense = True
+        # Of segments that have every row from their first to their last: number << LINE_BITS, first row, rows; and the numbers of others.
+        self._dense: tuple[_Int64, _Int64, _Int64] | None = None
+        self._loose: list[int] = []
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -49,40 +47,41 @@ class Column:
         """Take in why rows could not be scored; keys are rows, as JSON has them."""
         self.reasons.update({int(row): reason for row, reason in reasons.items()})
 
-    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Segment number * 2**32 + line of these rollouts' scores, -1 where there are none.
+    def set_segments(self, segments: Iterable[Segment]) -> None:
+        """Take these in place of those that it has."""
+        self.segments = list(segments)
+        self._dense = None
 
-        Where segments follow one another without gaps (after a compaction, say), nothing is read, and nothing kept in memory.
-        """
-        if not self.segments:
-            return np.full(len(rows), -1, np.int64)
-        if self._sorted is None or len(self._sorted[0]) != len(self.segments):
-            metas = [segment.meta for segment in self.segments]
-            order = np.argsort([meta.first_row for meta in metas])
-            firsts, sizes = (np.array(values, np.int64)[order] for values in ([m.first_row for m in metas], [m.rows for m in metas]))
-            self._sorted, self._dense = (order << LINE_BITS, firsts, sizes), all(meta.dense for meta in metas)
-        if not self._dense:
-            return self._index(int(rows.max(initial=-1)) + 1)[rows]
-        bases, firsts, sizes = self._sorted
-        at = np.searchsorted(firsts, rows, side="right") - 1
-        lines = rows - firsts[at]
-        return np.where((at >= 0) & (lines < sizes[at]), bases[at] + lines, -1)
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Segment number * 2**32 + line of these rollouts' scores, -1 where there are none; reads no lines."""
+        found = np.full(len(rows), -1, np.int64)
+        if not len(rows) or not self.segments:
+            return found
+        if self._dense is None:
+            self._dense = self._arranged()
+        bases, firsts, sizes = self._dense
+        if bases.size:
+            at = np.searchsorted(firsts, rows, side="right") - 1
+            lines = rows - firsts[at]
+            found = np.where((at >= 0) & (lines < sizes[at]), bases[at] + lines, -1)
+        for number in self._loose:
+            meta = self.segments[number].meta
+            asked = np.flatnonzero((found < 0) & (rows >= meta.first_row) & (rows <= meta.last_row))
+            if asked.size:
+                known = self.segments[number].kept(SCORED_ROWS, scored_rows)
+                lines = np.minimum(np.searchsorted(known, rows[asked]), known.size - 1)
+                hit = known[lines] == rows[asked]
+                found[asked[hit]] = (number << LINE_BITS) + lines[hit]
+        return found
+
+    def _arranged(self) -> tuple[_Int64, _Int64, _Int64]:
+        metas = [segment.meta for segment in self.segments]
+        self._loose = [number for number, meta in enumerate(metas) if not meta.dense]
+        dense = sorted((number for number, meta in enumerate(metas) if meta.dense), key=lambda number: metas[number].first_row)
+        table = np.array([(number << LINE_BITS, metas[number].first_row, metas[number].rows) for number in dense], np.int64).reshape(-1, 3)
+        return table[:, 0], table[:, 1].copy(), table[:, 2]
 
     def quarantined(self) -> dict[int, str]:
         """Rows that could not be scored, and why; but for those that were scored later."""
         rows = np.array(sorted(self.reasons), np.int64)
         return {row: self.reasons[row] for row in rows[self.places(rows) < 0].tolist()}
-
-    def _index(self, rows: int) -> NDArray[np.int64]:
-        """At least (rows,): the same of all rollouts; reads the lines of segments that skip some."""
-        known = self._known
-        for number in range(self._taken_in, len(self.segments)):
-            meta = self.segments[number].meta
-            if len(known) <= meta.last_row:
-                known = np.concatenate([known, np.full(meta.last_row + 1 - len(known), -1, np.int64)])
-            where = slice(meta.first_row, meta.last_row + 1) if meta.dense else self.segments[number].lines()[:, S["row"]]
-            known[where] = (number << LINE_BITS) + np.arange(meta.rows)
-        if len(known) < rows:
-            known = np.concatenate([known, np.full(rows - len(known), -1, np.int64)])
-        self._known, self._taken_in = known, len(self.segments)
-        return known

@@ -2,21 +2,44 @@
 
     commits/0000000000.json        one record a commit, put in place only if the number is free
     checkpoints/0000000064.json    the state after 64 commits, so that opening reads one file and the records behind it
+    head/0000000000                an empty file with the number of the last commit, so that a log that lost its end is noticed
 
 A record is put last, after everything it names is durable.  So two writers never overwrite one another, a reader never sees half a
-commit, and the number gives all readers one order of rows.
+commit, and the number gives all readers one order of rows.  Each record says its number, its store, and the checksum of the one before it.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from typing import Any, final
 
-from lopd.backends.files import Files, reading
-from lopd.backends.sealing import damaged, seal, unseal
-from lopd.errors import CorruptStoreError
+from attrs import frozen
 
-COMMITS, CHECKPOINTS = "commits", "checkpoints"
+from lopd.backends.files import Files, reading
+from lopd.backends.root import Root
+from lopd.backends.sealing import checksum, damaged, seal, unseal
+from lopd.errors import CorruptStoreError, LopdError
+
+COMMITS, CHECKPOINTS, _HEAD = "commits", "checkpoints", "head"
 COMMITS_PER_CHECKPOINT = 64
+# A reader that was pickled some time ago finds one of these; without one it reads the log from its beginning.
+_CHECKPOINTS_KEPT = 8
+_NUMBERED = re.compile(r"(\d{10})\.json")
+
+
+@frozen
+class Entry:
+    """One record of the log.
+
+    Args:
+        body: what it says.
+        checksum: of its bytes, by which the next record names it.
+    """
+
+    body: Mapping[str, Any]
+    checksum: str
 
 
 @final
@@ -24,47 +47,83 @@ class CommitLog:
     """The commit records of one store.
 
     Args:
-        files: of the store.   owner: how messages name it.
+        files, root: of the store.   owner: how messages name it.
 
     Raises:
-        CorruptStoreError: by any read: a record is damaged, or one is missing before others.
+        CorruptStoreError: by any read: a record is damaged, of another store or number, or one is missing.
         StoreReadError: by any read: the storage does not answer.
     """
 
-    def __init__(self, files: Files, owner: str) -> None:
+    def __init__(self, files: Files, root: Root, owner: str) -> None:
         """Nothing is read yet."""
         self._files = files
+        self._root = root
         self._owner = owner
 
-    def commit(self, number: int, record: Mapping[str, Any]) -> bool:
-        """Whether this record took this number; False if somebody else did."""
-        return self._files.put_if_absent(_path(COMMITS, number), seal(record))
+    def commit(self, number: int, record: Mapping[str, Any], previous: str) -> Entry | None:
+        """The record, if it took this number; None if somebody else did.  `previous` is the checksum of the one before it."""
+        body = {**record, "number": number, "store": self._root.creation, "previous": previous}
+        data = seal(body)
+        if not self._files.put_if_absent(_path(COMMITS, number), data):
+            return None
+        with suppress(OSError):  # the commit is made, and the next one marks it too
+            self._files.mark(_HEAD, number)
+        return Entry(body, checksum(data))
 
     def settle(self) -> None:
         """Make records durable that other processes may have put and not flushed yet."""
         self._files.settle(COMMITS)
 
-    def next(self, number: int) -> dict[str, Any] | None:
+    def checksum(self, number: int) -> str:
+        """By which the record after this one names it."""
+        with reading(self._owner, "reading its commit log"):
+            return checksum(self._files.read(_path(COMMITS, number)))
+
+    def next(self, number: int, previous: str | None) -> Entry | None:
         """The record with this number, or None if it is not there yet."""
         with reading(self._owner, "reading its commit log"):
             try:
                 data = self._files.read(_path(COMMITS, number))
             except FileNotFoundError:
                 return None
-        return self._unsealed(_path(COMMITS, number), data)
+        return self._entry(number, data, previous)
 
-    def records(self, start: int, stop: int | None = None) -> list[dict[str, Any]]:
-        """All records from this number on, without a gap."""
+    def records(self, start: int, previous: str | None, stop: int | None = None) -> Iterator[Entry]:
+        """All records from this number on, without a gap.  `previous` is the checksum of the one before them, None where it is not known."""
         with reading(self._owner, "reading its commit log"):
-            last = max(_numbers(self._files.names(COMMITS)), default=-1)
-            paths = [_path(COMMITS, number) for number in range(start, last + 1 if stop is None else stop)]
+            paths = [_path(COMMITS, number) for number in range(start, self._end(start) if stop is None else stop)]
             try:
                 found = self._files.run([partial(self._files.read, path) for path in paths])
             except FileNotFoundError as error:
-                raise CorruptStoreError(
-                    f"{self._owner}: a commit record is missing, expected {len(paths)} from {paths[0]} on ({error}); restore it from a backup."
-                ) from error
-        return [self._unsealed(path, data) for path, data in zip(paths, found, strict=True)]
+                raise self._missing(f"{len(paths)} from {paths[0]} on ({error})") from error
+        for number, data in enumerate(found, start):
+            entry = self._entry(number, data, previous)
+            previous = entry.checksum
+            yield entry
+        following = count(start + len(found)) if stop is None else ()
+        for number in following:
+            later = self.next(number, previous)
+            if later is None:
+                return
+            previous = later.checksum
+            yield later
+
+    def _end(self, start: int) -> int:
+        """One more than the last number: as the head says, if that is near, else as a listing does."""
+        head = self._head()
+        if head is not None and head - start < 2 * COMMITS_PER_CHECKPOINT:
+            return head + 1
+        numbers = [number for number in _numbers(self._files.names(COMMITS)) if number >= start]
+        last = max([*numbers, start - 1 if head is None else head])
+        if numbers != list(range(start, start + len(numbers))) or last != start + len(numbers) - 1:
+            raise self._missing(f"all from {_path(COMMITS, start)} to {_path(COMMITS, last)}")
+        return last + 1
+
+    def _head(self) -> int | None:
+        return max((int(name) for name in self._files.names(_HEAD) if re.fullmatch(r"\d{10}", name)), default=None)
+
+    def _missing(self, expected: str) -> CorruptStoreError:
+        return CorruptStoreError(f"{self._owner}: a commit record is missing, expected {expected}; restore it from a backup.")
 
     def checkpoint(self, until: int | None) -> dict[str, Any] | None:
         """The latest checkpoint that is not after commit `until`; None if there is none."""
@@ -74,11 +133,46 @@ class CommitLog:
                 return None
             path = _path(CHECKPOINTS, max(numbers))
             data = self._files.read(path)
-        return self._unsealed(path, data)
+        state = self._unsealed(path, data)
+        self._check(path, state, {"commits": max(numbers), "store": self._root.creation})
+        return state
 
     def put_checkpoint(self, number: int, state: Mapping[str, Any]) -> None:
-        """Keep the state after `number` commits; another process may have done it already."""
-        self._files.put_if_absent(_path(CHECKPOINTS, number), seal(state))
+        """Keep the state after `number` commits, which another process may have done already, and remove those long before it."""
+        self._files.put_if_absent(_path(CHECKPOINTS, number), seal({**state, "store": self._root.creation}))
+        self._files.remove([_path(CHECKPOINTS, old) for old in _numbers(self._files.names(CHECKPOINTS))[:-_CHECKPOINTS_KEPT]])
+
+    def verify(self, commits: int) -> Iterator[str]:
+        """One sentence for each problem found in the first `commits` records, the checkpoints of them, and the head."""
+        try:
+            head = self._head()
+            for _ in self.records(0, "", commits):
+                pass
+            self.checkpoint(commits)
+            # the writer of the very first may have been killed before it could say so
+            if head is None and commits > 1 and self._root.chained:
+                yield f"{self._owner}: {_HEAD}/ says of no commit that it is the last, expected {commits - 1}; restore it from a backup."
+            if head is not None:
+                self._end(0)
+        except LopdError as error:
+            yield str(error)
+
+    def _entry(self, number: int, data: bytes, previous: str | None) -> Entry:
+        path = _path(COMMITS, number)
+        body = self._unsealed(path, data)
+        self._check(path, body, {"number": number, "store": self._root.creation, "previous": previous})
+        return Entry(body, checksum(data))
+
+    def _check(self, path: str, body: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        """Refuse what was written for another place, if it says its own."""
+        if "store" not in body and not self._root.chained:
+            return
+        for name, value in wanted.items():
+            if value is not None and body.get(name) != value:
+                raise CorruptStoreError(
+                    f"{self._owner}: {path} has {name} {body.get(name)!r}, expected {value!r}: it is of another place or store; "
+                    "restore it from a backup."
+                )
 
     def _unsealed(self, path: str, data: bytes) -> dict[str, Any]:
         record = unseal(data)
@@ -92,4 +186,5 @@ def _path(folder: str, number: int) -> str:
 
 
 def _numbers(names: Sequence[str]) -> list[int]:
-    return [int(stem) for name in names if (stem := name.removesuffix(".json")) != name and stem.isdigit()]
+    """In ascending order."""
+    return sorted(int(found[1]) for name in names if (found := _NUMBERED.fullmatch(name)))

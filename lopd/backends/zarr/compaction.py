@@ -5,29 +5,53 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.backends import ragged
 from lopd.backends.zarr import encode
 from lopd.backends.zarr.segment import LINES, Segment, SegmentData
-from lopd.backends.zarr.snapshot import Snapshot
+
+_FAN_IN = 16
+# What a single append made larger than this stays as it is; a merge by a writer moves no more than that.
+_LARGE_TOKENS, _MOST_TOKENS = 1 << 19, 1 << 25
 
 
-def plan(snapshot: Snapshot, target_tokens: int) -> tuple[str | None, tuple[Segment, ...]] | None:
-    """The column (None: rollouts) and the segments that the next commit should merge; None if there is nothing to merge.
+def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]:
+    """Segments that the writer of the last one should merge, so that their number grows with the logarithm of that of appends; empty if none.
 
-    In the end no segment but the last is much smaller than `target_tokens`.
+    They are of one level: `_FAN_IN` appends make one of level 1, as many of those one of level 2.  So a row is moved once a level, and an
+    append costs a bounded share of that.
+
+    Args:
+        segments: of rollouts, or of a column, in the order of commits.
+        neighbours: they must follow one another, so that rows keep their numbers.
+    """
+    level = segments[-1].meta.level
+    same: list[Segment] = []
+    for segment in reversed(segments):
+        fits = segment.meta.level == level and (level or segment.meta.tokens < _LARGE_TOKENS)
+        if fits:
+            same.append(segment)
+        elif neighbours:
+            break
+    few = len(same) < _FAN_IN or sum(segment.meta.tokens for segment in same) > _MOST_TOKENS
+    return () if few else tuple(reversed(same))
+
+
+def plan(segments: Sequence[Segment], target_tokens: int, *, neighbours: bool) -> list[tuple[Segment, ...]]:
+    """Which segments to merge together, so that none but the last is much smaller than `target_tokens`.
 
     Neighbouring segments of rollouts are merged up to the target, so rows keep their numbers.  Scores lie in the order in which they were
     computed, often shortest first, so all segments of a column that are small or overlap are sorted together.
+
+    Args:
+        segments: see `due`.
+        target_tokens: of a segment.
+        neighbours: see `due`.
     """
-    for group in _neighbours(snapshot.segments, target_tokens):
-        if len(group) > 1:
-            return None, group
-    for name, column in snapshot.columns.items():
-        if len(loose := _loose(column.segments, target_tokens)) > 1:
-            return name, loose
-    return None
+    groups = [*_neighbours(segments, target_tokens)] if neighbours else [_loose(segments, target_tokens)]
+    return [group for group in groups if len(group) > 1]
 
 
 def _neighbours(segments: Sequence[Segment], target: int) -> Iterator[tuple[Segment, ...]]:
@@ -53,10 +77,12 @@ def _loose(segments: Sequence[Segment], target: int) -> tuple[Segment, ...]:
 
 def merge(column: str | None, segments: Sequence[Segment], target_tokens: int) -> Iterator[SegmentData]:
     """The new segments, one in memory at a time; every line that is moved is verified."""
-    if column is None:
-        yield _merge_rollouts(segments)
-    else:
-        yield from _merge_scores(segments, target_tokens)
+    made = [_merge_rollouts(segments)] if column is None else _merge_scores(segments, target_tokens)
+    level = 1 + max(segment.meta.level for segment in segments)
+    replaces = tuple(segment.meta.path.rpartition("/")[2] for segment in segments)
+    for data in made:
+        found = encode.found_by(data.lines, data.first_row, data.last_row)
+        yield evolve(data, arrays={**data.arrays, **found}, level=level, replaces=replaces)
 
 
 def _whole(segment: Segment, name: str) -> NDArray[Any]:
@@ -83,7 +109,7 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
             parts = [_whole(s, name) if name in s else np.full(n, filler, dtype) for s, n in zip(segments, responses, strict=True)]
             arrays[name] = np.concatenate(parts)
     first, last = segments[0].meta.first_row, segments[-1].meta.last_row
-    return SegmentData(encode.ROLLOUT_FIELDS, np.concatenate(lines), arrays, sum(sizes["token_ids"]), first, last)
+    return SegmentData(encode.ROLLOUT_ATTRIBUTES, np.concatenate(lines), arrays, sum(sizes["token_ids"]), first, last)
 
 
 def _merge_scores(segments: Sequence[Segment], target: int) -> Iterator[SegmentData]:
@@ -101,7 +127,7 @@ def _gather_scores(
     segments: Sequence[Segment], lines: NDArray[np.int64], owners: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> SegmentData:
     arrays: dict[str, NDArray[Any]] = {}
-    for name in [name for name in segments[0].meta.arrays if name != LINES]:
+    for name in [name for name in segments[0].meta.arrays if name not in (LINES, encode.SCORED_ROWS)]:
         pieces: list[Any] = [None] * len(lines)
         for number in np.unique(owners).tolist():
             where = np.flatnonzero(owners == number)
@@ -113,4 +139,4 @@ def _gather_scores(
     lines = lines.copy()
     lines[:, encode.S["start"]] = ragged.offsets(lengths)[:-1]
     rows = lines[:, encode.S["row"]]
-    return SegmentData(encode.SCORE_FIELDS, lines, arrays, int(lengths.sum()), int(rows[0]), int(rows[-1]))
+    return SegmentData(encode.SCORE_ATTRIBUTES, lines, arrays, int(lengths.sum()), int(rows[0]), int(rows[-1]))

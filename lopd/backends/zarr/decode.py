@@ -1,6 +1,6 @@
 """The lines and arrays of segments -> rows; every value that leaves here has been compared with its checksum."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +8,8 @@ from attrs import evolve, frozen
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
+from lopd.backends.files import Piece, Run
+from lopd.backends.id_index import decode_id
 from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, REASONS, REPORTED, TOP_K_ARRAYS, R, S
 from lopd.backends.zarr.segment import Segment
 from lopd.records.rollouts import TopK
@@ -16,8 +18,6 @@ from lopd.records.rows import Rows
 _Int64 = NDArray[np.int64]
 # Bits of `has_behavior` -> the arrays that such a row has values in.
 _REPORTED = {bits: tuple(name for bit, name in enumerate(REPORTED) if bits >> bit & 1) for bits in range(1, 1 << len(REPORTED))}
-#: Calls functions, side by side where they wait for a network, and returns their answers.
-Run = Callable[[Sequence[Callable[[], Any]]], list[Any]]
 
 
 @frozen(eq=False)
@@ -62,9 +62,9 @@ class _Pieces:
     def at(cls, group: Group, names: tuple[str, ...], starts: _Int64, lengths: _Int64, expected: _Int64) -> "_Pieces":
         return cls(group.segment, names, group.places, starts, starts + lengths, expected)
 
-    def read(self) -> list[list[memoryview]]:
+    def read(self) -> list[list[Piece]]:
         """Return, for each array, the bytes of each row."""
-        found = [self._bytes(name) for name in self.names]
+        found = [self.segment.pieces(name, self.starts, self.ends) for name in self.names]
         sums = [0] * len(self.places)
         for pieces in found:
             sums = list(map(xxh3_64_intdigest, pieces, sums))
@@ -73,16 +73,6 @@ class _Pieces:
             what = f"what belongs to line {bad[0]} of those that were asked for does not match its checksum"
             raise self.segment.damaged(self.names[0], what)
         return found
-
-    def _bytes(self, name: str) -> list[memoryview]:
-        whole = self.segment.whole(name)
-        if whole is None:
-            parts = self.segment.ranges(name, self.starts.tolist(), self.ends.tolist())
-            return [part.reshape(-1).view(np.uint8).data for part in parts]
-        # slices of views cost half of what slices of arrays do
-        data, size = whole.reshape(-1).view(np.uint8).data, whole.nbytes // max(len(whole), 1)
-        bounds = zip((self.starts * size).tolist(), (self.ends * size).tolist(), strict=True)
-        return [data[start:end] for start, end in bounds]
 
 
 def read(rollouts: Sequence[Group], scores: Mapping[str, Sequence[Group]], top_k: Sequence[str], run: Run) -> Rows:
@@ -151,7 +141,7 @@ def _some(own: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], flag: str
     return found
 
 
-def _only(name: str, found: Sequence[tuple[_Pieces, list[list[memoryview]]]]) -> list[tuple[_Pieces, list[list[memoryview]]]]:
+def _only(name: str, found: Sequence[tuple[_Pieces, list[list[Piece]]]]) -> list[tuple[_Pieces, list[list[Piece]]]]:
     """What was found in the array of this name."""
     return [(evolve(pieces, names=(name,)), [read[pieces.names.index(name)]]) for pieces, read in found if name in pieces.names]
 
@@ -170,11 +160,11 @@ def _check_bound(group: Group, part: _Int64, lines: _Int64) -> None:
 def _names(group: Group, lines: _Int64) -> list[str]:
     starts = lines[:, R["id_start"]]
     ends = starts + lines[:, R["id_length"]]
-    data = [piece.tobytes() for piece in group.segment.ranges("rollout_ids", starts.tolist(), ends.tolist())]
+    data = group.segment.pieces("rollout_ids", starts, ends)
     hashes = np.frombuffer(b"".join(map(xxh3_128_digest, data)), "<i8").reshape(-1, 2)
     if (hashes != lines[:, ID_HASH]).any():
         raise group.segment.damaged("rollout_ids", "an id is not the one that its line names")
-    return [raw.decode("utf-8", "surrogatepass") for raw in data]
+    return [decode_id(bytes(raw)) for raw in data]
 
 
 def _scattered(count: int, parts: Sequence[tuple[_Int64, Sequence[Any]]]) -> list[Any]:
@@ -186,13 +176,15 @@ def _scattered(count: int, parts: Sequence[tuple[_Int64, Sequence[Any]]]) -> lis
     return whole
 
 
-def _joined(found: Sequence[tuple[_Pieces, list[list[memoryview]]]], lengths_B: _Int64, filler: float = 0) -> list[NDArray[Any]]:
+def _joined(found: Sequence[tuple[_Pieces, list[list[Piece]]]], lengths_B: _Int64, filler: float = 0) -> list[NDArray[Any]]:
     """Put the values of all rows end to end, in the order of the call, an array for each name; rows without values get the filler."""
     arrays = []
     for k, name in enumerate(found[0][0].names):
         meta = found[0][0].segment.meta.arrays[name]
         rows = _scattered(len(lengths_B), [(pieces.places, read[k]) for pieces, read in found])
         if None in rows:
-            rows = [np.full(n, filler, meta.dtype).data if row is None else row for row, n in zip(rows, lengths_B.tolist(), strict=True)]
+            rows = [
+                np.full(n, filler, meta.dtype).tobytes() if row is None else row for row, n in zip(rows, lengths_B.tolist(), strict=True)
+            ]
         arrays.append(np.frombuffer(b"".join(rows), np.dtype(meta.dtype).newbyteorder("<")).reshape(-1, *meta.shape[1:]))
     return arrays

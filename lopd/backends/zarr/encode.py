@@ -1,4 +1,8 @@
-"""Rollouts and scores -> the lines and arrays of a segment; `decode` is the way back.  What each column of a line means is said here."""
+"""Rollouts and scores -> the lines and arrays of a segment; `decode` is the way back.  What each column of a line means is said here.
+
+Two arrays let rows be found without reading lines.  `id_index` of rollouts, (2, n): the first halves of their hashed ids in ascending order,
+and the line of each.  `scored_rows` of scores, (n,): the row of each line, where some between the first and the last have none.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -56,8 +60,31 @@ S = {name: i for i, name in enumerate(SCORE_FIELDS)}
 BOUND_BY = tuple(
     [fields[length], fields["content_hash_0"], fields["content_hash_1"]] for fields, length in ((R, "response_length"), (S, "length"))
 )
+#: What other readers find beside the lines: the names of their columns, and what the codes in them mean.
+ROLLOUT_ATTRIBUTES = {"fields": ROLLOUT_FIELDS, "finish_reasons": REASONS, "has_behavior_bits": REPORTED}
+SCORE_ATTRIBUTES = {"fields": SCORE_FIELDS}
+ID_INDEX, SCORED_ROWS = "id_index", "scored_rows"
 LENGTHS = slice(R["prompt_length"], R["response_length"] + 1)
 ID_HASH = slice(R["id_hash_0"], R["id_hash_1"] + 1)
+
+
+def id_index(lines: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(2, n): see `ID_INDEX`."""
+    halves = lines[:, ID_HASH.start]
+    order = np.argsort(halves, kind="stable")
+    return np.stack([halves[order], order])
+
+
+def scored_rows(lines: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n,): see `SCORED_ROWS`."""
+    return lines[:, S["row"]].copy()
+
+
+def found_by(lines: NDArray[np.int64], first_row: int, last_row: int) -> dict[str, NDArray[np.int64]]:
+    """The arrays by which rows of a segment with these lines are found."""
+    if lines.shape[1] == len(ROLLOUT_FIELDS):
+        return {ID_INDEX: id_index(lines)}
+    return {} if last_row - first_row + 1 == len(lines) else {SCORED_ROWS: scored_rows(lines)}
 
 
 def _two(hashes: Sequence[bytes]) -> NDArray[np.int64]:
@@ -112,7 +139,9 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
             # NaN, not 0, where there is no value: other readers of these files must not take a gap for a certainty.
             arrays[name] = _filled(values, lengths[:, 1], np.nan, logprob_dtype)
     lines, rounding = _table(ROLLOUT_FIELDS, len(rollouts), columns), max(error for _, error in stored.values())
-    return SegmentData(ROLLOUT_FIELDS, lines, arrays, int(lengths.sum()), first_row, first_row + len(rollouts) - 1, rounding)
+    last_row = first_row + len(rollouts) - 1
+    arrays |= found_by(lines, first_row, last_row)
+    return SegmentData(ROLLOUT_ATTRIBUTES, lines, arrays, int(lengths.sum()), first_row, last_row, rounding)
 
 
 def _filled(values: Sequence[NDArray[Any] | None], lengths: NDArray[np.int64], filler: float, dtype: str) -> NDArray[Any]:
@@ -146,4 +175,5 @@ def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int
         arrays |= {name: np.concatenate(values) for name, values in parts.items()}
         rounding = max(rounding, error)
     lines = _table(SCORE_FIELDS, len(scores), columns)
-    return SegmentData(SCORE_FIELDS, lines, arrays, int(lengths.sum()), rows[0], rows[-1], rounding)
+    arrays |= found_by(lines, rows[0], rows[-1])
+    return SegmentData(SCORE_ATTRIBUTES, lines, arrays, int(lengths.sum()), rows[0], rows[-1], rounding)

@@ -5,9 +5,8 @@ names it says type, shape and checksum of each array, so reading one fetches no 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 from attrs import asdict, frozen
@@ -23,6 +22,10 @@ from lopd.records.optional import need
 METADATA_FILE = "zarr.json"
 RAW = "raw"
 _MANIFEST, _STORAGE, _CHECKSUM, _CREATION = "lopd", "lopd_storage", "lopd_checksum", "lopd_creation"
+_ABOUT = (
+    "Groups under segments/ hold rollouts, those under scores/<column>/ scores.  A group whose name is in the attribute `lopd_replaces` of another "
+    "is no longer live; commits/*.json name those that are."
+)
 
 
 @frozen
@@ -45,6 +48,14 @@ class ArrayMeta:
     metadata_checksum: str
     stored_bytes: int
 
+    def is_chunk(self, data: bytes) -> bool:
+        """Whether these are the bytes of its chunk."""
+        return checksum(data) == self.checksum
+
+    def is_metadata(self, attributes: Mapping[str, Any], data: bytes) -> bool:
+        """Whether this is its `zarr.json`, as it was written with these attributes, or with others beside them that somebody has added."""
+        return checksum(data) == self.metadata_checksum or says(_array_document(self.dtype, self.shape, attributes), data)
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return {**asdict(self), "shape": list(self.shape)}
@@ -65,14 +76,14 @@ def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
-def _array_document(array: NDArray[Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _array_document(dtype: str, shape: Sequence[int], attributes: Mapping[str, Any]) -> dict[str, Any]:
     # A chunk has at least one row, even when the array has none.
-    chunk_shape = [max(1, array.shape[0]), *array.shape[1:]]
+    chunk_shape = [max(1, shape[0]), *shape[1:]]
     return {
         "zarr_format": 3,
         "node_type": "array",
-        "shape": list(array.shape),
-        "data_type": array.dtype.name,
+        "shape": list(shape),
+        "data_type": dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
         # A dot keeps the chunk in the array's own folder: half as many folders to flush.
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
@@ -86,41 +97,68 @@ def _array_document(array: NDArray[Any], attributes: Mapping[str, Any]) -> dict[
 def encode_array(folder: str, name: str, array: NDArray[Any], attributes: Mapping[str, Any]) -> tuple[dict[str, Bytes], ArrayMeta]:
     """The two files of one array, and how a commit record describes them."""
     data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
-    metadata = np.frombuffer(dump(_array_document(array, attributes)), np.uint8)
+    metadata = np.frombuffer(dump(_array_document(array.dtype.name, array.shape, attributes)), np.uint8)
     files = {f"{folder}/{name}/{METADATA_FILE}": metadata, chunk_path(folder, name, array.ndim): data}
     meta = ArrayMeta(array.dtype.name, array.shape, RAW, checksum(data.data), checksum(metadata.data), data.size + metadata.size)
     return files, meta
 
 
-def decode_zstd(data: bytes | Bytes) -> Bytes:
-    """What was compressed.
+def decode_zstd(data: bytes | Bytes, size: int) -> Bytes:
+    """What was compressed; a few bytes may claim to be gigabytes, so no more than `size` is made of them.
 
     Raises:
-        ValueError: the bytes are not what zstd made.
+        ValueError: the bytes are not what zstd made, or of another size.
     """
     zstandard = need("zstandard", "Codec zstd", "zarr")
     try:
-        return np.frombuffer(zstandard.ZstdDecompressor().decompress(bytes(data)), np.uint8)
+        with zstandard.ZstdDecompressor().stream_reader(bytes(data)) as reader:
+            found = np.frombuffer(reader.read(size + 1), np.uint8)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
+    if found.size != size:
+        raise ValueError(f"it holds {'more' if found.size > size else 'fewer'} bytes than {size}")
+    return found
 
 
 def _encode_root(root: Root) -> bytes:
-    storage = {"logprob_dtype": root.logprob_dtype, "codec": RAW}
-    return _root_document({_MANIFEST: root.manifest.to_json(), _STORAGE: storage, _CREATION: uuid4().hex})
+    storage = {"logprob_dtype": root.logprob_dtype, "codec": RAW, "chained": root.chained}
+    return _root_document({_MANIFEST: root.manifest.to_json(), _STORAGE: storage, _CREATION: root.creation, "lopd_about": _ABOUT})
 
 
 def _decode_root(url: str, data: bytes) -> Root | None:
-    attributes = json.loads(data)["attributes"]
+    document = json.loads(data)
+    attributes = document["attributes"]
     if _MANIFEST not in attributes:
         raise StoreNotFoundError(f"Store {url}: it is a Zarr group without a lopd manifest, expected a store of lopd; check the path.")
-    root = Root(Manifest.from_json(attributes[_MANIFEST]), attributes[_STORAGE]["logprob_dtype"])
-    return root if data == _root_document({key: attributes[key] for key in (_MANIFEST, _STORAGE, _CREATION)}) else None
+    storage = attributes[_STORAGE]
+    root = Root(Manifest.from_json(attributes[_MANIFEST]), storage["logprob_dtype"], attributes[_CREATION], storage.get("chained", False))
+    # attributes of the user's, and metadata that Zarr consolidates, may stand beside ours
+    ours = {key: attributes[key] for key in (_MANIFEST, _STORAGE, _CREATION)}
+    return root if checksum(dump(ours)) == attributes[_CHECKSUM] and same_node(document, group_document({})) else None
+
+
+def same_node(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether the metadata of a group or array says this, whatever attributes and consolidated metadata others have added.
+
+    >>> same_node(group_document({"mine": 1, "theirs": 2}), group_document({"mine": 1}))
+    True
+    """
+    added = {"attributes", "consolidated_metadata"}
+    bare, ours = ({key: value for key, value in node.items() if key not in added} for node in (document, wanted))
+    return bare == ours and wanted["attributes"].items() <= document["attributes"].items()
+
+
+def says(wanted: Mapping[str, Any], data: bytes) -> bool:
+    """Whether these bytes are metadata that `same_node`."""
+    try:
+        return same_node(json.loads(data), json.loads(dump(wanted)))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _root_document(body: Mapping[str, Any]) -> bytes:
     # The checksum is an attribute of its own because Zarr allows no other keys in a group.
-    return dump(group_document({**body, _CHECKSUM: checksum(dump(body))}))
+    return dump(group_document({**body, _CHECKSUM: checksum(dump({key: body[key] for key in (_MANIFEST, _STORAGE, _CREATION)}))}))
 
 
 #: The metadata of a Zarr v3 group; its attributes say what the store is.

@@ -15,8 +15,8 @@ from attrs import asdict, frozen
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from lopd.backends.files import Bytes, Files
-from lopd.backends.sealing import dump
+from lopd.backends.files import Bytes, Files, Piece
+from lopd.backends.sealing import checksum, dump
 from lopd.backends.zarr.format import METADATA_FILE, RAW, ArrayMeta, chunk_path, decode_zstd, encode_array, group_document
 from lopd.errors import CorruptStoreError, StoreReadError
 
@@ -26,6 +26,11 @@ _DECODED_ARRAYS = 8
 # A record that named any other place could make a store read, or a sweep remove, what is not its own.
 _SEGMENT_PATH = re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")
 _Int64 = NDArray[np.int64]
+
+
+def is_segment_path(path: str) -> bool:
+    """Whether a segment can be there."""
+    return _SEGMENT_PATH.fullmatch(path) is not None
 
 
 @frozen
@@ -38,6 +43,8 @@ class SegmentMeta:
         tokens: of the rollouts, or scored ones.
         first_row, last_row: of the rollouts in the store; lines of scores may skip some in between.
         arrays: name -> what it is.
+        level: 0 as an append made it; one more than those that were merged to make it.
+        replaces: names of those.
     """
 
     path: str
@@ -46,6 +53,8 @@ class SegmentMeta:
     first_row: int
     last_row: int
     arrays: Mapping[str, ArrayMeta]
+    level: int = 0
+    replaces: tuple[str, ...] = ()
 
     @property
     def dense(self) -> bool:
@@ -68,12 +77,13 @@ class SegmentMeta:
         Raises:
             CorruptStoreError: the path leads out of the store.
         """
-        if not _SEGMENT_PATH.fullmatch(data["path"]):
+        if not is_segment_path(data["path"]):
             raise CorruptStoreError(
                 f"{owner}: a commit record names the segment {data['path']!r}, expected a folder of segments/ or scores/; "
                 "restore the record from a backup."
             )
-        return cls(**{**data, "arrays": {name: ArrayMeta.from_json(array) for name, array in data["arrays"].items()}})
+        arrays = {name: ArrayMeta.from_json(array) for name, array in data["arrays"].items()}
+        return cls(**{**data, "arrays": arrays, "replaces": tuple(data.get("replaces", ()))})
 
 
 @frozen(eq=False)
@@ -81,21 +91,24 @@ class SegmentData:
     """What is in a segment that is to be written.
 
     Args:
-        fields: what the columns of a line mean; the last is its checksum.
+        attributes: of the lines, for other readers: what their columns and codes mean.  The last column is the line's checksum.
         lines: (rows, fields) int64.
         arrays: ragged values.
         tokens: of the rollouts, or scored ones.
         first_row, last_row: of the rollouts in the store.
         rounding: largest error in nats by which a log-prob was rounded.
+        level, replaces: see `SegmentMeta`.
     """
 
-    fields: Sequence[str]
+    attributes: Mapping[str, Any]
     lines: _Int64
     arrays: Mapping[str, NDArray[Any]]
     tokens: int
     first_row: int
     last_row: int
     rounding: float = 0.0
+    level: int = 0
+    replaces: tuple[str, ...] = ()
 
 
 def _line_checksums(lines: _Int64) -> _Int64:
@@ -112,15 +125,31 @@ def checksum_of(*arrays: NDArray[Any] | None) -> int:
     return total - (1 << 64) if total >= 1 << 63 else total
 
 
-def encode_segment(path: str, data: SegmentData) -> tuple[dict[str, Bytes], SegmentMeta]:
-    """The files of one segment, and how a commit record describes it."""
-    files: dict[str, Bytes] = {f"{path}/{METADATA_FILE}": np.frombuffer(dump(group_document({})), np.uint8)}
+def segment_group(store: str, replaces: Sequence[str]) -> dict[str, Any]:
+    """What `zarr.json` of a segment says: whose it is, and which others are no longer live."""
+    return group_document({"lopd_store": store, "lopd_replaces": list(replaces)})
+
+
+def encode_segment(path: str, data: SegmentData, store: str) -> tuple[dict[str, Bytes], SegmentMeta]:
+    """The files of one segment of a store, and how a commit record describes it."""
+    files: dict[str, Bytes] = {f"{path}/{METADATA_FILE}": np.frombuffer(dump(segment_group(store, data.replaces)), np.uint8)}
     metas, lines = {}, np.ascontiguousarray(data.lines)
     lines[:, -1] = _line_checksums(lines)
     for name, array in {LINES: lines, **data.arrays}.items():
-        encoded, metas[name] = encode_array(path, name, array, {"fields": list(data.fields)} if name == LINES else {})
+        encoded, metas[name] = encode_array(path, name, array, data.attributes if name == LINES else {})
         files |= encoded
-    return files, SegmentMeta(path, len(data.lines), data.tokens, data.first_row, data.last_row, metas)
+    meta = SegmentMeta(path, len(data.lines), data.tokens, data.first_row, data.last_row, metas, data.level, data.replaces)
+    return files, meta
+
+
+class SegmentGoneError(CorruptStoreError):
+    """A file of a segment is missing: it is lost, or a segment that was merged from it has taken its place.
+
+    Attributes:
+        segment: its path.
+    """
+
+    segment = ""
 
 
 @frozen(eq=False)
@@ -139,16 +168,17 @@ class Segment:
 
     Args:
         files: of the store.   meta: from the commit record.   owner: how messages name the store.
-        decoded: gives a compressed array whole; shared by the segments of a store, which keeps the latest few.
+        decoded: gives a compressed array of so many bytes whole; shared by the segments of a store, which keeps the latest few.
     """
 
-    def __init__(self, files: Files, meta: SegmentMeta, owner: str, decoded: Callable[[str], Bytes]) -> None:
+    def __init__(self, files: Files, meta: SegmentMeta, owner: str, decoded: Callable[[str, int], Bytes]) -> None:
         """Nothing is read yet."""
         self.meta = meta
         self._files = files
         self._owner = owner
         self._decoded = decoded
         self._layouts: dict[str, _Layout] = {}
+        self._kept: dict[str, _Int64] = {}
 
     def __contains__(self, name: str) -> bool:
         """Whether the segment has this array."""
@@ -156,18 +186,35 @@ class Segment:
 
     def lines(self, indices: _Int64 | None = None) -> _Int64:
         """(n, fields): these lines, or all of them; each verified."""
-        table = self.whole(LINES)
-        if table is not None:
-            lines = table if indices is None else table[indices]
-        elif indices is None:
+        if indices is None:
             (lines,) = self.ranges(LINES, [0], [self.meta.rows])
         else:
-            lines = np.concatenate(self.ranges(LINES, indices.tolist(), (indices + 1).tolist()))
-        lines = np.ascontiguousarray(lines)
+            layout = self._layout(LINES)
+            pieces = self.pieces(LINES, indices, indices + 1)
+            lines = np.frombuffer(b"".join(pieces), layout.dtype).reshape(len(indices), *layout.shape[1:])
         bad = np.flatnonzero(_line_checksums(lines) != lines[:, -1])
         if bad.size:
             raise self.damaged(LINES, f"line {bad[0] if indices is None else indices[bad[0]]} does not match its checksum")
         return lines
+
+    def keeps(self, name: str) -> bool:
+        """Whether `kept` has it in memory."""
+        return name in self._kept
+
+    def kept(self, name: str, make: Callable[[_Int64], _Int64]) -> _Int64:
+        """A whole array, which stays in memory; `make` makes it of the lines where an older segment lacks it.
+
+        It has no other checksum than that of its bytes.
+        """
+        if name not in self._kept:
+            if name in self:
+                (array,) = self.ranges(name, [0], [self.meta.arrays[name].shape[0]])
+                if checksum(array.data) != self.meta.arrays[name].checksum:
+                    raise self.damaged(name, "it does not match its checksum")
+            else:
+                array = make(self.lines())
+            self._kept[name] = array
+        return self._kept[name]
 
     def _layout(self, name: str) -> _Layout:
         if name not in self._layouts:
@@ -178,40 +225,35 @@ class Segment:
             self._layouts[name] = _Layout(path, meta.codec == RAW, dtype, meta.shape, size, size * meta.shape[0])
         return self._layouts[name]
 
-    def whole(self, name: str) -> NDArray[Any] | None:
-        """A whole array, if it can be mapped or is decompressed anyway."""
+    def pieces(self, name: str, starts: _Int64, ends: _Int64) -> list[Piece]:
+        """The bytes of parts of one array along its first dimension; not verified, the lines have the checksums."""
         layout = self._layout(name)
+        begin, stop = (starts * layout.item_bytes).tolist(), (ends * layout.item_bytes).tolist()
         try:
-            data = self._files.map(layout.path) if layout.raw else self._decoded(layout.path)
+            if layout.raw:
+                found = self._files.read_ranges(layout.path, begin, stop)
+            else:
+                data = self._decoded(layout.path, layout.total_bytes).data
+                found = [data[first:last] for first, last in zip(begin, stop, strict=True)]
         except ValueError as error:
             raise self.damaged(name, f"it cannot be decompressed ({error})") from error
         except OSError as error:
             raise self._unread(name, error) from error
-        if data is None:
-            return None
-        if data.size != layout.total_bytes:
-            raise self.damaged(name, f"its file has {data.size} bytes of {layout.total_bytes}")
-        return data.view(layout.dtype).reshape(layout.shape)
+        if sum(map(len, found)) != sum(stop) - sum(begin):
+            raise self.damaged(name, "its file is too short")
+        return found
 
     def ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[NDArray[Any]]:
-        """Parts of one array along its first dimension; not verified, the lines have the checksums."""
-        array = self.whole(name)
-        if array is not None:
-            return [array[start:end] for start, end in zip(starts, ends, strict=True)]
+        """The same as arrays."""
         layout = self._layout(name)
-        size = layout.item_bytes
-        try:
-            parts = self._files.read_ranges(layout.path, [s * size for s in starts], [e * size for e in ends])
-        except OSError as error:
-            raise self._unread(name, error) from error
-        for part, start, end in zip(parts, starts, ends, strict=True):
-            if part.size != (end - start) * size:
-                raise self.damaged(name, "its file is too short")
-        return [part.view(layout.dtype).reshape(-1, *layout.shape[1:]) for part in parts]
+        pieces = self.pieces(name, np.array(starts, np.int64), np.array(ends, np.int64))
+        return [np.frombuffer(piece, layout.dtype).reshape(-1, *layout.shape[1:]) for piece in pieces]
 
     def _unread(self, name: str, error: OSError) -> CorruptStoreError | StoreReadError:
         if isinstance(error, FileNotFoundError):
-            return self.damaged(name, "its file is missing")
+            gone = SegmentGoneError(str(self.damaged(name, "its file is missing")))
+            gone.segment = self.meta.path
+            return gone
         return StoreReadError(
             f"{self._owner}: reading array {name!r} of {self.meta.path} failed with {error}, expected the storage to answer; "
             "check it and try again."
@@ -225,6 +267,6 @@ class Segment:
         )
 
 
-def decoded_arrays(files: Files) -> Callable[[str], Bytes]:
-    """A function that gives a compressed file's content, and keeps the latest few."""
-    return lru_cache(maxsize=_DECODED_ARRAYS)(lambda path: decode_zstd(files.read(path)))
+def decoded_arrays(files: Files) -> Callable[[str, int], Bytes]:
+    """A function that gives the content of a compressed file, of so many bytes, and keeps the latest few."""
+    return lru_cache(maxsize=_DECODED_ARRAYS)(lambda path, size: decode_zstd(files.read(path), size))

@@ -5,23 +5,25 @@
     scores/<column>/<key>/<array>/ one group per append of scores
     commits/<number>.json          which segments exist, in order; written last
     checkpoints/<number>.json      what the commits up to a number add up to
+    head/<number>                  the number of the last commit
 
 A segment that no commit record names does not exist.  Rows are in the order of commits, then in the order of the call.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, final
 
 from lopd.backends.durable import DurableBase
 from lopd.backends.files import Files
 from lopd.backends.root import Root
-from lopd.backends.sealing import checksum, dump
 from lopd.backends.zarr.commit_log import CommitLog
-from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document
+from lopd.backends.zarr.encode import ROLLOUT_ATTRIBUTES, SCORE_ATTRIBUTES
+from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document, says
+from lopd.backends.zarr.segment import LINES, segment_group
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.writer import Writer
-from lopd.errors import LopdError
 from lopd.records.manifest import Commit
 
 
@@ -42,7 +44,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def __init__(self, files: Files, root: Root | None = None, commits: int | None = None) -> None:
         """Not for callers: `open` says what is wrong with a path."""
         super().__init__(files, root)
-        self._log = CommitLog(files, self._owner)
+        self._log = CommitLog(files, self._root, self._owner)
         self._snapshot = Snapshot(files, self._log, self.manifest, self._owner, commits)
         self._writer = Writer(files, self._log, self._snapshot, self._root, owner=self._owner)
 
@@ -53,8 +55,9 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def compact(self, *, target_tokens: int = 1 << 24) -> None:
         """Merge small segments into ones of about `target_tokens`; rows keep their numbers, and open readers read on.  Refreshes.
 
-        Nothing is removed: `sweep` does that once no reader can need the old segments any more.  Compactions may run beside appends and
-        beside each other; of two that want the same segments, one wins and the other looks again.
+        Writers merge what is small by themselves, sixteen appends into one and sixteen of those; this does the rest.  What others append
+        meanwhile is left for the next time.  Of two compactions that want the same segments, one wins and the other looks again.
+        Replaced segments are removed some 64 commits later, or by `sweep`.
 
         Raises:
             CorruptStoreError: a line that would be moved is damaged; nothing of its merge was committed.
@@ -65,7 +68,9 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def sweep(self, *, older_than: float = 7 * 24 * 3600.0) -> list[str]:
         """Remove segments that no commit names, and those that compactions replaced, if both are older than this many seconds.
 
-        A reader that was opened before a compaction, or a writer in the middle of an append, needs them: choose a time that none lives.
+        It is safe beside writers and readers, whatever the clocks say: what is removed is committed first, so a writer in the middle of an
+        append notices and writes again, and a reader that was opened before a compaction looks up where its rows are now.
+        Only segments that this store has made are removed.
 
         Returns:
             The paths that were removed.
@@ -75,7 +80,8 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def history(self) -> Sequence[Commit]:
         """What was committed up to this store's snapshot, oldest first."""
         commits = []
-        for number, record in enumerate(self._log.records(0, self._snapshot.commits)):
+        for number, entry in enumerate(self._log.records(0, "", self._snapshot.commits)):
+            record = entry.body
             segments = record.get("adds", [record["segment"]] if "segment" in record else [])
             rows, tokens = sum(meta["rows"] for meta in segments), sum(meta["tokens"] for meta in segments)
             rows += len(record.get("reasons", ()))
@@ -88,27 +94,30 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         return sum(segment.meta.stored_bytes for segment in self._snapshot.all_segments())
 
     def verify(self) -> Iterator[str]:
-        """One sentence for each problem found: every checksum of every file that the current state is made of, and the whole log."""
-        try:
-            self._log.records(0, self._snapshot.commits)
-            self._log.checkpoint(self._snapshot.commits)
-        except LopdError as error:
-            yield str(error)
-        segments = [segment.meta for segment in self._snapshot.all_segments()]
-        groups = {str(folder) for meta in segments for folder in [PurePosixPath(meta.path), *PurePosixPath(meta.path).parents[:-1]]}
-        for folder in sorted(groups):
-            yield from self._compare(f"{folder}/{METADATA_FILE}", checksum(dump(group_document({}))))
-        for meta in segments:
-            for name, array in meta.arrays.items():
-                yield from self._compare(f"{meta.path}/{name}/{METADATA_FILE}", array.metadata_checksum)
-                yield from self._compare(chunk_path(meta.path, name, len(array.shape)), array.checksum)
+        """One sentence for each problem found: every checksum of every file that the current state is made of, and the whole log.
 
-    def _compare(self, path: str, wanted: str) -> Iterator[str]:
+        A log that lost its last records, a record of another store, and a folder of segments without its metadata are problems as well.
+        """
+        yield from self._log.verify(self._snapshot.commits)
+        segments = [segment.meta for segment in self._snapshot.all_segments()]
+        folders = {str(parent) for meta in segments for parent in PurePosixPath(meta.path).parents[:-1]}
+        for folder in sorted(folders):
+            yield from self._compare(f"{folder}/{METADATA_FILE}", partial(says, group_document({})))
+        for meta in segments:
+            group = segment_group(self._root.creation, meta.replaces) if self._root.chained else group_document({})
+            yield from self._compare(f"{meta.path}/{METADATA_FILE}", partial(says, group))
+            described = ROLLOUT_ATTRIBUTES if meta.path.startswith("segments/") else SCORE_ATTRIBUTES
+            for name, array in meta.arrays.items():
+                is_metadata = partial(array.is_metadata, described if name == LINES else {})
+                yield from self._compare(f"{meta.path}/{name}/{METADATA_FILE}", is_metadata)
+                yield from self._compare(chunk_path(meta.path, name, len(array.shape)), array.is_chunk)
+
+    def _compare(self, path: str, fits: Callable[[bytes], bool]) -> Iterator[str]:
         try:
-            found = checksum(self._files.read(path))
+            found = "" if fits(self._files.read(path)) else "it is damaged"
         except FileNotFoundError:
-            found = "no file"
+            found = "it is missing"
         except OSError as error:
             found = str(error)
-        if found != wanted:
-            yield f"{self._files.url}: the checksum of {path} is {found}, expected {wanted}; restore the file from a backup."
+        if found:
+            yield f"{self._files.url}: {path}: {found}, expected what was committed; restore the file from a backup."

@@ -1,5 +1,7 @@
 """How a store on segments changes: write a segment, then try to take the next number of the commit log."""
 
+import json
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -8,6 +10,7 @@ from uuid import uuid4
 
 from attrs import asdict, evolve, frozen
 
+from lopd.backends.admission import is_column_name
 from lopd.backends.files import Files, writing
 from lopd.backends.root import Root
 from lopd.backends.sealing import dump
@@ -15,12 +18,17 @@ from lopd.backends.zarr import compaction
 from lopd.backends.zarr.commit_log import COMMITS_PER_CHECKPOINT, CommitLog
 from lopd.backends.zarr.encode import encode_rollouts, encode_scores
 from lopd.backends.zarr.format import METADATA_FILE, group_document
-from lopd.backends.zarr.segment import Segment, SegmentData, SegmentMeta, encode_segment
+from lopd.backends.zarr.segment import Segment, SegmentData, SegmentMeta, encode_segment, is_segment_path
 from lopd.backends.zarr.snapshot import Snapshot
-from lopd.errors import StoreWriteError
+from lopd.errors import LopdError, StoreWriteError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
+
+_LOG = logging.getLogger(__name__)
+_ATTEMPTS = 3
+# A merge by a writer makes one segment.
+_NO_SPLIT = 1 << 62
 
 
 @frozen(eq=False)
@@ -43,6 +51,7 @@ class Writer:
 
     def __init__(self, files: Files, log: CommitLog, snapshot: Snapshot, root: Root, *, owner: str) -> None:
         """Nothing is written yet."""
+        self._root = root
         self._files = files
         self._log = log
         self._snapshot = snapshot
@@ -59,14 +68,15 @@ class Writer:
         """Commit rollouts in the rows from `first_row` on."""
         written = self._take_spare("segments", rollouts)
         written = written or self._write("segments", rollouts, encode_rollouts(rollouts, first_row, *self._formats))
-        return self._publish_segment({"kind": "rollouts"}, written, first_row, first_row + len(rollouts) - 1)
+        mine = self._publish_segment({"kind": "rollouts"}, written, first_row, first_row + len(rollouts) - 1)
+        return mine and self._tidy(None)
 
     def add_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], rows: Sequence[int], /) -> bool:
         """Commit scores of these rows, which ascend."""
         parent = f"scores/{column}"
         written = self._take_spare(parent, scores) or self._write(parent, scores, encode_scores(scores, rows, *self._formats))
         record = {"kind": "scores", "column": column, "provenance": provenance.to_json()}
-        return self._publish_segment(record, written, rows[0], rows[-1])
+        return self._publish_segment(record, written, rows[0], rows[-1]) and self._tidy(column)
 
     def add_reasons(self, column: str, provenance: Provenance, reasons: Mapping[int, str], /) -> bool:
         """Commit why rows could not be scored."""
@@ -84,9 +94,12 @@ class Writer:
         self._take_spare("", ())
 
     def _take_spare(self, parent: str, records: Sequence[Rollout] | Sequence[Scores]) -> _Written | None:
-        """The segment that lost the race for a number, if it was made of these very records; any other is removed."""
+        """The segment that lost the race for a number, if it was made of these very records and no sweep has taken it; any other is removed."""
         spare, self._spare = self._spare, None
-        if spare is not None and (spare.parent, [*spare.records]) != (parent, [*records]):
+        if spare is None:
+            return None
+        swept = spare.segment.path in self._snapshot.condemned
+        if swept or (spare.parent, [*spare.records]) != (parent, [*records]):
             self._remove([spare.segment.path])
             return None
         return spare
@@ -102,11 +115,20 @@ class Writer:
         return mine
 
     def _put_segment(self, parent: str, data: SegmentData) -> SegmentMeta:
-        path = f"{parent}/{uuid4().hex}"
-        files, meta = encode_segment(path, data)
-        with self._writing([path]):
-            self._make_groups(parent)
-            self._files.write(files)
+        for left in reversed(range(_ATTEMPTS)):
+            path = f"{parent}/{uuid4().hex}"
+            files, meta = encode_segment(path, data, self._root.creation)
+            with self._writing([path]):
+                try:
+                    self._make_groups(parent)
+                    self._files.write(files)
+                except FileNotFoundError:
+                    # A sweep with a clock that is ahead has removed it while it was written.
+                    self._groups.clear()
+                    if not left:
+                        raise
+                else:
+                    break
         return meta
 
     def _make_groups(self, parent: str) -> None:
@@ -121,14 +143,31 @@ class Writer:
         """Whether this record is the next commit; if so, the snapshot has it."""
         record = {**record, "when": time.time()}
         with self._writing(written):
-            mine = self._log.commit(self._snapshot.commits, record)
-        if mine:
-            self._snapshot.add(record)
-            if self._snapshot.commits % COMMITS_PER_CHECKPOINT == 0 or record["kind"] == "compaction":
-                # The commit is made; a checkpoint only makes opening quicker, and the next one will do as well.
-                with suppress(OSError):
-                    self._log.put_checkpoint(self._snapshot.commits, self._snapshot.to_json())
-        return mine
+            entry = self._log.commit(self._snapshot.commits, record, self._snapshot.last)
+        if entry is None:
+            return False
+        self._snapshot.add(entry)
+        if self._snapshot.commits % COMMITS_PER_CHECKPOINT == 0:
+            self._checkpoint()
+        return True
+
+    def _checkpoint(self) -> None:
+        """Keep the state, and remove what was merged so long ago that few readers stand before it; those look up where their rows are now."""
+        old = self._snapshot.forget_replaced(self._snapshot.commits - COMMITS_PER_CHECKPOINT)
+        # The commit is made; a checkpoint only makes opening quicker, and the next one will do as well.
+        with suppress(OSError):
+            self._log.put_checkpoint(self._snapshot.commits, self._snapshot.to_json())
+            self._files.remove(old)
+
+    def _tidy(self, column: str | None) -> bool:
+        """True, after the share of merging that falls to whoever wrote the last segment.  What was appended is there, however it ends."""
+        try:
+            while segments := compaction.due(self._snapshot.segments_of(column), neighbours=column is None):
+                if not self._merge(column, segments, _NO_SPLIT):
+                    break
+        except (LopdError, OSError) as error:
+            _LOG.warning("%s: merging small segments failed, and is tried again later: %s", self._owner, error)
+        return True
 
     def _remove(self, paths: Sequence[str]) -> None:
         # What cannot be removed now is for a sweep: no record names it.
@@ -149,12 +188,17 @@ class Writer:
                 raise
 
     def compact(self, target_tokens: int) -> None:
-        """Merge until there is nothing to merge."""
+        """Merge what is there now; what others append meanwhile is for the next time."""
         self._snapshot.refresh()
-        while job := compaction.plan(self._snapshot, target_tokens):
-            self._merge(*job, target_tokens)
+        for column in (None, *self._snapshot.columns):
+            for _ in range(_ATTEMPTS):
+                jobs = compaction.plan(self._snapshot.segments_of(column), target_tokens, neighbours=column is None)
+                done = [self._merge(column, segments, target_tokens) for segments in jobs]
+                if all(done):
+                    break
 
-    def _merge(self, column: str | None, segments: Sequence[Segment], target_tokens: int) -> None:
+    def _merge(self, column: str | None, segments: Sequence[Segment], target_tokens: int) -> bool:
+        """Whether these are merged now; False if somebody else merged or swept some of them."""
         parent = "segments" if column is None else f"scores/{column}"
         added: list[SegmentMeta] = []
         try:
@@ -167,20 +211,49 @@ class Writer:
         record = {"kind": "compaction", "column": column, "removes": gone, "adds": [meta.to_json() for meta in added]}
         while not self._publish(record, paths):
             self._snapshot.refresh()
-            if not set(gone) <= self._snapshot.paths():
-                # Another compaction was quicker.
-                return self._remove(paths)
-        return None
+            if not set(gone) <= self._snapshot.paths() or not self._snapshot.condemned.isdisjoint(paths):
+                self._remove(paths)
+                return False
+        return True
 
     def sweep(self, older_than: float) -> list[str]:
-        """Remove segments that nothing needs; gives their paths."""
-        self._snapshot.refresh()
-        records = self._log.records(0)
-        recent = {path for r in records if time.time() - r["when"] < older_than for path in r.get("removes", ())}
-        keep = self._snapshot.paths() | recent
+        """Remove segments that nothing needs; gives their paths.
+
+        That they will be removed is a record of its own, before they are.  A writer that has not committed one of them yet meets this record
+        on its way to a number, and writes its segment again: so no clock decides what is lost.
+        """
+        while True:
+            self._snapshot.refresh()
+            dead = self._dead(older_than)
+            if not dead or self._publish({"kind": "sweep", "removes": dead, "by": uuid4().hex}):
+                break
         with writing(self._owner, "sweeping"):
-            parents = ["segments", *(f"scores/{name}" for name in self._files.names("scores") if name != METADATA_FILE)]
-            found = [f"{parent}/{name}" for parent in parents for name in self._files.names(parent) if name != METADATA_FILE]
-            dead = [path for path in found if path not in keep and self._files.age(path) >= older_than]
             self._files.remove(dead)
         return dead
+
+    def _dead(self, older_than: float) -> list[str]:
+        """Paths of segments that this store has made, and that the current state does not name."""
+        keep = self._snapshot.paths()
+        for entry in self._log.records(0, "", self._snapshot.commits):
+            if time.time() - entry.body["when"] < older_than:
+                keep.update(entry.body.get("removes", ()) if entry.body["kind"] == "compaction" else ())
+        with writing(self._owner, "sweeping"):
+            parents = ["segments", *(f"scores/{name}" for name in self._files.names("scores") if is_column_name(name))]
+            found = [f"{parent}/{name}" for parent in parents for name in self._files.names(parent)]
+            mine = [path for path in found if path not in keep and is_segment_path(path) and self._is_own(path)]
+            return [path for path in mine if self._files.age(path) >= older_than]
+
+    def _is_own(self, path: str) -> bool:
+        """Whether a segment of this store is there, whole or begun."""
+        try:
+            said = self._files.read(f"{path}/{METADATA_FILE}")
+            document = json.loads(said or "{}")
+        except FileNotFoundError:
+            return not self._files.names(path)
+        except (OSError, ValueError):
+            return False
+        if not said:
+            return True  # a power cut took its content
+        attributes = document.get("attributes") if isinstance(document, dict) else None
+        older = not self._root.chained and attributes == {}
+        return older or (isinstance(attributes, dict) and attributes.get("lopd_store") == self._root.creation)

@@ -54,6 +54,7 @@ def _problems(store: DurableStore, rows_per_read: int, progress: Progress | None
 def _check_part(store: LogprobReader, part: Part) -> Iterator[str]:
     try:
         read = part.read(store)
+        found = store.find([row.rollout.rollout_id for row in read]).tolist()
     except StoreReadError:
         raise
     except LopdError as error:
@@ -63,7 +64,6 @@ def _check_part(store: LogprobReader, part: Part) -> Iterator[str]:
             for number in part.rows:
                 yield from _check_part(store, evolve(part, rows=range(number, number + 1)))
         return
-    found = store.find([row.rollout.rollout_id for row in read]).tolist()
     for number, place, row in zip(part.rows, found, read, strict=True):
         yield from _check_row(store, row)
         if place != number:

@@ -13,8 +13,9 @@ from lopd.records.checks import check_at_least, check_number, own_numbers
 LOGPROB_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2}
 _TAIL_BYTES = 4
 # Metadata of one array of one commit, and of one table of lines: small, but many small commits make it count.
-_ARRAY_BYTES, _TABLE_BYTES = 342, 530
-_ROLLOUT_LINE, _SCORE_LINE = 8 * len(ROLLOUT_FIELDS), 8 * len(SCORE_FIELDS)
+_ARRAY_BYTES, _TABLE_BYTES = 342, 560
+# with its place in an index of ids
+_ROLLOUT_LINE, _SCORE_LINE = 8 * len(ROLLOUT_FIELDS) + 16, 8 * len(SCORE_FIELDS)
 # what the paper's runs did: 150 steps of 256 rollouts over 17,400
 _PASSES = 150 * 256 / 17_400
 
@@ -147,8 +148,8 @@ class Work:
         """Bytes of the store on disk, uncompressed, as `ZarrStore` writes it by default."""
         responses, columns = self.rollouts * self.response_tokens, len(self.columns)
         id_width, width = np.min_scalar_type(self.vocab_size - 1).itemsize, LOGPROB_BYTES[self.logprob_dtype]
-        # token ids and rollout ids; log-probs of each column; three arrays of a top-k support
-        arrays = 2 + self.behavior + self.masked + sum(4 if k else 1 for k in self.columns)
+        # token ids, rollout ids and their index; log-probs of each column; three arrays of a top-k support
+        arrays = 3 + self.behavior + self.masked + sum(4 if k else 1 for k in self.columns)
         commits = max(1.0, self.rollouts / self.rollouts_per_commit)
         metadata = commits * (arrays * _ARRAY_BYTES + (1 + columns) * _TABLE_BYTES)
         per_rollout = _ROLLOUT_LINE + self.id_bytes + columns * _SCORE_LINE
