@@ -30,7 +30,7 @@ from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 
-LOG, _HEAD = "log", ".head"
+LOG, HEAD = "log", ".head"
 #: A table that will be made; the table of a column, or of the rollouts; what was sampled, not scored, merged; files of an older lopd.
 Kind = Literal["begun", "table", "generation", "quarantine", "compaction", "old"]
 _OLD_FOLDERS: dict[str, Kind] = {"columns": "table", "generations": "generation", "quarantine": "quarantine", "compactions": "compaction"}
@@ -246,7 +246,7 @@ class Catalog:
         Raises:
             StoreWriteError: the storage refused.
         """
-        folder = f"{name}{_HEAD}"
+        folder = f"{name}{HEAD}"
         with writing(self._owner, f"writing {folder}"):
             self._files.mark(folder, number)
             self._files.remove([f"{folder}/{old}" for old in self._files.names(folder) if old.isdecimal() and int(old) < number])
@@ -257,7 +257,7 @@ class Catalog:
         Raises:
             StoreReadError: the storage refused.
         """
-        return max((int(number) for number in self._names(f"{name}{_HEAD}") if number.isdecimal()), default=0)
+        return max((int(number) for number in self._names(f"{name}{HEAD}") if number.isdecimal()), default=0)
 
 
 def table_seed(table: str) -> int:

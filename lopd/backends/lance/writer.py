@@ -11,9 +11,9 @@ from uuid import uuid4
 
 from attrs import asdict
 
-from lopd.backends.files import Files, local_folder, writing
+from lopd.backends.files import Files, local_folder, reading, writing
 from lopd.backends.lance import tiers
-from lopd.backends.lance.catalog import LOG, Catalog, table_seed
+from lopd.backends.lance.catalog import HEAD, LOG, Catalog, table_seed
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
 from lopd.backends.lance.failures import first_line, is_conflict, is_lance_error
 from lopd.backends.lance.snapshot import Snapshot
@@ -28,10 +28,10 @@ from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
 
 _LOG = logging.getLogger(__name__)
-# Seconds by which the clock of a writer and that of its storage may differ.
-_CLOCKS = 24 * 3600.0
 _HINT = "latest_version_hint.json"
 _Records = Sequence[Rollout] | Sequence[Scores]
+# Seconds by which two clocks may differ.
+_CLOCKS = 3600.0
 
 
 @final
@@ -110,8 +110,8 @@ class Writer:
         try:
             if commit % tiers.FAN == 0:
                 tiers.tidy(table.dataset(), partial(self._flush_file, table.name))
-            # Lance removes unknown files that it believes to be a week old: where clocks disagree, those of other writers.
-            if commit % (tiers.VERSIONS // 2) == 0 and abs(self._files.age(f"{table.name}{TABLE_SUFFIX}/_versions")) < _CLOCKS:
+            if commit % (tiers.VERSIONS // 2) == 0:
+                self._check_clock()
                 tiers.drop_versions(table.dataset())
         except BaseException as error:
             if not is_lance_error(error):
@@ -197,10 +197,13 @@ class Writer:
     def compact(self, older_than: float) -> None:
         """Merge small files of each table, drop its old versions, and remove tables that no column will have."""
         self._snapshot.refresh()
+        self._check_clock()
         for column, part in self._snapshot.parts().items():
+            began = time.monotonic()
             try:
                 merged = tiers.compact(part.table.dataset(), partial(self._flush_file, part.table.name))
-                tiers.drop_versions(part.table.dataset(), older_than)
+                # What was committed meanwhile is read by writers that began before.
+                tiers.drop_versions(part.table.dataset(), max(older_than, time.monotonic() - began))
                 self._flush(part.table.name)
             except LopdError:
                 raise
@@ -218,6 +221,17 @@ class Writer:
                 self._catalog.say("compaction", {"rows": part.table.rows, "tokens": tokens_of(part.lines()), "column": column})
         self._remove_strangers()
         self._snapshot.refresh()
+
+    def _check_clock(self) -> None:
+        """Lance removes files that no version has if it believes them to be a week old: another writer may be about to commit them."""
+        self._catalog.mark(LOG, self._catalog.state.number)
+        with reading(self._owner, "comparing clocks"):
+            age = self._files.age(f"{LOG}{HEAD}")
+        if abs(age) > _CLOCKS:
+            raise StoreWriteError(
+                f"{self._owner}: the clock of this machine and that of the storage differ by {age:.0f} s, expected less than {_CLOCKS:.0f} s, "
+                "for files of writers at work would look old; so set the clock."
+            )
 
     def _remove_strangers(self) -> None:
         """Tables of writers that were killed, or came too late: their column has another table, which it keeps."""
