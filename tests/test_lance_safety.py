@@ -84,20 +84,13 @@ def test_rows_that_cannot_be_read_back_are_not_acknowledged_and_the_store_stays_
     assert len(reopened(filled)) == len(before) + (3 if "rollouts" in what else 1)
 
 
-def test_a_merge_that_cannot_be_read_back_is_not_committed(filled: LanceStore, badly: Any) -> None:
+def test_a_merged_file_that_cannot_be_read_back_is_not_put_in_the_place_of_others(filled: LanceStore, badly: Any) -> None:
     filled.append(many(10, 2))
-    other = LanceStore.open(place(filled))
-
-    def act() -> None:
-        merged = newest("rollouts-*/data/*", filled)
-        other.append(many(20, 1))
-        cut(merged)
-
-    badly(Writer, "_flush_file", act)
-    with pytest.raises(StoreWriteError, match=r"compacting table .* nothing of it was lost, so free space"):
+    badly(Writer, "_flush_file", lambda: cut(newest("rollouts-*/data/*", filled)))
+    with pytest.raises(StoreWriteError, match="nothing of it was lost"):
         filled.compact(older_than=0.0)
     for _ in range(2):
-        assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r10", "r11", "r20"]
+        assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r10", "r11"]
         assert list(reopened(filled).verify()) == []
         filled.compact(older_than=0.0)
 
@@ -251,9 +244,7 @@ def test_a_writer_whose_table_is_removed_because_another_was_quicker_says_what_t
 def test_a_machine_whose_clock_is_ahead_removes_nothing(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
     before, real = sorted(place(filled).rglob("*.lance")), time.time
     monkeypatch.setattr(time, "time", lambda: real() + 30 * 24 * 3600)
-    with pytest.raises(
-        StoreWriteError, match="clock of this machine and that of the storage differ by 2592000 s, expected less than 3600 s"
-    ):
+    with pytest.raises(StoreWriteError, match="clock of this machine and that of the storage differ by 2592000 s"):
         filled.compact(older_than=0.0)
     assert sorted(place(filled).rglob("*.lance")) == before
 
