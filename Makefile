@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-families bench-probes claims claims-quick test-triton test-kills test-engines test-browser test-loggers test-lowest test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes claims claims-quick test-triton test-kills test-engines test-browser test-loggers test-lowest test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -64,6 +64,9 @@ bench-scale: .venv/installed-test  ## one process and two, several readers, stor
 	$(BIN)/python benchmarks/bench_scale.py
 	$(BIN)/python benchmarks/scale_docs.py
 	$(BIN)/python benchmarks/docs_tables.py
+
+bench-commits: .venv/installed-test  ## what one more commit costs a store of up to 10,000 that nobody compacts; half an hour
+	$(BIN)/python benchmarks/bench_commits.py
 
 bench-families: .venv/installed-test  ## scoring, sampling, training and export of every family of transformers, as tiny models; less than ten minutes
 	$(BIN)/python benchmarks/families.py

@@ -4,7 +4,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -322,20 +321,6 @@ def test_writers_beside_a_compaction_that_keeps_nothing_lose_nothing(tmp_path: P
     assert len(store) == 2 + 2 * rounds * writers
     assert sum(int(store.scored(f"column{i}").sum()) for i in range((rounds + 1) // 2)) == 2 * rounds * writers
     assert list(store.verify()) == []
-
-
-def test_a_reader_whose_version_was_removed_is_told_so_and_reads_on_after_a_refresh(filled: LanceStore) -> None:
-    reader = reopened(filled)
-    filled.append(many(10, 1))
-    filled.compact(older_than=0.0)
-    # where its rows are elsewhere now, it may read on as well
-    with suppress(CorruptStoreError):
-        assert [row.rollout.rollout_id for row in reader.read(range(4))] == ["m", "b", "r0", "r1"]
-    reader.refresh()
-    assert rows_of(reader) == ["m", "b", "r0", "r1", "r10"]
-
-
-# A column that begins with a quarantine
 
 
 def test_history_and_the_doctor_survive_a_column_that_begins_with_a_quarantine(tmp_path: Path) -> None:

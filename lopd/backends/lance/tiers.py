@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
-from lopd.errors import CorruptStoreError
+from lopd.errors import StoreWriteError
 
 #: What makes a file durable, by its name in the table's folder of data.
 Flush = Callable[[str], None]
@@ -81,7 +81,7 @@ def _merge(dataset: Any, fragments: Sequence[Any], flush: Flush) -> None:
         flush: of the file that is written, before it is committed.
 
     Raises:
-        CorruptStoreError: what was written is not what was read; nothing is changed then.
+        StoreWriteError: what was written is not what was read; nothing is changed then.
     """
     from lance import LanceDataset, LanceOperation
     from lance.fragment import FragmentMetadata
@@ -119,7 +119,7 @@ def _check(dataset: Any, fragments: Sequence[Any], path: str) -> None:
             wanted = fragment.to_table(offset=offset, limit=_ROWS_AT_ONCE)
             found = reader.read_range(start, len(wanted)).to_table()
             if any(found[name] != wanted[name] for name in wanted.column_names):
-                raise CorruptStoreError(
+                raise StoreWriteError(
                     f"File {path}: rows from {start} on are not those that were merged; check the disk and repeat the call."
                 )
             start += len(wanted)

@@ -28,10 +28,10 @@ from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
 
 _LOG = logging.getLogger(__name__)
-# Seconds by which the clock of a writer and that of its storage may differ.
-_CLOCKS = 24 * 3600.0
 _HINT = "latest_version_hint.json"
 _Records = Sequence[Rollout] | Sequence[Scores]
+# Seconds by which two clocks may differ.
+_CLOCKS = 3600.0
 
 
 @final
@@ -110,8 +110,8 @@ class Writer:
         try:
             if commit % tiers.FAN == 0:
                 tiers.tidy(table.dataset(), partial(self._flush_file, table.name))
-            # Lance removes unknown files that it believes to be a week old: where clocks disagree, those of other writers.
-            if commit % (tiers.VERSIONS // 2) == 0 and abs(self._files.age(f"{table.name}{TABLE_SUFFIX}/_versions")) < _CLOCKS:
+            if commit % (tiers.VERSIONS // 2) == 0:
+                self._check_clock()
                 tiers.drop_versions(table.dataset())
         except BaseException as error:
             if not is_lance_error(error):
@@ -199,9 +199,11 @@ class Writer:
         self._snapshot.refresh()
         self._check_clock()
         for column, part in self._snapshot.parts().items():
+            began = time.monotonic()
             try:
                 merged = tiers.compact(part.table.dataset(), partial(self._flush_file, part.table.name))
-                tiers.drop_versions(part.table.dataset(), older_than)
+                # What was committed meanwhile is read by writers that began before.
+                tiers.drop_versions(part.table.dataset(), max(older_than, time.monotonic() - began))
                 self._flush(part.table.name)
             except LopdError:
                 raise
@@ -228,7 +230,7 @@ class Writer:
         if abs(age) > _CLOCKS:
             raise StoreWriteError(
                 f"{self._owner}: the clock of this machine and that of the storage differ by {age:.0f} s, expected less than {_CLOCKS:.0f} s, "
-                "for files of writers at work would look old; set the clock, and compact again."
+                "for files of writers at work would look old; so set the clock."
             )
 
     def _remove_strangers(self) -> None:
