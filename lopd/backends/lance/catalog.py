@@ -313,5 +313,3 @@ def table_seed(table: str) -> int:
 
 def _path(number: int) -> str:
     return f"{LOG}/{number:010d}.json"
-
-
