@@ -100,6 +100,10 @@ class CorruptStoreError(LopdError, ValueError):
     """Stored bytes that do not match their checksum or hash."""
 
 
+class UncheckedDataWarning(LopdWarning):
+    """Imported data without checksums, in which damage cannot be noticed."""
+
+
 class StoreWriteError(LopdError, OSError):
     """The operating system refused a write: nothing of it was committed, or its durability is in doubt; the message says which."""
 

@@ -8,7 +8,7 @@ from uuid import uuid4
 from attrs import field, frozen
 
 from lopd.backends.admission import check_manifest
-from lopd.backends.files import Files, names_in, reading, writing
+from lopd.backends.files import Files, names_in, prove, reading, writing
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.sealing import damaged
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
@@ -78,6 +78,7 @@ def put_root(files: Files, kind: RootFile, root: Root) -> bool:
 
     Raises:
         InvalidRecordError: the manifest is something else, or there is no such type of log-probs.
+        StorePathError: the storage does not keep what a store relies on.
         StoreWriteError: the storage refused.
     """
     check_manifest(f"Store {files.url}", root.manifest)
@@ -85,6 +86,7 @@ def put_root(files: Files, kind: RootFile, root: Root) -> bool:
         raise InvalidRecordError(
             f"Store {files.url}: logprob_dtype is {root.logprob_dtype!r}, expected one of {', '.join(get_args(LogprobDtype))}; pass one of them."
         )
+    prove(files)
     with writing(f"Store {files.url}", "creating it"):
         return files.put_if_absent(kind.name, kind.encode(root))
 

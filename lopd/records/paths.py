@@ -10,6 +10,19 @@ from typing import BinaryIO
 from lopd.errors import ArgumentError, InvalidRecordError, LopdError
 
 
+def path_text(owner: str, path: str | os.PathLike[str], refusal: type[LopdError] = ArgumentError) -> str:
+    """Return a path or URL as text.
+
+    Raises:
+        LopdError: of the class `refusal`; it is something else, for example bytes.
+    """
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        # what it holds may be a secret
+        raise refusal(f"{owner}: the path is of type {type(path).__name__}, expected text or a Path; pass one.")
+    return text
+
+
 def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError] = InvalidRecordError) -> Path:
     """Return a path of this machine, with `~` expanded.
 
@@ -21,9 +34,7 @@ def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError
         ArgumentError: it is not a path.
         LopdError: of the class `refusal`; it is a URL, also one that went through `Path`, or begins with `~` and an unknown user.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"{owner}: the path is {path!r:.80}, expected text or a Path; pass one.")
-    text = os.path.expanduser(os.fspath(path))  # noqa: PTH111 (`Path.expanduser` raises for an unknown user)
+    text = os.path.expanduser(path_text(owner, path))  # noqa: PTH111 (`Path.expanduser` raises for an unknown user)
     if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text):
         # the rest may hold a secret
         what = "a URL" if scheme[2] == "//" else "a URL without its second slash"
@@ -38,23 +49,32 @@ def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError
 
 def path_or_url(owner: str, path: str | os.PathLike[str], refusal: type[LopdError] = InvalidRecordError) -> str:
     """Return a URL as it is, and a path of this machine as `local_path` does; raises as that does."""
-    text = os.fspath(path)
+    text = path_text(owner, path)
     return text if "://" in text else str(local_path(owner, text, refusal))
 
 
 def without_secrets(url: str) -> str:
-    """The URL as messages show it: user, password and query stay private.
+    """Return a URL, or a chain of them, as messages show it: without passwords, users (a container of Azure stays) and what follows `?` or `#`.
 
     >>> without_secrets("ftp://user:pass/word@host/run?token=1"), without_secrets("abfss://container@account/run")
     ('ftp://host/run', 'abfss://container@account/run')
     """
-    user = r"//[^/@:]*:.*@" if url.startswith(("abfs", "az")) else r"//([^/@:]*:.*|[^/@]*)@"
-    return re.sub(r"[?#].*", "", re.sub(user, "//", url, count=1))
+    azure = url.lower().startswith(("abfs", "adl", "az", "wasb"))
+    user = r"//[^/@:]*:.*@" if azure else r"//([^/@:]*:.*|[^/@]*)@"
+    return re.sub(r"(?s)[?#].*", "", re.sub(f"(?s){user}", "//", url))
 
 
 def said_of(url: str, error: Exception) -> str:
-    """What an error says; only its type where the URL has secrets, which the error may repeat."""
+    """Return what an error says; only its type where the URL has secrets, which the error may repeat."""
     return str(error) if without_secrets(url) == url else type(error).__name__
+
+
+def cause_of(url: str, error: Exception) -> Exception | None:
+    """Return an error, to be chained to one of ours; None where the URL has secrets.
+
+    Raise ours outside of the `except` block: inside of it, Python would chain the error all the same.
+    """
+    return error if without_secrets(url) == url else None
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

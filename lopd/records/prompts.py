@@ -13,7 +13,7 @@ from lopd.errors import ContextOverflowError, LopdError, PromptError
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind, check_at_least
 from lopd.records.optional import need
-from lopd.records.paths import open_regular, path_or_url, said_of, without_secrets
+from lopd.records.paths import cause_of, open_regular, path_or_url, said_of, without_secrets
 from lopd.records.plain import as_id, as_text, plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import Prompt
@@ -235,9 +235,10 @@ def _read_records(path: str) -> list[Any]:
     except LopdError:
         raise
     except Exception as error:  # each file system and format raises its own
-        raise PromptError(
-            f"Prompt file {without_secrets(path)}: it cannot be read ({said_of(path, error)}), expected a .jsonl or .parquet file; check the path."
-        ) from error
+        refused = error
+    raise PromptError(
+        f"Prompt file {without_secrets(path)}: it cannot be read ({said_of(path, refused)}), expected a .jsonl or .parquet file; check the path."
+    ) from cause_of(path, refused)
 
 
 def _opened(path: str) -> Any:

@@ -35,11 +35,13 @@ class _Open:
 
     def __init__(self, path: Path) -> None:
         file = open_regular(path)
-        self.descriptor = file.fileno()
         finalize(self, file.close)
+        self._descriptor = file.fileno()
+        self.size = os.fstat(self._descriptor).st_size
 
     def read(self, start: int, end: int) -> bytes:
         """These bytes, or fewer at the end of the file."""
+        # a read takes memory for all that is asked for, whatever is there
         end = max(min(end, self.size), start)
         data = os.pread(self._descriptor, end - start, start)
         if 0 < len(data) < end - start:  # one call reads at most 2 GiB

@@ -96,7 +96,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         Raises:
             StoreWriteError: the write failed, or what was merged is not what was there before; nothing was lost.
         """
-        self._writer.compact(older_than)
+        self._proven_writer.compact(older_than)
 
     def history(self) -> Sequence[Commit]:
         """What was committed up to this store's snapshot, by the clocks of the writers, oldest first."""

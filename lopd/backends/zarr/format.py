@@ -40,11 +40,6 @@ class _Storage(TypedDict):
 _Checksum = Annotated[str, re.compile("[0-9a-f]{32}")]
 
 
-class _Storage(TypedDict):
-    logprob_dtype: LogprobDtype
-    chained: NotRequired[bool]
-
-
 @frozen
 class ArrayMeta:
     """One array of a segment, as its commit record describes it.

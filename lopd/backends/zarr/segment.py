@@ -206,8 +206,6 @@ class Segment:
 
     def _layout(self, name: str) -> _Layout:
         if name not in self._layouts:
-            if name not in self:
-                raise self.damaged(name, "its record lacks it")
             meta = self.meta.arrays[name]
             dtype = np.dtype(meta.dtype).newbyteorder("<")
             size = dtype.itemsize * math.prod(meta.shape[1:])
@@ -218,8 +216,6 @@ class Segment:
     def pieces(self, name: str, starts: _Int64, ends: _Int64) -> list[Piece]:
         """The bytes of parts of one array along its first dimension; not verified, the lines have the checksums."""
         layout = self._layout(name)
-        if ((starts < 0) | (starts > ends) | (ends > layout.shape[0])).any():
-            raise self.damaged(name, f"a line points beyond its {layout.shape[0]} values")
         begin, stop = (starts * layout.item_bytes).tolist(), (ends * layout.item_bytes).tolist()
         try:
             if layout.raw:

@@ -14,12 +14,12 @@ from lopd.backends.files import Files
 from lopd.backends.zarr.column import LINE_BITS, Column
 from lopd.backends.zarr.commit_log import CommitLog, Entry
 from lopd.backends.zarr.decode import Group
-from lopd.backends.zarr.record import Checkpoint, read_record
-from lopd.backends.zarr.segment import Segment, SegmentMeta, decoded_arrays
+from lopd.backends.zarr.encode import R, S
+from lopd.backends.zarr.record import Checkpoint
+from lopd.backends.zarr.segment import LINES, Segment, SegmentMeta, decoded_arrays
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest
-from lopd.records.stored import read_as
 
 
 @final
@@ -72,8 +72,7 @@ class State:
             "replaced": self.replaced,
         }
 
-    def _load(self, checkpoint: Mapping[str, Any]) -> None:
-        state = read_as(Checkpoint, checkpoint, f"{self._owner}: checkpoint {checkpoint.get('commits')!r:.20}")
+    def _load(self, state: Checkpoint) -> None:
         self.commits, self.generations = state["commits"], dict(state["generations"])
         self._set_segments([self._segment(meta, None) for meta in state["segments"]])
         for name, column in state["columns"].items():
@@ -98,7 +97,7 @@ class State:
         Raises:
             CorruptStoreError: it names a place outside the store, or does not fit what came before.
         """
-        record = read_record(entry.body, f"{self._owner}: commit {self.commits}")
+        record: Any = entry.body
         kind, name = record["kind"], record.get("column")
         if kind == "rollouts":
             self._set_segments([*self.segments, self._segment(record["segment"], None)])
@@ -122,9 +121,11 @@ class State:
         self.replaced.update(dict.fromkeys(removes, self.commits))
         if name is not None and name not in self.columns:
             raise self._unfit(f"a compaction of column {name!r}", "one of a column that is there")
-        kept = [segment for segment in self.segments_of(name) if segment.meta.path not in gone]
-        if len(self.segments_of(name)) - len(kept) != len(gone):
-            raise self._unfit(f"a compaction of {len(gone)} segments", "segments that are there")
+        there = self.segments_of(name)
+        kept = [segment for segment in there if segment.meta.path not in gone]
+        before, after = ([segment.meta.rows for segment in segments] for segments in (there, [*kept, *added]))
+        if len(there) - len(kept) != len(gone) or sum(before) != sum(after):
+            raise self._unfit(f"a compaction of {len(gone)} segments into {len(added)}", "as many rows, of segments that are there")
         if name is None:
             self._set_segments(sorted([*kept, *added], key=lambda segment: segment.meta.first_row))
         else:
@@ -135,6 +136,8 @@ class State:
         parent = "segments" if column is None else f"scores/{column}"
         if meta.path.rpartition("/")[0] != parent:
             raise self._unfit(f"segment {meta.path}", f"one in {parent}/")
+        if meta.arrays[LINES].shape[1:] != (len(R if column is None else S),):
+            raise self._unfit(f"lines of shape {meta.arrays[LINES].shape}", f"{len(R if column is None else S)} columns")
         if column is not None and meta.last_row >= self.rows:
             raise self._unfit(f"scores of row {meta.last_row}", f"rows below {self.rows}")
         return Segment(self._files, meta, self._owner, self._decoded)

@@ -21,7 +21,6 @@ from lopd.backends.root import Root
 from lopd.backends.zarr.commit_log import CommitLog
 from lopd.backends.zarr.encode import ROLLOUT_ATTRIBUTES, SCORE_ATTRIBUTES
 from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document, says
-from lopd.backends.zarr.record import read_record
 from lopd.backends.zarr.segment import LINES, segment_group
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.state import State
@@ -66,7 +65,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
             CorruptStoreError: a line that would be moved is damaged; nothing of its merge was committed.
             StoreWriteError: the write failed; merges before it are kept.
         """
-        self._writer.compact(target_tokens)
+        self._proven_writer.compact(target_tokens)
 
     def sweep(self, *, older_than: float = 7 * 24 * 3600.0) -> list[str]:
         """Remove segments that no commit names, and those that compactions replaced, if both are older than this many seconds.
@@ -84,7 +83,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         """What was committed up to this store's snapshot, oldest first."""
         commits = []
         for number, entry in enumerate(self._log.records(0, "", self._state.commits)):
-            record = read_record(entry.body, f"{self._owner}: commit {number}")
+            record = entry.body
             segments = record.get("adds", [record["segment"]] if "segment" in record else [])
             rows, tokens = sum(meta.rows for meta in segments), sum(meta.tokens for meta in segments)
             rows += len(record.get("reasons", ()))

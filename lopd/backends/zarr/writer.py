@@ -20,7 +20,6 @@ from lopd.backends.zarr import compaction
 from lopd.backends.zarr.commit_log import COMMITS_PER_CHECKPOINT, CommitLog
 from lopd.backends.zarr.encode import encode_rollouts, encode_scores
 from lopd.backends.zarr.format import METADATA_FILE, group_document
-from lopd.backends.zarr.record import read_record
 from lopd.backends.zarr.segment import Segment, SegmentData, SegmentMeta, encode_segment
 from lopd.backends.zarr.state import State
 from lopd.errors import LopdError, StoreWriteError
@@ -238,7 +237,7 @@ class Writer:
         """Paths of segments that this store has made, and that the current state does not name."""
         keep = self._state.paths()
         for entry in self._log.records(0, "", self._state.commits):
-            record = read_record(entry.body, self._owner)
+            record = entry.body
             if record["kind"] == "compaction" and time.time() - record["when"] < older_than:
                 keep.update(record["removes"])
         with writing(self._owner, "sweeping"):
