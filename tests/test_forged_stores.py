@@ -30,7 +30,7 @@ COUNT = "3000" if "LOPD_KILLS" in os.environ else "40"
 
 @pytest.mark.parametrize("kind", ["zarr", "lance"])
 def test_forged_json_gives_what_it_says_or_one_error_of_ours(kind: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(FORGER.parents[1])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FORGER.parents[1]), os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run([sys.executable, FORGER, kind, tmp_path, COUNT], capture_output=True, text=True, check=False, env=environment)
     said = [json.loads(line) for line in run.stdout.splitlines()]
     assert run.returncode == 0, f"ended in {said[-1:]}: {run.stderr[-2000:]}"
