@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 from uuid import uuid4
@@ -83,21 +84,22 @@ class LocalFiles:
         """Parts of one file, which stays open for the next time."""
         file = self._open.get(path)
         if file is None:
-            self._open[path] = file = self._opened(path)
+            self._open[path] = file = self._opened(partial(_Open, self.root / path))
             while len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         else:
             self._open.move_to_end(path)
         return read_spans(file.read, starts, ends, _GAP, self.run)
 
-    def _opened(self, path: str) -> _Open:
+    def _opened(self, opening: Callable[[], T]) -> T:
+        """What this opens; files that were kept open are closed where the process may not open another."""
         try:
-            return _Open(self.root / path)
+            return opening()
         except OSError as error:
             if error.errno != errno.EMFILE or not self._open:
                 raise
             self._open.clear()
-            return _Open(self.root / path)
+            return opening()
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
         """What each call gives, one after the other."""
@@ -109,7 +111,7 @@ class LocalFiles:
         made = [folder for parent in folders for folder in _make_folder(parent)]
         # Written first and flushed then: the disk works on all of them at once.
         with ExitStack() as stack:
-            written = [stack.enter_context((self.root / path).open("xb", buffering=0)) for path in files]
+            written = [stack.enter_context(self._opened(partial((self.root / path).open, "xb", buffering=0))) for path in files]
             for file, data in zip(written, files.values(), strict=True):
                 _write(file, data)
             for file in written:
