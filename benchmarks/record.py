@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def describe_machine() -> dict[str, Any]:
     """Machine and versions, for reports that are not made by the quickstart."""
-    names = ("torch", "numpy", "zarr", "lancedb", "pyarrow", "datasets", "obstore", "xxhash", "transformers", "peft", "trl")
+    names = ("torch", "numpy", "zarr", "lancedb", "pylance", "pyarrow", "datasets", "obstore", "xxhash", "transformers", "peft", "trl")
     versions = {name: version(name) for name in names if find_spec(name)}
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
     return {"machine": machine, "versions": {"lopd": lopd.__version__, **versions}}

@@ -247,7 +247,9 @@ def flushed(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
 
 
 def not_flushed(store: LanceStore, flushed: dict[int, int]) -> list[Path]:
-    paths = [place(store), *place(store).rglob("*")]
+    # How far a table has come need not survive a power cut; it is marked at the end, in a new folder of the store.
+    paths = [path for path in place(store).rglob("*") if ".head" not in str(path.relative_to(place(store)))]
+    assert place(store).stat().st_ino in flushed
     return [path for path in paths if flushed.get(path.stat().st_ino) != path.stat().st_mtime_ns]
 
 
@@ -322,7 +324,8 @@ def test_compaction_leaves_one_fragment_and_removes_old_versions_only_when_told_
     filled.compact(older_than=0.0)
     assert len(list(place(filled).glob("rollouts-*/data/*"))) == 1
     assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1"]
-    with pytest.raises(CorruptStoreError, match="reopen the store"):
-        reader.read([0])
+    with pytest.raises(CorruptStoreError, match="refresh the store"):
+        reader.table()
     reader.refresh()
+    assert reader.table().count_rows() == 4
     assert rows_of(reader) == ["m", "b", "r0", "r1"]

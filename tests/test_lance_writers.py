@@ -68,7 +68,7 @@ def test_of_two_models_for_a_new_column_one_wins_and_the_other_leaves_no_trace(f
     store = reopened(filled)
     assert store.columns["ref"] == tiny_provenance("A")
     assert store.read([0], ("ref",))[0].scores["ref"].tolist() == [-1.0] * 3
-    assert len(list(place(filled).glob("scores.ref-*"))) == 1
+    assert len(list(place(filled).glob("scores.ref-*.lance"))) == 1
 
 
 def test_scores_that_another_writer_adds_to_a_new_column_at_the_same_time_are_both_there(filled: LanceStore, before_insert: Any) -> None:

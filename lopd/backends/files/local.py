@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 # Far below the usual limits of a process; a store of many small appends has more files than that.
 _OPEN_FILES = 64
+_FLUSHES_AT_ONCE = 16
 # Reading so many bytes along costs less than another read.
 _GAP = 4096
 
@@ -109,15 +111,14 @@ class LocalFiles:
         """New files, flushed to disk together with the folders that lead to them."""
         folders = {(self.root / path).parent for path in files}
         made = [folder for parent in folders for folder in _make_folder(parent)]
-        # Written first and flushed then: the disk works on all of them at once.
-        with ExitStack() as stack:
+        # Written first, and flushed side by side: the disk takes little longer for all than for one.
+        with ExitStack() as stack, ThreadPoolExecutor(_FLUSHES_AT_ONCE) as pool:
             written = [stack.enter_context(self._opened(partial((self.root / path).open, "xb", buffering=0))) for path in files]
             for file, data in zip(written, files.values(), strict=True):
                 _write(file, data)
-            for file in written:
-                os.fsync(file.fileno())
-        for folder in {*folders, *made}:
-            flush(folder)
+            for flushing in [pool.map(lambda file: os.fsync(file.fileno()), written), pool.map(flush, {*folders, *made})]:
+                for _ in flushing:
+                    pass  # which raises what a flush has raised
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Whether this call made the file: written under a temporary name, flushed, and linked to its own, which fails if that is taken."""

@@ -1,129 +1,53 @@
-"""What a store on LanceDB says outside its tables: small JSON files, each made by exactly one of those who try, each with a checksum.
+"""What a store on LanceDB says outside its tables: a log of small JSON files, each made by exactly one of those who try.
 
-    lopd.json                      the manifest; the store exists from here on
-    rollouts.json                  the name of the table that holds the rollouts
-    columns/<column>.json          the name of the table of a score column, and who computed it
-    generations/<number>.json      who sampled in a round
-    compactions/<key>.json         what was merged, for the history
-    quarantine/<key>.json          rows that a column's model could not score, and why
+    lopd.json               the manifest; the store exists from here on
+    log/<number>.json       what was done, one after the other; see `Kind`
+    log.head/<number>       empty: the log has at least so many records
+    <table>.head/<number>   empty: the table has at least so many rows
 
-They are files and not rows because creating a LanceDB table is not atomic: two concurrent creators can both be told that they succeeded.
+Each record has a checksum of itself and that of the record before it, the first one that of lopd.json: a record that is missing, or is
+another store's, is noticed.  They are files and not rows because creating a LanceDB table is not atomic: two concurrent creators can both
+be told that they succeeded.
+
+An older store has folders of files without numbers instead.  They are read, and the first record that is added to it lists them.
 """
 
 import re
 import time
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypedDict, final
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 from uuid import uuid4
 
-from attrs import field, frozen
-
-from lopd.backends.admission import ColumnName
 from lopd.backends.files import Files, reading, writing
+from lopd.backends.lance.state import CatalogState, Kind, Record
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
-from lopd.backends.sealing import damaged, seal, unseal
-from lopd.records.identity import ModelId
-from lopd.records.manifest import Commit, Manifest, Provenance
-from lopd.records.stored import Count, Seconds, parse, read_as
+from lopd.backends.sealing import checksum, damaged, seal, unseal
+from lopd.errors import CorruptStoreError
+from lopd.records.manifest import Manifest
+from lopd.records.stored import parse, read_as
 
-ROLLOUTS_FILE = "rollouts.json"
-COLUMNS, GENERATIONS, COMPACTIONS, QUARANTINE = "columns", "generations", "compactions", "quarantine"
-_EVENTS: dict[str, Literal["generation", "compaction", "quarantine"]] = {
-    GENERATIONS: "generation",
-    COMPACTIONS: "compaction",
-    QUARANTINE: "quarantine",
-}
-# A table is a folder of the database.
-_TableName = Annotated[str, re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")]
+LOG, HEAD = "log", ".head"
+_OLD_FOLDERS: dict[str, Kind] = {"columns": "table", "generations": "generation", "quarantine": "quarantine", "compactions": "compaction"}
+_OLD_ROLLOUTS = "rollouts.json"
+_RECORD_NAME = re.compile(r"[0-9]{10}\.json")
+_MARKED = re.compile(r"(rollouts|(scores|unscored)\..+)-[0-9a-f]{32}\.head")
 
 
 def _encode_root(root: Root) -> bytes:
-    return seal({"manifest": root.manifest.to_json(), "logprob_dtype": root.logprob_dtype, "by": uuid4().hex})
+    return seal({"manifest": root.manifest.to_json(), "log": {"logprob_dtype": root.logprob_dtype}, "by": uuid4().hex})
 
 
 def _decode_root(url: str, data: bytes) -> Root | None:
     document, owner = parse(data), f"Store {url}: lopd.json"
-    root = Root(Manifest.from_json(document["manifest"], owner), read_as(LogprobDtype, document["logprob_dtype"], owner))
+    # An older lopd, which would not see the log, finds no `logprob_dtype` where it looks for it, and refuses the store.
+    dtype = document["log"]["logprob_dtype"] if "log" in document else document["logprob_dtype"]
+    root = Root(Manifest.from_json(document["manifest"], owner), read_as(LogprobDtype, dtype, owner))
     return root if unseal(data) is not None else None
 
 
 #: Sealed JSON.
 ROOT = RootFile("lopd.json", _encode_root, _decode_root)
-
-
-@frozen
-class TableEntry:
-    """Which table holds the rollouts, or a column.
-
-    Args:
-        table: its name in the database.
-        provenance: who computed the scores; None for the rollouts.
-    """
-
-    table: _TableName
-    provenance: Provenance | None
-
-
-class _Table(TypedDict):
-    """What a file of a table says."""
-
-    table: _TableName
-    provenance: Provenance | None
-    when: Seconds
-
-
-class _Generation(TypedDict):
-    generation: Count
-    policy: ModelId
-    when: Seconds
-
-
-class _Quarantine(TypedDict):
-    column: ColumnName
-    reasons: Mapping[Count, str]
-    when: Seconds
-
-
-class _Compaction(TypedDict):
-    column: ColumnName | None
-    rows: Count
-    tokens: Count
-    when: Seconds
-
-
-@frozen
-class Quarantine:
-    """Rows that could not be scored.
-
-    Args:
-        column: column that lacks their scores.
-        reasons: by row.
-        when: seconds since 1970.
-    """
-
-    column: str
-    reasons: Mapping[int, str]
-    when: float
-
-
-@frozen
-class CatalogState:
-    """What was there at one moment; only `Catalog` adds to it.
-
-    Args:
-        tables: table of each column; that of the rollouts has the key None, and is there from the first append on.
-        generations: policies, by round.
-        quarantines: of all columns, in no order.
-        events: generations, compactions and quarantines, for the history.
-        seen: files that are in all this.
-    """
-
-    tables: dict[str | None, TableEntry] = field(factory=dict)
-    generations: dict[int, ModelId] = field(factory=dict)
-    quarantines: list[Quarantine] = field(factory=list)
-    events: list[Commit] = field(factory=list)
-    seen: set[str] = field(factory=set)
 
 
 @final
@@ -144,45 +68,61 @@ class Catalog:
         """Take in what was added since; files never change.
 
         Raises:
-            CorruptStoreError: one is damaged.
+            CorruptStoreError: one is damaged, missing, or another store's.
             StoreReadError: the storage refused.
         """
+        state, expected, first = self.state, 0, not self.state.last
+        if first:
+            names = self._names("")
+            expected = max(self.least(LOG), 0, *(int(name[:10]) + 1 for name in self._names(LOG) if _RECORD_NAME.fullmatch(name)))
+            state.last = checksum(self._read(ROOT.name) or b"")
+            self._read_old(names)
+        while (data := self._read(path := _path(state.number))) is not None:
+            document = self._unsealed(path, data)
+            if (document.get("number"), document.get("previous")) != (state.number, state.last):
+                raise self._broken(path, "does not follow the record before it", "one that does")
+            state.add(document, f"{self._owner}: {path}")
+            state.number, state.last = state.number + 1, checksum(data)
+        if state.number < expected:
+            raise self._broken(path, "is missing", f"{expected} records")
+        # A table is marked after the record that names it.
+        marked = {name.removesuffix(HEAD) for name in names if _MARKED.fullmatch(name)} if first else set[str]()
+        for name in marked.difference(state.begun, (entry.table for entry in state.tables.values())):
+            raise self._broken(path, "is missing", f"a record of table {name!r}, which has rows")
+
+    def _read_old(self, names: Sequence[str]) -> None:
+        paths = [_OLD_ROLLOUTS] if _OLD_ROLLOUTS in names else []
+        paths += [
+            f"{folder}/{name}" for folder in _OLD_FOLDERS if folder in names for name in self._names(folder) if name.endswith(".json")
+        ]
+        found = {path: self._read(path) or b"" for path in paths}
+        documents = {path: self._unsealed(path, data) for path, data in found.items()}
+        for path, document in documents.items():
+            folder, _, name = path.removesuffix(".json").rpartition("/")
+            document["kind"] = _OLD_FOLDERS.get(folder, "table")
+            if document["kind"] == "table":
+                document["column"] = name if folder else None
+            read_as(Record, document, f"{self._owner}: {path}")
+        for path, document in sorted(documents.items(), key=lambda item: item[1]["when"]):
+            self.state.add(document, f"{self._owner}: {path}", old=True)
+        self.state.old = {path: checksum(data) for path, data in found.items()}
+
+    def _broken(self, path: str, what: str, wanted: str) -> CorruptStoreError:
+        return CorruptStoreError(f"{self._owner}: {path} {what}, expected {wanted}; restore the store from a backup.")
+
+    def _names(self, folder: str) -> list[str]:
         with reading(self._owner, "reading its catalog"):
-            listed = {folder: self._files.names(folder) for folder in (COLUMNS, *_EVENTS, "")}
-        found = [f"{folder}/{name}" for folder, names in listed.items() if folder for name in names if name.endswith(".json")]
-        found += [ROLLOUTS_FILE] if ROLLOUTS_FILE in listed[""] else []
-        for path in sorted(set(found) - self.state.seen):
-            self._add(path, self.document(path))
+            return self._files.names(folder)
 
-    def _add(self, path: str, document: Mapping[str, Any]) -> None:
-        state, (folder, _, name), owner = self.state, path.removesuffix(".json").rpartition("/"), f"{self._owner}: {path}"
-        rows, tokens, column = 0, 0, None
-        if folder in ("", COLUMNS):
-            table = read_as(_Table, document, owner)
-            state.tables[read_as(ColumnName, name, owner) if folder else None] = TableEntry(table["table"], table["provenance"])
-        elif folder == GENERATIONS:
-            generation = read_as(_Generation, document, owner)
-            state.generations[generation["generation"]] = generation["policy"]
-        elif folder == QUARANTINE:
-            quarantine = read_as(_Quarantine, document, owner)
-            rows, column = len(quarantine["reasons"]), quarantine["column"]
-            state.quarantines.append(Quarantine(**quarantine))
-        else:
-            merged = read_as(_Compaction, document, owner)
-            rows, tokens, column = merged["rows"], merged["tokens"], merged["column"]
-        if folder in _EVENTS:
-            state.events.append(Commit(0, _EVENTS[folder], rows, tokens, column, document["when"]))
-        state.seen.add(path)
-
-    def document(self, path: str) -> dict[str, Any]:
-        """What one file says.
-
-        Raises:
-            CorruptStoreError: it is damaged.
-            StoreReadError: the storage refused.
-        """
+    def _read(self, path: str) -> bytes | None:
         with reading(self._owner, "reading its catalog"):
-            document = unseal(self._files.read(path))
+            try:
+                return self._files.read(path)
+            except FileNotFoundError:
+                return None
+
+    def _unsealed(self, path: str, data: bytes | None) -> dict[str, Any]:
+        document = None if data is None else unseal(data)
         if document is None:
             raise damaged(self._owner, path)
         return document
@@ -194,34 +134,56 @@ class Catalog:
 
     def reasons(self, column: str) -> dict[int, str]:
         """Why the column's model could not score rows, scored since or not; of several reasons the latest."""
-        ordered = sorted(self.state.quarantines, key=lambda quarantine: quarantine.when)
-        return {row: reason for quarantine in ordered if quarantine.column == column for row, reason in quarantine.reasons.items()}
+        found = (quarantine.reasons for quarantine in self.state.quarantines if quarantine.column == column)
+        return {row: reason for reasons in found for row, reason in reasons.items()}
 
-    def later(self) -> float:
-        """Now, or just after the latest quarantine that is known, should the clock of its writer be ahead."""
-        return max([time.time(), *(quarantine.when + 1e-3 for quarantine in self.state.quarantines)])
-
-    def put(self, path: str, document: Mapping[str, Any]) -> bool:
-        """Whether this call made the file.
+    def put(self, kind: Kind, document: Mapping[str, Any]) -> bool:
+        """Whether this call made the next record; `refresh` takes it in.
 
         Raises:
             StoreWriteError: the storage refused.
         """
+        if self.state.old and not self.state.number:
+            # What others have put meanwhile is to be seen first.
+            self._put("old", {"files": self.state.old})
+            return False
+        return self._put(kind, document)
+
+    def _put(self, kind: Kind, document: Mapping[str, Any]) -> bool:
+        path = _path(self.state.number)
+        sealed = {"number": self.state.number, "previous": self.state.last, "kind": kind, "when": time.time(), **document}
         with writing(self._owner, f"writing {path}"):
             # The key makes the bytes of each call its own, which is how a repeated request knows its own file.
-            return self._files.put_if_absent(path, seal({"when": time.time(), **document, "by": uuid4().hex}))
+            made = self._files.put_if_absent(path, seal({**sealed, "by": uuid4().hex}))
+        if made:
+            self.mark(LOG, self.state.number + 1)
+        return made
+
+    def say(self, kind: Kind, document: Mapping[str, Any]) -> None:
+        """Make a record, after those of others, and take in all of them."""
+        while not self.put(kind, document):
+            self.refresh()
+        self.refresh()
+
+    def mark(self, name: str, number: int) -> None:
+        """Keep how many rows a table has, or how many records the log.
+
+        Raises:
+            StoreWriteError: the storage refused.
+        """
+        folder = f"{name}{HEAD}"
+        with writing(self._owner, f"writing {folder}"):
+            self._files.mark(folder, number)
+            self._files.remove([f"{folder}/{old}" for old in self._files.names(folder) if old.isdecimal() and int(old) < number])
+
+    def least(self, name: str) -> int:
+        """How many rows a table has at least, or how many records the log.
+
+        Raises:
+            StoreReadError: the storage refused.
+        """
+        return max((int(number) for number in self._names(f"{name}{HEAD}") if number.isdecimal()), default=0)
 
 
-def table_path(column: str | None) -> str:
-    """The file that says where a column is, or the rollouts."""
-    return ROLLOUTS_FILE if column is None else f"{COLUMNS}/{column}.json"
-
-
-def new_path(folder: str) -> str:
-    """A file for one compaction or quarantine, named as no other."""
-    return f"{folder}/{uuid4().hex}.json"
-
-
-def generation_path(generation: int) -> str:
-    """The file that says who sampled in a round."""
-    return f"{GENERATIONS}/{generation:010d}.json"
+def _path(number: int) -> str:
+    return f"{LOG}/{number:010d}.json"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from lopd.backends.id_index import decode_id, hash_ids
+from lopd.backends.lance.advance import in_advance
 from lopd.backends.lance.encode import (
     ID,
     LINE_CHECKSUM,
@@ -19,7 +20,7 @@ from lopd.backends.lance.encode import (
     TOP_K_DATA,
     line_checksums,
 )
-from lopd.backends.lance.table import HAS_SAMPLER, LATER, RANGE, in_advance
+from lopd.backends.lance.table import HAS_SAMPLER, LATER, RANGE
 from lopd.errors import CorruptStoreError, LopdError
 from lopd.records.rollouts import TopK
 from lopd.records.rows import Rows, ends
@@ -255,8 +256,8 @@ def decoding(owner: str) -> Iterator[None]:
         raise damaged(owner, "a row", f"values cannot be decoded ({error}), expected those that were written") from error
 
 
-def read_lines(owner: str, table: Any, line: np.dtype[Any]) -> NDArray[np.void]:
-    """The lines of an Arrow table that has `line_columns`.
+def read_lines(owner: str, table: Any, line: np.dtype[Any], seed: int) -> NDArray[np.void]:
+    """The lines of an Arrow table that has `line_columns`; `seed` is that of its table.
 
     Raises:
         CorruptStoreError: one is not what was written; it names the rollout, or its row.
@@ -267,7 +268,7 @@ def read_lines(owner: str, table: Any, line: np.dtype[Any]) -> NDArray[np.void]:
             lines[name] = hash_ids(table.column(ID).to_pylist()) if name == "id_hash" else _numbers(owner, table, name, line[name])
         if HAS_SAMPLER in table.column_names:
             lines["has_behavior"] |= table.column(HAS_SAMPLER).fill_null(False).to_numpy().astype(np.uint8) << 1
-        found, wanted = line_checksums(lines), _numbers(owner, table, LINE_CHECKSUM, np.dtype("<u8"))
+        found, wanted = line_checksums(lines, seed), _numbers(owner, table, LINE_CHECKSUM, np.dtype("<u8"))
     for i in np.flatnonzero(found != wanted)[:1]:
         name = f"scores of row {lines['row'][i]}"
         if ID in table.column_names:

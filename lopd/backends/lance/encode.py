@@ -72,14 +72,18 @@ def checksum(*parts: Any) -> int:
     return found
 
 
-def line_checksums(lines: NDArray[np.void]) -> NDArray[np.uint64]:
-    """(n,): of each line."""
+def line_checksums(lines: NDArray[np.void], seed: int) -> NDArray[np.uint64]:
+    """(n,): of each line; those of one table have the same seed."""
     data, size = lines.tobytes(), lines.dtype.itemsize
-    return np.array([xxh3_64_intdigest(data[at : at + size]) for at in range(0, len(data), size)], np.uint64)
+    return np.array([xxh3_64_intdigest(data[at : at + size], seed) for at in range(0, len(data), size)], np.uint64)
 
 
-def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
-    """An Arrow table of one commit.  Ids are in the smallest type that holds the vocabulary; there is no mask where nothing is masked.
+def encode_rollouts(
+    rollouts: Sequence[Rollout], first_row: int, vocab_size: int, logprob_dtype: str, *, commit: int, when: float, seed: int
+) -> Any:
+    """An Arrow table of one commit, for the table that has this seed.
+
+    Ids are in the smallest type that holds the vocabulary; there is no mask where nothing is masked.
 
     Raises:
         InvalidRecordError: a log-prob is below what the type can hold; it names the rollout.
@@ -112,10 +116,12 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     optional: dict[str, Sequence[Any]] = {"loss_mask": masks, "behavior_logprobs": behaviors}
     if any(values is not None for values in drawn):
         optional["sampler_logprobs"] = drawn
-    return _table(lines, texts, {"token_ids": tokens}, optional, logprob_dtype)
+    return _table(lines, texts, {"token_ids": tokens}, optional, logprob_dtype, seed=seed)
 
 
-def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
+def encode_scores(
+    scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str, *, commit: int, when: float, seed: int
+) -> Any:
     """The same for scores; a row is that of the rollout.  All of them have a top-k support or none has."""
     owners = [score.rollout_id for score in scores]
     logprobs, rounding = ragged.to_stored([score.logprobs for score in scores], owners, logprob_dtype)
@@ -140,15 +146,15 @@ def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int
     }
     for name, values in columns.items():
         lines[name] = values
-    return _table(lines, {}, lists, {}, logprob_dtype)
+    return _table(lines, {}, lists, {}, logprob_dtype, seed=seed)
 
 
-def no_scores(provenance: Provenance, vocab_size: int, logprob_dtype: str, *, commit: int, when: float) -> Any:
+def no_scores(provenance: Provenance, vocab_size: int, logprob_dtype: str, *, commit: int, when: float, seed: int) -> Any:
     """An Arrow table of a column without a row."""
     k = provenance.top_k
     support = TopK([[0] * k], [[-np.log(k)] * k], [0.0]) if k else None
     one = Scores("", b"\0" * 16, [0.0], top_k=support)
-    return encode_scores([one], [0], vocab_size, logprob_dtype, commit=commit, when=when).slice(0, 0)
+    return encode_scores([one], [0], vocab_size, logprob_dtype, commit=commit, when=when, seed=seed).slice(0, 0)
 
 
 def _table(
@@ -157,6 +163,8 @@ def _table(
     lists: dict[str, Sequence[Any]],
     optional_lists: dict[str, Sequence[Any]],
     logprob_dtype: str,
+    *,
+    seed: int,
 ) -> Any:
     import pyarrow as pa
 
@@ -168,7 +176,7 @@ def _table(
         values: Any = (lines[name] & 1).astype(np.bool_) if name == "has_behavior" else lines[name]
         array = _bytes_column(values) if values.dtype.kind == "V" else pa.array(values)
         columns.append((pa.field(name, array.type, nullable=False, metadata=KEY_METADATA if name == COMMIT else None), array))
-    columns.append((pa.field(LINE_CHECKSUM, pa.uint64(), nullable=False), pa.array(line_checksums(lines))))
+    columns.append((pa.field(LINE_CHECKSUM, pa.uint64(), nullable=False), pa.array(line_checksums(lines, seed))))
     for name, texts_of in texts.items():
         array = pa.array(texts_of, pa.binary() if name == ID else pa.string())
         columns.append((pa.field(name, array.type, nullable=False), array))

@@ -1,12 +1,13 @@
 """One table of a store: which rows it has, and at which place Lance keeps each."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import RLock
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lopd.backends.growing import Growing
 from lopd.backends.lance.decode import read_lines
 from lopd.backends.lance.encode import line_columns
 from lopd.backends.lance.table import COMMIT, LanceTable
@@ -19,80 +20,117 @@ _ROWS_AT_ONCE = 1 << 16
 class Part:
     """One table and its lines, which are read when they are first asked for, and then only those that were added.
 
-    Lance keeps rows in the order of commits, and a compaction does not change that; but it promises neither.  So every line carries its
-    row number, every read compares it, and places that have moved are found anew.
+    Lance keeps rows in the order of commits, and our merges do not change that; but it promises neither.  So every line carries its row
+    number and its commit, every read compares it, and places that have moved are found anew.
 
     Args:
-        owner: how messages name the store.   table: whose lines.   line: what they consist of.
-        dense: the table has every row from 0 on.
+        owner: how messages name the store.   table: whose lines.   line: what they consist of.   seed: of their checksums.
+        limit: gives the number of rollouts of the store; None for their own table, which has every row from 0 on.
     """
 
-    def __init__(self, owner: str, table: LanceTable, line: np.dtype[Any], *, dense: bool) -> None:
+    def __init__(self, owner: str, table: LanceTable, line: np.dtype[Any], seed: int, limit: Callable[[], int] | None) -> None:
         """Reads nothing."""
         self.table = table
         self._owner = owner
-        self._line = line
-        self._dense, self._asked = dense, False
+        self._line, self.seed = line, seed
+        self._limit, self._asked = limit, False
         # Fetches may run side by side; what is in memory changes under one of them at a time.
         self._lock = RLock()
         self.forget()
 
     def forget(self) -> None:
         """Read lines anew when they are next asked for."""
-        self._lines = np.zeros(0, self._line)
-        self._rows, self._places = np.zeros(0, np.int64), np.zeros(0, np.int64)
+        self._lines = Growing(self._line)
+        # For each row of the store, where its line is in `lines`, -1 if it has none; a table of all rows needs no such thing.
+        self._at = Growing(np.int64)
+        # For each line its place in the table; None while all are where they ought to be.
+        self._places: NDArray[np.int64] | None = None
+
+    @property
+    def read(self) -> int:
+        """Number of rows whose lines were read, so that they are there whole."""
+        return len(self._lines)
 
     def lines(self) -> NDArray[np.void]:
-        """All lines of the table's version, by row number.
+        """All lines of the table's version, in the order of commits.
 
         Raises:
             CorruptStoreError: one is damaged, missing, or there twice.
         """
         if len(self._lines) != self.table.rows:
+            read_before = len(self._lines) > 0
             try:
                 self._read_on()
-            except CorruptStoreError:
-                # Perhaps what was read before has moved.
+            except BaseException as error:
                 self.forget()
-                self._read_on()
-        return self._lines
+                # Perhaps what was read before has moved.
+                if not (read_before and isinstance(error, CorruptStoreError)):
+                    raise
+                return self.lines()
+        return self._lines.view()
 
     def _read_on(self) -> None:
-        parts, start = [self._lines], len(self._lines)
+        if self._places is not None or len(self._lines) > self.table.rows:
+            self.forget()
+        start = len(self._lines)
         for first in range(start, self.table.rows, _ROWS_AT_ONCE):
             places = np.arange(first, min(first + _ROWS_AT_ONCE, self.table.rows))
-            parts.append(read_lines(self._owner, self.table.take(places, line_columns(self._line)), self._line))
-        lines, places = np.concatenate(parts), np.concatenate([self._places, np.arange(start, self.table.rows)])
-        order = np.argsort(lines["row"], kind="stable")
-        if not (order[:-1] < order[1:]).all():
-            lines, places = lines[order], places[order]
-        rows = np.ascontiguousarray(lines["row"])
-        if (rows[:-1] == rows[1:]).any() or (self._dense and rows.size and (rows[0], rows[-1]) != (0, rows.size - 1)):
+            self._lines.append(read_lines(self._owner, self.table.take(places, line_columns(self._line)), self._line, self.seed))
+        if (np.diff(self._lines.view()[COMMIT][max(start - 1, 0) :]) < 0).any():
+            self._places = self._in_order(start)
+        self._index(start)
+
+    def _in_order(self, start: int) -> NDArray[np.int64]:
+        """Put lines in the order of commits; gives where each was."""
+        if start:
+            raise self._doubtful()
+        lines = self._lines.view()
+        order: NDArray[np.int64] = np.lexsort([lines["row"], lines[COMMIT]])
+        lines[:] = lines[order]
+        return order
+
+    def _index(self, start: int) -> None:
+        """Take in where the lines of rows are, from this line on."""
+        rows = np.ascontiguousarray(self._lines.view()["row"][start:])
+        if self._limit is None:
+            if (rows != np.arange(start, start + rows.size)).any():
+                raise self._doubtful()
+            return
+        if rows.size and not 0 <= rows.min() <= rows.max() < self._limit():
             raise CorruptStoreError(
-                f"{self._owner}: table {self.table.name!r} has a row twice or none of a number, expected each row once; "
-                "restore the store from a backup."
+                f"{self._owner}: table {self.table.name!r} has scores of rows {rows.min()} to {rows.max()}, expected rows below "
+                f"{self._limit()}; restore the store from a backup."
             )
-        self._lines, self._rows, self._places = lines, rows, places
+        self._at.append(np.full(max(rows.max(initial=-1) + 1 - len(self._at), 0), -1))
+        at = self._at.view()
+        if (at[rows] >= 0).any() or np.unique(rows).size != rows.size:
+            raise self._doubtful()
+        at[rows] = np.arange(start, start + rows.size)
+
+    def _doubtful(self) -> CorruptStoreError:
+        return CorruptStoreError(
+            f"{self._owner}: table {self.table.name!r} has a row twice or none of a number, expected each row once; "
+            "restore the store from a backup."
+        )
 
     def find(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """(n,): where the lines of these rows are in `lines`, -1 where there is none."""
-        self.lines()
-        if not self._rows.size:
-            return np.full(rows.size, -1, np.int64)
-        if self._rows[-1] == self._rows.size - 1:
-            # No row is missing.
-            return np.where(rows < self._rows.size, rows, -1)
-        at = np.minimum(np.searchsorted(self._rows, rows), self._rows.size - 1)
-        return np.where(self._rows[at] == rows, at, -1)
+        count = len(self.lines())
+        if self._limit is None:
+            return np.where(rows < count, rows, -1)
+        found, there = np.full(rows.size, -1, np.int64), rows < len(self._at)
+        found[there] = self._at.view()[rows[there]]
+        return found
 
     def _places_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         # In two steps: looking for rows may read on, and then there are more places.
         at = self.find(rows)
-        return self._places[at]
+        return at if self._places is None else self._places[at]
 
     def next_commit(self) -> int:
         """A number that no commit has that this version knows of."""
-        return int(self.lines()[COMMIT].max(initial=-1)) + 1
+        lines = self.lines()
+        return int(lines[COMMIT][-1]) + 1 if lines.size else 0
 
     def lines_of(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Return the lines of rows that are there, in this order.
@@ -102,10 +140,10 @@ class Part:
         Raises:
             CorruptStoreError: one is damaged.
         """
-        if self._dense and not self._rows.size and not self._asked:
+        if self._limit is None and not len(self._lines) and not self._asked:
             self._asked = True
             distinct, places = np.unique(rows, return_inverse=True)
-            found = read_lines(self._owner, self.table.take(distinct, line_columns(self._line)), self._line)
+            found = read_lines(self._owner, self.table.take(distinct, line_columns(self._line)), self._line, self.seed)
             found = found[np.argsort(found["row"])]
             if np.array_equal(found["row"], distinct):
                 return found[places]
@@ -120,7 +158,7 @@ class Part:
         for _ in range(2):
             with self._lock:
                 # Without its lines in memory, a row of a table that has every row is looked for where it ought to be.
-                places = self._places_of(rows) if self._rows.size or not self._dense else rows
+                places = self._places_of(rows) if len(self._lines) or self._limit is not None else rows
             found = self.table.take(np.sort(places), ["row", *columns])
             if np.array_equal(np.sort(found["row"].to_numpy()), rows):
                 return found

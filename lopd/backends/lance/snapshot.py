@@ -1,6 +1,6 @@
 """What a store on LanceDB holds, at the versions of its tables that were last looked at."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from lopd.backends import admission
 from lopd.backends.id_index import IdIndex
 from lopd.backends.lance import decode
-from lopd.backends.lance.catalog import ROLLOUTS_FILE, Catalog, TableEntry
+from lopd.backends.lance.catalog import Catalog
 from lopd.backends.lance.decode import Wanted
 from lopd.backends.lance.encode import ROLLOUT_LINE, SCORE_LINE
 from lopd.backends.lance.part import Part
-from lopd.backends.lance.table import Database
+from lopd.backends.lance.state import TableEntry
+from lopd.backends.lance.table import Database, Seen
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
@@ -27,10 +28,10 @@ class Snapshot:
 
     Args:
         database, catalog: of the store.
-        versions: table name -> version to look at; the latest of those that are not named.
+        versions: table name -> version to look at, and its rows; the latest of those that are not named.
     """
 
-    def __init__(self, database: Database, catalog: Catalog, versions: Mapping[str, int]) -> None:
+    def __init__(self, database: Database, catalog: Catalog, versions: Seen) -> None:
         """Opens the tables that the catalog names."""
         self._owner = database.owner
         self._database = database
@@ -40,31 +41,50 @@ class Snapshot:
         self.columns: dict[str, Part] = {}
         self._open(versions)
 
-    def _open(self, versions: Mapping[str, int]) -> None:
+    def _open(self, versions: Seen) -> None:
         # Columns before rollouts: so every visible score has a visible rollout.
         tables = self._catalog.state.tables
         for column, entry in tables.items():
             if column is not None and column not in self.columns:
-                self.columns[column] = self._part(entry, SCORE_LINE, versions, dense=False)
+                self.columns[column] = self._part(entry, SCORE_LINE, versions, lambda: self.rows)
         if self.rollouts is None and None in tables:
-            self.rollouts = self._part(tables[None], ROLLOUT_LINE, versions, dense=True)
+            self.rollouts = self._part(tables[None], ROLLOUT_LINE, versions, None)
         if self.columns and self.rollouts is None:
             raise CorruptStoreError(
-                f"{self._owner}: {ROLLOUTS_FILE} is missing, expected it where there are scores; restore the file from a backup."
+                f"{self._owner}: the catalog names no table of rollouts, expected one where there are scores; restore the store from a backup."
             )
 
-    def _part(self, entry: TableEntry, line: np.dtype[Any], versions: Mapping[str, int], *, dense: bool) -> Part:
-        return Part(self._owner, self._database.open(entry.table, versions.get(entry.table)), line, dense=dense)
+    def _part(self, entry: TableEntry, line: np.dtype[Any], versions: Seen, limit: Callable[[], int] | None) -> Part:
+        least = 0 if entry.table in versions else self._catalog.least(entry.table)
+        part = Part(self._owner, self._database.open(entry.table, versions.get(entry.table)), line, entry.seed, limit)
+        return self._checked(part, least)
+
+    def _checked(self, part: Part, least: int) -> Part:
+        """The part, unless it has fewer rows than were there before somebody opened it."""
+        if part.table.rows < least:
+            raise CorruptStoreError(
+                f"{self._owner}: table {part.table.name!r} has {part.table.rows} rows, expected at least {least}, for that many were written; "
+                "restore its newest files from a backup."
+            )
+        return part
+
+    def _move(self, part: Part) -> None:
+        least, before = self._catalog.least(part.table.name), part.table.rows
+        part.table.refresh()
+        if self._checked(part, least).table.rows < before:
+            # A writer took back what it could not read.
+            part.forget()
+            self._index, self._indexed = IdIndex(), 0
 
     def refresh(self) -> None:
         """Move to the latest version of everything."""
         self._catalog.refresh()
         for part in self.columns.values():
-            part.table.refresh()
+            self._move(part)
         rollouts = self.rollouts
         self._open({})
         if rollouts is not None:  # last: every score that is seen then has its rollout
-            rollouts.table.refresh()
+            self._move(rollouts)
 
     def parts(self) -> dict[str | None, Part]:
         """All tables that are there: of each column, and of the rollouts, which are None."""
@@ -113,16 +133,16 @@ class Snapshot:
         """(rows,): which rollouts have scores in this column."""
         if column in VIRTUAL_COLUMNS:
             return (self._lines()["has_behavior"] & (1 if column == BEHAVIOR_COLUMN else 2)) > 0
-        scored = self.columns[column].lines()["row"] if column in self.columns else np.zeros(0, np.int64)
-        if scored.size and scored[-1] >= self.rows:
-            raise self._beyond(column, "scores of", scored[-1])
         mask = np.zeros(self.rows, np.bool_)
-        mask[scored] = True
+        if column in self.columns:
+            mask[self.columns[column].lines()["row"]] = True
         return mask
 
     def scored_rows(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(n,): which of these rows have scores in this column."""
-        return self.scored(column)[rows]
+        """(n,): which of these rows have scores in this column; looks at no others."""
+        if column in VIRTUAL_COLUMNS:
+            return self.scored(column)[rows]
+        return self.columns[column].find(rows) >= 0 if column in self.columns else np.zeros(rows.size, np.bool_)
 
     def _beyond(self, column: str, what: str, row: int) -> CorruptStoreError:
         return CorruptStoreError(
@@ -131,11 +151,11 @@ class Snapshot:
 
     def quarantined(self, column: str) -> dict[int, str]:
         """Rows that could not be scored, and why; but for those that were scored later."""
-        reasons = self._catalog.reasons(column)
-        done = self.scored(column) if reasons else ()
-        if (row := max(reasons, default=-1)) >= self.rows:
-            raise self._beyond(column, "a reason for", row)
-        return {row: reason for row, reason in sorted(reasons.items()) if not done[row]}
+        reasons = sorted(self._catalog.reasons(column).items())
+        if reasons and reasons[-1][0] >= self.rows:
+            raise self._beyond(column, "a reason for", reasons[-1][0])
+        done = self.scored_rows(column, np.array([row for row, _ in reasons], np.int64))
+        return {row: reason for (row, reason), scored in zip(reasons, done.tolist(), strict=True) if not scored}
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """Return these rollouts with these columns and supports, in the order asked."""

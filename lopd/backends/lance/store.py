@@ -1,13 +1,13 @@
 """A store on LanceDB: tables that its tools can query, versions, and several writers at once, on a local disk or in a bucket.
 
-    lopd.json, rollouts.json, columns/*.json, ...   what the store is, and which table holds what (see `catalog`)
-    rollouts-<key>.lance                            one row a rollout
-    scores.<column>-<key>.lance                     one row a rollout that is scored
+    lopd.json, log/, *.head/       what the store is, which table holds what, and how much there is (see `catalog`)
+    rollouts-<key>.lance           one row a rollout
+    scores.<column>-<key>.lance    one row a rollout that is scored
 
 Rows are in the order of commits, then in the order of the call; each row carries its number, its commit, and checksums of its bytes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, final
 
 import numpy as np
@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from lopd.backends.durable import DurableBase
 from lopd.backends.files import Files, StorageOptions, StorePath
-from lopd.backends.lance.catalog import ROOT, Catalog, CatalogState
+from lopd.backends.lance.catalog import ROOT, Catalog
 from lopd.backends.lance.encode import tokens_of
 from lopd.backends.lance.snapshot import Snapshot
-from lopd.backends.lance.table import COMMIT, Database
+from lopd.backends.lance.state import CatalogState
+from lopd.backends.lance.table import COMMIT, Database, Seen
 from lopd.backends.lance.writer import Writer
 from lopd.backends.root import Root
 from lopd.errors import LopdError, MissingScoresError
@@ -40,26 +41,29 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     forked process is refused (start workers with "spawn" or "forkserver").
     `find`, `lengths`, `scored`, and `read` of a column, read all lines at the first call, and hold them from then on (about 130 bytes a rollout).
     Each commit costs about 70 kB of LanceDB's bookkeeping until `compact` removes it: append hundreds of rollouts at once.
-    On a local disk a commit is flushed before its call returns.  LanceDB itself flushes nothing, so a power cut in the middle of a
-    commit may leave a last version that cannot be read; what was returned before is whole in the versions before it.
+    What a commit added is read back and, on a local disk, flushed before its call returns.  LanceDB itself flushes nothing, so a power cut
+    in the middle of a commit may leave a last version that cannot be read; what was returned before is whole in the versions before it.
     """
 
     _ROOT = ROOT
 
-    def __init__(self, files: Files, root: Root | None = None, seen: tuple[CatalogState, Mapping[str, int]] | None = None) -> None:
+    def __init__(self, files: Files, root: Root | None = None, seen: tuple[CatalogState, Seen] | None = None) -> None:
         """Not for callers: `open` says what is wrong with a path."""
         super().__init__(files, root)
         self._database = Database(files)
-        state, versions = seen or (CatalogState(generations={self.manifest.generation: self.manifest.policy}), {})
+        state, versions = seen or (self._nothing_seen(), {})
         self._catalog = Catalog(files, state)
         if seen is None:
             self._catalog.refresh()
         self._snapshot = Snapshot(self._database, self._catalog, versions)
         self._writer = Writer(files, self._database, self._catalog, self._snapshot, self._root)
 
+    def _nothing_seen(self) -> CatalogState:
+        return CatalogState(generations={self.manifest.generation: self.manifest.policy})
+
     def __reduce__(self) -> tuple[Any, ...]:
         """Place and versions: connections do not travel to another process."""
-        versions = {part.table.name: part.table.version for part in self._snapshot.parts().values()}
+        versions = {part.table.name: (part.table.version, part.table.rows) for part in self._snapshot.parts().values()}
         return LanceStore, (self._files, None, (self._catalog.state, versions))
 
     @classmethod
@@ -87,11 +91,11 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     def compact(self, *, older_than: float = _WEEK) -> None:
         """Merge many small files into large ones; rows keep their numbers.  Refreshes.
 
-        Versions, and tables that killed writers left behind, are removed if they are older than this many seconds: choose a time that no
-        reader and no pickled store lives, for they read on only as long as their version is there.
+        Versions are removed if they are older than this many seconds: choose a time that no reader and no pickled store lives, for they read
+        on only as long as their version is there.  Tables that killed writers left behind are removed once their column has another table.
 
         Raises:
-            StoreWriteError: the write failed; nothing was lost.
+            StoreWriteError: the write failed, or what was merged is not what was there before; nothing was lost.
         """
         self._proven_writer.compact(older_than)
 
@@ -100,7 +104,6 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         found = list(self._catalog.state.events)
         for column, part in self._snapshot.parts().items():
             lines = part.lines()
-            lines = lines[np.argsort(lines[COMMIT], kind="stable")]
             # A column of which no row was scored, only quarantined, has no lines.
             for commit in np.split(lines, np.flatnonzero(np.diff(lines[COMMIT])) + 1) if lines.size else ():
                 when, rounding = float(commit["committed_at"][0]), float(commit["rounding"][0])
@@ -115,13 +118,14 @@ class LanceStore(DurableBase[Snapshot, Writer]):
 
     def verify(self) -> Iterator[str]:
         """One sentence for each problem found; reads every row of the current versions, and the catalog."""
-        for path in sorted(self._catalog.state.seen):
-            try:
-                self._catalog.document(path)
-            except LopdError as error:
-                yield str(error)
-        for column, part in self._snapshot.parts().items():
+        try:
             # Not what was read before, but what is stored now.
+            catalog = Catalog(self._files, self._nothing_seen())
+            catalog.refresh()
+            Snapshot(Database(self._files), catalog, {})
+        except LopdError as error:
+            yield str(error)
+        for column, part in self._snapshot.parts().items():
             part.forget()
             try:
                 rows = part.lines()["row"]

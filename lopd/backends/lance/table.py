@@ -4,20 +4,19 @@ A row of a table carries the number of the commit that added it, and that column
 a number, which Lance decides: of two writers that add commit 7 at once, one adds all of its rows and the other none.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from datetime import timedelta
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.backends.files import Files, T, bucket_url
+from lopd.backends.files import Files, bucket_url
 from lopd.backends.fork import ForkGuard
-from lopd.errors import CorruptStoreError, LopdError, StorePathError, StoreReadError
+from lopd.backends.lance.failures import is_conflict, is_gone, reading
+from lopd.backends.retry import repeat
+from lopd.errors import CorruptStoreError, StorePathError
 from lopd.records.optional import need
 
 #: The column that says which commit added a row, and what makes Lance let only one writer have a number.
@@ -33,11 +32,15 @@ KEY_METADATA = {"lance-schema:unenforced-primary-key": "true"}
 _FILE_FORMAT = {"new_table_data_storage_version": "2.0", "new_table_enable_v2_manifest_paths": "true"}
 # Left alone, the caches of one table grow to seven gigabytes.
 _INDEX_CACHE, _METADATA_CACHE = 16 << 20, 64 << 20
-_CONFLICTS = ("commit conflict", "was preempted", "incompatible transaction", "contention", "too many concurrent writers")
-_NETWORK = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure error", "error sending request", "timed out")
 #: So many neighbours are read on; fewer are looked up one by one.
 RANGE = 512
-_FETCHES = 2
+TABLE_SUFFIX = ".lance"
+# Names of manifests count down, so that the newest is listed first.
+_LAST, _MANIFEST = (1 << 64) - 1, ".manifest"
+#: By name of a table: a version of it, and how many rows it had then.
+Seen = Mapping[str, tuple[int, int]]
+#: How long a call that meets other writers goes on; see `repeat`.
+PATIENCE: dict[str, Any] = {"seconds": 60.0, "pause": 0.02, "longest": 0.1}
 _SCHEMES = ("s3", "gs", "az", "abfss")
 _GUARD = ForkGuard("LanceDB")
 
@@ -52,42 +55,6 @@ def _lancedb(owner: str) -> Any:
     lancedb = need("lancedb", owner, "lance")
     _GUARD.check(owner)
     return lancedb
-
-
-@contextmanager
-def _reading(what: str) -> Iterator[None]:
-    """Turns what Lance raises while it reads into errors of ours."""
-    try:
-        yield
-    except LopdError:
-        raise
-    except BaseException as error:
-        if not is_lance_error(error):
-            raise
-        said = first_line(error)
-        if any(words in said for words in _NETWORK):
-            raise StoreReadError(
-                f"{what}: reading it failed with {said!r}, expected the storage to answer; check it and try again."
-            ) from error
-        raise CorruptStoreError(
-            f"{what}: LanceDB cannot read it ({said!r}), expected whole files; restore them from a backup, or reopen the store "
-            "if they are of a version that a compaction has removed."
-        ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The gist of what Lance says; the rest is a stack of Rust."""
-    return str(error).split("\n", 1)[0].split(", /", 1)[0][:300]
-
-
-def is_lance_error(error: BaseException) -> bool:
-    """Whether LanceDB may have raised it; a panic of its Rust code is no `Exception`."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def is_conflict(error: BaseException) -> bool:
-    """Whether a write failed because another one came first."""
-    return any(word in str(error).lower() for word in _CONFLICTS)
 
 
 @final
@@ -113,7 +80,9 @@ class Database:
                 f"{self.owner}: LanceDB cannot store there, expected a local path, or a URL of {', '.join(_SCHEMES)}; choose another place."
             )
         self._options = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in files.options.items()}
+        self.files = files
         self._connection: Any = None
+        self._session: Any = None
         _lancedb(self.owner)
 
     @property
@@ -125,14 +94,25 @@ class Database:
             self._connection = lancedb.connect(self._place, storage_options={**self._options, **_FILE_FORMAT}, session=session)
         return self._connection
 
-    def open(self, name: str, version: int | None = None) -> "LanceTable":
-        """A table at this version, or as it is now."""
-        with _reading(f"{self.owner}: table {name!r}"):
-            return LanceTable(self, name, self.handle(name, version))
+    def session(self) -> Any:
+        """Small caches for Lance's own views."""
+        self._session = self._session or need("lance", self.owner, "lance").Session(_INDEX_CACHE, _METADATA_CACHE)
+        return self._session
+
+    def open(self, name: str, seen: tuple[int, int] | None = None) -> "LanceTable":
+        """A table as it is now, or with the rows that it had when this was seen."""
+        with reading(f"{self.owner}: table {name!r}"):
+            handle = self.connection.open_table(name)
+            try:
+                handle.checkout(handle.version if seen is None else seen[0])
+            except Exception as error:
+                if not is_gone(error):
+                    raise
+            return LanceTable(self, name, handle, seen)
 
     def handle(self, name: str, version: int | None) -> Any:
         """LanceDB's own handle of a table; one that stands at a version takes no writes."""
-        with _reading(f"{self.owner}: table {name!r}"):
+        with reading(f"{self.owner}: table {name!r}"):
             handle = self.connection.open_table(name)
             if version is not None:
                 handle.checkout(version)
@@ -152,19 +132,24 @@ class Database:
 class LanceTable:
     """One table at one version, which only `refresh`, `insert` and `compact` move.
 
+    Rows are only added, and merges keep their order.  So where a version is removed, its rows are read from the newest.
+
     Args:
-        database: that it is in.   name: in it.   handle: LanceDB's own.
+        database: that it is in.   name: in it.   handle: LanceDB's own.   seen: what to show; None for all that it has.
     """
 
-    def __init__(self, database: Database, name: str, handle: Any) -> None:
+    def __init__(self, database: Database, name: str, handle: Any, seen: tuple[int, int] | None = None) -> None:
         """Reads how many rows there are."""
         self._database = database
         self.name = name
         self._handle = handle
-        self._load()
+        self._load(seen)
 
-    def _load(self) -> None:
-        self.version, self.rows = int(self._handle.version), int(self._handle.count_rows())
+    def _load(self, seen: tuple[int, int] | None = None) -> None:
+        there = int(self._handle.count_rows())
+        self.version, self.rows = seen or (int(self._handle.version), there)
+        if there < self.rows:
+            raise CorruptStoreError(f"{self._named()}: it has {there} rows, expected at least {self.rows}; restore it from a backup.")
         self._columns = frozenset(self._handle.schema.names)
         if not self.rows and not self.name.startswith(BEGAN_EMPTY):
             # It was made with rows in it, and none is ever removed: only damage to its manifest looks like this.
@@ -180,23 +165,30 @@ class LanceTable:
 
     def refresh(self) -> None:
         """Move to the latest version."""
-        with _reading(self._named()):
+        with reading(self._named()):
             self._table.checkout_latest()
             self._load()
+
+    def is_behind(self) -> bool:
+        """Whether there is a later version than the one that the last call found: what failed there may succeed now."""
+        before = self.version
+        self.refresh()
+        return self.version > before
 
     def take(self, offsets: NDArray[np.int64], columns: Sequence[str]) -> Any:
         """These columns of the rows at these places, which must be distinct and ascending, as an Arrow table in an order of Lance's choice.
 
         Columns of `LATER` that the table does not have are left out.
         """
-        with _reading(self._named()):
+        with reading(self._named()):
             table, names = self._table, [name for name in columns if name in self._columns or name not in LATER]
-            if offsets.size >= RANGE and offsets[-1] - offsets[0] == offsets.size - 1:
-                # One batch: several would be copied to make one of them.
-                query = table.search().select(names).offset(int(offsets[0])).limit(offsets.size)
-                found = query.to_batches(offsets.size).read_all().combine_chunks()
-            else:
-                found = table.take_offsets(offsets.tolist()).select(names).to_arrow().combine_chunks()
+            before = table.version
+            try:
+                found = _taken(table, offsets, names)
+            except Exception as error:
+                if not (is_gone(error) and self._overtaken(before)):
+                    raise
+                found = _taken(table, offsets, names)
             found.validate(full=True)
         if len(found) != offsets.size:
             raise CorruptStoreError(
@@ -215,37 +207,63 @@ class LanceTable:
             new = [field for field in data.schema if field.name not in table.schema.names]
             if new:
                 table.add_columns(data.select([field.name for field in new]).schema)
-            return bool(table.merge_insert(COMMIT).when_not_matched_insert_all().execute(data).num_inserted_rows)
+            base = int(table.version)
+            made = table.merge_insert(COMMIT).when_not_matched_insert_all().execute(data).num_inserted_rows
+            return bool(made) and self._once(data, base)
         finally:
             self._load()
 
-    def compact(self, older_than: float) -> bool:
-        """Merge small files, and drop versions older than this many seconds; gives whether anything was merged."""
-        table = self._table
+    def _once(self, data: Any, base: int) -> bool:
+        """Whether rows that were just added to this version are there once; they are removed where their number was another's.
+
+        Lance looks for the number in versions that others have committed meanwhile, and passes over those that are removed by then.
+        """
+        there = set(self._database.files.names(f"{self.name}{TABLE_SUFFIX}/_versions"))
+        newest = _LAST - min(int(name.removesuffix(_MANIFEST)) for name in there if name.endswith(_MANIFEST))
+        if {f"{_LAST - version}{_MANIFEST}" for version in range(base, newest + 1)} <= there:
+            return True
+        latest, number = self._database.handle(self.name, None), f"{COMMIT} = {data[COMMIT][0].as_py()}"
+        mine = f"{number} AND committed_at = {data['committed_at'][0].as_py()!r}"
+        if latest.count_rows(number) == latest.count_rows(mine) == len(data):
+            return True
+        latest.delete(mine)
+        return False
+
+    def _overtaken(self, version: int) -> bool:
+        """Whether the newest version, to which this moves, is another than this."""
+        self._table.checkout_latest()
+        return bool(self._handle.version != version)
+
+    def dataset(self) -> Any:
+        """Lance's own view of the newest version, for what LanceDB has no word for."""
+        self._table.checkout_latest()
+        return self._handle.to_lance(session=self._database.session())
+
+    def take_back(self, count: int) -> int:
+        """Remove the last rows of this version, whatever their files hold and whoever has written since; gives how many were removed.
+
+        Moves to the latest version.
+        """
+        ids = self._table.search().select(["_rowid"]).limit(self.rows).to_arrow()["_rowid"].to_numpy().astype(np.int64)[-count:]
         try:
-            table.checkout_latest()
-            before = table.stats()["fragment_stats"]["num_fragments"]
-            # Exactly 0 makes LanceDB warn of what our caller has said it wants.
-            table.optimize(cleanup_older_than=timedelta(seconds=max(older_than, 0.001)))
-            return bool(table.stats()["fragment_stats"]["num_fragments"] < before)
+            # Row ids are computed: nothing of a broken file is read.
+            return repeat(partial(self._delete, f"_rowid >= {ids.min()} AND _rowid <= {ids.max()}"), is_conflict, **PATIENCE)
         finally:
             self._load()
+
+    def _delete(self, condition: str) -> int:
+        self._table.checkout_latest()
+        return int(self._table.delete(condition).num_deleted_rows)
 
     def stored_bytes(self) -> int:
         """Bytes of the data files of this version."""
-        with _reading(self._named()):
+        with reading(self._named()):
             return int(self._table.stats()["total_bytes"])
 
 
-def in_advance(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
-    """What each call gives, in order; while one answer is used, the next few are fetched."""
-    if len(calls) < 2:
-        yield from (call() for call in calls)
-        return
-    with ThreadPoolExecutor(_FETCHES) as pool:
-        left = iter(calls)
-        running = deque(pool.submit(call) for call in islice(left, _FETCHES))
-        while running:
-            found = running.popleft().result()
-            running.extend(pool.submit(call) for call in islice(left, 1))
-            yield found
+def _taken(table: Any, offsets: NDArray[np.int64], names: Sequence[str]) -> Any:
+    if offsets.size >= RANGE and offsets[-1] - offsets[0] == offsets.size - 1:
+        # One batch: several would be copied to make one of them.
+        query = table.search().select(names).offset(int(offsets[0])).limit(offsets.size)
+        return query.to_batches(offsets.size).read_all().combine_chunks()
+    return table.take_offsets(offsets.tolist()).select(names).to_arrow().combine_chunks()

@@ -1,8 +1,9 @@
 """How a store on LanceDB changes: add rows of the next commit number to a table, or a file to the catalog."""
 
+import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, final
@@ -10,20 +11,28 @@ from uuid import uuid4
 
 from attrs import asdict
 
-from lopd.backends.files import Files, local_folder, writing
-from lopd.backends.lance.catalog import COLUMNS, COMPACTIONS, GENERATIONS, QUARANTINE, Catalog, generation_path, new_path, table_path
+from lopd.backends.files import Files, local_folder, reading, writing
+from lopd.backends.lance import tiers
+from lopd.backends.lance.catalog import HEAD, LOG, Catalog
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
+from lopd.backends.lance.failures import first_line, is_conflict, is_lance_error
 from lopd.backends.lance.snapshot import Snapshot
-from lopd.backends.lance.table import BEGAN_EMPTY, Database, first_line, is_conflict, is_lance_error
+from lopd.backends.lance.state import table_seed
+from lopd.backends.lance.table import BEGAN_EMPTY, COMMIT, PATIENCE, TABLE_SUFFIX, Database, LanceTable
+from lopd.backends.lance.written import Reader
 from lopd.backends.retry import repeat
 from lopd.backends.root import Root
-from lopd.errors import LopdError, StoreWriteError
+from lopd.errors import LopdError, StoreReadError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
 
-_TABLE_SUFFIX, _HINT = ".lance", "latest_version_hint.json"
+_LOG = logging.getLogger(__name__)
+_HINT = "latest_version_hint.json"
+_Records = Sequence[Rollout] | Sequence[Scores]
+# Seconds by which two clocks may differ.
+_CLOCKS = 3600.0
 
 
 @final
@@ -44,32 +53,33 @@ class Writer:
         # None in a bucket, where what is written is durable.
         self._folder = local_folder(files.url)
         self._owner = database.owner
-        self._flushed: set[str] = set()
+        self._flushed: dict[str, set[str]] = {}
+        self._reader = Reader(files)
+        self._marked: dict[str, int] = {}
 
     def add_generation(self, generation: int, policy: ModelId, /) -> bool:
         """Commit which policy samples in a round."""
-        made = self._catalog.put(generation_path(generation), {"generation": generation, "policy": asdict(policy)})
-        return made and self._seen(None)
+        return self._catalog.put("generation", {"generation": generation, "policy": asdict(policy)}) and self._seen(None)
 
     def add_rollouts(self, rollouts: Sequence[Rollout], first_row: int, /) -> bool:
         """Commit rollouts in the rows from `first_row` on."""
-        data = encode_rollouts(rollouts, first_row, *self._formats, commit=self._next_commit(None), when=time.time())
-        return self._insert(None, None, data, rollouts)
+        encode = partial(encode_rollouts, rollouts, first_row, *self._formats, commit=self._next_commit(None), when=time.time())
+        return self._insert(None, None, encode, rollouts)
 
     def add_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], rows: Sequence[int], /) -> bool:
         """Commit scores of these rows, which ascend."""
-        data = encode_scores(scores, rows, *self._formats, commit=self._next_commit(column), when=time.time())
-        return self._insert(column, provenance, data, scores)
+        encode = partial(encode_scores, scores, rows, *self._formats, commit=self._next_commit(column), when=time.time())
+        return self._insert(column, provenance, encode, scores)
 
     def add_reasons(self, column: str, provenance: Provenance, reasons: Mapping[int, str], /) -> bool:
         """Commit why rows could not be scored; a column that is not there is made first, so that it has one owner."""
         if self._snapshot.parts().get(column) is None:
-            empty = no_scores(provenance, *self._formats, commit=0, when=time.time())
-            if not self._create(column, provenance, empty):
-                return False
+            empty = partial(no_scores, provenance, *self._formats, commit=0, when=time.time())
+            self._insert(column, provenance, empty, ())
+            # Whoever made it, it is to be looked at.
+            return False
         named = {str(row): reason for row, reason in reasons.items()}
-        self._catalog.put(new_path(QUARANTINE), {"column": column, "reasons": named, "when": self._catalog.later()})
-        return self._seen(column)
+        return self._catalog.put("quarantine", {"column": column, "reasons": named}) and self._seen(column)
 
     def _seen(self, column: str | None) -> bool:
         """True, once the snapshot has what was put into the catalog, and it is durable."""
@@ -81,14 +91,11 @@ class Writer:
         part = self._snapshot.parts().get(column)
         return 0 if part is None else part.next_commit()
 
-    def _insert(self, column: str | None, provenance: Provenance | None, data: Any, records: Sequence[Rollout] | Sequence[Scores]) -> bool:
+    def _insert(self, column: str | None, provenance: Provenance | None, encode: Callable[..., Any], records: _Records) -> bool:
         """Whether the next commit of a table is now this one."""
         part = self._snapshot.parts().get(column)
         try:
-            if part is None:
-                made = self._create(column, provenance, data)
-            else:
-                made = repeat(partial(part.table.insert, data), is_conflict, seconds=60.0, pause=0.02, longest=0.1)
+            made = self._create(column, provenance, encode, records) if part is None else self._add(part.table, encode(seed=part.seed))
         except LopdError:
             raise
         except BaseException as error:
@@ -99,19 +106,82 @@ class Writer:
             self.settle(column)
         return made
 
-    def _create(self, column: str | None, provenance: Provenance | None, data: Any) -> bool:
-        """Whether the table of a column, or of the rollouts, is now one that this call made."""
-        kind = "rollouts" if column is None else f"{'scores.' if len(data) else BEGAN_EMPTY}{column}"
-        name = f"{kind}-{uuid4().hex}"
-        self._database.create(name, data)
-        self._flush(name)
-        entry = {"table": name, "provenance": None if provenance is None else provenance.to_json()}
-        made = self._catalog.put(table_path(column), entry)
+    def _tidy(self, table: LanceTable, commit: int) -> None:
+        """Do a share of what `compact` does, after some commits.  They are committed, however this ends."""
+        try:
+            if commit % tiers.FAN == 0:
+                tiers.tidy(table.dataset(), partial(self._flush_file, table.name))
+            if commit % (tiers.VERSIONS // 2) == 0:
+                self._check_clock()
+                tiers.drop_versions(table.dataset())
+        except BaseException as error:
+            if not is_lance_error(error):
+                raise
+            if not is_conflict(error):
+                _LOG.warning("%s: merging small files failed, which a later commit repeats: %s", self._owner, first_line(error))
+
+    def _flush_file(self, table: str, name: str) -> None:
+        """Make a file of rows durable that no version has yet."""
+        if self._folder is not None:
+            flush(self._folder / f"{table}{TABLE_SUFFIX}" / "data" / name)
+
+    def _add(self, table: LanceTable, data: Any) -> bool:
+        made = repeat(partial(table.insert, data), lambda error: is_conflict(error) or table.is_behind(), **PATIENCE)
         if made:
-            self._snapshot.refresh()
-        else:
-            self._database.drop(name)
+            try:
+                self._reader.check_added(table, data)
+            except LopdError as error:
+                raise self._unreadable(table.name, error, self._take_back(table, len(data), error)) from error
+            self._flush(table.name)
+            self._mark(table.name, table.rows)
+            self._tidy(table, data[COMMIT][0].as_py())
         return made
+
+    def _take_back(self, table: LanceTable, count: int, error: LopdError) -> str:
+        """Remove rows that cannot be read, unless the storage may give them later; gives what came of it."""
+        if isinstance(error, StoreReadError):
+            return "it is not known whether it was committed"
+        with suppress(Exception):
+            if table.take_back(count) == count:
+                return "nothing of this call was committed"
+        return "its rows could not be taken back"
+
+    def _create(self, column: str | None, provenance: Provenance | None, encode: Callable[..., Any], records: _Records) -> bool:
+        """Whether the table of a column, or of the rollouts, is now one that this call made."""
+        kind = "rollouts" if column is None else f"{'scores.' if records else BEGAN_EMPTY}{column}"
+        name, tables = f"{kind}-{uuid4().hex}", self._catalog.state.tables
+        data = encode(seed=table_seed(name))
+        # Only tables that were announced are ever removed, and only when their column has another one.
+        self._catalog.say("begun", {"table": name, "column": column})
+        try:
+            self._reader.check_added(self._database.create(name, data), data)
+        except BaseException as error:
+            if not is_lance_error(error):
+                raise
+            self._database.drop(name)
+            self._catalog.refresh()
+            if column in tables:
+                return False
+            if isinstance(error, LopdError):
+                raise self._unreadable(name, error, "nothing of this call was committed") from error
+            raise
+        self._flush(name)
+        entry = {"table": name, "column": column, "provenance": None if provenance is None else provenance.to_json()}
+        while column not in tables:
+            if self._catalog.put("table", entry):
+                self._mark(name, len(data))
+                self._snapshot.refresh()
+                return True
+            self._catalog.refresh()
+        self._database.drop(name)
+        return False
+
+    def _unreadable(self, table: str, error: LopdError, after: str) -> StoreWriteError:
+        """LanceDB drops the error of a write that fails."""
+        return StoreWriteError(
+            f"{self._owner}: what was written to table {table!r} cannot be read ({first_line(error.__cause__ or error)}), expected it on the "
+            f"disk; {after}, so check the disk and repeat the call."
+        )
 
     def _refused(self, error: BaseException, column: str | None, rollout_ids: Sequence[str]) -> StoreWriteError:
         there = True
@@ -126,18 +196,22 @@ class Writer:
         )
 
     def compact(self, older_than: float) -> None:
-        """Merge small files of each table, drop its old versions, and remove tables that nobody knows of."""
+        """Merge small files of each table, drop its old versions, and remove tables that no column will have."""
         self._snapshot.refresh()
+        self._check_clock()
         for column, part in self._snapshot.parts().items():
+            began = time.monotonic()
             try:
-                merged = part.table.compact(older_than)
+                merged = tiers.compact(part.table.dataset(), partial(self._flush_file, part.table.name))
+                # What was committed meanwhile is read by writers that began before.
+                tiers.drop_versions(part.table.dataset(), max(older_than, time.monotonic() - began))
                 self._flush(part.table.name)
             except LopdError:
                 raise
             except BaseException as error:
                 if not is_lance_error(error):
                     raise
-                if not is_conflict(error):
+                if not is_conflict(error) and not part.table.is_behind():
                     raise StoreWriteError(
                         f"{self._owner}: compacting table {part.table.name!r} failed with {first_line(error)!r}, expected it to succeed; "
                         "nothing of it was lost, so free space or fix permissions and repeat it."
@@ -145,46 +219,67 @@ class Writer:
                 # Another compaction was quicker.
                 merged = False
             if merged:
-                record = {"rows": part.table.rows, "tokens": tokens_of(part.lines()), "column": column}
-                self._catalog.put(new_path(COMPACTIONS), record)
-        self._remove_strangers(older_than)
+                self._catalog.say("compaction", {"rows": part.table.rows, "tokens": tokens_of(part.lines()), "column": column})
+        self._remove_strangers()
         self._snapshot.refresh()
 
-    def _remove_strangers(self, older_than: float) -> None:
-        """Tables of writers that were killed, or refused, before they could say which column theirs is."""
-        known = {f"{part.table.name}{_TABLE_SUFFIX}" for part in self._snapshot.parts().values()}
+    def _check_clock(self) -> None:
+        """Lance removes files that no version has if it believes them to be a week old: another writer may be about to commit them."""
+        self._catalog.mark(LOG, self._catalog.state.number)
+        with reading(self._owner, "comparing clocks"):
+            age = self._files.age(f"{LOG}{HEAD}")
+        if abs(age) > _CLOCKS:
+            raise StoreWriteError(
+                f"{self._owner}: the clock of this machine and that of the storage differ by {age:.0f} s, expected less than {_CLOCKS:.0f} s, "
+                "for files of writers at work would look old; so set the clock."
+            )
+
+    def _remove_strangers(self) -> None:
+        """Tables of writers that were killed, or came too late: their column has another table, which it keeps."""
+        tables = self._catalog.state.tables
+        dead = {
+            f"{name}{TABLE_SUFFIX}"
+            for name, column in self._catalog.state.begun.items()
+            if column in tables and tables[column].table != name
+        }
         with writing(self._owner, "removing what killed writers left"):
-            found = [name for name in self._files.names("") if name.endswith(_TABLE_SUFFIX) and name not in known]
-            self._files.remove([name for name in found if self._files.age(name) >= older_than])
+            self._files.remove(dead.intersection(self._files.names("")))
 
     def end(self) -> None:
         """Nothing is written before it is committed."""
 
     def settle(self, column: str | None, /) -> None:
         """Make durable what a call relies on, also where another process wrote it and may not have come to flush it."""
-        if self._folder is None:
-            return
         for part in {self._snapshot.rollouts, self._snapshot.parts().get(column)}:
             if part is not None:
                 self._flush(part.table.name)
-        for folder in ("", COLUMNS, GENERATIONS, QUARANTINE):
+                self._mark(part.table.name, part.read)
+        for folder in ("", LOG):
             self._files.settle(folder)
+
+    def _mark(self, table: str, rows: int) -> None:
+        """Keep that so many rows, which were read, are there."""
+        if rows > self._marked.get(table, 0):
+            self._catalog.mark(table, rows)
+            self._marked[table] = rows
 
     def _flush(self, table: str) -> None:
         """Lance flushes nothing: flush the files of a table that are new, and the folders that lead to them."""
         if self._folder is None:
             return
+        known, found = self._flushed.get(table, set()), set[str]()
         try:
-            for folder, folders, names in os.walk(self._folder / f"{table}{_TABLE_SUFFIX}", topdown=False):
+            for folder, folders, names in os.walk(self._folder / f"{table}{TABLE_SUFFIX}", topdown=False):
                 paths = {f"{folder}/{name}" for name in [*folders, *names]}
-                new = paths - self._flushed
+                new = paths - known
                 # Lance never changes a file, but for the one that says which version it believes to be the latest.
                 for path in [*new, *(paths & {f"{folder}/{_HINT}"}), folder] if new else []:
                     # What a compaction removes just now needs no flushing.
                     with suppress(FileNotFoundError):
                         flush(path)
-                self._flushed |= new
+                found |= paths
             flush(self._folder)
+            self._flushed[table] = found
         except OSError as error:
             raise StoreWriteError(
                 f"{self._owner}: flushing table {table!r} failed with {error}, expected it to be durable; what was committed "

@@ -1,0 +1,198 @@
+"""What many small commits to a `LanceStore` leave behind, without anybody calling `compact`."""
+
+import pickle
+import random
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lance_stores import filled, reopened, table_of  # noqa: F401
+from zarr_stores import _quick_disk, many, place, rows_of  # noqa: F401
+
+from lopd.backends.growing import Growing
+from lopd.backends.lance import tiers
+from lopd.backends.lance.store import LanceStore
+from lopd.backends.lance.table import LanceTable
+from lopd.backends.lance.tiers import crowd
+from lopd.backends.lance.writer import Writer
+from lopd.errors import CorruptStoreError
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+
+
+def grown(folder: Path, commits: int) -> LanceStore:
+    """Commits of one rollout each, of which every second one is scored."""
+    store = LanceStore.create(folder, tiny_manifest())
+    for i in range(commits):
+        item = tiny_rollout(f"r{i}", [i % 300])
+        store.append([item])
+        if i % 2:
+            store.append_scores("teacher", tiny_provenance(), [tiny_scores(item)])
+    return store
+
+
+def fragments_of(store: LanceStore, name: str) -> int:
+    return int(table_of(store, name).stats()["fragment_stats"]["num_fragments"])
+
+
+def drop_all_versions(store: LanceStore) -> None:
+    """As a clean-up by somebody else does it."""
+    for part in store._snapshot.parts().values():
+        part.table.dataset().cleanup_old_versions(older_than=timedelta(0))
+
+
+@pytest.mark.parametrize("unit", [300, 30_000, 1_000_000])
+def test_files_are_few_and_each_row_is_rewritten_a_few_times(unit: int) -> None:
+    rng, sizes, written, most = random.Random(0), list[int](), 0, 0
+    for i in range(10_000):
+        sizes.append(int(unit * rng.uniform(0.3, 3)))
+        most = max(most, len(sizes))
+        if i % tiers.FAN == 0 and (count := crowd(sizes)):
+            written += sum(sizes[-count:])
+            sizes[-count:] = [sum(sizes[-count:])]
+    assert most <= 60 + sum(sizes) / (1 << 26)
+    assert written <= 4 * sum(sizes)
+
+
+def test_many_commits_leave_few_files_and_few_versions_and_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiers, "VERSIONS", 16)
+    store = grown(tmp_path / "run.lance", 70)
+    assert fragments_of(store, "rollouts") < 32
+    assert len(list(place(store).glob("rollouts-*/_versions/*.manifest"))) < 32
+    assert len(list(place(store).glob("rollouts-*/_transactions/*"))) < 32
+    for reader in (store, reopened(store)):
+        assert rows_of(reader) == [f"r{i}" for i in range(70)]
+        assert reader.scored("teacher").tolist() == [False, True] * 35
+        assert [row.rollout.response_ids.tolist() for row in reader.read([69, 3])] == [[69], [3]]
+    assert list(store.verify()) == []
+    assert [commit.kind for commit in store.history()].count("rollouts") == 70
+
+
+def test_an_append_reads_no_rows_but_those_that_are_new(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled.append(many(10, 1))
+    filled.append_scores("teacher", tiny_provenance(top_k=2), [])
+    taken: list[int] = []
+    real = LanceTable.take
+
+    def take(self: LanceTable, offsets: Any, columns: Any) -> Any:
+        taken.extend(offsets.tolist())
+        return real(self, offsets, columns)
+
+    monkeypatch.setattr(LanceTable, "take", take)
+    monkeypatch.setattr(type(filled._snapshot), "scored", lambda *_: pytest.fail("looks at all rows"))
+    for i in (11, 12):
+        filled.append(many(i, 1))
+        filled.append_scores("teacher", tiny_provenance(top_k=2), [])
+    assert set(taken) == {5, 6}
+
+
+def test_a_merge_beside_a_writer_keeps_the_order_of_rows(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, real = reopened(filled), Writer._flush_file
+
+    def look(self: Writer, *args: Any) -> None:
+        monkeypatch.setattr(Writer, "_flush_file", real)
+        other.append(many(20, 2))
+        real(self, *args)
+
+    monkeypatch.setattr(Writer, "_flush_file", look)
+    filled.append([tiny_rollout("s", sampler_logprobs=[-0.5] * 3)])
+    filled.compact()
+    assert table_of(filled, "rollouts").to_arrow()["row"].to_pylist() == list(range(7))
+    assert fragments_of(filled, "rollouts") == 2
+    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "s", "r20", "r21"]
+    assert filled.scored("behavior/sampler").tolist() == reopened(filled).scored("behavior/sampler").tolist()
+    assert list(filled.verify()) == []
+
+
+def test_of_two_merges_of_the_same_files_one_is_kept(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, real = reopened(filled), Writer._flush_file
+
+    def look(self: Writer, *args: Any) -> None:
+        monkeypatch.setattr(Writer, "_flush_file", real)
+        other.compact()
+        real(self, *args)
+
+    monkeypatch.setattr(Writer, "_flush_file", look)
+    filled.compact()
+    assert fragments_of(filled, "rollouts") == 1
+    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1"]
+
+
+def test_a_merged_file_that_is_cut_changes_nothing(
+    filled: LanceStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = Writer._flush_file
+
+    def look(self: Writer, table: str, name: str) -> None:
+        path = place(filled) / f"{table}.lance/data/{name}"
+        path.write_bytes(path.read_bytes()[:-10])
+        real(self, table, name)
+
+    monkeypatch.setattr(Writer, "_flush_file", look)
+    monkeypatch.setattr(tiers, "FAN", 1)
+    monkeypatch.setattr(tiers, "crowd", len)
+    filled.append(many(10, 1))
+    assert "merging small files failed, which a later commit repeats" in caplog.text
+    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r10"]
+    assert list(filled.verify()) == []
+
+
+def test_a_reader_and_its_copy_read_on_when_their_versions_are_removed(filled: LanceStore) -> None:
+    readers = [reopened(filled), reopened(filled), pickle.loads(pickle.dumps(reopened(filled)))]  # noqa: S301  # our own
+    copied = pickle.dumps(readers[0])
+    readers[1].read([1, 3], ("teacher",))
+    filled.append(many(10, 2))
+    filled.append_scores("teacher", tiny_provenance(top_k=2), [])
+    filled.compact()
+    drop_all_versions(filled)
+    for reader in (*readers, pickle.loads(copied)):  # noqa: S301
+        assert rows_of(reader) == ["m", "b", "r0", "r1"]
+        assert len(reader.read([1, 3], ("teacher",))) == 2
+        assert reader.find(["r10"]).tolist() == [-1]
+        reader.refresh()
+        assert rows_of(reader) == ["m", "b", "r0", "r1", "r10", "r11"]
+
+
+@pytest.mark.parametrize("compacted", [False, True])
+def test_a_writer_that_was_held_up_while_versions_were_removed_adds_nothing_twice(
+    filled: LanceStore, monkeypatch: pytest.MonkeyPatch, compacted: bool
+) -> None:
+    filled.append(many(8, 1))
+    other, handle = reopened(filled), type(filled._snapshot.rollouts.table._handle)  # type: ignore[union-attr]
+    real = handle.merge_insert
+
+    def merge_insert(self: Any, on: str) -> Any:
+        begun = real(self, on)
+        monkeypatch.setattr(handle, "merge_insert", real)
+        for i in range(3):
+            other.append(many(10 + i, 1))
+        if compacted:
+            other.compact()
+        drop_all_versions(other)
+        return begun
+
+    monkeypatch.setattr(handle, "merge_insert", merge_insert)
+    filled.append(many(11, 4))
+    for store in (filled, reopened(filled)):
+        assert sorted(rows_of(store)) == sorted(["m", "b", "r0", "r1", "r8", *(f"r{i}" for i in range(10, 15))])
+    assert list(filled.verify()) == []
+
+
+def test_scores_of_rows_that_are_not_there_are_refused(filled: LanceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = reopened(filled)
+    monkeypatch.setattr(type(store._snapshot), "rows", 3)
+    for _ in range(2):
+        with pytest.raises(CorruptStoreError, match="has scores of rows 1 to 3, expected rows below 3"):
+            store.scored("teacher")
+
+
+def test_an_array_that_grows_is_what_a_concatenation_is() -> None:
+    rng, growing, parts = np.random.default_rng(0), Growing(np.int64, 2), [np.zeros((0, 2), np.int64)]
+    for size in (0, 1, 5, 0, 100, 3):
+        before, kept = growing.view(), growing.view().copy()
+        parts.append(rng.integers(0, 9, (size, 2)))
+        growing.append(parts[-1])
+        np.testing.assert_array_equal(growing.view(), np.concatenate(parts))
+        np.testing.assert_array_equal(before, kept)
+    assert len(growing) == 109
