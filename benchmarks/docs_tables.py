@@ -148,6 +148,17 @@ def growth() -> list[str]:
     return table(("store", "rollouts", "open, ms", "read 64 random rollouts, ms", "the same when compacted"), lines())
 
 
+def servers() -> list[str]:
+    """What servers of objects do, and what four writers lost on each."""
+
+    def lines() -> Iterator[Sequence[str]]:
+        for row in read("servers")["rows"]:
+            counts = [f"{row[backend]['acknowledged']}, {row[backend]['lost']}" for backend in ("zarr", "lance")]
+            yield f"{row['server']} {row['version']}", row["said"], number(row["asking_ms"]), *counts
+
+    return table(("server", "what lopd finds", "asking, ms", "Zarr: acknowledged, lost", "Lance: acknowledged, lost"), lines(), 2)
+
+
 def engines() -> list[str]:
     """Tokens a second on two cores."""
     rows = read("bench_engines")["rows"]
@@ -254,6 +265,7 @@ TABLES = {
         "paths": paths,
         "stores": stores,
         "growth": growth,
+        "servers": servers,
         "engines": engines,
         "parity": parity,
         "teachers": teachers,

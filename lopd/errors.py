@@ -2,12 +2,34 @@
 
 Each class is a `LopdError` and also the standard class it specialises, so both `except LopdError` and `except FileNotFoundError` work.
 Messages are one sentence, `<Thing> <id>: <what> is <got>, expected <wanted>; <what to do>.`, and name the first offender only.
+Messages may quote a store, a model or a server: what a terminal would not print is spelled out in them.
 To add one: subclass `LopdError` and the nearest standard class, and take a single message argument so that it pickles.
 """
 
 
+def printable(text: str) -> str:
+    r"""Return text as a terminal may have it: escape sequences, other controls and marks of direction are spelled out.
+
+    >>> printable("a \x1b[31mred\x1b[0m id")
+    'a \\x1b[31mred\\x1b[0m id'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
 class LopdError(Exception):
     """Base of all lopd errors."""
+
+    def __str__(self) -> str:
+        """The message, printable."""
+        return printable(super().__str__())
+
+
+class LopdWarning(UserWarning):
+    """Base of all lopd warnings."""
+
+    def __str__(self) -> str:
+        """The message, printable."""
+        return printable(super().__str__())
 
 
 class InvalidRecordError(LopdError, ValueError):
@@ -22,7 +44,7 @@ class PromptError(LopdError, ValueError):
     """A prompt, or a file of prompts, that cannot be turned into token ids."""
 
 
-class PromptWarning(UserWarning):
+class PromptWarning(LopdWarning):
     """Prompts that may not be what their records mean: keys that nothing reads, a template applied twice, today's date."""
 
 
@@ -42,7 +64,7 @@ class ModelError(LopdError, TypeError):
     """A model that cannot be sampled, scored or trained here without changing what it computes."""
 
 
-class ModelWarning(UserWarning):
+class ModelWarning(LopdWarning):
     """A model that computes at random, with an attention that was changed to keep what it computes, or without a cache."""
 
 
@@ -78,6 +100,10 @@ class CorruptStoreError(LopdError, ValueError):
     """Stored bytes that do not match their checksum or hash."""
 
 
+class UncheckedDataWarning(LopdWarning):
+    """Imported data without checksums, in which damage cannot be noticed."""
+
+
 class StoreWriteError(LopdError, OSError):
     """The operating system refused a write: nothing of it was committed, or its durability is in doubt; the message says which."""
 
@@ -86,23 +112,23 @@ class TeacherConsistencyError(LopdError, ValueError):
     """The scoring teacher is not, or cannot be shown to be, the teacher whose data trained the reference policy."""
 
 
-class TeacherConsistencyWarning(UserWarning):
+class TeacherConsistencyWarning(LopdWarning):
     """What `TeacherConsistencyError` says, when the caller chose to go on."""
 
 
-class AdvantageWarning(UserWarning):
+class AdvantageWarning(LopdWarning):
     """A teacher far from what it judges, or many tokens that it finds nearly impossible: training goes wrong on such."""
 
 
-class TrainingWarning(UserWarning):
+class TrainingWarning(LopdWarning):
     """A run that trains something else than its author will think: weights that stay where they are, or other steps than before."""
 
 
-class DriftWarning(UserWarning):
+class DriftWarning(LopdWarning):
     """A student that has left the policy whose rollouts it trains on."""
 
 
-class SamplerWarning(UserWarning):
+class SamplerWarning(LopdWarning):
     """A loss whose gradient takes tokens for draws of the policy itself, though another temperature or top-p drew them."""
 
 
@@ -114,23 +140,23 @@ class ScorerError(LopdError, RuntimeError):
     """A scorer that does not give the same log-probs twice, or not those of the model that it says it is."""
 
 
-class QuarantineWarning(UserWarning):
+class QuarantineWarning(LopdWarning):
     """Rollouts without scores, which training leaves out, and why."""
 
 
-class RefusedPromptsWarning(UserWarning):
+class RefusedPromptsWarning(LopdWarning):
     """Prompts that could not be sampled and were left out, and why; the next collection tries them again."""
 
 
-class RepeatedRolloutsWarning(UserWarning):
+class RepeatedRolloutsWarning(LopdWarning):
     """A step larger than what there is to train on, so that rollouts repeat within it."""
 
 
-class EndTokenWarning(UserWarning):
+class EndTokenWarning(LopdWarning):
     """A teacher that finds the tokens that end the policy's responses next to impossible."""
 
 
-class EngineChangeWarning(UserWarning):
+class EngineChangeWarning(LopdWarning):
     """A column that another engine, or another version of the same engine, continues."""
 
 

@@ -117,7 +117,8 @@ def _write(store: DurableStore, call: Call) -> Call:
     if kind == "rollouts":
         store.append([rollout(i) for i in _rows(batch)])
     elif kind == "compact":
-        store.compact()
+        # LanceDB keeps versions for a week unless it is told otherwise; whoever removes them may be killed as well.
+        store.compact(**({"older_than": 0.0} if type(store).__name__ == "LanceStore" else {}))
     else:
         store.append_scores(kind, provenance_of(kind), [scores(kind, i) for i in _rows(batch)])
     return call

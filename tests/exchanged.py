@@ -1,8 +1,10 @@
 """Stores that go out and come back."""
 
+import json
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from attrs import evolve
 
@@ -40,6 +42,13 @@ def assert_equal_stores(left: LogprobReader, right: LogprobReader) -> None:
             np.testing.assert_array_equal(mine.scores[column], theirs.scores[column])
             for name in top_k:
                 assert_same_top_k(mine.top_k[name], theirs.top_k[name])
+
+
+def without_checksums(table: pa.Table) -> pa.Table:
+    """A table as programs write it that know the columns and not the checksums."""
+    document = json.loads(table.schema.metadata[b"lopd"])
+    kept = {key: document[key] for key in ("manifest", "generations", "columns", "quarantined")}
+    return table.drop_columns(["checksum"]).replace_schema_metadata({"lopd": json.dumps(kept)})
 
 
 @pytest.fixture

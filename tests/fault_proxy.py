@@ -5,6 +5,7 @@
     proxy.cut(1, "GET")                        the connection dies before the server hears of it
     proxy.cut_after(1, "PUT", "/commits/")     the connection dies after the server did it
     proxy.delay(0.5, 3)                        three answers come late
+    proxy.deaf("range")                        the server never hears of this header
     proxy.count("GET", "/segments/")           how many there were since the last `forget`
 
 Of several faults that fit a request, the one that was planned first strikes.
@@ -66,6 +67,7 @@ class FaultProxy:
         self._lock = threading.Lock()
         self._faults: list[_Fault] = []
         self._requests: list[Request] = []
+        self.unheard: set[str] = set()
         # A check and a put in one go, as S3 promises: the server behind does them one after the other, and two clients may meet between.
         self.conditional = threading.Lock()
         self._listener = _Listener(("127.0.0.1", 0), _Handler)
@@ -145,10 +147,15 @@ class FaultProxy:
         with self._lock:
             self._faults.append(_Fault(n, re.compile(method), re.compile(path), before, after))
 
+    def deaf(self, header: str) -> None:
+        """Keep this header of every request from the server."""
+        self.unheard.add(header.lower())
+
     def heal(self) -> None:
         """No more faults, whatever was planned."""
         with self._lock:
             self._faults.clear()
+            self.unheard.clear()
 
     @property
     def pending(self) -> int:
@@ -244,7 +251,8 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = relay
 
     def forward(self, body: bytes) -> None:
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_BY_HOP}
+        unheard = _HOP_BY_HOP | self.server.proxy.unheard
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in unheard}
         for attempt in (0, 1):
             try:
                 self.upstream.request(self.command, self.path, body or None, headers)

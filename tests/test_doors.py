@@ -66,7 +66,7 @@ TRAINING = {
     "save swapped": (lambda s, o, steps: save_checkpoint("x", o, s, next_step=1, lineage=Lineage()), "Student: it is an AdamW"),
     "save without a folder": (
         lambda s, o, steps: save_checkpoint(3, s, o, next_step=1, lineage=Lineage()),
-        "Checkpoint: the path is 3, expected text or a Path",
+        "Checkpoint: the path is of type int, expected text or a Path",
     ),
     "load swapped": (lambda s, o, steps: load_checkpoint("x", o, s), "Student: it is an AdamW"),
     "export swapped": (lambda s, o, steps: s.export("x", Lineage(), s.tokenizer), "Tokenizer to export: it is a Lineage"),

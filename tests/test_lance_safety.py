@@ -146,6 +146,10 @@ def test_every_file_that_is_missing_is_noticed(tmp_path: Path) -> None:
     for path in tail:
         (tmp_path / path.name).rename(path)
     assert noticed(whole) == []
+    shutil.rmtree(whole / "log.head")
+    assert noticed(whole) == []
+    shutil.rmtree(whole / "log")
+    assert "0000000000.json is missing, expected a record of table" in noticed(whole)[0]
 
 
 def test_every_file_of_another_store_is_noticed(tmp_path: Path) -> None:

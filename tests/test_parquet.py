@@ -1,5 +1,6 @@
 """Stores in parquet: what goes out comes back equal, and a file of another kind is refused."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from attrs import evolve
-from exchanged import assert_equal_stores, fill, memory  # noqa: F401
+from exchanged import assert_equal_stores, fill, memory, without_checksums  # noqa: F401
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,11 +30,12 @@ from lopd.errors import (
     StorePathError,
     StoreReadError,
     StoreWriteError,
+    UncheckedDataWarning,
 )
 from lopd.protocols import LogprobReader
 from lopd.records import Rollout
 from lopd.testing import rollouts, scores_for, tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
-from lopd.tools.interop import export_parquet, import_parquet, parquet_manifest, to_hf_dataset
+from lopd.tools.interop import export_parquet, from_hf_dataset, import_parquet, parquet_manifest, to_hf_dataset
 
 
 def round_trip(store: LogprobReader, path: Path, **sizes: int) -> MemoryStore:
@@ -155,6 +157,19 @@ def test_an_export_that_fails_leaves_no_file_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("rows", [0, -1, 1.5, "3", None])
+def test_a_number_of_rows_that_makes_no_sense_is_refused(rows: Any, memory: MemoryStore, tmp_path: Path) -> None:
+    export_parquet(memory, tmp_path / "run.parquet")
+    for refused in (
+        lambda: export_parquet(memory, tmp_path / "again.parquet", rows_per_group=rows),
+        lambda: import_parquet(tmp_path / "run.parquet", MemoryStore(tiny_manifest()), rows_per_commit=rows),
+        lambda: from_hf_dataset(to_hf_dataset(memory), MemoryStore(tiny_manifest()), rows_per_commit=rows),
+    ):
+        with pytest.raises(InvalidRecordError, match="rows_per_"):
+            refused()
+    assert not (tmp_path / "again.parquet").exists()
+
+
 def test_an_id_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
     store = MemoryStore(tiny_manifest())
     store.append([tiny_rollout("fine"), tiny_rollout("not \ud800")])
@@ -164,9 +179,9 @@ def test_an_id_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def rewritten(store: LogprobReader, path: Path, change: Any) -> None:
-    """An export with one table changed, and the description that it had."""
+    """A file of another program, which wrote one thing wrong."""
     export_parquet(store, path)
-    table = pq.read_table(path)
+    table = without_checksums(pq.read_table(path))
     pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
 
 
@@ -200,7 +215,7 @@ def put(name: str, values: Any) -> Any:
 )
 def test_a_row_that_is_not_what_was_exported_is_refused(change: Any, message: str, memory: MemoryStore, tmp_path: Path) -> None:
     rewritten(memory, tmp_path / "run.parquet", change)
-    with pytest.raises(LopdError, match=message):
+    with pytest.raises(LopdError, match=message), pytest.warns(UncheckedDataWarning, match="has no checksums"):
         import_parquet(tmp_path / "run.parquet", MemoryStore(tiny_manifest()))
 
 
@@ -234,8 +249,10 @@ def test_what_is_no_export_of_lopd_is_one_typed_error_that_names_the_file(memory
             import_parquet(path, memory)
     with pytest.raises(StorePathError, match="nosuchthing"):
         parquet_manifest("nosuchthing://bucket/run.parquet")
-    with pytest.raises(LopdError, match=str(tmp_path)):
-        parquet_manifest(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for special in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(LopdError, match=str(tmp_path)):
+            parquet_manifest(special)
 
 
 def test_a_damaged_part_of_a_parquet_file_is_one_typed_error(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ import datetime
 import json
 import warnings
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from chat_tokenizers import CHATML, DATED, STRICT, byte_tokenizer, texts
 
+import lopd.records.prompts as prompts_module
 from lopd import make_prompts, read_prompts
 from lopd.errors import MissingDependencyError, PromptError, PromptWarning
 
@@ -239,3 +242,26 @@ def test_a_template_without_jinja_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
     with pytest.raises(MissingDependencyError, match="jinja2 is not installed"):
         make_prompts(["a"], byte_tokenizer())
+
+
+def test_a_record_that_no_model_reads_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer(None)
+    monkeypatch.setattr(prompts_module, "LARGEST_ROW", 4000)
+    small, large = {"prompt": "hi"}, {"prompt": "h" * 5000}
+    jsonl(tmp_path / "p.jsonl", [small, large])
+    with pytest.raises(PromptError, match=r"Prompt file .*p.jsonl, line 2: it has more than 4,000 bytes; drop it"):
+        read_prompts(tmp_path / "p.jsonl", tokenizer)
+    for name, rows in (("of 300", [small] * 299 + [large]), ("bomb", [{"prompt": "h" * 10**7}])):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
+        with pytest.raises(PromptError, match=r"Prompt file .*parquet, (record 299|a record from 0 on): it has more than 4,000 bytes"):
+            read_prompts(path, tokenizer)
+    pq.write_table(pa.Table.from_pylist([{"prompt": f"h{i}"} for i in range(600)]), tmp_path / "q.parquet")
+    assert [prompt.text for prompt in read_prompts(tmp_path / "q.parquet", tokenizer)] == [f"h{i}" for i in range(600)]
+
+
+def test_a_record_that_is_nested_too_deep_is_named(tmp_path):
+    for line in ("[" * 10**5, '{"prompt":' * 10**5, '{"prompt": "hi", "id": ' + "[" * 900 + "]" * 900 + "}"):
+        (tmp_path / "p.jsonl").write_text(f'{{"prompt": "hi"}}\n{line}\n')
+        with pytest.raises(PromptError, match=r"Prompt file .*p.jsonl, (line 2|record 1): "):
+            read_prompts(tmp_path / "p.jsonl", byte_tokenizer(None))

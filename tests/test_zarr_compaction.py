@@ -22,8 +22,8 @@ def test_compaction_leaves_few_large_segments_and_sorts_scores_by_row(tmp_path: 
         store.append_scores("teacher", tiny_provenance(), [tiny_scores(items[i], -i)])
     before = {path.name for path in place(store).glob("segments/*/")}
     store.compact(target_tokens=16)
-    assert [len(s) for s in (store._snapshot.segments, store._snapshot.columns["teacher"].segments)] == [3, 3]
-    assert all(segment.meta.dense for segment in store._snapshot.all_segments())
+    assert [len(s) for s in (store._state.segments, store._state.columns["teacher"].segments)] == [3, 3]
+    assert all(segment.meta.dense for segment in store._state.all_segments())
     assert [row.scores["teacher"][0] for row in ZarrStore.open(place(store)).read(range(12), ("teacher",))] == [-i for i in range(12)]
     assert before < {path.name for path in place(store).glob("segments/*/")}
     commits = len(store.history())

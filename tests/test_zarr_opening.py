@@ -201,7 +201,7 @@ def test_a_record_that_leads_out_of_the_store_is_refused(filled: ZarrStore) -> N
     for strange in ("../../elsewhere", "/etc", "segments/../../x", "scores/../x/" + "0" * 32, "scores/.x/" + "0" * 32):
         record["segment"]["path"] = strange
         path.write_bytes(seal(record))
-        with pytest.raises(CorruptStoreError, match="expected a folder of segments/ or scores/"):
+        with pytest.raises(CorruptStoreError, match=r"path is .*, expected text like \(segments\|scores/"):
             ZarrStore.open(place(filled))
 
 
@@ -212,5 +212,5 @@ def test_records_that_do_not_fit_together_are_refused(filled: ZarrStore) -> None
     with pytest.raises(CorruptStoreError, match="begins with row 3, expected 2"):
         ZarrStore.open(place(filled))
     path.write_bytes(seal({**record, "kind": "surprise"}))
-    with pytest.raises(CorruptStoreError, match="commit 1 is of kind 'surprise'"):
+    with pytest.raises(CorruptStoreError, match="commit 1: it is of kind 'surprise'"):
         ZarrStore.open(place(filled))

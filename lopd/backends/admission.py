@@ -6,7 +6,7 @@ Pure functions: a store passes in what it knows and gets back what is new, so th
 
 import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from attrs import evolve
@@ -21,6 +21,8 @@ from lopd.records.rows import Rows
 R = TypeVar("R", Rollout, Scores)
 # No separators, no leading dot, no name that Zarr keeps for itself: a column becomes a folder in some stores.
 _COLUMN_NAME = re.compile(r"(?!zarr\.json$)[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", re.IGNORECASE)
+#: How stored names of columns are read.
+ColumnName = Annotated[str, _COLUMN_NAME]
 
 
 def new_rollouts(

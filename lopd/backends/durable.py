@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.backends import admission
-from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open_files
+from lopd.backends.files import Files, StorageOptions, StorePath, names_in, open_files, prove
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile, put_root, read_root, taken
 from lopd.errors import ManifestMismatchError
@@ -165,6 +165,12 @@ class DurableBase(ABC, Generic[S, W]):
         return cls(files, root)
 
     @property
+    def _proven_writer(self) -> W:
+        """What changes the store, once its storage has shown that this is safe."""
+        prove(self._files)
+        return self._writer
+
+    @property
     def manifest(self) -> Manifest:
         """What all rollouts have in common."""
         return self._root.manifest
@@ -220,7 +226,7 @@ class DurableBase(ABC, Generic[S, W]):
             admission.check_generation(self._owner, generation, known, policy)
             if known is not None:
                 return self._writer.settle(None)
-            if self._writer.add_generation(generation, policy):
+            if self._proven_writer.add_generation(generation, policy):
                 return None
 
     def append(self, rollouts: Sequence[Rollout], /) -> None:
@@ -234,7 +240,7 @@ class DurableBase(ABC, Generic[S, W]):
                 new = admission.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self.generations, known=known)
                 if not new:
                     return self._writer.settle(None)
-                if self._writer.add_rollouts(new, len(self)):
+                if self._proven_writer.add_rollouts(new, len(self)):
                     return None
         finally:
             self._writer.end()
@@ -249,7 +255,7 @@ class DurableBase(ABC, Generic[S, W]):
                 new = self._new_scores(column, provenance, scores)
                 if not new:
                     return self._writer.settle(column)
-                if self._writer.add_scores(column, provenance, list(new.values()), list(new)):
+                if self._proven_writer.add_scores(column, provenance, list(new.values()), list(new)):
                     return None
         finally:
             self._writer.end()
@@ -280,7 +286,7 @@ class DurableBase(ABC, Generic[S, W]):
             new = admission.new_quarantine(self._owner, reasons, rows=rows.tolist(), done=self._done(column, rows), known=known)
             if not new:
                 return self._writer.settle(column)
-            if self._writer.add_reasons(column, provenance, new):
+            if self._proven_writer.add_reasons(column, provenance, new):
                 return None
 
     def _done(self, column: str, rows: NDArray[np.int64]) -> set[int]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from lopd.errors import printable
 from lopd.records.waiting import QUIET_S
 
 T = TypeVar("T")
@@ -36,6 +37,6 @@ def repeat(
                 raise
             if silent and elapsed > QUIET_S:
                 silent = False
-                _LOG.warning("Storage: trying again, for up to %.0f s: %s", seconds, error)
+                _LOG.warning("Storage: trying again, for up to %.0f s: %s", seconds, printable(str(error)))
         time.sleep(min(pause * 2**failures, longest) * random.random())  # noqa: S311 (not a secret)
         failures += 1

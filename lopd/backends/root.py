@@ -1,6 +1,5 @@
 """The one file that makes a folder or a prefix a store: whether its place is free, and what it says."""
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import get_args
@@ -9,11 +8,12 @@ from uuid import uuid4
 from attrs import field, frozen
 
 from lopd.backends.admission import check_manifest
-from lopd.backends.files import Files, names_in, reading, writing
+from lopd.backends.files import Files, names_in, prove, reading, writing
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.sealing import damaged
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
 from lopd.records.manifest import LINEAGE_FILE, Manifest
+from lopd.records.stored import parse
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
 
@@ -64,8 +64,8 @@ def other_kind(files: Files, names: Sequence[str]) -> str:
     if any(name.startswith("step-") for name in names):
         return "a folder of checkpoints"
     if LINEAGE_FILE in names:
-        with suppress(OSError, ValueError):
-            return "the lineage of a trained model" if "sft_teacher" in json.loads(files.read(LINEAGE_FILE)) else ""
+        with suppress(OSError, ValueError, TypeError):
+            return "the lineage of a trained model" if "sft_teacher" in parse(files.read(LINEAGE_FILE)) else ""
     return ""
 
 
@@ -78,6 +78,7 @@ def put_root(files: Files, kind: RootFile, root: Root) -> bool:
 
     Raises:
         InvalidRecordError: the manifest is something else, or there is no such type of log-probs.
+        StorePathError: the storage does not keep what a store relies on.
         StoreWriteError: the storage refused.
     """
     check_manifest(f"Store {files.url}", root.manifest)
@@ -85,6 +86,7 @@ def put_root(files: Files, kind: RootFile, root: Root) -> bool:
         raise InvalidRecordError(
             f"Store {files.url}: logprob_dtype is {root.logprob_dtype!r}, expected one of {', '.join(get_args(LogprobDtype))}; pass one of them."
         )
+    prove(files)
     with writing(f"Store {files.url}", "creating it"):
         return files.put_if_absent(kind.name, kind.encode(root))
 

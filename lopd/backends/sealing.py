@@ -6,7 +6,8 @@ from typing import Any
 
 import xxhash
 
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, InvalidRecordError
+from lopd.records.stored import LARGEST_JSON, parse
 
 
 def checksum(data: Any) -> str:
@@ -20,19 +21,26 @@ def dump(document: Mapping[str, Any]) -> bytes:
 
 
 def seal(document: Mapping[str, Any]) -> bytes:
-    """The document as JSON, with a checksum of itself."""
+    """The document as JSON, with a checksum of itself.
+
+    Raises:
+        InvalidRecordError: it is larger than `unseal` reads.
+    """
     body = dict(document)
-    return dump({**body, "checksum": checksum(dump(body))})
+    sealed = dump({**body, "checksum": checksum(dump(body))})
+    if len(sealed) > LARGEST_JSON:
+        raise InvalidRecordError(f"Record: it has {len(sealed):,} bytes, expected at most {LARGEST_JSON:,}; write less in one call.")
+    return sealed
 
 
 def unseal(data: bytes) -> dict[str, Any] | None:
     """The inverse of `seal`; None if a single bit differs from what `seal` gave."""
     try:
-        sealed = json.loads(data)
+        sealed = parse(data)
         body = {key: value for key, value in sealed.items() if key != "checksum"}
+        return body if seal(body) == data else None
     except (ValueError, AttributeError):
         return None
-    return body if seal(body) == data else None
 
 
 def damaged(owner: str, path: str) -> CorruptStoreError:

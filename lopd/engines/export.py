@@ -22,6 +22,8 @@ from lopd.engines.causal_lm import unwrap
 from lopd.errors import LopdError, ModelError, StoreExistsError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.manifest import LINEAGE_FILE, Lineage
+from lopd.records.paths import read_regular
+from lopd.records.stored import LARGEST_JSON, parse
 
 #: Endings of files that some library takes for weights, or for what says which weights to load.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json", "adapter_config.json")
@@ -113,14 +115,14 @@ def _files(folder: Path) -> list[str]:
 def _name_files(folder: Path, written: list[str]) -> None:
     """Add to the lineage which files are the export's."""
     path = folder / LINEAGE_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), _FILES: written}, indent=1) + "\n")
+    path.write_text(json.dumps({**parse(read_regular(path)), _FILES: written}, indent=1) + "\n")
 
 
 def _exported(folder: Path) -> set[str]:
     """Files of an earlier export; none where no export is recorded."""
     try:
-        return set(json.loads((folder / LINEAGE_FILE).read_text()).get(_FILES, ()))
-    except (OSError, ValueError, AttributeError):
+        return set(parse(read_regular(folder / LINEAGE_FILE, LARGEST_JSON)).get(_FILES, ()))
+    except (OSError, ValueError, TypeError, AttributeError):
         return set()
 
 
@@ -157,7 +159,7 @@ def _objection(model: Any, folder: Path, written: list[str]) -> str | None:
     if foreign:
         return f"it holds {foreign[0]!r}, which no export is recorded to have written"
     root = folder / LINEAGE_FILE
-    if (folder / "zarr.json").exists() or (root.exists() and "opd_teacher" not in root.read_text(errors="replace")):
+    if (folder / "zarr.json").exists() or (root.exists() and b"opd_teacher" not in read_regular(root, LARGEST_JSON)):
         return "it is a store"
     return None
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, final
 from attrs import define, field
 
 from lopd.engines.workers import Down, Request, T, Worker, backoff
-from lopd.errors import EngineError, LopdError
+from lopd.errors import EngineError, LopdError, printable
 from lopd.records.waiting import QUIET_S
 
 _LOG = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class Pool:
     def _say_what_it_waits_for(self) -> None:
         if not any(place.up for place in self._places):
             place = self._places[0]
-            _LOG.warning("%s: waiting for %d to start; %s: %s", self._owner, len(self._places), place.worker.name, place.why)
+            _LOG.warning("%s: waiting for %d to start; %s: %s", self._owner, len(self._places), place.worker.name, printable(place.why))
 
     def _all_tried(self) -> bool:
         return all(place.tried for place in self._places)
@@ -177,7 +177,7 @@ class Pool:
             place.tried, place.lost, place.why = True, lost, str(down)
             self._changed.notify_all()
         if lost and not self._closed:
-            _LOG.warning("%s is given up: %s", place.worker.name, down)
+            _LOG.warning("%s is given up: %s", place.worker.name, printable(str(down)))
             if all(other.lost for other in self._places):
                 down.error.__cause__ = down.__cause__
                 self._end(down.error)
@@ -260,6 +260,6 @@ class Pool:
             self._changed.notify_all()
             left = any(other.up for other in self._places)
         if failed and down is not None:
-            _LOG.warning("%s is left alone for now: %s", place.worker.name, down)
+            _LOG.warning("%s is left alone for now: %s", place.worker.name, printable(str(down)))
             self._begin(self._bring_up, place, down.pause)
         return left

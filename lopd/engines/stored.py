@@ -3,9 +3,8 @@
 import re
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from json import loads
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import transformers
@@ -15,9 +14,15 @@ from torch import Tensor
 
 from lopd.engines.effective import Weight
 from lopd.errors import ModelError
+from lopd.records.paths import read_regular
+from lopd.records.stored import Name, parse, read_as
 
 _INDEX = "model.safetensors.index.json"
 _REMEDY = "load it once and pass `identity=model_id(model)`"
+
+
+class _Index(TypedDict):
+    weight_map: Mapping[str, Name]
 
 
 def stored_places(folder: Path) -> Mapping[str, Path]:
@@ -27,7 +32,8 @@ def stored_places(folder: Path) -> Mapping[str, Path]:
         ModelError: there are no files of weights in safetensors.
     """
     if (folder / _INDEX).exists():
-        return {name: folder / file for name, file in loads((folder / _INDEX).read_text())["weight_map"].items()}
+        index = read_as(_Index, parse(read_regular(folder / _INDEX)), f"Model {folder}: {_INDEX}")
+        return {name: folder / file for name, file in index["weight_map"].items()}
     path = folder / "model.safetensors"
     if not path.exists():
         raise ModelError(

@@ -76,6 +76,17 @@ def own_numbers(record: Any, owner: str) -> None:
             object.__setattr__(record, field.name, convert(owner, field.name, value))
 
 
+def own_texts(record: Any, owner: str) -> None:
+    """Refuse a field of type str that holds something else, which no store could read again.
+
+    Raises:
+        InvalidRecordError: it does.
+    """
+    for field in fields(type(record)):
+        if field.type is str and not isinstance(value := getattr(record, field.name), str):
+            raise InvalidRecordError(f"{owner}: {field.name} is {value!r:.80}, expected text; pass a str.")
+
+
 def _scalar(value: Any) -> Any:
     """The Python number in a numpy scalar, or in an array or tensor without dimensions; anything else as it is."""
     return value.item() if getattr(value, "shape", None) == () else value
@@ -116,7 +127,7 @@ def check_kind(owner: str, value: object, kind: type, remedy: str) -> None:
         raise ArgumentError(f"{owner}: it is {a_kind(value)}, which has no `{lacking}`; {remedy}.")
 
 
-def check_texts(owner: str, values: Any) -> list[str]:
+def texts_of(owner: str, values: Any) -> list[str]:
     """Return several texts as a list.
 
     Raises:

@@ -9,7 +9,7 @@ def flush(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: the disk refused.
     """
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)
     finally:

@@ -16,7 +16,8 @@ import torch
 from attrs import field, frozen
 from torch import Tensor
 
-from lopd.records.checks import check_kind
+from lopd.errors import printable
+from lopd.records.checks import check_kind, check_number, own_numbers, own_texts
 
 _HASHED = "weights:"
 _REST = "/"
@@ -37,15 +38,21 @@ class ModelId:
         name: for people.
         revision: commit, step or hash of the function (`lopd.engines.identity.model_id`).
         dtype: of the weights in use.
+
+    Raises:
+        InvalidRecordError: a field is not text.
     """
 
     name: str
     revision: str
     dtype: str
 
+    def __attrs_post_init__(self) -> None:
+        own_texts(self, "ModelId")
+
     def __str__(self) -> str:
-        """`name@revision`, shortened."""
-        return _TOGETHER.join(f"{part.name}@{_short(part.revision)}" for part in self.parts)
+        """`name@revision`, shortened and printable."""
+        return printable(_TOGETHER.join(f"{part.name}@{_short(part.revision)}" for part in self.parts))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelId) and self.same_weights(other) and self.dtype == other.dtype
@@ -155,6 +162,9 @@ class TokenizerId:
         bos_id: beginning of a text, or None.
         pad_id: padding, or None; may equal `eos_id`, nothing in lopd masks by it, and it is not part of the identity.
         template_hash: of the chat template, or "".
+
+    Raises:
+        InvalidRecordError: a field is of another type, or `vocab_size` is not one of a vocabulary whose ids are int32.
     """
 
     vocab_hash: str
@@ -163,6 +173,11 @@ class TokenizerId:
     bos_id: int | None
     pad_id: int | None = field(eq=False)
     template_hash: str
+
+    def __attrs_post_init__(self) -> None:
+        own_numbers(self, "TokenizerId")
+        own_texts(self, "TokenizerId")
+        check_number("TokenizerId", "vocab_size", self.vocab_size, 0 < self.vocab_size <= 1 << 31, "from 1 to 2**31")
 
     def same_vocabulary(self, other: HasVocabulary) -> bool:
         """Whether both map the same tokens to the same ids."""

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from attrs import asdict, field, fields, frozen, has
 
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.checks import check_at_least, check_number, own_numbers, own_texts
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.parity import Parity
-from lopd.records.paths import local_path
+from lopd.records.paths import local_path, read_regular
+from lopd.records.stored import LARGEST_JSON, parse, read_as
 
 SCHEMA_VERSION = 1
 LINEAGE_FILE = "lopd.json"
@@ -99,26 +100,18 @@ class Manifest:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Manifest":
+    def from_json(cls, data: Any, owner: str = "Manifest") -> "Manifest":
         """The inverse of `to_json`.
 
         Raises:
             CorruptStoreError: not a manifest, or of another schema version.
         """
-        version = data.get("schema_version")
+        version = data.get("schema_version") if isinstance(data, Mapping) else None
         if version != SCHEMA_VERSION:
             raise CorruptStoreError(
-                f"Manifest: schema_version is {version!r}, expected {SCHEMA_VERSION}; this store was not written by this version of lopd."
+                f"{owner}: schema_version is {version!r:.80}, expected {SCHEMA_VERSION}; this store was not written by this version of lopd."
             )
-        sampling = dict(data["sampling"])
-        sampling["stop_ids"] = tuple(sampling["stop_ids"])
-        return cls(
-            tokenizer=TokenizerId(**data["tokenizer"]),
-            policy=ModelId(**data["policy"]),
-            sampling=SamplingParams(**sampling),
-            sft_teacher=_model_or_none(data["sft_teacher"]),
-            generation=data["generation"],
-        )
+        return read_as(cls, data, owner)
 
     def difference(self, other: "Manifest") -> str | None:
         """The first field in which two manifests differ, as `policy.dtype is <self>, expected <other>`; None if they agree."""
@@ -141,7 +134,7 @@ class Provenance:
             said stays; no part of the identity.
 
     Raises:
-        InvalidRecordError: `top_k` is less than 0.
+        InvalidRecordError: `top_k` is less than 0, or a field is of another type.
     """
 
     model: ModelId
@@ -153,8 +146,10 @@ class Provenance:
     parity: Parity | None = None
 
     def __attrs_post_init__(self) -> None:
-        own_numbers(self, f"Provenance of {self.model}")
-        check_at_least(f"Provenance of {self.model}", "top_k", self.top_k, 0)
+        owner = f"Provenance of {self.model}"
+        own_numbers(self, owner)
+        own_texts(self, owner)
+        check_at_least(owner, "top_k", self.top_k, 0)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Provenance) and self._compared() == other._compared()
@@ -175,10 +170,13 @@ class Provenance:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Provenance":
-        """The inverse of `to_json`."""
-        parity = data.get("parity")
-        return cls(**{**data, "model": ModelId(**data["model"]), "parity": None if parity is None else Parity(**parity)})
+    def from_json(cls, data: Any, owner: str = "Provenance") -> "Provenance":
+        """The inverse of `to_json`.
+
+        Raises:
+            CorruptStoreError: not a provenance.
+        """
+        return read_as(cls, data, owner)
 
 
 @frozen
@@ -202,6 +200,13 @@ class Commit:
     column: str | None
     when: float
     rounding: float = 0.0
+
+
+class _Recorded(TypedDict):
+    """The part of a lineage file that `Lineage` reads; exports record more in it."""
+
+    sft_teacher: ModelId | None
+    opd_teacher: ModelId | None
 
 
 @frozen
@@ -236,23 +241,28 @@ class Lineage:
             raise InvalidRecordError(f"Lineage {folder}: there is no such folder, expected a model's; check the path.")
         self.read(folder)
         path = folder / LINEAGE_FILE
-        there = json.loads(path.read_text()) if path.exists() else {}
+        there = parse(read_regular(path, LARGEST_JSON)) if path.exists() else {}
         path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> "Lineage":
-        """What is recorded in a model's folder; an empty lineage if nothing is."""
+        """What is recorded in a model's folder; an empty lineage if nothing is.
+
+        Raises:
+            CorruptStoreError: the file is not what lopd wrote.
+            InvalidRecordError: the folder is a store.
+        """
         refuse_store("Lineage", folder := local_path("Lineage", folder))
         path = folder / LINEAGE_FILE
         if not path.exists():
             return cls()
         try:
-            data = json.loads(path.read_text())
-            return cls(_model_or_none(data["sft_teacher"]), _model_or_none(data["opd_teacher"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptStoreError(
-                f"Lineage {path}: it cannot be read ({error!r}), expected what lopd wrote; restore or remove it."
-            ) from error
+            data = read_as(_Recorded, parse(read_regular(path, LARGEST_JSON)), f"Lineage {path}")
+        except (OSError, ValueError) as error:
+            if isinstance(error, LopdError):
+                raise
+            raise CorruptStoreError(f"Lineage {path}: it cannot be read ({error}); restore or remove it.") from error
+        return cls(**data)
 
 
 def refuse_store(owner: str, folder: Path, refusal: type[LopdError] = InvalidRecordError) -> None:
@@ -263,7 +273,7 @@ def refuse_store(owner: str, folder: Path, refusal: type[LopdError] = InvalidRec
     """
     for path in (folder / LINEAGE_FILE, folder / "zarr.json"):
         with suppress(OSError):
-            if re.search('"(manifest|lopd_storage)":', path.read_text(errors="replace")):
+            if re.search(b'"(manifest|lopd_storage)":', read_regular(path, LARGEST_JSON)):
                 raise refusal(f"{owner} {folder}: the folder is a store, expected a model's; pass the folder of the model.")
 
 
@@ -275,7 +285,3 @@ def _difference(path: str, mine: Any, theirs: Any) -> str | None:
         found = (_difference(f"{path}.{name}".lstrip("."), getattr(mine, name), getattr(theirs, name)) for name in reversed(names))
         return next(difference for difference in found if difference)
     return f"{path} is {mine!r}, expected {theirs!r}"
-
-
-def _model_or_none(data: Mapping[str, Any] | None) -> ModelId | None:
-    return None if data is None else ModelId(**data)

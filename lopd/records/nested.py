@@ -56,6 +56,7 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
 
     Raises:
         KeyError: a tensor is missing.
+        ValueError, TypeError: JSON that `pack` did not write, which looks like what it writes.
     """
     match packed:
         case [*items]:
@@ -67,7 +68,9 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
         case {"numpy": dtype, "value": value}:  # a scalar; older checkpoints have arrays so, too
             made = np.array(unpack(value, tensors), dtype)[()]
         case {"dtype": name}:
-            made = getattr(torch, name)
+            made = getattr(torch, str(name), None)
+            if not isinstance(made, torch.dtype):
+                raise TypeError(f"dtype {name!r:.80} is not one of torch")
         case {"complex": [real, imaginary]}:
             made = complex(real, imaginary)
         case {"tuple": [*items]}:

@@ -6,7 +6,7 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from lopd.errors import InvalidRecordError
+from lopd.errors import InvalidRecordError, printable
 from lopd.records.rollouts import Rollout, Scores
 
 
@@ -40,7 +40,7 @@ class Parity:
     def __str__(self) -> str:
         """One line."""
         effect = "" if self.advantage is None else f", beside a mean absolute advantage of {self.advantage:.3g}"
-        return (
+        return printable(
             f"{self.engine} against {self.truth}: mean {self.mean:.2g}, p99 {self.p99:.2g}, max {self.max:.2g}, bias {self.bias:.2g} nats "
             f"over {self.tokens} tokens of {self.rollouts} rollouts{effect}"
         )

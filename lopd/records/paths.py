@@ -1,10 +1,26 @@
-"""Paths and URLs: what is refused where it is passed, and what messages may show."""
+"""Paths and URLs: what is refused where it is passed, what is opened as a file, and what messages may show."""
 
+import errno
 import os
 import re
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from lopd.errors import ArgumentError, InvalidRecordError, LopdError
+
+
+def path_text(owner: str, path: str | os.PathLike[str], refusal: type[LopdError] = ArgumentError) -> str:
+    """Return a path or URL as text.
+
+    Raises:
+        LopdError: of the class `refusal`; it is something else, for example bytes.
+    """
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        # what it holds may be a secret
+        raise refusal(f"{owner}: the path is of type {type(path).__name__}, expected text or a Path; pass one.")
+    return text
 
 
 def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError] = InvalidRecordError) -> Path:
@@ -18,9 +34,7 @@ def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError
         ArgumentError: it is not a path.
         LopdError: of the class `refusal`; it is a URL, also one that went through `Path`, or begins with `~` and an unknown user.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ArgumentError(f"{owner}: the path is {path!r:.80}, expected text or a Path; pass one.")
-    text = os.path.expanduser(os.fspath(path))  # noqa: PTH111 (`Path.expanduser` raises for an unknown user)
+    text = os.path.expanduser(path_text(owner, path))  # noqa: PTH111 (`Path.expanduser` raises for an unknown user)
     if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text):
         # the rest may hold a secret
         what = "a URL" if scheme[2] == "//" else "a URL without its second slash"
@@ -35,20 +49,51 @@ def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError
 
 def path_or_url(owner: str, path: str | os.PathLike[str], refusal: type[LopdError] = InvalidRecordError) -> str:
     """Return a URL as it is, and a path of this machine as `local_path` does; raises as that does."""
-    text = os.fspath(path)
+    text = path_text(owner, path)
     return text if "://" in text else str(local_path(owner, text, refusal))
 
 
 def without_secrets(url: str) -> str:
-    """The URL as messages show it: user, password and query stay private.
+    """Return a URL, or a chain of them, as messages show it: without passwords, users (a container of Azure stays) and what follows `?` or `#`.
 
     >>> without_secrets("ftp://user:pass/word@host/run?token=1"), without_secrets("abfss://container@account/run")
     ('ftp://host/run', 'abfss://container@account/run')
     """
-    user = r"//[^/@:]*:.*@" if url.startswith(("abfs", "az")) else r"//([^/@:]*:.*|[^/@]*)@"
-    return re.sub(r"[?#].*", "", re.sub(user, "//", url, count=1))
+    azure = url.lower().startswith(("abfs", "adl", "az", "wasb"))
+    user = r"//[^/@:]*:.*@" if azure else r"//([^/@:]*:.*|[^/@]*)@"
+    return re.sub(r"(?s)[?#].*", "", re.sub(f"(?s){user}", "//", url))
 
 
 def said_of(url: str, error: Exception) -> str:
-    """What an error says; only its type where the URL has secrets, which the error may repeat."""
+    """Return what an error says; only its type where the URL has secrets, which the error may repeat."""
     return str(error) if without_secrets(url) == url else type(error).__name__
+
+
+def cause_of(url: str, error: Exception) -> Exception | None:
+    """Return an error, to be chained to one of ours; None where the URL has secrets.
+
+    Raise ours outside of the `except` block: inside of it, Python would chain the error all the same.
+    """
+    return error if without_secrets(url) == url else None
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading, but not what only has the name of one: a device does not end, and a pipe may never begin.
+
+    Raises:
+        OSError: it is a device, a pipe, a socket or a folder, or a link to one; or it cannot be opened.
+    """
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 (`Path.open` has no opener)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "It is a device, a pipe or a socket, not a file", str(path))
+    return file
+
+
+def read_regular(path: str | os.PathLike[str], largest: int | None = None) -> bytes:
+    """Read a whole file of at most so many bytes; raises as `open_regular`, and OSError where it is larger."""
+    with open_regular(path) as file:
+        data = file.read(-1 if largest is None else largest + 1)
+    if largest is not None and len(data) > largest:
+        raise OSError(errno.EFBIG, f"It has more than {largest:,} bytes", str(path))
+    return data

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import date as Date  # noqa: N812 -- `date` is an argument here
 from hashlib import blake2b
 from typing import Any
@@ -13,11 +13,14 @@ from lopd.errors import ContextOverflowError, LopdError, PromptError
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind, check_at_least
 from lopd.records.optional import need
-from lopd.records.paths import path_or_url, said_of, without_secrets
+from lopd.records.paths import cause_of, open_regular, path_or_url, said_of, without_secrets
 from lopd.records.plain import as_id, as_text, plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import Prompt
 
+#: Bytes of one record of a file; a larger one is refused before it is parsed.
+LARGEST_ROW = 64 << 20
+_ROWS_AT_ONCE = 256
 _KEYS = ("id", "answer", "tools", "chat_template_kwargs")
 
 
@@ -33,7 +36,7 @@ def read_prompts(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     date: Date | None = None,
 ) -> list[Prompt]:
-    """Prompts from a file with one record per line (`.jsonl`) or row (`.parquet`).
+    """Prompts from a file with one record, of at most 64 MiB, per line (`.jsonl`) or row (`.parquet`).
 
     See `make_prompts` for what a record may have, for the arguments, and for what draws a `PromptWarning`.
 
@@ -49,7 +52,8 @@ def read_prompts(
         date: what the chat template reads as today.
 
     Raises:
-        PromptError: the file is empty, of another kind, or a record cannot be turned into a prompt; it names file and record.
+        PromptError: the file is empty, not a file or of another kind, or a record is too large or cannot be turned into a prompt; it names
+            file and record.
         ContextOverflowError: a prompt is longer than `max_tokens`.
     """
     if not isinstance(path, str | os.PathLike):
@@ -225,18 +229,48 @@ def _name(token_ids: Sequence[int], seen: dict[str, int]) -> str:
 
 
 def _read_records(path: str) -> list[Any]:
-    fsspec = need("fsspec", "Prompt files")
     try:
-        with fsspec.open(path, "rb") as file:
-            if path.endswith(".parquet"):
-                return list(need("pyarrow.parquet", "Prompt files").read_table(file).to_pylist(maps_as_pydicts="strict"))
-            return [_parse(path, i, line) for i, line in enumerate(file.read().split(b"\n")) if line.strip()]
+        with _opened(path) as file:
+            return list(_parquet_rows(path, file) if path.endswith(".parquet") else _json_lines(path, file))
     except LopdError:
         raise
     except Exception as error:  # each file system and format raises its own
-        raise PromptError(
-            f"Prompt file {without_secrets(path)}: it cannot be read ({said_of(path, error)}), expected a .jsonl or .parquet file; check the path."
-        ) from error
+        refused = error
+    raise PromptError(
+        f"Prompt file {without_secrets(path)}: it cannot be read ({said_of(path, refused)}), expected a .jsonl or .parquet file; check the path."
+    ) from cause_of(path, refused)
+
+
+def _opened(path: str) -> Any:
+    local = path.removeprefix("file://")
+    return need("fsspec", "Prompt files").open(path, "rb") if "://" in local else open_regular(local)
+
+
+def _json_lines(path: str, file: Any) -> Iterator[Any]:
+    for number, line in enumerate(iter(lambda: file.readline(LARGEST_ROW + 1), b""), 1):
+        _check_row(f"{without_secrets(path)}, line {number}", len(line))
+        if line.strip():
+            yield _parse(path, number, line)
+
+
+def _parquet_rows(path: str, file: Any) -> Iterator[Any]:
+    table, first = need("pyarrow.parquet", "Prompt files").ParquetFile(file), 0
+    for group in map(table.metadata.row_group, range(table.num_row_groups)):
+        # a page of kilobytes may become gigabytes, and says so
+        whole = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
+        _check_row(f"{without_secrets(path)}, a record from {first} on", whole // max(group.num_rows, 1))
+        first += group.num_rows
+    first = 0
+    for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
+        for i in range(len(batch) if batch.nbytes > LARGEST_ROW else 0):
+            _check_row(f"{without_secrets(path)}, record {first + i}", batch.slice(i, 1).nbytes)
+        first += len(batch)
+        yield from batch.to_pylist(maps_as_pydicts="strict")
+
+
+def _check_row(row: str, size: int) -> None:
+    if size > LARGEST_ROW:
+        raise PromptError(f"Prompt file {row}: it has more than {LARGEST_ROW:,} bytes; drop it, no model reads so much.")
 
 
 def _parse(path: str, number: int, line: bytes) -> Any:
@@ -244,5 +278,5 @@ def _parse(path: str, number: int, line: bytes) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         raise PromptError(
-            f"Prompt file {without_secrets(path)}, line {number + 1}: it is not JSON ({error}), expected one object a line; fix the line."
+            f"Prompt file {without_secrets(path)}, line {number}: it is not JSON ({error}), expected one object a line; fix the line."
         ) from error

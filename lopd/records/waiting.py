@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Timer
 
+from lopd.errors import printable
+
 _LOG = logging.getLogger("lopd")
 #: Seconds of silence.
 QUIET_S = 10.0
@@ -17,7 +19,7 @@ def waiting(what: str) -> Iterator[None]:
     Args:
         what: is waited for, as a sentence without its full stop.
     """
-    timer = Timer(QUIET_S, _LOG.warning, ["%s", what])
+    timer = Timer(QUIET_S, _LOG.warning, ["%s", printable(what)])
     timer.daemon = True
     timer.start()
     try:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lopd.backends.opening import open_store
-from lopd.errors import LopdError
+from lopd.errors import LopdError, printable
 from lopd.protocols import DurableStore
 from lopd.records.optional import need
 
@@ -30,7 +30,7 @@ def run(parser: ArgumentParser, arguments: Sequence[str] | None) -> int:
     try:
         return int(options.run(options))
     except LopdError as error:
-        print(printable(str(error)), file=sys.stderr)
+        say(str(error), aside=True)
         return UNUSABLE
 
 
@@ -72,18 +72,12 @@ def show(*things: Table | str) -> None:
         if isinstance(thing, str):
             console.print(printable(thing), soft_wrap=True)
         else:
-            title, columns, rows = thing
-            cells = [[printable(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
-            console.print(table(printable(title), [printable(column) for column in columns], cells))
+            console.print(table(*thing))
 
 
-def printable(text: str) -> str:
-    r"""Text of a store as a terminal may have it: what is not printable, such as an escape sequence, is spelled out.
-
-    >>> printable("a \x1b[31mred\x1b[0m id")
-    'a \\x1b[31mred\\x1b[0m id'
-    """
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+def say(text: str, *, aside: bool = False) -> None:
+    """Print a sentence at once; `aside` is where errors go."""
+    print(printable(text), file=sys.stderr if aside else sys.stdout, flush=True)
 
 
 def print_json(values: Any) -> None:

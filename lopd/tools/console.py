@@ -8,6 +8,9 @@ from attrs import define, field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from lopd.errors import printable
 
 
 @final
@@ -31,10 +34,10 @@ class RichProgress:
     def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
         """Draw a bar for `total` rollouts, of which `done` are there, and the others have `tokens` tokens."""
         self._tokens, self._all_tokens, self._refused = 0, tokens, 0
-        left, right = TextColumn("{task.description}"), TextColumn("{task.fields[rate]}")
+        left, right = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}")
         remaining = TimeRemainingColumn() if tokens is None else TextColumn("{task.fields[remaining]}")
         self._bar = bar = Progress(left, BarColumn(), MofNCompleteColumn(), right, TimeElapsedColumn(), remaining, console=self.console)
-        self._task = bar.add_task(what, total=total, completed=done, rate="", remaining="")
+        self._task = bar.add_task(printable(what), total=total, completed=done, rate="", remaining="")
         bar.start()
 
     def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:
@@ -60,14 +63,18 @@ class RichProgress:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A rich table; numbers to the right."""
-    drawn = Table(title=title, title_justify="left", title_style="bold")
+    """A rich table; numbers to the right.  Texts are shown as they are: brackets are not markup, and controls are spelled out."""
+    drawn = Table(title=_text(title), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right")
+        drawn.add_column(_text(column), justify="left" if i == 0 else "right")
     for row in rows:
         drawn.add_row(*(_cell(value) for value in row))
     return drawn
 
 
-def _cell(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+def _cell(value: object) -> Text:
+    return _text(f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value))
+
+
+def _text(value: str) -> Text:
+    return Text(printable(value))

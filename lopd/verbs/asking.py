@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TypeVar
 
-from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, ScorerError
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, ScorerError, printable
 from lopd.protocols import Progress, TeacherScorer
 from lopd.records.rollouts import Rollout, Scores
 from lopd.records.waiting import QUIET_S
@@ -56,7 +56,7 @@ class _Line:
         if now - self._began >= QUIET_S and now - self._shown >= 1 and sys.stderr.isatty():
             self._shown = now
             said = f"{self._what}: {self._done:,} of {self._total:,} rollouts, {now - self._began:,.0f} s"
-            print(f"\r{said}", end="", file=sys.stderr, flush=True)
+            print(f"\r{printable(said)}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """End the line."""

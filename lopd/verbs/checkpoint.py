@@ -12,7 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -27,13 +27,26 @@ from lopd.protocols.doors import check_noun
 from lopd.records.checks import check_at_least, check_kind
 from lopd.records.flush import flush
 from lopd.records.manifest import Lineage
-from lopd.records.paths import local_path
+from lopd.records.paths import local_path, open_regular
 from lopd.records.ranks import Ranks, alike, inner, on_first
+from lopd.records.stored import Count, read_as
 from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
 
 _RNG = "rng.cpu"
 _STATE = "state.json"
 _NAME = re.compile(r"step-(\d{8,})\.(\d+)")
+
+
+_Optimizer = TypedDict("_Optimizer", {"class": str, "groups": list[Mapping[str, Any]], "others": Mapping[str, Any]})
+
+
+class _State(TypedDict):
+    """What `state.json` says; checkpoints from before settings were saved have no steps."""
+
+    next_step: Count
+    trained: list[list[str]]
+    optimizer: _Optimizer
+    steps: NotRequired[Mapping[str, Any] | None]
 
 
 class Described(Protocol):
@@ -202,7 +215,7 @@ def load_checkpoint(
     if not found:
         return 0
     path = found[-1]
-    state = _read(path / _STATE, lambda path: json.loads(path.read_text()), "next_step", "optimizer", "trained")
+    state = _read(path / _STATE, lambda path: read_as(_State, json.loads(path.read_bytes()), "its content"))
     if optimizer is not None:
         _check_settings(path, state.get("steps"), steps, changed)
     saved = _read(path / "parameters.safetensors", load_file)
@@ -256,9 +269,10 @@ def _read(path: Path, load: Callable[[Path], Mapping[str, Any]], *needed: str) -
     """Return what a file of a checkpoint holds; refuse one that cannot be read, or lacks a name."""
     cause: Exception | None = None
     try:
+        open_regular(path).close()
         found = dict(load(path))
         reason = next((f"it lacks {name!r}" for name in needed if name not in found), "")
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         found, reason, cause = {}, str(error) or type(error).__name__, error
     if reason:
         raise CheckpointError(

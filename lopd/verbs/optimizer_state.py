@@ -83,6 +83,10 @@ def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], pla
         raise CheckpointError(
             f"Checkpoint {path}: tensor {error} of its optimizer is missing; restore it, or remove its folder."
         ) from error
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"Checkpoint {path}: the state of its optimizer cannot be read ({error}); restore it, or remove its folder."
+        ) from error
     entries: dict[int, dict[str, Any]] = {}
     for key, value in saved.items():
         index, name = key.split(".", 1)

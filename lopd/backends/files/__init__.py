@@ -9,12 +9,14 @@ from lopd.backends.files.contract import Run as Run
 from lopd.backends.files.contract import StorageOptions as StorageOptions
 from lopd.backends.files.contract import StorePath as StorePath
 from lopd.backends.files.contract import T as T
+from lopd.backends.files.contract import bucket_url as bucket_url
 from lopd.backends.files.contract import local_folder as local_folder
 from lopd.backends.files.contract import names_in as names_in
 from lopd.backends.files.contract import reading as reading
 from lopd.backends.files.contract import writing as writing
+from lopd.backends.files.proving import prove as prove
 
-_OBSTORE_SCHEMES = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
+_IN_BUCKETS = ("s3://", "gs://", "az://", "abfss://")
 
 
 def open_files(path: StorePath, storage_options: StorageOptions | None = None) -> Files:
@@ -32,7 +34,7 @@ def open_files(path: StorePath, storage_options: StorageOptions | None = None) -
 
         return LocalFiles(folder)
     url, options = os.fspath(path), storage_options or {}
-    if url.split("://", 1)[0] in _OBSTORE_SCHEMES:
+    if bucket_url(url).startswith(_IN_BUCKETS):
         from lopd.backends.files.cloud import ObstoreFiles
 
         return ObstoreFiles(url, options)

@@ -1,17 +1,16 @@
-"""Files on any file system of fsspec.
-
-Where a file system cannot create a file exclusively (s3fs and gcsfs can), a store on it needs one writer at a time.
-"""
+"""Files on any file system of fsspec that creates files exclusively: s3fs, gcsfs, adlfs and `memory://` do, and `prove` finds out."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, final
 
-from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, was_put
-from lopd.errors import StorePathError
+from lopd.backends.files.contract import PROBES, Bytes, Piece, StorageOptions, T, was_put
+from lopd.errors import StorePathError, StoreReadError
 from lopd.records.optional import need
-from lopd.records.paths import said_of, without_secrets
+from lopd.records.paths import cause_of, said_of, without_secrets
 from lopd.records.waiting import QUIET_S, waiting
+
+_TELLING = (FileNotFoundError, FileExistsError, NotADirectoryError)
 
 
 @final
@@ -23,13 +22,16 @@ class FsspecFiles:
         self._url = url.rstrip("/")
         self._shown = without_secrets(self._url)
         self._options = dict(options)
-        core = need("fsspec.core", f"Store {self._shown}", "zarr")
+        core, refused = need("fsspec.core", f"Store {self._shown}", "zarr"), None
         try:
             self._fs, self._root = core.url_to_fs(self._url, **self._options)
-        except (ValueError, ImportError, TypeError) as error:
-            raise StorePathError(
-                f"Store {self._shown}: fsspec cannot open it ({type(error).__name__}), expected a URL it knows; check scheme and options."
-            ) from None
+        except Exception as error:  # each file system raises its own, and some ask a server at once
+            refused = type(error)
+        if refused is not None:
+            kind = StoreReadError if issubclass(refused, OSError) else StorePathError
+            raise kind(
+                f"Store {self._shown}: fsspec cannot open it ({refused.__name__}), expected a URL it knows; check scheme, options and the storage."
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         """URL and options."""
@@ -53,11 +55,12 @@ class FsspecFiles:
         try:
             with waiting(f"Store {self._shown}: its storage has not answered for {QUIET_S:.0f} s; still waiting"):
                 return work(*args, **options)
-        except (FileNotFoundError, FileExistsError, NotADirectoryError, NotImplementedError, ValueError):
-            raise
         except Exception as error:
+            kind = next((kind for kind in _TELLING if isinstance(error, kind)), OSError)
             said = "" if self._options else said_of(self._url, error)
-            raise OSError(f"{type(error).__name__}: {said}".split("\n", 1)[0][:300]) from error
+            refused = kind(f"{type(error).__name__}: {said}".split("\n", 1)[0][:300])
+            refused.__cause__ = None if self._options else cause_of(self._url, error)
+        raise refused
 
     def read(self, path: str, /) -> bytes:
         """A whole file."""
@@ -79,7 +82,7 @@ class FsspecFiles:
             self._call(self._fs.pipe_file, self._path(path), data.tobytes())
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
-        """Whether this call made the file; safe against other writers where the file system creates exclusively (s3fs and gcsfs do)."""
+        """Whether this call made the file; safe against other writers where the file system creates exclusively."""
         try:
             self._call(self._fs.pipe_file, self._path(path), data, mode="create")
         except OSError as error:
@@ -100,15 +103,17 @@ class FsspecFiles:
             listed = self._call(self._fs.ls, self._path(folder), detail=False, refresh=True)
         except FileNotFoundError:
             return []
-        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed)
+        return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed} - {PROBES})
 
     def age(self, folder: str, /) -> float:
         """Seconds since the newest file in a folder was written; 0 where the file system does not say."""
+        return float(time.time() - self._call(self._newest, self._path(folder)))
+
+    def _newest(self, path: str) -> float:
         try:
-            newest = max(self._call(self._fs.modified, path).timestamp() for path in self._call(self._fs.find, self._path(folder)))
+            return float(max(self._fs.modified(file).timestamp() for file in self._fs.find(path)))
         except (NotImplementedError, ValueError):
-            return 0.0
-        return float(time.time() - newest)
+            return time.time()
 
     def remove(self, paths: Iterable[str], /) -> None:
         """Remove files, and folders with all that is in them."""

@@ -18,7 +18,7 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, in_doubt, read_spans
+from lopd.backends.files.contract import PROBES, Bytes, Piece, StorageOptions, T, bucket_url, in_doubt, read_spans
 from lopd.backends.fork import ForkGuard
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
@@ -30,7 +30,8 @@ _CLIENT_OPTIONS = ("allow_http", "allow_invalid_certificates", "connect_timeout"
 _RETRY_OPTIONS = ("client_max_retries", "client_retry_timeout")
 # Within them, and their sum, a first request fails; well below 20 s together.
 _FIRST_S, _FIRST_TIMEOUTS = 5.0, {"connect_timeout": "5s", "timeout": "8s"}
-_ENVIRONMENTS = {"gs": "GOOGLE_", "az": "AZURE_", "abfs": "AZURE_", "adl": "AZURE_"}
+_LONGEST_S = 1e6
+_ENVIRONMENTS = {"gs": "GOOGLE_", "az": "AZURE_", "abfs": "AZURE_"}
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "specified bucket does not exist", "specified container does not exist")
 _METADATA_HOST = "169.254.169.254"
 _ENDPOINTS = ("aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url")
@@ -48,9 +49,9 @@ def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
         return list(pool.map(lambda call: call(), calls))
 
 
-def _check_http(shown: str, options: StorageOptions) -> None:
+def _check_http(url: str, shown: str, options: StorageOptions) -> None:
     """Refuse plain http that nobody has allowed: object_store would repeat for a minute what it never sends, and not say why."""
-    if not shown.startswith("s3"):
+    if not url.startswith("s3"):
         return  # the endpoint in the environment is not that of other clouds
     environment = {name: value for name, value in os.environ.items() if name.upper().startswith("AWS_")}
     given = {name.lower(): str(value) for place in (environment, options) for name, value in place.items()}
@@ -62,6 +63,13 @@ def _check_http(shown: str, options: StorageOptions) -> None:
             f"Store {shown}: its endpoint is {without_secrets(endpoint)}, expected https; set AWS_ALLOW_HTTP=true (or the option `allow_http`) if "
             "plain http is meant."
         )
+
+
+def _number(shown: str, options: StorageOptions, name: str, default: float) -> float:
+    with suppress(TypeError, ValueError):
+        if 0 <= (number := float(options.get(name, default))) <= _LONGEST_S:
+            return number
+    raise StorePathError(f"Store {shown}: the option `{name}` is not a number from 0 to {_LONGEST_S:.0f}; pass one.")
 
 
 def _client_options_of_environment(url: str) -> dict[str, str]:
@@ -85,10 +93,10 @@ class ObstoreFiles:
         self._options = dict(options)
         self._obstore = need("obstore", f"Store {self._shown}", "zarr")
         self._final = (self._obstore.exceptions.PermissionDeniedError, self._obstore.exceptions.UnauthenticatedError)
-        self._max_retries = int(self._options.get("client_max_retries", 10))
-        self._retry_timeout = float(self._options.get("client_retry_timeout", 180))
+        self._max_retries = int(_number(self._shown, self._options, "client_max_retries", 10))
+        self._retry_timeout = _number(self._shown, self._options, "client_retry_timeout", 180)
         self._answered = answered
-        self._store = self._open()
+        self._open()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """URL and options: connections do not travel to another process."""
@@ -109,25 +117,31 @@ class ObstoreFiles:
         """Seconds: before the first answer, a mistake is likelier than trouble that passes."""
         return self._retry_timeout if self._answered else min(_FIRST_S, self._retry_timeout)
 
-    def _open(self) -> Any:
+    def _open(self) -> None:
         obstore = self._obstore
         _GUARD.check(f"Store {self._shown}")
-        _check_http(self._shown, self._options)
+        url = bucket_url(self._url)
+        _check_http(url, self._shown, self._options)
         options = {name: value for name, value in self._options.items() if name not in _RETRY_OPTIONS}
         retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._patience)}
         client = {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
         if not self._answered:
             # what is passed takes the place of all that the environment says
-            client = _FIRST_TIMEOUTS | _client_options_of_environment(self._url) | client
+            client = _FIRST_TIMEOUTS | _client_options_of_environment(url) | client
         client = {name: str(value).lower() in _YES if name.startswith("allow_") else value for name, value in client.items()}
         try:
             # Which options there are is obstore's to say.
-            return obstore.store.from_url(self._url, config=options, client_options=client or None, retry_config=retry)
+            make = partial(obstore.store.from_url, url, config=options, client_options=client or None)
+            # A conditional put is repeated by `put_if_absent`, which knows what is in vain.
+            self._store, self._once = make(retry_config=retry), make(retry_config=retry | {"max_retries": 0})
         except (obstore.exceptions.BaseError, ValueError, TypeError) as error:
-            # The message names an option, never its value.
-            raise StorePathError(
-                f"Store {self._shown}: it cannot be opened ({type(error).__name__}), expected storage options of object_store; check their names."
-            ) from None
+            refused = type(error).__name__
+        else:
+            return
+        # Not in the block above, where Python would chain what obstore said: it has the URL in it, or the value of an option.
+        raise StorePathError(
+            f"Store {self._shown}: it cannot be opened ({refused}), expected storage options of object_store; check their names."
+        )
 
     def _call(self, path: str, work: Callable[[], T]) -> T:
         _GUARD.check(f"Store {self._shown}")
@@ -150,7 +164,7 @@ class ObstoreFiles:
         """The storage has answered: from now on it is given time to recover."""
         if not self._answered:
             self._answered = True
-            self._store = self._open()
+            self._open()
 
     def read(self, path: str, /) -> bytes:
         """A whole object."""
@@ -197,9 +211,9 @@ class ObstoreFiles:
 
     def _put_or_compare(self, path: str, data: bytes, lost: list[OSError]) -> bool:
         try:
-            self._call(path, lambda: self._obstore.put(self._store, path, data, mode="create"))
+            self._call(path, lambda: self._obstore.put(self._once, path, data, mode="create"))
         except OSError as error:
-            if isinstance(error.__cause__, self._final):
+            if self._is_final(error):
                 raise  # it was refused, so it is not done
             lost.append(error)
             try:
@@ -213,7 +227,10 @@ class ObstoreFiles:
         return repeat(work, self._passes, seconds=self._patience, times=self._max_retries, pause=0.1, longest=15.0)
 
     def _passes(self, error: Exception) -> bool:
-        return isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, self._final)
+        return isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and not self._is_final(error)
+
+    def _is_final(self, error: OSError) -> bool:
+        return isinstance(error.__cause__, self._final) or "501 Not Implemented" in str(error.__cause__)
 
     def mark(self, folder: str, number: int, /) -> None:
         """Make an empty object of this number, and remove the one before it."""
@@ -229,7 +246,7 @@ class ObstoreFiles:
         prefix = f"{folder}/" if folder else ""
         listed = self._repeat(partial(self._call, folder, lambda: self._obstore.list_with_delimiter(self._store, prefix or None)))
         paths = [*listed["common_prefixes"], *(entry["path"] for entry in listed["objects"])]
-        return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths} - {PROBES})
 
     def _listed(self, folder: str) -> list[Any]:
         pages = lambda: [entry for page in self._obstore.list(self._store, f"{folder}/") for entry in page]  # noqa: E731 (drawn anew each time)

@@ -1,6 +1,7 @@
 """Where a store's files are: a folder on a local disk, or a prefix in a bucket.  Files are written once and never changed."""
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.errors import LopdError, StorePathError, StoreReadError, StoreWriteError
-from lopd.records.paths import local_path
+from lopd.records.paths import local_path, path_text
 
 StorePath = str | os.PathLike[str]
 StorageOptions = Mapping[str, Any]
@@ -20,6 +21,12 @@ Piece = bytes | memoryview
 T = TypeVar("T")
 #: Calls functions, side by side where they wait for a network, and returns their answers.
 Run = Callable[[Sequence[Callable[[], Any]]], list[Any]]
+_DOMAIN = r"\.(?:blob|dfs)\.(?P<domain>core\.windows\.net|fabric\.microsoft\.com)"
+_AZURE_USER = re.compile(rf"(?i:abfss?|adl|azure|az|wasbs?)://(?P<container>[^/@:]+)@(?P<account>[^/@:.]+)(?:{_DOMAIN})?(?=/|$)")
+_AZURE_HOST = re.compile(rf"(?i:https)://(?P<account>[^/@:.]+){_DOMAIN}/(?P<container>[^/?#]+)")
+_SAME_SCHEME = {"abfs": "az", "abfss": "az", "adl": "az", "azure": "az", "s3a": "s3"}
+#: The folder that storage is tried in; `names` leaves it out.
+PROBES = ".probes"
 
 
 class Files(Protocol):
@@ -185,11 +192,27 @@ def local_folder(path: StorePath) -> Path | None:
     """The local folder that a path or a `file://` URL names, None for any other URL.
 
     Raises:
-        StorePathError: it is not a path, or `Path` has taken a URL's second slash.
+        StorePathError: it is not a path, `Path` has taken a URL's second slash, or a `file://` URL names a host.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise StorePathError(f"Store: the path is {path!r:.80}, expected text or a Path; pass one.")
-    text = os.fspath(path)
+    text = path_text("Store", path, StorePathError)
     if "://" in text and not text.startswith("file://"):
         return None
-    return local_path("Store", text.removeprefix("file://"), StorePathError)
+    local = text.removeprefix("file://")
+    if local != text and not local.startswith("/"):
+        raise StorePathError("Store: the path is a file:// URL that does not go on with a slash; write file:///folder, or a path.")
+    return local_path("Store", local, StorePathError)
+
+
+def bucket_url(url: str) -> str:
+    """The URL by which both obstore and LanceDB know a place in a bucket; one that is not in a bucket as it is.
+
+    >>> bucket_url("abfss://container@account/run"), bucket_url("https://account.blob.core.windows.net/container/run")
+    ('abfss://container@account.dfs.core.windows.net/run', 'abfss://container@account.dfs.core.windows.net/run')
+    >>> bucket_url("azure://container/run"), bucket_url("memory://run")
+    ('az://container/run', 'memory://run')
+    """
+    for form in (_AZURE_USER, _AZURE_HOST):
+        if found := form.match(url):
+            return f"abfss://{found['container']}@{found['account']}.dfs.{found['domain'] or 'core.windows.net'}{url[found.end() :]}"
+    scheme, separator, rest = url.partition("://")
+    return f"{_SAME_SCHEME.get(scheme.lower(), scheme.lower())}://{rest}" if separator else url

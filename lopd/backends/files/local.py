@@ -6,7 +6,6 @@ They are not mapped: a mapped file that is cut under a reader, or whose disk fai
 import errno
 import os
 import shutil
-import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from weakref import finalize
 from lopd.backends.files.contract import Bytes, Piece, StorageOptions, T, read_spans
 from lopd.errors import StoreWriteError
 from lopd.records.flush import flush
+from lopd.records.paths import open_regular
 
 #: Leftovers of a killed writer start with this; nothing ever reads them.
 TEMPORARY_PREFIX = ".tmp-"
@@ -34,17 +34,16 @@ class _Open:
     """A file that is open for reading until nobody uses it any more."""
 
     def __init__(self, path: Path) -> None:
-        # a pipe would keep the process waiting, and a device would never end
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        finalize(self, os.close, self.descriptor)
-        if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        file = open_regular(path)
+        finalize(self, file.close)
+        self._descriptor = file.fileno()
+        self.size = os.fstat(self._descriptor).st_size
 
     def read(self, start: int, end: int) -> bytes:
         """These bytes, or fewer at the end of the file."""
-        data = os.pread(self.descriptor, end - start, start)
+        # a read takes memory for all that is asked for, whatever is there
+        end = max(min(end, self.size), start)
+        data = os.pread(self._descriptor, end - start, start)
         if 0 < len(data) < end - start:  # one call reads at most 2 GiB
             return data + self.read(start + len(data), end)
         return data
@@ -78,7 +77,7 @@ class LocalFiles:
     def read(self, path: str, /) -> bytes:
         """A whole file."""
         file = _Open(self.root / path)
-        return file.read(0, os.fstat(file.descriptor).st_size)
+        return file.read(0, file.size)
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
         """Parts of one file, which stays open for the next time."""

@@ -12,40 +12,45 @@ be told that they succeeded.
 An older store has folders of files without numbers instead.  They are read, and the first record that is added to it lists them.
 """
 
-import json
 import re
 import time
-from collections.abc import Mapping
-from typing import Any, Literal, final
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypedDict, final
 from uuid import uuid4
 
 from attrs import field, frozen, mutable
 from xxhash import xxh3_64_intdigest
 
-from lopd.backends.admission import check_column
+from lopd.backends.admission import ColumnName
 from lopd.backends.files import Files, reading, writing
+from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, damaged, seal, unseal
-from lopd.errors import CorruptStoreError, InvalidRecordError
+from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
+from lopd.records.stored import Count, Seconds, parse, read_as
 
 LOG, HEAD = "log", ".head"
 #: A table that will be made; the table of a column, or of the rollouts; what was sampled, not scored, merged; files of an older lopd.
 Kind = Literal["begun", "table", "generation", "quarantine", "compaction", "old"]
 _OLD_FOLDERS: dict[str, Kind] = {"columns": "table", "generations": "generation", "quarantine": "quarantine", "compactions": "compaction"}
 _OLD_ROLLOUTS = "rollouts.json"
-_TABLE_NAME, _RECORD_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"), re.compile(r"[0-9]{10}\.json")
+_RECORD_NAME = re.compile(r"[0-9]{10}\.json")
+_MARKED = re.compile(r"(rollouts|(scores|unscored)\..+)-[0-9a-f]{32}\.head")
+# A table is a folder of the database.
+_TableName = Annotated[str, re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")]
 
 
 def _encode_root(root: Root) -> bytes:
     return seal({"manifest": root.manifest.to_json(), "log": {"logprob_dtype": root.logprob_dtype}, "by": uuid4().hex})
 
 
-def _decode_root(_: str, data: bytes) -> Root | None:
-    document = json.loads(data)
+def _decode_root(url: str, data: bytes) -> Root | None:
+    document, owner = parse(data), f"Store {url}: lopd.json"
     # An older lopd, which would not see the log, finds no `logprob_dtype` where it looks for it, and refuses the store.
-    root = Root(Manifest.from_json(document["manifest"]), document.get("log", document)["logprob_dtype"])
+    dtype = document["log"]["logprob_dtype"] if "log" in document else document["logprob_dtype"]
+    root = Root(Manifest.from_json(document["manifest"], owner), read_as(LogprobDtype, dtype, owner))
     return root if unseal(data) is not None else None
 
 
@@ -63,9 +68,45 @@ class TableEntry:
         seed: where the checksums of its lines begin, so that lines of another table are noticed; 0 in tables of an older lopd.
     """
 
-    table: str
+    table: _TableName
     provenance: Provenance | None
     seed: int
+
+
+class _Record(TypedDict):
+    """What each record says."""
+
+    kind: Kind
+    when: Seconds
+
+
+class _Begun(_Record):
+    table: _TableName
+    column: ColumnName | None
+
+
+class _Table(_Begun):
+    provenance: Provenance | None
+
+
+class _Generation(_Record):
+    generation: Count
+    policy: ModelId
+
+
+class _Quarantine(_Record):
+    column: ColumnName
+    reasons: Mapping[Count, str]
+
+
+class _Compaction(_Record):
+    column: ColumnName | None
+    rows: Count
+    tokens: Count
+
+
+class _Old(_Record):
+    files: Mapping[str, str]
 
 
 @frozen
@@ -127,60 +168,65 @@ class Catalog:
             CorruptStoreError: one is damaged, missing, or another store's.
             StoreReadError: the storage refused.
         """
-        state, expected = self.state, 0
-        if not state.last:
+        state, expected, first = self.state, 0, not self.state.last
+        if first:
+            names = self._names("")
             expected = max(self.least(LOG), 0, *(int(name[:10]) + 1 for name in self._names(LOG) if _RECORD_NAME.fullmatch(name)))
             state.last = checksum(self._read(ROOT.name) or b"")
-            self._read_old()
+            self._read_old(names)
         while (data := self._read(path := _path(state.number))) is not None:
             document = self._unsealed(path, data)
             if (document.get("number"), document.get("previous")) != (state.number, state.last):
                 raise self._broken(path, "does not follow the record before it", "one that does")
-            self._take(path, document)
+            self._add(document, f"{self._owner}: {path}")
             state.number, state.last = state.number + 1, checksum(data)
         if state.number < expected:
             raise self._broken(path, "is missing", f"{expected} records")
+        # A table is marked after the record that names it.
+        marked = {name.removesuffix(HEAD) for name in names if _MARKED.fullmatch(name)} if first else set[str]()
+        for name in marked.difference(state.begun, (entry.table for entry in state.tables.values())):
+            raise self._broken(path, "is missing", f"a record of table {name!r}, which has rows")
 
-    def _read_old(self) -> None:
-        names = self._names("")
+    def _read_old(self, names: Sequence[str]) -> None:
         paths = [_OLD_ROLLOUTS] if _OLD_ROLLOUTS in names else []
         paths += [
             f"{folder}/{name}" for folder in _OLD_FOLDERS if folder in names for name in self._names(folder) if name.endswith(".json")
         ]
         found = {path: self._read(path) or b"" for path in paths}
         documents = {path: self._unsealed(path, data) for path, data in found.items()}
-        for path, document in sorted(documents.items(), key=lambda item: item[1].get("when", 0.0)):
+        for path, document in documents.items():
             folder, _, name = path.removesuffix(".json").rpartition("/")
-            column = {"column": name if folder else None} if folder in ("", "columns") else {}
-            self._take(path, {**document, **column, "kind": _OLD_FOLDERS.get(folder, "table"), "seed": 0})
+            document["kind"] = _OLD_FOLDERS.get(folder, "table")
+            if document["kind"] == "table":
+                document["column"] = name if folder else None
+            read_as(_Record, document, f"{self._owner}: {path}")
+        for path, document in sorted(documents.items(), key=lambda item: item[1]["when"]):
+            self._add(document, f"{self._owner}: {path}", old=True)
         self.state.old = {path: checksum(data) for path, data in found.items()}
 
-    def _take(self, path: str, document: Mapping[str, Any]) -> None:
-        try:
-            self._add(document)
-        except (KeyError, TypeError, AttributeError, InvalidRecordError) as error:
-            raise damaged(self._owner, path) from error
-
-    def _add(self, document: Mapping[str, Any]) -> None:
-        state, kind, column = self.state, document["kind"], document.get("column")
-        if column is not None:
-            check_column(self._owner, column)
-        if kind == "old" and document["files"] != state.old:
-            path = min(set(document["files"].items()) ^ set(state.old.items()))[0]
-            raise self._broken(path, "is not the file that was there when the log began", "that one")
+    def _add(self, document: dict[str, Any], owner: str, *, old: bool = False) -> None:
+        state, kind = self.state, read_as(_Record, document, owner)["kind"]
+        rows, tokens, column = 0, 0, document.get("column")
         if kind == "begun":
-            state.begun[_table_name(document)] = column
+            begun = read_as(_Begun, document, owner)
+            state.begun[begun["table"]] = begun["column"]
         elif kind == "table":
-            name, provenance = _table_name(document), document["provenance"]
-            seed = document.get("seed", table_seed(name))
-            state.tables[column] = TableEntry(name, None if provenance is None else Provenance.from_json(provenance), seed)
+            table = read_as(_Table, document, owner)
+            state.tables[table["column"]] = TableEntry(table["table"], table["provenance"], 0 if old else table_seed(table["table"]))
         elif kind == "generation":
-            state.generations[document["generation"]] = ModelId(**document["policy"])
+            generation = read_as(_Generation, document, owner)
+            state.generations[generation["generation"]] = generation["policy"]
         elif kind == "quarantine":
-            state.quarantines.append(Quarantine(document["column"], {int(row): reason for row, reason in document["reasons"].items()}))
+            quarantine = read_as(_Quarantine, document, owner)
+            rows = len(quarantine["reasons"])
+            state.quarantines.append(Quarantine(quarantine["column"], quarantine["reasons"]))
+        elif kind == "compaction":
+            merged = read_as(_Compaction, document, owner)
+            rows, tokens = merged["rows"], merged["tokens"]
+        elif differing := sorted(read_as(_Old, document, owner)["files"].items() ^ state.old.items()):
+            raise self._broken(differing[0][0], "is not the file that was there when the log began", "that one")
         if kind in ("generation", "quarantine", "compaction"):
-            rows = len(document.get("reasons", ())) or document.get("rows", 0)
-            state.events.append(Commit(0, kind, rows, document.get("tokens", 0), column, document["when"]))
+            state.events.append(Commit(0, kind, rows, tokens, column, document["when"]))
 
     def _broken(self, path: str, what: str, wanted: str) -> CorruptStoreError:
         return CorruptStoreError(f"{self._owner}: {path} {what}, expected {wanted}; restore the store from a backup.")
@@ -198,7 +244,7 @@ class Catalog:
 
     def _unsealed(self, path: str, data: bytes | None) -> dict[str, Any]:
         document = None if data is None else unseal(data)
-        if document is None or not isinstance(document.get("when", 0.0), int | float):
+        if document is None:
             raise damaged(self._owner, path)
         return document
 
@@ -267,12 +313,3 @@ def table_seed(table: str) -> int:
 
 def _path(number: int) -> str:
     return f"{LOG}/{number:010d}.json"
-
-
-def _table_name(document: Mapping[str, Any]) -> str:
-    if not _TABLE_NAME.fullmatch(document["table"]):
-        raise CorruptStoreError(
-            f"Catalog: it names table {document['table']!r}, expected letters, digits, '_', '-' or '.', and no '.' in front; "
-            "restore the store from a backup."
-        )
-    return str(document["table"])

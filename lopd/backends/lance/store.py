@@ -43,8 +43,8 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     `find`, `lengths`, `scored`, and `read` of a column, read all lines at the first call, and hold them from then on (about 130 bytes a rollout).
     A writer merges files of about one size after every 16th commit of a table, up to a gigabyte at once, and keeps the table's newest 128
     versions, about 70 kB each.
-    On a local disk a commit is flushed before its call returns.  LanceDB itself flushes nothing, so a power cut in the middle of a
-    commit may leave a last version that cannot be read; what was returned before is whole in the versions before it.
+    What a commit added is read back and, on a local disk, flushed before its call returns.  LanceDB itself flushes nothing, so a power cut
+    in the middle of a commit may leave a last version that cannot be read; what was returned before is whole in the versions before it.
     """
 
     _ROOT = ROOT
@@ -100,7 +100,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         Raises:
             StoreWriteError: the write failed, or what was merged is not what was there before; nothing was lost.
         """
-        self._writer.compact(older_than)
+        self._proven_writer.compact(older_than)
 
     def history(self) -> Sequence[Commit]:
         """What was committed up to this store's snapshot, by the clocks of the writers, oldest first."""

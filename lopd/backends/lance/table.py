@@ -12,7 +12,7 @@ from typing import Any, final
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.backends.files import Files
+from lopd.backends.files import Files, bucket_url
 from lopd.backends.fork import ForkGuard
 from lopd.backends.lance.failures import is_conflict, is_gone, reading
 from lopd.backends.retry import repeat
@@ -72,7 +72,9 @@ class Database:
     def __init__(self, files: Files) -> None:
         """Connects at the first call: connecting makes a folder."""
         self.url, self.owner = files.url, f"Store {files.url}"
-        scheme, separator, _ = self.url.partition("://")
+        # LanceDB does not know every way to write the URL
+        self._place = bucket_url(self.url)
+        scheme, separator, _ = self._place.partition("://")
         if separator and scheme not in _SCHEMES:
             raise StorePathError(
                 f"{self.owner}: LanceDB cannot store there, expected a local path, or a URL of {', '.join(_SCHEMES)}; choose another place."
@@ -89,7 +91,7 @@ class Database:
         lancedb = _lancedb(self.owner)
         if self._connection is None:
             session = lancedb.Session(index_cache_size_bytes=_INDEX_CACHE, metadata_cache_size_bytes=_METADATA_CACHE)
-            self._connection = lancedb.connect(self.url, storage_options={**self._options, **_FILE_FORMAT}, session=session)
+            self._connection = lancedb.connect(self._place, storage_options={**self._options, **_FILE_FORMAT}, session=session)
         return self._connection
 
     def session(self) -> Any:

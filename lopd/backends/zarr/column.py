@@ -1,6 +1,6 @@
 """Which segment and line the scores of a rollout are in."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, final
 
 import numpy as np
@@ -35,17 +35,6 @@ class Column:
             "segments": [segment.meta.to_json() for segment in self.segments],
             "reasons": {str(row): reason for row, reason in self.reasons.items()},
         }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], make_segment: Callable[[Any], Segment]) -> "Column":
-        """The inverse of `to_json`; checkpoints from before there were reasons have none."""
-        column = cls(Provenance.from_json(data["provenance"]), [make_segment(meta) for meta in data["segments"]])
-        column.add_reasons(data.get("reasons", {}))
-        return column
-
-    def add_reasons(self, reasons: Mapping[str, str]) -> None:
-        """Take in why rows could not be scored; keys are rows, as JSON has them."""
-        self.reasons.update({int(row): reason for row, reason in reasons.items()})
 
     def set_segments(self, segments: Iterable[Segment]) -> None:
         """Take these in place of those that it has."""

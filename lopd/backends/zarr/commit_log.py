@@ -20,7 +20,9 @@ from attrs import frozen
 from lopd.backends.files import Files, reading
 from lopd.backends.root import Root
 from lopd.backends.sealing import checksum, damaged, seal, unseal
+from lopd.backends.zarr.record import Checkpoint, read_record
 from lopd.errors import CorruptStoreError, LopdError
+from lopd.records.stored import read_as
 
 COMMITS, CHECKPOINTS, _HEAD = "commits", "checkpoints", "head"
 COMMITS_PER_CHECKPOINT = 64
@@ -34,7 +36,7 @@ class Entry:
     """One record of the log.
 
     Args:
-        body: what it says.
+        body: what it says, typed (`lopd.backends.zarr.record`).
         checksum: of its bytes, by which the next record names it.
     """
 
@@ -68,7 +70,7 @@ class CommitLog:
             return None
         with suppress(OSError):  # the commit is made, and the next one marks it too
             self._files.mark(_HEAD, number)
-        return Entry(body, checksum(data))
+        return self._typed(number, body, data)
 
     def settle(self) -> None:
         """Make records durable that other processes may have put and not flushed yet."""
@@ -125,7 +127,7 @@ class CommitLog:
     def _missing(self, expected: str) -> CorruptStoreError:
         return CorruptStoreError(f"{self._owner}: a commit record is missing, expected {expected}; restore it from a backup.")
 
-    def checkpoint(self, until: int | None) -> dict[str, Any] | None:
+    def checkpoint(self, until: int | None) -> Checkpoint | None:
         """The latest checkpoint that is not after commit `until`; None if there is none."""
         with reading(self._owner, "reading its commit log"):
             numbers = [number for number in _numbers(self._files.names(CHECKPOINTS)) if until is None or number <= until]
@@ -135,7 +137,7 @@ class CommitLog:
             data = self._files.read(path)
         state = self._unsealed(path, data)
         self._check(path, state, {"commits": max(numbers), "store": self._root.creation})
-        return state
+        return read_as(Checkpoint, state, f"{self._owner}: {path}")
 
     def put_checkpoint(self, number: int, state: Mapping[str, Any]) -> None:
         """Keep the state after `number` commits, which another process may have done already, and remove those long before it."""
@@ -161,7 +163,10 @@ class CommitLog:
         path = _path(COMMITS, number)
         body = self._unsealed(path, data)
         self._check(path, body, {"number": number, "store": self._root.creation, "previous": previous})
-        return Entry(body, checksum(data))
+        return self._typed(number, body, data)
+
+    def _typed(self, number: int, body: Mapping[str, Any], data: bytes) -> Entry:
+        return Entry(read_record(body, f"{self._owner}: commit {number}"), checksum(data))
 
     def _check(self, path: str, body: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         """Refuse what was written for another place, if it says its own."""

@@ -4,20 +4,24 @@ Any Zarr v3 reader reads them; lopd itself needs no zarr.  A segment is one grou
 names it says type, shape and checksum of each array, so reading one fetches no metadata.
 """
 
-import json
+import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 from attrs import asdict, frozen
 from numpy.typing import NDArray
 
 from lopd.backends.files import Bytes
+from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, dump
 from lopd.errors import StoreNotFoundError
+from lopd.records.checks import check_number
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
+from lopd.records.stored import Count, parse, read_as
 
 METADATA_FILE = "zarr.json"
 RAW = "raw"
@@ -26,6 +30,14 @@ _ABOUT = (
     "Groups under segments/ hold rollouts, those under scores/<column>/ scores.  A group whose name is in the attribute `lopd_replaces` of another "
     "is no longer live; commits/*.json name those that are."
 )
+
+
+class _Storage(TypedDict):
+    logprob_dtype: LogprobDtype
+    chained: NotRequired[bool]
+
+
+_Checksum = Annotated[str, re.compile("[0-9a-f]{32}")]
 
 
 @frozen
@@ -41,12 +53,18 @@ class ArrayMeta:
         stored_bytes: of both files.
     """
 
-    dtype: str
-    shape: tuple[int, ...]
-    codec: str
-    checksum: str
-    metadata_checksum: str
-    stored_bytes: int
+    dtype: Annotated[str, re.compile("uint8|uint16|uint32|int32|int64|float16|float32")]
+    shape: tuple[Count, ...]
+    codec: Annotated[str, re.compile("raw|zstd")]
+    checksum: _Checksum
+    metadata_checksum: _Checksum
+    stored_bytes: Count
+
+    def __attrs_post_init__(self) -> None:
+        dimensions = len(self.shape)
+        check_number("Array", "number of dimensions", dimensions, dimensions in (1, 2), "1 or 2")
+        # sizes in bytes are computed with 64 bits
+        check_number("Array", "shape", self.shape, math.prod(self.shape) < 1 << 50, "fewer than 2**50 values")
 
     def is_chunk(self, data: bytes) -> bool:
         """Whether these are the bytes of its chunk."""
@@ -59,11 +77,6 @@ class ArrayMeta:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return {**asdict(self), "shape": list(self.shape)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "ArrayMeta":
-        """The inverse of `to_json`."""
-        return cls(**{**data, "shape": tuple(data["shape"])})
 
 
 def chunk_path(folder: str, name: str, dimensions: int) -> str:
@@ -104,7 +117,7 @@ def encode_array(folder: str, name: str, array: NDArray[Any], attributes: Mappin
 
 
 def decode_zstd(data: bytes | Bytes, size: int) -> Bytes:
-    """What was compressed; a few bytes may claim to be gigabytes, so no more than `size` is made of them.
+    """The `size` bytes that were compressed; small input may claim to be terabytes, so no more of them are made.
 
     Raises:
         ValueError: the bytes are not what zstd made, or of another size.
@@ -126,12 +139,13 @@ def _encode_root(root: Root) -> bytes:
 
 
 def _decode_root(url: str, data: bytes) -> Root | None:
-    document = json.loads(data)
+    document, owner = parse(data), f"Store {url}: {METADATA_FILE}"
     attributes = document["attributes"]
     if _MANIFEST not in attributes:
         raise StoreNotFoundError(f"Store {url}: it is a Zarr group without a lopd manifest, expected a store of lopd; check the path.")
-    storage = attributes[_STORAGE]
-    root = Root(Manifest.from_json(attributes[_MANIFEST]), storage["logprob_dtype"], attributes[_CREATION], storage.get("chained", False))
+    storage = read_as(_Storage, attributes[_STORAGE], owner)
+    manifest, creation = Manifest.from_json(attributes[_MANIFEST], owner), read_as(_Checksum, attributes[_CREATION], owner)
+    root = Root(manifest, storage["logprob_dtype"], creation, storage.get("chained", False))
     # attributes of the user's, and metadata that Zarr consolidates, may stand beside ours
     ours = {key: attributes[key] for key in (_MANIFEST, _STORAGE, _CREATION)}
     return root if checksum(dump(ours)) == attributes[_CHECKSUM] and same_node(document, group_document({})) else None
@@ -151,7 +165,7 @@ def same_node(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 def says(wanted: Mapping[str, Any], data: bytes) -> bool:
     """Whether these bytes are metadata that `same_node`."""
     try:
-        return same_node(json.loads(data), json.loads(dump(wanted)))
+        return same_node(parse(data), parse(dump(wanted)))
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
 

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import numpy as np
 from attrs import asdict, frozen
@@ -19,18 +19,15 @@ from lopd.backends.files import Bytes, Files, Piece
 from lopd.backends.sealing import checksum, dump
 from lopd.backends.zarr.format import METADATA_FILE, RAW, ArrayMeta, chunk_path, decode_zstd, encode_array, group_document
 from lopd.errors import CorruptStoreError, StoreReadError
+from lopd.records.checks import check_number
+from lopd.records.stored import Count, Name
 
 LINES = "lines"
 # Arrays of an old store that are compressed: so many are kept decompressed.
 _DECODED_ARRAYS = 8
 # A record that named any other place could make a store read, or a sweep remove, what is not its own.
-_SEGMENT_PATH = re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")
+SegmentPath = Annotated[str, re.compile(r"(segments|scores/(?![.])[A-Za-z0-9_.-]+)/[0-9a-f]{32}")]
 _Int64 = NDArray[np.int64]
-
-
-def is_segment_path(path: str) -> bool:
-    """Whether a segment can be there."""
-    return _SEGMENT_PATH.fullmatch(path) is not None
 
 
 @frozen
@@ -47,14 +44,20 @@ class SegmentMeta:
         replaces: names of those.
     """
 
-    path: str
-    rows: int
-    tokens: int
-    first_row: int
-    last_row: int
-    arrays: Mapping[str, ArrayMeta]
-    level: int = 0
+    path: SegmentPath
+    rows: Count
+    tokens: Count
+    first_row: Count
+    last_row: Count
+    arrays: Mapping[Name, ArrayMeta]
+    level: Count = 0
     replaces: tuple[str, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        owner, span, lines = f"Segment {self.path}", self.last_row - self.first_row + 1, self.arrays.get(LINES)
+        check_number(owner, "number of rows", self.rows, 0 < self.rows <= span, f"from 1 to {span}, the rows from first to last")
+        shape = None if lines is None else lines.shape[0]
+        check_number(owner, "number of lines", shape, shape == self.rows, f"{self.rows}, one for each row")
 
     @property
     def dense(self) -> bool:
@@ -69,21 +72,6 @@ class SegmentMeta:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return {**asdict(self, recurse=False), "arrays": {name: array.to_json() for name, array in self.arrays.items()}}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], owner: str) -> "SegmentMeta":
-        """The inverse of `to_json`.
-
-        Raises:
-            CorruptStoreError: the path leads out of the store.
-        """
-        if not is_segment_path(data["path"]):
-            raise CorruptStoreError(
-                f"{owner}: a commit record names the segment {data['path']!r}, expected a folder of segments/ or scores/; "
-                "restore the record from a backup."
-            )
-        arrays = {name: ArrayMeta.from_json(array) for name, array in data["arrays"].items()}
-        return cls(**{**data, "arrays": arrays, "replaces": tuple(data.get("replaces", ()))})
 
 
 @frozen(eq=False)

@@ -23,6 +23,7 @@ from lopd.backends.zarr.encode import ROLLOUT_ATTRIBUTES, SCORE_ATTRIBUTES
 from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document, says
 from lopd.backends.zarr.segment import LINES, segment_group
 from lopd.backends.zarr.snapshot import Snapshot
+from lopd.backends.zarr.state import State
 from lopd.backends.zarr.writer import Writer
 from lopd.records.manifest import Commit
 
@@ -45,12 +46,13 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         """Not for callers: `open` says what is wrong with a path."""
         super().__init__(files, root)
         self._log = CommitLog(files, self._root, self._owner)
-        self._snapshot = Snapshot(files, self._log, self.manifest, self._owner, commits)
-        self._writer = Writer(files, self._log, self._snapshot, self._root, owner=self._owner)
+        self._state = State(files, self._log, self.manifest, self._owner, commits)
+        self._snapshot = Snapshot(files, self._state, self._owner)
+        self._writer = Writer(files, self._log, self._state, self._root, owner=self._owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Place and snapshot: memory maps and connections do not travel to another process."""
-        return ZarrStore, (self._files, None, self._snapshot.commits)
+        return ZarrStore, (self._files, None, self._state.commits)
 
     def compact(self, *, target_tokens: int = 1 << 24) -> None:
         """Merge small segments into ones of about `target_tokens`; rows keep their numbers, and open readers read on.  Refreshes.
@@ -63,7 +65,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
             CorruptStoreError: a line that would be moved is damaged; nothing of its merge was committed.
             StoreWriteError: the write failed; merges before it are kept.
         """
-        self._writer.compact(target_tokens)
+        self._proven_writer.compact(target_tokens)
 
     def sweep(self, *, older_than: float = 7 * 24 * 3600.0) -> list[str]:
         """Remove segments that no commit names, and those that compactions replaced, if both are older than this many seconds.
@@ -80,10 +82,10 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def history(self) -> Sequence[Commit]:
         """What was committed up to this store's snapshot, oldest first."""
         commits = []
-        for number, entry in enumerate(self._log.records(0, "", self._snapshot.commits)):
+        for number, entry in enumerate(self._log.records(0, "", self._state.commits)):
             record = entry.body
             segments = record.get("adds", [record["segment"]] if "segment" in record else [])
-            rows, tokens = sum(meta["rows"] for meta in segments), sum(meta["tokens"] for meta in segments)
+            rows, tokens = sum(meta.rows for meta in segments), sum(meta.tokens for meta in segments)
             rows += len(record.get("reasons", ()))
             rounding = record.get("rounding", 0.0)
             commits.append(Commit(number, record["kind"], rows, tokens, record.get("column"), record["when"], rounding))
@@ -91,15 +93,15 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
 
     def stored_bytes(self) -> int:
         """Bytes of the arrays of all segments that the current state is made of."""
-        return sum(segment.meta.stored_bytes for segment in self._snapshot.all_segments())
+        return sum(segment.meta.stored_bytes for segment in self._state.all_segments())
 
     def verify(self) -> Iterator[str]:
         """One sentence for each problem found: every checksum of every file that the current state is made of, and the whole log.
 
         A log that lost its last records, a record of another store, and a folder of segments without its metadata are problems as well.
         """
-        yield from self._log.verify(self._snapshot.commits)
-        segments = [segment.meta for segment in self._snapshot.all_segments()]
+        yield from self._log.verify(self._state.commits)
+        segments = [segment.meta for segment in self._state.all_segments()]
         folders = {str(parent) for meta in segments for parent in PurePosixPath(meta.path).parents[:-1]}
         for folder in sorted(folders):
             yield from self._compare(f"{folder}/{METADATA_FILE}", partial(says, group_document({})))

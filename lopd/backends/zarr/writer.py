@@ -2,9 +2,11 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import PurePosixPath
 from typing import Any, final
 from uuid import uuid4
 
@@ -18,8 +20,8 @@ from lopd.backends.zarr import compaction
 from lopd.backends.zarr.commit_log import COMMITS_PER_CHECKPOINT, CommitLog
 from lopd.backends.zarr.encode import encode_rollouts, encode_scores
 from lopd.backends.zarr.format import METADATA_FILE, group_document
-from lopd.backends.zarr.segment import Segment, SegmentData, SegmentMeta, encode_segment, is_segment_path
-from lopd.backends.zarr.snapshot import Snapshot
+from lopd.backends.zarr.segment import Segment, SegmentData, SegmentMeta, encode_segment
+from lopd.backends.zarr.state import State
 from lopd.errors import LopdError, StoreWriteError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
@@ -43,18 +45,18 @@ class _Written:
 
 @final
 class Writer:
-    """Changes the files of a store, and its snapshot with them.
+    """Changes the files of a store, and its state with them.
 
     Args:
-        files, log, snapshot, root: of the store.   owner: how messages name it.
+        files, log, state, root: of the store.   owner: how messages name it.
     """
 
-    def __init__(self, files: Files, log: CommitLog, snapshot: Snapshot, root: Root, *, owner: str) -> None:
+    def __init__(self, files: Files, log: CommitLog, state: State, root: Root, *, owner: str) -> None:
         """Nothing is written yet."""
         self._root = root
         self._files = files
         self._log = log
-        self._snapshot = snapshot
+        self._state = state
         self._formats = root.manifest.tokenizer.vocab_size, root.logprob_dtype
         self._owner = owner
         self._groups: set[str] = set()
@@ -98,7 +100,7 @@ class Writer:
         spare, self._spare = self._spare, None
         if spare is None:
             return None
-        swept = spare.segment.path in self._snapshot.condemned
+        swept = spare.segment.path in self._state.condemned
         if swept or (spare.parent, [*spare.records]) != (parent, [*records]):
             self._remove([spare.segment.path])
             return None
@@ -140,29 +142,29 @@ class Writer:
                 self._groups.add(group)
 
     def _publish(self, record: Mapping[str, Any], written: Sequence[str] = ()) -> bool:
-        """Whether this record is the next commit; if so, the snapshot has it."""
+        """Whether this record is the next commit; if so, the state has it."""
         record = {**record, "when": time.time()}
         with self._writing(written):
-            entry = self._log.commit(self._snapshot.commits, record, self._snapshot.last)
+            entry = self._log.commit(self._state.commits, record, self._state.last)
         if entry is None:
             return False
-        self._snapshot.add(entry)
-        if self._snapshot.commits % COMMITS_PER_CHECKPOINT == 0:
+        self._state.add(entry)
+        if self._state.commits % COMMITS_PER_CHECKPOINT == 0:
             self._checkpoint()
         return True
 
     def _checkpoint(self) -> None:
         """Keep the state, and remove what was merged so long ago that few readers stand before it; those look up where their rows are now."""
-        old = self._snapshot.forget_replaced(self._snapshot.commits - COMMITS_PER_CHECKPOINT)
+        old = self._state.forget_replaced(self._state.commits - COMMITS_PER_CHECKPOINT)
         # The commit is made; a checkpoint only makes opening quicker, and the next one will do as well.
         with suppress(OSError):
-            self._log.put_checkpoint(self._snapshot.commits, self._snapshot.to_json())
+            self._log.put_checkpoint(self._state.commits, self._state.to_json())
             self._files.remove(old)
 
     def _tidy(self, column: str | None) -> bool:
         """True, after the share of merging that falls to whoever wrote the last segment.  What was appended is there, however it ends."""
         try:
-            while segments := compaction.due(self._snapshot.segments_of(column), neighbours=column is None):
+            while segments := compaction.due(self._state.segments_of(column), neighbours=column is None):
                 if not self._merge(column, segments, _NO_SPLIT):
                     break
         except (LopdError, OSError) as error:
@@ -189,10 +191,10 @@ class Writer:
 
     def compact(self, target_tokens: int) -> None:
         """Merge what is there now; what others append meanwhile is for the next time."""
-        self._snapshot.refresh()
-        for column in (None, *self._snapshot.columns):
+        self._state.refresh()
+        for column in (None, *self._state.columns):
             for _ in range(_ATTEMPTS):
-                jobs = compaction.plan(self._snapshot.segments_of(column), target_tokens, neighbours=column is None)
+                jobs = compaction.plan(self._state.segments_of(column), target_tokens, neighbours=column is None)
                 done = [self._merge(column, segments, target_tokens) for segments in jobs]
                 if all(done):
                     break
@@ -210,8 +212,8 @@ class Writer:
         gone, paths = [segment.meta.path for segment in segments], [meta.path for meta in added]
         record = {"kind": "compaction", "column": column, "removes": gone, "adds": [meta.to_json() for meta in added]}
         while not self._publish(record, paths):
-            self._snapshot.refresh()
-            if not set(gone) <= self._snapshot.paths() or not self._snapshot.condemned.isdisjoint(paths):
+            self._state.refresh()
+            if not set(gone) <= self._state.paths() or not self._state.condemned.isdisjoint(paths):
                 self._remove(paths)
                 return False
         return True
@@ -223,7 +225,7 @@ class Writer:
         on its way to a number, and writes its segment again: so no clock decides what is lost.
         """
         while True:
-            self._snapshot.refresh()
+            self._state.refresh()
             dead = self._dead(older_than)
             if not dead or self._publish({"kind": "sweep", "removes": dead, "by": uuid4().hex}):
                 break
@@ -233,14 +235,17 @@ class Writer:
 
     def _dead(self, older_than: float) -> list[str]:
         """Paths of segments that this store has made, and that the current state does not name."""
-        keep = self._snapshot.paths()
-        for entry in self._log.records(0, "", self._snapshot.commits):
-            if time.time() - entry.body["when"] < older_than:
-                keep.update(entry.body.get("removes", ()) if entry.body["kind"] == "compaction" else ())
+        keep = self._state.paths()
+        for entry in self._log.records(0, "", self._state.commits):
+            record = entry.body
+            if record["kind"] == "compaction" and time.time() - record["when"] < older_than:
+                keep.update(record["removes"])
         with writing(self._owner, "sweeping"):
             parents = ["segments", *(f"scores/{name}" for name in self._files.names("scores") if is_column_name(name))]
             found = [f"{parent}/{name}" for parent in parents for name in self._files.names(parent)]
-            mine = [path for path in found if path not in keep and is_segment_path(path) and self._is_own(path)]
+            mine = [
+                path for path in found if path not in keep and re.fullmatch("[0-9a-f]{32}", PurePosixPath(path).name) and self._is_own(path)
+            ]
             return [path for path in mine if self._files.age(path) >= older_than]
 
     def _is_own(self, path: str) -> bool:

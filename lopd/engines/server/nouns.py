@@ -28,6 +28,7 @@ from lopd.records.checks import check_at_least, check_kind, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.optional import need
+from lopd.records.paths import read_regular
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
 _PROBE_TOKENS = 16
@@ -209,5 +210,5 @@ class ServerSource:
 def _eos_ids(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
     """Those of generation_config.json, or else config.json, and the tokenizer's."""
     files = [folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists()]
-    configured = next((ids for file in files if (ids := json.loads(file.read_text()).get("eos_token_id")) is not None), None)
+    configured = next((ids for file in files if (ids := json.loads(read_regular(file)).get("eos_token_id")) is not None), None)
     return stop_ids(SamplingParams(), configured, tokenizer)

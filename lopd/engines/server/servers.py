@@ -8,7 +8,7 @@ with it, so a `Servers` can be pickled and forked.
 import os
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property
 from typing import Any, TypeVar, final
@@ -19,13 +19,14 @@ from attrs import define, field, frozen
 
 from lopd.engines.pool import Pool
 from lopd.engines.server.answers import Trouble, accepted
+from lopd.engines.server.urls import bases, check_urls
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_number, check_texts, own_numbers
+from lopd.records.checks import check_at_least, check_number, own_numbers, texts_of
+from lopd.records.paths import cause_of, said_of
 
 T = TypeVar("T")
 _KEY_VARIABLE = "VLLM_API_KEY"
-_SECRETS = {"@": "one with a user or password", "?": "one with a query", "#": "one with a fragment"}
 _CHECK_S, _CONNECT_S = 30.0, 10.0
 # uvicorn closes a connection that was idle for 5 s; one that is closed while a request is on its way costs a try
 _IDLE_S = 3.0
@@ -62,18 +63,6 @@ class Probe:
     judge: Callable[..., None]
 
 
-def _bases(urls: str | Iterable[str]) -> tuple[str, ...]:
-    several = check_texts("Servers: urls", [urls] if isinstance(urls, str) else urls)
-    return tuple(url.rstrip("/").removesuffix("/v1").rstrip("/") for url in several)
-
-
-def _has_host(url: str) -> bool:
-    try:
-        return url.startswith(("http://", "https://")) and bool(httpx2.URL(url).host)
-    except httpx2.InvalidURL:
-        return False
-
-
 @final
 @define(eq=False, slots=False)
 class Servers:
@@ -95,7 +84,7 @@ class Servers:
         InvalidRecordError: there is no URL, one is not an http URL or carries a password or a query, or a number makes no sense.
     """
 
-    urls: tuple[str, ...] = field(converter=_bases)
+    urls: tuple[str, ...] = field(converter=bases)
     model: str
     concurrency: int = 32
     attempts: int = 5
@@ -112,12 +101,8 @@ class Servers:
             check_at_least("Servers", name, getattr(self, name), 1)
         for name in ("patience_s", "timeout_s", "first_contact_s"):
             check_number("Servers", name, getattr(self, name), getattr(self, name) > 0, "more than 0")
-        for i, url in enumerate(self.urls):
-            secret = next((what for sign, what in _SECRETS.items() if sign in url), None)
-            if secret or not _has_host(url):
-                shown = secret or repr(url)
-                raise InvalidRecordError(f"Servers: url {i} is {shown}, expected http:// or https:// and a host; pass keys as `api_key=`.")
-        key = check_texts("Servers: api_key", [self.api_key or ""])[0]
+        check_urls(self.urls)
+        key = texts_of("Servers: api_key", [self.api_key or ""])[0]
         if not (key.isascii() and key.isprintable() and key.strip() == key):
             raise InvalidRecordError("Servers: api_key has spaces or unprintable characters, expected a header's value; strip it.")
 
@@ -175,6 +160,7 @@ class _Endpoint:
         self._check_s = min(_CHECK_S, patience_s) if first else _CHECK_S
         self.name = f"Server {url}"
         self._sockets: WeakSet[socket.socket] = WeakSet()
+        refused: Exception | None = None
         try:
             self._client = httpx2.Client(
                 verify=_certificates(),
@@ -183,10 +169,13 @@ class _Endpoint:
                 headers={"Authorization": f"Bearer {servers.api_key}"} if servers.api_key else {},
             )
         except (ValueError, OSError, ImportError, httpx2.InvalidURL) as error:
+            refused = error
+        if refused is not None:
+            proxies = " ".join(value for name, value in os.environ.items() if name.lower().endswith("_proxy"))
             raise EngineError(
-                f"{self.name}: no client can be made for it ({error}), expected usable proxies and certificates; look at HTTP_PROXY, HTTPS_PROXY, "
-                "ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR of the environment."
-            ) from error
+                f"{self.name}: no client can be made for it ({said_of(proxies, refused)}), expected usable proxies and certificates; look at "
+                "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR of the environment."
+            ) from cause_of(proxies, refused)
 
     def start(self) -> Served:
         """What it serves, if it is healthy and passes the probe."""

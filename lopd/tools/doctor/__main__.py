@@ -17,7 +17,7 @@ from lopd.guards.consistency import verdict
 from lopd.protocols import DurableStore
 from lopd.records.manifest import Lineage
 from lopd.records.optional import need
-from lopd.tools.command_line import FINE, PROBLEMS, add_storage_option, opened, print_json, printable, run, show
+from lopd.tools.command_line import FINE, PROBLEMS, add_storage_option, opened, print_json, run, say, show
 from lopd.tools.doctor.checking import check_store
 from lopd.tools.doctor.comparing import compare_columns
 from lopd.tools.doctor.contents import inspect_store
@@ -98,8 +98,8 @@ def _verify(options: Namespace) -> int:
     store, problems = opened(options.url, options), 0
     for problem in check_store(store, progress=RichProgress()):
         problems += 1
-        print(printable(problem), flush=True)
-    print(f"{store!r}: {problems:,} problems in {len(store):,} rollouts.")
+        say(problem)
+    say(f"{store!r}: {problems:,} problems in {len(store):,} rollouts.")
     return PROBLEMS if problems else FINE
 
 
@@ -133,7 +133,7 @@ def _report(options: Namespace) -> int:
 
     store = opened(options.url, options)
     write_token_report(options.out, store, options.rows, report=_columns(options), decode=_decode(options.tokenizer))
-    print(f"{options.out}: {len(options.rows)} rollouts; open it in a browser.")
+    say(f"{options.out}: {len(options.rows)} rollouts; open it in a browser.")
     return FINE
 
 
@@ -152,7 +152,7 @@ def _run_report(options: Namespace) -> int:
         versions=history.versions,
         title=options.title,
     )
-    print(f"{options.out}: {len(history.steps):,} steps; open it in a browser.")
+    say(f"{options.out}: {len(history.steps):,} steps; open it in a browser.")
     return FINE
 
 
@@ -184,7 +184,7 @@ def _compact(options: Namespace) -> int:
     commits, size, start = len(store.history()), store.stored_bytes(), time.perf_counter()
     store.compact()
     seconds = time.perf_counter() - start
-    print(
+    say(
         f"{store!r}: compacted in {seconds:.2f} s, from {commits:,} commits and {size:,} bytes "
         f"to {len(store.history()):,} commits and {store.stored_bytes():,} bytes."
     )

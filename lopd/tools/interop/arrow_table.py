@@ -4,111 +4,30 @@
     sampler_logprobs                                               where a rollout of the store has them
     logprobs/<column>                                              of each score column; null where a rollout has no scores
     top_k_ids/<column>, top_k_logprobs/<column>, top_k_tail/<column>   of those that keep a support; K values a token, token after token
+    checksum                                                       of all these values of the row, see `row_checksum`
 
-The description (manifest, generations, provenance of each column) is JSON.
+The description (manifest, generations, provenance of each column, number of rows) is JSON, with a checksum of itself.
+Tables without checksums, which lopd 0.2 wrote and other programs may write, are imported with a warning.
 """
 
-import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from attrs import asdict, field, frozen
+import numpy as np
+from xxhash import xxh3_128
 
-from lopd.errors import CorruptStoreError, InvalidRecordError, ManifestMismatchError
+from lopd.errors import CorruptStoreError, InvalidRecordError, ManifestMismatchError, UncheckedDataWarning
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.reading import parts
-from lopd.records.identity import ModelId
-from lopd.records.manifest import Manifest, Provenance
+from lopd.records.manifest import Provenance
 from lopd.records.optional import need
-from lopd.records.rollouts import SAMPLER_COLUMN, Rollout, ScoredRollout, Scores, TopK
+from lopd.records.rollouts import Rollout, ScoredRollout, Scores, TopK
+from lopd.tools.interop.description import CHECKSUM, TOP_K_FIELDS, Description
 
-_TOP_K_FIELDS = ("ids", "logprobs", "tail")
-
-
-@frozen
-class Description:
-    """What all rows of a table have in common.
-
-    Args:
-        manifest: of the store.
-        generations: rounds of sampling and their policies.
-        columns: name -> who computed it.
-        quarantined: column -> rollout id -> why it could not be scored.
-        sampler: whether there is a column of `sampler_logprobs`.
-    """
-
-    manifest: Manifest
-    generations: Mapping[int, ModelId]
-    columns: Mapping[str, Provenance]
-    quarantined: Mapping[str, Mapping[str, str]] = field(factory=dict)
-    sampler: bool = False
-
-    @classmethod
-    def of(cls, reader: LogprobReader) -> "Description":
-        """What a store says."""
-        named = dict[str, dict[str, str]]()
-        for name in reader.columns:
-            if reasons := reader.quarantined(name):
-                ids = [record.rollout.rollout_id for record in reader.read(list(reasons))]
-                named[name] = dict(zip(ids, reasons.values(), strict=True))
-        sampler = bool(reader.scored(SAMPLER_COLUMN).any())
-        return cls(reader.manifest, dict(reader.generations), dict(reader.columns), named, sampler)
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(
-            {
-                "manifest": self.manifest.to_json(),
-                "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
-                "columns": {name: provenance.to_json() for name, provenance in self.columns.items()},
-                "quarantined": self.quarantined,
-                **({"sampler": True} if self.sampler else {}),
-            }
-        )
-
-    @classmethod
-    def from_json(cls, text: str | bytes | None, owner: str) -> "Description":
-        """The inverse of `to_json`.
-
-        Raises:
-            CorruptStoreError: it is no description, or of another schema version.
-        """
-        try:
-            data = json.loads(text or "")
-            return cls(
-                Manifest.from_json(data["manifest"]),
-                {int(number): ModelId(**policy) for number, policy in data["generations"].items()},
-                {name: Provenance.from_json(provenance) for name, provenance in data["columns"].items()},
-                data.get("quarantined", {}),
-                data.get("sampler", False),
-            )
-        except CorruptStoreError as error:
-            raise CorruptStoreError(f"{owner}: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptStoreError(
-                f"{owner}: its description of manifest and columns cannot be read ({error!r}), expected what lopd exported; export it again."
-            ) from error
-
-    def schema(self) -> Any:
-        """The Arrow schema of a table."""
-        pa = need("pyarrow", "Arrow tables")
-        fields: list[tuple[str, Any]] = [
-            ("rollout_id", pa.string()),
-            ("generation", pa.int64()),
-            ("finish_reason", pa.string()),
-            ("prompt_ids", pa.list_(pa.int32())),
-            ("response_ids", pa.list_(pa.int32())),
-            ("loss_mask", pa.list_(pa.bool_())),
-            ("behavior_logprobs", pa.list_(pa.float32())),
-            ("content_hash", pa.binary()),
-            *([("sampler_logprobs", pa.list_(pa.float32()))] if self.sampler else []),
-        ]
-        for name, provenance in self.columns.items():
-            fields.append((f"logprobs/{name}", pa.list_(pa.float32())))
-            if provenance.top_k:
-                types = (pa.int32(), pa.float32(), pa.float32())
-                fields += [(f"top_k_{part}/{name}", pa.list_(kind)) for part, kind in zip(_TOP_K_FIELDS, types, strict=True)]
-        return pa.schema(fields)
+# Arrays enter a checksum as the table holds them, in whatever type a store gives them.
+_TYPES = {"b": "|b1", "i": "<i4", "u": "<i4", "f": "<f4"}
 
 
 def tables(reader: LogprobReader, description: Description, rows_per_table: int) -> Iterator[Any]:
@@ -125,9 +44,33 @@ def tables(reader: LogprobReader, description: Description, rows_per_table: int)
 
 def _table(rows: Sequence[ScoredRollout], schema: Any) -> Any:
     pa = need("pyarrow", "Arrow tables")
-    for row in rows:
-        _check_text(row.rollout.rollout_id)
-    return pa.table([pa.array([_value(row, column.name) for row in rows], column.type) for column in schema], schema=schema)
+    values = [_values(row, [name for name in schema.names if name != CHECKSUM]) for row in rows]
+    for row in values:
+        row[CHECKSUM] = row_checksum(row)
+    return pa.table([pa.array([row[column.name] for row in values], column.type) for column in schema], schema=schema)
+
+
+def _values(row: ScoredRollout, names: Sequence[str]) -> dict[str, Any]:
+    _check_text(row.rollout.rollout_id)
+    return {name: _value(row, name) for name in names}
+
+
+def row_checksum(row: Mapping[str, Any]) -> bytes:
+    """Return 16 bytes that depend on each value of a row, its length and the name of its column.
+
+    XXH3 of these, column after column: name, type (that of an array, "null", or nothing) and number of bytes, as text with a zero byte
+    behind each; and the bytes, which are text for what is not an array.
+    """
+    digest = xxh3_128()
+    for name, value in row.items():
+        if isinstance(value, np.ndarray):
+            array = np.ascontiguousarray(value, _TYPES.get(value.dtype.kind))
+            kind, data = array.dtype.str, array.tobytes()
+        else:
+            kind, data = "null" if value is None else "", str(value).encode()
+        digest.update(f"{name}\0{kind}\0{len(data)}\0".encode())
+        digest.update(data)
+    return digest.digest()
 
 
 def _value(row: ScoredRollout, name: str) -> Any:
@@ -150,12 +93,19 @@ def _check_text(rollout_id: str) -> None:
         ) from error
 
 
-def store_tables(store: LogprobStore, description: Description, incoming: Iterator[Any], owner: str) -> None:
+def store_tables(store: LogprobStore, description: Description, incoming: Iterator[Any], owner: str, *, whole: bool) -> None:
     """Append all rows of these tables, and their scores, table by table; what is there already is skipped.
+
+    Args:
+        store: takes them.
+        description: of the tables.
+        incoming: the tables.
+        owner: how messages name them.
+        whole: no row that was exported may be missing.
 
     Raises:
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling.
-        CorruptStoreError: a row does not match its hash, or a table is not as the description says.
+        CorruptStoreError: a row does not match its checksum or its hash, rows are missing, or a table is not as the description says.
         ConflictError: other content is under an id, or another model under a column, of the store.
     """
     difference = store.manifest.difference(description.manifest)
@@ -164,13 +114,24 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
     for number, policy in description.generations.items():
         if number not in store.generations:
             store.begin_generation(number, policy)
-    schema = description.schema()
+    if description.rows is None:
+        warnings.warn(
+            f"{owner}: it has no checksums, so damage to it cannot be noticed; export it again with this version of lopd.",
+            UncheckedDataWarning,
+            stacklevel=3,
+        )
+    schema, seen = description.schema(), 0
     for table in incoming:
-        rows = [(row, _rollout(row, owner)) for row in _rows(table, schema, owner)]
+        rows = [(row, _rollout(row, owner)) for row in _rows(table, schema, owner, seen)]
+        seen += len(rows)
         store.append([rollout for _, rollout in rows])
         for name, provenance in description.columns.items():
             scores = [_scores(row, rollout, name, provenance, owner) for row, rollout in rows if row[f"logprobs/{name}"] is not None]
             store.append_scores(name, provenance, scores)
+    if whole and description.rows not in (None, seen):
+        raise CorruptStoreError(
+            f"{owner}: it has {seen} rows, expected the {description.rows} that were exported; restore it from a backup."
+        )
     for name, reasons in description.quarantined.items():
         # a selection of the rows may lack some of them
         there = store.find(list(reasons)) >= 0
@@ -178,8 +139,34 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
         store.quarantine(name, description.columns[name], kept)
 
 
-def _rows(table: Any, schema: Any, owner: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a table; lists are arrays."""
+@contextmanager
+def reading(owner: str) -> Iterator[None]:
+    """Make one error of whatever a foreign library raises at damaged data."""
+    try:
+        yield
+    except Exception as error:  # each part of pyarrow and of datasets raises its own
+        raise CorruptStoreError(f"{owner}: it cannot be read ({error}), expected sound data; restore it from a backup.") from error
+
+
+def sound(incoming: Iterator[Any], owner: str) -> Iterator[Any]:
+    """Yield these tables, each looked at before its values are: a damaged offset would end the process.
+
+    Raises:
+        CorruptStoreError: one of them is damaged; it names the row that it begins with.
+    """
+    seen = 0
+    while True:
+        with reading(f"{owner}, from row {seen}"):
+            if (table := next(incoming, None)) is not None:
+                table.validate(full=True)
+        if table is None:
+            return
+        yield table
+        seen += len(table)
+
+
+def _rows(table: Any, schema: Any, owner: str, first: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a table, of which the first has this number; lists are arrays."""
     pa = need("pyarrow", "Arrow tables")
     try:
         table = table.select(schema.names).cast(schema)
@@ -188,8 +175,13 @@ def _rows(table: Any, schema: Any, owner: str) -> Iterator[dict[str, Any]]:
             f"{owner}: its columns are {table.column_names} and do not fit ({error}), expected those of its description; export it again."
         ) from error
     columns = (table[field.name].to_numpy() if pa.types.is_list(field.type) else table[field.name].to_pylist() for field in schema)
-    for values in zip(*columns, strict=True):
-        yield dict(zip(schema.names, values, strict=True))
+    for number, values in enumerate(zip(*columns, strict=True), first):
+        row = dict(zip(schema.names, values, strict=True))
+        if CHECKSUM in row and row.pop(CHECKSUM) != row_checksum(row):
+            raise CorruptStoreError(
+                f"{owner}: row {number}, rollout {row['rollout_id']!r}, does not match its checksum; restore it from a backup."
+            )
+        yield row
 
 
 def _rollout(row: Mapping[str, Any], owner: str) -> Rollout:
@@ -206,7 +198,7 @@ def _rollout(row: Mapping[str, Any], owner: str) -> Rollout:
 def _scores(row: Mapping[str, Any], rollout: Rollout, name: str, provenance: Provenance, owner: str) -> Scores:
     support, k, length = None, provenance.top_k, rollout.response_ids.size
     if k:
-        ids, logprobs, tail = (row[f"top_k_{part}/{name}"] for part in _TOP_K_FIELDS)
+        ids, logprobs, tail = (row[f"top_k_{part}/{name}"] for part in TOP_K_FIELDS)
         if ids is None or logprobs is None or tail is None or ids.size != length * k or logprobs.size != length * k:
             raise CorruptStoreError(
                 f"{owner}: rollout {rollout.rollout_id!r} has a top-k support of another size, expected {k} for each of its {length} tokens; "

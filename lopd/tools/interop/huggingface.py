@@ -3,17 +3,24 @@
 from collections.abc import Iterator
 from typing import Any
 
+from attrs import evolve
+
+from lopd.backends import sealing
+from lopd.errors import ArgumentError
 from lopd.protocols import LogprobReader, LogprobStore
+from lopd.records.checks import a_kind, check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
-from lopd.tools.interop.arrow_table import Description, store_tables, tables
+from lopd.tools.interop.arrow_table import sound, store_tables, tables
+from lopd.tools.interop.description import CHECKSUM, Description
 
 
 def to_hf_dataset(reader: LogprobReader) -> Any:
     """All rollouts with all their scores as a `datasets.Dataset` in memory, with the columns of `lopd.tools.interop.arrow_table`.
 
-    The manifest and the provenance of the columns are in `dataset.info.description`, which `save_to_disk` keeps.  For a store larger than
-    memory, use `export_parquet` and `datasets.load_dataset("parquet", ...)`.
+    The manifest and the provenance of the columns are in `dataset.info.description`, which `save_to_disk` keeps.  Rows and description have
+    checksums, which `from_hf_dataset` verifies.  For a store larger than memory, use `export_parquet` and
+    `datasets.load_dataset("parquet", ...)`.
 
     Raises:
         InvalidRecordError: a rollout id is no text that Arrow can hold.
@@ -22,11 +29,16 @@ def to_hf_dataset(reader: LogprobReader) -> Any:
     datasets, pa = need("datasets", "Hugging Face datasets"), need("pyarrow", "Hugging Face datasets")
     description = Description.of(reader)
     table = pa.concat_tables([description.schema().empty_table(), *tables(reader, description, 1024)])
-    return datasets.Dataset(table, info=datasets.DatasetInfo(description=description.to_json()))
+    description = evolve(description, fingerprint=sealing.checksum(b"".join(table[CHECKSUM].to_pylist())))
+    info = datasets.DatasetInfo(description=description.to_json())
+    return datasets.Dataset(table, info=info, fingerprint=description.fingerprint)
 
 
 def from_hf_dataset(dataset: Any, store: LogprobStore, *, rows_per_commit: int = 1024) -> None:
     """Append the rows of a dataset that `to_hf_dataset` made, or of a selection of them; run it again to resume.
+
+    Verifies the checksum of every row, and that no row is missing unless the dataset is a selection.  Warns of a dataset without checksums,
+    as lopd 0.2 made them.
 
     Args:
         dataset: with its description.
@@ -34,24 +46,35 @@ def from_hf_dataset(dataset: Any, store: LogprobStore, *, rows_per_commit: int =
         rows_per_commit: rollouts appended together; bounds memory.
 
     Raises:
-        CorruptStoreError: it has no description of lopd, or a row does not match its hash.
+        ArgumentError: it is not a `datasets.Dataset`.
+        InvalidRecordError: a row breaks the contract of a rollout or of scores, or `rows_per_commit` is less than 1.
+        CorruptStoreError: it has no description of lopd, a row does not match its checksum, or rows are missing though none were selected.
         ManifestMismatchError: the store has another manifest.
         ConflictError: other content is under an id, or another model under a column, of the store.
     """
-    store_tables(store, _describe(dataset), _batches(dataset, rows_per_commit), "Dataset")
+    check_at_least("Import", "rows_per_commit", rows_per_commit, 1)
+    description, owner = _describe(dataset)
+    # `datasets` gives a selection, or whatever else it makes of a dataset, another fingerprint
+    whole = dataset._fingerprint == description.fingerprint
+    store_tables(store, description, sound(_batches(dataset, rows_per_commit), owner), owner, whole=whole)
 
 
 def hf_dataset_manifest(dataset: Any) -> Manifest:
     """The manifest of the store that was exported.
 
     Raises:
+        ArgumentError: it is not a `datasets.Dataset`.
         CorruptStoreError: the dataset has no description of lopd.
     """
-    return _describe(dataset).manifest
+    return _describe(dataset)[0].manifest
 
 
-def _describe(dataset: Any) -> Description:
-    return Description.from_json(dataset.info.description, "Dataset")
+def _describe(dataset: Any) -> tuple[Description, str]:
+    """What all rows have in common, and how messages name the dataset."""
+    if not isinstance(dataset, need("datasets", "Hugging Face datasets").Dataset):
+        raise ArgumentError(f"Dataset: it is {a_kind(dataset)}, expected a `datasets.Dataset`; pass one split of it.")
+    owner = " ".join(["Dataset", *(str(file["filename"]) for file in dataset.cache_files[:1])])
+    return Description.from_json(dataset.info.description, owner), owner
 
 
 def _batches(dataset: Any, rows: int) -> Iterator[Any]:

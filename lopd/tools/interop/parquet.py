@@ -6,7 +6,6 @@ from typing import Any
 
 from lopd.backends.files import StorageOptions, StorePath
 from lopd.errors import (
-    CorruptStoreError,
     MissingDependencyError,
     StoreExistsError,
     StoreNotFoundError,
@@ -15,10 +14,12 @@ from lopd.errors import (
     StoreWriteError,
 )
 from lopd.protocols import LogprobReader, LogprobStore
+from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
 from lopd.records.paths import path_or_url, said_of, without_secrets
-from lopd.tools.interop.arrow_table import Description, store_tables, tables
+from lopd.tools.interop.arrow_table import reading, sound, store_tables, tables
+from lopd.tools.interop.description import Description
 
 _KEY = b"lopd"
 
@@ -29,7 +30,7 @@ def export_parquet(
     """Write all rollouts with all their scores into a new parquet file, row group by row group.
 
     Everything that a reader gives is in it, so `import_parquet` makes an equal store; the count of floored log-probs, which no read gives,
-    is not.  See `lopd.tools.interop.arrow_table` for the columns.
+    is not.  See `lopd.tools.interop.arrow_table` for the columns.  Pages, rows and description have checksums.
 
     Args:
         reader: any store.
@@ -41,7 +42,7 @@ def export_parquet(
         StoreExistsError: a file is there.
         StoreWriteError: the write failed; what was written of the file is removed.
         StorePathError: fsspec knows no such kind of URL.
-        InvalidRecordError: a rollout id is no text that parquet can hold.
+        InvalidRecordError: a rollout id is not text that parquet can hold, or `rows_per_group` is less than 1.
         MissingDependencyError: pyarrow or fsspec is not installed.
     """
     pq, files, name = need("pyarrow.parquet", "Parquet"), *_filesystem(path, storage_options)
@@ -49,10 +50,11 @@ def export_parquet(
         raise StoreExistsError(
             f"Parquet file {without_secrets(name)}: it is there already, expected nothing; remove it, or choose another name."
         )
+    check_at_least("Export", "rows_per_group", rows_per_group, 1)
     description = Description.of(reader)
     schema = description.schema().with_metadata({_KEY: description.to_json().encode()})
     try:
-        with files.open(name, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        with files.open(name, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
             for table in tables(reader, description, rows_per_group):
                 writer.write_table(table)
     except BaseException as error:
@@ -72,7 +74,8 @@ def import_parquet(
 ) -> None:
     """Append what `export_parquet` wrote; run it again to resume.
 
-    Every rollout is made anew and compared with its content hash.
+    Verifies the checksum of every page and every row, and that no row is missing.  Where one is damaged, those before it may be in the store.
+    Warns of a file without checksums, as lopd 0.2 and other programs write them; it has the same columns and description, without `checksum`.
 
     Args:
         path: local, or any URL that fsspec opens.
@@ -82,15 +85,15 @@ def import_parquet(
 
     Raises:
         StoreNotFoundError: no file is there.
-        CorruptStoreError: it is damaged, no export of lopd, or a row does not match its hash.
-        InvalidRecordError: a row breaks the contract of a rollout or of scores.
+        StorePathError: it is a pipe or a device.
+        CorruptStoreError: it is damaged, no export of lopd, a row does not match its checksum or hash, or rows are missing.
+        InvalidRecordError: a row breaks the contract of a rollout or of scores, or `rows_per_commit` is less than 1.
         ManifestMismatchError: the store has another manifest.
         ConflictError: other content is under an id, or another model under a column, of the store.
         MissingDependencyError: pyarrow or fsspec is not installed.
     """
     with open_parquet(path, storage_options) as (file, owner):
-        description = _describe(file, owner)
-        store_tables(store, description, read_batches(file, rows_per_commit, owner), owner)
+        store_tables(store, _describe(file, owner), read_batches(file, rows_per_commit, owner), owner, whole=True)
 
 
 def parquet_manifest(path: StorePath, *, storage_options: StorageOptions | None = None) -> Manifest:
@@ -111,10 +114,12 @@ def _describe(file: Any, owner: str) -> Description:
 @contextmanager
 def open_parquet(path: StorePath, storage_options: StorageOptions | None) -> Iterator[tuple[Any, str]]:
     """An open parquet file, and how messages name it."""
-    pa, pq = need("pyarrow", "Parquet"), need("pyarrow.parquet", "Parquet")
+    pq = need("pyarrow.parquet", "Parquet")
     files, name = _filesystem(path, storage_options)
     owner = f"Parquet file {without_secrets(name)}"
     try:
+        if files.info(name)["type"] == "other":
+            raise StorePathError(f"{owner}: it is a pipe or a device, expected a regular file; correct the path.")
         raw = files.open(name, "rb")
     except FileNotFoundError as error:
         raise StoreNotFoundError(f"{owner}: there is nothing, expected a parquet file; check the path.") from error
@@ -123,10 +128,10 @@ def open_parquet(path: StorePath, storage_options: StorageOptions | None) -> Ite
             f"{owner}: opening it failed with {said_of(name, error)}, expected a parquet file; check the path and permissions."
         ) from error
     with raw:
-        try:
-            file = pq.ParquetFile(raw)
-        except (pa.ArrowException, OSError) as error:
-            raise _damaged(owner, error) from error
+        with reading(owner):
+            file = pq.ParquetFile(raw, page_checksum_verification=True)
+            # names that are not text raise here, and not later
+            _ = file.schema_arrow.names
         yield file, owner
 
 
@@ -134,22 +139,12 @@ def read_batches(file: Any, rows: int, owner: str) -> Iterator[Any]:
     """Tables of so many rows.
 
     Raises:
+        InvalidRecordError: that number is less than 1.
         CorruptStoreError: a part of the file is damaged.
     """
     pa = need("pyarrow", "Parquet")
-    batches = file.iter_batches(batch_size=rows)
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pa.ArrowException, OSError) as error:
-            raise _damaged(owner, error) from error
-        if batch is None:
-            return
-        yield pa.Table.from_batches([batch])
-
-
-def _damaged(owner: str, error: Exception) -> CorruptStoreError:
-    return CorruptStoreError(f"{owner}: it cannot be read ({error}), expected a sound parquet file; restore it from a backup.")
+    check_at_least("Import", "rows_per_commit", rows, 1)
+    return sound((pa.Table.from_batches([batch]) for batch in file.iter_batches(batch_size=rows)), owner)
 
 
 def _filesystem(path: StorePath, storage_options: StorageOptions | None) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ from attrs import field, frozen
 
 from lopd.errors import InvalidRecordError, LopdError
 from lopd.records.checks import check_at_least, check_number
-from lopd.records.paths import local_path
+from lopd.records.paths import local_path, read_regular
 from lopd.records.steps import StepMetrics
 
 
@@ -65,8 +65,8 @@ class RunHistory:
         """
         owner = f"History {path}"
         try:
-            data: Any = _read_json(local_path(owner, path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            data: Any = _read_json(read_regular(local_path(owner, path)).decode())
+        except (OSError, ValueError, RecursionError) as error:
             if isinstance(error, LopdError):
                 raise
             raise InvalidRecordError(

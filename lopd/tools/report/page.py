@@ -7,10 +7,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from lopd.errors import StoreWriteError
+from lopd.errors import StoreWriteError, printable
 from lopd.records.paths import local_path
 
-ENVIRONMENT = Environment(loader=PackageLoader("lopd.tools.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+def _shown(value: Any) -> Any:
+    """Text without marks of direction, which would rearrange the page; a string that is markup already is ours."""
+    return printable(value) if type(value) is str else value
+
+
+ENVIRONMENT = Environment(loader=PackageLoader("lopd.tools.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
 #: A line may break before a space, which is shown as a dot.
 ENVIRONMENT.globals["breaks"] = lambda text: Markup("<wbr>") if text.startswith("·") else ""
 

@@ -3,7 +3,6 @@
 The page is a file of its own: no server, no network, no fonts, no libraries; dark or light as the browser is.
 """
 
-import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 
-from lopd.errors import InvalidRecordError
+from lopd.errors import InvalidRecordError, printable
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import evenly
 from lopd.records.checks import check_number, own_numbers
@@ -160,8 +159,7 @@ def visible(text: str) -> str:
     >>> visible(" a\n\u202e")
     '·a↵\\u202e'
     """
-    return "".join(_SPACES.get(c) or (c if unicodedata.category(c) not in _HIDDEN else f"\\u{ord(c):04x}") for c in text) or "∅"
+    return "".join(_SPACES.get(c) or printable(c) for c in text) or "∅"
 
 
 _SPACES = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍"}
-_HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}

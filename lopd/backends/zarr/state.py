@@ -1,0 +1,200 @@
+"""What the commit records up to some number add up to: where the bytes of rows and columns are, and who sampled and scored them.
+
+It keeps a few numbers per segment, and reads no data.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import numpy as np
+from attrs import asdict
+from numpy.typing import NDArray
+
+from lopd.backends.files import Files
+from lopd.backends.zarr.column import LINE_BITS, Column
+from lopd.backends.zarr.commit_log import CommitLog, Entry
+from lopd.backends.zarr.decode import Group
+from lopd.backends.zarr.encode import R, S
+from lopd.backends.zarr.record import Checkpoint
+from lopd.backends.zarr.segment import LINES, Segment, SegmentMeta, decoded_arrays
+from lopd.errors import CorruptStoreError
+from lopd.records.identity import ModelId
+from lopd.records.manifest import Manifest
+
+
+@final
+class State:
+    """The state of a store after `commits` records.
+
+    Args:
+        files, log, manifest: of the store.   owner: how messages name it.
+        until: number of records to take in; None for all that are there.
+
+    Attributes:
+        last: checksum of the last record.
+        replaced: path of a segment, and the number of the compaction that replaced it, until the files are removed.
+        condemned: paths that sweeps have removed since this state was made.
+    """
+
+    def __init__(self, files: Files, log: CommitLog, manifest: Manifest, owner: str, until: int | None = None) -> None:
+        """Reads the latest checkpoint that is not after `until`, and the records behind it."""
+        self.commits = 0
+        self.rows = 0
+        self.last = ""
+        self.generations: dict[int, ModelId] = {manifest.generation: manifest.policy}
+        self.segments: list[Segment] = []
+        self.columns: dict[str, Column] = {}
+        self.replaced: dict[str, int] = {}
+        self.condemned: set[str] = set()
+        self._files = files
+        self._log = log
+        self._manifest = manifest
+        self._owner = owner
+        self._decoded = decoded_arrays(files)
+        self._starts = np.zeros(0, np.int64)
+        if (checkpoint := log.checkpoint(until)) is not None:
+            self._load(checkpoint)
+        for entry in log.records(self.commits, self.last, until):
+            self.add(entry)
+
+    def latest(self) -> "State":
+        """The state that there is now."""
+        return State(self._files, self._log, self._manifest, self._owner)
+
+    def to_json(self) -> dict[str, Any]:
+        """The state as a checkpoint keeps it."""
+        return {
+            "commits": self.commits,
+            "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
+            "segments": [segment.meta.to_json() for segment in self.segments],
+            "columns": {name: column.to_json() for name, column in self.columns.items()},
+            "last": self.last,
+            "replaced": self.replaced,
+        }
+
+    def _load(self, state: Checkpoint) -> None:
+        self.commits, self.generations = state["commits"], dict(state["generations"])
+        self._set_segments([self._segment(meta, None) for meta in state["segments"]])
+        for name, column in state["columns"].items():
+            segments = [self._segment(meta, name) for meta in column["segments"]]
+            self.columns[name] = Column(column["provenance"], segments, self._known_rows(column.get("reasons", {})))
+        self.last = state["last"] if "last" in state else self._log.checksum(self.commits - 1)
+        self.replaced = dict(state.get("replaced", {}))
+
+    def refresh(self) -> None:
+        """Take in the records that were added since.
+
+        Raises:
+            CorruptStoreError: one is damaged.
+            StoreReadError: the storage does not answer.
+        """
+        while (entry := self._log.next(self.commits, self.last)) is not None:
+            self.add(entry)
+
+    def add(self, entry: Entry) -> None:
+        """Take in the next record of the log.
+
+        Raises:
+            CorruptStoreError: it names a place outside the store, or does not fit what came before.
+        """
+        record: Any = entry.body
+        kind, name = record["kind"], record.get("column")
+        if kind == "rollouts":
+            self._set_segments([*self.segments, self._segment(record["segment"], None)])
+        elif kind == "scores":
+            column = self.columns.setdefault(name, Column(record["provenance"]))
+            column.set_segments([*column.segments, self._segment(record["segment"], name)])
+        elif kind == "quarantine":
+            column = self.columns.setdefault(name, Column(record["provenance"]))
+            column.reasons.update(self._known_rows(record["reasons"]))
+        elif kind == "generation":
+            self.generations[record["generation"]] = record["policy"]
+        elif kind == "compaction":
+            self._compact(name, record["removes"], [self._segment(meta, name) for meta in record["adds"]])
+        else:
+            self.condemned.update(record["removes"])
+        self.commits += 1
+        self.last = entry.checksum
+
+    def _compact(self, name: str | None, removes: Sequence[str], added: Sequence[Segment]) -> None:
+        gone = set(removes)
+        self.replaced.update(dict.fromkeys(removes, self.commits))
+        if name is not None and name not in self.columns:
+            raise self._unfit(f"a compaction of column {name!r}", "one of a column that is there")
+        there = self.segments_of(name)
+        kept = [segment for segment in there if segment.meta.path not in gone]
+        before, after = ([segment.meta.rows for segment in segments] for segments in (there, [*kept, *added]))
+        if len(there) - len(kept) != len(gone) or sum(before) != sum(after):
+            raise self._unfit(f"a compaction of {len(gone)} segments into {len(added)}", "as many rows, of segments that are there")
+        if name is None:
+            self._set_segments(sorted([*kept, *added], key=lambda segment: segment.meta.first_row))
+        else:
+            self.columns[name].set_segments([*kept, *added])
+
+    def _segment(self, meta: SegmentMeta, column: str | None) -> Segment:
+        """One of rollouts, or of a column, which lies where those do."""
+        parent = "segments" if column is None else f"scores/{column}"
+        if meta.path.rpartition("/")[0] != parent:
+            raise self._unfit(f"segment {meta.path}", f"one in {parent}/")
+        if meta.arrays[LINES].shape[1:] != (len(R if column is None else S),):
+            raise self._unfit(f"lines of shape {meta.arrays[LINES].shape}", f"{len(R if column is None else S)} columns")
+        if column is not None and meta.last_row >= self.rows:
+            raise self._unfit(f"scores of row {meta.last_row}", f"rows below {self.rows}")
+        return Segment(self._files, meta, self._owner, self._decoded)
+
+    def _known_rows(self, reasons: Mapping[int, str]) -> dict[int, str]:
+        if max(reasons, default=-1) >= self.rows:
+            raise self._unfit(f"a reason for row {max(reasons)}", f"rows below {self.rows}")
+        return dict(reasons)
+
+    def _unfit(self, found: str, expected: str) -> CorruptStoreError:
+        return CorruptStoreError(f"{self._owner}: commit {self.commits} has {found}, expected {expected}; restore the log from a backup.")
+
+    def _set_segments(self, segments: list[Segment]) -> None:
+        """Segments of rollouts, if they hold the rows from 0 on without a gap; only the last one can be new where nothing was removed."""
+        checked = min(len(self.segments), len(segments)) if segments[: len(self.segments)] == self.segments else 0
+        end = self.rows if checked else 0
+        for segment in segments[checked:]:
+            if segment.meta.first_row != end or not segment.meta.dense:
+                raise CorruptStoreError(
+                    f"{self._owner}: segment {segment.meta.path} begins with row {segment.meta.first_row}, expected {end}; "
+                    "restore the commit records from a backup."
+                )
+            end = segment.meta.last_row + 1
+        self.segments, self.rows = segments, end
+        self._starts = np.array([segment.meta.first_row for segment in segments], np.int64)
+
+    def segments_of(self, column: str | None) -> Sequence[Segment]:
+        """Those of a column, or of rollouts, in the order of commits."""
+        return self.segments if column is None else self.columns[column].segments
+
+    def forget_replaced(self, before: int) -> list[str]:
+        """Paths of segments that compactions before this number replaced, and that were not forgotten yet."""
+        old = [path for path, number in self.replaced.items() if number < before]
+        self.replaced = {path: number for path, number in self.replaced.items() if number >= before}
+        return old
+
+    def all_segments(self) -> list[Segment]:
+        """Those of rollouts, then those of each column."""
+        return [*self.segments, *(segment for column in self.columns.values() for segment in column.segments)]
+
+    def paths(self) -> set[str]:
+        """Where they are."""
+        return {segment.meta.path for segment in self.all_segments()}
+
+    def grouped(self, rows: NDArray[np.int64]) -> list[Group]:
+        """Group rows by the segments that they are in."""
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        return _group(self.segments, numbers, rows - self._starts[numbers]) if len(rows) else []
+
+    def places(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,): see `Column.places`; -1 for a column that is not there."""
+        return self.columns[column].places(rows) if column in self.columns else np.full(len(rows), -1, np.int64)
+
+    def grouped_scores(self, column: str, places: NDArray[np.int64]) -> list[Group]:
+        """Group rows, whose scores are in these places, by the segments that have those."""
+        return _group(self.columns[column].segments, places >> LINE_BITS, places & ((1 << LINE_BITS) - 1)) if len(places) else []
+
+
+def _group(segments: Sequence[Segment], numbers: NDArray[np.int64], lines: NDArray[np.int64]) -> list[Group]:
+    return [Group(segments[n], where := np.flatnonzero(numbers == n), lines[where]) for n in np.unique(numbers).tolist()]

@@ -1,0 +1,125 @@
+"""What all rows of an exported table have in common, as JSON that notices damage to itself."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import asdict, evolve, field, frozen
+
+from lopd.backends import admission, sealing
+from lopd.errors import CorruptStoreError
+from lopd.protocols import LogprobReader
+from lopd.records.checks import check_number
+from lopd.records.identity import ModelId
+from lopd.records.manifest import Manifest, Provenance
+from lopd.records.optional import need
+from lopd.records.rollouts import SAMPLER_COLUMN
+from lopd.records.stored import Count, parse, read_as
+
+TOP_K_FIELDS = ("ids", "logprobs", "tail")
+#: The column that has the checksum of each row.
+CHECKSUM = "checksum"
+
+
+@frozen
+class Description:
+    """What all rows of a table have in common.
+
+    Args:
+        manifest: of the store.
+        generations: rounds of sampling and their policies.
+        columns: name -> who computed it.
+        quarantined: column -> rollout id -> why it could not be scored.
+        sampler: whether there is a column of `sampler_logprobs`.
+        rows: number of rows that were exported; None if neither rows nor description have checksums.
+        fingerprint: of the exported dataset, which `datasets` changes when rows are selected; "" in a file.
+        order: names of the columns, which JSON with a checksum sorts; empty for the order of `columns`.
+
+    Raises:
+        InvalidRecordError: a column has a name or a top-k that no store takes, or is missing.
+    """
+
+    manifest: Manifest
+    generations: Mapping[Count, ModelId]
+    columns: Mapping[str, Provenance]
+    quarantined: Mapping[str, Mapping[str, str]] = field(factory=dict)
+    sampler: bool = False
+    rows: int | None = None
+    fingerprint: str = ""
+    order: tuple[str, ...] = ()
+
+    def __attrs_post_init__(self) -> None:
+        vocab_size = self.manifest.tokenizer.vocab_size
+        for name, provenance in self.columns.items():
+            admission.check_column("Description", name)
+            fits = provenance.top_k <= vocab_size
+            check_number(f"Column {name!r}", "top_k", provenance.top_k, fits, f"at most {vocab_size}, the size of the vocabulary")
+        for what, names in (("order", self.order or self.columns), ("quarantined", {*self.columns, *self.quarantined})):
+            check_number("Description", what, [*names], sorted(names) == sorted(self.columns), f"the columns {[*self.columns]}")
+
+    @classmethod
+    def of(cls, reader: LogprobReader) -> "Description":
+        """What a store says."""
+        named = dict[str, dict[str, str]]()
+        for name in reader.columns:
+            if reasons := reader.quarantined(name):
+                ids = [record.rollout.rollout_id for record in reader.read(list(reasons))]
+                named[name] = dict(zip(ids, reasons.values(), strict=True))
+        sampler = bool(reader.scored(SAMPLER_COLUMN).any())
+        return cls(reader.manifest, dict(reader.generations), dict(reader.columns), named, sampler, len(reader))
+
+    def to_json(self) -> str:
+        """One line of JSON, with a checksum of itself."""
+        document = {
+            "manifest": self.manifest.to_json(),
+            "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
+            "columns": {name: provenance.to_json() for name, provenance in self.columns.items()},
+            "quarantined": self.quarantined,
+            "sampler": self.sampler,
+            "rows": self.rows,
+            "fingerprint": self.fingerprint,
+            "order": list(self.columns),
+        }
+        return sealing.seal(document).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes | None, owner: str) -> "Description":
+        """The inverse of `to_json`; also reads what lopd 0.2 wrote, which has no checksum.
+
+        Raises:
+            CorruptStoreError: it is no description, is damaged, or of another schema version.
+        """
+        owner = f"{owner}: its description"
+        try:
+            data = text if isinstance(text, bytes) else str(text).encode()
+            document = sealing.unseal(data) or parse(data)
+        except ValueError as error:
+            raise CorruptStoreError(f"{owner} cannot be read ({error}), expected what lopd exported; export it again.") from error
+        if isinstance(document, dict):
+            if "checksum" in document:
+                raise CorruptStoreError(f"{owner} does not match its checksum; restore it from a backup.")
+            # says of which version it is before anything is said of its fields
+            Manifest.from_json(document.get("manifest"), owner)
+        # Damage may have changed the key of the checksum. It is not a field then.
+        made = read_as(cls, document, owner)
+        return evolve(made, columns={name: made.columns[name] for name in made.order or made.columns})
+
+    def schema(self) -> Any:
+        """The Arrow schema of a table."""
+        pa = need("pyarrow", "Arrow tables")
+        fields: list[tuple[str, Any]] = [
+            ("rollout_id", pa.string()),
+            ("generation", pa.int64()),
+            ("finish_reason", pa.string()),
+            ("prompt_ids", pa.list_(pa.int32())),
+            ("response_ids", pa.list_(pa.int32())),
+            ("loss_mask", pa.list_(pa.bool_())),
+            ("behavior_logprobs", pa.list_(pa.float32())),
+            ("content_hash", pa.binary()),
+            *([("sampler_logprobs", pa.list_(pa.float32()))] if self.sampler else []),
+        ]
+        for name, provenance in self.columns.items():
+            fields.append((f"logprobs/{name}", pa.list_(pa.float32())))
+            if provenance.top_k:
+                types = (pa.int32(), pa.float32(), pa.float32())
+                fields += [(f"top_k_{part}/{name}", pa.list_(kind)) for part, kind in zip(TOP_K_FIELDS, types, strict=True)]
+        return pa.schema([*fields, *([] if self.rows is None else [(CHECKSUM, pa.binary())])])
