@@ -150,7 +150,7 @@ def test_a_record_that_leads_out_of_the_store_is_refused(filled: LanceStore) -> 
     assert document["kind"] == "table"
     for name in ("../elsewhere", "/etc", ".", "a/b"):
         path.write_bytes(seal({**document, "table": name}))
-        with pytest.raises(CorruptStoreError, match="table is .*expected text like"):
+        with pytest.raises(CorruptStoreError, match=r"table is .*expected text like"):
             reopened(filled)
 
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 from lopd.errors import StoreWriteError
+from lopd.records.optional import need
 
 #: What makes a file durable, by its name in the table's folder of data.
 Flush = Callable[[str], None]
@@ -83,12 +84,9 @@ def _merge(dataset: Any, fragments: Sequence[Any], flush: Flush) -> None:
     Raises:
         StoreWriteError: what was written is not what was read; nothing is changed then.
     """
-    from lance import LanceDataset, LanceOperation
-    from lance.fragment import FragmentMetadata
-    from lance.optimize import Compaction
-
+    lance, optimize = (need(name, f"Table {dataset.uri}", "lance") for name in ("lance", "lance.optimize"))
     merged, rows = {fragment.id for fragment in fragments}, sum(fragment.physical_rows for fragment in fragments)
-    plan = Compaction.plan(
+    plan = optimize.Compaction.plan(
         dataset,
         {
             "target_rows_per_fragment": rows + 1,
@@ -104,16 +102,15 @@ def _merge(dataset: Any, fragments: Sequence[Any], flush: Flush) -> None:
         _check(dataset, fragments, f"{dataset.uri}/data/{file.path}")
         # Lance keeps fragments in the order of their numbers.  The number that it would give, a new one, is behind those of rows that other
         # writers add before this merge is committed.
-        placed = FragmentMetadata.from_json(json.dumps({**written.to_json(), "id": fragments[-1].id}))
-        group = LanceOperation.RewriteGroup(old_fragments=list(fragments), new_fragments=[placed])
-        LanceDataset.commit(dataset, LanceOperation.Rewrite([group], []), read_version=dataset.version)
+        placed = lance.FragmentMetadata.from_json(json.dumps({**written.to_json(), "id": fragments[-1].id}))
+        group = lance.LanceOperation.RewriteGroup(old_fragments=list(fragments), new_fragments=[placed])
+        lance.LanceDataset.commit(dataset, lance.LanceOperation.Rewrite([group], []), read_version=dataset.version)
 
 
 def _check(dataset: Any, fragments: Sequence[Any], path: str) -> None:
     """Compare a file with the fragments that it will replace: Lance drops the error of a write that fails."""
-    from lance.file import LanceFileReader
-
-    reader, start = LanceFileReader(path, storage_options=dataset.latest_storage_options()), 0
+    file = need("lance.file", f"Table {dataset.uri}", "lance")
+    reader, start = file.LanceFileReader(path, storage_options=dataset.latest_storage_options()), 0
     for fragment in map(dataset.get_fragment, [fragment.id for fragment in fragments]):
         for offset in range(0, fragment.physical_rows, _ROWS_AT_ONCE):
             wanted = fragment.to_table(offset=offset, limit=_ROWS_AT_ONCE)
