@@ -18,8 +18,8 @@ from lance_stores import filled, reopened, started, table_of  # noqa: F401
 from s3_server import S3Server
 from zarr_stores import _quick_disk, fill, many, place, rows_of  # noqa: F401
 
-from lopd.backends.lance.catalog import table_seed
 from lopd.backends.lance.encode import encode_scores
+from lopd.backends.lance.state import table_seed
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.writer import Writer
 from lopd.backends.sealing import seal, unseal

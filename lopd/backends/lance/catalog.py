@@ -15,31 +15,23 @@ An older store has folders of files without numbers instead.  They are read, and
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypedDict, final
+from typing import Any, final
 from uuid import uuid4
 
-from attrs import field, frozen, mutable
-from xxhash import xxh3_64_intdigest
-
-from lopd.backends.admission import ColumnName
 from lopd.backends.files import Files, reading, writing
+from lopd.backends.lance.state import CatalogState, Kind, Record
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile
 from lopd.backends.sealing import checksum, damaged, seal, unseal
 from lopd.errors import CorruptStoreError
-from lopd.records.identity import ModelId
-from lopd.records.manifest import Commit, Manifest, Provenance
-from lopd.records.stored import Count, Seconds, parse, read_as
+from lopd.records.manifest import Manifest
+from lopd.records.stored import parse, read_as
 
 LOG, HEAD = "log", ".head"
-#: A table that will be made; the table of a column, or of the rollouts; what was sampled, not scored, merged; files of an older lopd.
-Kind = Literal["begun", "table", "generation", "quarantine", "compaction", "old"]
 _OLD_FOLDERS: dict[str, Kind] = {"columns": "table", "generations": "generation", "quarantine": "quarantine", "compactions": "compaction"}
 _OLD_ROLLOUTS = "rollouts.json"
 _RECORD_NAME = re.compile(r"[0-9]{10}\.json")
 _MARKED = re.compile(r"(rollouts|(scores|unscored)\..+)-[0-9a-f]{32}\.head")
-# A table is a folder of the database.
-_TableName = Annotated[str, re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")]
 
 
 def _encode_root(root: Root) -> bytes:
@@ -56,95 +48,6 @@ def _decode_root(url: str, data: bytes) -> Root | None:
 
 #: Sealed JSON.
 ROOT = RootFile("lopd.json", _encode_root, _decode_root)
-
-
-@frozen
-class TableEntry:
-    """Which table holds the rollouts, or a column.
-
-    Args:
-        table: its name in the database.
-        provenance: who computed the scores; None for the rollouts.
-        seed: where the checksums of its lines begin, so that lines of another table are noticed; 0 in tables of an older lopd.
-    """
-
-    table: _TableName
-    provenance: Provenance | None
-    seed: int
-
-
-class _Record(TypedDict):
-    """What each record says."""
-
-    kind: Kind
-    when: Seconds
-
-
-class _Begun(_Record):
-    table: _TableName
-    column: ColumnName | None
-
-
-class _Table(_Begun):
-    provenance: Provenance | None
-
-
-class _Generation(_Record):
-    generation: Count
-    policy: ModelId
-
-
-class _Quarantine(_Record):
-    column: ColumnName
-    reasons: Mapping[Count, str]
-
-
-class _Compaction(_Record):
-    column: ColumnName | None
-    rows: Count
-    tokens: Count
-
-
-class _Old(_Record):
-    files: Mapping[str, str]
-
-
-@frozen
-class Quarantine:
-    """Rows that could not be scored.
-
-    Args:
-        column: column that lacks their scores.
-        reasons: by row.
-    """
-
-    column: str
-    reasons: Mapping[int, str]
-
-
-@mutable
-class CatalogState:
-    """What was there at one moment; only `Catalog` adds to it.
-
-    Args:
-        tables: table of each column; that of the rollouts has the key None, and is there from the first append on.
-        begun: names of all tables that somebody began to make, with their columns.
-        generations: policies, by round.
-        quarantines: of all columns, oldest first.
-        events: generations, compactions and quarantines, for the history.
-        number: number of records.
-        last: checksum of the last record; of lopd.json before there is one; "" before anything was read.
-        old: files of an older lopd, with their checksums.
-    """
-
-    tables: dict[str | None, TableEntry] = field(factory=dict)
-    begun: dict[str, str | None] = field(factory=dict)
-    generations: dict[int, ModelId] = field(factory=dict)
-    quarantines: list[Quarantine] = field(factory=list)
-    events: list[Commit] = field(factory=list)
-    number: int = 0
-    last: str = ""
-    old: dict[str, str] = field(factory=dict)
 
 
 @final
@@ -178,7 +81,7 @@ class Catalog:
             document = self._unsealed(path, data)
             if (document.get("number"), document.get("previous")) != (state.number, state.last):
                 raise self._broken(path, "does not follow the record before it", "one that does")
-            self._add(document, f"{self._owner}: {path}")
+            state.add(document, f"{self._owner}: {path}")
             state.number, state.last = state.number + 1, checksum(data)
         if state.number < expected:
             raise self._broken(path, "is missing", f"{expected} records")
@@ -199,34 +102,10 @@ class Catalog:
             document["kind"] = _OLD_FOLDERS.get(folder, "table")
             if document["kind"] == "table":
                 document["column"] = name if folder else None
-            read_as(_Record, document, f"{self._owner}: {path}")
+            read_as(Record, document, f"{self._owner}: {path}")
         for path, document in sorted(documents.items(), key=lambda item: item[1]["when"]):
-            self._add(document, f"{self._owner}: {path}", old=True)
+            self.state.add(document, f"{self._owner}: {path}", old=True)
         self.state.old = {path: checksum(data) for path, data in found.items()}
-
-    def _add(self, document: dict[str, Any], owner: str, *, old: bool = False) -> None:
-        state, kind = self.state, read_as(_Record, document, owner)["kind"]
-        rows, tokens, column = 0, 0, document.get("column")
-        if kind == "begun":
-            begun = read_as(_Begun, document, owner)
-            state.begun[begun["table"]] = begun["column"]
-        elif kind == "table":
-            table = read_as(_Table, document, owner)
-            state.tables[table["column"]] = TableEntry(table["table"], table["provenance"], 0 if old else table_seed(table["table"]))
-        elif kind == "generation":
-            generation = read_as(_Generation, document, owner)
-            state.generations[generation["generation"]] = generation["policy"]
-        elif kind == "quarantine":
-            quarantine = read_as(_Quarantine, document, owner)
-            rows = len(quarantine["reasons"])
-            state.quarantines.append(Quarantine(quarantine["column"], quarantine["reasons"]))
-        elif kind == "compaction":
-            merged = read_as(_Compaction, document, owner)
-            rows, tokens = merged["rows"], merged["tokens"]
-        elif differing := sorted(read_as(_Old, document, owner)["files"].items() ^ state.old.items()):
-            raise self._broken(differing[0][0], "is not the file that was there when the log began", "that one")
-        if kind in ("generation", "quarantine", "compaction"):
-            state.events.append(Commit(0, kind, rows, tokens, column, document["when"]))
 
     def _broken(self, path: str, what: str, wanted: str) -> CorruptStoreError:
         return CorruptStoreError(f"{self._owner}: {path} {what}, expected {wanted}; restore the store from a backup.")
@@ -304,11 +183,6 @@ class Catalog:
             StoreReadError: the storage refused.
         """
         return max((int(number) for number in self._names(f"{name}{HEAD}") if number.isdecimal()), default=0)
-
-
-def table_seed(table: str) -> int:
-    """Where the checksums of a table's lines begin."""
-    return xxh3_64_intdigest(table.encode())
 
 
 def _path(number: int) -> str:

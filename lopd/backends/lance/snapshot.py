@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from lopd.backends import admission
 from lopd.backends.id_index import IdIndex
 from lopd.backends.lance import decode
-from lopd.backends.lance.catalog import Catalog, TableEntry
+from lopd.backends.lance.catalog import Catalog
 from lopd.backends.lance.decode import Wanted
 from lopd.backends.lance.encode import ROLLOUT_LINE, SCORE_LINE
 from lopd.backends.lance.part import Part
+from lopd.backends.lance.state import TableEntry
 from lopd.backends.lance.table import Database, Seen
 from lopd.errors import CorruptStoreError
 from lopd.records.identity import ModelId

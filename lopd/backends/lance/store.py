@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from lopd.backends.durable import DurableBase
 from lopd.backends.files import Files, StorageOptions, StorePath
-from lopd.backends.lance.catalog import ROOT, Catalog, CatalogState
+from lopd.backends.lance.catalog import ROOT, Catalog
 from lopd.backends.lance.encode import tokens_of
 from lopd.backends.lance.snapshot import Snapshot
+from lopd.backends.lance.state import CatalogState
 from lopd.backends.lance.table import COMMIT, Database, Seen
 from lopd.backends.lance.writer import Writer
 from lopd.backends.root import Root

@@ -13,10 +13,11 @@ from attrs import asdict
 
 from lopd.backends.files import Files, local_folder, reading, writing
 from lopd.backends.lance import tiers
-from lopd.backends.lance.catalog import HEAD, LOG, Catalog, table_seed
+from lopd.backends.lance.catalog import HEAD, LOG, Catalog
 from lopd.backends.lance.encode import encode_rollouts, encode_scores, no_scores, tokens_of
 from lopd.backends.lance.failures import first_line, is_conflict, is_lance_error
 from lopd.backends.lance.snapshot import Snapshot
+from lopd.backends.lance.state import table_seed
 from lopd.backends.lance.table import BEGAN_EMPTY, COMMIT, PATIENCE, TABLE_SUFFIX, Database, LanceTable
 from lopd.backends.lance.written import Reader
 from lopd.backends.retry import repeat
