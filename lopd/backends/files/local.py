@@ -9,7 +9,9 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 from uuid import uuid4
@@ -25,6 +27,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 # Far below the usual limits of a process; a store of many small appends has more files than that.
 _OPEN_FILES = 64
+_FLUSHES_AT_ONCE = 16
 # Reading so many bytes along costs less than another read.
 _GAP = 4096
 
@@ -83,21 +86,22 @@ class LocalFiles:
         """Parts of one file, which stays open for the next time."""
         file = self._open.get(path)
         if file is None:
-            self._open[path] = file = self._opened(path)
+            self._open[path] = file = self._opened(partial(_Open, self.root / path))
             while len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         else:
             self._open.move_to_end(path)
         return read_spans(file.read, starts, ends, _GAP, self.run)
 
-    def _opened(self, path: str) -> _Open:
+    def _opened(self, opening: Callable[[], T]) -> T:
+        """What this opens; files that were kept open are closed where the process may not open another."""
         try:
-            return _Open(self.root / path)
+            return opening()
         except OSError as error:
             if error.errno != errno.EMFILE or not self._open:
                 raise
             self._open.clear()
-            return _Open(self.root / path)
+            return opening()
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
         """What each call gives, one after the other."""
@@ -107,15 +111,14 @@ class LocalFiles:
         """New files, flushed to disk together with the folders that lead to them."""
         folders = {(self.root / path).parent for path in files}
         made = [folder for parent in folders for folder in _make_folder(parent)]
-        # Written first and flushed then: the disk works on all of them at once.
-        with ExitStack() as stack:
-            written = [stack.enter_context((self.root / path).open("xb", buffering=0)) for path in files]
+        # Written first, and flushed side by side: the disk takes little longer for all than for one.
+        with ExitStack() as stack, ThreadPoolExecutor(_FLUSHES_AT_ONCE) as pool:
+            written = [stack.enter_context(self._opened(partial((self.root / path).open, "xb", buffering=0))) for path in files]
             for file, data in zip(written, files.values(), strict=True):
                 _write(file, data)
-            for file in written:
-                os.fsync(file.fileno())
-        for folder in {*folders, *made}:
-            flush(folder)
+            for flushing in [pool.map(lambda file: os.fsync(file.fileno()), written), pool.map(flush, {*folders, *made})]:
+                for _ in flushing:
+                    pass  # which raises what a flush has raised
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Whether this call made the file: written under a temporary name, flushed, and linked to its own, which fails if that is taken."""

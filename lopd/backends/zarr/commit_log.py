@@ -113,8 +113,9 @@ class CommitLog:
     def _end(self, start: int) -> int:
         """One more than the last number: as the head says, if that is near, else as a listing does."""
         head = self._head()
-        if head is not None and head - start < 2 * COMMITS_PER_CHECKPOINT:
-            return head + 1
+        return head + 1 if head is not None and head - start < 2 * COMMITS_PER_CHECKPOINT else self._listed_end(start, head)
+
+    def _listed_end(self, start: int, head: int | None) -> int:
         numbers = [number for number in _numbers(self._files.names(COMMITS)) if number >= start]
         last = max([*numbers, start - 1 if head is None else head])
         if numbers != list(range(start, start + len(numbers))) or last != start + len(numbers) - 1:
@@ -154,8 +155,7 @@ class CommitLog:
             # the writer of the very first may have been killed before it could say so
             if head is None and commits > 1 and self._root.chained:
                 yield f"{self._owner}: {_HEAD}/ says of no commit that it is the last, expected {commits - 1}; restore it from a backup."
-            if head is not None:
-                self._end(0)
+            self._listed_end(0, head)
         except LopdError as error:
             yield str(error)
 
