@@ -56,6 +56,12 @@ def test_files_are_few_and_each_row_is_rewritten_a_few_times(unit: int) -> None:
     assert written <= 4 * sum(sizes)
 
 
+def test_a_merge_is_of_a_gigabyte_at_most() -> None:
+    assert crowd([10 << 20] * 5000) == 102
+    assert crowd([(1 << 26) - 1] * 16) == 16
+    assert crowd([1 << 26] * 16) == 0
+
+
 def test_many_commits_leave_few_files_and_few_versions_and_all_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "VERSIONS", 16)
     store = grown(tmp_path / "run.lance", 70)
