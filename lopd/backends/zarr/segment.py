@@ -217,6 +217,7 @@ class Segment:
         """The bytes of parts of one array along its first dimension; not verified, the lines have the checksums."""
         layout = self._layout(name)
         begin, stop = (starts * layout.item_bytes).tolist(), (ends * layout.item_bytes).tolist()
+        found: list[Piece]
         try:
             if layout.raw:
                 found = self._files.read_ranges(layout.path, begin, stop)
