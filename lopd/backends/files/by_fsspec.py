@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, final
 
-from lopd.backends.files.contract import PROBES, Bytes, Piece, StorageOptions, T, was_put
+from lopd.backends.files.contract import PROBES, Bytes, StorageOptions, T, was_put
 from lopd.errors import StorePathError, StoreReadError
 from lopd.records.optional import need
 from lopd.records.paths import asked, without_secrets
@@ -57,7 +57,7 @@ class FsspecFiles:
         """A whole file."""
         return bytes(self._call(self._fs.cat_file, self._path(path)))
 
-    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[bytes]:
         """Parts of one file."""
         if not starts:
             return []
