@@ -206,9 +206,8 @@ KINDS: dict[str, _Kind] = {
 
 def find(name: str) -> str:
     """The program of a server; the test is skipped where it is not installed."""
-    places = os.pathsep.join(
-        [str(HOME / "bin"), str(HOME / "node_modules/.bin"), os.environ.get("PATH", ""), str(Path(sys.executable).parent)]
-    )
+    # not those of the machine, which may be of any version
+    places = os.pathsep.join([str(HOME / "bin"), str(HOME / "node_modules/.bin"), str(Path(sys.executable).parent)])
     program = shutil.which(KINDS[name].program, path=places)
     if program is None:
         pytest.skip(f"{name} is not installed: `make test-servers` installs it")

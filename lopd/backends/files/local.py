@@ -10,8 +10,7 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -28,7 +27,6 @@ TEMPORARY_PREFIX = ".tmp-"
 
 # Opening a file costs more than reading some rows of it; the rest of the process opens files as well.
 _OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 512)
-_FLUSHES_AT_ONCE = 16
 # Reading so many bytes along costs less than another read; to look for them does not, where parts are few, or larger than this on average.
 _GAP, _FEW, _SMALL = 4096, 64, 1024
 
@@ -118,14 +116,18 @@ class LocalFiles:
         """New files, flushed to disk together with the folders that lead to them."""
         folders = {(self.root / path).parent for path in files}
         made = [folder for parent in folders for folder in _make_folder(parent)]
-        # Written first, and flushed side by side: the disk takes little longer for all than for one.
-        with ExitStack() as stack, ThreadPoolExecutor(_FLUSHES_AT_ONCE) as pool:
-            written = [stack.enter_context(self._opened(partial((self.root / path).open, "xb", buffering=0))) for path in files]
-            for file, data in zip(written, files.values(), strict=True):
-                _write(file, data)
-            for flushing in [pool.map(lambda file: os.fsync(file.fileno()), written), pool.map(flush, {*folders, *made})]:
-                for _ in flushing:
-                    pass  # which raises what a flush has raised
+        for path, data in files.items():
+            self._write_file(self.root / path, data)
+        for folder in {*folders, *made}:
+            flush(folder)
+
+    def _write_file(self, path: Path, data: Any) -> None:
+        opened: Any = self._opened(partial(path.open, "xb", buffering=0))
+        with opened as file:
+            left = memoryview(data).cast("B")
+            while left:  # one call writes at most 2 GiB, and fewer on a disk that is full
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Whether this call made the file: written under a temporary name, flushed, and linked to its own, which fails if that is taken."""
@@ -136,9 +138,7 @@ class LocalFiles:
             self._durable.add(final.parent)
         temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid4().hex}"
         try:
-            with temporary.open("xb", buffering=0) as file:
-                _write(file, data)
-                os.fsync(file.fileno())
+            self._write_file(temporary, data)
             if not _link(temporary, final):
                 return False
         finally:
@@ -192,13 +192,6 @@ class LocalFiles:
                 shutil.rmtree(whole, ignore_errors=True)
             else:
                 whole.unlink(missing_ok=True)
-
-
-def _write(file: Any, data: Any) -> None:
-    """Write all bytes: one call writes at most 2 GiB, and fewer on a disk that is full."""
-    left = memoryview(data).cast("B")
-    while left:
-        left = left[file.write(left) :]
 
 
 def _link(file: Path, name: Path) -> bool:
