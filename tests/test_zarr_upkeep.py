@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from attrs import evolve
 from zarr_stores import _quick_disk, filled, forge, many, place, rows_of, start  # noqa: F401
 
 from lopd.backends.files.local import LocalFiles
+from lopd.backends.zarr import compaction
 from lopd.backends.zarr.segment import Segment
 from lopd.backends.zarr.store import ZarrStore
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_scores
 
 
@@ -133,6 +135,44 @@ def test_a_compaction_ends_although_writers_go_on(tmp_path: Path, monkeypatch: p
     assert_whole(store, len(other))
     # for rollouts and for the column: it lost the number until the other writer had had its turn
     assert len(tries) <= 2 * 2 * 3
+
+
+def test_a_compaction_whose_segments_others_merge_and_remove_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, real = grown(tmp_path / "run", 15), compaction.merge
+    others = iter([ZarrStore.open(place(store))])
+
+    def merge(*args: Any) -> Any:
+        for other in others:
+            go_on(other, 15, 55)
+        return real(*args)
+
+    monkeypatch.setattr(compaction, "merge", merge)
+    store.compact()
+    assert_whole(store, 70)
+    assert list(store.verify()) == []
+
+
+def test_what_is_moved_while_it_is_verified_is_verified_where_it_is_now(tmp_path: Path) -> None:
+    store = grown(tmp_path / "run", 15)
+    problems = ZarrStore.open(place(store)).verify()
+    go_on(store, 15, 55)
+    assert list(problems) == []
+    path = next((place(store) / store._state.segments[0].meta.path).glob("token_ids/c.0"))
+    path.write_bytes(path.read_bytes()[:-1])
+    reader = ZarrStore.open(place(store))
+    assert [str(path.relative_to(place(store))) in problem for problem in reader.verify()] == [True]
+
+
+def test_a_record_that_nobody_could_read_again_is_not_made(filled: ZarrStore) -> None:
+    commits = filled._state.commits
+    with pytest.raises(InvalidRecordError, match="reason of rollout 'm' is an int"):
+        filled.quarantine("other", tiny_provenance(), {"m": 5})  # type: ignore[dict-item]
+    with pytest.raises(InvalidRecordError, match="the policy is a str"):
+        filled.begin_generation(1, "policy")  # type: ignore[arg-type]
+    for wrong in (None, evolve(tiny_provenance(), parity=5)):
+        with pytest.raises(InvalidRecordError):
+            filled.quarantine("other", wrong, {"m": "why"})  # type: ignore[arg-type]
+    assert ZarrStore.open(place(filled))._state.commits == commits
 
 
 # Sweeps

@@ -20,7 +20,7 @@ from lopd.backends.zarr import compaction
 from lopd.backends.zarr.commit_log import COMMITS_PER_CHECKPOINT, CommitLog
 from lopd.backends.zarr.encode import encode_rollouts, encode_scores
 from lopd.backends.zarr.format import METADATA_FILE, group_document
-from lopd.backends.zarr.segment import Segment, SegmentData, SegmentMeta, encode_segment
+from lopd.backends.zarr.segment import Segment, SegmentData, SegmentGoneError, SegmentMeta, encode_segment
 from lopd.backends.zarr.state import State
 from lopd.errors import LopdError, StoreWriteError
 from lopd.records.identity import ModelId
@@ -202,14 +202,18 @@ class Writer:
     def _merge(self, column: str | None, segments: Sequence[Segment], target_tokens: int) -> bool:
         """Whether these are merged now; False if somebody else merged or swept some of them."""
         parent = "segments" if column is None else f"scores/{column}"
-        added: list[SegmentMeta] = []
+        gone, added = [segment.meta.path for segment in segments], list[SegmentMeta]()
         try:
             for data in compaction.merge(column, segments, target_tokens):
-                added.append(self._put_segment(parent, data))  # noqa: PERF401 (what was put before an error is removed)
-        except Exception:
+                added.append(self._put_segment(parent, data))
+        except Exception as error:
             self._remove([meta.path for meta in added])
+            if isinstance(error, SegmentGoneError):
+                self._state.refresh()
+                if error.segment not in self._state.paths():
+                    return False
             raise
-        gone, paths = [segment.meta.path for segment in segments], [meta.path for meta in added]
+        paths = [meta.path for meta in added]
         record = {"kind": "compaction", "column": column, "removes": gone, "adds": [meta.to_json() for meta in added]}
         while not self._publish(record, paths):
             self._state.refresh()
