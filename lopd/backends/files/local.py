@@ -171,8 +171,12 @@ class LocalFiles:
 
     def age(self, folder: str, /) -> float:
         """Seconds since the newest file in a folder was written."""
-        files = [self.root / folder, *(self.root / folder).rglob("*")]
-        return time.time() - max(path.lstat().st_mtime for path in files)
+        now, times = time.time(), list[float]()
+        for place, _, files in os.walk(self.root / folder):
+            for path in (place, *(f"{place}/{name}" for name in files)):
+                with suppress(FileNotFoundError):  # another process has removed it since
+                    times.append(os.lstat(path).st_mtime)
+        return now - max(times, default=now)
 
     def remove(self, paths: Iterable[str], /) -> None:
         """Remove files, and folders with all that is in them; neither links nor what they lead to."""

@@ -140,12 +140,15 @@ class CommitLog:
         """The latest checkpoint that is not after commit `until`; None if there is none."""
         with reading(self._owner, "reading its commit log"):
             numbers = [number for number in _numbers(self._files.names(CHECKPOINTS)) if until is None or number <= until]
-            if not numbers:
-                return None
-            path = _path(CHECKPOINTS, max(numbers))
-            data = self._files.read(path)
+            for number in reversed(numbers):
+                path = _path(CHECKPOINTS, number)
+                with suppress(FileNotFoundError):  # another process has removed it since
+                    return self._checkpoint(path, number, self._files.read(path))
+        return None
+
+    def _checkpoint(self, path: str, number: int, data: bytes) -> Checkpoint:
         state = self._unsealed(path, data)
-        self._check(path, state, {"commits": max(numbers), "store": self._root.creation})
+        self._check(path, state, {"commits": number, "store": self._root.creation})
         return read_as(Checkpoint, state, f"{self._owner}: {path}")
 
     def put_checkpoint(self, number: int, state: Mapping[str, Any]) -> None:

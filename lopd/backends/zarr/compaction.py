@@ -12,8 +12,8 @@ from lopd.backends.zarr import decode, encode
 from lopd.backends.zarr.segment import Segment, SegmentData
 
 _FAN_IN = 16
-# What a single append made larger than this stays as it is; a merge by a writer moves no more than that.
-_LARGE_TOKENS, _MOST_TOKENS = 1 << 19, 1 << 25
+# What a single append made larger than this stays as it is; a merge by a writer moves no more bytes than that, which it has in memory.
+_LARGE_TOKENS, _MOST_BYTES = 1 << 19, 1 << 28
 
 
 def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]:
@@ -27,15 +27,14 @@ def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]
         neighbours: they must follow one another, so that rows keep their numbers.
     """
     level = segments[-1].meta.level
-    same: list[Segment] = []
+    same, room = list[Segment](), _MOST_BYTES
     for segment in reversed(segments):
         fits = segment.meta.level == level and (level or segment.meta.tokens < _LARGE_TOKENS)
-        if fits:
+        if fits and (room := room - segment.meta.stored_bytes) >= 0:
             same.append(segment)
-        elif neighbours:
+        elif neighbours or room < 0:
             break
-    few = len(same) < _FAN_IN or sum(segment.meta.tokens for segment in same) > _MOST_TOKENS
-    return () if few else tuple(reversed(same))
+    return () if len(same) < _FAN_IN else tuple(reversed(same))
 
 
 def plan(segments: Sequence[Segment], target_tokens: int, *, neighbours: bool) -> list[tuple[Segment, ...]]:

@@ -22,7 +22,7 @@ from lopd.backends.zarr.encode import encode_rollouts, encode_scores
 from lopd.backends.zarr.format import METADATA_FILE, group_document
 from lopd.backends.zarr.segment import Segment, SegmentData, SegmentGoneError, SegmentMeta, encode_segment
 from lopd.backends.zarr.state import State
-from lopd.errors import LopdError, StoreWriteError
+from lopd.errors import InvalidRecordError, LopdError, StoreWriteError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
@@ -156,8 +156,8 @@ class Writer:
     def _checkpoint(self) -> None:
         """Keep the state, and remove what was merged so long ago that few readers stand before it; those look up where their rows are now."""
         old = self._state.forget_replaced(self._state.commits - COMMITS_PER_CHECKPOINT)
-        # The commit is made; a checkpoint only makes opening quicker, and the next one will do as well.
-        with suppress(OSError):
+        # The commit is made; a checkpoint, which may also be too large, only makes opening quicker, and the next one will do as well.
+        with suppress(OSError, InvalidRecordError):
             self._log.put_checkpoint(self._state.commits, self._state.to_json())
             self._files.remove(old)
 
