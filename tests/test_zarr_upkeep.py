@@ -238,6 +238,25 @@ def test_a_checkpoint_that_another_process_removes_or_that_is_too_large_is_not_n
     assert_whole(ZarrStore.open(place(store)), 40)
 
 
+def test_what_a_power_cut_leaves_of_the_head_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ZarrStore.create(tmp_path / "run", tiny_manifest())
+    head, kept = place(store) / "head", list[str]()
+
+    def flushed(folder: Path) -> None:
+        if folder == head:
+            kept[:] = os.listdir(head)  # noqa: PTH208 (names)
+
+    monkeypatch.setattr("lopd.backends.files.local.flush", flushed)
+    go_on(store, 0, 3)
+    shutil.rmtree(head)
+    if kept:
+        head.mkdir()
+    for name in kept:
+        (head / name).touch()
+    again = ZarrStore.open(place(store))
+    assert (len(again), list(again.verify())) == (3, [])
+
+
 # Sweeps
 
 

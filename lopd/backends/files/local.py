@@ -141,10 +141,13 @@ class LocalFiles:
         return True
 
     def mark(self, folder: str, number: int, /) -> None:
-        """Make an empty file of this number, and remove the one before it; neither is flushed."""
+        """Make an empty file of this number, and remove the one before it; only the first of a folder is flushed."""
         path = self.root / folder / f"{number:010d}"
+        changed = [] if path.parent.is_dir() else [path.parent, path.parent.parent]
         path.parent.mkdir(exist_ok=True)
         path.touch()
+        for each in changed:
+            flush(each)
         if number:
             path.with_name(f"{number - 1:010d}").unlink(missing_ok=True)
 
