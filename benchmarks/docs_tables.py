@@ -159,6 +159,27 @@ def servers() -> list[str]:
     return table(("server", "what lopd finds", "asking, ms", "Zarr: acknowledged, lost", "Lance: acknowledged, lost"), lines(), 2)
 
 
+def commits() -> list[str]:
+    """Costs at the smallest and at the largest number of commits, and their exponents."""
+    rows = [row for row in read("commits")["rows"] if row["kind"] == "commits"]
+    sizes = {min(row["commits"] for row in rows), max(row["commits"] for row in rows)}
+    costs = ("append_s", "append_scores_s", "open_s", "read_s")
+
+    def lines() -> Iterator[Sequence[str]]:
+        for row in rows:
+            if row["commits"] in sizes:
+                times = [f"{1e3 * row[key]:.3g}" for key in (*costs, "query_s")]
+                rest = number(row["tokens_per_s"] / 1e6), f"{row['bookkeeping_bytes'] / 1e3:,.0f}", f"{row['files']:,}"
+                yield row["store"], f"{row['commits']:,}", *times, *rest
+        for row in read("commits")["rows"]:
+            if row["kind"] == "exponents":
+                found = {key: f"{row[key]['all']:+.2f} ({row[key]['low']:+.2f} to {row[key]['high']:+.2f})" for key in costs}
+                yield row["store"], "exponent", *found.values(), "", "", f"{row['bookkeeping_bytes']['all']:+.2f}", ""
+
+    names = ("append, ms", "append_scores, ms", "open, ms", "read 64 random rollouts, ms", "who begins with `1/`, ms")
+    return table(("store", "commits", *names, "read in order, M tokens/s", "bookkeeping a commit, kB", "files"), lines())
+
+
 def engines() -> list[str]:
     """Tokens a second on two cores."""
     rows = read("bench_engines")["rows"]
@@ -266,6 +287,7 @@ TABLES = {
         "stores": stores,
         "growth": growth,
         "servers": servers,
+        "commits": commits,
         "engines": engines,
         "parity": parity,
         "teachers": teachers,

@@ -1,9 +1,101 @@
 """Stores that somebody made to do harm: every file of theirs gives what it says, or one error of ours; never a hang, a bomb or a stray file."""
 
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import cycle
+from pathlib import Path
+
 import pytest
 import zstandard
+from forger import build, copied, examine
 
+from lopd import ZarrStore
+from lopd.backends.sealing import seal, unseal
 from lopd.backends.zarr.format import decode_zstd
+from lopd.errors import CorruptStoreError, LopdError
+from lopd.testing import tiny_manifest, tiny_rollout
+
+FORGER = Path(__file__).with_name("forger.py")
+COUNT = "3000" if "LOPD_KILLS" in os.environ else "40"
+
+# Forged JSON
+
+
+@pytest.mark.parametrize("kind", ["zarr", "lance"])
+def test_forged_json_gives_what_it_says_or_one_error_of_ours(kind: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(FORGER.parents[1]), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.run([sys.executable, FORGER, kind, tmp_path, COUNT], capture_output=True, text=True, check=False, env=environment)
+    said = [json.loads(line) for line in run.stdout.splitlines()]
+    assert run.returncode == 0, f"ended in {said[-1:]}: {run.stderr[-2000:]}"
+    assert [one for one in said if one.get("found")] == []
+    assert len(said) == 2 * int(COUNT)
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """A store of two commits."""
+    store = ZarrStore.create(tmp_path / "run", tiny_manifest())
+    for name in ("a", "b"):
+        store.append([tiny_rollout(name)])
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["99999999999999999999", "9999999999", "0000000002", "-000000001", "000000000x", "٠٠٠٠٠٠٠٠٠١"])
+@pytest.mark.parametrize("folder", ["commits", "checkpoints", "head"])
+def test_files_with_names_of_other_numbers_are_no_hang(filled: Path, folder: str, name: str) -> None:
+    (filled / folder).mkdir(exist_ok=True)
+    shutil.copy(filled / "commits/0000000001.json", filled / folder / (name if folder == "head" else f"{name}.json"))
+    with suppress(LopdError):
+        assert len(ZarrStore.open(filled)) == 2
+    with suppress(LopdError):
+        list(ZarrStore.open(filled).verify())
+
+
+def test_a_checkpoint_cannot_have_live_segments_removed(tmp_path: Path) -> None:
+    build("zarr", tmp_path / "run")
+    path = max((tmp_path / "run/checkpoints").iterdir())
+    state = unseal(path.read_bytes())
+    live = state["segments"][0]["path"]
+    path.write_bytes(seal({**state, "replaced": {live: 1}}))
+    with pytest.raises(CorruptStoreError, match=rf"segment {live} both live and replaced"):
+        ZarrStore.open(tmp_path / "run")
+
+
+# What only has the name of a file
+
+
+@pytest.fixture
+def odd_places(tmp_path: Path) -> Iterator[list[Path]]:
+    """A device, a pipe, a socket and a folder."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(tmp_path / "socket"))
+        yield [Path("/dev/zero"), tmp_path / "pipe", tmp_path / "socket", tmp_path / "folder"]
+
+
+@pytest.mark.parametrize("kind", ["zarr", "lance"])
+def test_links_in_the_place_of_files_are_errors(kind: str, tmp_path: Path, odd_places: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    build(kind, tmp_path / "whole")
+    files = [path for path in (tmp_path / "whole").rglob("*") if path.is_file() and ".lance" not in str(path.relative_to(tmp_path))]
+    one_of_each = {re.sub(r"[0-9a-f]{32}|\d{10}", "*", str(path.relative_to(tmp_path / "whole"))): path for path in files}
+    assert len(one_of_each) > 5
+    for path, odd in zip(one_of_each.values(), cycle(odd_places), strict=False):
+        copied(tmp_path / "whole", tmp_path / "work")
+        place = tmp_path / "work" / path.relative_to(tmp_path / "whole")
+        place.unlink()
+        place.symlink_to(odd)
+        assert examine(kind, tmp_path / "work") == [], place
+        shutil.rmtree(tmp_path / "work")
+
 
 # Compressed arrays
 

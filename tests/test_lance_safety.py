@@ -306,7 +306,7 @@ def write_beside(path: str, writer: int, rounds: int, pipe: Connection) -> None:
 
 
 def test_writers_beside_a_compaction_that_keeps_nothing_lose_nothing(tmp_path: Path) -> None:
-    path, rounds, writers = str(tmp_path / "run.lance"), int(os.environ.get("LOPD_KILLS", "8")), 3
+    path, rounds, writers = str(tmp_path / "run.lance"), int(os.environ.get("LOPD_KILLS", "5")), 3
     LanceStore.create(path, tiny_manifest()).append(many(0, 2))
     compactor, pipe = started(maintain, path)
     working = [started(write_beside, path, writer, rounds) for writer in range(writers)]

@@ -11,12 +11,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from lopd.backends.files import cloud, open_files
 from lopd.backends.lance import LanceStore
+from lopd.backends.memory_store import MemoryStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
 from lopd.engines.server import Servers
 from lopd.errors import LopdError
 from lopd.records import read_prompts
 from lopd.testing import tiny_manifest, tiny_rollout
+from lopd.tools.interop import export_parquet, import_parquet
 
 # Tracebacks show lines of code, so no line has it whole.
 WORD = "SEC" + "RET"
@@ -148,6 +150,17 @@ def test_a_prompt_file_says_nothing_of_its_secrets(scheme: str, rest: str, caplo
     if scheme == "file" or (scheme in ("az", "abfss") and rest.startswith(WORD)):
         return  # a path of this machine, with signs in it; a container
     _assert_says_nothing(lambda: read_prompts(f"{scheme}://{rest}", None), caplog.text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rest", REST)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_exported_file_says_nothing_of_its_secrets(scheme: str, rest: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG, "lopd")
+    if scheme == "file":
+        return
+    url = f"{scheme}://{rest}"
+    for call in (import_parquet, lambda url, store: export_parquet(store, url)):
+        _assert_says_nothing(lambda call=call: call(url, MemoryStore(tiny_manifest())), caplog.text)  # type: ignore[misc]
 
 
 def test_bytes_are_not_shown() -> None:

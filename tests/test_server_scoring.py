@@ -268,7 +268,9 @@ def test_settings_that_make_no_sense_are_refused_and_secrets_not_repeated(settin
 
 def test_a_proxy_of_the_environment_that_is_not_one_is_named(stub, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "garbage://x:y")
-    with pytest.raises(EngineError, match=r"Server http://127.*no client can be made for it \(Invalid port.*look at HTTP_PROXY"):
+    with pytest.raises(
+        EngineError, match=r"Server http://127.*no client can be made for it \(InvalidURL: Invalid port.*look at HTTP_PROXY"
+    ):
         scorer_of(stub).score(make_rollouts())
 
 

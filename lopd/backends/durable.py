@@ -106,7 +106,7 @@ class DurableBase(ABC, Generic[S, W]):
 
         Raises:
             StoreExistsError: a store, or anything else, is there.
-            StorePathError: nothing can be stored at such a path.
+            StorePathError: nothing can be stored at such a path, or its storage lets writers lose data.
             StoreWriteError: the write failed.
             MissingDependencyError: the package for this kind of store or URL is not installed.
         """

@@ -4,10 +4,14 @@ import errno
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from lopd.errors import ArgumentError, InvalidRecordError, LopdError
+
+T = TypeVar("T")
+_TELLING = (FileNotFoundError, FileExistsError, NotADirectoryError)
 
 
 def path_text(owner: str, path: str | os.PathLike[str], refusal: type[LopdError] = ArgumentError) -> str:
@@ -64,17 +68,32 @@ def without_secrets(url: str) -> str:
     return re.sub(r"(?s)[?#].*", "", re.sub(f"(?s){user}", "//", url))
 
 
-def said_of(url: str, error: Exception) -> str:
-    """Return what an error says; only its type where the URL has secrets, which the error may repeat."""
-    return str(error) if without_secrets(url) == url else type(error).__name__
+def asked(url: str, work: Callable[[], T], *, secret: bool = False, errors: type[Exception] = Exception) -> T:
+    """Return what another package answers about a URL; an error of its own says nothing of secrets, nor does what it is raised from.
 
+    Args:
+        url: of what is asked for.
+        work: asks.
+        secret: whether the answer may repeat secrets that are not in the URL.
+        errors: kind of errors that this is about.
 
-def cause_of(url: str, error: Exception) -> Exception | None:
-    """Return an error, to be chained to one of ours; None where the URL has secrets.
-
-    Raise ours outside of the `except` block: inside of it, Python would chain the error all the same.
+    Raises:
+        OSError: whatever the package raises, by its type alone where there are secrets; a FileNotFoundError, FileExistsError or
+            NotADirectoryError stays one.
+        LopdError: as it is.
     """
-    return error if without_secrets(url) == url else None
+    try:
+        return work()
+    except LopdError:
+        raise
+    except errors as error:
+        secret = secret or without_secrets(url) != url
+        name, said = type(error).__name__, str(error).split("\n", 1)[0][:300]
+        kind = next((kind for kind in _TELLING if isinstance(error, kind)), OSError)
+        refused = kind(name if secret or not said else said if isinstance(error, OSError) else f"{name}: {said}")
+        cause = None if secret else error
+    # Not in the block above, where Python would chain the error all the same.
+    raise refused from cause
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from lopd.errors import ContextOverflowError, LopdError, PromptError
+from lopd.errors import ContextOverflowError, PromptError
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind, check_at_least
 from lopd.records.optional import need
-from lopd.records.paths import cause_of, open_regular, path_or_url, said_of, without_secrets
+from lopd.records.paths import asked, open_regular, path_or_url, without_secrets
 from lopd.records.plain import as_id, as_text, plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import Prompt
@@ -230,15 +230,16 @@ def _name(token_ids: Sequence[int], seen: dict[str, int]) -> str:
 
 def _read_records(path: str) -> list[Any]:
     try:
-        with _opened(path) as file:
-            return list(_parquet_rows(path, file) if path.endswith(".parquet") else _json_lines(path, file))
-    except LopdError:
-        raise
-    except Exception as error:  # each file system and format raises its own
-        refused = error
-    raise PromptError(
-        f"Prompt file {without_secrets(path)}: it cannot be read ({said_of(path, refused)}), expected a .jsonl or .parquet file; check the path."
-    ) from cause_of(path, refused)
+        return asked(path, lambda: _records_of(path))
+    except OSError as error:
+        raise PromptError(
+            f"Prompt file {without_secrets(path)}: it cannot be read ({error}), expected a .jsonl or .parquet file; check the path."
+        ) from error
+
+
+def _records_of(path: str) -> list[Any]:
+    with _opened(path) as file:
+        return list(_parquet_rows(path, file) if path.endswith(".parquet") else _json_lines(path, file))
 
 
 def _opened(path: str) -> Any:

@@ -2,15 +2,14 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
-from lopd.backends.files.contract import PROBES, Bytes, Piece, StorageOptions, T, was_put
+from lopd.backends.files.contract import PROBES, Bytes, StorageOptions, T, was_put
 from lopd.errors import StorePathError, StoreReadError
 from lopd.records.optional import need
-from lopd.records.paths import cause_of, said_of, without_secrets
+from lopd.records.paths import asked, without_secrets
 from lopd.records.waiting import QUIET_S, waiting
-
-_TELLING = (FileNotFoundError, FileExistsError, NotADirectoryError)
 
 
 @final
@@ -22,16 +21,15 @@ class FsspecFiles:
         self._url = url.rstrip("/")
         self._shown = without_secrets(self._url)
         self._options = dict(options)
-        core, refused = need("fsspec.core", f"Store {self._shown}", "zarr"), None
+        core = need("fsspec.core", f"Store {self._shown}", "zarr")
         try:
-            self._fs, self._root = core.url_to_fs(self._url, **self._options)
-        except Exception as error:  # each file system raises its own, and some ask a server at once
-            refused = type(error)
-        if refused is not None:
-            kind = StoreReadError if issubclass(refused, OSError) else StorePathError
+            self._fs, self._root = self._call(core.url_to_fs, self._url, **self._options)
+        except OSError as error:
+            # Some ask a server at once.
+            kind = StoreReadError if isinstance(error.__cause__, OSError) else StorePathError
             raise kind(
-                f"Store {self._shown}: fsspec cannot open it ({refused.__name__}), expected a URL it knows; check scheme, options and the storage."
-            )
+                f"Store {self._shown}: fsspec cannot open it ({error}), expected a URL it knows; check scheme, options and the storage."
+            ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         """URL and options."""
@@ -51,22 +49,15 @@ class FsspecFiles:
         return f"{self._root}/{path}".rstrip("/")
 
     def _call(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
-        """What a file system answers; its packages raise errors of their own, and some show the whole URL."""
-        try:
-            with waiting(f"Store {self._shown}: its storage has not answered for {QUIET_S:.0f} s; still waiting"):
-                return work(*args, **options)
-        except Exception as error:
-            kind = next((kind for kind in _TELLING if isinstance(error, kind)), OSError)
-            said = "" if self._options else said_of(self._url, error)
-            refused = kind(f"{type(error).__name__}: {said}".split("\n", 1)[0][:300])
-            refused.__cause__ = None if self._options else cause_of(self._url, error)
-        raise refused
+        """What a file system answers."""
+        with waiting(f"Store {self._shown}: its storage has not answered for {QUIET_S:.0f} s; still waiting"):
+            return asked(self._url, partial(work, *args, **options), secret=bool(self._options))
 
     def read(self, path: str, /) -> bytes:
         """A whole file."""
         return bytes(self._call(self._fs.cat_file, self._path(path)))
 
-    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[bytes]:
         """Parts of one file."""
         if not starts:
             return []

@@ -18,7 +18,7 @@ from typing import Any, final
 
 import numpy as np
 
-from lopd.backends.files.contract import PROBES, Bytes, Piece, StorageOptions, T, bucket_url, in_doubt, read_spans
+from lopd.backends.files.contract import PROBES, Bytes, StorageOptions, T, bucket_url, in_doubt, read_spans
 from lopd.backends.fork import ForkGuard
 from lopd.backends.retry import repeat
 from lopd.errors import StorePathError
@@ -170,11 +170,15 @@ class ObstoreFiles:
         """A whole object."""
         return bytes(self._call(path, lambda: self._obstore.get(self._store, path).bytes()))
 
-    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[bytes]:
         """Parts of one object; near ones are fetched by one request, and what is behind the end of the object is missing."""
-        return read_spans(partial(self._read_span, path), starts, ends, _GAP, _side_by_side)
 
-    def _read_span(self, path: str, start: int, end: int) -> Piece:
+        def read(firsts: list[int], lasts: list[int]) -> list[bytes]:
+            return _side_by_side([partial(self._read_span, path, first, last) for first, last in zip(firsts, lasts, strict=True)])
+
+        return read_spans(read, starts, ends, _GAP)
+
+    def _read_span(self, path: str, start: int, end: int) -> bytes:
         try:
             return bytes(self._call(path, lambda: self._obstore.get_range(self._store, path, start=start, end=end)))
         except FileNotFoundError:

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -49,7 +48,7 @@ class Files(Protocol):
         """A whole file."""
         ...
 
-    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
+    def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> Sequence[Piece]:
         """Parts of one file, from `starts` up to but not including `ends`; near ones are fetched together, and what is behind its end is missing."""
         ...
 
@@ -90,31 +89,30 @@ class Files(Protocol):
         ...
 
 
-def read_spans(read: Callable[[int, int], Piece], starts: Sequence[int], ends: Sequence[int], gap: int, run: Run) -> list[Piece]:
+def read_spans(read: Callable[[list[int], list[int]], list[bytes]], starts: Sequence[int], ends: Sequence[int], gap: int) -> list[bytes]:
     """Parts of one file from as few reads as there need be where gaps up to this many bytes are read along; empty parts need none.
 
     Args:
-        read: gives the bytes from a place up to another, or fewer at the end of the file.
+        read: gives the bytes from places up to others, or fewer at the end of the file.
         starts: of the parts.
         ends: of the parts.
         gap: bytes.
-        run: calls functions.
     """
-    spans: list[tuple[int, int, list[int]]] = []
-    for i in sorted(range(len(starts)), key=starts.__getitem__):
-        if ends[i] <= starts[i]:
-            continue
-        if spans and starts[i] - spans[-1][1] <= gap:
-            first, last, members = spans[-1]
-            members.append(i)
-            spans[-1] = first, max(last, ends[i]), members
-        else:
-            spans.append((starts[i], ends[i], [i]))
-    found: list[Piece] = [b""] * len(starts)
-    for (first, _, members), data in zip(spans, run([partial(read, first, last) for first, last, _ in spans]), strict=True):
-        view = memoryview(data)
-        for i in members:
-            found[i] = view[starts[i] - first : ends[i] - first]
+    found = [b""] * len(starts)
+    begin, stop = np.array(starts, np.int64), np.array(ends, np.int64)
+    order = np.argsort(begin, kind="stable")
+    order = order[stop[order] > begin[order]]
+    if not order.size:
+        return found
+    begin, stop = begin[order], stop[order]
+    reach = np.maximum.accumulate(stop)
+    new = np.concatenate([[True], begin[1:] - reach[:-1] > gap])
+    firsts, span = begin[new], np.cumsum(new) - 1
+    spans = read(firsts.tolist(), reach[np.append(np.flatnonzero(new)[1:], order.size) - 1].tolist())
+    begin, stop = begin - firsts[span], stop - firsts[span]
+    # copies, not views: the garbage collector follows views, and many of them cost more than their bytes
+    for place, k, i, j in zip(order.tolist(), span.tolist(), begin.tolist(), stop.tolist(), strict=True):
+        found[place] = spans[k][i:j]
     return found
 
 

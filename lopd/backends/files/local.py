@@ -5,6 +5,7 @@ They are not mapped: a mapped file that is cut under a reader, or whose disk fai
 
 import errno
 import os
+import resource
 import shutil
 import time
 from collections import OrderedDict
@@ -25,11 +26,11 @@ from lopd.records.paths import open_regular
 #: Leftovers of a killed writer start with this; nothing ever reads them.
 TEMPORARY_PREFIX = ".tmp-"
 
-# Far below the usual limits of a process; a store of many small appends has more files than that.
-_OPEN_FILES = 64
+# Opening a file costs more than reading some rows of it; the rest of the process opens files as well.
+_OPEN_FILES = min(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 512)
 _FLUSHES_AT_ONCE = 16
-# Reading so many bytes along costs less than another read.
-_GAP = 4096
+# Reading so many bytes along costs less than another read; to look for them does not, where parts are few, or larger than this on average.
+_GAP, _FEW, _SMALL = 4096, 64, 1024
 
 
 @final
@@ -42,14 +43,15 @@ class _Open:
         self._descriptor = file.fileno()
         self.size = os.fstat(self._descriptor).st_size
 
-    def read(self, start: int, end: int) -> bytes:
-        """These bytes, or fewer at the end of the file."""
+    def read(self, starts: Sequence[int], ends: Sequence[int]) -> list[bytes]:
+        """The bytes from places up to others, or fewer at the end of the file."""
         # a read takes memory for all that is asked for, whatever is there
-        end = max(min(end, self.size), start)
-        data = os.pread(self._descriptor, end - start, start)
-        if 0 < len(data) < end - start:  # one call reads at most 2 GiB
-            return data + self.read(start + len(data), end)
-        return data
+        sizes = [max(min(end, self.size) - start, 0) for start, end in zip(starts, ends, strict=True)]
+        found = [os.pread(self._descriptor, size, start) for size, start in zip(sizes, starts, strict=True)]
+        for i, size in enumerate(sizes):
+            while len(found[i]) < size and (more := os.pread(self._descriptor, size - len(found[i]), starts[i] + len(found[i]))):
+                found[i] += more  # one call reads at most 2 GiB
+        return found
 
 
 @final
@@ -80,10 +82,10 @@ class LocalFiles:
     def read(self, path: str, /) -> bytes:
         """A whole file."""
         file = _Open(self.root / path)
-        return file.read(0, file.size)
+        return file.read([0], [file.size])[0]
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
-        """Parts of one file, which stays open for the next time."""
+        """Parts of one file, which stays open for the next time; views of one read where they are neighbours."""
         file = self._open.get(path)
         if file is None:
             self._open[path] = file = self._opened(partial(_Open, self.root / path))
@@ -91,7 +93,12 @@ class LocalFiles:
                 self._open.popitem(last=False)
         else:
             self._open.move_to_end(path)
-        return read_spans(file.read, starts, ends, _GAP, self.run)
+        if starts and starts[1:] == ends[:-1]:
+            first, whole = starts[0], memoryview(file.read(starts[:1], ends[-1:])[0])
+            return [whole[start - first : end - first] for start, end in zip(starts, ends, strict=True)]
+        if len(starts) < _FEW or sum(ends) - sum(starts) > _SMALL * len(starts):
+            return list(file.read(starts, ends))
+        return list(read_spans(file.read, starts, ends, _GAP))
 
     def _opened(self, opening: Callable[[], T]) -> T:
         """What this opens; files that were kept open are closed where the process may not open another."""

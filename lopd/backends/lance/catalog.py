@@ -15,6 +15,7 @@ An older store has folders of files without numbers instead.  They are read, and
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, final
 from uuid import uuid4
 
@@ -71,13 +72,16 @@ class Catalog:
             CorruptStoreError: one is damaged, missing, or another store's.
             StoreReadError: the storage refused.
         """
-        state, expected, first = self.state, 0, not self.state.last
-        if first:
-            names = self._names("")
-            expected = max(self.least(LOG), 0, *(int(name[:10]) + 1 for name in self._names(LOG) if _RECORD_NAME.fullmatch(name)))
+        state, expected = self.state, 0
+        names, ahead = list[str](), dict[str, bytes | None]()
+        if not state.last:
+            names, records = self._names(""), [name for name in self._names(LOG) if _RECORD_NAME.fullmatch(name)]
+            expected = max(self.least(LOG), 0, *(int(name[:10]) + 1 for name in records))
+            paths = [f"{LOG}/{name}" for name in records]
+            ahead = dict(zip(paths, self._files.run([partial(self._read, path) for path in paths]), strict=True))
             state.last = checksum(self._read(ROOT.name) or b"")
             self._read_old(names)
-        while (data := self._read(path := _path(state.number))) is not None:
+        while (data := ahead.get(path := _path(state.number)) or self._read(path)) is not None:
             document = self._unsealed(path, data)
             if (document.get("number"), document.get("previous")) != (state.number, state.last):
                 raise self._broken(path, "does not follow the record before it", "one that does")
@@ -86,7 +90,7 @@ class Catalog:
         if state.number < expected:
             raise self._broken(path, "is missing", f"{expected} records")
         # A table is marked after the record that names it.
-        marked = {name.removesuffix(HEAD) for name in names if _MARKED.fullmatch(name)} if first else set[str]()
+        marked = {name.removesuffix(HEAD) for name in names if _MARKED.fullmatch(name)}
         for name in marked.difference(state.begun, (entry.table for entry in state.tables.values())):
             raise self._broken(path, "is missing", f"a record of table {name!r}, which has rows")
 

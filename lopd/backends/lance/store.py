@@ -27,7 +27,8 @@ from lopd.errors import LopdError, MissingScoresError
 from lopd.records.manifest import Commit
 
 _WEEK = 7 * 24 * 3600.0
-_ROWS_AT_ONCE = 256
+# `verify` reads so many rows at once if they are short, and of long ones as many as have about so many tokens.
+_ROWS_AT_ONCE, _TOKENS_AT_ONCE = 4096, 1 << 21
 
 
 @final
@@ -37,10 +38,12 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     A store sees the versions that were there when it was opened, last refreshed or last written to; `refresh` shows later ones.
     The virtual columns `behavior` and `behavior/sampler` read the rollouts' own log-probs; `columns` does not list them, and they cannot be
     written to.
+    Whoever writes removes old versions; rows keep their numbers, and a store that sees an older version reads on.
     It pickles as its place and versions.  One thread at a time; processes as many as you like, but LanceDB does not survive a fork: a
     forked process is refused (start workers with "spawn" or "forkserver").
     `find`, `lengths`, `scored`, and `read` of a column, read all lines at the first call, and hold them from then on (about 130 bytes a rollout).
-    Each commit costs about 70 kB of LanceDB's bookkeeping until `compact` removes it: append hundreds of rollouts at once.
+    A writer merges files of about one size after every 16th commit of a table, up to a gigabyte at once, and keeps the table's newest 128
+    versions, about 70 kB each.
     What a commit added is read back and, on a local disk, flushed before its call returns.  LanceDB itself flushes nothing, so a power cut
     in the middle of a commit may leave a last version that cannot be read; what was returned before is whole in the versions before it.
     """
@@ -76,11 +79,12 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     def table(self, column: str | None = None) -> Any:
         """LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it takes no writes.
 
-        It is at the version that this store sees.  Its `row` is the row of the store, by which the tables join; `rollout_id` is UTF-8 in bytes,
-        so a filter reads `CAST(rollout_id AS STRING) LIKE 'sums/%'`.
+        It is at the version that this store sees, which is kept until 128 others have followed.  Its `row` is the row of the store, by which
+        the tables join; `rollout_id` is UTF-8 in bytes, so a filter reads `CAST(rollout_id AS STRING) LIKE 'sums/%'`.
 
         Raises:
             MissingScoresError: no such column, or nothing was appended yet.
+            CorruptStoreError: that version was removed; `refresh` first.
         """
         part = self._snapshot.parts().get(column)
         if part is None:
@@ -91,8 +95,8 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     def compact(self, *, older_than: float = _WEEK) -> None:
         """Merge many small files into large ones; rows keep their numbers.  Refreshes.
 
-        Versions are removed if they are older than this many seconds: choose a time that no reader and no pickled store lives, for they read
-        on only as long as their version is there.  Tables that killed writers left behind are removed once their column has another table.
+        Versions are removed if they are older than this many seconds.  Stores read on, also pickled ones; what `table` gave reads on only as
+        long as its version is there.  Tables that killed writers left behind are removed once their column has another table.
 
         Raises:
             StoreWriteError: the write failed, or what was merged is not what was there before; nothing was lost.
@@ -128,22 +132,23 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         for column, part in self._snapshot.parts().items():
             part.forget()
             try:
-                rows = part.lines()["row"]
+                lines = part.lines()
             except LopdError as error:
                 yield str(error)
                 continue
             columns = () if column is None else (column,)
             ranked = tuple(name for name in columns if self._catalog.top_k(name))
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                yield from self._problems_of(rows[start : start + _ROWS_AT_ONCE], columns, ranked)
+            rows, step = np.sort(lines["row"]), min(_ROWS_AT_ONCE, _TOKENS_AT_ONCE * len(lines) // max(tokens_of(lines), 1) + 1)
+            for start in range(0, len(rows), step):
+                yield from self._problems_of(rows[start : start + step], columns, ranked)
 
     def _problems_of(self, rows: NDArray[np.int64], columns: tuple[str, ...], ranked: tuple[str, ...]) -> Iterator[str]:
-        """Of many rows at once if they are sound, and else of one after the other; the same sentence once."""
+        """Of many rows at once if they are sound, and else of each half; the same sentence once."""
         try:
             self._snapshot.read(rows, columns, ranked)
         except LopdError as error:
             if len(rows) == 1:
                 yield str(error)
             else:
-                one_by_one = (problem for row in np.split(rows, len(rows)) for problem in self._problems_of(row, columns, ranked))
-                yield from dict.fromkeys(one_by_one)
+                found = (problem for half in np.array_split(rows, 2) for problem in self._problems_of(half, columns, ranked))
+                yield from dict.fromkeys(found)

@@ -204,7 +204,8 @@ class LanceTable:
         table = self._table
         try:
             table.checkout_latest()
-            new = [field for field in data.schema if field.name not in table.schema.names]
+            there = set(table.schema.names)
+            new = [field for field in data.schema if field.name not in there]
             if new:
                 table.add_columns(data.select([field.name for field in new]).schema)
             base = int(table.version)

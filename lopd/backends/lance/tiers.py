@@ -5,11 +5,14 @@ has in the order of log n files.
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import accumulate
 from typing import Any
 
 from lopd.errors import StoreWriteError
+from lopd.records.optional import need
 
 #: What makes a file durable, by its name in the table's folder of data.
 Flush = Callable[[str], None]
@@ -21,7 +24,6 @@ _LARGEST = 1 << 30
 _BATCH = 1 << 24
 # What `compact` makes.
 _ROWS = 1 << 20
-_ROWS_AT_ONCE = 4096
 #: So many versions are kept, 70 kB each: a writer reads those that were committed since it began, and other tools may stand at one.
 VERSIONS = 128
 
@@ -63,7 +65,8 @@ def crowd(sizes: Sequence[int]) -> int:
     for limit in (_LARGEST // FAN**step for step in range(1, 7)):
         count = next((i for i, size in enumerate(reversed(sizes)) if size >= limit), len(sizes))
         if count >= FAN and sum(sizes[-count:]) >= limit:
-            return count
+            # An older store may have any number of them.
+            return bisect_right(list(accumulate(reversed(sizes[-count:]))), _LARGEST)
     return 0
 
 
@@ -83,17 +86,15 @@ def _merge(dataset: Any, fragments: Sequence[Any], flush: Flush) -> None:
     Raises:
         StoreWriteError: what was written is not what was read; nothing is changed then.
     """
-    from lance import LanceDataset, LanceOperation
-    from lance.fragment import FragmentMetadata
-    from lance.optimize import Compaction
-
+    lance, optimize = (need(name, f"Table {dataset.uri}", "lance") for name in ("lance", "lance.optimize"))
     merged, rows = {fragment.id for fragment in fragments}, sum(fragment.physical_rows for fragment in fragments)
-    plan = Compaction.plan(
+    step = min(rows, _BATCH * rows // max(sum(map(_bytes_of, fragments)), 1) + 1)
+    plan = optimize.Compaction.plan(
         dataset,
         {
             "target_rows_per_fragment": rows + 1,
             "excluded_fragment_ids": [other.fragment_id for other in dataset.get_fragments() if other.fragment_id not in merged],
-            "batch_size": min(rows, _BATCH * rows // max(sum(map(_bytes_of, fragments)), 1) + 1),
+            "batch_size": step,
             "num_threads": 1,
         },
     )
@@ -101,22 +102,21 @@ def _merge(dataset: Any, fragments: Sequence[Any], flush: Flush) -> None:
         (written,) = task.execute(dataset).new_fragments
         (file,) = written.files
         flush(file.path)
-        _check(dataset, fragments, f"{dataset.uri}/data/{file.path}")
+        _check(dataset, fragments, f"{dataset.uri}/data/{file.path}", step)
         # Lance keeps fragments in the order of their numbers.  The number that it would give, a new one, is behind those of rows that other
         # writers add before this merge is committed.
-        placed = FragmentMetadata.from_json(json.dumps({**written.to_json(), "id": fragments[-1].id}))
-        group = LanceOperation.RewriteGroup(old_fragments=list(fragments), new_fragments=[placed])
-        LanceDataset.commit(dataset, LanceOperation.Rewrite([group], []), read_version=dataset.version)
+        placed = lance.FragmentMetadata.from_json(json.dumps({**written.to_json(), "id": fragments[-1].id}))
+        group = lance.LanceOperation.RewriteGroup(old_fragments=list(fragments), new_fragments=[placed])
+        lance.LanceDataset.commit(dataset, lance.LanceOperation.Rewrite([group], []), read_version=dataset.version)
 
 
-def _check(dataset: Any, fragments: Sequence[Any], path: str) -> None:
-    """Compare a file with the fragments that it will replace: Lance drops the error of a write that fails."""
-    from lance.file import LanceFileReader
-
-    reader, start = LanceFileReader(path, storage_options=dataset.latest_storage_options()), 0
+def _check(dataset: Any, fragments: Sequence[Any], path: str, step: int) -> None:
+    """Compare a file with the fragments that it will replace, so many rows at once: Lance drops the error of a write that fails."""
+    file = need("lance.file", f"Table {dataset.uri}", "lance")
+    reader, start = file.LanceFileReader(path, storage_options=dataset.latest_storage_options()), 0
     for fragment in map(dataset.get_fragment, [fragment.id for fragment in fragments]):
-        for offset in range(0, fragment.physical_rows, _ROWS_AT_ONCE):
-            wanted = fragment.to_table(offset=offset, limit=_ROWS_AT_ONCE)
+        for offset in range(0, fragment.physical_rows, step):
+            wanted = fragment.to_table(offset=offset, limit=step)
             found = reader.read_range(start, len(wanted)).to_table()
             if any(found[name] != wanted[name] for name in wanted.column_names):
                 raise StoreWriteError(

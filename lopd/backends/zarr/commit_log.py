@@ -1,7 +1,7 @@
 """The numbered log that says which segments exist, and checkpoints of what it adds up to.
 
     commits/0000000000.json        one record a commit, put in place only if the number is free
-    checkpoints/0000000064.json    the state after 64 commits, so that opening reads one file and the records behind it
+    checkpoints/0000000016.json    the state after 16 commits, so that opening reads one file and the records behind it
     head/0000000000                an empty file with the number of the last commit, so that a log that lost its end is noticed
 
 A record is put last, after everything it names is durable.  So two writers never overwrite one another, a reader never sees half a
@@ -25,9 +25,9 @@ from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
 from lopd.records.stored import read_as
 
 COMMITS, CHECKPOINTS, _HEAD = "commits", "checkpoints", "head"
-COMMITS_PER_CHECKPOINT = 64
+COMMITS_PER_CHECKPOINT = 16
 # A reader that was pickled some time ago finds one of these; without one it reads the log from its beginning.
-_CHECKPOINTS_KEPT = 8
+_CHECKPOINTS_KEPT = 32
 _NUMBERED = re.compile(r"(\d{10})\.json")
 
 
@@ -121,7 +121,7 @@ class CommitLog:
     def _end(self, start: int) -> int:
         """One more than the last number: as the head says, if that is near, else as a listing does."""
         head = self._head()
-        return head + 1 if head is not None and head - start < 2 * COMMITS_PER_CHECKPOINT else self._listed_end(start, head)
+        return head + 1 if head is not None and head - start < 8 * COMMITS_PER_CHECKPOINT else self._listed_end(start, head)
 
     def _listed_end(self, start: int, head: int | None) -> int:
         numbers = [number for number in _numbers(self._files.names(COMMITS)) if number >= start]

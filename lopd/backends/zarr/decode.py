@@ -1,7 +1,7 @@
 """The lines and arrays of segments -> rows; every value that leaves here has been compared with its checksum."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from attrs import evolve, frozen
@@ -62,7 +62,7 @@ class _Pieces:
     def at(cls, group: Group, names: tuple[str, ...], starts: _Int64, lengths: _Int64, expected: _Int64) -> "_Pieces":
         return cls(group.segment, names, group.places, starts, starts + lengths, expected)
 
-    def read(self) -> list[list[Piece]]:
+    def read(self) -> list[Sequence[Piece]]:
         """Return, for each array, the bytes of each row."""
         found = [self.segment.pieces(name, self.starts, self.ends) for name in self.names]
         sums = [0] * len(self.places)
@@ -141,7 +141,7 @@ def _some(own: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], flag: str
     return found
 
 
-def _only(name: str, found: Sequence[tuple[_Pieces, list[list[Piece]]]]) -> list[tuple[_Pieces, list[list[Piece]]]]:
+def _only(name: str, found: Sequence[tuple[_Pieces, list[Sequence[Piece]]]]) -> list[tuple[_Pieces, list[Sequence[Piece]]]]:
     """What was found in the array of this name."""
     return [(evolve(pieces, names=(name,)), [read[pieces.names.index(name)]]) for pieces, read in found if name in pieces.names]
 
@@ -186,15 +186,20 @@ def _scattered(count: int, parts: Sequence[tuple[_Int64, Sequence[Any]]]) -> lis
     return whole
 
 
-def _joined(found: Sequence[tuple[_Pieces, list[list[Piece]]]], lengths_B: _Int64, filler: float = 0) -> list[NDArray[Any]]:
+def _joined(found: Sequence[tuple[_Pieces, list[Sequence[Piece]]]], lengths_B: _Int64, filler: float = 0) -> list[NDArray[Any]]:
     """Put the values of all rows end to end, in the order of the call, an array for each name; rows without values get the filler."""
     arrays = []
     for k, name in enumerate(found[0][0].names):
         meta = found[0][0].segment.meta.arrays[name]
+        dtype = np.dtype(meta.dtype).newbyteorder("<")
+        if len(found) == 1 and len(found[0][1][k]) == len(lengths_B) and isinstance(first := found[0][1][k][0], memoryview):
+            # all rows from one read, in this order: what they are views of is what is wanted
+            arrays.append(np.frombuffer(cast("bytes", first.obj), dtype).reshape(-1, *meta.shape[1:]))
+            continue
         rows = _scattered(len(lengths_B), [(pieces.places, read[k]) for pieces, read in found])
         if None in rows:
             rows = [
                 np.full(n, filler, meta.dtype).tobytes() if row is None else row for row, n in zip(rows, lengths_B.tolist(), strict=True)
             ]
-        arrays.append(np.frombuffer(b"".join(rows), np.dtype(meta.dtype).newbyteorder("<")).reshape(-1, *meta.shape[1:]))
+        arrays.append(np.frombuffer(b"".join(rows), dtype).reshape(-1, *meta.shape[1:]))
     return arrays

@@ -216,16 +216,17 @@ class Segment:
             self._layouts[name] = _Layout(path, meta.codec == RAW, dtype, meta.shape, size, size * meta.shape[0])
         return self._layouts[name]
 
-    def pieces(self, name: str, starts: _Int64, ends: _Int64) -> list[Piece]:
+    def pieces(self, name: str, starts: _Int64, ends: _Int64) -> Sequence[Piece]:
         """The bytes of parts of one array along its first dimension; not verified, the lines have the checksums."""
         layout = self._layout(name)
         begin, stop = (starts * layout.item_bytes).tolist(), (ends * layout.item_bytes).tolist()
+        found: Sequence[Piece]
         try:
             if layout.raw:
                 found = self._files.read_ranges(layout.path, begin, stop)
             else:
-                data = self._decoded(layout.path, layout.total_bytes).data
-                found = [data[first:last] for first, last in zip(begin, stop, strict=True)]
+                data = self._decoded(layout.path, layout.total_bytes)
+                found = [data[first:last].tobytes() for first, last in zip(begin, stop, strict=True)]
         except ValueError as error:
             raise self.damaged(name, f"it cannot be decompressed ({error})") from error
         except OSError as error:

@@ -80,6 +80,9 @@ class State:
             self.columns[name] = Column(column["provenance"], segments, self._known_rows(column.get("reasons", {})))
         self.last = state["last"] if "last" in state else self._log.checksum(self.commits - 1)
         self.replaced = dict(state.get("replaced", {}))
+        if live := self.paths() & self.replaced.keys():
+            # the next checkpoint would remove it
+            raise self._unfit(f"segment {min(live)} both live and replaced", "only one of them")
 
     def refresh(self) -> None:
         """Take in the records that were added since.

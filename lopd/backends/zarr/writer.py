@@ -29,6 +29,8 @@ from lopd.records.rollouts import Rollout, Scores
 
 _LOG = logging.getLogger(__name__)
 _ATTEMPTS = 3
+# For so many commits: most readers that stand before a merge read on without looking up anything.
+_REPLACED_STAY = 64
 # A merge by a writer makes one segment.
 _NO_SPLIT = 1 << 62
 
@@ -117,7 +119,9 @@ class Writer:
         return mine
 
     def _put_segment(self, parent: str, data: SegmentData) -> SegmentMeta:
-        for left in reversed(range(_ATTEMPTS)):
+        left = _ATTEMPTS
+        while True:
+            left -= 1
             path = f"{parent}/{uuid4().hex}"
             files, meta = encode_segment(path, data, self._root.creation)
             with self._writing([path]):
@@ -130,8 +134,7 @@ class Writer:
                     if not left:
                         raise
                 else:
-                    break
-        return meta
+                    return meta
 
     def _make_groups(self, parent: str) -> None:
         """The Zarr groups that lead to a segment, made once."""
@@ -155,7 +158,7 @@ class Writer:
 
     def _checkpoint(self) -> None:
         """Keep the state, and remove what was merged so long ago that few readers stand before it; those look up where their rows are now."""
-        old = self._state.forget_replaced(self._state.commits - COMMITS_PER_CHECKPOINT)
+        old = self._state.forget_replaced(self._state.commits - _REPLACED_STAY)
         # The commit is made; a checkpoint, which may also be too large, only makes opening quicker, and the next one will do as well.
         with suppress(OSError, InvalidRecordError):
             self._log.put_checkpoint(self._state.commits, self._state.to_json())

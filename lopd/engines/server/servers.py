@@ -10,7 +10,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, TypeVar, final
 from weakref import WeakSet
 
@@ -23,7 +23,7 @@ from lopd.engines.server.urls import bases, check_urls
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.checks import check_at_least, check_number, own_numbers, texts_of
-from lopd.records.paths import cause_of, said_of
+from lopd.records.paths import asked
 
 T = TypeVar("T")
 _KEY_VARIABLE = "VLLM_API_KEY"
@@ -160,22 +160,14 @@ class _Endpoint:
         self._check_s = min(_CHECK_S, patience_s) if first else _CHECK_S
         self.name = f"Server {url}"
         self._sockets: WeakSet[socket.socket] = WeakSet()
-        refused: Exception | None = None
+        proxies = " ".join(value for name, value in os.environ.items() if name.lower().endswith("_proxy"))
         try:
-            self._client = httpx2.Client(
-                verify=_certificates(),
-                timeout=httpx2.Timeout(servers.timeout_s, connect=_CONNECT_S),
-                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S),
-                headers={"Authorization": f"Bearer {servers.api_key}"} if servers.api_key else {},
-            )
-        except (ValueError, OSError, ImportError, httpx2.InvalidURL) as error:
-            refused = error
-        if refused is not None:
-            proxies = " ".join(value for name, value in os.environ.items() if name.lower().endswith("_proxy"))
+            self._client = asked(proxies, partial(_client, servers))
+        except OSError as error:
             raise EngineError(
-                f"{self.name}: no client can be made for it ({said_of(proxies, refused)}), expected usable proxies and certificates; look at "
-                "HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR of the environment."
-            ) from cause_of(proxies, refused)
+                f"{self.name}: no client can be made for it ({error}), expected usable proxies and certificates; look at HTTP_PROXY, HTTPS_PROXY, "
+                "ALL_PROXY, SSL_CERT_FILE and SSL_CERT_DIR of the environment."
+            ) from error
 
     def start(self) -> Served:
         """What it serves, if it is healthy and passes the probe."""
@@ -275,6 +267,15 @@ class _Endpoint:
             self._sockets.add(connection)
             if self._stopped:
                 _shut(connection)
+
+
+def _client(servers: Servers) -> httpx2.Client:
+    return httpx2.Client(
+        verify=_certificates(),
+        timeout=httpx2.Timeout(servers.timeout_s, connect=_CONNECT_S),
+        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S),
+        headers={"Authorization": f"Bearer {servers.api_key}"} if servers.api_key else {},
+    )
 
 
 def _shut(connection: socket.socket) -> None:

@@ -1,8 +1,11 @@
 """A store as one parquet file, and back, on a local disk or wherever fsspec reaches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
+
+from attrs import frozen
 
 from lopd.backends.files import StorageOptions, StorePath
 from lopd.errors import (
@@ -17,11 +20,12 @@ from lopd.protocols import LogprobReader, LogprobStore
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest
 from lopd.records.optional import need
-from lopd.records.paths import path_or_url, said_of, without_secrets
+from lopd.records.paths import asked, path_or_url, without_secrets
 from lopd.tools.interop.arrow_table import reading, sound, store_tables, tables
 from lopd.tools.interop.description import Description
 
 _KEY = b"lopd"
+T = TypeVar("T")
 
 
 def export_parquet(
@@ -41,30 +45,34 @@ def export_parquet(
     Raises:
         StoreExistsError: a file is there.
         StoreWriteError: the write failed; what was written of the file is removed.
+        StoreReadError: the storage does not say whether a file is there.
         StorePathError: fsspec knows no such kind of URL.
         InvalidRecordError: a rollout id is not text that parquet can hold, or `rows_per_group` is less than 1.
         MissingDependencyError: pyarrow or fsspec is not installed.
     """
-    pq, files, name = need("pyarrow.parquet", "Parquet"), *_filesystem(path, storage_options)
-    if files.exists(name):
-        raise StoreExistsError(
-            f"Parquet file {without_secrets(name)}: it is there already, expected nothing; remove it, or choose another name."
-        )
+    pq, place = need("pyarrow.parquet", "Parquet"), _Place.of(path, storage_options)
+    if place.ask(place.system.exists):
+        raise StoreExistsError(f"{place.owner}: it is there already, expected nothing; remove it, or choose another name.")
     check_at_least("Export", "rows_per_group", rows_per_group, 1)
     description = Description.of(reader)
     schema = description.schema().with_metadata({_KEY: description.to_json().encode()})
-    try:
-        with files.open(name, "wb") as file, pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
+
+    def write(opened: Any) -> None:
+        with opened as file, pq.ParquetWriter(file, schema, compression="zstd", write_page_checksum=True) as writer:
             for table in tables(reader, description, rows_per_group):
                 writer.write_table(table)
+
+    try:
+        opened = asked(place.url, partial(place.system.open, place.name, "wb"), secret=place.secret)
+        # what else the reader raises is not the file's
+        asked(place.url, partial(write, opened), secret=place.secret, errors=OSError)
     except BaseException as error:
         # a file without its last row groups would still be a parquet file
-        with suppress(OSError):
-            files.rm(name)
+        with suppress(Exception):
+            place.system.rm(place.name)
         if isinstance(error, OSError) and not isinstance(error, StoreReadError):
             raise StoreWriteError(
-                f"Parquet file {without_secrets(name)}: the write failed with {said_of(name, error)}, expected it to succeed; "
-                "free space or fix permissions, and repeat it."
+                f"{place.owner}: the write failed with {error}, expected it to succeed; free space or fix permissions, and repeat it."
             ) from error
         raise
 
@@ -114,25 +122,14 @@ def _describe(file: Any, owner: str) -> Description:
 @contextmanager
 def open_parquet(path: StorePath, storage_options: StorageOptions | None) -> Iterator[tuple[Any, str]]:
     """An open parquet file, and how messages name it."""
-    pq = need("pyarrow.parquet", "Parquet")
-    files, name = _filesystem(path, storage_options)
-    owner = f"Parquet file {without_secrets(name)}"
-    try:
-        if files.info(name)["type"] == "other":
-            raise StorePathError(f"{owner}: it is a pipe or a device, expected a regular file; correct the path.")
-        raw = files.open(name, "rb")
-    except FileNotFoundError as error:
-        raise StoreNotFoundError(f"{owner}: there is nothing, expected a parquet file; check the path.") from error
-    except OSError as error:
-        raise StoreReadError(
-            f"{owner}: opening it failed with {said_of(name, error)}, expected a parquet file; check the path and permissions."
-        ) from error
+    pq, place = need("pyarrow.parquet", "Parquet"), _Place.of(path, storage_options)
+    raw = place.ask(place.opened)
     with raw:
-        with reading(owner):
-            file = pq.ParquetFile(raw, page_checksum_verification=True)
+        with reading(place.owner):
+            file = asked(place.url, lambda: pq.ParquetFile(raw, page_checksum_verification=True), secret=place.secret)
             # names that are not text raise here, and not later
             _ = file.schema_arrow.names
-        yield file, owner
+        yield file, place.owner
 
 
 def read_batches(file: Any, rows: int, owner: str) -> Iterator[Any]:
@@ -147,15 +144,53 @@ def read_batches(file: Any, rows: int, owner: str) -> Iterator[Any]:
     return sound((pa.Table.from_batches([batch]) for batch in file.iter_batches(batch_size=rows)), owner)
 
 
-def _filesystem(path: StorePath, storage_options: StorageOptions | None) -> tuple[Any, str]:
-    core, text = need("fsspec.core", "Parquet"), path_or_url("Parquet", path, StorePathError)
+@frozen
+class _Place:
+    """A file on a file system of fsspec.
+
+    Args:
+        system, name: of fsspec.
+        url: as the user wrote it.
+        secret: whether options say how to reach it.
+    """
+
+    system: Any
     name: str
-    try:
-        files, name = core.url_to_fs(text, **(storage_options or {}))
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Parquet: the package for {text.split('://')[0]}:// is not installed ({error}); install it."
-        ) from error
-    except ValueError as error:
-        raise StorePathError(f"Parquet: the path begins with {text.split('://')[0]!r}, expected what fsspec knows; correct it.") from error
-    return files, name
+    url: str
+    secret: bool
+
+    @classmethod
+    def of(cls, path: StorePath, storage_options: StorageOptions | None) -> "_Place":
+        core, url, options = need("fsspec.core", "Parquet"), path_or_url("Parquet", path, StorePathError), storage_options or {}
+        try:
+            system, name = asked(url, partial(core.url_to_fs, url, **options), secret=bool(options))
+        except OSError as error:
+            scheme = url.split("://", maxsplit=1)[0]
+            if str(error).startswith(("ImportError", "ModuleNotFoundError")):
+                raise MissingDependencyError(f"Parquet: the package for {scheme}:// is not installed ({error}); install it.") from error
+            raise StorePathError(
+                f"Parquet: the path begins with {scheme!r}, which fsspec cannot open ({error}); correct the path and its options."
+            ) from error
+        return cls(system, name, url, bool(options))
+
+    @property
+    def owner(self) -> str:
+        """How messages name it."""
+        return f"Parquet file {without_secrets(self.url if '://' in self.url else self.name)}"
+
+    def ask(self, work: Callable[[str], T]) -> T:
+        """What is done with the file's name."""
+        try:
+            return asked(self.url, partial(work, self.name), secret=self.secret)
+        except FileNotFoundError as error:
+            raise StoreNotFoundError(f"{self.owner}: there is nothing, expected a parquet file; check the path.") from error
+        except OSError as error:
+            raise StoreReadError(
+                f"{self.owner}: opening it failed with {error}, expected a parquet file; check the path and permissions."
+            ) from error
+
+    def opened(self, name: str) -> Any:
+        """Open it for reading."""
+        if self.system.info(name)["type"] == "other":
+            raise StorePathError(f"{self.owner}: it is a pipe or a device, expected a regular file; correct the path.")
+        return self.system.open(name, "rb")
