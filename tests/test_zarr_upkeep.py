@@ -1,23 +1,29 @@
 """A `ZarrStore` that is written to for long: merges by writers, what they remove, sweeps beside writers, and files that are not its own."""
 
+import itertools
 import json
 import os
 import pickle
 import resource
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 import zarr
+from attrs import evolve
 from zarr_stores import _quick_disk, filled, forge, many, place, rows_of, start  # noqa: F401
 
 from lopd.backends.files.local import LocalFiles
+from lopd.backends.zarr import compaction
 from lopd.backends.zarr.segment import Segment
 from lopd.backends.zarr.store import ZarrStore
-from lopd.errors import CorruptStoreError
+from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_scores
 
 
@@ -135,7 +141,136 @@ def test_a_compaction_ends_although_writers_go_on(tmp_path: Path, monkeypatch: p
     assert len(tries) <= 2 * 2 * 3
 
 
+def test_a_compaction_whose_segments_others_merge_and_remove_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, real = grown(tmp_path / "run", 15), compaction.merge
+    others = iter([ZarrStore.open(place(store))])
+
+    def merge(*args: Any) -> Any:
+        for other in others:
+            go_on(other, 15, 55)
+        return real(*args)
+
+    monkeypatch.setattr(compaction, "merge", merge)
+    store.compact()
+    assert_whole(store, 70)
+    assert list(store.verify()) == []
+
+
+def test_what_is_moved_while_it_is_verified_is_verified_where_it_is_now(tmp_path: Path) -> None:
+    store = grown(tmp_path / "run", 15)
+    problems = ZarrStore.open(place(store)).verify()
+    go_on(store, 15, 55)
+    assert list(problems) == []
+    path = next((place(store) / store._state.segments[0].meta.path).glob("token_ids/c.0"))
+    path.write_bytes(path.read_bytes()[:-1])
+    reader = ZarrStore.open(place(store))
+    assert [str(path.relative_to(place(store))) in problem for problem in reader.verify()] == [True]
+
+
+def test_a_record_that_nobody_could_read_again_is_not_made(filled: ZarrStore) -> None:
+    commits = filled._state.commits
+    with pytest.raises(InvalidRecordError, match="reason of rollout 'm' is an int"):
+        filled.quarantine("other", tiny_provenance(), {"m": 5})  # type: ignore[dict-item]
+    with pytest.raises(InvalidRecordError, match="the policy is a str"):
+        filled.begin_generation(1, "policy")  # type: ignore[arg-type]
+    for wrong in (None, evolve(tiny_provenance(), parity=5)):
+        with pytest.raises(InvalidRecordError):
+            filled.quarantine("other", wrong, {"m": "why"})  # type: ignore[arg-type]
+    assert ZarrStore.open(place(filled))._state.commits == commits
+
+
+def test_a_merge_by_a_writer_moves_what_fits_in_memory_and_older_segments_do_not_keep_it_from_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ZarrStore.create(tmp_path / "run", tiny_manifest())
+    with monkeypatch.context() as patch:
+        patch.setattr(compaction, "_FAN_IN", 1000)
+        for i in range(20):
+            store.append(many(i, 1))
+    monkeypatch.setattr(compaction, "_MOST_BYTES", 37 * store._state.segments[0].meta.stored_bytes // 2)
+    store.append(many(20, 1))
+    assert [segment.meta.rows for segment in store._state.segments] == [1] * 3 + [18]
+
+
+@pytest.mark.parametrize("moment", ["rollouts", "scores", "compaction"])
+def test_after_an_interrupt_at_any_line_a_state_takes_in_the_record_once(tmp_path: Path, moment: str) -> None:
+    at, lines = 0, itertools.count()
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line" and next(lines) == at:
+            raise KeyboardInterrupt
+        return trace if frame.f_code.co_filename.endswith(("state.py", "column.py")) else None
+
+    store = grown(tmp_path / "run", 2)
+    work: dict[str, Callable[[ZarrStore], None]] = {
+        "rollouts": lambda store: store.append(many(2, 1)),
+        "scores": lambda store: store.append_scores("teacher", tiny_provenance(), [tiny_scores(many(2, 1)[0], -2)]),
+        "compaction": lambda store: store.compact(),
+    }
+    while True:
+        shutil.copytree(place(store), tmp_path / f"{at}")
+        interrupted, lines = ZarrStore.open(tmp_path / f"{at}"), itertools.count()
+        if moment != "rollouts":
+            interrupted.append(many(2, 1))
+        before = sys.gettrace()
+        sys.settrace(trace)
+        with suppress(KeyboardInterrupt):
+            work[moment](interrupted)
+            at = -1
+        sys.settrace(before)
+        go_on(interrupted, 2, 1)
+        again = ZarrStore.open(place(interrupted))
+        assert interrupted._state.to_json() == again._state.to_json()
+        assert_whole(again, 3)
+        if at < 0:
+            break
+        at += 1
+    assert next(lines) > 10
+
+
+def test_a_checkpoint_that_another_process_removes_or_that_is_too_large_is_not_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lopd.backends.sealing.LARGEST_JSON", 1 << 13)
+    store = grown(tmp_path / "run", 40)
+    real = LocalFiles.names
+    monkeypatch.setattr(LocalFiles, "names", lambda self, folder: [*real(self, folder), *["0000000064.json"] * (folder == "checkpoints")])
+    assert_whole(ZarrStore.open(place(store)), 40)
+
+
+def test_what_a_power_cut_leaves_of_the_head_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ZarrStore.create(tmp_path / "run", tiny_manifest())
+    head, kept = place(store) / "head", list[str]()
+
+    def flushed(folder: Path) -> None:
+        if folder == head:
+            kept[:] = os.listdir(head)  # noqa: PTH208 (names)
+
+    monkeypatch.setattr("lopd.backends.files.local.flush", flushed)
+    go_on(store, 0, 3)
+    shutil.rmtree(head)
+    if kept:
+        head.mkdir()
+    for name in kept:
+        (head / name).touch()
+    again = ZarrStore.open(place(store))
+    assert (len(again), list(again.verify())) == (3, [])
+
+
 # Sweeps
+
+
+def test_a_sweep_goes_on_where_others_remove_what_it_looks_at(filled: ZarrStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled.compact()
+    paths, real = sorted(filled._state.replaced), LocalFiles.age
+
+    def age(self: LocalFiles, path: str) -> float:
+        self.remove(paths[:1])
+        return real(self, path)
+
+    monkeypatch.setattr(LocalFiles, "age", age)
+    assert set(paths[1:]) <= set(filled.sweep(older_than=-1.0))
+    assert paths[1:]
 
 
 @pytest.mark.parametrize("moment", ["written", "half written"])

@@ -90,9 +90,11 @@ def check_generation(owner: str, generation: int, stored: ModelId | None, given:
 
     Raises:
         ConflictError: it names both.
+        InvalidRecordError: this is no number of a round, or no policy.
     """
-    if generation < 0:
-        raise InvalidRecordError(f"{owner}: the generation is {generation}, expected at least 0; count rounds from 0.")
+    if type(generation) is not int or generation not in range(1 << 50):
+        raise InvalidRecordError(f"{owner}: the generation is {generation!r:.80}, expected an int below 2**50; count rounds from 0.")
+    _check_is(owner, "the policy", given, ModelId, "pass `source.manifest.policy`")
     if stored is not None and stored != given:
         raise ConflictError(
             f"{owner}: generation {generation} was sampled by {stored}, expected {given}; give the round of another policy another number."
@@ -123,13 +125,13 @@ def check_column(owner: str, column: str) -> None:
 
 
 def check_manifest(owner: str, manifest: object) -> None:
-    """Refuse what is no manifest: a source, say, which has one.
+    """Refuse, by an InvalidRecordError, what is no manifest: a source, say, which has one."""
+    _check_is(owner, "its manifest", manifest, Manifest, "pass `source.manifest`")
 
-    Raises:
-        InvalidRecordError: it is something else.
-    """
-    if not isinstance(manifest, Manifest):
-        raise InvalidRecordError(f"{owner}: its manifest is {a_kind(manifest)}, expected a Manifest; pass `source.manifest`.")
+
+def _check_is(owner: str, what: str, value: object, kind: type, remedy: str) -> None:
+    if not isinstance(value, kind):
+        raise InvalidRecordError(f"{owner}: {what} is {a_kind(value)}, expected a {kind.__name__}; {remedy}.")
 
 
 def check_provenance(owner: str, column: str, stored: Provenance | None, given: Provenance) -> None:
@@ -137,7 +139,9 @@ def check_provenance(owner: str, column: str, stored: Provenance | None, given: 
 
     Raises:
         ConflictError: it names the first thing that differs.
+        InvalidRecordError: it is no provenance.
     """
+    _check_is(owner, f"the provenance of column {column!r}", given, Provenance, "pass `scorer.provenance`")
     if stored is None or stored == given:
         return
     remedy = "write another column or score with the same model"
@@ -241,14 +245,15 @@ def new_quarantine(
 
     Raises:
         MissingScoresError: no such rollout.
+        InvalidRecordError: a reason is not text.
     """
     for rollout_id, row in zip(reasons, rows, strict=True):
+        _check_is(owner, f"the reason of rollout {rollout_id!r}", reasons[rollout_id], str, "pass text")
         if row < 0:
             raise MissingScoresError(
                 f"{owner}: rollout {rollout_id!r} is not there, expected it before it is quarantined; append it first."
             )
-    given = sorted(zip(rows, reasons.values(), strict=True))
-    return {row: reason for row, reason in given if row not in done and known.get(row) != reason}
+    return {row: reason for row, reason in sorted(zip(rows, reasons.values(), strict=True)) if row not in done and known.get(row) != reason}
 
 
 def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresError:
@@ -278,8 +283,7 @@ def with_columns(owner: str, rows: Rows, columns: Sequence[str]) -> Rows:
             scores[column], gaps = reported, np.isnan(reported[rows.response_ends[:-1]])
         for i in np.flatnonzero(gaps)[:1]:
             raise missing_scores(owner, rows.rollout_ids[int(i)], column)
-    nothing = np.zeros(0, np.float32)
-    return evolve(rows, scores={name: scores[name] if len(rows) else nothing for name in columns})
+    return evolve(rows, scores={name: scores[name] if len(rows) else np.zeros(0, np.float32) for name in columns})
 
 
 def check_rows(owner: str, indices: Sequence[int], length: int) -> list[int]:

@@ -148,10 +148,13 @@ class LocalFiles:
         return True
 
     def mark(self, folder: str, number: int, /) -> None:
-        """Make an empty file of this number, and remove the one before it; neither is flushed."""
+        """Make an empty file of this number, and remove the one before it; only the first of a folder is flushed."""
         path = self.root / folder / f"{number:010d}"
+        changed = [] if path.parent.is_dir() else [path.parent, path.parent.parent]
         path.parent.mkdir(exist_ok=True)
         path.touch()
+        for each in changed:
+            flush(each)
         if number:
             path.with_name(f"{number - 1:010d}").unlink(missing_ok=True)
 
@@ -178,8 +181,12 @@ class LocalFiles:
 
     def age(self, folder: str, /) -> float:
         """Seconds since the newest file in a folder was written."""
-        files = [self.root / folder, *(self.root / folder).rglob("*")]
-        return time.time() - max(path.lstat().st_mtime for path in files)
+        now, times = time.time(), list[float]()
+        for place, _, files in os.walk(self.root / folder):
+            for path in (place, *(f"{place}/{name}" for name in files)):
+                with suppress(FileNotFoundError):  # another process has removed it since
+                    times.append(os.lstat(path).st_mtime)
+        return now - max(times, default=now)
 
     def remove(self, paths: Iterable[str], /) -> None:
         """Remove files, and folders with all that is in them; neither links nor what they lead to."""

@@ -1,6 +1,6 @@
 """Which segment and line the scores of a rollout are in."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, final
 
 import numpy as np
@@ -19,11 +19,11 @@ _Int64 = NDArray[np.int64]
 class Column:
     """Score segments of one model, which rollout is where in them, and which rollouts it could not score."""
 
-    def __init__(self, provenance: Provenance, segments: Iterable[Segment] = (), reasons: Mapping[int, str] | None = None) -> None:
-        """Nothing is read yet."""
+    def __init__(self, provenance: Provenance, segments: Iterable[Segment] = (), reasons: dict[int, str] | None = None) -> None:
+        """Nothing is read yet; the reasons are not copied."""
         self.provenance = provenance
         self.segments = list(segments)
-        self.reasons = dict(reasons or {})
+        self.reasons = {} if reasons is None else reasons
         # Of segments that have every row from their first to their last: number << LINE_BITS, first row, rows; and the numbers of others.
         self._dense: tuple[_Int64, _Int64, _Int64] | None = None
         self._loose: list[int] = []
@@ -36,10 +36,9 @@ class Column:
             "reasons": {str(row): reason for row, reason in self.reasons.items()},
         }
 
-    def set_segments(self, segments: Iterable[Segment]) -> None:
-        """Take these in place of those that it has."""
-        self.segments = list(segments)
-        self._dense = None
+    def having(self, segments: Iterable[Segment]) -> "Column":
+        """The same column with these in place of its segments."""
+        return Column(self.provenance, segments, self.reasons)
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Segment number * 2**32 + line of these rollouts' scores, -1 where there are none; reads no lines."""

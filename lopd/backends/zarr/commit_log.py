@@ -21,7 +21,7 @@ from lopd.backends.files import Files, reading
 from lopd.backends.root import Root
 from lopd.backends.sealing import checksum, damaged, seal, unseal
 from lopd.backends.zarr.record import Checkpoint, read_record
-from lopd.errors import CorruptStoreError, LopdError
+from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
 from lopd.records.stored import read_as
 
 COMMITS, CHECKPOINTS, _HEAD = "commits", "checkpoints", "head"
@@ -63,14 +63,22 @@ class CommitLog:
         self._owner = owner
 
     def commit(self, number: int, record: Mapping[str, Any], previous: str) -> Entry | None:
-        """The record, if it took this number; None if somebody else did.  `previous` is the checksum of the one before it."""
+        """The record, if it took this number; None if somebody else did.  `previous` is the checksum of the one before it.
+
+        Raises:
+            InvalidRecordError: nobody could read it again.
+        """
         body = {**record, "number": number, "store": self._root.creation, "previous": previous}
         data = seal(body)
+        try:
+            entry = self._typed(number, body, data)
+        except CorruptStoreError as error:
+            raise InvalidRecordError(f"{str(error).rpartition(';')[0]}; pass what can be read again.") from error
         if not self._files.put_if_absent(_path(COMMITS, number), data):
             return None
         with suppress(OSError):  # the commit is made, and the next one marks it too
             self._files.mark(_HEAD, number)
-        return self._typed(number, body, data)
+        return entry
 
     def settle(self) -> None:
         """Make records durable that other processes may have put and not flushed yet."""
@@ -132,12 +140,15 @@ class CommitLog:
         """The latest checkpoint that is not after commit `until`; None if there is none."""
         with reading(self._owner, "reading its commit log"):
             numbers = [number for number in _numbers(self._files.names(CHECKPOINTS)) if until is None or number <= until]
-            if not numbers:
-                return None
-            path = _path(CHECKPOINTS, max(numbers))
-            data = self._files.read(path)
+            for number in reversed(numbers):
+                path = _path(CHECKPOINTS, number)
+                with suppress(FileNotFoundError):  # another process has removed it since
+                    return self._checkpoint(path, number, self._files.read(path))
+        return None
+
+    def _checkpoint(self, path: str, number: int, data: bytes) -> Checkpoint:
         state = self._unsealed(path, data)
-        self._check(path, state, {"commits": max(numbers), "store": self._root.creation})
+        self._check(path, state, {"commits": number, "store": self._root.creation})
         return read_as(Checkpoint, state, f"{self._owner}: {path}")
 
     def put_checkpoint(self, number: int, state: Mapping[str, Any]) -> None:

@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.backends import ragged
-from lopd.backends.zarr import encode
-from lopd.backends.zarr.segment import LINES, Segment, SegmentData
+from lopd.backends.zarr import decode, encode
+from lopd.backends.zarr.segment import Segment, SegmentData
 
 _FAN_IN = 16
-# What a single append made larger than this stays as it is; a merge by a writer moves no more than that.
-_LARGE_TOKENS, _MOST_TOKENS = 1 << 19, 1 << 25
+# What a single append made larger than this stays as it is; a merge by a writer moves no more bytes than that, which it has in memory.
+_LARGE_TOKENS, _MOST_BYTES = 1 << 19, 1 << 28
 
 
 def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]:
@@ -28,15 +27,14 @@ def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]
         neighbours: they must follow one another, so that rows keep their numbers.
     """
     level = segments[-1].meta.level
-    same: list[Segment] = []
+    same, room = list[Segment](), _MOST_BYTES
     for segment in reversed(segments):
         fits = segment.meta.level == level and (level or segment.meta.tokens < _LARGE_TOKENS)
-        if fits:
+        if fits and (room := room - segment.meta.stored_bytes) >= 0:
             same.append(segment)
-        elif neighbours:
+        elif neighbours or room < 0:
             break
-    few = len(same) < _FAN_IN or sum(segment.meta.tokens for segment in same) > _MOST_TOKENS
-    return () if few else tuple(reversed(same))
+    return () if len(same) < _FAN_IN else tuple(reversed(same))
 
 
 def plan(segments: Sequence[Segment], target_tokens: int, *, neighbours: bool) -> list[tuple[Segment, ...]]:
@@ -76,17 +74,13 @@ def _loose(segments: Sequence[Segment], target: int) -> tuple[Segment, ...]:
 
 
 def merge(column: str | None, segments: Sequence[Segment], target_tokens: int) -> Iterator[SegmentData]:
-    """The new segments, one in memory at a time; every line that is moved is verified."""
+    """The new segments, one in memory at a time; everything that is moved is verified: nothing tells of its damage once its file is new."""
     made = [_merge_rollouts(segments)] if column is None else _merge_scores(segments, target_tokens)
     level = 1 + max(segment.meta.level for segment in segments)
     replaces = tuple(segment.meta.path.rpartition("/")[2] for segment in segments)
     for data in made:
         found = encode.found_by(data.lines, data.first_row, data.last_row)
         yield evolve(data, arrays={**data.arrays, **found}, level=level, replaces=replaces)
-
-
-def _whole(segment: Segment, name: str) -> NDArray[Any]:
-    return segment.ranges(name, [0], [segment.meta.arrays[name].shape[0]])[0]
 
 
 def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
@@ -101,12 +95,12 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
     for column, counted in starts.items():
         for part, offset in zip(lines, ragged.offsets(np.array(sizes[counted])), strict=False):
             part[:, encode.R[column]] += offset
-    arrays = {name: np.concatenate([_whole(segment, name) for segment in segments]) for name in ("token_ids", "rollout_ids")}
+    arrays = {name: np.concatenate([segment.whole(name) for segment in segments]) for name in ("token_ids", "rollout_ids")}
     for name, filler in (("loss_mask", 1), *((name, np.nan) for name in encode.REPORTED)):
         having = [segment for segment in segments if name in segment]
         if having:
             dtype = having[0].meta.arrays[name].dtype
-            parts = [_whole(s, name) if name in s else np.full(n, filler, dtype) for s, n in zip(segments, responses, strict=True)]
+            parts = [s.whole(name) if name in s else np.full(n, filler, dtype) for s, n in zip(segments, responses, strict=True)]
             arrays[name] = np.concatenate(parts)
     first, last = segments[0].meta.first_row, segments[-1].meta.last_row
     return SegmentData(encode.ROLLOUT_ATTRIBUTES, np.concatenate(lines), arrays, sum(sizes["token_ids"]), first, last)
@@ -126,16 +120,8 @@ def _merge_scores(segments: Sequence[Segment], target: int) -> Iterator[SegmentD
 def _gather_scores(
     segments: Sequence[Segment], lines: NDArray[np.int64], owners: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> SegmentData:
-    arrays: dict[str, NDArray[Any]] = {}
-    for name in [name for name in segments[0].meta.arrays if name not in (LINES, encode.SCORED_ROWS)]:
-        pieces: list[Any] = [None] * len(lines)
-        for number in np.unique(owners).tolist():
-            where = np.flatnonzero(owners == number)
-            starts = lines[where, encode.S["start"]]
-            parts = segments[number].ranges(name, starts.tolist(), (starts + lengths[where]).tolist())
-            for place, part in zip(where.tolist(), parts, strict=True):
-                pieces[place] = part
-        arrays[name] = np.concatenate(pieces)
+    groups = [decode.Group(segments[n], where := np.flatnonzero(owners == n), where) for n in np.unique(owners).tolist()]
+    arrays = decode.joined_scores([(group, lines[group.places]) for group in groups], lengths)
     lines = lines.copy()
     lines[:, encode.S["start"]] = ragged.offsets(lengths)[:-1]
     rows = lines[:, encode.S["row"]]

@@ -150,6 +150,16 @@ def _scored(column: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], chec
     return [_Pieces.at(group, names, *part[:, [S["start"], S["length"], S[checksum]]].T) for group, part in column]
 
 
+def joined_scores(column: Sequence[tuple[Group, _Int64]], lengths: _Int64) -> dict[str, NDArray[Any]]:
+    """All arrays of the scores that these lines name, in the order of the call; verified."""
+    arrays: dict[str, NDArray[Any]] = {}
+    for names, checksum in ((("logprobs",), "logprobs_checksum"), (TOP_K_ARRAYS, "top_k_checksum")):
+        if names[0] in column[0][0].segment:
+            found = [(pieces, pieces.read()) for pieces in _scored(column, names, checksum)]
+            arrays |= zip(names, _joined(found, lengths), strict=True)
+    return arrays
+
+
 def _check_bound(group: Group, part: _Int64, lines: _Int64) -> None:
     """Refuse scores that were computed on other tokens than those they are read with."""
     strange = np.flatnonzero((part[:, BOUND_BY[1]] != lines[group.places][:, BOUND_BY[0]]).any(axis=1))

@@ -44,7 +44,8 @@ class Snapshot:
         self._state = state
         self._owner = owner
         self._later: State | None = None
-        self._lengths, self._reported = Growing(np.int64, 2), Growing(np.uint8)
+        # prompt and response tokens, and which log-probs the engine reported
+        self._seen = Growing(np.int64, 3)
 
     @property
     def rows(self) -> int:
@@ -78,11 +79,10 @@ class Snapshot:
 
     def _scan(self) -> None:
         """Read the lines of rollouts that were not read yet: their lengths, and whether the engine reported log-probs."""
-        while (seen := len(self._lengths)) < self.rows:
+        while (seen := len(self._seen)) < self.rows:
             rows = np.arange(seen, min(seen + _ROWS_AT_ONCE, self.rows))
             lines = self._now(partial(self._lines, rows))
-            self._lengths.append(lines[:, LENGTHS])
-            self._reported.append(lines[:, R["has_behavior"]].astype(np.uint8))
+            self._seen.append(np.column_stack([lines[:, LENGTHS], lines[:, R["has_behavior"]]]))
 
     def _lines(self, rows: NDArray[np.int64], state: State) -> NDArray[np.int64]:
         """(n, fields): the lines of rollouts."""
@@ -94,7 +94,7 @@ class Snapshot:
     def lengths(self) -> NDArray[np.int64]:
         """(rows, 2): prompt and response tokens."""
         self._scan()
-        return self._lengths.view()
+        return self._seen.view()[:, :2].copy()
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
         """Rows of rollouts, -1 where there is none."""
@@ -129,7 +129,8 @@ class Snapshot:
         """(n,): which of these rows have scores in this column."""
         if column in VIRTUAL_COLUMNS:
             self._scan()
-            return (self._reported.view()[rows] >> REPORTED.index(VIRTUAL_COLUMNS[column]) & 1).astype(np.bool_)
+            bits: NDArray[np.int64] = self._seen.view()[rows, 2] >> REPORTED.index(VIRTUAL_COLUMNS[column])
+            return (bits & 1).astype(np.bool_)
         return self._now(lambda state: state.places(column, rows) >= 0)
 
     def quarantined(self, column: str) -> dict[int, str]:

@@ -74,7 +74,7 @@ class State:
 
     def _load(self, state: Checkpoint) -> None:
         self.commits, self.generations = state["commits"], dict(state["generations"])
-        self._set_segments([self._segment(meta, None) for meta in state["segments"]])
+        vars(self).update(self._with_segments([self._segment(meta, None) for meta in state["segments"]]))
         for name, column in state["columns"].items():
             segments = [self._segment(meta, name) for meta in column["segments"]]
             self.columns[name] = Column(column["provenance"], segments, self._known_rows(column.get("reasons", {})))
@@ -100,28 +100,31 @@ class State:
         Raises:
             CorruptStoreError: it names a place outside the store, or does not fit what came before.
         """
-        record: Any = entry.body
+        # all at once: of a half that an interrupt has left, the other could not be told when the record is met again
+        vars(self).update(self._changed(entry.body), commits=self.commits + 1, last=entry.checksum)
+
+    def _changed(self, record: Any) -> Mapping[str, Any]:
+        """Attributes as they are after a record."""
         kind, name = record["kind"], record.get("column")
         if kind == "rollouts":
-            self._set_segments([*self.segments, self._segment(record["segment"], None)])
-        elif kind == "scores":
-            column = self.columns.setdefault(name, Column(record["provenance"]))
-            column.set_segments([*column.segments, self._segment(record["segment"], name)])
-        elif kind == "quarantine":
-            column = self.columns.setdefault(name, Column(record["provenance"]))
-            column.reasons.update(self._known_rows(record["reasons"]))
-        elif kind == "generation":
-            self.generations[record["generation"]] = record["policy"]
-        elif kind == "compaction":
-            self._compact(name, record["removes"], [self._segment(meta, name) for meta in record["adds"]])
-        else:
-            self.condemned.update(record["removes"])
-        self.commits += 1
-        self.last = entry.checksum
+            return self._with_segments([*self.segments, self._segment(record["segment"], None)])
+        if kind == "compaction":
+            return self._compacted(name, record["removes"], [self._segment(meta, name) for meta in record["adds"]])
+        if kind == "generation":
+            return {"generations": {**self.generations, record["generation"]: record["policy"]}}
+        if kind == "sweep":
+            return {"condemned": self.condemned.union(record["removes"])}
+        column = self.columns.get(name) or Column(record["provenance"])
+        if kind == "scores":
+            return self._with_column(name, column.having([*column.segments, self._segment(record["segment"], name)]))
+        column.reasons.update(self._known_rows(record["reasons"]))
+        return self._with_column(name, column)
 
-    def _compact(self, name: str | None, removes: Sequence[str], added: Sequence[Segment]) -> None:
-        gone = set(removes)
-        self.replaced.update(dict.fromkeys(removes, self.commits))
+    def _with_column(self, name: str, column: Column) -> dict[str, Any]:
+        return {"columns": {**self.columns, name: column}}
+
+    def _compacted(self, name: str | None, removes: Sequence[str], added: Sequence[Segment]) -> dict[str, Any]:
+        gone, replaced = set(removes), self.replaced | dict.fromkeys(removes, self.commits)
         if name is not None and name not in self.columns:
             raise self._unfit(f"a compaction of column {name!r}", "one of a column that is there")
         there = self.segments_of(name)
@@ -130,9 +133,8 @@ class State:
         if len(there) - len(kept) != len(gone) or sum(before) != sum(after):
             raise self._unfit(f"a compaction of {len(gone)} segments into {len(added)}", "as many rows, of segments that are there")
         if name is None:
-            self._set_segments(sorted([*kept, *added], key=lambda segment: segment.meta.first_row))
-        else:
-            self.columns[name].set_segments([*kept, *added])
+            return {**self._with_segments(sorted([*kept, *added], key=lambda segment: segment.meta.first_row)), "replaced": replaced}
+        return {**self._with_column(name, self.columns[name].having([*kept, *added])), "replaced": replaced}
 
     def _segment(self, meta: SegmentMeta, column: str | None) -> Segment:
         """One of rollouts, or of a column, which lies where those do."""
@@ -153,7 +155,7 @@ class State:
     def _unfit(self, found: str, expected: str) -> CorruptStoreError:
         return CorruptStoreError(f"{self._owner}: commit {self.commits} has {found}, expected {expected}; restore the log from a backup.")
 
-    def _set_segments(self, segments: list[Segment]) -> None:
+    def _with_segments(self, segments: list[Segment]) -> dict[str, Any]:
         """Segments of rollouts, if they hold the rows from 0 on without a gap; only the last one can be new where nothing was removed."""
         checked = min(len(self.segments), len(segments)) if segments[: len(self.segments)] == self.segments else 0
         end = self.rows if checked else 0
@@ -164,8 +166,8 @@ class State:
                     "restore the commit records from a backup."
                 )
             end = segment.meta.last_row + 1
-        self.segments, self.rows = segments, end
-        self._starts = np.array([segment.meta.first_row for segment in segments], np.int64)
+        starts = np.array([segment.meta.first_row for segment in segments], np.int64)
+        return {"segments": segments, "rows": end, "_starts": starts}
 
     def segments_of(self, column: str | None) -> Sequence[Segment]:
         """Those of a column, or of rollouts, in the order of commits."""

@@ -21,7 +21,7 @@ from lopd.backends.root import Root
 from lopd.backends.zarr.commit_log import CommitLog
 from lopd.backends.zarr.encode import ROLLOUT_ATTRIBUTES, SCORE_ATTRIBUTES
 from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document, says
-from lopd.backends.zarr.segment import LINES, segment_group
+from lopd.backends.zarr.segment import LINES, SegmentMeta, segment_group
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.state import State
 from lopd.backends.zarr.writer import Writer
@@ -77,7 +77,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         Returns:
             The paths that were removed.
         """
-        return self._writer.sweep(older_than)
+        return self._proven_writer.sweep(older_than)
 
     def history(self) -> Sequence[Commit]:
         """What was committed up to this store's snapshot, oldest first."""
@@ -99,20 +99,31 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         """One sentence for each problem found: every checksum of every file that the current state is made of, and the whole log.
 
         A log that lost its last records, a record of another store, and a folder of segments without its metadata are problems as well.
+        What writers merge and remove meanwhile is verified where it is then.
         """
         yield from self._log.verify(self._state.commits)
-        segments = [segment.meta for segment in self._state.all_segments()]
-        folders = {str(parent) for meta in segments for parent in PurePosixPath(meta.path).parents[:-1]}
-        for folder in sorted(folders):
-            yield from self._compare(f"{folder}/{METADATA_FILE}", partial(says, group_document({})))
-        for meta in segments:
-            group = segment_group(self._root.creation, meta.replaces) if self._root.chained else group_document({})
-            yield from self._compare(f"{meta.path}/{METADATA_FILE}", partial(says, group))
-            described = ROLLOUT_ATTRIBUTES if meta.path.startswith("segments/") else SCORE_ATTRIBUTES
-            for name, array in meta.arrays.items():
-                is_metadata = partial(array.is_metadata, described if name == LINES else {})
-                yield from self._compare(f"{meta.path}/{name}/{METADATA_FILE}", is_metadata)
-                yield from self._compare(chunk_path(meta.path, name, len(array.shape)), array.is_chunk)
+        state, seen = self._state, set[str]()
+        while segments := [segment.meta for segment in state.all_segments() if segment.meta.path not in seen]:
+            seen |= {meta.path for meta in segments}
+            folders = {str(parent) for meta in segments for parent in PurePosixPath(meta.path).parents[:-1]}
+            for folder in sorted(folders - seen):
+                yield from self._compare(f"{folder}/{METADATA_FILE}", partial(says, group_document({})))
+            seen |= folders
+            for meta in segments:
+                problems = list(self._verify_segment(meta))
+                if problems and meta.path not in (later := state.latest()).paths():
+                    state = later
+                else:
+                    yield from problems
+
+    def _verify_segment(self, meta: SegmentMeta) -> Iterator[str]:
+        group = segment_group(self._root.creation, meta.replaces) if self._root.chained else group_document({})
+        yield from self._compare(f"{meta.path}/{METADATA_FILE}", partial(says, group))
+        described = ROLLOUT_ATTRIBUTES if meta.path.startswith("segments/") else SCORE_ATTRIBUTES
+        for name, array in meta.arrays.items():
+            is_metadata = partial(array.is_metadata, described if name == LINES else {})
+            yield from self._compare(f"{meta.path}/{name}/{METADATA_FILE}", is_metadata)
+            yield from self._compare(chunk_path(meta.path, name, len(array.shape)), array.is_chunk)
 
     def _compare(self, path: str, fits: Callable[[bytes], bool]) -> Iterator[str]:
         try:

@@ -20,9 +20,9 @@ from lopd.backends.zarr import compaction
 from lopd.backends.zarr.commit_log import COMMITS_PER_CHECKPOINT, CommitLog
 from lopd.backends.zarr.encode import encode_rollouts, encode_scores
 from lopd.backends.zarr.format import METADATA_FILE, group_document
-from lopd.backends.zarr.segment import Segment, SegmentData, SegmentMeta, encode_segment
+from lopd.backends.zarr.segment import Segment, SegmentData, SegmentGoneError, SegmentMeta, encode_segment
 from lopd.backends.zarr.state import State
-from lopd.errors import LopdError, StoreWriteError
+from lopd.errors import InvalidRecordError, LopdError, StoreWriteError
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
@@ -159,8 +159,8 @@ class Writer:
     def _checkpoint(self) -> None:
         """Keep the state, and remove what was merged so long ago that few readers stand before it; those look up where their rows are now."""
         old = self._state.forget_replaced(self._state.commits - _REPLACED_STAY)
-        # The commit is made; a checkpoint only makes opening quicker, and the next one will do as well.
-        with suppress(OSError):
+        # The commit is made; a checkpoint, which may also be too large, only makes opening quicker, and the next one will do as well.
+        with suppress(OSError, InvalidRecordError):
             self._log.put_checkpoint(self._state.commits, self._state.to_json())
             self._files.remove(old)
 
@@ -205,14 +205,18 @@ class Writer:
     def _merge(self, column: str | None, segments: Sequence[Segment], target_tokens: int) -> bool:
         """Whether these are merged now; False if somebody else merged or swept some of them."""
         parent = "segments" if column is None else f"scores/{column}"
-        added: list[SegmentMeta] = []
+        gone, added = [segment.meta.path for segment in segments], list[SegmentMeta]()
         try:
             for data in compaction.merge(column, segments, target_tokens):
-                added.append(self._put_segment(parent, data))  # noqa: PERF401 (what was put before an error is removed)
-        except Exception:
+                added.append(self._put_segment(parent, data))
+        except Exception as error:
             self._remove([meta.path for meta in added])
+            if isinstance(error, SegmentGoneError):
+                self._state.refresh()
+                if error.segment not in self._state.paths():
+                    return False
             raise
-        gone, paths = [segment.meta.path for segment in segments], [meta.path for meta in added]
+        paths = [meta.path for meta in added]
         record = {"kind": "compaction", "column": column, "removes": gone, "adds": [meta.to_json() for meta in added]}
         while not self._publish(record, paths):
             self._state.refresh()
