@@ -105,7 +105,7 @@ class LocalFiles:
         try:
             return opening()
         except OSError as error:
-            if error.errno != errno.EMFILE or not self._open:
+            if error.errno != errno.EMFILE:
                 raise
             self._open.clear()
             return opening()
@@ -123,9 +123,9 @@ class LocalFiles:
             written = [stack.enter_context(self._opened(partial((self.root / path).open, "xb", buffering=0))) for path in files]
             for file, data in zip(written, files.values(), strict=True):
                 _write(file, data)
-            for flushing in [pool.map(lambda file: os.fsync(file.fileno()), written), pool.map(flush, {*folders, *made})]:
-                for _ in flushing:
-                    pass  # which raises what a flush has raised
+            list(pool.map(lambda file: os.fsync(file.fileno()), written))  # which raises what a flush has raised
+            stack.close()  # folders are opened to be flushed, and a process may not open many
+            list(pool.map(lambda folder: self._opened(partial(flush, folder)), {*folders, *made}))
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Whether this call made the file: written under a temporary name, flushed, and linked to its own, which fails if that is taken."""
