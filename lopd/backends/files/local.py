@@ -103,7 +103,7 @@ class LocalFiles:
         try:
             return opening()
         except OSError as error:
-            if error.errno != errno.EMFILE or not self._open:
+            if error.errno != errno.EMFILE:
                 raise
             self._open.clear()
             return opening()
@@ -119,7 +119,7 @@ class LocalFiles:
         for path, data in files.items():
             self._write_file(self.root / path, data)
         for folder in {*folders, *made}:
-            flush(folder)
+            self._opened(partial(flush, folder))
 
     def _write_file(self, path: Path, data: Any) -> None:
         opened: Any = self._opened(partial(path.open, "xb", buffering=0))
