@@ -1,7 +1,6 @@
 """A `ZarrStore` that is written to for long: merges by writers, what they remove, sweeps beside writers, and files that are not its own."""
 
 import itertools
-import json
 import os
 import pickle
 import resource
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import pytest
 import zarr
 from attrs import evolve
@@ -406,6 +404,36 @@ def test_a_checkpoint_of_another_store_or_number_is_refused(tmp_path: Path) -> N
         ZarrStore.open(place(stores[1]))
 
 
+def test_a_writer_of_a_store_that_was_put_back_under_it_commits_nothing(tmp_path: Path) -> None:
+    store = grown(tmp_path / "run", 3)
+    shutil.copytree(place(store), tmp_path / "kept")
+    go_on(store, 3, 2)
+    shutil.rmtree(place(store))
+    shutil.copytree(tmp_path / "kept", place(store))
+    with pytest.raises(CorruptStoreError, match="a commit record is missing"):
+        store.append(many(9, 1))
+    again = ZarrStore.open(place(store))
+    assert_whole(again, 3)
+    go_on(again, 3, 1)
+    assert list(ZarrStore.open(place(store)).verify()) == []
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda store: store.compact(target_tokens="x"),
+        lambda store: store.compact(target_tokens=0),
+        lambda store: store.sweep(older_than="x"),
+        lambda store: store.find([3]),
+        lambda store: store.quarantine("ref", tiny_provenance("ref"), ["m"]),
+    ],
+)
+def test_arguments_of_another_type_are_refused(filled: ZarrStore, call: Callable[[ZarrStore], object]) -> None:
+    with pytest.raises(InvalidRecordError, match="expected"):
+        call(filled)
+    assert list(ZarrStore.open(place(filled)).verify()) == []
+
+
 def test_names_that_no_record_has_are_nobodys(filled: ZarrStore) -> None:
     for name in ("99999999999999999999.json", "notes.json", ".DS_Store", "-1.json"):
         (place(filled) / "commits" / name).touch()
@@ -438,36 +466,3 @@ def test_a_store_of_more_files_than_a_process_may_open_is_written_and_read(tmp_p
     process = start(work)
     process.join()
     assert process.exitcode == 0
-
-
-# Other readers
-
-
-def test_a_walk_of_the_hierarchy_finds_the_live_rows_and_what_codes_mean(tmp_path: Path) -> None:
-    store = grown(tmp_path / "run", 70)
-    root = zarr.open_group(place(store), mode="r")
-    for parent in (root["segments"], root["scores/teacher"]):
-        groups = dict(parent.groups())
-        replaced = {name for group in groups.values() for name in group.attrs["lopd_replaces"]}
-        assert sum(group["lines"].shape[0] for group in groups.values()) > 70
-        assert sum(group["lines"].shape[0] for name, group in groups.items() if name not in replaced) == 70
-    lines = next(iter(root["segments"].groups()))[1]["lines"]
-    reason = lines[0, lines.attrs["fields"].index("finish_reason")]
-    assert lines.attrs["finish_reasons"][reason] == many(0, 1)[0].finish_reason
-    assert lines.attrs["has_behavior_bits"] == ["behavior_logprobs", "sampler_logprobs"]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_attributes_of_others_and_consolidated_metadata_are_no_damage(filled: ZarrStore) -> None:
-    root = zarr.open_group(place(filled), mode="r+")
-    root.attrs["mine"] = {"by": "me"}
-    root["segments"].attrs["mine"] = 1
-    _, segment = next(iter(root["segments"].groups()))
-    segment.attrs["mine"] = segment["lines"].attrs["mine"] = segment["token_ids"].attrs["mine"] = 1
-    zarr.consolidate_metadata(place(filled))
-    assert "consolidated_metadata" in json.loads((place(filled) / "zarr.json").read_text())
-    again = ZarrStore.open(place(filled), tiny_manifest())
-    assert rows_of(again) == ["m", "b", "r0", "r1"]
-    assert list(again.verify()) == []
-    again.append(many(9, 1))
-    np.testing.assert_array_equal(ZarrStore.open(place(filled)).find(["r9"]), [4])

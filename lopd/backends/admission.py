@@ -247,6 +247,7 @@ def new_quarantine(
         MissingScoresError: no such rollout.
         InvalidRecordError: a reason is not text.
     """
+    _check_is(owner, "the reasons", reasons, Mapping, "pass rollout id -> reason")
     for rollout_id, row in zip(reasons, rows, strict=True):
         _check_is(owner, f"the reason of rollout {rollout_id!r}", reasons[rollout_id], str, "pass text")
         if row < 0:

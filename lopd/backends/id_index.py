@@ -7,13 +7,22 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
+from lopd.errors import ArgumentError
+from lopd.records.checks import a_kind
+
 #: Type of a hashed id: 128 bits, which two ids never share in practice.
 ID_HASH = np.dtype("V16")
 _Block = tuple[NDArray[np.uint64], NDArray[np.int64]]
 
 
 def encode_id(rollout_id: str) -> bytes:
-    """UTF-8; lone surrogates, which JSON can carry, survive."""
+    """UTF-8; lone surrogates, which JSON can carry, survive.
+
+    Raises:
+        ArgumentError: it is not text.
+    """
+    if not isinstance(rollout_id, str):
+        raise ArgumentError(f"Rollout id: it is {a_kind(rollout_id)}, expected text; pass a str.")
     return rollout_id.encode("utf-8", "surrogatepass")
 
 

@@ -24,6 +24,7 @@ from lopd.backends.lance.table import COMMIT, Database, Seen
 from lopd.backends.lance.writer import Writer
 from lopd.backends.root import Root
 from lopd.errors import LopdError, MissingScoresError
+from lopd.records.checks import to_real
 from lopd.records.manifest import Commit
 
 _WEEK = 7 * 24 * 3600.0
@@ -101,7 +102,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         Raises:
             StoreWriteError: the write failed, or what was merged is not what was there before; nothing was lost.
         """
-        self._proven_writer.compact(older_than)
+        self._proven_writer.compact(to_real(self._owner, "older_than", older_than))
 
     def history(self) -> Sequence[Commit]:
         """What was committed up to this store's snapshot, by the clocks of the writers, oldest first."""

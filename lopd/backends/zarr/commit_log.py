@@ -67,6 +67,7 @@ class CommitLog:
 
         Raises:
             InvalidRecordError: nobody could read it again.
+            CorruptStoreError: the record before it is not there any more: the store was put back to an older state under its writer.
         """
         body = {**record, "number": number, "store": self._root.creation, "previous": previous}
         data = seal(body)
@@ -74,6 +75,8 @@ class CommitLog:
             entry = self._typed(number, body, data)
         except CorruptStoreError as error:
             raise InvalidRecordError(f"{str(error).rpartition(';')[0]}; pass what can be read again.") from error
+        if number and self.checksum(number - 1) != previous:
+            raise self._missing(f"{_path(COMMITS, number - 1)} as it was when it was read")
         if not self._files.put_if_absent(_path(COMMITS, number), data):
             return None
         with suppress(OSError):  # the commit is made, and the next one marks it too
@@ -85,9 +88,12 @@ class CommitLog:
         self._files.settle(COMMITS)
 
     def checksum(self, number: int) -> str:
-        """By which the record after this one names it."""
+        """By which the record after this one names it; "" where it is not there."""
         with reading(self._owner, "reading its commit log"):
-            return checksum(self._files.read(_path(COMMITS, number)))
+            try:
+                return checksum(self._files.read(_path(COMMITS, number)))
+            except FileNotFoundError:
+                return ""
 
     def next(self, number: int, previous: str | None) -> Entry | None:
         """The record with this number, or None if it is not there yet."""

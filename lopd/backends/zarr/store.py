@@ -25,6 +25,7 @@ from lopd.backends.zarr.segment import LINES, SegmentMeta, segment_group
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.state import State
 from lopd.backends.zarr.writer import Writer
+from lopd.records.checks import check_at_least, to_real
 from lopd.records.manifest import Commit
 
 
@@ -65,7 +66,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
             CorruptStoreError: a line that would be moved is damaged; nothing of its merge was committed.
             StoreWriteError: the write failed; merges before it are kept.
         """
-        self._proven_writer.compact(target_tokens)
+        self._proven_writer.compact(check_at_least(self._owner, "target_tokens", target_tokens, 1))
 
     def sweep(self, *, older_than: float = 7 * 24 * 3600.0) -> list[str]:
         """Remove segments that no commit names, and those that compactions replaced, if both are older than this many seconds.
@@ -77,7 +78,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         Returns:
             The paths that were removed.
         """
-        return self._proven_writer.sweep(older_than)
+        return self._proven_writer.sweep(to_real(self._owner, "older_than", older_than))
 
     def history(self) -> Sequence[Commit]:
         """What was committed up to this store's snapshot, oldest first."""
