@@ -37,6 +37,7 @@ STORES = {
     "memory": "`MemoryStore`",
     "parquet": "a parquet file, for comparison",
     "memmap": "a bare memory map, for comparison",
+    "memmap, flushed": "the same, flushed at every append",
 }
 ENGINES = {"hf": ("`HFSource`", "`HFScorer`"), "vllm": ("`VLLMSource`", "`VLLMScorer`"), "served": ("`ServerSource`", "`ServerScorer`")}
 ABILITIES = {

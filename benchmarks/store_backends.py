@@ -1,7 +1,9 @@
 """What `bench_store` compares: each backend writes the same rows, opens them, and gives batches of them as contiguous arrays."""
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import count, islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,13 +109,16 @@ class Backend:
         return importlib.util.find_spec(self.needs) is not None
 
 
-def write_memmap(rows: Rows, folder: Path, size: int) -> None:
-    """Three flat files, appended to; not flushed to disk."""
+def write_memmap(rows: Rows, folder: Path, size: int, *, flushed: bool = False) -> None:
+    """Three flat files, appended to; flushed to disk after each append, or not."""
     bounds = rows.bounds
     with (folder / "ids").open("wb") as ids, (folder / "teacher").open("wb") as teacher, (folder / "ref").open("wb") as ref:
         for first, last in rows.batches(size):
             for file, values in ((ids, rows.ids), (teacher, rows.teacher), (ref, rows.ref)):
                 file.write(values[bounds[first] : bounds[last]].data)
+                if flushed:
+                    file.flush()
+                    os.fsync(file.fileno())
     np.save(folder / "bounds.npy", bounds)
 
 
@@ -322,6 +327,7 @@ def open_lancedb(folder: Path) -> Store:
 
 BACKENDS = {
     "memmap": Backend(write_memmap, open_memmap),
+    "memmap, flushed": Backend(partial(write_memmap, flushed=True), open_memmap),
     "zarr": Backend(zarr_writer(), open_zarr, records),
     "zarr, compacted": Backend(zarr_writer(), open_zarr, records, compact_zarr),
     "zarr, float16": Backend(zarr_writer(logprob_dtype="float16"), open_zarr_rounded, records),
