@@ -127,6 +127,8 @@ def stores() -> list[str]:
 
     def lines() -> Iterator[Sequence[str]]:
         for name, title in STORES.items():
+            if name not in {*stored, *trained}:
+                continue
             batch = [number(trained[name][key]["median"]) for key in ("to_batch", "of_memmap")] if name in trained else ["", ""]
             keys = ("append", "sequential", "random", "bytes_per_token")
             yield title, *batch, *([number(stored[name][key]["median"]) for key in keys] if name in stored else [""] * 4)
