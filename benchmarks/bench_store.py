@@ -169,8 +169,7 @@ def make_repeated(folder: Path, tokens: int) -> None:
         values = getattr(rows, name)
         scores = [Scores.of(r, values[a + 1 : a + len(r)]) for r, a in zip(rollouts, bounds[:-1].tolist(), strict=True)]
         store.append_scores(name, tiny_provenance(name), scores)
-    snapshot, log = store._snapshot, store._log
-    state = snapshot.to_json()
+    state = store._state.to_json()
     repeated = {
         **state,
         "segments": [{**state["segments"][0], "first_row": k * count, "last_row": (k + 1) * count - 1} for k in range(segments)],
@@ -182,7 +181,7 @@ def make_repeated(folder: Path, tokens: int) -> None:
             for name, column in state["columns"].items()
         },
     }
-    log.put_checkpoint(state["commits"], repeated)
+    store._log.put_checkpoint(state["commits"], repeated)
 
 
 def anonymous_memory() -> int:
