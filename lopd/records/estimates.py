@@ -7,8 +7,8 @@ all scores agree.  How often they hold the truth: `benchmarks/results/intervals.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
+from functools import cache, lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -19,7 +19,6 @@ from lopd.errors import InvalidRecordError
 from lopd.records.arrays import Float32Array
 
 Float64Array = NDArray[np.float64]
-_Statistic = Callable[[NDArray[np.intp]], tuple[Float64Array, Float64Array]]
 
 _RESAMPLES = 1999
 #: Fewer draws are too few to resample; with more than these, t holds the truth about as often.
@@ -74,7 +73,7 @@ class RolloutSums:
 
     def per_token(self) -> Estimate:
         """The mean over all tokens.  Tokens of one rollout depend on each other, so a rollout counts as one draw (delta method)."""
-        return _estimate(self._mean, len(self.sums), int(self.counts.sum()))
+        return _estimate([(1, self)])
 
     def pooled(self, samples: int) -> "RolloutSums":
         """Every `samples` consecutive rollouts as one: samples of one prompt are not independent draws of prompts."""
@@ -95,19 +94,7 @@ class RolloutSums:
             raise InvalidRecordError(
                 f"Estimate: it has {len(self.sums)} draws, expected the other's {len(other.sums)}; compare over the same prompts."
             )
-
-        def difference(rows_XB: NDArray[np.intp]) -> tuple[Float64Array, Float64Array]:
-            (first_X, influence_XB), (second_X, other_XB) = self._mean(rows_XB), other._mean(rows_XB)
-            return first_X - second_X, influence_XB - other_XB
-
-        return _estimate(difference, len(self.sums), int(self.counts.sum()))
-
-    def _mean(self, rows_XB: NDArray[np.intp]) -> tuple[Float64Array, Float64Array]:
-        """The mean over the tokens of these draws, and what each draw contributes to its error."""
-        sums_XB, counts_XB = self.sums[rows_XB], self.counts[rows_XB]
-        total_X1 = counts_XB.sum(-1, keepdims=True)
-        mean_X1 = sums_XB.sum(-1, keepdims=True) / total_X1
-        return mean_X1[..., 0], (sums_XB - mean_X1 * counts_XB) / total_X1
+        return _estimate([(1, self), (-1, other)])
 
 
 def sampled_reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> RolloutSums:
@@ -176,28 +163,47 @@ def t_quantile(chance: float, freedom: int) -> float:
     return math.sqrt(freedom) * math.tan((low + high) / 2)
 
 
-def _estimate(statistic: _Statistic, draws: int, values: int) -> Estimate:
-    value, influence_B = statistic(np.arange(draws))
+def _estimate(parts: Sequence[tuple[int, RolloutSums]]) -> Estimate:
+    """A sum of signed means over the same draws."""
+    draws, values = len(parts[0][1].sums), int(parts[0][1].counts.sum())
+    means = [float(part.sums.sum() / part.counts.sum()) for _, part in parts]
+    value = sum(sign * mean for (sign, _), mean in zip(parts, means, strict=True))
     if draws == 1:
-        return Estimate(float(value), math.inf, draws, values)
-    error = float(_standard_error(influence_B))
+        return Estimate(value, math.inf, draws, values)
+    # what each draw adds to the error of its part, times the tokens of the part; and its tokens
+    features_PBF = np.array([[sign * (p.sums - mean * p.counts), p.counts] for (sign, p), mean in zip(parts, means, strict=True)]).swapaxes(
+        1, 2
+    )
+    _, (error,) = _resampled(features_PBF, np.ones((1, draws)))
     t = t_quantile(0.975, draws - 1)
-    lowest, highest = _bootstrap_t(statistic, float(value), draws) if draws in _RESAMPLED else (-t, t)
+    lowest, highest = _bootstrap_t(features_PBF) if draws in _RESAMPLED else (-t, t)
     low, high = np.clip(lowest, -_WIDEST * t, -t), np.clip(highest, t, _WIDEST * t)
-    # what is too large is subtracted: a truth far above the estimate makes t small
-    return Estimate.between(float(value - high * error), float(value), float(value - low * error), clusters=draws, values=values)
+    # t is (mean - truth) / error: its high quantile gives the low end
+    return Estimate.between(value - float(high * error), value, value - float(low * error), clusters=draws, values=values)
 
 
-def _standard_error(influence_XB: Float64Array) -> Float64Array:
-    draws = influence_XB.shape[-1]
-    error_X: Float64Array = np.sqrt(draws / (draws - 1) * np.square(influence_XB).sum(-1))
-    return error_X
+def _resampled(features_PBF: Float64Array, times_RB: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """Deviations of a sum of means from its value, and their standard errors, where each draw is there so many times."""
+    draws = times_RB.shape[-1]
+    errors_PR, counts_PR = np.moveaxis(times_RB @ features_PBF, -1, 0)
+    coefficients_PRF = np.stack([np.ones_like(errors_PR), -errors_PR / counts_PR], -1) / counts_PR[..., None]
+    flat_BF = np.concatenate(list(features_PBF), -1)
+    flat_RF = np.concatenate(list(coefficients_PRF), -1)
+    products_RFF = np.tensordot(times_RB, flat_BF[:, :, None] * flat_BF[:, None], 1)
+    squares_R = np.einsum("rf,rfg,rg->r", flat_RF, products_RFF, flat_RF)
+    return (errors_PR / counts_PR).sum(0), np.sqrt(draws / (draws - 1) * squares_R.clip(0))
 
 
-def _bootstrap_t(statistic: _Statistic, value: float, draws: int) -> tuple[float, float]:
+def _bootstrap_t(features_PBF: Float64Array) -> tuple[float, float]:
     """The 2.5 % and 97.5 % quantiles of t over resamples; the same draws in the same order give the same ones."""
-    means_R, influence_RB = statistic(np.random.default_rng(0).integers(draws, size=(_RESAMPLES, draws)))
+    deviations_R, errors_R = _resampled(features_PBF, _times(features_PBF.shape[1]))
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample may be one draw repeated: infinite, or 0 / 0 where it is the mean
-        t_R = np.sort(np.nan_to_num((means_R - value) / _standard_error(influence_RB), posinf=math.inf, neginf=-math.inf))
+        t_R = np.sort(np.nan_to_num(deviations_R / errors_R, posinf=math.inf, neginf=-math.inf))
     tail = (_RESAMPLES + 1) // 40
     return float(t_R[tail - 1]), float(t_R[-tail])
+
+
+@lru_cache(maxsize=4)
+def _times(draws: int) -> Float64Array:
+    """How often each draw is in each resample."""
+    return np.random.default_rng(0).multinomial(draws, np.full(draws, 1 / draws), _RESAMPLES).astype(np.float64)
