@@ -156,6 +156,20 @@ def test_rollouts_of_one_prompt_are_one_draw_wherever_they_stand() -> None:
     assert pooled.per_token().clusters == 2
 
 
+@pytest.mark.parametrize("clusters", [4, 7, 30])
+def test_a_p_value_is_as_rare_as_it_says_with_few_draws(clusters: int) -> None:
+    """By the normal distribution 0.02 came up 0.04 times with 7 draws."""
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(3000):
+        counts = rng.integers(5, 40, clusters).astype(float)
+        both = [RolloutSums(rng.standard_normal(clusters) * np.sqrt(counts), counts) for _ in range(2)]
+        found.append(both[0].p_value(both[1]))
+    assert np.mean(np.array(found) <= 0.02) == pytest.approx(0.02, abs=0.008)
+    assert both[0].p_value(both[1]) == pytest.approx(1 - both[1].p_value(both[0]))
+    assert both[0].p_value(both[0]) == RolloutSums(np.ones(1), np.ones(1)).p_value(RolloutSums(np.zeros(1), np.ones(1))) == 0.5
+
+
 def test_what_two_policies_share_cancels_in_their_difference() -> None:
     rng = np.random.default_rng(0)
     before = draws(rng, 200)

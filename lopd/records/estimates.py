@@ -96,6 +96,16 @@ class RolloutSums:
             )
         return _estimate([(1, self), (-1, other)])
 
+    def p_value(self, other: "RolloutSums") -> float:
+        """The chance, by a one-sided t test over the same draws, that this mean is so far above the other's if it is not truly above it.
+
+        0.5 for one draw, and where all draws differ alike.
+        """
+        value, features_PBF = _features([(1, self), (-1, other)])
+        draws = len(self.sums)
+        error = _error(features_PBF) if draws > 1 else 0.0
+        return t_cdf(-value / error, draws - 1) if error else 0.5
+
 
 def sampled_reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> RolloutSums:
     r"""KL(student, teacher) in nats, summed over the tokens of each rollout, estimated from the sampled tokens alone.
@@ -166,20 +176,26 @@ def t_quantile(chance: float, freedom: int) -> float:
 def _estimate(parts: Sequence[tuple[int, RolloutSums]]) -> Estimate:
     """A sum of signed means over the same draws."""
     draws, values = len(parts[0][1].sums), int(parts[0][1].counts.sum())
-    means = [float(part.sums.sum() / part.counts.sum()) for _, part in parts]
-    value = sum(sign * mean for (sign, _), mean in zip(parts, means, strict=True))
+    value, features_PBF = _features(parts)
     if draws == 1:
         return Estimate(value, math.inf, draws, values)
-    # what each draw adds to the error of its part, times the tokens of the part; and its tokens
-    features_PBF = np.array([[sign * (p.sums - mean * p.counts), p.counts] for (sign, p), mean in zip(parts, means, strict=True)]).swapaxes(
-        1, 2
-    )
-    _, (error,) = _resampled(features_PBF, np.ones((1, draws)))
-    t = t_quantile(0.975, draws - 1)
+    error, t = _error(features_PBF), t_quantile(0.975, draws - 1)
     lowest, highest = _bootstrap_t(features_PBF) if draws in _RESAMPLED else (-t, t)
-    low, high = np.clip(lowest, -_WIDEST * t, -t), np.clip(highest, t, _WIDEST * t)
+    low, high = (float(np.clip(end, *sorted((side * t, side * _WIDEST * t)))) for end, side in ((lowest, -1), (highest, 1)))
     # t is (mean - truth) / error: its high quantile gives the low end
-    return Estimate.between(value - float(high * error), value, value - float(low * error), clusters=draws, values=values)
+    return Estimate.between(value - high * error, value, value - low * error, clusters=draws, values=values)
+
+
+def _features(parts: Sequence[tuple[int, RolloutSums]]) -> tuple[float, Float64Array]:
+    """The value; and, for each part and draw, what the draw adds to the part's error, times the tokens of the part, and its tokens."""
+    means = [float(part.sums.sum() / part.counts.sum()) for _, part in parts]
+    features = [[sign * (part.sums - mean * part.counts), part.counts] for (sign, part), mean in zip(parts, means, strict=True)]
+    return sum(sign * mean for (sign, _), mean in zip(parts, means, strict=True)), np.array(features).swapaxes(1, 2)
+
+
+def _error(features_PBF: Float64Array) -> float:
+    """The standard error."""
+    return float(_resampled(features_PBF, np.ones((1, features_PBF.shape[1])))[1][0])
 
 
 def _resampled(features_PBF: Float64Array, times_RB: Float64Array) -> tuple[Float64Array, Float64Array]:
