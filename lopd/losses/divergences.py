@@ -1,8 +1,9 @@
-r"""Divergences between teacher and student over the teacher's K most likely tokens, which a store may keep beside the sampled one.
+r"""Divergences between teacher and student over a support of K tokens: the teacher's most likely ones, or candidates of the policy.
 
 What the K leave out is one more bucket, the tail: \(p_{tail} = 1 - \sum_{v \in S} p_v\), of the teacher as stored, of the student as what its
 log-probs of the K leave.  With it a divergence is one between two distributions over K + 1 buckets, so it is never negative and never more
-than that over the whole vocabulary.  The token that was sampled plays no part: given the states, a divergence has no sampling noise.
+than that over the whole vocabulary.  The token that was sampled plays no part: given the states, a divergence has no sampling noise.  It has
+a bias instead, since it does not see how either model divides the tail.
 
 Every function takes the student's log-probs (with the gradient), the teacher's, and the teacher's tail; and gives (M,) nats.
 
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lopd.errors import InvalidRecordError
 from lopd.records.checks import check_number, to_real
 
 #: A tail of less is taken for this much: below it, 1 minus a float32 sum is noise.
@@ -23,10 +25,15 @@ LEAST_TAIL = 1e-6
 Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+def _log_rest(student_MK: Tensor) -> Tensor:
+    """(M,) log of the student's tail."""
+    return (1 - student_MK.exp().sum(-1)).clamp(min=LEAST_TAIL).log()
+
+
 def _buckets(logprobs_MK: Tensor, tail_M: Tensor | None = None) -> Tensor:
     """(M, B) log-probs of the K and of the tail."""
-    rest_M = 1 - logprobs_MK.exp().sum(-1) if tail_M is None else tail_M
-    return torch.cat([logprobs_MK, rest_M.clamp(min=LEAST_TAIL).log()[:, None]], dim=-1)
+    log_rest_M = _log_rest(logprobs_MK) if tail_M is None else tail_M.clamp(min=LEAST_TAIL).log()
+    return torch.cat([logprobs_MK, log_rest_M[:, None]], dim=-1)
 
 
 def _kl(logprobs_MB: Tensor, other_MB: Tensor) -> Tensor:
@@ -50,6 +57,36 @@ def reverse_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor
     Source: the reverse KL of OPD; for the bias arXiv 2605.11182.
     """
     return _kl(_buckets(student_MK), _buckets(teacher_MK, tail_M))
+
+
+def generalised_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor:
+    r"""\(\sum_{v \in S} p_\theta \log(p_\theta / p_T) - p_\theta + p_T\): the generalised reverse KL of two measures on the K, without the tail.
+
+    Each term is at least 0, and has the gradient that its token has in the KL over the whole vocabulary.  Tokens outside the K get none: the bias
+    of the gradient is their share of it, where that of `reverse_kl` is what their share differs from the bucket's.
+
+    Source: generalised Kullback-Leibler divergence (Csiszar 1991) on the K.
+    """
+    del tail_M
+    return (student_MK.exp() * (student_MK - teacher_MK - 1) + teacher_MK.exp()).sum(-1)
+
+
+def tail_advantages(divergence: Divergence, student_MK: Tensor, tail_M: Tensor) -> Tensor:
+    r"""(M,) nats, detached: the advantage that a reverse KL gives to every token outside the K, \(\log(p_{T,tail} / p_{\theta,tail})\).
+
+    It is 0 for `generalised_kl`, which has no bucket for them.
+
+    Raises:
+        InvalidRecordError: the divergence is neither of the two: in others a token's gradient is not its probability times an advantage.
+    """
+    if divergence is generalised_kl:
+        return torch.zeros_like(tail_M)
+    if divergence is reverse_kl:
+        return tail_M.clamp(min=LEAST_TAIL).log() - _log_rest(student_MK.detach())
+    name = getattr(divergence, "__name__", repr(divergence))
+    raise InvalidRecordError(
+        f"TopKObjective: divergence is {name}, expected reverse_kl or generalised_kl with residual=True; pass one of these."
+    )
 
 
 def reverse_kl_renormalised(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor:
