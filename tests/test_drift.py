@@ -3,13 +3,19 @@
 import copy
 import json
 import math
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from attrs import asdict, evolve
 from conftest import TOKENIZER_ID
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from bench_intervals import Chain
 
 from lopd import (
     FusedLoss,
@@ -103,38 +109,13 @@ def test_the_chi_square_of_independent_draws_is_the_one_of_the_distributions():
     assert drift.kl == pytest.approx(float(np.sum(0.25 * np.log(0.25 / p))), abs=0.005)
 
 
-class Chain:
-    """A reference policy and a student to whom only the last token matters, so that the chi-square of T tokens is a product of matrices."""
-
-    def __init__(self, seed, moved, vocabulary=24):
-        self.rng = np.random.default_rng(seed)
-        logits = 1.5 * self.rng.standard_normal((vocabulary, vocabulary))
-        moves = moved * self.rng.standard_normal(logits.shape)
-        self.ref, self.student = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (logits, logits + moves))
-
-    def log_second_moment(self, length):
-        """log E[w^2] from token 0; the chi-square is its exponential minus 1."""
-        values, log = np.ones(len(self.ref)), 0.0
-        for _ in range(length):
-            values = self.student**2 / self.ref @ values
-            log += math.log(values.max())
-            values /= values.max()
-        return log + math.log(values[0])
-
-    def drift(self, length, rollouts):
-        last, logprobs = np.zeros(rollouts, int), []
-        for _ in range(length):
-            drawn = np.minimum((self.rng.random((rollouts, 1)) > self.ref[last].cumsum(-1)).sum(-1), len(self.ref) - 1)
-            logprobs.append([np.log(policy[last, drawn]) for policy in (self.student, self.ref)])
-            last = drawn
-        student, ref = np.array(logprobs).transpose(1, 0, 2).reshape(2, -1)
-        return measure_drift(TokenLogprobs(student, ref, ref, np.ones(ref.size), np.tile(np.arange(rollouts), length)))
-
-
 @pytest.mark.parametrize(("length", "moved"), [(100, 0.1), (100, 0.3), (1000, 0.1), (1000, 0.3)])
 def test_chi_square_does_not_saturate_with_long_rollouts(length, moved):
     """1 / ESS - 1 of 32 rollouts is at most 31; the true one is up to exp(77)."""
-    found = [(chain.log_second_moment(length), chain.drift(length, 32)) for chain in (Chain(seed, moved) for seed in range(3))]
+    found = [
+        (chain.log_second_moment(length), chain.drift(length, 32))
+        for chain in (Chain(np.random.default_rng(seed), moved) for seed in range(3))
+    ]
     for exact, drift in found:
         assert math.log1p(drift.chi2) == pytest.approx(exact, rel=0.15 if exact > 2 else 0.5)
     if length * moved >= 100:

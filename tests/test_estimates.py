@@ -10,10 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from lopd import MemoryStore
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl
 from lopd.errors import InvalidRecordError, TokenizerMismatchError
-from lopd.records import Rollout, RolloutSums
+from lopd.records import Rollout, RolloutSums, Scores
 from lopd.records import estimates as metrics
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
+from lopd.tools.doctor import describe_advantages
 
 
 def direct_kl(student: Any, teacher: Any, rollout: Rollout) -> float:
@@ -185,3 +188,14 @@ def test_one_draw_has_no_interval_and_none_is_refused() -> None:
     assert metrics.mean([2.0]).ci95 == np.inf
     with pytest.raises(InvalidRecordError, match="0 sums"):
         metrics.mean([])
+
+
+def test_the_doctors_interval_of_a_mean_advantage_has_prompts_as_draws() -> None:
+    store, rng = MemoryStore(tiny_manifest()), np.random.default_rng(0)
+    gaps = rng.standard_normal(6)
+    items = [tiny_rollout(f"p{i}/s{s}/g0", behavior_logprobs=[-3.0] * 3) for i in range(6) for s in range(4)]
+    store.append(items)
+    store.append_scores("teacher", tiny_provenance(), [Scores.of(r, [gaps[i // 4] * 0.1 - 3] * 3) for i, r in enumerate(items)])
+    found, alike = describe_advantages(store, "teacher", "behavior"), metrics.mean(0.1 * gaps)
+    assert found is not None
+    assert found.ci95 == pytest.approx(alike.ci95, rel=1e-4), "four samples that agree are not four draws"
