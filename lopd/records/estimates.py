@@ -83,7 +83,7 @@ class RolloutSums:
         """Every `samples` consecutive rollouts as one: samples of one prompt are not independent draws of prompts."""
         return RolloutSums(self.sums.reshape(-1, samples).sum(1), self.counts.reshape(-1, samples).sum(1))
 
-    def by_prompt(self, prompt_ids: Sequence[str]) -> "RolloutSums":
+    def by_prompt(self, prompt_ids: Sequence[str] | NDArray[np.str_]) -> "RolloutSums":
         """Return the sums of prompts: rollouts of one prompt are one draw, wherever they stand.
 
         Args:
@@ -185,9 +185,8 @@ def _estimate(parts: Sequence[tuple[int, RolloutSums]]) -> Estimate:
         return Estimate(value, math.inf, draws, values)
     error, t = _error(features_PBF), t_quantile(0.975, draws - 1)
     lowest, highest = _bootstrap_t(features_PBF) if draws in _RESAMPLED else (-t, t)
-    low, high = (float(np.clip(end, *sorted((side * t, side * _WIDEST * t)))) for end, side in ((lowest, -1), (highest, 1)))
-    # t is (mean - truth) / error: its high quantile gives the low end
-    return Estimate.between(value - high * error, value, value - low * error, clusters=draws, values=values)
+    below, above = (min(max(reach, t), _WIDEST * t) * error for reach in (highest, -lowest))  # t is (mean - truth) / error
+    return Estimate.between(value - below, value, value + above, clusters=draws, values=values)
 
 
 def _features(parts: Sequence[tuple[int, RolloutSums]]) -> tuple[float, Float64Array]:
