@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -17,6 +18,7 @@ from lopd.losses import functional
 from lopd.losses.chunked import Chunking
 from lopd.losses.fused import FusedOPDLoss, FusedSFTLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss, WeightedLoss
+from lopd.losses.variants import importance_ratio
 from lopd.protocols import OPDLoss
 from lopd.records import Batch, LMHead
 

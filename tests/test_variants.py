@@ -269,4 +269,4 @@ def test_a_loss_that_ranks_tokens_by_entropy_is_judged_on_cases_in_which_roundin
 
 def test_only_variants_that_look_at_whole_rollouts_cost_a_fourth_product() -> None:
     cheap = {name for name, arguments in VARIANTS.items() if OPDObjective(**arguments).per_token}
-    assert cheap == {"truncated ratio", "ppo", "extrapolated", "power", "compressed"}
+    assert cheap == {"truncated ratio", "capped ratio", "ppo", "extrapolated", "power", "compressed"}

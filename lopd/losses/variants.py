@@ -18,15 +18,24 @@ from collections.abc import Callable
 import torch
 from attrs import evolve
 from torch import Tensor
+from torch.nn.functional import pad
 
+from lopd.losses import functional
 from lopd.losses.objective import Signal, per_token, uncorrected, with_entropy
 from lopd.records.checks import check_at_least, check_number, to_real
 
 _LEAST_RANGE = 2e-3
 
 
-def _ratio(signal: Signal) -> Tensor:
-    return torch.exp(signal.student_logprobs - signal.tokens.sampler())
+def _ratio(signal: Signal, cap: float | None = None) -> Tensor:
+    return functional.bounded_ratio(signal.student_logprobs - signal.tokens.sampler(), cap)
+
+
+def _to_cap(cap: float | None) -> float | None:
+    if cap is not None:
+        cap = to_real("Variant", "cap", cap)
+        check_number("Variant", "cap", cap, cap > 0, "None, or more than 0")
+    return cap
 
 
 @per_token
@@ -38,12 +47,14 @@ def importance_ratio(signal: Signal, cap: float | None = None) -> Signal:
 
     Args:
         signal: what is changed.
-        cap: \(c\), or None.
+        cap: \(c\), more than 0; None for none but that which keeps the ratio finite (`functional.MAX_LOG_RATIO`).
+
+    Raises:
+        InvalidRecordError: the cap is not more than 0.
 
     Source: truncated importance sampling (Ionides 2008); without a cap AsyncOPD (arXiv 2606.24143).
     """
-    ratio_M = _ratio(signal)
-    return evolve(signal, weight=signal.weight * (ratio_M if cap is None else ratio_M.clamp(max=cap)))
+    return evolve(signal, weight=signal.weight * _ratio(signal, _to_cap(cap)))
 
 
 @per_token
@@ -61,7 +72,7 @@ def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
 
     Source: PPO (arXiv 1707.06347), eq. 7; with two bounds DAPO (arXiv 2503.14476).
     """
-    moved_M = torch.exp(signal.student_logprobs - signal.tokens.ref())
+    moved_M = functional.bounded_ratio(signal.student_logprobs - signal.tokens.ref())
     beyond_M = ((signal.advantages > 0) & (moved_M > 1 + high)) | ((signal.advantages < 0) & (moved_M < 1 - low))
     return evolve(signal, weight=signal.weight * _ratio(signal).masked_fill(beyond_M, 0.0))
 
