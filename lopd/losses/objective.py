@@ -192,9 +192,9 @@ class OPDObjective(OPDSettings):
             loss_M = functional.lightning_with_ratio(student_M, clipped_M, tokens.sampler(), self.ratio_cap)
         else:
             loss_M = functional.lightning(student_M, clipped_M)
-        gap_M = torch.zeros_like(signal.student_logprobs) if self.advantage is not None else signal.student_logprobs - tokens.teacher()
-        beyond_M = torch.zeros_like(gap_M) if self.clip is None else (signal.advantages.abs() > self.clip).to(gap_M.dtype)
-        return TokenLosses(signal.weight * loss_M, tokens.weight * gap_M, tokens.weight * beyond_M, signal.student_logprobs)
+        kl_M = torch.zeros_like(signal.student_logprobs) if self.advantage is not None else tokens.reverse_kl(signal.student_logprobs)
+        beyond_M = torch.zeros_like(kl_M) if self.clip is None else (signal.advantages.abs() > self.clip).to(kl_M.dtype)
+        return TokenLosses(signal.weight * loss_M, tokens.weight * kl_M, tokens.weight * beyond_M, signal.student_logprobs)
 
     def _signal(self, logprobs_MK: Tensor, tokens: Tokens) -> Signal:
         student_M = logprobs_MK[:, 0]

@@ -32,4 +32,4 @@ class TopKObjective:
         """See the class."""
         top_k, sampled_M = tokens.top_k(), logprobs_MK[:, 0].detach()
         loss_M = self.divergence(logprobs_MK[:, 1:], top_k.logprobs.to(logprobs_MK.dtype), top_k.tail.to(logprobs_MK.dtype))
-        return TokenLosses(tokens.weight * loss_M, tokens.weight * (sampled_M - tokens.teacher()), torch.zeros_like(sampled_M), sampled_M)
+        return TokenLosses(tokens.weight * loss_M, tokens.weight * tokens.reverse_kl(sampled_M), torch.zeros_like(sampled_M), sampled_M)

@@ -111,8 +111,10 @@ class LossOutput:
 
     Args:
         loss_sum: scalar, differentiable: sum over tokens of weight times loss.
-        reverse_kl_sum: scalar, detached, nats: sum of weight times (student - teacher) log-prob, the one-sample estimate of
-            KL(student, teacher) on these tokens; may be negative; 0 for losses that see no teacher.
+        reverse_kl_sum: scalar, detached, nats: sum of weight times ratio times (student - teacher) log-prob; may be negative; 0 for losses that
+            see no teacher.  The ratio is that of the student to what drew the tokens.  With weights `by_token` the expected sum is that of
+            KL(student, teacher) over the stored states.  With `by_rollout` it is not: 1/T depends on later tokens.  Where a batch has no ref
+            column, the ratio is taken for 1, and the sum is off once the student has moved.
         clipped_sum: scalar, detached: sum of weight over tokens whose advantage was clipped.
         neglected_sum: scalar, detached, or None where nothing was left out of the gradient on purpose: at least the sum over tokens of the
             1-norm of the gradient by the logits that was left out.  Times the largest norm of a hidden state it bounds what the head's
@@ -135,7 +137,8 @@ class StepMetrics:
     Args:
         step: its number in the run.
         loss: mean loss, before the update.
-        reverse_kl: nats per token, one-sample estimate on the stored tokens.
+        reverse_kl: nats per token: `LossOutput.reverse_kl_sum` divided by the weight of the step, so with `by_token` an estimate of the KL at the
+            stored states; with `by_rollout` the mean over rollouts of their means, which shows a trend and is not an estimate of the KL.
         clip_fraction: share of clipped advantages.
         grad_norm: before clipping.
         rollouts: in this step.
