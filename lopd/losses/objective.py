@@ -19,7 +19,7 @@ from lopd.losses.divergences import reverse_kl
 from lopd.losses.tokens import TokenLosses as TokenLosses
 from lopd.losses.tokens import Tokens as Tokens
 from lopd.losses.tokens import TopKColumn as TopKColumn
-from lopd.protocols import StatesCorrection
+from lopd.protocols import StatesBaseline, StatesCorrection
 from lopd.records.checks import check_number, own_numbers
 
 
@@ -101,6 +101,10 @@ def is_uncorrected(part: object) -> bool:
     return isinstance(part, StatesCorrection) and part.uncorrected
 
 
+def is_baselined(part: object) -> bool:
+    """Return whether a loss or an objective says that it adds a baseline to advantages."""
+    return isinstance(part, StatesBaseline) and part.baselined
+
 
 def _check_clip(owner: object, _: Any, clip: Any) -> None:
     own_numbers(owner, type(owner).__name__)
@@ -129,8 +133,10 @@ class OPDSettings:
         transforms: variants of advantages and weights, in their order (`lopd.losses.variants`); the clip comes after them.
         advantage: a constant in the place of teacher minus student, then no teacher is needed; 1 is supervised fine-tuning.
         kl_baseline: add \(KL(\pi_\theta, \pi_T)\), over the teacher's top-k and the tail, to the advantage before the transforms; needs
-            `batches(top_k=True)`.  The advantage has mean -KL under the student, so what is added up has mean 0: online the same expected
-            gradient, with less variance (vOPD, arXiv 2605.07865).
+            `batches(top_k=True)`.  The advantage has mean -KL under the student, so what is added up has mean 0: online and with weights
+            `by_token` the same expected gradient, with less variance (vOPD, arXiv 2605.07865).  With weights `by_rollout` it changes the
+            expected gradient, since 1/T depends on later tokens: it takes away the push towards longer responses (`lopd.by_rollout`).
+            `opd_steps` warns of that.
         ratio_cap: \(c\), more than 0: a ratio of more counts as c, and keeps its gradient (`functional.bounded_ratio`).  A smaller cap has less
             variance, and more bias where the student has moved.  None leaves ratios as they are up to \(e^{20}\) (`functional.MAX_LOG_RATIO`).
 
@@ -152,6 +158,11 @@ class OPDSettings:
         """Whether it has neither an importance ratio, nor a constant advantage, nor a transform but those marked `uncorrected`."""
         unchanged = all(_is_marked(transform, "uncorrected") for transform in self.transforms)
         return not self.ratio_to_ref and unchanged and self.advantage is None
+
+    @property
+    def baselined(self) -> bool:
+        """Whether it has `kl_baseline` (`lopd.protocols.StatesBaseline`)."""
+        return self.kl_baseline
 
     def objective(self) -> "OPDObjective":
         """Return the objective that has these settings."""
