@@ -122,6 +122,33 @@ def log_compress(signal: Signal) -> Signal:
 
 
 @uncorrected
+def window_ratio(signal: Signal, window: int = 8, cap: float | None = 4.0) -> Signal:
+    r"""Weights times the ratio of the tokens before: \(w_t \min\big(\prod_{k=t-L}^{t-1} \pi_\theta(a_k|s_k) / q(a_k|s_k), c\big)\).
+
+    The token's own ratio corrects for what the student would draw at a state; this one for the states.  Without a cap, and with
+    `ratio_to_ref=True`, the expected gradient is that at states of which q wrote all tokens but the last L, and the student those: with L
+    at least the length of a response, the online gradient.  A cap costs bias, and bounds the variance, which grows with L.
+
+    Args:
+        signal: what is changed.
+        window: \(L\), at least 1: counted tokens of the same rollout; those that do not count are passed over.
+        cap: \(c\), more than 0; None for none but that which keeps the ratio finite (`functional.MAX_LOG_RATIO`).
+
+    Raises:
+        InvalidRecordError: `window` is less than 1, or the cap not more than 0.
+
+    Source: per-decision importance sampling (Precup et al. 2000), truncated in time and in size.
+    """
+    window, cap = check_at_least("Window ratio", "window", window, 1), _to_cap(cap)
+
+    def factors(log_ratio_T: Tensor) -> Tensor:
+        before_T = pad(log_ratio_T, (window, 0)).unfold(0, window, 1)[:-1].sum(-1)
+        return functional.bounded_ratio(before_T, cap)
+
+    return evolve(signal, weight=signal.weight * _by_rollout(signal, factors, signal.student_logprobs - signal.tokens.sampler()))
+
+
+@uncorrected
 def position_weights(signal: Signal, gamma: float = 0.5) -> Signal:
     r"""Early tokens weigh more: \(w_t\,\big(1 + \gamma\,(1 - \sum_{k<t}\lvert A_k\rvert / \sum_k \lvert A_k\rvert)\big)\) over a rollout's tokens.
 
