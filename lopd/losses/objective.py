@@ -2,25 +2,24 @@ r"""What a loss wants of the student's log-probs, apart from how they are comput
 
 A variant of Lightning OPD is a function `Signal -> Signal` (`lopd.losses.variants`): it changes advantages and weights, never the path.
 
-Shape suffixes: N tokens of a batch, M of them that count, K selected ids each.
+Shape suffixes: M counted tokens of a batch, K selected ids each.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar, final
 
 import torch
-from attrs import field, frozen
+from attrs import field, fields, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
 from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
-from lopd.losses.tokens import TokenLosses as TokenLosses
-from lopd.losses.tokens import Tokens as Tokens
-from lopd.losses.tokens import TopKColumn as TopKColumn
+from lopd.losses.tokens import Tokens as Tokens  # noqa: PLC0414 (a public name of this module)
 from lopd.protocols import StatesBaseline, StatesCorrection
 from lopd.records.checks import check_number, own_numbers
+from lopd.records.steps import LossOutput
 
 
 @frozen(eq=False)
@@ -72,6 +71,32 @@ def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
 
 def _is_marked(transform: Transform, mark: str) -> bool:
     return bool(getattr(getattr(transform, "func", transform), mark, False))
+
+
+@frozen(eq=False)
+class TokenLosses:
+    """Weighted, per token.
+
+    Args:
+        loss: (M,) carries the gradient.
+        reverse_kl: (M,) detached; see `LossOutput`.
+        clipped: (M,) detached.
+        logprobs: (M,) detached, nats, not weighted: the student's, of the targets.
+    """
+
+    loss: Tensor
+    reverse_kl: Tensor
+    clipped: Tensor
+    logprobs: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence["TokenLosses"], empty: Tensor) -> "TokenLosses":
+        """Return those of all parts in their order; `empty`, of shape (0,), gives device and dtype where there are 0 parts."""
+        return cls(*(torch.cat([empty, *(getattr(part, f.name) for part in parts)]) for f in fields(cls)))
+
+    def sums(self) -> LossOutput:
+        """What the loop is told."""
+        return LossOutput(self.loss.sum(), self.reverse_kl.sum(), self.clipped.sum(), logprobs=self.logprobs)
 
 
 class Objective(Protocol):

@@ -1,18 +1,16 @@
-"""What a loss is given of each token, and what it gives for each.
+"""The tokens of a batch that count, with everything that is stored of them.
 
-Shape suffixes: N tokens of a batch, M of them that count, K selected ids each.
+Shape suffixes: M counted tokens, K of a support each, D drawn ones.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from attrs import evolve, fields, frozen
 from torch import Tensor
 
 from lopd.errors import MissingScoresError
 from lopd.losses import functional
-from lopd.records.steps import Batch, LossOutput
+from lopd.records.steps import Batch
 
 
 class TopKColumn(NamedTuple):
@@ -21,6 +19,14 @@ class TopKColumn(NamedTuple):
     ids: Tensor
     logprobs: Tensor
     tail: Tensor
+
+
+class DrawnColumn(NamedTuple):
+    """(M, D) ids that were drawn from the policy, and (M, D) log-probs of them in nats: the teacher's, and the policy's own."""
+
+    ids: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
 
 
 @frozen(eq=False)
@@ -32,7 +38,8 @@ class Tokens:
         weight: (M,) more than 0.
         segment_ids: (M,) int64, which rollout of the batch; tokens of one rollout are in their order.
         teacher_logprobs, ref_logprobs, sampler_logprobs: (M,) nats, or None where the batch has no such column.
-        top_k_ids, top_k_logprobs, top_k_tail: (M, K), (M, K) and (M,) of the teacher, or None where the batch has none.
+        top_k_ids, top_k_logprobs, top_k_tail: (M, K), (M, K) and (M,) of the teacher's support, or None where the batch has none.
+        drawn_ids, drawn_logprobs, drawn_ref_logprobs: (M, D) each, see `DrawnColumn`; None where the batch has none.
         student_entropies: (M,) nats, detached, of the student's distributions; a loss brings them for an objective that `wants_entropy`.
     """
 
@@ -45,6 +52,9 @@ class Tokens:
     top_k_logprobs: Tensor | None = None
     top_k_tail: Tensor | None = None
     sampler_logprobs: Tensor | None = None
+    drawn_ids: Tensor | None = None
+    drawn_logprobs: Tensor | None = None
+    drawn_ref_logprobs: Tensor | None = None
     student_entropies: Tensor | None = None
 
     @classmethod
@@ -89,34 +99,14 @@ class Tokens:
         expected = "the teacher's most likely tokens; ask for them in `batches(top_k=True)`"
         return TopKColumn(*(_present(column, "Batch: top_k_ids", expected) for column in columns))
 
+    def drawn(self) -> DrawnColumn:
+        """Return the tokens that were drawn from the policy; MissingScoresError where the batch has none, or not what the policy said of them."""
+        columns = (self.drawn_ids, self.drawn_logprobs, self.drawn_ref_logprobs)
+        expected = "tokens that the policy drew; sample with `SamplingParams(drawn=...)`, score them, and ask for `batches(ref='policy', top_k=True)`"
+        return DrawnColumn(*(_present(column, "Batch: drawn_ref_logprobs", expected) for column in columns))
+
 
 def _present(column: Tensor | None, name: str, expected: str) -> Tensor:
     if column is None:
         raise MissingScoresError(f"{name} is None, expected {expected}.")
     return column
-
-
-@frozen(eq=False)
-class TokenLosses:
-    """Weighted, per token.
-
-    Args:
-        loss: (M,) carries the gradient.
-        reverse_kl: (M,) detached; see `LossOutput`.
-        clipped: (M,) detached.
-        logprobs: (M,) detached, nats, not weighted: the student's, of the targets.
-    """
-
-    loss: Tensor
-    reverse_kl: Tensor
-    clipped: Tensor
-    logprobs: Tensor
-
-    @classmethod
-    def joined(cls, parts: Sequence["TokenLosses"], empty: Tensor) -> "TokenLosses":
-        """Return those of all parts in their order; `empty`, of shape (0,), gives device and dtype where there are 0 parts."""
-        return cls(*(torch.cat([empty, *(getattr(part, f.name) for part in parts)]) for f in fields(cls)))
-
-    def sums(self) -> LossOutput:
-        """What the loop is told."""
-        return LossOutput(self.loss.sum(), self.reverse_kl.sum(), self.clipped.sum(), logprobs=self.logprobs)
