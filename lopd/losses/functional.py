@@ -58,8 +58,8 @@ def bounded_ratio(log_ratio_M: Tensor, cap: float | None = None) -> Tensor:
 
     Source: truncated importance sampling (Ionides 2008).
 
-    >>> bounded_ratio(torch.tensor([-100.0, 0.0, 2.0, 100.0]), cap=4.0)
-    tensor([0.0000, 1.0000, 4.0000, 4.0000])
+    >>> bounded_ratio(torch.tensor([-1.0, 0.0, 2.0, 100.0]), cap=4.0)
+    tensor([0.3679, 1.0000, 4.0000, 4.0000])
     """
     most = MAX_LOG_RATIO if cap is None else min(math.log(cap), MAX_LOG_RATIO)
     return torch.exp(log_ratio_M - (log_ratio_M.detach() - most).clamp(min=0))
