@@ -152,6 +152,8 @@ class StepMetrics:
         tokens: positions the student read in this step, prompts included.
         seconds: wall time.
         drift: from the reference policy; None unless the steps bring teacher and ref columns and the loss says its log-probs.
+        response_tokens: that count, of all rollouts in this step.  Over rounds of fresh rollouts watch their mean, `response_tokens / rollouts`:
+            weights `by_rollout` push it up (`lopd.by_rollout`).  0 in metrics that were written before they were counted.
     """
 
     step: int
@@ -163,6 +165,7 @@ class StepMetrics:
     tokens: int
     seconds: float
     drift: Drift | None = None
+    response_tokens: int = 0
 
     def __str__(self) -> str:
         """One line for people; `repr` has every number.
@@ -182,8 +185,9 @@ class StepMetrics:
         Loggers take the step beside the numbers, and some keep that name for themselves.  Those of `drift` begin with drift/, and there are
         none of them where it is None.  Quantiles and gains have a name each.  A number may be infinite: the ratio of a student gone wild is.
 
-        >>> StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5).numbers()
-        {'loss': 0.5, 'reverse_kl': 0.25, 'clip_fraction': 0.0, 'grad_norm': 2.0, 'rollouts': 8.0, 'tokens': 900.0, 'seconds': 0.5}
+        >>> metrics = StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5)
+        >>> list(metrics.numbers())
+        ['loss', 'reverse_kl', 'clip_fraction', 'grad_norm', 'rollouts', 'tokens', 'seconds', 'response_tokens']
         """
         own = {f.name: float(getattr(self, f.name)) for f in fields(StepMetrics) if f.name not in {"step", "drift"}}
         drift = {} if self.drift is None else self.drift.numbers()
@@ -195,5 +199,5 @@ class StepMetrics:
         nested, flat = data.get("drift"), below("drift", data)
         drift = Drift.from_numbers(flat) if flat else None if nested is None else Drift.from_json(nested)
         own = {name: value for name, value in data.items() if not name.startswith("drift/")}
-        counts = {name: int(data[name]) for name in ("step", "rollouts", "tokens")}
+        counts = {name: int(data.get(name, 0)) for name in ("step", "rollouts", "tokens", "response_tokens")}
         return cls(**{**own, **counts, "drift": drift})

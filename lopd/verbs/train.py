@@ -124,8 +124,8 @@ def _train(
         if place_of_step == 0:
             judge_distance(optimizer, loss, reverse_kl, drift if step.index == 0 else None)
         read = step.batches[: len(step.batches) - step.idle]
-        counts = torch.tensor([sum(int(batch.segment_ids[-1]) + 1 for batch in read), sum(batch.inputs.numel() for batch in read)])
-        rollouts, tokens = ranks.sum(counts).tolist()
+        counts = [(int(batch.segment_ids[-1]) + 1, batch.inputs.numel(), int((batch.weight > 0).sum())) for batch in read]
+        rollouts, tokens, response_tokens = ranks.sum(torch.tensor([(0, 0, 0), *counts]).sum(0)).tolist()
         yield StepMetrics(
             step=step.index,
             loss=mean_loss,
@@ -135,6 +135,7 @@ def _train(
             rollouts=rollouts,
             tokens=tokens,
             drift=drift,
+            response_tokens=response_tokens,
             seconds=perf_counter() - started,
         )
 
