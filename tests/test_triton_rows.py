@@ -139,12 +139,15 @@ from lopd.losses import triton_rows as rows
 
 capability, dtype, capped = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 common = dict(vocabulary="i32", row_stride="i64", softcap="fp32", K="i32", CAPPED="constexpr", BLOCK="constexpr")
+common |= dict(logits="*" + dtype, ids="*i64", largest="*fp32", selected="*fp32")
 kernels = {
-    rows.statistics_kernel: dict(logits="*" + dtype, ids="*i64", largest="*fp32", sums="*fp32", selected="*fp32", **common),
-    rows.gradient_kernel: dict(logits="*" + dtype, ids="*i64", largest="*fp32", sums="*fp32", coefficients="*fp32", **common),
+    rows.statistics_kernel: dict(rests="*fp32"),
+    rows.gradient_kernel: dict(factors="*fp32", slopes="*fp32", offsets="*fp32", ENTROPY="constexpr"),
 }
-for kernel, signature in kernels.items():
-    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(CAPPED=capped, BLOCK=rows.BLOCK))
+for kernel, own in kernels.items():
+    fixed = dict(CAPPED=capped, BLOCK=rows.BLOCK) | (dict(ENTROPY=True) if "ENTROPY" in own else {})
+    signature = {name: (common | own)[name] for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
     made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": rows.WARPS})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
