@@ -57,9 +57,13 @@ def selected_gradients(ids_CK: Tensor, found: Statistics, gradient_CK: Tensor, e
     return by_id_CK - by_softmax_C * found.logprobs.exp()
 
 
-def entropy_terms(found: Statistics, entropy_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (C,) slopes and offsets: the gradient of h H by a logit is -slope * e * (log e + offset), with e = exp(logit - largest)."""
-    return entropy_C / found.sums, cast("Tensor", found.entropies) - found.sums.log()
+def row_factors(found: Statistics, gradient_CK: Tensor, entropy_C: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (C,) a and b: with e = exp(logit - largest), the gradient by a logit that is not selected is a e - b e log e."""
+    share_C = -gradient_CK.sum(-1) / found.sums
+    if entropy_C is None:
+        return share_C, torch.zeros_like(share_C)
+    slope_C = entropy_C / found.sums
+    return share_C - slope_C * (cast("Tensor", found.entropies) - found.sums.log()), slope_C
 
 
 def _same(ids_CK: Tensor) -> Tensor:
@@ -134,7 +138,7 @@ class TorchRows:
         With one id a row, the row that sums to zero is `(exp - sum * onehot)` times `-f' / sum`.
         """
         buffer_CV = self._buffer_CV[place]
-        scale_C = -gradient_CK.sum(-1) / statistics.sums
+        scale_C, slope_C = row_factors(statistics, gradient_CK, entropy_C)
         if ids_CK.shape[1] == 1 and entropy_C is None:
             # sum * (p - 1), exact also where p is nearly 1
             buffer_CV.scatter_(-1, ids_CK, (statistics.logprobs.expm1() * statistics.sums[:, None]).to(buffer_CV.dtype))
@@ -142,19 +146,17 @@ class TorchRows:
             if entropy_C is None:
                 buffer_CV.mul_(scale_C.to(buffer_CV.dtype)[:, None])
             else:
-                self._add_entropy(buffer_CV, statistics, scale_C, entropy_C)
+                self._with_logs(buffer_CV, scale_C.to(self._dtype), slope_C.to(self._dtype))
             buffer_CV.scatter_(-1, ids_CK, selected_gradients(ids_CK, statistics, gradient_CK, entropy_C).to(buffer_CV.dtype))
             scale_C = torch.ones_like(scale_C)
         if self._slope_CV is not None:
             buffer_CV.mul_(self._slope_CV[place])
         return scale_C
 
-    def _add_entropy(self, buffer_CV: Tensor, statistics: Statistics, scale_C: Tensor, entropy_C: Tensor) -> None:
-        """Overwrite exp(logit - largest) by scale times it plus the gradient by way of the entropies."""
-        slope_C, offset_C = entropy_terms(statistics, entropy_C)
-        by_share_C, slope_C = (values_C.to(self._dtype) for values_C in (scale_C - slope_C * offset_C, slope_C))
+    def _with_logs(self, buffer_CV: Tensor, share_C: Tensor, slope_C: Tensor) -> None:
+        """Overwrite each e by a e - b e log e."""
         for first in range(0, len(buffer_CV), self._block_rows):
             block = slice(first, first + self._block_rows)
             shares_RV = buffer_CV[block].to(self._dtype)
-            own_RV = torch.special.entr(shares_RV).mul_(slope_C[block, None])
-            buffer_CV[block] = own_RV.addcmul_(shares_RV, by_share_C[block, None])
+            logs_RV = torch.special.entr(shares_RV).mul_(slope_C[block, None])
+            buffer_CV[block] = logs_RV.addcmul_(shares_RV, share_C[block, None])

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lopd.losses.rows import Statistics, entropies_of, entropy_terms, selected_gradients, selected_logprobs_of
+from lopd.losses.rows import Statistics, entropies_of, row_factors, selected_gradients, selected_logprobs_of
 
 BLOCK, WARPS = 4096, 8
 
@@ -51,24 +51,11 @@ def statistics_kernel(logits, ids, largest, rests, selected, vocabulary, row_str
 
 @triton.jit
 def gradient_kernel(
-    logits,
-    ids,
-    largest,
-    selected,
-    factors,
-    slopes,
-    offsets,
-    vocabulary,
-    row_stride,
-    softcap,
-    K,
-    CAPPED: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
+    logits, ids, largest, selected, factors, slopes, vocabulary, row_stride, softcap, K, CAPPED: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
-    top, factor = tl.load(largest + row), tl.load(factors + row)
+    top, factor, log_factor = tl.load(largest + row), tl.load(factors + row), tl.load(slopes + row)
     for begin in range(0, vocabulary, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         inside = columns < vocabulary
@@ -79,11 +66,8 @@ def gradient_kernel(
             slope = 1.0 - bent * bent
             z = softcap * bent
         # the largest logit first: its sum with the log of the sum would be rounded where logits are far from zero
-        shares = tl.exp(z - top)
-        gradient = shares * factor
-        if ENTROPY:
-            own = shares * tl.load(slopes + row) * (z - top + tl.load(offsets + row))
-            gradient -= tl.where(shares > 0.0, own, 0.0)
+        # a log of minus infinity times a share of 0 would not be a number
+        gradient = tl.exp(z - top) * (factor - log_factor * tl.maximum(z - top, -1000.0))
         for k in range(K):
             chosen = columns == tl.load(ids + row * K + k)
             gradient = tl.where(chosen, tl.load(selected + row * K + k), gradient)
@@ -112,11 +96,11 @@ class TritonRows:
         logprobs_CK, sums_C = selected_logprobs_of(ids_CK, selected_CK, largest_C, rest_C)
         return Statistics(logprobs_CK, sums_C, largest_C, self._entropies(place, largest_C, sums_C) if entropy else None)
 
-    def _run(self, kernel: Any, place: slice, ids_CK: Tensor, *of_rows: Tensor, **options: bool) -> None:
+    def _run(self, kernel: Any, place: slice, ids_CK: Tensor, *of_rows: Tensor) -> None:
         logits_CV = self._buffer_CV[place]
         kernel[(len(ids_CK),)](
             logits_CV, ids_CK.contiguous(), *of_rows, logits_CV.shape[1], logits_CV.stride(0), self._softcap or 1.0,
-            K=ids_CK.shape[1], CAPPED=self._softcap is not None, BLOCK=BLOCK, num_warps=WARPS, **options,
+            K=ids_CK.shape[1], CAPPED=self._softcap is not None, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
     def _entropies(self, place: slice, largest_C: Tensor, sums_C: Tensor) -> Tensor:
@@ -131,9 +115,7 @@ class TritonRows:
         self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor, entropy_C: Tensor | None = None
     ) -> Tensor:
         """In place, with scales of 1."""
-        factor_C = -gradient_CK.sum(-1) / statistics.sums
-        slope_C, offset_C = (factor_C, factor_C) if entropy_C is None else entropy_terms(statistics, entropy_C)
         selected_CK = selected_gradients(ids_CK, statistics, gradient_CK, entropy_C)
-        of_rows = (values.float().contiguous() for values in (selected_CK, factor_C, slope_C, offset_C))
-        self._run(gradient_kernel, place, ids_CK, statistics.largest, *of_rows, ENTROPY=entropy_C is not None)
+        of_rows = (selected_CK, *row_factors(statistics, gradient_CK, entropy_C))
+        self._run(gradient_kernel, place, ids_CK, statistics.largest, *(values.float().contiguous() for values in of_rows))
         return torch.ones(len(ids_CK), dtype=torch.float32, device=ids_CK.device)
