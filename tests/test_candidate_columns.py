@@ -11,6 +11,10 @@ from lopd.errors import ConflictError, EngineChangeWarning, InvalidRecordError, 
 from lopd.guards import ConsistencyPolicy
 from lopd.records import Lineage, ModelId, policy_column
 from lopd.records.collate import collate
+from lopd.testing import assert_same_top_k
+from lopd.tools.interop import export_parquet, import_parquet
+from lopd.tools.origins import score_columns
+from lopd.tools.plan import measured_rates
 
 PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5), candidates=3, drawn=2)
 
@@ -134,3 +138,18 @@ def test_other_drawn_tokens_in_the_reference_column_are_refused(source, prompts,
         collate(
             [evolve(records[0], top_k={**records[0].top_k, "policy": other}), records[1]], teacher="teacher", ref="policy", top_k="teacher"
         )
+
+
+def test_tools_know_what_a_support_is_made_of_and_how_fast_it_was_sampled(source, prompts, teacher, tmp_path):
+    store = ZarrStore.create(str(tmp_path / "s.zarr"), source.manifest)
+    collect_rollouts(source, prompts, store, prompts_per_batch=1)
+    score_rollouts(store, teacher, rollouts_per_batch=4)
+    assert score_columns(store)["top-k"][:2] == ["5 (2 drawn)", "7 (3 candidates, 2 drawn)"]
+    assert measured_rates(store).keys() == {"sampling", "scoring"}
+    assert list(store.verify()) == []
+    export_parquet(store, tmp_path / "s.parquet")
+    read = MemoryStore(source.manifest)
+    import_parquet(tmp_path / "s.parquet", read)
+    assert dict(read.columns) == dict(store.columns)
+    for row, other in zip(store.read([0, 3], top_k=("teacher",)), read.read([0, 3], top_k=("teacher",)), strict=True):
+        assert_same_top_k(row.top_k["teacher"], other.top_k["teacher"])
