@@ -148,7 +148,7 @@ def test_a_sampled_token_of_another_distribution_is_left_out_of_the_mean_of_what
     torch.testing.assert_close(states.gradient(loss, batch), states.gradient(loss, others))
 
 
-@pytest.mark.parametrize("bound", [{"clip": 0.5}, {"cap": 0.5}])
+@pytest.mark.parametrize("bound", [{"clip": 0.5}, {"ratio_cap": 0.5}])
 def test_clip_and_cap_bound_the_advantage_and_the_ratio_of_the_residual(bound: dict[str, float]) -> None:
     states = States.random(5)
     support_SK = states.teacher.topk(2, -1).indices
@@ -157,7 +157,7 @@ def test_clip_and_cap_bound_the_advantage_and_the_ratio_of_the_residual(bound: d
     p, gap = states.student.exp() * outside_SV, states.teacher - states.student
     advantage = gap - ((states.teacher.exp() * outside_SV).sum(-1, keepdim=True) / p.sum(-1, keepdim=True)).log()
     ratio = (states.student - states.policy).exp()
-    bounded = ratio.clamp(max=bound.get("cap", math.inf)) * advantage.clamp(-bound.get("clip", math.inf), bound.get("clip", math.inf))
+    bounded = ratio.clamp(max=bound.get("ratio_cap", math.inf)) * advantage.clamp(-bound.get("clip", math.inf), bound.get("clip", math.inf))
     expected = -states.score_sum(states.policy.exp() * outside_SV * bounded)
     objectives = [TopKObjective(reverse_kl, residual=True, **bound), TopKObjective(reverse_kl)]
     made, without = (states.gradient(FusedLoss(objective), batch) for objective in objectives)
@@ -172,7 +172,7 @@ def test_clip_and_cap_bound_the_advantage_and_the_ratio_of_the_residual(bound: d
     [
         TopKObjective(generalised_kl),
         TopKObjective(reverse_kl, residual=True),
-        TopKObjective(generalised_kl, residual=True, clip=1.0, cap=2.0),
+        TopKObjective(generalised_kl, residual=True, clip=1.0, ratio_cap=2.0),
     ],
     ids=repr,
 )
@@ -200,10 +200,10 @@ def test_a_residual_of_another_divergence_is_refused(divergence: Divergence) -> 
 
 
 def test_bounds_that_make_no_sense_are_refused() -> None:
-    for bound in ({"clip": 0.0}, {"cap": math.inf}, {"clip": math.nan}, {"cap": -1.0}):
-        with pytest.raises(InvalidRecordError, match=r"TopKObjective: c\w+ is .*, expected None, or finite and more than 0"):
+    for bound in ({"clip": 0.0}, {"ratio_cap": math.inf}, {"clip": math.nan}, {"ratio_cap": -1.0}):
+        with pytest.raises(InvalidRecordError, match=r"TopKObjective: \w+ is .*, expected None, or finite and more than 0"):
             TopKObjective(reverse_kl, residual=True, **bound)
-    with pytest.raises(InvalidRecordError, match="clip and cap bound a residual, and residual is False"):
+    with pytest.raises(InvalidRecordError, match="clip and ratio_cap bound a residual, and residual is False"):
         TopKObjective(reverse_kl, clip=1.0)
 
 

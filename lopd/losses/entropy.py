@@ -5,7 +5,7 @@ from typing import final
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from lopd.losses.objective import Objective, TokenLosses, is_uncorrected
+from lopd.losses.objective import Objective, TokenLosses, is_baselined, is_uncorrected
 from lopd.losses.tokens import Tokens
 from lopd.records.checks import check_number, to_real
 
@@ -51,6 +51,11 @@ class EntropyBonus:
     def uncorrected(self) -> bool:
         """Whether the other objective is (`lopd.protocols.StatesCorrection`)."""
         return is_uncorrected(self.objective)
+
+    @property
+    def baselined(self) -> bool:
+        """Whether the other objective is (`lopd.protocols.StatesBaseline`)."""
+        return is_baselined(self.objective)
 
     def ids(self, tokens: Tokens, /) -> Tensor:
         """Those of the other objective."""
