@@ -10,7 +10,8 @@ from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.rollouts import Rollout, Scores, TopK, floor_logprobs
+from lopd.records.rollouts import Rollout, Scores, floor_logprobs
+from lopd.records.support import TopK
 
 
 def make_scores(

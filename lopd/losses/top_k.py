@@ -7,7 +7,8 @@ from attrs import frozen
 from torch import Tensor
 
 from lopd.losses.divergences import Divergence
-from lopd.losses.objective import TokenLosses, Tokens
+from lopd.losses.objective import TokenLosses
+from lopd.losses.tokens import Tokens
 
 
 @final

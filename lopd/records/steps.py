@@ -1,6 +1,6 @@
 """What a step of training is made of: packed batches, the head that reads them, what a loss says of them, and the numbers of the step.
 
-Shape suffixes: N tokens of a packed batch, D hidden size, V vocabulary, K candidates of a top-k support.
+Shape suffixes: N tokens of a packed batch, D hidden size, V vocabulary, K tokens of a support.
 """
 
 from collections.abc import Mapping
@@ -32,11 +32,15 @@ class Batch:
         weight: (N,) float32, how much a token counts; 0 for prompt tokens and masked tokens.
         teacher_logprobs: (N,) float32, nats, meaningful where weight > 0 (0 elsewhere); None if no such column was asked for.
         ref_logprobs: (N,) float32, nats, likewise, of the reference policy at temperature 1: drift is measured from these.
-        top_k_ids: (N, K) int64, the tokens that the teacher finds most likely; None if they were not asked for, like the next two.
+        top_k_ids: (N, K) int64, the distinct tokens of the teacher's support: those that it finds most likely, or the policy's candidates.  None
+            if they were not asked for, like the next five.
         top_k_logprobs: (N, K) float32, nats, of the teacher's whole distribution.
         top_k_tail: (N,) float32, the probability that the teacher gives to all other tokens.
         sampler_logprobs: (N,) float32, nats, in the distribution that drew the tokens: importance ratios are to these.  None where
             `ref_logprobs` are the same (temperature and top-p are 1), or where they were not recorded.
+        drawn_ids: (N, D) int64, tokens that were drawn from the policy at temperature 1, with replacement; None where the support has none.
+        drawn_logprobs: (N, D) float32, nats, of the teacher.
+        drawn_ref_logprobs: (N, D) float32, nats, of the policy that drew them; None where `ref` is not the column that keeps them.
     """
 
     inputs: Tensor = field(repr=_shape)
@@ -50,6 +54,9 @@ class Batch:
     top_k_logprobs: Tensor | None = field(default=None, repr=_shape)
     top_k_tail: Tensor | None = field(default=None, repr=_shape)
     sampler_logprobs: Tensor | None = field(default=None, repr=_shape)
+    drawn_ids: Tensor | None = field(default=None, repr=_shape)
+    drawn_logprobs: Tensor | None = field(default=None, repr=_shape)
+    drawn_ref_logprobs: Tensor | None = field(default=None, repr=_shape)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""

@@ -13,7 +13,8 @@ from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.protocols import TeacherScorer
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.manifest import Manifest, Provenance, SamplingParams
-from lopd.records.rollouts import Rollout, Scores, TopK
+from lopd.records.rollouts import Rollout, Scores
+from lopd.records.support import TopK
 from lopd.verbs.scoring import score_rollouts
 
 _LARGEST_VOCABULARY = 4096

@@ -1,0 +1,106 @@
+"""The tokens of a batch that count, with everything that is stored of them.
+
+Shape suffixes: M counted tokens, K of a support each, D drawn ones.
+"""
+
+from typing import Any, NamedTuple
+
+from attrs import evolve, fields, frozen
+from torch import Tensor
+
+from lopd.errors import MissingScoresError
+from lopd.records.steps import Batch
+
+
+class TopKColumn(NamedTuple):
+    """(M, K) ids, (M, K) log-probs in nats, and (M,) probability of all other tokens."""
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+
+
+class DrawnColumn(NamedTuple):
+    """(M, D) ids that were drawn from the policy, and (M, D) log-probs of them in nats: the teacher's, and the policy's own."""
+
+    ids: Tensor
+    logprobs: Tensor
+    ref_logprobs: Tensor
+
+
+@frozen(eq=False)
+class Tokens:
+    """The M counted tokens of a batch.  Others are dropped before any arithmetic, so nothing of theirs can leak through a mask.
+
+    Args:
+        targets: (M,) int64.
+        weight: (M,) more than 0.
+        segment_ids: (M,) int64, which rollout of the batch; tokens of one rollout are in their order.
+        teacher_logprobs, ref_logprobs, sampler_logprobs: (M,) nats, or None where the batch has no such column.
+        top_k_ids, top_k_logprobs, top_k_tail: (M, K), (M, K) and (M,) of the teacher's support, or None where the batch has none.
+        drawn_ids, drawn_logprobs, drawn_ref_logprobs: (M, D) each, see `DrawnColumn`; None where the batch has none.
+        student_entropies: (M,) nats, detached, of the student's distributions; a loss brings them for an objective that `wants_entropy`.
+    """
+
+    targets: Tensor
+    weight: Tensor
+    segment_ids: Tensor
+    teacher_logprobs: Tensor | None
+    ref_logprobs: Tensor | None
+    top_k_ids: Tensor | None = None
+    top_k_logprobs: Tensor | None = None
+    top_k_tail: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
+    drawn_ids: Tensor | None = None
+    drawn_logprobs: Tensor | None = None
+    drawn_ref_logprobs: Tensor | None = None
+    student_entropies: Tensor | None = None
+
+    @classmethod
+    def counted(cls, batch: Batch) -> "Tokens":
+        """Those of the batch whose weight is more than 0."""
+        columns = [getattr(batch, f.name) for f in fields(cls) if f.name != "student_entropies"]
+        return cls(*columns).where(batch.weight > 0)
+
+    def where(self, rows: Tensor | slice) -> "Tokens":
+        """Some of them."""
+        columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Tokens)}
+        return evolve(self, **{name: column[rows] for name, column in columns.items() if column is not None})
+
+    def teacher(self) -> Tensor:
+        """Return the teacher's log-probs; MissingScoresError where the batch has none."""
+        return _present(self.teacher_logprobs, "Batch: teacher_logprobs", "a score column; name it in `batches(teacher=...)`")
+
+    def ref(self) -> Tensor:
+        """Return the reference policy's log-probs at temperature 1; MissingScoresError where the batch has none."""
+        return _present(self.ref_logprobs, "Batch: ref_logprobs", "a score column; name it in `batches(ref=...)`")
+
+    def sampler(self) -> Tensor:
+        """Return the log-probs in the distribution that drew the tokens: an importance ratio is to these.
+
+        They are the reference policy's where the batch has no others; MissingScoresError where it has neither.
+        """
+        return self.ref() if self.sampler_logprobs is None else self.sampler_logprobs
+
+    def entropies(self) -> Tensor:
+        """Return the student's entropies; MissingScoresError where the loss brought none."""
+        remedy = "mark the transform with `lopd.losses.objective.with_entropy`"
+        return _present(self.student_entropies, "Tokens: student_entropies", f"the student's entropies; {remedy}")
+
+    def top_k(self) -> TopKColumn:
+        """Return the teacher's most likely tokens; MissingScoresError where the batch has none."""
+        columns = (self.top_k_ids, self.top_k_logprobs, self.top_k_tail)
+        expected = "the teacher's most likely tokens; ask for them in `batches(top_k=True)`"
+        return TopKColumn(*(_present(column, "Batch: top_k_ids", expected) for column in columns))
+
+    def drawn(self) -> DrawnColumn:
+        """Return the tokens that were drawn from the policy; MissingScoresError where the batch has none, or not what the policy said of them."""
+        columns = (self.drawn_ids, self.drawn_logprobs, self.drawn_ref_logprobs)
+        expected = "tokens that the policy drew; sample with `SamplingParams(drawn=...)`, score them, and ask for `batches(ref='policy', top_k=True)`"
+        return DrawnColumn(*(_present(column, "Batch: drawn_ref_logprobs", expected) for column in columns))
+
+
+def _present(column: Tensor | None, name: str, expected: str) -> Tensor:
+    if column is None:
+        raise MissingScoresError(f"{name} is None, expected {expected}.")
+    return column
