@@ -51,7 +51,7 @@ class Known:
         for i, own in enumerate(self.policy):
             ids = np.array([rng.choice(VOCAB, p=np.exp(p)) for p in own])
             values = {"loss_mask": self.on, "behavior_logprobs": own[np.arange(LENGTH), ids]}
-            self.rollouts.append(tiny_rollout(f"p{i // 2}/s{i % 2}/g0", ids, **values))
+            self.rollouts.append(tiny_rollout(f"p{i // 2:02}/s{i % 2}/g0", ids, **values))
 
     def sampled(self, of):
         return [logprobs[np.arange(LENGTH), r.response_ids] for r, logprobs in zip(self.rollouts, of, strict=True)]

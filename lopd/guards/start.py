@@ -172,22 +172,24 @@ def _read(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: str)
     sums: dict[str, list[float]] = {}
     for record in walk(store, rows, (teacher, ref), supports):
         rounds.add(record.rollout.generation)
+        if not (on_T := record.rollout.loss_mask).any():
+            continue
         prompts.append(prompt_id_of(record.rollout.rollout_id))
-        scores = [record.scores[name].astype(np.float64)[record.rollout.loss_mask] for name in (teacher, ref)]
+        scores = [record.scores[name].astype(np.float64)[on_T] for name in (teacher, ref)]
         gaps.append(scores[0] - scores[1])
         floored += int((np.minimum(*scores) <= _FLOOR).sum())
         values = {"reverse_kl": -gaps[-1], **_of_supports(record, teacher, ref, min(width or 0 for width in widths))}
         for name, values_M in values.items():
             sums.setdefault(name, []).append(float(values_M.sum()))
     check_reference(store, ref, rounds)
-    _, place = np.unique(prompts, return_inverse=True)
-    counts = np.bincount(place, [gap.size for gap in gaps])
-    if not counts.any():
+    if not gaps:
         raise InvalidRecordError(
-            f"{store!r}: 0 tokens count in the {len(rows)} rollouts that were read, expected at least 1; look at their masks."
+            f"{store!r}: 0 tokens count in the {len(rows)} rollouts that were read, expected at least 1; look at their loss masks."
         )
-    pooled = {name: RolloutSums(np.bincount(place, values)[counts > 0], counts[counts > 0]) for name, values in sums.items()}
-    return {name: sums.per_token() for name, sums in pooled.items()}, np.concatenate(gaps), floored
+    _, place = np.unique(prompts, return_inverse=True)
+    counts = np.bincount(place, [gap.size for gap in gaps]).astype(np.float64)
+    pooled = {name: np.bincount(place, values).astype(np.float64) for name, values in sums.items()}
+    return {name: RolloutSums(values, counts).per_token() for name, values in pooled.items()}, np.concatenate(gaps), floored
 
 
 def _own_width(store: LogprobReader, column: str) -> int | None:
