@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from attrs import evolve
 
-from lopd import MemoryStore, ZarrStore
+from lopd import MemoryStore, ZarrStore, collect_rollouts, score_rollouts
+from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.guards import advise, measure_start
 from lopd.records import AdvantageSummary, ModelId, SamplingParams, Scores, TopK
@@ -243,6 +244,22 @@ def test_evenly_spaced_rollouts_are_read_and_no_more(known):
     assert_estimate(ends.reverse_kl, [-known.gaps()[0], [], -known.gaps()[23], []])
     one = measure_start(store, rows=np.array([3]))
     assert (one.rollouts, one.reverse_kl.ci95) == (1, math.inf)
+
+
+def test_what_a_source_and_a_scorer_keep_is_measured(llama, near_teacher, tokenizer, prompts):
+    """Against columns that keep the whole vocabulary of 96."""
+    source = HFSource(llama, tokenizer, SamplingParams(max_new_tokens=6, samples_per_prompt=2, candidates=16, drawn=2))
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    score_rollouts(store, HFScorer(near_teacher, tokenizer, top_k=16, candidates=4, drawn=2))
+    for column, model in (("whole", near_teacher), ("own", llama)):
+        score_rollouts(store, HFScorer(model, tokenizer, top_k=96), column=column)
+    start, whole = measure_start(store), measure_start(store, teacher="whole", ref="own")
+    assert start.ref == "policy"
+    assert {k: e.mean for k, e in start.overlap.items()} == pytest.approx({k: whole.overlap[k].mean for k in (8, 16)})
+    assert 0 < start.bucket_kl.mean < whole.bucket_kl.mean
+    assert start.reverse_kl.mean == pytest.approx(whole.reverse_kl.mean, abs=1e-4)
+    assert 0 < start.outside[0].mean <= start.outside[1].mean < 1
 
 
 @pytest.mark.parametrize(

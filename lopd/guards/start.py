@@ -3,7 +3,7 @@ r"""What a store says of a run before its first step: how far the student is fro
 Everything is read from two columns, the teacher's and that of the policy that sampled; no model runs.  \(A\) is the teacher's minus the policy's
 log-prob of a sampled token.  Where the columns keep supports, with \(S_T\) the teacher's and \(S\) the policy's distinct tokens,
 
-- overlap@k is \(|top_k(\pi_T) \cap top_k(\pi)| / k\), the measure of arXiv 2604.13016;
+- overlap@k is \(\lvert \mathrm{top}_k(\pi_T) \cap \mathrm{top}_k(\pi) \rvert / k\), the measure of arXiv 2604.13016;
 - the policy's mass outside \(S_T\) is at least \(\sum_{S \setminus S_T} \pi\), and at most that and the tail of \(S\);
 - the reverse KL of the buckets \(S \cap S_T\) and the rest is at most that of the whole vocabulary, for merging tokens never adds to a KL.
 
