@@ -2,6 +2,7 @@
 
 from lopd.protocols import LogprobReader
 from lopd.records.identity import ModelId
+from lopd.records.manifest import Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 
 
@@ -14,6 +15,7 @@ def origins(store: LogprobReader) -> list[tuple[str, str]]:
         ("tokenizer", f"{tokenizer.vocab_size:,} ids, vocabulary {tokenizer.vocab_hash}, ends with {tokenizer.eos_id}"),
         ("chat template", tokenizer.template_hash or "none"),
         ("sampling", f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most {sampling.max_new_tokens:,} tokens"),
+        ("kept beside each token", f"{sampling.candidates} most likely tokens, {sampling.drawn} drawn ones"),
         ("samples per prompt, seed", f"{sampling.samples_per_prompt:,}, {sampling.seed}"),
         ("schema version", str(manifest.schema_version)),
     ]
@@ -31,12 +33,18 @@ def score_columns(store: LogprobReader) -> dict[str, list[str]]:
         "model": [*(describe_model(p.model) for p in made), *("the policies that sampled" for _ in own)],
         "engine": [*(p.engine for p in made), *blank],
         "log-probs": [*(p.logprobs_mode for p in made), *own.values()],
-        "top-k": [*(str(p.top_k) for p in made), *blank],
+        "top-k": [*(_support(p) for p in made), *blank],
         "same vocabulary": [*("yes" if store.manifest.tokenizer.same_vocabulary(p) else "NO" for p in made), *blank],
         "rollouts scored": [f"{int(store.scored(name).sum()):,} of {len(store):,}" for name in names],
         "in quarantine": [*(f"{len(store.quarantined(name)):,}" for name in store.columns), *blank],
         "parity, mean nats": [*parity, *blank],
     }
+
+
+def _support(made: Provenance) -> str:
+    """Return how many tokens a column keeps, and which of them are not the model's own most likely ones."""
+    parts = [f"{many} {what}" for many, what in ((made.candidates, "candidates of the policy"), (made.drawn, "drawn")) if many]
+    return f"{made.top_k} ({', '.join(parts)})" if parts else str(made.top_k)
 
 
 def describe_model(model: ModelId | None) -> str:
