@@ -10,7 +10,7 @@ from attrs import evolve
 
 from lopd import MemoryStore, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError
+from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.guards import advise, measure_start
 from lopd.records import AdvantageSummary, ModelId, SamplingParams, Scores, TopK
 from lopd.records.estimates import RolloutSums
@@ -302,6 +302,12 @@ def test_what_cannot_be_measured_is_one_clear_error(known):
         measure_start(store, rows=np.array([24]))
     with pytest.raises(InvalidRecordError, match="count is 0"):
         measure_start(store, count=0)
+    for wrong in ({"teacher": ["teacher"]}, {"ref": 5}):
+        with pytest.raises(ArgumentError, match="expected a str; pass its name"):
+            measure_start(store, **wrong)
+    for wrong in ((math.nan, 0.0, None), (0.1, math.nan, None), (0.1, 1.5, None), (0.1, 0.0, -0.1)):
+        with pytest.raises(InvalidRecordError, match=r"Start: .* expected a"):
+            advise(*wrong)
     masked = MemoryStore(MANIFEST)
     masked.append([tiny_rollout("r", loss_mask=[False] * 3, behavior_logprobs=[-1.0] * 3)])
     masked.append_scores("teacher", tiny_provenance(), [Scores.of(masked.read([0])[0].rollout, [-1.0] * 3)])

@@ -1,15 +1,12 @@
 r"""What a store says of a run before its first step: how far the student is from its teacher, and whether stored rollouts are likely to do.
 
 Everything is read from two columns, the teacher's and that of the policy that sampled; no model runs.  \(A\) is the teacher's minus the policy's
-log-prob of a sampled token.  Where the columns keep supports, with \(S_T\) the teacher's and \(S\) the policy's distinct tokens,
+log-prob of a sampled token.  What two supports have in common is measured by `lopd.records.overlap`.
 
-- overlap@k is \(\lvert \mathrm{top}_k(\pi_T) \cap \mathrm{top}_k(\pi) \rvert / k\), the measure of arXiv 2604.13016;
-- the policy's mass outside \(S_T\) is at least \(\sum_{S \setminus S_T} \pi\), and at most that and the tail of \(S\);
-- the reverse KL of the buckets \(S \cap S_T\) and the rest is at most that of the whole vocabulary, for merging tokens never adds to a KL.
-
-Shape suffixes: M tokens that count, K and S tokens of two supports.
+Shape suffixes: T response tokens of one rollout, M those that count.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,18 +14,18 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError
 from lopd.guards.consistency import check_reference
 from lopd.guards.first_step import MAX_DISTANCE
 from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import chosen, evenly, walk
-from lopd.records.checks import check_at_least
+from lopd.records.checks import a_kind, check_at_least, check_number
 from lopd.records.drift import TAIL, AdvantageSummary
 from lopd.records.estimates import Estimate, RolloutSums
+from lopd.records.overlap import compare_supports
 from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout, policy_column, prompt_id_of
-from lopd.records.support import TopK
 
 #: Of how many of the most likely tokens the overlap is measured.
 OVERLAPS = (8, 16, 64)
@@ -45,7 +42,6 @@ MAX_WEAK_TAIL = 0.04
 MIN_LIVE_OVERLAP = 0.9
 #: Where an exact -inf is stored (`lopd.floor_logprobs`).
 _FLOOR = -100.0
-_LEAST = float(np.finfo(np.float32).eps)
 
 Verdict = Literal["offline", "refresh", "live", "more SFT first"]
 
@@ -110,12 +106,16 @@ def measure_start(
         count: at most so many rollouts are read.
 
     Raises:
+        ArgumentError: the store or a name is something else.
         MissingScoresError: a column is not there, or no rollout has scores in both.
         InvalidRecordError: `ref` is not the policy that sampled, no token counts, or there are no rows.
         NoSuchRowError: a row is not in the store.
     """
     check_noun(store, LogprobReader)
-    check_at_least("Start", "count", count, 1)
+    count = check_at_least("Start", "count", count, 1)
+    for column in (teacher, ref):
+        if not isinstance(column, str | None):
+            raise ArgumentError(f"Column: it is {a_kind(column)}, expected a str; pass its name.")
     every = chosen(store, rows)
     if teacher not in store.columns:
         raise MissingScoresError(
@@ -143,7 +143,13 @@ def advise(reverse_kl: float, tail: float, overlap: float | None) -> tuple[Verdi
         reverse_kl: nats per token, of the policy to the teacher.
         tail: share of advantages below -5 nats.
         overlap: overlap@64; None where it was not measured.
+
+    Raises:
+        InvalidRecordError: a number is not finite, or a share is not from 0 to 1.
     """
+    check_number("Start", "reverse_kl", reverse_kl, math.isfinite(reverse_kl), "a finite number")
+    for name, share in (("tail", tail), ("overlap", overlap)):
+        check_number("Start", name, share, share is None or 0 <= share <= 1, "a share from 0 to 1")
     if reverse_kl > MAX_DISTANCE:
         return "more SFT first", f"the student is {reverse_kl:.3g} nats a token from its teacher, more than {MAX_DISTANCE:g}"
     if tail > MAX_WEAK_TAIL:
@@ -199,41 +205,13 @@ def _own_width(store: LogprobReader, column: str) -> int | None:
 
 
 def _of_supports(record: ScoredRollout, teacher: str, ref: str, own: int) -> Mapping[str, NDArray[Any]]:
-    """By what is measured (M,) values, of whichever supports the rollout has."""
-    on_T, values = record.rollout.loss_mask, dict[str, NDArray[Any]]()
+    """Values (M,) by what is measured, of whichever supports the rollout has."""
     if teacher not in record.top_k:
-        return values
-    theirs_MK, theirs = _sorted(record.top_k[teacher], on_T)
-    values["sampled_outside"] = (theirs_MK != record.rollout.response_ids[on_T, None]).all(-1)
-    if ref not in record.top_k:
-        return values
-    mine_MS, mine = _sorted(record.top_k[ref], on_T)
-    place_MS = _places(mine_MS, theirs_MK)
-    values |= {f"overlap{k}": (place_MS[:, :k] < k).mean(-1) for k in OVERLAPS if k <= own}
-    both_MS = place_MS < theirs_MK.shape[1]
-    theirs_MS = np.take_along_axis(theirs, np.where(both_MS, place_MS, 0), -1)
-    values["least"] = np.exp(mine).sum(-1, where=~both_MS)
-    values["most"] = rest_M = values["least"] + record.top_k[ref].tail[on_T]
-    theirs_rest_M = np.exp(theirs).sum(-1) - np.exp(theirs_MS).sum(-1, where=both_MS) + record.top_k[teacher].tail[on_T]
-    buckets = (np.exp(mine) * (mine - theirs_MS)).sum(-1, where=both_MS)
-    # a rest that rounding made 0 would make the bound infinite
-    values["bucket_kl"] = buckets + rest_M * np.log(np.maximum(rest_M, _LEAST) / np.maximum(theirs_rest_M, _LEAST))
-    return values
-
-
-def _sorted(support: TopK, on_T: NDArray[np.bool_]) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Ids and log-probs (M, K) of the distinct tokens, the most likely first."""
-    ids, logprobs = support.ids[on_T, : support.distinct], support.logprobs[on_T, : support.distinct].astype(np.float64)
-    order = np.argsort(-logprobs, axis=-1, kind="stable")
-    return np.take_along_axis(ids, order, -1), np.take_along_axis(logprobs, order, -1)
-
-
-def _places(ids_MS: NDArray[np.int32], among_MK: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(M, S): where each id stands among the K, and K for one that is not there."""
-    place_MS = np.full(ids_MS.shape, among_MK.shape[1], np.int64)
-    for place in range(among_MK.shape[1]):
-        np.copyto(place_MS, place, where=ids_MS == among_MK[:, place, None])
-    return place_MS
+        return {}
+    theirs, on_T = record.top_k[teacher], record.rollout.loss_mask
+    absent_T = (theirs.ids[:, : theirs.distinct] != record.rollout.response_ids[:, None]).all(-1)
+    both = compare_supports(theirs, record.top_k[ref], [k for k in OVERLAPS if k <= own]) if ref in record.top_k else {}
+    return {name: values_T[on_T] for name, values_T in {"sampled_outside": absent_T, **both}.items()}
 
 
 def _report(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: str, available: int) -> StartReport:
