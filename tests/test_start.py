@@ -3,6 +3,7 @@
 import html
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ from lopd import MemoryStore, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.guards import advise, measure_start
+from lopd.guards.first_step import MAX_DISTANCE
+from lopd.guards.start import MAX_WEAK_TAIL, MIN_LIVE_OVERLAP
+from lopd.guards.watch import MAX_TAIL
 from lopd.records import AdvantageSummary, ModelId, SamplingParams, Scores, TopK
+from lopd.records.drift import TAIL
 from lopd.records.estimates import RolloutSums
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 from lopd.tools.doctor.__main__ import main
-from lopd.tools.origins import origins, score_columns
 from lopd.tools.report import TokenReport, write_run_report
 
 VOCAB, LENGTH = 300, 9
@@ -353,17 +357,14 @@ def test_the_doctor_says_why_nothing_is_known_and_writes_json_without_infinities
     assert "one prompt has no interval" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
-def test_the_doctor_says_what_a_support_is_made_of():
-    store = MemoryStore(evolve(MANIFEST, sampling=SamplingParams(candidates=10, drawn=3)))
-    rollout = tiny_rollout("r")
-    store.append([rollout])
-    flat = np.full((3, VOCAB), -math.log(VOCAB))
-    for name, candidates, k in (("teacher", 10, 30), ("policy", 0, 10)):
-        kept = support(flat, most_likely(flat, k), [rollout.response_ids.astype(int)] * 3)
-        made = evolve(tiny_provenance() if candidates else POLICY, top_k=k + 3, candidates=candidates, drawn=3)
-        store.append_scores(name, made, [Scores.of(rollout, flat[:, 0], top_k=kept)])
-    assert score_columns(store)["top-k"] == ["33 (10 candidates of the policy, 3 drawn)", "13 (3 drawn)", ""]
-    assert dict(origins(store))["kept beside each token"] == "10 most likely tokens, 3 drawn ones"
+def test_the_page_states_the_rule_as_it_is():
+    page = (Path(__file__).parents[1] / "docs" / "choose.md").read_text()
+    weak = (
+        f"the student is more than {MAX_DISTANCE:g} nats a token from its teacher, or more than {MAX_WEAK_TAIL * 100:g} % of the advantages"
+    )
+    assert f"| more SFT first | {weak} are below {TAIL:g} nats |" in page
+    assert f"| live | overlap@64 is at least {MIN_LIVE_OVERLAP:g} |" in page
+    assert f"| refresh | more than {MAX_TAIL * 100:g} % of the advantages are below {TAIL:g} nats |" in page
 
 
 def test_the_run_report_shows_the_start_or_why_it_is_not_known(known, tmp_path):

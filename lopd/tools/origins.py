@@ -33,7 +33,7 @@ def score_columns(store: LogprobReader) -> dict[str, list[str]]:
         "model": [*(describe_model(p.model) for p in made), *("the policies that sampled" for _ in own)],
         "engine": [*(p.engine for p in made), *blank],
         "log-probs": [*(p.logprobs_mode for p in made), *own.values()],
-        "top-k": [*(_support(p) for p in made), *blank],
+        "top-k": [*map(_support, made), *blank],
         "same vocabulary": [*("yes" if store.manifest.tokenizer.same_vocabulary(p) else "NO" for p in made), *blank],
         "rollouts scored": [f"{int(store.scored(name).sum()):,} of {len(store):,}" for name in names],
         "in quarantine": [*(f"{len(store.quarantined(name)):,}" for name in store.columns), *blank],
@@ -41,10 +41,11 @@ def score_columns(store: LogprobReader) -> dict[str, list[str]]:
     }
 
 
-def _support(made: Provenance) -> str:
-    """Return how many tokens a column keeps, and which of them are not the model's own most likely ones."""
-    parts = [f"{many} {what}" for many, what in ((made.candidates, "candidates of the policy"), (made.drawn, "drawn")) if many]
-    return f"{made.top_k} ({', '.join(parts)})" if parts else str(made.top_k)
+def _support(provenance: Provenance) -> str:
+    """Say how wide a support is, and what of it is not the model's own choice."""
+    parts = {"candidates": provenance.candidates, "drawn": provenance.drawn}
+    others = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
+    return f"{provenance.top_k}{others and f' ({others})'}"
 
 
 def describe_model(model: ModelId | None) -> str:
