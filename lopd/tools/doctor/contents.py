@@ -51,7 +51,7 @@ class AdvantageInfo:
     Args:
         teacher, student: columns.
         rollouts: number in the sample.
-        ci95: half-width of the 95 % interval of the mean, rollouts being the draws; None for a single rollout.
+        ci95: distance from the mean to the farther end of its 95 % interval, prompts being the draws; None for a single prompt.
         mean_abs: mean of the absolute value.
         summary: mean, quantiles and shares of the tokens.
     """
@@ -190,7 +190,8 @@ def describe_advantages(reader: LogprobReader, teacher: str, student: str, *, sa
         return None
     counted, counts = np.unique(sampled.segments, return_counts=True)
     sums = np.bincount(sampled.segments, sampled.gap)[counted].astype(np.float64)
-    ci95 = RolloutSums(sums, counts.astype(np.float64)).per_token().ci95
+    prompt_ids = [sampled.prompt_ids[place] for place in counted]
+    ci95 = RolloutSums(sums, counts.astype(np.float64)).by_prompt(prompt_ids).per_token().ci95
     return AdvantageInfo(
         teacher,
         student,

@@ -69,7 +69,7 @@ def _advantages(pairs: Sequence[AdvantageInfo]) -> Table:
             pair.rollouts,
             pair.summary.tokens,
             pair.summary.mean,
-            "one rollout has none" if pair.ci95 is None else pair.ci95,
+            "one prompt has none" if pair.ci95 is None else pair.ci95,
             pair.mean_abs,
             *pair.summary.quantiles,
             f"{pair.summary.tail:.3%}",
