@@ -192,10 +192,9 @@ def _read(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: str)
         raise InvalidRecordError(
             f"{store!r}: 0 tokens count in the {len(rows)} rollouts that were read, expected at least 1; look at their loss masks."
         )
-    _, place = np.unique(prompts, return_inverse=True)
-    counts = np.bincount(place, [gap.size for gap in gaps]).astype(np.float64)
-    pooled = {name: np.bincount(place, values).astype(np.float64) for name, values in sums.items()}
-    return {name: RolloutSums(values, counts).per_token() for name, values in pooled.items()}, np.concatenate(gaps), floored
+    counts = np.array([gap.size for gap in gaps], np.float64)
+    pooled = {name: RolloutSums(np.array(values), counts).by_prompt(prompts) for name, values in sums.items()}
+    return {name: by_prompt.per_token() for name, by_prompt in pooled.items()}, np.concatenate(gaps), floored
 
 
 def _own_width(store: LogprobReader, column: str) -> int | None:
