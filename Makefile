@@ -57,6 +57,7 @@ bench-guards: .venv/installed-test  ## the guards on small models where OPD work
 	$(BIN)/python benchmarks/bench_drift.py
 	$(BIN)/python benchmarks/bench_consistency.py
 	$(BIN)/python benchmarks/audit_errors.py
+	$(BIN)/python benchmarks/bench_intervals.py
 
 claims: .venv/installed-claims  ## every claim of the paper on small models, five seeds, TRL beside it; writes benchmarks/RESULTS.md; forty minutes
 	$(BIN)/python benchmarks/claims.py
