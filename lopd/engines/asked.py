@@ -62,7 +62,7 @@ def asking(rollout: Rollout, candidates: int, drawn: int) -> dict[str, Any]:
 def asked_scores(
     rollout: Rollout,
     ids_TA: NDArray[np.integer],
-    logprobs_TA: Any,
+    logprobs_TA: NDArray[Any],
     found: tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]],
     *,
     candidates: int,
@@ -84,9 +84,10 @@ def asked_scores(
         InvalidRecordError: something is not a log-prob; it names the rollout.
     """
     owner, (logprobs_T, likely_TW, logprobs_TW) = f"Rollout {rollout.rollout_id!r}", found
-    if not isinstance(logprobs_TA, np.ndarray) or logprobs_TA.shape != ids_TA.shape:
+    if logprobs_TA.shape != ids_TA.shape or logprobs_TA.dtype.kind != "f":
         raise EngineError(
-            f"{owner}: the log-probs of the ids asked for have shape {np.shape(logprobs_TA)}, expected {ids_TA.shape}; use vLLM 0.32 or later."
+            f"{owner}: the log-probs of the ids asked for are {logprobs_TA.dtype} of shape {logprobs_TA.shape}, expected floats of shape "
+            f"{ids_TA.shape}; use vLLM 0.32 or later."
         )
     own_T = logprobs_TA[:, -1].astype(np.float32)
     off = np.flatnonzero(~np.isclose(own_T, logprobs_T, rtol=0, atol=_TOLERANCE))

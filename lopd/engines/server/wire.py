@@ -74,8 +74,8 @@ def read_asked(rollout: Rollout, body: Mapping[str, Any], answer: Any, *, top_k:
         EngineError: the server read other tokens than were sent, or gives log-probs of others.
     """
     owner = f"Rollout {rollout.rollout_id!r}"
-    _check_computed(owner, answer)
     found = _prompt_logprobs(rollout, likely(top_k, candidates), vocab_size, answer)
+    _check_computed(owner, answer)
     ids_TA = np.array(body["sampling_params"][IDS], np.int64)
     return [asked_scores(rollout, ids_TA, _decoded(owner, answer), found, candidates=candidates, top_k=top_k)]
 
@@ -105,7 +105,7 @@ def _prompt_logprobs(
     return np.array(logprobs, np.float32), *_top_k(owner, entries, top_k, vocab_size)
 
 
-def _check_computed(owner: str, answer: Any) -> None:
+def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
     """No position came out of the prefix cache: what a cache gives depends on the order of requests (vllm-project/vllm#42019).
 
     vLLM does not read the cache for such a request, and says so where it was started with `--enable-prompt-tokens-details`.
