@@ -11,7 +11,8 @@ from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.records.checks import check_at_least, check_kind, check_number
 from lopd.records.identity import TokenizerId
 from lopd.records.manifest import SamplingParams
-from lopd.records.rollouts import Prompt, Rollout, TopK, floor_logprobs
+from lopd.records.rollouts import Prompt, Rollout, floor_logprobs
+from lopd.records.support import TopK
 
 T = TypeVar("T")
 #: vLLM takes signed 64-bit seeds, and reads -1 as none.
@@ -77,14 +78,13 @@ def asked_ids(rollout: Rollout, candidates: int, drawn: int) -> NDArray[np.int32
     """
     support = rollout.candidates
     ids_TK = np.zeros((rollout.response_ids.size, 0), np.int32) if support is None else support.ids
-    last = 0 if support is None else support.drawn
-    width = ids_TK.shape[1]
-    if width - last < candidates or last < drawn:
+    found = (0, 0) if support is None else (support.distinct, support.drawn)
+    if found[0] < candidates or found[1] < drawn:
         raise InvalidRecordError(
-            f"Rollout {rollout.rollout_id!r}: it has {width - last} candidates and {last} drawn ones a token, expected at least {candidates} and "
+            f"Rollout {rollout.rollout_id!r}: it has {found[0]} candidates and {found[1]} drawn ones a token, expected at least {candidates} and "
             f"{drawn}; collect it with SamplingParams(candidates={candidates}, drawn={drawn}), and let `score_rollouts` attach them."
         )
-    return np.concatenate([ids_TK[:, :candidates], ids_TK[:, width - drawn :]], axis=1)
+    return np.concatenate([ids_TK[:, :candidates], ids_TK[:, ids_TK.shape[1] - drawn :]], axis=1)
 
 
 def check_top_k(owner: str, top_k: int, tokenizer: TokenizerId, name: str = "top_k") -> None:

@@ -14,7 +14,7 @@ from lopd.records.steps import Batch, LMHead
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 ROUNDINGS = 16
-STORED = ("teacher_logprobs", "ref_logprobs", "sampler_logprobs", "top_k_logprobs", "top_k_tail")
+STORED = ("teacher_logprobs", "ref_logprobs", "sampler_logprobs", "top_k_logprobs", "top_k_tail", "drawn_logprobs", "drawn_ref_logprobs")
 
 
 @frozen(eq=False)
@@ -73,6 +73,7 @@ def loss_case(
     softcap: float | None = None,
     scale: float = 1.0,
     heated: bool = False,
+    drawn: int = 0,
 ) -> LossCase:
     """A random micro-batch.
 
@@ -89,6 +90,7 @@ def loss_case(
         softcap: of the head.
         scale: of the head.
         heated: whether another distribution than the reference policy drew the tokens.
+        drawn: how many tokens the reference policy drew besides.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -112,6 +114,12 @@ def loss_case(
     top_NK, ids_NK = (own_NV + normal(count, vocab)).log_softmax(-1).topk(min(3, vocab))
     columns |= {"top_k_logprobs": top_NK.float().double(), "top_k_ids": ids_NK}
     columns["top_k_tail"] = (1 - top_NK.exp().sum(-1)).clamp(min=0).float().double()
+    if drawn:
+        ids_ND = own_NV.exp().multinomial(drawn, replacement=True, generator=random)
+        for model in ("", "ref_"):
+            logprobs_ND = own_NV.gather(-1, ids_ND) + normal(count, drawn)
+            columns[f"drawn_{model}logprobs"] = logprobs_ND.clamp(-90, 0).float().double()
+        columns["drawn_ids"] = ids_ND
     batch = Batch(inputs_N, targets_N, positions_N, segments_N, weight_N.float().double(), **columns)
     return LossCase(name, hidden_ND, head, batch)
 
@@ -122,6 +130,8 @@ def loss_cases() -> list[LossCase]:
         loss_case("some of everything"),
         loss_case("one token", [1], counted=1.0),
         loss_case("drawn at another temperature", [9, 4], heated=True, seed=11),
+        loss_case("candidates that the policy drew", [9, 30], counted=1.0, drawn=5, seed=17),
+        loss_case("candidates that the policy drew, of a rollout at another temperature", heated=True, drawn=2, seed=18),
         loss_case("one token in the vocabulary", vocab=1, dim=3),
         loss_case("one dimension", vocab=5, dim=1),
         loss_case("no token counts", counted=0.0),
