@@ -195,7 +195,7 @@ def _cost(found: Report) -> list[str]:
         "",
         "TRL's trainer samples and scores at every step, as online OPD does; its loss is the reverse KL over the whole vocabulary.  It costs",
         f"{peer[0]} times as much as Lightning at equal steps, and {peer[1]} times at equal accuracy; beside the same divergence on the stored",
-        f"top {TOP_K.top_k} tokens it costs {peer[2]} and {peer[3]} times as much.",
+        f"top {TOP_K.support.top_k} tokens it costs {peer[2]} and {peer[3]} times as much.",
     ]
 
 
