@@ -50,7 +50,7 @@ def rows():
     """Two seeds: the best stored arm ends as TRL does, at half of its cost, and above online OPD, at a tenth of its."""
     ends = {BEST.name: (0.6, 5.0), TRL: (0.6, 10.0), ONLINE.name: (0.5, 45.0), LIVE[1].name: (0.61, 50.0)}
     found = [fake(CLAIM.name, seed, arm, end, cost) for seed in (0, 1) for arm, (end, cost) in ends.items()]
-    return found + [fake(FALL.name, seed, arm.name, 0.1 + seed / 1000, 5.0) for seed in (0, 1) for arm in FALLEN]
+    return found + [fake(FALL.name, seed, arm.name, 0.1 + seed / 100, 5.0) for seed in (0, 1) for arm in FALLEN]
 
 
 def test_goals_are_met_by_what_meets_them_and_by_nothing_else(rows):
@@ -70,7 +70,7 @@ def test_the_part_says_what_the_rows_say(rows, tmp_path):
     result = result_file("claims_estimators", {"machine": {"cores": 2}, "versions": {"lopd": "0"}}, rows, goals, tmp_path)
     text = "\n".join(write_part(result, tmp_path / "plots", tmp_path, CLAIM.name, FALL.name))
     assert all(goal["name"] in text for goal in json.loads(result.read_text())["goals"])
-    assert f"| {BEST.name} | 0.600 ± 0.000 | +0.100 ± 0.000 | +0.000 ± 0.000 | -0.099 ± 0.006 |" in text
+    assert f"| {BEST.name} | 0.600 ± 0.000 | +0.100 ± 0.000 | +0.000 ± 0.000 | -0.095 ± 0.064 |" in text
     assert "pays before its first step is 2.50 ± 0.00 CPU s.  After 75 ± 0 steps of 100" in text
     assert "nan" not in text
     assert (tmp_path / "plots" / "claims_estimators.png").stat().st_size > 10_000
