@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lopd.errors import GradientError
 from lopd.losses.chunked import DEFAULT_CHUNKING, ChunkedHead, Chunking, logprobs_and_entropies, refuse_second_order
-from lopd.losses.objective import Objective, OPDObjective, OPDSettings, TokenLosses, Tokens, is_uncorrected
+from lopd.losses.objective import Objective, OPDObjective, OPDSettings, TokenLosses, Tokens, is_baselined, is_uncorrected
 from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import Batch, LMHead, LossOutput
 
@@ -65,6 +65,11 @@ class FusedLoss:
     def uncorrected(self) -> bool:
         """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
         return is_uncorrected(self.objective)
+
+    @property
+    def baselined(self) -> bool:
+        """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
+        return is_baselined(self.objective)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens.

@@ -11,7 +11,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
-from lopd.losses.objective import Objective, OPDObjective, OPDSettings, Tokens, is_uncorrected
+from lopd.losses.objective import Objective, OPDObjective, OPDSettings, Tokens, is_baselined, is_uncorrected
 from lopd.protocols import OPDLoss
 from lopd.records.steps import Batch, LMHead, LossOutput
 
@@ -31,6 +31,11 @@ class ReferenceLoss:
     def uncorrected(self) -> bool:
         """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
         return is_uncorrected(self.objective)
+
+    @property
+    def baselined(self) -> bool:
+        """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
+        return is_baselined(self.objective)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens."""
@@ -89,6 +94,11 @@ class WeightedLoss:
     def uncorrected(self) -> bool:
         """Whether any of its terms is (`lopd.protocols.StatesCorrection`)."""
         return any(is_uncorrected(loss) for _, loss in self.terms)
+
+    @property
+    def baselined(self) -> bool:
+        """Whether any of its terms is (`lopd.protocols.StatesBaseline`)."""
+        return any(is_baselined(loss) for _, loss in self.terms)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens."""

@@ -9,6 +9,7 @@ from attrs import evolve, fields, frozen
 from torch import Tensor
 
 from lopd.errors import MissingScoresError
+from lopd.losses import functional
 from lopd.records.steps import Batch
 
 
@@ -81,6 +82,11 @@ class Tokens:
         They are the reference policy's where the batch has no others; MissingScoresError where it has neither.
         """
         return self.ref() if self.sampler_logprobs is None else self.sampler_logprobs
+
+    def reverse_kl(self, student_M: Tensor) -> Tensor:
+        """Return the (M,) terms of `LossOutput.reverse_kl_sum`, not weighted, given the student's log-probs; MissingScoresError without a teacher."""
+        unknown = self.ref_logprobs is None and self.sampler_logprobs is None
+        return functional.sampled_reverse_kl(student_M, self.teacher(), None if unknown else self.sampler())
 
     def entropies(self) -> Tensor:
         """Return the student's entropies; MissingScoresError where the loss brought none."""

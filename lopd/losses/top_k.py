@@ -100,14 +100,13 @@ class TopKObjective:
         if self.residual:
             residual_M, clipped_M = self._residual(self._draws(logprobs_MK, tokens), tail_advantages(self.divergence, student_MK, tail_M))
             loss_M = loss_M + residual_M
-        return TokenLosses(tokens.weight * loss_M, tokens.weight * (sampled_M - tokens.teacher()), tokens.weight * clipped_M, sampled_M)
+        return TokenLosses(tokens.weight * loss_M, tokens.weight * tokens.reverse_kl(sampled_M), tokens.weight * clipped_M, sampled_M)
 
     def _residual(self, draws: _Draws, tail_M: Tensor) -> tuple[Tensor, Tensor]:
         """(M,) the mean over draws, and which share of them was clipped."""
         advantages_ME = draws.teacher - draws.student.detach() - tail_M[:, None]
-        losses_ME = functional.lightning_with_ratio(draws.student, functional.clip_advantages(advantages_ME, self.clip), draws.sampler)
-        if self.cap is not None:
-            losses_ME = losses_ME * (self.cap / (draws.student.detach() - draws.sampler).exp()).clamp(max=1)
+        clipped_ME = functional.clip_advantages(advantages_ME, self.clip)
+        losses_ME = functional.lightning_with_ratio(draws.student, clipped_ME, draws.sampler, self.cap)
         beyond_ME = advantages_ME.abs() > (math.inf if self.clip is None else self.clip)
         return (draws.share * losses_ME).sum(-1), (draws.share * beyond_ME).sum(-1)
 

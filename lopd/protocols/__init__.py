@@ -219,6 +219,16 @@ class StatesCorrection(Protocol):
         ...
 
 
+@runtime_checkable
+class StatesBaseline(Protocol):
+    """What a loss, or its objective, may state besides, likewise."""
+
+    @property
+    def baselined(self) -> bool:
+        """Whether it adds a baseline to advantages, which is neutral only if the weight of a token does not depend on later ones."""
+        ...
+
+
 class Student(Protocol):
     """The model being trained, cut below its head.  One call per micro-batch, so hooks of wrappers (DDP, FSDP) fire."""
 

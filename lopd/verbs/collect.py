@@ -100,7 +100,7 @@ def collect_rollouts(
             accepted = [prompt.prompt_id for prompt in batch if prompt.prompt_id not in reasons]
             _check_ids([rollout_id(name, s, manifest.generation) for name in accepted for s in samples], rollouts)
             store.append(rollouts)
-            _keep_candidates(store, manifest, rollouts)
+            _keep_candidates(store, manifest, type(source).__name__, rollouts)
             tokens = sum(r.response_ids.size for r in rollouts)
             report = evolve(
                 report,
@@ -114,7 +114,7 @@ def collect_rollouts(
     return report
 
 
-def _keep_candidates(store: LogprobStore, manifest: Manifest, rollouts: Sequence[Rollout]) -> None:
+def _keep_candidates(store: LogprobStore, manifest: Manifest, engine: str, rollouts: Sequence[Rollout]) -> None:
     """Write what the policy said of other tokens while it sampled: a score column like any other, as if the policy had scored its rollouts."""
     sampling = manifest.sampling
     if not (width := sampling.candidates + sampling.drawn):
@@ -128,7 +128,7 @@ def _keep_candidates(store: LogprobStore, manifest: Manifest, rollouts: Sequence
             )
         scores.append(Scores.of(rollout, rollout.behavior_logprobs, top_k=rollout.candidates))
     provenance = Provenance(
-        manifest.policy, manifest.tokenizer.vocab_hash, "its source", "raw", width, manifest.tokenizer.eos_id, drawn=sampling.drawn
+        manifest.policy, manifest.tokenizer.vocab_hash, engine, "raw", width, manifest.tokenizer.eos_id, drawn=sampling.drawn
     )
     store.append_scores(policy_column(manifest.generation), provenance, scores)
 
