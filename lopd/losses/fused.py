@@ -88,13 +88,16 @@ class FusedLoss:
             logprobs_MK, entropies_M = logprobs_and_entropies(hidden_MD, head, ids_MK, self.chunking, entropy=entropy)
             return self.objective(logprobs_MK, evolve(tokens, student_entropies=entropies_M)).sums()
         chunked, said = ChunkedHead(hidden_MD, head, self.chunking, wanted), list[TokenLosses]()
-        for rows, found in chunked.chunks(ids_MK):
+        for rows, found in chunked.chunks(ids_MK, entropy=self.objective.wants_entropy):
             # autograd on (C, K) values, so that each equation is written once, in its objective
-            leaf_CK = found.logprobs.detach().requires_grad_()
-            losses = self.objective(leaf_CK, tokens.where(rows))
-            (gradient_CK,) = torch.autograd.grad(losses.loss.sum(), leaf_CK)
+            leaves = [values.detach().requires_grad_() for values in (found.logprobs, found.entropies) if values is not None]
+            known = evolve(
+                tokens.where(rows).to(found.logprobs.dtype), student_entropies=leaves[1] if self.objective.wants_entropy else None
+            )
+            losses = self.objective(leaves[0], known)
+            gradients = torch.autograd.grad(losses.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
             said.append(evolve(losses, loss=losses.loss.detach()))
-            chunked.add(gradient_CK, self.epsilon * tokens.weight[rows])
+            chunked.add(*gradients, least_C=self.epsilon * tokens.weight[rows])
         sums = TokenLosses.joined(said, chunked.zeros(0)).sums()
         loss_sum: Tensor = _WithGradients.apply(hidden_MD, head.weight, head.bias, sums.loss_sum, chunked.sums)  # type: ignore[no-untyped-call]
         return evolve(sums, loss_sum=loss_sum, neglected_sum=chunked.neglected)

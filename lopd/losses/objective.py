@@ -104,12 +104,12 @@ class Objective(Protocol):
 
     @property
     def per_token(self) -> bool:
-        """Whether a token's loss depends on nothing but the log-probs of that token."""
+        """Whether a token's loss depends on nothing but the log-probs and the entropy of that token."""
         ...
 
     @property
     def wants_entropy(self) -> bool:
-        """Whether the tokens must come with the student's entropies; if so, not `per_token`."""
+        """Whether the tokens must come with the student's entropies."""
         ...
 
     def ids(self, tokens: Tokens, /) -> Tensor:

@@ -42,7 +42,8 @@ class ReferenceLoss:
         tokens = Tokens.counted(batch)
         logprobs_MV = head.logits(hidden_ND[batch.weight > 0]).log_softmax(-1)
         if self.objective.wants_entropy:
-            tokens = evolve(tokens, student_entropies=torch.special.entr(logprobs_MV.detach().exp()).sum(-1))
+            finite_MV = logprobs_MV.clamp(min=torch.finfo(logprobs_MV.dtype).min)
+            tokens = evolve(tokens, student_entropies=-(logprobs_MV.exp() * finite_MV).sum(-1))
         return self.objective(logprobs_MV.gather(-1, self.objective.ids(tokens)), tokens).sums()
 
 
