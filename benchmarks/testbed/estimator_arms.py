@@ -2,37 +2,15 @@
 
 from functools import partial
 
-import torch
-from attrs import evolve, frozen
+from attrs import evolve
 
-from lopd import EntropyBonus, FusedLoss, FusedOPDLoss, TopKObjective
+from lopd import EntropyBonus, FusedLoss, FusedOPDLoss, TopKObjective, WindowRatio
 from lopd.losses.divergences import generalised_kl, reverse_kl
-from lopd.losses.objective import Objective, OPDObjective, Signal, TokenLosses, Tokens
+from lopd.losses.objective import OPDObjective
 from lopd.losses.variants import window_ratio
 from testbed.arms import ONLINE, PLAIN, RATIO, TOP_K, Arm
 from testbed.runs import Support
 from testbed.trl_peer import ARM as TRL
-
-
-@frozen
-class OnStates:
-    """Another objective, its tokens weighed by the ratio of the tokens before them: an answer to states that the student has left."""
-
-    objective: Objective
-    window: int = 8
-    per_token = False
-    wants_entropy = False
-
-    def ids(self, tokens: Tokens, /) -> torch.Tensor:
-        """Those of the other objective."""
-        return self.objective.ids(tokens)
-
-    def __call__(self, logprobs_MK: torch.Tensor, tokens: Tokens, /) -> TokenLosses:
-        """The other objective's, on weights that hold the ratio."""
-        student_M = logprobs_MK[:, 0].detach()
-        signal = Signal(torch.zeros_like(student_M), tokens.weight, student_M, tokens)
-        return self.objective(logprobs_MK, evolve(tokens, weight=window_ratio(signal, window=self.window).weight))
-
 
 _RESIDUAL = TopKObjective(reverse_kl, residual=True)
 _EIGHT, _SIXTEEN = Support(candidates=8), Support(candidates=16)
@@ -50,7 +28,7 @@ STORED = (
     Arm("8 candidates", FusedLoss(TopKObjective(reverse_kl)), support=_EIGHT),
     BEST,
     Arm("8 candidates, generalised KL", FusedLoss(TopKObjective(generalised_kl)), support=_EIGHT),
-    Arm("8 candidates, residual, ratio of the 8 tokens before", FusedLoss(OnStates(_RESIDUAL)), support=_EIGHT),
+    Arm("8 candidates, residual, ratio of the 8 tokens before", FusedLoss(WindowRatio(_RESIDUAL)), support=_EIGHT),
     Arm("16 candidates", FusedLoss(TopKObjective(reverse_kl)), support=_SIXTEEN),
     Arm("16 candidates, residual", FusedLoss(_RESIDUAL), support=_SIXTEEN),
     Arm("4 candidates and top-4, residual", FusedLoss(_RESIDUAL), support=Support(candidates=4, top_k=4)),
