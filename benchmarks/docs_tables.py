@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from claims_summary import Runs, change, spent
@@ -51,6 +52,21 @@ ABILITIES = {
     "bfloat16": "bfloat16",
 }
 VERDICTS = ("right", "refused", "wrong", "raw", "not built")
+#: Families of `bench_estimators`.
+ESTIMATORS = {
+    "Lightning, no ratio": "`FusedOPDLoss(clip=None)`",
+    "ratio": "`FusedOPDLoss(clip=None, ratio_to_ref=True)`",
+    "teacher's top K": "`TopKObjective(reverse_kl)`",
+    "candidates": "`TopKObjective(reverse_kl)`",
+    "teacher's top K + residual": "`TopKObjective(reverse_kl, residual=True)`",
+    "candidates + residual": "`TopKObjective(reverse_kl, residual=True)`",
+    "candidates, generalised KL + residual": "`TopKObjective(generalised_kl, residual=True)`",
+    "union + residual": "`TopKObjective(reverse_kl, residual=True)`",
+    "drawn": "`TopKObjective(reverse_kl, residual=True)`",
+    "candidates + drawn": "`TopKObjective(reverse_kl, residual=True)`",
+    "whole vocabulary": "",
+    "online, sampled anew": "`FusedOPDLoss(clip=None)`, `refresh_every(1, ...)`",
+}
 #: Of `bench_loss`: the largest size of the larger vocabulary.
 LOSS_SIZE = (2048, "151936x896")
 
@@ -99,6 +115,43 @@ def losses() -> list[str]:
             yield arm, code, *gains, runs.mean(works, spent).show(".1f")
 
     return table(("loss", "in code", "gain where OPD works", "gain where it fails", "CPU s"), lines(), 2)
+
+
+def estimators() -> list[str]:
+    """The error of a step by family: on SmolLM2 at every size, and on the enumerated worlds at the larger one; and what a step costs."""
+    rows = read("estimators")["rows"]
+    sizes = sorted({row["policy"] for row in rows if row["kind"] == "states" and row["family"] == "candidates"})
+    moved = {kind: max(row["drift"] for row in rows if row["kind"] == kind) for kind in ("states", "world")}
+
+    def cell(found: list[Row], key: str, form: str = ".2f") -> str:
+        return format(mean(row[key] for row in found), form) if found else ""
+
+    def lines() -> Iterator[Sequence[str]]:
+        for family, code in ESTIMATORS.items():
+            mine = [row for row in rows if row["family"] == family]
+            states = [row for row in mine if row["kind"] == "states" and row["drift"] == moved["states"]]
+            by_bytes = sorted(states, key=lambda row: row["bytes"])
+            errors = [cell([row], "rmse") for row in by_bytes] + [""] * (len(sizes) - len(by_bytes))
+            middle = [row for row in mine if row["bytes"] == by_bytes[len(by_bytes) // 2]["bytes"]] if states else []
+            bias = cell([row for row in middle if row in states], "bias")
+            costs = cell([row for row in middle if row["kind"] == "cost"], "over_ratio")
+            worlds = []
+            for name in ("mixing", "modes"):
+                at = [row for row in mine if row.get("world") == name and row["drift"] == moved["world"]]
+                worlds.append(cell([row for row in at if row["bytes"] == max(row["bytes"] for row in at)], "rmse"))
+            yield family, code, cell(middle[:1], "bytes", ".0f"), bias, *errors, *worlds, costs
+
+    head = (
+        "estimator",
+        "in code",
+        f"bytes at K = {sizes[len(sizes) // 2]}",
+        "bias",
+        *(f"error, K = {size}" for size in sizes),
+        "mixing, K = 8",
+        "modes, K = 8",
+        "step",
+    )
+    return table(head, lines(), 2)
 
 
 def paths() -> list[str]:
@@ -286,6 +339,7 @@ TABLES = {
     "index.md": {"when": when},
     "choose.md": {
         "losses": losses,
+        "estimators": estimators,
         "paths": paths,
         "stores": stores,
         "growth": growth,

@@ -1,0 +1,225 @@
+"""Bias, spread and error of every way from stored log-probs to the gradient of the reverse KL, at equal bytes, and what a step of each costs.
+
+    make bench-estimators                          # benchmarks/results/estimators.json and docs/bench_estimators.png; under ten minutes
+    python benchmarks/bench_estimators.py --quick  # tiny, no real weights, into runs/estimators-quick; seconds
+
+Two judges.  On models that can be enumerated (`estimator_worlds`) the truth is the exact *online* gradient, so what counts is the error of the
+states, too: rollouts are those of the policy, and the student has moved.  On SmolLM2 (`estimator_states`; student and rollouts are those of the
+quickstart) the truth is the exact reverse KL at the stored states.  The error is that of one step: 256 rollouts of 32 tokens, and 8 of 48.
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import evolve, frozen
+from estimator_states import States, as_batch, check_fused, prepare, random_states, real_states
+from estimator_states import judge as judge_states
+from estimator_worlds import judge as judge_world
+from estimator_worlds import mixing, modes
+from estimators import ONLINE, RATIO, Estimator, estimators, whole
+from record import ROOT, describe_machine, result_file
+
+from lopd import FusedLoss
+
+Row = dict[str, Any]
+#: Squared bias over its standard deviation, beyond which it is not noise: one in 30,000.
+LARGEST_Z = 4.0
+STEP_TOKENS = 384
+
+
+@frozen
+class Plan:
+    """How much is measured.
+
+    Args:
+        drifts, seeds, batches, rollouts, world_sizes: of the worlds.
+        states, moves, repetitions, sizes: of SmolLM2.
+        cost_tokens, cost_repeats: of the cost.
+    """
+
+    drifts: tuple[float, ...] = (0.0, 0.1, 0.3)
+    seeds: int = 2
+    batches: int = 8
+    rollouts: int = 256
+    world_sizes: tuple[int, ...] = (4, 8)
+    states: int = 128
+    moves: tuple[float, ...] = (0.0, 1.0, 3.0)
+    repetitions: int = 64
+    sizes: tuple[int, ...] = (4, 16, 64)
+    cost_tokens: int = 256
+    cost_repeats: int = 5
+
+
+QUICK = Plan((0.2,), 1, 4, 16, (4,), 8, (1.0,), 8, (4,), 16, 2)
+
+
+def measure_worlds(plan: Plan) -> Iterable[Row]:
+    """Rows of both worlds."""
+    for world in (mixing(), modes()):
+        chosen = [*estimators(plan.world_sizes), whole(world.next_SV.shape[1]), ONLINE]
+        for seed in range(plan.seeds):
+            for drift in plan.drifts:
+                yield from judge_world(world, chosen, drift, seed, batches=plan.batches, rollouts=plan.rollouts)
+
+
+def measure_states(plan: Plan, states: Iterable[tuple[float, States]]) -> Iterable[Row]:
+    """Rows of every student: each estimator, and how far the fused loss is from what was judged."""
+    generator, chosen = torch.Generator().manual_seed(0), estimators(plan.sizes)
+    for move, at in states:
+        kl, to_teacher = (float(reverse_kl(*pair).mean()) for pair in ((at.policy, at.student), (at.student, at.teacher)))
+        where = {"kind": "states", "drift": move, "kl": kl, "kl_to_teacher": to_teacher, "states": len(at.sampled)}
+        rounded = [(evolve(at, float16=True), estimator) for estimator in chosen if not estimator.support.drawn and estimator.sampled]
+        for these, estimator in [*((at, estimator) for estimator in chosen), *(rounded if move == plan.moves[-1] else [])]:
+            found = judge_states(these, estimator, STEP_TOKENS, plan.repetitions, generator)
+            own = {"kind": "float16"} if these.float16 else {"fused_error": check_fused(at, estimator, generator)}
+            yield {**where, **estimator.describe(), **found, **own}
+
+
+def reverse_kl(first_SV: torch.Tensor, second_SV: torch.Tensor) -> torch.Tensor:
+    """(S,) KL of the first to the second."""
+    return (first_SV.exp() * (first_SV - second_SV)).sum(-1)
+
+
+def measure_cost(plan: Plan, vocabulary: int, size: int) -> Iterable[Row]:
+    """CPU seconds of a fused loss and its backward pass, each over those of the ratio in the same round; rounds are shuffled."""
+    states = random_states(plan.cost_tokens, vocabulary, size)
+    chosen, generator = estimators(plan.sizes), torch.Generator().manual_seed(0)
+    made = {e.name: as_batch(states.sampled, states.columns(e, slice(None), states.sampled, generator)) for e in chosen}
+    hidden, weight = states.hidden.requires_grad_(), states.head.weight.requires_grad_()
+    spent: dict[str, list[float]] = {estimator.name: [] for estimator in chosen}
+
+    def run(estimator: Estimator) -> float:
+        hidden.grad = weight.grad = None
+        started = time.process_time()
+        FusedLoss(estimator.objective)(hidden, states.head, made[estimator.name]).loss_sum.backward()
+        return time.process_time() - started
+
+    run(RATIO)
+    for repeat in range(plan.cost_repeats):
+        for estimator in random.Random(repeat).sample(chosen, len(chosen)):  # noqa: S311
+            spent[estimator.name].append(run(estimator))
+    for estimator in chosen:
+        shares = [mine / theirs for mine, theirs in zip(spent[estimator.name], spent[RATIO.name], strict=True)]
+        found = {"over_ratio": statistics.median(shares), "spread": [min(shares), max(shares)]}
+        where = {
+            "kind": "cost",
+            "tokens": plan.cost_tokens,
+            "vocabulary": vocabulary,
+            "size": size,
+            "cpu_s": statistics.median(spent[estimator.name]),
+        }
+        yield {**where, **estimator.describe(), **found}
+
+
+def find_goals(rows: Sequence[Row]) -> list[Row]:
+    """What is claimed of the estimators, whether an offline one beats the ratio at its bytes, and the cost of a step."""
+    goals: list[Row] = []
+
+    def add(name: str, limit: float, values: Sequence[float]) -> None:
+        if values:
+            goals.append({"name": name, "goal": f"<= {limit:g}", "measured": max(values), "met": max(values) <= limit})
+
+    worlds, states, rounded, costs = ([row for row in rows if row["kind"] == kind] for kind in ("world", "states", "float16", "cost"))
+    for world in dict.fromkeys(row["world"] for row in worlds):
+        claimed = [row["stored_bias_z"] for row in worlds if row["world"] == world and row["unbiased"]]
+        add(f"{world}: squared bias on the stored states over its noise, largest of those that claim to have none", LARGEST_Z, claimed)
+    claimed = [row for row in states if row["unbiased"]]
+    add(
+        "vocabulary of SmolLM2: bias, largest of those that claim to have none, enumerated",
+        1e-3,
+        [r["bias"] for r in claimed if not r["drawn"]],
+    )
+    add("vocabulary of SmolLM2: squared bias over its noise, likewise, drawn", LARGEST_Z, [r["bias_z"] for r in claimed if r["drawn"]])
+    add("vocabulary of SmolLM2: bias that float16 adds to them", 1e-2, [row["bias"] for row in rounded if row["unbiased"]])
+    add("the fused loss has the gradient that was judged, relative difference", 1e-4, [row["fused_error"] for row in states])
+    for name, group in (("mixing", worlds), ("modes", worlds), ("SmolLM2", states)):
+        for drift in sorted({row["drift"] for row in group}):
+            at = [row for row in group if row["drift"] == drift and row.get("world", name) == name]
+            best = min((row for row in at if offline(row) and row["bytes"] <= 102), key=lambda row: row["rmse"])
+            ratio = next(row for row in at if row["estimator"] == RATIO.name)
+            goals.append(
+                {
+                    "name": f"{name}, drift {drift:g}: least error within 102 bytes a token ({best['estimator']}) over that of the ratio",
+                    "goal": "< 1",
+                    "measured": best["rmse"] / ratio["rmse"],
+                    "met": best["rmse"] < ratio["rmse"],
+                }
+            )
+    add("a step with 16 ids or fewer over one of the ratio", 1.1, [row["over_ratio"] for row in costs if 0 < row["bytes"] <= 102])
+    return goals
+
+
+def offline(row: Row) -> bool:
+    """Whether it can be had from a store of some size."""
+    return row["estimator"] != ONLINE.name and row["family"] != "whole vocabulary"
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Error over bytes a token: a line for each family, a column for each judge, at the drift in the middle and the largest."""
+    from matplotlib.figure import Figure
+
+    names = ("SmolLM2", "mixing", "modes")
+    titles = {
+        "SmolLM2": "SmolLM2, V = 49,152, on the stored states",
+        "mixing": "a table that mixes, online",
+        "modes": "modes that stay, online",
+    }
+    families = list(dict.fromkeys(row["family"] for row in rows if "rmse" in row))
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    for column, name in zip(figure.subplots(2, len(names)).T, names, strict=True):
+        group = [row for row in rows if row["kind"] in ("world", "states") and row.get("world", "SmolLM2") == name]
+        drifts = sorted({row["drift"] for row in group})
+        for axes, drift in zip(column, drifts[-2:], strict=False):
+            at = [row for row in group if row["drift"] == drift]
+            for index, family in enumerate(families):
+                points = sorted({row["bytes"] for row in at if row["family"] == family})
+                errors = [statistics.mean(row["rmse"] for row in at if row["family"] == family and row["bytes"] == size) for size in points]
+                if family in ("whole vocabulary", ONLINE.name):
+                    if errors:
+                        axes.axhline(errors[0], color=f"C{index % 10}", linestyle=":", label=family)
+                else:
+                    axes.plot(points, errors, "o-" if len(points) > 1 else "s", color=f"C{index % 10}", label=family, markersize=5)
+            kl = statistics.mean(row["kl"] for row in at)
+            axes.set(title=f"{titles[name]}\ndrift: KL(policy, student) = {kl:.2g} nats a token", xscale="log", yscale="log")
+            axes.set(xlabel="bytes a token", ylabel="error of a step's gradient, relative")
+            axes.spines[["top", "right"]].set_visible(False)
+    known = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    """Measure, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "estimators", help="where SmolLM2 and its students are kept")
+    parser.add_argument("--out", type=Path, help="folder of the result")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    plan, shape = (QUICK, (256, 16)) if options.quick else (Plan(), (49_152, 576))
+    if options.quick:
+        states: Iterable[tuple[float, States]] = [(1.0, random_states(plan.states, *shape))]
+    else:
+        prepare(options.folder)
+        states = real_states(options.folder, plan.states, plan.moves)
+    rows: list[Row] = []
+    for part in (measure_cost(plan, *shape), measure_worlds(plan), measure_states(plan, states)):
+        for row in part:
+            print({name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in row.items()}, flush=True)
+            rows.append(row)
+    goals = find_goals(rows)
+    for goal in goals:
+        print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", goal["measured"])
+    home = options.out or (ROOT / "runs" / "estimators-quick" if options.quick else None)
+    result_file("estimators", describe_machine(), rows, goals, *([home] if home else []))
+    draw((home / "bench_estimators.png") if home else ROOT / "docs" / "bench_estimators.png", rows)
+
+
+if __name__ == "__main__":
+    main()
