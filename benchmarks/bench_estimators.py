@@ -12,7 +12,10 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,9 @@ import torch
 from attrs import evolve, frozen
 from estimator_states import States, as_batch, check_fused, prepare, random_states, real_states
 from estimator_states import judge as judge_states
+from estimator_worlds import World, mixing, modes
 from estimator_worlds import judge as judge_world
-from estimator_worlds import mixing, modes
-from estimators import ONLINE, RATIO, Estimator, estimators, whole
+from estimators import ONLINE, PLAIN, RATIO, Estimator, estimators, supported, whole
 from record import ROOT, describe_machine, result_file
 
 from lopd import FusedLoss
@@ -31,6 +34,8 @@ Row = dict[str, Any]
 #: Squared bias over its standard deviation, beyond which it is not noise: one in 30,000.
 LARGEST_Z = 4.0
 STEP_TOKENS = 384
+#: Families that are judged with float16, too.
+ROUNDED = ("ratio", "candidates", "candidates + residual")
 
 
 @frozen
@@ -48,37 +53,39 @@ class Plan:
     batches: int = 8
     rollouts: int = 256
     world_sizes: tuple[int, ...] = (4, 8)
-    states: int = 128
-    moves: tuple[float, ...] = (0.0, 1.0, 3.0)
+    states: int = 64
+    moves: tuple[float, ...] = (0.0, 0.5, 1.0)
     repetitions: int = 64
     sizes: tuple[int, ...] = (4, 16, 64)
     cost_tokens: int = 256
-    cost_repeats: int = 5
+    cost_repeats: int = 3
 
 
 QUICK = Plan((0.2,), 1, 4, 16, (4,), 8, (1.0,), 8, (4,), 16, 2)
 
 
-def measure_worlds(plan: Plan) -> Iterable[Row]:
-    """Rows of both worlds."""
-    for world in (mixing(), modes()):
-        chosen = [*estimators(plan.world_sizes), whole(world.next_SV.shape[1]), ONLINE]
-        for seed in range(plan.seeds):
-            for drift in plan.drifts:
-                yield from judge_world(world, chosen, drift, seed, batches=plan.batches, rollouts=plan.rollouts)
+def judge_in(make: Callable[[], World], plan: Plan, drift: float, seed: int) -> list[Row]:
+    """Rows of one world."""
+    world = make()
+    chosen = [*estimators(plan.world_sizes), whole(world.next_SV.shape[1]), ONLINE]
+    return list(judge_world(world, chosen, drift, seed, batches=plan.batches, rollouts=plan.rollouts))
 
 
-def measure_states(plan: Plan, states: Iterable[tuple[float, States]]) -> Iterable[Row]:
-    """Rows of every student: each estimator, and how far the fused loss is from what was judged."""
-    generator, chosen = torch.Generator().manual_seed(0), estimators(plan.sizes)
-    for move, at in states:
-        kl, to_teacher = (float(reverse_kl(*pair).mean()) for pair in ((at.policy, at.student), (at.student, at.teacher)))
-        where = {"kind": "states", "drift": move, "kl": kl, "kl_to_teacher": to_teacher, "states": len(at.sampled)}
-        rounded = [(evolve(at, float16=True), estimator) for estimator in chosen if not estimator.support.drawn and estimator.sampled]
-        for these, estimator in [*((at, estimator) for estimator in chosen), *(rounded if move == plan.moves[-1] else [])]:
-            found = judge_states(these, estimator, STEP_TOKENS, plan.repetitions, generator)
-            own = {"kind": "float16"} if these.float16 else {"fused_error": check_fused(at, estimator, generator)}
-            yield {**where, **estimator.describe(), **found, **own}
+def judge_at(path: Path, move: float, chosen: Sequence[Estimator], plan: Plan) -> list[Row]:
+    """Rows of one student, and how far the fused loss is from what was judged; of the last one also with what float16 leaves of stored numbers."""
+    at: States = torch.load(path, weights_only=False)
+    generator, rows, last = torch.Generator().manual_seed(0), list[Row](), move == plan.moves[-1]
+    kl, to_teacher = (float(reverse_kl(*pair).mean()) for pair in ((at.policy, at.student), (at.student, at.teacher)))
+    where = {"kind": "states", "drift": move, "kl": kl, "kl_to_teacher": to_teacher, "states": len(at.sampled)}
+    for estimator in chosen:
+        found = {**where, **estimator.describe()}
+        rows.append({**found, **judge_states(at, estimator, STEP_TOKENS, plan.repetitions, generator)})
+        if last:
+            rows[-1]["fused_error"] = check_fused(at, estimator, generator)
+        if last and estimator.family in ROUNDED:
+            rounded = judge_states(evolve(at, float16=True), estimator, STEP_TOKENS, plan.repetitions, generator)
+            rows.append({**found, **rounded, "kind": "float16"})
+    return rows
 
 
 def reverse_kl(first_SV: torch.Tensor, second_SV: torch.Tensor) -> torch.Tensor:
@@ -194,6 +201,25 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     figure.savefig(path, dpi=100)
 
 
+def parts(plan: Plan) -> list[list[Estimator]]:
+    """What is judged on SmolLM2, in parts of about as much work."""
+    return [[PLAIN, RATIO], *(supported(size) for size in plan.sizes)]
+
+
+def keep(students: Iterable[tuple[float, States]], folder: Path) -> Iterable[tuple[float, Path]]:
+    """In files, for other processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for move, states in students:
+        path = folder / f"states-{move:g}.pt"
+        torch.save(states, path)
+        yield move, path
+
+
+def call(job: Callable[[], list[Row]]) -> list[Row]:
+    """What one process does."""
+    return job()
+
+
 def main() -> None:
     """Measure, write, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,20 +229,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     plan, shape = (QUICK, (256, 16)) if options.quick else (Plan(), (49_152, 576))
-    if options.quick:
-        states: Iterable[tuple[float, States]] = [(1.0, random_states(plan.states, *shape))]
-    else:
-        prepare(options.folder)
-        states = real_states(options.folder, plan.states, plan.moves)
-    rows: list[Row] = []
-    for part in (measure_cost(plan, *shape), measure_worlds(plan), measure_states(plan, states)):
-        for row in part:
-            print({name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in row.items()}, flush=True)
-            rows.append(row)
+    home = options.out or (ROOT / "runs" / "estimators-quick" if options.quick else None)
+    folder = home if options.quick else options.folder
+    if not options.quick:
+        prepare(folder)
+    students = [(1.0, random_states(plan.states, *shape))] if options.quick else real_states(folder, plan.states, plan.moves)
+    jobs = [partial(judge_at, path, move, part, plan) for move, path in keep(students, folder) for part in parts(plan)]
+    jobs += [partial(judge_in, *job) for job in product((mixing, modes), [plan], plan.drifts, range(plan.seeds))]
+    rows = list(measure_cost(plan, *shape))
+    with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        rows += [row for found in pool.map(call, jobs) for row in found]
+    for row in rows:
+        print({name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in row.items()})
     goals = find_goals(rows)
     for goal in goals:
         print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", goal["measured"])
-    home = options.out or (ROOT / "runs" / "estimators-quick" if options.quick else None)
     result_file("estimators", describe_machine(), rows, goals, *([home] if home else []))
     draw((home / "bench_estimators.png") if home else ROOT / "docs" / "bench_estimators.png", rows)
 
