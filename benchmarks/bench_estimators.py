@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 from attrs import evolve, frozen
-from estimator_states import States, as_batch, check_fused, prepare, random_states, real_states
-from estimator_states import judge as judge_states
+from estimator_states import Judge, States, as_batch, check_fused, prepare, random_states, real_states
 from estimator_worlds import World, mixing, modes
 from estimator_worlds import judge as judge_world
 from estimators import ONLINE, PLAIN, RATIO, Estimator, estimators, supported, whole
@@ -44,7 +43,7 @@ class Plan:
 
     Args:
         drifts, seeds, batches, rollouts, world_sizes: of the worlds.
-        states, moves, repetitions, sizes: of SmolLM2.
+        states, held, moves, repetitions, sizes: of SmolLM2.
         cost_tokens, cost_repeats: of the cost.
     """
 
@@ -53,15 +52,16 @@ class Plan:
     batches: int = 8
     rollouts: int = 256
     world_sizes: tuple[int, ...] = (4, 8)
-    states: int = 64
-    moves: tuple[float, ...] = (0.0, 0.5, 1.0)
+    states: int = 1024
+    held: int = 64
+    moves: tuple[float, ...] = (0.0, 0.25, 0.5)
     repetitions: int = 64
     sizes: tuple[int, ...] = (4, 16, 64)
     cost_tokens: int = 256
     cost_repeats: int = 3
 
 
-QUICK = Plan((0.2,), 1, 4, 16, (4,), 8, (1.0,), 8, (4,), 16, 2)
+QUICK = Plan((0.2,), 1, 4, 16, (4,), 64, 8, (1.0,), 8, (4,), 16, 2)
 
 
 def judge_in(make: Callable[[], World], plan: Plan, drift: float, seed: int) -> list[Row]:
@@ -77,14 +77,15 @@ def judge_at(path: Path, move: float, chosen: Sequence[Estimator], plan: Plan) -
     generator, rows, last = torch.Generator().manual_seed(0), list[Row](), move == plan.moves[-1]
     kl, to_teacher = (float(reverse_kl(*pair).mean()) for pair in ((at.policy, at.student), (at.student, at.teacher)))
     where = {"kind": "states", "drift": move, "kl": kl, "kl_to_teacher": to_teacher, "states": len(at.sampled)}
+    judge = Judge(at, plan.held, STEP_TOKENS, plan.repetitions)
+    rounded = evolve(judge, states=evolve(at, float16=True))
     for estimator in chosen:
         found = {**where, **estimator.describe()}
-        rows.append({**found, **judge_states(at, estimator, STEP_TOKENS, plan.repetitions, generator)})
+        rows.append({**found, **judge.judge(estimator, generator)})
         if last:
-            rows[-1]["fused_error"] = check_fused(at, estimator, generator)
+            rows[-1]["fused_error"] = check_fused(at.some(plan.held), estimator, generator)
         if last and estimator.family in ROUNDED:
-            rounded = judge_states(evolve(at, float16=True), estimator, STEP_TOKENS, plan.repetitions, generator)
-            rows.append({**found, **rounded, "kind": "float16"})
+            rows.append({**found, **rounded.judge(estimator, generator), "kind": "float16"})
     return rows
 
 

@@ -6,7 +6,7 @@ lopd's objective gives the derivative by the log-probs it asked for; that by the
 as in the fused loss, which `check_fused` compares.
 
 What is judged is the gradient by the weight of the head, the mean over states of \(g_s h_s^\top\): all states share it, so noise averages out
-over the tokens of a step, and bias does not.
+over tokens, and bias does not.  What states share is a small part of what each has: it takes a thousand of them to measure it.
 
 Shape suffixes: S states, V vocabulary, D hidden size, M sampled tokens or repetitions at one state, K ids.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attrs import evolve, frozen
+from attrs import evolve, field, frozen
 from estimators import Estimator
 from torch import Tensor
 
@@ -50,6 +50,12 @@ class States:
     head: LMHead
     sampled: Tensor
     float16: bool = False
+
+    def some(self, count: int) -> "States":
+        """So many of them, evenly spread."""
+        rows = torch.linspace(0, len(self.sampled) - 1, min(count, len(self.sampled))).long()
+        tables = {name: getattr(self, name)[rows] for name in ("policy", "teacher", "student", "hidden", "sampled")}
+        return evolve(self, **tables)
 
     def columns(self, estimator: Estimator, state: int | slice, targets_M: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The columns of a batch whose tokens are at one state, or one at each."""
@@ -168,31 +174,61 @@ def as_batch(targets_M: Tensor, columns: dict[str, Tensor]) -> Batch:
     return Batch(targets_M, targets_M, torch.zeros_like(targets_M), torch.arange(len(targets_M)), **columns)
 
 
-def judge(states: States, estimator: Estimator, step_tokens: int, repetitions: int, generator: torch.Generator) -> dict[str, float]:
-    """Bias, spread and root mean square error of a step of so many tokens, relative to the norm of the exact gradient.
+@frozen(eq=False)
+class Judge:
+    """Holds estimators to the exact gradient at these states.
 
-    Sums over states leave out products of a state with itself, which would count the variety of states as bias; what they hold is noise of a step.
-    `state_bias` is the root mean square over states of the bias at each, relative to the same of the exact gradient; `bias_z` the squared bias
-    over its standard deviation where the bias is 0, of what was drawn.
+    Args:
+        states: where those with a bias are judged.
+        held: of these, where those that claim to have none are held to it, state by state: every sampled token is taken at each.
+        step_tokens: of a step.
+        repetitions: at each state, of what is drawn.
     """
-    truth_SV, hidden_SS = exact(states), states.hidden @ states.hidden.T
-    random = estimator.support.drawn > 0
-    moments = drawn(states, estimator, repetitions, generator) if random else enumerated(states, estimator)
-    first_SV, second_SV = (mean_SV - truth_SV for mean_SV in moments.means)
-    products_SS, truth2 = first_SV @ second_SV.T * hidden_SS, between(truth_SV @ truth_SV.T * hidden_SS)
-    bias2, noise = between(products_SS), between(products_SS**2) ** 0.5 / len(truth_SV)
-    mean_SV = (moments.means[0] + moments.means[1]) / 2
-    # the mean squared distance of one gradient from the truth
-    spread_S = moments.squares - 2 * (mean_SV * truth_SV).sum(-1) + (truth_SV**2).sum(-1)
-    variance = (float((spread_S * hidden_SS.diagonal()).mean()) - bias2) / step_tokens
-    return {
-        "bias": max(bias2 / truth2, 0.0) ** 0.5,
-        "bias_z": bias2 / noise if random else 0.0,
-        "bias_noise": (noise / truth2) ** 0.5 if random else 0.0,
-        "state_bias": max(float((first_SV * second_SV).sum() / (truth_SV**2).sum()), 0.0) ** 0.5,
-        "sd": max(variance / truth2, 0.0) ** 0.5,
-        "rmse": max((max(bias2, 0.0) + variance) / truth2, 0.0) ** 0.5,
-    }
+
+    states: States
+    held: int
+    step_tokens: int
+    repetitions: int
+    norm2: float = field(init=False)
+    size: float = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        truth_SV, hidden_SS = exact(self.states), self.states.hidden @ self.states.hidden.T
+        object.__setattr__(self, "norm2", between(truth_SV @ truth_SV.T * hidden_SS))
+        object.__setattr__(self, "size", mean_size(truth_SV, self.states))
+
+    def judge(self, estimator: Estimator, generator: torch.Generator) -> dict[str, float]:
+        """Bias, spread and root mean square error of a step, relative to the norm of the exact gradient.
+
+        Sums over states leave out products of a state with itself, which would count the variety of states as bias; what they hold is noise of
+        a step.  `state_bias` is the root mean square over states of the bias at each, relative to the same of the exact gradient; `bias_z` the
+        squared bias over its standard deviation where the bias is 0, of what was drawn; `variance` that of one token.
+        """
+        states = self.states.some(self.held) if estimator.unbiased else self.states
+        truth_SV, random = exact(states), estimator.support.drawn > 0
+        moments = drawn(states, estimator, self.repetitions, generator) if random else enumerated(states, estimator)
+        first_SV, second_SV = (mean_SV - truth_SV for mean_SV in moments.means)
+        products_SS = first_SV @ second_SV.T * (states.hidden @ states.hidden.T)
+        bias2, noise = between(products_SS) / self.norm2, between(products_SS**2) ** 0.5 / len(truth_SV) / self.norm2
+        mean_SV = (moments.means[0] + moments.means[1]) / 2
+        # the mean squared distance of one gradient from the truth, over the mean square of that: so few states may all be large ones
+        apart_S = moments.squares - 2 * (mean_SV * truth_SV).sum(-1) + (truth_SV**2).sum(-1)
+        apart = float((apart_S * (states.hidden**2).sum(-1)).mean()) / mean_size(truth_SV, states) * self.size / self.norm2
+        variance = max(apart - bias2, 0.0)
+        return {
+            "bias": max(bias2, 0.0) ** 0.5,
+            "bias_z": bias2 / noise if random else 0.0,
+            "bias_noise": noise**0.5 if random else 0.0,
+            "state_bias": max(float((first_SV * second_SV).sum() / (truth_SV**2).sum()), 0.0) ** 0.5,
+            "variance": variance,
+            "sd": (variance / self.step_tokens) ** 0.5,
+            "rmse": max(bias2 + variance / self.step_tokens, 0.0) ** 0.5,
+        }
+
+
+def mean_size(gradient_SV: Tensor, states: States) -> float:
+    """The mean over states of the squared norm of the gradient by the weight."""
+    return float(((gradient_SV**2).sum(-1) * (states.hidden**2).sum(-1)).mean())
 
 
 def between(products_SS: Tensor) -> float:
