@@ -31,7 +31,7 @@ import pytest
 from attrs import field, frozen
 from botocore.session import get_session
 from crash_worker import Place, provenance_of, rollout, scores
-from s3_server import stop_server
+from s3_server import MOTO, stop_server
 
 from lopd.errors import LopdError
 
@@ -188,7 +188,7 @@ def _s3rver(program: str, folder: Path, ports: Sequence[int]) -> list[str]:
 
 
 def _moto(_: str, __: Path, ports: Sequence[int]) -> list[str]:
-    return [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(ports[0])]
+    return [sys.executable, "-W", "ignore", str(MOTO), "-H", "127.0.0.1", "-p", str(ports[0])]
 
 
 def _azurite(program: str, folder: Path, ports: Sequence[int]) -> list[str]:

@@ -111,9 +111,13 @@ class S3Server:
         return data
 
 
+#: Starts moto.
+MOTO = Path(__file__).with_name("moto_server.py")
+
+
 def start_server(log: Path) -> tuple[subprocess.Popen[bytes], int]:
     """A server on a port that the system chose, and that port: what it prints says when it listens, and where."""
-    command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    command = [sys.executable, "-W", "ignore", str(MOTO), "-H", "127.0.0.1", "-p", "0"]
     # the profile of whoever runs the tests may not be there for the server, which then answers nothing
     environment = {name: value for name, value in os.environ.items() if name != "AWS_PROFILE"}
     with log.open("wb") as output:

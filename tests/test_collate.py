@@ -109,14 +109,15 @@ def test_a_batch_has_int64_ids_and_float32_values() -> None:
         evolve(
             r,
             rollout=evolve(r.rollout, sampler_logprobs=r.scores["ref"]),
-            top_k={"teacher": tiny_top_k(r.rollout.response_ids.size)},
+            top_k=dict.fromkeys(("teacher", "ref"), tiny_top_k(r.rollout.response_ids.size, drawn=2)),
         )
         for r in random_records(0, 2)
     ]
     batch = collate(records, teacher="teacher", ref="ref", top_k="teacher")
     assert {f.name: str(getattr(batch, f.name).dtype).removeprefix("torch.") for f in fields(Batch)} == {
-        **dict.fromkeys(["inputs", "targets", "position_ids", "segment_ids", "top_k_ids"], "int64"),
+        **dict.fromkeys(["inputs", "targets", "position_ids", "segment_ids", "top_k_ids", "drawn_ids"], "int64"),
         **dict.fromkeys(["weight", "teacher_logprobs", "ref_logprobs", "sampler_logprobs", "top_k_logprobs", "top_k_tail"], "float32"),
+        **dict.fromkeys(["drawn_logprobs", "drawn_ref_logprobs"], "float32"),
     }
 
 

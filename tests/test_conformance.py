@@ -7,121 +7,32 @@ from typing import Any
 
 import numpy as np
 import pytest
-from attrs import evolve, frozen
-from served_table import MODEL
+from attrs import evolve
 from served_table import TOKENIZER as TABLE
 from suite_cases import TABLE_CONTEXT, broken_clauses, clauses, filler, some_prompts, some_rollouts
-from vllm_stub import EOS, VOCAB
+from table_engines import (
+    TABLE_VV,
+    WORK,
+    Change,
+    TableScorer,
+    TableSource,
+    as_if_all_were_wrong,
+    ids_modulo_the_vocabulary,
+    ids_that_make_do,
+    nameless,
+    refuse_prompts,
+    refuse_responses,
+    refuse_rollouts,
+    support_of,
+    tempered,
+    unchecked,
+)
+from vllm_stub import VOCAB
 
-from lopd.engines.inputs import check_prompts, check_rollouts
-from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
+from lopd.engines.inputs import asked_ids
 from lopd.protocols import RolloutSource, TeacherScorer
-from lopd.records import Manifest, Prompt, Provenance, Rollout, SamplingParams, Scores, TokenizerId, TopK, rollout_id
+from lopd.records import Manifest, Prompt, Rollout, SamplingParams, Scores, TokenizerId, TopK
 from lopd.testing import ScorerConformance, SourceConformance
-
-TABLE_VV = np.log(np.random.default_rng(0).dirichlet(np.full(VOCAB, 0.3), VOCAB)).astype(np.float32)
-Change = Callable[..., Any]
-#: What the table was asked for, by whomever.
-WORK: list[str] = []
-
-
-def unchecked(items: Sequence[Any]) -> None:
-    """Refuses nothing."""
-
-
-def nameless(check: Change) -> Change:
-    """Refuses the same, and does not say what."""
-
-    def refuse(items: Sequence[Any]) -> None:
-        try:
-            check(items)
-        except (ContextOverflowError, InvalidRecordError) as error:
-            raise type(error)("one of them will not do") from error
-
-    return refuse
-
-
-def as_if_all_were_wrong(check: Change) -> Change:
-    """Refuses the same, with the error that ends a run."""
-
-    def refuse(items: Sequence[Any]) -> None:
-        try:
-            check(items)
-        except (ContextOverflowError, InvalidRecordError) as error:
-            raise EngineError(str(error)) from error
-
-    return refuse
-
-
-def refuse_prompts(prompts: Sequence[Prompt]) -> None:
-    check_prompts(prompts, TABLE, TABLE_CONTEXT)
-
-
-def refuse_rollouts(rollouts: Sequence[Rollout]) -> None:
-    check_rollouts(rollouts, TABLE, TABLE_CONTEXT)
-
-
-def refuse_responses(rollouts: Sequence[Rollout]) -> None:
-    """Never looks at a prompt."""
-    check_rollouts([evolve(rollout, prompt_ids=[2] * rollout.prompt_ids.size) for rollout in rollouts], TABLE, TABLE_CONTEXT)
-
-
-@frozen
-class TableSource:
-    """The next token depends on the last one only; `change` makes something else of the rollouts of a call, given the source and the prompts."""
-
-    sampling: SamplingParams
-    generation: int = 0
-    change: Change = lambda source, prompts, rollouts: rollouts  # the mistakes have these arguments too
-    refuse: Change = refuse_prompts
-
-    @property
-    def manifest(self) -> Manifest:
-        return Manifest(TABLE, MODEL, self.sampling, generation=self.generation)
-
-    def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
-        self.refuse(prompts)
-        rows = itertools.product(prompts, range(self.sampling.samples_per_prompt))
-        return list(self.change(self, prompts, [self._one(prompt, sample) for prompt, sample in rows]))
-
-    def _one(self, prompt: Prompt, sample: int) -> Rollout:
-        name = rollout_id(prompt.prompt_id, sample, self.generation)
-        WORK.append(name)
-        random = np.random.default_rng([self.sampling.seed, *name.encode()])
-        stop_ids, ids, logprobs = self.sampling.stop_ids or (EOS,), [int(prompt.token_ids[-1])], []
-        while len(ids) <= self.sampling.max_new_tokens and (len(ids) == 1 or ids[-1] not in stop_ids):
-            row = TABLE_VV[ids[-1]].astype(np.float64)
-            scaled = np.exp(row / max(self.sampling.temperature, 0.01))
-            ids.append(int(random.choice(VOCAB, p=scaled / scaled.sum())))
-            logprobs.append(row[ids[-1]])
-        reason = "stop" if ids[-1] in stop_ids else "length"
-        return Rollout(name, prompt.token_ids, ids[1:], [True] * (len(ids) - 1), reason, logprobs, self.generation)
-
-
-@frozen
-class TableScorer:
-    """The same model; `change` makes something else of the scores of a call, given its rollouts."""
-
-    top_k: int = 0
-    change: Change = lambda rollouts, scores: scores  # likewise
-    name: str = "table"
-    refuse: Change = refuse_rollouts
-
-    @property
-    def provenance(self) -> Provenance:
-        return Provenance(evolve(MODEL, name=self.name), TABLE.vocab_hash, "table 1.0", top_k=self.top_k, eos_id=EOS)
-
-    def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
-        self.refuse(rollouts)
-        return list(self.change(rollouts, [self._one(rollout) for rollout in rollouts]))
-
-    def _one(self, rollout: Rollout) -> Scores:
-        WORK.append(rollout.rollout_id)
-        rows_TV = TABLE_VV[np.concatenate([rollout.prompt_ids[-1:], rollout.response_ids[:-1]])]
-        ids_TK = np.argsort(-rows_TV, axis=1, kind="stable")[:, : self.top_k]
-        among_TK = np.take_along_axis(rows_TV, ids_TK, axis=1)
-        support = TopK(ids_TK, among_TK, np.clip(1 - np.exp(among_TK).sum(1), 0, 1)) if self.top_k else None
-        return Scores.of(rollout, rows_TV[np.arange(len(rows_TV)), rollout.response_ids], top_k=support)
 
 
 class TableSourceSuite(SourceConformance):
@@ -166,12 +77,23 @@ class TableTopKSuite(TableScorerSuite):
     make_scorer = staticmethod(lambda: TableScorer(3))
 
 
-@pytest.mark.parametrize("suite", [TableSourceSuite, TableScorerSuite, TableTopKSuite])
-def test_the_suites_accept_what_is_right(suite: type) -> None:
+class TableCandidatesSuite(TableScorerSuite):
+    make_scorer = staticmethod(lambda: TableScorer(3, candidates=4, drawn=2))
+
+
+@pytest.mark.parametrize(
+    ("suite", "lacks"),
+    [
+        (TableSourceSuite, ()),
+        (TableScorerSuite, ("most_likely", "candidate")),
+        (TableTopKSuite, ("candidate",)),
+        (TableCandidatesSuite, ()),
+    ],
+)
+def test_the_suites_accept_what_is_right(suite: type, lacks: tuple[str, ...]) -> None:
     left_out: list[str] = []
     assert broken_clauses(suite(), left_out) == []
-    assert all("most_likely" in name for name in left_out), "all that a suite can ask is asked here"
-    assert not left_out or suite is TableScorerSuite
+    assert all(any(word in name for word in lacks) for name in left_out), "all that a suite can ask is asked here"
 
 
 def resampled(source: TableSource, prompts: Sequence[Prompt], **fields: Any) -> list[Rollout]:
@@ -233,6 +155,61 @@ SOURCE_MISTAKES: dict[str, tuple[Change, str]] = {
 }
 
 
+def rekept(change: Change) -> Change:
+    """Other candidates, where there are some; given the source, the rollout, and what the table says at each token."""
+
+    def changed(source: TableSource, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Rollout]:
+        rows = [TABLE_VV[np.concatenate([r.prompt_ids[-1:], r.response_ids[:-1]])] for r in rollouts]
+        return [evolve(r, candidates=r.candidates and change(source, r, rows_TV)) for r, rows_TV in zip(rollouts, rows, strict=True)]
+
+    return changed
+
+
+def forced_in(source: TableSource, rollout: Rollout, rows_TV: Any) -> TopK:
+    """The sampled token in the place of the least likely candidate, unless it is one."""
+    ids_TK = rollout.candidates.ids.copy()
+    outside_T = ~(ids_TK == rollout.response_ids[:, None]).any(1)
+    ids_TK[outside_T, source.sampling.candidates - 1] = rollout.response_ids[outside_T]
+    return support_of(rows_TV, ids_TK, source.sampling.drawn)
+
+
+def cooled(source: TableSource, rollout: Rollout, rows_TV: Any) -> TopK:
+    """Drawn at the temperature of sampling."""
+    cold = tempered(rows_TV, source.sampling.temperature)
+    drawn_TD = source._keep(cold, rollout.rollout_id).ids[:, source.sampling.candidates :]
+    return support_of(
+        rows_TV, np.concatenate([rollout.candidates.ids[:, : source.sampling.candidates], drawn_TD], 1), source.sampling.drawn
+    )
+
+
+MOST_LIKELY, FOLLOW = (
+    "test_candidates_are_the_most_likely_tokens_at_temperature_1",
+    "test_drawn_candidates_follow_the_policy_at_temperature_1_each_token_for_itself",
+)
+CANDIDATE_MISTAKES: dict[str, tuple[Change, str]] = {
+    "candidates are forgotten": (
+        rekept(lambda s, r, rows: None),
+        "test_keeping_candidates_changes_no_token_and_the_same_call_keeps_the_same",
+    ),
+    "keeping candidates changes the tokens": (
+        lambda s, p, rs: resampled(s, p, seed=s.sampling.candidates + s.sampling.drawn),
+        "test_keeping_candidates_changes_no_token_and_the_same_call_keeps_the_same",
+    ),
+    "the sampled token is put in by force": (rekept(forced_in), MOST_LIKELY),
+    "log-probs of candidates at the temperature of sampling": (
+        rekept(lambda s, r, rows: support_of(tempered(rows, s.sampling.temperature), r.candidates.ids, r.candidates.drawn)),
+        MOST_LIKELY,
+    ),
+    "drawn at the temperature of sampling": (rekept(cooled), FOLLOW),
+    "all tokens share their draws": (
+        rekept(
+            lambda s, r, rows: support_of(rows, np.concatenate([r.candidates.ids[:, :1], np.tile(np.arange(16), (len(rows), 1))], 1), 16)
+        ),
+        FOLLOW,
+    ),
+}
+
+
 class SourceThatForgetsItsRound(TableSource):
     @property
     def manifest(self) -> Manifest:
@@ -249,7 +226,7 @@ NO_ROOM, OUTSIDE = (
     "test_an_id_outside_the_vocabulary_is_refused_and_its_prompt_named",
 )
 WRONG_SOURCES: dict[str, tuple[Change, str]] = {
-    **{name: (partial(TableSource, change=change), clause) for name, (change, clause) in SOURCE_MISTAKES.items()},
+    **{name: (partial(TableSource, change=change), clause) for name, (change, clause) in (SOURCE_MISTAKES | CANDIDATE_MISTAKES).items()},
     "the manifest forgets the round": (SourceThatForgetsItsRound, "test_the_manifest_says_what_was_asked_for"),
     "long prompts are sampled": (partial(TableSource, refuse=unchecked), NO_ROOM),
     "which prompt is too long is not said": (partial(TableSource, refuse=nameless(refuse_prompts)), NO_ROOM),
@@ -334,6 +311,39 @@ SCORER_MISTAKES: dict[str, tuple[int, Change, str]] = {
 }
 
 
+def reordered(change: Change) -> Change:
+    """Columns of the support of a scorer with four candidates, three of its own and two drawn ones, in another order."""
+    order = change([*range(9)])
+    return lambda rs, ss: [
+        evolve(s, top_k=TopK(s.top_k.ids[:, order], s.top_k.logprobs[:, order], s.top_k.tail, s.top_k.drawn)) for s in ss
+    ]
+
+
+PROMISES = "test_the_most_likely_tokens_are_those_that_the_provenance_promises"
+CANDIDATE_SCORER_MISTAKES: dict[str, tuple[Change, str]] = {
+    "its own come first": (partial(TableScorer, 3, reordered(lambda n: [*n[4:7], *n[:4], *n[7:]]), candidates=4, drawn=2), PROMISES),
+    "candidates in another order": (partial(TableScorer, 3, reordered(lambda n: [*n[3::-1], *n[4:]]), candidates=4, drawn=2), PROMISES),
+    "each drawn token once": (
+        partial(
+            TableScorer, 3, reordered(lambda n: [*n[:7], 7, 7]), ask=lambda r, c, d: asked_ids(r, c, d + 1)[:, :-1], candidates=4, drawn=2
+        ),
+        PROMISES,
+    ),
+    "it makes do without candidates": (
+        partial(TableScorer, candidates=4, ask=ids_that_make_do),
+        "test_a_rollout_without_the_candidates_is_refused_and_named",
+    ),
+    "strange candidates are taken for others": (
+        partial(TableScorer, candidates=4, ask=ids_modulo_the_vocabulary),
+        "test_a_candidate_outside_the_vocabulary_is_refused_and_its_rollout_named",
+    ),
+    "strange draws are taken for others": (
+        partial(TableScorer, drawn=2, ask=ids_modulo_the_vocabulary),
+        "test_a_candidate_outside_the_vocabulary_is_refused_and_its_rollout_named",
+    ),
+}
+
+
 class ScorerThatChecksOneByOne(TableScorer):
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         return [scores for rollout in rollouts for scores in TableScorer.score(self, [rollout])]
@@ -346,6 +356,7 @@ def renamed() -> TableScorer:
 OVERFLOW, STRANGE = "test_a_rollout_longer_than_the_context_is_refused_and_named", OUTSIDE.replace("prompt", "rollout")
 WRONG_SCORERS: dict[str, tuple[Change, str]] = {
     **{name: (partial(TableScorer, top_k, change), clause) for name, (top_k, change, clause) in SCORER_MISTAKES.items()},
+    **CANDIDATE_SCORER_MISTAKES,
     "the name changes": (renamed, "test_the_provenance_says_the_same_each_time_and_names_the_vocabulary"),
     "a column cannot be continued": (renamed, "test_a_store_is_scored_once"),
     "long rollouts are scored": (partial(TableScorer, refuse=unchecked), OVERFLOW),

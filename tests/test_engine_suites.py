@@ -57,10 +57,11 @@ class TestHFSourceWithAPaddedHead(TestHFSource):
 
 
 class TestHFScorer(CountedModel, ScorerConformance):
-    top_k = 0
+    top_k = candidates = drawn = 0
 
     def make(self) -> TeacherScorer:
-        return HFScorer(self.model(), TOKENIZER, tokens_per_batch=16, rows_per_chunk=5, top_k=self.top_k)
+        kept = {"top_k": self.top_k, "candidates": self.candidates, "drawn": self.drawn}
+        return HFScorer(self.model(), TOKENIZER, tokens_per_batch=16, rows_per_chunk=5, **kept)
 
     def tokenizer(self) -> TokenizerId:
         return TOKENIZER_ID
@@ -74,6 +75,14 @@ class TestHFScorer(CountedModel, ScorerConformance):
 
 class TestHFScorerWithTopKOfAPaddedHead(TestHFScorer):
     kind, top_k = "qwen3_padded", 7
+
+
+class TestHFScorerWithCandidates(TestHFScorerWithTopKOfAPaddedHead):
+    candidates, drawn = 4, 3
+
+
+class TestHFScorerWithDrawnCandidatesAlone(TestHFScorer):
+    drawn = 5
 
 
 class Served:

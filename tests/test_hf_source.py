@@ -242,8 +242,8 @@ def test_the_log_probs_of_the_sampler_are_at_its_temperature_and_renormalised_ov
 def drawn_on_a_grid(probabilities, expected, n=1000, **sampling):
     """How often each token is drawn when the uniform numbers are the midpoints of n equal intervals: its probability, exactly."""
     logits_BV = torch.tensor(probabilities, dtype=torch.float32).log().expand(n, -1)
-    ids_B, logprobs_B, drawn_B = draw(logits_BV, (torch.arange(n, dtype=torch.float64) + 0.5) / n, SamplingParams(**sampling))
-    np.testing.assert_allclose(logprobs_B, torch.tensor(probabilities).log()[ids_B], atol=1e-6)
+    ids_B, logprobs_BV, drawn_B = draw(logits_BV, (torch.arange(n, dtype=torch.float64) + 0.5) / n, SamplingParams(**sampling))
+    np.testing.assert_allclose(logprobs_BV, torch.tensor(probabilities).log().expand(n, -1), atol=1e-6)
     np.testing.assert_allclose(drawn_B, torch.tensor(expected).log()[ids_B], atol=1e-6)
     return np.bincount(ids_B.numpy(), minlength=len(probabilities)) / n
 
@@ -273,7 +273,7 @@ def test_draw_stays_inside_the_vocabulary_and_off_impossible_tokens_at_both_ends
     logits_BV[:, [0, 1, 95, 96]] = float("-inf")
     for u in (0.0, float(np.nextafter(1.0, 0.0))):
         for top_p in (1.0, 0.8):
-            ids_B, logprobs_B, drawn_B = draw(logits_BV, torch.full((500,), u, dtype=torch.float64), SamplingParams(top_p=top_p))
+            ids_B, logprobs_BV, drawn_B = draw(logits_BV, torch.full((500,), u, dtype=torch.float64), SamplingParams(top_p=top_p))
             assert int(ids_B.min()) >= 2
             assert int(ids_B.max()) <= 94
-            assert bool((logprobs_B.isfinite() & drawn_B.isfinite()).all())
+            assert bool((logprobs_BV[range(500), ids_B].isfinite() & drawn_B.isfinite()).all())

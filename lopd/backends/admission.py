@@ -17,6 +17,7 @@ from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN, VIRTUAL_COLUMNS, Rollout, Scores
 from lopd.records.rows import Rows
+from lopd.records.support import TopK
 
 R = TypeVar("R", Rollout, Scores)
 # No separators, no leading dot, no name that Zarr keeps for itself: a column becomes a folder in some stores.
@@ -59,13 +60,10 @@ def new_rollouts(
 
 
 def _check_ids(rollouts: Sequence[Rollout], vocab_size: int) -> None:
-    """Refuse a rollout with an id outside the vocabulary."""
-    # One array after the other: to put them end to end first costs fresh memory, which is most of the time.
-    if all(np.maximum.reduce(ids) < vocab_size for r in rollouts for ids in (r.prompt_ids, r.response_ids)):
-        return
+    """Refuse a rollout with an id outside the vocabulary; to put all ids end to end first would cost fresh memory, which is slower."""
     for rollout in rollouts:
         for name, ids in (("prompt_ids", rollout.prompt_ids), ("response_ids", rollout.response_ids)):
-            if ids.max() >= vocab_size:
+            if np.maximum.reduce(ids) >= vocab_size:
                 position = int(np.argmax(ids >= vocab_size))
                 raise InvalidRecordError(
                     f"Rollout {rollout.rollout_id!r}: {name}[{position}] is {ids[position]}, expected an id below {vocab_size}, "
@@ -114,10 +112,8 @@ def check_column(owner: str, column: str) -> None:
         InvalidRecordError: other characters than letters, digits, `_`, `-`, `.`; a leading dot; `zarr.json`; or the reserved `behavior`.
     """
     if not is_column_name(column):
-        raise InvalidRecordError(
-            f"{owner}: the column name is {column!r}, expected 1 to 128 letters, digits, '_', '-' or '.', "
-            "no '.' in front, and not 'zarr.json'; rename it."
-        )
+        wanted = "1 to 128 letters, digits, '_', '-' or '.', no '.' in front, and not 'zarr.json'"
+        raise InvalidRecordError(f"{owner}: the column name is {column!r}, expected {wanted}; rename it.")
     if column == BEHAVIOR_COLUMN:
         raise InvalidRecordError(
             f"{owner}: the column name is {column!r}, expected any other, because it stands for the rollouts' own behavior_logprobs; "
@@ -151,7 +147,9 @@ def check_provenance(owner: str, column: str, stored: Provenance | None, given: 
         show: Callable[[Any], str] = str if str(stored.model) != str(given.model) else repr
         was, want = f"by {show(stored.model)}", show(given.model)
     else:
-        name = next(n for n in ("vocab_hash", "logprobs_mode", "top_k", "engine") if getattr(stored, n) != getattr(given, n))
+        name = next(
+            n for n in ("vocab_hash", "logprobs_mode", "top_k", "candidates", "drawn", "engine") if getattr(stored, n) != getattr(given, n)
+        )
         was, want, remedy = f"with {name} {getattr(stored, name)!r}", repr(getattr(given, name)), "write another column or score as before"
     if stored.model.name == given.model.name and stored.model.dtype != given.model.dtype:
         remedy += f" (it was in {stored.model.dtype}, and this one is in {given.model.dtype})"
@@ -185,18 +183,18 @@ def new_scores(
                 f"{owner}: scores of rollout {score.rollout_id!r} have residual={score.residual}, expected {provenance.residual} as their provenance "
                 f"has logprobs_mode {provenance.logprobs_mode!r}; write what was corrected into a column of its own (`lopd.residualise`)."
             )
-        _check_top_k(owner, score, provenance.top_k, vocab_size)
+        _check_top_k(owner, score, provenance, vocab_size)
         if score.rollout_id not in done:
             fresh.setdefault(score.rollout_id, score)
     return list(fresh.values())
 
 
-def _check_top_k(owner: str, score: Scores, top_k: int, vocab_size: int) -> None:
-    found = 0 if score.top_k is None else score.top_k.ids.shape[1]
-    if found != top_k:
+def _check_top_k(owner: str, score: Scores, provenance: Provenance, vocab_size: int) -> None:
+    found, stated = (0, 0) if score.top_k is None else (score.top_k.ids.shape[1], score.top_k.drawn), (provenance.top_k, provenance.drawn)
+    if found != stated:
         raise InvalidRecordError(
-            f"{owner}: scores of rollout {score.rollout_id!r} have a top-k of {found}, expected the {top_k} of their provenance; "
-            "say in the provenance what the scorer keeps."
+            f"{owner}: scores of rollout {score.rollout_id!r} have a top-k of {found[0]}, {found[1]} of them drawn, expected {stated[0]} and "
+            f"{stated[1]} as in their provenance; say there what the scorer keeps."
         )
     if score.top_k is not None and score.top_k.ids.size and score.top_k.ids.max() >= vocab_size:
         raise InvalidRecordError(
@@ -272,8 +270,8 @@ def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresErr
     )
 
 
-def with_columns(owner: str, rows: Rows, columns: Sequence[str]) -> Rows:
-    """Return rows with these columns as their scores, the virtual ones among them.
+def with_columns(owner: str, rows: Rows, columns: Sequence[str], provenances: Mapping[str, Provenance]) -> Rows:
+    """Return rows with these columns as their scores, the virtual ones among them, and supports that know how much of them was drawn.
 
     Raises:
         MissingScoresError: a rollout lacks what a virtual column reads, and it is asked for.
@@ -285,7 +283,8 @@ def with_columns(owner: str, rows: Rows, columns: Sequence[str]) -> Rows:
             scores[column], gaps = reported, np.isnan(reported[rows.response_ends[:-1]])
         for i in np.flatnonzero(gaps)[:1]:
             raise missing_scores(owner, rows.rollout_ids[int(i)], column)
-    return evolve(rows, scores={name: scores[name] if len(rows) else np.zeros(0, np.float32) for name in columns})
+    supports = {name: TopK.from_store(s.ids, s.logprobs, s.tail, provenances[name].drawn) for name, s in rows.top_k.items()}
+    return evolve(rows, scores={name: scores[name] if len(rows) else np.zeros(0, np.float32) for name in columns}, top_k=supports)
 
 
 def check_rows(owner: str, indices: Sequence[int], length: int) -> list[int]:

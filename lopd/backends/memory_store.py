@@ -99,7 +99,7 @@ class MemoryStore:
             {name: [score.logprobs for score in found] for name, found in scores.items()},
             {name: [score.top_k for score in scores[name] if score.top_k is not None] for name in top_k if rows},
         )
-        return admission.with_columns("MemoryStore", read, columns)
+        return admission.with_columns("MemoryStore", read, columns, self._columns)
 
     def _scores_of(self, rows: Sequence[int], column: str) -> list[Scores]:
         there = self._scores.get(column, {})

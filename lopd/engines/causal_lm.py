@@ -3,7 +3,7 @@
 Sampling, scoring and training all compute log-probs through here, so they cannot disagree about what a logit is.
 Duck-typed on purpose: importing this module imports no engine.
 
-Shape suffixes: N tokens, M selected tokens, R of a chunk, K candidates, D hidden size, V vocabulary, B rows, S positions.
+Shape suffixes: N tokens, M selected tokens, R of a chunk, A ids asked for, K candidates, D hidden size, V vocabulary, B rows, S positions.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -166,15 +166,15 @@ def rope_borders(model: Any) -> list[int]:
 
 
 @torch.no_grad()
-def candidate_logprobs(hidden_MD: Tensor, head: LMHead, targets_M: Tensor, top_k: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(M,) float32 log-probs, nats, of `targets` under `head`, and (M, K) ids and log-probs of the `top_k` most likely tokens, most likely first.
+def candidate_logprobs(hidden_MD: Tensor, head: LMHead, asked_MA: Tensor, top_k: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(M, A) float32 log-probs, nats, of ids under `head`, and (M, K) ids and log-probs of the `top_k` most likely ones, most likely first.
 
     `rows` rows at a time: memory is rows * V, never M * V.  Takes no gradient; the losses have their own.
     """
     logprobs, ids, values = [], [], []
-    for hidden_RD, targets_R in zip(hidden_MD.split(rows), targets_M.split(rows), strict=True):
+    for hidden_RD, asked_RA in zip(hidden_MD.split(rows), asked_MA.split(rows), strict=True):
         logprobs_RV = head.logits(hidden_RD).log_softmax(-1)
-        logprobs.append(logprobs_RV.gather(-1, targets_R[:, None]).squeeze(-1))
+        logprobs.append(logprobs_RV.gather(-1, asked_RA))
         values_RK, ids_RK = logprobs_RV.topk(top_k, -1)
         ids.append(ids_RK)
         values.append(values_RK)

@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.errors import ContextOverflowError, InvalidRecordError
-from lopd.records.checks import check_kind, check_number
+from lopd.records.checks import check_at_least, check_kind, check_number
 from lopd.records.identity import TokenizerId
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, floor_logprobs
+from lopd.records.support import TopK
 
 T = TypeVar("T")
 #: vLLM takes signed 64-bit seeds, and reads -1 as none.
@@ -38,13 +39,13 @@ def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: in
             )
 
 
-def check_rollouts(rollouts: Sequence[Rollout], tokenizer: TokenizerId, context: int) -> None:
-    """Each rollout has ids of this vocabulary and fits into `context` positions.
+def check_rollouts(rollouts: Sequence[Rollout], tokenizer: TokenizerId, context: int, candidates: int = 0, drawn: int = 0) -> None:
+    """Check that each rollout has ids of this vocabulary, fits into `context` positions, and has so many candidates and drawn ones.
 
     Raises:
         ArgumentError: one is something else, such as a prompt.
         ContextOverflowError: the first that does not fit.
-        InvalidRecordError: the first with an id outside the vocabulary.
+        InvalidRecordError: the first with an id outside the vocabulary, or without the candidates.
     """
     for rollout in rollouts:
         check_kind("Rollout", rollout, Rollout, "pass those that a source sampled, or `record.rollout` of a store's records")
@@ -55,24 +56,55 @@ def check_rollouts(rollouts: Sequence[Rollout], tokenizer: TokenizerId, context:
             )
         _check_ids(owner, rollout.prompt_ids, tokenizer)
         _check_ids(owner, rollout.response_ids, tokenizer)
+        if candidates or drawn:
+            _check_ids(owner, asked_ids(rollout, candidates, drawn), tokenizer, "a candidate of token")
 
 
-def _check_ids(owner: str, ids: NDArray[np.int32], tokenizer: TokenizerId) -> None:
-    outside = np.flatnonzero(ids >= tokenizer.vocab_size)
+def _check_ids(owner: str, ids: NDArray[np.int32], tokenizer: TokenizerId, what: str = "token") -> None:
+    outside = np.argwhere(ids >= tokenizer.vocab_size)
     if outside.size:
+        place = tuple(outside[0].tolist())
         raise InvalidRecordError(
-            f"{owner}: token {outside[0]} is id {ids[outside[0]]}, expected an id below the vocabulary's {tokenizer.vocab_size}; "
+            f"{owner}: {what} {place[0]} is id {ids[place]}, expected an id below the vocabulary's {tokenizer.vocab_size}; "
             "tokenise with this model's tokenizer."
         )
 
 
-def check_top_k(owner: str, top_k: int, tokenizer: TokenizerId) -> None:
-    """A vocabulary of V tokens has 0 to V most likely ones.
+def asked_ids(rollout: Rollout, candidates: int, drawn: int) -> NDArray[np.int32]:
+    """(T, candidates + drawn) ids that a scorer is asked for: the first candidates of a rollout, and its last drawn ones.
 
     Raises:
-        InvalidRecordError: not of this vocabulary.
+        InvalidRecordError: it has fewer.
     """
-    check_number(owner, "top_k", top_k, 0 <= top_k <= tokenizer.vocab_size, f"0 to {tokenizer.vocab_size}")
+    support = rollout.candidates
+    ids_TK = np.zeros((rollout.response_ids.size, 0), np.int32) if support is None else support.ids
+    found = (0, 0) if support is None else (support.distinct, support.drawn)
+    if found[0] < candidates or found[1] < drawn:
+        raise InvalidRecordError(
+            f"Rollout {rollout.rollout_id!r}: it has {found[0]} candidates and {found[1]} drawn ones a token, expected at least {candidates} and "
+            f"{drawn}; collect it with SamplingParams(candidates={candidates}, drawn={drawn}), and let `score_rollouts` attach them."
+        )
+    return np.concatenate([ids_TK[:, :candidates], ids_TK[:, ids_TK.shape[1] - drawn :]], axis=1)
+
+
+def check_top_k(owner: str, top_k: int, tokenizer: TokenizerId, name: str = "top_k") -> None:
+    """Check that a vocabulary has so many distinct ids.
+
+    Raises:
+        InvalidRecordError: it has fewer, or the number is below 0; `name` is what the message calls it.
+    """
+    check_number(owner, name, top_k, 0 <= top_k <= tokenizer.vocab_size, f"0 to {tokenizer.vocab_size}")
+
+
+def check_support(owner: str, tokenizer: TokenizerId, top_k: int, candidates: int, drawn: int) -> None:
+    """Check the widths that a scorer is made with: the candidates and its own most likely tokens are distinct ids of one vocabulary.
+
+    Raises:
+        InvalidRecordError: a width is below 0, or the vocabulary has fewer ids.
+    """
+    for name, width in (("top_k", top_k), ("candidates", candidates), ("candidates + top_k", candidates + top_k)):
+        check_top_k(owner, width, tokenizer, name)
+    check_at_least(owner, "drawn", drawn, 0)
 
 
 def budgeted(lengths: Sequence[int], budget: int) -> list[list[int]]:
@@ -129,6 +161,7 @@ def make_rollout(
     *,
     stops: Collection[int],
     generation: int,
+    candidates: TopK | None = None,
 ) -> Rollout:
     """A rollout as it was sampled: all of its tokens count, and it ends at a stop id or for its length.
 
@@ -140,6 +173,7 @@ def make_rollout(
         drawn: (T,) of them, nats, in the distribution that they were drawn from, likewise; None where that is the one at temperature 1, too.
         stops: ids that end a response.
         generation: round of sampling.
+        candidates: what the engine kept while it sampled, see `lopd.engines.supports.make_support`.
 
     Raises:
         InvalidRecordError: something is not a log-prob; it names the rollout.
@@ -153,4 +187,5 @@ def make_rollout(
         behavior_logprobs=None if logprobs is None else floor_logprobs(logprobs)[0],
         generation=generation,
         sampler_logprobs=None if drawn is None else floor_logprobs(drawn)[0],
+        candidates=candidates,
     )

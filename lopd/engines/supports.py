@@ -1,41 +1,80 @@
 """From what an engine says about each response token to checked scores with a top-k support.
 
-Shape suffixes: T response tokens, K candidates a token, W entries that an engine gives at a token, in whatever order.
+Shape suffixes: T response tokens, K candidates a token, A ids that a scorer is asked for, W entries that an engine
+gives at a token.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.rollouts import Rollout, Scores, TopK, floor_logprobs
+from lopd.records.rollouts import Rollout, Scores, floor_logprobs
+from lopd.records.support import TopK
 
 
 def make_scores(
-    rollout: Rollout, logprobs_T: NDArray[np.float32], ids_TK: NDArray[np.integer], candidates_TK: NDArray[np.float32]
+    rollout: Rollout, logprobs_T: NDArray[np.float32], ids_TK: NDArray[np.integer], candidates_TK: NDArray[np.float32], drawn: int = 0
 ) -> Scores:
-    """Scores of one rollout: -inf becomes the floor, and is counted among the sampled tokens; K = 0 is no support.
+    """Scores of one rollout: -inf becomes the floor, and is counted among the sampled tokens; K = 0 leaves out the support.
 
     Args:
         rollout: whose tokens.
         logprobs_T: of them, nats.
-        ids_TK: the K most likely tokens.
+        ids_TK: of the support, the drawn ones last.
         candidates_TK: of those, nats.
+        drawn: how many of the K were drawn.
 
     Raises:
-        InvalidRecordError: something is no log-prob; it names the rollout.
+        InvalidRecordError: something is not a log-prob; it names the rollout.
     """
-    scores = Scores.of(rollout, *floor_logprobs(logprobs_T))
-    if ids_TK.shape[1] == 0:
-        return scores
+    support = make_support(f"Rollout {rollout.rollout_id!r}", ids_TK, candidates_TK, drawn) if ids_TK.shape[1] else None
+    return evolve(Scores.of(rollout, *floor_logprobs(logprobs_T)), top_k=support)
+
+
+def make_support(owner: str, ids_TK: NDArray[np.integer], logprobs_TK: NDArray[np.float32], drawn: int = 0) -> TopK:
+    """A support with its tail, 1 minus the probability of all but the last `drawn`; -inf becomes the floor.
+
+    Raises:
+        InvalidRecordError: something is not a log-prob; it names the owner.
+    """
+    distinct_TK = logprobs_TK[:, : logprobs_TK.shape[1] - drawn]
     # float32 rounding may leave the sum a little above 1
-    tail_T = np.clip(1 - np.exp(candidates_TK.astype(np.float64)).sum(-1), 0, 1)
+    tail_T = np.clip(1 - np.exp(distinct_TK.astype(np.float64)).sum(-1), 0, 1)
     try:
-        return evolve(scores, top_k=TopK(ids_TK, floor_logprobs(candidates_TK)[0], tail_T))
+        return TopK(ids_TK, floor_logprobs(logprobs_TK)[0], tail_T, drawn)
     except InvalidRecordError as error:
-        raise InvalidRecordError(f"Rollout {rollout.rollout_id!r}: {error}") from error
+        raise InvalidRecordError(f"{owner}: {error}") from error
+
+
+def arrange(
+    asked_TA: NDArray[np.integer],
+    logprobs_TA: NDArray[np.float32],
+    likely_TW: NDArray[np.integer],
+    logprobs_TW: NDArray[np.float32],
+    *,
+    candidates: int,
+    top_k: int,
+) -> tuple[NDArray[np.integer], NDArray[np.float32]]:
+    """(T, A + top_k) ids and log-probs in the order of a column: candidates, the model's own most likely outside of those, drawn ones.
+
+    Args:
+        asked_TA: the ids that were asked for, see `lopd.engines.inputs.asked_ids`.
+        logprobs_TA: of those, nats.
+        likely_TW: the `candidates + top_k` most likely ids, most likely first: so many are enough, whichever of them are candidates.
+        logprobs_TW: of those, nats.
+        candidates: how many of the ids asked for are distinct; the others were drawn.
+        top_k: how many of the most likely ones to keep.
+    """
+    known_TW = (likely_TW[:, :, None] == asked_TA[:, None, :candidates]).any(-1)
+    own_TK = np.argsort(known_TW, axis=1, kind="stable")[:, :top_k]
+
+    def joined(asked: NDArray[Any], likely: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([asked[:, :candidates], np.take_along_axis(likely, own_TK, 1), asked[:, candidates:]], axis=1)
+
+    return joined(asked_TA, likely_TW), joined(logprobs_TA, logprobs_TW)
 
 
 class FlatLogprobs(Protocol):

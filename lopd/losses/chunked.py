@@ -133,7 +133,7 @@ class ChunkedHead:
         index_R = (~small_C).nonzero().squeeze(-1)
         if len(index_R) < len(size_C):
             self._close_up(index_R)
-        self._kept.append((index_R + rows.start, scale_C[index_R]))
+        self._kept.append((index_R + rows.start, scale_C[index_R].to(self._sum_dtype)))
         self._used += len(index_R)
         if self._used > self._rows // 2 or rows.stop == len(self._hidden_MD):
             self._add_gradients(*(torch.cat(parts) for parts in zip(*self._kept, strict=True)))
@@ -208,7 +208,7 @@ class _SelectedLogprobs(torch.autograd.Function):
         ctx.job = job
         chunked = ChunkedHead(hidden_MD, job.head, job.chunking)
         found = [statistics for _, statistics in chunked.chunks(job.ids, entropy=job.entropy)]
-        logprobs_MK = torch.cat([chunked.zeros(0, job.ids.shape[1]), *(part.logprobs for part in found)])
+        logprobs_MK = torch.cat([chunked.zeros(0, job.ids.shape[1]), *(part.logprobs.to(chunked.zeros(0)) for part in found)])
         if not job.entropy:
             return logprobs_MK, None
         entropies_M = torch.cat([chunked.zeros(0), *(part.entropies for part in found if part.entropies is not None)])

@@ -12,6 +12,7 @@ Shape suffixes: M tokens, K most likely ones, B = K + 1 buckets.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,26 +20,40 @@ from torch import Tensor
 from lopd.errors import InvalidRecordError
 from lopd.records.checks import check_number, to_real
 
-#: A tail of less is taken for this much: below it, 1 minus a float32 sum is noise.
+#: The least that a tail is taken for in a log without a gradient: below it, 1 minus a float32 sum is noise.
 LEAST_TAIL = 1e-6
 
 Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _log_rest(student_MK: Tensor) -> Tensor:
-    """(M,) log of the student's tail."""
-    return (1 - student_MK.exp().sum(-1)).clamp(min=LEAST_TAIL).log()
+class _Buckets(NamedTuple):
+    """(M, B) probabilities, and their logs."""
+
+    shares: Tensor
+    logs: Tensor
 
 
-def _buckets(logprobs_MK: Tensor, tail_M: Tensor | None = None) -> Tensor:
-    """(M, B) log-probs of the K and of the tail."""
-    log_rest_M = _log_rest(logprobs_MK) if tail_M is None else tail_M.clamp(min=LEAST_TAIL).log()
-    return torch.cat([logprobs_MK, log_rest_M[:, None]], dim=-1)
+def _buckets(logprobs_MK: Tensor, tail_M: Tensor | None = None) -> _Buckets:
+    """The K and the tail: the one that is given, or what the student's K leave."""
+    if tail_M is None:
+        tail_M = _rest(logprobs_MK)
+        log_tail_M = _log_tail(tail_M)
+    else:
+        log_tail_M = tail_M.clamp(min=LEAST_TAIL).log()
+    return _Buckets(torch.cat([logprobs_MK.exp(), tail_M[:, None]], -1), torch.cat([logprobs_MK, log_tail_M[:, None]], -1))
 
 
-def _kl(logprobs_MB: Tensor, other_MB: Tensor) -> Tensor:
-    """KL of the first to the second over what is listed."""
-    return (logprobs_MB.exp() * (logprobs_MB - other_MB)).sum(-1)
+def _log_tail(tail_M: Tensor) -> Tensor:
+    """(M,) log of the student's tail.
+
+    One of less than a rounding is taken for that much, and its gradient passes: a clamp would let a student without a tail ignore the teacher's.
+    """
+    return (tail_M + (tail_M.clamp(min=torch.finfo(tail_M.dtype).eps) - tail_M).detach()).log()
+
+
+def _kl(these: _Buckets, others: Tensor) -> Tensor:
+    """KL of the first to the second, whose (M, B) logs are given, over what is listed."""
+    return (these.shares * (these.logs - others)).sum(-1)
 
 
 def forward_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor:
@@ -46,17 +61,29 @@ def forward_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor
 
     Source: knowledge distillation (arXiv 1503.02531) on the buckets; robust to stale rollouts according to AsyncOPD (arXiv 2606.24143).
     """
-    return _kl(_buckets(teacher_MK, tail_M), _buckets(student_MK))
+    return _kl(_buckets(teacher_MK, tail_M), _buckets(student_MK).logs)
 
 
 def reverse_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor:
     r"""\(\sum_b p_\theta \log(p_\theta / p_T)\) over the K and the tail.
 
-    Leaving the tail out instead would bias the gradient: the +1 of \(\partial (p \log p)\) cancels over a whole distribution only.
+    Leaving the tail out instead would bias the gradient: the +1 of \(\partial (p \log p)\) cancels over a whole distribution only.  Here logs carry
+    no gradient, so it never comes up: each bucket's is its probability's, times an advantage.
 
     Source: the reverse KL of OPD; for the bias arXiv 2605.11182.
     """
-    return _kl(_buckets(student_MK), _buckets(teacher_MK, tail_M))
+    gaps_MK = student_MK.detach() - teacher_MK
+    return (student_MK.exp() * gaps_MK).sum(-1) - _rest(student_MK) * _tail_advantages(student_MK, tail_M)
+
+
+def _rest(student_MK: Tensor) -> Tensor:
+    """(M,) the student's tail."""
+    return 1 - student_MK.exp().sum(-1)
+
+
+def _tail_advantages(student_MK: Tensor, tail_M: Tensor) -> Tensor:
+    """(M,) nats, detached: what the teacher's tail is above the student's."""
+    return tail_M.clamp(min=LEAST_TAIL).log() - _rest(student_MK.detach()).clamp(min=LEAST_TAIL).log()
 
 
 def generalised_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor:
@@ -82,7 +109,7 @@ def tail_advantages(divergence: Divergence, student_MK: Tensor, tail_M: Tensor) 
     if divergence is generalised_kl:
         return torch.zeros_like(tail_M)
     if divergence is reverse_kl:
-        return tail_M.clamp(min=LEAST_TAIL).log() - _log_rest(student_MK.detach())
+        return _tail_advantages(student_MK, tail_M)
     name = getattr(divergence, "__name__", repr(divergence))
     raise InvalidRecordError(
         f"TopKObjective: divergence is {name}, expected reverse_kl or generalised_kl with residual=True; pass one of these."
@@ -95,7 +122,8 @@ def reverse_kl_renormalised(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tens
     Source: arXiv 2603.25562.
     """
     del tail_M
-    return _kl(student_MK.log_softmax(-1), teacher_MK.log_softmax(-1))
+    own_MK = student_MK.log_softmax(-1)
+    return _kl(_Buckets(own_MK.exp(), own_MK), teacher_MK.log_softmax(-1))
 
 
 def jensen_shannon(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor, beta: float = 0.5) -> Tensor:
@@ -114,9 +142,9 @@ def jensen_shannon(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor, beta:
     """
     beta = to_real("Jensen-Shannon divergence", "beta", beta)
     check_number("Jensen-Shannon divergence", "beta", beta, 0 < beta < 1, "between 0 and 1")
-    student_MB, teacher_MB = _buckets(student_MK), _buckets(teacher_MK, tail_M)
-    mixture_MB = torch.logaddexp(teacher_MB + math.log(beta), student_MB + math.log1p(-beta))
-    return beta * _kl(teacher_MB, mixture_MB) + (1 - beta) * _kl(student_MB, mixture_MB)
+    student, teacher = _buckets(student_MK), _buckets(teacher_MK, tail_M)
+    mixture_MB = torch.logaddexp(teacher.logs + math.log(beta), student.logs + math.log1p(-beta))
+    return beta * _kl(teacher, mixture_MB) + (1 - beta) * _kl(student, mixture_MB)
 
 
 def entropy_gated(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor, threshold: float = 0.5) -> Tensor:
@@ -132,7 +160,7 @@ def entropy_gated(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor, thresh
 
     Source: EOPD (arXiv 2603.07079).  Secondary sources disagree on a threshold or a soft gate; this is the threshold.
     """
-    teacher_MB = _buckets(teacher_MK, tail_M)
-    entropy_M = -(teacher_MB.exp() * teacher_MB).sum(-1)
+    teacher = _buckets(teacher_MK, tail_M)
+    entropy_M = -(teacher.shares * teacher.logs).sum(-1)
     gate_M = (entropy_M > threshold).to(student_MK.dtype)
     return reverse_kl(student_MK, teacher_MK, tail_M) + gate_M * forward_kl(student_MK, teacher_MK, tail_M)

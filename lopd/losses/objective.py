@@ -91,7 +91,7 @@ class TokenLosses:
     @classmethod
     def joined(cls, parts: Sequence["TokenLosses"], empty: Tensor) -> "TokenLosses":
         """Return those of all parts in their order; `empty`, of shape (0,), gives device and dtype where there are 0 parts."""
-        return cls(*(torch.cat([empty, *(getattr(part, f.name) for part in parts)]) for f in fields(cls)))
+        return cls(*(torch.cat([empty, *(getattr(part, f.name).to(empty) for part in parts)]) for f in fields(cls)))
 
     def sums(self) -> LossOutput:
         """What the loop is told."""

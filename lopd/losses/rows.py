@@ -12,11 +12,14 @@ _BLOCK_BYTES = 2 << 20
 
 
 class Statistics(NamedTuple):
-    """(C, K) log-probs in nats, (C,) largest logits, (C,) sums of exp(logit - largest), and (C,) entropies in nats if they were asked for."""
+    """(C, K) log-probs in nats, (C,) sums of exp(logit - largest), (C,) largest logits, and (C,) entropies in nats if they were asked for.
+
+    Log-probs and sums are float64: what the K leave of 1 would be lost in float32, and with it a gradient that leads there.
+    """
 
     logprobs: Tensor
-    largest: Tensor
     sums: Tensor
+    largest: Tensor
     entropies: Tensor | None = None
 
 
@@ -24,6 +27,36 @@ def entropies_of(shares_RV: Tensor, sums_R: Tensor) -> Tensor:
     r"""(R,) nats: \(\log S - \frac1S \sum_v e_v \log e_v\) of rows \(e_v = \exp(z_v - \max z)\) whose sum is S."""
     entropies_R: Tensor = sums_R.log() + torch.special.entr(shares_RV).sum(-1) / sums_R
     return entropies_R
+
+
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def selected_logprobs_of(ids_CK: Tensor, logits_CK: Tensor, largest_C: Tensor, rest_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (C, K) log-probs and (C,) sums of exp(logit - largest), of whose terms `rest` has all but the selected ones.
+
+    Added to the selected ones before, terms far below them would be rounded away.
+    """
+    below_CK = logits_CK.to(exact_dtype(ids_CK.device)) - largest_C[:, None]
+    sums_C = rest_C + (below_CK.exp() / _same(ids_CK).sum(-1)).sum(-1)
+    return below_CK - sums_C.log()[:, None], sums_C
+
+
+def selected_gradients(ids_CK: Tensor, logprobs_CK: Tensor, gradient_CK: Tensor) -> Tensor:
+    """Return (C, K): the gradient by the logits of the selected ids, the same where an id comes twice.
+
+    The share of the log-probs and that of the softmax may cancel, so they meet in float64.
+    """
+    gradient_CK = gradient_CK.to(logprobs_CK.dtype)
+    by_id_CK = torch.where(_same(ids_CK), gradient_CK[:, None], 0.0).sum(-1)
+    return by_id_CK - gradient_CK.sum(-1, keepdim=True) * logprobs_CK.exp()
+
+
+def _same(ids_CK: Tensor) -> Tensor:
+    """(C, K, K): which are the same id."""
+    return ids_CK[:, :, None] == ids_CK[:, None]
 
 
 class Rows(Protocol):
@@ -59,7 +92,7 @@ class TorchRows:
         """Leaves exp(logit - largest) in the rows."""
         buffer_CV = self._buffer_CV[place]
         entropies_C = torch.empty(len(buffer_CV), dtype=self._dtype, device=buffer_CV.device) if entropy else None
-        largest_C, sums_C = (torch.empty(len(buffer_CV), dtype=self._dtype, device=buffer_CV.device) for _ in range(2))
+        largest_C, rest_C = (torch.empty(len(buffer_CV), dtype=self._dtype, device=buffer_CV.device) for _ in range(2))
         selected_CK = torch.empty(ids_CK.shape, dtype=self._dtype, device=buffer_CV.device)
         for first in range(0, len(buffer_CV), self._block_rows):
             block = slice(first, first + self._block_rows)
@@ -70,13 +103,15 @@ class TorchRows:
                 logits_RV.mul_(self._softcap)
             torch.amax(logits_RV, -1, out=largest_C[block])
             torch.gather(logits_RV, -1, ids_CK[block], out=selected_CK[block])
-            logits_RV.sub_(largest_C[block, None]).exp_()
-            torch.sum(logits_RV, -1, out=sums_C[block])
+            shares_RV = logits_RV.sub_(largest_C[block, None]).exp_()
+            selected_RK = shares_RV.gather(-1, ids_CK[block])
+            torch.sum(shares_RV.scatter_(-1, ids_CK[block], 0.0), -1, out=rest_C[block])
+            shares_RV.scatter_(-1, ids_CK[block], selected_RK)
             if entropies_C is not None:
-                entropies_C[block] = entropies_of(logits_RV, sums_C[block])
-            if logits_RV.dtype != buffer_CV.dtype:
-                buffer_CV[block].copy_(logits_RV)
-        return Statistics(selected_CK.sub_(largest_C[:, None]).sub_(sums_C.log()[:, None]), largest_C, sums_C, entropies_C)
+                entropies_C[block] = entropies_of(shares_RV, shares_RV.sum(-1))
+            if shares_RV.dtype != buffer_CV.dtype:
+                buffer_CV[block].copy_(shares_RV)
+        return Statistics(*selected_logprobs_of(ids_CK, selected_CK, largest_C, rest_C), largest_C, entropies_C)
 
     def gradients(self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor) -> Tensor:
         """A scale of the row costs nothing, as it can be applied to hidden states; a pass over the buffer does.
@@ -92,7 +127,7 @@ class TorchRows:
         else:
             scale_C = torch.ones_like(total_C)
             buffer_CV.mul_((-total_C / statistics.sums).to(buffer_CV.dtype)[:, None])
-            buffer_CV.scatter_add_(-1, ids_CK, gradient_CK.to(buffer_CV.dtype))
+            buffer_CV.scatter_(-1, ids_CK, selected_gradients(ids_CK, statistics.logprobs, gradient_CK).to(buffer_CV.dtype))
         if self._slope_CV is not None:
             buffer_CV.mul_(self._slope_CV[place])
         return scale_C

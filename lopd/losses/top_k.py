@@ -95,34 +95,34 @@ class TopKObjective:
         """See the class."""
         top_k, sampled_M = tokens.top_k(), logprobs_MK[:, 0].detach()
         student_MK = logprobs_MK[:, 1 : 1 + top_k.ids.shape[1]]
-        loss_M = self.divergence(student_MK, top_k.logprobs.to(logprobs_MK.dtype), top_k.tail.to(logprobs_MK.dtype))
-        clipped_M = torch.zeros_like(sampled_M)
+        teacher_MK, tail_M = (column.to(logprobs_MK.dtype) for column in (top_k.logprobs, top_k.tail))
+        loss_M, clipped_M = self.divergence(student_MK, teacher_MK, tail_M), torch.zeros_like(sampled_M)
         if self.residual:
-            residual_M, clipped_M = self._residual(logprobs_MK, tokens)
+            residual_M, clipped_M = self._residual(self._draws(logprobs_MK, tokens), tail_advantages(self.divergence, student_MK, tail_M))
             loss_M = loss_M + residual_M
         return TokenLosses(tokens.weight * loss_M, tokens.weight * (sampled_M - tokens.teacher()), tokens.weight * clipped_M, sampled_M)
 
-    def _residual(self, logprobs_MK: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    def _residual(self, draws: _Draws, tail_M: Tensor) -> tuple[Tensor, Tensor]:
         """(M,) the mean over draws, and which share of them was clipped."""
-        top_k, draws = tokens.top_k(), self._draws(logprobs_MK, tokens)
-        share_ME = draws.share * (draws.ids[:, :, None] != top_k.ids[:, None]).all(-1)
-        tail_M = tail_advantages(self.divergence, logprobs_MK[:, 1 : 1 + top_k.ids.shape[1]], top_k.tail.to(logprobs_MK.dtype))
         advantages_ME = draws.teacher - draws.student.detach() - tail_M[:, None]
         losses_ME = functional.lightning_with_ratio(draws.student, functional.clip_advantages(advantages_ME, self.clip), draws.sampler)
         if self.cap is not None:
             losses_ME = losses_ME * (self.cap / (draws.student.detach() - draws.sampler).exp()).clamp(max=1)
         beyond_ME = advantages_ME.abs() > (math.inf if self.clip is None else self.clip)
-        return (share_ME * losses_ME).sum(-1), (share_ME * beyond_ME).sum(-1)
+        return (draws.share * losses_ME).sum(-1), (draws.share * beyond_ME).sum(-1)
 
     def _draws(self, logprobs_MK: Tensor, tokens: Tokens) -> _Draws:
-        sampled = _Draws(tokens.targets, logprobs_MK[:, 0], tokens.teacher(), tokens.sampler(), torch.ones_like(tokens.teacher()))
-        if not self._uses_drawn(tokens):
-            return _Draws(*(column_M[:, None] for column_M in sampled))
-        drawn = tokens.drawn()
-        count = drawn.ids.shape[1]
-        # per token, so that how a step is split changes nothing
-        own_M = (tokens.sampler() == tokens.ref()).to(logprobs_MK.dtype)
-        each_M = 1 / (own_M + count)
-        sampled = sampled._replace(share=own_M * each_M)
-        more = _Draws(drawn.ids, logprobs_MK[:, -count:], drawn.logprobs, drawn.ref_logprobs, each_M[:, None].expand(-1, count))
-        return _Draws(*(torch.cat([one_M[:, None], more_MD], -1) for one_M, more_MD in zip(sampled, more, strict=True)))
+        """All draws; those inside the support have a share of 0."""
+        columns = [column_M[:, None] for column_M in (tokens.targets, logprobs_MK[:, 0], tokens.teacher(), tokens.sampler())]
+        share_ME = torch.ones_like(columns[1])
+        if self._uses_drawn(tokens):
+            drawn = tokens.drawn()
+            count = drawn.ids.shape[1]
+            # per token, so that how a step is split changes nothing
+            own_M1 = (tokens.sampler() == tokens.ref()).to(logprobs_MK.dtype)[:, None]
+            share_ME = torch.cat([own_M1, torch.ones_like(drawn.logprobs)], -1) / (own_M1 + count)
+            more = (drawn.ids, logprobs_MK[:, -count:], drawn.logprobs, drawn.ref_logprobs)
+            columns = [torch.cat([one, others], -1) for one, others in zip(columns, more, strict=True)]
+        ids_ME, student_ME, teacher_ME, sampler_ME = columns
+        outside_ME = (ids_ME[:, :, None] != tokens.top_k().ids[:, None]).all(-1)
+        return _Draws(ids_ME, student_ME, teacher_ME, sampler_ME, share_ME * outside_ME)

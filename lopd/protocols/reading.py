@@ -8,11 +8,12 @@ import numpy as np
 from attrs import frozen
 from numpy.typing import NDArray
 
-from lopd.errors import ArgumentError, InvalidRecordError, NoSuchRowError
+from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind
-from lopd.records.rollouts import Prompt, ScoredRollout, rollout_id
+from lopd.records.manifest import Provenance
+from lopd.records.rollouts import Prompt, Rollout, ScoredRollout, policy_column, rollout_id
 from lopd.records.rows import Rows
 
 
@@ -46,6 +47,32 @@ def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
         names = tuple(name for name, there in zip(columns, covered[start, 1:], strict=True) if there)
         made.append(Part(range(start, stop), names, tuple(name for name in names if columns[name].top_k)))
     return made
+
+
+def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance) -> list[Rollout]:
+    """These rollouts, with the policy's candidates where a scorer of this provenance wants them.
+
+    Raises:
+        MissingScoresError: the policy of a round kept none, or fewer.
+    """
+    read = reader.read(rows)
+    rollouts = [record.rollout for record in read]
+    if not provenance.candidates + provenance.drawn:
+        return rollouts
+    for generation in np.unique(read.generations).tolist():
+        column = policy_column(generation)
+        kept = reader.columns.get(column)
+        found = (0, 0) if kept is None else (kept.top_k - kept.candidates - kept.drawn, kept.drawn)
+        if found[0] < provenance.candidates or found[1] < provenance.drawn:
+            raise MissingScoresError(
+                f"{reader!r}: column {column!r} has {found[0]} candidates and {found[1]} drawn tokens, expected {provenance.candidates} and "
+                f"{provenance.drawn} for {provenance.model}; sample with `SamplingParams(candidates=..., drawn=...)`, or score the policy "
+                f"into this column with a scorer whose top_k is {provenance.candidates}."
+            )
+        places = np.flatnonzero(read.generations == generation).tolist()
+        for place, record in zip(places, reader.read([rows[i] for i in places], top_k=(column,)), strict=True):
+            rollouts[place] = rollouts[place].with_candidates(record.top_k[column])
+    return rollouts
 
 
 def evenly(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:

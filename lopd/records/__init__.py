@@ -36,8 +36,8 @@ from lopd.records.rollouts import Prompt as Prompt
 from lopd.records.rollouts import Rollout as Rollout
 from lopd.records.rollouts import ScoredRollout as ScoredRollout
 from lopd.records.rollouts import Scores as Scores
-from lopd.records.rollouts import TopK as TopK
 from lopd.records.rollouts import floor_logprobs as floor_logprobs
+from lopd.records.rollouts import policy_column as policy_column
 from lopd.records.rollouts import prompt_id_of as prompt_id_of
 from lopd.records.rollouts import rollout_id as rollout_id
 from lopd.records.rows import Rows as Rows
@@ -46,3 +46,4 @@ from lopd.records.steps import LMHead as LMHead
 from lopd.records.steps import LossOutput as LossOutput
 from lopd.records.steps import Step as Step
 from lopd.records.steps import StepMetrics as StepMetrics
+from lopd.records.support import TopK as TopK

@@ -53,7 +53,7 @@ def to_ids(value: Any) -> Int32Array:
 
 def to_candidates(value: Any) -> Int32Array:
     """Token ids as a read-only int32 matrix."""
-    return read_only(check_ids(value, 2).astype(np.int32))
+    return read_only(check_ids(value, 2).astype(np.int32, order="C"))
 
 
 def to_floats(value: Any) -> Float32Array:

@@ -19,6 +19,7 @@ from lopd.records.arrays import BoolArray, Float32Array
 from lopd.records.rollouts import Rollout, ScoredRollout
 from lopd.records.rows import Rows, ends
 from lopd.records.steps import Batch
+from lopd.records.support import TopK
 
 Weighting = Callable[[BoolArray], Float32Array]
 
@@ -50,14 +51,17 @@ def collate(
         teacher: which score column becomes `teacher_logprobs`.
         ref: which score column becomes `ref_logprobs`.  Where rollouts have `sampler_logprobs`, these come along; a rollout without them
             has its `ref_logprobs` there.
-        top_k: of which score column the most likely tokens come along.
+        top_k: of which score column the support comes along.  Of tokens that were drawn, the log-probs of the policy that drew them come from the
+            support of `ref`, if that was read.
 
     Raises:
-        InvalidRecordError: there are no rollouts, their K differ, or the weighting gave something that is no weight.
+        InvalidRecordError: there are no rollouts, their K differ, `ref` keeps other drawn tokens than `top_k`, or the weighting gave something
+            that is not a weight.
         MissingScoresError: a column was not read; it names the rollout.
     """
     if not isinstance(rows, Rows):
-        rows = Rows.of(rows, [name for name in (teacher, ref) if name is not None], [] if top_k is None else [top_k])
+        supports = [name for name in (top_k, ref) if name is not None and (name == top_k or (rows and name in rows[0].top_k))]
+        rows = Rows.of(rows, [name for name in (teacher, ref) if name is not None], supports)
     if not len(rows):
         raise InvalidRecordError("Batch: it has 0 rollouts, expected at least 1; check the store is not empty.")
     lengths_B = rows.prompt_lengths + rows.response_lengths - 1
@@ -73,7 +77,7 @@ def collate(
         teacher_logprobs=None if teacher is None else place.at_targets(_column(rows, rows.scores, teacher, "columns")),
         ref_logprobs=None if ref is None else place.at_targets(_column(rows, rows.scores, ref, "columns")),
         sampler_logprobs=None if ref is None or rows.sampler_logprobs is None else place.at_targets(_sampler(rows, ref)),
-        **({} if top_k is None else _top_k(place, _column(rows, rows.top_k, top_k, "top_k"))),
+        **({} if top_k is None else _support(place, _column(rows, rows.top_k, top_k, "top_k"), rows.top_k.get(ref or ""))),
     )
 
 
@@ -137,9 +141,22 @@ def _sampler(rows: Rows, ref: str) -> NDArray[Any]:
     return np.where(np.isnan(drawn_M), rows.scores[ref], drawn_M)
 
 
-def _top_k(place: _Places, support: Any) -> dict[str, Tensor]:
-    return {
-        "top_k_ids": place.at_targets(support.ids, np.int64),
-        "top_k_logprobs": place.at_targets(support.logprobs),
+def _support(place: _Places, support: TopK, ref: TopK | None) -> dict[str, Tensor]:
+    """The distinct tokens of a support, and those that were drawn, with what the policy that drew them says of them."""
+    k = support.distinct
+    found = {
+        "top_k_ids": place.at_targets(support.ids[:, :k], np.int64),
+        "top_k_logprobs": place.at_targets(support.logprobs[:, :k]),
         "top_k_tail": place.at_targets(support.tail),
     }
+    if not support.drawn:
+        return found
+    found |= {"drawn_ids": place.at_targets(support.ids[:, k:], np.int64), "drawn_logprobs": place.at_targets(support.logprobs[:, k:])}
+    if ref is None or not ref.drawn:
+        return found
+    if not np.array_equal(ref.ids[:, ref.distinct :], support.ids[:, k:]):
+        raise InvalidRecordError(
+            "Batch: the reference column keeps other drawn tokens than the teacher's, expected the same; score the teacher on the candidates of "
+            "that column."
+        )
+    return found | {"drawn_ref_logprobs": place.at_targets(ref.logprobs[:, ref.distinct :])}

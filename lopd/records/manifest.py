@@ -48,6 +48,8 @@ class SamplingParams:
         seed: each (seed, prompt, sample, generation) has its own random stream.
         stop_ids: ids that end a response (kept in it); empty means the model's own EOS ids.  They take the place of those, so name EOS too unless
             a response may go on after it.
+        candidates: how many of the most likely tokens are kept at each response token, with their log-probs at temperature 1.
+        drawn: how many more tokens are drawn there and kept: from the policy's own distribution at temperature 1, with replacement.
 
     Raises:
         InvalidRecordError: a number makes no sense, or is not a number.  Those of numpy or torch are made Python's own.
@@ -59,6 +61,8 @@ class SamplingParams:
     samples_per_prompt: int = 1
     seed: int = 0
     stop_ids: tuple[int, ...] = field(default=(), converter=_to_stop_ids)
+    candidates: int = 0
+    drawn: int = 0
 
     def __attrs_post_init__(self) -> None:
         owner = "Sampling"
@@ -69,6 +73,8 @@ class SamplingParams:
         check_at_least(owner, "samples_per_prompt", self.samples_per_prompt, 1)
         check_at_least(owner, "seed", self.seed, 0)
         check_at_least(owner, "smallest of stop_ids", min(self.stop_ids, default=0), 0)
+        check_at_least(owner, "candidates", self.candidates, 0)
+        check_at_least(owner, "drawn", self.drawn, 0)
 
     @property
     def neutral(self) -> bool:
@@ -128,13 +134,15 @@ class Provenance:
         engine: name and version of what ran it; not part of the identity (`Preflight` compares what it computes), except that of a residual, whose
             fit it names.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0.
-        top_k: how many of the model's most likely tokens are kept at each response token, beside the sampled one.
+        top_k: how many tokens are kept at each response token, beside the sampled one: the model's most likely ones, but for the next two.
         eos_id: what ends a text of that model, by its tokenizer; no part of the identity.
         parity: how this engine compared with another that ran the same model, when the column was begun: what the first append
             said stays; no part of the identity.
+        candidates: so many of the `top_k`, the first ones, are the most likely tokens of the policy; the model's own come from outside of them.
+        drawn: so many of the `top_k`, the last ones, were drawn from the policy (`TopK.drawn`).
 
     Raises:
-        InvalidRecordError: `top_k` is less than 0, or a field is of another type.
+        InvalidRecordError: a number is less than 0, `candidates` and `drawn` are more than `top_k`, or a field is of another type.
     """
 
     model: ModelId
@@ -144,12 +152,16 @@ class Provenance:
     top_k: int = 0
     eos_id: int | None = None
     parity: Parity | None = None
+    candidates: int = 0
+    drawn: int = 0
 
     def __attrs_post_init__(self) -> None:
         owner = f"Provenance of {self.model}"
         own_numbers(self, owner)
         own_texts(self, owner)
-        check_at_least(owner, "top_k", self.top_k, 0)
+        check_at_least(owner, "candidates", self.candidates, 0)
+        check_at_least(owner, "drawn", self.drawn, 0)
+        check_at_least(owner, "top_k", self.top_k, self.candidates + self.drawn)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Provenance) and self._compared() == other._compared()
@@ -158,7 +170,8 @@ class Provenance:
         return hash(self._compared())
 
     def _compared(self) -> tuple[Any, ...]:
-        return self.model, self.vocab_hash, self.logprobs_mode, self.top_k, self.engine if self.residual else ""
+        support = self.top_k, self.candidates, self.drawn
+        return self.model, self.vocab_hash, self.logprobs_mode, support, self.engine if self.residual else ""
 
     @property
     def residual(self) -> bool:

@@ -5,7 +5,7 @@ StepMetrics.
 Token ids are the truth; no field holds text that is ever tokenised again.  All log-probs are natural (nats), at temperature 1, with one
 exception: `Rollout.sampler_logprobs`.
 
-Shape suffixes: P prompt tokens, T response tokens of one rollout, K candidates of a top-k support.
+Shape suffixes: P prompt tokens, T response tokens of one rollout.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-from attrs import Factory, field, frozen
+from attrs import Factory, field, fields, frozen
 
 from lopd.errors import InvalidRecordError
 from lopd.records.arrays import (
@@ -22,14 +22,13 @@ from lopd.records.arrays import (
     Float32Array,
     Int32Array,
     check_logprobs,
-    read_only,
-    to_candidates,
     to_floats,
     to_ids,
     to_mask,
     to_optional_floats,
 )
 from lopd.records.checks import a_kind, check_at_least
+from lopd.records.support import TopK
 
 FinishReason = Literal["stop", "length"]
 #: Virtual columns: what the sampling engine reported, kept in the rollouts themselves.  A score column cannot have the name of the second,
@@ -74,6 +73,15 @@ def rollout_id(prompt_id: str, sample: int, generation: int) -> str:
     return f"{prompt_id}/s{sample}/g{generation}"
 
 
+def policy_column(generation: int) -> str:
+    """The score column that keeps what the policy of a round reported while it sampled: log-probs and candidates.
+
+    >>> policy_column(0), policy_column(2)
+    ('policy', 'policy.g2')
+    """
+    return f"policy.g{generation}" if generation else "policy"
+
+
 def prompt_id_of(rollout: str) -> str:
     """The prompt's id in the id of a rollout; an id of another form is its own prompt.
 
@@ -107,6 +115,8 @@ class Rollout:
         generation: round of sampling, from 0; the store knows which policy sampled in it.
         sampler_logprobs: (T,) float32, nats: the log-probs in the distribution that drew the tokens, with its temperature and top-p.  None where
             the engine reported none, and where temperature and top-p are 1: `behavior_logprobs` are the same then.
+        candidates: the support that the source kept while it sampled, with the policy's log-probs; on the way to a scorer, which ids it is to
+            score.  A store keeps it as a score column of the policy (`policy_column`), and gives rollouts without it.
         content_hash: of ids and mask, where the response starts included; every score carries it (computed, not passed).
 
     Raises:
@@ -121,6 +131,7 @@ class Rollout:
     behavior_logprobs: Float32Array | None = field(default=None, converter=to_optional_floats)
     generation: int = 0
     sampler_logprobs: Float32Array | None = field(default=None, converter=to_optional_floats)
+    candidates: TopK | None = None
     content_hash: bytes = field(init=False, repr=lambda digest: digest.hex()[:8], default=Factory(_hash_content, takes_self=True))
 
     def __attrs_post_init__(self) -> None:
@@ -142,6 +153,15 @@ class Rollout:
         for name in VIRTUAL_COLUMNS.values():
             if (logprobs := getattr(self, name)) is not None:
                 check_logprobs(owner, name, logprobs, self.response_ids.shape)
+        if self.candidates is not None and len(self.candidates.ids) != self.response_ids.size:
+            raise InvalidRecordError(
+                f"{owner}: candidates has {len(self.candidates.ids)} tokens, expected {self.response_ids.size}; pass one row per response token."
+            )
+
+    def with_candidates(self, candidates: TopK) -> "Rollout":
+        """The same rollout with these candidates, which have one row per response token; nothing is checked or hashed again."""
+        values = {f.name: getattr(self, f.name) for f in fields(Rollout)}
+        return Rollout.from_store(**{**values, "candidates": candidates})
 
     @classmethod
     def from_store(cls, **values: Any) -> "Rollout":
@@ -154,50 +174,6 @@ class Rollout:
     def __len__(self) -> int:
         """Tokens of prompt and response."""
         return self.prompt_ids.size + self.response_ids.size
-
-
-@frozen(eq=False)
-class TopK:
-    """The K most likely tokens of one model at each response token, and what they leave out.
-
-    Args:
-        ids: (T, K) int32.
-        logprobs: (T, K) float32, nats, of the whole vocabulary's distribution: never renormalised over the K.
-        tail: (T,) float32 in [0, 1], the probability of all other tokens.
-
-    Raises:
-        InvalidRecordError: a field has another shape, a log-prob is none, or the K and the tail do not add up to 1 (within 0.01).
-    """
-
-    ids: Int32Array = field(converter=to_candidates)
-    logprobs: Float32Array = field(converter=to_floats)
-    tail: Float32Array = field(converter=to_floats)
-
-    @classmethod
-    def from_store(cls, ids: Any, logprobs: Any, tail: Any) -> "TopK":
-        """A support that was checked when it was first made, and verified when it was read."""
-        support = object.__new__(cls)
-        for name, value, dtype in (("ids", ids, np.int32), ("logprobs", logprobs, np.float32), ("tail", tail, np.float32)):
-            object.__setattr__(support, name, read_only(value.astype(dtype, copy=False)))
-        return support
-
-    def __getitem__(self, tokens: slice) -> "TopK":
-        """Return the support of some of the tokens; a view."""
-        return TopK.from_store(self.ids[tokens], self.logprobs[tokens], self.tail[tokens])
-
-    def __attrs_post_init__(self) -> None:
-        check_logprobs("Top-k", "logprobs", self.logprobs, self.ids.shape)
-        if self.tail.shape != self.ids.shape[:1]:
-            raise InvalidRecordError(
-                f"Top-k: tail has shape {self.tail.shape}, expected {self.ids.shape[:1]}; pass one value per response token."
-            )
-        total_T = np.exp(self.logprobs.astype(np.float64)).sum(-1) + self.tail
-        wrong = np.flatnonzero(~((self.tail >= 0) & (self.tail <= 1) & (np.abs(total_T - 1) <= 0.01)))
-        if wrong.size:
-            raise InvalidRecordError(
-                f"Top-k: token {wrong[0]} has tail {self.tail[wrong[0]]} and sums to {total_T[wrong[0]]:.4f}, expected a tail in [0, 1] and "
-                "a sum of 1; the tail is 1 minus the probabilities of the K."
-            )
 
 
 @frozen(eq=False)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.records.arrays import BoolArray, Float32Array, read_only
-from lopd.records.rollouts import VIRTUAL_COLUMNS, FinishReason, Rollout, ScoredRollout, TopK
+from lopd.records.rollouts import VIRTUAL_COLUMNS, FinishReason, Rollout, ScoredRollout
+from lopd.records.support import TopK
 
 _Int64 = NDArray[np.int64]
 
@@ -139,7 +140,7 @@ class Rows(Sequence[ScoredRollout]):
         return ScoredRollout(
             self._rollout(i, at),
             {name: read_only(values[at].copy()) for name, values in self.scores.items()},
-            {name: TopK.from_store(s.ids[at].copy(), s.logprobs[at].copy(), s.tail[at].copy()) for name, s in self.top_k.items()},
+            {name: TopK.from_store(s.ids[at].copy(), s.logprobs[at].copy(), s.tail[at].copy(), s.drawn) for name, s in self.top_k.items()},
         )
 
     def _rollout(self, i: int, at: slice) -> Rollout:
@@ -154,6 +155,7 @@ class Rows(Sequence[ScoredRollout]):
             finish_reason=self.finish_reasons[i],
             generation=int(self.generations[i]),
             content_hash=self.content_hashes[i],
+            candidates=None,
             **{name: _reported(getattr(self, name), at) for name in VIRTUAL_COLUMNS.values()},
         )
 
@@ -219,4 +221,4 @@ def _one(supports: Sequence[TopK], rollouts: Sequence[Rollout]) -> TopK:
                 f"Rollout {rollout.rollout_id!r}: its top-k has {k} tokens, expected {widths[0]} as the first of the batch; "
                 "score all rollouts with one K."
             )
-    return TopK.from_store(*(np.concatenate([getattr(support, name) for support in supports]) for name in ("ids", "logprobs", "tail")))
+    return TopK.joined(supports)

@@ -17,6 +17,7 @@ from lopd.protocols import OPDLoss
 from lopd.records.steps import LMHead, LossOutput
 from lopd.testing.loss_cases import DTYPES, ROUNDINGS, STORED, LossCase, loss_case, loss_cases, map_batch
 
+_NOTHING = 1e-18  # what float64 cannot see beside losses of 1
 _SUMS = ("loss_sum", "reverse_kl_sum", "clipped_sum")
 
 #: By hidden states, head weight and, if there is one, head bias.
@@ -48,7 +49,7 @@ def assert_at_least_as_exact(name: str, mine: Tensor, plain: Tensor, truth: Tens
     # float64 is its own truth, and an importance ratio multiplies the rounding of a log-prob by the log-prob
     unit = max(torch.finfo(torch.promote_types(mine.dtype, torch.float32)).eps, 1e-13)
     rounding = unit * (float(truth.abs().max()) if largest is None else largest)
-    allowed = (plain.double() - truth).abs() + torch.finfo(mine.dtype).eps * truth.abs() + ROUNDINGS * rounding + 1e-300
+    allowed = (plain.double() - truth).abs() + torch.finfo(mine.dtype).eps * truth.abs() + ROUNDINGS * rounding + _NOTHING
     excess = ((mine.double() - truth).abs() / allowed).flatten()
     worst = int(excess.nan_to_num(nan=torch.inf).argmax())
     values = [float(t.flatten()[worst]) for t in (mine, truth, plain)]

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.manifest import Manifest, Provenance, SamplingParams
-from lopd.records.rollouts import Rollout, Scores, TopK
+from lopd.records.rollouts import Rollout, Scores
+from lopd.records.support import TopK
 
 
 def tiny_manifest(vocab_size: int = 300) -> Manifest:
@@ -16,9 +17,9 @@ def tiny_manifest(vocab_size: int = 300) -> Manifest:
     return Manifest(tokenizer, ModelId("policy", "rev-p", "float32"), SamplingParams(max_new_tokens=8))
 
 
-def tiny_provenance(name: str = "teacher", top_k: int = 0) -> Provenance:
+def tiny_provenance(name: str = "teacher", top_k: int = 0, drawn: int = 0) -> Provenance:
     """The provenance of a made-up model."""
-    return Provenance(ModelId(name, f"rev-{name}", "float32"), "vocab-hash", "made-up 1.0", top_k=top_k)
+    return Provenance(ModelId(name, f"rev-{name}", "float32"), "vocab-hash", "made-up 1.0", top_k=top_k, drawn=drawn)
 
 
 def tiny_rollout(rollout_id: str, response: Any = (5, 6, 1), **fields: Any) -> Rollout:
@@ -32,14 +33,16 @@ def tiny_scores(rollout: Rollout, logprob: float = -1.0) -> Scores:
     return Scores.of(rollout, np.full(rollout.response_ids.size, logprob))
 
 
-def tiny_top_k(length: int, k: int = 2, start: int = 0) -> TopK:
-    """A top-k support of a made-up model: `k` equally likely tokens, and a tail of one half."""
+def tiny_top_k(length: int, k: int = 2, start: int = 0, drawn: int = 0) -> TopK:
+    """A support of a made-up model: `k` equally likely tokens, and a tail of one half; the first of them drawn `drawn` times."""
     ids = start + np.arange(length * k).reshape(length, k) % 200
-    return TopK(ids, np.full((length, k), np.log(0.5 / k)), np.full(length, 0.5))
+    again = np.r_[:k, [0] * drawn].astype(np.int64)
+    return TopK(ids[:, again], np.full((length, k + drawn), np.log(0.5 / k)), np.full(length, 0.5), drawn)
 
 
 def assert_same_top_k(left: TopK, right: TopK) -> None:
     """Every field is equal, and of the same type."""
+    assert left.drawn == right.drawn
     for name in ("ids", "logprobs", "tail"):
         mine, theirs = getattr(left, name), getattr(right, name)
         assert mine.dtype == theirs.dtype, name

@@ -1,4 +1,7 @@
-"""The contract of a `RolloutSource`, one test a clause: whether an engine samples what training will take it for."""
+"""The contract of a `RolloutSource`, one test a clause: whether an engine samples what training will take it for.
+
+Shape suffixes: T response tokens, K candidates a token, V vocabulary.
+"""
 
 from collections.abc import Sequence
 
@@ -11,15 +14,18 @@ from lopd.errors import ContextOverflowError, InvalidRecordError
 from lopd.protocols import RolloutSource, TeacherScorer
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, rollout_id
+from lopd.records.support import TopK
 from lopd.verbs.collect import collect_rollouts
 
 _SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=4)
+_LARGEST_VOCABULARY = 4096
 
 
 class SourceConformance:
     """Every clause of the `RolloutSource` contract, as one test each.  Subclass it, and supply `make` and `prompts`.
 
-    The model must be far from certain: of a few dozen responses at temperature 1, some must differ.
+    The model must be far from certain: of a few dozen responses at temperature 1, some must differ.  A source that cannot keep candidates
+    refuses `SamplingParams(candidates=...)`, `drawn`, or both when it is made, with an InvalidRecordError.
 
     Attributes:
         tolerance: nats by which log-probs may differ, in the mean, between two calls, or from those of `scorer`.
@@ -122,6 +128,52 @@ class SourceConformance:
             there = [logprobs for logprobs in drawn if logprobs is not None]
             assert len(there) in {0, len(drawn)}, "of all rollouts or of none"
 
+    def _keeping(self, sampling: SamplingParams) -> RolloutSource:
+        try:
+            return self.make(sampling, 0)
+        except InvalidRecordError as error:
+            pytest.skip(f"it keeps no such candidates: {error}")
+
+    @pytest.mark.parametrize(("candidates", "drawn"), [(3, 0), (0, 5), (2, 3)])
+    def test_keeping_candidates_changes_no_token_and_the_same_call_keeps_the_same(self, candidates: int, drawn: int) -> None:
+        source = self._keeping(evolve(_SAMPLING, candidates=candidates, drawn=drawn))
+        plain, kept, again = self._sample(), source.sample(self.prompts()), source.sample(self.prompts())
+        assert _contents(kept) == _contents(plain)
+        assert all(rollout.candidates is None for rollout in plain), "nobody asked for them"
+        for rollout, repeated in zip(kept, again, strict=True):
+            support = _support(rollout)
+            assert (support.ids.shape, support.drawn) == ((rollout.response_ids.size, candidates + drawn), drawn)
+            assert 0 <= support.ids.min() <= support.ids.max() < source.manifest.tokenizer.vocab_size
+            np.testing.assert_array_equal(support.ids, _support(repeated).ids)
+
+    def test_candidates_are_the_most_likely_tokens_at_temperature_1(self) -> None:
+        source, scorer = self._keeping(evolve(_SAMPLING, temperature=3.0, candidates=4)), self.scorer()
+        vocab_size = source.manifest.tokenizer.vocab_size
+        if scorer is None or vocab_size > _LARGEST_VOCABULARY:
+            pytest.skip("there is no scorer to compare them with, or its vocabulary is large")
+        rollout = max(source.sample(self.prompts()), key=lambda rollout: rollout.response_ids.size)
+        support = _support(rollout)
+        for place in (0, rollout.response_ids.size - 1):
+            before = np.concatenate([rollout.prompt_ids, rollout.response_ids[:place]])
+            nexts = [Rollout(f"next {token}", before, [token], [True], "length") for token in range(vocab_size)]
+            truth_V = np.array([score.logprobs[0] for score in scorer.score(nexts)], np.float64)
+            ids_K, logprobs_K = support.ids[place], support.logprobs[place].astype(np.float64)
+            assert np.abs(truth_V[ids_K] - logprobs_K).mean() <= self.tolerance, "they have other log-probs than as responses"
+            assert np.abs(np.sort(truth_V)[::-1][:4] - logprobs_K).mean() <= self.tolerance, (
+                "a likelier one is left out, or they are not in order"
+            )
+            assert abs(np.exp(logprobs_K).sum() + support.tail[place] - 1) <= max(self.tolerance, 1e-3), "the tail is not what they leave"
+
+    def test_drawn_candidates_follow_the_policy_at_temperature_1_each_token_for_itself(self) -> None:
+        supports = [_support(r) for r in self._keeping(evolve(_SAMPLING, temperature=0.3, candidates=1, drawn=16)).sample(self.prompts())]
+        # as often as the policy says, the most likely token is drawn
+        likely_T = np.concatenate([1 - support.tail.astype(np.float64) for support in supports])
+        seen_T = np.concatenate([(support.ids[:, 1:] == support.ids[:, :1]).sum(axis=1) for support in supports])
+        spread = np.sqrt(16 * (likely_T * (1 - likely_T)).sum())
+        assert abs(seen_T.sum() - 16 * likely_T.sum()) <= 5 * spread + 1, "they are drawn from another distribution"
+        draws = [tuple(ids) for support in supports for ids in support.ids[:, 1:].tolist()]
+        assert len(set(draws)) > len(draws) / 2, "tokens share their draws"
+
     def test_a_prompt_that_leaves_no_room_is_refused_and_named(self) -> None:
         prompt = self.too_long()
         if prompt is None:
@@ -154,6 +206,11 @@ class SourceConformance:
         assert len(before) == len(self.prompts()) * _SAMPLING.samples_per_prompt
         store.append(self._sample())
         assert _contents([row.rollout for row in store.read(range(len(store)))]) == _contents([row.rollout for row in before])
+
+
+def _support(rollout: Rollout) -> TopK:
+    assert rollout.candidates is not None, f"{rollout.rollout_id} has no candidates"
+    return rollout.candidates
 
 
 def _outside(source: RolloutSource) -> Prompt:

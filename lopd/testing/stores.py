@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.records.identity import ModelId
-from lopd.records.rollouts import Rollout, Scores, TopK
+from lopd.records.rollouts import Rollout, Scores
+from lopd.records.support import TopK
 from lopd.testing.quarantine import QuarantineClauses
 from lopd.testing.records import (
     assert_same_rollout,
@@ -134,8 +135,8 @@ class StoreConformance(QuarantineClauses):
 
     def test_a_column_may_keep_the_most_likely_tokens(self) -> None:
         store, items = self.filled()
-        column = tiny_provenance(top_k=2)
-        scores = [evolve(tiny_scores(r), top_k=tiny_top_k(r.response_ids.size, start=i)) for i, r in enumerate(items[:2])]
+        column = tiny_provenance(top_k=3, drawn=1)
+        scores = [evolve(tiny_scores(r), top_k=tiny_top_k(r.response_ids.size, start=i, drawn=1)) for i, r in enumerate(items[:2])]
         store.append_scores("teacher", column, scores)
         store.append_scores("ref", tiny_provenance("ref"), [tiny_scores(items[1], -2.0)])
         store = self.reopen(store)

@@ -2,6 +2,7 @@
 
 from lopd.protocols import LogprobReader
 from lopd.records.identity import ModelId
+from lopd.records.manifest import Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 
 
@@ -31,12 +32,19 @@ def score_columns(store: LogprobReader) -> dict[str, list[str]]:
         "model": [*(describe_model(p.model) for p in made), *("the policies that sampled" for _ in own)],
         "engine": [*(p.engine for p in made), *blank],
         "log-probs": [*(p.logprobs_mode for p in made), *own.values()],
-        "top-k": [*(str(p.top_k) for p in made), *blank],
+        "top-k": [*map(_support, made), *blank],
         "same vocabulary": [*("yes" if store.manifest.tokenizer.same_vocabulary(p) else "NO" for p in made), *blank],
         "rollouts scored": [f"{int(store.scored(name).sum()):,} of {len(store):,}" for name in names],
         "in quarantine": [*(f"{len(store.quarantined(name)):,}" for name in store.columns), *blank],
         "parity, mean nats": [*parity, *blank],
     }
+
+
+def _support(provenance: Provenance) -> str:
+    """Say how wide a support is, and what of it is not the model's own choice."""
+    parts = {"candidates": provenance.candidates, "drawn": provenance.drawn}
+    others = ", ".join(f"{count} {what}" for what, count in parts.items() if count)
+    return f"{provenance.top_k}{others and f' ({others})'}"
 
 
 def describe_model(model: ModelId | None) -> str:

@@ -13,8 +13,8 @@ from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.protocols.doors import check_noun, check_prompt_list
 from lopd.protocols.reading import in_batches, walk
 from lopd.records.checks import check_at_least
-from lopd.records.manifest import Manifest
-from lopd.records.rollouts import Prompt, Rollout, rollout_id
+from lopd.records.manifest import Manifest, Provenance
+from lopd.records.rollouts import Prompt, Rollout, Scores, policy_column, rollout_id
 from lopd.verbs.asking import ask, shown
 
 
@@ -50,6 +50,10 @@ def collect_rollouts(
 
     Prompts are cut into the same batches each time, so a run that was stopped and repeated makes the same rollouts as one that was not.
     A prompt that the source refuses (for example because it is too long) is left out with a warning, and the rest goes on.
+
+    Where the source keeps candidates (`SamplingParams.candidates`, `drawn`), they become a score column of the policy (`lopd.records.policy_column`),
+    which serves as `ref` as well.  A call that is killed between the two appends leaves the last batch without them: `score_rollouts` of the policy
+    into that column fills candidates in.
 
     Args:
         source: the reference policy.
@@ -96,6 +100,7 @@ def collect_rollouts(
             accepted = [prompt.prompt_id for prompt in batch if prompt.prompt_id not in reasons]
             _check_ids([rollout_id(name, s, manifest.generation) for name in accepted for s in samples], rollouts)
             store.append(rollouts)
+            _keep_candidates(store, manifest, type(source).__name__, rollouts)
             tokens = sum(r.response_ids.size for r in rollouts)
             report = evolve(
                 report,
@@ -107,6 +112,25 @@ def collect_rollouts(
             advance(len(rollouts), tokens, len(refused) * len(samples))
     _warn_of(report)
     return report
+
+
+def _keep_candidates(store: LogprobStore, manifest: Manifest, engine: str, rollouts: Sequence[Rollout]) -> None:
+    """Write what the policy said of other tokens while it sampled: a score column like any other, as if the policy had scored its rollouts."""
+    sampling = manifest.sampling
+    if not (width := sampling.candidates + sampling.drawn):
+        return
+    scores = []
+    for rollout in rollouts:
+        if rollout.candidates is None or rollout.behavior_logprobs is None:
+            raise SourceError(
+                f"Rollout {rollout.rollout_id!r}: it comes without candidates or log-probs, expected {sampling.candidates} candidates and "
+                f"{sampling.drawn} drawn tokens as its source says; use a source that keeps them, or sample without."
+            )
+        scores.append(Scores.of(rollout, rollout.behavior_logprobs, top_k=rollout.candidates))
+    provenance = Provenance(
+        manifest.policy, manifest.tokenizer.vocab_hash, engine, "raw", width, manifest.tokenizer.eos_id, drawn=sampling.drawn
+    )
+    store.append_scores(policy_column(manifest.generation), provenance, scores)
 
 
 def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: NDArray[np.int64]) -> None:

@@ -26,14 +26,16 @@ class Columns:
     Args:
         teachers: columns to learn from: none for SFT, one, or several that share the rollouts among them.
         ref: of the reference policy, or None.
-        top_k: whether the teachers' most likely tokens come along.
+        top_k: whether the teachers' supports come along.
         place: (len(store),) which of several teachers a rollout learns from, or None.
+        drawn: whether that of the reference policy comes along too, for tokens that were drawn from it.
     """
 
     teachers: tuple[str, ...]
     ref: str | None
     top_k: bool
     place: NDArray[np.int64] | None = None
+    drawn: bool = False
 
     def read(self, store: LogprobReader, rows: NDArray[np.int64]) -> Rows:
         """The rows in this order, with the scores of each one's own teacher as "teacher", and those of the reference policy as "ref"."""
@@ -43,11 +45,11 @@ class Columns:
         for place in np.unique(self.place[rows]):
             mine = rows[self.place[rows] == place]
             records.update(zip(mine.tolist(), self._read(store, mine, self.teachers[place]), strict=True))
-        return Rows.of([records[row] for row in rows.tolist()], top_k=["teacher"] if self.top_k else [])
+        return Rows.of([records[row] for row in rows.tolist()], top_k=[*["teacher"] * self.top_k, *["ref"] * self.drawn])
 
     def _read(self, store: LogprobReader, rows: NDArray[np.int64], teacher: str | None = None) -> Rows:
         columns = [column for column in (teacher, self.ref) if column is not None]
-        read = store.read(rows.tolist(), columns=columns, top_k=columns[:1] if self.top_k else ())
+        read = store.read(rows.tolist(), columns=columns, top_k=columns[: self.top_k + self.drawn])
         return read.named(teacher=teacher, ref=self.ref)
 
     def provenances(self, store: LogprobReader) -> list[Provenance]:
@@ -76,8 +78,10 @@ def choose(
         usable.append(_usable(store, part, [name for name in (column, ref) if name is not None], ref))
     if top_k and teacher is None:
         raise MissingScoresError(f"{store!r}: there is no teacher, expected one for top_k=True; pass `teacher=`.")
-    place = _places(store, parts) if isinstance(teacher, Mapping) else None
-    return Columns(tuple(name for name in parts if name is not None), ref, top_k, place), np.sort(np.concatenate(usable))
+    place, names = _places(store, parts) if isinstance(teacher, Mapping) else None, tuple(name for name in parts if name is not None)
+    kept = [store.columns.get(name or "") for name in (*names, ref)]
+    drawn = top_k and all(provenance is not None and provenance.drawn for provenance in kept)
+    return Columns(names, ref, top_k, place, drawn), np.sort(np.concatenate(usable))
 
 
 def check_reference(store: LogprobReader, column: str, generations: Iterable[int]) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import EndTokenWarning, EngineChangeWarning, ScorerError
 from lopd.protocols import LogprobReader, TeacherScorer
-from lopd.protocols.reading import evenly
+from lopd.protocols.reading import evenly, to_score
 from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity, measure_parity
@@ -85,7 +85,8 @@ class Preflight:
         compared = [] if self.truth is None else evenly(by_length, self.parity_rollouts).tolist()
         before = store.read(held, columns=(column,))
         others = [row for row in dict.fromkeys([*new, *compared]) if row not in set(held)]
-        rollouts = {row: r.rollout for row, r in zip([*held, *others], [*before, *store.read(others)], strict=True)}
+        tested = [*held, *others]
+        rollouts = dict(zip(tested, to_score(store, tested, scorer.provenance), strict=True))
         scores, refused = score_each(scorer, list(rollouts.values()), len(rollouts))
         together = {score.rollout_id: score for score in scores}
         self._check_repeatable(scorer, [rollouts[row] for row in new], together, refused, begun=bool(held))

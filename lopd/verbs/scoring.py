@@ -11,7 +11,7 @@ from lopd.errors import EngineError, QuarantineWarning
 from lopd.guards.consistency import check_vocabulary, vocabulary_of
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import chosen, in_batches
+from lopd.protocols.reading import chosen, in_batches, to_score
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity
@@ -65,7 +65,8 @@ def score_rollouts(
 
     Args:
         store: with rollouts in it.
-        scorer: the teacher, or any other model (the reference policy into column "ref").
+        scorer: the teacher, or any other model (the reference policy into column "ref").  One whose provenance has `candidates` or `drawn` is given
+            what the policy kept while it sampled (`SamplingParams.candidates`).
         column: where the scores go; it belongs to one model.
         rows: score these only, for example `lopd.rows_of(store, prompts)` where several teachers share the prompts among them; None for
             all.
@@ -86,6 +87,7 @@ def score_rollouts(
         ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.
         EngineError: more than `max_refused` rollouts were refused, or more than have scores; none of them is put in quarantine.
         NoSuchRowError: a row is not in the store.
+        MissingScoresError: the scorer is to score candidates, and the policy's column does not keep so many.
         InvalidRecordError: the store is empty, there are no `rows`, `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` less
             than 0.
     """
@@ -101,7 +103,7 @@ def score_rollouts(
     pending, tokens, skipped = _pending(store, column, wanted, retry_quarantined)
     provenance = scorer.provenance if preflight is None or not len(pending) else preflight.check(store, scorer, column, wanted)
     report = ScoringReport(skipped=skipped, parity=provenance.parity)
-    batches = ([record.rollout for record in store.read(part)] for part in in_batches(pending, rollouts_per_batch))
+    batches = (to_score(store, part, provenance) for part in in_batches(pending, rollouts_per_batch))
     asked = ask(f"Scorer {provenance.model}", scorer.score, batches, at_once=batches_at_once, most=max_refused)
     with shown(progress, f"scoring {column}", len(wanted), len(wanted) - len(pending), tokens) as advance:
         for rollouts, scores, refused in asked:

@@ -22,8 +22,8 @@ from lopd.backends.lance.encode import (
 )
 from lopd.backends.lance.table import HAS_SAMPLER, LATER, RANGE
 from lopd.errors import CorruptStoreError, LopdError
-from lopd.records.rollouts import TopK
 from lopd.records.rows import Rows, ends
+from lopd.records.support import TopK
 
 # Larger answers of Lance come in fresh memory each time; smaller ones cost more than they bring.
 _ROWS_AT_ONCE, _TOKENS_AT_ONCE = 2048, 1 << 21

@@ -15,7 +15,8 @@ from lopd.backends.id_index import encode_id, hash_ids
 from lopd.backends.lance.table import COMMIT, HAS_SAMPLER, KEY_METADATA
 from lopd.errors import InvalidRecordError
 from lopd.records.manifest import Provenance
-from lopd.records.rollouts import Rollout, Scores, TopK
+from lopd.records.rollouts import Rollout, Scores
+from lopd.records.support import TopK
 
 #: What a line is made of, and checked by; `id_hash` is of the rollout id, which is a column of its own.
 ROLLOUT_LINE = np.dtype(
@@ -151,8 +152,8 @@ def encode_scores(
 
 def no_scores(provenance: Provenance, vocab_size: int, logprob_dtype: str, *, commit: int, when: float, seed: int) -> Any:
     """An Arrow table of a column without a row."""
-    k = provenance.top_k
-    support = TopK([[0] * k], [[-np.log(k)] * k], [0.0]) if k else None
+    k, drawn = provenance.top_k, provenance.drawn
+    support = TopK([range(k)], [[-np.log(max(k - drawn, 1))] * k], [float(k == drawn)], drawn) if k else None
     one = Scores("", b"\0" * 16, [0.0], top_k=support)
     return encode_scores([one], [0], vocab_size, logprob_dtype, commit=commit, when=when, seed=seed).slice(0, 0)
 

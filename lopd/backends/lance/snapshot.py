@@ -159,14 +159,14 @@ class Snapshot:
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """Return these rollouts with these columns and supports, in the order asked."""
-        supports = {name: self._catalog.top_k(name) for name in top_k}
-        admission.check_supports(self._owner, top_k, self.provenances())
+        supports, provenances = {name: self._catalog.top_k(name) for name in top_k}, self.provenances()
+        admission.check_supports(self._owner, top_k, provenances)
         if self.rollouts is None or not rows.size:
-            return admission.with_columns(self._owner, Rows.of(()), columns)
+            return admission.with_columns(self._owner, Rows.of(()), columns, provenances)
         lines = self.rollouts.lines_of(rows)
         scored = {name: self._scored(name, rows, lines) for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS}
         read = decode.read(Wanted(self._owner, self.rollouts, rows, lines), scored, supports)
-        return admission.with_columns(self._owner, read, columns)
+        return admission.with_columns(self._owner, read, columns, provenances)
 
     def _scored(self, column: str, rows: NDArray[np.int64], lines: NDArray[np.void]) -> Wanted:
         """The scores of these rows, if there are some, of these rows' tokens."""

@@ -12,8 +12,8 @@ from lopd.backends.files import Piece, Run
 from lopd.backends.id_index import decode_id
 from lopd.backends.zarr.encode import BOUND_BY, ID_HASH, LENGTHS, REASONS, REPORTED, TOP_K_ARRAYS, R, S
 from lopd.backends.zarr.segment import Segment
-from lopd.records.rollouts import TopK
 from lopd.records.rows import Rows
+from lopd.records.support import TopK
 
 _Int64 = NDArray[np.int64]
 # Bits of `has_behavior` -> the arrays that such a row has values in.
@@ -119,8 +119,12 @@ def read(rollouts: Sequence[Group], scores: Mapping[str, Sequence[Group]], top_k
         generations=lines[:, R["generation"]],
         content_hashes=contents(lines),
         scores={name: _joined(found[f"scores {name}"], responses)[0].astype(np.float32, copy=False) for name in scores},
-        top_k={name: TopK.from_store(*_joined(found[f"top_k {name}"], responses)) for name in top_k},
+        top_k={name: _support(*_joined(found[f"top_k {name}"], responses)) for name in top_k},
     )
+
+
+def _support(ids: NDArray[Any], logprobs: NDArray[Any], tail: NDArray[Any]) -> TopK:
+    return TopK.from_store(ids, logprobs, tail)
 
 
 def contents(lines: _Int64) -> list[bytes]:

@@ -145,9 +145,10 @@ class Snapshot:
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
         """These rows with these columns; everything is verified."""
-        admission.check_supports(self._owner, top_k, self.provenances())
+        provenances = self.provenances()
+        admission.check_supports(self._owner, top_k, provenances)
         names = [name for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS]
-        return admission.with_columns(self._owner, self._now(partial(self._read, rows, names, top_k)), columns)
+        return admission.with_columns(self._owner, self._now(partial(self._read, rows, names, top_k)), columns, provenances)
 
     def _read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str], state: State) -> Rows:
         if not len(rows):

@@ -1,6 +1,6 @@
 """transformers as a TeacherScorer: the truth that faster engines are compared with.
 
-Shape suffixes: B rows, S positions, M response tokens of a batch, R of a chunk, D hidden size, V vocabulary.
+Shape suffixes: B rows, S positions, M response tokens of a batch, R of a chunk, T of a rollout, A ids asked for, D hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ from lopd.engines.causal_lm import candidate_logprobs, context_length, evaluatin
 from lopd.engines.hf.loading import load_model
 from lopd.engines.hf.source import HFSource
 from lopd.engines.identity import Identified, check_unchanged, identify, model_name
-from lopd.engines.inputs import budgeted, check_rollouts, check_top_k, in_order
+from lopd.engines.inputs import asked_ids, budgeted, check_rollouts, check_support, in_order
 from lopd.engines.probes import check_scoring
-from lopd.engines.supports import make_scores
+from lopd.engines.supports import arrange, make_scores
 from lopd.guards.consistency import check_vocabulary
 from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.collate import target_slice
@@ -48,10 +48,14 @@ class HFScorer:
         tokens_per_batch: padded positions of one forward pass.
         rows_per_chunk: response tokens whose logits exist at once.
         identity: of the model; by default a hash of its function (`lopd.engines.identity.model_id`).
-        top_k: how many of the most likely tokens, and the probability of all others, are kept beside each response token.
+        top_k: how many of the model's own most likely tokens, outside of the candidates, are kept beside each response token.
+        candidates: how many of each rollout's candidates are scored: the first of `Rollout.candidates`, which are the policy's most likely.
+        drawn: how many of its drawn candidates are scored: the last.
+
+    A support has the candidates first, then the model's own, then the drawn ones, and the probability of all tokens but the first two.
 
     Raises:
-        InvalidRecordError: `tokens_per_batch` or `rows_per_chunk` is less than 1, or `top_k` is not 0 to V.
+        InvalidRecordError: `tokens_per_batch` or `rows_per_chunk` is less than 1; or `top_k`, `candidates` or both together are not 0 to V.
         ModelError: see `lopd.engines.probes.check_scoring`.
     """
 
@@ -61,18 +65,29 @@ class HFScorer:
     rows_per_chunk: int = 512
     identity: ModelId | None = None
     top_k: int = 0
+    candidates: int = 0
+    drawn: int = 0
 
     @classmethod
-    def from_folder(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", *, top_k: int = 0) -> "HFScorer":
+    def from_folder(
+        cls,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        *,
+        top_k: int = 0,
+        candidates: int = 0,
+        drawn: int = 0,
+    ) -> "HFScorer":
         """A scorer on a model folder or hub name."""
         model, tokenizer = load_model(folder, dtype, device)
-        return cls(model, tokenizer, top_k=top_k)
+        return cls(model, tokenizer, top_k=top_k, candidates=candidates, drawn=drawn)
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "HFScorer")
         check_at_least("HFScorer", "tokens_per_batch", self.tokens_per_batch, 1)
         check_at_least("HFScorer", "rows_per_chunk", self.rows_per_chunk, 1)
-        check_top_k("HFScorer", self.top_k, self.tokenizer_id)
+        check_support("HFScorer", self.tokenizer_id, self.top_k, self.candidates, self.drawn)
         check_scoring(self.model, self.tokenizer_id.vocab_size)
 
     @cached_property
@@ -87,11 +102,24 @@ class HFScorer:
     @property
     def provenance(self) -> Provenance:
         """Whose log-probs these are."""
-        return Provenance(self._identified.identity, self.tokenizer_id.vocab_hash, _ENGINE, "raw", self.top_k, self.tokenizer_id.eos_id)
+        return Provenance(
+            self._identified.identity,
+            self.tokenizer_id.vocab_hash,
+            _ENGINE,
+            top_k=self.candidates + self.top_k + self.drawn,
+            eos_id=self.tokenizer_id.eos_id,
+            candidates=self.candidates,
+            drawn=self.drawn,
+        )
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
-        """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
-        check_rollouts(rollouts, self.tokenizer_id, context_length(self.model))
+        """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
+
+        Raises:
+            ContextOverflowError: a rollout is longer than the context; nothing is computed.
+            InvalidRecordError: an id is outside the vocabulary, a rollout lacks candidates, or the model gives something that is not a log-prob.
+        """
+        check_rollouts(rollouts, self.tokenizer_id, context_length(self.model), self.candidates, self.drawn)
         check_unchanged("HFScorer", self.model, self._identified)
         parts = budgeted([len(rollout) for rollout in rollouts], self.tokens_per_batch)
         scores = [made for part in parts for made in self._score_batch([rollouts[i] for i in part])]
@@ -101,9 +129,17 @@ class HFScorer:
     def _score_batch(self, rollouts: Sequence[Rollout]) -> list[Scores]:
         hidden_MD, targets_M = _response_hidden(self.model, rollouts)
         head = lm_head(self.model, self.tokenizer_id.vocab_size).float()
-        columns = candidate_logprobs(hidden_MD, head, targets_M, self.top_k, self.rows_per_chunk)
-        parts = zip(rollouts, *(_split(column.cpu().numpy(), rollouts) for column in columns), strict=True)
-        return [make_scores(rollout, *part) for rollout, *part in parts]
+        asked = [asked_ids(rollout, self.candidates, self.drawn) for rollout in rollouts]
+        asked_MA = torch.from_numpy(np.concatenate(asked).astype(np.int64)).to(targets_M.device)
+        # as many more as may be candidates
+        likely = self.top_k and self.candidates + self.top_k
+        columns = candidate_logprobs(hidden_MD, head, torch.cat([targets_M[:, None], asked_MA], dim=1), likely, self.rows_per_chunk)
+        parts = zip(rollouts, asked, *(_split(column.cpu().numpy(), rollouts) for column in columns), strict=True)
+        return [self._make_scores(rollout, ids_TA, *part) for rollout, ids_TA, *part in parts]
+
+    def _make_scores(self, rollout: Rollout, ids_TA: NDArray[Any], logprobs_TA: NDArray[Any], *likely: NDArray[Any]) -> Scores:
+        support = arrange(ids_TA, logprobs_TA[:, 1:], *likely, candidates=self.candidates, top_k=self.top_k)
+        return make_scores(rollout, logprobs_TA[:, 0], *support, self.drawn)
 
 
 @torch.inference_mode()

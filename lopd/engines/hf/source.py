@@ -14,8 +14,9 @@ from lopd.engines.hf.decoding import Row, decode
 from lopd.engines.hf.loading import load_model
 from lopd.engines.hf.probing import check_sampling
 from lopd.engines.identity import Identified, check_unchanged, identify, local_folder, model_name
-from lopd.engines.inputs import check_prompts, in_order, make_rollout, stop_ids, stream_seed
+from lopd.engines.inputs import check_prompts, check_top_k, in_order, make_rollout, stop_ids, stream_seed
 from lopd.engines.probes import check_scoring
+from lopd.engines.supports import make_support
 from lopd.errors import ContextOverflowError
 from lopd.records.checks import check_at_least, check_kind, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
@@ -32,12 +33,13 @@ class HFSource:
     text, with a warning.
 
     Each (seed, prompt, sample, generation) has its own stream of uniform numbers, so a rollout does not depend on what it was batched
-    with (up to the rounding of the matrix products).
+    with (up to the rounding of the matrix products).  Drawn candidates have another stream, so a rollout has the same tokens with and without
+    candidates.
 
     Args:
         model: a causal LM; it is put in eval mode for as long as it computes here.
         tokenizer: its own.
-        sampling: how to draw.
+        sampling: how to draw, and which candidates to keep: `candidates` most likely ones and `drawn` ones, with log-probs at temperature 1.
         lineage: what the model was trained on; `from_folder` reads it from beside the weights.
         identity: of the model; by default a hash of its function (`lopd.engines.identity.model_id`), taken when first asked for.
         generation: round of sampling.
@@ -47,7 +49,7 @@ class HFSource:
         ModelWarning: no cache is right for the model, so sampling is slow.
 
     Raises:
-        InvalidRecordError: `rows_per_batch` is less than 1.
+        InvalidRecordError: `rows_per_batch` is less than 1, or `sampling.candidates` is more than the vocabulary has ids.
         ModelError: see `lopd.engines.probes.check_scoring` and `lopd.engines.hf.probing.check_sampling`.
     """
 
@@ -70,6 +72,7 @@ class HFSource:
         check_kind("HFSource: lineage", self.lineage, Lineage, "pass `Lineage(sft_teacher=...)`, or leave it out")
         own_numbers(self, "HFSource")
         check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
+        check_top_k("HFSource", self.sampling.candidates, self.tokenizer_id, "candidates")
         check_scoring(self.model, self.tokenizer_id.vocab_size)
         check_sampling(self.model, self.tokenizer_id.vocab_size)
 
@@ -106,21 +109,7 @@ class HFSource:
             with evaluating(self.model):
                 decode(self.model, rows, self.sampling, vocab_size=self.tokenizer_id.vocab_size, stop_ids=self.stop_ids, way=way)
             drawn += rows
-        return in_order(
-            [i for batch in batches for i in batch],
-            [
-                make_rollout(
-                    row.rollout_id,
-                    row.prompt_ids,
-                    row.ids,
-                    row.logprobs,
-                    None if self.sampling.neutral else row.drawn,
-                    stops=self.stop_ids,
-                    generation=self.generation,
-                )
-                for row in drawn
-            ],
-        )
+        return in_order([i for batch in batches for i in batch], [self._rollout(row) for row in drawn])
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -143,5 +132,21 @@ class HFSource:
     def _row(self, prompt: Prompt, sample: int) -> Row:
         """A row with its own stream of uniform numbers, whatever it will be batched with."""
         name = rollout_id(prompt.prompt_id, sample, self.generation)
-        stream = np.random.default_rng(stream_seed(self.sampling, name, bits=128))
-        return Row(name, prompt.token_ids, stream.random(self.sampling.max_new_tokens))
+        tokens, draws = (np.random.default_rng(stream_seed(self.sampling, stream, bits=128)) for stream in (name, f"{name}/draws"))
+        return Row(name, prompt.token_ids, tokens.random(self.sampling.max_new_tokens), draws)
+
+    def _rollout(self, row: Row) -> Rollout:
+        support = None
+        if row.kept:
+            ids_TK, logprobs_TK = (np.stack(part) for part in zip(*row.kept, strict=True))
+            support = make_support(f"Rollout {row.rollout_id!r}", ids_TK, logprobs_TK, self.sampling.drawn)
+        return make_rollout(
+            row.rollout_id,
+            row.prompt_ids,
+            row.ids,
+            row.logprobs,
+            None if self.sampling.neutral else row.drawn,
+            stops=self.stop_ids,
+            generation=self.generation,
+            candidates=support,
+        )

@@ -23,7 +23,8 @@ from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.reading import parts
 from lopd.records.manifest import Provenance
 from lopd.records.optional import need
-from lopd.records.rollouts import Rollout, ScoredRollout, Scores, TopK
+from lopd.records.rollouts import Rollout, ScoredRollout, Scores
+from lopd.records.support import TopK
 from lopd.tools.interop.description import CHECKSUM, TOP_K_FIELDS, Description
 
 # Arrays enter a checksum as the table holds them, in whatever type a store gives them.
@@ -204,5 +205,5 @@ def _scores(row: Mapping[str, Any], rollout: Rollout, name: str, provenance: Pro
                 f"{owner}: rollout {rollout.rollout_id!r} has a top-k support of another size, expected {k} for each of its {length} tokens; "
                 "export it again."
             )
-        support = TopK(ids.reshape(length, k), logprobs.reshape(length, k), tail)
+        support = TopK(ids.reshape(length, k), logprobs.reshape(length, k), tail, provenance.drawn)
     return Scores.of(rollout, row[f"logprobs/{name}"], top_k=support, residual=provenance.residual)

@@ -51,8 +51,8 @@ class Description:
         vocab_size = self.manifest.tokenizer.vocab_size
         for name, provenance in self.columns.items():
             admission.check_column("Description", name)
-            fits = provenance.top_k <= vocab_size
-            check_number(f"Column {name!r}", "top_k", provenance.top_k, fits, f"at most {vocab_size}, the size of the vocabulary")
+            distinct = provenance.top_k - provenance.drawn
+            check_number(f"Column {name!r}", "top_k", distinct, distinct <= vocab_size, f"at most {vocab_size}, the size of the vocabulary")
         for what, names in (("order", self.order or self.columns), ("quarantined", {*self.columns, *self.quarantined})):
             check_number("Description", what, [*names], sorted(names) == sorted(self.columns), f"the columns {[*self.columns]}")
 

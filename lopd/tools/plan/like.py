@@ -10,7 +10,7 @@ from lopd.errors import InvalidRecordError
 from lopd.protocols import DurableStore
 from lopd.protocols.reading import evenly
 from lopd.records.manifest import Commit
-from lopd.records.rollouts import BEHAVIOR_COLUMN
+from lopd.records.rollouts import BEHAVIOR_COLUMN, policy_column
 from lopd.tools.plan.work import Work
 
 
@@ -60,7 +60,9 @@ def measured_rates(store: DurableStore) -> dict[str, float]:
     Each is the median over commits, so that nights between runs do not count.
     """
     prompts, responses = store.lengths().sum(axis=0).tolist()
-    history, rates = store.history(), dict[str, float]()
+    # what a policy said while it sampled is written between its rollouts
+    kept = {policy_column(generation) for generation in store.generations}
+    history, rates = [commit for commit in store.history() if commit.column not in kept], dict[str, float]()
     # the history counts all tokens of rollouts, and only the response tokens of scores
     share = max(1, responses) / max(1, prompts + responses)
     for name, kind, factor in (("sampling", "rollouts", share), ("scoring", "scores", 1 / share)):

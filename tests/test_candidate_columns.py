@@ -1,0 +1,155 @@
+"""Candidates from a source through stores into a batch: as columns of the policy and of the teacher, in rounds, and where they are missing."""
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+
+from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, collect_rollouts, score_rollouts
+from lopd.engines.hf import HFScorer, HFSource
+from lopd.errors import ConflictError, EngineChangeWarning, InvalidRecordError, MissingScoresError, SourceError
+from lopd.guards import ConsistencyPolicy
+from lopd.records import Lineage, ModelId, policy_column
+from lopd.records.collate import collate
+from lopd.testing import assert_same_top_k
+from lopd.tools.interop import export_parquet, import_parquet
+from lopd.tools.origins import score_columns
+from lopd.tools.plan import measured_rates
+
+PARAMS = SamplingParams(max_new_tokens=4, samples_per_prompt=2, stop_ids=(0, 5), candidates=3, drawn=2)
+
+
+@pytest.fixture(scope="module")
+def teacher(near_teacher, tokenizer):
+    return HFScorer(near_teacher, tokenizer, top_k=2, candidates=3, drawn=2)
+
+
+@pytest.fixture
+def source(llama, tokenizer, teacher):
+    return HFSource(llama, tokenizer, PARAMS, Lineage(sft_teacher=teacher.provenance.model))
+
+
+@pytest.fixture(params=["memory", "zarr", "lance"])
+def store(request, source, tmp_path):
+    return {
+        "memory": lambda: MemoryStore(source.manifest),
+        "zarr": lambda: ZarrStore.create(str(tmp_path / "s.zarr"), source.manifest),
+        "lance": lambda: LanceStore.create(str(tmp_path / "s.lance"), source.manifest),
+    }[request.param]()
+
+
+def test_candidates_go_from_the_source_through_a_store_into_a_batch(store, source, prompts, teacher):
+    collect_rollouts(source, prompts, store)
+    score_rollouts(store, teacher)
+    policy, taught = store.columns["policy"], store.columns["teacher"]
+    assert (policy.model, policy.top_k, policy.candidates, policy.drawn) == (source.manifest.policy, 5, 0, 2)
+    assert (taught.top_k, taught.candidates, taught.drawn) == (7, 3, 2)
+    sampled = {rollout.rollout_id: rollout for rollout in source.sample(prompts)}
+    for row in store.read(range(len(store)), columns=("policy", "teacher"), top_k=("policy", "teacher")):
+        own, theirs, kept = row.top_k["policy"], row.top_k["teacher"], sampled[row.rollout.rollout_id].candidates
+        np.testing.assert_array_equal(own.ids, kept.ids)
+        np.testing.assert_array_equal(row.scores["policy"], row.rollout.behavior_logprobs)
+        np.testing.assert_array_equal(theirs.ids[:, :3], own.ids[:, :3])
+        np.testing.assert_array_equal(theirs.ids[:, -2:], own.ids[:, -2:])
+        assert (own.drawn, theirs.drawn, theirs.distinct) == (2, 2, 5)
+    stream = batches(store, ref="policy", top_k=True, consistency=ConsistencyPolicy.ERROR, rollouts_per_step=len(store))
+    (batch,) = stream.step(0).batches
+    on_N = batch.weight > 0
+    assert batch.top_k_ids[on_N].shape == (int(on_N.sum()), 5)
+    assert batch.drawn_ids[on_N].shape == batch.drawn_logprobs[on_N].shape == batch.drawn_ref_logprobs[on_N].shape == (int(on_N.sum()), 2)
+    # where a drawn token is the sampled one, the three log-probs are those of the sampled token
+    same_N = on_N & (batch.drawn_ids[:, 0] == batch.targets)
+    assert same_N.any()
+    torch.testing.assert_close(batch.drawn_logprobs[same_N, 0], batch.teacher_logprobs[same_N], atol=1e-5, rtol=0)
+    torch.testing.assert_close(batch.drawn_ref_logprobs[same_N, 0], batch.ref_logprobs[same_N], atol=1e-5, rtol=0)
+
+
+def test_without_the_column_of_the_policy_drawn_tokens_come_without_what_drew_them(store, source, prompts, teacher):
+    collect_rollouts(source, prompts, store)
+    score_rollouts(store, teacher)
+    (batch,) = batches(store, ref="behavior", top_k=True, rollouts_per_step=len(store)).step(0).batches
+    assert batch.drawn_ids is not None
+    assert batch.drawn_ref_logprobs is None
+
+
+def test_each_round_keeps_the_candidates_of_its_own_policy(store, source, prompts, teacher):
+    later = evolve(source, generation=1, identity=ModelId("student", "step-1", "float32"))
+    for each in (source, later):
+        collect_rollouts(each, prompts, store)
+    assert {policy_column(0), policy_column(1)} <= set(store.columns)
+    score_rollouts(store, teacher)
+    for record in store.read(range(len(store)), top_k=("teacher",)):
+        name = policy_column(record.rollout.generation)
+        (row,) = store.find([record.rollout.rollout_id]).tolist()
+        own = store.read([row], top_k=(name,))[0].top_k[name]
+        np.testing.assert_array_equal(record.top_k["teacher"].ids[:, :3], own.ids[:, :3])
+
+
+def test_a_scorer_that_wants_more_than_the_policy_kept_is_refused_before_it_computes(store, source, prompts, near_teacher, tokenizer):
+    plain = evolve(source, sampling=evolve(PARAMS, candidates=2, drawn=0))
+    with pytest.raises(InvalidRecordError, match="candidates"):
+        HFScorer(near_teacher, tokenizer, candidates=3).score(plain.sample(prompts[:1]))
+    store = MemoryStore(plain.manifest)
+    collect_rollouts(plain, prompts, store)
+    for wanted in ({"candidates": 3}, {"drawn": 1}):
+        with pytest.raises(MissingScoresError, match="'policy' has 2 candidates and 0 drawn"):
+            score_rollouts(store, HFScorer(near_teacher, tokenizer, **wanted))
+    assert "teacher" not in store.columns
+
+
+def test_a_policy_fills_in_what_a_killed_call_left_out(source, prompts, llama, tokenizer, teacher):
+    plain = evolve(source, sampling=evolve(PARAMS, drawn=0))
+    store, scorer = MemoryStore(plain.manifest), evolve(teacher, drawn=0)
+    store.append(plain.sample(prompts[:2]))
+    collect_rollouts(plain, prompts, store)
+    with pytest.raises(MissingScoresError):
+        score_rollouts(store, scorer)
+    with pytest.warns(EngineChangeWarning, match="begun with 'HFSource'"):
+        score_rollouts(store, HFScorer(llama, tokenizer, top_k=3), column="policy")
+    assert score_rollouts(store, scorer).rollouts == len(store)
+
+
+def test_a_column_of_other_widths_and_a_source_that_keeps_none_are_refused(source, prompts, teacher):
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    score_rollouts(store, teacher)
+    with pytest.raises(ConflictError, match="drawn"):
+        score_rollouts(store, evolve(teacher, top_k=4, drawn=0))
+
+    class Forgetful:
+        manifest = source.manifest
+
+        def sample(self, asked):
+            return [evolve(rollout, candidates=None) for rollout in source.sample(asked)]
+
+    with pytest.raises(SourceError, match="without candidates"):
+        collect_rollouts(Forgetful(), prompts, MemoryStore(source.manifest))
+
+
+def test_other_drawn_tokens_in_the_reference_column_are_refused(source, prompts, teacher):
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    score_rollouts(store, teacher)
+    records = list(store.read([0, 1], columns=("policy", "teacher"), top_k=("policy", "teacher")))
+    assert collate(records, teacher="teacher", ref="policy", top_k="teacher").drawn_ref_logprobs is not None
+    support = records[0].top_k["policy"]
+    other = evolve(support, ids=np.concatenate([support.ids[:, :-1], (support.ids[:, -1:] + 1) % 10], axis=1))
+    with pytest.raises(InvalidRecordError, match="other drawn tokens"):
+        collate(
+            [evolve(records[0], top_k={**records[0].top_k, "policy": other}), records[1]], teacher="teacher", ref="policy", top_k="teacher"
+        )
+
+
+def test_tools_know_what_a_support_is_made_of_and_how_fast_it_was_sampled(source, prompts, teacher, tmp_path):
+    store = ZarrStore.create(str(tmp_path / "s.zarr"), source.manifest)
+    collect_rollouts(source, prompts, store, prompts_per_batch=1)
+    score_rollouts(store, teacher, rollouts_per_batch=4)
+    assert score_columns(store)["top-k"][:2] == ["5 (2 drawn)", "7 (3 candidates, 2 drawn)"]
+    assert measured_rates(store).keys() == {"sampling", "scoring"}
+    assert list(store.verify()) == []
+    export_parquet(store, tmp_path / "s.parquet")
+    read = MemoryStore(source.manifest)
+    import_parquet(tmp_path / "s.parquet", read)
+    assert dict(read.columns) == dict(store.columns)
+    for row, other in zip(store.read([0, 3], top_k=("teacher",)), read.read([0, 3], top_k=("teacher",)), strict=True):
+        assert_same_top_k(row.top_k["teacher"], other.top_k["teacher"])
