@@ -1,14 +1,14 @@
 r"""Estimators at states of real rollouts, over a vocabulary of tens of thousands, beside the exact reverse KL at these states.
 
-The student's log-probs at a state are known for the whole vocabulary, so the expected gradient of an estimator is a sum over the token that was
-sampled: every token of the vocabulary is taken once, with its probability under the policy.  Drawn ids are drawn, many times.
-lopd's objective gives the derivative by the log-probs it asked for; that by the logits is \(\mathrm{scatter}(S, f') - (\sum f')\,\mathrm{softmax}\),
-as in the fused loss, which `check_fused` compares.
+Sampled tokens and drawn ids are drawn, many times at each state.  lopd's objective gives the derivative by the log-probs it asked for; that by the
+logits is \(g = \mathrm{scatter}(S, f') - (\sum f')\,\mathrm{softmax}\), as in the fused loss, which `check_fused` compares.  What is judged is the
+gradient by a matrix in front of the head, the mean over states of \(W^\top g_s h_s^\top\): it stands for the layers below, which see g through the
+head's weight W.  All states share it, so noise averages out over tokens, and bias does not.  What states share is a small part of what each has:
+it takes hundreds of them to measure it.
 
-What is judged is the gradient by the weight of the head, the mean over states of \(g_s h_s^\top\): all states share it, so noise averages out
-over tokens, and bias does not.  What states share is a small part of what each has: it takes a thousand of them to measure it.
+That an estimator has no bias is not left to draws: at some states every token of the vocabulary is taken as the sampled one, with its probability.
 
-Shape suffixes: S states, V vocabulary, D hidden size, M sampled tokens or repetitions at one state, K ids.
+Shape suffixes: S states, V vocabulary, D hidden size, M sampled tokens at one state, K ids.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,7 +25,7 @@ from lopd.engines.causal_lm import lm_head, packed_hidden_states
 from lopd.losses.tokens import Tokens
 from lopd.records import Batch, LMHead
 
-#: Sampled tokens that are looked at together.
+#: Sampled tokens that are looked at together where all are.
 ROWS = 8192
 
 
@@ -38,7 +38,8 @@ class States:
         teacher: (S, V) of the teacher.
         student: (S, V) of the student as it is now.
         hidden: (S, D) the student's hidden states.
-        head: the student's.
+        mean_rows: (S, D) the mean row of the head's weight under the student.
+        head: the student's, without bias, cap and scale.
         sampled: (S,) int64, the tokens that the policy sampled there.
         float16: whether stored log-probs and tails were rounded to it.
     """
@@ -47,6 +48,7 @@ class States:
     teacher: Tensor
     student: Tensor
     hidden: Tensor
+    mean_rows: Tensor
     head: LMHead
     sampled: Tensor
     float16: bool = False
@@ -54,7 +56,7 @@ class States:
     def some(self, count: int) -> "States":
         """So many of them, evenly spread."""
         rows = torch.linspace(0, len(self.sampled) - 1, min(count, len(self.sampled))).long()
-        tables = {name: getattr(self, name)[rows] for name in ("policy", "teacher", "student", "hidden", "sampled")}
+        tables = {name: getattr(self, name)[rows] for name in ("policy", "teacher", "student", "hidden", "mean_rows", "sampled")}
         return evolve(self, **tables)
 
     def columns(self, estimator: Estimator, state: int | slice, targets_M: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -91,7 +93,7 @@ def random_states(states: int, vocabulary: int, size: int, seed: int = 0, drift:
     tables = [weight_VD + move * torch.randn(vocabulary, size, generator=generator) / size**0.5 for move in (drift, 1.0, 0.0)]
     policy_SV, teacher_SV, student_SV = (LMHead(table).logits(hidden_SD).log_softmax(-1) for table in tables)
     sampled_S = policy_SV.exp().multinomial(1, generator=generator)[:, 0]
-    return States(policy_SV, teacher_SV, student_SV, hidden_SD, LMHead(weight_VD), sampled_S)
+    return States(policy_SV, teacher_SV, student_SV, hidden_SD, student_SV.exp() @ weight_VD, LMHead(weight_VD), sampled_S)
 
 
 def exact(states: States) -> Tensor:
@@ -101,67 +103,36 @@ def exact(states: States) -> Tensor:
     return probs_SV * (gaps_SV - (probs_SV * gaps_SV).sum(-1, keepdim=True))
 
 
-@frozen(eq=False)
-class Moments:
-    """Of the gradient by the logits at each state, over what was sampled and drawn there.
-
-    Args:
-        means: two (S, V), over disjoint draws; the same one twice where they are exact.
-        squares: (S,) the mean squared norm.
-    """
-
-    means: tuple[Tensor, Tensor]
-    squares: Tensor
+def derivatives(estimator: Estimator, student_RV: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """(R, K) ids, and the derivatives of the objective by their log-probs; one row of log-probs serves all, or each has its own."""
+    ids_RK = estimator.objective.ids(tokens)
+    leaf_RK = student_RV.expand(len(ids_RK), -1).gather(-1, ids_RK).requires_grad_()
+    (gradient_RK,) = torch.autograd.grad(estimator.objective(leaf_RK, tokens).loss.sum(), leaf_RK)
+    return ids_RK, gradient_RK
 
 
-def derivatives(estimator: Estimator, student_V: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """(M, K) ids, and the derivatives of the objective by their log-probs."""
-    ids_MK = estimator.objective.ids(tokens)
-    leaf_MK = student_V[ids_MK].requires_grad_()
-    (gradient_MK,) = torch.autograd.grad(estimator.objective(leaf_MK, tokens).loss.sum(), leaf_MK)
-    return ids_MK, gradient_MK
+def gradient(states: States, estimator: Estimator, columns: dict[str, Tensor], targets_S: Tensor) -> Tensor:
+    """(S, D) by the hidden states, for a sampled token at each."""
+    ids_SK, gradient_SK = derivatives(estimator, states.student, as_tokens(targets_S, columns))
+    rows_SD = torch.einsum("sk,skd->sd", gradient_SK, states.head.weight[ids_SK])
+    return rows_SD - gradient_SK.sum(-1, keepdim=True) * states.mean_rows
 
 
-def enumerated(states: States, estimator: Estimator) -> Moments:
-    """Exact: every token as the one that was sampled."""
+def bias_by_logits(states: States, estimator: Estimator) -> float:
+    """Exact: every token as the one that was sampled.  Root mean square over states, relative to that of the exact gradient by the logits."""
     count, vocabulary = states.student.shape
-    mean_SV, squares_S = torch.zeros(count, vocabulary), torch.zeros(count)
-    # where the sampled token plays no part, any is every one
-    every_V = torch.arange(vocabulary if estimator.sampled else 1)
-    unused = torch.Generator()
+    mean_SV, unused = torch.zeros(count, vocabulary), torch.Generator()
     for state in range(count):
-        student_V, policy_V = states.student[state], states.policy[state].exp() if estimator.sampled else torch.ones(1)
-        probs_V, total = student_V.exp(), 0.0
-        for targets_M in every_V.split(ROWS):
+        student_V, policy_V, total = states.student[state], states.policy[state].exp(), 0.0
+        for targets_M in torch.arange(vocabulary).split(ROWS):
             columns = states.columns(estimator, state, targets_M, unused)
             ids_MK, gradient_MK = derivatives(estimator, student_V, as_tokens(targets_M, columns))
-            weight_M, sums_M = policy_V[targets_M], gradient_MK.sum(-1)
-            mean_SV[state].index_add_(0, ids_MK.flatten(), (weight_M[:, None] * gradient_MK).flatten())
-            total += float(weight_M @ sums_M)
-            # |scatter - sum p|^2; only the sampled token, the first id, may be another one's equal
-            same_MK = ids_MK[:, 1:] == ids_MK[:, :1]
-            scattered_M = (gradient_MK**2).sum(-1) + 2 * gradient_MK[:, 0] * (same_MK * gradient_MK[:, 1:]).sum(-1)
-            crossed_M = (gradient_MK * probs_V[ids_MK]).sum(-1)
-            squares_S[state] += weight_M @ (scattered_M - 2 * sums_M * crossed_M + sums_M**2 * (probs_V @ probs_V))
-        mean_SV[state] -= total * probs_V
-    return Moments((mean_SV, mean_SV), squares_S)
-
-
-def drawn(states: States, estimator: Estimator, repetitions: int, generator: torch.Generator) -> Moments:
-    """Of so many repetitions at each state, half of them for either mean."""
-    count, vocabulary = states.student.shape
-    means, squares_S = [torch.zeros(count, vocabulary) for _ in range(2)], torch.zeros(count)
-    for state in range(count):
-        student_V = states.student[state]
-        targets_M = states.policy[state].exp().multinomial(repetitions, replacement=True, generator=generator)
-        columns = states.columns(estimator, state, targets_M, generator)
-        ids_MK, gradient_MK = derivatives(estimator, student_V, as_tokens(targets_M, columns))
-        dense_MV = torch.zeros(repetitions, vocabulary).scatter_add_(-1, ids_MK, gradient_MK)
-        dense_MV -= gradient_MK.sum(-1, keepdim=True) * student_V.exp()
-        squares_S[state] = (dense_MV**2).sum(-1).mean()
-        for mean_SV, part_MV in zip(means, dense_MV.chunk(2), strict=True):
-            mean_SV[state] = part_MV.mean(0)
-    return Moments((means[0], means[1]), squares_S)
+            weighted_MK = policy_V[targets_M, None] * gradient_MK
+            mean_SV[state].index_add_(0, ids_MK.flatten(), weighted_MK.flatten())
+            total += float(weighted_MK.sum())
+        mean_SV[state] -= total * student_V.exp()
+    truth_SV = exact(states)
+    return float((mean_SV - truth_SV).norm() / truth_SV.norm())
 
 
 def as_tokens(targets_M: Tensor, columns: dict[str, Tensor]) -> Tokens:
@@ -179,56 +150,53 @@ class Judge:
     """Holds estimators to the exact gradient at these states.
 
     Args:
-        states: where those with a bias are judged.
-        held: of these, where those that claim to have none are held to it, state by state: every sampled token is taken at each.
+        states: where.
         step_tokens: of a step.
-        repetitions: at each state, of what is drawn.
+        repetitions: at each state, of what is sampled and drawn; even.
     """
 
     states: States
-    held: int
     step_tokens: int
     repetitions: int
+    truth: Tensor = field(init=False)
+    hidden: Tensor = field(init=False)
     norm2: float = field(init=False)
-    size: float = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        truth_SV, hidden_SS = exact(self.states), self.states.hidden @ self.states.hidden.T
-        object.__setattr__(self, "norm2", between(truth_SV @ truth_SV.T * hidden_SS))
-        object.__setattr__(self, "size", mean_size(truth_SV, self.states))
+        truth_SD = exact(self.states) @ self.states.head.weight
+        hidden_SS = self.states.hidden @ self.states.hidden.T
+        for name, value in (("truth", truth_SD), ("hidden", hidden_SS), ("norm2", between(truth_SD @ truth_SD.T * hidden_SS))):
+            object.__setattr__(self, name, value)
 
-    def judge(self, estimator: Estimator, generator: torch.Generator) -> dict[str, float]:
+    def judge(self, estimator: Estimator, generator: torch.Generator, *, float16: bool = False) -> dict[str, float]:
         """Bias, spread and root mean square error of a step, relative to the norm of the exact gradient.
 
         Sums over states leave out products of a state with itself, which would count the variety of states as bias; what they hold is noise of
-        a step.  `state_bias` is the root mean square over states of the bias at each, relative to the same of the exact gradient; `bias_z` the
-        squared bias over its standard deviation where the bias is 0, of what was drawn; `variance` that of one token.
+        a step.  Squared bias is a product over two halves of the repetitions, and `bias_z` is it over its standard deviation where the bias is
+        0.  `state_bias` is the root mean square over states of the bias at each; `variance` that of one token.
         """
-        states = self.states.some(self.held) if estimator.unbiased else self.states
-        truth_SV, random = exact(states), estimator.support.drawn > 0
-        moments = drawn(states, estimator, self.repetitions, generator) if random else enumerated(states, estimator)
-        first_SV, second_SV = (mean_SV - truth_SV for mean_SV in moments.means)
-        products_SS = first_SV @ second_SV.T * (states.hidden @ states.hidden.T)
-        bias2, noise = between(products_SS) / self.norm2, between(products_SS**2) ** 0.5 / len(truth_SV) / self.norm2
-        mean_SV = (moments.means[0] + moments.means[1]) / 2
-        # the mean squared distance of one gradient from the truth, over the mean square of that: so few states may all be large ones
-        apart_S = moments.squares - 2 * (mean_SV * truth_SV).sum(-1) + (truth_SV**2).sum(-1)
-        apart = float((apart_S * (states.hidden**2).sum(-1)).mean()) / mean_size(truth_SV, states) * self.size / self.norm2
-        variance = max(apart - bias2, 0.0)
+        states = evolve(self.states, float16=float16)
+        random = estimator.sampled or estimator.support.drawn > 0
+        halves = [torch.zeros_like(self.truth) for _ in range(2)]
+        squares_S, rounds = torch.zeros(len(self.truth)), self.repetitions if random else 2
+        for repeat in range(rounds):
+            targets_S = states.policy.exp().multinomial(1, generator=generator)[:, 0] if random else states.sampled
+            columns = states.columns(estimator, slice(None), targets_S, generator)
+            apart_SD = gradient(states, estimator, columns, targets_S) - self.truth
+            halves[repeat % 2] += apart_SD * (2 / rounds)
+            squares_S += (apart_SD**2).sum(-1) / rounds
+        products_SS = halves[0] @ halves[1].T * self.hidden
+        bias2, noise = between(products_SS) / self.norm2, between(products_SS**2) ** 0.5 / len(self.truth) / self.norm2
+        variance = max(float((squares_S * self.hidden.diagonal()).mean()) / self.norm2 - bias2, 0.0)
         return {
             "bias": max(bias2, 0.0) ** 0.5,
-            "bias_z": bias2 / noise if random else 0.0,
-            "bias_noise": noise**0.5 if random else 0.0,
-            "state_bias": max(float((first_SV * second_SV).sum() / (truth_SV**2).sum()), 0.0) ** 0.5,
+            "bias_z": bias2 / noise,
+            "bias_noise": noise**0.5,
+            "state_bias": max(float((halves[0] * halves[1]).sum() / (self.truth**2).sum()), 0.0) ** 0.5,
             "variance": variance,
             "sd": (variance / self.step_tokens) ** 0.5,
             "rmse": max(bias2 + variance / self.step_tokens, 0.0) ** 0.5,
         }
-
-
-def mean_size(gradient_SV: Tensor, states: States) -> float:
-    """The mean over states of the squared norm of the gradient by the weight."""
-    return float(((gradient_SV**2).sum(-1) * (states.hidden**2).sum(-1)).mean())
 
 
 def between(products_SS: Tensor) -> float:
@@ -238,18 +206,12 @@ def between(products_SS: Tensor) -> float:
 
 
 def check_fused(states: States, estimator: Estimator, generator: torch.Generator) -> float:
-    """How far the fused loss is from what is judged, on the tokens that were sampled: relative difference of the gradient by the weight."""
-    columns = states.columns(estimator, slice(None), states.sampled, generator)
-    batch = as_batch(states.sampled, columns)
-    tokens, weight_VD = Tokens.counted(batch), states.head.weight.clone().requires_grad_()
-    FusedLoss(estimator.objective)(states.hidden, evolve(states.head, weight=weight_VD), batch).loss_sum.backward()
-    ids_SK = estimator.objective.ids(tokens)
-    leaf_SK = states.student.gather(-1, ids_SK).requires_grad_()
-    (gradient_SK,) = torch.autograd.grad(estimator.objective(leaf_SK, tokens).loss.sum(), leaf_SK)
-    dense_SV = -gradient_SK.sum(-1, keepdim=True) * states.student.exp()
-    expected_VD = dense_SV.scatter_add_(-1, ids_SK, gradient_SK).T @ states.hidden
-    assert weight_VD.grad is not None  # noqa: S101
-    return float((weight_VD.grad - expected_VD).norm() / expected_VD.norm())
+    """How far the fused loss is from what is judged, on the tokens that were sampled: relative difference of the gradient by the hidden states."""
+    columns, hidden_SD = states.columns(estimator, slice(None), states.sampled, generator), states.hidden.clone().requires_grad_()
+    FusedLoss(estimator.objective)(hidden_SD, states.head, as_batch(states.sampled, columns)).loss_sum.backward()
+    expected_SD = gradient(states, estimator, columns, states.sampled)
+    assert hidden_SD.grad is not None  # noqa: S101
+    return float((hidden_SD.grad - expected_SD).norm() / expected_SD.norm())
 
 
 def prepare(folder: Path) -> None:
@@ -291,4 +253,4 @@ def real_states(folder: Path, count: int, moves: Sequence[float]) -> Iterator[tu
     for move in moves:
         student.load_state_dict({name: torch.lerp(value, end[name], move) for name, value in start.items()})
         hidden_SD, head, student_SV = read(student, len(tokenizer))
-        yield move, States(policy_SV, teacher_SV, student_SV, hidden_SD, head, sampled_S)
+        yield move, States(policy_SV, teacher_SV, student_SV, hidden_SD, student_SV.exp() @ head.weight, head, sampled_S)
