@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from attrs import frozen
-from estimator_states import Judge, States, as_batch, bias_by_logits, check_fused, prepare, random_states, real_states
+from estimator_states import Judge, States, bias_by_logits, check_fused, prepare, random_states, real_states
 from estimator_worlds import World, mixing, modes
 from estimator_worlds import judge as judge_world
 from estimators import ONLINE, PLAIN, RATIO, Estimator, estimators, supported, whole
@@ -99,7 +99,7 @@ def measure_cost(plan: Plan, vocabulary: int, size: int) -> Iterable[Row]:
     """CPU seconds of a fused loss and its backward pass, each over those of the ratio in the same round; rounds are shuffled."""
     states = random_states(plan.cost_tokens, vocabulary, size)
     chosen, generator = estimators(plan.sizes), torch.Generator().manual_seed(0)
-    made = {e.name: as_batch(states.sampled, states.columns(e, slice(None), states.sampled, generator)) for e in chosen}
+    made = {estimator.name: states.batch(estimator, generator) for estimator in chosen}
     hidden, weight = states.hidden.requires_grad_(), states.head.weight.requires_grad_()
     spent: dict[str, list[float]] = {estimator.name: [] for estimator in chosen}
 

@@ -53,36 +53,37 @@ class States:
     sampled: Tensor
     float16: bool = False
 
-    def some(self, count: int) -> "States":
-        """So many of them, evenly spread."""
-        rows = torch.linspace(0, len(self.sampled) - 1, min(count, len(self.sampled))).long()
+    def rows(self, rows: Tensor | slice) -> "States":
+        """Some of them."""
         tables = {name: getattr(self, name)[rows] for name in ("policy", "teacher", "student", "hidden", "mean_rows", "sampled")}
         return evolve(self, **tables)
 
-    def columns(self, estimator: Estimator, state: int | slice, targets_M: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """The columns of a batch whose tokens are at one state, or one at each."""
-        place = slice(state, state + 1) if isinstance(state, int) else state
-        policy_RV, teacher_RV = (table.expand(len(targets_M), -1) for table in (self.policy[place], self.teacher[place]))
-        sampled = {
-            "weight": torch.ones(len(targets_M)),
-            "teacher_logprobs": teacher_RV.gather(-1, targets_M[:, None])[:, 0],
-            "ref_logprobs": policy_RV.gather(-1, targets_M[:, None])[:, 0],
-        }
-        found = estimator.support.columns(self.policy[place], self.teacher[place])
-        columns = {name: column.expand(len(targets_M), *column.shape[1:]) for name, column in found.items()}
-        if estimator.support.drawn:
-            drawn_MD = (
-                self.policy[place]
-                .exp()
-                .multinomial(estimator.support.drawn * (len(targets_M) // len(self.policy[place])), replacement=True, generator=generator)
-            )
-            drawn_MD = drawn_MD.view(len(targets_M), estimator.support.drawn)
-            columns["drawn_ids"] = drawn_MD
-            columns |= {"drawn_logprobs": teacher_RV.gather(-1, drawn_MD), "drawn_ref_logprobs": policy_RV.gather(-1, drawn_MD)}
-        columns |= sampled
+    def some(self, count: int) -> "States":
+        """So many of them, evenly spread."""
+        return self.rows(torch.linspace(0, len(self.sampled) - 1, min(count, len(self.sampled))).long())
+
+    def columns(self, support: dict[str, Tensor], targets_R: Tensor, drawn_RD: Tensor) -> dict[str, Tensor]:
+        """The columns of a batch with one token at each state, or several at the only one."""
+        policy_RV, teacher_RV = (table.expand(len(targets_R), -1) for table in (self.policy, self.teacher))
+        columns = {name: column.expand(len(targets_R), *column.shape[1:]) for name, column in support.items()}
+        columns["weight"] = torch.ones(len(targets_R))
+        columns["teacher_logprobs"] = teacher_RV.gather(-1, targets_R[:, None])[:, 0]
+        columns["ref_logprobs"] = policy_RV.gather(-1, targets_R[:, None])[:, 0]
+        if drawn_RD.shape[1]:
+            drawn = {"drawn_logprobs": teacher_RV.gather(-1, drawn_RD), "drawn_ref_logprobs": policy_RV.gather(-1, drawn_RD)}
+            columns |= {"drawn_ids": drawn_RD, **drawn}
         if self.float16:
             columns = {name: column.half().float() if column.is_floating_point() else column for name, column in columns.items()}
         return columns
+
+    def draws(self, count: int, generator: torch.Generator) -> Tensor:
+        """(S, count) ids that the policy drew."""
+        return self.policy.exp().multinomial(count, replacement=True, generator=generator)
+
+    def batch(self, estimator: Estimator, generator: torch.Generator) -> Batch:
+        """The tokens that were sampled, each a rollout of its own."""
+        drawn_SD = self.draws(estimator.support.drawn + 1, generator)[:, 1:]
+        return as_batch(self.sampled, self.columns(estimator.support.columns(self.policy, self.teacher), self.sampled, drawn_SD))
 
 
 def random_states(states: int, vocabulary: int, size: int, seed: int = 0, drift: float = 0.3) -> States:
@@ -111,9 +112,9 @@ def derivatives(estimator: Estimator, student_RV: Tensor, tokens: Tokens) -> tup
     return ids_RK, gradient_RK
 
 
-def gradient(states: States, estimator: Estimator, columns: dict[str, Tensor], targets_S: Tensor) -> Tensor:
+def gradient(states: States, estimator: Estimator, batch: Batch) -> Tensor:
     """(S, D) by the hidden states, for a sampled token at each."""
-    ids_SK, gradient_SK = derivatives(estimator, states.student, as_tokens(targets_S, columns))
+    ids_SK, gradient_SK = derivatives(estimator, states.student, Tokens.counted(batch))
     rows_SD = torch.einsum("sk,skd->sd", gradient_SK, states.head.weight[ids_SK])
     return rows_SD - gradient_SK.sum(-1, keepdim=True) * states.mean_rows
 
@@ -121,23 +122,20 @@ def gradient(states: States, estimator: Estimator, columns: dict[str, Tensor], t
 def bias_by_logits(states: States, estimator: Estimator) -> float:
     """Exact: every token as the one that was sampled.  Root mean square over states, relative to that of the exact gradient by the logits."""
     count, vocabulary = states.student.shape
-    mean_SV, unused = torch.zeros(count, vocabulary), torch.Generator()
+    mean_SV = torch.zeros(count, vocabulary)
     for state in range(count):
-        student_V, policy_V, total = states.student[state], states.policy[state].exp(), 0.0
+        at = states.rows(slice(state, state + 1))
+        student_V, policy_V, total = at.student[0], at.policy[0].exp(), 0.0
+        support = estimator.support.columns(at.policy, at.teacher)
         for targets_M in torch.arange(vocabulary).split(ROWS):
-            columns = states.columns(estimator, state, targets_M, unused)
-            ids_MK, gradient_MK = derivatives(estimator, student_V, as_tokens(targets_M, columns))
+            columns = at.columns(support, targets_M, targets_M[:, None][:, :0])
+            ids_MK, gradient_MK = derivatives(estimator, student_V, Tokens.counted(as_batch(targets_M, columns)))
             weighted_MK = policy_V[targets_M, None] * gradient_MK
             mean_SV[state].index_add_(0, ids_MK.flatten(), weighted_MK.flatten())
             total += float(weighted_MK.sum())
         mean_SV[state] -= total * student_V.exp()
     truth_SV = exact(states)
     return float((mean_SV - truth_SV).norm() / truth_SV.norm())
-
-
-def as_tokens(targets_M: Tensor, columns: dict[str, Tensor]) -> Tokens:
-    """All of them count, each a rollout of its own."""
-    return Tokens.counted(as_batch(targets_M, columns))
 
 
 def as_batch(targets_M: Tensor, columns: dict[str, Tensor]) -> Batch:
@@ -179,10 +177,10 @@ class Judge:
         random = estimator.sampled or estimator.support.drawn > 0
         halves = [torch.zeros_like(self.truth) for _ in range(2)]
         squares_S, rounds = torch.zeros(len(self.truth)), self.repetitions if random else 2
-        for repeat in range(rounds):
-            targets_S = states.policy.exp().multinomial(1, generator=generator)[:, 0] if random else states.sampled
-            columns = states.columns(estimator, slice(None), targets_S, generator)
-            apart_SD = gradient(states, estimator, columns, targets_S) - self.truth
+        support, each = estimator.support.columns(states.policy, states.teacher), 1 + estimator.support.drawn
+        for repeat, draws_SR in enumerate(states.draws(rounds * each, generator).split(each, dim=1)):
+            columns = states.columns(support, draws_SR[:, 0], draws_SR[:, 1:])
+            apart_SD = gradient(states, estimator, as_batch(draws_SR[:, 0], columns)) - self.truth
             halves[repeat % 2] += apart_SD * (2 / rounds)
             squares_S += (apart_SD**2).sum(-1) / rounds
         products_SS = halves[0] @ halves[1].T * self.hidden
@@ -207,9 +205,9 @@ def between(products_SS: Tensor) -> float:
 
 def check_fused(states: States, estimator: Estimator, generator: torch.Generator) -> float:
     """How far the fused loss is from what is judged, on the tokens that were sampled: relative difference of the gradient by the hidden states."""
-    columns, hidden_SD = states.columns(estimator, slice(None), states.sampled, generator), states.hidden.clone().requires_grad_()
-    FusedLoss(estimator.objective)(hidden_SD, states.head, as_batch(states.sampled, columns)).loss_sum.backward()
-    expected_SD = gradient(states, estimator, columns, states.sampled)
+    batch, hidden_SD = states.batch(estimator, generator), states.hidden.clone().requires_grad_()
+    FusedLoss(estimator.objective)(hidden_SD, states.head, batch).loss_sum.backward()
+    expected_SD = gradient(states, estimator, batch)
     assert hidden_SD.grad is not None  # noqa: S101
     return float((hidden_SD.grad - expected_SD).norm() / expected_SD.norm())
 

@@ -45,7 +45,7 @@ def test_gradients_of_the_fused_loss_have_no_bias_where_they_claim_so_and_the_kn
 @pytest.mark.parametrize("estimator", [PLAIN, RATIO, *supported(4)], ids=lambda estimator: estimator.name)
 def test_what_is_drawn_has_the_bias_that_sums_over_the_vocabulary_have(estimator) -> None:
     states, generator = estimator_states.random_states(12, 40, 6, drift=1.0), torch.Generator().manual_seed(0)
-    found = estimator_states.Judge(states, 384, 2000).judge(estimator, generator)
+    found = estimator_states.Judge(states, 384, 400).judge(estimator, generator)
     assert estimator_states.check_fused(states, estimator, generator) < 1e-5
     if not estimator.support.drawn:
         exact = estimator_states.bias_by_logits(states, estimator)
