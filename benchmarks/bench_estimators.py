@@ -52,10 +52,10 @@ class Plan:
     batches: int = 8
     rollouts: int = 256
     world_sizes: tuple[int, ...] = (4, 8)
-    states: int = 1024
-    held: int = 24
+    states: int = 768
+    held: int = 16
     moves: tuple[float, ...] = (0.0, 0.25, 0.5)
-    repetitions: int = 32
+    repetitions: int = 16
     sizes: tuple[int, ...] = (4, 16, 64)
     cost_tokens: int = 256
     cost_repeats: int = 3
