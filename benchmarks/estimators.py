@@ -13,8 +13,8 @@ from lopd import TopKObjective
 from lopd.losses.divergences import generalised_kl, reverse_kl
 from lopd.losses.objective import Objective, OPDObjective
 
-#: Bytes of a stored log-prob or tail (float16), and of a stored id.
-NUMBER, ID = 2, 4
+#: Bytes of a stored log-prob (float16), of an id of a vocabulary of at most 65,536, and of a tail.
+NUMBER, ID, TAIL = 2, 2, 4
 
 
 @frozen
@@ -33,9 +33,10 @@ class Support:
 
     @property
     def bytes(self) -> int:
-        """Bytes a token: an id and the teacher's log-prob for each, the policy's where it was drawn, and one tail where there is one."""
-        distinct = self.policy + self.teacher
-        return distinct * (ID + NUMBER) + self.drawn * (ID + 2 * NUMBER) + (NUMBER if distinct else 0)
+        """Bytes a token: the teacher's column, and that of the policy where it kept any, each with ids, log-probs and a tail."""
+        widths = [self.policy + self.teacher + self.drawn, self.policy + self.drawn]
+        own = NUMBER if self.policy + self.drawn else 0
+        return sum(width * (ID + NUMBER) + TAIL for width in widths if width) + own
 
     def ids(self, policy_RV: Tensor, teacher_RV: Tensor) -> Tensor:
         """(R, K) the distinct ones; the sampled token has no say."""
@@ -103,10 +104,9 @@ def whole(vocabulary: int) -> Estimator:
 
 
 def supported(size: int) -> list[Estimator]:
-    """All, at the bytes of a support of this size or a few less."""
+    """All that have a support of this size."""
     half = size // 2
-    # a drawn id has two log-probs
-    halves, mixed = Support(policy=size - half, teacher=half), Support(policy=size - half, drawn=half * (ID + NUMBER) // (ID + 2 * NUMBER))
+    halves, mixed = Support(policy=size - half, teacher=half), Support(policy=size - half, drawn=half)
     return [
         Estimator("teacher's top K", BUCKET, Support(teacher=size), sampled=False),
         Estimator("candidates", BUCKET, Support(policy=size), sampled=False),
@@ -114,7 +114,7 @@ def supported(size: int) -> list[Estimator]:
         Estimator("candidates + residual", RESIDUAL, Support(policy=size), unbiased=True),
         Estimator("candidates, generalised KL + residual", GENERALISED, Support(policy=size), unbiased=True),
         Estimator("union + residual", RESIDUAL, halves, unbiased=True),
-        Estimator("drawn", RESIDUAL, Support(drawn=size * (ID + NUMBER) // (ID + 2 * NUMBER)), unbiased=True),
+        Estimator("drawn", RESIDUAL, Support(drawn=size), unbiased=True),
         Estimator("candidates + drawn", RESIDUAL, mixed, unbiased=True),
     ]
 
