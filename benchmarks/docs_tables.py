@@ -67,6 +67,8 @@ ESTIMATORS = {
     "whole vocabulary": "",
     "online, sampled anew": "`FusedOPDLoss(clip=None)`, `refresh_every(1, ...)`",
 }
+#: Tokens of twenty steps of `bench_estimators`.
+LONG_RUN = 20 * 384
 #: Of `bench_loss`: the largest size of the larger vocabulary.
 LOSS_SIZE = (2048, "151936x896")
 
@@ -118,38 +120,50 @@ def losses() -> list[str]:
 
 
 def estimators() -> list[str]:
-    """The error of a step by family: on SmolLM2 at every size, and on the enumerated worlds at the larger one; and what a step costs."""
+    """By family, at the largest drift: on SmolLM2 at every size, for a step and for twenty; on the enumerated worlds; and what a step costs."""
     rows = read("estimators")["rows"]
-    sizes = sorted({row["policy"] for row in rows if row["kind"] == "states" and row["family"] == "candidates"})
     moved = {kind: max(row["drift"] for row in rows if row["kind"] == kind) for kind in ("states", "world")}
+    sizes = sorted({row["policy"] for row in rows if row["kind"] == "states" and row["family"] == "candidates"})
+    middle = sizes[len(sizes) // 2]
+
+    def size(row: Row) -> int:
+        return max(row["policy"] + row["teacher"], row["policy"] + row["drawn"])
 
     def cell(found: list[Row], key: str, form: str = ".2f") -> str:
         return format(mean(row[key] for row in found), form) if found else ""
 
     def lines() -> Iterator[Sequence[str]]:
         for family, code in ESTIMATORS.items():
-            mine = [row for row in rows if row["family"] == family]
-            states = [row for row in mine if row["kind"] == "states" and row["drift"] == moved["states"]]
-            by_bytes = sorted(states, key=lambda row: row["bytes"])
-            errors = [cell([row], "rmse") for row in by_bytes] + [""] * (len(sizes) - len(by_bytes))
-            middle = [row for row in mine if row["bytes"] == by_bytes[len(by_bytes) // 2]["bytes"]] if states else []
-            bias = cell([row for row in middle if row in states], "bias")
-            costs = cell([row for row in middle if row["kind"] == "cost"], "over_ratio")
-            worlds = []
-            for name in ("mixing", "modes"):
-                at = [row for row in mine if row.get("world") == name and row["drift"] == moved["world"]]
-                worlds.append(cell([row for row in at if row["bytes"] == max(row["bytes"] for row in at)], "rmse"))
-            yield family, code, cell(middle[:1], "bytes", ".0f"), bias, *errors, *worlds, costs
+            mine = [row for row in rows if row["family"] == family and row.get("drift", moved.get(row["kind"])) == moved.get(row["kind"])]
+            states = {size(row): row for row in mine if row["kind"] == "states"}
+            at = [states[here] for here in (middle, 0) if here in states][:1]
+            long = [{"rmse": ((0 if row["unbiased"] else row["bias"] ** 2) + row["variance"] / LONG_RUN) ** 0.5} for row in at]
+            bias = f"0 ± {at[0]['bias_noise']:.2f}" if at and at[0]["unbiased"] else cell(at, "bias")
+            costs = [row for row in mine if row["kind"] == "cost" and size(row) in (middle, 0)]
+            errors = [cell([states[here]] if here in states else at if 0 in states else [], "rmse") for here in sizes]
+            worlds = [[row for row in mine if row.get("world") == name] for name in ("mixing", "modes")]
+            smallest = [cell([row for row in found if size(row) == min(map(size, found))], "rmse") for found in worlds]
+            yield (
+                family,
+                code,
+                cell(at, "bytes", ".0f"),
+                cell(at, "bias"),
+                *errors,
+                cell(long, "rmse"),
+                *smallest,
+                cell(costs, "over_ratio"),
+            )
 
     head = (
         "estimator",
         "in code",
-        f"bytes at K = {sizes[len(sizes) // 2]}",
+        "bytes",
         "bias",
-        *(f"error, K = {size}" for size in sizes),
-        "mixing, K = 8",
-        "modes, K = 8",
-        "step",
+        *(f"a step, K = {here}" for here in sizes),
+        "20 steps",
+        "mixing, K = 4",
+        "modes, K = 4",
+        "cost",
     )
     return table(head, lines(), 2)
 
