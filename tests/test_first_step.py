@@ -11,9 +11,20 @@ from attrs import evolve
 from conftest import TOKENIZER_ID
 from small_runs import scored, small, teacher_model  # noqa: F401
 
-from lopd import CausalLMStudent, FusedOPDLoss, batches, opd_steps
+from lopd import (
+    CausalLMStudent,
+    FusedLoss,
+    FusedOPDLoss,
+    ReferenceOPDLoss,
+    WeightedLoss,
+    batches,
+    by_rollout,
+    by_token,
+    opd_steps,
+)
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, TrainingWarning
 from lopd.guards.first_step import MAX_DISTANCE
+from lopd.losses.objective import OPDObjective
 from lopd.losses.reference import SFTLoss
 from lopd.records import LossOutput
 
@@ -121,6 +132,7 @@ def test_few_effective_rollouts_in_the_first_step_are_said(small, scored):
     resumed = [evolve(step, index=60) for step in far]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", AdvantageWarning)  # ratios of e^3 and more blow up the reported KL
         list(opd_steps(student, resumed, FusedOPDLoss(ratio_to_ref=True), optimizer))
     with pytest.warns(
         DriftWarning, match=r"% of the 14 rollouts are effective in the first step, expected at least 50%; it is not the policy"
@@ -139,3 +151,40 @@ def test_a_loss_that_gives_something_else_is_refused(what, small, scored):
     with pytest.raises(InvalidRecordError, match=rf"Loss function: it gave {what}, expected a LossOutput"):
         list(opd_steps(student, batches(scored, teacher=None)[:1], loss, optimizer))
     assert all(np.array_equal(a, b.detach()) for a, b in zip(before, student.parameters(), strict=True))
+
+
+BASELINED = [
+    FusedOPDLoss(kl_baseline=True),
+    FusedLoss(OPDObjective(kl_baseline=True)),
+    WeightedLoss([(1.0, FusedOPDLoss()), (1.0, ReferenceOPDLoss(kl_baseline=True))]),
+]
+
+
+def with_supports(steps):
+    """The steps, with a support of the token itself, to which the teacher gives a half."""
+    for step in steps:
+        halves = [torch.full((len(batch.inputs), 1), 0.5) for batch in step.batches]
+        supports = [{"top_k_logprobs": half.log(), "top_k_tail": half[:, 0]} for half in halves]
+        made = [evolve(b, top_k_ids=b.targets[:, None], **support) for b, support in zip(step.batches, supports, strict=True)]
+        yield evolve(step, batches=tuple(made))
+
+
+@pytest.mark.parametrize("loss", BASELINED)
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning")
+def test_a_baseline_under_weights_by_rollout_is_said_once(loss, llama, scored):
+    student = student_in(llama)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    said = r"it has a baseline, and the weight of a token depends on .*weighting=by_token"
+    steps = [*with_supports(batches(scored, rollouts_per_step=14)[:2])]
+    with pytest.warns(TrainingWarning, match=said) as caught:
+        list(opd_steps(student, steps, loss, optimizer))
+    list(opd_steps(student, steps, loss, optimizer))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize(("weighting", "loss"), [(by_token, BASELINED[0]), (by_rollout, FusedOPDLoss())])
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning")
+def test_a_baseline_by_token_and_a_loss_without_one_are_not_spoken_of(weighting, loss, llama, scored):
+    student = student_in(llama)
+    steps = with_supports(batches(scored, rollouts_per_step=14, weighting=weighting)[:2])
+    list(opd_steps(student, steps, loss, torch.optim.AdamW(student.parameters(), lr=1e-3)))

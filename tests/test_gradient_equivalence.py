@@ -192,7 +192,7 @@ def test_pain_10_a_small_step_of_descent_on_the_offline_loss_lowers_the_kl_of_on
 @given(problems())
 @exact
 def test_theorem_3_6_the_reported_reverse_kl_of_online_responses_is_the_exact_sequence_kl(problem: Problem) -> None:
-    batch = problem.world.batch(problem.world.probabilities_R(problem.student), problem.teacher, problem.ref)
+    batch = problem.world.batch(problem.world.probabilities_R(problem.student), problem.teacher, problem.student)
     reported = float(problem.student(batch, PLAIN).reverse_kl_sum)
     assert reported == pytest.approx(problem.world.kl(problem.student, problem.teacher), rel=1e-9, abs=1e-12)
     assert reported == pytest.approx(sequence_kl(problem).item(), rel=1e-9, abs=1e-12)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -17,6 +18,7 @@ from lopd.losses import functional
 from lopd.losses.chunked import Chunking
 from lopd.losses.fused import FusedOPDLoss, FusedSFTLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss, WeightedLoss
+from lopd.losses.variants import importance_ratio
 from lopd.protocols import OPDLoss
 from lopd.records import Batch, LMHead
 
@@ -249,6 +251,70 @@ def test_the_clipped_sum_is_the_weight_of_the_tokens_whose_gap_is_beyond_the_cli
     batch = hand_made_batch([0, 1, 2, 2], [0.5, 2.0, 0.0, 4.0], [-1.0, -20.0, -30.0, -0.1])
     hidden_ND, head = one_state(torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log(), batch)
     assert float(ReferenceOPDLoss(clip)(hidden_ND, head, batch).clipped_sum) == expected
+
+
+FLOORED = [ReferenceOPDLoss(ratio_to_ref=True), FusedOPDLoss(ratio_to_ref=True), FusedOPDLoss(transforms=(importance_ratio,)), PLAIN]
+
+
+@pytest.mark.parametrize("loss", FLOORED)
+@pytest.mark.parametrize("teacher", [math.log(1 / 3), -2.0, -100.0])
+def test_a_reference_log_prob_at_the_floor_leaves_loss_report_and_gradient_finite(loss: OPDLoss, teacher: float) -> None:
+    ids, floor = torch.zeros(1, dtype=torch.int64), torch.tensor([-100.0])
+    hidden, head = torch.ones(1, 2, requires_grad=True), LMHead(torch.zeros(3, 2, requires_grad=True))
+    output = loss(hidden, head, Batch(ids, ids, ids, ids, torch.ones(1), torch.tensor([teacher]), floor))
+    output.loss_sum.backward()
+    assert head.weight.grad is not None
+    assert all(bool(value.isfinite().all()) for value in (output.loss_sum, output.reverse_kl_sum, head.weight.grad))
+    assert bool(head.weight.grad.any()) == (teacher != math.log(1 / 3))
+
+
+@pytest.mark.parametrize("cap", [None, 1e-3, 1.0, 4.0, math.inf])
+def test_a_ratio_is_itself_up_to_its_cap_and_keeps_the_gradient_of_a_capped_weight_beyond(cap: float | None) -> None:
+    logs = torch.linspace(-120, 120, 97, dtype=torch.float64).requires_grad_()
+    most = min(math.inf if cap is None else cap, math.exp(functional.MAX_LOG_RATIO))
+    made = functional.bounded_ratio(logs, cap)
+    expected = logs.detach().exp().clamp(max=most)
+    torch.testing.assert_close(made.detach(), expected)
+    torch.testing.assert_close(torch.autograd.grad(made.sum(), logs)[0], expected)
+
+
+def test_within_the_bound_a_ratio_is_the_exponential_to_the_last_bit() -> None:
+    logs = torch.linspace(-90, functional.MAX_LOG_RATIO, 1001)
+    assert torch.equal(functional.bounded_ratio(logs), logs.exp())
+
+
+@pytest.mark.parametrize("loss", [ReferenceOPDLoss, FusedOPDLoss])
+def test_a_cap_of_the_ratio_has_the_gradient_of_the_truncated_ratio_as_a_variant(loss: Callable[..., OPDLoss]) -> None:
+    batch = random_batch()
+    hidden_ND, head = random_hidden(batch), random_head()
+    as_setting, as_variant = loss(ratio_to_ref=True, ratio_cap=1.1), loss(transforms=(partial(importance_ratio, cap=1.1),))
+    capped = gradients_of(as_setting, hidden_ND, head, batch)
+    torch.testing.assert_close(capped, gradients_of(as_variant, hidden_ND, head, batch))
+    assert not torch.equal(capped[0], gradients_of(loss(ratio_to_ref=True), hidden_ND, head, batch)[0])
+
+
+@pytest.mark.parametrize("loss", [ReferenceOPDLoss, FusedOPDLoss])
+def test_a_cap_of_the_ratio_that_is_none_or_caps_nothing_is_refused(loss: Callable[..., OPDLoss]) -> None:
+    for cap in (0.0, -1.0, math.nan):
+        with pytest.raises(InvalidRecordError, match=r"ratio_cap is .*, expected None, or more than 0"):
+            loss(ratio_to_ref=True, ratio_cap=cap)
+    with pytest.raises(InvalidRecordError, match=r"ratio_cap is 2.0, expected None without an importance ratio; pass `ratio_to_ref=True`"):
+        loss(ratio_cap=2.0)
+
+
+def test_lspd_without_its_bonus_is_twice_lightning_with_a_clip_of_five_nats() -> None:
+    batch = random_batch()
+    hidden_ND, head = random_hidden(batch), random_head()
+    teacher_N = batch.teacher_logprobs
+    assert teacher_N is not None
+
+    def squared_then_linear(logprobs_N: Tensor) -> Tensor:
+        gap_N = logprobs_N - 8 * teacher_N
+        return torch.where(gap_N.abs() <= 5, gap_N.square(), 10 * gap_N.abs() - 25)
+
+    expected = gradients(weighted_sum(squared_then_linear, hidden_ND, head, batch), hidden_ND, head)
+    far = evolve(batch, teacher_logprobs=8 * teacher_N)
+    torch.testing.assert_close(gradients_of(WeightedLoss([(2.0, FusedOPDLoss(clip=5.0))]), hidden_ND, head, far), expected)
 
 
 def test_advantages_far_above_the_clip_are_cut_like_those_far_below() -> None:

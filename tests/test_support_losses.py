@@ -16,7 +16,15 @@ from test_fused_losses import SMALL, broken_clauses
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError, MissingScoresError
-from lopd.losses.divergences import Divergence, entropy_gated, forward_kl, generalised_kl, reverse_kl, reverse_kl_renormalised
+from lopd.losses.divergences import (
+    Divergence,
+    entropy_gated,
+    forward_kl,
+    generalised_kl,
+    jensen_shannon,
+    reverse_kl,
+    reverse_kl_renormalised,
+)
 from lopd.losses.fused import FusedLoss
 from lopd.losses.reference import ReferenceLoss
 from lopd.losses.top_k import TopKObjective
@@ -140,7 +148,7 @@ def test_a_sampled_token_of_another_distribution_is_left_out_of_the_mean_of_what
     torch.testing.assert_close(states.gradient(loss, batch), states.gradient(loss, others))
 
 
-@pytest.mark.parametrize("bound", [{"clip": 0.5}, {"cap": 0.5}])
+@pytest.mark.parametrize("bound", [{"clip": 0.5}, {"ratio_cap": 0.5}])
 def test_clip_and_cap_bound_the_advantage_and_the_ratio_of_the_residual(bound: dict[str, float]) -> None:
     states = States.random(5)
     support_SK = states.teacher.topk(2, -1).indices
@@ -149,7 +157,7 @@ def test_clip_and_cap_bound_the_advantage_and_the_ratio_of_the_residual(bound: d
     p, gap = states.student.exp() * outside_SV, states.teacher - states.student
     advantage = gap - ((states.teacher.exp() * outside_SV).sum(-1, keepdim=True) / p.sum(-1, keepdim=True)).log()
     ratio = (states.student - states.policy).exp()
-    bounded = ratio.clamp(max=bound.get("cap", math.inf)) * advantage.clamp(-bound.get("clip", math.inf), bound.get("clip", math.inf))
+    bounded = ratio.clamp(max=bound.get("ratio_cap", math.inf)) * advantage.clamp(-bound.get("clip", math.inf), bound.get("clip", math.inf))
     expected = -states.score_sum(states.policy.exp() * outside_SV * bounded)
     objectives = [TopKObjective(reverse_kl, residual=True, **bound), TopKObjective(reverse_kl)]
     made, without = (states.gradient(FusedLoss(objective), batch) for objective in objectives)
@@ -164,7 +172,7 @@ def test_clip_and_cap_bound_the_advantage_and_the_ratio_of_the_residual(bound: d
     [
         TopKObjective(generalised_kl),
         TopKObjective(reverse_kl, residual=True),
-        TopKObjective(generalised_kl, residual=True, clip=1.0, cap=2.0),
+        TopKObjective(generalised_kl, residual=True, clip=1.0, ratio_cap=2.0),
     ],
     ids=repr,
 )
@@ -192,10 +200,10 @@ def test_a_residual_of_another_divergence_is_refused(divergence: Divergence) -> 
 
 
 def test_bounds_that_make_no_sense_are_refused() -> None:
-    for bound in ({"clip": 0.0}, {"cap": math.inf}, {"clip": math.nan}, {"cap": -1.0}):
-        with pytest.raises(InvalidRecordError, match=r"TopKObjective: c\w+ is .*, expected None, or finite and more than 0"):
+    for bound in ({"clip": 0.0}, {"ratio_cap": math.inf}, {"clip": math.nan}, {"ratio_cap": -1.0}):
+        with pytest.raises(InvalidRecordError, match=r"TopKObjective: \w+ is .*, expected None, or finite and more than 0"):
             TopKObjective(reverse_kl, residual=True, **bound)
-    with pytest.raises(InvalidRecordError, match="clip and cap bound a residual, and residual is False"):
+    with pytest.raises(InvalidRecordError, match="clip and ratio_cap bound a residual, and residual is False"):
         TopKObjective(reverse_kl, clip=1.0)
 
 
@@ -208,3 +216,31 @@ def test_columns_that_an_objective_needs_and_a_batch_lacks_are_named() -> None:
     ):
         with pytest.raises(MissingScoresError, match=message):
             FusedLoss(TopKObjective(reverse_kl, residual))(*case.leaves(), evolve(case.batch, **changes))
+
+
+@pytest.mark.parametrize("tail", [1e-2, 1e-6, 1e-8, 1e-10])
+@pytest.mark.parametrize("divergence", [forward_kl, entropy_gated, jensen_shannon, reverse_kl])
+def test_a_student_that_has_nearly_no_tail_gets_the_whole_gradient_of_the_teachers_in_float32(divergence: Divergence, tail: float) -> None:
+    logits_V = torch.cat([torch.tensor([0.0, -1.0, -2.0, -3.0]), torch.linspace(-1, 1, 46)]).double()
+    logits_V[4:] += math.log(tail) - logits_V[4:].logsumexp(0) + logits_V[:4].logsumexp(0)
+    teacher = torch.tensor([[0.4, 0.3, 0.15, 0.05]]).log()
+    ids = torch.arange(4)[None]
+    hidden = logits_V.float()[None].requires_grad_()
+    one = torch.ones(1, dtype=torch.int64)
+    batch = Batch(one, one, one, one, torch.ones(1), teacher[:, 0], None, ids, teacher, torch.tensor([0.1]))
+    FusedLoss(TopKObjective(divergence))(hidden, LMHead(torch.eye(50)), batch).loss_sum.backward()
+    # in float64, with the tail added up where it is
+    exact_V = hidden.detach().double()[0].requires_grad_()
+    logprobs_V = exact_V.log_softmax(-1)
+    student_B, teacher_B = (
+        torch.cat([logprobs_V[:4], logprobs_V[4:].logsumexp(0)[None]]),
+        torch.cat([teacher[0].double(), torch.tensor([0.1]).double().log()]),
+    )
+    mixture_B = ((student_B.exp() + teacher_B.exp()) / 2).log()
+    reverse, forward = (student_B.exp() * (student_B - teacher_B)).sum(), (teacher_B.exp() * (teacher_B - student_B)).sum()
+    shannon = ((student_B.exp() * (student_B - mixture_B)).sum() + (teacher_B.exp() * (teacher_B - mixture_B)).sum()) / 2
+    by_name = {"forward_kl": forward, "entropy_gated": forward + reverse, "jensen_shannon": shannon, "reverse_kl": reverse}
+    (expected_V,) = torch.autograd.grad(by_name[getattr(divergence, "__name__", "")], exact_V)
+    assert hidden.grad is not None
+    assert expected_V.abs().max() > 1e-3
+    torch.testing.assert_close(hidden.grad[0].double(), expected_V, rtol=1e-4, atol=1e-5 * float(expected_V.abs().max()))

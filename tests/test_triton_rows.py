@@ -17,9 +17,11 @@ from test_fused_losses import SMALL, broken_clauses
 from torch import Tensor
 
 from lopd.losses import chunked
-from lopd.losses.divergences import forward_kl
-from lopd.losses.fused import FusedLoss, FusedOPDLoss
-from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss
+from lopd.losses.divergences import forward_kl, reverse_kl
+from lopd.losses.entropy import EntropyBonus
+from lopd.losses.fused import FusedLoss
+from lopd.losses.objective import Objective, OPDObjective
+from lopd.losses.reference import ReferenceLoss
 from lopd.losses.top_k import TopKObjective
 
 if not find_spec("triton"):
@@ -117,17 +119,17 @@ def test_rows_that_are_part_of_a_wider_buffer_leave_the_rest_of_it_alone() -> No
 
 
 @pytest.mark.skipif(CUDA, reason="the suite makes its cases on the CPU, where kernels run only in the interpreter")
-@pytest.mark.parametrize("objective", ["lightning", "top-k"])
-def test_a_fused_loss_on_these_kernels_passes_the_suite_in_float32(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "objective",
+    [OPDObjective(), TopKObjective(forward_kl), TopKObjective(reverse_kl, residual=True), EntropyBonus(OPDObjective(clip=5.0))],
+    ids=["lightning", "top-k", "residual", "bonus"],
+)
+def test_a_fused_loss_on_these_kernels_passes_the_suite_in_float32(objective: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     def rows_for(buffer: Tensor, softcap: float | None, dtype: torch.dtype) -> Any:
         return triton_rows.TritonRows(buffer, softcap) if dtype == torch.float32 else chunked.TorchRows(buffer, softcap, dtype)
 
     monkeypatch.setattr(chunked, "rows_for", rows_for)
-    top_k = TopKObjective(forward_kl)
-    mine, plain = (
-        (FusedOPDLoss(chunking=SMALL), ReferenceOPDLoss()) if objective == "lightning" else (FusedLoss(top_k, SMALL), ReferenceLoss(top_k))
-    )
-    assert broken_clauses(mine, plain) == []
+    assert broken_clauses(FusedLoss(objective, SMALL), ReferenceLoss(objective)) == []
 
 
 COMPILE = """
@@ -139,11 +141,13 @@ from lopd.losses import triton_rows as rows
 
 capability, dtype, capped = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
 common = dict(vocabulary="i32", row_stride="i64", softcap="fp32", K="i32", CAPPED="constexpr", BLOCK="constexpr")
+common |= dict(logits="*" + dtype, ids="*i64", largest="*fp32", selected="*fp32")
 kernels = {
-    rows.statistics_kernel: dict(logits="*" + dtype, ids="*i64", largest="*fp32", sums="*fp32", selected="*fp32", **common),
-    rows.gradient_kernel: dict(logits="*" + dtype, ids="*i64", largest="*fp32", sums="*fp32", coefficients="*fp32", **common),
+    rows.statistics_kernel: dict(rests="*fp32"),
+    rows.gradient_kernel: dict(factors="*fp32", slopes="*fp32"),
 }
-for kernel, signature in kernels.items():
+for kernel, own in kernels.items():
+    signature = {name: (common | own)[name] for name in kernel.arg_names}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(CAPPED=capped, BLOCK=rows.BLOCK))
     made = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": rows.WARPS})
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -26,6 +26,7 @@ from lopd.losses.variants import (
     power,
     ppo_clip,
     prefix_fraction,
+    window_ratio,
 )
 from lopd.testing import loss_case, loss_cases, separated_loss_cases
 
@@ -73,6 +74,44 @@ def test_the_truncated_ratio_has_the_gradient_of_advantage_times_ratio_up_to_the
 
 def test_the_ratio_without_a_cap_has_the_gradient_of_the_loss_with_ratio_to_ref() -> None:
     torch.testing.assert_close(gradient_of(importance_ratio), gradient_by_hand(lambda s, t, r: -(t - s).detach() * (s - r).exp()))
+
+
+@pytest.mark.parametrize(
+    ("window", "cap", "expected"),
+    [
+        (1, None, [1.0, math.exp(0.8), math.exp(-1.0), 1.0, 1.0]),
+        (2, None, [1.0, math.exp(0.8), math.exp(-0.2), 1.0, 1.0]),
+        (99, None, [1.0, math.exp(0.8), math.exp(-0.2), 1.0, 1.0]),
+        (1, 1.5, [1.0, 1.5, math.exp(-1.0), 1.0, 1.0]),
+        (2, 0.5, [0.5, 0.5, 0.5, 0.5, 0.5]),
+    ],
+)
+def test_a_window_weighs_a_token_by_the_ratios_of_those_before_it_in_its_rollout(window: int, cap: float, expected: list[float]) -> None:
+    # log-ratios: 0.8, -1, 0.1 of the first rollout; 0, -0.1 of the second
+    assert factors(partial(window_ratio, window=window, cap=cap)(signal())) == pytest.approx(expected)
+
+
+def test_a_window_uses_the_sampler_and_stays_finite_at_the_floor() -> None:
+    heated = evolve(signal(), tokens=tokens(sampler_logprobs=torch.full((5,), -100.0).double()))
+    assert factors(partial(window_ratio, window=1, cap=None)(heated)) == pytest.approx([1.0] + 2 * [math.exp(20)] + [1.0, math.exp(20)])
+
+
+@pytest.mark.parametrize("variant", [importance_ratio, window_ratio])
+@pytest.mark.parametrize("cap", [0.0, -1.0, math.nan])
+def test_a_cap_that_is_none_is_refused(variant: Callable[..., Signal], cap: float) -> None:
+    with pytest.raises(InvalidRecordError, match="cap is"):
+        variant(signal(), cap=cap)
+
+
+@pytest.mark.parametrize("window", [0, -1, 1.5])
+def test_a_window_that_is_none_is_refused(window: int) -> None:
+    with pytest.raises(InvalidRecordError, match="window is"):
+        window_ratio(signal(), window=window)
+
+
+def test_a_window_alone_says_that_it_is_not_the_ratio_of_a_token() -> None:
+    assert OPDObjective(transforms=(window_ratio,)).uncorrected
+    assert not OPDObjective(ratio_to_ref=True, transforms=(window_ratio,)).uncorrected
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.05, 0.5), (0.9, 9.0)])
@@ -206,9 +245,7 @@ def test_an_objective_is_told_the_entropy_of_the_whole_distribution_if_it_asks(l
     assert not seen[0].requires_grad
 
 
-@pytest.mark.parametrize(
-    "variant", [importance_ratio, ppo_clip, partial(extrapolate, scale=1.5), drift_gate], ids=["ratio", "ppo", "extrapolate", "gate"]
-)
+@pytest.mark.parametrize("variant", [importance_ratio, window_ratio, ppo_clip, partial(extrapolate, scale=1.5), drift_gate])
 def test_a_variant_that_needs_the_ref_column_says_so(variant: Callable[[Signal], Signal]) -> None:
     with pytest.raises(MissingScoresError, match=r"ref_logprobs is None.*batches\(ref="):
         variant(evolve(signal(), tokens=tokens(ref_logprobs=None)))
@@ -231,6 +268,8 @@ def test_transforms_apply_in_their_order_and_the_clip_comes_last() -> None:
 
 VARIANTS: dict[str, dict[str, object]] = {
     "truncated ratio": {"transforms": (partial(importance_ratio, cap=1.5),)},
+    "capped ratio": {"ratio_to_ref": True, "ratio_cap": 1.5},
+    "window": {"ratio_to_ref": True, "transforms": (partial(window_ratio, window=3),)},
     "ppo": {"transforms": (ppo_clip,)},
     "extrapolated": {"transforms": (partial(extrapolate, scale=1.25),)},
     "power": {"transforms": (partial(power, alpha=0.5),)},
@@ -269,4 +308,4 @@ def test_a_loss_that_ranks_tokens_by_entropy_is_judged_on_cases_in_which_roundin
 
 def test_only_variants_that_look_at_whole_rollouts_cost_a_fourth_product() -> None:
     cheap = {name for name, arguments in VARIANTS.items() if OPDObjective(**arguments).per_token}
-    assert cheap == {"truncated ratio", "ppo", "extrapolated", "power", "compressed"}
+    assert cheap == {"truncated ratio", "capped ratio", "ppo", "extrapolated", "power", "compressed"}

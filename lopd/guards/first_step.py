@@ -1,17 +1,19 @@
 """What a run shows of itself at its first step: whether it trains what its author thinks it trains.  Later steps pay nothing for it."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from attrs import frozen
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lopd.errors import AdvantageWarning, DriftWarning, TrainingWarning
-from lopd.protocols import StatesCorrection
+from lopd.protocols import StatesBaseline, StatesCorrection
 from lopd.records.drift import Drift
+from lopd.records.steps import Batch
 
 #: Nats a token between student and teacher: beyond it the teacher finds a typical token of the student seven times less likely.  After SFT on
 #: the teacher's text it is a few tenths.
@@ -23,6 +25,8 @@ MIN_MOVED = 0.5
 #: Below this norm a gradient is rounding, and weights that stay where they are show nothing.
 _LEAST_NORM = 1e-3
 _SAMPLED, _SHOWN = 4096, 3
+#: Relative difference of two rollouts' weights that is rounding.
+_SAME = 1e-3
 
 _said: WeakKeyDictionary[Optimizer, set[str]] = WeakKeyDictionary()
 
@@ -88,6 +92,23 @@ def judge_distance(optimizer: Optimizer, loss: object, reverse_kl: float, drift:
             f"Student: {drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, expected at least {MIN_ESS:.0%}; it is not "
             "the policy that sampled them, or has moved far from it: start from that policy's weights and dtype, or sample again.",
             DriftWarning,
+        )
+
+
+def judge_baseline(optimizer: Optimizer, loss: object, batches: Sequence[Batch]) -> None:
+    """Warn if a loss states that it is `baselined`, and rollouts of different lengths have the same weight, as `by_rollout` gives them."""
+    if not (isinstance(loss, StatesBaseline) and loss.baselined):
+        return
+    counted = [(batch.segment_ids[batch.weight > 0], batch.weight[batch.weight > 0]) for batch in batches]
+    lengths_B = torch.cat([segments_M.bincount() for segments_M, _ in counted])
+    weights_B = torch.cat([segments_M.bincount(weight_M) for segments_M, weight_M in counted])[lengths_B > 0]
+    lengths_B = lengths_B[lengths_B > 0]
+    if bool((lengths_B != lengths_B[0]).any()) and bool((weights_B - weights_B[0]).abs().max() < _SAME * weights_B[0]):
+        _warn_once(
+            optimizer,
+            "baseline",
+            f"Loss {type(loss).__name__}: it has a baseline, and the weight of a token depends on the length of its response, so the "
+            "baseline changes the expected gradient; pass `weighting=by_token` to `batches`, or leave the baseline out.",
         )
 
 

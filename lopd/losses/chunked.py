@@ -4,9 +4,9 @@ For any loss f that sees the student only through log-probs of the stored ids S 
 
 \[ \frac{\partial f}{\partial z} = \mathrm{scatter}(S, f') - \Big(\sum_{j \in S} f'_j\Big)\, \mathrm{softmax}(z), \]
 
-so two ways lead to the gradient.  Where f' of a token follows from the log-probs of that token alone (`fused`), the gradient is made in the
-forward pass while the logits of a chunk are at hand: three matrix products.  Otherwise (`selected_logprobs`) the backward pass computes the
-logits once more: four.
+and the entropy H adds \(-h\,p_v (\log p_v + H)\) for a derivative h.  So two ways lead to the gradient.  Where f' of a token follows from what the
+student says of that token alone (`fused`), the gradient is made in the forward pass while the logits of a chunk are at hand: three matrix
+products.  Otherwise (`selected_logprobs`) the backward pass computes the logits once more: four.
 
 Memory: one buffer of `chunk_bytes`, and float32 sums of the gradients.
 
@@ -119,15 +119,18 @@ class ChunkedHead:
             yield rows, self._chunk[2]
             first = rows.stop
 
-    def add(self, gradient_CK: Tensor, least_C: Tensor | float = 0.0) -> None:
-        """Add the gradients of a loss whose derivative by the log-probs of the present chunk is given: two more matrix products.
+    def add(self, gradient_CK: Tensor, entropy_C: Tensor | None = None, *, least_C: Tensor | float = 0.0) -> None:
+        """Add the gradients of a loss whose derivatives by log-probs and entropies of the present chunk are given: two more matrix products.
 
         Rows whose gradient by the logits has a 1-norm of at most twice `least_C` skip them.
         """
         rows, place, found = self._chunk
-        scale_C = self._work.gradients(place, self._ids_MK[rows], found, gradient_CK)
+        scale_C = self._work.gradients(place, self._ids_MK[rows], found, gradient_CK, entropy_C)
         # |f'| (1 - p): the gradient of log p by the logits has a 1-norm of 2 (1 - p)
         size_C = (gradient_CK * found.logprobs.expm1()).abs().sum(-1)
+        if entropy_C is not None and found.entropies is not None:
+            # that of H has one of at most 2 H: p (log p + H) sums to 0, and where it is positive it is at most p H
+            size_C = size_C + entropy_C.abs() * found.entropies
         small_C = size_C <= least_C
         self.neglected += 2 * size_C.masked_fill(~small_C, 0.0).sum()
         index_R = (~small_C).nonzero().squeeze(-1)
@@ -205,24 +208,24 @@ class _SelectedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, job: _Selection) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(hidden_MD, weight_VD, bias_V)
+        ctx.set_materialize_grads(False)
         ctx.job = job
         chunked = ChunkedHead(hidden_MD, job.head, job.chunking)
         found = [statistics for _, statistics in chunked.chunks(job.ids, entropy=job.entropy)]
         logprobs_MK = torch.cat([chunked.zeros(0, job.ids.shape[1]), *(part.logprobs.to(chunked.zeros(0)) for part in found)])
-        if not job.entropy:
-            return logprobs_MK, None
-        entropies_M = torch.cat([chunked.zeros(0), *(part.entropies for part in found if part.entropies is not None)])
-        ctx.mark_non_differentiable(entropies_M)
-        return logprobs_MK, entropies_M
+        entropies = [part.entropies.to(chunked.zeros(0)) for part in found if part.entropies is not None]
+        return logprobs_MK, torch.cat([chunked.zeros(0), *entropies]) if job.entropy else None
 
     @staticmethod
-    def backward(ctx: Any, upstream_MK: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream_MK: Tensor | None, upstream_M: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         hidden_MD, weight_VD, bias_V = ctx.saved_tensors
         head = LMHead(weight_VD, bias_V, ctx.job.head.softcap, ctx.job.head.scale)
         chunked = ChunkedHead(hidden_MD, head, ctx.job.chunking, ctx.needs_input_grad[:3])
-        for rows, _statistics in chunked.chunks(ctx.job.ids):
-            chunked.add(upstream_MK[rows])
+        if upstream_MK is None:
+            upstream_MK = chunked.zeros(*ctx.job.ids.shape)
+        for rows, _statistics in chunked.chunks(ctx.job.ids, entropy=upstream_M is not None):
+            chunked.add(upstream_MK[rows], None if upstream_M is None else upstream_M[rows])
         return (*chunked.sums, None)  # autograd rounds each once to the dtype of what it is the gradient of
 
 
@@ -257,7 +260,7 @@ def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Ch
 def logprobs_and_entropies(
     hidden_MD: Tensor, head: LMHead, ids_MK: Tensor, chunking: Chunking, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the (M, K) log-probs of `selected_logprobs`; and, if asked for, the (M,) entropies of the distributions, nats, without a gradient."""
+    """Return the (M, K) log-probs of `selected_logprobs`; and, if asked for, the (M,) entropies of the distributions, nats, differentiable too."""
     found: tuple[Tensor, Tensor | None] = _SelectedLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden_MD, head.weight, head.bias, _Selection(head, ids_MK, chunking, entropy)
     )

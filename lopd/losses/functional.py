@@ -3,8 +3,13 @@ r"""The equations, per token.  \(\ell_\theta = \log\pi_\theta(a_t|s_t)\) is the 
 Every function takes and returns (M,) tensors, has no reduction inside, and says which of its arguments carry the gradient.
 """
 
+import math
+
 import torch
 from torch import Tensor
+
+#: Nats: the logarithm of a ratio counts as at most this much.  A ratio of 5e8 is far from any that a run learns from; float32 ends at 88 nats.
+MAX_LOG_RATIO = 20.0
 
 
 def advantages(teacher_logprobs_M: Tensor, student_logprobs_M: Tensor, clip: float | None) -> Tensor:
@@ -42,11 +47,50 @@ def lightning(student_logprobs_M: Tensor, advantages_M: Tensor) -> Tensor:
     return -advantages_M * student_logprobs_M
 
 
-def lightning_with_ratio(student_logprobs_M: Tensor, advantages_M: Tensor, sampler_logprobs_M: Tensor) -> Tensor:
-    r"""\(-A\,\exp(\ell_\theta - \ell_q)\): the same with the per-token importance ratio to the distribution q that drew the tokens.
+def bounded_ratio(log_ratio_M: Tensor, cap: float | None = None) -> Tensor:
+    r"""\(\min(r, c)\) of \(r = \exp(\log r)\), with the gradient \(\min(r, c)\,\nabla\log r\) on both sides of the cap.
 
-    Gradient through the ratio.  Where temperature and top-p are 1, q is the reference policy; at another temperature the gradient is, in
-    expectation, that of tokens drawn at temperature 1; of tokens that top-p cut off, which were never drawn, it lacks the share.
+    A clamp would have no gradient beyond it: a token that has become too likely would never be pushed down again.
+
+    Args:
+        log_ratio_M: \(\log r\), (M,) nats; the gradient goes through it.
+        cap: \(c\), more than 0; None for none but that of `MAX_LOG_RATIO`, which keeps the ratio finite.
+
+    Source: truncated importance sampling (Ionides 2008).
+
+    >>> bounded_ratio(torch.tensor([-1.0, 0.0, 2.0, 100.0]), cap=4.0)
+    tensor([0.3679, 1.0000, 4.0000, 4.0000])
+    """
+    most = MAX_LOG_RATIO if cap is None else min(math.log(cap), MAX_LOG_RATIO)
+    return torch.exp(log_ratio_M - (log_ratio_M.detach() - most).clamp(min=0))
+
+
+def sampled_reverse_kl(student_logprobs_M: Tensor, teacher_logprobs_M: Tensor, sampler_logprobs_M: Tensor | None) -> Tensor:
+    r"""\(r\,(\ell_\theta - \ell_T)\), detached, nats: its mean over tokens that q drew is \(KL(\pi_\theta, \pi_T)\) at the stored state.
+
+    Tokens that top-p cut off were never drawn, so the mean lacks their share.
+
+    Args:
+        student_logprobs_M: \(\ell_\theta\), of the current student.
+        teacher_logprobs_M: \(\ell_T\), stored.
+        sampler_logprobs_M: \(\ell_q\), stored, for \(r = \exp(\ell_\theta - \ell_q)\) (`bounded_ratio`); None where q is not known.
+            Then r is 1, and the mean is the KL only while the student is q.
+
+    >>> sampled_reverse_kl(torch.tensor([-1.0]), torch.tensor([-3.0]), torch.tensor([-1.0]))
+    tensor([2.])
+    """
+    student_M = student_logprobs_M.detach()
+    gap_M = student_M - teacher_logprobs_M
+    return gap_M if sampler_logprobs_M is None else bounded_ratio(student_M - sampler_logprobs_M) * gap_M
+
+
+def lightning_with_ratio(student_logprobs_M: Tensor, advantages_M: Tensor, sampler_logprobs_M: Tensor, cap: float | None = None) -> Tensor:
+    r"""\(-A\,\min(\exp(\ell_\theta - \ell_q), c)\): the same with the per-token importance ratio to the distribution q that drew the tokens.
+
+    Gradient through the ratio, and \(-A c \nabla\ell_\theta\) where it is beyond the cap \(c\) (`bounded_ratio`).
+
+    Where temperature and top-p are 1, q is the reference policy; at another temperature the gradient without a cap is, in expectation,
+    that of tokens drawn at temperature 1; of tokens that top-p cut off, which were never drawn, it lacks the share.
 
     It has the gradient of `lightning` at \(\theta = q\).  Away from it they differ: `lightning` regresses
     \(\ell_\theta\) on \(\ell_T\) at every frozen token, and one that the teacher finds nearly impossible keeps its large gap until the student
@@ -57,4 +101,4 @@ def lightning_with_ratio(student_logprobs_M: Tensor, advantages_M: Tensor, sampl
     >>> lightning_with_ratio(torch.tensor([-2.0]), torch.tensor([0.5]), torch.tensor([-2.0]))
     tensor([-0.5000])
     """
-    return -advantages_M * torch.exp(student_logprobs_M - sampler_logprobs_M)
+    return -advantages_M * bounded_ratio(student_logprobs_M - sampler_logprobs_M, cap)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lopd.errors import GradientError
 from lopd.losses.chunked import DEFAULT_CHUNKING, ChunkedHead, Chunking, logprobs_and_entropies, refuse_second_order
-from lopd.losses.objective import Objective, OPDObjective, OPDSettings, TokenLosses, Tokens, is_uncorrected
+from lopd.losses.objective import Objective, OPDObjective, OPDSettings, TokenLosses, Tokens, is_baselined, is_uncorrected
 from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import Batch, LMHead, LossOutput
 
@@ -66,6 +66,11 @@ class FusedLoss:
         """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
         return is_uncorrected(self.objective)
 
+    @property
+    def baselined(self) -> bool:
+        """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
+        return is_baselined(self.objective)
+
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens.
 
@@ -83,13 +88,16 @@ class FusedLoss:
             logprobs_MK, entropies_M = logprobs_and_entropies(hidden_MD, head, ids_MK, self.chunking, entropy=entropy)
             return self.objective(logprobs_MK, evolve(tokens, student_entropies=entropies_M)).sums()
         chunked, said = ChunkedHead(hidden_MD, head, self.chunking, wanted), list[TokenLosses]()
-        for rows, found in chunked.chunks(ids_MK):
+        for rows, found in chunked.chunks(ids_MK, entropy=self.objective.wants_entropy):
+            # what several probabilities leave of 1 would be lost in float32
+            dtype = found.logprobs.dtype if ids_MK.shape[1] > 1 else chunked.zeros(0).dtype
             # autograd on (C, K) values, so that each equation is written once, in its objective
-            leaf_CK = found.logprobs.detach().requires_grad_()
-            losses = self.objective(leaf_CK, tokens.where(rows))
-            (gradient_CK,) = torch.autograd.grad(losses.loss.sum(), leaf_CK)
+            leaves = [values.detach().to(dtype).requires_grad_() for values in (found.logprobs, found.entropies) if values is not None]
+            known = evolve(tokens.where(rows).to(dtype), student_entropies=leaves[1] if self.objective.wants_entropy else None)
+            losses = self.objective(leaves[0], known)
+            gradients = torch.autograd.grad(losses.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
             said.append(evolve(losses, loss=losses.loss.detach()))
-            chunked.add(gradient_CK, self.epsilon * tokens.weight[rows])
+            chunked.add(*gradients, least_C=self.epsilon * tokens.weight[rows])
         sums = TokenLosses.joined(said, chunked.zeros(0)).sums()
         loss_sum: Tensor = _WithGradients.apply(hidden_MD, head.weight, head.bias, sums.loss_sum, chunked.sums)  # type: ignore[no-untyped-call]
         return evolve(sums, loss_sum=loss_sum, neglected_sum=chunked.neglected)

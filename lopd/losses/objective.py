@@ -13,10 +13,11 @@ import torch
 from attrs import field, fields, frozen
 from torch import Tensor
 
+from lopd.errors import InvalidRecordError
 from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
 from lopd.losses.tokens import Tokens as Tokens  # noqa: PLC0414 (a public name of this module)
-from lopd.protocols import StatesCorrection
+from lopd.protocols import StatesBaseline, StatesCorrection
 from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import LossOutput
 
@@ -103,12 +104,12 @@ class Objective(Protocol):
 
     @property
     def per_token(self) -> bool:
-        """Whether a token's loss depends on nothing but the log-probs of that token."""
+        """Whether a token's loss depends on nothing but the log-probs and the entropy of that token."""
         ...
 
     @property
     def wants_entropy(self) -> bool:
-        """Whether the tokens must come with the student's entropies; if so, not `per_token`."""
+        """Whether the tokens must come with the student's entropies."""
         ...
 
     def ids(self, tokens: Tokens, /) -> Tensor:
@@ -125,9 +126,21 @@ def is_uncorrected(part: object) -> bool:
     return isinstance(part, StatesCorrection) and part.uncorrected
 
 
+def is_baselined(part: object) -> bool:
+    """Return whether a loss or an objective says that it adds a baseline to advantages."""
+    return isinstance(part, StatesBaseline) and part.baselined
+
+
 def _check_clip(owner: object, _: Any, clip: Any) -> None:
     own_numbers(owner, type(owner).__name__)
     check_number(type(owner).__name__, "clip", clip, clip is None or 0 < clip < math.inf, "None, or finite and more than 0 nats")
+
+
+def _check_cap(owner: "OPDSettings", _: Any, cap: Any) -> None:
+    name = type(owner).__name__
+    check_number(name, "ratio_cap", cap, cap is None or cap > 0, "None, or more than 0")
+    if cap is not None and not owner.ratio_to_ref:
+        raise InvalidRecordError(f"{name}: ratio_cap is {cap!r}, expected None without an importance ratio; pass `ratio_to_ref=True` too.")
 
 
 @frozen
@@ -145,11 +158,15 @@ class OPDSettings:
         transforms: variants of advantages and weights, in their order (`lopd.losses.variants`); the clip comes after them.
         advantage: a constant in the place of teacher minus student, then no teacher is needed; 1 is supervised fine-tuning.
         kl_baseline: add \(KL(\pi_\theta, \pi_T)\), over the teacher's top-k and the tail, to the advantage before the transforms; needs
-            `batches(top_k=True)`.  The advantage has mean -KL under the student, so what is added up has mean 0: online the same expected
-            gradient, with less variance (vOPD, arXiv 2605.07865).
+            `batches(top_k=True)`.  The advantage has mean -KL under the student, so what is added up has mean 0: online and with weights
+            `by_token` the same expected gradient, with less variance (vOPD, arXiv 2605.07865).  With weights `by_rollout` it changes the
+            expected gradient, since 1/T depends on later tokens: it takes away the push towards longer responses (`lopd.by_rollout`).
+            `opd_steps` warns of that.
+        ratio_cap: \(c\), more than 0: a ratio of more counts as c, and keeps its gradient (`functional.bounded_ratio`).  A smaller cap has less
+            variance, and more bias where the student has moved.  None leaves ratios as they are up to \(e^{20}\) (`functional.MAX_LOG_RATIO`).
 
     Raises:
-        InvalidRecordError: `clip` is neither None nor finite and more than 0.
+        InvalidRecordError: `clip` is neither None nor finite and more than 0; or there is a `ratio_cap` that is not more than 0, or without a ratio.
 
     Source: Lightning OPD (arXiv 2604.13010v2), eq. 2, 4 and algorithm 1.
     """
@@ -159,6 +176,7 @@ class OPDSettings:
     transforms: tuple[Transform, ...] = field(default=(), converter=_to_transforms)
     advantage: float | None = None
     kl_baseline: bool = False
+    ratio_cap: float | None = field(default=None, validator=_check_cap, kw_only=True)
 
     @property
     def uncorrected(self) -> bool:
@@ -166,15 +184,20 @@ class OPDSettings:
         unchanged = all(_is_marked(transform, "uncorrected") for transform in self.transforms)
         return not self.ratio_to_ref and unchanged and self.advantage is None
 
+    @property
+    def baselined(self) -> bool:
+        """Whether it has `kl_baseline` (`lopd.protocols.StatesBaseline`)."""
+        return self.kl_baseline
+
     def objective(self) -> "OPDObjective":
         """Return the objective that has these settings."""
-        return OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage, self.kl_baseline)
+        return OPDObjective(self.clip, self.ratio_to_ref, self.transforms, self.advantage, self.kl_baseline, ratio_cap=self.ratio_cap)
 
 
 @final
 @frozen
 class OPDObjective(OPDSettings):
-    r"""\(-w A\,\ell_\theta(a_t)\), or \(-w A \exp(\ell_\theta - \ell_q)\); A and w went through the transforms, then A is clipped."""
+    r"""\(-w A\,\ell_\theta(a_t)\), or \(-w A \min(\exp(\ell_\theta - \ell_q), c)\); A and w went through the transforms, then A is clipped."""
 
     @classmethod
     def sft(cls) -> "OPDObjective":
@@ -202,12 +225,12 @@ class OPDObjective(OPDSettings):
         signal = self._signal(logprobs_MK.detach(), tokens)
         clipped_M = functional.clip_advantages(signal.advantages, self.clip)
         if self.ratio_to_ref:
-            loss_M = functional.lightning_with_ratio(student_M, clipped_M, tokens.sampler())
+            loss_M = functional.lightning_with_ratio(student_M, clipped_M, tokens.sampler(), self.ratio_cap)
         else:
             loss_M = functional.lightning(student_M, clipped_M)
-        gap_M = torch.zeros_like(signal.student_logprobs) if self.advantage is not None else signal.student_logprobs - tokens.teacher()
-        beyond_M = torch.zeros_like(gap_M) if self.clip is None else (signal.advantages.abs() > self.clip).to(gap_M.dtype)
-        return TokenLosses(signal.weight * loss_M, tokens.weight * gap_M, tokens.weight * beyond_M, signal.student_logprobs)
+        kl_M = torch.zeros_like(signal.student_logprobs) if self.advantage is not None else tokens.reverse_kl(signal.student_logprobs)
+        beyond_M = torch.zeros_like(kl_M) if self.clip is None else (signal.advantages.abs() > self.clip).to(kl_M.dtype)
+        return TokenLosses(signal.weight * loss_M, tokens.weight * kl_M, tokens.weight * beyond_M, signal.student_logprobs)
 
     def _signal(self, logprobs_MK: Tensor, tokens: Tokens) -> Signal:
         student_M = logprobs_MK[:, 0]

@@ -11,7 +11,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
-from lopd.losses.objective import Objective, OPDObjective, OPDSettings, Tokens, is_uncorrected
+from lopd.losses.objective import Objective, OPDObjective, OPDSettings, Tokens, is_baselined, is_uncorrected
 from lopd.protocols import OPDLoss
 from lopd.records.steps import Batch, LMHead, LossOutput
 
@@ -32,12 +32,18 @@ class ReferenceLoss:
         """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
         return is_uncorrected(self.objective)
 
+    @property
+    def baselined(self) -> bool:
+        """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
+        return is_baselined(self.objective)
+
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens."""
         tokens = Tokens.counted(batch)
         logprobs_MV = head.logits(hidden_ND[batch.weight > 0]).log_softmax(-1)
         if self.objective.wants_entropy:
-            tokens = evolve(tokens, student_entropies=torch.special.entr(logprobs_MV.detach().exp()).sum(-1))
+            finite_MV = logprobs_MV.clamp(min=torch.finfo(logprobs_MV.dtype).min)
+            tokens = evolve(tokens, student_entropies=-(logprobs_MV.exp() * finite_MV).sum(-1))
         return self.objective(logprobs_MV.gather(-1, self.objective.ids(tokens)), tokens).sums()
 
 
@@ -89,6 +95,11 @@ class WeightedLoss:
     def uncorrected(self) -> bool:
         """Whether any of its terms is (`lopd.protocols.StatesCorrection`)."""
         return any(is_uncorrected(loss) for _, loss in self.terms)
+
+    @property
+    def baselined(self) -> bool:
+        """Whether any of its terms is (`lopd.protocols.StatesBaseline`)."""
+        return any(is_baselined(loss) for _, loss in self.terms)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens."""

@@ -3,7 +3,7 @@ r"""What is done to each row of a buffer of logits: log-probs of stored ids, the
 Shape suffixes: C rows of a chunk, R of a block, K selected ids each, V vocabulary.
 """
 
-from typing import NamedTuple, Protocol, final
+from typing import NamedTuple, Protocol, cast, final
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ _BLOCK_BYTES = 2 << 20
 class Statistics(NamedTuple):
     """(C, K) log-probs in nats, (C,) sums of exp(logit - largest), (C,) largest logits, and (C,) entropies in nats if they were asked for.
 
-    Log-probs and sums are float64: what the K leave of 1 would be lost in float32, and with it a gradient that leads there.
+    All but the largest are float64: what the K leave of 1 would be lost in float32, and with it a gradient that leads there.
     """
 
     logprobs: Tensor
@@ -44,14 +44,26 @@ def selected_logprobs_of(ids_CK: Tensor, logits_CK: Tensor, largest_C: Tensor, r
     return below_CK - sums_C.log()[:, None], sums_C
 
 
-def selected_gradients(ids_CK: Tensor, logprobs_CK: Tensor, gradient_CK: Tensor) -> Tensor:
+def selected_gradients(ids_CK: Tensor, found: Statistics, gradient_CK: Tensor, entropy_C: Tensor | None) -> Tensor:
     """Return (C, K): the gradient by the logits of the selected ids, the same where an id comes twice.
 
     The share of the log-probs and that of the softmax may cancel, so they meet in float64.
     """
-    gradient_CK = gradient_CK.to(logprobs_CK.dtype)
+    gradient_CK = gradient_CK.to(found.logprobs.dtype)
     by_id_CK = torch.where(_same(ids_CK), gradient_CK[:, None], 0.0).sum(-1)
-    return by_id_CK - gradient_CK.sum(-1, keepdim=True) * logprobs_CK.exp()
+    by_softmax_C = gradient_CK.sum(-1)[:, None]
+    if entropy_C is not None:
+        by_softmax_C = by_softmax_C + entropy_C[:, None] * (found.logprobs + cast("Tensor", found.entropies)[:, None])
+    return by_id_CK - by_softmax_C * found.logprobs.exp()
+
+
+def row_factors(found: Statistics, gradient_CK: Tensor, entropy_C: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (C,) a and b: with e = exp(logit - largest), the gradient by a logit that is not selected is a e - b e log e."""
+    share_C = -gradient_CK.sum(-1) / found.sums
+    if entropy_C is None:
+        return share_C, torch.zeros_like(share_C)
+    slope_C = entropy_C / found.sums
+    return share_C - slope_C * (cast("Tensor", found.entropies) - found.sums.log()), slope_C
 
 
 def _same(ids_CK: Tensor) -> Tensor:
@@ -66,8 +78,13 @@ class Rows(Protocol):
         """Of the logits in these rows of the buffer, which it may overwrite with whatever `gradients` needs."""
         ...
 
-    def gradients(self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor, /) -> Tensor:
-        """Overwrite the rows by gradients by the logits, each divided by a scale; gives the (C,) scales."""
+    def gradients(
+        self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor, /, entropy_C: Tensor | None = None
+    ) -> Tensor:
+        """Overwrite the rows by gradients by the logits, each divided by a scale; gives the (C,) scales.
+
+        The loss has derivatives (C, K) by the log-probs and (C,) by the entropies; the latter only where `logprobs` was asked for entropies.
+        """
         ...
 
 
@@ -91,7 +108,7 @@ class TorchRows:
     def logprobs(self, place: slice, ids_CK: Tensor, *, entropy: bool = False) -> Statistics:
         """Leaves exp(logit - largest) in the rows."""
         buffer_CV = self._buffer_CV[place]
-        entropies_C = torch.empty(len(buffer_CV), dtype=self._dtype, device=buffer_CV.device) if entropy else None
+        entropies_C = torch.empty(len(buffer_CV), dtype=exact_dtype(buffer_CV.device), device=buffer_CV.device) if entropy else None
         largest_C, rest_C = (torch.empty(len(buffer_CV), dtype=self._dtype, device=buffer_CV.device) for _ in range(2))
         selected_CK = torch.empty(ids_CK.shape, dtype=self._dtype, device=buffer_CV.device)
         for first in range(0, len(buffer_CV), self._block_rows):
@@ -113,21 +130,33 @@ class TorchRows:
                 buffer_CV[block].copy_(shares_RV)
         return Statistics(*selected_logprobs_of(ids_CK, selected_CK, largest_C, rest_C), largest_C, entropies_C)
 
-    def gradients(self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor) -> Tensor:
+    def gradients(
+        self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor, entropy_C: Tensor | None = None
+    ) -> Tensor:
         """A scale of the row costs nothing, as it can be applied to hidden states; a pass over the buffer does.
 
         With one id a row, the row that sums to zero is `(exp - sum * onehot)` times `-f' / sum`.
         """
         buffer_CV = self._buffer_CV[place]
-        total_C = gradient_CK.sum(-1)
-        if ids_CK.shape[1] == 1:
-            scale_C = -total_C / statistics.sums
+        scale_C, slope_C = row_factors(statistics, gradient_CK, entropy_C)
+        if ids_CK.shape[1] == 1 and entropy_C is None:
             # sum * (p - 1), exact also where p is nearly 1
             buffer_CV.scatter_(-1, ids_CK, (statistics.logprobs.expm1() * statistics.sums[:, None]).to(buffer_CV.dtype))
         else:
-            scale_C = torch.ones_like(total_C)
-            buffer_CV.mul_((-total_C / statistics.sums).to(buffer_CV.dtype)[:, None])
-            buffer_CV.scatter_(-1, ids_CK, selected_gradients(ids_CK, statistics.logprobs, gradient_CK).to(buffer_CV.dtype))
+            if entropy_C is None:
+                buffer_CV.mul_(scale_C.to(buffer_CV.dtype)[:, None])
+            else:
+                self._with_logs(buffer_CV, scale_C.to(self._dtype), slope_C.to(self._dtype))
+            buffer_CV.scatter_(-1, ids_CK, selected_gradients(ids_CK, statistics, gradient_CK, entropy_C).to(buffer_CV.dtype))
+            scale_C = torch.ones_like(scale_C)
         if self._slope_CV is not None:
             buffer_CV.mul_(self._slope_CV[place])
         return scale_C
+
+    def _with_logs(self, buffer_CV: Tensor, share_C: Tensor, slope_C: Tensor) -> None:
+        """Overwrite each e by a e - b e log e."""
+        for first in range(0, len(buffer_CV), self._block_rows):
+            block = slice(first, first + self._block_rows)
+            shares_RV = buffer_CV[block].to(self._dtype)
+            logs_RV = torch.special.entr(shares_RV).mul_(slope_C[block, None])
+            buffer_CV[block] = logs_RV.addcmul_(shares_RV, share_C[block, None])

@@ -3,12 +3,15 @@
 Shape suffixes: M counted tokens, K of a support each, D drawn ones.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from attrs import evolve, fields, frozen
 from torch import Tensor
 
 from lopd.errors import MissingScoresError
+from lopd.losses import functional
 from lopd.records.steps import Batch
 
 
@@ -39,7 +42,7 @@ class Tokens:
         teacher_logprobs, ref_logprobs, sampler_logprobs: (M,) nats, or None where the batch has no such column.
         top_k_ids, top_k_logprobs, top_k_tail: (M, K), (M, K) and (M,) of the teacher's support, or None where the batch has none.
         drawn_ids, drawn_logprobs, drawn_ref_logprobs: (M, D) each, see `DrawnColumn`; None where the batch has none.
-        student_entropies: (M,) nats, detached, of the student's distributions; a loss brings them for an objective that `wants_entropy`.
+        student_entropies: (M,) nats, of the student's distributions, differentiable; a loss brings them for an objective that `wants_entropy`.
     """
 
     targets: Tensor
@@ -64,8 +67,15 @@ class Tokens:
 
     def where(self, rows: Tensor | slice) -> "Tokens":
         """Some of them."""
+        return self._map(lambda column: column[rows])
+
+    def to(self, dtype: torch.dtype) -> "Tokens":
+        """The same with weights and log-probs in this dtype."""
+        return self._map(lambda column: column.to(dtype) if column.is_floating_point() else column)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
         columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Tokens)}
-        return evolve(self, **{name: column[rows] for name, column in columns.items() if column is not None})
+        return evolve(self, **{name: change(column) for name, column in columns.items() if column is not None})
 
     def teacher(self) -> Tensor:
         """Return the teacher's log-probs; MissingScoresError where the batch has none."""
@@ -82,10 +92,16 @@ class Tokens:
         """
         return self.ref() if self.sampler_logprobs is None else self.sampler_logprobs
 
-    def entropies(self) -> Tensor:
-        """Return the student's entropies; MissingScoresError where the loss brought none."""
+    def reverse_kl(self, student_M: Tensor) -> Tensor:
+        """Return the (M,) terms of `LossOutput.reverse_kl_sum`, not weighted, given the student's log-probs; MissingScoresError without a teacher."""
+        unknown = self.ref_logprobs is None and self.sampler_logprobs is None
+        return functional.sampled_reverse_kl(student_M, self.teacher(), None if unknown else self.sampler())
+
+    def entropies(self, *, gradient: bool = False) -> Tensor:
+        """Return the student's entropies, with their gradient only if it is asked for; MissingScoresError where the loss brought none."""
         remedy = "mark the transform with `lopd.losses.objective.with_entropy`"
-        return _present(self.student_entropies, "Tokens: student_entropies", f"the student's entropies; {remedy}")
+        found_M = _present(self.student_entropies, "Tokens: student_entropies", f"the student's entropies; {remedy}")
+        return found_M if gradient else found_M.detach()
 
     def top_k(self) -> TopKColumn:
         """Return the teacher's most likely tokens; MissingScoresError where the batch has none."""

@@ -56,7 +56,7 @@ class TopKObjective:
         divergence: one of `lopd.losses.divergences`, with its options through `functools.partial`, or your own.
         residual: add the residual; for `reverse_kl` and `generalised_kl`.
         clip: bound of \(\lvert A - b\rvert\) in nats, or None.  The residual is unbiased where the bound is not met.
-        cap: upper bound of r, or None; likewise.
+        ratio_cap: upper bound of r, or None; likewise.  r is at most \(e^{20}\) in any case (`functional.bounded_ratio`).
 
     Raises:
         InvalidRecordError: a bound is not finite and more than 0, or is given without a residual; or the divergence has no residual.
@@ -67,7 +67,7 @@ class TopKObjective:
     divergence: Divergence
     residual: bool = False
     clip: float | None = field(default=None, validator=_check_bound)
-    cap: float | None = field(default=None, validator=_check_bound)
+    ratio_cap: float | None = field(default=None, validator=_check_bound)
 
     per_token = True  # a divergence looks at each token alone
     wants_entropy = False
@@ -75,8 +75,10 @@ class TopKObjective:
     def __attrs_post_init__(self) -> None:
         if self.residual:
             tail_advantages(self.divergence, torch.zeros(0, 0), torch.zeros(0))
-        elif (self.clip, self.cap) != (None, None):
-            raise InvalidRecordError("TopKObjective: clip and cap bound a residual, and residual is False; pass residual=True, or neither.")
+        elif (self.clip, self.ratio_cap) != (None, None):
+            raise InvalidRecordError(
+                "TopKObjective: clip and ratio_cap bound a residual, and residual is False; pass residual=True, or neither."
+            )
 
     def ids(self, tokens: Tokens, /) -> Tensor:
         """(M, 1 + K): the sampled token, and the support; (M, 1 + K + D) with those that were drawn, where a residual wants them."""
@@ -100,14 +102,13 @@ class TopKObjective:
         if self.residual:
             residual_M, clipped_M = self._residual(self._draws(logprobs_MK, tokens), tail_advantages(self.divergence, student_MK, tail_M))
             loss_M = loss_M + residual_M
-        return TokenLosses(tokens.weight * loss_M, tokens.weight * (sampled_M - tokens.teacher()), tokens.weight * clipped_M, sampled_M)
+        return TokenLosses(tokens.weight * loss_M, tokens.weight * tokens.reverse_kl(sampled_M), tokens.weight * clipped_M, sampled_M)
 
     def _residual(self, draws: _Draws, tail_M: Tensor) -> tuple[Tensor, Tensor]:
         """(M,) the mean over draws, and which share of them was clipped."""
         advantages_ME = draws.teacher - draws.student.detach() - tail_M[:, None]
-        losses_ME = functional.lightning_with_ratio(draws.student, functional.clip_advantages(advantages_ME, self.clip), draws.sampler)
-        if self.cap is not None:
-            losses_ME = losses_ME * (self.cap / (draws.student.detach() - draws.sampler).exp()).clamp(max=1)
+        clipped_ME = functional.clip_advantages(advantages_ME, self.clip)
+        losses_ME = functional.lightning_with_ratio(draws.student, clipped_ME, draws.sampler, self.ratio_cap)
         beyond_ME = advantages_ME.abs() > (math.inf if self.clip is None else self.clip)
         return (draws.share * losses_ME).sum(-1), (draws.share * beyond_ME).sum(-1)
 

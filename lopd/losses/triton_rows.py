@@ -13,18 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lopd.losses.rows import Statistics, entropies_of
+from lopd.losses.rows import Statistics, entropies_of, row_factors, selected_gradients, selected_logprobs_of
 
 BLOCK, WARPS = 4096, 8
 
 
 @triton.jit
-def statistics_kernel(logits, ids, largest, sums, selected, vocabulary, row_stride, softcap, K, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+def statistics_kernel(logits, ids, largest, rests, selected, vocabulary, row_stride, softcap, K, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
     # minus infinity, and never 0: logits may all be far below
     top = tl.full((), float("-inf"), tl.float32)
-    total = tl.zeros((), tl.float32)
+    rest = tl.zeros((), tl.float32)
     for begin in range(0, vocabulary, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         z = tl.load(logits + columns, mask=columns < vocabulary, other=float("-inf")).to(tl.float32)
@@ -33,10 +33,13 @@ def statistics_kernel(logits, ids, largest, sums, selected, vocabulary, row_stri
         higher = tl.maximum(top, tl.max(z, 0))
         # where all logits so far are minus infinity there is nothing to rescale
         base = tl.where(higher == float("-inf"), 0.0, higher)
-        total = total * tl.exp(top - base) + tl.sum(tl.exp(z - base), 0)
+        shares = tl.exp(z - base)
+        for k in range(K):
+            shares = tl.where(columns == tl.load(ids + row * K + k), 0.0, shares)
+        rest = rest * tl.exp(top - base) + tl.sum(shares, 0)
         top = higher
     tl.store(largest + row, top)
-    tl.store(sums + row, total)
+    tl.store(rests + row, rest)
     for k in range(K):
         place = tl.load(ids + row * K + k)
         # not a number for an id beyond the vocabulary, and never another row's logit
@@ -48,14 +51,11 @@ def statistics_kernel(logits, ids, largest, sums, selected, vocabulary, row_stri
 
 @triton.jit
 def gradient_kernel(
-    logits, ids, largest, sums, coefficients, vocabulary, row_stride, softcap, K, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+    logits, ids, largest, selected, factors, slopes, vocabulary, row_stride, softcap, K, CAPPED: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
-    top, sum_of_row = tl.load(largest + row), tl.load(sums + row)
-    total = tl.zeros((), tl.float32)
-    for k in range(K):
-        total += tl.load(coefficients + row * K + k)
+    top, factor, log_factor = tl.load(largest + row), tl.load(factors + row), tl.load(slopes + row)
     for begin in range(0, vocabulary, BLOCK):
         columns = begin + tl.arange(0, BLOCK)
         inside = columns < vocabulary
@@ -66,11 +66,11 @@ def gradient_kernel(
             slope = 1.0 - bent * bent
             z = softcap * bent
         # the largest logit first: its sum with the log of the sum would be rounded where logits are far from zero
-        gradient = -total * tl.exp(z - top) / sum_of_row
+        # a log of minus infinity times a share of 0 would not be a number
+        gradient = tl.exp(z - top) * (factor - log_factor * tl.maximum(z - top, -1000.0))
         for k in range(K):
             chosen = columns == tl.load(ids + row * K + k)
-            coefficient = tl.load(coefficients + row * K + k)
-            gradient += tl.where(chosen, coefficient, 0.0)
+            gradient = tl.where(chosen, tl.load(selected + row * K + k), gradient)
         tl.store(logits + columns, gradient * slope, mask=inside)
 
 
@@ -90,11 +90,11 @@ class TritonRows:
     def logprobs(self, place: slice, ids_CK: Tensor, *, entropy: bool = False) -> Statistics:
         """Leaves the logits in the rows."""
         options: dict[str, Any] = {"dtype": torch.float32, "device": ids_CK.device}
-        largest_C, sums_C = torch.empty(len(ids_CK), **options), torch.empty(len(ids_CK), **options)
+        largest_C, rest_C = torch.empty(len(ids_CK), **options), torch.empty(len(ids_CK), **options)
         selected_CK = torch.empty(ids_CK.shape, **options)
-        self._run(statistics_kernel, place, ids_CK, largest_C, sums_C, selected_CK)
-        logprobs_CK = selected_CK.sub_(largest_C[:, None]).sub_(sums_C.log()[:, None])
-        return Statistics(logprobs_CK, largest_C, sums_C, self._entropies(place, largest_C, sums_C) if entropy else None)
+        self._run(statistics_kernel, place, ids_CK, largest_C, rest_C, selected_CK)
+        logprobs_CK, sums_C = selected_logprobs_of(ids_CK, selected_CK, largest_C, rest_C)
+        return Statistics(logprobs_CK, sums_C, largest_C, self._entropies(place, largest_C, sums_C) if entropy else None)
 
     def _run(self, kernel: Any, place: slice, ids_CK: Tensor, *of_rows: Tensor) -> None:
         logits_CV = self._buffer_CV[place]
@@ -111,7 +111,11 @@ class TritonRows:
             parts.append(entropies_of((logits_V - largest).exp_()[None], total[None]))
         return torch.cat(parts)
 
-    def gradients(self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor) -> Tensor:
+    def gradients(
+        self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor, entropy_C: Tensor | None = None
+    ) -> Tensor:
         """In place, with scales of 1."""
-        self._run(gradient_kernel, place, ids_CK, statistics.largest, statistics.sums, gradient_CK.float().contiguous())
+        selected_CK = selected_gradients(ids_CK, statistics, gradient_CK, entropy_C)
+        of_rows = (selected_CK, *row_factors(statistics, gradient_CK, entropy_C))
+        self._run(gradient_kernel, place, ids_CK, statistics.largest, *(values.float().contiguous() for values in of_rows))
         return torch.ones(len(ids_CK), dtype=torch.float32, device=ids_CK.device)

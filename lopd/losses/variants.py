@@ -18,15 +18,24 @@ from collections.abc import Callable
 import torch
 from attrs import evolve
 from torch import Tensor
+from torch.nn.functional import pad
 
+from lopd.losses import functional
 from lopd.losses.objective import Signal, per_token, uncorrected, with_entropy
 from lopd.records.checks import check_at_least, check_number, to_real
 
 _LEAST_RANGE = 2e-3
 
 
-def _ratio(signal: Signal) -> Tensor:
-    return torch.exp(signal.student_logprobs - signal.tokens.sampler())
+def _ratio(signal: Signal, cap: float | None = None) -> Tensor:
+    return functional.bounded_ratio(signal.student_logprobs - signal.tokens.sampler(), cap)
+
+
+def _to_cap(cap: float | None) -> float | None:
+    if cap is not None:
+        cap = to_real("Variant", "cap", cap)
+        check_number("Variant", "cap", cap, cap > 0, "None, or more than 0")
+    return cap
 
 
 @per_token
@@ -38,12 +47,14 @@ def importance_ratio(signal: Signal, cap: float | None = None) -> Signal:
 
     Args:
         signal: what is changed.
-        cap: \(c\), or None.
+        cap: \(c\), more than 0; None for none but that which keeps the ratio finite (`functional.MAX_LOG_RATIO`).
+
+    Raises:
+        InvalidRecordError: the cap is not more than 0.
 
     Source: truncated importance sampling (Ionides 2008); without a cap AsyncOPD (arXiv 2606.24143).
     """
-    ratio_M = _ratio(signal)
-    return evolve(signal, weight=signal.weight * (ratio_M if cap is None else ratio_M.clamp(max=cap)))
+    return evolve(signal, weight=signal.weight * _ratio(signal, _to_cap(cap)))
 
 
 @per_token
@@ -61,7 +72,7 @@ def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
 
     Source: PPO (arXiv 1707.06347), eq. 7; with two bounds DAPO (arXiv 2503.14476).
     """
-    moved_M = torch.exp(signal.student_logprobs - signal.tokens.ref())
+    moved_M = functional.bounded_ratio(signal.student_logprobs - signal.tokens.ref())
     beyond_M = ((signal.advantages > 0) & (moved_M > 1 + high)) | ((signal.advantages < 0) & (moved_M < 1 - low))
     return evolve(signal, weight=signal.weight * _ratio(signal).masked_fill(beyond_M, 0.0))
 
@@ -108,6 +119,33 @@ def log_compress(signal: Signal) -> Signal:
     Source: log-compression of the advantage as in arXiv 2607.13399; the formula is the usual symmetric one, that of the paper was not at hand.
     """
     return evolve(signal, advantages=signal.advantages.sign() * signal.advantages.abs().log1p())
+
+
+@uncorrected
+def window_ratio(signal: Signal, window: int = 8, cap: float | None = 4.0) -> Signal:
+    r"""Weights times the ratio of the tokens before: \(w_t \min\big(\prod_{k=t-L}^{t-1} \pi_\theta(a_k|s_k) / q(a_k|s_k), c\big)\).
+
+    The token's own ratio corrects for what the student would draw at a state; this one for the states.  Without a cap, and with
+    `ratio_to_ref=True`, the expected gradient is that at states of which q wrote all tokens but the last L, and the student those: with L
+    at least the length of a response, the online gradient.  A cap costs bias, and bounds the variance, which grows with L.
+
+    Args:
+        signal: what is changed.
+        window: \(L\), at least 1: counted tokens of the same rollout; those that do not count are passed over.
+        cap: \(c\), more than 0; None for none but that which keeps the ratio finite (`functional.MAX_LOG_RATIO`).
+
+    Raises:
+        InvalidRecordError: `window` is less than 1, or the cap not more than 0.
+
+    Source: per-decision importance sampling (Precup et al. 2000), truncated in time and in size.
+    """
+    window, cap = check_at_least("Window ratio", "window", window, 1), _to_cap(cap)
+
+    def factors(log_ratio_T: Tensor) -> Tensor:
+        before_T = pad(log_ratio_T, (window, 0)).unfold(0, window, 1)[:-1].sum(-1)
+        return functional.bounded_ratio(before_T, cap)
+
+    return evolve(signal, weight=signal.weight * _by_rollout(signal, factors, signal.student_logprobs - signal.tokens.sampler()))
 
 
 @uncorrected

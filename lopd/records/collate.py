@@ -25,7 +25,11 @@ Weighting = Callable[[BoolArray], Float32Array]
 
 
 def by_rollout(loss_mask_T: BoolArray) -> Float32Array:
-    """(T,) weights: every rollout counts 1, shared by its counted tokens.  What the paper's release does, and our default."""
+    r"""(T,) weights: every rollout counts 1, shared by its counted tokens.  What the paper's release does, and our default.
+
+    A weight of 1/T depends on later tokens, so it acts on lengths: advantages of mean -k, as at the reference policy with k the KL, push towards
+    longer responses, along \(-k \nabla E[1/T]\).  With `by_token` a constant advantage has no gradient in expectation.
+    """
     weight_T: Float32Array = np.divide(loss_mask_T, np.count_nonzero(loss_mask_T) or 1, dtype=np.float32)
     return weight_T
 

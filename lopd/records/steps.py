@@ -118,8 +118,10 @@ class LossOutput:
 
     Args:
         loss_sum: scalar, differentiable: sum over tokens of weight times loss.
-        reverse_kl_sum: scalar, detached, nats: sum of weight times (student - teacher) log-prob, the one-sample estimate of
-            KL(student, teacher) on these tokens; may be negative; 0 for losses that see no teacher.
+        reverse_kl_sum: scalar, detached, nats: sum of weight times ratio times (student - teacher) log-prob; may be negative; 0 for losses that
+            see no teacher.  The ratio is that of the student to what drew the tokens.  With weights `by_token` the expected sum is that of
+            KL(student, teacher) over the stored states.  With `by_rollout` it is not: 1/T depends on later tokens.  Where a batch has no ref
+            column, the ratio is taken for 1, and the sum is off once the student has moved.
         clipped_sum: scalar, detached: sum of weight over tokens whose advantage was clipped.
         neglected_sum: scalar, detached, or None where nothing was left out of the gradient on purpose: at least the sum over tokens of the
             1-norm of the gradient by the logits that was left out.  Times the largest norm of a hidden state it bounds what the head's
@@ -142,13 +144,16 @@ class StepMetrics:
     Args:
         step: its number in the run.
         loss: mean loss, before the update.
-        reverse_kl: nats per token, one-sample estimate on the stored tokens.
+        reverse_kl: nats per token: `LossOutput.reverse_kl_sum` divided by the weight of the step, so with `by_token` an estimate of the KL at the
+            stored states; with `by_rollout` the mean over rollouts of their means, which shows a trend and is not an estimate of the KL.
         clip_fraction: share of clipped advantages.
         grad_norm: before clipping.
         rollouts: in this step.
         tokens: positions the student read in this step, prompts included.
         seconds: wall time.
         drift: from the reference policy; None unless the steps bring teacher and ref columns and the loss says its log-probs.
+        response_tokens: that count, of all rollouts in this step.  Over rounds of fresh rollouts watch their mean, `response_tokens / rollouts`:
+            weights `by_rollout` push it up (`lopd.by_rollout`).  0 in metrics that were written before they were counted.
     """
 
     step: int
@@ -160,6 +165,7 @@ class StepMetrics:
     tokens: int
     seconds: float
     drift: Drift | None = None
+    response_tokens: int = 0
 
     def __str__(self) -> str:
         """One line for people; `repr` has every number.
@@ -179,8 +185,9 @@ class StepMetrics:
         Loggers take the step beside the numbers, and some keep that name for themselves.  Those of `drift` begin with drift/, and there are
         none of them where it is None.  Quantiles and gains have a name each.  A number may be infinite: the ratio of a student gone wild is.
 
-        >>> StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5).numbers()
-        {'loss': 0.5, 'reverse_kl': 0.25, 'clip_fraction': 0.0, 'grad_norm': 2.0, 'rollouts': 8.0, 'tokens': 900.0, 'seconds': 0.5}
+        >>> metrics = StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5)
+        >>> list(metrics.numbers())
+        ['loss', 'reverse_kl', 'clip_fraction', 'grad_norm', 'rollouts', 'tokens', 'seconds', 'response_tokens']
         """
         own = {f.name: float(getattr(self, f.name)) for f in fields(StepMetrics) if f.name not in {"step", "drift"}}
         drift = {} if self.drift is None else self.drift.numbers()
@@ -192,5 +199,5 @@ class StepMetrics:
         nested, flat = data.get("drift"), below("drift", data)
         drift = Drift.from_numbers(flat) if flat else None if nested is None else Drift.from_json(nested)
         own = {name: value for name, value in data.items() if not name.startswith("drift/")}
-        counts = {name: int(data[name]) for name in ("step", "rollouts", "tokens")}
+        counts = {name: int(data.get(name, 0)) for name in ("step", "rollouts", "tokens", "response_tokens")}
         return cls(**{**own, **counts, "drift": drift})

@@ -17,7 +17,7 @@ from lopd.protocols import OPDLoss
 from lopd.records.steps import LMHead, LossOutput
 from lopd.testing.loss_cases import DTYPES, ROUNDINGS, STORED, LossCase, loss_case, loss_cases, map_batch
 
-_NOTHING = 1e-18  # what float64 cannot see beside losses of 1
+_NOTHING = 1e-13  # what float64 itself leaves of terms of order 1 that cancel
 _SUMS = ("loss_sum", "reverse_kl_sum", "clipped_sum")
 
 #: By hidden states, head weight and, if there is one, head bias.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, InvalidRecordError, TrainingDivergedError
 from lopd.guards.consistency import check_vocabulary
-from lopd.guards.first_step import Movement, at_full_rate, judge_distance, judge_gradients, judge_optimizer
+from lopd.guards.first_step import Movement, at_full_rate, judge_baseline, judge_distance, judge_gradients, judge_optimizer
 from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import OPDLoss, Student
 from lopd.protocols.doors import check_noun
@@ -51,7 +51,7 @@ def opd_steps(
     Warns:
         SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss says that it has no importance ratio.
         TrainingWarning: the optimizer lacks trained parameters; or in the first step some get no gradient, or most weights stay where they are,
-            because updates are smaller than their rounding.
+            because updates are smaller than their rounding; or the loss has a baseline that the weights `by_rollout` make biased.
         AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss says
             that it has no importance ratio (`lopd.guards.watch`).
         DriftWarning: in step 0 few rollouts are effective: the student is not the policy that sampled them.
@@ -89,6 +89,7 @@ def _train(
             check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
         if place_of_step == 0:
             judge_ratio(loss, step.batches)
+            judge_baseline(optimizer, loss, step.batches)
         total = float(ranks.sum(torch.stack([batch.weight.double().sum().cpu() for batch in step.batches]).sum()))
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
@@ -123,8 +124,8 @@ def _train(
         if place_of_step == 0:
             judge_distance(optimizer, loss, reverse_kl, drift if step.index == 0 else None)
         read = step.batches[: len(step.batches) - step.idle]
-        counts = torch.tensor([sum(int(batch.segment_ids[-1]) + 1 for batch in read), sum(batch.inputs.numel() for batch in read)])
-        rollouts, tokens = ranks.sum(counts).tolist()
+        counts = [(int(batch.segment_ids[-1]) + 1, batch.inputs.numel(), int((batch.weight > 0).sum())) for batch in read]
+        rollouts, tokens, response_tokens = ranks.sum(torch.tensor([(0, 0, 0), *counts]).sum(0)).tolist()
         yield StepMetrics(
             step=step.index,
             loss=mean_loss,
@@ -134,6 +135,7 @@ def _train(
             rollouts=rollouts,
             tokens=tokens,
             drift=drift,
+            response_tokens=response_tokens,
             seconds=perf_counter() - started,
         )
 

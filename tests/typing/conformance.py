@@ -14,6 +14,7 @@ from lopd.engines.server import ServerScorer, ServerSource
 from lopd.engines.student import CausalLMStudent
 from lopd.engines.vllm import VLLMScorer, VLLMSource
 from lopd.losses.divergences import forward_kl
+from lopd.losses.entropy import EntropyBonus
 from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
 from lopd.losses.objective import Objective, OPDObjective
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, SFTLoss, WeightedLoss
@@ -73,7 +74,7 @@ def fused_losses(loss: FusedLoss, plain: ReferenceLoss) -> tuple[OPDLoss, OPDLos
 
 
 def objectives() -> tuple[Objective, Objective, StatesCorrection]:
-    return OPDObjective(), TopKObjective(forward_kl), OPDObjective()
+    return OPDObjective(), TopKObjective(forward_kl), EntropyBonus(OPDObjective())
 
 
 def losses_that_state_their_correction(fused: FusedLoss, plain: ReferenceLoss, sum_of_losses: WeightedLoss) -> list[StatesCorrection]:
