@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators bench-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -49,6 +49,10 @@ bench-loss: .venv/installed-test  ## every way to the loss and its gradient besi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 	$(BIN)/python benchmarks/bench_loss.py
 	$(BIN)/python benchmarks/bench_threads.py
+
+bench-estimators: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## bias, spread and cost of every way from stored log-probs to the gradient; under ten minutes
+	PYTHONPATH=examples $(BIN)/python benchmarks/bench_estimators.py
+	$(BIN)/python benchmarks/docs_tables.py
 
 bench-engines: .venv/installed-engines .venv/installed-data  ## sampling and scoring, transformers beside vLLM in process and served; about half an hour
 	$(BIN)/python benchmarks/bench_engines.py

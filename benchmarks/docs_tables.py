@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from claims_summary import Runs, change, spent
@@ -51,6 +52,23 @@ ABILITIES = {
     "bfloat16": "bfloat16",
 }
 VERDICTS = ("right", "refused", "wrong", "raw", "not built")
+#: Families of `bench_estimators`.
+ESTIMATORS = {
+    "Lightning, no ratio": "`FusedOPDLoss(clip=None)`",
+    "ratio": "`FusedOPDLoss(clip=None, ratio_to_ref=True)`",
+    "teacher's top K": "`TopKObjective(reverse_kl)`",
+    "candidates": "`TopKObjective(reverse_kl)`",
+    "teacher's top K + residual": "`TopKObjective(reverse_kl, residual=True)`",
+    "candidates + residual": "`TopKObjective(reverse_kl, residual=True)`",
+    "candidates, generalised KL + residual": "`TopKObjective(generalised_kl, residual=True)`",
+    "union + residual": "`TopKObjective(reverse_kl, residual=True)`",
+    "drawn": "`TopKObjective(reverse_kl, residual=True)`",
+    "candidates + drawn": "`TopKObjective(reverse_kl, residual=True)`",
+    "whole vocabulary": "",
+    "online, sampled anew": "`FusedOPDLoss(clip=None)`, `refresh_every(1, ...)`",
+}
+#: Tokens of twenty steps of `bench_estimators`.
+LONG_RUN = 20 * 384
 #: Of `bench_loss`: the largest size of the larger vocabulary.
 LOSS_SIZE = (2048, "151936x896")
 
@@ -99,6 +117,55 @@ def losses() -> list[str]:
             yield arm, code, *gains, runs.mean(works, spent).show(".1f")
 
     return table(("loss", "in code", "gain where OPD works", "gain where it fails", "CPU s"), lines(), 2)
+
+
+def estimators() -> list[str]:
+    """By family, at the largest drift: on SmolLM2 at every size, for a step and for twenty; on the enumerated worlds; and what a step costs."""
+    rows = read("estimators")["rows"]
+    moved = {kind: max(row["drift"] for row in rows if row["kind"] == kind) for kind in ("states", "world")}
+    sizes = sorted({row["policy"] for row in rows if row["kind"] == "states" and row["family"] == "candidates"})
+    middle = sizes[len(sizes) // 2]
+
+    def size(row: Row) -> int:
+        return max(row["policy"] + row["teacher"], row["policy"] + row["drawn"])
+
+    def cell(found: list[Row], key: str, form: str = ".2f") -> str:
+        return format(mean(row[key] for row in found), form) if found else ""
+
+    def lines() -> Iterator[Sequence[str]]:
+        for family, code in ESTIMATORS.items():
+            mine = [row for row in rows if row["family"] == family and row.get("drift", moved.get(row["kind"])) == moved.get(row["kind"])]
+            states = {size(row): row for row in mine if row["kind"] == "states"}
+            at = [states[here] for here in (middle, 0) if here in states][:1]
+            long = [{"rmse": ((0 if row["unbiased"] else row["bias"] ** 2) + row["variance"] / LONG_RUN) ** 0.5} for row in at]
+            bias = f"0 ± {at[0]['bias_noise']:.2f}" if at and at[0]["unbiased"] else cell(at, "bias")
+            costs = [row for row in mine if row["kind"] == "cost" and size(row) in (middle, 0)]
+            errors = [cell([states[here]] if here in states else at if 0 in states else [], "rmse") for here in sizes]
+            worlds = [[row for row in mine if row.get("world") == name] for name in ("mixing", "modes")]
+            smallest = [cell([row for row in found if size(row) == min(map(size, found))], "rmse") for found in worlds]
+            yield (
+                family,
+                code,
+                cell(at, "bytes", ".0f"),
+                cell(at, "bias"),
+                *errors,
+                cell(long, "rmse"),
+                *smallest,
+                cell(costs, "over_ratio"),
+            )
+
+    head = (
+        "estimator",
+        "in code",
+        "bytes",
+        "bias",
+        *(f"a step, K = {here}" for here in sizes),
+        "20 steps",
+        "mixing, K = 4",
+        "modes, K = 4",
+        "cost",
+    )
+    return table(head, lines(), 2)
 
 
 def paths() -> list[str]:
@@ -286,6 +353,7 @@ TABLES = {
     "index.md": {"when": when},
     "choose.md": {
         "losses": losses,
+        "estimators": estimators,
         "paths": paths,
         "stores": stores,
         "growth": growth,

@@ -1,0 +1,276 @@
+"""Bias, spread and error of every way from stored log-probs to the gradient of the reverse KL, at equal bytes, and what a step of each costs.
+
+    make bench-estimators                          # benchmarks/results/estimators.json and docs/bench_estimators.png; under ten minutes
+    python benchmarks/bench_estimators.py --quick  # tiny, no real weights, into runs/estimators-quick; seconds
+
+Two judges.  On models that can be enumerated (`estimator_worlds`) the truth is the exact *online* gradient, so what counts is the error of the
+states, too: rollouts are those of the policy, and the student has moved.  On SmolLM2 (`estimator_states`; student and rollouts are those of the
+quickstart) the truth is the exact reverse KL at the stored states.  The error is that of one step: 256 rollouts of 32 tokens, and 8 of 48.
+"""
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+from estimator_states import Judge, States, bias_by_logits, check_fused, prepare, random_states, real_states, stored_bytes
+from estimator_worlds import World, mixing, modes
+from estimator_worlds import judge as judge_world
+from estimators import ONLINE, PLAIN, RATIO, Estimator, estimators, supported, whole
+from record import ROOT, describe_machine, result_file
+
+from lopd import FusedLoss
+
+Row = dict[str, Any]
+#: Squared bias over its standard deviation, beyond which it is not noise: one in 30,000.
+LARGEST_Z = 4.0
+STEP_TOKENS = 384
+#: What a token may cost where the best of small stores is looked for.
+MAX_BYTES = 100
+SIZES = ("policy", "teacher", "drawn")
+#: Families that are judged with float16, too.
+ROUNDED = ("ratio", "candidates", "candidates + residual")
+
+
+@frozen
+class Plan:
+    """How much is measured.
+
+    Args:
+        drifts, seeds, batches, rollouts, world_sizes: of the worlds.
+        states, held, moves, repetitions, sizes: of SmolLM2.
+        cost_tokens, cost_repeats: of the cost.
+    """
+
+    drifts: tuple[float, ...] = (0.0, 0.1, 0.3)
+    seeds: int = 2
+    batches: int = 8
+    rollouts: int = 256
+    world_sizes: tuple[int, ...] = (4, 8)
+    states: int = 768
+    held: int = 16
+    moves: tuple[float, ...] = (0.0, 0.25, 0.5)
+    repetitions: int = 16
+    sizes: tuple[int, ...] = (4, 16, 64)
+    cost_tokens: int = 256
+    cost_repeats: int = 3
+
+
+QUICK = Plan((0.2,), 1, 4, 16, (4,), 64, 8, (1.0,), 8, (4,), 16, 2)
+
+
+def judge_in(make: Callable[[], World], plan: Plan, drift: float, seed: int) -> list[Row]:
+    """Rows of one world."""
+    world = make()
+    chosen = [*estimators(plan.world_sizes), whole(world.next_SV.shape[1]), ONLINE]
+    return list(judge_world(world, chosen, drift, seed, batches=plan.batches, rollouts=plan.rollouts))
+
+
+def judge_at(path: Path, move: float, chosen: Sequence[Estimator], plan: Plan) -> list[Row]:
+    """Rows of one student, and how far the fused loss is from what was judged; of the last one also with what float16 leaves of stored numbers."""
+    at: States = torch.load(path, weights_only=False)
+    generator, rows, last = torch.Generator().manual_seed(0), list[Row](), move == plan.moves[-1]
+    kl, to_teacher = (float(reverse_kl(*pair).mean()) for pair in ((at.policy, at.student), (at.student, at.teacher)))
+    where = {"kind": "states", "drift": move, "kl": kl, "kl_to_teacher": to_teacher, "states": len(at.sampled)}
+    judge = Judge(at, STEP_TOKENS, plan.repetitions)
+    for estimator in chosen:
+        found = {**where, **estimator.describe()}
+        rows.append({**found, **judge.judge(estimator, generator)})
+        if last:
+            rows[-1]["fused_error"] = check_fused(at.some(plan.held), estimator, generator)
+            if estimator.unbiased and not estimator.support.drawn:
+                rows[-1]["exact_bias"] = bias_by_logits(at.some(plan.held), estimator)
+            if estimator.family in ROUNDED:
+                rows.append({**found, **judge.judge(estimator, generator, float16=True), "kind": "float16"})
+    return rows
+
+
+def reverse_kl(first_SV: torch.Tensor, second_SV: torch.Tensor) -> torch.Tensor:
+    """(S,) KL of the first to the second."""
+    return (first_SV.exp() * (first_SV - second_SV)).sum(-1)
+
+
+def measure_cost(plan: Plan, vocabulary: int, size: int) -> Iterable[Row]:
+    """CPU seconds of a fused loss and its backward pass, each over those of the ratio in the same round; rounds are shuffled."""
+    states = random_states(plan.cost_tokens, vocabulary, size)
+    chosen, generator = estimators(plan.sizes), torch.Generator().manual_seed(0)
+    made = {estimator.name: states.batch(estimator, generator) for estimator in chosen}
+    hidden, weight = states.hidden.requires_grad_(), states.head.weight.requires_grad_()
+    spent: dict[str, list[float]] = {estimator.name: [] for estimator in chosen}
+
+    def run(estimator: Estimator) -> float:
+        hidden.grad = weight.grad = None
+        started = time.process_time()
+        FusedLoss(estimator.objective)(hidden, states.head, made[estimator.name]).loss_sum.backward()
+        return time.process_time() - started
+
+    run(RATIO)
+    for repeat in range(plan.cost_repeats):
+        for estimator in random.Random(repeat).sample(chosen, len(chosen)):  # noqa: S311
+            spent[estimator.name].append(run(estimator))
+    for estimator in chosen:
+        shares = [mine / theirs for mine, theirs in zip(spent[estimator.name], spent[RATIO.name], strict=True)]
+        found = {"over_ratio": statistics.median(shares), "spread": [min(shares), max(shares)]}
+        where = {
+            "kind": "cost",
+            "tokens": plan.cost_tokens,
+            "vocabulary": vocabulary,
+            "size": size,
+            "cpu_s": statistics.median(spent[estimator.name]),
+        }
+        yield {**where, **estimator.describe(), **found}
+
+
+def measure_bytes(at: States, plan: Plan) -> list[Row]:
+    """Bytes a token of a store of these states, with each support of the smallest and of the largest size: small stores have more beside them."""
+    rows = []
+    for estimator in (estimator for size in (plan.sizes[0], plan.sizes[-1]) for estimator in supported(size)):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append({"kind": "bytes", **estimator.describe(), "measured": stored_bytes(at, estimator.support, Path(folder) / "store")})
+    return rows
+
+
+def find_goals(rows: Sequence[Row]) -> list[Row]:
+    """What is claimed of the estimators, whether an offline one beats the ratio at its bytes, and the cost of a step."""
+    goals: list[Row] = []
+
+    def add(name: str, limit: float, values: Sequence[float]) -> None:
+        if values:
+            goals.append({"name": name, "goal": f"<= {limit:g}", "measured": max(values), "met": max(values) <= limit})
+
+    worlds, states, rounded, costs = ([row for row in rows if row["kind"] == kind] for kind in ("world", "states", "float16", "cost"))
+    for world in dict.fromkeys(row["world"] for row in worlds):
+        claimed = [row["stored_bias_z"] for row in worlds if row["world"] == world and row["unbiased"]]
+        add(f"{world}: squared bias on the stored states over its noise, largest of those that claim to have none", LARGEST_Z, claimed)
+    exact = [row["exact_bias"] for row in states if "exact_bias" in row]
+    add("vocabulary of SmolLM2, every sampled token at some states: relative bias, largest of those that claim to have none", 1e-3, exact)
+    claimed = [row["bias_z"] for row in states if row["unbiased"]]
+    add("vocabulary of SmolLM2: squared bias over its noise, largest of those that claim to have none", LARGEST_Z, claimed)
+    add("the same with stored numbers in float16", LARGEST_Z, [row["bias_z"] for row in rounded if row["unbiased"]])
+    fused = [row["fused_error"] for row in states if "fused_error" in row]
+    add("the fused loss has the gradient that was judged, relative difference", 1e-4, fused)
+    add("bytes a token that a store grows by with its supports, over what is counted, largest distance from 1", 0.01, _growth(rows))
+    for name, group in (("mixing", worlds), ("modes", worlds), ("SmolLM2", states)):
+        for drift in sorted({row["drift"] for row in group}):
+            at = [row for row in group if row["drift"] == drift and row.get("world", name) == name]
+            best = min((row for row in at if offline(row) and row["bytes"] <= MAX_BYTES), key=lambda row: row["rmse"])
+            ratio = next(row for row in at if row["estimator"] == RATIO.name)
+            goals.append(
+                {
+                    "name": f"{name}, drift {drift:g}: least error within {MAX_BYTES} bytes a token ({best['estimator']}) over that of the ratio",
+                    "goal": "< 1",
+                    "measured": best["rmse"] / ratio["rmse"],
+                    "met": best["rmse"] < ratio["rmse"],
+                }
+            )
+    add("a step with 16 ids or fewer over one of the ratio", 1.1, [row["over_ratio"] for row in costs if max(row[n] for n in SIZES) <= 16])
+    return goals
+
+
+def _growth(rows: Sequence[Row]) -> list[float]:
+    """How far the bytes that a family grows by from its smallest to its largest support are from those that are counted."""
+    found = []
+    for family in {row["family"] for row in rows}:
+        sizes = sorted((row["bytes"], row["measured"]) for row in rows if row["kind"] == "bytes" and row["family"] == family)
+        if len(sizes) > 1 and sizes[-1][0] > sizes[0][0]:
+            found.append(abs((sizes[-1][1] - sizes[0][1]) / (sizes[-1][0] - sizes[0][0]) - 1))
+    return found
+
+
+def offline(row: Row) -> bool:
+    """Whether it can be had from a store of some size."""
+    return row["estimator"] != ONLINE.name and row["family"] != "whole vocabulary"
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Error over bytes a token: a line for each family, a column for each judge, at the drift in the middle and the largest."""
+    from matplotlib.figure import Figure
+
+    names = ("SmolLM2", "mixing", "modes")
+    titles = {
+        "SmolLM2": "SmolLM2, V = 49,152, on the stored states",
+        "mixing": "a table that mixes, online",
+        "modes": "modes that stay, online",
+    }
+    families = list(dict.fromkeys(row["family"] for row in rows if "rmse" in row))
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    for column, name in zip(figure.subplots(2, len(names)).T, names, strict=True):
+        group = [row for row in rows if row["kind"] in ("world", "states") and row.get("world", "SmolLM2") == name]
+        drifts = sorted({row["drift"] for row in group})
+        for axes, drift in zip(column, drifts[-2:], strict=False):
+            at = [row for row in group if row["drift"] == drift]
+            for index, family in enumerate(families):
+                points = sorted({row["bytes"] for row in at if row["family"] == family})
+                errors = [statistics.mean(row["rmse"] for row in at if row["family"] == family and row["bytes"] == size) for size in points]
+                if family in ("whole vocabulary", ONLINE.name):
+                    if errors:
+                        axes.axhline(errors[0], color=f"C{index % 10}", linestyle=":", label=family)
+                else:
+                    axes.plot(points, errors, "o-" if len(points) > 1 else "s", color=f"C{index % 10}", label=family, markersize=5)
+            kl = statistics.mean(row["kl"] for row in at)
+            axes.set(title=f"{titles[name]}\ndrift: KL(policy, student) = {kl:.2g} nats a token", xscale="log", yscale="log")
+            axes.set(xlabel="bytes a token", ylabel="error of a step's gradient, relative")
+            axes.spines[["top", "right"]].set_visible(False)
+    known = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def parts(plan: Plan) -> list[list[Estimator]]:
+    """What is judged on SmolLM2, in parts of about as much work."""
+    return [[PLAIN, RATIO], *(supported(size) for size in plan.sizes)]
+
+
+def keep(students: Iterable[tuple[float, States]], folder: Path) -> Iterable[tuple[float, Path]]:
+    """In files, for other processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for move, states in students:
+        path = folder / f"states-{move:g}.pt"
+        torch.save(states, path)
+        yield move, path
+
+
+def call(job: Callable[[], list[Row]]) -> list[Row]:
+    """What one process does."""
+    return job()
+
+
+def main() -> None:
+    """Measure, write, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "estimators", help="where SmolLM2 and its students are kept")
+    parser.add_argument("--out", type=Path, help="folder of the result")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    plan, shape = (QUICK, (256, 16)) if options.quick else (Plan(), (49_152, 576))
+    home = options.out or (ROOT / "runs" / "estimators-quick" if options.quick else None)
+    folder = home if options.quick else options.folder
+    if not options.quick:
+        prepare(folder)
+    students = [(1.0, random_states(plan.states, *shape))] if options.quick else real_states(folder, plan.states, plan.moves)
+    jobs = [partial(judge_at, path, move, part, plan) for move, path in keep(students, folder) for part in parts(plan)]
+    jobs += [partial(judge_in, *job) for job in product((mixing, modes), [plan], plan.drifts, range(plan.seeds))]
+    rows = [*measure_cost(plan, *shape), *measure_bytes(random_states(240, shape[0], 16), plan)]
+    with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        rows += [row for found in pool.map(call, jobs) for row in found]
+    for row in rows:
+        print({name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in row.items()})
+    goals = find_goals(rows)
+    for goal in goals:
+        print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", goal["measured"])
+    result_file("estimators", describe_machine(), rows, goals, *([home] if home else []))
+    draw((home / "bench_estimators.png") if home else ROOT / "docs" / "bench_estimators.png", rows)
+
+
+if __name__ == "__main__":
+    main()
