@@ -132,6 +132,9 @@ def test_other_drawn_tokens_in_the_reference_column_are_refused(source, prompts,
     score_rollouts(store, teacher)
     records = list(store.read([0, 1], columns=("policy", "teacher"), top_k=("policy", "teacher")))
     assert collate(records, teacher="teacher", ref="policy", top_k="teacher").drawn_ref_logprobs is not None
+    score_rollouts(store, evolve(teacher, drawn=1), column="fewer")
+    fewer = list(store.read([0, 1], columns=("policy", "fewer"), top_k=("policy", "fewer")))
+    assert collate(fewer, teacher="fewer", ref="policy", top_k="fewer").drawn_ref_logprobs.shape[1] == 1
     support = records[0].top_k["policy"]
     other = evolve(support, ids=np.concatenate([support.ids[:, :-1], (support.ids[:, -1:] + 1) % 10], axis=1))
     with pytest.raises(InvalidRecordError, match="other drawn tokens"):

@@ -158,9 +158,11 @@ def _support(place: _Places, support: TopK, ref: TopK | None) -> dict[str, Tenso
     found |= {"drawn_ids": place.at_targets(support.ids[:, k:], np.int64), "drawn_logprobs": place.at_targets(support.logprobs[:, k:])}
     if ref is None or not ref.drawn:
         return found
-    if not np.array_equal(ref.ids[:, ref.distinct :], support.ids[:, k:]):
+    # the teacher may have been asked for fewer, the last ones
+    last = slice(ref.ids.shape[1] - min(support.drawn, ref.drawn), None)
+    if not np.array_equal(ref.ids[:, last], support.ids[:, k:]):
         raise InvalidRecordError(
             "Batch: the reference column keeps other drawn tokens than the teacher's, expected the same; score the teacher on the candidates of "
             "that column."
         )
-    return found | {"drawn_ref_logprobs": place.at_targets(ref.logprobs[:, ref.distinct :])}
+    return found | {"drawn_ref_logprobs": place.at_targets(ref.logprobs[:, last])}
