@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers claims claims-quick claims-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -57,6 +57,7 @@ bench-guards: .venv/installed-test  ## the guards on small models where OPD work
 	$(BIN)/python benchmarks/bench_drift.py
 	$(BIN)/python benchmarks/bench_consistency.py
 	$(BIN)/python benchmarks/audit_errors.py
+	$(BIN)/python benchmarks/bench_intervals.py
 
 claims: .venv/installed-claims  ## every claim of the paper on small models, five seeds, TRL beside it; writes benchmarks/RESULTS.md; forty minutes
 	$(BIN)/python benchmarks/claims.py
@@ -84,6 +85,10 @@ bench-families: .venv/installed-test  ## scoring, sampling, training and export 
 
 bench-servers: .venv/installed-test .venv/installed-servers  ## servers of objects with four writers each; about three minutes
 	$(BIN)/python benchmarks/bench_servers.py
+	$(BIN)/python benchmarks/docs_tables.py
+
+bench-supports: .venv/installed-test  ## bytes a token of columns that keep a support, in every store and type; under a minute
+	$(BIN)/python benchmarks/support_bytes.py
 	$(BIN)/python benchmarks/docs_tables.py
 
 bench-probes: .venv/installed-quickstart .venv/installed-data  ## what probing models costs in the quickstart; as long as that takes

@@ -16,15 +16,15 @@ from lopd.testing import assert_same_rollout, assert_same_top_k, tiny_manifest, 
 LATER = ModelId("policy", "rev-1", "float32")
 
 
-def fill(store: Any, n: int = 30) -> Any:
-    """Two rounds of sampling, a teacher with a top-k support of most rollouts, and a second column of a few."""
+def fill(store: Any, n: int = 30, drawn: int = 2) -> Any:
+    """Two rounds of sampling, a teacher with a support of most rollouts, drawn tokens among it, and a second column of a few."""
     store.begin_generation(1, LATER)
     items = [tiny_rollout(f"p{i}/s0/g{i % 2}", (np.arange(1 + i % 7) + i) % 300, generation=i % 2) for i in range(n)]
     items[3] = tiny_rollout("masked", loss_mask=[True, False, True], behavior_logprobs=[0.0, -1e-45, -3e38], finish_reason="length")
     store.append(items)
     scores = [Scores.of(r, -np.arange(r.response_ids.size) / 7) for r in items]
-    ranked = [evolve(score, top_k=tiny_top_k(score.logprobs.size, start=i)) for i, score in enumerate(scores)]
-    store.append_scores("teacher", tiny_provenance(top_k=2), ranked[: n - 3])
+    ranked = [evolve(score, top_k=tiny_top_k(score.logprobs.size, start=i, drawn=drawn)) for i, score in enumerate(scores)]
+    store.append_scores("teacher", tiny_provenance(top_k=2 + drawn, drawn=drawn), ranked[: n - 3])
     store.append_scores("a.b-c", tiny_provenance("other"), scores[2:9:3])
     return store
 

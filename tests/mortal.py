@@ -15,7 +15,9 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import EngineError
 from lopd.records import Prompt
 
-SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=2, seed=3)
+SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=2, seed=3, candidates=3, drawn=2)
+#: What the teacher scores of the policy's candidates, and keeps beside them.
+KEPT = {"top_k": 2, "candidates": 3, "drawn": 2}
 PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 20 + i % 3]) for i in range(11)]
 ENDLESS = Prompt("endless", [5] * 5000)
 
@@ -33,7 +35,7 @@ def folders(tmp_path_factory, tokenizer, make_model):
 @pytest.fixture(scope="module")
 def alone(folders):
     """What one process makes of the prompts."""
-    source, scorer = HFSource.from_folder(folders["policy"], SAMPLING), HFScorer.from_folder(folders["teacher"])
+    source, scorer = HFSource.from_folder(folders["policy"], SAMPLING), HFScorer.from_folder(folders["teacher"], **KEPT)
     store = MemoryStore(source.manifest)
     collect_rollouts(source, PROMPTS, store)
     score_rollouts(store, scorer)
@@ -41,11 +43,16 @@ def alone(folders):
 
 
 def assert_same(store, expected):
-    """The same rows in the same order, and scores within the rounding of a batch of other company."""
+    """The same rows in the same order, and scores and candidates within the rounding of a batch of other company."""
     assert len(store) == len(expected)
-    for ours, theirs in zip(store.read(range(len(store)), ("teacher",)), expected.read(range(len(expected)), ("teacher",)), strict=True):
+    columns = ("teacher", "policy")
+    mine, expected_rows = (one.read(range(len(one)), columns, top_k=columns) for one in (store, expected))
+    for ours, theirs in zip(mine, expected_rows, strict=True):
         assert (ours.rollout.rollout_id, ours.rollout.content_hash) == (theirs.rollout.rollout_id, theirs.rollout.content_hash)
-        np.testing.assert_allclose(ours.scores["teacher"], theirs.scores["teacher"], atol=1e-5)
+        for column in columns:
+            np.testing.assert_allclose(ours.scores[column], theirs.scores[column], atol=1e-5)
+            np.testing.assert_array_equal(ours.top_k[column].ids, theirs.top_k[column].ids)
+            np.testing.assert_allclose(ours.top_k[column].logprobs, theirs.top_k[column].logprobs, atol=1e-5)
 
 
 @frozen

@@ -50,13 +50,14 @@ def test_the_author_is_named(author, text_of):
     assert found.error < 0.01
     assert found.candidates[0].behind.mean == 0 < found.candidates[1].behind.mean
     assert abs(found.candidates[0].z) < FOREIGN_Z < found.candidates[1].z
-    assert f"{author!r} wrote it" in found.verdict
+    assert f"{author!r} is the likeliest author among the candidates" in found.verdict
+    assert "the text is consistent with it" in found.verdict
 
 
 def test_a_text_by_none_of_them_is_seen_as_such_if_the_columns_keep_a_top_k(text_of):
     found = audit(text_of("author"), ["second", "third"])
     assert found.author is None
-    assert "None of the candidates wrote it" in found.verdict
+    assert "Consistent with none of the candidates" in found.verdict
     blind = audit(text_of("author", top_k=0), ["second", "third"])
     assert blind.candidates[0].z is None
     assert "Cannot be told" in blind.verdict
@@ -77,24 +78,40 @@ def test_little_text_is_not_enough_to_tell(text_of):
     assert "2 rollouts" in found.verdict
 
 
-def test_under_the_author_z_is_standard_normal():
-    """300 texts of 200 tokens drawn from known distributions over 6 tokens, of which 3 are kept."""
-    rng = np.random.default_rng(0)
-    found = []
-    for text in range(300):
-        p = rng.dirichlet(np.ones(6) * 0.5, 200)
-        drawn = np.array([rng.choice(6, p=row) for row in p])
+def known_texts(rng, texts, noise=0.0, size=200):
+    """Texts drawn from known distributions over 6 tokens, and scores, with 3 of the 6 kept, of a model whose logits differ by this noise."""
+    store, scores = MemoryStore(tiny_manifest()), []
+    for text in range(texts):
+        logits = np.log(rng.dirichlet(np.ones(6) * 0.5, size) + 1e-9)
+        drawn = (rng.gumbel(size=logits.shape) + logits).argmax(-1)
+        scored = np.exp(logits + noise * rng.standard_normal(logits.shape))
+        p = scored / scored.sum(-1, keepdims=True)
         order = np.argsort(-p, axis=1)[:, :3]
         kept = np.take_along_axis(p, order, axis=1)
-        store = MemoryStore(tiny_manifest())
         rollout = tiny_rollout(f"r{text}", drawn)
-        store.append([rollout])
-        chance = np.maximum(p[np.arange(200), drawn], 1e-30)
         support = TopK(order, np.minimum(np.log(np.maximum(kept, 1e-30)), 0), np.clip(1 - kept.sum(1), 0, 1))
-        store.append_scores("m", evolve(tiny_provenance(), top_k=3), [Scores.of(rollout, np.log(chance), top_k=support)])
-        found.append(audit(store, ["m"]).candidates[0].z)
+        scores.append(Scores.of(rollout, np.log(np.maximum(p[np.arange(size), drawn], 1e-30)), top_k=support))
+        store.append([rollout])
+    store.append_scores("m", evolve(tiny_provenance(), top_k=3), scores)
+    return store
+
+
+def test_under_the_author_z_is_standard_normal():
+    rng = np.random.default_rng(0)
+    store = known_texts(rng, 300)
+    found = [audit(store, ["m"], rows=np.array([row])).candidates[0].z for row in range(300)]
     assert abs(np.mean(found)) < 4 / np.sqrt(300)
     assert 0.85 < np.std(found) < 1.15, "the 1 under the root takes a little"
+
+
+def test_a_text_by_a_model_near_the_only_candidate_is_consistent_with_it_and_the_verdict_claims_no_more():
+    """Logits that differ by 0.1: the verdict used to be that the candidate wrote it."""
+    found = audit(known_texts(np.random.default_rng(1), 20, noise=0.1), ["m"])
+    assert abs(found.candidates[0].z) < FOREIGN_Z
+    assert found.verdict.startswith("'m' is the likeliest author among the candidates; the text is consistent with it (z ")
+    assert "as it may be with a model near it" in found.verdict
+    far = audit(known_texts(np.random.default_rng(1), 20, noise=2.0), ["m"])
+    assert far.verdict.startswith("Consistent with none of the candidates")
 
 
 def test_masked_tokens_do_not_count():
@@ -121,4 +138,4 @@ def test_what_cannot_be_audited_is_refused():
             audit(store, columns, rows=rows)
     alone = audit(store, ["a"])
     assert (alone.author, alone.error) == ("a", 1.0)
-    assert "nothing excludes" in alone.verdict
+    assert "nothing shows whether the text is consistent with it" in alone.verdict

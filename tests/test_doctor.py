@@ -176,7 +176,7 @@ def test_info_reads_no_more_rollouts_than_the_sample(store: ZarrStore, monkeypat
     monkeypatch.setattr(ZarrStore, "read", lambda self, rows, *a, **kw: read.extend(rows) or original(self, rows, *a, **kw))
     info = inspect_store(store, sample=5)
     assert (info.sampled, [pair.rollouts for pair in info.advantages]) == (5, [5, 5])
-    assert read == [0, 10, 20, 29, 39] * 3
+    assert read == [0, 10, 20, 29, 39] * 4
 
 
 def test_info_of_an_empty_store_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

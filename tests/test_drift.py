@@ -3,13 +3,19 @@
 import copy
 import json
 import math
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from attrs import asdict, evolve
 from conftest import TOKENIZER_ID
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from bench_intervals import Chain
 
 from lopd import (
     FusedLoss,
@@ -54,12 +60,12 @@ def test_every_number_is_its_definition():
     w = np.array([np.prod(ratio[row]) for row in rows])
     sums = np.array([np.sum((tokens.weight * np.abs(tokens.teacher - tokens.student))[row]) for row in rows])
     sigma = math.sqrt(np.mean((4 * sums / tokens.weight.sum()) ** 2))
-    normalised = w / w.mean()
+    spread = np.mean((ratio - 1) ** 2)
     assert (drift.rollouts, drift.tokens) == (4, 48)
     assert drift.ratio_mean == pytest.approx(ratio.mean())
     assert drift.ratio_std == pytest.approx(ratio.std())
     assert drift.ess == pytest.approx(w.sum() ** 2 / (4 * (w**2).sum()))
-    assert drift.chi2 == pytest.approx(np.mean(normalised**2) - 1)
+    assert drift.chi2 == pytest.approx(np.mean([(1 + spread) ** row.sum() - 1 for row in rows]), rel=1e-6)
     assert drift.kl == pytest.approx(np.mean(ratio - 1 - np.log(ratio)))
     assert drift.gap_bound == pytest.approx(sigma * math.sqrt(drift.chi2))
     lowest = np.argsort(tokens.ref)[:10]
@@ -87,7 +93,7 @@ def test_the_effective_share_depends_on_differences_of_log_weights_however_long_
 def test_a_student_gone_wild_has_an_infinite_ratio_and_no_warning_of_numpy():
     tokens = random_tokens()
     drift = measure_drift(evolve(tokens, ref=np.full(48, -900.0)))
-    assert (drift.ratio_mean, drift.ratio_std, drift.kl) == (math.inf, math.inf, math.inf)
+    assert (drift.ratio_mean, drift.ratio_std, drift.kl, drift.chi2, drift.gap_bound) == (math.inf,) * 5
     assert 0.25 <= drift.ess <= 1
 
 
@@ -101,6 +107,19 @@ def test_the_chi_square_of_independent_draws_is_the_one_of_the_distributions():
     assert drift.chi2 == pytest.approx(0.2, abs=0.01)
     assert drift.ratio_mean == pytest.approx(1.0, abs=0.005)
     assert drift.kl == pytest.approx(float(np.sum(0.25 * np.log(0.25 / p))), abs=0.005)
+
+
+@pytest.mark.parametrize(("length", "moved"), [(100, 0.1), (100, 0.3), (1000, 0.1), (1000, 0.3)])
+def test_chi_square_does_not_saturate_with_long_rollouts(length, moved):
+    """1 / ESS - 1 of 32 rollouts is at most 31; the true one is up to exp(77)."""
+    found = [
+        (chain.log_second_moment(length), chain.drift(length, 32))
+        for chain in (Chain(np.random.default_rng(seed), moved) for seed in range(3))
+    ]
+    for exact, drift in found:
+        assert math.log1p(drift.chi2) == pytest.approx(exact, rel=0.15 if exact > 2 else 0.5)
+    if length * moved >= 100:
+        assert all(1 / drift.ess - 1 <= 31 < 0.05 * math.expm1(exact) for exact, drift in found)
 
 
 @pytest.mark.parametrize("distance", [0.0, 0.1, 0.5, 2.0])
@@ -123,7 +142,7 @@ def test_the_bound_of_theorem_3_5_holds_for_the_exact_gradients(seed, distance):
     teacher_logprobs = teacher[places[..., 0], places[..., 1]]
     columns = [t.detach().flatten().numpy() for t in (logprobs, teacher_logprobs, torch.full((9, 2), -math.log(3.0)))]
     drift = measure_drift(TokenLogprobs(*columns, np.ones(18), np.repeat(np.arange(9), 2)))
-    assert drift.chi2 == pytest.approx(float((ratio**2).mean() - 1), abs=1e-9)
+    assert drift.chi2 >= float((ratio**2).mean() - 1) - 1e-9
     gap = float((on - off).norm())
     assert gap <= float(max(scores)) * drift.gap_bound + 1e-12
     assert (gap > 0.0) == (distance > 0)

@@ -40,8 +40,9 @@ def test_avg_at_n_and_pass_at_k_are_the_values_one_gets_by_hand(tokenizer, promp
     means = [0, 0.25, 0.5, 1, 0.5]
     assert found.n == 4
     assert found.avg_at_n.mean == pytest.approx(np.mean(means))
-    assert found.avg_at_n.ci95 == pytest.approx(1.959964 * np.std(means, ddof=1) / np.sqrt(5), rel=1e-6)
-    assert found.avg_at_n.clusters == 5
+    # Wilson's interval for 5 * (m (1 - m) + 1 / 20) / (s^2 + 1 / 20) = 9.30 trials: m is 0.45, s^2 0.11
+    assert (found.avg_at_n.low, found.avg_at_n.high) == pytest.approx((0.19521, 0.73402), abs=1e-5)
+    assert (found.avg_at_n.clusters, found.avg_at_n.values) == (5, 20)
     # 1 - C(n-c, k) / C(n, k) for c = 0, 1, 2, 4, 1 right answers of 4; half a point is not right
     assert found.pass_at_k == pytest.approx(
         {
@@ -58,7 +59,7 @@ def test_evaluation_asks_for_n_fresh_samples_of_each_prompt_of_a_real_model(sour
     found = evaluate(source, prompts, lambda prompt, rollout: seen.append((prompt.prompt_id, rollout.rollout_id)) or 1.0)
     assert seen == [(p.prompt_id, rollout_id(p.prompt_id, s, 0)) for p in prompts for s in range(2)]
     assert found.avg_at_n.mean == 1
-    assert found.avg_at_n.ci95 == 0
+    assert found.avg_at_n.low < found.avg_at_n.high == 1, "seven prompts that are all right do not prove that every prompt is"
     assert found.pass_at_k == {1: 1.0, 2: 1.0}
 
 
@@ -85,7 +86,7 @@ def test_the_estimated_reverse_kl_covers_the_exact_one(llama, near_teacher, toke
     estimate = evaluate_reverse_kl(source, HFScorer(near_teacher, tokenizer), prompts)
     assert (estimate.clusters, estimate.values) == (len(prompts), 2 * 150 * len(prompts))
     assert exact > 0.02
-    assert estimate.ci95 < 0.4 * exact
+    assert estimate.ci95 < 0.5 * exact
     assert abs(estimate.mean - exact) <= estimate.ci95
 
 

@@ -36,7 +36,7 @@ def whole_store() -> MemoryStore:
     store.append(rollouts)
     from_hf_dataset(to_hf_dataset(original), store)
     store.append_scores("a.b-c", tiny_provenance("other"), [Scores.of(rollouts[3], [-1.0, -2.0, -3.0])])
-    store.quarantine("teacher", tiny_provenance(top_k=2), {"p29/s0/g1": "too long"})
+    store.quarantine("teacher", tiny_provenance(top_k=4, drawn=2), {"p29/s0/g1": "too long"})
     return store
 
 
@@ -166,7 +166,7 @@ def old(tmp_path: Path) -> tuple[MemoryStore, Path, Any]:
     """What lopd 0.2 exported: the store, its parquet file and its dataset."""
     with tarfile.open(Path(__file__).parent / "data" / "exports.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
-    store = fill(MemoryStore(tiny_manifest()))
+    store = fill(MemoryStore(tiny_manifest()), drawn=0)
     store.quarantine("teacher", tiny_provenance(top_k=2), {"p29/s0/g1": "too long é"})
     return store, tmp_path / "run.parquet", datasets.load_from_disk(tmp_path / "hf")
 

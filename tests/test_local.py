@@ -9,7 +9,7 @@ from time import sleep
 
 import pytest
 from attrs import evolve
-from mortal import ENDLESS, PROMPTS, SAMPLING, Mortal, alone, assert_same, folders  # noqa: F401
+from mortal import ENDLESS, KEPT, PROMPTS, SAMPLING, Mortal, alone, assert_same, folders  # noqa: F401
 
 from lopd import MemoryStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
@@ -83,7 +83,7 @@ def test_two_processes_of_which_one_is_killed_fill_the_store_that_one_process_fi
     ):
         collect_rollouts(source, [*PROMPTS[:5], ENDLESS, *PROMPTS[5:]], store, prompts_per_batch=4, batches_at_once=2)
     assert len(list(tmp_path.glob("death*"))) == 1
-    with closing(LocalScorer(Mortal(partial(HFScorer.from_folder, folders["teacher"]), "p3/s1/g0", 2, tmp_path))) as scorer:
+    with closing(LocalScorer(Mortal(partial(HFScorer.from_folder, folders["teacher"], **KEPT), "p3/s1/g0", 2, tmp_path))) as scorer:
         score_rollouts(store, scorer, rollouts_per_batch=6, batches_at_once=2)
     assert len(list(tmp_path.glob("death*"))) == 2
     assert_same(store, alone)

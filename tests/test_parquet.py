@@ -59,10 +59,10 @@ def test_any_rollouts_and_scores_come_back_equal_from_parquet(tmp_path: Path) ->
         for column, k in (("teacher", 0), ("ranked", 3)):
             chosen = [item for item in items if data.draw(st.booleans())]
             scores = [evolve(data.draw(scores_for(item)), floored=0) for item in chosen]
-            scores = [evolve(s, top_k=tiny_top_k(s.logprobs.size, k)) for s in scores] if k else scores
-            store.append_scores(column, tiny_provenance(column, k), scores)
+            scores = [evolve(s, top_k=tiny_top_k(s.logprobs.size, k, drawn=k)) for s in scores] if k else scores
+            store.append_scores(column, tiny_provenance(column, 2 * k, k), scores)
             refused = [item.rollout_id for item in items if data.draw(st.booleans())]
-            store.quarantine(column, tiny_provenance(column, k), dict.fromkeys(refused, "too long"))
+            store.quarantine(column, tiny_provenance(column, 2 * k, k), dict.fromkeys(refused, "too long"))
         again = round_trip(store, tmp_path / uuid4().hex, group=data.draw(st.integers(1, 4)), commit=data.draw(st.integers(1, 4)))
         assert_equal_stores(again, store)
 
@@ -114,7 +114,7 @@ def test_parquet_is_written_in_row_groups_and_reads_as_plain_columns(memory: Mem
     assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [8, 8, 8, 6]
     row = file.read().to_pylist()[3]
     assert (row["rollout_id"], row["loss_mask"], row["response_ids"]) == ("masked", [True, False, True], [5, 6, 1])
-    assert (len(row["logprobs/teacher"]), len(row["top_k_ids/teacher"]), row["logprobs/a.b-c"]) == (3, 6, None)
+    assert (len(row["logprobs/teacher"]), len(row["top_k_ids/teacher"]), row["logprobs/a.b-c"]) == (3, 12, None)
     assert file.read().to_pylist()[-1]["logprobs/teacher"] is None
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from attrs import frozen
 from conftest import CONTEXT, TOKENIZER_ID
-from mortal import ENDLESS, PROMPTS, SAMPLING, Mortal, alone, assert_same, folders  # noqa: F401
+from mortal import ENDLESS, KEPT, PROMPTS, SAMPLING, Mortal, alone, assert_same, folders  # noqa: F401
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
@@ -38,7 +38,7 @@ def _cluster():
 @pytest.fixture(scope="class")
 def two_scorers(folders):
     """Two workers for the whole class: to start them takes longer than all that they are asked."""
-    with closing(RayScorer(lambda folder=folders["teacher"]: HFScorer.from_folder(folder, top_k=3))) as scorer:
+    with closing(RayScorer(lambda folder=folders["teacher"]: HFScorer.from_folder(folder, top_k=3, candidates=2, drawn=2))) as scorer:
         yield scorer
 
 
@@ -77,7 +77,7 @@ def test_two_workers_that_are_killed_in_the_middle_fill_the_store_that_one_proce
         for store in stores:
             assert collect_rollouts(source, PROMPTS, store, prompts_per_batch=4, batches_at_once=2).rollouts == 22
     assert len(list(deaths.iterdir())) == 1
-    with closing(RayScorer(Mortal(partial(HFScorer.from_folder, folders["teacher"]), "p3/s1/g0", 2, deaths))) as scorer:
+    with closing(RayScorer(Mortal(partial(HFScorer.from_folder, folders["teacher"], **KEPT), "p3/s1/g0", 2, deaths))) as scorer:
         for store in stores:
             assert score_rollouts(store, scorer, rollouts_per_batch=6, batches_at_once=2).rollouts == 22
     assert len(list(deaths.iterdir())) == 2
@@ -94,7 +94,7 @@ def test_what_an_engine_refuses_in_a_worker_is_left_out_as_in_one_process(folder
         assert source.sample([]) == []
         source.close()
         assert len(source.sample(PROMPTS[:1])) == 2, "a later call starts the workers again"
-    score_rollouts(store, HFScorer.from_folder(folders["teacher"]))
+    score_rollouts(store, HFScorer.from_folder(folders["teacher"], **KEPT))
     assert_same(store, alone)
 
 
@@ -211,7 +211,9 @@ def test_the_first_error_of_overlapped_calls_ends_them_and_no_further_one_begins
 
 @pytest.mark.parametrize("verb", [collect_rollouts, score_rollouts])
 def test_no_batch_at_a_time_is_refused(verb, folders, alone):
-    engine = HFSource.from_folder(folders["policy"], SAMPLING) if verb is collect_rollouts else HFScorer.from_folder(folders["teacher"])
+    engine = (
+        HFSource.from_folder(folders["policy"], SAMPLING) if verb is collect_rollouts else HFScorer.from_folder(folders["teacher"], **KEPT)
+    )
     arguments = (engine, PROMPTS, MemoryStore(alone.manifest)) if verb is collect_rollouts else (alone, engine)
     with pytest.raises(InvalidRecordError, match="batches_at_once is 0, expected at least 1"):
         verb(*arguments, batches_at_once=0)

@@ -1,4 +1,4 @@
-"""What makes offline distillation safe: is it the right teacher, has the student moved too far, who wrote this text."""
+"""What makes offline distillation safe: is it the right teacher, will stored rollouts do, has the student moved too far, who wrote this text."""
 
 from lopd.guards.audit import Audit as Audit
 from lopd.guards.audit import Candidate as Candidate
@@ -7,6 +7,9 @@ from lopd.guards.consistency import check_teacher_consistency as check_teacher_c
 from lopd.guards.consistency import check_vocabulary as check_vocabulary
 from lopd.guards.residual import Residualiser as Residualiser
 from lopd.guards.residual import ResidualReport as ResidualReport
+from lopd.guards.start import StartReport as StartReport
+from lopd.guards.start import advise as advise
+from lopd.guards.start import measure_start as measure_start
 from lopd.guards.watch import DriftLimits as DriftLimits
 from lopd.guards.watch import judge_advantages as judge_advantages
 from lopd.guards.watch import judge_loss as judge_loss

@@ -4,19 +4,21 @@ Import a sample of the SFT text as rollouts, score it with every model that may 
 
     audit(store, ["qwen3-32b", "qwq-32b", "student"]).verdict
 
-*Among the candidates* the author is the one to whom the text is least surprising: \(E_p[-\log p] \le E_p[-\log q]\) for every q (Gibbs).  The
-difference of two candidates is one number a rollout, so its interval is that of a paired mean.
+*Among the candidates* the likeliest author is the one to whom the text is least surprising: \(E_p[-\log p] \le E_p[-\log q]\) for every q
+(Gibbs), whatever the prompt.  The difference of two candidates is one number a rollout, so it is tested as a paired mean.
 
-*Whether any of them is* the author shows in a column that keeps the most likely tokens.  Let g be the probability of the token that is there, 0
+*Whether the text is consistent with it* shows in a column that keeps the most likely tokens.  Let g be the probability of the token that is there, 0
 for one that is none of the K.  Under the author its mean \(\sum_k p_k^2\) and its variance are known at every position, and what it deviates is
 a martingale: \(z = \sum_t (E g_t - g_t) / \sqrt{1 + \sum_t \mathrm{Var}\,g_t}\) is then about standard normal, if the text was sampled at
 temperature 1.  Another author writes what the model finds less likely than its own text, which makes z large; a lower temperature, or a cut of
 the tail, makes it negative.  (The 1 keeps a single rare token from speaking where a model is all but certain.)
+
+Consistent is not "wrote it": z is small too for a model near the author, such as another seed or a later checkpoint of it.  Only asking that model
+as well tells the two apart.  `benchmarks/results/intervals.json` has how near it may be.
 """
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 
 import numpy as np
 from attrs import frozen
@@ -60,8 +62,9 @@ class Audit:
     Args:
         candidates: the least surprised first.
         rollouts, tokens: that were looked at.
-        author: column of the author; None if it is none of them, or cannot be told.
-        error: estimated chance that the second candidate is the author after all (1 without a second one).
+        author: column of the likeliest author; None if the text is not consistent with any, or two cannot be told apart.
+        error: chance that a text by the second candidate puts the first this far before it (p-value of a paired t test over rollouts, at
+            least that of as many tossed coins; 1 without a second one).
         verdict: all of it in a sentence.
     """
 
@@ -74,15 +77,16 @@ class Audit:
 
 
 def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int64] | None = None, max_error: float = 0.01) -> Audit:
-    """Which of these models wrote the rollouts of this store.
+    """Which of these models is the likeliest author of the rollouts of this store, and whether they are consistent with it.
 
-    How often it is wrong was measured on known pairs: `benchmarks/results/audit_errors.json`.
+    A model near the author passes for it where the author is not among the columns.  How often another than the author is named was measured
+    on known pairs: `benchmarks/results/audit_errors.json`, and `intervals.json` for the stated error.
 
     Args:
         store: text whose author is asked for.
         columns: one for each candidate; with top-k, a text by none of them is seen as such.
         rows: a sample of the text; None for all.
-        max_error: an author is named if the estimated chance of an error is at most this.
+        max_error: an author is named if `Audit.error` is at most this.
 
     Raises:
         MissingScoresError: a column is not there, or a row has no scores in it.
@@ -102,7 +106,7 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
     best = sums[ordered[0]]
     candidates = tuple(Candidate(c, store.columns[c].model, sums[c].per_token(), sums[c].minus(best), deviations.get(c)) for c in ordered)
     tokens = int(best.counts.sum())
-    error = _error(candidates[1].behind) if len(candidates) > 1 else 1.0
+    error = max(sums[ordered[1]].p_value(best), 0.5 ** len(best.sums)) if len(ordered) > 1 else 1.0
     author, verdict = _judge(candidates, error, max_error)
     return Audit(candidates, len(best.sums), tokens, author, error, f"{verdict} ({len(best.sums)} rollouts, {tokens} tokens).")
 
@@ -136,25 +140,19 @@ def _deviation(record: ScoredRollout, column: str) -> NDArray[np.float64]:
     return moments
 
 
-def _error(behind: Estimate) -> float:
-    """Chance that the second is the author: that the true difference is below 0; of n rollouts at least that of n tossed coins."""
-    spread = behind.ci95 / NormalDist().inv_cdf(0.975)
-    chance = NormalDist().cdf(-behind.mean / spread) if 0 < spread < math.inf else 0.5
-    return float(max(chance, 0.5**behind.clusters))
-
-
 def _judge(candidates: Sequence[Candidate], error: float, max_error: float) -> tuple[str | None, str]:
     first, margin = candidates[0], ""
     if first.z is not None and first.z > FOREIGN_Z:
         surprise = f"even to {first.column!r} it is more surprising than its own text, by {first.z:.1f} standard errors"
-        return None, f"None of the candidates wrote it: {surprise}"
+        return None, f"Consistent with none of the candidates: {surprise}"
     if len(candidates) > 1:
         second = candidates[1]
         if error > max_error:
-            doubt = f"{second.column!r} is the author instead of {first.column!r} with a chance of {error:.2g}"
+            doubt = f"a text by {second.column!r} puts {first.column!r} this far before it with a chance of {error:.2g}"
             return None, f"Cannot be told: {doubt}; audit more text"
         margin = f", {second.behind.mean:.3g} nats a token before {second.column!r}, error {error:.1g}"
+    likeliest = f"{first.column!r} is the likeliest author among the candidates{margin}"
     if first.z is None:
-        return first.column, f"{first.column!r} is the likeliest author{margin}; without a top-k nothing excludes that it is somebody else"
-    surer = f"; it is surer than at temperature 1 (z {first.z:.1f})" if first.z < -FOREIGN_Z else ""
-    return first.column, f"{first.column!r} wrote it{margin}{surer}"
+        return first.column, f"{likeliest}; without a top-k nothing shows whether the text is consistent with it"
+    surer = " but surer than it is at temperature 1" if first.z < -FOREIGN_Z else ""
+    return first.column, f"{likeliest}; the text is consistent with it{surer} (z {first.z:.1f}), as it may be with a model near it"

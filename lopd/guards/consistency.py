@@ -7,13 +7,14 @@ Judged from recorded weights, never from names that somebody typed.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import Enum
 
-from lopd.errors import ArgumentError, TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
-from lopd.protocols import TeacherScorer
+from lopd.errors import ArgumentError, InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
+from lopd.protocols import LogprobReader, TeacherScorer
 from lopd.records.identity import HasVocabulary, TokenizerId, mixture_id
 from lopd.records.manifest import Lineage, Manifest, Provenance
+from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 
 
 class ConsistencyPolicy(Enum):
@@ -142,3 +143,25 @@ def lineage_after(manifest: Manifest, teachers: Sequence[Provenance]) -> Lineage
     if not teachers:
         return Lineage(sft_teacher=manifest.policy)
     return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=mixture_id([teacher.model for teacher in teachers]))
+
+
+def check_reference(store: LogprobReader, column: str, generations: Iterable[int]) -> None:
+    """Stop unless this column is of the very policies that sampled these rounds, at temperature 1.
+
+    Raises:
+        InvalidRecordError: it is not.
+    """
+    if column == SAMPLER_COLUMN:
+        raise InvalidRecordError(
+            f"{store!r}: the reference column is {column!r}, expected log-probs at temperature 1; pass {BEHAVIOR_COLUMN!r}, and the sampler's "
+            "come along."
+        )
+    provenance = store.columns.get(column)
+    if provenance is None:  # the virtual column: of each rollout's own policy
+        return
+    for policy in (store.generations[generation] for generation in generations):
+        if not provenance.model.same_weights(policy):
+            raise InvalidRecordError(
+                f"{store!r}: column {column!r} was scored by {provenance.model}, expected the policy that sampled, {policy}; "
+                "an importance ratio to another model is none."
+            )

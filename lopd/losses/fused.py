@@ -89,11 +89,11 @@ class FusedLoss:
             return self.objective(logprobs_MK, evolve(tokens, student_entropies=entropies_M)).sums()
         chunked, said = ChunkedHead(hidden_MD, head, self.chunking, wanted), list[TokenLosses]()
         for rows, found in chunked.chunks(ids_MK, entropy=self.objective.wants_entropy):
+            # what several probabilities leave of 1 would be lost in float32
+            dtype = found.logprobs.dtype if ids_MK.shape[1] > 1 else chunked.zeros(0).dtype
             # autograd on (C, K) values, so that each equation is written once, in its objective
-            leaves = [values.detach().requires_grad_() for values in (found.logprobs, found.entropies) if values is not None]
-            known = evolve(
-                tokens.where(rows).to(found.logprobs.dtype), student_entropies=leaves[1] if self.objective.wants_entropy else None
-            )
+            leaves = [values.detach().to(dtype).requires_grad_() for values in (found.logprobs, found.entropies) if values is not None]
+            known = evolve(tokens.where(rows).to(dtype), student_entropies=leaves[1] if self.objective.wants_entropy else None)
             losses = self.objective(leaves[0], known)
             gradients = torch.autograd.grad(losses.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
             said.append(evolve(losses, loss=losses.loss.detach()))

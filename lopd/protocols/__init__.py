@@ -31,7 +31,9 @@ class RolloutSource(Protocol):
 
         Ids are `rollout_id(prompt, sample, generation)`.  The same call on the same prompts gives the same rollouts, so an interrupted
         collection can be repeated.  No prompts give no rollouts.  Where `manifest.sampling` is not `neutral`, rollouts have
-        `sampler_logprobs` if the engine can tell them; elsewhere None.
+        `sampler_logprobs` if the engine can tell them; elsewhere None.  Where it has `candidates` or `drawn`, rollouts have `candidates`: first the
+        policy's most likely tokens at temperature 1, whatever was sampled, then drawn ones.  A source that cannot keep them raises
+        InvalidRecordError when it is made.
 
         Raises:
             ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sampled.
@@ -52,9 +54,13 @@ class TeacherScorer(Protocol):
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """The i-th holds (T_i,) log-probs, nats, of the i-th rollout's response tokens; independent of what else is in the call.
 
+        Where `provenance.top_k` is more than 0, it has a support: the first `provenance.candidates` ids of the rollout's candidates, the model's own
+        most likely tokens outside of these, and the last `provenance.drawn` ids of the candidates, in their order.
+
         Raises:
             ContextOverflowError: a rollout is longer than the model's context; it names the rollout, and nothing is computed.
-            InvalidRecordError: an id is outside the model's vocabulary, or the model gave something that is no log-prob.
+            InvalidRecordError: an id is outside the model's vocabulary, a rollout lacks candidates, or the model gave something that is not a
+                log-prob.
             EngineError: the engine failed for a reason of its own.
 
         The first two speak of one rollout: the verb then asks in halves, and goes on without the rollouts that are refused alone.  Raise another

@@ -79,12 +79,16 @@ class Drift:
         rollouts, tokens: that it was measured on.
         ratio_mean, ratio_std: of \(r_t\) over tokens.  Over fresh draws of the reference policy the mean is 1 for every student; what
             it lacks on stored rollouts is probability that left the tokens the teacher has judged, for tokens nobody has.
-        ess: effective sample size of the rollouts under w, as a share: \((\sum w)^2 / (B \sum w^2)\).  At least 1 / B.
-        chi2: \(\chi^2(\pi_\theta \| \pi_{ref})\) estimated as 1 / ess - 1, so at most B - 1: few rollouts cannot show a large one.
+        ess: effective sample size of the rollouts under w, as a share: \((\sum w)^2 / (B \sum w^2)\).  At least 1 / B, so with long rollouts it
+            says no more than that one of them has all the weight.
+        chi2: \(\chi^2(\pi_\theta \| \pi_{ref})\) of whole rollouts, the larger of two estimates.  1 / ess - 1 is at most B - 1, and far too small
+            for long rollouts.  The mean over rollouts of \((1 + c)^T - 1\), with T the tokens of a rollout and c the mean of \((r_t - 1)^2\) over
+            all tokens, takes all tokens to move alike and independently; it is too small where a few states, or rollouts longer than these,
+            have most of the drift.  It grows exponentially with T and may be infinite.
         kl: \(KL(\pi_{ref} \| \pi_\theta)\), nats per token: the mean of \(r_t - 1 - \log r_t\).
         gap_bound: \(\sigma_A \sqrt{\chi^2}\), nats: times the largest norm of \(\nabla \log \pi_\theta(a_t|s_t)\) it bounds the distance
-            of the gradient of this loss from the online one.  \(\sigma_A^2\) is the mean over rollouts of the squared weighted
-            sum of \(|A_t|\), A unclipped, weights as in the loss.
+            of the gradient of this loss from the online one, as far as chi2 is right.  \(\sigma_A^2\) is the mean over rollouts of the
+            squared weighted sum of \(|A_t|\), A unclipped, weights as in the loss.  Where chi2 is above 1 or so, it says nothing.
         advantages: of the student as it is now.
         gain: by fifths of the tokens, the least likely under the reference policy first: nats by which the student is nearer to the teacher
             than the reference policy was, the mean of \(|\ell_T - \ell_{ref}| - |\ell_T - \ell_\theta|\).
@@ -193,9 +197,11 @@ def measure_drift(tokens: TokenLogprobs) -> Drift:
     ess = effective_share(np.bincount(segments_M, log_ratio_M).astype(np.float64))
     rollouts = int(segments_M.max()) + 1
     size_B = np.bincount(segments_M, weight_M * np.abs(teacher_M - student_M)) * rollouts / weight_M.sum()
-    chi2 = max(1 / ess - 1, 0.0)
+    size = math.sqrt(float(np.mean(size_B**2)))
     with np.errstate(over="ignore"):  # a student that has gone wild has an infinite ratio, and that is what to report
         ratio_M = np.exp(log_ratio_M)
+        by_tokens = float(np.expm1(np.bincount(segments_M) * np.log1p(np.mean((ratio_M - 1) ** 2))).mean())
+    chi2 = max(1 / ess - 1, by_tokens)
     return Drift(
         rollouts=rollouts,
         tokens=student_M.size,
@@ -204,7 +210,7 @@ def measure_drift(tokens: TokenLogprobs) -> Drift:
         ess=ess,
         chi2=chi2,
         kl=float(np.mean(ratio_M - 1 - log_ratio_M)),
-        gap_bound=float(np.sqrt(np.mean(size_B**2) * chi2)),
+        gap_bound=size * math.sqrt(chi2) if size else 0.0,
         advantages=AdvantageSummary.of(teacher_M - student_M),
         gain=_gain_by_likelihood(student_M, teacher_M, ref_M),
     )

@@ -1,31 +1,55 @@
-"""Estimates with their intervals.  Pure functions of arrays."""
+r"""Estimates with their 95 % intervals.  Pure functions of arrays; a draw is one prompt, with all of its rollouts.
 
+An interval of a mean over draws is that of Student's t.  Sums of KL are skewed, and with few draws t then misses the truth too often on one
+side; that side is moved out to where a studentised bootstrap has it (Efron, "Nonparametric standard errors and confidence intervals", 1981;
+Hall, "Theoretical comparison of bootstrap confidence intervals", 1988).  A mean of scores has a Wilson interval, which has a width also where
+all scores agree.  How often they hold the truth: `benchmarks/results/intervals.json`.
+"""
+
+import math
 from collections.abc import Sequence
+from functools import cache, lru_cache
+from statistics import NormalDist
 
 import numpy as np
-from attrs import frozen
+from attrs import Factory, field, frozen
 from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError
 from lopd.records.arrays import Float32Array
 
-_Z95 = 1.959964
+Float64Array = NDArray[np.float64]
+
+_RESAMPLES = 1999
+#: Fewer draws are too few to resample; with more than these, t holds the truth about as often.
+_RESAMPLED = range(5, 401)
+#: A resample may repeat one draw and have next to no spread, so the bootstrap widens a side at most this much.
+_WIDEST = 2.0
 
 
 @frozen
 class Estimate:
-    """A mean and the half-width of its 95 % interval.
+    """A mean and its 95 % interval.
 
     Args:
-        mean, ci95: in the unit of what was measured.
-        clusters: independent draws behind it (rollouts or prompts).
+        mean: in the unit of what was measured.
+        ci95: distance from the mean to the farther end of the interval, so mean ± ci95 contains it; infinite for one draw.
+        clusters: independent draws behind it (prompts; rollouts where their prompts are unknown).
         values: all values behind it (tokens, for a mean per token).
+        low, high: ends of the interval.
     """
 
     mean: float
     ci95: float
     clusters: int
     values: int
+    low: float = field(default=Factory(lambda self: self.mean - self.ci95, takes_self=True))
+    high: float = field(default=Factory(lambda self: self.mean + self.ci95, takes_self=True))
+
+    @classmethod
+    def between(cls, low: float, mean: float, high: float, *, clusters: int, values: int) -> "Estimate":
+        """An estimate whose interval has these ends."""
+        return cls(mean, max(mean - low, high - mean), clusters, values, low, high)
 
 
 @frozen(eq=False)
@@ -37,8 +61,8 @@ class RolloutSums:
         counts: (B,) float64, tokens of each rollout.
     """
 
-    sums: NDArray[np.float64]
-    counts: NDArray[np.float64]
+    sums: Float64Array
+    counts: Float64Array
 
     def __attrs_post_init__(self) -> None:
         if not 0 < len(self.sums) == len(self.counts):
@@ -46,14 +70,27 @@ class RolloutSums:
                 f"Estimate: it has {len(self.sums)} sums and {len(self.counts)} counts, expected one of each for at least 1 draw; "
                 "evaluate on some prompts."
             )
+        if not self.counts.sum() > 0:
+            raise InvalidRecordError(
+                f"Estimate: its {len(self.counts)} draws have 0 tokens, expected at least 1; evaluate on responses with tokens."
+            )
 
     def per_token(self) -> Estimate:
         """The mean over all tokens.  Tokens of one rollout depend on each other, so a rollout counts as one draw (delta method)."""
-        return _estimate(self.sums.sum() / self.counts.sum(), self._influence(), int(self.counts.sum()))
+        return _estimate([(1, self)])
 
     def pooled(self, samples: int) -> "RolloutSums":
         """Every `samples` consecutive rollouts as one: samples of one prompt are not independent draws of prompts."""
         return RolloutSums(self.sums.reshape(-1, samples).sum(1), self.counts.reshape(-1, samples).sum(1))
+
+    def by_prompt(self, prompt_ids: Sequence[str] | NDArray[np.str_]) -> "RolloutSums":
+        """Return the sums of prompts: rollouts of one prompt are one draw, wherever they stand.
+
+        Args:
+            prompt_ids: (B,), the prompt of each rollout (`prompt_id_of`).
+        """
+        _, place_B = np.unique(np.asarray(prompt_ids), return_inverse=True)
+        return RolloutSums(*(np.bincount(place_B, values_B).astype(np.float64) for values_B in (self.sums, self.counts)))
 
     def minus(self, other: "RolloutSums") -> Estimate:
         """The difference of two means over the same prompts: what they share cancels, so its interval is narrower than either's."""
@@ -61,13 +98,17 @@ class RolloutSums:
             raise InvalidRecordError(
                 f"Estimate: it has {len(self.sums)} draws, expected the other's {len(other.sums)}; compare over the same prompts."
             )
-        difference = self.per_token().mean - other.per_token().mean
-        return _estimate(difference, self._influence() - other._influence(), int(self.counts.sum()))
+        return _estimate([(1, self), (-1, other)])
 
-    def _influence(self) -> NDArray[np.float64]:
-        total = float(self.counts.sum())
-        influence: NDArray[np.float64] = (self.sums - float(self.sums.sum()) / total * self.counts) / total
-        return influence
+    def p_value(self, other: "RolloutSums") -> float:
+        """The chance, by a one-sided t test over the same draws, that this mean is so far above the other's if it is not truly above it.
+
+        0.5 for one draw, and where all draws differ alike.
+        """
+        value, features_PBF = _features([(1, self), (-1, other)])
+        draws = len(self.sums)
+        error = _error(features_PBF) if draws > 1 else 0.0
+        return t_cdf(-value / error, draws - 1) if error else 0.5
 
 
 def sampled_reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> RolloutSums:
@@ -87,13 +128,106 @@ def sampled_reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprob
     return RolloutSums(sums, np.array([s.size for s in student_logprobs], np.float64))
 
 
-def mean(values: Sequence[float] | NDArray[np.float64]) -> Estimate:
+def mean(values: Sequence[float] | Float64Array) -> Estimate:
     """The mean of independent values."""
     array = np.asarray(values, np.float64)
     return RolloutSums(array, np.ones_like(array)).per_token()
 
 
-def _estimate(value: float, influence_B: NDArray[np.float64], values: int) -> Estimate:
-    n = len(influence_B)
-    error = float(np.sqrt(n / (n - 1) * np.square(influence_B).sum())) if n > 1 else float("inf")
-    return Estimate(float(value), _Z95 * error, n, values)
+def mean_score(scores_BN: Float64Array) -> Estimate:
+    r"""The mean of scores from 0 to 1, N samples for each of B prompts, with Wilson's interval.
+
+    Its number of trials is \(B\,(m(1 - m) + u) / (s^2 + u)\), with m the mean and \(s^2\) the variance of the prompts' means: between B, where
+    the samples of a prompt agree, and about B N, where they are independent.  \(u = 1 / 4B\) stands for one more prompt whose samples agree, so
+    a few prompts that happen to be alike are not taken for many.  Scores of little spread that are not 0 or 1 get a wider interval than they need.
+
+    Source: Wilson (1927), "Probable inference, the law of succession, and statistical inference"; trials by the design effect as in Dean and
+    Pagano (2015), "Evaluating confidence interval methods for binomial proportions in clustered surveys".
+    """
+    prompts = len(scores_BN)
+    if not scores_BN.size:
+        raise InvalidRecordError(f"Estimate: it has scores of {prompts} prompts, expected at least 1 of each; evaluate on some prompts.")
+    score, extra, z = float(scores_BN.mean()), 1 / (4 * prompts), NormalDist().inv_cdf(0.975)
+    variance = score * (1 - score)
+    trials = prompts * (variance + extra) / (float(scores_BN.mean(axis=1).var()) + extra)
+    centre, half = score + z**2 / (2 * trials), z * math.sqrt(variance / trials + (z / (2 * trials)) ** 2)
+    low, high = ((centre + side) / (1 + z**2 / trials) for side in (-half, half))
+    return Estimate.between(min(max(low, 0.0), score), score, max(min(high, 1.0), score), clusters=prompts, values=scores_BN.size)
+
+
+def t_cdf(t: float, freedom: int) -> float:
+    """Chance that Student's t with these degrees of freedom is at most t.
+
+    Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.3 and 26.7.4: a finite sum.
+    """
+    odd, angle, j = freedom % 2, math.atan(t / math.sqrt(freedom)), np.arange(1, freedom // 2)
+    series = 1 + float(np.cumprod((2 * j - 1 + odd) / (2 * j + odd) * math.cos(angle) ** 2).sum())
+    if not odd:
+        return 0.5 + math.sin(angle) * series / 2
+    return 0.5 + (angle + (math.sin(angle) * math.cos(angle) * series if freedom > 1 else 0.0)) / math.pi
+
+
+@cache
+def t_quantile(chance: float, freedom: int) -> float:
+    """The t that Student's t with these degrees of freedom is below with this chance."""
+    low, high = -math.pi / 2, math.pi / 2
+    for _ in range(60):  # halves the interval of the angle atan(t / sqrt(freedom))
+        angle = (low + high) / 2
+        low, high = (angle, high) if t_cdf(math.sqrt(freedom) * math.tan(angle), freedom) < chance else (low, angle)
+    return math.sqrt(freedom) * math.tan((low + high) / 2)
+
+
+def _estimate(parts: Sequence[tuple[int, RolloutSums]]) -> Estimate:
+    """A sum of signed means over the same draws."""
+    draws, values = len(parts[0][1].sums), int(parts[0][1].counts.sum())
+    value, features_PBF = _features(parts)
+    if draws == 1:
+        return Estimate(value, math.inf, draws, values)
+    error, t = _error(features_PBF), t_quantile(0.975, draws - 1)
+    lowest, highest = _bootstrap_t(features_PBF) if draws in _RESAMPLED else (-t, t)
+    below, above = (min(max(reach, t), _WIDEST * t) * error for reach in (highest, -lowest))  # t is (mean - truth) / error
+    return Estimate.between(value - below, value, value + above, clusters=draws, values=values)
+
+
+def _features(parts: Sequence[tuple[int, RolloutSums]]) -> tuple[float, Float64Array]:
+    """The value; and, for each part and draw, what the draw adds to the part's error, times the tokens of the part, and its tokens."""
+    means = [float(part.sums.sum() / part.counts.sum()) for _, part in parts]
+    features = [[sign * (part.sums - mean * part.counts), part.counts] for (sign, part), mean in zip(parts, means, strict=True)]
+    return sum(sign * mean for (sign, _), mean in zip(parts, means, strict=True)), np.array(features).swapaxes(1, 2)
+
+
+def _error(features_PBF: Float64Array) -> float:
+    """The standard error by the jackknife: a draw of many tokens pulls the mean towards itself.  Infinite if one draw has all tokens."""
+    errors_PB, counts_PB = np.moveaxis(features_PBF, -1, 0)
+    with np.errstate(invalid="ignore"):
+        influence_B = (errors_PB / (counts_PB.sum(-1, keepdims=True) - counts_PB)).sum(0)
+    draws = influence_B.size
+    error = math.sqrt((draws - 1) / draws * float(np.square(influence_B).sum()))
+    return math.inf if math.isnan(error) else error
+
+
+def _resampled(features_PBF: Float64Array, times_RB: Float64Array) -> tuple[Float64Array, Float64Array]:
+    """Deviations of a sum of means from its value, and their standard errors, where each draw is there so many times."""
+    draws = times_RB.shape[-1]
+    errors_PR, counts_PR = np.moveaxis(times_RB @ features_PBF, -1, 0)
+    coefficients_PRF = np.stack([np.ones_like(errors_PR), -errors_PR / counts_PR], -1) / counts_PR[..., None]
+    flat_BF = np.concatenate(list(features_PBF), -1)
+    flat_RF = np.concatenate(list(coefficients_PRF), -1)
+    products_RFF = np.tensordot(times_RB, flat_BF[:, :, None] * flat_BF[:, None], 1)
+    squares_R = np.einsum("rf,rfg,rg->r", flat_RF, products_RFF, flat_RF)
+    return (errors_PR / counts_PR).sum(0), np.sqrt(draws / (draws - 1) * squares_R.clip(0))
+
+
+def _bootstrap_t(features_PBF: Float64Array) -> tuple[float, float]:
+    """The 2.5 % and 97.5 % quantiles of t over resamples; the same draws in the same order give the same ones."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may be one draw repeated, or have no tokens
+        deviations_R, errors_R = _resampled(features_PBF, _times(features_PBF.shape[1]))
+        t_R = np.sort(np.nan_to_num(deviations_R / errors_R, posinf=math.inf, neginf=-math.inf))
+    tail = (_RESAMPLES + 1) // 40
+    return float(t_R[tail - 1]), float(t_R[-tail])
+
+
+@lru_cache(maxsize=4)
+def _times(draws: int) -> Float64Array:
+    """How often each draw is in each resample."""
+    return np.random.default_rng(0).multinomial(draws, np.full(draws, 1 / draws), _RESAMPLES).astype(np.float64)

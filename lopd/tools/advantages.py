@@ -10,7 +10,7 @@ from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import in_batches
 from lopd.records.drift import AdvantageSummary
-from lopd.records.rollouts import VIRTUAL_COLUMNS
+from lopd.records.rollouts import VIRTUAL_COLUMNS, prompt_id_of
 
 
 @frozen(eq=False)
@@ -20,6 +20,7 @@ class SampledAdvantages:
     Args:
         rows: (B,) rows of the store.
         rounds: (B,) rounds of sampling.
+        prompt_ids: (B,) ids of their prompts.
         segments: (M,) place of the rollout among the B.
         place: (M,) position in the response, from 0 to 1.
         gap: (M,) advantage, nats.
@@ -27,6 +28,7 @@ class SampledAdvantages:
 
     rows: NDArray[np.int64]
     rounds: NDArray[np.int64]
+    prompt_ids: NDArray[np.str_]
     segments: NDArray[np.int64]
     place: NDArray[np.float64]
     gap: NDArray[np.float64]
@@ -59,13 +61,16 @@ def scored_rows(store: LogprobReader, columns: Iterable[str]) -> NDArray[np.int6
 
 def sample_advantages(store: LogprobReader, teacher: str, student: str, rows: Sequence[int] | NDArray[np.int64]) -> SampledAdvantages:
     """Return the advantages of these rows, which have scores in both columns."""
-    every, rounds = np.asarray(rows, np.int64), list[int]()
+    every, rounds, prompt_ids = np.asarray(rows, np.int64), list[int](), list[str]()
     places, gaps = [np.empty(0)], [np.empty(0)]
     for part in in_batches(every):
         for record in store.read(part, columns=(teacher, student)):
             on_T = record.rollout.loss_mask
             rounds.append(record.rollout.generation)
+            prompt_ids.append(prompt_id_of(record.rollout.rollout_id))
             places.append(((np.arange(on_T.size) + 0.5) / on_T.size)[on_T])
             gaps.append((record.scores[teacher].astype(np.float64) - record.scores[student])[on_T])
     segments = np.repeat(np.arange(len(every)), [gap.size for gap in gaps[1:]])
-    return SampledAdvantages(every, np.array(rounds, np.int64), segments, np.concatenate(places), np.concatenate(gaps))
+    return SampledAdvantages(
+        every, np.array(rounds, np.int64), np.array(prompt_ids, np.str_), segments, np.concatenate(places), np.concatenate(gaps)
+    )

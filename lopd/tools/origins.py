@@ -15,6 +15,7 @@ def origins(store: LogprobReader) -> list[tuple[str, str]]:
         ("tokenizer", f"{tokenizer.vocab_size:,} ids, vocabulary {tokenizer.vocab_hash}, ends with {tokenizer.eos_id}"),
         ("chat template", tokenizer.template_hash or "none"),
         ("sampling", f"temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, at most {sampling.max_new_tokens:,} tokens"),
+        ("kept beside each token", f"{sampling.candidates} most likely tokens, {sampling.drawn} drawn ones"),
         ("samples per prompt, seed", f"{sampling.samples_per_prompt:,}, {sampling.seed}"),
         ("schema version", str(manifest.schema_version)),
     ]

@@ -1,7 +1,7 @@
 """Which rows and which score columns a run trains on: one teacher, several that share the rollouts among them, or none."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -13,7 +13,7 @@ from lopd.protocols import LogprobReader
 from lopd.protocols.reading import chosen, rows_of
 from lopd.records.checks import a_kind
 from lopd.records.manifest import Provenance
-from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN, Prompt, ScoredRollout
+from lopd.records.rollouts import BEHAVIOR_COLUMN, Prompt, ScoredRollout
 from lopd.records.rows import Rows
 
 Teacher = str | Mapping[str, Sequence[Prompt]] | None
@@ -82,28 +82,6 @@ def choose(
     kept = [store.columns.get(name or "") for name in (*names, ref)]
     drawn = top_k and all(provenance is not None and provenance.drawn for provenance in kept)
     return Columns(names, ref, top_k, place, drawn), np.sort(np.concatenate(usable))
-
-
-def check_reference(store: LogprobReader, column: str, generations: Iterable[int]) -> None:
-    """Stop unless this column is of the very policies that sampled these rounds, at temperature 1.
-
-    Raises:
-        InvalidRecordError: it is not.
-    """
-    if column == SAMPLER_COLUMN:
-        raise InvalidRecordError(
-            f"{store!r}: the reference column is {column!r}, expected log-probs at temperature 1; pass {BEHAVIOR_COLUMN!r}, and the sampler's "
-            "come along."
-        )
-    provenance = store.columns.get(column)
-    if provenance is None:  # the virtual column: of each rollout's own policy
-        return
-    for policy in (store.generations[generation] for generation in generations):
-        if not provenance.model.same_weights(policy):
-            raise InvalidRecordError(
-                f"{store!r}: column {column!r} was scored by {provenance.model}, expected the policy that sampled, {policy}; "
-                "an importance ratio to another model is none."
-            )
 
 
 def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) -> dict[str | None, NDArray[np.int64]]:

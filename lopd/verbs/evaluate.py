@@ -21,7 +21,8 @@ class Evaluation:
     """What `evaluate` found.
 
     Args:
-        avg_at_n: mean score over n samples of each prompt; its interval is over prompts.
+        avg_at_n: mean score over n samples of each prompt; its interval is over prompts, and Wilson's, so it has a width also where all
+            scores agree.
         pass_at_k: k -> chance that one of k samples is right (scores of 1 count as right).
         n: samples per prompt.
     """
@@ -48,7 +49,7 @@ def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifie
     scores_BN = np.array([_judged(verifier, prompts[i // n], r) for i, r in enumerate(rollouts)]).reshape(len(prompts), n)
     right_B = (scores_BN == 1).sum(axis=1)
     pass_at_k = {k: float(np.mean([1 - comb(n - int(c), k) / comb(n, k) for c in right_B])) for k in range(1, n + 1)}
-    return Evaluation(estimates.mean(scores_BN.mean(axis=1)), pass_at_k, n)
+    return Evaluation(estimates.mean_score(scores_BN), pass_at_k, n)
 
 
 def _judged(verifier: Verifier, prompt: Prompt, rollout: Rollout) -> float:

@@ -13,7 +13,7 @@ from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, RepeatedRolloutsWarning
-from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency, lineage_after
+from lopd.guards.consistency import ConsistencyPolicy, check_reference, check_teacher_consistency, lineage_after
 from lopd.guards.watch import judge_advantages, judge_sampling, stored_advantages
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
@@ -24,7 +24,7 @@ from lopd.records.ranks import Ranks
 from lopd.records.rollouts import Prompt
 from lopd.records.rows import Rows
 from lopd.records.steps import Batch, Step
-from lopd.verbs.columns import Columns, check_reference, choose
+from lopd.verbs.columns import Columns, choose
 
 _ROLLOUTS_PER_STEP = 256
 

@@ -47,7 +47,7 @@ class Row:
     ids: list[int] = field(factory=list)
     logprobs: list[float] = field(factory=list)
     drawn: list[float] = field(factory=list)
-    kept: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = field(factory=list)
+    kept: list[tuple[NDArray[np.int32], NDArray[np.float32]]] = field(factory=list)
 
 
 # not in inference mode: some models keep what they compute in buffers, which training could then not use
@@ -93,7 +93,7 @@ def _keep(rows: Sequence[Row], logprobs_BV: Tensor, sampling: SamplingParams) ->
     if sampling.drawn:
         uniforms_BD = torch.from_numpy(np.stack([row.draws.random(sampling.drawn) for row in rows])).to(logprobs_BV.device)
         ids_BK = torch.cat([ids_BK, _invert(logprobs_BV.exp(), uniforms_BD)], dim=-1)
-    parts = zip(rows, ids_BK.cpu().numpy(), logprobs_BV.gather(-1, ids_BK).cpu().numpy(), strict=True)
+    parts = zip(rows, ids_BK.int().cpu().numpy(), logprobs_BV.gather(-1, ids_BK).cpu().numpy(), strict=True)
     for row, ids_K, logprobs_K in parts:
         row.kept.append((ids_K, logprobs_K))
 

@@ -3,6 +3,7 @@
 Exit code 0 if all is well, 1 for problems or differences, 2 if a store cannot be opened or read, or the call makes no sense.
 """
 
+import math
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -85,10 +86,15 @@ def _info(options: Namespace) -> int:
     store = opened(options.url, options)
     info = inspect_store(store, sample=options.sample)
     if options.json:
-        print_json({**asdict(info), "bytes_per_token": info.bytes_per_token})
+        print_json({**asdict(info, value_serializer=_finite), "bytes_per_token": info.bytes_per_token})
     else:
         show(*show_info(store, info), *_verdicts(*((store, column) for column in store.columns)))
     return FINE
+
+
+def _finite(_owner: object, _field: object, value: object) -> object:
+    """The interval of a single draw is not a number of JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _verify(options: Namespace) -> int:

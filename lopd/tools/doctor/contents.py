@@ -9,6 +9,7 @@ from attrs import frozen
 
 from lopd.errors import TeacherConsistencyError
 from lopd.guards.consistency import check_teacher_consistency
+from lopd.guards.start import StartReport
 from lopd.protocols import DurableStore, LogprobReader
 from lopd.protocols.reading import evenly, in_batches
 from lopd.records.checks import check_at_least
@@ -18,6 +19,7 @@ from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 from lopd.tools.advantages import sample_advantages, scored_rows
+from lopd.tools.starts import find_start
 
 
 @frozen
@@ -49,7 +51,7 @@ class AdvantageInfo:
     Args:
         teacher, student: columns.
         rollouts: number in the sample.
-        ci95: half-width of the 95 % interval of the mean, rollouts being the draws; None for a single rollout.
+        ci95: distance from the mean to the farther end of its 95 % interval, prompts being the draws; None for a single prompt.
         mean_abs: mean of the absolute value.
         summary: mean, quantiles and shares of the tokens.
     """
@@ -77,6 +79,7 @@ class StoreInfo:
         sampled: rollouts that were read for what follows, evenly spaced.
         finish_reasons: of the sampled rollouts.   masked: share of their response tokens that do not count.
         advantages: of each teacher against each student column, each over at most as many rollouts as `sampled`.
+        starts: teacher -> what is known of a run with it before the first step, or why nothing is; over at most as many rollouts.
         history: all commits, oldest first.
     """
 
@@ -94,6 +97,7 @@ class StoreInfo:
     finish_reasons: Mapping[str, int]
     masked: float
     advantages: tuple[AdvantageInfo, ...]
+    starts: Mapping[str, StartReport | str]
     history: tuple[Commit, ...]
 
     @property
@@ -139,6 +143,7 @@ def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
         finish_reasons=finish_reasons,
         masked=masked,
         advantages=tuple(pair for pair in found if pair is not None),
+        starts={column.name: find_start(store, teacher=column.name, count=sample) for column in columns if not column.of_policy},
         history=history,
     )
 
@@ -185,7 +190,7 @@ def describe_advantages(reader: LogprobReader, teacher: str, student: str, *, sa
         return None
     counted, counts = np.unique(sampled.segments, return_counts=True)
     sums = np.bincount(sampled.segments, sampled.gap)[counted].astype(np.float64)
-    ci95 = RolloutSums(sums, counts.astype(np.float64)).per_token().ci95
+    ci95 = RolloutSums(sums, counts.astype(np.float64)).by_prompt(sampled.prompt_ids[counted]).per_token().ci95
     return AdvantageInfo(
         teacher,
         student,

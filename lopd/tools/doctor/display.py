@@ -10,6 +10,7 @@ from lopd.tools.command_line import Table
 from lopd.tools.doctor.comparing import Difference
 from lopd.tools.doctor.contents import AdvantageInfo, StoreInfo
 from lopd.tools.origins import origins, score_columns
+from lopd.tools.starts import start_rows
 
 _COMMITS_SHOWN = 8
 _REASONS_SHOWN = 8
@@ -22,6 +23,9 @@ def show_info(store: LogprobReader, info: StoreInfo) -> Iterator[Table | str]:
     yield "Columns", (what, *names), [(name, *cells) for name, cells in rows]
     if info.advantages:
         yield _advantages(info.advantages)
+    for teacher, start in info.starts.items():
+        what = f"Before the first step, {teacher}"
+        yield f"{what}: not known: {start}" if isinstance(start, str) else (f"{what} - {start.ref}", ("what", "value"), start_rows(start))
     shown = info.history[-_COMMITS_SHOWN:]
     yield (
         f"History: the last {len(shown)} of {len(info.history)} commits",
@@ -65,7 +69,7 @@ def _advantages(pairs: Sequence[AdvantageInfo]) -> Table:
             pair.rollouts,
             pair.summary.tokens,
             pair.summary.mean,
-            "one rollout has none" if pair.ci95 is None else pair.ci95,
+            "one prompt has none" if pair.ci95 is None else pair.ci95,
             pair.mean_abs,
             *pair.summary.quantiles,
             f"{pair.summary.tail:.3%}",

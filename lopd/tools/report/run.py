@@ -11,6 +11,7 @@ import numpy as np
 from attrs import frozen
 
 from lopd.guards.consistency import verdict
+from lopd.guards.start import StartReport
 from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
 from lopd.protocols.reading import evenly
@@ -25,6 +26,7 @@ from lopd.tools.report.charts import Chart, over_steps
 from lopd.tools.report.history import Phase, read_steps
 from lopd.tools.report.page import write_page
 from lopd.tools.report.tokens import Decode, TokenReport, advantage_parts, show_rollout
+from lopd.tools.starts import find_start, start_rows
 
 
 @frozen
@@ -81,14 +83,17 @@ def write_run_report(
         check_columns(store, report.columns)
     sampled = sample_advantages(store, report.teacher, report.student, evenly(scored_rows(store, report.columns), report.sample))
     advantages = advantage_parts(report, sampled)
+    ref = None if report.student == BEHAVIOR_COLUMN else report.student
+    start = find_start(store, teacher=report.teacher, ref=ref, rows=sampled.rows)
     whole = Phase("training", sum(m.seconds for m in steps), sum(m.tokens for m in steps))
     parts = {
         "title": title,
-        "facts": [*_store_facts(store, report), *_training_facts(steps), *_advantage_facts(advantages["summary"])],
+        "facts": [*_store_facts(store, report), *_training_facts(steps), *_advantage_facts(advantages["summary"]), *_start_facts(start)],
         "curves": step_charts(steps),
         "costs": _costs(phases or ([whole] if steps else [])),
         "sampled": len(sampled.rows),
         "missing": _missing(store, report),
+        "start": start if isinstance(start, str) else start_rows(start),
         "rollouts": _rollouts(store, report, sampled, decode),
         "named": decode is not None,
         "origins": _origins(store, lineage, versions or {}),
@@ -166,6 +171,13 @@ def _advantage_facts(summary: AdvantageSummary | None) -> list[Fact]:
     )
     share = f"{summary.tail:.2%} below {TAIL:g} nats"
     return [Fact("advantages", share, f"{advice}; mean {summary.mean:+.3f} nats", "bad" if heavy else "good")]
+
+
+def _start_facts(start: StartReport | str) -> list[Fact]:
+    if isinstance(start, str):
+        return []
+    state = {"offline": "good", "more SFT first": "bad"}.get(start.verdict, "")
+    return [Fact("before the first step", start.verdict, start.reason, state)]
 
 
 def _costs(phases: Sequence[Phase]) -> list[dict[str, Any]]:

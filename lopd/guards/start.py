@@ -1,0 +1,264 @@
+r"""What a store says of a run before its first step: how far the student is from its teacher, and whether stored rollouts are likely to do.
+
+Everything is read from two columns, the teacher's and that of the policy that sampled; no model runs.  \(A\) is the teacher's minus the policy's
+log-prob of a sampled token.  What two supports have in common is measured by `lopd.records.overlap`.
+
+Shape suffixes: T response tokens of one rollout, M those that count.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from attrs import frozen
+from numpy.typing import NDArray
+
+from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError
+from lopd.guards.consistency import check_reference
+from lopd.guards.first_step import MAX_DISTANCE
+from lopd.guards.watch import MAX_TAIL
+from lopd.protocols import LogprobReader
+from lopd.protocols.doors import check_noun
+from lopd.protocols.reading import chosen, evenly, walk
+from lopd.records.checks import a_kind, check_at_least, check_number
+from lopd.records.drift import TAIL, AdvantageSummary
+from lopd.records.estimates import Estimate, RolloutSums
+from lopd.records.overlap import compare_supports
+from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout, policy_column, prompt_id_of
+
+#: Of how many of the most likely tokens the overlap is measured.
+OVERLAPS = (8, 16, 64)
+#: Levels of the quantiles of |A|.
+SIZE_LEVELS = (0.5, 0.9, 0.99, 0.999)
+#: Nats: the clip of the paper (arXiv 2604.13010v2, table 6).
+CLIP = 10.0
+#: Share of advantages below -5 nats beyond which more SFT is advised.  Chosen after the fact on `benchmarks/results/claims.json`: of 40 starts with
+#: a consistent teacher 16 were beyond it, and none of these gained more than 0.02 in accuracy by Lightning, with or without a ratio, or by online
+#: OPD (stored top-8, run in one setting, gained up to 0.05).
+MAX_WEAK_TAIL = 0.04
+#: Overlap@64 from which a live teacher is advised.  Semi-OPD (arXiv 2610.11291, known from secondary sources) finds that live wins where it is
+#: high, on 3 of 17 pairs of models; how high was not found, so this number is a guess that nothing has tested.
+MIN_LIVE_OVERLAP = 0.9
+#: Where an exact -inf is stored (`lopd.floor_logprobs`).
+_FLOOR = -100.0
+
+Verdict = Literal["offline", "refresh", "live", "more SFT first"]
+
+
+@frozen
+class StartReport:
+    """What `measure_start` found.  Means are over the tokens that count, with 95 % intervals in which a prompt is one draw.
+
+    Args:
+        teacher, ref: columns.
+        rollouts, available: how many were read, evenly spaced, of those that have scores in both columns.
+        tokens: that count in them.
+        reverse_kl: KL from the policy to the teacher, nats per token, from the sampled tokens alone: the mean of -A.
+        bucket_kl: the same on the buckets that both supports know, a lower bound; None without two supports.
+        overlap: k -> overlap@k, for each k of `OVERLAPS` for which both columns keep so many of their own model's most likely tokens.
+        outside: the policy's mass outside the teacher's support, at least and at most; None without two supports.
+        sampled_outside: the same from the sampled tokens, as the share of them outside the teacher's support; None without one, or where tokens were
+            not drawn at temperature 1 and top-p 1.
+        advantages: A, unclipped.
+        sizes: quantiles of |A| at `SIZE_LEVELS`, nats.
+        beyond_tail, beyond_clip: share of tokens with |A| beyond 5 nats, and beyond the paper's clip of 10.
+        heaviest: share of the sum of |A| that the 1 % of tokens with the largest |A| have.
+        floored: tokens with a log-prob of -100 or less in either column, where an exact -inf is stored.
+        missing: field -> what it needs, of those that could not be measured, or not in full.
+        verdict: of `advise`.
+        reason: the rule that gave it, with its numbers.
+    """
+
+    teacher: str
+    ref: str
+    rollouts: int
+    available: int
+    tokens: int
+    reverse_kl: Estimate
+    bucket_kl: Estimate | None
+    overlap: Mapping[int, Estimate]
+    outside: tuple[Estimate, Estimate] | None
+    sampled_outside: Estimate | None
+    advantages: AdvantageSummary
+    sizes: tuple[float, ...]
+    beyond_tail: float
+    beyond_clip: float
+    heaviest: float
+    floored: int
+    missing: Mapping[str, str]
+    verdict: Verdict
+    reason: str
+
+
+def measure_start(
+    store: LogprobReader, *, teacher: str = "teacher", ref: str | None = None, rows: NDArray[np.int64] | None = None, count: int = 1000
+) -> StartReport:
+    """Measure how a run on this store would start.
+
+    Memory: 8 bytes for each token of the sample, and the supports of 64 rollouts.
+
+    Args:
+        store: with both columns.
+        teacher: column of the teacher.
+        ref: column of the policy that sampled; None for one that keeps a support, else "behavior", else another column of the policy.
+        rows: among which to choose; None for all.
+        count: at most so many rollouts are read.
+
+    Raises:
+        ArgumentError: the store or a name is something else.
+        MissingScoresError: a column is not there, or no rollout has scores in both.
+        InvalidRecordError: `ref` is not the policy that sampled, no token counts, or there are no rows.
+        NoSuchRowError: a row is not in the store.
+    """
+    check_noun(store, LogprobReader)
+    count = check_at_least("Start", "count", count, 1)
+    for column in (teacher, ref):
+        if not isinstance(column, str | None):
+            raise ArgumentError(f"Column: it is {a_kind(column)}, expected a str; pass its name.")
+    every = chosen(store, rows)
+    if teacher not in store.columns:
+        raise MissingScoresError(
+            f"{store!r}: column {teacher!r} is absent, expected one of {[*store.columns]}; run `score_rollouts`, or name another."
+        )
+    ref = _reference(store) if ref is None else ref
+    usable = every[(store.scored(teacher) & store.scored(ref))[every]]
+    if not usable.size:
+        raise MissingScoresError(
+            f"{store!r}: 0 of {every.size} rollouts have scores in both {teacher!r} and {ref!r}, expected at least 1; run `score_rollouts`."
+        )
+    return _report(store, evenly(usable, count), teacher, ref, len(usable))
+
+
+def advise(reverse_kl: float, tail: float, overlap: float | None) -> tuple[Verdict, str]:
+    """Say what is likely to do, from three numbers of a `StartReport`, and why.
+
+    In this order: a student that starts too weak needs more SFT first (offline loses there, says arXiv 2610.11291); where teacher and student rank
+    the same 64 tokens highest, a live teacher wins (likewise); where many sampled tokens are nearly impossible to the teacher, stored rollouts go
+    stale and are refreshed (`benchmarks/results/drift.json`); else stored rollouts do.
+
+    How often this rule is right is not known: no run has been made to judge it.
+
+    Args:
+        reverse_kl: nats per token, of the policy to the teacher.
+        tail: share of advantages below -5 nats.
+        overlap: overlap@64; None where it was not measured.
+
+    Raises:
+        InvalidRecordError: a number is not finite, or a share is not from 0 to 1.
+    """
+    check_number("Start", "reverse_kl", reverse_kl, math.isfinite(reverse_kl), "a finite number")
+    for name, share in (("tail", tail), ("overlap", overlap)):
+        check_number("Start", name, share, share is None or 0 <= share <= 1, "a share from 0 to 1")
+    if reverse_kl > MAX_DISTANCE:
+        return "more SFT first", f"the student is {reverse_kl:.3g} nats a token from its teacher, more than {MAX_DISTANCE:g}"
+    if tail > MAX_WEAK_TAIL:
+        return "more SFT first", f"{tail:.1%} of the advantages are below {TAIL:g} nats, more than {MAX_WEAK_TAIL:.0%}"
+    if overlap is not None and overlap >= MIN_LIVE_OVERLAP:
+        return "live", f"overlap@64 is {overlap:.3f}, at least {MIN_LIVE_OVERLAP:g}"
+    unknown = "" if overlap is not None else "; overlap@64 is not known, and where it is high a live teacher may win"
+    if tail > MAX_TAIL:
+        return "refresh", f"{tail:.1%} of the advantages are below {TAIL:g} nats, more than {MAX_TAIL:.0%}{unknown}"
+    return "offline", f"at most {MAX_TAIL:.0%} of the advantages ({tail:.1%}) are below {TAIL:g} nats{unknown}"
+
+
+def _reference(store: LogprobReader) -> str:
+    """The column of the policy that tells most."""
+    policies, columns = store.generations.values(), store.columns
+    own = [name for name, made in columns.items() if all(made.model.same_weights(policy) for policy in policies)]
+    wide = [name for name in (policy_column(store.manifest.generation), *own) if name in columns and columns[name].top_k]
+    return [*wide, *[BEHAVIOR_COLUMN] * bool(store.scored(BEHAVIOR_COLUMN).any()), *own, BEHAVIOR_COLUMN][0]
+
+
+def _read(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: str) -> tuple[Mapping[str, Estimate], NDArray[np.float64], int]:
+    """Means per token by what was measured, the advantages of all tokens that count, and how many of these are floored."""
+    widths = [_own_width(store, name) for name in (teacher, ref)]
+    supports = [name for name, width in zip((teacher, ref), widths, strict=True) if width is not None]
+    rounds, prompts, gaps, floored = set[int](), list[str](), list[NDArray[np.float64]](), 0
+    sums: dict[str, list[float]] = {}
+    for record in walk(store, rows, (teacher, ref), supports):
+        rounds.add(record.rollout.generation)
+        if not (on_T := record.rollout.loss_mask).any():
+            continue
+        prompts.append(prompt_id_of(record.rollout.rollout_id))
+        scores = [record.scores[name].astype(np.float64)[on_T] for name in (teacher, ref)]
+        gaps.append(scores[0] - scores[1])
+        floored += int((np.minimum(*scores) <= _FLOOR).sum())
+        values = {"reverse_kl": -gaps[-1], **_of_supports(record, teacher, ref, min(width or 0 for width in widths))}
+        for name, values_M in values.items():
+            sums.setdefault(name, []).append(float(values_M.sum()))
+    check_reference(store, ref, rounds)
+    if not gaps:
+        raise InvalidRecordError(
+            f"{store!r}: 0 tokens count in the {len(rows)} rollouts that were read, expected at least 1; look at their loss masks."
+        )
+    counts = np.array([gap.size for gap in gaps], np.float64)
+    pooled = {name: RolloutSums(np.array(values), counts).by_prompt(prompts) for name, values in sums.items()}
+    return {name: by_prompt.per_token() for name, by_prompt in pooled.items()}, np.concatenate(gaps), floored
+
+
+def _own_width(store: LogprobReader, column: str) -> int | None:
+    """How many of its own model's most likely tokens a column is sure to keep; None where it keeps drawn tokens at most."""
+    made = store.columns.get(column)
+    return made.top_k - made.drawn - made.candidates if made is not None and made.top_k > made.drawn else None
+
+
+def _of_supports(record: ScoredRollout, teacher: str, ref: str, own: int) -> Mapping[str, NDArray[Any]]:
+    """Values (M,) by what is measured, of whichever supports the rollout has."""
+    if teacher not in record.top_k:
+        return {}
+    theirs, on_T = record.top_k[teacher], record.rollout.loss_mask
+    absent_T = (theirs.ids[:, : theirs.distinct] != record.rollout.response_ids[:, None]).all(-1)
+    both = compare_supports(theirs, record.top_k[ref], [k for k in OVERLAPS if k <= own]) if ref in record.top_k else {}
+    return {name: values_T[on_T] for name, values_T in {"sampled_outside": absent_T, **both}.items()}
+
+
+def _report(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: str, available: int) -> StartReport:
+    means, gaps, floored = _read(store, rows, teacher, ref)
+    overlap = {k: means[f"overlap{k}"] for k in OVERLAPS if f"overlap{k}" in means}
+    summary, sizes = AdvantageSummary.of(gaps), np.sort(np.abs(gaps))
+    heaviest = sizes[-max(round(sizes.size / 100), 1) :].sum() / sizes.sum() if sizes.any() else 0.0
+    verdict, reason = advise(means["reverse_kl"].mean, summary.tail, overlap[64].mean if 64 in overlap else None)
+    return StartReport(
+        teacher,
+        ref,
+        len(rows),
+        available,
+        sizes.size,
+        reverse_kl=means["reverse_kl"],
+        bucket_kl=means.get("bucket_kl"),
+        overlap=overlap,
+        outside=(means["least"], means["most"]) if "most" in means else None,
+        sampled_outside=means.get("sampled_outside") if store.manifest.sampling.neutral else None,
+        advantages=summary,
+        sizes=tuple(np.quantile(sizes, SIZE_LEVELS).tolist()),
+        beyond_tail=float(np.mean(sizes > -TAIL)),
+        beyond_clip=float(np.mean(sizes > CLIP)),
+        heaviest=float(heaviest),
+        floored=floored,
+        missing=_missing(store, teacher, ref),
+        verdict=verdict,
+        reason=reason,
+    )
+
+
+def _missing(store: LogprobReader, teacher: str, ref: str) -> Mapping[str, str]:
+    """Field of the report -> why it is None, incomplete or of something else."""
+    widths = {name: _own_width(store, name) for name in (teacher, ref)}
+    without = " and ".join(repr(name) for name, width in widths.items() if width is None)
+    said: dict[str, str] = {}
+    if without:
+        said |= dict.fromkeys(
+            ("overlap", "outside", "bucket_kl"), f"needs top_k in both columns; it is 0, drawn tokens aside, in {without}"
+        )
+    elif min(width or 0 for width in widths.values()) < OVERLAPS[-1]:
+        kept = " and ".join(f"{width} in {name!r}" for name, width in widths.items())
+        said["overlap"] = f"needs k of the model's own most likely tokens in both columns; there are {kept}"
+    if widths[teacher] is None:
+        said["sampled_outside"] = f"needs top_k in the teacher's column; it is 0, drawn tokens aside, in {teacher!r}"
+    sampling = store.manifest.sampling
+    if not sampling.neutral:
+        drawn = f"tokens were drawn at temperature {sampling.temperature:g} and top_p {sampling.top_p:g}"
+        said["reverse_kl"] = f"{drawn}, so the mean is not that of the policy itself"
+        said["sampled_outside"] = f"needs tokens of the policy itself, and {drawn}"
+    return said
