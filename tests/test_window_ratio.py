@@ -1,6 +1,7 @@
 """The ratio of the tokens before, beside any objective."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ def stored_gradient(problem: Problem, loss: OPDLoss, k: int) -> torch.Tensor:
 
 
 def _cut(batch: Batch, k: int) -> Batch:
+    assert batch.top_k_ids is not None
+    assert batch.top_k_logprobs is not None
     ids, logprobs = batch.top_k_ids[:, :k], batch.top_k_logprobs[:, :k]
     return evolve(batch, top_k_ids=ids, top_k_logprobs=logprobs, top_k_tail=(1 - logprobs.exp().sum(-1)).clamp(min=0))
 
@@ -76,6 +79,6 @@ def test_it_says_of_itself_what_the_other_objective_does() -> None:
 
 
 @pytest.mark.parametrize(("options", "named"), [({"window": 0}, "window"), ({"cap": 0.0}, "cap"), ({"cap": float("nan")}, "cap")])
-def test_bounds_that_make_no_sense_are_refused(options: dict[str, float], named: str) -> None:
+def test_bounds_that_make_no_sense_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidRecordError, match=f"WindowRatio: {named} is"):
         WindowRatio(BUCKET, **options)
