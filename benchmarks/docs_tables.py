@@ -56,6 +56,7 @@ VERDICTS = ("right", "refused", "wrong", "raw", "not built")
 ESTIMATORS = {
     "Lightning, no ratio": "`FusedOPDLoss(clip=None)`",
     "ratio": "`FusedOPDLoss(clip=None, ratio_to_ref=True)`",
+    "ratio x that of the last 8 tokens": "`FusedOPDLoss(clip=None, ratio_to_ref=True, transforms=(window_ratio,))`",
     "teacher's top K": "`TopKObjective(reverse_kl)`",
     "candidates": "`TopKObjective(reverse_kl)`",
     "teacher's top K + residual": "`TopKObjective(reverse_kl, residual=True)`",
@@ -147,7 +148,7 @@ def estimators() -> list[str]:
                 family,
                 code,
                 cell(at, "bytes", ".0f"),
-                cell(at, "bias"),
+                bias,
                 *errors,
                 cell(long, "rmse"),
                 *smallest,

@@ -12,8 +12,9 @@ from torch import Tensor
 from lopd import TopKObjective
 from lopd.losses.divergences import generalised_kl, reverse_kl
 from lopd.losses.objective import Objective, OPDObjective
+from lopd.losses.variants import window_ratio
 
-#: Bytes of a stored log-prob (float16), of an id of a vocabulary of at most 65,536, and of a tail.
+#: Bytes of a stored log-prob (float16), of an id of a vocabulary of at most 65,536, and of a tail; `make bench-supports` measures them.
 NUMBER, ID, TAIL = 2, 2, 4
 
 
@@ -94,6 +95,7 @@ class Estimator:
 PLAIN = Estimator("Lightning, no ratio", OPDObjective(clip=None))
 RATIO = Estimator("ratio", OPDObjective(clip=None, ratio_to_ref=True), unbiased=True)
 ONLINE = Estimator("online, sampled anew", OPDObjective(clip=None), fresh=True)
+WINDOW = Estimator("ratio x that of the last 8 tokens", OPDObjective(clip=None, ratio_to_ref=True, transforms=(window_ratio,)))
 BUCKET, RESIDUAL = TopKObjective(reverse_kl), TopKObjective(reverse_kl, residual=True)
 GENERALISED = TopKObjective(generalised_kl, residual=True)
 
