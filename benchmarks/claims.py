@@ -114,9 +114,9 @@ def one(setting: Setting, seed: int, folder: Path, arm: Arm, **options: Any) -> 
     return [{"kind": "run", **run_arm(setting, seed, folder, arm, **options)}]
 
 
-def against_trl(seed: int, folder: Path) -> Rows:
+def against_trl(seed: int, folder: Path, **options: Any) -> Rows:
     """The same in TRL."""
-    return [{"kind": "run", **run_trl(CLAIM, seed, folder, CURVE)}]
+    return [{"kind": "run", **run_trl(CLAIM, seed, folder, CURVE, **options)}]
 
 
 def gap(setting: Setting, seed: int, folder: Path, arm: Arm, at: Sequence[int]) -> Rows:
@@ -131,6 +131,19 @@ def work(job: Job) -> Rows:
     return job()
 
 
+def run_all(first: Sequence[Job], then: Sequence[Job], workers: int) -> Rows:
+    """The rows of these jobs, when the first ones are done, by so many processes."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    rows: Rows = []
+    with ProcessPoolExecutor(workers) as pool:
+        list(pool.map(work, first))
+        for found in pool.map(work, then):
+            rows += found
+            for row in found:
+                print(*(row.get(name) for name in ("setting", "seed", "arm", "step", "start", "accuracy", "gap", "bound")), flush=True)
+    return rows
+
+
 def main() -> None:
     """Build, run, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,15 +155,9 @@ def main() -> None:
     if options.report:
         publish(ROOT / "benchmarks" / "results" / "claims.json", CLAIM.name, FALL.name)
         return
-    os.environ |= {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     plan = QUICK if options.quick else FULL
     rows: Rows = [{"kind": "setting", **asdict(setting)} for setting in plan.settings]
-    with ProcessPoolExecutor(options.workers) as pool:
-        list(pool.map(work, builds(plan, options.folder)))
-        for found in pool.map(work, runs(plan, options.folder)):
-            rows += found
-            for row in found:
-                print(*(row.get(name) for name in ("setting", "seed", "arm", "step", "start", "accuracy", "gap", "bound")), flush=True)
+    rows += run_all(builds(plan, options.folder), runs(plan, options.folder), options.workers)
     home = QUICK_HOME if options.quick else ROOT / "benchmarks"
     written = result_file("claims", describe_machine(), rows, find_goals(rows, CLAIM.name, FALL.name), home / "results")
     if options.quick:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from attrs import frozen
+from claims_estimators_report import write_part
 from claims_plots import draw_ablations, draw_claims, draw_failure
-from claims_summary import Interval, Row, Runs, accuracy, change, ratio_path, ratios, spent
+from claims_summary import Interval, Row, Runs, accuracy, change, goal_lines, ratio_path, ratios, show_measured, spent
 from record import ROOT, fill
 from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K
 from testbed.trl_peer import ARM as TRL
@@ -51,8 +52,8 @@ class Report:
         return "holds" if self.goal(start)["met"] else "does not hold"
 
 
-def write_report(result: Path, report: Path, plots: Path, claim: str, fall: str) -> None:
-    """Write the report, and its plots into a folder."""
+def write_report(result: Path, report: Path, plots: Path, claim: str, fall: str, *, more: Sequence[str] = ()) -> None:
+    """Write the report, with lines of another one, and its plots into a folder."""
     found = Report(json.loads(result.read_text()), claim, fall)
     plots.mkdir(parents=True, exist_ok=True)
     pictures = {"claims": draw_claims, "claims_failure": draw_failure, "claims_ablations": draw_ablations}
@@ -60,13 +61,15 @@ def write_report(result: Path, report: Path, plots: Path, claim: str, fall: str)
         draw(plots / f"{name}.png", found.result["rows"], claim, fall)
     links = {name: os.path.relpath(plots / f"{name}.png", report.parent) for name in pictures}
     sections = [_head(found), _testbed(found), _accuracy(found, links), _cost(found), _mismatch(found), _ratio(found)]
-    sections += [_gap(found), _failure(found, links), _ablations(found, links), _recommendation(found), _LIMITS]
+    sections += [_gap(found), _failure(found, links), _ablations(found, links), _recommendation(found), *filter(None, [more]), _LIMITS]
     report.write_text("\n".join(line for section in sections for line in (*section, "")).rstrip() + "\n")
 
 
 def publish(result: Path, claim: str, fall: str) -> None:
     """The report in the repository, and the README's table."""
-    write_report(result, ROOT / "benchmarks" / "RESULTS.md", ROOT / "docs", claim, fall)
+    report, others = ROOT / "benchmarks" / "RESULTS.md", result.with_name("claims_estimators.json")
+    more = write_part(others, ROOT / "docs", report.parent, claim, fall) if others.exists() else []
+    write_report(result, report, ROOT / "docs", claim, fall, more=more)
     fill(ROOT / "README.md", "claims", readme_table(Report(json.loads(result.read_text()), claim, fall)))
 
 
@@ -86,23 +89,14 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def _measured(goal: dict[str, Any]) -> str:
-    if goal["measured"] is None:
-        return "never"
-    form = "+.3f" if abs(goal["measured"]) < 1 and "0" in goal["goal"].split() else ".2f"
-    half = "" if not goal["ci95"] else f" ± {goal['ci95']:{form.lstrip('+')}}"
-    return f"{goal['measured']:{form}}{half}"
-
-
 def _told(goal: dict[str, Any]) -> str:
-    return f"the difference of {_measured(goal)} {'cannot be told from none' if goal['met'] else 'is more than chance'}"
+    return f"the difference of {show_measured(goal)} {'cannot be told from none' if goal['met'] else 'is more than chance'}"
 
 
 def _head(found: Report) -> list[str]:
     result, seeds = found.result, {row["seed"] for row in found.runs.rows}
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    rows = [(goal["name"], goal["goal"], _measured(goal), "yes" if goal["met"] else "**no**") for goal in result["goals"]]
     return [
         "# What holds, on small models",
         "",
@@ -110,7 +104,7 @@ def _head(found: Report) -> list[str]:
         f"{len(seeds)} seeds (each its own problems, teachers and students); ± is half of a 95 % interval over them (Student's t), differences are",
         "taken seed by seed.  Paper: Lightning OPD, arXiv 2604.13010v2.",
         "",
-        *_table(("claim or goal", "goal", "measured", "met"), rows),
+        *_table(("claim or goal", "goal", "measured", "met"), goal_lines(result["goals"])),
     ]
 
 
@@ -195,7 +189,7 @@ def _cost(found: Report) -> list[str]:
         "",
         "TRL's trainer samples and scores at every step, as online OPD does; its loss is the reverse KL over the whole vocabulary.  It costs",
         f"{peer[0]} times as much as Lightning at equal steps, and {peer[1]} times at equal accuracy; beside the same divergence on the stored",
-        f"top {TOP_K.top_k} tokens it costs {peer[2]} and {peer[3]} times as much.",
+        f"top {TOP_K.support.top_k} tokens it costs {peer[2]} and {peer[3]} times as much.",
     ]
 
 
@@ -239,7 +233,7 @@ def _ratio(found: Report) -> list[str]:
         *_table(("setting", "", "mean at step 5", "20", "50", "100", "its spread at 100"), rows),
         "",
         f"A plateau after step 20 **{found.holds('Lightning: the mean ratio moves')}** (the paper: 0.94 from step 20 on, spread below 0.1); in the",
-        f"first setting the mean is never further than {_measured(found.goal('Lightning: the mean ratio of any'))} from 1.",
+        f"first setting the mean is never further than {show_measured(found.goal('Lightning: the mean ratio of any'))} from 1.",
         "",
         *_table(("teacher, SFT steps", "SFT", *(arm.name for arm in MAIN)), lengths),
     ]

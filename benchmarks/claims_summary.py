@@ -91,10 +91,18 @@ def spent(row: Row) -> float:
 
 def seconds_to(row: Row, target: float) -> float:
     """CPU seconds at which the curve first reaches this accuracy, by straight lines between its points; infinite if it never does."""
-    points = row["curve"]
-    for (_, before, begun), (_, after, ended) in pairwise(points):
-        if before < target <= after:
-            return float(begun + (ended - begun) * (target - before) / (after - before))
+    return _reached(row, target, 2)
+
+
+def steps_to(row: Row, target: float) -> float:
+    """Steps, likewise."""
+    return _reached(row, target, 0)
+
+
+def _reached(row: Row, target: float, by: int) -> float:
+    for first, then in pairwise(row["curve"]):
+        if first[1] < target <= then[1]:
+            return float(first[by] + (then[by] - first[by]) * (target - first[1]) / (then[1] - first[1]))
     return math.inf
 
 
@@ -119,14 +127,32 @@ def ratio_path(row: Row) -> dict[int, tuple[float, float]]:
     return {int(step): (mean, std) for step, mean, std, *_ in row["step_ratiomean_ratiostd_kl_gain_ess"]}
 
 
+def as_goal(name: str, goal: str, measured: Interval, met: bool) -> dict[str, Any]:
+    """As result files have it; JSON has no infinity: what never reaches the accuracy has no cost."""
+    mean, half = (number if math.isfinite(number) else None for number in (measured.mean, measured.half))
+    return {"name": name, "goal": goal, "measured": mean, "ci95": half, "seeds": measured.seeds, "met": bool(met)}
+
+
+def show_measured(goal: dict[str, Any]) -> str:
+    """As tables show it."""
+    if goal["measured"] is None:
+        return "never"
+    form = "+.3f" if abs(goal["measured"]) < 1 and "0" in goal["goal"].split() else ".2f"
+    half = "" if not goal["ci95"] else f" ± {goal['ci95']:{form.lstrip('+')}}"
+    return f"{goal['measured']:{form}}{half}"
+
+
+def goal_lines(goals: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Name, goal, what was measured, whether it was met."""
+    return [(goal["name"], goal["goal"], show_measured(goal), "yes" if goal["met"] else "**no**") for goal in goals]
+
+
 def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any]]:
     """Every goal; those of what was not run are left out."""
     runs, goals = Runs.of(rows), []
 
     def add(name: str, goal: str, measured: Interval, met: bool) -> None:
-        # JSON has no infinity: what never reaches the accuracy has no cost
-        mean, half = (number if math.isfinite(number) else None for number in (measured.mean, measured.half))
-        goals.append({"name": name, "goal": goal, "measured": mean, "ci95": half, "seeds": measured.seeds, "met": bool(met)})
+        goals.append(as_goal(name, goal, measured, met))
 
     cells = {arm.name: runs.where(claim, arm.name) for arm in (PLAIN, RATIO, ONLINE)}
     gain = runs.mean(cells[ONLINE.name], change)

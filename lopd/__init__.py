@@ -31,6 +31,7 @@ from lopd.losses.reference import ReferenceOPDLoss as ReferenceOPDLoss
 from lopd.losses.reference import SFTLoss as SFTLoss
 from lopd.losses.reference import WeightedLoss as WeightedLoss
 from lopd.losses.top_k import TopKObjective as TopKObjective
+from lopd.losses.window import WindowRatio as WindowRatio
 from lopd.protocols.reading import rows_of as rows_of
 from lopd.records.collate import by_rollout as by_rollout
 from lopd.records.collate import by_token as by_token

@@ -42,9 +42,9 @@ def servers_of(*stubs, **settings):
     return Servers([s.url for s in stubs], **{"model": "table", "patience_s": 20, "timeout_s": 20, **settings})
 
 
-def scorer_of(*stubs, top_k=0, tokens_per_request=1, **settings):
+def scorer_of(*stubs, top_k=0, tokens_per_request=1, candidates=0, drawn=0, **settings):
     """Each rollout is a request of its own, unless a test says otherwise."""
-    return ServerScorer(servers_of(*stubs, **settings), TOKENIZER, MODEL, top_k, tokens_per_request)
+    return ServerScorer(servers_of(*stubs, **settings), TOKENIZER, MODEL, top_k, tokens_per_request, candidates, drawn)
 
 
 def source_of(*stubs, generation=0, eos_ids=STOP, servers=None, **sampling):

@@ -135,3 +135,8 @@ class TestServerScorer(Served, ScorerConformance):
 
 class TestServerScorerWithTopK(TestServerScorer):
     top_k = 4
+
+
+class TestServerScorerWithCandidates(TestServerScorer):
+    def make(self) -> TeacherScorer:
+        return ServerScorer(self.servers, TABLE, MODEL, top_k=3, candidates=4, drawn=2)

@@ -152,6 +152,15 @@ def test_a_single_token_with_all_of_the_kl_widens_an_interval_to_no_more_than_tw
     assert (found.low, found.high) == pytest.approx((0.1 - width, 0.1 + 2 * width))
 
 
+def test_draws_without_tokens_prove_nothing() -> None:
+    found = RolloutSums(np.array([3.0, 0.0, 0.0, 0.0, 0.0]), np.array([4.0, 0.0, 0.0, 0.0, 0.0])).per_token()
+    assert (found.mean, found.ci95) == (0.75, np.inf)
+    some = RolloutSums(np.array([3.0, 1.0, 2.0, 0.0, 0.0, 0.0]), np.array([4.0, 2.0, 3.0, 0.0, 0.0, 0.0])).per_token()
+    assert some.low < some.mean < some.high < np.inf
+    with pytest.raises(InvalidRecordError, match="2 draws have 0 tokens"):
+        RolloutSums(np.zeros(2), np.zeros(2))
+
+
 def test_rollouts_of_one_prompt_are_one_draw_wherever_they_stand() -> None:
     sums, counts = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 2.0, 1.0, 1.0])
     pooled = RolloutSums(sums, counts).by_prompt(["b", "a", "b", "a"])

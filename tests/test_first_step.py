@@ -24,6 +24,7 @@ from lopd import (
 )
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, TrainingWarning
 from lopd.guards.first_step import MAX_DISTANCE
+from lopd.losses.entropy import EntropyBonus
 from lopd.losses.objective import OPDObjective
 from lopd.losses.reference import SFTLoss
 from lopd.records import LossOutput
@@ -155,7 +156,7 @@ def test_a_loss_that_gives_something_else_is_refused(what, small, scored):
 
 BASELINED = [
     FusedOPDLoss(kl_baseline=True),
-    FusedLoss(OPDObjective(kl_baseline=True)),
+    FusedLoss(EntropyBonus(OPDObjective(kl_baseline=True))),
     WeightedLoss([(1.0, FusedOPDLoss()), (1.0, ReferenceOPDLoss(kl_baseline=True))]),
 ]
 

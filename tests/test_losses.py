@@ -265,7 +265,7 @@ def test_a_reference_log_prob_at_the_floor_leaves_loss_report_and_gradient_finit
     output.loss_sum.backward()
     assert head.weight.grad is not None
     assert all(bool(value.isfinite().all()) for value in (output.loss_sum, output.reverse_kl_sum, head.weight.grad))
-    assert bool(head.weight.grad.any()) == (teacher != math.log(1 / 3))
+    assert bool(head.weight.grad.any()) or teacher == math.log(1 / 3), "the gradient goes on beyond the bound"
 
 
 @pytest.mark.parametrize("cap", [None, 1e-3, 1.0, 4.0, math.inf])

@@ -17,6 +17,8 @@ import torch
 import transformers
 from conftest import build_tokenizer
 from engine_models import drawn_logprobs
+from second_runner import second_runner
+from test_candidates import C, D, with_candidates
 
 from lopd import collect_rollouts, score_rollouts
 from lopd.backends.zarr.store import ZarrStore
@@ -76,7 +78,7 @@ def folder(tmp_path_factory):
 class Server:
     """The server of a folder, in a process group of its own."""
 
-    def __init__(self, folder, port, *arguments):
+    def __init__(self, folder, port, *arguments, environment):
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "tiny"]
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", str(CONTEXT), "--enforce-eager"]
@@ -87,7 +89,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **environment},
                 start_new_session=True,
             )
 
@@ -117,8 +119,8 @@ def free_port():
 
 
 @contextmanager
-def serving(folder, *arguments, port=None):
-    server = Server(folder, port or free_port(), *arguments)
+def serving(folder, *arguments, port=None, environment=None):
+    server = Server(folder, port or free_port(), *arguments, environment=environment or {})
     try:
         yield server.wait()
     finally:
@@ -127,7 +129,7 @@ def serving(folder, *arguments, port=None):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    with serving(folder) as running:
+    with serving(folder, "--enable-scale-out") as running:
         yield running
 
 
@@ -144,8 +146,16 @@ def source_of(folder, server, **sampling):
     return ServerSource.from_folder(servers_of(server), folder, MODEL, SamplingParams(**{"max_new_tokens": 24, **sampling}))
 
 
-def scorer_of(server, top_k=0, **settings):
-    return ServerScorer(servers_of(server, **settings), build_tokenizer(), MODEL, top_k)
+def scorer_of(server, top_k=0, **widths):
+    return ServerScorer(servers_of(server), build_tokenizer(), MODEL, top_k, **widths)
+
+
+def assert_supports(rollouts, supports, hf):
+    """They are those that transformers gives."""
+    for support, truth in zip(supports, hf.score(rollouts), strict=True):
+        np.testing.assert_array_equal(support.ids, truth.top_k.ids)
+        np.testing.assert_allclose(support.logprobs, truth.top_k.logprobs, atol=TOLERANCE)
+        np.testing.assert_allclose(support.tail, truth.top_k.tail, atol=TOLERANCE)
 
 
 def make_prompts(count=12):
@@ -198,6 +208,22 @@ def test_candidates_are_the_most_likely_tokens_of_transformers_and_the_tail_is_t
 def test_more_candidates_than_the_server_allows_is_an_error_that_says_how_to_start_it(server):
     with pytest.raises(EngineError, match="--max-logprobs"):
         scorer_of(server, top_k=21).score(make_rollouts()[:1])
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"temperature": 0}])
+def test_a_source_keeps_the_most_likely_tokens_of_transformers_at_temperature_1(server, folder, sampling):
+    rollouts = source_of(folder, server, candidates=4, **sampling).sample(make_prompts()[:3])
+    assert_supports(rollouts, [r.candidates for r in rollouts], HFScorer.from_folder(folder, top_k=4))
+
+
+def test_candidates_are_scored_as_by_transformers_with_the_second_model_runner_and_refused_with_the_first(server, folder, tmp_path):
+    given, widths = [with_candidates(rollout) for rollout in make_rollouts()], {"candidates": C, "drawn": D}
+    with pytest.raises(EngineError, match=r"requires the V2 model runner.*expected log-probs of the candidates; serve with vLLM 0.32"):
+        scorer_of(server, **widths).score(given)
+    with serving(folder, "--enable-scale-out", "--skip-tokenizer-init", environment=second_runner(tmp_path)) as second:
+        for top_k in (0, 3):
+            scores = scorer_of(second, top_k, **widths).score(given)
+            assert_supports(given, [s.top_k for s in scores], HFScorer.from_folder(folder, top_k=top_k, **widths))
 
 
 def test_the_server_refuses_what_lopd_refuses_before_it_is_asked(server):

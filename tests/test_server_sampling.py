@@ -245,5 +245,5 @@ def test_a_tokenizer_will_do_in_place_of_its_fingerprint(tokenizer):
     assert scorer.tokenizer_id.vocab_size == 96
     with pytest.raises(InvalidRecordError, match="top_k is -1"):
         ServerScorer(Servers("http://a", "m"), TOKENIZER, MODEL, -1)
-    with pytest.raises(InvalidRecordError, match="size of the vocabulary is 32, expected at least 33"):
+    with pytest.raises(InvalidRecordError, match="top_k is 33, expected 0 to 32"):
         ServerScorer(Servers("http://a", "m"), TOKENIZER, MODEL, 33)

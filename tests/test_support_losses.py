@@ -170,7 +170,6 @@ def test_clip_and_cap_bound_the_advantage_and_the_ratio_of_the_residual(bound: d
 @pytest.mark.parametrize(
     "objective",
     [
-        TopKObjective(generalised_kl),
         TopKObjective(reverse_kl, residual=True),
         TopKObjective(generalised_kl, residual=True, clip=1.0, ratio_cap=2.0),
     ],

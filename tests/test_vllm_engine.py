@@ -1,6 +1,7 @@
 """VLLMSource and VLLMScorer on a real vLLM, against transformers on the same folders: `make test-engines`."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -15,12 +16,15 @@ import vllm_environment  # noqa: F401
 from attrs import asdict
 from conftest import TOKENIZER_ID
 from engine_models import LONGEST, VOCAB, drawn_logprobs, save_model
+from second_runner import second_runner
+from test_candidates import C, D, with_candidates
 
 from lopd import collect_rollouts, score_rollouts
 from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.vllm import VLLMScorer, VLLMSettings, VLLMSource
 from lopd.engines.vllm.engine import import_vllm
+from lopd.errors import EngineError, InvalidRecordError
 from lopd.records import Lineage, ModelId, Prompt, Rollout, SamplingParams
 from lopd.testing import ScorerConformance, SourceConformance, tiny_rollout
 
@@ -53,9 +57,10 @@ def sources(folders):
     engines = {}
 
     def get(kind, generation=0, **sampling):
-        source = VLLMSource.from_folder(folders[kind], SamplingParams(**{"max_new_tokens": 12, **sampling}), EAGER)
-        engine = engines.setdefault(kind, source.engine)
-        return VLLMSource(engine, source.tokenizer, source.sampling, source.lineage, generation=generation)
+        params = SamplingParams(**{"max_new_tokens": 12, **sampling})
+        wide = VLLMSource.from_folder(folders[kind], SamplingParams(candidates=5), EAGER)
+        engine = engines.setdefault(kind, wide.engine)
+        return VLLMSource(engine, wide.tokenizer, params, wide.lineage, generation=generation)
 
     yield get
     for engine in engines.values():
@@ -64,13 +69,12 @@ def sources(folders):
 
 @pytest.fixture(scope="module")
 def scorers(folders):
-    """`scorers(kind)`: a scorer with a top-5 support."""
+    """`scorers(kind)`: a scorer with a top-5 support, or another; all of one kind share an engine."""
     made = {}
 
-    def get(kind):
-        if kind not in made:
-            made[kind] = VLLMScorer.from_folder(folders[kind], EAGER, top_k=5)
-        return made[kind]
+    def get(kind, **widths):
+        wide = made.setdefault(kind, VLLMScorer.from_folder(folders[kind], EAGER, top_k=5, candidates=4, drawn=3))
+        return VLLMScorer(wide.engine, wide.tokenizer, **widths or {"top_k": 5})
 
     yield get
     for scorer in made.values():
@@ -124,6 +128,61 @@ class TestVLLMScorer(ScorerConformance):
 
     def too_long(self):
         return tiny_rollout("too long", [5] * LONGEST)
+
+
+class TestVLLMScorerOfCandidates(TestVLLMScorer):
+    def make(self):
+        return self.scorers("qwen3_padded", top_k=3, candidates=4, drawn=2)
+
+
+# --- candidates -----------------------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0}])
+def test_a_source_keeps_the_most_likely_tokens_of_transformers_at_temperature_1(kind, settings, sources, folders):
+    prompts = [Prompt(f"p{i}", range(4, 5 + 2 * i)) for i in range(3)]
+    rollouts = sources(kind, samples_per_prompt=2, candidates=5, **settings).sample(prompts)
+    for rollout, truth in zip(rollouts, HFScorer.from_folder(folders[kind], top_k=5).score(rollouts), strict=True):
+        np.testing.assert_array_equal(rollout.candidates.ids, truth.top_k.ids)
+        np.testing.assert_allclose(rollout.candidates.logprobs, truth.top_k.logprobs, atol=TOLERANCE)
+        np.testing.assert_allclose(rollout.candidates.tail, truth.top_k.tail, atol=TOLERANCE)
+        np.testing.assert_allclose(rollout.behavior_logprobs, truth.logprobs, atol=TOLERANCE)
+
+
+def test_draws_beside_the_sampled_token_are_refused_with_who_makes_them(sources):
+    with pytest.raises(InvalidRecordError, match=r"VLLMSource: drawn is 2, expected 0.*sample with HFSource"):
+        sources("llama_tied", drawn=2)
+    with pytest.raises(EngineError, match=r"gives 5 log-probs a token, expected 6"):
+        sources("llama_tied", candidates=6)
+
+
+@every_kind
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_candidates_are_scored_as_by_transformers_in_whatever_parts_prompts_are_read(kind, top_k, folders, rollouts):
+    given, widths = [with_candidates(rollout) for rollout in rollouts], {"top_k": top_k, "candidates": C, "drawn": D}
+    small = VLLMSettings(enforce_eager=True, tokens_per_batch=8)
+    with closing(VLLMScorer.from_folder(folders[kind], small, **widths)) as scorer:
+        ours = scorer.score(given)
+        # with the second model runner, vLLM does it itself
+        assert scorer.engine._asks_worker == ("VLLM_USE_V2_MODEL_RUNNER" not in os.environ)
+    theirs = HFScorer.from_folder(folders[kind], **widths)
+    assert_scores_agree(ours, theirs.score(given))
+    for a, b in zip(ours, theirs.score(given), strict=True):
+        np.testing.assert_array_equal(a.top_k.ids, b.top_k.ids)
+        np.testing.assert_allclose(a.top_k.logprobs, b.top_k.logprobs, atol=TOLERANCE)
+        np.testing.assert_allclose(a.top_k.tail, b.top_k.tail, atol=TOLERANCE)
+    assert (scorer.provenance.top_k, scorer.provenance.candidates, scorer.provenance.drawn) == (C + top_k + D, C, D)
+
+
+def test_candidates_are_scored_with_the_second_model_runner_too(tmp_path):
+    name = "test_candidates_are_scored_as_by_transformers_in_whatever_parts_prompts_are_read"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "vllm", "-p", "no:cacheprovider", f"{__file__}::{name}[3-qwen3_padded]"]
+    ran = subprocess.run(
+        command, env={**os.environ, **second_runner(tmp_path)}, capture_output=True, text=True, check=False, cwd=TESTS.parent
+    )
+    assert ran.returncode == 0, ran.stdout[-3000:]
+    assert "1 passed" in ran.stdout
 
 
 # --- scoring --------------------------------------------------------------------------------------------------------------------------

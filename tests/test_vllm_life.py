@@ -11,6 +11,7 @@ from conftest import TOKENIZER_ID
 from engine_models import LONGEST, VOCAB, save_model
 from hypothesis import given
 from hypothesis import strategies as st
+from test_candidates import with_candidates
 
 from lopd import score_rollouts
 from lopd.backends.memory_store import MemoryStore
@@ -39,13 +40,17 @@ class FakeVLLM:
         model = SimpleNamespace(logprobs_mode=seen["logprobs_mode"], get_vocab_size=lambda: self.overrides.get("rows", VOCAB))
         cache = SimpleNamespace(enable_prefix_caching=seen["enable_prefix_caching"])
         core = SimpleNamespace(shutdown=self.shutdown)
-        engine = SimpleNamespace(vllm_config=SimpleNamespace(model_config=model, cache_config=cache), engine_core=core)
+        second = self.overrides.get("second", False)
+        config = SimpleNamespace(model_config=model, cache_config=cache, use_v2_model_runner=second)
+        engine = SimpleNamespace(vllm_config=config, engine_core=core)
         return SimpleNamespace(llm_engine=engine, generate=self.generate, collective_rpc=self.rpc, reset_prefix_cache=lambda: True)
 
     def shutdown(self):
         self.stopped += 1
 
-    def rpc(self, _name, args):
+    def rpc(self, name, args=()):
+        if name == "lopd_read_asked":
+            return [self.overrides.get("asks", True)]
         self.cut.append(args)
         return [self.overrides.get("layers", 1)]
 
@@ -315,7 +320,7 @@ def test_engines_are_refused_where_they_do_not_fit(folder, tokenizer):
         VLLMSource(VLLMEngine(folder, VOCAB, scoring=True), tokenizer)
     with pytest.raises(EngineError, match=r"VLLMScorer: the engine has scoring=False, expected scoring=True"):
         VLLMScorer(VLLMEngine(folder, VOCAB), tokenizer)
-    with pytest.raises(EngineError, match=r"the engine gives 2 candidates, expected 3"):
+    with pytest.raises(EngineError, match=r"the engine gives 2 log-probs a token, expected 3"):
         VLLMScorer(VLLMEngine(folder, VOCAB, scoring=True, top_k=2), tokenizer, top_k=3)
     with pytest.raises(InvalidRecordError, match=rf"VLLMScorer: top_k is 97, expected 0 to {VOCAB}"):
         VLLMScorer.from_folder(folder, top_k=97)
@@ -385,6 +390,37 @@ def test_responses_that_are_none_are_refused_by_name(change, message, fake, fold
     monkeypatch.setattr(fake, "answer", answer)
     with pytest.raises(EngineError, match=rf"Rollout 'p/s0/g0': .*{message}"):
         VLLMSource.from_folder(folder, SamplingParams()).sample([Prompt("p", [5])])
+
+
+@pytest.mark.parametrize(("overrides", "runner"), [({"asks": False}, "first"), ({"second": True}, "second")])
+def test_a_vllm_that_cannot_score_given_ids_is_refused_by_its_version_before_it_computes_anything(
+    overrides, runner, fake, folder, rollouts
+):
+    fake.overrides = overrides
+    scorer = VLLMScorer.from_folder(folder, candidates=3)
+    with pytest.raises(EngineError, match=rf"version 0.0 of vLLM .* its {runner} model runner, expected version 0.32"):
+        scorer.score([with_candidates(rollout) for rollout in rollouts])
+    assert (fake.requests, fake.stopped) == ([], 1)
+    assert len(scorer_of(folder).score(rollouts)) == len(rollouts), "sampled tokens need nothing of it"
+
+
+def test_log_probs_of_other_ids_than_those_asked_for_are_refused_by_name(fake, folder, rollouts):
+    with pytest.raises(EngineError, match=r"^Rollout '.*': vLLM gave log-probs of other ids than it was asked for"):
+        VLLMScorer.from_folder(folder, candidates=3, drawn=1).score([with_candidates(rollout) for rollout in rollouts])
+
+
+def test_an_engine_that_gives_fewer_log_probs_than_a_scorer_asks_for_is_refused(folder, tokenizer):
+    # 2 candidates and its own 4, then the 2 again with 3 drawn ones and the sampled token
+    assert VLLMScorer.from_folder(folder, top_k=4, candidates=2, drawn=3).engine.top_k == 12
+    with pytest.raises(EngineError, match=r"VLLMScorer: the engine gives 11 log-probs a token, expected 12; make it with `top_k=12`"):
+        VLLMScorer(VLLMEngine(folder, VOCAB, scoring=True, top_k=11), tokenizer, top_k=4, candidates=2, drawn=3)
+    for widths, says in (
+        ({"candidates": -1}, "candidates is -1"),
+        ({"drawn": -1}, "drawn"),
+        ({"candidates": VOCAB, "top_k": 1}, "together|top_k"),
+    ):
+        with pytest.raises(InvalidRecordError, match=says):
+            VLLMScorer.from_folder(folder, **widths)
 
 
 # --- reading log-probs ----------------------------------------------------------------------------------------------------------------

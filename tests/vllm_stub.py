@@ -9,6 +9,8 @@ The log-prob of a token names the token, its position and the token before it, s
     stub.fail(1, changed(lambda body: ...))           another answer
 """
 
+import base64
+import io
 import json
 import socket
 import threading
@@ -72,6 +74,7 @@ class Stub:
 
     Args:
         model, root, version, context, max_logprobs, mode: what it serves, and how it was started.
+        scores_ids: whether it scores ids that it is asked for; what it says instead.
         key: that it asks for, or None.
         defaults: what its generation_config.json says.
         port: 0 is any.
@@ -86,12 +89,14 @@ class Stub:
         context: int = 64,
         max_logprobs: int = 20,
         mode: str = "raw_logprobs",
+        scores_ids: tuple[int, str] = (200, ""),
         key: str | None = None,
         defaults: dict[str, Any] | None = None,
         port: int = 0,
     ) -> None:
         self.model, self.root, self.version, self.context = model, root, version, context
         self.max_logprobs, self.mode, self.key, self.defaults = max_logprobs, mode, key, defaults or {}
+        self.scores_ids = scores_ids
         self.requests: list[dict[str, Any]] = []
         self.busy = self.busiest = self.checks = self.broken = 0
         self.healthy = True
@@ -152,6 +157,27 @@ class Stub:
         choices = [{"index": i, **self._choice(request, ids)} for i, ids in enumerate(prompts)]
         usage = {"prompt_tokens": sum(map(len, prompts))}
         return 200, {"object": "text_completion", "model": self.model, "choices": choices, "usage": usage}
+
+    def score_ids(self, request: dict[str, Any]) -> tuple[int, Any]:
+        """What `/inference/v1/generate` answers."""
+        status, said = self.scores_ids
+        if status != 200:
+            return status, _error(status, said)
+        params, ids = request["sampling_params"], request["token_ids"]
+        asked, first, k = np.array(params["prompt_logprob_token_ids"]), params["prompt_logprob_start"], params["prompt_logprobs"]
+        refused = self._refusal({**params, "prompt_logprobs": max(k, asked.shape[1])}, ids)
+        if len(asked) != len(ids) - 1 - first:
+            refused = f"prompt_logprob_token_ids has {len(asked)} rows, but the prompt has {len(ids) - 1 - first} scored rows"
+        if refused:
+            return 400, _error(400, refused)
+        rows, written = table(ids)[1:-1], io.BytesIO()
+        np.save(written, np.take_along_axis(rows[first:], asked, 1).astype(np.float32))
+        return 200, {
+            "prompt_token_ids": ids,
+            "prompt_logprobs": [None, *(_entry(row, t, k) for row, t in zip(rows, ids[1:], strict=True))],
+            "prompt_token_id_logprobs": base64.b64encode(written.getvalue()).decode(),
+            "usage": {"prompt_tokens": len(ids)},
+        }
 
     def _choice(self, request: dict[str, Any], ids: list[int]) -> dict[str, Any]:
         k, wanted = request.get("prompt_logprobs"), min(request.get("max_tokens", 16), self.context - len(ids))
@@ -290,7 +316,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             fault = stub.next_fault(request)
             try:
-                status, body = stub.complete(request)
+                status, body = stub.score_ids(request) if self.path == "/inference/v1/generate" else stub.complete(request)
             except Exception as error:  # a mistake of the stub's is to be seen
                 status, body = 500, _error(500, f"the stub fails: {error!r}")
             data = json.dumps(body).encode()

@@ -16,7 +16,7 @@ from lopd.losses.variants import entropy_advantage, lowest_logprobs, prefix_frac
 from lopd.protocols import OPDLoss
 from lopd.records import AdvantageSummary, StepMetrics
 from testbed.models import Setting, prepare
-from testbed.runs import Clock, Training, offline, online, scored_rollouts
+from testbed.runs import ALONE, Clock, Support, Training, offline, online, scored_rollouts
 
 
 @frozen
@@ -30,7 +30,7 @@ class Arm:
         rate: times the learning rate of the setting.
         prompts: share of the OPD prompts, for offline runs.
         samples: rollouts a prompt, likewise.
-        top_k: the teacher's most likely tokens that are stored, likewise.
+        support: what is kept beside each response token.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Arm:
     rate: float = 1.0
     prompts: float = 1.0
     samples: int = 1
-    top_k: int = 0
+    support: Support = ALONE
 
 
 PLAIN = Arm("Lightning")
@@ -47,7 +47,7 @@ RATIO = Arm("Lightning, ratio to ref", FusedOPDLoss(ratio_to_ref=True))
 ONLINE = Arm("online OPD", every=1)
 MAIN = (PLAIN, RATIO, ONLINE)
 
-_TOP_K = 8
+_TOP_K = Support(top_k=8)
 REFRESH = tuple(Arm(f"refresh every {every} steps", every=every) for every in (50, 20, 5))
 RATES = (
     Arm("Lightning, a third of the rate", rate=1 / 3),
@@ -72,8 +72,8 @@ PREFIXES = tuple(
     )
     for share in (0.5, 0.25)
 )
-TOP_K = Arm(f"stored top-{_TOP_K}, reverse KL", FusedLoss(TopKObjective(reverse_kl)), top_k=_TOP_K)
-SUPPORTS = (Arm(f"stored top-{_TOP_K}, forward KL", FusedLoss(TopKObjective(forward_kl)), top_k=_TOP_K), TOP_K)
+TOP_K = Arm(f"stored top-{_TOP_K.top_k}, reverse KL", FusedLoss(TopKObjective(reverse_kl)), support=_TOP_K)
+SUPPORTS = (Arm(f"stored top-{_TOP_K.top_k}, forward KL", FusedLoss(TopKObjective(forward_kl)), support=_TOP_K), TOP_K)
 PLACEBOS = (
     Arm("no teacher: -0.5 on the least likely fifth", FusedOPDLoss(advantage=-0.5, transforms=(lowest_logprobs,))),
     Arm("no teacher: by entropy on the least likely fifth", FusedOPDLoss(transforms=(entropy_advantage, lowest_logprobs))),
@@ -111,11 +111,11 @@ def run_arm(
     clock = Clock()
     if arm.every is None:
         kept = evolve(bed, opd_prompts=bed.opd_prompts[: round(arm.prompts * len(bed.opd_prompts))])
-        store = scored_rollouts(kept, sft, opd, samples=arm.samples, top_k=arm.top_k, clock=clock)
-        row |= {"stored_rollouts": len(store), **_advantages(store)}
-        steps = offline(bed, store, training, arm.loss, consistency=ConsistencyPolicy.WARN, top_k=arm.top_k > 0)
+        store = scored_rollouts(kept, sft, opd, samples=arm.samples, support=arm.support, clock=clock)
+        row |= {"stored_rollouts": len(store), **clock.run("evaluation", _advantages, store)}
+        steps = offline(bed, store, training, arm.loss, consistency=ConsistencyPolicy.WARN, support=arm.support)
     else:
-        steps = online(bed, training, arm.loss, opd, every=arm.every, clock=clock)
+        steps = online(bed, training, arm.loss, opd, every=arm.every, support=arm.support, clock=clock)
     points, drifts, spoke = [(0, row["start"], clock.total())], [], None
     for metrics, warned in _watched(steps):
         spoke = metrics.step if warned and spoke is None else spoke

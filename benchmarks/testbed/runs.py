@@ -22,11 +22,47 @@ from lopd import (
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.protocols import OPDLoss, RolloutSource, TeacherScorer
-from lopd.records import Estimate, Lineage, Manifest, Prompt, Provenance, Rollout, Scores, StepMetrics
+from lopd.records import Estimate, Lineage, Manifest, Prompt, Provenance, Rollout, SamplingParams, Scores, StepMetrics, policy_column
 from testbed.models import TOKENIZER, TOKENIZER_ID, TOKENS_PER_BATCH, Testbed, source_of
 from testbed.task import verify
 
 _Result = TypeVar("_Result")
+
+
+@frozen
+class Support:
+    """What is kept of a response token beside its own log-probs.
+
+    Args:
+        candidates: tokens that the policy finds most likely.
+        top_k: those that the teacher finds most likely, outside of the candidates.
+        drawn: tokens that are drawn from the policy.
+    """
+
+    candidates: int = 0
+    top_k: int = 0
+    drawn: int = 0
+
+    @property
+    def width(self) -> int:
+        """Of all together."""
+        return self.candidates + self.top_k + self.drawn
+
+    def sampling(self, plain: SamplingParams) -> SamplingParams:
+        """The same sampling, with what the policy keeps."""
+        return evolve(plain, candidates=self.candidates, drawn=self.drawn)
+
+    def scorer(self, teacher: Path) -> HFScorer:
+        """A teacher that scores all of it."""
+        return HFScorer.from_folder(teacher, candidates=self.candidates, top_k=self.top_k, drawn=self.drawn)
+
+    def ref(self, generation: int = 0) -> str:
+        """The reference column: that of the policy where it says more than the rollouts do."""
+        return policy_column(generation) if self.drawn else "behavior"
+
+
+#: Nothing.
+ALONE = Support()
 
 
 @define
@@ -117,14 +153,15 @@ class Training:
         return evaluate(self.source(bed, samples=samples, temperature=temperature), bed.held_out, verify).avg_at_n
 
 
-def scored_rollouts(bed: Testbed, sft: str, opd: str, *, samples: int = 1, top_k: int = 0, clock: Clock | None = None) -> MemoryStore:
+def scored_rollouts(
+    bed: Testbed, sft: str, opd: str, *, samples: int = 1, support: Support = ALONE, clock: Clock | None = None
+) -> MemoryStore:
     """Rollouts of the SFT student for every prompt, scored by the teacher of style `opd`: what offline OPD trains on."""
     clock = clock or Clock()
-    source = TimedSource(source_of(bed.students[sft], bed.sampling(samples)), clock)
+    source = TimedSource(source_of(bed.students[sft], support.sampling(bed.sampling(samples))), clock)
     store = MemoryStore(source.manifest)
     collect_rollouts(source, bed.opd_prompts, store, prompts_per_batch=2048)
-    teacher = evolve(HFScorer.from_folder(bed.teachers[opd]), top_k=top_k)
-    score_rollouts(store, TimedScorer(teacher, clock), rollouts_per_batch=2048)
+    score_rollouts(store, TimedScorer(support.scorer(bed.teachers[opd]), clock), rollouts_per_batch=2048)
     return store
 
 
@@ -136,7 +173,7 @@ def offline(
     *,
     teacher: str = "teacher",
     consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
-    top_k: bool = False,
+    support: Support = ALONE,
 ) -> Iterator[StepMetrics]:
     """Lightning OPD on these rollouts."""
     setting = bed.setting
@@ -146,22 +183,30 @@ def offline(
         tokens_per_batch=TOKENS_PER_BATCH,
         seed=bed.seed,
         teacher=teacher,
-        ref="behavior",
-        top_k=top_k,
+        ref=support.ref(),
+        top_k=support.width > 0,
         consistency=consistency,
     )[: setting.opd_steps]
     return opd_steps(training.student, stream, loss, training.optimizer)
 
 
 def online(
-    bed: Testbed, training: Training, loss: OPDLoss, opd: str, *, every: int = 1, clock: Clock | None = None
+    bed: Testbed,
+    training: Training,
+    loss: OPDLoss,
+    opd: str,
+    *,
+    every: int = 1,
+    support: Support = ALONE,
+    clock: Clock | None = None,
 ) -> Iterator[StepMetrics]:
     """OPD on rollouts that are sampled anew every few steps; 1 is online OPD.  Of whatever teacher: consistency is not its condition."""
     setting, clock = bed.setting, clock or Clock()
-    teacher = TimedScorer(HFScorer.from_folder(bed.teachers[opd]), clock)
+    teacher = TimedScorer(support.scorer(bed.teachers[opd]), clock)
 
     def make_round(generation: int, start: int) -> Iterator[StepMetrics]:
-        source = TimedSource(training.source(bed, generation=generation), clock)
+        source = training.source(bed, generation=generation)
+        source = TimedSource(evolve(source, sampling=support.sampling(source.sampling)), clock)
         store = MemoryStore(source.manifest)
         count = min(every * setting.batch, len(bed.opd_prompts))
         prompts = [bed.opd_prompts[(start * setting.batch + i) % len(bed.opd_prompts)] for i in range(count)]
@@ -172,7 +217,8 @@ def online(
             tokens_per_batch=TOKENS_PER_BATCH,
             seed=bed.seed,
             rows=rows,
-            ref="behavior",
+            ref=support.ref(generation),
+            top_k=support.width > 0,
             consistency=ConsistencyPolicy.WARN,
         )[start:]
         return opd_steps(training.student, stream, loss, training.optimizer)

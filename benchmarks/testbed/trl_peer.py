@@ -60,8 +60,8 @@ def make_trainer(models: tuple[Any, Any], tokenizer: Any, prompts: Sequence[str]
     )
 
 
-def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int]) -> dict[str, Any]:
-    """A row like those of `testbed.arms.run_arm`."""
+def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int], *, rate: float = 1.0, name: str = ARM) -> dict[str, Any]:
+    """A row like those of `testbed.arms.run_arm`, under a name, at so many times the learning rate of the setting."""
     warnings.simplefilter("ignore")
     bed = prepare(setting, seed, folder, ("A",))
     training, teacher = Training.of(bed.students["A"], setting.opd_lr), load_model(bed.teachers["A"], torch.float32)[0]
@@ -77,7 +77,7 @@ def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int]) -> 
             scratch,
             per_device_train_batch_size=setting.batch,
             max_steps=setting.opd_steps,
-            learning_rate=setting.opd_lr,
+            learning_rate=setting.opd_lr * rate,
             weight_decay=0.1,
             max_completion_length=setting.max_new_tokens,
             seed=seed,
@@ -88,7 +88,7 @@ def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int]) -> 
         with counted(trainer, clock):
             trainer.train()
             spent = clock.split()
-    row = {"setting": setting.name, "seed": seed, "arm": ARM, "sft_teacher": "A", "opd_teacher": "A", "start": started}
+    row = {"setting": setting.name, "seed": seed, "arm": name, "sft_teacher": "A", "opd_teacher": "A", "start": started}
     return {**row, "accuracy": training.accuracy(bed).mean, "cpu_s": spent, "curve": [(0, started, 0.0), *measure.points]}
 
 

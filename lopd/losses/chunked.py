@@ -222,10 +222,9 @@ class _SelectedLogprobs(torch.autograd.Function):
         hidden_MD, weight_VD, bias_V = ctx.saved_tensors
         head = LMHead(weight_VD, bias_V, ctx.job.head.softcap, ctx.job.head.scale)
         chunked = ChunkedHead(hidden_MD, head, ctx.job.chunking, ctx.needs_input_grad[:3])
-        if upstream_MK is None:
-            upstream_MK = chunked.zeros(*ctx.job.ids.shape)
+        gradient_MK = chunked.zeros(*ctx.job.ids.shape) if upstream_MK is None else upstream_MK
         for rows, _statistics in chunked.chunks(ctx.job.ids, entropy=upstream_M is not None):
-            chunked.add(upstream_MK[rows], None if upstream_M is None else upstream_M[rows])
+            chunked.add(gradient_MK[rows], None if upstream_M is None else upstream_M[rows])
         return (*chunked.sums, None)  # autograd rounds each once to the dtype of what it is the gradient of
 
 

@@ -35,12 +35,9 @@ class _Buckets(NamedTuple):
 
 def _buckets(logprobs_MK: Tensor, tail_M: Tensor | None = None) -> _Buckets:
     """The K and the tail: the one that is given, or what the student's K leave."""
-    if tail_M is None:
-        tail_M = _rest(logprobs_MK)
-        log_tail_M = _log_tail(tail_M)
-    else:
-        log_tail_M = tail_M.clamp(min=LEAST_TAIL).log()
-    return _Buckets(torch.cat([logprobs_MK.exp(), tail_M[:, None]], -1), torch.cat([logprobs_MK, log_tail_M[:, None]], -1))
+    rest_M = _rest(logprobs_MK) if tail_M is None else tail_M
+    log_rest_M = _log_tail(rest_M) if tail_M is None else tail_M.clamp(min=LEAST_TAIL).log()
+    return _Buckets(torch.cat([logprobs_MK.exp(), rest_M[:, None]], -1), torch.cat([logprobs_MK, log_rest_M[:, None]], -1))
 
 
 def _log_tail(tail_M: Tensor) -> Tensor:

@@ -70,6 +70,10 @@ class RolloutSums:
                 f"Estimate: it has {len(self.sums)} sums and {len(self.counts)} counts, expected one of each for at least 1 draw; "
                 "evaluate on some prompts."
             )
+        if not self.counts.sum() > 0:
+            raise InvalidRecordError(
+                f"Estimate: its {len(self.counts)} draws have 0 tokens, expected at least 1; evaluate on responses with tokens."
+            )
 
     def per_token(self) -> Estimate:
         """The mean over all tokens.  Tokens of one rollout depend on each other, so a rollout counts as one draw (delta method)."""
@@ -79,8 +83,8 @@ class RolloutSums:
         """Every `samples` consecutive rollouts as one: samples of one prompt are not independent draws of prompts."""
         return RolloutSums(self.sums.reshape(-1, samples).sum(1), self.counts.reshape(-1, samples).sum(1))
 
-    def by_prompt(self, prompt_ids: Sequence[str]) -> "RolloutSums":
-        """Rollouts of one prompt as one draw, wherever they stand.
+    def by_prompt(self, prompt_ids: Sequence[str] | NDArray[np.str_]) -> "RolloutSums":
+        """Return the sums of prompts: rollouts of one prompt are one draw, wherever they stand.
 
         Args:
             prompt_ids: (B,), the prompt of each rollout (`prompt_id_of`).
@@ -181,9 +185,8 @@ def _estimate(parts: Sequence[tuple[int, RolloutSums]]) -> Estimate:
         return Estimate(value, math.inf, draws, values)
     error, t = _error(features_PBF), t_quantile(0.975, draws - 1)
     lowest, highest = _bootstrap_t(features_PBF) if draws in _RESAMPLED else (-t, t)
-    low, high = (float(np.clip(end, *sorted((side * t, side * _WIDEST * t)))) for end, side in ((lowest, -1), (highest, 1)))
-    # t is (mean - truth) / error: its high quantile gives the low end
-    return Estimate.between(value - high * error, value, value - low * error, clusters=draws, values=values)
+    below, above = (min(max(reach, t), _WIDEST * t) * error for reach in (highest, -lowest))  # t is (mean - truth) / error
+    return Estimate.between(value - below, value, value + above, clusters=draws, values=values)
 
 
 def _features(parts: Sequence[tuple[int, RolloutSums]]) -> tuple[float, Float64Array]:
@@ -194,8 +197,13 @@ def _features(parts: Sequence[tuple[int, RolloutSums]]) -> tuple[float, Float64A
 
 
 def _error(features_PBF: Float64Array) -> float:
-    """The standard error."""
-    return float(_resampled(features_PBF, np.ones((1, features_PBF.shape[1])))[1][0])
+    """The standard error by the jackknife: a draw of many tokens pulls the mean towards itself.  Infinite if one draw has all tokens."""
+    errors_PB, counts_PB = np.moveaxis(features_PBF, -1, 0)
+    with np.errstate(invalid="ignore"):
+        influence_B = (errors_PB / (counts_PB.sum(-1, keepdims=True) - counts_PB)).sum(0)
+    draws = influence_B.size
+    error = math.sqrt((draws - 1) / draws * float(np.square(influence_B).sum()))
+    return math.inf if math.isnan(error) else error
 
 
 def _resampled(features_PBF: Float64Array, times_RB: Float64Array) -> tuple[Float64Array, Float64Array]:
@@ -212,8 +220,8 @@ def _resampled(features_PBF: Float64Array, times_RB: Float64Array) -> tuple[Floa
 
 def _bootstrap_t(features_PBF: Float64Array) -> tuple[float, float]:
     """The 2.5 % and 97.5 % quantiles of t over resamples; the same draws in the same order give the same ones."""
-    deviations_R, errors_R = _resampled(features_PBF, _times(features_PBF.shape[1]))
-    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may be one draw repeated: infinite, or 0 / 0 where it is the mean
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may be one draw repeated, or have no tokens
+        deviations_R, errors_R = _resampled(features_PBF, _times(features_PBF.shape[1]))
         t_R = np.sort(np.nan_to_num(deviations_R / errors_R, posinf=math.inf, neginf=-math.inf))
     tail = (_RESAMPLES + 1) // 40
     return float(t_R[tail - 1]), float(t_R[-tail])

@@ -20,7 +20,7 @@ class SampledAdvantages:
     Args:
         rows: (B,) rows of the store.
         rounds: (B,) rounds of sampling.
-        prompt_ids: their prompts.
+        prompt_ids: (B,) ids of their prompts.
         segments: (M,) place of the rollout among the B.
         place: (M,) position in the response, from 0 to 1.
         gap: (M,) advantage, nats.
@@ -28,7 +28,7 @@ class SampledAdvantages:
 
     rows: NDArray[np.int64]
     rounds: NDArray[np.int64]
-    prompt_ids: Sequence[str]
+    prompt_ids: NDArray[np.str_]
     segments: NDArray[np.int64]
     place: NDArray[np.float64]
     gap: NDArray[np.float64]
@@ -71,4 +71,6 @@ def sample_advantages(store: LogprobReader, teacher: str, student: str, rows: Se
             places.append(((np.arange(on_T.size) + 0.5) / on_T.size)[on_T])
             gaps.append((record.scores[teacher].astype(np.float64) - record.scores[student])[on_T])
     segments = np.repeat(np.arange(len(every)), [gap.size for gap in gaps[1:]])
-    return SampledAdvantages(every, np.array(rounds, np.int64), prompt_ids, segments, np.concatenate(places), np.concatenate(gaps))
+    return SampledAdvantages(
+        every, np.array(rounds, np.int64), np.array(prompt_ids, np.str_), segments, np.concatenate(places), np.concatenate(gaps)
+    )

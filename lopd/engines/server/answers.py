@@ -12,6 +12,9 @@ _BUSY = (408, 425, 429)
 # vLLM's words for a prompt that is longer than the context, and for one that fills it
 _TOO_LONG = ("maximum context length", "max_tokens must be at least 1")
 
+# and for ids that it is asked to score and cannot
+_CANNOT_ASK = ("--enable-scale-out", "requires the V2 model runner")
+
 
 class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes an EngineError, or nothing at all
     """A request that may succeed if it is sent again.
@@ -63,6 +66,12 @@ def _retry_after(response: httpx2.Response) -> float:
 
 def refusal(owner: str, url: str, status: int, message: str) -> LopdError:
     """What a status of 3xx or 4xx means: sending the same again would be refused again."""
+    if any(words in message for words in _CANNOT_ASK) or (status == 404 and "/inference/" in url):
+        return EngineError(
+            f"{owner}: {url} answers {status} ({message}), expected log-probs of the candidates; serve with vLLM 0.32 or later, "
+            "`--enable-scale-out` and its second model runner (VLLM_USE_V2_MODEL_RUNNER=1, which needs Triton), or score them with HFScorer or "
+            "VLLMScorer."
+        )
     if status in (401, 403):
         return EngineError(f"Server {url}: it answers {status}, expected to be let in; pass `api_key=` or set VLLM_API_KEY.")
     said = f"{owner}: {url} answers {status} ({message})"

@@ -6,10 +6,12 @@ Token ids in, token ids out, never text.  A server does not say which weights it
 Start servers with `--generation-config vllm` (lopd sends every sampling field all the same), for sampling with a temperature or top_p other
 than 1 with `--logprobs-mode processed_logprobs`, and for scoring
 
-- with `--max-logprobs` of at least `top_k`;
+- with `--max-logprobs` of at least `top_k`, and so for sampling with candidates;
 - with `--max-num-batched-tokens` so small that float32 logits of that many tokens fit beside the model;
 - with `--skip-tokenizer-init`: no text is wanted, and a server that spells out `top_k` candidates a token took twice the time (tiny model,
-  top_k = 20, vLLM 0.32 on a CPU).
+  top_k = 20, vLLM 0.32 on a CPU);
+- for scoring candidates, with vLLM 0.32, `--enable-scale-out`, its second model runner (VLLM_USE_V2_MODEL_RUNNER=1) and `--max-logprobs` of
+  at least `candidates + top_k` and one more than `candidates + drawn`.
 """
 
 import json
@@ -19,9 +21,22 @@ from typing import Any, final
 
 from attrs import define, evolve, field
 
-from lopd.engines.inputs import SEED_BITS, budgeted, check_prompts, check_rollouts, in_order, sampling_settings, stop_ids, stream_seed
+from lopd.engines.asked import check_drawn
+from lopd.engines.inputs import (
+    SEED_BITS,
+    budgeted,
+    check_prompts,
+    check_rollouts,
+    check_support,
+    check_top_k,
+    in_order,
+    sampling_settings,
+    stop_ids,
+    stream_seed,
+)
+from lopd.engines.server.modes import ModeJudge, probe_bodies
 from lopd.engines.server.servers import Probe, Servers
-from lopd.engines.server.wire import ModeJudge, probe_bodies, read_rollout, read_scores, sampling_body, scoring_body
+from lopd.engines.server.wire import asking_body, read_asked, read_rollout, read_scores, sampling_body, scoring_body
 from lopd.engines.workers import Request
 from lopd.errors import InvalidRecordError
 from lopd.records.checks import check_at_least, check_kind, own_numbers
@@ -51,11 +66,14 @@ class ServerScorer:
         servers: that serve the model.
         tokenizer: whose ids the model reads.
         identity: of the model; name a revision that says which weights they are.
-        top_k: how many of the most likely tokens are kept at each response token; at most the servers' `--max-logprobs`.
+        top_k: how many of the model's own most likely tokens, outside of the candidates, are kept at each response token.
+        candidates: how many of each rollout's candidates are scored: the first of `Rollout.candidates`, which are the policy's most likely.
+        drawn: how many of its drawn candidates are scored: the last.
         tokens_per_request: short rollouts share a request, up to so many tokens, the longest times how many.
 
     Raises:
-        InvalidRecordError: `top_k` is less than 0, or more than there are tokens; or `tokens_per_request` is less than 1.
+        InvalidRecordError: `top_k`, `candidates` or both together are less than 0, or more than there are tokens; `drawn` is less than 0; or
+            `tokens_per_request` is less than 1.
     """
 
     servers: Servers
@@ -63,12 +81,13 @@ class ServerScorer:
     identity: ModelId
     top_k: int = 0
     tokens_per_request: int = 2048
+    candidates: int = 0
+    drawn: int = 0
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "ServerScorer")
-        check_at_least("ServerScorer", "top_k", self.top_k, 0)
+        check_support("ServerScorer", self.tokenizer_id, self.top_k, self.candidates, self.drawn)
         check_at_least("ServerScorer", "tokens_per_request", self.tokens_per_request, 1)
-        check_at_least("ServerScorer", "size of the vocabulary", self.tokenizer_id.vocab_size, self.top_k)
 
     @property
     def provenance(self) -> Provenance:
@@ -79,27 +98,40 @@ class ServerScorer:
         """
         version = self.servers.served.version
         engine = f"vllm {version} served" if version else "served by an unnamed version"
-        return Provenance(self.identity, self.tokenizer_id.vocab_hash, engine, "raw", self.top_k, self.tokenizer_id.eos_id)
+        return Provenance(
+            self.identity,
+            self.tokenizer_id.vocab_hash,
+            engine,
+            top_k=self.candidates + self.top_k + self.drawn,
+            eos_id=self.tokenizer_id.eos_id,
+            candidates=self.candidates,
+            drawn=self.drawn,
+        )
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
 
         Raises:
             ContextOverflowError: a rollout is too long; it names the rollout, and nothing is sent.
-            InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none.
-            EngineError: the servers failed, disagree, or do not speak the extensions.
+            InvalidRecordError: an id is outside the vocabulary, a rollout lacks candidates, or a log-prob is missing or none.
+            EngineError: the servers failed, disagree, do not speak the extensions, or cannot score candidates.
         """
-        check_rollouts(rollouts, self.tokenizer_id, self.servers.served.context - 1)
-        groups = budgeted([len(rollout) for rollout in rollouts], self.tokens_per_request)
+        check_rollouts(rollouts, self.tokenizer_id, self.servers.served.context - 1, self.candidates, self.drawn)
+        # a request that asks for ids is about one rollout
+        budget = 1 if self.candidates or self.drawn else self.tokens_per_request
+        groups = budgeted([len(rollout) for rollout in rollouts], budget)
         scores = self.servers.ask([self._request([rollouts[i] for i in group]) for group in groups])
         return in_order([i for group in groups for i in group], scores)
 
     def _request(self, group: Sequence[Rollout]) -> Request[Scores]:
-        def read(answer: Any) -> list[Scores]:
-            return read_scores(group, self.top_k, self.tokenizer_id.vocab_size, answer)
-
+        owner, vocab_size = f"Rollout {group[0].rollout_id!r}", self.tokenizer_id.vocab_size
+        if self.candidates or self.drawn:
+            (rollout,) = group
+            body = asking_body(rollout, self.top_k, self.candidates, self.drawn)
+            widths = {"top_k": self.top_k, "candidates": self.candidates, "vocab_size": vocab_size}
+            return Request(owner, body, lambda answer: read_asked(rollout, body, answer, **widths))
         parts = [self._request([rollout]) for rollout in group] if len(group) > 1 else []
-        return Request(f"Rollout {group[0].rollout_id!r}", scoring_body(group, self.top_k), read, parts)
+        return Request(owner, scoring_body(group, self.top_k), lambda answer: read_scores(group, self.top_k, vocab_size, answer), parts)
 
 
 @final
@@ -121,7 +153,8 @@ class ServerSource:
         generation: round of sampling.
 
     Raises:
-        InvalidRecordError: neither `eos_ids` nor `sampling.stop_ids` says how a response ends.
+        InvalidRecordError: neither `eos_ids` nor `sampling.stop_ids` says how a response ends; or `sampling` asks for drawn candidates, or for
+            more candidates than there are tokens.
     """
 
     servers: Servers
@@ -150,6 +183,8 @@ class ServerSource:
 
     def __attrs_post_init__(self) -> None:
         check_kind("ServerSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
+        check_drawn("ServerSource", self.sampling)
+        check_top_k("ServerSource", self.sampling.candidates, self.tokenizer_id, "candidates")
         if not self.stop_ids:
             raise InvalidRecordError(
                 "ServerSource: eos_ids and sampling.stop_ids are empty, expected ids that end a response; "
@@ -187,8 +222,8 @@ class ServerSource:
         rollouts = self.servers.ask([self._request(prompt, sample, judge) for prompt in prompts for sample in samples], probe)
         if not judge.processed:
             return rollouts
-        scores = ServerScorer(self.servers, self.tokenizer_id, self.identity).score(rollouts)
-        return [evolve(rollout, behavior_logprobs=s.logprobs) for rollout, s in zip(rollouts, scores, strict=True)]
+        scores = ServerScorer(self.servers, self.tokenizer_id, self.identity, self.sampling.candidates).score(rollouts)
+        return [evolve(r, behavior_logprobs=s.logprobs, candidates=s.top_k) for r, s in zip(rollouts, scores, strict=True)]
 
     @property
     def _context(self) -> int:
@@ -198,7 +233,7 @@ class ServerSource:
     def _request(self, prompt: Prompt, sample: int, judge: ModeJudge) -> Request[Rollout]:
         name = rollout_id(prompt.prompt_id, sample, self.generation)
         room = min(self.sampling.max_new_tokens, self._context - prompt.token_ids.size)
-        settings = sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id)
+        settings = sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id) | {"logprobs": self.sampling.candidates}
         body = sampling_body(prompt.token_ids.tolist(), room, stream_seed(self.sampling, name, SEED_BITS), settings)
 
         def read(answer: Any) -> list[Rollout]:

@@ -240,8 +240,8 @@ class _Endpoint:
         return context
 
     def _complete(self, owner: str, body: Mapping[str, Any]) -> Any:
-        """The answer to a completion."""
-        url = f"{self._url}/v1/completions"
+        """The answer to a completion, or to token ids that are asked about (`lopd.engines.server.wire.asking_body`)."""
+        url = self._url + ("/inference/v1/generate" if "token_ids" in body else "/v1/completions")
         return accepted(owner, url, self._send("POST", url, json={"model": self._servers.model, **body}))
 
     def _get(self, path: str, missing: Any) -> Any:

@@ -5,33 +5,34 @@ Everything is looked up by token id, and nothing that is missing becomes a numbe
 Shape suffixes: T response tokens, K candidates a token.
 """
 
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from io import BytesIO
+from typing import Any
 
 import numpy as np
-from attrs import define, field
 from numpy.typing import NDArray
 
+from lopd.engines.asked import IDS, asked_scores, asking, likely
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
 from lopd.engines.server.answers import Trouble
-from lopd.engines.supports import make_scores
+from lopd.engines.supports import make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
 
 # vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)
-_NO_PROBABILITY = -9999.0
-_EXTENSIONS = "serve with vLLM, or with a server that speaks its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
-# a probe: how many candidates, the highest temperature that vLLM takes, a small top_p, and nats by which two answers may differ by rounding
-_PROBED, _HOT, _CUT, _TOLERANCE = 5, 2.0, 0.1, 0.5
+NO_PROBABILITY = -9999.0
+EXTENSIONS = "serve with vLLM, or with a server that speaks its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
 
 
-def _body(ids: Sequence[int] | Sequence[Sequence[int]], max_tokens: int, **more: Any) -> dict[str, Any]:
+def request_body(ids: Sequence[int] | Sequence[Sequence[int]], max_tokens: int, **more: Any) -> dict[str, Any]:
+    """A completion that is asked for: token ids in, token ids out."""
     return {"prompt": ids, "max_tokens": max_tokens, "add_special_tokens": False, "return_token_ids": True, **NEUTRAL, **more}
 
 
 def scoring_body(rollouts: Sequence[Rollout], top_k: int) -> dict[str, Any]:
     """A request for the log-probs of rollouts' own tokens; the one token that vLLM insists on generating is thrown away."""
-    return _body([all_ids(rollout) for rollout in rollouts], 1, prompt_logprobs=top_k, temperature=1.0, top_p=1.0)
+    return request_body([all_ids(rollout) for rollout in rollouts], 1, prompt_logprobs=top_k, temperature=1.0, top_p=1.0)
 
 
 def read_scores(rollouts: Sequence[Rollout], top_k: int, vocab_size: int, answer: Any) -> list[Scores]:
@@ -44,17 +45,64 @@ def read_scores(rollouts: Sequence[Rollout], top_k: int, vocab_size: int, answer
     owner = f"Rollout {rollouts[0].rollout_id!r}"
     choices = _choices(owner, answer, len(rollouts))
     _check_computed(owner, answer)
-    return [_scores(rollout, top_k, vocab_size, choice) for rollout, choice in zip(rollouts, choices, strict=True)]
+    parts = zip(rollouts, choices, strict=True)
+    return [make_scores(rollout, *_prompt_logprobs(rollout, top_k, vocab_size, choice)) for rollout, choice in parts]
 
 
-def _scores(rollout: Rollout, top_k: int, vocab_size: int, choice: Mapping[str, Any]) -> Scores:
+def asking_body(rollout: Rollout, top_k: int, candidates: int, drawn: int) -> dict[str, Any]:
+    """A request for the log-probs of a rollout's own tokens, of its candidates and of its drawn ones, and of the most likely ones.
+
+    Only this endpoint takes ids to score (vLLM 0.32): completions do not.
+
+    Raises:
+        InvalidRecordError: the rollout has fewer.
+    """
+    asked = asking(rollout, candidates, drawn)
+    settings = {"max_tokens": 1, "temperature": 1.0, "top_p": 1.0, "detokenize": False, "prompt_logprobs": likely(top_k, candidates)}
+    return {
+        "token_ids": all_ids(rollout),
+        "return_token_ids": True,
+        "sampling_params": {**NEUTRAL, **settings, **asked, IDS: asked[IDS].tolist()},
+    }
+
+
+def read_asked(rollout: Rollout, body: Mapping[str, Any], answer: Any, *, top_k: int, candidates: int, vocab_size: int) -> list[Scores]:
+    """The scores in the answer to this `asking_body`.
+
+    Raises:
+        InvalidRecordError: a log-prob is missing, or is not one; it names the rollout.
+        EngineError: the server read other tokens than were sent, or gives log-probs of others.
+    """
+    owner = f"Rollout {rollout.rollout_id!r}"
+    found = _prompt_logprobs(rollout, likely(top_k, candidates), vocab_size, answer)
+    _check_computed(owner, answer)
+    ids_TA = np.array(body["sampling_params"][IDS], np.int64)
+    return [asked_scores(rollout, ids_TA, _decoded(owner, answer), found, candidates=candidates, top_k=top_k)]
+
+
+def _decoded(owner: str, answer: Mapping[str, Any]) -> Any:
+    """The array that vLLM writes as base64 of a .npy."""
+    written: Any = answer.get("prompt_token_id_logprobs")
+    try:
+        return np.load(BytesIO(b64decode(written, validate=True)), allow_pickle=False)
+    except (TypeError, ValueError, EOFError, OSError):
+        raise EngineError(
+            f"{owner}: prompt_token_id_logprobs of the server's answer is {str(written)[:40]!r}, expected a .npy in base64; serve with vLLM 0.32 or "
+            "later."
+        ) from None
+
+
+def _prompt_logprobs(
+    rollout: Rollout, top_k: int, vocab_size: int, choice: Any
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
+    """(T,) log-probs of the response tokens, and (T, K) ids and log-probs of the most likely ones."""
     owner, ids = f"Rollout {rollout.rollout_id!r}", all_ids(rollout)
     _check_read(owner, choice, ids)
     entries = _listed(owner, choice, "prompt_logprobs", len(ids))[rollout.prompt_ids.size :]
     logprobs = [
         _logprob(owner, t, entry, token) for t, (entry, token) in enumerate(zip(entries, rollout.response_ids.tolist(), strict=True))
     ]
-    return make_scores(rollout, np.array(logprobs, np.float32), *_top_k(owner, entries, top_k, vocab_size))
+    return np.array(logprobs, np.float32), *_top_k(owner, entries, top_k, vocab_size)
 
 
 def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
@@ -85,7 +133,7 @@ def _number(owner: str, place: int, value: Any) -> float:
         raise InvalidRecordError(
             f"{owner}: the log-prob of response token {place} is {str(value)[:40]!r}, expected a number; check the model for NaN."
         )
-    return float("-inf") if value <= _NO_PROBABILITY else float(value)
+    return float("-inf") if value <= NO_PROBABILITY else float(value)
 
 
 def _top_k(owner: str, entries: Sequence[Any], top_k: int, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -113,12 +161,12 @@ def _candidate(owner: str, place: int, key: str, vocab_size: int) -> int:
 
 
 def sampling_body(prompt_ids: Sequence[int], max_tokens: int, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A request for one response of at most `max_tokens` tokens; `settings` are `sampling_settings`."""
-    return _body(prompt_ids, max_tokens, seed=seed, skip_special_tokens=False, return_tokens_as_token_ids=True, **settings)
+    """A request for one response of at most `max_tokens` tokens; `settings` are `sampling_settings`, and how many `logprobs` to report."""
+    return request_body(prompt_ids, max_tokens, seed=seed, skip_special_tokens=False, return_tokens_as_token_ids=True, **settings)
 
 
 def read_rollout(rollout_id: str, generation: int, vocab_size: int, body: Mapping[str, Any], answer: Any, *, processed: bool) -> Rollout:
-    """The rollout in the answer to this `sampling_body`; where the server's log-probs are `processed`, those at temperature 1 are missing.
+    """The rollout in the answer to this `sampling_body`; where the server's log-probs are `processed`, all that are at temperature 1 are missing.
 
     Raises:
         InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none; it names the rollout.
@@ -132,9 +180,12 @@ def read_rollout(rollout_id: str, generation: int, vocab_size: int, body: Mappin
     _check_end(owner, ids, stops, body["max_tokens"], choice.get("finish_reason"))
     reported = _reported(owner, choice.get("logprobs"), ids)
     behavior, drawn = (None, reported) if processed else (reported, None)
+    kept = 0 if processed else body["logprobs"]
     if body["temperature"] == 0:
         drawn = [0.0] * len(ids)
-    return make_rollout(rollout_id, np.array(prompt, np.int32), ids, behavior, drawn, stops=stops, generation=generation)
+    support = make_support(owner, *_top_k(owner, _tops(owner, choice["logprobs"], len(ids)), kept, vocab_size)) if kept else None
+    ids_P = np.array(prompt, np.int32)
+    return make_rollout(rollout_id, ids_P, ids, behavior, drawn, stops=stops, generation=generation, candidates=support)
 
 
 def _check_sampled(owner: str, ids: Sequence[Any], vocab_size: int) -> None:
@@ -153,7 +204,7 @@ def _check_end(owner: str, ids: Sequence[int], stops: Sequence[int], longest: in
     inside = next((place for place, token in enumerate(ids[:-1]) if token in stops), None)
     if inside is not None:
         raise EngineError(
-            f"{owner}: it goes on after stop id {ids[inside]} at token {inside}, expected its end there; {_EXTENSIONS}, and its stop_token_ids."
+            f"{owner}: it goes on after stop id {ids[inside]} at token {inside}, expected its end there; {EXTENSIONS}, and its stop_token_ids."
         )
     if not ids or (ids[-1] not in stops and len(ids) != longest):
         raise EngineError(
@@ -168,85 +219,25 @@ def _reported(owner: str, logprobs: Any, ids: Sequence[int]) -> list[float]:
     values = _listed(owner, logprobs, "token_logprobs", len(ids))
     for place, (name, token) in enumerate(zip(tokens, ids, strict=True)):
         if name != f"token_id:{token}":
-            raise EngineError(f"{owner}: log-prob {place} is of {str(name)[:40]!r}, expected 'token_id:{token}'; {_EXTENSIONS}.")
+            raise EngineError(f"{owner}: log-prob {place} is of {str(name)[:40]!r}, expected 'token_id:{token}'; {EXTENSIONS}.")
     return [_number(owner, place, value) for place, value in enumerate(values)]
 
 
-def probe_bodies(ids: Sequence[int]) -> tuple[dict[str, Any], ...]:
-    """Three requests for one token, as it is, heated, and cut: what a server reports of them shows its `logprobs_mode`."""
-    same: dict[str, Any] = {"logprobs": _PROBED, "return_tokens_as_token_ids": True}
-    return tuple(_body(ids, 1, temperature=t, top_p=p, **same) for t, p in ((1.0, 1.0), (_HOT, 1.0), (1.0, _CUT)))
-
-
-@final
-@define(eq=False)
-class ModeJudge:
-    """Takes servers' answers to `probe_bodies`: all must report the log-probs of sampled tokens in one of the two ways, and in the same.
-
-    Either at temperature 1, whatever the sampling ("raw_logprobs"); or those of what is drawn, after temperature and top_p
-    ("processed_logprobs"): the differences of two heated ones are halved, and what a cut leaves is renormalised.
-    """
-
-    _first: dict[str, tuple[bool, str]] = field(factory=dict, init=False)
-
-    @property
-    def processed(self) -> bool:
-        """Whether after temperature and top_p; False as long as no server was asked."""
-        return self._first.get("mode", (False, ""))[0]
-
-    def __call__(self, owner: str, *answers: Any) -> None:
-        """Judge one server.
-
-        Raises:
-            EngineError: its log-probs are neither, or are not as those of the server that was asked first.
-        """
-        plain, hot, cut = (_candidates(owner, answer) for answer in answers)
-        processed = not (_agree(plain, hot) and _agree(plain, cut))
-        if processed and not (_agree(plain, hot, slope=_HOT) and _is_renormalised(plain, cut)):
-            raise EngineError(
-                f"{owner}: its log-probs are neither those at temperature 1 nor those of what is drawn, expected one of the two; "
-                "start it with `--logprobs-mode processed_logprobs`."
-            )
-        first, whose = self._first.setdefault("mode", (processed, owner))
-        if processed != first:
-            names = {True: "processed_logprobs", False: "raw_logprobs"}
-            raise EngineError(
-                f"{owner}: its logprobs_mode is {names[processed]!r}, expected {names[first]!r} as of {whose}; start all servers with one mode."
-            )
-
-
-def _agree(plain: Mapping[str, float], other: Mapping[str, float], slope: float = 0.0) -> bool:
-    """Whether two answers have the same log-probs; with a slope, whether those of the first differ from one another so many times as much."""
-    shared = [name for name in plain if name in other]
-    if len(shared) < 2:
-        return False
-    one, two = (np.array([answer[name] for name in shared]) for answer in (plain, other))
-    gaps = slope * (two - two[0]) - (one - one[0]) if slope else two - one
-    return bool(np.abs(gaps).max() <= _TOLERANCE * max(slope, 1.0))
-
-
-def _is_renormalised(plain: Mapping[str, float], cut: Mapping[str, float]) -> bool:
-    """Whether the cut left the most likely tokens, which gained the probability of the others."""
-    left = {name: value for name, value in cut.items() if value > _NO_PROBABILITY}
-    gained = [value - plain[name] for name, value in left.items() if name in plain]
-    if not gained or max(gained) - min(gained) > _TOLERANCE:
-        return False
-    # where all candidates are left, so are many more tokens, and together they had little more than `_CUT`
-    return gained[0] > 1.0 if len(left) >= _PROBED else abs(np.log(np.exp(list(left.values())).sum())) <= _TOLERANCE
-
-
-def _candidates(owner: str, answer: Any) -> dict[str, float]:
+def _tops(owner: str, logprobs: Any, length: int) -> list[dict[str, Any]]:
+    """The most likely tokens at each sampled one, keyed by id as those of a prompt."""
+    tops = _listed(owner, logprobs, "top_logprobs", length)
     try:
-        top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
-        return {str(name): float(value) for name, value in top.items()}
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        raise EngineError(f"{owner}: its answer holds no top_logprobs, expected those of one token; {_EXTENSIONS}.") from None
+        return [{name.removeprefix("token_id:"): {"logprob": value} for name, value in top.items()} for top in tops]
+    except AttributeError:
+        raise InvalidRecordError(
+            f"{owner}: top_logprobs holds {str(tops)[:40]!r}, expected those of each token; sample it again."
+        ) from None
 
 
 def _choices(owner: str, answer: Any, count: int) -> list[Mapping[str, Any]]:
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
     if not (isinstance(choices, list) and len(choices) == count and all(isinstance(choice, Mapping) for choice in choices)):
-        raise EngineError(f"{owner}: the server's answer is not of {count} choices, expected one for each prompt; {_EXTENSIONS}.")
+        raise EngineError(f"{owner}: the server's answer is not of {count} choices, expected one for each prompt; {EXTENSIONS}.")
     return choices
 
 
@@ -264,7 +255,7 @@ def _check_read(owner: str, choice: Mapping[str, Any], prompt: list[int]) -> Non
 def _listed(owner: str, holder: Any, name: str, length: int | None = None) -> list[Any]:
     values = holder.get(name) if isinstance(holder, Mapping) else None
     if not isinstance(values, list):
-        raise EngineError(f"{owner}: the server's answer holds no {name}, expected a list; {_EXTENSIONS}.")
+        raise EngineError(f"{owner}: the server's answer holds no {name}, expected a list; {EXTENSIONS}.")
     if length is not None and len(values) != length:
         raise InvalidRecordError(f"{owner}: the server gives {len(values)} {name}, expected {length}; score it again or drop it.")
     return values

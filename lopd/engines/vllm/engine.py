@@ -14,6 +14,7 @@ import torch
 import transformers
 from attrs import define, field
 
+from lopd.engines.asked import FIRST, IDS
 from lopd.engines.identity import folder_dtype
 from lopd.engines.vllm.liveness import told_of_death
 from lopd.engines.vllm.settings import VLLMSettings
@@ -49,7 +50,7 @@ class VLLMEngine:
         vocab_size: ids of its tokenizer; the rows of the head beyond them are cut off.
         settings: how to start it.
         scoring: without prefix caching, whose log-probs of a prompt would depend on what was asked before; for sampling it is on.
-        top_k: the most candidates that are ever asked for.
+        top_k: the most log-probs a token that are ever asked for beside that of the token itself (`lopd.engines.asked.widest`).
         tokens_per_batch: at the moment; less than in `settings` after memory ran out.
         starts: how often it was started.
     """
@@ -62,6 +63,7 @@ class VLLMEngine:
     tokens_per_batch: int = field(init=False)
     starts: int = field(init=False, default=0)
     _llm: Any = field(init=False, default=None, repr=False)
+    _asks_worker: bool | None = field(init=False, default=None, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self.tokens_per_batch = self.settings.tokens_per_batch
@@ -159,7 +161,7 @@ class VLLMEngine:
             "enable_chunked_prefill": self._may_split_prompts(),
             # vLLM would take temperature and cuts from beside the weights
             "generation_config": "vllm",
-            "worker_extension_cls": "lopd.engines.vllm.worker.HeadCut",
+            "worker_extension_cls": "lopd.engines.vllm.worker.WorkerExtension",
         }
 
     def _generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -167,7 +169,8 @@ class VLLMEngine:
         llm = self._llm or self._start(vllm)
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
         with told_of_death(llm.llm_engine.engine_core):
-            outputs = llm.generate(requests, [vllm.SamplingParams(**p) for p in params], use_tqdm=False)
+            asked = [self._asking(vllm, llm, p) if IDS in p else p for p in params]
+            outputs = llm.generate(requests, [vllm.SamplingParams(**p) for p in asked], use_tqdm=False)
             if not self.scoring:
                 # nothing that was computed in this call is left for the next: the same call computes the same again
                 llm.reset_prefix_cache()
@@ -178,6 +181,7 @@ class VLLMEngine:
 
     def _start(self, vllm: ModuleType) -> Any:
         self.starts += 1
+        self._asks_worker = None
         # kept before it is looked at, so that one which is refused is stopped
         self._llm = llm = vllm.LLM(**self.arguments())
         config = llm.llm_engine.vllm_config
@@ -197,6 +201,27 @@ class VLLMEngine:
     def _cut_head(self, llm: Any) -> bool:
         with told_of_death(llm.llm_engine.engine_core):
             return all(llm.collective_rpc("lopd_cut_head", args=(self.vocab_size,)))
+
+    def _asking(self, vllm: ModuleType, llm: Any, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The sampling parameters of a request that asks for ids, as this vLLM takes them: its own, or what `WorkerExtension` reads."""
+        if self._asks_worker is None:
+            self._asks_worker = self._must_ask_worker(vllm, llm)
+        if not self._asks_worker:
+            return params
+        rest = {name: value for name, value in params.items() if name not in (IDS, FIRST)}
+        extra = {IDS: params[IDS].tolist(), FIRST: params[FIRST]}
+        return {**rest, "prompt_logprobs": params["prompt_logprobs"] + params[IDS].shape[1], "extra_args": extra}
+
+    def _must_ask_worker(self, vllm: ModuleType, llm: Any) -> bool:
+        second = bool(getattr(llm.llm_engine.vllm_config, "use_v2_model_runner", False))
+        if second and hasattr(vllm.SamplingParams, IDS):
+            return False
+        if second or not all(llm.collective_rpc("lopd_read_asked")):
+            raise EngineError(
+                f"{self._name}: version {vllm.__version__} of vLLM scores only ids of its own choice with its {'second' if second else 'first'} "
+                "model runner, expected version 0.32; install it, or score candidates with HFScorer."
+            )
+        return True
 
     def _check(self, name: str, got: object, wanted: object) -> None:
         if got != wanted:

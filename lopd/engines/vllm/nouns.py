@@ -3,8 +3,6 @@
 Log-probs are those of the model itself: log-softmax of the logits at temperature 1, uncut, over the ids of the tokenizer.  Where a source draws
 from another distribution, the log-probs in that one are recorded too.  Two computers of
 log-probs never agree to the last bit; how far vLLM is from transformers on a model is measured, not assumed (`benchmarks/bench_engines.py`).
-
-Shape suffixes: S positions, T response tokens, K candidates a token, W entries of a position.
 """
 
 from collections.abc import Sequence
@@ -16,24 +14,25 @@ import numpy as np
 import transformers
 from attrs import evolve, field, frozen
 
+from lopd.engines.asked import check_drawn, widest
 from lopd.engines.identity import folder_model_id, local_folder, looking_for
 from lopd.engines.inputs import (
     SEED_BITS,
-    all_ids,
     check_prompts,
     check_rollouts,
+    check_support,
     check_top_k,
-    in_order,
     make_rollout,
     sampling_settings,
     stop_ids,
     stream_seed,
 )
-from lopd.engines.supports import entries, look_up, make_scores
+from lopd.engines.supports import entries, look_up, make_support
 from lopd.engines.vllm.engine import VLLMEngine, import_vllm
+from lopd.engines.vllm.reading import read_scores
 from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import ContextOverflowError, EngineError, ModelError
-from lopd.records.checks import check_kind, check_number
+from lopd.records.checks import check_kind, check_number, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
@@ -77,12 +76,14 @@ class VLLMSource:
     @classmethod
     def from_folder(cls, folder: str | Path, sampling: SamplingParams, settings: VLLMSettings | None = None) -> "VLLMSource":
         """A source on a model folder or hub name, with the SFT teacher that is recorded there."""
-        engine, tokenizer = _open(folder, settings)
+        engine, tokenizer = _open(folder, settings, top_k=sampling.candidates)
         return cls(engine, tokenizer, sampling, Lineage.read(engine.folder))
 
     def __attrs_post_init__(self) -> None:
         check_kind("VLLMSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
-        _check_purpose("VLLMSource", self.engine, scoring=False)
+        check_drawn("VLLMSource", self.sampling)
+        check_top_k("VLLMSource", self.sampling.candidates, self.tokenizer_id, "candidates")
+        _check_engine("VLLMSource", self.engine, self.sampling.candidates, scoring=False)
         temperature = self.sampling.temperature
         # vLLM would raise it to that
         check_number("VLLMSource", "temperature", temperature, temperature == 0 or temperature >= _COLDEST, f"0 or at least {_COLDEST}")
@@ -115,13 +116,18 @@ class VLLMSource:
         outputs = self.engine.generate([p.token_ids.tolist() for p, _ in rows], [self._params(p, name) for p, name in rows])
         rollouts = [self._rollout(prompt, name, output.outputs[0]) for (prompt, name), output in zip(rows, outputs, strict=True)]
         if self._reads_again:
-            scores = _read(self.engine, rollouts, top_k=0)
-            rollouts = [evolve(rollout, behavior_logprobs=s.logprobs) for rollout, s in zip(rollouts, scores, strict=True)]
+            scores = read_scores(self.engine, rollouts, self.sampling.candidates)
+            rollouts = [evolve(r, behavior_logprobs=s.logprobs, candidates=s.top_k) for r, s in zip(rollouts, scores, strict=True)]
         return rollouts
 
     @property
     def _reads_again(self) -> bool:
         return not self.sampling.neutral and self.sampling.temperature > 0
+
+    @property
+    def _kept(self) -> int:
+        """How many candidates come with each sampled token; where rollouts are read again, they come with that."""
+        return 0 if self._reads_again else self.sampling.candidates
 
     @property
     def _context(self) -> int:
@@ -132,6 +138,7 @@ class VLLMSource:
         greedy = self.sampling.temperature == 0
         return {
             **sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id),
+            "logprobs": self._kept,
             "seed": None if greedy else stream_seed(self.sampling, name, SEED_BITS),
             "max_tokens": min(self.sampling.max_new_tokens, self._context - prompt.token_ids.size),
             "flat_logprobs": True,
@@ -149,10 +156,18 @@ class VLLMSource:
             raise EngineError(
                 f"Rollout {name!r}: vLLM sampled id {ids.max()}, expected one below the vocabulary's {self.tokenizer_id.vocab_size}; report it."
             )
-        reported = look_up(f"Rollout {name!r}", ids, *entries(completion.logprobs), top_k=0)[0]
-        drawn = None if self.sampling.neutral else reported if self._reads_again else np.zeros_like(reported)
-        behavior = None if self._reads_again else reported
-        return make_rollout(name, prompt.token_ids, completion.token_ids, behavior, drawn, stops=self.stop_ids, generation=self.generation)
+        owner = f"Rollout {name!r}"
+        reported, ids_TK, logprobs_TK = look_up(owner, ids, *entries(completion.logprobs), top_k=self._kept)
+        return make_rollout(
+            name,
+            prompt.token_ids,
+            completion.token_ids,
+            None if self._reads_again else reported,
+            None if self.sampling.neutral else reported if self._reads_again else np.zeros_like(reported),
+            stops=self.stop_ids,
+            generation=self.generation,
+            candidates=make_support(owner, ids_TK, logprobs_TK) if self._kept else None,
+        )
 
     def close(self) -> None:
         """Free the engine's memory; a later call starts it again."""
@@ -172,30 +187,37 @@ class VLLMScorer:
         engine: for scoring; it starts when first asked.
         tokenizer: the model's own.
         identity: of the model; by default that of its folder (`lopd.engines.identity.folder_model_id`).
-        top_k: how many of the most likely tokens, and the probability of all others, are kept beside each response token.
+        top_k: how many of the model's own most likely tokens, outside of the candidates, are kept beside each response token.
+        candidates: how many of each rollout's candidates are scored: the first of `Rollout.candidates`, which are the policy's most likely.
+        drawn: how many of its drawn candidates are scored: the last.
+
+    A support is ordered as that of `HFScorer`.  Candidates need vLLM 0.32: its `prompt_logprob_token_ids` with the second model runner, code of
+    lopd's in vLLM's worker with the first.
 
     Raises:
-        InvalidRecordError: `top_k` is not 0 to V.
-        EngineError: the engine is one for sampling, or for fewer candidates.
+        InvalidRecordError: `top_k`, `candidates` or both together are not 0 to V, or `drawn` is less than 0.
+        EngineError: the engine is one for sampling, or for fewer log-probs a token.
     """
 
     engine: VLLMEngine
     tokenizer: Any = field(repr=False)
     identity: ModelId | None = None
     top_k: int = 0
+    candidates: int = 0
+    drawn: int = 0
 
     @classmethod
-    def from_folder(cls, folder: str | Path, settings: VLLMSettings | None = None, *, top_k: int = 0) -> "VLLMScorer":
+    def from_folder(
+        cls, folder: str | Path, settings: VLLMSettings | None = None, *, top_k: int = 0, candidates: int = 0, drawn: int = 0
+    ) -> "VLLMScorer":
         """A scorer on a model folder or hub name."""
-        return cls(*_open(folder, settings, scoring=True, top_k=top_k), top_k=top_k)
+        engine, tokenizer = _open(folder, settings, scoring=True, top_k=widest(top_k, candidates, drawn))
+        return cls(engine, tokenizer, top_k=top_k, candidates=candidates, drawn=drawn)
 
     def __attrs_post_init__(self) -> None:
-        check_top_k("VLLMScorer", self.top_k, self.tokenizer_id)
-        _check_purpose("VLLMScorer", self.engine, scoring=True)
-        if self.engine.top_k < self.top_k:
-            raise EngineError(
-                f"VLLMScorer: the engine gives {self.engine.top_k} candidates, expected {self.top_k}; pass it the same `top_k`."
-            )
+        own_numbers(self, "VLLMScorer")
+        check_support("VLLMScorer", self.tokenizer_id, self.top_k, self.candidates, self.drawn)
+        _check_engine("VLLMScorer", self.engine, widest(self.top_k, self.candidates, self.drawn), scoring=True)
 
     @cached_property
     def tokenizer_id(self) -> TokenizerId:
@@ -210,11 +232,19 @@ class VLLMScorer:
     def provenance(self) -> Provenance:
         """Whose log-probs these are; the model is identified once."""
         engine = f"vllm {import_vllm().__version__}"
-        return Provenance(self._identified, self.tokenizer_id.vocab_hash, engine, "raw", self.top_k, self.tokenizer_id.eos_id)
+        return Provenance(
+            self._identified,
+            self.tokenizer_id.vocab_hash,
+            engine,
+            top_k=self.candidates + self.top_k + self.drawn,
+            eos_id=self.tokenizer_id.eos_id,
+            candidates=self.candidates,
+            drawn=self.drawn,
+        )
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
-        check_rollouts(rollouts, self.tokenizer_id, self.engine.context)
+        check_rollouts(rollouts, self.tokenizer_id, self.engine.context, self.candidates, self.drawn)
         for rollout in rollouts:
             if len(rollout) == self.engine.context:
                 raise ContextOverflowError(
@@ -223,29 +253,11 @@ class VLLMScorer:
                 )
         if not rollouts:
             return []
-        return _read(self.engine, rollouts, self.top_k)
+        return read_scores(self.engine, rollouts, self.top_k, self.candidates, self.drawn)
 
     def close(self) -> None:
         """Free the engine's memory; a later call starts it again."""
         self.engine.close()
-
-
-def _read(engine: VLLMEngine, rollouts: Sequence[Rollout], top_k: int) -> list[Scores]:
-    """Scores of rollouts, which go in as prompts, shortest first."""
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
-    params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top_k, "flat_logprobs": True, "detokenize": False}
-    outputs = engine.generate([all_ids(rollouts[i]) for i in order], [params] * len(order))
-    return in_order(order, [_scores(rollouts[i], output.prompt_logprobs, top_k) for i, output in zip(order, outputs, strict=True)])
-
-
-def _scores(rollout: Rollout, flat: Any, top_k: int) -> Scores:
-    owner = f"Rollout {rollout.rollout_id!r}"
-    positions = len(flat.start_indices)
-    if positions != len(rollout):
-        raise EngineError(f"{owner}: vLLM gave log-probs at {positions} positions, expected {len(rollout)}; report it.")
-    # position 0 has no log-prob, and is never that of a response: a prompt has at least one token
-    candidates = entries(flat, first=rollout.prompt_ids.size)
-    return make_scores(rollout, *look_up(owner, rollout.response_ids, *candidates, top_k=top_k))
 
 
 def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = False, top_k: int = 0) -> tuple[VLLMEngine, Any]:
@@ -256,11 +268,13 @@ def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = 
     return VLLMEngine(path, vocab_size, settings or VLLMSettings(), scoring=scoring, top_k=top_k), tokenizer
 
 
-def _check_purpose(owner: str, engine: VLLMEngine, *, scoring: bool) -> None:
+def _check_engine(owner: str, engine: VLLMEngine, top_k: int, *, scoring: bool) -> None:
     if engine.scoring != scoring:
         raise EngineError(
             f"{owner}: the engine has scoring={engine.scoring}, expected scoring={scoring}; sampling and scoring need engines of their own."
         )
+    if engine.top_k < top_k:
+        raise EngineError(f"{owner}: the engine gives {engine.top_k} log-probs a token, expected {top_k}; make it with `top_k={top_k}`.")
 
 
 def _folder_identity(engine: VLLMEngine) -> ModelId:

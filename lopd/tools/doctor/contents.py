@@ -190,8 +190,7 @@ def describe_advantages(reader: LogprobReader, teacher: str, student: str, *, sa
         return None
     counted, counts = np.unique(sampled.segments, return_counts=True)
     sums = np.bincount(sampled.segments, sampled.gap)[counted].astype(np.float64)
-    prompt_ids = [sampled.prompt_ids[place] for place in counted]
-    ci95 = RolloutSums(sums, counts.astype(np.float64)).by_prompt(prompt_ids).per_token().ci95
+    ci95 = RolloutSums(sums, counts.astype(np.float64)).by_prompt(sampled.prompt_ids[counted]).per_token().ci95
     return AdvantageInfo(
         teacher,
         student,

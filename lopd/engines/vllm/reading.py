@@ -1,0 +1,49 @@
+"""What vLLM says of the tokens of prompts, for rollouts that are read as such.
+
+Shape suffixes: T response tokens, A ids asked for a token.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.engines.asked import IDS, asked_scores, asking, likely
+from lopd.engines.inputs import all_ids, in_order
+from lopd.engines.supports import entries, look_up, make_scores
+from lopd.engines.vllm.engine import VLLMEngine
+from lopd.errors import EngineError
+from lopd.records.rollouts import Rollout, Scores
+
+
+def read_scores(engine: VLLMEngine, rollouts: Sequence[Rollout], top_k: int, candidates: int = 0, drawn: int = 0) -> list[Scores]:
+    """Scores of rollouts, which go in as prompts, shortest first; see `VLLMScorer` for the arguments."""
+    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
+    wanted = likely(top_k, candidates)
+    params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": wanted, "flat_logprobs": True, "detokenize": False}
+    requests = [params | asking(rollouts[i], candidates, drawn) for i in order]
+    outputs = engine.generate([all_ids(rollouts[i]) for i in order], requests)
+    parts = zip(order, requests, outputs, strict=True)
+    return in_order(order, [_scores(rollouts[i], output, request.get(IDS), candidates, top_k) for i, request, output in parts])
+
+
+def _scores(rollout: Rollout, output: Any, ids_TA: NDArray[np.integer] | None, candidates: int, top_k: int) -> Scores:
+    owner, flat = f"Rollout {rollout.rollout_id!r}", output.prompt_logprobs
+    positions = len(flat.start_indices)
+    if positions != len(rollout):
+        raise EngineError(f"{owner}: vLLM gave log-probs at {positions} positions, expected {len(rollout)}; report it.")
+    # position 0 has no log-prob, and is never that of a response: a prompt has at least one token
+    given = entries(flat, first=rollout.prompt_ids.size)
+    if ids_TA is None:
+        return make_scores(rollout, *look_up(owner, rollout.response_ids, *given, top_k=top_k))
+    logprobs_TA = getattr(output, "prompt_token_id_logprobs", None)
+    if logprobs_TA is None:
+        # the worker gave them, last of all
+        width = ids_TA.shape[1]
+        ids, logprobs_TA = given[0][:, -width:], given[1][:, -width:]
+        if not np.array_equal(ids, ids_TA):
+            raise EngineError(f"{owner}: vLLM gave log-probs of other ids than it was asked for, expected those; report it.")
+        given = given[0][:, :-width], given[1][:, :-width]
+    found = look_up(owner, rollout.response_ids, *given, top_k=likely(top_k, candidates))
+    return asked_scores(rollout, ids_TA, logprobs_TA, found, candidates=candidates, top_k=top_k)

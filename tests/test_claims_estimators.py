@@ -1,0 +1,86 @@
+"""The comparison of estimators with live teachers at tiny size: its arms, its goals and its part of the report."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from attrs import evolve
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import claims
+import claims_estimators
+from claims_estimators_report import find_goals, write_part
+from claims_summary import steps_to
+from record import result_file
+from test_claims import CLAIM, FALL
+from testbed.arms import MAIN, ONLINE, TOP_K
+from testbed.estimator_arms import BEST, FALLEN, FAST, LIVE, STORED, faster
+from testbed.trl_peer import ARM as TRL
+
+SHORT = evolve(CLAIM, opd_steps=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("testbed")
+
+
+@pytest.mark.parametrize("arm", [arm for arm in (*LIVE, *STORED) if arm not in {*MAIN, TOP_K}], ids=lambda arm: arm.name)
+def test_every_new_arm_runs(folder, arm):
+    (row,) = claims.one(SHORT, 0, folder, arm, curve=(1, 3))
+    assert [point[0] for point in row["curve"]] == [0, 1, 3]
+    assert row["arm"] == arm.name
+
+
+def test_steps_to_an_accuracy_go_along_straight_lines():
+    assert steps_to({"curve": [(0, 0.2, 1.0), (10, 0.4, 3.0)]}, 0.3) == pytest.approx(5)
+
+
+def fake(setting, seed, arm, accuracy, seconds):
+    """A run whose accuracy rises in a straight line, after half of its time."""
+    row = {"kind": "run", "setting": setting, "arm": arm, "sft_teacher": "A", "opd_teacher": "A", "seed": seed, "start": 0.2, "steps": 100}
+    spent = {"sampling": seconds / 4, "scoring": seconds / 4, "training": seconds / 2, "all": seconds}
+    return {**row, "accuracy": accuracy, "cpu_s": spent, "curve": [(0, 0.2, seconds / 2), (100, accuracy, seconds)]}
+
+
+@pytest.fixture
+def rows():
+    """Two seeds: the best stored arm ends as TRL does, at half of its cost, and above online OPD, at a tenth of its."""
+    ends = {BEST.name: (0.6, 5.0), TRL: (0.6, 10.0), ONLINE.name: (0.5, 45.0), LIVE[1].name: (0.61, 50.0)}
+    found = [fake(CLAIM.name, seed, arm, end, cost) for seed in (0, 1) for arm, (end, cost) in ends.items()]
+    return found + [fake(FALL.name, seed, arm.name, 0.1 + seed / 100, 5.0) for seed in (0, 1) for arm in FALLEN]
+
+
+def test_goals_are_met_by_what_meets_them_and_by_nothing_else(rows):
+    goals = {goal["name"]: goal for goal in find_goals(rows, CLAIM.name, FALL.name)}
+    assert [goal["met"] for name, goal in goals.items() if "does not fall" not in name] == [True] * 4
+    assert goals[f"{BEST.name}, as a share of {TRL}: cost at equal steps"]["measured"] == pytest.approx(0.5)
+    until = goals[f"{BEST.name}, as a share of {ONLINE.name}: cost at equal accuracy"]
+    assert until["measured"] == pytest.approx((2.5 + 2.5 * 0.3 / 0.4) / 45)
+    assert not any(goal["met"] for name, goal in goals.items() if "does not fall" in name)
+    worse = [{**row, "accuracy": row["accuracy"] - (0.1 + row["seed"] / 1000) * (row["arm"] == BEST.name)} for row in rows]
+    assert not next(goal["met"] for goal in find_goals(worse, CLAIM.name, FALL.name) if f"minus {TRL}" in goal["name"])
+
+
+def test_the_part_says_what_the_rows_say(rows, tmp_path):
+    rows += [{**row, "arm": faster(row["arm"])} for row in rows if row["arm"] in {BEST.name, TRL, ONLINE.name}]
+    goals = find_goals(rows, CLAIM.name, FALL.name)
+    result = result_file("claims_estimators", {"machine": {"cores": 2}, "versions": {"lopd": "0"}}, rows, goals, tmp_path)
+    text = "\n".join(write_part(result, tmp_path / "plots", tmp_path, CLAIM.name, FALL.name))
+    assert all(goal["name"] in text for goal in json.loads(result.read_text())["goals"])
+    assert f"| {BEST.name} | 0.600 ± 0.000 | +0.100 ± 0.000 | +0.000 ± 0.000 | -0.095 ± 0.064 |" in text
+    assert "pays before its first step is 2.50 ± 0.00 CPU s.  After 75 ± 0 steps of 100" in text
+    assert "nan" not in text
+    assert (tmp_path / "plots" / "claims_estimators.png").stat().st_size > 10_000
+    assert "(plots/claims_estimators.png)" in text
+
+
+def test_the_plan_has_every_arm_once_a_seed_and_the_rate_of_the_faster_ones_for_trl_too():
+    jobs = claims_estimators.runs(200, Path("testbed"), quick=False)
+    named = [(job.args[0].name, job.args[3].name) for job in jobs if job.func is claims.one]
+    assert len(set(named)) == len(named)
+    assert {(claims.CLAIM.name, arm.name) for arm in (*LIVE, *STORED, *FAST)} < set(named)
+    assert [job.keywords for job in jobs if job.func is claims.against_trl] == [{}, {"rate": 3.0, "name": faster(TRL)}]
+    assert len(claims_estimators.runs(200, Path("testbed"), quick=True)) == len(LIVE) + 2
