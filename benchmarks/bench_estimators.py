@@ -24,7 +24,7 @@ from attrs import frozen
 from estimator_states import Judge, States, bias_by_logits, check_fused, prepare, random_states, real_states
 from estimator_worlds import World, mixing, modes
 from estimator_worlds import judge as judge_world
-from estimators import ONLINE, PLAIN, RATIO, WINDOW, Estimator, estimators, supported, whole
+from estimators import ONLINE, PLAIN, RATIO, Estimator, estimators, supported, whole, windowed
 from record import ROOT, describe_machine, result_file
 
 from lopd import FusedLoss
@@ -70,7 +70,7 @@ QUICK = Plan((0.2,), 1, 4, 16, (4,), 64, 8, (1.0,), 8, (4,), 16, 2)
 def judge_in(make: Callable[[], World], plan: Plan, drift: float, seed: int) -> list[Row]:
     """Rows of one world."""
     world = make()
-    chosen = [*estimators(plan.world_sizes), WINDOW, whole(world.next_SV.shape[1]), ONLINE]
+    chosen = [*estimators(plan.world_sizes), *windowed(plan.world_sizes), whole(world.next_SV.shape[1]), ONLINE]
     return list(judge_world(world, chosen, drift, seed, batches=plan.batches, rollouts=plan.rollouts))
 
 

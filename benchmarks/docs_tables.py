@@ -56,7 +56,6 @@ VERDICTS = ("right", "refused", "wrong", "raw", "not built")
 ESTIMATORS = {
     "Lightning, no ratio": "`FusedOPDLoss(clip=None)`",
     "ratio": "`FusedOPDLoss(clip=None, ratio_to_ref=True)`",
-    "ratio x that of the last 8 tokens": "`FusedOPDLoss(clip=None, ratio_to_ref=True, transforms=(window_ratio,))`",
     "teacher's top K": "`TopKObjective(reverse_kl)`",
     "candidates": "`TopKObjective(reverse_kl)`",
     "teacher's top K + residual": "`TopKObjective(reverse_kl, residual=True)`",
@@ -65,6 +64,9 @@ ESTIMATORS = {
     "union + residual": "`TopKObjective(reverse_kl, residual=True)`",
     "drawn": "`TopKObjective(reverse_kl, residual=True)`",
     "candidates + drawn": "`TopKObjective(reverse_kl, residual=True)`",
+    "ratio, window of 8": "`WindowRatio(OPDObjective(clip=None, ratio_to_ref=True))`",
+    "teacher's top K + residual, window of 8": "`WindowRatio(TopKObjective(reverse_kl, residual=True))`",
+    "candidates + residual, window of 8": "`WindowRatio(TopKObjective(reverse_kl, residual=True))`",
     "whole vocabulary": "",
     "online, sampled anew": "`FusedOPDLoss(clip=None)`, `refresh_every(1, ...)`",
 }
