@@ -11,7 +11,6 @@ quickstart) the truth is the exact reverse KL at the stored states.  The error i
 import argparse
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,10 +21,10 @@ from typing import Any
 
 import torch
 from attrs import frozen
-from estimator_states import Judge, States, bias_by_logits, check_fused, prepare, random_states, real_states, stored_bytes
+from estimator_states import Judge, States, bias_by_logits, check_fused, prepare, random_states, real_states
 from estimator_worlds import World, mixing, modes
 from estimator_worlds import judge as judge_world
-from estimators import ONLINE, PLAIN, RATIO, Estimator, estimators, supported, whole
+from estimators import ONLINE, PLAIN, RATIO, Estimator, estimators, supported, whole, windowed
 from record import ROOT, describe_machine, result_file
 
 from lopd import FusedLoss
@@ -71,7 +70,7 @@ QUICK = Plan((0.2,), 1, 4, 16, (4,), 64, 8, (1.0,), 8, (4,), 16, 2)
 def judge_in(make: Callable[[], World], plan: Plan, drift: float, seed: int) -> list[Row]:
     """Rows of one world."""
     world = make()
-    chosen = [*estimators(plan.world_sizes), whole(world.next_SV.shape[1]), ONLINE]
+    chosen = [*estimators(plan.world_sizes), *windowed(plan.world_sizes), whole(world.next_SV.shape[1]), ONLINE]
     return list(judge_world(world, chosen, drift, seed, batches=plan.batches, rollouts=plan.rollouts))
 
 
@@ -130,15 +129,6 @@ def measure_cost(plan: Plan, vocabulary: int, size: int) -> Iterable[Row]:
         yield {**where, **estimator.describe(), **found}
 
 
-def measure_bytes(at: States, plan: Plan) -> list[Row]:
-    """Bytes a token of a store of these states, with each support of the smallest and of the largest size: small stores have more beside them."""
-    rows = []
-    for estimator in (estimator for size in (plan.sizes[0], plan.sizes[-1]) for estimator in supported(size)):
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append({"kind": "bytes", **estimator.describe(), "measured": stored_bytes(at, estimator.support, Path(folder) / "store")})
-    return rows
-
-
 def find_goals(rows: Sequence[Row]) -> list[Row]:
     """What is claimed of the estimators, whether an offline one beats the ratio at its bytes, and the cost of a step."""
     goals: list[Row] = []
@@ -158,7 +148,6 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
     add("the same with stored numbers in float16", LARGEST_Z, [row["bias_z"] for row in rounded if row["unbiased"]])
     fused = [row["fused_error"] for row in states if "fused_error" in row]
     add("the fused loss has the gradient that was judged, relative difference", 1e-4, fused)
-    add("bytes a token that a store grows by with its supports, over what is counted, largest distance from 1", 0.01, _growth(rows))
     for name, group in (("mixing", worlds), ("modes", worlds), ("SmolLM2", states)):
         for drift in sorted({row["drift"] for row in group}):
             at = [row for row in group if row["drift"] == drift and row.get("world", name) == name]
@@ -174,16 +163,6 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
             )
     add("a step with 16 ids or fewer over one of the ratio", 1.1, [row["over_ratio"] for row in costs if max(row[n] for n in SIZES) <= 16])
     return goals
-
-
-def _growth(rows: Sequence[Row]) -> list[float]:
-    """How far the bytes that a family grows by from its smallest to its largest support are from those that are counted."""
-    found = []
-    for family in {row["family"] for row in rows}:
-        sizes = sorted((row["bytes"], row["measured"]) for row in rows if row["kind"] == "bytes" and row["family"] == family)
-        if len(sizes) > 1 and sizes[-1][0] > sizes[0][0]:
-            found.append(abs((sizes[-1][1] - sizes[0][1]) / (sizes[-1][0] - sizes[0][0]) - 1))
-    return found
 
 
 def offline(row: Row) -> bool:
@@ -260,7 +239,7 @@ def main() -> None:
     students = [(1.0, random_states(plan.states, *shape))] if options.quick else real_states(folder, plan.states, plan.moves)
     jobs = [partial(judge_at, path, move, part, plan) for move, path in keep(students, folder) for part in parts(plan)]
     jobs += [partial(judge_in, *job) for job in product((mixing, modes), [plan], plan.drifts, range(plan.seeds))]
-    rows = [*measure_cost(plan, *shape), *measure_bytes(random_states(240, shape[0], 16), plan)]
+    rows = list(measure_cost(plan, *shape))
     with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         rows += [row for found in pool.map(call, jobs) for row in found]
     for row in rows:

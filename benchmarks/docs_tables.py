@@ -64,6 +64,9 @@ ESTIMATORS = {
     "union + residual": "`TopKObjective(reverse_kl, residual=True)`",
     "drawn": "`TopKObjective(reverse_kl, residual=True)`",
     "candidates + drawn": "`TopKObjective(reverse_kl, residual=True)`",
+    "ratio, window of 8": "`WindowRatio(OPDObjective(clip=None, ratio_to_ref=True))`",
+    "teacher's top K + residual, window of 8": "`WindowRatio(TopKObjective(reverse_kl, residual=True))`",
+    "candidates + residual, window of 8": "`WindowRatio(TopKObjective(reverse_kl, residual=True))`",
     "whole vocabulary": "",
     "online, sampled anew": "`FusedOPDLoss(clip=None)`, `refresh_every(1, ...)`",
 }
@@ -147,7 +150,7 @@ def estimators() -> list[str]:
                 family,
                 code,
                 cell(at, "bytes", ".0f"),
-                cell(at, "bias"),
+                bias,
                 *errors,
                 cell(long, "rmse"),
                 *smallest,

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from attrs import evolve, field, frozen
-from estimators import ID, Estimator, Support
+from estimators import Estimator
 from torch import Tensor
 
-from lopd import FusedLoss, Scores, ZarrStore, batches
+from lopd import FusedLoss, ZarrStore, batches
 from lopd.engines.causal_lm import lm_head, packed_hidden_states
 from lopd.losses.tokens import Tokens
-from lopd.records import Batch, LMHead, TopK
-from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
+from lopd.records import Batch, LMHead
 
 #: Sampled tokens that are looked at together where all are.
 ROWS = 8192
@@ -211,40 +210,6 @@ def check_fused(states: States, estimator: Estimator, generator: torch.Generator
     expected_SD = gradient(states, estimator, batch)
     assert hidden_SD.grad is not None  # noqa: S101
     return float((hidden_SD.grad - expected_SD).norm() / expected_SD.norm())
-
-
-def stored_bytes(states: States, support: Support, folder: Path, tokens: int = 48) -> float:
-    """Bytes a token that a float16 store takes for these states, as rollouts of so many tokens; without the token's own id, and compacted."""
-    drawn_SD = states.draws(support.drawn + 1, torch.Generator().manual_seed(0))[:, 1:]
-    columns = states.columns(support.columns(states.policy, states.teacher), states.sampled, drawn_SD)
-    kept_SK = support.ids(states.policy, states.teacher)[:, : support.policy] if support.policy else drawn_SD[:, :0]
-    store = ZarrStore.create(str(folder), tiny_manifest(states.policy.shape[1]), logprob_dtype="float16")
-    parts = [slice(start, start + tokens) for start in range(0, len(states.sampled), tokens)]
-    policy = [columns["ref_logprobs"][part] for part in parts]
-    rollouts = [
-        tiny_rollout(f"p{index}/s0/g0", states.sampled[part].numpy(), behavior_logprobs=own.numpy())
-        for index, (part, own) in enumerate(zip(parts, policy, strict=True))
-    ]
-    store.append(rollouts)
-    distinct = {"policy": (kept_SK, states.policy), "teacher": (columns.get("top_k_ids", drawn_SD[:, :0]), states.teacher)}
-    for name, (ids_SK, table_SV) in distinct.items():
-        all_SK = torch.cat([ids_SK, drawn_SD], dim=-1)
-        if name == "policy" and not all_SK.shape[1]:
-            continue
-        logprobs_SK, tail_S = table_SV.gather(-1, all_SK), 1 - table_SV.gather(-1, ids_SK).exp().sum(-1)
-        own_S = table_SV.gather(-1, states.sampled[:, None])[:, 0]
-        supports = [
-            TopK(all_SK[part].numpy(), logprobs_SK[part].numpy(), tail_S[part].clamp(min=0).numpy(), support.drawn) for part in parts
-        ]
-        scores = [
-            Scores.of(rollout, own_S[part].numpy(), top_k=kept if all_SK.shape[1] else None)
-            for rollout, part, kept in zip(rollouts, parts, supports, strict=True)
-        ]
-        provenance = tiny_provenance(name, top_k=all_SK.shape[1], drawn=support.drawn)
-        store.append_scores(name, provenance if name == "teacher" else evolve(provenance, model=store.manifest.policy), scores)
-    store.compact()
-    prompts = sum(len(rollout.prompt_ids) for rollout in rollouts)
-    return (store.stored_bytes() - ID * (len(states.sampled) + prompts)) / len(states.sampled)
 
 
 def prepare(folder: Path) -> None:

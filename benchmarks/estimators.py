@@ -6,14 +6,14 @@ Shape suffixes: R rows (a token of a rollout, or a state), K ids of a support, D
 from typing import Any
 
 import torch
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 from torch import Tensor
 
-from lopd import TopKObjective
+from lopd import TopKObjective, WindowRatio
 from lopd.losses.divergences import generalised_kl, reverse_kl
 from lopd.losses.objective import Objective, OPDObjective
 
-#: Bytes of a stored log-prob (float16), of an id of a vocabulary of at most 65,536, and of a tail.
+#: Bytes of a stored log-prob (float16), of an id of a vocabulary of at most 65,536, and of a tail; `make bench-supports` measures them.
 NUMBER, ID, TAIL = 2, 2, 4
 
 
@@ -116,6 +116,17 @@ def supported(size: int) -> list[Estimator]:
         Estimator("union + residual", RESIDUAL, halves, unbiased=True),
         Estimator("drawn", RESIDUAL, Support(drawn=size), unbiased=True),
         Estimator("candidates + drawn", RESIDUAL, mixed, unbiased=True),
+    ]
+
+
+def windowed(sizes: tuple[int, ...]) -> list[Estimator]:
+    """Some that answer to the states, too, by the ratio of the tokens before; they need whole rollouts."""
+    chosen = [RATIO, *(estimator for size in sizes for estimator in supported(size) if estimator.objective is RESIDUAL)]
+    names = ("ratio", "teacher's top K + residual", "candidates + residual")
+    return [
+        evolve(estimator, family=f"{estimator.family}, window of 8", objective=WindowRatio(estimator.objective), unbiased=False)
+        for estimator in chosen
+        if estimator.family in names
     ]
 
 
