@@ -104,6 +104,10 @@ class ChunkedHead:
         """Return zeros in the dtype of the sums: float32, or float64 if hidden states or weight are."""
         return self._hidden_MD.new_zeros(shape, dtype=self._sum_dtype)
 
+    def dtype_of(self, found: Statistics) -> torch.dtype:
+        """Return the dtype in which an objective is given these: what several probabilities leave of 1 would be lost in float32."""
+        return found.logprobs.dtype if found.logprobs.shape[1] > 1 else self._sum_dtype
+
     def chunks(self, ids_MK: Tensor, *, entropy: bool = False) -> Iterator[tuple[slice, Statistics]]:
         """Yield the rows of each chunk and the statistics of their logits, without a gradient: one matrix product.
 
@@ -212,9 +216,9 @@ class _SelectedLogprobs(torch.autograd.Function):
         ctx.job = job
         chunked = ChunkedHead(hidden_MD, job.head, job.chunking)
         found = [statistics for _, statistics in chunked.chunks(job.ids, entropy=job.entropy)]
-        logprobs_MK = torch.cat([chunked.zeros(0, job.ids.shape[1]), *(part.logprobs.to(chunked.zeros(0)) for part in found)])
-        entropies = [part.entropies.to(chunked.zeros(0)) for part in found if part.entropies is not None]
-        return logprobs_MK, torch.cat([chunked.zeros(0), *entropies]) if job.entropy else None
+        logprobs = [part.logprobs.to(chunked.dtype_of(part)) for part in found] or [chunked.zeros(0, job.ids.shape[1])]
+        entropies = [part.entropies.to(chunked.dtype_of(part)) for part in found if part.entropies is not None] or [chunked.zeros(0)]
+        return torch.cat(logprobs), torch.cat(entropies) if job.entropy else None
 
     @staticmethod
     def backward(ctx: Any, upstream_MK: Tensor | None, upstream_M: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -253,13 +257,17 @@ def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Ch
     tensor([0.5000])
     """
     logprobs_MK, _ = logprobs_and_entropies(hidden_MD, head, ids if ids.ndim == 2 else ids[:, None], chunking)
+    logprobs_MK = logprobs_MK.to(sum_dtype(hidden_MD, head.weight))
     return logprobs_MK if ids.ndim == 2 else logprobs_MK.squeeze(-1)
 
 
 def logprobs_and_entropies(
     hidden_MD: Tensor, head: LMHead, ids_MK: Tensor, chunking: Chunking, *, entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the (M, K) log-probs of `selected_logprobs`; and, if asked for, the (M,) entropies of the distributions, nats, differentiable too."""
+    """Return the (M, K) log-probs of `selected_logprobs`; and, if asked for, the (M,) entropies of the distributions, nats, differentiable too.
+
+    Those of several ids are float64, see `ChunkedHead.dtype_of`.
+    """
     found: tuple[Tensor, Tensor | None] = _SelectedLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden_MD, head.weight, head.bias, _Selection(head, ids_MK, chunking, entropy)
     )

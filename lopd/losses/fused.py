@@ -13,6 +13,7 @@ from torch import Tensor
 from lopd.errors import GradientError
 from lopd.losses.chunked import DEFAULT_CHUNKING, ChunkedHead, Chunking, logprobs_and_entropies, refuse_second_order
 from lopd.losses.objective import Objective, OPDObjective, OPDSettings, TokenLosses, Tokens, is_baselined, is_uncorrected
+from lopd.losses.products import sum_dtype
 from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import Batch, LMHead, LossOutput
 
@@ -86,11 +87,11 @@ class FusedLoss:
         if not (any(wanted) and self.objective.per_token):
             entropy = self.objective.wants_entropy
             logprobs_MK, entropies_M = logprobs_and_entropies(hidden_MD, head, ids_MK, self.chunking, entropy=entropy)
-            return self.objective(logprobs_MK, evolve(tokens, student_entropies=entropies_M)).sums()
+            losses = self.objective(logprobs_MK, evolve(tokens.to(logprobs_MK.dtype), student_entropies=entropies_M))
+            return TokenLosses.joined([losses], hidden_MD.new_zeros(0, dtype=sum_dtype(hidden_MD, head.weight))).sums()
         chunked, said = ChunkedHead(hidden_MD, head, self.chunking, wanted), list[TokenLosses]()
         for rows, found in chunked.chunks(ids_MK, entropy=self.objective.wants_entropy):
-            # what several probabilities leave of 1 would be lost in float32
-            dtype = found.logprobs.dtype if ids_MK.shape[1] > 1 else chunked.zeros(0).dtype
+            dtype = chunked.dtype_of(found)
             # autograd on (C, K) values, so that each equation is written once, in its objective
             leaves = [values.detach().to(dtype).requires_grad_() for values in (found.logprobs, found.entropies) if values is not None]
             known = evolve(tokens.where(rows).to(dtype), student_entropies=leaves[1] if self.objective.wants_entropy else None)
