@@ -173,6 +173,7 @@ def offline(row: Row) -> bool:
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """Error over bytes a token: a line for each family, a column for each judge, at the drift in the middle and the largest."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
     names = ("SmolLM2", "mixing", "modes")
     titles = {
@@ -194,11 +195,23 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
                     if errors:
                         axes.axhline(errors[0], color=f"C{index % 10}", linestyle=":", label=family)
                 else:
-                    axes.plot(points, errors, "o-" if len(points) > 1 else "s", color=f"C{index % 10}", label=family, markersize=5)
+                    axes.plot(
+                        points,
+                        errors,
+                        "o-" if len(points) > 1 else "s",
+                        color=f"C{index % 10}",
+                        alpha=0.5 if "window" in family else 1.0,
+                        label=family,
+                        markersize=5,
+                    )
             kl = statistics.mean(row["kl"] for row in at)
-            axes.set(title=f"{titles[name]}\ndrift: KL(policy, student) = {kl:.2g} nats a token", xscale="log", yscale="log")
+            axes.set(title=f"{titles[name]}\nKL(policy, student) {kl:.2g} nats a token", xscale="log", yscale="log")
             axes.set(xlabel="bytes a token", ylabel="error of a step's gradient, relative")
             axes.spines[["top", "right"]].set_visible(False)
+            for axis, ticks in ((axes.xaxis, (4, 16, 64, 256)), (axes.yaxis, (0.1, 0.2, 0.3, 0.5, 1, 2))):
+                axis.set_major_locator(FixedLocator(ticks))
+                axis.set_major_formatter(FormatStrFormatter("%g"))
+                axis.set_minor_locator(NullLocator())
     known = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=100)
