@@ -7,8 +7,9 @@ from attrs import evolve
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, batches, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
-from lopd.errors import ConflictError, EngineChangeWarning, InvalidRecordError, MissingScoresError, SourceError
+from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError, SourceError
 from lopd.guards import ConsistencyPolicy
+from lopd.guards.audit import audit
 from lopd.records import Lineage, ModelId, policy_column
 from lopd.records.collate import collate
 from lopd.testing import assert_same_top_k
@@ -101,12 +102,58 @@ def test_a_policy_fills_in_what_a_killed_call_left_out(source, prompts, llama, t
     plain = evolve(source, sampling=evolve(PARAMS, drawn=0))
     store, scorer = MemoryStore(plain.manifest), evolve(teacher, drawn=0)
     store.append(plain.sample(prompts[:2]))
-    collect_rollouts(plain, prompts, store)
     with pytest.raises(MissingScoresError):
         score_rollouts(store, scorer)
-    with pytest.warns(EngineChangeWarning, match="begun with 'HFSource'"):
-        score_rollouts(store, HFScorer(llama, tokenizer, top_k=3), column="policy")
+    score_rollouts(store, HFScorer(llama, tokenizer, top_k=3), column="policy")
+    assert collect_rollouts(plain, prompts, store).skipped == 4
     assert score_rollouts(store, scorer).rollouts == len(store)
+
+
+def test_a_call_after_one_that_was_killed_keeps_the_candidates_that_are_missing(source, prompts, teacher):
+    store = MemoryStore(source.manifest)
+    store.append(source.sample(prompts[:2]))
+    assert collect_rollouts(source, prompts, store).skipped == 0
+    assert store.scored("policy").all()
+    assert len(store) == 2 * len(prompts)
+    assert score_rollouts(store, teacher).rollouts == len(store)
+    assert collect_rollouts(source, prompts, store).skipped == len(store)
+
+
+def test_a_policy_column_of_another_model_is_refused_before_anything_is_sampled_or_scored(
+    source, prompts, teacher, near_teacher, tokenizer
+):
+    store = MemoryStore(evolve(source, sampling=evolve(PARAMS, candidates=0, drawn=0)).manifest)
+    collect_rollouts(evolve(source, sampling=store.manifest.sampling), prompts, store)
+    score_rollouts(store, HFScorer(near_teacher, tokenizer, top_k=3), column="policy")
+    with pytest.raises(MissingScoresError, match="has 0 candidates"):
+        score_rollouts(store, evolve(teacher, drawn=0))
+    other = MemoryStore(source.manifest)
+    other.append(source.sample(prompts[:1]))
+    score_rollouts(other, HFScorer(near_teacher, tokenizer, top_k=5), column="policy")
+    with pytest.raises(ConflictError, match="column 'policy'"):
+        collect_rollouts(source, prompts, other)
+    assert len(other) == 2
+
+
+def test_supports_of_one_width_but_other_draws_do_not_mix(source, prompts, teacher):
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    for column, widths in (("near", {"top_k": 4, "candidates": 0, "drawn": 0}), ("other", {"top_k": 2, "candidates": 0, "drawn": 2})):
+        score_rollouts(store, evolve(teacher, **widths), column=column)
+    teachers = {"near": prompts[:3], "other": prompts[3:]}
+    with pytest.raises(InvalidRecordError, match="2 of them drawn"):
+        batches(store, teacher=teachers, ref="policy", top_k=True, rollouts_per_step=len(store)).step(0)
+
+
+def test_an_audit_does_not_count_drawn_tokens_as_a_support(source, prompts, teacher):
+    store = MemoryStore(source.manifest)
+    collect_rollouts(source, prompts, store)
+    for column, drawn in (("plain", 0), ("drawing", 2)):
+        score_rollouts(store, evolve(teacher, drawn=drawn), column=column)
+    plain, drawing = (audit(store, [column]).candidates[0].z for column in ("plain", "drawing"))
+    assert plain == drawing
+    score_rollouts(store, evolve(teacher, top_k=0, candidates=0), column="only")
+    assert audit(store, ["only"]).candidates[0].z is None
 
 
 def test_a_column_of_other_widths_and_a_source_that_keeps_none_are_refused(source, prompts, teacher):

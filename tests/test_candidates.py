@@ -9,7 +9,7 @@ from attrs import evolve
 from hf_parts import KINDS, VOCAB, every_kind, source_of
 
 from lopd.engines.hf import HFScorer
-from lopd.errors import InvalidRecordError
+from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.records import Prompt, Rollout, TopK
 
 C, D = 5, 4
@@ -193,3 +193,8 @@ def test_the_policy_finds_its_own_candidates_as_likely_as_it_said(llama, tokeniz
         np.testing.assert_array_equal(score.top_k.ids, rollout.candidates.ids)
         np.testing.assert_allclose(score.top_k.logprobs, rollout.candidates.logprobs, atol=2e-5)
         np.testing.assert_allclose(score.top_k.tail, rollout.candidates.tail, atol=2e-5)
+
+
+def test_candidates_that_are_not_a_support_are_refused():
+    with pytest.raises(ArgumentError, match="candidates: "):
+        Rollout("r", [1], [2, 3], [True, True], "stop", candidates=[1, 2])

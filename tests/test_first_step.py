@@ -23,7 +23,7 @@ from lopd import (
     opd_steps,
 )
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, TrainingWarning
-from lopd.guards.first_step import MAX_DISTANCE
+from lopd.guards.first_step import MAX_DISTANCE, judge_baseline
 from lopd.losses.entropy import EntropyBonus
 from lopd.losses.objective import OPDObjective
 from lopd.losses.reference import SFTLoss
@@ -189,3 +189,11 @@ def test_a_baseline_by_token_and_a_loss_without_one_are_not_spoken_of(weighting,
     student = student_in(llama)
     steps = with_supports(batches(scored, rollouts_per_step=14, weighting=weighting)[:2])
     list(opd_steps(student, steps, loss, torch.optim.AdamW(student.parameters(), lr=1e-3)))
+
+
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning")
+def test_a_baseline_says_nothing_of_a_rank_that_only_keeps_step(llama, scored):
+    (step,) = with_supports(batches(scored, rollouts_per_step=14)[:1])
+    idle = tuple(evolve(batch, weight=torch.zeros_like(batch.weight)) for batch in step.batches)
+    optimizer = torch.optim.AdamW(student_in(llama).parameters(), lr=1e-3)
+    judge_baseline(optimizer, BASELINED[0], idle)

@@ -280,6 +280,8 @@ def test_a_ratio_is_itself_up_to_its_cap_and_keeps_the_gradient_of_a_capped_weig
 
 def test_within_the_bound_a_ratio_is_the_exponential_to_the_last_bit() -> None:
     logs = torch.linspace(-90, functional.MAX_LOG_RATIO, 1001)
+    with pytest.raises(InvalidRecordError, match="cap is 0"):
+        functional.bounded_ratio(logs, 0.0)
     assert torch.equal(functional.bounded_ratio(logs), logs.exp())
 
 

@@ -456,6 +456,12 @@ def test_tokens_are_found_by_id_in_whatever_order_and_however_often_they_come(da
         assert candidates_TK[t].tolist() == [np.float32(values[i]) for i in best]
 
 
+def test_a_sampled_token_beside_the_most_likely_ones_is_not_among_them_for_being_as_likely_as_the_last():
+    beside, among = [(9, -2.0), (5, -1.0), (7, -2.0)], [(7, -2.0), (5, -1.0), (7, -2.0)]
+    _, ids_TK, _ = look_up("r", np.array([9, 7]), *entries(flat_of([beside, among])), top_k=2)
+    assert ids_TK.tolist() == [[5, 7], [5, 7]]
+
+
 def test_a_token_that_is_not_there_or_too_few_candidates_are_errors():
     flat = flat_of([[(3, -1.0), (4, -2.0)], [(5, -1.0)]])
     with pytest.raises(EngineError, match=r"r: response token 1 is id 6, expected it among"):

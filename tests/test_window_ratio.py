@@ -82,3 +82,9 @@ def test_it_says_of_itself_what_the_other_objective_does() -> None:
 def test_bounds_that_make_no_sense_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidRecordError, match=f"WindowRatio: {named} is"):
         WindowRatio(BUCKET, **options)
+
+
+def test_a_window_far_beyond_a_response_is_the_whole_response() -> None:
+    problem = make_problem(1, horizon=4, drift=2.0)
+    huge, whole = (WindowRatio(OPDObjective(ratio_to_ref=True), window, None) for window in (10**10, 4))
+    assert_same(problem.offline(FusedLoss(huge)), problem.offline(FusedLoss(whole)))

@@ -117,6 +117,9 @@ def look_up(
     places_T1 = hits_TW.argmax(1)[:, None]
     twice_TW = hits_TW & (np.arange(ids_TW.shape[1]) > places_T1)
     unusable_TW = twice_TW | (ids_TW < 0)
+    # where the engine put the sampled token beside its K, it must not come among them for being as likely as the last: they are chosen without it
+    beside_T = (~unusable_TW).sum(1) == top_k + 1
+    unusable_TW |= hits_TW & (beside_T & ~twice_TW.any(1))[:, None]
     few = np.flatnonzero((~unusable_TW).sum(1) < top_k)
     if few.size:
         raise EngineError(

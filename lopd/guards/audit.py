@@ -112,7 +112,7 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
 
 
 def _read(store: LogprobReader, columns: Sequence[str], rows: NDArray[np.int64]) -> tuple[dict[str, RolloutSums], dict[str, float]]:
-    supported = [column for column in columns if store.columns[column].top_k]
+    supported = [column for column in columns if store.columns[column].top_k > store.columns[column].drawn]
     found: dict[str, list[float]] = {column: [] for column in columns}
     moments = {column: np.zeros(2) for column in supported}
     counts: list[float] = []
@@ -132,10 +132,11 @@ def _read(store: LogprobReader, columns: Sequence[str], rows: NDArray[np.int64])
 def _deviation(record: ScoredRollout, column: str) -> NDArray[np.float64]:
     """Sums over the counted tokens of E g - g, and of the variance of g."""
     support, on_T = record.top_k[column], record.rollout.loss_mask
-    chance_TK = np.exp(support.logprobs.astype(np.float64))
+    own = slice(support.distinct)
+    chance_TK = np.exp(support.logprobs[:, own].astype(np.float64))
     mean_T = (chance_TK**2).sum(-1)
     variance_T = (chance_TK**3).sum(-1) - mean_T**2
-    found_T = np.where(support.ids == record.rollout.response_ids[:, None], chance_TK, 0.0).sum(-1)
+    found_T = np.where(support.ids[:, own] == record.rollout.response_ids[:, None], chance_TK, 0.0).sum(-1)
     moments: NDArray[np.float64] = np.stack([mean_T - found_T, variance_T])[:, on_T].sum(-1)
     return moments
 

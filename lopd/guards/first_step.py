@@ -103,6 +103,8 @@ def judge_baseline(optimizer: Optimizer, loss: object, batches: Sequence[Batch])
     lengths_B = torch.cat([segments_M.bincount() for segments_M, _ in counted])
     weights_B = torch.cat([segments_M.bincount(weight_M) for segments_M, weight_M in counted])[lengths_B > 0]
     lengths_B = lengths_B[lengths_B > 0]
+    if not lengths_B.numel():  # a rank that only keeps step
+        return
     if bool((lengths_B != lengths_B[0]).any()) and bool((weights_B - weights_B[0]).abs().max() < _SAME * weights_B[0]):
         _warn_once(
             optimizer,

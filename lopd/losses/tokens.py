@@ -112,7 +112,10 @@ class Tokens:
     def drawn(self) -> DrawnColumn:
         """Return the tokens that were drawn from the policy; MissingScoresError where the batch has none, or not what the policy said of them."""
         columns = (self.drawn_ids, self.drawn_logprobs, self.drawn_ref_logprobs)
-        expected = "tokens that the policy drew; sample with `SamplingParams(drawn=...)`, score them, and ask for `batches(ref='policy', top_k=True)`"
+        expected = (
+            "tokens that the policy drew; sample with `SamplingParams(drawn=...)`, score them, and ask for "
+            "`batches(ref=policy_column(generation), top_k=True)` and the rows of that round"
+        )
         return DrawnColumn(*(_present(column, "Batch: drawn_ref_logprobs", expected) for column in columns))
 
 

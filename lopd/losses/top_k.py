@@ -52,6 +52,9 @@ class TopKObjective:
     It is unbiased only if S was chosen without looking at the draw.  In a support that the sampled token was forced into, it is always inside: its
     residual is 0, and the bias stays.  Tokens that top-p cut off were never drawn, so the residual of sampled tokens lacks their share.
 
+    The weight of a token must not depend on what was drawn either.  Under `by_rollout`, where it is 1 over the length of a response, the residual of
+    the sampled token has a bias; under `by_token` it has not, nor has that of tokens that the policy drew besides.
+
     Args:
         divergence: one of `lopd.losses.divergences`, with its options through `functools.partial`, or your own.
         residual: add the residual; for `reverse_kl` and `generalised_kl`.

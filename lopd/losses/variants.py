@@ -127,7 +127,8 @@ def window_ratio(signal: Signal, window: int = 8, cap: float | None = 4.0) -> Si
 
     The token's own ratio corrects for what the student would draw at a state; this one for the states.  Without a cap, and with
     `ratio_to_ref=True`, the expected gradient is that at states of which q wrote all tokens but the last L, and the student those: with L
-    at least the length of a response, the online gradient.  A cap costs bias, and bounds the variance, which grows with L.
+    at least the length of a response, the online gradient.  That is under `by_token`: the weight of a token must not depend on later ones.  A cap
+    costs bias, and bounds the variance, which grows with L.
 
     Args:
         signal: what is changed.
@@ -142,7 +143,8 @@ def window_ratio(signal: Signal, window: int = 8, cap: float | None = 4.0) -> Si
     window, cap = check_at_least("Window ratio", "window", window, 1), _to_cap(cap)
 
     def factors(log_ratio_T: Tensor) -> Tensor:
-        before_T = pad(log_ratio_T, (window, 0)).unfold(0, window, 1)[:-1].sum(-1)
+        most = min(window, len(log_ratio_T))
+        before_T = pad(log_ratio_T, (most, 0)).unfold(0, most, 1)[:-1].sum(-1)
         return functional.bounded_ratio(before_T, cap)
 
     return evolve(signal, weight=signal.weight * _by_rollout(signal, factors, signal.student_logprobs - signal.tokens.sampler()))

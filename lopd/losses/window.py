@@ -22,7 +22,8 @@ class WindowRatio:
 
     `lopd.losses.variants.window_ratio`, for objectives that take no variants.  A reverse KL that is unbiased on the stored states has, without
     a cap, the expected gradient at states of which q wrote all tokens but the last L, and the student those; with L at least the length of
-    a response, the online gradient.  What a step reports stays that of the stored states.
+    a response, the online gradient; both under `by_token`, as the weight of a token must not depend on later ones.  What a step reports stays that
+    of the stored states.
 
     Args:
         objective: whose losses are weighed.

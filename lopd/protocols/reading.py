@@ -62,12 +62,15 @@ def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance)
     for generation in np.unique(read.generations).tolist():
         column = policy_column(generation)
         kept = reader.columns.get(column)
-        found = (0, 0) if kept is None else (kept.top_k - kept.candidates - kept.drawn, kept.drawn)
+        policy = reader.generations[generation]
+        # somebody may have scored another model into it
+        own = kept is not None and kept.model.same_weights(policy)
+        found = (kept.top_k - kept.candidates - kept.drawn, kept.drawn) if kept is not None and own else (0, 0)
         if found[0] < provenance.candidates or found[1] < provenance.drawn:
             raise MissingScoresError(
-                f"{reader!r}: column {column!r} has {found[0]} candidates and {found[1]} drawn tokens, expected {provenance.candidates} and "
-                f"{provenance.drawn} for {provenance.model}; sample with `SamplingParams(candidates=..., drawn=...)`, or score the policy "
-                f"into this column with a scorer whose top_k is {provenance.candidates}."
+                f"{reader!r}: column {column!r} has {found[0]} candidates and {found[1]} drawn tokens of {policy}, expected "
+                f"{provenance.candidates} and {provenance.drawn} for {provenance.model}; sample with `SamplingParams(candidates=..., drawn=...)`, "
+                f"or score the policy into this column with a scorer whose top_k is {provenance.candidates}."
             )
         places = np.flatnonzero(read.generations == generation).tolist()
         for place, record in zip(places, reader.read([rows[i] for i in places], top_k=(column,)), strict=True):

@@ -33,7 +33,8 @@ class Estimate:
 
     Args:
         mean: in the unit of what was measured.
-        ci95: distance from the mean to the farther end of the interval, so mean ± ci95 contains it; infinite for one draw.
+        ci95: distance from the mean to the farther end of the interval, so mean ± ci95 contains it; infinite for one draw,
+            unless it is of scores, which are bounded.
         clusters: independent draws behind it (prompts; rollouts where their prompts are unknown).
         values: all values behind it (tokens, for a mean per token).
         low, high: ends of the interval.

@@ -27,7 +27,7 @@ from lopd.records.arrays import (
     to_mask,
     to_optional_floats,
 )
-from lopd.records.checks import a_kind, check_at_least
+from lopd.records.checks import a_kind, check_at_least, check_kind
 from lopd.records.support import TopK
 
 FinishReason = Literal["stop", "length"]
@@ -153,6 +153,8 @@ class Rollout:
         for name in VIRTUAL_COLUMNS.values():
             if (logprobs := getattr(self, name)) is not None:
                 check_logprobs(owner, name, logprobs, self.response_ids.shape)
+        if self.candidates is not None:
+            check_kind(f"{owner}: candidates", self.candidates, TopK, "pass a `TopK`, or leave it out")
         if self.candidates is not None and len(self.candidates.ids) != self.response_ids.size:
             raise InvalidRecordError(
                 f"{owner}: candidates has {len(self.candidates.ids)} tokens, expected {self.response_ids.size}; pass one row per response token."

@@ -214,11 +214,11 @@ def _of(record: ScoredRollout, values: Mapping[str, Any], name: str, argument: s
 
 
 def _one(supports: Sequence[TopK], rollouts: Sequence[Rollout]) -> TopK:
-    widths = [support.ids.shape[1] for support in supports]
-    for rollout, k in zip(rollouts, widths, strict=True):
-        if k != widths[0]:
+    widths = [(support.ids.shape[1], support.drawn) for support in supports]
+    for rollout, (k, drawn) in zip(rollouts, widths, strict=True):
+        if (k, drawn) != widths[0]:
             raise InvalidRecordError(
-                f"Rollout {rollout.rollout_id!r}: its top-k has {k} tokens, expected {widths[0]} as the first of the batch; "
+                f"Rollout {rollout.rollout_id!r}: its top-k has {k} tokens, {drawn} of them drawn, expected {widths[0]} as the first of the batch; "
                 "score all rollouts with one K."
             )
     return TopK.joined(supports)

@@ -52,8 +52,8 @@ def collect_rollouts(
     A prompt that the source refuses (for example because it is too long) is left out with a warning, and the rest goes on.
 
     Where the source keeps candidates (`SamplingParams.candidates`, `drawn`), they become a score column of the policy (`lopd.records.policy_column`),
-    which serves as `ref` as well.  A call that is killed between the two appends leaves the last batch without them: `score_rollouts` of the policy
-    into that column fills candidates in.
+    which serves as `ref` as well.  A call that is killed between the two appends leaves the last batch without them; the next one samples it
+    again, and fills them in.  With an engine that does not repeat itself, first score the policy into that column.
 
     Args:
         source: the reference policy.
@@ -89,7 +89,7 @@ def collect_rollouts(
     names = [rollout_id(prompt.prompt_id, s, manifest.generation) for prompt in prompts for s in samples]
     rows = store.find(names).reshape(len(prompts), len(samples))
     _check_same_prompts(store, prompts, rows)
-    missing = np.any(rows < 0, axis=1)
+    missing = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
     report = CollectionReport(skipped=int((~missing).sum()) * len(samples))
     # cut before what is there is left out, so that a repeated run has the same batches
     batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
@@ -99,8 +99,10 @@ def collect_rollouts(
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
             accepted = [prompt.prompt_id for prompt in batch if prompt.prompt_id not in reasons]
             _check_ids([rollout_id(name, s, manifest.generation) for name in accepted for s in samples], rollouts)
+            candidates = _candidates(manifest, rollouts)
             store.append(rollouts)
-            _keep_candidates(store, manifest, type(source).__name__, rollouts)
+            if candidates:
+                store.append_scores(policy_column(manifest.generation), _provenance(manifest), candidates)
             tokens = sum(r.response_ids.size for r in rollouts)
             report = evolve(
                 report,
@@ -114,23 +116,34 @@ def collect_rollouts(
     return report
 
 
-def _keep_candidates(store: LogprobStore, manifest: Manifest, engine: str, rollouts: Sequence[Rollout]) -> None:
-    """Write what the policy said of other tokens while it sampled: a score column like any other, as if the policy had scored its rollouts."""
-    sampling = manifest.sampling
-    if not (width := sampling.candidates + sampling.drawn):
-        return
-    scores = []
-    for rollout in rollouts:
+def _without_candidates(store: LogprobStore, manifest: Manifest, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of these rollouts a call that was killed has left without what their source keeps of them."""
+    if not manifest.sampling.candidates + manifest.sampling.drawn:
+        return np.zeros(rows.shape, np.bool_)
+    # the column is another model's, or none: said before anything is sampled
+    store.append_scores(policy_column(manifest.generation), _provenance(manifest), ())
+    scored = np.append(store.scored(policy_column(manifest.generation)), False)
+    return ~scored[rows]
+
+
+def _provenance(manifest: Manifest) -> Provenance:
+    """Whose column the candidates of this round are."""
+    sampling, tokenizer = manifest.sampling, manifest.tokenizer
+    width = sampling.candidates + sampling.drawn
+    return Provenance(manifest.policy, tokenizer.vocab_hash, "its source", top_k=width, eos_id=tokenizer.eos_id, drawn=sampling.drawn)
+
+
+def _candidates(manifest: Manifest, rollouts: Sequence[Rollout]) -> list[Scores]:
+    """What the policy said of other tokens while it sampled, as scores like any others: as if it had read its own rollouts."""
+    sampling, scores = manifest.sampling, list[Scores]()
+    for rollout in rollouts if sampling.candidates + sampling.drawn else ():
         if rollout.candidates is None or rollout.behavior_logprobs is None:
             raise SourceError(
                 f"Rollout {rollout.rollout_id!r}: it comes without candidates or log-probs, expected {sampling.candidates} candidates and "
                 f"{sampling.drawn} drawn tokens as its source says; use a source that keeps them, or sample without."
             )
         scores.append(Scores.of(rollout, rollout.behavior_logprobs, top_k=rollout.candidates))
-    provenance = Provenance(
-        manifest.policy, manifest.tokenizer.vocab_hash, engine, "raw", width, manifest.tokenizer.eos_id, drawn=sampling.drawn
-    )
-    store.append_scores(policy_column(manifest.generation), provenance, scores)
+    return scores
 
 
 def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: NDArray[np.int64]) -> None:

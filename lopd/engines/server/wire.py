@@ -99,10 +99,9 @@ def _prompt_logprobs(
     owner, ids = f"Rollout {rollout.rollout_id!r}", all_ids(rollout)
     _check_read(owner, choice, ids)
     entries = _listed(owner, choice, "prompt_logprobs", len(ids))[rollout.prompt_ids.size :]
-    logprobs = [
-        _logprob(owner, t, entry, token) for t, (entry, token) in enumerate(zip(entries, rollout.response_ids.tolist(), strict=True))
-    ]
-    return np.array(logprobs, np.float32), *_top_k(owner, entries, top_k, vocab_size)
+    tokens = rollout.response_ids.tolist()
+    logprobs = [_logprob(owner, t, entry, token) for t, (entry, token) in enumerate(zip(entries, tokens, strict=True))]
+    return np.array(logprobs, np.float32), *_top_k(owner, entries, tokens, top_k, vocab_size)
 
 
 def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
@@ -136,8 +135,10 @@ def _number(owner: str, place: int, value: Any) -> float:
     return float("-inf") if value <= NO_PROBABILITY else float(value)
 
 
-def _top_k(owner: str, entries: Sequence[Any], top_k: int, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The K most likely of each position; the server gives the prompt token too, and with it K or K + 1."""
+def _top_k(
+    owner: str, entries: Sequence[Any], tokens: Sequence[int], top_k: int, vocab_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The K most likely of each position; where the server gives K + 1, the token itself is beside them, however likely it is."""
     ids_TK, logprobs_TK = np.empty((len(entries), top_k), np.int64), np.empty((len(entries), top_k), np.float32)
     for t, entry in enumerate(entries if top_k else ()):
         found = sorted((-_logprob(owner, t, entry, key), _candidate(owner, t, key, vocab_size)) for key in entry)
@@ -145,8 +146,9 @@ def _top_k(owner: str, entries: Sequence[Any], top_k: int, vocab_size: int) -> t
             raise InvalidRecordError(
                 f"{owner}: response token {t} has {len(found)} candidates, expected {top_k} or {top_k + 1}; check the server's max_logprobs."
             )
-        ids_TK[t] = [token for _, token in found[:top_k]]
-        logprobs_TK[t] = [-minus for minus, _ in found[:top_k]]
+        best = found if len(found) == top_k else [each for each in found if each[1] != tokens[t]][:top_k]
+        ids_TK[t] = [token for _, token in best]
+        logprobs_TK[t] = [-minus for minus, _ in best]
     return ids_TK, logprobs_TK
 
 
@@ -183,7 +185,7 @@ def read_rollout(rollout_id: str, generation: int, vocab_size: int, body: Mappin
     kept = 0 if processed else body["logprobs"]
     if body["temperature"] == 0:
         drawn = [0.0] * len(ids)
-    support = make_support(owner, *_top_k(owner, _tops(owner, choice["logprobs"], len(ids)), kept, vocab_size)) if kept else None
+    support = make_support(owner, *_top_k(owner, _tops(owner, choice["logprobs"], len(ids)), ids, kept, vocab_size)) if kept else None
     ids_P = np.array(prompt, np.int32)
     return make_rollout(rollout_id, ids_P, ids, behavior, drawn, stops=stops, generation=generation, candidates=support)
 
