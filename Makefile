@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators bench-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-quickstart-supports bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators bench-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -41,6 +41,9 @@ bench-quickstart: .venv/installed-quickstart .venv/installed-bench .venv/install
 	$(BIN)/python examples/quickstart.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/quickstart_losses.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/record_quickstart.py
+
+bench-quickstart-supports: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## stored supports from the SFT student of a finished quickstart; ten minutes
+	PYTHONPATH=examples $(BIN)/python benchmarks/quickstart_supports.py
 
 bench-store: .venv/installed-test  ## every store beside a memory map, parquet, Arrow; about fifteen minutes
 	$(BIN)/python benchmarks/bench_store.py
