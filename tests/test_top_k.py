@@ -223,7 +223,7 @@ def test_records_with_another_k_or_without_are_named() -> None:
     with pytest.raises(MissingScoresError, match=r"'a': top-k of column 'teacher' was not read"):
         collate([first, second], top_k="teacher")
     unequal = [evolve(row, top_k={"teacher": support(row.rollout, k)}) for row, k in ((first, 2), (second, 3))]
-    with pytest.raises(InvalidRecordError, match="'b': its top-k has 3 tokens, expected 2"):
+    with pytest.raises(InvalidRecordError, match="'b': its top-k has 3 tokens, 0 of them drawn, expected 2 and 0"):
         collate(unequal, top_k="teacher")
 
 

@@ -218,7 +218,8 @@ def _one(supports: Sequence[TopK], rollouts: Sequence[Rollout]) -> TopK:
     for rollout, (k, drawn) in zip(rollouts, widths, strict=True):
         if (k, drawn) != widths[0]:
             raise InvalidRecordError(
-                f"Rollout {rollout.rollout_id!r}: its top-k has {k} tokens, {drawn} of them drawn, expected {widths[0]} as the first of the batch; "
+                f"Rollout {rollout.rollout_id!r}: its top-k has {k} tokens, {drawn} of them drawn, expected {widths[0][0]} and {widths[0][1]} as the "
+                "first of the batch; "
                 "score all rollouts with one K."
             )
     return TopK.joined(supports)
