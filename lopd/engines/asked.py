@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.engines.inputs import asked_ids
-from lopd.engines.supports import arrange, make_scores
+from lopd.engines.supports import arrange, likely, make_scores
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import Rollout, Scores
@@ -34,11 +34,6 @@ def check_drawn(owner: str, sampling: SamplingParams) -> None:
             f"{owner}: drawn is {sampling.drawn}, expected 0, since vLLM gives no draws beside the sampled token; sample with HFSource, or keep "
             "`candidates` most likely ones."
         )
-
-
-def likely(top_k: int, candidates: int) -> int:
-    """How many of its most likely ids a model is asked for: `top_k` outside of the candidates are among so many, whichever those are."""
-    return top_k and candidates + top_k
 
 
 def widest(top_k: int, candidates: int, drawn: int) -> int:

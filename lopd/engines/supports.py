@@ -11,6 +11,8 @@ from attrs import evolve
 from numpy.typing import NDArray
 
 from lopd.errors import EngineError, InvalidRecordError
+from lopd.records.identity import ModelId, TokenizerId
+from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores, floor_logprobs
 from lopd.records.support import TopK
 
@@ -24,7 +26,7 @@ def make_scores(
         rollout: whose tokens.
         logprobs_T: of them, nats.
         ids_TK: of the support, the drawn ones last.
-        candidates_TK: of those, nats.
+        candidates_TK: their log-probs, nats.
         drawn: how many of the K were drawn.
 
     Raises:
@@ -62,9 +64,9 @@ def arrange(
 
     Args:
         asked_TA: the ids that were asked for, see `lopd.engines.inputs.asked_ids`.
-        logprobs_TA: of those, nats.
+        logprobs_TA: their log-probs, nats.
         likely_TW: the `candidates + top_k` most likely ids, most likely first: so many are enough, whichever of them are candidates.
-        logprobs_TW: of those, nats.
+        logprobs_TW: their log-probs, nats.
         candidates: how many of the ids asked for are distinct; the others were drawn.
         top_k: how many of the most likely ones to keep.
     """
@@ -75,6 +77,17 @@ def arrange(
         return np.concatenate([asked[:, :candidates], np.take_along_axis(likely, own_TK, 1), asked[:, candidates:]], axis=1)
 
     return joined(asked_TA, likely_TW), joined(logprobs_TA, logprobs_TW)
+
+
+def provenance_of(model: ModelId, tokenizer: TokenizerId, engine: str, *, top_k: int, candidates: int, drawn: int) -> Provenance:
+    """The provenance of a scorer that keeps so many of the model's own tokens, of the policy's candidates and of drawn ones."""
+    width = candidates + top_k + drawn
+    return Provenance(model, tokenizer.vocab_hash, engine, top_k=width, eos_id=tokenizer.eos_id, candidates=candidates, drawn=drawn)
+
+
+def likely(top_k: int, candidates: int) -> int:
+    """How many of its most likely ids a model is asked for: `top_k` outside of the candidates are among so many, whichever those are."""
+    return top_k and candidates + top_k
 
 
 class FlatLogprobs(Protocol):

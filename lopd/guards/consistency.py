@@ -163,5 +163,5 @@ def check_reference(store: LogprobReader, column: str, generations: Iterable[int
         if not provenance.model.same_weights(policy):
             raise InvalidRecordError(
                 f"{store!r}: column {column!r} was scored by {provenance.model}, expected the policy that sampled, {policy}; "
-                "an importance ratio to another model is none."
+                "a ratio to another model does not correct for what this one drew, so score the policy."
             )

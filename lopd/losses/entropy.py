@@ -5,7 +5,7 @@ from typing import final
 from attrs import evolve, field, frozen
 from torch import Tensor
 
-from lopd.losses.objective import Objective, TokenLosses, is_baselined, is_uncorrected
+from lopd.losses.objective import Objective, OfObjective, TokenLosses
 from lopd.losses.tokens import Tokens
 from lopd.records.checks import check_number, to_real
 
@@ -18,7 +18,7 @@ def _to_coefficient(coefficient: float) -> float:
 
 @final
 @frozen
-class EntropyBonus:
+class EntropyBonus(OfObjective):
     r"""Another objective minus \(\alpha H(\pi_\theta)\) at every counted token: `FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05))`.
 
     H is the entropy over the whole vocabulary, and its gradient is exact: \(\partial H / \partial z_v = -p_v (\log p_v + H)\) joins the gradient
@@ -46,16 +46,6 @@ class EntropyBonus:
     def per_token(self) -> bool:
         """Whether the other objective is."""
         return self.objective.per_token
-
-    @property
-    def uncorrected(self) -> bool:
-        """Whether the other objective is (`lopd.protocols.StatesCorrection`)."""
-        return is_uncorrected(self.objective)
-
-    @property
-    def baselined(self) -> bool:
-        """Whether the other objective is (`lopd.protocols.StatesBaseline`)."""
-        return is_baselined(self.objective)
 
     def ids(self, tokens: Tokens, /) -> Tensor:
         """Those of the other objective."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lopd.errors import GradientError
 from lopd.losses.chunked import DEFAULT_CHUNKING, ChunkedHead, Chunking, logprobs_and_entropies, refuse_second_order
-from lopd.losses.objective import Objective, OPDObjective, OPDSettings, TokenLosses, Tokens, is_baselined, is_uncorrected
+from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, TokenLosses, Tokens
 from lopd.losses.products import sum_dtype
 from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import Batch, LMHead, LossOutput
@@ -44,7 +44,7 @@ def _check_epsilon(owner: object, _: Any, epsilon: Any) -> None:
 
 @final
 @frozen
-class FusedLoss:
+class FusedLoss(OfObjective):
     r"""Any objective in the memory of one chunk of logits.
 
     Args:
@@ -61,16 +61,6 @@ class FusedLoss:
     objective: Objective
     chunking: Chunking = DEFAULT_CHUNKING
     epsilon: float = field(default=0.0, validator=_check_epsilon)
-
-    @property
-    def uncorrected(self) -> bool:
-        """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
-        return is_uncorrected(self.objective)
-
-    @property
-    def baselined(self) -> bool:
-        """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
-        return is_baselined(self.objective)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens.

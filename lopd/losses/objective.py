@@ -131,6 +131,23 @@ def is_baselined(part: object) -> bool:
     return isinstance(part, StatesBaseline) and part.baselined
 
 
+class OfObjective:
+    """What a loss on an objective, or an objective beside another one, states of itself: what that one does."""
+
+    __slots__ = ()
+    objective: Objective
+
+    @property
+    def uncorrected(self) -> bool:
+        """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
+        return is_uncorrected(self.objective)
+
+    @property
+    def baselined(self) -> bool:
+        """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
+        return is_baselined(self.objective)
+
+
 def _check_clip(owner: object, _: Any, clip: Any) -> None:
     own_numbers(owner, type(owner).__name__)
     check_number(type(owner).__name__, "clip", clip, clip is None or 0 < clip < math.inf, "None, or finite and more than 0 nats")

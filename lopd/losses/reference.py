@@ -11,14 +11,14 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
-from lopd.losses.objective import Objective, OPDObjective, OPDSettings, Tokens, is_baselined, is_uncorrected
+from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, Tokens, is_baselined, is_uncorrected
 from lopd.protocols import OPDLoss
 from lopd.records.steps import Batch, LMHead, LossOutput
 
 
 @final
 @frozen
-class ReferenceLoss:
+class ReferenceLoss(OfObjective):
     """Any objective, in plain torch.
 
     Args:
@@ -26,16 +26,6 @@ class ReferenceLoss:
     """
 
     objective: Objective
-
-    @property
-    def uncorrected(self) -> bool:
-        """Whether its objective is (`lopd.protocols.StatesCorrection`)."""
-        return is_uncorrected(self.objective)
-
-    @property
-    def baselined(self) -> bool:
-        """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
-        return is_baselined(self.objective)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens."""

@@ -7,7 +7,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from lopd.losses.objective import Objective, Signal, TokenLosses, is_baselined, is_uncorrected
+from lopd.losses.objective import Objective, OfObjective, Signal, TokenLosses
 from lopd.losses.tokens import Tokens
 from lopd.losses.variants import window_ratio
 from lopd.records.checks import check_at_least, check_number, own_numbers
@@ -15,7 +15,7 @@ from lopd.records.checks import check_at_least, check_number, own_numbers
 
 @final
 @frozen
-class WindowRatio:
+class WindowRatio(OfObjective):
     r"""Another objective, each token's loss times the ratio of the tokens before: `WindowRatio(TopKObjective(reverse_kl, residual=True))`.
 
     \[ L_t\, \min\Big(\prod_{k=t-L}^{t-1} \pi_\theta(a_k|s_k) / q(a_k|s_k),\; c\Big) \]
@@ -51,16 +51,6 @@ class WindowRatio:
     def wants_entropy(self) -> bool:
         """Whether the other objective does."""
         return self.objective.wants_entropy
-
-    @property
-    def uncorrected(self) -> bool:
-        """Whether the other objective is (`lopd.protocols.StatesCorrection`)."""
-        return is_uncorrected(self.objective)
-
-    @property
-    def baselined(self) -> bool:
-        """Whether the other objective is (`lopd.protocols.StatesBaseline`)."""
-        return is_baselined(self.objective)
 
     def ids(self, tokens: Tokens, /) -> Tensor:
         """Those of the other objective."""

@@ -120,7 +120,7 @@ def _without_candidates(store: LogprobStore, manifest: Manifest, rows: NDArray[n
     """Which of these rollouts a call that was killed has left without what their source keeps of them."""
     if not manifest.sampling.candidates + manifest.sampling.drawn:
         return np.zeros(rows.shape, np.bool_)
-    # the column is another model's, or none: said before anything is sampled
+    # a column of another model is refused before anything is sampled
     store.append_scores(policy_column(manifest.generation), _provenance(manifest), ())
     scored = np.append(store.scored(policy_column(manifest.generation)), False)
     return ~scored[rows]
@@ -130,7 +130,9 @@ def _provenance(manifest: Manifest) -> Provenance:
     """Whose column the candidates of this round are."""
     sampling, tokenizer = manifest.sampling, manifest.tokenizer
     width = sampling.candidates + sampling.drawn
-    return Provenance(manifest.policy, tokenizer.vocab_hash, "its source", top_k=width, eos_id=tokenizer.eos_id, drawn=sampling.drawn)
+    return Provenance(
+        manifest.policy, tokenizer.vocab_hash, "the source that sampled", top_k=width, eos_id=tokenizer.eos_id, drawn=sampling.drawn
+    )
 
 
 def _candidates(manifest: Manifest, rollouts: Sequence[Rollout]) -> list[Scores]:

@@ -22,7 +22,7 @@ from lopd.engines.hf.source import HFSource
 from lopd.engines.identity import Identified, check_unchanged, identify, model_name
 from lopd.engines.inputs import asked_ids, budgeted, check_rollouts, check_support, in_order
 from lopd.engines.probes import check_scoring
-from lopd.engines.supports import arrange, make_scores
+from lopd.engines.supports import arrange, likely, make_scores, provenance_of
 from lopd.guards.consistency import check_vocabulary
 from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.collate import target_slice
@@ -102,14 +102,8 @@ class HFScorer:
     @property
     def provenance(self) -> Provenance:
         """Whose log-probs these are."""
-        return Provenance(
-            self._identified.identity,
-            self.tokenizer_id.vocab_hash,
-            _ENGINE,
-            top_k=self.candidates + self.top_k + self.drawn,
-            eos_id=self.tokenizer_id.eos_id,
-            candidates=self.candidates,
-            drawn=self.drawn,
+        return provenance_of(
+            self._identified.identity, self.tokenizer_id, _ENGINE, top_k=self.top_k, candidates=self.candidates, drawn=self.drawn
         )
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
@@ -131,14 +125,13 @@ class HFScorer:
         head = lm_head(self.model, self.tokenizer_id.vocab_size).float()
         asked = [asked_ids(rollout, self.candidates, self.drawn) for rollout in rollouts]
         asked_MA = torch.from_numpy(np.concatenate(asked).astype(np.int64)).to(targets_M.device)
-        # as many more as may be candidates
-        likely = self.top_k and self.candidates + self.top_k
-        columns = candidate_logprobs(hidden_MD, head, torch.cat([targets_M[:, None], asked_MA], dim=1), likely, self.rows_per_chunk)
+        most = likely(self.top_k, self.candidates)
+        columns = candidate_logprobs(hidden_MD, head, torch.cat([targets_M[:, None], asked_MA], dim=1), most, self.rows_per_chunk)
         parts = zip(rollouts, asked, *(_split(column.cpu().numpy(), rollouts) for column in columns), strict=True)
         return [self._make_scores(rollout, ids_TA, *part) for rollout, ids_TA, *part in parts]
 
-    def _make_scores(self, rollout: Rollout, ids_TA: NDArray[Any], logprobs_TA: NDArray[Any], *likely: NDArray[Any]) -> Scores:
-        support = arrange(ids_TA, logprobs_TA[:, 1:], *likely, candidates=self.candidates, top_k=self.top_k)
+    def _make_scores(self, rollout: Rollout, ids_TA: NDArray[Any], logprobs_TA: NDArray[Any], *own: NDArray[Any]) -> Scores:
+        support = arrange(ids_TA, logprobs_TA[:, 1:], *own, candidates=self.candidates, top_k=self.top_k)
         return make_scores(rollout, logprobs_TA[:, 0], *support, self.drawn)
 
 

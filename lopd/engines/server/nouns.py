@@ -37,6 +37,7 @@ from lopd.engines.inputs import (
 from lopd.engines.server.modes import ModeJudge, probe_bodies
 from lopd.engines.server.servers import Probe, Servers
 from lopd.engines.server.wire import asking_body, read_asked, read_rollout, read_scores, sampling_body, scoring_body
+from lopd.engines.supports import provenance_of
 from lopd.engines.workers import Request
 from lopd.errors import InvalidRecordError
 from lopd.records.checks import check_at_least, check_kind, own_numbers
@@ -98,15 +99,7 @@ class ServerScorer:
         """
         version = self.servers.served.version
         engine = f"vllm {version} served" if version else "served by an unnamed version"
-        return Provenance(
-            self.identity,
-            self.tokenizer_id.vocab_hash,
-            engine,
-            top_k=self.candidates + self.top_k + self.drawn,
-            eos_id=self.tokenizer_id.eos_id,
-            candidates=self.candidates,
-            drawn=self.drawn,
-        )
+        return provenance_of(self.identity, self.tokenizer_id, engine, top_k=self.top_k, candidates=self.candidates, drawn=self.drawn)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given.

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.engines.asked import IDS, asked_scores, asking, likely
+from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
 from lopd.engines.server.answers import Trouble
-from lopd.engines.supports import make_scores, make_support
+from lopd.engines.supports import likely, make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.rollouts import Rollout, Scores
 

@@ -27,7 +27,7 @@ from lopd.engines.inputs import (
     stop_ids,
     stream_seed,
 )
-from lopd.engines.supports import entries, look_up, make_support
+from lopd.engines.supports import entries, look_up, make_support, provenance_of
 from lopd.engines.vllm.engine import VLLMEngine, import_vllm
 from lopd.engines.vllm.reading import read_scores
 from lopd.engines.vllm.settings import VLLMSettings
@@ -232,15 +232,7 @@ class VLLMScorer:
     def provenance(self) -> Provenance:
         """Whose log-probs these are; the model is identified once."""
         engine = f"vllm {import_vllm().__version__}"
-        return Provenance(
-            self._identified,
-            self.tokenizer_id.vocab_hash,
-            engine,
-            top_k=self.candidates + self.top_k + self.drawn,
-            eos_id=self.tokenizer_id.eos_id,
-            candidates=self.candidates,
-            drawn=self.drawn,
-        )
+        return provenance_of(self._identified, self.tokenizer_id, engine, top_k=self.top_k, candidates=self.candidates, drawn=self.drawn)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""

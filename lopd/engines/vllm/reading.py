@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.engines.asked import IDS, asked_scores, asking, likely
+from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import all_ids, in_order
-from lopd.engines.supports import entries, look_up, make_scores
+from lopd.engines.supports import entries, likely, look_up, make_scores
 from lopd.engines.vllm.engine import VLLMEngine
 from lopd.errors import EngineError
 from lopd.records.rollouts import Rollout, Scores

@@ -62,7 +62,7 @@ def _read_each(runner: Any, read: Callable[..., Mapping[str, Any]], gather: Call
 def _with_asked(gather: Callable[..., Any], asked: Mapping[str, Any], start: int) -> Callable[..., Any]:
     """`gather` for positions from `start` on, with the ids asked for last.
 
-    Positions of the prompt, before the first that is asked about, get ids of that one: nobody reads them.
+    Positions of the prompt, before the first that is asked about, get the ids of that one; their log-probs are not read.
     """
 
     def taken(logprobs_SV: torch.Tensor, width: int, tokens_S: torch.Tensor) -> Any:
