@@ -250,3 +250,12 @@ def test_a_provenance_with_less_than_no_top_k_is_refused_by_its_model() -> None:
 def test_a_loss_with_a_clip_that_clips_everything_or_nothing_is_refused(clip: float) -> None:
     with refused(f"ReferenceOPDLoss: clip is {clip}, expected None, or finite and more than 0"):
         ReferenceOPDLoss(clip=clip)
+
+
+def test_a_support_counts_each_of_its_distinct_tokens_once():
+    half = [np.log(0.25), np.log(0.25)]
+    with pytest.raises(InvalidRecordError, match=r"Top-k: token 1 has id 7 twice, which counts it twice; pass each id once"):
+        TopK([[5, 7], [7, 7]], [half, half], [0.5, 0.5])
+    assert TopK([[5, 7, 7]], [[*half, half[0]]], [0.5], drawn=1).distinct == 2
+    with pytest.raises(InvalidRecordError, match="number of candidates"):
+        TopK([[5, 7]], [half], [0.5], drawn=3)
