@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-quickstart-supports bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators bench-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-quickstart-supports bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators bench-estimators bench-pairs test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -55,6 +55,10 @@ bench-loss: .venv/installed-test  ## every way to the loss and its gradient besi
 
 bench-estimators: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## bias, spread and cost of every way from stored log-probs to the gradient; under ten minutes
 	PYTHONPATH=examples $(BIN)/python benchmarks/bench_estimators.py
+	$(BIN)/python benchmarks/docs_tables.py
+
+bench-pairs: .venv/installed-claims .venv/installed-data  ## when to go offline: diagnostics of pairs of teacher and student beside what came out; about an hour, resumable
+	PYTHONPATH=examples $(BIN)/python benchmarks/pairs.py
 	$(BIN)/python benchmarks/docs_tables.py
 
 bench-engines: .venv/installed-engines .venv/installed-data  ## sampling and scoring, transformers beside vLLM in process and served; about half an hour
