@@ -11,6 +11,7 @@ from statistics import mean
 from typing import Any
 
 from claims_summary import Runs, change, spent
+from pairs_report import correlation_lines, correlation_titles, pair_lines, pair_titles
 from record import ROOT, fill
 
 Row = dict[str, Any]
@@ -290,6 +291,16 @@ def teachers() -> list[str]:
     return table(("SFT teacher", "OPD teacher", "seeds", "accuracy after SFT", *methods), lines(), 2)
 
 
+def pairs() -> list[str]:
+    """What was known of each pair before its first step, and what came out."""
+    return table(pair_titles(), pair_lines(read("pairs")["rows"]))
+
+
+def pair_correlations() -> list[str]:
+    """How far a diagnostic ranks pairs as an outcome does."""
+    return table(correlation_titles(), correlation_lines(read("pairs")["rows"]))
+
+
 def goals() -> list[str]:
     """How many goals each benchmark met."""
 
@@ -365,6 +376,8 @@ TABLES = {
         "engines": engines,
         "parity": parity,
         "teachers": teachers,
+        "pairs": pairs,
+        "pair correlations": pair_correlations,
     },
     "models.md": {"abilities": abilities, "models": models, "causes": causes},
     "reliability.md": {"goals": goals},

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from pairs_made import REAL, SUMS, Spec
 from pairs_report import draw, find_goals
-from pairs_runs import ARMS, Pair, Row, run_arm, run_start
+from pairs_runs import DRAWN, ONLINE_DRAWN, Pair, Row, run_arm, run_start
 from phases import write_json
 from record import ROOT, describe_machine, result_file
 from transformers.utils.logging import disable_progress_bar
@@ -40,7 +40,9 @@ def plan(*, quick: bool) -> list[Unit]:
     """Pairs and their seeds, in the order in which they are run."""
     if quick:
         return [(spec, SUMS_SEEDS[0]) for spec in QUICK]
-    return [(spec, seed) for seed in SUMS_SEEDS for spec in SUMS] + [(spec, seed) for seed in REAL_SEEDS for spec in REAL]
+    first, *others = SUMS_SEEDS
+    sums = [(spec, seed) for seed in others for spec in SUMS]
+    return [*((spec, first) for spec in SUMS), *((spec, seed) for seed in REAL_SEEDS for spec in REAL), *sums]
 
 
 def pieces(units: Sequence[Unit], folder: Path) -> Iterator[Path]:
@@ -48,7 +50,7 @@ def pieces(units: Sequence[Unit], folder: Path) -> Iterator[Path]:
     for spec, seed in units:
         home = folder / "found" / _slug(f"{spec.name} {seed}")
         made: list[Pair] = []
-        work = {"SFT": run_start, **{arm.name: partial(_with_arm, arm) for arm in ARMS}}
+        work = {"SFT": run_start, **{arm.name: partial(_with_arm, arm) for arm in spec.arms}}
         for name, run in work.items():
             path = home / f"{_slug(name)}.json"
             if not path.exists():
@@ -78,6 +80,8 @@ def row_of(spec: Spec, seed: int, found: dict[str, Row]) -> Row:
         "heaviest": known["heaviest"],
     }
     arms = {name: _against(_sums(row), before) | _accuracy(row) | {"cpu_s": row["cpu_s"]} for name, row in found.items()}
+    once, live = (_sums(found[arm.name]) for arm in (DRAWN, ONLINE_DRAWN))
+    gap = once.minus(live)
     identity = {"kind": spec.kind, "pair": spec.name, "seed": seed, "sft_steps": spec.sft_steps}
     return {
         **identity,
@@ -107,6 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="only goals and plot again, from results/pairs.json")
+    parser.add_argument("--kind", choices=("sums", "real"), help="only run pairs of this kind, and write nothing")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "pairs")
     options = parser.parse_args()
@@ -119,11 +124,15 @@ def main() -> None:
         result.write_text(json.dumps(kept, indent=1) + "\n")
     else:
         units, begun = plan(quick=options.quick), time.monotonic()
-        total = len(units) * (1 + len(ARMS))
+        units = [unit for unit in units if options.kind in {None, unit[0].kind}]
+        total = sum(1 + len(spec.arms) for spec, _ in units)
         for done, path in enumerate(pieces(units, options.folder), 1):
             print(f"{done} of {total}: {path.parent.name}, {path.stem}", flush=True)
             if time.monotonic() - begun > 60 * options.minutes and done < total:
-                raise SystemExit(f"{done} of {total} pieces are done; call again to go on.")
+                print("Call again to go on.")
+                raise SystemExit(3)
+        if options.kind:
+            return
         rows = [row_of(*unit, collect(unit, options.folder)) for unit in units]
         result_file(result.stem, describe_machine(), rows, find_goals(rows), result.parent)
     draw(json.loads(result.read_text())["rows"], plot)

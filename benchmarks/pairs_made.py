@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import smollm2
+import torch
 from attrs import evolve, field, frozen
-from pairs_runs import Pace, Pair, fine_tune
+from pairs_runs import ARMS, FEW_ARMS, Arm, Pace, Pair, fine_tune
 from testbed.models import TOKENS_PER_BATCH, Setting, once, prepare
 from testbed.task import Writer, verify
 from transformers import AutoTokenizer
@@ -19,14 +20,14 @@ from lopd.records import make_prompts
 #: How sure the teacher of a pair of sums is.
 CERTAIN, SOME_DOUBT, DOUBT = Writer(), Writer(synonyms=2, slips=0.03), Writer(synonyms=2, slips=0.1)
 #: Chosen on seeds from 100 on.
-SUMS_PACE = Pace(steps=48, rollouts=60, lr=3e-4, tokens_per_batch=TOKENS_PER_BATCH)
-REAL_PACE = Pace(steps=12, rollouts=8, lr=2e-4, tokens_per_batch=1024)
+SUMS_PACE = Pace(steps=32, rollouts=48, lr=5e-4, tokens_per_batch=TOKENS_PER_BATCH)
+REAL_PACE = Pace(steps=8, rollouts=8, lr=2e-4, tokens_per_batch=1024)
 #: Layers that are left out of the teacher, and how many SFT steps of how many prompts.
-CUTS = {2: (15, 16), 4: (14, 15, 16, 17), 6: (13, 14, 15, 16, 17, 18)}
+CUTS = {2: (15, 16), 6: (13, 14, 15, 16, 17, 18)}
 REAL_SFT = (4, 12)
 #: Those around the cut, as in the quickstart.
 _TRAINED = range(8, 18)
-_HELD_OUT, _REAL_TOKENS = 40, 32
+_HELD_OUT, _REAL_TOKENS = 40, 24
 
 
 @frozen
@@ -38,12 +39,14 @@ class Spec:
         kind: "sums" or "real".
         sft_steps: of the student.
         build: from a seed and the folder in which models are kept.
+        arms: that are run.
     """
 
     name: str
     kind: str
     sft_steps: int
     build: Callable[[int, Path], Pair] = field(repr=False)
+    arms: Sequence[Arm] = ARMS
 
 
 def sums(name: str, writer: Writer, sft_steps: int, **sizes: tuple[int, int] | tuple[int, int, str]) -> Spec:
@@ -55,14 +58,14 @@ def sums(name: str, writer: Writer, sft_steps: int, **sizes: tuple[int, int] | t
 def real(cut: int, sft_steps: int) -> Spec:
     """SmolLM2-135M-Instruct, and itself without some layers."""
     name = f"SmolLM2 without {cut} layers, SFT {sft_steps}"
-    return Spec(name, "real", sft_steps, partial(_build_real, name, cut, sft_steps))
+    return Spec(name, "real", sft_steps, partial(_build_real, name, cut, sft_steps), FEW_ARMS)
 
 
 def _build_sums(setting: Setting, seed: int, folder: Path, pace: Pace = SUMS_PACE) -> Pair:
     bed = prepare(setting, seed, folder / "testbed", ("A",))
     prompts = bed.opd_prompts[: pace.steps * pace.rollouts]
     models = bed.teachers["A"], bed.students["A"]
-    return Pair(setting.name, seed, *models, prompts, bed.held_out, bed.sampling(), 4, pace, width=8, verify=verify, rows_per_batch=1024)
+    return Pair(setting.name, seed, *models, prompts, bed.held_out, bed.sampling(), 2, pace, width=8, verify=verify, rows_per_batch=1024)
 
 
 def _build_real(name: str, cut: int, sft_steps: int, seed: int, folder: Path) -> Pair:
@@ -72,7 +75,8 @@ def _build_real(name: str, cut: int, sft_steps: int, seed: int, folder: Path) ->
     pace = evolve(REAL_PACE, steps=sft_steps)
     held_out, sft, opd = _questions(teacher, seed, (_HELD_OUT, max(REAL_SFT) * pace.rollouts, REAL_PACE.steps * pace.rollouts))
     sampling = SamplingParams(_REAL_TOKENS, seed=seed)
-    start = Pair(name, seed, teacher, cut_model, sft[: sft_steps * pace.rollouts], held_out, sampling, 1, pace, width=64, layers=_TRAINED)
+    models, more = (teacher, cut_model), {"width": 64, "layers": _TRAINED, "dtype": torch.bfloat16}
+    start = Pair(name, seed, *models, sft[: sft_steps * pace.rollouts], held_out, sampling, 1, pace, **more)
     tuned = once(folder / f"sft-{cut}-{sft_steps}-{seed}", partial(fine_tune, start))
     return evolve(start, student=tuned, opd=opd, pace=REAL_PACE)
 
@@ -94,11 +98,10 @@ SUMS = (
     sums("doubt, SFT 150", DOUBT, 150),
     sums("doubt, SFT 300", DOUBT, 300),
     sums("doubt, SFT 700", DOUBT, 700),
-    sums("doubt, SFT 1200", DOUBT, 1200),
     sums("doubt, SFT 700, small student", DOUBT, 700, student_size=(24, 2)),
     sums("doubt, SFT 700, student as large", DOUBT, 700, student_size=(64, 2)),
     sums("doubt, SFT 700, large teacher", DOUBT, 700, teacher_size=(96, 3)),
     sums("doubt, SFT 700, GPT-2 student", DOUBT, 700, student_size=(48, 2, "gpt2")),
     sums("doubt, SFT 700, GPT-2 teacher", DOUBT, 700, teacher_size=(64, 2, "gpt2")),
 )
-REAL = tuple(real(cut, steps) for cut in CUTS for steps in REAL_SFT)
+REAL = tuple(real(cut, steps) for cut in (2, 6) for steps in REAL_SFT)

@@ -23,6 +23,8 @@ from pairs_rule import (
 )
 from pairs_runs import ARMS
 
+from lopd.guards import advise
+
 Row = dict[str, Any]
 
 TITLES = {
@@ -66,24 +68,34 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def correlation_titles() -> Sequence[str]:
+    """Of a table of rank correlations."""
+    return "before the first step", *OUTCOMES
+
+
 def correlation_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
     """A line for each diagnostic, with a cell for each outcome; bold where 0 is outside of the interval."""
     found = {(diagnostic, outcome): rho for diagnostic, outcome, rho in correlations(pairs_of(rows))}
     for name, title in TITLES.items():
-        cells = []
-        for outcome in OUTCOMES:
-            rho = found[name, outcome]
-            shown = f"{rho.rho:+.2f}" if not rho.sure else f"**{rho.rho:+.2f}**"
-            cells.append(f"{shown} ({rho.low:+.2f} to {rho.high:+.2f})")
-        yield title, *cells
+        yield title, *(found[name, outcome].shown() for outcome in OUTCOMES)
+
+
+def pair_titles() -> Sequence[str]:
+    """Of a table of pairs."""
+    return "teacher, student", *(TITLES[name] for name in CHOICES), "accuracy", *(arm.name for arm in ARMS), "best", "`advise`"
 
 
 def pair_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
-    """A line for each pair: diagnostics, the share of the KL that each arm removed, the verdict that would have been right, and that of `advise`."""
+    """A line for each pair: diagnostics, the share of the KL that each arm removed, the best verdict, and that of `advise`."""
     for pair in sorted(pairs_of(rows), key=lambda pair: (pair["kind"] == "real", pair["reverse_kl"])):
         known = [f"{pair[name]:.3g}" for name in CHOICES]
-        shares = [f"{pair['arms'][arm.name]['removed']:+.2f}" for arm in ARMS]
-        yield pair["pair"], *known, f"{pair['accuracy']:.2f}" if "accuracy" in pair else "", *shares, best_of(pair), pair["said"]
+        shares = [f"{pair['arms'][arm.name]['removed']:+.2f}" if arm.name in pair["arms"] else "" for arm in ARMS]
+        yield pair["pair"], *known, f"{pair['accuracy']:.2f}" if "accuracy" in pair else "", *shares, best_of(pair), advised(pair)
+
+
+def advised(pair: Row) -> str:
+    """What `lopd.guards.advise` says of it."""
+    return advise(pair["reverse_kl"], pair["tail"], pair.get("overlap64"))[0]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

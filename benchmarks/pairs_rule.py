@@ -5,6 +5,7 @@ A pair is the mean over its seeds.  An arm's outcome is the share of the SFT stu
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -51,12 +52,17 @@ class Correlation:
     @classmethod
     def of(cls, ones: Sequence[float], others: Sequence[float]) -> "Correlation":
         """Of two numbers of each pair; NaN where one of them is the same for all."""
-        first, second = (_ranks(np.asarray(values, float)) for values in (ones, others))
-        if len(ones) < 4 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        first, second = (_ranks(np.asarray(values, np.float64)) for values in (ones, others))
+        if len(ones) < 4 or not np.ptp(first) or not np.ptp(second):
             return cls(math.nan, math.nan, math.nan, len(ones))
         rho = float(np.corrcoef(first, second)[0, 1])
         z, half = math.atanh(min(max(rho, -1 + 1e-9), 1 - 1e-9)), 1.96 * math.sqrt((1 + rho**2 / 2) / (len(ones) - 3))
         return cls(rho, math.tanh(z - half), math.tanh(z + half), len(ones))
+
+    def shown(self) -> str:
+        """As tables show it; bold where 0 is outside of the interval."""
+        mark = "**" if self.sure else ""
+        return f"{mark}{self.rho:+.2f}{mark} ({self.low:+.2f} to {self.high:+.2f})"
 
     @property
     def sure(self) -> bool:
@@ -95,11 +101,16 @@ def _arm(rows: Sequence[Row], arm: str) -> Row:
 
 def removed(arm: str) -> Outcome:
     """Share of the KL."""
-    return lambda pair: float(pair["arms"][arm]["removed"])
+    return partial(_of, arm, "removed")
+
+
+def _of(arm: str, key: str, pair: Row) -> float:
+    """NaN where it was not run or not measured."""
+    return float(pair["arms"].get(arm, {}).get(key, math.nan))
 
 
 def _minus(one: str, other: str, key: str = "removed") -> Outcome:
-    return lambda pair: float(pair["arms"][one][key] - pair["arms"][other][key])
+    return lambda pair: _of(one, key, pair) - _of(other, key, pair)
 
 
 #: What a live teacher adds to a stored run with the same loss, and what a stored run adds to more SFT, in shares of the KL of the SFT student.
@@ -118,27 +129,26 @@ OUTCOMES: dict[str, Outcome] = {
 GAINS: dict[str, Outcome] = {
     f"{PLAIN.name} - {ONLINE.name}, accuracy": _minus(PLAIN.name, ONLINE.name, "gain"),
     f"{BESIDE_LIVE}, accuracy": _minus(DRAWN.name, ONLINE_DRAWN.name, "gain"),
-    f"{DRAWN.name} - SFT, accuracy": lambda pair: float(pair["arms"][DRAWN.name]["gain"]),
+    f"{DRAWN.name} - SFT, accuracy": partial(_of, DRAWN.name, "gain"),
 }
 
 
 def correlations(pairs: Sequence[Row]) -> Iterator[tuple[str, str, Correlation]]:
-    """Diagnostic, outcome, and how far one ranks pairs as the other does."""
-    scored = [pair for pair in pairs if "accuracy" in pair]
+    """Diagnostic, outcome, and how far one ranks pairs as the other does, of the pairs that have both."""
     for diagnostic in DIAGNOSTICS:
         for title, outcome in {**OUTCOMES, **GAINS}.items():
-            mine = scored if title in GAINS else pairs
-            yield diagnostic, title, Correlation.of([pair[diagnostic] for pair in mine], [outcome(pair) for pair in mine])
+            known = [(pair[diagnostic], outcome(pair)) for pair in pairs if math.isfinite(outcome(pair))]
+            yield diagnostic, title, Correlation.of([one for one, _ in known], [other for _, other in known])
 
 
 def best_of(pair: Row) -> str:
     """The verdict that would have been right: SFT where it removes most, else the stored run unless a later one removes `MARGIN` more."""
     text, once, refreshed, live = (removed(arm.name)(pair) for arm in (TEXT, DRAWN, REFRESHED, ONLINE_DRAWN))
-    if text > max(once, refreshed, live):
+    if text > np.nanmax([once, refreshed, live]):
         return "more SFT first"
-    if max(refreshed, live) <= once + MARGIN:
+    if np.nanmax([refreshed, live]) <= once + MARGIN:
         return "offline"
-    return "refresh" if refreshed > live - MARGIN else "live"
+    return "refresh" if refreshed > live - MARGIN else "live"  # never where it was not run
 
 
 @frozen

@@ -7,6 +7,7 @@ number of rollouts, steps, rate and optimizer.
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ REFRESHED = evolve(DRAWN, name="16 drawn, 4 rounds", rounds=4)
 ONLINE = evolve(RATIO, name="online OPD", rounds=None)
 ONLINE_DRAWN = evolve(DRAWN, name="online OPD, 16 drawn", rounds=None)
 ARMS = (TEXT, PLAIN, RATIO, DRAWN, REFRESHED, ONLINE, ONLINE_DRAWN)
+#: Where decoding costs minutes, the arms that sample anew are one.
+FEW_ARMS = (TEXT, RATIO, DRAWN, ONLINE_DRAWN)
 
 
 @frozen
@@ -107,6 +110,7 @@ class Pair:
         verify: 1 if a response is right; None where nothing is right or wrong.
         layers: those that are trained; None for all.
         rows_per_batch: sampled together.
+        dtype: in which models sample, score and are measured; weights that are trained stay float32.
     """
 
     name: str
@@ -122,6 +126,15 @@ class Pair:
     verify: Callable[[Prompt, Rollout], float] | None = None
     layers: Sequence[int] | None = None
     rows_per_batch: int = 64
+    dtype: torch.dtype = torch.float32
+
+    def source(self, model: Path, sampling: SamplingParams) -> HFSource:
+        """A model as it is in its folder."""
+        return evolve(HFSource.from_folder(model, sampling, self.dtype), rows_per_batch=self.rows_per_batch)
+
+    def scorer(self, support: Support = ALONE) -> HFScorer:
+        """The teacher."""
+        return HFScorer.from_folder(self.teacher, self.dtype, top_k=support.top_k, drawn=support.drawn)
 
 
 @frozen(eq=False)
@@ -147,13 +160,15 @@ class Learner:
             model.requires_grad_(False)
             for layer in pair.layers:
                 model.model.layers[layer].requires_grad_(True)
-        return cls(pair, CausalLMStudent(model, tokenizer), tokenizer, Lineage.read(pair.student))
+        student = CausalLMStudent(model, tokenizer, autocast=None if pair.dtype == torch.float32 else pair.dtype)
+        return cls(pair, student, tokenizer, Lineage.read(pair.student))
 
     def source(self, sampling: SamplingParams, generation: int = 0) -> HFSource:
         """The student as it is; its name says which step it is at, and hashing all weights at each step would say the same for more."""
         identity = ModelId("student on its way", f"{self.pair.name} {self.pair.seed} {generation}", "as trained")
+        model = self.student.model
         return HFSource(
-            self.student.model,
+            model if model.dtype == self.pair.dtype else deepcopy(model).to(self.pair.dtype),
             self.tokenizer,
             sampling,
             self.lineage,
@@ -178,13 +193,12 @@ def stored(pair: Pair, folder: Path) -> ZarrStore:
     Column `teacher` has the teacher's log-probs of the drawn tokens, `own` those of its own most likely ones.
     """
     sampling = evolve(pair.sampling, candidates=pair.width, drawn=_DRAWN.drawn)
-    source = evolve(HFSource.from_folder(pair.student, sampling), rows_per_batch=pair.rows_per_batch)
+    source = pair.source(pair.student, sampling)
     folder.mkdir(parents=True, exist_ok=True)
     store = ZarrStore.open_or_create(str(folder / "store.zarr"), source.manifest)
     collect_rollouts(source, pair.opd, store, prompts_per_batch=_PROMPTS_AT_ONCE)
-    scorer = HFScorer.from_folder(pair.teacher)
-    for column, wider in (("teacher", evolve(scorer, drawn=_DRAWN.drawn)), ("own", evolve(scorer, top_k=pair.width))):
-        score_rollouts(store, wider, column=column, rollouts_per_batch=_PROMPTS_AT_ONCE)
+    for column, support in (("teacher", _DRAWN), ("own", Support(top_k=pair.width))):
+        score_rollouts(store, pair.scorer(support), column=column, rollouts_per_batch=_PROMPTS_AT_ONCE)
     return store
 
 
@@ -221,7 +235,7 @@ def run_arm(pair: Pair, arm: Arm, folder: Path) -> Row:
 
 def _teachers_text(pair: Pair) -> MemoryStore:
     """What the teacher writes on the OPD prompts."""
-    source = evolve(HFSource.from_folder(pair.teacher, pair.sampling), rows_per_batch=pair.rows_per_batch)
+    source = pair.source(pair.teacher, pair.sampling)
     store = MemoryStore(source.manifest)
     collect_rollouts(source, pair.opd, store, prompts_per_batch=_PROMPTS_AT_ONCE)
     return store
@@ -251,7 +265,7 @@ def _rounds(learner: Learner, arm: Arm) -> Iterator[StepMetrics]:
     pair, pace = learner.pair, learner.pair.pace
     every = 1 if arm.rounds is None else pace.steps // arm.rounds
     count = every * pace.rollouts
-    teacher = HFScorer.from_folder(pair.teacher, drawn=arm.support.drawn)
+    teacher = pair.scorer(arm.support)
 
     def make_round(generation: int, start: int) -> Iterator[StepMetrics]:
         source = learner.source(arm.support.sampling(pair.sampling), generation)
@@ -273,7 +287,7 @@ def measure(pair: Pair, learner: Learner) -> Row:
     """Reverse KL to the teacher over the whole vocabulary, and accuracy, on fresh responses to the held-out prompts: one number a prompt."""
     source = learner.source(evolve(pair.sampling, samples_per_prompt=pair.samples, seed=pair.seed + _EVALUATION_SEED))
     rollouts = source.sample(pair.held_out)
-    sums = exact_reverse_kl(source, HFScorer.from_folder(pair.teacher), rollouts).pooled(pair.samples)
+    sums = exact_reverse_kl(source, pair.scorer(), rollouts).pooled(pair.samples)
     found: Row = {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
     if pair.verify is not None:
         asked = [prompt for prompt in pair.held_out for _ in range(pair.samples)]
