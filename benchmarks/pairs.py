@@ -89,6 +89,9 @@ def row_of(spec: Spec, seed: int, found: dict[str, Row]) -> Row:
         **diagnostics,
         "held_out_kl": before.per_token().mean,
         **_accuracy(start),
+        **{f"teacher_{name}": value for name, value in _accuracy(start.get("teacher", {})).items()},
+        "above_live": gap.mean,
+        "above_live_ci95": gap.ci95,
         "arms": arms,
     }
 

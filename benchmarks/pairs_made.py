@@ -20,7 +20,7 @@ from lopd.records import make_prompts
 #: How sure the teacher of a pair of sums is.
 CERTAIN, SOME_DOUBT, DOUBT = Writer(), Writer(synonyms=2, slips=0.03), Writer(synonyms=2, slips=0.1)
 #: Chosen on seeds from 100 on.
-SUMS_PACE = Pace(steps=32, rollouts=48, lr=5e-4, tokens_per_batch=TOKENS_PER_BATCH)
+SUMS_PACE = Pace(steps=48, rollouts=60, lr=3e-4, tokens_per_batch=TOKENS_PER_BATCH)
 REAL_PACE = Pace(steps=8, rollouts=8, lr=2e-4, tokens_per_batch=1024)
 #: Layers that are left out of the teacher, and how many SFT steps of how many prompts.
 CUTS = {2: (15, 16), 6: (13, 14, 15, 16, 17, 18)}
@@ -51,7 +51,7 @@ class Spec:
 
 def sums(name: str, writer: Writer, sft_steps: int, **sizes: tuple[int, int] | tuple[int, int, str]) -> Spec:
     """A pair of the testbed of the claims."""
-    setting = Setting(name, writer=writer, sft_steps=sft_steps, batch=64, **sizes)
+    setting = Setting(name, writer=writer, sft_steps=sft_steps, **sizes)
     return Spec(name, "sums", sft_steps, partial(_build_sums, setting))
 
 

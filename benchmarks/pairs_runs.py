@@ -128,6 +128,11 @@ class Pair:
     rows_per_batch: int = 64
     dtype: torch.dtype = torch.float32
 
+    @property
+    def evaluation(self) -> SamplingParams:
+        """How responses to held-out prompts are drawn."""
+        return evolve(self.sampling, samples_per_prompt=self.samples, seed=self.seed + _EVALUATION_SEED)
+
     def source(self, model: Path, sampling: SamplingParams) -> HFSource:
         """A model as it is in its folder."""
         return evolve(HFSource.from_folder(model, sampling, self.dtype), rows_per_batch=self.rows_per_batch)
@@ -209,7 +214,8 @@ def run_start(pair: Pair, folder: Path) -> Row:
     spent = time.process_time() - begun
     known = asdict(measure_start(store, teacher="own", count=len(store)))
     known["overlap"] = {str(k): share for k, share in known["overlap"].items()} | _small_overlaps(store)
-    return {"arm": "SFT", "cpu_s": spent, "known": known, **measure(pair, Learner.of(pair))}
+    teachers = _right(pair, pair.source(pair.teacher, pair.evaluation).sample(pair.held_out)) if pair.verify else {}
+    return {"arm": "SFT", "cpu_s": spent, "known": known, "teacher": teachers, **measure(pair, Learner.of(pair))}
 
 
 def _small_overlaps(store: LogprobStore) -> Row:
@@ -285,12 +291,15 @@ def fine_tune(pair: Pair, folder: Path) -> None:
 
 def measure(pair: Pair, learner: Learner) -> Row:
     """Reverse KL to the teacher over the whole vocabulary, and accuracy, on fresh responses to the held-out prompts: one number a prompt."""
-    source = learner.source(evolve(pair.sampling, samples_per_prompt=pair.samples, seed=pair.seed + _EVALUATION_SEED))
+    source = learner.source(pair.evaluation)
     rollouts = source.sample(pair.held_out)
     sums = exact_reverse_kl(source, pair.scorer(), rollouts).pooled(pair.samples)
-    found: Row = {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
-    if pair.verify is not None:
-        asked = [prompt for prompt in pair.held_out for _ in range(pair.samples)]
-        right = [pair.verify(prompt, rollout) for prompt, rollout in zip(asked, rollouts, strict=True)]
-        found["right"] = np.reshape(right, (-1, pair.samples)).mean(1).tolist()
-    return found
+    return {"sums": sums.sums.tolist(), "counts": sums.counts.tolist(), **_right(pair, rollouts)}
+
+
+def _right(pair: Pair, rollouts: Sequence[Rollout]) -> Row:
+    if pair.verify is None:
+        return {}
+    asked = [prompt for prompt in pair.held_out for _ in range(pair.samples)]
+    right = [pair.verify(prompt, rollout) for prompt, rollout in zip(asked, rollouts, strict=True)]
+    return {"right": np.reshape(right, (-1, pair.samples)).mean(1).tolist()}
