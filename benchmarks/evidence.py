@@ -62,7 +62,8 @@ class Plan:
 
     def beds(self) -> list[Bed]:
         """All of them."""
-        return [self.bed(seed, kind) for seed in (*filter(None, [self.choice]), *self.seeds) for kind, _ in self.arms]
+        trial = [] if self.choice is None else [self.bed(self.choice, NEAR)]
+        return [*trial, *(self.bed(seed, kind) for seed in self.seeds for kind, _ in self.arms)]
 
 
 FULL = Plan()
@@ -147,29 +148,36 @@ def work(job: Job) -> Any:
     return job()
 
 
-def build(bed: Bed) -> None:
+def build(bed: Bed) -> Row:
     """A student, and its store."""
     make_student(bed)
-    make_store(bed)
+    return make_store(bed)
 
 
 def execute(plan: Plan, workers: int) -> Chosen:
-    """Everything that is not done yet, one wave after the other: a wave needs what the one before has made."""
+    """Everything that is not done yet: what is chosen first, then seed by seed, so that a run that is stopped has whole seeds to report."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
-    make_teacher(plan.folder)
-    beds = plan.beds()
     with ProcessPoolExecutor(workers) as pool:
 
         def wave(jobs: Sequence[Job]) -> None:
-            for number, _ in enumerate(pool.map(work, jobs), 1):
-                print(f"{number} of {len(jobs)}", flush=True)
+            for number, row in enumerate(pool.map(work, jobs), 1):
+                end = (row["arm"], row["rate"], mean_kl(row["curve"][-1]), row["curve"][-1]["cpu_s"]) if row["kind"] == "run" else ()
+                print(f"{number} of {len(jobs)}:", row["kind"], row.get("seed"), row.get("student"), *end, flush=True)
 
-        wave([partial(make_text, bed) for bed in beds if bed.kind == NEAR])
-        wave([partial(build, bed) for bed in beds])
-        wave(rate_trials(plan))
-        wave(Chosen.of(plan).form_trials(plan))
-        wave(Chosen.of(plan).runs(plan))
-    return Chosen.of(plan)
+        def seed_of(beds: Sequence[Bed]) -> None:
+            wave([partial(make_text, beds[0])])
+            wave([partial(build, bed) for bed in beds])
+
+        wave([partial(make_teacher, plan.folder)])
+        if plan.choice is not None:
+            seed_of([plan.bed(plan.choice, NEAR)])
+            wave(rate_trials(plan))
+            wave(Chosen.of(plan).form_trials(plan))
+        chosen = Chosen.of(plan)
+        for seed in plan.seeds:
+            seed_of([plan.bed(seed, kind) for kind, _ in plan.arms])
+            wave([unit for unit in chosen.runs(plan) if unit.bed.seed == seed])
+    return chosen
 
 
 def gather(plan: Plan, chosen: Chosen) -> list[Row]:

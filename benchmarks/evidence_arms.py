@@ -57,7 +57,7 @@ class Arm:
         way: where rollouts come from: a store; the student as it is, at every step; the teacher; or TRL's trainer, which samples, too.
         column: of the store, with the teacher's scores.
         support: of live rollouts.
-        share: of the store's rollouts; of the steps, where there is no store.
+        share: of the store's rollouts; of the prompts, where there is no store.
         passes: over them.
         batch: rollouts a step, times that of the size.
     """
@@ -107,6 +107,8 @@ TOP_64 = Arm("teacher's top 64", _BUCKET, column="top64")
 DRAWN = Arm("16 drawn", _RESIDUAL, column="drawn")
 ONLINE = Arm("online OPD", _RATIO, "live")
 WHOLE = Arm("online OPD, whole vocabulary", _RESIDUAL, "live", support=Support(candidates=WIDE))
+#: Larger batches are what makes sampling cheap, and a live run can have them, too, if it takes fewer steps.
+WIDER = evolve(ONLINE, name="online OPD, twice as many a step", batch=2.0)
 TRL = Arm("TRL DistillationTrainer", way="TRL")
 STORED = (
     PLAIN,
@@ -120,7 +122,7 @@ STORED = (
     DRAWN,
     Arm("LSPD: clip 5, entropy bonus", FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05))),
 )
-LIVE = (ONLINE, WHOLE, TRL)
+LIVE = (ONLINE, WIDER, WHOLE, TRL)
 ARMS = (SFT, *STORED, *LIVE)
 #: On the student that is far from its teacher.
 MAIN = (SFT, PLAIN, RATIO, TOP_64, DRAWN, ONLINE)
@@ -130,7 +132,8 @@ def variants(arm: Arm) -> tuple[Arm, ...]:
     """The same with other numbers of passes, shares of the store and sizes of a step."""
     return (
         evolve(arm, name=f"{arm.name}; two passes", passes=2.0),
-        evolve(arm, name=f"{arm.name}; half of the store, two passes", share=0.5, passes=2.0),
+        evolve(arm, name=f"{arm.name}; half of the store", share=0.5),
+        evolve(arm, name=f"{arm.name}; a quarter of the store, two passes", share=0.25, passes=2.0),
         evolve(arm, name=f"{arm.name}; half as many a step", batch=0.5),
         evolve(arm, name=f"{arm.name}; twice as many a step", batch=2.0),
     )

@@ -64,17 +64,16 @@ class Size:
         sft_prompts, opd_prompts, held_out: questions, split anew for each seed.
         new_tokens: of every response, at most.
         sft_epochs, sft_batch, sft_lr: of SFT; the rate falls in a straight line.
-        steps, batch: of OPD; one pass over the OPD prompts is `opd_prompts / batch` steps.
+        batch: rollouts of a step of OPD; one pass over the OPD prompts is `opd_prompts / batch` steps.
     """
 
-    sft_prompts: int = 320
-    opd_prompts: int = 128
-    held_out: int = 48
+    sft_prompts: int = 256
+    opd_prompts: int = 96
+    held_out: int = 32
     new_tokens: int = 48
-    sft_epochs: int = 2
-    sft_batch: int = 16
+    sft_epochs: int = 1
+    sft_batch: int = 8
     sft_lr: float = 2e-4
-    steps: int = 16
     batch: int = 8
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from claims_summary import Interval, goal_lines
 from docs_tables import table
-from evidence_arms import ONLINE, RATIO, SFT, TRL, WHOLE
+from evidence_arms import ONLINE, RATIO, SFT, TRL, WHOLE, WIDER
 from evidence_bed import FAR, NEAR, Row, mean_kl
 from evidence_summary import Found, cost, find_goals, forward, kl, length, shown
 from matplotlib.figure import Figure
@@ -99,9 +99,8 @@ def _frontier(found: Found) -> list[str]:
         for name in names:
             cell = found.cell(name)
             for point, said in enumerate(next(iter(cell.values()))["curve"]):
-                spent, left = (
-                    found.mean(cell, lambda row, f=value, at=point: f(row, at)).show(form) for value, form in ((cost, ".0f"), (kl, ".3f"))
-                )
+                spent = found.mean(cell, lambda row, at=point: cost(row, at)).show(".0f")
+                left = found.mean(cell, lambda row, at=point: kl(row, at)).show()
                 yield [name, str(said["step"]), spent, left]
 
     return [
@@ -156,7 +155,14 @@ _LIMITS = [
 ]
 
 
-_COLORS = {ONLINE.name: "tab:green", WHOLE.name: "tab:olive", TRL.name: "tab:gray", SFT.name: "tab:brown", RATIO.name: "tab:blue"}
+_COLORS = {
+    ONLINE.name: "tab:green",
+    WIDER.name: "tab:cyan",
+    WHOLE.name: "tab:olive",
+    TRL.name: "tab:gray",
+    SFT.name: "tab:brown",
+    RATIO.name: "tab:blue",
+}
 
 
 def draw(path: Path, found: Found) -> None:
