@@ -189,8 +189,7 @@ def make_text(bed: Bed) -> Row:
         source = TimedSource(HFSource(*teacher(bed.folder / "teacher"), bed.sampling(), rows_per_batch=ROWS), clock)
         store = ZarrStore.open_or_create(_fresh(bed.home / "text.zarr"), source.manifest)
         collect_rollouts(source, [prompt for part in bed.prompts() for prompt in part], store, prompts_per_batch=ROWS)
-        tokens = int(store.lengths().sum())
-        return {"kind": "text", "seed": bed.seed, "rollouts": len(store), "tokens": tokens, "cpu_s": clock.split()}
+        return {"kind": "text", "seed": bed.seed, "rollouts": len(store), "cpu_s": clock.split()}
 
     return once(bed.home / "text.json", work)
 
@@ -228,8 +227,7 @@ def make_store(bed: Bed) -> Row:
         for name, asked in COLUMNS.items():
             score_rollouts(store, TimedScorer(evolve(bed.scorer, **asked), scoring[name]), column=name, rollouts_per_batch=ROWS)
         spent = {"sampling": sampling.seconds["sampling"], "scoring": {name: clock.seconds["scoring"] for name, clock in scoring.items()}}
-        tokens = int(store.lengths().sum())
-        return {"kind": "store", "seed": bed.seed, "student": bed.kind.name, "tokens": tokens, "cpu_s": spent, "start": start_of(store)}
+        return {"kind": "store", "seed": bed.seed, "student": bed.kind.name, "cpu_s": spent, "start": start_of(store)}
 
     return once(bed.of_student / "store.json", work)
 
