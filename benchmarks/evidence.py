@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import asdict, field, frozen
-from evidence_arms import ARMS, LIVE, MAIN, ONLINE, RATIO, SFT, TOP_64, TRL, Arm, run_arm, variants
+from evidence_arms import ARMS, MAIN, ONLINE, RATIO, SFT, TOP_64, TRL, Arm, run_arm, variants
 from evidence_bed import FAR, NEAR, Bed, Kind, Row, Size, make_store, make_student, make_teacher, make_text, mean_kl, once
 from evidence_report import publish
 from record import ROOT
 from transformers.utils.logging import disable_progress_bar
 
 Job = Callable[[], Any]
-#: Shares of the steps after which a run is measured; that of the arms that no frontier shows, at its end alone.
+#: Shares of the steps after which a run is measured; one that is not in the picture, at its end alone.
 POINTS, END = (0.25, 0.5, 1.0), (1.0,)
 
 
@@ -85,7 +85,7 @@ class Unit:
     bed: Bed
     arm: Arm
     rate: float
-    points: tuple[float, ...] = POINTS
+    points: tuple[float, ...] = END
 
     @property
     def path(self) -> Path:
@@ -125,19 +125,24 @@ class Chosen:
         rates = {arm.name: min(plan.rates, key=lambda rate: ends[arm.name, rate]) for arm in arms}
         return cls(rates, min((arm for arm in arms if arm.way == "stored"), key=lambda arm: ends[arm.name, rates[arm.name]]))
 
+    def forms(self, bed: Bed) -> list[Unit]:
+        """The best arm in other forms."""
+        rate = self.rates[self.best.name]
+        return [Unit(bed, arm, rate, POINTS if arm.passes > 1 else END) for arm in variants(self.best)]
+
     def form_trials(self, plan: Plan) -> list[Unit]:
-        """The best arm in other forms, on the seed of choice."""
-        bed = plan.bed(plan.choice, NEAR) if plan.choice else None
-        return [Unit(bed, arm, self.rates[self.best.name]) for arm in variants(self.best)] if bed else []
+        """Those on the seed of choice."""
+        return [] if plan.choice is None else self.forms(plan.bed(plan.choice, NEAR))
 
     def runs(self, plan: Plan) -> list[Unit]:
         """All of the report, the longest of a seed first, so that two workers end a seed at about the same time."""
-        units, curved = [], {RATIO, self.best, *LIVE}
+        units, curved = [], {RATIO, self.best, ONLINE, TRL}
         for seed in plan.seeds:
             for kind, arms in plan.arms:
                 bed = plan.bed(seed, kind)
-                units += [Unit(bed, arm, self.rates[arm.name], POINTS if arm in curved and kind == NEAR else END) for arm in reversed(arms)]
-                units += [Unit(bed, arm, self.rates[self.best.name]) for arm in variants(self.best) if kind == NEAR]
+                points = {arm: POINTS if kind == NEAR and arm in curved else END for arm in arms}
+                units += [Unit(bed, arm, self.rates[arm.name], points[arm]) for arm in reversed(arms)]
+                units += self.forms(bed) if kind == NEAR else []
         return units
 
 

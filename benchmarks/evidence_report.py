@@ -65,11 +65,11 @@ def _sentences(found: Found, goals: list[dict[str, Any]]) -> list[str]:
     form = found.form()
     held, missed = ([goal["name"] for goal in goals if goal["met"] is met] for met in (True, False))
     stored, live = found.cell(form.arm), found.cell(ONLINE.name)
-    share = found.paired(stored, live, lambda ours, theirs: cost(ours, form.point) / cost(theirs))
-    gained = found.paired(stored, found.starts(), lambda ours, start: kl(ours, form.point) - mean_kl(start))
-    more = found.paired(stored, live, lambda ours, theirs: kl(ours, form.point) - kl(theirs))
+    share = found.paired(stored, live, lambda ours, theirs: cost(ours, form.step) / cost(theirs))
+    gained = found.paired(stored, found.starts(), lambda ours, start: kl(ours, form.step) - mean_kl(start))
+    more = found.paired(stored, live, lambda ours, theirs: kl(ours, form.step) - kl(theirs))
     than = "above" if more.positive else "below" if more.negative else "not told apart from"
-    moved = f"{shown(found, form)} of a stored run move a student like this by {gained.show('+.3f')} nats a token, at {share.mean:.0%} of the cost"
+    moved = f"{shown(form)} of a stored run move a student like this by {gained.show('+.3f')} nats a token, at {share.mean:.0%} of the cost"
     return [
         f"What held: {'; '.join(held) or 'nothing'}.",
         f"What did not: {'; '.join(missed) or 'nothing'}.",
@@ -98,10 +98,10 @@ def _frontier(found: Found) -> list[str]:
     def rows() -> Iterator[list[str]]:
         for name in names:
             cell = found.cell(name)
-            for point, said in enumerate(next(iter(cell.values()))["curve"]):
-                spent = found.mean(cell, lambda row, at=point: cost(row, at)).show(".0f")
-                left = found.mean(cell, lambda row, at=point: kl(row, at)).show()
-                yield [name, str(said["step"]), spent, left]
+            for step in steps(cell):
+                spent = found.mean(cell, lambda row, at=step: cost(row, at)).show(".0f")
+                left = found.mean(cell, lambda row, at=step: kl(row, at)).show()
+                yield [name, str(step), spent, left]
 
     return [
         "## Reverse KL against cost",
@@ -110,6 +110,11 @@ def _frontier(found: Found) -> list[str]:
         "",
         *table(["arm", "steps", "CPU s", "held-out reverse KL"], rows()),
     ]
+
+
+def steps(cell: dict[int, Row]) -> list[int]:
+    """At which the runs of a cell were measured."""
+    return [point["step"] for point in next(iter(cell.values()))["curve"]]
 
 
 def _arms(found: Found, student: str) -> list[str]:
@@ -127,7 +132,8 @@ def _arms(found: Found, student: str) -> list[str]:
             prompts = "" if name == ONLINE.name else f"{spread.mean:+.3f} ± {spread.ci95:.3f}"
             others = [found.mean(cell, value).show(form) for value, form in ((forward, ".3f"), (length, ".1f"))]
             seconds = [
-                f"{found.mean(cell, lambda row, p=part: cost(row, -1, p)).mean:.0f}" for part in ("sampling", "scoring", "training", "all")
+                f"{found.mean(cell, lambda row, p=part: cost(row, None, p)).mean:.0f}"
+                for part in ("sampling", "scoring", "training", "all")
             ]
             yield [name, f"{found.rate(name, student):g}", moved, beside, prompts, *others, *seconds]
 
@@ -148,7 +154,8 @@ def _arms(found: Found, student: str) -> list[str]:
 _LIMITS = [
     "## What this does not show",
     "",
-    "- One teacher of 135 million parameters, students that are cut from it, short answers, and runs of few steps; embeddings are not trained.",
+    "- One teacher of 135 million parameters, students that are cut from it, short answers, and runs of few steps.",
+    "- Layers before the cut, which compute what the teacher's do, are not trained, nor are embeddings: that makes a step a third cheaper for all.",
     f"- The whole vocabulary of a live student in lopd is its most likely {WHOLE.support.candidates} tokens with the residual; TRL has all of them.",
     "- The far student takes over the rates that were chosen for the near one.",
     f"- {SFT.name} has a quarter more steps, as nothing is scored for it.",
@@ -176,9 +183,8 @@ def draw(path: Path, found: Found) -> None:
         if color is None:
             continue
         cell = found.cell(name)
-        points = range(len(next(iter(cell.values()))["curve"]))
-        x = [found.mean(cell, lambda row, at=at: cost(row, at)).mean for at in points]
-        y = [found.mean(cell, lambda row, at=at: kl(row, at)) for at in points]
+        x = [found.mean(cell, lambda row, at=step: cost(row, at)).mean for step in steps(cell)]
+        y = [found.mean(cell, lambda row, at=step: kl(row, at)) for step in steps(cell)]
         axes.errorbar(
             x, [v.mean for v in y], [np.nan_to_num(v.half) for v in y], color=color, marker="o", markersize=3, linewidth=1, capsize=2
         )

@@ -23,11 +23,11 @@ class Form:
 
     Args:
         arm: its name.
-        point: place on the curve.
+        step: its last.
     """
 
     arm: str
-    point: int
+    step: int
 
 
 @frozen(eq=False)
@@ -93,17 +93,13 @@ class Found:
         kind = "trial" if self.of("trial") else "run"
         cells = {name: list(self.cell(name, kind=kind).values()) for name in self.names()}
         live = [mean(cells[arm.name], cost) for arm in (ONLINE, TRL) if cells.get(arm.name)]
-        forms = [
-            Form(name, point)
-            for name in self.names()
-            if name.split(";")[0] in {RATIO.name, self.best}
-            for point in range(len(cells[name][0]["curve"]))
-        ]
-        costs = {form: mean(cells[form.arm], lambda row, at=form.point: cost(row, at)) for form in forms}
+        names = [name for name in self.names() if name.split(";")[0] in {RATIO.name, self.best}]
+        forms = [Form(name, point["step"]) for name in names for point in cells[name][0]["curve"]]
+        costs = {form: mean(cells[form.arm], lambda row, at=form.step: cost(row, at)) for form in forms}
         cheap = [form for form in forms if costs[form] <= SHARE * min(live)]
         if not cheap:
             return min(costs, key=costs.__getitem__)
-        return min(cheap, key=lambda form: mean(cells[form.arm], lambda row: kl(row, form.point)))
+        return min(cheap, key=lambda form: mean(cells[form.arm], lambda row: kl(row, form.step)))
 
 
 def mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
@@ -111,9 +107,15 @@ def mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
     return float(np.mean([value(row) for row in rows]))
 
 
-def kl(row: Row, point: int = -1) -> float:
+def at(row: Row, step: int | None = None) -> Row:
+    """A point of a run: after this step, or its end."""
+    point: Row = row["curve"][-1] if step is None else next(point for point in row["curve"] if point["step"] == step)
+    return point
+
+
+def kl(row: Row, step: int | None = None) -> float:
     """Held-out reverse KL, nats a token."""
-    return mean_kl(row["curve"][point])
+    return mean_kl(at(row, step))
 
 
 def forward(row: Row) -> float:
@@ -127,9 +129,9 @@ def length(row: Row) -> float:
     return float(np.mean(row["curve"][-1]["reverse_kl"]["counts"]))
 
 
-def cost(row: Row, point: int = -1, part: str = "all") -> float:
+def cost(row: Row, step: int | None = None, part: str = "all") -> float:
     """CPU seconds of the whole stage until then."""
-    return float(row["curve"][point]["cpu_s"][part])
+    return float(at(row, step)["cpu_s"][part])
 
 
 def _joined(parts: Sequence[Row]) -> RolloutSums:
@@ -149,16 +151,14 @@ def find_goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
     stored = found.cell(form.arm)
     for name in (ONLINE.name, TRL.name):
         if live := found.cell(name):
-            more = found.paired(stored, live, lambda ours, theirs: kl(ours, form.point) - kl(theirs))
-            share = found.paired(stored, live, lambda ours, theirs: cost(ours, form.point) / cost(theirs))
+            more = found.paired(stored, live, lambda ours, theirs: kl(ours, form.step) - kl(theirs))
+            share = found.paired(stored, live, lambda ours, theirs: cost(ours, form.step) / cost(theirs))
             goals.append(
-                as_goal(
-                    f"{shown(found, form)}, minus {name}: held-out reverse KL", "0 or less, within the interval", more, not more.positive
-                )
+                as_goal(f"{shown(form)}, minus {name}: held-out reverse KL", "0 or less, within the interval", more, not more.positive)
             )
-            goals.append(as_goal(f"{shown(found, form)}, as a share of {name}: cost", f"<= {SHARE}", share, share.mean <= SHARE))
+            goals.append(as_goal(f"{shown(form)}, as a share of {name}: cost", f"<= {SHARE}", share, share.mean <= SHARE))
     for name in (ONLINE.name, TRL.name):
-        if (live := found.cell(name)) and form != Form(found.best, -1):
+        if (live := found.cell(name)) and form.arm != found.best:
             more = found.paired(found.cell(found.best), live, lambda ours, theirs: kl(ours) - kl(theirs))
             goals.append(
                 as_goal(
@@ -171,7 +171,6 @@ def find_goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return goals
 
 
-def shown(found: Found, form: Form) -> str:
+def shown(form: Form) -> str:
     """A form in words."""
-    curve = next(iter(found.cell(form.arm).values()))["curve"]
-    return f"{form.arm}, {curve[form.point]['step']} steps"
+    return f"{form.arm}, {form.step} steps"
