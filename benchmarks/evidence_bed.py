@@ -282,7 +282,7 @@ def mean_kl(point: Row) -> float:
 
 
 def _plain(sums: RolloutSums) -> Row:
-    return {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
+    return {"sums": sums.sums.round(4).tolist(), "counts": sums.counts.astype(int).tolist()}
 
 
 def _fresh(folder: Path) -> Path:
