@@ -120,7 +120,7 @@ STORED = (
     Arm("16 candidates", _BUCKET, column="candidates"),
     Arm("16 candidates, residual", _RESIDUAL, column="candidates"),
     DRAWN,
-    Arm("LSPD: clip 5, entropy bonus", FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05))),
+    Arm("LSPD, clip 5, entropy bonus", FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05))),
 )
 LIVE = (ONLINE, WIDER, WHOLE, TRL)
 ARMS = (SFT, *STORED, *LIVE)
@@ -131,11 +131,11 @@ MAIN = (SFT, PLAIN, RATIO, TOP_64, DRAWN, ONLINE)
 def variants(arm: Arm) -> tuple[Arm, ...]:
     """The same with other numbers of passes, shares of the store and sizes of a step."""
     return (
-        evolve(arm, name=f"{arm.name}; two passes", passes=2.0),
-        evolve(arm, name=f"{arm.name}; half of the store", share=0.5),
-        evolve(arm, name=f"{arm.name}; a quarter of the store, two passes", share=0.25, passes=2.0),
-        evolve(arm, name=f"{arm.name}; half as many a step", batch=0.5),
-        evolve(arm, name=f"{arm.name}; twice as many a step", batch=2.0),
+        evolve(arm, name=f"{arm.name} (two passes)", passes=2.0),
+        evolve(arm, name=f"{arm.name} (half of the store)", share=0.5),
+        evolve(arm, name=f"{arm.name} (a quarter of the store, two passes)", share=0.25, passes=2.0),
+        evolve(arm, name=f"{arm.name} (half as many a step)", batch=0.5),
+        evolve(arm, name=f"{arm.name} (twice as many a step)", batch=2.0),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from claims_summary import Interval, goal_lines
 from docs_tables import table
-from evidence_arms import ONLINE, RATIO, SFT, TRL, WHOLE, WIDER
+from evidence_arms import ONLINE, SFT, WHOLE
 from evidence_bed import FAR, NEAR, Row, mean_kl
 from evidence_summary import Found, cost, find_goals, forward, kl, length, shown
 from matplotlib.figure import Figure
@@ -93,10 +93,9 @@ def _starts(found: Found) -> list[str]:
 
 def _frontier(found: Found) -> list[str]:
     """The picture, and its points."""
-    names = [name for name in found.names() if name.split(";")[0] in {RATIO.name, found.best} or name in _COLORS]
 
     def rows() -> Iterator[list[str]]:
-        for name in names:
+        for name in found.pictured():
             cell = found.cell(name)
             for step in steps(cell):
                 spent = found.mean(cell, lambda row, at=step: cost(row, at)).show(".0f")
@@ -162,35 +161,17 @@ _LIMITS = [
 ]
 
 
-_COLORS = {
-    ONLINE.name: "tab:green",
-    WIDER.name: "tab:cyan",
-    WHOLE.name: "tab:olive",
-    TRL.name: "tab:gray",
-    SFT.name: "tab:brown",
-    RATIO.name: "tab:blue",
-}
-
-
 def draw(path: Path, found: Found) -> None:
-    """Means over seeds, and the form of the goals."""
-    figure = Figure(figsize=(8, 4.8), layout="constrained")
+    """Reverse KL over cost, means and bands over seeds: every run that was measured on its way, and the forms of the best stored arm."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    start = float(np.mean([mean_kl(row) for row in found.starts().values()]))
-    axes.axhline(start, color="gray", linewidth=0.8, linestyle=":")
-    for name in found.names():
-        color = _COLORS.get(name) or ("tab:purple" if name.split(";")[0] == found.best else None)
-        if color is None:
-            continue
+    axes.axhline(float(np.mean([mean_kl(row) for row in found.starts().values()])), color="gray", linestyle="--", linewidth=0.8)
+    for name in found.pictured():
         cell = found.cell(name)
-        x = [found.mean(cell, lambda row, at=step: cost(row, at)).mean for step in steps(cell)]
-        y = [found.mean(cell, lambda row, at=step: kl(row, at)) for step in steps(cell)]
-        axes.errorbar(
-            x, [v.mean for v in y], [np.nan_to_num(v.half) for v in y], color=color, marker="o", markersize=3, linewidth=1, capsize=2
-        )
-        axes.annotate(name.replace(f"{found.best}; ", ""), (x[-1], y[-1].mean), (4, 0), textcoords="offset points", fontsize=7, color=color)
+        spent = [found.mean(cell, lambda row, at=step: cost(row, at)).mean for step in steps(cell)]
+        axes.plot(spent, [found.mean(cell, lambda row, at=step: kl(row, at)).mean for step in steps(cell)], marker="o", label=name)
     axes.set_xlabel("CPU seconds of one thread, sampling and scoring included")
     axes.set_ylabel("held-out reverse KL, nats a token")
-    axes.margins(x=0.2)
+    figure.legend(loc="outside right")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, transparent=True)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 from claims_summary import Interval, as_goal
-from evidence_arms import ONLINE, RATIO, STORED, TRL
+from evidence_arms import LIVE, ONLINE, RATIO, SFT, STORED, TRL
 from evidence_bed import NEAR, Row, mean_kl
 
 from lopd.records import Estimate, RolloutSums
@@ -61,7 +61,12 @@ class Found:
     def names(self, student: str = NEAR.name) -> list[str]:
         """Arms that were run, in the order in which tables have them."""
         names = list(dict.fromkeys(row["arm"] for row in self.of("run", student)))
-        return sorted(names, key=lambda name: (";" in name, name not in {arm.name for arm in STORED}))
+        return sorted(names, key=lambda name: ("(" in name, name not in {arm.name for arm in STORED}))
+
+    def pictured(self) -> list[str]:
+        """What stands in the picture of cost, and in its table."""
+        shown = {SFT.name, RATIO.name, self.best, *(arm.name for arm in LIVE)}
+        return [name for name in self.names() if name.split(" (")[0] in shown]
 
     def mean(self, cell: dict[int, Row], value: Callable[[Row], float]) -> Interval:
         """Over seeds."""
@@ -93,7 +98,7 @@ class Found:
         kind = "trial" if self.of("trial") else "run"
         cells = {name: list(self.cell(name, kind=kind).values()) for name in self.names()}
         live = [mean(cells[arm.name], cost) for arm in (ONLINE, TRL) if cells.get(arm.name)]
-        names = [name for name in self.names() if name.split(";")[0] in {RATIO.name, self.best}]
+        names = [name for name in self.names() if name.split(" (")[0] in {RATIO.name, self.best}]
         forms = [Form(name, point["step"]) for name in names for point in cells[name][0]["curve"]]
         costs = {form: mean(cells[form.arm], lambda row, at=form.step: cost(row, at)) for form in forms}
         cheap = [form for form in forms if costs[form] <= SHARE * min(live)]

@@ -21,7 +21,7 @@ ENDS = {"online OPD": (0.3, 400.0), "TRL DistillationTrainer": (0.28, 500.0), "t
 
 def curve(arm, steps, points, seed, start=0.4):
     """Straight lines from the start to the end."""
-    end, spent = ENDS.get(arm.name.split(";")[0], (0.35, 100.0))
+    end, spent = ENDS.get(arm.name.split(" (")[0], (0.35, 100.0))
     end += 0.001 * seed
     return [
         {
@@ -106,7 +106,7 @@ def test_a_seed_is_reported_when_all_of_it_is_finished(plan):
 
 def test_the_form_of_the_goals_is_the_best_that_a_quarter_of_a_live_run_pays_for(plan):
     found = Found(finish(plan, (0, 1, 2)))
-    assert found.form() == Form(f"{TOP_64.name}; two passes", 12), "half of its steps cost 72 of 400; all of them 120, too much"
+    assert found.form() == Form(f"{TOP_64.name} (two passes)", 12), "half of its steps cost 72 of 400; all of them 120, too much"
     goals = {goal["name"]: goal for goal in find_goals(found.rows)}
     more, share = (
         next(goal for name, goal in goals.items() if f"{TRL.name}: {what}" in name and "all of" not in name) for what in ("held", "cost")
