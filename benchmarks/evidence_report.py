@@ -49,7 +49,7 @@ def _head(said: Row, found: Found) -> list[str]:
         f"The teacher is SmolLM2-135M-Instruct; the students are cut from it and fine-tuned on {size['sft_prompts']} of its answers.",
         f"Prompts are questions of TruthfulQA: {size['opd_prompts']} for OPD, {size['held_out']} held out.",
         f"Answers have at most {size['new_tokens']} tokens, and a step {size['batch']} of them.",
-        f"There are {len(seeds)} seeds, each with its own split, students and rollouts.",
+        f"Seeds: {len(seeds)}, each with its own split, students and rollouts.",
         f"Rates, the arm that is run in several forms, and the form of the goals were chosen {chosen}.",
         "Intervals are those of Student's t over seeds, paired where two arms are compared.",
         "Seconds are CPU seconds of one thread; a store is sampled and scored in large batches, a live student in batches of a step.",

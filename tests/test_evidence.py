@@ -126,3 +126,8 @@ def test_the_page_says_what_the_rows_say(plan, tmp_path):
     assert f"What did not: {found.form().arm}, 12 steps, minus" in text
     assert (tmp_path / "pages" / "evidence.png").stat().st_size > 10_000
     assert "nan" not in text
+
+
+def test_one_seed_meets_no_goal_that_needs_an_interval(plan):
+    goals = find_goals(finish(plan, (0,)))
+    assert not any(goal["met"] for goal in goals if "within the interval" in goal["goal"])
