@@ -96,7 +96,7 @@ class Arm:
 
 _RATIO = FusedOPDLoss(ratio_to_ref=True)
 _BUCKET, _RESIDUAL = (FusedLoss(TopKObjective(reverse_kl, residual=residual)) for residual in (False, True))
-#: Candidates of a live student: nearly all of its mass.
+#: Candidates of a live student: nearly all of its mass, and the residual speaks for the rest.
 WIDE = 256
 
 #: A quarter more steps pay for the teacher's scores, which this arm does without.
@@ -106,7 +106,8 @@ RATIO = Arm("ratio", _RATIO)
 TOP_64 = Arm("teacher's top 64", _BUCKET, column="top64")
 DRAWN = Arm("16 drawn", _RESIDUAL, column="drawn")
 ONLINE = Arm("online OPD", _RATIO, "live")
-WHOLE = Arm("online OPD, whole vocabulary", _RESIDUAL, "live", support=Support(candidates=WIDE))
+SAME = Arm(f"online OPD, {TOP_64.name}", TOP_64.loss, "live", support=Support(top_k=64))
+WHOLE = Arm(f"online OPD, {WIDE} candidates, residual", _RESIDUAL, "live", support=Support(candidates=WIDE))
 #: Larger batches are what makes sampling cheap, and a live run can have them, too, if it takes fewer steps.
 WIDER = evolve(ONLINE, name="online OPD, twice as many a step", batch=2.0)
 TRL = Arm("TRL DistillationTrainer", way="TRL")
@@ -122,7 +123,9 @@ STORED = (
     DRAWN,
     Arm("LSPD, clip 5, entropy bonus", FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05))),
 )
-LIVE = (ONLINE, WIDER, WHOLE, TRL)
+LIVE = (ONLINE, SAME, WIDER, WHOLE, TRL)
+#: Whom the goals are set against: the usual live run, one with the loss of a stored one, and the peer.
+RIVALS = (ONLINE, SAME, TRL)
 ARMS = (SFT, *STORED, *LIVE)
 #: On the student that is far from its teacher.
 MAIN = (SFT, PLAIN, RATIO, TOP_64, DRAWN, ONLINE)
@@ -206,12 +209,13 @@ def _live(stage: _Stage) -> Iterator[StepMetrics]:
     """Prompts of a step are sampled together: there are no others to sample, as the next step's student is not there yet."""
     bed, arm = stage.bed, stage.arm
     prompts, size, tokenizer = bed.prompts()[1], arm.per_step(bed), teacher(bed.folder / "teacher")[1]
-    asked = {"candidates": arm.support.candidates}
-    scorer = TimedScorer(evolve(bed.scorer, **asked), stage.clock)
+    scorer = TimedScorer(evolve(bed.scorer, candidates=arm.support.candidates, top_k=arm.support.top_k), stage.clock)
 
     def make_round(generation: int, start: int) -> Iterator[StepMetrics]:
         identity = ModelId("online student", f"step-{start}", "as trained")
-        source = HFSource(stage.student.model, tokenizer, bed.sampling(**asked), stage.lineage, identity, generation)
+        source = HFSource(
+            stage.student.model, tokenizer, bed.sampling(candidates=arm.support.candidates), stage.lineage, identity, generation
+        )
         store = MemoryStore(source.manifest)
         chosen = [prompts[(start * size + i) % len(prompts)] for i in range(size)]
         rows = sample_round(TimedSource(source, stage.clock), scorer, chosen, store)

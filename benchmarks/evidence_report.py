@@ -155,7 +155,7 @@ _LIMITS = [
     "",
     "- One teacher of 135 million parameters, students that are cut from it, short answers, and runs of few steps.",
     "- Layers before the cut, which compute what the teacher's do, are not trained, nor are embeddings: that makes a step a third cheaper for all.",
-    f"- The whole vocabulary of a live student in lopd is its most likely {WHOLE.support.candidates} tokens with the residual; TRL has all of them.",
+    f"- In lopd a live student compares its most likely {WHOLE.support.candidates} tokens, with the residual; in TRL, the whole vocabulary.",
     "- The far student takes over the rates that were chosen for the near one.",
     f"- {SFT.name} has a quarter more steps, as nothing is scored for it.",
 ]

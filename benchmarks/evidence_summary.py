@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from attrs import frozen
 from claims_summary import Interval, as_goal
-from evidence_arms import LIVE, ONLINE, RATIO, SFT, STORED, TRL
+from evidence_arms import LIVE, RATIO, RIVALS, SFT, STORED
 from evidence_bed import NEAR, Row, mean_kl
 
 from lopd.records import Estimate, RolloutSums
@@ -91,13 +91,13 @@ class Found:
         return {row["seed"]: row for row in self.of("store", student) if row["seed"] != self.plan["choice"]}
 
     def form(self) -> Form:
-        """Of what costs at most its share of either live run on the seed of choice, what has the least reverse KL there; else what costs least.
+        """Of what costs at most its share of every rival on the seed of choice, what has the least reverse KL there; else what costs least.
 
         Without a seed of choice, on the seeds of the report: then it is told too good.
         """
         kind = "trial" if self.of("trial") else "run"
         cells = {name: list(self.cell(name, kind=kind).values()) for name in self.names()}
-        live = [mean(cells[arm.name], cost) for arm in (ONLINE, TRL) if cells.get(arm.name)]
+        live = [mean(cells[arm.name], cost) for arm in RIVALS if cells.get(arm.name)]
         names = [name for name in self.names() if name.split(" (")[0] in {RATIO.name, self.best}]
         forms = [Form(name, point["step"]) for name in names for point in cells[name][0]["curve"]]
         costs = {form: mean(cells[form.arm], lambda row, at=form.step: cost(row, at)) for form in forms}
@@ -154,7 +154,7 @@ def find_goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
     form = found.form()
     stored = found.cell(form.arm)
-    for name in (ONLINE.name, TRL.name):
+    for name in (arm.name for arm in RIVALS):
         if live := found.cell(name):
             more = found.paired(stored, live, lambda ours, theirs: kl(ours, form.step) - kl(theirs))
             share = found.paired(stored, live, lambda ours, theirs: cost(ours, form.step) / cost(theirs))
@@ -164,7 +164,7 @@ def find_goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 )
             )
             goals.append(as_goal(f"{shown(form)}, as a share of {name}: cost", f"<= {SHARE}", share, share.mean <= SHARE))
-    for name in (ONLINE.name, TRL.name):
+    for name in (arm.name for arm in RIVALS):
         if (live := found.cell(name)) and form.arm != found.best:
             more = found.paired(found.cell(found.best), live, lambda ours, theirs: kl(ours) - kl(theirs))
             goals.append(
