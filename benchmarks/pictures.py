@@ -3,13 +3,14 @@
 `panels` makes axes, `band` draws seeds, `label_ends` or `legend` names what was drawn, and `save` writes the file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from claims_summary import Interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -39,6 +40,11 @@ def color_of(name: str) -> str:
     return next((color for color, words in kinds.items() if any(word in name for word in words)), OFFLINE)
 
 
+def wrap(name: str, width: int) -> str:
+    """Break a name between words where a line has so many letters."""
+    return fill(name, width, break_long_words=False)
+
+
 def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
     """A figure as wide as every other, and its axes, row by row; the height is in inches, options are those of `Figure.subplots`."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -55,10 +61,12 @@ def band(axes: Axes, at: Any, values: Any, name: str, *, color: str | None = Non
         axes.fill_between(at, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
 
 
-def intervals(axes: Axes, names: Sequence[str], means: Sequence[float], halves: Sequence[float], colors: Sequence[str]) -> None:
-    """Draw means with their intervals, one below the other, and their names."""
-    for place, (mean, half, color) in enumerate(zip(means, halves, colors, strict=True)):
-        axes.errorbar([mean], [place], xerr=[half], fmt="o", color=color)
+def intervals(axes: Axes, names: Sequence[str], found: Mapping[str, Interval], *, colors: Mapping[str, str] | None = None) -> None:
+    """Draw means with their intervals, one below the other, and all names; what was not found has none."""
+    for place, name in enumerate(names):
+        if name in found:
+            color = (colors or {}).get(name) or color_of(name)
+            axes.errorbar([found[name].mean], [place], xerr=[found[name].half], fmt="o", color=color)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
 
@@ -69,7 +77,7 @@ def rule(axes: Axes, *, x: float | None = None, y: float | None = None) -> None:
     line(at, color=TEXT, linewidth=0.8, linestyle="--", zorder=0)
 
 
-def label_ends(axes: Axes, *, width: int = 22) -> None:
+def label_ends(axes: Axes, *, width: int = 17) -> None:
     """Write the name of each line to the right of its axes, at the height of its end, and as far apart as they must be; lines of `width` letters.
 
     Call it when everything is drawn and the limits are set.
@@ -77,12 +85,20 @@ def label_ends(axes: Axes, *, width: int = 22) -> None:
     axes.figure.draw_without_rendering()  # the scale is known from here on
     lines = [line for line in axes.lines if not str(line.get_label()).startswith("_")]
     ends = [axes.transAxes.inverted().transform(axes.transData.transform(line.get_xydata()[-1]))[1] for line in lines]
-    names = [fill(str(line.get_label()), width) for line in lines]
+    names = [wrap(str(line.get_label()), width) for line in lines]
     line_height = 1.3 * mpl.rcParams["font.size"] * axes.figure.dpi / 72 / axes.bbox.height
     order = sorted(range(len(lines)), key=lambda i: ends[i])
     halves = [line_height * (1 + names[i].count("\n")) / 2 for i in order]
     for i, place in zip(order, _apart([ends[i] for i in order], halves), strict=True):
-        leader = {"arrowstyle": "-", "color": lines[i].get_color(), "linewidth": 0.6, "alpha": 0.6, "shrinkA": 0, "shrinkB": 2}
+        leader = {
+            "arrowstyle": "-",
+            "color": lines[i].get_color(),
+            "linewidth": 0.6,
+            "alpha": 0.6,
+            "relpos": (0, 0.5),
+            "shrinkA": 1,
+            "shrinkB": 2,
+        }
         where = {"xytext": (1.03, place), "textcoords": "axes fraction", "va": "center", "color": lines[i].get_color()}
         axes.annotate(names[i], lines[i].get_xydata()[-1], arrowprops=leader, fontsize=9, linespacing=1.1, **where)
 
@@ -99,10 +115,14 @@ def _apart(wanted: Sequence[float], halves: Sequence[float]) -> list[float]:
     return places
 
 
-def legend(figure: Figure, columns: int, *, of: Sequence[Axes] = ()) -> None:
-    """Name every line and bar once, below the panels."""
-    known = {label: handle for axes in of or figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=columns)
+def legend(where: Figure | Axes, columns: int) -> None:
+    """Name every line and bar once, below a panel or below all of them."""
+    named = [where] if isinstance(where, Axes) else where.axes
+    known = {label: handle for axes in named for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    below: dict[str, Any] = {"loc": "outside lower center"}
+    if isinstance(where, Axes):
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.5 / (where.bbox.height / where.figure.dpi))}
+    where.legend(known.values(), known.keys(), ncols=columns, **below)
 
 
 def save(figure: Figure, path: Path) -> None:
