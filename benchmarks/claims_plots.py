@@ -15,8 +15,9 @@ _ARMS = (PLAIN.name, RATIO.name, ONLINE.name, TOP_K.name, TRL)
 _PARTS = {"sampling": 0.4, "scoring": 0.65, "training": 1.0}
 
 
-def draw_claims(path: Path, rows: Sequence[Row], claim: str, _fall: str) -> None:
-    """Gain over steps and over seconds, cost, teachers, ratio, SFT length."""
+def draw_claims(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None:
+    """Gain over steps and over seconds, cost, teachers, ratio, SFT length; nothing of the setting in which Lightning fails."""
+    del fall
     runs = Runs.of(rows)
     figure, (steps, seconds, cost, teachers, ratio, length) = panels(3, 2, height=9.5)
     for name in _ARMS:

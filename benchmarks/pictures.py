@@ -67,7 +67,7 @@ def intervals(axes: Axes, names: Sequence[str], found: Mapping[str, Interval], *
         if name in found:
             color = (colors or {}).get(name) or color_of(name)
             axes.errorbar([found[name].mean], [place], xerr=[found[name].half], fmt="o", color=color)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [wrap(name, 40) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
