@@ -85,8 +85,8 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
         Reading(
             f"No variant falls below SFT on {fall}, where Lightning may fail",
             r"^(?P<arm>.+) does not fall below SFT on (?P<setting>.+)$",
-            "*{arm}* does not fall below SFT ({measured})",
-            "*{arm}* falls below SFT ({measured})",
+            "*{arm}* does not fall below SFT where the teacher is all but certain ({measured})",
+            "*{arm}* falls below SFT where the teacher is all but certain ({measured})",
             "This teacher is all but certain and finds the errors of a young student impossible.  Without the ratio such a token goes on being "
             "pushed down after the student has dropped it; a smaller rate, a smaller clip or some new rollouts slow that and do not turn it.",
             told="^Lightning(, ratio to ref)? does",
@@ -116,8 +116,8 @@ def estimators_readings(fall: str) -> list[Reading]:
         Reading(
             f"None falls below SFT on {fall}, where Lightning may fail",
             r"^(?P<arm>.+) does not fall below SFT on (?P<setting>.+)$",
-            "*{arm}* does not fall below SFT ({measured})",
-            "*{arm}* falls below SFT ({measured})",
+            "*{arm}* does not fall below SFT where the teacher is all but certain ({measured})",
+            "*{arm}* falls below SFT where the teacher is all but certain ({measured})",
             told="^8 candidates, residual does",
         ),
     ]

@@ -30,7 +30,16 @@ mpl.rcParams.update(dict.fromkeys(("text.color", "xtick.color", "ytick.color"), 
 mpl.rcParams.update(dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "axes.titlecolor"), TEXT))
 mpl.rcParams.update(dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"))
 mpl.rcParams.update(dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False))
-mpl.rcParams.update({"font.size": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left", "lines.linewidth": 1.6, "lines.markersize": 4})
+mpl.rcParams.update(
+    {
+        "font.size": 10,
+        "axes.titlesize": 10.5,
+        "axes.titlelocation": "left",
+        "legend.columnspacing": 1.2,
+        "lines.linewidth": 1.6,
+        "lines.markersize": 4,
+    }
+)
 
 
 def color_of(name: str) -> str:
