@@ -106,7 +106,7 @@ def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall:
         "",
         f"![Difference of every arm to TRL at the end]({ends})",
     ]
-    return Part(TITLE, result, estimators_readings(fall), _meaning(found), [lines], pictures, "claims_estimators.py")
+    return Part(TITLE, result, estimators_readings(BEST.name, fall, faster("")), _meaning(found), [lines], pictures, "claims_estimators.py")
 
 
 def _meaning(found: Found) -> str:

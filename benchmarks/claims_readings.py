@@ -25,8 +25,8 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
         Reading(
             _SAME,
             r"^(?P<arm>Lightning.*) minus online OPD",
-            "*{arm}* ends where online OPD does ({measured})",
-            "*{arm}* does not end where online OPD does ({measured})",
+            "*{arm}* cannot be told from online OPD ({measured})",
+            "*{arm}* does not end as accurate as online OPD ({measured})",
             "Stored states are those of the SFT student, and the plain loss weighs their tokens as if the student had not moved; the ratio does not.",
             told=".",
         ),
@@ -50,7 +50,7 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
             _SETTLES,
             r"moves less after step 20",
             "the mean ratio moves less after step 20 than before ({measured})",
-            "the mean ratio moves on after step 20 ({measured})",
+            "the mean ratio moves {measured} more after step 20 than before",
             "It hardly moves before step 20 either, so there is nothing that could settle.",
         ),
         Reading(
@@ -64,7 +64,7 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
             r"^Lightning gains over SFT at (?P<steps>\d+) SFT steps",
             "after {steps} steps of SFT Lightning gains {measured}",
             "after {steps} steps of SFT Lightning gains nothing ({measured})",
-            "To a student of little SFT happen errors that the teacher finds all but impossible, and these few tokens are most of the gradient.",
+            "A student after little SFT makes errors that the teacher finds all but impossible, and these few tokens are most of the gradient.",
         ),
         Reading(
             "The gradient gap is within its bound (theorem 3.5)",
@@ -77,7 +77,7 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
             "TRL's trainer costs more",
             r"^TRL over (?P<arm>.+), cost at (?P<what>.+)$",
             "TRL costs {measured} times as much as *{arm}* at {what}",
-            "TRL costs {measured} times as much as *{arm}* at {what}, which is not more by more than chance",
+            "TRL was not shown to cost more than *{arm}* at {what} ({measured} times as much)",
             "TRL's loss is the reverse KL over the whole vocabulary, which learns more from a step than one sampled token does; stored supports are "
             "in the part on estimators.",
             told="(ratio to ref|top-8, reverse KL), cost at equal accuracy",
@@ -85,7 +85,7 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
         Reading(
             f"No variant falls below SFT on {fall}, where Lightning may fail",
             r"^(?P<arm>.+) does not fall below SFT on (?P<setting>.+)$",
-            "*{arm}* does not fall below SFT where the teacher is all but certain ({measured})",
+            "*{arm}* was not shown to fall below SFT where the teacher is all but certain ({measured})",
             "*{arm}* falls below SFT where the teacher is all but certain ({measured})",
             "This teacher is all but certain and finds the errors of a young student impossible.  Without the ratio such a token goes on being "
             "pushed down after the student has dropped it; a smaller rate, a smaller clip or some new rollouts slow that and do not turn it.",
@@ -94,29 +94,36 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
     ]
 
 
-def estimators_readings(fall: str) -> list[Reading]:
-    """Of `claims_estimators.json`; `fall` is the setting in which Lightning fails."""
+def estimators_readings(best: str, fall: str, rate: str) -> list[Reading]:
+    """Of `claims_estimators.json`.
+
+    Args:
+        best: name of the arm that the goals are set for.
+        fall: name of the setting in which Lightning fails.
+        rate: what names of arms at the higher rate end with.
+    """
+    either = f"(?P<rate>(?:{rate})?)"
     return [
         Reading(
-            "A store ends as accurate as live teachers",
-            r"^(?P<arm>.+), minus (?P<peer>.+): accuracy$",
-            "*{arm}* ends no lower than *{peer}* ({measured})",
-            "*{arm}* ends lower than *{peer}* ({measured})",
-            "At that rate the whole vocabulary, sampled anew, is still worth a little.",
-            told="half of the prompts, minus",
+            f"The stored arm (*{best}*) ends as accurate as live teachers",
+            rf"^.+?{either}, minus (?P<peer>.+?)(?:{rate})?: accuracy$",
+            "the stored arm was not shown to end lower than *{peer}* ({measured}{rate})",
+            "the stored arm ends lower than *{peer}* ({measured}{rate})",
+            "At the higher rate the whole vocabulary, sampled anew, is still worth a little.",
+            told=".",
         ),
         Reading(
-            "At a fraction of their cost",
-            r"^(?P<arm>.+), as a share of (?P<peer>.+): cost at (?P<what>.+)$",
-            "*{arm}* costs {measured} of *{peer}* at {what}",
-            "*{arm}* costs {measured} of *{peer}* at {what}, more than was wanted",
+            "The stored arm costs a fraction of them",
+            rf"^.+?{either}, as a share of (?P<peer>.+?)(?:{rate})?: cost at (?P<what>.+)$",
+            "it costs {measured} of *{peer}* at {what}{rate}",
+            "it costs {measured} of *{peer}* at {what}{rate}, more than was wanted",
             "A store saves nothing of training, which is most of what is left.",
-            told="half of the prompts, as",
+            told=".",
         ),
         Reading(
-            f"None falls below SFT on {fall}, where Lightning may fail",
+            f"No stored arm falls below SFT on {fall}, where Lightning may fail",
             r"^(?P<arm>.+) does not fall below SFT on (?P<setting>.+)$",
-            "*{arm}* does not fall below SFT where the teacher is all but certain ({measured})",
+            "*{arm}* was not shown to fall below SFT where the teacher is all but certain ({measured})",
             "*{arm}* falls below SFT where the teacher is all but certain ({measured})",
             told="^8 candidates, residual does",
         ),

@@ -1,4 +1,6 @@
-"""Write benchmarks/RESULTS.md, its pictures, and the README's words on it, out of benchmarks/results/*.json: nothing is measured here.
+"""Write benchmarks/RESULTS.md, its pictures, and its first sentences on the first pages, out of benchmarks/results/*.json.
+
+Nothing is measured here.
 
 python benchmarks/publish.py     # half a minute
 """
@@ -7,7 +9,7 @@ from functools import partial
 
 from claims_estimators_report import estimators_part
 from claims_report import claims_part, readme_table
-from docs_tables import FAILS, RESULTS, WORKS, read
+from docs_tables import DOCS, FAILS, RESULTS, WORKS, read
 from record import ROOT, fill
 from results_page import Maker, Part, make_page
 
@@ -29,8 +31,9 @@ def publish() -> None:
     found = parts()
     PAGE.write_text(make_page(TITLE, found))
     for part in found:
-        part.draw(ROOT / "docs")
-    fill(ROOT / "README.md", "claims sentences", found[0].sentences())
+        part.draw(DOCS)
+    for page, docs in ((ROOT / "README.md", "docs/"), (DOCS / "index.md", "")):
+        fill(page, "claims sentences", [line.replace("](../docs/", f"]({docs}") for line in found[0].sentences()])
     fill(ROOT / "README.md", "claims", readme_table(read("claims")["rows"], WORKS, FAILS))
 
 

@@ -97,7 +97,7 @@ class Part:
                 continue
             met = sum(goal["met"] for _, goal in found)
             rows = (["✓ held" if goal["met"] else "✗ missed", reading.say(goal), goal["goal"]] for reading, goal in found)
-            yield from (f"**{claim}**: {'held' if met == len(found) else f'{met} of {len(found)} goals met'}.", "")
+            yield from (f"**{claim}**: {met} of {len(found)} goals met.", "")
             yield from (*table(("", "what was found", "wanted"), rows, 3), "")
             reasons = dict.fromkeys(reading.reason for reading, goal in found if reading.reason and not goal["met"])
             yield from ("Why: " + " ".join(reasons), "") if reasons else ()
