@@ -6,15 +6,17 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
-from claims_summary import Interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lopd.records.estimates import t_quantile
+
+if TYPE_CHECKING:
+    from claims_summary import Interval
 
 #: Inches; what the docs show is about 850 pixels wide, so text has 13 of them.
 WIDTH, DPI = 9.0, 150
@@ -30,16 +32,9 @@ mpl.rcParams.update(dict.fromkeys(("text.color", "xtick.color", "ytick.color"), 
 mpl.rcParams.update(dict.fromkeys(("axes.labelcolor", "axes.edgecolor", "axes.titlecolor"), TEXT))
 mpl.rcParams.update(dict.fromkeys(("axes.facecolor", "figure.facecolor", "savefig.facecolor"), "none"))
 mpl.rcParams.update(dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False))
-mpl.rcParams.update(
-    {
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "axes.titlelocation": "left",
-        "legend.columnspacing": 1.2,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 4,
-    }
-)
+mpl.rcParams.update({"font.size": 10, "axes.titlesize": 10.5, "axes.titlelocation": "left"})
+mpl.rcParams.update({"lines.linewidth": 1.6, "lines.markersize": 4, "legend.columnspacing": 1.2})
+_LEADER = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5), "shrinkA": 1, "shrinkB": 2}
 
 
 def color_of(name: str) -> str:
@@ -70,12 +65,11 @@ def band(axes: Axes, at: Any, values: Any, name: str, *, color: str | None = Non
         axes.fill_between(at, mean - half, mean + half, color=color, alpha=0.15, linewidth=0)
 
 
-def intervals(axes: Axes, names: Sequence[str], found: Mapping[str, Interval], *, colors: Mapping[str, str] | None = None) -> None:
+def intervals(axes: Axes, names: Sequence[str], found: "Mapping[str, Interval]") -> None:
     """Draw means with their intervals, one below the other, and all names; what was not found has none."""
     for place, name in enumerate(names):
         if name in found:
-            color = (colors or {}).get(name) or color_of(name)
-            axes.errorbar([found[name].mean], [place], xerr=[found[name].half], fmt="o", color=color)
+            axes.errorbar([found[name].mean], [place], xerr=[found[name].half], fmt="o", color=color_of(name))
     axes.set_yticks(range(len(names)), [wrap(name, 40) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
 
@@ -99,17 +93,9 @@ def label_ends(axes: Axes, *, width: int = 17) -> None:
     order = sorted(range(len(lines)), key=lambda i: ends[i])
     halves = [line_height * (1 + names[i].count("\n")) / 2 for i in order]
     for i, place in zip(order, _apart([ends[i] for i in order], halves), strict=True):
-        leader = {
-            "arrowstyle": "-",
-            "color": lines[i].get_color(),
-            "linewidth": 0.6,
-            "alpha": 0.6,
-            "relpos": (0, 0.5),
-            "shrinkA": 1,
-            "shrinkB": 2,
-        }
-        where = {"xytext": (1.03, place), "textcoords": "axes fraction", "va": "center", "color": lines[i].get_color()}
-        axes.annotate(names[i], lines[i].get_xydata()[-1], arrowprops=leader, fontsize=9, linespacing=1.1, **where)
+        color = lines[i].get_color()
+        where = {"xytext": (1.03, place), "textcoords": "axes fraction", "va": "center", "arrowprops": {**_LEADER, "color": color}}
+        axes.annotate(names[i], lines[i].get_xydata()[-1], color=color, fontsize=9, linespacing=1.1, **where)
 
 
 def _apart(wanted: Sequence[float], halves: Sequence[float]) -> list[float]:

@@ -87,3 +87,9 @@ def test_a_band_is_the_interval_of_students_t():
     _, (axes,) = pictures.panels(1, 1, height=2)
     pictures.band(axes, [0, 1], [[0.0, 1.0], [0.0, 3.0]], "online OPD")
     assert axes.collections[0].get_paths()[0].get_extents().extents == pytest.approx([0, 2 - 12.7062, 1, 2 + 12.7062], abs=1e-3)
+
+
+def test_every_picture_of_the_docs_is_shown_on_a_page():
+    root = Path(__file__).parents[1]
+    pages = "".join(page.read_text() for page in (*root.glob("*.md"), *root.glob("docs/**/*.md"), root / "benchmarks" / "RESULTS.md"))
+    assert [picture.name for picture in root.glob("docs/*.png") if f"{picture.name})" not in pages] == []
