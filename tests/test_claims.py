@@ -44,7 +44,7 @@ def folder(tmp_path_factory):
 def test_an_interval_is_that_of_students_t():
     found = Interval.of([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (found.mean, found.seeds) == (3.0, 5)
-    assert found.half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
+    assert found.half == pytest.approx(2.776445 * math.sqrt(2.5 / 5))
     assert found.show("+.2f") == "+3.00 ± 1.96"
     assert found.positive
     assert not found.negative
