@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import publish
+from docs_tables import IN_WORDS
 from results_page import Part, Reading, make_page
 
 READINGS = [
@@ -32,6 +33,10 @@ def test_the_page_in_the_repository_is_what_its_script_makes_of_the_result_files
     assert make_page(publish.TITLE, parts) == publish.PAGE.read_text(), "run benchmarks/publish.py"
     for first_page in (publish.ROOT / "README.md", publish.DOCS / "index.md"):
         assert parts[0].sentences()[0] in first_page.read_text().splitlines(), "run benchmarks/publish.py"
+
+
+def test_goals_that_pages_leave_to_this_one_are_in_it():
+    assert {name for name in IN_WORDS if (publish.RESULTS / f"{name}.json").exists()} == {*publish.PARTS}
 
 
 def test_three_sentences_tell_what_held_and_what_did_not():
