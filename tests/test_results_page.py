@@ -36,7 +36,7 @@ def test_the_page_in_the_repository_is_what_its_script_makes_of_the_result_files
 
 
 def test_goals_that_pages_leave_to_this_one_are_in_it():
-    assert {name for name in IN_WORDS if (publish.RESULTS / f"{name}.json").exists()} == {*publish.PARTS}
+    assert {name for name in IN_WORDS if (publish.RESULTS / f"{name}.json").exists()} <= {*publish.PARTS}
 
 
 def test_three_sentences_tell_what_held_and_what_did_not():
