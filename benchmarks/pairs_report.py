@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+import pictures
 from pairs_rule import (
     BESIDE_LIVE,
     BESIDE_SFT,
@@ -39,6 +38,14 @@ TITLES = {
     "size99": "\\|A\\|, 99 %",
     "heaviest": "share of \\|A\\| in 1 % of tokens",
 }
+
+#: Diagnostic, outcome, and what the outcome says.
+DRAWN_PANELS = (
+    ("overlap8", BESIDE_LIVE, "stored run minus live run, both with 16 draws"),
+    ("reverse_kl", BESIDE_SFT, "stored run minus SFT continued"),
+)
+#: Kind of pair -> name, colour and mark.
+KINDS = {"sums": ("pairs on sums", pictures.RATIO, "o"), "real": ("SmolLM2 and a part of it", pictures.TRL, "D")}
 
 
 def find_goals(rows: Sequence[Row]) -> list[Row]:
@@ -99,20 +106,22 @@ def advised(pair: Row) -> str:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """What a live teacher adds, and what OPD adds to SFT, against what is known before."""
-    pairs = pairs_of(rows)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, (diagnostic, outcome) in zip(figure.subplots(1, 2), (("overlap8", BESIDE_LIVE), ("reverse_kl", BESIDE_SFT)), strict=True):
-        _scatter(axes, pairs, diagnostic, outcome)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, transparent=True)
-
-
-def _scatter(axes: Axes, pairs: Sequence[Row], diagnostic: str, outcome: str) -> None:
-    for kind, color, label in (("sums", "tab:blue", "sums"), ("real", "tab:orange", "SmolLM2")):
-        mine = [pair for pair in pairs if pair["kind"] == kind]
-        xs, ys = [pair[diagnostic] for pair in mine], [OUTCOMES[outcome](pair) for pair in mine]
-        axes.scatter(xs, ys, color=color, label=label)
-    axes.axhline(0, color="tab:gray", linewidth=0.8)
-    axes.set(xlabel=TITLES[diagnostic], ylabel=f"{outcome},\nshare of the KL removed")
-    axes.spines[["top", "right"]].set_visible(False)
+    """What a live teacher adds to a stored run, and a stored run to more SFT, against what is known before the first step."""
+    found, pairs = correlations(pairs_of(rows)), pairs_of(rows)
+    known = {(diagnostic, outcome): rho for diagnostic, outcome, rho in found}
+    figure, panels = pictures.panels(1, 2, 4.0)
+    for axes, (diagnostic, outcome, says) in zip(panels, DRAWN_PANELS, strict=True):
+        for kind, (label, color, mark) in KINDS.items():
+            mine = [pair for pair in pairs if pair["kind"] == kind]
+            at = [pair[diagnostic] for pair in mine]
+            axes.plot(at, [OUTCOMES[outcome](pair) for pair in mine], mark, color=color, label=label, markersize=6)
+        pictures.rule(axes, y=0)
+        rho = known[diagnostic, outcome]
+        axes.set(
+            xlabel=f"{TITLES[diagnostic]}, before the first step",
+            ylabel="share of the first KL",
+            xscale="log" if diagnostic == "reverse_kl" else "linear",
+        )
+        axes.set_title(f"{says}\nrank correlation {rho.rho:+.2f} ({rho.low:+.2f} to {rho.high:+.2f})")
+    pictures.legend(figure, 2)
+    pictures.save(figure, path)

@@ -170,17 +170,11 @@ class Learner:
 
     def source(self, sampling: SamplingParams, generation: int = 0) -> HFSource:
         """The student as it is; its name says which step it is at, and hashing all weights at each step would say the same for more."""
-        identity = ModelId("student on its way", f"{self.pair.name} {self.pair.seed} {generation}", "as trained")
-        model = self.student.model
-        return HFSource(
-            model if model.dtype == self.pair.dtype else deepcopy(model).to(self.pair.dtype),
-            self.tokenizer,
-            sampling,
-            self.lineage,
-            generation=generation,
-            identity=identity,
-            rows_per_batch=self.pair.rows_per_batch,
-        )
+        pair, model = self.pair, self.student.model
+        model = model if model.dtype == pair.dtype else deepcopy(model).to(pair.dtype)
+        identity = ModelId("student on its way", f"{pair.name} {pair.seed} {generation}", "as trained")
+        known = {"generation": generation, "identity": identity, "rows_per_batch": pair.rows_per_batch}
+        return HFSource(model, self.tokenizer, sampling, self.lineage, **known)
 
     def learn(self, steps: Iterator[StepMetrics]) -> None:
         """Take all steps; the rate rises over the first tenth and falls in a straight line."""
