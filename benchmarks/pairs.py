@@ -1,21 +1,17 @@
 """Should a run go offline?  Pairs of teacher and student: what is known of each before its first step, beside what came out.
 
-    python benchmarks/pairs.py               # benchmarks/results/pairs.json and its plot; about an hour on one core
-    python benchmarks/pairs.py --minutes 5   # only what begins in the next five minutes; call again to go on
-    python benchmarks/pairs.py --quick       # two pairs, one seed, into runs/pairs-quick; two minutes
-    python benchmarks/pairs.py --report      # goals and plot again, from the file
+    python benchmarks/pairs.py            # benchmarks/results/pairs.json and docs/bench_pairs.png; about an hour on one core
+    python benchmarks/pairs.py --quick    # two pairs, one seed, into runs/pairs-quick; three minutes
+    python benchmarks/pairs.py --report   # both again, of the pairs that are finished
 
-Every piece that is done is a file in the folder, so a killed run goes on where it was.
+Every piece that is done is a file in runs/pairs, so a killed run that is called again goes on where it was.
 """
 
 import argparse
 import json
 import re
-import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,26 +41,35 @@ def plan(*, quick: bool) -> list[Unit]:
     return [*((spec, first) for spec in SUMS), *((spec, seed) for seed in REAL_SEEDS for spec in REAL), *sums]
 
 
-def pieces(units: Sequence[Unit], folder: Path) -> Iterator[Path]:
-    """Do what is not done, piece by piece; the file of each is given when it is there."""
-    for spec, seed in units:
-        home = folder / "found" / _slug(f"{spec.name} {seed}")
-        made: list[Pair] = []
-        work = {"SFT": run_start, **{arm.name: partial(_with_arm, arm) for arm in spec.arms}}
-        for name, run in work.items():
-            path = home / f"{_slug(name)}.json"
-            if not path.exists():
-                made = made or [spec.build(seed, folder)]
-                write_json(path, run(made[0], home))
-            yield path
+def files(unit: Unit, folder: Path) -> dict[str, Path]:
+    """What was found of a pair and a seed, piece by piece."""
+    spec, seed = unit
+    home = folder / "found" / _slug(f"{spec.name} {seed}")
+    return {name: home / f"{_slug(name)}.json" for name in ("SFT", *(arm.name for arm in spec.arms))}
 
 
-def _with_arm(arm: Any, pair: Pair, home: Path) -> Row:
-    return run_arm(pair, arm, home)
+def run(unit: Unit, folder: Path) -> Iterator[Path]:
+    """Do what is not done; the file of each piece is given when it is there."""
+    (spec, seed), made, arms = unit, list[Pair](), {arm.name: arm for arm in unit[0].arms}
+    for name, path in files(unit, folder).items():
+        if not path.exists():
+            made = made or [spec.build(seed, folder)]
+            write_json(path, run_arm(made[0], arms[name], path.parent) if name in arms else run_start(made[0], path.parent))
+        yield path
 
 
 def _slug(name: str) -> str:
     return re.sub(r"\W+", "-", name)
+
+
+def rows_of(units: Sequence[Unit], folder: Path) -> list[Row]:
+    """Rows of the results, of the units that are finished."""
+    rows = []
+    for unit in units:
+        found = files(unit, folder)
+        if all(path.exists() for path in found.values()):
+            rows.append(row_of(*unit, {name: json.loads(path.read_text()) for name, path in found.items()}))
+    return rows
 
 
 def row_of(spec: Spec, seed: int, found: dict[str, Row]) -> Row:
@@ -110,41 +115,21 @@ def _against(after: RolloutSums, before: RolloutSums) -> Row:
 
 
 def main() -> None:
-    """Run what is missing; when nothing is, write."""
+    """Run what is missing, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--report", action="store_true", help="only goals and plot again, from results/pairs.json")
-    parser.add_argument("--kind", choices=("sums", "real"), help="only run pairs of this kind, and write nothing")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "pairs")
+    parser.add_argument("--report", action="store_true", help="run nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     disable_progress_bar()
+    units, folder = plan(quick=options.quick), ROOT / "runs" / "pairs"
+    for unit in [] if options.report else units:
+        for path in run(unit, folder):
+            print(path.parent.name, path.stem, flush=True)
     result, plot = (ROOT / "runs" / "pairs-quick" / path.name if options.quick else path for path in (RESULT, PLOT))
-    if options.report:
-        kept = json.loads(result.read_text())
-        kept["goals"] = find_goals(kept["rows"])
-        result.write_text(json.dumps(kept, indent=1) + "\n")
-    else:
-        units, begun = plan(quick=options.quick), time.monotonic()
-        units = [unit for unit in units if options.kind in {None, unit[0].kind}]
-        total = sum(1 + len(spec.arms) for spec, _ in units)
-        for done, path in enumerate(pieces(units, options.folder), 1):
-            print(f"{done} of {total}: {path.parent.name}, {path.stem}", flush=True)
-            if time.monotonic() - begun > 60 * options.minutes and done < total:
-                print("Call again to go on.")
-                raise SystemExit(3)
-        if options.kind:
-            return
-        rows = [row_of(*unit, collect(unit, options.folder)) for unit in units]
-        result_file(result.stem, describe_machine(), rows, find_goals(rows), result.parent)
-    draw(json.loads(result.read_text())["rows"], plot)
-
-
-def collect(unit: Unit, folder: Path) -> dict[str, Row]:
-    """Everything that was found of a pair and a seed."""
-    found = [json.loads(path.read_text()) for path in pieces([unit], folder)]
-    return {row["arm"]: row for row in found}
+    rows = rows_of(units, folder)
+    result_file(result.stem, describe_machine(), rows, find_goals(rows), result.parent)
+    draw(rows, plot)
 
 
 if __name__ == "__main__":

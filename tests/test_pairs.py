@@ -32,7 +32,10 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def row(spec, folder):
-    return pairs.row_of(spec, 0, pairs.collect((spec, 0), folder))
+    assert pairs.rows_of([(spec, 0)], folder) == [], "what is not finished is not told"
+    assert len([*pairs.run((spec, 0), folder)]) == 1 + len(ARMS)
+    (found,) = pairs.rows_of([(spec, 0)], folder)
+    return found
 
 
 def test_a_pair_goes_through_every_arm_from_one_start(row):
@@ -44,15 +47,13 @@ def test_a_pair_goes_through_every_arm_from_one_start(row):
 
 
 def test_what_is_done_is_not_done_again(spec, folder, row):
-    made = {path: path.stat().st_mtime_ns for path in pairs.pieces([(spec, 0)], folder)}
-    assert len(made) == 1 + len(ARMS)
+    made = {path: path.stat().st_mtime_ns for path in pairs.run((spec, 0), folder)}
     last = [*made][-1]
     last.unlink()
-    again = {path: path.stat().st_mtime_ns for path in pairs.pieces([(spec, 0)], folder)}
+    again = {path: path.stat().st_mtime_ns for path in pairs.run((spec, 0), folder)}
     assert [path for path in made if made[path] != again[path]] == [last]
-    assert pairs.row_of(spec, 0, pairs.collect((spec, 0), folder))["arms"][ARMS[-1].name]["held_out_kl"] == pytest.approx(
-        row["arms"][ARMS[-1].name]["held_out_kl"]
-    )
+    (found,) = pairs.rows_of([(spec, 0)], folder)
+    assert found["arms"][ARMS[-1].name]["held_out_kl"] == pytest.approx(row["arms"][ARMS[-1].name]["held_out_kl"])
 
 
 def test_the_plan_has_enough_pairs_and_every_one_once():
