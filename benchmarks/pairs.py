@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import pairs_claims
 import torch
 from pairs_made import REAL, SUMS, Spec
 from pairs_report import draw, find_goals
@@ -128,7 +129,9 @@ def main() -> None:
             print(path.parent.name, path.stem, flush=True)
     result, plot = (ROOT / "runs" / "pairs-quick" / path.name if options.quick else path for path in (RESULT, PLOT))
     rows = rows_of(units, folder)
-    result_file(result.stem, describe_machine(), rows, find_goals(rows), result.parent)
+    claims = json.loads(RESULT.with_name("claims.json").read_text())["rows"]
+    goals = [*find_goals(rows), *pairs_claims.find_goals(claims)]
+    result_file(result.stem, describe_machine(), rows, goals, result.parent)
     draw(rows, plot)
 
 

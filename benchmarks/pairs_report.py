@@ -59,7 +59,7 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
         goals.append({**_goal(said, f"interval {sign} 0", rho.rho, rho.high < 0), "low": _number(rho.low), "high": _number(rho.high)})
     for verdict in VERDICTS:
         wanted = [best_of(pair) == verdict for pair in pairs]
-        rule, wrong = fit(pairs, wanted), sum(left_out(pairs, wanted))
+        rule, wrong = fit(pairs, wanted), left_out(pairs, wanted)
         constant = min(errors(each, pairs, wanted) for each in CONSTANT)
         said = f"{verdict!r} by one threshold: pairs that are wrong when they are left out of the fit (all: {rule.shown()})"
         goals.append(_goal(said, f"< {constant}, the better constant rule", wrong, wrong < constant) | {"right": sum(wanted)})
@@ -125,3 +125,30 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_title(f"{says}\nrank correlation {rho.rho:+.2f} ({rho.low:+.2f} to {rho.high:+.2f})")
     pictures.legend(figure, 2)
     pictures.save(figure, path)
+
+
+def words(rows: Sequence[Row]) -> list[str]:
+    """What was found, in sentences."""
+    pairs, goals = pairs_of(rows), find_goals(rows)
+    kinds = {kind: [pair for pair in pairs if pair["kind"] == kind] for kind in KINDS}
+    counts = " and ".join(f"{len(mine)} {KINDS[kind][0]} ({_seeds(mine)})" for kind, mine in kinds.items() if mine)
+    best = {verdict: sum(best_of(pair) == verdict for pair in pairs) for verdict in ("offline", *VERDICTS)}
+    lines = [
+        f"{len(pairs)} pairs were measured: {counts}.",
+        "What would have been best: " + ", ".join(f"{v} {n}" for v, n in best.items()) + ".",
+        "",
+    ]
+    for goal in goals:
+        if "low" in goal:
+            said = "confirmed" if goal["met"] else "not confirmed"
+            lines.append(f"- {goal['name']}: {goal['measured']:+.2f} ({goal['low']:+.2f} to {goal['high']:+.2f}), {said} here.")
+        elif "right" in goal:
+            lines.append(
+                f"- {goal['name']}: {goal['measured']} of {len(pairs)}, where {goal['right']} are so and the goal is {goal['goal']}."
+            )
+    return lines
+
+
+def _seeds(pairs: Sequence[Row]) -> str:
+    counts = sorted({pair["seeds"] for pair in pairs})
+    return " to ".join(map(str, {counts[0], counts[-1]})) + (" seed" if counts == [1] else " seeds")

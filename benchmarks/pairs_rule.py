@@ -6,7 +6,7 @@ A pair is the mean over its seeds.  An arm's outcome is the share of the SFT stu
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import compress, pairwise
 from typing import Any
 
 import numpy as np
@@ -197,11 +197,14 @@ def errors(rule: Rule, pairs: Sequence[Row], wanted: Sequence[bool]) -> int:
     return sum(rule.holds(pair) != want for pair, want in zip(pairs, wanted, strict=True))
 
 
-def left_out(pairs: Sequence[Row], wanted: Sequence[bool], choices: Sequence[str] = CHOICES) -> list[bool]:
-    """For each pair, whether the rule that was fitted to all others gets it wrong."""
-    wrong = []
-    for i, pair in enumerate(pairs):
-        others = [j for j in range(len(pairs)) if j != i]
-        rule = fit([pairs[j] for j in others], [wanted[j] for j in others], choices)
-        wrong.append(rule.holds(pair) != wanted[i])
+def left_out(pairs: Sequence[Row], wanted: Sequence[bool], choices: Sequence[str] = CHOICES, by: str = "pair") -> int:
+    """How many pairs are wrong by the rule that was fitted without them, and without all that share their `by` with them."""
+    wrong = 0
+    for name in dict.fromkeys(pair[by] for pair in pairs):
+        (theirs, those), (mine, these) = (_where(pairs, wanted, [(pair[by] == name) == same for pair in pairs]) for same in (False, True))
+        wrong += errors(fit(theirs, those, choices), mine, these)
     return wrong
+
+
+def _where(pairs: Sequence[Row], wanted: Sequence[bool], chosen: Sequence[bool]) -> tuple[list[Row], list[bool]]:
+    return list(compress(pairs, chosen)), list(compress(wanted, chosen))
