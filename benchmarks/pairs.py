@@ -130,9 +130,10 @@ def main() -> None:
     result, plot = (ROOT / "runs" / "pairs-quick" / path.name if options.quick else path for path in (RESULT, PLOT))
     rows = rows_of(units, folder)
     claims = json.loads(RESULT.with_name("claims.json").read_text())["rows"]
-    goals = [*find_goals(rows), *pairs_claims.find_goals(claims)]
+    goals = [*(find_goals(rows) if rows else []), *pairs_claims.find_goals(claims)]
     result_file(result.stem, describe_machine(), rows, goals, result.parent)
-    draw(rows, plot)
+    if rows:
+        draw(rows, plot)
 
 
 if __name__ == "__main__":

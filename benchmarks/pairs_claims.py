@@ -3,11 +3,16 @@
 They have no overlap and no held-out KL, but five seeds and outcomes in accuracy.  Each seed is a pair: students of one setting differ much.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from statistics import mean
 from typing import Any
 
 from pairs_rule import CONSTANT, errors, fit, left_out
 from testbed.arms import ONLINE, PLAIN, RATIO
+
+from lopd.guards.start import MAX_WEAK_TAIL
+from lopd.guards.watch import MAX_TAIL
 
 Row = dict[str, Any]
 
@@ -40,6 +45,31 @@ WANTED = {
 }
 
 
+#: Borders between the rows of the table, shares of advantages below -5 nats.
+BORDERS = (0.0, MAX_TAIL, MAX_WEAK_TAIL, 1.0)
+
+
+def table_titles() -> Sequence[str]:
+    """Of the table of starts."""
+    names = (
+        f"{PLAIN.name} lost more than {LITTLE / 2:g}",
+        f"{RATIO.name} lost more than {LITTLE / 2:g}",
+        f"nothing gained more than {LITTLE:g}",
+    )
+    return "advantages below -5 nats", "starts", *names, f"{RATIO.name} minus {ONLINE.name}"
+
+
+def table_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
+    """A line for each range of the tail: starts, how many fell or stayed, and the mean and the range of what a live teacher adds to the ratio."""
+    for low, high in pairwise(BORDERS):
+        mine = [start["gains"] for start in starts_of(rows) if low <= start["tail"] < high]
+        fell = (sum(gains[arm.name] < -LITTLE / 2 for gains in mine) for arm in (PLAIN, RATIO))
+        gaps = [gains[RATIO.name] - gains[ONLINE.name] for gains in mine]
+        shown = f"{mean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
+        stayed = sum(max(gains.values()) <= LITTLE for gains in mine)
+        yield f"{low:.0%} to {high:.0%}", str(len(mine)), *map(str, fell), str(stayed), shown
+
+
 def find_goals(rows: Sequence[Row]) -> list[Row]:
     """How often one threshold is wrong, for each of these."""
     starts, goals = starts_of(rows), []
@@ -57,6 +87,7 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
                 "of": len(starts),
                 "right": sum(wanted),
                 "rule": rule.shown(),
+                "threshold": rule.threshold,
                 "fitted": errors(rule, starts, wanted),
             }
         )

@@ -102,7 +102,7 @@ def pair_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
 
 def advised(pair: Row) -> str:
     """What `lopd.guards.advise` says of it."""
-    return advise(pair["reverse_kl"], pair["tail"], pair.get("overlap64"))[0]
+    return advise(pair["tail"])[0]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:

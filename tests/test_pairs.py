@@ -20,6 +20,9 @@ from test_testbed import TINY
 from testbed.models import FAMILIES, new_model
 from testbed.task import CHARACTERS
 
+from lopd.guards import advise
+from lopd.guards.start import MAX_WEAK_TAIL
+
 
 @pytest.fixture(scope="module")
 def spec():
@@ -130,3 +133,10 @@ def test_the_starts_of_the_claims_are_pairs_without_being_run_again():
     assert len(starts) == len({start["pair"] for start in starts}) == 40
     goals = pairs_claims.find_goals(rows)
     assert all(goal["fitted"] <= goal["left_out_alone"] <= goal["of"] for goal in goals)
+    little, _ = goals
+    said = (
+        f"is wrong on {little['measured']} of {little['of']} starts; saying the same of all is wrong on {little['goal'].split(',')[0][2:]}"
+    )
+    assert said in " ".join(advise.__doc__.split())
+    assert little["rule"].startswith("tail >=")
+    assert round(little["threshold"], 2) == MAX_WEAK_TAIL
