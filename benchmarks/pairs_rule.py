@@ -37,6 +37,9 @@ MARGIN = 0.05
 #: Those that may be better than to go offline at once.
 VERDICTS = ("more SFT first", "live", "refresh")
 
+#: Nats a token: a student that is nearer to its teacher has nothing to learn, and shares of so small a KL are noise; such pairs are not judged.
+LEAST_KL = 0.01
+
 Outcome = Callable[[Row], float]
 
 
@@ -88,6 +91,11 @@ def pairs_of(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
+def judged(rows: Sequence[Row]) -> list[Row]:
+    """Those pairs that have something to learn."""
+    return [pair for pair in pairs_of(rows) if pair["held_out_kl"] >= LEAST_KL]
+
+
 def _start(rows: Sequence[Row]) -> Row:
     """What only some kinds of pair have."""
     return {key: float(np.mean([row[key] for row in rows])) for key in ("accuracy", "overlap64") if key in rows[0]}
@@ -115,6 +123,7 @@ def _minus(one: str, other: str, key: str = "removed") -> Outcome:
 
 #: What a live teacher adds to a stored run with the same loss, and what a stored run adds to more SFT, in shares of the KL of the SFT student.
 BESIDE_LIVE, BESIDE_SFT = f"{DRAWN.name} - {ONLINE_DRAWN.name}", f"{DRAWN.name} - {TEXT.name}"
+STORED, LIVE = f"{DRAWN.name} - SFT", f"{ONLINE_DRAWN.name} - SFT"
 #: Title -> outcome.
 OUTCOMES: dict[str, Outcome] = {
     f"{PLAIN.name} - {ONLINE.name}": _minus(PLAIN.name, ONLINE.name),
@@ -122,7 +131,8 @@ OUTCOMES: dict[str, Outcome] = {
     BESIDE_LIVE: _minus(DRAWN.name, ONLINE_DRAWN.name),
     f"{PLAIN.name} - SFT": removed(PLAIN.name),
     f"{RATIO.name} - SFT": removed(RATIO.name),
-    f"{DRAWN.name} - SFT": removed(DRAWN.name),
+    STORED: removed(DRAWN.name),
+    LIVE: removed(ONLINE_DRAWN.name),
     BESIDE_SFT: _minus(DRAWN.name, TEXT.name),
 }
 #: Of pairs with a verifier, in accuracy.

@@ -118,7 +118,7 @@ def test_a_rule_finds_its_threshold_and_is_judged_on_what_it_has_not_seen():
 
 def test_goals_tables_and_plot_are_made_of_rows(row, tmp_path):
     moved = [{name: abs(row[name]) * (1 + i / 10) for name in DIAGNOSTICS} for i in range(5)]
-    rows = [{**row, **known, "pair": f"pair {i}", "kind": ("sums", "real")[i % 2]} for i, known in enumerate(moved)]
+    rows = [{**row, **known, "held_out_kl": 0.1, "pair": f"pair {i}", "kind": ("sums", "real")[i % 2]} for i, known in enumerate(moved)]
     goals = find_goals(rows)
     assert not goals[0]["met"], "5 pairs are not 16"
     assert len(pairs_of(rows)) == len([*pair_lines(rows)]) == 5
