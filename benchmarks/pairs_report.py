@@ -23,6 +23,7 @@ from pairs_rule import (
     errors,
     fit,
     judged,
+    labels,
     left_out,
     pairs_of,
 )
@@ -51,7 +52,7 @@ SEMI_OPD = (("overlap8", BESIDE_LIVE), ("reverse_kl", STORED), ("reverse_kl", LI
 #: Diagnostic, outcome, and what the outcome says.
 DRAWN_PANELS = (
     ("overlap8", BESIDE_LIVE, "stored run minus live run, both with 16 draws"),
-    ("reverse_kl", BESIDE_SFT, "stored run minus SFT continued"),
+    ("reverse_kl", STORED, "stored run with 16 draws, against its start"),
 )
 #: Kind of pair -> name, colour and mark.
 KINDS = {"sums": ("pairs on sums", pictures.RATIO, "o"), "real": ("SmolLM2 and a part of it", pictures.TRL, "D")}
@@ -61,7 +62,7 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
     """What was asked, and what was found."""
     every, pairs = pairs_of(rows), judged(rows)
     found = {(diagnostic, outcome): rho for diagnostic, outcome, rho in correlations(pairs)}
-    goals = [_goal("pairs of teacher and student", ">= 16", len(every), len(every) >= 16)]
+    goals = [_goal("pairs of teacher and student", ">= 16", len(every), met=len(every) >= 16)]
     for name, outcome in SEMI_OPD:
         said = f"Semi-OPD: rank correlation of {TITLES[name]} with {outcome}, in shares of the KL removed"
         goals.append(
@@ -71,21 +72,24 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
         share = mean([OUTCOMES[outcome](pair) for pair in pairs])
         said = f"{outcome}: share of the KL removed, mean over pairs"
         goals.append(_with_interval(said, f"interval above {least:g}", share.mean, share, met=share.low > least))
-    for verdict in VERDICTS:
-        wanted = [best_of(pair) == verdict for pair in pairs]
+    for title, is_so in labels().items():
+        wanted = [is_so(pair) for pair in pairs]
         rule, wrong = fit(pairs, wanted), left_out(pairs, wanted)
         constant = min(errors(each, pairs, wanted) for each in CONSTANT)
-        said = f"{verdict!r} by one threshold: pairs that are wrong when they are left out of the fit (all: {rule.shown()})"
-        goals.append(_goal(said, f"< {constant}, the better constant rule", wrong, wrong < constant) | {"right": sum(wanted)})
+        said = f"{title}, by one threshold ({rule.shown()} for all): pairs that are wrong when they are left out of the fit"
+        goals.append(_goal(said, f"< {constant}, the better constant rule", wrong, met=wrong < constant) | {"right": sum(wanted)})
+    weak = [(advised(pair) == "more SFT first") != is_so(pair) for pair in pairs]  # of the last, that neither gains
+    said = f"`advise`, whose threshold is that of the claims, says 'more SFT first' where {title}: pairs that are wrong"
+    goals.append(_goal(said, f"< {constant}, the better constant rule", sum(weak), met=sum(weak) < constant) | {"right": sum(wanted)})
     return goals
 
 
-def _goal(name: str, goal: str, measured: float, met: bool) -> Row:
+def _goal(name: str, goal: str, measured: float, *, met: bool) -> Row:
     return {"name": name, "goal": goal, "measured": _number(measured), "met": bool(met)}
 
 
 def _with_interval(name: str, goal: str, measured: float, ends: Correlation | Estimate, *, met: bool) -> Row:
-    return {**_goal(name, goal, measured, met), "low": _number(ends.low), "high": _number(ends.high)}
+    return {**_goal(name, goal, measured, met=met), "low": _number(ends.low), "high": _number(ends.high)}
 
 
 def _number(value: float) -> float | None:
@@ -144,7 +148,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         rho = known[diagnostic, outcome]
         axes.set(
             xlabel=f"{TITLES[diagnostic]}, before the first step",
-            ylabel="share of the first KL",
+            ylabel="share of the KL removed",
             xscale="log" if diagnostic == "reverse_kl" else "linear",
         )
         axes.set_title(f"{says}\nrank correlation {rho.rho:+.2f} ({rho.low:+.2f} to {rho.high:+.2f})")
@@ -159,8 +163,9 @@ def words(rows: Sequence[Row]) -> list[str]:
     counts = " and ".join(f"{len(mine)} {KINDS[kind][0]} ({_seeds(mine)})" for kind, mine in kinds.items() if mine)
     best = {verdict: sum(best_of(pair) == verdict for pair in pairs) for verdict in ("offline", *VERDICTS)}
     lines = [
-        f"{len(pairs)} pairs were measured: {counts}.",
-        "What would have been best: " + ", ".join(f"{v} {n}" for v, n in best.items()) + ".",
+        f"{len(every)} pairs were measured: {counts}.",
+        f"{len(every) - len(pairs)} of them began within {LEAST_KL:g} nats a token of the teacher, with nothing to learn, and are not judged.",
+        "What would have been best: " + ", ".join(f"{verdict} {count}" for verdict, count in best.items()) + ".",
         "",
     ]
     for goal in goals:

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import pairs
 import pairs_claims
 from pairs_made import SUMS, Spec, _build_sums
-from pairs_report import correlation_lines, draw, find_goals, pair_lines
+from pairs_report import correlation_lines, draw, find_goals, pair_lines, words
 from pairs_rule import DIAGNOSTICS, Correlation, Rule, best_of, errors, fit, left_out, pairs_of
 from pairs_runs import ARMS, DRAWN, ONLINE_DRAWN, REFRESHED, TEXT, Pace
 from test_testbed import TINY
@@ -123,6 +123,7 @@ def test_goals_tables_and_plot_are_made_of_rows(row, tmp_path):
     assert not goals[0]["met"], "5 pairs are not 16"
     assert len(pairs_of(rows)) == len([*pair_lines(rows)]) == 5
     assert len([*correlation_lines(rows)]) == len(DIAGNOSTICS)
+    assert len(words(rows)) > len(goals)
     draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
