@@ -169,7 +169,7 @@ def words(rows: Sequence[Row]) -> list[str]:
         "",
     ]
     for goal in goals:
-        if "low" in goal:
+        if goal.get("low") is not None:
             judgement = ", confirmed here" if goal["met"] else ", not confirmed here"
             said = judgement if "Semi-OPD" in goal["name"] else ""
             lines.append(f"- {goal['name']}: {goal['measured']:+.2f} ({goal['low']:+.2f} to {goal['high']:+.2f}){said}.")

@@ -123,7 +123,7 @@ def test_goals_tables_and_plot_are_made_of_rows(row, tmp_path):
     assert not goals[0]["met"], "5 pairs are not 16"
     assert len(pairs_of(rows)) == len([*pair_lines(rows)]) == 5
     assert len([*correlation_lines(rows)]) == len(DIAGNOSTICS)
-    assert len(words(rows)) > len(goals)
+    assert len(words(rows)) > 4
     draw(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
