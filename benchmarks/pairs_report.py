@@ -57,6 +57,8 @@ DRAWN_PANELS = (
 #: Kind of pair -> name, colour and mark.
 KINDS = {"sums": ("pairs on sums", pictures.RATIO, "o"), "real": ("SmolLM2 and a part of it", pictures.TRL, "D")}
 
+_NATS = (0.2, 0.5, 1, 2, 4)
+
 
 def find_goals(rows: Sequence[Row]) -> list[Row]:
     """What was asked, and what was found."""
@@ -146,11 +148,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.plot(at, [OUTCOMES[outcome](pair) for pair in mine], mark, color=color, label=label, markersize=6)
         pictures.rule(axes, y=0)
         rho = known[diagnostic, outcome]
-        axes.set(
-            xlabel=f"{TITLES[diagnostic]}, before the first step",
-            ylabel="share of the KL removed",
-            xscale="log" if diagnostic == "reverse_kl" else "linear",
-        )
+        axes.set(xlabel=f"{TITLES[diagnostic]}, before the first step", ylabel="share of the KL removed")
+        if diagnostic == "reverse_kl":
+            axes.set_xscale("log")
+            axes.set_xticks(_NATS, map(str, _NATS))
+            axes.minorticks_off()
         axes.set_title(f"{says}\nrank correlation {rho.rho:+.2f} ({rho.low:+.2f} to {rho.high:+.2f})")
     pictures.legend(figure, 2)
     pictures.save(figure, path)

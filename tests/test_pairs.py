@@ -14,7 +14,7 @@ import pairs
 import pairs_claims
 from pairs_made import SUMS, Spec, _build_sums
 from pairs_report import correlation_lines, draw, find_goals, pair_lines, words
-from pairs_rule import DIAGNOSTICS, Correlation, Rule, best_of, errors, fit, left_out, pairs_of
+from pairs_rule import BESIDE_LIVE, DIAGNOSTICS, OUTCOMES, STORED, Correlation, Rule, best_of, errors, fit, judged, left_out, pairs_of
 from pairs_runs import ARMS, DRAWN, ONLINE_DRAWN, REFRESHED, TEXT, Pace
 from test_testbed import TINY
 from testbed.models import FAMILIES, new_model
@@ -141,3 +141,13 @@ def test_the_starts_of_the_claims_are_pairs_without_being_run_again():
     assert said in " ".join(advise.__doc__.split())
     assert little["rule"].startswith("tail >=")
     assert round(little["threshold"], 2) == MAX_WEAK_TAIL
+
+
+def test_the_page_and_the_advice_say_what_the_pairs_say():
+    rows = json.loads(pairs.RESULT.read_text())["rows"]
+    found = judged(rows)
+    assert all(OUTCOMES[STORED](pair) > 0 for pair in found), "with 16 draws a stored run never fell"
+    assert all(OUTCOMES[BESIDE_LIVE](pair) > -0.1 for pair in found if pair["kind"] == "sums"), "by a few hundredths"
+    assert f"On {len(pairs_of(rows))} more pairs of models" in " ".join(advise.__doc__.split())
+    wrong = {goal["name"].split(",")[0]: goal for goal in find_goals(rows)}
+    assert not any(wrong[f"'{verdict}'"]["met"] for verdict in ("live", "refresh")), "if a threshold tells these, `advise` should know it"
