@@ -8,6 +8,8 @@
 Every finished unit (a teacher's text, a student, a store, one run of an arm) is a file in runs/evidence.  A killed run that is called again goes
 on from there, and loses the units that were in work.  Rates, the arm that is run in several forms, and the form that the goals are set for, are
 chosen on another seed than those of the report.
+
+By what units took on a quiet AMD EPYC, one core is busy for about 7,300 seconds with the seed of choice, and for 4,400 with each of the others.
 """
 
 import argparse
@@ -188,6 +190,15 @@ def execute(plan: Plan, workers: int) -> Chosen:
     return chosen
 
 
+def report(plan: Plan) -> list[Row]:
+    """Rows of what is there; nothing is run."""
+    if missing := sum(not unit.path.exists() for unit in rate_trials(plan)):
+        raise SystemExit(
+            f"Evidence {plan.folder}: {missing} trials of rates are not made, expected 0 for a report; `--plan` says what is left."
+        )
+    return gather(plan, Chosen.of(plan))
+
+
 def gather(plan: Plan, chosen: Chosen) -> list[Row]:
     """Rows of all finished units of the seeds that are finished."""
     trials = [*rate_trials(plan), *chosen.form_trials(plan)]
@@ -245,9 +256,10 @@ def main() -> None:
     plan = QUICK if options.quick else FULL
     if options.plan:
         say_plan(plan)
+    elif options.report:
+        write(report(plan), plan.home)
     else:
-        chosen = Chosen.of(plan) if options.report else execute(plan, options.workers)
-        write(gather(plan, chosen), plan.home)
+        write(gather(plan, execute(plan, options.workers)), plan.home)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,15 @@ def test_a_seed_is_reported_when_all_of_it_is_finished(plan):
     assert {row["seed"] for row in evidence.gather(plan, chosen) if row["kind"] == "run"} == {0}
 
 
+def test_a_report_runs_nothing(plan, monkeypatch):
+    monkeypatch.setattr(evidence, "run_arm", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(SystemExit, match="0 seeds are finished, expected at least 1"):
+        evidence.report(plan)
+    evidence.rate_trials(plan)[0].path.unlink()
+    with pytest.raises(SystemExit, match="1 trials of rates are not made, expected 0"):
+        evidence.report(plan)
+
+
 def test_the_form_of_the_goals_is_the_best_that_a_quarter_of_a_live_run_pays_for(plan):
     found = Found(finish(plan, (0, 1, 2)))
     assert found.form() == Form(f"{TOP_64.name} (two passes)", 12), "half of its steps cost 72 of 400; all of them 120, too much"
