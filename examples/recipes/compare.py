@@ -1,5 +1,6 @@
 """The table at the end of `recipes.one_gpu`: accuracies of the arms with their intervals, differences over the same problems, hours."""
 
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ class Twice:
 
     Args:
         problems: over problems, these seeds given.
-        seeds: over seeds, these problems given; as wide as may be for one.
+        seeds: over seeds, these problems given.
     """
 
     problems: Estimate
@@ -75,13 +76,23 @@ class Twice:
         return cls(mean(values_SB.mean(axis=0)), mean(values_SB.mean(axis=1)))
 
     def __str__(self) -> str:
-        return f"{self.problems.mean:.3f} ± {self.problems.ci95:.3f} ± {self.seeds.ci95:.3f}".replace("± inf", "± -")
+        intervals = ("-" if width is None else f"{width:.3f}" for width in self.widths)
+        return " ± ".join([f"{self.problems.mean:.3f}", *intervals])
+
+    @property
+    def widths(self) -> tuple[float | None, float | None]:
+        """Half-widths over problems and over seeds; None where there is one draw, or all agree: neither says how far others are."""
+        over_problems, over_seeds = (found.ci95 if 0 < found.ci95 < math.inf else None for found in (self.problems, self.seeds))
+        return over_problems, over_seeds
 
     @property
     def numbers(self) -> dict[str, float | None]:
-        """For a file; None where one seed says nothing of others."""
-        over_seeds = self.seeds.ci95 if self.seeds.clusters > 1 else None
-        return {"mean": self.problems.mean, "ci95_over_problems": self.problems.ci95, "ci95_over_seeds": over_seeds, "seeds": self.seeds.clusters}
+        """For a file."""
+        return {
+            "mean": self.problems.mean,
+            **dict(zip(("ci95_over_problems", "ci95_over_seeds"), self.widths, strict=True)),
+            **{"problems": self.problems.clusters, "seeds": self.seeds.clusters},
+        }
 
 
 def mean(values: Iterable[float]) -> Estimate:

@@ -60,15 +60,15 @@ def add_adapters(model: Any, rank: int, seed: int = 0) -> Any:
 
 def footprint(config: Any, dtype: torch.dtype, autocast: torch.dtype | None = None, lora_rank: int = 0) -> Footprint:
     """Sizes of a model of this configuration with weights of this dtype, as a student that is trained holds it."""
-    with torch.device("meta"):
-        whole = _make(config, dtype, lora_rank)
+    whole = _make(config, dtype, lora_rank)
+    layer, between = _kept_a_token(config, dtype, autocast, lora_rank)
     return Footprint(
         parameters=sum(p.numel() for p in whole.parameters()),
         trained=sum(p.numel() for p in whole.parameters() if p.requires_grad),
         bytes_each=dtype.itemsize,
         cached=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize,
-        layer=_kept_a_token(config, dtype, autocast, lora_rank, recomputed=False),
-        between=_kept_a_token(config, dtype, autocast, lora_rank, recomputed=True) * config.num_hidden_layers,
+        layer=layer,
+        between=between * config.num_hidden_layers,
         head=config.vocab_size * config.hidden_size,
         width=config.hidden_size,
         vocabulary=config.vocab_size,
@@ -76,21 +76,24 @@ def footprint(config: Any, dtype: torch.dtype, autocast: torch.dtype | None = No
 
 
 def _make(config: Any, dtype: torch.dtype, lora_rank: int) -> Any:
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return add_adapters(model, lora_rank) if lora_rank else model
+    """A model without weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return add_adapters(model, lora_rank) if lora_rank else model
 
 
-def _kept_a_token(config: Any, dtype: torch.dtype, autocast: torch.dtype | None, lora_rank: int, *, recomputed: bool) -> float:
-    """Bytes that the backward pass of one layer needs for a token more: of what it computes, or of what it computes all that from again."""
+def _kept_a_token(config: Any, dtype: torch.dtype, autocast: torch.dtype | None, lora_rank: int) -> tuple[float, float]:
+    """Bytes that the backward pass of one layer needs for a token more: of what it computes, and of what it can compute that from again."""
     one = {**config.to_dict(), "num_hidden_layers": 1, "layer_types": None, "vocab_size": 2}
-    with torch.random.fork_rng():
-        model = _make(type(config).from_dict({k: v for k, v in one.items() if not k.endswith("_token_id")}), dtype, lora_rank)
-    base = model.get_base_model() if lora_rank else model
-    if recomputed:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    base.train()
-    short, long = (_kept(base.get_decoder(), autocast, tokens) for tokens in (_TOKENS, 2 * _TOKENS))
-    return (long - short) / _TOKENS
+    model = _make(type(config).from_dict({k: v for k, v in one.items() if not k.endswith("_token_id")}), dtype, lora_rank)
+    model = model.to_empty(device="cpu").train()
+    base, found = model.get_base_model() if lora_rank else model, list[float]()
+    for recomputed in (False, True):
+        if recomputed:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        short, long = (_kept(base.get_decoder(), autocast, tokens) for tokens in (_TOKENS, 2 * _TOKENS))
+        found.append((long - short) / _TOKENS)
+    return found[0], found[1]
 
 
 def _kept(decoder: Any, autocast: torch.dtype | None, tokens: int) -> int:

@@ -180,8 +180,8 @@ class Phases:
 
     def _phase(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         # what the phase before held is given back, also to another process
-        gc.collect()
         if torch.cuda.is_available():
+            gc.collect()
             torch.cuda.empty_cache()
         return self.run.phase(name, work)
 
