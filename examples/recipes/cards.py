@@ -198,7 +198,8 @@ def describe(plan: Plan, room_gb: float) -> list[str]:
         *(f"{name:25s} {plan.hours[name]:6.2f} {sum(memory.values()):6.1f}  {parts[name]}" for name, memory in plan.memory.items()),
         f"{'with ' + str(recipe.seeds) + ' seeds':25s} {plan.all_hours:6.2f} {max(map(_total, plan.memory.values())):6.1f}  of {room_gb:.1f} GB",
         *(f"{size:8.2f} GB on disk: {name}" for name, size in plan.gigabytes.items()),
-        f"Hours are not measured: they are the paper's, at {recipe.tflops:g} TFLOPS for its 989, with vLLM; online OPD as slow as there.",
+        f"Hours are a guess, not measured: rates that the paper's GPU-hours imply, at {recipe.tflops:g} TFLOPS instead of 989, and in online OPD",
+        f"sampling and scoring {PAPER_LOCKSTEP:.2f} times slower than in bulk, as there.  Memory is computed, and was not measured on a card either.",
     ]
 
 
