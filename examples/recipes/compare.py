@@ -91,7 +91,8 @@ class Twice:
         return {
             "mean": self.problems.mean,
             **dict(zip(("ci95_over_problems", "ci95_over_seeds"), self.widths, strict=True)),
-            **{"problems": self.problems.clusters, "seeds": self.seeds.clusters},
+            "problems": self.problems.clusters,
+            "seeds": self.seeds.clusters,
         }
 
 
@@ -106,7 +107,9 @@ def compare(arms: Sequence[Arm], tests: Mapping[str, Sequence[Prompt]]) -> dict[
     found = dict[str, dict[str, Twice]]()
     names = list(dict.fromkeys(arm.name for arm in arms))
     scores = {
-        (name, test): np.array([arm.scores(problems) for arm in arms if arm.name == name]) for name in names for test, problems in tests.items()
+        (name, test): np.array([arm.scores(problems) for arm in arms if arm.name == name])
+        for name in names
+        for test, problems in tests.items()
     }
     for name in names:
         found[name] = {test: Twice.of(scores[name, test]) for test in tests}
@@ -137,9 +140,7 @@ def report(folder: Path, plan: Plan, arms: Sequence[Arm], tests: Mapping[str, Se
     phases = [(arm.seed, phase) for arm in arms for phase in (*arm.phases, arm.evaluation)]
     times = [[phase["name"], seed, f"{3600 * plan.hours[phase['name']]:,.0f}", wall_time(phase)] for seed, phase in phases]
     console.print(table("Wall time, s", ["phase", "seed", "planned", "measured"], times))
-    why = "there is no online OPD, or a phase was resumed, of which only the last part was timed"
-    said = f"{speed.mean:.2f} ± {speed.ci95:.2f} over seeds" if speed else f"not given: {why}"
-    console.print(f"online over offline OPD, wall time of the OPD stage: {said}")
+    console.print(f"online over offline OPD, wall time of the OPD stage: {_said(speed)}")
     write_json(
         folder / "table.json",
         {
@@ -150,6 +151,12 @@ def report(folder: Path, plan: Plan, arms: Sequence[Arm], tests: Mapping[str, Se
             "versions": {"lopd": lopd.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         },
     )
+
+
+def _said(speed: Estimate | None) -> str:
+    if speed is None:
+        return "not given, as there is no online OPD, or a phase was resumed and only its last part was timed"
+    return f"{speed.mean:.2f} " + (f"± {speed.ci95:.2f} over {speed.clusters} seeds" if speed.clusters > 1 else "in one seed")
 
 
 def _lengths(name: str, arms: Sequence[Arm]) -> list[str]:

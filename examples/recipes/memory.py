@@ -104,7 +104,10 @@ def _kept(decoder: Any, autocast: torch.dtype | None, tokens: int) -> int:
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+    with (
+        saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None),
+    ):
         output = decoder(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False).last_hidden_state
     del output
     return sum(storage.nbytes() for storage in kept.values())

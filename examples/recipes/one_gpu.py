@@ -40,7 +40,7 @@ from online_opd import online_opd
 from phases import Run, console, digest
 from training import resumably
 
-from lopd import CausalLMStudent, FusedOPDLoss, Lineage
+from lopd import CausalLMStudent, FusedOPDLoss, Lineage, SamplingParams
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.records import Prompt, StepMetrics, read_prompts
 from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of
@@ -67,7 +67,9 @@ def main() -> None:
     check_prompts(recipe, sft_prompts, prompts, tests)
     run = Run(options.out)
     files = {path: digest(path) for path in (options.sft_prompts, options.prompts, *options.test) if path}
-    run.claim({**asdict(recipe), "engine": options.engine}, files)
+    # seeds and arms may be added to a run
+    settings = {name: value for name, value in asdict(recipe).items() if name not in {"seeds", "with_online"}}
+    run.claim({**settings, "engine": options.engine}, files)
     every = [problem for problems in tests.values() for problem in problems]
     phases = Phases(run, plan.recipe, options.engine, every)
     start, sft = phases.sft(sft_prompts)
@@ -139,7 +141,9 @@ class Phases:
             return recipe.student, []
         longest = recipe.prompt_tokens + recipe.sft_tokens
         done = [
-            self._phase("SFT text", lambda: sample(self._source(recipe.teacher, sft_sampling(recipe), longest), prompts, folder / "sft.zarr")),
+            self._phase(
+                "SFT text", lambda: sample(self._source(recipe.teacher, sft_sampling(recipe), longest), prompts, folder / "sft.zarr")
+            ),
             self._phase("SFT", lambda: train(folder, "sft", recipe.student, recipe)),
         ]
         return str(folder / "sft"), done
@@ -154,7 +158,7 @@ class Phases:
         recipe, folder = self.recipe, self.run.folder
         store = folder / "opd.zarr"
         offline = [
-            self._phase("rollouts", lambda: sample(make_source(start, recipe), prompts, store)),
+            self._phase("rollouts", lambda: sample(make_source(start, opd_sampling(recipe), recipe), prompts, store)),
             self._phase("scores", lambda: score(make_scorer(recipe), store, "teacher")),
             self._phase("OPD", lambda: train(folder, "opd", start, recipe)),
         ]
@@ -164,7 +168,7 @@ class Phases:
             yield evolve(self.tested("online OPD", str(folder / "online")), phases=[online])
 
     def tested(self, name: str, model: str) -> Arm:
-        """This model's answers to the tests, graded."""
+        """Answers of this model to the tests, graded."""
         path = self.run.folder / f"test-{name.replace(' ', '-').lower()}.zarr"
 
         def work() -> dict[str, Any]:
@@ -174,9 +178,10 @@ class Phases:
 
         return Arm(name, self.recipe.seed, self._phase(f"evaluation of {name}", work))
 
-    def _source(self, model: str, sampling: Any, longest: int) -> Any:
-        source = Engine(self.recipe, self.engine, longest).source(model, sampling)
-        return evolve(source, rows_per_batch=self.recipe.rows) if self.engine == "hf" else source
+    def _source(self, model: str, sampling: SamplingParams, longest: int) -> Any:
+        if self.engine == "hf":
+            return make_source(model, sampling, self.recipe)
+        return Engine(self.recipe, self.engine, longest).source(model, sampling)
 
     def _phase(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         # what the phase before held is given back, also to another process
@@ -186,24 +191,28 @@ class Phases:
         return self.run.phase(name, work)
 
 
-def make_source(start: str, recipe: OneGpu) -> HFSource:
-    """The student that samples, as it is stored."""
-    return evolve(HFSource.from_folder(start, opd_sampling(recipe), device=recipe.device), rows_per_batch=recipe.rows)
+def dtype_of(model: str, recipe: OneGpu) -> torch.dtype:
+    """In which the weights of this model stay; a student that trains all of them has them in float32."""
+    return torch.float32 if model != recipe.teacher and not recipe.lora_rank else getattr(torch, recipe.dtype)
+
+
+def make_source(model: str, sampling: SamplingParams, recipe: OneGpu) -> HFSource:
+    """A model that samples with transformers."""
+    return evolve(HFSource.from_folder(model, sampling, dtype_of(model, recipe), recipe.device), rows_per_batch=recipe.rows)
 
 
 def make_scorer(recipe: OneGpu) -> HFScorer:
     """The teacher that reads, in the dtype in which it wrote the text of SFT."""
-    model, tokenizer = load_model(recipe.teacher, getattr(torch, recipe.dtype), recipe.device)
+    model, tokenizer = load_model(recipe.teacher, dtype_of(recipe.teacher, recipe), recipe.device)
     return HFScorer(model, tokenizer, tokens_per_batch=recipe.tokens_per_batch)
 
 
 def make_student(start: str, recipe: OneGpu) -> tuple[CausalLMStudent, Any]:
     """The student on this card, with all weights in float32 or new adapters on weights that stay; and its tokenizer."""
-    dtype = getattr(torch, recipe.dtype)
-    model, tokenizer = load_model(start, dtype if recipe.lora_rank else torch.float32, recipe.device)
+    model, tokenizer = load_model(start, dtype_of(start, recipe), recipe.device)
     if recipe.lora_rank:
         model = add_adapters(model, recipe.lora_rank, recipe.seed)
-    autocast = None if recipe.dtype == "float32" else dtype
+    autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
     return CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=True), tokenizer
 
 
@@ -211,7 +220,7 @@ def export(student: CausalLMStudent, tokenizer: Any, lineage: Lineage, folder: P
     """Write a model that every engine loads: adapters are merged into the weights, and the sum is rounded to their dtype."""
     if hasattr(student.model, "merge_and_unload"):
         merged = student.model.merge_and_unload()
-        student = CausalLMStudent(merged.requires_grad_(True), tokenizer)  # noqa: FBT003
+        student = CausalLMStudent(merged.requires_grad_(True), tokenizer)
     student.export(folder, tokenizer, lineage)
 
 
