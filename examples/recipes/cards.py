@@ -104,6 +104,16 @@ def config_of(name: str) -> Any:
     return transformers.Qwen3Config(vocab_size=151_936, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, **_QWEN3[name])
 
 
+def teacher_dtype(recipe: OneGpu) -> torch.dtype:
+    """Of the teacher's weights."""
+    return getattr(torch, recipe.dtype)
+
+
+def student_dtype(recipe: OneGpu) -> torch.dtype:
+    """Of the student's weights: all of them are trained in float32, or none."""
+    return teacher_dtype(recipe) if recipe.lora_rank else torch.float32
+
+
 @frozen
 class Plan:
     """What a recipe takes.
@@ -135,10 +145,9 @@ def make_plan(recipe: OneGpu, problems: int) -> Plan:
 
     Hours are tokens over the rates that the paper's GPU-hours imply, in proportion to the floating-point operations of the card: a guess.
     """
-    dtype = getattr(torch, recipe.dtype)
-    autocast = None if recipe.dtype == "float32" else dtype
-    teacher = footprint(config_of(recipe.teacher), dtype)
-    student = footprint(config_of(recipe.student), dtype if recipe.lora_rank else torch.float32, autocast, recipe.lora_rank)
+    autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
+    teacher = footprint(config_of(recipe.teacher), teacher_dtype(recipe))
+    student = footprint(config_of(recipe.student), student_dtype(recipe), autocast, recipe.lora_rank)
     recipe = evolve(
         recipe,
         teacher_billions=recipe.teacher_billions or teacher.parameters / 1e9,

@@ -62,11 +62,12 @@ def footprint(config: Any, dtype: torch.dtype, autocast: torch.dtype | None = No
     """Sizes of a model of this configuration with weights of this dtype, as a student that is trained holds it."""
     whole = _make(config, dtype, lora_rank)
     layer, between = _kept_a_token(config, dtype, autocast, lora_rank)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Footprint(
         parameters=sum(p.numel() for p in whole.parameters()),
         trained=sum(p.numel() for p in whole.parameters() if p.requires_grad),
         bytes_each=dtype.itemsize,
-        cached=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize,
+        cached=2 * config.num_hidden_layers * config.num_key_value_heads * width * dtype.itemsize,
         layer=layer,
         between=between * config.num_hidden_layers,
         head=config.vocab_size * config.hidden_size,

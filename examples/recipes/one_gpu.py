@@ -23,7 +23,7 @@ their hours compare; vLLM writes the text of SFT and answers the tests (`--engin
 call finds it done, a killed one resumes.
 
 What is not known: this recipe has run on a CPU with tiny models (`tests/test_one_gpu.py`), never on a GPU.  Its hours are the planner's, its
-memory is computed, its learning rates are the paper's, or ten times as much for adapters, and were not searched.
+memory is computed, and its learning rates were not searched: that of OPD is the paper's, and ten times as much for adapters.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from training import resumably
 from lopd import CausalLMStudent, FusedOPDLoss, Lineage, SamplingParams
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.records import Prompt, StepMetrics, read_prompts
-from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of
+from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of, student_dtype, teacher_dtype
 from recipes.compare import Arm, grade, report
 from recipes.memory import add_adapters
 from recipes.run import Engine, add_fields, given, opd_sampling, sample, score, sft_sampling, test_sampling
@@ -191,25 +191,21 @@ class Phases:
         return self.run.phase(name, work)
 
 
-def dtype_of(model: str, recipe: OneGpu) -> torch.dtype:
-    """In which the weights of this model stay; a student that trains all of them has them in float32."""
-    return torch.float32 if model != recipe.teacher and not recipe.lora_rank else getattr(torch, recipe.dtype)
-
-
 def make_source(model: str, sampling: SamplingParams, recipe: OneGpu) -> HFSource:
-    """A model that samples with transformers."""
-    return evolve(HFSource.from_folder(model, sampling, dtype_of(model, recipe), recipe.device), rows_per_batch=recipe.rows)
+    """A model that samples with transformers, in the dtype in which it scores or is trained."""
+    dtype = teacher_dtype(recipe) if model == recipe.teacher else student_dtype(recipe)
+    return evolve(HFSource.from_folder(model, sampling, dtype, recipe.device), rows_per_batch=recipe.rows)
 
 
 def make_scorer(recipe: OneGpu) -> HFScorer:
-    """The teacher that reads, in the dtype in which it wrote the text of SFT."""
-    model, tokenizer = load_model(recipe.teacher, dtype_of(recipe.teacher, recipe), recipe.device)
+    """The teacher that reads; in another dtype than it wrote the text of SFT in, it would be another model."""
+    model, tokenizer = load_model(recipe.teacher, teacher_dtype(recipe), recipe.device)
     return HFScorer(model, tokenizer, tokens_per_batch=recipe.tokens_per_batch)
 
 
 def make_student(start: str, recipe: OneGpu) -> tuple[CausalLMStudent, Any]:
     """The student on this card, with all weights in float32 or new adapters on weights that stay; and its tokenizer."""
-    model, tokenizer = load_model(start, dtype_of(start, recipe), recipe.device)
+    model, tokenizer = load_model(start, student_dtype(recipe), recipe.device)
     if recipe.lora_rank:
         model = add_adapters(model, recipe.lora_rank, recipe.seed)
     autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
