@@ -205,7 +205,7 @@ def describe(plan: Plan, room_gb: float) -> list[str]:
         f"{recipe.teacher} ({recipe.teacher_billions:.2f}e9 parameters) -> {recipe.student} ({recipe.student_billions:.2f}e9); trains {trains}",
         f"{'phase':25s} {'hours':>6s} {'GB':>6s}",
         *(f"{name:25s} {plan.hours[name]:6.2f} {sum(memory.values()):6.1f}  {parts[name]}" for name, memory in plan.memory.items()),
-        f"{'with ' + str(recipe.seeds) + ' seeds':25s} {plan.all_hours:6.2f} {max(map(_total, plan.memory.values())):6.1f}  of {room_gb:.1f} GB",
+        f"{f'all, seeds: {recipe.seeds}':25s} {plan.all_hours:6.2f} {max(map(_total, plan.memory.values())):6.1f}  of {room_gb:.1f} GB",
         *(f"{size:8.2f} GB on disk: {name}" for name, size in plan.gigabytes.items()),
         f"Hours are a guess, not measured: rates that the paper's GPU-hours imply, at {recipe.tflops:g} TFLOPS instead of 989, and in online OPD",
         f"sampling and scoring {PAPER_LOCKSTEP:.2f} times slower than in bulk, as there.  Memory is computed, and was not measured on a card either.",

@@ -85,8 +85,13 @@ def _make(config: Any, dtype: torch.dtype, lora_rank: int) -> Any:
 
 def _kept_a_token(config: Any, dtype: torch.dtype, autocast: torch.dtype | None, lora_rank: int) -> tuple[float, float]:
     """Bytes that the backward pass of one layer needs for a token more: of what it computes, and of what it can compute that from again."""
-    one = {**config.to_dict(), "num_hidden_layers": 1, "layer_types": None, "vocab_size": 2}
-    model = _make(type(config).from_dict({k: v for k, v in one.items() if not k.endswith("_token_id")}), dtype, lora_rank)
+    small = {
+        "num_hidden_layers": 1,
+        "layer_types": None,
+        "vocab_size": 2,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }
+    model = _make(type(config).from_dict({**config.to_dict(), **small}), dtype, lora_rank)
     model = model.to_empty(device="cpu").train()
     base, found = model.get_base_model() if lora_rank else model, list[float]()
     for recomputed in (False, True):
