@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-quickstart-supports bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators bench-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-quickstart-supports bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators evidence evidence-quick bench-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -74,6 +74,12 @@ claims-quick: .venv/installed-claims  ## the main ones, two seeds, into runs/cla
 
 claims-estimators: .venv/installed-claims  ## what stored supports make of it beside online OPD and TRL; its part of benchmarks/RESULTS.md; twenty minutes
 	$(BIN)/python benchmarks/claims_estimators.py
+
+evidence: .venv/installed-claims .venv/installed-quickstart .venv/installed-data  ## offline beside online OPD and TRL on real weights, five seeds; resumable; about four hours on two cores
+	$(BIN)/python benchmarks/evidence.py
+
+evidence-quick: .venv/installed-claims .venv/installed-quickstart .venv/installed-data  ## one seed and few arms, into runs/evidence-quick; a quarter of an hour
+	$(BIN)/python benchmarks/evidence.py --quick
 
 bench-train: .venv/installed-claims  ## tokens a second of a training step, beside packing, padding and TRL
 	$(BIN)/python benchmarks/bench_train.py
