@@ -186,6 +186,12 @@ def test_adapters_are_all_that_is_trained_beside_weights_that_stay():
     assert sum(trained_gb(adapted, 4096).values()) < sum(trained_gb(whole, 4096).values()) / 3
 
 
+def test_activations_of_a_student_with_adapters_are_computed_again(folder):
+    recipe = evolve(CARDS["24gb"], device="cpu", dtype="float32")
+    student, _ = one_gpu.make_student(str(folder / "base"), recipe)
+    assert all(layer.training and layer.gradient_checkpointing for layer in student.model.get_base_model().model.layers)
+
+
 def arm(name, seed, scores, seconds=(), attempts=1):
     grades = {str(i): {"score": score, "tokens": 3.0, "cut": 0.0} for i, score in enumerate(scores)}
     return Arm(name, seed, {"grades": grades}, [{"wall_s": s, "attempts": attempts} for s in seconds])
