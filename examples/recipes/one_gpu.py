@@ -207,8 +207,7 @@ def make_student(start: str, recipe: OneGpu) -> tuple[CausalLMStudent, Any]:
     """The student on this card, with all weights in float32 or new adapters on weights that stay; and its tokenizer."""
     model, tokenizer = load_model(start, student_dtype(recipe), recipe.device)
     if recipe.lora_rank:
-        # layers in eval mode compute no activations again, and new adapters hide that the model is in it
-        model = add_adapters(model.train(), recipe.lora_rank, recipe.seed)
+        model = add_adapters(model, recipe.lora_rank, recipe.seed)
     autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
     return CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=True), tokenizer
 
