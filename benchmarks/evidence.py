@@ -103,9 +103,14 @@ class Unit:
 
 
 def rate_trials(plan: Plan) -> list[Unit]:
-    """Every arm of the near student at every rate, on the seed of choice; the far student takes over what is chosen there."""
-    arms = dict(plan.arms)[NEAR]
-    return [Unit(plan.bed(plan.choice, NEAR), arm, rate) for arm in arms for rate in plan.rates] if plan.choice else []
+    """Every arm of the near student at every rate, on the seed of choice; the far student takes over what is chosen there.
+
+    Any stored arm may be the one whose steps on the way are looked at; of the others the end is enough.
+    """
+    if plan.choice is None:
+        return []
+    bed, arms = plan.bed(plan.choice, NEAR), dict(plan.arms)[NEAR]
+    return [Unit(bed, arm, rate, POINTS if arm.way == "stored" else END) for arm in arms for rate in plan.rates]
 
 
 @frozen

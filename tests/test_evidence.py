@@ -15,12 +15,18 @@ from evidence_bed import FAR, NEAR, once
 from evidence_summary import Form, Found, find_goals
 
 #: Reverse KL at the end, and cost of all steps, by arm.
-ENDS = {"online OPD": (0.3, 400.0), SAME.name: (0.26, 420.0), "TRL DistillationTrainer": (0.28, 500.0), "teacher's top 64": (0.25, 120.0)}
+ENDS = {
+    "online OPD": (0.3, 400.0),
+    SAME.name: (0.26, 420.0),
+    "TRL DistillationTrainer": (0.28, 500.0),
+    "teacher's top 64": (0.25, 120.0),
+    "teacher's top 64 (two passes)": (0.24, 120.0),
+}
 
 
 def curve(arm, steps, points, seed, start=0.4):
     """Straight lines from the start to the end."""
-    end, spent = ENDS.get(arm.name.split(" (")[0], (0.35, 100.0))
+    end, spent = ENDS.get(arm.name) or ENDS.get(arm.name.split(" (")[0], (0.35, 100.0))
     end += 0.001 * seed
     return [
         {
@@ -128,7 +134,7 @@ def test_the_form_of_the_goals_is_the_best_that_a_quarter_of_a_live_run_pays_for
     more, share = (
         next(goal for name, goal in goals.items() if f"{TRL.name}: {what}" in name and "all of" not in name) for what in ("held", "cost")
     )
-    assert (more["met"], more["measured"]) == (False, pytest.approx(0.4 + (0.25 - 0.4) / 2 - 0.28, abs=0.01))
+    assert (more["met"], more["measured"]) == (False, pytest.approx(0.4 + (0.24 - 0.4) / 2 - 0.28, abs=0.01))
     assert (share["met"], share["measured"]) == (True, pytest.approx(72 / 500))
 
 
