@@ -169,6 +169,15 @@ def build(bed: Bed) -> Row:
     return make_store(bed)
 
 
+def check_settings(plan: Plan) -> None:
+    """Refuse a folder whose units were made with other sizes or students: their figures would stand beside those of these."""
+    ours: Row = {**asdict(plan.size), **{f"layers left out of {kind.name}": [*kind.dropped] for kind, _ in plan.arms}}
+    theirs = once(plan.folder / "settings.json", lambda: ours)
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise SystemExit(f"Evidence {plan.folder}: {name} is {theirs.get(name)!r} there, expected {value!r}; move that folder away.")
+
+
 def execute(plan: Plan, workers: int) -> Chosen:
     """Everything that is not done yet: what is chosen first, then seed by seed, so that a run that is stopped has whole seeds to report."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -183,6 +192,7 @@ def execute(plan: Plan, workers: int) -> Chosen:
             wave([partial(make_text, beds[0])])
             wave([partial(build, bed) for bed in beds])
 
+        check_settings(plan)
         wave([partial(make_teacher, plan.folder)])
         if plan.choice is not None:
             seed_of([plan.bed(plan.choice, NEAR)])
