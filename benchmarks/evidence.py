@@ -35,8 +35,9 @@ from results_page import make_page
 from transformers.utils.logging import disable_progress_bar
 
 Job = Callable[[], Any]
-#: Shares of the steps after which a run is measured; one that is not in the picture, at its end alone.
-POINTS, END = (0.25, 0.5, 1.0), (1.0,)
+#: Shares of the steps after which a run is measured; one that no frontier shows, at its end alone; and a trial of a stored arm, which has paid for
+#: most of its cost before the first step.
+POINTS, END, HALF = (0.25, 0.5, 1.0), (1.0,), (0.5, 1.0)
 
 
 @frozen
@@ -110,7 +111,7 @@ def rate_trials(plan: Plan) -> list[Unit]:
     if plan.choice is None:
         return []
     bed, arms = plan.bed(plan.choice, NEAR), dict(plan.arms)[NEAR]
-    return [Unit(bed, arm, rate, POINTS if arm.way == "stored" else END) for arm in arms for rate in plan.rates]
+    return [Unit(bed, arm, rate, HALF if arm.way == "stored" else END) for arm in arms for rate in plan.rates]
 
 
 @frozen
