@@ -10,6 +10,7 @@ from functools import partial
 from claims_estimators_report import estimators_part
 from claims_report import claims_part, readme_table
 from docs_tables import DOCS, FAILS, RESULTS, WORKS, read
+from evidence_report import evidence_part
 from record import ROOT, fill
 from results_page import Maker, Part, make_page
 
@@ -18,6 +19,7 @@ PAGE, TITLE = ROOT / "benchmarks" / "RESULTS.md", "What holds, and what does not
 PARTS: dict[str, Maker] = {
     "claims": partial(claims_part, claim=WORKS, fall=FAILS),
     "claims_estimators": partial(estimators_part, claim=WORKS, fall=FAILS),
+    "evidence": evidence_part,
 }
 
 
