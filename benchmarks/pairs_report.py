@@ -1,7 +1,7 @@
 """Goals and plot of `pairs.py`, and its tables for the docs; nothing is measured here."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pairs_rule import (
     CHOICES,
     CONSTANT,
     LEAST_KL,
+    LITTLE_GAIN,
     LIVE,
     MARGIN,
     OUTCOMES,
@@ -22,6 +23,7 @@ from pairs_rule import (
     correlations,
     errors,
     fit,
+    gains_little,
     judged,
     labels,
     left_out,
@@ -74,16 +76,27 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
         share = mean([OUTCOMES[outcome](pair) for pair in pairs])
         said = f"{outcome}: share of the KL removed, mean over pairs"
         goals.append(_with_interval(said, f"interval above {least:g}", share.mean, share, met=share.low > least))
-    for title, is_so in labels().items():
-        wanted = [is_so(pair) for pair in pairs]
-        rule, wrong = fit(pairs, wanted), left_out(pairs, wanted)
-        constant = min(errors(each, pairs, wanted) for each in CONSTANT)
-        said = f"{title}, by one threshold ({rule.shown()} for all): pairs that are wrong when they are left out of the fit"
-        goals.append(_goal(said, f"< {constant}, the better constant rule", wrong, met=wrong < constant) | {"right": sum(wanted)})
-    weak = [(advised(pair) == "more SFT first") != is_so(pair) for pair in pairs]  # of the last, that neither gains
-    said = f"`advise`, whose threshold is that of the claims, says 'more SFT first' where {title}: pairs that are wrong"
-    goals.append(_goal(said, f"< {constant}, the better constant rule", sum(weak), met=sum(weak) < constant) | {"right": sum(wanted)})
-    return goals
+    return [*goals, *(_of_rule(pairs, title, is_so) for title, is_so in labels().items()), _of_advice(pairs)]
+
+
+def _of_rule(pairs: Sequence[Row], title: str, is_so: Callable[[Row], bool]) -> Row:
+    """How often a threshold that is fitted to the others is wrong."""
+    wanted = [is_so(pair) for pair in pairs]
+    said = f"{title}, by one threshold ({fit(pairs, wanted).shown()} for all): pairs that are wrong when they are left out of the fit"
+    return _against_constant(said, left_out(pairs, wanted), pairs, wanted)
+
+
+def _of_advice(pairs: Sequence[Row]) -> Row:
+    """How often `advise` is wrong, whose threshold was fitted to other starts."""
+    wanted = [gains_little(pair) for pair in pairs]
+    wrong = sum((advised(pair) == "more SFT first") != want for pair, want in zip(pairs, wanted, strict=True))
+    said = f"`advise`, whose threshold is that of the claims, says 'more SFT first' where {LITTLE_GAIN}: pairs that are wrong"
+    return _against_constant(said, wrong, pairs, wanted)
+
+
+def _against_constant(name: str, wrong: int, pairs: Sequence[Row], wanted: Sequence[bool]) -> Row:
+    constant = min(errors(rule, pairs, wanted) for rule in CONSTANT)
+    return _goal(name, f"< {constant}, the better constant rule", wrong, met=wrong < constant) | {"right": sum(wanted)}
 
 
 def _goal(name: str, goal: str, measured: float, *, met: bool) -> Row:

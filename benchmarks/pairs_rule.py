@@ -39,6 +39,7 @@ VERDICTS = ("more SFT first", "live", "refresh")
 
 #: Share of the KL that is next to no gain.  Stated when the pairs on sums had been seen.
 LITTLE = 0.2
+LITTLE_GAIN = f"neither a stored nor a live run removes {LITTLE:g} of the KL"
 #: Nats a token: a student that is nearer to its teacher has nothing to learn, and shares of so small a KL are noise; such pairs are not judged.
 LEAST_KL = 0.01
 
@@ -166,14 +167,15 @@ def best_of(pair: Row) -> str:
 def labels() -> dict[str, Callable[[Row], bool]]:
     """Whether a verdict would have been right, for each that a rule may give."""
     named = {repr(verdict): partial(_is_best, verdict) for verdict in VERDICTS}
-    return {**named, f"neither a stored nor a live run removes {LITTLE:g} of the KL": _gains_little}
+    return {**named, LITTLE_GAIN: gains_little}
 
 
 def _is_best(verdict: str, pair: Row) -> bool:
     return best_of(pair) == verdict
 
 
-def _gains_little(pair: Row) -> bool:
+def gains_little(pair: Row) -> bool:
+    """Whether neither way to train is worth much."""
     return max(OUTCOMES[STORED](pair), OUTCOMES[LIVE](pair)) < LITTLE
 
 

@@ -213,7 +213,7 @@ def run_start(pair: Pair, folder: Path) -> Row:
 
 
 def _small_overlaps(store: LogprobStore) -> Row:
-    records = store.read(np.arange(len(store)), columns=("own",), top_k=("own", "policy"))
+    records = store.read(range(len(store)), columns=("own",), top_k=("own", "policy"))
     found = [compare_supports(record.top_k["own"], record.top_k["policy"], SMALL_OVERLAPS) for record in records]
     return {str(k): {"mean": float(np.concatenate([f[f"overlap{k}"] for f in found]).mean())} for k in SMALL_OVERLAPS}
 
