@@ -57,7 +57,7 @@ DRAWN_PANELS = (
     ("reverse_kl", STORED, "stored run with 16 draws, against its start"),
 )
 #: Kind of pair -> name, colour and mark.
-KINDS = {"sums": ("pairs on sums", pictures.RATIO, "o"), "real": ("SmolLM2 and a part of it", pictures.TRL, "D")}
+KINDS = {"sums": ("sums", pictures.RATIO, "o"), "real": ("SmolLM2 and a part of it", pictures.TRL, "D")}
 
 _NATS = (0.2, 0.5, 1, 2, 4)
 
@@ -175,7 +175,7 @@ def words(rows: Sequence[Row]) -> list[str]:
     """What was found, in sentences."""
     every, pairs, goals = pairs_of(rows), judged(rows), find_goals(rows)
     kinds = {kind: [pair for pair in every if pair["kind"] == kind] for kind in KINDS}
-    counts = " and ".join(f"{len(mine)} {KINDS[kind][0]} ({_seeds(mine)})" for kind, mine in kinds.items() if mine)
+    counts = " and ".join(f"{len(mine)} of {KINDS[kind][0]} ({_seeds(mine)} each)" for kind, mine in kinds.items() if mine)
     best = {verdict: sum(best_of(pair) == verdict for pair in pairs) for verdict in ("offline", *VERDICTS)}
     lines = [
         f"{len(every)} pairs were measured: {counts}.",

@@ -148,6 +148,8 @@ def test_the_page_and_the_advice_say_what_the_pairs_say():
     found = judged(rows)
     assert all(OUTCOMES[STORED](pair) > 0 for pair in found), "with 16 draws a stored run never fell"
     assert all(OUTCOMES[BESIDE_LIVE](pair) > -0.1 for pair in found if pair["kind"] == "sums"), "by a few hundredths"
-    assert f"On {len(pairs_of(rows))} more pairs of models" in " ".join(advise.__doc__.split())
+    said, advised = " ".join(advise.__doc__.split()), find_goals(rows)[-1]
+    assert f"Of {len(pairs_of(rows))} more pairs of models {len(found)} had something to learn; on {advised['measured']} of these" in said
+    assert f"saying the same of all is wrong on {advised['goal'].split(',')[0][2:]}. No threshold" in said
     wrong = {goal["name"].split(",")[0]: goal for goal in find_goals(rows)}
     assert not any(wrong[f"'{verdict}'"]["met"] for verdict in ("live", "refresh")), "if a threshold tells these, `advise` should know it"
