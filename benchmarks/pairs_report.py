@@ -76,7 +76,8 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
         share = mean([OUTCOMES[outcome](pair) for pair in pairs])
         said = f"{outcome}: share of the KL removed, mean over pairs"
         goals.append(_with_interval(said, f"interval above {least:g}", share.mean, share, met=share.low > least))
-    return [*goals, *(_of_rule(pairs, title, is_so) for title, is_so in labels().items()), _of_advice(pairs)]
+    asked = {title: is_so for title, is_so in labels().items() if any(map(is_so, pairs))}  # what is never so needs no threshold
+    return [*goals, *(_of_rule(pairs, title, is_so) for title, is_so in asked.items()), _of_advice(pairs)]
 
 
 def _of_rule(pairs: Sequence[Row], title: str, is_so: Callable[[Row], bool]) -> Row:
