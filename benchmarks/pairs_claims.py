@@ -84,6 +84,7 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
             {
                 **measured,
                 "left_out_alone": alone,
+                "by_reverse_kl": left_out(starts, wanted, ("reverse_kl",), "setting"),
                 "of": len(starts),
                 "right": sum(wanted),
                 "rule": rule.shown(),
