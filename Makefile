@@ -58,6 +58,10 @@ bench-estimators: .venv/installed-quickstart .venv/installed-bench .venv/install
 	PYTHONPATH=examples $(BIN)/python benchmarks/bench_estimators.py
 	$(BIN)/python benchmarks/docs_tables.py
 
+bench-pairs: .venv/installed-claims .venv/installed-data  ## when to go offline: diagnostics of pairs of teacher and student beside what came out; about an hour, resumable
+	PYTHONPATH=examples $(BIN)/python benchmarks/pairs.py
+	$(BIN)/python benchmarks/docs_tables.py
+
 bench-engines: .venv/installed-engines .venv/installed-data  ## sampling and scoring, transformers beside vLLM in process and served; about half an hour
 	$(BIN)/python benchmarks/bench_engines.py
 

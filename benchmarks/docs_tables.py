@@ -10,7 +10,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import pairs_claims
 from claims_summary import Runs, change, spent
+from pairs_report import correlation_lines, correlation_titles, pair_lines, pair_titles, words
 from record import ROOT, fill
 
 Row = dict[str, Any]
@@ -292,6 +294,26 @@ def teachers() -> list[str]:
     return table(("SFT teacher", "OPD teacher", "seeds", "accuracy after SFT", *methods), lines(), 2)
 
 
+def pairs() -> list[str]:
+    """What was known of each pair before its first step, and what came out."""
+    return table(pair_titles(), pair_lines(read("pairs")["rows"]))
+
+
+def starts() -> list[str]:
+    """What the tail of the advantages said of the starts of the claims."""
+    return table(pairs_claims.table_titles(), pairs_claims.table_lines(read("claims")["rows"]))
+
+
+def pair_correlations() -> list[str]:
+    """How far a diagnostic ranks pairs as an outcome does."""
+    return table(correlation_titles(), correlation_lines(read("pairs")["rows"]))
+
+
+def pair_words() -> list[str]:
+    """What was found on pairs, in sentences."""
+    return words(read("pairs")["rows"])
+
+
 def goals() -> list[str]:
     """How many goals each benchmark met."""
 
@@ -380,6 +402,10 @@ TABLES = {
         "engines": engines,
         "parity": parity,
         "teachers": teachers,
+        "starts": starts,
+        "pair words": pair_words,
+        "pairs": pairs,
+        "pair correlations": pair_correlations,
     },
     "models.md": {"abilities": abilities, "models": models, "causes": causes},
     "reliability.md": {"goals": goals, "missed": missed},

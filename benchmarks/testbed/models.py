@@ -5,11 +5,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from attrs import asdict, evolve, field, frozen
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from lopd import (
     CausalLMStudent,
@@ -33,6 +34,8 @@ TOKENIZER = make_tokenizer()
 TOKENIZER_ID = fingerprint_tokenizer(TOKENIZER)
 STYLES = ("A", "B")
 TOKENS_PER_BATCH = 3072
+#: Hidden size and layers of a Llama, or of the family that is named.
+Size = tuple[int, int] | tuple[int, int, str]
 #: What decides a teacher, and what beside it a student.
 _OF_TEACHER = (
     *("digits", "writer", "teacher_size", "taught_problems", "teacher_steps", "teacher_lr", "max_new_tokens", "batch"),
@@ -48,7 +51,7 @@ class Setting:
     Args:
         digits: of the numbers that are added.
         writer: of what the teachers are trained on.
-        teacher_size, student_size: hidden size and layers.
+        teacher_size, student_size: hidden size and layers, and the family (`FAMILIES`) if it is not Llama.
         taught_problems: on whose right workings the teachers are trained.
         teacher_steps: of that, of `batch` rollouts.
         sft_prompts, opd_prompts, held_out_prompts: disjoint, and none that a teacher was trained on.
@@ -60,8 +63,8 @@ class Setting:
     name: str
     digits: int = 2
     writer: Writer = field(factory=Writer)
-    teacher_size: tuple[int, int] = (64, 2)
-    student_size: tuple[int, int] = (48, 2)
+    teacher_size: Size = (64, 2)
+    student_size: Size = (48, 2)
     taught_problems: int = 4000
     teacher_steps: int = 700
     teacher_lr: float = 5e-3
@@ -111,8 +114,8 @@ def prepare(setting: Setting, seed: int, folder: Path, styles: Sequence[str] = S
     of_teacher, of_student = (_digest(setting, seed, names) for names in (_OF_TEACHER, (*_OF_TEACHER, *_OF_STUDENT)))
     teachers, students = {}, {}
     for style in styles:
-        teachers[style] = _once(folder / f"teacher-{style}-{of_teacher}", partial(_train_teacher, setting, seed, taught, style))
-        students[style] = _once(folder / f"student-{style}-{of_student}", partial(_sft, setting, seed, sft, teachers[style]))
+        teachers[style] = once(folder / f"teacher-{style}-{of_teacher}", partial(_train_teacher, setting, seed, taught, style))
+        students[style] = once(folder / f"student-{style}-{of_student}", partial(_sft, setting, seed, sft, teachers[style]))
     return Testbed(setting, seed, teachers, students, [p.prompt() for p in opd], [p.prompt() for p in held_out])
 
 
@@ -121,7 +124,8 @@ def _digest(setting: Setting, seed: int, names: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps([seed, {name: settings[name] for name in names}]).encode()).hexdigest()[:12]
 
 
-def _once(folder: Path, build: Callable[[Path], None]) -> Path:
+def once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Build into a folder, unless it is there already; what was killed half-way is not there."""
     if not folder.exists():
         unfinished = folder.with_name(f"{folder.name}.partial")
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -130,24 +134,50 @@ def _once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def new_model(size: tuple[int, int], seed: int) -> LlamaForCausalLM:
+def new_model(size: Size, seed: int) -> PreTrainedModel:
     """A model with random weights."""
     torch.manual_seed(seed)
-    hidden, layers = size
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(CHARACTERS),
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            bos_token_id=None,
-            eos_token_id=CHARACTERS.index(EOS),
-            pad_token_id=None,
-            attention_dropout=0.0,
-        )
+    hidden, layers, *family = size
+    config = FAMILIES[family[0] if family else "llama"](int(hidden), int(layers))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _llama(hidden: int, layers: int, config: type[PreTrainedConfig] = LlamaConfig, **more: Any) -> PreTrainedConfig:
+    return config(
+        vocab_size=len(CHARACTERS),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=CHARACTERS.index(EOS),
+        pad_token_id=None,
+        attention_dropout=0.0,
+        **more,
     )
+
+
+def _qwen3(hidden: int, layers: int) -> PreTrainedConfig:
+    return _llama(hidden, layers, Qwen3Config, num_key_value_heads=2, head_dim=hidden // 4)
+
+
+def _gpt2(hidden: int, layers: int) -> PreTrainedConfig:
+    return GPT2Config(
+        vocab_size=len(CHARACTERS),
+        n_embd=hidden,
+        n_inner=2 * hidden,
+        n_layer=layers,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=None,
+        eos_token_id=CHARACTERS.index(EOS),
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    )
+
+
+FAMILIES: dict[str, Callable[[int, int], PreTrainedConfig]] = {"llama": _llama, "qwen3": _qwen3, "gpt2": _gpt2}
 
 
 def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float) -> Iterator[Step]:
@@ -187,7 +217,7 @@ def source_of(folder: Path, sampling: SamplingParams) -> HFSource:
     return evolve(HFSource.from_folder(folder, sampling), rows_per_batch=1024)
 
 
-def _imitate(size: tuple[int, int], seed: int, store: MemoryStore, pace: tuple[int, float, int], folder: Path) -> None:
+def _imitate(size: Size, seed: int, store: MemoryStore, pace: tuple[int, float, int], folder: Path) -> None:
     """SFT of a new model on the rollouts of a store, through lopd's own loop, for so many steps, at this rate, of so many rollouts."""
     model, (steps, lr, batch) = new_model(size, seed), pace
     student = CausalLMStudent(model, TOKENIZER_ID)

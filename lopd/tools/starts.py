@@ -23,7 +23,7 @@ def start_rows(start: StartReport) -> list[tuple[str, str]]:
     quantiles = ", ".join(f"{level:.1%} {size:.3g}" for level, size in zip(SIZE_LEVELS, start.sizes, strict=True))
     outside = None if start.outside is None else f"{_shown(start.outside[0])} to {_shown(start.outside[1])}"
     return [
-        ("verdict (how often it is right is not known)", f"{start.verdict}: {start.reason}"),
+        ("verdict", f"{start.verdict}: {start.reason}"),
         ("rollouts that were read", f"{start.rollouts:,} of {start.available:,}, evenly spaced; {start.tokens:,} tokens that count"),
         ("reverse KL of the sampled tokens, nats a token", _or_missing(start, "reverse_kl", _shown(start.reverse_kl), also=True)),
         ("reverse KL of the buckets that both know, a lower bound", _or_missing(start, "bucket_kl", _shown(start.bucket_kl))),

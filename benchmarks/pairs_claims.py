@@ -1,0 +1,95 @@
+"""The starts of the claims (`benchmarks/results/claims.json`) as pairs of teacher and student: nothing is run again.
+
+They have no overlap and no held-out KL, but five seeds and outcomes in accuracy.  Each seed is a pair: students of one setting differ much.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from statistics import mean
+from typing import Any
+
+from pairs_rule import CONSTANT, errors, fit, left_out
+from testbed.arms import ONLINE, PLAIN, RATIO
+
+from lopd.guards.start import MAX_WEAK_TAIL
+from lopd.guards.watch import MAX_TAIL
+
+Row = dict[str, Any]
+
+#: What a rule may look at here.
+CHOICES = ("tail", "reverse_kl")
+#: Accuracy that is next to no gain.
+LITTLE = 0.02
+
+
+def starts_of(rows: Sequence[Row]) -> list[Row]:
+    """What was known of each start with a consistent teacher, and what each main arm gained."""
+    runs = {(row["setting"], row["seed"], row["arm"]): row for row in rows if row["kind"] == "run" and _consistent(row)}
+    found = []
+    for (setting, seed, arm), row in runs.items():
+        if arm == PLAIN.name:
+            gains = {name: runs[setting, seed, name]["accuracy"] - row["start"] for name in (PLAIN.name, RATIO.name, ONLINE.name)}
+            known = {"tail": row["tail"], "reverse_kl": -row["advantage_mean"], "accuracy": row["start"]}
+            found.append({"pair": f"{setting}, seed {seed}", "setting": setting, **known, "gains": gains})
+    return found
+
+
+def _consistent(row: Row) -> bool:
+    return bool(row["sft_teacher"] == row["opd_teacher"] == "A")
+
+
+#: Verdict -> whether it would have been right for a start.
+WANTED = {
+    f"nothing gains more than {LITTLE:g}": lambda start: max(start["gains"].values()) <= LITTLE,
+    f"{PLAIN.name} falls below its start": lambda start: start["gains"][PLAIN.name] < 0,
+}
+
+
+#: Borders between the rows of the table, shares of advantages below -5 nats.
+BORDERS = (0.0, MAX_TAIL, MAX_WEAK_TAIL, 1.0)
+
+
+def table_titles() -> Sequence[str]:
+    """Of the table of starts."""
+    names = (
+        f"{PLAIN.name} lost more than {LITTLE / 2:g}",
+        f"{RATIO.name} lost more than {LITTLE / 2:g}",
+        f"nothing gained more than {LITTLE:g}",
+    )
+    return "advantages below -5 nats", "starts", *names, f"{RATIO.name} minus {ONLINE.name}"
+
+
+def table_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
+    """A line for each range of the tail: starts, how many fell or stayed, and the mean and the range of what a live teacher adds to the ratio."""
+    for low, high in pairwise(BORDERS):
+        mine = [start["gains"] for start in starts_of(rows) if low <= start["tail"] < high]
+        fell = (sum(gains[arm.name] < -LITTLE / 2 for gains in mine) for arm in (PLAIN, RATIO))
+        gaps = [gains[RATIO.name] - gains[ONLINE.name] for gains in mine]
+        shown = f"{mean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
+        stayed = sum(max(gains.values()) <= LITTLE for gains in mine)
+        yield f"{low:.0%} to {high:.0%}", str(len(mine)), *map(str, fell), str(stayed), shown
+
+
+def find_goals(rows: Sequence[Row]) -> list[Row]:
+    """How often one threshold is wrong, for each of these."""
+    starts, goals = starts_of(rows), []
+    for said, is_so in WANTED.items():
+        wanted = [is_so(start) for start in starts]
+        constant = min(errors(rule, starts, wanted) for rule in CONSTANT)
+        alone, together = (left_out(starts, wanted, CHOICES, by) for by in ("pair", "setting"))
+        name = f"starts of the claims, {said!r} by one threshold: wrong when their setting is left out of the fit"
+        measured = {"name": name, "goal": f"< {constant}, the better constant rule", "measured": together, "met": together < constant}
+        rule = fit(starts, wanted, CHOICES)
+        goals.append(
+            {
+                **measured,
+                "left_out_alone": alone,
+                "by_reverse_kl": left_out(starts, wanted, ("reverse_kl",), "setting"),
+                "of": len(starts),
+                "right": sum(wanted),
+                "rule": rule.shown(),
+                "threshold": rule.threshold,
+                "fitted": errors(rule, starts, wanted),
+            }
+        )
+    return goals
