@@ -12,7 +12,8 @@ from lopd.records import Lineage, Rollout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from testbed.models import HEALTHY, Setting, prepare, source_of
+from testbed.models import HEALTHY, TASKS, Setting, prepare, source_of
+from testbed.products import Product
 from testbed.runs import Training, offline, online, scored_rollouts
 from testbed.task import Problem, Writer, decode, encode, make_problems, verify
 
@@ -52,6 +53,23 @@ def test_the_styles_differ_and_say_the_same():
     assert decode(problem.prompt().token_ids.tolist()) == "58+07="
     assert problem.working("A", rng, Writer()) == "5x6o=065$"
     assert problem.working("B", rng, Writer()) == "xo56=065$"
+
+
+def test_the_working_of_a_product_is_right_and_its_running_sums_lead_to_it():
+    rng = np.random.default_rng(0)
+    for problem in make_problems(200, 3, 3, TASKS["products"]):
+        text = problem.working("A", rng, Writer(synonyms=2))
+        assert answered(problem, text) == 1
+        steps = [text[i : i + 10] for i in range(0, 90, 10)]
+        for mark, a, b, (product, before, sum_, after) in ((s[0], s[1], s[2], (s[3:5], s[5], s[6:8], s[8:])) for s in steps):
+            assert int(product) == int(a) * int(b)
+            assert int(sum_) == int(product) + int(before)
+            assert 0 <= int(after) - int(sum_) <= 9, mark
+        low, top = [steps[i][-1] for i in (0, 3, 6, 7, 8)], steps[8][-2]
+        assert text[90:] == f"={top}{''.join(reversed(low))}$"
+    assert Product(58, 7, 2).working("A", rng, Writer()) == "o875605656x573503540o800000000x500040404=0406$"
+    with pytest.raises(ValueError, match="style A, not B"):
+        Product(58, 7, 2).working("B", rng, Writer())
 
 
 def test_a_writer_slips_as_often_as_it_is_said_to():

@@ -25,14 +25,17 @@ from lopd import (
     opd_steps,
 )
 from lopd.engines.hf import HFSource
-from lopd.records import Step, fingerprint_tokenizer
+from lopd.records import Lineage, Step, fingerprint_tokenizer
 from lopd.verbs import StepStream
+from testbed.products import Product
 from testbed.task import CHARACTERS, EOS, Problem, Writer, encode, make_problems, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 TOKENIZER_ID = fingerprint_tokenizer(TOKENIZER)
 STYLES = ("A", "B")
 TOKENS_PER_BATCH = 3072
+#: Task -> kind of its problems.
+TASKS: dict[str, type[Problem]] = {"sums": Problem, "products": Product}
 #: What decides a teacher, and what beside it a student.
 _OF_TEACHER = (
     *("digits", "writer", "teacher_size", "taught_problems", "teacher_steps", "teacher_lr", "max_new_tokens", "batch"),
@@ -46,7 +49,8 @@ class Setting:
     """All that decides what is built.
 
     Args:
-        digits: of the numbers that are added.
+        task: one of `TASKS`.
+        digits: of its two numbers.
         writer: of what the teachers are trained on.
         teacher_size, student_size: hidden size and layers.
         taught_problems: on whose right workings the teachers are trained.
@@ -58,6 +62,7 @@ class Setting:
     """
 
     name: str
+    task: str = "sums"
     digits: int = 2
     writer: Writer = field(factory=Writer)
     teacher_size: tuple[int, int] = (64, 2)
@@ -106,7 +111,7 @@ class Testbed:
 def prepare(setting: Setting, seed: int, folder: Path, styles: Sequence[str] = STYLES) -> Testbed:
     """Build, or find built, teachers and students; settings that differ elsewhere share what they have in common."""
     sizes = (setting.sft_prompts, setting.opd_prompts, setting.held_out_prompts, setting.taught_problems)
-    problems = make_problems(sum(sizes), setting.digits, seed)
+    problems = make_problems(sum(sizes), setting.digits, seed, TASKS[setting.task])
     sft, opd, held_out, taught = (list(part) for part in np.split(np.array(problems, object), np.cumsum(sizes)[:-1]))
     of_teacher, of_student = (_digest(setting, seed, names) for names in (_OF_TEACHER, (*_OF_TEACHER, *_OF_STUDENT)))
     teachers, students = {}, {}
@@ -118,6 +123,7 @@ def prepare(setting: Setting, seed: int, folder: Path, styles: Sequence[str] = S
 
 def _digest(setting: Setting, seed: int, names: Sequence[str]) -> str:
     settings = asdict(setting)
+    names = names if setting.task == "sums" else ("task", *names)  # so the sums keep the names that they had before there were tasks
     return hashlib.sha256(json.dumps([seed, {name: settings[name] for name in names}]).encode()).hexdigest()[:12]
 
 
@@ -130,8 +136,17 @@ def _once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def new_model(size: tuple[int, int], seed: int) -> LlamaForCausalLM:
-    """A model with random weights."""
+def untrained_teacher(setting: Setting, seed: int, folder: Path) -> Path:
+    """A teacher of this size with random weights: it costs what a trained one costs."""
+
+    def build(place: Path) -> None:
+        CausalLMStudent(new_model(setting.teacher_size, seed, _positions(setting)), TOKENIZER_ID).export(place, TOKENIZER, Lineage())
+
+    return _once(folder / f"untrained-{_digest(setting, seed, _OF_TEACHER)}", build)
+
+
+def new_model(size: tuple[int, int], seed: int, positions: int = 64) -> LlamaForCausalLM:
+    """A model with random weights, for so many tokens."""
     torch.manual_seed(seed)
     hidden, layers = size
     return LlamaForCausalLM(
@@ -141,7 +156,7 @@ def new_model(size: tuple[int, int], seed: int) -> LlamaForCausalLM:
             intermediate_size=2 * hidden,
             num_hidden_layers=layers,
             num_attention_heads=4,
-            max_position_embeddings=64,
+            max_position_embeddings=positions,
             bos_token_id=None,
             eos_token_id=CHARACTERS.index(EOS),
             pad_token_id=None,
@@ -167,7 +182,7 @@ def _train_teacher(setting: Setting, seed: int, problems: Sequence[Problem], sty
     )
     store.append([_right_answer(problem, problem.working(style, rng, setting.writer)) for problem in problems])
     pace = (setting.teacher_steps, setting.teacher_lr, setting.batch)
-    _imitate(setting.teacher_size, 1000 * seed + STYLES.index(style), store, pace, folder)
+    _imitate(new_model(setting.teacher_size, 1000 * seed + STYLES.index(style), _positions(setting)), store, pace, folder)
 
 
 def _right_answer(problem: Problem, text: str) -> Rollout:
@@ -179,7 +194,8 @@ def _sft(setting: Setting, seed: int, problems: Sequence[Problem], teacher: Path
     source = source_of(teacher, SamplingParams(setting.max_new_tokens, seed=seed))
     store = MemoryStore(source.manifest)
     collect_rollouts(source, [problem.prompt() for problem in problems], store, prompts_per_batch=2048)
-    _imitate(setting.student_size, seed, store, (setting.sft_steps, setting.sft_lr, setting.batch), folder)
+    pace = (setting.sft_steps, setting.sft_lr, setting.batch)
+    _imitate(new_model(setting.student_size, seed, _positions(setting)), store, pace, folder)
 
 
 def source_of(folder: Path, sampling: SamplingParams) -> HFSource:
@@ -187,9 +203,14 @@ def source_of(folder: Path, sampling: SamplingParams) -> HFSource:
     return evolve(HFSource.from_folder(folder, sampling), rows_per_batch=1024)
 
 
-def _imitate(size: tuple[int, int], seed: int, store: MemoryStore, pace: tuple[int, float, int], folder: Path) -> None:
-    """SFT of a new model on the rollouts of a store, through lopd's own loop, for so many steps, at this rate, of so many rollouts."""
-    model, (steps, lr, batch) = new_model(size, seed), pace
+def _positions(setting: Setting) -> int:
+    """Enough for a prompt and a response."""
+    return max(64, 2 * setting.max_new_tokens)
+
+
+def _imitate(model: LlamaForCausalLM, store: MemoryStore, pace: tuple[int, float, int], folder: Path) -> None:
+    """SFT on the rollouts of a store, through lopd's own loop, for so many steps, at this rate, of so many rollouts."""
+    steps, lr, batch = pace
     student = CausalLMStudent(model, TOKENIZER_ID)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     stream = batches(store, teacher=None, rollouts_per_step=batch, tokens_per_batch=TOKENS_PER_BATCH)[:steps]

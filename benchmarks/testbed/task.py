@@ -8,6 +8,7 @@ teacher with doubts, to which it is merely unlikely, as it is between large mode
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from attrs import frozen
@@ -52,18 +53,24 @@ class Writer:
     synonyms: int = 1
     slips: float = 0.0
 
+    def slip(self, text: str, rng: np.random.Generator) -> str:
+        """The text with its slips; what follows a slip is as if there had been none."""
+        slips = rng.random(len(text)) < self.slips
+        return "".join(str(rng.integers(10)) if slip and c.isdigit() else c for c, slip in zip(text, slips, strict=True))
+
 
 @frozen
 class Problem:
     """a + b, both of so many digits."""
 
+    sign: ClassVar[str] = "+"
     a: int
     b: int
     digits: int
 
     def prompt(self) -> Prompt:
-        """Its prompt, with the sum as the answer for the verifier."""
-        text = f"{self.a:0{self.digits}}+{self.b:0{self.digits}}"
+        """Its prompt, with the result as the answer for the verifier."""
+        text = f"{self.a:0{self.digits}}{self.sign}{self.b:0{self.digits}}"
         return Prompt(text, encode(f"{text}="), answer=self.answer())
 
     def answer(self) -> str:
@@ -71,7 +78,7 @@ class Problem:
         return f"{self.a + self.b:0{self.digits + 1}}"
 
     def working(self, style: str, rng: np.random.Generator, writer: Writer) -> str:
-        """A response in this style; what follows a slip is as if there had been none."""
+        """A response in this style."""
         digits, marks, carry = [], [], 0
         for place in range(self.digits):
             total = self.a // 10**place % 10 + self.b // 10**place % 10 + carry
@@ -79,16 +86,14 @@ class Problem:
             digits.append(str(total % 10))
             marks.append(MARKS[carry][rng.integers(writer.synonyms)])
         columns = "".join(d + m for d, m in zip(digits, marks, strict=True)) if style == "A" else "".join([*marks, *digits])
-        text = f"{columns}={self.answer()}{EOS}"
-        slips = rng.random(len(text)) < writer.slips
-        return "".join(str(rng.integers(10)) if slip and c.isdigit() else c for c, slip in zip(text, slips, strict=True))
+        return writer.slip(f"{columns}={self.answer()}{EOS}", rng)
 
 
-def make_problems(count: int, digits: int, seed: int) -> list[Problem]:
-    """Distinct problems."""
+def make_problems(count: int, digits: int, seed: int, kind: type[Problem] = Problem) -> list[Problem]:
+    """Distinct problems of a kind."""
     rng = np.random.default_rng(seed)
     chosen = rng.choice(10 ** (2 * digits), count, replace=False)
-    return [Problem(int(n) // 10**digits, int(n) % 10**digits, digits) for n in chosen]
+    return [kind(int(n) // 10**digits, int(n) % 10**digits, digits) for n in chosen]
 
 
 def verify(prompt: Prompt, rollout: Rollout) -> float:
