@@ -54,11 +54,12 @@ class Setting:
         writer: of what the teachers are trained on.
         teacher_size, student_size: hidden size and layers.
         taught_problems: on whose right workings the teachers are trained.
-        teacher_steps: of that, of `batch` rollouts.
+        teacher_steps: of that, of `batch` rollouts, as those of SFT.
         sft_prompts, opd_prompts, held_out_prompts: disjoint, and none that a teacher was trained on.
         sft_steps: on the teacher's sampled text.
         max_new_tokens: of every response.
-        opd_steps, opd_lr: of the OPD stage, online and offline alike; `batch` rollouts a step.
+        opd_steps, opd_lr: of the OPD stage, online and offline alike.
+        opd_batch: rollouts of its steps; None is `batch`.
     """
 
     name: str
@@ -79,6 +80,12 @@ class Setting:
     batch: int = 128
     opd_steps: int = 100
     opd_lr: float = 1e-4
+    opd_batch: int | None = None
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Rollouts of an OPD step."""
+        return self.opd_batch or self.batch
 
 
 #: The paper's regime: a teacher with doubts, a student fine-tuned for long on its text.  Online OPD gains, and Lightning gains as much.

@@ -179,7 +179,7 @@ def offline(
     setting = bed.setting
     stream = batches(
         store,
-        rollouts_per_step=setting.batch,
+        rollouts_per_step=setting.rollouts_per_step,
         tokens_per_batch=TOKENS_PER_BATCH,
         seed=bed.seed,
         teacher=teacher,
@@ -208,12 +208,12 @@ def online(
         source = training.source(bed, generation=generation)
         source = TimedSource(evolve(source, sampling=support.sampling(source.sampling)), clock)
         store = MemoryStore(source.manifest)
-        count = min(every * setting.batch, len(bed.opd_prompts))
-        prompts = [bed.opd_prompts[(start * setting.batch + i) % len(bed.opd_prompts)] for i in range(count)]
+        count = min(every * setting.rollouts_per_step, len(bed.opd_prompts))
+        prompts = [bed.opd_prompts[(start * setting.rollouts_per_step + i) % len(bed.opd_prompts)] for i in range(count)]
         rows = sample_round(source, teacher, prompts, store)
         stream = batches(
             store,
-            rollouts_per_step=setting.batch,
+            rollouts_per_step=setting.rollouts_per_step,
             tokens_per_batch=TOKENS_PER_BATCH,
             seed=bed.seed,
             rows=rows,
