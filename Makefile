@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-quickstart-supports bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators bench-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
+.PHONY: docs quickstart bench-quickstart bench-quickstart-supports bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators claims-long bench-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -74,6 +74,10 @@ claims-quick: .venv/installed-claims  ## the main ones, two seeds, into runs/cla
 
 claims-estimators: .venv/installed-claims  ## what stored supports make of it beside online OPD and TRL; its part of benchmarks/RESULTS.md; twenty minutes
 	$(BIN)/python benchmarks/claims_estimators.py
+
+claims-long: .venv/installed-claims  ## long responses, online OPD and TRL beside stores; its part of benchmarks/RESULTS.md; forty minutes on one core
+	$(BIN)/python benchmarks/claims_long.py
+	$(BIN)/python benchmarks/docs_tables.py
 
 bench-train: .venv/installed-claims  ## tokens a second of a training step, beside packing, padding and TRL
 	$(BIN)/python benchmarks/bench_train.py

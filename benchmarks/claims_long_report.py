@@ -118,7 +118,7 @@ def _task(found: Found, setting: Row) -> list[str]:
         f"Products of two numbers of {setting['digits']} digits with their working (`benchmarks/testbed/products.py`): responses have",
         f"{setting['max_new_tokens']} tokens, and a slip in any of them can spoil the result.  {len(online)} seeds.",
         f"The teacher ({sizes[0]}) is right in {teacher} of what it samples, the SFT student ({sizes[1]}) in {sft}.",
-        f"{setting['opd_steps']} steps of {setting['opd_batch']} rollouts, so few that decoding is most of online OPD's bill, as it is with",
+        f"{setting['opd_steps']} steps of {setting['batch']} rollouts, so few that decoding is most of online OPD's bill, as it is with",
         "large models.  Sizes, rates and the arm of the goals were chosen on other seeds.",
     ]
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import claims_estimators_report
+import claims_long_report
 from attrs import frozen
-from claims_estimators_report import write_part
 from claims_plots import draw_ablations, draw_claims, draw_failure
 from claims_summary import Interval, Row, Runs, accuracy, change, goal_lines, ratio_path, ratios, show_measured, spent
 from record import ROOT, fill
@@ -67,8 +68,10 @@ def write_report(result: Path, report: Path, plots: Path, claim: str, fall: str,
 
 def publish(result: Path, claim: str, fall: str) -> None:
     """The report in the repository, and the README's table."""
-    report, others = ROOT / "benchmarks" / "RESULTS.md", result.with_name("claims_estimators.json")
-    more = write_part(others, ROOT / "docs", report.parent, claim, fall) if others.exists() else []
+    report, plots = ROOT / "benchmarks" / "RESULTS.md", ROOT / "docs"
+    estimators, long = (result.with_name(f"{name}.json") for name in ("claims_estimators", "claims_long"))
+    more = claims_estimators_report.write_part(estimators, plots, report.parent, claim, fall) if estimators.exists() else []
+    more += ["", *claims_long_report.write_part(long, plots, report.parent)] if long.exists() else []
     write_report(result, report, ROOT / "docs", claim, fall, more=more)
     fill(ROOT / "README.md", "claims", readme_table(Report(json.loads(result.read_text()), claim, fall)))
 

@@ -20,8 +20,8 @@ from testbed.trl_peer import ARM as TRL
 TINY = evolve(
     claims_long.SETTING,
     name="tiny",
-    digits=1,
-    max_new_tokens=14,
+    digits=2,
+    max_new_tokens=40,
     teacher_size=(16, 1),
     student_size=(16, 1),
     taught_problems=16,
@@ -30,8 +30,7 @@ TINY = evolve(
     sft_steps=2,
     opd_prompts=32,
     held_out_prompts=4,
-    batch=8,
-    opd_batch=2,
+    batch=2,
     opd_steps=2,
 )
 

@@ -1,5 +1,6 @@
 """The testbed of the benchmarks: right answers, disjoint prompts, models made once, and the same run from the same seed."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lopd.records import Lineage, Rollout
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from testbed.models import HEALTHY, TASKS, Setting, prepare, source_of
+from testbed.models import HEALTHY, Setting, prepare, source_of
 from testbed.products import Product
 from testbed.runs import Training, offline, online, scored_rollouts
 from testbed.task import Problem, Writer, decode, encode, make_problems, verify
@@ -55,21 +56,26 @@ def test_the_styles_differ_and_say_the_same():
     assert problem.working("B", rng, Writer()) == "xo56=065$"
 
 
-def test_the_working_of_a_product_is_right_and_its_running_sums_lead_to_it():
+@pytest.mark.parametrize("digits", [2, 3])
+def test_the_working_of_a_product_is_right_and_what_a_letter_says_stays(digits):
     rng = np.random.default_rng(0)
-    for problem in make_problems(200, 3, 3, TASKS["products"]):
-        text = problem.working("A", rng, Writer(synonyms=2))
+    for problem in make_problems(200, digits, 3, Product):
+        text = problem.working("A", rng, Writer())
+        said = {}
+        for letter, digit in re.findall("([A-Z])([0-9])", problem.text() + text):
+            assert said.setdefault(letter, digit) == digit
+        assert int("".join(re.findall("[0-9]", text.split("=")[1]))) == problem.a * problem.b
         assert answered(problem, text) == 1
-        steps = [text[i : i + 10] for i in range(0, 90, 10)]
-        for mark, a, b, (product, before, sum_, after) in ((s[0], s[1], s[2], (s[3:5], s[5], s[6:8], s[8:])) for s in steps):
-            assert int(product) == int(a) * int(b)
-            assert int(sum_) == int(product) + int(before)
-            assert 0 <= int(after) - int(sum_) <= 9, mark
-        low, top = [steps[i][-1] for i in (0, 3, 6, 7, 8)], steps[8][-2]
-        assert text[90:] == f"={top}{''.join(reversed(low))}$"
-    assert Product(58, 7, 2).working("A", rng, Writer()) == "o875605656x573503540o800000000x500040404=0406$"
+        assert answered(problem, f"{text[:-2]}{(int(text[-2]) + 1) % 10}$") == 0
+
+
+def test_products_are_written_as_they_are_said_to_be():
+    problem, rng = Product(34, 7, 2), np.random.default_rng(0)
+    assert decode(problem.prompt().token_ids.tolist()) == "A4B3xC7="
+    assert problem.working("A", rng, Writer()) == "A4C728D2E8B3C721D2F2G3=F2G3E8$"
     with pytest.raises(ValueError, match="style A, not B"):
-        Product(58, 7, 2).working("B", rng, Writer())
+        problem.working("B", rng, Writer())
+    assert len(set(make_problems(1000, 2, 0, Product))) == 1000, "there are so many, all of them distinct"
 
 
 def test_a_writer_slips_as_often_as_it_is_said_to():

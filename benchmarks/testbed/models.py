@@ -30,12 +30,11 @@ from lopd.verbs import StepStream
 from testbed.products import Product
 from testbed.task import CHARACTERS, EOS, Problem, Writer, encode, make_problems, make_tokenizer
 
-TOKENIZER = make_tokenizer()
-TOKENIZER_ID = fingerprint_tokenizer(TOKENIZER)
 STYLES = ("A", "B")
 TOKENS_PER_BATCH = 3072
 #: Task -> kind of its problems.
 TASKS: dict[str, type[Problem]] = {"sums": Problem, "products": Product}
+_TOKENIZERS = {task: make_tokenizer(kind.characters) for task, kind in TASKS.items()}
 #: What decides a teacher, and what beside it a student.
 _OF_TEACHER = (
     *("digits", "writer", "teacher_size", "taught_problems", "teacher_steps", "teacher_lr", "max_new_tokens", "batch"),
@@ -54,12 +53,11 @@ class Setting:
         writer: of what the teachers are trained on.
         teacher_size, student_size: hidden size and layers.
         taught_problems: on whose right workings the teachers are trained.
-        teacher_steps: of that, of `batch` rollouts, as those of SFT.
+        teacher_steps: of that, of `batch` rollouts.
         sft_prompts, opd_prompts, held_out_prompts: disjoint, and none that a teacher was trained on.
         sft_steps: on the teacher's sampled text.
         max_new_tokens: of every response.
-        opd_steps, opd_lr: of the OPD stage, online and offline alike.
-        opd_batch: rollouts of its steps; None is `batch`.
+        opd_steps, opd_lr: of the OPD stage, online and offline alike; `batch` rollouts a step.
     """
 
     name: str
@@ -80,12 +78,6 @@ class Setting:
     batch: int = 128
     opd_steps: int = 100
     opd_lr: float = 1e-4
-    opd_batch: int | None = None
-
-    @property
-    def rollouts_per_step(self) -> int:
-        """Rollouts of an OPD step."""
-        return self.opd_batch or self.batch
 
 
 #: The paper's regime: a teacher with doubts, a student fine-tuned for long on its text.  Online OPD gains, and Lightning gains as much.
@@ -147,27 +139,29 @@ def untrained_teacher(setting: Setting, seed: int, folder: Path) -> Path:
     """A teacher of this size with random weights: it costs what a trained one costs."""
 
     def build(place: Path) -> None:
-        CausalLMStudent(new_model(setting.teacher_size, seed, _positions(setting)), TOKENIZER_ID).export(place, TOKENIZER, Lineage())
+        tokenizer = _TOKENIZERS[setting.task]
+        model = new_model(setting.teacher_size, seed, TASKS[setting.task])
+        CausalLMStudent(model, fingerprint_tokenizer(tokenizer)).export(place, tokenizer, Lineage())
 
     return _once(folder / f"untrained-{_digest(setting, seed, _OF_TEACHER)}", build)
 
 
-def new_model(size: tuple[int, int], seed: int, positions: int = 64) -> LlamaForCausalLM:
-    """A model with random weights, for so many tokens."""
+def new_model(size: tuple[int, int], seed: int, kind: type[Problem] = Problem) -> LlamaForCausalLM:
+    """A model with random weights, for problems of a kind."""
     torch.manual_seed(seed)
     hidden, layers = size
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(CHARACTERS),
+            vocab_size=len(kind.characters),
             hidden_size=hidden,
             intermediate_size=2 * hidden,
             num_hidden_layers=layers,
             num_attention_heads=4,
-            max_position_embeddings=positions,
             bos_token_id=None,
             eos_token_id=CHARACTERS.index(EOS),
             pad_token_id=None,
             attention_dropout=0.0,
+            **kind.shape,
         )
     )
 
@@ -184,12 +178,11 @@ def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float) ->
 
 def _train_teacher(setting: Setting, seed: int, problems: Sequence[Problem], style: str, folder: Path) -> None:
     rng = np.random.default_rng([seed, STYLES.index(style)])
-    store = MemoryStore(
-        Manifest(TOKENIZER_ID, ModelId("written by rule", f"style {style}", "text"), SamplingParams(setting.max_new_tokens))
-    )
+    writer = ModelId("written by rule", f"style {style}", "text")
+    store = MemoryStore(Manifest(fingerprint_tokenizer(_TOKENIZERS[setting.task]), writer, SamplingParams(setting.max_new_tokens)))
     store.append([_right_answer(problem, problem.working(style, rng, setting.writer)) for problem in problems])
-    pace = (setting.teacher_steps, setting.teacher_lr, setting.batch)
-    _imitate(new_model(setting.teacher_size, 1000 * seed + STYLES.index(style), _positions(setting)), store, pace, folder)
+    model = new_model(setting.teacher_size, 1000 * seed + STYLES.index(style), TASKS[setting.task])
+    _imitate(setting, model, store, (setting.teacher_steps, setting.teacher_lr), folder)
 
 
 def _right_answer(problem: Problem, text: str) -> Rollout:
@@ -201,8 +194,8 @@ def _sft(setting: Setting, seed: int, problems: Sequence[Problem], teacher: Path
     source = source_of(teacher, SamplingParams(setting.max_new_tokens, seed=seed))
     store = MemoryStore(source.manifest)
     collect_rollouts(source, [problem.prompt() for problem in problems], store, prompts_per_batch=2048)
-    pace = (setting.sft_steps, setting.sft_lr, setting.batch)
-    _imitate(new_model(setting.student_size, seed, _positions(setting)), store, pace, folder)
+    model = new_model(setting.student_size, seed, TASKS[setting.task])
+    _imitate(setting, model, store, (setting.sft_steps, setting.sft_lr), folder)
 
 
 def source_of(folder: Path, sampling: SamplingParams) -> HFSource:
@@ -210,17 +203,12 @@ def source_of(folder: Path, sampling: SamplingParams) -> HFSource:
     return evolve(HFSource.from_folder(folder, sampling), rows_per_batch=1024)
 
 
-def _positions(setting: Setting) -> int:
-    """Enough for a prompt and a response."""
-    return max(64, 2 * setting.max_new_tokens)
-
-
-def _imitate(model: LlamaForCausalLM, store: MemoryStore, pace: tuple[int, float, int], folder: Path) -> None:
-    """SFT on the rollouts of a store, through lopd's own loop, for so many steps, at this rate, of so many rollouts."""
-    steps, lr, batch = pace
-    student = CausalLMStudent(model, TOKENIZER_ID)
+def _imitate(setting: Setting, model: LlamaForCausalLM, store: MemoryStore, pace: tuple[int, float], folder: Path) -> None:
+    """SFT on the rollouts of a store, through lopd's own loop, for so many steps at this rate."""
+    (steps, lr), tokenizer = pace, _TOKENIZERS[setting.task]
+    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    stream = batches(store, teacher=None, rollouts_per_step=batch, tokens_per_batch=TOKENS_PER_BATCH)[:steps]
+    stream = batches(store, teacher=None, rollouts_per_step=setting.batch, tokens_per_batch=TOKENS_PER_BATCH)[:steps]
     for _ in opd_steps(student, scheduled(stream, optimizer, lr), FusedSFTLoss(), optimizer):
         pass
-    student.export(folder, TOKENIZER, stream.lineage)
+    student.export(folder, tokenizer, stream.lineage)
