@@ -7,7 +7,8 @@ export TOKENIZERS_PARALLELISM ?= false
 # idle OpenMP threads sleep soon: threads that spin for long make a busy machine many times slower
 export GOMP_SPINCOUNT ?= 20000
 
-.PHONY: docs quickstart bench-quickstart bench-quickstart-supports bench-store bench-loss bench-engines bench-guards bench-train bench-scale bench-commits bench-families bench-probes bench-servers bench-supports claims claims-quick claims-estimators claims-long bench-estimators test-triton test-kills test-servers test-engines test-browser test-loggers test-lowest test-wheel test check clean
+# every target but what is installed is a command
+.PHONY: $(filter-out .venv/%,$(MAKECMDGOALS))
 
 .venv/installed-%: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -77,6 +78,18 @@ claims-estimators: .venv/installed-claims  ## what stored supports make of it be
 
 claims-long: .venv/installed-claims  ## long responses, online OPD and TRL beside stores; its part of benchmarks/RESULTS.md; forty minutes on one core
 	$(BIN)/python benchmarks/claims_long.py
+	$(BIN)/python benchmarks/publish.py
+	$(BIN)/python benchmarks/docs_tables.py
+
+evidence: .venv/installed-claims .venv/installed-quickstart .venv/installed-data  ## offline beside online OPD and TRL on real weights, five seeds; resumable; about four hours on two cores
+	$(BIN)/python benchmarks/evidence.py
+
+evidence-quick: .venv/installed-claims .venv/installed-quickstart .venv/installed-data  ## one seed and few arms, into runs/evidence-quick; a quarter of an hour
+	$(BIN)/python benchmarks/evidence.py --quick
+
+plots: .venv/installed-claims  ## every picture and RESULTS.md again, from the result files; nothing is measured; two minutes
+	$(BIN)/python benchmarks/draw.py
+	$(BIN)/python benchmarks/publish.py
 	$(BIN)/python benchmarks/docs_tables.py
 
 bench-train: .venv/installed-claims  ## tokens a second of a training step, beside packing, padding and TRL

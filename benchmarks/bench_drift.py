@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import asdict
+from pictures import band, color_of, label_ends, panels, rule, save
 from record import ROOT, describe_machine, result_file
 from testbed.models import FAILING, HEALTHY, Setting, prepare
 from testbed.runs import Training, offline, online, scored_rollouts
@@ -141,23 +142,20 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Accuracy along every run, with a dot where the watch spoke."""
-    from matplotlib.figure import Figure
-
-    colors = dict(zip(RUNS, ("tab:red", "tab:orange", "tab:blue", "tab:green"), strict=True))
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, 2), ("healthy", "failing"), strict=True):
-        for row in (row for row in rows if "curve" in row and row["setting"] == setting):
-            steps, accuracy = zip(*row["curve"], strict=True)
-            axes.plot(steps, accuracy, color=colors[row["run"]], linewidth=1, label=row["run"] if row["seed"] == 0 else None)
-            spoke = row["step_at_which_the_watch_spoke"]
-            if spoke is not None:
-                axes.plot([spoke], [np.interp(spoke, steps, accuracy)], "o", color=colors[row["run"]])
-        axes.set(title=setting, xlabel="optimizer step", ylabel="held-out accuracy, sampled")
-        axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(RUNS), frameon=False)
-    figure.savefig(path, dpi=110)
+    """Change of accuracy along the runs, mean and interval over seeds; dots at the steps at which the watch spoke, one for each seed."""
+    figure, both = panels(1, 2, height=3.4)
+    for axes, setting in zip(both, ("healthy", "failing"), strict=True):
+        for name in RUNS:
+            cell = [row for row in rows if "curve" in row and (row["setting"], row["run"]) == (setting, name)]
+            curves = np.array([row["curve"] for row in cell])
+            steps, changes = curves[0, :, 0], curves[:, :, 1] - curves[:, :1, 1]
+            band(axes, steps, changes, name, mark="", line="--" if "third" in name else "-")
+            spoke = [row["step_at_which_the_watch_spoke"] for row in cell if row["step_at_which_the_watch_spoke"] is not None]
+            axes.plot(spoke, np.interp(spoke, steps, changes.mean(0)), "o", color=color_of(name))
+        rule(axes, y=0)
+        axes.set(title=f"Change of accuracy, {setting}", xlabel="optimizer step")
+        label_ends(axes)
+    save(figure, path)
 
 
 def main() -> None:

@@ -35,15 +35,13 @@ GOAL = 0.9
 
 
 def main() -> None:
-    """Measure, write, draw."""
+    """Measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-engines"))
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--record", action=argparse.BooleanOptionalAction, default=True, help="write results, picture and the README's tables"
-    )
+    parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=True, help="write results and the README's tables")
     options = parser.parse_args()
     rows = [measure(name, folder, options) for name, folder in models(options.out).items()]
     for row in rows:
@@ -147,7 +145,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """Results, picture, tables."""
+    """Results and tables."""
     variants = ("hf", "forward"), ("hf", "scoring"), ("hf", "scoring, top-k"), ("vllm", "scoring"), ("vllm", "scoring, top-k")
     variants = (
         *variants,
@@ -176,30 +174,6 @@ def write(rows: list[dict[str, Any]]) -> None:
 
     report["versions"] |= {"vllm": vllm.__version__, "transformers": transformers.__version__}
     result_file("bench_engines", report, rows, goals(rows))
-    draw(ROOT / "docs" / "bench_engines.png", rows)
-
-
-def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Tokens a second of both phases, the engines beside each other."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
-    panels = (("sampling", "sampling"), ("scoring", "scoring"), ("scoring, top-k", "scoring with top-20"))
-    for axes, (variant, title) in zip(figure.subplots(1, 3), panels, strict=True):
-        for shift, engine, color in ((-0.27, "hf", "tab:gray"), (0.0, "vllm", "tab:blue"), (0.27, "served", "tab:orange")):
-            speed = [row[engine][variant] for row in rows]
-            middle = [s["median"] for s in speed]
-            spread = [
-                [m - s["min"] for m, s in zip(middle, speed, strict=True)],
-                [s["max"] - m for m, s in zip(middle, speed, strict=True)],
-            ]
-            label = {"hf": "transformers", "vllm": "vLLM in process", "served": "vLLM served"}[engine]
-            axes.bar([i + shift for i in range(len(rows))], middle, 0.25, yerr=spread, capsize=4, color=color, label=label)
-        axes.set(title=title, ylabel="tokens a second", yscale="log")
-        axes.set_xticks(range(len(rows)), [row["model"].replace(", ", "\n") for row in rows], fontsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

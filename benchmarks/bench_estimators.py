@@ -25,6 +25,11 @@ from estimator_states import Judge, States, bias_by_logits, check_fused, prepare
 from estimator_worlds import World, mixing, modes
 from estimator_worlds import judge as judge_world
 from estimators import ONLINE, PLAIN, RATIO, Estimator, estimators, supported, whole, windowed
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
+from pictures import OFFLINE, SUPPORT, TEACHER, TEXT, TRL, legend, panels, save
+from pictures import ONLINE as LIVE
+from pictures import RATIO as BLUE
 from record import ROOT, describe_machine, result_file
 
 from lopd import FusedLoss
@@ -171,50 +176,52 @@ def offline(row: Row) -> bool:
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Error over bytes a token: a line for each family, a column for each judge, at the drift in the middle and the largest."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
-
-    names = ("SmolLM2", "mixing", "modes")
-    titles = {
-        "SmolLM2": "SmolLM2, V = 49,152, on the stored states",
-        "mixing": "a table that mixes, online",
-        "modes": "modes that stay, online",
-    }
-    families = list(dict.fromkeys(row["family"] for row in rows if "rmse" in row))
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    for column, name in zip(figure.subplots(2, len(names)).T, names, strict=True):
+    """Error over bytes a token: a line for each family, a row for each judge, at the drift in the middle and the largest."""
+    names = {"SmolLM2": "SmolLM2, stored states", "mixing": "a table that mixes, online", "modes": "modes that stay, online"}
+    families = dict.fromkeys(row["family"] for row in rows if "rmse" in row)
+    figure, axes = panels(len(names), 2, height=10.5)
+    for place, (name, title) in enumerate(names.items()):
         group = [row for row in rows if row["kind"] in ("world", "states") and row.get("world", "SmolLM2") == name]
-        drifts = sorted({row["drift"] for row in group})
-        for axes, drift in zip(column, drifts[-2:], strict=False):
+        for panel, drift in zip(axes[2 * place :], sorted({row["drift"] for row in group})[-2:], strict=False):
             at = [row for row in group if row["drift"] == drift]
-            for index, family in enumerate(families):
-                points = sorted({row["bytes"] for row in at if row["family"] == family})
-                errors = [statistics.mean(row["rmse"] for row in at if row["family"] == family and row["bytes"] == size) for size in points]
-                if family in ("whole vocabulary", ONLINE.name):
-                    if errors:
-                        axes.axhline(errors[0], color=f"C{index % 10}", linestyle=":", label=family)
-                else:
-                    axes.plot(
-                        points,
-                        errors,
-                        "o-" if len(points) > 1 else "s",
-                        color=f"C{index % 10}",
-                        alpha=0.5 if "window" in family else 1.0,
-                        label=family,
-                        markersize=5,
-                    )
-            kl = statistics.mean(row["kl"] for row in at)
-            axes.set(title=f"{titles[name]}\nKL(policy, student) {kl:.2g} nats a token", xscale="log", yscale="log")
-            axes.set(xlabel="bytes a token", ylabel="error of a step's gradient, relative")
-            axes.spines[["top", "right"]].set_visible(False)
-            for axis, ticks in ((axes.xaxis, (4, 16, 64, 256)), (axes.yaxis, (0.1, 0.2, 0.3, 0.5, 1, 2))):
+            for family in families:
+                _draw_family(panel, family, [row for row in at if row["family"] == family])
+            panel.set(title=f"{title}\nKL(policy, student) {statistics.mean(row['kl'] for row in at):.2g} nats a token")
+            panel.set(xlabel="bytes a token", xscale="log", yscale="log")
+            for axis, ticks in ((panel.xaxis, (4, 16, 64, 256)), (panel.yaxis, (0.1, 0.2, 0.3, 0.5, 1, 2))):
                 axis.set_major_locator(FixedLocator(ticks))
                 axis.set_major_formatter(FormatStrFormatter("%g"))
                 axis.set_minor_locator(NullLocator())
-    known = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(known.values(), known.keys(), loc="outside lower center", ncols=4, frameon=False)
-    figure.savefig(path, dpi=100)
+        axes[2 * place].set_ylabel("relative error of a step's gradient")
+    legend(figure, 3)
+    save(figure, path)
+
+
+#: By the first of these words that a family has: colours of the arms that are like it; that of TRL is free here.
+_COLORS = {
+    "whole": TEXT,
+    "online": LIVE,
+    "drawn": TRL,
+    "union": TEXT,
+    "candidates": SUPPORT,
+    "top K": TEACHER,
+    "ratio,": BLUE,
+    "no ratio": OFFLINE,
+}
+
+
+def _draw_family(axes: Axes, family: str, rows: Sequence[Row]) -> None:
+    """Mean errors by bytes: dashed where it is biased, hollow with a window, a line across where bytes mean nothing."""
+    color = next((color for word, color in _COLORS.items() if word in family), BLUE)
+    if family in ("whole vocabulary", ONLINE.name):
+        if rows:
+            axes.axhline(statistics.mean(row["rmse"] for row in rows), color=color, linestyle=":", label=family)
+        return
+    sizes = sorted({row["bytes"] for row in rows})
+    errors = [statistics.mean(row["rmse"] for row in rows if row["bytes"] == size) for size in sizes]
+    style = {"linestyle": "-" if all(row["unbiased"] for row in rows) else "--", "markerfacecolor": "none" if "window" in family else color}
+    mark = next((mark for word, mark in {"candidates + drawn": "s", "generalised": "s", "union": "D"}.items() if word in family), "o")
+    axes.plot(sizes, errors, marker=mark, color=color, label=family, **style)
 
 
 def parts(plan: Plan) -> list[list[Estimator]]:

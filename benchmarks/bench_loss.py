@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from loss_paths import PATHS, Problem, make_problem
 from matrix_library import fast_matmul
+from pictures import RATIO, TEXT, panels, rule, save, wrap
 from record import ROOT, describe_machine, fill, result_file
 
 import lopd
@@ -237,25 +238,21 @@ def loss_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """CPU seconds over the floor, and memory, of every path at the largest size of each dtype."""
-    from matplotlib.figure import Figure
-
-    largest = [row for row in rows if (row["tokens"], row["shape"]) == TABLE and row["path"] != "three products"]
-    figure = Figure(figsize=(11, 5.5), layout="constrained")
-    figure.suptitle("2,048 tokens, vocabulary 151,936, hidden size 896")
-    for line, dtype in zip(figure.subplots(2, 2), DTYPES, strict=True):
+    """CPU seconds over the floor, and memory, of every path at the largest size of each dtype; lopd's in colour."""
+    largest = [row for row in rows if size_of(row)[:2] == TABLE and row["path"] != "three products"]
+    figure, axes = panels(2, 2, height=6)
+    for line, dtype in zip((axes[:2], axes[2:]), DTYPES, strict=True):
         chosen = [row for row in largest if row["dtype"] == dtype]
-        names = [f"{row['path']}{', oneDNN' if row['library'] == 'onednn' else ''}" for row in chosen]
-        colors = ["tab:blue" if row["path"].startswith(("fused", "recomputed")) else "tab:gray" for row in chosen]
-        for axes, key, label in zip(
-            line, ("over_floor", "beyond_gradients_mib"), ("CPU time / three products", "MiB beyond the gradients"), strict=True
-        ):
-            axes.barh(names, [row[key] for row in chosen], color=colors)
-            axes.set(title=dtype, xlabel=label)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.invert_yaxis()
-        line[0].axvline(1.0, color="black", linewidth=0.8)
-    figure.savefig(path, dpi=110)
+        names = [wrap(f"{row['path']}{', oneDNN' if row['library'] == 'onednn' else ''}", 28) for row in chosen]
+        colors = [RATIO if row["path"].startswith(("fused", "recomputed")) else TEXT for row in chosen]
+        costs = {"over_floor": "CPU time over three products", "beyond_gradients_mib": "MiB beyond the gradients"}
+        for panel, (key, label) in zip(line, costs.items(), strict=True):
+            panel.barh(names, [row[key] for row in chosen], color=colors, height=0.7)
+            panel.set(title=f"{label}, {dtype}")
+            panel.invert_yaxis()
+        line[1].tick_params(labelleft=False)
+        rule(line[0], x=1)
+    save(figure, path)
 
 
 def main() -> None:

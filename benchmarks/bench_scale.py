@@ -224,7 +224,7 @@ def main() -> None:
         print(row)
     result_file("scale", report, rows, goals, *([home] if home else []))
     if "growth" in options.parts:
-        draw((home or ROOT / "docs") / "bench_scale.png", [row for row in rows if row["kind"] == "growth"])
+        draw((home or ROOT / "docs") / "bench_scale.png", rows)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
+from pictures import RATIO, TEXT, panels, rule, save
 from record import ROOT, describe_machine, result_file
 from store_backends import BACKENDS, Rows, Store, records
 from store_training import training
@@ -260,23 +261,21 @@ def training_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Reads of every backend, beside each other."""
-    from matplotlib.figure import Figure
-
-    names = [row["backend"] for row in rows]
-    figure = Figure(figsize=(12, 4.2), layout="constrained")
-    for axes, order in zip(figure.subplots(1, 3, sharey=True), ("sequential", "blocks", "random"), strict=True):
-        values = [row[order]["median"] for row in rows]
-        errors = [
-            [v - row[order]["min"] for v, row in zip(values, rows, strict=True)],
-            [row[order]["max"] - v for v, row in zip(values, rows, strict=True)],
-        ]
-        colors = ["tab:blue" if name.startswith(("zarr", "lance")) and "Streaming" not in name else "tab:gray" for name in names]
-        axes.barh(names, values, xerr=errors, color=colors, capsize=3)
-        axes.set(xscale="log", title=f"{order} reads", xlabel="million tokens a second")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.invert_yaxis()
-    figure.savefig(path, dpi=110)
+    """Reads of every backend beside each other: medians, from the smallest to the largest."""
+    rows = [row for row in rows if "backend" in row]
+    figure, three = panels(1, 3, height=3.6, sharex=True, sharey=True)
+    for axes, (order, title) in zip(
+        three, {"sequential": "in order", "blocks": "block-shuffled", "random": "at random"}.items(), strict=True
+    ):
+        for place, row in enumerate(rows):
+            speed, own = row[order], row["backend"].startswith(("zarr", "lance,"))
+            reach = [[speed["median"] - speed["min"]], [speed["max"] - speed["median"]]]
+            axes.errorbar([speed["median"]], [place], xerr=reach, fmt="o", color=RATIO if own else TEXT)
+        axes.set(xscale="log", title=f"Reads {title}", xlabel="million tokens a second")
+        rule(axes, x=rows[0][order]["median"])
+    three[0].set_yticks(range(len(rows)), [row["backend"] for row in rows])
+    three[0].invert_yaxis()
+    save(figure, path)
 
 
 def main() -> None:

@@ -1,13 +1,14 @@
 """Does Lightning OPD do what its paper says?  Every claim on small models with a verifier, over several seeds.
 
     python benchmarks/claims.py            # benchmarks/results/claims.json, benchmarks/RESULTS.md and its plots; about 35 minutes on two cores
-    python benchmarks/claims.py --report   # RESULTS.md and the plots again, from claims.json
+    python benchmarks/claims.py --report   # RESULTS.md and the plots again, from the result files
     python benchmarks/claims.py --quick    # two seeds, the main claims; writes to runs/claims-quick, in a few minutes
 
 Paper: Lightning OPD, arXiv 2604.13010v2.  Teachers and students are made from seeds and kept in runs/testbed.
 """
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,9 +18,11 @@ from typing import Any
 
 import torch
 from attrs import asdict, evolve, frozen
-from claims_report import publish, write_report
+from claims_report import claims_part
 from claims_summary import find_goals
+from publish import publish
 from record import ROOT, describe_machine, result_file
+from results_page import make_page
 from testbed.arms import ABLATIONS, MAIN, PLAIN, RATIO, TOP_K, Arm, run_arm
 from testbed.gap import run_gap
 from testbed.models import FAILING, HEALTHY, STYLES, Setting, prepare
@@ -148,12 +151,12 @@ def main() -> None:
     """Build, run, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--report", action="store_true", help="only write the report again, from results/claims.json")
+    parser.add_argument("--report", action="store_true", help="only write the report again, from the result files: publish.py")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "testbed")
     options = parser.parse_args()
     if options.report:
-        publish(ROOT / "benchmarks" / "results" / "claims.json", CLAIM.name, FALL.name)
+        publish()
         return
     plan = QUICK if options.quick else FULL
     rows: Rows = [{"kind": "setting", **asdict(setting)} for setting in plan.settings]
@@ -161,9 +164,11 @@ def main() -> None:
     home = QUICK_HOME if options.quick else ROOT / "benchmarks"
     written = result_file("claims", describe_machine(), rows, find_goals(rows, CLAIM.name, FALL.name), home / "results")
     if options.quick:
-        write_report(written, home / "RESULTS.md", home, CLAIM.name, FALL.name)
+        part = claims_part(json.loads(written.read_text()), ".", claim=CLAIM.name, fall=FALL.name)
+        (home / "RESULTS.md").write_text(make_page("What holds, in short", [part]))
+        part.draw(home)
     else:
-        publish(written, CLAIM.name, FALL.name)
+        publish()
 
 
 if __name__ == "__main__":

@@ -9,15 +9,17 @@ Seeds, models, prompts, batch, rate and steps are those of `claims.py`.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import claims
 from attrs import asdict
-from claims_estimators_report import find_goals, write_part
-from claims_report import publish
+from claims_estimators_report import estimators_part, find_goals
+from publish import publish
 from record import ROOT, describe_machine, result_file
+from results_page import make_page
 from testbed.estimator_arms import BEST, FALLEN, FAST, FASTER, LIVE, STORED, faster
 from testbed.models import STYLES
 from testbed.trl_peer import ARM as TRL
@@ -59,9 +61,11 @@ def main() -> None:
     seeds = options.seeds or (claims.SEEDS[:2] if options.quick else claims.SEEDS)
     written = RESULT if options.report else measure(seeds, options.folder, options.workers, home, quick=options.quick)
     if trial:
-        print("\n".join(write_part(written, home, home, claims.CLAIM.name, claims.FALL.name)))
+        part = estimators_part(json.loads(written.read_text()), ".", claim=claims.CLAIM.name, fall=claims.FALL.name)
+        print(make_page("Estimators, in short", [part]))
+        part.draw(home)
     else:
-        publish(RESULT.with_name("claims.json"), claims.CLAIM.name, claims.FALL.name)
+        publish()
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """The part of RESULTS.md on estimators: goals, table, words and a plot, out of what `claims_estimators.py` measured."""
 
-import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attrs import frozen
-from claims_summary import Interval, Row, Runs, accuracy, as_goal, change, goal_lines, ratios, spent, steps_to
+from claims_readings import estimators_readings
+from claims_summary import Interval, Row, Runs, accuracy, as_goal, change, ratios, spent, steps_to
 from docs_tables import table
-from matplotlib.figure import Figure
-from testbed.arms import ONLINE
-from testbed.estimator_arms import BEST, CURVES, FALLEN, FAST, LIVE, STORED, faster
+from pictures import band, intervals, label_ends, panels, rule, save
+from results_page import Part
+from testbed.arms import ONLINE, TOP_K
+from testbed.estimator_arms import BEST, CURVES, FALLEN, FAST, FASTER, LIVE, STORED, faster
 from testbed.trl_peer import ARM as TRL
 
+TITLE = "What a store can do beside a live teacher"
 #: Of the cost of TRL, and of online OPD at equal accuracy.
 OF_TRL, OF_ONLINE = 0.55, 0.3
 
@@ -65,21 +67,14 @@ def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any
     return goals
 
 
-def write_part(result: Path, plots: Path, beside: Path, claim: str, fall: str) -> list[str]:
-    """The lines, and the plot into a folder; links are from another folder."""
-    said = json.loads(result.read_text())
-    found = Found(Runs.of(said["rows"]), claim, fall)
-    plots.mkdir(parents=True, exist_ok=True)
-    _draw(plots / f"{result.stem}.png", found)
-    machine, versions = (", ".join(f"{name} {value}" for name, value in said[key].items()) for key in ("machine", "versions"))
-    seeds = len({row["seed"] for row in found.runs.rows})
-    return [
-        "## What a store can do beside a live teacher",
-        "",
-        f"Written by `benchmarks/claims_estimators.py`: commit {said['commit'][:12]}; {machine}; {versions}.",
-        f"{seeds} seeds, those of the claims, with the same models, prompts, batch and steps.  The arm of the goals was chosen on other seeds.",
-        "",
-        *table(("goal", "", "measured", "met"), iter(goal_lines(said["goals"])), 2),
+def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall: str) -> Part:
+    """Of `claims_estimators.json`, with pictures in a folder."""
+    found = Found(Runs.of(result["rows"]), claim, fall)
+    pictures = {"claims_estimators": partial(_draw_curves, found=found), "claims_estimators_ends": partial(_draw_ends, found=found)}
+    curves, ends = (f"{folder}/{name}.png" for name in pictures)
+    lines = [
+        f"{len({row['seed'] for row in found.runs.rows})} seeds, those of the claims, with the same models, prompts, batch and steps.  The arm of",
+        "the goals was chosen on other seeds.",
         "",
         "Candidates are the tokens that the policy finds most likely, kept while it samples; drawn ones are drawn from it besides; top-K ones are",
         "the teacher's.  All are scored by the teacher, once.  A residual is the term that removes the bias of a support;",
@@ -107,8 +102,20 @@ def write_part(result: Path, plots: Path, beside: Path, claim: str, fall: str) -
         "",
         *_reasons(found),
         "",
-        f"![Gain over steps and over CPU time, and difference to TRL]({os.path.relpath(plots / f'{result.stem}.png', beside)})",
+        f"![Gain over steps and over CPU time, at both rates]({curves})",
+        "",
+        f"![Difference of every arm to TRL at the end]({ends})",
     ]
+    return Part(TITLE, result, estimators_readings(BEST.name, fall, faster("")), _meaning(found), [lines], pictures, "claims_estimators.py")
+
+
+def _meaning(found: Found) -> str:
+    """The third sentence."""
+    arm, more, cost = BEST.name.split(",")[0], found.beside(BEST.name, ONLINE.name), found.share(BEST.name, ONLINE.name)["equal steps"]
+    return (
+        f"where a store may hold more of a token than one number, keep a support: {arm} with the residual ended {more.show('+.3f')} beside "
+        f"online OPD with the sampled token, at {cost.show('.2f')} of its cost ([which support](../docs/decisions/0008-recommended-loss.md))."
+    )
 
 
 def _unless(name: str, other: str, shown: str) -> str:
@@ -144,27 +151,33 @@ def _reasons(found: Found) -> list[str]:
     ]
 
 
-def _draw(path: Path, found: Found) -> None:
-    """Gain over steps and over seconds of some, and the difference to TRL of all."""
-    figure = Figure(figsize=(14, 4.6), layout="constrained")
-    steps, seconds, ends = figure.subplots(1, 3)
-    for name in [name for name in CURVES if name in found.names]:
-        curves = np.array([row["curve"] for row in found.runs.where(found.claim, name).values()])
-        gains = (curves[:, :, 1] - curves[:, :1, 1]).mean(0)
-        for axes, at in ((steps, 0), (seconds, 2)):
-            axes.plot(curves[:, :, at].mean(0), gains, marker=".", markersize=4, label=name)
+def _draw_curves(path: Path, found: Found) -> None:
+    """Gain over steps and over seconds of some, at both rates."""
+    names = [name for name in CURVES if name in found.names]
+    figure, axes = panels(2, 2, height=7.5, sharey=True)
+    for row, title, at_rate in ((axes[:2], "rate of the claims", False), (axes[2:], f"rate x {FASTER:g}", True)):
+        for name in (name for name in names if name.endswith(faster("")) == at_rate):
+            curves = np.array([run["curve"] for run in found.runs.where(found.claim, name).values()])
+            for panel, at in zip(row, (0, 2), strict=True):
+                band(
+                    panel,
+                    curves[:, :, at].mean(0),
+                    curves[:, :, 1] - curves[:, :1, 1],
+                    name.removesuffix(faster("")),
+                    line="--" if name == TOP_K.name else "-",
+                )
+        for panel, label in zip(row, ("optimizer step", "CPU seconds of the OPD stage"), strict=True):
+            panel.set(title=f"Gain in accuracy, {title}", xlabel=label)
+    for panel in axes:
+        label_ends(panel)
+    save(figure, path)
+
+
+def _draw_ends(path: Path, found: Found) -> None:
+    """How much more accurate each arm ends than TRL at the rate of the claims."""
     others = [name for name in found.names if name != TRL]
-    for place, name in enumerate(others):
-        more = found.beside(name, TRL)
-        ends.errorbar([more.mean], [-place], xerr=[more.half], fmt="o", color="black", markersize=3)
-    ends.axvline(0, color="black", linewidth=0.5)
-    ends.set_yticks(-np.arange(len(others)), others, fontsize=7)
-    steps.legend(frameon=False, fontsize=7)
-    for axes, title, label in (
-        (steps, "gain over SFT", "optimizer step"),
-        (seconds, "gain over SFT", "CPU seconds of the OPD stage"),
-        (ends, "accuracy minus TRL's", ""),
-    ):
-        axes.set(title=title, xlabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure, (ends,) = panels(1, 1, height=0.3 * len(others) + 0.8)
+    intervals(ends, others, {name: found.beside(name, TRL) for name in others})
+    rule(ends, x=0)
+    ends.set(title="Accuracy at the end, minus TRL's")
+    save(figure, path)

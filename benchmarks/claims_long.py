@@ -20,7 +20,7 @@ from typing import Any
 import claims
 from attrs import asdict, evolve
 from claims_long_report import find_goals, write_part
-from claims_report import publish
+from publish import publish
 from record import ROOT, describe_machine, result_file
 from testbed.arms import ONLINE, Arm
 from testbed.long_arms import BEST, BEST_LIVE, LIVE, STORED
@@ -141,7 +141,7 @@ def main() -> None:
     if trial:
         print("\n".join(write_part(written, home, home)))
     else:
-        publish(RESULT.with_name("claims.json"), claims.CLAIM.name, claims.FALL.name)
+        publish()
 
 
 if __name__ == "__main__":

@@ -2,130 +2,126 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from claims_summary import Row, Runs, accuracy, change, ratio_path
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from pictures import TEXT, band, color_of, intervals, label_ends, legend, panels, rule, save, wrap
 from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K
 from testbed.trl_peer import ARM as TRL
 
-_COLORS = {PLAIN.name: "tab:red", RATIO.name: "tab:blue", ONLINE.name: "tab:green", TOP_K.name: "tab:purple", TRL: "tab:gray"}
+_ARMS = (PLAIN.name, RATIO.name, ONLINE.name, TOP_K.name, TRL)
+#: Parts of a cost, and how much of its colour each has.
+_PARTS = {"sampling": 0.4, "scoring": 0.65, "training": 1.0}
 
 
-def draw_claims(path: Path, rows: Sequence[Row], claim: str, _fall: str) -> None:
-    """Accuracy over steps and over seconds, cost, teachers, ratio, SFT length."""
+def draw_claims(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None:
+    """Gain over steps and over seconds, cost, teachers, ratio, SFT length; nothing of the setting in which Lightning fails."""
+    del fall
     runs = Runs.of(rows)
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    steps, seconds, cost, teachers, ratio, length = figure.subplots(2, 3).flat
-    for name, color in _COLORS.items():
-        cell = list(runs.where(claim, name).values())
-        curves = np.array([row["curve"] for row in cell])
-        _band(steps, curves[:, :, 0].mean(0), curves[:, :, 1] - curves[:, :1, 1], color, name)
-        seconds.plot(curves[:, :, 2].mean(0), curves[:, :, 1].mean(0), color=color, marker=".", markersize=4)
-        paths = [ratio_path(row) for row in cell if "step_ratiomean_ratiostd_kl_gain_ess" in row]
-        if paths:
-            at = sorted(paths[0])
-            _band(ratio, np.array(at) + 1, np.array([[p[step][0] for step in at] for p in paths]), color, name)
-    bottom = np.zeros(len(_COLORS))
-    for part, shade in (("sampling", "0.75"), ("scoring", "0.55"), ("training", "0.3")):
-        height = [np.mean([row["cpu_s"][part] for row in runs.where(claim, name).values()]) for name in _COLORS]
-        cost.bar([*_COLORS], height, bottom=bottom, color=shade, label=part)
-        bottom += height
+    figure, (steps, seconds, cost, teachers, ratio, length) = panels(3, 2, height=9.5)
+    for name in _ARMS:
+        curves = np.array([row["curve"] for row in runs.where(claim, name).values()])
+        for axes, at in ((steps, 0), (seconds, 2)):
+            band(axes, curves[:, :, at].mean(0), curves[:, :, 1] - curves[:, :1, 1], name)
+    _draw_cost(cost, runs, claim)
+    _draw_teachers(teachers, runs, claim)
+    _draw_ratio(ratio, runs, claim)
+    _draw_lengths(length, runs)
+    steps.set(title="Gain in accuracy by steps", xlabel="optimizer step")
+    seconds.set(title="Gain in accuracy by cost", xlabel="CPU seconds of the OPD stage")
+    for axes in (steps, seconds, ratio, length):
+        label_ends(axes)
+    save(figure, path)
+
+
+def _draw_cost(axes: Axes, runs: Runs, claim: str) -> None:
+    """CPU seconds of every arm by what they were spent on."""
+    axes.set(title="What the OPD stage costs", xlabel="CPU seconds")
+    left = np.zeros(len(_ARMS))
+    for part, strength in _PARTS.items():
+        width = [np.mean([row["cpu_s"][part] for row in runs.where(claim, name).values()]) for name in _ARMS]
+        axes.barh([wrap(name, 14) for name in _ARMS], width, left=left, color=TEXT, alpha=strength, label=part, height=0.7)
+        left += width
+    axes.invert_yaxis()
+    legend(axes, 3)
+
+
+def _draw_teachers(axes: Axes, runs: Runs, claim: str) -> None:
+    """Gains where teachers are the same, and where they are crossed."""
+    axes.set(title="Gain in accuracy by teachers", xlabel="SFT teacher → OPD teacher")
     pairs = [(sft, opd) for sft in "AB" for opd in "AB"]
     for place, arm in enumerate(MAIN):
-        means = [runs.mean(cell, change) if (cell := runs.where(claim, arm.name, pair)) else None for pair in pairs]
-        for at, mean in enumerate(means):
-            if mean is not None:
-                teachers.bar(at + 0.25 * place, mean.mean, 0.25, yerr=mean.half, color=_COLORS[arm.name])
-    found = sorted({row["setting"] for row in runs.rows if row["setting"].startswith("doubt")}, key=lambda name: int(name.split()[-1]))
-    at = [int(name.split()[-1]) for name in found]
-    starts = np.array([[row["start"] for row in runs.where(name, PLAIN.name).values()] for name in found]).T
-    _band(length, at, starts, "black", "SFT")
-    for arm in MAIN:
-        _band(
-            length,
-            at,
-            np.array([[accuracy(r) for r in runs.where(name, arm.name).values()] for name in found]).T,
-            _COLORS[arm.name],
-            arm.name,
-        )
-    teachers.axhline(0, color="black", linewidth=0.5)
-    teachers.set_xticks(np.arange(4) + 0.25, [f"{sft} → {opd}" for sft, opd in pairs])
-    cost.set_xticks(range(len(_COLORS)), [*_COLORS], rotation=20, ha="right")
-    cost.legend(frameon=False)
-    length.legend(frameon=False)
-    steps.legend(frameon=False)
-    titles = {
-        steps: ("gain over SFT", "optimizer step"),
-        seconds: ("accuracy over CPU time", "CPU seconds of the OPD stage"),
-        cost: ("CPU seconds of the OPD stage", ""),
-        teachers: ("change of accuracy", "SFT teacher → OPD teacher"),
-        ratio: ("mean ratio to the reference policy", "optimizer step"),
-        length: ("accuracy by SFT length", "SFT steps"),
-    }
-    _finish(path, figure, titles)
+        cells = [(at, cell) for at, pair in enumerate(pairs) if (cell := runs.where(claim, arm.name, pair))]
+        means = [runs.mean(cell, change) for _, cell in cells]
+        at = [at + 0.27 * (place - 1) for at, _ in cells]
+        error = {"yerr": [mean.half for mean in means], "error_kw": {"ecolor": TEXT}}
+        axes.bar(at, [mean.mean for mean in means], 0.25, color=color_of(arm.name), label=arm.name, **error)
+    rule(axes, y=0)
+    axes.set_xticks(range(len(pairs)), [f"{sft} → {opd}" for sft, opd in pairs])
+    legend(axes, 2)
+
+
+def _draw_ratio(axes: Axes, runs: Runs, claim: str) -> None:
+    """The mean importance ratio along the runs."""
+    axes.set(title="Mean ratio to the reference policy", xlabel="optimizer step")
+    for arm in (PLAIN, RATIO):
+        paths = [ratio_path(row) for row in runs.where(claim, arm.name).values()]
+        at = sorted(paths[0])
+        band(axes, np.array(at) + 1, [[path[step][0] for step in at] for path in paths], arm.name)
+    rule(axes, y=1)
+
+
+def _draw_lengths(axes: Axes, runs: Runs) -> None:
+    """Accuracy at the end, by the length of SFT."""
+    axes.set(title="Accuracy by SFT length", xlabel="SFT steps")
+    by_steps = {int(row["setting"].split()[-1]): row["setting"] for row in runs.rows if row["setting"].startswith("doubt")}
+    steps = sorted(by_steps)
+    cells = {arm.name: [runs.where(by_steps[at], arm.name) for at in steps] for arm in MAIN}
+    band(axes, steps, np.array([[row["start"] for row in cell.values()] for cell in cells[PLAIN.name]]).T, "SFT", line="--")
+    for name, found in cells.items():
+        band(axes, steps, np.array([[accuracy(row) for row in cell.values()] for cell in found]).T, name)
 
 
 def draw_failure(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None:
     """Change of every run against the tail of its advantages; the gap beside its bound."""
     runs = Runs.of(rows)
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    tail, gap, curve = figure.subplots(1, 3)
+    figure, (tail, curve, gap, key) = panels(2, 2, height=6.5)
     settings = dict.fromkeys(row["setting"] for row in runs.rows)
     for arm in MAIN:
         points = [(runs.where(s, PLAIN.name)[seed]["tail"], change(row)) for s in settings for seed, row in runs.where(s, arm.name).items()]
-        tail.plot(*zip(*points, strict=True), "o", color=_COLORS[arm.name], markersize=4, alpha=0.7, label=arm.name)
+        tail.plot(*zip(*points, strict=True), "o", color=color_of(arm.name), alpha=0.7, label=arm.name)
         cell = np.array([row["curve"] for row in runs.where(fall, arm.name).values()])
-        _band(curve, cell[:, :, 0].mean(0), cell[:, :, 1] - cell[:, :1, 1], _COLORS[arm.name], arm.name)
-    tail.axhline(0, color="black", linewidth=0.5)
+        band(curve, cell[:, :, 0].mean(0), cell[:, :, 1] - cell[:, :1, 1], arm.name)
+    rule(tail, y=0)
     tail.set_xscale("symlog", linthresh=1e-3)
-    tail.set_xlim(left=-1e-4)
-    tail.legend(frameon=False)
+    tail.set(title="Gain in accuracy, every run", xlabel="share of advantages below -5 nats at the start", xlim=(-1e-4, 0.5))
+    curve.set(title=f"Gain in accuracy, {fall}", xlabel="optimizer step")
     gaps = [row for row in rows if row["kind"] == "gap" and row["step"] > 0]
     for setting, arm in dict.fromkeys((row["setting"], row["arm"]) for row in gaps):
         cell = [row for row in gaps if (row["setting"], row["arm"]) == (setting, arm)]
-        marker = {claim: "o", fall: "s"}[setting]
-        gap.plot([r["bound"] for r in cell], [r["gap"] for r in cell], marker, color=_COLORS[arm], markersize=4, label=f"{arm}; {setting}")
+        filled = {claim: color_of(arm), fall: "none"}[setting]
+        points = ([row["bound"] for row in cell], [row["gap"] for row in cell])
+        gap.plot(*points, "o", color=color_of(arm), markerfacecolor=filled, label=f"{arm}; {setting}")
     ends = [min(r["bound"] for r in gaps), max(r["bound"] for r in gaps)]
-    gap.plot(ends, ends, "--", color="black", linewidth=0.8, label="the bound")
+    gap.plot(ends, ends, "--", color=TEXT, linewidth=0.8, label="the bound")
     gap.set_xscale("log")
     gap.set_yscale("symlog", linthresh=0.1)
-    gap.set_ylim(bottom=-0.01)
-    gap.legend(frameon=False, fontsize=7)
-    titles = {
-        tail: ("change of accuracy, every run", "share of advantages below -5 nats before training"),
-        gap: ("measured gradient gap", "bound of theorem 3.5"),
-        curve: (f"change of accuracy, {fall}", "optimizer step"),
-    }
-    _finish(path, figure, titles)
+    gap.set(title="Gradient gap against its bound (theorem 3.5)", xlabel="bound", ylabel="measured gap", ylim=(-0.01, None))
+    key.axis("off")
+    key.legend(*gap.get_legend_handles_labels(), loc="center left", title="Of the gaps")
+    label_ends(curve)
+    legend(tail, 2)
+    save(figure, path)
 
 
 def draw_ablations(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None:
     """Change of accuracy of every arm, with its interval."""
     runs = Runs.of(rows)
     names = [arm.name for arms in (MAIN, *ABLATIONS.values()) for arm in arms if runs.where(claim, arm.name)]
-    figure = Figure(figsize=(13, 0.3 * len(names) + 1.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, setting in zip(panels, (claim, fall), strict=True):
-        for place, name in enumerate(names):
-            if cell := runs.where(setting, name):
-                mean = runs.mean(cell, change)
-                axes.errorbar([mean.mean], [-place], xerr=[mean.half], fmt="o", color=_COLORS.get(name, "black"))
-        axes.axvline(0, color="black", linewidth=0.5)
-    panels[0].set_yticks(-np.arange(len(names)), names)
-    _finish(path, figure, {axes: (setting, "change of accuracy") for axes, setting in zip(panels, (claim, fall), strict=True)})
-
-
-def _band(axes: Axes, at: Any, values: Any, color: str, label: str) -> None:
-    """Mean over seeds, and the seeds from lowest to highest."""
-    axes.plot(at, values.mean(0), color=color, label=label, marker=".", markersize=4)
-    axes.fill_between(at, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-
-
-def _finish(path: Path, figure: Figure, titles: dict[Axes, tuple[str, str]]) -> None:
-    for axes, (title, label) in titles.items():
-        axes.set(title=title, xlabel=label)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
+    figure, axes = panels(1, 2, height=0.26 * len(names) + 1, sharey=True)
+    for panel, setting in zip(axes, (claim, fall), strict=True):
+        intervals(panel, names, {name: runs.mean(cell, change) for name in names if (cell := runs.where(setting, name))})
+        rule(panel, x=0)
+        panel.set(title=f"Gain in accuracy, {setting}")
+    save(figure, path)

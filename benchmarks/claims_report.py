@@ -1,18 +1,15 @@
-"""RESULTS.md of the claims: tables, and words that depend on what was measured.  `claims.py` writes it."""
+"""The part of RESULTS.md on the claims: tables, and words that depend on what was measured."""
 
-import json
-import os
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import claims_estimators_report
-import claims_long_report
 from attrs import frozen
 from claims_plots import draw_ablations, draw_claims, draw_failure
-from claims_summary import Interval, Row, Runs, accuracy, change, goal_lines, ratio_path, ratios, show_measured, spent
-from record import ROOT, fill
+from claims_readings import claims_readings
+from claims_summary import Interval, Row, Runs, accuracy, change, ratio_path, ratios, show_measured, spent
+from results_page import Part
 from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K
 from testbed.trl_peer import ARM as TRL
 
@@ -30,7 +27,7 @@ class Report:
         fall: name of the one in which Lightning falls.
     """
 
-    result: dict[str, Any]
+    result: Mapping[str, Any]
     claim: str
     fall: str
 
@@ -44,6 +41,11 @@ class Report:
         """In the order in which they were run."""
         return [row["name"] for row in self.result["rows"] if row["kind"] == "setting"]
 
+    @property
+    def limit(self) -> Interval:
+        """All that online OPD costs over its training, which no store saves."""
+        return self.runs.mean(self.runs.where(self.claim, ONLINE.name), lambda row: row["cpu_s"]["all"] / row["cpu_s"]["training"])
+
     def goal(self, start: str) -> dict[str, Any]:
         """The goal whose name begins so."""
         return next(goal for goal in self.result["goals"] if goal["name"].startswith(start))
@@ -53,39 +55,28 @@ class Report:
         return "holds" if self.goal(start)["met"] else "does not hold"
 
 
-def write_report(result: Path, report: Path, plots: Path, claim: str, fall: str, *, more: Sequence[str] = ()) -> None:
-    """Write the report, with lines of another one, and its plots into a folder."""
-    found = Report(json.loads(result.read_text()), claim, fall)
-    plots.mkdir(parents=True, exist_ok=True)
-    pictures = {"claims": draw_claims, "claims_failure": draw_failure, "claims_ablations": draw_ablations}
-    for name, draw in pictures.items():
-        draw(plots / f"{name}.png", found.result["rows"], claim, fall)
-    links = {name: os.path.relpath(plots / f"{name}.png", report.parent) for name in pictures}
-    sections = [_head(found), _testbed(found), _accuracy(found, links), _cost(found), _mismatch(found), _ratio(found)]
-    sections += [_gap(found), _failure(found, links), _ablations(found, links), _recommendation(found), *filter(None, [more]), _LIMITS]
-    report.write_text("\n".join(line for section in sections for line in (*section, "")).rstrip() + "\n")
+def claims_part(result: Mapping[str, Any], folder: str, *, claim: str, fall: str) -> Part:
+    """Of `claims.json`, with pictures in a folder."""
+    found = Report(result, claim, fall)
+    draws = {"claims": draw_claims, "claims_failure": draw_failure, "claims_ablations": draw_ablations}
+    pictures = {name: partial(draw, rows=result["rows"], claim=claim, fall=fall) for name, draw in draws.items()}
+    links = {name: f"{folder}/{name}.png" for name in pictures}
+    sections = [_testbed(found), _accuracy(found, links), _cost(found), _mismatch(found), _ratio(found), _gap(found)]
+    sections += [_failure(found, links), _ablations(found, links), _recommendation(found), _LIMITS]
+    readings = claims_readings(fall, found.limit.show(".2f"), f"{_PAPER_ONLINE / _PAPER_TRAINING:.1f}")
+    return Part("The claims of the paper on small models", result, readings, _meaning(found), sections, pictures, "claims.py")
 
 
-def publish(result: Path, claim: str, fall: str) -> None:
-    """The report in the repository, and the README's table."""
-    report, plots = ROOT / "benchmarks" / "RESULTS.md", ROOT / "docs"
-    estimators, long = (result.with_name(f"{name}.json") for name in ("claims_estimators", "claims_long"))
-    more = claims_estimators_report.write_part(estimators, plots, report.parent, claim, fall) if estimators.exists() else []
-    more += ["", *claims_long_report.write_part(long, plots, report.parent)] if long.exists() else []
-    write_report(result, report, ROOT / "docs", claim, fall, more=more)
-    fill(ROOT / "README.md", "claims", readme_table(Report(json.loads(result.read_text()), claim, fall)))
-
-
-def readme_table(found: Report) -> list[str]:
+def readme_table(rows: Sequence[Row], claim: str, fall: str) -> list[str]:
     """The short form: accuracy and cost of every method."""
-    runs, rows = found.runs, []
+    runs, lines = Runs.of(rows), []
     for name in [*(arm.name for arm in (*MAIN, TOP_K)), TRL]:
-        cell, fallen = runs.where(found.claim, name), runs.where(found.fall, name)
-        cost, fall = runs.mean(cell, spent).show(".1f"), runs.mean(fallen, change).show("+.3f") if fallen else ""
-        rows.append([name, runs.mean(cell, accuracy).show(), runs.mean(cell, change).show("+.3f"), cost, fall])
-    sft = runs.mean(runs.where(found.claim, ONLINE.name), lambda row: row["start"]).show()
+        cell, fallen = runs.where(claim, name), runs.where(fall, name)
+        cost, moved = runs.mean(cell, spent).show(".1f"), runs.mean(fallen, change).show("+.3f") if fallen else ""
+        lines.append([name, runs.mean(cell, accuracy).show(), runs.mean(cell, change).show("+.3f"), cost, moved])
+    sft = runs.mean(runs.where(claim, ONLINE.name), lambda row: row["start"]).show()
     head = ("", "accuracy", "gain over SFT", "CPU s", "gain, sharp teacher and young student")
-    return _table(head, [["SFT", sft, "", "", ""], *rows])
+    return _table(head, [["SFT", sft, "", "", ""], *lines])
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -94,21 +85,6 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _told(goal: dict[str, Any]) -> str:
     return f"the difference of {show_measured(goal)} {'cannot be told from none' if goal['met'] else 'is more than chance'}"
-
-
-def _head(found: Report) -> list[str]:
-    result, seeds = found.result, {row["seed"] for row in found.runs.rows}
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    machine = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    return [
-        "# What holds, on small models",
-        "",
-        f"Written by `benchmarks/claims.py`: commit {result['commit'][:12]}; {machine}; {versions}.",
-        f"{len(seeds)} seeds (each its own problems, teachers and students); ± is half of a 95 % interval over them (Student's t), differences are",
-        "taken seed by seed.  Paper: Lightning OPD, arXiv 2604.13010v2.",
-        "",
-        *_table(("claim or goal", "goal", "measured", "met"), goal_lines(result["goals"])),
-    ]
 
 
 def _testbed(found: Report) -> list[str]:
@@ -121,7 +97,10 @@ def _testbed(found: Report) -> list[str]:
 
     head = ("teacher, student", "SFT student, sampled", "greedy", "mean A", "mean abs A", "1 / 50 / 99 % of A", "below -5")
     return [
-        "## The testbed",
+        "### The testbed",
+        "",
+        f"{len({row['seed'] for row in found.runs.rows})} seeds, each its own problems, teachers and students; ± is half of a 95 % interval over",
+        "them (Student's t), and differences are taken seed by seed.  Paper: Lightning OPD, arXiv 2604.13010v2.",
         "",
         "Sums of two numbers with the working written out (`benchmarks/testbed/task.py`); Llama models of 2 layers, trained from scratch.  A teacher",
         "learns from workings in which none, 3 % or 10 % of the digits are slips (certain, some doubt, doubt); a student is fine-tuned on what the",
@@ -149,7 +128,7 @@ def _accuracy(found: Report, links: dict[str, str]) -> list[str]:
             ]
         )
     return [
-        f"## Accuracy (table 1), {found.claim}",
+        f"### Accuracy (table 1), {found.claim}",
         "",
         *_table(("", "accuracy", "gain over SFT", "minus online OPD"), rows),
         "",
@@ -170,13 +149,11 @@ def _cost(found: Report) -> list[str]:
         times = [t.show(".2f") for t in ratios(runs, found.claim, ONLINE.name, name).values()]
         split = [runs.mean(cell, lambda row, part=part: row["cpu_s"][part]).show(".2f") for part in parts]
         rows.append([name, *split, *(["1"] * len(times) if name == ONLINE.name else times)])
-    online = runs.where(found.claim, ONLINE.name)
-    limit = runs.mean(online, lambda row: row["cpu_s"]["all"] / row["cpu_s"]["training"])
     peer = [
         ratios(runs, found.claim, TRL, arm.name)[what].show(".2f") for arm in (PLAIN, TOP_K) for what in ("equal steps", "equal accuracy")
     ]
     return [
-        "## Cost (table 2)",
+        "### Cost (table 2)",
         "",
         "CPU seconds of one thread for the whole OPD stage, all methods at the same prompts, batch, rate and number of steps.  Training is all",
         "that is neither sampling nor scoring: reading, collating and drift included.  The last columns say how many times as much online OPD costs:",
@@ -186,7 +163,7 @@ def _cost(found: Report) -> list[str]:
         "",
         f"That online OPD costs 6 times as much **{found.holds(f'online OPD over {PLAIN.name}, cost of the OPD stage at equal')}** here.",
         "Offline OPD saves sampling and scoring, never training, so it cannot save more than all over training of online OPD:",
-        f"{limit.show('.2f')} in this testbed.  In the paper training is {_PAPER_TRAINING} of {_PAPER_ONLINE} GPU-hours (table 2, 8B), so",
+        f"{found.limit.show('.2f')} in this testbed.  In the paper training is {_PAPER_TRAINING} of {_PAPER_ONLINE} GPU-hours (table 2, 8B), so",
         f"the limit there is {_PAPER_ONLINE / _PAPER_TRAINING:.1f}: long responses of a large model, decoded token by token, and a larger teacher",
         "cost far more than a training step; here responses have 10 tokens and the teacher is nearly as small as the student.",
         "",
@@ -207,7 +184,7 @@ def _mismatch(found: Report) -> list[str]:
     if len(rows) < len(pairs):
         return []
     return [
-        "## Teacher consistency (table 4)",
+        "### Teacher consistency (table 4)",
         "",
         "Two teachers of like skill write the working in different orders.  In brackets the change against SFT.",
         "",
@@ -231,7 +208,7 @@ def _ratio(found: Report) -> list[str]:
         cells = [runs.where(setting, arm.name) for arm in MAIN]
         lengths.append([setting, runs.mean(cells[0], lambda row: row["start"]).show(), *(runs.mean(c, accuracy).show() for c in cells)])
     return [
-        "## The ratio to the reference policy (figure 3a), and SFT length (figure 3c)",
+        "### The ratio to the reference policy (figure 3a), and SFT length (figure 3c)",
         "",
         *_table(("setting", "", "mean at step 5", "20", "50", "100", "its spread at 100"), rows),
         "",
@@ -250,7 +227,7 @@ def _gap(found: Report) -> list[str]:
         values = [Interval.of([row[name] for row in cell]).show(".2f") for name in ("online_gradient", "gap", "bound")]
         rows.append([setting, arm, str(step), *values, f"{Interval.of([row['chi2'] for row in cell]).mean:.3g}"])
     return [
-        "## The gradient gap and its bound (theorem 3.5)",
+        "### The gradient gap and its bound (theorem 3.5)",
         "",
         "Norms of the online gradient and of its difference to the offline one, on all OPD prompts (the square estimated without bias from two",
         "halves), and the bound G σ_A √χ² with G the largest score norm among 64 tokens.  At step 0 both policies are one, and what is measured",
@@ -269,7 +246,7 @@ def _failure(found: Report, links: dict[str, str]) -> list[str]:
         tail = statistics.mean(row["tail"] for row in cells[0].values())
         rows.append([setting, f"{tail:.1%}", *(runs.mean(cell, change).show("+.3f") for cell in cells), warned])
     return [
-        "## Where offline OPD breaks",
+        "### Where offline OPD breaks",
         "",
         "Change of accuracy against SFT; the last column: in how many of the Lightning runs `watch_drift` spoke, and when (median).",
         "",
@@ -292,7 +269,7 @@ def _ablations(found: Report, links: dict[str, str]) -> list[str]:
         for name, arm in lines
     ]
     return [
-        "## What the paper lacks",
+        "### What the paper lacks",
         "",
         "Change of accuracy against SFT, and CPU seconds of the OPD stage.",
         "",
@@ -302,12 +279,28 @@ def _ablations(found: Report, links: dict[str, str]) -> list[str]:
     ]
 
 
-def _recommendation(found: Report) -> list[str]:
+def _recommended(found: Report) -> tuple[str, dict[str, float], Interval]:
+    """The loss to start with, its worst mean change over all settings beside the other's, and what the ratio changes where Lightning works."""
     runs = found.runs
     worst = {arm.name: min(runs.mean(runs.where(setting, arm.name), change).mean for setting in found.settings) for arm in (PLAIN, RATIO)}
     beside = runs.difference(runs.where(found.claim, RATIO.name), runs.where(found.claim, PLAIN.name), accuracy)
     better = worst[RATIO.name] > worst[PLAIN.name] and not beside.negative
-    name = "`FusedOPDLoss(ratio_to_ref=True)`" if better else "`FusedOPDLoss()`, the paper's,"
+    return "`FusedOPDLoss(ratio_to_ref=True)`" if better else "`FusedOPDLoss()`, the paper's,", worst, beside
+
+
+def _meaning(found: Report) -> str:
+    """The third sentence."""
+    loss, *_ = _recommended(found)
+    fallen = found.runs.where(found.fall, PLAIN.name)
+    tail, moved = statistics.mean(row["tail"] for row in fallen.values()), found.runs.mean(fallen, change).show("+.3f")
+    return (
+        f"with one stored number a token start with {loss}; look at the advantages before you train (with {tail:.0%} of them below -5 nats the "
+        f"plain loss changed accuracy by {moved}); and expect a store to save what sampling and scoring cost you, not training."
+    )
+
+
+def _recommendation(found: Report) -> list[str]:
+    runs, (name, worst, beside) = found.runs, _recommended(found)
     sentences = [
         f"Over all settings the worst mean change of plain Lightning is {worst[PLAIN.name]:+.3f}, with the ratio {worst[RATIO.name]:+.3f};",
         f"where Lightning works, the ratio changes accuracy by {beside.show('+.3f')}.  So lopd recommends {name} as the loss to start with.",
@@ -319,11 +312,11 @@ def _recommendation(found: Report) -> list[str]:
         sentences += [
             f"Where the teacher's most likely tokens can be stored, they are worth it ({found.claim}, then {found.fall}): {'; '.join(stored)}."
         ]
-    return ["## Which loss", "", *sentences]
+    return ["### Which loss", "", *sentences]
 
 
 _LIMITS = [
-    "## What this does not show",
+    "### What this does not show",
     "",
     "One task, models of about 50,000 parameters, responses of 10 tokens, one machine without a GPU.  Signs and orders of magnitude may carry",
     "over to large models, the figures do not.  Intervals are over seeds of problems, models and samples; the learning rate and the lengths of",

@@ -10,10 +10,9 @@ from attrs import frozen
 from testbed.arms import ABLATIONS, ONLINE, PLAIN, RATIO, TOP_K
 from testbed.trl_peer import ARM as TRL
 
-Row = dict[str, Any]
+from lopd.records.estimates import t_quantile
 
-#: 97.5 % quantiles of Student's t by degrees of freedom.
-_T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+Row = dict[str, Any]
 
 
 @frozen
@@ -29,7 +28,7 @@ class Interval:
         """Of one value a seed."""
         n = len(values)
         with np.errstate(invalid="ignore"):  # a value may be infinite: then so is the mean, and there is no width
-            half = _T[min(n, len(_T)) - 1] * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+            half = t_quantile(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
         return cls(float(np.mean(values)), half, n)
 
     @property
@@ -140,11 +139,6 @@ def show_measured(goal: dict[str, Any]) -> str:
     form = "+.3f" if abs(goal["measured"]) < 1 and "0" in goal["goal"].split() else ".2f"
     half = "" if not goal["ci95"] else f" ± {goal['ci95']:{form.lstrip('+')}}"
     return f"{goal['measured']:{form}}{half}"
-
-
-def goal_lines(goals: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Name, goal, what was measured, whether it was met."""
-    return [(goal["name"], goal["goal"], show_measured(goal), "yes" if goal["met"] else "**no**") for goal in goals]
 
 
 def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pictures import OFFLINE, ONLINE, RATIO, SUPPORT, TEACHER, TRL, label_ends, panels, save
 from scale_parts import VOCABULARY, Clock
 from scale_workers import Found
 
@@ -124,17 +125,15 @@ def exponents(rows: list[Found], cost: str) -> Found:
 
 
 def draw(path: Path, rows: list[Found]) -> None:
-    """Every cost over the number of rollouts, a panel for each kind of store."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, 2, sharex=True, sharey=True), STORES, strict=True):
+    """Every cost over the number of rollouts, a panel for each kind of store, with its exponent."""
+    rows = [row for row in rows if row["kind"] == "growth"]
+    figure, both = panels(1, 2, height=4.2, sharey=True)
+    for axes, kind in zip(both, STORES, strict=True):
         mine = [row for row in rows if row["store"] == kind]
-        for cost, name in COSTS.items():
-            slope = exponents(mine, cost)["all"]
-            axes.loglog([row["rollouts"] for row in mine], [row[cost] for row in mine], "o-", label=f"{name} ({slope:+.2f})")
-        axes.set(title=f"{kind}, exponents in brackets", xlabel="rollouts", ylabel="seconds")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+        for (cost, name), color in zip(COSTS.items(), (OFFLINE, RATIO, SUPPORT, ONLINE, TRL, TEACHER), strict=True):
+            label = f"{name} ({exponents(mine, cost)['all']:+.2f})"
+            axes.loglog([row["rollouts"] for row in mine], [row[cost] for row in mine], "o-", color=color, label=label)
+        axes.set(title=f"{kind}: seconds (and exponents)", xlabel="rollouts")
+    for axes in both:
+        label_ends(axes)
+    save(figure, path)

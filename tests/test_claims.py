@@ -11,9 +11,10 @@ from attrs import evolve
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import claims
-from claims_report import write_report
+from claims_report import claims_part
 from claims_summary import Interval, Runs, find_goals, ratios, seconds_to
 from record import result_file
+from results_page import make_page
 from testbed.arms import ABLATIONS, MAIN, ONLINE, PLAIN, RATIO, TOP_K, run_arm
 from testbed.gap import run_gap
 from testbed.models import Setting
@@ -43,7 +44,7 @@ def folder(tmp_path_factory):
 def test_an_interval_is_that_of_students_t():
     found = Interval.of([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (found.mean, found.seeds) == (3.0, 5)
-    assert found.half == pytest.approx(2.776 * math.sqrt(2.5 / 5))
+    assert found.half == pytest.approx(2.776445 * math.sqrt(2.5 / 5))
     assert found.show("+.2f") == "+3.00 ± 1.96"
     assert found.positive
     assert not found.negative
@@ -135,12 +136,13 @@ def test_the_report_says_what_the_rows_say(rows, tmp_path):
         assert any(table in name for name in names), table
     result = result_file("claims", {"machine": {}, "versions": {}}, rows, goals, tmp_path)
     json.loads(result.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    write_report(result, tmp_path / "RESULTS.md", tmp_path / "plots", CLAIM.name, FALL.name)
-    text = (tmp_path / "RESULTS.md").read_text()
+    part = claims_part(json.loads(result.read_text()), "plots", claim=CLAIM.name, fall=FALL.name)
+    text = make_page("Claims", [part])
+    part.draw(tmp_path / "plots")
     runs = Runs.of(rows)
     for arm in MAIN:
         assert runs.mean(runs.where(CLAIM.name, arm.name), lambda row: row["accuracy"]).show() in text
-    assert all(goal["name"] in text for goal in goals)
+    assert text.count("✓ held") + text.count("✗ missed") == len(goals)
     assert "nan" not in text
     for name in ("claims", "claims_failure", "claims_ablations"):
         assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 10_000
@@ -153,9 +155,11 @@ def test_a_claim_that_fails_is_said_to_fail(rows, tmp_path):
     goals = find_goals(worse, CLAIM.name, FALL.name)
     gains = next(goal for goal in goals if goal["name"].startswith("online OPD gains"))
     assert (gains["met"], gains["measured"]) == (False, pytest.approx(-0.505))
-    result = result_file("claims", {"machine": {}, "versions": {}}, worse, goals, tmp_path)
-    write_report(result, tmp_path / "RESULTS.md", tmp_path, CLAIM.name, FALL.name)
-    assert "That online OPD beats SFT **does not hold**" in (tmp_path / "RESULTS.md").read_text()
+    part = claims_part({"rows": worse, "goals": goals}, "", claim=CLAIM.name, fall=FALL.name)
+    held, missed, _ = part.sentences()
+    assert "online OPD gains" not in held
+    assert "online OPD gains nothing over SFT that could be told from chance (-0.505 ± 0.064)" in missed
+    assert "That online OPD beats SFT **does not hold**" in "\n".join(line for section in part.sections for line in section)
 
 
 def test_the_full_plan_has_five_seeds_and_every_ablation_once():

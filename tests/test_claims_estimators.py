@@ -11,9 +11,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import claims
 import claims_estimators
-from claims_estimators_report import find_goals, write_part
+from claims_estimators_report import estimators_part, find_goals
 from claims_summary import steps_to
 from record import result_file
+from results_page import make_page
 from test_claims import CLAIM, FALL
 from testbed.arms import MAIN, ONLINE, TOP_K
 from testbed.estimator_arms import BEST, FALLEN, FAST, LIVE, STORED, faster
@@ -68,13 +69,16 @@ def test_the_part_says_what_the_rows_say(rows, tmp_path):
     rows += [{**row, "arm": faster(row["arm"])} for row in rows if row["arm"] in {BEST.name, TRL, ONLINE.name}]
     goals = find_goals(rows, CLAIM.name, FALL.name)
     result = result_file("claims_estimators", {"machine": {"cores": 2}, "versions": {"lopd": "0"}}, rows, goals, tmp_path)
-    text = "\n".join(write_part(result, tmp_path / "plots", tmp_path, CLAIM.name, FALL.name))
-    assert all(goal["name"] in text for goal in json.loads(result.read_text())["goals"])
+    part = estimators_part(json.loads(result.read_text()), "plots", claim=CLAIM.name, fall=FALL.name)
+    text = make_page("Estimators", [part])
+    part.draw(tmp_path / "plots")
+    assert text.count("✓ held") + text.count("✗ missed") == len(goals)
     assert f"| {BEST.name} | 0.600 ± 0.000 | +0.100 ± 0.000 | +0.000 ± 0.000 | -0.095 ± 0.064 |" in text
     assert "pays before its first step is 2.50 ± 0.00 CPU s.  After 75 ± 0 steps of 100" in text
     assert "nan" not in text
-    assert (tmp_path / "plots" / "claims_estimators.png").stat().st_size > 10_000
-    assert "(plots/claims_estimators.png)" in text
+    for name in ("claims_estimators", "claims_estimators_ends"):
+        assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 10_000
+        assert f"(plots/{name}.png)" in text
 
 
 def test_the_plan_has_every_arm_once_a_seed_and_the_rate_of_the_faster_ones_for_trl_too():

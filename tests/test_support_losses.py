@@ -117,7 +117,8 @@ def test_without_the_residual_the_bias_is_what_tokens_outside_the_support_would_
         tail_gap = (p.sum(-1, keepdim=True) / (states.teacher.exp() * outside_SV).sum(-1, keepdim=True)).log()
         for divergence, missing in ((generalised_kl, p * gap), (reverse_kl, p * (gap - tail_gap))):
             bias = states.gradient(FusedLoss(TopKObjective(divergence)), batch) - states.whole()
-            torch.testing.assert_close(bias, -states.score_sum(missing), rtol=0, atol=1e-12)
+            # a tail is 1 minus the rest, which leaves so small a tail an error of 8e-12 in 6,000 seeds
+            torch.testing.assert_close(bias, -states.score_sum(missing), rtol=0, atol=1e-10)
 
 
 @given(st.integers(0, 2**20), st.integers(0, 6), st.integers(0, 1))

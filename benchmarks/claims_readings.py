@@ -1,0 +1,130 @@
+"""The goals of the claims in plain words: what each says where it was met, where it was missed, and why."""
+
+from results_page import Reading
+
+_SAME = "Training on stored rollouts ends as accurate as online OPD (table 1)"
+_SETTLES = "The ratio to the reference policy settles near 1 (figure 3a)"
+
+
+def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
+    """Of `claims.json`.
+
+    Args:
+        fall: name of the setting in which Lightning fails.
+        limit: how many times as much as its own training online OPD costs here: no store can save more.
+        paper_limit: the same in the paper.
+    """
+    return [
+        Reading(
+            "Online OPD improves on SFT (table 1)",
+            r"^online OPD gains over SFT",
+            "online OPD gains {measured} in accuracy over SFT",
+            "online OPD gains nothing over SFT that could be told from chance ({measured})",
+            told=".",
+        ),
+        Reading(
+            _SAME,
+            r"^(?P<arm>Lightning.*) minus online OPD",
+            "*{arm}* cannot be told from online OPD ({measured})",
+            "*{arm}* does not end as accurate as online OPD ({measured})",
+            "Stored states are those of the SFT student, and the plain loss weighs their tokens as if the student had not moved; the ratio does not.",
+            told=".",
+        ),
+        Reading(
+            "Online OPD costs six times as much (table 2)",
+            r"^online OPD over (?P<arm>.+), cost of the OPD stage at (?P<what>.+) \(",
+            "online OPD costs {measured} times as much as *{arm}* at {what}",
+            "online OPD costs only {measured} times as much as *{arm}* at {what}",
+            f"A store saves sampling and scoring, never training, so it cannot save more than {limit} here; in the paper, where long responses of "
+            f"a large model are decoded token by token, that limit is {paper_limit}.",
+            told="ratio to ref, cost of the OPD stage at equal accuracy",
+        ),
+        Reading(
+            "The teacher of SFT should be the teacher of OPD (table 4)",
+            r"\(table 4\)",
+            "with the teacher of SFT Lightning gains {measured} more than with another",
+            "with the teacher of SFT Lightning gains no more than with another ({measured})",
+            told=".",
+        ),
+        Reading(
+            _SETTLES,
+            r"moves less after step 20",
+            "the mean ratio moves less after step 20 than before ({measured})",
+            "the mean ratio moves {measured} more after step 20 than before",
+            "It hardly moves before step 20 either, so there is nothing that could settle.",
+        ),
+        Reading(
+            _SETTLES,
+            r"of any step is within",
+            "the mean ratio of a step is never further than {measured} from 1",
+            "the mean ratio of a step goes {measured} away from 1",
+        ),
+        Reading(
+            "Lightning gains after any length of SFT (figure 3c)",
+            r"^Lightning gains over SFT at (?P<steps>\d+) SFT steps",
+            "after {steps} steps of SFT Lightning gains {measured}",
+            "after {steps} steps of SFT Lightning gains nothing ({measured})",
+            "A student after little SFT makes errors that the teacher finds all but impossible, and these few tokens are most of the gradient.",
+        ),
+        Reading(
+            "The gradient gap is within its bound (theorem 3.5)",
+            r"^(?P<arm>.+) on (?P<setting>.+): largest gradient gap over its bound",
+            "*{arm}* on *{setting}*: the gap is at most {measured} of its bound",
+            "*{arm}* on *{setting}*: the gap is {measured} times its bound",
+            told=fall,
+        ),
+        Reading(
+            "TRL's trainer costs more",
+            r"^TRL over (?P<arm>.+), cost at (?P<what>.+)$",
+            "TRL costs {measured} times as much as *{arm}* at {what}",
+            "TRL was not shown to cost more than *{arm}* at {what} ({measured} times as much)",
+            "TRL's loss is the reverse KL over the whole vocabulary, which learns more from a step than one sampled token does; stored supports are "
+            "in the part on estimators.",
+            told="(ratio to ref|top-8, reverse KL), cost at equal accuracy",
+        ),
+        Reading(
+            f"No variant falls below SFT on {fall}, where Lightning may fail",
+            r"^(?P<arm>.+) does not fall below SFT on (?P<setting>.+)$",
+            "*{arm}* was not shown to fall below SFT where the teacher is all but certain ({measured})",
+            "*{arm}* falls below SFT where the teacher is all but certain ({measured})",
+            "This teacher is all but certain and finds the errors of a young student impossible.  Without the ratio such a token goes on being "
+            "pushed down after the student has dropped it; a smaller rate, a smaller clip or some new rollouts slow that and do not turn it.",
+            told="^Lightning(, ratio to ref)? does",
+        ),
+    ]
+
+
+def estimators_readings(best: str, fall: str, rate: str) -> list[Reading]:
+    """Of `claims_estimators.json`.
+
+    Args:
+        best: name of the arm that the goals are set for.
+        fall: name of the setting in which Lightning fails.
+        rate: what names of arms at the higher rate end with.
+    """
+    either = f"(?P<rate>(?:{rate})?)"
+    return [
+        Reading(
+            f"The stored arm (*{best}*) ends as accurate as live teachers",
+            rf"^.+?{either}, minus (?P<peer>.+?)(?:{rate})?: accuracy$",
+            "the stored arm was not shown to end lower than *{peer}* ({measured}{rate})",
+            "the stored arm ends lower than *{peer}* ({measured}{rate})",
+            "At the higher rate the whole vocabulary, sampled anew, is still worth a little.",
+            told=".",
+        ),
+        Reading(
+            "The stored arm costs a fraction of them",
+            rf"^.+?{either}, as a share of (?P<peer>.+?)(?:{rate})?: cost at (?P<what>.+)$",
+            "it costs {measured} of *{peer}* at {what}{rate}",
+            "it costs {measured} of *{peer}* at {what}{rate}, more than was wanted",
+            "A store saves nothing of training, which is most of what is left.",
+            told=".",
+        ),
+        Reading(
+            f"No stored arm falls below SFT on {fall}, where Lightning may fail",
+            r"^(?P<arm>.+) does not fall below SFT on (?P<setting>.+)$",
+            "*{arm}* was not shown to fall below SFT where the teacher is all but certain ({measured})",
+            "*{arm}* falls below SFT where the teacher is all but certain ({measured})",
+            told="^8 candidates, residual does",
+        ),
+    ]

@@ -1,0 +1,292 @@
+"""Real weights for `evidence.py`: a teacher, students cut from it, their prompts and stores; all built once, and kept in a folder.
+
+Teacher and prompts are those of the quickstart (`examples/smollm2.py`).  Folder of a seed: `text.zarr`, what the teacher wrote on the prompts of SFT,
+of OPD and of the held-out part; and for each student `model/`, and `store.zarr` with its rollouts and one column of scores for each support.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attrs import evolve, frozen
+from record import ROOT
+from testbed.runs import Clock, TimedScorer, TimedSource
+
+from lopd import (
+    CausalLMStudent,
+    FusedSFTLoss,
+    Prompt,
+    Rollout,
+    SamplingParams,
+    ZarrStore,
+    batches,
+    collect_rollouts,
+    make_prompts,
+    opd_steps,
+    score_rollouts,
+)
+from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
+from lopd.guards.start import measure_start
+from lopd.records import Lineage, RolloutSums, prompt_id_of
+
+sys.path.insert(0, str(ROOT / "examples"))
+import smollm2
+from phases import write_json
+
+Row = dict[str, Any]
+#: Rows that sampling and scoring take at once where nothing waits for them: a store is made in large batches.
+ROWS = 64
+#: Column -> what the teacher is asked for beside the log-prob of the sampled token.
+COLUMNS: dict[str, dict[str, int]] = {
+    "teacher": {},
+    "top16": {"top_k": 16},
+    "top64": {"top_k": 64},
+    "candidates": {"candidates": 16},
+    "drawn": {"drawn": 16},
+}
+#: What the policy keeps beside each token it samples: as many of its most likely as `measure_start` can use, and the draws.
+KEPT = {"candidates": 64, "drawn": 16}
+BETAS = (0.9, 0.98)
+
+
+@frozen
+class Size:
+    """How much there is of everything.
+
+    Args:
+        sft_prompts, opd_prompts, held_out: questions, split anew for each seed.
+        new_tokens: of every response, at most.
+        sft_epochs, sft_batch, sft_lr: of SFT; the rate falls in a straight line.
+        batch: rollouts of a step of OPD; one pass over the OPD prompts is `opd_prompts / batch` steps.
+    """
+
+    sft_prompts: int = 256
+    opd_prompts: int = 96
+    held_out: int = 32
+    new_tokens: int = 48
+    sft_epochs: int = 1
+    sft_batch: int = 8
+    sft_lr: float = 2e-4
+    batch: int = 8
+
+
+@frozen
+class Kind:
+    """A student: the teacher without some layers.
+
+    Args:
+        name: in tables.
+        dropped: layers that are left out.
+    """
+
+    name: str
+    dropped: tuple[int, ...]
+
+
+NEAR, FAR = Kind("near", (14, 15)), Kind("far", (13, 14, 15, 16, 17, 18))
+
+
+def once(path: Path, work: Callable[[], Row]) -> Row:
+    """A finished unit is a file, with the CPU seconds it took all in all, which a killed run that is called again finds."""
+    if not path.exists():
+        begun = time.process_time()
+        row = work()
+        write_json(path, {**row, "unit_s": time.process_time() - begun})
+    found: Row = json.loads(path.read_text())
+    return found
+
+
+@cache
+def teacher(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer, once a process; both of them stay."""
+    model, tokenizer = load_model(folder, torch.float32)
+    return model.requires_grad_(False), tokenizer
+
+
+@frozen
+class Bed:
+    """A seed and a student.
+
+    Args:
+        folder: of the whole run.
+    """
+
+    folder: Path
+    size: Size
+    seed: int
+    kind: Kind
+
+    @property
+    def home(self) -> Path:
+        """What is this seed's, whatever the student."""
+        return self.folder / f"seed-{self.seed}"
+
+    @property
+    def of_student(self) -> Path:
+        """What is the student's."""
+        return self.home / self.kind.name
+
+    @property
+    def scorer(self) -> HFScorer:
+        """The teacher."""
+        return HFScorer(*teacher(self.folder / "teacher"))
+
+    def sampling(self, **kept: int) -> SamplingParams:
+        """How every response that is trained on is drawn."""
+        return SamplingParams(self.size.new_tokens, seed=self.seed, **kept)
+
+    def prompts(self) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+        """Disjoint ones: SFT, OPD, held out."""
+        return _prompts(self)
+
+    def text(self) -> ZarrStore:
+        """What the teacher wrote."""
+        return ZarrStore.open(self.home / "text.zarr")
+
+    def rows_of_text(self, prompts: list[Prompt]) -> Any:
+        """Where its answers to these prompts are."""
+        named = {prompt.prompt_id for prompt in prompts}
+        store = self.text()
+        return np.flatnonzero([prompt_id_of(r.rollout.rollout_id) in named for r in store.read(np.arange(len(store)), columns=())])
+
+    def student(self) -> tuple[CausalLMStudent, Any, Lineage]:
+        """A fresh copy after SFT."""
+        model, tokenizer = load_model(self.of_student / "model", torch.float32)
+        return CausalLMStudent(train_from_the_cut(model, self.kind), tokenizer), tokenizer, Lineage.read(self.of_student / "model")
+
+
+@cache
+def _prompts(bed: Bed) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    every = make_prompts(smollm2.questions(), teacher(bed.folder / "teacher")[1])
+    shuffled = [every[i] for i in np.random.default_rng(bed.seed).permutation(len(every))]
+    sft, opd, held_out = np.cumsum([bed.size.sft_prompts, bed.size.opd_prompts, bed.size.held_out]).tolist()
+    return shuffled[:sft], shuffled[sft:opd], shuffled[opd:held_out]
+
+
+def train_from_the_cut(model: Any, kind: Kind) -> Any:
+    """Layers before the cut compute what the teacher's do, and stay as they are; so do embeddings, which are the head, too.
+
+    That is what makes this affordable: a step takes two thirds of the time.
+    """
+    model.get_input_embeddings().requires_grad_(False)
+    for layer in model.model.layers[: min(kind.dropped)]:
+        layer.requires_grad_(False)
+    return model
+
+
+def make_teacher(folder: Path) -> Row:
+    """Unpack the weights."""
+    return once(folder / "teacher.json", lambda: smollm2.save_teacher(_fresh(folder / "teacher")) or {"kind": "teacher"})
+
+
+def make_text(bed: Bed) -> Row:
+    """The teacher's answers to all prompts of a seed."""
+
+    def work() -> Row:
+        clock = Clock()
+        source = TimedSource(HFSource(*teacher(bed.folder / "teacher"), bed.sampling(), rows_per_batch=ROWS), clock)
+        store = ZarrStore.open_or_create(_fresh(bed.home / "text.zarr"), source.manifest)
+        collect_rollouts(source, [prompt for part in bed.prompts() for prompt in part], store, prompts_per_batch=ROWS)
+        return {"kind": "text", "seed": bed.seed, "rollouts": len(store), "cpu_s": clock.split()}
+
+    return once(bed.home / "text.json", work)
+
+
+def make_student(bed: Bed) -> Row:
+    """Cut it, fine-tune it on the teacher's answers, and measure it."""
+
+    def work() -> Row:
+        clock, size, home = Clock(), bed.size, _fresh(bed.of_student / "model")
+        smollm2.save_pruned(*teacher(bed.folder / "teacher"), home, bed.kind.dropped)
+        student, tokenizer, _ = bed.student()
+        optimizer = optimizer_of(student, size.sft_lr)
+        rows = bed.rows_of_text(bed.prompts()[0])
+        stream = batches(bed.text(), teacher=None, rollouts_per_step=size.sft_batch, seed=bed.seed, rows=rows)
+        total = size.sft_epochs * size.sft_prompts // size.sft_batch
+        for metrics in opd_steps(student, stream[:total], FusedSFTLoss(), optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = size.sft_lr * (1 - (metrics.step + 1) / total)
+        student.export(_fresh(home), tokenizer, stream.lineage)
+        spent = clock.split()
+        return {"kind": "sft", "seed": bed.seed, "student": bed.kind.name, "steps": total, "cpu_s": spent, **measure(bed, student.model)}
+
+    return once(bed.of_student / "sft.json", work)
+
+
+def make_store(bed: Bed) -> Row:
+    """The student's answers to the OPD prompts, scored in every way; what each part costs, and what the diagnostics say."""
+
+    def work() -> Row:
+        sampling, scoring = Clock(), {name: Clock() for name in COLUMNS}
+        student, tokenizer, lineage = bed.student()
+        source = HFSource(student.model, tokenizer, bed.sampling(**KEPT), lineage, rows_per_batch=ROWS)
+        store = ZarrStore.open_or_create(_fresh(bed.of_student / "store.zarr"), source.manifest)
+        collect_rollouts(TimedSource(source, sampling), bed.prompts()[1], store, prompts_per_batch=ROWS)
+        for name, asked in COLUMNS.items():
+            score_rollouts(store, TimedScorer(evolve(bed.scorer, **asked), scoring[name]), column=name, rollouts_per_batch=ROWS)
+        spent = {"sampling": sampling.seconds["sampling"], "scoring": {name: clock.seconds["scoring"] for name, clock in scoring.items()}}
+        return {"kind": "store", "seed": bed.seed, "student": bed.kind.name, "cpu_s": spent, "start": start_of(store)}
+
+    return once(bed.of_student / "store.json", work)
+
+
+def start_of(store: ZarrStore) -> Row:
+    """The diagnostics before training, as plain numbers."""
+    said = measure_start(store, teacher="top64", ref="policy")
+    least, most = said.outside or (None, None)
+    return {
+        "reverse_kl": said.reverse_kl.mean,
+        "overlap": {str(k): found.mean for k, found in said.overlap.items()},
+        "outside_top64": [part.mean for part in (least, most) if part is not None],
+        "advantage_quantiles": said.advantages.quantiles,
+        "tail": said.beyond_tail,
+        "verdict": said.verdict,
+    }
+
+
+def optimizer_of(student: CausalLMStudent, rate: float) -> torch.optim.AdamW:
+    """At a constant rate, so that every step of a run is an end that it could have had."""
+    return torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=rate, betas=BETAS, weight_decay=0.0)
+
+
+def measure(bed: Bed, model: Any) -> Row:
+    """Of a student on the held-out prompts, rollout by rollout: reverse KL on its fresh answers, forward KL on the teacher's, tokens.
+
+    Draws are coupled: all students of a seed have the same uniform numbers, so what they differ in is not luck.
+    """
+    held_out, tokenizer = bed.prompts()[2], teacher(bed.folder / "teacher")[1]
+    source = HFSource(model, tokenizer, SamplingParams(bed.size.new_tokens, seed=1000 + bed.seed), rows_per_batch=ROWS)
+    rollouts = source.sample(held_out)
+    kl = exact_reverse_kl(source, bed.scorer, rollouts)
+    written = [r.rollout for r in bed.text().read(bed.rows_of_text(held_out), columns=())]
+    forward = forward_kl(written, HFScorer(model, tokenizer))
+    return {"reverse_kl": _plain(kl), "forward_kl": _plain(forward), "ended": float(np.mean([r.finish_reason == "stop" for r in rollouts]))}
+
+
+def forward_kl(written: list[Rollout], student: HFScorer) -> RolloutSums:
+    """KL(teacher, student) in nats, summed over each of the teacher's answers, from its sampled tokens: what two students differ in is exact."""
+    gaps = [r.behavior_logprobs - s.logprobs for r, s in zip(written, student.score(written), strict=True)]
+    return RolloutSums(np.array([gap.sum(dtype=np.float64) for gap in gaps]), np.array([gap.size for gap in gaps], np.float64))
+
+
+def mean_kl(point: Row) -> float:
+    """Nats a token, held-out reverse KL at a point of a curve."""
+    return float(sum(point["reverse_kl"]["sums"]) / sum(point["reverse_kl"]["counts"]))
+
+
+def _plain(sums: RolloutSums) -> Row:
+    return {"sums": sums.sums.round(4).tolist(), "counts": sums.counts.astype(int).tolist()}
+
+
+def _fresh(folder: Path) -> Path:
+    """A place in which nothing of a killed attempt is left: its seconds are lost, so its work is done again."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder

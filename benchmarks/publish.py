@@ -1,0 +1,41 @@
+"""Write benchmarks/RESULTS.md, its pictures, and its first sentences on the first pages, out of benchmarks/results/*.json.
+
+Nothing is measured here.
+
+python benchmarks/publish.py     # half a minute
+"""
+
+from functools import partial
+
+from claims_estimators_report import estimators_part
+from claims_report import claims_part, readme_table
+from docs_tables import DOCS, FAILS, RESULTS, WORKS, read
+from record import ROOT, fill
+from results_page import Maker, Part, make_page
+
+PAGE, TITLE = ROOT / "benchmarks" / "RESULTS.md", "What holds, and what does not"
+#: The parts of the page, in its order, by result file; one that was not measured yet is left out.
+PARTS: dict[str, Maker] = {
+    "claims": partial(claims_part, claim=WORKS, fall=FAILS),
+    "claims_estimators": partial(estimators_part, claim=WORKS, fall=FAILS),
+}
+
+
+def parts() -> list[Part]:
+    """Those that were measured."""
+    return [make(read(name), "../docs") for name, make in PARTS.items() if (RESULTS / f"{name}.json").exists()]
+
+
+def publish() -> None:
+    """Write and draw all of it."""
+    found = parts()
+    PAGE.write_text(make_page(TITLE, found))
+    for part in found:
+        part.draw(DOCS)
+    for page, docs in ((ROOT / "README.md", "docs/"), (DOCS / "index.md", "")):
+        fill(page, "claims sentences", [line.replace("](../docs/", f"]({docs}") for line in found[0].sentences()])
+    fill(ROOT / "README.md", "claims", readme_table(read("claims")["rows"], WORKS, FAILS))
+
+
+if __name__ == "__main__":
+    publish()

@@ -1,0 +1,133 @@
+"""The benchmark on real weights, without the weights: what is chosen, what is gathered after a kill, the goals and the page."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import evidence
+from evidence_arms import LIVE, ONLINE, PLAIN, RATIO, SAME, TOP_64, TRL
+from evidence_bed import FAR, NEAR, once
+from evidence_report import write_page
+from evidence_summary import Form, Found, find_goals
+from record import result_file
+
+#: Reverse KL at the end, and cost of all steps, by arm.
+ENDS = {"online OPD": (0.3, 400.0), SAME.name: (0.26, 420.0), "TRL DistillationTrainer": (0.28, 500.0), "teacher's top 64": (0.25, 120.0)}
+
+
+def curve(arm, steps, points, seed, start=0.4):
+    """Straight lines from the start to the end."""
+    end, spent = ENDS.get(arm.name.split(" (")[0], (0.35, 100.0))
+    end += 0.001 * seed
+    return [
+        {
+            "step": max(1, round(share * steps)),
+            "cpu_s": {"sampling": 0.1 * spent, "scoring": 0.1 * spent, "training": 0.8 * spent * share, "all": spent * (0.2 + 0.8 * share)},
+            "reverse_kl": {"sums": [20 * (start + (end - start) * share), 10 * (start + (end - start) * share)], "counts": [20.0, 10.0]},
+            "forward_kl": {"sums": [4.0, 4.0], "counts": [20.0, 20.0]},
+            "ended": 0.5,
+        }
+        for share in points
+    ]
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """All units in a folder, made up: the middle rate is the best."""
+
+    def run(bed, arm, rate, points):
+        rate_costs = 0.0 if rate == 1.5e-4 else 0.1
+        made = curve(arm, arm.steps(bed), points, bed.seed)
+        for point in made:
+            point["reverse_kl"]["sums"] = [value + rate_costs * 20 for value in point["reverse_kl"]["sums"]]
+        return {
+            "kind": "run",
+            "seed": bed.seed,
+            "student": bed.kind.name,
+            "arm": arm.name,
+            "rate": rate,
+            "steps": arm.steps(bed),
+            "curve": made,
+        }
+
+    monkeypatch.setattr(evidence, "run_arm", run)
+    plan = evidence.Plan(
+        tmp_path, tmp_path / "results", (0, 1, 2), arms=((NEAR, (PLAIN, RATIO, TOP_64, *LIVE)), (FAR, (RATIO, TOP_64, ONLINE)))
+    )
+    for bed in plan.beds():
+        start = {"reverse_kl": 0.4, "overlap": {"16": 0.9, "64": 0.8}, "outside_top64": [0.0, 0.1], "tail": 0.01, "verdict": "offline"}
+        named = {"seed": bed.seed, "student": bed.kind.name}
+        once(bed.of_student / "store.json", lambda named=named, start=start: {"kind": "store", **named, "start": start})
+        point = curve(PLAIN, 1, [0.0], bed.seed)[0]
+        once(bed.of_student / "sft.json", lambda named=named, point=point: {"kind": "sft", **named, **point})
+    for unit in evidence.rate_trials(plan):
+        unit()
+    return plan
+
+
+def finish(plan, seeds):
+    chosen = evidence.Chosen.of(plan)
+    for unit in (*chosen.form_trials(plan), *chosen.runs(plan)):
+        if unit.bed.seed in (*seeds, plan.choice):
+            unit()
+    return evidence.gather(plan, chosen)
+
+
+def test_rates_and_the_best_arm_are_chosen_on_a_seed_that_is_not_reported(plan):
+    chosen = evidence.Chosen.of(plan)
+    assert set(chosen.rates.values()) == {1.5e-4}
+    assert chosen.best == TOP_64
+    assert plan.choice not in plan.seeds
+    assert {unit.bed.seed for unit in chosen.runs(plan)} == set(plan.seeds)
+
+
+def test_runs_have_different_places(plan):
+    chosen = evidence.Chosen.of(plan)
+    paths = [unit.path for unit in (*evidence.rate_trials(plan), *chosen.form_trials(plan), *chosen.runs(plan))]
+    assert len(set(paths)) == len(paths)
+
+
+def test_a_finished_unit_is_not_made_again(tmp_path):
+    assert once(tmp_path / "unit.json", lambda: {"value": 1})["value"] == 1
+    assert once(tmp_path / "unit.json", lambda: pytest.fail("made again"))["value"] == 1
+
+
+def test_a_seed_is_reported_when_all_of_it_is_finished(plan):
+    rows = finish(plan, (0, 1))
+    assert {row["seed"] for row in rows if row["kind"] == "run"} == {0, 1}
+    chosen = evidence.Chosen.of(plan)
+    next(unit for unit in chosen.runs(plan) if unit.bed.seed == 1).path.unlink()
+    assert {row["seed"] for row in evidence.gather(plan, chosen) if row["kind"] == "run"} == {0}
+
+
+def test_the_form_of_the_goals_is_the_best_that_a_quarter_of_a_live_run_pays_for(plan):
+    found = Found(finish(plan, (0, 1, 2)))
+    assert found.form() == Form(f"{TOP_64.name} (two passes)", 12), "half of its steps cost 72 of 400; all of them 120, too much"
+    goals = {goal["name"]: goal for goal in find_goals(found.rows)}
+    more, share = (
+        next(goal for name, goal in goals.items() if f"{TRL.name}: {what}" in name and "all of" not in name) for what in ("held", "cost")
+    )
+    assert (more["met"], more["measured"]) == (False, pytest.approx(0.4 + (0.25 - 0.4) / 2 - 0.28, abs=0.01))
+    assert (share["met"], share["measured"]) == (True, pytest.approx(72 / 500))
+
+
+def test_the_page_says_what_the_rows_say(plan, tmp_path):
+    rows = finish(plan, (0, 1, 2))
+    result = result_file("evidence", {"machine": {}, "versions": {}}, rows, find_goals(rows), tmp_path)
+    json.loads(result.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    text = write_page(result, tmp_path / "pages").read_text()
+    found = Found(rows)
+    assert all(f"| {name} |" in text for name in found.names())
+    assert all(goal["name"] in text for goal in find_goals(rows))
+    assert f"What did not: {found.form().arm}, 12 steps, minus" in text
+    assert (tmp_path / "pages" / "evidence.png").stat().st_size > 10_000
+    assert "nan" not in text
+
+
+def test_one_seed_meets_no_goal_that_needs_an_interval(plan):
+    goals = find_goals(finish(plan, (0,)))
+    assert not any(goal["met"] for goal in goals if "within the interval" in goal["goal"])

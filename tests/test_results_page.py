@@ -1,0 +1,66 @@
+"""The page of results: it is what its script makes of the result files, and says each goal once, in words that fit."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import publish
+from docs_tables import IN_WORDS
+from results_page import Part, Reading, make_page
+
+READINGS = [
+    Reading(
+        "Cheap", r"^cost of (?P<arm>.+)$", "*{arm}* costs {measured}", "*{arm}* costs {measured}, too much", "Wages.", told="^cost of b"
+    ),
+    Reading("Good", r"^gain$", "it gains {measured}", "it gains nothing ({measured})", told="."),
+]
+
+
+def goal(name, measured, met, wanted="<= 1"):
+    return {"name": name, "goal": wanted, "measured": measured, "ci95": 0.5, "seeds": 2, "met": met}
+
+
+def part(*goals):
+    result = {"commit": "0123456789abcdef", "machine": {"cores": 2}, "versions": {"lopd": "1"}, "goals": goals}
+    return Part("A small part", result, READINGS, "be careful.", [["### More", "", "words"]], {}, "some.py")
+
+
+def test_the_page_in_the_repository_is_what_its_script_makes_of_the_result_files():
+    parts = publish.parts()
+    assert make_page(publish.TITLE, parts) == publish.PAGE.read_text(), "run benchmarks/publish.py"
+    for first_page in (publish.ROOT / "README.md", publish.DOCS / "index.md"):
+        assert parts[0].sentences()[0] in first_page.read_text().splitlines(), "run benchmarks/publish.py"
+
+
+def test_goals_that_pages_leave_to_this_one_are_in_it():
+    assert {name for name in IN_WORDS if (publish.RESULTS / f"{name}.json").exists()} <= {*publish.PARTS}
+
+
+def test_three_sentences_tell_what_held_and_what_did_not():
+    found = part(goal("cost of a", 2.0, met=False), goal("cost of b", 0.5, met=True), goal("gain", 3.0, met=True))
+    assert found.sentences() == [
+        "- **What held** (2 of 3 goals): *b* costs 0.50 ± 0.50; it gains 3.00 ± 0.50.",
+        "- **What did not:** *a* costs 2.00 ± 0.50, too much.",
+        "- **For you:** be careful.",
+    ]
+
+
+def test_a_part_in_which_nothing_was_missed_says_so():
+    assert part(goal("gain", 3.0, met=True)).sentences()[1] == "- **What did not:** nothing."
+
+
+def test_every_goal_is_in_the_page_by_claim_with_the_reason_of_a_miss_and_what_it_is_from_stands_last():
+    page = make_page("Results", [part(goal("cost of a", 2.0, met=False), goal("cost of b", 0.5, met=True), goal("gain", 3.0, met=True))])
+    assert page.startswith("# Results\n\n[A small part](#a-small-part):\n\n- **What held**")
+    assert "**Cheap**: 1 of 2 goals met.\n" in page
+    assert "| ✗ missed | *a* costs 2.00 ± 0.50, too much | <= 1 |\n| ✓ held | *b* costs 0.50 ± 0.50 | <= 1 |\n\nWhy: Wages.\n" in page
+    assert page.count("Why:") == 1
+    assert page.endswith("| A small part | `benchmarks/some.py` | 0123456789ab | cores 2 | lopd 1 |\n")
+
+
+def test_a_goal_that_no_reading_says_is_refused():
+    with pytest.raises(ValueError, match=r"A small part: goal 'size' has 0 readings, expected 1\."):
+        part(goal("size", 1.0, met=True))
