@@ -19,9 +19,10 @@ from typing import Any
 
 import claims
 from attrs import asdict, evolve
-from claims_long_report import find_goals, write_part
+from claims_long_report import find_goals, long_part
 from publish import publish
 from record import ROOT, describe_machine, result_file
+from results_page import make_page
 from testbed.arms import ONLINE, Arm
 from testbed.long_arms import BEST, BEST_LIVE, LIVE, STORED
 from testbed.models import Setting, prepare, untrained_teacher
@@ -44,14 +45,14 @@ SETTING = Setting(
     teacher_steps=1200,
     teacher_lr=4e-3,
     sft_prompts=2000,
-    sft_steps=1000,
+    sft_steps=750,
     opd_prompts=1600,
-    held_out_prompts=250,
+    held_out_prompts=200,
     max_new_tokens=92,
     batch=8,
     opd_steps=200,
 )
-CURVE = (10, 25, 50, 100, 150, 200)
+CURVE = (50, 100, 150, 200)
 #: What may move the limit, each changed alone.
 CHANGES: dict[str, dict[str, Any]] = {
     "as in the runs": {},
@@ -139,7 +140,9 @@ def main() -> None:
     seeds = options.seeds or (claims.SEEDS[:2] if options.quick else claims.SEEDS)
     written = RESULT if options.report else measure(SETTING, seeds, options.folder, options.workers, home, quick=options.quick)
     if trial:
-        print("\n".join(write_part(written, home, home)))
+        part = long_part(json.loads(written.read_text()), ".")
+        print(make_page("Long responses, in short", [part]))
+        part.draw(home)
     else:
         publish()
 

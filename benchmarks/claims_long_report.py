@@ -1,21 +1,21 @@
 """The part of RESULTS.md on long responses: goals, tables, words and a plot, out of what `claims_long.py` measured."""
 
-import json
-import os
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from attrs import frozen
-from claims_summary import Interval, Row, Runs, accuracy, as_goal, change, goal_lines, ratios
+from claims_summary import Interval, Row, Runs, accuracy, as_goal, change, ratios
 from docs_tables import table
-from matplotlib.figure import Figure
-from testbed.arms import ONLINE
+from pictures import band, label_ends, panels, save
+from results_page import Part, Reading
+from testbed.arms import ONLINE, RATIO
 from testbed.long_arms import BEST, BEST_LIVE, LIVE, STORED
 from testbed.trl_peer import ARM as TRL
 
+TITLE = "What a store saves where responses are long"
 #: How many times as much online OPD is to cost (the paper's figure), and the share of the limit that is to be reached.
 TIMES, OF_LIMIT = 4.0, 0.85
 _PARTS = ("sampling", "scoring", "training", "all")
@@ -67,10 +67,9 @@ def limit(row: Row) -> float:
 def find_goals(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
     """Every goal, beside online OPD with the sampled token and with the support of the arm."""
     found, goals = Found(rows, setting), []
-    online = found.cell(ONLINE.name)
-    gain = found.runs.mean(online, change)
-    goals.append(as_goal("online OPD gains over SFT, accuracy", "> 0", gain, gain.positive))
-    for other in (ONLINE.name, BEST_LIVE.name):
+    for other in (BEST_LIVE.name, ONLINE.name):
+        gain = found.runs.mean(found.cell(other), change)
+        goals.append(as_goal(f"{other} gains over SFT, accuracy", "> 0", gain, gain.positive))
         more = found.runs.difference(found.cell(BEST.name), found.cell(other), accuracy)
         goals.append(as_goal(f"{BEST.name}, minus {other}: accuracy", "0 or more, within the interval", more, not more.negative))
         times = found.times(other, BEST.name, "equal accuracy")
@@ -82,31 +81,66 @@ def find_goals(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
     return goals
 
 
-def write_part(result: Path, plots: Path, beside: Path) -> list[str]:
-    """The lines, and the plot into a folder; links are from another folder."""
-    said = json.loads(result.read_text())
-    setting = next(row for row in said["rows"] if row["kind"] == "setting")
-    found = Found(said["rows"], setting["name"])
-    plots.mkdir(parents=True, exist_ok=True)
-    _draw(plots / f"{result.stem}.png", found)
-    machine, versions = (", ".join(f"{name} {value}" for name, value in said[key].items()) for key in ("machine", "versions"))
-    return [
-        "## Long responses",
-        "",
-        f"Written by `benchmarks/claims_long.py`: commit {said['commit'][:12]}; {machine}; {versions}.",
+def long_part(result: Mapping[str, Any], folder: str) -> Part:
+    """Of `claims_long.json`, with its picture in a folder."""
+    setting = next(row for row in result["rows"] if row["kind"] == "setting")
+    found = Found(result["rows"], setting["name"])
+    pictures = {"claims_long": partial(_draw, found=found)}
+    lines = [
         *_task(found, setting),
         "",
-        *table(("goal", "", "measured", "met"), iter(goal_lines(said["goals"])), 2),
+        "Costs are CPU seconds of one thread for the whole OPD stage.  The last columns say how many times as much as each arm",
+        f"*{BEST_LIVE.name}* costs: at equal steps, and until both have the accuracy with which the worse of them ends.",
         "",
-        "Costs are CPU seconds of one thread for the whole OPD stage.  The last columns say how many times as much online OPD costs, with the",
-        "sampled token, at equal steps and until both have the accuracy with which the worse of them ends.",
+        *table(("", "accuracy", "minus online OPD", *_PARTS, "equal steps", "equal accuracy"), _arms(found)),
         "",
-        *table(("", "accuracy", "minus online OPD", *_PARTS, "online OPD, equal steps", "equal accuracy"), _arms(found)),
-        "",
-        *_limits(found),
-        "",
-        f"![Accuracy against CPU seconds]({os.path.relpath(plots / f'{result.stem}.png', beside)})",
+        f"![Accuracy against CPU seconds]({folder}/claims_long.png)",
     ]
+    sections = [lines, ["### What the limit is, and what moves it", "", *_limits(found)]]
+    return Part(TITLE, result, _readings(), _meaning(found), sections, pictures, "claims_long.py")
+
+
+def _readings() -> list[Reading]:
+    return [
+        Reading(
+            "Online OPD improves on SFT",
+            r"^(?P<arm>online OPD.*) gains over SFT",
+            "*{arm}* gains {measured} in accuracy over SFT",
+            "*{arm}* gains nothing over SFT that could be told from chance ({measured})",
+            told=BEST_LIVE.name,
+        ),
+        Reading(
+            "The stored arm ends as accurate as online OPD",
+            r"^.+, minus (?P<peer>.+): accuracy$",
+            f"*{BEST.name}* was not shown to end lower than *{{peer}}* ({{measured}})",
+            f"*{BEST.name}* ends lower than *{{peer}}* ({{measured}})",
+            told=".",
+        ),
+        Reading(
+            "The stored arm costs a fraction of it",
+            r"^(?P<peer>.+) over .+, cost at equal accuracy$",
+            "*{peer}* costs {measured} times as much at equal accuracy",
+            "*{peer}* costs only {measured} times as much at equal accuracy",
+            told=".",
+        ),
+        Reading(
+            "What it saves is most of what a store can save",
+            r"^(?P<peer>.+) over .+, cost at (?P<what>.+) as a share of the limit$",
+            "beside *{peer}* it reaches {measured} of the limit at {what}",
+            "beside *{peer}* it reaches only {measured} of the limit at {what}",
+            told=f"^{BEST_LIVE.name} over.+equal accuracy",
+        ),
+    ]
+
+
+def _meaning(found: Found) -> str:
+    """The third sentence."""
+    online, best = found.cell(BEST_LIVE.name), found.cell(BEST.name)
+    sampling = found.runs.mean(online, lambda row: row["cpu_s"]["sampling"] / row["cpu_s"]["all"])
+    return (
+        f"the larger the share of decoding, the more a store saves: sampling was {sampling.show('.2f')} of online OPD's bill, and few rollouts that "
+        f"are used often ({next(iter(best.values()))['stored_rollouts']}) were enough."
+    )
 
 
 def _task(found: Found, setting: Row) -> list[str]:
@@ -115,8 +149,9 @@ def _task(found: Found, setting: Row) -> list[str]:
     teacher = Interval.of([row["accuracy"] for row in found.rows if row["kind"] == "teacher"]).show()
     sizes = [f"{layers} layers of {hidden}" for hidden, layers in (setting["teacher_size"], setting["student_size"])]
     return [
-        f"Products of two numbers of {setting['digits']} digits with their working (`benchmarks/testbed/products.py`): responses have",
-        f"{setting['max_new_tokens']} tokens, and a slip in any of them can spoil the result.  {len(online)} seeds.",
+        f"Products of a number of {setting['digits']} digits and one of {setting['digits'] - 1}, with their working",
+        f"(`benchmarks/testbed/products.py`): responses have {setting['max_new_tokens']} tokens, and a slip in any of them can spoil the result.",
+        f"{len(online)} seeds, each with its own problems, teacher and student.",
         f"The teacher ({sizes[0]}) is right in {teacher} of what it samples, the SFT student ({sizes[1]}) in {sft}.",
         f"{setting['opd_steps']} steps of {setting['batch']} rollouts, so few that decoding is most of online OPD's bill, as it is with",
         "large models.  Sizes, rates and the arm of the goals were chosen on other seeds.",
@@ -126,10 +161,10 @@ def _task(found: Found, setting: Row) -> list[str]:
 def _arms(found: Found) -> Iterator[list[str]]:
     for name in found.names:
         cell = found.cell(name)
-        more = found.runs.difference(cell, found.cell(ONLINE.name), accuracy).show("+.3f")
+        more = found.runs.difference(cell, found.cell(BEST_LIVE.name), accuracy).show("+.3f")
         split = [found.runs.mean(cell, lambda row, part=part: row["cpu_s"][part]).show(".1f") for part in _PARTS]
-        times = [found.times(ONLINE.name, name, at).show(".2f") for at in ("equal steps", "equal accuracy")]
-        beside = ["", "1", "1"] if name == ONLINE.name else [more, *times]
+        times = [found.times(BEST_LIVE.name, name, at).show(".2f") for at in ("equal steps", "equal accuracy")]
+        beside = ["", "1", "1"] if name == BEST_LIVE.name else [more, *times]
         yield [name, found.runs.mean(cell, accuracy).show(), beside[0], *split, *beside[1:]]
 
 
@@ -151,10 +186,10 @@ def _limits(found: Found) -> list[str]:
                 found.runs.mean(cell, limit).show(".2f"),
             ]
 
-    ends = [f"{found.runs.mean(found.cell(arm.name), limit).show('.2f')} ({arm.name})" for arm in LIVE if found.cell(arm.name)]
+    ends = [f"{arm.name} {found.runs.mean(found.cell(arm.name), limit).show('.2f')}" for arm in LIVE if found.cell(arm.name)]
     return [
         "A store saves sampling and scoring, never training.  So at equal steps it saves at most what online OPD costs over its training alone:",
-        f"that limit is {', '.join(ends)}.  What moves it, each changed alone: shares of a step of {BEST_LIVE.name},",
+        f"that limit is, for {'; '.join(ends)}.  What moves it, each changed alone: shares of a step of {BEST_LIVE.name},",
         "its CPU seconds, and the limit.",
         "",
         *table(("", "sampling", "scoring", "training", "CPU s a step", "limit"), lines()),
@@ -162,16 +197,11 @@ def _limits(found: Found) -> list[str]:
 
 
 def _draw(path: Path, found: Found) -> None:
-    """Accuracy over seconds: mean, and its interval over seeds."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    for name in [name for name in (ONLINE.name, BEST_LIVE.name, TRL, BEST.name) if found.cell(name)]:
+    """Accuracy over seconds, of stores and of live teachers."""
+    figure, (axes,) = panels(1, 1, height=4.5)
+    for name in [name for name in (ONLINE.name, BEST_LIVE.name, TRL, RATIO.name, BEST.name) if found.cell(name)]:
         curves = np.array([row["curve"] for row in found.cell(name).values()])
-        at, points = curves[:, :, 2].mean(0), [Interval.of(values) for values in curves[:, :, 1].T]
-        mean, half = (np.array([getattr(point, key) for point in points]) for key in ("mean", "half"))
-        (line,) = axes.plot(at, mean, marker=".", label=name)
-        axes.fill_between(at, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
-    axes.set(xlabel="CPU seconds of the OPD stage", ylabel="accuracy, sampled")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=100)
+        band(axes, curves[:, :, 2].mean(0), curves[:, :, 1], name, line="--" if name == BEST_LIVE.name else "-")
+    axes.set(title="Accuracy, sampled", xlabel="CPU seconds of the OPD stage")
+    label_ends(axes)
+    save(figure, path)

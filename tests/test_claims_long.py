@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import claims
 import claims_long
-from claims_long_report import Found, find_goals, write_part
+from claims_long_report import Found, find_goals, long_part
 from record import result_file
+from results_page import make_page
 from testbed.arms import ONLINE
 from testbed.long_arms import BEST, BEST_LIVE, LIVE, STORED
 from testbed.trl_peer import ARM as TRL
@@ -83,7 +84,7 @@ def fake(seed, arm, accuracy, seconds):
     """A run whose accuracy rises in a straight line, after half of its time; training is a fifth of the cost."""
     row = {"kind": "run", "setting": TINY.name, "arm": arm, "sft_teacher": "A", "opd_teacher": "A", "seed": seed, "start": 0.2}
     spent = {"sampling": 0.6 * seconds, "scoring": 0.2 * seconds, "training": 0.2 * seconds, "all": seconds}
-    return {**row, "accuracy": accuracy, "cpu_s": spent, "curve": [(0, 0.2, 0.0), (100, accuracy, seconds)]}
+    return {**row, "stored_rollouts": 4, "accuracy": accuracy, "cpu_s": spent, "curve": [(0, 0.2, 0.0), (100, accuracy, seconds)]}
 
 
 @pytest.fixture
@@ -110,10 +111,12 @@ def test_the_cost_is_compared_with_the_limit_that_the_split_allows(rows):
 
 def test_the_part_says_what_the_rows_say(rows, tmp_path):
     result = result_file("claims_long", {"machine": {"cores": 2}, "versions": {"lopd": "0"}}, rows, find_goals(rows, TINY.name), tmp_path)
-    text = "\n".join(write_part(result, tmp_path / "plots", tmp_path))
-    assert all(goal["name"] in text for goal in json.loads(result.read_text())["goals"])
+    part = long_part(json.loads(result.read_text()), "plots")
+    text = make_page("Long", [part])
+    assert f"*{ONLINE.name}* costs 4.40 times as much at equal accuracy" in text
     assert "is right in 0.900 ± 0.000 of what it samples" in text
-    assert "that limit is 5.00 ± 0.00 (online OPD)" in text
+    assert f"{ONLINE.name} 5.00 ± 0.00" in text
     assert "| as in the runs | 0.60 ± 0.00 | 0.20 ± 0.00 | 0.20 ± 0.00 | 1.00 ± 0.00 | 5.00 ± 0.00 |" in text
     assert "nan" not in text
-    assert (tmp_path / "plots" / "claims_long.png").stat().st_size > 10_000
+    part.draw(tmp_path)
+    assert (tmp_path / "claims_long.png").stat().st_size > 10_000

@@ -8,7 +8,6 @@ from testbed.estimator_arms import RESIDUAL, TOP_RESIDUAL
 from testbed.runs import Support
 
 DRAWN = Arm("16 drawn, residual", FusedLoss(RESIDUAL), support=Support(drawn=16))
-SUPPORTS = (DRAWN, TOP_RESIDUAL)
 
 
 def part(arm: Arm, share: float) -> Arm:
@@ -21,10 +20,8 @@ def live(arm: Arm) -> Arm:
     return evolve(arm, name=f"online OPD, {arm.name.removeprefix('stored ')}", every=1)
 
 
-#: Each support at these shares of the prompts.
-SHARES = (1 / 4, 1 / 16)
-STORED = (PLAIN, RATIO, *SUPPORTS, *(part(arm, share) for arm in SUPPORTS for share in SHARES))
-#: With the sampled token alone, then with each support.  On fresh rollouts the ratio is 1, so the first is online for plain and ratio alike.
-LIVE = (ONLINE, *(live(arm) for arm in SUPPORTS))
 #: The arm that the goals are set for, and the same with a live teacher; chosen on seeds from 100 on.
 BEST, BEST_LIVE = part(TOP_RESIDUAL, 1 / 4), live(TOP_RESIDUAL)
+STORED = (PLAIN, RATIO, DRAWN, TOP_RESIDUAL, BEST, part(TOP_RESIDUAL, 1 / 16))
+#: With the sampled token alone (on fresh rollouts the ratio is 1, so it is online for plain and ratio alike), then with a support.
+LIVE = (ONLINE, BEST_LIVE)
