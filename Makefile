@@ -78,7 +78,6 @@ claims-estimators: .venv/installed-claims  ## what stored supports make of it be
 
 claims-long: .venv/installed-claims  ## long responses, online OPD and TRL beside stores; its part of benchmarks/RESULTS.md; forty minutes on one core
 	$(BIN)/python benchmarks/claims_long.py
-	$(BIN)/python benchmarks/publish.py
 	$(BIN)/python benchmarks/docs_tables.py
 
 evidence: .venv/installed-claims .venv/installed-quickstart .venv/installed-data  ## offline beside online OPD and TRL on real weights, five seeds; resumable; about four hours on two cores

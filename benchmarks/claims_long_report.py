@@ -192,10 +192,22 @@ def _limits(found: Found) -> list[str]:
             ]
 
     ends = [f"{arm.name} {found.runs.mean(found.cell(arm.name), limit).show('.2f')}" for arm in LIVE if found.cell(arm.name)]
+    pairs = [(row, found.cell(BEST_LIVE.name)[seed]) for seed, row in found.cell(BEST.name).items()]
+    own = Interval.of([stored["cpu_s"]["training"] / online["cpu_s"]["training"] for stored, online in pairs])
+    near = [
+        f"{next(iter(found.cell(arm.name).values()))['stored_rollouts']} rollouts "
+        f"{found.of_limit(BEST_LIVE.name, arm.name, 'equal steps').show('.2f')}"
+        for arm in STORED
+        if arm.support == BEST.support and found.cell(arm.name)
+    ]
     return [
         "A store saves sampling and scoring, never training.  So at equal steps it saves at most what online OPD costs over its training alone:",
-        f"that limit is, for {'; '.join(ends)}.  What moves it, each changed alone: shares of a step of {BEST_LIVE.name},",
-        "its CPU seconds, and the limit.",
+        f"that limit is, for {'; '.join(ends)}.",
+        "Training of online OPD has a new round at every step in it, with a store and a plan of its own; a stored run has one for all steps, so",
+        f"it can pass that limit: its own training is {own.show('.2f')} of online's.  How near it gets",
+        "depends on how often it goes through its rollouts; shares of the limit at equal steps, with",
+        f"{'; '.join(near)}.",
+        f"What moves the limit, each changed alone: shares of a step of *{BEST_LIVE.name}*, its CPU seconds, and the limit.",
         "",
         *table(("", "sampling", "scoring", "training", "CPU s a step", "limit"), lines()),
     ]
