@@ -194,6 +194,7 @@ def _limits(found: Found) -> list[str]:
     ends = [f"{arm.name} {found.runs.mean(found.cell(arm.name), limit).show('.2f')}" for arm in LIVE if found.cell(arm.name)]
     pairs = [(row, found.cell(BEST_LIVE.name)[seed]) for seed, row in found.cell(BEST.name).items()]
     own = Interval.of([stored["cpu_s"]["training"] / online["cpu_s"]["training"] for stored, online in pairs])
+    bare = Interval.of([1 + (_before(online) - _before(stored)) / stored["cpu_s"]["all"] for stored, online in pairs])
     near = [
         f"{next(iter(found.cell(arm.name).values()))['stored_rollouts']} rollouts "
         f"{found.of_limit(BEST_LIVE.name, arm.name, 'equal steps').show('.2f')}"
@@ -203,14 +204,21 @@ def _limits(found: Found) -> list[str]:
     return [
         "A store saves sampling and scoring, never training.  So at equal steps it saves at most what online OPD costs over its training alone:",
         f"that limit is, for {'; '.join(ends)}.",
-        "Training of online OPD has a new round at every step in it, with a store and a plan of its own; a stored run has one for all steps, so",
-        f"it can pass that limit: its own training is {own.show('.2f')} of online's.  How near it gets",
-        "depends on how often it goes through its rollouts; shares of the limit at equal steps, with",
+        "Training is all that is neither sampling nor scoring.  Online it has in it what a round costs: at every step the student is identified by",
+        "its weights, and a store and a plan are made; for so small a model that is as much as the step.  A stored run does it once, so it can pass",
+        f"the limit: its training is {own.show('.2f')} of online's.  If online's training cost no more than that, online OPD would",
+        f"cost {bare.show('.2f')} times as much as the stored arm at equal steps.  How near to the limit a store gets depends on how",
+        "often it goes through its rollouts; shares at equal steps, with",
         f"{'; '.join(near)}.",
         f"What moves the limit, each changed alone: shares of a step of *{BEST_LIVE.name}*, its CPU seconds, and the limit.",
         "",
         *table(("", "sampling", "scoring", "training", "CPU s a step", "limit"), lines()),
     ]
+
+
+def _before(row: Row) -> float:
+    """CPU seconds of sampling and scoring."""
+    return float(row["cpu_s"]["sampling"] + row["cpu_s"]["scoring"])
 
 
 def _draw(path: Path, found: Found) -> None:
