@@ -24,10 +24,11 @@ from publish import publish
 from record import ROOT, describe_machine, result_file
 from results_page import make_page
 from testbed.arms import ONLINE, Arm
-from testbed.long_arms import BEST, BEST_LIVE, LIVE, STORED
+from testbed.long_arms import BEST, BEST_LIVE, LIVE, PROMPTS, STORED
 from testbed.models import Setting, prepare, untrained_teacher
 from testbed.runs import Clock, Training, online
 from testbed.task import Writer
+from testbed.trl_peer import ARM as TRL
 from testbed.trl_peer import run_trl
 
 from lopd.errors import TeacherConsistencyWarning
@@ -45,23 +46,20 @@ SETTING = Setting(
     teacher_steps=1200,
     teacher_lr=4e-3,
     sft_prompts=2000,
-    sft_steps=750,
-    opd_prompts=1600,
+    sft_steps=1000,
+    opd_prompts=PROMPTS,
     held_out_prompts=200,
     max_new_tokens=92,
     batch=8,
-    opd_steps=200,
+    opd_steps=150,
 )
-CURVE = (50, 100, 150, 200)
+CURVE = (50, 100, 150)
 #: What may move the limit, each changed alone.
 CHANGES: dict[str, dict[str, Any]] = {
     "as in the runs": {},
     "2 rollouts a step": {"batch": 2},
     "32 rollouts a step": {"batch": 32},
-    "128 rollouts a step": {"batch": 128},
-    "first 23 tokens": {"max_new_tokens": 23},
     "first 46 tokens": {"max_new_tokens": 46},
-    "teacher of 192, 6 layers": {"teacher_size": (192, 6)},
     "teacher of 384, 12 layers": {"teacher_size": (384, 12)},
 }
 #: Steps that are timed, after one that is not.
@@ -106,8 +104,7 @@ def runs(setting: Setting, seed: int, folder: Path, *, quick: bool) -> list[clai
     """Every run of a seed."""
     arms: Sequence[Arm] = (ONLINE, BEST_LIVE, BEST) if quick else (*LIVE, *STORED)
     jobs: dict[str, claims.Job] = {arm.name: partial(claims.one, setting, seed, folder, arm, curve=CURVE) for arm in arms}
-    jobs |= {"teacher": partial(taught, setting, seed, folder)}
-    jobs |= {"TRL": partial(against_trl, setting, seed, folder)}
+    jobs |= {TRL: partial(against_trl, setting, seed, folder), "teacher": partial(taught, setting, seed, folder)}
     jobs |= {name: partial(split, setting, seed, folder, name, changes) for name, changes in CHANGES.items()}
     named = {name: hashlib.sha256(json.dumps([asdict(setting), seed, name]).encode()).hexdigest()[:12] for name in jobs}
     return [partial(kept, folder / "runs" / f"{seed}-{named[name]}.json", job) for name, job in jobs.items()]

@@ -7,12 +7,14 @@ from testbed.arms import ONLINE, PLAIN, RATIO, Arm
 from testbed.estimator_arms import RESIDUAL, TOP_RESIDUAL
 from testbed.runs import Support
 
+#: For OPD, and those that its steps see.
+PROMPTS, SEEN = 1600, 1200
 DRAWN = Arm("16 drawn, residual", FusedLoss(RESIDUAL), support=Support(drawn=16))
 
 
-def part(arm: Arm, share: float) -> Arm:
-    """The same on a share of the prompts, so in more passes over fewer rollouts."""
-    return evolve(arm, name=f"{arm.name}, 1/{round(1 / share)} of the prompts", prompts=share)
+def few(arm: Arm, rollouts: int) -> Arm:
+    """The same with so few stored rollouts, so in more passes over them."""
+    return evolve(arm, name=f"{arm.name}, {rollouts} rollouts", prompts=rollouts / PROMPTS)
 
 
 def live(arm: Arm) -> Arm:
@@ -21,7 +23,8 @@ def live(arm: Arm) -> Arm:
 
 
 #: The arm that the goals are set for, and the same with a live teacher; chosen on seeds from 100 on.
-BEST, BEST_LIVE = part(TOP_RESIDUAL, 1 / 4), live(TOP_RESIDUAL)
-STORED = (PLAIN, RATIO, DRAWN, TOP_RESIDUAL, BEST, part(TOP_RESIDUAL, 1 / 16))
+BEST, BEST_LIVE = few(TOP_RESIDUAL, 300), live(TOP_RESIDUAL)
+#: The first two see each prompt once, as online OPD does.
+STORED = (*(evolve(arm, prompts=SEEN / PROMPTS) for arm in (RATIO, PLAIN)), BEST, few(DRAWN, 300), few(TOP_RESIDUAL, 75))
 #: With the sampled token alone (on fresh rollouts the ratio is 1, so it is online for plain and ratio alike), then with a support.
 LIVE = (ONLINE, BEST_LIVE)
