@@ -159,7 +159,7 @@ def _task(found: Found, setting: Row) -> list[str]:
         f"{len(online)} seeds, each with its own problems, teacher and student.",
         f"The teacher ({sizes[0]}) is right in {teacher} of what it samples, the SFT student ({sizes[1]}) in {sft}.",
         f"{setting['opd_steps']} steps of {setting['batch']} rollouts, so few that decoding is most of online OPD's bill, as it is with",
-        "large models.  Sizes, rates and the arm of the goals were chosen on other seeds.",
+        "large models.  Sizes, the rate, one for all arms, and the arm of the goals were chosen on another seed.",
     ]
 
 

@@ -24,7 +24,7 @@ def live(arm: Arm) -> Arm:
 
 #: The arm that the goals are set for, and the same with a live teacher; chosen on seeds from 100 on.
 BEST, BEST_LIVE = few(TOP_RESIDUAL, 300), live(TOP_RESIDUAL)
-#: The first two see each prompt once, as online OPD does.
-STORED = (*(evolve(arm, prompts=SEEN / PROMPTS) for arm in (RATIO, PLAIN)), BEST, few(DRAWN, 300), few(TOP_RESIDUAL, 75))
+#: The first three see each prompt once, as online OPD does.
+STORED = (*(evolve(arm, prompts=SEEN / PROMPTS) for arm in (RATIO, PLAIN, TOP_RESIDUAL)), BEST, few(TOP_RESIDUAL, 75), few(DRAWN, 300))
 #: With the sampled token alone (on fresh rollouts the ratio is 1, so it is online for plain and ratio alike), then with a support.
 LIVE = (ONLINE, BEST_LIVE)
