@@ -1,79 +1,103 @@
-"""The page and the picture of `evidence.py`, out of the rows that it measured."""
+"""The part of RESULTS.md on real weights: words, tables and a picture, out of what `evidence.py` measured."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from claims_summary import Interval, goal_lines
+from claims_summary import Interval
 from docs_tables import table
 from evidence_arms import ONLINE, SFT, WHOLE
 from evidence_bed import FAR, NEAR, Row, mean_kl
-from evidence_summary import Found, cost, find_goals, forward, kl, length, shown
-from matplotlib.figure import Figure
-from record import ROOT, describe_machine, result_file
+from evidence_summary import Found, cost, forward, kl, length
+from pictures import SUPPORT, band, color_of, label_ends, panels, rule, save
+from results_page import Part, Reading
 
 
-def publish(rows: list[Row], home: Path) -> None:
-    """The result file; the page and its picture, in the docs unless the results are elsewhere."""
-    written = result_file("evidence", describe_machine(), rows, find_goals(rows), home)
-    pages = ROOT / "docs" if home == ROOT / "benchmarks" / "results" else home
-    write_page(written, pages)
+def evidence_part(result: Mapping[str, Any], folder: str) -> Part:
+    """Of `evidence.json`, with its picture in a folder."""
+    found = Found(result["rows"])
+    sections = [_plan(found), _frontier(found, f"{folder}/evidence.png"), _arms(found, NEAR.name), _arms(found, FAR.name), _LIMITS]
+    pictures = {"evidence": partial(draw, found=found)}
+    training = found.mean(found.cell(ONLINE.name), lambda row: cost(row, None, "training") / cost(row)).mean
+    return Part(
+        "Offline beside online on real weights", result, _readings(f"{training:.0%}"), _meaning(found), sections, pictures, "evidence.py"
+    )
 
 
-def write_page(result: Path, pages: Path) -> Path:
-    """`evidence.md` and `evidence.png` in a folder."""
-    said = json.loads(result.read_text())
-    found = Found(said["rows"])
-    draw(pages / "evidence.png", found)
-    page = pages / "evidence.md"
-    sections = [_head(said, found), _frontier(found), _arms(found, NEAR.name), _arms(found, FAR.name), _LIMITS]
-    page.write_text("\n".join(line for section in sections if section for line in (*section, "")).rstrip() + "\n")
-    return page
+_REGIME, _CHEAP = "The near student is in the paper's regime", "A stored run ends no worse than a live one, at a quarter of its cost"
 
 
-def _head(said: Row, found: Found) -> list[str]:
-    goals, machine = said["goals"], ", ".join(f"{name} {value}" for part in ("machine", "versions") for name, value in said[part].items())
-    size, seeds = found.plan, sorted(found.starts())
-    chosen = f"on seed {size['choice']}, which is not among them" if size["choice"] else "on them, so they are told too good"
+def _readings(training: str) -> list[Reading]:
+    """Of the goals; `training` is the share of what online OPD costs that is spent on training."""
     return [
-        "# Offline beside online on real weights",
-        "",
-        *_sentences(found, goals),
-        "",
-        "| goal | | measured | met |",
-        "|---|---|--:|---|",
-        *("| " + " | ".join(line) + " |" for line in goal_lines(goals)),
+        Reading(
+            _REGIME,
+            r"^overlap@16 ",
+            "of the 16 tokens that the near student finds most likely, {measured} are among its teacher's",
+            "of the 16 tokens that the near student finds most likely, only {measured} are among its teacher's",
+            "At temperature 1 this teacher spreads its mass over many tokens, and which of them come after the first few is decided by little.",
+            told=".",
+        ),
+        Reading(
+            _REGIME,
+            r"^reverse KL of the near student",
+            "its reverse KL to the teacher is {measured} nats a token before training",
+            "its reverse KL to the teacher is as much as {measured} nats a token before training",
+        ),
+        Reading(
+            _CHEAP,
+            r"^(?P<form>.+ \d+ steps), minus (?P<rival>.+): held-out",
+            "*{form}* ends no higher in reverse KL than *{rival}* ({measured})",
+            "*{form}* ends higher in reverse KL than *{rival}* ({measured})",
+            f"A quarter of the cost pays for few steps: training, which a store does not save, is {training} of what online OPD spends here.",
+            told=".",
+        ),
+        Reading(
+            _CHEAP,
+            r"^(?P<form>.+ \d+ steps), as a share of (?P<rival>.+): cost",
+            "it costs {measured} of *{rival}*",
+            "it costs as much as {measured} of *{rival}*",
+            told=".",
+        ),
+        Reading(
+            "With all of its steps a stored run ends no worse than a live one",
+            r"^(?P<form>.+), all of its steps, minus (?P<rival>.+): held-out",
+            "with all of its steps *{form}* ends no higher than *{rival}* ({measured})",
+            "with all of its steps *{form}* ends higher than *{rival}* ({measured})",
+            told=".",
+        ),
+    ]
+
+
+def _meaning(found: Found) -> str:
+    form = found.form()
+    stored, live = found.cell(form.arm), found.cell(ONLINE.name)
+    share = found.paired(stored, live, lambda ours, theirs: cost(ours, form.step) / cost(theirs))
+    gained = found.paired(stored, found.starts(), lambda ours, start: kl(ours, form.step) - mean_kl(start))
+    whole = found.paired(live, found.starts(), lambda ours, start: kl(ours) - mean_kl(start))
+    return (
+        f"for {share.mean:.0%} of what online OPD costs, a store changes the reverse KL of such a student by {gained.show('+.3f')} nats a token, "
+        f"and online OPD by {whole.show('+.3f')}."
+    )
+
+
+def _plan(found: Found) -> list[str]:
+    size = found.plan
+    chosen = "on them, so they are told too good" if size["choice"] is None else f"on seed {size['choice']}, which is not among them"
+    return [
+        "### What was run",
         "",
         f"The teacher is SmolLM2-135M-Instruct; the students are cut from it and fine-tuned on {size['sft_prompts']} of its answers.",
         f"Prompts are questions of TruthfulQA: {size['opd_prompts']} for OPD, {size['held_out']} held out.",
         f"Answers have at most {size['new_tokens']} tokens, and a step {size['batch']} of them.",
-        f"Seeds: {len(seeds)}, each with its own split, students and rollouts.",
+        f"Seeds: {len(found.starts())}, each with its own split, students and rollouts.",
         f"Rates, the arm that is run in several forms, and the form of the goals were chosen {chosen}.",
         "Intervals are those of Student's t over seeds, paired where two arms are compared.",
         "Seconds are CPU seconds of one thread; a store is sampled and scored in large batches, a live student in batches of a step.",
         "",
         *_starts(found),
-        "",
-        f"Written by `benchmarks/evidence.py`: commit {said['commit'][:12]}; {machine}.",
-    ]
-
-
-def _sentences(found: Found, goals: list[dict[str, Any]]) -> list[str]:
-    """What held, what did not, and what it means."""
-    form = found.form()
-    held, missed = ([goal["name"] for goal in goals if goal["met"] is met] for met in (True, False))
-    stored, live = found.cell(form.arm), found.cell(ONLINE.name)
-    share = found.paired(stored, live, lambda ours, theirs: cost(ours, form.step) / cost(theirs))
-    gained = found.paired(stored, found.starts(), lambda ours, start: kl(ours, form.step) - mean_kl(start))
-    more = found.paired(stored, live, lambda ours, theirs: kl(ours, form.step) - kl(theirs))
-    than = "above" if more.positive else "below" if more.negative else "not told apart from"
-    moved = f"{shown(form)} of a stored run move a student like this by {gained.show('+.3f')} nats a token, at {share.mean:.0%} of the cost"
-    return [
-        f"What held: {'; '.join(held) or 'nothing'}.",
-        f"What did not: {'; '.join(missed) or 'nothing'}.",
-        f"What it means for you: {moved} of online OPD, and it ends {than} that ({more.show('+.3f')}).",
     ]
 
 
@@ -91,7 +115,7 @@ def _starts(found: Found) -> list[str]:
     return table(head, iter(rows))
 
 
-def _frontier(found: Found) -> list[str]:
+def _frontier(found: Found, picture: str) -> list[str]:
     """The picture, and its points."""
 
     def rows() -> Iterator[list[str]]:
@@ -103,9 +127,9 @@ def _frontier(found: Found) -> list[str]:
                 yield [name, str(step), spent, left]
 
     return [
-        "## Reverse KL against cost",
+        "### Reverse KL against cost",
         "",
-        "![Held-out reverse KL over CPU seconds, for stored and live runs](evidence.png)",
+        f"![Held-out reverse KL over CPU seconds, for stored and live runs]({picture})",
         "",
         *table(["arm", "steps", "CPU s", "held-out reverse KL"], rows()),
     ]
@@ -147,11 +171,11 @@ def _arms(found: Found, student: str) -> list[str]:
         "sampling",
         "scoring",
     ]
-    return [f"## The {student} student, at the end of every run", "", *table([*head, "training", "CPU s"], rows())]
+    return [f"### The {student} student, at the end of every run", "", *table([*head, "training", "CPU s"], rows())]
 
 
 _LIMITS = [
-    "## What this does not show",
+    "### What the real weights do not show",
     "",
     "- One teacher of 135 million parameters, students that are cut from it, short answers, and runs of few steps.",
     "- Layers before the cut, which compute what the teacher's do, are not trained, nor are embeddings: that makes a step a third cheaper for all.",
@@ -163,15 +187,23 @@ _LIMITS = [
 
 def draw(path: Path, found: Found) -> None:
     """Reverse KL over cost, means and bands over seeds: every run that was measured on its way, and the forms of the best stored arm."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(float(np.mean([mean_kl(row) for row in found.starts().values()])), color="gray", linestyle="--", linewidth=0.8)
+    figure, (axes,) = panels(1, 1, 5.0)
+    rule(axes, y=float(np.mean([mean_kl(row) for row in found.starts().values()])))
     for name in found.pictured():
         cell = found.cell(name)
         spent = [found.mean(cell, lambda row, at=step: cost(row, at)).mean for step in steps(cell)]
-        axes.plot(spent, [found.mean(cell, lambda row, at=step: kl(row, at)).mean for step in steps(cell)], marker="o", label=name)
+        left = [[kl(row, step) for step in steps(cell)] for row in cell.values()]
+        form = name.split(" (")[0] == found.best
+        band(
+            axes,
+            spent,
+            left,
+            name.removeprefix(f"{found.best} ").strip("()"),
+            color=SUPPORT if form else color_of(name),
+            line="--" if "(" in name else "-",
+        )
     axes.set_xlabel("CPU seconds of one thread, sampling and scoring included")
     axes.set_ylabel("held-out reverse KL, nats a token")
-    figure.legend(loc="outside right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, transparent=True)
+    axes.set_title("the dashed line is the student after SFT")
+    label_ends(axes)
+    save(figure, path)

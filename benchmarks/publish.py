@@ -11,6 +11,7 @@ from claims_estimators_report import estimators_part
 from claims_long_report import long_part
 from claims_report import claims_part, readme_table
 from docs_tables import DOCS, FAILS, RESULTS, WORKS, read
+from evidence_report import evidence_part
 from record import ROOT, fill
 from results_page import Maker, Part, make_page
 
@@ -20,6 +21,7 @@ PARTS: dict[str, Maker] = {
     "claims": partial(claims_part, claim=WORKS, fall=FAILS),
     "claims_estimators": partial(estimators_part, claim=WORKS, fall=FAILS),
     "claims_long": long_part,
+    "evidence": evidence_part,
 }
 
 

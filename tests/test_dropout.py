@@ -95,6 +95,13 @@ def test_a_model_in_eval_mode_is_put_in_training_mode_as_a_whole(make_model):
     assert all(module.training for module in student.modules())
 
 
+def test_adapters_around_a_model_in_eval_mode_do_not_keep_it_there(llama):
+    model = adapted(llama.eval())
+    assert model.training, "peft's own module is new, so it is in training mode"
+    student = CausalLMStudent(model, TOKENIZER_ID, gradient_checkpointing=True)
+    assert all(module.training for module in student.modules()), "layers in eval mode recompute nothing"
+
+
 def test_looking_for_dropout_draws_nothing_from_the_callers_random_stream(make_model, batch):
     student = CausalLMStudent(make_model("gpt2_dropout"), TOKENIZER_ID)
     state = torch.get_rng_state()

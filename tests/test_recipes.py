@@ -135,6 +135,9 @@ def test_the_estimate_counts_every_phase():
     fast = estimate(recipe, rates=evolve(rates, training=2 * rates.training))
     assert fast.gpu_hours["SFT"] == pytest.approx(one.gpu_hours["SFT"] / 2)
     assert one.opd.memory_gb == pytest.approx(8.2 * 16)
+    slow = estimate(evolve(recipe, tflops=recipe.tflops / 4))
+    assert slow.gpu_hours["SFT text"] == pytest.approx(4 * one.gpu_hours["SFT text"])
+    assert slow.opd.gpu_hours == pytest.approx(4 * one.opd.gpu_hours)
 
 
 class Text:
@@ -159,6 +162,8 @@ class Text:
         ("27", r"<think>\boxed{27} and then it was cut", 1),
         ("27", "I do not know", 0),
         ("(1, 2)", r"\boxed{(1,2)}", 1),
+        ("She has 500 + 510 = <<500+510=1010>>1010.\n#### 1,010", r"\boxed{1010}", 1),
+        ("She has 500 + 510 = <<500+510=1010>>1010.\n#### 1,010", r"\boxed{510}", 0),
     ],
 )
 def test_the_grader_looks_at_the_answer_after_the_thinking(answer, text, grade):

@@ -24,6 +24,7 @@ class Recipe:
         ratio_to_ref: weigh each token by its ratio to what drew it; the paper does not, and at its temperature the gradient is biased then.
         tokens_per_batch: positions of one forward pass of training.
         test_samples, test_temperature, test_top_p, test_tokens: of the evaluation.
+        tflops: 10^12 floating-point operations a second of one GPU, dense bfloat16, as its maker has them; for the estimate.
         gpus: in the machine; of them `teacher_gpus` and `student_gpus` hold one model in vLLM, and training is sharded over `training_gpus`.
         device, dtype: of training.
     """
@@ -54,6 +55,7 @@ class Recipe:
     test_temperature: float = 0.6
     test_top_p: float = 0.95
     test_tokens: int = 32_768
+    tflops: float = 989.0
     gpus: int = 8
     teacher_gpus: int = 2
     student_gpus: int = 1

@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -77,20 +78,29 @@ def parse() -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--engine", choices=("vllm", "hf"), default="vllm")
     parser.add_argument("--only-estimate", action="store_true", help="print what it will take, and stop")
-    for f in attrs.fields(Recipe):
-        option = f"--{f.name.replace('_', '-')}"
-        if f.type is bool:
-            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None)
-        else:
-            parser.add_argument(option, type=f.type, default=None)
+    add_fields(parser, attrs.fields(Recipe))
     options = parser.parse_args()
-    given = {f.name: getattr(options, f.name) for f in attrs.fields(Recipe) if getattr(options, f.name) is not None}
-    recipe = evolve(RECIPES[options.recipe], **given)
+    recipe = evolve(RECIPES[options.recipe], **given(options, attrs.fields(Recipe)))
     if not recipe.student:
         parser.error("code goes on from the student of math, pass its folder with --student")
     if recipe.sft_steps and not options.sft_prompts:
         parser.error("SFT needs the prompts that the teacher answers, pass them with --sft-prompts")
     return recipe, options
+
+
+def add_fields(parser: argparse.ArgumentParser, fields: Iterable[Any]) -> None:
+    """Make an option of each of these hyper-parameters."""
+    for f in fields:
+        option = f"--{f.name.replace('_', '-')}"
+        if f.type is bool:
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, default=None)
+        else:
+            parser.add_argument(option, type=f.type, default=None)
+
+
+def given(options: argparse.Namespace, fields: Iterable[Any]) -> dict[str, Any]:
+    """Those that the command line has."""
+    return {f.name: value for f in fields if (value := getattr(options, f.name)) is not None}
 
 
 def check_memory(recipe: Recipe) -> None:
@@ -130,10 +140,17 @@ def test_sampling(recipe: Recipe) -> SamplingParams:
 
 @attrs.frozen
 class Engine:
-    """Which engine samples and scores, and on how many GPUs."""
+    """Which engine samples and scores, and on how many GPUs.
+
+    Args:
+        recipe: with the numbers of GPUs.
+        name: "vllm" or "hf".
+        longest: tokens of prompt and response together, for which vLLM has room; None is the context of the model.
+    """
 
     recipe: Recipe
     name: str
+    longest: int | None = None
 
     def source(self, folder: str, sampling: SamplingParams) -> Any:
         """A policy."""
@@ -156,7 +173,7 @@ class Engine:
 
         recipe = self.recipe
         gpus = recipe.teacher_gpus if folder == recipe.teacher else recipe.student_gpus
-        return VLLMSettings(dtype=getattr(torch, recipe.dtype), tensor_parallel_size=gpus)
+        return VLLMSettings(dtype=getattr(torch, recipe.dtype), max_model_len=self.longest, tensor_parallel_size=gpus)
 
 
 def sample(source: Any, prompts: list[Prompt], path: Path) -> dict[str, Any]:

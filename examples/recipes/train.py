@@ -79,12 +79,20 @@ def make_student(start: str, recipe: Recipe) -> tuple[CausalLMStudent, Any]:
     return student, tokenizer
 
 
-def train(folder: Path, name: str, start: str, recipe: Recipe) -> None:
-    """Train from this start, resumably, and export the student to the folder of this name."""
-    phase = {"sft": sft_phase, "opd": opd_phase}[name](folder, recipe)
-    stream = phase.stream
-    student, tokenizer = make_student(start, recipe)
-    optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+def phase_of(folder: Path, name: str, recipe: Recipe) -> Phase:
+    """The training phase of this name."""
+    return {"sft": sft_phase, "opd": opd_phase}[name](folder, recipe)
+
+
+def make_optimizer(student: CausalLMStudent, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW (table 6) on what is trained; the rate is set step by step."""
+    trained = [p for p in student.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+
+
+def run_phase(checkpoints: Path, phase: Phase, student: CausalLMStudent, recipe: Recipe) -> dict[str, Any]:
+    """Train this student, resumably; the tokens that it was trained on, and the metrics of all steps."""
+    stream, optimizer = phase.stream, make_optimizer(student, recipe)
 
     def paced(done: int) -> Iterator[Step]:
         for step in evolve(stream, start=done):
@@ -96,10 +104,18 @@ def train(folder: Path, name: str, start: str, recipe: Recipe) -> None:
         steps = opd_steps(student, paced(done), phase.loss, optimizer)
         return watch_drift(steps) if stream.columns.ref is not None else steps
 
-    history = resumably(folder / "checkpoints" / name, student, optimizer, stream, begin, stream.stop or 0)
-    student.export(folder / name, tokenizer, stream.lineage)
+    history = resumably(checkpoints, student, optimizer, stream, begin, stream.stop or 0)
+    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+
+
+def train(folder: Path, name: str, start: str, recipe: Recipe) -> None:
+    """Train from this start, and export the student to the folder of this name."""
+    phase = phase_of(folder, name, recipe)
+    student, tokenizer = make_student(start, recipe)
+    found = run_phase(folder / "checkpoints" / name, phase, student, recipe)
+    student.export(folder / name, tokenizer, phase.stream.lineage)
     if Ranks.current().rank == 0:
-        write_json(folder / f"{name}.json", {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]})
+        write_json(folder / f"{name}.json", found)
 
 
 def main() -> None:
