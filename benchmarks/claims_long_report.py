@@ -140,11 +140,11 @@ def _readings() -> list[Reading]:
 
 def _meaning(found: Found) -> str:
     """The third sentence."""
-    online, best = found.cell(BEST_LIVE.name), found.cell(BEST.name)
-    sampling = found.runs.mean(online, lambda row: row["cpu_s"]["sampling"] / row["cpu_s"]["all"])
+    sampling = found.runs.mean(found.cell(BEST_LIVE.name), lambda row: row["cpu_s"]["sampling"] / row["cpu_s"]["all"])
+    times, more = found.times(BEST_LIVE.name, BEST.name, "equal steps"), found.beside(BEST.name, BEST_LIVE.name)
     return (
-        f"the larger the share of decoding, the more a store saves: sampling was {sampling.show('.2f')} of online OPD's bill, and few rollouts that "
-        f"are used often ({next(iter(best.values()))['stored_rollouts']}) were enough."
+        f"the larger the share of decoding, the more a store saves: it was {sampling.show('.2f')} of the bill of *{BEST_LIVE.name}*, which cost "
+        f"{times.show('.2f')} times as much at equal steps as *{BEST.name}*, which ended {more.show('+.3f')} beside it."
     )
 
 
