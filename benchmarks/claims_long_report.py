@@ -9,7 +9,7 @@ import numpy as np
 from attrs import frozen
 from claims_summary import Interval, Row, Runs, accuracy, as_goal, change, ratios
 from docs_tables import table
-from pictures import band, label_ends, panels, save
+from pictures import band, label_ends, panels, rule, save
 from results_page import Part, Reading
 from testbed.arms import ONLINE, RATIO
 from testbed.long_arms import BEST, BEST_LIVE, LIVE, STORED
@@ -97,7 +97,7 @@ def long_part(result: Mapping[str, Any], folder: str) -> Part:
         "",
         *table(("", "accuracy", "minus online OPD", *_PARTS, "equal steps", "equal accuracy"), _arms(found)),
         "",
-        f"![Accuracy against CPU seconds]({folder}/claims_long.png)",
+        f"![Gain in accuracy against CPU seconds]({folder}/claims_long.png)",
     ]
     sections = [lines, ["### What the limit is, and what moves it", "", *_limits(found)]]
     return Part(TITLE, result, _readings(), _meaning(found), sections, pictures, "claims_long.py")
@@ -222,11 +222,12 @@ def _before(row: Row) -> float:
 
 
 def _draw(path: Path, found: Found) -> None:
-    """Accuracy over seconds, of stores and of live teachers."""
+    """Gain over seconds, of stores and of live teachers."""
     figure, (axes,) = panels(1, 1, height=4.5)
     for name in [name for name in (ONLINE.name, BEST_LIVE.name, TRL, RATIO.name, BEST.name) if found.cell(name)]:
         curves = np.array([row["curve"] for row in found.cell(name).values()])
-        band(axes, curves[:, :, 2].mean(0), curves[:, :, 1], name, line="--" if name == BEST_LIVE.name else "-")
-    axes.set(title="Accuracy, sampled", xlabel="CPU seconds of the OPD stage")
+        band(axes, curves[:, :, 2].mean(0), curves[:, :, 1] - curves[:, :1, 1], name, line="--" if name == BEST_LIVE.name else "-")
+    rule(axes, y=0)
+    axes.set(title="Gain in accuracy over SFT, sampled", xlabel="CPU seconds of the OPD stage")
     label_ends(axes)
     save(figure, path)
