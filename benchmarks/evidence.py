@@ -35,8 +35,9 @@ from results_page import make_page
 from transformers.utils.logging import disable_progress_bar
 
 Job = Callable[[], Any]
-#: Shares of the steps after which a run is measured; one that is not in the picture, at its end alone.
-POINTS, END = (0.25, 0.5, 1.0), (1.0,)
+#: Shares of the steps after which a run is measured; one that no frontier shows, at its end alone; and a trial of a stored arm, which has paid for
+#: most of its cost before the first step.
+POINTS, END, HALF = (0.25, 0.5, 1.0), (1.0,), (0.5, 1.0)
 
 
 @frozen
@@ -110,7 +111,7 @@ def rate_trials(plan: Plan) -> list[Unit]:
     if plan.choice is None:
         return []
     bed, arms = plan.bed(plan.choice, NEAR), dict(plan.arms)[NEAR]
-    return [Unit(bed, arm, rate, POINTS if arm.way == "stored" else END) for arm in arms for rate in plan.rates]
+    return [Unit(bed, arm, rate, HALF if arm.way == "stored" else END) for arm in arms for rate in plan.rates]
 
 
 @frozen
@@ -169,6 +170,15 @@ def build(bed: Bed) -> Row:
     return make_store(bed)
 
 
+def check_settings(plan: Plan) -> None:
+    """Refuse a folder whose units were made with other sizes or students: their figures would stand beside those of these."""
+    ours: Row = {**asdict(plan.size), **{f"layers left out of {kind.name}": [*kind.dropped] for kind, _ in plan.arms}}
+    theirs = once(plan.folder / "settings.json", lambda: ours)
+    for name, value in ours.items():
+        if theirs.get(name) != value:
+            raise SystemExit(f"Evidence {plan.folder}: {name} is {theirs.get(name)!r} there, expected {value!r}; move that folder away.")
+
+
 def execute(plan: Plan, workers: int) -> Chosen:
     """Everything that is not done yet: what is chosen first, then seed by seed, so that a run that is stopped has whole seeds to report."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
@@ -183,6 +193,7 @@ def execute(plan: Plan, workers: int) -> Chosen:
             wave([partial(make_text, beds[0])])
             wave([partial(build, bed) for bed in beds])
 
+        check_settings(plan)
         wave([partial(make_teacher, plan.folder)])
         if plan.choice is not None:
             seed_of([plan.bed(plan.choice, NEAR)])

@@ -138,9 +138,9 @@ class Bed:
         """The teacher."""
         return HFScorer(*teacher(self.folder / "teacher"))
 
-    def sampling(self, **kept: int) -> SamplingParams:
-        """How every response that is trained on is drawn."""
-        return SamplingParams(self.size.new_tokens, seed=self.seed, **kept)
+    def sampling(self, candidates: int = 0, drawn: int = 0) -> SamplingParams:
+        """How every response that is trained on is drawn, and what is kept beside it."""
+        return SamplingParams(self.size.new_tokens, seed=self.seed, candidates=candidates, drawn=drawn)
 
     def prompts(self) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
         """Disjoint ones: SFT, OPD, held out."""
@@ -154,7 +154,7 @@ class Bed:
         """Where its answers to these prompts are."""
         named = {prompt.prompt_id for prompt in prompts}
         store = self.text()
-        return np.flatnonzero([prompt_id_of(r.rollout.rollout_id) in named for r in store.read(np.arange(len(store)), columns=())])
+        return np.flatnonzero([prompt_id_of(r.rollout.rollout_id) in named for r in store.read(range(len(store)), columns=())])
 
     def student(self) -> tuple[CausalLMStudent, Any, Lineage]:
         """A fresh copy after SFT."""
@@ -272,7 +272,8 @@ def measure(bed: Bed, model: Any) -> Row:
 
 def forward_kl(written: list[Rollout], student: HFScorer) -> RolloutSums:
     """KL(teacher, student) in nats, summed over each of the teacher's answers, from its sampled tokens: what two students differ in is exact."""
-    gaps = [r.behavior_logprobs - s.logprobs for r, s in zip(written, student.score(written), strict=True)]
+    own = [r.behavior_logprobs for r in written if r.behavior_logprobs is not None]
+    gaps = [teacher_T - scores.logprobs for teacher_T, scores in zip(own, student.score(written), strict=True)]
     return RolloutSums(np.array([gap.sum(dtype=np.float64) for gap in gaps]), np.array([gap.size for gap in gaps], np.float64))
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -106,6 +107,15 @@ def test_a_seed_is_reported_when_all_of_it_is_finished(plan):
     chosen = evidence.Chosen.of(plan)
     next(unit for unit in chosen.runs(plan) if unit.bed.seed == 1).path.unlink()
     assert {row["seed"] for row in evidence.gather(plan, chosen) if row["kind"] == "run"} == {0}
+
+
+def test_a_folder_of_other_settings_is_refused(plan):
+    evidence.check_settings(plan)
+    evidence.check_settings(plan)
+    with pytest.raises(SystemExit, match="opd_prompts is 96 there, expected 8; move that folder away"):
+        evidence.check_settings(evolve(plan, size=evolve(plan.size, opd_prompts=8)))
+    with pytest.raises(SystemExit, match=r"layers left out of near is \[14, 15\] there, expected \[20\]"):
+        evidence.check_settings(evolve(plan, arms=((evolve(NEAR, dropped=(20,)), (RATIO,)),)))
 
 
 def test_a_report_runs_nothing(plan, monkeypatch):
