@@ -11,7 +11,7 @@ from claims_summary import Interval, Row, Runs, accuracy, as_goal, change, ratio
 from docs_tables import table
 from pictures import band, label_ends, panels, rule, save
 from results_page import Part, Reading
-from testbed.arms import ONLINE, RATIO
+from testbed.arms import ONLINE, PLAIN, RATIO
 from testbed.long_arms import BEST, BEST_LIVE, LIVE, STORED
 from testbed.trl_peer import ARM as TRL
 
@@ -81,6 +81,10 @@ def find_goals(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
     for at in ("equal accuracy", "equal steps"):
         share = found.of_limit(BEST_LIVE.name, BEST.name, at)
         goals.append(as_goal(f"cost at {at} as a share of the limit", f">= {OF_LIMIT}", share, share.mean >= OF_LIMIT))
+    for arm in STORED:
+        if cell := found.cell(arm.name):
+            moved = found.runs.mean(cell, change)
+            goals.append(as_goal(f"{arm.name} does not fall below SFT", "interval not below 0", moved, not moved.negative))
     return goals
 
 
@@ -136,6 +140,14 @@ def _readings() -> list[Reading]:
             "it reaches only {measured} of the limit at {what}",
             told="equal accuracy",
         ),
+        Reading(
+            "No stored arm falls below SFT",
+            r"^(?P<arm>.+) does not fall below SFT$",
+            "*{arm}* was not shown to fall below SFT ({measured})",
+            "*{arm}* falls below SFT ({measured})",
+            "The teacher is all but certain of each character, as where the claims have it fail.",
+            told=f"^({PLAIN.name}|{RATIO.name}) does",
+        ),
     ]
 
 
@@ -160,7 +172,8 @@ def _task(found: Found, setting: Row) -> list[str]:
         f"{len(online)} seeds, each with its own problems, teacher and student.",
         f"The teacher ({sizes[0]}) is right in {teacher} of what it samples, the SFT student ({sizes[1]}) in {sft}.",
         f"{setting['opd_steps']} steps of {setting['batch']} rollouts, so few that decoding is most of online OPD's bill, as it is with",
-        "large models.  Sizes, the rate, one for all arms, and the arm of the goals were chosen on another seed.",
+        "large models.  Sizes, one rate for all arms and the arm of the goals come from trials on another seed.  Once, when the student of the first",
+        "seed here had come out far weaker than on that one, SFT was made longer, and, for time, OPD shorter and the stores smaller with it.",
     ]
 
 
