@@ -1,8 +1,8 @@
 """Long responses: what does a store save where decoding is most of the bill?  Products with their working, over several seeds.
 
-    python benchmarks/claims_long.py            # benchmarks/results/claims_long.json, its part of benchmarks/RESULTS.md; forty minutes on one core
+    python benchmarks/claims_long.py            # benchmarks/results/claims_long.json, its part of benchmarks/RESULTS.md; half an hour on one core
     python benchmarks/claims_long.py --report   # that part again, from the file
-    python benchmarks/claims_long.py --quick    # two seeds and few arms; writes to runs/claims-quick, in a quarter of an hour
+    python benchmarks/claims_long.py --quick    # two seeds and few arms; writes to runs/claims-quick, in ten minutes
     python benchmarks/claims_long.py --seeds 100    # others: for choosing; likewise
 
 Every run is kept in a file when it ends, so after a kill the same command goes on.  All was chosen on seeds from 100 on.
