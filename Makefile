@@ -80,6 +80,10 @@ claims-quick: .venv/installed-claims  ## the main ones, two seeds, into runs/cla
 claims-estimators: .venv/installed-claims  ## what stored supports make of it beside online OPD and TRL; its part of benchmarks/RESULTS.md; twenty minutes
 	$(BIN)/python benchmarks/claims_estimators.py
 
+claims-long: .venv/installed-claims  ## long responses, online OPD and TRL beside stores; its part of benchmarks/RESULTS.md; about half an hour on one quiet core; resumable
+	$(BIN)/python benchmarks/claims_long.py
+	$(BIN)/python benchmarks/docs_tables.py
+
 evidence: .venv/installed-claims .venv/installed-quickstart .venv/installed-data  ## offline beside online OPD and TRL on real weights, five seeds; resumable; about four hours on two cores
 	$(BIN)/python benchmarks/evidence.py
 

@@ -8,6 +8,7 @@ python benchmarks/publish.py     # half a minute
 from functools import partial
 
 from claims_estimators_report import estimators_part
+from claims_long_report import long_part
 from claims_report import claims_part, readme_table
 from docs_tables import DOCS, FAILS, RESULTS, WORKS, read
 from evidence_report import evidence_part
@@ -19,6 +20,7 @@ PAGE, TITLE = ROOT / "benchmarks" / "RESULTS.md", "What holds, and what does not
 PARTS: dict[str, Maker] = {
     "claims": partial(claims_part, claim=WORKS, fall=FAILS),
     "claims_estimators": partial(estimators_part, claim=WORKS, fall=FAILS),
+    "claims_long": long_part,
     "evidence": evidence_part,
 }
 

@@ -1,5 +1,6 @@
 """The testbed of the benchmarks: right answers, disjoint prompts, models made once, and the same run from the same seed."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lopd.records import Lineage, Rollout
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from testbed.models import HEALTHY, Setting, prepare, source_of
+from testbed.products import Product
 from testbed.runs import Training, offline, online, scored_rollouts
 from testbed.task import Problem, Writer, decode, encode, make_problems, verify
 
@@ -52,6 +54,28 @@ def test_the_styles_differ_and_say_the_same():
     assert decode(problem.prompt().token_ids.tolist()) == "58+07="
     assert problem.working("A", rng, Writer()) == "5x6o=065$"
     assert problem.working("B", rng, Writer()) == "xo56=065$"
+
+
+@pytest.mark.parametrize("digits", [2, 3])
+def test_the_working_of_a_product_is_right_and_what_a_letter_says_stays(digits):
+    rng = np.random.default_rng(0)
+    for problem in make_problems(200, digits, 3, Product):
+        text = problem.working("A", rng, Writer())
+        said = {}
+        for letter, digit in re.findall("([A-Z])([0-9])", problem.text() + text):
+            assert said.setdefault(letter, digit) == digit
+        assert int("".join(re.findall("[0-9]", text.split("=")[1]))) == problem.a * problem.b
+        assert answered(problem, text) == 1
+        assert answered(problem, f"{text[:-2]}{(int(text[-2]) + 1) % 10}$") == 0
+
+
+def test_products_are_written_as_they_are_said_to_be():
+    problem, rng = Product(34, 7, 2), np.random.default_rng(0)
+    assert decode(problem.prompt().token_ids.tolist()) == "A4B3xC7="
+    assert problem.working("A", rng, Writer()) == "A4C728D2E8B3C721D2F2G3=F2G3E8$"
+    with pytest.raises(ValueError, match="style A, not B"):
+        problem.working("B", rng, Writer())
+    assert len(set(make_problems(1000, 2, 0, Product))) == 1000, "there are so many, all of them distinct"
 
 
 def test_a_writer_slips_as_often_as_it_is_said_to():

@@ -12,12 +12,13 @@ from testbed.arms import ONLINE, PLAIN, RATIO, TOP_K, Arm
 from testbed.runs import Support
 from testbed.trl_peer import ARM as TRL
 
-_RESIDUAL = TopKObjective(reverse_kl, residual=True)
+RESIDUAL = TopKObjective(reverse_kl, residual=True)
 _EIGHT, _SIXTEEN = Support(candidates=8), Support(candidates=16)
 
-_WINDOW = FusedLoss(WindowRatio(_RESIDUAL))
-CANDIDATES = Arm("8 candidates, residual", FusedLoss(_RESIDUAL), support=_EIGHT)
+_WINDOW = FusedLoss(WindowRatio(RESIDUAL))
+CANDIDATES = Arm("8 candidates, residual", FusedLoss(RESIDUAL), support=_EIGHT)
 WINDOW = Arm("8 candidates, residual, window", _WINDOW, support=_EIGHT)
+TOP_RESIDUAL = Arm("stored top-8, residual", FusedLoss(RESIDUAL), support=Support(top_k=8))
 #: The arm that the goals are set for; chosen on seeds from 100 on.
 BEST = evolve(WINDOW, name=f"{WINDOW.name}, half of the prompts", prompts=0.5)
 STORED = (
@@ -26,7 +27,7 @@ STORED = (
     Arm("ratio, window", FusedOPDLoss(ratio_to_ref=True, transforms=(partial(window_ratio, window=8),))),
     Arm("LSPD: clip 5, entropy bonus", FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05))),
     TOP_K,
-    Arm("stored top-8, residual", FusedLoss(_RESIDUAL), support=Support(top_k=8)),
+    TOP_RESIDUAL,
     Arm("stored top-8, residual, window", _WINDOW, support=Support(top_k=8)),
     Arm("8 candidates", FusedLoss(TopKObjective(reverse_kl)), support=_EIGHT),
     CANDIDATES,
@@ -34,9 +35,9 @@ STORED = (
     WINDOW,
     BEST,
     Arm("16 candidates", FusedLoss(TopKObjective(reverse_kl)), support=_SIXTEEN),
-    Arm("16 candidates, residual", FusedLoss(_RESIDUAL), support=_SIXTEEN),
-    Arm("4 candidates and top-4, residual", FusedLoss(_RESIDUAL), support=Support(candidates=4, top_k=4)),
-    Arm("8 drawn", FusedLoss(_RESIDUAL), support=Support(drawn=8)),
+    Arm("16 candidates, residual", FusedLoss(RESIDUAL), support=_SIXTEEN),
+    Arm("4 candidates and top-4, residual", FusedLoss(RESIDUAL), support=Support(candidates=4, top_k=4)),
+    Arm("8 drawn", FusedLoss(RESIDUAL), support=Support(drawn=8)),
 )
 LIVE = (ONLINE, evolve(ONLINE, name=f"online OPD, {CANDIDATES.name}", loss=CANDIDATES.loss, support=CANDIDATES.support))
 #: Times the rate of all others, as less noise may allow; TRL has it too.

@@ -26,16 +26,18 @@ from lopd import (
     opd_steps,
 )
 from lopd.engines.hf import HFSource
-from lopd.records import Step, fingerprint_tokenizer
+from lopd.records import Lineage, Step, fingerprint_tokenizer
 from lopd.verbs import StepStream
+from testbed.products import Product
 from testbed.task import CHARACTERS, EOS, Problem, Writer, encode, make_problems, make_tokenizer
 
-TOKENIZER = make_tokenizer()
-TOKENIZER_ID = fingerprint_tokenizer(TOKENIZER)
 STYLES = ("A", "B")
 TOKENS_PER_BATCH = 3072
 #: Hidden size and layers of a Llama, or of the family that is named.
 Size = tuple[int, int] | tuple[int, int, str]
+#: Task -> kind of its problems.
+TASKS: dict[str, type[Problem]] = {"sums": Problem, "products": Product}
+_TOKENIZERS = {task: make_tokenizer(kind.characters) for task, kind in TASKS.items()}
 #: What decides a teacher, and what beside it a student.
 _OF_TEACHER = (
     *("digits", "writer", "teacher_size", "taught_problems", "teacher_steps", "teacher_lr", "max_new_tokens", "batch"),
@@ -49,7 +51,8 @@ class Setting:
     """All that decides what is built.
 
     Args:
-        digits: of the numbers that are added.
+        task: one of `TASKS`.
+        digits: of its two numbers.
         writer: of what the teachers are trained on.
         teacher_size, student_size: hidden size and layers, and the family (`FAMILIES`) if it is not Llama.
         taught_problems: on whose right workings the teachers are trained.
@@ -61,6 +64,7 @@ class Setting:
     """
 
     name: str
+    task: str = "sums"
     digits: int = 2
     writer: Writer = field(factory=Writer)
     teacher_size: Size = (64, 2)
@@ -109,7 +113,7 @@ class Testbed:
 def prepare(setting: Setting, seed: int, folder: Path, styles: Sequence[str] = STYLES) -> Testbed:
     """Build, or find built, teachers and students; settings that differ elsewhere share what they have in common."""
     sizes = (setting.sft_prompts, setting.opd_prompts, setting.held_out_prompts, setting.taught_problems)
-    problems = make_problems(sum(sizes), setting.digits, seed)
+    problems = make_problems(sum(sizes), setting.digits, seed, TASKS[setting.task])
     sft, opd, held_out, taught = (list(part) for part in np.split(np.array(problems, object), np.cumsum(sizes)[:-1]))
     of_teacher, of_student = (_digest(setting, seed, names) for names in (_OF_TEACHER, (*_OF_TEACHER, *_OF_STUDENT)))
     teachers, students = {}, {}
@@ -121,6 +125,7 @@ def prepare(setting: Setting, seed: int, folder: Path, styles: Sequence[str] = S
 
 def _digest(setting: Setting, seed: int, names: Sequence[str]) -> str:
     settings = asdict(setting)
+    names = names if setting.task == "sums" else ("task", *names)  # so the sums keep the names that they had before there were tasks
     return hashlib.sha256(json.dumps([seed, {name: settings[name] for name in names}]).encode()).hexdigest()[:12]
 
 
@@ -134,50 +139,61 @@ def once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def new_model(size: Size, seed: int) -> PreTrainedModel:
-    """A model with random weights."""
+def untrained_teacher(setting: Setting, seed: int, folder: Path) -> Path:
+    """A teacher of this size with random weights: it costs what a trained one costs."""
+
+    def build(place: Path) -> None:
+        tokenizer = _TOKENIZERS[setting.task]
+        model = new_model(setting.teacher_size, seed, TASKS[setting.task])
+        CausalLMStudent(model, fingerprint_tokenizer(tokenizer)).export(place, tokenizer, Lineage())
+
+    return once(folder / f"untrained-{_digest(setting, seed, _OF_TEACHER)}", build)
+
+
+def new_model(size: Size, seed: int, kind: type[Problem] = Problem) -> PreTrainedModel:
+    """A model with random weights, for problems of a kind."""
     torch.manual_seed(seed)
     hidden, layers, *family = size
-    config = FAMILIES[family[0] if family else "llama"](int(hidden), int(layers))
+    config = FAMILIES[family[0] if family else "llama"](int(hidden), int(layers), kind)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     return model
 
 
-def _llama(hidden: int, layers: int, config: type[PreTrainedConfig] = LlamaConfig, **more: Any) -> PreTrainedConfig:
+def _llama(hidden: int, layers: int, kind: type[Problem], config: type[PreTrainedConfig] = LlamaConfig, **more: Any) -> PreTrainedConfig:
     return config(
-        vocab_size=len(CHARACTERS),
+        vocab_size=len(kind.characters),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=64,
         bos_token_id=None,
         eos_token_id=CHARACTERS.index(EOS),
         pad_token_id=None,
         attention_dropout=0.0,
+        **kind.shape,
         **more,
     )
 
 
-def _qwen3(hidden: int, layers: int) -> PreTrainedConfig:
-    return _llama(hidden, layers, Qwen3Config, num_key_value_heads=2, head_dim=hidden // 4)
+def _qwen3(hidden: int, layers: int, kind: type[Problem]) -> PreTrainedConfig:
+    return _llama(hidden, layers, kind, Qwen3Config, num_key_value_heads=2, head_dim=hidden // 4)
 
 
-def _gpt2(hidden: int, layers: int) -> PreTrainedConfig:
+def _gpt2(hidden: int, layers: int, kind: type[Problem]) -> PreTrainedConfig:
     return GPT2Config(
-        vocab_size=len(CHARACTERS),
+        vocab_size=len(kind.characters),
         n_embd=hidden,
         n_inner=2 * hidden,
         n_layer=layers,
         n_head=4,
-        n_positions=64,
+        n_positions=kind.shape["max_position_embeddings"],
         bos_token_id=None,
         eos_token_id=CHARACTERS.index(EOS),
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     )
 
 
-FAMILIES: dict[str, Callable[[int, int], PreTrainedConfig]] = {"llama": _llama, "qwen3": _qwen3, "gpt2": _gpt2}
+FAMILIES: dict[str, Callable[[int, int, type[Problem]], PreTrainedConfig]] = {"llama": _llama, "qwen3": _qwen3, "gpt2": _gpt2}
 
 
 def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float) -> Iterator[Step]:
@@ -192,12 +208,11 @@ def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float) ->
 
 def _train_teacher(setting: Setting, seed: int, problems: Sequence[Problem], style: str, folder: Path) -> None:
     rng = np.random.default_rng([seed, STYLES.index(style)])
-    store = MemoryStore(
-        Manifest(TOKENIZER_ID, ModelId("written by rule", f"style {style}", "text"), SamplingParams(setting.max_new_tokens))
-    )
+    writer = ModelId("written by rule", f"style {style}", "text")
+    store = MemoryStore(Manifest(fingerprint_tokenizer(_TOKENIZERS[setting.task]), writer, SamplingParams(setting.max_new_tokens)))
     store.append([_right_answer(problem, problem.working(style, rng, setting.writer)) for problem in problems])
-    pace = (setting.teacher_steps, setting.teacher_lr, setting.batch)
-    _imitate(setting.teacher_size, 1000 * seed + STYLES.index(style), store, pace, folder)
+    model = new_model(setting.teacher_size, 1000 * seed + STYLES.index(style), TASKS[setting.task])
+    _imitate(setting, model, store, (setting.teacher_steps, setting.teacher_lr), folder)
 
 
 def _right_answer(problem: Problem, text: str) -> Rollout:
@@ -209,7 +224,8 @@ def _sft(setting: Setting, seed: int, problems: Sequence[Problem], teacher: Path
     source = source_of(teacher, SamplingParams(setting.max_new_tokens, seed=seed))
     store = MemoryStore(source.manifest)
     collect_rollouts(source, [problem.prompt() for problem in problems], store, prompts_per_batch=2048)
-    _imitate(setting.student_size, seed, store, (setting.sft_steps, setting.sft_lr, setting.batch), folder)
+    model = new_model(setting.student_size, seed, TASKS[setting.task])
+    _imitate(setting, model, store, (setting.sft_steps, setting.sft_lr), folder)
 
 
 def source_of(folder: Path, sampling: SamplingParams) -> HFSource:
@@ -217,12 +233,12 @@ def source_of(folder: Path, sampling: SamplingParams) -> HFSource:
     return evolve(HFSource.from_folder(folder, sampling), rows_per_batch=1024)
 
 
-def _imitate(size: Size, seed: int, store: MemoryStore, pace: tuple[int, float, int], folder: Path) -> None:
-    """SFT of a new model on the rollouts of a store, through lopd's own loop, for so many steps, at this rate, of so many rollouts."""
-    model, (steps, lr, batch) = new_model(size, seed), pace
-    student = CausalLMStudent(model, TOKENIZER_ID)
+def _imitate(setting: Setting, model: PreTrainedModel, store: MemoryStore, pace: tuple[int, float], folder: Path) -> None:
+    """SFT on the rollouts of a store, through lopd's own loop, for so many steps at this rate."""
+    (steps, lr), tokenizer = pace, _TOKENIZERS[setting.task]
+    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    stream = batches(store, teacher=None, rollouts_per_step=batch, tokens_per_batch=TOKENS_PER_BATCH)[:steps]
+    stream = batches(store, teacher=None, rollouts_per_step=setting.batch, tokens_per_batch=TOKENS_PER_BATCH)[:steps]
     for _ in opd_steps(student, scheduled(stream, optimizer, lr), FusedSFTLoss(), optimizer):
         pass
-    student.export(folder, TOKENIZER, stream.lineage)
+    student.export(folder, tokenizer, stream.lineage)

@@ -22,8 +22,20 @@ from lopd import (
 )
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.protocols import OPDLoss, RolloutSource, TeacherScorer
-from lopd.records import Estimate, Lineage, Manifest, Prompt, Provenance, Rollout, SamplingParams, Scores, StepMetrics, policy_column
-from testbed.models import TOKENIZER, TOKENIZER_ID, TOKENS_PER_BATCH, Testbed, source_of
+from lopd.records import (
+    Estimate,
+    Lineage,
+    Manifest,
+    Prompt,
+    Provenance,
+    Rollout,
+    SamplingParams,
+    Scores,
+    StepMetrics,
+    fingerprint_tokenizer,
+    policy_column,
+)
+from testbed.models import TOKENS_PER_BATCH, Testbed, source_of
 from testbed.task import verify
 
 _Result = TypeVar("_Result")
@@ -132,20 +144,22 @@ class Training:
     """A student on its way."""
 
     student: CausalLMStudent
+    tokenizer: Any
     optimizer: torch.optim.Optimizer
     lineage: Lineage
 
     @classmethod
     def of(cls, folder: Path, lr: float) -> "Training":
         """From this start, at a constant rate."""
-        model, _ = load_model(folder, torch.float32)
-        student = CausalLMStudent(model, TOKENIZER_ID)
-        return cls(student, torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1), Lineage.read(folder))
+        model, tokenizer = load_model(folder, torch.float32)
+        student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+        optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
+        return cls(student, tokenizer, optimizer, Lineage.read(folder))
 
     def source(self, bed: Testbed, *, samples: int = 1, temperature: float = 1.0, generation: int = 0) -> HFSource:
         """The student as it is, as a source of rollouts."""
         sampling = bed.sampling(samples, temperature)
-        return HFSource(self.student.model, TOKENIZER, sampling, self.lineage, generation=generation, rows_per_batch=1024)
+        return HFSource(self.student.model, self.tokenizer, sampling, self.lineage, generation=generation, rows_per_batch=1024)
 
     def accuracy(self, bed: Testbed, *, temperature: float = 1.0, samples: int = 4) -> Estimate:
         """On the held-out prompts."""

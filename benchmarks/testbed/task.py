@@ -7,7 +7,9 @@ A writer that never slips makes a teacher that is all but certain of every chara
 teacher with doubts, to which it is merely unlikely, as it is between large models of one family.
 """
 
+import string
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from attrs import frozen
@@ -19,25 +21,27 @@ from lopd.records import Prompt, Rollout
 
 EOS = "$"
 CHARACTERS = (EOS, *"0123456789+=", *"oxnyufvg")
+#: Those of other tasks begin as the sums' do.
+_EVERY = (*CHARACTERS, *string.ascii_uppercase)
 #: Synonyms of "nothing is carried" and of "one is carried".
 MARKS = ("onuf", "xyvg")
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(characters: Sequence[str] = CHARACTERS) -> PreTrainedTokenizerFast:
     """One token a character."""
-    backend = Tokenizer(tokenizer_models.WordLevel({c: i for i, c in enumerate(CHARACTERS)}, unk_token=EOS))
+    backend = Tokenizer(tokenizer_models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=EOS))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
 
 
 def encode(text: str) -> list[int]:
-    """Ids of characters."""
-    return [CHARACTERS.index(c) for c in text]
+    """Ids of characters, of any task."""
+    return [_EVERY.index(c) for c in text]
 
 
 def decode(ids: Sequence[int]) -> str:
     """The text of ids."""
-    return "".join(CHARACTERS[i] for i in ids)
+    return "".join(_EVERY[i] for i in ids)
 
 
 @frozen
@@ -52,26 +56,44 @@ class Writer:
     synonyms: int = 1
     slips: float = 0.0
 
+    def slip(self, text: str, rng: np.random.Generator) -> str:
+        """The text with its slips; what follows a slip is as if there had been none."""
+        slips = rng.random(len(text)) < self.slips
+        return "".join(str(rng.integers(10)) if slip and c.isdigit() else c for c, slip in zip(text, slips, strict=True))
+
 
 @frozen
 class Problem:
     """a + b, both of so many digits."""
 
+    #: Of all its texts.
+    characters: ClassVar[Sequence[str]] = CHARACTERS
+    #: What models that solve it have beside their size.
+    shape: ClassVar[dict[str, Any]] = {"max_position_embeddings": 64}
     a: int
     b: int
     digits: int
 
+    @classmethod
+    def lengths(cls, digits: int) -> tuple[int, int]:
+        """Digits of a and of b."""
+        return digits, digits
+
     def prompt(self) -> Prompt:
-        """Its prompt, with the sum as the answer for the verifier."""
-        text = f"{self.a:0{self.digits}}+{self.b:0{self.digits}}"
+        """Its prompt, with the result as the answer for the verifier."""
+        text = self.text()
         return Prompt(text, encode(f"{text}="), answer=self.answer())
+
+    def text(self) -> str:
+        """What is asked."""
+        return f"{self.a:0{self.digits}}+{self.b:0{self.digits}}"
 
     def answer(self) -> str:
         """The sum, of one digit more."""
         return f"{self.a + self.b:0{self.digits + 1}}"
 
     def working(self, style: str, rng: np.random.Generator, writer: Writer) -> str:
-        """A response in this style; what follows a slip is as if there had been none."""
+        """A response in this style."""
         digits, marks, carry = [], [], 0
         for place in range(self.digits):
             total = self.a // 10**place % 10 + self.b // 10**place % 10 + carry
@@ -79,19 +101,17 @@ class Problem:
             digits.append(str(total % 10))
             marks.append(MARKS[carry][rng.integers(writer.synonyms)])
         columns = "".join(d + m for d, m in zip(digits, marks, strict=True)) if style == "A" else "".join([*marks, *digits])
-        text = f"{columns}={self.answer()}{EOS}"
-        slips = rng.random(len(text)) < writer.slips
-        return "".join(str(rng.integers(10)) if slip and c.isdigit() else c for c, slip in zip(text, slips, strict=True))
+        return writer.slip(f"{columns}={self.answer()}{EOS}", rng)
 
 
-def make_problems(count: int, digits: int, seed: int) -> list[Problem]:
-    """Distinct problems."""
-    rng = np.random.default_rng(seed)
-    chosen = rng.choice(10 ** (2 * digits), count, replace=False)
-    return [Problem(int(n) // 10**digits, int(n) % 10**digits, digits) for n in chosen]
+def make_problems(count: int, digits: int, seed: int, kind: type[Problem] = Problem) -> list[Problem]:
+    """Distinct problems of a kind."""
+    rng, lengths = np.random.default_rng(seed), kind.lengths(digits)
+    chosen = rng.choice(10 ** sum(lengths), count, replace=False)
+    return [kind(int(n) // 10 ** lengths[1], int(n) % 10 ** lengths[1], digits) for n in chosen]
 
 
 def verify(prompt: Prompt, rollout: Rollout) -> float:
-    """1 if the response ends with `=` and the right sum."""
+    """1 if the response ends with `=` and the right answer."""
     text = decode(rollout.response_ids.tolist())
     return float(text.endswith(f"={prompt.answer}{EOS}"))

@@ -17,7 +17,6 @@ from transformers import TrainerCallback
 from lopd.engines.hf import load_model
 from testbed.models import Setting, prepare
 from testbed.runs import Clock, Training
-from testbed.task import make_tokenizer
 
 ARM = "TRL DistillationTrainer"
 
@@ -65,7 +64,7 @@ def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int], *, 
     warnings.simplefilter("ignore")
     bed = prepare(setting, seed, folder, ("A",))
     training, teacher = Training.of(bed.students["A"], setting.opd_lr), load_model(bed.teachers["A"], torch.float32)[0]
-    tokenizer = make_tokenizer()
+    tokenizer = training.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
     started = training.accuracy(bed).mean
     prompts = [tokenizer.decode(p.token_ids).replace(" ", "") for p in bed.opd_prompts]

@@ -1,0 +1,247 @@
+"""The part of RESULTS.md on long responses: goals, tables, words and a plot, out of what `claims_long.py` measured."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+from claims_summary import Interval, Row, Runs, accuracy, as_goal, change, ratios
+from docs_tables import table
+from pictures import band, label_ends, panels, rule, save
+from results_page import Part, Reading
+from testbed.arms import ONLINE, PLAIN, RATIO
+from testbed.long_arms import BEST, BEST_LIVE, LIVE, STORED
+from testbed.trl_peer import ARM as TRL
+
+TITLE = "What a store saves where responses are long"
+#: How many times as much online OPD is to cost (the paper's figure), and the share of the limit that is to be reached.
+TIMES, OF_LIMIT = 4.0, 0.85
+_PARTS = ("sampling", "scoring", "training", "all")
+
+
+@frozen(eq=False, slots=False)
+class Found:
+    """What was measured.
+
+    Args:
+        rows: all of them.
+        setting: whose runs are read.
+    """
+
+    rows: Sequence[Row]
+    setting: str
+
+    @cached_property
+    def runs(self) -> Runs:
+        """Every run."""
+        return Runs.of(self.rows)
+
+    @property
+    def names(self) -> list[str]:
+        """Arms that were run, the live ones first."""
+        known = [*(arm.name for arm in LIVE), TRL, *(arm.name for arm in STORED)]
+        return [name for name in known if self.cell(name)]
+
+    def cell(self, name: str) -> dict[int, Row]:
+        """The runs of an arm by seed."""
+        return self.runs.where(self.setting, name)
+
+    def beside(self, name: str, other: str) -> Interval:
+        """How much more accurate one ends than another."""
+        return self.runs.difference(self.cell(name), self.cell(other), accuracy)
+
+    def times(self, online: str, name: str, at: str) -> Interval:
+        """How many times as much as an arm online OPD costs."""
+        return ratios(self.runs, self.setting, online, name)[at]
+
+    def of_limit(self, online: str, name: str, at: str) -> Interval:
+        """The same as a share of the limit, seed by seed."""
+        cells = {seed: row for seed, row in self.cell(online).items() if seed in self.cell(name)}
+        one = [ratios(Runs([r for r in self.runs.rows if r["seed"] == seed]), self.setting, online, name)[at].mean for seed in cells]
+        return Interval.of([times / limit(row) for times, row in zip(one, cells.values(), strict=True)])
+
+
+def limit(row: Row) -> float:
+    """How many times as much a run costs as its training alone: what a store saves at most, at equal steps."""
+    return float(row["cpu_s"]["all"] / row["cpu_s"]["training"])
+
+
+def find_goals(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
+    """Every goal: beside live teachers, and beside the limit of online OPD with the same loss and support."""
+    found, goals = Found(rows, setting), []
+    for other in (BEST_LIVE.name, ONLINE.name, TRL):
+        gain, more = found.runs.mean(found.cell(other), change), found.beside(BEST.name, other)
+        goals.append(as_goal(f"{other} gains over SFT, accuracy", "> 0", gain, gain.positive))
+        goals.append(as_goal(f"{BEST.name}, minus {other}: accuracy", "0 or more, within the interval", more, not more.negative))
+    for other in (BEST_LIVE.name, TRL):
+        times = found.times(other, BEST.name, "equal accuracy")
+        goals.append(as_goal(f"{other} over {BEST.name}, cost at equal accuracy", f">= {TIMES:g}", times, times.mean >= TIMES))
+    for at in ("equal accuracy", "equal steps"):
+        share = found.of_limit(BEST_LIVE.name, BEST.name, at)
+        goals.append(as_goal(f"cost at {at} as a share of the limit", f">= {OF_LIMIT}", share, share.mean >= OF_LIMIT))
+    for arm in STORED:
+        if cell := found.cell(arm.name):
+            moved = found.runs.mean(cell, change)
+            goals.append(as_goal(f"{arm.name} does not fall below SFT", "interval not below 0", moved, not moved.negative))
+    return goals
+
+
+def long_part(result: Mapping[str, Any], folder: str) -> Part:
+    """Of `claims_long.json`, with its picture in a folder."""
+    setting = next(row for row in result["rows"] if row["kind"] == "setting")
+    found = Found(result["rows"], setting["name"])
+    pictures = {"claims_long": partial(_draw, found=found)}
+    lines = [
+        *_task(found, setting),
+        "",
+        "Costs are CPU seconds of one thread for the whole OPD stage.  The last columns say how many times as much as each arm",
+        f"*{BEST_LIVE.name}* costs: at equal steps, and until both have the accuracy with which the worse of them ends.",
+        "A curve has few points and rises by less than a tenth, so figures at equal accuracy have wide intervals; those at equal steps have not.",
+        "",
+        *table(("", "accuracy", "minus online OPD", *_PARTS, "equal steps", "equal accuracy"), _arms(found)),
+        "",
+        f"![Gain in accuracy against CPU seconds]({folder}/claims_long.png)",
+    ]
+    sections = [lines, ["### What the limit is, and what moves it", "", *_limits(found)]]
+    return Part(TITLE, result, _readings(), _meaning(found), sections, pictures, "claims_long.py")
+
+
+def _readings() -> list[Reading]:
+    return [
+        Reading(
+            "Live teachers improve on SFT",
+            r"^(?P<arm>.+) gains over SFT",
+            "*{arm}* gains {measured} in accuracy over SFT",
+            "*{arm}* gains nothing over SFT that could be told from chance ({measured})",
+            "One sampled token says little of where mass should go, and steps are few and small here; a support says more of each token.",
+            told=".",
+        ),
+        Reading(
+            f"The stored arm (*{BEST.name}*) ends as accurate as live teachers",
+            r"^.+, minus (?P<peer>.+): accuracy$",
+            "the stored arm was not shown to end lower than *{peer}* ({measured})",
+            "the stored arm ends lower than *{peer}* ({measured})",
+            "Stored states are those of the SFT student, and the arm goes through few of them several times.",
+            told=".",
+        ),
+        Reading(
+            "The stored arm costs a fraction of them",
+            r"^(?P<peer>.+) over .+, cost at equal accuracy$",
+            "*{peer}* costs {measured} times as much at equal accuracy",
+            "*{peer}* costs only {measured} times as much at equal accuracy",
+            told=".",
+        ),
+        Reading(
+            f"What it saves beside *{BEST_LIVE.name}* is most of what a store can save",
+            r"^cost at (?P<what>.+) as a share of the limit$",
+            "it reaches {measured} of the limit at {what}",
+            "it reaches only {measured} of the limit at {what}",
+            told="equal accuracy",
+        ),
+        Reading(
+            "No stored arm falls below SFT",
+            r"^(?P<arm>.+) does not fall below SFT$",
+            "*{arm}* was not shown to fall below SFT ({measured})",
+            "*{arm}* falls below SFT ({measured})",
+            "The teacher is all but certain of each character, as where the claims have it fail.",
+            told=f"^({PLAIN.name}|{RATIO.name}) does",
+        ),
+    ]
+
+
+def _meaning(found: Found) -> str:
+    """The third sentence."""
+    sampling = found.runs.mean(found.cell(BEST_LIVE.name), lambda row: row["cpu_s"]["sampling"] / row["cpu_s"]["all"])
+    times, more = found.times(BEST_LIVE.name, BEST.name, "equal steps"), found.beside(BEST.name, BEST_LIVE.name)
+    return (
+        f"the larger the share of decoding, the more a store saves: it was {sampling.show('.2f')} of the bill of *{BEST_LIVE.name}*, which cost "
+        f"{times.show('.2f')} times as much at equal steps as *{BEST.name}*, which ended {more.show('+.3f')} beside it."
+    )
+
+
+def _task(found: Found, setting: Row) -> list[str]:
+    online = found.cell(ONLINE.name)
+    sft = found.runs.mean(online, lambda row: row["start"]).show()
+    teacher = Interval.of([row["accuracy"] for row in found.rows if row["kind"] == "teacher"]).show()
+    sizes = [f"{layers} layers of {hidden}" for hidden, layers in (setting["teacher_size"], setting["student_size"])]
+    return [
+        f"Products of a number of {setting['digits']} digits and one of {setting['digits'] - 1}, with their working",
+        f"(`benchmarks/testbed/products.py`): responses have {setting['max_new_tokens']} tokens, and a slip in any of them can spoil the result.",
+        f"{len(online)} seeds, each with its own problems, teacher and student.",
+        f"The teacher ({sizes[0]}) is right in {teacher} of what it samples, the SFT student ({sizes[1]}) in {sft}.",
+        f"{setting['opd_steps']} steps of {setting['batch']} rollouts, so few that decoding is most of online OPD's bill, as it is with",
+        "large models.  Sizes, one rate for all arms and the arm of the goals come from trials on another seed.  Once, when the student of the first",
+        "seed here had come out far weaker than on that one, SFT was made longer, and, for time, OPD shorter and the stores smaller with it.",
+    ]
+
+
+def _arms(found: Found) -> Iterator[list[str]]:
+    for name in found.names:
+        cell = found.cell(name)
+        more = found.beside(name, BEST_LIVE.name).show("+.3f")
+        split = [found.runs.mean(cell, lambda row, part=part: row["cpu_s"][part]).show(".1f") for part in _PARTS]
+        times = [found.times(BEST_LIVE.name, name, at).show(".2f") for at in ("equal steps", "equal accuracy")]
+        beside = ["", "1", "1"] if name == BEST_LIVE.name else [more, *times]
+        yield [name, found.runs.mean(cell, accuracy).show(), beside[0], *split, *beside[1:]]
+
+
+def _limits(found: Found) -> list[str]:
+    """What the limit is, and what moves it."""
+    splits = [row for row in found.rows if row["kind"] == "split"]
+    names = dict.fromkeys(row["arm"] for row in splits)
+
+    def lines() -> Iterator[list[str]]:
+        for name in names:
+            cell = {row["seed"]: row for row in splits if row["arm"] == name}
+            shares = [
+                found.runs.mean(cell, lambda row, part=part: row["cpu_s"][part] / row["cpu_s"]["all"]).show(".2f") for part in _PARTS[:3]
+            ]
+            yield [
+                name,
+                *shares,
+                found.runs.mean(cell, lambda row: row["cpu_s"]["all"]).show(".2f"),
+                found.runs.mean(cell, limit).show(".2f"),
+            ]
+
+    ends = [f"{arm.name} {found.runs.mean(found.cell(arm.name), limit).show('.2f')}" for arm in LIVE if found.cell(arm.name)]
+    pairs = [(row, found.cell(BEST_LIVE.name)[seed]) for seed, row in found.cell(BEST.name).items()]
+    own = Interval.of([stored["cpu_s"]["training"] / online["cpu_s"]["training"] for stored, online in pairs])
+    bare = Interval.of([1 + (_before(online) - _before(stored)) / stored["cpu_s"]["all"] for stored, online in pairs])
+    near = [
+        f"{next(iter(found.cell(arm.name).values()))['stored_rollouts']} rollouts "
+        f"{found.of_limit(BEST_LIVE.name, arm.name, 'equal steps').show('.2f')}"
+        for arm in STORED
+        if arm.support == BEST.support and found.cell(arm.name)
+    ]
+    return [
+        "A store saves sampling and scoring, never training.  So at equal steps it saves at most what online OPD costs over its training alone:",
+        f"that limit is, for {'; '.join(ends)}.",
+        "Training is all that is neither sampling nor scoring.  Online it has in it what a round costs: at every step the student is identified by",
+        "its weights, and a store and a plan are made; for so small a model that is as much as the step.  A stored run does it once, so it can pass",
+        f"the limit: its training is {own.show('.2f')} of online's.  If online's training cost no more than that, online OPD would",
+        f"cost {bare.show('.2f')} times as much as the stored arm at equal steps.  How near to the limit a store gets depends on how",
+        "often it goes through its rollouts; shares at equal steps, with",
+        f"{'; '.join(near)}.",
+        f"What moves the limit, each changed alone: shares of a step of *{BEST_LIVE.name}*, its CPU seconds, and the limit.",
+        "",
+        *table(("", "sampling", "scoring", "training", "CPU s a step", "limit"), lines()),
+    ]
+
+
+def _before(row: Row) -> float:
+    """CPU seconds of sampling and scoring."""
+    return float(row["cpu_s"]["sampling"] + row["cpu_s"]["scoring"])
+
+
+def _draw(path: Path, found: Found) -> None:
+    """Gain over seconds, of stores and of live teachers."""
+    figure, (axes,) = panels(1, 1, height=4.5)
+    for name in [name for name in (ONLINE.name, BEST_LIVE.name, TRL, RATIO.name, BEST.name) if found.cell(name)]:
+        curves = np.array([row["curve"] for row in found.cell(name).values()])
+        band(axes, curves[:, :, 2].mean(0), curves[:, :, 1] - curves[:, :1, 1], name, line="--" if name == BEST_LIVE.name else "-")
+    rule(axes, y=0)
+    axes.set(title="Gain in accuracy over SFT, sampled", xlabel="CPU seconds of the OPD stage")
+    label_ends(axes)
+    save(figure, path)
