@@ -58,7 +58,7 @@ class Plan:
     home: Path = ROOT / "benchmarks" / "results"
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     choice: int | None = 100
-    rates: tuple[float, ...] = (5e-5, 1.5e-4, 4.5e-4)
+    rates: tuple[float, ...] = (1.5e-5, 5e-5, 1.5e-4)
     size: Size = field(factory=Size)
     arms: tuple[tuple[Kind, tuple[Arm, ...]], ...] = ((NEAR, ARMS), (FAR, MAIN))
 

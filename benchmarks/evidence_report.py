@@ -94,11 +94,21 @@ def _plan(found: Found) -> list[str]:
         f"Answers have at most {size['new_tokens']} tokens, and a step {size['batch']} of them.",
         f"Seeds: {len(found.starts())}, each with its own split, students and rollouts.",
         f"Rates, the arm that is run in several forms, and the form of the goals were chosen {chosen}.",
+        _edges(found),
         "Intervals are those of Student's t over seeds, paired where two arms are compared.",
         "Seconds are CPU seconds of one thread; a store is sampled and scored in large batches, a live student in batches of a step.",
         "",
         *_starts(found),
     ]
+
+
+def _edges(found: Found) -> str:
+    """Arms whose rate might have been lower or higher, had there been more of them."""
+    rates = [float(rate) for rate in found.plan["rates"]]
+    chosen = {name: found.rate(name) for name in found.names() if "(" not in name}
+    lists = [", ".join(name for name, rate in chosen.items() if rate == edge) or "not one arm" for edge in (min(rates), max(rates))]
+    tried = ", ".join(f"{rate:g}" for rate in rates)
+    return f"Rates: {tried}.  At the lowest of them: {lists[0]}; at the highest: {lists[1]}; their best rates may lie outside."
 
 
 def _starts(found: Found) -> list[str]:
