@@ -164,10 +164,12 @@ def work(job: Job) -> Any:
     return job()
 
 
-def build(bed: Bed) -> Row:
-    """A student, and its store."""
+def build(plan: Plan, bed: Bed) -> Row:
+    """A student, and its store, with what its arms train on; the best arm of the near student, whichever it is, trains on shares of it, too."""
     make_student(bed)
-    return make_store(bed)
+    columns = dict.fromkeys(["teacher", "top64", *(arm.column for arm in dict(plan.arms)[bed.kind] if arm.way == "stored")])
+    shares = {arm.share: None for arm in variants(TOP_64) if arm.share < 1}
+    return make_store(bed, columns, shares if bed.kind == NEAR else ())
 
 
 def check_settings(plan: Plan) -> None:
@@ -191,7 +193,7 @@ def execute(plan: Plan, workers: int) -> Chosen:
 
         def seed_of(beds: Sequence[Bed]) -> None:
             wave([partial(make_text, beds[0])])
-            wave([partial(build, bed) for bed in beds])
+            wave([partial(build, plan, bed) for bed in beds])
 
         check_settings(plan)
         wave([partial(make_teacher, plan.folder)])

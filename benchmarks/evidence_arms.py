@@ -187,11 +187,12 @@ def run_arm(bed: Bed, arm: Arm, rate: float, points: Sequence[float]) -> Row:
 
 
 def paid(bed: Bed, arm: Arm) -> dict[str, float]:
-    """CPU seconds before the first step: a share of what the whole store cost, or of what the teacher's text did."""
+    """CPU seconds before the first step: what a store of its share cost, or a share of what the teacher's text did, as it was made at once."""
     seconds = {"sampling": 0.0, "scoring": 0.0}
     if arm.way == "stored":
         cost = json.loads((bed.of_student / "store.json").read_text())["cpu_s"]
-        seconds = {"sampling": arm.share * cost["sampling"], "scoring": arm.share * cost["scoring"][arm.column]}
+        whole, part = cost["1"]["scoring"], cost[f"{arm.share:g}"]
+        seconds = {"sampling": part["sampling"], "scoring": part["scoring"]["teacher"] * whole[arm.column] / whole["teacher"]}
     if arm.way == "teacher's text":
         written = json.loads((bed.home / "text.json").read_text())
         seconds["sampling"] = written["cpu_s"]["sampling"] * bed.size.opd_prompts / written["rollouts"]

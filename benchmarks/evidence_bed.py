@@ -8,8 +8,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from attrs import evolve, frozen
 from record import ROOT
-from testbed.runs import Clock, TimedScorer, TimedSource
+from testbed.runs import Clock
 
 from lopd import (
     CausalLMStudent,
     FusedSFTLoss,
+    MemoryStore,
     Prompt,
     Rollout,
     SamplingParams,
@@ -34,6 +35,7 @@ from lopd import (
 )
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.guards.start import measure_start
+from lopd.protocols import LogprobStore
 from lopd.records import Lineage, RolloutSums, prompt_id_of
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -190,11 +192,10 @@ def make_text(bed: Bed) -> Row:
     """The teacher's answers to all prompts of a seed."""
 
     def work() -> Row:
-        clock = Clock()
-        source = TimedSource(HFSource(*teacher(bed.folder / "teacher"), bed.sampling(), rows_per_batch=ROWS), clock)
+        source = HFSource(*teacher(bed.folder / "teacher"), bed.sampling(), rows_per_batch=ROWS)
         store = ZarrStore.open_or_create(_fresh(bed.home / "text.zarr"), source.manifest)
-        collect_rollouts(source, [prompt for part in bed.prompts() for prompt in part], store, prompts_per_batch=ROWS)
-        return {"kind": "text", "seed": bed.seed, "rollouts": len(store), "cpu_s": clock.split()}
+        spent = _fill(store, source, [prompt for part in bed.prompts() for prompt in part], {})
+        return {"kind": "text", "seed": bed.seed, "rollouts": len(store), "cpu_s": spent}
 
     return once(bed.home / "text.json", work)
 
@@ -220,21 +221,46 @@ def make_student(bed: Bed) -> Row:
     return once(bed.of_student / "sft.json", work)
 
 
-def make_store(bed: Bed) -> Row:
-    """The student's answers to the OPD prompts, scored in every way; what each part costs, and what the diagnostics say."""
+def make_store(bed: Bed, columns: Collection[str] = COLUMNS.keys(), shares: Collection[float] = ()) -> Row:
+    """The student's answers to the OPD prompts, scored in several ways; what each part costs, and what the diagnostics say.
+
+    Smaller stores are made, too, as they cost more than their share: their batches are smaller.  Of their scores only the plain ones are made, for
+    what the others cost beside them is known from the whole store.
+
+    Args:
+        bed: with its student.
+        columns: of `COLUMNS`; `start_of` reads "top64".
+        shares: of the prompts, for which a store is made, timed, and thrown away.
+    """
 
     def work() -> Row:
-        sampling, scoring = Clock(), {name: Clock() for name in COLUMNS}
         student, tokenizer, lineage = bed.student()
-        source = HFSource(student.model, tokenizer, bed.sampling(**KEPT), lineage, rows_per_batch=ROWS)
+        source, prompts = HFSource(student.model, tokenizer, bed.sampling(**KEPT), lineage, rows_per_batch=ROWS), bed.prompts()[1]
         store = ZarrStore.open_or_create(_fresh(bed.of_student / "store.zarr"), source.manifest)
-        collect_rollouts(TimedSource(source, sampling), bed.prompts()[1], store, prompts_per_batch=ROWS)
-        for name, asked in COLUMNS.items():
-            score_rollouts(store, TimedScorer(evolve(bed.scorer, **asked), scoring[name]), column=name, rollouts_per_batch=ROWS)
-        spent = {"sampling": sampling.seconds["sampling"], "scoring": {name: clock.seconds["scoring"] for name, clock in scoring.items()}}
-        return {"kind": "store", "seed": bed.seed, "student": bed.kind.name, "cpu_s": spent, "start": start_of(store)}
+        spent = _fill(store, source, prompts, {name: evolve(bed.scorer, **COLUMNS[name]) for name in columns})
+        parts = {
+            f"{share:g}": _fill(MemoryStore(source.manifest), source, prompts[: round(share * len(prompts))], {"teacher": bed.scorer})
+            for share in shares
+        }
+        return {"kind": "store", "seed": bed.seed, "student": bed.kind.name, "cpu_s": {"1": spent, **parts}, "start": start_of(store)}
 
     return once(bed.of_student / "store.json", work)
+
+
+def _fill(store: LogprobStore, source: HFSource, prompts: list[Prompt], scorers: Mapping[str, HFScorer]) -> Row:
+    """Sample and score; CPU seconds of all that these calls do, as a live run pays for all of it.  Neither has the self-test of the scorer."""
+    sampling = _seconds(partial(collect_rollouts, source, prompts, store, prompts_per_batch=ROWS))
+    scoring = {
+        name: _seconds(partial(score_rollouts, store, scorer, column=name, rollouts_per_batch=ROWS, preflight=None))
+        for name, scorer in scorers.items()
+    }
+    return {"sampling": sampling, "scoring": scoring}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
 
 
 def start_of(store: ZarrStore) -> Row:
