@@ -37,7 +37,7 @@ from lopd import (
     refresh_every,
     sample_round,
 )
-from lopd.engines.hf import HFSource
+from lopd.engines.hf import HFSource, load_model
 from lopd.losses.divergences import reverse_kl
 from lopd.losses.objective import OPDObjective
 from lopd.protocols import LogprobReader, OPDLoss
@@ -168,7 +168,12 @@ class _Stage:
 def run_arm(bed: Bed, arm: Arm, rate: float, points: Sequence[float]) -> Row:
     """A row of the results: what was measured after these shares of the steps, and what had been spent by then."""
     warnings.simplefilter("ignore", UserWarning)
-    student, _, lineage = bed.student()
+    student, tokenizer, lineage = bed.student()
+    (
+        bed.prompts(),
+        bed.scorer,
+        HFSource(student.model, tokenizer, bed.sampling(), lineage),
+    )  # what these do once a process is not counted in any arm
     stage = _Stage(bed, arm, rate, student, lineage, optimizer_of(student, rate), Clock())
     total, before, curve = arm.steps(bed), paid(bed, arm), []
     at = {max(1, round(point * total)) for point in points}
@@ -232,7 +237,8 @@ def _imitate(stage: _Stage) -> Iterator[StepMetrics]:
 
 
 def _trl(stage: _Stage, look: Callable[[int], None]) -> None:
-    bed, arm, (model, tokenizer) = stage.bed, stage.arm, teacher(stage.bed.folder / "teacher")
+    """With a teacher of its own: TRL changes it, and other runs of this process use theirs."""
+    bed, arm, (model, tokenizer) = stage.bed, stage.arm, load_model(stage.bed.folder / "teacher", torch.float32)
 
     class Watch(TrainerCallback):
         def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
@@ -240,7 +246,7 @@ def _trl(stage: _Stage, look: Callable[[int], None]) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(
-            (stage.student.model, model),
+            (stage.student.model, model.requires_grad_(False)),
             tokenizer,
             [tokenizer.decode(prompt.token_ids) for prompt in bed.prompts()[1]],
             scratch,

@@ -2,17 +2,22 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from attrs import evolve
+from chat_tokenizers import byte_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import evidence
+import evidence_arms
+import evidence_bed
 from evidence_arms import LIVE, ONLINE, PLAIN, RATIO, SAME, TOP_64, TRL
 from evidence_bed import FAR, NEAR, once
 from evidence_summary import Form, Found, find_goals
+from tiny_models import build_model
 
 #: Reverse KL at the end, and cost of all steps, by arm.
 ENDS = {
@@ -155,3 +160,47 @@ def test_the_page_says_what_the_rows_say(plan, tmp_path):
 def test_one_seed_meets_no_goal_that_needs_an_interval(plan):
     goals = find_goals(finish(plan, (0,)))
     assert not any(goal["met"] for goal in goals if "within the interval" in goal["goal"])
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A bed of random weights and made-up questions; four layers, of which one is cut."""
+    model, tokenizer = build_model("llama", num_hidden_layers=4, vocab_size=261, max_position_embeddings=256), byte_tokenizer()
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+    def save(folder):
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
+
+    monkeypatch.setattr(evidence_bed.smollm2, "save_teacher", save)
+    monkeypatch.setattr(evidence_bed.smollm2, "questions", lambda: [f"What is {i}?" for i in range(20)])
+    size = evidence_bed.Size(sft_prompts=4, opd_prompts=8, held_out=2, new_tokens=4, sft_batch=2, batch=2)
+    plan = evidence.Plan(tmp_path, seeds=(0,), size=size, arms=((evolve(NEAR, dropped=(2,)), evidence.ARMS),))
+    bed = plan.bed(0, plan.arms[0][0])
+    evidence_bed.make_teacher(tmp_path)
+    evidence_bed.make_text(bed)
+    evidence_bed.make_student(bed)
+    return bed
+
+
+def test_a_store_a_live_run_and_a_peer_for_real(tiny):
+    store = evidence_bed.make_store(tiny, shares=(0.5, 0.25))
+    assert {share: set(part["scoring"]) for share, part in store["cpu_s"].items()} == {
+        "1": set(evidence_bed.COLUMNS),
+        "0.5": {"teacher"},
+        "0.25": {"teacher"},
+    }
+    half = evidence_arms.paid(tiny, evolve(TOP_64, share=0.5))
+    assert half["sampling"] == store["cpu_s"]["0.5"]["sampling"]
+    assert half["all"] == half["sampling"] + half["scoring"] > half["sampling"] > 0
+    arms = [evolve(TOP_64, share=0.5), ONLINE, *([TRL] if find_spec("trl") else [])]
+    before = evidence_bed.teacher(tiny.folder / "teacher")[0]
+    cached, held = before.config.use_cache, set(vars(before))
+    for arm in arms:
+        row = evidence_arms.run_arm(tiny, arm, 1e-3, evidence.HALF)
+        assert [point["step"] for point in row["curve"]] == [row["steps"] // 2, row["steps"]]
+        spent = row["curve"][-1]["cpu_s"]
+        assert all(spent[part] > 0 for part in ("sampling", "scoring", "training"))
+        assert spent["all"] == pytest.approx(sum(spent[part] for part in ("sampling", "scoring", "training")))
+        assert len(row["curve"][-1]["reverse_kl"]["sums"]) == tiny.size.held_out
+    assert (before.config.use_cache, set(vars(before))) == (cached, held), "a run changed the teacher of the others"
