@@ -26,7 +26,24 @@ import numpy as np
 import torch
 from attrs import asdict, field, frozen
 from evidence_arms import ARMS, MAIN, ONLINE, RATIO, SFT, TOP_64, TRL, Arm, run_arm, variants
-from evidence_bed import FAR, NEAR, Bed, Kind, Row, Size, make_store, make_student, make_teacher, make_text, mean_kl, once
+from evidence_bed import (
+    BETAS,
+    COLUMNS,
+    FAR,
+    KEPT,
+    NEAR,
+    ROWS,
+    Bed,
+    Kind,
+    Row,
+    Size,
+    make_store,
+    make_student,
+    make_teacher,
+    make_text,
+    mean_kl,
+    once,
+)
 from evidence_report import evidence_part
 from evidence_summary import find_goals
 from publish import publish
@@ -100,7 +117,10 @@ class Unit:
 
     def __call__(self) -> Row:
         """Make it, or find it made."""
-        return once(self.path, partial(run_arm, self.bed, self.arm, self.rate, self.points))
+        row = once(self.path, partial(run_arm, self.bed, self.arm, self.rate, self.points))
+        if (found := [point["step"] for point in row["curve"]]) != (expected := self.arm.looks(self.bed, self.points)):
+            raise SystemExit(f"Evidence {self.path}: it was measured after steps {found}, expected {expected}; move it away.")
+        return row
 
 
 def rate_trials(plan: Plan) -> list[Unit]:
@@ -173,11 +193,18 @@ def build(plan: Plan, bed: Bed) -> Row:
 
 
 def check_settings(plan: Plan) -> None:
-    """Refuse a folder whose units were made with other sizes or students: their figures would stand beside those of these."""
-    ours: Row = {**asdict(plan.size), **{f"layers left out of {kind.name}": [*kind.dropped] for kind, _ in plan.arms}}
-    theirs = once(plan.folder / "settings.json", lambda: ours)
-    for name, value in ours.items():
-        if theirs.get(name) != value:
+    """Refuse a folder whose units were made with other sizes, students or arms: their figures would stand beside those of these."""
+    ours: Row = {**asdict(plan.size), "kept": KEPT, "columns": COLUMNS, "rows at once": ROWS, "betas": BETAS}
+    for kind, arms in plan.arms:
+        ours |= {f"layers left out of {kind.name}": kind.dropped}
+        ours |= {f"{arm.name}, {kind.name}": re.sub(" at 0x[0-9a-f]+", "", repr(arm)) for arm in arms}
+    ours, path = json.loads(json.dumps(ours)), plan.folder / "settings.json"
+    if not path.exists() and next(plan.folder.glob("**/*.json"), None):
+        raise SystemExit(f"Evidence {plan.folder}: it has units and no settings.json, which says what they are; move that folder away.")
+    theirs = once(path, lambda: ours)
+    for name in {**ours, **theirs}:
+        value = ours.get(name)
+        if name != "unit_s" and theirs.get(name) != value:
             raise SystemExit(f"Evidence {plan.folder}: {name} is {theirs.get(name)!r} there, expected {value!r}; move that folder away.")
 
 

@@ -93,6 +93,10 @@ class Arm:
         """How many there are."""
         return round(self.passes * self.rollouts(bed) / self.per_step(bed))
 
+    def looks(self, bed: Bed, points: Sequence[float]) -> list[int]:
+        """Steps after which it is measured, of shares of all steps."""
+        return sorted({max(1, round(point * self.steps(bed))) for point in points})
+
 
 _RATIO = FusedOPDLoss(ratio_to_ref=True)
 _BUCKET, _RESIDUAL = (FusedLoss(TopKObjective(reverse_kl, residual=residual)) for residual in (False, True))
@@ -176,7 +180,7 @@ def run_arm(bed: Bed, arm: Arm, rate: float, points: Sequence[float]) -> Row:
     )  # what these do once a process is not counted in any arm
     stage = _Stage(bed, arm, rate, student, lineage, optimizer_of(student, rate), Clock())
     total, before, curve = arm.steps(bed), paid(bed, arm), []
-    at = {max(1, round(point * total)) for point in points}
+    at = arm.looks(bed, points)
 
     def look(step: int) -> None:
         if step in at:

@@ -114,11 +114,25 @@ def test_a_seed_is_reported_when_all_of_it_is_finished(plan):
     assert {row["seed"] for row in evidence.gather(plan, chosen) if row["kind"] == "run"} == {0}
 
 
+def test_a_unit_that_was_measured_elsewhere_is_refused(plan):
+    unit = evidence.rate_trials(plan)[0]
+    with pytest.raises(SystemExit, match=r"it was measured after steps \[6, 12\], expected \[12\]; move it away"):
+        evolve(unit, points=evidence.END)()
+
+
+def test_units_without_settings_are_refused(plan):
+    with pytest.raises(SystemExit, match="it has units and no settings"):
+        evidence.check_settings(plan)
+
+
 def test_a_folder_of_other_settings_is_refused(plan):
+    plan = evolve(plan, folder=plan.folder / "new")
     evidence.check_settings(plan)
     evidence.check_settings(plan)
     with pytest.raises(SystemExit, match="opd_prompts is 96 there, expected 8; move that folder away"):
         evidence.check_settings(evolve(plan, size=evolve(plan.size, opd_prompts=8)))
+    with pytest.raises(SystemExit, match=r"online OPD, near is .Arm.*, expected None; move"):
+        evidence.check_settings(evolve(plan, arms=((NEAR, plan.arms[0][1][:3]), plan.arms[1])))
     with pytest.raises(SystemExit, match=r"layers left out of near is \[14, 15\] there, expected \[20\]"):
         evidence.check_settings(evolve(plan, arms=((evolve(NEAR, dropped=(20,)), (RATIO,)),)))
 
