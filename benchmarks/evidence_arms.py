@@ -60,6 +60,9 @@ class Arm:
         share: of the store's rollouts; of the prompts, where there is no store.
         passes: over them.
         batch: rollouts a step, times that of the size.
+        weighting: of tokens.  A token's weight must not depend on the draw where others are compared than the sampled one (`TopKObjective`), so
+            by token; Lightning's is the paper's, LSPD's is that of Lightning, and SFT goes on as it began.
+        rate_of: name of the arm whose rate it takes over; None tries all.
     """
 
     name: str
@@ -70,16 +73,13 @@ class Arm:
     share: float = 1.0
     passes: float = 1.0
     batch: float = 1.0
+    weighting: Weighting = by_token
+    rate_of: str | None = None
 
     @property
     def has_support(self) -> bool:
         """Whether more than the sampled token is compared."""
         return self.column != "teacher" or self.support.width > 0
-
-    @property
-    def weighting(self) -> Weighting:
-        """By token where a token's weight must not depend on the draw (`TopKObjective`)."""
-        return by_token if self.has_support else by_rollout
 
     def rollouts(self, bed: Bed) -> int:
         """How many are stored."""
@@ -104,8 +104,8 @@ _BUCKET, _RESIDUAL = (FusedLoss(TopKObjective(reverse_kl, residual=residual)) fo
 WIDE = 256
 
 #: A quarter more steps pay for the teacher's scores, which this arm does without.
-SFT = Arm("SFT continued", FusedSFTLoss(), "teacher's text", passes=1.25)
-PLAIN = Arm("Lightning")
+SFT = Arm("SFT continued", FusedSFTLoss(), "teacher's text", passes=1.25, weighting=by_rollout)
+PLAIN = Arm("Lightning", weighting=by_rollout)
 RATIO = Arm("ratio", _RATIO)
 TOP_64 = Arm("teacher's top 64", _BUCKET, column="top64")
 DRAWN = Arm("16 drawn", _RESIDUAL, column="drawn")
@@ -125,7 +125,7 @@ STORED = (
     Arm("16 candidates", _BUCKET, column="candidates"),
     Arm("16 candidates, residual", _RESIDUAL, column="candidates"),
     DRAWN,
-    Arm("LSPD, clip 5, entropy bonus", FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05))),
+    evolve(PLAIN, name="LSPD, clip 5, entropy bonus", loss=FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05)), rate_of=PLAIN.name),
 )
 LIVE = (ONLINE, SAME, WIDER, WHOLE, TRL)
 #: Whom the goals are set against: the usual live run, one with the loss of a stored one, and the peer.

@@ -192,6 +192,7 @@ _LIMITS = [
     "- Layers before the cut, which compute what the teacher's do, are not trained, nor are embeddings: that makes a step a third cheaper for all.",
     f"- In lopd a live student compares its most likely {WHOLE.support.candidates} tokens, with the residual; in TRL, the whole vocabulary.",
     "- The far student takes over the rates that were chosen for the near one.",
+    "- SFT, Lightning and LSPD weight every response alike, as the paper does; all others of lopd weight every token alike, as TRL does.",
     f"- {SFT.name} has a quarter more steps, as nothing is scored for it.",
 ]
 
