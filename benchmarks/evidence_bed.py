@@ -282,8 +282,8 @@ def optimizer_of(student: CausalLMStudent, rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=rate, betas=BETAS, weight_decay=0.0)
 
 
-def measure(bed: Bed, model: Any) -> Row:
-    """Of a student on the held-out prompts, rollout by rollout: reverse KL on its fresh answers, forward KL on the teacher's, tokens.
+def measure(bed: Bed, model: Any, *, forward: bool = True) -> Row:
+    """Of a student on the held-out prompts, rollout by rollout: reverse KL on its fresh answers, and, if asked, forward KL on the teacher's.
 
     Draws are coupled: all students of a seed have the same uniform numbers, so what they differ in is not luck.
     """
@@ -291,9 +291,11 @@ def measure(bed: Bed, model: Any) -> Row:
     source = HFSource(model, tokenizer, SamplingParams(bed.size.new_tokens, seed=1000 + bed.seed), rows_per_batch=ROWS)
     rollouts = source.sample(held_out)
     kl = exact_reverse_kl(source, bed.scorer, rollouts)
+    found = {"reverse_kl": _plain(kl), "ended": float(np.mean([r.finish_reason == "stop" for r in rollouts]))}
+    if not forward:
+        return found
     written = [r.rollout for r in bed.text().read(bed.rows_of_text(held_out), columns=())]
-    forward = forward_kl(written, HFScorer(model, tokenizer))
-    return {"reverse_kl": _plain(kl), "forward_kl": _plain(forward), "ended": float(np.mean([r.finish_reason == "stop" for r in rollouts]))}
+    return {**found, "forward_kl": _plain(forward_kl(written, HFScorer(model, tokenizer)))}
 
 
 def forward_kl(written: list[Rollout], student: HFScorer) -> RolloutSums:

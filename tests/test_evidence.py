@@ -14,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence
 import evidence_arms
 import evidence_bed
+import evidence_plan
 from evidence_arms import LIVE, ONLINE, PLAIN, RATIO, SAME, TOP_64, TRL
 from evidence_bed import FAR, NEAR, once
+from evidence_report import Compared
 from evidence_summary import Form, Found, find_goals
 from tiny_models import build_model
 
@@ -25,7 +27,7 @@ ENDS = {
     SAME.name: (0.26, 420.0),
     "TRL DistillationTrainer": (0.28, 500.0),
     "teacher's top 64": (0.25, 120.0),
-    "teacher's top 64 (two passes)": (0.24, 120.0),
+    "teacher's top 64 (a quarter of the store, two passes)": (0.24, 120.0),
 }
 
 
@@ -64,7 +66,7 @@ def plan(tmp_path, monkeypatch):
             "curve": made,
         }
 
-    monkeypatch.setattr(evidence, "run_arm", run)
+    monkeypatch.setattr(evidence_plan, "run_arm", run)
     plan = evidence.Plan(
         tmp_path, tmp_path / "results", (0, 1, 2), arms=((NEAR, (PLAIN, RATIO, TOP_64, *LIVE)), (FAR, (RATIO, TOP_64, ONLINE)))
     )
@@ -75,6 +77,8 @@ def plan(tmp_path, monkeypatch):
         point = curve(PLAIN, 1, [0.0], bed.seed)[0]
         once(bed.of_student / "sft.json", lambda named=named, point=point: {"kind": "sft", **named, **point})
     for unit in evidence.rate_trials(plan):
+        unit()
+    for unit in evidence.other_trials(plan, evidence.choose_rates(plan)):
         unit()
     return plan
 
@@ -90,7 +94,7 @@ def finish(plan, seeds):
 def test_rates_and_the_best_arm_are_chosen_on_a_seed_that_is_not_reported(plan):
     chosen = evidence.Chosen.of(plan)
     assert set(chosen.rates.values()) == {5e-5}
-    assert chosen.best == TOP_64
+    assert (chosen.best, chosen.rival, chosen.until) == (TOP_64, SAME, 12)
     assert plan.choice not in plan.seeds
     assert {unit.bed.seed for unit in chosen.runs(plan)} == set(plan.seeds)
 
@@ -117,7 +121,7 @@ def test_a_seed_is_reported_when_all_of_it_is_finished(plan):
 def test_a_unit_that_was_measured_elsewhere_is_refused(plan):
     unit = evidence.rate_trials(plan)[0]
     with pytest.raises(SystemExit, match=r"it was measured after steps \[6, 12\], expected \[12\]; move it away"):
-        evolve(unit, points=evidence.END)()
+        evolve(unit, points=evidence_plan.END)()
 
 
 def test_units_without_settings_are_refused(plan):
@@ -138,17 +142,17 @@ def test_a_folder_of_other_settings_is_refused(plan):
 
 
 def test_a_report_runs_nothing(plan, monkeypatch):
-    monkeypatch.setattr(evidence, "run_arm", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(evidence_plan, "run_arm", lambda *_: pytest.fail("it ran"))
     with pytest.raises(SystemExit, match="0 seeds are finished, expected at least 1"):
         evidence.report(plan)
     evidence.rate_trials(plan)[0].path.unlink()
-    with pytest.raises(SystemExit, match="1 trials of rates are not made, expected 0"):
+    with pytest.raises(SystemExit, match="1 trials of arms are not made, expected 0"):
         evidence.report(plan)
 
 
 def test_the_form_of_the_goals_is_the_best_that_a_quarter_of_a_live_run_pays_for(plan):
     found = Found(finish(plan, (0, 1, 2)))
-    assert found.form() == Form(f"{TOP_64.name} (two passes)", 12), "half of its steps cost 72 of 400; all of them 120, too much"
+    assert found.form() == Form(f"{TOP_64.name} (a quarter of the store, two passes)", 3), "half of it costs 72 of 400, all 120"
     goals = {goal["name"]: goal for goal in find_goals(found.rows)}
     more, share = (
         next(goal for name, goal in goals.items() if f"{TRL.name}: {what}" in name and "all of" not in name) for what in ("held", "cost")
@@ -164,11 +168,35 @@ def test_the_page_says_what_the_rows_say(plan, tmp_path):
     json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     text, found = (tmp_path / "RESULTS.md").read_text(), Found(rows)
     assert all(f"| {name} |" in text for name in found.names())
-    assert f"**What did not:** *{found.form().arm}, 12 steps* ends higher in reverse KL than" in text
+    assert f"**What did not:** *{found.form().arm}, 3 steps* ends higher in reverse KL than" in text
     assert "it costs 0.14 of *TRL DistillationTrainer*" in text
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
     assert "At the lowest of them: not one arm; at the highest: not one arm" in text
     assert "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("measured", "at_most", "words"),
+    [
+        (0.01, 0.03, "*a* cannot be told apart in reverse KL from *b* (+0.010 ± 0.020), and may end 0.030 higher"),
+        (-0.01, 0.01, "*a* ends no higher in reverse KL than *b* (-0.010 ± 0.020), and may end 0.010 higher"),
+        (-0.03, -0.01, "*a* ends no higher in reverse KL than *b* (-0.030 ± 0.020)"),
+    ],
+)
+def test_words_tell_what_an_interval_does_not_exclude(measured, at_most, words):
+    goal = {"name": "a, b", "goal": "0 or less, within the interval", "measured": measured, "ci95": 0.02, "met": True, "at_most": at_most}
+    reading = Compared("a claim", "^(?P<form>.), (?P<rival>.)", "*{form}* ends no higher in reverse KL than *{rival}* ({measured})", "")
+    assert reading.say(goal) == words
+
+
+def test_a_goal_keeps_the_largest_loss(plan):
+    goals = [goal for goal in find_goals(finish(plan, (0, 1, 2))) if "within the interval" in goal["goal"]]
+    assert all(goal["at_most"] == pytest.approx(goal["measured"] + goal["ci95"]) for goal in goals)
+    assert {name for goal in goals for name in (SAME.name, ONLINE.name, TRL.name) if f"minus {name}" in goal["name"]} == {
+        SAME.name,
+        ONLINE.name,
+        TRL.name,
+    }
 
 
 def test_one_seed_meets_no_goal_that_needs_an_interval(plan):
@@ -189,7 +217,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence_bed.smollm2, "save_teacher", save)
     monkeypatch.setattr(evidence_bed.smollm2, "questions", lambda: [f"What is {i}?" for i in range(20)])
     size = evidence_bed.Size(sft_prompts=4, opd_prompts=8, held_out=2, new_tokens=4, sft_batch=2, batch=2)
-    plan = evidence.Plan(tmp_path, seeds=(0,), size=size, arms=((evolve(NEAR, dropped=(2,)), evidence.ARMS),))
+    plan = evidence.Plan(tmp_path, seeds=(0,), size=size, arms=((evolve(NEAR, dropped=(2,)), evidence_arms.ARMS),))
     bed = plan.bed(0, plan.arms[0][0])
     evidence_bed.make_teacher(tmp_path)
     evidence_bed.make_text(bed)
@@ -211,7 +239,7 @@ def test_a_store_a_live_run_and_a_peer_for_real(tiny):
     before = evidence_bed.teacher(tiny.folder / "teacher")[0]
     cached, held = before.config.use_cache, set(vars(before))
     for arm in arms:
-        row = evidence_arms.run_arm(tiny, arm, 1e-3, evidence.HALF)
+        row = evidence_arms.run_arm(tiny, arm, 1e-3, evidence_plan.HALF)
         assert [point["step"] for point in row["curve"]] == [row["steps"] // 2, row["steps"]]
         spent = row["curve"][-1]["cpu_s"]
         assert all(spent[part] > 0 for part in ("sampling", "scoring", "training"))
