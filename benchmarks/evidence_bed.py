@@ -5,13 +5,14 @@ of OPD and of the held-out part; and for each student `model/`, and `store.zarr`
 """
 
 import json
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -56,6 +57,9 @@ COLUMNS: dict[str, dict[str, int]] = {
 #: What the policy keeps beside each token it samples: as many of its most likely as `measure_start` can use, and the draws.
 KEPT = {"candidates": 64, "drawn": 16}
 BETAS = (0.9, 0.98)
+#: Share of words in common that makes a question a near copy of another.
+ALIKE = 0.8
+T = TypeVar("T")
 
 
 @frozen
@@ -166,10 +170,19 @@ class Bed:
 
 @cache
 def _prompts(bed: Bed) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-    every = make_prompts(smollm2.questions(), teacher(bed.folder / "teacher")[1])
+    return _split(bed, make_prompts(smollm2.questions(), teacher(bed.folder / "teacher")[1]))
+
+
+def _split(bed: Bed, every: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
     shuffled = [every[i] for i in np.random.default_rng(bed.seed).permutation(len(every))]
     sft, opd, held_out = np.cumsum([bed.size.sft_prompts, bed.size.opd_prompts, bed.size.held_out]).tolist()
     return shuffled[:sft], shuffled[sft:opd], shuffled[opd:held_out]
+
+
+def near_copies(bed: Bed) -> int:
+    """How many held-out questions have at least `ALIKE` of their words in common with one that is trained on (Jaccard)."""
+    sft, opd, held_out = _split(bed, [frozenset(re.findall(r"\w+", question.lower())) for question in smollm2.questions()])
+    return sum(any(len(ours & theirs) >= ALIKE * len(ours | theirs) for theirs in (*sft, *opd)) for ours in held_out)
 
 
 def train_from_the_cut(model: Any, kind: Kind) -> Any:
@@ -216,7 +229,8 @@ def make_student(bed: Bed) -> Row:
                 group["lr"] = size.sft_lr * (1 - (metrics.step + 1) / total)
         student.export(_fresh(home), tokenizer, stream.lineage)
         spent = clock.split()
-        return {"kind": "sft", "seed": bed.seed, "student": bed.kind.name, "steps": total, "cpu_s": spent, **measure(bed, student.model)}
+        row = {"kind": "sft", "seed": bed.seed, "student": bed.kind.name, "steps": total, "cpu_s": spent, "near_copies": near_copies(bed)}
+        return {**row, **measure(bed, student.model)}
 
     return once(bed.of_student / "sft.json", work)
 

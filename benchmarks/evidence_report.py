@@ -11,7 +11,7 @@ from attrs import frozen
 from claims_summary import Interval
 from docs_tables import table
 from evidence_arms import ONLINE, SFT, WHOLE
-from evidence_bed import FAR, NEAR, Row, mean_kl
+from evidence_bed import ALIKE, FAR, NEAR, Row, mean_kl
 from evidence_summary import Found, cost, forward, kl, length
 from pictures import SUPPORT, band, color_of, label_ends, panels, rule, save
 from results_page import Goal, Part, Reading
@@ -20,7 +20,7 @@ from results_page import Goal, Part, Reading
 def evidence_part(result: Mapping[str, Any], folder: str) -> Part:
     """Of `evidence.json`, with its picture in a folder."""
     found = Found(result["rows"])
-    sections = [_plan(found), _frontier(found, f"{folder}/evidence.png"), _arms(found, NEAR.name), _arms(found, FAR.name), _LIMITS]
+    sections = [_plan(found), _frontier(found, f"{folder}/evidence.png"), _arms(found, NEAR.name), _arms(found, FAR.name), _limits(found)]
     pictures = {"evidence": partial(draw, found=found)}
     training = found.mean(found.cell(ONLINE.name), lambda row: cost(row, None, "training") / cost(row)).mean
     return Part(
@@ -198,6 +198,20 @@ def _arms(found: Found, student: str) -> list[str]:
         "scoring",
     ]
     return [f"### The {student} student, at the end of every run", "", *table([*head, "training", "CPU s"], rows())]
+
+
+def _limits(found: Found) -> list[str]:
+    copies = [row["near_copies"] for row in found.starts().values()]
+    most = f"{min(copies)} to {max(copies)}" if len(set(copies)) > 1 else str(copies[0])
+    lines = [
+        *_LIMITS,
+        f"- Of the {found.plan['held_out']} held-out questions of a seed, {most} share {ALIKE:.0%} of their words or more with one of its training.",
+    ]
+    if found.plan["choice"] is not None:
+        lines.append(
+            "- The seed of choice splits the same questions in another way: some that other seeds hold out were trained on, or chosen on, there."
+        )
+    return lines
 
 
 _LIMITS = [

@@ -75,7 +75,7 @@ def plan(tmp_path, monkeypatch):
         named = {"seed": bed.seed, "student": bed.kind.name}
         once(bed.of_student / "store.json", lambda named=named, start=start: {"kind": "store", **named, "start": start})
         point = curve(PLAIN, 1, [0.0], bed.seed)[0]
-        once(bed.of_student / "sft.json", lambda named=named, point=point: {"kind": "sft", **named, **point})
+        once(bed.of_student / "sft.json", lambda named=named, point=point: {"kind": "sft", "near_copies": 1, **named, **point})
     for unit in evidence.rate_trials(plan):
         unit()
     for unit in evidence.other_trials(plan, evidence.choose_rates(plan)):
@@ -172,6 +172,7 @@ def test_the_page_says_what_the_rows_say(plan, tmp_path):
     assert "it costs 0.14 of *TRL DistillationTrainer*" in text
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
     assert "At the lowest of them: not one arm; at the highest: not one arm" in text
+    assert "Of the 32 held-out questions of a seed, 1 share 80%" in text
     assert "nan" not in text
 
 
@@ -223,6 +224,14 @@ def tiny(tmp_path, monkeypatch):
     evidence_bed.make_text(bed)
     evidence_bed.make_student(bed)
     return bed
+
+
+def test_questions_that_share_most_words_are_near_copies(tiny, monkeypatch):
+    assert evidence_bed.near_copies(tiny) == 0
+    monkeypatch.setattr(evidence_bed.smollm2, "questions", lambda: [f"What is it that is not here, {i}?" for i in range(20)])
+    assert evidence_bed.near_copies(tiny) == 0, "6 of 8 words are the same"
+    monkeypatch.setattr(evidence_bed.smollm2, "questions", lambda: ["What is it?"] * 20)
+    assert evidence_bed.near_copies(tiny) == tiny.size.held_out
 
 
 def test_a_store_a_live_run_and_a_peer_for_real(tiny):
