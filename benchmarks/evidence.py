@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import torch
 from attrs import asdict
-from evidence_bed import BETAS, COLUMNS, KEPT, NEAR, ROWS, Bed, Row, make_store, make_student, make_teacher, make_text, mean_kl, once
+from evidence_bed import BETAS, NEAR, ROWS, Bed, Row, mean_kl, once
+from evidence_make import COLUMNS, KEPT, make_store, make_student, make_teacher, make_text
 from evidence_plan import (
     FULL,
     QUICK,

@@ -169,11 +169,8 @@ def run_arm(bed: Bed, arm: Arm, rate: float, points: Sequence[float]) -> Row:
     """A row of the results: what was measured after these shares of the steps, and what had been spent by then."""
     warnings.simplefilter("ignore", UserWarning)
     student, tokenizer, lineage = bed.student()
-    (
-        bed.prompts(),
-        bed.scorer,
-        HFSource(student.model, tokenizer, bed.sampling(), lineage),
-    )  # what these do once a process is not counted in any arm
+    # what these do once a process is not counted in any arm
+    _ = bed.prompts(), bed.scorer, HFSource(student.model, tokenizer, bed.sampling(), lineage)
     stage = _Stage(bed, arm, rate, student, lineage, optimizer_of(student, rate), Clock())
     total, before, curve = arm.steps(bed), paid(bed, arm), []
     at = arm.looks(bed, points)

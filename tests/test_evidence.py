@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import evidence
 import evidence_arms
 import evidence_bed
+import evidence_make
 import evidence_plan
 from evidence_arms import LIVE, ONLINE, PLAIN, RATIO, SAME, TOP_64, TRL
 from evidence_bed import FAR, NEAR, once
@@ -220,9 +221,9 @@ def tiny(tmp_path, monkeypatch):
     size = evidence_bed.Size(sft_prompts=4, opd_prompts=8, held_out=2, new_tokens=4, sft_batch=2, batch=2)
     plan = evidence.Plan(tmp_path, seeds=(0,), size=size, arms=((evolve(NEAR, dropped=(2,)), evidence_arms.ARMS),))
     bed = plan.bed(0, plan.arms[0][0])
-    evidence_bed.make_teacher(tmp_path)
-    evidence_bed.make_text(bed)
-    evidence_bed.make_student(bed)
+    evidence_make.make_teacher(tmp_path)
+    evidence_make.make_text(bed)
+    evidence_make.make_student(bed)
     return bed
 
 
@@ -235,9 +236,9 @@ def test_questions_that_share_most_words_are_near_copies(tiny, monkeypatch):
 
 
 def test_a_store_a_live_run_and_a_peer_for_real(tiny):
-    store = evidence_bed.make_store(tiny, shares=(0.5, 0.25))
+    store = evidence_make.make_store(tiny, shares=(0.5, 0.25))
     assert {share: set(part["scoring"]) for share, part in store["cpu_s"].items()} == {
-        "1": set(evidence_bed.COLUMNS),
+        "1": set(evidence_make.COLUMNS),
         "0.5": {"teacher"},
         "0.25": {"teacher"},
     }
