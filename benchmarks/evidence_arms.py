@@ -9,6 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -37,7 +38,7 @@ from lopd import (
     refresh_every,
     sample_round,
 )
-from lopd.engines.hf import HFSource
+from lopd.engines.hf import HFSource, load_model
 from lopd.losses.divergences import reverse_kl
 from lopd.losses.objective import OPDObjective
 from lopd.protocols import LogprobReader, OPDLoss
@@ -60,6 +61,9 @@ class Arm:
         share: of the store's rollouts; of the prompts, where there is no store.
         passes: over them.
         batch: rollouts a step, times that of the size.
+        weighting: of tokens.  A token's weight must not depend on the draw where others are compared than the sampled one (`TopKObjective`), so
+            by token; Lightning's is the paper's, LSPD's is that of Lightning, and SFT goes on as it began.
+        rate_of: name of the arm whose rate it takes over; None tries all.
     """
 
     name: str
@@ -70,16 +74,13 @@ class Arm:
     share: float = 1.0
     passes: float = 1.0
     batch: float = 1.0
+    weighting: Weighting = by_token
+    rate_of: str | None = None
 
     @property
     def has_support(self) -> bool:
         """Whether more than the sampled token is compared."""
         return self.column != "teacher" or self.support.width > 0
-
-    @property
-    def weighting(self) -> Weighting:
-        """By token where a token's weight must not depend on the draw (`TopKObjective`)."""
-        return by_token if self.has_support else by_rollout
 
     def rollouts(self, bed: Bed) -> int:
         """How many are stored."""
@@ -93,6 +94,10 @@ class Arm:
         """How many there are."""
         return round(self.passes * self.rollouts(bed) / self.per_step(bed))
 
+    def looks(self, bed: Bed, points: Sequence[float]) -> list[int]:
+        """Steps after which it is measured, of shares of all steps."""
+        return sorted({max(1, round(point * self.steps(bed))) for point in points})
+
 
 _RATIO = FusedOPDLoss(ratio_to_ref=True)
 _BUCKET, _RESIDUAL = (FusedLoss(TopKObjective(reverse_kl, residual=residual)) for residual in (False, True))
@@ -100,8 +105,8 @@ _BUCKET, _RESIDUAL = (FusedLoss(TopKObjective(reverse_kl, residual=residual)) fo
 WIDE = 256
 
 #: A quarter more steps pay for the teacher's scores, which this arm does without.
-SFT = Arm("SFT continued", FusedSFTLoss(), "teacher's text", passes=1.25)
-PLAIN = Arm("Lightning")
+SFT = Arm("SFT continued", FusedSFTLoss(), "teacher's text", passes=1.25, weighting=by_rollout)
+PLAIN = Arm("Lightning", weighting=by_rollout)
 RATIO = Arm("ratio", _RATIO)
 TOP_64 = Arm("teacher's top 64", _BUCKET, column="top64")
 DRAWN = Arm("16 drawn", _RESIDUAL, column="drawn")
@@ -109,36 +114,31 @@ ONLINE = Arm("online OPD", _RATIO, "live")
 SAME = Arm(f"online OPD, {TOP_64.name}", TOP_64.loss, "live", support=Support(top_k=64))
 WHOLE = Arm(f"online OPD, {WIDE} candidates, residual", _RESIDUAL, "live", support=Support(candidates=WIDE))
 #: Larger batches are what makes sampling cheap, and a live run can have them, too, if it takes fewer steps.
-WIDER = evolve(ONLINE, name="online OPD, twice as many a step", batch=2.0)
+WIDER = evolve(ONLINE, name="online OPD, twice as many a step", batch=2.0, rate_of=ONLINE.name)
 TRL = Arm("TRL DistillationTrainer", way="TRL")
 STORED = (
     PLAIN,
     RATIO,
     Arm("teacher's top 16", _BUCKET, column="top16"),
-    Arm("teacher's top 16, residual", _RESIDUAL, column="top16"),
+    Arm("teacher's top 16, residual", _RESIDUAL, column="top16", rate_of="teacher's top 16"),
     TOP_64,
-    Arm("teacher's top 64, residual", _RESIDUAL, column="top64"),
-    Arm("16 candidates", _BUCKET, column="candidates"),
+    Arm("teacher's top 64, residual", _RESIDUAL, column="top64", rate_of=TOP_64.name),
     Arm("16 candidates, residual", _RESIDUAL, column="candidates"),
     DRAWN,
-    Arm("LSPD, clip 5, entropy bonus", FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05))),
+    evolve(PLAIN, name="LSPD, clip 5, entropy bonus", loss=FusedLoss(EntropyBonus(OPDObjective(clip=5.0), 0.05)), rate_of=PLAIN.name),
 )
 LIVE = (ONLINE, SAME, WIDER, WHOLE, TRL)
-#: Whom the goals are set against: the usual live run, one with the loss of a stored one, and the peer.
-RIVALS = (ONLINE, SAME, TRL)
 ARMS = (SFT, *STORED, *LIVE)
 #: On the student that is far from its teacher.
-MAIN = (SFT, PLAIN, RATIO, TOP_64, DRAWN, ONLINE)
+MAIN = (SFT, PLAIN, RATIO, TOP_64, ONLINE)
 
 
 def variants(arm: Arm) -> tuple[Arm, ...]:
-    """The same with other numbers of passes, shares of the store and sizes of a step."""
+    """The same with other numbers of passes and shares of the store."""
     return (
         evolve(arm, name=f"{arm.name} (two passes)", passes=2.0),
         evolve(arm, name=f"{arm.name} (half of the store)", share=0.5),
         evolve(arm, name=f"{arm.name} (a quarter of the store, two passes)", share=0.25, passes=2.0),
-        evolve(arm, name=f"{arm.name} (half as many a step)", batch=0.5),
-        evolve(arm, name=f"{arm.name} (twice as many a step)", batch=2.0),
     )
 
 
@@ -168,15 +168,18 @@ class _Stage:
 def run_arm(bed: Bed, arm: Arm, rate: float, points: Sequence[float]) -> Row:
     """A row of the results: what was measured after these shares of the steps, and what had been spent by then."""
     warnings.simplefilter("ignore", UserWarning)
-    student, _, lineage = bed.student()
+    student, tokenizer, lineage = bed.student()
+    # what these do once a process is not counted in any arm
+    _ = bed.prompts(), bed.scorer, HFSource(student.model, tokenizer, bed.sampling(), lineage)
     stage = _Stage(bed, arm, rate, student, lineage, optimizer_of(student, rate), Clock())
     total, before, curve = arm.steps(bed), paid(bed, arm), []
-    at = {max(1, round(point * total)) for point in points}
+    at = arm.looks(bed, points)
 
     def look(step: int) -> None:
         if step in at:
+            seen = partial(measure, bed, student.model, forward=step == total)
             spent = {name: seconds + before.get(name, 0.0) for name, seconds in stage.clock.split().items()}
-            curve.append({"step": step, "cpu_s": spent, **stage.clock.run("evaluation", measure, bed, student.model)})
+            curve.append({"step": step, "cpu_s": spent, **stage.clock.run("evaluation", seen)})
 
     if arm.way == "TRL":
         _trl(stage, look)
@@ -187,11 +190,12 @@ def run_arm(bed: Bed, arm: Arm, rate: float, points: Sequence[float]) -> Row:
 
 
 def paid(bed: Bed, arm: Arm) -> dict[str, float]:
-    """CPU seconds before the first step: a share of what the whole store cost, or of what the teacher's text did."""
+    """CPU seconds before the first step: what a store of its share cost, or a share of what the teacher's text did, as it was made at once."""
     seconds = {"sampling": 0.0, "scoring": 0.0}
     if arm.way == "stored":
         cost = json.loads((bed.of_student / "store.json").read_text())["cpu_s"]
-        seconds = {"sampling": arm.share * cost["sampling"], "scoring": arm.share * cost["scoring"][arm.column]}
+        whole, part = cost["1"]["scoring"], cost[f"{arm.share:g}"]
+        seconds = {"sampling": part["sampling"], "scoring": part["scoring"]["teacher"] * whole[arm.column] / whole["teacher"]}
     if arm.way == "teacher's text":
         written = json.loads((bed.home / "text.json").read_text())
         seconds["sampling"] = written["cpu_s"]["sampling"] * bed.size.opd_prompts / written["rollouts"]
@@ -231,7 +235,8 @@ def _imitate(stage: _Stage) -> Iterator[StepMetrics]:
 
 
 def _trl(stage: _Stage, look: Callable[[int], None]) -> None:
-    bed, arm, (model, tokenizer) = stage.bed, stage.arm, teacher(stage.bed.folder / "teacher")
+    """With a teacher of its own: TRL changes it, and other runs of this process use theirs."""
+    bed, arm, (model, tokenizer) = stage.bed, stage.arm, load_model(stage.bed.folder / "teacher", torch.float32)
 
     class Watch(TrainerCallback):
         def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
@@ -239,7 +244,7 @@ def _trl(stage: _Stage, look: Callable[[int], None]) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(
-            (stage.student.model, model),
+            (stage.student.model, model.requires_grad_(False)),
             tokenizer,
             [tokenizer.decode(prompt.token_ids) for prompt in bed.prompts()[1]],
             scratch,

@@ -1,39 +1,32 @@
-"""Real weights for `evidence.py`: a teacher, students cut from it, their prompts and stores; all built once, and kept in a folder.
+"""Real weights for `evidence.py`: where a teacher, students cut from it, their prompts and stores are kept, and how a student is measured.
 
 Teacher and prompts are those of the quickstart (`examples/smollm2.py`).  Folder of a seed: `text.zarr`, what the teacher wrote on the prompts of SFT,
 of OPD and of the held-out part; and for each student `model/`, and `store.zarr` with its rollouts and one column of scores for each support.
 """
 
 import json
-import shutil
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from attrs import evolve, frozen
+from attrs import frozen
 from record import ROOT
-from testbed.runs import Clock, TimedScorer, TimedSource
 
 from lopd import (
     CausalLMStudent,
-    FusedSFTLoss,
     Prompt,
     Rollout,
     SamplingParams,
     ZarrStore,
-    batches,
-    collect_rollouts,
     make_prompts,
-    opd_steps,
-    score_rollouts,
 )
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
-from lopd.guards.start import measure_start
 from lopd.records import Lineage, RolloutSums, prompt_id_of
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -43,17 +36,10 @@ from phases import write_json
 Row = dict[str, Any]
 #: Rows that sampling and scoring take at once where nothing waits for them: a store is made in large batches.
 ROWS = 64
-#: Column -> what the teacher is asked for beside the log-prob of the sampled token.
-COLUMNS: dict[str, dict[str, int]] = {
-    "teacher": {},
-    "top16": {"top_k": 16},
-    "top64": {"top_k": 64},
-    "candidates": {"candidates": 16},
-    "drawn": {"drawn": 16},
-}
-#: What the policy keeps beside each token it samples: as many of its most likely as `measure_start` can use, and the draws.
-KEPT = {"candidates": 64, "drawn": 16}
 BETAS = (0.9, 0.98)
+#: Share of words in common that makes a question a near copy of another.
+ALIKE = 0.8
+T = TypeVar("T")
 
 
 @frozen
@@ -164,10 +150,19 @@ class Bed:
 
 @cache
 def _prompts(bed: Bed) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-    every = make_prompts(smollm2.questions(), teacher(bed.folder / "teacher")[1])
+    return _split(bed, make_prompts(smollm2.questions(), teacher(bed.folder / "teacher")[1]))
+
+
+def _split(bed: Bed, every: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
     shuffled = [every[i] for i in np.random.default_rng(bed.seed).permutation(len(every))]
     sft, opd, held_out = np.cumsum([bed.size.sft_prompts, bed.size.opd_prompts, bed.size.held_out]).tolist()
     return shuffled[:sft], shuffled[sft:opd], shuffled[opd:held_out]
+
+
+def near_copies(bed: Bed) -> int:
+    """How many held-out questions have at least `ALIKE` of their words in common with one that is trained on (Jaccard)."""
+    sft, opd, held_out = _split(bed, [frozenset(re.findall(r"\w+", question.lower())) for question in smollm2.questions()])
+    return sum(any(len(ours & theirs) >= ALIKE * len(ours | theirs) for theirs in (*sft, *opd)) for ours in held_out)
 
 
 def train_from_the_cut(model: Any, kind: Kind) -> Any:
@@ -181,83 +176,13 @@ def train_from_the_cut(model: Any, kind: Kind) -> Any:
     return model
 
 
-def make_teacher(folder: Path) -> Row:
-    """Unpack the weights."""
-    return once(folder / "teacher.json", lambda: smollm2.save_teacher(_fresh(folder / "teacher")) or {"kind": "teacher"})
-
-
-def make_text(bed: Bed) -> Row:
-    """The teacher's answers to all prompts of a seed."""
-
-    def work() -> Row:
-        clock = Clock()
-        source = TimedSource(HFSource(*teacher(bed.folder / "teacher"), bed.sampling(), rows_per_batch=ROWS), clock)
-        store = ZarrStore.open_or_create(_fresh(bed.home / "text.zarr"), source.manifest)
-        collect_rollouts(source, [prompt for part in bed.prompts() for prompt in part], store, prompts_per_batch=ROWS)
-        return {"kind": "text", "seed": bed.seed, "rollouts": len(store), "cpu_s": clock.split()}
-
-    return once(bed.home / "text.json", work)
-
-
-def make_student(bed: Bed) -> Row:
-    """Cut it, fine-tune it on the teacher's answers, and measure it."""
-
-    def work() -> Row:
-        clock, size, home = Clock(), bed.size, _fresh(bed.of_student / "model")
-        smollm2.save_pruned(*teacher(bed.folder / "teacher"), home, bed.kind.dropped)
-        student, tokenizer, _ = bed.student()
-        optimizer = optimizer_of(student, size.sft_lr)
-        rows = bed.rows_of_text(bed.prompts()[0])
-        stream = batches(bed.text(), teacher=None, rollouts_per_step=size.sft_batch, seed=bed.seed, rows=rows)
-        total = size.sft_epochs * size.sft_prompts // size.sft_batch
-        for metrics in opd_steps(student, stream[:total], FusedSFTLoss(), optimizer):
-            for group in optimizer.param_groups:
-                group["lr"] = size.sft_lr * (1 - (metrics.step + 1) / total)
-        student.export(_fresh(home), tokenizer, stream.lineage)
-        spent = clock.split()
-        return {"kind": "sft", "seed": bed.seed, "student": bed.kind.name, "steps": total, "cpu_s": spent, **measure(bed, student.model)}
-
-    return once(bed.of_student / "sft.json", work)
-
-
-def make_store(bed: Bed) -> Row:
-    """The student's answers to the OPD prompts, scored in every way; what each part costs, and what the diagnostics say."""
-
-    def work() -> Row:
-        sampling, scoring = Clock(), {name: Clock() for name in COLUMNS}
-        student, tokenizer, lineage = bed.student()
-        source = HFSource(student.model, tokenizer, bed.sampling(**KEPT), lineage, rows_per_batch=ROWS)
-        store = ZarrStore.open_or_create(_fresh(bed.of_student / "store.zarr"), source.manifest)
-        collect_rollouts(TimedSource(source, sampling), bed.prompts()[1], store, prompts_per_batch=ROWS)
-        for name, asked in COLUMNS.items():
-            score_rollouts(store, TimedScorer(evolve(bed.scorer, **asked), scoring[name]), column=name, rollouts_per_batch=ROWS)
-        spent = {"sampling": sampling.seconds["sampling"], "scoring": {name: clock.seconds["scoring"] for name, clock in scoring.items()}}
-        return {"kind": "store", "seed": bed.seed, "student": bed.kind.name, "cpu_s": spent, "start": start_of(store)}
-
-    return once(bed.of_student / "store.json", work)
-
-
-def start_of(store: ZarrStore) -> Row:
-    """The diagnostics before training, as plain numbers."""
-    said = measure_start(store, teacher="top64", ref="policy")
-    least, most = said.outside or (None, None)
-    return {
-        "reverse_kl": said.reverse_kl.mean,
-        "overlap": {str(k): found.mean for k, found in said.overlap.items()},
-        "outside_top64": [part.mean for part in (least, most) if part is not None],
-        "advantage_quantiles": said.advantages.quantiles,
-        "tail": said.beyond_tail,
-        "verdict": said.verdict,
-    }
-
-
 def optimizer_of(student: CausalLMStudent, rate: float) -> torch.optim.AdamW:
     """At a constant rate, so that every step of a run is an end that it could have had."""
     return torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=rate, betas=BETAS, weight_decay=0.0)
 
 
-def measure(bed: Bed, model: Any) -> Row:
-    """Of a student on the held-out prompts, rollout by rollout: reverse KL on its fresh answers, forward KL on the teacher's, tokens.
+def measure(bed: Bed, model: Any, *, forward: bool = True) -> Row:
+    """Of a student on the held-out prompts, rollout by rollout: reverse KL on its fresh answers, and, if asked, forward KL on the teacher's.
 
     Draws are coupled: all students of a seed have the same uniform numbers, so what they differ in is not luck.
     """
@@ -265,9 +190,11 @@ def measure(bed: Bed, model: Any) -> Row:
     source = HFSource(model, tokenizer, SamplingParams(bed.size.new_tokens, seed=1000 + bed.seed), rows_per_batch=ROWS)
     rollouts = source.sample(held_out)
     kl = exact_reverse_kl(source, bed.scorer, rollouts)
+    found = {"reverse_kl": _plain(kl), "ended": float(np.mean([r.finish_reason == "stop" for r in rollouts]))}
+    if not forward:
+        return found
     written = [r.rollout for r in bed.text().read(bed.rows_of_text(held_out), columns=())]
-    forward = forward_kl(written, HFScorer(model, tokenizer))
-    return {"reverse_kl": _plain(kl), "forward_kl": _plain(forward), "ended": float(np.mean([r.finish_reason == "stop" for r in rollouts]))}
+    return {**found, "forward_kl": _plain(forward_kl(written, HFScorer(model, tokenizer)))}
 
 
 def forward_kl(written: list[Rollout], student: HFScorer) -> RolloutSums:
@@ -284,10 +211,3 @@ def mean_kl(point: Row) -> float:
 
 def _plain(sums: RolloutSums) -> Row:
     return {"sums": sums.sums.round(4).tolist(), "counts": sums.counts.astype(int).tolist()}
-
-
-def _fresh(folder: Path) -> Path:
-    """A place in which nothing of a killed attempt is left: its seconds are lost, so its work is done again."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder

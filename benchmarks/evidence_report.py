@@ -1,24 +1,26 @@
 """The part of RESULTS.md on real weights: words, tables and a picture, out of what `evidence.py` measured."""
 
+import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attrs import frozen
 from claims_summary import Interval
 from docs_tables import table
 from evidence_arms import ONLINE, SFT, WHOLE
-from evidence_bed import FAR, NEAR, Row, mean_kl
+from evidence_bed import ALIKE, FAR, NEAR, Row, mean_kl
 from evidence_summary import Found, cost, forward, kl, length
 from pictures import SUPPORT, band, color_of, label_ends, panels, rule, save
-from results_page import Part, Reading
+from results_page import Goal, Part, Reading
 
 
 def evidence_part(result: Mapping[str, Any], folder: str) -> Part:
     """Of `evidence.json`, with its picture in a folder."""
     found = Found(result["rows"])
-    sections = [_plan(found), _frontier(found, f"{folder}/evidence.png"), _arms(found, NEAR.name), _arms(found, FAR.name), _LIMITS]
+    sections = [_plan(found), _frontier(found, f"{folder}/evidence.png"), _arms(found, NEAR.name), _arms(found, FAR.name), _limits(found)]
     pictures = {"evidence": partial(draw, found=found)}
     training = found.mean(found.cell(ONLINE.name), lambda row: cost(row, None, "training") / cost(row)).mean
     return Part(
@@ -27,6 +29,19 @@ def evidence_part(result: Mapping[str, Any], folder: str) -> Part:
 
 
 _REGIME, _CHEAP = "The near student is in the paper's regime", "A stored run ends no worse than a live one, at a quarter of its cost"
+
+
+@frozen
+class Compared(Reading):
+    """A goal that is met where an interval holds 0: its words say what else the interval holds."""
+
+    def say(self, goal: Goal) -> str:
+        """The clause: that two cannot be told apart, unless the mean is on the right side; and the largest loss that is not excluded."""
+        words = super().say(goal)
+        most = goal["at_most"]
+        if most is None or (goal["met"] and goal["measured"] > 0):
+            words = re.sub("ends (no )?higher in reverse KL than", "cannot be told apart in reverse KL from", words)
+        return words if most is None or most <= 0 else f"{words}, and may end {most:.3f} higher"
 
 
 def _readings(training: str) -> list[Reading]:
@@ -46,7 +61,7 @@ def _readings(training: str) -> list[Reading]:
             "its reverse KL to the teacher is {measured} nats a token before training",
             "its reverse KL to the teacher is as much as {measured} nats a token before training",
         ),
-        Reading(
+        Compared(
             _CHEAP,
             r"^(?P<form>.+ \d+ steps), minus (?P<rival>.+): held-out",
             "*{form}* ends no higher in reverse KL than *{rival}* ({measured})",
@@ -61,11 +76,11 @@ def _readings(training: str) -> list[Reading]:
             "it costs as much as {measured} of *{rival}*",
             told=".",
         ),
-        Reading(
+        Compared(
             "With all of its steps a stored run ends no worse than a live one",
             r"^(?P<form>.+), all of its steps, minus (?P<rival>.+): held-out",
-            "with all of its steps *{form}* ends no higher than *{rival}* ({measured})",
-            "with all of its steps *{form}* ends higher than *{rival}* ({measured})",
+            "with all of its steps *{form}* ends no higher in reverse KL than *{rival}* ({measured})",
+            "with all of its steps *{form}* ends higher in reverse KL than *{rival}* ({measured})",
             told=".",
         ),
     ]
@@ -93,12 +108,23 @@ def _plan(found: Found) -> list[str]:
         f"Prompts are questions of TruthfulQA: {size['opd_prompts']} for OPD, {size['held_out']} held out.",
         f"Answers have at most {size['new_tokens']} tokens, and a step {size['batch']} of them.",
         f"Seeds: {len(found.starts())}, each with its own split, students and rollouts.",
-        f"Rates, the arm that is run in several forms, and the form of the goals were chosen {chosen}.",
+        f"Rates, the arm that is run in several forms, the form of the goals and the best live run were chosen {chosen}.",
+        _edges(found),
         "Intervals are those of Student's t over seeds, paired where two arms are compared.",
         "Seconds are CPU seconds of one thread; a store is sampled and scored in large batches, a live student in batches of a step.",
+        "What a half or a quarter of a store costs was measured on such stores; supports are taken to cost as many times a plain score there.",
         "",
         *_starts(found),
     ]
+
+
+def _edges(found: Found) -> str:
+    """Arms whose rate might have been lower or higher, had there been more of them."""
+    rates = [float(rate) for rate in found.plan["rates"]]
+    chosen = {name: found.rate(name) for name in found.names() if "(" not in name}
+    lists = [", ".join(name for name, rate in chosen.items() if rate == edge) or "not one arm" for edge in (min(rates), max(rates))]
+    tried = ", ".join(f"{rate:g}" for rate in rates)
+    return f"Rates: {tried}.  At the lowest of them: {lists[0]}; at the highest: {lists[1]}; their best rates may lie outside."
 
 
 def _starts(found: Found) -> list[str]:
@@ -174,6 +200,20 @@ def _arms(found: Found, student: str) -> list[str]:
     return [f"### The {student} student, at the end of every run", "", *table([*head, "training", "CPU s"], rows())]
 
 
+def _limits(found: Found) -> list[str]:
+    copies = [row["near_copies"] for row in found.starts().values()]
+    most = f"{min(copies)} to {max(copies)}" if len(set(copies)) > 1 else str(copies[0])
+    lines = [
+        *_LIMITS,
+        f"- Of the {found.plan['held_out']} held-out questions of a seed, {most} share {ALIKE:.0%} of their words or more with one of its training.",
+    ]
+    if found.plan["choice"] is not None:
+        lines.append(
+            "- The seed of choice splits the same questions in another way: some that other seeds hold out were trained on, or chosen on, there."
+        )
+    return lines
+
+
 _LIMITS = [
     "### What the real weights do not show",
     "",
@@ -181,6 +221,7 @@ _LIMITS = [
     "- Layers before the cut, which compute what the teacher's do, are not trained, nor are embeddings: that makes a step a third cheaper for all.",
     f"- In lopd a live student compares its most likely {WHOLE.support.candidates} tokens, with the residual; in TRL, the whole vocabulary.",
     "- The far student takes over the rates that were chosen for the near one.",
+    "- SFT, Lightning and LSPD weight every response alike, as the paper does; all others of lopd weight every token alike, as TRL does.",
     f"- {SFT.name} has a quarter more steps, as nothing is scored for it.",
 ]
 

@@ -2,17 +2,25 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from attrs import evolve
+from chat_tokenizers import byte_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import evidence
+import evidence_arms
+import evidence_bed
+import evidence_make
+import evidence_plan
 from evidence_arms import LIVE, ONLINE, PLAIN, RATIO, SAME, TOP_64, TRL
 from evidence_bed import FAR, NEAR, once
+from evidence_report import Compared
 from evidence_summary import Form, Found, find_goals
+from tiny_models import build_model
 
 #: Reverse KL at the end, and cost of all steps, by arm.
 ENDS = {
@@ -20,7 +28,7 @@ ENDS = {
     SAME.name: (0.26, 420.0),
     "TRL DistillationTrainer": (0.28, 500.0),
     "teacher's top 64": (0.25, 120.0),
-    "teacher's top 64 (two passes)": (0.24, 120.0),
+    "teacher's top 64 (a quarter of the store, two passes)": (0.24, 120.0),
 }
 
 
@@ -45,7 +53,7 @@ def plan(tmp_path, monkeypatch):
     """All units in a folder, made up: the middle rate is the best."""
 
     def run(bed, arm, rate, points):
-        rate_costs = 0.0 if rate == 1.5e-4 else 0.1
+        rate_costs = 0.0 if rate == 5e-5 else 0.1
         made = curve(arm, arm.steps(bed), points, bed.seed)
         for point in made:
             point["reverse_kl"]["sums"] = [value + rate_costs * 20 for value in point["reverse_kl"]["sums"]]
@@ -59,7 +67,7 @@ def plan(tmp_path, monkeypatch):
             "curve": made,
         }
 
-    monkeypatch.setattr(evidence, "run_arm", run)
+    monkeypatch.setattr(evidence_plan, "run_arm", run)
     plan = evidence.Plan(
         tmp_path, tmp_path / "results", (0, 1, 2), arms=((NEAR, (PLAIN, RATIO, TOP_64, *LIVE)), (FAR, (RATIO, TOP_64, ONLINE)))
     )
@@ -68,8 +76,10 @@ def plan(tmp_path, monkeypatch):
         named = {"seed": bed.seed, "student": bed.kind.name}
         once(bed.of_student / "store.json", lambda named=named, start=start: {"kind": "store", **named, "start": start})
         point = curve(PLAIN, 1, [0.0], bed.seed)[0]
-        once(bed.of_student / "sft.json", lambda named=named, point=point: {"kind": "sft", **named, **point})
+        once(bed.of_student / "sft.json", lambda named=named, point=point: {"kind": "sft", "near_copies": 1, **named, **point})
     for unit in evidence.rate_trials(plan):
+        unit()
+    for unit in evidence.other_trials(plan, evidence.choose_rates(plan)):
         unit()
     return plan
 
@@ -84,8 +94,8 @@ def finish(plan, seeds):
 
 def test_rates_and_the_best_arm_are_chosen_on_a_seed_that_is_not_reported(plan):
     chosen = evidence.Chosen.of(plan)
-    assert set(chosen.rates.values()) == {1.5e-4}
-    assert chosen.best == TOP_64
+    assert set(chosen.rates.values()) == {5e-5}
+    assert (chosen.best, chosen.rival, chosen.until) == (TOP_64, SAME, 12)
     assert plan.choice not in plan.seeds
     assert {unit.bed.seed for unit in chosen.runs(plan)} == set(plan.seeds)
 
@@ -109,27 +119,41 @@ def test_a_seed_is_reported_when_all_of_it_is_finished(plan):
     assert {row["seed"] for row in evidence.gather(plan, chosen) if row["kind"] == "run"} == {0}
 
 
+def test_a_unit_that_was_measured_elsewhere_is_refused(plan):
+    unit = evidence.rate_trials(plan)[0]
+    with pytest.raises(SystemExit, match=r"it was measured after steps \[6, 12\], expected \[12\]; move it away"):
+        evolve(unit, points=evidence_plan.END)()
+
+
+def test_units_without_settings_are_refused(plan):
+    with pytest.raises(SystemExit, match="it has units and no settings"):
+        evidence.check_settings(plan)
+
+
 def test_a_folder_of_other_settings_is_refused(plan):
+    plan = evolve(plan, folder=plan.folder / "new")
     evidence.check_settings(plan)
     evidence.check_settings(plan)
     with pytest.raises(SystemExit, match="opd_prompts is 96 there, expected 8; move that folder away"):
         evidence.check_settings(evolve(plan, size=evolve(plan.size, opd_prompts=8)))
+    with pytest.raises(SystemExit, match=r"online OPD, near is .Arm.*, expected None; move"):
+        evidence.check_settings(evolve(plan, arms=((NEAR, plan.arms[0][1][:3]), plan.arms[1])))
     with pytest.raises(SystemExit, match=r"layers left out of near is \[14, 15\] there, expected \[20\]"):
         evidence.check_settings(evolve(plan, arms=((evolve(NEAR, dropped=(20,)), (RATIO,)),)))
 
 
 def test_a_report_runs_nothing(plan, monkeypatch):
-    monkeypatch.setattr(evidence, "run_arm", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setattr(evidence_plan, "run_arm", lambda *_: pytest.fail("it ran"))
     with pytest.raises(SystemExit, match="0 seeds are finished, expected at least 1"):
         evidence.report(plan)
     evidence.rate_trials(plan)[0].path.unlink()
-    with pytest.raises(SystemExit, match="1 trials of rates are not made, expected 0"):
+    with pytest.raises(SystemExit, match="1 trials of arms are not made, expected 0"):
         evidence.report(plan)
 
 
 def test_the_form_of_the_goals_is_the_best_that_a_quarter_of_a_live_run_pays_for(plan):
     found = Found(finish(plan, (0, 1, 2)))
-    assert found.form() == Form(f"{TOP_64.name} (two passes)", 12), "half of its steps cost 72 of 400; all of them 120, too much"
+    assert found.form() == Form(f"{TOP_64.name} (a quarter of the store, two passes)", 3), "half of it costs 72 of 400, all 120"
     goals = {goal["name"]: goal for goal in find_goals(found.rows)}
     more, share = (
         next(goal for name, goal in goals.items() if f"{TRL.name}: {what}" in name and "all of" not in name) for what in ("held", "cost")
@@ -145,12 +169,90 @@ def test_the_page_says_what_the_rows_say(plan, tmp_path):
     json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     text, found = (tmp_path / "RESULTS.md").read_text(), Found(rows)
     assert all(f"| {name} |" in text for name in found.names())
-    assert f"**What did not:** *{found.form().arm}, 12 steps* ends higher in reverse KL than" in text
+    assert f"**What did not:** *{found.form().arm}, 3 steps* ends higher in reverse KL than" in text
     assert "it costs 0.14 of *TRL DistillationTrainer*" in text
     assert (tmp_path / "evidence.png").stat().st_size > 10_000
+    assert "At the lowest of them: not one arm; at the highest: not one arm" in text
+    assert "Of the 32 held-out questions of a seed, 1 share 80%" in text
     assert "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("measured", "at_most", "words"),
+    [
+        (0.01, 0.03, "*a* cannot be told apart in reverse KL from *b* (+0.010 ± 0.020), and may end 0.030 higher"),
+        (-0.01, 0.01, "*a* ends no higher in reverse KL than *b* (-0.010 ± 0.020), and may end 0.010 higher"),
+        (-0.03, -0.01, "*a* ends no higher in reverse KL than *b* (-0.030 ± 0.020)"),
+    ],
+)
+def test_words_tell_what_an_interval_does_not_exclude(measured, at_most, words):
+    goal = {"name": "a, b", "goal": "0 or less, within the interval", "measured": measured, "ci95": 0.02, "met": True, "at_most": at_most}
+    reading = Compared("a claim", "^(?P<form>.), (?P<rival>.)", "*{form}* ends no higher in reverse KL than *{rival}* ({measured})", "")
+    assert reading.say(goal) == words
+
+
+def test_a_goal_keeps_the_largest_loss(plan):
+    goals = [goal for goal in find_goals(finish(plan, (0, 1, 2))) if "within the interval" in goal["goal"]]
+    assert all(goal["at_most"] == pytest.approx(goal["measured"] + goal["ci95"]) for goal in goals)
+    assert {name for goal in goals for name in (SAME.name, ONLINE.name, TRL.name) if f"minus {name}" in goal["name"]} == {
+        SAME.name,
+        ONLINE.name,
+        TRL.name,
+    }
 
 
 def test_one_seed_meets_no_goal_that_needs_an_interval(plan):
     goals = find_goals(finish(plan, (0,)))
     assert not any(goal["met"] for goal in goals if "within the interval" in goal["goal"])
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A bed of random weights and made-up questions; four layers, of which one is cut."""
+    model, tokenizer = build_model("llama", num_hidden_layers=4, vocab_size=261, max_position_embeddings=256), byte_tokenizer()
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+    def save(folder):
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
+
+    monkeypatch.setattr(evidence_bed.smollm2, "save_teacher", save)
+    monkeypatch.setattr(evidence_bed.smollm2, "questions", lambda: [f"What is {i}?" for i in range(20)])
+    size = evidence_bed.Size(sft_prompts=4, opd_prompts=8, held_out=2, new_tokens=4, sft_batch=2, batch=2)
+    plan = evidence.Plan(tmp_path, seeds=(0,), size=size, arms=((evolve(NEAR, dropped=(2,)), evidence_arms.ARMS),))
+    bed = plan.bed(0, plan.arms[0][0])
+    evidence_make.make_teacher(tmp_path)
+    evidence_make.make_text(bed)
+    evidence_make.make_student(bed)
+    return bed
+
+
+def test_questions_that_share_most_words_are_near_copies(tiny, monkeypatch):
+    assert evidence_bed.near_copies(tiny) == 0
+    monkeypatch.setattr(evidence_bed.smollm2, "questions", lambda: [f"What is it that is not here, {i}?" for i in range(20)])
+    assert evidence_bed.near_copies(tiny) == 0, "6 of 8 words are the same"
+    monkeypatch.setattr(evidence_bed.smollm2, "questions", lambda: ["What is it?"] * 20)
+    assert evidence_bed.near_copies(tiny) == tiny.size.held_out
+
+
+def test_a_store_a_live_run_and_a_peer_for_real(tiny):
+    store = evidence_make.make_store(tiny, shares=(0.5, 0.25))
+    assert {share: set(part["scoring"]) for share, part in store["cpu_s"].items()} == {
+        "1": set(evidence_make.COLUMNS),
+        "0.5": {"teacher"},
+        "0.25": {"teacher"},
+    }
+    half = evidence_arms.paid(tiny, evolve(TOP_64, share=0.5))
+    assert half["sampling"] == store["cpu_s"]["0.5"]["sampling"]
+    assert half["all"] == half["sampling"] + half["scoring"] > half["sampling"] > 0
+    arms = [evolve(TOP_64, share=0.5), ONLINE, *([TRL] if find_spec("trl") else [])]
+    before = evidence_bed.teacher(tiny.folder / "teacher")[0]
+    cached, held = before.config.use_cache, set(vars(before))
+    for arm in arms:
+        row = evidence_arms.run_arm(tiny, arm, 1e-3, evidence_plan.HALF)
+        assert [point["step"] for point in row["curve"]] == [row["steps"] // 2, row["steps"]]
+        spent = row["curve"][-1]["cpu_s"]
+        assert all(spent[part] > 0 for part in ("sampling", "scoring", "training"))
+        assert spent["all"] == pytest.approx(sum(spent[part] for part in ("sampling", "scoring", "training")))
+        assert len(row["curve"][-1]["reverse_kl"]["sums"]) == tiny.size.held_out
+    assert (before.config.use_cache, set(vars(before))) == (cached, held), "a run changed the teacher of the others"
