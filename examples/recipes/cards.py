@@ -20,11 +20,11 @@ class OneGpu(Recipe):
     Args:
         teacher_billions, student_billions: 0 counts the parameters of the configurations.
         card_gb: memory of the card, 10^9 bytes; the card that is there counts, where one is.
-        lora_rank: of adapters on a student that stays in `dtype`; 0 trains all weights, in float32.
+        lora_rank: rank of the adapters on a student that stays in `dtype`; 0 trains all weights, in float32.
         rows: responses that transformers samples side by side.
         prompt_tokens, test_prompt_tokens: longest prompt of training and of a test.
         test_problems: most problems of each test, the first ones of its file.
-        seeds: of the OPD stage, from `seed` on; SFT is done once.
+        seeds: how many times the OPD stage is run, with `seed` and the numbers after it; SFT is done once.
         thinking: what the chat template is told as `enable_thinking`.
         with_online: online OPD too.
     """
@@ -217,7 +217,7 @@ def _total(memory: Mapping[str, float]) -> float:
 
 
 def room_of(recipe: OneGpu) -> float:
-    """10^9 bytes that a phase may take: of the card that is there, or of the one that the recipe is for."""
+    """How much of the card a phase may take, in 10^9 bytes; without a card, of the one that the recipe is for."""
     there = recipe.device.startswith("cuda") and torch.cuda.is_available()
     return ROOM * (torch.cuda.get_device_properties(recipe.device).total_memory / 1e9 if there else recipe.card_gb)
 

@@ -30,7 +30,7 @@ class Arm:
 
     Args:
         name: the arm.
-        seed: of its training and of the test.
+        seed: the one that it was trained and tested with.
         evaluation: the phase of its test, with its grades.
         phases: those that made it, in its seed.
     """

@@ -30,14 +30,14 @@ class Footprint:
     """Sizes of a model.
 
     Args:
-        parameters: of the whole model, adapters included.
+        parameters: their number in the whole model, adapters included.
         trained: those that require a gradient.
-        bytes_each: of a parameter that is not trained.
+        bytes_each: bytes of a parameter that is not trained.
         cached: bytes of the keys and values of one token, in all layers.
         layer: bytes that one layer keeps for its backward pass, a token.
         between: bytes that stay between layers whose activations are computed again, a token, in all layers.
         head: parameters of the head.
-        width: of the hidden states.
+        width: hidden size.
         vocabulary: rows of the head.
     """
 
@@ -84,7 +84,7 @@ def _make(config: Any, dtype: torch.dtype, lora_rank: int) -> Any:
 
 
 def _kept_a_token(config: Any, dtype: torch.dtype, autocast: torch.dtype | None, lora_rank: int) -> tuple[float, float]:
-    """Bytes that the backward pass of one layer needs for a token more: of what it computes, and of what it can compute that from again."""
+    """Bytes that one layer keeps for its backward pass, for each token: without recomputing activations, and with it."""
     small = {
         "num_hidden_layers": 1,
         "layer_types": None,
@@ -153,7 +153,7 @@ def together_gb(training: Mapping[str, float], *others: Mapping[str, float]) -> 
     """10^9 bytes of training and of what takes turns with it, all weights staying where they are.
 
     Args:
-        training: of the student.
+        training: what training the student takes (`trained_gb`).
         others: sampling from the student, which has no weights of its own then; and scoring.
     """
     steps = [sum(part for name, part in each.items() if name != "weights") for each in others]

@@ -124,7 +124,7 @@ class Phases:
 
     Args:
         run: its folder.
-        recipe: of this card.
+        recipe: the recipe of this card.
         engine: writes the text of SFT and answers the tests.
         problems: of all tests.
     """
