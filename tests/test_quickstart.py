@@ -94,7 +94,7 @@ def histories(out: Path) -> list[list[dict[str, Any]]]:
 def test_it_measures_every_phase_and_writes_what_it_promises(unbroken: Path) -> None:
     report = json.loads((unbroken / "metrics.json").read_text())
     by_name = {p["name"]: p for p in report["phases"]}
-    for name in ("evaluate before SFT", "evaluate after SFT", "evaluate after OPD", "evaluate after online OPD"):
+    for name in ("evaluate after SFT", "evaluate after OPD", "evaluate after online OPD"):
         assert by_name[name]["held_out_reverse_kl"] > 0
         assert by_name[name]["ci95"] > 0
     assert all(p["wall_s"] > 0 and p["tokens"] > 0 for p in report["phases"])
@@ -116,7 +116,7 @@ def test_a_second_call_finds_everything_done(unbroken: Path, run_here: Callable[
 
 
 def test_other_settings_in_the_same_folder_are_refused(unbroken: Path, run_here: Callable[..., None]) -> None:
-    with pytest.raises(SystemExit, match=r"opd_lr is 0.0002 there, expected 1.0"):
+    with pytest.raises(SystemExit, match=r"opd_lr is 0.0008 there, expected 1.0"):
         run_here(unbroken, "--opd-lr", "1.0")
 
 

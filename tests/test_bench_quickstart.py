@@ -1,0 +1,70 @@
+"""What is made of a quickstart run: its goals, its tables, its picture."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import quickstart_seeds
+import record_quickstart
+
+
+def phase(name: str, wall_s: float, kl: float | None = None) -> dict[str, Any]:
+    ci95 = None if kl is None else 0.04
+    return {"name": name, "wall_s": wall_s, "tokens": 1000, "attempts": 1, "peak_rss_gib": 3.0, "held_out_reverse_kl": kl, "ci95": ci95}
+
+
+@pytest.fixture
+def report() -> dict[str, Any]:
+    """A run whose stored part took 100 s of sampling, scoring and training, and whose online part took 150 s."""
+    phases = [
+        phase("evaluate after SFT", 50.0, 0.8),
+        phase("student rollouts", 40.0),
+        phase("teacher scores", 20.0),
+        phase("Lightning OPD", 40.0),
+        phase("evaluate after OPD", 50.0, 0.6),
+        phase("online OPD", 150.0),
+        phase("evaluate after online OPD", 50.0, 0.61),
+    ]
+    fall = {"mean": -0.2, "ci95": 0.05, "low": -0.25, "high": -0.15}
+    gap = {"mean": -0.01, "ci95": 0.04, "low": -0.05, "high": 0.03}
+    return {"phases": phases, "change": {record_quickstart.FALL: fall, record_quickstart.GAP: gap}}
+
+
+def missed(report: dict[str, Any]) -> list[str]:
+    return [goal["name"] for goal in record_quickstart.goals(report) if not goal["met"]]
+
+
+def test_a_run_that_keeps_what_is_promised_misses_nothing(report: dict[str, Any]) -> None:
+    assert missed(report) == []
+    assert record_quickstart.goals(report)[0]["measured"] == pytest.approx(4.0)
+
+
+def test_each_promise_is_missed_by_its_own_name(report: dict[str, Any]) -> None:
+    report["change"][record_quickstart.FALL] |= {"mean": -0.1}
+    report["change"][record_quickstart.GAP] |= {"mean": 0.05, "low": 0.01}
+    report["phases"][0] |= {"wall_s": 500.0, "peak_rss_gib": 9.0}
+    assert len(missed(report)) == 4
+
+
+def test_a_run_that_was_killed_on_the_way_says_nothing_of_its_time(report: dict[str, Any]) -> None:
+    report["phases"][1] |= {"attempts": 2}
+    assert missed(report) == ["wall time after installation, on 2 cores (s)"]
+
+
+def test_words_and_tables_hold_the_figures_of_the_run(report: dict[str, Any]) -> None:
+    said = record_quickstart.sentence(report)
+    assert all(figure in said for figure in ("0.800", "0.600", "0.200 ± 0.050", "100 s", "0.610", "150 s", "-0.010 ± 0.040"))
+    assert record_quickstart.phase_table(report["phases"])[-1] == "| total | 400 | | |"
+    row = {"seed": 2, **quickstart_seeds.numbers(report)}
+    assert quickstart_seeds.seed_table([row])[-1] == "| 2 | 0.800 | 0.600 | 0.610 | 0.200 ± 0.050 | -0.010 ± 0.040 | 100 | 150 |"
+
+
+def test_the_picture_is_whole(report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_quickstart, "DOCS", tmp_path)
+    record_quickstart.draw({p["name"]: p for p in report["phases"]})
+    assert (tmp_path / "quickstart.png").stat().st_size > 10_000
