@@ -76,7 +76,7 @@ PARTS = {
     "engines": Part(_of("gpu_engines", "engines"), 40),
     "losses": Part(_of("gpu_losses", "race"), 60),
     **{
-        f"step, {model}, {layout}": Part(_of("gpu_step", "train", model, layout), 45)
+        f"step, {model}, {layout}": Part(_of("gpu_step", "train", model, layout), 42)
         for model in ("Qwen3-0.6B", "Qwen3-1.7B")
         for layout in ("rows", "packed")
     },
