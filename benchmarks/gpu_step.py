@@ -14,7 +14,7 @@ from random_rollouts import fill, random_manifest
 from roofline import MODELS, layer_flops
 from transformers import AutoModelForCausalLM, Qwen3Config
 
-from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, batches, opd_steps
+from lopd import CausalLMStudent, Chunking, FusedOPDLoss, MemoryStore, batches, opd_steps
 from lopd.records import StepMetrics, TokenizerId
 from lopd.tools.plan import ROOM, Use, training
 
@@ -38,6 +38,11 @@ class Size:
     longest: int = 1920
     tokens_per_batch: int = 16_384
     rollouts_per_step: int = 48
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of 2,048 rows of logits, whatever memory is free."""
+        return 4 * 2048 * int(self.config["vocab_size"])
 
     @classmethod
     def of(cls, model: str, device: Device) -> "Size":
@@ -67,7 +72,7 @@ def _steps(size: Size, attention: str, device: Device) -> Iterator[StepMetrics]:
     student = CausalLMStudent(model, words, autocast=torch.bfloat16, gradient_checkpointing=True)
     optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=1e-6)
     steps = batches(store, rollouts_per_step=size.rollouts_per_step, tokens_per_batch=size.tokens_per_batch, ref="behavior")
-    return opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer)
+    return opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True, chunking=Chunking(size.chunk_bytes)), optimizer)
 
 
 def train(model: str, layout: str, device: Device) -> Found:
@@ -82,6 +87,7 @@ def train(model: str, layout: str, device: Device) -> Found:
         tokens_per_batch=size.tokens_per_batch,
         gradient_checkpointing=True,
         packed=layout == "packed",
+        chunk_bytes=size.chunk_bytes,
     )
     planned = sum(training(Qwen3Config(**size.config), use).gigabytes(use.rollouts).values())
     if device.on_card and planned > ROOM * (room := torch.cuda.get_device_properties(0).total_memory / 1e9):

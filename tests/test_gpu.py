@@ -81,7 +81,14 @@ def test_a_result_of_a_copy_without_history_names_no_commit(monkeypatch, tmp_pat
 
 
 def test_the_roofline_by_hand():
-    config = {"hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 3}
+    config = {
+        "hidden_size": 4,
+        "intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 3,
+    }
     # queries and output 4 * 6 each, keys and values 4 * 3 each, three products of 4 * 8
     assert roofline.layer_parameters(config) == 2 * (2 * 24 + 2 * 12 + 3 * 32)
     flops = 6 * 2 * 168 * 10 + 3 * 2 * 5 * 6 * 2 * 10

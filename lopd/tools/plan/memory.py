@@ -16,7 +16,6 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from lopd.engines.causal_lm import candidate_logprobs, decoder_of, evaluating, hidden_states, lm_head, unwrap
-from lopd.losses.chunked import CHUNK_BYTES
 from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.manifest import SamplingParams
 from lopd.tools.plan.following import ATTENTION, Phase, count, empty, layers_of
@@ -33,7 +32,7 @@ class Use:
         rows: responses that transformers samples side by side (`HFSource.rows_per_batch`).
         tokens_per_batch: of a micro-batch, padding included, in scoring and in training.
         rows_per_chunk: response tokens whose logits a scorer holds at once.
-        chunk_bytes: of the buffer of logits in training.
+        chunk_bytes: of the buffer of logits in training (`Chunking.chunk_bytes`).
         dtype: of the weights.
         autocast: what layers compute in while they are trained; None for the dtype of the weights.
         lora_rank: of adapters on all linear layers but the head (`lora_config`); 0 trains all weights.
@@ -50,7 +49,7 @@ class Use:
     rows: int = 64
     tokens_per_batch: int = 8192
     rows_per_chunk: int = 512
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int = 144 << 20
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = torch.bfloat16
     lora_rank: int = 0
