@@ -97,18 +97,15 @@ def measure(size: str, case: str) -> dict[str, Any]:
     forget_peak()
     run(config, case)
     taken = (memory("VmHWM") - before) * 2**20 / 1e9
-    parts = planned_gb(config, case)
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    planned = sum(parts.values())
-    return {
-        "size": size,
-        "parameters": parameters,
-        "case": case,
-        "measured_gb": taken,
-        "planned_gb": planned,
-        "ratio": planned / taken,
-        "parts": parts,
-    }
+    return {"size": size, "parameters": parameters, "case": case, "measured_gb": taken}
+
+
+def planned(row: dict[str, Any]) -> dict[str, Any]:
+    """The same row, with what the planner says."""
+    parts = planned_gb(Qwen3Config(**SIZES[row["size"]]), row["case"])
+    total = sum(parts.values())
+    return {**row, "planned_gb": total, "ratio": total / row["measured_gb"], "parts": parts}
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -140,7 +137,7 @@ def main() -> None:
                 command = [sys.executable, str(Path(__file__)), "--worker", size, case]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
                 unit.write_text(done.stdout.splitlines()[-1])
-            rows.append(json.loads(unit.read_text()))
+            rows.append(planned(json.loads(unit.read_text())))
             print({name: value for name, value in rows[-1].items() if name != "parts"}, flush=True)
     result_file("gpu_memory", describe_machine(), rows, goals(rows))
 

@@ -43,7 +43,7 @@ class Stretch:
             times: how many more there are.
         """
         staying_P = other.after[0] - self.after[0]
-        after_TP = self.after + times * staying_P
+        after_TP: NDArray[np.int64] = self.after + times * staying_P
         # what a layer keeps is there while those above it are computed, forwards and backwards
         for deep, more_P in zip(self.deep, other.full - self.full - staying_P, strict=True):
             after_TP[deep] += times * more_P
@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive, self._part = [0] * len(PARTS), 0
         self._storages: dict[int, weakref.ref[Any]] = {}
         self.begin()

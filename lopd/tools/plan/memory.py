@@ -105,7 +105,7 @@ def sampling(config: Any, use: Use) -> Need:
 
 
 def _counted(config: Any, use: Use, attention: str, rows: int, prepare: Callable[[Any, LiveBytes, Use], Phase]) -> Need:
-    return count(config, lambda config: empty(config, use.dtype, use.lora_rank, attention), rows, lambda *made: prepare(*made, use))
+    return count(config, lambda config: empty(config, use.dtype, use.lora_rank, attention), rows, lambda model, live: prepare(model, live, use))
 
 
 def _prepare_training(model: Any, live: LiveBytes, use: Use) -> Phase:
@@ -137,9 +137,9 @@ def _prepare_training(model: Any, live: LiveBytes, use: Use) -> Phase:
         total: Tensor = _Head.apply(hidden_ND.narrow(0, 0, rows * use.response_tokens).clone(), weight_VD, buffer)  # type: ignore[no-untyped-call]
         del hidden_ND
         live.make("activations")
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         # what AdamW divides by is as large as what it trains
-        [p.clone() for p in moments[: len(trained)]]
+        [p.clone() for p in moments[::2]]
         return [live.stretch()]
 
     return step
@@ -219,9 +219,9 @@ def _prepare_sampling(model: Any, live: LiveBytes, use: Use) -> Phase:
 def _gathered(config: Any, use: Use) -> int:
     """Bytes of what FSDP2 has whole at a time: what is in no layer, and two layers, with their gradients."""
     model = empty(config, use.dtype, 0, ATTENTION)
-    layers = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
-    outside = sum(p.numel() for p in model.parameters()) - sum(layers)
-    return 2 * (use.autocast or use.dtype).itemsize * (outside + 2 * max(layers, default=0))
+    layers: list[int] = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
+    outside: int = sum(p.numel() for p in model.parameters()) - sum(layers)
+    return 2 * int((use.autocast or use.dtype).itemsize) * (outside + 2 * max(layers, default=0))
 
 
 def _head_rows(model: Any) -> int:
