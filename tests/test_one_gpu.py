@@ -123,16 +123,16 @@ def test_the_page_of_examples_has_the_plans(plans):
 
 
 @pytest.mark.parametrize(
-    ("card", "changes", "message"),
+    ("card", "room_gb", "message"),
     [
-        ("80gb", {}, "SFT text: it takes 25.6 GB .*lower --rows"),
-        ("80gb", {"rows": 16, "tokens_per_batch": 1024}, "SFT: it takes .*expected at most 20.4 GB, 0.85 of the card; .*--lora-rank 64"),
-        ("24gb", {"student": "Qwen/Qwen3-4B"}, "online OPD: .*--student.*--no-with-online"),
+        ("80gb", 36, "evaluation of start: it takes 39.1 GB .*lower --rows"),
+        ("80gb", 0.85 * 24, "SFT: it takes .*expected at most 20.4 GB, 0.85 of the card; .*--lora-rank 64"),
+        ("24gb", 15, "online OPD: .*--student.*--no-with-online"),
     ],
 )
-def test_a_card_that_is_too_small_is_refused_with_what_to_do(card, changes, message):
+def test_a_card_that_is_too_small_is_refused_with_what_to_do(plans, card, room_gb, message):
     with pytest.raises(SystemExit, match=message):
-        check_fit(make_plan(evolve(CARDS[card], **changes), 400), 0.85 * 24)
+        check_fit(plans[card], room_gb)
 
 
 def test_what_does_not_fit_starts_nothing(monkeypatch, folder):

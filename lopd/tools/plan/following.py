@@ -59,9 +59,8 @@ def count(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[
     Raises:
         ModelError: the model's code depends on numbers, so its sizes alone do not say what it does.
     """
-    whole = make(config)
-    depth = _layers_alike(config, whole)
-    models = [whole] if depth is None else [make(_cut(config, layers)) for layers in (2, 3)]
+    depth = _layers_alike(config, make)
+    models = [make(config)] if depth is None else [make(_cut(config, layers)) for layers in (2, 3)]
     try:
         runs = [_run(model, rows, prepare) for model in models]
         if depth is None:
@@ -107,11 +106,13 @@ def _fill(model: Any) -> None:
                 tensors[name] = None if old is None else made[id(old)]
 
 
-def _layers_alike(config: Any, model: Any) -> int | None:
-    """How many layers there are, if more than three and all alike."""
-    kinds, layers = getattr(config, "layer_types", None) or [""], layers_of(model)
-    shapes = {tuple(p.shape for p in layer.parameters()) for layer in layers}
-    return len(layers) if len(layers) > 3 and len(set(kinds)) == len(shapes) == 1 and hasattr(config, "num_hidden_layers") else None
+def _layers_alike(config: Any, make: Callable[[Any], Any]) -> int | None:
+    """How many layers there are, if more than three and all like the first three."""
+    depth, kinds = getattr(config, "num_hidden_layers", 0), getattr(config, "layer_types", None) or [""]
+    if depth <= 3 or len(set(kinds)) > 1:
+        return None
+    layers = layers_of(make(_cut(config, 3)))
+    return depth if len(layers) == 3 and len({tuple(p.shape for p in layer.parameters()) for layer in layers}) == 1 else None
 
 
 def _cut(config: Any, layers: int) -> Any:

@@ -105,7 +105,9 @@ def sampling(config: Any, use: Use) -> Need:
 
 
 def _counted(config: Any, use: Use, attention: str, rows: int, prepare: Callable[[Any, LiveBytes, Use], Phase]) -> Need:
-    return count(config, lambda config: empty(config, use.dtype, use.lora_rank, attention), rows, lambda model, live: prepare(model, live, use))
+    return count(
+        config, lambda config: empty(config, use.dtype, use.lora_rank, attention), rows, lambda model, live: prepare(model, live, use)
+    )
 
 
 def _prepare_training(model: Any, live: LiveBytes, use: Use) -> Phase:
