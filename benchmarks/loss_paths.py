@@ -57,7 +57,7 @@ def rollout_problem(folder: Path, tokens: int = 4096) -> Problem:
     step = batches(store, rollouts_per_step=len(store), tokens_per_batch=tokens).step(0)
     batch = step.batches[0]
     with torch.no_grad():
-        hidden_ND = packed_hidden_states(model, batch.inputs, batch.position_ids)
+        hidden_ND = packed_hidden_states(model, batch.inputs, batch.position_ids, batch.lengths)
     weight = lm_head(model, len(tokenizer)).weight.detach().clone()
     on_N = batch.weight > 0
     columns = {

@@ -12,7 +12,7 @@ from attrs import evolve
 from conftest import TOKENIZER_ID
 
 from lopd import collate
-from lopd.engines.causal_lm import lm_head, packed_hidden_states
+from lopd.engines.causal_lm import lm_head, packed_hidden_states, row_hidden_states
 from lopd.engines.hf import HFSource, load_model
 from lopd.engines.probes import check_training
 from lopd.engines.student import CausalLMStudent
@@ -186,14 +186,18 @@ class _Blind(transformers.LlamaForCausalLM):
         return lambda input_ids, **_: self.model(input_ids=input_ids, use_cache=False)
 
 
-@pytest.mark.parametrize("kind", [_Louder, _Forbidding, _Blind])
-def test_a_model_that_cannot_be_cut_or_packed_is_refused(kind, models):
+def test_a_model_whose_packed_rollouts_see_each_other_reads_them_in_rows(models):
+    model = _Blind(copy.deepcopy(models("llama_tied").config)).eval()
+    model.load_state_dict(models("llama_tied").state_dict())
+    model.config = copy.deepcopy(model.config)  # its layers keep theirs
+    model.config._attn_implementation = "flash_attention_2"
+    assert check_training(model, VOCAB) is row_hidden_states
+
+
+@pytest.mark.parametrize("kind", [_Louder, _Forbidding])
+def test_a_model_that_cannot_be_cut_is_refused(kind, models):
     model = kind(copy.deepcopy(models("llama_tied").config)).eval()
     model.load_state_dict(models("llama_tied").state_dict())
-    if kind is _Blind:
-        check_training(model, VOCAB)  # each rollout in a row of its own: nothing to see
-        model.config = copy.deepcopy(model.config)  # its layers keep theirs
-        model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match=kind.__name__):
         check_training(model, VOCAB)
     with pytest.raises(ModelError, match=kind.__name__):
@@ -217,7 +221,7 @@ def test_a_pack_stays_one_row_only_for_attention_that_knows_lengths(attention, s
             return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
 
     ids_N, positions_N = torch.tensor([5, 6, 7, 8, 9, 4]), torch.tensor([0, 1, 2, 3, 0, 1])
-    hidden_ND = packed_hidden_states(Decoder(), ids_N, positions_N)
+    hidden_ND = packed_hidden_states(Decoder(), ids_N, positions_N, [4, 2])
     assert hidden_ND[:, 0].tolist() == ids_N.tolist(), "whatever the form, each token has its own hidden state"
     ((rows, positions),) = seen
     assert rows.shape == shape

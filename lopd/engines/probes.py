@@ -6,17 +6,18 @@ Shape suffixes: N tokens, D hidden size, V vocabulary, S positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from lopd.engines.causal_lm import (
     context_length,
     evaluating,
+    knows_lengths,
     lm_head,
     packed_hidden_states,
     rope_borders,
@@ -31,7 +32,7 @@ from lopd.errors import LopdError, ModelError
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
 _BORDERS = ("window", "chunk", "block_size", "compress")
 _LONGEST, _CPU_FLOPS, _FLOPS, _ENDS = 2048, 4e10, 2e14, 16
-_Hidden = Callable[[Any, Tensor, Tensor], Tensor]
+_Hidden = Callable[[Any, Tensor, Tensor, Sequence[int]], Tensor]
 # models whose weights gave numbers; what makes them NaN later is said by whoever computes with them
 _finite: WeakSet[Any] = WeakSet()
 
@@ -52,8 +53,11 @@ def check_scoring(model: Any, vocab_size: int) -> None:
     once(("scoring", vocab_size), model, lambda: _check(probe))
 
 
-def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = None) -> None:
+def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = None) -> _Hidden:
     """`check_scoring` for rollouts that are packed as a student packs them, and once more in training mode and in the student's autocast.
+
+    Returns:
+        The first way that is right: packed, or, for a hybrid whose other layers know no lengths, each rollout in a row of its own.
 
     Warns:
         ModelWarning: likewise.
@@ -61,8 +65,17 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
     Raises:
         ModelError: the model cannot be trained here; it names the cause and the next step.
     """
-    probe = _prepare(model, vocab_size, "training", packed_hidden_states)
-    once(("training", vocab_size, autocast), model, lambda: _check_training(probe, autocast))
+    probe = _prepare(model, vocab_size, "training", row_hidden_states)
+    return once(("training", vocab_size, autocast), model, lambda: _find_way(probe, autocast))
+
+
+def _find_way(probe: "_Probe", autocast: torch.dtype | None) -> _Hidden:
+    if knows_lengths(probe.model):
+        with suppress(ModelError):
+            _check_training(evolve(probe, hidden=packed_hidden_states), autocast)
+            return packed_hidden_states
+    _check_training(probe, autocast)
+    return row_hidden_states
 
 
 def _check_training(probe: "_Probe", autocast: torch.dtype | None) -> None:
@@ -122,8 +135,9 @@ class _Probe:
     def cut(self, rows: Sequence[Tensor]) -> Tensor:
         """(N, V) logits of the cut model for rollouts that share a batch, at both ends of each."""
         positions_N = torch.cat([torch.arange(len(ids), device=ids.device) for ids in rows])
-        hidden_ND = self.hidden(self.model, torch.cat(list(rows)), positions_N)
-        return lm_head(self.model, self.vocab_size).logits(torch.cat([_ends(part_SD) for part_SD in hidden_ND.split([*map(len, rows)])]))
+        lengths = [len(ids) for ids in rows]
+        hidden_ND = self.hidden(self.model, torch.cat(list(rows)), positions_N, lengths)
+        return lm_head(self.model, self.vocab_size).logits(torch.cat([_ends(part_SD) for part_SD in hidden_ND.split(lengths)]))
 
     def whole(self, ids_S: Tensor) -> Tensor:
         """(S, V) logits of the whole model for one rollout alone, at both ends, without the autocast that `accelerate` puts around a model."""

@@ -6,7 +6,7 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from lopd.engines.causal_lm import context_length, lm_head, packed_hidden_states, unwrap
+from lopd.engines.causal_lm import context_length, lm_head, unwrap
 from lopd.engines.conditions import warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.probes import check_training, refusing
@@ -55,7 +55,7 @@ class CausalLMStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer = fingerprint_tokenizer(tokenizer)
-        check_training(model, self.tokenizer.vocab_size, autocast)
+        self._layers = check_training(model, self.tokenizer.vocab_size, autocast)
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
@@ -85,7 +85,7 @@ class CausalLMStudent(nn.Module):
         """
         head = lm_head(self.model, self.tokenizer.vocab_size)
         batch = batch.to(head.weight.device)
-        self._check_length(int(batch.position_ids.max()) + 1)
+        self._check_length(max(batch.lengths, default=0))
         with torch.autocast(batch.inputs.device.type, enabled=False):
             if batch.ref_logprobs is not None and not self._dropout_is_judged:
                 self._dropout_is_judged = True
@@ -103,7 +103,7 @@ class CausalLMStudent(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         enabled = self._autocast is not None
         with torch.autocast(batch.inputs.device.type, dtype=self._autocast or torch.bfloat16, enabled=enabled):
-            return packed_hidden_states(self.model, batch.inputs, batch.position_ids)
+            return self._layers(self.model, batch.inputs, batch.position_ids, batch.lengths)
 
     def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:
         """Write a folder that engines load, with its lineage beside the weights.
