@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lopd.errors import GradientError
 from lopd.losses.chunked import DEFAULT_CHUNKING, ChunkedHead, Chunking, logprobs_and_entropies, refuse_second_order
-from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, TokenLosses, Tokens
+from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, TokenLosses
 from lopd.losses.products import sum_dtype
+from lopd.losses.tokens import Tokens, counted_rows
 from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import Batch, LMHead, LossOutput
 
@@ -69,9 +70,7 @@ class FusedLoss(OfObjective):
             InvalidRecordError: hidden states of another size than the head's.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
-        on_N = batch.weight > 0
-        # where all tokens count, selecting them would copy hidden states, and their gradient once more
-        tokens, hidden_MD = Tokens.counted(batch), hidden_ND if bool(on_N.all()) else hidden_ND[on_N]
+        tokens, hidden_MD = Tokens.counted(batch), counted_rows(hidden_ND, batch)
         ids_MK = self.objective.ids(tokens)
         wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden_MD, head.weight, head.bias)]
         if not (any(wanted) and self.objective.per_token):
