@@ -3,7 +3,7 @@
 Shape suffixes: M counted tokens, K of a support each, D drawn ones.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,12 +77,16 @@ class Tokens:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
         columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Tokens)}
-        return evolve(self, **{name: change(column) for name, column in columns.items() if isinstance(column, Tensor)})
+        changed: dict[str, Any] = {name: change(column) for name, column in columns.items() if isinstance(column, Tensor)}
+        return evolve(self, **changed)
 
-    def by_rollout(self, values_M: Tensor) -> tuple[Tensor, ...]:
+    def split(self, values_M: Tensor) -> tuple[Tensor, ...]:
         """Return the (T,) values of each rollout that has tokens here."""
-        counts: Sequence[int] = self.counts if self.counts is not None else self.segment_ids.unique_consecutive(return_counts=True)[1].tolist()
-        return values_M.split([count for count in counts if count])
+        counts = self.counts
+        if counts is None:
+            counts = tuple(self.segment_ids.unique_consecutive(return_counts=True)[1].tolist())
+        parts: tuple[Tensor, ...] = values_M.split([count for count in counts if count])
+        return parts
 
     def teacher(self) -> Tensor:
         """Return the teacher's log-probs; MissingScoresError where the batch has none."""

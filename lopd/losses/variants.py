@@ -255,4 +255,4 @@ def _keep(signal: Signal, fraction: float, order: Callable[[Tensor], Tensor]) ->
 
 def _by_rollout(signal: Signal, factors: Callable[[Tensor], Tensor], values_M: Tensor) -> Tensor:
     """(M,) what the function makes of the (T,) values of each rollout."""
-    return torch.cat([values_M[:0], *map(factors, signal.tokens.by_rollout(values_M))])
+    return torch.cat([values_M[:0], *map(factors, signal.tokens.split(values_M))])
