@@ -235,7 +235,7 @@ def test_operands_that_the_device_multiplies_are_given_to_it_as_they_are(monkeyp
 
 def test_a_chunk_on_cuda_takes_its_size_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     row, gpu = 4 * 151_936, torch.device("cuda")
-    for free, rows in ((80 << 30, 4096), (6 << 30, 2640), (4 << 30, 2048), (1 << 30, 880), (0, 16)):
+    for free, rows in ((80 << 30, 4096), (6 << 30, 2048), (2 << 30, 1024), (1 << 30, 512), (0, 16)):
         monkeypatch.setattr(chunking, "free_bytes", lambda _, free=free: free)
         assert chunking.chunk_rows(Chunking(), 10**9, row, gpu) == rows
     assert chunking.chunk_rows(Chunking(chunk_bytes=100 * row), 10**9, row, gpu) == 96

@@ -20,9 +20,9 @@ class Chunking:
     """How a fused path spends memory and precision; what it computes stays the same.
 
     Args:
-        chunk_bytes: for the buffer of logits; at least 16 rows are taken whatever their size.  None is 144 MiB.  On CUDA it is as much as 4,096 rows
-            of logits need, and at most a quarter of the memory that is free; 2,048 rows may take half of it.  Another size of chunk adds the same
-            terms in another order, so give a number where two runs on CUDA must agree in every bit.
+        chunk_bytes: for the buffer of logits; at least 16 rows are taken whatever their size.  None is 144 MiB.  On CUDA it is what 4,096 rows of
+            logits need where that is at most a quarter of the memory that is free, or else 2,048 rows, 1,024 and so on in half of it.  Another
+            size of chunk adds the same terms in another order, so give a number where two runs on CUDA must agree in every bit.
         matmul_dtype: to which the operands of the three matrix products are rounded: hidden states, weight, and gradients by the logits.  Logits,
             statistics and sums are float32 in any case, or float64 where hidden states, weight or this are.  torch.float32 is exact.  None is
             the dtype that the student computes in (`LMHead.compute_dtype`) where that is bfloat16 and the device adds its products in float32,
@@ -73,8 +73,13 @@ def chunk_rows(chunking: Chunking, count: int, row_bytes: int, device: torch.dev
 def _default_bytes(row_bytes: int, device: torch.device) -> int:
     if device.type != "cuda":
         return CHUNK_BYTES
-    free = free_bytes(device)
-    return max(min(2 * _GPU_ROWS * row_bytes, free // 4), min(_GPU_ROWS * row_bytes, free // 2), 1)
+    free, rows = free_bytes(device), _GPU_ROWS
+    if 4 * 2 * rows * row_bytes <= free:
+        return 2 * rows * row_bytes
+    # powers of two, so that the size seldom depends on what else is in memory
+    while rows > _LEAST_ROWS and 2 * rows * row_bytes > free:
+        rows //= 2
+    return rows * row_bytes
 
 
 def free_bytes(device: torch.device) -> int:

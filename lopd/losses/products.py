@@ -61,7 +61,8 @@ class Products:
             return
         for first in range(0, self._weight_VD.shape[0], _TILE_ROWS):
             part = self._weight_VD[first : first + _TILE_ROWS]
-            yield slice(first, first + len(part)), self._tile[: len(part)].copy_(part.to(self._operands))
+            rounded = part if self._taken == self._operands else part.to(self._operands)
+            yield slice(first, first + len(part)), self._tile[: len(part)].copy_(rounded)
 
     def logits(self, hidden_CD: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> None:
         """`scale * hidden @ weight.T + bias` into `out`; the bias comes scaled, in the dtype of the sums."""
@@ -79,7 +80,7 @@ class Products:
     def weight_gradient(self, gradient_CV: Tensor, hidden_CD: Tensor, out_VD: Tensor, first: bool) -> None:
         """Add `scale * gradient.T @ hidden` to `out`; the `first` chunk overwrites it, so nothing has to fill it with zeros."""
         hidden_CD = self._operand(hidden_CD)
-        # a GPU is busy with one product of them all only
+        # the sums of a tile stay in a CPU's cache, and a GPU needs all of them to be busy
         step = max(len(out_VD), 1) if out_VD.is_cuda and self._taken == self._operands else _TILE_ROWS
         for begin in range(0, len(out_VD), step):
             tile = slice(begin, begin + step)
