@@ -28,7 +28,7 @@ from lopd.engines.hf import load_model
 from lopd.records import Batch, LMHead, make_prompts
 from lopd.records.estimates import mean
 
-CLIP, PREFIX, QUESTIONS = 10.0, 24, 40  # tokens that all questions share come first
+CLIP, PREFIX, QUESTIONS = 10.0, 24, 160  # tokens that all questions share come first
 ARMS = {
     "float32 operands": torch.float32,
     "bfloat16 operands, float32 logits": torch.bfloat16,
