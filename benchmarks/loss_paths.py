@@ -7,7 +7,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from lopd import Chunking, FusedOPDLoss, ReferenceOPDLoss
+from lopd import FusedOPDLoss, ReferenceOPDLoss
 from lopd.losses.objective import OPDObjective, Signal, Tokens
 from lopd.records import Batch, LMHead
 
@@ -130,7 +130,6 @@ def _ours(loss: FusedOPDLoss | ReferenceOPDLoss) -> Callable[[Problem], Tensor]:
 
 PATHS = {
     "fused": LossPath(_ours(FusedOPDLoss())),
-    "fused, bfloat16 products": LossPath(_ours(FusedOPDLoss(chunking=Chunking(matmul_dtype=torch.bfloat16)))),
     "recomputed": LossPath(_ours(FusedOPDLoss(transforms=(whole_rollouts,)))),
     "full logits": LossPath(_ours(ReferenceOPDLoss()), bounded=False),
     "torch linear_cross_entropy, chunk 512": LossPath(_torch_op(512)),

@@ -17,7 +17,7 @@ from lopd.engines.hf import HFSource, load_model
 from lopd.engines.probes import check_training
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import LopdError, ModelError, TokenizerMismatchError
-from lopd.losses.chunked import Chunking
+from lopd.losses.chunking import Chunking
 from lopd.losses.fused import FusedOPDLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.records import Lineage, LossOutput, ModelId, Rollout, SamplingParams, ScoredRollout, by_token, fingerprint_tokenizer

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
 from lopd.engines.causal_lm import context_length, decoder_of, lm_head, unwrap
@@ -92,7 +93,7 @@ class CausalLMStudent(nn.Module):
         Raises:
             ContextOverflowError: a rollout is longer than the model's context.
         """
-        head = lm_head(self.model, self.tokenizer.vocab_size)
+        head = evolve(lm_head(self.model, self.tokenizer.vocab_size), compute_dtype=self._autocast)
         batch = batch.to(head.weight.device)
         self._check_length(max(batch.lengths, default=0))
         with torch.autocast(batch.inputs.device.type, enabled=False):

@@ -118,12 +118,14 @@ class LMHead:
         bias: (V,) or None.
         softcap: c or None.
         scale: s.
+        compute_dtype: that a student computes its layers in; None for that of the weight.  A loss may multiply in it, where sums are float32.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    compute_dtype: torch.dtype | None = None
 
     def float(self) -> "LMHead":
         """The same head with float32 weights: convert once where `logits` is called many times and no gradient is wanted."""
