@@ -81,7 +81,6 @@ class CausalLMStudent(nn.Module):
         """
         decoder_of(unwrap(self.model)).compile(*args, **options)
 
-    @torch.compiler.disable(reason="call `student.compile()`, which compiles the layers")
     def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
         """`loss` of this batch; moves the batch to where the model is.
 
@@ -93,6 +92,11 @@ class CausalLMStudent(nn.Module):
         Raises:
             ContextOverflowError: a rollout is longer than the model's context.
         """
+        # what is traced of it would be records of attrs, which cannot be; `compile` has what is worth it
+        output: LossOutput = torch.compiler.disable(self._loss)(batch, loss)
+        return output
+
+    def _loss(self, batch: Batch, loss: OPDLoss) -> LossOutput:
         head = evolve(lm_head(self.model, self.tokenizer.vocab_size), compute_dtype=self._autocast)
         batch = batch.to(head.weight.device)
         self._check_length(max(batch.lengths, default=0))
