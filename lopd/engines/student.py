@@ -7,7 +7,7 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from lopd.engines.causal_lm import context_length, lm_head, unwrap
+from lopd.engines.causal_lm import context_length, decoder_of, lm_head, unwrap
 from lopd.engines.conditions import warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.probes import check_training, refusing
@@ -73,6 +73,15 @@ class CausalLMStudent(nn.Module):
         if not unwrap(model).training:
             self.train()
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """`torch.compile` of the layers below the head, in place and with its arguments; head and loss have their own passes over memory.
+
+        Shapes differ from batch to batch: two or three graphs are made, in the first steps.  Single layers may be compiled instead, by their own
+        `compile`.  What torch.compile puts around the student, or around its model, computes the same and compiles nothing.
+        """
+        decoder_of(unwrap(self.model)).compile(*args, **options)
+
+    @torch.compiler.disable(reason="call `student.compile()`, which compiles the layers")
     def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
         """`loss` of this batch; moves the batch to where the model is.
 
