@@ -28,7 +28,7 @@ from lopd.engines.hf import load_model
 from lopd.records import Batch, LMHead, make_prompts
 from lopd.records.estimates import mean
 
-CLIP, PREFIX, QUESTIONS = 10.0, 24, 160  # tokens that all questions share come first
+CLIP, PREFIX, QUESTIONS = 10.0, 24, 80  # tokens that all questions share come first
 ARMS = {
     "float32 operands": torch.float32,
     "bfloat16 operands, float32 logits": torch.bfloat16,
@@ -189,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed and 64 tokens")
     options = parser.parse_args()
-    rows = measure(range(1 if options.quick else 5), 64 if options.quick else 512)
+    rows = measure(range(1 if options.quick else 5), 64 if options.quick else 256)
     goals = find_goals(rows)
     for row in (*rows, *goals):
         print(row)

@@ -200,9 +200,14 @@ def precision() -> list[str]:
     def lines() -> Iterator[Sequence[str]]:
         for row in read("precision")["rows"]:
             nats = [f"{row[key]:.1e}" for key in ("nats", "nats_p99", "nats_max")]
-            yield row["weights"], row["products"], *nats, *(f"{row[key]:.2%}" for key in ("by_hidden", "by_weight"))
+            yield (
+                row["weights"],
+                row["products"],
+                *nats,
+                *(f"{row[key]:.1e} ± {row[f'{key}_ci95']:.0e}" for key in ("by_hidden", "by_weight")),
+            )
 
-    error = "error of the gradient by"
+    error = "relative error of the gradient by"
     return table(("weights", "products", "nats, mean", "99 %", "largest", f"{error} hidden states", f"{error} the weight"), lines(), 2)
 
 

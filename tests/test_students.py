@@ -10,6 +10,7 @@ import torch
 import transformers
 from attrs import evolve
 from conftest import TOKENIZER_ID
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lopd import collate
 from lopd.engines.causal_lm import lm_head, packed_hidden_states, row_hidden_states
@@ -353,7 +354,7 @@ def test_bfloat16_weights_and_autocast_run_and_stay_close(kind, models, records)
     assert losses["cast"] != losses["exact"]
 
 
-def test_the_head_computes_in_float32_under_autocast_and_with_bfloat16_weights(models, records):
+def test_logits_are_float32_under_autocast_and_with_bfloat16_weights_and_the_head_says_what_may_be_multiplied(models, records):
     for student in (
         CausalLMStudent(copy.deepcopy(models("llama_tied")), TOKENIZER_ID, autocast=torch.bfloat16),
         CausalLMStudent(copy.deepcopy(models("llama_tied")).to(torch.bfloat16), TOKENIZER_ID),
@@ -363,6 +364,17 @@ def test_the_head_computes_in_float32_under_autocast_and_with_bfloat16_weights(m
         got = seen.head.logits(seen.hidden_ND)
         assert got.dtype == torch.float32
         np.testing.assert_allclose(got.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
+        assert (seen.head.compute_dtype or seen.head.weight.dtype) == torch.bfloat16
+
+
+def test_the_mixed_precision_of_fsdp2_is_the_dtype_of_the_head_that_a_loss_sees(models, records):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        student = CausalLMStudent(copy.deepcopy(models("llama_tied")), TOKENIZER_ID)
+        seen = seen_by_a_loss(fully_shard(student, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), collate(records))
+        assert seen.hidden_ND.dtype == seen.head.weight.dtype == torch.bfloat16
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_batch_of_a_single_prediction_can_be_trained_on(models):

@@ -8,7 +8,7 @@ and the entropy H adds \(-h\,p_v (\log p_v + H)\) for a derivative h.  So two wa
 student says of that token alone (`fused`), the gradient is made in the forward pass while the logits of a chunk are at hand: three matrix
 products.  Otherwise (`selected_logprobs`) the backward pass computes the logits once more: four.
 
-Memory: one buffer of `chunk_bytes`, and float32 sums of the gradients.
+Memory: one buffer of `chunk_bytes`, and float32 sums of the gradients.  The host waits for a GPU only where rows are to be left out.
 
 Shape suffixes: M tokens, C tokens of a chunk, K selected ids each, D hidden size, V vocabulary.
 """
@@ -51,8 +51,8 @@ class ChunkedHead:
                 f"has shape {tuple(head.weight.shape)}; pass what goes into the head, not logits."
             )
         self._hidden_MD, vocabulary = hidden_MD.detach(), head.weight.shape[0]
-        self._operands, self._sum_dtype = dtypes_of(chunking, hidden_MD, head)
-        self._products = Products(head.weight.detach(), self._operands, self._sum_dtype, head.scale)
+        operands, self._sum_dtype = dtypes_of(chunking, hidden_MD, head)
+        self._products = Products(head.weight.detach(), operands, self._sum_dtype, head.scale)
         self._bias_V = None if head.bias is None else head.bias.detach().to(self._sum_dtype) * head.scale
         # the first rows overwrite the sums of weight and bias, so nothing fills those with zeros where there are rows
         new = torch.empty_like if len(hidden_MD) else torch.zeros_like
@@ -64,8 +64,8 @@ class ChunkedHead:
         row_bytes = width * self._sum_dtype.itemsize * (1 if head.softcap is None else 2)
         self._rows = chunk_rows(chunking, len(hidden_MD), row_bytes, hidden_MD.device)
         self._buffer_CV = hidden_MD.new_empty(self._rows, width, dtype=self._sum_dtype)[:, :vocabulary]
-        self._gradient_CV = in_front(self._buffer_CV, self._operands)
-        self._work = rows_for(self._buffer_CV, head.softcap, self._operands)
+        self._gradient_CV = in_front(self._buffer_CV, operands)
+        self._work = rows_for(self._buffer_CV, head.softcap, operands)
         self._first = True
         #: Scalar: the sum of the 1-norms of those gradients by the logits that were left out, or more.
         self.neglected = self.zeros()

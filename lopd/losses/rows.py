@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol, cast, final
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2 << 20, 64 << 20  # what fits into a cache; what is worth the start of a few kernels
 
 
 class Statistics(NamedTuple):
@@ -108,7 +108,8 @@ class TorchRows:
         self._buffer_CV, self._gradient_CV = buffer_CV, in_front(buffer_CV, dtype)
         self._softcap = softcap
         self._slope_CV = None if softcap is None else torch.empty_like(buffer_CV)
-        self._block_rows = max(1, _BLOCK_BYTES // (buffer_CV.shape[1] * buffer_CV.itemsize))
+        block_bytes = _GPU_BLOCK_BYTES if buffer_CV.is_cuda else _BLOCK_BYTES
+        self._block_rows = max(1, block_bytes // (buffer_CV.shape[1] * buffer_CV.itemsize))
 
     def logprobs(self, place: slice, ids_CK: Tensor, *, entropy: bool = False) -> Statistics:
         """Leaves exp(logit - largest) in the rows."""
