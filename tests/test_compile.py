@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 
 from lopd import CausalLMStudent, FusedOPDLoss
 from lopd.engines.causal_lm import decoder_of
+from lopd.errors import ModelError, ModelWarning
 
 # Dynamo looks at the gradients of whatever it meets
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -78,6 +79,24 @@ def test_a_student_within_torch_compile_computes_the_same(llama):
     expected = gradients(CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID), SHAPES)
     compiled = torch.compile(CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID), backend="eager")
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients(compiled, SHAPES), expected, strict=True))
+
+
+def test_a_compiled_model_of_which_nothing_is_used_is_warned_of(llama):
+    model = copy.deepcopy(llama)
+    for compiled in (torch.compile(model, backend="eager"), model):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            pytest.warns(ModelWarning, match=r"torch.compile is passed by.*`student.compile\(\)`"),
+        ):
+            CausalLMStudent(compiled, TOKENIZER_ID)
+        model.compile(backend="eager")
+
+
+def test_torch_compile_in_the_place_of_a_layer_is_refused_as_it_renames_weights(llama):
+    model = copy.deepcopy(llama)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    with torch.compiler.set_stance("force_eager"), pytest.raises(ModelError, match=r"_orig_mod.*compile in place"):
+        CausalLMStudent(model, TOKENIZER_ID)
 
 
 def test_what_is_compiled_is_exported_under_the_same_names(llama, tokenizer, tmp_path):

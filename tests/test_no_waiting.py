@@ -230,7 +230,18 @@ def test_the_counter_counts():
         _ = values[values > 2], values.nonzero(), float(values.sum()), values.tolist(), torch.tensor([1.0]), bool(values.any())
         values[values > 2] = values[:3].clone()
         _ = values.long().repeat_interleave(values.long()), values.unique(), values.numpy(), values.cpu()
-    names = ["index", "nonzero", "_local_scalar_dense", "tolist", "lift_fresh", "index_put", "repeat_interleave", "_unique2", "numpy", "cpu"]
+    names = [
+        "index",
+        "nonzero",
+        "_local_scalar_dense",
+        "tolist",
+        "lift_fresh",
+        "index_put",
+        "repeat_interleave",
+        "_unique2",
+        "numpy",
+        "cpu",
+    ]
     assert all(any(name in one for one in found) for name in names), found
 
 

@@ -1,5 +1,6 @@
 """The model being trained: any transformers causal LM, cut below its head, full or with peft adapters."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Protocol, final
 
@@ -11,7 +12,7 @@ from lopd.engines.causal_lm import context_length, decoder_of, lm_head, unwrap
 from lopd.engines.conditions import warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.probes import check_training, refusing
-from lopd.errors import ContextOverflowError, ModelError
+from lopd.errors import ContextOverflowError, ModelError, ModelWarning
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
 from lopd.records.checks import check_kind
@@ -41,6 +42,9 @@ class CausalLMStudent(nn.Module):
         autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
+    Warns:
+        ModelWarning: torch.compile is around the model as a whole, where it does nothing.
+
     Raises:
         ModelError: the model has nothing to train, could not be exported, or cannot be trained here (`lopd.engines.probes.check_training`).
         ArgumentError: model or tokenizer are something else.
@@ -63,6 +67,13 @@ class CausalLMStudent(nn.Module):
                 "or load adapters as trainable."
             )
         check_exportable(model, tokenizer)
+        if unwrap(model)._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
+            warnings.warn(
+                f"Model {type(unwrap(model)).__name__}: its torch.compile is passed by, since a student computes the layers below the head by "
+                "themselves; call `student.compile()`.",
+                ModelWarning,
+                stacklevel=2,
+            )
         self.model = model
         self._autocast = autocast
         if gradient_checkpointing:
