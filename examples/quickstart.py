@@ -66,8 +66,8 @@ class Settings:
     student: str = ""
     prompts: str = ""
     store: str = ""
-    dropped_layers: str = "13,14,15,16,17,18"
-    trained_layers: str = "8,9,10,11,12,13,14,15,16,17"
+    dropped_layers: str = "11,12,13,14,15,16,17,18,19,20"
+    trained_layers: str = "6,7,8,9,10,11,12,13,14,15"
     sft_prompts: int = 32
     opd_prompts: int = 96
     held_out_prompts: int = 80
