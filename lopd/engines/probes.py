@@ -133,7 +133,7 @@ class _Probe:
         return torch.autocast(next(self.model.parameters()).device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
     @property
-    def exact(self) -> bool:
+    def _exact(self) -> bool:
         """Whether products are in float32 or better."""
         return self.autocast is None and is_exact(self.model)
 
@@ -224,7 +224,7 @@ class _Probe:
         gap_N, size_N = (left_SV - right_SV)[finite_SV], right_SV[finite_SV]
         if gap_N.numel() == 0:
             return True
-        if self.exact:
+        if self._exact:
             return bool(gap_N.abs().max() <= self.tolerances[1] * max(float(size_N.abs().max()), 1e-6))
         # rounding adds up over layers, and the largest of many errors is no measure of it
         return bool(gap_N.square().mean().sqrt() <= 6e-2 * max(float(size_N.square().mean().sqrt()), 1e-6))
@@ -232,7 +232,7 @@ class _Probe:
     @property
     def tolerances(self) -> tuple[float, float]:
         """Of slope and offset, and of what a regression leaves over, in shares of the largest logit."""
-        return (1e-4, 3e-4) if self.exact else (4e-3, 2e-2)
+        return (1e-4, 3e-4) if self._exact else (4e-3, 2e-2)
 
     def refuse(self, cause: str, step: str | None = None) -> None:
         """Raise the refusal of this ability."""
