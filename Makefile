@@ -156,14 +156,15 @@ test-servers: .venv/installed-test .venv/installed-servers  ## stores on real se
 test-engines: .venv/installed-engines  ## sampling and scoring with a real vLLM, in a process of its own; about five minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
 
-test: .venv/installed-test  ## all tests but those that start vLLM
-	$(BIN)/python -m pytest
+# a file of tests stays in one process, which keeps its servers and models
+test: .venv/installed-test  ## all tests but those that start vLLM, one process a core
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-lowest:  ## all tests with the lowest versions that pyproject.toml allows, in an environment of its own
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python .ci/lowest.py test > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt -e '.[test]'
-	.venv-lowest/bin/python -m pytest
+	.venv-lowest/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-wheel:  ## wheel and sdist are built, and an example runs on the wheel in an environment of its own
 	rm -rf dist .venv-wheel

@@ -144,9 +144,7 @@ def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path
         _place(owner, model, fresh, written, aside)
         raise StoreExistsError(f"{owner}: {objection}; the student was written to {aside}, move it, or move away what is there.")
     _carry(folder, fresh)
-    for path in [*sorted(fresh.rglob("*")), fresh]:
-        if not path.is_symlink():
-            flush(path)
+    flush(*(path for path in [*fresh.rglob("*"), fresh] if not path.is_symlink()))
     _replace(folder, fresh, old)
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
