@@ -220,13 +220,15 @@ class Pool:
         return [result for part in request.parts for result in self._persist(call, part)]
 
     def _persist(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
-        """By whichever worker is free; by another if that one fails."""
+        """By whichever worker is free; by another if that one fails.  That a worker is busy is not a failure until patience is over."""
+        failed, began = 0, monotonic()
         for attempt in count():
             place = self._take(call)
             try:
                 results = place.worker.work(request)
             except Down as down:
-                if attempt + 1 == self._attempts:
+                failed += not (down.busy and monotonic() - began < self._patience_s)
+                if failed == self._attempts:
                     self._release(place, down)
                     raise down.error from down.__cause__
                 if not self._release(place, down):
