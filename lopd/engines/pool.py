@@ -263,5 +263,12 @@ class Pool:
             left = any(other.up for other in self._places)
         if failed and down is not None:
             _LOG.warning("%s is left alone for now: %s", place.worker.name, printable(str(down)))
-            self._begin(self._bring_up, place, down.pause)
+            self._begin(self._rest if down.busy else self._bring_up, place, down.pause)
         return left
+
+    def _rest(self, place: _Place, pause: float) -> None:
+        """Leave a busy worker alone, and use it again as it is."""
+        self._sleep(min(max(pause, backoff(0)), self._patience_s))
+        with self._changed:
+            place.up = True
+            self._changed.notify_all()

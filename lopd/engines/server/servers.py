@@ -125,7 +125,7 @@ class Servers:
 
     @property
     def costs(self) -> Costs:
-        """What all calls of this object together were answered, with probes and requests that failed later; it starts at 0 in each process."""
+        """What all calls so far were answered, probes included.  Each process counts its own."""
         return sum(self._spent, Costs())
 
     @cached_property
