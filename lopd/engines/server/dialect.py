@@ -60,22 +60,22 @@ class Costs:
     cached_tokens: int = 0
     uncounted: int = 0
 
-    @classmethod
-    def of(cls, usages: Sequence[Any], cached: Sequence[Any]) -> "Costs":
-        """The costs of one answer.
-
-        Args:
-            usages: a mapping with `prompt_tokens` and `completion_tokens` for each count that the answer holds; others count nothing.
-            cached: cached tokens, where they are numbers.
-        """
-        counts = [usage for usage in usages if isinstance(usage, Mapping) and type(usage.get("prompt_tokens")) is int]
-        read, made = (sum(_whole(usage.get(name)) for usage in counts) for name in ("prompt_tokens", "completion_tokens"))
-        return cls(1, read, made, sum(map(_whole, cached)), int(not counts))
-
     def __add__(self, other: "Costs") -> "Costs":
         """Both together."""
         names = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "uncounted")
         return Costs(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+def costs_of(usages: Sequence[Any], cached: Sequence[Any]) -> Costs:
+    """The costs of one answer.
+
+    Args:
+        usages: a mapping with `prompt_tokens` and `completion_tokens` for each count that the answer holds; others count nothing.
+        cached: cached tokens, where they are numbers.
+    """
+    counts = [usage for usage in usages if isinstance(usage, Mapping) and type(usage.get("prompt_tokens")) is int]
+    read, made = (sum(_whole(usage.get(name)) for usage in counts) for name in ("prompt_tokens", "completion_tokens"))
+    return Costs(1, read, made, sum(map(_whole, cached)), int(not counts))
 
 
 def _whole(value: Any) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lopd.engines.server.answers import Trouble
-from lopd.engines.server.dialect import Costs
+from lopd.engines.server.dialect import Costs, costs_of
 from lopd.errors import EngineError, InvalidRecordError
 
 # vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)
@@ -125,4 +125,4 @@ def usage_costs(answer: Any) -> Costs:
     """What the `usage` of a completion says."""
     usage = answer.get("usage") if isinstance(answer, Mapping) else None
     details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
-    return Costs.of([usage], [details.get("cached_tokens")] if isinstance(details, Mapping) else [])
+    return costs_of([usage], [details.get("cached_tokens")] if isinstance(details, Mapping) else [])

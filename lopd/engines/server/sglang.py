@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
 from lopd.engines.server.answers import Trouble, refusal
-from lopd.engines.server.dialect import Costs, Draw, Get, Served, Widths, model_card, positions
+from lopd.engines.server.dialect import Costs, Draw, Get, Served, Widths, costs_of, model_card, positions
 from lopd.engines.server.reading import check_end, check_read, check_sampled, listed, most_likely, number
 from lopd.engines.supports import likely, make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
@@ -65,7 +65,7 @@ class SGLang:
     def costs(self, answer: Any) -> Costs:
         """What the `meta_info` of each prompt says."""
         metas = [item.get("meta_info") for item in (answer if isinstance(answer, list) else [answer]) if isinstance(item, Mapping)]
-        return Costs.of(metas, [meta.get("cached_tokens") for meta in metas if isinstance(meta, Mapping)])
+        return costs_of(metas, [meta.get("cached_tokens") for meta in metas if isinstance(meta, Mapping)])
 
     def scoring(self, rollouts: Sequence[Rollout], widths: Widths, served: Served) -> dict[str, Any]:
         """Prompts alone: nothing is generated."""
