@@ -262,6 +262,7 @@ class Pool:
             self._changed.notify_all()
             left = any(other.up for other in self._places)
         if failed and down is not None:
+            place.why = str(down)
             _LOG.warning("%s is left alone for now: %s", place.worker.name, printable(str(down)))
             self._begin(self._rest if down.busy else self._bring_up, place, down.pause)
         return left

@@ -127,6 +127,20 @@ class Draw:
     vocab_size: int
 
 
+@final
+@frozen(eq=False)
+class Probe:
+    """What is asked of each server before it is used, and again after it was down.
+
+    Args:
+        bodies: of completions.
+        judge: takes the server's name and the answers, and raises if they are not as they must be.
+    """
+
+    bodies: tuple[Mapping[str, Any], ...]
+    judge: Callable[..., None]
+
+
 class Dialect(Protocol):
     """What one kind of server is asked, and what its answers mean.  What raises names the rollout."""
 

@@ -37,9 +37,9 @@ from lopd.engines.inputs import (
     stop_ids,
     stream_seed,
 )
-from lopd.engines.server.dialect import Draw, Widths
+from lopd.engines.server.dialect import Draw, Probe, Widths
 from lopd.engines.server.modes import ModeJudge, probe_bodies
-from lopd.engines.server.servers import Probe, Servers
+from lopd.engines.server.servers import Servers
 from lopd.engines.supports import provenance_of
 from lopd.engines.workers import Request
 from lopd.errors import EngineError, InvalidRecordError, LopdError

@@ -17,18 +17,18 @@ from typing import Any, Literal, TypeVar, final
 from weakref import WeakSet
 
 import httpx2
-from attrs import Factory, define, field, frozen
+from attrs import Factory, define, field
 
 from lopd.engines.pool import Pool
 from lopd.engines.server.answers import Trouble, accepted, rest_of
 from lopd.engines.server.completions import Completions
-from lopd.engines.server.dialect import WORDS, Costs, Dialect, Served
+from lopd.engines.server.dialect import WORDS, Costs, Dialect, Probe, Served
 from lopd.engines.server.sglang import SGLang
 from lopd.engines.server.urls import bases, check_urls
 from lopd.engines.server.vllm import VLLM
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_number, own_numbers, texts_of
+from lopd.records.checks import check_at_least, check_kind, check_number, own_numbers, texts_of
 from lopd.records.paths import asked
 
 T = TypeVar("T")
@@ -40,18 +40,10 @@ _IDLE_S = 3.0
 _CONNECTED = ("connection.connect_tcp.complete", "connection.start_tls.complete")
 
 
-@final
-@frozen(eq=False)
-class Probe:
-    """What is asked of each server before it is used, and again after it was down.
-
-    Args:
-        bodies: of completions.
-        judge: takes the server's name and the answers, and raises if they are not as they must be.
-    """
-
-    bodies: tuple[Mapping[str, Any], ...]
-    judge: Callable[..., None]
+def _speech(speaks: Speech) -> Speech:
+    if speaks not in _DIALECTS:
+        raise InvalidRecordError(f"Servers: speaks is {speaks!r}, expected one of {', '.join(map(repr, _DIALECTS))}.")
+    return speaks
 
 
 @final
@@ -91,7 +83,7 @@ class Servers:
     patience_s: float = 600.0
     timeout_s: float = 3600.0
     context: int | None = None
-    speaks: Speech = field(default="vllm", kw_only=True)
+    speaks: Speech = field(default="vllm", kw_only=True, converter=_speech)
     key_variable: str | None = field(default=None, kw_only=True)
     api_key: str | None = field(default=Factory(lambda self: self._key_of_environment(), takes_self=True), repr=False)
     first_contact_s: float = field(default=10.0, kw_only=True)
@@ -106,6 +98,7 @@ class Servers:
         for name in ("patience_s", "timeout_s", "first_contact_s"):
             check_number("Servers", name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         check_urls(self.urls)
+        check_kind("Servers: extra", self.extra, Mapping, "pass a dictionary of the fields of a request")
         key = texts_of("Servers: api_key", [self.api_key or ""])[0]
         if not (key.isascii() and key.isprintable() and key.strip() == key):
             raise InvalidRecordError("Servers: api_key has spaces or unprintable characters, expected a header's value; strip it.")
@@ -119,8 +112,6 @@ class Servers:
     @property
     def dialect(self) -> Dialect:
         """What they are asked, and how they are understood."""
-        if self.speaks not in _DIALECTS:
-            raise InvalidRecordError(f"Servers: speaks is {self.speaks!r}, expected one of {', '.join(map(repr, _DIALECTS))}.")
         return _DIALECTS[self.speaks]
 
     @property
