@@ -271,6 +271,8 @@ def test_a_key_is_read_from_the_environment_and_is_shown_nowhere(start, kind, mo
         wrong.score(make_rollouts())
     with pytest.raises(InvalidRecordError, match=r"^Servers: NO_KEY is not set in the environment"):
         Servers(stub.url, "table", speaks=speaks, key_variable="NO_KEY")
+    with pytest.raises(InvalidRecordError, match=r"^Servers: key_variable is not the name") as mistaken:
+        Servers(stub.url, "table", speaks=speaks, key_variable=key)
     monkeypatch.setenv("MY_KEY", key)
     right = ServerScorer(Servers(stub.url, "table", context=64, speaks=speaks, key_variable="MY_KEY"), TOKENIZER, MODEL)
     store = MemoryStore(Manifest(TOKENIZER, MODEL, SamplingParams()))
@@ -279,7 +281,16 @@ def test_a_key_is_read_from_the_environment_and_is_shown_nowhere(start, kind, mo
     stub.fail(99, answer(400, body={"error": {"message": f"the key {key} may not do this"}}))
     with pytest.raises(EngineError, match=r"the key ... may not do this") as told:
         right.score(make_rollouts())
-    shown = [str(caught.value), str(told.value), repr(wrong), repr(right), repr(right.servers), repr(right.servers.costs), repr(report)]
+    shown = [
+        str(mistaken.value),
+        str(caught.value),
+        str(told.value),
+        repr(wrong),
+        repr(right),
+        repr(right.servers),
+        repr(right.servers.costs),
+        repr(report),
+    ]
     shown += [repr(store.columns), repr(store.manifest), repr(right.provenance)]
     assert "sesame" not in " ".join(shown)
 

@@ -6,9 +6,10 @@ with it, so a `Servers` can be pickled and forked.
 """
 
 import os
+import re
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property, partial
 from threading import Event
@@ -40,6 +41,13 @@ _IDLE_S = 3.0
 _CONNECTED = ("connection.connect_tcp.complete", "connection.start_tls.complete")
 
 
+def _variable(name: str | None) -> str | None:
+    """A key that is passed as the name of its variable would be shown."""
+    if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name):
+        raise InvalidRecordError("Servers: key_variable is not the name of a variable in capitals, expected one; pass keys as `api_key=`.")
+    return name
+
+
 def _speech(speaks: Speech) -> Speech:
     if speaks not in _DIALECTS:
         raise InvalidRecordError(f"Servers: speaks is {speaks!r}, expected one of {', '.join(map(repr, _DIALECTS))}.")
@@ -66,14 +74,14 @@ class Servers:
         api_key: by default what the `key_variable` of the environment holds.
         speaks: "vllm" for vLLM's extensions of the OpenAI completions, "sglang" for SGLang's own API, or "openai" for the completions with `echo` and
             `logprobs` that a hosted model may have; the last can score only.
-        key_variable: of the environment; by default VLLM_API_KEY, SGLANG_API_KEY or OPENAI_API_KEY.
+        key_variable: of the environment, in capitals; by default VLLM_API_KEY, SGLANG_API_KEY or OPENAI_API_KEY.
         extra: fields added to each request, of the server's own; they do not replace what lopd asks for.  By default nothing, or for "openai"
             `return_tokens_as_token_ids`.
 
     Raises:
         ArgumentError: a URL or the key is not text.
         InvalidRecordError: there is no URL, one is not an http URL or carries a password or a query, a number makes no sense, `speaks` is something
-            else, or the `key_variable` that is named is not set.
+            else, or `key_variable` is not the name of a variable that is set.
     """
 
     urls: tuple[str, ...] = field(converter=bases)
@@ -84,7 +92,7 @@ class Servers:
     timeout_s: float = 3600.0
     context: int | None = None
     speaks: Speech = field(default="vllm", kw_only=True, converter=_speech)
-    key_variable: str | None = field(default=None, kw_only=True)
+    key_variable: str | None = field(default=None, kw_only=True, converter=_variable)
     api_key: str | None = field(default=Factory(lambda self: self._key_of_environment(), takes_self=True), repr=False)
     first_contact_s: float = field(default=10.0, kw_only=True)
     extra: Mapping[str, Any] = field(default=Factory(lambda self: self.dialect.extra, takes_self=True), kw_only=True, repr=False)
