@@ -124,7 +124,7 @@ class Servers:
 
     @property
     def costs(self) -> Costs:
-        """What all calls so far were answered, probes included.  Each process counts its own."""
+        """What all calls so far were answered, probes included.  A pickled copy counts on by itself."""
         return sum(self._spent, Costs())
 
     @cached_property
