@@ -10,7 +10,7 @@ from vllm_stub import VOCAB, Stub, answer, changed, cut, table
 
 from lopd import score_rollouts
 from lopd.backends.memory_store import MemoryStore
-from lopd.engines.server import Costs, Servers, ServerScorer, ServerSource
+from lopd.engines.server import Costs, Servers, ServerScorer, ServerSource, servers
 from lopd.engines.server.answers import _seconds
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
 from lopd.records import Manifest, Rollout, SamplingParams
@@ -330,7 +330,8 @@ def test_an_account_without_credit_is_not_asked_again(start):
     assert sum(map(is_for(rollouts[0]), stub.requests)) == 1
 
 
-def test_a_server_that_says_that_nothing_is_left_is_left_alone(start):
+def test_a_server_that_says_that_nothing_is_left_is_left_alone(start, monkeypatch, caplog):
+    monkeypatch.setattr(servers, "QUIET_S", 0.3)
     stub, rollouts = start(CompletionsStub), make_rollouts(3)
     body = []
     headers = {"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "400ms"}
@@ -342,6 +343,7 @@ def test_a_server_that_says_that_nothing_is_left_is_left_alone(start):
     stub.fail(1, answer_then_rest)  # of the probe, before anything else is asked
     scorer_of(stub).score(rollouts)
     assert time.monotonic() - body[0] >= 0.4
+    assert "rests for 0 s: it says that nothing is left of its limit" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ growing pauses; when it answers, and still serves the same model, it is used aga
 with it, so a `Servers` can be pickled and forked.
 """
 
+import logging
 import os
 import re
 import socket
@@ -31,7 +32,9 @@ from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
 from lopd.records.checks import check_at_least, check_kind, check_number, own_numbers, texts_of
 from lopd.records.paths import asked
+from lopd.records.waiting import QUIET_S
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 Speech = Literal["vllm", "sglang", "openai"]
 _DIALECTS: Mapping[str, Dialect] = {"vllm": VLLM(), "sglang": SGLang(), "openai": Completions()}
@@ -244,8 +247,10 @@ class _Endpoint:
         path, asked_for = self._servers.dialect.addressed(self._servers.model, body)
         url = self._url + path
         response = self._send("POST", url, json={**self._servers.extra, **asked_for})
-        if response.is_success:
-            self._rests_until = monotonic() + min(rest_of(response), self._patience_s)
+        if response.is_success and (rest := min(rest_of(response), self._patience_s)):
+            self._rests_until = monotonic() + rest
+            if rest > QUIET_S:
+                _LOG.warning("%s rests for %.0f s: it says that nothing is left of its limit", self.name, rest)
         answer = accepted(owner, url, response, self._servers.key_variable or self._servers.dialect.key_variable, self._servers.api_key)
         self.spent.append(self._servers.dialect.costs(answer))
         return answer
