@@ -13,6 +13,7 @@ from conftest import TOKENIZER_ID
 from flash_stub import take_flash
 from test_no_waiting import a_batch, asked
 from transformers import masking_utils
+from transformers.integrations.flash_attention import get_target_dtype
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -20,10 +21,10 @@ from tiny_models import build_model
 
 from lopd import CausalLMStudent, FusedOPDLoss
 from lopd.engines.causal_lm import hidden_states, packed_hidden_states, row_hidden_states
-from lopd.engines.hf import load_model, loading
+from lopd.engines.hf import HFScorer, load_model, loading
 from lopd.engines.masks import one_rollout_a_row
 from lopd.engines.probes import check_training
-from lopd.errors import EngineError
+from lopd.errors import EngineError, ModelError
 
 LOSS = FusedOPDLoss(ratio_to_ref=True)
 
@@ -48,6 +49,29 @@ def test_with_flash_attention_rollouts_are_packed_or_in_rows_and_gradients_are_t
         found = gradients(CausalLMStudent(model, TOKENIZER_ID, gradient_checkpointing=recompute))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def in_16_bits(module, query, *rest, **known):
+    """As the real one: transformers casts what is in float32 to the dtype of an autocast, or of the weights, and the kernel refuses float32."""
+    to = get_target_dtype(query, module) or query.dtype
+    if to == torch.float32:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    return flash_stub.flash(module, query.to(to), *(part if part is None else part.to(to) for part in rest), **known)
+
+
+def test_float32_weights_take_flash_attention_in_the_autocast_of_a_student_alone(monkeypatch, tokenizer):
+    # another family than above: what was found of a structure is not asked again
+    model = build_model("olmo2", vocab_size=TOKENIZER_ID.vocab_size)
+    expected = gradients(CausalLMStudent(copy.deepcopy(model), TOKENIZER_ID, autocast=torch.bfloat16))
+    with take_flash(model):
+        monkeypatch.setitem(flash_stub.ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", in_16_bits)
+        assert check_training(model, TOKENIZER_ID.vocab_size, torch.bfloat16) is packed_hidden_states
+        found = gradients(CausalLMStudent(model, TOKENIZER_ID, autocast=torch.bfloat16))
+        for refused in (lambda: CausalLMStudent(model, TOKENIZER_ID), lambda: HFScorer(model, tokenizer)):
+            with pytest.raises(ModelError, match=r"it raises RuntimeError \(FlashAttention only support fp16"):
+                refused()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float((ours - theirs).norm()) < 0.05 * float(theirs.norm())
 
 
 def test_transformers_would_ask_whether_rows_are_packed(llama):

@@ -102,7 +102,7 @@ def test_a_run_that_ends_early_ends_the_thread_and_reads_at_most_two_steps_ahead
     store = Reads(make_store(numbered_records(7)), damaged=set())
     steps = iter(evolve(numbered_stream(7, 3), store=store))
     next(steps)
-    steps.close()
+    del steps
     assert 1 <= len(store.threads) <= 2
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lopd-overlap")]
 

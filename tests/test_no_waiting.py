@@ -1,9 +1,11 @@
 """Nothing asks a GPU for a value inside a step; on the CPU it is counted what would have asked one, and on a GPU torch raises."""
 
+import ast
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,15 +217,6 @@ def test_what_is_told_of_a_step_comes_in_one_copy(student, monkeypatch):
     assert columns == [batch.weight.data_ptr()]
 
 
-def test_a_gradient_that_is_not_finite_is_refused_before_the_weights_change(student):
-    before = [parameter.detach().clone() for parameter in student.parameters()]
-    batch = evolve(a_batch(), teacher_logprobs=torch.full_like(a_batch().weight, -torch.inf))
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1.0, weight_decay=0.5)
-    with pytest.raises(lopd.errors.TrainingDivergedError):
-        list(opd_steps(student, [Step(0, (batch,))], FusedOPDLoss(clip=None, ratio_to_ref=True), optimizer))
-    assert all(torch.equal(parameter, old) for parameter, old in zip(student.parameters(), before, strict=True))
-
-
 def test_the_counter_counts():
     values = torch.arange(6.0)
     with asked() as found:
@@ -277,3 +270,20 @@ def test_the_default_device_changes_nothing(kind, models):
     (metrics, weights), (expected, expected_weights) = trained("meta"), trained("cpu")
     assert metrics == expected
     assert all(torch.equal(weight, other) for weight, other in zip(weights, expected_weights, strict=True))
+
+
+_MAKE = {"tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
+#: Cases of losses are made on the CPU and moved; an objective tries its divergence on tensors of no values.
+_ANYWHERE = {"testing/loss_cases.py", "losses/top_k.py"}
+
+
+def test_every_tensor_that_lopd_makes_says_where() -> None:
+    root = Path(lopd.verbs.train.__file__).parents[1]
+    silent = []
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "torch":
+                says = {keyword.arg for keyword in node.keywords} & {"device", None}
+                if node.func.attr in _MAKE and not says and path.relative_to(root).as_posix() not in _ANYWHERE:
+                    silent.append(f"{path.relative_to(root)}:{node.lineno}")
+    assert silent == []

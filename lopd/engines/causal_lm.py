@@ -84,7 +84,8 @@ def text_config(model: Any) -> Any:
     return unwrap(model).config.get_text_config()
 
 
-def _attention(model: Any) -> str:
+def attention_of(model: Any) -> str:
+    """What transformers calls the way in which this model computes attention."""
     return str(getattr(unwrap(model).config, "_attn_implementation", None))
 
 
@@ -122,7 +123,7 @@ def knows_lengths(model: Any) -> bool:
 
     Any other would compute all N * N pairs and mask most of them, so there each rollout is a row of its own.
     """
-    attention = _attention(model)
+    attention = attention_of(model)
     return "flash" in attention or attention == "flex_attention"
 
 
@@ -140,7 +141,7 @@ def row_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, l
 
 
 def _as_they_come(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
-    if "flash" not in _attention(model):
+    if "flash" not in attention_of(model):
         return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
     rollouts_B1 = torch.arange(len(lengths) + 1, device=position_ids_N.device)
     borders_B1 = torch.searchsorted((position_ids_N == 0).cumsum(0) - 1, rollouts_B1, out_int32=True)

@@ -34,5 +34,5 @@ def _answer_for(masks: Any) -> None:
     def find(position_ids_BS: Any) -> Any:
         return None if _is_known() else look(position_ids_BS)
 
-    find.stands_before = look
+    find.stands_before = look  # type: ignore[attr-defined]
     masks.find_packed_sequence_indices = find

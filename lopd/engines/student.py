@@ -112,9 +112,6 @@ class CausalLMStudent(nn.Module):
         batch = batch.to(head.weight.device)
         self._check_length(max(batch.lengths, default=0))
         with torch.autocast(batch.inputs.device.type, enabled=False):
-            if batch.ref_logprobs is not None and not self._dropout_is_judged:
-                self._dropout_is_judged = True
-                warn_of_dropout(self.model)
             return loss(self._hidden(batch), head, batch)
 
     def _check_length(self, longest: int) -> None:
@@ -128,6 +125,9 @@ class CausalLMStudent(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         enabled = self._autocast is not None
         with torch.autocast(batch.inputs.device.type, dtype=self._autocast or torch.bfloat16, enabled=enabled):
+            if batch.ref_logprobs is not None and not self._dropout_is_judged:
+                self._dropout_is_judged = True
+                warn_of_dropout(self.model)
             return self._layers(self.model, batch.inputs, batch.position_ids, batch.lengths)
 
     def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:

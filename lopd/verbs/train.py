@@ -180,5 +180,6 @@ def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -
     meter = DriftMeter()
     for (batch, _), logprobs_M in zip(measured, rest[1:], strict=True):
         columns = (batch.teacher_logprobs, batch.ref_logprobs, batch.weight, batch.segment_ids)
-        meter.add(TokenLogprobs(logprobs_M.numpy(), *(column[batch.counted].cpu().numpy() for column in columns)))
+        known = [column[batch.counted].cpu().numpy() for column in columns if column is not None]
+        meter.add(TokenLogprobs(logprobs_M.numpy(), *known))
     return float(first), rest[0].view(-1, 3).sum(0), meter
