@@ -3,6 +3,7 @@
     make bench-quickstart-seeds     # after `make quickstart`, about a quarter of an hour on two cores; a second call goes on where it was
 
 A seed decides prompts, answers and order.  Loss, rate and sizes were chosen on seed 1, which is not among these.
+That a student of 24 layers comes too little nearer to its teacher was seen on seed 0, too.
 """
 
 import json

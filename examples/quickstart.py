@@ -2,9 +2,10 @@
 
 The teacher is SmolLM2-135M-Instruct, the student a copy of it without some layers.  The teacher writes answers; the student is fine-tuned
 on them (SFT), samples its own answers once, the same teacher scores them once (the sampled tokens, and the 64 that it finds most likely
-at each place), and is freed.  Then the student trains on the stored scores.
-Online OPD, the baseline, does as many steps with the same loss from the same SFT student, with the teacher always there (`--no-online` leaves
-it out).  Held-out reverse KL to the teacher, on fresh rollouts, is measured after SFT and after OPD of either kind.
+at each place), and is freed.  Then the student trains on the stored scores, a few times over each answer.
+Online OPD, the baseline, does as many steps with the same loss and prompts from the same SFT student, with fresh answers at each and the
+teacher always there (`--no-online` leaves it out).  Held-out reverse KL to the teacher, on fresh rollouts, is measured after SFT and after
+OPD of either kind.
 
 Every phase is kept in `--out`: a second call finds it done, a killed one resumes.  For your own models and prompts:
 
@@ -16,6 +17,7 @@ The rates fit the default pair, a few of whose layers are trained for a few step
 
 import argparse
 from collections.abc import Iterator
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +68,10 @@ class Settings:
     student: str = ""
     prompts: str = ""
     store: str = ""
-    dropped_layers: str = "13,14,15,16,17,18"
-    trained_layers: str = "8,9,10,11,12,13,14,15,16,17"
+    dropped_layers: str = "11,12,13,14,15,16,17,18,19,20"
+    trained_layers: str = "6,7,8,9,10,11,12,13,14,15"
     sft_prompts: int = 32
-    opd_prompts: int = 96
+    opd_prompts: int = 32
     held_out_prompts: int = 80
     max_new_tokens: int = 48
     tokens_per_batch: int = 1024
@@ -256,7 +258,8 @@ def train(
 
 
 def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
-    """The baseline: same start, loop, loss and number of rollouts, but fresh ones at every step and the teacher always there."""
+    """The baseline: same start, prompts, loop, loss and rollouts a step, but fresh ones at every step and the teacher always there."""
+    asked = list(islice(cycle(prompts), settings.opd_steps * settings.opd_rollouts_per_step))
     student, tokenizer = make_student(run.folder / "sft", settings)
     optimizer = make_optimizer(student)
     sft_lineage = Lineage.read(run.folder / "sft")
@@ -269,7 +272,7 @@ def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Setting
             student,
             source,
             scorer,
-            prompts,
+            asked,
             OPD_LOSS,
             optimizer,
             steps=settings.opd_steps,

@@ -16,6 +16,7 @@ from attrs import evolve, frozen
 from torch import Tensor
 
 from lopd.engines.causal_lm import candidate_logprobs, decoder_of, evaluating, hidden_states, lm_head, unwrap
+from lopd.losses.chunking import CHUNK_BYTES
 from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.manifest import SamplingParams
 from lopd.tools.plan.following import ATTENTION, Phase, count, empty, layers_of
@@ -49,7 +50,7 @@ class Use:
     rows: int = 64
     tokens_per_batch: int = 8192
     rows_per_chunk: int = 512
-    chunk_bytes: int = 144 << 20
+    chunk_bytes: int = CHUNK_BYTES
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = torch.bfloat16
     lora_rank: int = 0
