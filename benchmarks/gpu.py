@@ -66,7 +66,16 @@ def _tiny_quickstart(out: Path) -> list[str]:
         tiny_models.build_model("qwen3", seed=seed).save_pretrained(out / name)
         tiny_models.build_tokenizer().save_pretrained(out / name)
     (out / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"w{i} w{i + 1}"}) for i in range(30)))
-    counts = {"sft-prompts": 6, "opd-prompts": 6, "held-out-prompts": 4, "max-new-tokens": 4, "sft-steps": 3, "opd-steps": 3, "top-k": 8}
+    counts = {
+        "sft-prompts": 6,
+        "opd-prompts": 6,
+        "held-out-prompts": 4,
+        "max-new-tokens": 4,
+        "sft-steps": 3,
+        "opd-steps": 3,
+        "opd-rollouts-per-step": 4,
+        "top-k": 8,
+    }
     inputs = {"teacher": out / "teacher", "student": out / "student", "prompts": out / "prompts.jsonl"}
     return [word for name, value in {**counts, **inputs}.items() for word in (f"--{name}", str(value))]
 

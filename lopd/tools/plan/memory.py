@@ -15,10 +15,11 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from lopd.engines.causal_lm import candidate_logprobs, decoder_of, evaluating, hidden_states, lm_head, unwrap
+from lopd.engines.causal_lm import candidate_logprobs, decoder_of, evaluating, hidden_states, lm_head, text_config, unwrap
 from lopd.losses.chunking import CHUNK_BYTES
 from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.manifest import SamplingParams
+from lopd.records.steps import LMHead
 from lopd.tools.plan.following import ATTENTION, Phase, count, empty, layers_of
 from lopd.tools.plan.live import LiveBytes, Need, Stretch
 
@@ -135,12 +136,12 @@ def _prepare_training(model: Any, live: LiveBytes, use: Use) -> Phase:
             live.filled()
         live.filled()
         live.make("logits")
-        weight_VD = lm_head(model, _head_rows(model)).weight
+        weight_VD = _head(model).weight
         buffer = _buffer_bytes(use.rollouts * use.response_tokens, len(weight_VD), use.chunk_bytes)
         total: Tensor = _Head.apply(hidden_ND.narrow(0, 0, rows * use.response_tokens).clone(), weight_VD, buffer)  # type: ignore[no-untyped-call]
         del hidden_ND
         live.make("activations")
-        total.backward()
+        torch.autograd.backward(total)
         # what AdamW divides by is as large as what it trains
         [p.clone() for p in moments[::2]]
         return [live.stretch()]
@@ -178,7 +179,7 @@ def _prepare_scoring(model: Any, live: LiveBytes, use: Use) -> Phase:
         live.begin()
         with evaluating(model):
             live.make("logits")
-            head = lm_head(model, _head_rows(model)).float()
+            head = _head(model).float()
             live.make("activations")
             ids_BS = torch.zeros(rows, use.length, dtype=torch.long)
             hidden_MD = hidden_states(model, ids_BS)[:, : use.response_tokens].flatten(0, 1)
@@ -195,7 +196,7 @@ def _prepare_sampling(model: Any, live: LiveBytes, use: Use) -> Phase:
 
     decoder, sampled = decoder_of(unwrap(model)), SamplingParams(use.response_tokens)
     with torch.no_grad():
-        head = lm_head(model, _head_rows(model)).float()
+        head = _head(model).float()
 
     def token(rows: int, read: int, cache: Any = None) -> Stretch:
         live.begin()
@@ -227,5 +228,5 @@ def _gathered(config: Any, use: Use) -> int:
     return 2 * int((use.autocast or use.dtype).itemsize) * (outside + 2 * max(layers, default=0))
 
 
-def _head_rows(model: Any) -> int:
-    return int(unwrap(model).get_output_embeddings().weight.shape[0])
+def _head(model: Any) -> LMHead:
+    return lm_head(model, text_config(model).vocab_size)
