@@ -12,8 +12,9 @@ from enum import Enum
 
 from lopd.errors import ArgumentError, InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
 from lopd.protocols import LogprobReader, TeacherScorer
-from lopd.records.identity import HasVocabulary, TokenizerId, mixture_id
-from lopd.records.manifest import Lineage, Manifest, Provenance
+from lopd.records.identity import UNKNOWN, HasVocabulary, TokenizerId, mixture_id
+from lopd.records.lineage import Lineage
+from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 
 
@@ -138,10 +139,10 @@ def vocabulary_of(scorer: TeacherScorer) -> HasVocabulary:
 def lineage_after(manifest: Manifest, teachers: Sequence[Provenance]) -> Lineage:
     """What a student has been trained on after training on these rollouts.
 
-    Without a score column the student imitates whoever wrote the rollouts: that is SFT, and the writer is its SFT teacher.
+    Without a score column the student imitates whoever wrote the rollouts: that is SFT, and the writer is its SFT teacher, if it is known.
     """
     if not teachers:
-        return Lineage(sft_teacher=manifest.policy)
+        return Lineage(sft_teacher=None if manifest.policy == UNKNOWN else manifest.policy)
     return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=mixture_id([teacher.model for teacher in teachers]))
 
 
