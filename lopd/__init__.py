@@ -11,6 +11,7 @@ from lopd.backends.lance.store import LanceStore as LanceStore
 from lopd.backends.memory_store import MemoryStore as MemoryStore
 from lopd.backends.opening import open_store as open_store
 from lopd.backends.zarr.store import ZarrStore as ZarrStore
+from lopd.engines.privileged import PrivilegedScorer as PrivilegedScorer
 from lopd.engines.student import CausalLMStudent as CausalLMStudent
 from lopd.errors import LopdError as LopdError
 from lopd.guards.audit import audit as audit

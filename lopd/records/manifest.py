@@ -16,6 +16,8 @@ from lopd.records.stored import read_as
 SCHEMA_VERSION = 1
 #: The `Provenance.logprobs_mode` of columns that `lopd.guards.residual` makes.
 RESIDUAL = "residual"
+#: How those of columns begin that `lopd.PrivilegedScorer` makes; what follows is a hash of the prompts.
+PRIVILEGED = "privileged"
 
 
 def _to_stop_ids(ids: Iterable[Any]) -> tuple[int, ...]:
@@ -127,7 +129,8 @@ class Provenance:
         vocab_hash: of that model's tokenizer.
         engine: name and version of what ran it; not part of the identity (`Preflight` compares what it computes), except that of a residual, whose
             fit it names.
-        logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0.
+        logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0;
+            `PRIVILEGED`, with a hash of the prompts, is raw after other prompts than the policy's.
         top_k: how many tokens are kept at each response token, beside the sampled one: the model's most likely ones, but for the next two.
         eos_id: what ends a text of that model, by its tokenizer; no part of the identity.
         parity: how this engine compared with another that ran the same model, when the column was begun: what the first append
@@ -171,6 +174,15 @@ class Provenance:
     def residual(self) -> bool:
         """Whether an offset was subtracted from these log-probs."""
         return self.logprobs_mode == RESIDUAL
+
+    @property
+    def privileged(self) -> bool:
+        """Whether the model read other prompts than the policy did."""
+        return self.logprobs_mode.startswith(PRIVILEGED)
+
+    def is_of(self, policy: ModelId) -> bool:
+        """Whether these are a policy's own log-probs: those of its function, after the prompts that it read."""
+        return self.model.same_weights(policy) and not self.privileged
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""

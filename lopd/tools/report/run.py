@@ -146,7 +146,7 @@ def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
     return [
         *facts,
         Fact("scored by", str(scored.model), note),
-        Fact("teacher consistency", judged, why, "good" if judged.startswith("consistent") else "bad"),
+        Fact("teacher consistency", judged, why, "good" if judged.startswith(("consistent", "privileged")) else "bad"),
     ]
 
 
