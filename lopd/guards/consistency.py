@@ -80,7 +80,7 @@ def _remedy(manifest: Manifest, teacher: Provenance) -> str:
         return f"if it is that model in {in_use}, score with it in {wanted}, for rounded weights are another model's; else SFT on its text"
     if sft is None:
         return (
-            "if that teacher wrote the SFT text, say so beside the weights before you sample (`Lineage(sft_teacher=scorer.provenance.model)"
+            "if that teacher wrote the SFT text, say so beside the weights before you sample (`Lineage.of(TEACHER)"
             ".write(FOLDER)`), else find out who wrote the SFT text (`lopd.audit`) and score with that teacher"
         )
     if _is_one_of_several(manifest, teacher):
