@@ -4,7 +4,8 @@ The teacher is SmolLM2-135M-Instruct, the student a copy of it without some laye
 on them (SFT), samples its own answers once, the same teacher scores them once (the sampled tokens, and the 64 that it finds most likely
 at each place), and is freed.  Then the student trains on the stored scores, a few times over each answer.
 Online OPD, the baseline, does as many steps with the same loss and prompts from the same SFT student, with fresh answers at each and the
-teacher always there (`--no-online` leaves it out).  Held-out reverse KL to the teacher, on fresh rollouts, is measured after SFT and after OPD of either kind.
+teacher always there (`--no-online` leaves it out).  Held-out reverse KL to the teacher, on fresh rollouts, is measured after SFT and after
+OPD of either kind.
 
 Every phase is kept in `--out`: a second call finds it done, a killed one resumes.  For your own models and prompts:
 
