@@ -188,6 +188,7 @@ def test_long_texts_are_counted_and_refused_left_out_or_cut(tokenizer):
         ([{"prompt": "q", "response": "a<|eos|>", "finish_reason": "length"}], r"ends with '<\|eos\|>', and its finish_reason is 'length'"),
         ("nothing.jsonl", "Text file nothing.jsonl: it cannot be read"),
         ({"train": []}, "Texts: they are a dict, expected a list"),
+        ([], "Texts: there are 0, expected at least 1"),
     ],
 )
 def test_what_is_no_text_is_refused_by_name(tokenizer, texts, message):

@@ -14,8 +14,8 @@ from lopd.records.checks import a_kind
 KEYS = ("id", "answer", "tools", "chat_template_kwargs")
 
 
-def several(owner: str, contents: Any, reader: str) -> list[Any]:
-    """Return the records in a list: of a list, a table's rows, or a dataset, whole or streamed.
+def several(owner: str, contents: Any, reader: str) -> Iterable[Any]:
+    """Return the contents, if they are many: a list, rows of a table, or a dataset, whole or streamed.
 
     Args:
         owner: how messages name all of them.
@@ -31,7 +31,7 @@ def several(owner: str, contents: Any, reader: str) -> list[Any]:
         raise PromptError(
             f"{owner}: they are {what}, expected a list; pass [text], one split of a dataset, rows of a table, or use {reader}."
         )
-    return list(contents)
+    return contents
 
 
 def check_names(owner: str, template: str, **fields: str) -> None:

@@ -149,7 +149,11 @@ class Rendering:
                 "second; see that they begin as the model is to begin",
             )
         elif not written.startswith(read):
-            self.doubts.add(where, f"its response begins {read!r:.40}, expected {written!r:.40}, as the chat template or its text has it")
+            self.doubts.add(
+                where,
+                f"its response begins {read!r:.40}, expected {written!r:.40}, as the chat template or its text has it; it is trained as it begins, so "
+                "correct the texts or the template if that is not meant",
+            )
 
     def doubt_template(self) -> None:
         """Note what concerns the template and not one prompt; call it when all were tokenised."""

@@ -76,6 +76,8 @@ def make_texts(names: tuple[str, str], contents: Iterable[Any], rendering: Rende
             )
         made.append(Rollout(rollout_id(name, samples[name], 0), prompt_ids, ids, np.ones(len(ids), np.bool_), reason))
         samples[name] += 1
+    if not made:
+        raise PromptError(f"{owner}: there are 0, expected at least 1; check where they come from.")
     if unread:
         rendering.doubts.add(
             owner, f"the keys {', '.join(map(repr, unread))} are not read; drop them, or name the texts with `field` and `response`"
