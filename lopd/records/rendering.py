@@ -151,7 +151,7 @@ class Rendering:
         elif not written.startswith(read):
             self.doubts.add(
                 where,
-                f"its response begins {read!r:.40}, expected {written!r:.40}, as the chat template or its text has it; it is trained as it begins, so "
+                f"its response begins {read!r:.40}, expected {written!r:.40}, as the chat template or its text has it; it is trained as it is, so "
                 "correct the texts or the template if that is not meant",
             )
 
