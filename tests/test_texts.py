@@ -11,7 +11,7 @@ from chat_tokenizers import CHATML, STRICT, byte_tokenizer
 
 from lopd import CausalLMStudent, FusedSFTLoss, Lineage, ModelId, ZarrStore, batches, import_text, make_prompts, opd_steps
 from lopd.engines.hf import folder_model_id
-from lopd.errors import ConflictError, ContextOverflowError, EngineError, InvalidRecordError, PromptError, PromptWarning
+from lopd.errors import ArgumentError, ConflictError, ContextOverflowError, EngineError, InvalidRecordError, PromptError, PromptWarning
 from lopd.records import fingerprint_tokenizer, mixture_id
 
 WRITER = ModelId("writer", "7", "bfloat16")
@@ -196,7 +196,7 @@ def test_what_is_no_text_is_refused_by_name(tokenizer, texts, message):
         import_text(texts, tokenizer, teacher=WRITER)
 
 
-def test_keys_that_nothing_reads_are_named_and_a_tokenizer_without_eos_is_refused():
+def test_keys_that_nothing_reads_are_named_and_what_makes_no_store_or_end_is_refused():
     tokenizer = byte_tokenizer(None)
     with pytest.warns(PromptWarning, match="the keys 'level' are not read"):
         store = import_text(
@@ -204,6 +204,8 @@ def test_keys_that_nothing_reads_are_named_and_a_tokenizer_without_eos_is_refuse
         )
     assert texts_of(tokenizer, store) == [("Q: 1\n", "2<|im_end|>")]
     assert store.manifest.tokenizer == fingerprint_tokenizer(tokenizer)
+    with pytest.raises(ArgumentError, match="Texts: store is a str, expected what makes one"):
+        import_text(PAIRS, tokenizer, teacher=WRITER, store="text.zarr")
     tokenizer.eos_token = None
     with pytest.raises(PromptError, match="the tokenizer has no EOS token"):
         import_text(PAIRS, tokenizer, teacher=WRITER)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lopd.backends.memory_store import MemoryStore
-from lopd.errors import InvalidRecordError
+from lopd.errors import ArgumentError, InvalidRecordError
 from lopd.protocols import LogprobStore
-from lopd.records.checks import check_at_least
+from lopd.records.checks import a_kind, check_at_least
 from lopd.records.contents import check_names, several
 from lopd.records.files import named_file, read_records
 from lopd.records.identity import UNKNOWN, ModelId, fingerprint_tokenizer
@@ -70,7 +70,7 @@ def import_text(
     Raises:
         PromptError: a text cannot be turned into tokens; it names the record.
         ContextOverflowError: texts are longer than `max_tokens`; it counts them.
-        ArgumentError: the tokenizer is something else.
+        ArgumentError: the tokenizer, the teacher or the store is something else.
         InvalidRecordError: `max_tokens` or `too_long` makes no sense.
         EngineError: there is no such teacher.
         ModelError: the teacher cannot be identified.
@@ -80,6 +80,10 @@ def import_text(
     of = fingerprint_tokenizer(tokenizer)
     if too_long not in ("refuse", "drop", "cut"):
         raise InvalidRecordError(f"Texts: too_long is {too_long!r:.40}, expected 'refuse', 'drop' or 'cut'; pass one of them.")
+    if not callable(store):
+        raise ArgumentError(
+            f"Texts: store is {a_kind(store)}, expected what makes one; pass `lambda manifest: ZarrStore.open_or_create(PATH, manifest)`."
+        )
     limit = Limit(None if max_tokens is None else check_at_least("Texts", "max_tokens", max_tokens, 2), too_long)
     owner, item = "Texts", "Text number"
     if isinstance(texts, str | os.PathLike):
