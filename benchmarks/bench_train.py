@@ -31,7 +31,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
-import lopd.engines.student
 import lopd.verbs.loader
 from lopd import CausalLMStudent, FusedOPDLoss, Manifest, ModelId, Rollout, SamplingParams, Scores, ZarrStore, batches, opd_steps
 from lopd.engines.causal_lm import hidden_states, packed_hidden_states
@@ -95,7 +94,7 @@ class Meter:
         return counted
 
 
-def in_one_row(model: Any, input_ids_N: torch.Tensor, position_ids_N: torch.Tensor) -> torch.Tensor:
+def in_one_row(model: Any, input_ids_N: torch.Tensor, position_ids_N: torch.Tensor, _lengths: Sequence[int]) -> torch.Tensor:
     """Hidden states of a pack that stays one row, whatever attention makes of it."""
     return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
 
@@ -130,19 +129,19 @@ class Trained:
 
     def __init__(self, path: str, stream: StepStream, tokenizer: PreTrainedTokenizerFast) -> None:
         self.path, self.stream, self.meter = path, stream, Meter()
-        student = CausalLMStudent(make_model(), tokenizer)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+        self.student = CausalLMStudent(make_model(), tokenizer)
+        optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5)
         optimizer.step = self.meter.timed("optimizer", optimizer.step)
         read = self.meter.timed("reading and collating", stream.step)
         loss = self.meter.timed("head and loss, forward", FusedOPDLoss())
-        self.steps = opd_steps(student, map(read, count()), loss, optimizer)
+        self.steps = opd_steps(self.student, map(read, count()), loss, optimizer)
 
     def run(self) -> dict[str, Any]:
         """One step: its seconds by part, and its tokens a second."""
         self.meter.parts.clear()
         layers, split = PATHS[self.path]
         layers = self.meter.timed("layers, forward", layers)
-        with patch.object(lopd.engines.student, "packed_hidden_states", layers), patch.object(lopd.verbs.loader, "_split", split):
+        with patch.object(self.student, "_layers", layers), patch.object(lopd.verbs.loader, "_split", split):
             begun = process_time()
             metrics = next(self.steps)
             total = process_time() - begun

@@ -194,6 +194,23 @@ def paths() -> list[str]:
     return table(("path", "weights", "CPU s", "MiB beyond the gradients"), lines(), 2)
 
 
+def precision() -> list[str]:
+    """Errors of log-probs and gradients by what is multiplied."""
+
+    def lines() -> Iterator[Sequence[str]]:
+        for row in read("precision")["rows"]:
+            nats = [f"{row[key]:.1e}" for key in ("nats", "nats_p99", "nats_max")]
+            yield (
+                row["weights"],
+                row["products"],
+                *nats,
+                *(f"{row[key]:.1e} ± {row[f'{key}_ci95']:.0e}" for key in ("by_hidden", "by_weight")),
+            )
+
+    error = "relative error of the gradient by"
+    return table(("weights", "products", "nats, mean", "99 %", "largest", f"{error} hidden states", f"{error} the weight"), lines(), 2)
+
+
 def stores() -> list[str]:
     """Speed and size: what training gets, and its share of what a memory map gives, before what single reads get."""
     rows = read("bench_store")["rows"]
@@ -407,6 +424,7 @@ TABLES = {
         "pairs": pairs,
         "pair correlations": pair_correlations,
     },
+    "decisions/0003-losses.md": {"precision": precision},
     "models.md": {"abilities": abilities, "models": models, "causes": causes},
     "reliability.md": {"goals": goals, "missed": missed},
 }

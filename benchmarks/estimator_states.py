@@ -232,13 +232,13 @@ def real_states(folder: Path, count: int, moves: Sequence[float]) -> Iterator[tu
     from lopd.engines.hf import load_model
 
     micro = batches(ZarrStore.open(folder / "store.zarr"), rollouts_per_step=32, tokens_per_batch=1024, ref="behavior").step(0).batches
-    total = sum(int((batch.weight > 0).sum()) for batch in micro)
+    total = sum(len(batch.counted) for batch in micro)
     chosen_S = torch.linspace(0, total - 1, count).long()
-    sampled_S = torch.cat([batch.targets[batch.weight > 0] for batch in micro])[chosen_S]
+    sampled_S = torch.cat([batch.targets[batch.counted] for batch in micro])[chosen_S]
 
     def read(model: Any, vocabulary: int) -> tuple[Tensor, LMHead, Tensor]:
         with torch.no_grad():
-            hidden = [packed_hidden_states(model, batch.inputs, batch.position_ids)[batch.weight > 0] for batch in micro]
+            hidden = [packed_hidden_states(model, batch.inputs, batch.position_ids, batch.lengths)[batch.counted] for batch in micro]
             hidden_SD, head = torch.cat(hidden)[chosen_S], lm_head(model, vocabulary)
             return hidden_SD, evolve(head, weight=head.weight.detach()), head.logits(hidden_SD).log_softmax(-1)
 

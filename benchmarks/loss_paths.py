@@ -7,7 +7,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from lopd import Chunking, FusedOPDLoss, ReferenceOPDLoss
+from lopd import FusedOPDLoss, ReferenceOPDLoss
 from lopd.losses.objective import OPDObjective, Signal, Tokens
 from lopd.records import Batch, LMHead
 
@@ -57,7 +57,7 @@ def rollout_problem(folder: Path, tokens: int = 4096) -> Problem:
     step = batches(store, rollouts_per_step=len(store), tokens_per_batch=tokens).step(0)
     batch = step.batches[0]
     with torch.no_grad():
-        hidden_ND = packed_hidden_states(model, batch.inputs, batch.position_ids)
+        hidden_ND = packed_hidden_states(model, batch.inputs, batch.position_ids, batch.lengths)
     weight = lm_head(model, len(tokenizer)).weight.detach().clone()
     on_N = batch.weight > 0
     columns = {
@@ -130,7 +130,6 @@ def _ours(loss: FusedOPDLoss | ReferenceOPDLoss) -> Callable[[Problem], Tensor]:
 
 PATHS = {
     "fused": LossPath(_ours(FusedOPDLoss())),
-    "fused, bfloat16 products": LossPath(_ours(FusedOPDLoss(chunking=Chunking(matmul_dtype=torch.bfloat16)))),
     "recomputed": LossPath(_ours(FusedOPDLoss(transforms=(whole_rollouts,)))),
     "full logits": LossPath(_ours(ReferenceOPDLoss()), bounded=False),
     "torch linear_cross_entropy, chunk 512": LossPath(_torch_op(512)),

@@ -6,6 +6,8 @@
 
 One URL or several: requests go to the least busy, a server that dies leaves its requests to the others and is used again when it is back, and
 all must serve the same model with the same version.  Run it again to resume: what is committed stays.  A key is read from VLLM_API_KEY.
+`--speaks sglang` or `--speaks openai` for SGLang or a hosted model, whose key is in SGLANG_API_KEY, OPENAI_API_KEY, or the variable of
+`--key-variable`.
 """
 
 import argparse
@@ -27,12 +29,17 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder or hub name of its tokenizer; by default MODEL")
     parser.add_argument("--column", default="teacher")
     parser.add_argument("--top-k", type=int, default=0, help="keep so many of the most likely tokens, with the mass of all others")
+    parser.add_argument("--speaks", choices=("vllm", "sglang", "openai"), default="vllm", help="what the servers are")
+    parser.add_argument("--context", type=int, help="positions of a sequence, where a host does not say")
+    parser.add_argument("--key-variable", help="variable of the environment that holds the key")
     args = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    scorer = ServerScorer(Servers(args.urls, args.model), tokenizer, ModelId(args.model, args.revision, args.dtype), args.top_k)
+    servers = Servers(args.urls, args.model, context=args.context, speaks=args.speaks, key_variable=args.key_variable)
+    scorer = ServerScorer(servers, tokenizer, ModelId(args.model, args.revision, args.dtype), args.top_k)
     report = score_rollouts(open_store(args.store), scorer, column=args.column, progress=RichProgress())
     print(f"{scorer.provenance.engine}: column {args.column!r} is complete; {report.floored} log-probs were -inf")
+    print(servers.costs)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from lopd.guards.residual import residualise as residualise
 from lopd.guards.watch import DriftLimits as DriftLimits
 from lopd.guards.watch import stored_advantages as stored_advantages
 from lopd.guards.watch import watch_drift as watch_drift
-from lopd.losses.chunked import Chunking as Chunking
 from lopd.losses.chunked import selected_logprobs as selected_logprobs
+from lopd.losses.chunking import Chunking as Chunking
 from lopd.losses.entropy import EntropyBonus as EntropyBonus
 from lopd.losses.fused import FusedLoss as FusedLoss
 from lopd.losses.fused import FusedOPDLoss as FusedOPDLoss

@@ -1,10 +1,11 @@
 """Our sources and scorers against the suites that other people's are judged by."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import pytest
 from conftest import CONTEXT, TOKENIZER_ID, build_model, build_tokenizer
+from other_stubs import CompletionsStub, SGLangStub
 from served_table import MODEL
 from served_table import TOKENIZER as TABLE
 from suite_cases import TABLE_CONTEXT, filler, prompts_of, some_prompts, some_rollouts, told_for
@@ -99,12 +100,15 @@ class TestPrivilegedScorerWithCandidates(TestPrivilegedScorer):
 class Served:
     """Two servers for each test."""
 
+    stub: Callable[[], Stub] = Stub
+    settings: ClassVar[dict[str, Any]] = {}
+
     @pytest.fixture(autouse=True)
     def _servers(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(pool, "backoff", lambda _: 0.01)
         monkeypatch.delenv("VLLM_API_KEY", raising=False)
-        stubs = [Stub(), Stub()]
-        self.servers = Servers([stub.url for stub in stubs], model="table", patience_s=20, timeout_s=20)
+        stubs = [type(self).stub(), type(self).stub()]
+        self.servers = Servers([stub.url for stub in stubs], model="table", patience_s=20, timeout_s=20, **self.settings)
         self.stubs = stubs
         yield
         for stub in stubs:
@@ -151,3 +155,15 @@ class TestServerScorerWithTopK(TestServerScorer):
 class TestServerScorerWithCandidates(TestServerScorer):
     def make(self) -> TeacherScorer:
         return ServerScorer(self.servers, TABLE, MODEL, top_k=3, candidates=4, drawn=2)
+
+
+class TestSGLangSource(TestServerSource):
+    stub, settings = SGLangStub, {"speaks": "sglang"}
+
+
+class TestSGLangScorerWithCandidates(TestServerScorerWithCandidates):
+    stub, settings = SGLangStub, {"speaks": "sglang"}
+
+
+class TestCompletionsScorerWithTopK(TestServerScorerWithTopK):
+    stub, settings = CompletionsStub, {"speaks": "openai", "context": TABLE_CONTEXT}

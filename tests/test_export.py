@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import peft
@@ -156,8 +157,8 @@ def test_at_every_flush_and_move_the_folder_is_one_whole_export(full, adapters, 
 
         return at
 
-    for name in ("flush", "_exchange"):
-        monkeypatch.setattr(lopd.engines.export, name, counted(getattr(lopd.engines.export, name)))
+    for owner, name in ((os, "fsync"), (lopd.engines.export, "_exchange")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     while True:
         left = []
         shutil_free = [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from test_fused_losses import SMALL, Recorded, broken_clauses, products  # noqa: F401
 
 from lopd.errors import InvalidRecordError
-from lopd.losses.chunked import Chunking
+from lopd.losses.chunking import Chunking
 from lopd.losses.divergences import forward_kl
 from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.objective import OPDObjective, Signal, per_token
@@ -42,12 +42,21 @@ def nothing(signal: Signal) -> Signal:
     return evolve(signal, weight=0 * signal.weight)
 
 
-def test_tokens_without_any_gradient_skip_two_products_even_so(products: Recorded) -> None:
+def unmarked_nothing(signal: Signal) -> Signal:
+    return nothing(signal)
+
+
+def test_with_an_epsilon_tokens_without_any_gradient_skip_two_products_also_where_four_are_needed(products: Recorded) -> None:
     case = agreeing().rounded(torch.float32)
-    FusedOPDLoss(transforms=(nothing,), chunking=SMALL)(*case.leaves(), case.batch)
-    assert len(products.logits) > 5
-    # one, of no rows: it fills the gradients with zeros
-    assert (products.hidden_gradients, products.weight_gradients) == (1, 1)
+    for transform in (nothing, unmarked_nothing):
+        for epsilon in (0.0, 1e-30):
+            products.__init__()
+            FusedOPDLoss(transforms=(transform,), chunking=SMALL, epsilon=epsilon)(*case.leaves(), case.batch).loss_sum.backward()
+            chunks = len(products.logits) // (1 if transform is nothing else 2)
+            assert chunks > 5
+            # one, of no rows: it fills the gradients with zeros
+            made = chunks if epsilon == 0 else 1
+            assert (products.hidden_gradients, products.weight_gradients) == (made, made)
 
 
 @given(st.integers(0, 2**20), st.sampled_from([1e-4, 1e-2, 0.1, 1.0, 5.0]), st.sampled_from([None, 2.0]))

@@ -1,5 +1,6 @@
 """The steps of a run: which rollouts are in step k, how a step is split, and what is refused."""
 
+import threading
 import warnings
 from collections.abc import Sequence
 from itertools import islice
@@ -46,6 +47,64 @@ def test_starting_at_step_k_gives_what_iterating_to_it_gives(size: tuple[int, in
     assert reached.index == k
     assert same_steps(reached, started)
     assert same_steps(reached, numbered_stream(*size, seed=seed).step(k))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were one, which a thread reads ahead for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
+def test_steps_that_a_thread_reads_ahead_are_the_same(gpu: None) -> None:
+    stream = numbered_stream(7, 3)
+    assert all(same_steps(step, stream.step(index)) for index, step in enumerate(islice(stream, 9)))
+    assert [step.index for step in stream[4:7]] == [4, 5, 6]
+    assert list(stream[3:3]) == []
+
+
+class Reads:
+    """A store that says in which thread it is read, and cannot be where it is one of these rows."""
+
+    def __init__(self, store: MemoryStore, damaged: set[int]) -> None:
+        self._store, self._damaged = store, damaged
+        self.threads: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def read(self, rows: Sequence[int], /, **columns: Any) -> Any:
+        self.threads.append(threading.current_thread().name)
+        if set(rows) == self._damaged:
+            raise MissingScoresError("it cannot be read")
+        return self._store.read(rows, **columns)
+
+
+def test_an_error_of_the_thread_comes_with_its_step_and_no_thread_is_left(gpu: None) -> None:
+    stream = numbered_stream(12, 3)
+    store = Reads(make_store(numbered_records(12)), damaged=set(rows_of(stream.step(3))))
+    reached: list[int] = []
+
+    def read() -> None:
+        for step in evolve(stream, store=store):
+            reached.append(step.index)
+
+    with pytest.raises(MissingScoresError, match="it cannot be read"):
+        read()
+    assert reached == [0, 1, 2]
+    assert "MainThread" not in store.threads
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lopd-overlap")]
+
+
+def test_a_run_that_ends_early_ends_the_thread_and_reads_at_most_two_steps_ahead(gpu: None) -> None:
+    store = Reads(make_store(numbered_records(7)), damaged=set())
+    steps = iter(evolve(numbered_stream(7, 3), store=store))
+    next(steps)
+    del steps
+    assert 1 <= len(store.threads) <= 2
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lopd-overlap")]
 
 
 def test_iterating_twice_gives_the_same_steps_twice() -> None:

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy, huber_loss, mse_loss
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.losses import functional
-from lopd.losses.chunked import Chunking
+from lopd.losses.chunking import Chunking
 from lopd.losses.fused import FusedOPDLoss, FusedSFTLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss, WeightedLoss
 from lopd.losses.variants import importance_ratio

@@ -85,7 +85,7 @@ def test_a_pack_that_stays_one_row_is_one_for_each_side_of_the_border():
 
     Decoder.config._attn_implementation = "flash_attention_2"
     ids_N, positions_N = torch.arange(11), torch.tensor([0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3])
-    assert packed_hidden_states(Decoder(), ids_N, positions_N)[:, 0].tolist() == ids_N.tolist()
+    assert packed_hidden_states(Decoder(), ids_N, positions_N, [4, 3, 4])[:, 0].tolist() == ids_N.tolist()
     assert seen == [[[0, 1, 2]], [[0, 1, 2, 3, 0, 1, 2, 3]]]
 
 

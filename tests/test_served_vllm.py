@@ -205,6 +205,17 @@ def test_candidates_are_the_most_likely_tokens_of_transformers_and_the_tail_is_t
         )
 
 
+def test_its_plain_completions_score_as_transformers_do(folder, server):
+    """As a hosted model is asked: nothing but `echo`, `logprobs` and tokens named by id."""
+    rollouts, servers = make_rollouts(), servers_of(server, speaks="openai", context=CONTEXT)
+    scorer = ServerScorer(servers, build_tokenizer(), MODEL, top_k=5)
+    hf = HFScorer.from_folder(folder, top_k=5)
+    for scores, truth in zip(scorer.score(rollouts), hf.score(rollouts), strict=True):
+        np.testing.assert_allclose(scores.logprobs, truth.logprobs, atol=TOLERANCE)
+        np.testing.assert_allclose(scores.top_k.logprobs, truth.top_k.logprobs, atol=TOLERANCE)
+    assert servers.costs.prompt_tokens >= sum(map(len, rollouts))
+
+
 def test_more_candidates_than_the_server_allows_is_an_error_that_says_how_to_start_it(server):
     with pytest.raises(EngineError, match="--max-logprobs"):
         scorer_of(server, top_k=21).score(make_rollouts()[:1])

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from other_stubs import CompletionsStub
 from served_table import MODEL, _short_pauses, ids_of, is_for, make_rollouts, refused, scorer_of, start, stub, truth, without  # noqa: F401
-from vllm_stub import VOCAB, answer, changed, late, table
+from vllm_stub import VOCAB, Stub, answer, changed, late, table
 
 from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.server import Servers
@@ -279,16 +280,20 @@ def test_urls_may_end_as_openai_clients_write_them():
     assert Servers("http://a", "m").urls == ("http://a",)
 
 
-def test_the_example_scores_a_store(start, tmp_path, tokenizer, monkeypatch, capsys):
-    stubs = [start(), start()]
+@pytest.mark.parametrize(("kind", "spoken"), [(Stub, []), (CompletionsStub, ["--speaks", "openai", "--context", "64"])])
+def test_the_example_scores_a_store(kind, spoken, tmp_path, tokenizer, monkeypatch, capsys, request):
+    stubs = [kind(), kind()]
+    request.addfinalizer(lambda: [each.close() for each in stubs])
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     rollouts = make_rollouts()
     store = ZarrStore.create(tmp_path / "run.zarr", Manifest(fingerprint_tokenizer(tokenizer), MODEL, SamplingParams()))
     store.append(rollouts)
-    arguments = ["--model", "table", "--revision", "abc", "--tokenizer", str(tmp_path / "tokenizer"), "--top-k", "2"]
+    arguments = ["--model", "table", "--revision", "abc", "--tokenizer", str(tmp_path / "tokenizer"), "--top-k", "2", *spoken]
     monkeypatch.setattr(sys, "argv", ["served_teacher.py", str(tmp_path / "run.zarr"), *(s.url for s in stubs), *arguments])
     runpy.run_path(str(Path(__file__).parents[1] / "examples" / "served_teacher.py"), run_name="__main__")
-    assert "column 'teacher' is complete; 0 log-probs were -inf" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "column 'teacher' is complete; 0 log-probs were -inf" in printed
+    assert f"Costs(requests={sum(len(stub.requests) for stub in stubs)}, " in printed
     assert any(stub.requests for stub in stubs)
     store.refresh()
     assert store.columns["teacher"].model == ModelId("table", "abc", "bfloat16")

@@ -10,14 +10,15 @@ import torch
 import transformers
 from attrs import evolve
 from conftest import TOKENIZER_ID
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lopd import collate
-from lopd.engines.causal_lm import lm_head, packed_hidden_states
+from lopd.engines.causal_lm import lm_head, packed_hidden_states, row_hidden_states
 from lopd.engines.hf import HFSource, load_model
 from lopd.engines.probes import check_training
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import LopdError, ModelError, TokenizerMismatchError
-from lopd.losses.chunked import Chunking
+from lopd.losses.chunking import Chunking
 from lopd.losses.fused import FusedOPDLoss
 from lopd.losses.reference import ReferenceOPDLoss, SFTLoss
 from lopd.records import Lineage, LossOutput, ModelId, Rollout, SamplingParams, ScoredRollout, by_token, fingerprint_tokenizer
@@ -186,14 +187,18 @@ class _Blind(transformers.LlamaForCausalLM):
         return lambda input_ids, **_: self.model(input_ids=input_ids, use_cache=False)
 
 
-@pytest.mark.parametrize("kind", [_Louder, _Forbidding, _Blind])
-def test_a_model_that_cannot_be_cut_or_packed_is_refused(kind, models):
+def test_a_model_whose_packed_rollouts_see_each_other_reads_them_in_rows(models):
+    model = _Blind(copy.deepcopy(models("llama_tied").config)).eval()
+    model.load_state_dict(models("llama_tied").state_dict())
+    model.config = copy.deepcopy(model.config)  # its layers keep theirs
+    model.config._attn_implementation = "flash_attention_2"
+    assert check_training(model, VOCAB) is row_hidden_states
+
+
+@pytest.mark.parametrize("kind", [_Louder, _Forbidding])
+def test_a_model_that_cannot_be_cut_is_refused(kind, models):
     model = kind(copy.deepcopy(models("llama_tied").config)).eval()
     model.load_state_dict(models("llama_tied").state_dict())
-    if kind is _Blind:
-        check_training(model, VOCAB)  # each rollout in a row of its own: nothing to see
-        model.config = copy.deepcopy(model.config)  # its layers keep theirs
-        model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match=kind.__name__):
         check_training(model, VOCAB)
     with pytest.raises(ModelError, match=kind.__name__):
@@ -217,7 +222,7 @@ def test_a_pack_stays_one_row_only_for_attention_that_knows_lengths(attention, s
             return SimpleNamespace(last_hidden_state=input_ids[..., None].float())
 
     ids_N, positions_N = torch.tensor([5, 6, 7, 8, 9, 4]), torch.tensor([0, 1, 2, 3, 0, 1])
-    hidden_ND = packed_hidden_states(Decoder(), ids_N, positions_N)
+    hidden_ND = packed_hidden_states(Decoder(), ids_N, positions_N, [4, 2])
     assert hidden_ND[:, 0].tolist() == ids_N.tolist(), "whatever the form, each token has its own hidden state"
     ((rows, positions),) = seen
     assert rows.shape == shape
@@ -349,7 +354,7 @@ def test_bfloat16_weights_and_autocast_run_and_stay_close(kind, models, records)
     assert losses["cast"] != losses["exact"]
 
 
-def test_the_head_computes_in_float32_under_autocast_and_with_bfloat16_weights(models, records):
+def test_logits_are_float32_under_autocast_and_with_bfloat16_weights_and_the_head_says_what_may_be_multiplied(models, records):
     for student in (
         CausalLMStudent(copy.deepcopy(models("llama_tied")), TOKENIZER_ID, autocast=torch.bfloat16),
         CausalLMStudent(copy.deepcopy(models("llama_tied")).to(torch.bfloat16), TOKENIZER_ID),
@@ -359,6 +364,17 @@ def test_the_head_computes_in_float32_under_autocast_and_with_bfloat16_weights(m
         got = seen.head.logits(seen.hidden_ND)
         assert got.dtype == torch.float32
         np.testing.assert_allclose(got.detach(), expected.detach(), rtol=1e-4, atol=1e-4)
+        assert (seen.head.compute_dtype or seen.head.weight.dtype) == torch.bfloat16
+
+
+def test_the_mixed_precision_of_fsdp2_is_the_dtype_of_the_head_that_a_loss_sees(models, records):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        student = CausalLMStudent(copy.deepcopy(models("llama_tied")), TOKENIZER_ID)
+        seen = seen_by_a_loss(fully_shard(student, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), collate(records))
+        assert seen.hidden_ND.dtype == seen.head.weight.dtype == torch.bfloat16
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_batch_of_a_single_prediction_can_be_trained_on(models):

@@ -179,7 +179,7 @@ def test_clip_and_cap_bound_the_advantage_and_the_ratio_of_the_residual(bound: d
         TopKObjective(reverse_kl, residual=True),
         TopKObjective(generalised_kl, residual=True, clip=1.0, ratio_cap=2.0),
     ],
-    ids=repr,
+    ids=["reverse KL", "generalised KL, bounded"],
 )
 def test_the_fused_loss_is_the_plain_one(objective: TopKObjective) -> None:
     assert objective.per_token

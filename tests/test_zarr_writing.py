@@ -8,6 +8,7 @@ import random
 import resource
 import time
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -35,12 +36,13 @@ def attempt(store: ZarrStore, left: list[int], moment: int) -> StoreWriteError |
 def test_a_write_that_fails_at_any_flush_commits_nothing_and_the_store_stays_usable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left = [0]
+    left, lock = [0], Lock()
 
     def fsync(descriptor: int) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
+        with lock:
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
     store = ZarrStore.create(tmp_path / "run.zarr", tiny_manifest())

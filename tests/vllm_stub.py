@@ -147,6 +147,11 @@ class Stub:
 
     # --- what vLLM does -----------------------------------------------------------------------------------------------------------
 
+    def pages(self) -> dict[str, Any]:
+        """What it says of itself."""
+        card = {"id": self.model, "object": "model", "root": self.root, "max_model_len": self.context}
+        return {"/version": {"version": self.version}, "/v1/models": {"object": "list", "data": [card]}}
+
     def complete(self, request: dict[str, Any]) -> tuple[int, Any]:
         prompts = request["prompt"] if isinstance(request["prompt"][0], list) else [request["prompt"]]
         if request["model"] != self.model:
@@ -295,12 +300,8 @@ class _Handler(BaseHTTPRequestHandler):
         stub.checks += 1
         if self.path.startswith("/v1") and not self._let_in():
             return
-        card = {"id": stub.model, "object": "model", "root": stub.root, "max_model_len": stub.context}
-        found = {
-            "/version": {"version": stub.version},
-            "/v1/models": {"object": "list", "data": [card]},
-        }
-        if self.path == "/health":
+        found = stub.pages()
+        if self.path == "/health" and self.path not in found:
             self.reply(200 if stub.healthy else 503, b"")
         elif self.path in found:
             self.reply(200, json.dumps(found[self.path]).encode())

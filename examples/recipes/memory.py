@@ -13,11 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM
 
-from lopd import Chunking
-
 #: Share of a card that a phase may take; it is what vLLM takes, too.
 ROOM = 0.85
 _FLOAT32 = 4
+# of logits in a loss; with more free memory a loss takes more of it (`Chunking`)
+_CHUNK_BYTES = 144 << 20
 # buffers of (rows, vocabulary) float32 that exist at once: logits, log-probs, probabilities, and what they are drawn or chosen with
 _LOGITS_SAMPLED, _LOGITS_SCORED = 6, 3
 _ROWS_SCORED = 512  # of `HFScorer`
@@ -121,7 +121,7 @@ def _kept(decoder: Any, autocast: torch.dtype | None, tokens: int) -> int:
 
 def trained_gb(size: Footprint, tokens: int) -> dict[str, float]:
     """10^9 bytes of training on micro-batches of so many tokens."""
-    loss = Chunking().chunk_bytes + _FLOAT32 * (size.head + 2 * tokens * size.width)
+    loss = _CHUNK_BYTES + _FLOAT32 * (size.head + 2 * tokens * size.width)
     # weights that autocast rounded stay for the forward pass, the gradients of a layer stand beside what it keeps
     step = 2 * size.trained + tokens * (size.between + 2 * size.layer) + loss
     return _gb(

@@ -6,7 +6,8 @@ Duck-typed on purpose: importing this module imports no engine.
 Shape suffixes: N tokens, M selected tokens, R of a chunk, A ids asked for, K candidates, D hidden size, V vocabulary, B rows, S positions.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from lopd.engines.masks import one_rollout_a_row
 from lopd.errors import ModelError
 from lopd.records.steps import LMHead
 
@@ -82,6 +84,11 @@ def text_config(model: Any) -> Any:
     return unwrap(model).config.get_text_config()
 
 
+def attention_of(model: Any) -> str:
+    """What transformers calls the way in which this model computes attention."""
+    return str(getattr(unwrap(model).config, "_attn_implementation", None))
+
+
 def _first_number(config: Any, names: Iterable[str]) -> float | None:
     """The first of these fields that is a number above 0: transformers writes None, 0, -1 or a word where a field does not apply."""
     values = (getattr(config, name, None) for name in names)
@@ -96,58 +103,74 @@ def _scale(config: Any) -> float:
     return scale
 
 
-def hidden_states(model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None) -> Tensor:
+def hidden_states(model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, **lengths: Any) -> Tensor:
     """(B, S, D) hidden states below the head.
 
     Args:
         model: a causal LM, or a peft model around one.
         input_ids_BS: token ids.
         position_ids_BS: positions that restart within a row mark packed rollouts, which do not see each other.
+        lengths: the same for FlashAttention, which would ask the positions, and wait for the answer, at each layer.
     """
     # not every decoder takes positions
-    given = {} if position_ids_BS is None else {"position_ids": position_ids_BS}
+    given = lengths if position_ids_BS is None else {"position_ids": position_ids_BS, **lengths}
     output: Tensor = decoder_of(unwrap(model))(input_ids=input_ids_BS, use_cache=False, **given).last_hidden_state
     return output
 
 
-def packed_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
+def knows_lengths(model: Any) -> bool:
+    """Whether the attention reads packed rollouts as they come (FlashAttention, FlexAttention).
+
+    Any other would compute all N * N pairs and mask most of them, so there each rollout is a row of its own.
+    """
+    attention = attention_of(model)
+    return "flash" in attention or attention == "flex_attention"
+
+
+def packed_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
     """(N, D) hidden states of a packed batch, whose positions restart with each rollout; rollouts do not see each other.
 
-    Attention that knows lengths (FlashAttention, FlexAttention) reads the pack as it is.  Any other would compute all N * N pairs and mask
-    most of them, so there each rollout is a row of its own.
+    They stay one row where the attention `knows_lengths`.  Neither form asks a GPU for anything: `lengths` are those of the rollouts.
     """
-    attention = str(getattr(unwrap(model).config, "_attn_implementation", None))
-    if "flash" in attention or attention == "flex_attention":
-        return _by_side(model, _as_they_come, input_ids_N, position_ids_N)
-    return row_hidden_states(model, input_ids_N, position_ids_N)
+    return _by_side(model, _as_they_come if knows_lengths(model) else _in_rows, input_ids_N, position_ids_N, lengths)
 
 
-def row_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
+def row_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
     """(N, D) hidden states of the same batch, each rollout in a row of its own, padded on the right, where a causal model cannot look."""
-    return _by_side(model, _in_rows, input_ids_N, position_ids_N)
+    return _by_side(model, _in_rows, input_ids_N, position_ids_N, lengths)
 
 
-def _as_they_come(model: Any, input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
-    return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
+def _as_they_come(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
+    if "flash" not in attention_of(model):
+        return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
+    rollouts_B1 = torch.arange(len(lengths) + 1, device=position_ids_N.device)
+    borders_B1 = torch.searchsorted((position_ids_N == 0).cumsum(0) - 1, rollouts_B1, out_int32=True)
+    borders = {"cu_seq_lens_q": borders_B1, "cu_seq_lens_k": borders_B1, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+    with one_rollout_a_row():
+        return hidden_states(model, input_ids_N[None], position_ids_N[None], **borders)[0]
 
 
-def _in_rows(model: Any, input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
+def _in_rows(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
     row_N = (position_ids_N == 0).cumsum(0) - 1
-    input_ids_BS = input_ids_N.new_zeros(int(row_N[-1]) + 1, int(position_ids_N.max()) + 1)
+    input_ids_BS = input_ids_N.new_zeros(len(lengths), max(lengths))
     input_ids_BS[row_N, position_ids_N] = input_ids_N
-    return hidden_states(model, input_ids_BS)[row_N, position_ids_N]
+    with one_rollout_a_row():
+        return hidden_states(model, input_ids_BS)[row_N, position_ids_N]
 
 
-def _by_side(model: Any, compute: Callable[[Any, Tensor, Tensor], Tensor], input_ids_N: Tensor, position_ids_N: Tensor) -> Tensor:
+def _by_side(model: Any, compute: Callable[..., Tensor], input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
     """What `compute` gives for rollouts on one side of each rope border, then on the next, in the order given."""
     borders = rope_borders(model)
-    if not borders:
-        return compute(model, input_ids_N, position_ids_N)
-    starts = (position_ids_N == 0).nonzero().flatten()
-    lengths_R = torch.diff(starts, append=starts.new_tensor([len(position_ids_N)]))
-    side_N = torch.bucketize(lengths_R, lengths_R.new_tensor(borders)).repeat_interleave(lengths_R)
-    places = [(side_N == side).nonzero().flatten() for side in side_N.unique()]
-    return torch.cat([compute(model, input_ids_N[part], position_ids_N[part]) for part in places])[torch.cat(places).argsort()]
+    sides = [bisect_left(borders, length) for length in lengths]
+    found: dict[int, Tensor] = {}
+    for side in sorted(set(sides)):
+        places = [place for place, own in enumerate(sides) if own == side]
+        if len(places) == len(lengths):
+            return compute(model, input_ids_N, position_ids_N, lengths)
+        of_side = [lengths[place] for place in places]
+        ids, positions = (torch.cat([column_N.split([*lengths])[place] for place in places]) for column_N in (input_ids_N, position_ids_N))
+        found |= zip(places, compute(model, ids, positions, of_side).split(of_side), strict=True)
+    return torch.cat([found[place] for place in range(len(lengths))])
 
 
 def rope_borders(model: Any) -> list[int]:

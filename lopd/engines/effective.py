@@ -132,7 +132,7 @@ def _beside_the_base(layer: Any, prefix: str) -> Iterator[Weight]:
                 yield Weight([f"{prefix}{name.replace(f'.{adapter}', '')}"], "parameter", tensor)
         scaling = getattr(layer, "scaling", {}).get(adapter)
         if scaling is not None:
-            yield Weight([f"{prefix}scaling"], "parameter", torch.tensor(float(scaling)))
+            yield Weight([f"{prefix}scaling"], "parameter", torch.tensor(float(scaling), device="cpu"))
 
 
 def _innermost(layer: Any) -> Any:

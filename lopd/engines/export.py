@@ -35,7 +35,8 @@ def check_exportable(model: Any, tokenizer: Any) -> None:
     """Save what is small, and compare which weights are shared with what transformers ties when it loads: an export must not fail after training.
 
     Raises:
-        ModelError: transformers refuses to save the configuration or the tokenizer, or would load other weights than it saves.
+        ModelError: transformers refuses to save the configuration or the tokenizer, or would load other weights than it saves; or torch.compile
+            stands in the place of a layer.
     """
     base, name = unwrap(model), type(unwrap(model)).__name__
     own = {"config": getattr(base, "config", None), "generation_config": getattr(base, "generation_config", None)} if base is model else {}
@@ -44,6 +45,12 @@ def check_exportable(model: Any, tokenizer: Any) -> None:
             if hasattr(part, "save_pretrained"):
                 with _saving(f"Model {name}", f"its {what}"):
                     part.save_pretrained(folder)
+    renamed = next((key for key, _ in base.named_parameters() if "_orig_mod." in key), None)
+    if renamed:
+        raise ModelError(
+            f"Model {name}: its weight {renamed!r} has that name from torch.compile, so an export would load without it; compile in place, by "
+            "`student.compile()` or `layer.compile()`."
+        )
     tied: Mapping[str, str] = getattr(base, "all_tied_weights_keys", None) or {}
     shared: dict[int, list[str]] = {}
     for key, parameter in base.named_parameters(remove_duplicate=False) if base is model else ():
@@ -137,9 +144,7 @@ def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path
         _place(owner, model, fresh, written, aside)
         raise StoreExistsError(f"{owner}: {objection}; the student was written to {aside}, move it, or move away what is there.")
     _carry(folder, fresh)
-    for path in [*sorted(fresh.rglob("*")), fresh]:
-        if not path.is_symlink():
-            flush(path)
+    flush(*(path for path in [*fresh.rglob("*"), fresh] if not path.is_symlink()))
     _replace(folder, fresh, old)
     flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)

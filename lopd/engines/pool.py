@@ -220,13 +220,15 @@ class Pool:
         return [result for part in request.parts for result in self._persist(call, part)]
 
     def _persist(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
-        """By whichever worker is free; by another if that one fails."""
+        """By whichever worker is free; by another if that one fails.  That a worker is busy is not a failure until patience is over."""
+        failed, began = 0, monotonic()
         for attempt in count():
             place = self._take(call)
             try:
                 results = place.worker.work(request)
             except Down as down:
-                if attempt + 1 == self._attempts:
+                failed += not (down.busy and monotonic() - began < self._patience_s)
+                if failed == self._attempts:
                     self._release(place, down)
                     raise down.error from down.__cause__
                 if not self._release(place, down):
@@ -260,6 +262,14 @@ class Pool:
             self._changed.notify_all()
             left = any(other.up for other in self._places)
         if failed and down is not None:
+            place.why = str(down)
             _LOG.warning("%s is left alone for now: %s", place.worker.name, printable(str(down)))
-            self._begin(self._bring_up, place, down.pause)
+            self._begin(self._rest if down.busy else self._bring_up, place, down.pause)
         return left
+
+    def _rest(self, place: _Place, pause: float) -> None:
+        """Leave a busy worker alone, and use it again as it is."""
+        self._sleep(min(max(pause, backoff(0)), self._patience_s))
+        with self._changed:
+            place.up = True
+            self._changed.notify_all()

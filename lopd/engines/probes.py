@@ -6,17 +6,19 @@ Shape suffixes: N tokens, D hidden size, V vocabulary, S positions.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakSet
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from lopd.engines.causal_lm import (
+    attention_of,
     context_length,
     evaluating,
+    knows_lengths,
     lm_head,
     packed_hidden_states,
     rope_borders,
@@ -31,7 +33,7 @@ from lopd.errors import LopdError, ModelError
 _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
 _BORDERS = ("window", "chunk", "block_size", "compress")
 _LONGEST, _CPU_FLOPS, _FLOPS, _ENDS = 2048, 4e10, 2e14, 16
-_Hidden = Callable[[Any, Tensor, Tensor], Tensor]
+_Hidden = Callable[[Any, Tensor, Tensor, Sequence[int]], Tensor]
 # models whose weights gave numbers; what makes them NaN later is said by whoever computes with them
 _finite: WeakSet[Any] = WeakSet()
 
@@ -52,8 +54,11 @@ def check_scoring(model: Any, vocab_size: int) -> None:
     once(("scoring", vocab_size), model, lambda: _check(probe))
 
 
-def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = None) -> None:
+def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = None) -> _Hidden:
     """`check_scoring` for rollouts that are packed as a student packs them, and once more in training mode and in the student's autocast.
+
+    Returns:
+        The first way that is right: packed, or, for a hybrid whose other layers know no lengths, each rollout in a row of its own.
 
     Warns:
         ModelWarning: likewise.
@@ -61,38 +66,48 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
     Raises:
         ModelError: the model cannot be trained here; it names the cause and the next step.
     """
-    probe = _prepare(model, vocab_size, "training", packed_hidden_states)
-    once(("training", vocab_size, autocast), model, lambda: _check_training(probe, autocast))
+    probe = _prepare(model, vocab_size, "training", row_hidden_states, autocast)
+    return once(("training", vocab_size, autocast), model, lambda: _find_way(probe, autocast))
+
+
+def _find_way(probe: "_Probe", autocast: torch.dtype | None) -> _Hidden:
+    if knows_lengths(probe.model):
+        with suppress(ModelError):
+            _check_training(evolve(probe, hidden=packed_hidden_states), autocast)
+            return packed_hidden_states
+    _check_training(probe, autocast)
+    return row_hidden_states
 
 
 def _check_training(probe: "_Probe", autocast: torch.dtype | None) -> None:
     _check(probe)
     model = probe.model
-    with torch.no_grad(), evaluating(model), randomly(model), refusing(model, "training"):
+    with torch.no_grad(), evaluating(model), randomly(model), refusing(model, "training"), probe.precision():
         ids_S = probe.rows()[0]
         probe.check_mode(ids_S)
-        if autocast is None:
-            return
-        with refusing(model, "training", "leave out `autocast`"), torch.autocast(ids_S.device.type, autocast):
+        with refusing(model, "training", "leave out `autocast`"), evolve(probe, autocast=autocast).precision():
             probe.cut([ids_S])
 
 
-def _prepare(model: Any, vocab_size: int, ability: str, hidden: _Hidden) -> "_Probe":
+def _prepare(model: Any, vocab_size: int, ability: str, hidden: _Hidden, autocast: torch.dtype | None = None) -> "_Probe":
     """What has to be looked at in each model: its attention, its head, and whether its weights are numbers."""
     probe = _Probe(model, vocab_size, ability, hidden)
     with refusing(model, ability):
         check_causal_lm(model)
         keep_caps(model)
         lm_head(model, vocab_size)
+    # FlashAttention takes 16 bits alone: where weights have more, all probes of a student are in its autocast
+    if "flash" in attention_of(model) and next(model.parameters()).dtype == torch.float32:
+        probe = evolve(probe, autocast=autocast)
     if unwrap(model) not in _finite:
-        with torch.no_grad(), evaluating(model), refusing(model, ability):
+        with torch.no_grad(), evaluating(model), refusing(model, ability), probe.precision():
             probe.check_finite(probe.cut(probe.rows()[:1]))
         _finite.add(unwrap(model))
     return probe
 
 
 def _check(probe: "_Probe") -> None:
-    with torch.no_grad(), evaluating(probe.model), refusing(probe.model, probe.ability):
+    with torch.no_grad(), evaluating(probe.model), refusing(probe.model, probe.ability), probe.precision():
         rows = probe.rows()
         alone = [probe.whole(ids) for ids in rows]
         longest_SV = probe.cut(rows[-1:])
@@ -111,6 +126,16 @@ class _Probe:
     vocab_size: int
     ability: str
     hidden: _Hidden
+    autocast: torch.dtype | None = None
+
+    def precision(self) -> torch.autocast:
+        """What the forwards of this probe compute in."""
+        return torch.autocast(next(self.model.parameters()).device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+    @property
+    def _exact(self) -> bool:
+        """Whether products are in float32 or better."""
+        return self.autocast is None and is_exact(self.model)
 
     def rows(self) -> list[Tensor]:
         """Two short rollouts, and one beyond each window, chunk and rope border if that is cheap; the longest comes last."""
@@ -122,8 +147,9 @@ class _Probe:
     def cut(self, rows: Sequence[Tensor]) -> Tensor:
         """(N, V) logits of the cut model for rollouts that share a batch, at both ends of each."""
         positions_N = torch.cat([torch.arange(len(ids), device=ids.device) for ids in rows])
-        hidden_ND = self.hidden(self.model, torch.cat(list(rows)), positions_N)
-        return lm_head(self.model, self.vocab_size).logits(torch.cat([_ends(part_SD) for part_SD in hidden_ND.split([*map(len, rows)])]))
+        lengths = [len(ids) for ids in rows]
+        hidden_ND = self.hidden(self.model, torch.cat(list(rows)), positions_N, lengths)
+        return lm_head(self.model, self.vocab_size).logits(torch.cat([_ends(part_SD) for part_SD in hidden_ND.split(lengths)]))
 
     def whole(self, ids_S: Tensor) -> Tensor:
         """(S, V) logits of the whole model for one rollout alone, at both ends, without the autocast that `accelerate` puts around a model."""
@@ -198,7 +224,7 @@ class _Probe:
         gap_N, size_N = (left_SV - right_SV)[finite_SV], right_SV[finite_SV]
         if gap_N.numel() == 0:
             return True
-        if is_exact(self.model):
+        if self._exact:
             return bool(gap_N.abs().max() <= self.tolerances[1] * max(float(size_N.abs().max()), 1e-6))
         # rounding adds up over layers, and the largest of many errors is no measure of it
         return bool(gap_N.square().mean().sqrt() <= 6e-2 * max(float(size_N.square().mean().sqrt()), 1e-6))
@@ -206,7 +232,7 @@ class _Probe:
     @property
     def tolerances(self) -> tuple[float, float]:
         """Of slope and offset, and of what a regression leaves over, in shares of the largest logit."""
-        return (1e-4, 3e-4) if is_exact(self.model) else (4e-3, 2e-2)
+        return (1e-4, 3e-4) if self._exact else (4e-3, 2e-2)
 
     def refuse(self, cause: str, step: str | None = None) -> None:
         """Raise the refusal of this ability."""
@@ -243,7 +269,7 @@ def _ends(values_S: Tensor) -> Tensor:
 
 
 def is_exact(model: Any) -> bool:
-    """Whether products are in float32 or better."""
+    """Whether the weights' products are."""
     weight = next(model.parameters())
     return weight.dtype in (torch.float32, torch.float64) and not (weight.is_cuda and torch.backends.cuda.matmul.allow_tf32)
 

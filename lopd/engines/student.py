@@ -1,16 +1,18 @@
 """The model being trained: any transformers causal LM, cut below its head, full or with peft adapters."""
 
+import warnings
 from pathlib import Path
 from typing import Any, Protocol, final
 
 import torch
+from attrs import evolve
 from torch import Tensor, nn
 
-from lopd.engines.causal_lm import context_length, lm_head, packed_hidden_states, unwrap
+from lopd.engines.causal_lm import context_length, decoder_of, lm_head, unwrap
 from lopd.engines.conditions import warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.probes import check_training, refusing
-from lopd.errors import ContextOverflowError, ModelError
+from lopd.errors import ContextOverflowError, ModelError, ModelWarning
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
 from lopd.records.checks import check_kind
@@ -40,6 +42,9 @@ class CausalLMStudent(nn.Module):
         autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
+    Warns:
+        ModelWarning: torch.compile is around the model as a whole, where it does nothing.
+
     Raises:
         ModelError: the model has nothing to train, could not be exported, or cannot be trained here (`lopd.engines.probes.check_training`).
         ArgumentError: model or tokenizer are something else.
@@ -55,13 +60,20 @@ class CausalLMStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer = fingerprint_tokenizer(tokenizer)
-        check_training(model, self.tokenizer.vocab_size, autocast)
+        self._layers = check_training(model, self.tokenizer.vocab_size, autocast)
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
                 "or load adapters as trainable."
             )
         check_exportable(model, tokenizer)
+        if unwrap(model)._compiled_call_impl is not None or hasattr(model, "_orig_mod"):
+            warnings.warn(
+                f"Model {type(unwrap(model)).__name__}: its torch.compile is passed by, since a student computes the layers below the head by "
+                "themselves; call `student.compile()`.",
+                ModelWarning,
+                stacklevel=2,
+            )
         self.model = model
         self._autocast = autocast
         if gradient_checkpointing:
@@ -71,6 +83,14 @@ class CausalLMStudent(nn.Module):
         # a model that was put in training mode keeps the modules in eval that its owner put there; wrappers are new, and say nothing of that
         if not unwrap(model).training:
             self.train()
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """`torch.compile` of the layers below the head, in place and with its arguments; head and loss have their own passes over memory.
+
+        Shapes differ from batch to batch: two or three graphs are made, in the first steps.  Single layers may be compiled instead, by their own
+        `compile`.  What torch.compile puts around the student, or around its model, computes the same and compiles nothing.
+        """
+        decoder_of(unwrap(self.model)).compile(*args, **options)
 
     def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
         """`loss` of this batch; moves the batch to where the model is.
@@ -83,13 +103,15 @@ class CausalLMStudent(nn.Module):
         Raises:
             ContextOverflowError: a rollout is longer than the model's context.
         """
-        head = lm_head(self.model, self.tokenizer.vocab_size)
+        # what is traced of it would be records of attrs, which cannot be; `compile` has what is worth it
+        output: LossOutput = torch.compiler.disable(self._loss)(batch, loss)
+        return output
+
+    def _loss(self, batch: Batch, loss: OPDLoss) -> LossOutput:
+        head = evolve(lm_head(self.model, self.tokenizer.vocab_size), compute_dtype=self._autocast)
         batch = batch.to(head.weight.device)
-        self._check_length(int(batch.position_ids.max()) + 1)
+        self._check_length(max(batch.lengths, default=0))
         with torch.autocast(batch.inputs.device.type, enabled=False):
-            if batch.ref_logprobs is not None and not self._dropout_is_judged:
-                self._dropout_is_judged = True
-                warn_of_dropout(self.model)
             return loss(self._hidden(batch), head, batch)
 
     def _check_length(self, longest: int) -> None:
@@ -103,7 +125,10 @@ class CausalLMStudent(nn.Module):
     def _hidden(self, batch: Batch) -> Tensor:
         enabled = self._autocast is not None
         with torch.autocast(batch.inputs.device.type, dtype=self._autocast or torch.bfloat16, enabled=enabled):
-            return packed_hidden_states(self.model, batch.inputs, batch.position_ids)
+            if batch.ref_logprobs is not None and not self._dropout_is_judged:
+                self._dropout_is_judged = True
+                warn_of_dropout(self.model)
+            return self._layers(self.model, batch.inputs, batch.position_ids, batch.lengths)
 
     def export(self, folder: str | Path, tokenizer: Any, lineage: Lineage) -> None:
         """Write a folder that engines load, with its lineage beside the weights.

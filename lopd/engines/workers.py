@@ -23,11 +23,12 @@ class Down(Exception):  # noqa: N818  # never leaves the engine: at most its `er
         what: happened, for the log.
         error: ends the call if there is no other worker, or no attempt left.
         pause: seconds for which the worker asks to be left alone.
+        busy: whether it works, and takes what it is asked for later.
     """
 
-    def __init__(self, what: str, error: EngineError, pause: float = 0.0) -> None:
+    def __init__(self, what: str, error: EngineError, pause: float = 0.0, *, busy: bool = False) -> None:
         super().__init__(what)
-        self.error, self.pause = error, pause
+        self.error, self.pause, self.busy = error, pause, busy
 
 
 @final

@@ -8,7 +8,7 @@ and the entropy H adds \(-h\,p_v (\log p_v + H)\) for a derivative h.  So two wa
 student says of that token alone (`fused`), the gradient is made in the forward pass while the logits of a chunk are at hand: three matrix
 products.  Otherwise (`selected_logprobs`) the backward pass computes the logits once more: four.
 
-Memory: one buffer of `chunk_bytes`, and float32 sums of the gradients.
+Memory: one buffer of `chunk_bytes`, and float32 sums of the gradients.  The host waits for a GPU only where rows are to be left out.
 
 Shape suffixes: M tokens, C tokens of a chunk, K selected ids each, D hidden size, V vocabulary.
 """
@@ -18,45 +18,16 @@ from importlib.util import find_spec
 from typing import Any, final
 
 import torch
-from attrs import frozen
+from attrs import evolve, frozen
 from torch import Tensor
 
 from lopd.errors import GradientError, InvalidRecordError
-from lopd.losses.products import Products, sum_dtype
-from lopd.losses.rows import Rows, Statistics, TorchRows
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.losses.chunking import DEFAULT_CHUNKING, Chunking, chunk_rows, dtypes_of, sum_dtype
+from lopd.losses.products import Products
+from lopd.losses.rows import Rows, Statistics, TorchRows, in_front
 from lopd.records.steps import LMHead
 
-#: Enough rows of a large vocabulary to keep the matrix products busy (240 of 151,936 entries).
-CHUNK_BYTES = 144 << 20
-_LEAST_ROWS = 16
-
-
-@frozen
-class Chunking:
-    """How a fused path spends memory and precision; what it computes stays the same.
-
-    Args:
-        chunk_bytes: for the buffer of logits; at least 16 rows are taken whatever their size.
-        matmul_dtype: of the three matrix products.  None is float32 (float64 for float64 inputs); torch.bfloat16 rounds logits to about
-            0.02 nats, and is faster where the processor multiplies bfloat16 faster.  Statistics and sums are float32 in any case.
-
-    Raises:
-        InvalidRecordError: no byte, or a dtype of no use.
-    """
-
-    chunk_bytes: int = CHUNK_BYTES
-    matmul_dtype: torch.dtype | None = None
-
-    def __attrs_post_init__(self) -> None:
-        own_numbers(self, "Chunking")
-        check_at_least("Chunking", "chunk_bytes", self.chunk_bytes, 1)
-        # float16 cannot hold the small factors of rows
-        fits = self.matmul_dtype in (None, torch.float32, torch.float64, torch.bfloat16)
-        check_number("Chunking", "matmul_dtype", self.matmul_dtype, fits, "None, torch.float32, torch.float64 or torch.bfloat16")
-
-
-DEFAULT_CHUNKING = Chunking()
+_ALIGNED = 64  # entries: rows of a GPU's buffer begin at places from which it reads fast, whatever the vocabulary
 
 
 @final
@@ -79,21 +50,22 @@ class ChunkedHead:
                 f"Loss: hidden states have shape {tuple(hidden_MD.shape)}, expected (tokens, {head.weight.shape[1]}) as the head's weight "
                 f"has shape {tuple(head.weight.shape)}; pass what goes into the head, not logits."
             )
-        self._hidden_MD, self._scale = hidden_MD.detach(), head.scale
-        self._sum_dtype = sum_dtype(hidden_MD, head.weight)
-        dtype = chunking.matmul_dtype or self._sum_dtype
-        self._products = Products(head.weight.detach(), dtype)
-        self._bias_V = None if head.bias is None else (head.bias.detach().to(self._sum_dtype) * head.scale).to(dtype)
-        vocabulary = head.weight.shape[0]
-        buffers = 1 if head.softcap is None else 2
-        self._rows = _rows_of_chunk(len(hidden_MD), vocabulary * dtype.itemsize * buffers, chunking.chunk_bytes)
-        self._buffer_CV = hidden_MD.new_empty(self._rows, vocabulary, dtype=dtype)
-        self._work = rows_for(self._buffer_CV, head.softcap, self._sum_dtype)
+        self._hidden_MD, vocabulary = hidden_MD.detach(), head.weight.shape[0]
+        operands, self._sum_dtype = dtypes_of(chunking, hidden_MD, head)
+        self._products = Products(head.weight.detach(), operands, self._sum_dtype, head.scale)
+        self._bias_V = None if head.bias is None else head.bias.detach().to(self._sum_dtype) * head.scale
         # the first rows overwrite the sums of weight and bias, so nothing fills those with zeros where there are rows
         new = torch.empty_like if len(hidden_MD) else torch.zeros_like
         of = zip((torch.zeros_like, new, new), (hidden_MD, head.weight, head.bias), wanted, strict=True)
         #: Gradients by hidden states (M, D), weight (V, D) and bias (V,), float32 or better; None where none is wanted.
         self.sums = [make(t.detach(), dtype=self._sum_dtype) if want and t is not None else None for make, t, want in of]
+        # how large it may be depends on memory that is free, so the sums come before
+        width = vocabulary + (-vocabulary % _ALIGNED if hidden_MD.is_cuda else 0)
+        row_bytes = width * self._sum_dtype.itemsize * (1 if head.softcap is None else 2)
+        self._rows = chunk_rows(chunking, len(hidden_MD), row_bytes, hidden_MD.device)
+        self._buffer_CV = hidden_MD.new_empty(self._rows, width, dtype=self._sum_dtype)[:, :vocabulary]
+        self._gradient_CV = in_front(self._buffer_CV, operands)
+        self._work = rows_for(self._buffer_CV, head.softcap, operands)
         self._first = True
         #: Scalar: the sum of the 1-norms of those gradients by the logits that were left out, or more.
         self.neglected = self.zeros()
@@ -118,18 +90,22 @@ class ChunkedHead:
         while first < count:
             rows = slice(first, min(first + self._rows - self._used, count))
             place = slice(self._used, self._used + rows.stop - first)
-            self._products.logits(self._hidden(rows).to(self._buffer_CV.dtype), self._bias_V, self._buffer_CV[place])
+            self._products.logits(self._hidden_MD[rows], self._bias_V, self._buffer_CV[place])
             self._chunk = rows, place, self._work.logprobs(place, ids_MK[rows], entropy=entropy)
             yield rows, self._chunk[2]
             first = rows.stop
 
-    def add(self, gradient_CK: Tensor, entropy_C: Tensor | None = None, *, least_C: Tensor | float = 0.0) -> None:
+    def add(self, gradient_CK: Tensor, entropy_C: Tensor | None = None, *, least_C: Tensor | float | None = None) -> None:
         """Add the gradients of a loss whose derivatives by log-probs and entropies of the present chunk are given: two more matrix products.
 
-        Rows whose gradient by the logits has a 1-norm of at most twice `least_C` skip them.
+        With `least_C`, rows whose gradient by the logits has a 1-norm of at most twice that skip them.  Which these are comes to the host, so that
+        it waits for the device once a chunk; without it, nothing comes to the host.
         """
         rows, place, found = self._chunk
-        scale_C = self._work.gradients(place, self._ids_MK[rows], found, gradient_CK, entropy_C)
+        scale_C = self._work.gradients(place, self._ids_MK[rows], found, gradient_CK, entropy_C).to(self._sum_dtype)
+        if least_C is None:
+            self._add_gradients(rows, scale_C)
+            return
         # |f'| (1 - p): the gradient of log p by the logits has a 1-norm of 2 (1 - p)
         size_C = (gradient_CK * found.logprobs.expm1()).abs().sum(-1)
         if entropy_C is not None and found.entropies is not None:
@@ -140,7 +116,7 @@ class ChunkedHead:
         index_R = (~small_C).nonzero().squeeze(-1)
         if len(index_R) < len(size_C):
             self._close_up(index_R)
-        self._kept.append((index_R + rows.start, scale_C[index_R].to(self._sum_dtype)))
+        self._kept.append((index_R + rows.start, scale_C[index_R]))
         self._used += len(index_R)
         if self._used > self._rows // 2 or rows.stop == len(self._hidden_MD):
             self._add_gradients(*(torch.cat(parts) for parts in zip(*self._kept, strict=True)))
@@ -150,44 +126,30 @@ class ChunkedHead:
         """Move the rows that are kept to the front, so that the next logits go behind them and the products stay large."""
         for place, row in enumerate(index_R.tolist()):
             if place != row:
-                self._buffer_CV[self._used + place].copy_(self._buffer_CV[self._used + row])
+                self._gradient_CV[self._used + place].copy_(self._gradient_CV[self._used + row])
 
-    def _hidden(self, rows: slice | Tensor) -> Tensor:
-        """(C, D) rows times the head's scale, in the dtype of the sums."""
-        hidden_CD = self._hidden_MD[rows].to(self._sum_dtype)
-        return hidden_CD if self._scale == 1.0 else hidden_CD * self._scale
-
-    def _add_gradients(self, index_R: Tensor, scale_R: Tensor) -> None:
+    def _add_gradients(self, rows: slice | Tensor, scale_R: Tensor) -> None:
         """Add the share of the rows in the buffer to the sums."""
-        buffer_RV, first = self._buffer_CV[: len(index_R)], self._first
+        gradient_RV, scale_R1, first = self._gradient_CV[: len(scale_R)], scale_R[:, None], self._first
         self._first = False
         hidden_MD, weight_VD, bias_V = self.sums
-        scale_R1 = (scale_R * self._scale)[:, None]
         if hidden_MD is not None:
-            gradient_RD = self.zeros(len(index_R), hidden_MD.shape[1])
-            self._products.hidden_gradient(buffer_RV, gradient_RD)
-            hidden_MD[index_R] = gradient_RD.mul_(scale_R1)
+            part_RD = hidden_MD.new_empty(len(scale_R), hidden_MD.shape[1])
+            self._products.hidden_gradient(gradient_RV, part_RD)
+            hidden_MD[rows] = part_RD.mul_(scale_R1)
         if weight_VD is not None:
-            scaled_RD = self._hidden(index_R).mul(scale_R[:, None]).to(buffer_RV.dtype)
-            self._products.weight_gradient(buffer_RV, scaled_RD, weight_VD, first=first)
+            self._products.weight_gradient(gradient_RV, self._hidden_MD[rows].to(self._sum_dtype) * scale_R1, weight_VD, first=first)
         if bias_V is not None:
-            self._products.weight_gradient(buffer_RV, scale_R1.to(buffer_RV.dtype), bias_V[:, None], first=first)
+            self._products.weight_gradient(gradient_RV, scale_R1, bias_V[:, None], first=first)
 
 
-def rows_for(buffer_CV: Tensor, softcap: float | None, dtype: torch.dtype) -> Rows:
-    """Triton's kernels for float32 statistics on CUDA where Triton is installed, plain torch otherwise."""
-    if buffer_CV.is_cuda and dtype == torch.float32 and find_spec("triton"):
+def rows_for(buffer_CV: Tensor, softcap: float | None, operands: torch.dtype) -> Rows:
+    """Triton's kernels for float32 logits on CUDA where Triton is installed, plain torch otherwise."""
+    if buffer_CV.is_cuda and buffer_CV.dtype == torch.float32 and find_spec("triton"):
         from lopd.losses.triton_rows import TritonRows
 
-        return TritonRows(buffer_CV, softcap)
-    return TorchRows(buffer_CV, softcap, dtype)
-
-
-def _rows_of_chunk(rows: int, row_bytes: int, chunk_bytes: int) -> int:
-    """Rows of equal chunks that fit into the bytes, a multiple of 16 where there are more."""
-    fitting = max(chunk_bytes // row_bytes // _LEAST_ROWS * _LEAST_ROWS, _LEAST_ROWS)
-    chunks = max(-(-rows // fitting), 1)
-    return max(min(-(-rows // (chunks * _LEAST_ROWS)) * _LEAST_ROWS, rows), 1)
+        return TritonRows(buffer_CV, softcap, operands)
+    return TorchRows(buffer_CV, softcap, operands)
 
 
 def refuse_second_order() -> None:
@@ -206,6 +168,7 @@ class _Selection:
     ids: Tensor
     chunking: Chunking
     entropy: bool
+    skipping: bool
 
 
 class _SelectedLogprobs(torch.autograd.Function):
@@ -224,11 +187,11 @@ class _SelectedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, upstream_MK: Tensor | None, upstream_M: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_order()
         hidden_MD, weight_VD, bias_V = ctx.saved_tensors
-        head = LMHead(weight_VD, bias_V, ctx.job.head.softcap, ctx.job.head.scale)
+        head = evolve(ctx.job.head, weight=weight_VD, bias=bias_V)
         chunked = ChunkedHead(hidden_MD, head, ctx.job.chunking, ctx.needs_input_grad[:3])
         gradient_MK = chunked.zeros(*ctx.job.ids.shape) if upstream_MK is None else upstream_MK
         for rows, _statistics in chunked.chunks(ctx.job.ids, entropy=upstream_M is not None):
-            chunked.add(gradient_MK[rows], None if upstream_M is None else upstream_M[rows])
+            chunked.add(gradient_MK[rows], None if upstream_M is None else upstream_M[rows], least_C=0.0 if ctx.job.skipping else None)
         return (*chunked.sums, None)  # autograd rounds each once to the dtype of what it is the gradient of
 
 
@@ -262,13 +225,14 @@ def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Ch
 
 
 def logprobs_and_entropies(
-    hidden_MD: Tensor, head: LMHead, ids_MK: Tensor, chunking: Chunking, *, entropy: bool = False
+    hidden_MD: Tensor, head: LMHead, ids_MK: Tensor, chunking: Chunking, *, entropy: bool = False, skipping: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Return the (M, K) log-probs of `selected_logprobs`; and, if asked for, the (M,) entropies of the distributions, nats, differentiable too.
 
-    Those of several ids are float64, see `ChunkedHead.dtype_of`.
+    Those of several ids are float64, see `ChunkedHead.dtype_of`.  With `skipping`, rows without any gradient cost one product less than others
+    in the backward pass, and the host waits for which they are.
     """
     found: tuple[Tensor, Tensor | None] = _SelectedLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden_MD, head.weight, head.bias, _Selection(head, ids_MK, chunking, entropy)
+        hidden_MD, head.weight, head.bias, _Selection(head, ids_MK, chunking, entropy, skipping)
     )
     return found

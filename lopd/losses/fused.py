@@ -11,9 +11,10 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import GradientError
-from lopd.losses.chunked import DEFAULT_CHUNKING, ChunkedHead, Chunking, logprobs_and_entropies, refuse_second_order
-from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, TokenLosses, Tokens
-from lopd.losses.products import sum_dtype
+from lopd.losses.chunked import ChunkedHead, logprobs_and_entropies, refuse_second_order
+from lopd.losses.chunking import DEFAULT_CHUNKING, Chunking, sum_dtype
+from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, TokenLosses
+from lopd.losses.tokens import Tokens, counted_rows
 from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import Batch, LMHead, LossOutput
 
@@ -51,8 +52,9 @@ class FusedLoss(OfObjective):
         objective: which loss.  One whose tokens depend on each other costs a fourth matrix product.
         chunking: memory and precision.
         epsilon: tokens with \(\lvert f'\rvert(1 - p) \le \epsilon\), f' being the derivative of the unweighted loss by the log-prob and p the
-            probability, skip two of the three products; with several stored ids their sum.  0 is exact: then only tokens whose gradient is
-            0 skip them.  `LossOutput.neglected_sum` bounds what is left out.  For objectives that cost a fourth product it does nothing.
+            probability, skip two of the three products; with several stored ids their sum.  `LossOutput.neglected_sum` bounds what is left out.
+            For objectives that cost a fourth product only tokens without any gradient skip two.  0 is exact, and no token skips anything:
+            which ones do comes to the host, and a GPU would stand idle meanwhile, once a chunk.
 
     Raises:
         InvalidRecordError: epsilon is less than 0 or not finite.
@@ -69,14 +71,14 @@ class FusedLoss(OfObjective):
             InvalidRecordError: hidden states of another size than the head's.
             GradientError: in a backward pass that is the second one, or has `create_graph`.
         """
-        on_N = batch.weight > 0
-        # where all tokens count, selecting them would copy hidden states, and their gradient once more
-        tokens, hidden_MD = Tokens.counted(batch), hidden_ND if bool(on_N.all()) else hidden_ND[on_N]
+        tokens, hidden_MD = Tokens.counted(batch), counted_rows(hidden_ND, batch)
         ids_MK = self.objective.ids(tokens)
         wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden_MD, head.weight, head.bias)]
         if not (any(wanted) and self.objective.per_token):
             entropy = self.objective.wants_entropy
-            logprobs_MK, entropies_M = logprobs_and_entropies(hidden_MD, head, ids_MK, self.chunking, entropy=entropy)
+            logprobs_MK, entropies_M = logprobs_and_entropies(
+                hidden_MD, head, ids_MK, self.chunking, entropy=entropy, skipping=self.epsilon > 0
+            )
             losses = self.objective(logprobs_MK, evolve(tokens.to(logprobs_MK.dtype), student_entropies=entropies_M))
             return TokenLosses.joined([losses], hidden_MD.new_zeros(0, dtype=sum_dtype(hidden_MD, head.weight))).sums()
         chunked, said = ChunkedHead(hidden_MD, head, self.chunking, wanted), list[TokenLosses]()
@@ -88,7 +90,7 @@ class FusedLoss(OfObjective):
             losses = self.objective(leaves[0], known)
             gradients = torch.autograd.grad(losses.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
             said.append(evolve(losses, loss=losses.loss.detach()))
-            chunked.add(*gradients, least_C=self.epsilon * tokens.weight[rows])
+            chunked.add(*gradients, least_C=self.epsilon * tokens.weight[rows] if self.epsilon > 0 else None)
         sums = TokenLosses.joined(said, chunked.zeros(0)).sums()
         loss_sum: Tensor = _WithGradients.apply(hidden_MD, head.weight, head.bias, sums.loss_sum, chunked.sums)  # type: ignore[no-untyped-call]
         return evolve(sums, loss_sum=loss_sum, neglected_sum=chunked.neglected)

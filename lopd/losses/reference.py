@@ -11,7 +11,8 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
-from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, Tokens, is_baselined, is_uncorrected
+from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, is_baselined, is_uncorrected
+from lopd.losses.tokens import Tokens, counted_rows
 from lopd.protocols import OPDLoss
 from lopd.records.steps import Batch, LMHead, LossOutput
 
@@ -30,7 +31,7 @@ class ReferenceLoss(OfObjective):
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Weighted sums over the counted tokens."""
         tokens = Tokens.counted(batch)
-        logprobs_MV = head.logits(hidden_ND[batch.weight > 0]).log_softmax(-1)
+        logprobs_MV = head.logits(counted_rows(hidden_ND, batch)).log_softmax(-1)
         if self.objective.wants_entropy:
             finite_MV = logprobs_MV.clamp(min=torch.finfo(logprobs_MV.dtype).min)
             tokens = evolve(tokens, student_entropies=-(logprobs_MV.exp() * finite_MV).sum(-1))

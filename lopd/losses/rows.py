@@ -3,12 +3,13 @@ r"""What is done to each row of a buffer of logits: log-probs of stored ids, the
 Shape suffixes: C rows of a chunk, R of a block, K selected ids each, V vocabulary.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol, cast, final
 
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES, _GPU_BLOCK_BYTES = 2 << 20, 64 << 20  # what fits into a cache; what is worth the start of a few kernels
 
 
 class Statistics(NamedTuple):
@@ -66,6 +67,11 @@ def row_factors(found: Statistics, gradient_CK: Tensor, entropy_C: Tensor | None
     return share_C - slope_C * (cast("Tensor", found.entropies) - found.sums.log()), slope_C
 
 
+def in_front(buffer_CV: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the (C, V) entries of this dtype at the front of the memory of each row: where gradients go that are narrower than logits."""
+    return buffer_CV.view(dtype)[:, : buffer_CV.shape[1]]
+
+
 def _same(ids_CK: Tensor) -> Tensor:
     """(C, K, K): which are the same id."""
     return ids_CK[:, :, None] == ids_CK[:, None]
@@ -81,7 +87,7 @@ class Rows(Protocol):
     def gradients(
         self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor, /, entropy_C: Tensor | None = None
     ) -> Tensor:
-        """Overwrite the rows by gradients by the logits, each divided by a scale; gives the (C,) scales.
+        """Overwrite the rows by gradients by the logits, each divided by a scale, at the front of each row (`in_front`); gives the (C,) scales.
 
         The loss has derivatives (C, K) by the log-probs and (C,) by the entropies; the latter only where `logprobs` was asked for entropies.
         """
@@ -93,27 +99,26 @@ class TorchRows:
     """In plain torch, in blocks of rows that fit into a cache: the passes cost a few per cent of the matrix products.
 
     Args:
-        buffer_CV: of logits, in any float dtype.
+        buffer_CV: of logits, in the dtype of statistics.
         softcap: of the head; with one, a second buffer holds its slopes.
-        dtype: of statistics.
+        dtype: to which gradients are rounded.
     """
 
     def __init__(self, buffer_CV: Tensor, softcap: float | None, dtype: torch.dtype) -> None:
-        self._buffer_CV = buffer_CV
+        self._buffer_CV, self._gradient_CV = buffer_CV, in_front(buffer_CV, dtype)
         self._softcap = softcap
-        self._dtype = dtype
         self._slope_CV = None if softcap is None else torch.empty_like(buffer_CV)
-        self._block_rows = max(1, _BLOCK_BYTES // (buffer_CV.shape[1] * dtype.itemsize))
+        block_bytes = _GPU_BLOCK_BYTES if buffer_CV.is_cuda else _BLOCK_BYTES
+        self._block_rows = max(1, block_bytes // (buffer_CV.shape[1] * buffer_CV.itemsize))
 
     def logprobs(self, place: slice, ids_CK: Tensor, *, entropy: bool = False) -> Statistics:
         """Leaves exp(logit - largest) in the rows."""
         buffer_CV = self._buffer_CV[place]
         entropies_C = torch.empty(len(buffer_CV), dtype=exact_dtype(buffer_CV.device), device=buffer_CV.device) if entropy else None
-        largest_C, rest_C = (torch.empty(len(buffer_CV), dtype=self._dtype, device=buffer_CV.device) for _ in range(2))
-        selected_CK = torch.empty(ids_CK.shape, dtype=self._dtype, device=buffer_CV.device)
-        for first in range(0, len(buffer_CV), self._block_rows):
-            block = slice(first, first + self._block_rows)
-            logits_RV = buffer_CV[block].to(self._dtype)
+        largest_C, rest_C = (buffer_CV.new_empty(len(buffer_CV)) for _ in range(2))
+        selected_CK = buffer_CV.new_empty(ids_CK.shape)
+        for block in self._blocks(len(buffer_CV)):
+            logits_RV = buffer_CV[block]
             if self._slope_CV is not None and self._softcap is not None:
                 logits_RV.div_(self._softcap).tanh_()
                 torch.sub(1.0, logits_RV.square(), out=self._slope_CV[place][block])
@@ -126,8 +131,6 @@ class TorchRows:
             shares_RV.scatter_(-1, ids_CK[block], selected_RK)
             if entropies_C is not None:
                 entropies_C[block] = entropies_of(shares_RV, shares_RV.sum(-1))
-            if shares_RV.dtype != buffer_CV.dtype:
-                buffer_CV[block].copy_(shares_RV)
         return Statistics(*selected_logprobs_of(ids_CK, selected_CK, largest_C, rest_C), largest_C, entropies_C)
 
     def gradients(
@@ -146,17 +149,23 @@ class TorchRows:
             if entropy_C is None:
                 buffer_CV.mul_(scale_C.to(buffer_CV.dtype)[:, None])
             else:
-                self._with_logs(buffer_CV, scale_C.to(self._dtype), slope_C.to(self._dtype))
+                self._with_logs(buffer_CV, scale_C.to(buffer_CV.dtype), slope_C.to(buffer_CV.dtype))
             buffer_CV.scatter_(-1, ids_CK, selected_gradients(ids_CK, statistics, gradient_CK, entropy_C).to(buffer_CV.dtype))
             scale_C = torch.ones_like(scale_C)
         if self._slope_CV is not None:
             buffer_CV.mul_(self._slope_CV[place])
+        if self._gradient_CV.dtype != buffer_CV.dtype:
+            for block in self._blocks(len(buffer_CV)):
+                # by way of a copy: what is written lies where other entries of the same rows are read
+                self._gradient_CV[place][block] = buffer_CV[block].to(self._gradient_CV.dtype)
         return scale_C
 
     def _with_logs(self, buffer_CV: Tensor, share_C: Tensor, slope_C: Tensor) -> None:
         """Overwrite each e by a e - b e log e."""
-        for first in range(0, len(buffer_CV), self._block_rows):
-            block = slice(first, first + self._block_rows)
-            shares_RV = buffer_CV[block].to(self._dtype)
+        for block in self._blocks(len(buffer_CV)):
+            shares_RV = buffer_CV[block]
             logs_RV = torch.special.entr(shares_RV).mul_(slope_C[block, None])
             buffer_CV[block] = logs_RV.addcmul_(shares_RV, share_C[block, None])
+
+    def _blocks(self, rows: int) -> Iterator[slice]:
+        return (slice(first, first + self._block_rows) for first in range(0, rows, self._block_rows))

@@ -42,6 +42,7 @@ class Tokens:
         teacher_logprobs, ref_logprobs, sampler_logprobs: (M,) nats, or None where the batch has no such column.
         top_k_ids, top_k_logprobs, top_k_tail: (M, K), (M, K) and (M,) of the teacher's support, or None where the batch has none.
         drawn_ids, drawn_logprobs, drawn_ref_logprobs: (M, D) each, see `DrawnColumn`; None where the batch has none.
+        counts: how many tokens each rollout has here, in their order; None where that is not known without asking a GPU.
         student_entropies: (M,) nats, of the student's distributions, differentiable; a loss brings them for an objective that `wants_entropy`.
     """
 
@@ -57,17 +58,18 @@ class Tokens:
     drawn_ids: Tensor | None = None
     drawn_logprobs: Tensor | None = None
     drawn_ref_logprobs: Tensor | None = None
+    counts: tuple[int, ...] | None = None
     student_entropies: Tensor | None = None
 
     @classmethod
     def counted(cls, batch: Batch) -> "Tokens":
         """Those of the batch whose weight is more than 0."""
         columns = [getattr(batch, f.name) for f in fields(cls) if f.name != "student_entropies"]
-        return cls(*columns).where(batch.weight > 0)
+        return evolve(cls(*columns).where(batch.counted), counts=batch.counts)
 
     def where(self, rows: Tensor | slice) -> "Tokens":
         """Some of them."""
-        return self._map(lambda column: column[rows])
+        return evolve(self._map(lambda column: column[rows]), counts=None)
 
     def to(self, dtype: torch.dtype) -> "Tokens":
         """The same with weights and log-probs in this dtype."""
@@ -75,7 +77,16 @@ class Tokens:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
         columns: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Tokens)}
-        return evolve(self, **{name: change(column) for name, column in columns.items() if column is not None})
+        changed: dict[str, Any] = {name: change(column) for name, column in columns.items() if isinstance(column, Tensor)}
+        return evolve(self, **changed)
+
+    def split(self, values_M: Tensor) -> tuple[Tensor, ...]:
+        """Return the (T,) values of each rollout that has tokens here."""
+        counts = self.counts
+        if counts is None:
+            counts = tuple(self.segment_ids.unique_consecutive(return_counts=True)[1].tolist())
+        parts: tuple[Tensor, ...] = values_M.split([count for count in counts if count])
+        return parts
 
     def teacher(self) -> Tensor:
         """Return the teacher's log-probs; MissingScoresError where the batch has none."""
@@ -117,6 +128,11 @@ class Tokens:
             "`batches(ref=policy_column(generation), top_k=True)` and the rows of that round"
         )
         return DrawnColumn(*(_present(column, "Batch: drawn_ref_logprobs", expected) for column in columns))
+
+
+def counted_rows(values_ND: Tensor, batch: Batch) -> Tensor:
+    """(M, D) the rows of the tokens that count; where all do, the very tensor: a selection would copy it, and its gradient once more."""
+    return values_ND if len(batch.counted) == len(values_ND) else values_ND.index_select(0, batch.counted)
 
 
 def _present(column: Tensor | None, name: str, expected: str) -> Tensor:

@@ -1,16 +1,32 @@
 """Flushing to disk: what was written survives a power cut from then on."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+
+_AT_ONCE = 8
 
 
-def flush(path: str | os.PathLike[str]) -> None:
-    """Flush a file, or the entries of a folder, that was written before.
+def flush(*paths: str | os.PathLike[str], missing_ok: bool = False) -> None:
+    """Flush files, and the entries of folders, that were written before.
+
+    Several at once: a file system makes the changes of all who wait durable together.
 
     Raises:
-        OSError: the disk refused.
+        OSError: the disk refused; or one is not there, unless `missing_ok`.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with ExitStack() as opened:
+        descriptors = []
+        for path in paths:
+            with suppress(*([FileNotFoundError] if missing_ok else [])):
+                descriptors.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+                opened.callback(os.close, descriptors[-1])
+        try:
+            if len(descriptors) > 1:
+                with ThreadPoolExecutor(min(len(descriptors), _AT_ONCE)) as threads:
+                    list(threads.map(os.fsync, descriptors))
+                return
+        except RuntimeError:
+            pass  # a process that is about to end starts no threads
+        for descriptor in descriptors:
+            os.fsync(descriptor)

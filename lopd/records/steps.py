@@ -1,9 +1,10 @@
 """What a step of training is made of: packed batches, the head that reads them, what a loss says of them, and the numbers of the step.
 
-Shape suffixes: N tokens of a packed batch, D hidden size, V vocabulary, K tokens of a support.
+Shape suffixes: N tokens of a packed batch, M of them that count, B rollouts, D hidden size, V vocabulary, K tokens of a support.
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ class Batch:
     """Several rollouts in one row of N tokens, packed: no padding, positions restart with each rollout.
 
     Everything is aligned with `targets`: entry n is about predicting `targets[n]` from the tokens up to `inputs[n]` of the same segment.
+
+    `counted`, `lengths` and `counts` follow from the tensors.  They are read where these are, once, and come along to another device: asked of
+    a GPU, they would make the host wait for everything that it has in hand.
 
     Args:
         inputs: (N,) int64.
@@ -58,10 +62,34 @@ class Batch:
     drawn_logprobs: Tensor | None = field(default=None, repr=_shape)
     drawn_ref_logprobs: Tensor | None = field(default=None, repr=_shape)
 
+    @cached_property
+    def counted(self) -> Tensor:
+        """(M,) int64, the places of tokens whose weight is above 0, in their order: index with these, not with a mask."""
+        return (self.weight > 0).nonzero().squeeze(-1)
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """(B,), the tokens of each rollout."""
+        starts_B = (self.position_ids == 0).nonzero().squeeze(-1)
+        return tuple(torch.diff(starts_B, append=starts_B.new_tensor([len(self.position_ids)])).tolist())
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """(B,), the tokens of each rollout whose weight is above 0."""
+        return tuple(self.segment_ids[self.counted].bincount(minlength=len(self.lengths)).tolist())
+
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        values = {f.name: getattr(self, f.name) for f in fields(Batch)}
-        return evolve(self, **{name: value.to(device) for name, value in values.items() if value is not None})
+        """The same batch on another device; to a GPU it is copied in the background."""
+
+        def copy(values: Tensor) -> Tensor:
+            # from pinned memory the host need not wait, and torch keeps that memory until the copy is done
+            return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not values.is_cuda else values.to(device)
+
+        columns = {f.name: getattr(self, f.name) for f in fields(Batch)}
+        moved = evolve(self, **{name: copy(values) for name, values in columns.items() if values is not None})
+        for name, known in (("counted", copy(self.counted)), ("lengths", self.lengths), ("counts", self.counts)):
+            object.__setattr__(moved, name, known)
+        return moved
 
 
 @frozen(eq=False)
@@ -90,12 +118,14 @@ class LMHead:
         bias: (V,) or None.
         softcap: c or None.
         scale: s.
+        compute_dtype: that a student computes its layers in; None for that of the weight.  A loss may multiply in it, where sums are float32.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    compute_dtype: torch.dtype | None = None
 
     def float(self) -> "LMHead":
         """The same head with float32 weights: convert once where `logits` is called many times and no gradient is wanted."""

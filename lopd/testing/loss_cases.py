@@ -39,6 +39,10 @@ class LossCase:
         batch = map_batch(self.batch, ("weight", *STORED), lambda column: column.to(stored))
         return LossCase(self.name, self.hidden.to(dtype), _map_head(self.head, lambda tensor: tensor.to(dtype)), batch)
 
+    def to(self, device: torch.device) -> "LossCase":
+        """The same case on another device."""
+        return LossCase(self.name, self.hidden.to(device), _map_head(self.head, lambda tensor: tensor.to(device)), self.batch.to(device))
+
     def part(self, rows: slice) -> "LossCase":
         """With these tokens of the batch only."""
         batch = map_batch(self.batch, [f.name for f in fields(Batch)], lambda column: column[rows])

@@ -160,8 +160,7 @@ def _write(
             save_file(_apart(values), partial / f"{name}.safetensors")
         (partial / _STATE).write_text(json.dumps(state, indent=1))
         lineage.write(partial)
-        for path in [*partial.iterdir(), partial]:
-            flush(path)
+        flush(*partial.iterdir(), partial)
         partial.rename(final)
         flush(folder)
         for path in superseded:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from itertools import accumulate, pairwise
+from itertools import accumulate, count, pairwise
 from typing import final
 
 import numpy as np
@@ -24,6 +24,7 @@ from lopd.records.ranks import Ranks
 from lopd.records.rollouts import Prompt
 from lopd.records.rows import Rows
 from lopd.records.steps import Batch, Step
+from lopd.verbs.asking import overlapped
 from lopd.verbs.columns import Columns, choose
 
 _ROLLOUTS_PER_STEP = 256
@@ -65,11 +66,10 @@ class StepStream:
         }
 
     def __iter__(self) -> Iterator[Step]:
-        """Steps from `start` up to `stop`, or for ever."""
-        index = self.start
-        while self.stop is None or index < self.stop:
-            yield self.step(index)
-            index += 1
+        """Steps from `start` up to `stop`, or for ever; where there is a GPU, a thread reads the next while it is busy with one."""
+        indices = count(self.start) if self.stop is None else range(self.start, self.stop)
+        for _, step in overlapped(self.step, indices, 2 if torch.cuda.is_available() else 1):
+            yield step
 
     def __getitem__(self, steps: slice) -> "StepStream":
         """Steps from `start` up to `stop` of the whole run, by their numbers in it.

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from time import perf_counter
 
 import torch
+from attrs import evolve
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -40,6 +41,10 @@ def opd_steps(
     Several processes train together once torch.distributed is initialised: put the student in `DistributedDataParallel` or shard it with
     `fully_shard` first.  `batches` gives each rank its share of a step; weights, gradients and metrics are those of one process on all of it,
     up to rounding.
+
+    On a GPU nothing waits between the first forward of a step and the end of its last backward: what is told of a step comes to the host
+    there, in one copy, before the optimizer's step, as a gradient that is not finite must not reach the weights.  The guards of the first steps
+    ask more.
 
     Args:
         student: its trained parameters are those that require a gradient.
@@ -90,11 +95,13 @@ def _train(
         if place_of_step == 0:
             judge_ratio(loss, step.batches)
             judge_baseline(optimizer, loss, step.batches)
-        total = float(ranks.sum(torch.stack([batch.weight.double().sum().cpu() for batch in step.batches]).sum()))
+        read = step.batches[: len(step.batches) - step.idle]
+        sizes = [(float(b.weight.sum(dtype=torch.float64)), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read]
+        total, *counts = ranks.sum(torch.tensor([(0.0,) * 4, *sizes], dtype=torch.float64, device="cpu").sum(0)).tolist()
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
-        sums, meter = torch.zeros(3, dtype=torch.float64), DriftMeter()
+        said: list[LossOutput] = []
         for place, batch in enumerate(step.batches, 1):
             # a product in an autocast that the caller is in would round gradients; a student has its own
             with gathering(student, last=place == len(step.batches)), torch.autocast(device, enabled=False):
@@ -102,9 +109,10 @@ def _train(
                 _check_output(loss, output)
                 # torch averages gradients over ranks, and a step is a sum
                 (output.loss_sum * ranks.size / total).backward()
-            sums += torch.stack([output.loss_sum.detach(), output.reverse_kl_sum, output.clipped_sum]).cpu()
-            _add_tokens(meter, batch, output.logprobs)
-        grad_norm = float(whole(clip_grad_norm_(trained.values(), max_grad_norm)))
+            said.append(evolve(output, loss_sum=output.loss_sum.detach()))
+        norm = whole(clip_grad_norm_(trained.values(), max_grad_norm))
+        # a GPU is waited for here alone: whether the norm is finite must be known before the weights change, and all else comes along
+        grad_norm, sums, meter = _fetch(norm, step.batches, said)
         if not math.isfinite(grad_norm):
             raise TrainingDivergedError(
                 f"Step {step.index}: the gradient norm is {grad_norm}, expected a finite number; lower the learning rate or look at the data."
@@ -123,9 +131,7 @@ def _train(
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
         if place_of_step == 0:
             judge_distance(optimizer, loss, reverse_kl, drift if step.index == 0 else None)
-        read = step.batches[: len(step.batches) - step.idle]
-        counts = [(int(batch.segment_ids[-1]) + 1, batch.inputs.numel(), int((batch.weight > 0).sum())) for batch in read]
-        rollouts, tokens, response_tokens = ranks.sum(torch.tensor([(0, 0, 0), *counts]).sum(0)).tolist()
+        rollouts, tokens, response_tokens = map(int, counts)
         yield StepMetrics(
             step=step.index,
             loss=mean_loss,
@@ -160,10 +166,20 @@ def _check_optimizer(optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
         )
 
 
-def _add_tokens(meter: DriftMeter, batch: Batch, logprobs_M: Tensor | None) -> None:
-    """Tell the meter of a micro-batch, if all that it wants is known."""
-    if logprobs_M is None or batch.teacher_logprobs is None or batch.ref_logprobs is None:
-        return
-    on_N = batch.weight > 0
-    columns = (batch.teacher_logprobs, batch.ref_logprobs, batch.weight, batch.segment_ids)
-    meter.add(TokenLogprobs(logprobs_M.double().cpu().numpy(), *(column[on_N].cpu().numpy() for column in columns)))
+def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -> tuple[float, Tensor, DriftMeter]:
+    """Bring what is told of a step to the host, in one copy: the gradient norm, the (3,) sums of what losses say, and the drift of the student."""
+    measured = [
+        (batch, output.logprobs)
+        for batch, output in zip(batches, said, strict=True)
+        if output.logprobs is not None and batch.teacher_logprobs is not None and batch.ref_logprobs is not None
+    ]
+    sums = [torch.stack([output.loss_sum, output.reverse_kl_sum, output.clipped_sum]) for output in said]
+    parts = [norm.detach().reshape(1), *sums, *(logprobs_M for _, logprobs_M in measured)]
+    on_host = torch.cat([part.to(norm.device) for part in parts]).cpu().double()
+    first, *rest = on_host.split([1, 3 * len(said), *(len(logprobs_M) for _, logprobs_M in measured)])
+    meter = DriftMeter()
+    for (batch, _), logprobs_M in zip(measured, rest[1:], strict=True):
+        columns = (batch.teacher_logprobs, batch.ref_logprobs, batch.weight, batch.segment_ids)
+        known = [column[batch.counted].cpu().numpy() for column in columns if column is not None]
+        meter.add(TokenLogprobs(logprobs_M.numpy(), *known))
+    return float(first), rest[0].view(-1, 3).sum(0), meter

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -116,29 +116,27 @@ class LocalFiles:
         """New files, flushed to disk together with the folders that lead to them."""
         folders = {(self.root / path).parent for path in files}
         made = [folder for parent in folders for folder in _make_folder(parent)]
-        for path, data in files.items():
-            self._write_file(self.root / path, data)
-        for folder in {*folders, *made}:
-            self._opened(partial(flush, folder))
+        with ExitStack() as opened:  # until they are flushed, so that no error of the disk is lost
+            paths = [self._write_file(opened, self.root / path, data) for path, data in files.items()]
+            self._opened(partial(flush, *paths, *{*folders, *made}))
 
-    def _write_file(self, path: Path, data: Any) -> None:
-        opened: Any = self._opened(partial(path.open, "xb", buffering=0))
-        with opened as file:
-            left = memoryview(data).cast("B")
-            while left:  # one call writes at most 2 GiB, and fewer on a disk that is full
-                left = left[file.write(left) :]
-            os.fsync(file.fileno())
+    def _write_file(self, opened: ExitStack, path: Path, data: Any) -> Path:
+        file: Any = opened.enter_context(self._opened(partial(path.open, "xb", buffering=0)))
+        left = memoryview(data).cast("B")
+        while left:  # one call writes at most 2 GiB, and fewer on a disk that is full
+            left = left[file.write(left) :]
+        return path
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Whether this call made the file: written under a temporary name, flushed, and linked to its own, which fails if that is taken."""
         final = self.root / path
         if final.parent not in self._durable or not final.parent.is_dir():
-            for folder in _make_folder(final.parent):
-                flush(folder)
+            flush(*_make_folder(final.parent))
             self._durable.add(final.parent)
         temporary = final.parent / f"{TEMPORARY_PREFIX}{uuid4().hex}"
         try:
-            self._write_file(temporary, data)
+            with ExitStack() as opened:
+                flush(self._write_file(opened, temporary, data))
             if not _link(temporary, final):
                 return False
         finally:
@@ -153,8 +151,7 @@ class LocalFiles:
         changed = [] if path.parent.is_dir() else [path.parent, path.parent.parent]
         path.parent.mkdir(exist_ok=True)
         path.touch()
-        for each in changed:
-            flush(each)
+        flush(*changed)
         if number:
             path.with_name(f"{number - 1:010d}").unlink(missing_ok=True)
 

@@ -267,18 +267,16 @@ class Writer:
         """Lance flushes nothing: flush the files of a table that are new, and the folders that lead to them."""
         if self._folder is None:
             return
-        known, found = self._flushed.get(table, set()), set[str]()
+        known, found, changed = self._flushed.get(table, set()), set[str](), list[str]()
         try:
             for folder, folders, names in os.walk(self._folder / f"{table}{TABLE_SUFFIX}", topdown=False):
                 paths = {f"{folder}/{name}" for name in [*folders, *names]}
                 new = paths - known
                 # Lance never changes a file, but for the one that says which version it believes to be the latest.
-                for path in [*new, *(paths & {f"{folder}/{_HINT}"}), folder] if new else []:
-                    # What a compaction removes just now needs no flushing.
-                    with suppress(FileNotFoundError):
-                        flush(path)
+                changed += [*new, *(paths & {f"{folder}/{_HINT}"}), folder] if new else []
                 found |= paths
-            flush(self._folder)
+            # What a compaction removes just now needs no flushing.
+            flush(*changed, self._folder, missing_ok=True)
             self._flushed[table] = found
         except OSError as error:
             raise StoreWriteError(

@@ -176,13 +176,14 @@ def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, T
     """(M, D) hidden states that predict the response tokens, and those tokens."""
     device = next(model.parameters()).device
     ids_N = torch.from_numpy(np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).astype(np.int64)).to(device)
-    positions_N = torch.cat([torch.arange(len(r)) for r in rollouts]).to(device)
-    predicts_N = torch.zeros(len(ids_N), dtype=torch.bool)
-    for first, r in zip(accumulate(map(len, rollouts), initial=0), rollouts, strict=False):
+    lengths = [len(r) for r in rollouts]
+    positions_N = torch.cat([torch.arange(length, device=device) for length in lengths])
+    predicts_N = torch.zeros(len(ids_N), dtype=torch.bool, device="cpu")
+    for first, r in zip(accumulate(lengths, initial=0), rollouts, strict=False):
         predicts_N[first : first + len(r)][target_slice(r)] = True
     targets_M = torch.cat([torch.from_numpy(r.response_ids.astype(np.int64)) for r in rollouts]).to(device)
     with evaluating(model):
-        return row_hidden_states(model, ids_N, positions_N)[predicts_N.to(device)], targets_M
+        return row_hidden_states(model, ids_N, positions_N, lengths)[predicts_N.to(device)], targets_M
 
 
 def _split(values_M: NDArray[Any], rollouts: Sequence[Rollout]) -> list[NDArray[Any]]:

@@ -91,9 +91,10 @@ class _WholeTexts:
         self._model, self._rows = model, [torch.from_numpy(ids.astype(np.int64)).to(device) for ids in prompts]
 
     def last_hidden(self) -> Tensor:
+        lengths = [len(ids) for ids in self._rows]
         positions_N = torch.cat([torch.arange(len(ids), device=ids.device) for ids in self._rows])
-        ends_B = torch.tensor([len(ids) for ids in self._rows], device=positions_N.device).cumsum(0) - 1
-        return row_hidden_states(self._model, torch.cat(self._rows), positions_N)[ends_B]
+        ends_B = torch.tensor(lengths, device=positions_N.device).cumsum(0) - 1
+        return row_hidden_states(self._model, torch.cat(self._rows), positions_N, lengths)[ends_B]
 
     def extend(self, ids_B: Tensor, going: Sequence[int]) -> None:
         self._rows = [torch.cat([self._rows[i], ids_B[i, None]]) for i in going]
@@ -126,8 +127,7 @@ def select_rows(state: Any, keep: Tensor, rows: int) -> Any:
 def _pad_left(prompts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
     """(B, S) ids, and the mask of those that are real; generation continues at the right edge of every row."""
     width = max(ids.size for ids in prompts)
-    ids_BS = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask_BS = torch.zeros(len(prompts), width, dtype=torch.long)
+    ids_BS, mask_BS = (torch.zeros(len(prompts), width, dtype=torch.long, device="cpu") for _ in range(2))
     for i, ids in enumerate(prompts):
         ids_BS[i, width - ids.size :] = torch.from_numpy(ids.astype(np.int64))
         mask_BS[i, width - ids.size :] = 1

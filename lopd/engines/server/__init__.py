@@ -9,6 +9,7 @@ except ImportError as error:
         f"Served engine: {error.name} is not installed, expected it for requests to servers; pip install 'lopd[server]'."
     ) from error
 
+from lopd.engines.server.dialect import Costs as Costs
 from lopd.engines.server.nouns import ServerScorer as ServerScorer
 from lopd.engines.server.nouns import ServerSource as ServerSource
 from lopd.engines.server.servers import Servers as Servers

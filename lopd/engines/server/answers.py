@@ -1,5 +1,6 @@
 """What comes of one HTTP request: an answer, trouble after which it may be sent again, or a refusal that is final."""
 
+import re
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -9,8 +10,14 @@ import httpx2
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError
 
 _BUSY = (408, 425, 429)
+# OpenAI's word for an account without credit, which waiting does not change
+_SPENT = ("insufficient_quota",)
+# What x-ratelimit headers are about, and parts of a duration as OpenAI writes it: 6m0s, 1.5s, 20ms
+_LIMITED = ("requests", "tokens")
+_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # vLLM's words for a prompt that is longer than the context, and for one that fills it
-_TOO_LONG = ("maximum context length", "max_tokens must be at least 1")
+_TOO_LONG = ("maximum context length", "max_tokens must be at least 1", "longer than the model's context length")
 
 # and for ids that it is asked to score and cannot
 _CANNOT_ASK = ("--enable-scale-out", "requires the V2 model runner")
@@ -22,35 +29,64 @@ class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes a
     Args:
         what: happened, as a part of a sentence.
         pause: seconds for which the server asks to be left alone.
+        busy: whether it limits how much it is asked, and would take the request later.
     """
 
-    def __init__(self, what: str, pause: float = 0.0) -> None:
+    def __init__(self, what: str, pause: float = 0.0, *, busy: bool = False) -> None:
         super().__init__(what)
-        self.pause = pause
+        self.pause, self.busy = pause, busy
 
 
-def accepted(owner: str, url: str, response: httpx2.Response) -> Any:
-    """The JSON of an answer of 200; NaN and infinities are read as such, and judged by whoever reads the numbers."""
-    status = response.status_code
+def accepted(owner: str, url: str, response: httpx2.Response, variable: str = "VLLM_API_KEY", key: str | None = None) -> Any:
+    """The JSON of an answer of 200; NaN and infinities are read as such, and judged by whoever reads the numbers.
+
+    Args:
+        owner: how an error names what was asked for.
+        url: that answers.
+        response: of it.
+        variable: of the environment, which holds the key.
+        key: not repeated where a server does.
+    """
+    status, message = response.status_code, "" if response.is_success else _message(response, key)
+    if status == 429 and any(word in response.text for word in _SPENT):
+        raise EngineError(f"{owner}: {url} answers 429 ({message}), expected credit; look at the account of the key, and run this again.")
     if status in _BUSY or status >= 500:
-        raise Trouble(f"{url} answers {status} ({_message(response)})", _retry_after(response))
+        raise Trouble(f"{url} answers {status} ({message})", _retry_after(response) or rest_of(response), busy=status == 429)
     if not response.is_success:
-        raise refusal(owner, url, status, _message(response))
+        raise refusal(owner, url, status, message, variable)
     try:
         return response.json()
     except ValueError:
         raise Trouble(f"{url} answers {status} with what is no JSON") from None
 
 
-def _message(response: httpx2.Response) -> str:
-    """What the server says of an error, in one line."""
+def _message(response: httpx2.Response, key: str | None) -> str:
+    """What the server says of an error, in one line and without the key."""
     try:
         said = response.json()
         said = said.get("error", said)
         said = said.get("message", said) if isinstance(said, dict) else said
     except (ValueError, AttributeError):
         said = response.text
-    return " ".join(str(said).split())[:300]
+    return " ".join((str(said).replace(key, "...") if key else str(said)).split())[:300]
+
+
+def rest_of(response: httpx2.Response) -> float:
+    """Seconds until what the server says is used up is there again (`x-ratelimit-remaining-...`, `x-ratelimit-reset-...`)."""
+    headers = response.headers
+    used_up = [name for name in _LIMITED if headers.get(f"x-ratelimit-remaining-{name}", "").strip() == "0"]
+    return max((_seconds(headers.get(f"x-ratelimit-reset-{name}", "").strip()) for name in used_up), default=0.0)
+
+
+def _seconds(said: str) -> float:
+    """A duration of at most a day: a number of seconds, or parts with units; 0 for what is neither."""
+    if said.replace(".", "", 1).isdecimal():
+        seconds = float(said)
+    elif said and not _PART.sub("", said):
+        seconds = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(said))
+    else:
+        return 0.0
+    return seconds if seconds <= _UNITS["d"] else 0.0
 
 
 def _retry_after(response: httpx2.Response) -> float:
@@ -64,7 +100,7 @@ def _retry_after(response: httpx2.Response) -> float:
         return 0.0
 
 
-def refusal(owner: str, url: str, status: int, message: str) -> LopdError:
+def refusal(owner: str, url: str, status: int, message: str, variable: str = "VLLM_API_KEY") -> LopdError:
     """What a status of 3xx or 4xx means: sending the same again would be refused again."""
     if any(words in message for words in _CANNOT_ASK) or (status == 404 and "/inference/" in url):
         return EngineError(
@@ -73,7 +109,7 @@ def refusal(owner: str, url: str, status: int, message: str) -> LopdError:
             "VLLMScorer."
         )
     if status in (401, 403):
-        return EngineError(f"Server {url}: it answers {status}, expected to be let in; pass `api_key=` or set VLLM_API_KEY.")
+        return EngineError(f"Server {url}: it answers {status}, expected to be let in; pass `api_key=` or set {variable}.")
     said = f"{owner}: {url} answers {status} ({message})"
     if status == 400 and any(words in message for words in _TOO_LONG):
         return ContextOverflowError(f"{said}, expected it to fit; use a server with a longer context or drop it.")

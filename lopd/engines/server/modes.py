@@ -6,7 +6,8 @@ from typing import Any, final
 import numpy as np
 from attrs import define, field
 
-from lopd.engines.server.wire import EXTENSIONS, NO_PROBABILITY, request_body
+from lopd.engines.server.reading import EXTENSIONS, NO_PROBABILITY
+from lopd.engines.server.vllm import request_body
 from lopd.errors import EngineError
 
 # a probe: how many candidates, the highest temperature that vLLM takes, a small top_p, and nats by which two answers may differ by rounding

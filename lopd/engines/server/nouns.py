@@ -1,9 +1,9 @@
-"""Served models as a RolloutSource and as a TeacherScorer: any server that speaks vLLM's extensions of the OpenAI completions (`vllm serve`).
+"""Served models as a RolloutSource and as a TeacherScorer: vLLM, SGLang, or any server of the OpenAI completions (`Servers.speaks`).
 
 Token ids in, token ids out, never text.  A server does not say which weights it serves, nor which tokenizer its ids are of: you do, with
 `identity` and `tokenizer`, and `from_folder` reads both from the folder that is served.
 
-Start servers with `--generation-config vllm` (lopd sends every sampling field all the same), for sampling with a temperature or top_p other
+Start vLLM with `--generation-config vllm` (lopd sends every sampling field all the same), for sampling with a temperature or top_p other
 than 1 with `--logprobs-mode processed_logprobs`, and for scoring
 
 - with `--max-logprobs` of at least `top_k`, and so for sampling with candidates;
@@ -12,10 +12,13 @@ than 1 with `--logprobs-mode processed_logprobs`, and for scoring
   top_k = 20, vLLM 0.32 on a CPU);
 - for scoring candidates, with vLLM 0.32, `--enable-scale-out`, its second model runner (VLLM_USE_V2_MODEL_RUNNER=1) and `--max-logprobs` of
   at least `candidates + top_k` and one more than `candidates + drawn`.
+
+Start SGLang with `--disable-radix-cache` for scoring, else it is asked for the log-probs of prompts too; and for sampling with
+`--enable-deterministic-inference`, without which it takes no seeds.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, final
 
@@ -34,12 +37,12 @@ from lopd.engines.inputs import (
     stop_ids,
     stream_seed,
 )
+from lopd.engines.server.dialect import Draw, Probe, Widths
 from lopd.engines.server.modes import ModeJudge, probe_bodies
-from lopd.engines.server.servers import Probe, Servers
-from lopd.engines.server.wire import asking_body, read_asked, read_rollout, read_scores, sampling_body, scoring_body
+from lopd.engines.server.servers import Servers
 from lopd.engines.supports import provenance_of
 from lopd.engines.workers import Request
-from lopd.errors import InvalidRecordError
+from lopd.errors import EngineError, InvalidRecordError, LopdError
 from lopd.records.checks import check_at_least, check_kind, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.lineage import Lineage
@@ -62,6 +65,8 @@ class ServerScorer:
 
     A rollout may have one token less than the context: the server insists on generating one.  A model whose head is padded gives its
     padding ids a little probability there, which `HFScorer` cuts off.
+    SGLang and servers of the OpenAI completions are tried with a few tokens in each call, before anything else is asked: one that does not echo,
+    names tokens by text, or gives fewer most likely tokens than `top_k` is refused by name.
     A log-prob of exactly -inf, which servers write as -9999, becomes the floor of `lopd.floor_logprobs`, and is counted.
 
     Args:
@@ -74,8 +79,8 @@ class ServerScorer:
         tokens_per_request: short rollouts share a request, up to so many tokens, the longest times how many.
 
     Raises:
-        InvalidRecordError: `top_k`, `candidates` or both together are less than 0, or more than there are tokens; `drawn` is less than 0; or
-            `tokens_per_request` is less than 1.
+        InvalidRecordError: `top_k`, `candidates` or both together are less than 0, or more than there are tokens; `drawn` is less than 0;
+            `tokens_per_request` is less than 1; or the servers' kind cannot score candidates.
     """
 
     servers: Servers
@@ -90,6 +95,11 @@ class ServerScorer:
         own_numbers(self, "ServerScorer")
         check_support("ServerScorer", self.tokenizer_id, self.top_k, self.candidates, self.drawn)
         check_at_least("ServerScorer", "tokens_per_request", self.tokens_per_request, 1)
+        if self._widths.asks and not self.servers.dialect.scores_ids:
+            raise InvalidRecordError(
+                f"ServerScorer: candidates is {self.candidates} and drawn {self.drawn}, expected 0 of servers that speak {self.servers.speaks!r}, "
+                "which cannot be asked for given ids; keep `top_k` of the model's own, or score with vLLM or SGLang."
+            )
 
     @property
     def provenance(self) -> Provenance:
@@ -98,8 +108,7 @@ class ServerScorer:
         Raises:
             EngineError: they do not agree, or none is up.
         """
-        version = self.servers.served.version
-        engine = f"vllm {version} served" if version else "served by an unnamed version"
+        engine = self.servers.dialect.engine(self.servers.served)
         return provenance_of(self.identity, self.tokenizer_id, engine, top_k=self.top_k, candidates=self.candidates, drawn=self.drawn)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
@@ -112,20 +121,37 @@ class ServerScorer:
         """
         check_rollouts(rollouts, self.tokenizer_id, self.servers.served.context - 1, self.candidates, self.drawn)
         # a request that asks for ids is about one rollout
-        budget = 1 if self.candidates or self.drawn else self.tokens_per_request
+        budget = 1 if self._widths.asks else self.tokens_per_request
         groups = budgeted([len(rollout) for rollout in rollouts], budget)
-        scores = self.servers.ask([self._request([rollouts[i] for i in group]) for group in groups])
+        requests = [self._request([rollouts[i] for i in group]) for group in groups]
+        scores = self.servers.ask(requests, self._probe(rollouts[0]) if requests and self.servers.dialect.tried else None)
         return in_order([i for group in groups for i in group], scores)
 
+    @property
+    def _widths(self) -> Widths:
+        return Widths(self.tokenizer_id.vocab_size, self.top_k, self.candidates, self.drawn)
+
     def _request(self, group: Sequence[Rollout]) -> Request[Scores]:
-        owner, vocab_size = f"Rollout {group[0].rollout_id!r}", self.tokenizer_id.vocab_size
-        if self.candidates or self.drawn:
-            (rollout,) = group
-            body = asking_body(rollout, self.top_k, self.candidates, self.drawn)
-            widths = {"top_k": self.top_k, "candidates": self.candidates, "vocab_size": vocab_size}
-            return Request(owner, body, lambda answer: read_asked(rollout, body, answer, **widths))
+        dialect, widths = self.servers.dialect, self._widths
+        body = dialect.scoring(group, widths, self.servers.served)
         parts = [self._request([rollout]) for rollout in group] if len(group) > 1 else []
-        return Request(owner, scoring_body(group, self.top_k), lambda answer: read_scores(group, self.top_k, vocab_size, answer), parts)
+        read = lambda answer: dialect.scores(group, widths, body, answer)  # noqa: E731
+        return Request(f"Rollout {group[0].rollout_id!r}", body, read, parts)
+
+    def _probe(self, rollout: Rollout) -> Probe:
+        """The beginning of a rollout, to see whether a server can do what it is asked for."""
+        ids = [*rollout.prompt_ids[-_PROBE_TOKENS:].tolist(), *rollout.response_ids[:_PROBE_TOKENS].tolist()][:_PROBE_TOKENS]
+        few = Rollout("of a probe", ids[:1], ids[1:], [True] * (len(ids) - 1), "length")
+        dialect, widths = self.servers.dialect, evolve(self._widths, candidates=0, drawn=0)
+        body = dialect.scoring([few], widths, self.servers.served)
+
+        def judge(owner: str, answer: Any) -> None:
+            try:
+                dialect.scores([few], widths, body, answer)
+            except LopdError as error:
+                raise EngineError(f"{owner}: {error}") from error
+
+        return Probe((body,), judge)
 
 
 @final
@@ -177,6 +203,11 @@ class ServerSource:
 
     def __attrs_post_init__(self) -> None:
         check_kind("ServerSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
+        if not self.servers.dialect.samples:
+            raise InvalidRecordError(
+                f"ServerSource: the servers speak {self.servers.speaks!r}, which returns text and not the sampled ids, expected 'vllm' or 'sglang'; "
+                "sample with one of these."
+            )
         check_drawn("ServerSource", self.sampling)
         check_top_k("ServerSource", self.sampling.candidates, self.tokenizer_id, "candidates")
         if not self.stop_ids:
@@ -200,21 +231,32 @@ class ServerSource:
 
         Where temperature or top_p change the distribution, each server is asked first whether its log-probs are those at temperature 1, or
         those of what is drawn.  With the former `sampler_logprobs` stay None, unless the temperature is 0; with the latter the rollouts are
-        read once more for those at temperature 1.  In either case a rollout has at most one token less than the context.
+        read once more for those at temperature 1.  In either case a rollout has at most one token less than the context.  SGLang's are after the
+        temperature and before top_p, so they are left out, and its rollouts are read once more too.
 
         Raises:
             ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sent.
             InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none.
-            EngineError: the servers failed, disagree, do not speak the extensions, or report log-probs of some other kind.
+            EngineError: the servers failed, disagree, do not speak the extensions, report log-probs of some other kind, or take no seeds.
         """
         if not prompts:
             return []
         check_prompts(prompts, self.tokenizer_id, self._context)
+        if not self.servers.served.seeded:
+            raise EngineError(
+                "ServerSource: the servers take no seeds, expected the same rollouts for the same seed; start SGLang with "
+                "`--enable-deterministic-inference`."
+            )
+        asks_mode = not self.sampling.neutral and self.servers.speaks == "vllm"
         judge = ModeJudge()
-        probe = None if self.sampling.neutral else Probe(probe_bodies(prompts[0].token_ids[:_PROBE_TOKENS].tolist()), judge)
+        probe = Probe(probe_bodies(prompts[0].token_ids[:_PROBE_TOKENS].tolist()), judge) if asks_mode else None
+
+        def processed() -> bool:
+            return judge.processed if asks_mode else not self.sampling.neutral
+
         samples = range(self.sampling.samples_per_prompt)
-        rollouts = self.servers.ask([self._request(prompt, sample, judge) for prompt in prompts for sample in samples], probe)
-        if not judge.processed:
+        rollouts = self.servers.ask([self._request(prompt, sample, processed) for prompt in prompts for sample in samples], probe)
+        if not processed():
             return rollouts
         scores = ServerScorer(self.servers, self.tokenizer_id, self.identity, self.sampling.candidates).score(rollouts)
         return [evolve(r, behavior_logprobs=s.logprobs, candidates=s.top_k) for r, s in zip(rollouts, scores, strict=True)]
@@ -224,16 +266,14 @@ class ServerSource:
         """Tokens of the longest rollout; one that may be read once more leaves room for the token that servers insist on."""
         return self.servers.served.context - (not self.sampling.neutral)
 
-    def _request(self, prompt: Prompt, sample: int, judge: ModeJudge) -> Request[Rollout]:
-        name = rollout_id(prompt.prompt_id, sample, self.generation)
+    def _request(self, prompt: Prompt, sample: int, processed: Callable[[], bool]) -> Request[Rollout]:
+        name, dialect = rollout_id(prompt.prompt_id, sample, self.generation), self.servers.dialect
         room = min(self.sampling.max_new_tokens, self._context - prompt.token_ids.size)
         settings = sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id) | {"logprobs": self.sampling.candidates}
-        body = sampling_body(prompt.token_ids.tolist(), room, stream_seed(self.sampling, name, SEED_BITS), settings)
-
-        def read(answer: Any) -> list[Rollout]:
-            return [read_rollout(name, self.generation, self.tokenizer_id.vocab_size, body, answer, processed=judge.processed)]
-
-        return Request(f"Rollout {name!r}", body, read)
+        seed = stream_seed(self.sampling, name, SEED_BITS)
+        draw = Draw(name, self.generation, prompt.token_ids.tolist(), room, seed, settings, self.tokenizer_id.vocab_size)
+        read = lambda answer: [dialect.rollout(draw, answer, processed=processed())]  # noqa: E731
+        return Request(f"Rollout {name!r}", dialect.sampling(draw), read)
 
 
 def _eos_ids(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:

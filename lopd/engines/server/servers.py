@@ -1,72 +1,69 @@
-"""Several servers of one model as one engine.
+"""Several servers of one model as one engine, whatever they speak.
 
 Requests are spread, bounded, sent again when that may help, and dropped together.  A server that fails is left alone and asked how it is, with
 growing pauses; when it answers, and still serves the same model, it is used again.  Nothing outlives a call: its connections and threads end
 with it, so a `Servers` can be pickled and forked.
 """
 
+import logging
 import os
+import re
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, cached_property, partial
-from typing import Any, TypeVar, final
+from threading import Event
+from time import monotonic
+from typing import Any, Literal, TypeVar, final
 from weakref import WeakSet
 
 import httpx2
-from attrs import define, field, frozen
+from attrs import Factory, define, field
 
 from lopd.engines.pool import Pool
-from lopd.engines.server.answers import Trouble, accepted
+from lopd.engines.server.answers import Trouble, accepted, rest_of
+from lopd.engines.server.completions import Completions
+from lopd.engines.server.dialect import WORDS, Costs, Dialect, Probe, Served
+from lopd.engines.server.sglang import SGLang
 from lopd.engines.server.urls import bases, check_urls
+from lopd.engines.server.vllm import VLLM
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_number, own_numbers, texts_of
+from lopd.records.checks import check_at_least, check_kind, check_number, own_numbers, texts_of
 from lopd.records.paths import asked
+from lopd.records.waiting import QUIET_S
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
-_KEY_VARIABLE = "VLLM_API_KEY"
+Speech = Literal["vllm", "sglang", "openai"]
+_DIALECTS: Mapping[str, Dialect] = {"vllm": VLLM(), "sglang": SGLang(), "openai": Completions()}
 _CHECK_S, _CONNECT_S = 30.0, 10.0
 # uvicorn closes a connection that was idle for 5 s; one that is closed while a request is on its way costs a try
 _IDLE_S = 3.0
 _CONNECTED = ("connection.connect_tcp.complete", "connection.start_tls.complete")
 
 
-@final
-@frozen
-class Served:
-    """What all servers must have in common.
-
-    Args:
-        version: of vLLM; "" where a server does not say.
-        root: the path or name that the model was loaded from.
-        context: positions of a sequence.
-    """
-
-    version: str
-    root: str | None
-    context: int
+def _variable(name: str | None) -> str | None:
+    """A key that is passed as the name of its variable would be shown."""
+    if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name):
+        raise InvalidRecordError("Servers: key_variable is not the name of a variable in capitals, expected one; pass keys as `api_key=`.")
+    return name
 
 
-@final
-@frozen(eq=False)
-class Probe:
-    """What is asked of each server before it is used, and again after it was down.
-
-    Args:
-        bodies: of completions.
-        judge: takes the server's name and the answers, and raises if they are not as they must be.
-    """
-
-    bodies: tuple[Mapping[str, Any], ...]
-    judge: Callable[..., None]
+def _speech(speaks: Speech) -> Speech:
+    if speaks not in _DIALECTS:
+        raise InvalidRecordError(f"Servers: speaks is {speaks!r}, expected one of {', '.join(map(repr, _DIALECTS))}.")
+    return speaks
 
 
 @final
 @define(eq=False, slots=False)
 class Servers:
     """Servers of one model, all of the same version and context.
+
+    A server that answers 429 is left alone for as long as it says (`Retry-After`, or the `x-ratelimit-reset-...` of what is used up), and so is one
+    that says that nothing is left (`x-ratelimit-remaining-...: 0`).  Such an answer is not one of the `attempts` until `patience_s` is over.
 
     Args:
         urls: one or several, with or without `/v1`.
@@ -77,11 +74,17 @@ class Servers:
         first_contact_s: how long to try until one answers for the first time; give more where servers start beside the program.
         timeout_s: longest silence of a request; a response arrives in one piece, so this bounds the time it takes to sample one.
         context: positions of a sequence; by default what the servers say (`max_model_len`).
-        api_key: by default VLLM_API_KEY of the environment.
+        api_key: by default what the `key_variable` of the environment holds.
+        speaks: "vllm" for vLLM's extensions of the OpenAI completions, "sglang" for SGLang's own API, or "openai" for the completions with `echo` and
+            `logprobs` that a hosted model may have; the last can score only.
+        key_variable: of the environment, in capitals; by default VLLM_API_KEY, SGLANG_API_KEY or OPENAI_API_KEY.
+        extra: fields added to each request, of the server's own; they do not replace what lopd asks for.  By default nothing, or for "openai"
+            `return_tokens_as_token_ids`.
 
     Raises:
         ArgumentError: a URL or the key is not text.
-        InvalidRecordError: there is no URL, one is not an http URL or carries a password or a query, or a number makes no sense.
+        InvalidRecordError: there is no URL, one is not an http URL or carries a password or a query, a number makes no sense, `speaks` is something
+            else, or `key_variable` is not the name of a variable that is set.
     """
 
     urls: tuple[str, ...] = field(converter=bases)
@@ -91,8 +94,12 @@ class Servers:
     patience_s: float = 600.0
     timeout_s: float = 3600.0
     context: int | None = None
-    api_key: str | None = field(factory=lambda: os.environ.get(_KEY_VARIABLE), repr=False)
+    speaks: Speech = field(default="vllm", kw_only=True, converter=_speech)
+    key_variable: str | None = field(default=None, kw_only=True, converter=_variable)
+    api_key: str | None = field(default=Factory(lambda self: self._key_of_environment(), takes_self=True), repr=False)
     first_contact_s: float = field(default=10.0, kw_only=True)
+    extra: Mapping[str, Any] = field(default=Factory(lambda self: self.dialect.extra, takes_self=True), kw_only=True, repr=False)
+    _spent: list[Costs] = field(factory=list, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "Servers")
@@ -102,9 +109,26 @@ class Servers:
         for name in ("patience_s", "timeout_s", "first_contact_s"):
             check_number("Servers", name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         check_urls(self.urls)
+        check_kind("Servers: extra", self.extra, Mapping, "pass a dictionary of the fields of a request")
         key = texts_of("Servers: api_key", [self.api_key or ""])[0]
         if not (key.isascii() and key.isprintable() and key.strip() == key):
             raise InvalidRecordError("Servers: api_key has spaces or unprintable characters, expected a header's value; strip it.")
+
+    def _key_of_environment(self) -> str | None:
+        key = os.environ.get(self.key_variable or self.dialect.key_variable)
+        if self.key_variable is not None and not key:
+            raise InvalidRecordError(f"Servers: {self.key_variable} is not set in the environment, expected the key; set it.")
+        return key
+
+    @property
+    def dialect(self) -> Dialect:
+        """What they are asked, and how they are understood."""
+        return _DIALECTS[self.speaks]
+
+    @property
+    def costs(self) -> Costs:
+        """What all calls so far were answered, probes included.  A pickled copy counts on by itself."""
+        return sum(self._spent, Costs())
 
     @cached_property
     def served(self) -> Served:
@@ -137,6 +161,8 @@ class Servers:
             yield pool
         finally:
             pool.close()
+            # one append for each call: calls may end at the same time
+            self._spent.append(sum((cost for endpoint in endpoints for cost in endpoint.spent), Costs()))
 
 
 @final
@@ -155,7 +181,8 @@ class _Endpoint:
     """
 
     def __init__(self, url: str, servers: Servers, probe: Probe | None, patience_s: float, *, first: bool) -> None:
-        self._url, self._servers, self._probe, self._stopped = url, servers, probe, False
+        self._url, self._servers, self._probe = url, servers, probe
+        self._stopped, self._rests_until, self.spent = Event(), 0.0, list[Costs]()
         self._patience_s, self._first = patience_s, first
         self._check_s = min(_CHECK_S, patience_s) if first else _CHECK_S
         self.name = f"Server {url}"
@@ -172,7 +199,8 @@ class _Endpoint:
     def start(self) -> Served:
         """What it serves, if it is healthy and passes the probe."""
         try:
-            served = self._served()
+            servers = self._servers
+            served = servers.dialect.served(self.name, servers.model, servers.context, self._get)
             if self._probe:
                 self._probe.judge(self.name, *(self._complete(self.name, body) for body in self._probe.bodies))
         except Trouble as trouble:
@@ -183,16 +211,15 @@ class _Endpoint:
                 else "look at its log, start it again, and run this again: what is committed stays."
             )
             error = EngineError(f"{self.name}: {trouble}, expected an answer within {self._patience_s:.0f} s; {remedy}")
-            raise Down(str(trouble), error, trouble.pause) from None
+            raise Down(str(trouble), error, trouble.pause, busy=trouble.busy) from None
         return served
 
     def unlike(self, identity: Served, expected: Served, whose: str) -> EngineError:
         """The first thing that it serves otherwise."""
-        words = {"version": "version", "root": "model's root", "context": "max_model_len"}
-        name = next(name for name in words if getattr(identity, name) != getattr(expected, name))
+        name = next(name for name in WORDS if getattr(identity, name) != getattr(expected, name))
         return EngineError(
-            f"{self.name}: its {words[name]} is {getattr(identity, name)!r}, expected {getattr(expected, name)!r} as of "
-            f"{whose.removeprefix('Server ')}; serve one model with one version of vLLM everywhere."
+            f"{self.name}: its {WORDS[name]} is {getattr(identity, name)!r}, expected {getattr(expected, name)!r} as of "
+            f"{whose.removeprefix('Server ')}; serve one model with one version and the same settings everywhere."
         )
 
     def work(self, request: Request[T]) -> Sequence[T]:
@@ -204,45 +231,29 @@ class _Endpoint:
                 f"{request.owner}: {trouble}, at last of {self._servers.attempts} attempts, expected an answer; look at the server's log, and run "
                 "this again: what is committed stays."
             )
-            raise Down(str(trouble), error, trouble.pause) from None
+            raise Down(str(trouble), error, trouble.pause, busy=trouble.busy) from None
 
     def stop(self) -> None:
         """Drop all connections: the server is told to give up what is under way, and whoever waits for it goes on."""
-        self._stopped = True
+        self._stopped.set()
         for connection in list(self._sockets):
             _shut(connection)
         self._client.close()
 
-    def _served(self) -> Served:
-        self._get("/health", missing=None)
-        version = self._get("/version", missing={})
-        listed = self._get("/v1/models", missing={})
-        try:
-            cards = {card["id"]: card for card in listed["data"]}
-            said = str(version.get("version") or "")
-        except (KeyError, TypeError, AttributeError):
-            raise EngineError(f"{self.name}: it lists no models, expected /v1/models; check the URL.") from None
-        card = cards.get(self._servers.model)
-        if card is None:
-            raise EngineError(
-                f"{self.name}: it serves {', '.join(map(repr, cards))}, expected {self._servers.model!r}; pass the name it serves."
-            )
-        return Served(said, card.get("root"), self._positions(card.get("max_model_len")))
-
-    def _positions(self, said: Any) -> int:
-        asked, said = self._servers.context, said if isinstance(said, int) else None
-        context = said if asked is None else asked
-        if context is None or (said is not None and context > said):
-            raise EngineError(
-                f"{self.name}: its max_model_len is {said}, expected {'a number' if asked is None else f'at least {asked}'}; "
-                "pass `context=` that all servers have."
-            )
-        return context
-
     def _complete(self, owner: str, body: Mapping[str, Any]) -> Any:
-        """The answer to a completion, or to token ids that are asked about (`lopd.engines.server.wire.asking_body`)."""
-        url = self._url + ("/inference/v1/generate" if "token_ids" in body else "/v1/completions")
-        return accepted(owner, url, self._send("POST", url, json={"model": self._servers.model, **body}))
+        """The answer to a request, when the server has room for it."""
+        if self._stopped.wait(max(self._rests_until - monotonic(), 0.0)):
+            raise Trouble(f"{self.name} is not asked any more")
+        path, asked_for = self._servers.dialect.addressed(self._servers.model, body)
+        url = self._url + path
+        response = self._send("POST", url, json={**self._servers.extra, **asked_for})
+        if response.is_success and (rest := min(rest_of(response), self._patience_s)):
+            self._rests_until = monotonic() + rest
+            if rest > QUIET_S:
+                _LOG.warning("%s rests for %.0f s: it says that nothing is left of its limit", self.name, rest)
+        answer = accepted(owner, url, response, self._servers.key_variable or self._servers.dialect.key_variable, self._servers.api_key)
+        self.spent.append(self._servers.dialect.costs(answer))
+        return answer
 
     def _get(self, path: str, missing: Any) -> Any:
         """The answer, or `missing` where there is no such path."""
@@ -250,7 +261,7 @@ class _Endpoint:
         response = self._send("GET", url, timeout=self._check_s)
         if response.status_code == 404 or (response.is_success and not response.content):
             return missing
-        return accepted(self.name, url, response)
+        return accepted(self.name, url, response, self._servers.key_variable or self._servers.dialect.key_variable, self._servers.api_key)
 
     def _send(self, method: str, url: str, *, json: Any = None, timeout: Any = httpx2.USE_CLIENT_DEFAULT) -> httpx2.Response:
         """The answer, whatever its status."""
@@ -265,7 +276,7 @@ class _Endpoint:
         if event in _CONNECTED:
             connection = info["return_value"].get_extra_info("socket")
             self._sockets.add(connection)
-            if self._stopped:
+            if self._stopped.is_set():
                 _shut(connection)
 
 

@@ -1,0 +1,220 @@
+"""What kinds of servers have in common for those who ask them, and what each kind says in its own words."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, final
+
+from attrs import frozen
+
+from lopd.errors import EngineError
+from lopd.records.rollouts import Rollout, Scores
+
+# path, and what to return where the server has no such path: the JSON of its answer
+Get = Callable[[str, Any], Any]
+
+
+@final
+@frozen
+class Served:
+    """What all servers must have in common.
+
+    Args:
+        version: of the program that serves; "" where a server does not say.
+        root: the path or name that the model was loaded from.
+        context: positions of a sequence.
+        cached: whether it keeps the states of prompts between requests, so that what it computes may depend on their order.
+        seeded: whether it draws the same tokens for the same seed.
+    """
+
+    version: str
+    root: str | None
+    context: int
+    cached: bool = False
+    seeded: bool = True
+
+
+#: How messages name what differs.
+WORDS = {
+    "version": "version",
+    "root": "model's root",
+    "context": "max_model_len",
+    "cached": "use of a prefix cache",
+    "seeded": "use of seeds",
+}
+
+
+@final
+@frozen
+class Costs:
+    """What servers were asked for, as their answers count it (`usage`); answers that never arrived are not in it.
+
+    Args:
+        requests: that were answered.
+        prompt_tokens, completion_tokens: read and generated.
+        cached_tokens: prompt tokens that came out of a prefix cache; hosts often charge less for them.
+        uncounted: answers that say nothing of tokens.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    uncounted: int = 0
+
+    def __add__(self, other: "Costs") -> "Costs":
+        """Both together."""
+        names = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "uncounted")
+        return Costs(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+def costs_of(usages: Sequence[Any], cached: Sequence[Any]) -> Costs:
+    """The costs of one answer.
+
+    Args:
+        usages: a mapping with `prompt_tokens` and `completion_tokens` for each count that the answer holds; others count nothing.
+        cached: cached tokens, where they are numbers.
+    """
+    counts = [usage for usage in usages if isinstance(usage, Mapping) and type(usage.get("prompt_tokens")) is int]
+    read, made = (sum(_whole(usage.get(name)) for usage in counts) for name in ("prompt_tokens", "completion_tokens"))
+    return Costs(1, read, made, sum(map(_whole, cached)), int(not counts))
+
+
+def _whole(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 0
+
+
+@final
+@frozen
+class Widths:
+    """What a scorer asks for.
+
+    Args:
+        vocab_size: ids are below it.
+        top_k, candidates, drawn: as `ServerScorer` has them.
+    """
+
+    vocab_size: int
+    top_k: int = 0
+    candidates: int = 0
+    drawn: int = 0
+
+    @property
+    def asks(self) -> bool:
+        """Whether for ids of the rollouts' own."""
+        return self.candidates + self.drawn > 0
+
+
+@final
+@frozen
+class Draw:
+    """One response that is asked for.
+
+    Args:
+        rollout_id: its name.
+        generation: round of sampling.
+        prompt: ids.
+        room: tokens of the longest response.
+        seed: of its own.
+        settings: `lopd.engines.inputs.sampling_settings`, and how many `logprobs` to report.
+        vocab_size: ids are below it.
+    """
+
+    rollout_id: str
+    generation: int
+    prompt: list[int]
+    room: int
+    seed: int
+    settings: Mapping[str, Any]
+    vocab_size: int
+
+
+@final
+@frozen(eq=False)
+class Probe:
+    """What is asked of each server before it is used, and again after it was down.
+
+    Args:
+        bodies: of completions.
+        judge: takes the server's name and the answers, and raises if they are not as they must be.
+    """
+
+    bodies: tuple[Mapping[str, Any], ...]
+    judge: Callable[..., None]
+
+
+class Dialect(Protocol):
+    """What one kind of server is asked, and what its answers mean.  What raises names the rollout."""
+
+    #: Variable of the environment that holds the key, unless the user names another.
+    key_variable: ClassVar[str]
+    #: Fields that are added to each request, unless the user gives others.
+    extra: ClassVar[Mapping[str, Any]]
+    #: Whether it scores ids that are asked for, samples, and is tried with a few tokens before it is used.
+    scores_ids: ClassVar[bool]
+    samples: ClassVar[bool]
+    tried: ClassVar[bool]
+
+    def engine(self, served: Served) -> str:
+        """How a column's provenance names it."""
+        ...
+
+    def served(self, name: str, model: str, context: int | None, get: Get) -> Served:
+        """What it serves."""
+        ...
+
+    def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """The path that a body is sent to, and the body with the model's name where it needs it."""
+        ...
+
+    def costs(self, answer: Any) -> Costs:
+        """What an answer says that it cost."""
+        ...
+
+    def scoring(self, rollouts: Sequence[Rollout], widths: Widths, served: Served) -> dict[str, Any]:
+        """A request for rollouts' log-probs; for those of one if `widths.asks`."""
+        ...
+
+    def scores(self, rollouts: Sequence[Rollout], widths: Widths, body: Mapping[str, Any], answer: Any) -> list[Scores]:
+        """What its answer says."""
+        ...
+
+    def sampling(self, draw: Draw) -> dict[str, Any]:
+        """A request for one response."""
+        ...
+
+    def rollout(self, draw: Draw, answer: Any, *, processed: bool) -> Rollout:
+        """What its answer says; where its log-probs are `processed`, all that are at temperature 1 are missing."""
+        ...
+
+
+def model_card(name: str, model: str, listed: Any, *, must: bool = True) -> Mapping[str, Any]:
+    """What `/v1/models` says of the model; nothing where it may be missing.
+
+    Raises:
+        EngineError: the answer is not a list of models, or the model `must` be in it and is not.
+    """
+    try:
+        cards = {card["id"]: card for card in listed["data"]}
+    except (KeyError, TypeError):
+        if not must:
+            return {}
+        raise EngineError(f"{name}: it lists no models, expected /v1/models; check the URL.") from None
+    if must and model not in cards:
+        raise EngineError(f"{name}: it serves {', '.join(map(repr, cards))}, expected {model!r}; pass the name it serves.")
+    card: Mapping[str, Any] = cards.get(model, {})
+    return card
+
+
+def positions(name: str, said: Any, asked: int | None) -> int:
+    """Positions of a sequence: those that the user says, or else the server.
+
+    Raises:
+        EngineError: neither says any, or the server has fewer.
+    """
+    said = said if isinstance(said, int) else None
+    context = said if asked is None else asked
+    if context is None or (said is not None and context > said):
+        raise EngineError(
+            f"{name}: its max_model_len is {said}, expected {'a number' if asked is None else f'at least {asked}'}; "
+            "pass `context=` that all servers have."
+        )
+    return context

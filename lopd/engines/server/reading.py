@@ -1,0 +1,128 @@
+"""What all kinds of servers' answers have in common: everything is looked up by token id, and nothing that is missing becomes a number.
+
+Shape suffixes: T response tokens, K candidates a token.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.engines.server.answers import Trouble
+from lopd.engines.server.dialect import Costs, costs_of
+from lopd.errors import EngineError, InvalidRecordError
+
+# vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)
+NO_PROBABILITY = -9999.0
+EXTENSIONS = "serve with vLLM, or with a server that speaks its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
+
+
+def logprob(owner: str, place: int, entry: Any, token: int | str) -> float:
+    """The log-prob of this token among those of its position, keyed by id; -inf where the server says so."""
+    try:
+        value = entry[str(token)]["logprob"]
+    except (KeyError, TypeError):
+        raise InvalidRecordError(
+            f"{owner}: the server gives no log-prob of response token {place} (id {token}), expected one; score it again or drop it."
+        ) from None
+    return number(owner, place, value)
+
+
+def number(owner: str, place: int, value: Any) -> float:
+    """A log-prob, nats; -inf where the server says that there is not any probability."""
+    if type(value) not in (float, int):
+        raise InvalidRecordError(
+            f"{owner}: the log-prob of response token {place} is {str(value)[:40]!r}, expected a number; check the model for NaN."
+        )
+    return float("-inf") if value <= NO_PROBABILITY else float(value)
+
+
+def most_likely(
+    owner: str, entries: Sequence[Any], tokens: Sequence[int], top_k: int, vocab_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The K most likely of each position; where the server gives K + 1, the token itself is beside them, however likely it is."""
+    ids_TK, logprobs_TK = np.empty((len(entries), top_k), np.int64), np.empty((len(entries), top_k), np.float32)
+    for t, entry in enumerate(entries if top_k else ()):
+        found = sorted((-logprob(owner, t, entry, key), candidate(owner, t, key, vocab_size)) for key in entry)
+        if not top_k <= len(found) <= top_k + 1:
+            raise InvalidRecordError(
+                f"{owner}: response token {t} has {len(found)} candidates, expected {top_k} or {top_k + 1}; check the server's max_logprobs."
+            )
+        best = found if len(found) == top_k else [each for each in found if each[1] != tokens[t]][:top_k]
+        ids_TK[t] = [token for _, token in best]
+        logprobs_TK[t] = [-minus for minus, _ in best]
+    return ids_TK, logprobs_TK
+
+
+def candidate(owner: str, place: int, key: str, vocab_size: int) -> int:
+    """The id that a key says."""
+    token = int(key) if key.isdecimal() else -1
+    if not 0 <= token < vocab_size:
+        raise InvalidRecordError(
+            f"{owner}: a candidate for response token {place} is {key!r}, expected an id below the vocabulary's {vocab_size}; "
+            "the model gives probability to ids that no token has, drop the rollout or score in process."
+        )
+    return token
+
+
+def check_sampled(owner: str, ids: Sequence[Any], vocab_size: int) -> None:
+    """Sampled tokens are ids of this vocabulary."""
+    for place, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise InvalidRecordError(
+                f"{owner}: sampled token {place} is {str(token)[:40]}, expected an id below the vocabulary's {vocab_size}; "
+                "serve the model of this tokenizer (a head that is padded may sample its padding)."
+            )
+
+
+def check_end(owner: str, ids: Sequence[int], stops: Sequence[int], longest: int, reason: Any) -> None:
+    """The response ends at a stop id, or is as long as it may be, and has no stop id inside."""
+    if reason in (None, "abort", "error"):
+        raise Trouble(f"the response was broken off (finish_reason {reason!r})")
+    inside = next((place for place, token in enumerate(ids[:-1]) if token in stops), None)
+    if inside is not None:
+        raise EngineError(
+            f"{owner}: it goes on after stop id {ids[inside]} at token {inside}, expected its end there; {EXTENSIONS}, and its stop_token_ids."
+        )
+    if not ids or (ids[-1] not in stops and len(ids) != longest):
+        raise EngineError(
+            f"{owner}: the server ended it ({str(reason)[:40]!r}) after {len(ids)} of {longest} tokens at id {ids[-1:]}, expected a stop id; "
+            "add the server's own stop ids to the sampling's stop_ids."
+        )
+
+
+def choices_of(owner: str, answer: Any, count: int) -> list[Mapping[str, Any]]:
+    """The choices of a completion, one for each prompt."""
+    choices = answer.get("choices") if isinstance(answer, Mapping) else None
+    if not (isinstance(choices, list) and len(choices) == count and all(isinstance(choice, Mapping) for choice in choices)):
+        raise EngineError(f"{owner}: the server's answer is not of {count} choices, expected one for each prompt; {EXTENSIONS}.")
+    return choices
+
+
+def check_read(owner: str, choice: Mapping[str, Any], prompt: list[int]) -> None:
+    """The server read these very ids."""
+    read = listed(owner, choice, "prompt_token_ids")
+    if read != prompt:
+        place = next((i for i, (a, b) in enumerate(zip(read, prompt, strict=False)) if a != b), min(len(read), len(prompt)))
+        raise EngineError(
+            f"{owner}: the server read {len(read)} tokens that differ from those sent from token {place} on, expected the {len(prompt)} sent; "
+            "start it without truncation, and with no proxy that changes prompts."
+        )
+
+
+def listed(owner: str, holder: Any, name: str, length: int | None = None) -> list[Any]:
+    """A list that an answer must hold."""
+    values = holder.get(name) if isinstance(holder, Mapping) else None
+    if not isinstance(values, list):
+        raise EngineError(f"{owner}: the server's answer holds no {name}, expected a list; {EXTENSIONS}.")
+    if length is not None and len(values) != length:
+        raise InvalidRecordError(f"{owner}: the server gives {len(values)} {name}, expected {length}; score it again or drop it.")
+    return values
+
+
+def usage_costs(answer: Any) -> Costs:
+    """What the `usage` of a completion says."""
+    usage = answer.get("usage") if isinstance(answer, Mapping) else None
+    details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
+    return costs_of([usage], [details.get("cached_tokens")] if isinstance(details, Mapping) else [])

@@ -1,0 +1,47 @@
+"""FlashAttention as transformers calls it, computed on the CPU: packed rollouts by their borders, rows as they are, and no question to the GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+def flash(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **known: Any
+) -> tuple[Tensor, None]:
+    """(B, S, H, D) of (B, H, S, D) queries, keys and values."""
+    assert attention_mask is None, "the real one takes a mask of padding alone"
+    groups = query.shape[1] // key.shape[1]
+    parts = [query, *(tensor.repeat_interleave(groups, 1, output_size=query.shape[1]) for tensor in (key, value))]
+    borders = known.get("cu_seq_lens_q")
+    scale = known.get("scaling")
+    if borders is None:
+        return scaled_dot_product_attention(*parts, is_causal=True, scale=scale).transpose(1, 2), None
+    assert borders.dtype == torch.int32
+    assert isinstance(known["max_length_q"], int)
+    assert query.shape[0] == 1
+    places = torch.arange(query.shape[2], device=query.device)
+    rollout = torch.searchsorted(borders, places, right=True)
+    mask = (rollout[:, None] == rollout) & (places[:, None] >= places)
+    return scaled_dot_product_attention(*parts, attn_mask=mask, scale=scale).transpose(1, 2), None
+
+
+@contextmanager
+def take_flash(model: Any) -> Iterator[None]:
+    """The model computes its attention with it; on the CPU transformers would refuse to set it."""
+    name, configs = "flash_attention_2", [model.config, *(part.config for part in model.modules() if hasattr(part, "config"))]
+    before = [config._attn_implementation for config in configs]
+    installed = ALL_ATTENTION_FUNCTIONS._global_mapping[name]
+    ALL_ATTENTION_FUNCTIONS._global_mapping[name] = flash
+    for config in configs:
+        config._attn_implementation_internal = name
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS._global_mapping[name] = installed
+        for config, old in zip(configs, before, strict=True):
+            config._attn_implementation_internal = old

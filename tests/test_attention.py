@@ -1,0 +1,162 @@
+"""Which attention a model computes with, and how rollouts lie before it.  FlashAttention is computed on the CPU here (`flash_stub`)."""
+
+import copy
+import logging
+import sys
+from pathlib import Path
+from threading import Thread
+
+import flash_stub
+import pytest
+import torch
+from conftest import TOKENIZER_ID
+from flash_stub import take_flash
+from test_no_waiting import a_batch, asked
+from transformers import masking_utils
+from transformers.integrations.flash_attention import get_target_dtype
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from tiny_models import build_model
+
+from lopd import CausalLMStudent, FusedOPDLoss
+from lopd.engines.causal_lm import hidden_states, packed_hidden_states, row_hidden_states
+from lopd.engines.hf import HFScorer, load_model, loading
+from lopd.engines.masks import one_rollout_a_row
+from lopd.engines.probes import check_training
+from lopd.errors import EngineError, ModelError
+
+LOSS = FusedOPDLoss(ratio_to_ref=True)
+
+
+def gradients(student):
+    found = []
+    for seed, lengths in enumerate([(9, 1, 17), (12,)]):
+        student.zero_grad()
+        student(a_batch(seed, lengths), LOSS).loss_sum.backward()
+        found.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "way"), [("llama", packed_hidden_states), ("qwen3", packed_hidden_states), ("lfm2", row_hidden_states)])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_with_flash_attention_rollouts_are_packed_or_in_rows_and_gradients_are_the_same(kind, way, recompute):
+    """The layers of a hybrid that are not attention would run from one packed rollout into the next."""
+    model = build_model(kind, vocab_size=TOKENIZER_ID.vocab_size)
+    expected = gradients(CausalLMStudent(copy.deepcopy(model), TOKENIZER_ID))
+    with take_flash(model):
+        assert check_training(model, TOKENIZER_ID.vocab_size) is way
+        found = gradients(CausalLMStudent(model, TOKENIZER_ID, gradient_checkpointing=recompute))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def in_16_bits(module, query, *rest, **known):
+    """As the real one: transformers casts what is in float32 to the dtype of an autocast, or of the weights, and the kernel refuses float32."""
+    to = get_target_dtype(query, module) or query.dtype
+    if to == torch.float32:
+        raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+    return flash_stub.flash(module, query.to(to), *(part if part is None else part.to(to) for part in rest), **known)
+
+
+def test_float32_weights_take_flash_attention_in_the_autocast_of_a_student_alone(monkeypatch, tokenizer):
+    # another family than above: what was found of a structure is not asked again
+    model = build_model("olmo2", vocab_size=TOKENIZER_ID.vocab_size)
+    expected = gradients(CausalLMStudent(copy.deepcopy(model), TOKENIZER_ID, autocast=torch.bfloat16))
+    with take_flash(model):
+        monkeypatch.setitem(flash_stub.ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", in_16_bits)
+        assert check_training(model, TOKENIZER_ID.vocab_size, torch.bfloat16) is packed_hidden_states
+        found = gradients(CausalLMStudent(model, TOKENIZER_ID, autocast=torch.bfloat16))
+        for refused in (lambda: CausalLMStudent(model, TOKENIZER_ID), lambda: HFScorer(model, tokenizer)):
+            with pytest.raises(ModelError, match=r"it raises RuntimeError \(FlashAttention only support fp16"):
+                refused()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float((ours - theirs).norm()) < 0.05 * float(theirs.norm())
+
+
+def test_transformers_would_ask_whether_rows_are_packed(llama):
+    """The day it does not, `lopd/engines/masks.py` can go."""
+    ids_BS = torch.arange(12).view(2, 6)
+    for known, question in ((False, ["_local_scalar_dense"]), (True, [])):
+        with asked() as found, torch.no_grad():
+            if known:
+                with one_rollout_a_row():
+                    hidden_states(llama, ids_BS)
+            else:
+                hidden_states(llama, ids_BS)
+        assert [name for name in found if not name.startswith("__")] == question
+
+
+def test_what_is_known_of_rows_is_known_in_one_thread_and_while_it_is_so():
+    packed_1S = torch.tensor([[0, 1, 2, 0, 1]])
+    seen = []
+    with one_rollout_a_row():
+        assert masking_utils.find_packed_sequence_indices(packed_1S) is None
+        other = Thread(target=lambda: seen.append(masking_utils.find_packed_sequence_indices(packed_1S)))
+        other.start()
+        other.join()
+        with one_rollout_a_row():
+            pass
+        assert masking_utils.find_packed_sequence_indices(packed_1S) is None
+    for found in (seen[0], masking_utils.find_packed_sequence_indices(packed_1S)):
+        assert found.tolist() == [[0, 0, 0, 1, 1]]
+
+
+@pytest.fixture
+def folder(llama, tokenizer, tmp_path):
+    llama.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def on_a_gpu(monkeypatch, flash):
+    """As if there were one, and FlashAttention installed."""
+
+    def put(model, name):
+        model.config._attn_implementation_internal = name
+        return name
+
+    monkeypatch.setattr(loading, "_takes_flash", lambda model: True)
+    monkeypatch.setattr(loading, "_FLASH", {"flash_attention_3": lambda: False, "flash_attention_2": lambda: True})
+    monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", lambda *_, **__: None)
+    monkeypatch.setitem(flash_stub.ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
+    monkeypatch.setattr(loading, "_attention_set", put)
+
+
+def test_flash_attention_is_taken_where_it_is_right_and_the_log_says_so(folder, monkeypatch, caplog):
+    on_a_gpu(monkeypatch, flash_stub.flash)
+    with caplog.at_level(logging.INFO, "lopd"):
+        model, _ = load_model(folder)
+    assert model.config._attn_implementation == "flash_attention_2"
+    assert f"Model {str(folder)!r}: attention flash_attention_2" in caplog.messages
+
+
+def wrong(module, query, *rest, **known):
+    output, weights = flash_stub.flash(module, query, *rest, **known)
+    return output * 1.5, weights
+
+
+def missing(*_, **__):
+    raise RuntimeError("FlashAttention only supports head dimension at most 256")
+
+
+@pytest.mark.parametrize("flash", [wrong, missing])
+def test_flash_attention_that_is_wrong_or_raises_is_not_taken(folder, monkeypatch, caplog, flash):
+    on_a_gpu(monkeypatch, flash)
+    with caplog.at_level(logging.INFO, "lopd"):
+        model, _ = load_model(folder)
+    assert model.config._attn_implementation == "sdpa"
+    assert f"Model {str(folder)!r}: attention sdpa" in caplog.messages
+    assert flash is wrong or any("head dimension" in line for line in caplog.messages)
+
+
+def test_weights_of_32_bits_and_the_cpu_take_what_transformers_takes(folder):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert load_model(folder, dtype)[0].config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_is_asked_for_is_taken_or_refused(folder):
+    assert load_model(folder, attention="eager")[0].config._attn_implementation == "eager"
+    for name in ("flash_attention_2", "nonsense"):
+        with pytest.raises(EngineError, match=rf"attention '{name}' cannot be used \(.*leave it out"):
+            load_model(folder, attention=name)

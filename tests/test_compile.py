@@ -1,0 +1,111 @@
+"""`torch.compile` of a student and of its layers: the same numbers, and a graph for each kind of shape, not for each shape."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import TOKENIZER_ID
+from flash_stub import take_flash
+from test_no_waiting import a_batch
+from torch._dynamo.utils import counters
+
+from lopd import CausalLMStudent, FusedOPDLoss
+from lopd.engines.causal_lm import decoder_of
+from lopd.errors import ModelError, ModelWarning
+
+# Dynamo looks at the gradients of whatever it meets
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+LOSS = FusedOPDLoss(ratio_to_ref=True)
+SHAPES = [(9, 1, 17), (5, 30)]
+MORE = [(20, 20), (7, 9, 33)]
+
+
+def gradients(student: Any, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Of each batch, flat."""
+    found = []
+    for seed, lengths in enumerate(shapes):
+        student.zero_grad()
+        student(a_batch(seed, lengths), LOSS).loss_sum.backward()
+        found.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+    return found
+
+
+def compile_layers(student: CausalLMStudent, backend: str) -> None:
+    for layer in decoder_of(student.model).layers:
+        layer.compile(backend=backend)
+
+
+def compile_all(student: CausalLMStudent, backend: str) -> None:
+    student.compile(backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("make", "recomputing"),
+    [
+        pytest.param(partial(compile_all, backend="aot_eager"), False, marks=pytest.mark.slow, id="all"),
+        pytest.param(partial(compile_layers, backend="eager"), True, id="layers, recomputed"),
+    ],
+)
+def test_what_is_compiled_has_the_same_gradients_and_few_graphs(llama, make: Callable[[CausalLMStudent], None], recomputing):
+    expected = gradients(CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID), [*SHAPES, *MORE])
+    torch._dynamo.reset()
+    counters.clear()
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID, gradient_checkpointing=recomputing)
+    make(student)
+    found = gradients(student, SHAPES)
+    graphs = counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 3
+    found += gradients(student, [*SHAPES, *MORE])[len(SHAPES) :]
+    assert counters["stats"]["unique_graphs"] == graphs, "another size of the same kind is the same graph"
+    assert not counters["graph_break"]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_packed_rollouts_are_compiled_too(llama):
+    model = copy.deepcopy(llama)
+    expected = gradients(CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID), SHAPES)
+    with take_flash(model):
+        student = CausalLMStudent(model, TOKENIZER_ID)
+        compile_layers(student, "eager")
+        for ours, theirs in zip(gradients(student, SHAPES), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_a_student_within_torch_compile_computes_the_same(llama):
+    expected = gradients(CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID), SHAPES)
+    compiled = torch.compile(CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID), backend="eager")
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients(compiled, SHAPES), expected, strict=True))
+
+
+def test_a_compiled_model_of_which_nothing_is_used_is_warned_of(llama):
+    model = copy.deepcopy(llama)
+    for compiled in (torch.compile(model, backend="eager"), model):
+        with (
+            torch.compiler.set_stance("force_eager"),
+            pytest.warns(ModelWarning, match=r"torch.compile is passed by.*`student.compile\(\)`"),
+        ):
+            CausalLMStudent(compiled, TOKENIZER_ID)
+        model.compile(backend="eager")
+
+
+def test_torch_compile_in_the_place_of_a_layer_is_refused_as_it_renames_weights(llama):
+    model = copy.deepcopy(llama)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    with torch.compiler.set_stance("force_eager"), pytest.raises(ModelError, match=r"_orig_mod.*compile in place"):
+        CausalLMStudent(model, TOKENIZER_ID)
+
+
+def test_what_is_compiled_is_exported_under_the_same_names(llama, tokenizer, tmp_path):
+    from lopd.engines.hf import load_model
+    from lopd.records import Lineage
+
+    student = CausalLMStudent(copy.deepcopy(llama), TOKENIZER_ID)
+    student.compile(backend="eager")
+    compile_layers(student, "eager")
+    student.export(tmp_path / "made", tokenizer, Lineage())
+    loaded = load_model(tmp_path / "made")[0].state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in llama.state_dict().items())

@@ -1,0 +1,70 @@
+"""Flushing several files and folders at once."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from lopd.records.flush import flush
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    """Files, and the folder that they stand in."""
+    files = [tmp_path / str(i) for i in range(20)]
+    for path in files:
+        path.touch()
+    return [*files, tmp_path]
+
+
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Inodes of what was flushed."""
+    found: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: found.append(os.fstat(descriptor).st_ino))
+    return found
+
+
+def inodes(paths: list[Path]) -> list[int]:
+    return sorted(path.stat().st_ino for path in paths)
+
+
+def test_each_is_flushed_once_and_nothing_stays_open(paths: list[Path], flushed: list[int]) -> None:
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 (names)
+    flush(*paths)
+    assert sorted(flushed) == inodes(paths)
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208 (names)
+
+
+def test_a_process_that_may_start_no_thread_flushes_one_after_the_other(
+    paths: list[Path], flushed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    flush(*paths)
+    assert sorted(flushed) == inodes(paths)
+
+
+def test_what_is_missing_is_an_error_unless_it_may_be(paths: list[Path], flushed: list[int]) -> None:
+    missing = paths[0].with_name("gone")
+    with pytest.raises(FileNotFoundError):
+        flush(missing, *paths)
+    assert flushed == []
+    flush(missing, *paths, missing_ok=True)
+    assert sorted(flushed) == inodes(paths)
+
+
+def test_an_error_of_one_among_many_is_raised(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = paths[3].stat().st_ino
+
+    def fsync(descriptor: int) -> None:
+        if os.fstat(descriptor).st_ino == bad:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output"):
+        flush(*paths)
