@@ -9,8 +9,6 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lopd import Lineage
-from lopd.engines.identity import folder_model_id
-from lopd.records import mixture_id
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -33,7 +31,7 @@ def model_folders(teachers: int = 1, root: Path = Path("runs/tiny")) -> list[Pat
     for seed, folder in enumerate(folders):
         _save(student, seed, folder)
         tokenizer.save_pretrained(folder)
-    Lineage(sft_teacher=mixture_id(map(folder_model_id, folders[1:]))).write(folders[0])
+    Lineage.of(*folders[1:]).write(folders[0])
     return folders
 
 

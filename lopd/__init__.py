@@ -11,6 +11,7 @@ from lopd.backends.lance.store import LanceStore as LanceStore
 from lopd.backends.memory_store import MemoryStore as MemoryStore
 from lopd.backends.opening import open_store as open_store
 from lopd.backends.zarr.store import ZarrStore as ZarrStore
+from lopd.engines.privileged import PrivilegedScorer as PrivilegedScorer
 from lopd.engines.student import CausalLMStudent as CausalLMStudent
 from lopd.errors import LopdError as LopdError
 from lopd.guards.audit import audit as audit
@@ -37,7 +38,7 @@ from lopd.records.collate import by_rollout as by_rollout
 from lopd.records.collate import by_token as by_token
 from lopd.records.collate import collate as collate
 from lopd.records.identity import ModelId as ModelId
-from lopd.records.manifest import Lineage as Lineage
+from lopd.records.lineage import Lineage as Lineage
 from lopd.records.manifest import Manifest as Manifest
 from lopd.records.manifest import SamplingParams as SamplingParams
 from lopd.records.prompts import make_prompts as make_prompts
@@ -47,6 +48,7 @@ from lopd.records.rollouts import Rollout as Rollout
 from lopd.records.rollouts import Scores as Scores
 from lopd.records.rollouts import floor_logprobs as floor_logprobs
 from lopd.records.steps import StepMetrics as StepMetrics
+from lopd.tools.interop.text import import_text as import_text
 from lopd.verbs.checkpoint import load_checkpoint as load_checkpoint
 from lopd.verbs.checkpoint import save_checkpoint as save_checkpoint
 from lopd.verbs.collect import collect_rollouts as collect_rollouts

@@ -1,6 +1,7 @@
 """What to try suites with, and which of their clauses fail."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,15 @@ def some_prompts(vocab_size: int) -> list[Prompt]:
 
 def filler(length: int) -> Rollout:
     return Rollout("filler", [2] * (length - 1), [3], [True], "length")
+
+
+def prompts_of(rollouts: Sequence[Rollout]) -> list[Prompt]:
+    return [Prompt(rollout.rollout_id, rollout.prompt_ids) for rollout in rollouts]
+
+
+def told_for(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each prompt with three tokens more in front."""
+    return [Prompt(prompt.prompt_id, [7, 8, 9, *prompt.token_ids]) for prompt in prompts]
 
 
 def clauses(suite: Any) -> list[str]:

@@ -8,9 +8,10 @@ from conftest import CONTEXT, TOKENIZER_ID, build_model, build_tokenizer
 from other_stubs import CompletionsStub, SGLangStub
 from served_table import MODEL
 from served_table import TOKENIZER as TABLE
-from suite_cases import TABLE_CONTEXT, filler, some_prompts, some_rollouts
+from suite_cases import TABLE_CONTEXT, filler, prompts_of, some_prompts, some_rollouts, told_for
 from vllm_stub import EOS, VOCAB, Stub
 
+from lopd import PrivilegedScorer
 from lopd.engines import pool
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.server import Servers, ServerScorer, ServerSource
@@ -84,6 +85,16 @@ class TestHFScorerWithCandidates(TestHFScorerWithTopKOfAPaddedHead):
 
 class TestHFScorerWithDrawnCandidatesAlone(TestHFScorer):
     drawn = 5
+
+
+class TestPrivilegedScorer(TestHFScorer):
+    def make(self) -> TeacherScorer:
+        prompts = prompts_of([*self.rollouts(), filler(CONTEXT + 1)])
+        return PrivilegedScorer(super().make(), prompts, told_for(prompts))
+
+
+class TestPrivilegedScorerWithCandidates(TestPrivilegedScorer):
+    kind, top_k, candidates, drawn = "qwen3_padded", 3, 4, 2
 
 
 class Served:

@@ -346,6 +346,26 @@ def test_13_as_a_page(run):
     assert Lineage.read(Path("runs/13/student")).opd_teacher == names["store"].columns["teacher"].model
 
 
+def test_15_the_text_is_learnt_and_its_writer_is_remembered(run):
+    out, _ = run("15_text_you_have")
+    losses = numbers(r"loss ([\d.]+)", out)
+    assert losses[-1] < 0.2 * losses[0]
+    assert "the student remembers its teacher: True" in out
+    # 16 answers of one digit, and their ends
+    assert "16 texts by teacher, 32 tokens to learn" in out
+    again, _ = run("15_text_you_have")
+    assert again == out, "the second run adds nothing to the store"
+
+
+def test_16_a_student_that_is_told_teaches_itself(run):
+    out, names = run("16_privileged_context")
+    curve = reverse_kl(out)
+    assert np.mean(curve[-4:]) < 0.5 * np.mean(curve[:4])
+    assert names["after"].mean < names["before"].mean
+    assert names["store"].columns["teacher"].is_of(names["store"].manifest.policy) is False
+    assert Lineage.read(Path("runs/16/student")).opd_teacher == names["store"].manifest.policy
+
+
 class Logger(ModuleType):
     """A stand-in with the few names that the page calls."""
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from chat_tokenizers import CHATML, DATED, STRICT, byte_tokenizer, texts
 
-import lopd.records.prompts as prompts_module
+import lopd.records.files as files_module
 from lopd import make_prompts, read_prompts
 from lopd.errors import MissingDependencyError, PromptError, PromptWarning
 
@@ -246,7 +246,7 @@ def test_a_template_without_jinja_says_what_to_install(monkeypatch):
 
 def test_a_record_that_no_model_reads_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
     tokenizer = byte_tokenizer(None)
-    monkeypatch.setattr(prompts_module, "LARGEST_ROW", 4000)
+    monkeypatch.setattr(files_module, "LARGEST_ROW", 4000)
     small, large = {"prompt": "hi"}, {"prompt": "h" * 5000}
     jsonl(tmp_path / "p.jsonl", [small, large])
     with pytest.raises(PromptError, match=r"Prompt file .*p.jsonl, line 2: it has more than 4,000 bytes; drop it"):

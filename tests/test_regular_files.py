@@ -14,7 +14,7 @@ from conftest import TOKENIZER_ID
 from lopd import CausalLMStudent, load_checkpoint, save_checkpoint
 from lopd.errors import CheckpointError, CorruptStoreError, InvalidRecordError, LopdError, PromptError, StoreWriteError
 from lopd.records import Lineage, read_prompts
-from lopd.records.manifest import LINEAGE_FILE
+from lopd.records.lineage import LINEAGE_FILE
 from lopd.records.paths import open_regular, read_regular
 from lopd.tools.report import RunHistory
 

@@ -12,7 +12,8 @@ from lopd.backends.files import Files, names_in, prove, reading, writing
 from lopd.backends.ragged import LogprobDtype
 from lopd.backends.sealing import damaged
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
-from lopd.records.manifest import LINEAGE_FILE, Manifest
+from lopd.records.lineage import LINEAGE_FILE
+from lopd.records.manifest import Manifest
 from lopd.records.stored import parse
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from lopd.engines.causal_lm import unwrap
 from lopd.errors import LopdError, ModelError, StoreExistsError, StoreWriteError
 from lopd.records.flush import flush
-from lopd.records.manifest import LINEAGE_FILE, Lineage
+from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.paths import read_regular
 from lopd.records.stored import LARGEST_JSON, parse
 

@@ -28,7 +28,7 @@ from lopd.engines.stored import StoredModel, stored_places
 from lopd.errors import EngineError, LopdError, ModelError
 from lopd.records.checks import check_kind
 from lopd.records.identity import ModelId, hash_function
-from lopd.records.manifest import refuse_store
+from lopd.records.lineage import refuse_store
 from lopd.records.paths import local_path
 
 #: Seconds for the hub to answer at all.

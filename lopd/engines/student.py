@@ -17,7 +17,7 @@ from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
 from lopd.records.checks import check_kind
 from lopd.records.identity import TokenizerId, TokenizerLike, fingerprint_tokenizer
-from lopd.records.manifest import Lineage
+from lopd.records.lineage import Lineage
 from lopd.records.paths import local_path
 from lopd.records.ranks import Ranks, on_first, sharded
 from lopd.records.steps import Batch, LossOutput

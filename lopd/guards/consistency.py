@@ -10,10 +10,13 @@ import warnings
 from collections.abc import Iterable, Sequence
 from enum import Enum
 
+from attrs import evolve
+
 from lopd.errors import ArgumentError, InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
 from lopd.protocols import LogprobReader, TeacherScorer
-from lopd.records.identity import HasVocabulary, TokenizerId, mixture_id
-from lopd.records.manifest import Lineage, Manifest, Provenance
+from lopd.records.identity import UNKNOWN, HasVocabulary, TokenizerId, mixture_id
+from lopd.records.lineage import Lineage
+from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 
 
@@ -21,11 +24,16 @@ class ConsistencyPolicy(Enum):
     """What to do when the scoring teacher is not the recorded SFT teacher, or none is recorded.
 
     RESIDUALISE trains on another teacher's scores if its habits were taken out of them (`lopd.residualise`), and stops otherwise.
+
+    PRIVILEGED is for scores of the policy itself, or of its SFT teacher, after other prompts than the policy's (`lopd.PrivilegedScorer`).
+    Consistency compares models that read the same, so it does not speak of these: under each of the others they draw a warning, and under
+    PRIVILEGED none.  Other scores are judged as under ERROR.
     """
 
     ERROR = "error"
     WARN = "warn"
     RESIDUALISE = "residualise"
+    PRIVILEGED = "privileged"
 
 
 def check_teacher_consistency(
@@ -37,13 +45,20 @@ def check_teacher_consistency(
 
     Raises:
         ArgumentError: the policy is something else, such as its name.
-        TeacherConsistencyError: another teacher, or an unknown one, under policy ERROR, or under RESIDUALISE if its scores are raw.
+        TeacherConsistencyError: another teacher, or an unknown one, under policy ERROR or PRIVILEGED, or under RESIDUALISE if its scores are raw.
     """
     if not isinstance(policy, ConsistencyPolicy):
         raise ArgumentError(
             f"Consistency: it is {policy!r:.80}, expected a ConsistencyPolicy; pass `lopd.ConsistencyPolicy.WARN` or another."
         )
     for teacher, wrong in zip(teachers, inconsistencies(manifest, teachers), strict=True):
+        if wrong is None and teacher.privileged and policy is not ConsistencyPolicy.PRIVILEGED:
+            warnings.warn(
+                f"Policy {manifest.policy}: the scoring teacher is {_who(manifest, teacher)} after other prompts than the policy's, of which teacher "
+                "consistency does not speak; pass `consistency=ConsistencyPolicy.PRIVILEGED` if this is meant.",
+                TeacherConsistencyWarning,
+                stacklevel=3,
+            )
         if wrong is None or (policy is ConsistencyPolicy.RESIDUALISE and teacher.residual):
             continue
         if policy is ConsistencyPolicy.RESIDUALISE:
@@ -51,7 +66,7 @@ def check_teacher_consistency(
                 f"{wrong}; its scores are {teacher.logprobs_mode}, expected a residual: write one with `lopd.residualise`."
             )
         message = f"{wrong}; {_remedy(manifest, teacher)}, or pass `consistency=ConsistencyPolicy.WARN` if you know why they differ."
-        if policy is ConsistencyPolicy.ERROR:
+        if policy is not ConsistencyPolicy.WARN:
             raise TeacherConsistencyError(message)
         warnings.warn(message, TeacherConsistencyWarning, stacklevel=3)
 
@@ -65,7 +80,7 @@ def _remedy(manifest: Manifest, teacher: Provenance) -> str:
         return f"if it is that model in {in_use}, score with it in {wanted}, for rounded weights are another model's; else SFT on its text"
     if sft is None:
         return (
-            "if that teacher wrote the SFT text, say so beside the weights before you sample (`Lineage(sft_teacher=scorer.provenance.model)"
+            "if that teacher wrote the SFT text, say so beside the weights before you sample (`Lineage.of(TEACHER)"
             ".write(FOLDER)`), else find out who wrote the SFT text (`lopd.audit`) and score with that teacher"
         )
     if _is_one_of_several(manifest, teacher):
@@ -74,7 +89,10 @@ def _remedy(manifest: Manifest, teacher: Provenance) -> str:
 
 
 def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance]) -> list[str | None]:
-    """What is wrong with each of the teachers that train together, in one clause; None for one that is the recorded SFT teacher, or its part."""
+    """What is wrong with each of the teachers that train together, in one clause.
+
+    None for one that is the recorded SFT teacher, or its part, or the policy itself after other prompts.
+    """
     sft = manifest.sft_teacher
     if sft is not None and teachers and sft.same_weights(mixture_id([teacher.model for teacher in teachers])):
         return [None] * len(teachers)
@@ -82,9 +100,14 @@ def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance]) -> list[
         f"Policy {manifest.policy}: its SFT teacher is {sft or 'not recorded'}, expected the scoring teacher {teacher.model}"
         for teacher in teachers
     )
-    return [
-        None if sft is not None and sft.same_weights(teacher.model) else clause for teacher, clause in zip(teachers, clauses, strict=True)
-    ]
+    return [None if _who(manifest, teacher) else clause for teacher, clause in zip(teachers, clauses, strict=True)]
+
+
+def _who(manifest: Manifest, teacher: Provenance) -> str:
+    """What a teacher that may score is to the policy; "" for another."""
+    if manifest.sft_teacher is not None and manifest.sft_teacher.same_weights(teacher.model):
+        return "the SFT teacher"
+    return "the policy itself" if teacher.privileged and manifest.policy.same_weights(teacher.model) else ""
 
 
 def verdict(manifest: Manifest, scored: Provenance) -> str:
@@ -94,16 +117,18 @@ def verdict(manifest: Manifest, scored: Provenance) -> str:
     >>> verdict(tiny_manifest(), tiny_provenance("other"))
     'not known: its SFT teacher is not recorded'
     """
-    if manifest.policy.same_weights(scored.model):
+    if scored.is_of(manifest.policy):
         return "the policy itself"
+    if scored.privileged and (who := _who(manifest, scored)):
+        return f"privileged: it is {who}, and read other prompts than the policy"
     if inconsistencies(manifest, [scored]) == [None]:
         return "consistent: it is the SFT teacher"
     if _is_one_of_several(manifest, scored):
         return f"consistent on its own prompts: it is one of the SFT teachers {manifest.sft_teacher}"
-    residual = ", but these scores are residuals" if scored.residual else ""
+    note = ", but these scores are residuals" if scored.residual else ", and it read other prompts than the policy" * scored.privileged
     if manifest.sft_teacher is None:
-        return f"not known: its SFT teacher is not recorded{residual}"
-    return f"not consistent: the SFT teacher is {manifest.sft_teacher}{residual}"
+        return f"not known: its SFT teacher is not recorded{note}"
+    return f"not consistent: the SFT teacher is {manifest.sft_teacher}{note}"
 
 
 def _is_one_of_several(manifest: Manifest, teacher: Provenance) -> bool:
@@ -138,11 +163,12 @@ def vocabulary_of(scorer: TeacherScorer) -> HasVocabulary:
 def lineage_after(manifest: Manifest, teachers: Sequence[Provenance]) -> Lineage:
     """What a student has been trained on after training on these rollouts.
 
-    Without a score column the student imitates whoever wrote the rollouts: that is SFT, and the writer is its SFT teacher.
+    Without a score column the student imitates whoever wrote the rollouts: that is SFT, and the writer is its SFT teacher, if it is known.
     """
     if not teachers:
-        return Lineage(sft_teacher=manifest.policy)
-    return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=mixture_id([teacher.model for teacher in teachers]))
+        return Lineage(sft_teacher=None if manifest.policy == UNKNOWN else manifest.policy)
+    models = [evolve(made.model, name=f"{made.model.name} (privileged)") if made.privileged else made.model for made in teachers]
+    return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=mixture_id(models))
 
 
 def check_reference(store: LogprobReader, column: str, generations: Iterable[int]) -> None:
@@ -160,8 +186,9 @@ def check_reference(store: LogprobReader, column: str, generations: Iterable[int
     if provenance is None:  # the virtual column: of each rollout's own policy
         return
     for policy in (store.generations[generation] for generation in generations):
-        if not provenance.model.same_weights(policy):
+        if not provenance.is_of(policy):
+            other = " after other prompts" * provenance.privileged
             raise InvalidRecordError(
-                f"{store!r}: column {column!r} was scored by {provenance.model}, expected the policy that sampled, {policy}; "
+                f"{store!r}: column {column!r} was scored by {provenance.model}{other}, expected the policy that sampled, {policy}; "
                 "a ratio to another model does not correct for what this one drew, so score the policy."
             )

@@ -183,8 +183,9 @@ def _teacher(store: LogprobReader, column: str) -> Provenance:
     provenance = store.columns.get(column)
     if provenance is None and column != BEHAVIOR_COLUMN:
         raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected a teacher's scores; run `score_rollouts` first.")
-    if provenance is None or provenance.residual:
-        what = "what the policy itself reported" if provenance is None else "a residual already"
+    if provenance is None or provenance.residual or provenance.privileged:
+        of = "of other prompts than the policy's" if provenance is not None and provenance.privileged else "a residual already"
+        what = "what the policy itself reported" if provenance is None else of
         raise InvalidRecordError(f"{store!r}: column {column!r} is {what}, expected a teacher's log-probs; pass the column of the teacher.")
     return provenance
 

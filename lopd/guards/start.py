@@ -154,9 +154,9 @@ def advise(tail: float) -> tuple[Verdict, str]:
 def _reference(store: LogprobReader) -> str:
     """The column of the policy that tells most."""
     policies, columns = store.generations.values(), store.columns
-    own = [name for name, made in columns.items() if all(made.model.same_weights(policy) for policy in policies)]
+    own = [name for name, made in columns.items() if all(made.is_of(policy) for policy in policies)]
     first = store.manifest.generation
-    kept = [name for name in [policy_column(first)] if name in columns and columns[name].model.same_weights(store.generations[first])]
+    kept = [name for name in [policy_column(first)] if name in columns and columns[name].is_of(store.generations[first])]
     wide = [name for name in (*kept, *own) if columns[name].top_k]
     return [*wide, *[BEHAVIOR_COLUMN] * bool(store.scored(BEHAVIOR_COLUMN).any()), *own, BEHAVIOR_COLUMN][0]
 

@@ -64,7 +64,7 @@ def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance)
         kept = reader.columns.get(column)
         policy = reader.generations[generation]
         # somebody may have scored another model into it
-        own = kept is not None and kept.model.same_weights(policy)
+        own = kept is not None and kept.is_of(policy)
         found = (kept.top_k - kept.candidates - kept.drawn, kept.drawn) if kept is not None and own else (0, 0)
         if found[0] < provenance.candidates or found[1] < provenance.drawn:
             raise MissingScoresError(

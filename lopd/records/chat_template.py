@@ -72,6 +72,18 @@ class ChatTemplate:
         """The token ids of checked messages, the generation prompt included."""
         return list(self._apply(messages, tools, variables, tokenize=True, return_dict=True)["input_ids"])
 
+    def written(self, answer: str, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
+        """What the template writes behind the prompt for this answer; None if it writes the prompt itself otherwise, or cannot be asked."""
+        if not self._source:
+            return answer
+        try:
+            prompt = str(self._apply(messages, tools, variables, tokenize=False))
+            answered = [*messages, {"role": "assistant", "content": answer}]
+            whole = str(self._apply(answered, tools, variables, tokenize=False, add_generation_prompt=False))
+        except Exception:  # a template may refuse an answer there
+            return None
+        return whole[len(prompt) :] if whole.startswith(prompt) else None
+
     def unread(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> Iterator[str]:
         """What the template does not mention: `tools`, variables, and keys of messages."""
         if not self._source:

@@ -79,6 +79,10 @@ class ModelId:
         return (self,)
 
 
+#: Whoever wrote a text of which nobody knows who wrote it; a student that learns such a text has no recorded SFT teacher.
+UNKNOWN = ModelId("unknown", "unknown", "unknown")
+
+
 def _key(model: ModelId) -> tuple[str, str, str]:
     """Name, parameters and the rest of a function; "" where it does not count or was not recorded."""
     if not model.revision.startswith(_HASHED):

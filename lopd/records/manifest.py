@@ -1,27 +1,23 @@
-"""Who made what: the manifest that a store carries, the provenance of each score column, the lineage of a student."""
+"""Who made what: the manifest that a store carries, and the provenance of each score column."""
 
-import json
 import math
-import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from operator import index
-from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from attrs import asdict, field, fields, frozen, has
 
-from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
+from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.records.checks import check_at_least, check_number, own_numbers, own_texts
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.parity import Parity
-from lopd.records.paths import local_path, read_regular
-from lopd.records.stored import LARGEST_JSON, parse, read_as
+from lopd.records.stored import read_as
 
 SCHEMA_VERSION = 1
-LINEAGE_FILE = "lopd.json"
 #: The `Provenance.logprobs_mode` of columns that `lopd.guards.residual` makes.
 RESIDUAL = "residual"
+#: How those of columns begin that `lopd.PrivilegedScorer` makes; what follows is a hash of the prompts.
+PRIVILEGED = "privileged"
 
 
 def _to_stop_ids(ids: Iterable[Any]) -> tuple[int, ...]:
@@ -133,7 +129,8 @@ class Provenance:
         vocab_hash: of that model's tokenizer.
         engine: name and version of what ran it; not part of the identity (`Preflight` compares what it computes), except that of a residual, whose
             fit it names.
-        logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0.
+        logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0;
+            `PRIVILEGED`, with a hash of the prompts, is raw after other prompts than the policy's.
         top_k: how many tokens are kept at each response token, beside the sampled one: the model's most likely ones, but for the next two.
         eos_id: what ends a text of that model, by its tokenizer; no part of the identity.
         parity: how this engine compared with another that ran the same model, when the column was begun: what the first append
@@ -178,6 +175,15 @@ class Provenance:
         """Whether an offset was subtracted from these log-probs."""
         return self.logprobs_mode == RESIDUAL
 
+    @property
+    def privileged(self) -> bool:
+        """Whether the model read other prompts than the policy did."""
+        return self.logprobs_mode.startswith(PRIVILEGED)
+
+    def is_of(self, policy: ModelId) -> bool:
+        """Whether these are a policy's own log-probs: those of its function, after the prompts that it read."""
+        return self.model.same_weights(policy) and not self.privileged
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""
         return asdict(self)
@@ -213,81 +219,6 @@ class Commit:
     column: str | None
     when: float
     rounding: float = 0.0
-
-
-class _Recorded(TypedDict):
-    """The part of a lineage file that `Lineage` reads; exports record more in it."""
-
-    sft_teacher: ModelId | None
-    opd_teacher: ModelId | None
-
-
-@frozen
-class Lineage:
-    """What a student was trained on: kept beside its weights, and copied into the manifest of what it samples.
-
-    Args:
-        sft_teacher: the model that wrote the SFT data; `mixture_id` of several.
-        opd_teacher: the model whose scores it was distilled on.
-
-    Raises:
-        InvalidRecordError: a teacher is not a `ModelId`.
-    """
-
-    sft_teacher: ModelId | None = None
-    opd_teacher: ModelId | None = None
-
-    def __attrs_post_init__(self) -> None:
-        for name, model in asdict(self, recurse=False).items():
-            if not isinstance(model, ModelId | None):
-                raise InvalidRecordError(f"Lineage: {name} is {model!r:.80}, expected a ModelId; pass `scorer.provenance.model`.")
-
-    def write(self, folder: str | Path) -> None:
-        """Write it into a model's folder; what else an export recorded there stays.
-
-        Raises:
-            InvalidRecordError: the folder is not there, or is a store.
-            CorruptStoreError: there is a lineage that cannot be read.
-        """
-        folder = local_path("Lineage", folder)
-        if not folder.is_dir():
-            raise InvalidRecordError(f"Lineage {folder}: there is no such folder, expected a model's; check the path.")
-        self.read(folder)
-        path = folder / LINEAGE_FILE
-        there = parse(read_regular(path, LARGEST_JSON)) if path.exists() else {}
-        path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "Lineage":
-        """What is recorded in a model's folder; an empty lineage if nothing is.
-
-        Raises:
-            CorruptStoreError: the file is not what lopd wrote.
-            InvalidRecordError: the folder is a store.
-        """
-        refuse_store("Lineage", folder := local_path("Lineage", folder))
-        path = folder / LINEAGE_FILE
-        if not path.exists():
-            return cls()
-        try:
-            data = read_as(_Recorded, parse(read_regular(path, LARGEST_JSON)), f"Lineage {path}")
-        except (OSError, ValueError) as error:
-            if isinstance(error, LopdError):
-                raise
-            raise CorruptStoreError(f"Lineage {path}: it cannot be read ({error}); restore or remove it.") from error
-        return cls(**data)
-
-
-def refuse_store(owner: str, folder: Path, refusal: type[LopdError] = InvalidRecordError) -> None:
-    """Refuse a store where a model is expected: its root may have the name of a lineage.
-
-    Raises:
-        LopdError: of the class `refusal`.
-    """
-    for path in (folder / LINEAGE_FILE, folder / "zarr.json"):
-        with suppress(OSError):
-            if re.search(b'"(manifest|lopd_storage)":', read_regular(path, LARGEST_JSON)):
-                raise refusal(f"{owner} {folder}: the folder is a store, expected a model's; pass the folder of the model.")
 
 
 def _difference(path: str, mine: Any, theirs: Any) -> str | None:

@@ -1,27 +1,18 @@
 """Prompts from JSONL, parquet, Hugging Face datasets, messages or plain strings."""
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date as Date  # noqa: N812 -- `date` is an argument here
-from hashlib import blake2b
 from typing import Any
-
-import numpy as np
 
 from lopd.errors import ContextOverflowError, PromptError
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind, check_at_least
-from lopd.records.optional import need
-from lopd.records.paths import asked, open_regular, path_or_url, without_secrets
+from lopd.records.contents import KEYS, check_names, checked, in_template, name_of, several
+from lopd.records.files import named_file, read_records
 from lopd.records.plain import as_id, as_text, plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import Prompt
-
-#: Bytes of one record of a file; a larger one is refused before it is parsed.
-LARGEST_ROW = 64 << 20
-_ROWS_AT_ONCE = 256
-_KEYS = ("id", "answer", "tools", "chat_template_kwargs")
 
 
 def read_prompts(
@@ -58,13 +49,10 @@ def read_prompts(
     """
     if not isinstance(path, str | os.PathLike):
         raise PromptError(f"Prompt file: the path is {a_kind(path)}, expected text or a path; pass records to `make_prompts`.")
-    path = path_or_url("Prompt file", path, PromptError)
-    owner = f"Prompt file {without_secrets(path)}"
-    _check_names(owner, field, template)
+    path, owner = named_file("Prompt file", path)
+    check_names(owner, template, field=field)
     rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
-    records = _read_records(path)
-    if not records:
-        raise PromptError(f"{owner}: it has 0 records, expected at least 1; check that it was written.")
+    records = read_records(owner, path)
     return _make(records, rendering, f"{owner}, record", owner=owner, field=field, template=template, max_tokens=max_tokens)
 
 
@@ -112,9 +100,9 @@ def make_prompts(
             that the tokenizer does not have, or the template or the tokenizer raised an error.
         ContextOverflowError: a prompt is longer than `max_tokens`.
     """
-    _check_names("Prompts", field, template)
+    check_names("Prompts", template, field=field)
     rendering = Rendering("Prompts", tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
-    records = [content if isinstance(content, Mapping) else {field: content} for content in _several(contents)]
+    records = [content if isinstance(content, Mapping) else {field: content} for content in several("Prompts", contents, "`read_prompts`")]
     beside: dict[str, Sequence[Any] | None] = {"id": ids, "answer": answers}
     for key, values in beside.items():
         if values is not None:
@@ -126,16 +114,6 @@ def make_prompts(
     return _make(records, rendering, "Prompt number", owner="Prompts", field=field, template=template, max_tokens=max_tokens)
 
 
-def _several(contents: Any) -> list[Any]:
-    # a dataset's splits and a frame's columns iterate as text, which would be taken for prompts
-    if isinstance(contents, str | Mapping) or hasattr(contents, "columns") or not isinstance(contents, Iterable):
-        what = f"the text {contents!r:.40}" if isinstance(contents, str) else a_kind(contents)
-        raise PromptError(
-            f"Prompts: they are {what}, expected a list; pass [text], one split of a dataset, rows of a table, or use `read_prompts`."
-        )
-    return list(contents)
-
-
 def _make(
     records: Iterable[Any], rendering: Rendering, item: str, *, owner: str, field: str, template: str, max_tokens: int | None
 ) -> list[Prompt]:
@@ -145,10 +123,10 @@ def _make(
         where = f"{item} {i}"
         if not isinstance(record, Mapping):
             raise PromptError(f"{where}: it is {a_kind(record)}, expected a mapping; write one JSON object a line.")
-        known = {key: plain(record.get(key), where) for key in (field, "messages", *_KEYS)}
+        known = {key: plain(record.get(key), where) for key in (field, "messages", *KEYS)}
         used = "messages" if known[field] is None else field
-        unread.update({key: None for key, value in record.items() if value is not None and key not in {used, *_KEYS}})
-        content = _in_template(template, _checked(known[used], field, where), where)
+        unread.update({key: None for key, value in record.items() if value is not None and key not in {used, *KEYS}})
+        content = in_template(template, checked(known[used], field, where), where)
         if isinstance(content, str) and content.startswith("[{") and '"role"' in content:
             rendering.doubts.add(where, "it is a list of messages as JSON text, which is read as text; decode it for the chat template")
         ids = rendering.tokenise(where, content, known["tools"], known["chat_template_kwargs"])
@@ -167,117 +145,8 @@ def _make(
     return prompts
 
 
-def _check_names(owner: str, field: str, template: str) -> None:
-    for name, value in (("field", field), ("template", template)):
-        if not isinstance(value, str):
-            raise PromptError(f"{owner}: `{name}` is {value!r:.80}, expected text; pass a str.")
-    if template.count("{prompt}") != 1:
-        raise PromptError(f"{owner}: `template` is {template!r:.80}, expected '{{prompt}}' in it once; put it where the prompt goes.")
-
-
-def _in_template(template: str, content: str | Messages, where: str) -> str | Messages:
-    if template == "{prompt}":
-        return content
-    if not isinstance(content, str):
-        raise PromptError(f"{where}: it is a list of messages, expected text for `template`; leave the template out.")
-    return template.replace("{prompt}", content)
-
-
-def _checked(content: Any, field: str, where: str) -> str | Messages:
-    """Text that is not empty, or messages of text that end with one to be answered."""
-    if content and isinstance(content, str):
-        return content
-    if (
-        not content
-        or not isinstance(content, list)
-        or not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in content)
-    ):
-        raise PromptError(
-            f"{where}: {field!r} is {content!r:.80}, expected text, or messages with a role and a content each; name the field with `field`."
-        )
-    for i, message in enumerate(content):
-        _check_message(message, f"{where}, message {i}")
-    text = text_of(content[-1])
-    if content[-1]["role"] == "assistant":
-        raise PromptError(
-            f"{where}: its last message is the assistant's ({text!r:.40}), expected one to be answered; drop the answer, which the policy would "
-            "otherwise be given."
-        )
-    if content[-1]["role"] == "user" and not text:
-        raise PromptError(f"{where}: its last message is empty, expected text; drop the record.")
-    return content
-
-
-def _check_message(message: Mapping[str, Any], where: str) -> None:
-    content = message.get("content")
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise PromptError(
-                    f"{where}: a part is {part!r:.80}, expected {{'type': 'text', 'text': ...}}; only text can be sampled from."
-                )
-    # an assistant that calls a tool may say nothing beside
-    elif not isinstance(content, str) and (content is not None or message["role"] != "assistant" or message.keys() == {"role"}):
-        raise PromptError(f"{where}: its content is {content!r:.80}, expected text or parts that are text; write it as text.")
-
-
 def _name(token_ids: Sequence[int], seen: dict[str, int]) -> str:
     """A name that depends on the tokens and not on the place in the file; equal prompts are numbered."""
-    digest = blake2b(np.array(token_ids, "<i4").tobytes(), digest_size=8).hexdigest()
-    seen[digest] = seen.get(digest, -1) + 1
-    return digest if seen[digest] == 0 else f"{digest}-{seen[digest]}"
-
-
-def _read_records(path: str) -> list[Any]:
-    try:
-        return asked(path, lambda: _records_of(path))
-    except OSError as error:
-        raise PromptError(
-            f"Prompt file {without_secrets(path)}: it cannot be read ({error}), expected a .jsonl or .parquet file; check the path."
-        ) from error
-
-
-def _records_of(path: str) -> list[Any]:
-    with _opened(path) as file:
-        return list(_parquet_rows(path, file) if path.endswith(".parquet") else _json_lines(path, file))
-
-
-def _opened(path: str) -> Any:
-    local = path.removeprefix("file://")
-    return need("fsspec", "Prompt files").open(path, "rb") if "://" in local else open_regular(local)
-
-
-def _json_lines(path: str, file: Any) -> Iterator[Any]:
-    for number, line in enumerate(iter(lambda: file.readline(LARGEST_ROW + 1), b""), 1):
-        _check_row(f"{without_secrets(path)}, line {number}", len(line))
-        if line.strip():
-            yield _parse(path, number, line)
-
-
-def _parquet_rows(path: str, file: Any) -> Iterator[Any]:
-    table, first = need("pyarrow.parquet", "Prompt files").ParquetFile(file), 0
-    for group in map(table.metadata.row_group, range(table.num_row_groups)):
-        # a page of kilobytes may become gigabytes, and says so
-        whole = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
-        _check_row(f"{without_secrets(path)}, a record from {first} on", whole // max(group.num_rows, 1))
-        first += group.num_rows
-    first = 0
-    for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
-        for i in range(len(batch) if batch.nbytes > LARGEST_ROW else 0):
-            _check_row(f"{without_secrets(path)}, record {first + i}", batch.slice(i, 1).nbytes)
-        first += len(batch)
-        yield from batch.to_pylist(maps_as_pydicts="strict")
-
-
-def _check_row(row: str, size: int) -> None:
-    if size > LARGEST_ROW:
-        raise PromptError(f"Prompt file {row}: it has more than {LARGEST_ROW:,} bytes; drop it, no model reads so much.")
-
-
-def _parse(path: str, number: int, line: bytes) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PromptError(
-            f"Prompt file {without_secrets(path)}, line {number}: it is not JSON ({error}), expected one object a line; fix the line."
-        ) from error
+    name = name_of(token_ids)
+    seen[name] = seen.get(name, -1) + 1
+    return name if seen[name] == 0 else f"{name}-{seen[name]}"

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -57,6 +58,7 @@ class Rendering:
                 raise PromptError(f"{owner}: `date` is {day!r:.40}, expected a datetime.date; pass one.")
         self._tools, self._variables = self._tools_in(owner, tools), self._variables_in(owner, variables)
         self._unread: dict[str, None] = {}
+        self._compared = False
         self._ends = {getattr(tokenizer, "eos_token_id", None)}
         if self._template:
             self._ends |= {id_ for id_, token in self._special.items() if self._template.answer_end == token}
@@ -75,20 +77,83 @@ class Rendering:
         Raises:
             PromptError: the template or the tokenizer refuses it, or there is no template to read it.
         """
-        own_tools, own_variables = self._tools_in(where, tools), self._variables_in(where, variables)
-        if not isinstance(content, str):
-            self._need_template(where, "a list of messages")
-        if self._template:
-            messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-            ids = self._converse(
-                self._template, where, messages, self._tools if own_tools is None else own_tools, {**self._variables, **own_variables}
-            )
-        else:
-            ids = self._encode(where, content, bare=self._verbatim)
+        given = self._given(where, content, tools, variables)
+        ids = self._converse(self._template, where, *given) if self._template else self._encode(where, content, bare=self._verbatim)
         if not ids:
             raise PromptError(f"{where}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
         self._doubt_ends(where, ids)
         return ids
+
+    def respond(self, where: str, prompt_ids: Sequence[int], content: str | Messages, response: str, **given: Any) -> list[int]:
+        """The token ids of a response, as a policy would draw them after the prompt.
+
+        The text is tokenised by itself, for sampling begins where the prompt ends, and gets the token with which the chat template ends an answer,
+        or else EOS.
+
+        Args:
+            where: how messages name the record.
+            prompt_ids: what `tokenise` gave for the prompt.
+            content: the prompt.
+            response: text; it may have the end token already.
+            given: `tools` and `variables` of this prompt, and whether the response `ended`, or was cut.
+
+        Raises:
+            PromptError: it has 0 tokens, it ends although it was cut, or there is no token to end it with.
+        """
+        whole = self._encode(where, response.rstrip(), bare=True)
+        ended = bool(whole) and whole[-1] in (self._special if self._verbatim else self._ends)
+        ids = whole[:-1] if ended else self._encode(where, response, bare=True)
+        if not ids:
+            raise PromptError(f"{where}: its response {response!r:.40} has 0 tokens, expected at least 1; drop the record.")
+        if ended and not given["ended"]:
+            raise PromptError(
+                f"{where}: its response ends with {self._special.get(whole[-1], str(whole[-1]))!r}, and its finish_reason is 'length', expected "
+                "'stop'; correct the record."
+            )
+        inside = next((token for token in ids if token in self._special), None)
+        if inside is not None:
+            self.doubts.add(
+                where, f"its response contains {self._special[inside]!r}, as if a chat template had written it; drop that from the text"
+            )
+        if not self._compared:
+            self._compared = True
+            messages = self._given(where, content, given["tools"], given["variables"]) if self._template else None
+            self._compare(where, messages, [*prompt_ids], ids, response)
+        return [*ids, whole[-1] if ended else self._end] if given["ended"] else ids
+
+    @cached_property
+    def _end(self) -> int:
+        """What ends a response."""
+        eos, written = getattr(self._tokenizer, "eos_token_id", None), self._template.answer_end if self._template else ""
+        end = next((id_ for id_, token in self._special.items() if token == written), eos)
+        if end is None:
+            raise PromptError(
+                f"{self._owner}: the tokenizer has no EOS token, expected one to end responses with; set `tokenizer.eos_token`."
+            )
+        if end != eos:
+            self.doubts.add(
+                self._owner,
+                f"responses end with {written!r}, as the chat template has it, and EOS is {getattr(self._tokenizer, 'eos_token', None)!r}; see that "
+                "sampling stops at both (`generation_config.eos_token_id`, or `SamplingParams(stop_ids=...)`)",
+            )
+        return int(end)
+
+    def _compare(self, where: str, asked: Any, prompt_ids: list[int], ids: list[int], response: str) -> None:
+        """Doubt whether tokens read as the chat template has the response, or as its text; one response is enough, for it concerns all."""
+        read = self._tokenizer.decode([*prompt_ids, *ids])[len(self._tokenizer.decode(prompt_ids)) :]
+        written = self._template.written(response, *asked) if self._template else response
+        if written is None:
+            self.doubts.add(
+                where,
+                "the chat template writes its prompt otherwise where an answer follows than where one is asked for, and responses go on from the "
+                "second; see that they begin as the model is to begin",
+            )
+        elif not written.startswith(read):
+            self.doubts.add(
+                where,
+                f"its response begins {read!r:.40}, expected {written!r:.40}, as the chat template or its text has it; it is trained as it is, so "
+                "correct the texts or the template if that is not meant",
+            )
 
     def doubt_template(self) -> None:
         """Note what concerns the template and not one prompt; call it when all were tokenised."""
@@ -105,6 +170,14 @@ class Rendering:
             )
         if self._day is not None and not self._template.clock_was_read:
             self.doubts.add(self._owner, "the chat template does not ask for today's date, so that `date` changes nothing; leave it out")
+
+    def _given(self, where: str, content: str | Messages, tools: Any, variables: Any) -> tuple[Messages, Any, Mapping[str, Any]]:
+        """Messages, tools and variables for the template."""
+        own_tools, own_variables = self._tools_in(where, tools), self._variables_in(where, variables)
+        if not isinstance(content, str):
+            self._need_template(where, "a list of messages")
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        return messages, self._tools if own_tools is None else own_tools, {**self._variables, **own_variables}
 
     def _converse(self, template: ChatTemplate, where: str, messages: Messages, tools: Any, variables: Mapping[str, Any]) -> list[int]:
         self._unread.update(dict.fromkeys(template.unread(messages, tools, variables)))

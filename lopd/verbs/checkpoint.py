@@ -26,7 +26,7 @@ from lopd.protocols import Student
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import check_at_least, check_kind
 from lopd.records.flush import flush
-from lopd.records.manifest import Lineage
+from lopd.records.lineage import Lineage
 from lopd.records.paths import local_path, open_regular
 from lopd.records.ranks import Ranks, alike, inner, on_first
 from lopd.records.stored import Count, read_as

@@ -19,7 +19,7 @@ from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import check_at_least
 from lopd.records.collate import Weighting, by_rollout, collate
-from lopd.records.manifest import Lineage
+from lopd.records.lineage import Lineage
 from lopd.records.ranks import Ranks
 from lopd.records.rollouts import Prompt
 from lopd.records.rows import Rows

@@ -171,10 +171,11 @@ class Preflight:
             )
 
     def _check_parity(self, scorer: TeacherScorer, truth: TeacherScorer, rollouts: Sequence[Rollout], together: Answers) -> Parity:
-        if not scorer.provenance.model.same_weights(truth.provenance.model):
+        ours, theirs_is = scorer.provenance, truth.provenance
+        if not ours.model.same_weights(theirs_is.model) or ours.logprobs_mode != theirs_is.logprobs_mode:
             raise ScorerError(
-                f"Scorer {scorer.provenance.model}: the truth it is to be compared with is {truth.provenance.model}, expected the same weights; "
-                "pass the same model to both, or the same `identity`."
+                f"Scorer {ours.model}: the truth it is to be compared with is {theirs_is.model} ({theirs_is.logprobs_mode}), expected the same "
+                f"weights and {ours.logprobs_mode} log-probs; pass the same model to both, or the same `identity`, and the same privileged prompts."
             )
         accepted = [rollout for rollout in rollouts if rollout.rollout_id in together]
         theirs, refused = score_each(truth, accepted, len(accepted))

@@ -10,6 +10,7 @@ from lopd.backends.lance.store import LanceStore
 from lopd.backends.memory_store import MemoryStore
 from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.hf import HFScorer, HFSource
+from lopd.engines.privileged import PrivilegedScorer
 from lopd.engines.server import ServerScorer, ServerSource
 from lopd.engines.student import CausalLMStudent
 from lopd.engines.vllm import VLLMScorer, VLLMSource
@@ -43,6 +44,10 @@ def rollout_sources(hf: HFSource, vllm: VLLMSource, served: ServerSource) -> tup
 
 def teacher_scorers(hf: HFScorer, vllm: VLLMScorer, served: ServerScorer) -> tuple[TeacherScorer, TeacherScorer, TeacherScorer]:
     return hf, vllm, served
+
+
+def told(scorer: PrivilegedScorer) -> TeacherScorer:
+    return scorer
 
 
 def memory_store(store: MemoryStore) -> tuple[LogprobStore, LogprobReader, LogprobWriter]:

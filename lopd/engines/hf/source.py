@@ -20,7 +20,8 @@ from lopd.engines.supports import make_support
 from lopd.errors import ContextOverflowError
 from lopd.records.checks import check_at_least, check_kind, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
-from lopd.records.manifest import Lineage, Manifest, SamplingParams
+from lopd.records.lineage import Lineage
+from lopd.records.manifest import Manifest, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, rollout_id
 
 

@@ -45,7 +45,8 @@ from lopd.engines.workers import Request
 from lopd.errors import EngineError, InvalidRecordError, LopdError
 from lopd.records.checks import check_at_least, check_kind, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
-from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
+from lopd.records.lineage import Lineage
+from lopd.records.manifest import Manifest, Provenance, SamplingParams
 from lopd.records.optional import need
 from lopd.records.paths import read_regular
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id

@@ -34,7 +34,8 @@ from lopd.engines.vllm.settings import VLLMSettings
 from lopd.errors import ContextOverflowError, EngineError, ModelError
 from lopd.records.checks import check_kind, check_number, own_numbers
 from lopd.records.identity import ModelId, TokenizerId, fingerprint_tokenizer
-from lopd.records.manifest import Lineage, Manifest, Provenance, SamplingParams
+from lopd.records.lineage import Lineage
+from lopd.records.manifest import Manifest, Provenance, SamplingParams
 from lopd.records.rollouts import Prompt, Rollout, Scores, rollout_id
 
 _COLDEST = 0.01

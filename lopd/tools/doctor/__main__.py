@@ -16,7 +16,7 @@ from attrs import asdict
 from lopd.errors import InvalidRecordError
 from lopd.guards.consistency import verdict
 from lopd.protocols import DurableStore
-from lopd.records.manifest import Lineage
+from lopd.records.lineage import Lineage
 from lopd.records.optional import need
 from lopd.tools.command_line import FINE, PROBLEMS, add_storage_option, opened, print_json, run, say, show
 from lopd.tools.doctor.checking import check_store

@@ -8,7 +8,7 @@ import numpy as np
 from attrs import frozen
 
 from lopd.errors import TeacherConsistencyError
-from lopd.guards.consistency import check_teacher_consistency
+from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency
 from lopd.guards.start import StartReport
 from lopd.protocols import DurableStore, LogprobReader
 from lopd.protocols.reading import evenly, in_batches
@@ -149,10 +149,10 @@ def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
 
 
 def _describe(store: LogprobReader, name: str, provenance: Provenance, history: tuple[Commit, ...]) -> ColumnInfo:
-    of_policy = any(provenance.model.same_weights(policy) for policy in store.generations.values())
+    of_policy = any(provenance.is_of(policy) for policy in store.generations.values())
     objection = None
     try:
-        check_teacher_consistency(store.manifest, [provenance])
+        check_teacher_consistency(store.manifest, [provenance], ConsistencyPolicy.PRIVILEGED)
     except TeacherConsistencyError as error:
         objection = str(error)
     rounding = max((commit.rounding for commit in history if commit.column == name), default=0.0)

@@ -1,4 +1,4 @@
-"""Rollouts and log-probs for other people's tools: torch datasets, parquet, Hugging Face `datasets`, and the authors' own files."""
+"""Rollouts and log-probs for other people's tools: torch datasets, parquet, Hugging Face `datasets`, the authors' own files, text for SFT."""
 
 from lopd.tools.interop.authors import AuthorsReport as AuthorsReport
 from lopd.tools.interop.authors import import_authors_parquet as import_authors_parquet
@@ -8,4 +8,5 @@ from lopd.tools.interop.huggingface import to_hf_dataset as to_hf_dataset
 from lopd.tools.interop.parquet import export_parquet as export_parquet
 from lopd.tools.interop.parquet import import_parquet as import_parquet
 from lopd.tools.interop.parquet import parquet_manifest as parquet_manifest
+from lopd.tools.interop.text import import_text as import_text
 from lopd.tools.interop.torch_dataset import TorchDataset as TorchDataset

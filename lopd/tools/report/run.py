@@ -17,7 +17,7 @@ from lopd.protocols import LogprobReader
 from lopd.protocols.reading import evenly
 from lopd.records.checks import check_at_least
 from lopd.records.drift import TAIL, AdvantageSummary
-from lopd.records.manifest import Lineage
+from lopd.records.lineage import Lineage
 from lopd.records.rollouts import BEHAVIOR_COLUMN
 from lopd.records.steps import StepMetrics
 from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
@@ -146,7 +146,7 @@ def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
     return [
         *facts,
         Fact("scored by", str(scored.model), note),
-        Fact("teacher consistency", judged, why, "good" if judged.startswith("consistent") else "bad"),
+        Fact("teacher consistency", judged, why, "good" if judged.startswith(("consistent", "privileged")) else "bad"),
     ]
 
 

@@ -1,0 +1,107 @@
+"""What a record may hold: a text or messages, what stands beside them, and what the record is called without a name."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from lopd.errors import PromptError
+from lopd.records.chat_template import Messages, text_of
+from lopd.records.checks import a_kind
+
+#: Keys of a record that are read beside its text.
+KEYS = ("id", "answer", "tools", "chat_template_kwargs")
+
+
+def several(owner: str, contents: Any, reader: str) -> Iterable[Any]:
+    """Return the contents, if they are many: a list, rows of a table, or a dataset, whole or streamed.
+
+    Args:
+        owner: how messages name all of them.
+        contents: what was passed for them.
+        reader: what takes a file instead, for the message.
+
+    Raises:
+        PromptError: they are one text, one record, or of another kind.
+    """
+    # a dataset's splits and a frame's columns iterate as text, which would be taken for prompts
+    if isinstance(contents, str | Mapping) or hasattr(contents, "columns") or not isinstance(contents, Iterable):
+        what = f"the text {contents!r:.40}" if isinstance(contents, str) else a_kind(contents)
+        raise PromptError(
+            f"{owner}: they are {what}, expected a list; pass [text], one split of a dataset, rows of a table, or use {reader}."
+        )
+    return contents
+
+
+def check_names(owner: str, template: str, **fields: str) -> None:
+    """Check that the template has one place for a prompt, and that names of fields are text.
+
+    Raises:
+        PromptError: they are not.
+    """
+    for name, value in {**fields, "template": template}.items():
+        if not isinstance(value, str):
+            raise PromptError(f"{owner}: `{name}` is {value!r:.80}, expected text; pass a str.")
+    if template.count("{prompt}") != 1:
+        raise PromptError(f"{owner}: `template` is {template!r:.80}, expected '{{prompt}}' in it once; put it where the prompt goes.")
+
+
+def in_template(template: str, content: str | Messages, where: str) -> str | Messages:
+    """Return the prompt with the template around it.
+
+    Raises:
+        PromptError: it is messages.
+    """
+    if template == "{prompt}":
+        return content
+    if not isinstance(content, str):
+        raise PromptError(f"{where}: it is a list of messages, expected text for `template`; leave the template out.")
+    return template.replace("{prompt}", content)
+
+
+def checked(content: Any, field: str, where: str) -> str | Messages:
+    """Return text that is not empty, or messages of text that end with one to be answered.
+
+    Raises:
+        PromptError: it is something else; it names the record.
+    """
+    if content and isinstance(content, str):
+        return content
+    if (
+        not content
+        or not isinstance(content, list)
+        or not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in content)
+    ):
+        raise PromptError(
+            f"{where}: {field!r} is {content!r:.80}, expected text, or messages with a role and a content each; name the field with `field`."
+        )
+    for i, message in enumerate(content):
+        _check_message(message, f"{where}, message {i}")
+    text = text_of(content[-1])
+    if content[-1]["role"] == "assistant":
+        raise PromptError(
+            f"{where}: its last message is the assistant's ({text!r:.40}), expected one to be answered; drop the answer, which the policy would "
+            "otherwise be given."
+        )
+    if content[-1]["role"] == "user" and not text:
+        raise PromptError(f"{where}: its last message is empty, expected text; drop the record.")
+    return content
+
+
+def _check_message(message: Mapping[str, Any], where: str) -> None:
+    content = message.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise PromptError(
+                    f"{where}: a part is {part!r:.80}, expected {{'type': 'text', 'text': ...}}; only text can be sampled from."
+                )
+    # an assistant that calls a tool may say nothing beside
+    elif not isinstance(content, str) and (content is not None or message["role"] != "assistant" or message.keys() == {"role"}):
+        raise PromptError(f"{where}: its content is {content!r:.80}, expected text or parts that are text; write it as text.")
+
+
+def name_of(token_ids: Sequence[int]) -> str:
+    """The name of a prompt without one: it depends on the tokens and not on the place in the file."""
+    return blake2b(np.array(token_ids, "<i4").tobytes(), digest_size=8).hexdigest()

@@ -1,0 +1,117 @@
+"""Who taught a student: its lineage, which is kept beside its weights."""
+
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import TypedDict
+
+from attrs import asdict, frozen
+
+from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
+from lopd.records.identity import ModelId, mixture_id
+from lopd.records.optional import need
+from lopd.records.paths import local_path, read_regular
+from lopd.records.stored import LARGEST_JSON, parse, read_as
+
+LINEAGE_FILE = "lopd.json"
+
+
+class _Recorded(TypedDict):
+    """The part of a lineage file that `Lineage` reads; exports record more in it."""
+
+    sft_teacher: ModelId | None
+    opd_teacher: ModelId | None
+
+
+@frozen
+class Lineage:
+    """What a student was trained on: kept beside its weights, and copied into the manifest of what it samples.
+
+    Args:
+        sft_teacher: the model that wrote the SFT data; `mixture_id` of several.
+        opd_teacher: the model whose scores it was distilled on.
+
+    Raises:
+        InvalidRecordError: a teacher is not a `ModelId`.
+    """
+
+    sft_teacher: ModelId | None = None
+    opd_teacher: ModelId | None = None
+
+    def __attrs_post_init__(self) -> None:
+        for name, model in asdict(self, recurse=False).items():
+            if not isinstance(model, ModelId | None):
+                raise InvalidRecordError(f"Lineage: {name} is {model!r:.80}, expected a ModelId; pass `scorer.provenance.model`.")
+
+    @classmethod
+    def of(cls, *writers: str | Path | ModelId) -> "Lineage":
+        """The lineage of a student whose SFT text these models wrote.
+
+        A folder is identified by its weights, which are read a few at a time and never made a model (some seconds per GB); a hub name by
+        those of its snapshot, which is downloaded unless it is there.  Of a model without weights to read, state the identity:
+        `ModelId(name, version, dtype)`.
+
+        Raises:
+            EngineError: there is no such folder or model.
+            ModelError: its weights cannot be identified (`lopd.engines.identity.folder_model_id`).
+            InvalidRecordError: there are no writers.
+        """
+        if not writers:
+            raise InvalidRecordError("Lineage: it is of 0 models, expected at least 1; an unknown one is `Lineage()`.")
+        models = [writer if isinstance(writer, ModelId) else _identify(writer) for writer in writers]
+        return cls(sft_teacher=mixture_id(models))
+
+    def write(self, folder: str | Path) -> None:
+        """Write it into a model's folder; what else an export recorded there stays.
+
+        Raises:
+            InvalidRecordError: the folder is not there, or is a store.
+            CorruptStoreError: there is a lineage that cannot be read.
+        """
+        folder = local_path("Lineage", folder)
+        if not folder.is_dir():
+            raise InvalidRecordError(f"Lineage {folder}: there is no such folder, expected a model's; check the path.")
+        self.read(folder)
+        path = folder / LINEAGE_FILE
+        there = parse(read_regular(path, LARGEST_JSON)) if path.exists() else {}
+        path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Lineage":
+        """What is recorded in a model's folder; an empty lineage if nothing is.
+
+        Raises:
+            CorruptStoreError: the file is not what lopd wrote.
+            InvalidRecordError: the folder is a store.
+        """
+        refuse_store("Lineage", folder := local_path("Lineage", folder))
+        path = folder / LINEAGE_FILE
+        if not path.exists():
+            return cls()
+        try:
+            data = read_as(_Recorded, parse(read_regular(path, LARGEST_JSON)), f"Lineage {path}")
+        except (OSError, ValueError) as error:
+            if isinstance(error, LopdError):
+                raise
+            raise CorruptStoreError(f"Lineage {path}: it cannot be read ({error}); restore or remove it.") from error
+        return cls(**data)
+
+
+def _identify(folder: str | Path) -> ModelId:
+    """The identity of a folder, by the engines, which stand on a floor above and bring their own dependencies: so they are asked for by name."""
+    need("transformers", "Lineage.of")
+    identity: ModelId = need("lopd.engines.identity", "Lineage.of").folder_model_id(folder)
+    return identity
+
+
+def refuse_store(owner: str, folder: Path, refusal: type[LopdError] = InvalidRecordError) -> None:
+    """Refuse a store where a model is expected: its root may have the name of a lineage.
+
+    Raises:
+        LopdError: of the class `refusal`.
+    """
+    for path in (folder / LINEAGE_FILE, folder / "zarr.json"):
+        with suppress(OSError):
+            if re.search(b'"(manifest|lopd_storage)":', read_regular(path, LARGEST_JSON)):
+                raise refusal(f"{owner} {folder}: the folder is a store, expected a model's; pass the folder of the model.")

@@ -1,0 +1,100 @@
+"""Text for SFT, from whoever wrote it, into a store."""
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import date as Date  # noqa: N812 -- `date` is an argument here
+from pathlib import Path
+from typing import Any
+
+from lopd.backends.memory_store import MemoryStore
+from lopd.errors import ArgumentError, InvalidRecordError
+from lopd.protocols import LogprobStore
+from lopd.records.checks import a_kind, check_at_least
+from lopd.records.contents import check_names, several
+from lopd.records.files import named_file, read_records
+from lopd.records.identity import UNKNOWN, ModelId, fingerprint_tokenizer
+from lopd.records.lineage import Lineage
+from lopd.records.manifest import Manifest, SamplingParams
+from lopd.records.rendering import Rendering
+from lopd.records.texts import Fields, Limit, TooLong, make_texts
+
+_ROWS_PER_COMMIT = 1024
+
+
+def import_text(
+    texts: str | os.PathLike[str] | Iterable[Any],
+    tokenizer: Any,
+    *,
+    teacher: str | Path | ModelId | None,
+    store: Callable[[Manifest], LogprobStore] = MemoryStore,
+    field: str = "prompt",
+    response: str = "response",
+    template: str = "{prompt}",
+    max_tokens: int | None = None,
+    too_long: TooLong = "refuse",
+    verbatim: bool = False,
+    tools: Sequence[Any] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    date: Date | None = None,
+) -> LogprobStore:
+    """A store with one rollout for each text, for SFT: `batches(import_text(...), teacher=None)` trains on the tokens of the responses.
+
+    A text is a pair (prompt, response), a list of messages that ends with the assistant's, or a record, such as a row of a Hugging Face dataset,
+    whole or streamed.  A record has `record[field]` and `record[response]`, or messages under `field` or "messages".  Prompts are what
+    `make_prompts` makes of them, with "id", "tools" and "chat_template_kwargs"; of several answers the last is trained, and the others are read.
+    A "finish_reason" of "length" says that a response was cut: it gets no end token.
+
+    The chat template is applied to the prompt, once.  The response follows as text, where a policy would begin to sample, and gets the token with
+    which the template ends an answer, or else EOS, unless it has it.  A `PromptWarning` says where the template itself would write the response
+    otherwise, and all that `make_prompts` doubts.
+
+    The same call again adds nothing to a store that has the texts; nothing is committed unless all of them are right.
+
+    Args:
+        texts: a file with one record per line (`.jsonl`) or row (`.parquet`), local or a URL that fsspec opens; or texts in memory.
+        tokenizer: of the student.
+        teacher: who wrote the responses, as in `Lineage.of`: a folder, a hub name, or a `ModelId`.  None says that nobody knows, or that no
+            model did; the student then has no SFT teacher, and `batches` asks for one before OPD.
+        store: makes the store, for example `lambda manifest: ZarrStore.open_or_create("text.zarr", manifest)`.  Its `sampling` has the
+            defaults: how the text was drawn is not known.
+        field: key of the prompt in a record.
+        response: key of the response.
+        template: text around each prompt that is a string.
+        max_tokens: longest text allowed, prompt and response together; None for no limit.
+        too_long: what becomes of longer ones: they are refused with their number, left out, or their responses are cut.
+        verbatim: texts carry the chat template already, or want none: they are tokenised as they are, and only EOS is added.
+        tools: for records without tools.
+        chat_template_kwargs: variables of the chat template.
+        date: what the chat template reads as today.
+
+    Raises:
+        PromptError: a text cannot be turned into tokens; it names the record.
+        ContextOverflowError: texts are longer than `max_tokens`; it counts them.
+        ArgumentError: the tokenizer, the teacher or the store is something else.
+        InvalidRecordError: `max_tokens` or `too_long` makes no sense.
+        EngineError: there is no such teacher.
+        ModelError: the teacher cannot be identified.
+        ManifestMismatchError: the store is of another writer or tokenizer.
+        ConflictError: the store has another text under an id.
+    """
+    of = fingerprint_tokenizer(tokenizer)
+    if too_long not in ("refuse", "drop", "cut"):
+        raise InvalidRecordError(f"Texts: too_long is {too_long!r:.40}, expected 'refuse', 'drop' or 'cut'; pass one of them.")
+    if not callable(store):
+        raise ArgumentError(
+            f"Texts: store is {a_kind(store)}, expected what makes one; pass `lambda manifest: ZarrStore.open_or_create(PATH, manifest)`."
+        )
+    limit = Limit(None if max_tokens is None else check_at_least("Texts", "max_tokens", max_tokens, 2), too_long)
+    owner, item = "Texts", "Text number"
+    if isinstance(texts, str | os.PathLike):
+        path, owner = named_file("Text file", texts)
+        item, texts = f"{owner}, record", read_records(owner, path)
+    check_names(owner, template, field=field, response=response)
+    rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
+    rollouts = make_texts((owner, item), several(owner, texts, "a path"), rendering, Fields(field, response, template), limit)
+    rendering.doubts.warn(stacklevel=2)
+    writer = UNKNOWN if teacher is None else Lineage.of(teacher).sft_teacher or UNKNOWN
+    made = store(Manifest(of, writer, SamplingParams()))
+    for first in range(0, len(rollouts), _ROWS_PER_COMMIT):
+        made.append(rollouts[first : first + _ROWS_PER_COMMIT])
+    return made

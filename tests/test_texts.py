@@ -1,0 +1,211 @@
+"""Text that somebody wrote -> rollouts for SFT: one template, one end, no prompt among the targets, and a writer who is named."""
+
+import json
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from chat_tokenizers import CHATML, STRICT, byte_tokenizer
+
+from lopd import CausalLMStudent, FusedSFTLoss, Lineage, ModelId, ZarrStore, batches, import_text, make_prompts, opd_steps
+from lopd.engines.hf import folder_model_id
+from lopd.errors import ArgumentError, ConflictError, ContextOverflowError, EngineError, InvalidRecordError, PromptError, PromptWarning
+from lopd.records import fingerprint_tokenizer, mixture_id
+
+WRITER = ModelId("writer", "7", "bfloat16")
+PAIRS = [("what is 2 + 3?", "5"), ("what is 4 + 4?", "8")]
+MESSAGES = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}] for prompt, response in PAIRS]
+RECORDS = [{"prompt": prompt, "response": response} for prompt, response in PAIRS]
+
+
+def rollouts_of(store):
+    return [record.rollout for record in store.read(range(len(store)))]
+
+
+def texts_of(tokenizer, store):
+    """(prompt, response) of each rollout, as text."""
+    return [(tokenizer.decode(r.prompt_ids.tolist()), tokenizer.decode(r.response_ids.tolist())) for r in rollouts_of(store)]
+
+
+def test_pairs_messages_records_files_and_datasets_give_the_same_rollouts(tokenizer, tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in MESSAGES))
+    pq.write_table(pa.Table.from_pylist(RECORDS), tmp_path / "t.parquet")
+    dataset = datasets.Dataset.from_list([{"messages": messages} for messages in MESSAGES])
+    completions = [{"prompt": messages[:1], "response": messages[1:]} for messages in MESSAGES]
+    forms = [
+        PAIRS,
+        MESSAGES,
+        RECORDS,
+        completions,
+        iter(RECORDS),
+        tmp_path / "t.jsonl",
+        str(tmp_path / "m.jsonl"),
+        tmp_path / "t.parquet",
+        dataset,
+        dataset.to_iterable_dataset(),
+    ]
+    prompts = make_prompts([prompt for prompt, _ in PAIRS], tokenizer)
+    for form in forms:
+        made = rollouts_of(import_text(form, tokenizer, teacher=WRITER))
+        assert [r.rollout_id for r in made] == [f"{prompt.prompt_id}/s0/g0" for prompt in prompts]
+        assert [r.prompt_ids.tolist() for r in made] == [prompt.token_ids.tolist() for prompt in prompts]
+        assert [r.response_ids.tolist() for r in made] == [[*tokenizer(response)["input_ids"], 0] for _, response in PAIRS]
+        assert all(r.loss_mask.all() and r.finish_reason == "stop" for r in made)
+
+
+def test_a_student_is_trained_and_remembers_who_wrote(tokenizer, make_model, tmp_path):
+    make_model("llama_tied", seed=1).save_pretrained(tmp_path / "teacher")
+    store = import_text(PAIRS, tokenizer, teacher=tmp_path / "teacher")
+    assert store.manifest.policy == folder_model_id(tmp_path / "teacher") == Lineage.of(tmp_path / "teacher").sft_teacher
+    student = CausalLMStudent(make_model("llama_tied", seed=2), tokenizer)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    steps = batches(store, teacher=None)[:4]
+    curve = [metrics.loss for metrics in opd_steps(student, steps, FusedSFTLoss(), optimizer)]
+    assert curve[-1] < curve[0]
+    assert steps.lineage == Lineage(sft_teacher=store.manifest.policy)
+
+
+def test_a_writer_whom_nobody_knows_is_no_teacher(tokenizer):
+    assert batches(import_text(PAIRS, tokenizer, teacher=None), teacher=None).lineage == Lineage()
+
+
+def test_a_lineage_is_of_folders_identities_and_several(tmp_path):
+    other = ModelId("other", "8", "bfloat16")
+    assert Lineage.of(WRITER) == Lineage(sft_teacher=WRITER)
+    assert Lineage.of(WRITER, other).sft_teacher == mixture_id([WRITER, other])
+    with pytest.raises(EngineError, match="cannot be loaded"):
+        Lineage.of(tmp_path / "nothing")
+    with pytest.raises(InvalidRecordError, match="of 0 models"):
+        Lineage.of()
+
+
+def test_the_same_call_again_adds_nothing_and_another_text_under_an_id_is_refused(tokenizer, tmp_path):
+    def again(texts):
+        return import_text(texts, tokenizer, teacher=WRITER, store=lambda m: ZarrStore.open_or_create(tmp_path / "t.zarr", m))
+
+    assert len(again(PAIRS)) == len(again(PAIRS)) == 2
+    with pytest.raises(ConflictError):
+        again([(PAIRS[0][0], "9")])
+
+
+def test_responses_to_one_prompt_are_its_samples_and_an_id_is_of_one_prompt(tokenizer):
+    made = rollouts_of(import_text([("a", "b"), ("c", "d"), ("a", "e")], tokenizer, teacher=WRITER))
+    name = made[0].rollout_id.partition("/")[0]
+    assert made[2].rollout_id == f"{name}/s1/g0"
+    records = [{"id": "x", "prompt": prompt, "response": "e"} for prompt in "ab"]
+    with pytest.raises(PromptError, match="Text number 1: its id 'x' is that of another prompt"):
+        import_text(records, tokenizer, teacher=WRITER)
+
+
+def test_earlier_turns_are_read_and_the_last_answer_is_trained(tokenizer):
+    chat = [{"role": "system", "content": "s"}, *MESSAGES[0], *MESSAGES[1]]
+    ((prompt, response),) = texts_of(tokenizer, import_text([chat], tokenizer, teacher=WRITER))
+    assert prompt == "<|system|>s<|eos|><|user|>what is 2 + 3?<|eos|><|assistant|>5<|eos|><|user|>what is 4 + 4?<|eos|><|assistant|>"
+    assert response == "8<|eos|>"
+
+
+@pytest.mark.parametrize("response", ["5", "5<|im_end|>", "5<|im_end|>\n"])
+def test_a_response_ends_once_as_the_template_ends_it(response):
+    tokenizer = byte_tokenizer(CHATML)
+    assert texts_of(tokenizer, import_text([("q", response)], tokenizer, teacher=WRITER)) == [
+        ("<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "5<|im_end|>")
+    ]
+
+
+def test_an_end_that_is_not_eos_draws_a_warning():
+    tokenizer = byte_tokenizer(CHATML, eos="</s>")
+    with pytest.warns(PromptWarning, match="responses end with '<|im_end|>', .* EOS is '</s>'; see that sampling stops at both"):
+        store = import_text([("q", "a"), ("r", "b")], tokenizer, teacher=WRITER)
+    assert [response for _, response in texts_of(tokenizer, store)] == ["a<|im_end|>", "b<|im_end|>"]
+
+
+def test_a_response_that_was_cut_has_no_end(tokenizer):
+    records = [{**RECORDS[0], "finish_reason": reason} for reason in ("length", "stop", None)]
+    made = rollouts_of(import_text(records, tokenizer, teacher=WRITER))
+    assert [(r.finish_reason, r.response_ids[-1] == 0) for r in made] == [("length", False), ("stop", True), ("stop", True)]
+
+
+def test_verbatim_text_gets_nothing_but_an_end():
+    tokenizer = byte_tokenizer(CHATML, before="<s>")
+    pairs = [("<s>q: ", "a"), ("<s>r: ", "b<|im_end|>")]
+    store = import_text(pairs, tokenizer, teacher=WRITER, verbatim=True)
+    assert texts_of(tokenizer, store) == [("<s>q: ", "a<|im_end|>"), ("<s>r: ", "b<|im_end|>")]
+    plain = byte_tokenizer(None, before="<s>")
+    assert texts_of(plain, import_text([("q: ", "a")], plain, teacher=WRITER)) == [("<s>q: ", "a<|im_end|>")]
+
+
+def test_a_template_around_a_template_and_a_response_of_one_draw_warnings():
+    tokenizer = byte_tokenizer(CHATML)
+    with pytest.warns(PromptWarning, match="as if it carried a chat template already"):
+        import_text([("<|im_start|>user\nq<|im_end|>\n", "a")], tokenizer, teacher=WRITER)
+    with pytest.warns(PromptWarning, match=r"its response contains '<\|im_start\|>', as if a chat template had written it"):
+        import_text([("q", "<|im_start|>assistant\na")], tokenizer, teacher=WRITER)
+
+
+def test_a_response_that_the_template_would_write_otherwise_draws_one_warning():
+    tokenizer = byte_tokenizer(STRICT, eos="</s>")
+    with pytest.warns(PromptWarning, match=r"Text number 0: its response begins 'a', expected ' a</s>'") as caught:
+        import_text([("q", "a"), ("q", "b")], tokenizer, teacher=WRITER)
+    assert [warning.filename for warning in caught] == [__file__]
+    thinking = CHATML.replace("{% endif %}", "<think>\n{% endif %}")
+    with pytest.warns(PromptWarning, match="the chat template writes its prompt otherwise where an answer follows"):
+        import_text([("q", "a")], byte_tokenizer(thinking), teacher=WRITER)
+
+
+def test_long_texts_are_counted_and_refused_left_out_or_cut(tokenizer):
+    pairs = [("q", "xyz"), ("q", "xyzxyz"), ("q", "xyzxyzxyz")]
+    (short, _, long) = (len(r) for r in rollouts_of(import_text(pairs, tokenizer, teacher=WRITER)))
+    with pytest.raises(ContextOverflowError, match=rf"Texts: 2 of 3 texts have more than {short} tokens, the longest {long} "):
+        import_text(pairs, tokenizer, teacher=WRITER, max_tokens=short)
+    with pytest.warns(PromptWarning, match="2 of 3 .* were left out"):
+        assert len(import_text(pairs, tokenizer, teacher=WRITER, max_tokens=short, too_long="drop")) == 1
+    with pytest.warns(PromptWarning, match="2 of 3 .* were cut"):
+        made = rollouts_of(import_text(pairs, tokenizer, teacher=WRITER, max_tokens=short, too_long="cut"))
+    assert [(len(r), r.finish_reason) for r in made] == [(short, "stop"), (short, "length"), (short, "length")]
+    with pytest.raises(ContextOverflowError, match="the prompts of 1 leave no room"):
+        import_text([("q" * 50, "a")], tokenizer, teacher=WRITER, max_tokens=short, too_long="cut")
+    with pytest.raises(InvalidRecordError, match="too_long is 'trim', expected 'refuse', 'drop' or 'cut'"):
+        import_text(pairs, tokenizer, teacher=WRITER, too_long="trim")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([("q", "")], "Text number 0: its response is ''"),
+        ([("q", "a"), ("q", 7)], "Text number 1: its response is 7"),
+        (["q"], "Text number 0: it is a str, expected a prompt and its response"),
+        (
+            [{"prompt": "q", "completion": "a"}],
+            "it has the keys 'prompt', 'completion', expected 'prompt' and 'response', or 'messages'; name",
+        ),
+        ([MESSAGES[0][:1]], "its last message has the role 'user', expected 'assistant'"),
+        ([[{"role": "assistant", "content": "a"}]], r"'prompt' is \[\]"),
+        ([[MESSAGES[0][0], {**MESSAGES[0][1], "reasoning_content": "hm"}]], "its answer has 'reasoning_content', expected text alone"),
+        ([{**RECORDS[0], "finish_reason": "tool_calls"}], "its finish_reason is 'tool_calls'"),
+        ([{"prompt": "q", "response": "a<|eos|>", "finish_reason": "length"}], r"ends with '<\|eos\|>', and its finish_reason is 'length'"),
+        ("nothing.jsonl", "Text file nothing.jsonl: it cannot be read"),
+        ({"train": []}, "Texts: they are a dict, expected a list"),
+        ([], "Texts: there are 0, expected at least 1"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_name(tokenizer, texts, message):
+    with pytest.raises(PromptError, match=message):
+        import_text(texts, tokenizer, teacher=WRITER)
+
+
+def test_keys_that_nothing_reads_are_named_and_what_makes_no_store_or_end_is_refused():
+    tokenizer = byte_tokenizer(None)
+    with pytest.warns(PromptWarning, match="the keys 'level' are not read"):
+        store = import_text(
+            [{"q": "1", "a": "2", "level": 3}], tokenizer, teacher=WRITER, field="q", response="a", template="Q: {prompt}\n"
+        )
+    assert texts_of(tokenizer, store) == [("Q: 1\n", "2<|im_end|>")]
+    assert store.manifest.tokenizer == fingerprint_tokenizer(tokenizer)
+    with pytest.raises(ArgumentError, match="Texts: store is a str, expected what makes one"):
+        import_text(PAIRS, tokenizer, teacher=WRITER, store="text.zarr")
+    tokenizer.eos_token = None
+    with pytest.raises(PromptError, match="the tokenizer has no EOS token"):
+        import_text(PAIRS, tokenizer, teacher=WRITER)
