@@ -441,7 +441,7 @@ def card() -> list[str]:
     """What one card said; or that there was none."""
     path = RESULTS / "gpu.json"
     if not path.exists():
-        return ["`benchmarks/results/gpu.json` is not there: `make gpu` has run on no card."]
+        return ["`make gpu` has not been run on a card: there is not a file gpu.json yet."]
     found = json.loads(path.read_text())
     lines = ((goal["name"], goal["goal"], str(goal["measured"]), "yes" if goal["met"] else "no") for goal in found["goals"])
     return [f"{found['machine']['card']}, torch {found['versions']['torch']}:", "", *table(("goal", "wanted", "measured", "met"), lines, 1)]
