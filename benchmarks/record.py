@@ -30,13 +30,19 @@ def result_file(
     folder: Path = ROOT / "benchmarks" / "results",
 ) -> Path:
     """Write `NAME.json` into the folder; machine and versions are those of the report."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     machine = {**report["machine"], "system": platform.system()}
-    result = {"machine": machine, "versions": report["versions"], "commit": commit, "rows": rows, "goals": goals}
+    result = {"machine": machine, "versions": report["versions"], "commit": _commit(), "rows": rows, "goals": goals}
     path = folder / f"{name}.json"
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
+
+
+def _commit() -> str | None:
+    """Of the history; None for a copy of the files that has no history."""
+    if not (ROOT / ".git").exists():
+        return None
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def fill(readme: Path, name: str, lines: list[str]) -> None:

@@ -1,15 +1,15 @@
 """One pair of Qwen3 on one card: what decides the result, and what it takes on that card before anything starts."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
 import transformers
 from attrs import evolve, frozen
 
-from lopd.tools.plan import PAPER_LOCKSTEP, online, rates_like
+from lopd.tools.plan import PAPER_LOCKSTEP, ROOM, Use, online, rates_like, sampling, scoring, training
 from recipes.estimate import estimate, work_of
-from recipes.memory import ROOM, Footprint, footprint, sampling_gb, scoring_gb, together_gb, trained_gb
 from recipes.paper import Recipe
 
 
@@ -145,13 +145,10 @@ def make_plan(recipe: OneGpu, problems: int) -> Plan:
 
     Hours are tokens over the rates that the paper's GPU-hours imply, in proportion to the floating-point operations of the card: a guess.
     """
-    autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
-    teacher = footprint(config_of(recipe.teacher), teacher_dtype(recipe))
-    student = footprint(config_of(recipe.student), student_dtype(recipe), autocast, recipe.lora_rank)
     recipe = evolve(
         recipe,
-        teacher_billions=recipe.teacher_billions or teacher.parameters / 1e9,
-        student_billions=recipe.student_billions or student.parameters / 1e9,
+        teacher_billions=recipe.teacher_billions or parameters_of(recipe.teacher) / 1e9,
+        student_billions=recipe.student_billions or parameters_of(recipe.student) / 1e9,
     )
     found, work = estimate(recipe, problems, evaluations=1), work_of(recipe)
     evaluation = found.gpu_hours["evaluation"]
@@ -168,32 +165,65 @@ def make_plan(recipe: OneGpu, problems: int) -> Plan:
     }
     if not recipe.with_online:
         hours = {name: wall for name, wall in hours.items() if "online" not in name}
-    return Plan(recipe, hours, {name: _memory(name, recipe, teacher, student) for name in hours}, _disk(recipe, student, found.gigabytes))
+    memory = {name: _memory(name, recipe) for name in hours}
+    return Plan(recipe, hours, memory, _disk(recipe, memory["OPD"], found.gigabytes))
 
 
-def _memory(phase: str, recipe: OneGpu, teacher: Footprint, student: Footprint) -> dict[str, float]:
-    tokens, length = recipe.tokens_per_batch, recipe.prompt_tokens
-    training, scores = trained_gb(student, tokens), scoring_gb(teacher, tokens)
-    rollouts = sampling_gb(student, recipe.rows, length, recipe.max_new_tokens)
+@cache
+def parameters_of(name: str) -> int:
+    """Parameters of a model."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config_of(name)).parameters())
+
+
+def _memory(phase: str, recipe: OneGpu) -> dict[str, float]:
+    student, teacher = student_use(recipe), Use(dtype=teacher_dtype(recipe), rows=recipe.rows, tokens_per_batch=recipe.tokens_per_batch)
+    lengths = {"prompt_tokens": recipe.prompt_tokens, "response_tokens": recipe.max_new_tokens}
+    tests = {"prompt_tokens": recipe.test_prompt_tokens, "response_tokens": recipe.test_tokens}
     if phase.startswith("evaluation"):
-        return sampling_gb(teacher if phase.endswith("teacher") else student, recipe.rows, recipe.test_prompt_tokens, recipe.test_tokens)
-    if phase == "online OPD":
-        return {**together_gb(training, rollouts, scores), "the teacher's weights": scores["weights"]}
-    return {
-        "SFT text": sampling_gb(teacher, recipe.rows, length, recipe.sft_tokens),
-        "SFT": training,
-        "rollouts": rollouts,
-        "scores": scores,
-        "OPD": training,
-    }[phase]
+        of_teacher = phase.endswith("teacher")
+        return _needs("sampling", recipe.teacher if of_teacher else recipe.student, evolve(teacher if of_teacher else student, **tests))
+    if phase == "SFT text":
+        return _needs("sampling", recipe.teacher, evolve(teacher, prompt_tokens=recipe.prompt_tokens, response_tokens=recipe.sft_tokens))
+    if phase == "SFT":
+        return _needs("training", recipe.student, evolve(student, prompt_tokens=recipe.prompt_tokens, response_tokens=recipe.sft_tokens))
+    rollouts = _needs("sampling", recipe.student, evolve(student, **lengths))
+    scores = _needs("scoring", recipe.teacher, evolve(teacher, **lengths))
+    trains = _needs("training", recipe.student, evolve(student, **lengths))
+    return {"rollouts": rollouts, "scores": scores, "OPD": trains, "online OPD": _together(trains, rollouts, scores)}[phase]
 
 
-def _disk(recipe: OneGpu, student: Footprint, of_one: Mapping[str, float]) -> dict[str, float]:
+def student_use(recipe: OneGpu) -> Use:
+    """How the student is trained and sampled from."""
+    return Use(
+        dtype=student_dtype(recipe),
+        autocast=None if recipe.dtype == "float32" else teacher_dtype(recipe),
+        lora_rank=recipe.lora_rank,
+        gradient_checkpointing=True,
+        rows=recipe.rows,
+        tokens_per_batch=recipe.tokens_per_batch,
+    )
+
+
+@cache
+def _needs(phase: str, model: str, use: Use) -> dict[str, float]:
+    rows = use.rows if phase == "sampling" else use.rollouts
+    return {"sampling": sampling, "scoring": scoring, "training": training}[phase](config_of(model), use).gigabytes(rows)
+
+
+def _together(trains: Mapping[str, float], rollouts: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, float]:
+    """Training, and what takes turns with it while all weights stay where they are; what is sampled from is what is trained."""
+    staying = {part: size for part, size in trains.items() if part not in {"logits", "activations"}}
+    turns = [_total(trains) - _total(staying), *(_total(of) - of["weights"] for of in (rollouts, scores))]
+    return {**staying, "a step": max(turns), "the teacher's weights": scores["weights"]}
+
+
+def _disk(recipe: OneGpu, trains: Mapping[str, float], of_one: Mapping[str, float]) -> dict[str, float]:
     trained = (1 if recipe.sft_steps else 0) + recipe.seeds * (2 if recipe.with_online else 1)
     # an export, and the latest checkpoint with the trained weights and both moments of AdamW in float32
-    each = student.parameters * student.bytes_each + 12 * student.trained
+    each = trains["weights"] + 1.5 * trains["moments"]
     rollouts = recipe.seeds * of_one["rollouts and scores"]
-    return {"SFT text": of_one["SFT text"], "rollouts and scores": rollouts, "students and checkpoints": trained * each / 1e9}
+    return {"SFT text": of_one["SFT text"], "rollouts and scores": rollouts, "students and checkpoints": trained * each}
 
 
 def describe(plan: Plan, room_gb: float) -> list[str]:
@@ -208,7 +238,7 @@ def describe(plan: Plan, room_gb: float) -> list[str]:
         f"{f'all, seeds: {recipe.seeds}':25s} {plan.all_hours:6.2f} {max(map(_total, plan.memory.values())):6.1f}  of {room_gb:.1f} GB",
         *(f"{size:8.2f} GB on disk: {name}" for name, size in plan.gigabytes.items()),
         f"Hours are a guess, not measured: rates that the paper's GPU-hours imply, at {recipe.tflops:g} TFLOPS instead of 989, and in online OPD",
-        f"sampling and scoring {PAPER_LOCKSTEP:.2f} times slower than in bulk, as there.  Memory is computed, and was not measured on a card either.",
+        f"sampling and scoring {PAPER_LOCKSTEP:.2f} times slower than in bulk, as there.  Memory is counted on the models' code, not on a card.",
     ]
 
 
@@ -235,7 +265,7 @@ def check_fit(plan: Plan, room_gb: float) -> None:
 
 
 def _advice(phase: str, largest: str, recipe: OneGpu) -> str:
-    if largest in {"keys and values", "a step"}:
+    if largest in {"keys and values", "logits", "activations", "a step"}:
         return "lower --rows or --tokens-per-batch"
     adapters = "" if recipe.lora_rank else "train adapters with --lora-rank 64, or "
     alone = ", or leave online OPD out with --no-with-online" if phase == "online OPD" else ""

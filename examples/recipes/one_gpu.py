@@ -37,15 +37,16 @@ import torch
 import transformers
 from attrs import asdict, evolve
 from online_opd import online_opd
+from peft import get_peft_model
 from phases import Run, console, digest
 from training import resumably
 
 from lopd import CausalLMStudent, FusedOPDLoss, Lineage, SamplingParams
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.records import Prompt, StepMetrics, read_prompts
+from lopd.tools.plan import lora_config
 from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of, student_dtype, teacher_dtype
 from recipes.compare import Arm, grade, report
-from recipes.memory import add_adapters
 from recipes.run import Engine, add_fields, given, opd_sampling, sample, score, sft_sampling, test_sampling
 from recipes.train import make_optimizer, phase_of, run_phase
 
@@ -207,7 +208,8 @@ def make_student(start: str, recipe: OneGpu) -> tuple[CausalLMStudent, Any]:
     """The student on this card, with all weights in float32 or new adapters on weights that stay; and its tokenizer."""
     model, tokenizer = load_model(start, student_dtype(recipe), recipe.device)
     if recipe.lora_rank:
-        model = add_adapters(model, recipe.lora_rank, recipe.seed)
+        torch.manual_seed(recipe.seed)
+        model = get_peft_model(model, lora_config(recipe.lora_rank))
     autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
     return CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=True), tokenizer
 

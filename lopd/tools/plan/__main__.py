@@ -1,7 +1,8 @@
-"""The command line: `python -m lopd.tools.plan --tokens 1e6 1e9 1e12 --gpus 64`.
+"""The command line: `python -m lopd.tools.plan --tokens 1e6 1e9 1e12 --gpus 64`, and `--card 24 --student DIR` for what fits on a card.
 
 Give rates that you measured, or a store to be like (its lengths, columns and dtype, and how fast it was filled); else rates are guessed from the
-sizes of the models and the GPU-hours of the paper.  Exit code 0, or 2 if the call makes no sense or a store cannot be read.
+sizes of the models and the GPU-hours of the paper.  Exit code 0, 1 if a phase does not fit on the card, or 2 if the call makes no sense or a
+store or a configuration cannot be read.
 """
 
 import sys
@@ -9,11 +10,16 @@ from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from attrs import asdict, evolve, fields
 
-from lopd.tools.command_line import FINE, Table, add_storage_option, opened, print_json, run, show
+from lopd.errors import ArgumentError
+from lopd.records.optional import need
+from lopd.tools.command_line import FINE, PROBLEMS, Table, add_storage_option, opened, print_json, run, show
 from lopd.tools.plan.bill import Bill, GpuRates, lightning, online
+from lopd.tools.plan.fit import Fit, fits
 from lopd.tools.plan.like import measured_rates, work_like
+from lopd.tools.plan.memory import Use
 from lopd.tools.plan.paper import H100_FLOPS, PAPER_LOCKSTEP, rates_like
 from lopd.tools.plan.work import LOGPROB_BYTES, StoreSize, Work
 
@@ -35,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m lopd.tools.plan",
-        description="GPU-hours, wall time and bytes of Lightning OPD, and of online OPD for comparison.",
+        description="GPU-hours, wall time and bytes of Lightning OPD, and of online OPD for comparison; or what fits on a card (--card).",
         allow_abbrev=False,
     )
     parser.set_defaults(run=_plan)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--prompts", type=int, nargs="+", metavar="N")
     size.add_argument("--tokens", type=float, nargs="+", default=_SIZES, metavar="N", help="response tokens that are stored (1e6 1e9 1e12)")
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="(8)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="(8)")
     for name, kind, what in (
         ("samples", int, "of each prompt (1)"),
         ("prompt-tokens", float, "of a rollout, on average (200)"),
@@ -79,10 +85,65 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--gpu-price", type=float, metavar="X", help="of a GPU-hour")
     parser.add_argument("--storage-price", type=float, metavar="X", help="of 10^9 bytes for a month")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_card(parser)
     return parser
 
 
+def _add_card(parser: ArgumentParser) -> None:
+    card = parser.add_argument_group(
+        "whether it fits", "With --card, lengths are those of the longest rollout, and --gpus (1) share the student that is trained."
+    )
+    card.add_argument("--card", type=float, metavar="GB", help="memory of a card, 10^9 bytes")
+    card.add_argument("--student", metavar="DIR", help="folder with its configuration, or hub name")
+    card.add_argument("--teacher", metavar="DIR", help="likewise; leave it out if something else scores")
+    card.add_argument("--rows", type=int, metavar="N", help="responses that are sampled side by side (64)")
+    card.add_argument("--lora-rank", type=int, metavar="N", help="of adapters; 0 trains all weights (0)")
+    for name, what in (("dtype", "of the student's weights (float32)"), ("autocast", "what layers compute in (bfloat16)")):
+        card.add_argument(f"--{name}", choices=("float32", "bfloat16", "float16"), help=what)
+    card.add_argument("--gradient-checkpointing", action="store_true", help="activations are computed again")
+    card.add_argument("--packed", action="store_true", help="FlashAttention or FlexAttention reads packed batches")
+
+
+def _fit(options: Namespace) -> int:
+    if options.student is None:
+        raise ArgumentError("Plan: --student is missing, expected the folder or hub name of the student; pass it beside --card.")
+    from lopd.engines.identity import looking_for
+
+    configs = []
+    for folder in filter(None, (options.student, options.teacher)):
+        with looking_for(folder) as there:
+            configs.append(need("transformers", "Plan").AutoConfig.from_pretrained(str(there)))
+    given = {f.name: value for f in fields(Use) if (value := getattr(options, f.name, None)) is not None}
+    given |= {name: round(given[name]) for name in ("prompt_tokens", "response_tokens") if name in given}
+    given |= {name: getattr(torch, given[name]) for name in ("dtype", "autocast") if name in given}
+    if given.get("autocast") == torch.float32:
+        given["autocast"] = None
+    found = fits(configs[0], Use(**given), card_gb=options.card, teacher=configs[1] if options.teacher else None)
+    if options.json:
+        print_json({**asdict(found), "fits": found.fits})
+    else:
+        show(_fit_table(found), *found.advice)
+    return FINE if found.fits else PROBLEMS
+
+
+def _fit_table(found: Fit) -> Table:
+    rows = [
+        (
+            phase.name,
+            f"{phase.gb:.1f}",
+            "fits" if phase.fits else "does not fit",
+            f"{phase.unit} {phase.most:,}",
+            ", ".join(f"{part} {size:.1f}" for part, size in phase.parts.items()),
+        )
+        for phase in found.phases
+    ]
+    return f"One model at a time, of {found.room_gb:.1f} GB", ("phase", "GB", "", "at most", "when most is needed"), rows
+
+
 def _plan(options: Namespace) -> int:
+    if options.card is not None:
+        return _fit(options)
+    options.gpus = options.gpus or 8
     like, measured = Work(prompts=1, logprob_dtype=options.logprob_dtype), dict[str, float]()
     if options.like:
         store = opened(options.like, options)

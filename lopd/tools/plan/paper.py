@@ -8,6 +8,7 @@ turns hours into rates and rates into hours, the hours do not depend on it.
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 from attrs import frozen
 
 from lopd.tools.plan.bill import GpuRates
@@ -49,11 +50,22 @@ TABLE_2: Mapping[str, Measured] = {
     "Qwen3-8B from Qwen3-32B": Measured(_work(8.2, 32.8), rollouts=10, scores=4, training=16, online=120),
 }
 
+#: Billions of parameters -> tokens a second of one response by vLLM 0.6.3 in bfloat16 on an A100, after a prompt of one token.
+#: Source: Qwen2.5 speed benchmark, qwen.readthedocs.io/en/v2.5/benchmark/speed_benchmark.html; parameters of the model cards.
+DECODED: Mapping[float, float] = {0.49: 311.55, 1.54: 183.33, 3.09: 127.61, 7.61: 84.28}
+
+
+def _waits_like() -> float:
+    """Billions of parameters whose reading takes as long as all else in a step of decoding: of the line through `DECODED`."""
+    slope, rest = np.polyfit(list(DECODED), [1 / rate for rate in DECODED.values()], 1)
+    return float(rest / slope)
+
 
 def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
     """Rates for models of these sizes, at the shares of `flops` that table 2 implies (the geometric mean of its rows).
 
-    Sampling is as fast as there for students up to 8B, in both rows the same, and slower in proportion for larger ones.
+    Sampling is as fast as there for students of 4B to 8B, in both rows the same, slower in proportion for larger ones, and faster for smaller
+    ones as decoding is (`DECODED`): a step reads the weights, and takes some time besides.
 
     Args:
         work: sizes and lengths.
@@ -65,9 +77,10 @@ def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
     trains = _mean(
         lambda row: row.work.trained / row.work.rollouts * row.work.tokens * 3 * row.work.flops_student / row.training / 3600 / H100_FLOPS
     )
-    largest = max(row.work.flops_student for row in TABLE_2.values())
+    sizes, rest = [row.work.flops_student for row in TABLE_2.values()], 2e9 * _waits_like()
+    slower, faster = max(sizes) / work.flops_student, (min(sizes) + rest) / (work.flops_student + rest)
     return GpuRates(
-        sampling=sampled * min(1.0, largest / work.flops_student) * flops / H100_FLOPS,
+        sampling=sampled * min(1.0, slower) * max(1.0, faster) * flops / H100_FLOPS,
         scoring=reads * flops / work.flops_teacher,
         training=trains * flops / (3 * work.flops_student),
     )

@@ -1,0 +1,136 @@
+"""Losses on a card: whether they are right there, and what they cost beside others."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from attrs import evolve, fields, frozen
+from gpu_device import Device, Found, goal, in_turns
+from loss_paths import PATHS, make_problem
+from roofline import loss_floor
+
+from lopd import Chunking, FusedLoss, FusedOPDLoss, FusedSFTLoss, ReferenceLoss, ReferenceOPDLoss, SFTLoss, TopKObjective
+from lopd.losses.divergences import forward_kl, generalised_kl, jensen_shannon, reverse_kl
+from lopd.losses.entropy import EntropyBonus
+from lopd.losses.objective import OPDObjective, Signal
+from lopd.losses.window import WindowRatio
+from lopd.protocols import OPDLoss
+from lopd.records import Batch, LMHead, LossOutput
+from lopd.testing import LossCase, LossConformance, loss_cases
+
+_SMALL = Chunking(chunk_bytes=1)
+
+
+def whole_rollouts(signal: Signal) -> Signal:
+    """A transform that does not look at each token alone, so its loss computes logits twice."""
+    return evolve(signal, weight=2 * signal.weight)
+
+
+#: Objectives, whose fused loss is judged beside the plain one.
+_OBJECTIVES = {
+    "forward KL": TopKObjective(forward_kl),
+    "Jensen-Shannon": TopKObjective(jensen_shannon),
+    "generalised KL, residual": TopKObjective(generalised_kl, residual=True),
+    "reverse KL, residual": TopKObjective(reverse_kl, residual=True),
+    "entropy bonus": EntropyBonus(OPDObjective(clip=5.0), 0.05),
+    "entropy bonus of a support": EntropyBonus(TopKObjective(reverse_kl, residual=True), 1.0),
+    "window of ratios": WindowRatio(TopKObjective(reverse_kl, residual=True), window=3),
+}
+#: Name -> what is judged, and the same in plain torch.
+LOSSES: dict[str, tuple[OPDLoss, OPDLoss]] = {
+    "reverse KL": (FusedLoss(TopKObjective(reverse_kl), _SMALL), ReferenceLoss(TopKObjective(reverse_kl))),
+    "Lightning": (FusedOPDLoss(chunking=_SMALL), ReferenceOPDLoss()),
+    "Lightning, ratio": (FusedOPDLoss(clip=1.0, ratio_to_ref=True, chunking=_SMALL), ReferenceOPDLoss(clip=1.0, ratio_to_ref=True)),
+    "Lightning, recomputed": (
+        FusedOPDLoss(transforms=(whole_rollouts,), chunking=_SMALL),
+        ReferenceOPDLoss(transforms=(whole_rollouts,)),
+    ),
+    "Lightning, KL baseline": (FusedOPDLoss(kl_baseline=True, chunking=_SMALL), ReferenceOPDLoss(kl_baseline=True)),
+    "SFT": (FusedSFTLoss(_SMALL), SFTLoss()),
+    **{name: (FusedLoss(objective, _SMALL), ReferenceLoss(objective)) for name, objective in _OBJECTIVES.items()},
+}
+
+
+@frozen
+class OnDevice:
+    """A loss that is computed on a device for tensors that are not there: suites of the processor judge it as it is."""
+
+    loss: OPDLoss
+    device: str
+
+    def __call__(self, hidden_ND: torch.Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        """Sums, where the hidden states are."""
+        there, here = torch.device(self.device), hidden_ND.device
+        bias = None if head.bias is None else head.bias.to(there)
+        output = self.loss(hidden_ND.to(there), evolve(head, weight=head.weight.to(there), bias=bias), batch.to(there))
+        values: dict[str, Any] = {f.name: getattr(output, f.name) for f in fields(LossOutput)}
+        return evolve(output, **{name: value.to(here) for name, value in values.items() if isinstance(value, torch.Tensor)})
+
+
+def broken_clauses(loss: OPDLoss, plain: OPDLoss, cases: Callable[[], Sequence[LossCase]] = loss_cases) -> list[str]:
+    """What of `LossConformance` a loss fails on, with the first line of why."""
+
+    class Suite(LossConformance):
+        def make(self) -> OPDLoss:
+            return loss
+
+        def reference(self) -> OPDLoss:
+            return plain
+
+        def cases(self) -> Sequence[LossCase]:
+            return cases()
+
+    broken = []
+    for name in (name for name in dir(Suite) if name.startswith("test_")):
+        try:
+            getattr(Suite(), name)()
+        except Exception as error:  # whatever is raised breaks the clause
+            broken.append(f"{name}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}")
+    return broken
+
+
+def conformance(device: Device) -> Found:
+    """Every loss in float64, float32 and bfloat16 on the device, judged against float64 on the processor."""
+    losses = dict(list(LOSSES.items())[:1]) if device.tiny else LOSSES
+    cases = (lambda: loss_cases()[:4]) if device.tiny else loss_cases
+    rows = []
+    for name, (loss, plain) in losses.items():
+        rows.append({"loss": name, "broken": broken_clauses(OnDevice(loss, device.name), plain, cases)})
+    broken = sum(map(len, (row["broken"] for row in rows)))
+    return rows, [goal(f"clauses of LossConformance that {len(rows)} losses break", "0", broken, broken == 0)]
+
+
+def race(device: Device) -> Found:
+    """The loss and its gradients beside full logits and other libraries: seconds, peak memory and share of the roofline."""
+    tokens, vocabulary, sizes, dtype = (32, 97, (8,), torch.float32) if device.tiny else (4096, 151_936, (1024, 2048, 4096), torch.bfloat16)
+    rows: list[dict[str, Any]] = []
+    for size in sizes:
+        problem = make_problem(tokens, vocabulary, size, dtype, device=device.name)
+
+        def run(name: str, problem: Any = problem) -> None:
+            problem.hidden.grad = problem.weight.grad = None
+            PATHS[name](problem).backward()
+
+        calls, shape = dict[str, Callable[[], None]](), {"tokens": tokens, "shape": f"{vocabulary}x{size}"}
+        for name, path in PATHS.items():
+            if path.package is not None and not find_spec(path.package):
+                rows.append({**shape, "path": name, "not_run": f"{path.package} is not installed"})
+                continue
+            try:
+                run(name)
+                calls[name] = partial(run, name)
+            except Exception as error:  # another library's path may not run on this card or with these versions
+                rows.append({**shape, "path": name, "not_run": f"{type(error).__name__}: {str(error)[:200]}"})
+        seconds = in_turns(device, calls, 1 if device.tiny else 5)
+        floor = loss_floor(tokens, size, vocabulary, device.card) if device.card else None
+        for name, call in calls.items():
+            share = {} if floor is None else {"share_of_roofline": floor / seconds[name]}
+            rows.append({**shape, "path": name, "seconds": seconds[name], "peak_gb": device.peak_gb(call), **share})
+    ours = [row for row in rows if row["path"] == "fused"]
+    full = {row["shape"]: row for row in rows if row["path"] == "full logits" and "seconds" in row}
+    ratios = [row["seconds"] / full[row["shape"]]["seconds"] for row in ours if "seconds" in row and row["shape"] in full]
+    if device.tiny or not ratios:
+        return rows, []
+    return rows, [goal("fused over full logits, seconds, the worst size", "< 1", max(ratios), max(ratios) < 1)]

@@ -1,0 +1,121 @@
+"""Following a model without numbers: its code is run on tensors that have sizes alone, and the bytes that are alive are counted.
+
+Shape suffixes: T operations, P parts.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lopd.engines.causal_lm import decoder_of, unwrap
+from lopd.errors import ModelError
+from lopd.records.optional import need
+from lopd.tools.plan.live import LiveBytes, Need, Stretch
+
+#: Attention that keeps no scores, whatever the layout.
+ATTENTION = "lopd_plan"
+#: Runs a phase with so many rows.
+Phase = Callable[[int], list[Stretch]]
+
+
+def lora_config(rank: int) -> Any:
+    """Return adapters of this rank on all linear layers but the head, which the loss reads as it is."""
+    return need("peft", "Adapters").LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def layers_of(model: Any) -> list[Any]:
+    """Return the layers below the head; an empty list where a family calls them otherwise."""
+    return list(getattr(decoder_of(unwrap(model)), "layers", []))
+
+
+def empty(config: Any, dtype: torch.dtype, lora_rank: int, attention: str) -> Any:
+    """Make a model of this configuration, whose weights are nowhere."""
+    transformers = need("transformers", "Plan")
+    transformers.AttentionInterface.register(ATTENTION, _attention)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+        return need("peft", "Adapters").get_peft_model(model, lora_config(lora_rank)) if lora_rank else model
+
+
+def _attention(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float | None = None, **_: Any) -> Any:
+    """Causal attention that keeps no scores, whatever the layout."""
+    of_heads = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return of_heads.transpose(1, 2), None
+
+
+def count(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[[Any, LiveBytes], Phase]) -> Need:
+    """Run a phase with so many rows and with one more; layers that are alike are run two at a time and three at a time, and the rest follows.
+
+    Args:
+        config: of the model.
+        make: a model of a configuration, whose weights are nowhere (`empty`).
+        rows: how many.
+        prepare: put what the phase keeps beside the model, and return what runs it.
+
+    Raises:
+        ModelError: the model's code depends on numbers, so its sizes alone do not say what it does.
+    """
+    depth = _layers_alike(config, make)
+    models = [make(config)] if depth is None else [make(_cut(config, layers)) for layers in (2, 3)]
+    try:
+        runs = [_run(model, rows, prepare) for model in models]
+        if depth is None:
+            alive = [[stretch.after for stretch in stretches] for stretches in runs[0]]
+        else:
+            alive = [[a.with_layers(b, depth - 2) for a, b in zip(*pair, strict=True)] for pair in zip(*runs, strict=True)]
+        return Need.of(rows, *alive)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"Plan: a {type(config).__name__} cannot be followed without numbers ({reason:.200}), expected operations that depend on sizes "
+            "alone; measure it on the card."
+        ) from error
+
+
+def _run(model: Any, rows: int, prepare: Callable[[Any, LiveBytes], Phase]) -> list[list[Stretch]]:
+    live = LiveBytes()
+    with FakeTensorMode(), live:
+        live.make("weights")
+        _fill(model)
+        if len(layers_of(model)) > 1:
+            layers_of(model)[1].register_forward_pre_hook(lambda _, args, kwargs: _watch(live, *args, *kwargs.values()), with_kwargs=True)
+        step = prepare(model, live)
+        return [step(some) for some in (rows, rows + 1)]
+
+
+def _watch(live: LiveBytes, hidden: Tensor, *_: Any) -> None:
+    """Note where the second layer begins, and where its backward pass ends."""
+    live.enter()
+    if hidden.requires_grad:
+        hidden.register_hook(lambda _: live.leave())
+
+
+def _fill(model: Any) -> None:
+    """Put tensors of the present mode in the place of all parameters and buffers, once where one is used twice."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is not None and id(old) not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype)
+                    made[id(old)] = torch.nn.Parameter(new, old.requires_grad) if isinstance(old, torch.nn.Parameter) else new
+                tensors[name] = None if old is None else made[id(old)]
+
+
+def _layers_alike(config: Any, make: Callable[[Any], Any]) -> int | None:
+    """How many layers there are, if more than three and all like the first three."""
+    depth, kinds = getattr(config, "num_hidden_layers", 0), getattr(config, "layer_types", None) or [""]
+    if depth <= 3 or len(set(kinds)) > 1:
+        return None
+    layers = layers_of(make(_cut(config, 3)))
+    return depth if len(layers) == 3 and len({tuple(p.shape for p in layer.parameters()) for layer in layers}) == 1 else None
+
+
+def _cut(config: Any, layers: int) -> Any:
+    kinds = getattr(config, "layer_types", None)
+    changes = {"num_hidden_layers": layers, **({"layer_types": kinds[:layers]} if kinds else {})}
+    return type(config).from_dict({**config.to_dict(), **changes})
