@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from attrs import evolve, fields, frozen
+from attrs import evolve
 from gpu_device import Device, Found, goal, in_turns
 from loss_paths import PATHS, make_problem
 from roofline import loss_floor
@@ -17,7 +17,6 @@ from lopd.losses.entropy import EntropyBonus
 from lopd.losses.objective import OPDObjective, Signal
 from lopd.losses.window import WindowRatio
 from lopd.protocols import OPDLoss
-from lopd.records import Batch, LMHead, LossOutput
 from lopd.testing import LossCase, LossConformance, loss_cases
 
 _SMALL = Chunking(chunk_bytes=1)
@@ -53,26 +52,12 @@ LOSSES: dict[str, tuple[OPDLoss, OPDLoss]] = {
 }
 
 
-@frozen
-class OnDevice:
-    """A loss that is computed on a device for tensors that are not there: suites of the processor judge it as it is."""
-
-    loss: OPDLoss
-    device: str
-
-    def __call__(self, hidden_ND: torch.Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Sums, where the hidden states are."""
-        there, here = torch.device(self.device), hidden_ND.device
-        bias = None if head.bias is None else head.bias.to(there)
-        output = self.loss(hidden_ND.to(there), evolve(head, weight=head.weight.to(there), bias=bias), batch.to(there))
-        values: dict[str, Any] = {f.name: getattr(output, f.name) for f in fields(LossOutput)}
-        return evolve(output, **{name: value.to(here) for name, value in values.items() if isinstance(value, torch.Tensor)})
-
-
-def broken_clauses(loss: OPDLoss, plain: OPDLoss, cases: Callable[[], Sequence[LossCase]] = loss_cases) -> list[str]:
-    """What of `LossConformance` a loss fails on, with the first line of why."""
+def broken_clauses(loss: OPDLoss, plain: OPDLoss, on: torch.device, cases: Callable[[], Sequence[LossCase]] = loss_cases) -> list[str]:
+    """What of `LossConformance` a loss fails on there, with the first line of why."""
 
     class Suite(LossConformance):
+        device = on
+
         def make(self) -> OPDLoss:
             return loss
 
@@ -92,12 +77,12 @@ def broken_clauses(loss: OPDLoss, plain: OPDLoss, cases: Callable[[], Sequence[L
 
 
 def conformance(device: Device) -> Found:
-    """Every loss in float64, float32 and bfloat16 on the device, judged against float64 on the processor."""
+    """Every loss in float64, float32 and bfloat16 on the device, judged against float64 there."""
     losses = dict(list(LOSSES.items())[:1]) if device.tiny else LOSSES
     cases = (lambda: loss_cases()[:4]) if device.tiny else loss_cases
     rows = []
     for name, (loss, plain) in losses.items():
-        rows.append({"loss": name, "broken": broken_clauses(OnDevice(loss, device.name), plain, cases)})
+        rows.append({"loss": name, "broken": broken_clauses(loss, plain, torch.device(device.name), cases)})
     broken = sum(map(len, (row["broken"] for row in rows)))
     return rows, [goal(f"clauses of LossConformance that {len(rows)} losses break", "0", broken, broken == 0)]
 

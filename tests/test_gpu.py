@@ -14,7 +14,7 @@ import gpu
 import record
 import roofline
 from gpu_device import Device
-from gpu_losses import LOSSES, OnDevice, broken_clauses
+from gpu_losses import LOSSES, broken_clauses
 
 from lopd.testing import loss_cases
 
@@ -65,12 +65,12 @@ def test_without_a_card_it_says_so(capsys):
     assert "sees no card" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_wrong_on_its_device_alone_is_found():
+def test_a_loss_that_is_wrong_is_found():
     def doubled(*arguments):
         output = LOSSES["SFT"][0](*arguments)
         return evolve(output, loss_sum=2 * output.loss_sum)
 
-    broken = broken_clauses(OnDevice(doubled, "cpu"), LOSSES["SFT"][1], lambda: loss_cases()[:1])
+    broken = broken_clauses(doubled, LOSSES["SFT"][1], torch.device("cpu"), lambda: loss_cases()[:1])
     assert any("as_exact_as_the_plain_ones" in clause for clause in broken)
 
 
