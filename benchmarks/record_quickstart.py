@@ -57,7 +57,7 @@ def draw(phases: dict[str, Any]) -> None:
         axes.annotate(name, (at[-1], kl[-1]), xytext=(8, 0), textcoords="offset points", va="center", color=color)
     axes.errorbar(0, level, yerr=start["ci95"], color=SFT, fmt="o", capsize=4)
     axes.annotate("after SFT", (0, level - start["ci95"]), xytext=(0, -4), textcoords="offset points", ha="center", va="top")
-    for name, left, right in zip(("samples once", "scored once", "trains, no teacher"), [0, *ends], ends, strict=False):
+    for name, left, right in zip(("samples\nonce", "scored\nonce", "trains,\nno teacher"), [0, *ends], ends, strict=False):
         axes.annotate(name, ((left + right) / 2, level), xytext=(0, 5), textcoords="offset points", ha="center", color=SUPPORT, fontsize=8)
     axes.set_xlim(-0.06 * last, 1.2 * max(last, ends[2]))
     axes.set(xlabel="seconds of the whole OPD stage", ylabel="nats per token (95 % interval)")
