@@ -50,14 +50,24 @@ def test_starting_at_step_k_gives_what_iterating_to_it_gives(size: tuple[int, in
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if there were one, which a thread reads ahead for."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """As if there were one, which a thread reads ahead for; gives the threads in which memory was pinned."""
+    threads: list[str] = []
+
+    def pin(values: torch.Tensor) -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        return values.clone()
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    return threads
 
 
-def test_steps_that_a_thread_reads_ahead_are_the_same(gpu: None) -> None:
+def test_steps_that_a_thread_reads_ahead_are_the_same(gpu: list[str]) -> None:
     stream = numbered_stream(7, 3)
     assert all(same_steps(step, stream.step(index)) for index, step in enumerate(islice(stream, 9)))
+    assert gpu
+    assert "MainThread" not in gpu
     assert [step.index for step in stream[4:7]] == [4, 5, 6]
     assert list(stream[3:3]) == []
 
@@ -82,7 +92,7 @@ class Reads:
         return self._store.read(rows, **columns)
 
 
-def test_an_error_of_the_thread_comes_with_its_step_and_no_thread_is_left(gpu: None) -> None:
+def test_an_error_of_the_thread_comes_with_its_step_and_no_thread_is_left(gpu: list[str]) -> None:
     stream = numbered_stream(12, 3)
     store = Reads(make_store(numbered_records(12)), damaged=set(rows_of(stream.step(3))))
     reached: list[int] = []
@@ -98,7 +108,7 @@ def test_an_error_of_the_thread_comes_with_its_step_and_no_thread_is_left(gpu: N
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("lopd-overlap")]
 
 
-def test_a_run_that_ends_early_ends_the_thread_and_reads_at_most_two_steps_ahead(gpu: None) -> None:
+def test_a_run_that_ends_early_ends_the_thread_and_reads_at_most_two_steps_ahead(gpu: list[str]) -> None:
     store = Reads(make_store(numbered_records(7)), damaged=set())
     steps = iter(evolve(numbered_stream(7, 3), store=store))
     next(steps)

@@ -3,7 +3,7 @@
 Shape suffixes: N tokens of a packed batch, M of them that count, B rollouts, D hidden size, V vocabulary, K tokens of a support.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -78,16 +78,19 @@ class Batch:
         """(B,), the tokens of each rollout whose weight is above 0."""
         return tuple(self.segment_ids[self.counted].bincount(minlength=len(self.lengths)).tolist())
 
+    def pinned(self) -> "Batch":
+        """The same batch in memory from which a GPU copies while the host goes on; torch keeps that memory until the copy is done."""
+        return self._moved(Tensor.pin_memory)
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device; to a GPU it is copied in the background."""
+        ahead = device.type == "cuda" and not self.inputs.is_cuda
+        return self._moved(lambda values: (values.pin_memory() if ahead else values).to(device, non_blocking=ahead))
 
-        def copy(values: Tensor) -> Tensor:
-            # from pinned memory the host need not wait, and torch keeps that memory until the copy is done
-            return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and not values.is_cuda else values.to(device)
-
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         columns = {f.name: getattr(self, f.name) for f in fields(Batch)}
-        moved = evolve(self, **{name: copy(values) for name, values in columns.items() if values is not None})
-        for name, known in (("counted", copy(self.counted)), ("lengths", self.lengths), ("counts", self.counts)):
+        moved = evolve(self, **{name: move(values) for name, values in columns.items() if values is not None})
+        for name, known in (("counted", move(self.counted)), ("lengths", self.lengths), ("counts", self.counts)):
             object.__setattr__(moved, name, known)
         return moved
 

@@ -66,10 +66,15 @@ class StepStream:
         }
 
     def __iter__(self) -> Iterator[Step]:
-        """Steps from `start` up to `stop`, or for ever; where there is a GPU, a thread reads the next while it is busy with one."""
+        """Steps from `start` up to `stop`, or for ever; where there is a GPU, a thread reads and pins the next while it is busy with one."""
         indices = count(self.start) if self.stop is None else range(self.start, self.stop)
-        for _, step in overlapped(self.step, indices, 2 if torch.cuda.is_available() else 1):
+        read, ahead = (self._pinned, 2) if torch.cuda.is_available() else (self.step, 1)
+        for _, step in overlapped(read, indices, ahead):
             yield step
+
+    def _pinned(self, index: int) -> Step:
+        step = self.step(index)
+        return evolve(step, batches=tuple(batch.pinned() for batch in step.batches))
 
     def __getitem__(self, steps: slice) -> "StepStream":
         """Steps from `start` up to `stop` of the whole run, by their numbers in it.

@@ -86,7 +86,7 @@ def _train(
     student: Student | DistributedDataParallel, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, max_grad_norm: float
 ) -> Iterator[StepMetrics]:
     ranks, trained = Ranks.current(), _trained_parameters(student)
-    judged, device = False, next(iter(trained.values())).device.type
+    judged, device = False, next(iter(trained.values())).device
     for place_of_step, step in enumerate(steps):
         started = perf_counter()
         check_kind("Step", step, Step, "pass `batches(store)[:150]`")
@@ -102,9 +102,11 @@ def _train(
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
         said: list[LossOutput] = []
-        for place, batch in enumerate(step.batches, 1):
+        # all of them before the first forward: a GPU copies the later ones while it computes
+        there = [batch.to(device) for batch in step.batches]
+        for place, batch in enumerate(there, 1):
             # a product in an autocast that the caller is in would round gradients; a student has its own
-            with gathering(student, last=place == len(step.batches)), torch.autocast(device, enabled=False):
+            with gathering(student, last=place == len(step.batches)), torch.autocast(device.type, enabled=False):
                 output = student(batch, loss)
                 _check_output(loss, output)
                 # torch averages gradients over ranks, and a step is a sum

@@ -78,7 +78,7 @@ def count(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[
 
 def _run(model: Any, rows: int, prepare: Callable[[Any, LiveBytes], Phase]) -> list[list[Stretch]]:
     live = LiveBytes()
-    with FakeTensorMode(), live:
+    with FakeTensorMode(), torch.device("cpu"), live:
         live.make("weights")
         _fill(model)
         if len(layers_of(model)) > 1:
