@@ -20,7 +20,7 @@ _MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', r
 #: Files outside docs/ that pages link to, and the page that holds each.
 PAGES = {"benchmarks/RESULTS.md": "results.md", "CHANGELOG.md": "changelog.md"}
 #: How far ahead a page, or the pages of a folder, are in a search; those that explain come first.
-BOOSTS = {"": 4.0, "api": 1.0, "decisions": 0.5, "results.md": 1.0, "changelog.md": 0.25}
+BOOSTS = {"": 4.0, "howto": 4.0, "api": 1.0, "decisions": 0.5, "results.md": 1.0, "changelog.md": 0.25}
 #: What the converter writes, and what is drawn well by fonts for mathematics and by others: a space after the name of a function, a prime that is
 #: raised once, a tilde that is a relation.
 _REPAIRS = (
