@@ -207,7 +207,7 @@ def test_an_id_that_is_not_text_is_refused_when_the_record_is_made(make, name):
 ENGINES = {
     "Prompt: it is a str, which has no `answer`": lambda source, scorer: source.sample(["What is 2 + 2?"]),
     "Rollout: it is a Prompt, which has no `behavior_logprobs`": lambda source, scorer: scorer.score([Prompt("p", [5])]),
-    "HFSource: lineage: it is a dict, which has no `opd_teacher`": lambda source, scorer: evolve(source, lineage={"sft_teacher": None}),
+    "HFSource: lineage: it is a dict, which has no `of`": lambda source, scorer: evolve(source, lineage={"sft_teacher": None}),
     "Model: identity: it is a str": lambda source, scorer: evolve(source, identity="org/student").manifest,
 }
 

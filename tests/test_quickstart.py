@@ -116,7 +116,7 @@ def test_a_second_call_finds_everything_done(unbroken: Path, run_here: Callable[
 
 
 def test_other_settings_in_the_same_folder_are_refused(unbroken: Path, run_here: Callable[..., None]) -> None:
-    with pytest.raises(SystemExit, match=r"opd_lr is 0.0008 there, expected 1.0"):
+    with pytest.raises(SystemExit, match=r"opd_lr is 0.0006 there, expected 1.0"):
         run_here(unbroken, "--opd-lr", "1.0")
 
 

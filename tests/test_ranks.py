@@ -21,7 +21,11 @@ from lopd.records import Lineage, Ranks
 from lopd.records.ranks import check_summed
 
 # the models are random, and so are the log-probs of the reference policy
-pytestmark = pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lopd.errors.AdvantageWarning",
+    "ignore::lopd.errors.DriftWarning",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # torch's own, where a layer is compiled
+)
 
 
 @pytest.fixture(scope="module", params=[2, 4])
