@@ -37,7 +37,7 @@ def import_text(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     date: Date | None = None,
 ) -> LogprobStore:
-    """A store with one rollout for each text, for SFT: `batches(import_text(...), teacher=None)` trains on the tokens of the responses.
+    """Import texts for SFT into a store, one rollout each: `batches(import_text(...), teacher=None)` trains on the tokens of the responses.
 
     A text is a pair (prompt, response), a list of messages that ends with the assistant's, or a record, such as a row of a Hugging Face dataset,
     whole or streamed.  A record has `record[field]` and `record[response]`, or messages under `field` or "messages".  Prompts are what
