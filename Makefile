@@ -173,13 +173,13 @@ test-engines: .venv/installed-engines  ## sampling and scoring with a real vLLM,
 
 # a file of tests stays in one process, which keeps its servers and models
 test: .venv/installed-test  ## all tests but those that start vLLM, one process a core
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-lowest:  ## all tests with the lowest versions that pyproject.toml allows, in an environment of its own
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python .ci/lowest.py test > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt -e '.[test]'
-	.venv-lowest/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	.venv-lowest/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-wheel:  ## wheel and sdist are built, and an example runs on the wheel in an environment of its own
 	rm -rf dist .venv-wheel
