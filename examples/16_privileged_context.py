@@ -1,6 +1,6 @@
 """Self-distillation: the teacher is the student itself, told the answer.
 
-A privileged prompt stands before the very tokens that the student drew, so no teacher is larger than the student, and nothing is sampled anew.
+A privileged prompt stands before the very tokens that the student drew, so no teacher is larger than the student, and nothing is sampled again.
 """
 
 import torch

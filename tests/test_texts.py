@@ -68,7 +68,7 @@ def test_a_student_is_trained_and_remembers_who_wrote(tokenizer, make_model, tmp
     assert steps.lineage == Lineage(sft_teacher=store.manifest.policy)
 
 
-def test_a_writer_whom_nobody_knows_is_no_teacher(tokenizer):
+def test_a_writer_who_is_not_known_is_not_a_teacher(tokenizer):
     assert batches(import_text(PAIRS, tokenizer, teacher=None), teacher=None).lineage == Lineage()
 
 

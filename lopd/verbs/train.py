@@ -102,7 +102,7 @@ def _train(
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
         said: list[LossOutput] = []
-        # all of them before the first forward: a GPU copies the later ones while it computes
+        # all of them before the first forward: none is copied between two of them
         there = [batch.to(device) for batch in step.batches]
         for place, batch in enumerate(there, 1):
             # a product in an autocast that the caller is in would round gradients; a student has its own

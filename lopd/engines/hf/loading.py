@@ -31,8 +31,8 @@ def load_model(
     Train in float32: at the learning rates of OPD, bfloat16 weights round most updates away (`CausalLMStudent(autocast=...)` computes in less).
 
     Args:
-        folder: of the model, or its hub name.
-        dtype: of its weights.
+        folder: the model's folder, or its hub name.
+        dtype: the dtype of the weights.
         device: where it goes.
         attention: how transformers computes it, by its name for that ("sdpa", "flash_attention_2", "flex_attention").  None takes FlashAttention
             where it is installed, weights have 16 bits, and the model gives the same logits with it; elsewhere what transformers takes.

@@ -43,8 +43,8 @@ def accepted(owner: str, url: str, response: httpx2.Response, variable: str = "V
     Args:
         owner: how an error names what was asked for.
         url: that answers.
-        response: of it.
-        variable: of the environment, which holds the key.
+        response: the server's response.
+        variable: the environment variable that holds the key.
         key: not repeated where a server does.
     """
     status, message = response.status_code, "" if response.is_success else _message(response, key)

@@ -18,7 +18,7 @@ class Served:
     """What all servers must have in common.
 
     Args:
-        version: of the program that serves; "" where a server does not say.
+        version: the version of the program that serves; "" where a server does not say.
         root: the path or name that the model was loaded from.
         context: positions of a sequence.
         cached: whether it keeps the states of prompts between requests, so that what it computes may depend on their order.
@@ -113,7 +113,7 @@ class Draw:
         generation: round of sampling.
         prompt: ids.
         room: tokens of the longest response.
-        seed: of its own.
+        seed: the rollout's own seed.
         settings: `lopd.engines.inputs.sampling_settings`, and how many `logprobs` to report.
         vocab_size: ids are below it.
     """
