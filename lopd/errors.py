@@ -3,7 +3,7 @@
 Each class is a `LopdError` and also the standard class it specialises, so both `except LopdError` and `except FileNotFoundError` work.
 Messages are one sentence, `<Thing> <id>: <what> is <got>, expected <wanted>; <what to do>.`, and name the first offender only.
 Messages may quote a store, a model or a server: what a terminal would not print is spelled out in them.
-To add one: subclass `LopdError` and the nearest standard class, and take a single message argument so that it pickles.
+To add one: subclass `LopdError` and the nearest standard class, take a single message so that it pickles, say what it means and what to do.
 """
 
 
@@ -33,152 +33,228 @@ class LopdWarning(UserWarning):
 
 
 class InvalidRecordError(LopdError, ValueError):
-    """A prompt, rollout, score or batch that breaks the contract of its type."""
+    """A prompt, rollout, score or batch that breaks the contract of its type.
+    To do: Look at the record or setting that the message names; it says what was got and what is wanted.
+    """
 
 
 class ArgumentError(InvalidRecordError, TypeError):
-    """An argument of another kind than the call takes."""
+    """An argument of another kind than the call takes.
+    To do: Pass what the message asks for; the signature is in the API pages.
+    """
 
 
 class PromptError(LopdError, ValueError):
-    """A prompt, or a file of prompts, that cannot be turned into token ids."""
+    """A prompt, or a file of prompts, that cannot be turned into token ids.
+    To do: Mend the record of the file that the message names, or pass the argument that it suggests.
+    """
 
 
 class PromptWarning(LopdWarning):
-    """Prompts that may not be what their records mean: keys that nothing reads, a template applied twice, today's date."""
+    """Prompts that may not be what their records mean: keys that nothing reads, a template applied twice, today's date.
+    To do: Read one rendered prompt as text; pass `verbatim=True`, `date=` or the named key if the doubt is right.
+    """
 
 
 class ContextOverflowError(LopdError, ValueError):
-    """A prompt or rollout that does not fit into the model's context."""
+    """A prompt or rollout that does not fit into the model's context.
+    To do: Drop what is too long (`max_tokens=`), or use a model with a longer context.
+    """
 
 
 class TokenizerMismatchError(LopdError, ValueError):
-    """Two parts of a run that do not share one token-to-id map."""
+    """Two parts of a run that do not share one token-to-id map.
+    To do: Use a teacher with the student's tokenizer; lopd does not distil across tokenizers.
+    """
 
 
 class EngineError(LopdError, RuntimeError):
-    """An engine or a server that failed for a reason of its own, also after it was started anew or asked again."""
+    """An engine or a server that failed for a reason of its own, also after it was started anew or asked again.
+    To do: Read the engine's or server's own log, which the message names; run the same call again to go on after what was committed.
+    """
 
 
 class ModelError(LopdError, TypeError):
-    """A model that cannot be sampled, scored or trained here without changing what it computes."""
+    """A model that cannot be sampled, scored or trained here without changing what it computes.
+    To do: Do what the message proposes; the page "Models that were tried" says what each family can do.
+    """
 
 
 class ModelWarning(LopdWarning):
-    """A model that computes at random, with an attention that was changed to keep what it computes, or without a cache."""
+    """A model that computes at random, with an attention that was changed to keep what it computes, or without a cache.
+    To do: Make the model compute one function (`model.eval()`, no dropout), or accept that sampling is slow.
+    """
 
 
 class StoreNotFoundError(LopdError, FileNotFoundError):
-    """No store at this path."""
+    """No store at this path.
+    To do: Check the path, and `open_or_create` where a new store is meant.
+    """
 
 
 class StorePathError(LopdError, ValueError):
-    """A path where this kind of store cannot live."""
+    """A path where this kind of store cannot live.
+    To do: Choose another place, or another kind of store for this one.
+    """
 
 
 class NoSuchRowError(LopdError, IndexError):
-    """A row index outside a store."""
+    """A row index outside a store.
+    To do: Ask for rows from 0 to `len(store) - 1`.
+    """
 
 
 class StoreExistsError(LopdError, FileExistsError):
-    """A store (or something else) is already at this path."""
+    """A store (or something else) is already at this path.
+    To do: `open` what is there, or choose another path; nothing is overwritten.
+    """
 
 
 class ManifestMismatchError(LopdError, ValueError):
-    """A store that says it holds something else than what the caller is about to use it for."""
+    """A store that says it holds something else than what the caller is about to use it for.
+    To do: Sample into a new store, or make the settings the same as those that the store names.
+    """
 
 
 class ConflictError(LopdError, ValueError):
-    """Different content under an id, or another model under a column, that is already committed."""
+    """Different content under an id, or another model under a column, that is already committed.
+    To do: Write to another column or store; what is committed is never replaced.
+    """
 
 
 class MissingScoresError(LopdError, LookupError):
-    """A score column, or a rollout's entry in it, that is not there."""
+    """A score column, or a rollout's entry in it, that is not there.
+    To do: Run `score_rollouts` with the column's name, or name a column that is there.
+    """
 
 
 class CorruptStoreError(LopdError, ValueError):
-    """Stored bytes that do not match their checksum or hash."""
+    """Stored bytes that do not match their checksum or hash.
+    To do: Restore the named files from a backup; `python -m lopd.tools.doctor verify` lists all damage.
+    """
 
 
 class UncheckedDataWarning(LopdWarning):
-    """Imported data without checksums, in which damage cannot be noticed."""
+    """Imported data without checksums, in which damage cannot be noticed.
+    To do: Export again with lopd, or compare some rows with their source.
+    """
 
 
 class StoreWriteError(LopdError, OSError):
-    """The operating system refused a write: nothing of it was committed, or its durability is in doubt; the message says which."""
+    """The operating system refused a write: nothing of it was committed, or its durability is in doubt; the message says which.
+    To do: Free space or mend permissions, and repeat the call; what was committed before stays.
+    """
 
 
 class TeacherConsistencyError(LopdError, ValueError):
-    """The scoring teacher is not, or cannot be shown to be, the teacher whose data trained the reference policy."""
+    """The scoring teacher is not, or cannot be shown to be, the teacher whose data trained the reference policy.
+    To do: Score with the teacher that wrote the SFT text, or record who wrote it; otherwise `residualise`, and expect less.
+    """
 
 
 class TeacherConsistencyWarning(LopdWarning):
-    """What `TeacherConsistencyError` says, when the caller chose to go on."""
+    """What `TeacherConsistencyError` says, when the caller chose to go on.
+    To do: Nothing, if you meant it; the student's lineage says what was done.
+    """
 
 
 class AdvantageWarning(LopdWarning):
-    """A teacher far from what it judges, or many tokens that it finds nearly impossible: training goes wrong on such."""
+    """A teacher far from what it judges, or many tokens that it finds nearly impossible: training goes wrong on such.
+    To do: Take the ratio (`FusedOPDLoss(ratio_to_ref=True)`, `batches(ref=...)`), or do more SFT first.
+    """
 
 
 class TrainingWarning(LopdWarning):
-    """A run that trains something else than its author will think: weights that stay where they are, or other steps than before."""
+    """A run that trains something else than its author will think: weights that stay where they are, or other steps than before.
+    To do: Check the optimizer's parameters and the settings that the message names, before you pay for more steps.
+    """
 
 
 class DriftWarning(LopdWarning):
-    """A student that has left the policy whose rollouts it trains on."""
+    """A student that has left the policy whose rollouts it trains on.
+    To do: Lower the rate, take the ratio, or sample again (`refresh_when`).
+    """
 
 
 class SamplerWarning(LopdWarning):
-    """A loss whose gradient takes tokens for draws of the policy itself, though another temperature or top-p drew them."""
+    """A loss whose gradient takes tokens for draws of the policy itself, though another temperature or top-p drew them.
+    To do: Pass `ref="behavior"` and take a loss with the ratio, or sample at temperature 1 and top-p 1.
+    """
 
 
 class SourceError(LopdError, RuntimeError):
-    """A source that gives other rollouts than it was asked for."""
+    """A source that gives other rollouts than it was asked for.
+    To do: Report it to the author of the source; `SourceConformance` finds it before a run does.
+    """
 
 
 class ScorerError(LopdError, RuntimeError):
-    """A scorer that does not give the same log-probs twice, or not those of the model that it says it is."""
+    """A scorer that does not give the same log-probs twice, or not those of the model that it says it is.
+    To do: Turn off prefix caching and quantisation, check that all replicas are alike, and compare with `Preflight(truth=...)`.
+    """
 
 
 class QuarantineWarning(LopdWarning):
-    """Rollouts without scores, which training leaves out, and why."""
+    """Rollouts without scores, which training leaves out, and why.
+    To do: Read the reasons (`store.quarantined(column)`); `score_rollouts(retry_quarantined=True)` tries them again.
+    """
 
 
 class RefusedPromptsWarning(LopdWarning):
-    """Prompts that could not be sampled and were left out, and why; the next collection tries them again."""
+    """Prompts that could not be sampled and were left out, and why; the next collection tries them again.
+    To do: Read the reasons; mend or drop these prompts, and run the collection again.
+    """
 
 
 class RepeatedRolloutsWarning(LopdWarning):
-    """A step larger than what there is to train on, so that rollouts repeat within it."""
+    """A step larger than what there is to train on, so that rollouts repeat within it.
+    To do: Sample more, or take fewer `rollouts_per_step`.
+    """
 
 
 class EndTokenWarning(LopdWarning):
-    """A teacher that finds the tokens that end the policy's responses next to impossible."""
+    """A teacher that finds the tokens that end the policy's responses next to impossible.
+    To do: Make sure that teacher and student end a response with the same token, before the scores are paid for.
+    """
 
 
 class EngineChangeWarning(LopdWarning):
-    """A column that another engine, or another version of the same engine, continues."""
+    """A column that another engine, or another version of the same engine, continues.
+    To do: Nothing, if parity is good; otherwise score into a new column with one engine.
+    """
 
 
 class CheckpointError(LopdError, ValueError):
-    """A checkpoint that does not fit the student or optimizer it is loaded into."""
+    """A checkpoint that does not fit the student or optimizer it is loaded into.
+    To do: Build student, optimizer and steps as they were when it was saved, or begin a new folder.
+    """
 
 
 class TrainingDivergedError(LopdError, ArithmeticError):
-    """A loss or gradient norm that is not finite."""
+    """A loss or gradient norm that is not finite.
+    To do: Lower the learning rate, and look at the batch of the step that it names.
+    """
 
 
 class GradientError(LopdError, RuntimeError):
-    """A gradient that a fused loss does not have: a second one, or one of its gradient."""
+    """A gradient that a fused loss does not have: a second one, or one of its gradient.
+    To do: Use `ReferenceOPDLoss`, which has gradients of every order.
+    """
 
 
 class MissingDependencyError(LopdError, ImportError):
-    """An optional package that this call needs is not installed."""
+    """An optional package that this call needs is not installed.
+    To do: Install the extra that the message names.
+    """
 
 
 class ForkedStoreError(LopdError, RuntimeError):
-    """A store whose library does not survive a fork, used in a forked process."""
+    """A store whose library does not survive a fork, used in a forked process.
+    To do: Start workers with the 'spawn' or 'forkserver' method.
+    """
 
 
 class StoreReadError(LopdError, OSError):
-    """The storage refused a read, also after retries; what is stored is as it was."""
+    """The storage refused a read, also after retries; what is stored is as it was.
+    To do: Check network, credentials and endpoint, and call again; what is stored is as it was.
+    """
