@@ -38,13 +38,13 @@ export GOMP_SPINCOUNT ?= 20000
 quickstart: .venv/installed-quickstart .venv/installed-data  ## Lightning and online OPD on a real model, under eight minutes on two cores
 	$(BIN)/python examples/quickstart.py
 
-bench-quickstart: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## the quickstart with other losses beside it; writes the README's tables and pictures; under twenty minutes
+bench-quickstart: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## the quickstart with other losses beside it; writes its tables and pictures; under twenty minutes
 	$(BIN)/python examples/quickstart.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/quickstart_losses.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/record_quickstart.py
 	$(BIN)/python benchmarks/docs_tables.py
 
-bench-quickstart-seeds: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## the quickstart with two more seeds, a quarter of an hour; writes README's table of seeds
+bench-quickstart-seeds: .venv/installed-quickstart .venv/installed-bench .venv/installed-data  ## the quickstart with two more seeds, a quarter of an hour; writes the table of seeds
 	$(BIN)/python examples/quickstart.py
 	PYTHONPATH=examples $(BIN)/python benchmarks/quickstart_seeds.py
 	$(BIN)/python benchmarks/docs_tables.py
@@ -56,6 +56,7 @@ bench-loss: .venv/installed-test  ## every way to the loss and its gradient besi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.7.1 liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 	$(BIN)/python benchmarks/bench_loss.py
 	$(BIN)/python benchmarks/bench_threads.py
+	$(BIN)/python benchmarks/docs_tables.py
 
 bench-precision: .venv/installed-quickstart .venv/installed-data  ## what the dtype of the head's products costs in accuracy, on real hidden states; three minutes
 	PYTHONPATH=examples $(BIN)/python benchmarks/bench_precision.py
@@ -71,6 +72,7 @@ bench-pairs: .venv/installed-claims .venv/installed-data  ## when to go offline:
 
 bench-engines: .venv/installed-engines .venv/installed-data  ## sampling and scoring, transformers beside vLLM in process and served; about half an hour
 	$(BIN)/python benchmarks/bench_engines.py
+	$(BIN)/python benchmarks/docs_tables.py
 
 bench-guards: .venv/installed-test  ## the guards on small models where OPD works and where it fails, consistency, and the audit; half an hour
 	$(BIN)/python benchmarks/bench_drift.py
@@ -96,6 +98,10 @@ evidence: .venv/installed-claims .venv/installed-quickstart .venv/installed-data
 
 evidence-quick: .venv/installed-claims .venv/installed-quickstart .venv/installed-data  ## one seed and few arms, into runs/evidence-quick; a quarter of an hour
 	$(BIN)/python benchmarks/evidence.py --quick
+
+gallery: .venv/installed-test  ## what each numbered example prints, into the page of examples; two minutes
+	$(BIN)/python benchmarks/gallery.py
+	$(BIN)/python benchmarks/docs_tables.py
 
 plots: .venv/installed-claims  ## every picture and RESULTS.md again, from the result files; nothing is measured; two minutes
 	$(BIN)/python benchmarks/draw.py

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from record import ROOT, describe_machine, fill, result_file
+from record import ROOT, describe_machine, result_file
 
 from lopd import SamplingParams, ZarrStore, collect_rollouts
 from lopd.engines.hf import HFSource, load_model
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=True, help="write results and the README's tables")
+    parser.add_argument("--record", action=argparse.BooleanOptionalAction, default=True, help="write results")
     options = parser.parse_args()
     rows = [measure(name, folder, options) for name, folder in models(options.out).items()]
     for row in rows:
@@ -145,30 +145,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    """Results and tables."""
-    variants = ("hf", "forward"), ("hf", "scoring"), ("hf", "scoring, top-k"), ("vllm", "scoring"), ("vllm", "scoring, top-k")
-    variants = (
-        *variants,
-        ("served", "scoring"),
-        ("served", "scoring, top-k"),
-        ("hf", "sampling"),
-        ("vllm", "sampling"),
-        ("served", "sampling"),
-    )
-    scorers = "HFScorer", "… top-20", "VLLMScorer", "… top-20", "ServerScorer", "… top-20"
-    titles = "bare forward", *scorers, "HFSource", "VLLMSource", "ServerSource"
-    table = [f"| tokens a second | {' | '.join(titles)} |", "|---|" + "--:|" * len(titles)]
-    table += [
-        f"| {row['model']} | " + " | ".join(f"{row[engine][name]['median']:,.0f}" for engine, name in variants) + " |" for row in rows
-    ]
-    fill(ROOT / "README.md", "engine table", table)
-    table = ["| vLLM against transformers, nats | mean | p99 | max | mean with its sign |", "|---|--:|--:|--:|--:|"]
-    for row in rows:
-        table += [
-            f"| {row['model']}, {head} | {gap['mean']:.2g} | {gap['p99']:.2g} | {gap['max']:.2g} | {gap['bias']:+.1g} |"
-            for head, gap in row["gaps"].items()
-        ]
-    fill(ROOT / "README.md", "parity table", table)
+    """Write the result file."""
     report = describe_machine()
     import vllm
 

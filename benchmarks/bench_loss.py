@@ -28,7 +28,7 @@ import torch
 from loss_paths import PATHS, Problem, make_problem
 from matrix_library import fast_matmul
 from pictures import RATIO, TEXT, panels, rule, save, wrap
-from record import ROOT, describe_machine, fill, result_file
+from record import ROOT, describe_machine, result_file
 
 import lopd
 from lopd.losses.reference import ReferenceOPDLoss
@@ -225,17 +225,6 @@ def filtered_gradients(problem: Problem, epsilon: float) -> tuple[float, Sequenc
     return best, gradients, float(output.neglected_sum if output.neglected_sum is not None else 0.0)
 
 
-def loss_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The largest size of the larger vocabulary as a Markdown table."""
-    lines = ["| path | weights | CPU s | over three products | MiB beyond the gradients | error of dW |", "|---|---|--:|--:|--:|--:|"]
-    for row in rows:
-        if (row["tokens"], row["shape"]) == TABLE and row["path"] != FORMER:
-            name = f"{row['path']}, oneDNN" if row["library"] == "onednn" else row["path"]
-            rest = f" {row['beyond_gradients_mib']:.0f} | {row['weight_error']:.1e} |" if "weight_error" in row else "  |  |"
-            lines.append(f"| {name} | {row['dtype']} | {row['cpu_s']:.1f} | {row['over_floor']:.2f} |{rest}")
-    return lines
-
-
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """CPU seconds over the floor, and memory, of every path at the largest size of each dtype; lopd's in colour."""
     largest = [row for row in rows if size_of(row)[:2] == TABLE and row["path"] not in {"three products", FORMER}]
@@ -287,7 +276,6 @@ def main() -> None:
     for goal in found:
         print("met   " if goal["met"] else "MISSED", goal["name"], "goal", goal["goal"], "measured", f"{goal['measured']:.3g}")
     result_file("bench_loss", describe_machine(), [*rows, *filtered], found)
-    fill(ROOT / "README.md", "fused table", loss_table(rows))
     draw(ROOT / "docs" / "bench_loss.png", rows)
 
 

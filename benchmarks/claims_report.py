@@ -67,18 +67,6 @@ def claims_part(result: Mapping[str, Any], folder: str, *, claim: str, fall: str
     return Part("The claims of the paper on small models", result, readings, _meaning(found), sections, pictures, "claims.py")
 
 
-def readme_table(rows: Sequence[Row], claim: str, fall: str) -> list[str]:
-    """The short form: accuracy and cost of every method."""
-    runs, lines = Runs.of(rows), []
-    for name in [*(arm.name for arm in (*MAIN, TOP_K)), TRL]:
-        cell, fallen = runs.where(claim, name), runs.where(fall, name)
-        cost, moved = runs.mean(cell, spent).show(".1f"), runs.mean(fallen, change).show("+.3f") if fallen else ""
-        lines.append([name, runs.mean(cell, accuracy).show(), runs.mean(cell, change).show("+.3f"), cost, moved])
-    sft = runs.mean(runs.where(claim, ONLINE.name), lambda row: row["start"]).show()
-    head = ("", "accuracy", "gain over SFT", "CPU s", "gain, sharp teacher and young student")
-    return _table(head, [["SFT", sft, "", "", ""], *lines])
-
-
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
 

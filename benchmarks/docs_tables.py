@@ -1,8 +1,9 @@
-"""Tables of the pages that help to choose, out of benchmarks/results/*.json: nothing is measured here.
+"""Tables of the pages, out of benchmarks/results/*.json, the Makefile and lopd/errors.py: nothing is measured here.
 
-python benchmarks/docs_tables.py     # between the markers of docs/index.md, choose.md, models.md and reliability.md; a few seconds
+python benchmarks/docs_tables.py     # between the markers of the pages in `TABLES`; a few seconds
 """
 
+import ast
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -76,6 +77,16 @@ ESTIMATORS = {
 }
 #: Tokens of twenty steps of `bench_estimators`.
 LONG_RUN = 20 * 384
+#: Ways to the loss that `bench_loss` measures.
+PATHS = {
+    "three products": "bare matrix products, the floor",
+    "fused": "`FusedOPDLoss`",
+    "recomputed": "`selected_logprobs`, and whole-rollout variants",
+    "full logits": "`ReferenceOPDLoss`",
+    "torch linear_cross_entropy, chunk 512": "torch `linear_cross_entropy`, chunk 512",
+    "cut-cross-entropy, torch.compile": "cut-cross-entropy, `torch.compile`",
+    "Liger, scaled cross-entropy": "Liger, scaled cross-entropy",
+}
 #: Of `bench_loss`: the largest size of the larger vocabulary.
 LOSS_SIZE = (2048, "151936x896")
 
@@ -176,22 +187,16 @@ def estimators() -> list[str]:
 
 
 def paths() -> list[str]:
-    """Time and memory of the ways to one and the same loss."""
-    wanted = ("three products", "fused", "recomputed", "full logits")
-    named = {
-        "three products": "bare matrix products, the floor",
-        "fused": "`FusedOPDLoss`",
-        "recomputed": "`selected_logprobs`, and whole-rollout variants",
-        "full logits": "`ReferenceOPDLoss`",
-    }
+    """Time, memory and error of the ways to one and the same loss."""
 
     def lines() -> Iterator[Sequence[str]]:
         for row in read("bench_loss")["rows"]:
-            if (row.get("tokens"), row.get("shape")) == LOSS_SIZE and row["path"] in wanted and row["library"] in {"best", "mkl"}:
-                memory = f"{row['beyond_gradients_mib']:,.0f}" if "beyond_gradients_mib" in row else ""
-                yield named[row["path"]], row["dtype"], f"{row['cpu_s']:.1f}", memory
+            if (row.get("tokens"), row.get("shape")) == LOSS_SIZE and row["path"] in PATHS:
+                name = f"{PATHS[row['path']]}, oneDNN" if row["library"] == "onednn" else PATHS[row["path"]]
+                rest = (f"{row['beyond_gradients_mib']:,.0f}", f"{row['weight_error']:.1e}") if "weight_error" in row else ("", "")
+                yield name, row["dtype"], f"{row['cpu_s']:.1f}", f"{row['over_floor']:.2f}", *rest
 
-    return table(("path", "weights", "CPU s", "MiB beyond the gradients"), lines(), 2)
+    return table(("path", "weights", "CPU s", "over three products", "MiB beyond the gradients", "error of dW"), lines(), 2)
 
 
 def precision() -> list[str]:
@@ -447,7 +452,70 @@ def card() -> list[str]:
     return [f"{found['machine']['card']}, torch {found['versions']['torch']}:", "", *table(("goal", "wanted", "measured", "met"), lines, 1)]
 
 
+def commands() -> list[str]:
+    """What `make` does, by target."""
+    found = re.findall(r"^([\w-]+):.*?  ## (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return table(("command", "what it does"), ((f"`make {name}`", words) for name, words in sorted(found)), 2)
+
+
+def gallery() -> list[str]:
+    """Every numbered example: what it is about, its code, and what it prints."""
+    lines = []
+    for row in read("gallery")["rows"]:
+        page = ROOT / "examples" / f"{row['name']}.py"
+        words, _, code = page.read_text().removeprefix('"""').partition('"""\n\n')
+        title, _, rest = words.partition("\n")
+        command = " ".join((f"python examples/{page.name}", *row["arguments"]))
+        shown = [
+            f"## {row['name'].replace('_', ' ')}",
+            "",
+            title,
+            *rest.splitlines(),
+            "",
+            "<!-- not run: tests/test_examples.py runs the file -->",
+        ]
+        lines += [
+            *shown,
+            "```python",
+            *code.splitlines(),
+            "```",
+            "",
+            f"`{command}` prints:",
+            "",
+            "```text",
+            *row["printed"].splitlines(),
+            "```",
+            "",
+        ]
+    return lines
+
+
+def errors() -> list[str]:
+    """Every error: what it means, what to do."""
+    return _raised("Error")
+
+
+def warnings() -> list[str]:
+    """Every warning: what it means, what to do."""
+    return _raised("Warning")
+
+
+def _raised(kind: str) -> list[str]:
+    tree = ast.parse((ROOT / "lopd" / "errors.py").read_text())
+
+    def lines() -> Iterator[Sequence[str]]:
+        for node in sorted((node for node in tree.body if isinstance(node, ast.ClassDef)), key=lambda node: node.name):
+            meaning, _, todo = (ast.get_docstring(node) or "").partition("\nTo do: ")
+            if node.name.endswith(kind) and not node.name.startswith("Lopd"):
+                yield f"`{node.name}`", " ".join(meaning.split()), " ".join(todo.split())
+
+    return table(("class", "what it means", "what to do"), lines(), 3)
+
+
 TABLES = {
+    "examples.md": {"gallery": gallery},
+    "commands.md": {"commands": commands},
+    "troubleshooting.md": {"errors": errors, "warnings": warnings},
     "index.md": {"when": when},
     "choose.md": {
         "losses": losses,
@@ -472,9 +540,8 @@ TABLES = {
 }
 
 
-def main(folder: Path = DOCS, readme: Path = ROOT / "README.md") -> None:
+def main(folder: Path = DOCS) -> None:
     """Fill the pages."""
-    fill(readme, "store table", stores())
     for page, tables in TABLES.items():
         for name, make in tables.items():
             fill(folder / page, f"{name} table", make())

@@ -1,4 +1,4 @@
-"""Write benchmarks/RESULTS.md, its pictures, and its first sentences on the first pages, out of benchmarks/results/*.json.
+"""Write benchmarks/RESULTS.md, its pictures, and its first sentences on the first page, out of benchmarks/results/*.json.
 
 Nothing is measured here.
 
@@ -9,7 +9,7 @@ from functools import partial
 
 from claims_estimators_report import estimators_part
 from claims_long_report import long_part
-from claims_report import claims_part, readme_table
+from claims_report import claims_part
 from docs_tables import DOCS, FAILS, RESULTS, WORKS, read
 from evidence_report import evidence_part
 from record import ROOT, fill
@@ -36,9 +36,7 @@ def publish() -> None:
     PAGE.write_text(make_page(TITLE, found))
     for part in found:
         part.draw(DOCS)
-    for page, docs in ((ROOT / "README.md", "docs/"), (DOCS / "index.md", "")):
-        fill(page, "claims sentences", [line.replace("](../docs/", f"]({docs}") for line in found[0].sentences()])
-    fill(ROOT / "README.md", "claims", readme_table(read("claims")["rows"], WORKS, FAILS))
+    fill(DOCS / "index.md", "claims sentences", [line.replace("](../docs/", "](") for line in found[0].sentences()])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The quickstart with other seeds: do its promises hold there?  `benchmarks/results/quickstart_seeds.json`, and a table in README.md.
+"""The quickstart with other seeds: do its promises hold there?  `benchmarks/results/quickstart_seeds.json`, and a table in docs/quickstart.md.
 
     make bench-quickstart-seeds     # after `make quickstart`, about a quarter of an hour on two cores; a second call goes on where it was
 
@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from record import ROOT, fill, result_file
-from record_quickstart import FALL, GAP, RUN, promises, seconds_of
+from record_quickstart import FALL, GAP, PAGE, RUN, promises, seconds_of
 
 SEEDS = (0, 2, 3)
 
@@ -23,7 +23,7 @@ def main() -> None:
     rows = [{"seed": seed, **numbers(report)} for seed, report in reports.items()]
     goals = [{**goal, "name": f"seed {seed}: {goal['name']}"} for seed, report in reports.items() for goal in promises(report)]
     result_file("quickstart_seeds", reports[SEEDS[0]], rows, goals)
-    fill(ROOT / "README.md", "seed table", seed_table(rows))
+    fill(PAGE, "seed table", seed_table(rows))
 
 
 def run(seed: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Keep a quickstart run as evidence: `benchmarks/results/quickstart.json`, the pictures and the tables of README.md.
+"""Keep a quickstart run as evidence: `benchmarks/results/quickstart.json`, the pictures, and the tables of docs/quickstart.md.
 
     make bench-quickstart
 
-Nothing in the README's tables is typed by hand.  The picture of the run report is made only where there is a Chromium (`make test-browser`).
+Nothing in these tables is typed by hand.  The picture of the run report is made only where there is a Chromium (`make test-browser`).
 """
 
 import json
@@ -15,14 +15,15 @@ from pictures import ONLINE, SFT, SUPPORT, panels, save
 from record import ROOT, fill, result_file
 
 RUN, DOCS = ROOT / "runs" / "quickstart", ROOT / "docs"
+PAGE = DOCS / "quickstart.md"
 FALL, GAP = "after OPD, against after SFT", "after OPD, against after online OPD"
 PICTURE = (
     "![KL of the student to its teacher against the seconds of the OPD stage: the stored run samples once, is scored once, and trains; "
-    "online OPD does all three at each step](docs/quickstart.png)"
+    "online OPD does all three at each step](DOCS/quickstart.png)"
 )
 REPORT = (
-    '[<img src="docs/report.png" width="560" alt="The first screen of the run report: who sampled, who scored, the guards, the training">]'
-    "(docs/report.png)"
+    '[<img src="DOCS/report.png" width="560" alt="The first screen of the run report: who sampled, who scored, the guards, the training">]'
+    "(DOCS/report.png)"
 )
 STORED = ("student rollouts", "teacher scores", "Lightning OPD")
 
@@ -32,13 +33,15 @@ def main() -> None:
     report = json.loads((RUN / "metrics.json").read_text())
     result_file("quickstart", report, [*report["phases"], {"name": "change", **report["change"]}], goals(report))
     draw({phase["name"]: phase for phase in report["phases"]})
-    fill(ROOT / "README.md", "quickstart picture", [sentence(report), "", PICTURE])
-    if picture_of_report():
-        fill(ROOT / "README.md", "report picture", [REPORT])
-    fill(ROOT / "README.md", "quickstart table", phase_table(report["phases"]))
+    photographed = picture_of_report()
+    for page, docs in ((ROOT / "README.md", "docs/"), (PAGE, "")):
+        fill(page, "quickstart picture", [sentence(report), "", PICTURE.replace("DOCS/", docs)])
+        if photographed:
+            fill(page, "report picture", [REPORT.replace("DOCS/", docs)])
+    fill(PAGE, "quickstart table", phase_table(report["phases"]))
     losses = ROOT / "benchmarks" / "results" / "quickstart_losses.json"
     if losses.exists():
-        fill(ROOT / "README.md", "loss table", loss_table(json.loads(losses.read_text())["rows"]))
+        fill(PAGE, "loss table", loss_table(json.loads(losses.read_text())["rows"]))
 
 
 def draw(phases: dict[str, Any]) -> None:

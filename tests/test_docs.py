@@ -69,7 +69,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
 
 RUN = [page for page in PAGES if any(block.reason is None for block in blocks_of(page))]
 #: Blocks of the README that `test_readme` runs, with models and stores of its own.
-RUN_IN_TEST_README = {test_readme.PROGRAM, test_readme.GUARDS, test_readme.ROUNDS}
+RUN_IN_TEST_README = {test_readme.PROGRAM}
 
 
 @pytest.fixture
@@ -227,11 +227,9 @@ def test_the_tables_are_those_of_the_result_files(tmp_path: Path, monkeypatch: p
     (tmp_path / "decisions").mkdir()
     for name in tables.TABLES:
         (tmp_path / name).write_text((DOCS / name).read_text())
-    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
-    tables.main(tmp_path, tmp_path / "README.md")
-    pages = {tmp_path / name: DOCS / name for name in tables.TABLES} | {tmp_path / "README.md": ROOT / "README.md"}
-    for made, page in pages.items():
-        assert made.read_text() == page.read_text(), f"{page}: run benchmarks/docs_tables.py"
+    tables.main(tmp_path)
+    for name in tables.TABLES:
+        assert (tmp_path / name).read_text() == (DOCS / name).read_text(), f"{name}: run benchmarks/docs_tables.py"
 
 
 def test_every_page_is_in_the_navigation_and_every_decision_in_its_index() -> None:
@@ -239,9 +237,9 @@ def test_every_page_is_in_the_navigation_and_every_decision_in_its_index() -> No
     named = set(re.findall(r"[\w./-]+\.md", navigation))
     assert named == {str(page.relative_to(DOCS)) for page in PAGES}
     index = (DOCS / "decisions" / "index.md").read_text()
-    assert [
-        page.name for page in PAGES if page.parent.name == "decisions" and page.name != "index.md" and f"]({page.name})" not in index
-    ] == []
+    decisions = [page for page in PAGES if page.parent.name == "decisions" and page.name != "index.md"]
+    assert [page.name for page in decisions if f"]({page.name})" not in index] == []
+    assert [page.name for page in decisions if not re.match(r"(In force since|Replaced by) ", page.read_text().splitlines()[2])] == []
 
 
 def with_includes(page: Path) -> str:
@@ -286,7 +284,7 @@ def test_every_page_has_a_description_of_one_sentence() -> None:
 
 
 def test_no_line_of_code_is_wider_than_the_column() -> None:
-    for page in PAGES:
+    for page in [page for page in PAGES if page.name != "examples.md"]:  # code of the examples as it is
         for block in re.findall(r"^```.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL):
             assert [line for line in block.splitlines() if len(line) > 98] == [], page
 
@@ -304,6 +302,11 @@ def test_what_becomes_of_equations_and_cells_when_the_site_is_built(monkeypatch:
     assert "<mi>log</mi><mo" in hooks.draw(r"\log(p)")
     cells = hooks.break_cells("<p>1 ± 2</p><td>1 ± 2 <code>a/b.py::test_c</code></td>")
     assert cells == "<p>1 ± 2</p><td>1\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}2 <code>a/<wbr>b.<wbr>py::<wbr>test_<wbr>c</code></td>"
+
+
+@pytest.mark.parametrize("words", ["tutorial", "wandb", "LoRA", "learning rate", "out of memory", "checkpoint", "S3", "warm-up"])
+def test_what_newcomers_search_for_is_on_a_page_that_explains(words: str) -> None:
+    assert [page for page in PAGES if page.parent in {DOCS, DOCS / "howto"} and words.lower() in page.read_text().lower()]
 
 
 def test_nothing_is_fetched_from_elsewhere() -> None:
