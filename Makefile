@@ -152,6 +152,12 @@ gpu: $(if $(GPU_PYTHON),,.venv-gpu/installed)  ## all that only a card can tell,
 docs: .venv/installed-docs  ## the documentation site, into site/; nothing is fetched when it is read
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+docs-version: .venv/installed-docs  ## the site of one release beside those of others, on the branch gh-pages: `make docs-version VERSION=0.3`
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt mike
+	git fetch --quiet origin gh-pages:gh-pages || true
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" mike deploy --config-file mkdocs-versions.yml --update-aliases $(VERSION) latest
+	PATH="$(CURDIR)/$(BIN):$$PATH" mike set-default --config-file mkdocs-versions.yml latest
+
 test-triton: .venv/installed-test  ## the CUDA kernels in Triton's interpreter, and compiled for three kinds of GPU; Triton is 700 MB
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.7.1
 	$(BIN)/python -m pytest tests/test_triton_rows.py
@@ -187,11 +193,12 @@ test-lowest:  ## all tests with the lowest versions that pyproject.toml allows, 
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c .venv-lowest/constraints.txt -e '.[test]'
 	.venv-lowest/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-test-wheel:  ## wheel and sdist are built, and an example runs on the wheel in an environment of its own
+test-wheel:  ## wheel and sdist are built and checked as PyPI would, and an example runs on the wheel in an environment of its own
 	rm -rf dist .venv-wheel
 	$(PYTHON) -m venv .venv-wheel
-	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check build
+	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check build twine
 	.venv-wheel/bin/python -m build --outdir dist
+	.venv-wheel/bin/python -m twine check --strict dist/*
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[hf,zarr]"
 	cd dist && ../.venv-wheel/bin/python ../examples/02_wire_it.py
 
