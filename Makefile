@@ -116,7 +116,7 @@ bench-scale: .venv/installed-test  ## one process and two, several readers, stor
 	$(BIN)/python benchmarks/scale_docs.py
 	$(BIN)/python benchmarks/docs_tables.py
 
-bench-commits: .venv/installed-test  ## what one more commit costs a store of up to 10,000 that nobody compacts; half an hour
+bench-commits: .venv/installed-test  ## what one more commit costs a store of up to 10,000 that are never compacted; half an hour
 	$(BIN)/python benchmarks/bench_commits.py
 
 bench-families: .venv/installed-test  ## scoring, sampling, training and export of every family of transformers, as tiny models; less than ten minutes
