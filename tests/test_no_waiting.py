@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,7 +41,7 @@ from lopd.losses.variants import (
 )
 from lopd.losses.window import WindowRatio
 from lopd.protocols import OPDLoss
-from lopd.records import Batch, Step
+from lopd.records import Batch, LossOutput, Step
 from lopd.testing import loss_case
 
 pytestmark = pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")
@@ -215,6 +216,30 @@ def test_what_is_told_of_a_step_comes_in_one_copy(student, monkeypatch):
     fetched = [values for values in copies if values.numel() == 1 + 2 * (3 + len(batch.counted))]
     assert len(fetched) == 1
     assert columns == [batch.weight.data_ptr()]
+
+
+def test_a_gpu_holds_one_batch_of_a_step_at_a_time_and_nothing_of_a_step_that_is_told(student, monkeypatch):
+    there, said = list[weakref.ref[Any]](), list[weakref.ref[Any]]()
+    at_once, to, loss = [], Batch.to, FusedOPDLoss(ratio_to_ref=True)
+
+    def moved(self: Batch, device: torch.device) -> Batch:
+        found = to(self, device)
+        there.append(weakref.ref(found))
+        at_once.append(sum(batch() is not None for batch in there))
+        return found
+
+    def told(*given: Any) -> LossOutput:
+        output = loss(*given)
+        said.extend(weakref.ref(part) for part in (output.loss_sum, output.logprobs))
+        return output
+
+    monkeypatch.setattr(Batch, "to", moved)
+    batches = tuple(a_batch(seed) for seed in range(3))
+    steps = opd_steps(student, [Step(0, batches), Step(1, batches)], told, torch.optim.SGD(student.parameters(), lr=0.0))
+    for _ in steps:
+        assert not [kept for kept in (*there, *said) if kept() is not None]
+    assert at_once == 6 * [1]
+    assert len(said) == 12
 
 
 def test_the_counter_counts():
