@@ -10,7 +10,7 @@ import flash_stub
 import pytest
 import torch
 from conftest import TOKENIZER_ID
-from flash_stub import take_flash
+from flash_stub import take_flash, take_flex
 from test_no_waiting import a_batch, asked
 from transformers import masking_utils
 from transformers.integrations.flash_attention import get_target_dtype
@@ -22,7 +22,7 @@ from tiny_models import build_model
 from lopd import CausalLMStudent, FusedOPDLoss
 from lopd.engines.causal_lm import hidden_states, packed_hidden_states, row_hidden_states
 from lopd.engines.hf import HFScorer, load_model, loading
-from lopd.engines.masks import one_rollout_a_row
+from lopd.engines.masks import known_rows
 from lopd.engines.probes import check_training
 from lopd.errors import EngineError, ModelError
 
@@ -38,13 +38,21 @@ def gradients(student):
     return found
 
 
-@pytest.mark.parametrize(("kind", "way"), [("llama", packed_hidden_states), ("qwen3", packed_hidden_states), ("lfm2", row_hidden_states)])
+WAYS = [
+    ("llama", take_flash, packed_hidden_states),
+    ("qwen3", take_flash, packed_hidden_states),
+    ("qwen3", take_flex, packed_hidden_states),
+    ("lfm2", take_flash, row_hidden_states),
+]
+
+
+@pytest.mark.parametrize(("kind", "take", "way"), WAYS)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_with_flash_attention_rollouts_are_packed_or_in_rows_and_gradients_are_the_same(kind, way, recompute):
+def test_rollouts_are_packed_or_in_rows_and_gradients_are_the_same(kind, take, way, recompute):
     """The layers of a hybrid that are not attention would run from one packed rollout into the next."""
     model = build_model(kind, vocab_size=TOKENIZER_ID.vocab_size)
     expected = gradients(CausalLMStudent(copy.deepcopy(model), TOKENIZER_ID))
-    with take_flash(model):
+    with take(model):
         assert check_training(model, TOKENIZER_ID.vocab_size) is way
         found = gradients(CausalLMStudent(model, TOKENIZER_ID, gradient_checkpointing=recompute))
     for ours, theirs in zip(found, expected, strict=True):
@@ -80,7 +88,7 @@ def test_transformers_would_ask_whether_rows_are_packed(llama):
     for known, question in ((False, ["_local_scalar_dense"]), (True, [])):
         with asked() as found, torch.no_grad():
             if known:
-                with one_rollout_a_row():
+                with known_rows():
                     hidden_states(llama, ids_BS)
             else:
                 hidden_states(llama, ids_BS)
@@ -90,13 +98,13 @@ def test_transformers_would_ask_whether_rows_are_packed(llama):
 def test_what_is_known_of_rows_is_known_in_one_thread_and_while_it_is_so():
     packed_1S = torch.tensor([[0, 1, 2, 0, 1]])
     seen = []
-    with one_rollout_a_row():
+    with known_rows():
         assert masking_utils.find_packed_sequence_indices(packed_1S) is None
         other = Thread(target=lambda: seen.append(masking_utils.find_packed_sequence_indices(packed_1S)))
         other.start()
         other.join()
-        with one_rollout_a_row():
-            pass
+        with known_rows(packed_1S):
+            assert masking_utils.find_packed_sequence_indices(packed_1S) is packed_1S
         assert masking_utils.find_packed_sequence_indices(packed_1S) is None
     for found in (seen[0], masking_utils.find_packed_sequence_indices(packed_1S)):
         assert found.tolist() == [[0, 0, 0, 1, 1]]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from attrs import evolve
 from conftest import TOKENIZER_ID
-from flash_stub import take_flash
+from flash_stub import take_flash, take_flex
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -200,9 +200,10 @@ def test_no_step_asks_the_gpu_before_it_ends(kind, models, drift, monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="its attention computes on the CPU")
-def test_no_step_of_packed_rollouts_asks_the_gpu_before_it_ends(llama, monkeypatch):
+@pytest.mark.parametrize("take", [take_flash, take_flex])
+def test_no_step_of_packed_rollouts_asks_the_gpu_before_it_ends(take, llama, monkeypatch):
     model = copy.deepcopy(llama)
-    with take_flash(model):
+    with take(model):
         assert found_in_steps(CausalLMStudent(model, TOKENIZER_ID), FusedOPDLoss(ratio_to_ref=True), monkeypatch, drift=True) == []
 
 
