@@ -124,12 +124,15 @@ def test_the_roofline_by_hand():
     assert roofline.layer_flops(config, 10, 5) == flops
     assert roofline.layer_flops(config, 10, 5, checkpointing=True) == pytest.approx(4 / 3 * flops)
     fast = roofline.Card(1.0, 0.5, 1e30, 1)
-    assert roofline.head_seconds(32, 4, 100, fast, roofline.Head(2, 16, 2)) == pytest.approx(3 * 2 * 32 * 4 * 100)
-    assert roofline.head_seconds(32, 4, 100, fast, roofline.Head(4, 16, 4)) == pytest.approx(2 * 3 * 2 * 32 * 4 * 100)
+    assert roofline.head_seconds(32, 4, 100, fast, roofline.Head(2, 16)) == pytest.approx(3 * 2 * 32 * 4 * 100)
+    assert roofline.head_seconds(32, 4, 100, fast, roofline.Head(4, 16)) == pytest.approx(2 * 3 * 2 * 32 * 4 * 100)
     slow = roofline.Card(1e30, 1e30, 1.0, 1)
     logits, gradient, weight, sums = 4 * 1600, 2 * 1600, 2 * 400, 8 * 400
     chunk = weight + logits + gradient + weight + gradient + sums + 2 * logits + gradient
-    assert roofline.head_seconds(32, 4, 100, slow, roofline.Head(2, 16, 2)) == pytest.approx(2 * chunk)
+    assert roofline.head_seconds(32, 4, 100, slow, roofline.Head(2, 16)) == pytest.approx(2 * chunk)
+    # read in four bytes and written in two, for two of the products
+    converted = 2 * (4 * 400 + 2 * 400)
+    assert roofline.head_seconds(32, 4, 100, slow, roofline.Head(2, 16, weights=4)) == pytest.approx(2 * (chunk + converted))
 
 
 def test_models_of_the_roofline_have_their_sizes():
