@@ -81,7 +81,7 @@ def _tiny_quickstart(out: Path) -> list[str]:
 
 
 PARTS = {
-    "conformance": Part(_of("gpu_losses", "conformance"), 60),
+    "conformance": Part(_of("gpu_losses", "conformance"), 65),
     "engines": Part(_of("gpu_engines", "engines"), 40),
     "losses": Part(_of("gpu_losses", "race"), 60),
     # without FlashAttention packed rollouts are for FlexAttention, which is compiled first

@@ -450,6 +450,15 @@ def test_the_suite_rejects_a_loss_that_is_wrong(mutant: Callable[[Tensor, Tensor
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
+def test_the_suite_rejects_logits_in_the_dtype_that_a_student_of_float32_weights_computes_in(on_cuda: bool) -> None:
+    def loss(hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        return Mutant("", rounded_logits if head.compute_dtype == torch.bfloat16 else right)(hidden_ND, head, batch)
+
+    broken = broken_clauses(loss, rounding=on_cuda)
+    assert broken == ["test_float32_weights_of_a_student_that_computes_in_bfloat16_are_as_exact"]
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
 def test_the_suite_rejects_a_weight_gradient_that_is_added_up_in_bfloat16(on_cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ChunkedHead._add_gradients
 

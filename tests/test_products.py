@@ -5,9 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from attrs import evolve
 from torch import Tensor
 
-from lopd.losses import products
+from lopd.losses import chunking, products
 from lopd.losses.chunking import Chunking
 from lopd.losses.fused import FusedOPDLoss
 from lopd.testing import loss_case
@@ -74,3 +75,17 @@ def test_operands_that_the_device_multiplies_are_given_to_it_as_they_are(monkeyp
         for mine, other in zip(gradients, expected[1], strict=True):
             torch.testing.assert_close(mine, other)
     assert set(given) == {(torch.bfloat16, torch.bfloat16)}
+
+
+def test_float32_weights_of_a_student_that_computes_in_bfloat16_are_rounded_for_all_three_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunking, "multiplies", lambda *_: True)  # as on CUDA
+    case = loss_case("float32 weights", [30, 20], vocab=2500, bias=True, seed=30).rounded(torch.float32)
+    case = evolve(case, head=evolve(case.head, compute_dtype=torch.bfloat16))
+    # the bias is added in float32
+    before = evolve(case, hidden=case.hidden.bfloat16().float(), head=evolve(case.head, weight=case.head.weight.bfloat16().float()))
+    (output, gradients), (expected, others) = (evaluate_case(FusedOPDLoss(chunking=Chunking(1)), each) for each in (case, before))
+    assert torch.equal(output.loss_sum, expected.loss_sum)
+    for mine, other in zip(gradients, others, strict=True):
+        # what a row counts is multiplied into its hidden state before that is rounded
+        torch.testing.assert_close(mine, other, rtol=2**-8, atol=2**-8 * float(other.abs().max()))
+    assert not torch.equal(output.loss_sum, evaluate_case(FusedOPDLoss(chunking=Chunking(1, torch.float32)), case)[0].loss_sum)
