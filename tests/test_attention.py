@@ -124,19 +124,44 @@ def on_a_gpu(monkeypatch, flash):
         model.config._attn_implementation_internal = name
         return name
 
-    monkeypatch.setattr(loading, "_takes_flash", lambda model: True)
+    monkeypatch.setattr(loading, "_on_cuda", lambda model: True)
     monkeypatch.setattr(loading, "_FLASH", {"flash_attention_3": lambda: False, "flash_attention_2": lambda: True})
     monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", lambda *_, **__: None)
     monkeypatch.setitem(flash_stub.ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
     monkeypatch.setattr(loading, "_attention_set", put)
 
 
+def loaded(folder, caplog, **options):
+    """The attention that is taken, and the last line of the log."""
+    with caplog.at_level(logging.INFO, "lopd"):
+        model, _ = load_model(folder, **options)
+    line = caplog.messages[-1]
+    assert line.startswith(f"Model {str(folder)!r}: attention {model.config._attn_implementation} (")
+    return model.config._attn_implementation, line
+
+
 def test_flash_attention_is_taken_where_it_is_right_and_the_log_says_so(folder, monkeypatch, caplog):
     on_a_gpu(monkeypatch, flash_stub.flash)
-    with caplog.at_level(logging.INFO, "lopd"):
-        model, _ = load_model(folder)
-    assert model.config._attn_implementation == "flash_attention_2"
-    assert f"Model {str(folder)!r}: attention flash_attention_2" in caplog.messages
+    assert loaded(folder, caplog, dtype=torch.bfloat16) == (
+        "flash_attention_2",
+        f"Model {str(folder)!r}: attention flash_attention_2 (hidden states are those of sdpa)",
+    )
+
+
+def test_float32_weights_take_flash_attention_for_the_autocast_of_a_student(folder, tokenizer, monkeypatch, caplog):
+    on_a_gpu(monkeypatch, in_16_bits)
+    taken, line = loaded(folder, caplog, dtype=torch.float32)
+    assert (taken, "weights are torch.float32; pass the `autocast`" in line) == ("sdpa", True)
+    assert loaded(folder, caplog, dtype=torch.float32, autocast=torch.bfloat16)[0] == "flash_attention_2"
+    model, _ = load_model(folder, torch.float32, autocast=torch.bfloat16)
+    assert model.dtype == torch.float32
+    found = gradients(CausalLMStudent(model, tokenizer, autocast=torch.bfloat16))
+    plain, _ = load_model(folder, torch.float32, attention="sdpa")
+    for ours, theirs in zip(found, gradients(CausalLMStudent(plain, tokenizer, autocast=torch.bfloat16)), strict=True):
+        assert float((ours - theirs).norm()) < 0.05 * float(theirs.norm())
+    for autocast in (torch.float32, "bfloat16", True):
+        with pytest.raises(EngineError, match="expected a dtype of 16 bits"):
+            load_model(folder, torch.float32, autocast=autocast)
 
 
 def wrong(module, query, *rest, **known):
@@ -151,16 +176,49 @@ def missing(*_, **__):
 @pytest.mark.parametrize("flash", [wrong, missing])
 def test_flash_attention_that_is_wrong_or_raises_is_not_taken(folder, monkeypatch, caplog, flash):
     on_a_gpu(monkeypatch, flash)
-    with caplog.at_level(logging.INFO, "lopd"):
-        model, _ = load_model(folder)
-    assert model.config._attn_implementation == "sdpa"
-    assert f"Model {str(folder)!r}: attention sdpa" in caplog.messages
+    taken, line = loaded(folder, caplog, dtype=torch.bfloat16)
+    assert (taken, "cannot be used, or gives other hidden states" in line) == ("sdpa", True)
     assert flash is wrong or any("head dimension" in line for line in caplog.messages)
 
 
-def test_weights_of_32_bits_and_the_cpu_take_what_transformers_takes(folder):
+def saved(tokenizer, folder, kind, sharper=1, **special):
+    model = build_model(kind, vocab_size=TOKENIZER_ID.vocab_size, **special)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= sharper
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def capping(module, query, key, value, attention_mask, *, scaling, softcap=None, **known):
+    """FlashAttention that keeps the cap and knows no window."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+    scores = query @ key.mT * scaling
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return (scores.masked_fill(later, -torch.inf).softmax(-1).to(value.dtype) @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize(("flash", "taken"), [(capping, "flash_attention_2"), (flash_stub.flash, "eager")])
+def test_flash_attention_is_judged_by_what_keeps_a_cap_on_attention_scores(tokenizer, tmp_path, monkeypatch, caplog, flash, taken):
+    saved(tokenizer, tmp_path, "gemma2", sharper=100, attn_logit_softcapping=0.5, sliding_window=64)
+    on_a_gpu(monkeypatch, flash)
+    assert loaded(tmp_path, caplog, dtype=torch.bfloat16)[0] == taken
+
+
+@pytest.mark.parametrize(("window", "taken"), [(20, "sdpa"), (200, "flash_attention_2")])
+def test_flash_attention_is_judged_beyond_a_window(tokenizer, tmp_path, monkeypatch, caplog, window, taken):
+    """The function in place of FlashAttention knows no window; the context ends before the wider one does."""
+    saved(tokenizer, tmp_path, "starcoder2", sliding_window=window, max_position_embeddings=64)
+    on_a_gpu(monkeypatch, flash_stub.flash)
+    assert loaded(tmp_path, caplog, dtype=torch.bfloat16)[0] == taken
+
+
+def test_the_cpu_takes_what_transformers_takes(folder, caplog):
     for dtype in (torch.float32, torch.bfloat16):
-        assert load_model(folder, dtype)[0].config._attn_implementation == "sdpa"
+        taken, line = loaded(folder, caplog, dtype=dtype)
+        assert (taken, "FlashAttention is for CUDA" in line) == ("sdpa", True)
 
 
 def test_an_attention_that_is_asked_for_is_taken_or_refused(folder):
