@@ -84,13 +84,20 @@ PARTS = {
     "conformance": Part(_of("gpu_losses", "conformance"), 65),
     "engines": Part(_of("gpu_engines", "engines"), 40),
     "losses": Part(_of("gpu_losses", "race"), 60),
-    # without FlashAttention packed rollouts are for FlexAttention, which is compiled first
     **{
         f"step, {model}, {layout}": Part(_of("gpu_step", "train", model, layout), limit_s)
-        for model in ("Qwen3-0.6B", "Qwen3-1.7B")
-        for layout, limit_s in (("rows", 40), ("packed", 65))
+        for model, layout, limit_s in (
+            ("Qwen3-0.6B", "rows", 40),
+            (
+                "Qwen3-0.6B",
+                "packed",
+                85,
+            ),  # without FlashAttention, FlexAttention is compiled; what is compiled is kept for the larger model
+            ("Qwen3-1.7B", "rows", 40),
+            ("Qwen3-1.7B", "packed", 50),
+        )
     },
-    "quickstart": Part(quickstart, 100),
+    "quickstart": Part(quickstart, 95),
 }
 
 

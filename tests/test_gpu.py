@@ -67,7 +67,13 @@ def test_waits_for_the_card_are_counted_from_the_first_forward_to_the_last_backw
             warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
         return cpu(values)
 
-    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations", stacklevel=2
+        )
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     monkeypatch.setattr(torch.Tensor, "cpu", waiting)
     student, steps = gpu_step.begin(gpu_step.Size.of("Qwen3-0.6B", TINY), "sdpa", TINY)
     card = Device("cuda", tiny=True)
