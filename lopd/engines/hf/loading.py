@@ -133,8 +133,8 @@ def _same_states(model: Any, name: str, autocast: torch.dtype | None) -> bool:
             states_SD = hidden_states(model, ids_1S)[0].float()
         return states_SD[:_SHORT], states_SD[-_SHORT:]
 
-    expected = ends()
     try:
+        expected = ends()
         same = _attention_set(model, name) == name
         pairs = zip(ends(), expected, strict=True)
         same = same and all(bool((found_RD - own_RD).norm() <= _ROUNDING * own_RD.norm()) for found_RD, own_RD in pairs)
