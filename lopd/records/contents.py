@@ -1,5 +1,6 @@
 """What a record may hold: a text or messages, what stands beside them, and what the record is called without a name."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from lopd.errors import PromptError
+from lopd.records.arrays import Int32Array
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind
+from lopd.records.plain import as_id
+from lopd.records.rollouts import rollout_id
 
 #: Keys of a record that are read beside its text.
 KEYS = ("id", "answer", "tools", "chat_template_kwargs")
@@ -102,6 +106,28 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
         raise PromptError(f"{where}: its content is {content!r:.80}, expected text or parts that are text; write it as text.")
 
 
-def name_of(token_ids: Sequence[int]) -> str:
+class Names:
+    """Ids of rollouts that were not sampled here: several of one prompt are its samples, and an id is of one prompt."""
+
+    def __init__(self) -> None:
+        self._prompts, self._samples = dict[str, bytes](), Counter[str]()
+
+    def next(self, where: str, given: Any, prompt_ids: Sequence[int] | Int32Array) -> str:
+        """Return the id of another rollout, from the id that its record gives or else from the tokens of the prompt.
+
+        Raises:
+            PromptError: the given id is not an id, or is that of another prompt.
+        """
+        name = as_id(given, where) or name_of(prompt_ids)
+        tokens = np.array(prompt_ids, np.int32).tobytes()
+        if self._prompts.setdefault(name, tokens) != tokens:
+            raise PromptError(
+                f"{where}: its id {name!r} is that of another prompt before it, expected one prompt for each id; leave ids out."
+            )
+        self._samples[name] += 1
+        return rollout_id(name, self._samples[name] - 1, 0)
+
+
+def name_of(token_ids: Sequence[int] | Int32Array) -> str:
     """The name of a prompt without one: it depends on the tokens and not on the place in the file."""
     return blake2b(np.array(token_ids, "<i4").tobytes(), digest_size=8).hexdigest()
