@@ -14,6 +14,8 @@ Messages = Sequence[Mapping[str, Any]]
 PROBE = "lopd"
 # a shorter end of a template is found in text by chance
 _SHORTEST_MARK = 4
+# says which call a tool answers; many templates go by the order
+_LINKS = {"tool_call_id"}
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -91,7 +93,7 @@ class ChatTemplate:
         if tools and "tools" not in self._words:
             yield "`tools`"
         yield from (f"{name!r} of `chat_template_kwargs`" for name in variables if name not in self._words)
-        yield from (f"{key!r} of messages" for message in messages for key in message if key not in self._words)
+        yield from (f"{key!r} of messages" for message in messages for key in message if key not in self._words | _LINKS)
 
     def left_out(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
         """A role whose text the template does not write; tried once for each set of roles."""

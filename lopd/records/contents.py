@@ -11,7 +11,7 @@ from lopd.errors import PromptError
 from lopd.records.arrays import Int32Array
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind
-from lopd.records.plain import as_id
+from lopd.records.plain import as_id, from_json
 from lopd.records.rollouts import rollout_id
 
 #: Keys of a record that are read beside its text.
@@ -81,7 +81,7 @@ def checked(content: Any, field: str, where: str) -> str | Messages:
             f"{where}: {field!r} is {content!r:.80}, expected text, or messages with a role and a content each; name the field with `field`."
         )
     for i, message in enumerate(content):
-        _check_message(message, f"{where}, message {i}")
+        check_message(message, f"{where}, message {i}")
     text = text_of(content[-1])
     if content[-1]["role"] == "assistant":
         raise PromptError(
@@ -93,7 +93,12 @@ def checked(content: Any, field: str, where: str) -> str | Messages:
     return content
 
 
-def _check_message(message: Mapping[str, Any], where: str) -> None:
+def check_message(message: Mapping[str, Any], where: str) -> None:
+    """Check that the content of a message is text, or parts that are text.
+
+    Raises:
+        PromptError: it is not; only an assistant that calls a tool may say nothing.
+    """
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
@@ -101,9 +106,29 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
                 raise PromptError(
                     f"{where}: a part is {part!r:.80}, expected {{'type': 'text', 'text': ...}}; only text can be sampled from."
                 )
-    # an assistant that calls a tool may say nothing beside
     elif not isinstance(content, str) and (content is not None or message["role"] != "assistant" or message.keys() == {"role"}):
         raise PromptError(f"{where}: its content is {content!r:.80}, expected text or parts that are text; write it as text.")
+
+
+def as_served(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Return a message as vLLM and SGLang show it to a template: a call's arguments, JSON text in OpenAI's messages, as values, and no content as "".
+
+    Raises:
+        PromptError: the arguments are text that is not JSON.
+    """
+    shown = {**message, "content": message.get("content", "")}
+    if isinstance(calls := message.get("tool_calls"), list):
+        shown["tool_calls"] = [_with_arguments(call, where) for call in calls]
+    return shown
+
+
+def _with_arguments(call: Any, where: str) -> Any:
+    """A call, or what stands under its "function", with the arguments as values."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], where)}
+    return {**call, "arguments": from_json(call["arguments"] or "{}", where, "arguments")} if "arguments" in call else call
 
 
 class Names:

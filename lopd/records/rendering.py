@@ -10,6 +10,7 @@ from typing import Any
 from lopd.errors import PromptError, PromptWarning
 from lopd.records.chat_template import PROBE, ChatTemplate, Messages, formats_chats
 from lopd.records.checks import a_kind
+from lopd.records.contents import as_served
 from lopd.records.plain import from_json, plain
 
 
@@ -176,7 +177,7 @@ class Rendering:
         own_tools, own_variables = self._tools_in(where, tools), self._variables_in(where, variables)
         if not isinstance(content, str):
             self._need_template(where, "a list of messages")
-        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else [as_served(m, where) for m in content]
         return messages, self._tools if own_tools is None else own_tools, {**self._variables, **own_variables}
 
     def _converse(self, template: ChatTemplate, where: str, messages: Messages, tools: Any, variables: Mapping[str, Any]) -> list[int]:
