@@ -70,9 +70,10 @@ class ChatTemplate:
         self.clock_was_read = False
         self._tried = set[frozenset[str]]()
 
-    def ids(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> list[int]:
-        """The token ids of checked messages, the generation prompt included."""
-        return list(self._apply(messages, tools, variables, tokenize=True, return_dict=True)["input_ids"])
+    def ids(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any], *, answered: bool = False) -> list[int]:
+        """The token ids of checked messages, the generation prompt included unless they end with an answer."""
+        given = {"tokenize": True, "return_dict": True, "add_generation_prompt": not answered}
+        return list(self._apply(messages, tools, variables, **given)["input_ids"])
 
     def written(self, answer: str, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
         """What the template writes behind the prompt for this answer; None if it writes the prompt itself otherwise, or cannot be asked."""
@@ -102,9 +103,9 @@ class ChatTemplate:
             return None
         self._tried.add(roles)
         # spaces and case may be the template's; what an assistant thought, or a tool gave, is often rewritten
-        written = _folded(self._apply(messages, tools, variables, tokenize=False))
+        written = folded(self._apply(messages, tools, variables, tokenize=False))
         wanted = (message for message in messages if message["role"] in {"system", "developer", "user"})
-        return next((message["role"] for message in wanted if _folded(text_of(message)) not in written), None)
+        return next((message["role"] for message in wanted if folded(text_of(message)) not in written), None)
 
     def mark_in(self, messages: Messages) -> str | None:
         """A special token, or the end of the template, that the text of the messages contains: it was written by this or another template."""
@@ -146,7 +147,8 @@ class ChatTemplate:
         return self._day.strftime(form)
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """Text without spaces and case, which a template may change."""
     return "".join(text.split()).casefold()
 
 
