@@ -128,6 +128,10 @@ def test_templates_are_shown_calls_as_servers_show_them():
         }
         assert len(written) == 1
         assert '"arguments": {"city": "Bern", "days": 2.5}' in written.pop()
+    each = "{% for call in m.tool_calls or [] %}{{ call.name + call.arguments }}{% endfor %}"
+    joining = byte_tokenizer(CHATML.replace("m['content'] }}", "m.content }}" + each))
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a":1}'}]}
+    assert 'assistant\nf{"a":1}<|im_end|>' in only([*ask("x"), call, *ask("y")], joining), "as text where a template joins it"
     strict = byte_tokenizer(
         CHATML.replace("m['content'] }}", "m.content.strip() }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}")
     )

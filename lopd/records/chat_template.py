@@ -64,6 +64,8 @@ class ChatTemplate:
         self._reads_parts = self._wants_parts or text == parts != ""
         #: What the template writes behind an answer.
         self.answer_end = self._end() if self._source else ""
+        #: Whether the arguments of a call may be values, as in most templates; DeepSeek's join them to text.
+        self.reads_values = not self._source or self._writes_call({}) or not self._writes_call("{}")
         mark = text.partition(PROBE)[2].strip()
         marks = [*special, mark] if len(mark) >= _SHORTEST_MARK else list(special)
         self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
@@ -141,6 +143,16 @@ class ChatTemplate:
         except Exception:  # a template may refuse them
             return ""
         return text.rpartition(PROBE)[2].strip()
+
+    def _writes_call(self, arguments: Any) -> bool:
+        named = {"name": PROBE, "arguments": arguments}
+        call = {"id": PROBE, "type": "function", "function": named, **named}
+        messages: Messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            self._apply(messages, None, {}, tokenize=False)
+        except Exception:  # a template may refuse calls at all; what it raises for a prompt is reported there
+            return False
+        return True
 
     def _strftime(self, form: str) -> str:
         self.clock_was_read = True

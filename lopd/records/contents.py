@@ -110,14 +110,19 @@ def check_message(message: Mapping[str, Any], where: str) -> None:
         raise PromptError(f"{where}: its content is {content!r:.80}, expected text or parts that are text; write it as text.")
 
 
-def as_served(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Return a message as vLLM and SGLang show it to a template: a call's arguments, JSON text in OpenAI's messages, as values, and no content as "".
+def as_served(message: Mapping[str, Any], where: str, *, values: bool) -> Mapping[str, Any]:
+    """Return a message as vLLM and SGLang show it to a template: no content as "", and arguments of calls, JSON text for OpenAI, as values.
+
+    Args:
+        message: of any role.
+        where: how messages name it.
+        values: whether the template reads arguments as values; one that joins them to text gets them as they are.
 
     Raises:
         PromptError: the arguments are text that is not JSON.
     """
     shown = {**message, "content": message.get("content", "")}
-    if isinstance(calls := message.get("tool_calls"), list):
+    if values and isinstance(calls := message.get("tool_calls"), list):
         shown["tool_calls"] = [_with_arguments(call, where) for call in calls]
     return shown
 

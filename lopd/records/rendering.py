@@ -211,8 +211,13 @@ class Rendering:
         own_tools, own_variables = self._tools_in(where, tools), self._variables_in(where, variables)
         if not isinstance(content, str):
             self._need_template(where, "a list of messages")
-        messages = [{"role": "user", "content": content}] if isinstance(content, str) else [as_served(m, where) for m in content]
-        return messages, self._tools if own_tools is None else own_tools, {**self._variables, **own_variables}
+        values = self._template is None or self._template.reads_values
+        messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
+        return (
+            [as_served(message, where, values=values) for message in messages],
+            self._tools if own_tools is None else own_tools,
+            {**self._variables, **own_variables},
+        )
 
     def _converse(self, template: ChatTemplate, where: str, messages: Messages, tools: Any, variables: Mapping[str, Any]) -> list[int]:
         self._unread.update(dict.fromkeys(template.unread(messages, tools, variables)))
