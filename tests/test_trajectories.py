@@ -290,6 +290,17 @@ def test_every_store_keeps_a_trajectory(kind, tokenizer, tmp_path):
     assert rollouts_of(store)[0].content_hash == rollouts_of(imported([STEPS], tokenizer))[0].content_hash
 
 
+drawn_as_written = pytest.mark.filterwarnings("ignore:.*its answer is more than text:lopd.errors.PromptWarning")
+
+
+def test_calls_and_thoughts_as_a_template_writes_them_draw_one_warning():
+    message = r"^Trajectory number 0, turn 0 and 1 more: its answer is more than text, and is as the chat template writes it"
+    with pytest.warns(PromptWarning, match=message) as caught:
+        imported([AGENT, CHAT[:2]], byte_tokenizer(TOOLS))
+    assert len(caught) == 1
+
+
+@drawn_as_written
 def test_messages_are_rendered_turn_by_turn_and_only_the_policy_is_learnt():
     tokenizer = byte_tokenizer(TOOLS)
     (rollout,) = rollouts_of(imported([{"messages": AGENT, "tools": ADD}], tokenizer))
@@ -302,6 +313,7 @@ def test_messages_are_rendered_turn_by_turn_and_only_the_policy_is_learnt():
     assert (rollout.finish_reason, rollout.behavior_logprobs) == ("stop", None)
 
 
+@drawn_as_written
 def test_each_turn_of_messages_reads_what_make_prompts_makes_of_all_before_it():
     tokenizer = byte_tokenizer(TOOLS)
     made = rollouts_of(imported([AGENT], tokenizer, tools=ADD, turns="each"))
@@ -309,6 +321,7 @@ def test_each_turn_of_messages_reads_what_make_prompts_makes_of_all_before_it():
     assert [rollout.prompt_ids.tolist() for rollout in made] == [prompt.token_ids.tolist() for prompt in prompts]
 
 
+@drawn_as_written
 def test_a_template_that_drops_old_thoughts_is_refused_by_name_and_split_into_turns():
     tokenizer = byte_tokenizer(TOOLS)
     with pytest.raises(PromptError, match=r"number 0, turn 1: from token 24 on it reads 'hi<\|im_end\|>.*expected '<think>greet</think>hi"):
@@ -319,6 +332,7 @@ def test_a_template_that_drops_old_thoughts_is_refused_by_name_and_split_into_tu
     assert second[1] == "[so long<|im_end|>]"
 
 
+@drawn_as_written
 def test_an_answer_that_was_cut_has_no_end():
     tokenizer = byte_tokenizer(TOOLS)
     for messages in (AGENT, AGENT[:2]):

@@ -154,6 +154,8 @@ class Rendering:
             raise PromptError(
                 f"{where}: of its answer the chat template {wrong[0]}, so the tokens that were drawn are not known; record their ids."
             )
+        doubt = "its answer is more than text, and is as the chat template writes it; see that the policy drew it so, or import token ids"
+        self.doubts.add(where, doubt)
         return whole[before : (stop or 0) + given["ended"]]
 
     @cached_property
