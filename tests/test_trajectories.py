@@ -204,10 +204,11 @@ def test_the_text_beside_the_ids_is_compared_with_them(tokenizer):
         {"role": "tool", "content": "?"},
         {"role": "assistant", "content": [{"text": "answer"}]},
     ]
-    for beside in ({"output": "ask tool answer"}, {"completion": said}, {"messages": said}):
+    told = [{"role": "assistant", "content": "tool"}]  # an example before the question, for what the ids can tell
+    for beside in ({"output": "ask tool answer"}, {"completion": said, "messages": said}, {"messages": told}):
         assert len(imported([{**record, **beside}], tokenizer)) == 1
-    for beside in ({"output": "ask fool answer"}, {"completion": said[::-1]}, {"messages": [{"role": "assistant", "content": "tool"}]}):
-        with pytest.raises(PromptError, match=r"Trajectory number 0: its tokens read 'ask.*the text that stands beside them"):
+    for beside in ({"output": "ask fool answer"}, {"completion": said[::-1]}, {"completion": told}, {"messages": said[::-1]}):
+        with pytest.raises(PromptError, match=r"Trajectory number 0: its tokens read '.*the text that stands beside them"):
             imported([{**record, **beside}], tokenizer)
     triplet = {"prompt": {"token_ids": PROMPT}, "response": {"token_ids": ids, "raw_content": [{"content": "fool"}]}}
     with pytest.raises(PromptError, match="expected 'fool'"):

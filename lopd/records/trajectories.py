@@ -1,6 +1,7 @@
 """Conversations of a policy with tools and users -> rollouts: one for each, or one for each of its turns."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -150,25 +151,29 @@ def _check_recorded(record: Mapping[str, Any], where: str, turns: Sequence[Turn]
     first, last, pad = turns[0].prompt_ids, turns[-1], getattr(tokenizer, "pad_token_id", None)
     if first[:2].tolist() == [pad, pad]:
         raise PromptError(f"{where}: its prompt begins with padding tokens; leave them out, or give its `attention_mask`.")
-    whole, answers = record.get("output"), [folded(text) for text in _answers(record)]
-    followed = np.concatenate([last.prompt_ids, last.response_ids])[first.size :]
-    if isinstance(whole, str) and not _reads(tokenizer, followed, folded(whole).startswith):
-        raise _other_text(where, tokenizer, followed, whole)
+    whole = np.concatenate([last.prompt_ids, last.response_ids])
+    text, followed = record.get("output"), whole[first.size :]
+    if isinstance(text, str) and not _reads(tokenizer, followed, folded(text).startswith):
+        raise _other_text(where, tokenizer, followed, text)
     drawn = np.concatenate([turn.response_ids for turn in turns])
-    if not _reads(tokenizer, drawn, lambda read: _in_order(answers, read)):
-        raise _other_text(where, tokenizer, drawn, " ... ".join(answers))
+    raw = [message for step in record.get("triplets") or () for message in _messages(step["response"].get("raw_content"))]
+    # messages may begin with answers that were only read
+    for ids, messages in ((whole, record.get("messages")), (drawn, record.get("completion")), (drawn, raw)):
+        answers = [folded(_text(message)) for message in _messages(messages) if message.get("role", "assistant") == "assistant"]
+        if not _reads(tokenizer, ids, partial(_in_order, answers)):
+            raise _other_text(where, tokenizer, ids, " ... ".join(answers))
 
 
-def _answers(record: Mapping[str, Any]) -> Iterator[str]:
-    """What the policy said, as text, where it stands beside the ids: in messages, or in what agent-lightning calls raw content."""
-    steps = record.get("triplets")
-    raw = [step["response"].get("raw_content") for step in steps or ()]
-    for messages in (record.get("messages"), record.get("completion"), *raw):
-        for message in messages if isinstance(messages, Sequence) and not isinstance(messages, str) else ():
-            if isinstance(message, Mapping) and message.get("role", "assistant") == "assistant":
-                content = message.get("content")
-                parts = [content] if isinstance(content, str) else [part.get("text") for part in content or () if isinstance(part, Mapping)]
-                yield "".join(part for part in parts if isinstance(part, str))
+def _messages(value: Any) -> list[Mapping[str, Any]]:
+    """The messages in a list of them; none in anything else."""
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return [message for message in value if isinstance(message, Mapping)] if several else []
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    """What a message says; it may say nothing beside a call."""
+    content = message.get("content")
+    return content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in _messages(content))
 
 
 def _in_order(texts: Sequence[str], read: str) -> bool:
