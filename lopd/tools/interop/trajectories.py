@@ -36,8 +36,8 @@ def import_trajectories(
 
     A record has token ids as an agent framework recorded them, or messages; `docs/howto/trajectories.md` has the keys of verl, verifiers,
     prime-rl and agent-lightning.  Recorded ids stay as they are, and are compared with the text beside them.  Messages are rendered turn by turn:
-    a turn reads what the chat template makes of all before it, and draws what a policy would have to draw.  Tokens of tools and users between turns
-    are in the response with `loss_mask` False: teachers score them, and no loss reads them.
+    a turn reads what the chat template makes of all before it, and its answer is tokenised as a policy would draw it.  Tokens of tools and users
+    between turns are in the response with `loss_mask` False: teachers score them, and no loss reads them.
 
     Turns make one rollout only where each reads the turns before it as they were drawn.  A history that was rewritten is refused by name.
 
