@@ -177,7 +177,7 @@ class MissingDependencyError(LopdError, ImportError):
 
 
 class HubError(LopdError, OSError):
-    """A model hub that refuses, or cannot be reached: nothing was committed to it."""
+    """A model hub that refuses a request, or cannot be reached."""
 
 
 class ForkedStoreError(LopdError, RuntimeError):

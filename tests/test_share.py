@@ -51,7 +51,7 @@ def export(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Pa
     CausalLMStudent(make_model("llama_tied"), tokenizer).export(folder, tokenizer, Lineage(None, TEACHER))
     (folder / "checkpoints").mkdir()
     for name in ("optimizer.safetensors", "checkpoints/parameters.safetensors", "notes.txt", ".env", "README.md"):
-        (folder / name).write_text("private")
+        (folder / name).write_text("stays at home")
     return folder
 
 
@@ -72,7 +72,7 @@ def test_a_student_is_pushed_as_its_export_and_nothing_else(hub: Hub, export: Pa
     assert [name for name in (*listed, "lopd.json") if pushed.files[name] != (export / name).read_bytes()] == []
     assert pushed.files["README.md"].decode() == str(model_card(export, LICENSED))
     assert pushed.private
-    assert not any(b"private" in body for body in hub.bodies if b"visibility" not in body)
+    assert not any(b"stays at home" in body for body in hub.bodies)
 
 
 @pytest.mark.filterwarnings("ignore::lopd.errors.ModelWarning")
@@ -143,7 +143,7 @@ def test_a_folder_that_is_not_an_export_is_refused(hub: Hub, tmp_path: Path, sto
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("base", ["{folder}", "./here", "~/models/base"])
+@pytest.mark.parametrize("base", ["{folder}", "./here", "~/models/base", "runs/tiny/student"])
 def test_a_path_of_this_machine_in_a_configuration_is_refused(hub: Hub, export: Path, base: str) -> None:
     (export / "generation_config.json").write_text(json.dumps({"a": [{"base_model_name_or_path": base.format(folder=export)}]}))
     record = json.loads((export / "lopd.json").read_text())
@@ -351,6 +351,15 @@ def test_the_card_of_a_store_is_one_that_datasets_reads(store: MemoryStore) -> N
 def test_a_name_stays_text_on_a_card(export: Path) -> None:
     Lineage(opd_teacher=ModelId("a | b\n# c <script>", "1", "float32")).write(export)
     assert "| a \\| b # c &lt;script>@1, float32 |" in str(model_card(export))
+
+
+@pytest.mark.parametrize("name", ["/models/of/Qwen3-32B", "~/Qwen3-32B"])
+def test_of_a_model_that_is_named_by_its_path_a_card_shows_the_name(export: Path, name: str) -> None:
+    Lineage(opd_teacher=ModelId(name, "weights:ab/cd", "float32")).write(export)
+    card = str(model_card(export, About(training={"prompts": "/data/me/prompts.jsonl"})))
+    assert "| Qwen3-32B@weights:ab/cd, float32 |" in card
+    assert "| prompts | prompts.jsonl |" in card
+    assert "https://arxiv.org/abs/2604.13010" in card
 
 
 def test_a_store_that_the_student_was_not_trained_on_is_refused(export: Path, store: MemoryStore) -> None:

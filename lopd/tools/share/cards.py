@@ -1,5 +1,6 @@
 """The README.md of a student, and that of a store: what is recorded is looked up, and what only their owner knows comes from `About`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,8 @@ ROLLOUTS = "rollouts.parquet"
 _PAPER = "[Lightning OPD](https://arxiv.org/abs/2604.13010)"
 _TAGS = ["lopd", "on-policy-distillation", "knowledge-distillation"]
 _SHOWN = ("column", "model", "engine", "log-probs", "top-k", "rollouts scored")
+#: What is before the name in a path that begins at a root; URLs and revisions have a letter, a dot, a colon or a slash before theirs.
+_FOLDERS = re.compile(r"(?<![\w.:/])~?/(?:[^\s/@:]+/)*(?=[^\s/])")
 _Cells = Sequence[Sequence[str]]
 
 
@@ -235,8 +238,9 @@ def _table(head: Sequence[str], rows: _Cells) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text as a cell has it: whatever a store or a folder says in it stays text."""
-    return " ".join(printable(text).split()).replace("|", "\\|").replace("<", "&lt;")
+    """Text as a cell has it: whatever a store or a folder says in it stays text, and of a path its name is left."""
+    named = _FOLDERS.sub("", " ".join(printable(text).split()))
+    return named.replace("|", "\\|").replace("<", "&lt;")
 
 
 def _join(data: Any, parts: Sequence[str]) -> str:

@@ -62,7 +62,7 @@ class Repository:
 
         Raises:
             StoreExistsError: the repository has files already, without `exist_ok`; or weights that these would not replace.
-            HubError: it is public and `private` is asked for, or the hub refuses, or cannot be reached.  Nothing was committed.
+            HubError: it is public and `private` is asked for, or the hub refuses, or cannot be reached.
         """
         hub, api = need("huggingface_hub", "Hub", "hub"), self._api
         if not self._token():

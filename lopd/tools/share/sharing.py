@@ -49,8 +49,8 @@ def push_student(
         CorruptStoreError: a file of the export is missing, or is not a file of the folder.
         ManifestMismatchError: the student was not trained on the store.
         StoreExistsError: the repository has files, without `exist_ok`, or weights that the export would not replace.
-        HubError: there is no token, the hub refuses, the repository is public and should be private, or the hub cannot be reached.  In all of these
-            cases nothing was committed; files may have been uploaded.
+        HubError: there is no token, the hub refuses, the repository is public and should be private, or the hub cannot be reached.  Nothing was
+            committed then, unless the answer to the commit was lost; a new repository may be there, empty.
         MissingDependencyError: huggingface_hub is not installed.
     """
     target, folder = Repository(repository, "model", endpoint), local_path("Export", folder)
@@ -145,7 +145,8 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
 def _check_names(folder: Path, name: str) -> None:
     """Refuse a configuration that leads to a path of this machine: it tells others of it, and leads nowhere for them."""
     for key, text in _texts("", parse(read_regular(folder / name))):
-        named = key.endswith("name_or_path") and (text.startswith((".", "~")) or os.path.isdir(text))  # noqa: PTH112 (any text)
+        named = key.endswith("name_or_path") and (text.startswith((".", "~", "/")) or text.count("/") > 1 or os.path.isdir(text))  # noqa: PTH112
+        # texts that begin with a slash may be anything, also tokens
         if named or (len(text) > 1 and os.path.isabs(text) and os.path.exists(text)):  # noqa: PTH110, PTH117
             raise InvalidRecordError(
                 f"Export {folder}: {key!r} of {name} is a path of this machine, expected a name in the hub; push that model first, and write its "
