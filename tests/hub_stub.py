@@ -24,6 +24,7 @@ import yaml
 from attrs import define, field
 
 WRITER, READER = "hf_" + "writer", "hf_" + "reader"
+_LICENSES = ("apache-2.0", "mit", "other")
 #: Larger files, and these, go by LFS.
 _LARGE, _BINARY = 20_000, (".safetensors", ".parquet")
 
@@ -175,9 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _validate(self, body: bytes) -> Any:
         head = re.match(r"---\n(.*?)\n---\n", json.loads(body)["content"], re.DOTALL)
-        wrong = head is None or not isinstance(yaml.safe_load(head[1]), dict)
-        if wrong:
-            raise Refused(400, body={"errors": [{"message": "not a mapping"}]})
+        data = yaml.safe_load(head[1]) if head else None
+        if not isinstance(data, dict) or data.get("license", "mit") not in _LICENSES:
+            raise Refused(400, body={"errors": [{"message": '"license" must be one of [apache-2.0, ...]'}]})
         return {"errors": [], "warnings": []}
 
     def _preupload(self, body: bytes, kind: str, name: str, _revision: str) -> Any:

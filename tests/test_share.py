@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import huggingface_hub
 import pytest
 import torch
@@ -167,6 +168,15 @@ def test_a_store_is_pushed_and_comes_back_equal(hub: Hub, store: MemoryStore, tm
     assert hub.repositories["datasets/me/rollouts"].files.keys() == {"README.md", "rollouts.parquet", ".gitattributes"}
 
 
+def test_datasets_reads_what_was_pushed(hub: Hub, store: MemoryStore, tmp_path: Path) -> None:
+    push_store(store, "me/rollouts")
+    for name, content in hub.repositories["datasets/me/rollouts"].files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "notes.parquet").write_bytes(b"not of the dataset")
+    rows = datasets.load_dataset(str(tmp_path), split="train", cache_dir=str(tmp_path / "datasets"))
+    assert rows["rollout_id"] == [record.rollout.rollout_id for record in store.read(range(len(store)))]
+
+
 def test_a_store_that_was_damaged_at_the_hub_is_an_error(hub: Hub, store: MemoryStore) -> None:
     push_store(store, "me/rollouts")
     files = hub.repositories["datasets/me/rollouts"].files
@@ -204,7 +214,7 @@ def test_a_hub_that_is_busy_twice_is_asked_again(hub: Hub, store: MemoryStore, w
         ("commit", 401, "answers 401; use a token that may do this"),
         ("commit", 409, "answers 409, somebody else commits to it; run this again"),
         ("commit", 500, "answers 500, also when asked again"),
-        ("commit", 418, r"it failed with HTTPStatusError \("),
+        ("commit", 418, "it failed with HfHubHTTPError, status 418; check what is pushed"),
         ("resolve", 403, "answers 403; use a token that may do this"),
     ],
 )
@@ -262,6 +272,12 @@ def test_a_hub_that_is_not_there_is_one_sentence(hub: Hub, store: MemoryStore) -
     with pytest.raises(HubError, match=r"Repository me/rollouts \(dataset\) at http://127.0.0.1:1: it failed with") as caught:
         push_store(store, "me/rollouts", endpoint=url)
     assert "password" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_card_that_the_hub_refuses_is_said_in_its_words(hub: Hub, store: MemoryStore) -> None:
+    with pytest.raises(HubError, match=r'Invalid metadata in README.md. - "license" must be one of \[apache-2.0, ...\]'):
+        push_store(store, "me/rollouts", About(licence="my own"))
+    assert hub.repositories["datasets/me/rollouts"].files.keys() == {".gitattributes"}
 
 
 @pytest.mark.parametrize("pushed", [None, {"other.txt": b""}])

@@ -131,11 +131,12 @@ class Repository:
             return HubError(f"{self.owner}: the hub answers {status}, also when asked again; run this again later.")
         if what == "OfflineModeIsEnabled" or need("huggingface_hub", "Hub", "hub").constants.HF_HUB_OFFLINE:
             return HubError(f"{self.owner}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it.")
-        cause, token = [*_causes(error)][-1], self._token()
-        said = f"{type(cause).__name__} ({' '.join(str(cause).split())[:300].rstrip('.')})"
-        if token and token in str(cause):
-            said = type(cause).__name__
-        return HubError(f"{self.owner}: it failed with {said}; check the URL of the hub, and what is pushed.")
+        first, *_, last = [error, *_causes(error)]
+        said, token = " from ".join(dict.fromkeys(map(_told, (first, last)))), self._token()
+        if token and token in said:
+            said = what
+        answered = "" if status is None else f", status {status}"
+        return HubError(f"{self.owner}: it failed with {said}{answered}; check what is pushed, and the URL of the hub.")
 
     @staticmethod
     def _token() -> str | None:
@@ -147,6 +148,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__} ({' '.join(str(error).split())[:300].rstrip('.')})"
 
 
 def _status(error: Exception) -> int | None:
