@@ -27,7 +27,7 @@ _PAPER = "[Lightning OPD](https://arxiv.org/abs/2604.13010)"
 _TAGS = ["lopd", "on-policy-distillation", "knowledge-distillation"]
 _SHOWN = ("column", "model", "engine", "log-probs", "top-k", "rollouts scored")
 #: What is before the name in a path that begins at a root; URLs and revisions have a letter, a dot, a colon or a slash before theirs.
-_FOLDERS = re.compile(r"(?<![\w.:/])~?/(?:[^\s/@:]+/)*(?=[^\s/])")
+_FOLDERS = re.compile(r"(?<![\w.:/])(?:~/(?:[^\s/@:]+/)*|/(?:[^\s/@:]+/)+)(?=[^\s/])")
 _Cells = Sequence[Sequence[str]]
 
 

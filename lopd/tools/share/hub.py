@@ -19,7 +19,6 @@ from lopd.records.paths import without_secrets
 T = TypeVar("T")
 #: The hub puts it into a new repository.
 _ITS_OWN = {".gitattributes"}
-_PASSING = (408, 429)
 
 
 @frozen
@@ -93,7 +92,7 @@ class Repository:
 
     def _check(self, there: Any, files: Mapping[str, Path | bytes], *, private: bool, exist_ok: bool) -> None:
         names = {sibling.rfilename for sibling in there.siblings or ()} - _ITS_OWN
-        if private and there.private is False:
+        if private and there.private is not True:
             raise HubError(
                 f"{self.owner}: it is public, expected it to be private; pass `private=False` if everybody may read this, or name another."
             )
@@ -127,13 +126,13 @@ class Repository:
             return HubError(f"{self.owner}: the hub answers 404 ({what}); check the names, and whether the token may read it.")
         if status in (409, 412):
             return HubError(f"{self.owner}: the hub answers {status}, somebody else commits to it; run this again.")
-        if status is not None and (status in _PASSING or status >= 500):
+        if _busy(status):
             return HubError(f"{self.owner}: the hub answers {status}, also when asked again; run this again later.")
         if what == "OfflineModeIsEnabled" or need("huggingface_hub", "Hub", "hub").constants.HF_HUB_OFFLINE:
             return HubError(f"{self.owner}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it.")
-        first, *_, last = [error, *_causes(error)]
-        said, token = " from ".join(dict.fromkeys(map(_told, (first, last)))), self._token()
-        if token and token in said:
+        causes, endpoint = [*_causes(error)], self._api.endpoint
+        said = " from ".join(dict.fromkeys(map(_told, (causes[0], causes[-1]))))
+        if without_secrets(endpoint) != endpoint or any(token in str(one) for one in causes for token in [self._token()] if token):
             said = what
         answered = "" if status is None else f", status {status}"
         return HubError(f"{self.owner}: it failed with {said}{answered}; check what is pushed, and the URL of the hub.")
@@ -163,6 +162,8 @@ def _status(error: Exception) -> int | None:
 def _passes(error: Exception) -> bool:
     """Whether to ask again: the hub is busy, or the connection broke."""
     status = _status(error)
-    if status is None:
-        return any(type(one).__module__.startswith("httpx") for one in _causes(error))
-    return status in _PASSING or status >= 500
+    return _busy(status) or (status is None and any(type(one).__module__.startswith("httpx") for one in _causes(error)))
+
+
+def _busy(status: int | None) -> bool:
+    return status is not None and (status in (408, 429) or status >= 500)
