@@ -171,13 +171,13 @@ test-servers: .venv/installed-test .venv/installed-servers  ## stores on real se
 test-engines: .venv/installed-engines  ## sampling and scoring with a real vLLM, in a process of its own; about five minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
 
-# lm-eval brings some fifty packages, none of which lopd is tested with
+# lm-eval brings many packages, which lopd is not tested with
 .venv-lm-eval/installed: pyproject.toml constraints.txt Makefile
 	test -x .venv-lm-eval/bin/python || $(PYTHON) -m venv .venv-lm-eval
 	.venv-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub]' lm_eval==0.4.13 hypothesis pytest pytest-timeout
 	touch $@
 
-test-lm-eval: .venv-lm-eval/installed  ## the page on evaluating elsewhere, in an environment with lm-eval; under a minute
+test-lm-eval: .venv-lm-eval/installed  ## the page on evaluating elsewhere, in an environment with lm-eval; two minutes once that is made
 	.venv-lm-eval/bin/python -m pytest tests/test_elsewhere.py
 
 # a file of tests stays in one process, which keeps its servers and models
