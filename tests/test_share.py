@@ -267,6 +267,13 @@ def test_offline_mode_is_said_and_nothing_is_sent(hub: Hub, store: MemoryStore, 
     assert hub.requests == []
 
 
+def test_a_hub_that_does_not_take_xet_is_one_sentence(hub: Hub, store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    with pytest.raises(HubError, match=r"it failed with ConnectionError \(.*xet-write-token"):
+        push_store(store, "me/rollouts")
+
+
 @pytest.mark.parametrize("there", [False, True])
 def test_a_url_with_a_password_is_not_repeated(hub: Hub, store: MemoryStore, there: bool) -> None:
     secret = "SEC" + "RET"
