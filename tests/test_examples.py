@@ -11,6 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from exchanged import assert_equal_stores
+from hub_stub import hub  # noqa: F401
 from safetensors.torch import load_file
 
 from lopd import (
@@ -377,6 +379,18 @@ def test_17_what_the_policy_drew_is_learnt_and_what_a_tool_said_is_not(run):
     assert Lineage.read(Path("runs/17/student")).opd_teacher == names["store"].columns["teacher"].model
     again, _ = run("17_trajectories")
     assert again == out, "the second run adds nothing to the store"
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own client
+def test_20_nothing_is_pushed_without_a_name_and_what_is_pushed_comes_back(run, hub):
+    out, _ = run("20_share")
+    assert "pushed nothing" in out
+    assert hub.requests == []
+    assert all(Path(f"runs/20/{name}.md").read_text().startswith("---\n") for name in ("student", "rollouts"))
+    out, names = run("20_share", "me/student", "me/rollouts")
+    assert "32 rollouts came back" in out
+    assert_equal_stores(names["again"], names["store"])
+    assert all(repository.private for repository in hub.repositories.values())
 
 
 class Logger(ModuleType):
