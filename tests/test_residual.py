@@ -220,14 +220,14 @@ def test_scores_above_zero_are_for_residual_columns_alone(new_store):
     residual = evolve(tiny_provenance(), logprobs_mode=RESIDUAL)
     with pytest.raises(InvalidRecordError, match="at most 0 nats"):
         Scores.of(rollout, [0.5, -1.0, -1.0])
-    with pytest.raises(InvalidRecordError, match=r"residual=True, expected False as their provenance has logprobs_mode 'raw'"):
-        store.append_scores("teacher", tiny_provenance(), [Scores.of(rollout, [0.5, -1.0, -1.0], residual=True)])
-    with pytest.raises(InvalidRecordError, match=r"residual=False, expected True"):
+    with pytest.raises(InvalidRecordError, match=r"signed=True, expected False as their provenance has logprobs_mode 'raw'"):
+        store.append_scores("teacher", tiny_provenance(), [Scores.of(rollout, [0.5, -1.0, -1.0], signed=True)])
+    with pytest.raises(InvalidRecordError, match=r"signed=False, expected True"):
         store.append_scores("r", residual, [Scores.of(rollout, [-0.5, -1.0, -1.0])])
     with pytest.raises(InvalidRecordError, match="finite"):
-        Scores.of(rollout, [np.nan, 0.0, 0.0], residual=True)
+        Scores.of(rollout, [np.nan, 0.0, 0.0], signed=True)
     assert not store.columns
-    store.append_scores("r", residual, [Scores.of(rollout, [0.5, -1.0, -1.0], residual=True)])
+    store.append_scores("r", residual, [Scores.of(rollout, [0.5, -1.0, -1.0], signed=True)])
     assert store.read([0], columns=("r",))[0].scores["r"].tolist() == [0.5, -1.0, -1.0]
     if hasattr(store, "verify"):
         assert list(store.verify()) == []
