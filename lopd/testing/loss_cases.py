@@ -81,7 +81,6 @@ def loss_case(
     scale: float = 1.0,
     heated: bool = False,
     drawn: int = 0,
-    labelled: bool = False,
 ) -> LossCase:
     """A random micro-batch.
 
@@ -99,7 +98,6 @@ def loss_case(
         scale: of the head.
         heated: whether another distribution than the reference policy drew the tokens.
         drawn: how many tokens the reference policy drew besides.
-        labelled: whether a verifier labelled each token, and another value stands for the mean of its group.
     """
     random = torch.Generator().manual_seed(seed)
 
@@ -129,8 +127,7 @@ def loss_case(
             logprobs_ND = own_NV.gather(-1, ids_ND) + normal(count, drawn)
             columns[f"drawn_{model}logprobs"] = logprobs_ND.clamp(-90, 0).float().double()
         columns["drawn_ids"] = ids_ND
-    if labelled:
-        columns |= {name: normal(count).float().double() for name in ("label_values", "label_means")}
+    columns |= {name: normal(count).float().double() for name in ("label_values", "label_means")}
     batch = Batch(inputs_N, targets_N, positions_N, segments_N, weight_N.float().double(), **columns)
     return LossCase(name, hidden_ND, head, batch)
 
@@ -143,7 +140,6 @@ def loss_cases() -> list[LossCase]:
         loss_case("drawn at another temperature", [9, 4], heated=True, seed=11),
         loss_case("candidates that the policy drew", [9, 30], counted=1.0, drawn=5, seed=17),
         loss_case("candidates that the policy drew, of a rollout at another temperature", heated=True, drawn=2, seed=18),
-        loss_case("labelled by a verifier", [9, 30, 1], labelled=True, seed=19),
         loss_case("one token in the vocabulary", vocab=1, dim=3),
         loss_case("one dimension", vocab=5, dim=1),
         loss_case("no token counts", counted=0.0),

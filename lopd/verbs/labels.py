@@ -93,6 +93,8 @@ def label_rollouts(
                 made.append(_label(verifier, by_id, rollout))
             except InvalidRecordError as error:
                 refused.append((rollout, str(error)))
+                if len(refused) > filling.max_refused:
+                    break
         return made, refused
 
     batches = ([record.rollout for record in store.read(part)] for part in in_batches(work.rows, filling.rollouts_per_batch))
