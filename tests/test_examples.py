@@ -366,6 +366,21 @@ def test_16_a_student_that_is_told_teaches_itself(run):
     assert Lineage.read(Path("runs/16/student")).opd_teacher == names["store"].manifest.policy
 
 
+def test_18_labels_are_filtered_gated_and_mixed(run):
+    out, names = run("18_labels")
+    assert names["report"].rollouts == len(names["store"]) == 128
+    assert 0.1 < names["labels"].mean() < 0.9, "there is something to choose"
+    start, alone, mixed, gated, chosen = (found.mean for found in names["accuracy"].values())
+    assert (chosen > start, gated > start, mixed > alone) == (True, True, True)
+    # what the page's own labels say is what the verifier says of the stored text
+    by_hand = [
+        float(names["tokenizer"].decode(row.rollout.response_ids, skip_special_tokens=True) == names["answers"][i // 8])
+        for i, row in enumerate(names["store"].read(range(128)))
+    ]
+    assert names["labels"].tolist() == by_hand
+    assert "128 rollouts labelled in this run" in out
+
+
 class Logger(ModuleType):
     """A stand-in with the few names that the page calls."""
 

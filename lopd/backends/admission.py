@@ -181,8 +181,7 @@ def new_scores(
         if score.signed != provenance.signed:
             raise InvalidRecordError(
                 f"{owner}: scores of rollout {score.rollout_id!r} have signed={score.signed}, expected {provenance.signed} as their provenance "
-                f"has logprobs_mode {provenance.logprobs_mode!r}; residuals and labels have columns of their own (`lopd.residualise`, "
-                "`lopd.label_rollouts`)."
+                f"has logprobs_mode {provenance.logprobs_mode!r}; write residuals and labels into columns of their own (`lopd.residualise`)."
             )
         _check_top_k(owner, score, provenance, vocab_size)
         if score.rollout_id not in done:

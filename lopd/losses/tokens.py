@@ -111,14 +111,11 @@ class Tokens:
         unknown = self.ref_logprobs is None and self.sampler_logprobs is None
         return functional.sampled_reverse_kl(student_M, self.teacher(), None if unknown else self.sampler())
 
-    def labels(self) -> Tensor:
-        """Return the labels; MissingScoresError where the batch has none."""
-        return _present(self.label_values, "Batch: label_values", "a column of labels; name it in `batches(label=...)`")
-
-    def group_means(self) -> Tensor:
-        """Return the mean label of each token's group; MissingScoresError where the batch has none."""
-        expected = "the mean of several rollouts; sample with `samples_per_prompt` of at least 2, and name a column in `batches(label=...)`"
-        return _present(self.label_means, "Batch: label_means", expected)
+    def labels(self, *, centred: bool = False) -> Tensor:
+        """Return the labels, less the mean of their group if that is asked for; MissingScoresError where the batch has none."""
+        found_M = _present(self.label_values, "Batch: label_values", "a column of labels; name it in `batches(label=...)`")
+        expected = "the mean of several rollouts of a prompt; sample with `samples_per_prompt` of at least 2"
+        return found_M - _present(self.label_means, "Batch: label_means", expected) if centred else found_M
 
     def entropies(self, *, gradient: bool = False) -> Tensor:
         """Return the student's entropies, with their gradient only if it is asked for; MissingScoresError where the loss brought none."""

@@ -259,7 +259,7 @@ def add_labels(signal: Signal, scale: float = 1.0) -> Signal:
     """
     scale = to_real("Labels", "scale", scale)
     check_number("Labels", "scale", scale, math.isfinite(scale), "finite")
-    return evolve(signal, advantages=signal.advantages + scale * (signal.tokens.labels() - signal.tokens.group_means()))
+    return evolve(signal, advantages=signal.advantages + scale * signal.tokens.labels(centred=True))
 
 
 @uncorrected
