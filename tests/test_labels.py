@@ -16,7 +16,6 @@ from lopd import (
     MemoryStore,
     ReferenceOPDLoss,
     SamplingParams,
-    Scores,
     ZarrStore,
     audit,
     batches,
@@ -283,8 +282,6 @@ def test_labels_are_refused_wherever_log_probs_are_expected_and_the_other_way_ro
             wrong()
     with pytest.raises(MissingScoresError, match=r"column 'reward' is absent, expected labels, of which there are \['label'\]"):
         batches(store, label="reward")
-    with pytest.raises(InvalidRecordError, match="signed=False, expected True"):
-        store.append_scores("label", store.columns["label"], [Scores.of(rollout_of(PROMPTS[0], 0), [-1.0, -1.0])])
     label_rollouts(store, even, PROMPTS[:1], column="part")
     with pytest.raises(MissingScoresError, match=r"column 'part' has scores for 2 rollouts, expected 8; run `label_rollouts\("):
         batches(store, label="part")
@@ -388,4 +385,6 @@ def test_labels_that_are_not_there_and_scales_that_make_no_sense_are_named():
             FusedOPDLoss(transforms=(transform,))(logits, head, evolve(batch, label_values=None))
     with pytest.raises(InvalidRecordError, match="Labels: scale is nan"):
         FusedOPDLoss(transforms=(partial(add_labels, scale=float("nan")),))(logits, head, batch)
-    assert FusedOPDLoss(transforms=(add_labels, partial(weigh_labels, by=torch.sign))).uncorrected
+    for advantage in (None, 0.0):
+        assert FusedOPDLoss(advantage=advantage, transforms=(add_labels, partial(weigh_labels, by=torch.sign))).uncorrected
+        assert not FusedOPDLoss(advantage=advantage, ratio_to_ref=True, transforms=(add_labels,)).uncorrected

@@ -197,9 +197,10 @@ class OPDSettings:
 
     @property
     def uncorrected(self) -> bool:
-        """Whether it has neither an importance ratio, nor a constant advantage, nor a transform but those marked `uncorrected`."""
+        """Whether it has neither an importance ratio, nor a constant advantage but 0, nor a transform but those marked `uncorrected`."""
         unchanged = all(_is_marked(transform, "uncorrected") for transform in self.transforms)
-        return not self.ratio_to_ref and unchanged and self.advantage is None
+        # with 0 transforms alone say what is learnt, labels for example
+        return not self.ratio_to_ref and unchanged and not self.advantage
 
     @property
     def baselined(self) -> bool:
