@@ -65,6 +65,12 @@ def uncorrected(transform: _Function) -> _Function:
     return transform
 
 
+def baselined(transform: _Function) -> _Function:
+    """Mark a transform that adds a baseline to advantages, so that guards warn where a weight depends on later tokens."""
+    transform.baselined = True  # type: ignore[attr-defined]
+    return transform
+
+
 def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
     return tuple(transforms)
 
@@ -204,8 +210,8 @@ class OPDSettings:
 
     @property
     def baselined(self) -> bool:
-        """Whether it has `kl_baseline` (`lopd.protocols.StatesBaseline`)."""
-        return self.kl_baseline
+        """Whether it has `kl_baseline`, or a transform marked `baselined` (`lopd.protocols.StatesBaseline`)."""
+        return self.kl_baseline or any(_is_marked(transform, "baselined") for transform in self.transforms)
 
     def objective(self) -> "OPDObjective":
         """Return the objective that has these settings."""

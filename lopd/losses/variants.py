@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lopd.losses import functional
-from lopd.losses.objective import Signal, per_token, uncorrected, with_entropy
+from lopd.losses.objective import Signal, baselined, per_token, uncorrected, with_entropy
 from lopd.records.checks import check_at_least, check_number, to_real
 
 _LEAST_RANGE = 2e-3
@@ -241,12 +241,14 @@ def entropy_advantage(signal: Signal) -> Signal:
     return evolve(signal, advantages=_by_rollout(signal, scaled, signal.tokens.entropies()).to(signal.advantages.dtype))
 
 
+@baselined
 @uncorrected
 @per_token
 def add_labels(signal: Signal, scale: float = 1.0) -> Signal:
     r"""The advantage becomes \(A + \lambda\,(y - \bar y)\): OPD plus reward, y being the label and \(\bar y\) the mean of its prompt's rollouts.
 
     `FusedOPDLoss(advantage=0.0, ratio_to_ref=True, transforms=(add_labels,))` is the policy gradient of the labels alone, without a teacher.
+    The mean is a baseline: with weights `by_token` it leaves the expected gradient as it is; `by_rollout` it acts on lengths.
 
     Args:
         signal: what is changed.
