@@ -70,7 +70,7 @@ print(f"{report.rollouts} rollouts labelled in this run; {labels.mean():.0%} of 
 # A filter is plain numpy: rows for `batches`.
 right = np.flatnonzero(labels == 1)
 # A gate, and a mix: transforms of the loss, given the labels by `batches(label=...)`.
-mix = partial(add_labels, scale=4.0)  # nats: what a right answer adds over a wrong one of the same prompt
+mix = partial(add_labels, scale=8.0)  # nats: what a right answer adds over a wrong one of the same prompt
 gate = partial(weigh_labels, by=lambda label: label == 1)
 ways = {
     "OPD alone": (None, FusedOPDLoss(ratio_to_ref=True)),
