@@ -27,6 +27,7 @@ from lopd import (
     stored_advantages,
 )
 from lopd.errors import (
+    ArgumentError,
     ConflictError,
     EngineError,
     InvalidRecordError,
@@ -282,6 +283,9 @@ def test_labels_are_refused_wherever_log_probs_are_expected_and_the_other_way_ro
             wrong()
     with pytest.raises(MissingScoresError, match=r"column 'reward' is absent, expected labels, of which there are \['label'\]"):
         batches(store, label="reward")
+    for wrong in ({"label": 1}, {"ref": ["behavior"]}):
+        with pytest.raises(ArgumentError, match="expected the name of a column; pass a str"):
+            batches(store, **wrong)
     label_rollouts(store, even, PROMPTS[:1], column="part")
     with pytest.raises(MissingScoresError, match=r"column 'part' has scores for 2 rollouts, expected 8; run `label_rollouts\("):
         batches(store, label="part")

@@ -75,7 +75,7 @@ def choose(
     """The columns to read, and the rows, ascending, that have scores in them; see `lopd.batches`.
 
     Raises:
-        ArgumentError: `teacher` is neither a name nor a mapping.
+        ArgumentError: `teacher` is neither a name nor a mapping, or `ref` or `label` is not a name.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
         InvalidRecordError: there are no rows, a rollout has two teachers, or labels are given for log-probs or the other way round.
@@ -84,6 +84,9 @@ def choose(
         raise ArgumentError(
             f"Teacher: it is {a_kind(teacher)}, expected the name of a column; of several pass a dict with the prompts of each."
         )
+    for name, column in (("Reference", ref), ("Label", label)):
+        if not isinstance(column, str | None):
+            raise ArgumentError(f"{name}: it is {a_kind(column)}, expected the name of a column; pass a str.")
     refuse_labels(store, ref, *(teacher if isinstance(teacher, Mapping) else [teacher]))
     if label is not None:
         check_labels(store, label)

@@ -67,7 +67,8 @@ def label_rollouts(
         ScorerError: the verifier gives another label than the column has; nothing is labelled.
         EngineError: it failed on more than `max_refused` rollouts, or on more than have labels; none of them is put in quarantine.
         NoSuchRowError: a row is not in the store.
-        InvalidRecordError: the store is empty, there are no rollouts of these prompts, or a number makes no sense.
+        InvalidRecordError: the store is empty, there are no rollouts of these prompts, a number makes no sense, or the verifier fails on a rollout
+            that it is to judge again.
     """
     check_noun(store, LogprobStore)
     check_call("Verifier", verifier, "prompt, rollout")
