@@ -254,6 +254,8 @@ def test_prompts_and_rows_that_do_not_fit_are_refused(store):
         label_rollouts(store, even, PROMPTS[:1], rows=np.array([7]))
     with pytest.raises(NoSuchRowError, match="row 8"):
         label_rollouts(store, even, PROMPTS, rows=np.array([8]))
+    with pytest.raises(InvalidRecordError, match="Prompt 'p0': its id occurs twice"):
+        label_rollouts(store, even, [*PROMPTS, Prompt("p0", [4, 10], answer="other")])
     with pytest.raises(InvalidRecordError, match="Labelling: recheck is -1"):
         label_rollouts(store, even, PROMPTS, recheck=-1)
     with pytest.raises(InvalidRecordError, match="rollouts_per_batch is 0"):

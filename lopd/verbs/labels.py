@@ -72,7 +72,7 @@ def label_rollouts(
     """
     check_noun(store, LogprobStore)
     check_call("Verifier", verifier, "prompt, rollout")
-    check_prompt_list(prompts)
+    check_prompt_list(prompts, unique=True)
     filling = Filling(store, column, rollouts_per_batch, batches_at_once, max_refused, progress)
     recheck = check_at_least("Labelling", "recheck", recheck, 0)
     name = name or str(getattr(verifier, "__qualname__", type(verifier).__qualname__))
