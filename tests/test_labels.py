@@ -262,6 +262,19 @@ def test_prompts_and_rows_that_do_not_fit_are_refused(store):
         label_rollouts(store, even, PROMPTS, rollouts_per_batch=0)
 
 
+def test_rollouts_whose_prompts_are_not_at_hand_are_all_labelled(store):
+    more = evolve(rollout_of(PROMPTS[0], 1), rollout_id="p0/s7/g0")  # as an import names one, whatever `samples_per_prompt` says
+    store.append([more])
+    assert label_rollouts(store, number, PROMPTS, column="some").rollouts == 8
+    seen = {}
+    rewards = {f"p{i}/s{s}/g0": i + s / 8 for i in range(4) for s in (0, 1, 7)}
+    label_rollouts(store, lambda prompt, r: seen.setdefault(r.rollout_id, prompt) and rewards[r.rollout_id], None, name="recorded")
+    assert labels_of(store).tolist() == [0, 1 / 8, 1, 9 / 8, 2, 17 / 8, 3, 25 / 8, 7 / 8]
+    assert {name: (prompt.prompt_id, prompt.answer) for name, prompt in seen.items()} == {name: (name[:2], None) for name in seen}
+    (mean,) = {per_rollout(batches(store, teacher=None, label="label", rows=np.array([0])).step(0), "label_means")[0]}
+    assert mean == pytest.approx((0 + 1 / 8 + 7 / 8) / 3)
+
+
 def test_labels_are_refused_wherever_log_probs_are_expected_and_the_other_way_round(store, tmp_path):
     label_rollouts(store, even, PROMPTS)
     page = tmp_path / "page.html"

@@ -23,7 +23,7 @@ _VERSION = "1"
 def label_rollouts(
     store: LogprobStore,
     verifier: Labeller,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt] | None,
     *,
     column: str = "label",
     name: str | None = None,
@@ -43,11 +43,12 @@ def label_rollouts(
     Args:
         store: with rollouts in it.
         verifier: as in `evaluate`; any finite number is a label, and one for each response token is too.
-        prompts: what it is given with each rollout; rollouts of other prompts are left alone.
+        prompts: what it is given with each rollout; rollouts of other prompts are left alone.  None for all rollouts, of a store of imported
+            trajectories for example: the verifier is then given the prompt's id and tokens, without text and answer.
         column: where the labels go; it belongs to one verifier.
         name: of the verifier, in the column's provenance; None for that of the function or the class.  Another name is another verifier, so
             put a version into it if you have several.
-        rows: label these only; None for all of the prompts.
+        rows: label these only; None for all.
         rollouts_per_batch: committed together.
         batches_at_once: batches that are labelled at the same time, in threads; more than 1 for a verifier that waits, for a server or a program.
         recheck: before a column is continued, so many of its rollouts are judged again; 0 for a verifier that is random.
@@ -72,16 +73,16 @@ def label_rollouts(
     """
     check_noun(store, LogprobStore)
     check_call("Verifier", verifier, "prompt, rollout")
-    check_prompt_list(prompts, unique=True)
+    if prompts is not None:
+        check_prompt_list(prompts, unique=True)
     filling = Filling(store, column, rollouts_per_batch, batches_at_once, max_refused, progress)
     recheck = check_at_least("Labelling", "recheck", recheck, 0)
     name = name or str(getattr(verifier, "__qualname__", type(verifier).__qualname__))
     provenance = Provenance(ModelId(name, "verifier", "float32"), store.manifest.tokenizer.vocab_hash, f"lopd labels {_VERSION}", LABEL)
     store.append_scores(column, provenance, ())
-    mine = rows_of(store, prompts)
-    wanted = chosen(store, mine if rows is None else np.intersect1d(mine, chosen(store, rows)))
+    wanted = chosen(store, rows) if prompts is None else chosen(store, np.intersect1d(rows_of(store, prompts), chosen(store, rows)))
     work = filling.left(wanted, retry_quarantined)
-    by_id = {prompt.prompt_id: prompt for prompt in prompts}
+    by_id = None if prompts is None else {prompt.prompt_id: prompt for prompt in prompts}
     if len(work.rows):
         labelled = evenly(wanted[store.scored(column)[wanted]], recheck) if recheck else wanted[:0]
         for record in store.read(labelled.tolist(), columns=(column,)):
@@ -103,13 +104,14 @@ def label_rollouts(
     return filling.fill(f"labelling {column}", provenance, work, asked)
 
 
-def _label(verifier: Labeller, prompts: Mapping[str, Prompt], rollout: Rollout) -> Scores:
+def _label(verifier: Labeller, prompts: Mapping[str, Prompt] | None, rollout: Rollout) -> Scores:
     """The verifier's answer, at each response token.
 
     Raises:
         InvalidRecordError: it failed, the answer is not a label, or the prompt has other tokens than the rollout's.
     """
-    owner, prompt = f"Rollout {rollout.rollout_id!r}", prompts[prompt_id_of(rollout.rollout_id)]
+    owner, name = f"Rollout {rollout.rollout_id!r}", prompt_id_of(rollout.rollout_id)
+    prompt = Prompt(name, rollout.prompt_ids) if prompts is None else prompts[name]
     if not np.array_equal(prompt.token_ids, rollout.prompt_ids):
         raise InvalidRecordError(
             f"{owner}: prompt {prompt.prompt_id!r} has other tokens than the rollout was sampled from; pass those prompts."
