@@ -248,6 +248,12 @@ class MissingDependencyError(LopdError, ImportError):
     """
 
 
+class HubError(LopdError, OSError):
+    """A model hub that refuses a request, or cannot be reached.
+    To do: Check the name, `hf auth login` and the network; nothing is half pushed that the message does not name.
+    """
+
+
 class ForkedStoreError(LopdError, RuntimeError):
     """A store whose library does not survive a fork, used in a forked process.
     To do: Start workers with the 'spawn' or 'forkserver' method.
