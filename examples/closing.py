@@ -8,12 +8,12 @@ import numpy as np
 import torch
 import transformers
 from attrs import asdict
-from phases import Run, console, wall_time, write_json
 
 import lopd
 from lopd import Lineage, ZarrStore
 from lopd.records import RolloutSums
 from lopd.tools.console import table
+from lopd.tools.phases import Run, console, wall_time, write_json
 from lopd.tools.report import RunHistory, write_run_report
 
 #: Evaluations that are compared over the same prompts.

@@ -29,8 +29,7 @@ import transformers
 from attrs import asdict, frozen
 from closing import finish
 from online_opd import online_opd
-from phases import Run, console, digest
-from training import make_optimizer, resumably, scheduled, set_lr
+from training import make_optimizer, scheduled, set_lr
 
 import lopd
 from lopd import (
@@ -52,6 +51,7 @@ from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.losses.divergences import reverse_kl
 from lopd.records import LEVELS, Prompt, StepMetrics, fingerprint_tokenizer, make_prompts, read_prompts
 from lopd.tools.console import RichProgress
+from lopd.tools.phases import Run, console, digest, resumably
 from lopd.verbs import StepStream
 
 transformers.utils.logging.disable_progress_bar()
@@ -252,7 +252,7 @@ def train(
     def begin(done: int) -> Iterator[StepMetrics]:
         return opd_steps(student, scheduled(attrs.evolve(steps, start=done), optimizer, lr, total), loss, optimizer)
 
-    history = resumably(folder / "checkpoints" / name, student, optimizer, steps, begin, total)
+    history = resumably(folder / "checkpoints" / name, student, optimizer, steps, begin, total=total)
     student.export(folder / name, tokenizer, steps.lineage)
     return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
 
@@ -282,7 +282,7 @@ def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Setting
             schedule=lambda step: set_lr(optimizer, step, settings.opd_lr, settings.opd_steps),
         )
 
-    history = resumably(run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, settings.opd_steps)
+    history = resumably(run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=settings.opd_steps)
     student.export(run.folder / "online", tokenizer, lineage)
     return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
 

@@ -32,6 +32,7 @@ MODULES = (
     "lopd.tools.console",
     "lopd.tools.doctor",
     "lopd.tools.interop",
+    "lopd.tools.phases",
     "lopd.tools.plan",
     "lopd.tools.report",
     "lopd.verbs",

@@ -16,14 +16,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from attrs import asdict, evolve, fields
-from phases import write_json
 from torch.distributed.fsdp import fully_shard
-from training import resumably
 
 from lopd import CausalLMStudent, FusedOPDLoss, FusedSFTLoss, ZarrStore, batches, opd_steps, watch_drift
 from lopd.engines.hf import load_model
 from lopd.protocols import OPDLoss
 from lopd.records import Ranks, Step, StepMetrics
+from lopd.tools.phases import resumably, write_json
 from lopd.verbs import StepStream
 from recipes.paper import Recipe
 
@@ -104,7 +103,7 @@ def run_phase(checkpoints: Path, phase: Phase, student: CausalLMStudent, recipe:
         steps = opd_steps(student, paced(done), phase.loss, optimizer)
         return watch_drift(steps) if stream.columns.ref is not None else steps
 
-    history = resumably(checkpoints, student, optimizer, stream, begin, stream.stop or 0)
+    history = resumably(checkpoints, student, optimizer, stream, begin, total=stream.stop or 0)
     return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
 
 
