@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lopd.errors import InvalidRecordError
+from lopd.tools.command.models import Model
 from lopd.tools.command_line import FINE, add_storage_option, give_examples, opened, say
 
 
@@ -83,10 +84,5 @@ def _columns(options: Namespace) -> Any:
 def _decode(folder: str | None) -> Any:
     if folder is None:
         return None
-    from transformers import AutoTokenizer
-
-    from lopd.engines.identity import looking_for
-
-    with looking_for(folder) as path:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = Model(folder).tokenizer()
     return lambda token: str(tokenizer.decode([token]))
