@@ -9,18 +9,23 @@ from time import perf_counter
 from typing import Any
 
 import fsspec
-from attrs import asdict, frozen
+from attrs import asdict, evolve, frozen
 from rich.console import Console
 from torch.optim import Optimizer
 
 from lopd.engines.student import CausalLMStudent
 from lopd.errors import ConflictError
+from lopd.guards.watch import watch_drift
+from lopd.protocols import LogprobReader, OPDLoss
 from lopd.records.lineage import Lineage
+from lopd.records.optional import need
 from lopd.records.ranks import Ranks
-from lopd.records.steps import StepMetrics
+from lopd.records.steps import Step, StepMetrics
 from lopd.tools.console import table
+from lopd.tools.report import RunHistory, write_run_report
 from lopd.verbs.checkpoint import load_checkpoint, save_checkpoint
 from lopd.verbs.loader import StepStream
+from lopd.verbs.train import opd_steps
 
 console = Console()
 _HIDDEN = ("name", "peak_rss_gib")
@@ -102,6 +107,55 @@ def write_json(path: Path, data: Any) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(data, indent=1) + "\n")
     partial.replace(path)
+
+
+def train_phase(
+    checkpoints: Path, student: CausalLMStudent, optimizer: Optimizer, steps: StepStream, loss: OPDLoss, *, rate: Callable[[int], float]
+) -> dict[str, Any]:
+    """Train on the steps of a store, resumably; return their tokens, and the metrics of all steps as their history.
+
+    Args:
+        checkpoints: folder of the checkpoints.
+        student: that is trained.
+        optimizer: over its parameters.
+        steps: of `batches`, so many; drift is watched where they have a reference.
+        loss: of every step.
+        rate: number of a step -> its learning rate.
+    """
+
+    def paced(done: int) -> Iterator[Step]:
+        for step in evolve(steps, start=done):
+            set_rate(optimizer, rate(step.index))
+            yield step
+
+    def begin(done: int) -> Iterator[StepMetrics]:
+        trained = opd_steps(student, paced(done), loss, optimizer)
+        return trained if steps.columns.ref is None else watch_drift(trained)
+
+    history = resumably(checkpoints, student, optimizer, steps, begin, total=steps.stop or 0)
+    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def write_page(folder: Path, store: LogprobReader, title: str) -> None:
+    """Draw `report.html` of a run, from `metrics.json` and the trained student, `opd`, in its folder."""
+    tokenizer = need("transformers", "Report").AutoTokenizer.from_pretrained(folder / "opd")
+    history = RunHistory.read(folder / "metrics.json")
+    write_run_report(
+        folder / "report.html",
+        store,
+        history.steps,
+        phases=history.phases,
+        decode=lambda token: str(tokenizer.decode([token])),
+        lineage=Lineage.read(folder / "opd"),
+        versions=history.versions,
+        title=title,
+    )
 
 
 def _follow(steps: Iterable[StepMetrics], total: int) -> Iterator[StepMetrics]:

@@ -4,12 +4,13 @@
 """
 
 import sys
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
 
-from lopd.errors import LopdError
+from lopd.errors import LopdError, printable
 from lopd.tools.command_line import UNUSABLE, say
 
 #: Word -> the module that declares its options and runs it, and what it does.
@@ -42,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words of the command line; those of this process if None.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:
+        # a warning is a sentence for a person, not a place in the code
+        warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {printable(str(message))}\n"
     parser = _parser(words[:1])
     options, unknown = parser.parse_known_args(words)
     if unknown:

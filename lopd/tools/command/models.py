@@ -93,7 +93,7 @@ class Model:
         if self.urls:
             from lopd.engines.server import ServerSource
 
-            return ServerSource.from_folder(self._servers(), self.model, self._identity(), sampling)
+            return ServerSource.from_folder(self._servers(), self.model, self.identity(), sampling)
         if self.engine == "vllm":
             from lopd.engines.vllm import VLLMSettings, VLLMSource
 
@@ -107,7 +107,7 @@ class Model:
         if self.urls:
             from lopd.engines.server import ServerScorer
 
-            return ServerScorer(self._servers(), self.tokenizer(), self._identity(), top_k, candidates=candidates, drawn=drawn)
+            return ServerScorer(self._servers(), self.tokenizer(), self.identity(), top_k, candidates=candidates, drawn=drawn)
         kept = {"top_k": top_k, "candidates": candidates, "drawn": drawn}
         if self.engine == "vllm":
             from lopd.engines.vllm import VLLMScorer, VLLMSettings
@@ -124,13 +124,13 @@ class Model:
             tuple(self.urls), self.served_as or self.model, context=self.context, speaks=self.speaks, key_variable=self.key_variable
         )
 
-    def _identity(self) -> "ModelId":
-        """Which model is served: servers do not say."""
+    def identity(self) -> "ModelId":
+        """Return which model it is: what is stated, or the hash of its folder.  Servers do not say it."""
         from lopd.records.identity import ModelId
 
         if self.revision and self.dtype:
             return ModelId(self.model, self.revision, self.dtype)
-        if not Path(self.model).is_dir():
+        if self.urls and not Path(self.model).is_dir():
             raise InvalidRecordError(
                 f"Model {self.model!r}: revision is missing, expected a commit or a hash of the weights that are served, for servers do not say; "
                 "pass it with dtype, or the folder that is served as the model."
