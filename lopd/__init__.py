@@ -5,12 +5,12 @@ The method is Lightning OPD (Wu, Han, Cai; arXiv 2604.13010).  Five nouns (`lopd
 `lopd.tools.report`.
 """
 
+import typing as _typing
 from importlib.metadata import version as _version
-from typing import TYPE_CHECKING
 
 __version__ = _version("lopd")
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from lopd.backends.lance.store import LanceStore as LanceStore
     from lopd.backends.memory_store import MemoryStore as MemoryStore
     from lopd.backends.opening import open_store as open_store

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import forked
@@ -16,7 +17,7 @@ from vllm_stub import Stub
 from lopd import Lineage, Manifest, ModelId, SamplingParams, ZarrStore, open_store
 from lopd.errors import InvalidRecordError
 from lopd.records import fingerprint_tokenizer
-from lopd.tools.command import main, settings
+from lopd.tools.command import COMMANDS, main, settings
 from lopd.tools.command.models import Model
 from lopd.tools.command.settings import read_settings
 
@@ -139,6 +140,14 @@ def test_a_call_without_a_file_and_a_file_that_is_not_there_are_unusable(tmp_pat
     assert "`lopd run --example` prints one" in capsys.readouterr().err
     assert main(["run", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
+
+
+def test_the_page_and_the_words_of_the_help_agree_with_the_code(tmp_path):
+    page = (EXAMPLES.parent / "docs/howto/command.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert read_settings(written(tmp_path, block)).sft.lr == 1e-5
+    assert [phase for phase in PHASES if f"| {phase} |" not in page] == []
+    assert [word for word in COMMANDS if f"`lopd {word} " not in page and f"\nlopd {word} " not in page] == []
 
 
 # --- the run --------------------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ class _Seeded:
     @classmethod
     def of(cls, s: RunSettings, seed: int, prompts: list[Prompt]) -> "_Seeded":
         held_out = s.evaluation.held_out if s.evaluation else 0
-        shuffled = [prompts[i] for i in np.random.default_rng(seed).permutation(len(prompts))]
+        np.random.default_rng(seed).shuffle(shuffled := [*prompts])
         return cls(s, seed, Run(Path(s.out) / f"seed-{seed}"), shuffled[held_out:], shuffled[:held_out])
 
     def finish(self) -> list[_Phase]:
