@@ -2,7 +2,7 @@
 
 import sys
 
-from lopd.tools.command import main
+from lopd.tools.command import process
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lopd.tools.command import COMMANDS, main
+from lopd.tools.command import COMMANDS, main, process
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "numpy", "transformers", "rich", "pyarrow", "yaml"}
@@ -51,7 +51,24 @@ def test_the_help_has_every_word_examples_and_exit_codes(capsys):
 
 def test_the_command_is_installed_under_its_name():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts == {"lopd": f"{main.__module__}:main"}
+    assert scripts == {"lopd": f"{process.__module__}:{process.__name__}"}
+
+
+def test_a_defect_is_not_taken_for_problems_in_a_store(monkeypatch, capsys, tmp_path):
+    def fail(*_arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("lopd.backends.opening.open_store", fail)
+    monkeypatch.setattr("warnings.formatwarning", None)
+    monkeypatch.setattr("sys.argv", ["lopd", "verify", str(tmp_path)])
+    assert process() == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word():
+    command = f"{sys.executable} -m lopd run --example | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_ctrl_c_is_one_sentence(monkeypatch, capsys, tmp_path):

@@ -298,6 +298,16 @@ def test_text_of_an_unknown_writer_stops_before_opd_and_too_few_prompts_at_once(
     assert not (tmp_path / "few").exists()
 
 
+@pytest.mark.parametrize(
+    ("path", "missing"), [("evaluation__verifier", "none.py:right"), ("evaluation__verifier", "empty.py:right"), ("prompts", "none.jsonl")]
+)
+def test_a_file_that_is_not_there_is_said_before_anything_is_done(path, missing, here, tmp_path, capsys):
+    (here / "empty.py").touch()
+    assert main(["run", written(here, example(out=str(tmp_path / "run"), **{path: missing}))]) == 2
+    assert missing.removesuffix(":right") in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_teacher_with_other_tokens_is_refused_before_anything_is_done(here, tmp_path, tokenizer, capsys):
     tokenizer.save_pretrained(tmp_path / "teacher")
     assert main(["run", written(here, example(teacher=str(tmp_path / "teacher"), out=str(tmp_path / "run")))]) == 2

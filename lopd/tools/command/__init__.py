@@ -3,7 +3,9 @@
 `lopd --help` and `lopd --version` import no torch: what a word needs is imported when it is given.
 """
 
+import os
 import sys
+import traceback
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from lopd.errors import LopdError, printable
-from lopd.tools.command_line import UNUSABLE, say
+from lopd.tools.command_line import FINE, UNUSABLE, say
 
 #: Word -> the module that declares its options and runs it, and what it does.
 COMMANDS = {
@@ -36,16 +38,29 @@ exit codes: 0 all is well, 1 problems or differences were found, 2 the call or w
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def process() -> int:
+    """Run the command line of this process; return the exit code, which is 1 for problems that were looked for alone."""
+    # a warning is a sentence for a person, not a place in the code
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {printable(str(message))}\n"
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # who reads has seen enough; what is left is not to be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FINE
+    except Exception:
+        traceback.print_exc()
+        return UNUSABLE
+    return code
+
+
+def main(words: Sequence[str]) -> int:
     """Run one command; return the exit code.
 
     Args:
-        arguments: words of the command line; those of this process if None.
+        words: of the command line.
     """
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments is None:
-        # a warning is a sentence for a person, not a place in the code
-        warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {printable(str(message))}\n"
     parser = _parser(words[:1])
     options, unknown = parser.parse_known_args(words)
     if unknown:

@@ -46,11 +46,32 @@ def run_all(s: RunSettings) -> dict[str, Any]:
     prompts = lopd.read_prompts(s.prompts, tokenizer) if isinstance(s.prompts, str) else lopd.make_prompts(s.prompts, tokenizer)
     if s.evaluation and len(prompts) <= s.evaluation.held_out:
         raise InvalidRecordError(f"Prompts: there are {len(prompts)}, expected more than evaluation.held_out; hold out fewer.")
-    models = [model for model in (s.student.model, s.teacher.model) if Path(model).is_dir()]
-    files = [s.prompts if isinstance(s.prompts, str) else "", s.text.file if s.text else "", (s.evaluation and s.evaluation.verifier) or ""]
-    read = [*models, *(file.rpartition(".py:")[0] + ".py" if ".py:" in file else file for file in files if file)]
-    Run(Path(s.out)).claim(s.flat(), {f"the content of {without_secrets(path)}": digest(path) for path in read})
+    Run(Path(s.out)).claim(s.flat(), _inputs(s))
     return summary(s, {seed: _Seeded.of(s, seed, prompts).finish() for seed in s.seeds})
+
+
+def _inputs(s: RunSettings) -> dict[str, str]:
+    """Digests of what a run reads: it may change under its name.  What a hub sends is the hub's to name."""
+    verifier = (s.evaluation and s.evaluation.verifier) or ""
+    models = [model for model in (s.student.model, s.teacher.model) if Path(model).is_dir()]
+    files = [s.prompts if isinstance(s.prompts, str) else "", s.text.file if s.text else "", verifier.rpartition(":")[0]]
+    digests, path = dict[str, str](), ""
+    try:
+        for path in filter(None, [*models, *files]):
+            digests[f"the content of {without_secrets(path)}"] = digest(path)
+        if verifier:
+            path = verifier
+            _verifier(verifier)
+    except (OSError, KeyError) as error:
+        raise InvalidRecordError(
+            f"Run: {without_secrets(path)} cannot be read ({type(error).__name__}), expected what the file names; correct it."
+        ) from None
+    return digests
+
+
+def _verifier(place: str) -> Any:
+    path, _, name = place.rpartition(":")
+    return runpy.run_path(path)[name]
 
 
 def summary(s: RunSettings, runs: dict[int, list[_Phase]]) -> dict[str, Any]:
@@ -184,8 +205,7 @@ class _Seeded:
         sampling = SamplingParams(self.s.sampling.max_new_tokens, samples_per_prompt=asked.samples_per_prompt, seed=self.seed + 1000)
         source, found = HFSource.from_folder(folder, sampling, device=self.s.student.place), _Phase()
         if asked.verifier:
-            path, _, name = asked.verifier.rpartition(":")
-            judge, scores = runpy.run_path(path)[name], list[float]()
+            judge, scores = _verifier(asked.verifier), list[float]()
 
             def verify(prompt: Prompt, rollout: Rollout) -> float:
                 scores.append(judge(prompt, source.tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True)))
