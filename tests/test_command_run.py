@@ -287,12 +287,28 @@ def test_seeds_and_texts_and_a_verifier_and_a_loss_on_the_top_k(here, tmp_path, 
     )
 
 
-def test_text_of_an_unknown_writer_stops_before_opd_and_too_few_prompts_at_once(here, tmp_path, capsys):
+def test_a_teacher_that_did_not_write_the_text_of_sft_is_refused_before_anything_is_done(here, tmp_path, capsys):
     text = written(here, json.dumps({"prompt": "what is 1 + 1?", "response": "2"}), "one.jsonl")
-    changes = {"text": {"file": text, "written_by": "unknown"}, "out": str(tmp_path / "run"), "evaluation": None}
-    changes |= {"sft": {"steps": 1, "lr": 1e-3}, "opd": {"steps": 1, "lr": 1e-3}, "sampling": {"max_new_tokens": 4}}
-    assert main(["run", written(here, example(**changes))]) == 2
-    assert "SFT teacher" in capsys.readouterr().err
+    out = {"out": str(tmp_path / "run")}
+    for writer in ("unknown", "runs/tiny/student"):
+        assert main(["run", written(here, example(text={"file": text, "written_by": writer}, **out))]) == 2
+        assert "expected the scoring teacher" in capsys.readouterr().err
+    # without SFT the student's folder says who wrote its text
+    swapped = {"student": "runs/tiny/teacher", "teacher": "runs/tiny/student", "sft": None}
+    assert main(["run", written(here, example(**swapped, **out))]) == 2
+    assert "its SFT teacher is not recorded" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_sft_the_student_is_the_policy_that_samples(here, tmp_path):
+    small = {"opd": {"steps": 1, "lr": 1e-3}, "sampling": {"max_new_tokens": 4}, "evaluation": None}
+    assert main(["run", written(here, example(sft=None, out=str(tmp_path / "run"), **small))]) == 0
+    store = ZarrStore.open(tmp_path / "run/seed-0/rollouts.zarr")
+    assert store.manifest.policy == Model("runs/tiny/student").identity()
+    assert len(store) == 16
+
+
+def test_too_few_prompts_are_refused_before_anything_is_done(here, tmp_path, capsys):
     assert main(["run", written(here, example(prompts=["a", "b"], out=str(tmp_path / "few")))]) == 2
     assert "there are 2, expected more than evaluation.held_out" in capsys.readouterr().err
     assert not (tmp_path / "few").exists()
@@ -311,7 +327,7 @@ def test_a_file_that_is_not_there_is_said_before_anything_is_done(path, missing,
 def test_a_teacher_with_other_tokens_is_refused_before_anything_is_done(here, tmp_path, tokenizer, capsys):
     tokenizer.save_pretrained(tmp_path / "teacher")
     assert main(["run", written(here, example(teacher=str(tmp_path / "teacher"), out=str(tmp_path / "run")))]) == 2
-    assert "its token-to-id map is not that of" in capsys.readouterr().err
+    assert "the hash of its vocabulary is" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

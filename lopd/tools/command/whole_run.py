@@ -12,10 +12,13 @@ from attrs import asdict, evolve, frozen
 
 import lopd
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
-from lopd.errors import InvalidRecordError, TokenizerMismatchError
+from lopd.engines.identity import local_folder
+from lopd.engines.supports import provenance_of
+from lopd.errors import InvalidRecordError
+from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.losses import divergences
 from lopd.protocols import OPDLoss
-from lopd.records import Prompt, Rollout, RolloutSums, SamplingParams, fingerprint_tokenizer
+from lopd.records import Prompt, Rollout, RolloutSums, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.estimates import mean
 from lopd.records.paths import without_secrets
 from lopd.tools.command.models import Model, running
@@ -35,19 +38,29 @@ def run_all(s: RunSettings) -> dict[str, Any]:
     Raises:
         ConflictError: `out` holds a run of other settings, or what it reads has changed.
         TokenizerMismatchError: student and teacher do not share a vocabulary.
-        InvalidRecordError: there are too few prompts.
+        TeacherConsistencyError: the teacher is not known to have written the text of SFT.
+        InvalidRecordError: there are too few prompts, or a file that is named is not there.
     """
     transformers.utils.logging.disable_progress_bar()
     tokenizer = s.student.tokenizer()
-    if not fingerprint_tokenizer(tokenizer).same_vocabulary(fingerprint_tokenizer(s.teacher.tokenizer())):
-        raise TokenizerMismatchError(
-            f"Teacher {s.teacher.model!r}: its token-to-id map is not that of {s.student.model!r}, expected the same; choose models that share it."
-        )
+    ours = fingerprint_tokenizer(tokenizer)
+    check_vocabulary(f"Teacher {s.teacher.model!r}", fingerprint_tokenizer(s.teacher.tokenizer()), "the student's", ours)
+    _check_writer(s, ours)
     prompts = lopd.read_prompts(s.prompts, tokenizer) if isinstance(s.prompts, str) else lopd.make_prompts(s.prompts, tokenizer)
     if s.evaluation and len(prompts) <= s.evaluation.held_out:
         raise InvalidRecordError(f"Prompts: there are {len(prompts)}, expected more than evaluation.held_out; hold out fewer.")
     Run(Path(s.out)).claim(s.flat(), _inputs(s))
     return summary(s, {seed: _Seeded.of(s, seed, prompts).finish() for seed in s.seeds})
+
+
+def _check_writer(s: RunSettings, ours: TokenizerId) -> None:
+    """Refuse another SFT teacher, or an unknown one, before anything is paid for; `batches` would refuse it in the end."""
+    writer = s.text.written_by if s.text else "teacher"
+    if s.consistency == "error" and not (s.sft and writer == "teacher"):
+        folder = local_folder(s.student.model, weights=False)
+        known = lopd.Lineage.read(folder) if not s.sft else lopd.Lineage() if writer == "unknown" else lopd.Lineage.of(writer)
+        policy = lopd.Manifest(ours, s.student.identity(), SamplingParams(), known.sft_teacher)
+        check_teacher_consistency(policy, [provenance_of(s.teacher.identity(), ours, "", top_k=0, candidates=0, drawn=0)])
 
 
 def _inputs(s: RunSettings) -> dict[str, str]:
@@ -195,7 +208,6 @@ class _Seeded:
         autocast = None if plan.autocast is None else getattr(torch, plan.autocast)
         student = lopd.CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=plan.gradient_checkpointing)
         optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-
         found = train_phase(self.run.folder / "checkpoints" / name, student, optimizer, steps, loss, rate=plan.rate)
         student.export(self.run.folder / name, tokenizer, steps.lineage)
         return found
@@ -215,10 +227,8 @@ class _Seeded:
             by_prompt = np.reshape(scores, (len(self.held_out), -1)).mean(axis=1)
             found |= {"score": judged.mean, "score_ci95": judged.ci95, "scores": by_prompt.tolist()}
         if asked.reverse_kl:
-            of, rollouts = self.s.teacher, source.sample(self.held_out)
-            sums = exact_reverse_kl(source, HFScorer.from_folder(of.model, of.torch_dtype, of.place), rollouts).pooled(
-                asked.samples_per_prompt
-            )
+            teacher = HFScorer.from_folder(self.s.teacher.model, self.s.teacher.torch_dtype, self.s.teacher.place)
+            sums = exact_reverse_kl(source, teacher, source.sample(self.held_out)).pooled(asked.samples_per_prompt)
             kl, per_prompt = sums.per_token(), {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
             found |= {"held_out_reverse_kl": kl.mean, "ci95": kl.ci95, "tokens": kl.values, "per_prompt": per_prompt}
         return found
