@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 from pathlib import Path
 
 import forked
@@ -14,7 +15,7 @@ from other_stubs import CompletionsStub
 from served_table import MODEL, make_rollouts, truth
 from vllm_stub import Stub
 
-from lopd import Lineage, Manifest, ModelId, SamplingParams, ZarrStore, open_store
+from lopd import FusedOPDLoss, Lineage, Manifest, ModelId, SamplingParams, ZarrStore, open_store
 from lopd.errors import InvalidRecordError
 from lopd.records import fingerprint_tokenizer
 from lopd.tools.command import COMMANDS, main, settings
@@ -34,12 +35,10 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """The folder in which the example's models are, as it names them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        from tiny import model_folders
-
     folder = tmp_path_factory.mktemp("models")
-    model_folders(root=folder / "runs/tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        runpy.run_path(str(EXAMPLES / "tiny.py"), run_name="__main__")
     return folder
 
 
@@ -73,11 +72,20 @@ def written(folder, text, name="run.yaml"):
 # --- the file -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_example_shows_every_key_and_its_default_is_that_of_the_code(tmp_path, capsys):
+def test_the_example_shows_every_key_and_the_defaults_of_the_code(tmp_path, capsys):
     assert main(["run", "--example"]) == 0
     assert capsys.readouterr().out == EXAMPLE
+    # what None stands for
+    other = {"clip": FusedOPDLoss().clip, "rollouts_per_step": 256}
     for kind in (Model, *(getattr(settings, name) for name in ("Sampling", "Training", "Loss", "Text", "Evaluation", "RunSettings"))):
         assert [f.name for f in fields(kind) if f"{f.name}:" not in EXAMPLE] == []
+        for name, default in ((f.name, other.get(f.name, f.default)) for f in fields(kind)):
+            if isinstance(default, int | float | str):
+                word = str(default).lower()
+                assert re.search(rf"# {name}: {word}\s|{name}: .*# (by default {word}\b|{word} \(by default)", EXAMPLE + " "), (
+                    name,
+                    default,
+                )
     read = read_settings(written(tmp_path, EXAMPLE))
     assert (read.sft.lr, read.opd.lr) == (1e-3, 3e-4)
     assert read_settings(written(tmp_path, example(), "run.json")) == read
@@ -177,7 +185,7 @@ def unbroken(models):
 def test_the_example_does_every_phase_and_the_student_knows_its_teacher(unbroken):
     found, hashes, _ = results(unbroken)
     assert sorted(found) == sorted(PHASES)
-    assert (len(hashes), len(found["OPD"]["losses"])) == (40, 12)
+    assert (len(hashes), len(found["OPD"]["losses"])) == (80, 16)
     lineage = Lineage.read(unbroken / "seed-0/opd")
     assert lineage.sft_teacher == lineage.opd_teacher == Lineage.of(unbroken.parent / "tiny/teacher").sft_teacher
     page = (unbroken / "seed-0/report.html").read_text()
@@ -201,7 +209,7 @@ def test_a_second_call_finds_everything_done_and_json_is_the_summary(unbroken, h
 
 def test_other_settings_or_other_content_in_the_same_folder_are_refused(unbroken, here, capsys):
     assert main(["run", written(here, example(opd__steps=13), "other.yaml")]) == 2
-    assert "opd.steps is 12 there, expected 13" in capsys.readouterr().err
+    assert "opd.steps is 16 there, expected 13" in capsys.readouterr().err
     assert main(["run", written(here, example(prompts=["a"] * 20), "other.yaml")]) == 2
     assert "prompts is '" in capsys.readouterr().err
     config = here / "runs/tiny/teacher/config.json"

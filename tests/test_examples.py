@@ -369,8 +369,8 @@ def test_16_a_student_that_is_told_teaches_itself(run):
 def test_19_a_file_is_a_whole_run(run):
     out, _ = run("19_command")
     assert out.count("exit code 0") == 3
-    assert len(numbers(r"step +(\d+) ", out)) == 8 + 12
-    assert "0 problems in 40 rollouts" in out
+    assert len(numbers(r"step +(\d+) ", out)) == 8 + 16
+    assert "0 problems in 80 rollouts" in out
     assert Path("runs/command/seed-0/report.html").exists()
     again, _ = run("19_command")
     assert "step" not in again.split("$ lopd info")[0]
