@@ -53,13 +53,13 @@ STORES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("kind", STORES)
-def test_an_empty_store_is_true_and_print_says_what_is_in_it(kind: str, tmp_path: Path) -> None:
+def test_an_empty_store_is_true_and_its_repr_says_what_is_in_it(kind: str, tmp_path: Path) -> None:
     store = STORES[kind](tmp_path / "run")
     assert store
-    assert str(store) == f"{store!r}: 0 rollouts, score columns: none"
+    assert str(store) == repr(store) == f"{store.name}: rollouts 0; policy policy@rev-p; columns none yet"
     store.append([tiny_rollout("a"), tiny_rollout("b")])
     store.append_scores("teacher", tiny_provenance(), [tiny_scores(tiny_rollout("a"))])
-    assert str(store) == f"{store!r}: 2 rollouts, score columns: teacher (1 scored)"
+    assert repr(store) == f"{store.name}: rollouts 2; policy policy@rev-p; column teacher 1 of 2 scored by teacher@rev-teacher"
 
 
 # What a folder is

@@ -86,7 +86,7 @@ def test_a_relative_path_keeps_its_meaning(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir("/")
     store.append(many(0, 1))
     assert len(ZarrStore.open(tmp_path / "run.zarr")) == 1
-    assert repr(store) == f"Store {tmp_path}/run.zarr"
+    assert store.name == f"Store {tmp_path}/run.zarr"
 
 
 def test_the_message_for_a_second_model_is_the_one_we_promise(filled: ZarrStore) -> None:

@@ -18,6 +18,7 @@ from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile, put_root, read_root, taken
 from lopd.errors import ManifestMismatchError
 from lopd.protocols.reading import describe
+from lopd.records.glance import Glance, Glanced
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Rollout, Scores
@@ -27,7 +28,7 @@ from lopd.records.rows import Rows
 class _Snapshot(Protocol):
     """What a store holds, as it was at the last `refresh`; the methods are those of `LogprobReader`.
 
-    `content` gives the content hash and the number of response tokens of rollouts; `scored_rows` which of these rows have scores.
+    `content` gives content hashes and numbers of response tokens; `scored_rows` which rows have scores; `counts`, of memory alone, how many do.
     """
 
     @property
@@ -35,6 +36,7 @@ class _Snapshot(Protocol):
     @property
     def generations(self) -> Mapping[int, ModelId]: ...
     def provenances(self) -> Mapping[str, Provenance]: ...
+    def counts(self) -> Mapping[str, int]: ...
     def refresh(self) -> None: ...
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]: ...
     def lengths(self) -> NDArray[np.int64]: ...
@@ -66,7 +68,7 @@ S = TypeVar("S", bound=_Snapshot)
 W = TypeVar("W", bound=_Writer)
 
 
-class DurableBase(ABC, Generic[S, W]):
+class DurableBase(Glanced, ABC, Generic[S, W]):
     """The face of `ZarrStore` and `LanceStore`; not for other stores, which implement `lopd.protocols.DurableStore`."""
 
     _ROOT: ClassVar[RootFile]
@@ -77,16 +79,11 @@ class DurableBase(ABC, Generic[S, W]):
     def __init__(self, files: Files, root: Root | None = None) -> None:
         """Not for callers: `open` says what is wrong with a path.  `root` is what the root file says, if it was read already."""
         self._files = files
-        self._owner = f"Store {files.url}"
+        self.name = self._owner = f"Store {files.url}"
         self._root = root or read_root(files, self._ROOT)
 
-    def __repr__(self) -> str:
-        """How messages name it."""
-        return self._owner
-
-    def __str__(self) -> str:
-        """Place, rollouts and columns in one line."""
-        return describe(self)
+    def _glance(self) -> Glance:
+        return describe(self, self._snapshot.counts())
 
     def __bool__(self) -> bool:
         """True, also while it is empty: `if store` asks whether there is a store."""

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import row_numbers, walk
+from lopd.protocols.reading import named, row_numbers, walk
 from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.identity import ModelId
 from lopd.records.rollouts import ScoredRollout
@@ -93,14 +93,16 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
         InvalidRecordError: there are no columns, no rows, or no tokens that count.
     """
     check_noun(store, LogprobReader)
-    chosen = np.arange(len(store)) if rows is None else row_numbers(repr(store), rows)
+    chosen = np.arange(len(store)) if rows is None else row_numbers(named(store), rows)
     if not len(columns) or not chosen.size or len(set(columns)) < len(columns):
         raise InvalidRecordError(
             f"Audit: it was given {len(columns)} columns ({len(set(columns))} distinct) and {chosen.size} rollouts, expected at least 1 of each."
         )
     for column in columns:
         if column not in store.columns:
-            raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected a candidate's scores; run `score_rollouts` first.")
+            raise MissingScoresError(
+                f"{named(store)}: column {column!r} is absent, expected a candidate's scores; run `score_rollouts` first."
+            )
     sums, deviations = _read(store, columns, chosen)
     ordered = sorted(columns, key=lambda column: sums[column].per_token().mean)
     best = sums[ordered[0]]

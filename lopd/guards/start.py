@@ -18,7 +18,7 @@ from lopd.guards.consistency import check_reference
 from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import chosen, evenly, walk
+from lopd.protocols.reading import chosen, evenly, named, walk
 from lopd.records.checks import a_kind, check_at_least, check_number
 from lopd.records.drift import TAIL, AdvantageSummary
 from lopd.records.estimates import Estimate, RolloutSums
@@ -113,13 +113,13 @@ def measure_start(
     every = chosen(store, rows)
     if teacher not in store.columns:
         raise MissingScoresError(
-            f"{store!r}: column {teacher!r} is absent, expected one of {[*store.columns]}; run `score_rollouts`, or name another."
+            f"{named(store)}: column {teacher!r} is absent, expected one of {[*store.columns]}; run `score_rollouts`, or name another."
         )
     ref = _reference(store) if ref is None else ref
     usable = every[(store.scored(teacher) & store.scored(ref))[every]]
     if not usable.size:
         raise MissingScoresError(
-            f"{store!r}: 0 of {every.size} rollouts have scores in both {teacher!r} and {ref!r}, expected at least 1; run `score_rollouts`."
+            f"{named(store)}: 0 of {every.size} rollouts have scores in both {teacher!r} and {ref!r}, expected at least 1; run `score_rollouts`."
         )
     return _report(store, evenly(usable, count), teacher, ref, len(usable))
 
@@ -181,7 +181,7 @@ def _read(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: str)
     check_reference(store, ref, rounds)
     if not gaps:
         raise InvalidRecordError(
-            f"{store!r}: 0 tokens count in the {len(rows)} rollouts that were read, expected at least 1; look at their loss masks."
+            f"{named(store)}: 0 tokens count in the {len(rows)} rollouts that were read, expected at least 1; look at their loss masks."
         )
     counts = np.array([gap.size for gap in gaps], np.float64)
     pooled = {name: RolloutSums(np.array(values), counts).by_prompt(prompts) for name, values in sums.items()}

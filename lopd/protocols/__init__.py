@@ -235,6 +235,16 @@ class StatesBaseline(Protocol):
         ...
 
 
+@runtime_checkable
+class StatesName(Protocol):
+    """What a store may state besides; messages name one that does not by its `repr`."""
+
+    @property
+    def name(self) -> str:
+        """Kind and place, in a few words."""
+        ...
+
+
 class Student(Protocol):
     """The model being trained, cut below its head.  One call per micro-batch, so hooks of wrappers (DDP, FSDP) fire."""
 

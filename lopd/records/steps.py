@@ -8,19 +8,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from attrs import evolve, field, fields, frozen
+from attrs import evolve, fields, frozen
 from torch import Tensor
 
 from lopd.records.drift import Drift, below
+from lopd.records.glance import ROWS, Glance, Glanced
 
 
-def _shape(values: Tensor | None) -> str:
-    """What a prompt shows of a tensor: thousands of numbers would hide the rest."""
-    return "None" if values is None else str(tuple(values.shape))
-
-
-@frozen(eq=False)
-class Batch:
+@frozen(eq=False, repr=False)
+class Batch(Glanced):
     """Several rollouts in one row of N tokens, packed: no padding, positions restart with each rollout.
 
     Everything is aligned with `targets`: entry n is about predicting `targets[n]` from the tokens up to `inputs[n]` of the same segment.
@@ -47,20 +43,20 @@ class Batch:
         drawn_ref_logprobs: (N, D) float32, nats, of the policy that drew them; None where `ref` is not the column that keeps them.
     """
 
-    inputs: Tensor = field(repr=_shape)
-    targets: Tensor = field(repr=_shape)
-    position_ids: Tensor = field(repr=_shape)
-    segment_ids: Tensor = field(repr=_shape)
-    weight: Tensor = field(repr=_shape)
-    teacher_logprobs: Tensor | None = field(default=None, repr=_shape)
-    ref_logprobs: Tensor | None = field(default=None, repr=_shape)
-    top_k_ids: Tensor | None = field(default=None, repr=_shape)
-    top_k_logprobs: Tensor | None = field(default=None, repr=_shape)
-    top_k_tail: Tensor | None = field(default=None, repr=_shape)
-    sampler_logprobs: Tensor | None = field(default=None, repr=_shape)
-    drawn_ids: Tensor | None = field(default=None, repr=_shape)
-    drawn_logprobs: Tensor | None = field(default=None, repr=_shape)
-    drawn_ref_logprobs: Tensor | None = field(default=None, repr=_shape)
+    inputs: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    weight: Tensor
+    teacher_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    top_k_ids: Tensor | None = None
+    top_k_logprobs: Tensor | None = None
+    top_k_tail: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
+    drawn_ids: Tensor | None = None
+    drawn_logprobs: Tensor | None = None
+    drawn_ref_logprobs: Tensor | None = None
 
     @cached_property
     def counted(self) -> Tensor:
@@ -77,6 +73,17 @@ class Batch:
     def counts(self) -> tuple[int, ...]:
         """(B,), the tokens of each rollout whose weight is above 0."""
         return tuple(self.segment_ids[self.counted].bincount(minlength=len(self.lengths)).tolist())
+
+    def _glance(self) -> Glance:
+        has = [f.name for f in fields(Batch)[5:] if getattr(self, f.name) is not None]
+        support = {} if self.top_k_ids is None else {"top-k": self.top_k_ids.shape[1]}
+        facts = {
+            "read tokens": self.inputs.numel(),
+            "tokens that count": len(self.counted),
+            **support,
+            "with": ", ".join(has) or "no scores",
+        }
+        return Glance(f"Batch of {len(self.lengths):,} rollouts", facts)
 
     def pinned(self) -> "Batch":
         """The same batch in memory from which a GPU copies while the host goes on; torch keeps that memory until the copy is done."""
@@ -95,8 +102,8 @@ class Batch:
         return moved
 
 
-@frozen(eq=False)
-class Step:
+@frozen(eq=False, repr=False)
+class Step(Glanced):
     """The micro-batches of one optimizer step.
 
     Args:
@@ -110,6 +117,12 @@ class Step:
     batches: tuple[Batch, ...]
     vocab_hash: str | None = None
     idle: int = 0
+
+    def _glance(self) -> Glance:
+        names = ("rollouts", "read tokens", "tokens that count")
+        rows = [(len(batch.lengths), batch.inputs.numel(), len(batch.counted)) for batch in self.batches]
+        facts = dict(zip(names, map(sum, zip(*rows, strict=True)), strict=True))
+        return Glance(f"Step {self.index:,}", {"micro-batches": len(rows), **facts}, names, rows[:ROWS])
 
 
 @frozen(eq=False)

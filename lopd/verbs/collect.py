@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lopd.errors import ConflictError, EngineError, InvalidRecordError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.protocols.doors import check_noun, check_prompt_list
-from lopd.protocols.reading import in_batches, walk
+from lopd.protocols.reading import in_batches, named, walk
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores, policy_column, rollout_id
@@ -155,8 +155,8 @@ def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: ND
     for place, record in zip(there.tolist(), walk(store, last[there], rows_per_read=256), strict=True):
         if not np.array_equal(prompts[place].token_ids, record.rollout.prompt_ids):
             raise ConflictError(
-                f"{store!r}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} other tokens, expected those "
-                f"of prompt {prompts[place].prompt_id!r}; give the prompt another id, or use another store, if it or its template was edited."
+                f"{named(store)}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} other tokens, expected "
+                f"those of prompt {prompts[place].prompt_id!r}; give the prompt another id, or use another store, if it or its template was edited."
             )
 
 
@@ -166,7 +166,9 @@ def _begin(store: LogprobStore, manifest: Manifest) -> None:
     policy = store.generations.get(generation, manifest.policy)
     difference = evolve(store.manifest, generation=generation, policy=policy).difference(manifest)
     if difference is not None:
-        raise ManifestMismatchError(f"{store!r}: {difference}; create another store, or sample with the policy and settings of this one.")
+        raise ManifestMismatchError(
+            f"{named(store)}: {difference}; create another store, or sample with the policy and settings of this one."
+        )
     if generation not in store.generations:
         store.begin_generation(generation, policy)
 

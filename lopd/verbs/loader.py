@@ -17,6 +17,7 @@ from lopd.guards.consistency import ConsistencyPolicy, check_reference, check_te
 from lopd.guards.watch import judge_advantages, judge_sampling, stored_advantages
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
+from lopd.protocols.reading import named
 from lopd.records.checks import check_at_least
 from lopd.records.collate import Weighting, by_rollout, collate
 from lopd.records.lineage import Lineage
@@ -182,8 +183,8 @@ def batches(
     count = min(_ROLLOUTS_PER_STEP, len(usable)) if rollouts_per_step is None else rollouts_per_step
     if count > len(usable):
         warnings.warn(
-            f"{store!r}: a step has {count} rollouts, and there are {len(usable)} to train on, so each step repeats some of them; pass a smaller "
-            "`rollouts_per_step`, or sample more.",
+            f"{named(store)}: a step has {count} rollouts, and there are {len(usable)} to train on, so each step repeats some of them; pass a "
+            "smaller `rollouts_per_step`, or sample more.",
             RepeatedRolloutsWarning,
             stacklevel=2,
         )

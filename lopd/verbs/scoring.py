@@ -11,7 +11,7 @@ from lopd.errors import EngineError, QuarantineWarning
 from lopd.guards.consistency import check_vocabulary, vocabulary_of
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import chosen, in_batches, to_score
+from lopd.protocols.reading import chosen, in_batches, named, to_score
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity
@@ -138,14 +138,14 @@ def _put_in_quarantine(store: LogprobStore, column: str, provenance: Provenance,
     accepted = int(store.scored(column).sum())
     if len(report.refused) > accepted:
         raise EngineError(
-            f"{store!r}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted, expected most to be "
+            f"{named(store)}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted, expected most to be "
             f"accepted; the first reason is {first!r}; none was put in quarantine, so set right what is wrong with them all and run it again."
         )
     if report.refused:
         store.quarantine(column, provenance, report.refused)
     warnings.warn(
-        f"{store!r}, column {column!r}: {len(report.refused) + report.skipped} rollouts are without scores in quarantine, and training leaves them "
-        f"out; {first}",
+        f"{named(store)}, column {column!r}: {len(report.refused) + report.skipped} rollouts are without scores in quarantine, and training leaves "
+        f"them out; {first}",
         QuarantineWarning,
         stacklevel=3,
     )

@@ -90,7 +90,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         part = self._snapshot.parts().get(column)
         if part is None:
             what = "rollouts" if column is None else f"column {column!r}"
-            raise MissingScoresError(f"{self!r}: there is no table of {what}, expected one; append some first.")
+            raise MissingScoresError(f"{self.name}: there is no table of {what}, expected one; append some first.")
         return self._database.handle(part.table.name, part.table.version)
 
     def compact(self, *, older_than: float = _WEEK) -> None:

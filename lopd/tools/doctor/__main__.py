@@ -16,6 +16,7 @@ from attrs import asdict
 from lopd.errors import InvalidRecordError
 from lopd.guards.consistency import verdict
 from lopd.protocols import DurableStore
+from lopd.protocols.reading import named
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
 from lopd.tools.command_line import FINE, PROBLEMS, add_storage_option, opened, print_json, run, say, show
@@ -105,7 +106,7 @@ def _verify(options: Namespace) -> int:
     for problem in check_store(store, progress=RichProgress()):
         problems += 1
         say(problem)
-    say(f"{store!r}: {problems:,} problems in {len(store):,} rollouts.")
+    say(f"{named(store)}: {problems:,} problems in {len(store):,} rollouts.")
     return PROBLEMS if problems else FINE
 
 
@@ -131,7 +132,7 @@ def _diff(options: Namespace) -> int:
 def _verdicts(*sides: tuple[DurableStore, str]) -> Iterator[str]:
     for store, column in sides:
         if column in store.columns:
-            yield f"{store!r}: {column}: {store.columns[column].model}: {verdict(store.manifest, store.columns[column])}."
+            yield f"{named(store)}: {column}: {store.columns[column].model}: {verdict(store.manifest, store.columns[column])}."
 
 
 def _report(options: Namespace) -> int:
@@ -191,7 +192,7 @@ def _compact(options: Namespace) -> int:
     store.compact()
     seconds = time.perf_counter() - start
     say(
-        f"{store!r}: compacted in {seconds:.2f} s, from {commits:,} commits and {size:,} bytes "
+        f"{named(store)}: compacted in {seconds:.2f} s, from {commits:,} commits and {size:,} bytes "
         f"to {len(store.history()):,} commits and {store.stored_bytes():,} bytes."
     )
     return FINE

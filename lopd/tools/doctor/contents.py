@@ -11,7 +11,7 @@ from lopd.errors import TeacherConsistencyError
 from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency
 from lopd.guards.start import StartReport
 from lopd.protocols import DurableStore, LogprobReader
-from lopd.protocols.reading import evenly, in_batches
+from lopd.protocols.reading import evenly, in_batches, named
 from lopd.records.checks import check_at_least
 from lopd.records.drift import AdvantageSummary
 from lopd.records.estimates import RolloutSums
@@ -129,7 +129,7 @@ def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
     pairs = [(column.name, student) for column in columns if not column.of_policy for student in students]
     found = [describe_advantages(store, teacher, student, sample=sample) for teacher, student in pairs]
     return StoreInfo(
-        store=repr(store),
+        store=named(store),
         manifest=store.manifest,
         generations=dict(store.generations),
         rollouts=len(store),

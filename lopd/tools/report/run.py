@@ -14,7 +14,7 @@ from lopd.guards.consistency import verdict
 from lopd.guards.start import StartReport
 from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
-from lopd.protocols.reading import evenly
+from lopd.protocols.reading import evenly, named
 from lopd.records.checks import check_at_least
 from lopd.records.drift import TAIL, AdvantageSummary
 from lopd.records.lineage import Lineage
@@ -220,7 +220,7 @@ def _rollouts(store: LogprobReader, report: TokenReport, sampled: SampledAdvanta
 
 
 def _origins(store: LogprobReader, lineage: Lineage | None, versions: Mapping[str, str]) -> list[tuple[str, str]]:
-    rows = [("store", repr(store)), *origins(store)]
+    rows = [("store", named(store)), *origins(store)]
     if lineage is not None:
         rows.append(("student's SFT teacher", describe_model(lineage.sft_teacher)))
         rows.append(("student's OPD teacher", describe_model(lineage.opd_teacher)))
