@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +39,6 @@ from lopd.tools.command_line import show
 from lopd.tools.doctor.__main__ import main
 from lopd.tools.interop import export_parquet, import_parquet
 from lopd.tools.report import RunHistory, write_run_report
-from lopd.verbs import asking
 
 STORES: dict[str, Callable[[Any], Any]] = {
     "memory": lambda _: MemoryStore(tiny_manifest()),
@@ -289,19 +287,6 @@ def test_a_teacher_with_two_more_tokens_is_told_how_many_and_what_to_do(tokenize
         match=rf"\({size} ids\), expected the store's other \({size - 2} ids\); .*from {size - 2} on .*smaller tokenizer",
     ):
         score_rollouts(store, scorer)
-
-
-# Progress
-
-
-def test_a_long_call_without_a_progress_keeps_a_line_of_a_terminal_and_no_other(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(asking, "QUIET_S", 0.0)
-    for terminal, shown in ((True, "\rsampling: 3 of 8 rollouts, 0 s\n"), (False, "")):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        with asking.shown(None, "sampling", 8, 2, None) as advance:
-            advance(1, 10, 0)
-            advance(1, 10, 0)
-        assert capsys.readouterr().err == shown
 
 
 # Tools

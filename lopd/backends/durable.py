@@ -28,7 +28,7 @@ from lopd.records.rows import Rows
 class _Snapshot(Protocol):
     """What a store holds, as it was at the last `refresh`; the methods are those of `LogprobReader`.
 
-    `content` gives content hashes and numbers of response tokens; `scored_rows` which rows have scores; `counts`, of memory alone, how many do.
+    `content` gives the content hash and the number of response tokens of rollouts; `scored_rows` which of these rows have scores.
     """
 
     @property
@@ -36,7 +36,6 @@ class _Snapshot(Protocol):
     @property
     def generations(self) -> Mapping[int, ModelId]: ...
     def provenances(self) -> Mapping[str, Provenance]: ...
-    def counts(self) -> Mapping[str, int]: ...
     def refresh(self) -> None: ...
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]: ...
     def lengths(self) -> NDArray[np.int64]: ...
@@ -83,7 +82,11 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         self._root = root or read_root(files, self._ROOT)
 
     def _glance(self) -> Glance:
-        return describe(self, self._snapshot.counts())
+        return describe(self, self._counts())
+
+    @abstractmethod
+    def _counts(self) -> Mapping[str, int]:
+        """How many rollouts have scores in each column, out of memory."""
 
     def __bool__(self) -> bool:
         """True, also while it is empty: `if store` asks whether there is a store."""

@@ -63,7 +63,7 @@ def collect_rollouts(
         batches_at_once: calls of `source.sample` that are under way at the same time.  More than 1 is for engines with several workers (Ray,
             servers), which are else idle while the slowest response of a batch is finished; those in this process take one at a time.
         max_refused: stop when more prompts are refused, for then it is not the prompts.
-        progress: see `lopd.tools.console.RichProgress`; None shows one line on a terminal, if it takes longer than some seconds.
+        progress: None shows a bar on a terminal and in a notebook, and a line a minute elsewhere (`lopd.tools.console.RichProgress`).
 
     Warns:
         RefusedPromptsWarning: some prompts were refused.
@@ -94,7 +94,7 @@ def collect_rollouts(
     # cut before what is there is left out, so that a repeated run has the same batches
     batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
     asked = ask(f"Source {manifest.policy}", source.sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
-    with shown(progress, "sampling", rows.size, report.skipped, None) as advance:
+    with shown(progress, "sampling", rows.size, report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
             accepted = [prompt.prompt_id for prompt in batch if prompt.prompt_id not in reasons]

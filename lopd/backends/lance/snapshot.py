@@ -97,10 +97,6 @@ class Snapshot:
         entries = {name: self._catalog.state.tables[name] for name in self.columns}
         return {name: entry.provenance for name, entry in entries.items() if entry.provenance is not None}
 
-    def counts(self) -> dict[str, int]:
-        """How many rollouts have scores in each column, by the sizes of the tables."""
-        return {name: part.table.rows for name, part in self.columns.items()}
-
     @property
     def rows(self) -> int:
         """Rollouts."""

@@ -77,6 +77,9 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         Database(files)
         return files
 
+    def _counts(self) -> dict[str, int]:
+        return {name: part.table.rows for name, part in self._snapshot.columns.items()}
+
     def table(self, column: str | None = None) -> Any:
         """LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it takes no writes.
 

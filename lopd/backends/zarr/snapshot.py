@@ -66,10 +66,6 @@ class Snapshot:
         """Columns and who computed them."""
         return {name: column.provenance for name, column in self._state.columns.items()}
 
-    def counts(self) -> dict[str, int]:
-        """How many rollouts have scores in each column, by the records of its segments."""
-        return {name: sum(segment.meta.rows for segment in column.segments) for name, column in self._state.columns.items()}
-
     def _now(self, work: Callable[[State], T]) -> T:
         """What this gives of the state, or of a later one where a segment that it needs was merged and removed since."""
         while True:

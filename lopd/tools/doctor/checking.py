@@ -40,7 +40,7 @@ def _problems(store: DurableStore, rows_per_read: int, progress: Progress | None
         yield str(error)
         return
     if progress:
-        progress.begin("verifying", len(store), 0, int(tokens.sum()))
+        progress.begin("verifying", len(store), 0, int(tokens.sum()), "read tokens")
     try:
         for part in whole:
             yield from _check_part(store, part)
