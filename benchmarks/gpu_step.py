@@ -99,7 +99,7 @@ def train(model: str, layout: str, device: Device) -> Found:
     for _ in range(1 if device.tiny else _TIMED):
         seconds.append(device.seconds(lambda: metrics.append(next(steps))))
     took = statistics.median(seconds)
-    tokens = statistics.median(m.tokens for m in metrics)
+    tokens = statistics.median(m.read_tokens for m in metrics)
     head = 6 * size.config["hidden_size"] * size.config["vocab_size"] * tokens
     flops = layer_flops(size.config, tokens, round(tokens / size.rollouts_per_step)) + head
     peak = device.peak_gb(partial(next, steps))

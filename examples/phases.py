@@ -3,7 +3,7 @@
 import hashlib
 import json
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,10 +12,23 @@ import fsspec
 from attrs import frozen
 from rich.console import Console
 
+from lopd import StepMetrics
+from lopd.protocols import LogprobReader
 from lopd.tools.console import table
 
 console = Console()
 HIDDEN = ("name", "peak_rss_gib")
+
+
+def counted(history: Sequence[StepMetrics]) -> dict[str, int]:
+    """Tokens of a training."""
+    return {"response_tokens": sum(m.response_tokens for m in history), "read_tokens": sum(m.read_tokens for m in history)}
+
+
+def counted_in(store: LogprobReader) -> dict[str, int]:
+    """Tokens of a store, which were sampled or scored."""
+    lengths = store.lengths()
+    return {"response_tokens": int(lengths[:, 1].sum()), "read_tokens": int(lengths.sum())}
 
 
 @frozen
@@ -38,7 +51,15 @@ class Run:
             attempts = 1 + (json.loads(begun.read_text()) if begun.exists() else 0)
             write_json(begun, attempts)
             started = perf_counter()
-            row = {"name": name, "tokens": 0, "held_out_reverse_kl": None, "ci95": None, "attempts": attempts, **work()}
+            row = {
+                "name": name,
+                "response_tokens": 0,
+                "read_tokens": 0,
+                "held_out_reverse_kl": None,
+                "ci95": None,
+                "attempts": attempts,
+                **work(),
+            }
             row["wall_s"] = round(perf_counter() - started, 2)
             row["peak_rss_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
             write_json(path, row)

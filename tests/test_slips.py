@@ -338,6 +338,6 @@ def test_every_report_counts_prompts_and_responses(tokenizer: Any, llama: Any, p
     store = MemoryStore(source.manifest)
     collected, scored = collect_rollouts(source, prompts, store), score_rollouts(store, HFScorer(llama, tokenizer))
     lengths = store.lengths()
-    assert collected.tokens == scored.tokens == lengths.sum()
+    assert collected.read_tokens == scored.read_tokens == lengths.sum()
     assert collected.response_tokens == scored.response_tokens == lengths[:, 1].sum()
     assert np.all(lengths > 0)

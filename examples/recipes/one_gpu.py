@@ -38,7 +38,7 @@ import transformers
 from attrs import asdict, evolve
 from online_opd import online_opd
 from peft import get_peft_model
-from phases import Run, console, digest
+from phases import Run, console, counted, digest
 from training import resumably
 
 from lopd import CausalLMStudent, FusedOPDLoss, Lineage, SamplingParams
@@ -258,7 +258,7 @@ def train_online(folder: Path, start: str, prompts: list[Prompt], recipe: OneGpu
 
     history = resumably(folder / "checkpoints" / "online", student, optimizer, lineage, begin, recipe.opd_steps)
     export(student, tokenizer, lineage, folder / "online")
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+    return {**counted(history), "history": [asdict(m) for m in history]}
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from attrs import asdict, evolve, fields
-from phases import write_json
+from phases import counted, write_json
 from torch.distributed.fsdp import fully_shard
 from training import resumably
 
@@ -105,7 +105,7 @@ def run_phase(checkpoints: Path, phase: Phase, student: CausalLMStudent, recipe:
         return watch_drift(steps) if stream.columns.ref is not None else steps
 
     history = resumably(checkpoints, student, optimizer, stream, begin, stream.stop or 0)
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+    return {**counted(history), "history": [asdict(m) for m in history]}
 
 
 def train(folder: Path, name: str, start: str, recipe: Recipe) -> None:

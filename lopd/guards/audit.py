@@ -110,7 +110,7 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
     tokens = int(best.counts.sum())
     error = max(sums[ordered[1]].p_value(best), 0.5 ** len(best.sums)) if len(ordered) > 1 else 1.0
     author, verdict = _judge(candidates, error, max_error)
-    return Audit(candidates, len(best.sums), tokens, author, error, f"{verdict} ({len(best.sums)} rollouts, {tokens} tokens).")
+    return Audit(candidates, len(best.sums), tokens, author, error, f"{verdict} ({len(best.sums)} rollouts, {tokens} response tokens).")
 
 
 def _read(store: LogprobReader, columns: Sequence[str], rows: NDArray[np.int64]) -> tuple[dict[str, RolloutSums], dict[str, float]]:

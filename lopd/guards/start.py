@@ -47,8 +47,8 @@ class StartReport:
     Args:
         teacher, ref: columns.
         rollouts, available: how many were read, evenly spaced, of those that have scores in both columns.
-        tokens: that count in them.
-        reverse_kl: KL from the policy to the teacher, nats per token, from the sampled tokens alone: the mean of -A.
+        tokens: response tokens that count in them.
+        reverse_kl: estimate of KL(policy, teacher), nats per token, from one sample a token: the mean of -A, which may be negative.
         bucket_kl: the same on the buckets that both supports know, a lower bound; None without two supports.
         overlap: k -> overlap@k, for each k of `OVERLAPS` for which both columns keep so many of their own model's most likely tokens.
         outside: the policy's mass outside the teacher's support, at least and at most; None without two supports.

@@ -190,16 +190,17 @@ class StepMetrics:
     Args:
         step: its number in the run.
         loss: mean loss, before the update.
-        reverse_kl: nats per token: `LossOutput.reverse_kl_sum` divided by the weight of the step, so with `by_token` an estimate of the KL at the
-            stored states; with `by_rollout` the mean over rollouts of their means, which shows a trend and is not an estimate of the KL.
+        reverse_kl: nats per token: `LossOutput.reverse_kl_sum` divided by the weight of the step, so with `by_token` a one-sample estimate of
+            the KL at the stored states; with `by_rollout` the mean over rollouts of their means, which shows a trend and is not an estimate of the
+            KL.  Either may be negative: people are shown it as the gap to the teacher.
         clip_fraction: share of clipped advantages.
         grad_norm: before clipping.
         rollouts: in this step.
-        tokens: positions the student read in this step, prompts included.
+        read_tokens: positions the student read in this step, prompts included.
         seconds: wall time.
         drift: from the reference policy; None unless the steps bring teacher and ref columns and the loss says its log-probs.
-        response_tokens: that count, of all rollouts in this step.  Over rounds of fresh rollouts watch their mean, `response_tokens / rollouts`:
-            weights `by_rollout` push it up (`lopd.by_rollout`).  0 in metrics that were written before they were counted.
+        response_tokens: those that count, of all rollouts in this step.  Over rounds of fresh rollouts watch their mean a rollout: weights
+            `by_rollout` push it up (`lopd.by_rollout`).  0 in metrics that were written before they were counted.
     """
 
     step: int
@@ -208,7 +209,7 @@ class StepMetrics:
     clip_fraction: float
     grad_norm: float
     rollouts: int
-    tokens: int
+    read_tokens: int
     seconds: float
     drift: Drift | None = None
     response_tokens: int = 0
@@ -216,13 +217,13 @@ class StepMetrics:
     def __str__(self) -> str:
         """One line for people; `repr` has every number.
 
-        >>> print(StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5))
-        step    9  loss   0.500  reverse KL  0.250  gradient  2.00  1,800 tokens/s
+        >>> print(StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, read_tokens=900, seconds=0.5))
+        step    9  loss   0.500  gap to teacher  0.250  gradient  2.00  1,800 read tokens/s
         """
         drift = "" if self.drift is None else f"ratio {self.drift.ratio_mean:.3f}  effective rollouts {self.drift.ess:4.0%}  "
-        # exactly 0 only where no teacher is seen
-        reverse_kl = f"reverse KL {self.reverse_kl:6.3f}  " if self.reverse_kl else ""
-        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+        # exactly 0 only where no teacher is seen; it may be negative, which a KL cannot
+        reverse_kl = f"gap to teacher {self.reverse_kl:6.3f}  " if self.reverse_kl else ""
+        speed = f"{self.read_tokens / max(self.seconds, 1e-9):,.0f} read tokens/s"
         return f"step {self.step:4d}  loss {self.loss:7.3f}  {reverse_kl}gradient {self.grad_norm:5.2f}  {drift}{speed}"
 
     def numbers(self) -> dict[str, float]:
@@ -231,9 +232,9 @@ class StepMetrics:
         Loggers take the step beside the numbers, and some keep that name for themselves.  Those of `drift` begin with drift/, and there are
         none of them where it is None.  Quantiles and gains have a name each.  A number may be infinite: the ratio of a student gone wild is.
 
-        >>> metrics = StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5)
+        >>> metrics = StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, read_tokens=900, seconds=0.5)
         >>> list(metrics.numbers())
-        ['loss', 'reverse_kl', 'clip_fraction', 'grad_norm', 'rollouts', 'tokens', 'seconds', 'response_tokens']
+        ['loss', 'reverse_kl', 'clip_fraction', 'grad_norm', 'rollouts', 'read_tokens', 'seconds', 'response_tokens']
         """
         own = {f.name: float(getattr(self, f.name)) for f in fields(StepMetrics) if f.name not in {"step", "drift"}}
         drift = {} if self.drift is None else self.drift.numbers()
@@ -244,6 +245,7 @@ class StepMetrics:
         """The inverse of `attrs.asdict`, also after a way through JSON; and of `{"step": metrics.step, **metrics.numbers()}`."""
         nested, flat = data.get("drift"), below("drift", data)
         drift = Drift.from_numbers(flat) if flat else None if nested is None else Drift.from_json(nested)
-        own = {name: value for name, value in data.items() if not name.startswith("drift/")}
-        counts = {name: int(data.get(name, 0)) for name in ("step", "rollouts", "tokens", "response_tokens")}
+        # read tokens were called tokens before
+        own = {{"tokens": "read_tokens"}.get(name, name): value for name, value in data.items() if not name.startswith("drift/")}
+        counts = {name: int(own.get(name, 0)) for name in ("step", "rollouts", "read_tokens", "response_tokens")}
         return cls(**{**own, **counts, "drift": drift})

@@ -23,14 +23,15 @@ class CollectionReport:
     """What one call of `collect_rollouts` did.
 
     Args:
-        rollouts, tokens: sampled; tokens of their prompts and responses, as in every report.
+        rollouts: number that were sampled.
+        read_tokens: tokens of their prompts and responses.
         skipped: rollouts that were in the store before.
         refused: prompts that could not be sampled, and why; the next call tries them again.
-        response_tokens: those of the tokens that were sampled.
+        response_tokens: those of the read tokens that were sampled.
     """
 
     rollouts: int = 0
-    tokens: int = 0
+    read_tokens: int = 0
     skipped: int = 0
     refused: Mapping[str, str] = field(factory=dict)
     response_tokens: int = field(default=0, eq=False)
@@ -107,7 +108,7 @@ def collect_rollouts(
             report = evolve(
                 report,
                 rollouts=report.rollouts + len(rollouts),
-                tokens=report.tokens + sum(len(rollout) for rollout in rollouts),
+                read_tokens=report.read_tokens + sum(len(rollout) for rollout in rollouts),
                 response_tokens=report.response_tokens + tokens,
                 refused={**report.refused, **reasons},
             )

@@ -26,17 +26,18 @@ class ScoringReport:
     """What one call of `score_rollouts` did.
 
     Args:
-        rollouts, tokens: scored; tokens of their prompts and responses, as in every report.
+        rollouts: number that were scored.
+        read_tokens: tokens of their prompts and responses.
         floored: log-probs that were exactly -inf, and are stored as a floor that is finite (`Scores.floored`).  Where there are any, the teacher
             rules out what the policy sampled: look whether both are asked in the same way.
         refused: rollouts that could not be scored, and why, by id; they are in the store's quarantine now.
         skipped: rollouts that were in quarantine before, and were not tried again.
         parity: how the engine compares with the truth it was tested against, if it was.
-        response_tokens: those of the tokens that have log-probs.
+        response_tokens: those of the read tokens that have log-probs.
     """
 
     rollouts: int = 0
-    tokens: int = 0
+    read_tokens: int = 0
     floored: int = 0
     refused: Mapping[str, str] = field(factory=dict)
     skipped: int = 0
@@ -113,7 +114,7 @@ def score_rollouts(
             report = evolve(
                 report,
                 rollouts=report.rollouts + len(scores),
-                tokens=report.tokens + tokens,
+                read_tokens=report.read_tokens + tokens,
                 response_tokens=report.response_tokens + sum(score.logprobs.size for score in scores),
                 floored=report.floored + sum(score.floored for score in scores),
                 refused={**report.refused, **reasons},
