@@ -43,7 +43,7 @@ class Glance:
         head = f"<tr>{''.join(_cell('th', name) for name in self.columns)}</tr>" if self.rows else ""
         rows = "".join(f"<tr>{''.join(_cell('td', cell) for cell in row)}</tr>" for row in self.rows)
         tables = (f"<table>{body}</table>" for body in (facts, head + rows) if body)
-        return f"<div><b>{escape(printable(self.title))}</b>{''.join(tables)}</div>"
+        return f"<div><b>{escaped(self.title)}</b>{''.join(tables)}</div>"
 
 
 class Glanced:
@@ -66,7 +66,12 @@ def _said(value: object) -> str:
 
 
 def _cell(tag: str, value: object) -> str:
-    return f'<{tag} style="text-align:left">{escape(printable(_said(value)))}</{tag}>'
+    return f'<{tag} style="text-align:left">{escaped(_said(value))}</{tag}>'
+
+
+def escaped(text: str) -> str:
+    """Text as HTML may have it."""
+    return escape(printable(text))
 
 
 def quoted(text: str) -> str:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from html import escape
 from threading import Event, Thread
 from time import monotonic
 from typing import Any, final
@@ -17,6 +16,7 @@ from attrs import define, field
 
 from lopd.errors import printable
 from lopd.protocols import Counted
+from lopd.records.glance import escaped
 from lopd.records.optional import need
 
 #: Seconds from one drawing to the next, where a person watches and where nobody does.
@@ -73,7 +73,7 @@ class Pace:
         return printable(f"{self.what}: {', '.join(filter(None, said))}")
 
     def _repr_html_(self) -> str:
-        return f'<progress value="{self.done}" max="{max(self.total, 1)}"></progress> {escape(str(self))}'
+        return f'<progress value="{self.done}" max="{max(self.total, 1)}"></progress> {escaped(str(self))}'
 
 
 Draw = Callable[[Pace, bool], None]
