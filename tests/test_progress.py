@@ -52,8 +52,8 @@ def test_the_default_is_a_bar_that_moves_on_a_terminal(monkeypatch: pytest.Monke
         work(None, screen.getvalue)
         said = screen.getvalue()
     last = said.split("\r")[-1]
-    assert last.startswith("[############........] sampling: 5 of 8 rollouts, ")
-    assert re.search(r"\d response tokens/s, 1 refused, 0:00:00 passed, 0:00:00 left +\n$", last)
+    assert last.startswith("[######....] sampling: 5 of 8 rollouts, 0:00:00 left, ")
+    assert re.search(r"\d response tokens/s, 1 refused, 0:00:00 passed +\n$", last)
     assert {len(line.rstrip("\n")) for line in said.split("\r")[1:]} == {199}
 
 
@@ -136,7 +136,7 @@ def test_the_remaining_time_is_that_of_the_tokens_where_they_are_known(monkeypat
     pace._began = 100.0  # the factory holds the clock that was there when the class was made
     now[0] = 110.0
     pace.advance(5, 100, 0)
-    assert str(pace) == "scoring teacher: 5 of 10 rollouts, 10 read tokens/s, 0:00:10 passed, 0:01:30 left"
+    assert str(pace) == "scoring teacher: 5 of 10 rollouts, 0:01:30 left, 10 read tokens/s, 0:00:10 passed"
 
 
 def test_a_closed_stderr_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from lopd.records.optional import need
 
 #: Seconds from one drawing to the next, where a person watches and where nobody does.
 WATCHED_S, UNWATCHED_S = 1.0, 60.0
-_BAR = 20
+_BAR = 10
 
 
 @define(repr=False)
@@ -69,7 +69,7 @@ class Pace:
 
     def __repr__(self) -> str:
         passed = timedelta(seconds=int(monotonic() - self._began))
-        said = (f"{self.done:,} of {self.total:,} rollouts", self.speed, f"{passed} passed", self.left)
+        said = (f"{self.done:,} of {self.total:,} rollouts", self.left, self.speed, f"{passed} passed")
         return printable(f"{self.what}: {', '.join(filter(None, said))}")
 
     def _repr_html_(self) -> str:
