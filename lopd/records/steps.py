@@ -218,11 +218,11 @@ class StepMetrics:
         """One line for people; `repr` has every number.
 
         >>> print(StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, read_tokens=900, seconds=0.5))
-        step    9  loss   0.500  gap to teacher  0.250  gradient  2.00  1,800 read tokens/s
+        step    9  loss   0.500  gap to the teacher  0.250  gradient  2.00  1,800 read tokens/s
         """
         drift = "" if self.drift is None else f"ratio {self.drift.ratio_mean:.3f}  effective rollouts {self.drift.ess:4.0%}  "
         # exactly 0 only where no teacher is seen; it may be negative, which a KL cannot
-        reverse_kl = f"gap to teacher {self.reverse_kl:6.3f}  " if self.reverse_kl else ""
+        reverse_kl = f"gap to the teacher {self.reverse_kl:6.3f}  " if self.reverse_kl else ""
         speed = f"{self.read_tokens / max(self.seconds, 1e-9):,.0f} read tokens/s"
         return f"step {self.step:4d}  loss {self.loss:7.3f}  {reverse_kl}gradient {self.grad_norm:5.2f}  {drift}{speed}"
 
