@@ -124,4 +124,4 @@ def test_a_store_is_true_and_messages_name_it_in_a_few_words(kind: str, tmp_path
 
 def test_messages_never_name_a_store_by_its_repr() -> None:
     for path in Path(lopd.__path__[0]).rglob("*.py"):
-        assert not re.search(r"\b(store|reader)!r|repr\((store|self\.reader)\)", path.read_text()), path
+        assert not re.search(r"\b(store|reader|left|right)!r|repr\((store|self\.reader)\)", path.read_text()), path

@@ -122,7 +122,7 @@ def _diff(options: Namespace) -> int:
     if options.json:
         print_json(asdict(difference))
     else:
-        show(show_difference(f"{left!r}: {left_column}", f"{right!r}: {right_column}", difference))
+        show(show_difference(f"{named(left)}: {left_column}", f"{named(right)}: {right_column}", difference))
         show(*_verdicts((left, left_column), (right, right_column)))
         if manifests := left.manifest.difference(right.manifest):
             show(f"The manifests differ: {manifests}.")
