@@ -236,13 +236,13 @@ class Scores(Glanced):
 
     def _glance(self) -> Glance:
         support = {} if self.top_k is None else {"top-k": self.top_k.ids.shape[1]}
-        facts = {"response tokens": self.logprobs.size, "mean log-prob": mean_of(self.logprobs), "floored": self.floored, **support}
+        facts = {"response tokens": self.logprobs.size, "mean": mean_of(self.logprobs), "floored": self.floored, **support}
         return Glance(f"Scores of rollout {quoted(self.rollout_id)}", facts)
 
 
-def mean_of(logprobs_M: Float32Array) -> str:
-    """The mean of log-probs, in words."""
-    return f"{logprobs_M.mean():.3f} nats" if logprobs_M.size else "not known"
+def mean_of(values_M: Float32Array) -> float | str:
+    """The mean of what a column has, as people are shown it."""
+    return float(values_M.mean()) if values_M.size else "not known"
 
 
 def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array, int]:
