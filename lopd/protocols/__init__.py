@@ -4,7 +4,7 @@ Each docstring states the contract that the *weakest* implementation must keep. 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -270,6 +270,14 @@ class Verifier(Protocol):
 
     def __call__(self, prompt: Prompt, rollout: Rollout, /) -> float:
         """A score in [0, 1]; 1 is right."""
+        ...
+
+
+class Labeller(Protocol):
+    """What `label_rollouts` takes: a `Verifier`, or the same for tokens."""
+
+    def __call__(self, prompt: Prompt, rollout: Rollout, /) -> float | NDArray[Any] | Sequence[float]:
+        """A finite number for the rollout, or (T,) of them, one for each response token."""
         ...
 
 

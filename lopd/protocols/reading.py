@@ -174,9 +174,11 @@ def describe(reader: LogprobReader, scored: Mapping[str, int]) -> Glance:
         scored: column -> how many rollouts have scores in it.
     """
     rounds = {"rounds": len(reader.generations)} if len(reader.generations) > 1 else {}
-    columns = {
-        f"column {name}": f"{scored.get(name, 0):,} of {len(reader):,} scored by {made.model}{f', top-{made.top_k}' if made.top_k else ''}"
-        for name, made in reader.columns.items()
-    }
+    columns = {f"column {name}": f"{scored.get(name, 0):,} of {len(reader):,} {_by(made)}" for name, made in reader.columns.items()}
     facts = {"rollouts": len(reader), **rounds, "policy": reader.manifest.policy, **(columns or {"columns": "none yet"})}
     return Glance(named(reader), facts)
+
+
+def _by(made: Provenance) -> str:
+    support = f", top-{made.top_k}" if made.top_k else ""
+    return f"{'labelled' if made.label else 'scored'} by {made.model}{support}"
