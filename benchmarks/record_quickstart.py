@@ -11,9 +11,10 @@ import subprocess
 from collections.abc import Mapping
 from typing import Any
 
-from phases import wall_time
 from pictures import ONLINE, SFT, SUPPORT, panels, save
 from record import ROOT, fill, result_file
+
+from lopd.tools.phases import wall_time
 
 RUN, DOCS = ROOT / "runs" / "quickstart", ROOT / "docs"
 FALL, GAP = "after OPD, against after SFT", "after OPD, against after online OPD"

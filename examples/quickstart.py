@@ -17,6 +17,7 @@ The rates fit the default pair, a few of whose layers are trained for a few step
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ import transformers
 from attrs import asdict, frozen
 from closing import finish
 from online_opd import online_opd
-from phases import Run, console, counted, counted_in, digest
-from training import make_optimizer, resumably, scheduled, set_lr
+from training import learning_rate, make_optimizer
 
 import lopd
 from lopd import (
@@ -44,7 +44,6 @@ from lopd import (
     batches,
     by_token,
     collect_rollouts,
-    opd_steps,
     score_rollouts,
     stored_advantages,
 )
@@ -52,6 +51,7 @@ from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.losses.divergences import reverse_kl
 from lopd.records import LEVELS, Prompt, StepMetrics, fingerprint_tokenizer, make_prompts, read_prompts
 from lopd.tools.console import RichProgress
+from lopd.tools.phases import Run, console, counted, counted_in, digest, resumably, set_rate, train_phase
 from lopd.verbs import StepStream
 
 transformers.utils.logging.disable_progress_bar()
@@ -247,14 +247,10 @@ def train(
 ) -> dict[str, Any]:
     """Run `opd_steps` over these steps, resumably, and export the student to `folder / name`."""
     student, tokenizer = make_student(start, settings)
-    optimizer, total = make_optimizer(student), steps.stop or 0
-
-    def begin(done: int) -> Iterator[StepMetrics]:
-        return opd_steps(student, scheduled(attrs.evolve(steps, start=done), optimizer, lr, total), loss, optimizer)
-
-    history = resumably(folder / "checkpoints" / name, student, optimizer, steps, begin, total)
+    rate = partial(learning_rate, lr=lr, total=steps.stop or 0)
+    found = train_phase(folder / "checkpoints" / name, student, make_optimizer(student), steps, loss, rate=rate)
     student.export(folder / name, tokenizer, steps.lineage)
-    return {**counted(history), "history": [asdict(m) for m in history]}
+    return found
 
 
 def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
@@ -279,10 +275,10 @@ def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Setting
             start=done,
             tokens_per_batch=settings.tokens_per_batch,
             weighting=by_token,
-            schedule=lambda step: set_lr(optimizer, step, settings.opd_lr, settings.opd_steps),
+            schedule=lambda step: set_rate(optimizer, learning_rate(step, settings.opd_lr, settings.opd_steps)),
         )
 
-    history = resumably(run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, settings.opd_steps)
+    history = resumably(run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=settings.opd_steps)
     student.export(run.folder / "online", tokenizer, lineage)
     return {**counted(history), "history": [asdict(m) for m in history]}
 

@@ -396,6 +396,16 @@ def test_18_labels_are_filtered_gated_and_mixed(run):
     assert "128 rollouts labelled in this run" in out
 
 
+def test_19_a_file_is_a_whole_run(run):
+    out, _ = run("19_command")
+    assert out.count("exit code 0") == 3
+    assert len(numbers(r"step +(\d+) ", out)) == 8 + 16
+    assert "0 problems in 80 rollouts" in out
+    assert Path("runs/command/seed-0/report.html").exists()
+    again, _ = run("19_command")
+    assert "step" not in again.split("$ lopd info")[0]
+
+
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own client
 def test_20_nothing_is_pushed_without_a_name_and_what_is_pushed_comes_back(run, hub):
     out, _ = run("20_share")

@@ -13,6 +13,7 @@ import forked
 import pytest
 
 from lopd import ZarrStore
+from lopd.errors import ConflictError
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
 SIZES = [
@@ -116,7 +117,7 @@ def test_a_second_call_finds_everything_done(unbroken: Path, run_here: Callable[
 
 
 def test_other_settings_in_the_same_folder_are_refused(unbroken: Path, run_here: Callable[..., None]) -> None:
-    with pytest.raises(SystemExit, match=r"opd_lr is 0.0006 there, expected 1.0"):
+    with pytest.raises(ConflictError, match=r"opd_lr is 0.0006 there, expected 1.0"):
         run_here(unbroken, "--opd-lr", "1.0")
 
 
@@ -129,7 +130,7 @@ def test_other_content_under_the_same_name_is_refused(
     path, before = inputs / file, (inputs / file).read_bytes()
     path.write_bytes(before + b"\n")
     try:
-        with pytest.raises(SystemExit, match=f"the content of --{name} is '.*' there, expected '.*'"):
+        with pytest.raises(ConflictError, match=f"the content of --{name} is '.*' there, expected '.*'"):
             run_here(unbroken)
     finally:
         path.write_bytes(before)

@@ -15,7 +15,7 @@ from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.records import AdvantageSummary, Drift, ModelId, Scores, StepMetrics
 from lopd.records.drift import LEVELS
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
-from lopd.tools.doctor.__main__ import main
+from lopd.tools.command import main
 from lopd.tools.report.charts import MOST_POINTS, Scale, over_steps
 from lopd.tools.report.history import Phase, RunHistory
 from lopd.tools.report.run import duration, step_charts, write_run_report
@@ -350,7 +350,7 @@ def test_the_doctor_writes_one(tmp_path, capsys):
     filled(ZarrStore.create(str(tmp_path / "s.zarr"), tiny_manifest()))
     (tmp_path / "metrics.json").write_text(json.dumps([asdict(m) for m in steps(3)]))
     out = tmp_path / "out.html"
-    command = ["run", str(tmp_path / "s.zarr"), "--out", str(out)]
+    command = ["report", str(tmp_path / "s.zarr"), "--out", str(out)]
     assert main([*command, "--history", str(tmp_path / "metrics.json"), "--title", "Mine"]) == 0
     assert "3 steps" in capsys.readouterr().out
     assert "<h1>Mine</h1>" in out.read_text()

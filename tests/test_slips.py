@@ -35,8 +35,8 @@ from lopd.errors import (
 )
 from lopd.records import Lineage, SamplingParams, read_prompts
 from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.tools.command import main
 from lopd.tools.command_line import show
-from lopd.tools.doctor.__main__ import main
 from lopd.tools.interop import export_parquet, import_parquet
 from lopd.tools.report import RunHistory, write_run_report
 
@@ -299,7 +299,7 @@ def test_the_doctor_reads_the_json_lines_of_a_logger(tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:count]) + "\n")
         assert RunHistory.read(tmp_path / "metrics.jsonl").steps == tuple(steps[:count])
     ZarrStore.create(tmp_path / "run", tiny_manifest())
-    arguments = ["run", str(tmp_path / "run"), "--history", str(tmp_path / "metrics.jsonl"), "--out", str(tmp_path / "run.html")]
+    arguments = ["report", str(tmp_path / "run"), "--history", str(tmp_path / "metrics.jsonl"), "--out", str(tmp_path / "run.html")]
     assert main(arguments) == 0
     assert "2 steps" in (tmp_path / "run.html").read_text()
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, lines[0][:20]]))

@@ -27,13 +27,13 @@ import attrs
 import torch
 import transformers
 from attrs import asdict, evolve
-from phases import Run, console, counted_in, digest
 
 from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd import evaluate as evaluate_policy
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.records import Prompt, read_prompts
 from lopd.tools.console import RichProgress
+from lopd.tools.phases import Run, console, counted_in, digest
 from lopd.tools.plan import trained_gb
 from recipes.estimate import describe, estimate, work_of
 from recipes.grading import MathGrader

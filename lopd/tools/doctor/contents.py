@@ -110,7 +110,7 @@ class StoreInfo:
 
 
 def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
-    """Everything that `python -m lopd.tools.doctor info` shows.
+    """Everything that `lopd info` shows.
 
     Args:
         store: any durable store.
