@@ -257,7 +257,7 @@ class Student(Protocol):
         ...
 
     def __call__(self, batch: Batch, loss: OPDLoss, /) -> LossOutput:
-        """`loss` of this batch under the current weights."""
+        """`loss` of this batch under the current weights; moves the batch to where it computes (`Batch.to`)."""
         ...
 
     def named_parameters(self) -> Iterable[tuple[str, Parameter]]:

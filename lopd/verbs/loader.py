@@ -86,9 +86,10 @@ class StepStream(Glanced):
         return "none" if means is None else blake2b(means[self.rows].astype("<f4").tobytes(), digest_size=6).hexdigest()
 
     def __iter__(self) -> Iterator[Step]:
-        """Steps from `start` up to `stop`, or for ever; where there is a GPU, a thread reads and pins the next while it is busy with one."""
+        """Steps from `start` up to `stop`, or for ever; where this process uses a GPU, a thread reads and pins the next meanwhile."""
         indices = count(self.start) if self.stop is None else range(self.start, self.stop)
-        read, ahead = (self._pinned, 2) if torch.cuda.is_available() else (self.step, 1)
+        # a card that nothing here has used yet is not the student's, and pinning would make a context on it
+        read, ahead = (self._pinned, 2) if torch.cuda.is_initialized() else (self.step, 1)
         for _, step in overlapped(read, indices, ahead):
             yield step
 
