@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import forked
@@ -18,6 +19,7 @@ from vllm_stub import Stub
 from lopd import FusedOPDLoss, Lineage, Manifest, ModelId, SamplingParams, ZarrStore, open_store
 from lopd.errors import InvalidRecordError
 from lopd.records import fingerprint_tokenizer
+from lopd.testing import tiny_manifest
 from lopd.tools.command import COMMANDS, main, settings
 from lopd.tools.command.models import Model
 from lopd.tools.command.settings import read_settings
@@ -141,6 +143,17 @@ def test_what_is_not_yaml_is_one_sentence(text, says, tmp_path, capsys):
     with pytest.raises(InvalidRecordError, match=says):
         read_settings(tmp_path / "run.yaml")
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "a.yaml"], ["sample", "s", "--student", "a", "--prompts", "b"], ["score", "s", "--teacher", "a"]]
+)
+def test_a_package_that_is_missing_is_one_sentence(words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ZarrStore.create("s", tiny_manifest())
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(words) == 2
+    assert capsys.readouterr().err.endswith("transformers is not installed, expected it; pip install 'lopd[hf]'.\n")
 
 
 def test_a_call_without_a_file_and_a_file_that_is_not_there_are_unusable(tmp_path, capsys):

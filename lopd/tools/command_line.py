@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lopd.errors import printable
 
 if TYPE_CHECKING:
-    from lopd.protocols import DurableStore
+    from lopd.protocols import DurableStore, Progress
 
 FINE, PROBLEMS, UNUSABLE = 0, 1, 2
 #: Title, names of the columns, rows: the arguments of `lopd.tools.console.table`.
@@ -54,6 +54,21 @@ def opened(url: str, options: Namespace) -> "DurableStore":
     from lopd.backends.opening import open_store
 
     return open_store(url, dict(options.storage_option) or None)
+
+
+def progress(owner: str, *needed: str) -> "Progress":
+    """Return a progress bar, once rich and the packages that the command needs besides are there.
+
+    Raises:
+        MissingDependencyError: one of them is not installed.
+    """
+    from lopd.records.optional import need
+
+    for package in ("rich", *needed):
+        need(package, owner)
+    from lopd.tools.console import RichProgress
+
+    return RichProgress()
 
 
 def show(*things: Table | str) -> None:

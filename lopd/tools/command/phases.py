@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace
 
 from lopd.tools.command.models import add_model, model_of, running, store_for
-from lopd.tools.command_line import FINE, PROBLEMS, add_json, add_storage_option, give_examples, opened, print_json, say
+from lopd.tools.command_line import FINE, PROBLEMS, add_json, add_storage_option, give_examples, opened, print_json, progress, say
 
 _SAMPLING = (
     ("max-new-tokens", int, "cap on a response: the length that is trained on"),
@@ -70,16 +70,16 @@ def _sample(options: Namespace) -> int:
     from lopd.protocols.reading import named
     from lopd.records.manifest import SamplingParams
     from lopd.records.prompts import read_prompts
-    from lopd.tools.console import RichProgress
     from lopd.verbs.collect import collect_rollouts
 
+    bar = progress("Sample", "transformers")
     names = [name.replace("-", "_") for name, _, _ in _SAMPLING]
     sampling = SamplingParams(**{name: value for name in names if (value := getattr(options, name)) is not None})
     model = model_of(options)
     prompts = read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template)
     with running(model.source(sampling)) as source:
         store = store_for(options.url, source.manifest, dict(options.storage_option) or None)
-        report = collect_rollouts(source, prompts, store, prompts_per_batch=options.prompts_per_batch, progress=RichProgress())
+        report = collect_rollouts(source, prompts, store, prompts_per_batch=options.prompts_per_batch, progress=bar)
     if options.json:
         print_json({"in_store": len(store), **asdict(report)})
     else:
@@ -93,9 +93,9 @@ def _score(options: Namespace) -> int:
     from attrs import asdict
 
     from lopd.protocols.reading import named
-    from lopd.tools.console import RichProgress
     from lopd.verbs.scoring import score_rollouts
 
+    bar = progress("Score", "transformers")
     store = opened(options.url, options)
     with running(model_of(options).scorer(options.top_k, options.candidates, options.drawn)) as scorer:
         report = score_rollouts(
@@ -104,7 +104,7 @@ def _score(options: Namespace) -> int:
             column=options.column,
             rollouts_per_batch=options.rollouts_per_batch,
             retry_quarantined=options.retry_quarantined,
-            progress=RichProgress(),
+            progress=bar,
         )
         costs = getattr(getattr(scorer, "servers", None), "costs", None)
     scored, quarantined = int(store.scored(options.column).sum()), len(store.quarantined(options.column))

@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from importlib.resources import files
 
 from lopd.errors import ArgumentError
-from lopd.tools.command_line import FINE, PROBLEMS, add_json, give_examples, print_json
+from lopd.tools.command_line import FINE, PROBLEMS, add_json, give_examples, print_json, progress
 
 
 def add_run(parser: ArgumentParser) -> None:
@@ -30,6 +30,7 @@ def _run(options: Namespace) -> int:
         return FINE
     if options.file is None:
         raise ArgumentError("Run: the file is missing, expected its path; `lopd run --example` prints one.")
+    progress("Run", "transformers", "fsspec", "jinja2")
     from lopd.tools.command.settings import read_settings
     from lopd.tools.command.whole_run import run_all
     from lopd.tools.phases import console

@@ -14,6 +14,7 @@ from lopd.tools.command_line import (
     give_examples,
     opened,
     print_json,
+    progress,
     say,
     show,
 )
@@ -82,14 +83,11 @@ def _finite(_owner: object, _field: object, value: object) -> object:
 
 def _verify(options: Namespace) -> int:
     from lopd.protocols.reading import named
-    from lopd.records.optional import need
     from lopd.tools.doctor import check_store
 
-    need("rich", "Progress")
-    from lopd.tools.console import RichProgress
-
+    bar = progress("Verify")
     store, problems = opened(options.url, options), list[str]()
-    for problem in check_store(store, progress=RichProgress()):
+    for problem in check_store(store, progress=bar):
         problems.append(problem)
         if not options.json:
             say(problem)
