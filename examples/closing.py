@@ -21,8 +21,9 @@ COMPARED = (("after OPD", "after SFT"), ("after online OPD", "after SFT"), ("aft
 
 def finish(run: Run, phases: list[dict[str, Any]], settings: Mapping[str, Any], store: str) -> None:
     """The closing table, `metrics.json` and `report.html`."""
-    rows = [[p["name"], wall_time(p), p["tokens"], interval(p)] for p in phases]
-    console.print(table("Lightning OPD, phase by phase", ["phase", "wall s", "tokens", "held-out reverse KL (nats, 95 %)"], rows))
+    rows = [[p["name"], wall_time(p), p["response_tokens"], p["read_tokens"], interval(p)] for p in phases]
+    columns = ["phase", "wall s", "response tokens", "read tokens", "held-out reverse KL (nats, 95 %)"]
+    console.print(table("Lightning OPD, phase by phase", columns, rows))
     history = {p["name"]: p.pop("history") for p in phases if "history" in p}
     measured = {p["name"].removeprefix("evaluate "): p.pop("per_rollout") for p in phases if "per_rollout" in p}
     sums = {name: RolloutSums(np.array(found["sums"]), np.array(found["counts"])) for name, found in measured.items()}

@@ -51,7 +51,7 @@ from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.losses.divergences import reverse_kl
 from lopd.records import LEVELS, Prompt, StepMetrics, fingerprint_tokenizer, make_prompts, read_prompts
 from lopd.tools.console import RichProgress
-from lopd.tools.phases import Run, console, digest, resumably, set_rate, train_phase
+from lopd.tools.phases import Run, console, counted, counted_in, digest, resumably, set_rate, train_phase
 from lopd.verbs import StepStream
 
 transformers.utils.logging.disable_progress_bar()
@@ -190,7 +190,7 @@ def sample_once(model_dir: Path, prompts: list[Prompt], path: str, settings: Set
     source = HFSource.from_folder(model_dir, sampling, device=settings.device)
     store = ZarrStore.open_or_create(path, source.manifest)
     collect_rollouts(source, prompts, store, prompts_per_batch=64, progress=RichProgress(console))
-    return {"tokens": int(store.lengths().sum()), "rollouts": len(store)}
+    return {**counted_in(store), "rollouts": len(store)}
 
 
 def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, An
     advantages = stored_advantages(store, count=len(store))
     console.print(f"advantages before the first step: {advantages}")
     quantiles = dict(zip(map(str, LEVELS), advantages.quantiles, strict=True))
-    return {"tokens": int(store.lengths().sum()), "advantage_quantiles": quantiles}
+    return {**counted_in(store), "advantage_quantiles": quantiles}
 
 
 def make_teacher(folder: Path, settings: Settings) -> HFScorer:
@@ -280,7 +280,7 @@ def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Setting
 
     history = resumably(run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=settings.opd_steps)
     student.export(run.folder / "online", tokenizer, lineage)
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+    return {**counted(history), "history": [asdict(m) for m in history]}
 
 
 def make_student(folder: Path, settings: Settings) -> tuple[CausalLMStudent, Any]:
@@ -300,7 +300,13 @@ def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settin
     sums = exact_reverse_kl(source, make_teacher(teacher_dir, settings), source.sample(prompts))
     kl = sums.per_token()
     per_rollout = {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
-    return {"held_out_reverse_kl": kl.mean, "ci95": kl.ci95, "rollouts": kl.clusters, "tokens": kl.values, "per_rollout": per_rollout}
+    return {
+        "held_out_reverse_kl": kl.mean,
+        "ci95": kl.ci95,
+        "rollouts": kl.clusters,
+        "response_tokens": kl.values,
+        "per_rollout": per_rollout,
+    }
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from lopd.backends.opening import open_store
 from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import CorruptStoreError, MissingScoresError, StoreNotFoundError, StoreReadError
 from lopd.guards.consistency import verdict
+from lopd.protocols import Counted
 from lopd.protocols.reading import evenly, parts
 from lopd.records import AdvantageSummary, Commit, ModelId, Parity, Rollout, Scores
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
@@ -258,8 +259,8 @@ def test_rows_that_cannot_be_read_are_named_one_by_one_and_the_others_are_checke
     store, progress = Kept(), []
 
     class Progress:
-        def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
-            progress.append((total, done, tokens))
+        def begin(self, what: str, total: int, done: int, tokens: int | None, counted: Counted, /) -> None:
+            progress.append((total, done, tokens, counted))
 
         def advance(self, rollouts: int, tokens: int, quarantined: int, /) -> None:
             progress.append((rollouts, tokens))
@@ -278,7 +279,7 @@ def test_rows_that_cannot_be_read_are_named_one_by_one_and_the_others_are_checke
 
     store.read = read
     assert list(check_store(store, progress=Progress())) == ["Store: row 3 is damaged.", "Store: row 8 is damaged."]
-    assert progress[0] == (40, 0, sum(map(len, items)))
+    assert progress[0] == (40, 0, sum(map(len, items)), "read tokens")
     assert progress[-1] == "end"
     assert [sum(column) for column in zip(*progress[1:-1], strict=True)] == [40, sum(map(len, items))]
 

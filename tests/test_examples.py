@@ -62,7 +62,7 @@ def numbers(pattern, text):
 
 
 def reverse_kl(text):
-    return numbers(r"reverse KL ([+-][\d.]+)", text)
+    return numbers(r"(?:gap to the teacher|reverse KL) ([+-][\d.]+)", text)
 
 
 def test_the_table_lists_every_example():

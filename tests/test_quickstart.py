@@ -98,7 +98,7 @@ def test_it_measures_every_phase_and_writes_what_it_promises(unbroken: Path) -> 
     for name in ("evaluate after SFT", "evaluate after OPD", "evaluate after online OPD"):
         assert by_name[name]["held_out_reverse_kl"] > 0
         assert by_name[name]["ci95"] > 0
-    assert all(p["wall_s"] > 0 and p["tokens"] > 0 for p in report["phases"])
+    assert all(p["wall_s"] > 0 and p["response_tokens"] > 0 for p in report["phases"])
     assert set(attempts(unbroken).values()) == {1}
     assert len(report["history"]) == 12
     page = (unbroken / "report.html").read_text()

@@ -42,7 +42,7 @@ from peft import get_peft_model
 from lopd import CausalLMStudent, FusedOPDLoss, Lineage, SamplingParams
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.records import Prompt, StepMetrics, read_prompts
-from lopd.tools.phases import Run, console, digest, resumably
+from lopd.tools.phases import Run, console, counted, digest, resumably
 from lopd.tools.plan import lora_config
 from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of, student_dtype, teacher_dtype
 from recipes.compare import Arm, grade, report
@@ -257,7 +257,7 @@ def train_online(folder: Path, start: str, prompts: list[Prompt], recipe: OneGpu
 
     history = resumably(folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=recipe.opd_steps)
     export(student, tokenizer, lineage, folder / "online")
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+    return {**counted(history), "history": [asdict(m) for m in history]}
 
 
 if __name__ == "__main__":

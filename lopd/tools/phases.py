@@ -3,7 +3,7 @@
 import hashlib
 import json
 import resource
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -32,6 +32,17 @@ _HIDDEN = ("name", "peak_rss_gib")
 _BETWEEN_CHECKPOINTS = 5
 
 
+def counted(history: Sequence[StepMetrics]) -> dict[str, int]:
+    """Count the tokens of a training."""
+    return {"response_tokens": sum(m.response_tokens for m in history), "read_tokens": sum(m.read_tokens for m in history)}
+
+
+def counted_in(store: LogprobReader) -> dict[str, int]:
+    """Count the tokens of a store, which were sampled or scored."""
+    lengths = store.lengths()
+    return {"response_tokens": int(lengths[:, 1].sum()), "read_tokens": int(lengths.sum())}
+
+
 @frozen
 class Run:
     """A folder in which finished phases are kept.
@@ -56,7 +67,15 @@ class Run:
             attempts = 1 + (json.loads(begun.read_text()) if begun.exists() else 0)
             write_json(begun, attempts)
             started = perf_counter()
-            row = {"name": name, "tokens": 0, "held_out_reverse_kl": None, "ci95": None, "attempts": attempts, **work()}
+            row = {
+                "name": name,
+                "response_tokens": 0,
+                "read_tokens": 0,
+                "held_out_reverse_kl": None,
+                "ci95": None,
+                "attempts": attempts,
+                **work(),
+            }
             row["wall_s"] = round(perf_counter() - started, 2)
             row["peak_rss_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
             write_json(path, row)
@@ -133,7 +152,7 @@ def train_phase(
         return trained if steps.columns.ref is None else watch_drift(trained)
 
     history = resumably(checkpoints, student, optimizer, steps, begin, total=steps.stop or 0)
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+    return {**counted(history), "history": [asdict(m) for m in history]}
 
 
 def set_rate(optimizer: Optimizer, rate: float) -> None:

@@ -67,6 +67,7 @@ def add_score(parser: ArgumentParser) -> None:
 def _sample(options: Namespace) -> int:
     from attrs import asdict
 
+    from lopd.protocols.reading import named
     from lopd.records.manifest import SamplingParams
     from lopd.records.prompts import read_prompts
     from lopd.verbs.collect import collect_rollouts
@@ -82,13 +83,16 @@ def _sample(options: Namespace) -> int:
     if options.json:
         print_json({"in_store": len(store), **asdict(report)})
     else:
-        say(f"{store!r}: {report.rollouts:,} rollouts sampled, {report.skipped:,} were there, {len(report.refused):,} prompts refused.")
+        say(
+            f"{named(store)}: {report.rollouts:,} rollouts sampled, {report.skipped:,} were there, {len(report.refused):,} prompts refused."
+        )
     return PROBLEMS if report.refused else FINE
 
 
 def _score(options: Namespace) -> int:
     from attrs import asdict
 
+    from lopd.protocols.reading import named
     from lopd.verbs.scoring import score_rollouts
 
     bar = progress("Score", "transformers")
@@ -108,8 +112,8 @@ def _score(options: Namespace) -> int:
         print_json({"in_store": len(store), "in_column": scored, "in_quarantine": quarantined, **asdict(report)})
     else:
         say(
-            f"{store!r}: {report.rollouts:,} rollouts scored, {scored:,} of {len(store):,} are in {options.column!r}, {quarantined:,} in quarantine; "
-            f"{report.floored:,} log-probs were -inf."
+            f"{named(store)}: {report.rollouts:,} rollouts scored, {scored:,} of {len(store):,} are in {options.column!r}, {quarantined:,} in "
+            f"quarantine; {report.floored:,} log-probs were -inf."
         )
         if costs is not None:
             say(str(costs))

@@ -55,8 +55,8 @@ def add_plan(parser: ArgumentParser) -> None:
     parser.add_argument("--logprob-dtype", choices=sorted(LOGPROB_BYTES), default="float32", help="of the store (float32)")
     for name, what in (
         ("sampling", "response tokens"),
-        ("scoring", "prompt and response tokens"),
-        ("training", "prompt and response tokens"),
+        ("scoring", "read tokens, prompts included,"),
+        ("training", "read tokens, prompts included,"),
     ):
         parser.add_argument(f"--{name}-rate", type=float, metavar="TOKENS/S", help=f"{what} a second of one GPU, measured")
     parser.add_argument(
@@ -197,7 +197,7 @@ def _rows(bills: _Bills, price: float | None) -> Iterator[tuple[str, ...]]:
 
     for phase in bills[0].phases:
         yield row(
-            phase.name + (" (tokens of responses)" if phase.name == "rollouts" else ""),
+            phase.name + (" (response tokens)" if phase.name == "rollouts" else " (read tokens)"),
             f"{phase.tokens:.3g}",
             phase.gpu_hours,
             phase.wall_hours,
@@ -214,7 +214,7 @@ def _sentences(rates: GpuRates, bills: _Bills) -> Iterator[str]:
     low, high = at_least.gpu_hours / offline.gpu_hours, lockstep.gpu_hours / offline.gpu_hours
     yield f"Online OPD takes {low:.1f} to {high:.1f} times the GPU-hours."
     yield f"Memory of weights, gradients and moments at the same time: {offline.memory_gb:,.0f} GB, online {lockstep.memory_gb:,.0f} GB."
-    yield f"Tokens a second of a GPU: {rates.sampling:,.0f} sampled, {rates.scoring:,.0f} scored, {rates.training:,.0f} trained on."
+    yield f"A second of a GPU: {rates.sampling:,.0f} response tokens sampled, {rates.scoring:,.0f} read tokens scored, {rates.training:,.0f} trained."
 
 
 def _store_sentence(work: Work, size: StoreSize) -> str:

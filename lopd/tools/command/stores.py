@@ -82,6 +82,7 @@ def _finite(_owner: object, _field: object, value: object) -> object:
 
 
 def _verify(options: Namespace) -> int:
+    from lopd.protocols.reading import named
     from lopd.tools.doctor import check_store
 
     bar = progress("Verify")
@@ -93,7 +94,7 @@ def _verify(options: Namespace) -> int:
     if options.json:
         print_json({"rollouts": len(store), "problems": problems})
     else:
-        say(f"{store!r}: {len(problems):,} problems in {len(store):,} rollouts.")
+        say(f"{named(store)}: {len(problems):,} problems in {len(store):,} rollouts.")
     return PROBLEMS if problems else FINE
 
 
@@ -101,6 +102,7 @@ def _diff(options: Namespace) -> int:
     from attrs import asdict
 
     from lopd.errors import InvalidRecordError
+    from lopd.protocols.reading import named
     from lopd.tools.doctor import compare_columns
     from lopd.tools.doctor.display import show_difference
 
@@ -115,7 +117,7 @@ def _diff(options: Namespace) -> int:
     if options.json:
         print_json(asdict(difference))
     else:
-        show(show_difference(f"{left!r}: {left_column}", f"{right!r}: {right_column}", difference))
+        show(show_difference(f"{named(left)}: {left_column}", f"{named(right)}: {right_column}", difference))
         show(*_verdicts((left, left_column), (right, right_column)))
         if manifests := left.manifest.difference(right.manifest):
             show(f"The manifests differ: {manifests}.")
@@ -124,13 +126,16 @@ def _diff(options: Namespace) -> int:
 
 def _verdicts(*sides: tuple["DurableStore", str]) -> Iterator[str]:
     from lopd.guards.consistency import verdict
+    from lopd.protocols.reading import named
 
     for store, column in sides:
         if column in store.columns:
-            yield f"{store!r}: {column}: {store.columns[column].model}: {verdict(store.manifest, store.columns[column])}."
+            yield f"{named(store)}: {column}: {store.columns[column].model}: {verdict(store.manifest, store.columns[column])}."
 
 
 def _compact(options: Namespace) -> int:
+    from lopd.protocols.reading import named
+
     store = opened(options.url, options)
     commits, size, start = len(store.history()), store.stored_bytes(), time.perf_counter()
     store.compact()
@@ -139,7 +144,7 @@ def _compact(options: Namespace) -> int:
         print_json({"commits": [commits, commits_after], "bytes": [size, size_after]})
     else:
         say(
-            f"{store!r}: compacted in {seconds:.2f} s, from {commits:,} commits and {size:,} bytes "
+            f"{named(store)}: compacted in {seconds:.2f} s, from {commits:,} commits and {size:,} bytes "
             f"to {commits_after:,} commits and {size_after:,} bytes."
         )
     return FINE

@@ -24,7 +24,7 @@ from lopd.records.paths import without_secrets
 from lopd.tools.command.models import Model, running
 from lopd.tools.command.settings import Evaluation, RunSettings, Training
 from lopd.tools.console import RichProgress, table
-from lopd.tools.phases import Run, console, digest, train_phase, write_json, write_page
+from lopd.tools.phases import Run, console, counted_in, digest, train_phase, write_json, write_page
 from lopd.verbs import StepStream
 
 _BEFORE, _AFTER = "evaluation before OPD", "evaluation after OPD"
@@ -166,19 +166,19 @@ class _Seeded:
             teacher=None if writer == "unknown" else teacher.identity() if writer == "teacher" else writer,
             store=partial(lopd.ZarrStore.open_or_create, self._url("text")),
         )
-        return {"tokens": int(store.lengths().sum()), "rollouts": len(store)}
+        return {**counted_in(store), "rollouts": len(store)}
 
     def _sample(self, model: Model, name: str) -> _Phase:
         with running(model.source(SamplingParams(**asdict(self.s.sampling), seed=self.seed))) as source:
             store = lopd.ZarrStore.open_or_create(self._url(name), source.manifest)
             report = lopd.collect_rollouts(source, self.prompts, store, progress=RichProgress(console))
-        return {"tokens": int(store.lengths().sum()), "rollouts": len(store), "refused": len(report.refused)}
+        return {**counted_in(store), "rollouts": len(store), "refused": len(report.refused)}
 
     def _score(self) -> _Phase:
         store = lopd.ZarrStore.open(self._url("rollouts"))
         with running(self.s.teacher.scorer(self.s.loss.top_k)) as scorer:
             lopd.score_rollouts(store, scorer, progress=RichProgress(console))
-        return {"tokens": int(store.lengths().sum()), "refused": len(store.quarantined("teacher"))}
+        return {**counted_in(store), "refused": len(store.quarantined("teacher"))}
 
     def _sft(self, plan: Training) -> _Phase:
         return self._train("sft", self.s.student.model, self._steps("text", plan, teacher=None), lopd.FusedSFTLoss(), plan)
@@ -230,7 +230,7 @@ class _Seeded:
             teacher = HFScorer.from_folder(self.s.teacher.model, self.s.teacher.torch_dtype, self.s.teacher.place)
             sums = exact_reverse_kl(source, teacher, source.sample(self.held_out)).pooled(asked.samples_per_prompt)
             kl, per_prompt = sums.per_token(), {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
-            found |= {"held_out_reverse_kl": kl.mean, "ci95": kl.ci95, "tokens": kl.values, "per_prompt": per_prompt}
+            found |= {"held_out_reverse_kl": kl.mean, "ci95": kl.ci95, "response_tokens": kl.values, "per_prompt": per_prompt}
         return found
 
     def _report(self, phases: list[_Phase]) -> None:
