@@ -11,6 +11,7 @@ from attrs import evolve
 from transformers import AutoConfig, MambaConfig, Qwen3Config
 
 from lopd.errors import InvalidRecordError, ModelError
+from lopd.losses.chunking import CHUNK_BYTES
 from lopd.tools.plan import Use, Work, fit, fits, following, rates_like, sampling, scoring, training
 from lopd.tools.plan.__main__ import main
 from lopd.tools.plan.live import LiveBytes
@@ -23,7 +24,7 @@ CONFIG = Qwen3Config(
     vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     max_position_embeddings=256, tie_word_embeddings=True,
 )  # fmt: skip
-USE = Use(prompt_tokens=8, response_tokens=56, tokens_per_batch=512, rows=16, autocast=None)
+USE = Use(prompt_tokens=8, response_tokens=56, tokens_per_batch=512, rows=16, autocast=None, chunk_bytes=CHUNK_BYTES)
 
 
 def alive(case):
@@ -90,7 +91,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(monkeypatch):
     needed = training(CONFIG, USE)
     # as if each of the changes left a third of what stays
     monkeypatch.setattr(
-        fit, "training", lambda _, use: needed.shared(3 ** (use.gradient_checkpointing + 2 * (use.lora_rank > 0)) * use.gpus, 0)
+        fit, "training", lambda _, use, __: needed.shared(3 ** (use.gradient_checkpointing + 2 * (use.lora_rank > 0)) * use.gpus, 0)
     )
     room = sum(needed.gigabytes(USE.rollouts).values())
     found = fits(CONFIG, USE, card_gb=0.5 * room / 0.85)
@@ -137,7 +138,7 @@ def test_other_families_are_followed_too():
         (lambda: Use(rows=0), "Use: rows is 0, expected at least 1"),
         (lambda: Use(lora_rank=-1), "Use: lora_rank is -1"),
         (lambda: Use(response_tokens=1.5), "response_tokens is 1.5, expected a whole number"),
-        (lambda: fits(CONFIG, USE, card_gb=0), "Fit: card_gb is 0, expected more than 0"),
+        (lambda: fits(CONFIG, USE, card_gb=0), "Fit: card_gb is 0, expected finite and more than 0"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(make, message):
