@@ -3,8 +3,8 @@
     python benchmarks/gpu_memory.py         # writes benchmarks/results/gpu_memory.json; ten minutes
 
 Every case is a process of its own, whose result is kept in runs/gpu-memory: a second call finds it.  Measured is the largest resident size that
-the system saw, less that before the model was made, once the same case has run: oneDNN keeps one to two megabytes of code and workspace for each
-new shape of a bfloat16 product, which no card does.  Freed tensors are given back to the system at once.
+the system saw, less that before the model was made, once the same case has run: for each new shape of a product in bfloat16, oneDNN keeps code
+and workspace, which no card holds.  Freed tensors are given back to the system at once.
 """
 
 import argparse

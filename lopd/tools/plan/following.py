@@ -44,19 +44,31 @@ def empty(config: Any, dtype: torch.dtype, lora_rank: int, attention: str | None
         attention: as transformers calls it; None for the one that it takes itself.
 
     Raises:
+        ArgumentError: it is not a configuration.
         ModelError: it is not the configuration of a causal LM.
     """
-    transformers = need("transformers", "Plan")
-    from lopd.engines.stored import named_class
-
-    transformers.AttentionInterface.register(ATTENTION, _attention)
-    auto = transformers.AutoModelForCausalLM
-    make = auto.from_config if type(config) in auto._model_mapping else getattr(named_class(config), "_from_config", None)
-    if make is None:
-        raise ModelError(f"Plan: a {type(config).__name__} is not the configuration of a causal LM; pass one that `load_model` can load.")
+    make = _maker(config)
+    need("transformers", "Plan").AttentionInterface.register(ATTENTION, _attention)
     with torch.device("meta"):
         model = make(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
         return need("peft", "Adapters").get_peft_model(model, lora_config(lora_rank)) if lora_rank else model
+
+
+def _maker(config: Any) -> Callable[..., Any]:
+    """Return what makes a causal LM of this configuration."""
+    transformers = need("transformers", "Plan")
+    if not isinstance(config, transformers.PretrainedConfig):
+        given = f"the class {config.__name__}" if isinstance(config, type) else a_kind(config)
+        raise ArgumentError(f"Plan: a model is {given}, expected a transformers configuration; pass AutoConfig.from_pretrained(folder).")
+    from lopd.engines.stored import named_class
+
+    auto = transformers.AutoModelForCausalLM
+    make: Callable[..., Any] | None = auto.from_config
+    if type(config) not in auto._model_mapping:
+        make = getattr(named_class(config), "_from_config", None)
+    if make is None:
+        raise ModelError(f"Plan: a {type(config).__name__} is not the configuration of a causal LM; pass one that `load_model` can load.")
+    return make
 
 
 def _attention(_module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float | None = None, **__: Any) -> Any:
@@ -78,9 +90,7 @@ def count(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[
         ArgumentError: it is not a configuration.
         ModelError: the model cannot be run, or its code depends on numbers, so that its sizes alone do not say what it does.
     """
-    if not isinstance(config, need("transformers", "Plan").PretrainedConfig):
-        given = f"the class {config.__name__}" if isinstance(config, type) else a_kind(config)
-        raise ArgumentError(f"Plan: a model is {given}, expected a transformers configuration; pass AutoConfig.from_pretrained(folder).")
+    _maker(config)
     try:
         return _counted(config, make, rows, prepare)
     except LopdError:

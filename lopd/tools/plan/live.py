@@ -202,10 +202,10 @@ class Need:
     def _filled(self, rows: int, *, least: bool = False) -> list[NDArray[np.int64]]:
         """Return (T, P) bytes of each stretch with so many rows, the chunk in the place of its byte."""
         filled = [none_TP + rows * each_TP for none_TP, each_TP in self.stretches]
-        for bytes_TP in filled if self.chunk is not None else ():
+        for bytes_TP in filled:
             here_T = bytes_TP[:, _LOGITS] > 0
-            if here_T.any():
-                bytes_TP[here_T, _LOGITS] = self.chunk.size(rows, None if least else bytes_TP[here_T].sum(axis=1).max())
+            if self.chunk is not None and here_T.any():
+                bytes_TP[here_T, _LOGITS] = self.chunk.size(rows, None if least else float(bytes_TP[here_T].sum(axis=1).max()))
         return filled
 
     def most_rows(self, room_gb: float) -> int:
@@ -217,6 +217,6 @@ class Need:
             most = min(most, float((free_T[grows_T] // each_T[grows_T]).min()), 0 if (free_T < 0).any() else np.inf)
 
         def too_much(rows: int) -> bool:
-            return max(bytes_TP.sum(axis=1).max() for bytes_TP in self._filled(rows, least=True)) > room_gb * _GIGA
+            return any((bytes_TP.sum(axis=1) > room_gb * _GIGA).any() for bytes_TP in self._filled(rows, least=True))
 
         return max(bisect_left(range(max(int(most), 0) + 1), True, key=too_much) - 1, 0)

@@ -143,13 +143,13 @@ def sampling(config: Any, use: Use) -> Need:
 
 def _counted(config: Any, use: Use, rows: int, *ways: tuple[str | None, Callable[[Any, LiveBytes, Use], Phase]]) -> Need:
     """Count with the first attention and code of a phase that the model can be run with."""
-    for place, (attention, prepare) in enumerate(ways, 1):
-        try:
-            return count(config, lambda config: _made(config, use, attention), rows, lambda model, live: prepare(model, live, use))
-        except ModelError:
-            if place == len(ways):
-                raise
-    raise AssertionError
+    (attention, prepare), *others = ways
+    try:
+        return count(config, lambda config: _made(config, use, attention), rows, lambda model, live: prepare(model, live, use))
+    except ModelError:
+        if not others:
+            raise
+    return _counted(config, use, rows, *others)
 
 
 def _made(config: Any, use: Use, attention: str | None) -> Any:
