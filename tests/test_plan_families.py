@@ -63,6 +63,12 @@ def test_every_other_configuration_is_refused_before_a_model_is_made():
     assert refused > 400
 
 
+def test_an_encoder_with_a_decoder_is_not_followed_without_its_encoder():
+    config = transformers.T5Config(num_layers=2, architectures=["T5ForConditionalGeneration"])
+    with pytest.raises(ModelError, match="a T5Config is not the configuration of a causal LM"):
+        scoring(config, USE)
+
+
 def test_an_error_of_a_family_is_the_cause(monkeypatch):
     class OddConfig(transformers.Qwen3Config):
         pass

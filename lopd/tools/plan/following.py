@@ -65,7 +65,7 @@ def _maker(config: Any) -> Callable[..., Any]:
     auto = transformers.AutoModelForCausalLM
     make: Callable[..., Any] | None = auto.from_config
     if type(config) not in auto._model_mapping:
-        make = getattr(named_class(config), "_from_config", None)
+        make = None if getattr(config, "is_encoder_decoder", False) else getattr(named_class(config), "_from_config", None)
     if make is None:
         raise ModelError(f"Plan: a {type(config).__name__} is not the configuration of a causal LM; pass one that `load_model` can load.")
     return make
