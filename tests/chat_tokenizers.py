@@ -36,17 +36,17 @@ PARTS = (
 )
 
 
-def byte_tokenizer(chat_template=CHATML, *, before="", after="", eos="<|im_end|>"):
-    """256 bytes and `SPECIAL`; `before` and `after` are what the tokenizer adds to plain text by itself, for example "<s>"."""
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+def byte_tokenizer(chat_template=CHATML, *, before="", after="", eos="<|im_end|>", special=SPECIAL):
+    """256 bytes and special tokens; `before` and `after` are what the tokenizer adds to plain text by itself, for example "<s>"."""
+    vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(list(SPECIAL))
+    backend.add_special_tokens(list(special))
     if before or after:
-        backend.post_processor = TemplateProcessing(single=f"{before} $A {after}".strip(), special_tokens=[(t, vocab[t]) for t in SPECIAL])
-    special = {"bos_token": "<s>", "eos_token": eos, "pad_token": "<|pad|>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **special)
+        backend.post_processor = TemplateProcessing(single=f"{before} $A {after}".strip(), special_tokens=[(t, vocab[t]) for t in special])
+    named = {"bos_token": "<s>", "eos_token": eos, "pad_token": "<|pad|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=chat_template, **named)
 
 
 def texts(tokenizer, prompts):

@@ -366,6 +366,19 @@ def test_16_a_student_that_is_told_teaches_itself(run):
     assert Lineage.read(Path("runs/16/student")).opd_teacher == names["store"].manifest.policy
 
 
+def test_17_what_the_policy_drew_is_learnt_and_what_a_tool_said_is_not(run):
+    out, names = run("17_trajectories")
+    curve = reverse_kl(out)
+    assert np.mean(curve[-4:]) < 0.5 * curve[0]
+    assert numbers(r"differ by at most (\S+)", out)[0] < 1e-4
+    for row, record in zip(names["store"].read(range(16)), names["records"], strict=True):
+        assert row.rollout.response_ids.tolist() == record["response_ids"]
+        assert row.rollout.loss_mask.tolist() == list(map(bool, record["response_mask"]))
+    assert Lineage.read(Path("runs/17/student")).opd_teacher == names["store"].columns["teacher"].model
+    again, _ = run("17_trajectories")
+    assert again == out, "the second run adds nothing to the store"
+
+
 class Logger(ModuleType):
     """A stand-in with the few names that the page calls."""
 

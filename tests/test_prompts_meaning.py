@@ -118,6 +118,27 @@ def test_null_keys_are_left_out_at_every_depth():
     )
 
 
+def test_templates_are_shown_calls_as_servers_show_them():
+    tokenizer = byte_tokenizer(THINKING)
+    arguments = {"city": "Bern", "days": 2.5}
+    for wrap in (lambda call: call, lambda call: {"function": call}):
+        written = {
+            only([*ask("x"), {"role": "assistant", "tool_calls": [wrap({"name": "f", "arguments": given})]}, *ask("y")], tokenizer)
+            for given in (arguments, json.dumps(arguments))
+        }
+        assert len(written) == 1
+        assert '"arguments": {"city": "Bern", "days": 2.5}' in written.pop()
+    each = "{% for call in m.tool_calls or [] %}{{ call.name + call.arguments }}{% endfor %}"
+    joining = byte_tokenizer(CHATML.replace("m['content'] }}", "m.content }}" + each))
+    call = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": '{"a":1}'}]}
+    assert 'assistant\nf{"a":1}<|im_end|>' in only([*ask("x"), call, *ask("y")], joining), "as text where a template joins it"
+    strict = byte_tokenizer(
+        CHATML.replace("m['content'] }}", "m.content.strip() }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}")
+    )
+    empty = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": ""}]}
+    assert 'assistant\n[{"name": "f", "arguments": {}}]' in only([*ask("x"), empty, *ask("y")], strict)
+
+
 def test_the_key_messages_is_read_where_the_key_of_the_prompt_is_null(tmp_path):
     records = [{"prompt": "one", "messages": None}, {"prompt": None, "messages": ask("two")}]
     tokenizer = byte_tokenizer()

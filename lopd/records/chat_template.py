@@ -14,6 +14,8 @@ Messages = Sequence[Mapping[str, Any]]
 PROBE = "lopd"
 # a shorter end of a template is found in text by chance
 _SHORTEST_MARK = 4
+# says which call a tool answers; many templates go by the order
+_LINKS = {"tool_call_id"}
 
 
 def text_of(message: Mapping[str, Any]) -> str:
@@ -62,15 +64,18 @@ class ChatTemplate:
         self._reads_parts = self._wants_parts or text == parts != ""
         #: What the template writes behind an answer.
         self.answer_end = self._end() if self._source else ""
+        #: Whether the arguments of a call may be values, as in most templates; DeepSeek's join them to text.
+        self.reads_values = not self._source or self._writes_call({}) or not self._writes_call("{}")
         mark = text.partition(PROBE)[2].strip()
         marks = [*special, mark] if len(mark) >= _SHORTEST_MARK else list(special)
         self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
         self.clock_was_read = False
         self._tried = set[frozenset[str]]()
 
-    def ids(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> list[int]:
-        """The token ids of checked messages, the generation prompt included."""
-        return list(self._apply(messages, tools, variables, tokenize=True, return_dict=True)["input_ids"])
+    def ids(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any], *, answered: bool = False) -> list[int]:
+        """The token ids of checked messages, the generation prompt included unless they end with an answer."""
+        given = {"tokenize": True, "return_dict": True, "add_generation_prompt": not answered}
+        return list(self._apply(messages, tools, variables, **given)["input_ids"])
 
     def written(self, answer: str, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
         """What the template writes behind the prompt for this answer; None if it writes the prompt itself otherwise, or cannot be asked."""
@@ -91,7 +96,7 @@ class ChatTemplate:
         if tools and "tools" not in self._words:
             yield "`tools`"
         yield from (f"{name!r} of `chat_template_kwargs`" for name in variables if name not in self._words)
-        yield from (f"{key!r} of messages" for message in messages for key in message if key not in self._words)
+        yield from (f"{key!r} of messages" for message in messages for key in message if key not in self._words | _LINKS)
 
     def left_out(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
         """A role whose text the template does not write; tried once for each set of roles."""
@@ -100,9 +105,9 @@ class ChatTemplate:
             return None
         self._tried.add(roles)
         # spaces and case may be the template's; what an assistant thought, or a tool gave, is often rewritten
-        written = _folded(self._apply(messages, tools, variables, tokenize=False))
+        written = folded(self._apply(messages, tools, variables, tokenize=False))
         wanted = (message for message in messages if message["role"] in {"system", "developer", "user"})
-        return next((message["role"] for message in wanted if _folded(text_of(message)) not in written), None)
+        return next((message["role"] for message in wanted if folded(text_of(message)) not in written), None)
 
     def mark_in(self, messages: Messages) -> str | None:
         """A special token, or the end of the template, that the text of the messages contains: it was written by this or another template."""
@@ -139,12 +144,23 @@ class ChatTemplate:
             return ""
         return text.rpartition(PROBE)[2].strip()
 
+    def _writes_call(self, arguments: Any) -> bool:
+        named = {"name": PROBE, "arguments": arguments}
+        call = {"id": PROBE, "type": "function", "function": named, **named}
+        messages: Messages = [{"role": "user", "content": PROBE}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            self._apply(messages, None, {}, tokenize=False)
+        except Exception:  # a template may refuse calls at all; what it raises for a prompt is reported there
+            return False
+        return True
+
     def _strftime(self, form: str) -> str:
         self.clock_was_read = True
         return self._day.strftime(form)
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """Text without spaces and case, which a template may change."""
     return "".join(text.split()).casefold()
 
 

@@ -1,5 +1,6 @@
 """What a record may hold: a text or messages, what stands beside them, and what the record is called without a name."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import numpy as np
 
 from lopd.errors import PromptError
+from lopd.records.arrays import Int32Array
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind
+from lopd.records.plain import as_id, from_json
+from lopd.records.rollouts import rollout_id
 
 #: Keys of a record that are read beside its text.
 KEYS = ("id", "answer", "tools", "chat_template_kwargs")
@@ -77,7 +81,7 @@ def checked(content: Any, field: str, where: str) -> str | Messages:
             f"{where}: {field!r} is {content!r:.80}, expected text, or messages with a role and a content each; name the field with `field`."
         )
     for i, message in enumerate(content):
-        _check_message(message, f"{where}, message {i}")
+        check_message(message, f"{where}, message {i}")
     text = text_of(content[-1])
     if content[-1]["role"] == "assistant":
         raise PromptError(
@@ -89,7 +93,12 @@ def checked(content: Any, field: str, where: str) -> str | Messages:
     return content
 
 
-def _check_message(message: Mapping[str, Any], where: str) -> None:
+def check_message(message: Mapping[str, Any], where: str) -> None:
+    """Check that the content of a message is text, or parts that are text.
+
+    Raises:
+        PromptError: it is not; only an assistant that calls a tool may say nothing.
+    """
     content = message.get("content")
     if isinstance(content, list):
         for part in content:
@@ -97,11 +106,58 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
                 raise PromptError(
                     f"{where}: a part is {part!r:.80}, expected {{'type': 'text', 'text': ...}}; only text can be sampled from."
                 )
-    # an assistant that calls a tool may say nothing beside
     elif not isinstance(content, str) and (content is not None or message["role"] != "assistant" or message.keys() == {"role"}):
         raise PromptError(f"{where}: its content is {content!r:.80}, expected text or parts that are text; write it as text.")
 
 
-def name_of(token_ids: Sequence[int]) -> str:
+def as_served(message: Mapping[str, Any], where: str, *, values: bool) -> Mapping[str, Any]:
+    """Return a message as vLLM and SGLang show it to a template: no content as "", and arguments of calls, JSON text for OpenAI, as values.
+
+    Args:
+        message: of any role.
+        where: how messages name it.
+        values: whether the template reads arguments as values; one that joins them to text gets them as they are.
+
+    Raises:
+        PromptError: the arguments are text that is not JSON.
+    """
+    shown = {**message, "content": message.get("content", "")}
+    if values and isinstance(calls := message.get("tool_calls"), list):
+        shown["tool_calls"] = [_with_arguments(call, where) for call in calls]
+    return shown
+
+
+def _with_arguments(call: Any, where: str) -> Any:
+    """A call, or what stands under its "function", with the arguments as values."""
+    if not isinstance(call, Mapping):
+        return call
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], where)}
+    return {**call, "arguments": from_json(call["arguments"] or "{}", where, "arguments")} if "arguments" in call else call
+
+
+class Names:
+    """Ids of rollouts that were not sampled here: several of one prompt are its samples, and an id is of one prompt."""
+
+    def __init__(self) -> None:
+        self._prompts, self._samples = dict[str, bytes](), Counter[str]()
+
+    def next(self, where: str, given: Any, prompt_ids: Sequence[int] | Int32Array) -> str:
+        """Return the id of another rollout, from the id that its record gives or else from the tokens of the prompt.
+
+        Raises:
+            PromptError: the given id is not an id, or is that of another prompt.
+        """
+        name = as_id(given, where) or name_of(prompt_ids)
+        tokens = np.array(prompt_ids, np.int32).tobytes()
+        if self._prompts.setdefault(name, tokens) != tokens:
+            raise PromptError(
+                f"{where}: its id {name!r} is that of another prompt before it, expected one prompt for each id; leave ids out."
+            )
+        self._samples[name] += 1
+        return rollout_id(name, self._samples[name] - 1, 0)
+
+
+def name_of(token_ids: Sequence[int] | Int32Array) -> str:
     """The name of a prompt without one: it depends on the tokens and not on the place in the file."""
     return blake2b(np.array(token_ids, "<i4").tobytes(), digest_size=8).hexdigest()

@@ -8,8 +8,9 @@ from numbers import Integral
 from typing import Any
 
 from lopd.errors import PromptError, PromptWarning
-from lopd.records.chat_template import PROBE, ChatTemplate, Messages, formats_chats
+from lopd.records.chat_template import PROBE, ChatTemplate, Messages, folded, formats_chats, text_of
 from lopd.records.checks import a_kind
+from lopd.records.contents import as_served
 from lopd.records.plain import from_json, plain
 
 
@@ -48,7 +49,7 @@ class Rendering:
 
     def __init__(self, owner: str, tokenizer: Any, *, verbatim: bool, tools: Any, variables: Any, day: date | None) -> None:
         self.doubts = Doubts()
-        self._owner, self._tokenizer, self._verbatim, self._day = owner, tokenizer, verbatim, day
+        self._owner, self.tokenizer, self._verbatim, self._day = owner, tokenizer, verbatim, day
         self._special = _special_tokens(tokenizer)
         has_template = not verbatim and formats_chats(tokenizer)
         self._template = ChatTemplate(owner, tokenizer, self._special.values(), day) if has_template else None
@@ -59,11 +60,12 @@ class Rendering:
         self._tools, self._variables = self._tools_in(owner, tools), self._variables_in(owner, variables)
         self._unread: dict[str, None] = {}
         self._compared = False
-        self._ends = {getattr(tokenizer, "eos_token_id", None)}
+        #: Ids that end an answer.
+        self.ends = {getattr(tokenizer, "eos_token_id", None)}
         if self._template:
-            self._ends |= {id_ for id_, token in self._special.items() if self._template.answer_end == token}
+            self.ends |= {id_ for id_, token in self._special.items() if self._template.answer_end == token}
         if not has_template and not verbatim:
-            self._ends |= {*self._encode(owner, PROBE)[-1:]} - {*self._encode(owner, PROBE, bare=True)[-1:]}
+            self.ends |= {*self._encode(owner, PROBE)[-1:]} - {*self._encode(owner, PROBE, bare=True)[-1:]}
 
     def tokenise(self, where: str, content: str | Messages, tools: Any, variables: Any) -> list[int]:
         """The token ids of one prompt, the generation prompt included.
@@ -101,7 +103,7 @@ class Rendering:
             PromptError: it has 0 tokens, it ends although it was cut, or there is no token to end it with.
         """
         whole = self._encode(where, response.rstrip(), bare=True)
-        ended = bool(whole) and whole[-1] in (self._special if self._verbatim else self._ends)
+        ended = bool(whole) and whole[-1] in (self._special if self._verbatim else self.ends)
         ids = whole[:-1] if ended else self._encode(where, response, bare=True)
         if not ids:
             raise PromptError(f"{where}: its response {response!r:.40} has 0 tokens, expected at least 1; drop the record.")
@@ -121,10 +123,45 @@ class Rendering:
             self._compare(where, messages, [*prompt_ids], ids, response)
         return [*ids, whole[-1] if ended else self._end] if given["ended"] else ids
 
+    def answer(self, where: str, prompt_ids: Sequence[int], asked: Messages, answer: Mapping[str, Any], **given: Any) -> list[int]:
+        """The token ids of an assistant's message, as a policy would draw them after the prompt: of text by `respond`, of more by the template.
+
+        Args:
+            where: how messages name the turn.
+            prompt_ids: what `tokenise` gave for `asked`.
+            asked: the messages before it.
+            answer: the message; calls of tools, or what it thought, are written as the chat template writes them.
+            given: `tools` and `variables` of these messages, and whether the answer `ended`, or was cut.
+
+        Raises:
+            PromptError: what `respond` refuses; or the template leaves a part of the answer out, does not end it, or writes what stands before it
+                otherwise.
+        """
+        if not any(value for key, value in answer.items() if key not in ("role", "content")):
+            return self.respond(where, prompt_ids, asked, text_of(answer), **given)
+        template = self._need_template(where, "an answer that is more than text")
+        shown = self._given(where, [*asked, answer], given["tools"], given["variables"])
+        whole, before = self._encoded(where, lambda: template.ids(*shown, answered=True)), len(prompt_ids)
+        stop = next((t for t, token in enumerate(whole) if t >= before and token in self.ends), None)
+        text = self.tokenizer.decode(whole[before:stop])
+        faults = {
+            **{f"does not read {part}": True for part in template.unread([answer], None, {})},
+            "writes what stands before it otherwise than where it is asked for": whole[:before] != [*prompt_ids],
+            "does not end it": stop is None,
+            "leaves its text out": folded(text_of(answer)) not in folded(text),
+        }
+        if wrong := [fault for fault, found in faults.items() if found]:
+            raise PromptError(
+                f"{where}: of its answer the chat template {wrong[0]}, so the tokens that were drawn are not known; record their ids."
+            )
+        doubt = "its answer is more than text, and is as the chat template writes it; see that the policy drew it so, or import token ids"
+        self.doubts.add(where, doubt)
+        return whole[before : (stop or 0) + given["ended"]]
+
     @cached_property
     def _end(self) -> int:
         """What ends a response."""
-        eos, written = getattr(self._tokenizer, "eos_token_id", None), self._template.answer_end if self._template else ""
+        eos, written = getattr(self.tokenizer, "eos_token_id", None), self._template.answer_end if self._template else ""
         end = next((id_ for id_, token in self._special.items() if token == written), eos)
         if end is None:
             raise PromptError(
@@ -133,14 +170,14 @@ class Rendering:
         if end != eos:
             self.doubts.add(
                 self._owner,
-                f"responses end with {written!r}, as the chat template has it, and EOS is {getattr(self._tokenizer, 'eos_token', None)!r}; see that "
+                f"responses end with {written!r}, as the chat template has it, and EOS is {getattr(self.tokenizer, 'eos_token', None)!r}; see that "
                 "sampling stops at both (`generation_config.eos_token_id`, or `SamplingParams(stop_ids=...)`)",
             )
         return int(end)
 
     def _compare(self, where: str, asked: Any, prompt_ids: list[int], ids: list[int], response: str) -> None:
         """Doubt whether tokens read as the chat template has the response, or as its text; one response is enough, for it concerns all."""
-        read = self._tokenizer.decode([*prompt_ids, *ids])[len(self._tokenizer.decode(prompt_ids)) :]
+        read = self.tokenizer.decode([*prompt_ids, *ids])[len(self.tokenizer.decode(prompt_ids)) :]
         written = self._template.written(response, *asked) if self._template else response
         if written is None:
             self.doubts.add(
@@ -176,8 +213,13 @@ class Rendering:
         own_tools, own_variables = self._tools_in(where, tools), self._variables_in(where, variables)
         if not isinstance(content, str):
             self._need_template(where, "a list of messages")
+        values = self._template is None or self._template.reads_values
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        return messages, self._tools if own_tools is None else own_tools, {**self._variables, **own_variables}
+        return (
+            [as_served(message, where, values=values) for message in messages],
+            self._tools if own_tools is None else own_tools,
+            {**self._variables, **own_variables},
+        )
 
     def _converse(self, template: ChatTemplate, where: str, messages: Messages, tools: Any, variables: Mapping[str, Any]) -> list[int]:
         self._unread.update(dict.fromkeys(template.unread(messages, tools, variables)))
@@ -193,7 +235,7 @@ class Rendering:
         return ids
 
     def _encode(self, where: str, text: Any, *, bare: bool = False) -> list[int]:
-        return self._encoded(where, lambda: self._tokenizer(text, add_special_tokens=not bare)["input_ids"])
+        return self._encoded(where, lambda: self.tokenizer(text, add_special_tokens=not bare)["input_ids"])
 
     def _encoded(self, where: str, encode: Callable[[], Sequence[int]]) -> list[int]:
         try:
@@ -226,10 +268,11 @@ class Rendering:
             self._need_template(where, f"`{key}`")
         return value
 
-    def _need_template(self, where: str, what: str) -> None:
+    def _need_template(self, where: str, what: str) -> ChatTemplate:
         if not self._template:
             why = "`verbatim` text is tokenised as it is" if self._verbatim else "the tokenizer has no chat template"
             raise PromptError(f"{where}: it has {what}, which only a chat template reads, but {why}; pass text alone, or set a template.")
+        return self._template
 
     def _doubt_ends(self, where: str, ids: Sequence[int]) -> None:
         if ids[0] in self._special and ids[1:2] == ids[:1]:
@@ -238,8 +281,8 @@ class Rendering:
                 f"it begins with {self._special[ids[0]]!r} twice; drop it from the text, or pass `verbatim=True` for text to which nothing is added",
             )
         # spaces after the last token that can be seen
-        last = next((token for token in reversed(ids) if token in self._special or self._tokenizer.decode([token]).strip()), None)
-        if last is not None and last in self._ends:
+        last = next((token for token in reversed(ids) if token in self._special or self.tokenizer.decode([token]).strip()), None)
+        if last is not None and last in self.ends:
             self.doubts.add(
                 where,
                 f"it ends with {self._special.get(last, str(last))!r}, after which a response seldom goes on; give the template a generation prompt, "

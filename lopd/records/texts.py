@@ -1,6 +1,5 @@
 """Prompts with the responses that somebody wrote -> rollouts, for SFT: the same records and rules as for prompts, and a response beside each."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,10 +9,10 @@ from attrs import frozen
 from lopd.errors import ContextOverflowError, PromptError
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind
-from lopd.records.contents import KEYS, checked, in_template, name_of
-from lopd.records.plain import as_id, plain
+from lopd.records.contents import KEYS, Names, checked, in_template
+from lopd.records.plain import plain
 from lopd.records.rendering import Rendering
-from lopd.records.rollouts import FinishReason, Rollout, rollout_id
+from lopd.records.rollouts import FinishReason, Rollout
 
 #: What becomes of a text that is too long.
 TooLong = Literal["refuse", "drop", "cut"]
@@ -44,11 +43,11 @@ class Limit:
     too_long: TooLong
 
 
-def make_texts(names: tuple[str, str], contents: Iterable[Any], rendering: Rendering, fields: Fields, limit: Limit) -> list[Rollout]:
+def make_texts(called: tuple[str, str], contents: Iterable[Any], rendering: Rendering, fields: Fields, limit: Limit) -> list[Rollout]:
     """One rollout for each text, all tokens of the response counting; several responses to a prompt are its samples.
 
     Args:
-        names: how messages name all texts, and one, before its number.
+        called: how messages name all texts, and one, before its number.
         contents: pairs, lists of messages, or records.
         rendering: the tokenizer, and what its template is given.
         fields: where a record has its texts.
@@ -58,9 +57,8 @@ def make_texts(names: tuple[str, str], contents: Iterable[Any], rendering: Rende
         PromptError: a content is not a prompt with its response, or two prompts share an id.
         ContextOverflowError: texts are too long, and shall be neither dropped nor cut.
     """
-    owner, item = names
-    unread, prompts, samples = dict[str, None](), dict[str, bytes](), Counter[str]()
-    made = list[Rollout]()
+    owner, item = called
+    unread, names, made = dict[str, None](), Names(), list[Rollout]()
     for i, content in enumerate(contents):
         where = f"{item} {i}"
         record = _record(content, where, fields)
@@ -68,14 +66,7 @@ def make_texts(names: tuple[str, str], contents: Iterable[Any], rendering: Rende
         unread.update({key: None for key, value in record.items() if value is not None and key not in {*used, *_KEYS}})
         given = {key: plain(record.get(key), where) for key in _KEYS}
         prompt_ids, ids, reason = _tokenise(rendering, where, prompt, response, given)
-        name = as_id(given["id"], where) or name_of(prompt_ids)
-        tokens = np.array(prompt_ids, np.int32).tobytes()
-        if prompts.setdefault(name, tokens) != tokens:
-            raise PromptError(
-                f"{where}: its id {name!r} is that of another prompt before it, expected one prompt for each id; leave ids out."
-            )
-        made.append(Rollout(rollout_id(name, samples[name], 0), prompt_ids, ids, np.ones(len(ids), np.bool_), reason))
-        samples[name] += 1
+        made.append(Rollout(names.next(where, given["id"], prompt_ids), prompt_ids, ids, np.ones(len(ids), np.bool_), reason))
     if not made:
         raise PromptError(f"{owner}: there are 0, expected at least 1; check where they come from.")
     if unread:

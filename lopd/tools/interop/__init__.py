@@ -1,4 +1,4 @@
-"""Rollouts and log-probs for other people's tools: torch datasets, parquet, Hugging Face `datasets`, the authors' own files, text for SFT."""
+"""Rollouts and log-probs for other people's tools: torch datasets, parquet, Hugging Face `datasets`, the authors' own files, text, trajectories."""
 
 from lopd.tools.interop.authors import AuthorsReport as AuthorsReport
 from lopd.tools.interop.authors import import_authors_parquet as import_authors_parquet
@@ -10,3 +10,4 @@ from lopd.tools.interop.parquet import import_parquet as import_parquet
 from lopd.tools.interop.parquet import parquet_manifest as parquet_manifest
 from lopd.tools.interop.text import import_text as import_text
 from lopd.tools.interop.torch_dataset import TorchDataset as TorchDataset
+from lopd.tools.interop.trajectories import import_trajectories as import_trajectories

@@ -1,24 +1,22 @@
 """Text for SFT, from whoever wrote it, into a store."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date as Date  # noqa: N812 -- `date` is an argument here
 from pathlib import Path
 from typing import Any
 
 from lopd.backends.memory_store import MemoryStore
-from lopd.errors import ArgumentError, InvalidRecordError
+from lopd.errors import InvalidRecordError
 from lopd.protocols import LogprobStore
-from lopd.records.checks import a_kind, check_at_least
-from lopd.records.contents import check_names, several
-from lopd.records.files import named_file, read_records
+from lopd.records.checks import check_at_least
+from lopd.records.contents import check_names
 from lopd.records.identity import UNKNOWN, ModelId, fingerprint_tokenizer
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import Manifest, SamplingParams
 from lopd.records.rendering import Rendering
 from lopd.records.texts import Fields, Limit, TooLong, make_texts
-
-_ROWS_PER_COMMIT = 1024
+from lopd.tools.interop.filling import StoreMaker, check_maker, fill, records_of
 
 
 def import_text(
@@ -26,7 +24,7 @@ def import_text(
     tokenizer: Any,
     *,
     teacher: str | Path | ModelId | None,
-    store: Callable[[Manifest], LogprobStore] = MemoryStore,
+    store: StoreMaker = MemoryStore,
     field: str = "prompt",
     response: str = "response",
     template: str = "{prompt}",
@@ -80,21 +78,12 @@ def import_text(
     of = fingerprint_tokenizer(tokenizer)
     if too_long not in ("refuse", "drop", "cut"):
         raise InvalidRecordError(f"Texts: too_long is {too_long!r:.40}, expected 'refuse', 'drop' or 'cut'; pass one of them.")
-    if not callable(store):
-        raise ArgumentError(
-            f"Texts: store is {a_kind(store)}, expected what makes one; pass `lambda manifest: ZarrStore.open_or_create(PATH, manifest)`."
-        )
+    check_maker("Texts", store)
     limit = Limit(None if max_tokens is None else check_at_least("Texts", "max_tokens", max_tokens, 2), too_long)
-    owner, item = "Texts", "Text number"
-    if isinstance(texts, str | os.PathLike):
-        path, owner = named_file("Text file", texts)
-        item, texts = f"{owner}, record", read_records(owner, path)
+    (owner, item), found = records_of("Text", texts)
     check_names(owner, template, field=field, response=response)
     rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
-    rollouts = make_texts((owner, item), several(owner, texts, "a path"), rendering, Fields(field, response, template), limit)
+    rollouts = make_texts((owner, item), found, rendering, Fields(field, response, template), limit)
     rendering.doubts.warn(stacklevel=2)
     writer = UNKNOWN if teacher is None else Lineage.of(teacher).sft_teacher or UNKNOWN
-    made = store(Manifest(of, writer, SamplingParams()))
-    for first in range(0, len(rollouts), _ROWS_PER_COMMIT):
-        made.append(rollouts[first : first + _ROWS_PER_COMMIT])
-    return made
+    return fill(store, Manifest(of, writer, SamplingParams()), rollouts)

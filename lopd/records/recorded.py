@@ -1,0 +1,118 @@
+"""Records of agent frameworks, found by their keys -> turns: token ids as they were recorded, never text that is tokenised again.
+
+`docs/howto/trajectories.md` says which frameworks write which keys, and which versions of them were read.
+
+Shape suffixes: S tokens of a whole trajectory.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from attrs import frozen
+
+from lopd.errors import InvalidRecordError, PromptError
+from lopd.records.arrays import BoolArray, to_floats, to_ids, to_mask
+from lopd.records.rollouts import FinishReason, floor_logprobs
+from lopd.records.turns import Turn, split
+
+
+@frozen
+class _Keys:
+    """Where a sequence has its tokens; all but the prompt have one entry for each response token."""
+
+    prompt: str
+    response: str
+    drawn: str
+    logprobs: str
+
+
+_CALL = _Keys("prompt_ids", "completion_ids", "completion_mask", "completion_logprobs")
+_SEQUENCES = (
+    _Keys("prompts", "responses", "response_mask", "rollout_log_probs"),
+    _Keys("prompt_ids", "response_ids", "response_mask", "response_logprobs"),
+    _CALL,
+    _Keys("", "token_ids", "mask", "logprobs"),
+)
+#: Forms of a record, for messages.
+FORMS = "; ".join([*("+".join(filter(None, (k.prompt, k.response, k.drawn))) for k in _SEQUENCES), "trajectory", "triplets", "messages"])
+
+
+def reason_of(record: Mapping[str, Any], where: str) -> FinishReason | None:
+    """Return how a policy ended, in our words; None where the record does not say it.
+
+    Raises:
+        PromptError: it says something else.
+    """
+    reason = "length" if record.get("is_truncated") else record.get("finish_reason")
+    if reason not in (None, "stop", "length", "tool_calls"):
+        raise PromptError(f"{where}: its finish_reason is {reason!r:.40}, expected 'stop', 'length' or 'tool_calls'; drop the record.")
+    return None if reason is None else "length" if reason == "length" else "stop"
+
+
+def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
+    """Return the turns of one record that has token ids; None if its keys are of no form that is known.
+
+    Raises:
+        PromptError: parts of it do not fit together, or its policy drew nothing.
+        InvalidRecordError: something is not token ids, a mask or log-probs.
+    """
+    there = {key for key, value in record.items() if value is not None}
+    steps = next((key for key in ("trajectory", "triplets") if key in there), None)
+    keys = _CALL if steps else next((k for k in _SEQUENCES if there >= {k.prompt, k.response, k.drawn} - {""}), None)
+    if keys is None:
+        return None
+    calls = [(where, record)] if steps is None else _calls(where, steps, record[steps])
+    turns = [turn for at, call in calls for turn in _sequence(at, call, keys)]
+    if not turns:
+        raise PromptError(f"{where}: its policy drew 0 tokens, expected at least 1; look at its mask, or drop the record.")
+    return turns
+
+
+def _calls(where: str, key: str, steps: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The calls of a policy in the steps of verifiers, or in the triplets of agent-lightning."""
+    for i, step in enumerate(steps if isinstance(steps, Sequence) else [None]):
+        at = f"{where}, step {i}"
+        if key == "trajectory":
+            yield at, _mapping(at, step, "tokens")
+            continue
+        prompt, response = _mapping(at, step, "prompt"), _mapping(at, step, "response")
+        ids, logprobs = response.get("token_ids"), response.get("logprobs")
+        if isinstance(logprobs, Sequence) and all(isinstance(token, Mapping) for token in logprobs):
+            logprobs = [token.get("logprob") for token in logprobs]
+        values = (prompt.get("token_ids"), ids, [1] * len(ids or ()), logprobs)
+        yield at, dict(zip((_CALL.prompt, _CALL.response, _CALL.drawn, _CALL.logprobs), values, strict=True))
+
+
+def _mapping(where: str, step: Any, key: str) -> Mapping[str, Any]:
+    value = step.get(key) if isinstance(step, Mapping) else None
+    if not isinstance(value, Mapping):
+        raise PromptError(f"{where}: its {key!r} is {value!r:.40}, expected a mapping with token ids; have the framework record them.")
+    return value
+
+
+def _mask(call: Mapping[str, Any], key: str) -> BoolArray:
+    """A mask, empty where there is none."""
+    return to_mask([] if call.get(key) is None else call[key])
+
+
+def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:
+    """The turns of a prompt and what follows it."""
+    try:
+        prompt, response = (to_ids([] if key == "" else call.get(key)) for key in (keys.prompt, keys.response))
+        drawn, kept, before = (_mask(call, key) for key in (keys.drawn, "attention_mask", "prompt_mask"))
+        logprobs = None if call.get(keys.logprobs) is None else floor_logprobs(to_floats(call[keys.logprobs]))[0]
+    except InvalidRecordError as error:
+        raise InvalidRecordError(f"{where}: {error}") from error
+    size, whole = response.size, prompt.size + response.size
+    wanted = {keys.drawn: (drawn, size), keys.logprobs: (logprobs, size), "attention_mask": (kept if kept.size else None, whole)}
+    for key, (values, wants) in wanted.items():
+        if values is not None and values.shape != (wants,):
+            raise PromptError(f"{where}: {key!r} has {values.size} entries, expected {wants}, one for each token; record it again.")
+    if before.any():
+        raise PromptError(f"{where}: its prompt_mask has a 1, expected 0 at tokens that were read; move what was drawn behind the prompt.")
+    ids_S, drawn_S = np.concatenate([prompt, response]), np.concatenate([np.zeros(prompt.size, np.bool_), drawn])
+    logprobs_S = None if logprobs is None else np.concatenate([np.zeros(prompt.size, np.float32), logprobs])
+    if kept.size:
+        ids_S, drawn_S, logprobs_S = ids_S[kept], drawn_S[kept], None if logprobs_S is None else logprobs_S[kept]
+    return split(ids_S, drawn_S, logprobs_S, reason_of(call, where))
