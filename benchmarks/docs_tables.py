@@ -444,9 +444,9 @@ def planned_families() -> list[str]:
     def lines() -> Iterator[Sequence[str]]:
         for phase in ("sampling", "scoring", "training"):
             refused = [f"`{row['family']}`" for row in rows if row[phase] != "answered"]
-            yield phase, str(len(rows) - len(refused)), ", ".join(refused)
+            yield phase, ", ".join(refused), str(len(rows) - len(refused))
 
-    return table(("phase", "families answered", "refused"), lines(), 1)
+    return table(("phase", "refused", "families answered"), lines(), 2)
 
 
 def card() -> list[str]:

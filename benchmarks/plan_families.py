@@ -29,6 +29,7 @@ def measure(family: str) -> dict[str, Any]:
     """A row: what each phase ends in, and bytes of weights, counted and planned, where training is answered."""
     config = tiny_config(getattr(transformers, CLASSES[family]).config_class, **SPECIAL.get(family, {}))
     row: dict[str, Any] = {"family": family}
+    parts: dict[str, float] = {}
     for phase, count in PHASES.items():
         try:
             parts = count(config, USE).gigabytes(1)
