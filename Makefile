@@ -172,6 +172,15 @@ test-servers: .venv/installed-test .venv/installed-servers  ## stores on real se
 test-engines: .venv/installed-engines  ## sampling and scoring with a real vLLM, in a process of its own; about five minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
 
+# lm-eval brings many packages, which lopd is not tested with
+.venv-lm-eval/installed: pyproject.toml constraints.txt Makefile
+	test -x .venv-lm-eval/bin/python || $(PYTHON) -m venv .venv-lm-eval
+	.venv-lm-eval/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hub]' lm_eval==0.4.13 hypothesis pytest pytest-timeout
+	touch $@
+
+test-lm-eval: .venv-lm-eval/installed  ## the page on evaluating elsewhere, in an environment with lm-eval; two minutes once that is made
+	.venv-lm-eval/bin/python -m pytest tests/test_elsewhere.py
+
 # a file of tests stays in one process, which keeps its servers and models
 test: .venv/installed-test  ## all tests but those that start vLLM, one process a core
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -198,4 +207,4 @@ check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/lint-imports --no-cache
 
 clean:  ## everything that can be made again
-	rm -rf .venv .venv-gpu .venv-lowest .venv-wheel .servers dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-gpu .venv-lm-eval .venv-lowest .venv-wheel .servers dist runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -407,18 +407,19 @@ def causes() -> list[str]:
 
 
 def roofline_table() -> list[str]:
-    """What a step must cost, and the share of the head, before and after its operands were bfloat16."""
+    """What a step must cost, and the share of the head: before and after its operands were bfloat16, and for float32 weights."""
     rows = read("roofline")["rows"]
+    ways = list(rows[0]["head_share"])
+    timed = [ways[0], *ways[2:]]
 
     def lines() -> Iterator[Sequence[str]]:
         for row in rows:
             shares = [f"{share:.0%}" for share in row["head_share"].values()]
-            speeds = list(row["tokens_per_s"].values())
-            yield row["model"], row["card"], f"{1e3 * row['layers_s']:.0f}", *shares, number(speeds[0]), number(speeds[-1])
+            speeds = [number(row["tokens_per_s"][way]) for way in timed]
+            yield row["model"], row["card"], f"{1e3 * row['layers_s']:.0f}", *shares, *speeds
 
-    ways = list(rows[0]["head_share"])
-    speeds = (f"tokens a second, {ways[0]}", f"tokens a second, {ways[-1]}")
-    return table(("model", "card", "layers, ms", *(f"head, {way}" for way in ways), *speeds), lines(), 2)
+    columns = ("model", "card", "layers, ms", *(f"head, {way}" for way in ways), *(f"tokens a second, {way}" for way in timed))
+    return table(columns, lines(), 2)
 
 
 def planned_memory() -> list[str]:

@@ -81,16 +81,23 @@ def _tiny_quickstart(out: Path) -> list[str]:
 
 
 PARTS = {
-    "conformance": Part(_of("gpu_losses", "conformance"), 60),
+    "conformance": Part(_of("gpu_losses", "conformance"), 65),
     "engines": Part(_of("gpu_engines", "engines"), 40),
     "losses": Part(_of("gpu_losses", "race"), 60),
     **{
-        f"step, {model}, {layout}": Part(_of("gpu_step", "train", model, layout), 42)
-        for model in ("Qwen3-0.6B", "Qwen3-1.7B")
-        for layout in ("rows", "packed")
+        f"step, {model}, {layout}": Part(_of("gpu_step", "train", model, layout), limit_s)
+        for model, layout, limit_s in (
+            ("Qwen3-0.6B", "rows", 40),
+            (
+                "Qwen3-0.6B",
+                "packed",
+                85,
+            ),  # without FlashAttention, FlexAttention is compiled; what is compiled is kept for the larger model
+            ("Qwen3-1.7B", "rows", 40),
+            ("Qwen3-1.7B", "packed", 50),
+        )
     },
-    "synchronisations": Part(_of("gpu_step", "synchronisations"), 30),
-    "quickstart": Part(quickstart, 120),
+    "quickstart": Part(quickstart, 95),
 }
 
 

@@ -2,10 +2,12 @@
 
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from attrs import frozen
@@ -14,6 +16,7 @@ from random_rollouts import fill, random_manifest
 from roofline import MODELS, layer_flops
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+import lopd.verbs.train
 from lopd import CausalLMStudent, Chunking, FusedOPDLoss, MemoryStore, batches, opd_steps
 from lopd.records import StepMetrics, TokenizerId
 from lopd.tools.plan import ROOM, Use, training
@@ -61,7 +64,8 @@ def _attention(layout: str, device: Device) -> str | None:
     return "flash_attention_2" if find_spec("flash_attn") else "flex_attention"
 
 
-def _steps(size: Size, attention: str, device: Device) -> Iterator[StepMetrics]:
+def begin(size: Size, attention: str, device: Device) -> tuple[CausalLMStudent, Iterator[StepMetrics]]:
+    """A student and the steps of its training."""
     torch.manual_seed(0)
     config = Qwen3Config(**size.config)
     with torch.device(device.name):
@@ -72,7 +76,47 @@ def _steps(size: Size, attention: str, device: Device) -> Iterator[StepMetrics]:
     student = CausalLMStudent(model, words, autocast=torch.bfloat16, gradient_checkpointing=True)
     optimizer = torch.optim.AdamW((p for p in student.parameters() if p.requires_grad), lr=1e-6)
     steps = batches(store, rollouts_per_step=size.rollouts_per_step, tokens_per_batch=size.tokens_per_batch, ref="behavior")
-    return opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True, chunking=Chunking(size.chunk_bytes)), optimizer)
+    return student, opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True, chunking=Chunking(size.chunk_bytes)), optimizer)
+
+
+def flops(size: Size, tokens: float, response_tokens: float) -> float:
+    """Operations of a step, those that are computed again not counted: layers read prompts too, and the head responses alone."""
+    head = 6 * size.config["hidden_size"] * size.config["vocab_size"] * response_tokens
+    return layer_flops(size.config, round(tokens), round(tokens / size.rollouts_per_step)) + head
+
+
+@contextmanager
+def inside_steps(student: torch.nn.Module, switch: Callable[[bool], None]) -> Iterator[None]:
+    """Call `switch(True)` before each forward of a step, and `switch(False)` after its last backward, where all that is told of it is fetched."""
+    fetch = lopd.verbs.train._fetch
+
+    def fetched(*arguments: Any) -> Any:
+        switch(False)
+        return fetch(*arguments)
+
+    handle = student.register_forward_pre_hook(lambda *_: switch(True))
+    try:
+        with patch.object(lopd.verbs.train, "_fetch", fetched):
+            yield
+    finally:
+        handle.remove()
+        switch(False)
+
+
+def waits(student: CausalLMStudent, steps: Iterator[StepMetrics], device: Device) -> list[str] | None:
+    """Where the host waits for the card in the next step, from the first forward to the last backward; None without a card."""
+
+    def switch(on: bool) -> None:
+        if device.on_card:
+            torch.cuda.set_sync_debug_mode("warn" if on else "default")
+
+    with warnings.catch_warnings(record=True) as found, inside_steps(student, switch):
+        warnings.simplefilter("always")
+        next(steps)
+    # the mode announces itself, once a process, in words that are much the same
+    waited = (warning for warning in found if "called a synchronizing" in str(warning.message))
+    places = [f"{warning.filename}:{warning.lineno}" for warning in waited]
+    return places if device.on_card else None
 
 
 def train(model: str, layout: str, device: Device) -> Found:
@@ -92,38 +136,21 @@ def train(model: str, layout: str, device: Device) -> Found:
     planned = sum(training(Qwen3Config(**size.config), use).gigabytes(use.rollouts).values())
     if device.on_card and planned > ROOM * (room := torch.cuda.get_device_properties(0).total_memory / 1e9):
         return [{**row, "planned_gb": planned, "not_run": f"planned to take {planned:.0f} GB, and the card has {room:.0f}"}], []
-    steps = _steps(size, attention, device)
+    student, steps = begin(size, attention, device)
     for _ in range(1 if device.tiny else _WARM_UP):
         next(steps)
     metrics, seconds = list[StepMetrics](), list[float]()
     for _ in range(1 if device.tiny else _TIMED):
         seconds.append(device.seconds(lambda: metrics.append(next(steps))))
     took = statistics.median(seconds)
-    tokens = statistics.median(m.tokens for m in metrics)
-    head = 6 * size.config["hidden_size"] * size.config["vocab_size"] * tokens
-    flops = layer_flops(size.config, tokens, round(tokens / size.rollouts_per_step)) + head
-    peak = device.peak_gb(partial(next, steps))
-    row |= {"tokens": tokens, "seconds": took, "tokens_per_s": tokens / took, "peak_gb": peak, "planned_gb": planned}
-    row |= {"flop_utilisation": flops / took / device.card.bfloat16} if device.card else {}
-    if peak is None:
+    tokens, response_tokens = (statistics.median(getattr(m, name) for m in metrics) for name in ("tokens", "response_tokens"))
+    peak, places = device.peak_gb(partial(next, steps)), waits(student, steps, device)
+    row |= {"tokens": tokens, "seconds": took, "tokens_per_s": tokens / took, "peak_gb": peak, "planned_gb": planned, "waits": places}
+    row |= {"flop_utilisation": flops(size, tokens, response_tokens) / took / device.card.bfloat16} if device.card else {}
+    if peak is None or places is None:
         return [row], []
-    name = f"planned memory over measured, {model}, {layout}"
-    return [row], [goal(name, "0.85 to 1.15", planned / peak, abs(planned / peak - 1) <= 0.15)]
-
-
-def synchronisations(device: Device) -> Found:
-    """How often the host waits for the card in a step, from the third on, and where."""
-    row: dict[str, Any] = {"model": "Qwen3-0.6B", "layout": "rows"}
-    steps = _steps(Size.of(row["model"], device), "sdpa", device)
-    for _ in range(_WARM_UP):
-        next(steps)
-    if not device.on_card:
-        next(steps)
-        return [{**row, "not_run": "only a card has something to wait for"}], []
-    torch.cuda.set_sync_debug_mode("warn")
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        next(steps)
-    torch.cuda.set_sync_debug_mode("default")
-    places = [f"{warning.filename}:{warning.lineno}" for warning in found if "synchroniz" in str(warning.message)]
-    return [{**row, "places": places}], [goal("waits for the card in a step", "0", len(places), not places)]
+    memory = f"planned memory over measured, {model}, {layout}"
+    return [row], [
+        goal(memory, "0.85 to 1.15", planned / peak, abs(planned / peak - 1) <= 0.15),
+        goal(f"waits for the card between a step's first forward and last backward, {model}, {layout}", "0", len(places), not places),
+    ]

@@ -51,21 +51,22 @@ class Head:
     """How the head's products are done.
 
     Args:
-        operands: bytes of an operand; 4 runs at the float32 rate of the card.
+        operands: bytes of an operand, and of a gradient by a logit; 4 runs at the float32 rate of the card.
         rows: tokens of a chunk.
-        gradient: bytes of a gradient by a logit.
+        weights: bytes of a weight as it is stored; where an operand has others, it is converted for each of two products.
     """
 
     operands: int
     rows: int
-    gradient: int
+    weights: int = 2
 
 
-#: Before: float32 throughout, a buffer of 144 MiB.  After: operands in bfloat16, logits and sums in float32.
+#: Before: float32 products of bfloat16 weights, a buffer of 144 MiB.  After: operands in bfloat16, logits and sums in float32.
 HEADS = {
-    "float32 products, 240 rows": Head(4, 240, 4),
-    "bfloat16 operands, 240 rows": Head(2, 240, 2),
-    "bfloat16 operands, 2,048 rows": Head(2, 2048, 2),
+    "float32 products, 240 rows": Head(4, 240),
+    "bfloat16 operands, 240 rows": Head(2, 240),
+    "float32 weights, bfloat16 operands, 2,048 rows": Head(2, 2048, weights=4),
+    "bfloat16 operands, 2,048 rows": Head(2, 2048),
 }
 BEFORE, AFTER = "float32 products, 240 rows", "bfloat16 operands, 2,048 rows"
 
@@ -87,17 +88,17 @@ def layer_flops(config: Mapping[str, Any], tokens: int, length: int, *, checkpoi
 
 
 def head_seconds(tokens: int, width: int, vocabulary: int, card: Card, head: Head) -> float:
-    """Three products a chunk and what is done to its rows; bytes of weights in bfloat16."""
+    """Three products a chunk, what is done to its rows, and the weight converted in between where it is stored otherwise."""
     flops = 2 * head.rows * width * vocabulary / (card.bfloat16 if head.operands == 2 else card.float32)
-    weight, logits = 2 * width * vocabulary, 4 * head.rows * vocabulary
-    if head.operands == 4:
-        weight += 8 * width * vocabulary  # converted, written and read
-    gradient = head.gradient * head.rows * vocabulary
+    weight, logits = head.operands * width * vocabulary, 4 * head.rows * vocabulary
+    gradient = head.operands * head.rows * vocabulary
     sums = 8 * width * vocabulary  # float32, read and written
     products = [weight + logits, gradient + weight, gradient + sums]
     # one read for the statistics, one read and one write for the gradient
-    rows = (2 * logits + gradient) / card.bytes
-    return tokens / head.rows * (sum(max(flops, bytes_ / card.bytes) for bytes_ in products) + rows)
+    passes = 2 * logits + gradient
+    if head.weights != head.operands:
+        passes += 2 * (head.weights * width * vocabulary + weight)
+    return tokens / head.rows * (sum(max(flops, bytes_ / card.bytes) for bytes_ in products) + passes / card.bytes)
 
 
 def loss_floor(tokens: int, width: int, vocabulary: int, card: Card) -> float:

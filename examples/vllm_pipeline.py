@@ -86,7 +86,8 @@ def score(options: argparse.Namespace) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Phase 3: the student trains on what is stored."""
-    model, tokenizer = load_model(options.student, torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(options.student, torch.float32, device, autocast=torch.bfloat16)
     student = CausalLMStudent(model, tokenizer, autocast=torch.bfloat16)
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.1)
     steps = batches(

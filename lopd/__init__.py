@@ -33,6 +33,7 @@ from lopd.losses.reference import SFTLoss as SFTLoss
 from lopd.losses.reference import WeightedLoss as WeightedLoss
 from lopd.losses.top_k import TopKObjective as TopKObjective
 from lopd.losses.window import WindowRatio as WindowRatio
+from lopd.protocols.labels import labels_of as labels_of
 from lopd.protocols.reading import rows_of as rows_of
 from lopd.records.collate import by_rollout as by_rollout
 from lopd.records.collate import by_token as by_token
@@ -55,6 +56,7 @@ from lopd.verbs.checkpoint import save_checkpoint as save_checkpoint
 from lopd.verbs.collect import collect_rollouts as collect_rollouts
 from lopd.verbs.evaluate import evaluate as evaluate
 from lopd.verbs.evaluate import evaluate_reverse_kl as evaluate_reverse_kl
+from lopd.verbs.labels import label_rollouts as label_rollouts
 from lopd.verbs.loader import batches as batches
 from lopd.verbs.preflight import Preflight as Preflight
 from lopd.verbs.refresh import refresh_every as refresh_every

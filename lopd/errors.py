@@ -176,6 +176,10 @@ class MissingDependencyError(LopdError, ImportError):
     """An optional package that this call needs is not installed."""
 
 
+class HubError(LopdError, OSError):
+    """A model hub that refuses a request, or cannot be reached."""
+
+
 class ForkedStoreError(LopdError, RuntimeError):
     """A store whose library does not survive a fork, used in a forked process."""
 

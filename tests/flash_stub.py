@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -31,12 +32,12 @@ def flash(
 
 
 @contextmanager
-def take_flash(model: Any) -> Iterator[None]:
+def take_flash(model: Any, name: str = "flash_attention_2", attention: Any = flash) -> Iterator[None]:
     """The model computes its attention with it; on the CPU transformers would refuse to set it."""
-    name, configs = "flash_attention_2", [model.config, *(part.config for part in model.modules() if hasattr(part, "config"))]
+    configs = [model.config, *(part.config for part in model.modules() if hasattr(part, "config"))]
     before = [config._attn_implementation for config in configs]
     installed = ALL_ATTENTION_FUNCTIONS._global_mapping[name]
-    ALL_ATTENTION_FUNCTIONS._global_mapping[name] = flash
+    ALL_ATTENTION_FUNCTIONS._global_mapping[name] = attention
     for config in configs:
         config._attn_implementation_internal = name
     try:
@@ -45,3 +46,15 @@ def take_flash(model: Any) -> Iterator[None]:
         ALL_ATTENTION_FUNCTIONS._global_mapping[name] = installed
         for config, old in zip(configs, before, strict=True):
             config._attn_implementation_internal = old
+
+
+@contextmanager
+def take_flex(model: Any) -> Iterator[None]:
+    """FlexAttention, whose mask is a whole one here, and which is compiled nowhere."""
+    masks = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    installed, masks["flex_attention"] = masks["flex_attention"], masks["sdpa"]
+    try:
+        with take_flash(model, "flex_attention", ALL_ATTENTION_FUNCTIONS._global_mapping["sdpa"]):
+            yield
+    finally:
+        masks["flex_attention"] = installed

@@ -10,7 +10,7 @@ import flash_stub
 import pytest
 import torch
 from conftest import TOKENIZER_ID
-from flash_stub import take_flash
+from flash_stub import take_flash, take_flex
 from test_no_waiting import a_batch, asked
 from transformers import masking_utils
 from transformers.integrations.flash_attention import get_target_dtype
@@ -22,7 +22,7 @@ from tiny_models import build_model
 from lopd import CausalLMStudent, FusedOPDLoss
 from lopd.engines.causal_lm import hidden_states, packed_hidden_states, row_hidden_states
 from lopd.engines.hf import HFScorer, load_model, loading
-from lopd.engines.masks import one_rollout_a_row
+from lopd.engines.masks import known_rows
 from lopd.engines.probes import check_training
 from lopd.errors import EngineError, ModelError
 
@@ -38,13 +38,21 @@ def gradients(student):
     return found
 
 
-@pytest.mark.parametrize(("kind", "way"), [("llama", packed_hidden_states), ("qwen3", packed_hidden_states), ("lfm2", row_hidden_states)])
+WAYS = [
+    ("llama", take_flash, packed_hidden_states),
+    ("qwen3", take_flash, packed_hidden_states),
+    ("qwen3", take_flex, packed_hidden_states),
+    ("lfm2", take_flash, row_hidden_states),
+]
+
+
+@pytest.mark.parametrize(("kind", "take", "way"), WAYS)
 @pytest.mark.parametrize("recompute", [False, True])
-def test_with_flash_attention_rollouts_are_packed_or_in_rows_and_gradients_are_the_same(kind, way, recompute):
+def test_rollouts_are_packed_or_in_rows_and_gradients_are_the_same(kind, take, way, recompute):
     """The layers of a hybrid that are not attention would run from one packed rollout into the next."""
     model = build_model(kind, vocab_size=TOKENIZER_ID.vocab_size)
     expected = gradients(CausalLMStudent(copy.deepcopy(model), TOKENIZER_ID))
-    with take_flash(model):
+    with take(model):
         assert check_training(model, TOKENIZER_ID.vocab_size) is way
         found = gradients(CausalLMStudent(model, TOKENIZER_ID, gradient_checkpointing=recompute))
     for ours, theirs in zip(found, expected, strict=True):
@@ -80,7 +88,7 @@ def test_transformers_would_ask_whether_rows_are_packed(llama):
     for known, question in ((False, ["_local_scalar_dense"]), (True, [])):
         with asked() as found, torch.no_grad():
             if known:
-                with one_rollout_a_row():
+                with known_rows():
                     hidden_states(llama, ids_BS)
             else:
                 hidden_states(llama, ids_BS)
@@ -90,13 +98,13 @@ def test_transformers_would_ask_whether_rows_are_packed(llama):
 def test_what_is_known_of_rows_is_known_in_one_thread_and_while_it_is_so():
     packed_1S = torch.tensor([[0, 1, 2, 0, 1]])
     seen = []
-    with one_rollout_a_row():
+    with known_rows():
         assert masking_utils.find_packed_sequence_indices(packed_1S) is None
         other = Thread(target=lambda: seen.append(masking_utils.find_packed_sequence_indices(packed_1S)))
         other.start()
         other.join()
-        with one_rollout_a_row():
-            pass
+        with known_rows(packed_1S):
+            assert masking_utils.find_packed_sequence_indices(packed_1S) is packed_1S
         assert masking_utils.find_packed_sequence_indices(packed_1S) is None
     for found in (seen[0], masking_utils.find_packed_sequence_indices(packed_1S)):
         assert found.tolist() == [[0, 0, 0, 1, 1]]
@@ -116,19 +124,44 @@ def on_a_gpu(monkeypatch, flash):
         model.config._attn_implementation_internal = name
         return name
 
-    monkeypatch.setattr(loading, "_takes_flash", lambda model: True)
+    monkeypatch.setattr(loading, "_on_cuda", lambda model: True)
     monkeypatch.setattr(loading, "_FLASH", {"flash_attention_3": lambda: False, "flash_attention_2": lambda: True})
     monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", lambda *_, **__: None)
     monkeypatch.setitem(flash_stub.ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", flash)
     monkeypatch.setattr(loading, "_attention_set", put)
 
 
+def loaded(folder, caplog, **options):
+    """The attention that is taken, and the last line of the log."""
+    with caplog.at_level(logging.INFO, "lopd"):
+        model, _ = load_model(folder, **options)
+    line = caplog.messages[-1]
+    assert line.startswith(f"Model {str(folder)!r}: attention {model.config._attn_implementation} (")
+    return model.config._attn_implementation, line
+
+
 def test_flash_attention_is_taken_where_it_is_right_and_the_log_says_so(folder, monkeypatch, caplog):
     on_a_gpu(monkeypatch, flash_stub.flash)
-    with caplog.at_level(logging.INFO, "lopd"):
-        model, _ = load_model(folder)
-    assert model.config._attn_implementation == "flash_attention_2"
-    assert f"Model {str(folder)!r}: attention flash_attention_2" in caplog.messages
+    assert loaded(folder, caplog, dtype=torch.bfloat16) == (
+        "flash_attention_2",
+        f"Model {str(folder)!r}: attention flash_attention_2 (hidden states are those of sdpa)",
+    )
+
+
+def test_float32_weights_take_flash_attention_for_the_autocast_of_a_student(folder, tokenizer, monkeypatch, caplog):
+    on_a_gpu(monkeypatch, in_16_bits)
+    taken, line = loaded(folder, caplog, dtype=torch.float32)
+    assert (taken, "weights are torch.float32; pass the `autocast`" in line) == ("sdpa", True)
+    assert loaded(folder, caplog, dtype=torch.float32, autocast=torch.bfloat16)[0] == "flash_attention_2"
+    model, _ = load_model(folder, torch.float32, autocast=torch.bfloat16)
+    assert model.dtype == torch.float32
+    found = gradients(CausalLMStudent(model, tokenizer, autocast=torch.bfloat16))
+    plain, _ = load_model(folder, torch.float32, attention="sdpa")
+    for ours, theirs in zip(found, gradients(CausalLMStudent(plain, tokenizer, autocast=torch.bfloat16)), strict=True):
+        assert float((ours - theirs).norm()) < 0.05 * float(theirs.norm())
+    for autocast in (torch.float32, "bfloat16", True):
+        with pytest.raises(EngineError, match="expected a dtype of 16 bits"):
+            load_model(folder, torch.float32, autocast=autocast)
 
 
 def wrong(module, query, *rest, **known):
@@ -143,16 +176,49 @@ def missing(*_, **__):
 @pytest.mark.parametrize("flash", [wrong, missing])
 def test_flash_attention_that_is_wrong_or_raises_is_not_taken(folder, monkeypatch, caplog, flash):
     on_a_gpu(monkeypatch, flash)
-    with caplog.at_level(logging.INFO, "lopd"):
-        model, _ = load_model(folder)
-    assert model.config._attn_implementation == "sdpa"
-    assert f"Model {str(folder)!r}: attention sdpa" in caplog.messages
+    taken, line = loaded(folder, caplog, dtype=torch.bfloat16)
+    assert (taken, "cannot be used, or gives other hidden states" in line) == ("sdpa", True)
     assert flash is wrong or any("head dimension" in line for line in caplog.messages)
 
 
-def test_weights_of_32_bits_and_the_cpu_take_what_transformers_takes(folder):
+def saved(tokenizer, folder, kind, sharper=1, **special):
+    model = build_model(kind, vocab_size=TOKENIZER_ID.vocab_size, **special)
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= sharper
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def capping(module, query, key, value, attention_mask, *, scaling, softcap=None, **known):
+    """FlashAttention that keeps the cap and knows no window."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
+    scores = query @ key.mT * scaling
+    scores = scores if softcap is None else softcap * (scores / softcap).tanh()
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    return (scores.masked_fill(later, -torch.inf).softmax(-1).to(value.dtype) @ value).transpose(1, 2), None
+
+
+@pytest.mark.parametrize(("flash", "taken"), [(capping, "flash_attention_2"), (flash_stub.flash, "eager")])
+def test_flash_attention_is_judged_by_what_keeps_a_cap_on_attention_scores(tokenizer, tmp_path, monkeypatch, caplog, flash, taken):
+    saved(tokenizer, tmp_path, "gemma2", sharper=100, attn_logit_softcapping=0.5, sliding_window=64)
+    on_a_gpu(monkeypatch, flash)
+    assert loaded(tmp_path, caplog, dtype=torch.bfloat16)[0] == taken
+
+
+@pytest.mark.parametrize(("window", "taken"), [(20, "sdpa"), (200, "flash_attention_2")])
+def test_flash_attention_is_judged_beyond_a_window(tokenizer, tmp_path, monkeypatch, caplog, window, taken):
+    """The function in place of FlashAttention knows no window; the context ends before the wider one does."""
+    saved(tokenizer, tmp_path, "starcoder2", sliding_window=window, max_position_embeddings=64)
+    on_a_gpu(monkeypatch, flash_stub.flash)
+    assert loaded(tmp_path, caplog, dtype=torch.bfloat16)[0] == taken
+
+
+def test_the_cpu_takes_what_transformers_takes(folder, caplog):
     for dtype in (torch.float32, torch.bfloat16):
-        assert load_model(folder, dtype)[0].config._attn_implementation == "sdpa"
+        taken, line = loaded(folder, caplog, dtype=dtype)
+        assert (taken, "FlashAttention is for CUDA" in line) == ("sdpa", True)
 
 
 def test_an_attention_that_is_asked_for_is_taken_or_refused(folder):

@@ -14,7 +14,7 @@ from lopd.losses.divergences import reverse_kl
 from lopd.losses.fused import FusedLoss, FusedOPDLoss
 from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss
 from lopd.losses.top_k import TopKObjective
-from lopd.losses.variants import window_ratio
+from lopd.losses.variants import add_labels, window_ratio
 from lopd.protocols import OPDLoss
 from lopd.records import LossOutput
 
@@ -122,6 +122,27 @@ def test_the_kl_baseline_keeps_the_expected_gradient_by_token_and_changes_it_by_
     assert_same(gradient(problem, BASELINE, by_rollout=False), gradient(problem, PLAIN, by_rollout=False))
     plain, based = (gradient(problem, loss, by_rollout=True) for loss in (PLAIN, BASELINE))
     assert float((based - plain).norm()) > 0.01 * float(plain.norm())
+
+
+@pytest.mark.parametrize("ratio", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_labels_alone_have_the_gradient_of_the_mean_label_by_token_and_the_mean_of_a_group_changes_it_by_rollout(
+    seed: int, ratio: bool
+) -> None:
+    problem = make_problem(seed, horizon=3, drift=0.0)
+    loss = ReferenceOPDLoss(clip=None, advantage=0.0, ratio_to_ref=ratio, transforms=(partial(add_labels, scale=2.0),))
+    labels_R = torch.randn(len(problem.world.responses), generator=torch.Generator().manual_seed(seed)).double()
+
+    def pushed(mean: float, *, by_rollout: bool) -> Tensor:
+        weights_R = problem.world.probabilities_R(problem.student) / (lengths_R(problem) if by_rollout else 1)
+        batch = problem.world.batch(weights_R, problem.teacher, problem.student)
+        labels_N = labels_R[batch.segment_ids]
+        labelled = evolve(batch, label_values=labels_N, label_means=torch.full_like(labels_N, mean), teacher_logprobs=None)
+        return -flat_gradient(problem.student, problem.student(labelled, loss).loss_sum)
+
+    assert_same(pushed(0.7, by_rollout=False), 2.0 * mean_gradient(problem, labels_R))
+    assert_same(pushed(0.7, by_rollout=True), 2.0 * mean_gradient(problem, (labels_R - 0.7) / lengths_R(problem)))
+    assert float((pushed(0.7, by_rollout=True) - pushed(0.0, by_rollout=True)).norm()) > 0.01
 
 
 # --- the ratio of the tokens before ------------------------------------------------------------------------------------------------------

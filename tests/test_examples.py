@@ -11,6 +11,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from exchanged import assert_equal_stores
+from hub_stub import hub  # noqa: F401
 from safetensors.torch import load_file
 
 from lopd import (
@@ -377,6 +379,33 @@ def test_17_what_the_policy_drew_is_learnt_and_what_a_tool_said_is_not(run):
     assert Lineage.read(Path("runs/17/student")).opd_teacher == names["store"].columns["teacher"].model
     again, _ = run("17_trajectories")
     assert again == out, "the second run adds nothing to the store"
+
+
+def test_18_labels_are_filtered_gated_and_mixed(run):
+    out, names = run("18_labels")
+    assert names["report"].rollouts == len(names["store"]) == 128
+    assert 0.1 < names["labels"].mean() < 0.9, "there is something to choose"
+    start, *ended = (found.mean for found in names["accuracy"].values())
+    assert all(accuracy > start for accuracy in ended), "on the questions that were trained"
+    # what the page's own labels say is what the verifier says of the stored text
+    by_hand = [
+        float(names["tokenizer"].decode(row.rollout.response_ids, skip_special_tokens=True) == names["answers"][i // 8])
+        for i, row in enumerate(names["store"].read(range(128)))
+    ]
+    assert names["labels"].tolist() == by_hand
+    assert "128 rollouts labelled in this run" in out
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own client
+def test_20_nothing_is_pushed_without_a_name_and_what_is_pushed_comes_back(run, hub):
+    out, _ = run("20_share")
+    assert "pushed nothing" in out
+    assert hub.requests == []
+    assert all(Path(f"runs/20/{name}.md").read_text().startswith("---\n") for name in ("student", "rollouts"))
+    out, names = run("20_share", "me/student", "me/rollouts")
+    assert "32 rollouts came back" in out
+    assert_equal_stores(names["again"], names["store"])
+    assert all(repository.private for repository in hub.repositories.values())
 
 
 class Logger(ModuleType):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import numpy as np
 import peft
@@ -27,6 +28,7 @@ from lopd.guards.first_step import MAX_DISTANCE, judge_baseline
 from lopd.losses.entropy import EntropyBonus
 from lopd.losses.objective import OPDObjective
 from lopd.losses.reference import SFTLoss
+from lopd.losses.variants import add_labels
 from lopd.records import LossOutput
 
 
@@ -158,15 +160,17 @@ BASELINED = [
     FusedOPDLoss(kl_baseline=True),
     FusedLoss(EntropyBonus(OPDObjective(kl_baseline=True))),
     WeightedLoss([(1.0, FusedOPDLoss()), (1.0, ReferenceOPDLoss(kl_baseline=True))]),
+    FusedOPDLoss(transforms=(partial(add_labels, scale=0.5),)),
 ]
 
 
 def with_supports(steps):
-    """The steps, with a support of the token itself, to which the teacher gives a half."""
+    """The steps, with a support of the token itself, to which the teacher gives a half, and with labels."""
     for step in steps:
         halves = [torch.full((len(batch.inputs), 1), 0.5) for batch in step.batches]
         supports = [{"top_k_logprobs": half.log(), "top_k_tail": half[:, 0]} for half in halves]
-        made = [evolve(b, top_k_ids=b.targets[:, None], **support) for b, support in zip(step.batches, supports, strict=True)]
+        labels = [dict.fromkeys(("label_values", "label_means"), half[:, 0]) for half in halves]
+        made = [evolve(b, top_k_ids=b.targets[:, None], **s, **y) for b, s, y in zip(step.batches, supports, labels, strict=True)]
         yield evolve(step, batches=tuple(made))
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lopd.errors import GradientError, InvalidRecordError
 from lopd.losses import chunking
-from lopd.losses import products as matrix_products
 from lopd.losses.chunked import ChunkedHead, selected_logprobs
 from lopd.losses.chunking import Chunking
 from lopd.losses.fused import FusedLoss, FusedOPDLoss, FusedSFTLoss
@@ -201,36 +200,6 @@ def test_the_dtype_of_operands_is_what_the_student_computes_in_where_the_device_
     # float16 cannot hold small gradients, and float64 loses nothing
     assert operands(torch.float16) == operands(torch.float32, torch.float16) == torch.float32
     assert operands(torch.float64) == operands(torch.float64, torch.bfloat16) == torch.float64
-
-
-def test_what_cuda_is_asked_for_is_a_call_that_torch_knows_and_a_cpu_refuses() -> None:
-    ones = torch.ones(2, 2, dtype=torch.bfloat16)
-    with pytest.raises(NotImplementedError, match=r"addmm\.dtype_out"):
-        matrix_products._add_product(torch.zeros(2, 2), ones, ones)
-    assert not matrix_products.multiplies(torch.device("cpu"), torch.bfloat16, torch.float32)
-
-
-def test_operands_that_the_device_multiplies_are_given_to_it_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = []
-
-    def addmm(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, beta: int, alpha: float, out: Tensor) -> Tensor:
-        given.append((left.dtype, right.dtype))
-        assert out is total
-        assert out.dtype == out_dtype == torch.float32
-        return out.addmm_(left.float(), right.float(), beta=beta, alpha=alpha)
-
-    case = loss_case("as they are", [30], vocab=2500, seed=29, bias=True, scale=0.7)
-    for dtype in (torch.bfloat16, torch.float32):
-        loss, rounded = FusedOPDLoss(chunking=Chunking(1, torch.bfloat16)), case.rounded(dtype)
-        expected = evaluate_case(loss, rounded)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "addmm", addmm)
-            patch.setattr(matrix_products, "multiplies", lambda *_: True)
-            output, gradients = evaluate_case(loss, rounded)
-        torch.testing.assert_close(output.loss_sum, expected[0].loss_sum)
-        for mine, other in zip(gradients, expected[1], strict=True):
-            torch.testing.assert_close(mine, other)
-    assert set(given) == {(torch.bfloat16, torch.bfloat16)}
 
 
 def test_a_chunk_on_cuda_takes_its_size_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -478,6 +447,15 @@ def test_the_suite_accepts_the_right_equation_written_by_hand() -> None:
 )
 def test_the_suite_rejects_a_loss_that_is_wrong(mutant: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
     assert "test_sums_and_gradients_are_as_exact_as_the_plain_ones_in_every_dtype" in broken_clauses(Mutant(mutant.__name__, mutant))
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_the_suite_rejects_logits_in_the_dtype_that_a_student_of_float32_weights_computes_in(on_cuda: bool) -> None:
+    def loss(hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
+        return Mutant("", rounded_logits if head.compute_dtype == torch.bfloat16 else right)(hidden_ND, head, batch)
+
+    broken = broken_clauses(loss, rounding=on_cuda)
+    assert broken == ["test_float32_weights_of_a_student_that_computes_in_bfloat16_are_as_exact"]
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])

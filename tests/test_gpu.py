@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from attrs import evolve
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import gpu
+import gpu_step
 import record
 import roofline
 from gpu_device import Device
@@ -54,7 +56,40 @@ def test_a_part_that_fails_or_takes_too_long_stops_no_other(monkeypatch):
 
 
 def test_all_parts_together_end_within_the_time():
-    assert sum(part.limit_s for part in gpu.PARTS.values()) <= gpu.BUDGET_S
+    assert sum(part.limit_s for part in gpu.PARTS.values()) < gpu.BUDGET_S
+
+
+def test_waits_for_the_card_are_counted_from_the_first_forward_to_the_last_backward_alone(monkeypatch):
+    modes, cpu = ["default"], torch.Tensor.cpu
+
+    def waiting(values):
+        if modes[-1] == "warn":
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
+        return cpu(values)
+
+    def set_mode(mode):
+        modes.append(mode)
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations", stacklevel=2
+        )
+
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
+    monkeypatch.setattr(torch.Tensor, "cpu", waiting)
+    student, steps = gpu_step.begin(gpu_step.Size.of("Qwen3-0.6B", TINY), "sdpa", TINY)
+    card = Device("cuda", tiny=True)
+    assert gpu_step.waits(student, steps, card) == []
+    assert modes[-1] == "default"
+    student.model.model.layers[0].register_forward_hook(lambda _module, _inputs, hidden: hidden.cpu())
+    places = gpu_step.waits(student, steps, card)
+    assert places
+    assert all(Path(__file__).name in place for place in places)
+
+
+def test_the_share_of_the_cards_rate_counts_the_head_for_responses_alone():
+    size = gpu_step.Size.of("Qwen3-0.6B", TINY)
+    whole, half = (gpu_step.flops(size, 64.0, counted) for counted in (64.0, 32.0))
+    assert whole - half == 6 * 32 * size.config["hidden_size"] * size.config["vocab_size"]
+    assert gpu_step.flops(size, 64.0, 0.0) == roofline.layer_flops(size.config, 64, 16)
 
 
 def test_without_a_card_it_says_so(capsys):
@@ -95,12 +130,15 @@ def test_the_roofline_by_hand():
     assert roofline.layer_flops(config, 10, 5) == flops
     assert roofline.layer_flops(config, 10, 5, checkpointing=True) == pytest.approx(4 / 3 * flops)
     fast = roofline.Card(1.0, 0.5, 1e30, 1)
-    assert roofline.head_seconds(32, 4, 100, fast, roofline.Head(2, 16, 2)) == pytest.approx(3 * 2 * 32 * 4 * 100)
-    assert roofline.head_seconds(32, 4, 100, fast, roofline.Head(4, 16, 4)) == pytest.approx(2 * 3 * 2 * 32 * 4 * 100)
+    assert roofline.head_seconds(32, 4, 100, fast, roofline.Head(2, 16)) == pytest.approx(3 * 2 * 32 * 4 * 100)
+    assert roofline.head_seconds(32, 4, 100, fast, roofline.Head(4, 16)) == pytest.approx(2 * 3 * 2 * 32 * 4 * 100)
     slow = roofline.Card(1e30, 1e30, 1.0, 1)
     logits, gradient, weight, sums = 4 * 1600, 2 * 1600, 2 * 400, 8 * 400
     chunk = weight + logits + gradient + weight + gradient + sums + 2 * logits + gradient
-    assert roofline.head_seconds(32, 4, 100, slow, roofline.Head(2, 16, 2)) == pytest.approx(2 * chunk)
+    assert roofline.head_seconds(32, 4, 100, slow, roofline.Head(2, 16)) == pytest.approx(2 * chunk)
+    # read in four bytes and written in two, for two of the products
+    converted = 2 * (4 * 400 + 2 * 400)
+    assert roofline.head_seconds(32, 4, 100, slow, roofline.Head(2, 16, weights=4)) == pytest.approx(2 * (chunk + converted))
 
 
 def test_models_of_the_roofline_have_their_sizes():

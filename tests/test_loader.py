@@ -58,7 +58,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         threads.append(threading.current_thread().name)
         return values.clone()
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     return threads
 
@@ -70,6 +70,14 @@ def test_steps_that_a_thread_reads_ahead_are_the_same(gpu: list[str]) -> None:
     assert "MainThread" not in gpu
     assert [step.index for step in stream[4:7]] == [4, 5, 6]
     assert list(stream[3:3]) == []
+
+
+def test_a_card_that_this_process_does_not_use_pins_nothing(gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    stream = iter(numbered_stream(7, 3))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)  # it is asked when the run begins, and not when the stream is made
+    assert [next(stream).index for _ in range(3)] == [0, 1, 2]
+    assert gpu == []
 
 
 class Reads:

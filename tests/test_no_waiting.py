@@ -2,6 +2,8 @@
 
 import ast
 import copy
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,10 +14,14 @@ import pytest
 import torch
 from attrs import evolve
 from conftest import TOKENIZER_ID
-from flash_stub import take_flash
+from flash_stub import take_flash, take_flex
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from gpu_step import inside_steps
 
 import lopd.verbs.train
 from lopd import CausalLMStudent, opd_steps
@@ -40,7 +46,7 @@ from lopd.losses.variants import (
 )
 from lopd.losses.window import WindowRatio
 from lopd.protocols import OPDLoss
-from lopd.records import Batch, Step
+from lopd.records import Batch, LossOutput, Step
 from lopd.testing import loss_case
 
 pytestmark = pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")
@@ -160,30 +166,23 @@ def steps_of(count: int, drift: bool = True) -> Iterator[Step]:
         yield Step(index, tuple(batches))
 
 
-def found_in_steps(student: CausalLMStudent, loss: OPDLoss, monkeypatch: pytest.MonkeyPatch, drift: bool, count: int = 4) -> list[str]:
+def found_in_steps(student: CausalLMStudent, loss: OPDLoss, drift: bool, count: int = 4) -> list[str]:
     """What is asked between the first forward of a step, from the third on, and the place where all that is told of it is fetched."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     switches: list[Callable[[bool], None]] = []
-    forwards, fetch, place = [], lopd.verbs.train._fetch, [-1]
+    forwards, place = [], [-1]
 
-    def begins(*_: Any) -> None:
-        switches[0](place[0] >= 2)
-        forwards.append(place[0])
-
-    def fetched(*args: Any) -> Any:
-        switches[0](False)
-        return fetch(*args)
+    def switch(on: bool) -> None:
+        switches[0](on and place[0] >= 2)
+        forwards.extend([place[0]] if on else [])
 
     def numbered() -> Iterator[Step]:
         for step in steps_of(count, drift):
             place[0] = step.index
             yield step
 
-    monkeypatch.setattr(lopd.verbs.train, "_fetch", fetched)
-    handle = student.register_forward_pre_hook(begins)
-    with asked(switches.append) as found:
+    with asked(switches.append) as found, inside_steps(student, switch):
         metrics = list(opd_steps(student, numbered(), loss, optimizer))
-    handle.remove()
     assert len(metrics) == count
     assert all((m.drift is not None) == drift for m in metrics)
     assert forwards == [index for index in range(count) for _ in range(2)]
@@ -192,17 +191,18 @@ def found_in_steps(student: CausalLMStudent, loss: OPDLoss, monkeypatch: pytest.
 
 @pytest.mark.parametrize("drift", [True, False], ids=["drift", "no drift"])
 @pytest.mark.parametrize("kind", ["llama_tied", "gpt2", "qwen3_padded"])
-def test_no_step_asks_the_gpu_before_it_ends(kind, models, drift, monkeypatch):
+def test_no_step_asks_the_gpu_before_it_ends(kind, models, drift):
     loss = FusedOPDLoss(ratio_to_ref=True) if drift else ReferenceOPDLoss(ratio_to_ref=True)
     student = CausalLMStudent(copy.deepcopy(models(kind)).to(DEVICE), TOKENIZER_ID, gradient_checkpointing=kind == "llama_tied")
-    assert found_in_steps(student, loss, monkeypatch, drift) == []
+    assert found_in_steps(student, loss, drift) == []
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="its attention computes on the CPU")
-def test_no_step_of_packed_rollouts_asks_the_gpu_before_it_ends(llama, monkeypatch):
+@pytest.mark.parametrize("take", [take_flash, take_flex])
+def test_no_step_of_packed_rollouts_asks_the_gpu_before_it_ends(take, llama):
     model = copy.deepcopy(llama)
-    with take_flash(model):
-        assert found_in_steps(CausalLMStudent(model, TOKENIZER_ID), FusedOPDLoss(ratio_to_ref=True), monkeypatch, drift=True) == []
+    with take(model):
+        assert found_in_steps(CausalLMStudent(model, TOKENIZER_ID), FusedOPDLoss(ratio_to_ref=True), drift=True) == []
 
 
 def test_what_is_told_of_a_step_comes_in_one_copy(student, monkeypatch):
@@ -215,6 +215,30 @@ def test_what_is_told_of_a_step_comes_in_one_copy(student, monkeypatch):
     fetched = [values for values in copies if values.numel() == 1 + 2 * (3 + len(batch.counted))]
     assert len(fetched) == 1
     assert columns == [batch.weight.data_ptr()]
+
+
+def test_a_gpu_holds_one_batch_of_a_step_at_a_time_and_nothing_of_a_step_that_is_told(student, monkeypatch):
+    there, said = list[weakref.ref[Any]](), list[weakref.ref[Any]]()
+    at_once, to, loss = [], Batch.to, FusedOPDLoss(ratio_to_ref=True)
+
+    def moved(self: Batch, device: torch.device) -> Batch:
+        found = to(self, device)
+        there.append(weakref.ref(found))
+        at_once.append(sum(batch() is not None for batch in there))
+        return found
+
+    def told(*given: Any) -> LossOutput:
+        output = loss(*given)
+        said.extend(weakref.ref(part) for part in (output.loss_sum, output.logprobs))
+        return output
+
+    monkeypatch.setattr(Batch, "to", moved)
+    batches = tuple(a_batch(seed) for seed in range(3))
+    steps = opd_steps(student, [Step(0, batches), Step(1, batches)], told, torch.optim.SGD(student.parameters(), lr=0.0))
+    for _ in steps:
+        assert not [kept for kept in (*there, *said) if kept() is not None]
+    assert at_once == 6 * [1]
+    assert len(said) == 12
 
 
 def test_the_counter_counts():

@@ -214,25 +214,6 @@ def test_a_fit_on_other_rollouts_is_another_column(new_store):
     assert residualise(store, into="again").rollouts == len(store)
 
 
-def test_scores_above_zero_are_for_residual_columns_alone(new_store):
-    store, rollout = new_store(), tiny_rollout("p/s0/g0")
-    store.append([rollout])
-    residual = evolve(tiny_provenance(), logprobs_mode=RESIDUAL)
-    with pytest.raises(InvalidRecordError, match="at most 0 nats"):
-        Scores.of(rollout, [0.5, -1.0, -1.0])
-    with pytest.raises(InvalidRecordError, match=r"residual=True, expected False as their provenance has logprobs_mode 'raw'"):
-        store.append_scores("teacher", tiny_provenance(), [Scores.of(rollout, [0.5, -1.0, -1.0], residual=True)])
-    with pytest.raises(InvalidRecordError, match=r"residual=False, expected True"):
-        store.append_scores("r", residual, [Scores.of(rollout, [-0.5, -1.0, -1.0])])
-    with pytest.raises(InvalidRecordError, match="finite"):
-        Scores.of(rollout, [np.nan, 0.0, 0.0], residual=True)
-    assert not store.columns
-    store.append_scores("r", residual, [Scores.of(rollout, [0.5, -1.0, -1.0], residual=True)])
-    assert store.read([0], columns=("r",))[0].scores["r"].tolist() == [0.5, -1.0, -1.0]
-    if hasattr(store, "verify"):
-        assert list(store.verify()) == []
-
-
 def test_a_residual_column_goes_through_parquet(tmp_path):
     store = filled(make_rollouts(prompts=5), lambda r: np.full(r.response_ids.size, -1.0))
     residualise(store)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -15,8 +16,10 @@ from attrs import evolve, frozen
 from hypothesis import given, settings
 from test_fused_losses import SMALL, broken_clauses
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lopd.errors import InvalidRecordError, MissingScoresError
+from lopd.losses import rows
 from lopd.losses.divergences import (
     Divergence,
     entropy_gated,
@@ -252,3 +255,29 @@ def test_a_student_that_has_nearly_no_tail_gets_the_whole_gradient_of_the_teache
     assert hidden.grad is not None
     assert expected_V.abs().max() > 1e-3
     torch.testing.assert_close(hidden.grad[0].double(), expected_V, rtol=1e-4, atol=1e-5 * float(expected_V.abs().max()))
+
+
+class LargestMade(TorchDispatchMode):
+    """The bytes of the largest tensor that is made."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.most = max(self.most, made.untyped_storage().nbytes() if isinstance(made, Tensor) else 0)
+        return made
+
+
+@pytest.mark.parametrize("k", [1, 8, 256])
+def test_a_wide_support_takes_the_memory_of_a_block_and_gives_the_same_numbers(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A support of 256 ids compared with itself is 600 KB a row, as much as the row's logits."""
+    ids_CK, gradient_CK = torch.randint(0, 2 * k, (50, k)), torch.randn(50, k)
+    known = rows.Statistics(-torch.rand(50, k, dtype=torch.float64), torch.ones(50), torch.zeros(50))
+    made = []
+    for bytes_ in (1 << 40, 1 << 20):
+        monkeypatch.setattr(rows, "_BLOCK_BYTES", bytes_)
+        with LargestMade() as largest:
+            by_ids = rows.selected_gradients(ids_CK, known, gradient_CK, None)
+            made.append([by_ids, *rows.selected_logprobs_of(ids_CK, gradient_CK, torch.ones(50), torch.ones(50))])
+        assert largest.most <= bytes_
+    assert all(torch.equal(whole, part) for whole, part in zip(*made, strict=True))

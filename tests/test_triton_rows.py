@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +135,23 @@ def test_rows_that_are_part_of_a_wider_buffer_leave_the_rest_of_it_alone() -> No
     torch.testing.assert_close(wide[1:5, :700].double(), expected(logits, ids, coefficients, None)[1], rtol=1e-5, atol=1e-6)
     assert (wide[[0, 5]] == 7).all()
     assert (wide[:, 700:] == 7).all()
+
+
+def test_a_kernel_is_launched_on_the_card_that_its_tensors_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, launched = [0], list[int]()
+
+    def exchange(card: int) -> int:
+        before, current[0] = current[0], card if card >= 0 else current[0]
+        return before if card >= 0 else -1
+
+    for name in ("_exchange_device", "_maybe_exchange_device"):
+        monkeypatch.setattr(torch.cuda, name, exchange)
+    logits, ids, _ = problem(3, 100, 2)
+    there: Any = SimpleNamespace(shape=logits.shape, is_cuda=True, get_device=lambda: 1)
+    kernel = {(3,): lambda *_, **__: launched.append(current[0])}
+    TritonRows(logits, None, torch.float32)._run(kernel, ids, (there,), (100,))
+    assert launched == [1]
+    assert current == [0]
 
 
 @pytest.mark.skipif(CUDA, reason="the suite is run on the device there")

@@ -16,6 +16,7 @@ from lopd.losses.fused import FusedOPDLoss
 from lopd.losses.objective import OPDObjective, Signal, Tokens, with_entropy
 from lopd.losses.reference import ReferenceOPDLoss
 from lopd.losses.variants import (
+    add_labels,
     drift_gate,
     entropy_advantage,
     extrapolate,
@@ -26,6 +27,7 @@ from lopd.losses.variants import (
     power,
     ppo_clip,
     prefix_fraction,
+    weigh_labels,
     window_ratio,
 )
 from lopd.testing import loss_case, loss_cases, separated_loss_cases
@@ -279,6 +281,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "prefix": {"transforms": (partial(prefix_fraction, fraction=0.3),)},
     "placebo": {"advantage": -0.5, "transforms": (lowest_logprobs,)},
     "dynamic placebo": {"advantage": -0.5, "transforms": (entropy_advantage, lowest_logprobs)},
+    "labels beside a teacher": {"ratio_to_ref": True, "transforms": (partial(add_labels, scale=0.5),)},
+    "labels alone, gated": {"advantage": 0.0, "transforms": (add_labels, partial(weigh_labels, by=lambda labels: labels > 0))},
     "four at once": {"clip": 2.0, "transforms": (partial(extrapolate, scale=1.1), log_compress, importance_ratio, position_weights)},
 }
 
@@ -308,4 +312,12 @@ def test_a_loss_that_ranks_tokens_by_entropy_is_judged_on_cases_in_which_roundin
 
 def test_only_variants_that_look_at_whole_rollouts_cost_a_fourth_product() -> None:
     cheap = {name for name, arguments in VARIANTS.items() if OPDObjective(**arguments).per_token}
-    assert cheap == {"truncated ratio", "capped ratio", "ppo", "extrapolated", "power", "compressed"}
+    assert cheap == {
+        "truncated ratio",
+        "capped ratio",
+        "ppo",
+        "extrapolated",
+        "power",
+        "compressed",
+        *(name for name in VARIANTS if "labels" in name),
+    }

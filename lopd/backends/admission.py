@@ -173,15 +173,15 @@ def new_scores(
         MissingScoresError: no such rollout.
         ConflictError: the scores were computed on other tokens.
         InvalidRecordError: there is not one log-prob per response token, or not the top-k support of the column, or one of the two says that
-            an offset was subtracted and the other does not.
+            values may be above 0 and the other does not.
     """
     fresh: dict[str, Scores] = {}
     for score in scores:
         _check_score(owner, score, known.get(score.rollout_id))
-        if score.residual != provenance.residual:
+        if score.signed != provenance.signed:
             raise InvalidRecordError(
-                f"{owner}: scores of rollout {score.rollout_id!r} have residual={score.residual}, expected {provenance.residual} as their provenance "
-                f"has logprobs_mode {provenance.logprobs_mode!r}; write what was corrected into a column of its own (`lopd.residualise`)."
+                f"{owner}: scores of rollout {score.rollout_id!r} have signed={score.signed}, expected {provenance.signed} as their provenance "
+                f"has logprobs_mode {provenance.logprobs_mode!r}; write residuals and labels into columns of their own (`lopd.residualise`)."
             )
         _check_top_k(owner, score, provenance, vocab_size)
         if score.rollout_id not in done:

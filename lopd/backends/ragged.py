@@ -16,7 +16,7 @@ def to_stored(values: Sequence[Float32Array | None], owners: Sequence[str], dtyp
     """Log-probs in the type of a store, and the largest error in nats by which one was rounded.
 
     Raises:
-        InvalidRecordError: one is below what float16 can hold; it names the rollout.
+        InvalidRecordError: one is beyond what float16 can hold; it names the rollout.
     """
     if dtype == "float32":
         return list(values), 0.0
@@ -35,7 +35,7 @@ def _to_float16(owner: str, logprobs: Float32Array) -> NDArray[np.float16]:
         half = logprobs.astype(np.float16)
     if np.isinf(half).any():
         raise InvalidRecordError(
-            f"Rollout {owner!r}: a log-prob is {logprobs.min()}, expected at least -65504 nats in a store of float16; "
+            f"Rollout {owner!r}: a value is {logprobs[np.isinf(half)][0]}, expected at least -65504 and at most 65504 in a store of float16; "
             "store float32, or floor it with `lopd.floor_logprobs`."
         )
     return half

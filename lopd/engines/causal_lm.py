@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lopd.engines.masks import one_rollout_a_row
+from lopd.engines.masks import known_rows
 from lopd.errors import ModelError
 from lopd.records.steps import LMHead
 
@@ -141,21 +141,28 @@ def row_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, l
 
 
 def _as_they_come(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
+    rollout_N = _rollouts(position_ids_N)
     if "flash" not in attention_of(model):
-        return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
+        with known_rows(rollout_N[None]):
+            return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
     rollouts_B1 = torch.arange(len(lengths) + 1, device=position_ids_N.device)
-    borders_B1 = torch.searchsorted((position_ids_N == 0).cumsum(0) - 1, rollouts_B1, out_int32=True)
+    borders_B1 = torch.searchsorted(rollout_N, rollouts_B1, out_int32=True)
     borders = {"cu_seq_lens_q": borders_B1, "cu_seq_lens_k": borders_B1, "max_length_q": max(lengths), "max_length_k": max(lengths)}
-    with one_rollout_a_row():
+    with known_rows():
         return hidden_states(model, input_ids_N[None], position_ids_N[None], **borders)[0]
 
 
 def _in_rows(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
-    row_N = (position_ids_N == 0).cumsum(0) - 1
+    row_N = _rollouts(position_ids_N)
     input_ids_BS = input_ids_N.new_zeros(len(lengths), max(lengths))
     input_ids_BS[row_N, position_ids_N] = input_ids_N
-    with one_rollout_a_row():
+    with known_rows():
         return hidden_states(model, input_ids_BS)[row_N, position_ids_N]
+
+
+def _rollouts(position_ids_N: Tensor) -> Tensor:
+    """(N,) the number of the rollout that each position belongs to."""
+    return (position_ids_N == 0).cumsum(0) - 1
 
 
 def _by_side(model: Any, compute: Callable[..., Tensor], input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -26,7 +26,7 @@ from lopd.records.paths import read_regular
 from lopd.records.stored import LARGEST_JSON, parse
 
 #: Endings of files that some library takes for weights, or for what says which weights to load.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json", "adapter_config.json")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json", "adapter_config.json")
 _FILES = "files"
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
 
@@ -125,10 +125,11 @@ def _name_files(folder: Path, written: list[str]) -> None:
     path.write_text(json.dumps({**parse(read_regular(path)), _FILES: written}, indent=1) + "\n")
 
 
-def _exported(folder: Path) -> set[str]:
-    """Files of an earlier export; none where no export is recorded."""
+def exported_files(folder: Path) -> set[str]:
+    """Return the names of the files that the export in a folder wrote, `lopd.json` not among them; none where no export is recorded."""
     try:
-        return set(parse(read_regular(folder / LINEAGE_FILE, LARGEST_JSON)).get(_FILES, ()))
+        listed = parse(read_regular(folder / LINEAGE_FILE, LARGEST_JSON)).get(_FILES, ())
+        return {name for name in listed if isinstance(name, str)}
     except (OSError, ValueError, TypeError, AttributeError):
         return set()
 
@@ -159,8 +160,8 @@ def _objection(model: Any, folder: Path, written: list[str]) -> str | None:
     bases = [config.base_model_name_or_path for config in getattr(model, "peft_config", {}).values()]
     if any(base and Path(base).expanduser().resolve() == folder for base in bases):
         return "it holds the model that the adapters are for"
-    ours = _exported(folder)
-    foreign = [name for name in _files(folder) if name not in ours and (name in written or ("/" not in name and name.endswith(_WEIGHTS)))]
+    ours = exported_files(folder)
+    foreign = [name for name in _files(folder) if name not in ours and (name in written or ("/" not in name and name.endswith(WEIGHTS)))]
     if foreign:
         return f"it holds {foreign[0]!r}, which no export is recorded to have written"
     root = folder / LINEAGE_FILE
@@ -177,7 +178,7 @@ def _holds_this_process(folder: Path) -> bool:
 
 def _carry(folder: Path, fresh: Path) -> None:
     """Link the files that are not of the earlier export into the new one; copy them where links are not possible."""
-    ours = {*_exported(folder), LINEAGE_FILE}
+    ours = {*exported_files(folder), LINEAGE_FILE}
     for name in _files(folder):
         if name not in ours:
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)

@@ -6,23 +6,28 @@ from contextlib import contextmanager
 from threading import local
 from typing import Any
 
-_here = local()
+from torch import Tensor
+
+_here, _UNKNOWN = local(), object()
 
 
 @contextmanager
-def one_rollout_a_row() -> Iterator[None]:
-    """Rows are not packed, or the attention is told their lengths: transformers need not look for borders to mask, in this thread."""
+def known_rows(rollout_BS: Tensor | None = None) -> Iterator[None]:
+    """Say which rollout of its row each position belongs to: transformers need not look for borders to mask, in this thread.
+
+    None where rows are not packed, or where the attention is told their lengths.
+    """
     _answer_for(sys.modules.get("transformers.masking_utils"))
-    before = _is_known()
-    _here.known = True
+    before = _known()
+    _here.rollouts = rollout_BS
     try:
         yield
     finally:
-        _here.known = before
+        _here.rollouts = before
 
 
-def _is_known() -> bool:
-    return getattr(_here, "known", False)
+def _known() -> Any:
+    return getattr(_here, "rollouts", _UNKNOWN)
 
 
 def _answer_for(masks: Any) -> None:
@@ -32,7 +37,7 @@ def _answer_for(masks: Any) -> None:
         return
 
     def find(position_ids_BS: Any) -> Any:
-        return None if _is_known() else look(position_ids_BS)
+        return look(position_ids_BS) if (known := _known()) is _UNKNOWN else known
 
     find.stands_before = look  # type: ignore[attr-defined]
     masks.find_packed_sequence_indices = find

@@ -39,7 +39,8 @@ class CausalLMStudent(nn.Module):
         model: a causal LM, or a peft model around one.  Parameters that require a gradient are trained, the rest stay as they are.
         tokenizer: whose ids the model reads: the one that belongs to it, or its fingerprint.  Head rows beyond its
             vocabulary are padding and get no mass.
-        autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.
+        autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.  Pass it to `load_model` too,
+            which then finds an attention for it.
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
 
     Warns:

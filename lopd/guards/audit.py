@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
+from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import row_numbers, walk
 from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.identity import ModelId
@@ -93,6 +94,7 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
         InvalidRecordError: there are no columns, no rows, or no tokens that count.
     """
     check_noun(store, LogprobReader)
+    refuse_labels(store, *columns)
     chosen = np.arange(len(store)) if rows is None else row_numbers(repr(store), rows)
     if not len(columns) or not chosen.size or len(set(columns)) < len(columns):
         raise InvalidRecordError(

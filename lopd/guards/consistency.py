@@ -117,8 +117,8 @@ def verdict(manifest: Manifest, scored: Provenance) -> str:
     >>> verdict(tiny_manifest(), tiny_provenance("other"))
     'not known: its SFT teacher is not recorded'
     """
-    if scored.is_of(manifest.policy):
-        return "the policy itself"
+    if scored.label or scored.is_of(manifest.policy):
+        return "not a teacher: these are labels of a verifier" if scored.label else "the policy itself"
     if scored.privileged and (who := _who(manifest, scored)):
         return f"privileged: it is {who}, and read other prompts than the policy"
     if inconsistencies(manifest, [scored]) == [None]:

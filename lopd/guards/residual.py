@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.doors import check_noun
+from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import in_batches, walk
 from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.manifest import RESIDUAL, Provenance
@@ -156,6 +157,7 @@ def residualise(
     check_noun(store, LogprobStore)
     how = how or Residualiser()
     rollouts_per_batch = check_at_least("Residualiser", "rollouts_per_batch", rollouts_per_batch, 1)
+    refuse_labels(store, column, ref)
     teacher = _teacher(store, column)
     rows, reasons = _rows(store, (column, ref))
     offsets = how.fit(store, rows, column, ref)
@@ -172,7 +174,7 @@ def residualise(
         for record in store.read(batch, columns=(column, ref)):
             offset_T = offsets.of(record, ref)
             totals += _count(record, offset_T, _gap(record, column, ref))
-            scores.append(Scores.of(record.rollout, record.scores[column] - offset_T, residual=True))
+            scores.append(Scores.of(record.rollout, record.scores[column] - offset_T, signed=True))
         store.append_scores(into, provenance, scores)
     if reasons:
         store.quarantine(into, provenance, reasons)

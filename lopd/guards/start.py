@@ -18,6 +18,7 @@ from lopd.guards.consistency import check_reference
 from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
+from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import chosen, evenly, walk
 from lopd.records.checks import a_kind, check_at_least, check_number
 from lopd.records.drift import TAIL, AdvantageSummary
@@ -110,6 +111,7 @@ def measure_start(
     for column in (teacher, ref):
         if not isinstance(column, str | None):
             raise ArgumentError(f"Column: it is {a_kind(column)}, expected a str; pass its name.")
+    refuse_labels(store, teacher, ref)
     every = chosen(store, rows)
     if teacher not in store.columns:
         raise MissingScoresError(

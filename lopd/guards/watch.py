@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lopd.errors import AdvantageWarning, ArgumentError, DriftWarning, InvalidRecordError, SamplerWarning
 from lopd.protocols import LogprobReader, StatesCorrection
 from lopd.protocols.doors import check_noun
+from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import evenly, walk
 from lopd.records.checks import a_kind, check_at_least, check_kind, own_numbers
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
@@ -121,6 +122,7 @@ def stored_advantages(
         count: at most so many rollouts.
     """
     check_noun(store, LogprobReader)
+    refuse_labels(store, teacher, student)
     usable = store.scored(teacher) & store.scored(student)
     chosen = evenly(np.flatnonzero(usable) if rows is None else rows[usable[rows]], count)
     records = walk(store, chosen, (teacher, student))

@@ -8,7 +8,8 @@ and the entropy H adds \(-h\,p_v (\log p_v + H)\) for a derivative h.  So two wa
 student says of that token alone (`fused`), the gradient is made in the forward pass while the logits of a chunk are at hand: three matrix
 products.  Otherwise (`selected_logprobs`) the backward pass computes the logits once more: four.
 
-Memory: one buffer of `chunk_bytes`, and float32 sums of the gradients.  The host waits for a GPU only where rows are to be left out.
+Memory: one buffer of `chunk_bytes`, float32 sums of the gradients, and blocks of 2 MiB (64 on CUDA) while rows are worked on.
+The host waits for a GPU only where rows are to be left out.
 
 Shape suffixes: M tokens, C tokens of a chunk, K selected ids each, D hidden size, V vocabulary.
 """

@@ -65,6 +65,12 @@ def uncorrected(transform: _Function) -> _Function:
     return transform
 
 
+def baselined(transform: _Function) -> _Function:
+    """Mark a transform that adds a baseline to advantages, so that guards warn where a weight depends on later tokens."""
+    transform.baselined = True  # type: ignore[attr-defined]
+    return transform
+
+
 def _to_transforms(transforms: Iterable[Transform]) -> tuple[Transform, ...]:
     return tuple(transforms)
 
@@ -197,14 +203,15 @@ class OPDSettings:
 
     @property
     def uncorrected(self) -> bool:
-        """Whether it has neither an importance ratio, nor a constant advantage, nor a transform but those marked `uncorrected`."""
+        """Whether it has neither an importance ratio, nor a constant advantage but 0, nor a transform but those marked `uncorrected`."""
         unchanged = all(_is_marked(transform, "uncorrected") for transform in self.transforms)
-        return not self.ratio_to_ref and unchanged and self.advantage is None
+        # with 0 transforms alone say what is learnt, labels for example
+        return not self.ratio_to_ref and unchanged and not self.advantage
 
     @property
     def baselined(self) -> bool:
-        """Whether it has `kl_baseline` (`lopd.protocols.StatesBaseline`)."""
-        return self.kl_baseline
+        """Whether it has `kl_baseline`, or a transform marked `baselined` (`lopd.protocols.StatesBaseline`)."""
+        return self.kl_baseline or any(_is_marked(transform, "baselined") for transform in self.transforms)
 
     def objective(self) -> "OPDObjective":
         """Return the objective that has these settings."""

@@ -12,6 +12,7 @@ With operands of s bytes and float32 sums (4 bytes) they move, at least:
 Shape suffixes: C rows of a chunk, D hidden size, V vocabulary.
 """
 
+import logging
 from collections.abc import Iterator
 from functools import cache
 from typing import final
@@ -19,6 +20,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+_LOG = logging.getLogger(__name__)
 _TILE_ROWS = 2048  # stays in a cache while it is converted and used
 
 
@@ -26,14 +28,28 @@ _TILE_ROWS = 2048  # stays in a cache while it is converted and used
 def multiplies(device: torch.device, operands: torch.dtype, sums: torch.dtype) -> bool:
     """Whether torch adds products of these operands up in the dtype of the sums there: bfloat16 in float32 on CUDA, from torch 2.10 on.
 
-    It is tried, once for each device: the answer depends on versions of torch and of the driver's library.
+    It is tried, once for each device, and the log says what was found: the answer depends on versions of torch and of the driver's library.
+
+    Raises:
+        torch.OutOfMemoryError: nothing was found, and the next call tries again.
     """
-    ones, total = (torch.ones(8, 8, dtype=dtype, device=device) for dtype in (operands, sums))
+    ones = torch.ones(8, 8, dtype=operands, device=device)
+    total = torch.ones(8, 64, dtype=sums, device=device)[:, :8]  # as logits are: rows of a buffer that is wider
     try:
         _add_product(total, ones, ones)
-    except (RuntimeError, TypeError):
-        return False
-    return bool((total == 9).all())
+        why = None if (total == 9).all() else "the sum is wrong"
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        why = " ".join(str(error).split())
+    if why is None:
+        _LOG.info("Head on %s: products of %s are added up in %s", device, operands, sums)
+    else:
+        # a CPU is as it is; on a GPU another version of torch would make the head several times as fast
+        level = logging.WARNING if device.type == "cuda" else logging.INFO
+        text = "Head on %s: products are computed in %s, since torch %s does not add those of %s up in it (%.120s)"
+        _LOG.log(level, text, device, sums, torch.__version__, operands, why)
+    return why is None
 
 
 @final

@@ -12,6 +12,10 @@ from torch import Tensor
 _BLOCK_BYTES, _GPU_BLOCK_BYTES = 2 << 20, 64 << 20  # what fits into a cache; what is worth the start of a few kernels
 
 
+def _block_rows(rows: Tensor, row_bytes: int) -> int:
+    return max(1, (_GPU_BLOCK_BYTES if rows.is_cuda else _BLOCK_BYTES) // row_bytes)
+
+
 class Statistics(NamedTuple):
     """(C, K) log-probs in nats, (C,) sums of exp(logit - largest), (C,) largest logits, and (C,) entropies in nats if they were asked for.
 
@@ -41,7 +45,8 @@ def selected_logprobs_of(ids_CK: Tensor, logits_CK: Tensor, largest_C: Tensor, r
     Added to the selected ones before, terms far below them would be rounded away.
     """
     below_CK = logits_CK.to(exact_dtype(ids_CK.device)) - largest_C[:, None]
-    sums_C = rest_C + (below_CK.exp() / _same(ids_CK).sum(-1)).sum(-1)
+    times_CK = _sums_by_id(ids_CK, torch.ones_like(below_CK))
+    sums_C = rest_C + (below_CK.exp() / times_CK).sum(-1)
     return below_CK - sums_C.log()[:, None], sums_C
 
 
@@ -51,7 +56,7 @@ def selected_gradients(ids_CK: Tensor, found: Statistics, gradient_CK: Tensor, e
     The share of the log-probs and that of the softmax may cancel, so they meet in float64.
     """
     gradient_CK = gradient_CK.to(found.logprobs.dtype)
-    by_id_CK = torch.where(_same(ids_CK), gradient_CK[:, None], 0.0).sum(-1)
+    by_id_CK = _sums_by_id(ids_CK, gradient_CK)
     by_softmax_C = gradient_CK.sum(-1)[:, None]
     if entropy_C is not None:
         by_softmax_C = by_softmax_C + entropy_C[:, None] * (found.logprobs + cast("Tensor", found.entropies)[:, None])
@@ -72,9 +77,11 @@ def in_front(buffer_CV: Tensor, dtype: torch.dtype) -> Tensor:
     return buffer_CV.view(dtype)[:, : buffer_CV.shape[1]]
 
 
-def _same(ids_CK: Tensor) -> Tensor:
-    """(C, K, K): which are the same id."""
-    return ids_CK[:, :, None] == ids_CK[:, None]
+def _sums_by_id(ids_CK: Tensor, values_CK: Tensor) -> Tensor:
+    """(C, K): the sum of the values of the same id in its row.  A row takes K * K numbers meanwhile, so few rows are compared at a time."""
+    rows = _block_rows(ids_CK, 9 * ids_CK.shape[1] ** 2)  # float64 values, and whether they are summed
+    parts = zip(ids_CK.split(rows), values_CK.split(rows), strict=True)
+    return torch.cat([torch.where(ids_RK[:, :, None] == ids_RK[:, None], values_RK[:, None], 0.0).sum(-1) for ids_RK, values_RK in parts])
 
 
 class Rows(Protocol):
@@ -108,8 +115,7 @@ class TorchRows:
         self._buffer_CV, self._gradient_CV = buffer_CV, in_front(buffer_CV, dtype)
         self._softcap = softcap
         self._slope_CV = None if softcap is None else torch.empty_like(buffer_CV)
-        block_bytes = _GPU_BLOCK_BYTES if buffer_CV.is_cuda else _BLOCK_BYTES
-        self._block_rows = max(1, block_bytes // (buffer_CV.shape[1] * buffer_CV.itemsize))
+        self._block_rows = _block_rows(buffer_CV, buffer_CV.shape[1] * buffer_CV.itemsize)
 
     def logprobs(self, place: slice, ids_CK: Tensor, *, entropy: bool = False) -> Statistics:
         """Leaves exp(logit - largest) in the rows."""

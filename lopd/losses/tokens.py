@@ -42,6 +42,7 @@ class Tokens:
         teacher_logprobs, ref_logprobs, sampler_logprobs: (M,) nats, or None where the batch has no such column.
         top_k_ids, top_k_logprobs, top_k_tail: (M, K), (M, K) and (M,) of the teacher's support, or None where the batch has none.
         drawn_ids, drawn_logprobs, drawn_ref_logprobs: (M, D) each, see `DrawnColumn`; None where the batch has none.
+        label_values, label_means: (M,), or None where the batch has none.
         counts: how many tokens each rollout has here, in their order; None where that is not known without asking a GPU.
         student_entropies: (M,) nats, of the student's distributions, differentiable; a loss brings them for an objective that `wants_entropy`.
     """
@@ -58,6 +59,8 @@ class Tokens:
     drawn_ids: Tensor | None = None
     drawn_logprobs: Tensor | None = None
     drawn_ref_logprobs: Tensor | None = None
+    label_values: Tensor | None = None
+    label_means: Tensor | None = None
     counts: tuple[int, ...] | None = None
     student_entropies: Tensor | None = None
 
@@ -107,6 +110,12 @@ class Tokens:
         """Return the (M,) terms of `LossOutput.reverse_kl_sum`, not weighted, given the student's log-probs; MissingScoresError without a teacher."""
         unknown = self.ref_logprobs is None and self.sampler_logprobs is None
         return functional.sampled_reverse_kl(student_M, self.teacher(), None if unknown else self.sampler())
+
+    def labels(self, *, centred: bool = False) -> Tensor:
+        """Return the labels, less the mean of their group if that is asked for; MissingScoresError where the batch has none."""
+        found_M = _present(self.label_values, "Batch: label_values", "a column of labels; name it in `batches(label=...)`")
+        expected = "the mean of several rollouts of a prompt; sample with `samples_per_prompt` of at least 2"
+        return found_M - _present(self.label_means, "Batch: label_means", expected) if centred else found_M
 
     def entropies(self, *, gradient: bool = False) -> Tensor:
         """Return the student's entropies, with their gradient only if it is asked for; MissingScoresError where the loss brought none."""

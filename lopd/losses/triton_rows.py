@@ -119,10 +119,12 @@ class TritonRows:
 
     def _run(self, kernel: Any, ids_CK: Tensor, tensors: tuple[Tensor, ...], strides: tuple[int, ...], **options: bool) -> None:
         rows, vocabulary = tensors[0].shape
-        kernel[(rows,)](
-            *tensors, vocabulary, *strides, self._softcap or 1.0,
-            K=ids_CK.shape[1], CAPPED=self._softcap is not None, BLOCK=BLOCK, num_warps=WARPS, **options,
-        )  # fmt: skip
+        # Triton launches on the current card, whatever card its tensors are on
+        with torch.cuda.device_of(tensors[0]):
+            kernel[(rows,)](
+                *tensors, vocabulary, *strides, self._softcap or 1.0,
+                K=ids_CK.shape[1], CAPPED=self._softcap is not None, BLOCK=BLOCK, num_warps=WARPS, **options,
+            )  # fmt: skip
 
     def gradients(
         self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor, entropy_C: Tensor | None = None

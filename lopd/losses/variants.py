@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lopd.losses import functional
-from lopd.losses.objective import Signal, per_token, uncorrected, with_entropy
+from lopd.losses.objective import Signal, baselined, per_token, uncorrected, with_entropy
 from lopd.records.checks import check_at_least, check_number, to_real
 
 _LEAST_RANGE = 2e-3
@@ -239,6 +239,41 @@ def entropy_advantage(signal: Signal) -> Signal:
         return -0.5 - above_T / (2 * above_T.max()).clamp(min=_LEAST_RANGE)
 
     return evolve(signal, advantages=_by_rollout(signal, scaled, signal.tokens.entropies()).to(signal.advantages.dtype))
+
+
+@baselined
+@uncorrected
+@per_token
+def add_labels(signal: Signal, scale: float = 1.0) -> Signal:
+    r"""The advantage becomes \(A + \lambda\,(y - \bar y)\): OPD plus reward, y being the label and \(\bar y\) the mean of its prompt's rollouts.
+
+    `FusedOPDLoss(advantage=0.0, ratio_to_ref=True, transforms=(add_labels,))` is the policy gradient of the labels alone, without a teacher.
+    The mean is a baseline: with weights `by_token` it leaves the expected gradient as it is; `by_rollout` it acts on lengths.
+
+    Args:
+        signal: what is changed.
+        scale: \(\lambda\), nats for each unit of the label; finite.
+
+    Raises:
+        InvalidRecordError: the scale is not.
+
+    Source: GRPO (arXiv 2402.03300) without its division by the standard deviation, as in Dr. GRPO (arXiv 2503.20783).
+    """
+    scale = to_real("Labels", "scale", scale)
+    check_number("Labels", "scale", scale, math.isfinite(scale), "finite")
+    return evolve(signal, advantages=signal.advantages + scale * signal.tokens.labels(centred=True))
+
+
+@uncorrected
+@per_token
+def weigh_labels(signal: Signal, by: Callable[[Tensor], Tensor]) -> Signal:
+    r"""Weights times a function of the label, \(w\,f(y)\); a gate, where f is 0 or 1: `partial(weigh_labels, by=lambda labels: labels == 1)`.
+
+    Args:
+        signal: what is changed.
+        by: f, from (M,) labels to (M,) factors, each from its own label; one below 0 would turn the gradient of its token round.
+    """
+    return evolve(signal, weight=signal.weight * by(signal.tokens.labels()))
 
 
 def _keep(signal: Signal, fraction: float, order: Callable[[Tensor], Tensor]) -> Signal:

@@ -4,7 +4,7 @@ Each docstring states the contract that the *weakest* implementation must keep. 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -244,7 +244,7 @@ class Student(Protocol):
         ...
 
     def __call__(self, batch: Batch, loss: OPDLoss, /) -> LossOutput:
-        """`loss` of this batch under the current weights."""
+        """`loss` of this batch under the current weights; moves the batch to where it computes (`Batch.to`)."""
         ...
 
     def named_parameters(self) -> Iterable[tuple[str, Parameter]]:
@@ -257,6 +257,14 @@ class Verifier(Protocol):
 
     def __call__(self, prompt: Prompt, rollout: Rollout, /) -> float:
         """A score in [0, 1]; 1 is right."""
+        ...
+
+
+class Labeller(Protocol):
+    """What `label_rollouts` takes: a `Verifier`, or the same for tokens."""
+
+    def __call__(self, prompt: Prompt, rollout: Rollout, /) -> float | NDArray[Any] | Sequence[float]:
+        """A finite number for the rollout, or (T,) of them, one for each response token."""
         ...
 
 

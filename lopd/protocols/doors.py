@@ -1,5 +1,6 @@
 """What each verb asks of its arguments at its door, so that a wrong one is a sentence there, and not an AttributeError deep inside."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from torch.optim import Optimizer
@@ -39,12 +40,12 @@ def check_noun(value: object, noun: type) -> None:
     check_kind(name, inner(value), _Optimizer if noun is Optimizer else noun, remedy)
 
 
-def check_prompt_list(prompts: Sequence[Prompt]) -> None:
-    """Refuse what is not a list of prompts, or is empty.
+def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> None:
+    """Refuse what is not a list of prompts, or is empty, or has an id twice where that matters.
 
     Raises:
         ArgumentError: it cannot be indexed, such as a generator or a single prompt.
-        InvalidRecordError: one is not a `Prompt`, or there are none.
+        InvalidRecordError: one is not a `Prompt`, there are none, or an id occurs twice.
     """
     if not hasattr(prompts, "__getitem__"):
         raise ArgumentError(f"Prompts: it is {a_kind(prompts)}, expected a list; pass `list(...)` or `[...]`.")
@@ -53,3 +54,6 @@ def check_prompt_list(prompts: Sequence[Prompt]) -> None:
         raise InvalidRecordError(f"Prompts: one is {a_kind(wrong)} ({wrong!r:.40}), expected a Prompt; make them with `lopd.make_prompts`.")
     if not prompts:
         raise InvalidRecordError("Prompts: there are 0, expected at least 1; check the prompt file.")
+    times = Counter(prompt.prompt_id for prompt in prompts) if unique else {}
+    for name in (name for name, count in times.items() if count > 1):
+        raise InvalidRecordError(f"Prompt {name!r}: its id occurs twice, expected unique ids; rename or drop one.")

@@ -162,5 +162,6 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
 
 def describe(reader: LogprobReader) -> str:
     """Place, rollouts and columns of a store in one line: what `print` shows of ours."""
-    columns = ", ".join(f"{name} ({int(reader.scored(name).sum()):,} scored)" for name in reader.columns) or "none"
+    said = {name: f"labels of {made.model.name}" if made.label else "scored" for name, made in reader.columns.items()}
+    columns = ", ".join(f"{name} ({int(reader.scored(name).sum()):,} {what})" for name, what in said.items()) or "none"
     return f"{reader!r}: {len(reader):,} rollouts, score columns: {columns}"

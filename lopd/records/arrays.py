@@ -83,28 +83,31 @@ def to_mask(value: Any) -> BoolArray:
     return read_only(array.astype(np.bool_))
 
 
-def check_logprobs(owner: str, name: str, logprobs: Float32Array, shape: tuple[int, ...], *, residual: bool = False) -> None:
-    """Refuse what is no log-prob, or not one for each token.
+def check_logprobs(owner: str, name: str, logprobs: Float32Array, shape: tuple[int, ...], *, signed: bool = False) -> None:
+    """Refuse what is not a log-prob, or not one for each token.
 
     Args:
         owner: for the message.
         name: likewise.
         logprobs: what there is.
         shape: that it must have.
-        residual: an offset was subtracted (`lopd.guards.residual`), so that more than 0 nats is a value like any other.
+        signed: these are residuals or labels (`Scores.signed`), so that more than 0 is a value like any other.
 
     Raises:
-        InvalidRecordError: another shape; or NaN, an infinity, or more than 0 nats.
+        InvalidRecordError: another shape; or NaN, an infinity, or more than 0 nats of a log-prob.
     """
     if logprobs.shape != shape:
         raise InvalidRecordError(
             f"{owner}: {name} has shape {logprobs.shape}, expected {shape} (response_ids has {shape[0]} tokens); "
             "pass one value per response token."
         )
-    good = np.isfinite(logprobs) & (residual | (logprobs <= 0))
+    good = np.isfinite(logprobs) & (signed | (logprobs <= 0))
     if not good.all():
         place = tuple(int(i) for i in np.argwhere(~good)[0])
+        found = f"{owner}: {name}[{', '.join(map(str, place))}] is {logprobs[place]}"
+        if signed:
+            raise InvalidRecordError(f"{found}, expected a finite number; check what it was made of.")
         raise InvalidRecordError(
-            f"{owner}: {name}[{', '.join(map(str, place))}] is {logprobs[place]}, expected a finite log-prob of at most 0 nats; "
+            f"{found}, expected a finite log-prob of at most 0 nats; "
             "check the engine (an exact -inf may be stored with `lopd.floor_logprobs`, which counts it)."
         )

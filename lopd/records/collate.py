@@ -46,6 +46,8 @@ def collate(
     teacher: str | None = None,
     ref: str | None = None,
     top_k: str | None = None,
+    label: str | None = None,
+    label_mean: str | None = None,
 ) -> Batch:
     """Pack rollouts into one row of N = sum(P + T - 1) tokens, in their order.
 
@@ -57,15 +59,18 @@ def collate(
             has its `ref_logprobs` there.
         top_k: of which score column the support comes along.  Of tokens that were drawn, the log-probs of the policy that drew them come from the
             support of `ref`, if that was read.
+        label: which column becomes `label_values`.
+        label_mean: which column becomes `label_means`.
 
     Raises:
         InvalidRecordError: there are no rollouts, their K differ, `ref` keeps other drawn tokens than `top_k`, or the weighting gave something
             that is not a weight.
         MissingScoresError: a column was not read; it names the rollout.
     """
+    named = {"teacher_logprobs": teacher, "ref_logprobs": ref, "label_values": label, "label_means": label_mean}
     if not isinstance(rows, Rows):
         supports = [name for name in (top_k, ref) if name is not None and (name == top_k or (rows and name in rows[0].top_k))]
-        rows = Rows.of(rows, [name for name in (teacher, ref) if name is not None], supports)
+        rows = Rows.of(rows, [name for name in named.values() if name is not None], supports)
     if not len(rows):
         raise InvalidRecordError("Batch: it has 0 rollouts, expected at least 1; check the store is not empty.")
     lengths_B = rows.prompt_lengths + rows.response_lengths - 1
@@ -78,8 +83,7 @@ def collate(
         position_ids=_joined([positions[:n] for n in lengths_B.tolist()]),
         segment_ids=torch.from_numpy(np.repeat(np.arange(len(rows)), lengths_B)),
         weight=place.at_targets(_weights(rows, weighting)),
-        teacher_logprobs=None if teacher is None else place.at_targets(_column(rows, rows.scores, teacher, "columns")),
-        ref_logprobs=None if ref is None else place.at_targets(_column(rows, rows.scores, ref, "columns")),
+        **{f: place.at_targets(_column(rows, rows.scores, column, "columns")) for f, column in named.items() if column is not None},
         sampler_logprobs=None if ref is None or rows.sampler_logprobs is None else place.at_targets(_sampler(rows, ref)),
         **({} if top_k is None else _support(place, _column(rows, rows.top_k, top_k, "top_k"), rows.top_k.get(ref or ""))),
     )

@@ -18,6 +18,8 @@ SCHEMA_VERSION = 1
 RESIDUAL = "residual"
 #: How those of columns begin that `lopd.PrivilegedScorer` makes; what follows is a hash of the prompts.
 PRIVILEGED = "privileged"
+#: That of columns of labels (`lopd.label_rollouts`).
+LABEL = "label"
 
 
 def _to_stop_ids(ids: Iterable[Any]) -> tuple[int, ...]:
@@ -130,7 +132,8 @@ class Provenance:
         engine: name and version of what ran it; not part of the identity (`Preflight` compares what it computes), except that of a residual, whose
             fit it names.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0;
-            `PRIVILEGED`, with a hash of the prompts, is raw after other prompts than the policy's.
+            `PRIVILEGED`, with a hash of the prompts, is raw after other prompts than the policy's; `LABEL` is what a verifier said, and its model is
+            that verifier.
         top_k: how many tokens are kept at each response token, beside the sampled one: the model's most likely ones, but for the next two.
         eos_id: what ends a text of that model, by its tokenizer; no part of the identity.
         parity: how this engine compared with another that ran the same model, when the column was begun: what the first append
@@ -174,6 +177,16 @@ class Provenance:
     def residual(self) -> bool:
         """Whether an offset was subtracted from these log-probs."""
         return self.logprobs_mode == RESIDUAL
+
+    @property
+    def label(self) -> bool:
+        """Whether these are what a verifier said, and so not log-probs."""
+        return self.logprobs_mode == LABEL
+
+    @property
+    def signed(self) -> bool:
+        """Whether values may be above 0, as log-probs may not."""
+        return self.residual or self.label
 
     @property
     def privileged(self) -> bool:

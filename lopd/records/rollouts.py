@@ -185,11 +185,11 @@ class Scores:
     Args:
         rollout_id: whose tokens.
         content_hash: of the `Rollout` that was read.
-        logprobs: (T,) float32, nats, finite, <= 0.  0.0 is a value like any other; a missing score is a missing `Scores`.
+        logprobs: (T,) float32, nats, finite, <= 0; or what `signed` names.  0.0 is a value like any other; a missing score is a missing `Scores`.
         floored: how many of them were -inf and are stored as a floor (see `floor_logprobs`).
         top_k: the most likely tokens beside the sampled one, if the column has them (`Provenance.top_k`).
-        residual: an offset was subtracted from the log-probs (`lopd.guards.residual`), so that they may be above 0; only a column whose provenance
-            says so takes such scores.
+        signed: these are log-probs less an offset (`lopd.guards.residual`), or the labels of a verifier, so that they may be above 0; only a column
+            whose provenance says so takes such scores.
     """
 
     rollout_id: str
@@ -197,22 +197,22 @@ class Scores:
     logprobs: Float32Array = field(converter=to_floats)
     floored: int = 0
     top_k: TopK | None = None
-    residual: bool = False
+    signed: bool = False
 
     def __attrs_post_init__(self) -> None:
         owner = f"Scores of rollout {self.rollout_id!r}"
-        check_logprobs(owner, "logprobs", self.logprobs, (self.logprobs.size,), residual=self.residual)
+        check_logprobs(owner, "logprobs", self.logprobs, (self.logprobs.size,), signed=self.signed)
         if self.top_k is not None and len(self.top_k.ids) != self.logprobs.size:
             raise InvalidRecordError(
                 f"{owner}: top_k has {len(self.top_k.ids)} tokens, expected {self.logprobs.size}; pass one row per response token."
             )
 
     @classmethod
-    def of(cls, rollout: Rollout, logprobs_T: Any, floored: int = 0, top_k: TopK | None = None, *, residual: bool = False) -> "Scores":
+    def of(cls, rollout: Rollout, logprobs_T: Any, floored: int = 0, top_k: TopK | None = None, *, signed: bool = False) -> "Scores":
         """Scores for this very rollout; the length is checked here, where the rollout is at hand."""
         logprobs = to_floats(logprobs_T)
-        check_logprobs(f"Rollout {rollout.rollout_id!r}", "logprobs", logprobs, rollout.response_ids.shape, residual=residual)
-        return cls(rollout.rollout_id, rollout.content_hash, logprobs, floored, top_k, residual)
+        check_logprobs(f"Rollout {rollout.rollout_id!r}", "logprobs", logprobs, rollout.response_ids.shape, signed=signed)
+        return cls(rollout.rollout_id, rollout.content_hash, logprobs, floored, top_k, signed)
 
 
 def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array, int]:

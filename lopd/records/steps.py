@@ -45,6 +45,8 @@ class Batch:
         drawn_ids: (N, D) int64, tokens that were drawn from the policy at temperature 1, with replacement; None where the support has none.
         drawn_logprobs: (N, D) float32, nats, of the teacher.
         drawn_ref_logprobs: (N, D) float32, nats, of the policy that drew them; None where `ref` is not the column that keeps them.
+        label_values: (N,) float32, what a verifier said of the rollout or of this token; None if it was not asked for.
+        label_means: (N,) float32, the mean over the rollouts of the same prompt and policy; None also where each prompt has one rollout.
     """
 
     inputs: Tensor = field(repr=_shape)
@@ -61,6 +63,8 @@ class Batch:
     drawn_ids: Tensor | None = field(default=None, repr=_shape)
     drawn_logprobs: Tensor | None = field(default=None, repr=_shape)
     drawn_ref_logprobs: Tensor | None = field(default=None, repr=_shape)
+    label_values: Tensor | None = field(default=None, repr=_shape)
+    label_means: Tensor | None = field(default=None, repr=_shape)
 
     @cached_property
     def counted(self) -> Tensor:

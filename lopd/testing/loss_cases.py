@@ -14,7 +14,10 @@ from lopd.records.steps import Batch, LMHead
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 ROUNDINGS = 16
-STORED = ("teacher_logprobs", "ref_logprobs", "sampler_logprobs", "top_k_logprobs", "top_k_tail", "drawn_logprobs", "drawn_ref_logprobs")
+STORED = (
+    *("teacher_logprobs", "ref_logprobs", "sampler_logprobs", "top_k_logprobs", "top_k_tail", "drawn_logprobs", "drawn_ref_logprobs"),
+    *("label_values", "label_means"),
+)
 
 
 @frozen(eq=False)
@@ -124,6 +127,7 @@ def loss_case(
             logprobs_ND = own_NV.gather(-1, ids_ND) + normal(count, drawn)
             columns[f"drawn_{model}logprobs"] = logprobs_ND.clamp(-90, 0).float().double()
         columns["drawn_ids"] = ids_ND
+    columns |= {name: normal(count).float().double() for name in ("label_values", "label_means")}
     batch = Batch(inputs_N, targets_N, positions_N, segments_N, weight_N.float().double(), **columns)
     return LossCase(name, hidden_ND, head, batch)
 

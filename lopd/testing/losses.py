@@ -2,8 +2,8 @@ r"""The contract of an `OPDLoss`, one test a clause: a path that saves memory or
 
 Each value and gradient is judged against the plain loss in float64, on the very same inputs: per element,
 \(\lvert x - x_{64}\rvert \le \lvert x_{plain} - x_{64}\rvert + \epsilon\), where \(\epsilon\) is a few roundings of float32, and one of the
-gradient's own dtype.  On CUDA a bfloat16 gradient may also be off by what follows from rounding, once each, both factors of its products to
-bfloat16 (`operand_roundings`); log-probs and sums may not, as bfloat16 weights and hidden states need no rounding.
+gradient's own dtype.  On CUDA the gradient of a student that computes in bfloat16 may also be off by what follows from rounding, once each, both
+factors of its products to bfloat16 (`operand_roundings`); log-probs and sums may not, as weights and hidden states here need no rounding.
 
 Shape suffixes: N tokens of a batch, D hidden size, V vocabulary.
 """
@@ -84,7 +84,7 @@ class LossConformance:
     device = torch.device("cpu")
 
     def rounds_operands(self) -> bool:
-        """Whether products by the gradient may round their factors to bfloat16 where weights and hidden states are: on CUDA."""
+        """Whether products by the gradient may round their factors to bfloat16 where the student computes in it: on CUDA."""
         return self.device.type == "cuda"
 
     def make(self) -> OPDLoss:
@@ -111,9 +111,10 @@ class LossConformance:
         plain, plain_gradients = evaluate_case(self.reference(), rounded, upstream)
         truth, true_gradients = evaluate_case(self.reference(), rounded.rounded(torch.float64), upstream)
         label = f"{case.name}, {dtype}"
-        rounding = self.rounds_operands() and dtype == torch.bfloat16
+        computes = case.head.compute_dtype or dtype
+        rounding = self.rounds_operands() and computes == torch.bfloat16
         none: Gradients = [torch.zeros((), device=self.device)] * 3
-        slack = operand_roundings(self.reference(), rounded.rounded(torch.float64), dtype) if rounding else none
+        slack = operand_roundings(self.reference(), rounded.rounded(torch.float64), computes) if rounding else none
         largest = _absolute_sum(self.reference(), rounded.rounded(torch.float64))
         for name in _SUMS:
             got, expected, exact = (getattr(output, name).detach() for output in (mine, plain, truth))
@@ -126,6 +127,11 @@ class LossConformance:
         for dtype in DTYPES:
             for case in self._cases():
                 self._judge(case, dtype)
+
+    def test_float32_weights_of_a_student_that_computes_in_bfloat16_are_as_exact(self) -> None:
+        for case in self._cases():
+            held = case.rounded(torch.bfloat16).rounded(torch.float64)  # values that bfloat16 has too
+            self._judge(evolve(held, head=evolve(held.head, compute_dtype=torch.bfloat16)), torch.float32)
 
     def test_gradients_are_those_of_the_sum_times_whatever_comes_from_above(self) -> None:
         for case in self._cases():

@@ -1,10 +1,12 @@
-"""The clauses of the `LogprobStore` contract on what cannot be scored."""
+"""The clauses of the `LogprobStore` contract on what cannot be scored, and on what is not a log-prob."""
 
 import pytest
 from attrs import evolve
 
 from lopd.errors import ConflictError, InvalidRecordError, MissingScoresError
+from lopd.records.manifest import LABEL, RESIDUAL
 from lopd.records.parity import Parity
+from lopd.records.rollouts import Scores
 from lopd.testing.records import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.testing.store_suite import StoreSuite
 
@@ -48,6 +50,19 @@ class QuarantineClauses(StoreSuite):
             store.append_scores("teacher", evolve(tiny_provenance(), parity=compared), [tiny_scores(item)])
         for seen in (store, self.reopen(store)):
             assert seen.columns["teacher"].parity == parity
+
+    def test_values_above_zero_are_for_residuals_and_labels(self) -> None:
+        store, items = self.filled()
+        signed = Scores.of(items[2], [0.5, -1.0, 7.0], signed=True)
+        for mode in (RESIDUAL, LABEL):
+            made = evolve(tiny_provenance(), logprobs_mode=mode)
+            with pytest.raises(InvalidRecordError, match="signed=False, expected True"):
+                store.append_scores(mode, made, [tiny_scores(items[2])])
+            store.append_scores(mode, made, [signed])
+        with pytest.raises(InvalidRecordError, match="signed=True, expected False"):
+            store.append_scores("teacher", tiny_provenance(), [signed])
+        read = self.reopen(store).read([2], (LABEL, RESIDUAL))[0]
+        assert [values.tolist() for values in read.scores.values()] == [[0.5, -1.0, 7.0]] * 2
 
     def test_a_column_may_have_nothing_but_reasons_and_still_belongs_to_its_model(self) -> None:
         store, items = self.filled()

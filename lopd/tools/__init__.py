@@ -1,1 +1,1 @@
-"""For people: `doctor` looks after a store, `plan` says what a run will cost, `report` draws it, `interop` moves it, `console` shows it."""
+"""For people: `doctor` looks after a store, `plan` foretells a run, `report` draws it, `interop` moves it, `share` pushes it, `console` shows it."""

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
+from lopd.protocols.labels import refuse_labels
 from lopd.protocols.reading import in_batches
 from lopd.records.drift import AdvantageSummary
 from lopd.records.rollouts import VIRTUAL_COLUMNS, prompt_id_of
@@ -60,7 +61,8 @@ def scored_rows(store: LogprobReader, columns: Iterable[str]) -> NDArray[np.int6
 
 
 def sample_advantages(store: LogprobReader, teacher: str, student: str, rows: Sequence[int] | NDArray[np.int64]) -> SampledAdvantages:
-    """Return the advantages of these rows, which have scores in both columns."""
+    """Return the advantages of these rows, which have scores in both columns; InvalidRecordError where one is of labels."""
+    refuse_labels(store, teacher, student)
     every, rounds, prompt_ids = np.asarray(rows, np.int64), list[int](), list[str]()
     places, gaps = [np.empty(0)], [np.empty(0)]
     for part in in_batches(every):

@@ -32,7 +32,7 @@ def score_columns(store: LogprobReader) -> dict[str, list[str]]:
         "column": names,
         "model": [*(describe_model(p.model) for p in made), *("the policies that sampled" for _ in own)],
         "engine": [*(p.engine for p in made), *blank],
-        "log-probs": [*(p.logprobs_mode for p in made), *own.values()],
+        "log-probs": [*("not these: labels" if p.label else p.logprobs_mode for p in made), *own.values()],
         "top-k": [*map(_support, made), *blank],
         "same vocabulary": [*("yes" if store.manifest.tokenizer.same_vocabulary(p) else "NO" for p in made), *blank],
         "rollouts scored": [f"{int(store.scored(name).sum()):,} of {len(store):,}" for name in names],

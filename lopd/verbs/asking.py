@@ -24,8 +24,24 @@ def ask(
 
     See `isolate` and `overlapped`; `most` counts the refused items of all batches.
     """
+    return bounded(owner, lambda batch: isolate(owner, call, batch, most), batches, at_once=at_once, most=most)
+
+
+def bounded(
+    owner: str,
+    call: Callable[[Sequence[_Item]], tuple[list[_Result], list[tuple[_Item, str]]]],
+    batches: Iterable[Sequence[_Item]],
+    *,
+    at_once: int,
+    most: int,
+) -> Iterator[tuple[Sequence[_Item], list[_Result], list[tuple[_Item, str]]]]:
+    """The same of a call that gives the items that it refuses, and why, beside the results of the others.
+
+    Raises:
+        EngineError: more than `most` are refused in all batches together.
+    """
     reasons: list[str] = []
-    for batch, (results, refused) in overlapped(lambda batch: isolate(owner, call, batch, most), batches, at_once):
+    for batch, (results, refused) in overlapped(call, batches, at_once):
         reasons += [reason for _, reason in refused]
         _check_refused(owner, reasons, most)
         yield batch, results, refused

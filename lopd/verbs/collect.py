@@ -1,14 +1,13 @@
 """VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
 
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import ConflictError, EngineError, InvalidRecordError, ManifestMismatchError, RefusedPromptsWarning, SourceError
+from lopd.errors import ConflictError, EngineError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.protocols.doors import check_noun, check_prompt_list
 from lopd.protocols.reading import in_batches, walk
@@ -82,7 +81,7 @@ def collect_rollouts(
     prompts_per_batch = check_at_least("Collection", "prompts_per_batch", prompts_per_batch, 1)
     batches_at_once = check_at_least("Collection", "batches_at_once", batches_at_once, 1)
     max_refused = check_at_least("Collection", "max_refused", max_refused, 0)
-    _check_prompts(prompts)
+    check_prompt_list(prompts, unique=True)
     manifest = source.manifest
     _begin(store, manifest)
     samples = range(manifest.sampling.samples_per_prompt)
@@ -195,10 +194,3 @@ def _warn_of(report: CollectionReport) -> None:
         RefusedPromptsWarning,
         stacklevel=3,
     )
-
-
-def _check_prompts(prompts: Sequence[Prompt]) -> None:
-    check_prompt_list(prompts)
-    times = Counter(prompt.prompt_id for prompt in prompts)
-    for name in (name for name, count in times.items() if count > 1):
-        raise InvalidRecordError(f"Prompt {name!r}: its id occurs twice, expected unique ids; rename or drop one.")

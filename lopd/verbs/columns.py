@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import numpy as np
-from attrs import frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, QuarantineWarning
 from lopd.protocols import LogprobReader
+from lopd.protocols.labels import check_labels, group_means, refuse_labels
 from lopd.protocols.reading import chosen, rows_of
+from lopd.records.arrays import Float32Array
 from lopd.records.checks import a_kind
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, Prompt, ScoredRollout
@@ -29,6 +31,8 @@ class Columns:
         top_k: whether the teachers' supports come along.
         place: (len(store),) which of several teachers a rollout learns from, or None.
         drawn: whether that of the reference policy comes along too, for tokens that were drawn from it.
+        label: of labels, or None.
+        means: (len(store),) the mean label of a rollout's group, or None.
     """
 
     teachers: tuple[str, ...]
@@ -36,9 +40,17 @@ class Columns:
     top_k: bool
     place: NDArray[np.int64] | None = None
     drawn: bool = False
+    label: str | None = None
+    means: Float32Array | None = None
 
     def read(self, store: LogprobReader, rows: NDArray[np.int64]) -> Rows:
-        """The rows in this order, with the scores of each one's own teacher as "teacher", and those of the reference policy as "ref"."""
+        """The rows in this order: scores of each one's own teacher as "teacher", of the reference policy as "ref", labels as "label"."""
+        read = self._read_teachers(store, rows)
+        if self.means is None:
+            return read
+        return evolve(read, scores={**read.scores, "label_mean": np.repeat(self.means[rows], read.response_lengths)})
+
+    def _read_teachers(self, store: LogprobReader, rows: NDArray[np.int64]) -> Rows:
         if self.place is None:
             return self._read(store, rows, *self.teachers)
         records: dict[int, ScoredRollout] = {}
@@ -48,9 +60,9 @@ class Columns:
         return Rows.of([records[row] for row in rows.tolist()], top_k=[*["teacher"] * self.top_k, *["ref"] * self.drawn])
 
     def _read(self, store: LogprobReader, rows: NDArray[np.int64], teacher: str | None = None) -> Rows:
-        columns = [column for column in (teacher, self.ref) if column is not None]
+        columns = [column for column in (teacher, self.ref, self.label) if column is not None]
         read = store.read(rows.tolist(), columns=columns, top_k=columns[: self.top_k + self.drawn])
-        return read.named(teacher=teacher, ref=self.ref)
+        return read.named(teacher=teacher, ref=self.ref, label=self.label)
 
     def provenances(self, store: LogprobReader) -> list[Provenance]:
         """Who computed each of the teachers' columns."""
@@ -58,30 +70,37 @@ class Columns:
 
 
 def choose(
-    store: LogprobReader, teacher: Teacher, ref: str | None, rows: NDArray[np.int64] | None, *, top_k: bool
+    store: LogprobReader, teacher: Teacher, ref: str | None, rows: NDArray[np.int64] | None, *, label: str | None, top_k: bool
 ) -> tuple[Columns, NDArray[np.int64]]:
     """The columns to read, and the rows, ascending, that have scores in them; see `lopd.batches`.
 
     Raises:
-        ArgumentError: `teacher` is neither a name nor a mapping.
+        ArgumentError: `teacher` is neither a name nor a mapping, or `ref` or `label` is not a name.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
-        InvalidRecordError: there are no rows, or a rollout has two teachers.
+        InvalidRecordError: there are no rows, a rollout has two teachers, or labels are given for log-probs or the other way round.
     """
     if not isinstance(teacher, str | Mapping | None):
         raise ArgumentError(
             f"Teacher: it is {a_kind(teacher)}, expected the name of a column; of several pass a dict with the prompts of each."
         )
+    for name, column in (("Reference", ref), ("Label", label)):
+        if not isinstance(column, str | None):
+            raise ArgumentError(f"{name}: it is {a_kind(column)}, expected the name of a column; pass a str.")
+    refuse_labels(store, ref, *(teacher if isinstance(teacher, Mapping) else [teacher]))
+    if label is not None:
+        check_labels(store, label)
     parts = _parts(store, teacher, chosen(store, rows))
     usable = []
     for column, part in parts.items():
-        usable.append(_usable(store, part, [name for name in (column, ref) if name is not None], ref))
+        usable.append(_usable(store, part, [name for name in (column, ref, label) if name is not None], ref))
     if top_k and teacher is None:
         raise MissingScoresError(f"{store!r}: there is no teacher, expected one for top_k=True; pass `teacher=`.")
     place, names = _places(store, parts) if isinstance(teacher, Mapping) else None, tuple(name for name in parts if name is not None)
     kept = [store.columns.get(name or "") for name in (*names, ref)]
     drawn = top_k and all(provenance is not None and provenance.drawn for provenance in kept)
-    return Columns(names, ref, top_k, place, drawn), np.sort(np.concatenate(usable))
+    means = None if label is None else group_means(store, label)
+    return Columns(names, ref, top_k, place, drawn, label, means), np.sort(np.concatenate(usable))
 
 
 def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) -> dict[str | None, NDArray[np.int64]]:
@@ -126,7 +145,8 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
                     f"{store!r}: column {column!r} is absent{others} run `score_rollouts(store, scorer, column={column!r})`."
                 )
             virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
-            remedy = virtual if column == BEHAVIOR_COLUMN else f"run `score_rollouts(..., column={column!r})`"
+            verb = "label" if column in store.columns and store.columns[column].label else "score"
+            remedy = virtual if column == BEHAVIOR_COLUMN else f"run `{verb}_rollouts(..., column={column!r})`"
             raise MissingScoresError(f"{store!r}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
         for row, reason in islice(quarantined.items(), 1):
             warnings.warn(

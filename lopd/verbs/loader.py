@@ -62,13 +62,19 @@ class StepStream:
             "teacher": ", ".join(self.columns.teachers) or None,
             "ref": self.columns.ref,
             "top_k": self.columns.top_k,
+            "label": self.columns.label and f"{self.columns.label}, group means {self._means_digest()}",
             "weighting": getattr(self.weighting, "__qualname__", type(self.weighting).__qualname__),
         }
 
+    def _means_digest(self) -> str:
+        means = self.columns.means
+        return "none" if means is None else blake2b(means[self.rows].astype("<f4").tobytes(), digest_size=6).hexdigest()
+
     def __iter__(self) -> Iterator[Step]:
-        """Steps from `start` up to `stop`, or for ever; where there is a GPU, a thread reads and pins the next while it is busy with one."""
+        """Steps from `start` up to `stop`, or for ever; where this process uses a GPU, a thread reads and pins the next meanwhile."""
         indices = count(self.start) if self.stop is None else range(self.start, self.stop)
-        read, ahead = (self._pinned, 2) if torch.cuda.is_available() else (self.step, 1)
+        # a card that nothing here has used yet is not the student's, and pinning would make a context on it
+        read, ahead = (self._pinned, 2) if torch.cuda.is_initialized() else (self.step, 1)
         for _, step in overlapped(read, indices, ahead):
             yield step
 
@@ -112,7 +118,7 @@ class StepStream:
         return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle)
 
     def _collate(self, rows: Rows) -> Batch:
-        role = {name: name if name in rows.scores else None for name in ("teacher", "ref")}
+        role = {name: name if name in rows.scores else None for name in ("teacher", "ref", "label", "label_mean")}
         return collate(rows, self.weighting, **role, top_k="teacher" if self.columns.top_k else None)
 
 
@@ -125,6 +131,7 @@ def batches(
     rows: NDArray[np.int64] | None = None,
     teacher: str | Mapping[str, Sequence[Prompt]] | None = "teacher",
     ref: str | None = None,
+    label: str | None = None,
     weighting: Weighting = by_rollout,
     top_k: bool = False,
     consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
@@ -148,6 +155,8 @@ def batches(
             what each rollout's own policy reported, so also right where rollouts are of several rounds.  It is the policy at temperature 1,
             and drift is measured from it.  Where temperature or top-p is another, `Batch.sampler_logprobs` come along, and an importance
             ratio is to those.
+        label: column of labels (`lopd.label_rollouts`), for `add_labels` and `weigh_labels` of `lopd.losses.variants`.  They come with the mean over
+            all labelled rollouts of the same prompt and policy, those outside of `rows` too; it is read once, here.
         weighting: what a token counts (`by_rollout` or `by_token`).
         top_k: bring the teacher's most likely tokens along, for losses on them.
         consistency: what to do about another, or an unknown, SFT teacher (`check_teacher_consistency`).
@@ -166,8 +175,8 @@ def batches(
         TeacherConsistencyError: see `check_teacher_consistency`.
         MissingScoresError: a column is not there, or not complete, or keeps no top-k though it is asked for.
         NoSuchRowError: a row is not in the store.
-        InvalidRecordError: the store is empty, a rollout has two teachers, `ref` is not of the policy, a rollout is longer than
-            `tokens_per_batch`, or a number makes no sense.
+        InvalidRecordError: the store is empty, a rollout has two teachers, `ref` is not of the policy, a column of labels is given for one of
+            log-probs or the other way round, a rollout is longer than `tokens_per_batch`, or a number makes no sense.
     """
     check_noun(store, LogprobReader)
     if rollouts_per_step is not None:
@@ -178,7 +187,7 @@ def batches(
         raise InvalidRecordError(
             f"Steps: weighting is {weighting!r}, expected a function of the loss mask; pass `by_rollout` or `by_token`."
         )
-    columns, usable = choose(store, teacher, ref, rows, top_k=top_k)
+    columns, usable = choose(store, teacher, ref, rows, label=label, top_k=top_k)
     count = min(_ROLLOUTS_PER_STEP, len(usable)) if rollouts_per_step is None else rollouts_per_step
     if count > len(usable):
         warnings.warn(

@@ -86,7 +86,7 @@ def _train(
     student: Student | DistributedDataParallel, steps: Iterable[Step], loss: OPDLoss, optimizer: Optimizer, max_grad_norm: float
 ) -> Iterator[StepMetrics]:
     ranks, trained = Ranks.current(), _trained_parameters(student)
-    judged, device = False, next(iter(trained.values())).device
+    judged, device = False, next(iter(trained.values())).device.type
     for place_of_step, step in enumerate(steps):
         started = perf_counter()
         check_kind("Step", step, Step, "pass `batches(store)[:150]`")
@@ -102,16 +102,16 @@ def _train(
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
         said: list[LossOutput] = []
-        # all of them before the first forward: none is copied between two of them
-        there = [batch.to(device) for batch in step.batches]
-        for place, batch in enumerate(there, 1):
+        # the student moves each to where it computes, so a GPU holds one of them at a time
+        for place, batch in enumerate(step.batches, 1):
             # a product in an autocast that the caller is in would round gradients; a student has its own
-            with gathering(student, last=place == len(step.batches)), torch.autocast(device.type, enabled=False):
+            with gathering(student, last=place == len(step.batches)), torch.autocast(device, enabled=False):
                 output = student(batch, loss)
                 _check_output(loss, output)
                 # torch averages gradients over ranks, and a step is a sum
                 (output.loss_sum * ranks.size / total).backward()
             said.append(evolve(output, loss_sum=output.loss_sum.detach()))
+            del output
         norm = whole(clip_grad_norm_(trained.values(), max_grad_norm))
         # a GPU is waited for here alone: whether the norm is finite must be known before the weights change, and all else comes along
         grad_norm, sums, meter = _fetch(norm, step.batches, said)
@@ -134,6 +134,8 @@ def _train(
         if place_of_step == 0:
             judge_distance(optimizer, loss, reverse_kl, drift if step.index == 0 else None)
         rollouts, tokens, response_tokens = map(int, counts)
+        # what lies on a GPU: the caller may need the memory for something else before the next step
+        del norm, said, movement
         yield StepMetrics(
             step=step.index,
             loss=mean_loss,

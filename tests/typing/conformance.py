@@ -22,6 +22,7 @@ from lopd.losses.reference import ReferenceLoss, ReferenceOPDLoss, SFTLoss, Weig
 from lopd.losses.top_k import TopKObjective
 from lopd.protocols import (
     DurableStore,
+    Labeller,
     LogprobReader,
     LogprobStore,
     LogprobWriter,
@@ -31,6 +32,7 @@ from lopd.protocols import (
     StatesCorrection,
     Student,
     TeacherScorer,
+    Verifier,
 )
 from lopd.records import ScoredRollout, Step, Weighting, by_rollout, by_token
 from lopd.tools.console import RichProgress
@@ -48,6 +50,10 @@ def teacher_scorers(hf: HFScorer, vllm: VLLMScorer, served: ServerScorer) -> tup
 
 def told(scorer: PrivilegedScorer) -> TeacherScorer:
     return scorer
+
+
+def labeller(verifier: Verifier) -> Labeller:
+    return verifier
 
 
 def memory_store(store: MemoryStore) -> tuple[LogprobStore, LogprobReader, LogprobWriter]:

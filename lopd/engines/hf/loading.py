@@ -9,20 +9,29 @@ import transformers
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from lopd.engines.adapters import keep_precision
+from lopd.engines.causal_lm import attention_of, context_length, evaluating, hidden_states
 from lopd.engines.conditions import drops_cap
 from lopd.engines.identity import looking_for
+from lopd.engines.probes import stated_borders
 from lopd.engines.stored import named_class
 from lopd.errors import EngineError, ModelError
 
 _LOG = logging.getLogger(__name__)
 #: The faster first; that they are installed is asked without importing them.
 _FLASH = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
-#: Root mean square difference of logits, as a share of their own: rounding of 16 bits, added up over layers, is below it.
+#: Root mean square difference of hidden states, as a share of their own: rounding of 16 bits, added up over layers, is below it.
 _ROUNDING = 6e-2
+_SHORT = 16  # tokens
+_16_BITS = (torch.bfloat16, torch.float16)
 
 
 def load_model(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", *, attention: str | None = None
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    *,
+    attention: str | None = None,
+    autocast: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
 
@@ -35,16 +44,22 @@ def load_model(
         dtype: the dtype of the weights.
         device: where it goes.
         attention: how transformers computes it, by its name for that ("sdpa", "flash_attention_2", "flex_attention").  None takes FlashAttention
-            where it is installed, weights have 16 bits, and the model gives the same logits with it; elsewhere what transformers takes.
-            `model.config._attn_implementation` says which, and so does the log.
+            where it is installed, the model computes in 16 bits, and its hidden states are the same with it; elsewhere what transformers takes.
+            `model.config._attn_implementation` says which, and the log says why.
+        autocast: the dtype in which a student will compute (`CausalLMStudent(autocast=...)`), where it is not that of the weights.  FlashAttention
+            takes 16 bits alone: where float32 weights are given it, such a student can use the model, and a source or a scorer refuses it.
 
     Raises:
-        EngineError: there is no such model, device or dtype, or the attention cannot be used.
+        EngineError: there is no such model, device or dtype, the attention cannot be used, or autocast is not a dtype of 16 bits.
         ModelError: its files lack weights, which transformers would make up.
     """
     _check_device(folder, device)
     if not isinstance(getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype, torch.dtype | None):
         raise EngineError(f"Model {str(folder)!r}: dtype is {dtype!r:.40}, expected a torch.dtype; pass torch.float32, for example.")
+    if autocast not in (None, *_16_BITS):
+        raise EngineError(
+            f"Model {str(folder)!r}: autocast is {autocast!r:.40}, expected a dtype of 16 bits; pass torch.bfloat16, or leave it out."
+        )
     with looking_for(folder) as found:
         model, read = _from_pretrained(str(found), dtype or "auto")
         keep_precision(model, found)
@@ -56,12 +71,13 @@ def load_model(
             "draws such weights at random, so load the folder of a whole causal LM."
         )
     model = model.to(device).eval()
-    _set_attention(model, folder, attention)
+    _set_attention(model, folder, attention, autocast)
     return model, tokenizer
 
 
-def _set_attention(model: Any, folder: str | Path, asked: str | None) -> None:
+def _set_attention(model: Any, folder: str | Path, asked: str | None, autocast: torch.dtype | None) -> None:
     """Set the one that is asked for, or FlashAttention if it is right, and "eager" where neither keeps a cap on attention scores."""
+    why = "it is the one that was asked for"
     if asked is not None:
         try:
             taken = _attention_set(model, asked)
@@ -70,11 +86,13 @@ def _set_attention(model: Any, folder: str | Path, asked: str | None) -> None:
             raise EngineError(f"Model {str(folder)!r}: attention {asked!r} cannot be used ({reason}); leave it out.") from error
         if taken != asked:
             raise EngineError(f"Model {str(folder)!r}: its attention is {taken!r} and cannot be set to {asked!r}; leave it out.")
-    elif _takes_flash(model):
-        next((name for name, installed in _FLASH.items() if installed() and _same_logits(model, name)), None)
     if drops_cap(model):
+        # before FlashAttention, which is compared with what keeps the cap
         model.set_attn_implementation("eager")
-    _LOG.info("Model %r: attention %s", str(folder), model.config._attn_implementation)
+        why = "sdpa drops the cap on attention scores"
+    if asked is None:
+        why = _try_flash(model, autocast)
+    _LOG.info("Model %r: attention %s (%s)", str(folder), attention_of(model), why)
 
 
 def _attention_set(model: Any, name: str) -> str:
@@ -83,21 +101,43 @@ def _attention_set(model: Any, name: str) -> str:
     return str(model.config._attn_implementation)
 
 
-def _takes_flash(model: Any) -> bool:
-    """Whether it could be used at all: FlashAttention is for 16 bits on a GPU."""
-    return model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
+def _on_cuda(model: Any) -> bool:
+    return bool(model.device.type == "cuda")
+
+
+def _try_flash(model: Any, autocast: torch.dtype | None) -> str:
+    """Set FlashAttention where it can be used and is right; says why it was taken, or why not."""
+    if not _on_cuda(model):
+        return "FlashAttention is for CUDA"
+    if (autocast or model.dtype) not in _16_BITS:
+        return f"FlashAttention is for 16 bits, and weights are {model.dtype}; pass the `autocast` of a student"
+    names = [name for name, installed in _FLASH.items() if installed()]
+    before = attention_of(model)
+    if any(_same_states(model, name, autocast) for name in names):
+        return f"hidden states are those of {before}"
+    return "FlashAttention cannot be used, or gives other hidden states" if names else "FlashAttention is not installed"
 
 
 @torch.no_grad()
-def _same_logits(model: Any, name: str) -> bool:
-    """Set this attention if the logits stay the same up to rounding; a kernel may lack a size of heads, a cap or this GPU."""
-    before = str(model.config._attn_implementation)
-    ids_1S = torch.arange(1, 17, device=model.device)[None] % model.get_input_embeddings().num_embeddings
-    expected_SV = model(input_ids=ids_1S, use_cache=False).logits[0].float()
+def _same_states(model: Any, name: str, autocast: torch.dtype | None) -> bool:
+    """Set this attention if hidden states stay the same up to rounding; a kernel may lack a size of heads, a cap, a window or this GPU.
+
+    The ids go on beyond each window that is cheap to reach, and both ends are judged by themselves: a window shows at the end alone.
+    """
+    before, vocabulary = attention_of(model), model.get_input_embeddings().num_embeddings
+    length = min(max(_SHORT, 2 * max(stated_borders(model), default=0)), context_length(model))
+    ids_1S = torch.arange(1, length + 1, device=model.device)[None] % vocabulary
+
+    def ends() -> tuple[torch.Tensor, torch.Tensor]:
+        with evaluating(model), torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
+            states_SD = hidden_states(model, ids_1S)[0].float()
+        return states_SD[:_SHORT], states_SD[-_SHORT:]
+
     try:
+        expected = ends()
         same = _attention_set(model, name) == name
-        found_SV = model(input_ids=ids_1S, use_cache=False).logits[0].float()
-        same = same and bool((found_SV - expected_SV).norm() <= _ROUNDING * expected_SV.norm())
+        pairs = zip(ends(), expected, strict=True)
+        same = same and all(bool((found_RD - own_RD).norm() <= _ROUNDING * own_RD.norm()) for found_RD, own_RD in pairs)
     except Exception as error:
         _LOG.info("Model %s: %s cannot be used (%s)", type(model).__name__, name, error)
         same = False

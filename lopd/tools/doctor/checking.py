@@ -84,7 +84,7 @@ def _check_row(store: LogprobReader, row: ScoredRollout) -> Iterator[str]:
         for column, logprobs in row.scores.items():
             kept = row.top_k.get(column)
             support = None if kept is None else evolve(kept)
-            Scores.of(made, logprobs, top_k=support, residual=column in store.columns and store.columns[column].residual)
+            Scores.of(made, logprobs, top_k=support, signed=column in store.columns and store.columns[column].signed)
     except InvalidRecordError as error:
         yield f"{store!r}: row of rollout {stored.rollout_id!r} breaks its contract: {error}"
         return

@@ -11,6 +11,7 @@ from lopd.errors import TeacherConsistencyError
 from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency
 from lopd.guards.start import StartReport
 from lopd.protocols import DurableStore, LogprobReader
+from lopd.protocols.labels import mean_labels
 from lopd.protocols.reading import evenly, in_batches
 from lopd.records.checks import check_at_least
 from lopd.records.drift import AdvantageSummary
@@ -31,7 +32,7 @@ class ColumnInfo:
         scored: rollouts that have scores in it.
         quarantined: row -> why it could not be scored.
         of_policy: whether the model is one of the policies that sampled.
-        objection: why its model is no consistent teacher, in one sentence; None if it is one.
+        objection: why its model is not a consistent teacher, in one sentence; None if it is one, or the column has labels.
         rounding: largest error, nats, by which a log-prob was rounded when it was stored.
     """
 
@@ -79,6 +80,7 @@ class StoreInfo:
         sampled: rollouts that were read for what follows, evenly spaced.
         finish_reasons: of the sampled rollouts.   masked: share of their response tokens that do not count.
         advantages: of each teacher against each student column, each over at most as many rollouts as `sampled`.
+        labels: column of labels -> their mean, over at most as many rollouts.
         starts: teacher -> what is known of a run with it before the first step, or why nothing is; over at most as many rollouts.
         history: all commits, oldest first.
     """
@@ -97,6 +99,7 @@ class StoreInfo:
     finish_reasons: Mapping[str, int]
     masked: float
     advantages: tuple[AdvantageInfo, ...]
+    labels: Mapping[str, float]
     starts: Mapping[str, StartReport | str]
     history: tuple[Commit, ...]
 
@@ -126,7 +129,8 @@ def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
     sampled, finish_reasons, masked = _look_at_rollouts(store, sample)
     behavior = int(store.scored(BEHAVIOR_COLUMN).sum())
     students = [BEHAVIOR_COLUMN] * bool(behavior) + [column.name for column in columns if column.of_policy]
-    pairs = [(column.name, student) for column in columns if not column.of_policy for student in students]
+    teachers = [column.name for column in columns if not (column.of_policy or column.provenance.label)]
+    pairs = [(teacher, student) for teacher in teachers for student in students]
     found = [describe_advantages(store, teacher, student, sample=sample) for teacher, student in pairs]
     return StoreInfo(
         store=repr(store),
@@ -143,7 +147,8 @@ def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
         finish_reasons=finish_reasons,
         masked=masked,
         advantages=tuple(pair for pair in found if pair is not None),
-        starts={column.name: find_start(store, teacher=column.name, count=sample) for column in columns if not column.of_policy},
+        labels={column.name: _mean_label(store, column.name, sample) for column in columns if column.provenance.label and column.scored},
+        starts={teacher: find_start(store, teacher=teacher, count=sample) for teacher in teachers},
         history=history,
     )
 
@@ -152,12 +157,17 @@ def _describe(store: LogprobReader, name: str, provenance: Provenance, history: 
     of_policy = any(provenance.is_of(policy) for policy in store.generations.values())
     objection = None
     try:
-        check_teacher_consistency(store.manifest, [provenance], ConsistencyPolicy.PRIVILEGED)
+        check_teacher_consistency(store.manifest, [] if provenance.label else [provenance], ConsistencyPolicy.PRIVILEGED)
     except TeacherConsistencyError as error:
         objection = str(error)
     rounding = max((commit.rounding for commit in history if commit.column == name), default=0.0)
     scored, quarantined = int(store.scored(name).sum()), dict(store.quarantined(name))
     return ColumnInfo(name, provenance, scored, quarantined, of_policy, objection, rounding)
+
+
+def _mean_label(store: LogprobReader, column: str, sample: int) -> float:
+    parts = in_batches(evenly(scored_rows(store, (column,)), sample))
+    return float(np.concatenate([mean_labels(store.read(part, columns=(column,)), column) for part in parts]).mean())
 
 
 def _look_at_rollouts(store: LogprobReader, sample: int) -> tuple[int, Mapping[str, int], float]:

@@ -21,6 +21,8 @@ def show_info(store: LogprobReader, info: StoreInfo) -> Iterator[Table | str]:
     yield _facts(store, info)
     (what, names), *rows = score_columns(store).items()
     yield "Columns", (what, *names), [(name, *cells) for name, cells in rows]
+    for name, mean in info.labels.items():
+        yield f"Column {name!r}: labels, their mean is {mean:.4g} (in at most {info.sampled:,} rollouts, evenly spaced)"
     if info.advantages:
         yield _advantages(info.advantages)
     for teacher, start in info.starts.items():

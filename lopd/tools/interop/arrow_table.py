@@ -206,4 +206,4 @@ def _scores(row: Mapping[str, Any], rollout: Rollout, name: str, provenance: Pro
                 "export it again."
             )
         support = TopK(ids.reshape(length, k), logprobs.reshape(length, k), tail, provenance.drawn)
-    return Scores.of(rollout, row[f"logprobs/{name}"], top_k=support, residual=provenance.residual)
+    return Scores.of(rollout, row[f"logprobs/{name}"], top_k=support, signed=provenance.signed)

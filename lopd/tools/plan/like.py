@@ -15,7 +15,9 @@ from lopd.tools.plan.work import Work
 
 
 def work_like(store: DurableStore, logprob_dtype: str = "float32", *, sample: int = 1000) -> Work:
-    """Return the work that made a store, measured, as if all its columns were complete; one that is not scored gets a plain column.
+    """Return the work that made a store, measured, as if all its columns of log-probs were complete; one that is not scored gets one without top-k.
+
+    Labels are left out: a verifier costs no GPU-hours.
 
     Args:
         store: at least one rollout.
@@ -36,7 +38,7 @@ def work_like(store: DurableStore, logprob_dtype: str = "float32", *, sample: in
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
         vocab_size=store.manifest.tokenizer.vocab_size,
-        columns=tuple(provenance.top_k for provenance in store.columns.values()) or (0,),
+        columns=tuple(provenance.top_k for provenance in store.columns.values() if not provenance.label) or (0,),
         behavior=bool(store.scored(BEHAVIOR_COLUMN).any()),
         masked=not all(rollout.loss_mask.all() for rollout in read),
         logprob_dtype=logprob_dtype,
@@ -60,8 +62,8 @@ def measured_rates(store: DurableStore) -> dict[str, float]:
     Each is the median over commits, so that nights between runs do not count.
     """
     prompts, responses = store.lengths().sum(axis=0).tolist()
-    # what a policy said while it sampled is written between its rollouts
-    kept = {policy_column(generation) for generation in store.generations}
+    # what a policy said while it sampled is written between its rollouts, and labels are not a model's
+    kept = {policy_column(generation) for generation in store.generations} | {n for n, made in store.columns.items() if made.label}
     history, rates = [commit for commit in store.history() if commit.column not in kept], dict[str, float]()
     # the history counts all tokens of rollouts, and only the response tokens of scores
     share = max(1, responses) / max(1, prompts + responses)

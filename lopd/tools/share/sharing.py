@@ -1,0 +1,165 @@
+"""Push an exported student, push a store, and pull a store: each to or from a repository that the call names."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from lopd.backends.memory_store import MemoryStore
+from lopd.engines.export import exported_files
+from lopd.errors import CorruptStoreError, InvalidRecordError
+from lopd.protocols import LogprobReader, LogprobStore
+from lopd.records.lineage import LINEAGE_FILE, refuse_store
+from lopd.records.manifest import Manifest
+from lopd.records.paths import local_path, read_regular
+from lopd.records.stored import parse
+from lopd.tools.interop.parquet import export_parquet, import_parquet, parquet_manifest
+from lopd.tools.share.cards import ROLLOUTS, About, dataset_card, model_card
+from lopd.tools.share.hub import Repository
+
+_CARD = "README.md"
+
+
+def push_student(
+    folder: str | Path,
+    repository: str,
+    about: About | None = None,
+    *,
+    store: LogprobReader | None = None,
+    private: bool = True,
+    exist_ok: bool = False,
+    endpoint: str | None = None,
+) -> str:
+    """Push an exported student with its card, in one commit, and return the hash of the commit.
+
+    Exactly the files that the export wrote are sent, with its lineage and a card that is made from them; what else is in the folder is not.
+
+    Args:
+        folder: what `CausalLMStudent.export` wrote.
+        repository: `owner/name`; made if it is not there.
+        about: what is not recorded, for the card.
+        store: what the student was trained on, for the card.
+        private: whether only its owner may see it; a repository that is there stays as it is.
+        exist_ok: commit also to a repository that has files.
+        endpoint: URL of the hub; None for that of HF_ENDPOINT, or huggingface.co.
+
+    Raises:
+        InvalidRecordError: the folder is not an export, the repository's name does not fit, or a configuration names a path of this machine.
+        CorruptStoreError: a file of the export is missing, or is not a file of the folder.
+        ManifestMismatchError: the student was not trained on the store.
+        StoreExistsError: the repository has files, without `exist_ok`, or weights that the export would not replace.
+        HubError: there is no token, the hub refuses, the repository is public and should be private, or the hub cannot be reached.  Nothing was
+            committed then, unless the answer to the commit was lost; a new repository may be there, empty.
+        MissingDependencyError: huggingface_hub is not installed.
+    """
+    target, folder = Repository(repository, "model", endpoint), local_path("Export", folder)
+    files = _files(folder)
+    for name in files:
+        if name.endswith("config.json"):
+            _check_names(folder, name)
+    card = str(model_card(folder, about, store)).encode()
+    return target.commit({**files, _CARD: card}, f"Push {folder.resolve().name}", private=private, exist_ok=exist_ok)
+
+
+def push_store(
+    store: LogprobReader,
+    repository: str,
+    about: About | None = None,
+    *,
+    private: bool = True,
+    exist_ok: bool = False,
+    endpoint: str | None = None,
+) -> str:
+    """Push a store as a dataset of one parquet file with its card, in one commit, and return the hash of the commit.
+
+    Everything that a reader gives is in the file, with manifest, provenance, checksums, and why rollouts are in quarantine.  It is written to a
+    temporary folder first.
+
+    Args:
+        store: any.
+        repository: `owner/name`; made if it is not there.
+        about: what is not recorded, for the card.
+        private: whether only its owner may see it; a repository that is there stays as it is.
+        exist_ok: commit also to a repository that has files.
+        endpoint: URL of the hub; None for that of HF_ENDPOINT, or huggingface.co.
+
+    Raises:
+        InvalidRecordError: the repository's name does not fit, or a rollout's id is not text that parquet can hold.
+        StoreExistsError: the repository has files, without `exist_ok`.
+        HubError: as for `push_student`.
+        MissingDependencyError: huggingface_hub or pyarrow is not installed.
+    """
+    target = Repository(repository, "dataset", endpoint)
+    card = str(dataset_card(store, repository.rpartition("/")[2], about)).encode()
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / ROLLOUTS
+        export_parquet(store, file)
+        return target.commit({ROLLOUTS: file, _CARD: card}, f"Push {len(store)} rollouts", private=private, exist_ok=exist_ok)
+
+
+def pull_store(
+    repository: str,
+    *,
+    revision: str | None = None,
+    store: Callable[[Manifest], LogprobStore] = MemoryStore,
+    endpoint: str | None = None,
+) -> LogprobStore:
+    """Download what `push_store` pushed, verify it, and return it as a store; run it again to resume.
+
+    Args:
+        repository: `owner/name`.
+        revision: branch, tag, or the commit that `push_store` returned; None for the newest.
+        store: makes the store, for example `lambda manifest: ZarrStore.open_or_create("run.zarr", manifest)`.
+        endpoint: URL of the hub; None for that of HF_ENDPOINT, or huggingface.co.
+
+    Raises:
+        HubError: there is no such dataset, it was not pushed by lopd, the token may not read it, or the hub cannot be reached.
+        CorruptStoreError: the file is damaged, or no export of lopd.
+        ManifestMismatchError, ConflictError: the store has other contents.
+        MissingDependencyError: huggingface_hub or pyarrow is not installed.
+    """
+    file = Repository(repository, "dataset", endpoint).fetch(ROLLOUTS, revision)
+    made = store(parquet_manifest(file))
+    import_parquet(file, made)
+    return made
+
+
+def _files(folder: Path) -> dict[str, Path | bytes]:
+    """The files of an export by their names, each looked at: a list in a file may name anything."""
+    refuse_store("Export", folder)
+    names = exported_files(folder)
+    if not names:
+        raise InvalidRecordError(
+            f"Export {folder}: its {LINEAGE_FILE} lists 0 files, expected those of an export; write it with `CausalLMStudent.export`."
+        )
+    files = dict[str, Path | bytes]()
+    for name in sorted({*names, LINEAGE_FILE}):
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()) or path.is_symlink() or not path.is_file():
+            raise CorruptStoreError(f"Export {folder}: {name!r:.80} of its list is not a file of the folder; export the student again.")
+        files[name] = path
+    return files
+
+
+def _check_names(folder: Path, name: str) -> None:
+    """Refuse a configuration that leads to a path of this machine: it tells others of it, and leads nowhere for them."""
+    for key, text in _texts("", parse(read_regular(folder / name))):
+        named = key.endswith("name_or_path") and (text.startswith((".", "~", "/")) or text.count("/") > 1 or os.path.isdir(text))  # noqa: PTH112
+        # texts that begin with a slash may be anything, also tokens
+        if named or (len(text) > 1 and os.path.isabs(text) and os.path.exists(text)):  # noqa: PTH110, PTH117
+            raise InvalidRecordError(
+                f"Export {folder}: {key!r} of {name} is a path of this machine, expected a name in the hub; push that model first, and write its "
+                "name there."
+            )
+
+
+def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield from _texts(name, part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(key, part)

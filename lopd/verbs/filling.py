@@ -1,0 +1,136 @@
+"""How a score column is filled: what is left to do, committed batch by batch; what was refused goes into quarantine when all is done."""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from attrs import evolve, field, frozen
+from numpy.typing import NDArray
+
+from lopd.errors import EngineError, QuarantineWarning
+from lopd.protocols import LogprobStore, Progress
+from lopd.records.checks import check_at_least, own_numbers
+from lopd.records.manifest import Provenance
+from lopd.records.parity import Parity
+from lopd.records.rollouts import Rollout, Scores
+from lopd.verbs.asking import check_scores, shown
+
+
+@frozen
+class ScoringReport:
+    """What one call of `score_rollouts` did.
+
+    Args:
+        rollouts, tokens: scored; tokens of their prompts and responses, as in every report.
+        floored: log-probs that were exactly -inf, and are stored as a floor that is finite (`Scores.floored`).  Where there are any, the teacher
+            rules out what the policy sampled: look whether both are asked in the same way.
+        refused: rollouts that could not be scored, and why, by id; they are in the store's quarantine now.
+        skipped: rollouts that were in quarantine before, and were not tried again.
+        parity: how the engine compares with the truth it was tested against, if it was.
+        response_tokens: those of the tokens that have log-probs.
+    """
+
+    rollouts: int = 0
+    tokens: int = 0
+    floored: int = 0
+    refused: Mapping[str, str] = field(factory=dict)
+    skipped: int = 0
+    parity: Parity | None = None
+    response_tokens: int = field(default=0, eq=False)
+
+
+@frozen(eq=False)
+class Work:
+    """What is left to do of a column.
+
+    Args:
+        rows: to score, shortest first.
+        tokens: of their prompts and responses.
+        skipped: rows that are left out because they are in quarantine.
+        wanted: rows in all, with those that are scored.
+    """
+
+    rows: NDArray[np.int64]
+    tokens: int
+    skipped: int
+    wanted: int
+
+
+@frozen(eq=False)
+class Filling:
+    """A column that is being filled, and at what pace; see `lopd.score_rollouts` for the numbers.
+
+    Raises:
+        InvalidRecordError: a number makes no sense.
+    """
+
+    store: LogprobStore
+    column: str
+    rollouts_per_batch: int
+    batches_at_once: int
+    max_refused: int
+    progress: Progress | None
+
+    def __attrs_post_init__(self) -> None:
+        own_numbers(self, "Scoring")
+        check_at_least("Scoring", "rollouts_per_batch", self.rollouts_per_batch, 1)
+        check_at_least("Scoring", "batches_at_once", self.batches_at_once, 1)
+        check_at_least("Scoring", "max_refused", self.max_refused, 0)
+
+    def left(self, wanted: NDArray[np.int64], retry: bool) -> Work:
+        """Return what is left to do of these rows; `retry` those in quarantine too."""
+        unscored = wanted[~self.store.scored(self.column)[wanted]]
+        rows = unscored if retry else unscored[~np.isin(unscored, list(self.store.quarantined(self.column)))]
+        lengths = self.store.lengths()[rows].sum(axis=1)
+        return Work(rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(unscored) - len(rows), len(wanted))
+
+    def fill(
+        self,
+        what: str,
+        provenance: Provenance,
+        work: Work,
+        asked: Iterable[tuple[Sequence[Rollout], Sequence[Scores], Sequence[tuple[Rollout, str]]]],
+    ) -> ScoringReport:
+        """Commit each batch as it comes, with its refused rollouts counted, and put those in quarantine at the end.
+
+        Raises:
+            ScorerError: see `check_scores`.
+            EngineError: more were refused than have scores.
+        """
+        report = ScoringReport(skipped=work.skipped, parity=provenance.parity)
+        with shown(self.progress, what, work.wanted, work.wanted - len(work.rows), work.tokens) as advance:
+            for rollouts, scores, refused in asked:
+                reasons = check_scores(rollouts, scores, refused)
+                self.store.append_scores(self.column, provenance, scores)
+                tokens = sum(len(rollout) for rollout in rollouts if rollout.rollout_id not in reasons)
+                report = evolve(
+                    report,
+                    rollouts=report.rollouts + len(scores),
+                    tokens=report.tokens + tokens,
+                    response_tokens=report.response_tokens + sum(score.logprobs.size for score in scores),
+                    floored=report.floored + sum(score.floored for score in scores),
+                    refused={**report.refused, **reasons},
+                )
+                advance(len(scores), tokens, len(reasons))
+        self._put_in_quarantine(provenance, report)
+        return report
+
+    def _put_in_quarantine(self, provenance: Provenance, report: ScoringReport) -> None:
+        store, column = self.store, self.column
+        if not report.refused and not report.skipped:
+            return
+        first = next(iter(report.refused.values()), "they were in quarantine before; pass `retry_quarantined=True` to try them again")
+        accepted = int(store.scored(column).sum())
+        if len(report.refused) > accepted:
+            raise EngineError(
+                f"{store!r}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted, expected most to be "
+                f"accepted; the first reason is {first!r}; none was put in quarantine, so set right what is wrong with them all and run it again."
+            )
+        if report.refused:
+            store.quarantine(column, provenance, report.refused)
+        warnings.warn(
+            f"{store!r}, column {column!r}: {len(report.refused) + report.skipped} rollouts are without scores in quarantine, and training "
+            f"leaves them out; {first}",
+            QuarantineWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,134 @@
+"""VERB `label_rollouts`: a store's rollouts -> a column of what a verifier says of them.  Run it again to resume."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lopd.errors import InvalidRecordError, ScorerError
+from lopd.protocols import Labeller, LogprobStore, Progress
+from lopd.protocols.doors import check_noun, check_prompt_list
+from lopd.protocols.reading import chosen, evenly, in_batches, rows_of
+from lopd.records.checks import check_at_least, check_call
+from lopd.records.identity import ModelId
+from lopd.records.manifest import LABEL, Provenance
+from lopd.records.rollouts import Prompt, Rollout, Scores, prompt_id_of
+from lopd.verbs.asking import bounded
+from lopd.verbs.filling import Filling, ScoringReport
+
+_VERSION = "1"
+
+
+def label_rollouts(
+    store: LogprobStore,
+    verifier: Labeller,
+    prompts: Sequence[Prompt] | None,
+    *,
+    column: str = "label",
+    name: str | None = None,
+    rows: NDArray[np.int64] | None = None,
+    rollouts_per_batch: int = 256,
+    batches_at_once: int = 1,
+    recheck: int = 8,
+    max_refused: int = 64,
+    retry_quarantined: bool = False,
+    progress: Progress | None = None,
+) -> ScoringReport:
+    """Label every rollout of these prompts that has no label in this column yet, shortest first, and commit batch by batch.
+
+    A rollout on which the verifier fails does not stop the others: whatever it raises, and an answer that is not a finite number, puts the
+    rollout into quarantine when all are done.  `batches(label=column)` leaves it out.
+
+    Args:
+        store: with rollouts in it.
+        verifier: as in `evaluate`; any finite number is a label, and one for each response token is too.
+        prompts: what it is given with each rollout; rollouts of other prompts are left alone.  None for all rollouts, of a store of imported
+            trajectories for example: the verifier is then given the prompt's id and tokens, without text and answer.
+        column: where the labels go; it belongs to one verifier.
+        name: of the verifier, in the column's provenance; None for that of the function or the class.  Another name is another verifier, so
+            put a version into it if you have several.
+        rows: label these only; None for all.
+        rollouts_per_batch: committed together.
+        batches_at_once: batches that are labelled at the same time, in threads; more than 1 for a verifier that waits, for a server or a program.
+        recheck: before a column is continued, so many of its rollouts are judged again; 0 for a verifier that is random.
+        max_refused: stop when one call meets more, for then it is not the rollouts.
+        retry_quarantined: try those too that are in quarantine since an earlier call.
+        progress: see `lopd.tools.console.RichProgress`; None shows one line on a terminal, if it takes longer than some seconds.
+
+    Returns:
+        As `score_rollouts`; its `floored` and `parity` are for log-probs.
+
+    Warns:
+        QuarantineWarning: some rollouts are without labels in quarantine.
+
+    Raises:
+        ArgumentError: the store or the prompts are something else, or the verifier does not take a prompt and a rollout.
+        ConflictError: the column belongs to another verifier, or to a model; nothing is labelled.
+        ScorerError: the verifier gives another label than the column has; nothing is labelled.
+        EngineError: it failed on more than `max_refused` rollouts, or on more than have labels; none of them is put in quarantine.
+        NoSuchRowError: a row is not in the store.
+        InvalidRecordError: the store is empty, there are no rollouts of these prompts, a number makes no sense, or the verifier fails on a rollout
+            that it is to judge again.
+    """
+    check_noun(store, LogprobStore)
+    check_call("Verifier", verifier, "prompt, rollout")
+    if prompts is not None:
+        check_prompt_list(prompts, unique=True)
+    filling = Filling(store, column, rollouts_per_batch, batches_at_once, max_refused, progress)
+    recheck = check_at_least("Labelling", "recheck", recheck, 0)
+    name = name or str(getattr(verifier, "__qualname__", type(verifier).__qualname__))
+    provenance = Provenance(ModelId(name, "verifier", "float32"), store.manifest.tokenizer.vocab_hash, f"lopd labels {_VERSION}", LABEL)
+    store.append_scores(column, provenance, ())
+    wanted = chosen(store, rows) if prompts is None else chosen(store, np.intersect1d(rows_of(store, prompts), chosen(store, rows)))
+    work = filling.left(wanted, retry_quarantined)
+    by_id = None if prompts is None else {prompt.prompt_id: prompt for prompt in prompts}
+    if len(work.rows):
+        labelled = evenly(wanted[store.scored(column)[wanted]], recheck) if recheck else wanted[:0]
+        for record in store.read(labelled.tolist(), columns=(column,)):
+            _check_again(record.scores[column], _label(verifier, by_id, record.rollout), column)
+
+    def judge(rollouts: Sequence[Rollout]) -> tuple[list[Scores], list[tuple[Rollout, str]]]:
+        made, refused = list[Scores](), list[tuple[Rollout, str]]()
+        for rollout in rollouts:
+            try:
+                made.append(_label(verifier, by_id, rollout))
+            except InvalidRecordError as error:
+                refused.append((rollout, str(error)))
+                if len(refused) > filling.max_refused:
+                    break
+        return made, refused
+
+    batches = ([record.rollout for record in store.read(part)] for part in in_batches(work.rows, filling.rollouts_per_batch))
+    asked = bounded(f"Verifier {name}", judge, batches, at_once=filling.batches_at_once, most=filling.max_refused)
+    return filling.fill(f"labelling {column}", provenance, work, asked)
+
+
+def _label(verifier: Labeller, prompts: Mapping[str, Prompt] | None, rollout: Rollout) -> Scores:
+    """The verifier's answer, at each response token.
+
+    Raises:
+        InvalidRecordError: it failed, the answer is not a label, or the prompt has other tokens than the rollout's.
+    """
+    owner, name = f"Rollout {rollout.rollout_id!r}", prompt_id_of(rollout.rollout_id)
+    prompt = Prompt(name, rollout.prompt_ids) if prompts is None else prompts[name]
+    if not np.array_equal(prompt.token_ids, rollout.prompt_ids):
+        raise InvalidRecordError(
+            f"{owner}: prompt {prompt.prompt_id!r} has other tokens than the rollout was sampled from; pass those prompts."
+        )
+    try:
+        answer: NDArray[Any] = np.asarray(verifier(prompt, rollout))
+    except Exception as error:  # whatever a caller's own function may raise
+        raise InvalidRecordError(f"{owner}: the verifier raised {type(error).__name__}: {error!s:.200}") from error
+    if answer.dtype.kind not in "biuf":
+        raise InvalidRecordError(f"{owner}: the verifier gave {answer.tolist()!r:.80}, expected a number, or one for each response token.")
+    return Scores.of(rollout, np.full(rollout.response_ids.size, answer) if answer.ndim == 0 else answer, signed=True)
+
+
+def _check_again(stored_T: NDArray[np.float32], label: Scores, column: str) -> None:
+    """Refuse a verifier that does not say what it said; a store of float16 has rounded that."""
+    if not np.allclose(stored_T, label.logprobs, rtol=1e-3, atol=1e-6):
+        raise ScorerError(
+            f"Rollout {label.rollout_id!r}: column {column!r} has the label {stored_T.mean():g}, and the verifier now gives "
+            f"{label.logprobs.mean():g}, expected the same; label into another column, or pass `recheck=0` if the verifier is random."
+        )

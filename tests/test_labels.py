@@ -1,0 +1,409 @@
+"""Labels: what a verifier says of rollouts fills a column of any store, is never taken for log-probs, and trains offline as it should."""
+
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from attrs import evolve
+from small_runs import Bar, Interrupted
+
+from lopd import (
+    ConsistencyPolicy,
+    FusedOPDLoss,
+    LanceStore,
+    MemoryStore,
+    ReferenceOPDLoss,
+    SamplingParams,
+    ZarrStore,
+    audit,
+    batches,
+    by_token,
+    label_rollouts,
+    labels_of,
+    residualise,
+    score_rollouts,
+    stored_advantages,
+)
+from lopd.errors import (
+    ArgumentError,
+    ConflictError,
+    EngineError,
+    InvalidRecordError,
+    MissingScoresError,
+    NoSuchRowError,
+    QuarantineWarning,
+    ScorerError,
+    TeacherConsistencyWarning,
+)
+from lopd.guards.consistency import verdict
+from lopd.guards.start import measure_start
+from lopd.losses.variants import add_labels, weigh_labels
+from lopd.records import Batch, LMHead, ModelId, Prompt
+from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.tools.doctor.checking import check_store
+from lopd.tools.doctor.contents import inspect_store
+from lopd.tools.doctor.display import show_info
+from lopd.tools.interop.parquet import export_parquet, import_parquet
+from lopd.tools.report.tokens import TokenReport, write_token_report
+from lopd.verbs import ScoringReport
+
+PROMPTS = [Prompt(f"p{i}", [4, 10 + i]) for i in range(4)]
+MASK = [True, False, True, True]
+
+
+def rollout_of(prompt, sample, generation=0):
+    number = 2 * int(prompt.prompt_id[1:]) + sample
+    response = [20 + number, 5, 6, 1][: 2 + number % 3]
+    mask = MASK[: len(response)] if sample else [True] * len(response)
+    return tiny_rollout(
+        f"{prompt.prompt_id}/s{sample}/g{generation}",
+        response,
+        prompt_ids=prompt.token_ids,
+        loss_mask=mask,
+        behavior_logprobs=[-1.0] * len(response),
+        generation=generation,
+    )
+
+
+def filled(store, teacher=True):
+    """Two rollouts of each prompt, scored by the SFT teacher."""
+    rollouts = [rollout_of(prompt, sample) for prompt in PROMPTS for sample in range(2)]
+    store.append(rollouts)
+    if teacher:
+        store.append_scores("teacher", tiny_provenance(), [tiny_scores(r, -0.5 - i) for i, r in enumerate(rollouts)])
+    return store
+
+
+def manifest():
+    made = evolve(tiny_manifest(), sft_teacher=tiny_provenance().model)
+    return evolve(made, sampling=SamplingParams(max_new_tokens=8, samples_per_prompt=2))
+
+
+@pytest.fixture(params=["memory", "zarr", "lance"])
+def opened(request, tmp_path):
+    """`make()` a store of each kind, and `again(store)` as another process would see it."""
+    if request.param == "memory":
+        return SimpleNamespace(make=lambda: MemoryStore(manifest()), again=lambda store: store)
+    kind = {"zarr": ZarrStore, "lance": LanceStore}[request.param]
+    path = tmp_path / request.param
+    return SimpleNamespace(make=lambda: kind.create(path, manifest()), again=lambda _: kind.open(path))
+
+
+@pytest.fixture
+def store():
+    return filled(MemoryStore(manifest()))
+
+
+def number(_, rollout):
+    """What a verifier reads of these rollouts: the first token says which it is."""
+    return int(rollout.response_ids[0]) - 20
+
+
+def even(prompt, rollout):
+    return number(prompt, rollout) % 2 == 0
+
+
+class Judge:
+    """A verifier that gives up after some calls, and counts them."""
+
+    def __init__(self, calls=99, say=number):
+        self.left, self.say, self.asked = calls, say, []
+
+    def __call__(self, prompt, rollout):
+        assert rollout.rollout_id.startswith(f"{prompt.prompt_id}/"), "a rollout is judged with its own prompt"
+        if not self.left:
+            raise Interrupted
+        self.left -= 1
+        self.asked.append(rollout.rollout_id)
+        return self.say(prompt, rollout)
+
+
+class Ended(BaseException):
+    """What ends the process, as Ctrl-C does."""
+
+
+def test_labels_are_written_resumed_and_read_in_any_store(opened):
+    store, bar = filled(opened.make()), Bar()
+
+    def ended(_, rollout):
+        if number(_, rollout) == 4:
+            raise Ended
+        return number(_, rollout)
+
+    with pytest.raises(Ended):
+        label_rollouts(store, ended, PROMPTS, name="number", rollouts_per_batch=2)
+    store = opened.again(store)
+    done = int(store.scored("label").sum())
+    assert 0 < done < 8, "batches before the interruption are kept"
+    judge = Judge()
+    report = label_rollouts(store, judge, PROMPTS, name="number", rollouts_per_batch=2, recheck=1, progress=bar)
+    assert (report.rollouts, len(judge.asked)) == (8 - done, 8 - done + 1), "one was judged again"
+    assert bar.told[0][:4] == ("begin", "labelling label", 8, done)
+    lengths = store.lengths()[np.argsort(store.lengths().sum(axis=1), kind="stable")][done:]
+    assert (report.tokens, report.response_tokens) == (lengths.sum(), lengths[:, 1].sum())
+    store = opened.again(store)
+    assert labels_of(store).tolist() == list(range(8))
+    assert label_rollouts(store, Judge(0), PROMPTS, name="number") == ScoringReport()
+    made = store.columns["label"]
+    assert (made.logprobs_mode, made.model, made.label) == ("label", ModelId("number", "verifier", "float32"), True)
+    for row in store.read(range(8), columns=("label",)):
+        assert row.scores["label"].tolist() == [number(None, row.rollout)] * row.rollout.response_ids.size
+
+
+def test_tokens_may_have_labels_of_their_own_and_survive_compaction_parquet_and_the_doctor(opened, tmp_path):
+    store = filled(opened.make())
+    label_rollouts(store, lambda _, r: r.response_ids - 10.5, PROMPTS, name="steps", rollouts_per_batch=3)
+    label_rollouts(store, even, PROMPTS, column="right", batches_at_once=2, rollouts_per_batch=3)
+    if hasattr(store, "compact"):
+        store.compact()
+        store = opened.again(store)
+        assert list(check_store(store)) == []
+        info = inspect_store(store)
+        assert info.labels == {"label": pytest.approx(float(labels_of(store).mean())), "right": 0.5}
+        assert set(info.starts) == {"teacher"}
+        assert [c.objection for c in info.columns if c.provenance.label] == [None, None]
+        assert "Column 'right': labels, their mean is 0.5 (in at most 8 rollouts, evenly spaced)" in list(show_info(store, info))
+        assert "right (8 labels of even)" in str(store)
+    export_parquet(store, tmp_path / "s.parquet")
+    back = MemoryStore(store.manifest)
+    import_parquet(tmp_path / "s.parquet", back)
+    for reader in (store, back):
+        assert verdict(reader.manifest, reader.columns["label"]) == "not a teacher: these are labels of a verifier"
+        assert labels_of(reader, "right").tolist() == [1, 0] * 4
+        for row in reader.read(range(8), columns=("label",)):
+            assert row.scores["label"].tolist() == (row.rollout.response_ids - 10.5).tolist()
+
+
+def test_the_label_of_a_rollout_is_the_mean_over_its_tokens_that_count_and_is_exact(store):
+    third = np.float32(1 / 3)
+    label_rollouts(store, lambda _, r: third, PROMPTS[:3], column="third")
+    found = labels_of(store, "third")
+    assert np.isnan(found).tolist() == [False] * 6 + [True] * 2
+    assert (found[:6] == third).all()
+    assert np.flatnonzero(found > 0).tolist() == list(range(6)), "what has no label is not among the chosen"
+    label_rollouts(store, lambda _, r: np.arange(r.response_ids.size), PROMPTS, column="place")
+    counted = [row.rollout.loss_mask for row in store.read(range(8))]
+    assert labels_of(store, "place") == pytest.approx([np.flatnonzero(mask).mean() for mask in counted])
+    silent = tiny_rollout("p0/s2/g0", [9, 9], prompt_ids=[4, 10], loss_mask=[False, False])
+    alone = MemoryStore(evolve(manifest(), sampling=SamplingParams(samples_per_prompt=3)))
+    alone.append([silent])
+    label_rollouts(alone, lambda *_: [1, 2], PROMPTS)
+    assert labels_of(alone).tolist() == [1.5], "where no token counts, over all"
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda: {}["lost"], "the verifier raised KeyError: 'lost'"),
+        (lambda: None, "the verifier gave None, expected a number"),
+        (lambda: "right", "the verifier gave 'right', expected a number"),
+        (lambda: float("nan"), r"logprobs\[0\] is nan, expected a finite number"),
+        (lambda: 1e300, r"logprobs\[0\] is inf, expected a finite number"),
+        (lambda: [1.0] * 9, r"logprobs has shape \(9,\)"),
+        (lambda: [[1.0]], r"logprobs has shape \(1, 1\)"),
+        (lambda: [[1.0], [1.0, 2.0]], "the verifier raised ValueError"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
+def test_a_verifier_that_fails_on_one_rollout_does_not_stop_the_rest(store, answer, reason):
+    judge = Judge(say=lambda _, r: answer() if number(_, r) == 5 else 1.0)
+    with pytest.warns(QuarantineWarning, match=f"1 rollouts are without scores in quarantine.*Rollout 'p2/s1/g0': {reason}") as caught:
+        report = label_rollouts(store, judge, PROMPTS)
+    assert [warning.filename for warning in caught if warning.category is QuarantineWarning] == [__file__]
+    assert (report.rollouts, list(report.refused)) == (7, ["p2/s1/g0"])
+    assert len(judge.asked) == 8, "nothing is judged twice"
+    assert list(store.quarantined("label")) == [5]
+    with pytest.warns(QuarantineWarning, match="retry_quarantined"):
+        assert label_rollouts(store, judge, PROMPTS).skipped == 1
+    with pytest.warns(QuarantineWarning, match=r"1 of 8 rollouts could not be scored into column 'label' and are left out.*row 5"):
+        assert batches(store, ref="behavior", label="label").rows.tolist() == [0, 1, 2, 3, 4, 6, 7]
+    assert label_rollouts(store, Judge(say=lambda *_: 1.0), PROMPTS, retry_quarantined=True).rollouts == 1
+
+
+def test_a_verifier_that_fails_on_most_stops_the_run_and_nothing_is_put_in_quarantine(store):
+    for options, what in (({"max_refused": 2}, "refused 3 rows, expected at most 2"), ({}, "8 rollouts were refused and 0 accepted")):
+        judge = Judge(0)
+        with pytest.raises(EngineError, match=f"{what}.*Interrupted"):
+            label_rollouts(store, judge, PROMPTS, **options)
+        assert "label" not in store.columns
+
+
+def test_a_column_belongs_to_one_verifier_that_says_the_same_again(store):
+    label_rollouts(store, even, PROMPTS, rows=np.array([0, 1, 7]))
+    assert np.flatnonzero(store.scored("label")).tolist() == [0, 1, 7]
+    with pytest.raises(ConflictError, match="column 'label' was scored by even@verifier, expected number@verifier"):
+        label_rollouts(store, number, PROMPTS)
+    with pytest.raises(ConflictError, match="column 'teacher' was scored by teacher"):
+        label_rollouts(store, even, PROMPTS, column="teacher")
+    with pytest.raises(ScorerError, match=r"Rollout 'p0/s0/g0': column 'label' has the label 1, and the verifier now gives 0.*recheck=0"):
+        label_rollouts(store, number, PROMPTS, name="even")
+    assert label_rollouts(store, number, PROMPTS[1:2], name="even", recheck=0).rollouts == 2
+    scorer = SimpleNamespace(provenance=tiny_provenance(), score=lambda rollouts: [])
+    with pytest.raises(ConflictError, match="column 'label' was scored by even@verifier"):
+        score_rollouts(store, scorer, column="label", preflight=None)
+
+
+def test_prompts_and_rows_that_do_not_fit_are_refused(store):
+    with pytest.raises(EngineError, match="prompt 'p0' has other tokens than the rollout was sampled from"):
+        label_rollouts(store, even, [Prompt("p0", [4, 99])])
+    with pytest.raises(InvalidRecordError, match="0 rows were chosen"):
+        label_rollouts(store, even, [Prompt("unseen", [4])])
+    with pytest.raises(InvalidRecordError, match="0 rows were chosen"):
+        label_rollouts(store, even, PROMPTS[:1], rows=np.array([7]))
+    with pytest.raises(NoSuchRowError, match="row 8"):
+        label_rollouts(store, even, PROMPTS, rows=np.array([8]))
+    with pytest.raises(InvalidRecordError, match="Prompt 'p0': its id occurs twice"):
+        label_rollouts(store, even, [*PROMPTS, Prompt("p0", [4, 10], answer="other")])
+    with pytest.raises(InvalidRecordError, match="Labelling: recheck is -1"):
+        label_rollouts(store, even, PROMPTS, recheck=-1)
+    with pytest.raises(InvalidRecordError, match="rollouts_per_batch is 0"):
+        label_rollouts(store, even, PROMPTS, rollouts_per_batch=0)
+
+
+def test_rollouts_whose_prompts_are_not_at_hand_are_all_labelled(store):
+    more = evolve(rollout_of(PROMPTS[0], 1), rollout_id="p0/s7/g0")  # as an import names one, whatever `samples_per_prompt` says
+    store.append([more])
+    assert label_rollouts(store, number, PROMPTS, column="some").rollouts == 8
+    seen = {}
+    rewards = {f"p{i}/s{s}/g0": i + s / 8 for i in range(4) for s in (0, 1, 7)}
+    label_rollouts(store, lambda prompt, r: seen.setdefault(r.rollout_id, prompt) and rewards[r.rollout_id], None, name="recorded")
+    assert labels_of(store).tolist() == [0, 1 / 8, 1, 9 / 8, 2, 17 / 8, 3, 25 / 8, 7 / 8]
+    assert {name: (prompt.prompt_id, prompt.answer) for name, prompt in seen.items()} == {name: (name[:2], None) for name in seen}
+    (mean,) = {per_rollout(batches(store, teacher=None, label="label", rows=np.array([0])).step(0), "label_means")[0]}
+    assert mean == pytest.approx((0 + 1 / 8 + 7 / 8) / 3)
+
+
+def test_labels_are_refused_wherever_log_probs_are_expected_and_the_other_way_round(store, tmp_path):
+    label_rollouts(store, even, PROMPTS)
+    page = tmp_path / "page.html"
+    for wrong in (
+        lambda: batches(store, teacher="label"),
+        lambda: batches(store, teacher={"label": PROMPTS}),
+        lambda: batches(store, ref="label"),
+        lambda: stored_advantages(store, teacher="label"),
+        lambda: stored_advantages(store, student="label"),
+        lambda: residualise(store, "label"),
+        lambda: measure_start(store, teacher="label"),
+        lambda: audit(store, ["teacher", "label"]),
+        lambda: write_token_report(page, store, [0], report=TokenReport("label", "behavior")),
+    ):
+        with pytest.raises(InvalidRecordError, match="column 'label' holds labels of even@verifier, expected a model's log-probs"):
+            wrong()
+    write_token_report(page, store, [0], report=TokenReport("teacher", "behavior", "label"))
+    assert "even@verifier" in page.read_text()
+    for wrong in (lambda: batches(store, label="teacher"), lambda: labels_of(store, "teacher")):
+        with pytest.raises(InvalidRecordError, match="column 'teacher' holds log-probs of teacher@rev-teacher, expected labels"):
+            wrong()
+    with pytest.raises(MissingScoresError, match=r"column 'reward' is absent, expected labels, of which there are \['label'\]"):
+        batches(store, label="reward")
+    for wrong in ({"label": 1}, {"ref": ["behavior"]}):
+        with pytest.raises(ArgumentError, match="expected the name of a column; pass a str"):
+            batches(store, **wrong)
+    label_rollouts(store, even, PROMPTS[:1], column="part")
+    with pytest.raises(MissingScoresError, match=r"column 'part' has scores for 2 rollouts, expected 8; run `label_rollouts\("):
+        batches(store, label="part")
+
+
+def per_rollout(step, name):
+    """Value of each rollout of a step by its first response token; those of prompt tokens are 0, and the others equal."""
+    found = {}
+    for batch in step.batches:
+        values = getattr(batch, name)
+        for segment in range(int(batch.segment_ids.max()) + 1):
+            own = batch.segment_ids == segment
+            response = own & (batch.position_ids >= 1)
+            assert not values[own & ~response].any()
+            (value,) = set(values[response].tolist())
+            found[int(batch.targets[response][0]) - 20] = value
+    return found
+
+
+def test_batches_bring_labels_and_the_means_of_their_groups(store):
+    label_rollouts(store, number, PROMPTS)
+    rows = np.array([0, 3, 4, 5])
+    step = batches(store, ref="behavior", label="label", rows=rows, tokens_per_batch=12, weighting=by_token).step(0)
+    assert len(step.batches) > 1
+    assert per_rollout(step, "label_values") == {0: 0, 3: 3, 4: 4, 5: 5}
+    assert per_rollout(step, "label_means") == {0: 0.5, 3: 2.5, 4: 4.5, 5: 4.5}, "rollouts that are not trained on count in their groups"
+    assert batches(store, ref="behavior").step(0).batches[0].label_values is None
+    store.append_scores("other", tiny_provenance("other"), [tiny_scores(rollout_of(p, s)) for p in PROMPTS[2:] for s in range(2)])
+    two = {"teacher": PROMPTS[:2], "other": PROMPTS[2:]}
+    with pytest.warns(TeacherConsistencyWarning):
+        shared = batches(store, teacher=two, ref="behavior", label="label", consistency=ConsistencyPolicy.WARN).step(0)
+    assert per_rollout(shared, "label_means") == {i: i // 2 * 2 + 0.5 for i in range(8)}
+
+
+def test_a_group_is_of_one_round_and_prompts_with_one_rollout_have_no_mean(store):
+    policy = ModelId("policy", "rev-p2", "float32")
+    store.begin_generation(1, policy)
+    late = [rollout_of(PROMPTS[0], 0, generation=1)]
+    store.append(late)
+    label_rollouts(store, lambda prompt, r: number(prompt, r) + 10 * r.generation, PROMPTS)
+    assert labels_of(store)[-1] == 10
+    step = batches(store, teacher=None, label="label", rows=np.array([0, 8])).step(0)
+    assert sorted(step.batches[0].label_means[step.batches[0].weight > 0].unique().tolist()) == [0.5, 10.0]
+    label_rollouts(store, even, PROMPTS, column="alone", rows=np.arange(0, 8, 2))
+    (batch,) = batches(store, teacher=None, label="alone", rows=np.arange(0, 8, 2)).step(0).batches
+    assert batch.label_means is None
+    with pytest.raises(MissingScoresError, match="label_means is None, expected the mean of several rollouts of a prompt; sample with"):
+        ReferenceOPDLoss(advantage=0.0, transforms=(add_labels,))(torch.zeros(len(batch.inputs), 2), LMHead(torch.zeros(300, 2)), batch)
+
+
+def test_a_checkpoint_notices_other_labels(store):
+    label_rollouts(store, number, PROMPTS, rows=np.arange(7))
+    options = {"teacher": None, "rows": np.arange(7)}
+    assert batches(store, **options).settings["label"] is None
+    before, same = (batches(store, label="label", **options).settings["label"] for _ in range(2))
+    assert before == same
+    label_rollouts(store, number, PROMPTS)
+    assert batches(store, label="label", **options).settings["label"] != before, "a rollout has joined a group"
+
+
+def logits_batch(labels=True):
+    """A batch of one rollout of four counted tokens and a prompt, over five ids; hidden states are logits."""
+    random = torch.Generator().manual_seed(5)
+    targets = torch.tensor([1, 4, 0, 2, 3])
+    values = {name: -3 * torch.rand(5, generator=random).double() for name in ("teacher_logprobs", "ref_logprobs")}
+    said = {"label_values": torch.tensor([0, 1, 1, -2, 0.5]).double(), "label_means": torch.tensor([0, 0.25, 0.25, 0.5, 0.5]).double()}
+    weight = torch.tensor([0, 1.0, 0.5, 2.0, 1.0]).double()
+    batch = Batch(torch.zeros(5, dtype=torch.int64), targets, torch.arange(5), torch.zeros(5, dtype=torch.int64), weight, **values, **said)
+    return torch.randn(5, 5, generator=random).double(), batch
+
+
+@pytest.mark.parametrize("kind", [ReferenceOPDLoss, FusedOPDLoss])
+@pytest.mark.parametrize("ratio", [False, True])
+@pytest.mark.parametrize("teacher", [True, False])
+def test_the_mixed_objective_has_the_gradient_of_the_formula_on_full_logits(kind, ratio, teacher):
+    logits, batch = logits_batch()
+    transforms = (partial(add_labels, scale=0.7), partial(weigh_labels, by=lambda labels: labels > -1))
+    loss = kind(clip=1.5, ratio_to_ref=ratio, transforms=transforms, advantage=None if teacher else 0.0)
+    hidden = logits.clone().requires_grad_()
+    loss(hidden, LMHead(torch.eye(5).double()), batch).loss_sum.backward()
+    expected = torch.zeros(5, 5).double()
+    for n in range(1, 5):
+        p = logits[n].exp() / logits[n].exp().sum()
+        target, y = int(batch.targets[n]), float(batch.label_values[n])
+        mine = p[target].log()
+        advantage = (batch.teacher_logprobs[n] - mine if teacher else 0.0) + 0.7 * (y - float(batch.label_means[n]))
+        advantage = float(torch.as_tensor(advantage).clamp(-1.5, 1.5))
+        r = float((mine - batch.ref_logprobs[n]).exp()) if ratio else 1.0
+        gate = 1.0 if y > -1 else 0.0
+        onehot = torch.eye(5).double()[target]
+        expected[n] = -gate * float(batch.weight[n]) * advantage * r * (onehot - p)
+    torch.testing.assert_close(hidden.grad, expected)
+    assert not hidden.grad[3].any(), "the gate is shut where the label says so"
+
+
+def test_labels_that_are_not_there_and_scales_that_make_no_sense_are_named():
+    logits, batch = logits_batch()
+    head = LMHead(torch.eye(5).double())
+    for transform in (add_labels, partial(weigh_labels, by=lambda labels: labels)):
+        with pytest.raises(MissingScoresError, match=r"label_values is None, expected a column of labels; name it in `batches\(label="):
+            FusedOPDLoss(transforms=(transform,))(logits, head, evolve(batch, label_values=None))
+    with pytest.raises(InvalidRecordError, match="Labels: scale is nan"):
+        FusedOPDLoss(transforms=(partial(add_labels, scale=float("nan")),))(logits, head, batch)
+    for advantage in (None, 0.0):
+        assert FusedOPDLoss(advantage=advantage, transforms=(add_labels, partial(weigh_labels, by=torch.sign))).uncorrected
+        assert not FusedOPDLoss(advantage=advantage, ratio_to_ref=True, transforms=(add_labels,)).uncorrected
