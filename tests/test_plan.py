@@ -111,16 +111,19 @@ def test_with_rates_from_the_sizes_of_models_table_2_comes_out_nearly(name):
     [
         (lambda: Work(prompts=0), "Work: prompts is 0, expected at least 1"),
         (lambda: evolve(WORK, steps=0), "Work: steps is 0"),
-        (lambda: evolve(WORK, student_billions=0), "Work: student_billions is 0, expected more than 0"),
+        (lambda: evolve(WORK, student_billions=0), "Work: student_billions is 0, expected finite and more than 0"),
         (lambda: evolve(WORK, teacher_active=-1), "Work: teacher_active is -1"),
         (lambda: evolve(WORK, prompt_tokens=0.5), "prompt_tokens is 0.5, expected finite and at least 1"),
         (lambda: evolve(WORK, response_tokens=float("nan")), "response_tokens is nan"),
         (lambda: evolve(WORK, columns=()), "number of columns is 0"),
         (lambda: evolve(WORK, columns=(0, -1)), "top-k is -1"),
         (lambda: evolve(WORK, logprob_dtype="bfloat16"), "logprob_dtype is 'bfloat16'"),
-        (lambda: evolve(RATES, scoring=0), "GpuRates: scoring is 0, expected more than 0 tokens a second"),
+        (lambda: evolve(RATES, scoring=0), "GpuRates: scoring is 0, expected finite and more than 0 tokens a second"),
+        (lambda: evolve(RATES, sampling="1"), "GpuRates: sampling is '1', expected a number"),
+        (lambda: rates_like(WORK, flops="989"), "Rates: flops is '989', expected a number"),
+        (lambda: evolve(WORK, id_bytes=float("nan")), "Work: id_bytes is nan"),
         (lambda: lightning(WORK, RATES, 0), "Bill: gpus is 0"),
-        (lambda: online(WORK, RATES, 1, 0.5), "Bill: lockstep is 0.5, expected at least 1"),
+        (lambda: online(WORK, RATES, 1, 0.5), "Bill: lockstep is 0.5, expected finite and at least 1"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(make, message):
@@ -277,6 +280,7 @@ def test_a_plan_of_nonsense_is_bad_usage(arguments, capsys):
 
 def test_what_the_command_line_cannot_do_is_one_sentence_and_exit_code_2(capsys, tmp_path):
     assert main(["--prompts", "0"]) == 2
+    assert [main([f"--{name}", value]) for name, value in (("tokens", "nan"), ("gpus", "0"), ("like-gpus", "0"))] == [2, 2, 2]
     assert "Work: prompts is 0, expected at least 1" in capsys.readouterr().err
     assert main(["--like", str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err

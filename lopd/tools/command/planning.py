@@ -5,6 +5,7 @@ sizes of the models and the GPU-hours of the paper.  Exit code 0, 1 if a phase d
 store or a configuration cannot be read.
 """
 
+import math
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from attrs import asdict, evolve, fields
 
 from lopd.errors import ArgumentError
+from lopd.records.checks import check_at_least, check_number
 from lopd.records.optional import need
 from lopd.tools.command_line import FINE, PROBLEMS, Table, add_json, add_storage_option, give_examples, opened, print_json, show
 from lopd.tools.plan.bill import Bill, GpuRates, lightning, online
@@ -105,7 +107,8 @@ def _fit(options: Namespace) -> int:
         with looking_for(folder) as there:
             configs.append(need("transformers", "Plan").AutoConfig.from_pretrained(str(there)))
     given = {f.name: value for f in fields(Use) if (value := getattr(options, f.name, None)) is not None}
-    given |= {name: round(given[name]) for name in ("prompt_tokens", "response_tokens") if name in given}
+    # lengths on average may be fractions, and those of the longest rollout are counts
+    given |= {name: int(given[name]) for name in ("prompt_tokens", "response_tokens") if given.get(name, 0.5).is_integer()}
     given |= {name: getattr(torch, given[name]) for name in ("dtype", "autocast") if name in given}
     if given.get("autocast") == torch.float32:
         given["autocast"] = None
@@ -134,7 +137,8 @@ def _fit_table(found: Fit) -> Table:
 def _plan(options: Namespace) -> int:
     if options.card is not None:
         return _fit(options)
-    options.gpus = options.gpus or 8
+    options.gpus = 8 if options.gpus is None else options.gpus
+    check_at_least("Plan", "like_gpus", options.like_gpus, 1)
     like, measured = Work(prompts=1, logprob_dtype=options.logprob_dtype), dict[str, float]()
     if options.like:
         store = opened(options.like, options)
@@ -160,6 +164,8 @@ def _works(like: Work, options: Namespace) -> list[Work]:
     columns = [*work.columns, *[0] * (options.columns or 0)][: len(work.columns) if options.columns is None else max(options.columns, 0)]
     if columns and options.top_k is not None:
         columns[0] = options.top_k
+    for tokens in options.tokens:
+        check_number("Plan", "tokens", tokens, 0 < tokens < math.inf, "finite and more than 0")
     sizes = options.prompts or [max(round(tokens / work.response_tokens / work.samples), 1) for tokens in options.tokens]
     return [evolve(work, columns=tuple(columns), prompts=size) for size in sizes]
 
