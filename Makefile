@@ -134,8 +134,9 @@ bench-supports: .venv/installed-test  ## bytes a token of columns that keep a su
 bench-probes: .venv/installed-quickstart .venv/installed-data  ## what probing models costs in the quickstart; as long as that takes
 	$(BIN)/python benchmarks/bench_probes.py
 
-bench-memory: .venv/installed-test  ## what the planner says a phase needs beside what it takes, at three sizes; five minutes
+bench-memory: .venv/installed-test  ## what the planner says a phase needs beside what it takes, at three sizes, and for which families; 15 minutes
 	$(BIN)/python benchmarks/gpu_memory.py
+	$(BIN)/python benchmarks/plan_families.py
 	$(BIN)/python benchmarks/docs_tables.py
 
 # torch from PyPI is a build for CUDA; liger-kernel is compared with, and the data packages are what the quickstart reads
@@ -209,7 +210,7 @@ test-wheel:  ## wheel and sdist are built and checked as PyPI would, and an exam
 	.venv-wheel/bin/python -m build --outdir dist
 	.venv-wheel/bin/python -m twine check --strict dist/*
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[hf,zarr]"
-	cd dist && ../.venv-wheel/bin/python ../examples/02_wire_it.py
+	cd dist && ../.venv-wheel/bin/python ../examples/02_wire_it.py && ../.venv-wheel/bin/lopd run --example > run.yaml && ../.venv-wheel/bin/lopd run run.yaml
 
 check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/ruff check .

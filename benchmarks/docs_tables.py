@@ -443,6 +443,18 @@ def planned_memory() -> list[str]:
     return table(("phase", "parameters", "measured, GB", "planned, GB", "planned over measured"), lines(), 1)
 
 
+def planned_families() -> list[str]:
+    """Which families the planner refuses, phase by phase."""
+    rows = read("plan_families")["rows"]
+
+    def lines() -> Iterator[Sequence[str]]:
+        for phase in ("sampling", "scoring", "training"):
+            refused = [f"`{row['family']}`" for row in rows if row[phase] != "answered"]
+            yield phase, ", ".join(refused), str(len(rows) - len(refused))
+
+    return table(("phase", "refused", "families answered"), lines(), 2)
+
+
 def card() -> list[str]:
     """What one card said; or that there was none."""
     path = RESULTS / "gpu.json"
@@ -536,7 +548,7 @@ TABLES = {
     },
     "decisions/0003-losses.md": {"precision": precision},
     "models.md": {"abilities": abilities, "models": models, "causes": causes},
-    "gpu.md": {"roofline": roofline_table, "memory": planned_memory, "card": card},
+    "gpu.md": {"roofline": roofline_table, "memory": planned_memory, "planned families": planned_families, "card": card},
     "reliability.md": {"goals": goals, "missed": missed},
 }
 

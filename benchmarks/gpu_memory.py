@@ -1,13 +1,14 @@
 """What the planner says a phase needs beside what it takes, on a processor at three sizes of random Qwen3-like models.
 
-    python benchmarks/gpu_memory.py         # writes benchmarks/results/gpu_memory.json; five minutes
+    python benchmarks/gpu_memory.py         # writes benchmarks/results/gpu_memory.json; ten minutes
 
 Every case is a process of its own, whose result is kept in runs/gpu-memory: a second call finds it.  Measured is the largest resident size that
-the system saw, less that before the model was made, once libraries are warm: what the allocator and libraries hold is in it.  Freed tensors are
-given back to the system at once.
+the system saw, less that before the model was made, once the same case has run: for each new shape of a product in bfloat16, oneDNN keeps code
+and workspace, which no card holds.  Freed tensors are given back to the system at once.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, SamplingParams, batches, opd_steps
 from lopd.engines.hf import HFScorer, HFSource
+from lopd.losses.chunking import CHUNK_BYTES
 from lopd.records import Prompt, TokenizerId
 from lopd.tools.plan import Use, lora_config, sampling, scoring, training
 
@@ -37,7 +39,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "60M": {"vocab_size": 49_152, "hidden_size": 640, "intermediate_size": 1920, "num_hidden_layers": 6, **_SHAPE},
     "150M": {"vocab_size": 49_152, "hidden_size": 960, "intermediate_size": 2880, "num_hidden_layers": 8, **_SHAPE},
 }
-_PLAIN = Use(prompt_tokens=64, response_tokens=448, tokens_per_batch=2048, rows=16, autocast=None)
+# the losses take another chunk of logits on a card
+_PLAIN = Use(prompt_tokens=64, response_tokens=448, tokens_per_batch=2048, rows=16, autocast=None, chunk_bytes=CHUNK_BYTES)
 #: Phase -> uses.
 CASES: dict[str, Use] = {
     "training": _PLAIN,
@@ -90,9 +93,9 @@ def measure(size: str, case: str) -> dict[str, Any]:
     """A row: in a process that has done nothing else."""
     torch.set_num_threads(1)
     config = Qwen3Config(**SIZES[size])
-    tiny = {**SIZES[size], "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
-    run(Qwen3Config(**tiny), case)  # what libraries load and keep
+    run(config, case)  # what libraries load and keep
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     before = memory("VmRSS")
     forget_peak()
     run(config, case)

@@ -130,7 +130,7 @@ class MissingScoresError(LopdError, LookupError):
 
 class CorruptStoreError(LopdError, ValueError):
     """Stored bytes that do not match their checksum or hash.
-    To do: Restore the named files from a backup; `python -m lopd.tools.doctor verify` lists all damage.
+    To do: Restore the named files from a backup; `lopd verify` lists all damage.
     """
 
 

@@ -190,9 +190,15 @@ def test_every_file_that_a_page_names_is_there(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_every_error_and_warning_says_what_to_do() -> None:
+    rows = re.findall(r"^\| `(\w+(?:Error|Warning))` \| (.+) \| (.*) \|$", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(rows) > 30
+    assert [name for name, _, todo in rows if not todo.strip()] == []
+
+
 # the API
 
-PUBLIC = {name: value for name, value in vars(lopd).items() if not name.startswith("_") and not isinstance(value, ModuleType)}
+PUBLIC = {name: value for name in dir(lopd) if not name.startswith("_") and not isinstance(value := getattr(lopd, name), ModuleType)}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

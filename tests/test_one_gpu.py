@@ -127,7 +127,7 @@ def test_the_page_of_examples_has_the_plans(plans):
     [
         ("80gb", 36, "evaluation of start: it takes 39.1 GB .*lower --rows"),
         ("80gb", 0.85 * 24, "SFT: it takes .*expected at most 20.4 GB, 0.85 of the card; .*--lora-rank 64"),
-        ("24gb", 15, "online OPD: .*--student.*--no-with-online"),
+        ("24gb", 14.5, "online OPD: .*--student.*--no-with-online"),
     ],
 )
 def test_a_card_that_is_too_small_is_refused_with_what_to_do(plans, card, room_gb, message):

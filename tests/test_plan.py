@@ -12,6 +12,7 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import InvalidRecordError
 from lopd.records import Commit, Scores
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
+from lopd.tools import command
 from lopd.tools.plan import (
     PAPER_LOCKSTEP,
     TABLE_2,
@@ -24,11 +25,14 @@ from lopd.tools.plan import (
     rates_like,
     work_like,
 )
-from lopd.tools.plan.__main__ import main
 
 HOUR = 3600
 WORK = Work(prompts=1000, samples=2, prompt_tokens=100, response_tokens=900, steps=50, rollouts_per_step=64, tokens_per_batch=8000)
 RATES = GpuRates(sampling=100, scoring=1000, training=500)
+
+
+def main(arguments):
+    return command.main(["plan", *arguments])
 
 
 def hours(bill):
@@ -107,16 +111,19 @@ def test_with_rates_from_the_sizes_of_models_table_2_comes_out_nearly(name):
     [
         (lambda: Work(prompts=0), "Work: prompts is 0, expected at least 1"),
         (lambda: evolve(WORK, steps=0), "Work: steps is 0"),
-        (lambda: evolve(WORK, student_billions=0), "Work: student_billions is 0, expected more than 0"),
+        (lambda: evolve(WORK, student_billions=0), "Work: student_billions is 0, expected finite and more than 0"),
         (lambda: evolve(WORK, teacher_active=-1), "Work: teacher_active is -1"),
         (lambda: evolve(WORK, prompt_tokens=0.5), "prompt_tokens is 0.5, expected finite and at least 1"),
         (lambda: evolve(WORK, response_tokens=float("nan")), "response_tokens is nan"),
         (lambda: evolve(WORK, columns=()), "number of columns is 0"),
         (lambda: evolve(WORK, columns=(0, -1)), "top-k is -1"),
         (lambda: evolve(WORK, logprob_dtype="bfloat16"), "logprob_dtype is 'bfloat16'"),
-        (lambda: evolve(RATES, scoring=0), "GpuRates: scoring is 0, expected more than 0 tokens a second"),
+        (lambda: evolve(RATES, scoring=0), "GpuRates: scoring is 0, expected finite and more than 0 tokens a second"),
+        (lambda: evolve(RATES, sampling="1"), "GpuRates: sampling is '1', expected a number"),
+        (lambda: rates_like(WORK, flops="989"), "Rates: flops is '989', expected a number"),
+        (lambda: evolve(WORK, id_bytes=float("nan")), "Work: id_bytes is nan"),
         (lambda: lightning(WORK, RATES, 0), "Bill: gpus is 0"),
-        (lambda: online(WORK, RATES, 1, 0.5), "Bill: lockstep is 0.5, expected at least 1"),
+        (lambda: online(WORK, RATES, 1, 0.5), "Bill: lockstep is 0.5, expected finite and at least 1"),
     ],
 )
 def test_numbers_that_make_no_sense_are_refused(make, message):
@@ -273,6 +280,7 @@ def test_a_plan_of_nonsense_is_bad_usage(arguments, capsys):
 
 def test_what_the_command_line_cannot_do_is_one_sentence_and_exit_code_2(capsys, tmp_path):
     assert main(["--prompts", "0"]) == 2
+    assert [main([f"--{name}", value]) for name, value in (("tokens", "nan"), ("gpus", "0"), ("like-gpus", "0"))] == [2, 2, 2]
     assert "Work: prompts is 0, expected at least 1" in capsys.readouterr().err
     assert main(["--like", str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err

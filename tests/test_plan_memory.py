@@ -10,10 +10,12 @@ import torch
 from attrs import evolve
 from transformers import AutoConfig, MambaConfig, Qwen3Config
 
-from lopd.errors import InvalidRecordError, ModelError
+from lopd.errors import LopdError, ModelError
+from lopd.losses import chunking
+from lopd.losses.chunking import CHUNK_BYTES
+from lopd.tools import command
 from lopd.tools.plan import Use, Work, fit, fits, following, rates_like, sampling, scoring, training
-from lopd.tools.plan.__main__ import main
-from lopd.tools.plan.live import LiveBytes
+from lopd.tools.plan.live import Chunk, LiveBytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -23,7 +25,11 @@ CONFIG = Qwen3Config(
     vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
     max_position_embeddings=256, tie_word_embeddings=True,
 )  # fmt: skip
-USE = Use(prompt_tokens=8, response_tokens=56, tokens_per_batch=512, rows=16, autocast=None)
+USE = Use(prompt_tokens=8, response_tokens=56, tokens_per_batch=512, rows=16, autocast=None, chunk_bytes=CHUNK_BYTES)
+
+
+def main(arguments):
+    return command.main(["plan", *arguments])
 
 
 def alive(case):
@@ -90,7 +96,7 @@ def test_what_does_not_fit_is_said_with_what_to_change(monkeypatch):
     needed = training(CONFIG, USE)
     # as if each of the changes left a third of what stays
     monkeypatch.setattr(
-        fit, "training", lambda _, use: needed.shared(3 ** (use.gradient_checkpointing + 2 * (use.lora_rank > 0)) * use.gpus, 0)
+        fit, "training", lambda _, use, __: needed.shared(3 ** (use.gradient_checkpointing + 2 * (use.lora_rank > 0)) * use.gpus, 0)
     )
     room = sum(needed.gigabytes(USE.rollouts).values())
     found = fits(CONFIG, USE, card_gb=0.5 * room / 0.85)
@@ -137,12 +143,47 @@ def test_other_families_are_followed_too():
         (lambda: Use(rows=0), "Use: rows is 0, expected at least 1"),
         (lambda: Use(lora_rank=-1), "Use: lora_rank is -1"),
         (lambda: Use(response_tokens=1.5), "response_tokens is 1.5, expected a whole number"),
-        (lambda: fits(CONFIG, USE, card_gb=0), "Fit: card_gb is 0, expected more than 0"),
+        (lambda: Use(prompt_tokens=float("nan")), "prompt_tokens is nan, expected a whole number"),
+        (lambda: Use(chunk_bytes=0), "Use: chunk_bytes is 0, expected at least 1"),
+        (lambda: Use(packed="no"), "Use: packed is 'no', expected True or False"),
+        (lambda: Use(dtype="bfloat16"), "Use: dtype is 'bfloat16', expected torch.float32"),
+        (lambda: Use(autocast=torch.float32), "Use: autocast is torch.float32, expected None, torch.bfloat16"),
+        (lambda: fits(CONFIG, USE, card_gb=0), "Fit: card_gb is 0, expected finite and more than 0"),
+        (lambda: fits(CONFIG, USE, card_gb="24"), "Fit: card_gb is '24', expected a number"),
+        (lambda: fits(CONFIG, USE, card_gb=float("nan")), "Fit: card_gb is nan"),
+        (
+            lambda: fits(CONFIG, Use(), card_gb=24),
+            "prompt_tokens \\+ response_tokens is 3584, expected at most 256, the context of this Qwen3",
+        ),
+        (lambda: fits("Qwen/Qwen3-8B", USE, card_gb=24), "Plan: a model is a str, expected a transformers configuration"),
+        (lambda: fits(Qwen3Config, USE, card_gb=24), "Plan: a model is the class Qwen3Config"),
     ],
 )
-def test_numbers_that_make_no_sense_are_refused(make, message):
-    with pytest.raises(InvalidRecordError, match=message):
+def test_arguments_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(LopdError, match=message):
         make()
+
+
+def test_the_chunk_is_the_one_that_losses_take_on_the_card(monkeypatch):
+    card, row = torch.device("cuda"), 4 * 151_936
+    for room_gb in (80, 30, 22, 20.5):
+        monkeypatch.setattr(chunking, "free_bytes", lambda _, room_gb=room_gb: int((room_gb - 20) * 1e9))
+        chunk = Chunk(row_bytes=row, tokens=3072, limit=None, room_gb=room_gb)
+        assert chunk.size(2, 20e9) == row * chunking.chunk_rows(chunking.Chunking(), 2 * 3072, row, card)
+
+
+def test_a_card_with_room_has_a_larger_chunk():
+    use = evolve(USE, chunk_bytes=None, tokens_per_batch=64 * 64)
+    needed, small = training(CONFIG, use), training(CONFIG, use, 0.018)
+    assert needed.gigabytes(64)["weights"] == small.gigabytes(64)["weights"]
+    assert sum(small.gigabytes(64).values()) < sum(needed.gigabytes(64).values())
+
+
+def test_what_adamw_divides_by_is_counted_and_shared_by_cards():
+    few = evolve(USE, response_tokens=1, prompt_tokens=1, tokens_per_batch=2)
+    one, two = (training(CONFIG, evolve(few, gpus=gpus)).gigabytes(1) for gpus in (1, 2))
+    assert one["activations"] == pytest.approx(one["moments"] / 2, rel=0.01)
+    assert two["activations"] == pytest.approx(one["activations"] / 2, rel=0.2)
 
 
 def test_small_students_sample_faster_and_large_ones_slower():
@@ -163,6 +204,8 @@ def test_the_command_line_says_what_fits(tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"]
     assert found["advice"]
+    assert main([*card, "--card", "1", "--prompt-tokens", "nan"]) == 2
+    assert "prompt_tokens is nan" in capsys.readouterr().err
     assert main(["--card", "24"]) == 2
     assert "--student is missing" in capsys.readouterr().err
     assert main(["--card", "24", "--student", str(tmp_path / "nothing")]) == 2

@@ -71,7 +71,9 @@ def test_the_program_of_the_readme_runs(
         program = program.replace(printed, smaller)
     exec(compile(program, "README.md", "exec"), {})  # noqa: S102
 
-    assert "Evaluation(" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("gap to the teacher") == 2, "a line for each step of OPD"
+    assert "Evaluation(" in out
     assert Lineage.read(Path("opd-student")).opd_teacher == Lineage.of("teacher").sft_teacher
 
 

@@ -208,6 +208,7 @@ def candidate_logprobs(hidden_MD: Tensor, head: LMHead, asked_MA: Tensor, top_k:
         values_RK, ids_RK = logprobs_RV.topk(top_k, -1)
         ids.append(ids_RK)
         values.append(values_RK)
+        del logprobs_RV  # or they would be there beside the next ones
     return torch.cat(logprobs), torch.cat(ids), torch.cat(values)
 
 

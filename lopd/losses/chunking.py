@@ -12,7 +12,7 @@ from lopd.records.steps import LMHead
 CHUNK_BYTES = 144 << 20
 _LEAST_ROWS = 16
 #: A GPU multiplies this many rows at nearly its best rate; twice as many gain a few per cent.
-_GPU_ROWS = 2048
+GPU_ROWS = 2048
 
 
 @frozen
@@ -71,9 +71,12 @@ def chunk_rows(chunking: Chunking, count: int, row_bytes: int, device: torch.dev
 
 
 def _default_bytes(row_bytes: int, device: torch.device) -> int:
-    if device.type != "cuda":
-        return CHUNK_BYTES
-    free, rows = free_bytes(device), _GPU_ROWS
+    return card_chunk_bytes(row_bytes, free_bytes(device)) if device.type == "cuda" else CHUNK_BYTES
+
+
+def card_chunk_bytes(row_bytes: int, free: float) -> int:
+    """Return the bytes of a chunk on CUDA where so many are free (`Chunking.chunk_bytes`)."""
+    rows = GPU_ROWS
     if 4 * 2 * rows * row_bytes <= free:
         return 2 * rows * row_bytes
     # powers of two, so that the size seldom depends on what else is in memory

@@ -5,9 +5,11 @@ are taken to spread over GPUs without loss, for no rollout waits for another (`b
 Training spreads as far as a step has micro-batches.
 """
 
+import math
+
 from attrs import evolve, frozen
 
-from lopd.records.checks import check_at_least, check_number
+from lopd.records.checks import check_at_least, check_number, own_numbers, to_real
 from lopd.tools.plan.work import Work
 
 _HOUR = 3600.0
@@ -21,12 +23,12 @@ class GpuRates:
 
     Args:
         sampling: response tokens that the student samples, with a full batch.
-        scoring: prompt and response tokens that the teacher reads.
-        training: prompt and response tokens that the student trains on.
+        scoring: read tokens of the teacher, prompts included.
+        training: read tokens of the student, prompts included.
         append: tokens that one process commits to a store; `benchmarks/results/bench_store.json` has several times as many.
 
     Raises:
-        InvalidRecordError: one is not more than 0.
+        InvalidRecordError: one is not finite and more than 0.
     """
 
     sampling: float
@@ -35,8 +37,10 @@ class GpuRates:
     append: float = 2e6
 
     def __attrs_post_init__(self) -> None:
+        own_numbers(self, "GpuRates")
         for name in ("sampling", "scoring", "training", "append"):
-            check_number("GpuRates", name, getattr(self, name), getattr(self, name) > 0, "more than 0 tokens a second")
+            value = getattr(self, name)
+            check_number("GpuRates", name, value, 0 < value < math.inf, "finite and more than 0 tokens a second")
 
 
 @frozen
@@ -45,7 +49,7 @@ class Phase:
 
     Args:
         name: rollouts, scores or training.
-        tokens: sampled, read, or trained on.
+        tokens: response tokens of rollouts, read tokens of scores and training.
         gpus: GPUs that have something to do.
         wall_hours: from its beginning to its end.
         limit: the bottleneck resource.
@@ -123,7 +127,8 @@ def online(work: Work, rates: GpuRates, gpus: int, lockstep: float = 1.0) -> Bil
             response; 1 is the least that it can be, and what table 2 implies is `lockstep_of`.
     """
     check_at_least("Bill", "gpus", gpus, 1)
-    check_number("Bill", "lockstep", lockstep, lockstep >= 1, "at least 1")
+    lockstep = to_real("Bill", "lockstep", lockstep)
+    check_number("Bill", "lockstep", lockstep, 1 <= lockstep < math.inf, "finite and at least 1")
     responses = work.trained * work.response_tokens
     texts = work.trained * (work.prompt_tokens + work.response_tokens)
     training = _training(work, rates, gpus)

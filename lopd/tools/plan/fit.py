@@ -1,11 +1,13 @@
 """Whether the phases of a run fit on a card, and what to change where one does not."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 from attrs import evolve, frozen
 
-from lopd.records.checks import check_number
+from lopd.errors import MissingDependencyError, ModelError
+from lopd.records.checks import check_number, to_real
 from lopd.tools.plan.live import Need
 from lopd.tools.plan.memory import Use, sampling, scoring, training
 
@@ -70,17 +72,19 @@ def fits(student: Any, use: Use | None = None, *, card_gb: float, teacher: Any =
         teacher: a transformers configuration; None leaves scoring out.
 
     Raises:
-        InvalidRecordError: `card_gb` is not more than 0.
-        ModelError: a model's code depends on numbers, so its sizes alone do not say what it does.
+        InvalidRecordError: `card_gb` is not finite and more than 0.
+        ArgumentError: a model is not a configuration.
+        ContextOverflowError: rollouts are longer than the context of a model.
+        ModelError: a model cannot be run, or its code depends on numbers, so that its sizes alone do not say what it does.
         MissingDependencyError: transformers is not installed, or peft where there are adapters.
     """
-    use = use or Use()
-    check_number("Fit", "card_gb", card_gb, card_gb > 0, "more than 0")
+    use, card_gb = use or Use(), to_real("Fit", "card_gb", card_gb)
+    check_number("Fit", "card_gb", card_gb, 0 < card_gb < math.inf, "finite and more than 0")
     room = ROOM * card_gb
     phases = [_sampled(student, use, room)]
     if teacher is not None:
         phases.append(_by_tokens("scoring", scoring(teacher, evolve(use, dtype=use.autocast or use.dtype)), use, room))
-    phases.append(_by_tokens("training", training(student, use), use, room))
+    phases.append(_by_tokens("training", training(student, use, room), use, room))
     advice = [f"{phase.name}: {sentence}" for phase in phases if not phase.fits for sentence in _advice(phase, student, use, room)]
     return Fit(room, tuple(phases), tuple(advice))
 
@@ -103,7 +107,10 @@ def _advice(phase: PhaseFit, config: Any, use: Use, room: float) -> Iterator[str
     found = False
     for changes in _changes(use) if phase.name == "training" else ():
         changed = evolve(use, **changes)
-        other = _by_tokens("training", training(config, changed), changed, room)
+        try:
+            other = _by_tokens("training", training(config, changed, room), changed, room)
+        except (ModelError, MissingDependencyError):  # a family without checkpointing or adapters, or peft is not there
+            continue
         if other.most:
             found = True
             tokens = min(use.tokens_per_batch, other.most)

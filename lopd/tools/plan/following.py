@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from lopd.engines.causal_lm import decoder_of, unwrap
-from lopd.errors import ModelError
+from lopd.errors import ArgumentError, LopdError, ModelError
+from lopd.records.checks import a_kind
 from lopd.records.optional import need
 from lopd.tools.plan.live import LiveBytes, Need, Stretch
 
@@ -28,20 +29,49 @@ def lora_config(rank: int) -> Any:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """Return the layers below the head; an empty list where a family calls them otherwise."""
-    return list(getattr(decoder_of(unwrap(model)), "layers", []))
+    """Return the layers below the head; an empty list where there are several lists of modules, or none."""
+    lists = [child for child in decoder_of(unwrap(model)).children() if isinstance(child, torch.nn.ModuleList)]
+    return list(lists[0]) if len(lists) == 1 else []
 
 
-def empty(config: Any, dtype: torch.dtype, lora_rank: int, attention: str) -> Any:
-    """Make a model of this configuration, whose weights are nowhere."""
-    transformers = need("transformers", "Plan")
-    transformers.AttentionInterface.register(ATTENTION, _attention)
+def empty(config: Any, dtype: torch.dtype, lora_rank: int, attention: str | None) -> Any:
+    """Make the model that `load_model` makes of this configuration, whose weights are nowhere.
+
+    Args:
+        config: a transformers configuration.
+        dtype: of the weights.
+        lora_rank: of the adapters; 0 for none.
+        attention: as transformers calls it; None for the one that it takes itself.
+
+    Raises:
+        ArgumentError: it is not a configuration.
+        ModelError: it is not the configuration of a causal LM.
+    """
+    make = _maker(config)
+    need("transformers", "Plan").AttentionInterface.register(ATTENTION, _attention)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+        model = make(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
         return need("peft", "Adapters").get_peft_model(model, lora_config(lora_rank)) if lora_rank else model
 
 
-def _attention(_module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float | None = None, **_: Any) -> Any:
+def _maker(config: Any) -> Callable[..., Any]:
+    """Return what makes a causal LM of this configuration."""
+    transformers = need("transformers", "Plan")
+    if not isinstance(config, transformers.PretrainedConfig):
+        given = f"the class {config.__name__}" if isinstance(config, type) else a_kind(config)
+        raise ArgumentError(f"Plan: a model is {given}, expected a transformers configuration; pass AutoConfig.from_pretrained(folder).")
+    from lopd.engines.stored import named_class
+
+    auto = transformers.AutoModelForCausalLM
+    make: Callable[..., Any] | None = auto.from_config
+    if type(config) not in auto._model_mapping:
+        make = None if getattr(config, "is_encoder_decoder", False) else getattr(named_class(config), "_from_config", None)
+    if make is None:
+        raise ModelError(f"Plan: a {type(config).__name__} is not the configuration of a causal LM; pass one that `load_model` can load.")
+    return make
+
+
+def _attention(_module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float | None = None, **__: Any) -> Any:
     """Causal attention that keeps no scores, whatever the layout."""
     of_heads = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return of_heads.transpose(1, 2), None
@@ -57,28 +87,41 @@ def count(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[
         prepare: put what the phase keeps beside the model, and return what runs it.
 
     Raises:
-        ModelError: the model's code depends on numbers, so its sizes alone do not say what it does.
+        ArgumentError: it is not a configuration.
+        ModelError: the model cannot be run, or its code depends on numbers, so that its sizes alone do not say what it does.
     """
-    depth = _layers_alike(config, make)
-    models = [make(config)] if depth is None else [make(_cut(config, layers)) for layers in (2, 3)]
+    _maker(config)
     try:
-        runs = [_run(model, rows, prepare) for model in models]
-        if depth is None:
-            alive = [[stretch.after for stretch in stretches] for stretches in runs[0]]
-        else:
-            alive = [[a.with_layers(b, depth - 2) for a, b in zip(*pair, strict=True)] for pair in zip(*runs, strict=True)]
-        return Need.of(rows, *alive)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return _counted(config, make, rows, prepare)
+    except LopdError:
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ModelError(
-            f"Plan: a {type(config).__name__} cannot be followed without numbers ({reason:.200}), expected operations that depend on sizes "
+            f"Plan: a {type(config).__name__} cannot be followed without numbers ({error.func}), expected operations that depend on sizes "
             "alone; measure it on the card."
         ) from error
+    except Exception as error:  # what a family raises that has no such attention, cache or arguments, can be anything
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"Plan: a {type(config).__name__} cannot be made and run on token ids alone ({type(error).__name__}: {reason:.200}); measure it "
+            "on the card."
+        ) from error
+
+
+def _counted(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[[Any, LiveBytes], Phase]) -> Need:
+    depth = _layers_alike(config, make)
+    models = [make(config)] if depth is None else [make(_cut(config, layers)) for layers in (2, 3)]
+    runs = [_run(model, rows, prepare) for model in models]
+    if depth is None:
+        alive = [[stretch.after for stretch in stretches] for stretches in runs[0]]
+    else:
+        alive = [[a.with_layers(b, depth - 2) for a, b in zip(*pair, strict=True)] for pair in zip(*runs, strict=True)]
+    return Need.of(rows, *alive)
 
 
 def _run(model: Any, rows: int, prepare: Callable[[Any, LiveBytes], Phase]) -> list[list[Stretch]]:
     live = LiveBytes()
-    with FakeTensorMode(), torch.device("cpu"), live:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), live:
         live.make("weights")
         _fill(model)
         if len(layers_of(model)) > 1:
@@ -108,14 +151,27 @@ def _fill(model: Any) -> None:
 
 def _layers_alike(config: Any, make: Callable[[Any], Any]) -> int | None:
     """How many layers there are, if more than three and all like the first three."""
-    depth, kinds = getattr(config, "num_hidden_layers", 0), getattr(config, "layer_types", None) or [""]
-    if depth <= 3 or len(set(kinds)) > 1:
+    text = config.get_text_config()
+    depth, kinds = getattr(text, "num_hidden_layers", 0), getattr(text, "layer_types", None) or [""]
+    if depth <= 3 or len(set(kinds)) > 1 or _place(config) is None:
         return None
     layers = layers_of(make(_cut(config, 3)))
     return depth if len(layers) == 3 and len({tuple(p.shape for p in layer.parameters()) for layer in layers}) == 1 else None
 
 
+def _place(config: Any) -> str | None:
+    """Return which of its parts is about text: the name of a field, "" for the whole, or None."""
+    text = config.get_text_config()
+    return "" if text is config else next((name for name in config.sub_configs if getattr(config, name, None) is text), None)
+
+
 def _cut(config: Any, layers: int) -> Any:
+    """Return the same configuration with so many layers of text."""
+    if place := _place(config):
+        whole = copy.deepcopy(config)
+        setattr(whole, place, _cut(getattr(config, place), layers))
+        return whole
     kinds = getattr(config, "layer_types", None)
-    changes = {"num_hidden_layers": layers, **({"layer_types": kinds[:layers]} if kinds else {})}
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    changes = {name: layers, **({"layer_types": kinds[:layers]} if kinds else {})}
     return type(config).from_dict({**config.to_dict(), **changes})

@@ -4,20 +4,29 @@ Shape suffixes: T operations, P parts.
 """
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
-from attrs import frozen
+import torch
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lopd.errors import ModelError
+from lopd.losses.chunking import GPU_ROWS, Chunking, card_chunk_bytes, chunk_rows
 
 #: What is there before a phase begins, and what it makes.
 STAYING, MADE = ("weights", "gradients", "moments", "keys and values"), ("logits", "activations")
 PARTS = (*STAYING, *MADE)
+_LOGITS = PARTS.index("logits")
 _GIGA = 1e9
+#: Products of groups of rows, by experts; not every version of torch has it.
+_GROUPED = getattr(torch.ops.aten, "_grouped_mm", None)
 
 
 @final
@@ -94,7 +103,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run it, and count what it made."""
-        made = func(*args, **(kwargs or {}))
+        sizes_alone = func.overloadpacket is _GROUPED and isinstance(args[0], FakeTensor)
+        made = (_grouped if sizes_alone else func)(*args, **(kwargs or {}))
         tensors = [leaf for leaf in ((made,) if isinstance(made, Tensor) else tree_leaves(made)) if isinstance(leaf, Tensor)]
         for tensor in tensors:
             self._add(tensor)
@@ -116,6 +126,36 @@ class LiveBytes(TorchDispatchMode):
         self._alive[part] += size
 
 
+def _grouped(left: Tensor, right: Tensor, offsets: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Return what products of groups of rows fill (experts), for any dtype: without numbers, torch's own takes bfloat16 alone."""
+    rows = left.shape[:-1] if right.ndim == 3 else (len(offsets), left.shape[0])
+    return left.new_empty(*rows, right.shape[-1])
+
+
+@final
+@frozen(kw_only=True)
+class Chunk:
+    """The buffer of logits in training; its size depends on what else is in memory, so one byte stands for it while bytes are counted.
+
+    Args:
+        row_bytes: bytes of the logits of one token.
+        tokens: tokens that count, in each row.
+        limit: bytes; None for what the losses take on a card.
+        room_gb: what there is in all, 10^9 bytes; None for enough.
+    """
+
+    row_bytes: int
+    tokens: int
+    limit: int | None
+    room_gb: float | None = None
+
+    def size(self, rows: int, alive: float | None) -> int:
+        """Return its bytes where so many others are alive; with None, the bytes that a card needs to be fast."""
+        free = np.inf if self.room_gb is None or alive is None else self.room_gb * _GIGA - alive
+        usual = GPU_ROWS * self.row_bytes if alive is None else card_chunk_bytes(self.row_bytes, free)
+        return self.row_bytes * chunk_rows(Chunking(self.limit or usual), rows * self.tokens, self.row_bytes, torch.device("cpu"))
+
+
 @final
 @frozen(eq=False)
 class Need:
@@ -123,13 +163,21 @@ class Need:
 
     Args:
         stretches: of a phase, each as two arrays (T, P): bytes after each operation without rows, and more bytes for each row.
+        chunk: what the byte of logits stands for; None where all are counted.
     """
 
     stretches: tuple[tuple[NDArray[np.int64], NDArray[np.int64]], ...]
+    chunk: Chunk | None = None
 
     @classmethod
     def of(cls, rows: int, some: Sequence[NDArray[np.int64]], more: Sequence[NDArray[np.int64]]) -> "Need":
-        """Make it of what the same operations leave alive with so many rows, and with one more."""
+        """Make it of what the same operations leave alive with so many rows, and with one more.
+
+        Raises:
+            ModelError: they are not the same operations.
+        """
+        if [a_TP.shape for a_TP in some] != [b_TP.shape for b_TP in more]:
+            raise ModelError("Plan: the model's code does something else with one row more, expected the same; measure it on the card.")
         return cls(tuple((a_TP - rows * (b_TP - a_TP), b_TP - a_TP) for a_TP, b_TP in zip(some, more, strict=True)))
 
     def shared(self, gpus: int, whole: int) -> "Need":
@@ -140,22 +188,35 @@ class Need:
             shared_TP[:, : len(STAYING)] //= gpus
             shared_TP[:, 0] += whole
             stretches.append((shared_TP, each_TP))
-        return Need(tuple(stretches))
+        return evolve(self, stretches=tuple(stretches))
 
     def gigabytes(self, rows: int) -> dict[str, float]:
         """Return 10^9 bytes of each part when most are alive."""
-        bytes_TP = max((none_TP + rows * each_TP for none_TP, each_TP in self.stretches), key=lambda of: of.sum(axis=1).max())
+        bytes_TP = max(self._filled(rows), key=lambda of: of.sum(axis=1).max())
         most_P = bytes_TP[bytes_TP.sum(axis=1).argmax()] / _GIGA
         # what takes the place of something that was there, such as keys and values with one more token, is still that
         found = {**dict(zip(PARTS, most_P, strict=True)), **dict(zip(STAYING, bytes_TP[0] / _GIGA, strict=False))}
         found["activations"] += float(most_P.sum()) - sum(found.values())
         return {part: float(size) for part, size in found.items() if size > 0}
 
+    def _filled(self, rows: int, *, least: bool = False) -> list[NDArray[np.int64]]:
+        """Return (T, P) bytes of each stretch with so many rows, the chunk in the place of its byte."""
+        filled = [none_TP + rows * each_TP for none_TP, each_TP in self.stretches]
+        for bytes_TP in filled:
+            here_T = bytes_TP[:, _LOGITS] > 0
+            if self.chunk is not None and here_T.any():
+                bytes_TP[here_T, _LOGITS] = self.chunk.size(rows, None if least else float(bytes_TP[here_T].sum(axis=1).max()))
+        return filled
+
     def most_rows(self, room_gb: float) -> int:
-        """Return the largest number of rows for which there is room; 0 if there is none."""
-        least = np.inf
+        """Return the largest number of rows for which there is room, and for a chunk that is not too small; 0 if there is none."""
+        most = np.inf
         for none_TP, each_TP in self.stretches:
             free_T, each_T = room_gb * _GIGA - none_TP.sum(axis=1), each_TP.sum(axis=1)
             grows_T = each_T > 0
-            least = min(least, float((free_T[grows_T] // each_T[grows_T]).min()), 0 if (free_T < 0).any() else np.inf)
-        return max(int(least), 0)
+            most = min(most, float((free_T[grows_T] // each_T[grows_T]).min()), 0 if (free_T < 0).any() else np.inf)
+
+        def too_much(rows: int) -> bool:
+            return any((bytes_TP.sum(axis=1) > room_gb * _GIGA).any() for bytes_TP in self._filled(rows, least=True))
+
+        return max(bisect_left(range(max(int(most), 0) + 1), True, key=too_much) - 1, 0)

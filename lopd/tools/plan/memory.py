@@ -9,19 +9,29 @@ Shape suffixes: B rows, S positions, N tokens, M tokens that count, D hidden siz
 """
 
 from collections.abc import Callable
-from typing import Any, final
+from functools import partial
+from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
 import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from lopd.engines.causal_lm import candidate_logprobs, decoder_of, evaluating, hidden_states, lm_head, text_config, unwrap
-from lopd.losses.chunking import CHUNK_BYTES
-from lopd.records.checks import check_at_least, own_numbers
+from lopd.engines.causal_lm import candidate_logprobs, context_length, evaluating, hidden_states, lm_head, text_config, unwrap
+from lopd.errors import ContextOverflowError, ModelError
+from lopd.losses.chunking import sum_dtype
+from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.manifest import SamplingParams
+from lopd.records.optional import need
 from lopd.records.steps import LMHead
 from lopd.tools.plan.following import ATTENTION, Phase, count, empty, layers_of
-from lopd.tools.plan.live import LiveBytes, Need, Stretch
+from lopd.tools.plan.live import Chunk, LiveBytes, Need, Stretch
+
+if TYPE_CHECKING:
+    from lopd.engines.hf.texts import Texts, Way
+
+_HALF = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64, *_HALF)
 
 
 @final
@@ -34,7 +44,8 @@ class Use:
         rows: responses that transformers samples side by side (`HFSource.rows_per_batch`).
         tokens_per_batch: of a micro-batch, padding included, in scoring and in training.
         rows_per_chunk: response tokens whose logits a scorer holds at once.
-        chunk_bytes: of the buffer of logits in training (`Chunking.chunk_bytes`).
+        chunk_bytes: of the buffer of logits in training (`Chunking.chunk_bytes`).  None is what the losses take on a card: 4,096 rows, or fewer
+            where little is free; a batch fits if there is room for 2,048.
         dtype: of the weights.
         autocast: what layers compute in while they are trained; None for the dtype of the weights.
         lora_rank: of adapters on all linear layers but the head (`lora_config`); 0 trains all weights.
@@ -51,7 +62,7 @@ class Use:
     rows: int = 64
     tokens_per_batch: int = 8192
     rows_per_chunk: int = 512
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int | None = None
     dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = torch.bfloat16
     lora_rank: int = 0
@@ -61,9 +72,14 @@ class Use:
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "Use")
-        for name in ("prompt_tokens", "response_tokens", "rows", "tokens_per_batch", "rows_per_chunk", "chunk_bytes", "gpus"):
+        for name in ("prompt_tokens", "response_tokens", "rows", "tokens_per_batch", "rows_per_chunk", "gpus"):
             check_at_least("Use", name, getattr(self, name), 1)
+        check_at_least("Use", "chunk_bytes", 1 if self.chunk_bytes is None else self.chunk_bytes, 1)
         check_at_least("Use", "lora_rank", self.lora_rank, 0)
+        check_number("Use", "dtype", self.dtype, self.dtype in _DTYPES, "torch.float32, torch.bfloat16, torch.float16 or torch.float64")
+        for name in ("gradient_checkpointing", "packed"):
+            check_number("Use", name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
+        check_number("Use", "autocast", self.autocast, self.autocast in (None, *_HALF), "None, torch.bfloat16 or torch.float16")
 
     @property
     def length(self) -> int:
@@ -76,23 +92,37 @@ class Use:
         return max(self.tokens_per_batch // self.length, 1)
 
 
-def training(config: Any, use: Use) -> Need:
+def training(config: Any, use: Use, room_gb: float | None = None) -> Need:
     """Count what a training step needs, by rollouts in a micro-batch; it is not the first of its step, so gradients are there.
 
+    Args:
+        config: a transformers configuration.
+        use: how the model is used.
+        room_gb: 10^9 bytes that there are, which decide how large a chunk of logits is; None for enough.
+
     Raises:
-        ModelError: the model's code depends on numbers, so its sizes alone do not say what it does.
+        ContextOverflowError: rollouts are longer than the model's context.
+        ModelError: the model cannot be run, or its code depends on numbers, so that its sizes alone do not say what it does.
     """
-    needed = _counted(config, use, ATTENTION, use.rollouts, _prepare_training)
-    return needed.shared(use.gpus, _gathered(config, use)) if use.gpus > 1 else needed
+    chunks: list[Chunk] = []
+
+    def prepare(model: Any, live: LiveBytes, use: Use) -> Phase:
+        chunks.append(Chunk(row_bytes=_row_bytes(_head(model)), tokens=use.response_tokens, limit=use.chunk_bytes, room_gb=room_gb))
+        return _prepare_training(model, live, use)
+
+    needed = _counted(config, use, use.rollouts, (ATTENTION, prepare), (None, prepare))
+    needed = needed.shared(use.gpus, _gathered(config, use)) if use.gpus > 1 else needed
+    return evolve(needed, chunk=chunks[-1])
 
 
 def scoring(config: Any, use: Use) -> Need:
     """Count what `HFScorer` needs, by rollouts in a micro-batch.
 
     Raises:
+        ContextOverflowError: as `training`.
         ModelError: as `training`.
     """
-    return _counted(config, evolve(use, lora_rank=0), ATTENTION, use.rollouts, _prepare_scoring)
+    return _counted(config, evolve(use, lora_rank=0), use.rollouts, (ATTENTION, _prepare_scoring), (None, _prepare_scoring))
 
 
 def sampling(config: Any, use: Use) -> Need:
@@ -101,19 +131,44 @@ def sampling(config: Any, use: Use) -> Need:
     A student that has adapters is sampled from after they are merged.
 
     Raises:
-        ModelError: as `training`.
+        ContextOverflowError: as `training`.
+        ModelError: as `training`; or the model keeps no cache.
     """
-    return _counted(config, evolve(use, lora_rank=0), "sdpa", use.rows, _prepare_sampling)
+    need("transformers", "Plan")
+    from lopd.engines.hf.texts import Way
+
+    ways = [(None, partial(_prepare_sampling, way=way)) for way in (Way.PADDED, Way.EQUAL)]
+    return _counted(config, evolve(use, lora_rank=0), use.rows, *ways)
 
 
-def _counted(config: Any, use: Use, attention: str, rows: int, prepare: Callable[[Any, LiveBytes, Use], Phase]) -> Need:
-    return count(
-        config, lambda config: empty(config, use.dtype, use.lora_rank, attention), rows, lambda model, live: prepare(model, live, use)
-    )
+def _counted(config: Any, use: Use, rows: int, *ways: tuple[str | None, Callable[[Any, LiveBytes, Use], Phase]]) -> Need:
+    """Count with the first attention and code of a phase that the model can be run with."""
+    (attention, prepare), *others = ways
+    try:
+        return count(config, lambda config: _made(config, use, attention), rows, lambda model, live: prepare(model, live, use))
+    except ModelError:
+        if not others:
+            raise
+    return _counted(config, use, rows, *others)
+
+
+def _made(config: Any, use: Use, attention: str | None) -> Any:
+    """Make the model, whose weights are nowhere, unless its context is too short for the longest rollout."""
+    model = empty(config, use.dtype, use.lora_rank, attention)
+    if use.length > (longest := context_length(model)):
+        raise ContextOverflowError(
+            f"Use: prompt_tokens + response_tokens is {use.length}, expected at most {longest}, the context of this {type(config).__name__}; "
+            "pass the lengths of rollouts that it can have."
+        )
+    return model
 
 
 def _prepare_training(model: Any, live: LiveBytes, use: Use) -> Phase:
     model.train()
+    for module in model.modules():
+        # it would throw dice for each layer; with all of them there is the most to hold
+        if hasattr(module, "layerdrop"):
+            module.training = False
     if use.gradient_checkpointing:
         unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -135,27 +190,30 @@ def _prepare_training(model: Any, live: LiveBytes, use: Use) -> Phase:
                 hidden_ND = hidden_states(model, place_N.view(rows, -1))[row_N, place_N]
             live.filled()
         live.filled()
-        live.make("logits")
-        weight_VD = _head(model).weight
-        buffer = _buffer_bytes(use.rollouts * use.response_tokens, len(weight_VD), use.chunk_bytes)
-        total: Tensor = _Head.apply(hidden_ND.narrow(0, 0, rows * use.response_tokens).clone(), weight_VD, buffer)  # type: ignore[no-untyped-call]
+        total: Tensor = _Head.apply(hidden_ND.narrow(0, 0, rows * use.response_tokens).clone(), _head(model).weight, live)  # type: ignore[no-untyped-call]
         del hidden_ND
-        live.make("activations")
         torch.autograd.backward(total)
-        # what AdamW divides by is as large as what it trains
-        [p.clone() for p in moments[::2]]
-        return [live.stretch()]
+        computed = live.stretch()
+        # what AdamW divides by is as large as what it trains, and each card has its share of it
+        live.make("moments")
+        live.begin()
+        live.enter()
+        _roots = [p.clone() for p in moments[::2]]
+        live.filled()
+        return [computed, live.stretch()]
 
     return step
 
 
 class _Head(torch.autograd.Function):
-    """What a fused loss holds: a buffer of logits, and float32 sums of the gradients, until they are asked for."""
+    """What a fused loss holds: a buffer of logits (`Chunk`), and float32 sums of the gradients, until they are asked for."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, buffer_bytes: int) -> Tensor:
+    def forward(ctx: Any, hidden_MD: Tensor, weight_VD: Tensor, live: LiveBytes) -> Tensor:
         ctx.sums = [torch.empty_like(t, dtype=torch.float32) if t.requires_grad else None for t in (hidden_MD, weight_VD)]
-        torch.empty(buffer_bytes, dtype=torch.uint8)
+        live.make("logits")
+        torch.empty(1, dtype=torch.uint8)
+        live.make("activations")
         return torch.zeros(())
 
     @staticmethod
@@ -164,15 +222,13 @@ class _Head(torch.autograd.Function):
         return (*sums, None)
 
 
-def _buffer_bytes(tokens: int, vocabulary: int, chunk_bytes: int) -> int:
-    """Bytes of the float32 logits of one of the equal chunks that fit."""
-    logits = 4 * tokens * vocabulary
-    return logits // -(-logits // chunk_bytes)
+def _row_bytes(head: LMHead) -> int:
+    """Bytes of the logits of a token, as `ChunkedHead` has them."""
+    return len(head.weight) * sum_dtype(head.weight).itemsize * (1 if head.softcap is None else 2)
 
 
 def _prepare_scoring(model: Any, live: LiveBytes, use: Use) -> Phase:
-    # the log-probs of a chunk are there until those of the next are
-    asked = min(2 * use.rows_per_chunk, use.rollouts * use.response_tokens)
+    asked = min(use.rows_per_chunk, use.rollouts * use.response_tokens)
 
     @torch.no_grad()
     def step(rows: int) -> list[Stretch]:
@@ -191,31 +247,34 @@ def _prepare_scoring(model: Any, live: LiveBytes, use: Use) -> Phase:
     return step
 
 
-def _prepare_sampling(model: Any, live: LiveBytes, use: Use) -> Phase:
+def _prepare_sampling(model: Any, live: LiveBytes, use: Use, way: "Way") -> Phase:
     from lopd.engines.hf.decoding import draw
 
-    decoder, sampled = decoder_of(unwrap(model)), SamplingParams(use.response_tokens)
+    sampled = SamplingParams(use.response_tokens)
     with torch.no_grad():
         head = _head(model).float()
 
-    def token(rows: int, read: int, cache: Any = None) -> Stretch:
+    def begin(rows: int, tokens: int) -> "Texts":
+        return way.begin(model, [np.zeros(tokens, np.int32)] * rows)
+
+    def token(texts: "Texts", rows: int) -> Stretch:
         live.begin()
         live.make("activations")
-        mask_BS = torch.ones(rows, use.length - 1 if cache else read, dtype=torch.long)
-        given = {"attention_mask": mask_BS, "position_ids": mask_BS.cumsum(-1)[:, -read:] - 1}
-        output = decoder(input_ids=mask_BS[:, -read:], past_key_values=cache, use_cache=True, **given)
+        hidden_BD = texts.last_hidden()
         live.filled()
         live.make("logits")
-        draw(head.logits(output.last_hidden_state[:, -1]), torch.zeros(rows, dtype=torch.float64), sampled)
+        draw(head.logits(hidden_BD), torch.zeros(rows, dtype=torch.float64), sampled)
         return live.stretch()
 
     @torch.no_grad()
     def step(rows: int) -> list[Stretch]:
         with evaluating(model):
-            first = token(rows, use.prompt_tokens)
+            first = token(begin(rows, use.prompt_tokens), rows)
             live.make("keys and values")
-            cache = decoder(input_ids=torch.zeros(rows, use.length - 2, dtype=torch.long), use_cache=True).past_key_values
-            return [first, token(rows, 1, cache)]
+            texts = begin(rows, max(use.length - 2, 1))
+            texts.last_hidden()
+            texts.extend(torch.zeros(rows, dtype=torch.long), range(rows))
+            return [first, token(texts, rows)]
 
     return step
 

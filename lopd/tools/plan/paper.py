@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from attrs import frozen
 
+from lopd.records.checks import to_real
 from lopd.tools.plan.bill import GpuRates
 from lopd.tools.plan.work import Work
 
@@ -71,6 +72,7 @@ def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
         work: sizes and lengths.
         flops: floating-point operations that one GPU does in a second.
     """
+    flops = to_real("Rates", "flops", flops)
     sampled = _mean(lambda row: row.work.rollouts * row.work.response_tokens / row.rollouts / 3600)
     reads = _mean(lambda row: row.work.tokens * row.work.flops_teacher / row.scores / 3600 / H100_FLOPS)
     # a token is trained on forwards and, at twice the price, backwards

@@ -102,12 +102,12 @@ class Work:
         check_at_least("Work", "steps", self.all_steps, 1)
         check_at_least("Work", "number of columns", len(self.columns), 1)
         check_at_least("Work", "top-k", min(self.columns), 0)
-        for name in ("prompt_tokens", "response_tokens", "rollouts_per_commit"):
+        for name in ("prompt_tokens", "response_tokens", "rollouts_per_commit", "id_bytes"):
             value = getattr(self, name)
             check_number("Work", name, value, 1 <= value < math.inf, "finite and at least 1")
         for name in ("student_billions", "teacher_billions", "student_active", "teacher_active"):
             value = getattr(self, name)
-            check_number("Work", name, value, value is None or value > 0, "more than 0")
+            check_number("Work", name, value, value is None or 0 < value < math.inf, "finite and more than 0")
         if self.logprob_dtype not in LOGPROB_BYTES:
             raise InvalidRecordError(
                 f"Work: logprob_dtype is {self.logprob_dtype!r}, expected one of {list(LOGPROB_BYTES)}; pass one that stores have."
