@@ -1,4 +1,4 @@
-"""Rollouts that are sampled anew: every so many steps, or when the student has moved too far from the policy that sampled them.
+"""Rollouts that are sampled again: every so many steps, or when the student has moved too far from the policy that sampled them.
 
 Lightning OPD is one round that never ends, online OPD a round for every step (`online_opd.py`); this is what lies between.
 """

@@ -129,7 +129,7 @@ def parse() -> tuple[Settings, Path, bool]:
 
 
 def check_models(settings: Settings) -> None:
-    """Refuse what only the phase of scoring would find out, or nobody."""
+    """Refuse what only the phase of scoring would find out, or nothing would."""
     if bool(settings.teacher) != bool(settings.student):
         raise SystemExit(
             "Models: only one of --teacher and --student is given, expected both or neither; the default student is cut from it."

@@ -20,7 +20,7 @@ class LopdError(Exception):
     """Base of all lopd errors."""
 
     def __str__(self) -> str:
-        """The message, printable."""
+        """Return the message, printable."""
         return printable(super().__str__())
 
 
@@ -28,7 +28,7 @@ class LopdWarning(UserWarning):
     """Base of all lopd warnings."""
 
     def __str__(self) -> str:
-        """The message, printable."""
+        """Return the message, printable."""
         return printable(super().__str__())
 
 
@@ -69,7 +69,7 @@ class TokenizerMismatchError(LopdError, ValueError):
 
 
 class EngineError(LopdError, RuntimeError):
-    """An engine or a server that failed for a reason of its own, also after it was started anew or asked again.
+    """An engine or a server that failed for a reason of its own, also after it was started or asked again.
     To do: Read the engine's or server's own log, which the message names; run the same call again to go on after what was committed.
     """
 
@@ -111,7 +111,7 @@ class StoreExistsError(LopdError, FileExistsError):
 
 
 class ManifestMismatchError(LopdError, ValueError):
-    """A store that says it holds something else than what the caller is about to use it for.
+    """A store that holds something else than what the caller is about to use it for, by its manifest.
     To do: Sample into a new store, or make the settings the same as those that the store names.
     """
 
@@ -153,7 +153,7 @@ class TeacherConsistencyError(LopdError, ValueError):
 
 
 class TeacherConsistencyWarning(LopdWarning):
-    """What `TeacherConsistencyError` says, when the caller chose to go on.
+    """The same as `TeacherConsistencyError`, where the caller chose to go on.
     To do: Nothing, if you meant it; the student's lineage says what was done.
     """
 
@@ -189,7 +189,7 @@ class SourceError(LopdError, RuntimeError):
 
 
 class ScorerError(LopdError, RuntimeError):
-    """A scorer that does not give the same log-probs twice, or not those of the model that it says it is.
+    """A scorer that does not give the same log-probs twice, or not those of its model.
     To do: Turn off prefix caching and quantisation, check that all replicas are alike, and compare with `Preflight(truth=...)`.
     """
 

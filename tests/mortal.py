@@ -71,7 +71,7 @@ class Mortal:
             try:
                 (self.deaths / "first").touch(exist_ok=False)
             except FileExistsError:
-                raise EngineError("Engine: it does not start, expected it to; look after it.") from None
+                raise EngineError("Engine: it does not start; look after it.") from None
         return MortalEngine(self, self.make())
 
 

@@ -140,7 +140,7 @@ def test_an_optimizer_with_the_same_parameters_in_another_order_is_refused(small
 def test_an_optimizer_over_parameters_of_another_model_is_refused_when_saving(small, make_model, tmp_path):
     save_checkpoint(tmp_path, *small, next_step=3, lineage=Lineage())
     strangers = CausalLMStudent(make_model("llama_tied", 5), TOKENIZER_ID)
-    with pytest.raises(CheckpointError, match="parameter 0 of optimizer group 0 is none of the student's"):
+    with pytest.raises(CheckpointError, match="parameter 0 of optimizer group 0 is not one of the student's"):
         save_checkpoint(tmp_path, small[0], adamw(strangers), next_step=5, lineage=Lineage())
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000003.0"]
 

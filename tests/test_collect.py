@@ -165,7 +165,7 @@ def test_a_prompt_that_was_edited_is_refused_and_what_was_there_is_counted(sourc
     store = make_store(source.manifest)
     collect_rollouts(source, prompts[:3], store)
     edited = Prompt(prompts[1].prompt_id, [*prompts[1].token_ids.tolist(), 7])
-    with pytest.raises(ConflictError, match=rf"'{prompts[1].prompt_id}/s\d/g0' has a prompt of .* other tokens.*another id"):
+    with pytest.raises(ConflictError, match=rf"'{prompts[1].prompt_id}/s\d/g0' has a prompt of .* tokens other than.*another id"):
         collect_rollouts(source, [prompts[0], edited, prompts[5]], store)
     assert len(store) == 6
     report = collect_rollouts(source, prompts, store)

@@ -80,7 +80,7 @@ def test_an_endpoint_that_does_not_answer_is_said_soon(kind: str, request: pytes
     host = request.getfixturevalue(kind)
     options = {"aws_endpoint": f"http://{host}", "allow_http": "true", "aws_access_key_id": "a", "aws_secret_access_key": "SECRET"}
     for look in LOOKS.values():
-        with pytest.raises(StoreReadError, match=rf"{host} does not answer, .*check the path, credentials, endpoint, proxies") as caught:
+        with pytest.raises(StoreReadError, match=rf"{host} does not answer; .*check the path, credentials, endpoint, proxies") as caught:
             look("s3://lopd/run", options)
         assert "SECRET" not in str(caught.value)
 
@@ -93,9 +93,9 @@ def test_a_proxy_or_certificates_of_the_environment_that_do_not_work_are_said_so
     monkeypatch.setattr(cloud, "_FIRST_S", 0.3)
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("HTTP_PROXY", f"http://{closed}")
-    with pytest.raises(StoreReadError, match=r"does not answer, .*proxies"):
+    with pytest.raises(StoreReadError, match=r"does not answer; .*proxies"):
         open_store(s3.url("run"), s3.storage_options)
-    with pytest.raises(StoreReadError, match=r"does not answer, .*certificates"):
+    with pytest.raises(StoreReadError, match=r"does not answer; .*certificates"):
         open_store(s3.url("run"), s3.storage_options | {"aws_endpoint": s3.endpoint.replace("http", "https")})
 
 

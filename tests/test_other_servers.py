@@ -139,7 +139,7 @@ def test_sglang_samples_ids_with_the_logprobs_that_are_true_and_no_others(start,
 
 def test_sglang_without_seeds_does_not_sample(start):
     source = ServerSource(servers_of(start(SGLangStub, deterministic=False)), TOKENIZER, MODEL, SamplingParams(max_new_tokens=4), (0,))
-    with pytest.raises(EngineError, match=r"take no seeds.*--enable-deterministic-inference"):
+    with pytest.raises(EngineError, match=r"do not take seeds.*--enable-deterministic-inference"):
         source.sample(make_prompts())
 
 
@@ -267,7 +267,7 @@ def test_a_key_is_read_from_the_environment_and_is_shown_nowhere(start, kind, mo
     monkeypatch.setenv("MY_KEY", "sesame-18")
     speaks = KINDS.get(kind, "vllm")
     wrong = ServerScorer(Servers(stub.url, "table", context=64, speaks=speaks, key_variable="MY_KEY"), TOKENIZER, MODEL)
-    with pytest.raises(EngineError, match=r"answers 401, expected to be let in; pass `api_key=` or set MY_KEY") as caught:
+    with pytest.raises(EngineError, match=r"answers 401 \(authentication failed\); pass `api_key=` or set MY_KEY") as caught:
         wrong.score(make_rollouts())
     with pytest.raises(InvalidRecordError, match=r"^Servers: NO_KEY is not set in the environment"):
         Servers(stub.url, "table", speaks=speaks, key_variable="NO_KEY")

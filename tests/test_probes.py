@@ -169,7 +169,7 @@ def test_options_that_a_model_does_not_take_are_refused_with_the_option(llama):
 def test_adapters_that_act_outside_the_layers_are_refused_by_name(config, name, llama, tokenizer):
     model = peft.get_peft_model(copy.deepcopy(llama), config)
     for make in (HFScorer, HFSource, CausalLMStudent):
-        with pytest.raises(ModelError, match=rf"its adapter is {name}, expected one that acts within the layers"):
+        with pytest.raises(ModelError, match=rf"its adapter is {name}, and does not act within the layers"):
             make(model, tokenizer)
 
 

@@ -172,7 +172,7 @@ def test_a_rank_that_there_is_not_is_refused(rank, size):
 def test_a_student_whose_gradients_nobody_sums_is_refused():
     student = make_student(Case(), Ranks())
     check_summed(student, Ranks())
-    with pytest.raises(ModelError, match=r"trained by 2 ranks and nothing sums its gradients.*wrap it before `opd_steps`"):
+    with pytest.raises(ModelError, match=r"trained by 2 ranks and nothing sums its gradients; wrap it .*before `opd_steps`"):
         check_summed(student, Ranks(1, 2))
 
 

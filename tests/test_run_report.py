@@ -265,7 +265,7 @@ def test_what_is_not_known_is_said_to_be_so(write, store):
     unscored = MemoryStore(tiny_manifest())
     unscored.append([tiny_rollout("p/s0/g0", behavior_logprobs=[-1.0] * 3)])
     text = write(steps(), of=unscored)
-    assert facts_of(text)["scored by"][0] == "nobody yet"
+    assert facts_of(text)["scored by"][0] == "not scored yet"
     assert "no rollout has scores in the column teacher." in text
     assert len(Page(text).curves["Loss"][0]) == 12
 

@@ -90,7 +90,7 @@ def test_an_answer_that_takes_too_long_is_asked_for_again(stub):
     [
         (answer(500, body={"error": {"message": "Out of range float values"}}), r"answers 500 \(Out of range float values\)"),
         (cut, "fails with RemoteProtocolError"),
-        (changed(lambda _: b"<html>"), "answers 200 with what is no JSON"),
+        (changed(lambda _: b"<html>"), "answers 200 with something that is not JSON"),
     ],
 )
 def test_a_request_that_fails_each_time_ends_the_call_with_the_rollout_the_url_and_the_last_status(stub, fault, says):

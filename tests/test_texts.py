@@ -204,7 +204,7 @@ def test_keys_that_nothing_reads_are_named_and_what_makes_no_store_or_end_is_ref
         )
     assert texts_of(tokenizer, store) == [("Q: 1\n", "2<|im_end|>")]
     assert store.manifest.tokenizer == fingerprint_tokenizer(tokenizer)
-    with pytest.raises(ArgumentError, match="Texts: store is a str, expected what makes one"):
+    with pytest.raises(ArgumentError, match="Texts: store is a str; pass `lambda manifest"):
         import_text(PAIRS, tokenizer, teacher=WRITER, store="text.zarr")
     tokenizer.eos_token = None
     with pytest.raises(PromptError, match="the tokenizer has no EOS token"):

@@ -214,7 +214,7 @@ def test_without_being_asked_for_no_top_k_is_read() -> None:
 def test_a_column_that_keeps_no_top_k_is_refused_before_the_first_step() -> None:
     with pytest.raises(MissingScoresError, match=r"'teacher' keeps 0 most likely tokens.*top_k=True"):
         batches(store(k=0)[0], top_k=True)
-    with pytest.raises(MissingScoresError, match="there is no teacher, expected one for top_k=True"):
+    with pytest.raises(MissingScoresError, match="top_k=True needs a teacher"):
         batches(store()[0], teacher=None, top_k=True)
 
 

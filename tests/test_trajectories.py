@@ -172,7 +172,7 @@ def test_files_and_triplets_without_a_record_are_read_alike(tokenizer, tmp_path)
 
 def test_log_probs_of_a_changed_distribution_go_where_the_caller_says(tokenizer):
     warm = SamplingParams(temperature=0.7)
-    with pytest.raises(PromptError, match=r"drawn at temperature 0.7 and top-p 1, expected to know what of"):
+    with pytest.raises(PromptError, match=r"drawn at temperature 0.7 and top-p 1; say what of"):
         imported([VERL], tokenizer, sampling=warm)
     for name in ("behavior", "sampler"):
         (rollout,) = rollouts_of(imported([VERL], tokenizer, sampling=warm, logprobs=name))
@@ -218,7 +218,7 @@ def test_the_text_beside_the_ids_is_compared_with_them(tokenizer):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"prompt_ids": [1], "completion_ids": [2]}, "it has the keys 'prompt_ids', 'completion_ids', expected those of one form: prompts"),
+        ({"prompt_ids": [1], "completion_ids": [2]}, "it has the keys 'prompt_ids', 'completion_ids', which fit no form"),
         ({**VERL, "response_mask": [1]}, "'response_mask' has 1 entries, expected 7, one for each token"),
         ({**VERL, "rollout_log_probs": [-1.0]}, "'rollout_log_probs' has 1 entries, expected 7"),
         ({**VERL, "attention_mask": [1]}, "'attention_mask' has 1 entries, expected 9"),

@@ -375,8 +375,8 @@ def test_answers_to_other_prompts_are_refused(fake, folder, rollouts, monkeypatc
     [
         ({"finish_reason": "abort"}, "1 tokens and the reason 'abort'"),
         ({"token_ids": []}, "0 tokens and the reason 'length'"),
-        ({"token_ids": [VOCAB]}, f"sampled id {VOCAB}, expected one below the vocabulary's {VOCAB}"),
-        ({"token_ids": [6]}, "response token 0 is id 6, expected it among the engine's log-probs"),
+        ({"token_ids": [VOCAB]}, f"sampled id {VOCAB}, expected ids below {VOCAB}"),
+        ({"token_ids": [6]}, "response token 0 is id 6, which is not among the engine's log-probs"),
     ],
 )
 def test_responses_that_are_none_are_refused_by_name(change, message, fake, folder, monkeypatch):
@@ -464,7 +464,7 @@ def test_a_sampled_token_beside_the_most_likely_ones_is_not_among_them_for_being
 
 def test_a_token_that_is_not_there_or_too_few_candidates_are_errors():
     flat = flat_of([[(3, -1.0), (4, -2.0)], [(5, -1.0)]])
-    with pytest.raises(EngineError, match=r"r: response token 1 is id 6, expected it among"):
+    with pytest.raises(EngineError, match=r"r: response token 1 is id 6, which is not among"):
         look_up("r", np.array([3, 6]), *entries(flat), top_k=0)
     with pytest.raises(EngineError, match=r"r: response token 1 has 1 candidates, expected at least 2"):
         look_up("r", np.array([3, 5]), *entries(flat), top_k=2)

@@ -38,7 +38,7 @@ def test_creating_over_anything_is_refused(filled: ZarrStore, tmp_path: Path) ->
     for path in (place(filled), tmp_path / "other", tmp_path / "other/file"):
         with pytest.raises(StoreExistsError, match=path.name):
             ZarrStore.create(path, tiny_manifest())
-    with pytest.raises(StoreExistsError, match="no store"):
+    with pytest.raises(StoreExistsError, match="not a store"):
         ZarrStore.open_or_create(tmp_path / "other", tiny_manifest())
     assert len(ZarrStore.open_or_create(place(filled), tiny_manifest())) == 4
 
@@ -53,7 +53,12 @@ def test_opening_what_is_no_store_says_so(tmp_path: Path) -> None:
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign/zarr.json").write_text('{"zarr_format":3,"node_type":"group","attributes":{"mine":1}}')
     (tmp_path / "file").touch()
-    for name, words in (("missing", "is not there"), ("foreign", "without a lopd manifest"), ("file", "is no store"), (".", "is no store")):
+    for name, words in (
+        ("missing", "is not there"),
+        ("foreign", "without a lopd manifest"),
+        ("file", "is not a store"),
+        (".", "is not a store"),
+    ):
         with pytest.raises(StoreNotFoundError, match=words):
             ZarrStore.open(tmp_path / name)
     with pytest.raises(StoreNotFoundError, match="without a lopd manifest"):

@@ -67,7 +67,7 @@ def draw(latex: str, display: str = "inline") -> str:
     # the converter takes \lvert and \rvert for one and the same relation
     made = convert(latex.replace("\\lvert", "\\left|").replace("\\rvert", "\\right|"), display=display)
     if "\\" in made:  # a command that the converter does not know comes out as it is
-        raise PluginError(f"Equation {latex!r}: a command in it is not known, expected what latex2mathml draws; write it otherwise.")
+        raise PluginError(f"Equation {latex!r}: a command in it is not known to latex2mathml; write it otherwise.")
     for pattern, repaired in _REPAIRS:
         made = pattern.sub(repaired, made)
     return made

@@ -44,7 +44,7 @@ def new_rollouts(
         if hash_there is None:
             if rollout.generation not in generations:
                 raise InvalidRecordError(
-                    f"Rollout {rollout.rollout_id!r}: its generation is {rollout.generation}, expected one that was begun; "
+                    f"Rollout {rollout.rollout_id!r}: its generation is {rollout.generation}, which was not begun; "
                     "call `begin_generation` with the policy that sampled it."
                 )
             fresh[rollout.rollout_id] = rollout
@@ -72,7 +72,7 @@ def _check_ids(rollouts: Sequence[Rollout], vocab_size: int) -> None:
 
 
 def listed(owner: str, records: Iterable[R], kind: type[R]) -> list[R]:
-    """The records as a list: an iterator would be used up before they are written.
+    """Return the records as a list: an iterator would be used up before they are written.
 
     Raises:
         InvalidRecordError: they are something else.
@@ -89,7 +89,7 @@ def check_generation(owner: str, generation: int, stored: ModelId | None, given:
 
     Raises:
         ConflictError: it names both.
-        InvalidRecordError: this is no number of a round, or no policy.
+        InvalidRecordError: it is not the number of a round, or not a policy.
     """
     if type(generation) is not int or generation not in range(1 << 50):
         raise InvalidRecordError(f"{owner}: the generation is {generation!r:.80}, expected an int below 2**50; count rounds from 0.")
@@ -101,7 +101,7 @@ def check_generation(owner: str, generation: int, stored: ModelId | None, given:
 
 
 def is_column_name(name: object) -> bool:
-    """Whether a column can have this name."""
+    """Return whether a column can have this name."""
     return isinstance(name, str) and _COLUMN_NAME.fullmatch(name) is not None
 
 
@@ -122,7 +122,7 @@ def check_column(owner: str, column: str) -> None:
 
 
 def check_manifest(owner: str, manifest: object) -> None:
-    """Refuse, by an InvalidRecordError, what is no manifest: a source, say, which has one."""
+    """Refuse, by an InvalidRecordError, what is not a manifest, for example a source, which has one."""
     _check_is(owner, "its manifest", manifest, Manifest, "pass `source.manifest`")
 
 
@@ -136,7 +136,7 @@ def check_provenance(owner: str, column: str, stored: Provenance | None, given: 
 
     Raises:
         ConflictError: it names the first thing that differs.
-        InvalidRecordError: it is no provenance.
+        InvalidRecordError: it is not a provenance.
     """
     _check_is(owner, f"the provenance of column {column!r}", given, Provenance, "pass `scorer.provenance`")
     if stored is None or stored == given:
@@ -205,9 +205,7 @@ def _check_top_k(owner: str, score: Scores, provenance: Provenance, vocab_size: 
 
 def _check_score(owner: str, score: Scores, known: tuple[bytes, int] | None) -> None:
     if known is None:
-        raise MissingScoresError(
-            f"{owner}: rollout {score.rollout_id!r} is absent, expected it before its scores; append the rollout first."
-        )
+        raise MissingScoresError(f"{owner}: rollout {score.rollout_id!r} is absent; append the rollout first.")
     content_hash, length = known
     if score.content_hash != content_hash:
         raise ConflictError(
@@ -229,9 +227,7 @@ def check_supports(owner: str, top_k: Sequence[str], columns: Mapping[str, Prove
     """
     for name in top_k:
         if name in VIRTUAL_COLUMNS or (name in columns and columns[name].top_k == 0):
-            raise MissingScoresError(
-                f"{owner}: column {name!r} has no top-k support, expected one; score with a scorer whose provenance names a top_k."
-            )
+            raise MissingScoresError(f"{owner}: column {name!r} has no top-k support; score with a scorer whose provenance names a top_k.")
 
 
 def new_quarantine(
@@ -250,18 +246,16 @@ def new_quarantine(
     for rollout_id, row in zip(reasons, rows, strict=True):
         _check_is(owner, f"the reason of rollout {rollout_id!r}", reasons[rollout_id], str, "pass text")
         if row < 0:
-            raise MissingScoresError(
-                f"{owner}: rollout {rollout_id!r} is not there, expected it before it is quarantined; append it first."
-            )
+            raise MissingScoresError(f"{owner}: rollout {rollout_id!r} is not there; append it first.")
     return {row: reason for row, reason in sorted(zip(rows, reasons.values(), strict=True)) if row not in done and known.get(row) != reason}
 
 
 def missing_scores(owner: str, rollout_id: str, column: str) -> MissingScoresError:
-    """The error for a rollout that has no scores in a column."""
+    """Return the error for a rollout that has no scores in a column."""
     if column in VIRTUAL_COLUMNS:
         neutral = " (where temperature and top_p are 1 they are the behavior_logprobs)" if column == SAMPLER_COLUMN else ""
         return MissingScoresError(
-            f"{owner}: rollout {rollout_id!r} has no {VIRTUAL_COLUMNS[column]}, expected what the sampling engine reported{neutral}; "
+            f"{owner}: rollout {rollout_id!r} has no {VIRTUAL_COLUMNS[column]}, as the sampling engine reported none{neutral}; "
             "collect with an engine that reports them, or read another column."
         )
     return MissingScoresError(
@@ -288,7 +282,7 @@ def with_columns(owner: str, rows: Rows, columns: Sequence[str], provenances: Ma
 
 
 def check_rows(owner: str, indices: Sequence[int], length: int) -> list[int]:
-    """The indices as plain ints.
+    """Return the indices as plain ints.
 
     Raises:
         NoSuchRowError: one is negative or past the end; a store has no rows to count backwards from while it grows.

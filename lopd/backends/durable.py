@@ -76,7 +76,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     @abstractmethod
     def __init__(self, files: Files, root: Root | None = None) -> None:
-        """Not for callers: `open` says what is wrong with a path.  `root` is what the root file says, if it was read already."""
+        """Hold the files; `open` is what callers use, as it says what is wrong with a path.  `root` is the root file's content, if it was read."""
         self._files = files
         self.name = self._owner = f"Store {files.url}"
         self._root = root or read_root(files, self._ROOT)
@@ -86,17 +86,17 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     @abstractmethod
     def _counts(self) -> Mapping[str, int]:
-        """How many rollouts have scores in each column, out of memory."""
+        """Return how many rollouts have scores in each column, out of memory."""
 
     def __bool__(self) -> bool:
-        """True, also while it is empty: `if store` asks whether there is a store."""
+        """Return True, also while it is empty: `if store` asks whether there is a store."""
         return True
 
     @classmethod
     def create(
         cls, path: StorePath, manifest: Manifest, *, logprob_dtype: LogprobDtype = "float32", storage_options: StorageOptions | None = None
     ) -> Self:
-        """A new, empty store.
+        """Return a new, empty store.
 
         Args:
             path: a folder that is empty or not there yet, or a URL such as `s3://bucket/run1`.
@@ -118,16 +118,16 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     @classmethod
     def open(cls, path: StorePath, manifest: Manifest | None = None, *, storage_options: StorageOptions | None = None) -> Self:
-        """The store that is there, with all commits that are there now.
+        """Return the store that is there, with all commits that are there now.
 
         Args:
             path: its folder or URL.
-            manifest: what it must say; None takes whatever it says.
+            manifest: the manifest that it must have; None takes any.
             storage_options: see `create`.
 
         Raises:
-            StoreNotFoundError: no store is there.
-            ManifestMismatchError: it says something else than `manifest`.
+            StoreNotFoundError: the store is not there.
+            ManifestMismatchError: its manifest is not `manifest`.
             CorruptStoreError: its manifest, or what was committed, is damaged or of another schema version.
             StoreReadError: the storage does not answer.
         """
@@ -137,11 +137,11 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
     def open_or_create(
         cls, path: StorePath, manifest: Manifest, *, logprob_dtype: LogprobDtype = "float32", storage_options: StorageOptions | None = None
     ) -> Self:
-        """The store that is there if it has this manifest, a new one if there is nothing.
+        """Return the store that is there if it has this manifest, a new one if there is nothing.
 
         Raises:
             ManifestMismatchError: a store with another manifest is there.
-            StoreExistsError: something that is no store is there.
+            StoreExistsError: something that is not a store is there.
         """
         files, root = cls._place(path, storage_options), Root(manifest, logprob_dtype)
         names = names_in(files)
@@ -152,7 +152,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     @classmethod
     def _place(cls, path: StorePath, options: StorageOptions | None) -> Files:
-        """Files where a store of this kind can be."""
+        """Return files where a store of this kind can be."""
         return open_files(path, options)
 
     @classmethod
@@ -186,27 +186,27 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         return MappingProxyType(dict(self._snapshot.generations))
 
     def __len__(self) -> int:
-        """Committed rollouts."""
+        """Return the number of committed rollouts."""
         return self._snapshot.rows
 
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
-        """(n,): rows of rollouts, -1 where there is none; the first call reads a line of each rollout."""
+        """Return (n,): rows of rollouts, -1 where there is none; the first call reads a line of each rollout."""
         return self._snapshot.find(rollout_ids)
 
     def lengths(self) -> NDArray[np.int64]:
-        """(len, 2): prompt and response tokens of each rollout; reads no tokens."""
+        """Return (len, 2): prompt and response tokens of each rollout; reads no tokens."""
         return self._snapshot.lengths()
 
     def scored(self, column: str, /) -> NDArray[np.bool_]:
-        """(len,): which rollouts have scores in this column; reads no scores."""
+        """Return (len,): which rollouts have scores in this column; reads no scores."""
         return self._snapshot.scored(column)
 
     def quarantined(self, column: str, /) -> Mapping[int, str]:
-        """Rows that the column's model could not score, and why."""
+        """Return rows that the column's model could not score, and why."""
         return self._snapshot.quarantined(column)
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
-        """These rollouts with these columns, in the order asked; fetches the values of these rows and no others, and verifies them."""
+        """Return these rollouts with these columns, in the order asked; fetches the values of these rows and no others, and verifies them."""
         return self._snapshot.read(np.array(admission.check_rows(self._owner, indices, len(self)), np.int64), columns, top_k)
 
     def refresh(self) -> None:
@@ -261,7 +261,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
             self._writer.end()
 
     def _new_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores]) -> dict[int, Scores]:
-        """By row, in ascending order."""
+        """Return the new scores by row, in ascending order."""
         admission.check_provenance(self._owner, column, self.columns.get(column), provenance)
         ids = [score.rollout_id for score in scores]
         found = self.find(ids)
@@ -290,11 +290,11 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
                 return None
 
     def _done(self, column: str, rows: NDArray[np.int64]) -> set[int]:
-        """Those of these rows (-1: not there) that have scores."""
+        """Return those of these rows (-1: not there) that have scores."""
         there = rows[rows >= 0]
         return set(there[self._snapshot.scored_rows(column, there)].tolist())
 
     def _known(self, rollout_ids: Sequence[str], rows: NDArray[np.int64]) -> dict[str, tuple[bytes, int]]:
-        """Content hash and response tokens of those of these rollouts that are committed, in these rows (-1: not)."""
+        """Return content hash and response tokens of those of these rollouts that are committed, in these rows (-1: not)."""
         there = np.flatnonzero(rows >= 0)
         return {rollout_ids[i]: content for i, content in zip(there.tolist(), self._snapshot.content(rows[there]), strict=True)}

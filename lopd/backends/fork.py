@@ -15,7 +15,7 @@ class ForkGuard:
     """
 
     def __init__(self, library: str) -> None:
-        """Used by no process yet."""
+        """Start unused by any process."""
         self._library = library
         self._pid: int | None = None
 

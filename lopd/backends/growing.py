@@ -11,17 +11,17 @@ class Growing:
     """Values of one type, with room for more: each value is moved at most about once while others come.
 
     Args:
-        dtype: of the values.
+        dtype: type of the values.
         width: values a row; None for an array of one dimension.
     """
 
     def __init__(self, dtype: Any, width: int | None = None) -> None:
-        """Empty."""
+        """Start empty."""
         self._room: NDArray[Any] = np.empty((0,) if width is None else (0, width), dtype)
         self._size = 0
 
     def __len__(self) -> int:
-        """Rows that were added."""
+        """Return rows that were added."""
         return self._size
 
     def append(self, values: NDArray[Any]) -> None:
@@ -35,5 +35,5 @@ class Growing:
         self._size = end
 
     def view(self) -> NDArray[Any]:
-        """All values, not copied."""
+        """Return all values, not copied."""
         return self._room[: self._size]

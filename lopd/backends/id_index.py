@@ -16,7 +16,7 @@ _Block = tuple[NDArray[np.uint64], NDArray[np.int64]]
 
 
 def encode_id(rollout_id: str) -> bytes:
-    """UTF-8; lone surrogates, which JSON can carry, survive.
+    """Return UTF-8; lone surrogates, which JSON can carry, survive.
 
     Raises:
         ArgumentError: it is not text.
@@ -27,12 +27,12 @@ def encode_id(rollout_id: str) -> bytes:
 
 
 def decode_id(data: bytes) -> str:
-    """The inverse of `encode_id`."""
+    """Return the inverse of `encode_id`."""
     return data.decode("utf-8", "surrogatepass")
 
 
 def hash_ids(ids: Sequence[bytes]) -> NDArray[np.void]:
-    """(n,): the hash of each encoded id."""
+    """Return (n,): the hash of each encoded id."""
     return np.frombuffer(b"".join(map(xxh3_128_digest, ids)), ID_HASH)
 
 
@@ -41,11 +41,11 @@ class IdIndex:
     """Sorted blocks of hashed ids.  Each block is larger than the next, so that adding one by one stays cheap, and there are few."""
 
     def __init__(self) -> None:
-        """Empty."""
+        """Start empty."""
         self._blocks: list[_Block] = []
 
     def add(self, id_hashes: NDArray[np.void], first_row: int) -> None:
-        """(n,) hashes of the ids of n more rows."""
+        """Add the (n,) hashes of the ids of n more rows."""
         block = _halves(id_hashes), np.arange(first_row, first_row + len(id_hashes))
         while self._blocks and len(self._blocks[-1][1]) <= len(block[1]):
             older = self._blocks.pop()
@@ -54,7 +54,7 @@ class IdIndex:
         self._blocks.append((block[0][order], block[1][order]))
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
-        """(n,): the row of each id, -1 where it is not known."""
+        """Return (n,): the row of each id, -1 where it is not known."""
         hashes = _halves(hash_ids([encode_id(rollout_id) for rollout_id in rollout_ids]))
         rows = np.full(len(hashes), -1, np.int64)
         for known, places in self._blocks:

@@ -27,7 +27,7 @@ class MemoryStore(Glanced):
     name = "MemoryStore"
 
     def __init__(self, manifest: Manifest) -> None:
-        """Empty."""
+        """Start empty."""
         admission.check_manifest("MemoryStore", manifest)
         self._manifest = manifest
         self._rollouts: list[Rollout] = []
@@ -42,7 +42,7 @@ class MemoryStore(Glanced):
         return describe(self, {column: len(scores) for column, scores in self._scores.items()})
 
     def __bool__(self) -> bool:
-        """True, also while it is empty: `if store` asks whether there is a store."""
+        """Return True, also while it is empty: `if store` asks whether there is a store."""
         return True
 
     @property
@@ -56,7 +56,7 @@ class MemoryStore(Glanced):
         return MappingProxyType(dict(self._columns))
 
     def __len__(self) -> int:
-        """Rollouts that are there."""
+        """Return the number of rollouts."""
         return len(self._rollouts)
 
     @property
@@ -65,17 +65,17 @@ class MemoryStore(Glanced):
         return MappingProxyType(dict(self._generations))
 
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
-        """Rows of rollouts, -1 where there is none."""
+        """Return rows of rollouts, -1 where there is none."""
         return np.array([self._rows.get(rollout_id, -1) for rollout_id in rollout_ids], np.int64)
 
     def lengths(self) -> NDArray[np.int64]:
-        """(len, 2): prompt and response tokens of each rollout."""
+        """Return (len, 2): prompt and response tokens of each rollout."""
         new = [(rollout.prompt_ids.size, rollout.response_ids.size) for rollout in self._rollouts[len(self._lengths) :]]
         self._lengths = np.concatenate([self._lengths, np.array(new, np.int64).reshape(-1, 2)]) if new else self._lengths
         return self._lengths
 
     def scored(self, column: str, /) -> NDArray[np.bool_]:
-        """(len,): which rollouts have scores in this column."""
+        """Return (len,): which rollouts have scores in this column."""
         if column in VIRTUAL_COLUMNS:
             return np.array([getattr(rollout, VIRTUAL_COLUMNS[column]) is not None for rollout in self._rollouts], np.bool_)
         mask = np.zeros(len(self), np.bool_)
@@ -83,12 +83,12 @@ class MemoryStore(Glanced):
         return mask
 
     def quarantined(self, column: str, /) -> Mapping[int, str]:
-        """Rows that the column's model could not score, and why."""
+        """Return rows that the column's model could not score, and why."""
         done = self._scores.get(column, {})
         return {row: reason for row, reason in sorted(self._quarantined.get(column, {}).items()) if row not in done}
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
-        """These rollouts with these columns, in the order asked."""
+        """Return these rollouts with these columns, in the order asked."""
         rows = admission.check_rows("MemoryStore", indices, len(self))
         admission.check_supports("MemoryStore", top_k, self._columns)
         scores = {name: self._scores_of(rows, name) for name in (*columns, *top_k) if name not in VIRTUAL_COLUMNS}

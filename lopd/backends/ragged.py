@@ -13,7 +13,7 @@ LogprobDtype = Literal["float32", "float16"]
 
 
 def to_stored(values: Sequence[Float32Array | None], owners: Sequence[str], dtype: str) -> tuple[list[NDArray[Any] | None], float]:
-    """Log-probs in the type of a store, and the largest error in nats by which one was rounded.
+    """Return log-probs in the type of a store, and the largest error in nats by which one was rounded.
 
     Raises:
         InvalidRecordError: one is beyond what float16 can hold; it names the rollout.
@@ -42,5 +42,5 @@ def _to_float16(owner: str, logprobs: Float32Array) -> NDArray[np.float16]:
 
 
 def offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    """(n + 1,): where each piece starts in the concatenation, and where the last one ends."""
+    """Return (n + 1,): where each piece starts in the concatenation, and where the last one ends."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

@@ -1,4 +1,4 @@
-"""The one file that makes a folder or a prefix a store: whether its place is free, and what it says."""
+"""The one file that makes a folder or a prefix a store: whether its place is free, and what is in it."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,7 +21,7 @@ _MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adap
 
 @frozen
 class Root:
-    """What a store says of itself.
+    """The content of a store's root file.
 
     Args:
         manifest: what all rollouts have in common.
@@ -43,7 +43,7 @@ class RootFile:
     Args:
         name: the file's name.
         encode: gives the file's bytes; those of no two creations are the same, so that a repeated request knows its own file.
-        decode: gives what the bytes under a URL say; None if a single bit differs from what `encode` gave.  It raises StoreNotFoundError
+        decode: gives the content of the bytes under a URL; None if a single bit differs from what `encode` gave.  It raises StoreNotFoundError
             where the file belongs to something else.
     """
 
@@ -53,13 +53,13 @@ class RootFile:
 
 
 def taken(files: Files, kind: RootFile, names: Sequence[str]) -> StoreExistsError:
-    """The error for a place that holds these names, or nothing a moment ago."""
-    what = other_kind(files, names) or ("a store" if not names or kind.name in names else "something that is no store")
+    """Return the error for a place that holds these names, or nothing a moment ago."""
+    what = other_kind(files, names) or ("a store" if not names or kind.name in names else "something that is not a store")
     return StoreExistsError(f"Store {files.url}: {what} is there, expected an empty folder or nothing; open it, or choose another path.")
 
 
 def other_kind(files: Files, names: Sequence[str]) -> str:
-    """What a folder with these names is, if lopd knows it and it is not a store; a model's lineage and a store's root may share a name."""
+    """Return what a folder with these names is, if lopd knows it and it is not a store; a model's lineage and a store's root may share a name."""
     if any(name in _MODEL_FILES for name in names):
         return "a model"
     if any(name.startswith("step-") for name in names):
@@ -93,10 +93,10 @@ def put_root(files: Files, kind: RootFile, root: Root) -> bool:
 
 
 def read_root(files: Files, kind: RootFile) -> Root:
-    """What the store in this place says of itself.
+    """Return the content of the root file of the store in this place.
 
     Raises:
-        StoreNotFoundError: no store is there.
+        StoreNotFoundError: the store is not there.
         StoreReadError: the storage refused.
         CorruptStoreError: the manifest is damaged, or of another schema version.
     """
@@ -105,7 +105,7 @@ def read_root(files: Files, kind: RootFile) -> Root:
             data = files.read(kind.name)
         except (FileNotFoundError, NotADirectoryError) as error:
             names = names_in(files)
-            known = other_kind(files, names) or "something that is no store"
+            known = other_kind(files, names) or "something that is not a store"
             raise _not_a_store(files, f"holds {known}" if names else "is not there") from error
     try:
         root = kind.decode(files.url, data)

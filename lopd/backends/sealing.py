@@ -11,17 +11,17 @@ from lopd.records.stored import LARGEST_JSON, parse
 
 
 def checksum(data: Any) -> str:
-    """What a byte string is recognised by: XXH3, which notices damage and not malice."""
+    """Return what a byte string is recognised by: XXH3, which notices damage and not malice."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
 def dump(document: Mapping[str, Any]) -> bytes:
-    """JSON with no spare byte, so that any flipped bit breaks it or changes what it says."""
+    """Return JSON with no spare byte, so that any flipped bit breaks it or changes its content."""
     return json.dumps(document, separators=(",", ":"), sort_keys=True).encode()
 
 
 def seal(document: Mapping[str, Any]) -> bytes:
-    """The document as JSON, with a checksum of itself.
+    """Return the document as JSON, with a checksum of itself.
 
     Raises:
         InvalidRecordError: it is larger than `unseal` reads.
@@ -34,7 +34,7 @@ def seal(document: Mapping[str, Any]) -> bytes:
 
 
 def unseal(data: bytes) -> dict[str, Any] | None:
-    """The inverse of `seal`; None if a single bit differs from what `seal` gave."""
+    """Return the inverse of `seal`; None if a single bit differs from what `seal` gave."""
     try:
         sealed = parse(data)
         body = {key: value for key, value in sealed.items() if key != "checksum"}
@@ -44,5 +44,5 @@ def unseal(data: bytes) -> dict[str, Any] | None:
 
 
 def damaged(owner: str, path: str) -> CorruptStoreError:
-    """The error for a document that is not what was sealed."""
+    """Return the error for a document that is not what was sealed."""
     return CorruptStoreError(f"{owner}: {path} is damaged, expected bytes that match its checksum; restore it from a backup.")

@@ -37,13 +37,13 @@ def check_drawn(owner: str, sampling: SamplingParams) -> None:
 
 
 def widest(top_k: int, candidates: int, drawn: int) -> int:
-    """The most log-probs a token that vLLM must give (`max_logprobs`), those of the ids asked for and of the sampled token included."""
+    """Return the most log-probs a token that vLLM must give (`max_logprobs`), those of the ids asked for and of the sampled token included."""
     asked = candidates + drawn
     return likely(top_k, candidates) + (asked and asked + 1)
 
 
 def asking(rollout: Rollout, candidates: int, drawn: int) -> dict[str, Any]:
-    """The sampling parameters that ask for a rollout's candidates, its drawn ones and its sampled tokens; nothing where it is for none.
+    """Return the sampling parameters that ask for a rollout's candidates, its drawn ones and its sampled tokens; nothing where it is for none.
 
     Raises:
         InvalidRecordError: it has fewer.
@@ -63,7 +63,7 @@ def asked_scores(
     candidates: int,
     top_k: int,
 ) -> Scores:
-    """Scores whose support has the ids that were asked for.
+    """Return scores whose support has the ids that were asked for.
 
     Args:
         rollout: whose tokens.

@@ -35,7 +35,7 @@ _CONTEXTS = (
 
 
 def unwrap(model: Any) -> Any:
-    """The transformers model inside torch.compile, data parallelism and peft (its layers keep their adapters), or the model itself."""
+    """Return the transformers model inside torch.compile, data parallelism and peft (its layers keep their adapters), or the model itself."""
     if hasattr(model, "_orig_mod"):
         return unwrap(model._orig_mod)
     if isinstance(model, DataParallel | DistributedDataParallel):
@@ -44,7 +44,7 @@ def unwrap(model: Any) -> Any:
 
 
 def lm_head(model: Any, vocab_size: int) -> LMHead:
-    """The head of a causal LM, cut to the tokenizer's vocabulary; made anew at each step, because wrappers swap weights.
+    """Return the head of a causal LM, cut to the tokenizer's vocabulary; made again at each step, because wrappers swap weights.
 
     Raises:
         ModelError: no linear head, a head with fewer rows than the tokenizer has ids, or an adapter on the head.
@@ -71,7 +71,7 @@ def lm_head(model: Any, vocab_size: int) -> LMHead:
 
 
 def decoder_of(base: Any) -> Any:
-    """The layers below the head.  transformers finds them by name, and may take the head, the model itself or a causal LM for them."""
+    """Return the layers below the head.  transformers finds them by name, and may take the head, the model itself or a causal LM for them."""
     found = base.get_decoder()
     if found is base or isinstance(found, torch.nn.Linear):
         return getattr(base, "model", found)
@@ -80,17 +80,17 @@ def decoder_of(base: Any) -> Any:
 
 
 def text_config(model: Any) -> Any:
-    """The part of a model's configuration that is about text."""
+    """Return the part of a model's configuration that is about text."""
     return unwrap(model).config.get_text_config()
 
 
 def attention_of(model: Any) -> str:
-    """What transformers calls the way in which this model computes attention."""
+    """Return what transformers calls the way in which this model computes attention."""
     return str(getattr(unwrap(model).config, "_attn_implementation", None))
 
 
 def _first_number(config: Any, names: Iterable[str]) -> float | None:
-    """The first of these fields that is a number above 0: transformers writes None, 0, -1 or a word where a field does not apply."""
+    """Return the first of these fields that is a number above 0: transformers writes None, 0, -1 or a word where a field does not apply."""
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if isinstance(value, int | float) and value > 0), None)
 
@@ -104,7 +104,7 @@ def _scale(config: Any) -> float:
 
 
 def hidden_states(model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | None = None, **lengths: Any) -> Tensor:
-    """(B, S, D) hidden states below the head.
+    """Return (B, S, D) hidden states below the head.
 
     Args:
         model: a causal LM, or a peft model around one.
@@ -119,7 +119,7 @@ def hidden_states(model: Any, input_ids_BS: Tensor, position_ids_BS: Tensor | No
 
 
 def knows_lengths(model: Any) -> bool:
-    """Whether the attention reads packed rollouts as they come (FlashAttention, FlexAttention).
+    """Return whether the attention reads packed rollouts as they come (FlashAttention, FlexAttention).
 
     Any other would compute all N * N pairs and mask most of them, so there each rollout is a row of its own.
     """
@@ -128,7 +128,7 @@ def knows_lengths(model: Any) -> bool:
 
 
 def packed_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(N, D) hidden states of a packed batch, whose positions restart with each rollout; rollouts do not see each other.
+    """Return (N, D) hidden states of a packed batch, whose positions restart with each rollout; rollouts do not see each other.
 
     They stay one row where the attention `knows_lengths`.  Neither form asks a GPU for anything: `lengths` are those of the rollouts.
     """
@@ -136,7 +136,7 @@ def packed_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor
 
 
 def row_hidden_states(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(N, D) hidden states of the same batch, each rollout in a row of its own, padded on the right, where a causal model cannot look."""
+    """Return (N, D) hidden states of the same batch, each rollout in a row of its own, padded on the right, where a causal model cannot look."""
     return _by_side(model, _in_rows, input_ids_N, position_ids_N, lengths)
 
 
@@ -161,12 +161,12 @@ def _in_rows(model: Any, input_ids_N: Tensor, position_ids_N: Tensor, lengths: S
 
 
 def _rollouts(position_ids_N: Tensor) -> Tensor:
-    """(N,) the number of the rollout that each position belongs to."""
+    """Return (N,) the number of the rollout that each position belongs to."""
     return (position_ids_N == 0).cumsum(0) - 1
 
 
 def _by_side(model: Any, compute: Callable[..., Tensor], input_ids_N: Tensor, position_ids_N: Tensor, lengths: Sequence[int]) -> Tensor:
-    """What `compute` gives for rollouts on one side of each rope border, then on the next, in the order given."""
+    """Return what `compute` gives for rollouts on one side of each rope border, then on the next, in the order given."""
     borders = rope_borders(model)
     sides = [bisect_left(borders, length) for length in lengths]
     found: dict[int, Tensor] = {}
@@ -181,7 +181,7 @@ def _by_side(model: Any, compute: Callable[..., Tensor], input_ids_N: Tensor, po
 
 
 def rope_borders(model: Any) -> list[int]:
-    """Lengths beyond which a model turns all positions by other angles (LongRoPE), in ascending order.
+    """Return lengths beyond which a model turns all positions by other angles (LongRoPE), in ascending order.
 
     The longest row of a batch decides for every row, so rollouts on different sides of a border never share a forward.  What counts is the
     tokens that are read: all of a rollout in scoring, all but the last in training.
@@ -197,7 +197,7 @@ def rope_borders(model: Any) -> list[int]:
 
 @torch.no_grad()
 def candidate_logprobs(hidden_MD: Tensor, head: LMHead, asked_MA: Tensor, top_k: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(M, A) float32 log-probs, nats, of ids under `head`, and (M, K) ids and log-probs of the `top_k` most likely ones, most likely first.
+    """Return (M, A) float32 log-probs, nats, of ids under `head`, and (M, K) ids and log-probs of the `top_k` most likely ones, most likely first.
 
     `rows` rows at a time: memory is rows * V, never M * V.  Takes no gradient; the losses have their own.
     """
@@ -213,7 +213,7 @@ def candidate_logprobs(hidden_MD: Tensor, head: LMHead, asked_MA: Tensor, top_k:
 
 
 def context_length(model: Any) -> int:
-    """Positions the model was made for; a very large number where its configuration has no limit."""
+    """Return positions the model was made for; a very large number where its configuration has no limit."""
     embeddings = getattr(getattr(decoder_of(unwrap(model)), "embeddings", None), "position_embeddings", None)
     # RoBERTa and its kin count positions from behind the padding id
     before = getattr(embeddings, "padding_idx", None)
@@ -222,7 +222,7 @@ def context_length(model: Any) -> int:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """The model without dropout and without the caller's autocast; afterwards each module is in the mode it was in.
+    """Give the model without dropout and without the caller's autocast; afterwards each module is in the mode it was in.
 
     Source and student may share one model, and a caller may keep some modules in eval mode.
     """

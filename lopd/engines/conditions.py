@@ -25,7 +25,7 @@ def check_causal_lm(model: Any) -> None:
         kind = "activated LoRA" if getattr(config, "alora_invocation_tokens", None) else str(config.peft_type).removeprefix("PeftType.")
         if kind == "activated LoRA" or getattr(config, "is_prompt_learning", False):
             raise ModelError(
-                f"Model {type(unwrap(model)).__name__}: its adapter is {kind}, expected one that acts within the layers (LoRA and its kin); train "
+                f"Model {type(unwrap(model)).__name__}: its adapter is {kind}, and does not act within the layers as LoRA and its kin do; train "
                 "such an adapter instead."
             )
     check_loaded(model)
@@ -69,7 +69,7 @@ def keep_caps(model: Any) -> None:
 
 
 def drops_cap(model: Any) -> bool:
-    """Whether the model caps attention scores, and runs with an attention that does not."""
+    """Return whether the model caps attention scores, and runs with an attention that does not."""
     config = text_config(model)
     capped = any("att" in name and "cap" in name and isinstance(value, int | float) and value for name, value in vars(config).items())
     return capped and str(getattr(config, "_attn_implementation", "sdpa")) == "sdpa"
@@ -85,7 +85,7 @@ def warn_of_dropout(model: Any) -> None:
     dropping = [
         (name, module.p) for name, module in model.named_modules() if isinstance(module, kinds) and module.training and module.p > 0
     ]
-    # an adapter that begins at 0 hides its dropout for a step; a dropout that is no module shows in the states alone
+    # an adapter that begins at 0 hides its dropout for a step; a dropout that is not a module shows in the states alone
     if not dropping and _same_twice(model):
         return
     what = (
@@ -113,7 +113,7 @@ def _same_twice(model: Any) -> bool:
 
 @contextmanager
 def randomly(model: Any) -> Iterator[None]:
-    """Random numbers that are drawn here are not missing from the caller's stream."""
+    """Draw random numbers without taking them from the caller's stream."""
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

@@ -1,4 +1,4 @@
-"""What a model's configuration says about the function that it computes, in one form however it is written."""
+"""The part of a model's configuration that decides what it computes, in one form however it is written."""
 
 import json
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ _ATTENTION_CAP = "attn_logit_softcapping"
 
 
 def function_settings(model: Any, *, capped: bool = False) -> str:
-    """The settings that decide what a model computes from its weights: as text, and the same text for the same function.
+    """Return the settings that decide what a model computes from its weights: as text, and the same text for the same function.
 
     Fields at the default of their class are left out, so that a version of transformers with more fields agrees.
 
@@ -57,7 +57,7 @@ def function_settings(model: Any, *, capped: bool = False) -> str:
 
 
 def rope_moves(config: Any) -> bool:
-    """Whether rotary embeddings depend on the longest sequence so far."""
+    """Return whether rotary embeddings depend on the longest sequence so far."""
     rope = _plain(config.to_dict().get("rope_parameters") or {})
     return any(_rope_kind(part) in _MOVING for part in _rope_parts(rope))
 
@@ -109,7 +109,7 @@ def _is_irrelevant(name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Numbers as floats, tuples as lists, and None in a mapping as absence: as JSON and Python may differ in."""
+    """Return numbers as floats, tuples as lists, and None in a mapping as absence: as JSON and Python may differ in."""
     if isinstance(value, Mapping):
         return {str(name): _plain(part) for name, part in value.items() if part is not None and not _is_irrelevant(str(name))}
     if isinstance(value, list | tuple):
@@ -120,7 +120,7 @@ def _plain(value: Any) -> Any:
 
 
 def _rope_parts(rope: Mapping[str, Any]) -> list[Any]:
-    """One for each type of layer, or the only one."""
+    """Return one for each type of layer, or the only one."""
     return [part for part in rope.values() if isinstance(part, dict)] or [rope]
 
 
@@ -142,5 +142,5 @@ def _rope_kind(rope: Mapping[str, Any]) -> str:
 
 
 def _reads_length(rope: Mapping[str, Any]) -> bool:
-    """Whether the configured number of positions changes the embeddings of the first ones."""
+    """Return whether the configured number of positions changes the embeddings of the first ones."""
     return _rope_kind(rope) in _MOVING or (_rope_kind(rope) == "yarn" and "factor" not in rope)

@@ -14,7 +14,7 @@ from lopd.engines.effective import Weight, effective_weights
 
 
 def changed_buffers(model: Any, weights: Sequence[Weight]) -> list[Weight]:
-    """Those of the derived buffers among these weights that hold other values than a new model of the same configuration."""
+    """Return those of the derived buffers among these weights that hold other values than a new model of the same configuration."""
     derived = [weight for weight in weights if weight.kind == "derived" and weight.held.device.type != "meta"]
     if rope_moves(unwrap(model).config):
         derived = [weight for weight in derived if "inv_freq" not in weight.names[0]]
@@ -35,7 +35,7 @@ def _agree(held: Tensor, made: Tensor | None) -> bool:
 
 @torch.no_grad()
 def _made_again(model: Any) -> dict[str, Tensor]:
-    """The derived buffers of a new model, by name, without memory for its weights: as transformers makes them when it loads one."""
+    """Return the derived buffers of a new model, by name, without memory for its weights: as transformers makes them when it loads one."""
     base = unwrap(model)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -53,7 +53,7 @@ def _made_again(model: Any) -> dict[str, Tensor]:
 
 
 def _with_owners(module: Any, owner: Any) -> Iterator[tuple[Any, Any]]:
-    """Each module, with the part of the model that knows how to initialise it."""
+    """Yield each module, with the part of the model that knows how to initialise it."""
     owner = module if isinstance(module, transformers.PreTrainedModel) else owner
     yield module, owner
     for child in module.children():

@@ -51,7 +51,7 @@ class Weight:
     adapted: tuple[_Merger, Any, str] | None = None
 
     def read(self) -> Tensor:
-        """The values that are applied."""
+        """Return the values that are applied."""
         if self.adapted is None:
             return self.held
         merger, layer, name = self.adapted
@@ -59,7 +59,7 @@ class Weight:
 
 
 def effective_weights(model: Any) -> list[Weight]:
-    """The parameters and buffers that a model applies now, sorted by name.
+    """Return the parameters and buffers that a model applies now, sorted by name.
 
     The values of adapted layers are computed when they are read, a layer at a time.
 
@@ -84,13 +84,13 @@ def _check_methods(model: Any) -> None:
         config = getattr(module, "active_peft_config", None)
         if config is not None and (config.is_prompt_learning or config.peft_type == "XLORA"):
             raise ModelError(
-                f"Model {type(unwrap(model)).__name__}: its adapter is of the kind {config.peft_type}, expected one with an effect on the weights "
-                "alone; merge another kind, or pass `identity=`."
+                f"Model {type(unwrap(model)).__name__}: its adapter is of the kind {config.peft_type}, which does more than change weights; "
+                "merge another kind, or pass `identity=`."
             )
 
 
 def is_adapted(module: Any) -> bool:
-    """Whether a module is a layer of peft around another layer."""
+    """Return whether a module is a layer of peft around another layer."""
     return hasattr(module, "base_layer") and hasattr(module, "active_adapters") and hasattr(module, "merge")
 
 
@@ -125,7 +125,7 @@ def _walk_adapted(layer: Any, prefix: str, merger: _Merger) -> Iterator[Weight]:
 
 
 def _beside_the_base(layer: Any, prefix: str) -> Iterator[Weight]:
-    """The active adapters of quantised weights, as they are: merging would round."""
+    """Yield the active adapters of quantised weights, as they are: merging would round."""
     for adapter in layer.active_adapters:
         for name, tensor in layer.named_parameters():
             if adapter in name.split(".") and not name.startswith("base_layer."):
@@ -140,7 +140,7 @@ def _innermost(layer: Any) -> Any:
 
 
 def _differs_from_base(layer: Any) -> bool:
-    """Whether the layer applies other weights than its base holds now; adapters that were merged are held in the base."""
+    """Return whether the layer applies other weights than its base holds now; adapters that were merged are held in the base."""
     return is_adapted(layer) and (bool(layer.merged_adapters) == layer.disable_adapters or _differs_from_base(layer.base_layer))
 
 
@@ -150,7 +150,7 @@ def _is_mergeable(held: Tensor) -> bool:
 
 @torch.no_grad()
 def _merged(layer: Any) -> Any:
-    """A copy of the layer that is adapted, with what its adapters do now in its weights: in float32 unless they are wider."""
+    """Return a copy of the layer that is adapted, with what its adapters do now in its weights: in float32 unless they are wider."""
     copied = copy.deepcopy(layer)._apply(lambda tensor: tensor.float() if tensor.dtype in _MERGEABLE[:2] else tensor)
     try:
         while is_adapted(copied):
@@ -166,7 +166,7 @@ def _merged(layer: Any) -> Any:
 
 
 def _own_tensors(module: Any) -> Iterator[tuple[str, Tensor, Kind]]:
-    """The tensors of the module itself, by name; of quantised weights, also the scales that it saves beside them."""
+    """Yield the tensors of the module itself, by name; of quantised weights, also the scales that it saves beside them."""
     saved: dict[str, Any] = {}
     module._save_to_state_dict(saved, "", True)
     for name, tensor in {**saved, **module._buffers, **module._parameters}.items():

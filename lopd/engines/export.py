@@ -98,7 +98,7 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
 
 @contextmanager
 def _saving(owner: str, what: str) -> Iterator[None]:
-    """Where transformers and the disk are asked to write: what goes wrong there is one sentence."""
+    """Turn what goes wrong while transformers and the disk write into one sentence."""
     try:
         yield
     except LopdError:
@@ -152,7 +152,7 @@ def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path
 
 
 def _objection(model: Any, folder: Path, written: list[str]) -> str | None:
-    """Why an export of these files must not replace this folder, in a clause."""
+    """Return why an export of these files must not replace this folder, in a clause."""
     if not folder.is_dir():
         return "it is a file, expected a folder"
     if _holds_this_process(folder):

@@ -48,7 +48,7 @@ class Host:
         return getattr(self._engine, identity)
 
     def work(self, method: str, items: Sequence[Any]) -> list[Any]:
-        """What this method of the engine answers."""
+        """Return what this method of the engine answers."""
         return list(getattr(self._engine, method)(items))
 
     def stop(self) -> None:
@@ -76,7 +76,7 @@ class Process(Protocol):
         ...
 
     def work(self, method: str, items: Sequence[Any], /) -> list[Any]:
-        """The engine's answer."""
+        """Return the engine's answer."""
         ...
 
     def stop(self, *, idle: bool) -> None:
@@ -108,7 +108,7 @@ class _Worker:
             raise Down(
                 f"it cannot be replaced ({error})",
                 EngineError(
-                    f"{self.engines._name}: all {self.engines.workers} workers died and none could be started again, expected one to be left; "
+                    f"{self.engines._name}: all {self.engines.workers} workers died and none could be started again; "
                     f"see {self.process.log}, and call again to resume."
                 ),
             ) from error
@@ -143,8 +143,8 @@ class _Worker:
             raise Down(
                 f"it died ({died})",
                 EngineError(
-                    f"{self.engines._name}: {self.engines.attempts} workers died over the same {len(request.body)} items, expected one to get "
-                    f"through; see {self.process.log}, and give fewer at a time if memory was short."
+                    f"{self.engines._name}: {self.engines.attempts} workers died over the same {len(request.body)} items; "
+                    f"see {self.process.log}, and give fewer at a time if memory was short."
                 ),
             ) from died
         except BaseException:
@@ -161,7 +161,7 @@ class _Worker:
 class Hosted(ABC, Generic[Engine]):
     """What a source and a scorer in several processes have in common; `make`, `workers`, `attempts` and `patience_s` are documented there."""
 
-    #: Names of the engine's property that says what it is, and of its method.
+    #: Names of the engine's property that identifies it, and of its method.
     _identity: ClassVar[str]
     _method: ClassVar[str]
 
@@ -182,7 +182,7 @@ class Hosted(ABC, Generic[Engine]):
 
     @abstractmethod
     def _process(self, place: int) -> Process:
-        """Where the engine of this worker lives."""
+        """Return where the engine of this worker lives."""
 
     @cached_property
     def _pool(self) -> Pool:
@@ -197,7 +197,7 @@ class Hosted(ABC, Generic[Engine]):
             raise
 
     def _spread(self, items: Sequence[Any], results_per_item: int) -> list[Any]:
-        """What the engines make of the items.  Parts are dealt like cards: of a batch that is sorted by length, all are alike."""
+        """Return what the engines make of the items.  Parts are dealt like cards: of a batch that is sorted by length, all are alike."""
         if not items:
             return []
         places = [range(first, len(items), self.workers) for first in range(min(self.workers, len(items)))]
@@ -235,7 +235,7 @@ class HostedSource(Hosted[RolloutSource]):
 
     @property
     def manifest(self) -> Manifest:
-        """What a store of these rollouts must say; all workers say the same.  The first call starts them.
+        """The manifest of a store of these rollouts; the same for all workers.  The first call starts them.
 
         Raises:
             EngineError: they do not agree, or one did not start.
@@ -244,7 +244,7 @@ class HostedSource(Hosted[RolloutSource]):
         return manifest
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
-        """`samples_per_prompt` rollouts for each prompt, in their order; may be called from several threads.
+        """Return `samples_per_prompt` rollouts for each prompt, in their order; may be called from several threads.
 
         Raises:
             EngineError: no worker is left, or `attempts` of them died over the same prompts.
@@ -261,7 +261,7 @@ class HostedScorer(Hosted[TeacherScorer]):
 
     @property
     def provenance(self) -> Provenance:
-        """Whose log-probs these are; all workers say the same.  The first call starts them.
+        """Whose log-probs these are; the same for all workers.  The first call starts them.
 
         Raises:
             EngineError: they do not agree, or one did not start.
@@ -270,7 +270,7 @@ class HostedScorer(Hosted[TeacherScorer]):
         return provenance
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
-        """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given; may be called from several threads.
+        """Return (T_i,) log-probs, nats, of each rollout's response tokens, in the order given; may be called from several threads.
 
         Raises:
             EngineError: no worker is left, or `attempts` of them died over the same rollouts.

@@ -37,7 +37,7 @@ _DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def model_id(model: Any) -> ModelId:
-    """The identity of a loaded model: equal for equal functions, whatever is wrapped around it.
+    """Return the identity of a loaded model: equal for equal functions, whatever is wrapped around it.
 
     It is a hash of the weights that the model applies now (active adapters merged in, adapters that are off left out), of its saved buffers, and
     of the settings that decide what it computes from them.
@@ -51,13 +51,13 @@ def model_id(model: Any) -> ModelId:
 
 
 def model_name(model: Any) -> str:
-    """The folder or hub name that a model was loaded from, without what is above it; or what kind it is."""
+    """Return the folder or hub name that a model was loaded from, without what is above it; or what kind it is."""
     base = unwrap(model)
     return Path(str(getattr(base.config, "_name_or_path", "") or type(base).__name__)).name
 
 
 def function_version(model: Any) -> int:
-    """A number that changes when the function of a model is changed: weights and buffers in place, adapters, or settings; values are not read.
+    """Return a number that changes when the function of a model is changed: weights and buffers in place, adapters, or settings; values are not read.
 
     torch counts changes in place, as optimizers make them, but not those through `.data`: a few values of each parameter are compared for these.
     """
@@ -69,14 +69,14 @@ def function_version(model: Any) -> int:
 
 
 def _some_values(base: Any) -> bytes:
-    """Of each parameter up to 16 values, evenly spaced."""
+    """Return up to 16 values of each parameter, evenly spaced."""
     plain = (t.detach() for t in base.parameters() if type(t) in (torch.nn.Parameter, Tensor) and t.is_floating_point() and not t.is_meta)
     parts = [t.reshape(-1)[:: max(t.numel() // 16, 1)][:16].float().cpu() for t in plain]
     return torch.cat(parts).numpy().tobytes() if parts else b""
 
 
 def _adapters(module: Any) -> tuple[Any, ...] | None:
-    """Which adapters a layer of peft applies, and how strongly; None for any other layer."""
+    """Return which adapters a layer of peft applies, and how strongly; None for any other layer."""
     if not hasattr(module, "merged_adapters"):
         return None
     scaling = getattr(module, "scaling", None)
@@ -93,7 +93,7 @@ class Identified:
 
 
 def identify(model: Any, identity: ModelId | None) -> Identified:
-    """The identity that was stated, or that of the model with the version of its function, for `check_unchanged`."""
+    """Return the identity that was stated, or that of the model with the version of its function, for `check_unchanged`."""
     if identity is not None:
         check_kind("Model: identity", identity, ModelId, "pass `model_id(model)`, or `ModelId(name, commit, dtype)`")
     return Identified(identity, None) if identity else Identified(model_id(model), function_version(model))
@@ -125,14 +125,14 @@ def check_unchanged(owner: str, model: Any, identified: Identified) -> None:
 
 
 def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> ModelId:
-    """The identity that `model_id(load_model(folder, dtype)[0])` gives, without loading the model; a model with adapters is loaded.
+    """Return the identity that `model_id(load_model(folder, dtype)[0])` gives, without loading the model; a model with adapters is loaded.
 
     The names of the weights, and which of them are tied, are those of a model that transformers builds from the folder's configuration
     without memory for its weights.
 
     Args:
         folder: a folder with a transformers model in safetensors, whole or in shards, or with adapters that name their base model; or a hub name.
-        dtype: of the weights in use; None is what the configuration says.
+        dtype: type of the weights in use; None takes the configuration's.
 
     Raises:
         EngineError: there is no such folder, or a file is damaged.
@@ -156,7 +156,7 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
 
 
 def folder_dtype(folder: str | Path) -> torch.dtype:
-    """The dtype in which transformers loads a folder when it is left to choose: the configuration's, or else that of the first weights.
+    """Return the dtype in which transformers loads a folder when it is left to choose: the configuration's, or else that of the first weights.
 
     Raises:
         EngineError: there is no such folder, or a file is damaged.
@@ -193,7 +193,7 @@ def find_model(name: str | Path) -> Path:
 
 @contextmanager
 def looking_for(name: str | Path) -> Iterator[Path]:
-    """Where a model is looked for and read: what goes wrong there is one sentence.  Gives what `find_model` does.
+    """Give what `find_model` does; turn what goes wrong while a model is looked for and read into one sentence.
 
     Raises:
         EngineError: there is no such folder, no such model in the hub or its cache, or it cannot be read.
@@ -230,7 +230,7 @@ def _not_loaded(name: str | Path, reason: str) -> EngineError:
 
 
 def local_folder(name: str | Path, *, weights: bool = True) -> Path:
-    """A folder as it is, or the local snapshot of a hub name; it is downloaded unless it is there or HF_HUB_OFFLINE is set.
+    """Return a folder as it is, or the local snapshot of a hub name; it is downloaded unless it is there or HF_HUB_OFFLINE is set.
 
     Args:
         name: a folder, or a name in the hub.
@@ -254,7 +254,7 @@ def _revision(model: Any, read: Callable[[Weight], Tensor], *, capped: bool = Fa
 
 
 def _folder_name(folder: Path) -> str:
-    """The name of a folder; that of the model for a snapshot in the cache of the hub, which is named by its commit."""
+    """Return the name of a folder; that of the model for a snapshot in the cache of the hub, which is named by its commit."""
     return folder.parent.parent.name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
 
 

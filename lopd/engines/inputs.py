@@ -22,7 +22,7 @@ NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalt
 
 
 def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: int) -> None:
-    """Each prompt has ids of this vocabulary and leaves room for a response in a context of `context` positions.
+    """Check that each prompt has ids of this vocabulary and leaves room for a response in a context of `context` positions.
 
     Raises:
         ArgumentError: one is something else, such as a text.
@@ -71,7 +71,7 @@ def _check_ids(owner: str, ids: NDArray[np.int32], tokenizer: TokenizerId, what:
 
 
 def asked_ids(rollout: Rollout, candidates: int, drawn: int) -> NDArray[np.int32]:
-    """(T, candidates + drawn) ids that a scorer is asked for: the first candidates of a rollout, and its last drawn ones.
+    """Return (T, candidates + drawn) ids that a scorer is asked for: the first candidates of a rollout, and its last drawn ones.
 
     Raises:
         InvalidRecordError: it has fewer.
@@ -108,7 +108,7 @@ def check_support(owner: str, tokenizer: TokenizerId, top_k: int, candidates: in
 
 
 def budgeted(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in runs of similar length whose padded size, the longest times how many, stays within the budget; one too long is alone."""
+    """Return indices in runs of similar length whose padded size, the longest times how many, stays within the budget; one too long is alone."""
     parts: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if parts and (len(parts[-1]) + 1) * lengths[i] <= budget:
@@ -119,18 +119,18 @@ def budgeted(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def all_ids(rollout: Rollout) -> list[int]:
-    """Prompt and response."""
+    """Return prompt and response."""
     return [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
 
 
 def in_order(order: Sequence[int], results: Sequence[T], each: int = 1) -> list[T]:
-    """Results of items that were asked for in this order, `each` for one item, in the order of the items."""
+    """Return results of items that were asked for in this order, `each` for one item, in the order of the items."""
     places = np.argsort(np.array(order, np.int64))
     return [results[place * each + k] for place in places.tolist() for k in range(each)]
 
 
 def stop_ids(sampling: SamplingParams, configured: int | Sequence[int] | None, tokenizer: TokenizerId) -> frozenset[int]:
-    """Ids that end a response: those asked for, or the EOS ids of the model's generation configuration and of the tokenizer."""
+    """Return ids that end a response: those asked for, or the EOS ids of the model's generation configuration and of the tokenizer."""
     if sampling.stop_ids:
         return frozenset(sampling.stop_ids)
     ids = [configured] if configured is None or isinstance(configured, int) else configured
@@ -138,12 +138,12 @@ def stop_ids(sampling: SamplingParams, configured: int | Sequence[int] | None, t
 
 
 def stream_seed(sampling: SamplingParams, rollout_id: str, bits: int) -> int:
-    """At most 128 bits that are the rollout's own: of the run's seed and of prompt, sample and generation, which its id names."""
+    """Return at most 128 bits that are the rollout's own: of the run's seed and of prompt, sample and generation, which its id names."""
     return int.from_bytes(blake2b(f"{sampling.seed}|{rollout_id}".encode(), digest_size=16).digest(), "little") & ((1 << bits) - 1)
 
 
 def sampling_settings(sampling: SamplingParams, stops: Collection[int], tokenizer: TokenizerId) -> dict[str, Any]:
-    """Everything that vLLM has defaults of its own for, which may come from beside the weights; log-probs are of the sampled token alone.
+    """Return all settings for which vLLM has its own defaults, some of which come with the weights; log-probs are of the sampled token alone.
 
     Stop ids are named, and its own idea of EOS is turned off: the two may differ.  An id outside the vocabulary ends nothing, and vLLM refuses it.
     """
@@ -163,7 +163,7 @@ def make_rollout(
     generation: int,
     candidates: TopK | None = None,
 ) -> Rollout:
-    """A rollout as it was sampled: all of its tokens count, and it ends at a stop id or for its length.
+    """Return a rollout as it was sampled: all of its tokens count, and it ends at a stop id or for its length.
 
     Args:
         name: its id.

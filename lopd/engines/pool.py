@@ -47,7 +47,7 @@ class Pool:
     """Workers, from their start until `close`; `run` may be called from several threads.
 
     Args:
-        owner: how messages name it.
+        owner: its name in messages.
         workers: that are alike.
         attempts: how many workers may fail over the same request.
         slots: requests at a time to each worker.
@@ -68,7 +68,7 @@ class Pool:
             self._begin(self._bring_up, place, 0.0)
 
     def identify(self) -> Any:
-        """What the engines are, as soon as each worker was tried and one is up.
+        """Return what the engines are, as soon as each worker was tried and one is up.
 
         Raises:
             EngineError: they are not alike, or none started.
@@ -78,7 +78,7 @@ class Pool:
         return self._identity
 
     def run(self, requests: Sequence[Request[T]]) -> list[T]:
-        """The results of the requests, in their order.  The first error ends the call; what is under way is left to its worker.
+        """Return the results of the requests, in their order.  The first error ends the call; what is under way is left to its worker.
 
         Raises:
             EngineError: `attempts` workers failed over the same request, no worker is left, or the pool was closed.
@@ -125,7 +125,7 @@ class Pool:
         if self._error is not None:
             raise self._error
         if self._closed:
-            raise EngineError(f"{self._owner}: it was closed during a call, expected to be closed after it; call again to resume.")
+            raise EngineError(f"{self._owner}: it was closed during a call; call again to resume.")
 
     def _say_what_it_waits_for(self) -> None:
         if not any(place.up for place in self._places):
@@ -211,7 +211,7 @@ class Pool:
                 self._changed.notify_all()
 
     def _results(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
-        """All results together or, if there is something wrong with one of them, one by one."""
+        """Return all results together or, if there is something wrong with one of them, one by one."""
         try:
             return self._persist(call, request)
         except LopdError:
@@ -220,7 +220,7 @@ class Pool:
         return [result for part in request.parts for result in self._persist(call, part)]
 
     def _persist(self, call: _Call[T], request: Request[T]) -> Sequence[T]:
-        """By whichever worker is free; by another if that one fails.  That a worker is busy is not a failure until patience is over."""
+        """Ask whichever worker is free; ask another if that one fails.  That a worker is busy is not a failure until patience is over."""
         failed, began = 0, monotonic()
         for attempt in count():
             place = self._take(call)
@@ -242,7 +242,7 @@ class Pool:
         raise AssertionError
 
     def _take(self, call: _Call[Any]) -> _Place:
-        """The least busy worker, as soon as one is up and has room."""
+        """Return the least busy worker, as soon as one is up and has room."""
         with self._changed:
             self._changed.wait_for(lambda: call.over or self.over or bool(self._free()))
             if call.over or self.over:

@@ -55,7 +55,7 @@ class PrivilegedScorer:
             check_prompt_list(prompts)
         if len(self.prompts) != len(self.told):
             raise InvalidRecordError(
-                f"Privileged prompts: there are {len(self.told)} for {len(self.prompts)} prompts, expected one for each; make both from like records."
+                f"Privileged prompts: there are {len(self.told)} for {len(self.prompts)} prompts; make both from like records."
             )
         if all(key == _key(told) for key, told in self._told.items()):
             raise InvalidRecordError(
@@ -97,7 +97,7 @@ class PrivilegedScorer:
         return evolve(provenance, logprobs_mode=f"{PRIVILEGED} {digest.hexdigest()}")
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
-        """(T_i,) log-probs, nats, of each rollout's response tokens after its privileged prompt, in the order given.
+        """Return (T_i,) log-probs, nats, of each rollout's response tokens after its privileged prompt, in the order given.
 
         Raises:
             ContextOverflowError: a privileged prompt and a response are longer than the context; it names the rollout, and nothing is computed.
@@ -114,7 +114,7 @@ class PrivilegedScorer:
         return [_bind(score, read, rollout) for score, read, rollout in zip(scores, told, rollouts, strict=True)]
 
     def _tell(self, rollout: Rollout) -> Rollout:
-        """The rollout with its privileged prompt; what follows the prompt before the response stays."""
+        """Return the rollout with its privileged prompt; what follows the prompt before the response stays."""
         check_kind("Rollout", rollout, Rollout, "pass those that a source sampled, or `record.rollout` of a store's records")
         ids_P = rollout.prompt_ids
         # the longest first: one prompt may begin like another
@@ -123,8 +123,8 @@ class PrivilegedScorer:
             if told is not None:
                 return evolve(rollout, prompt_ids=np.concatenate([told, ids_P[length:]]))
         raise InvalidRecordError(
-            f"Rollout {rollout.rollout_id!r}: its prompt of {ids_P.size} tokens is not among the {len(self.prompts)} that have a privileged one, "
-            "expected it there; make them from the records, the tokenizer and the template of the rollouts."
+            f"Rollout {rollout.rollout_id!r}: its prompt of {ids_P.size} tokens is not among the {len(self.prompts)} that have a privileged one; "
+            "make them from the records, the tokenizer and the template of the rollouts."
         )
 
 
@@ -133,10 +133,9 @@ def _key(ids_P: NDArray[np.int32]) -> bytes:
 
 
 def _bind(score: Scores, read: Rollout, rollout: Rollout) -> Scores:
-    """The scores, bound to the rollout as it was sampled."""
+    """Return the scores, bound to the rollout as it was sampled."""
     if (score.rollout_id, score.content_hash) != (read.rollout_id, read.content_hash):
         raise ScorerError(
-            f"Rollout {read.rollout_id!r}: the scorer gave scores of {score.rollout_id!r}, or of other tokens, expected those that it was asked for; "
-            "fix the scorer."
+            f"Rollout {read.rollout_id!r}: the scorer gave scores of {score.rollout_id!r}, or of other tokens; fix the scorer."
         )
     return evolve(score, content_hash=rollout.content_hash)

@@ -55,7 +55,7 @@ def check_scoring(model: Any, vocab_size: int) -> None:
 
 
 def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = None) -> _Hidden:
-    """`check_scoring` for rollouts that are packed as a student packs them, and once more in training mode and in the student's autocast.
+    """Return `check_scoring` for rollouts that are packed as a student packs them, and once more in training mode and in the student's autocast.
 
     Returns:
         The first way that is right: packed, or, for a hybrid whose other layers know no lengths, each rollout in a row of its own.
@@ -90,7 +90,7 @@ def _check_training(probe: "_Probe", autocast: torch.dtype | None) -> None:
 
 
 def _prepare(model: Any, vocab_size: int, ability: str, hidden: _Hidden, autocast: torch.dtype | None = None) -> "_Probe":
-    """What has to be looked at in each model: its attention, its head, and whether its weights are numbers."""
+    """Return what has to be looked at in each model: its attention, its head, and whether its weights are numbers."""
     probe = _Probe(model, vocab_size, ability, hidden)
     with refusing(model, ability):
         check_causal_lm(model)
@@ -129,7 +129,7 @@ class _Probe:
     autocast: torch.dtype | None = None
 
     def precision(self) -> torch.autocast:
-        """What the forwards of this probe compute in."""
+        """Return what the forwards of this probe compute in."""
         return torch.autocast(next(self.model.parameters()).device.type, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
 
     @property
@@ -138,26 +138,26 @@ class _Probe:
         return self.autocast is None and is_exact(self.model)
 
     def rows(self) -> list[Tensor]:
-        """Two short rollouts, and one beyond each window, chunk and rope border if that is cheap; the longest comes last."""
+        """Return two short rollouts, and one beyond each window, chunk and rope border if that is cheap; the longest comes last."""
         context, device = context_length(self.model), next(self.model.parameters()).device
         lengths = {min(n, context) for n in (3, len(_PROBE_IDS), max(stated_borders(self.model), default=0) + 2)}
         ids = [_PROBE_IDS[i % len(_PROBE_IDS)] + i // len(_PROBE_IDS) for i in range(max(lengths))]
         return [torch.tensor(ids[:length], device=device) % self.vocab_size for length in sorted(lengths)]
 
     def cut(self, rows: Sequence[Tensor]) -> Tensor:
-        """(N, V) logits of the cut model for rollouts that share a batch, at both ends of each."""
+        """Return (N, V) logits of the cut model for rollouts that share a batch, at both ends of each."""
         positions_N = torch.cat([torch.arange(len(ids), device=ids.device) for ids in rows])
         lengths = [len(ids) for ids in rows]
         hidden_ND = self.hidden(self.model, torch.cat(list(rows)), positions_N, lengths)
         return lm_head(self.model, self.vocab_size).logits(torch.cat([_ends(part_SD) for part_SD in hidden_ND.split(lengths)]))
 
     def whole(self, ids_S: Tensor) -> Tensor:
-        """(S, V) logits of the whole model for one rollout alone, at both ends, without the autocast that `accelerate` puts around a model."""
+        """Return (S, V) logits of the whole model for one rollout alone, at both ends, without the autocast that `accelerate` puts around a model."""
         forward = getattr(self.model, "_original_forward", self.model)
         return _ends(forward(input_ids=ids_S[None], use_cache=False).logits[0])[:, : self.vocab_size].float()
 
     def check_head(self, cut_NV: Tensor, whole_NV: Tensor) -> None:
-        """The cut model's logits are the model's own: slope 1, offset 0, and nothing left over.
+        """Check that the cut model's logits are the model's own: slope 1, offset 0, and nothing left over.
 
         Both come from forwards of one shape, so in half precision too they differ by the rounding of a few products, and a regression over
         all of them sees a scale that the largest difference would hide.
@@ -184,7 +184,7 @@ class _Probe:
             self.refuse("its logits are not finite", "check its weights, or load it in another dtype")
 
     def check_order(self, ids_S: Tensor, cut_SV: Tensor) -> None:
-        """A later token changes no logit of an earlier one."""
+        """Check that a later token does not change the logits of an earlier one."""
         changed_S = ids_S.clone()
         changed_S[-1] = (changed_S[-1] + 1) % self.vocab_size
         if not self.same(self.cut([changed_S])[:-1], cut_SV[:-1]):
@@ -193,7 +193,7 @@ class _Probe:
             )
 
     def check_alone(self, rows: Sequence[Tensor], place: int, together_SV: Tensor, alone_SV: Tensor) -> None:
-        """A rollout in a batch has the logits that it has alone; what makes the difference is looked for only if there is one."""
+        """Check that a rollout in a batch has the logits that it has alone; the cause of a difference is looked for only if there is one."""
         if self.same(together_SV, alone_SV):
             return
         others = [ids if i == place else (ids + 1) % self.vocab_size for i, ids in enumerate(rows)]
@@ -205,7 +205,7 @@ class _Probe:
         )
 
     def check_mode(self, ids_S: Tensor) -> None:
-        """In training mode the model computes the same function, dropout apart, and has a gradient."""
+        """Check that in training mode the model computes the same function, dropout apart, and has a gradient."""
         eval_SV = self.cut([ids_S])
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad][:1]
         self.model.train()
@@ -217,7 +217,7 @@ class _Probe:
             self.refuse("in training mode its logits are others than in eval mode, and not by chance")
 
     def same(self, left_SV: Tensor, right_SV: Tensor) -> bool:
-        """Whether logits of two forwards agree, to the rounding of forwards of unlike shape."""
+        """Return whether logits of two forwards agree, to the rounding of forwards of unlike shape."""
         finite_SV = right_SV != -torch.inf
         if not torch.equal(left_SV != -torch.inf, finite_SV):
             return False
@@ -226,7 +226,7 @@ class _Probe:
             return True
         if self._exact:
             return bool(gap_N.abs().max() <= self.tolerances[1] * max(float(size_N.abs().max()), 1e-6))
-        # rounding adds up over layers, and the largest of many errors is no measure of it
+        # rounding adds up over layers, and the largest of many errors does not measure it
         return bool(gap_N.square().mean().sqrt() <= 6e-2 * max(float(size_N.square().mean().sqrt()), 1e-6))
 
     @property
@@ -247,7 +247,7 @@ _STEPS = {
 
 
 def refusal(model: Any, ability: str, cause: str, step: str | None = None) -> ModelError:
-    """The error that says what a model cannot do here, why, and what to do instead."""
+    """Return the error that says what a model cannot do here, why, and what to do instead."""
     return ModelError(f"Model {type(unwrap(model)).__name__}: {ability} is not possible here, because {cause}; {step or _STEPS[ability]}.")
 
 
@@ -264,18 +264,18 @@ def refusing(model: Any, ability: str, step: str | None = None) -> Iterator[None
 
 
 def _ends(values_S: Tensor) -> Tensor:
-    """The first and the last rows of a long tensor, or all of a short one: logits of all would take more memory than the model."""
+    """Return the first and the last rows of a long tensor, or all of a short one: logits of all would take more memory than the model."""
     return values_S if len(values_S) <= 2 * _ENDS else torch.cat([values_S[:_ENDS], values_S[-_ENDS:]])
 
 
 def is_exact(model: Any) -> bool:
-    """Whether the weights' products are."""
+    """Return whether the weights' products are."""
     weight = next(model.parameters())
     return weight.dtype in (torch.float32, torch.float64) and not (weight.is_cuda and torch.backends.cuda.matmul.allow_tf32)
 
 
 def stated_borders(model: Any) -> list[int]:
-    """Windows, chunks and rope borders that the configuration states, as far as a forward beyond them is cheap, in ascending order."""
+    """Return windows, chunks and rope borders that the configuration states, as far as a forward beyond them is cheap, in ascending order."""
     weights = sum(parameter.numel() for parameter in model.parameters())
     budget = _CPU_FLOPS if next(model.parameters()).device.type == "cpu" else _FLOPS
     longest = min(_LONGEST, context_length(model), int(budget / (2 * weights))) - 2
@@ -284,13 +284,13 @@ def stated_borders(model: Any) -> list[int]:
 
 
 def _numbers(value: Any) -> list[int]:
-    """A number of the configuration, those of a list, or those of a table."""
+    """Return a number of the configuration, those of a list, or those of a table."""
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
     return [part for part in parts if isinstance(part, int) and not isinstance(part, bool)]
 
 
 def _fit(cut_N: Tensor, whole_N: Tensor) -> tuple[float, float]:
-    """Slope and offset of the least squares line; slope 1 where the logits are all alike."""
+    """Return slope and offset of the least squares line; slope 1 where the logits are all alike."""
     centred_N = cut_N - cut_N.mean()
     spread = float(centred_N.square().sum())
     slope = float((centred_N * whole_N).sum()) / spread if spread > 1e-12 else 1.0

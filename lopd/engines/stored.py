@@ -26,7 +26,7 @@ class _Index(TypedDict):
 
 
 def stored_places(folder: Path) -> Mapping[str, Path]:
-    """Which file holds which tensor.
+    """Return which file holds which tensor.
 
     Raises:
         ModelError: there are no files of weights in safetensors.
@@ -64,8 +64,8 @@ class StoredModel:
     """A model that is built without memory for its weights, and their values in the files of its folder.
 
     Args:
-        folder: of the model.
-        dtype: of the weights in use.
+        folder: the model's folder.
+        dtype: type of the weights in use.
 
     Raises:
         ModelError: there are no files of weights in safetensors, or the weights are quantised.
@@ -90,7 +90,7 @@ class StoredModel:
         self._sources = _find_sources(self.model, self._places)
 
     def read(self, weight: Weight) -> Tensor:
-        """The values of a weight of `model`.
+        """Return the values of a weight of `model`.
 
         Raises:
             ModelError: the files lack it, or have it in another shape.
@@ -127,7 +127,7 @@ class StoredModel:
 
 
 def named_class(config: Any) -> Any:
-    """The class that a configuration names, which may read images or sound too; None if transformers does not have it."""
+    """Return the class that a configuration names, which may read images or sound too; None if transformers does not have it."""
     return next((getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)), None)
 
 
@@ -138,7 +138,7 @@ def _build(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _find_sources(model: Any, stored_names: Iterable[str]) -> dict[str, _Source]:
-    """What each tensor is made of, by name: transformers renames and converts weights of many architectures while it loads them."""
+    """Return what each tensor is made of, by name: transformers renames and converts weights of many architectures while it loads them."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
 

@@ -24,7 +24,7 @@ def once(what: Hashable, model: Any, probe: Callable[[], T]) -> T:
     Args:
         what: which probe, and its settings.
         model: that is probed.
-        probe: of the model.
+        probe: what the probe of the model found.
     """
     structure, shared = _structure(model)
     known = _of_all if shared else _of_one.setdefault(unwrap(model), {})
@@ -35,7 +35,7 @@ def once(what: Hashable, model: Any, probe: Callable[[], T]) -> T:
 
 
 def _structure(model: Any) -> tuple[Hashable, bool]:
-    """Modules with their code and settings, shapes and dtypes of weights, and the configuration; and whether other models may be like it."""
+    """Return modules with their code and settings, shapes and dtypes of weights, and the configuration; and whether other models may be like it."""
     config, shared = unwrap(model).config, True
     parts: list[Hashable] = [str(config), getattr(config, "_attn_implementation", None), torch.backends.cuda.matmul.allow_tf32]
     for path, module in model.named_modules():

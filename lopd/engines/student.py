@@ -86,7 +86,7 @@ class CausalLMStudent(nn.Module):
             self.train()
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """`torch.compile` of the layers below the head, in place and with its arguments; head and loss have their own passes over memory.
+        """Compile the layers below the head by `torch.compile`, in place and with its arguments; head and loss have their own passes over memory.
 
         Shapes differ from batch to batch: two or three graphs are made, in the first steps.  Single layers may be compiled instead, by their own
         `compile`.  What torch.compile puts around the student, or around its model, computes the same and compiles nothing.
@@ -94,7 +94,7 @@ class CausalLMStudent(nn.Module):
         decoder_of(unwrap(self.model)).compile(*args, **options)
 
     def forward(self, batch: Batch, loss: OPDLoss) -> LossOutput:
-        """`loss` of this batch; moves the batch to where the model is.
+        """Return `loss` of this batch; moves the batch to where the model is.
 
         Computes in the dtype of the weights, or in `autocast`, whatever autocast the caller is in.
 

@@ -1,4 +1,4 @@
-"""From what an engine says about each response token to checked scores with a top-k support.
+"""From an engine's answers about each response token to checked scores with a top-k support.
 
 Shape suffixes: T response tokens, K candidates a token, A ids that a scorer is asked for, W entries that an engine
 gives at a token.
@@ -20,12 +20,12 @@ from lopd.records.support import TopK
 def make_scores(
     rollout: Rollout, logprobs_T: NDArray[np.float32], ids_TK: NDArray[np.integer], candidates_TK: NDArray[np.float32], drawn: int = 0
 ) -> Scores:
-    """Scores of one rollout: -inf becomes the floor, and is counted among the sampled tokens; K = 0 leaves out the support.
+    """Return scores of one rollout: -inf becomes the floor, and is counted among the sampled tokens; K = 0 leaves out the support.
 
     Args:
         rollout: whose tokens.
-        logprobs_T: of them, nats.
-        ids_TK: of the support, the drawn ones last.
+        logprobs_T: their log-probs, nats.
+        ids_TK: ids in the support, the drawn ones last.
         candidates_TK: their log-probs, nats.
         drawn: how many of the K were drawn.
 
@@ -37,7 +37,7 @@ def make_scores(
 
 
 def make_support(owner: str, ids_TK: NDArray[np.integer], logprobs_TK: NDArray[np.float32], drawn: int = 0) -> TopK:
-    """A support with its tail, 1 minus the probability of all but the last `drawn`; -inf becomes the floor.
+    """Return a support with its tail, 1 minus the probability of all but the last `drawn`; -inf becomes the floor.
 
     Raises:
         InvalidRecordError: something is not a log-prob; it names the owner.
@@ -60,7 +60,7 @@ def arrange(
     candidates: int,
     top_k: int,
 ) -> tuple[NDArray[np.integer], NDArray[np.float32]]:
-    """(T, A + top_k) ids and log-probs in the order of a column: candidates, the model's own most likely outside of those, drawn ones.
+    """Return (T, A + top_k) ids and log-probs in the order of a column: candidates, the model's own most likely outside of those, drawn ones.
 
     Args:
         asked_TA: the ids that were asked for, see `lopd.engines.inputs.asked_ids`.
@@ -80,13 +80,13 @@ def arrange(
 
 
 def provenance_of(model: ModelId, tokenizer: TokenizerId, engine: str, *, top_k: int, candidates: int, drawn: int) -> Provenance:
-    """The provenance of a scorer that keeps so many of the model's own tokens, of the policy's candidates and of drawn ones."""
+    """Return the provenance of a scorer that keeps so many of the model's own tokens, of the policy's candidates and of drawn ones."""
     width = candidates + top_k + drawn
     return Provenance(model, tokenizer.vocab_hash, engine, top_k=width, eos_id=tokenizer.eos_id, candidates=candidates, drawn=drawn)
 
 
 def likely(top_k: int, candidates: int) -> int:
-    """How many of its most likely ids a model is asked for: `top_k` outside of the candidates are among so many, whichever those are."""
+    """Return how many of its most likely ids a model is asked for: `top_k` outside of the candidates are among so many, whichever those are."""
     return top_k and candidates + top_k
 
 
@@ -100,7 +100,7 @@ class FlatLogprobs(Protocol):
 
 
 def entries(flat: FlatLogprobs, first: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """(T, W) ids and log-probs of the positions from `first` on; where a position has fewer entries than another, id -1."""
+    """Return (T, W) ids and log-probs of the positions from `first` on; where a position has fewer entries than another, id -1."""
     starts_T, ends_T = (np.array(indices[first:], np.int64) for indices in (flat.start_indices, flat.end_indices))
     places_TW = starts_T[:, None] + np.arange(max((ends_T - starts_T).max(initial=0), 1))
     missing_TW = places_TW >= ends_T[:, None]
@@ -114,7 +114,7 @@ def entries(flat: FlatLogprobs, first: int = 0) -> tuple[NDArray[np.int64], NDAr
 def look_up(
     owner: str, tokens_T: NDArray[np.integer], ids_TW: NDArray[np.int64], logprobs_TW: NDArray[np.float32], top_k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-    """(T,) log-probs of the tokens, and (T, K) ids and log-probs of the K most likely, all found by id.
+    """Return (T,) log-probs of the tokens, and (T, K) ids and log-probs of the K most likely, all found by id.
 
     A sampled token that is not among the K most likely comes on top of them, and one that is may come twice: rank and place say nothing.
 
@@ -125,7 +125,7 @@ def look_up(
     lost = np.flatnonzero(~hits_TW.any(1))
     if lost.size:
         raise EngineError(
-            f"{owner}: response token {lost[0]} is id {tokens_T[lost[0]]}, expected it among the engine's log-probs; report it."
+            f"{owner}: response token {lost[0]} is id {tokens_T[lost[0]]}, which is not among the engine's log-probs; report it."
         )
     places_T1 = hits_TW.argmax(1)[:, None]
     twice_TW = hits_TW & (np.arange(ids_TW.shape[1]) > places_T1)

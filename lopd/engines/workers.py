@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def backoff(attempt: int) -> float:
-    """Seconds to wait after this many failures before the last one."""
+    """Return seconds to wait after this many failures before the last one."""
     return min(0.25 * 2.0 ** min(attempt, 10), 15.0) + 0.25 * random()  # noqa: S311
 
 
@@ -21,7 +21,7 @@ class Down(Exception):  # noqa: N818  # never leaves the engine: at most its `er
 
     Args:
         what: happened, for the log.
-        error: ends the call if there is no other worker, or no attempt left.
+        error: ends the call if no other worker and no attempt is left.
         pause: seconds for which the worker asks to be left alone.
         busy: whether it works, and takes what it is asked for later.
     """
@@ -62,11 +62,11 @@ class Worker(Protocol):
         ...
 
     def unlike(self, identity: Any, expected: Any, whose: str) -> EngineError:
-        """The error of a worker whose engine is another than that of `whose`."""
+        """Return the error of a worker whose engine is another than that of `whose`."""
         ...
 
     def work(self, request: Request[T], /) -> Sequence[T]:
-        """The results of one request."""
+        """Return the results of one request."""
         ...
 
     def stop(self) -> None:

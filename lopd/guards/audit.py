@@ -1,4 +1,4 @@
-r"""Who wrote this text?  For students whose SFT teacher nobody recorded.
+r"""Who wrote this text?  For students whose SFT teacher was not recorded.
 
 Import a sample of the SFT text as rollouts, score it with every model that may have written it, one column each, and ask:
 
@@ -8,7 +8,7 @@ Import a sample of the SFT text as rollouts, score it with every model that may 
 (Gibbs), whatever the prompt.  The difference of two candidates is one number a rollout, so it is tested as a paired mean.
 
 *Whether the text is consistent with it* shows in a column that keeps the most likely tokens.  Let g be the probability of the token that is there, 0
-for one that is none of the K.  Under the author its mean \(\sum_k p_k^2\) and its variance are known at every position, and what it deviates is
+for one outside the K.  Under the author its mean \(\sum_k p_k^2\) and its variance are known at every position, and what it deviates is
 a martingale: \(z = \sum_t (E g_t - g_t) / \sqrt{1 + \sum_t \mathrm{Var}\,g_t}\) is then about standard normal, if the text was sampled at
 temperature 1.  Another author writes what the model finds less likely than its own text, which makes z large; a lower temperature, or a cut of
 the tail, makes it negative.  (The 1 keeps a single rare token from speaking where a model is all but certain.)
@@ -42,7 +42,7 @@ class Candidate:
     """One model, and what it makes of the text.
 
     Args:
-        column: of its scores.
+        column: name of its score column.
         model: whose they are.
         surprisal: nats per token.
         behind: how much more surprising than to the first candidate, nats per token, paired; 0 for the first itself.
@@ -78,7 +78,7 @@ class Audit:
 
 
 def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int64] | None = None, max_error: float = 0.01) -> Audit:
-    """Which of these models is the likeliest author of the rollouts of this store, and whether they are consistent with it.
+    """Return which of these models is the likeliest author of the rollouts of this store, and whether they are consistent with it.
 
     A model near the author passes for it where the author is not among the columns.  How often another than the author is named was measured
     on known pairs: `benchmarks/results/audit_errors.json`, and `intervals.json` for the stated error.
@@ -134,7 +134,7 @@ def _read(store: LogprobReader, columns: Sequence[str], rows: NDArray[np.int64])
 
 
 def _deviation(record: ScoredRollout, column: str) -> NDArray[np.float64]:
-    """Sums over the counted tokens of E g - g, and of the variance of g."""
+    """Return sums over the counted tokens of E g - g, and of the variance of g."""
     support, on_T = record.top_k[column], record.rollout.loss_mask
     own = slice(support.distinct)
     chance_TK = np.exp(support.logprobs[:, own].astype(np.float64))

@@ -90,7 +90,7 @@ def _remedy(manifest: Manifest, teacher: Provenance) -> str:
 
 
 def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance]) -> list[str | None]:
-    """What is wrong with each of the teachers that train together, in one clause.
+    """Return what is wrong with each of the teachers that train together, in one clause.
 
     None for one that is the recorded SFT teacher, or its part, or the policy itself after other prompts.
     """
@@ -105,14 +105,14 @@ def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance]) -> list[
 
 
 def _who(manifest: Manifest, teacher: Provenance) -> str:
-    """What a teacher that may score is to the policy; "" for another."""
+    """Return what a teacher that may score is to the policy; "" for another."""
     if manifest.sft_teacher is not None and manifest.sft_teacher.same_weights(teacher.model):
         return "the SFT teacher"
     return "the policy itself" if teacher.privileged and manifest.policy.same_weights(teacher.model) else ""
 
 
 def verdict(manifest: Manifest, scored: Provenance) -> str:
-    """What a column's model is to the policy, for people.
+    """Return what a column's model is to the policy, for people.
 
     >>> from lopd.testing import tiny_manifest, tiny_provenance
     >>> verdict(tiny_manifest(), tiny_provenance("other"))
@@ -156,13 +156,13 @@ def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: Tokeni
 
 
 def vocabulary_of(scorer: TeacherScorer) -> HasVocabulary:
-    """The scorer's tokenizer, which has a size, where the scorer says it; else its provenance."""
+    """Return the scorer's tokenizer, which has a size, where the scorer says it; else its provenance."""
     tokenizer = getattr(scorer, "tokenizer_id", None)
     return tokenizer if isinstance(tokenizer, TokenizerId) and tokenizer.same_vocabulary(scorer.provenance) else scorer.provenance
 
 
 def lineage_after(manifest: Manifest, teachers: Sequence[Provenance]) -> Lineage:
-    """What a student has been trained on after training on these rollouts.
+    """Return what a student has been trained on after training on these rollouts.
 
     Without a score column the student imitates whoever wrote the rollouts: that is SFT, and the writer is its SFT teacher, if it is known.
     """

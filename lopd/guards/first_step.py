@@ -18,7 +18,7 @@ from lopd.records.steps import Batch
 #: Nats a token between student and teacher: beyond it the teacher finds a typical token of the student seven times less likely.  After SFT on
 #: the teacher's text it is a few tenths.
 MAX_DISTANCE = 2.0
-#: Share of effective rollouts: before its first update a student is the policy that sampled, and all are effective but for rounding.
+#: Share of effective rollouts: before its first update a student is the policy that sampled, and all are effective up to rounding.
 MIN_ESS = 0.5
 #: Share of the weights with a gradient that one step must change; in bfloat16 at a rate of 1e-5 it is a seventh, in float32 nearly all.
 MIN_MOVED = 0.5
@@ -59,7 +59,7 @@ def judge_gradients(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
         _warn_once(
             optimizer,
             "gradients",
-            f"Student: {len(lacking)} of its {len(trained)} trained parameters got no gradient in the first step, expected one for each; "
+            f"Student: {len(lacking)} of its {len(trained)} trained parameters got no gradient in the first step; "
             f"{_some(lacking)} stay as they are: freeze them (`requires_grad_(False)`), or leave them out of the adapters' `target_modules`.",
         )
 
@@ -71,7 +71,7 @@ def judge_distance(optimizer: Optimizer, loss: object, reverse_kl: float, drift:
 
     Args:
         optimizer: whose first step it is.
-        loss: of the step.
+        loss: the step's loss.
         reverse_kl: nats a token.
         drift: before any update; None where there was one, as in a run that was resumed, or where it was not measured.
     """
@@ -115,7 +115,7 @@ def judge_baseline(optimizer: Optimizer, loss: object, batches: Sequence[Batch])
 
 
 def at_full_rate(optimizer: Optimizer) -> bool:
-    """Whether a step moves weights as far as it is meant to: a warm-up begins with rates that are lower, or 0."""
+    """Return whether a step moves weights as far as it is meant to: a warm-up begins with rates that are lower, or 0."""
     rates = [(float(group.get("lr", 1.0)), float(group.get("initial_lr", 0.0))) for group in optimizer.param_groups]
     return all(rate > 0 and rate >= initial / 2 for rate, initial in rates)
 
@@ -128,7 +128,7 @@ class Movement:
 
     @classmethod
     def before(cls, optimizer: Optimizer, grad_norm: float) -> "Movement":
-        """Of each parameter up to 4,096 weights, evenly spaced; none where the gradient is rounding alone."""
+        """Return up to 4,096 weights of each parameter, evenly spaced; none where the gradient is rounding alone."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]] if grad_norm > _LEAST_NORM else []
         parts = []
         for parameter in parameters:
@@ -159,12 +159,12 @@ class Movement:
 
 
 def _sample(tensor: Any) -> Tensor:
-    """(up to 4,096,) evenly spaced values, of this rank's part where it is sharded."""
+    """Return (up to 4,096,) evenly spaced values, of this rank's part where it is sharded."""
     values: Tensor = (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().reshape(-1)
     return values[:: max(values.numel() // _SAMPLED, 1)][:_SAMPLED]
 
 
 def _some(names: Iterable[str]) -> str:
-    """The first few of these names."""
+    """Return the first few of these names."""
     every = list(names)
     return ", ".join(map(repr, every[:_SHOWN])) + (f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else "")

@@ -77,7 +77,7 @@ class Residualiser:
         check_number("Residualiser", "prior", self.prior, 0 <= self.prior < np.inf, "finite and at least 0")
 
     def fit(self, store: LogprobReader, rows: NDArray[np.int64], column: str, ref: str) -> "Offsets":
-        """The offsets of these rows, in one pass that holds sums and no tokens."""
+        """Return the offsets of these rows, in one pass that holds sums and no tokens."""
         sizes = (store.manifest.tokenizer.vocab_size, self.positions * (_SURPRISAL.size + 1))
         tables, tokens = [np.zeros((2, self.folds, size)) for size in sizes], np.zeros(self.folds)
         for record in walk(store, rows, (column, ref)):
@@ -91,12 +91,12 @@ class Residualiser:
         return Offsets(self, *(_means(sums, weights, tokens, self.prior) for sums, weights in tables))
 
     def fold(self, record: ScoredRollout) -> int:
-        """Of the rollout's prompt, whatever else is in the store."""
+        """Return the fold of the rollout's prompt, whatever else is in the store."""
         digest = blake2b(prompt_id_of(record.rollout.rollout_id).encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest, "little") % self.folds
 
     def groups(self, record: ScoredRollout, ref: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(T,) the group of each token in either table."""
+        """Return (T,) the group of each token in either table."""
         length = record.rollout.response_ids.size
         position_T = np.arange(length) * self.positions // length
         surprisal_T = np.searchsorted(_SURPRISAL, -record.scores[ref], side="right")
@@ -118,12 +118,12 @@ class Offsets:
     by_context: Float64Array
 
     def of(self, record: ScoredRollout, ref: str) -> Float64Array:
-        """(T,) nats; 0 for tokens that do not count."""
+        """Return (T,) nats; 0 for tokens that do not count."""
         fold, (token_T, context_T) = self.how.fold(record), self.how.groups(record, ref)
         return np.where(record.rollout.loss_mask, (self.by_token[fold, token_T] + self.by_context[fold, context_T]) / 2, 0.0)
 
     def digest(self) -> str:
-        """Of all values, so that one column never mixes two fits."""
+        """Return the hash of all values, so that one column never mixes two fits."""
         return blake2b(self.by_token.tobytes() + self.by_context.tobytes(), digest_size=8).hexdigest()
 
 
@@ -143,8 +143,8 @@ def residualise(
 
     Args:
         store: with both columns.
-        column: of the teacher.
-        ref: of the reference policy.
+        column: the teacher's column.
+        ref: the reference policy's column.
         into: the new column.
         how: bins, folds and smoothing.
         rollouts_per_batch: committed together.
@@ -195,7 +195,7 @@ def _teacher(store: LogprobReader, column: str) -> Provenance:
 
 
 def _rows(store: LogprobReader, columns: tuple[str, str]) -> tuple[NDArray[np.int64], dict[str, str]]:
-    """Rows with scores in both columns, and why others have none."""
+    """Return rows with scores in both columns, and why others have none."""
     usable, reasons = np.ones(len(store), np.bool_), dict[int, str]()
     for column in columns:
         scored = store.scored(column)
@@ -215,7 +215,7 @@ def _gap(record: ScoredRollout, column: str, ref: str) -> Float64Array:
 
 
 def _means(sums: Float64Array, weights: Float64Array, tokens: Float64Array, prior: float) -> Float64Array:
-    """(folds, groups): the shrunk mean of every group over all folds except one; that of all tokens where a group has none.
+    """Return (folds, groups): the shrunk mean of every group over all folds except one; that of all tokens where a group has none.
 
     Gaps are summed up in (folds, groups), their weights likewise; tokens are counted in (folds,).
     """
@@ -230,7 +230,7 @@ def _means(sums: Float64Array, weights: Float64Array, tokens: Float64Array, prio
 
 
 def _count(record: ScoredRollout, offset_T: Float64Array, gap_T: Float64Array) -> Float64Array:
-    """(6,): 1, and of the tokens that count: their number, sums of offsets and of squares, and how many are beyond 1 nat before and after."""
+    """Return (6,): 1, and of the tokens that count: their number, sums of offsets and of squares, and how many are beyond 1 nat before and after."""
     on_T = record.rollout.loss_mask
     offset_M, gap_M = offset_T[on_T], gap_T[on_T]
     beyond = [float((np.abs(values_M) > 1).sum()) for values_M in (gap_M, gap_M - offset_M)]

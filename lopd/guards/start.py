@@ -1,4 +1,4 @@
-r"""What a store says of a run before its first step: how far the student is from its teacher, and whether stored rollouts are likely to do.
+r"""What a store tells about a run before its first step: how far the student is from its teacher, and whether stored rollouts are likely to do.
 
 Everything is read from two columns, the teacher's and that of the policy that sampled; no model runs.  \(A\) is the teacher's minus the policy's
 log-prob of a sampled token.  What two supports have in common is measured by `lopd.records.overlap`.
@@ -61,7 +61,7 @@ class StartReport:
         heaviest: share of the sum of |A| that the 1 % of tokens with the largest |A| have.
         floored: tokens with a log-prob of -100 or less in either column, where an exact -inf is stored.
         missing: field -> what it needs, of those that could not be measured, or not in full.
-        verdict: of `advise`.
+        verdict: what `advise` recommends.
         reason: the rule that gave it, with its numbers.
     """
 
@@ -154,7 +154,7 @@ def advise(tail: float) -> tuple[Verdict, str]:
 
 
 def _reference(store: LogprobReader) -> str:
-    """The column of the policy that tells most."""
+    """Return the column of the policy that tells most."""
     policies, columns = store.generations.values(), store.columns
     own = [name for name, made in columns.items() if all(made.is_of(policy) for policy in policies)]
     first = store.manifest.generation
@@ -164,7 +164,7 @@ def _reference(store: LogprobReader) -> str:
 
 
 def _read(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: str) -> tuple[Mapping[str, Estimate], NDArray[np.float64], int]:
-    """Means per token by what was measured, the advantages of all tokens that count, and how many of these are floored."""
+    """Return means per token by what was measured, the advantages of all tokens that count, and how many of these are floored."""
     widths = [_own_width(store, name) for name in (teacher, ref)]
     supports = [name for name, width in zip((teacher, ref), widths, strict=True) if width is not None]
     rounds, prompts, gaps, floored = set[int](), list[str](), list[NDArray[np.float64]](), 0
@@ -191,13 +191,13 @@ def _read(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: str)
 
 
 def _own_width(store: LogprobReader, column: str) -> int | None:
-    """How many of its own model's most likely tokens a column is sure to keep; None where it keeps drawn tokens at most."""
+    """Return how many of its own model's most likely tokens a column is sure to keep; None where it keeps drawn tokens at most."""
     made = store.columns.get(column)
     return made.top_k - made.drawn - made.candidates if made is not None and made.top_k > made.drawn else None
 
 
 def _of_supports(record: ScoredRollout, teacher: str, ref: str, own: int) -> Mapping[str, NDArray[Any]]:
-    """Values (M,) by what is measured, of whichever supports the rollout has."""
+    """Return values (M,) by what is measured, of whichever supports the rollout has."""
     if teacher not in record.top_k:
         return {}
     theirs, on_T = record.top_k[teacher], record.rollout.loss_mask
@@ -236,7 +236,7 @@ def _report(store: LogprobReader, rows: NDArray[np.int64], teacher: str, ref: st
 
 
 def _missing(store: LogprobReader, teacher: str, ref: str) -> Mapping[str, str]:
-    """Field of the report -> why it is None, incomplete or of something else."""
+    """Return field of the report -> why it is None, incomplete or of something else."""
     widths = {name: _own_width(store, name) for name in (teacher, ref)}
     without = " and ".join(repr(name) for name, width in widths.items() if width is None)
     said: dict[str, str] = {}

@@ -57,7 +57,7 @@ class DriftLimits:
         check_at_least("Drift limits", "steps", self.steps, 1)
 
     def exceeded(self, drifts: Iterable[Drift]) -> dict[str, str]:
-        """The limits that the means of these are beyond, and a sentence on each; what is no number is beyond all."""
+        """Return the limits that the means of these are beyond, and a sentence on each; NaN exceeds every limit."""
         recent = list(drifts)
         kl, gain, ratio, ess = (float(np.mean([getattr(d, name) for d in recent])) for name in ("kl", "mean_gain", "ratio_mean", "ess"))
         measured = {"gain_per_kl": gain / kl if not kl <= self.kl_floor else np.inf, "ratio_mean": ratio, "ess": ess}
@@ -70,10 +70,10 @@ _LIMITS = DriftLimits()
 
 
 def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -> Iterator[StepMetrics]:
-    """The same metrics; a `DriftWarning` the first time each limit is passed (`warnings.simplefilter("error", DriftWarning)` stops there).
+    """Yield the same metrics; a `DriftWarning` the first time each limit is passed (`warnings.simplefilter("error", DriftWarning)` stops there).
 
     Args:
-        metrics: of `opd_steps`, over steps with a teacher's and a ref column.
+        metrics: what `opd_steps` yields, over steps with a teacher's and a ref column.
         limits: where it speaks.
 
     Raises:
@@ -82,14 +82,14 @@ def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -
     """
     check_kind("Limits", limits, DriftLimits, "make one: `DriftLimits()`")
     if not isinstance(metrics, Iterable):
-        raise ArgumentError(f"Metrics: it is {a_kind(metrics)}, expected one for each step; pass `opd_steps(...)`.")
+        raise ArgumentError(f"Metrics: it is {a_kind(metrics)}; pass `opd_steps(...)`.")
     recent: deque[Drift] = deque(maxlen=limits.steps)
     said: set[str] = set()
     for m in metrics:
         check_kind("Metrics", m, StepMetrics, "pass what `opd_steps` gives")
         if m.drift is None:
             raise InvalidRecordError(
-                f"Step {m.step}: its drift is None, expected a measured one; pass `ref=` to `batches` and a loss that says its log-probs."
+                f"Step {m.step}: its drift is None, expected a measured one; pass `ref=` to `batches` and a loss that gives its log-probs."
             )
         recent.append(m.drift)
         for name, sentence in limits.exceeded(recent).items():
@@ -97,7 +97,7 @@ def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -
                 said.add(name)
                 warnings.warn(
                     f"Step {m.step}: {sentence}; the stored rollouts no longer speak for this student: lower the learning rate or the clip, use "
-                    "the importance ratio, or sample anew (`lopd.verbs.refresh`).",
+                    "the importance ratio, or sample again (`lopd.verbs.refresh`).",
                     DriftWarning,
                     stacklevel=2,
                 )
@@ -112,7 +112,7 @@ def stored_advantages(
     rows: NDArray[np.int64] | None = None,
     count: int = 256,
 ) -> AdvantageSummary | None:
-    """Advantages of the policy that sampled, on the counted tokens of evenly spaced rollouts; None if none of them is scored in both columns.
+    """Return advantages of the policy that sampled, on the counted tokens of evenly spaced rollouts; None if none of them is scored in both columns.
 
     Args:
         store: with both columns.
@@ -168,7 +168,7 @@ def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool
 
 
 def _bias(sampling: SamplingParams) -> str:
-    """How tokens were drawn, and what that does to the gradient of a loss which takes them for draws at temperature 1."""
+    """Return how tokens were drawn, and what that does to the gradient of a loss which takes them for draws at temperature 1."""
     often = "often" if sampling.temperature < 1 else "rarely"
     heated = f"likely tokens came too {often}" if sampling.temperature != 1 else "the tokens that were left came too often"
     cut = (

@@ -145,7 +145,7 @@ class ChunkedHead:
 
 
 def rows_for(buffer_CV: Tensor, softcap: float | None, operands: torch.dtype) -> Rows:
-    """Triton's kernels for float32 logits on CUDA where Triton is installed, plain torch otherwise."""
+    """Return Triton's kernels for float32 logits on CUDA where Triton is installed, plain torch otherwise."""
     if buffer_CV.is_cuda and buffer_CV.dtype == torch.float32 and find_spec("triton"):
         from lopd.losses.triton_rows import TritonRows
 
@@ -197,7 +197,7 @@ class _SelectedLogprobs(torch.autograd.Function):
 
 
 def selected_logprobs(hidden_MD: Tensor, head: LMHead, ids: Tensor, chunking: Chunking = DEFAULT_CHUNKING) -> Tensor:
-    r"""Log-probs of stored ids under the head, differentiable, for any loss downstream: \(z_S - \log\sum_v \exp z_v\).
+    r"""Return log-probs of stored ids under the head, differentiable, for any loss downstream: \(z_S - \log\sum_v \exp z_v\).
 
     The backward pass computes the logits again; with the forward pass that makes four matrix products.  `FusedOPDLoss` needs three.
 

@@ -48,7 +48,7 @@ DEFAULT_CHUNKING = Chunking()
 
 
 def sum_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """What statistics and sums are kept in: float64 if one of the tensors is, float32 otherwise."""
+    """Return what statistics and sums are kept in: float64 if one of the tensors is, float32 otherwise."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 

@@ -34,14 +34,14 @@ class _Buckets(NamedTuple):
 
 
 def _buckets(logprobs_MK: Tensor, tail_M: Tensor | None = None) -> _Buckets:
-    """The K and the tail: the one that is given, or what the student's K leave."""
+    """Return the K and the tail: the one that is given, or what the student's K leave."""
     rest_M = _rest(logprobs_MK) if tail_M is None else tail_M
     log_rest_M = _log_tail(rest_M) if tail_M is None else tail_M.clamp(min=LEAST_TAIL).log()
     return _Buckets(torch.cat([logprobs_MK.exp(), rest_M[:, None]], -1), torch.cat([logprobs_MK, log_rest_M[:, None]], -1))
 
 
 def _log_tail(tail_M: Tensor) -> Tensor:
-    """(M,) log of the student's tail.
+    """Return (M,) log of the student's tail.
 
     One of less than a rounding is taken for that much, and its gradient passes: a clamp would let a student without a tail ignore the teacher's.
     """
@@ -49,12 +49,12 @@ def _log_tail(tail_M: Tensor) -> Tensor:
 
 
 def _kl(these: _Buckets, others: Tensor) -> Tensor:
-    """KL of the first to the second, whose (M, B) logs are given, over what is listed."""
+    """Return KL of the first to the second, whose (M, B) logs are given, over what is listed."""
     return (these.shares * (these.logs - others)).sum(-1)
 
 
 def forward_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor:
-    r"""\(\sum_b p_T \log(p_T / p_\theta)\) over the K and the tail: the student covers whatever the teacher finds likely.
+    r"""Return \(\sum_b p_T \log(p_T / p_\theta)\) over the K and the tail: the student covers whatever the teacher finds likely.
 
     Source: knowledge distillation (arXiv 1503.02531) on the buckets; robust to stale rollouts according to AsyncOPD (arXiv 2606.24143).
     """
@@ -62,7 +62,7 @@ def forward_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor
 
 
 def reverse_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor:
-    r"""\(\sum_b p_\theta \log(p_\theta / p_T)\) over the K and the tail.
+    r"""Return \(\sum_b p_\theta \log(p_\theta / p_T)\) over the K and the tail.
 
     Leaving the tail out instead would bias the gradient: the +1 of \(\partial (p \log p)\) cancels over a whole distribution only.  Here logs carry
     no gradient, so it never comes up: each bucket's is its probability's, times an advantage.
@@ -74,17 +74,18 @@ def reverse_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor
 
 
 def _rest(student_MK: Tensor) -> Tensor:
-    """(M,) the student's tail."""
+    """Return (M,) the student's tail."""
     return 1 - student_MK.exp().sum(-1)
 
 
 def _tail_advantages(student_MK: Tensor, tail_M: Tensor) -> Tensor:
-    """(M,) nats, detached: what the teacher's tail is above the student's."""
+    """Return (M,) nats, detached: what the teacher's tail is above the student's."""
     return tail_M.clamp(min=LEAST_TAIL).log() - _rest(student_MK.detach()).clamp(min=LEAST_TAIL).log()
 
 
 def generalised_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor:
-    r"""\(\sum_{v \in S} p_\theta \log(p_\theta / p_T) - p_\theta + p_T\): the generalised reverse KL of two measures on the K, without the tail.
+    r"""Return \(\sum_{v \in S} p_\theta \log(p_\theta / p_T) - p_\theta + p_T\): the generalised reverse KL of two measures on the K, without the
+    tail.
 
     Each term is at least 0, and has the gradient that its token has in the KL over the whole vocabulary.  Tokens outside the K get none: the bias
     of the gradient is their share of it, where that of `reverse_kl` is what their share differs from the bucket's.
@@ -96,7 +97,7 @@ def generalised_kl(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Te
 
 
 def tail_advantages(divergence: Divergence, student_MK: Tensor, tail_M: Tensor) -> Tensor:
-    r"""(M,) nats, detached: the advantage that a reverse KL gives to every token outside the K, \(\log(p_{T,tail} / p_{\theta,tail})\).
+    r"""Return (M,) nats, detached: the advantage that a reverse KL gives to every token outside the K, \(\log(p_{T,tail} / p_{\theta,tail})\).
 
     It is 0 for `generalised_kl`, which has no bucket for them.
 
@@ -114,7 +115,8 @@ def tail_advantages(divergence: Divergence, student_MK: Tensor, tail_M: Tensor) 
 
 
 def reverse_kl_renormalised(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor:
-    r"""\(\sum_{v \in S} \hat p_\theta \log(\hat p_\theta / \hat p_T)\), both renormalised over the K; says nothing about how much mass they have.
+    r"""Return \(\sum_{v \in S} \hat p_\theta \log(\hat p_\theta / \hat p_T)\), both renormalised over the K; says nothing about how much mass they
+    have.
 
     Source: arXiv 2603.25562.
     """
@@ -124,7 +126,7 @@ def reverse_kl_renormalised(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tens
 
 
 def jensen_shannon(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor, beta: float = 0.5) -> Tensor:
-    r"""\(\beta\,KL(p_T, m) + (1 - \beta)\,KL(p_\theta, m)\), \(m = \beta p_T + (1 - \beta) p_\theta\), over the K and the tail; at most log 2.
+    r"""Return \(\beta\,KL(p_T, m) + (1 - \beta)\,KL(p_\theta, m)\), \(m = \beta p_T + (1 - \beta) p_\theta\), over the K and the tail; at most log 2.
 
     Args:
         student_MK: the student's log-probs.
@@ -145,7 +147,7 @@ def jensen_shannon(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor, beta:
 
 
 def entropy_gated(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor, threshold: float = 0.5) -> Tensor:
-    r"""Reverse KL, plus forward KL where the teacher is uncertain: \(KL(p_\theta, p_T) + [H(p_T) > h]\,KL(p_T, p_\theta)\).
+    r"""Return reverse KL, plus forward KL where the teacher is uncertain: \(KL(p_\theta, p_T) + [H(p_T) > h]\,KL(p_T, p_\theta)\).
 
     The entropy is that of the buckets, which is at most the teacher's own.
 

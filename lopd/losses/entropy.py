@@ -48,7 +48,7 @@ class EntropyBonus(OfObjective):
         return self.objective.per_token
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """Those of the other objective."""
+        """Return those of the other objective."""
         return self.objective.ids(tokens)
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:

@@ -15,7 +15,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def advantages(teacher_logprobs_M: Tensor, student_logprobs_M: Tensor, clip: float | None) -> Tensor:
-    r"""Detached advantages \(A = \mathrm{clip}(\ell_T - \mathrm{sg}[\ell_\theta],\, \pm\tau)\), nats.
+    r"""Return detached advantages \(A = \mathrm{clip}(\ell_T - \mathrm{sg}[\ell_\theta],\, \pm\tau)\), nats.
 
     Args:
         teacher_logprobs_M: \(\ell_T\), stored.
@@ -31,12 +31,12 @@ def advantages(teacher_logprobs_M: Tensor, student_logprobs_M: Tensor, clip: flo
 
 
 def clip_advantages(advantages_M: Tensor, clip: float | None) -> Tensor:
-    r"""\(\mathrm{clip}(A, \pm\tau)\); without a \(\tau\), A as it is."""
+    r"""Return \(\mathrm{clip}(A, \pm\tau)\); without a \(\tau\), A as it is."""
     return advantages_M if clip is None else advantages_M.clamp(-clip, clip)
 
 
 def lightning(student_logprobs_M: Tensor, advantages_M: Tensor) -> Tensor:
-    r"""\(-A\,\ell_\theta\): the advantage-weighted policy gradient, no importance correction.  Gradient through \(\ell_\theta\) only.
+    r"""Return \(-A\,\ell_\theta\): the advantage-weighted policy gradient, no importance correction.  Gradient through \(\ell_\theta\) only.
 
     With A as above this is the gradient of a Huber loss (delta = tau) on \(\ell_\theta - \ell_T\); without the stop-gradient in A the
     teacher would vanish from it.  With A = 1 it is supervised fine-tuning (eq. 6).
@@ -50,7 +50,7 @@ def lightning(student_logprobs_M: Tensor, advantages_M: Tensor) -> Tensor:
 
 
 def bounded_ratio(log_ratio_M: Tensor, cap: float | None = None) -> Tensor:
-    r"""\(\min(r, c)\) of \(r = \exp(\log r)\), with the gradient \(\min(r, c)\,\nabla\log r\) on both sides of the cap.
+    r"""Return \(\min(r, c)\) of \(r = \exp(\log r)\), with the gradient \(\min(r, c)\,\nabla\log r\) on both sides of the cap.
 
     A clamp would have no gradient beyond it: a token that has become too likely would never be pushed down again.
 
@@ -70,7 +70,7 @@ def bounded_ratio(log_ratio_M: Tensor, cap: float | None = None) -> Tensor:
 
 
 def sampled_reverse_kl(student_logprobs_M: Tensor, teacher_logprobs_M: Tensor, sampler_logprobs_M: Tensor | None) -> Tensor:
-    r"""\(r\,(\ell_\theta - \ell_T)\), detached, nats: its mean over tokens that q drew is \(KL(\pi_\theta, \pi_T)\) at the stored state.
+    r"""Return \(r\,(\ell_\theta - \ell_T)\), detached, nats: its mean over tokens that q drew is \(KL(\pi_\theta, \pi_T)\) at the stored state.
 
     Tokens that top-p cut off were never drawn, so the mean lacks their share.
 
@@ -89,7 +89,7 @@ def sampled_reverse_kl(student_logprobs_M: Tensor, teacher_logprobs_M: Tensor, s
 
 
 def lightning_with_ratio(student_logprobs_M: Tensor, advantages_M: Tensor, sampler_logprobs_M: Tensor, cap: float | None = None) -> Tensor:
-    r"""\(-A\,\min(\exp(\ell_\theta - \ell_q), c)\): the same with the per-token importance ratio to the distribution q that drew the tokens.
+    r"""Return \(-A\,\min(\exp(\ell_\theta - \ell_q), c)\): the same with the per-token importance ratio to the distribution q that drew the tokens.
 
     Gradient through the ratio, and \(-A c \nabla\ell_\theta\) where it is beyond the cap \(c\) (`bounded_ratio`).
 

@@ -65,7 +65,7 @@ class FusedLoss(OfObjective):
     epsilon: float = field(default=0.0, validator=_check_epsilon)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Weighted sums over the counted tokens.
+        """Return weighted sums over the counted tokens.
 
         Raises:
             InvalidRecordError: hidden states of another size than the head's.
@@ -118,7 +118,7 @@ class FusedOPDLoss(OPDSettings):
     epsilon: float = field(default=0.0, validator=_check_epsilon)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Weighted sums over the counted tokens.
+        """Return weighted sums over the counted tokens.
 
         Raises:
             MissingScoresError: the batch has no teacher column, or no ref column though the ratio is asked for.
@@ -142,5 +142,5 @@ class FusedSFTLoss:
     chunking: Chunking = DEFAULT_CHUNKING
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0."""
+        """Return weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0."""
         return FusedLoss(OPDObjective.sft(), self.chunking)(hidden_ND, head, batch)

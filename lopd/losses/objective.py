@@ -101,7 +101,7 @@ class TokenLosses:
         return cls(*(torch.cat([empty, *(getattr(part, f.name).to(empty) for part in parts)]) for f in fields(cls)))
 
     def sums(self) -> LossOutput:
-        """What the loop is told."""
+        """Return what the loop is told."""
         return LossOutput(self.loss.sum(), self.reverse_kl.sum(), self.clipped.sum(), logprobs=self.logprobs)
 
 
@@ -119,21 +119,21 @@ class Objective(Protocol):
         ...
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """(M, K) int64: the ids whose log-probs it wants."""
+        """Return (M, K) int64: the ids whose log-probs it wants."""
         ...
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
-        """The weighted losses; their gradient goes through `logprobs_MK`."""
+        """Return the weighted losses; their gradient goes through `logprobs_MK`."""
         ...
 
 
 def is_uncorrected(part: object) -> bool:
-    """Return whether a loss or an objective says that it does not correct for rollouts of another policy."""
+    """Return whether a loss or an objective states that it does not correct for rollouts of another policy."""
     return isinstance(part, StatesCorrection) and part.uncorrected
 
 
 def is_baselined(part: object) -> bool:
-    """Return whether a loss or an objective says that it adds a baseline to advantages."""
+    """Return whether a loss or an objective states that it adds a baseline to advantages."""
     return isinstance(part, StatesBaseline) and part.baselined
 
 
@@ -225,7 +225,7 @@ class OPDObjective(OPDSettings):
 
     @classmethod
     def sft(cls) -> "OPDObjective":
-        """Supervised fine-tuning: advantage 1."""
+        """Return the fields of supervised fine-tuning: advantage 1."""
         return cls(clip=None, advantage=1.0)
 
     @property
@@ -239,7 +239,7 @@ class OPDObjective(OPDSettings):
         return any(_is_marked(transform, "with_entropy") for transform in self.transforms)
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """(M, 1): the sampled token; with a baseline (M, 1 + K), the teacher's most likely ones too."""
+        """Return (M, 1): the sampled token; with a baseline (M, 1 + K), the teacher's most likely ones too."""
         sampled_M1 = tokens.targets[:, None]
         return torch.cat([sampled_M1, tokens.top_k().ids], dim=-1) if self.kl_baseline else sampled_M1
 

@@ -26,7 +26,7 @@ _TILE_ROWS = 2048  # stays in a cache while it is converted and used
 
 @cache
 def multiplies(device: torch.device, operands: torch.dtype, sums: torch.dtype) -> bool:
-    """Whether torch adds products of these operands up in the dtype of the sums there: bfloat16 in float32 on CUDA, from torch 2.10 on.
+    """Return whether torch adds products of these operands up in the dtype of the sums there: bfloat16 in float32 on CUDA, from torch 2.10 on.
 
     It is tried, once for each device, and the log says what was found: the answer depends on versions of torch and of the driver's library.
 
@@ -60,10 +60,10 @@ class Products:
     up in the dtype of the sums, the operands are rounded all the same, and multiplied in that dtype: slower, with the same result.
 
     Args:
-        weight_VD: of any float dtype and strides.
+        weight_VD: the head's weight, in any float dtype and with any strides.
         operands: to which all operands are rounded.
         sums: the dtype of what comes out.
-        scale: of the head.
+        scale: the head's scale.
     """
 
     def __init__(self, weight_VD: Tensor, operands: torch.dtype, sums: torch.dtype, scale: float = 1.0) -> None:
@@ -81,7 +81,7 @@ class Products:
             yield slice(first, first + len(part)), self._tile[: len(part)].copy_(rounded)
 
     def logits(self, hidden_CD: Tensor, bias_V: Tensor | None, out_CV: Tensor) -> None:
-        """`scale * hidden @ weight.T + bias` into `out`; the bias comes scaled, in the dtype of the sums."""
+        """Write `scale * hidden @ weight.T + bias` into `out`; the bias comes scaled, in the dtype of the sums."""
         hidden_CD = self._operand(hidden_CD)
         if bias_V is not None:
             out_CV.copy_(bias_V)
@@ -89,7 +89,7 @@ class Products:
             _add_product(out_CV[:, tile], hidden_CD, weight_RD.T, first=bias_V is None, scale=self._scale)
 
     def hidden_gradient(self, gradient_CV: Tensor, out_CD: Tensor) -> None:
-        """`scale * gradient @ weight` into `out`."""
+        """Write `scale * gradient @ weight` into `out`."""
         for tile, weight_RD in self._tiles():
             _add_product(out_CD, self._operand(gradient_CV[:, tile]), weight_RD, first=tile.start in (None, 0), scale=self._scale)
 
@@ -103,7 +103,7 @@ class Products:
             _add_product(out_VD[tile], self._operand(gradient_CV[:, tile]).T, hidden_CD, first=first, scale=self._scale)
 
     def _operand(self, values: Tensor) -> Tensor:
-        """Rounded, in the dtype that is multiplied."""
+        """Return it rounded to the dtype that is multiplied."""
         return values.to(self._operands).to(self._taken)
 
 

@@ -29,7 +29,7 @@ class ReferenceLoss(OfObjective):
     objective: Objective
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Weighted sums over the counted tokens."""
+        """Return weighted sums over the counted tokens."""
         tokens = Tokens.counted(batch)
         logprobs_MV = head.logits(counted_rows(hidden_ND, batch)).log_softmax(-1)
         if self.objective.wants_entropy:
@@ -44,7 +44,7 @@ class ReferenceOPDLoss(OPDSettings):
     """Lightning OPD in plain torch, with the arguments of `lopd.losses.objective.OPDSettings`."""
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Weighted sums over the counted tokens.
+        """Return weighted sums over the counted tokens.
 
         Raises:
             MissingScoresError: the batch has no teacher column, or no ref column though the ratio is asked for.
@@ -61,7 +61,7 @@ class SFTLoss:
     """
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0."""
+        """Return weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0."""
         return ReferenceLoss(OPDObjective.sft())(hidden_ND, head, batch)
 
 
@@ -93,7 +93,7 @@ class WeightedLoss:
         return any(is_baselined(loss) for _, loss in self.terms)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Weighted sums over the counted tokens."""
+        """Return weighted sums over the counted tokens."""
         outputs = [(coefficient, loss(hidden_ND, head, batch)) for coefficient, loss in self.terms]
         total = torch.stack([coefficient * output.loss_sum for coefficient, output in outputs]).sum()
         first = outputs[0][1]

@@ -29,13 +29,13 @@ class Statistics(NamedTuple):
 
 
 def entropies_of(shares_RV: Tensor, sums_R: Tensor) -> Tensor:
-    r"""(R,) nats: \(\log S - \frac1S \sum_v e_v \log e_v\) of rows \(e_v = \exp(z_v - \max z)\) whose sum is S."""
+    r"""Return (R,) nats: \(\log S - \frac1S \sum_v e_v \log e_v\) of rows \(e_v = \exp(z_v - \max z)\) whose sum is S."""
     entropies_R: Tensor = sums_R.log() + torch.special.entr(shares_RV).sum(-1) / sums_R
     return entropies_R
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64 where the device has it."""
+    """Return float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -78,7 +78,7 @@ def in_front(buffer_CV: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sums_by_id(ids_CK: Tensor, values_CK: Tensor) -> Tensor:
-    """(C, K): the sum of the values of the same id in its row.  A row takes K * K numbers meanwhile, so few rows are compared at a time."""
+    """Return (C, K): the sum of the values of the same id in its row.  A row takes K * K numbers meanwhile, so few rows are compared at a time."""
     rows = _block_rows(ids_CK, 9 * ids_CK.shape[1] ** 2)  # float64 values, and whether they are summed
     parts = zip(ids_CK.split(rows), values_CK.split(rows), strict=True)
     return torch.cat([torch.where(ids_RK[:, :, None] == ids_RK[:, None], values_RK[:, None], 0.0).sum(-1) for ids_RK, values_RK in parts])
@@ -88,7 +88,7 @@ class Rows(Protocol):
     """Works in place on rows of one buffer; `logprobs` first, then `gradients` of the same rows."""
 
     def logprobs(self, place: slice, ids_CK: Tensor, /, *, entropy: bool = False) -> Statistics:
-        """Of the logits in these rows of the buffer, which it may overwrite with whatever `gradients` needs."""
+        """Return log-probs of the logits in these rows of the buffer, which it may overwrite with whatever `gradients` needs."""
         ...
 
     def gradients(
@@ -106,8 +106,8 @@ class TorchRows:
     """In plain torch, in blocks of rows that fit into a cache: the passes cost a few per cent of the matrix products.
 
     Args:
-        buffer_CV: of logits, in the dtype of statistics.
-        softcap: of the head; with one, a second buffer holds its slopes.
+        buffer_CV: buffer of logits, in the dtype of statistics.
+        softcap: the head's soft-cap; with one, a second buffer holds its slopes.
         dtype: to which gradients are rounded.
     """
 
@@ -118,7 +118,7 @@ class TorchRows:
         self._block_rows = _block_rows(buffer_CV, buffer_CV.shape[1] * buffer_CV.itemsize)
 
     def logprobs(self, place: slice, ids_CK: Tensor, *, entropy: bool = False) -> Statistics:
-        """Leaves exp(logit - largest) in the rows."""
+        """Return log-probs, and leave exp(logit - largest) in the rows."""
         buffer_CV = self._buffer_CV[place]
         entropies_C = torch.empty(len(buffer_CV), dtype=exact_dtype(buffer_CV.device), device=buffer_CV.device) if entropy else None
         largest_C, rest_C = (buffer_CV.new_empty(len(buffer_CV)) for _ in range(2))
@@ -142,7 +142,7 @@ class TorchRows:
     def gradients(
         self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor, entropy_C: Tensor | None = None
     ) -> Tensor:
-        """A scale of the row costs nothing, as it can be applied to hidden states; a pass over the buffer does.
+        """Return gradients up to a scale of each row: that one is applied to hidden states, which saves a pass over the buffer.
 
         With one id a row, the row that sums to zero is `(exp - sum * onehot)` times `-f' / sum`.
         """

@@ -66,16 +66,16 @@ class Tokens:
 
     @classmethod
     def counted(cls, batch: Batch) -> "Tokens":
-        """Those of the batch whose weight is more than 0."""
+        """Return those of the batch whose weight is more than 0."""
         columns = [getattr(batch, f.name) for f in fields(cls) if f.name != "student_entropies"]
         return evolve(cls(*columns).where(batch.counted), counts=batch.counts)
 
     def where(self, rows: Tensor | slice) -> "Tokens":
-        """Some of them."""
+        """Return some of them."""
         return evolve(self._map(lambda column: column[rows]), counts=None)
 
     def to(self, dtype: torch.dtype) -> "Tokens":
-        """The same with weights and log-probs in this dtype."""
+        """Return the same with weights and log-probs in this dtype."""
         return self._map(lambda column: column.to(dtype) if column.is_floating_point() else column)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "Tokens":
@@ -140,7 +140,7 @@ class Tokens:
 
 
 def counted_rows(values_ND: Tensor, batch: Batch) -> Tensor:
-    """(M, D) the rows of the tokens that count; where all do, the very tensor: a selection would copy it, and its gradient once more."""
+    """Return (M, D) the rows of the tokens that count; where all do, the very tensor: a selection would copy it, and its gradient once more."""
     return values_ND if len(batch.counted) == len(values_ND) else values_ND.index_select(0, batch.counted)
 
 

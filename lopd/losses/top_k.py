@@ -84,7 +84,7 @@ class TopKObjective:
             )
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """(M, 1 + K): the sampled token, and the support; (M, 1 + K + D) with those that were drawn, where a residual wants them."""
+        """Return (M, 1 + K): the sampled token, and the support; (M, 1 + K + D) with those that were drawn, where a residual wants them."""
         support_MK = tokens.top_k().ids
         if not self.residual and support_MK.shape[1] == 0:
             raise MissingScoresError(
@@ -108,7 +108,7 @@ class TopKObjective:
         return TokenLosses(tokens.weight * loss_M, tokens.weight * tokens.reverse_kl(sampled_M), tokens.weight * clipped_M, sampled_M)
 
     def _residual(self, draws: _Draws, tail_M: Tensor) -> tuple[Tensor, Tensor]:
-        """(M,) the mean over draws, and which share of them was clipped."""
+        """Return (M,) the mean over draws, and which share of them was clipped."""
         advantages_ME = draws.teacher - draws.student.detach() - tail_M[:, None]
         clipped_ME = functional.clip_advantages(advantages_ME, self.clip)
         losses_ME = functional.lightning_with_ratio(draws.student, clipped_ME, draws.sampler, self.ratio_cap)
@@ -116,7 +116,7 @@ class TopKObjective:
         return (draws.share * losses_ME).sum(-1), (draws.share * beyond_ME).sum(-1)
 
     def _draws(self, logprobs_MK: Tensor, tokens: Tokens) -> _Draws:
-        """All draws; those inside the support have a share of 0."""
+        """Return all draws; those inside the support have a share of 0."""
         columns = [column_M[:, None] for column_M in (tokens.targets, logprobs_MK[:, 0], tokens.teacher(), tokens.sampler())]
         share_ME = torch.ones_like(columns[1])
         if self._uses_drawn(tokens):

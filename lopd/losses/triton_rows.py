@@ -107,7 +107,7 @@ class TritonRows:
         self._softcap = softcap
 
     def logprobs(self, place: slice, ids_CK: Tensor, *, entropy: bool = False) -> Statistics:
-        """Leaves the logits in the rows."""
+        """Return log-probs, and leave the logits in the rows."""
         logits_CV = self._buffer_CV[place]
         largest_C, rest_C, total_C, logs_C = (logits_CV.new_empty(len(ids_CK)) for _ in range(4))
         selected_CK = logits_CV.new_empty(ids_CK.shape)
@@ -129,7 +129,7 @@ class TritonRows:
     def gradients(
         self, place: slice, ids_CK: Tensor, statistics: Statistics, gradient_CK: Tensor, entropy_C: Tensor | None = None
     ) -> Tensor:
-        """With scales of 1."""
+        """Return gradients with scales of 1."""
         selected_CK = selected_gradients(ids_CK, statistics, gradient_CK, entropy_C)
         of_rows = (selected_CK, *row_factors(statistics, gradient_CK, entropy_C))
         logits_CV, gradient_CV = self._buffer_CV[place], self._gradient_CV[place]

@@ -40,7 +40,7 @@ def _to_cap(cap: float | None) -> float | None:
 
 @per_token
 def importance_ratio(signal: Signal, cap: float | None = None) -> Signal:
-    r"""Weights times the truncated per-token ratio, \(w \min(\exp(\ell_\theta - \ell_q), c)\), to the distribution q that drew the tokens.
+    r"""Return weights times the truncated per-token ratio, \(w \min(\exp(\ell_\theta - \ell_q), c)\), to the distribution q that drew the tokens.
 
     Without a cap the gradient is that of `ratio_to_ref=True`.  q is the ref column where temperature and top-p are 1; let that be `"behavior"`
     for the ratio to what the engine reported.
@@ -59,7 +59,7 @@ def importance_ratio(signal: Signal, cap: float | None = None) -> Signal:
 
 @per_token
 def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
-    r"""The gradient of PPO's \(\max(-rA, -\mathrm{clip}(r, 1 - \epsilon_{low}, 1 + \epsilon_{high})\,A)\).
+    r"""Return the gradient of PPO's \(\max(-rA, -\mathrm{clip}(r, 1 - \epsilon_{low}, 1 + \epsilon_{high})\,A)\).
 
     With \(r = \exp(\ell_\theta - \ell_{ref})\): weights times r, and 0 where r is already beyond the clip in the direction of the advantage.
     Where another distribution than the reference policy drew the tokens, the weight is the ratio to that one, and r says how far the student
@@ -80,7 +80,7 @@ def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
 @uncorrected
 @per_token
 def extrapolate(signal: Signal, scale: float) -> Signal:
-    r"""The advantage becomes \(\lambda(\ell_T - \ell_{ref}) - (\ell_\theta - \ell_{ref})\): 1 is OPD, more goes beyond the teacher.
+    r"""Make the advantage \(\lambda(\ell_T - \ell_{ref}) - (\ell_\theta - \ell_{ref})\): 1 is OPD, more goes beyond the teacher.
 
     Args:
         signal: what is changed; the ref column is the policy from which the teacher's step is measured.
@@ -94,7 +94,7 @@ def extrapolate(signal: Signal, scale: float) -> Signal:
 
 @per_token
 def power(signal: Signal, alpha: float) -> Signal:
-    r"""The advantage becomes \((\pi_T^\alpha - \pi_\theta^\alpha) / \alpha\), within \(\pm 1/\alpha\); towards 0 it becomes the log-ratio.
+    r"""Make the advantage \((\pi_T^\alpha - \pi_\theta^\alpha) / \alpha\), within \(\pm 1/\alpha\); towards 0 it becomes the log-ratio.
 
     Args:
         signal: what is changed.
@@ -114,7 +114,7 @@ def power(signal: Signal, alpha: float) -> Signal:
 
 @per_token
 def log_compress(signal: Signal) -> Signal:
-    r"""The advantage becomes \(\mathrm{sign}(A) \log(1 + \lvert A\rvert)\): small ones stay, tens of nats become a few.
+    r"""Make the advantage \(\mathrm{sign}(A) \log(1 + \lvert A\rvert)\): small ones stay, tens of nats become a few.
 
     Source: log-compression of the advantage as in arXiv 2607.13399; the formula is the usual symmetric one, that of the paper was not at hand.
     """
@@ -123,7 +123,7 @@ def log_compress(signal: Signal) -> Signal:
 
 @uncorrected
 def window_ratio(signal: Signal, window: int = 8, cap: float | None = 4.0) -> Signal:
-    r"""Weights times the ratio of the tokens before: \(w_t \min\big(\prod_{k=t-L}^{t-1} \pi_\theta(a_k|s_k) / q(a_k|s_k), c\big)\).
+    r"""Return weights times the ratio of the tokens before: \(w_t \min\big(\prod_{k=t-L}^{t-1} \pi_\theta(a_k|s_k) / q(a_k|s_k), c\big)\).
 
     The token's own ratio corrects for what the student would draw at a state; this one for the states.  Without a cap, and with
     `ratio_to_ref=True`, the expected gradient is that at states of which q wrote all tokens but the last L, and the student those: with L
@@ -152,7 +152,8 @@ def window_ratio(signal: Signal, window: int = 8, cap: float | None = 4.0) -> Si
 
 @uncorrected
 def position_weights(signal: Signal, gamma: float = 0.5) -> Signal:
-    r"""Early tokens weigh more: \(w_t\,\big(1 + \gamma\,(1 - \sum_{k<t}\lvert A_k\rvert / \sum_k \lvert A_k\rvert)\big)\) over a rollout's tokens.
+    r"""Weigh early tokens more: \(w_t\,\big(1 + \gamma\,(1 - \sum_{k<t}\lvert A_k\rvert / \sum_k \lvert A_k\rvert)\big)\) over a rollout's
+    tokens.
 
     Args:
         signal: what is changed; its advantages so far are the A.
@@ -169,7 +170,7 @@ def position_weights(signal: Signal, gamma: float = 0.5) -> Signal:
 
 
 def drift_gate(signal: Signal, block: int = 64) -> Signal:
-    r"""Blocks in which the student has moved from the reference policy weigh less.
+    r"""Weigh blocks less in which the student has moved from the reference policy.
 
     With \(d_b\) the mean of \(\ell_\theta - \ell_{ref}\) over the counted tokens of block b, the weights are multiplied by
     \(\exp(-\lvert d_b\rvert)\), divided by its mean over the rollout's tokens, so that a rollout keeps its weight.
@@ -193,7 +194,7 @@ def drift_gate(signal: Signal, block: int = 64) -> Signal:
 
 @uncorrected
 def prefix_fraction(signal: Signal, fraction: float) -> Signal:
-    """Weights of all but the first tokens of each rollout become 0: `fraction` of them, rounded up, keep theirs.
+    """Keep the weights of the first tokens of each rollout, a `fraction` of them rounded up; make the others 0.
 
     Args:
         signal: what is changed.
@@ -206,7 +207,7 @@ def prefix_fraction(signal: Signal, fraction: float) -> Signal:
 
 @uncorrected
 def lowest_logprobs(signal: Signal, fraction: float = 0.2) -> Signal:
-    r"""Weights of all but the tokens that the student finds least likely become 0: the lowest `fraction` of each rollout keep theirs.
+    r"""Keep the weights of the tokens that the student finds least likely, a `fraction` of each rollout; make the others 0.
 
     With a constant advantage this is a placebo that needs no teacher, `FusedOPDLoss(advantage=-0.5, transforms=(lowest_logprobs,))`: what OPD
     gains must be more than what this gains.
@@ -222,11 +223,12 @@ def lowest_logprobs(signal: Signal, fraction: float = 0.2) -> Signal:
 
 @with_entropy
 def entropy_advantage(signal: Signal) -> Signal:
-    r"""The advantage becomes \(-\frac12 - \frac{H_t - H_{min}}{2\,(H_{max} - H_{min})}\): -1/2 where the student is surest, -1 where it is least.
+    r"""Make the advantage \(-\frac12 - \frac{H_t - H_{min}}{2\,(H_{max} - H_{min})}\): -1/2 where the student is surest, -1 where it is
+    least.
 
     The dynamic placebo is `FusedOPDLoss(advantage=-0.5, transforms=(entropy_advantage, lowest_logprobs))`.  H is the student's entropy at a
     token, and its range that of the counted tokens of the rollout: a range over a batch would let the split of a step change the gradient.
-    One below a thousandth of a nat is none, or rounding would be blown up to advantages.
+    One below a thousandth of a nat counts as 0, or rounding would be blown up to advantages.
 
     Args:
         signal: what is changed.
@@ -245,7 +247,8 @@ def entropy_advantage(signal: Signal) -> Signal:
 @uncorrected
 @per_token
 def add_labels(signal: Signal, scale: float = 1.0) -> Signal:
-    r"""The advantage becomes \(A + \lambda\,(y - \bar y)\): OPD plus reward, y being the label and \(\bar y\) the mean of its prompt's rollouts.
+    r"""Make the advantage \(A + \lambda\,(y - \bar y)\): OPD plus reward, y being the label and \(\bar y\) the mean of its prompt's
+    rollouts.
 
     `FusedOPDLoss(advantage=0.0, ratio_to_ref=True, transforms=(add_labels,))` is the policy gradient of the labels alone, without a teacher.
     The mean is a baseline: with weights `by_token` it leaves the expected gradient as it is; `by_rollout` it acts on lengths.
@@ -267,7 +270,7 @@ def add_labels(signal: Signal, scale: float = 1.0) -> Signal:
 @uncorrected
 @per_token
 def weigh_labels(signal: Signal, by: Callable[[Tensor], Tensor]) -> Signal:
-    r"""Weights times a function of the label, \(w\,f(y)\); a gate, where f is 0 or 1: `partial(weigh_labels, by=lambda labels: labels == 1)`.
+    r"""Return weights times a function of the label, \(w\,f(y)\); a gate, where f is 0 or 1: `partial(weigh_labels, by=lambda labels: labels == 1)`.
 
     Args:
         signal: what is changed.
@@ -277,7 +280,7 @@ def weigh_labels(signal: Signal, by: Callable[[Tensor], Tensor]) -> Signal:
 
 
 def _keep(signal: Signal, fraction: float, order: Callable[[Tensor], Tensor]) -> Signal:
-    """Weights of the first `fraction` of each rollout in this order; the others 0."""
+    """Return weights of the first `fraction` of each rollout in this order; the others 0."""
     fraction = to_real("Variant", "fraction", fraction)
     check_number("Variant", "fraction", fraction, 0 < fraction <= 1, "more than 0 and at most 1")
 
@@ -289,5 +292,5 @@ def _keep(signal: Signal, fraction: float, order: Callable[[Tensor], Tensor]) ->
 
 
 def _by_rollout(signal: Signal, factors: Callable[[Tensor], Tensor], values_M: Tensor) -> Tensor:
-    """(M,) what the function makes of the (T,) values of each rollout."""
+    """Return (M,) what the function makes of the (T,) values of each rollout."""
     return torch.cat([values_M[:0], *map(factors, signal.tokens.split(values_M))])

@@ -53,7 +53,7 @@ class WindowRatio(OfObjective):
         return self.objective.wants_entropy
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """Those of the other objective."""
+        """Return those of the other objective."""
         return self.objective.ids(tokens)
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:

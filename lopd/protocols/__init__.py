@@ -26,11 +26,11 @@ class RolloutSource(Protocol):
 
     @property
     def manifest(self) -> Manifest:
-        """What a store of these rollouts must say: policy, tokenizer, sampling, generation, SFT teacher."""
+        """The manifest of a store of these rollouts: policy, tokenizer, sampling, generation, SFT teacher."""
         ...
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
-        """`samples_per_prompt` rollouts for each prompt, in the order of the prompts.
+        """Return `samples_per_prompt` rollouts for each prompt, in the order of the prompts.
 
         Ids are `rollout_id(prompt, sample, generation)`.  The same call on the same prompts gives the same rollouts, so an interrupted
         collection can be repeated.  No prompts give no rollouts.  Where `manifest.sampling` is not `neutral`, rollouts have
@@ -47,7 +47,7 @@ class RolloutSource(Protocol):
 
 
 class TeacherScorer(Protocol):
-    """Something that reads rollouts and says how likely one model finds their tokens.  The reference policy is scored through it too."""
+    """Something that computes one model's log-probs of the tokens of rollouts.  The reference policy is scored through it too."""
 
     @property
     def provenance(self) -> Provenance:
@@ -55,7 +55,7 @@ class TeacherScorer(Protocol):
         ...
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
-        """The i-th holds (T_i,) log-probs, nats, of the i-th rollout's response tokens; independent of what else is in the call.
+        """Return scores, the i-th with (T_i,) log-probs, nats, of the i-th rollout's response tokens; independent of what else is in the call.
 
         Where `provenance.top_k` is more than 0, it has a support: the first `provenance.candidates` ids of the rollout's candidates, the model's own
         most likely tokens outside of these, and the last `provenance.drawn` ids of the candidates, in their order.
@@ -90,7 +90,7 @@ class LogprobReader(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Committed rollouts."""
+        """Return the number of committed rollouts."""
         ...
 
     @property
@@ -99,23 +99,23 @@ class LogprobReader(Protocol):
         ...
 
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
-        """(len(rollout_ids),): the row of each committed rollout, -1 where there is none."""
+        """Return (len(rollout_ids),): the row of each committed rollout, -1 where there is none."""
         ...
 
     def lengths(self) -> NDArray[np.int64]:
-        """(len, 2): prompt and response tokens of each rollout."""
+        """Return (len, 2): prompt and response tokens of each rollout."""
         ...
 
     def scored(self, column: str, /) -> NDArray[np.bool_]:
-        """(len,): which rollouts have scores in this column; all False for a column that is not there."""
+        """Return (len,): which rollouts have scores in this column; all False for a column that is not there."""
         ...
 
     def quarantined(self, column: str, /) -> Mapping[int, str]:
-        """Rows that the column's model could not score, and why; a row that has scores is not among them."""
+        """Return rows that the column's model could not score, and why; a row that has scores is not among them."""
         ...
 
     def read(self, indices: Sequence[int], /, columns: Sequence[str] = (), top_k: Sequence[str] = ()) -> Rows:
-        """These rollouts end to end, with these columns and the top-k support of these, in the order asked; an index may repeat.
+        """Return these rollouts end to end, with these columns and the top-k support of these, in the order asked; an index may repeat.
 
         Everything is verified before it is given.  A store that keeps records makes them columns with `Rows.of`.
 
@@ -198,15 +198,15 @@ class DurableStore(LogprobStore, Protocol):
         ...
 
     def history(self) -> Sequence[Commit]:
-        """What was committed, oldest first."""
+        """Return what was committed, oldest first."""
         ...
 
     def stored_bytes(self) -> int:
-        """Bytes of all files that the current state is made of."""
+        """Return bytes of all files that the current state is made of."""
         ...
 
     def verify(self) -> Iterator[str]:
-        """One sentence for each problem found in the stored bytes; reads all of them.  Nothing for a sound store."""
+        """Return one sentence for each problem found in the stored bytes; reads all of them.  Nothing for a sound store."""
         ...
 
 
@@ -214,13 +214,13 @@ class OPDLoss(Protocol):
     """A loss on a packed batch.  It takes hidden states and not logits, so that the plain and the fused paths are one protocol."""
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-        """Weighted sums over the batch's tokens; never a mean, the loop divides once."""
+        """Return weighted sums over the batch's tokens; never a mean, the loop divides once."""
         ...
 
 
 @runtime_checkable
 class StatesCorrection(Protocol):
-    """What a loss, or its objective, may state besides, so that guards can warn of it; they say nothing of one that does not state it."""
+    """What a loss, or its objective, may state besides, so that guards can warn of it; without it they do not warn."""
 
     @property
     def uncorrected(self) -> bool:
@@ -253,23 +253,23 @@ class Student(Protocol):
 
     @property
     def tokenizer(self) -> TokenizerId:
-        """Whose ids it reads; `opd_steps` refuses steps that say they are of another."""
+        """Whose ids it reads; `opd_steps` refuses steps of another."""
         ...
 
     def __call__(self, batch: Batch, loss: OPDLoss, /) -> LossOutput:
-        """`loss` of this batch under the current weights; moves the batch to where it computes (`Batch.to`)."""
+        """Return `loss` of this batch under the current weights; moves the batch to where it computes (`Batch.to`)."""
         ...
 
     def named_parameters(self) -> Iterable[tuple[str, Parameter]]:
-        """All parameters; those that require a gradient are trained and go into checkpoints."""
+        """Return all parameters; those that require a gradient are trained and go into checkpoints."""
         ...
 
 
 class Verifier(Protocol):
-    """Says how good a response is."""
+    """A judge of a response."""
 
     def __call__(self, prompt: Prompt, rollout: Rollout, /) -> float:
-        """A score in [0, 1]; 1 is right."""
+        """Return a score in [0, 1]; 1 is right."""
         ...
 
 
@@ -277,7 +277,7 @@ class Labeller(Protocol):
     """What `label_rollouts` takes: a `Verifier`, or the same for tokens."""
 
     def __call__(self, prompt: Prompt, rollout: Rollout, /) -> float | NDArray[Any] | Sequence[float]:
-        """A finite number for the rollout, or (T,) of them, one for each response token."""
+        """Return a finite number for the rollout, or (T,) of them, one for each response token."""
         ...
 
 
@@ -288,13 +288,13 @@ class Progress(Protocol):
     """
 
     def begin(self, what: str, total: int, done: int, tokens: int | None, counted: Counted, /) -> None:
-        """Work starts: `done` of `total` rollouts were there already, and the others have `tokens` tokens, if that is known."""
+        """Show that work starts: `done` of `total` rollouts were there already, and the others have `tokens` tokens, if that is known."""
         ...
 
     def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:
-        """So many more rollouts, with so many tokens, are committed; so many more were refused."""
+        """Show that so many more rollouts, with so many tokens, are committed, and so many more were refused."""
         ...
 
     def end(self) -> None:
-        """Work is over, or was interrupted."""
+        """Show that work is over, or was interrupted."""
         ...

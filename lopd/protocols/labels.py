@@ -84,7 +84,7 @@ def group_means(store: LogprobReader, column: str) -> Float32Array | None:
 
 
 def _read(store: LogprobReader, column: str) -> tuple[Float32Array, NDArray[np.int64]]:
-    """(len(store),) labels, NaN where there is none; and (len(store),) the number of the group, -1 there."""
+    """Return (len(store),) labels, NaN where there is none; and (len(store),) the number of the group, -1 there."""
     check_noun(store, LogprobReader)
     check_labels(store, column)
     labels, groups = np.full(len(store), np.nan, np.float32), np.full(len(store), -1, np.int64)

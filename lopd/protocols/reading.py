@@ -23,7 +23,7 @@ class Part:
     """Consecutive rows that are scored in the same columns: the arguments of one `read`.
 
     Args:
-        rows: of the store.
+        rows: row numbers in the store.
         columns: in which all of them have scores; never a virtual one, which comes with the rollouts.
         top_k: those of the columns that keep a top-k support.
     """
@@ -33,12 +33,12 @@ class Part:
     top_k: tuple[str, ...]
 
     def read(self, reader: LogprobReader) -> Rows:
-        """The rows, with all that they have."""
+        """Return the rows, with all that they have."""
         return reader.read(self.rows, columns=self.columns, top_k=self.top_k)
 
 
 def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
-    """All rows, in order, in parts of at most `rows_per_read`; reads no tokens."""
+    """Return all rows, in order, in parts of at most `rows_per_read`; reads no tokens."""
     columns = dict(reader.columns)
     covered = np.stack([np.zeros(len(reader), np.bool_), *(reader.scored(name) for name in columns)], axis=1)
     changes = np.flatnonzero((covered[1:] != covered[:-1]).any(axis=1)) + 1
@@ -51,7 +51,7 @@ def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
 
 
 def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance) -> list[Rollout]:
-    """These rollouts, with the policy's candidates where a scorer of this provenance wants them.
+    """Return these rollouts, with the policy's candidates where a scorer of this provenance wants them.
 
     Raises:
         MissingScoresError: the policy of a round kept none, or fewer.
@@ -80,14 +80,14 @@ def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance)
 
 
 def evenly(rows: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """At most `count` of these rows, evenly spaced, the first and the last among them."""
+    """Return at most `count` of these rows, evenly spaced, the first and the last among them."""
     if len(rows) <= count:
         return rows
     return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]
 
 
 def in_batches(rows: NDArray[np.int64], rows_per_read: int = 64) -> Iterator[Sequence[int]]:
-    """The rows, so many at a time."""
+    """Yield the rows, so many at a time."""
     for first in range(0, len(rows), rows_per_read):
         yield rows[first : first + rows_per_read].tolist()
 
@@ -116,7 +116,7 @@ def row_numbers(owner: str, rows: Any) -> NDArray[np.int64]:
 
 
 def chosen(reader: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """The rows that a verb was given, ascending and each once; all of them for None.
+    """Return the rows that a verb was given, ascending and each once; all of them for None.
 
     Raises:
         NoSuchRowError: a row is not in the store.
@@ -138,7 +138,7 @@ def chosen(reader: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.
 
 
 def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Iterable[int] | None = None) -> NDArray[np.int64]:
-    """Rows of all samples of these prompts that are in the store, in ascending order; reads no tokens.
+    """Return rows of all samples of these prompts that are in the store, in ascending order; reads no tokens.
 
     Args:
         reader: the store.
@@ -162,12 +162,12 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
 
 
 def named(reader: LogprobReader) -> str:
-    """How messages name a store: in a few words if it has them, else by its `repr`."""
+    """Return the name of a store in messages: in a few words if it has them, else its `repr`."""
     return reader.name if isinstance(reader, StatesName) else repr(reader)
 
 
 def describe(reader: LogprobReader, scored: Mapping[str, int]) -> Glance:
-    """What `repr` and notebooks show of ours; reads nothing.
+    """Return what `repr` and notebooks show of ours; reads nothing.
 
     Args:
         reader: the store.

@@ -1,6 +1,6 @@
 """Plain data, checked once when it is made, and pure functions on it.
 
-A token's way: Prompt -> Rollout -> Scores -> Batch -> LossOutput -> StepMetrics.  What a store says of them: Manifest, Provenance, Lineage.
+A token's way: Prompt -> Rollout -> Scores -> Batch -> LossOutput -> StepMetrics.  Where they come from: Manifest, Provenance, Lineage.
 """
 
 from lopd.records.arrays import BoolArray as BoolArray

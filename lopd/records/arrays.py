@@ -17,14 +17,14 @@ BoolArray = NDArray[np.bool_]
 
 
 def read_only(array: NDArray[Any]) -> NDArray[Any]:
-    """A view that nobody can write through."""
+    """Return a read-only view."""
     array = array.view()
     array.flags.writeable = False
     return array
 
 
 def _array(what: str, value: Any, dtype: Any = None) -> NDArray[Any]:
-    """The value as an array; what numpy cannot read (ragged lists, text, tensors on a device) is refused."""
+    """Return the value as an array; what numpy cannot read (ragged lists, text, tensors on a device) is refused."""
     try:
         return np.asarray(value, dtype=dtype)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -32,7 +32,7 @@ def _array(what: str, value: Any, dtype: Any = None) -> NDArray[Any]:
 
 
 def check_ids(value: Any, dimensions: int) -> NDArray[Any]:
-    """Token ids as they came, if int32 can hold them; anything that would lose a value on the way is refused."""
+    """Return token ids as they came, if int32 can hold them; anything that would lose a value on the way is refused."""
     array = _array("Token ids", value)
     if array.ndim != dimensions or (array.size and array.dtype.kind not in "iu"):
         shape = {1: "a vector", 2: "a matrix"}[dimensions]
@@ -47,27 +47,27 @@ def check_ids(value: Any, dimensions: int) -> NDArray[Any]:
 
 
 def to_ids(value: Any) -> Int32Array:
-    """Token ids as a read-only int32 vector."""
+    """Return token ids as a read-only int32 vector."""
     return read_only(check_ids(value, 1).astype(np.int32))
 
 
 def to_candidates(value: Any) -> Int32Array:
-    """Token ids as a read-only int32 matrix."""
+    """Return token ids as a read-only int32 matrix."""
     return read_only(check_ids(value, 2).astype(np.int32, order="C"))
 
 
 def to_floats(value: Any) -> Float32Array:
-    """A read-only float32 copy."""
+    """Return a read-only float32 copy."""
     return read_only(_array("Log-probs", value, np.float32).copy())
 
 
 def to_optional_floats(value: Any) -> Float32Array | None:
-    """The same, or None."""
+    """Return the same, or None."""
     return None if value is None else to_floats(value)
 
 
 def to_mask(value: Any) -> BoolArray:
-    """A read-only bool copy of bools, or of integers that are 0 or 1: of a label such as -100 nobody knows whether it counts."""
+    """Return a read-only bool copy of bools, or of integers that are 0 or 1: whether a label such as -100 counts is not known."""
     array = _array("Loss mask", value)
     if array.size and array.dtype.kind not in "biu":
         raise InvalidRecordError(

@@ -19,7 +19,7 @@ _LINKS = {"tool_call_id"}
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message, its parts joined.
+    """Return the text of a message, its parts joined.
 
     >>> text_of({"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]})
     'ab'
@@ -29,7 +29,7 @@ def text_of(message: Mapping[str, Any]) -> str:
 
 
 def formats_chats(tokenizer: Any) -> bool:
-    """Whether a tokenizer has a chat template, in Jinja or, like that of mistral-common, in code."""
+    """Return whether a tokenizer has a chat template, in Jinja or, like that of mistral-common, in code."""
     if getattr(tokenizer, "chat_template", None):
         return True
     try:
@@ -73,12 +73,12 @@ class ChatTemplate:
         self._tried = set[frozenset[str]]()
 
     def ids(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any], *, answered: bool = False) -> list[int]:
-        """The token ids of checked messages, the generation prompt included unless they end with an answer."""
+        """Return the token ids of checked messages, the generation prompt included unless they end with an answer."""
         given = {"tokenize": True, "return_dict": True, "add_generation_prompt": not answered}
         return list(self._apply(messages, tools, variables, **given)["input_ids"])
 
     def written(self, answer: str, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
-        """What the template writes behind the prompt for this answer; None if it writes the prompt itself otherwise, or cannot be asked."""
+        """Return what the template writes behind the prompt for this answer; None if it writes the prompt itself otherwise, or cannot be asked."""
         if not self._source:
             return answer
         try:
@@ -90,7 +90,7 @@ class ChatTemplate:
         return whole[len(prompt) :] if whole.startswith(prompt) else None
 
     def unread(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> Iterator[str]:
-        """What the template does not mention: `tools`, variables, and keys of messages."""
+        """Yield what the template does not mention: `tools`, variables, and keys of messages."""
         if not self._source:
             return
         if tools and "tools" not in self._words:
@@ -99,7 +99,7 @@ class ChatTemplate:
         yield from (f"{key!r} of messages" for message in messages for key in message if key not in self._words | _LINKS)
 
     def left_out(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
-        """A role whose text the template does not write; tried once for each set of roles."""
+        """Return a role whose text the template does not write; tried once for each set of roles."""
         roles = frozenset(message["role"] for message in messages)
         if roles in self._tried or not self._source:
             return None
@@ -110,7 +110,7 @@ class ChatTemplate:
         return next((message["role"] for message in wanted if folded(text_of(message)) not in written), None)
 
     def mark_in(self, messages: Messages) -> str | None:
-        """A special token, or the end of the template, that the text of the messages contains: it was written by this or another template."""
+        """Return a special token, or the end of the template, that the text of the messages contains: it was written by this or another template."""
         found = (self._marks.search(text_of(message)) for message in messages)
         return next((match[0] for match in found if match), None)
 
@@ -160,12 +160,12 @@ class ChatTemplate:
 
 
 def folded(text: str) -> str:
-    """Text without spaces and case, which a template may change."""
+    """Return text without spaces and case, which a template may change."""
     return "".join(text.split()).casefold()
 
 
 def _words(owner: str, source: Any) -> set[str]:
-    """Names and texts in the code of a template, or of several by name."""
+    """Return names and texts in the code of a template, or of several by name."""
     jinja2 = need("jinja2", "Chat templates")
     templates = source.values() if isinstance(source, Mapping) else [source]
     try:

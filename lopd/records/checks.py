@@ -64,7 +64,7 @@ def own_numbers(record: Any, owner: str) -> None:
 
     Args:
         record: an attrs object that is being made; its fields of type int or float, or either of these or None, are looked at.
-        owner: how messages name it.
+        owner: its name in messages.
 
     Raises:
         InvalidRecordError: a field does not hold a number.
@@ -88,12 +88,12 @@ def own_texts(record: Any, owner: str) -> None:
 
 
 def _scalar(value: Any) -> Any:
-    """The Python number in a numpy scalar, or in an array or tensor without dimensions; anything else as it is."""
+    """Return the Python number in a numpy scalar, or in an array or tensor without dimensions; anything else as it is."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 
 def a_kind(value: object) -> str:
-    """The type of a value with its article.
+    """Return the type of a value with its article.
 
     >>> a_kind(3), a_kind("x"), a_kind(None)
     ('an int', 'a str', 'None')

@@ -25,7 +25,7 @@ Weighting = Callable[[BoolArray], Float32Array]
 
 
 def by_rollout(loss_mask_T: BoolArray) -> Float32Array:
-    r"""(T,) weights: every rollout counts 1, shared by its counted tokens.  What the paper's release does, and our default.
+    r"""Return (T,) weights: every rollout counts 1, shared by its counted tokens.  What the paper's release does, and our default.
 
     A weight of 1/T depends on later tokens, so it acts on lengths: advantages of mean -k, as at the reference policy with k the KL, push towards
     longer responses, along \(-k \nabla E[1/T]\).  With `by_token` a constant advantage has no gradient in expectation.
@@ -35,7 +35,7 @@ def by_rollout(loss_mask_T: BoolArray) -> Float32Array:
 
 
 def by_token(loss_mask_T: BoolArray) -> Float32Array:
-    """(T,) weights: every counted token counts 1."""
+    """Return (T,) weights: every counted token counts 1."""
     return loss_mask_T.astype(np.float32)
 
 
@@ -57,7 +57,7 @@ def collate(
         teacher: which score column becomes `teacher_logprobs`.
         ref: which score column becomes `ref_logprobs`.  Where rollouts have `sampler_logprobs`, these come along; a rollout without them
             has its `ref_logprobs` there.
-        top_k: of which score column the support comes along.  Of tokens that were drawn, the log-probs of the policy that drew them come from the
+        top_k: score column whose support comes along.  Of tokens that were drawn, the log-probs of the policy that drew them come from the
             support of `ref`, if that was read.
         label: which column becomes `label_values`.
         label_mean: which column becomes `label_means`.
@@ -90,7 +90,7 @@ def collate(
 
 
 def target_slice(rollout: Rollout) -> slice:
-    """Where the response tokens are among the P + T - 1 predictions of a rollout."""
+    """Return where the response tokens are among the P + T - 1 predictions of a rollout."""
     return slice(rollout.prompt_ids.size - 1, len(rollout) - 1)
 
 
@@ -107,7 +107,7 @@ class _Places:
         self._spans = list(zip(first_B.tolist(), (first_B + rows.response_lengths).tolist(), *_spans(rows), strict=True))
 
     def at_targets(self, values_M: NDArray[Any], dtype: Any = np.float32) -> Tensor:
-        """One value (or row) per response token -> one per target, 0 where the target is a prompt token."""
+        """Return one value (or row) per target from one per response token, 0 where the target is a prompt token."""
         values_N = np.zeros((self.total, *values_M.shape[1:]), dtype)
         for start, stop, first, last in self._spans:
             values_N[start:stop] = values_M[first:last]
@@ -119,7 +119,7 @@ def _spans(rows: Rows) -> tuple[list[int], list[int]]:
 
 
 def _weights(rows: Rows, weighting: Weighting) -> Float32Array:
-    """(M,): the weighting's answers, if they are weights: it may be the caller's own function."""
+    """Return (M,): the weighting's answers, if they are weights: it may be the caller's own function."""
     mask_M = np.ones(int(rows.response_ends[-1]), np.bool_) if rows.loss_mask is None else rows.loss_mask
     parts = [np.asarray(weighting(mask_M[first:last]), np.float32) for first, last in zip(*_spans(rows), strict=True)]
     lengths_B = rows.response_lengths.tolist()
@@ -144,13 +144,13 @@ def _column(rows: Rows, values: Any, name: str, argument: str) -> Any:
 
 
 def _sampler(rows: Rows, ref: str) -> NDArray[Any]:
-    """(M,): the log-probs in the distribution that drew the tokens; those of the ref column where a rollout has none."""
+    """Return (M,): the log-probs in the distribution that drew the tokens; those of the ref column where a rollout has none."""
     drawn_M: Any = rows.sampler_logprobs
     return np.where(np.isnan(drawn_M), rows.scores[ref], drawn_M)
 
 
 def _support(place: _Places, support: TopK, ref: TopK | None) -> dict[str, Tensor]:
-    """The distinct tokens of a support, and those that were drawn, with what the policy that drew them says of them."""
+    """Return the distinct tokens of a support, and those that were drawn, with the log-probs of the policy that drew them."""
     k = support.distinct
     found = {
         "top_k_ids": place.at_targets(support.ids[:, :k], np.int64),
@@ -166,7 +166,6 @@ def _support(place: _Places, support: TopK, ref: TopK | None) -> dict[str, Tenso
     last = slice(ref.ids.shape[1] - min(support.drawn, ref.drawn), None)
     if not np.array_equal(ref.ids[:, last], support.ids[:, k:]):
         raise InvalidRecordError(
-            "Batch: the reference column keeps other drawn tokens than the teacher's, expected the same; score the teacher on the candidates of "
-            "that column."
+            "Batch: the reference column keeps other drawn tokens than the teacher's; score the teacher on the candidates of that column."
         )
     return found | {"drawn_ref_logprobs": place.at_targets(ref.logprobs[:, last])}

@@ -85,8 +85,7 @@ def checked(content: Any, field: str, where: str) -> str | Messages:
     text = text_of(content[-1])
     if content[-1]["role"] == "assistant":
         raise PromptError(
-            f"{where}: its last message is the assistant's ({text!r:.40}), expected one to be answered; drop the answer, which the policy would "
-            "otherwise be given."
+            f"{where}: its last message is the assistant's ({text!r:.40}); drop the answer, which the policy would otherwise be given."
         )
     if content[-1]["role"] == "user" and not text:
         raise PromptError(f"{where}: its last message is empty, expected text; drop the record.")
@@ -114,8 +113,8 @@ def as_served(message: Mapping[str, Any], where: str, *, values: bool) -> Mappin
     """Return a message as vLLM and SGLang show it to a template: no content as "", and arguments of calls, JSON text for OpenAI, as values.
 
     Args:
-        message: of any role.
-        where: how messages name it.
+        message: a message of any role.
+        where: its name in messages.
         values: whether the template reads arguments as values; one that joins them to text gets them as they are.
 
     Raises:
@@ -128,7 +127,7 @@ def as_served(message: Mapping[str, Any], where: str, *, values: bool) -> Mappin
 
 
 def _with_arguments(call: Any, where: str) -> Any:
-    """A call, or what stands under its "function", with the arguments as values."""
+    """Return a call, or what stands under its "function", with the arguments as values."""
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
@@ -151,13 +150,11 @@ class Names:
         name = as_id(given, where) or name_of(prompt_ids)
         tokens = np.array(prompt_ids, np.int32).tobytes()
         if self._prompts.setdefault(name, tokens) != tokens:
-            raise PromptError(
-                f"{where}: its id {name!r} is that of another prompt before it, expected one prompt for each id; leave ids out."
-            )
+            raise PromptError(f"{where}: its id {name!r} is that of another prompt before it; leave ids out.")
         self._samples[name] += 1
         return rollout_id(name, self._samples[name] - 1, 0)
 
 
 def name_of(token_ids: Sequence[int] | Int32Array) -> str:
-    """The name of a prompt without one: it depends on the tokens and not on the place in the file."""
+    """Return the name of a prompt without one: it depends on the tokens and not on the place in the file."""
     return blake2b(np.array(token_ids, "<i4").tobytes(), digest_size=8).hexdigest()

@@ -44,24 +44,24 @@ class AdvantageSummary:
 
     @classmethod
     def of(cls, advantages_M: NDArray[Any]) -> "AdvantageSummary":
-        """Of these, one at least."""
+        """Return the drift of these, at least one."""
         levels = np.quantile(advantages_M, LEVELS)
         shares = float(np.mean(advantages_M < 0)), float(np.mean(advantages_M < TAIL))
         return cls(float(np.mean(advantages_M, dtype=np.float64)), tuple(levels.tolist()), *shares, advantages_M.size)
 
     def __str__(self) -> str:
-        """One line."""
+        """Return one line."""
         levels = ", ".join(f"{level:.0%} {value:+.2f}" for level, value in zip(LEVELS, self.quantiles, strict=True))
         return f"mean {self.mean:+.3f} nats, quantiles {levels}, {self.negative:.1%} below 0, {self.tail:.1%} below {TAIL:g}"
 
     def numbers(self) -> dict[str, float]:
-        """Every field by its name, the quantiles as q01, q05, q50, q95 and q99."""
+        """Return every field by its name, the quantiles as q01, q05, q50, q95 and q99."""
         quantiles = {f"q{level * 100:02.0f}": value for level, value in zip(LEVELS, self.quantiles, strict=True)}
         return _plain_numbers(self, without=("quantiles",)) | quantiles
 
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, float]) -> "AdvantageSummary":
-        """The inverse of `numbers`."""
+        """Return the inverse of `numbers`."""
         quantiles = tuple(numbers[f"q{level * 100:02.0f}"] for level in LEVELS)
         plain = {name: value for name, value in numbers.items() if not name.startswith("q")}
         return cls(**{**plain, "quantiles": quantiles, "tokens": int(numbers["tokens"])})  # type: ignore[arg-type]
@@ -77,10 +77,10 @@ class Drift:
 
     Args:
         rollouts, tokens: that it was measured on.
-        ratio_mean, ratio_std: of \(r_t\) over tokens.  Over fresh draws of the reference policy the mean is 1 for every student; what
-            it lacks on stored rollouts is probability that left the tokens the teacher has judged, for tokens nobody has.
+        ratio_mean, ratio_std: mean and spread of \(r_t\) over tokens.  Over fresh draws of the reference policy the mean is 1 for every student; what
+            it lacks on stored rollouts is probability that left the tokens the teacher has judged to tokens that it has not.
         ess: effective sample size of the rollouts under w, as a share: \((\sum w)^2 / (B \sum w^2)\).  At least 1 / B, so with long rollouts it
-            says no more than that one of them has all the weight.
+            only shows that one of them has all the weight.
         chi2: \(\chi^2(\pi_\theta \| \pi_{ref})\) of whole rollouts, the larger of two estimates.  1 / ess - 1 is at most B - 1, and far too small
             for long rollouts.  The mean over rollouts of \((1 + c)^T - 1\), with T the tokens of a rollout and c the mean of \((r_t - 1)^2\) over
             all tokens, takes all tokens to move alike and independently; it is too small where a few states, or rollouts longer than these,
@@ -88,8 +88,8 @@ class Drift:
         kl: \(KL(\pi_{ref} \| \pi_\theta)\), nats per token: the mean of \(r_t - 1 - \log r_t\).
         gap_bound: \(\sigma_A \sqrt{\chi^2}\), nats: times the largest norm of \(\nabla \log \pi_\theta(a_t|s_t)\) it bounds the distance
             of the gradient of this loss from the online one, as far as chi2 is right.  \(\sigma_A^2\) is the mean over rollouts of the
-            squared weighted sum of \(|A_t|\), A unclipped, weights as in the loss.  Where chi2 is above 1 or so, it says nothing.
-        advantages: of the student as it is now.
+            squared weighted sum of \(|A_t|\), A unclipped, weights as in the loss.  Where chi2 is above 1 or so, it is useless.
+        advantages: those of the student as it is now.
         gain: by fifths of the tokens, the least likely under the reference policy first: nats by which the student is nearer to the teacher
             than the reference policy was, the mean of \(|\ell_T - \ell_{ref}| - |\ell_T - \ell_\theta|\).
     """
@@ -111,14 +111,14 @@ class Drift:
         return float(np.mean(self.gain))
 
     def numbers(self) -> dict[str, float]:
-        """Every field by its name: advantages/mean and so on, and the gains as gain/fifth1 (the least likely tokens) to gain/fifth5."""
+        """Return every field by its name: advantages/mean and so on, and the gains as gain/fifth1 (the least likely tokens) to gain/fifth5."""
         advantages = {f"advantages/{name}": value for name, value in self.advantages.numbers().items()}
         gain = {f"gain/fifth{place}": value for place, value in enumerate(self.gain, 1)}
         return _plain_numbers(self, without=("advantages", "gain")) | advantages | gain
 
     @classmethod
     def from_numbers(cls, numbers: Mapping[str, float]) -> "Drift":
-        """The inverse of `numbers`."""
+        """Return the inverse of `numbers`."""
         plain: dict[str, Any] = {name: value for name, value in numbers.items() if "/" not in name}
         counts = {name: int(plain[name]) for name in ("rollouts", "tokens")}
         advantages = AdvantageSummary.from_numbers(below("advantages", numbers))
@@ -126,7 +126,7 @@ class Drift:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Drift":
-        """The inverse of `attrs.asdict`, also after a way through JSON."""
+        """Return the inverse of `attrs.asdict`, also after a way through JSON."""
         advantages = AdvantageSummary(**{**data["advantages"], "quantiles": tuple(data["advantages"]["quantiles"])})
         return cls(**{**data, "advantages": advantages, "gain": tuple(data["gain"])})
 
@@ -155,12 +155,12 @@ class DriftMeter:
     _parts: list[TokenLogprobs] = field(factory=list, init=False)
 
     def add(self, part: TokenLogprobs) -> None:
-        """One micro-batch, whose rollouts are none of those before."""
+        """Add one micro-batch, whose rollouts were not in an earlier one."""
         if part.student.size:
             self._parts.append(part)
 
     def read(self, gather: Callable[[list[TokenLogprobs]], list[TokenLogprobs]] = list) -> Drift | None:
-        """Of all that were added; None if there were none.
+        """Return the drift of all that were added; None if there were none.
 
         Args:
             gather: from this rank's micro-batches to those of all ranks.
@@ -175,7 +175,7 @@ class DriftMeter:
 
 
 def below(group: str, numbers: Mapping[str, float]) -> dict[str, float]:
-    """Numbers whose names begin with `group/`, without that.
+    """Return numbers whose names begin with `group/`, without that.
 
     >>> below("drift", {"loss": 1.0, "drift/kl": 0.5})
     {'kl': 0.5}
@@ -188,7 +188,7 @@ def _plain_numbers(record: AdvantageSummary | Drift, without: Sequence[str]) -> 
 
 
 def measure_drift(tokens: TokenLogprobs) -> Drift:
-    """The drift of a student on these tokens; rollouts that have none are not there."""
+    """Return the drift of a student on these tokens; rollouts that have none are not there."""
     student_M, teacher_M, ref_M, weight_M = (
         np.asarray(values, np.float64) for values in (tokens.student, tokens.teacher, tokens.ref, tokens.weight)
     )
@@ -217,7 +217,7 @@ def measure_drift(tokens: TokenLogprobs) -> Drift:
 
 
 def effective_share(log_weights_B: Float64Array) -> float:
-    r"""\((\sum w)^2 / (B \sum w^2)\) from log-weights of any size: only their differences count.
+    r"""Return \((\sum w)^2 / (B \sum w^2)\) from log-weights of any size: only their differences count.
 
     >>> round(effective_share(np.array([-900.0, -900.0, -9000.0])), 4)
     0.6667

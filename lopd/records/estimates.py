@@ -23,7 +23,7 @@ Float64Array = NDArray[np.float64]
 _RESAMPLES = 1999
 #: Fewer draws are too few to resample; with more than these, t holds the truth about as often.
 _RESAMPLED = range(5, 401)
-#: A resample may repeat one draw and have next to no spread, so the bootstrap widens a side at most this much.
+#: A resample may repeat one draw and have almost zero spread, so the bootstrap widens a side at most this much.
 _WIDEST = 2.0
 
 
@@ -49,7 +49,7 @@ class Estimate:
 
     @classmethod
     def between(cls, low: float, mean: float, high: float, *, clusters: int, values: int) -> "Estimate":
-        """An estimate whose interval has these ends."""
+        """Return an estimate whose interval has these ends."""
         return cls(mean, max(mean - low, high - mean), clusters, values, low, high)
 
 
@@ -77,11 +77,11 @@ class RolloutSums:
             )
 
     def per_token(self) -> Estimate:
-        """The mean over all tokens.  Tokens of one rollout depend on each other, so a rollout counts as one draw (delta method)."""
+        """Return the mean over all tokens.  Tokens of one rollout depend on each other, so a rollout counts as one draw (delta method)."""
         return _estimate([(1, self)])
 
     def pooled(self, samples: int) -> "RolloutSums":
-        """Every `samples` consecutive rollouts as one: samples of one prompt are not independent draws of prompts."""
+        """Return every `samples` consecutive rollouts as one: samples of one prompt are not independent draws of prompts."""
         return RolloutSums(self.sums.reshape(-1, samples).sum(1), self.counts.reshape(-1, samples).sum(1))
 
     def by_prompt(self, prompt_ids: Sequence[str] | NDArray[np.str_]) -> "RolloutSums":
@@ -94,7 +94,7 @@ class RolloutSums:
         return RolloutSums(*(np.bincount(place_B, values_B).astype(np.float64) for values_B in (self.sums, self.counts)))
 
     def minus(self, other: "RolloutSums") -> Estimate:
-        """The difference of two means over the same prompts: what they share cancels, so its interval is narrower than either's."""
+        """Return the difference of two means over the same prompts: what they share cancels, so its interval is narrower than either's."""
         if len(self.sums) != len(other.sums):
             raise InvalidRecordError(
                 f"Estimate: it has {len(self.sums)} draws, expected the other's {len(other.sums)}; compare over the same prompts."
@@ -102,7 +102,7 @@ class RolloutSums:
         return _estimate([(1, self), (-1, other)])
 
     def p_value(self, other: "RolloutSums") -> float:
-        """The chance, by a one-sided t test over the same draws, that this mean is so far above the other's if it is not truly above it.
+        """Return the chance, by a one-sided t test over the same draws, that this mean is so far above the other's if it is not truly above it.
 
         0.5 for one draw, and where all draws differ alike.
         """
@@ -113,7 +113,7 @@ class RolloutSums:
 
 
 def sampled_reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprobs: Sequence[Float32Array]) -> RolloutSums:
-    r"""KL(student, teacher) in nats, summed over the tokens of each rollout, estimated from the sampled tokens alone.
+    r"""Return KL(student, teacher) in nats, summed over the tokens of each rollout, estimated from the sampled tokens alone.
 
     \(\sum_t (r_t - 1 - \log r_t)\) with \(r = \exp(\ell_T - \ell_\theta)\).  \(-\log r\) alone has the same mean, since
     \(E[r] = 1\) under the student, but a wider spread.
@@ -130,13 +130,13 @@ def sampled_reverse_kl(student_logprobs: Sequence[Float32Array], teacher_logprob
 
 
 def mean(values: Sequence[float] | Float64Array) -> Estimate:
-    """The mean of independent values."""
+    """Return the mean of independent values."""
     array = np.asarray(values, np.float64)
     return RolloutSums(array, np.ones_like(array)).per_token()
 
 
 def mean_score(scores_BN: Float64Array) -> Estimate:
-    r"""The mean of scores from 0 to 1, N samples for each of B prompts, with Wilson's interval.
+    r"""Return the mean of scores from 0 to 1, N samples for each of B prompts, with Wilson's interval.
 
     Its number of trials is \(B\,(m(1 - m) + u) / (s^2 + u)\), with m the mean and \(s^2\) the variance of the prompts' means: between B, where
     the samples of a prompt agree, and about B N, where they are independent.  \(u = 1 / 4B\) stands for one more prompt whose samples agree, so
@@ -157,7 +157,7 @@ def mean_score(scores_BN: Float64Array) -> Estimate:
 
 
 def t_cdf(t: float, freedom: int) -> float:
-    """Chance that Student's t with these degrees of freedom is at most t.
+    """Return the chance that Student's t with these degrees of freedom is at most t.
 
     Source: Abramowitz and Stegun, "Handbook of Mathematical Functions", 26.7.3 and 26.7.4: a finite sum.
     """
@@ -170,7 +170,7 @@ def t_cdf(t: float, freedom: int) -> float:
 
 @cache
 def t_quantile(chance: float, freedom: int) -> float:
-    """The t that Student's t with these degrees of freedom is below with this chance."""
+    """Return the t that Student's t with these degrees of freedom is below with this chance."""
     low, high = -math.pi / 2, math.pi / 2
     for _ in range(60):  # halves the interval of the angle atan(t / sqrt(freedom))
         angle = (low + high) / 2
@@ -179,7 +179,7 @@ def t_quantile(chance: float, freedom: int) -> float:
 
 
 def _estimate(parts: Sequence[tuple[int, RolloutSums]]) -> Estimate:
-    """A sum of signed means over the same draws."""
+    """Return a sum of signed means over the same draws."""
     draws, values = len(parts[0][1].sums), int(parts[0][1].counts.sum())
     value, features_PBF = _features(parts)
     if draws == 1:
@@ -191,14 +191,14 @@ def _estimate(parts: Sequence[tuple[int, RolloutSums]]) -> Estimate:
 
 
 def _features(parts: Sequence[tuple[int, RolloutSums]]) -> tuple[float, Float64Array]:
-    """The value; and, for each part and draw, what the draw adds to the part's error, times the tokens of the part, and its tokens."""
+    """Return the value; and, for each part and draw, what the draw adds to the part's error, times the tokens of the part, and its tokens."""
     means = [float(part.sums.sum() / part.counts.sum()) for _, part in parts]
     features = [[sign * (part.sums - mean * part.counts), part.counts] for (sign, part), mean in zip(parts, means, strict=True)]
     return sum(sign * mean for (sign, _), mean in zip(parts, means, strict=True)), np.array(features).swapaxes(1, 2)
 
 
 def _error(features_PBF: Float64Array) -> float:
-    """The standard error by the jackknife: a draw of many tokens pulls the mean towards itself.  Infinite if one draw has all tokens."""
+    """Return the standard error by the jackknife: a draw of many tokens pulls the mean towards itself.  Infinite if one draw has all tokens."""
     errors_PB, counts_PB = np.moveaxis(features_PBF, -1, 0)
     with np.errstate(invalid="ignore"):
         influence_B = (errors_PB / (counts_PB.sum(-1, keepdims=True) - counts_PB)).sum(0)
@@ -208,7 +208,7 @@ def _error(features_PBF: Float64Array) -> float:
 
 
 def _resampled(features_PBF: Float64Array, times_RB: Float64Array) -> tuple[Float64Array, Float64Array]:
-    """Deviations of a sum of means from its value, and their standard errors, where each draw is there so many times."""
+    """Return deviations of a sum of means from its value, and their standard errors, where each draw is there so many times."""
     draws = times_RB.shape[-1]
     errors_PR, counts_PR = np.moveaxis(times_RB @ features_PBF, -1, 0)
     coefficients_PRF = np.stack([np.ones_like(errors_PR), -errors_PR / counts_PR], -1) / counts_PR[..., None]
@@ -220,7 +220,7 @@ def _resampled(features_PBF: Float64Array, times_RB: Float64Array) -> tuple[Floa
 
 
 def _bootstrap_t(features_PBF: Float64Array) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % quantiles of t over resamples; the same draws in the same order give the same ones."""
+    """Return the 2.5 % and 97.5 % quantiles of t over resamples; the same draws in the same order give the same ones."""
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample may be one draw repeated, or have no tokens
         deviations_R, errors_R = _resampled(features_PBF, _times(features_PBF.shape[1]))
         t_R = np.sort(np.nan_to_num(deviations_R / errors_R, posinf=math.inf, neginf=-math.inf))
@@ -230,5 +230,5 @@ def _bootstrap_t(features_PBF: Float64Array) -> tuple[float, float]:
 
 @lru_cache(maxsize=4)
 def _times(draws: int) -> Float64Array:
-    """How often each draw is in each resample."""
+    """Return how often each draw is in each resample."""
     return np.random.default_rng(0).multinomial(draws, np.full(draws, 1 / draws), _RESAMPLES).astype(np.float64)

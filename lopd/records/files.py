@@ -15,11 +15,11 @@ _ROWS_AT_ONCE = 256
 
 
 def named_file(kind: str, path: str | os.PathLike[str]) -> tuple[str, str]:
-    """The path or URL, and how messages name the file.
+    """Return the path or URL, and how messages name the file.
 
     Args:
-        kind: of file, for example "Prompt file".
-        path: of the file.
+        kind: kind of file, for example "Prompt file".
+        path: the file's path.
 
     Raises:
         PromptError: it only looks like a path of this machine.
@@ -29,7 +29,7 @@ def named_file(kind: str, path: str | os.PathLike[str]) -> tuple[str, str]:
 
 
 def read_records(owner: str, path: str) -> list[Any]:
-    """All records of a file.
+    """Return all records of a file.
 
     Raises:
         PromptError: the file is empty, cannot be read or is of another kind, or a record is too large; it names the place.
@@ -84,4 +84,4 @@ def _parse(where: str, line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{where}: it is not JSON ({error}), expected one object a line; fix the line.") from error
+        raise PromptError(f"{where}: it is not JSON ({error}); fix the line.") from error

@@ -32,13 +32,13 @@ class Glance:
     rows: Sequence[Sequence[object]] = ()
 
     def __repr__(self) -> str:
-        """A line, and another for each row."""
+        """Return a line, and another for each row."""
         facts = "; ".join(f"{name} {_said(value)}" for name, value in self.facts.items())
         cells = ("; ".join(f"{name} {_said(cell)}" for name, cell in zip(self.columns, row, strict=True)) for row in self.rows)
         return printable("\n  ".join([f"{self.title}: {facts}" if facts else self.title, *cells]))
 
     def _repr_html_(self) -> str:
-        """A table of the facts, and one of the rows."""
+        """Return a table of the facts, and one of the rows."""
         facts = "".join(f"<tr>{_cell('th', name)}{_cell('td', value)}</tr>" for name, value in self.facts.items())
         head = f"<tr>{''.join(_cell('th', name) for name in self.columns)}</tr>" if self.rows else ""
         rows = "".join(f"<tr>{''.join(_cell('td', cell) for cell in row)}</tr>" for row in self.rows)
@@ -70,12 +70,12 @@ def _cell(tag: str, value: object) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text as HTML may have it."""
+    """Return text as HTML may have it."""
     return escape(printable(text))
 
 
 def quoted(text: str) -> str:
-    r"""A text in quotes, with its controls spelled out; of a long one the beginning and the end.
+    r"""Return a text in quotes, with its controls spelled out; of a long one the beginning and the end.
 
     >>> quoted("a\n"), len(quoted(100 * "b"))
     ("'a\\n'", 83)
@@ -84,7 +84,7 @@ def quoted(text: str) -> str:
 
 
 def first_ids(ids: Any) -> str:
-    """The first of some token ids.
+    """Return the first of some token ids.
 
     >>> first_ids([5, 6, 1]), first_ids(range(9))
     ('5 6 1', '0 1 2 3 4 5 6 7 …')

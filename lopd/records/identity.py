@@ -37,7 +37,7 @@ class ModelId:
     Args:
         name: for people.
         revision: commit, step or hash of the function (`lopd.engines.identity.model_id`).
-        dtype: of the weights in use.
+        dtype: type of the weights in use.
 
     Raises:
         InvalidRecordError: a field is not text.
@@ -51,7 +51,7 @@ class ModelId:
         own_texts(self, "ModelId")
 
     def __str__(self) -> str:
-        """`name@revision`, shortened and printable."""
+        """Return `name@revision`, shortened and printable."""
         return printable(_TOGETHER.join(f"{part.name}@{_short(part.revision)}" for part in self.parts))
 
     def __eq__(self, other: object) -> bool:
@@ -62,12 +62,12 @@ class ModelId:
         return hash((frozenset(_key(part)[:2] for part in self.parts), self.dtype))
 
     def same_weights(self, other: "ModelId") -> bool:
-        """Whether both are the same function, in whatever dtype, and under whatever name if it was hashed."""
+        """Return whether both are the same function, in whatever dtype, and under whatever name if it was hashed."""
         mine, theirs = set(map(_key, self.parts)), set(map(_key, other.parts))
         return all(any(_fits(a, b) for b in theirs) for a in mine) and all(any(_fits(a, b) for a in mine) for b in theirs)
 
     def same_parameters(self, other: "ModelId") -> bool:
-        """Whether both have the same weights, and perhaps other settings or buffers."""
+        """Return whether both have the same weights, and perhaps other settings or buffers."""
         return {_key(part)[:2] for part in self.parts} == {_key(part)[:2] for part in other.parts}
 
     @property
@@ -79,12 +79,12 @@ class ModelId:
         return (self,)
 
 
-#: Whoever wrote a text of which nobody knows who wrote it; a student that learns such a text has no recorded SFT teacher.
+#: The unknown author of a text; a student that learns such a text has no recorded SFT teacher.
 UNKNOWN = ModelId("unknown", "unknown", "unknown")
 
 
 def _key(model: ModelId) -> tuple[str, str, str]:
-    """Name, parameters and the rest of a function; "" where it does not count or was not recorded."""
+    """Return name, parameters and the rest of a function; "" where it does not count or was not recorded."""
     if not model.revision.startswith(_HASHED):
         return model.name, model.revision, ""  # "main" is a revision of many models; a hash is one of one
     parameters, _, rest = model.revision.partition(_REST)
@@ -101,7 +101,7 @@ def _short(revision: str) -> str:
 
 
 def mixture_id(models: Iterable[ModelId]) -> ModelId:
-    """The identity of several models together, in whatever order; of one model its own.
+    """Return the identity of several models together, in whatever order; of one model its own.
 
     >>> a, b = ModelId("a", "1", "bfloat16"), ModelId("b", "7", "bfloat16")
     >>> print(mixture_id([b, a, b]))
@@ -115,13 +115,13 @@ def mixture_id(models: Iterable[ModelId]) -> ModelId:
 
 
 def hash_function(parameters: Iterable[tuple[str, Tensor]], buffers: Iterable[tuple[str, Tensor]], settings: str) -> str:
-    """The revision of a function: of its parameters and saved buffers, each sorted by name, and of the settings that decide it."""
+    """Return the revision of a function: of its parameters and saved buffers, each sorted by name, and of the settings that decide it."""
     rest = _digest(f"{hash_weights_in_order(buffers)}|{settings}".encode())
     return f"{hash_weights_in_order(parameters)}{_REST}{rest}"
 
 
 def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of names, shapes and values of all tensors, whatever their order (some seconds per GB).
+    """Return a hash of names, shapes and values of all tensors, whatever their order (some seconds per GB).
 
     Of values, not of the dtype that holds them: bfloat16 weights loaded as float32 are still the same model.
     """
@@ -129,7 +129,7 @@ def hash_weights(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def hash_weights_in_order(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """The same of tensors that come sorted by name: they are needed one at a time."""
+    """Return the same of tensors that come sorted by name: they are needed one at a time."""
     digest = blake2b(digest_size=16)
     for name, tensor in named_tensors:
         data = _narrowest(tensor.detach().cpu().contiguous())
@@ -139,7 +139,7 @@ def hash_weights_in_order(named_tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _narrowest(tensor: Tensor) -> Tensor:
-    """The same values in the first dtype that loses nothing."""
+    """Return the same values in the first dtype that loses nothing."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         if tensor.is_floating_point() and (tensor.dtype == dtype or torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)):
             return tensor.to(dtype)
@@ -151,7 +151,7 @@ class HasVocabulary(Protocol):
 
     @property
     def vocab_hash(self) -> str | None:
-        """Of the whole token-to-id map; None if nobody recorded it."""
+        """Hash of the whole token-to-id map; None if it was not recorded."""
         ...
 
 
@@ -160,12 +160,12 @@ class TokenizerId:
     """Fingerprint of a tokenizer.
 
     Args:
-        vocab_hash: of the whole token-to-id map, added tokens included.
+        vocab_hash: hash of the whole token-to-id map, added tokens included.
         vocab_size: highest id + 1.
         eos_id: end of a response, or None.
         bos_id: beginning of a text, or None.
         pad_id: padding, or None; may equal `eos_id`, nothing in lopd masks by it, and it is not part of the identity.
-        template_hash: of the chat template, or "".
+        template_hash: hash of the chat template, or "".
 
     Raises:
         InvalidRecordError: a field is of another type, or `vocab_size` is not one of a vocabulary whose ids are int32.
@@ -184,7 +184,7 @@ class TokenizerId:
         check_number("TokenizerId", "vocab_size", self.vocab_size, 0 < self.vocab_size <= 1 << 31, "from 1 to 2**31")
 
     def same_vocabulary(self, other: HasVocabulary) -> bool:
-        """Whether both map the same tokens to the same ids."""
+        """Return whether both map the same tokens to the same ids."""
         return self.vocab_hash == other.vocab_hash
 
 
@@ -192,12 +192,12 @@ class TokenizerLike(Protocol):
     """What a fingerprint needs of a tokenizer; transformers' tokenizers fit."""
 
     def get_vocab(self) -> dict[str, int]:
-        """The whole token-to-id map."""
+        """Return the whole token-to-id map."""
         ...
 
 
 def fingerprint_tokenizer(tokenizer: TokenizerId | TokenizerLike) -> TokenizerId:
-    """The identity of a tokenizer, from its full vocabulary map, special ids and chat template; an identity is its own.
+    """Return the identity of a tokenizer, from its full vocabulary map, special ids and chat template; an identity is its own.
 
     Raises:
         ArgumentError: it is something else.

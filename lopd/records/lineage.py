@@ -46,7 +46,7 @@ class Lineage:
 
     @classmethod
     def of(cls, *writers: str | Path | ModelId) -> "Lineage":
-        """The lineage of a student whose SFT text these models wrote.
+        """Return the lineage of a student whose SFT text these models wrote.
 
         A folder is identified by its weights, which are read a few at a time and never made a model (some seconds per GB); a hub name by
         those of its snapshot, which is downloaded unless it is there.  Of a model without weights to read, state the identity:
@@ -79,7 +79,7 @@ class Lineage:
 
     @classmethod
     def read(cls, folder: str | Path) -> "Lineage":
-        """What is recorded in a model's folder; an empty lineage if nothing is.
+        """Return what is recorded in a model's folder; an empty lineage if nothing is.
 
         Raises:
             CorruptStoreError: the file is not what lopd wrote.
@@ -99,7 +99,9 @@ class Lineage:
 
 
 def _identify(folder: str | Path) -> ModelId:
-    """The identity of a folder, by the engines, which stand on a floor above and bring their own dependencies: so they are asked for by name."""
+    """Return the identity of a folder, by the engines, which stand on a floor above and bring their own dependencies: so they are asked for by
+    name.
+    """
     need("transformers", "Lineage.of")
     identity: ModelId = need("lopd.engines.identity", "Lineage.of").folder_model_id(folder)
     return identity
@@ -109,7 +111,7 @@ def refuse_store(owner: str, folder: Path, refusal: type[LopdError] = InvalidRec
     """Refuse a store where a model is expected: its root may have the name of a lineage.
 
     Raises:
-        LopdError: of the class `refusal`.
+        LopdError: an error of class `refusal`.
     """
     for path in (folder / LINEAGE_FILE, folder / "zarr.json"):
         with suppress(OSError):

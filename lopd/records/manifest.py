@@ -24,7 +24,7 @@ LABEL = "label"
 
 
 def _to_stop_ids(ids: Iterable[Any]) -> tuple[int, ...]:
-    """A tuple of ints, also of a list or an array: a manifest that is read again has a tuple."""
+    """Return a tuple of ints, also of a list or an array: a manifest that is read again has a tuple."""
     try:
         return tuple(index(token) for token in ids)
     except TypeError as error:
@@ -39,7 +39,7 @@ class SamplingParams:
 
     Args:
         max_new_tokens: cap on T; make it the length you will train on, longer costs and is thrown away.
-        temperature: of the sampling distribution.  `behavior_logprobs` are at temperature 1 and uncut all the same; where `neutral` is False,
+        temperature: the sampling temperature.  `behavior_logprobs` are at temperature 1 and uncut all the same; where `neutral` is False,
             `sampler_logprobs` are those of the distribution that drew the tokens, for the importance ratio of a loss.
         top_p: keep the most likely tokens that hold this much probability.  The others are never drawn, and what they would have added to
             the gradient is missing from it, whatever the ratio.
@@ -86,10 +86,10 @@ class Manifest(Glanced):
     """What every rollout of a store has in common.
 
     Args:
-        tokenizer: of policy, teacher and student.
+        tokenizer: the one of policy, teacher and student.
         policy: the model that sampled.
         sampling: how.
-        sft_teacher: the model whose text the policy was SFT-trained on; None if nobody recorded it.
+        sft_teacher: the model whose text the policy was SFT-trained on; None if it was not recorded.
         generation: the round of sampling that the store begins with (0 for Lightning OPD; online OPD and refresh count up).
     """
 
@@ -116,12 +116,12 @@ class Manifest(Glanced):
         return Glance("Manifest", facts)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types only."""
+        """Return plain JSON types only."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any, owner: str = "Manifest") -> "Manifest":
-        """The inverse of `to_json`.
+        """Return the inverse of `to_json`.
 
         Raises:
             CorruptStoreError: not a manifest, or of another schema version.
@@ -134,7 +134,7 @@ class Manifest(Glanced):
         return read_as(cls, data, owner)
 
     def difference(self, other: "Manifest") -> str | None:
-        """The first field in which two manifests differ, as `policy.dtype is <self>, expected <other>`; None if they agree."""
+        """Return the first field in which two manifests differ, as `policy.dtype is <self>, expected <other>`; None if they agree."""
         return _difference("", self, other)
 
 
@@ -144,13 +144,13 @@ class Provenance:
 
     Args:
         model: whose log-probs these are.
-        vocab_hash: of that model's tokenizer.
+        vocab_hash: hash of the vocabulary of that model's tokenizer.
         engine: name and version of what ran it; not part of the identity (`Preflight` compares what it computes), except that of a residual, whose
             fit it names.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0;
             `PRIVILEGED`, with a hash of the prompts, is raw after other prompts than the policy's; `LABEL` is what a verifier said, and its model is
             that verifier.
-        top_k: how many tokens are kept at each response token, beside the sampled one: the model's most likely ones, but for the next two.
+        top_k: how many tokens are kept at each response token, beside the sampled one: the most likely ones, unless one of the next two is set.
         eos_id: what ends a text of that model, by its tokenizer; no part of the identity.
         parity: how this engine compared with another that ran the same model, when the column was begun: what the first append
             said stays; no part of the identity.
@@ -210,16 +210,16 @@ class Provenance:
         return self.logprobs_mode.startswith(PRIVILEGED)
 
     def is_of(self, policy: ModelId) -> bool:
-        """Whether these are a policy's own log-probs: those of its function, after the prompts that it read."""
+        """Return whether these are a policy's own log-probs: those of its function, after the prompts that it read."""
         return self.model.same_weights(policy) and not self.privileged
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types only."""
+        """Return plain JSON types only."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any, owner: str = "Provenance") -> "Provenance":
-        """The inverse of `to_json`.
+        """Return the inverse of `to_json`.
 
         Raises:
             CorruptStoreError: not a provenance.
@@ -236,7 +236,7 @@ class Commit:
         kind: what was committed.
         rows: rollouts that were added, scored, rewritten or quarantined.
         tokens: prompt and response tokens of added rollouts; scored response tokens; or tokens that a compaction rewrote.
-        column: of the scores, or of those that could not be computed; or None.
+        column: column of the scores, computed or not; or None.
         when: seconds since 1970, by the writer's clock.
         rounding: largest error in nats by which a log-prob was rounded to the store's type.
     """

@@ -14,7 +14,7 @@ _PLAIN = (type(None), bool, int, float, str)
 
 
 def pack(owner: str, value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON of a value; its tensors are added to `tensors`, and named in the JSON.
+    """Return JSON of a value; its tensors are added to `tensors`, and named in the JSON.
 
     >>> pack("Optimizer", {"betas": (0.9, np.float32(0.5))}, {})
     {'dict': [['betas', {'tuple': [0.9, {'numpy': 'float32', 'value': 0.5}]}]]}
@@ -37,7 +37,7 @@ def pack(owner: str, value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _pack_leaf(owner: str, value: Any, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
-    """What JSON has no word for; None for anything else."""
+    """Return what JSON has no word for; None for anything else."""
     if isinstance(value, Tensor):
         name = f"nested.{len(tensors)}"
         tensors[name] = value.detach().clone()
@@ -52,7 +52,7 @@ def _pack_leaf(owner: str, value: Any, tensors: dict[str, Tensor]) -> dict[str, 
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `pack`; JSON that it did not write stays as it is.
+    """Return the inverse of `pack`; JSON that it did not write stays as it is.
 
     Raises:
         KeyError: a tensor is missing.
@@ -83,12 +83,12 @@ def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def unpack_all(packed: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Each of these unpacked, by its name."""
+    """Return each of these unpacked, by its name."""
     return {name: unpack(value, tensors) for name, value in packed.items()}
 
 
 def moved(value: Any, device: torch.device) -> Any:
-    """The same with its tensors on this device."""
+    """Return the same with its tensors on this device."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, list | tuple):

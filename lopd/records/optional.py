@@ -12,7 +12,7 @@ def need(package: str, owner: str, extra: str = "hf") -> Any:
     Args:
         package: for example "pyarrow" or "pyarrow.parquet".
         owner: how the message names what needs it.
-        extra: of lopd, which brings it.
+        extra: the extra of lopd that brings it.
 
     Raises:
         MissingDependencyError: it is not installed.
@@ -20,6 +20,4 @@ def need(package: str, owner: str, extra: str = "hf") -> Any:
     try:
         return import_module(package)
     except ImportError as error:
-        raise MissingDependencyError(
-            f"{owner}: {package.partition('.')[0]} is not installed, expected it; pip install 'lopd[{extra}]'."
-        ) from error
+        raise MissingDependencyError(f"{owner}: {package.partition('.')[0]} is not installed; pip install 'lopd[{extra}]'.") from error

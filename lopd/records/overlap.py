@@ -1,4 +1,4 @@
-r"""What two models' supports say of each other: how far they overlap, what one leaves out of the other, and a bound on the KL.
+r"""Two models' supports compared: how far they overlap, what one leaves out of the other, and a bound on the KL.
 
 With \(S_T\) the distinct tokens of the teacher's support and \(S\) those of the policy's,
 
@@ -30,7 +30,7 @@ def compare_supports(teacher: TopK, policy: TopK, tops: Iterable[int]) -> Mappin
 
     Returns:
         (T,) values: `overlap8` and so on, shares; `least` and `most`, the policy's mass outside the teacher's support; `bucket_kl`, nats, at most
-        KL(policy, teacher) but for rounding.
+        KL(policy, teacher) up to rounding.
     """
     (theirs_TK, theirs), (mine_TS, mine) = _sorted(teacher), _sorted(policy)
     place_TS = _places(mine_TS, theirs_TK)
@@ -47,14 +47,14 @@ def compare_supports(teacher: TopK, policy: TopK, tops: Iterable[int]) -> Mappin
 
 
 def _sorted(support: TopK) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Ids and log-probs of the distinct tokens, the most likely first."""
+    """Return ids and log-probs of the distinct tokens, the most likely first."""
     ids, logprobs = support.ids[:, : support.distinct], support.logprobs[:, : support.distinct].astype(np.float64)
     order = np.argsort(-logprobs, axis=-1, kind="stable")
     return np.take_along_axis(ids, order, -1), np.take_along_axis(logprobs, order, -1)
 
 
 def _places(ids_TS: NDArray[np.int32], among_TK: NDArray[np.int32]) -> NDArray[np.int64]:
-    """(T, S): where each id stands among the K, and K for one that is not there."""
+    """Return (T, S): where each id stands among the K, and K for one that is not there."""
     place_TS = np.full(ids_TS.shape, among_TK.shape[1], np.int64)
     for place in range(among_TK.shape[1]):
         np.copyto(place_TS, place, where=ids_TS == among_TK[:, place, None])

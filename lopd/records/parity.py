@@ -20,7 +20,7 @@ class Parity:
     Args:
         engine, truth: what ran either.
         rollouts, tokens: compared; tokens with a loss mask of False are not.
-        mean, p99, max: of the absolute difference.
+        mean, p99, max: mean, 99 % quantile and maximum of the absolute difference.
         bias: mean of the difference, engine minus truth; unlike noise it does not average out.
         advantage: mean absolute advantage of the same tokens, truth minus what the sampling engine reported; None unless it reported all.
         sign_flips: share of tokens whose advantage has another sign under the engine; None likewise.
@@ -38,7 +38,7 @@ class Parity:
     sign_flips: float | None = None
 
     def __str__(self) -> str:
-        """One line."""
+        """Return one line."""
         effect = "" if self.advantage is None else f", beside a mean absolute advantage of {self.advantage:.3g}"
         return printable(
             f"{self.engine} against {self.truth}: mean {self.mean:.2g}, p99 {self.p99:.2g}, max {self.max:.2g}, bias {self.bias:.2g} nats "
@@ -47,7 +47,7 @@ class Parity:
 
 
 def measure_parity(rollouts: Sequence[Rollout], ours: Sequence[Scores], theirs: Sequence[Scores], *, engine: str, truth: str) -> Parity:
-    """The differences over the tokens that count.
+    """Return the differences over the tokens that count.
 
     Args:
         rollouts: at least one of them with a token that counts.

@@ -18,7 +18,7 @@ def path_text(owner: str, path: str | os.PathLike[str], refusal: type[LopdError]
     """Return a path or URL as text.
 
     Raises:
-        LopdError: of the class `refusal`; it is something else, for example bytes.
+        LopdError: an error of class `refusal`; it is something else, for example bytes.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
@@ -36,7 +36,7 @@ def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError
 
     Raises:
         ArgumentError: it is not a path.
-        LopdError: of the class `refusal`; it is a URL, also one that went through `Path`, or begins with `~` and an unknown user.
+        LopdError: an error of class `refusal`; it is a URL, also one that went through `Path`, or begins with `~` and an unknown user.
     """
     text = os.path.expanduser(path_text(owner, path))  # noqa: PTH111 (`Path.expanduser` raises for an unknown user)
     if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text):
@@ -69,10 +69,10 @@ def without_secrets(url: str) -> str:
 
 
 def asked(url: str, work: Callable[[], T], *, secret: bool = False, errors: type[Exception] = Exception) -> T:
-    """Return what another package answers about a URL; an error of its own says nothing of secrets, nor does what it is raised from.
+    """Return what another package answers about a URL; its errors, and what they are raised from, do not contain secrets.
 
     Args:
-        url: of what is asked for.
+        url: URL of what is asked for.
         work: asks.
         secret: whether the answer may repeat secrets that are not in the URL.
         errors: kind of errors that this is about.

@@ -16,7 +16,7 @@ _EXACT = 2**53
 
 
 def plain(value: Any, owner: str) -> Any:
-    """A value as JSON has it: keys that are null are dropped, whole numbers are ints, dates are ISO text, arrays are lists.
+    """Return a value as JSON has it: keys that are null are dropped, whole numbers are ints, dates are ISO text, arrays are lists.
 
     Columnar formats fill keys that a record lacks with null, and read a column of ints with a gap as floats.  NaN is null, as in pandas.
 
@@ -56,7 +56,7 @@ def _plain_leaf(value: Any, owner: str) -> Any:
         return int(value) if abs(float(value)) < _EXACT and value == int(value) else value
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    raise PromptError(f"{owner}: it holds {a_kind(value)} ({value!r:.40}), expected what JSON can hold; convert it to text.")
+    raise PromptError(f"{owner}: it holds {a_kind(value)} ({value!r:.40}); convert it to text.")
 
 
 def _encodable(text: str, owner: str) -> str:
@@ -71,7 +71,7 @@ def _encodable(text: str, owner: str) -> str:
 
 
 def from_json(value: Any, owner: str, key: str) -> Any:
-    """What a value that may be JSON text stands for: nested values are often kept as text in columns.
+    """Return what a value that may be JSON text stands for: nested values are often kept as text in columns.
 
     Raises:
         PromptError: it is text that is not JSON.
@@ -85,7 +85,7 @@ def from_json(value: Any, owner: str, key: str) -> Any:
 
 
 def as_text(value: Any) -> str | None:
-    """A plain value as text: text as it is, everything else as JSON writes it.
+    """Return a plain value as text: text as it is, everything else as JSON writes it.
 
     >>> as_text(True), as_text(7), as_text(["a", "b"])
     ('true', '7', '["a", "b"]')
@@ -96,7 +96,7 @@ def as_text(value: Any) -> str | None:
 
 
 def as_id(value: Any, owner: str) -> str | None:
-    """The id of a record as text.
+    """Return the id of a record as text.
 
     Raises:
         PromptError: it is not text or a number, is empty, or is a float that was rounded.

@@ -27,13 +27,13 @@ def read_prompts(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     date: Date | None = None,
 ) -> list[Prompt]:
-    """Prompts from a file with one record, of at most 64 MiB, per line (`.jsonl`) or row (`.parquet`).
+    """Return prompts from a file with one record, of at most 64 MiB, per line (`.jsonl`) or row (`.parquet`).
 
     See `make_prompts` for what a record may have, for the arguments, and for what draws a `PromptWarning`.
 
     Args:
         path: local, or any URL that fsspec opens.
-        tokenizer: of the student.
+        tokenizer: the student's tokenizer.
         field: as in `make_prompts`, like all that follow.
         template: text around each prompt.
         max_tokens: longest prompt allowed.
@@ -70,7 +70,7 @@ def make_prompts(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     date: Date | None = None,
 ) -> list[Prompt]:
-    """Prompts from strings (one user message each), lists of messages, or records such as the rows of a Hugging Face dataset.
+    """Return prompts from strings (one user message each), lists of messages, or records such as the rows of a Hugging Face dataset.
 
     A record is a mapping; `record[field]`, or else `record["messages"]`, is a string or a list of messages with "role" and "content".
     "id" and "answer" are taken over; without "id" a prompt is named after its tokens.  "tools" and "chat_template_kwargs" go to the chat
@@ -84,7 +84,7 @@ def make_prompts(
 
     Args:
         contents: any number of them, in their order.
-        tokenizer: of the student.
+        tokenizer: the student's tokenizer.
         ids: one for each prompt, or None to take the record's, or its tokens'.
         answers: likewise, what a verifier compares a response with.
         field: key of the prompt in a record.
@@ -146,7 +146,7 @@ def _make(
 
 
 def _name(token_ids: Sequence[int], seen: dict[str, int]) -> str:
-    """A name that depends on the tokens and not on the place in the file; equal prompts are numbered."""
+    """Return a name that depends on the tokens and not on the place in the file; equal prompts are numbered."""
     name = name_of(token_ids)
     seen[name] = seen.get(name, -1) + 1
     return name if seen[name] == 0 else f"{name}-{seen[name]}"

@@ -37,11 +37,11 @@ class Ranks:
 
     @classmethod
     def current(cls) -> "Ranks":
-        """Those of the default process group, or this process alone if there is none."""
+        """Return those of the default process group, or this process alone if there is none."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
 
     def sum(self, values: Tensor) -> Tensor:
-        """Each value summed over the ranks; every rank must call."""
+        """Return each value summed over the ranks; every rank must call."""
         if self.size == 1:
             return values
         # NCCL knows no memory but a GPU's
@@ -50,7 +50,7 @@ class Ranks:
         return summed.to(values.device)
 
     def gather(self, mine: list[_Item]) -> list[_Item]:
-        """What all ranks have, in the order of ranks; every rank must call."""
+        """Return what all ranks have, in the order of ranks; every rank must call."""
         if self.size == 1:
             return mine
         parts: list[list[_Item]] = [[] for _ in range(self.size)]
@@ -58,7 +58,7 @@ class Ranks:
         return list(chain.from_iterable(parts))
 
     def first(self, act: Callable[[], None]) -> None:
-        """Rank 0 acts; every rank must call, and goes on when that is done, or raises the error that rank 0 met.
+        """Let rank 0 act; every rank must call, and goes on when that is done, or raises the error that rank 0 met.
 
         Raises:
             LopdError: whichever the action raised.
@@ -75,13 +75,13 @@ class Ranks:
             raise first
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank is here."""
         if self.size > 1:
             dist.barrier()
 
 
 def inner(student: Any) -> Any:
-    """The student inside a DistributedDataParallel, or the student itself."""
+    """Return the student inside a DistributedDataParallel, or the student itself."""
     return student.module if isinstance(student, DistributedDataParallel) else student
 
 
@@ -97,28 +97,28 @@ def check_summed(student: Any, ranks: Ranks) -> None:
 
     if not isinstance(student, FSDPModule):
         raise ModelError(
-            f"Student {type(student).__name__}: it is trained by {ranks.size} ranks and nothing sums its gradients, expected one in "
-            "DistributedDataParallel or after `fully_shard`; wrap it before `opd_steps`."
+            f"Student {type(student).__name__}: it is trained by {ranks.size} ranks and nothing sums its gradients; "
+            "wrap it in DistributedDataParallel, or call `fully_shard` on it, before `opd_steps`."
         )
 
 
 def gathering(student: Any, *, last: bool) -> AbstractContextManager[None]:
-    """Where gradients of a micro-batch are made; DistributedDataParallel sums them over ranks once, with the last."""
+    """Return where gradients of a micro-batch are made; DistributedDataParallel sums them over ranks once, with the last."""
     return student.no_sync() if isinstance(student, DistributedDataParallel) and not last else nullcontext()
 
 
 def sharded(module: torch.nn.Module) -> bool:
-    """Whether this rank holds only a part of some parameter."""
+    """Return whether this rank holds only a part of some parameter."""
     return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every rank; any other as it is."""
+    """Return a sharded tensor put together, on every rank; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """These put together one after the other, in the memory of rank 0's CPU; nothing on other ranks, which must call all the same."""
+    """Return these put together one after the other, in the memory of rank 0's CPU; nothing on other ranks, which must call all the same."""
     first, found = Ranks.current().rank == 0, {}
     for name, tensor in tensors.items():
         together = whole(tensor.detach())
@@ -128,7 +128,7 @@ def on_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def alike(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor sharded as this one is, or as it is if that one is whole."""
+    """Return a whole tensor sharded as this one is, or as it is if that one is whole."""
     if not hasattr(like, "full_tensor"):
         return tensor
     from torch.distributed.tensor import DTensor, distribute_tensor

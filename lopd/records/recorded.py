@@ -70,7 +70,7 @@ def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
 
 
 def _calls(where: str, key: str, steps: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The calls of a policy in the steps of verifiers, or in the triplets of agent-lightning."""
+    """Yield the calls of a policy in the steps of verifiers, or in the triplets of agent-lightning."""
     for i, step in enumerate(steps if isinstance(steps, Sequence) else [None]):
         at = f"{where}, step {i}"
         if key == "trajectory":
@@ -92,12 +92,12 @@ def _mapping(where: str, step: Any, key: str) -> Mapping[str, Any]:
 
 
 def _mask(call: Mapping[str, Any], key: str) -> BoolArray:
-    """A mask, empty where there is none."""
+    """Return a mask, empty where there is none."""
     return to_mask([] if call.get(key) is None else call[key])
 
 
 def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:
-    """The turns of a prompt and what follows it."""
+    """Return the turns of a prompt and what follows it."""
     try:
         prompt, response = (to_ids([] if key == "" else call.get(key)) for key in (keys.prompt, keys.response))
         drawn, kept, before = (_mask(call, key) for key in (keys.drawn, "attention_mask", "prompt_mask"))

@@ -37,10 +37,10 @@ class Rendering:
 
     Args:
         owner: how messages name all prompts, for example "Prompt file p.jsonl".
-        tokenizer: of the student.
+        tokenizer: the student's tokenizer.
         verbatim: the texts carry the chat template already, so nothing is added to them.
         tools: for prompts that have no tools of their own.
-        variables: of the template; those of a prompt override them.
+        variables: variables of the template; those of a prompt override them.
         day: what the template reads as today; None for today.
 
     Raises:
@@ -68,13 +68,13 @@ class Rendering:
             self.ends |= {*self._encode(owner, PROBE)[-1:]} - {*self._encode(owner, PROBE, bare=True)[-1:]}
 
     def tokenise(self, where: str, content: str | Messages, tools: Any, variables: Any) -> list[int]:
-        """The token ids of one prompt, the generation prompt included.
+        """Return the token ids of one prompt, the generation prompt included.
 
         Args:
             where: how messages name the prompt.
             content: text (one user message), or messages that were checked.
-            tools: of this prompt; None for those of all.
-            variables: of the template, for this prompt.
+            tools: tools of this prompt; None for those of all.
+            variables: variables of the template, for this prompt.
 
         Raises:
             PromptError: the template or the tokenizer refuses it, or there is no template to read it.
@@ -87,7 +87,7 @@ class Rendering:
         return ids
 
     def respond(self, where: str, prompt_ids: Sequence[int], content: str | Messages, response: str, **given: Any) -> list[int]:
-        """The token ids of a response, as a policy would draw them after the prompt.
+        """Return the token ids of a response, as a policy would draw them after the prompt.
 
         The text is tokenised by itself, for sampling begins where the prompt ends, and gets the token with which the chat template ends an answer,
         or else EOS.
@@ -124,7 +124,8 @@ class Rendering:
         return [*ids, whole[-1] if ended else self._end] if given["ended"] else ids
 
     def answer(self, where: str, prompt_ids: Sequence[int], asked: Messages, answer: Mapping[str, Any], **given: Any) -> list[int]:
-        """The token ids of an assistant's message, as a policy would draw them after the prompt: of text by `respond`, of more by the template.
+        """Return the token ids of an assistant's message, as a policy would draw them after the prompt: of text by `respond`, of more by the
+        template.
 
         Args:
             where: how messages name the turn.
@@ -164,9 +165,7 @@ class Rendering:
         eos, written = getattr(self.tokenizer, "eos_token_id", None), self._template.answer_end if self._template else ""
         end = next((id_ for id_, token in self._special.items() if token == written), eos)
         if end is None:
-            raise PromptError(
-                f"{self._owner}: the tokenizer has no EOS token, expected one to end responses with; set `tokenizer.eos_token`."
-            )
+            raise PromptError(f"{self._owner}: the tokenizer has no EOS token; set `tokenizer.eos_token`.")
         if end != eos:
             self.doubts.add(
                 self._owner,
@@ -176,7 +175,7 @@ class Rendering:
         return int(end)
 
     def _compare(self, where: str, asked: Any, prompt_ids: list[int], ids: list[int], response: str) -> None:
-        """Doubt whether tokens read as the chat template has the response, or as its text; one response is enough, for it concerns all."""
+        """Note a doubt if tokens do not read as the chat template has the response, or as its text; one response is enough, as it concerns all."""
         read = self.tokenizer.decode([*prompt_ids, *ids])[len(self.tokenizer.decode(prompt_ids)) :]
         written = self._template.written(response, *asked) if self._template else response
         if written is None:
@@ -209,7 +208,7 @@ class Rendering:
             self.doubts.add(self._owner, "the chat template does not ask for today's date, so that `date` changes nothing; leave it out")
 
     def _given(self, where: str, content: str | Messages, tools: Any, variables: Any) -> tuple[Messages, Any, Mapping[str, Any]]:
-        """Messages, tools and variables for the template."""
+        """Return messages, tools and variables for the template."""
         own_tools, own_variables = self._tools_in(where, tools), self._variables_in(where, variables)
         if not isinstance(content, str):
             self._need_template(where, "a list of messages")
@@ -291,7 +290,7 @@ class Rendering:
 
 
 def _special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Token id -> text."""
+    """Return token id -> text."""
     named = zip(getattr(tokenizer, "all_special_ids", ()), getattr(tokenizer, "all_special_tokens", ()), strict=False)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     # mistral-common has a method of this name, which raises

@@ -75,12 +75,12 @@ def _check_id(owner: str, name: str, value: object) -> None:
 
 
 def rollout_id(prompt_id: str, sample: int, generation: int) -> str:
-    """The id of one rollout: which prompt, which of its samples, which round of sampling."""
+    """Return the id of one rollout: which prompt, which of its samples, which round of sampling."""
     return f"{prompt_id}/s{sample}/g{generation}"
 
 
 def policy_column(generation: int) -> str:
-    """The score column that keeps what the policy of a round reported while it sampled: log-probs and candidates.
+    """Return the score column that keeps what the policy of a round reported while it sampled: log-probs and candidates.
 
     >>> policy_column(0), policy_column(2)
     ('policy', 'policy.g2')
@@ -89,7 +89,7 @@ def policy_column(generation: int) -> str:
 
 
 def prompt_id_of(rollout: str) -> str:
-    """The prompt's id in the id of a rollout; an id of another form is its own prompt.
+    """Return the prompt's id in the id of a rollout; an id of another form is its own prompt.
 
     >>> prompt_id_of("sums/7/s0/g2")
     'sums/7'
@@ -123,7 +123,7 @@ class Rollout(Glanced):
             the engine reported none, and where temperature and top-p are 1: `behavior_logprobs` are the same then.
         candidates: the support that the source kept while it sampled, with the policy's log-probs; on the way to a scorer, which ids it is to
             score.  A store keeps it as a score column of the policy (`policy_column`), and gives rollouts without it.
-        content_hash: of ids and mask, where the response starts included; every score carries it (computed, not passed).
+        content_hash: hash of ids, mask, and where the response starts; every score carries it (computed, not passed).
 
     Raises:
         InvalidRecordError: a field is empty, of another length, or not what it must be (ids, bools, log-probs, a round).
@@ -167,20 +167,20 @@ class Rollout(Glanced):
             )
 
     def with_candidates(self, candidates: TopK) -> "Rollout":
-        """The same rollout with these candidates, which have one row per response token; nothing is checked or hashed again."""
+        """Return the same rollout with these candidates, which have one row per response token; nothing is checked or hashed again."""
         values = {f.name: getattr(self, f.name) for f in fields(Rollout)}
         return Rollout.from_store(**{**values, "candidates": candidates})
 
     @classmethod
     def from_store(cls, **values: Any) -> "Rollout":
-        """A rollout out of fields that were checked when they were first made, and verified when they were read: checked no third time."""
+        """Return a rollout out of fields that were checked when they were first made, and verified when they were read: checked no third time."""
         rollout = object.__new__(cls)
         for name, value in values.items():
             object.__setattr__(rollout, name, value)
         return rollout
 
     def __len__(self) -> int:
-        """Tokens of prompt and response."""
+        """Return the number of tokens of prompt and response."""
         return self.prompt_ids.size + self.response_ids.size
 
     def _glance(self) -> Glance:
@@ -204,7 +204,7 @@ class Scores(Glanced):
 
     Args:
         rollout_id: whose tokens.
-        content_hash: of the `Rollout` that was read.
+        content_hash: the one of the `Rollout` that was read.
         logprobs: (T,) float32, nats, finite, <= 0; or what `signed` names.  0.0 is a value like any other; a missing score is a missing `Scores`.
         floored: how many of them were -inf and are stored as a floor (see `floor_logprobs`).
         top_k: the most likely tokens beside the sampled one, if the column has them (`Provenance.top_k`).
@@ -229,7 +229,7 @@ class Scores(Glanced):
 
     @classmethod
     def of(cls, rollout: Rollout, logprobs_T: Any, floored: int = 0, top_k: TopK | None = None, *, signed: bool = False) -> "Scores":
-        """Scores for this very rollout; the length is checked here, where the rollout is at hand."""
+        """Return scores for this very rollout; the length is checked here, where the rollout is at hand."""
         logprobs = to_floats(logprobs_T)
         check_logprobs(f"Rollout {rollout.rollout_id!r}", "logprobs", logprobs, rollout.response_ids.shape, signed=signed)
         return cls(rollout.rollout_id, rollout.content_hash, logprobs, floored, top_k, signed)
@@ -241,12 +241,12 @@ class Scores(Glanced):
 
 
 def mean_of(values_M: Float32Array) -> float | str:
-    """The mean of what a column has, as people are shown it."""
+    """Return the mean of what a column has, as text."""
     return float(values_M.mean()) if values_M.size else "not known"
 
 
 def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array, int]:
-    """Log-probs with every -inf replaced by `floor` (nats), and how many there were.
+    """Return log-probs with every -inf replaced by `floor` (nats), and how many there were.
 
     >>> floor_logprobs([-1.0, float("-inf")])
     (array([  -1., -100.], dtype=float32), 1)

@@ -23,7 +23,7 @@ class HasDecode(Protocol):
     """What a text needs of a tokenizer; transformers' tokenizers fit."""
 
     def decode(self, token_ids: list[int], /) -> str:
-        """The text of these ids."""
+        """Return the text of these ids."""
         ...
 
 
@@ -44,13 +44,13 @@ class Rows(Glanced, Sequence[ScoredRollout]):
         prompt_lengths, response_lengths: (B,) int64, tokens.
         token_ids: integers, the prompt and the response of one rollout after the other.
         loss_mask: (M,) bool; None where every token counts.
-        behavior_logprobs: (M,) float32, nats, NaN for a rollout whose engine reported none; None where there are none at all.
+        behavior_logprobs: (M,) float32, nats, NaN for a rollout whose engine reported none; None if all lack them.
         finish_reasons: B words.
         generations: (B,) int64.
         content_hashes: B hashes, see `Rollout`.
         scores: column name -> (M,) float32, nats.
         top_k: column name -> the support of all M tokens.
-        sampler_logprobs: (M,) float32, nats, with gaps as in `behavior_logprobs`; None where there are none at all.
+        sampler_logprobs: (M,) float32, nats, with gaps as in `behavior_logprobs`; None if all lack them.
     """
 
     rollout_ids: Sequence[str]
@@ -69,7 +69,7 @@ class Rows(Glanced, Sequence[ScoredRollout]):
     response_ends: _Int64 = field(init=False, default=Factory(lambda self: ends(self.response_lengths), takes_self=True))
 
     def __attrs_post_init__(self) -> None:
-        """Refuse arrays that are not as long as the lengths say; values were checked when the records were made."""
+        """Refuse arrays whose lengths do not match `lengths`; values were checked when the records were made."""
         tokens, responses = int(self.token_ends[-1]), int(self.response_ends[-1])
         arrays = {name: getattr(self, name) for name in ("loss_mask", *VIRTUAL_COLUMNS.values())} | dict(self.scores)
         sizes = {"token_ids": (self.token_ids, tokens), **{name: (values, responses) for name, values in arrays.items()}}
@@ -128,11 +128,11 @@ class Rows(Glanced, Sequence[ScoredRollout]):
         )
 
     def __len__(self) -> int:
-        """Rollouts."""
+        """Return the number of rollouts."""
         return len(self.prompt_lengths)
 
     def decoded(self, tokenizer: HasDecode) -> Glance:
-        """The first rollouts as text, for `print` and for notebooks; the tokenizer must be the one whose ids these are."""
+        """Return the first rollouts as text, for `print` and for notebooks; the tokenizer must be the one whose ids these are."""
         return self._with_texts("text", lambda ids: quoted(tokenizer.decode(ids.tolist())))
 
     def _glance(self) -> Glance:
@@ -172,7 +172,7 @@ class Rows(Glanced, Sequence[ScoredRollout]):
     @overload
     def __getitem__(self, index: slice, /) -> "Rows": ...
     def __getitem__(self, index: int | slice, /) -> "ScoredRollout | Rows":
-        """One rollout as a record; or some neighbours as columns, which are views of these."""
+        """Return one rollout as a record; or some neighbours as columns, which are views of these."""
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
             if step != 1:
@@ -245,7 +245,7 @@ def _with_gaps(values: Sequence[Float32Array | None], lengths: _Int64) -> Float3
 
 
 def _reported(values: Float32Array | None, at: slice) -> Float32Array | None:
-    """What an engine reported of one rollout; NaN stands for nothing."""
+    """Return what an engine reported of one rollout; NaN stands for nothing."""
     return None if values is None or np.isnan(values[at.start]) else read_only(values[at].copy())
 
 

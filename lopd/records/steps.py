@@ -1,4 +1,4 @@
-"""What a step of training is made of: packed batches, the head that reads them, what a loss says of them, and the numbers of the step.
+"""What a step of training is made of: packed batches, the head that reads them, the result of a loss, and the numbers of the step.
 
 Shape suffixes: N tokens of a packed batch, M of them that count, B rollouts, D hidden size, V vocabulary, K tokens of a support.
 """
@@ -90,11 +90,11 @@ class Batch(Glanced):
         return Glance(f"Batch of {len(self.lengths):,} rollouts", facts)
 
     def pinned(self) -> "Batch":
-        """The same batch in memory from which a GPU copies while the host goes on; torch keeps that memory until the copy is done."""
+        """Return the same batch in memory from which a GPU copies while the host goes on; torch keeps that memory until the copy is done."""
         return self._moved(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device; to a GPU it is copied in the background."""
+        """Return the same batch on another device; to a GPU it is copied in the background."""
         ahead = device.type == "cuda" and not self.inputs.is_cuda
         return self._moved(lambda values: (values.pin_memory() if ahead else values).to(device, non_blocking=ahead))
 
@@ -113,7 +113,7 @@ class Step(Glanced):
     Args:
         index: its number in the run.
         batches: at least one.
-        vocab_hash: of the tokenizer whose ids these are; `opd_steps` compares it with the student's.  None if nobody says.
+        vocab_hash: hash of the vocabulary of these ids; `opd_steps` compares it with the student's.  None if it is not known.
         idle: so many of the last batches weigh nothing, and are there for this rank to keep step with others.
     """
 
@@ -148,11 +148,11 @@ class LMHead:
     compute_dtype: torch.dtype | None = None
 
     def float(self) -> "LMHead":
-        """The same head with float32 weights: convert once where `logits` is called many times and no gradient is wanted."""
+        """Return the same head with float32 weights: convert once where `logits` is called many times and no gradient is wanted."""
         return evolve(self, weight=self.weight.float())
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """(N, V) logits in float32 (float64 if given float64), also under autocast: bf16 logits would cost 0.02 to 0.05 nats."""
+        """Return (N, V) logits in float32 (float64 if given float64), also under autocast: bf16 logits would cost 0.02 to 0.05 nats."""
         dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -164,7 +164,7 @@ class LMHead:
 
 @frozen(eq=False)
 class LossOutput:
-    """What a loss says about one micro-batch: weighted sums, so that any split of a step adds up to the same gradient.
+    """The result of a loss on one micro-batch: weighted sums, so that any split of a step adds up to the same gradient.
 
     Args:
         loss_sum: scalar, differentiable: sum over tokens of weight times loss.
@@ -202,7 +202,7 @@ class StepMetrics:
         rollouts: in this step.
         read_tokens: positions the student read in this step, prompts included.
         seconds: wall time.
-        drift: from the reference policy; None unless the steps bring teacher and ref columns and the loss says its log-probs.
+        drift: from the reference policy; None unless the steps bring teacher and ref columns and the loss gives its log-probs.
         response_tokens: those that count, of all rollouts in this step.  Over rounds of fresh rollouts watch their mean a rollout: weights
             `by_rollout` push it up (`lopd.by_rollout`).  0 in metrics that were written before they were counted.
     """
@@ -219,7 +219,7 @@ class StepMetrics:
     response_tokens: int = 0
 
     def __str__(self) -> str:
-        """One line for people; `repr` has every number.
+        """Return one line for people; `repr` has every number.
 
         >>> print(StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, read_tokens=900, seconds=0.5))
         step    9  loss   0.500  gap to the teacher  0.250  gradient  2.00  1,800 read tokens/s
@@ -231,7 +231,7 @@ class StepMetrics:
         return f"step {self.step:4d}  loss {self.loss:7.3f}  {reverse_kl}gradient {self.grad_norm:5.2f}  {drift}{speed}"
 
     def numbers(self) -> dict[str, float]:
-        """Every number but `step` by its name, flat, for any logger: `log(metrics.numbers(), step=metrics.step)`.
+        """Return every number but `step` by its name, flat, for any logger: `log(metrics.numbers(), step=metrics.step)`.
 
         Loggers take the step beside the numbers, and some keep that name for themselves.  Those of `drift` begin with drift/, and there are
         none of them where it is None.  Quantiles and gains have a name each.  A number may be infinite: the ratio of a student gone wild is.
@@ -246,7 +246,7 @@ class StepMetrics:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "StepMetrics":
-        """The inverse of `attrs.asdict`, also after a way through JSON; and of `{"step": metrics.step, **metrics.numbers()}`."""
+        """Return the inverse of `attrs.asdict`, also after a way through JSON; and of `{"step": metrics.step, **metrics.numbers()}`."""
         nested, flat = data.get("drift"), below("drift", data)
         drift = Drift.from_numbers(flat) if flat else None if nested is None else Drift.from_json(nested)
         # read tokens were called tokens before

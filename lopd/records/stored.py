@@ -1,6 +1,6 @@
 """What stored JSON must be before anything is made of it: the right keys, types and ranges, checked when read as when written.
 
-A checksum notices damage and not malice: anybody can seal a document.  So nothing takes a value out of one before `read_as` has looked at it.
+A checksum notices damage, not malice: a forged document can carry one.  So nothing takes a value out of one before `read_as` has looked at it.
 """
 
 import json
@@ -55,7 +55,7 @@ class _Wrong(Exception):  # noqa: N818 (it never leaves this file)
 
 
 def parse(data: bytes | str, largest: int = LARGEST_JSON) -> Any:
-    """Parse JSON from a file that anybody may have written.
+    """Parse JSON from a file that may be forged.
 
     >>> parse('{"a": NaN}')
     Traceback (most recent call last):
@@ -98,7 +98,7 @@ def read_as(
         remedy: what messages say to do.
 
     Raises:
-        LopdError: of the class `refusal`; it is something else, and the message names the key.
+        LopdError: an error of class `refusal`; it is something else, and the message names the key.
     """
     try:
         return _reader(kind)(value)
@@ -110,7 +110,7 @@ def read_as(
 
 @lru_cache(maxsize=256)
 def _reader(kind: Any) -> _Reader:
-    """The function that reads values of a type."""
+    """Return the function that reads values of a type."""
     origin = get_origin(kind)
     if origin is not None:
         return _MAKERS[origin](*get_args(kind))
@@ -187,7 +187,7 @@ _object = _plain(lambda value: type(value) is dict, "an object")
 
 
 def _pairs(key_kind: Any, kind: Any) -> _Reader:
-    """Keys of JSON are text; those that stand for numbers are written in one way only."""
+    """Return the reader of a mapping: keys of JSON are text, and those that stand for numbers are written in one way only."""
     read_key, reader = _reader(key_kind), _reader(kind)
     own = _number if int in (key_kind, *get_args(key_kind)) else str
     return lambda value: {_under(key, read_key, own(key)): _under(key, reader, item) for key, item in _object(value).items()}

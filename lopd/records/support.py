@@ -39,7 +39,7 @@ class TopK(Glanced):
 
     @classmethod
     def from_store(cls, ids: Any, logprobs: Any, tail: Any, drawn: int = 0) -> "TopK":
-        """A support that was checked when it was first made, and verified when it was read."""
+        """Return a support that was checked when it was first made, and verified when it was read."""
         support = object.__new__(cls)
         for name, value, dtype in (("ids", ids, np.int32), ("logprobs", logprobs, np.float32), ("tail", tail, np.float32)):
             object.__setattr__(support, name, read_only(value.astype(dtype, copy=False)))
@@ -48,7 +48,7 @@ class TopK(Glanced):
 
     @classmethod
     def joined(cls, supports: Sequence["TopK"]) -> "TopK":
-        """Those of several rollouts, which have one K, end to end."""
+        """Return those of several rollouts, which have one K, end to end."""
         ids, logprobs, tail = (np.concatenate([getattr(support, name) for support in supports]) for name in ("ids", "logprobs", "tail"))
         return cls.from_store(ids, logprobs, tail, supports[0].drawn)
 

@@ -44,14 +44,14 @@ class Limit:
 
 
 def make_texts(called: tuple[str, str], contents: Iterable[Any], rendering: Rendering, fields: Fields, limit: Limit) -> list[Rollout]:
-    """One rollout for each text, all tokens of the response counting; several responses to a prompt are its samples.
+    """Return one rollout for each text, all tokens of the response counting; several responses to a prompt are its samples.
 
     Args:
         called: how messages name all texts, and one, before its number.
         contents: pairs, lists of messages, or records.
         rendering: the tokenizer, and what its template is given.
         fields: where a record has its texts.
-        limit: of their length.
+        limit: most tokens that one may have.
 
     Raises:
         PromptError: a content is not a prompt with its response, or two prompts share an id.
@@ -78,7 +78,7 @@ def make_texts(called: tuple[str, str], contents: Iterable[Any], rendering: Rend
 
 
 def _record(content: Any, where: str, fields: Fields) -> Mapping[str, Any]:
-    """A pair, or messages, as the record that they stand for."""
+    """Return a pair, or messages, as the record that they stand for."""
     if isinstance(content, Mapping):
         return content
     if isinstance(content, list | tuple) and content and all(isinstance(part, Mapping) for part in content):
@@ -89,7 +89,7 @@ def _record(content: Any, where: str, fields: Fields) -> Mapping[str, Any]:
 
 
 def _split(record: Mapping[str, Any], where: str, fields: Fields) -> tuple[str | Messages, str, set[str]]:
-    """Prompt, response, and the keys that they were found under."""
+    """Return prompt, response, and the keys that they were found under."""
     prompt, response, messages = (plain(record.get(key), where) for key in (fields.prompt, fields.response, "messages"))
     used = {fields.prompt, fields.response}
     if response is None:
@@ -105,7 +105,7 @@ def _split(record: Mapping[str, Any], where: str, fields: Fields) -> tuple[str |
 
 
 def _text(response: Any, where: str) -> str:
-    """The text of a response: as it is, or that of one message of the assistant."""
+    """Return the text of a response: as it is, or that of one message of the assistant."""
     message = response[0] if isinstance(response, list) and len(response) == 1 else response
     if isinstance(message, Mapping):
         if message.get("role") != "assistant":
@@ -136,7 +136,7 @@ def _tokenise(
 
 
 def _within(owner: str, rendering: Rendering, made: Sequence[Rollout], limit: Limit) -> list[Rollout]:
-    """The texts, those that are too long left out or cut."""
+    """Return the texts, those that are too long left out or cut."""
     most = limit.tokens
     long = {rollout.rollout_id for rollout in made if most is not None and len(rollout) > most}
     if most is None or not long:
@@ -162,7 +162,7 @@ def _within(owner: str, rendering: Rendering, made: Sequence[Rollout], limit: Li
 
 
 def _cut(rollout: Rollout, most: int) -> Rollout:
-    """The text with so many tokens, and without its end; whole if its prompt leaves no room."""
+    """Return the text with so many tokens, and without its end; whole if its prompt leaves no room."""
     room = most - rollout.prompt_ids.size
     if room < 1:
         return rollout

@@ -32,7 +32,7 @@ class Choice:
     Args:
         turns: which become rollouts.
         sampling: how the policy drew.
-        logprobs: what recorded log-probs are of; None where temperature and top-p are 1 and it makes no difference, or nobody said it.
+        logprobs: what recorded log-probs are of; None where temperature and top-p are 1 and it makes no difference, or it was not said.
 
     Raises:
         InvalidRecordError: they are something else.
@@ -56,7 +56,7 @@ class Choice:
             )
 
     def of(self, turns: list[Turn]) -> list[list[Turn]]:
-        """The turns of each rollout; turns that a short conversation does not have are left out."""
+        """Return the turns of each rollout; turns that a short conversation does not have are left out."""
         if self.turns == "together":
             return [turns]
         count = len(turns)
@@ -64,23 +64,23 @@ class Choice:
         return [[turns[n]] for n in wanted]
 
     def field(self, where: str) -> str:
-        """The field of a rollout that recorded log-probs belong to.
+        """Return the field of a rollout that recorded log-probs belong to.
 
         Raises:
-            PromptError: it depends on what nobody said.
+            PromptError: it depends on what was not said.
         """
         if self.sampling.neutral or self.logprobs == "behavior":
             return "behavior_logprobs"
         if self.logprobs is None:
             raise PromptError(
-                f"{where}: it has log-probs, drawn at temperature {self.sampling.temperature:g} and top-p {self.sampling.top_p:g}, expected to know "
-                'what of; pass `logprobs="sampler"` if they are of that distribution (vLLM: processed), or "behavior" if at temperature 1 (raw).'
+                f"{where}: it has log-probs, drawn at temperature {self.sampling.temperature:g} and top-p {self.sampling.top_p:g}; say "
+                'what of: `logprobs="sampler"` if they are of that distribution (vLLM: processed), or "behavior" if at temperature 1 (raw).'
             )
         return "sampler_logprobs"
 
 
 def make_trajectories(called: tuple[str, str], records: Iterable[Any], rendering: Rendering, choice: Choice) -> list[Rollout]:
-    """The rollouts of all records, in their order: what the policy drew counts, and what others said does not.
+    """Return the rollouts of all records, in their order: what the policy drew counts, and what others said does not.
 
     Args:
         called: how messages name all records, and one, before its number.
@@ -116,7 +116,7 @@ def make_trajectories(called: tuple[str, str], records: Iterable[Any], rendering
 
 
 def _record(content: Any, where: str) -> Mapping[str, Any]:
-    """Messages, or triplets, as the record that they stand for."""
+    """Return messages, or triplets, as the record that they stand for."""
     if isinstance(content, Mapping):
         return content
     if isinstance(content, list | tuple) and content and all(isinstance(part, Mapping) for part in content):
@@ -125,10 +125,12 @@ def _record(content: Any, where: str) -> Mapping[str, Any]:
 
 
 def _render(record: Mapping[str, Any], where: str, rendering: Rendering) -> list[Turn]:
-    """The turns of messages: each answer of the assistant, after the prompt that the chat template makes of all before it."""
+    """Return the turns of messages: each answer of the assistant, after the prompt that the chat template makes of all before it."""
     messages = plain(from_json(record.get("messages"), where, "messages"), where)
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise PromptError(f"{where}: it has the keys {', '.join(map(repr, record))}, expected those of one form: {FORMS}; rename them.")
+        raise PromptError(
+            f"{where}: it has the keys {', '.join(map(repr, record))}, which fit no form; rename them to those of {FORMS}."
+        )
     tools, variables = (plain(record.get(key), where) for key in ("tools", "chat_template_kwargs"))
     answers = [i for i, message in enumerate(messages) if i and message.get("role") == "assistant"]
     reason, turns = reason_of(record, where), list[Turn]()
@@ -165,19 +167,19 @@ def _check_recorded(record: Mapping[str, Any], where: str, turns: Sequence[Turn]
 
 
 def _messages(value: Any) -> list[Mapping[str, Any]]:
-    """The messages in a list of them; none in anything else."""
+    """Return the messages in a list of them; none in anything else."""
     several = isinstance(value, Sequence) and not isinstance(value, str)
     return [message for message in value if isinstance(message, Mapping)] if several else []
 
 
 def _text(message: Mapping[str, Any]) -> str:
-    """What a message says; it may say nothing beside a call."""
+    """Return the text of a message, which may be empty beside a call."""
     content = message.get("content")
     return content if isinstance(content, str) else "".join(str(part.get("text", "")) for part in _messages(content))
 
 
 def _in_order(texts: Sequence[str], read: str) -> bool:
-    """Whether all texts are in what was read, one after the other."""
+    """Return whether all texts are in what was read, one after the other."""
     at = 0
     for text in texts:
         found = read.find(text, at)
@@ -188,7 +190,7 @@ def _in_order(texts: Sequence[str], read: str) -> bool:
 
 
 def _reads(tokenizer: Any, ids: Int32Array, fits: Callable[[str], bool]) -> bool:
-    """Whether ids fit as text, with their special tokens or without."""
+    """Return whether ids fit as text, with their special tokens or without."""
     return any(fits(folded(tokenizer.decode(ids.tolist(), skip_special_tokens=skip))) for skip in (False, True))
 
 

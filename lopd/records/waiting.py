@@ -1,4 +1,4 @@
-"""A long wait says what it waits for."""
+"""A message during a long wait: what is waited for."""
 
 import logging
 from collections.abc import Iterator

@@ -37,22 +37,22 @@ class LossCase:
     batch: Batch
 
     def rounded(self, dtype: torch.dtype) -> "LossCase":
-        """With hidden states and head in this dtype, and stored columns in float32, as a store has them (float64 for float64)."""
+        """Return the case with hidden states and head in this dtype, and stored columns in float32, as a store has them (float64 for float64)."""
         stored = torch.promote_types(dtype, torch.float32)
         batch = map_batch(self.batch, ("weight", *STORED), lambda column: column.to(stored))
         return LossCase(self.name, self.hidden.to(dtype), _map_head(self.head, lambda tensor: tensor.to(dtype)), batch)
 
     def to(self, device: torch.device) -> "LossCase":
-        """The same case on another device."""
+        """Return the same case on another device."""
         return LossCase(self.name, self.hidden.to(device), _map_head(self.head, lambda tensor: tensor.to(device)), self.batch.to(device))
 
     def part(self, rows: slice) -> "LossCase":
-        """With these tokens of the batch only."""
+        """Return the case with these tokens of the batch only."""
         batch = map_batch(self.batch, [f.name for f in fields(Batch)], lambda column: column[rows])
         return evolve(self, hidden=self.hidden[rows], batch=batch)
 
     def leaves(self) -> tuple[Tensor, LMHead]:
-        """Hidden states and head as leaves that require a gradient."""
+        """Return hidden states and head as leaves that require a gradient."""
         return self.hidden.clone().requires_grad_(), _map_head(self.head, lambda tensor: tensor.clone().requires_grad_())
 
 
@@ -82,20 +82,20 @@ def loss_case(
     heated: bool = False,
     drawn: int = 0,
 ) -> LossCase:
-    """A random micro-batch.
+    """Return a random micro-batch.
 
     Args:
         name: what is special about it.
         lengths: tokens of each rollout.
         vocab: V.
         dim: D.
-        seed: of everything.
+        seed: seed of everything random.
         counted: share of tokens whose weight is not 0.
         size: standard deviation of the logits before scale and cap.
         bias: whether the head has one.
         shift: added to the bias.
-        softcap: of the head.
-        scale: of the head.
+        softcap: the head's soft-cap.
+        scale: the head's scale.
         heated: whether another distribution than the reference policy drew the tokens.
         drawn: how many tokens the reference policy drew besides.
     """
@@ -133,7 +133,7 @@ def loss_case(
 
 
 def loss_cases() -> list[LossCase]:
-    """Awkward shapes and heads."""
+    """Return awkward shapes and heads."""
     return [
         loss_case("some of everything"),
         loss_case("one token", [1], counted=1.0),
@@ -157,7 +157,7 @@ def loss_cases() -> list[LossCase]:
 
 
 def separated_loss_cases() -> list[LossCase]:
-    """Those of `loss_cases` in which tokens of one rollout differ by more than rounding: in log-prob, in entropy and in advantage.
+    """Return those of `loss_cases` in which tokens of one rollout differ by more than rounding: in log-prob, in entropy and in advantage.
 
     For a loss that ranks tokens or divides by their range.  Where values are equal up to rounding, two exact paths rank them differently.
     """

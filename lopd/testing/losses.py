@@ -27,7 +27,7 @@ Gradients = Sequence[Tensor]
 
 
 def evaluate_case(loss: OPDLoss, case: LossCase, upstream: float = 1.0) -> tuple[LossOutput, Gradients]:
-    """What the loss says of the case, and the gradients of `upstream` times its sum."""
+    """Return the result of the loss on the case, and the gradients of `upstream` times its sum."""
     hidden_ND, head = case.leaves()
     output = loss(hidden_ND, head, case.batch)
     wanted = [hidden_ND, head.weight] if head.bias is None else [hidden_ND, head.weight, head.bias]
@@ -37,14 +37,14 @@ def evaluate_case(loss: OPDLoss, case: LossCase, upstream: float = 1.0) -> tuple
 def assert_at_least_as_exact(
     name: str, mine: Tensor, plain: Tensor, truth: Tensor, largest: float | None = None, *, slack: Tensor | float = 0.0
 ) -> None:
-    """Per element no further from the truth than the plain path, up to a few roundings; the worst element is named.
+    """Check that each element is at most as far from the truth as the plain path, up to a few roundings; name the worst.
 
     Args:
         name: what is compared.
         mine: what is judged, in its own dtype.
         plain: the plain path, in the same.
         truth: in float64.
-        largest: of what was added up, where sums may cancel; the largest element of the truth if None.
+        largest: largest summand, where sums may cancel; the largest element of the truth if None.
         slack: how much further each element may be.
     """
     assert mine.dtype == plain.dtype, f"{name}: dtype {mine.dtype}, expected {plain.dtype}"
@@ -67,7 +67,7 @@ def operand_roundings(loss: OPDLoss, case: LossCase, dtype: torch.dtype) -> Grad
     Args:
         loss: the plain one.
         case: in float64.
-        dtype: of the factors: gradients by the logits, hidden states times the coefficient of a row, and weights.
+        dtype: type of the factors: gradients by the logits, hidden states times the coefficient of a row, and weights.
     """
     # logits as hidden states, before an identity, have the gradient by the logits
     logits_NV = (case.hidden @ case.head.weight.T).requires_grad_()
@@ -84,19 +84,19 @@ class LossConformance:
     device = torch.device("cpu")
 
     def rounds_operands(self) -> bool:
-        """Whether products by the gradient may round their factors to bfloat16 where the student computes in it: on CUDA."""
+        """Return whether products by the gradient may round their factors to bfloat16 where the student computes in it: on CUDA."""
         return self.device.type == "cuda"
 
     def make(self) -> OPDLoss:
-        """The loss under test, with as little memory as it can do with, so that small cases take several chunks."""
+        """Return the loss under test, with as little memory as it can do with, so that small cases take several chunks."""
         raise NotImplementedError
 
     def reference(self) -> OPDLoss:
-        """The same equation in plain torch, in whatever dtype it is given."""
+        """Return the same equation in plain torch, in whatever dtype it is given."""
         raise NotImplementedError
 
     def cases(self) -> Sequence[LossCase]:
-        """What it is tried on: add your own, or return `separated_loss_cases` for a loss that ranks tokens."""
+        """Return what it is tried on: add your own, or return `separated_loss_cases` for a loss that ranks tokens."""
         return loss_cases()
 
     def _case(self, *arguments: Any, **options: Any) -> LossCase:
@@ -222,7 +222,7 @@ class LossConformance:
 
 
 def _absolute_sum(loss: OPDLoss, case: LossCase) -> float:
-    """The sum of absolute values over tokens: a weighted sum of losses is linear in the weights, so its derivatives are those losses."""
+    """Return the sum of absolute values over tokens: a weighted sum of losses is linear in the weights, so its derivatives are those losses."""
     weight_N = case.batch.weight.clone().requires_grad_()
     total = loss(case.hidden, case.head, evolve(case.batch, weight=weight_N)).loss_sum
     (losses_N,) = torch.autograd.grad(total, weight_N, materialize_grads=True, allow_unused=True)

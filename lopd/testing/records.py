@@ -12,36 +12,36 @@ from lopd.records.support import TopK
 
 
 def tiny_manifest(vocab_size: int = 300) -> Manifest:
-    """A manifest of a made-up policy; 300 ids do not fit into a byte, which is a border worth crossing."""
+    """Return a manifest of a made-up policy; 300 ids do not fit into a byte, which is a border worth crossing."""
     tokenizer = TokenizerId("vocab-hash", vocab_size, eos_id=1, bos_id=None, pad_id=0, template_hash="")
     return Manifest(tokenizer, ModelId("policy", "rev-p", "float32"), SamplingParams(max_new_tokens=8))
 
 
 def tiny_provenance(name: str = "teacher", top_k: int = 0, drawn: int = 0) -> Provenance:
-    """The provenance of a made-up model."""
+    """Return the provenance of a made-up model."""
     return Provenance(ModelId(name, f"rev-{name}", "float32"), "vocab-hash", "made-up 1.0", top_k=top_k, drawn=drawn)
 
 
 def tiny_rollout(rollout_id: str, response: Any = (5, 6, 1), **fields: Any) -> Rollout:
-    """A rollout with a one-token prompt; `fields` are those of `Rollout`."""
+    """Return a rollout with a one-token prompt; `fields` are those of `Rollout`."""
     values: dict[str, Any] = {"prompt_ids": [4], "loss_mask": [True] * len(response), "finish_reason": "stop"} | fields
     return Rollout(rollout_id=rollout_id, response_ids=response, **values)
 
 
 def tiny_scores(rollout: Rollout, logprob: float = -1.0) -> Scores:
-    """Scores with one value for every token."""
+    """Return scores with one value for every token."""
     return Scores.of(rollout, np.full(rollout.response_ids.size, logprob))
 
 
 def tiny_top_k(length: int, k: int = 2, start: int = 0, drawn: int = 0) -> TopK:
-    """A support of a made-up model: `k` equally likely tokens, and a tail of one half; the first of them drawn `drawn` times."""
+    """Return a support of a made-up model: `k` equally likely tokens, and a tail of one half; the first of them drawn `drawn` times."""
     ids = start + np.arange(length * k).reshape(length, k) % 200
     again = np.r_[:k, [0] * drawn].astype(np.int64)
     return TopK(ids[:, again], np.full((length, k + drawn), np.log(0.5 / k)), np.full(length, 0.5), drawn)
 
 
 def assert_same_top_k(left: TopK, right: TopK) -> None:
-    """Every field is equal, and of the same type."""
+    """Check that every field is equal, and of the same type."""
     assert left.drawn == right.drawn
     for name in ("ids", "logprobs", "tail"):
         mine, theirs = getattr(left, name), getattr(right, name)
@@ -57,7 +57,7 @@ def _logprobs(length: int) -> st.SearchStrategy[list[float]]:
 
 @st.composite
 def rollouts(draw: st.DrawFn, manifest: Manifest | None = None, ids: st.SearchStrategy[str] | None = None, max_tokens: int = 6) -> Rollout:
-    """One legal rollout of any kind: short or long, masked or not, with log-probs of the engine or without.
+    """Return one legal rollout of any kind: short or long, masked or not, with log-probs of the engine or without.
 
     Args:
         draw: given by Hypothesis.
@@ -82,7 +82,7 @@ def rollouts(draw: st.DrawFn, manifest: Manifest | None = None, ids: st.SearchSt
 
 @st.composite
 def scores_for(draw: st.DrawFn, rollout: Rollout) -> Scores:
-    """Legal scores of this rollout.
+    """Return legal scores of this rollout.
 
     Args:
         draw: given by Hypothesis.
@@ -92,7 +92,7 @@ def scores_for(draw: st.DrawFn, rollout: Rollout) -> Scores:
 
 
 def assert_same_rollout(left: Rollout, right: Rollout) -> None:
-    """Every field is equal; an absent array equals only an absent one."""
+    """Check that every field is equal; an absent array equals only an absent one."""
     for name in ("rollout_id", "finish_reason", "generation", "content_hash"):
         assert getattr(left, name) == getattr(right, name), name
     for name in ("prompt_ids", "response_ids", "loss_mask", "behavior_logprobs", "sampler_logprobs"):

@@ -35,27 +35,27 @@ class ScorerConformance:
     tolerance: float = 1e-3
 
     def make(self) -> TeacherScorer:
-        """A new scorer of one and the same model; called several times in one test."""
+        """Return a new scorer of one and the same model; called several times in one test."""
         raise NotImplementedError
 
     def tokenizer(self) -> TokenizerId:
-        """Whose ids it reads."""
+        """Return whose ids it reads."""
         raise NotImplementedError
 
     def rollouts(self) -> Sequence[Rollout]:
-        """At least three, of unlike lengths, the longest with four tokens of response or more."""
+        """Return at least three, of unlike lengths, the longest with four tokens of response or more."""
         raise NotImplementedError
 
     def too_long(self) -> Rollout | None:
-        """A rollout that is longer than the model's context; None where there is no limit."""
+        """Return a rollout that is longer than the model's context; None where there is no limit."""
         return None
 
     def work(self) -> int | None:
-        """How much all that `make` gave has computed so far, in any unit (forward passes, requests); None if nobody counts."""
+        """Return how much all that `make` gave has computed so far, in any unit (forward passes, requests); None if it is not counted."""
         return None
 
     def _given(self, scorer: TeacherScorer) -> list[Rollout]:
-        """The rollouts, with the candidates that the scorer reads."""
+        """Return the rollouts, with the candidates that the scorer reads."""
         return [self._with_candidates(rollout, scorer) for rollout in self.rollouts()]
 
     def _with_candidates(self, rollout: Rollout, scorer: TeacherScorer) -> Rollout:
@@ -192,7 +192,7 @@ class ScorerConformance:
             scorer.score([*self._given(scorer), self._with_candidates(rollout, scorer)])
 
     def _outside(self, scorer: TeacherScorer, field: str) -> Rollout:
-        """A rollout whose prompt begins, or whose response ends, with an id outside the vocabulary."""
+        """Return a rollout whose prompt begins, or whose response ends, with an id outside the vocabulary."""
         whole, outside = self._longest(scorer), self.tokenizer().vocab_size
         prompt_ids, response_ids = [outside, *whole.prompt_ids[1:]], [*whole.response_ids[:-1], outside]
         changed: dict[str, Any] = {field: prompt_ids if field == "prompt_ids" else response_ids}
@@ -227,7 +227,7 @@ class ScorerConformance:
     def test_a_call_that_is_refused_computes_nothing(self) -> None:
         scorer, before = self.make(), self.work()
         if before is None:
-            pytest.skip("nobody counts what it computes")
+            pytest.skip("what it computes is not counted")
         too_long = self.too_long()
         overflowing = [] if too_long is None else [self._with_candidates(too_long, scorer)]
         for rollout in (*overflowing, self._outside(scorer, "prompt_ids"), self._outside(scorer, "response_ids")):
@@ -247,7 +247,7 @@ class ScorerConformance:
         assert score_rollouts(store, self.make()).rollouts == 0
 
     def _stored(self, rollouts: Sequence[Rollout]) -> MemoryStore:
-        """A store of the rollouts, and a column of the policy with their candidates."""
+        """Return a store of the rollouts, and a column of the policy with their candidates."""
         tokenizer, policy = self.tokenizer(), ModelId("policy", "made up", "float32")
         store = MemoryStore(Manifest(tokenizer, policy, SamplingParams()))
         store.append(rollouts)
@@ -265,13 +265,13 @@ def _support(score: Scores) -> TopK:
 
 
 def _mass(top_k: TopK) -> NDArray[np.float64]:
-    """(T,): the distinct tokens and the tail together."""
+    """Return (T,): the distinct tokens and the tail together."""
     total_T: NDArray[np.float64] = np.exp(top_k.logprobs[:, : top_k.distinct].astype(np.float64)).sum(axis=1) + top_k.tail
     return total_T
 
 
 def _cut(rollout: Rollout, start: int = 0, stop: int | None = None) -> Rollout:
-    """The response from `start` to `stop`; what comes before is prompt."""
+    """Return the response from `start` to `stop`; what comes before is prompt."""
     ids = rollout.response_ids
     return Rollout(
         rollout_id=f"{rollout.rollout_id} {start}:{stop}",

@@ -34,23 +34,23 @@ class SourceConformance:
     tolerance: float = 1e-3
 
     def make(self, sampling: SamplingParams, generation: int) -> RolloutSource:
-        """A new source of one and the same policy; called several times in one test."""
+        """Return a new source of one and the same policy; called several times in one test."""
         raise NotImplementedError
 
     def prompts(self) -> Sequence[Prompt]:
-        """At least two prompts that leave room for eight tokens."""
+        """Return at least two prompts that leave room for eight tokens."""
         raise NotImplementedError
 
     def too_long(self) -> Prompt | None:
-        """A prompt that leaves no room for a response; None where there is no limit."""
+        """Return a prompt that leaves no room for a response; None where there is no limit."""
         return None
 
     def scorer(self) -> TeacherScorer | None:
-        """A scorer with the very policy in it, to compare reported log-probs with; None if there is none."""
+        """Return a scorer with the very policy in it, to compare reported log-probs with; None if there is none."""
         return None
 
     def work(self) -> int | None:
-        """How much all that `make` gave has computed so far, in any unit (forward passes, requests); None if nobody counts."""
+        """Return how much all that `make` gave has computed so far, in any unit (forward passes, requests); None if it is not counted."""
         return None
 
     def _sample(self, sampling: SamplingParams = _SAMPLING, generation: int = 0) -> Sequence[Rollout]:
@@ -139,7 +139,7 @@ class SourceConformance:
         source = self._keeping(evolve(_SAMPLING, candidates=candidates, drawn=drawn))
         plain, kept, again = self._sample(), source.sample(self.prompts()), source.sample(self.prompts())
         assert _contents(kept) == _contents(plain)
-        assert all(rollout.candidates is None for rollout in plain), "nobody asked for them"
+        assert all(rollout.candidates is None for rollout in plain), "they were not asked for"
         for rollout, repeated in zip(kept, again, strict=True):
             support = _support(rollout)
             assert (support.ids.shape, support.drawn) == ((rollout.response_ids.size, candidates + drawn), drawn)
@@ -189,7 +189,7 @@ class SourceConformance:
     def test_a_call_that_is_refused_samples_nothing(self) -> None:
         source, before = self.make(_SAMPLING, 0), self.work()
         if before is None:
-            pytest.skip("nobody counts what it computes")
+            pytest.skip("what it computes is not counted")
         for prompt in (self.too_long(), _outside(source)):
             if prompt is not None:
                 with pytest.raises((ContextOverflowError, InvalidRecordError)):

@@ -11,7 +11,7 @@ from lopd.testing.records import assert_same_rollout, tiny_manifest, tiny_rollou
 
 
 def assert_holds(store: LogprobStore, expected: Sequence[Rollout]) -> None:
-    """The store holds exactly these rollouts, in this order, however it is asked."""
+    """Check that the store holds exactly these rollouts, in this order, however it is asked."""
     assert len(store) == len(expected)
     assert store.find([rollout.rollout_id for rollout in expected]).tolist() == list(range(len(expected)))
     pairs = [(rollout.prompt_ids.size, rollout.response_ids.size) for rollout in expected]
@@ -27,11 +27,11 @@ class StoreSuite:
     """How to make a store, and how to open it again."""
 
     def make(self, manifest: Manifest) -> LogprobStore:
-        """A new, empty store; called several times in one test."""
+        """Return a new, empty store; called several times in one test."""
         raise NotImplementedError
 
     def reopen(self, store: LogprobStore) -> LogprobStore:
-        """What a new process would see; the same object for a store that does not outlive one."""
+        """Return what a new process would see; the same object for a store that does not outlive one."""
         raise NotImplementedError
 
     def compact(self, store: LogprobStore) -> LogprobStore:
@@ -39,7 +39,7 @@ class StoreSuite:
         return store
 
     def filled(self, n: int = 3) -> tuple[LogprobStore, list[Rollout]]:
-        """A new store, and the rollouts that are in it."""
+        """Return a new store, and the rollouts that are in it."""
         store, items = self.make(tiny_manifest()), [tiny_rollout(f"r{i}", range(2, 3 + i)) for i in range(n)]
         store.append(items)
         return store, items

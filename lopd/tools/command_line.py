@@ -28,7 +28,7 @@ def add_json(parser: ArgumentParser) -> None:
 
 
 def add_storage_option(parser: ArgumentParser) -> None:
-    """Let the user say how to reach the storage of the URLs."""
+    """Add the option that tells how to reach the storage of the URLs."""
     parser.add_argument(
         "--storage-option",
         action="append",
@@ -45,7 +45,7 @@ def _key_and_value(text: str) -> tuple[str, str]:
         raise ArgumentTypeError("expected KEY=VALUE")
     if re.search("secret|token|password|account_key|sas", key, re.IGNORECASE):
         # other users of the machine see the command line, and a shell keeps it
-        raise ArgumentTypeError("this one is a secret, expected it in the environment (AWS_SECRET_ACCESS_KEY, for example)")
+        raise ArgumentTypeError("this one is a secret; pass it in the environment (AWS_SECRET_ACCESS_KEY, for example)")
     return key, value
 
 

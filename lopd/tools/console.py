@@ -63,7 +63,7 @@ class RichProgress:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A rich table; numbers to the right.  Texts are shown as they are: brackets are not markup, and controls are spelled out."""
+    """Return a rich table; numbers to the right.  Texts are shown as they are: brackets are not markup, and controls are spelled out."""
     drawn = Table(title=_text(title), title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
         drawn.add_column(_text(column), justify="left" if i == 0 else "right")

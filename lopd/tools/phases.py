@@ -48,7 +48,7 @@ class Run:
     """A folder in which finished phases are kept.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
     """
 
     folder: Path
@@ -137,8 +137,8 @@ def train_phase(
         checkpoints: folder of the checkpoints.
         student: that is trained.
         optimizer: over its parameters.
-        steps: of `batches`, so many; drift is watched where they have a reference.
-        loss: of every step.
+        steps: a slice of `batches`; drift is watched where they have a reference.
+        loss: the loss of every step.
         rate: number of a step -> its learning rate.
     """
 
@@ -201,7 +201,7 @@ def resumably(
         checkpoints: their folder.
         student: whose parameters are saved and restored.
         optimizer: likewise.
-        trained_on: the steps of a store, which are compared with those that were saved; a run that samples anew at each step has a lineage only.
+        trained_on: the steps of a store, which are compared with those that were saved; a run that samples again at each step has a lineage only.
         begin: trains on from the step of this number.
         total: number of steps.
     """

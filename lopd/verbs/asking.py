@@ -33,7 +33,7 @@ def bounded(
     at_once: int,
     most: int,
 ) -> Iterator[tuple[Sequence[_Item], list[_Result], list[tuple[_Item, str]]]]:
-    """The same of a call that gives the items that it refuses, and why, beside the results of the others.
+    """Yield the same of a call that gives the items that it refuses, and why, beside the results of the others.
 
     Raises:
         EngineError: more than `most` are refused in all batches together.
@@ -59,7 +59,7 @@ def shown(
 
 
 def overlapped(call: Callable[[_Item], _Result], items: Iterable[_Item], at_once: int) -> Iterator[tuple[_Item, _Result]]:
-    """Each item and what `call` makes of it, in order; up to `at_once` calls are under way, in threads.
+    """Yield each item and what `call` makes of it, in order; up to `at_once` calls are under way, in threads.
 
     The calls that follow a slow one go on, so an engine of several workers is not idle while its slowest finishes.
     Items are asked for one by one as calls come to an end, in the caller's thread: what is read for them does not pile up.
@@ -86,7 +86,7 @@ def overlapped(call: Callable[[_Item], _Result], items: Iterable[_Item], at_once
 def isolate(
     owner: str, call: Callable[[Sequence[_Item]], Sequence[_Result]], items: Sequence[_Item], most: int
 ) -> tuple[list[_Result], list[tuple[_Item, str]]]:
-    """What `call` gives for all items but those that it refuses, in order, and why it refuses those.
+    """Return what `call` gives for all items but those that it refuses, in order, and why it refuses those.
 
     A refused call is tried again in halves, down to the items that are refused alone.  What our engines check before they compute (lengths,
     ids) is found at once; a NaN costs the halves that hold it again.
@@ -126,7 +126,7 @@ def _check_refused(owner: str, reasons: Sequence[str], most: int) -> None:
 
 
 def score_each(scorer: TeacherScorer, rollouts: Sequence[Rollout], most: int) -> tuple[list[Scores], dict[str, str]]:
-    """Scores of the rollouts that are not refused, in order, and why the others are, by id.
+    """Return scores of the rollouts that are not refused, in order, and why the others are, by id.
 
     Raises:
         EngineError: more than `most` are refused.
@@ -146,7 +146,5 @@ def check_scores(rollouts: Sequence[Rollout], scores: Sequence[Scores], refused:
     wanted, got = [r.rollout_id for r in rollouts if r.rollout_id not in reasons], [s.rollout_id for s in scores]
     if wanted != got:
         lost = next((name for name in wanted if name not in got), wanted[0] if wanted else got[0])
-        raise ScorerError(
-            f"Rollout {lost!r}: the scorer gave {len(got)} scores for {len(wanted)} rollouts, expected one for each, in order; fix the scorer."
-        )
+        raise ScorerError(f"Rollout {lost!r}: the scorer gave {len(got)} scores for {len(wanted)} rollouts; fix the scorer.")
     return reasons

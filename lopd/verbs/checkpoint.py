@@ -41,7 +41,7 @@ _Optimizer = TypedDict("_Optimizer", {"class": str, "groups": list[Mapping[str, 
 
 
 class _State(TypedDict):
-    """What `state.json` says; checkpoints from before settings were saved have no steps."""
+    """The content of `state.json`; checkpoints from before settings were saved have no steps."""
 
     next_step: Count
     trained: list[list[str]]
@@ -50,7 +50,7 @@ class _State(TypedDict):
 
 
 class Described(Protocol):
-    """Steps that say what they were made with, as those of `lopd.batches` do."""
+    """Steps that describe their settings, as those of `lopd.batches` do."""
 
     @property
     def lineage(self) -> Lineage:
@@ -79,11 +79,11 @@ def save_checkpoint(
     process, so a run may be resumed on any number of ranks, sharded or not.
 
     Args:
-        folder: of the run; each checkpoint is a folder in it.
+        folder: the run's folder; each checkpoint is a folder in it.
         student: whose trained parameters are saved.
         optimizer: whose state is saved.
         next_step: the first step that is not in these weights; go on with `batches(...)[next_step:]` after loading.
-        lineage: of what was trained on; None is that of `steps`.
+        lineage: who wrote what was trained on; None takes that of `steps`.
         steps: what was trained on (`lopd.batches`), whose settings are saved, so that `load_checkpoint` can compare them.
         keep: so many checkpoints stay, this one included; None keeps all.  One of a later step than this is of a run that went back, and goes.
             Folders with other names than lopd's are left alone.
@@ -133,7 +133,7 @@ def _check_arguments(folder: str | Path, student: object, optimizer: object, ste
 
 
 def _superseded(others: Collection[Path], final: Path, keep: int | None) -> list[Path]:
-    """Which checkpoints go once this one is there, oldest first."""
+    """Return which checkpoints go once this one is there, oldest first."""
     later = [path for path in others if _order(path) > _order(final)]
     earlier = sorted((path for path in others if path not in later), key=_order)
     if keep is not None:
@@ -151,7 +151,7 @@ def _superseded(others: Collection[Path], final: Path, keep: int | None) -> list
 def _write(
     final: Path, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any], lineage: Lineage, superseded: list[Path]
 ) -> None:
-    """All of a checkpoint, and then its name; then the end of those before it."""
+    """Write all of a checkpoint, then its name; then remove those before it."""
     folder, partial = final.parent, final.with_name(".partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -170,7 +170,7 @@ def _write(
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, each with memory of its own: the file format refuses to store shared memory twice."""
+    """Return the same, each with memory of its own: the file format refuses to store shared memory twice."""
     seen: set[int] = set()
     made = {}
     for name, tensor in tensors.items():
@@ -191,7 +191,7 @@ def load_checkpoint(
     """Put the newest checkpoint of `folder` into student and optimizer; gives the next step, 0 if there is no checkpoint.
 
     Args:
-        folder: of the run, or one checkpoint in it (what `save_checkpoint` gave).
+        folder: the run's folder, or one checkpoint in it (what `save_checkpoint` gave).
         student: built as it was for the run that is resumed.
         optimizer: likewise; None restores the weights only.
         steps: what the run goes on with; its settings must be those that were saved, or steps would be repeated and others left out.
@@ -231,12 +231,12 @@ def load_checkpoint(
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Those that lopd named; copies and other files beside them are somebody's own."""
+    """Return those that lopd named; copies and other files beside them are somebody's own."""
     return [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def _order(path: Path) -> tuple[int, int]:
-    """(next step, how often it was saved before)."""
+    """Return (next step, how often it was saved before)."""
     step, again = path.name.removeprefix("step-").split(".")
     return int(step), int(again)
 
@@ -274,18 +274,14 @@ def _read(path: Path, load: Callable[[Path], Mapping[str, Any]], *needed: str) -
     except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         found, reason, cause = {}, str(error) or type(error).__name__, error
     if reason:
-        raise CheckpointError(
-            f"Checkpoint file {path}: it cannot be read ({reason}), expected what lopd wrote; restore it, or remove its folder."
-        ) from cause
+        raise CheckpointError(f"Checkpoint file {path}: it cannot be read ({reason}); restore it, or remove its folder.") from cause
     return found
 
 
 def _check_parameters(path: Path, saved: Mapping[str, Tensor], current: Mapping[str, Tensor]) -> None:
     for name in sorted(saved.keys() ^ current.keys()):
         where = "the checkpoint only" if name in saved else "the student only"
-        raise CheckpointError(
-            f"Checkpoint {path}: parameter {name!r} is in {where}, expected the same trained parameters; rebuild the student."
-        )
+        raise CheckpointError(f"Checkpoint {path}: parameter {name!r} is in {where}; rebuild the student.")
     for name, tensor in saved.items():
         if tensor.shape != current[name].shape or tensor.dtype != current[name].dtype:
             raise CheckpointError(

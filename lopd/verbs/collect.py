@@ -117,7 +117,7 @@ def collect_rollouts(
 
 
 def _without_candidates(store: LogprobStore, manifest: Manifest, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of these rollouts a call that was killed has left without what their source keeps of them."""
+    """Return which of these rollouts a call that was killed has left without what their source keeps of them."""
     if not manifest.sampling.candidates + manifest.sampling.drawn:
         return np.zeros(rows.shape, np.bool_)
     # a column of another model is refused before anything is sampled
@@ -127,7 +127,7 @@ def _without_candidates(store: LogprobStore, manifest: Manifest, rows: NDArray[n
 
 
 def _provenance(manifest: Manifest) -> Provenance:
-    """Whose column the candidates of this round are."""
+    """Return whose column the candidates of this round are."""
     sampling, tokenizer = manifest.sampling, manifest.tokenizer
     width = sampling.candidates + sampling.drawn
     return Provenance(
@@ -136,7 +136,7 @@ def _provenance(manifest: Manifest) -> Provenance:
 
 
 def _candidates(manifest: Manifest, rollouts: Sequence[Rollout]) -> list[Scores]:
-    """What the policy said of other tokens while it sampled, as scores like any others: as if it had read its own rollouts."""
+    """Return what the policy said of other tokens while it sampled, as scores like any others: as if it had read its own rollouts."""
     sampling, scores = manifest.sampling, list[Scores]()
     for rollout in rollouts if sampling.candidates + sampling.drawn else ():
         if rollout.candidates is None or rollout.behavior_logprobs is None:
@@ -161,7 +161,7 @@ def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: ND
 
 
 def _begin(store: LogprobStore, manifest: Manifest) -> None:
-    """Begin the source's round, unless the store is in it; all else must be what the store says."""
+    """Begin the source's round, unless the store is in it; all else must agree with the store's manifest."""
     generation = manifest.generation
     policy = store.generations.get(generation, manifest.policy)
     difference = evolve(store.manifest, generation=generation, policy=policy).difference(manifest)
@@ -189,7 +189,7 @@ def _warn_of(report: CollectionReport) -> None:
     first, reason = next(iter(report.refused.items()))
     if not report.rollouts + report.skipped:
         raise EngineError(
-            f"Collection: all {len(report.refused)} prompts were refused, expected most to be accepted; the first is {first!r} ({reason}); "
+            f"Collection: all {len(report.refused)} prompts were refused; the first is {first!r} ({reason}); "
             "set right what is wrong with them all."
         )
     warnings.warn(

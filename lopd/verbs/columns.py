@@ -27,11 +27,11 @@ class Columns:
 
     Args:
         teachers: columns to learn from: none for SFT, one, or several that share the rollouts among them.
-        ref: of the reference policy, or None.
+        ref: column of the reference policy, or None.
         top_k: whether the teachers' supports come along.
         place: (len(store),) which of several teachers a rollout learns from, or None.
         drawn: whether that of the reference policy comes along too, for tokens that were drawn from it.
-        label: of labels, or None.
+        label: column of labels, or None.
         means: (len(store),) the mean label of a rollout's group, or None.
     """
 
@@ -44,7 +44,7 @@ class Columns:
     means: Float32Array | None = None
 
     def read(self, store: LogprobReader, rows: NDArray[np.int64]) -> Rows:
-        """The rows in this order: scores of each one's own teacher as "teacher", of the reference policy as "ref", labels as "label"."""
+        """Return the rows in this order: scores of each one's own teacher as "teacher", of the reference policy as "ref", labels as "label"."""
         read = self._read_teachers(store, rows)
         if self.means is None:
             return read
@@ -65,14 +65,14 @@ class Columns:
         return read.named(teacher=teacher, ref=self.ref, label=self.label)
 
     def provenances(self, store: LogprobReader) -> list[Provenance]:
-        """Who computed each of the teachers' columns."""
+        """Return who computed each of the teachers' columns."""
         return [_provenance(store, column, self.top_k) for column in self.teachers]
 
 
 def choose(
     store: LogprobReader, teacher: Teacher, ref: str | None, rows: NDArray[np.int64] | None, *, label: str | None, top_k: bool
 ) -> tuple[Columns, NDArray[np.int64]]:
-    """The columns to read, and the rows, ascending, that have scores in them; see `lopd.batches`.
+    """Return the columns to read, and the rows, ascending, that have scores in them; see `lopd.batches`.
 
     Raises:
         ArgumentError: `teacher` is neither a name nor a mapping, or `ref` or `label` is not a name.
@@ -95,7 +95,7 @@ def choose(
     for column, part in parts.items():
         usable.append(_usable(store, part, [name for name in (column, ref, label) if name is not None], ref))
     if top_k and teacher is None:
-        raise MissingScoresError(f"{named(store)}: there is no teacher, expected one for top_k=True; pass `teacher=`.")
+        raise MissingScoresError(f"{named(store)}: top_k=True needs a teacher; pass `teacher=`.")
     place, names = _places(store, parts) if isinstance(teacher, Mapping) else None, tuple(name for name in parts if name is not None)
     kept = [store.columns.get(name or "") for name in (*names, ref)]
     drawn = top_k and all(provenance is not None and provenance.drawn for provenance in kept)
@@ -104,7 +104,7 @@ def choose(
 
 
 def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) -> dict[str | None, NDArray[np.int64]]:
-    """Column -> the rows that learn from it; None is no column, for SFT."""
+    """Return column -> the rows that learn from it; None stands for SFT."""
     if not isinstance(teacher, Mapping):
         return {teacher: wanted}
     parts: dict[str | None, NDArray[np.int64]] = {}
@@ -119,7 +119,7 @@ def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) ->
     twice = np.flatnonzero(np.bincount(every, minlength=1) > 1)
     if twice.size or not every.size:
         what = f"row {twice[0]} has two teachers" if twice.size else "there are 0 teachers"
-        raise InvalidRecordError(f"{named(store)}: {what}, expected one teacher for each rollout; give each prompt to one column.")
+        raise InvalidRecordError(f"{named(store)}: {what}; give each prompt to one column.")
     return parts
 
 
@@ -131,7 +131,7 @@ def _places(store: LogprobReader, parts: Mapping[str | None, NDArray[np.int64]])
 
 
 def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str], ref: str | None) -> NDArray[np.int64]:
-    """Those of the rows that have scores in all columns; the others must be in quarantine."""
+    """Return those of the rows that have scores in all columns; the others must be in quarantine."""
     usable = np.ones(len(rows), np.bool_)
     for column in columns:
         scored = store.scored(column)[rows]
@@ -140,7 +140,7 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
         done = int(scored.sum())
         if done + len(quarantined) < len(rows):
             if column not in (*store.columns, BEHAVIOR_COLUMN):
-                # what the policy itself reported is nobody's teacher
+                # what the policy itself reported is not a teacher's
                 there = [*store.columns, *([BEHAVIOR_COLUMN] if column == ref else [])]
                 others = f", expected one of {there}; name one of them, or" if there else " and the rollouts have no scores yet;"
                 raise MissingScoresError(
@@ -159,9 +159,7 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
             )
         usable &= scored
     if not usable.any():
-        raise MissingScoresError(
-            f"{named(store)}: all {len(rows)} rollouts are in quarantine, expected some with scores; see `store.quarantined`."
-        )
+        raise MissingScoresError(f"{named(store)}: all {len(rows)} rollouts are in quarantine; see `store.quarantined`.")
     return rows[usable]
 
 

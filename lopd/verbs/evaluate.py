@@ -53,7 +53,7 @@ def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifie
 
 
 def _judged(verifier: Verifier, prompt: Prompt, rollout: Rollout) -> float:
-    """The verifier's answer, if it is one: it is the caller's own function."""
+    """Return the verifier's answer, if it is one: it is the caller's own function."""
     score = verifier(prompt, rollout)
     if not isinstance(score, int | float | np.number | np.bool_) or not 0 <= score <= 1:
         raise InvalidRecordError(
@@ -63,7 +63,7 @@ def _judged(verifier: Verifier, prompt: Prompt, rollout: Rollout) -> float:
 
 
 def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: Sequence[Prompt]) -> Estimate:
-    """KL(policy, teacher) per counted token, nats, on fresh rollouts of the policy: the quantity that OPD descends.
+    """Return KL(policy, teacher) per counted token, nats, on fresh rollouts of the policy: the quantity that OPD descends.
 
     Raises:
         ArgumentError: source or teacher are something else.
@@ -82,9 +82,7 @@ def evaluate_reverse_kl(source: RolloutSource, teacher: TeacherScorer, prompts: 
     rollouts = source.sample(prompts)
     student = [r.behavior_logprobs[r.loss_mask] for r in rollouts if r.behavior_logprobs is not None]
     if len(student) < len(rollouts):
-        raise InvalidRecordError(
-            "Source: it reports no behavior_logprobs, expected them with every rollout; score with the policy's own engine."
-        )
+        raise InvalidRecordError("Source: it reports no behavior_logprobs; score with the policy's own engine.")
     teachers = [s.logprobs[r.loss_mask] for r, s in zip(rollouts, teacher.score(rollouts), strict=True)]
     sums = estimates.sampled_reverse_kl(student, teachers)
     return sums.pooled(sampling.samples_per_prompt).per_token()

@@ -47,7 +47,7 @@ class Work:
 
     Args:
         rows: to score, shortest first.
-        tokens: of their prompts and responses.
+        tokens: number of tokens of their prompts and responses.
         skipped: rows that are left out because they are in quarantine.
         wanted: rows in all, with those that are scored.
     """
@@ -125,8 +125,8 @@ class Filling:
         accepted = int(store.scored(column).sum())
         if len(report.refused) > accepted:
             raise EngineError(
-                f"{named(store)}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted, expected most to be "
-                f"accepted; the first reason is {first!r}; none was put in quarantine, so set right what is wrong with them all and run it again."
+                f"{named(store)}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted; "
+                f"the first reason is {first!r}; none was put in quarantine, so set right what is wrong with them all and run it again."
             )
         if report.refused:
             store.quarantine(column, provenance, report.refused)

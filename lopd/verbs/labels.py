@@ -46,7 +46,7 @@ def label_rollouts(
         prompts: what it is given with each rollout; rollouts of other prompts are left alone.  None for all rollouts, of a store of imported
             trajectories for example: the verifier is then given the prompt's id and tokens, without text and answer.
         column: where the labels go; it belongs to one verifier.
-        name: of the verifier, in the column's provenance; None for that of the function or the class.  Another name is another verifier, so
+        name: the verifier's name in the column's provenance; None takes that of the function or the class.  Another name is another verifier, so
             put a version into it if you have several.
         rows: label these only; None for all.
         rollouts_per_batch: committed together.
@@ -105,7 +105,7 @@ def label_rollouts(
 
 
 def _label(verifier: Labeller, prompts: Mapping[str, Prompt] | None, rollout: Rollout) -> Scores:
-    """The verifier's answer, at each response token.
+    """Return the verifier's answer, at each response token.
 
     Raises:
         InvalidRecordError: it failed, the answer is not a label, or the prompt has other tokens than the rollout's.
@@ -130,5 +130,5 @@ def _check_again(stored_T: NDArray[np.float32], label: Scores, column: str) -> N
     if not np.allclose(stored_T, label.logprobs, rtol=1e-3, atol=1e-6):
         raise ScorerError(
             f"Rollout {label.rollout_id!r}: column {column!r} has the label {stored_T.mean():g}, and the verifier now gives "
-            f"{label.logprobs.mean():g}, expected the same; label into another column, or pass `recheck=0` if the verifier is random."
+            f"{label.logprobs.mean():g}; label into another column, or pass `recheck=0` if the verifier is random."
         )

@@ -86,7 +86,7 @@ class StepStream(Glanced):
         return "none" if means is None else blake2b(means[self.rows].astype("<f4").tobytes(), digest_size=6).hexdigest()
 
     def __iter__(self) -> Iterator[Step]:
-        """Steps from `start` up to `stop`, or for ever; where this process uses a GPU, a thread reads and pins the next meanwhile."""
+        """Yield steps from `start` up to `stop`, or for ever; where this process uses a GPU, a thread reads and pins the next meanwhile."""
         indices = count(self.start) if self.stop is None else range(self.start, self.stop)
         # a card that nothing here has used yet is not the student's, and pinning would make a context on it
         read, ahead = (self._pinned, 2) if torch.cuda.is_initialized() else (self.step, 1)
@@ -98,7 +98,7 @@ class StepStream(Glanced):
         return evolve(step, batches=tuple(batch.pinned() for batch in step.batches))
 
     def __getitem__(self, steps: slice) -> "StepStream":
-        """Steps from `start` up to `stop` of the whole run, by their numbers in it.
+        """Return steps from `start` up to `stop` of the whole run, by their numbers in it.
 
         Raises:
             ArgumentError: it is not a slice.
@@ -114,7 +114,7 @@ class StepStream(Glanced):
         return evolve(self, start=max(start, self.start), stop=min(ends, default=None))
 
     def step(self, index: int) -> Step:
-        """Step `index`, or this rank's share of it, whatever was asked for before."""
+        """Return step `index`, or this rank's share of it, whatever was asked for before."""
         rows = self.rows[_places_of_step(index, self.rollouts_per_step, len(self.rows), self.seed)]
         lengths = self.store.lengths()[rows].sum(axis=1) - 1
         shares = [_split(lengths, self.tokens_per_batch, rank, self.ranks.size) for rank in range(self.ranks.size)]
@@ -152,7 +152,7 @@ def batches(
     consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
     ranks: Ranks | None = None,
 ) -> StepStream:
-    """The steps of a training run over a store, shuffled for each epoch; rollouts in quarantine are left out, with a warning.
+    """Return the steps of a training run over a store, shuffled for each epoch; rollouts in quarantine are left out, with a warning.
 
     They go on without end: `batches(store)[:150]` are the first 150, and `batches(store)[60:150]` resume such a run after 60.
     A resumed run equals an unbroken one if store and arguments are those of the run that was stopped.
@@ -162,7 +162,7 @@ def batches(
         rollouts_per_step: size of an optimizer step; None is 256, or all rollouts there are if they are fewer.
         tokens_per_batch: cap on the micro-batches that a step is split into, as rollouts times the longest of them; rollouts of like length
             share one.  This bounds memory, and a plain loss holds the logits of all its response tokens (4 bytes * V each, a few times over).
-        seed: of the shuffle; step k depends on (seed, k) alone.
+        seed: seed of the shuffle; step k depends on (seed, k) alone.
         rows: train on these only, for example `lopd.rows_of(store, prompts, [generation])`; None for all.
         teacher: score column to learn from; None trains on the rollouts as they are (SFT).  Several teachers: column -> the prompts whose
             rollouts learn from it; rollouts of other prompts are left out.
@@ -175,7 +175,7 @@ def batches(
         weighting: what a token counts (`by_rollout` or `by_token`).
         top_k: bring the teacher's most likely tokens along, for losses on them.
         consistency: what to do about another, or an unknown, SFT teacher (`check_teacher_consistency`).
-        ranks: which share of each step is this process's; None is what torch.distributed says, or all.  The shares of a step are of like
+        ranks: which share of each step is this process's; None takes torch.distributed's, or all.  The shares of a step are of like
             sizes, and have as many micro-batches each: a rank that has fewer goes through some that weigh nothing.
 
     Warns:
@@ -235,7 +235,7 @@ def _check_lengths(store: LogprobReader, rows: NDArray[np.int64], tokens_per_bat
 
 
 def _places_of_step(index: int, count: int, total: int, seed: int) -> NDArray[np.int64]:
-    """Places (of `total`) of step `index`: a window on the endless sequence of epochs, each a permutation seeded by (seed, epoch)."""
+    """Return places (of `total`) of step `index`: a window on the endless sequence of epochs, each a permutation seeded by (seed, epoch)."""
     places = np.arange(index * count, (index + 1) * count)
     epochs = places // total
     return np.concatenate([_shuffle(seed, int(epoch), total)[places[epochs == epoch] % total] for epoch in np.unique(epochs)])
@@ -247,7 +247,8 @@ def _shuffle(seed: int, epoch: int, total: int) -> NDArray[np.int64]:
 
 
 def _split(lengths: NDArray[np.int64], cap: int, rank: int = 0, ranks: int = 1) -> list[NDArray[np.int64]]:
-    """Places of each micro-batch of a rank: longest first, so that rollouts of a batch are alike in length, and too little memory shows at once.
+    """Return places of each micro-batch of a rank: longest first, so that rollouts of a batch are alike in length, and too little memory shows at
+    once.
 
     A batch counts as rows times its longest, which bounds the padded form too.
     """

@@ -15,13 +15,13 @@ from lopd.records.ranks import alike
 
 
 def parameter_labels(owner: str, student: Student, optimizer: Optimizer) -> list[list[str]]:
-    """The student's name and the shape of each group's parameters: torch keeps their state by place, and a place is no identity."""
+    """Return the student's name and the shape of each group's parameters: torch keeps their state by place, and a place is not an identity."""
     labels = {id(p): f"{name} {tuple(p.shape)}" for name, p in student.named_parameters()}
     for number, group in enumerate(optimizer.param_groups):
         for place, parameter in enumerate(group["params"]):
             if id(parameter) not in labels:
                 raise CheckpointError(
-                    f"{owner}: parameter {place} of optimizer group {number} is none of the student's, expected only the student's own; "
+                    f"{owner}: parameter {place} of optimizer group {number} is not one of the student's, expected only the student's own; "
                     "make the optimizer over `student.named_parameters()`."
                 )
     return [[labels[id(p)] for p in group["params"]] for group in optimizer.param_groups]
@@ -51,7 +51,7 @@ def check_optimizer(path: Path, student: Student, optimizer: Optimizer, state: M
 
 
 def flatten(owner: str, optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors, and what is left as JSON.
+    """Return an optimizer's state as named tensors, and what is left as JSON.
 
     Raises:
         InvalidRecordError: it holds a value that cannot be saved.
@@ -109,7 +109,7 @@ def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], pla
 
 
 def _like(value: Any, live: Any) -> Any:
-    """A setting of a group on the device of the one that it replaces, and as a tuple if that is one."""
+    """Return a setting of a group on the device of the one that it replaces, and as a tuple if that is one."""
     if isinstance(live, Tensor):
         return moved(value, live.device)
     return tuple(value) if isinstance(live, tuple) else value

@@ -28,11 +28,11 @@ Answers = Mapping[str, Scores]  # by rollout id: what the scorer gave in its one
 class Preflight:
     """A self-test of a scorer, and a comparison with another engine that runs the same model.
 
-    - *It says the same twice*: a few rollouts are scored in one call and again one by one.  Prefix caches, kernels that depend on the
+    - *Repeatable*: a few rollouts are scored in one call and again one by one.  Prefix caches, kernels that depend on the
       batch, and replicas with different weights fail here.
-    - *It says what it said before*: a column that was begun is continued only by a scorer that agrees with what is stored; another engine, or
+    - *As before*: a column that was begun is continued only by a scorer that agrees with what is stored; another engine, or
       another version of it, draws a warning with the difference.
-    - *It says what the trainer would say* (with `truth`): the differences are stored with the column (`Provenance.parity`).
+    - *As the trainer computes* (with `truth`): the differences are stored with the column (`Provenance.parity`).
     - *It knows how responses end*: a warning if its tokenizer ends texts with another token than the policy's, or if it finds the tokens that
       ended the responses next to impossible.
 
@@ -69,7 +69,7 @@ class Preflight:
             check_number("Preflight", name, value, 0 <= value < math.inf, "finite and at least 0 nats")
 
     def check(self, store: LogprobReader, scorer: TeacherScorer, column: str, rows: NDArray[np.int64]) -> Provenance:
-        """The provenance to store with the column: the scorer's, and how it compares with `truth`, on some of these rows.
+        """Return the provenance to store with the column: the scorer's, and how it compares with `truth`, on some of these rows.
 
         The rollouts of all checks are read first, and the scorer is called once with all of them; then once with each rollout that the column
         does not hold yet, alone; and `truth` once.  Rollouts that the scorer refuses are left out, except those that the column holds already.
@@ -108,7 +108,7 @@ class Preflight:
         accepted = [rollout for rollout in rollouts if rollout.rollout_id in together]
         if rollouts and not accepted and not begun:
             raise ScorerError(
-                f"Scorer {scorer.provenance.model}: it refused all {len(rollouts)} rollouts that it was tested on, expected most to be accepted; the "
+                f"Scorer {scorer.provenance.model}: it refused all {len(rollouts)} rollouts that it was tested on; the "
                 f"first reason is {refused[rollouts[0].rollout_id]!r}; set right what is wrong with them all."
             )
         alone = []
@@ -116,8 +116,8 @@ class Preflight:
             scores, reasons = score_each(scorer, [rollout], 1)
             if reasons:
                 raise ScorerError(
-                    f"Scorer {scorer.provenance.model}, rollout {rollout.rollout_id!r}: it was refused alone and not in company, expected the same "
-                    f"answer to both ({reasons[rollout.rollout_id]}); check that all replicas are set up alike."
+                    f"Scorer {scorer.provenance.model}, rollout {rollout.rollout_id!r}: it was refused alone and not in company "
+                    f"({reasons[rollout.rollout_id]}); check that all replicas are set up alike."
                 )
             alone += scores
         self._compare(scorer, alone, together, "when they are scored alone and in company")
@@ -135,7 +135,7 @@ class Preflight:
         return self._compare(scorer, stored, together, f"from those that column {column!r} holds")
 
     def _compare(self, scorer: TeacherScorer, others: Sequence[Scores], together: Answers, what: str) -> float:
-        """The mean absolute difference over all tokens; stop if it is too large."""
+        """Return the mean absolute difference over all tokens; stop if it is too large."""
         gaps = [np.abs(together[other.rollout_id].logprobs.astype(np.float64) - other.logprobs) for other in others]
         difference = float(np.concatenate(gaps).mean()) if gaps else 0.0
         if difference > self.repeat_bound:
@@ -183,7 +183,7 @@ class Preflight:
         if not any(rollout.loss_mask.any() for rollout in rollouts):
             raise ScorerError(
                 f"Scorer {scorer.provenance.model}: {len(rollouts)} rollouts could be compared with {truth.provenance.engine}, and none "
-                "of their tokens count, expected some; see why both do not accept them."
+                "of their tokens count; see why both do not accept them."
             )
         parity = measure_parity(
             rollouts, [together[s.rollout_id] for s in theirs], theirs, engine=scorer.provenance.engine, truth=truth.provenance.engine

@@ -1,4 +1,4 @@
-"""Between Lightning and online OPD: rollouts that are sampled anew when they have become old.
+"""Between Lightning and online OPD: rollouts that are sampled again when they have become old.
 
 A *round* is: sample with the student as it is, score, train some steps.  Lightning OPD is one round without end, online OPD a round for every
 step; `refresh_every` and `refresh_when` are what lies between, as plain generators around a function that makes a round:
@@ -37,15 +37,15 @@ class Round(Protocol):
     """Samples with the student as it is, and trains on that."""
 
     def __call__(self, generation: int, start: int, /) -> Iterable[StepMetrics]:
-        """Metrics of step `start` and all after it, without end, on rollouts of this generation."""
+        """Return metrics of step `start` and all after it, without end, on rollouts of this generation."""
         ...
 
 
 def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | None = None) -> Iterator[StepMetrics]:
-    """Steps of a training run, none on rollouts of a policy that is `steps` steps or more behind.
+    """Yield steps of a training run, none on rollouts of a policy that is `steps` steps or more behind.
 
     Args:
-        steps: of a round; 1 is online OPD.
+        steps: number of steps of a round; 1 is online OPD.
         make_round: one round.
         start: first step; its round is the one it would have been in, so that a run resumes exactly.
         stop: one past the last step, and no round begins there; None never ends.
@@ -67,10 +67,10 @@ def refresh_every(steps: int, make_round: Round, *, start: int = 0, stop: int | 
 def refresh_when(
     stale: Callable[[StepMetrics], bool], make_round: Round, *, start: int = 0, stop: int | None = None, generation: int = 0
 ) -> Iterator[StepMetrics]:
-    """Steps of a training run; one after which the rollouts are stale is the last of its round.
+    """Yield steps of a training run; one after which the rollouts are stale is the last of its round.
 
     Args:
-        stale: says so of a step's metrics: `lambda m: m.drift.ess < 0.5`, for example.
+        stale: whether a step's metrics ask for a new round, for example `lambda m: m.drift.ess < 0.5`.
         make_round: one round.
         start: first step, so that a run resumes exactly.
         stop: one past the last step, and no round begins there; None never ends.
@@ -110,7 +110,7 @@ def sample_round(
     Args:
         source: the student as it is, its manifest with the number of the round and an identity that no other step has.
         scorer: the teacher.
-        prompts: of this round.
+        prompts: this round's prompts.
         store: made with the manifest of the first round's source.
         column: where the scores go.
         preflight: the self-test of `score_rollouts`; the first round's is enough.

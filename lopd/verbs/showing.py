@@ -1,6 +1,6 @@
 """How far a verb has come, for a person: a bar on a terminal, a bar in a notebook, and a line a minute anywhere else.
 
-The lines go to stderr.  Nothing is shown of what is over within a second, or within a minute where there is nobody to watch.
+The lines go to stderr.  Nothing is shown of what is over within a second, or within a minute where it is not watched.
 """
 
 import shutil
@@ -19,7 +19,7 @@ from lopd.protocols import Counted
 from lopd.records.glance import escaped
 from lopd.records.optional import need
 
-#: Seconds from one drawing to the next, where a person watches and where nobody does.
+#: Seconds from one drawing to the next, where a person watches and elsewhere.
 WATCHED_S, UNWATCHED_S = 1.0, 60.0
 _BAR = 10
 
@@ -90,7 +90,7 @@ class Showing:
     """
 
     def __init__(self, draw: Draw | None = None, period: float | None = None, *, always: bool = False) -> None:
-        """Draws nothing yet."""
+        """Keep the settings, and draw nothing yet."""
         self._given, self._period, self._always = draw, period, always
 
     def begin(self, what: str, total: int, done: int, tokens: int | None, counted: Counted, /) -> None:
@@ -124,7 +124,7 @@ class Showing:
 
 
 def _way() -> tuple[Draw, float]:
-    """How to draw, and how often."""
+    """Return how to draw, and how often."""
     if sys.stderr.isatty():
         return _on_terminal, WATCHED_S
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()

@@ -165,13 +165,13 @@ def _check_optimizer(optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
     theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     if theirs.isdisjoint(map(id, trained)):
         raise InvalidRecordError(
-            f"Optimizer {type(optimizer).__name__}: it has none of the student's {len(trained)} trained parameters, expected some; make it over "
+            f"Optimizer {type(optimizer).__name__}: it has none of the student's {len(trained)} trained parameters; make it over "
             "`student.parameters()` of this student, after wrapping or loading it."
         )
 
 
 def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -> tuple[float, Tensor, DriftMeter]:
-    """Bring what is told of a step to the host, in one copy: the gradient norm, the (3,) sums of what losses say, and the drift of the student."""
+    """Copy a step's numbers to the host at once: the gradient norm, the (3,) sums of the losses' results, and the drift of the student."""
     measured = [
         (batch, output.logprobs)
         for batch, output in zip(batches, said, strict=True)

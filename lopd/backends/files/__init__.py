@@ -20,7 +20,7 @@ _IN_BUCKETS = ("s3://", "gs://", "az://", "abfss://")
 
 
 def open_files(path: StorePath, storage_options: StorageOptions | None = None) -> Files:
-    """The files under a local path or a URL.
+    """Return the files under a local path or a URL.
 
     s3, gs, az and their kin go through obstore, any other scheme through fsspec; both get `storage_options`.
 

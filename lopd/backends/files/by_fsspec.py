@@ -17,7 +17,7 @@ class FsspecFiles:
     """`Files` on any file system of fsspec, `memory://` among them."""
 
     def __init__(self, url: str, options: StorageOptions) -> None:
-        """No request is made yet."""
+        """Keep the settings; a request is made later."""
         self._url = url.rstrip("/")
         self._shown = without_secrets(self._url)
         self._options = dict(options)
@@ -32,7 +32,7 @@ class FsspecFiles:
             ) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """URL and options."""
+        """Return URL and options."""
         return FsspecFiles, (self._url, self._options)
 
     @property
@@ -49,31 +49,31 @@ class FsspecFiles:
         return f"{self._root}/{path}".rstrip("/")
 
     def _call(self, work: Callable[..., T], *args: Any, **options: Any) -> T:
-        """What a file system answers."""
+        """Return what a file system answers."""
         with waiting(f"Store {self._shown}: its storage has not answered for {QUIET_S:.0f} s; still waiting"):
             return asked(self._url, partial(work, *args, **options), secret=bool(self._options))
 
     def read(self, path: str, /) -> bytes:
-        """A whole file."""
+        """Return a whole file."""
         return bytes(self._call(self._fs.cat_file, self._path(path)))
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[bytes]:
-        """Parts of one file."""
+        """Return parts of one file."""
         if not starts:
             return []
         return list(self._call(self._fs.cat_ranges, [self._path(path)] * len(starts), list(starts), list(ends), on_error="raise"))
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
-        """What each call gives, one after the other: not every file system may be used from several threads."""
+        """Return what each call gives, one after the other: not every file system may be used from several threads."""
         return [call() for call in calls]
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
-        """New files."""
+        """Write new files."""
         for path, data in files.items():
             self._call(self._fs.pipe_file, self._path(path), data.tobytes())
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
-        """Whether this call made the file; safe against other writers where the file system creates exclusively."""
+        """Return whether this call made the file; safe against other writers where the file system creates exclusively."""
         try:
             self._call(self._fs.pipe_file, self._path(path), data, mode="create")
         except OSError as error:
@@ -86,10 +86,10 @@ class FsspecFiles:
         self.remove([f"{folder}/{number - 1:010d}"] if number else [])
 
     def settle(self, folder: str, /) -> None:
-        """Nothing to do: a file counts when it is closed."""
+        """Do nothing: a file counts when it is closed."""
 
     def names(self, folder: str, /) -> list[str]:
-        """Sorted names of what is in a folder."""
+        """Return sorted names of what is in a folder."""
         try:
             listed = self._call(self._fs.ls, self._path(folder), detail=False, refresh=True)
         except FileNotFoundError:
@@ -97,7 +97,7 @@ class FsspecFiles:
         return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed} - {PROBES})
 
     def age(self, folder: str, /) -> float:
-        """Seconds since the newest file in a folder was written; 0 where the file system does not say."""
+        """Return seconds since the newest file in a folder was written; 0 where the file system does not say."""
         return float(time.time() - self._call(self._newest, self._path(folder)))
 
     def _newest(self, path: str) -> float:

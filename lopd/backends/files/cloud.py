@@ -50,7 +50,7 @@ def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def _check_http(url: str, shown: str, options: StorageOptions) -> None:
-    """Refuse plain http that nobody has allowed: object_store would repeat for a minute what it never sends, and not say why."""
+    """Refuse plain http that was not allowed: object_store would repeat for a minute what it never sends, and not say why."""
     if not url.startswith("s3"):
         return  # the endpoint in the environment is not that of other clouds
     environment = {name: value for name, value in os.environ.items() if name.upper().startswith("AWS_")}
@@ -83,10 +83,10 @@ class ObstoreFiles:
     """`Files` in a bucket of S3, GCS or Azure; conditional puts make commits safe, strong consistency makes them visible at once."""
 
     def __init__(self, url: str, options: StorageOptions, *, answered: bool = False) -> None:
-        """No request is made yet.
+        """Keep the settings; a request is made later.
 
         Raises:
-            StorePathError: it refuses the options, or the endpoint is http and nobody has allowed that.
+            StorePathError: it refuses the options, or the endpoint is http and that was not allowed.
         """
         self._url = url.rstrip("/")
         self._shown = without_secrets(self._url)
@@ -99,7 +99,7 @@ class ObstoreFiles:
         self._open()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """URL and options: connections do not travel to another process."""
+        """Return URL and options: connections do not travel to another process."""
         return partial(ObstoreFiles, answered=self._answered), (self._url, self._options)
 
     @property
@@ -161,17 +161,17 @@ class ObstoreFiles:
         return done
 
     def _hear(self) -> None:
-        """The storage has answered: from now on it is given time to recover."""
+        """Note that the storage has answered: from now on it is given time to recover."""
         if not self._answered:
             self._answered = True
             self._open()
 
     def read(self, path: str, /) -> bytes:
-        """A whole object."""
+        """Return a whole object."""
         return bytes(self._call(path, lambda: self._obstore.get(self._store, path).bytes()))
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[bytes]:
-        """Parts of one object; near ones are fetched by one request, and what is behind the end of the object is missing."""
+        """Return parts of one object; near ones are fetched by one request, and what is behind the end of the object is missing."""
 
         def read(firsts: list[int], lasts: list[int]) -> list[bytes]:
             return _side_by_side([partial(self._read_span, path, first, last) for first, last in zip(firsts, lasts, strict=True)])
@@ -190,20 +190,20 @@ class ObstoreFiles:
             return b""
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
-        """What each call gives, some at a time."""
+        """Return what each call gives, some at a time."""
         return _side_by_side(calls)
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
-        """New objects, some at a time."""
+        """Write new objects, some at a time."""
         _side_by_side([partial(self._put, path, data) for path, data in files.items()])
 
     def _put(self, path: str, data: Bytes) -> None:
         self._call(path, lambda: self._obstore.put(self._store, path, data.tobytes()))
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
-        """Whether this call made the object.
+        """Return whether this call made the object.
 
-        Of a put whose answer was lost nobody knows whether it was done; then the object tells, and its bytes say whose it is.
+        Whether a put whose answer was lost was done is not known; the object tells, and its bytes say whose it is.
         """
         lost: list[OSError] = []
         try:
@@ -243,21 +243,21 @@ class ObstoreFiles:
             self.remove([f"{folder}/{number - 1:010d}"])
 
     def settle(self, folder: str, /) -> None:
-        """Nothing to do: a put is durable when it is answered."""
+        """Do nothing: a put is durable when it is answered."""
 
     def names(self, folder: str, /) -> list[str]:
-        """Sorted names of what is in a folder."""
+        """Return sorted names of what is in a folder."""
         prefix = f"{folder}/" if folder else ""
         listed = self._repeat(partial(self._call, folder, lambda: self._obstore.list_with_delimiter(self._store, prefix or None)))
         paths = [*listed["common_prefixes"], *(entry["path"] for entry in listed["objects"])]
         return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in paths} - {PROBES})
 
     def _listed(self, folder: str) -> list[Any]:
-        pages = lambda: [entry for page in self._obstore.list(self._store, f"{folder}/") for entry in page]  # noqa: E731 (drawn anew each time)
+        pages = lambda: [entry for page in self._obstore.list(self._store, f"{folder}/") for entry in page]  # noqa: E731 (drawn again each time)
         return self._repeat(partial(self._call, folder, pages))
 
     def age(self, folder: str, /) -> float:
-        """Seconds since the newest object in a folder was written, by the server's clock."""
+        """Return seconds since the newest object in a folder was written, by the server's clock."""
         newest = max((entry["last_modified"] for entry in self._listed(folder)), default=datetime.now(UTC))
         return float((datetime.now(UTC) - newest).total_seconds())
 
@@ -270,7 +270,7 @@ class ObstoreFiles:
 
 
 def _said(error: Exception) -> str:
-    """What an error of obstore says in a few words: neither XML nor a query, which may carry a signature."""
+    """Return what an error of obstore says in a few words: neither XML nor a query, which may carry a signature."""
     text = str(error)
     host, code, status = (re.search(p, text) for p in (r"https?://([^/\s?]+)", r"<Code>(\w+)", r"status code: (\d+ [\w ]*\w)"))
     if host is None:

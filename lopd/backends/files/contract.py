@@ -45,23 +45,25 @@ class Files(Protocol):
         ...
 
     def read(self, path: str, /) -> bytes:
-        """A whole file."""
+        """Return a whole file."""
         ...
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> Sequence[Piece]:
-        """Parts of one file, from `starts` up to but not including `ends`; near ones are fetched together, and what is behind its end is missing."""
+        """Return parts of one file, from `starts` up to but not including `ends`; near ones are fetched together, and what is behind its end is
+        missing.
+        """
         ...
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
-        """What each call gives; side by side where they wait for a network."""
+        """Return what each call gives; side by side where they wait for a network."""
         ...
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
-        """New files, durable on return; FileNotFoundError where somebody removed their folder at the same moment."""
+        """Write new files, durable on return; FileNotFoundError where somebody removed their folder at the same moment."""
         ...
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
-        """Whether this call made the file.  No two calls with different bytes make the same file; it appears whole.
+        """Return whether this call made the file.  No two calls with different bytes make the same file; it appears whole.
 
         Raises:
             StoreWriteError: the file was made, but may not survive a power cut.
@@ -77,11 +79,11 @@ class Files(Protocol):
         ...
 
     def names(self, folder: str, /) -> list[str]:
-        """Sorted names of the files and folders in a folder; empty if it is not there, NotADirectoryError if it is a file."""
+        """Return sorted names of the files and folders in a folder; empty if it is not there, NotADirectoryError if it is a file."""
         ...
 
     def age(self, folder: str, /) -> float:
-        """Seconds since the newest file in a folder was written."""
+        """Return seconds since the newest file in a folder was written."""
         ...
 
     def remove(self, paths: Iterable[str], /) -> None:
@@ -90,12 +92,12 @@ class Files(Protocol):
 
 
 def read_spans(read: Callable[[list[int], list[int]], list[bytes]], starts: Sequence[int], ends: Sequence[int], gap: int) -> list[bytes]:
-    """Parts of one file from as few reads as there need be where gaps up to this many bytes are read along; empty parts need none.
+    """Return parts of one file from as few reads as there need be where gaps up to this many bytes are read along; empty parts need none.
 
     Args:
         read: gives the bytes from places up to others, or fewer at the end of the file.
-        starts: of the parts.
-        ends: of the parts.
+        starts: first byte of each part.
+        ends: byte after each part.
         gap: bytes.
     """
     found = [b""] * len(starts)
@@ -117,7 +119,7 @@ def read_spans(read: Callable[[list[int], list[int]], list[bytes]], starts: Sequ
 
 
 @contextmanager
-def reading(owner: str, what: str, hint: str = "expected the storage to answer; check it and try again") -> Iterator[None]:
+def reading(owner: str, what: str, hint: str = "check the storage and try again") -> Iterator[None]:
     """Turn what a storage raises while a store reads into an error of ours; `what` says what the store was doing.
 
     Raises:
@@ -128,12 +130,12 @@ def reading(owner: str, what: str, hint: str = "expected the storage to answer; 
     except LopdError:
         raise
     except OSError as error:
-        raise StoreReadError(f"{owner}: {what} failed with {error}, {hint}.") from error
+        raise StoreReadError(f"{owner}: {what} failed with {error}; {hint}.") from error
 
 
 @contextmanager
 def writing(owner: str, what: str = "the write") -> Iterator[None]:
-    """The same while it writes.
+    """Raise the same errors while it writes.
 
     Raises:
         StoreWriteError: the storage refused; or it has made what was asked for, and only its durability is in doubt.
@@ -150,13 +152,13 @@ def writing(owner: str, what: str = "the write") -> Iterator[None]:
 
 
 def names_in(files: Files) -> list[str]:
-    """What is in the root; the root itself where it is a file.
+    """Return what is in the root; the root itself where it is a file.
 
     Raises:
         StoreReadError: the storage refused to say.
     """
     way = ", credentials, endpoint, proxies and certificates" if "://" in files.url else " and its permissions"
-    with reading(f"Store {files.url}", "looking for it", f"expected to list what is there; check the path{way}"):
+    with reading(f"Store {files.url}", "looking for it", f"check the path{way}"):
         try:
             return files.names("")
         except NotADirectoryError:
@@ -164,10 +166,10 @@ def names_in(files: Files) -> list[str]:
 
 
 def was_put(files: Files, path: str, data: bytes, error: OSError) -> bool:
-    """Whether a put that failed has made the file all the same, with these bytes: an answer may be lost after the work is done.
+    """Return whether a put that failed has made the file all the same, with these bytes: an answer may be lost after the work is done.
 
     Raises:
-        OSError: `error`, as there is no such file.
+        OSError: `error`, as the file is not there.
         StoreWriteError: the storage does not say.
     """
     try:
@@ -181,13 +183,13 @@ def was_put(files: Files, path: str, data: bytes, error: OSError) -> bool:
 def in_doubt(files: Files, path: str, error: OSError) -> StoreWriteError:
     """Make the error for a put that may have been done: what belongs to it must stay."""
     return StoreWriteError(
-        f"{files.url}/{path}: the storage did not say whether it is written ({error}), expected an answer; "
+        f"{files.url}/{path}: the storage did not say whether it is written ({error}); "
         "open the store again when the storage is back, and repeat the call, which is safe."
     )
 
 
 def local_folder(path: StorePath) -> Path | None:
-    """The local folder that a path or a `file://` URL names, None for any other URL.
+    """Return the local folder that a path or a `file://` URL names, None for any other URL.
 
     Raises:
         StorePathError: it is not a path, `Path` has taken a URL's second slash, or a `file://` URL names a host.
@@ -202,7 +204,7 @@ def local_folder(path: StorePath) -> Path | None:
 
 
 def bucket_url(url: str) -> str:
-    """The URL by which both obstore and LanceDB know a place in a bucket; one that is not in a bucket as it is.
+    """Return the URL by which both obstore and LanceDB know a place in a bucket; one that is not in a bucket as it is.
 
     >>> bucket_url("abfss://container@account/run"), bucket_url("https://account.blob.core.windows.net/container/run")
     ('abfss://container@account.dfs.core.windows.net/run', 'abfss://container@account.dfs.core.windows.net/run')

@@ -33,7 +33,7 @@ _GAP, _FEW, _SMALL = 4096, 64, 1024
 
 @final
 class _Open:
-    """A file that is open for reading until nobody uses it any more."""
+    """A file that is open for reading as long as it is used."""
 
     def __init__(self, path: Path) -> None:
         file = open_regular(path)
@@ -42,7 +42,7 @@ class _Open:
         self.size = os.fstat(self._descriptor).st_size
 
     def read(self, starts: Sequence[int], ends: Sequence[int]) -> list[bytes]:
-        """The bytes from places up to others, or fewer at the end of the file."""
+        """Return the bytes from places up to others, or fewer at the end of the file."""
         # a read takes memory for all that is asked for, whatever is there
         sizes = [max(min(end, self.size) - start, 0) for start, end in zip(starts, ends, strict=True)]
         found = [os.pread(self._descriptor, size, start) for size, start in zip(sizes, starts, strict=True)]
@@ -57,14 +57,14 @@ class LocalFiles:
     """`Files` in a folder; kill -9 and a power cut leave whole files or none."""
 
     def __init__(self, root: Path) -> None:
-        """Nothing is made yet.  A relative path would change its meaning with the working directory."""
+        """Keep an absolute path, and make nothing yet.  A relative path would change its meaning with the working directory."""
         self.root = root.absolute()
         self._open: OrderedDict[str, _Open] = OrderedDict()
         # Folders of single files whose own entry this object has flushed: nothing ever removes them.
         self._durable: set[Path] = set()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The path: open files do not travel to another process."""
+        """Return the path: open files do not travel to another process."""
         return LocalFiles, (self.root,)
 
     @property
@@ -78,12 +78,12 @@ class LocalFiles:
         return {}
 
     def read(self, path: str, /) -> bytes:
-        """A whole file."""
+        """Return a whole file."""
         file = _Open(self.root / path)
         return file.read([0], [file.size])[0]
 
     def read_ranges(self, path: str, starts: Sequence[int], ends: Sequence[int], /) -> list[Piece]:
-        """Parts of one file, which stays open for the next time; views of one read where they are neighbours."""
+        """Return parts of one file, which stays open for the next time; views of one read where they are neighbours."""
         file = self._open.get(path)
         if file is None:
             self._open[path] = file = self._opened(partial(_Open, self.root / path))
@@ -99,7 +99,7 @@ class LocalFiles:
         return list(read_spans(file.read, starts, ends, _GAP))
 
     def _opened(self, opening: Callable[[], T]) -> T:
-        """What this opens; files that were kept open are closed where the process may not open another."""
+        """Return what this opens; files that were kept open are closed where the process may not open another."""
         try:
             return opening()
         except OSError as error:
@@ -109,11 +109,11 @@ class LocalFiles:
             return opening()
 
     def run(self, calls: Sequence[Callable[[], T]], /) -> list[T]:
-        """What each call gives, one after the other."""
+        """Return what each call gives, one after the other."""
         return [call() for call in calls]
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
-        """New files, flushed to disk together with the folders that lead to them."""
+        """Write new files, and flush them to disk with the folders that lead to them."""
         folders = {(self.root / path).parent for path in files}
         made = [folder for parent in folders for folder in _make_folder(parent)]
         with ExitStack() as opened:  # until they are flushed, so that no error of the disk is lost
@@ -128,7 +128,7 @@ class LocalFiles:
         return path
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
-        """Whether this call made the file: written under a temporary name, flushed, and linked to its own, which fails if that is taken."""
+        """Return whether this call made the file: written under a temporary name, flushed, and linked to its own, which fails if that is taken."""
         final = self.root / path
         if final.parent not in self._durable or not final.parent.is_dir():
             flush(*_make_folder(final.parent))
@@ -171,13 +171,13 @@ class LocalFiles:
             ) from error
 
     def names(self, folder: str, /) -> list[str]:
-        """Sorted names of what is in a folder."""
+        """Return sorted names of what is in a folder."""
         with suppress(FileNotFoundError):
             return sorted(name for name in os.listdir(self.root / folder) if not name.startswith(TEMPORARY_PREFIX))  # noqa: PTH208 (names)
         return []
 
     def age(self, folder: str, /) -> float:
-        """Seconds since the newest file in a folder was written."""
+        """Return seconds since the newest file in a folder was written."""
         now, times = time.time(), list[float]()
         for place, _, files in os.walk(self.root / folder):
             for path in (place, *(f"{place}/{name}" for name in files)):

@@ -35,7 +35,7 @@ def prove(files: Files) -> None:
         with writing(f"Store {files.url}", "trying its storage"):
             _try_storage(files, f"{folder}/object")
     finally:
-        # A writer may be allowed to create and not to remove; what stays is listed and read by nobody.
+        # A writer may be allowed to create and not to remove; what stays is listed and never read.
         with suppress(OSError):
             files.remove([folder])
     _PROVEN.add(place)
@@ -50,11 +50,11 @@ def _try_storage(files: Files, path: str) -> None:
     content = contents[made.index(True)]
     ranges = _asked(files, "reading ranges", lambda: files.read_ranges(path, _STARTS, _ENDS), lambda: files.read(path))
     if [bytes(part) for part in ranges] != [content[start:end] for start, end in zip(_STARTS, _ENDS, strict=True)]:
-        raise _unfit(files, "ranges of an object are answered with other bytes, expected those of the ranges", "Range")
+        raise _unfit(files, "ranges of an object are answered with other bytes than theirs", "Range")
 
 
 def _asked(files: Files, what: str, work: Callable[[], T], plainly: Callable[[], object]) -> T:
-    """What this work gives; where only its plain form is possible, the storage does not know how."""
+    """Return what this work gives; where only its plain form is possible, the storage does not know how."""
     try:
         return work()
     except OSError as error:

@@ -11,7 +11,7 @@ _FETCHES = 2
 
 
 def in_advance(calls: Sequence[Callable[[], T]]) -> Iterator[T]:
-    """What each call gives, in order; while one answer is used, the next few are fetched."""
+    """Yield what each call gives, in order; while one answer is used, the next few are fetched."""
     if len(calls) < 2:
         yield from (call() for call in calls)
         return

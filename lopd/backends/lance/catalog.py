@@ -1,4 +1,4 @@
-"""What a store on LanceDB says outside its tables: a log of small JSON files, each made by exactly one of those who try.
+"""The catalog of a store on LanceDB, outside its tables: a log of small JSON files, each made by exactly one of those who try.
 
     lopd.json               the manifest; the store exists from here on
     log/<number>.json       what was done, one after the other; see `Kind`
@@ -56,11 +56,11 @@ class Catalog:
     """The catalog of one store, as it was at the last `refresh`.
 
     Args:
-        files: of the store.   state: what was seen so far.
+        files: the store's files.   state: what was seen so far.
     """
 
     def __init__(self, files: Files, state: CatalogState) -> None:
-        """Reads nothing."""
+        """Keep the arguments; nothing is read yet."""
         self._files = files
         self._owner = f"Store {files.url}"
         self.state = state
@@ -132,17 +132,17 @@ class Catalog:
         return document
 
     def top_k(self, column: str) -> int:
-        """K of a column; 0 where it has none, or is none."""
+        """Return K of a column; 0 where it keeps none, or does not exist."""
         entry = self.state.tables.get(column)
         return 0 if entry is None or entry.provenance is None else entry.provenance.top_k
 
     def reasons(self, column: str) -> dict[int, str]:
-        """Why the column's model could not score rows, scored since or not; of several reasons the latest."""
+        """Return why the column's model could not score rows, scored since or not; of several reasons the latest."""
         found = (quarantine.reasons for quarantine in self.state.quarantines if quarantine.column == column)
         return {row: reason for reasons in found for row, reason in reasons.items()}
 
     def put(self, kind: Kind, document: Mapping[str, Any]) -> bool:
-        """Whether this call made the next record; `refresh` takes it in.
+        """Return whether this call made the next record; `refresh` takes it in.
 
         Raises:
             StoreWriteError: the storage refused.
@@ -181,7 +181,7 @@ class Catalog:
             self._files.remove([f"{folder}/{old}" for old in self._files.names(folder) if old.isdecimal() and int(old) < number])
 
     def least(self, name: str) -> int:
-        """How many rows a table has at least, or how many records the log.
+        """Return how many rows a table has at least, or how many records the log.
 
         Raises:
             StoreReadError: the storage refused.

@@ -44,7 +44,7 @@ class Wanted:
     """Rows of one table.
 
     Args:
-        owner: how messages name it.
+        owner: its name in messages.
         table: where they are.
         rows: (B,), their numbers in the store, in the order of the call.
         lines: (B,), theirs in this table, verified.
@@ -205,7 +205,7 @@ class _Reader:
         self._tokens = ends(np.array(lengths, np.int64).sum(axis=0))
 
     def calls(self) -> list[Callable[[], _Chunk]]:
-        """Each fetches some of the rows, in the order in which they are stored; a row that is asked for twice is fetched once."""
+        """Return functions that each fetch some of the rows, in stored order; a row that is asked for twice is fetched once."""
         return [partial(self._fetch, start, stop) for start, stop in _cut(self._distinct, self._tokens)]
 
     def _fetch(self, start: int, stop: int) -> _Chunk:
@@ -233,7 +233,7 @@ class _Reader:
 
 
 def _cut(rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """(first, last + 1) of pieces of ascending rows, which begin after so many tokens; long runs of neighbours are pieces of their own."""
+    """Return (first, last + 1) of pieces of ascending rows, which begin after so many tokens; long runs of neighbours are pieces of their own."""
     pieces, start = [], 0
     run_ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, rows.size)
     while start < rows.size:
@@ -247,17 +247,17 @@ def _cut(rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> list[tuple[int, 
 
 @contextmanager
 def decoding(owner: str) -> Iterator[None]:
-    """Damage that Lance did not notice may leave values that no array can be made of."""
+    """Raise an error of ours where damage that Lance did not notice left values that do not fit an array."""
     try:
         yield
     except LopdError:
         raise
     except (ValueError, IndexError, TypeError, KeyError, OverflowError) as error:
-        raise damaged(owner, "a row", f"values cannot be decoded ({error}), expected those that were written") from error
+        raise damaged(owner, "a row", f"values cannot be decoded ({error})") from error
 
 
 def read_lines(owner: str, table: Any, line: np.dtype[Any], seed: int) -> NDArray[np.void]:
-    """The lines of an Arrow table that has `line_columns`; `seed` is that of its table.
+    """Return the lines of an Arrow table that has `line_columns`; `seed` is that of its table.
 
     Raises:
         CorruptStoreError: one is not what was written; it names the rollout, or its row.
@@ -282,7 +282,7 @@ def _shown(rollout_id: bytes) -> str:
 
 
 def damaged(owner: str, name: str, what: str) -> CorruptStoreError:
-    """The error for stored values that are not those that were written."""
+    """Return the error for stored values that are not those that were written."""
     return CorruptStoreError(f"{owner}: {name}: the {what}; restore the store from a backup.")
 
 

@@ -55,18 +55,18 @@ ID, LINE_CHECKSUM = "rollout_id", "line_checksum"
 
 
 def line_columns(line: np.dtype[Any]) -> list[str]:
-    """The columns that a line is read from, if they are there."""
+    """Return the columns that a line is read from, if they are there."""
     names = [ID if name == "id_hash" else name for name in line.names or ()]
     return [*names, *([HAS_SAMPLER] if "has_behavior" in names else []), LINE_CHECKSUM]
 
 
 def tokens_of(lines: NDArray[np.void]) -> int:
-    """Prompt and response tokens of rollouts, or scored response tokens."""
+    """Return prompt and response tokens of rollouts, or scored response tokens."""
     return sum(int(lines[name].sum()) for name in ("prompt_length", "response_length", "length") if name in (lines.dtype.names or ()))
 
 
 def checksum(*parts: Any) -> int:
-    """Of arrays in this order; an absent one differs from any that is there."""
+    """Return the checksum of arrays in this order; an absent one differs from any that is there."""
     found = 0
     for part in parts:
         found = xxh3_64_intdigest(b"" if part is None else np.ascontiguousarray(part).data, seed=found)
@@ -74,7 +74,7 @@ def checksum(*parts: Any) -> int:
 
 
 def line_checksums(lines: NDArray[np.void], seed: int) -> NDArray[np.uint64]:
-    """(n,): of each line; those of one table have the same seed."""
+    """Return (n,): of each line; those of one table have the same seed."""
     data, size = lines.tobytes(), lines.dtype.itemsize
     return np.array([xxh3_64_intdigest(data[at : at + size], seed) for at in range(0, len(data), size)], np.uint64)
 
@@ -82,7 +82,7 @@ def line_checksums(lines: NDArray[np.void], seed: int) -> NDArray[np.uint64]:
 def encode_rollouts(
     rollouts: Sequence[Rollout], first_row: int, vocab_size: int, logprob_dtype: str, *, commit: int, when: float, seed: int
 ) -> Any:
-    """An Arrow table of one commit, for the table that has this seed.
+    """Return an Arrow table of one commit, for the table that has this seed.
 
     Ids are in the smallest type that holds the vocabulary; there is no mask where nothing is masked.
 
@@ -123,7 +123,7 @@ def encode_rollouts(
 def encode_scores(
     scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str, *, commit: int, when: float, seed: int
 ) -> Any:
-    """The same for scores; a row is that of the rollout.  All of them have a top-k support or none has."""
+    """Return the same for scores; a row is that of the rollout.  All of them have a top-k support or none has."""
     owners = [score.rollout_id for score in scores]
     logprobs, rounding = ragged.to_stored([score.logprobs for score in scores], owners, logprob_dtype)
     lists: dict[str, Sequence[Any]] = {"logprobs": logprobs}
@@ -151,7 +151,7 @@ def encode_scores(
 
 
 def no_scores(provenance: Provenance, vocab_size: int, logprob_dtype: str, *, commit: int, when: float, seed: int) -> Any:
-    """An Arrow table of a column without a row."""
+    """Return an Arrow table of a column without a row."""
     k, drawn = provenance.top_k, provenance.drawn
     support = TopK([range(k)], [[-np.log(max(k - drawn, 1))] * k], [float(k == drawn)], drawn) if k else None
     one = Scores("", b"\0" * 16, [0.0], top_k=support)

@@ -13,7 +13,7 @@ _NETWORK = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure err
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turns what Lance raises while it reads into errors of ours."""
+    """Turn what Lance raises while it reads into errors of ours."""
     try:
         yield
     except LopdError:
@@ -23,30 +23,28 @@ def reading(what: str) -> Iterator[None]:
             raise
         said = first_line(error)
         if any(words in said for words in _NETWORK):
-            raise StoreReadError(
-                f"{what}: reading it failed with {said!r}, expected the storage to answer; check it and try again."
-            ) from error
+            raise StoreReadError(f"{what}: reading it failed with {said!r}; check it and try again.") from error
         raise CorruptStoreError(
-            f"{what}: LanceDB cannot read it ({said!r}), expected whole files; restore them from a backup, or refresh the store "
+            f"{what}: LanceDB cannot read it ({said!r}), so a file is damaged or gone; restore it from a backup, or refresh the store "
             "if they are of a version that has been removed since."
         ) from error
 
 
 def first_line(error: BaseException) -> str:
-    """The gist of what Lance says; the rest is a stack of Rust."""
+    """Return the gist of Lance's message; the rest is a stack of Rust."""
     return str(error).split("\n", 1)[0].split(", /", 1)[0][:300]
 
 
 def is_lance_error(error: BaseException) -> bool:
-    """Whether LanceDB may have raised it; a panic of its Rust code is no `Exception`."""
+    """Return whether LanceDB may have raised it; a panic of its Rust code is not an `Exception`."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def is_conflict(error: BaseException) -> bool:
-    """Whether a write failed because another one came first."""
+    """Return whether a write failed because another one came first."""
     return any(word in str(error).lower() for word in _CONFLICTS)
 
 
 def is_gone(error: BaseException) -> bool:
-    """Whether files are not there that were there a moment ago."""
+    """Return whether files are not there that were there a moment ago."""
     return any(word in str(error).lower() for word in _GONE)

@@ -21,7 +21,7 @@ class Part:
     """One table and its lines, which are read when they are first asked for, and then only those that were added.
 
     Lance keeps rows in the order of commits, and our merges do not change that; but it promises neither.  So every line carries its row
-    number and its commit, every read compares it, and places that have moved are found anew.
+    number and its commit, every read compares it, and places that have moved are found again.
 
     Args:
         owner: how messages name the store.   table: whose lines.   line: what they consist of.   seed: of their checksums.
@@ -29,7 +29,7 @@ class Part:
     """
 
     def __init__(self, owner: str, table: LanceTable, line: np.dtype[Any], seed: int, limit: Callable[[], int] | None) -> None:
-        """Reads nothing."""
+        """Keep the arguments; nothing is read yet."""
         self.table = table
         self._owner = owner
         self._line, self.seed = line, seed
@@ -39,7 +39,7 @@ class Part:
         self.forget()
 
     def forget(self) -> None:
-        """Read lines anew when they are next asked for."""
+        """Read lines again when they are next asked for."""
         self._lines = Growing(self._line)
         # For each row of the store, where its line is in `lines`, -1 if it has none; a table of all rows needs no such thing.
         self._at = Growing(np.int64)
@@ -52,7 +52,7 @@ class Part:
         return len(self._lines)
 
     def lines(self) -> NDArray[np.void]:
-        """All lines of the table's version, in the order of commits.
+        """Return all lines of the table's version, in the order of commits.
 
         Raises:
             CorruptStoreError: one is damaged, missing, or there twice.
@@ -114,7 +114,7 @@ class Part:
         )
 
     def find(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,): where the lines of these rows are in `lines`, -1 where there is none."""
+        """Return (n,): where the lines of these rows are in `lines`, -1 where there is none."""
         count = len(self.lines())
         if self._limit is None:
             return np.where(rows < count, rows, -1)
@@ -128,7 +128,7 @@ class Part:
         return at if self._places is None else self._places[at]
 
     def next_commit(self) -> int:
-        """A number that no commit has that this version knows of."""
+        """Return a number that no commit has that this version knows of."""
         lines = self.lines()
         return int(lines[COMMIT][-1]) + 1 if lines.size else 0
 
@@ -166,6 +166,6 @@ class Part:
                 self.forget()
                 self.lines()
         raise CorruptStoreError(
-            f"{self._owner}: table {self.table.name!r} has other rows in the place of rows {rows[0]} to {rows[-1]}, expected those; "
+            f"{self._owner}: table {self.table.name!r} has other rows in the place of rows {rows[0]} to {rows[-1]}; "
             "restore the store from a backup."
         )

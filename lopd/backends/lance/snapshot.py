@@ -27,12 +27,12 @@ class Snapshot:
     """Reads at fixed versions, which only `refresh` and a writer move.
 
     Args:
-        database, catalog: of the store.
+        database, catalog: the store's.
         versions: table name -> version to look at, and its rows; the latest of those that are not named.
     """
 
     def __init__(self, database: Database, catalog: Catalog, versions: Seen) -> None:
-        """Opens the tables that the catalog names."""
+        """Open the tables that the catalog names."""
         self._owner = database.owner
         self._database = database
         self._catalog = catalog
@@ -51,7 +51,7 @@ class Snapshot:
             self.rollouts = self._part(tables[None], ROLLOUT_LINE, versions, None)
         if self.columns and self.rollouts is None:
             raise CorruptStoreError(
-                f"{self._owner}: the catalog names no table of rollouts, expected one where there are scores; restore the store from a backup."
+                f"{self._owner}: there are scores, and the catalog does not name a table of rollouts; restore the store from a backup."
             )
 
     def _part(self, entry: TableEntry, line: np.dtype[Any], versions: Seen, limit: Callable[[], int] | None) -> Part:
@@ -60,7 +60,7 @@ class Snapshot:
         return self._checked(part, least)
 
     def _checked(self, part: Part, least: int) -> Part:
-        """The part, unless it has fewer rows than were there before somebody opened it."""
+        """Return the part, unless it has fewer rows than were there before somebody opened it."""
         if part.table.rows < least:
             raise CorruptStoreError(
                 f"{self._owner}: table {part.table.name!r} has {part.table.rows} rows, expected at least {least}, for that many were written; "
@@ -87,13 +87,13 @@ class Snapshot:
             self._move(rollouts)
 
     def parts(self) -> dict[str | None, Part]:
-        """All tables that are there: of each column, and of the rollouts, which are None."""
+        """Return all tables that are there: of each column, and of the rollouts, which are None."""
         found: dict[str | None, Part] = {} if self.rollouts is None else {None: self.rollouts}
         found.update(self.columns)
         return found
 
     def provenances(self) -> dict[str, Provenance]:
-        """Who computed each column."""
+        """Return who computed each column."""
         entries = {name: self._catalog.state.tables[name] for name in self.columns}
         return {name: entry.provenance for name, entry in entries.items() if entry.provenance is not None}
 
@@ -108,21 +108,21 @@ class Snapshot:
         return self._catalog.state.generations
 
     def _lines(self) -> NDArray[np.void]:
-        """The lines of all rollouts."""
+        """Return the lines of all rollouts."""
         return np.zeros(0, ROLLOUT_LINE) if self.rollouts is None else self.rollouts.lines()
 
     def lengths(self) -> NDArray[np.int64]:
-        """(rows, 2): prompt and response tokens."""
+        """Return (rows, 2): prompt and response tokens."""
         lines = self._lines()
         return np.stack([lines["prompt_length"], lines["response_length"]], axis=1).astype(np.int64)
 
     def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
-        """Content hash and number of response tokens of rollouts."""
+        """Return content hash and number of response tokens of rollouts."""
         lines = self._lines()[rows]
         return list(zip(lines["content_hash"].tolist(), lines["response_length"].tolist(), strict=True))
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
-        """(n,): rows of rollouts, -1 where there is none."""
+        """Return (n,): rows of rollouts, -1 where there is none."""
         new = self._lines()["id_hash"][self._indexed :]
         if new.size:
             self._index.add(new, self._indexed)
@@ -130,7 +130,7 @@ class Snapshot:
         return self._index.find(rollout_ids)
 
     def scored(self, column: str) -> NDArray[np.bool_]:
-        """(rows,): which rollouts have scores in this column."""
+        """Return (rows,): which rollouts have scores in this column."""
         if column in VIRTUAL_COLUMNS:
             return (self._lines()["has_behavior"] & (1 if column == BEHAVIOR_COLUMN else 2)) > 0
         mask = np.zeros(self.rows, np.bool_)
@@ -139,7 +139,7 @@ class Snapshot:
         return mask
 
     def scored_rows(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(n,): which of these rows have scores in this column; looks at no others."""
+        """Return (n,): which of these rows have scores in this column; looks at no others."""
         if column in VIRTUAL_COLUMNS:
             return self.scored(column)[rows]
         return self.columns[column].find(rows) >= 0 if column in self.columns else np.zeros(rows.size, np.bool_)
@@ -150,7 +150,7 @@ class Snapshot:
         )
 
     def quarantined(self, column: str) -> dict[int, str]:
-        """Rows that could not be scored, and why; but for those that were scored later."""
+        """Return rows that could not be scored, and why, without those that were scored later."""
         reasons = sorted(self._catalog.reasons(column).items())
         if reasons and reasons[-1][0] >= self.rows:
             raise self._beyond(column, "a reason for", reasons[-1][0])
@@ -169,7 +169,7 @@ class Snapshot:
         return admission.with_columns(self._owner, read, columns, provenances)
 
     def _scored(self, column: str, rows: NDArray[np.int64], lines: NDArray[np.void]) -> Wanted:
-        """The scores of these rows, if there are some, of these rows' tokens."""
+        """Return the scores of these rows, if there are some, of these rows' tokens."""
         owner, part = f"{self._owner}: column {column!r}", self.columns.get(column)
         absent = rows if part is None else rows[part.find(rows) < 0]
         if part is None or absent.size:
@@ -182,5 +182,5 @@ class Snapshot:
         return Wanted(owner, part, rows, found)
 
     def _name(self, row: int) -> str:
-        """The rollout's id, for messages."""
+        """Return the rollout's id, for messages."""
         return self.read(np.array([row]), (), ()).rollout_ids[0]

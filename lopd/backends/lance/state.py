@@ -1,4 +1,4 @@
-"""What the catalog of a store on LanceDB holds, and what its records say."""
+"""The catalog of a store on LanceDB, and its records."""
 
 import re
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _TableName = Annotated[str, re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")]
 
 
 class Record(TypedDict):
-    """What each record says."""
+    """The fields of each record."""
 
     kind: Kind
     when: Seconds
@@ -91,7 +91,7 @@ class CatalogState:
         tables: table of each column; that of the rollouts has the key None, and is there from the first append on.
         begun: names of all tables that somebody began to make, with their columns.
         generations: policies, by round.
-        quarantines: of all columns, oldest first.
+        quarantines: those of all columns, oldest first.
         events: generations, compactions and quarantines, for the history.
         number: number of records.
         last: checksum of the last record; of lopd.json before there is one; "" before anything was read.
@@ -108,11 +108,11 @@ class CatalogState:
     old: dict[str, str] = field(factory=dict)
 
     def add(self, document: Mapping[str, Any], owner: str, *, old: bool = False) -> None:
-        """Take in what a record says.
+        """Take in a record.
 
         Args:
             document: its JSON.
-            owner: how messages name it.
+            owner: its name in messages.
             old: it is a file of an older lopd.
 
         Raises:
@@ -138,13 +138,12 @@ class CatalogState:
             rows, tokens = merged["rows"], merged["tokens"]
         elif differing := sorted(read_as(_Old, document, owner)["files"].items() ^ self.old.items()):
             raise CorruptStoreError(
-                f"{owner}: {differing[0][0]} is not the file that was there when the log began, expected that one; "
-                "restore the store from a backup."
+                f"{owner}: {differing[0][0]} is not the file that was there when the log began; restore the store from a backup."
             )
         if kind in ("generation", "quarantine", "compaction"):
             self.events.append(Commit(0, kind, rows, tokens, column, document["when"]))
 
 
 def table_seed(table: str) -> int:
-    """Where the checksums of a table's lines begin."""
+    """Return where the checksums of a table's lines begin."""
     return xxh3_64_intdigest(table.encode())

@@ -52,7 +52,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
     _ROOT = ROOT
 
     def __init__(self, files: Files, root: Root | None = None, seen: tuple[CatalogState, Seen] | None = None) -> None:
-        """Not for callers: `open` says what is wrong with a path."""
+        """Hold the files; `open` is what callers use, as it says what is wrong with a path."""
         super().__init__(files, root)
         self._database = Database(files)
         state, versions = seen or (self._nothing_seen(), {})
@@ -66,7 +66,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         return CatalogState(generations={self.manifest.generation: self.manifest.policy})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Place and versions: connections do not travel to another process."""
+        """Return place and versions: connections do not travel to another process."""
         versions = {part.table.name: (part.table.version, part.table.rows) for part in self._snapshot.parts().values()}
         return LanceStore, (self._files, None, (self._catalog.state, versions))
 
@@ -81,7 +81,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         return {name: part.table.rows for name, part in self._snapshot.columns.items()}
 
     def table(self, column: str | None = None) -> Any:
-        """LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it takes no writes.
+        """Return LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it does not take writes.
 
         It is at the version that this store sees, which is kept until 128 others have followed.  Its `row` is the row of the store, by which
         the tables join; `rollout_id` is UTF-8 in bytes, so a filter reads `CAST(rollout_id AS STRING) LIKE 'sums/%'`.
@@ -93,7 +93,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         part = self._snapshot.parts().get(column)
         if part is None:
             what = "rollouts" if column is None else f"column {column!r}"
-            raise MissingScoresError(f"{self.name}: there is no table of {what}, expected one; append some first.")
+            raise MissingScoresError(f"{self.name}: there is no table of {what}; append some first.")
         return self._database.handle(part.table.name, part.table.version)
 
     def compact(self, *, older_than: float = _WEEK) -> None:
@@ -108,7 +108,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         self._proven_writer.compact(to_real(self._owner, "older_than", older_than))
 
     def history(self) -> Sequence[Commit]:
-        """What was committed up to this store's snapshot, by the clocks of the writers, oldest first."""
+        """Return what was committed up to this store's snapshot, by the clocks of the writers, oldest first."""
         found = list(self._catalog.state.events)
         for column, part in self._snapshot.parts().items():
             lines = part.lines()
@@ -121,11 +121,11 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         return [evolve(commit, number=number) for number, commit in enumerate(found)]
 
     def stored_bytes(self) -> int:
-        """Bytes of the data files that the current versions are made of, without LanceDB's own bookkeeping."""
+        """Return bytes of the data files that the current versions are made of, without LanceDB's own bookkeeping."""
         return sum(part.table.stored_bytes() for part in self._snapshot.parts().values())
 
     def verify(self) -> Iterator[str]:
-        """One sentence for each problem found; reads every row of the current versions, and the catalog."""
+        """Yield one sentence for each problem found; reads every row of the current versions, and the catalog."""
         try:
             # Not what was read before, but what is stored now.
             catalog = Catalog(self._files, self._nothing_seen())
@@ -147,7 +147,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
                 yield from self._problems_of(rows[start : start + step], columns, ranked)
 
     def _problems_of(self, rows: NDArray[np.int64], columns: tuple[str, ...], ranked: tuple[str, ...]) -> Iterator[str]:
-        """Of many rows at once if they are sound, and else of each half; the same sentence once."""
+        """Yield the problems of many rows at once if they are sound, and else of each half; each sentence once."""
         try:
             self._snapshot.read(rows, columns, ranked)
         except LopdError as error:

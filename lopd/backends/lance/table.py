@@ -46,7 +46,7 @@ _GUARD = ForkGuard("LanceDB")
 
 
 def _lancedb(owner: str) -> Any:
-    """The package, in a process that may use it.
+    """Return the package, in a process that may use it.
 
     Raises:
         MissingDependencyError: it is not installed.
@@ -62,7 +62,7 @@ class Database:
     """The LanceDB database of one store.
 
     Args:
-        files: of the store; LanceDB takes their place and their options, credentials among them.
+        files: the store's files; LanceDB takes their place and their options, credentials among them.
 
     Raises:
         StorePathError: LanceDB cannot store there.
@@ -70,7 +70,7 @@ class Database:
     """
 
     def __init__(self, files: Files) -> None:
-        """Connects at the first call: connecting makes a folder."""
+        """Keep the arguments; the first call connects, as connecting makes a folder."""
         self.url, self.owner = files.url, f"Store {files.url}"
         # LanceDB does not know every way to write the URL
         self._place = bucket_url(self.url)
@@ -95,12 +95,12 @@ class Database:
         return self._connection
 
     def session(self) -> Any:
-        """Small caches for Lance's own views."""
+        """Return small caches for Lance's own views."""
         self._session = self._session or need("lance", self.owner, "lance").Session(_INDEX_CACHE, _METADATA_CACHE)
         return self._session
 
     def open(self, name: str, seen: tuple[int, int] | None = None) -> "LanceTable":
-        """A table as it is now, or with the rows that it had when this was seen."""
+        """Return a table as it is now, or with the rows that it had when this was seen."""
         with reading(f"{self.owner}: table {name!r}"):
             handle = self.connection.open_table(name)
             try:
@@ -111,7 +111,7 @@ class Database:
             return LanceTable(self, name, handle, seen)
 
     def handle(self, name: str, version: int | None) -> Any:
-        """LanceDB's own handle of a table; one that stands at a version takes no writes."""
+        """Return LanceDB's own handle of a table; one that stands at a version does not take writes."""
         with reading(f"{self.owner}: table {name!r}"):
             handle = self.connection.open_table(name)
             if version is not None:
@@ -119,11 +119,11 @@ class Database:
             return handle
 
     def create(self, name: str, data: Any) -> "LanceTable":
-        """A new table.  The name must be nobody else's: LanceDB lets several creators of one table win."""
+        """Create a table.  Its name must be unique: of several concurrent creators LanceDB tells more than one that it won."""
         return LanceTable(self, name, self.connection.create_table(name, data))
 
     def drop(self, name: str) -> None:
-        """Remove a table that nobody else knows of, if the storage lets us: it is in nobody's way."""
+        """Remove a table that no other process knows, if the storage allows it: what stays does no harm."""
         with suppress(Exception):
             self.connection.drop_table(name)
 
@@ -139,7 +139,7 @@ class LanceTable:
     """
 
     def __init__(self, database: Database, name: str, handle: Any, seen: tuple[int, int] | None = None) -> None:
-        """Reads how many rows there are."""
+        """Read the number of rows."""
         self._database = database
         self.name = name
         self._handle = handle
@@ -170,13 +170,13 @@ class LanceTable:
             self._load()
 
     def is_behind(self) -> bool:
-        """Whether there is a later version than the one that the last call found: what failed there may succeed now."""
+        """Return whether there is a later version than the one that the last call found: what failed there may succeed now."""
         before = self.version
         self.refresh()
         return self.version > before
 
     def take(self, offsets: NDArray[np.int64], columns: Sequence[str]) -> Any:
-        """These columns of the rows at these places, which must be distinct and ascending, as an Arrow table in an order of Lance's choice.
+        """Return these columns of the rows at these places, which must be distinct and ascending, as an Arrow table in an order of Lance's choice.
 
         Columns of `LATER` that the table does not have are left out.
         """
@@ -215,7 +215,7 @@ class LanceTable:
             self._load()
 
     def _once(self, data: Any, base: int) -> bool:
-        """Whether rows that were just added to this version are there once; they are removed where their number was another's.
+        """Return whether rows that were just added to this version are there once; they are removed where their number was another's.
 
         Lance looks for the number in versions that others have committed meanwhile, and passes over those that are removed by then.
         """
@@ -231,12 +231,12 @@ class LanceTable:
         return False
 
     def _overtaken(self, version: int) -> bool:
-        """Whether the newest version, to which this moves, is another than this."""
+        """Return whether the newest version, to which this moves, is another than this."""
         self._table.checkout_latest()
         return bool(self._handle.version != version)
 
     def dataset(self) -> Any:
-        """Lance's own view of the newest version, for what LanceDB has no word for."""
+        """Return Lance's own view of the newest version, for what LanceDB has no word for."""
         self._table.checkout_latest()
         return self._handle.to_lance(session=self._database.session())
 
@@ -257,7 +257,7 @@ class LanceTable:
         return int(self._table.delete(condition).num_deleted_rows)
 
     def stored_bytes(self) -> int:
-        """Bytes of the data files of this version."""
+        """Return bytes of the data files of this version."""
         with reading(self._named()):
             return int(self._table.stats()["total_bytes"])
 

@@ -71,7 +71,7 @@ def crowd(sizes: Sequence[int]) -> int:
 
 
 def _bytes_of(fragment: Any) -> int:
-    """Bytes of the files of one fragment, as its manifest has them."""
+    """Return bytes of the files of one fragment, as its manifest has them."""
     return sum(file.file_size_bytes or 0 for file in fragment.files)
 
 
@@ -81,7 +81,7 @@ def _merge(dataset: Any, fragments: Sequence[Any], flush: Flush) -> None:
     Args:
         dataset: at a version that has the fragments.
         fragments: what it says of them.
-        flush: of the file that is written, before it is committed.
+        flush: flushes the written file before it is committed.
 
     Raises:
         StoreWriteError: what was written is not what was read; nothing is changed then.

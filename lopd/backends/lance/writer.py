@@ -40,11 +40,11 @@ class Writer:
     """The writing half of one store.
 
     Args:
-        files, database, catalog, snapshot, root: of the store; the snapshot moves with each call.
+        files, database, catalog, snapshot, root: the store's; the snapshot moves with each call.
     """
 
     def __init__(self, files: Files, database: Database, catalog: Catalog, snapshot: Snapshot, root: Root) -> None:
-        """Writes nothing."""
+        """Keep the arguments; nothing is written yet."""
         self._files = files
         self._database = database
         self._catalog = catalog
@@ -82,7 +82,7 @@ class Writer:
         return self._catalog.put("quarantine", {"column": column, "reasons": named}) and self._seen(column)
 
     def _seen(self, column: str | None) -> bool:
-        """True, once the snapshot has what was put into the catalog, and it is durable."""
+        """Return True, once the snapshot has what was put into the catalog, and it is durable."""
         self._snapshot.refresh()
         self.settle(column)
         return True
@@ -92,7 +92,7 @@ class Writer:
         return 0 if part is None else part.next_commit()
 
     def _insert(self, column: str | None, provenance: Provenance | None, encode: Callable[..., Any], records: _Records) -> bool:
-        """Whether the next commit of a table is now this one."""
+        """Return whether the next commit of a table is now this one."""
         part = self._snapshot.parts().get(column)
         try:
             made = self._create(column, provenance, encode, records) if part is None else self._add(part.table, encode(seed=part.seed))
@@ -147,7 +147,7 @@ class Writer:
         return "its rows could not be taken back"
 
     def _create(self, column: str | None, provenance: Provenance | None, encode: Callable[..., Any], records: _Records) -> bool:
-        """Whether the table of a column, or of the rollouts, is now one that this call made."""
+        """Return whether the table of a column, or of the rollouts, is now one that this call made."""
         kind = "rollouts" if column is None else f"{'scores.' if records else BEGAN_EMPTY}{column}"
         name, tables = f"{kind}-{uuid4().hex}", self._catalog.state.tables
         data = encode(seed=table_seed(name))
@@ -177,10 +177,10 @@ class Writer:
         return False
 
     def _unreadable(self, table: str, error: LopdError, after: str) -> StoreWriteError:
-        """LanceDB drops the error of a write that fails."""
+        """Return the error for a table that cannot be read after a write: LanceDB drops the error of a write that fails."""
         return StoreWriteError(
-            f"{self._owner}: what was written to table {table!r} cannot be read ({first_line(error.__cause__ or error)}), expected it on the "
-            f"disk; {after}, so check the disk and repeat the call."
+            f"{self._owner}: what was written to table {table!r} cannot be read ({first_line(error.__cause__ or error)})"
+            f"; {after}, so check the disk and repeat the call."
         )
 
     def _refused(self, error: BaseException, column: str | None, rollout_ids: Sequence[str]) -> StoreWriteError:
@@ -191,8 +191,7 @@ class Writer:
             there = bool((rows >= 0).all() and (column is None or self._snapshot.scored(column)[rows].all()))
         doubt = "it is not known whether it was committed, but repeating it is safe" if there else "nothing of this call was committed"
         return StoreWriteError(
-            f"{self._owner}: the write failed with {first_line(error)!r}, expected it to succeed; {doubt}, "
-            "so free space or fix permissions and repeat it."
+            f"{self._owner}: the write failed with {first_line(error)!r}; {doubt}, so free space or fix permissions and repeat it."
         )
 
     def compact(self, older_than: float) -> None:
@@ -213,7 +212,7 @@ class Writer:
                     raise
                 if not is_conflict(error) and not part.table.is_behind():
                     raise StoreWriteError(
-                        f"{self._owner}: compacting table {part.table.name!r} failed with {first_line(error)!r}, expected it to succeed; "
+                        f"{self._owner}: compacting table {part.table.name!r} failed with {first_line(error)!r}; "
                         "nothing of it was lost, so free space or fix permissions and repeat it."
                     ) from error
                 # Another compaction was quicker.
@@ -224,7 +223,7 @@ class Writer:
         self._snapshot.refresh()
 
     def _check_clock(self) -> None:
-        """Lance removes files that no version has if it believes them to be a week old: another writer may be about to commit them."""
+        """Refuse a clock that is ahead: Lance removes files outside of versions that seem a week old, and a writer may be about to commit them."""
         self._catalog.mark(LOG, self._catalog.state.number)
         with reading(self._owner, "comparing clocks"):
             age = self._files.age(f"{LOG}{HEAD}")
@@ -235,7 +234,7 @@ class Writer:
             )
 
     def _remove_strangers(self) -> None:
-        """Tables of writers that were killed, or came too late: their column has another table, which it keeps."""
+        """Remove tables of writers that were killed or came too late: their column has another table, which it keeps."""
         tables = self._catalog.state.tables
         dead = {
             f"{name}{TABLE_SUFFIX}"
@@ -246,7 +245,7 @@ class Writer:
             self._files.remove(dead.intersection(self._files.names("")))
 
     def end(self) -> None:
-        """Nothing is written before it is committed."""
+        """Do nothing: what is written is committed at once."""
 
     def settle(self, column: str | None, /) -> None:
         """Make durable what a call relies on, also where another process wrote it and may not have come to flush it."""
@@ -264,7 +263,7 @@ class Writer:
             self._marked[table] = rows
 
     def _flush(self, table: str) -> None:
-        """Lance flushes nothing: flush the files of a table that are new, and the folders that lead to them."""
+        """Flush the files of a table that are new, and the folders that lead to them, as Lance does not."""
         if self._folder is None:
             return
         known, found, changed = self._flushed.get(table, set()), set[str](), list[str]()
@@ -272,7 +271,7 @@ class Writer:
             for folder, folders, names in os.walk(self._folder / f"{table}{TABLE_SUFFIX}", topdown=False):
                 paths = {f"{folder}/{name}" for name in [*folders, *names]}
                 new = paths - known
-                # Lance never changes a file, but for the one that says which version it believes to be the latest.
+                # Lance never changes a file, except the one that says which version it believes to be the latest.
                 changed += [*new, *(paths & {f"{folder}/{_HINT}"}), folder] if new else []
                 found |= paths
             # What a compaction removes just now needs no flushing.
@@ -280,6 +279,6 @@ class Writer:
             self._flushed[table] = found
         except OSError as error:
             raise StoreWriteError(
-                f"{self._owner}: flushing table {table!r} failed with {error}, expected it to be durable; what was committed "
+                f"{self._owner}: flushing table {table!r} failed with {error}; what was committed "
                 "may not survive a power cut, so check the disk and repeat the call, which is safe."
             ) from error

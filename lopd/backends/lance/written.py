@@ -1,4 +1,4 @@
-"""Whether what LanceDB says it has written can be read: it drops the error of a `write()` that fails, and leaves a file that is cut."""
+"""Whether what LanceDB reports as written can be read: it drops the error of a `write()` that fails, and leaves a file that is cut."""
 
 from functools import partial
 from typing import Any, final
@@ -19,11 +19,11 @@ class Reader:
     looks for again.
 
     Args:
-        files: of the store.
+        files: the store's files.
     """
 
     def __init__(self, files: Files) -> None:
-        """Reads nothing."""
+        """Keep the arguments; nothing is read yet."""
         self._database = Database(files)
 
     def check_added(self, table: LanceTable, data: Any) -> None:
@@ -46,7 +46,7 @@ def _again(look: Any) -> None:
 
 
 def _same(found: Any, wanted: Any) -> bool:
-    """Whether two Arrow tables have the same rows, in whatever order."""
+    """Return whether two Arrow tables have the same rows, in whatever order."""
     if found["row"] != wanted["row"]:
         found, wanted = found.sort_by("row"), wanted.sort_by("row")
     return all(found[name].combine_chunks() == wanted[name].combine_chunks() for name in wanted.column_names)

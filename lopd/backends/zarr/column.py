@@ -20,7 +20,7 @@ class Column:
     """Score segments of one model, which rollout is where in them, and which rollouts it could not score."""
 
     def __init__(self, provenance: Provenance, segments: Iterable[Segment] = (), reasons: dict[int, str] | None = None) -> None:
-        """Nothing is read yet; the reasons are not copied."""
+        """Keep the arguments; nothing is read yet, and the reasons are not copied."""
         self.provenance = provenance
         self.segments = list(segments)
         self.reasons = {} if reasons is None else reasons
@@ -29,7 +29,7 @@ class Column:
         self._loose: list[int] = []
 
     def to_json(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return what a checkpoint keeps of it."""
         return {
             "provenance": self.provenance.to_json(),
             "segments": [segment.meta.to_json() for segment in self.segments],
@@ -37,11 +37,11 @@ class Column:
         }
 
     def having(self, segments: Iterable[Segment]) -> "Column":
-        """The same column with these in place of its segments."""
+        """Return the same column with these in place of its segments."""
         return Column(self.provenance, segments, self.reasons)
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Segment number * 2**32 + line of these rollouts' scores, -1 where there are none; reads no lines."""
+        """Return segment number * 2**32 + line of these rollouts' scores, -1 where there are none; reads no lines."""
         found = np.full(len(rows), -1, np.int64)
         if not len(rows) or not self.segments:
             return found
@@ -70,6 +70,6 @@ class Column:
         return table[:, 0], table[:, 1].copy(), table[:, 2]
 
     def quarantined(self) -> dict[int, str]:
-        """Rows that could not be scored, and why; but for those that were scored later."""
+        """Return rows that could not be scored, and why, without those that were scored later."""
         rows = np.array(sorted(self.reasons), np.int64)
         return {row: self.reasons[row] for row in rows[self.places(rows) < 0].tolist()}

@@ -36,8 +36,8 @@ class Entry:
     """One record of the log.
 
     Args:
-        body: what it says, typed (`lopd.backends.zarr.record`).
-        checksum: of its bytes, by which the next record names it.
+        body: its content, typed (`lopd.backends.zarr.record`).
+        checksum: hash of its bytes, by which the next record names it.
     """
 
     body: Mapping[str, Any]
@@ -49,7 +49,7 @@ class CommitLog:
     """The commit records of one store.
 
     Args:
-        files, root: of the store.   owner: how messages name it.
+        files, root: the store's.   owner: the store's name in messages.
 
     Raises:
         CorruptStoreError: by any read: a record is damaged, of another store or number, or one is missing.
@@ -57,16 +57,16 @@ class CommitLog:
     """
 
     def __init__(self, files: Files, root: Root, owner: str) -> None:
-        """Nothing is read yet."""
+        """Keep the arguments; nothing is read yet."""
         self._files = files
         self._root = root
         self._owner = owner
 
     def commit(self, number: int, record: Mapping[str, Any], previous: str) -> Entry | None:
-        """The record, if it took this number; None if somebody else did.  `previous` is the checksum of the one before it.
+        """Return the record, if it took this number; None if somebody else did.  `previous` is the checksum of the one before it.
 
         Raises:
-            InvalidRecordError: nobody could read it again.
+            InvalidRecordError: it could not be read again.
             CorruptStoreError: the record before it is not there any more: the store was put back to an older state under its writer.
         """
         body = {**record, "number": number, "store": self._root.creation, "previous": previous}
@@ -88,7 +88,7 @@ class CommitLog:
         self._files.settle(COMMITS)
 
     def checksum(self, number: int) -> str:
-        """By which the record after this one names it; "" where it is not there."""
+        """Return the hash by which the next record names this one; "" where it is not there."""
         with reading(self._owner, "reading its commit log"):
             try:
                 return checksum(self._files.read(_path(COMMITS, number)))
@@ -96,7 +96,7 @@ class CommitLog:
                 return ""
 
     def next(self, number: int, previous: str | None) -> Entry | None:
-        """The record with this number, or None if it is not there yet."""
+        """Return the record with this number, or None if it is not there yet."""
         with reading(self._owner, "reading its commit log"):
             try:
                 data = self._files.read(_path(COMMITS, number))
@@ -105,7 +105,7 @@ class CommitLog:
         return self._entry(number, data, previous)
 
     def records(self, start: int, previous: str | None, stop: int | None = None) -> Iterator[Entry]:
-        """All records from this number on, without a gap.  `previous` is the checksum of the one before them, None where it is not known."""
+        """Yield all records from this number on, without a gap.  `previous` is the checksum of the one before them, None where it is not known."""
         with reading(self._owner, "reading its commit log"):
             paths = [_path(COMMITS, number) for number in range(start, self._end(start) if stop is None else stop)]
             try:
@@ -125,7 +125,7 @@ class CommitLog:
             yield later
 
     def _end(self, start: int) -> int:
-        """One more than the last number: as the head says, if that is near, else as a listing does."""
+        """Return one more than the last number: as the head says, if that is near, else as a listing does."""
         head = self._head()
         return head + 1 if head is not None and head - start < 8 * COMMITS_PER_CHECKPOINT else self._listed_end(start, head)
 
@@ -143,7 +143,7 @@ class CommitLog:
         return CorruptStoreError(f"{self._owner}: a commit record is missing, expected {expected}; restore it from a backup.")
 
     def checkpoint(self, until: int | None) -> Checkpoint | None:
-        """The latest checkpoint that is not after commit `until`; None if there is none."""
+        """Return the latest checkpoint that is not after commit `until`; None if there is none."""
         with reading(self._owner, "reading its commit log"):
             numbers = [number for number in _numbers(self._files.names(CHECKPOINTS)) if until is None or number <= until]
             for number in reversed(numbers):
@@ -163,7 +163,7 @@ class CommitLog:
         self._files.remove([_path(CHECKPOINTS, old) for old in _numbers(self._files.names(CHECKPOINTS))[:-_CHECKPOINTS_KEPT]])
 
     def verify(self, commits: int) -> Iterator[str]:
-        """One sentence for each problem found in the first `commits` records, the checkpoints of them, and the head."""
+        """Yield one sentence for each problem found in the first `commits` records, the checkpoints of them, and the head."""
         try:
             head = self._head()
             for _ in self.records(0, "", commits):
@@ -208,5 +208,5 @@ def _path(folder: str, number: int) -> str:
 
 
 def _numbers(names: Sequence[str]) -> list[int]:
-    """In ascending order."""
+    """Return the numbers in ascending order."""
     return sorted(int(found[1]) for name in names if (found := _NUMBERED.fullmatch(name)))

@@ -17,13 +17,13 @@ _LARGE_TOKENS, _MOST_BYTES = 1 << 19, 1 << 28
 
 
 def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]:
-    """Segments that the writer of the last one should merge, so that their number grows with the logarithm of that of appends; empty if none.
+    """Return segments that the writer of the last one should merge, so that their number grows with the logarithm of that of appends; empty if none.
 
     They are of one level: `_FAN_IN` appends make one of level 1, as many of those one of level 2.  So a row is moved once a level, and an
     append costs a bounded share of that.
 
     Args:
-        segments: of rollouts, or of a column, in the order of commits.
+        segments: those of rollouts, or of a column, in the order of commits.
         neighbours: they must follow one another, so that rows keep their numbers.
     """
     level = segments[-1].meta.level
@@ -38,14 +38,14 @@ def due(segments: Sequence[Segment], *, neighbours: bool) -> tuple[Segment, ...]
 
 
 def plan(segments: Sequence[Segment], target_tokens: int, *, neighbours: bool) -> list[tuple[Segment, ...]]:
-    """Which segments to merge together, so that none but the last is much smaller than `target_tokens`.
+    """Return which segments to merge together, so that none but the last is much smaller than `target_tokens`.
 
     Neighbouring segments of rollouts are merged up to the target, so rows keep their numbers.  Scores lie in the order in which they were
     computed, often shortest first, so all segments of a column that are small or overlap are sorted together.
 
     Args:
         segments: see `due`.
-        target_tokens: of a segment.
+        target_tokens: tokens of a merged segment.
         neighbours: see `due`.
     """
     groups = [*_neighbours(segments, target_tokens)] if neighbours else [_loose(segments, target_tokens)]
@@ -63,7 +63,7 @@ def _neighbours(segments: Sequence[Segment], target: int) -> Iterator[tuple[Segm
 
 
 def _loose(segments: Sequence[Segment], target: int) -> tuple[Segment, ...]:
-    """Segments that are small, or share a range of rows with another."""
+    """Return segments that are small, or share a range of rows with another."""
     ordered = sorted(segments, key=lambda segment: segment.meta.first_row)
     overlapping, end = set(), -1
     for before, after in pairwise(ordered):
@@ -74,7 +74,7 @@ def _loose(segments: Sequence[Segment], target: int) -> tuple[Segment, ...]:
 
 
 def merge(column: str | None, segments: Sequence[Segment], target_tokens: int) -> Iterator[SegmentData]:
-    """The new segments, one in memory at a time; everything that is moved is verified: nothing tells of its damage once its file is new."""
+    """Yield the new segments, one in memory at a time; everything that is moved is verified: nothing tells of its damage once its file is new."""
     made = [_merge_rollouts(segments)] if column is None else _merge_scores(segments, target_tokens)
     level = 1 + max(segment.meta.level for segment in segments)
     replaces = tuple(segment.meta.path.rpartition("/")[2] for segment in segments)

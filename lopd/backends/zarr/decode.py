@@ -146,7 +146,7 @@ def _some(own: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], flag: str
 
 
 def _only(name: str, found: Sequence[tuple[_Pieces, list[Sequence[Piece]]]]) -> list[tuple[_Pieces, list[Sequence[Piece]]]]:
-    """What was found in the array of this name."""
+    """Return what was found in the array of this name."""
     return [(evolve(pieces, names=(name,)), [read[pieces.names.index(name)]]) for pieces, read in found if name in pieces.names]
 
 
@@ -155,7 +155,7 @@ def _scored(column: Sequence[tuple[Group, _Int64]], names: tuple[str, ...], chec
 
 
 def joined_scores(column: Sequence[tuple[Group, _Int64]], lengths: _Int64) -> dict[str, NDArray[Any]]:
-    """All arrays of the scores that these lines name, in the order of the call; verified."""
+    """Return all arrays of the scores that these lines name, in the order of the call; verified."""
     arrays: dict[str, NDArray[Any]] = {}
     for names, checksum in ((("logprobs",), "logprobs_checksum"), (TOP_K_ARRAYS, "top_k_checksum")):
         if names[0] in column[0][0].segment:

@@ -69,19 +69,19 @@ ID_HASH = slice(R["id_hash_0"], R["id_hash_1"] + 1)
 
 
 def id_index(lines: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(2, n): see `ID_INDEX`."""
+    """Return (2, n): see `ID_INDEX`."""
     halves = lines[:, ID_HASH.start]
     order = np.argsort(halves, kind="stable")
     return np.stack([halves[order], order])
 
 
 def scored_rows(lines: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(n,): see `SCORED_ROWS`."""
+    """Return (n,): see `SCORED_ROWS`."""
     return lines[:, S["row"]].copy()
 
 
 def found_by(lines: NDArray[np.int64], first_row: int, last_row: int) -> dict[str, NDArray[np.int64]]:
-    """The arrays by which rows of a segment with these lines are found."""
+    """Return the arrays by which rows of a segment with these lines are found."""
     if lines.shape[1] == len(ROLLOUT_FIELDS):
         return {ID_INDEX: id_index(lines)}
     return {} if last_row - first_row + 1 == len(lines) else {SCORED_ROWS: scored_rows(lines)}
@@ -92,7 +92,7 @@ def _two(hashes: Sequence[bytes]) -> NDArray[np.int64]:
 
 
 def _table(fields: Sequence[str], rows: int, columns: Mapping[str, Any]) -> NDArray[np.int64]:
-    """(rows, fields) from columns by name; what is not given is 0."""
+    """Return (rows, fields) from columns by name; what is not given is 0."""
     lines = np.zeros((rows, len(fields)), np.int64)
     for name, values in columns.items():
         lines[:, fields.index(name)] = values
@@ -100,7 +100,7 @@ def _table(fields: Sequence[str], rows: int, columns: Mapping[str, Any]) -> NDAr
 
 
 def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int, logprob_dtype: str) -> SegmentData:
-    """A segment of rollouts.  Ids are in the smallest type that holds the vocabulary; there is no mask where nothing is masked."""
+    """Return a segment of rollouts.  Ids are in the smallest type that holds the vocabulary; there is no mask where nothing is masked."""
     id_type = np.min_scalar_type(vocab_size - 1)
     masks = [None if r.loss_mask.all() else r.loss_mask.astype(np.uint8) for r in rollouts]
     owners = [r.rollout_id for r in rollouts]
@@ -150,7 +150,7 @@ def _filled(values: Sequence[NDArray[Any] | None], lengths: NDArray[np.int64], f
 
 
 def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int, logprob_dtype: str) -> SegmentData:
-    """A segment of scores, in the order of rows; rows stay right because rollouts are only ever added behind them."""
+    """Return a segment of scores, in the order of rows; rows stay right because rollouts are only ever added behind them."""
     owners = [score.rollout_id for score in scores]
     stored, rounding = ragged.to_stored([score.logprobs for score in scores], owners, logprob_dtype)
     lengths = np.array([score.logprobs.size for score in scores], np.int64)

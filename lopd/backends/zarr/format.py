@@ -46,11 +46,11 @@ class ArrayMeta:
 
     Args:
         dtype: numpy name.
-        shape: of the array.
+        shape: the array's shape.
         codec: "raw"; older stores may also have "zstd", which is only read.
-        checksum: of the chunk file.
-        metadata_checksum: of its `zarr.json`.
-        stored_bytes: of both files.
+        checksum: hash of the chunk file.
+        metadata_checksum: hash of its `zarr.json`.
+        stored_bytes: size of both files.
     """
 
     dtype: Annotated[str, re.compile("uint8|uint16|uint32|int32|int64|float16|float32")]
@@ -67,25 +67,25 @@ class ArrayMeta:
         check_number("Array", "shape", self.shape, math.prod(self.shape) < 1 << 50, "fewer than 2**50 values")
 
     def is_chunk(self, data: bytes) -> bool:
-        """Whether these are the bytes of its chunk."""
+        """Return whether these are the bytes of its chunk."""
         return checksum(data) == self.checksum
 
     def is_metadata(self, attributes: Mapping[str, Any], data: bytes) -> bool:
-        """Whether this is its `zarr.json`, as it was written with these attributes, or with others beside them that somebody has added."""
+        """Return whether this is its `zarr.json`, as it was written with these attributes, or with others beside them that somebody has added."""
         return checksum(data) == self.metadata_checksum or says(_array_document(self.dtype, self.shape, attributes), data)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types only."""
+        """Return plain JSON types only."""
         return {**asdict(self), "shape": list(self.shape)}
 
 
 def chunk_path(folder: str, name: str, dimensions: int) -> str:
-    """Where the one chunk of an array is."""
+    """Return where the one chunk of an array is."""
     return f"{folder}/{name}/{'.'.join(['c'] + ['0'] * dimensions)}"
 
 
 def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """What `zarr.json` of a group says."""
+    """Return the content of `zarr.json` of a group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
@@ -108,7 +108,7 @@ def _array_document(dtype: str, shape: Sequence[int], attributes: Mapping[str, A
 
 
 def encode_array(folder: str, name: str, array: NDArray[Any], attributes: Mapping[str, Any]) -> tuple[dict[str, Bytes], ArrayMeta]:
-    """The two files of one array, and how a commit record describes them."""
+    """Return the two files of one array, and how a commit record describes them."""
     data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
     metadata = np.frombuffer(dump(_array_document(array.dtype.name, array.shape, attributes)), np.uint8)
     files = {f"{folder}/{name}/{METADATA_FILE}": metadata, chunk_path(folder, name, array.ndim): data}
@@ -117,7 +117,7 @@ def encode_array(folder: str, name: str, array: NDArray[Any], attributes: Mappin
 
 
 def decode_zstd(data: bytes | Bytes, size: int) -> Bytes:
-    """The `size` bytes that were compressed; small input may claim to be terabytes, so no more of them are made.
+    """Return the `size` bytes that were compressed; small input may claim to be terabytes, so no more of them are made.
 
     Raises:
         ValueError: the bytes are not what zstd made, or of another size.
@@ -152,7 +152,7 @@ def _decode_root(url: str, data: bytes) -> Root | None:
 
 
 def same_node(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether the metadata of a group or array says this, whatever attributes and consolidated metadata others have added.
+    """Return whether the metadata of a group or array says this, whatever attributes and consolidated metadata others have added.
 
     >>> same_node(group_document({"mine": 1, "theirs": 2}), group_document({"mine": 1}))
     True
@@ -163,7 +163,7 @@ def same_node(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
 
 
 def says(wanted: Mapping[str, Any], data: bytes) -> bool:
-    """Whether these bytes are metadata that `same_node`."""
+    """Return whether these bytes are metadata that `same_node`."""
     try:
         return same_node(parse(data), parse(dump(wanted)))
     except (ValueError, KeyError, TypeError, AttributeError):

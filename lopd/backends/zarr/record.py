@@ -1,4 +1,4 @@
-"""What the documents of a commit log say, read by their types: anybody can seal one."""
+"""The documents of a commit log, read by their types: one may be forged."""
 
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict
@@ -12,7 +12,7 @@ from lopd.records.stored import Count, Seconds, read_as
 
 
 class Record(TypedDict):
-    """What every commit record says; `kind` tells what else.  Those that chain them are for the log."""
+    """The fields of every commit record; `kind` decides the others.  Those that chain them are for the log."""
 
     kind: str
     when: Seconds
@@ -79,16 +79,16 @@ class Checkpoint(TypedDict):
 
 
 def read_record(body: Mapping[str, Any], owner: str) -> Any:
-    """The typed values of a commit record.
+    """Return the typed values of a commit record.
 
     Args:
-        body: of the record.
-        owner: how messages name it.
+        body: the record's content.
+        owner: its name in messages.
 
     Raises:
         CorruptStoreError: it is of a kind that this version does not know, or says something that such a record does not.
     """
     kind = body.get("kind")
     if kind not in _KINDS:
-        raise CorruptStoreError(f"{owner}: it is of kind {kind!r:.80}, expected one that this version of lopd knows; update lopd.")
+        raise CorruptStoreError(f"{owner}: it is of kind {kind!r:.80}, which this version of lopd does not know; update lopd.")
     return read_as(_KINDS[kind], body, owner)

@@ -35,10 +35,10 @@ class SegmentMeta:
     """A segment as its commit record describes it.
 
     Args:
-        path: of its group in the store.
+        path: its group's path in the store.
         rows: lines.
-        tokens: of the rollouts, or scored ones.
-        first_row, last_row: of the rollouts in the store; lines of scores may skip some in between.
+        tokens: number of tokens of the rollouts, or of scored tokens.
+        first_row, last_row: first and last row in the store; lines of scores may skip some in between.
         arrays: name -> what it is.
         level: 0 as an append made it; one more than those that were merged to make it.
         replaces: names of those.
@@ -70,7 +70,7 @@ class SegmentMeta:
         return sum(array.stored_bytes for array in self.arrays.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON types only."""
+        """Return plain JSON types only."""
         return {**asdict(self, recurse=False), "arrays": {name: array.to_json() for name, array in self.arrays.items()}}
 
 
@@ -79,11 +79,11 @@ class SegmentData:
     """What is in a segment that is to be written.
 
     Args:
-        attributes: of the lines, for other readers: what their columns and codes mean.  The last column is the line's checksum.
+        attributes: what the columns and codes of the lines mean, for other readers.  The last column is the line's checksum.
         lines: (rows, fields) int64.
         arrays: ragged values.
-        tokens: of the rollouts, or scored ones.
-        first_row, last_row: of the rollouts in the store.
+        tokens: number of tokens of the rollouts, or of scored tokens.
+        first_row, last_row: first and last row in the store.
         rounding: largest error in nats by which a log-prob was rounded.
         level, replaces: see `SegmentMeta`.
     """
@@ -106,7 +106,7 @@ def _line_checksums(lines: _Int64) -> _Int64:
 
 
 def checksum_of(*arrays: NDArray[Any] | None) -> int:
-    """64 bits of all these arrays' bytes, one after the other, as the int64 that a line holds; what is None does not count."""
+    """Return 64 bits of all these arrays' bytes, one after the other, as the int64 that a line holds; what is None does not count."""
     total = 0
     for array in arrays:
         total = total if array is None else xxh3_64_intdigest(array.data, seed=total)
@@ -114,12 +114,12 @@ def checksum_of(*arrays: NDArray[Any] | None) -> int:
 
 
 def segment_group(store: str, replaces: Sequence[str]) -> dict[str, Any]:
-    """What `zarr.json` of a segment says: whose it is, and which others are no longer live."""
+    """Return the content of `zarr.json` of a segment: whose it is, and which others are no longer live."""
     return group_document({"lopd_store": store, "lopd_replaces": list(replaces)})
 
 
 def encode_segment(path: str, data: SegmentData, store: str) -> tuple[dict[str, Bytes], SegmentMeta]:
-    """The files of one segment of a store, and how a commit record describes it."""
+    """Return the files of one segment of a store, and how a commit record describes it."""
     files: dict[str, Bytes] = {f"{path}/{METADATA_FILE}": np.frombuffer(dump(segment_group(store, data.replaces)), np.uint8)}
     metas, lines = {}, np.ascontiguousarray(data.lines)
     lines[:, -1] = _line_checksums(lines)
@@ -155,12 +155,12 @@ class Segment:
     """Reads one committed segment.
 
     Args:
-        files: of the store.   meta: from the commit record.   owner: how messages name the store.
+        files: the store's files.   meta: from the commit record.   owner: the store's name in messages.
         decoded: gives a compressed array of so many bytes whole; shared by the segments of a store, which keeps the latest few.
     """
 
     def __init__(self, files: Files, meta: SegmentMeta, owner: str, decoded: Callable[[str, int], Bytes]) -> None:
-        """Nothing is read yet."""
+        """Keep the arguments; nothing is read yet."""
         self.meta = meta
         self._files = files
         self._owner = owner
@@ -169,11 +169,11 @@ class Segment:
         self._kept: dict[str, _Int64] = {}
 
     def __contains__(self, name: str) -> bool:
-        """Whether the segment has this array."""
+        """Return whether the segment has this array."""
         return name in self.meta.arrays
 
     def lines(self, indices: _Int64 | None = None) -> _Int64:
-        """(n, fields): these lines, or all of them; each verified."""
+        """Return (n, fields): these lines, or all of them; each verified."""
         if indices is None:
             (lines,) = self.ranges(LINES, [0], [self.meta.rows])
         else:
@@ -186,11 +186,11 @@ class Segment:
         return lines
 
     def keeps(self, name: str) -> bool:
-        """Whether `kept` has it in memory."""
+        """Return whether `kept` has it in memory."""
         return name in self._kept
 
     def kept(self, name: str, make: Callable[[_Int64], _Int64]) -> _Int64:
-        """A whole array, which stays in memory; `make` makes it of the lines where an older segment lacks it.
+        """Return a whole array, which stays in memory; `make` makes it of the lines where an older segment lacks it.
 
         It has no other checksum than that of its bytes.
         """
@@ -199,7 +199,7 @@ class Segment:
         return self._kept[name]
 
     def whole(self, name: str) -> NDArray[Any]:
-        """A whole array, if its file is what was committed."""
+        """Return a whole array, if its file is what was committed."""
         meta, layout = self.meta.arrays[name], self._layout(name)
         (array,) = self.ranges(name, [0], [meta.shape[0]])
         # the checksum of an array that is compressed is that of its file
@@ -217,7 +217,7 @@ class Segment:
         return self._layouts[name]
 
     def pieces(self, name: str, starts: _Int64, ends: _Int64) -> Sequence[Piece]:
-        """The bytes of parts of one array along its first dimension; not verified, the lines have the checksums."""
+        """Return the bytes of parts of one array along its first dimension; not verified, the lines have the checksums."""
         layout = self._layout(name)
         begin, stop = (starts * layout.item_bytes).tolist(), (ends * layout.item_bytes).tolist()
         found: Sequence[Piece]
@@ -236,7 +236,7 @@ class Segment:
         return found
 
     def ranges(self, name: str, starts: Sequence[int], ends: Sequence[int]) -> list[NDArray[Any]]:
-        """The same as arrays."""
+        """Return the same as arrays."""
         layout = self._layout(name)
         pieces = self.pieces(name, np.array(starts, np.int64), np.array(ends, np.int64))
         return [np.frombuffer(piece, layout.dtype).reshape(-1, *layout.shape[1:]) for piece in pieces]
@@ -246,19 +246,15 @@ class Segment:
             gone = SegmentGoneError(str(self.damaged(name, "its file is missing")))
             gone.segment = self.meta.path
             return gone
-        return StoreReadError(
-            f"{self._owner}: reading array {name!r} of {self.meta.path} failed with {error}, expected the storage to answer; "
-            "check it and try again."
-        )
+        return StoreReadError(f"{self._owner}: reading array {name!r} of {self.meta.path} failed with {error}; check it and try again.")
 
     def damaged(self, name: str, what: str) -> CorruptStoreError:
-        """The error for bytes that are not what was committed."""
+        """Return the error for bytes that are not what was committed."""
         return CorruptStoreError(
-            f"{self._owner}: segment {self.meta.path}, array {name!r}: {what}, expected what was committed; "
-            "restore the file from a backup, or write the store again."
+            f"{self._owner}: segment {self.meta.path}, array {name!r}: {what}; restore the file from a backup, or write the store again."
         )
 
 
 def decoded_arrays(files: Files) -> Callable[[str, int], Bytes]:
-    """A function that gives the content of a compressed file, of so many bytes, and keeps the latest few."""
+    """Return a function that gives the content of a compressed file, of so many bytes, and keeps the latest few."""
     return lru_cache(maxsize=_DECODED_ARRAYS)(lambda path, size: decode_zstd(files.read(path), size))

@@ -35,11 +35,11 @@ class Snapshot:
     """The reading half of one store.
 
     Args:
-        files, state: of the store.   owner: how messages name it.
+        files, state: the store's.   owner: the store's name in messages.
     """
 
     def __init__(self, files: Files, state: State, owner: str) -> None:
-        """Nothing is read yet."""
+        """Keep the arguments; nothing is read yet."""
         self._files = files
         self._state = state
         self._owner = owner
@@ -63,11 +63,11 @@ class Snapshot:
         self._state.refresh()
 
     def provenances(self) -> dict[str, Provenance]:
-        """Columns and who computed them."""
+        """Return columns and who computed them."""
         return {name: column.provenance for name, column in self._state.columns.items()}
 
     def _now(self, work: Callable[[State], T]) -> T:
-        """What this gives of the state, or of a later one where a segment that it needs was merged and removed since."""
+        """Return what this gives of the state, or of a later one where a segment that it needs was merged and removed since."""
         while True:
             try:
                 return work(self._later or self._state)
@@ -85,25 +85,25 @@ class Snapshot:
             self._seen.append(np.column_stack([lines[:, LENGTHS], lines[:, R["has_behavior"]]]))
 
     def _lines(self, rows: NDArray[np.int64], state: State) -> NDArray[np.int64]:
-        """(n, fields): the lines of rollouts."""
+        """Return (n, fields): the lines of rollouts."""
         groups, found = state.grouped(rows), np.empty((len(rows), len(R)), np.int64)
         for group, lines in zip(groups, self._files.run([group.lines for group in groups]), strict=True):
             found[group.places] = lines
         return found
 
     def lengths(self) -> NDArray[np.int64]:
-        """(rows, 2): prompt and response tokens."""
+        """Return (rows, 2): prompt and response tokens."""
         self._scan()
         return self._seen.view()[:, :2].copy()
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
-        """Rows of rollouts, -1 where there is none."""
+        """Return rows of rollouts, -1 where there is none."""
         hashes = hash_ids([encode_id(rollout_id) for rollout_id in rollout_ids]).view("<i8").reshape(-1, 2)
         rows = self._now(partial(self._find, hashes))
         return np.where(rows < self.rows, rows, -1)
 
     def _find(self, hashes: NDArray[np.int64], state: State) -> NDArray[np.int64]:
-        """Rows by the first half of a hashed id, if the line has the second half too."""
+        """Return rows by the first half of a hashed id, if the line has the second half too."""
         rows = np.full(len(hashes), -1, np.int64)
         self._files.run([partial(s.kept, ID_INDEX, id_index) for s in state.segments if not s.keeps(ID_INDEX)])
         for segment in state.segments:
@@ -122,11 +122,11 @@ class Snapshot:
         return rows
 
     def scored(self, column: str) -> NDArray[np.bool_]:
-        """(rows,): which have scores in this column."""
+        """Return (rows,): which have scores in this column."""
         return self.scored_rows(column, np.arange(self.rows))
 
     def scored_rows(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """(n,): which of these rows have scores in this column."""
+        """Return (n,): which of these rows have scores in this column."""
         if column in VIRTUAL_COLUMNS:
             self._scan()
             bits: NDArray[np.int64] = self._seen.view()[rows, 2] >> REPORTED.index(VIRTUAL_COLUMNS[column])
@@ -134,17 +134,17 @@ class Snapshot:
         return self._now(lambda state: state.places(column, rows) >= 0)
 
     def quarantined(self, column: str) -> dict[int, str]:
-        """Rows that could not be scored, and why."""
+        """Return rows that could not be scored, and why."""
         columns = self._state.columns
         return self._now(lambda state: state.columns[column].quarantined()) if column in columns else {}
 
     def content(self, rows: NDArray[np.int64]) -> list[tuple[bytes, int]]:
-        """Content hash and number of response tokens of rollouts."""
+        """Return content hash and number of response tokens of rollouts."""
         found = self._now(partial(self._lines, rows))
         return list(zip(decode.contents(found), found[:, R["response_length"]].tolist(), strict=True))
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str], top_k: Sequence[str]) -> Rows:
-        """These rows with these columns; everything is verified."""
+        """Return these rows with these columns; everything is verified."""
         provenances = self.provenances()
         admission.check_supports(self._owner, top_k, provenances)
         names = [name for name in dict.fromkeys([*columns, *top_k]) if name not in VIRTUAL_COLUMNS]
@@ -161,5 +161,5 @@ class Snapshot:
         return decode.read(state.grouped(rows), scored, top_k, self._files.run)
 
     def _name(self, row: int) -> str:
-        """The rollout's id, for messages."""
+        """Return the rollout's id, for messages."""
         return self.read(np.array([row]), (), ()).rollout_ids[0]

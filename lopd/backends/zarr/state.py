@@ -27,7 +27,7 @@ class State:
     """The state of a store after `commits` records.
 
     Args:
-        files, log, manifest: of the store.   owner: how messages name it.
+        files, log, manifest: the store's.   owner: the store's name in messages.
         until: number of records to take in; None for all that are there.
 
     Attributes:
@@ -37,7 +37,7 @@ class State:
     """
 
     def __init__(self, files: Files, log: CommitLog, manifest: Manifest, owner: str, until: int | None = None) -> None:
-        """Reads the latest checkpoint that is not after `until`, and the records behind it."""
+        """Read the latest checkpoint that is not after `until`, and the records behind it."""
         self.commits = 0
         self.rows = 0
         self.last = ""
@@ -58,11 +58,11 @@ class State:
             self.add(entry)
 
     def latest(self) -> "State":
-        """The state that there is now."""
+        """Return the state that there is now."""
         return State(self._files, self._log, self._manifest, self._owner)
 
     def to_json(self) -> dict[str, Any]:
-        """The state as a checkpoint keeps it."""
+        """Return the state as a checkpoint keeps it."""
         return {
             "commits": self.commits,
             "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
@@ -104,7 +104,7 @@ class State:
         vars(self).update(self._changed(entry.body), commits=self.commits + 1, last=entry.checksum)
 
     def _changed(self, record: Any) -> Mapping[str, Any]:
-        """Attributes as they are after a record."""
+        """Return attributes as they are after a record."""
         kind, name = record["kind"], record.get("column")
         if kind == "rollouts":
             return self._with_segments([*self.segments, self._segment(record["segment"], None)])
@@ -137,7 +137,7 @@ class State:
         return {**self._with_column(name, self.columns[name].having([*kept, *added])), "replaced": replaced}
 
     def _segment(self, meta: SegmentMeta, column: str | None) -> Segment:
-        """One of rollouts, or of a column, which lies where those do."""
+        """Return the segment of rollouts, or of a column, at this path."""
         parent = "segments" if column is None else f"scores/{column}"
         if meta.path.rpartition("/")[0] != parent:
             raise self._unfit(f"segment {meta.path}", f"one in {parent}/")
@@ -156,7 +156,7 @@ class State:
         return CorruptStoreError(f"{self._owner}: commit {self.commits} has {found}, expected {expected}; restore the log from a backup.")
 
     def _with_segments(self, segments: list[Segment]) -> dict[str, Any]:
-        """Segments of rollouts, if they hold the rows from 0 on without a gap; only the last one can be new where nothing was removed."""
+        """Return segments of rollouts, if they hold the rows from 0 on without a gap; only the last one can be new where nothing was removed."""
         checked = min(len(self.segments), len(segments)) if segments[: len(self.segments)] == self.segments else 0
         end = self.rows if checked else 0
         for segment in segments[checked:]:
@@ -170,21 +170,21 @@ class State:
         return {"segments": segments, "rows": end, "_starts": starts}
 
     def segments_of(self, column: str | None) -> Sequence[Segment]:
-        """Those of a column, or of rollouts, in the order of commits."""
+        """Return those of a column, or of rollouts, in the order of commits."""
         return self.segments if column is None else self.columns[column].segments
 
     def forget_replaced(self, before: int) -> list[str]:
-        """Paths of segments that compactions before this number replaced, and that were not forgotten yet."""
+        """Return paths of segments that compactions before this number replaced, and that were not forgotten yet."""
         old = [path for path, number in self.replaced.items() if number < before]
         self.replaced = {path: number for path, number in self.replaced.items() if number >= before}
         return old
 
     def all_segments(self) -> list[Segment]:
-        """Those of rollouts, then those of each column."""
+        """Return those of rollouts, then those of each column."""
         return [*self.segments, *(segment for column in self.columns.values() for segment in column.segments)]
 
     def paths(self) -> set[str]:
-        """Where they are."""
+        """Return their places."""
         return {segment.meta.path for segment in self.all_segments()}
 
     def grouped(self, rows: NDArray[np.int64]) -> list[Group]:
@@ -193,7 +193,7 @@ class State:
         return _group(self.segments, numbers, rows - self._starts[numbers]) if len(rows) else []
 
     def places(self, column: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,): see `Column.places`; -1 for a column that is not there."""
+        """Return (n,): see `Column.places`; -1 for a column that is not there."""
         return self.columns[column].places(rows) if column in self.columns else np.full(len(rows), -1, np.int64)
 
     def grouped_scores(self, column: str, places: NDArray[np.int64]) -> list[Group]:

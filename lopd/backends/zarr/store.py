@@ -44,7 +44,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     _ROOT = ROOT
 
     def __init__(self, files: Files, root: Root | None = None, commits: int | None = None) -> None:
-        """Not for callers: `open` says what is wrong with a path."""
+        """Hold the files; `open` is what callers use, as it says what is wrong with a path."""
         super().__init__(files, root)
         self._log = CommitLog(files, self._root, self._owner)
         self._state = State(files, self._log, self.manifest, self._owner, commits)
@@ -52,7 +52,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         self._writer = Writer(files, self._log, self._state, self._root, owner=self._owner)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Place and snapshot: memory maps and connections do not travel to another process."""
+        """Return place and snapshot: memory maps and connections do not travel to another process."""
         return ZarrStore, (self._files, None, self._state.commits)
 
     def _counts(self) -> dict[str, int]:
@@ -84,7 +84,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         return self._proven_writer.sweep(to_real(self._owner, "older_than", older_than))
 
     def history(self) -> Sequence[Commit]:
-        """What was committed up to this store's snapshot, oldest first."""
+        """Return what was committed up to this store's snapshot, oldest first."""
         commits = []
         for number, entry in enumerate(self._log.records(0, "", self._state.commits)):
             record = entry.body
@@ -96,11 +96,11 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         return commits
 
     def stored_bytes(self) -> int:
-        """Bytes of the arrays of all segments that the current state is made of."""
+        """Return bytes of the arrays of all segments that the current state is made of."""
         return sum(segment.meta.stored_bytes for segment in self._state.all_segments())
 
     def verify(self) -> Iterator[str]:
-        """One sentence for each problem found: every checksum of every file that the current state is made of, and the whole log.
+        """Yield one sentence for each problem found: every checksum of every file that the current state is made of, and the whole log.
 
         A log that lost its last records, a record of another store, and a folder of segments without its metadata are problems as well.
         What writers merge and remove meanwhile is verified where it is then.
@@ -137,4 +137,4 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         except OSError as error:
             found = str(error)
         if found:
-            yield f"{self._files.url}: {path}: {found}, expected what was committed; restore the file from a backup."
+            yield f"{self._files.url}: {path}: {found}; restore the file from a backup."

@@ -50,11 +50,11 @@ class Writer:
     """Changes the files of a store, and its state with them.
 
     Args:
-        files, log, state, root: of the store.   owner: how messages name it.
+        files, log, state, root: the store's.   owner: the store's name in messages.
     """
 
     def __init__(self, files: Files, log: CommitLog, state: State, root: Root, *, owner: str) -> None:
-        """Nothing is written yet."""
+        """Keep the arguments; nothing is written yet."""
         self._root = root
         self._files = files
         self._log = log
@@ -98,7 +98,9 @@ class Writer:
         self._take_spare("", ())
 
     def _take_spare(self, parent: str, records: Sequence[Rollout] | Sequence[Scores]) -> _Written | None:
-        """The segment that lost the race for a number, if it was made of these very records and no sweep has taken it; any other is removed."""
+        """Return the segment that lost the race for a number, if it was made of these very records and no sweep has taken it; any other is
+        removed.
+        """
         spare, self._spare = self._spare, None
         if spare is None:
             return None
@@ -137,7 +139,7 @@ class Writer:
                     return meta
 
     def _make_groups(self, parent: str) -> None:
-        """The Zarr groups that lead to a segment, made once."""
+        """Make the Zarr groups that lead to a segment, once."""
         parts = parent.split("/")
         for group in ["/".join(parts[: i + 1]) for i in range(len(parts))]:
             if group not in self._groups:
@@ -145,7 +147,7 @@ class Writer:
                 self._groups.add(group)
 
     def _publish(self, record: Mapping[str, Any], written: Sequence[str] = ()) -> bool:
-        """Whether this record is the next commit; if so, the state has it."""
+        """Return whether this record is the next commit; if so, the state has it."""
         record = {**record, "when": time.time()}
         with self._writing(written):
             entry = self._log.commit(self._state.commits, record, self._state.last)
@@ -165,7 +167,7 @@ class Writer:
             self._files.remove(old)
 
     def _tidy(self, column: str | None) -> bool:
-        """True, after the share of merging that falls to whoever wrote the last segment.  What was appended is there, however it ends."""
+        """Do the share of merging that falls to the writer of the last segment; return True.  What was appended is there, however it ends."""
         try:
             while segments := compaction.due(self._state.segments_of(column), neighbours=column is None):
                 if not self._merge(column, segments, _NO_SPLIT):
@@ -203,7 +205,7 @@ class Writer:
                     break
 
     def _merge(self, column: str | None, segments: Sequence[Segment], target_tokens: int) -> bool:
-        """Whether these are merged now; False if somebody else merged or swept some of them."""
+        """Return whether these are merged now; False if somebody else merged or swept some of them."""
         parent = "segments" if column is None else f"scores/{column}"
         gone, added = [segment.meta.path for segment in segments], list[SegmentMeta]()
         try:
@@ -241,7 +243,7 @@ class Writer:
         return dead
 
     def _dead(self, older_than: float) -> list[str]:
-        """Paths of segments that this store has made, and that the current state does not name."""
+        """Return paths of segments that this store has made, and that the current state does not name."""
         keep = self._state.paths()
         for entry in self._log.records(0, "", self._state.commits):
             record = entry.body
@@ -256,7 +258,7 @@ class Writer:
             return [path for path in mine if self._files.age(path) >= older_than]
 
     def _is_own(self, path: str) -> bool:
-        """Whether a segment of this store is there, whole or begun."""
+        """Return whether a segment of this store is there, whole or begun."""
         try:
             said = self._files.read(f"{path}/{METADATA_FILE}")
             document = json.loads(said or "{}")

@@ -35,8 +35,8 @@ class Row:
         uniforms: (max_new_tokens,) float64 in [0, 1), one for each token.
         draws: gives the uniform numbers of drawn candidates, so that keeping any changes no token.
         ids: sampled so far.
-        logprobs: of them, nats, at temperature 1.
-        drawn: of them, nats, in the distribution that they were drawn from.
+        logprobs: log-probs of the sampled tokens, nats, at temperature 1.
+        drawn: their log-probs, nats, under the distribution that drew them.
         kept: (K,) ids of the candidates of each of them, and their log-probs, nats, at temperature 1.
     """
 
@@ -126,7 +126,7 @@ def _at(logprobs_BV: Tensor, ids_B: Tensor) -> Tensor:
 
 
 def _invert(probs_BV: Tensor, uniforms_BD: Tensor) -> Tensor:
-    """(B, D) ids at which the cumulative distribution of each row passes its uniform numbers.
+    """Return (B, D) ids at which the cumulative distribution of each row passes its uniform numbers.
 
     In two levels, blocks and then ids inside one block: a float64 running sum over the whole vocabulary took a third of a decoding step.
     """
@@ -138,7 +138,7 @@ def _invert(probs_BV: Tensor, uniforms_BD: Tensor) -> Tensor:
 
 
 def _pass_points(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., D) first places with mass whose running sum passes the uniform shares of the total, and how far into their mass, in [0, 1).
+    """Return (..., D) first places with mass whose running sum passes the uniform shares of the total, and how far into their mass, in [0, 1).
 
     Args:
         masses: (..., J), at least 0.
@@ -153,6 +153,6 @@ def _pass_points(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nucleus(probs_BV: Tensor, top_p: float) -> Tensor:
-    """(B, V) whether a token is in the smallest set of most likely tokens that holds `top_p`."""
+    """Return (B, V) whether a token is in the smallest set of most likely tokens that holds `top_p`."""
     ordered_BV, order_BV = probs_BV.sort(-1, descending=True)
     return torch.zeros_like(probs_BV, dtype=torch.bool).scatter(-1, order_BV, ordered_BV.cumsum(-1) - ordered_BV < top_p)

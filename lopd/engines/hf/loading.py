@@ -33,7 +33,7 @@ def load_model(
     attention: str | None = None,
     autocast: torch.dtype | None = None,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
+    """Return (model, tokenizer) from a folder or hub name; `dtype=None` keeps the dtype of the stored weights.
 
     A model that also reads images is loaded whole, and lopd uses its text part.
 
@@ -96,7 +96,7 @@ def _set_attention(model: Any, folder: str | Path, asked: str | None, autocast: 
 
 
 def _attention_set(model: Any, name: str) -> str:
-    """Set it, and say which one the model has then: old families keep theirs, with a line in a log."""
+    """Set it, and return which one the model has then: old families keep theirs, with a line in a log."""
     model.set_attn_implementation(name)
     return str(model.config._attn_implementation)
 
@@ -158,7 +158,7 @@ def _check_device(folder: str | Path, device: str) -> None:
 
 
 def _from_pretrained(folder: str, dtype: torch.dtype | str) -> Any:
-    """(model, what its files lacked)."""
+    """Return (model, what its files lacked)."""
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except ValueError as error:

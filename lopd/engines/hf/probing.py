@@ -48,7 +48,7 @@ def check_sampling(model: Any, vocab_size: int, *, warn: bool = True) -> Way:
 
 @torch.no_grad()
 def _first_right(model: Any, vocab_size: int) -> tuple[Way, list[str]]:
-    """The first way that is right, and why those before it are not."""
+    """Return the first way that is right, and why those before it are not."""
     causes: list[str] = []
     for way in Way:
         with evaluating(model):
@@ -60,7 +60,7 @@ def _first_right(model: Any, vocab_size: int) -> tuple[Way, list[str]]:
 
 
 def _what_is_wrong(model: Any, vocab_size: int, way: Way) -> str | None:
-    """Why this way is not right for the model, or None where it is."""
+    """Return why this way is not right for the model, or None where it is."""
     if way is not Way.WHOLE and any(tuple(getattr(m, "time_step_limit", _NO_LIMIT)) != _NO_LIMIT for m in unwrap(model).modules()):
         # whether a text shows it depends on its tokens, so a few forwards need not find it
         return f"decoding {way.value} leaves out the limits of Mamba's time step"
@@ -108,7 +108,7 @@ def _side_by_side(running: Texts, head: LMHead, forced: list[Tensor], alone: lis
 
 
 def _distance(logprobs_V: Tensor, alone_V: Tensor) -> float:
-    """Root mean square difference as a share of the spread over the vocabulary; ids that both rule out agree."""
+    """Return root mean square difference as a share of the spread over the vocabulary; ids that both rule out agree."""
     if alone_V.isnan().any():
         return 0.0  # sampling refuses such a token by the name of its rollout
     both_V = (logprobs_V == -torch.inf) & (alone_V == -torch.inf)
@@ -118,7 +118,7 @@ def _distance(logprobs_V: Tensor, alone_V: Tensor) -> float:
 
 
 def _lengths(model: Any, steps: int) -> list[int]:
-    """Prompt lengths that are short, that end before each window and rope border, and that begin behind them; none crosses a rope border."""
+    """Return prompt lengths that are short, that end before each window and rope border, and that begin behind them; none crosses a rope border."""
     borders = stated_borders(model)
     # each small one, and of the large ones that with the longest forward
     around = {n for size in borders if size <= _SMALL or size == borders[-1] for n in (size - steps // 2, size + 2)}
@@ -127,7 +127,7 @@ def _lengths(model: Any, steps: int) -> list[int]:
 
 
 def _text(model: Any, length: int, steps: int, place: int, vocab_size: int) -> Tensor:
-    """(length + steps,) ids, usual and special ones: families that find padding by its id compute something else on a text that has it."""
+    """Return (length + steps,) ids, usual and special ones: families that find padding by its id compute something else on a text that has it."""
     config = text_config(model)
     ids = np.random.default_rng(place).integers(vocab_size, size=length + steps)
     special = [i for name in ("pad_token_id", "eos_token_id") if isinstance(i := getattr(config, name, None), int) and 0 <= i < vocab_size]

@@ -47,7 +47,7 @@ class HFScorer:
         tokenizer: its own.
         tokens_per_batch: padded positions of one forward pass.
         rows_per_chunk: response tokens whose logits exist at once.
-        identity: of the model; by default a hash of its function (`lopd.engines.identity.model_id`).
+        identity: the model's identity; by default a hash of its function (`lopd.engines.identity.model_id`).
         top_k: how many of the model's own most likely tokens, outside of the candidates, are kept beside each response token.
         candidates: how many of each rollout's candidates are scored: the first of `Rollout.candidates`, which are the policy's most likely.
         drawn: how many of its drawn candidates are scored: the last.
@@ -79,7 +79,7 @@ class HFScorer:
         candidates: int = 0,
         drawn: int = 0,
     ) -> "HFScorer":
-        """A scorer on a model folder or hub name."""
+        """Return a scorer on a model folder or hub name."""
         model, tokenizer = load_model(folder, dtype, device)
         return cls(model, tokenizer, top_k=top_k, candidates=candidates, drawn=drawn)
 
@@ -107,7 +107,7 @@ class HFScorer:
         )
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
-        """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
+        """Return (T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
 
         Raises:
             ContextOverflowError: a rollout is longer than the context; nothing is computed.
@@ -137,7 +137,7 @@ class HFScorer:
 
 @torch.inference_mode()
 def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Rollout]) -> RolloutSums:
-    r"""KL(student, teacher) in nats over the whole vocabulary, summed over the response tokens of each rollout of the student.
+    r"""Return KL(student, teacher) in nats over the whole vocabulary, summed over the response tokens of each rollout of the student.
 
     \(\sum_v \pi_\theta(v|s_t)\,(\log\pi_\theta(v|s_t) - \log\pi_T(v|s_t))\) at every state \(s_t\): the mean that `metrics.sampled_reverse_kl`
     estimates from sampled tokens alone, at the price of having both models in memory; its interval is narrower.
@@ -173,7 +173,7 @@ def _kl(student_logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:
 
 
 def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
-    """(M, D) hidden states that predict the response tokens, and those tokens."""
+    """Return (M, D) hidden states that predict the response tokens, and those tokens."""
     device = next(model.parameters()).device
     ids_N = torch.from_numpy(np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).astype(np.int64)).to(device)
     lengths = [len(r) for r in rollouts]
@@ -187,5 +187,5 @@ def _response_hidden(model: Any, rollouts: Sequence[Rollout]) -> tuple[Tensor, T
 
 
 def _split(values_M: NDArray[Any], rollouts: Sequence[Rollout]) -> list[NDArray[Any]]:
-    """One array per rollout."""
+    """Return one array per rollout."""
     return np.split(values_M, np.cumsum([r.response_ids.size for r in rollouts])[:-1])

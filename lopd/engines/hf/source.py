@@ -42,7 +42,7 @@ class HFSource:
         tokenizer: its own.
         sampling: how to draw, and which candidates to keep: `candidates` most likely ones and `drawn` ones, with log-probs at temperature 1.
         lineage: what the model was trained on; `from_folder` reads it from beside the weights.
-        identity: of the model; by default a hash of its function (`lopd.engines.identity.model_id`), taken when first asked for.
+        identity: the model's identity; by default a hash of its function (`lopd.engines.identity.model_id`), taken when first asked for.
         generation: round of sampling.
         rows_per_batch: responses that are sampled side by side; this bounds memory.
 
@@ -64,7 +64,7 @@ class HFSource:
 
     @classmethod
     def from_folder(cls, folder: str | Path, sampling: SamplingParams, dtype: torch.dtype | None = None, device: str = "cpu") -> "HFSource":
-        """A source on a model folder or hub name, with the SFT teacher that `CausalLMStudent.export` recorded there."""
+        """Return a source on a model folder or hub name, with the SFT teacher that `CausalLMStudent.export` recorded there."""
         model, tokenizer = load_model(folder, dtype, device)
         return cls(model, tokenizer, sampling, Lineage.read(local_folder(folder, weights=False)))
 
@@ -88,7 +88,7 @@ class HFSource:
 
     @property
     def manifest(self) -> Manifest:
-        """What a store of these rollouts must say; the policy is identified once, so make a new source (`attrs.evolve`) after training."""
+        """The manifest of a store of these rollouts; the policy is identified once, so make a new source (`attrs.evolve`) after training."""
         return Manifest(self.tokenizer_id, self._identified.identity, self.sampling, self.lineage.sft_teacher, self.generation)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
@@ -131,7 +131,7 @@ class HFSource:
                 )
 
     def _row(self, prompt: Prompt, sample: int) -> Row:
-        """A row with its own stream of uniform numbers, whatever it will be batched with."""
+        """Return a row with its own stream of uniform numbers, whatever it will be batched with."""
         name = rollout_id(prompt.prompt_id, sample, self.generation)
         tokens, draws = (np.random.default_rng(stream_seed(self.sampling, stream, bits=128)) for stream in (name, f"{name}/draws"))
         return Row(name, prompt.token_ids, tokens.random(self.sampling.max_new_tokens), draws)

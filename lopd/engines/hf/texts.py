@@ -125,7 +125,7 @@ def select_rows(state: Any, keep: Tensor, rows: int) -> Any:
 
 
 def _pad_left(prompts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """(B, S) ids, and the mask of those that are real; generation continues at the right edge of every row."""
+    """Return (B, S) ids, and the mask of those that are real; generation continues at the right edge of every row."""
     width = max(ids.size for ids in prompts)
     ids_BS, mask_BS = (torch.zeros(len(prompts), width, dtype=torch.long, device="cpu") for _ in range(2))
     for i, ids in enumerate(prompts):

@@ -148,7 +148,7 @@ class _Child:
 
 
 def serve(descriptor: int) -> None:
-    """What runs in the process: hold the engine that the first message makes, and answer calls of `Host` until the one who asks is gone.
+    """Run the process: hold the engine that the first message makes, and answer calls of `Host` until the caller is gone.
 
     An answer is (True, what the method returned) or (False, the error that it raised).
     """
@@ -177,7 +177,7 @@ def _made(pickled: bytes) -> Any:
 
 
 def _portable(error: Exception) -> Exception:
-    """The error with where it came from, or what it says where it cannot be pickled."""
+    """Return the error with where it came from, or its message where it cannot be pickled."""
     error.add_note(format_exc())
     try:
         copy: Any = pickle.loads(pickle.dumps(error))  # noqa: S301

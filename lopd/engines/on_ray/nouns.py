@@ -21,9 +21,7 @@ try:
     import ray
     from ray.exceptions import RayError, RayTaskError
 except ImportError as error:
-    raise MissingDependencyError(
-        f"Ray workers: {error.name} is not installed, expected it for engines on several machines; pip install 'lopd[ray]'."
-    ) from error
+    raise MissingDependencyError(f"Ray workers: {error.name} is not installed; pip install 'lopd[ray]'.") from error
 
 
 @define(eq=False, slots=False)
@@ -107,7 +105,7 @@ class _Actor:
 
 
 def _result(reference: Any) -> Any:
-    """What an actor gave, or the error that it met, as its engine raised it."""
+    """Return what an actor gave, or the error that it met, as its engine raised it."""
     try:
         return ray.get(reference)
     except RayTaskError as error:

@@ -5,9 +5,7 @@ from lopd.errors import MissingDependencyError as _MissingDependencyError
 try:
     import httpx2  # noqa: F401  # the modules below need it
 except ImportError as error:
-    raise _MissingDependencyError(
-        f"Served engine: {error.name} is not installed, expected it for requests to servers; pip install 'lopd[server]'."
-    ) from error
+    raise _MissingDependencyError(f"Served engine: {error.name} is not installed; pip install 'lopd[server]'.") from error
 
 from lopd.engines.server.dialect import Costs as Costs
 from lopd.engines.server.nouns import ServerScorer as ServerScorer

@@ -38,7 +38,7 @@ class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes a
 
 
 def accepted(owner: str, url: str, response: httpx2.Response, variable: str = "VLLM_API_KEY", key: str | None = None) -> Any:
-    """The JSON of an answer of 200; NaN and infinities are read as such, and judged by whoever reads the numbers.
+    """Return the JSON of an answer of 200; NaN and infinities are read as such, and judged by whoever reads the numbers.
 
     Args:
         owner: how an error names what was asked for.
@@ -57,11 +57,11 @@ def accepted(owner: str, url: str, response: httpx2.Response, variable: str = "V
     try:
         return response.json()
     except ValueError:
-        raise Trouble(f"{url} answers {status} with what is no JSON") from None
+        raise Trouble(f"{url} answers {status} with something that is not JSON") from None
 
 
 def _message(response: httpx2.Response, key: str | None) -> str:
-    """What the server says of an error, in one line and without the key."""
+    """Return the server's error message, in one line and without the key."""
     try:
         said = response.json()
         said = said.get("error", said)
@@ -72,14 +72,14 @@ def _message(response: httpx2.Response, key: str | None) -> str:
 
 
 def rest_of(response: httpx2.Response) -> float:
-    """Seconds until what the server says is used up is there again (`x-ratelimit-remaining-...`, `x-ratelimit-reset-...`)."""
+    """Return seconds until the server's exhausted limits are reset (`x-ratelimit-remaining-...`, `x-ratelimit-reset-...`)."""
     headers = response.headers
     used_up = [name for name in _LIMITED if headers.get(f"x-ratelimit-remaining-{name}", "").strip() == "0"]
     return max((_seconds(headers.get(f"x-ratelimit-reset-{name}", "").strip()) for name in used_up), default=0.0)
 
 
 def _seconds(said: str) -> float:
-    """A duration of at most a day: a number of seconds, or parts with units; 0 for what is neither."""
+    """Return a duration of at most a day: a number of seconds, or parts with units; 0 for what is neither."""
     if said.replace(".", "", 1).isdecimal():
         seconds = float(said)
     elif said and not _PART.sub("", said):
@@ -90,7 +90,7 @@ def _seconds(said: str) -> float:
 
 
 def _retry_after(response: httpx2.Response) -> float:
-    """Seconds; a server may say them, or a date."""
+    """Return seconds; a server may give them, or a date."""
     said = response.headers.get("Retry-After", "")
     try:
         return max(
@@ -101,7 +101,7 @@ def _retry_after(response: httpx2.Response) -> float:
 
 
 def refusal(owner: str, url: str, status: int, message: str, variable: str = "VLLM_API_KEY") -> LopdError:
-    """What a status of 3xx or 4xx means: sending the same again would be refused again."""
+    """Return what a status of 3xx or 4xx means: sending the same again would be refused again."""
     if any(words in message for words in _CANNOT_ASK) or (status == 404 and "/inference/" in url):
         return EngineError(
             f"{owner}: {url} answers {status} ({message}), expected log-probs of the candidates; serve with vLLM 0.32 or later, "
@@ -109,10 +109,10 @@ def refusal(owner: str, url: str, status: int, message: str, variable: str = "VL
             "VLLMScorer."
         )
     if status in (401, 403):
-        return EngineError(f"Server {url}: it answers {status}, expected to be let in; pass `api_key=` or set {variable}.")
+        return EngineError(f"Server {url}: it answers {status} (authentication failed); pass `api_key=` or set {variable}.")
     said = f"{owner}: {url} answers {status} ({message})"
     if status == 400 and any(words in message for words in _TOO_LONG):
-        return ContextOverflowError(f"{said}, expected it to fit; use a server with a longer context or drop it.")
+        return ContextOverflowError(f"{said}; use a server with a longer context or drop it.")
     if status == 400 and "out of vocabulary" in message:
         return InvalidRecordError(f"{said}, expected ids that the model knows; tokenise with this model's tokenizer.")
     if status == 400 and "max allowed" in message:

@@ -37,38 +37,38 @@ class Completions:
     extra: ClassVar[Mapping[str, Any]] = {"return_tokens_as_token_ids": True}
 
     def engine(self, served: Served) -> str:
-        """How a column's provenance names it."""
+        """Return its name in the provenance of a column."""
         return f"completions of {served.root}"
 
     def served(self, name: str, model: str, context: int | None, get: Get) -> Served:
-        """The model under its name: a host says little of what it runs, and may not list it."""
+        """Return the model under its name: a host reports little of what it runs, and may not list it."""
         card = model_card(name, model, get("/v1/models", {}), must=False)
         return Served("", model, positions(name, card.get("max_model_len", card.get("context_length")), context))
 
     def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-        """One endpoint for all."""
+        """Return one endpoint for all."""
         return "/v1/completions", {"model": model, **body}
 
     def costs(self, answer: Any) -> Costs:
-        """What its `usage` says."""
+        """Return the counts in its `usage`."""
         return usage_costs(answer)
 
     def scoring(self, rollouts: Sequence[Rollout], widths: Widths, served: Served) -> dict[str, Any]:  # noqa: ARG002  # all have it
-        """Prompts to be echoed."""
+        """Return prompts to be echoed."""
         prompts = [all_ids(rollout) for rollout in rollouts]
         return {"prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": widths.top_k, "temperature": 1.0, "top_p": 1.0, "n": 1}
 
     def scores(self, rollouts: Sequence[Rollout], widths: Widths, body: Mapping[str, Any], answer: Any) -> list[Scores]:  # noqa: ARG002  # all have it
-        """The scores in the order of the rollouts."""
+        """Return the scores in the order of the rollouts."""
         choices = choices_of(f"Rollout {rollouts[0].rollout_id!r}", answer, len(rollouts))
         return [_scores(rollout, widths, choice) for rollout, choice in zip(rollouts, choices, strict=True)]
 
     def sampling(self, draw: Draw) -> NoReturn:
-        """Not used: a source refuses this kind of server when it is made."""
+        """Raise: a source refuses this kind of server when it is made."""
         raise NotImplementedError
 
     def rollout(self, draw: Draw, answer: Any, *, processed: bool) -> NoReturn:
-        """Likewise."""
+        """Raise, for the same reason."""
         raise NotImplementedError
 
 
@@ -76,7 +76,7 @@ def _scores(rollout: Rollout, widths: Widths, choice: Mapping[str, Any]) -> Scor
     owner, ids, first = f"Rollout {rollout.rollout_id!r}", all_ids(rollout), rollout.prompt_ids.size
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, Mapping):
-        raise EngineError(f"{owner}: the server's answer holds no logprobs, expected those of the prompt; {_REMEDY}.")
+        raise EngineError(f"{owner}: the server's answer holds no logprobs; {_REMEDY}.")
     values = listed(owner, logprobs, "token_logprobs")
     if len(values) not in (len(ids), len(ids) + 1):
         raise EngineError(
@@ -85,7 +85,7 @@ def _scores(rollout: Rollout, widths: Widths, choice: Mapping[str, Any]) -> Scor
     read = _ids(owner, choice, logprobs)[: len(ids)]
     if read != ids:
         place = next((i for i, (one, two) in enumerate(zip(read, ids, strict=False)) if one != two), len(read))
-        raise EngineError(f"{owner}: the server read other tokens than were sent from token {place} on, expected those sent; {_REMEDY}.")
+        raise EngineError(f"{owner}: the server read other tokens than were sent from token {place} on; {_REMEDY}.")
     tokens = rollout.response_ids.tolist()
     own = [number(owner, t, value) for t, value in enumerate(values[first : len(ids)])]
     tops = _tops(owner, listed(owner, logprobs, "top_logprobs", len(values))[first : len(ids)]) if widths.top_k else [{}] * len(tokens)
@@ -93,7 +93,7 @@ def _scores(rollout: Rollout, widths: Widths, choice: Mapping[str, Any]) -> Scor
 
 
 def _ids(owner: str, choice: Mapping[str, Any], logprobs: Mapping[str, Any]) -> list[Any]:
-    """The ids of the tokens that an answer is about."""
+    """Return the ids of the tokens that an answer is about."""
     tokens = logprobs.get("tokens")
     if isinstance(tokens, list) and tokens and all(isinstance(token, str) and token.startswith(_ID) for token in tokens):
         return [int(token[len(_ID) :]) if token[len(_ID) :].isdecimal() else None for token in tokens]
@@ -105,7 +105,7 @@ def _ids(owner: str, choice: Mapping[str, Any], logprobs: Mapping[str, Any]) -> 
 
 
 def _tops(owner: str, tops: Sequence[Any]) -> list[dict[str, Any]]:
-    """The most likely tokens of each position, by id."""
+    """Return the most likely tokens of each position, by id."""
     for t, top in enumerate(tops):
         if not isinstance(top, Mapping):
             raise InvalidRecordError(f"{owner}: response token {t} has {str(top)[:40]!r}, expected its most likely tokens; score it again.")

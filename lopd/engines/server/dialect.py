@@ -1,4 +1,4 @@
-"""What kinds of servers have in common for those who ask them, and what each kind says in its own words."""
+"""What clients of all kinds of servers share, and the wire format of each kind."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, final
@@ -18,7 +18,7 @@ class Served:
     """What all servers must have in common.
 
     Args:
-        version: the version of the program that serves; "" where a server does not say.
+        version: the version of the program that serves; "" where it is not reported.
         root: the path or name that the model was loaded from.
         context: positions of a sequence.
         cached: whether it keeps the states of prompts between requests, so that what it computes may depend on their order.
@@ -51,7 +51,7 @@ class Costs:
         requests: that were answered.
         prompt_tokens, completion_tokens: read and generated.
         cached_tokens: prompt tokens that came out of a prefix cache; hosts often charge less for them.
-        uncounted: answers that say nothing of tokens.
+        uncounted: answers without counts of tokens.
     """
 
     requests: int = 0
@@ -61,13 +61,13 @@ class Costs:
     uncounted: int = 0
 
     def __add__(self, other: "Costs") -> "Costs":
-        """Both together."""
+        """Return both together."""
         names = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens", "uncounted")
         return Costs(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 def costs_of(usages: Sequence[Any], cached: Sequence[Any]) -> Costs:
-    """The costs of one answer.
+    """Return the costs of one answer.
 
     Args:
         usages: a mapping with `prompt_tokens` and `completion_tokens` for each count that the answer holds; others count nothing.
@@ -133,7 +133,7 @@ class Probe:
     """What is asked of each server before it is used, and again after it was down.
 
     Args:
-        bodies: of completions.
+        bodies: requests for completions.
         judge: takes the server's name and the answers, and raises if they are not as they must be.
     """
 
@@ -154,40 +154,40 @@ class Dialect(Protocol):
     tried: ClassVar[bool]
 
     def engine(self, served: Served) -> str:
-        """How a column's provenance names it."""
+        """Return its name in the provenance of a column."""
         ...
 
     def served(self, name: str, model: str, context: int | None, get: Get) -> Served:
-        """What it serves."""
+        """Return what it serves."""
         ...
 
     def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-        """The path that a body is sent to, and the body with the model's name where it needs it."""
+        """Return the path that a body is sent to, and the body with the model's name where it needs it."""
         ...
 
     def costs(self, answer: Any) -> Costs:
-        """What an answer says that it cost."""
+        """Return the cost that an answer reports."""
         ...
 
     def scoring(self, rollouts: Sequence[Rollout], widths: Widths, served: Served) -> dict[str, Any]:
-        """A request for rollouts' log-probs; for those of one if `widths.asks`."""
+        """Return a request for rollouts' log-probs; for those of one if `widths.asks`."""
         ...
 
     def scores(self, rollouts: Sequence[Rollout], widths: Widths, body: Mapping[str, Any], answer: Any) -> list[Scores]:
-        """What its answer says."""
+        """Return the rollout or scores in its answer."""
         ...
 
     def sampling(self, draw: Draw) -> dict[str, Any]:
-        """A request for one response."""
+        """Return a request for one response."""
         ...
 
     def rollout(self, draw: Draw, answer: Any, *, processed: bool) -> Rollout:
-        """What its answer says; where its log-probs are `processed`, all that are at temperature 1 are missing."""
+        """Return the rollout in its answer; where its log-probs are `processed`, all that are at temperature 1 are missing."""
         ...
 
 
 def model_card(name: str, model: str, listed: Any, *, must: bool = True) -> Mapping[str, Any]:
-    """What `/v1/models` says of the model; nothing where it may be missing.
+    """Return the model's entry of `/v1/models`; an empty one where it may be missing.
 
     Raises:
         EngineError: the answer is not a list of models, or the model `must` be in it and is not.
@@ -205,10 +205,10 @@ def model_card(name: str, model: str, listed: Any, *, must: bool = True) -> Mapp
 
 
 def positions(name: str, said: Any, asked: int | None) -> int:
-    """Positions of a sequence: those that the user says, or else the server.
+    """Return the context length: the user's, or else the server's.
 
     Raises:
-        EngineError: neither says any, or the server has fewer.
+        EngineError: neither gives one, or the server has fewer.
     """
     said = said if isinstance(said, int) else None
     context = said if asked is None else asked

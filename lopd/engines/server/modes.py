@@ -15,7 +15,7 @@ _PROBED, _HOT, _CUT, _TOLERANCE = 5, 2.0, 0.1, 0.5
 
 
 def probe_bodies(ids: Sequence[int]) -> tuple[dict[str, Any], ...]:
-    """Three requests for one token, as it is, heated, and cut: what a server reports of them shows its `logprobs_mode`."""
+    """Return three requests for one token, as it is, heated, and cut: what a server reports of them shows its `logprobs_mode`."""
     same: dict[str, Any] = {"logprobs": _PROBED, "return_tokens_as_token_ids": True}
     return tuple(request_body(ids, 1, temperature=t, top_p=p, **same) for t, p in ((1.0, 1.0), (_HOT, 1.0), (1.0, _CUT)))
 
@@ -58,7 +58,7 @@ class ModeJudge:
 
 
 def _agree(plain: Mapping[str, float], other: Mapping[str, float], slope: float = 0.0) -> bool:
-    """Whether two answers have the same log-probs; with a slope, whether those of the first differ from one another so many times as much."""
+    """Return whether two answers have the same log-probs; with a slope, whether those of the first differ from one another so many times as much."""
     shared = [name for name in plain if name in other]
     if len(shared) < 2:
         return False
@@ -68,7 +68,7 @@ def _agree(plain: Mapping[str, float], other: Mapping[str, float], slope: float 
 
 
 def _is_renormalised(plain: Mapping[str, float], cut: Mapping[str, float]) -> bool:
-    """Whether the cut left the most likely tokens, which gained the probability of the others."""
+    """Return whether the cut left the most likely tokens, which gained the probability of the others."""
     left = {name: value for name, value in cut.items() if value > NO_PROBABILITY}
     gained = [value - plain[name] for name, value in left.items() if name in plain]
     if not gained or max(gained) - min(gained) > _TOLERANCE:
@@ -82,4 +82,4 @@ def _candidates(owner: str, answer: Any) -> dict[str, float]:
         top = answer["choices"][0]["logprobs"]["top_logprobs"][0]
         return {str(name): float(value) for name, value in top.items()}
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        raise EngineError(f"{owner}: its answer holds no top_logprobs, expected those of one token; {EXTENSIONS}.") from None
+        raise EngineError(f"{owner}: its answer holds no top_logprobs; {EXTENSIONS}.") from None

@@ -8,7 +8,7 @@ than 1 with `--logprobs-mode processed_logprobs`, and for scoring
 
 - with `--max-logprobs` of at least `top_k`, and so for sampling with candidates;
 - with `--max-num-batched-tokens` so small that float32 logits of that many tokens fit beside the model;
-- with `--skip-tokenizer-init`: no text is wanted, and a server that spells out `top_k` candidates a token took twice the time (tiny model,
+- with `--skip-tokenizer-init`: text is not wanted, and a server that spells out `top_k` candidates a token took twice the time (tiny model,
   top_k = 20, vLLM 0.32 on a CPU);
 - for scoring candidates, with vLLM 0.32, `--enable-scale-out`, its second model runner (VLLM_USE_V2_MODEL_RUNNER=1) and `--max-logprobs` of
   at least `candidates + top_k` and one more than `candidates + drawn`.
@@ -72,7 +72,7 @@ class ServerScorer:
     Args:
         servers: that serve the model.
         tokenizer: whose ids the model reads.
-        identity: of the model; name a revision that says which weights they are.
+        identity: the model's identity; its revision must say which weights they are.
         top_k: how many of the model's own most likely tokens, outside of the candidates, are kept at each response token.
         candidates: how many of each rollout's candidates are scored: the first of `Rollout.candidates`, which are the policy's most likely.
         drawn: how many of its drawn candidates are scored: the last.
@@ -112,7 +112,7 @@ class ServerScorer:
         return provenance_of(self.identity, self.tokenizer_id, engine, top_k=self.top_k, candidates=self.candidates, drawn=self.drawn)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
-        """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
+        """Return (T_i,) log-probs, nats, of each rollout's response tokens, in the order given.
 
         Raises:
             ContextOverflowError: a rollout is too long; it names the rollout, and nothing is sent.
@@ -139,7 +139,7 @@ class ServerScorer:
         return Request(f"Rollout {group[0].rollout_id!r}", body, read, parts)
 
     def _probe(self, rollout: Rollout) -> Probe:
-        """The beginning of a rollout, to see whether a server can do what it is asked for."""
+        """Return the beginning of a rollout, to see whether a server can do what it is asked for."""
         ids = [*rollout.prompt_ids[-_PROBE_TOKENS:].tolist(), *rollout.response_ids[:_PROBE_TOKENS].tolist()][:_PROBE_TOKENS]
         few = Rollout("of a probe", ids[:1], ids[1:], [True] * (len(ids) - 1), "length")
         dialect, widths = self.servers.dialect, evolve(self._widths, candidates=0, drawn=0)
@@ -165,7 +165,7 @@ class ServerSource:
     Args:
         servers: that serve the model.
         tokenizer: whose ids the model reads.
-        identity: of the model; name a revision that says which weights they are.
+        identity: the model's identity; its revision must say which weights they are.
         sampling: how to draw.
         eos_ids: end a response where `sampling.stop_ids` is empty.  A server does not say its own, and the tokenizer's alone is not enough:
             many models have several (`eos_token_id` in their generation_config.json).
@@ -187,7 +187,7 @@ class ServerSource:
 
     @classmethod
     def from_folder(cls, servers: Servers, folder: str | Path, identity: ModelId, sampling: SamplingParams) -> "ServerSource":
-        """A source whose tokenizer, EOS ids and SFT teacher are read from a local copy of the folder that is served, or its hub name.
+        """Return a source whose tokenizer, EOS ids and SFT teacher are read from a local copy of the folder that is served, or its hub name.
 
         Raises:
             EngineError: the folder is not there, or cannot be read.
@@ -218,7 +218,7 @@ class ServerSource:
 
     @property
     def manifest(self) -> Manifest:
-        """What a store of these rollouts must say."""
+        """The manifest of a store of these rollouts."""
         return Manifest(self.tokenizer_id, self.identity, self.sampling, self.lineage.sft_teacher, self.generation)
 
     @property
@@ -227,7 +227,7 @@ class ServerSource:
         return frozenset(self.sampling.stop_ids) or self.eos_ids
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
-        """`samples_per_prompt` rollouts for each prompt, in their order.
+        """Return `samples_per_prompt` rollouts for each prompt, in their order.
 
         Where temperature or top_p change the distribution, each server is asked first whether its log-probs are those at temperature 1, or
         those of what is drawn.  With the former `sampler_logprobs` stay None, unless the temperature is 0; with the latter the rollouts are
@@ -244,7 +244,7 @@ class ServerSource:
         check_prompts(prompts, self.tokenizer_id, self._context)
         if not self.servers.served.seeded:
             raise EngineError(
-                "ServerSource: the servers take no seeds, expected the same rollouts for the same seed; start SGLang with "
+                "ServerSource: the servers do not take seeds, so one seed would not give the same rollouts again; start SGLang with "
                 "`--enable-deterministic-inference`."
             )
         asks_mode = not self.sampling.neutral and self.servers.speaks == "vllm"
@@ -277,7 +277,7 @@ class ServerSource:
 
 
 def _eos_ids(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
-    """Those of generation_config.json, or else config.json, and the tokenizer's."""
+    """Return those of generation_config.json, or else config.json, and the tokenizer's."""
     files = [folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists()]
     configured = next((ids for file in files if (ids := json.loads(read_regular(file)).get("eos_token_id")) is not None), None)
     return stop_ids(SamplingParams(), configured, tokenizer)

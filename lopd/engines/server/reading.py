@@ -19,18 +19,18 @@ EXTENSIONS = "serve with vLLM, or with a server that speaks its extensions (retu
 
 
 def logprob(owner: str, place: int, entry: Any, token: int | str) -> float:
-    """The log-prob of this token among those of its position, keyed by id; -inf where the server says so."""
+    """Return the log-prob of this token among those of its position, keyed by id; -inf where the server reports it."""
     try:
         value = entry[str(token)]["logprob"]
     except (KeyError, TypeError):
         raise InvalidRecordError(
-            f"{owner}: the server gives no log-prob of response token {place} (id {token}), expected one; score it again or drop it."
+            f"{owner}: the server gives no log-prob of response token {place} (id {token}); score it again or drop it."
         ) from None
     return number(owner, place, value)
 
 
 def number(owner: str, place: int, value: Any) -> float:
-    """A log-prob, nats; -inf where the server says that there is not any probability."""
+    """Return a log-prob, nats; -inf where the server reports probability 0."""
     if type(value) not in (float, int):
         raise InvalidRecordError(
             f"{owner}: the log-prob of response token {place} is {str(value)[:40]!r}, expected a number; check the model for NaN."
@@ -41,7 +41,7 @@ def number(owner: str, place: int, value: Any) -> float:
 def most_likely(
     owner: str, entries: Sequence[Any], tokens: Sequence[int], top_k: int, vocab_size: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The K most likely of each position; where the server gives K + 1, the token itself is beside them, however likely it is."""
+    """Return the K most likely of each position; where the server gives K + 1, the token itself is beside them, however likely it is."""
     ids_TK, logprobs_TK = np.empty((len(entries), top_k), np.int64), np.empty((len(entries), top_k), np.float32)
     for t, entry in enumerate(entries if top_k else ()):
         found = sorted((-logprob(owner, t, entry, key), candidate(owner, t, key, vocab_size)) for key in entry)
@@ -56,7 +56,7 @@ def most_likely(
 
 
 def candidate(owner: str, place: int, key: str, vocab_size: int) -> int:
-    """The id that a key says."""
+    """Return the id in a key."""
     token = int(key) if key.isdecimal() else -1
     if not 0 <= token < vocab_size:
         raise InvalidRecordError(
@@ -67,7 +67,7 @@ def candidate(owner: str, place: int, key: str, vocab_size: int) -> int:
 
 
 def check_sampled(owner: str, ids: Sequence[Any], vocab_size: int) -> None:
-    """Sampled tokens are ids of this vocabulary."""
+    """Check that sampled tokens are ids of this vocabulary."""
     for place, token in enumerate(ids):
         if type(token) is not int or not 0 <= token < vocab_size:
             raise InvalidRecordError(
@@ -77,7 +77,7 @@ def check_sampled(owner: str, ids: Sequence[Any], vocab_size: int) -> None:
 
 
 def check_end(owner: str, ids: Sequence[int], stops: Sequence[int], longest: int, reason: Any) -> None:
-    """The response ends at a stop id, or is as long as it may be, and has no stop id inside."""
+    """Check that the response ends at a stop id, or is as long as it may be, and has no stop id inside."""
     if reason in (None, "abort", "error"):
         raise Trouble(f"the response was broken off (finish_reason {reason!r})")
     inside = next((place for place, token in enumerate(ids[:-1]) if token in stops), None)
@@ -93,15 +93,15 @@ def check_end(owner: str, ids: Sequence[int], stops: Sequence[int], longest: int
 
 
 def choices_of(owner: str, answer: Any, count: int) -> list[Mapping[str, Any]]:
-    """The choices of a completion, one for each prompt."""
+    """Return the choices of a completion, one for each prompt."""
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
     if not (isinstance(choices, list) and len(choices) == count and all(isinstance(choice, Mapping) for choice in choices)):
-        raise EngineError(f"{owner}: the server's answer is not of {count} choices, expected one for each prompt; {EXTENSIONS}.")
+        raise EngineError(f"{owner}: the server's answer is not of {count} choices; {EXTENSIONS}.")
     return choices
 
 
 def check_read(owner: str, choice: Mapping[str, Any], prompt: list[int]) -> None:
-    """The server read these very ids."""
+    """Check that the server read these very ids."""
     read = listed(owner, choice, "prompt_token_ids")
     if read != prompt:
         place = next((i for i, (a, b) in enumerate(zip(read, prompt, strict=False)) if a != b), min(len(read), len(prompt)))
@@ -112,7 +112,7 @@ def check_read(owner: str, choice: Mapping[str, Any], prompt: list[int]) -> None
 
 
 def listed(owner: str, holder: Any, name: str, length: int | None = None) -> list[Any]:
-    """A list that an answer must hold."""
+    """Return a list that an answer must hold."""
     values = holder.get(name) if isinstance(holder, Mapping) else None
     if not isinstance(values, list):
         raise EngineError(f"{owner}: the server's answer holds no {name}, expected a list; {EXTENSIONS}.")
@@ -122,7 +122,7 @@ def listed(owner: str, holder: Any, name: str, length: int | None = None) -> lis
 
 
 def usage_costs(answer: Any) -> Costs:
-    """What the `usage` of a completion says."""
+    """Return the counts in the `usage` of a completion."""
     usage = answer.get("usage") if isinstance(answer, Mapping) else None
     details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
     return costs_of([usage], [details.get("cached_tokens")] if isinstance(details, Mapping) else [])

@@ -45,9 +45,9 @@ _CONNECTED = ("connection.connect_tcp.complete", "connection.start_tls.complete"
 
 
 def _variable(name: str | None) -> str | None:
-    """A key that is passed as the name of its variable would be shown."""
+    """Return a key that is passed as the name of its variable would be shown."""
     if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name):
-        raise InvalidRecordError("Servers: key_variable is not the name of a variable in capitals, expected one; pass keys as `api_key=`.")
+        raise InvalidRecordError("Servers: key_variable is not the name of a variable in capitals; pass keys as `api_key=`.")
     return name
 
 
@@ -73,11 +73,11 @@ class Servers:
         patience_s: how long a server may be down before it is given up; when all are, the call ends.
         first_contact_s: how long to try until one answers for the first time; give more where servers start beside the program.
         timeout_s: longest silence of a request; a response arrives in one piece, so this bounds the time it takes to sample one.
-        context: positions of a sequence; by default what the servers say (`max_model_len`).
+        context: positions of a sequence; by default the servers' own (`max_model_len`).
         api_key: by default what the `key_variable` of the environment holds.
         speaks: "vllm" for vLLM's extensions of the OpenAI completions, "sglang" for SGLang's own API, or "openai" for the completions with `echo` and
             `logprobs` that a hosted model may have; the last can score only.
-        key_variable: of the environment, in capitals; by default VLLM_API_KEY, SGLANG_API_KEY or OPENAI_API_KEY.
+        key_variable: name of the environment variable with the key, in capitals; by default VLLM_API_KEY, SGLANG_API_KEY or OPENAI_API_KEY.
         extra: fields added to each request, of the server's own; they do not replace what lopd asks for.  By default nothing, or for "openai"
             `return_tokens_as_token_ids`.
 
@@ -142,7 +142,7 @@ class Servers:
         return served
 
     def ask(self, requests: Sequence[Request[T]], probe: Probe | None = None) -> list[T]:
-        """What the requests give, in their order.  The first error ends the call, and what is under way is cancelled.
+        """Return what the requests give, in their order.  The first error ends the call, and what is under way is cancelled.
 
         Raises:
             EngineError: a request failed `attempts` times, or was refused; or no server was up for `patience_s`.
@@ -170,9 +170,9 @@ class _Endpoint:
     """A worker of the pool that is a server.
 
     Args:
-        url: of the server.
-        servers: of which it is one.
-        probe: that it must pass.
+        url: the server's URL.
+        servers: the group that it belongs to.
+        probe: the test that it must pass.
         patience_s: for which it is tried.
         first: whether it was never heard of before.
 
@@ -197,7 +197,7 @@ class _Endpoint:
             ) from error
 
     def start(self) -> Served:
-        """What it serves, if it is healthy and passes the probe."""
+        """Return what it serves, if it is healthy and passes the probe."""
         try:
             servers = self._servers
             served = servers.dialect.served(self.name, servers.model, servers.context, self._get)
@@ -215,7 +215,7 @@ class _Endpoint:
         return served
 
     def unlike(self, identity: Served, expected: Served, whose: str) -> EngineError:
-        """The first thing that it serves otherwise."""
+        """Return the first setting in which it differs."""
         name = next(name for name in WORDS if getattr(identity, name) != getattr(expected, name))
         return EngineError(
             f"{self.name}: its {WORDS[name]} is {getattr(identity, name)!r}, expected {getattr(expected, name)!r} as of "
@@ -223,12 +223,12 @@ class _Endpoint:
         )
 
     def work(self, request: Request[T]) -> Sequence[T]:
-        """The results of a completion."""
+        """Return the results of a completion."""
         try:
             return request.read(self._complete(request.owner, request.body))
         except Trouble as trouble:
             error = EngineError(
-                f"{request.owner}: {trouble}, at last of {self._servers.attempts} attempts, expected an answer; look at the server's log, and run "
+                f"{request.owner}: {trouble}, at last of {self._servers.attempts} attempts; look at the server's log, and run "
                 "this again: what is committed stays."
             )
             raise Down(str(trouble), error, trouble.pause, busy=trouble.busy) from None
@@ -241,7 +241,7 @@ class _Endpoint:
         self._client.close()
 
     def _complete(self, owner: str, body: Mapping[str, Any]) -> Any:
-        """The answer to a request, when the server has room for it."""
+        """Return the answer to a request, when the server has room for it."""
         if self._stopped.wait(max(self._rests_until - monotonic(), 0.0)):
             raise Trouble(f"{self.name} is not asked any more")
         path, asked_for = self._servers.dialect.addressed(self._servers.model, body)
@@ -256,7 +256,7 @@ class _Endpoint:
         return answer
 
     def _get(self, path: str, missing: Any) -> Any:
-        """The answer, or `missing` where there is no such path."""
+        """Return the answer, or `missing` where there is no such path."""
         url = self._url + path
         response = self._send("GET", url, timeout=self._check_s)
         if response.status_code == 404 or (response.is_success and not response.content):
@@ -264,7 +264,7 @@ class _Endpoint:
         return accepted(self.name, url, response, self._servers.key_variable or self._servers.dialect.key_variable, self._servers.api_key)
 
     def _send(self, method: str, url: str, *, json: Any = None, timeout: Any = httpx2.USE_CLIENT_DEFAULT) -> httpx2.Response:
-        """The answer, whatever its status."""
+        """Return the answer, whatever its status."""
         try:
             return self._client.request(method, url, json=json, timeout=timeout, extensions={"trace": self._remember})
         except httpx2.RequestError as error:
@@ -296,5 +296,5 @@ def _shut(connection: socket.socket) -> None:
 
 @cache
 def _certificates() -> ssl.SSLContext:
-    """Made once: reading all certificates takes longer than many a call."""
+    """Return the certificates, made once: reading them all takes longer than many a call."""
     return httpx2.create_ssl_context()

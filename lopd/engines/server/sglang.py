@@ -42,16 +42,16 @@ class SGLang:
     extra: ClassVar[Mapping[str, Any]] = {}
 
     def engine(self, served: Served) -> str:
-        """How a column's provenance names it."""
+        """Return its name in the provenance of a column."""
         return f"sglang {served.version or 'of an unnamed version'} served"
 
     def served(self, name: str, model: str, context: int | None, get: Get) -> Served:
-        """What it serves.  A weight version that somebody set is part of the model's root."""
+        """Return what it serves.  A weight version that somebody set is part of the model's root."""
         get("/health", None)
         card = model_card(name, model, get("/v1/models", {}))
         served, settings = (get(path, {}) for path in ("/model_info", "/server_info"))
         if not (isinstance(served, Mapping) and isinstance(settings, Mapping)):
-            raise EngineError(f"{name}: /model_info and /server_info hold other than objects, expected those of SGLang; check the URL.")
+            raise EngineError(f"{name}: /model_info and /server_info hold other than objects; check the URL.")
         version = served.get("weight_version", "default")
         root = str(served.get("model_path")) + ("" if version == "default" else f" ({version})")
         cached, seeded = not settings.get("disable_radix_cache"), bool(settings.get("enable_deterministic_inference"))
@@ -59,16 +59,16 @@ class SGLang:
         return Served(str(settings.get("version") or ""), root, length, cached, seeded)
 
     def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:  # noqa: ARG002  # all have it
-        """It serves one model, and is not told which."""
+        """Return the body as it is: the server has one model, and is not told which."""
         return "/generate", body
 
     def costs(self, answer: Any) -> Costs:
-        """What the `meta_info` of each prompt says."""
+        """Return the counts in the `meta_info` of each prompt."""
         metas = [item.get("meta_info") for item in (answer if isinstance(answer, list) else [answer]) if isinstance(item, Mapping)]
         return costs_of(metas, [meta.get("cached_tokens") for meta in metas if isinstance(meta, Mapping)])
 
     def scoring(self, rollouts: Sequence[Rollout], widths: Widths, served: Served) -> dict[str, Any]:
-        """Prompts alone: nothing is generated."""
+        """Return prompts alone: nothing is generated."""
         starts = [0 if served.cached else rollout.prompt_ids.size - 1 for rollout in rollouts]
         asked = {"token_ids_logprob": [_distinct(rollouts[0], widths).tolist()]} if widths.asks else {}
         return {
@@ -82,15 +82,15 @@ class SGLang:
         }
 
     def scores(self, rollouts: Sequence[Rollout], widths: Widths, body: Mapping[str, Any], answer: Any) -> list[Scores]:
-        """The scores in the order of the rollouts."""
+        """Return the scores in the order of the rollouts."""
         if not isinstance(answer, list) or len(answer) != len(rollouts):
             owner = f"Rollout {rollouts[0].rollout_id!r}"
-            raise EngineError(f"{owner}: the server's answer is not a list of {len(rollouts)}, expected one for each prompt; {_ANSWERS}.")
+            raise EngineError(f"{owner}: the server's answer is not a list of {len(rollouts)}; {_ANSWERS}.")
         parts = zip(rollouts, body["logprob_start_len"], answer, strict=True)
         return [_scores(rollout, widths, start, item) for rollout, start, item in parts]
 
     def sampling(self, draw: Draw) -> dict[str, Any]:
-        """One response."""
+        """Return one response."""
         settings = draw.settings
         return {
             "input_ids": draw.prompt,
@@ -109,7 +109,9 @@ class SGLang:
         }
 
     def rollout(self, draw: Draw, answer: Any, *, processed: bool) -> Rollout:
-        """The response; where it was not sampled at temperature 1 and top_p 1, its log-probs are after the temperature and before top_p: left out."""
+        """Return the response; where it was not sampled at temperature 1 and top_p 1, its log-probs are after the temperature and before top_p: left
+        out.
+        """
         owner, settings = f"Rollout {draw.rollout_id!r}", draw.settings
         meta = _meta(owner, draw.prompt, answer)
         ids = listed(owner, answer, "output_ids")
@@ -154,7 +156,7 @@ def _scores(rollout: Rollout, widths: Widths, start: int, item: Any) -> Scores:
 
 
 def _distinct(rollout: Rollout, widths: Widths) -> NDArray[np.integer]:
-    """(U,) ids that are asked for at all positions, sorted.
+    """Return (U,) ids that are asked for at all positions, sorted.
 
     Raises:
         InvalidRecordError: the answer would hold too many.
@@ -170,7 +172,7 @@ def _distinct(rollout: Rollout, widths: Widths) -> NDArray[np.integer]:
 
 
 def _table(owner: str, rows: Sequence[Any], ids_U: NDArray[np.integer]) -> NDArray[np.float32]:
-    """(T, U) log-probs of the ids, nats."""
+    """Return (T, U) log-probs of the ids, nats."""
     expected, table_TU = ids_U.tolist(), np.empty((len(rows), ids_U.size), np.float32)
     for t, row in enumerate(rows):
         if not isinstance(row, list) or [_id(entry) for entry in row] != expected:
@@ -180,7 +182,7 @@ def _table(owner: str, rows: Sequence[Any], ids_U: NDArray[np.integer]) -> NDArr
 
 
 def _meta(owner: str, prompt: list[int], item: Any) -> Mapping[str, Any]:
-    """What it says of an answer, if it read these very ids and was not broken off."""
+    """Return an answer's `meta_info`, if it read these very ids and was not broken off."""
     meta = item.get("meta_info") if isinstance(item, Mapping) else None
     reason = meta.get("finish_reason") if isinstance(meta, Mapping) else None
     if not isinstance(meta, Mapping) or not isinstance(reason, Mapping):
@@ -199,14 +201,14 @@ def _id(entry: Any) -> Any:
 
 
 def _pair(owner: str, place: int, entry: Any, token: int) -> Any:
-    """The log-prob of an entry `[log-prob, id, text]` that must be of this token."""
+    """Return the log-prob of an entry `[log-prob, id, text]` that must be of this token."""
     if _id(entry) != token:
         raise EngineError(f"{owner}: log-prob {place} is {str(entry)[:40]!r}, expected one of id {token}; {_ANSWERS}.")
     return entry[0]
 
 
 def _keyed(owner: str, rows: Sequence[Any]) -> list[dict[str, Any]]:
-    """The most likely tokens of each position, by id."""
+    """Return the most likely tokens of each position, by id."""
     for t, row in enumerate(rows):
         if not isinstance(row, list) or any(_id(entry) is None for entry in row):
             raise InvalidRecordError(f"{owner}: response token {t} has {str(row)[:40]!r}, expected its most likely tokens; score it again.")

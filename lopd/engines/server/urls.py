@@ -9,7 +9,7 @@ from lopd.errors import InvalidRecordError
 from lopd.records.checks import texts_of
 
 _SECRETS = {"@": "one with a user or password", "?": "one with a query", "#": "one with a fragment"}
-# A password whose host was forgotten; a port and an address in brackets are none.
+# A password whose host was forgotten; not a port, and not an address in brackets.
 _PASSWORD = re.compile(r"(?s)(://[^/\[:]*:)(?!\d+(/|$)).*")
 
 

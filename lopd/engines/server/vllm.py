@@ -34,20 +34,20 @@ from lopd.records.rollouts import Rollout, Scores
 
 
 def request_body(ids: Sequence[int] | Sequence[Sequence[int]], max_tokens: int, **more: Any) -> dict[str, Any]:
-    """A completion that is asked for: token ids in, token ids out."""
+    """Return a completion that is asked for: token ids in, token ids out."""
     return {"prompt": ids, "max_tokens": max_tokens, "add_special_tokens": False, "return_token_ids": True, **NEUTRAL, **more}
 
 
 def scoring_body(rollouts: Sequence[Rollout], top_k: int) -> dict[str, Any]:
-    """A request for the log-probs of rollouts' own tokens; the one token that vLLM insists on generating is thrown away."""
+    """Return a request for the log-probs of rollouts' own tokens; the one token that vLLM insists on generating is thrown away."""
     return request_body([all_ids(rollout) for rollout in rollouts], 1, prompt_logprobs=top_k, temperature=1.0, top_p=1.0)
 
 
 def read_scores(rollouts: Sequence[Rollout], top_k: int, vocab_size: int, answer: Any) -> list[Scores]:
-    """The scores in the answer to `scoring_body`, in the order of the rollouts.
+    """Return the scores in the answer to `scoring_body`, in the order of the rollouts.
 
     Raises:
-        InvalidRecordError: a log-prob is missing, or is none; it names the rollout.
+        InvalidRecordError: a log-prob is missing or not a log-prob; it names the rollout.
         EngineError: the server read other tokens than were sent, or does not speak the extensions.
     """
     owner = f"Rollout {rollouts[0].rollout_id!r}"
@@ -58,7 +58,7 @@ def read_scores(rollouts: Sequence[Rollout], top_k: int, vocab_size: int, answer
 
 
 def asking_body(rollout: Rollout, top_k: int, candidates: int, drawn: int) -> dict[str, Any]:
-    """A request for the log-probs of a rollout's own tokens, of its candidates and of its drawn ones, and of the most likely ones.
+    """Return a request for the log-probs of a rollout's own tokens, of its candidates and of its drawn ones, and of the most likely ones.
 
     Only this endpoint takes ids to score (vLLM 0.32): completions do not.
 
@@ -75,7 +75,7 @@ def asking_body(rollout: Rollout, top_k: int, candidates: int, drawn: int) -> di
 
 
 def read_asked(rollout: Rollout, body: Mapping[str, Any], answer: Any, *, top_k: int, candidates: int, vocab_size: int) -> list[Scores]:
-    """The scores in the answer to this `asking_body`.
+    """Return the scores in the answer to this `asking_body`.
 
     Raises:
         InvalidRecordError: a log-prob is missing, or is not one; it names the rollout.
@@ -89,7 +89,7 @@ def read_asked(rollout: Rollout, body: Mapping[str, Any], answer: Any, *, top_k:
 
 
 def _decoded(owner: str, answer: Mapping[str, Any]) -> Any:
-    """The array that vLLM writes as base64 of a .npy."""
+    """Return the array that vLLM writes as base64 of a .npy."""
     written: Any = answer.get("prompt_token_id_logprobs")
     try:
         return np.load(BytesIO(b64decode(written, validate=True)), allow_pickle=False)
@@ -103,7 +103,7 @@ def _decoded(owner: str, answer: Mapping[str, Any]) -> Any:
 def _prompt_logprobs(
     rollout: Rollout, top_k: int, vocab_size: int, choice: Any
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
-    """(T,) log-probs of the response tokens, and (T, K) ids and log-probs of the most likely ones."""
+    """Return (T,) log-probs of the response tokens, and (T, K) ids and log-probs of the most likely ones."""
     owner, ids = f"Rollout {rollout.rollout_id!r}", all_ids(rollout)
     check_read(owner, choice, ids)
     entries = listed(owner, choice, "prompt_logprobs", len(ids))[rollout.prompt_ids.size :]
@@ -113,7 +113,7 @@ def _prompt_logprobs(
 
 
 def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
-    """No position came out of the prefix cache: what a cache gives depends on the order of requests (vllm-project/vllm#42019).
+    """Check that every position was computed: what a prefix cache gives depends on the order of requests (vllm-project/vllm#42019).
 
     vLLM does not read the cache for such a request, and says so where it was started with `--enable-prompt-tokens-details`.
     """
@@ -125,12 +125,13 @@ def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
 
 
 def sampling_body(prompt_ids: Sequence[int], max_tokens: int, seed: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A request for one response of at most `max_tokens` tokens; `settings` are `sampling_settings`, and how many `logprobs` to report."""
+    """Return a request for one response of at most `max_tokens` tokens; `settings` are `sampling_settings`, and how many `logprobs` to report."""
     return request_body(prompt_ids, max_tokens, seed=seed, skip_special_tokens=False, return_tokens_as_token_ids=True, **settings)
 
 
 def read_rollout(rollout_id: str, generation: int, vocab_size: int, body: Mapping[str, Any], answer: Any, *, processed: bool) -> Rollout:
-    """The rollout in the answer to this `sampling_body`; where the server's log-probs are `processed`, all that are at temperature 1 are missing.
+    """Return the rollout in the answer to this `sampling_body`; where the server's log-probs are `processed`, all that are at temperature 1 are
+    missing.
 
     Raises:
         InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none; it names the rollout.
@@ -153,7 +154,7 @@ def read_rollout(rollout_id: str, generation: int, vocab_size: int, body: Mappin
 
 
 def _reported(owner: str, logprobs: Any, ids: Sequence[int]) -> list[float]:
-    """(T,) what the server says of the tokens it sampled, each checked to be of that token."""
+    """Return the (T,) log-probs of sampled tokens, each checked to be of that token."""
     tokens = listed(owner, logprobs, "tokens", len(ids))
     values = listed(owner, logprobs, "token_logprobs", len(ids))
     for place, (name, token) in enumerate(zip(tokens, ids, strict=True)):
@@ -163,14 +164,12 @@ def _reported(owner: str, logprobs: Any, ids: Sequence[int]) -> list[float]:
 
 
 def _tops(owner: str, logprobs: Any, length: int) -> list[dict[str, Any]]:
-    """The most likely tokens at each sampled one, keyed by id as those of a prompt."""
+    """Return the most likely tokens at each sampled one, keyed by id as those of a prompt."""
     tops = listed(owner, logprobs, "top_logprobs", length)
     try:
         return [{name.removeprefix("token_id:"): {"logprob": value} for name, value in top.items()} for top in tops]
     except AttributeError:
-        raise InvalidRecordError(
-            f"{owner}: top_logprobs holds {str(tops)[:40]!r}, expected those of each token; sample it again."
-        ) from None
+        raise InvalidRecordError(f"{owner}: top_logprobs holds {str(tops)[:40]!r}; sample it again.") from None
 
 
 @final
@@ -184,11 +183,11 @@ class VLLM:
     extra: ClassVar[Mapping[str, Any]] = {}
 
     def engine(self, served: Served) -> str:
-        """How a column's provenance names it."""
+        """Return its name in the provenance of a column."""
         return f"vllm {served.version} served" if served.version else "served by an unnamed version"
 
     def served(self, name: str, model: str, context: int | None, get: Get) -> Served:
-        """What it serves."""
+        """Return what it serves."""
         get("/health", None)
         version = get("/version", {})
         card = model_card(name, model, get("/v1/models", {}))
@@ -196,29 +195,29 @@ class VLLM:
         return Served(str(said or ""), card.get("root"), positions(name, card.get("max_model_len"), context))
 
     def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-        """Completions, or the endpoint that takes token ids to be asked about."""
+        """Return completions, or the endpoint that takes token ids to be asked about."""
         return "/inference/v1/generate" if "token_ids" in body else "/v1/completions", {"model": model, **body}
 
     def costs(self, answer: Any) -> Costs:
-        """What its `usage` says."""
+        """Return the counts in its `usage`."""
         return usage_costs(answer)
 
     def scoring(self, rollouts: Sequence[Rollout], widths: Widths, served: Served) -> dict[str, Any]:  # noqa: ARG002  # all have it
-        """`scoring_body`, or `asking_body` of the one."""
+        """Return `scoring_body`, or `asking_body` of the one."""
         if widths.asks:
             return asking_body(rollouts[0], widths.top_k, widths.candidates, widths.drawn)
         return scoring_body(rollouts, widths.top_k)
 
     def scores(self, rollouts: Sequence[Rollout], widths: Widths, body: Mapping[str, Any], answer: Any) -> list[Scores]:
-        """`read_scores`, or `read_asked` of the one."""
+        """Return `read_scores`, or `read_asked` of the one."""
         if widths.asks:
             return read_asked(rollouts[0], body, answer, top_k=widths.top_k, candidates=widths.candidates, vocab_size=widths.vocab_size)
         return read_scores(rollouts, widths.top_k, widths.vocab_size, answer)
 
     def sampling(self, draw: Draw) -> dict[str, Any]:
-        """`sampling_body`."""
+        """Return `sampling_body`."""
         return sampling_body(draw.prompt, draw.room, draw.seed, draw.settings)
 
     def rollout(self, draw: Draw, answer: Any, *, processed: bool) -> Rollout:
-        """`read_rollout`."""
+        """Return `read_rollout`."""
         return read_rollout(draw.rollout_id, draw.generation, draw.vocab_size, self.sampling(draw), answer, processed=processed)

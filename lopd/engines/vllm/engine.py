@@ -1,4 +1,4 @@
-"""The life of a vLLM: started when it is first asked, started anew when it dies, given less at a time when memory runs out, stopped to free it.
+"""The life of a vLLM: started when it is first asked, restarted when it dies, given less at a time when memory runs out, stopped to free it.
 
 vLLM is imported where it is used: it takes seconds, and its reading of the environment (`VLLM_*`) is left to the caller.
 """
@@ -25,7 +25,7 @@ _ROWS = 256
 
 
 def import_vllm() -> ModuleType:
-    """The module vllm, found by importing it: builds for other devices are distributed under other names.
+    """Return the module vllm, found by importing it: builds for other devices are distributed under other names.
 
     Raises:
         MissingDependencyError: it cannot be imported.
@@ -46,7 +46,7 @@ class VLLMEngine:
     """One vLLM, for sampling or for scoring; it answers in order, and holds no memory until it is asked or after `close`.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         vocab_size: ids of its tokenizer; the rows of the head beyond them are cut off.
         settings: how to start it.
         scoring: without prefix caching, whose log-probs of a prompt would depend on what was asked before; for sampling it is on.
@@ -88,13 +88,13 @@ class VLLMEngine:
             return self.settings.max_model_len
         length = getattr(transformers.AutoConfig.from_pretrained(self.folder).get_text_config(), "max_position_embeddings", None)
         if length is None:
-            raise ModelError(f"Model {self.folder}: its configuration has no max_position_embeddings, expected one; pass `max_model_len`.")
+            raise ModelError(f"Model {self.folder}: its configuration has no max_position_embeddings; pass `max_model_len`.")
         return int(length)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[Any]:
-        """The `RequestOutput` of vLLM for each prompt of token ids; `params` are arguments of `vllm.SamplingParams`.
+        """Return the `RequestOutput` of vLLM for each prompt of token ids; `params` are arguments of `vllm.SamplingParams`.
 
-        An engine that fails is stopped and started anew, and the whole call repeated.  Where memory ran out it is given half as much at a
+        An engine that fails is restarted, and the whole call repeated.  Where memory ran out it is given half as much at a
         time; so it is where it died twice, since a dead process does not say of what.
 
         Raises:
@@ -112,9 +112,7 @@ class VLLMEngine:
                     continue
                 deaths += 1
                 if _was_refused(error):
-                    raise EngineError(
-                        f"{self._name}: it refused {_words(error)}, expected to be asked what it takes; ask otherwise."
-                    ) from error
+                    raise EngineError(f"{self._name}: it refused {_words(error)}; ask otherwise.") from error
                 if deaths > self.settings.restarts:
                     raise EngineError(
                         f"{self._name}: it failed {deaths} times in one call, the last time by {_words(error)}, expected at most "
@@ -138,7 +136,7 @@ class VLLMEngine:
                 torch.cuda.empty_cache()
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `vllm.LLM`."""
+        """Return arguments of `vllm.LLM`."""
         settings, options = self.settings, dict(self.settings.options)
         overrides = {"head_dtype": "float32"} if settings.float32_head else {}
         tokens = self.tokens_per_batch if self._may_split_prompts() else max(self.tokens_per_batch, self.context)
@@ -203,7 +201,7 @@ class VLLMEngine:
             return all(llm.collective_rpc("lopd_cut_head", args=(self.vocab_size,)))
 
     def _asking(self, vllm: ModuleType, llm: Any, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The sampling parameters of a request that asks for ids, as this vLLM takes them: its own, or what `WorkerExtension` reads."""
+        """Return the sampling parameters of a request that asks for ids, as this vLLM takes them: its own, or what `WorkerExtension` reads."""
         if self._asks_worker is None:
             self._asks_worker = self._must_ask_worker(vllm, llm)
         if not self._asks_worker:
@@ -228,7 +226,7 @@ class VLLMEngine:
             raise EngineError(f"{self._name}: {name} is {got!r}, expected {wanted!r}; use a model for which vLLM keeps to it.")
 
     def _halve(self) -> bool:
-        """Half as many tokens at a time, if that is not too few."""
+        """Halve the tokens at a time, if that is not too few; return whether it was done."""
         least = self.settings.least_tokens_per_batch if self._may_split_prompts() else self.context
         half = self.tokens_per_batch // 2
         if half < least:
@@ -237,7 +235,7 @@ class VLLMEngine:
         return True
 
     def _may_split_prompts(self) -> bool:
-        """Whether a prompt may be read in parts ("chunked prefill").
+        """Return whether a prompt may be read in parts ("chunked prefill").
 
         Between the parts vLLM winds the random stream of a request with a seed back, which a CPU's generators cannot do: it kills the engine.
         """
@@ -263,7 +261,7 @@ def _ran_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _was_refused(error: BaseException) -> bool:
-    """Whether vLLM would say no again; its own class for that is looked up by name, since not every version has it."""
+    """Return whether vLLM would say no again; its own class for that is looked up by name, since not every version has it."""
     return isinstance(error, ValueError | TypeError) or "VLLMClientError" in (kind.__name__ for kind in type(error).__mro__)
 
 

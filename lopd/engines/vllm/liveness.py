@@ -10,10 +10,10 @@ _SECONDS = 0.2
 
 @contextmanager
 def told_of_death(core: Any) -> Iterator[None]:
-    """While this is open, a call that waits for answers of `llm_engine.engine_core` ends with an error if the process that owes them is gone.
+    """End a call that waits for answers of `llm_engine.engine_core` with an error if the process that owes them is gone.
 
     vLLM notices the death of a process, marks the engine as dead and ends the thread that passes answers on, without an answer to the one
-    who waits (0.32): a call during which the engine was killed, by the system for want of memory say, would wait for ever.
+    who waits (0.32): a call during which the engine was killed, for example by the system when memory runs out, would wait for ever.
     """
     resources = getattr(core, "resources", None)
     if resources is None:  # it runs in this process

@@ -59,7 +59,7 @@ class VLLMSource:
         tokenizer: the model's own.
         sampling: how to draw.
         lineage: what the model was trained on; `from_folder` reads it from beside the weights.
-        identity: of the model; by default that of its folder (`lopd.engines.identity.folder_model_id`), taken when first asked for.
+        identity: the model's identity; by default that of its folder (`lopd.engines.identity.folder_model_id`), taken when first asked for.
         generation: round of sampling.
 
     Raises:
@@ -76,7 +76,7 @@ class VLLMSource:
 
     @classmethod
     def from_folder(cls, folder: str | Path, sampling: SamplingParams, settings: VLLMSettings | None = None) -> "VLLMSource":
-        """A source on a model folder or hub name, with the SFT teacher that is recorded there."""
+        """Return a source on a model folder or hub name, with the SFT teacher that is recorded there."""
         engine, tokenizer = _open(folder, settings, top_k=sampling.candidates)
         return cls(engine, tokenizer, sampling, Lineage.read(engine.folder))
 
@@ -100,7 +100,7 @@ class VLLMSource:
 
     @property
     def manifest(self) -> Manifest:
-        """What a store of these rollouts must say; the policy is identified once."""
+        """The manifest of a store of these rollouts; the policy is identified once."""
         return Manifest(self.tokenizer_id, self._identified, self.sampling, self.lineage.sft_teacher, self.generation)
 
     @cached_property
@@ -109,7 +109,7 @@ class VLLMSource:
         return stop_ids(self.sampling, _configured_eos(self.engine.folder), self.tokenizer_id)
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
-        """`samples_per_prompt` rollouts for each prompt, in their order."""
+        """Return `samples_per_prompt` rollouts for each prompt, in their order."""
         check_prompts(prompts, self.tokenizer_id, self._context)
         rows = [(p, rollout_id(p.prompt_id, s, self.generation)) for p in prompts for s in range(self.sampling.samples_per_prompt)]
         if not rows:
@@ -155,7 +155,7 @@ class VLLMSource:
             )
         if ids.max() >= self.tokenizer_id.vocab_size:
             raise EngineError(
-                f"Rollout {name!r}: vLLM sampled id {ids.max()}, expected one below the vocabulary's {self.tokenizer_id.vocab_size}; report it."
+                f"Rollout {name!r}: vLLM sampled id {ids.max()}, expected ids below {self.tokenizer_id.vocab_size}; report it."
             )
         owner = f"Rollout {name!r}"
         reported, ids_TK, logprobs_TK = look_up(owner, ids, *entries(completion.logprobs), top_k=self._kept)
@@ -187,7 +187,7 @@ class VLLMScorer:
     Args:
         engine: for scoring; it starts when first asked.
         tokenizer: the model's own.
-        identity: of the model; by default that of its folder (`lopd.engines.identity.folder_model_id`).
+        identity: the model's identity; by default that of its folder (`lopd.engines.identity.folder_model_id`).
         top_k: how many of the model's own most likely tokens, outside of the candidates, are kept beside each response token.
         candidates: how many of each rollout's candidates are scored: the first of `Rollout.candidates`, which are the policy's most likely.
         drawn: how many of its drawn candidates are scored: the last.
@@ -211,7 +211,7 @@ class VLLMScorer:
     def from_folder(
         cls, folder: str | Path, settings: VLLMSettings | None = None, *, top_k: int = 0, candidates: int = 0, drawn: int = 0
     ) -> "VLLMScorer":
-        """A scorer on a model folder or hub name."""
+        """Return a scorer on a model folder or hub name."""
         engine, tokenizer = _open(folder, settings, scoring=True, top_k=widest(top_k, candidates, drawn))
         return cls(engine, tokenizer, top_k=top_k, candidates=candidates, drawn=drawn)
 
@@ -236,7 +236,7 @@ class VLLMScorer:
         return provenance_of(self._identified, self.tokenizer_id, engine, top_k=self.top_k, candidates=self.candidates, drawn=self.drawn)
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
-        """(T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
+        """Return (T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
         check_rollouts(rollouts, self.tokenizer_id, self.engine.context, self.candidates, self.drawn)
         for rollout in rollouts:
             if len(rollout) == self.engine.context:
@@ -280,7 +280,7 @@ def _folder_identity(engine: VLLMEngine) -> ModelId:
 
 
 def _configured_eos(folder: Path) -> Any:
-    """The EOS ids that a model loaded from this folder has in its generation configuration."""
+    """Return the EOS ids that a model loaded from this folder has in its generation configuration."""
     try:
         return transformers.GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:

@@ -1,4 +1,4 @@
-"""What vLLM says of the tokens of prompts, for rollouts that are read as such.
+"""vLLM's log-probs of prompt tokens, as scores of rollouts that are read as prompts.
 
 Shape suffixes: T response tokens, A ids asked for a token.
 """
@@ -18,7 +18,7 @@ from lopd.records.rollouts import Rollout, Scores
 
 
 def read_scores(engine: VLLMEngine, rollouts: Sequence[Rollout], top_k: int, candidates: int = 0, drawn: int = 0) -> list[Scores]:
-    """Scores of rollouts, which go in as prompts, shortest first; see `VLLMScorer` for the arguments."""
+    """Return scores of rollouts, which go in as prompts, shortest first; see `VLLMScorer` for the arguments."""
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i]))
     wanted = likely(top_k, candidates)
     params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": wanted, "flat_logprobs": True, "detokenize": False}
@@ -43,7 +43,7 @@ def _scores(rollout: Rollout, output: Any, ids_TA: NDArray[np.integer] | None, c
         width = ids_TA.shape[1]
         ids, logprobs_TA = given[0][:, -width:], given[1][:, -width:]
         if not np.array_equal(ids, ids_TA):
-            raise EngineError(f"{owner}: vLLM gave log-probs of other ids than it was asked for, expected those; report it.")
+            raise EngineError(f"{owner}: vLLM gave log-probs of other ids than it was asked for; report it.")
         given = given[0][:, :-width], given[1][:, :-width]
     found = look_up(owner, rollout.response_ids, *given, top_k=likely(top_k, candidates))
     return asked_scores(rollout, ids_TA, logprobs_TA, found, candidates=candidates, top_k=top_k)

@@ -35,17 +35,17 @@ class VLLMSettings:
     """How vLLM is started.
 
     Args:
-        dtype: of the weights; None is what the model's configuration says (vLLM's own "auto" would turn float32 into less).
+        dtype: type of the weights; None takes the one of the model's configuration (vLLM's own "auto" would turn float32 into less).
         max_model_len: tokens of the longest prompt and response together; None is the context of the model.
         tokens_per_batch: positions of one forward pass.  Scoring holds the logits of so many at once, a few times over: float32, V each.  So
             does sampling with a temperature or top_p other than 1, which reads its rollouts once more.
         gpu_memory_utilization: share of a GPU's memory; what scoring needs for logits comes from the rest.
         tensor_parallel_size: GPUs that share one model.
-        seed: of the engine; rollouts have seeds of their own (`SamplingParams.seed`).
+        seed: the engine's seed; rollouts have seeds of their own (`SamplingParams.seed`).
         enforce_eager: no compilation and no CUDA graphs: quicker to start, slower to run.
         float32_head: logits in float32, as lopd computes them everywhere, and not in the dtype of the weights; what it gains on a bfloat16 model
             is in `benchmarks/results/bench_engines.json`.
-        restarts: how often one call may start a dead engine anew.
+        restarts: how often one call may restart a dead engine.
         least_tokens_per_batch: memory that runs out halves `tokens_per_batch` down to this.
         options: any other arguments of `vllm.LLM`, by name.
 

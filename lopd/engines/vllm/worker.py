@@ -44,7 +44,7 @@ class WorkerExtension:
 
 
 def _read_each(runner: Any, read: Callable[..., Mapping[str, Any]], gather: Callable[..., Any], *step: Any) -> dict[str, Any]:
-    """What `read` says of all prompts that wait for their log-probs; it removes those that it has finished."""
+    """Return what `read` gives for all prompts that wait for their log-probs; it removes those that it has finished."""
     waiting: dict[str, int] = runner.num_prompt_logprobs
     finished: dict[str, Any] = {}
     for name in list(waiting):
@@ -60,7 +60,7 @@ def _read_each(runner: Any, read: Callable[..., Mapping[str, Any]], gather: Call
 
 
 def _with_asked(gather: Callable[..., Any], asked: Mapping[str, Any], start: int) -> Callable[..., Any]:
-    """`gather` for positions from `start` on, with the ids asked for last.
+    """Return what `gather` does, for positions from `start` on, with the ids asked for last.
 
     Positions of the prompt, before the first that is asked about, get the ids of that one; their log-probs are not read.
     """

@@ -59,7 +59,7 @@ def main(words: Sequence[str]) -> int:
     """Run one command; return the exit code.
 
     Args:
-        words: of the command line.
+        words: those of the command line.
     """
     parser = _parser(words[:1])
     options, unknown = parser.parse_known_args(words)

@@ -29,7 +29,7 @@ class Model:
         model: its folder, or its name in the hub.
         engine: "hf" is transformers, "vllm" is vLLM in this process, and anything else is the URL of a server, or several.
         device: where transformers runs it; None is a GPU if there is one.
-        dtype: of the weights in use; None is what is stored.
+        dtype: type of the weights in use; None keeps the stored one.
         served_as: the name under which servers have it; None is `model`.
         revision: which weights the servers have, a commit or a hash, where `model` is not the folder that they serve.
         speaks: what the servers are.

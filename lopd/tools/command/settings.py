@@ -108,7 +108,7 @@ class RunSettings:
 
     def __attrs_post_init__(self) -> None:
         if not self.seeds or len({*self.seeds}) < len(self.seeds) or min(self.seeds) < 0:
-            raise InvalidRecordError(f"Run: seeds are {list(self.seeds)}, expected one or several from 0, each once; correct them.")
+            raise InvalidRecordError(f"Run: seeds are {list(self.seeds)}; correct them.")
         if self.text and not self.sft:
             raise InvalidRecordError("Run: text is given without sft, which trains on it; give both, or neither.")
         if self.student.urls:
@@ -148,7 +148,7 @@ def read_settings(path: str | Path) -> RunSettings:
 
 
 def _loader(yaml: Any) -> Any:
-    """Return YAML's safe loader, but for a key that is there twice, of which it would take the last, and for 1e-3, which is a number."""
+    """Return YAML's safe loader, which also refuses a key that is there twice, and takes 1e-3 for a number."""
 
     def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

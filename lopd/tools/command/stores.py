@@ -77,7 +77,7 @@ def _info(options: Namespace) -> int:
 
 
 def _finite(_owner: object, _field: object, value: object) -> object:
-    """The interval of a single draw is not a number of JSON."""
+    """Return None for the infinite interval of a single draw, which is not a number of JSON."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

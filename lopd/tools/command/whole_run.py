@@ -64,7 +64,7 @@ def _check_writer(s: RunSettings, ours: TokenizerId) -> None:
 
 
 def _inputs(s: RunSettings) -> dict[str, str]:
-    """Digests of what a run reads: it may change under its name.  What a hub sends is the hub's to name."""
+    """Return digests of what a run reads: it may change under its name.  What a hub sends is the hub's to name."""
     verifier = (s.evaluation and s.evaluation.verifier) or ""
     models = [model for model in (s.student.model, s.teacher.model) if Path(model).is_dir()]
     files = [s.prompts if isinstance(s.prompts, str) else "", s.text.file if s.text else "", verifier.rpartition(":")[0]]
@@ -76,9 +76,7 @@ def _inputs(s: RunSettings) -> dict[str, str]:
             path = verifier
             _verifier(verifier)
     except (OSError, KeyError) as error:
-        raise InvalidRecordError(
-            f"Run: {without_secrets(path)} cannot be read ({type(error).__name__}), expected what the file names; correct it."
-        ) from None
+        raise InvalidRecordError(f"Run: {without_secrets(path)} cannot be read ({type(error).__name__}); correct it.") from None
     return digests
 
 
@@ -103,7 +101,7 @@ def summary(s: RunSettings, runs: dict[int, list[_Phase]]) -> dict[str, Any]:
 
 
 def _changes(phases: dict[str, _Phase]) -> dict[str, dict[str, float]]:
-    """What each measure was before and after OPD, and its change over the same prompts."""
+    """Return what each measure was before and after OPD, and its change over the same prompts."""
     found = dict[str, dict[str, float]]()
     before, after = phases.get(_BEFORE, {}), phases.get(_AFTER, {})
     if "per_prompt" in after:
@@ -156,7 +154,7 @@ class _Seeded:
         return f"{(self.s.store or self.s.out).rstrip('/')}/seed-{self.seed}/{name}.zarr"
 
     def _text(self) -> _Phase:
-        """What SFT trains on: the teacher's responses, or a file."""
+        """Return what SFT trains on: the teacher's responses, or a file."""
         if self.s.text is None:
             return self._sample(self.s.teacher, "text")
         writer, teacher = self.s.text.written_by, self.s.teacher
@@ -213,7 +211,7 @@ class _Seeded:
         return found
 
     def _evaluate(self, asked: Evaluation, folder: str) -> _Phase:
-        """On transformers, at temperature 1; another seed than that of the rollouts."""
+        """Return a source on transformers, at temperature 1; another seed than that of the rollouts."""
         sampling = SamplingParams(self.s.sampling.max_new_tokens, samples_per_prompt=asked.samples_per_prompt, seed=self.seed + 1000)
         source, found = HFSource.from_folder(folder, sampling, device=self.s.student.place), _Phase()
         if asked.verifier:

@@ -12,9 +12,9 @@ from lopd.records.rollouts import ScoredRollout, Scores
 
 
 def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progress | None = None) -> Iterator[str]:
-    """One sentence for each problem: what the store finds in its own bytes, then what reading every row with every column brings up.
+    """Yield one sentence for each problem: what the store finds in its own bytes, then what reading every row with every column brings up.
 
-    Every rollout, score and top-k support is made anew from what was read, so it is checked as strictly as when it was first made.
+    Every rollout, score and top-k support is made again from what was read, so it is checked as strictly as when it was first made.
 
     Args:
         store: any durable store.

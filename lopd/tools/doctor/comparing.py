@@ -39,7 +39,7 @@ class Difference:
         rollouts, tokens: compared: in both, with the same content.
         only_left, only_right: rollouts with scores on one side only.
         other_content: rollouts under the same id with another content hash.   first_other: the id of the first.
-        max, p99, mean: of the absolute difference, nats; the quantile to 0.1 % of its value.
+        max, p99, mean: maximum, 99 % quantile and mean of the absolute difference, nats; the quantile to 0.1 % of its value.
         worst: where the maximum is; None if no token differs.
     """
 
@@ -55,7 +55,7 @@ class Difference:
     worst: Worst | None
 
     def exceeds(self, tolerance: float) -> bool:
-        """Whether a rollout has no equal on the other side, or a log-prob is farther than `tolerance` (nats) from its own."""
+        """Return whether a rollout has no equal on the other side, or a log-prob is farther than `tolerance` (nats) from its own."""
         return bool(self.only_left or self.only_right or self.other_content or self.max > tolerance)
 
 
@@ -91,22 +91,22 @@ class _Tally:
         np.add.at(self.counts, gap_T.astype(np.float32).view(np.uint32) >> _DROPPED_BITS, 1)
 
     def quantile(self, level: float) -> float:
-        """The upper end of the bin in which this share of all differences is reached."""
+        """Return the upper end of the bin in which this share of all differences is reached."""
         bin_number = int(np.searchsorted(np.cumsum(self.counts), level * self.tokens))
         upper = np.array([((bin_number + 1) << _DROPPED_BITS) - 1], np.uint32).view(np.float32)[0]
         return min(float(upper), self.greatest) if bin_number else 0.0
 
 
 def compare_columns(left: LogprobReader, right: LogprobReader, left_column: str, right_column: str) -> Difference:
-    """How far a column of one store is from a column of another, or of the same store.
+    """Return how far a column of one store is from a column of another, or of the same store.
 
     Memory: flat, whatever the size of the stores; one batch of rollouts from each.
 
     Args:
         left: a store.
         right: another, or the same one.
-        left_column: of `left`; `behavior` is one, too.
-        right_column: of `right`.
+        left_column: column of `left`; `behavior` is one, too.
+        right_column: column of `right`.
 
     Raises:
         MissingScoresError: a store has no such column.

@@ -1,4 +1,4 @@
-"""What is in a store: counts, identities, coverage, and what the advantages look like before anybody trains on them."""
+"""What is in a store: counts, identities, coverage, and the advantages before training."""
 
 import math
 from collections import Counter
@@ -28,7 +28,7 @@ class ColumnInfo:
     """One score column.
 
     Args:
-        name: of the column.   provenance: who computed it.
+        name: the column's name.   provenance: who computed it.
         scored: rollouts that have scores in it.
         quarantined: row -> why it could not be scored.
         of_policy: whether the model is one of the policies that sampled.
@@ -70,16 +70,16 @@ class StoreInfo:
     """What `inspect_store` found.
 
     Args:
-        store: how messages name it.   manifest: what all rollouts have in common.
+        store: its name in messages.   manifest: what all rollouts have in common.
         generations: rounds of sampling and their policies.
         rollouts, prompt_tokens, response_tokens: in all.
-        stored_bytes: of the files that the current state is made of.
+        stored_bytes: size of the files that the current state is made of.
         behavior: rollouts with log-probs of the sampling engine.
         sampler: rollouts with those of the distribution that drew them, where temperature or top-p is not 1.
         columns: scores.
         sampled: rollouts that were read for what follows, evenly spaced.
-        finish_reasons: of the sampled rollouts.   masked: share of their response tokens that do not count.
-        advantages: of each teacher against each student column, each over at most as many rollouts as `sampled`.
+        finish_reasons: those of the sampled rollouts.   masked: share of their response tokens that do not count.
+        advantages: those of each teacher against each student column, each over at most as many rollouts as `sampled`.
         labels: column of labels -> their mean, over at most as many rollouts.
         starts: teacher -> what is known of a run with it before the first step, or why nothing is; over at most as many rollouts.
         history: all commits, oldest first.
@@ -110,7 +110,7 @@ class StoreInfo:
 
 
 def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
-    """Everything that `lopd info` shows.
+    """Return everything that `lopd info` shows.
 
     Args:
         store: any durable store.

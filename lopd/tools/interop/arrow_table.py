@@ -32,7 +32,7 @@ _TYPES = {"b": "|b1", "i": "<i4", "u": "<i4", "f": "<f4"}
 
 
 def tables(reader: LogprobReader, description: Description, rows_per_table: int) -> Iterator[Any]:
-    """The whole store in tables of about so many rows."""
+    """Yield the whole store in tables of about so many rows."""
     schema, waiting = description.schema(), list[ScoredRollout]()
     for part in parts(reader, min(64, rows_per_table)):
         waiting += part.read(reader)
@@ -99,7 +99,7 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
 
     Args:
         store: takes them.
-        description: of the tables.
+        description: what the tables hold.
         incoming: the tables.
         owner: how messages name them.
         whole: no row that was exported may be missing.
@@ -146,7 +146,7 @@ def reading(owner: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # each part of pyarrow and of datasets raises its own
-        raise CorruptStoreError(f"{owner}: it cannot be read ({error}), expected sound data; restore it from a backup.") from error
+        raise CorruptStoreError(f"{owner}: it cannot be read ({error}); restore it from a backup.") from error
 
 
 def sound(incoming: Iterator[Any], owner: str) -> Iterator[Any]:
@@ -172,9 +172,7 @@ def _rows(table: Any, schema: Any, owner: str, first: int) -> Iterator[dict[str,
     try:
         table = table.select(schema.names).cast(schema)
     except (KeyError, pa.ArrowException) as error:
-        raise CorruptStoreError(
-            f"{owner}: its columns are {table.column_names} and do not fit ({error}), expected those of its description; export it again."
-        ) from error
+        raise CorruptStoreError(f"{owner}: its columns are {table.column_names} and do not fit ({error}); export it again.") from error
     columns = (table[field.name].to_numpy() if pa.types.is_list(field.type) else table[field.name].to_pylist() for field in schema)
     for number, values in enumerate(zip(*columns, strict=True), first):
         row = dict(zip(schema.names, values, strict=True))

@@ -36,7 +36,7 @@ _NOT_VOUCHED_FOR = (
 
 @frozen
 class AuthorsReport:
-    """What was imported, and what nobody can vouch for.
+    """What was imported, and what cannot be vouched for.
 
     Args:
         rollouts, response_tokens: in the file, without refused rows; also those that the store had already.
@@ -78,18 +78,18 @@ def import_authors_parquet(
         tokenizer: a transformers tokenizer, that of the manifest and of the teacher.
         teacher: who computed `teacher_log_probs`, and how.
         column: where these go.
-        finish_reason: of all rows; None infers "length" where a response has the manifest's `max_new_tokens` or more, else "stop".
+        finish_reason: the one of all rows; None infers "length" where a response has the manifest's `max_new_tokens` or more, else "stop".
         leave_out_refused: go on without rows that are refused, and name them in the report, instead of stopping at the first.
         rows_per_commit: rollouts appended together; bounds memory.
-        storage_options: of fsspec.
+        storage_options: options of fsspec.
 
     Returns:
         Counts, and what the file cannot vouch for; show it to whoever trains on the store.
 
     Raises:
         TokenizerMismatchError: tokenizer, manifest and teacher do not share one vocabulary; nothing is imported.
-        InvalidRecordError: a row has lengths that disagree, or something that is no log-prob; it names the row.
-        StoreNotFoundError: no file is there.
+        InvalidRecordError: a row has lengths that disagree, or something that is not a log-prob; it names the row.
+        StoreNotFoundError: the file is not there.
         CorruptStoreError: it is damaged, or has other fields.
         ConflictError: other content is under an id, or another model under the column, of the store.
     """
@@ -122,7 +122,7 @@ def import_authors_parquet(
 
 
 def _rows(path: StorePath, rows: int, storage_options: StorageOptions | None) -> Iterator[list[tuple[str, Mapping[str, Any]]]]:
-    """Batches of rows, each with the name that messages give it."""
+    """Yield batches of rows, each with the name that messages give it."""
     with open_parquet(path, storage_options) as (file, owner):
         names = file.schema_arrow.names
         if not {"prompt", "metadata"} <= set(names):

@@ -25,13 +25,13 @@ class Description:
     """What all rows of a table have in common.
 
     Args:
-        manifest: of the store.
+        manifest: the store's manifest.
         generations: rounds of sampling and their policies.
         columns: name -> who computed it.
         quarantined: column -> rollout id -> why it could not be scored.
         sampler: whether there is a column of `sampler_logprobs`.
         rows: number of rows that were exported; None if neither rows nor description have checksums.
-        fingerprint: of the exported dataset, which `datasets` changes when rows are selected; "" in a file.
+        fingerprint: the exported dataset's fingerprint, which `datasets` changes when rows are selected; "" in a file.
         order: names of the columns, which JSON with a checksum sorts; empty for the order of `columns`.
 
     Raises:
@@ -58,7 +58,7 @@ class Description:
 
     @classmethod
     def of(cls, reader: LogprobReader) -> "Description":
-        """What a store says."""
+        """Return the description of a store."""
         named = dict[str, dict[str, str]]()
         for name in reader.columns:
             if reasons := reader.quarantined(name):
@@ -68,7 +68,7 @@ class Description:
         return cls(reader.manifest, dict(reader.generations), dict(reader.columns), named, sampler, len(reader))
 
     def to_json(self) -> str:
-        """One line of JSON, with a checksum of itself."""
+        """Return one line of JSON, with a checksum of itself."""
         document = {
             "manifest": self.manifest.to_json(),
             "generations": {str(number): asdict(policy) for number, policy in self.generations.items()},
@@ -83,17 +83,17 @@ class Description:
 
     @classmethod
     def from_json(cls, text: str | bytes | None, owner: str) -> "Description":
-        """The inverse of `to_json`; also reads what lopd 0.2 wrote, which has no checksum.
+        """Return the inverse of `to_json`; also reads what lopd 0.2 wrote, which has no checksum.
 
         Raises:
-            CorruptStoreError: it is no description, is damaged, or of another schema version.
+            CorruptStoreError: it is not a description, is damaged, or has another schema version.
         """
         owner = f"{owner}: its description"
         try:
             data = text if isinstance(text, bytes) else str(text).encode()
             document = sealing.unseal(data) or parse(data)
         except ValueError as error:
-            raise CorruptStoreError(f"{owner} cannot be read ({error}), expected what lopd exported; export it again.") from error
+            raise CorruptStoreError(f"{owner} cannot be read ({error}); export it again.") from error
         if isinstance(document, dict):
             if "checksum" in document:
                 raise CorruptStoreError(f"{owner} does not match its checksum; restore it from a backup.")
@@ -104,7 +104,7 @@ class Description:
         return evolve(made, columns={name: made.columns[name] for name in made.order or made.columns})
 
     def schema(self) -> Any:
-        """The Arrow schema of a table."""
+        """Return the Arrow schema of a table."""
         pa = need("pyarrow", "Arrow tables")
         fields: list[tuple[str, Any]] = [
             ("rollout_id", pa.string()),

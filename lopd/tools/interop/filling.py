@@ -25,16 +25,14 @@ def check_maker(owner: str, store: object) -> None:
         ArgumentError: it cannot be called.
     """
     if not callable(store):
-        raise ArgumentError(
-            f"{owner}: store is {a_kind(store)}, expected what makes one; pass `lambda manifest: ZarrStore.open_or_create(PATH, manifest)`."
-        )
+        raise ArgumentError(f"{owner}: store is {a_kind(store)}; pass `lambda manifest: ZarrStore.open_or_create(PATH, manifest)`.")
 
 
 def records_of(kind: str, records: str | os.PathLike[str] | Iterable[Any]) -> tuple[tuple[str, str], Iterable[Any]]:
     """Return how messages name all records, and one, before its number; and the records, of a file or in memory.
 
     Args:
-        kind: of record, for example "Text".
+        kind: kind of record, for example "Text".
         records: a path, a URL that fsspec opens, or many of them.
 
     Raises:

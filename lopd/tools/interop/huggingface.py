@@ -16,14 +16,14 @@ from lopd.tools.interop.description import CHECKSUM, Description
 
 
 def to_hf_dataset(reader: LogprobReader) -> Any:
-    """All rollouts with all their scores as a `datasets.Dataset` in memory, with the columns of `lopd.tools.interop.arrow_table`.
+    """Return all rollouts with all their scores as a `datasets.Dataset` in memory, with the columns of `lopd.tools.interop.arrow_table`.
 
     The manifest and the provenance of the columns are in `dataset.info.description`, which `save_to_disk` keeps.  Rows and description have
     checksums, which `from_hf_dataset` verifies.  For a store larger than memory, use `export_parquet` and
     `datasets.load_dataset("parquet", ...)`.
 
     Raises:
-        InvalidRecordError: a rollout id is no text that Arrow can hold.
+        InvalidRecordError: a rollout id is not text that Arrow can hold.
         MissingDependencyError: datasets is not installed.
     """
     datasets, pa = need("datasets", "Hugging Face datasets"), need("pyarrow", "Hugging Face datasets")
@@ -60,7 +60,7 @@ def from_hf_dataset(dataset: Any, store: LogprobStore, *, rows_per_commit: int =
 
 
 def hf_dataset_manifest(dataset: Any) -> Manifest:
-    """The manifest of the store that was exported.
+    """Return the manifest of the store that was exported.
 
     Raises:
         ArgumentError: it is not a `datasets.Dataset`.
@@ -70,7 +70,7 @@ def hf_dataset_manifest(dataset: Any) -> Manifest:
 
 
 def _describe(dataset: Any) -> tuple[Description, str]:
-    """What all rows have in common, and how messages name the dataset."""
+    """Return what all rows have in common, and how messages name the dataset."""
     if not isinstance(dataset, need("datasets", "Hugging Face datasets").Dataset):
         raise ArgumentError(f"Dataset: it is {a_kind(dataset)}, expected a `datasets.Dataset`; pass one split of it.")
     owner = " ".join(["Dataset", *(str(file["filename"]) for file in dataset.cache_files[:1])])

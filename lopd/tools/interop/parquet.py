@@ -40,7 +40,7 @@ def export_parquet(
         reader: any store.
         path: local, or any URL that fsspec opens.
         rows_per_group: rollouts in a row group; bounds memory.
-        storage_options: of fsspec.
+        storage_options: options of fsspec.
 
     Raises:
         StoreExistsError: a file is there.
@@ -71,9 +71,7 @@ def export_parquet(
         with suppress(Exception):
             place.system.rm(place.name)
         if isinstance(error, OSError) and not isinstance(error, StoreReadError):
-            raise StoreWriteError(
-                f"{place.owner}: the write failed with {error}, expected it to succeed; free space or fix permissions, and repeat it."
-            ) from error
+            raise StoreWriteError(f"{place.owner}: the write failed with {error}; free space or fix permissions, and repeat it.") from error
         raise
 
 
@@ -89,10 +87,10 @@ def import_parquet(
         path: local, or any URL that fsspec opens.
         store: created with `parquet_manifest(path)`.
         rows_per_commit: rollouts appended together; bounds memory.
-        storage_options: of fsspec.
+        storage_options: options of fsspec.
 
     Raises:
-        StoreNotFoundError: no file is there.
+        StoreNotFoundError: the file is not there.
         StorePathError: it is a pipe or a device.
         CorruptStoreError: it is damaged, no export of lopd, a row does not match its checksum or hash, or rows are missing.
         InvalidRecordError: a row breaks the contract of a rollout or of scores, or `rows_per_commit` is less than 1.
@@ -105,10 +103,10 @@ def import_parquet(
 
 
 def parquet_manifest(path: StorePath, *, storage_options: StorageOptions | None = None) -> Manifest:
-    """The manifest of the store that was exported.
+    """Return the manifest of the store that was exported.
 
     Raises:
-        StoreNotFoundError: no file is there.
+        StoreNotFoundError: the file is not there.
         CorruptStoreError: it is damaged, or no export of lopd.
     """
     with open_parquet(path, storage_options) as (file, owner):
@@ -121,7 +119,7 @@ def _describe(file: Any, owner: str) -> Description:
 
 @contextmanager
 def open_parquet(path: StorePath, storage_options: StorageOptions | None) -> Iterator[tuple[Any, str]]:
-    """An open parquet file, and how messages name it."""
+    """Give an open parquet file, and its name in messages."""
     pq, place = need("pyarrow.parquet", "Parquet"), _Place.of(path, storage_options)
     raw = place.ask(place.opened)
     with raw:
@@ -133,7 +131,7 @@ def open_parquet(path: StorePath, storage_options: StorageOptions | None) -> Ite
 
 
 def read_batches(file: Any, rows: int, owner: str) -> Iterator[Any]:
-    """Tables of so many rows.
+    """Return tables of so many rows.
 
     Raises:
         InvalidRecordError: that number is less than 1.
@@ -149,7 +147,7 @@ class _Place:
     """A file on a file system of fsspec.
 
     Args:
-        system, name: of fsspec.
+        system, name: file system and path of fsspec.
         url: as the user wrote it.
         secret: whether options say how to reach it.
     """
@@ -179,7 +177,7 @@ class _Place:
         return f"Parquet file {without_secrets(self.url if '://' in self.url else self.name)}"
 
     def ask(self, work: Callable[[str], T]) -> T:
-        """What is done with the file's name."""
+        """Return what is done with the file's name."""
         try:
             return asked(self.url, partial(work, self.name), secret=self.secret)
         except FileNotFoundError as error:

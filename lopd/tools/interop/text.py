@@ -50,8 +50,8 @@ def import_text(
 
     Args:
         texts: a file with one record per line (`.jsonl`) or row (`.parquet`), local or a URL that fsspec opens; or texts in memory.
-        tokenizer: of the student.
-        teacher: who wrote the responses, as in `Lineage.of`: a folder, a hub name, or a `ModelId`.  None says that nobody knows, or that no
+        tokenizer: the student's tokenizer.
+        teacher: who wrote the responses, as in `Lineage.of`: a folder, a hub name, or a `ModelId`.  None says that it is not known, or that no
             model did; the student then has no SFT teacher, and `batches` asks for one before OPD.
         store: makes the store, for example `lambda manifest: ZarrStore.open_or_create("text.zarr", manifest)`.  Its `sampling` has the
             defaults: how the text was drawn is not known.
@@ -70,7 +70,7 @@ def import_text(
         ContextOverflowError: texts are longer than `max_tokens`; it counts them.
         ArgumentError: the tokenizer, the teacher or the store is something else.
         InvalidRecordError: `max_tokens` or `too_long` makes no sense.
-        EngineError: there is no such teacher.
+        EngineError: the teacher was not found.
         ModelError: the teacher cannot be identified.
         ManifestMismatchError: the store is of another writer or tokenizer.
         ConflictError: the store has another text under an id.

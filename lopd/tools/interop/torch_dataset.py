@@ -59,17 +59,17 @@ class TorchDataset(Dataset[ScoredRollout]):
         for column in self.top_k:
             if column not in self.reader.columns or not self.reader.columns[column].top_k:
                 raise MissingScoresError(
-                    f"{named(self.reader)}: column {column!r} has no top-k support, expected one; score with a scorer that keeps a top_k."
+                    f"{named(self.reader)}: column {column!r} has no top-k support; score with a scorer that keeps a top_k."
                 )
 
     def __len__(self) -> int:
-        """Committed rollouts."""
+        """Return the number of committed rollouts."""
         return len(self.reader)
 
     def __getitem__(self, index: int) -> ScoredRollout:
-        """One rollout."""
+        """Return one rollout."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Rows:
-        """Several rollouts, in the order asked: what a `DataLoader` asks for."""
+        """Return several rollouts, in the order asked: what a `DataLoader` asks for."""
         return self.reader.read(indices, columns=self.columns, top_k=self.top_k)

@@ -46,7 +46,7 @@ def import_trajectories(
 
     Args:
         trajectories: a file with one record per line (`.jsonl`) or row (`.parquet`), local or a URL that fsspec opens; or records in memory.
-        tokenizer: of the policy.
+        tokenizer: the policy's tokenizer.
         policy: who drew: a folder or a hub name, whose weights are read for their identity, or a `ModelId`.
         sampling: how it drew; a cut to the top k or by a least probability has no place there, and such log-probs are of another distribution.
         lineage: what the policy was trained on; None is what its folder says, and nothing for a `ModelId`.
@@ -81,7 +81,7 @@ def import_trajectories(
 
 
 def _trained(policy: str | Path | ModelId, lineage: Lineage | None) -> Lineage:
-    """What the policy was trained on, as it was passed or as its folder says."""
+    """Return what the policy was trained on, as it was passed or as its folder says."""
     if lineage is not None:
         check_kind("Trajectories: lineage", lineage, Lineage, "pass `Lineage(sft_teacher=...)`, or leave it out")
         return lineage

@@ -100,7 +100,7 @@ class Bill:
 
 
 def lightning(work: Work, rates: GpuRates, gpus: int) -> Bill:
-    """Sample once, score once, train on what is stored; one model at a time on all GPUs.
+    """Return the cost to sample once, score once, and train on what is stored; one model at a time on all GPUs.
 
     Args:
         work: what is to be done.
@@ -117,7 +117,7 @@ def lightning(work: Work, rates: GpuRates, gpus: int) -> Bill:
 
 
 def online(work: Work, rates: GpuRates, gpus: int, lockstep: float = 1.0) -> Bill:
-    """Sample, score and train in turn at every step, all GPUs taking part in each; student, its engine and teacher stay in memory.
+    """Return the cost to sample, score and train in turn at every step, all GPUs taking part in each; student, its engine and teacher stay in memory.
 
     Args:
         work: what is to be done.
@@ -163,7 +163,7 @@ def _training(work: Work, rates: GpuRates, gpus: int) -> Phase:
 
 
 def trained_gb(work: Work) -> float:
-    """10^9 bytes of the student's weights, gradients and moments in float32."""
+    """Return the gigabytes of the student's weights, gradients and moments in float32."""
     return _TRAINED_BYTES * work.student_billions
 
 

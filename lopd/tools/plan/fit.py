@@ -101,7 +101,7 @@ def _by_tokens(name: str, needed: Need, use: Use, room: float) -> PhaseFit:
 
 
 def _advice(phase: PhaseFit, config: Any, use: Use, room: float) -> Iterator[str]:
-    """What would make it fit, the least change first."""
+    """Yield what would make it fit, the least change first."""
     if phase.most:
         yield f"{phase.unit}={phase.most} fits"
     found = False

@@ -39,8 +39,8 @@ def empty(config: Any, dtype: torch.dtype, lora_rank: int, attention: str | None
 
     Args:
         config: a transformers configuration.
-        dtype: of the weights.
-        lora_rank: of the adapters; 0 for none.
+        dtype: type of the weights.
+        lora_rank: rank of the adapters; 0 for none.
         attention: as transformers calls it; None for the one that it takes itself.
 
     Raises:
@@ -72,7 +72,7 @@ def _maker(config: Any) -> Callable[..., Any]:
 
 
 def _attention(_module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, scaling: float | None = None, **__: Any) -> Any:
-    """Causal attention that keeps no scores, whatever the layout."""
+    """Return causal attention that keeps no scores, whatever the layout."""
     of_heads = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return of_heads.transpose(1, 2), None
 
@@ -81,7 +81,7 @@ def count(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[
     """Run a phase with so many rows and with one more; layers that are alike are run two at a time and three at a time, and the rest follows.
 
     Args:
-        config: of the model.
+        config: the model's configuration.
         make: a model of a configuration, whose weights are nowhere (`empty`).
         rows: how many.
         prepare: put what the phase keeps beside the model, and return what runs it.
@@ -150,7 +150,7 @@ def _fill(model: Any) -> None:
 
 
 def _layers_alike(config: Any, make: Callable[[Any], Any]) -> int | None:
-    """How many layers there are, if more than three and all like the first three."""
+    """Return how many layers there are, if more than three and all like the first three."""
     text = config.get_text_config()
     depth, kinds = getattr(text, "num_hidden_layers", 0), getattr(text, "layer_types", None) or [""]
     if depth <= 3 or len(set(kinds)) > 1 or _place(config) is None:

@@ -84,15 +84,15 @@ class LiveBytes(TorchDispatchMode):
         self._full: list[tuple[int, tuple[int, ...]]] = []
 
     def filled(self) -> None:
-        """All layers have been computed; and once more, when what only computing needed is freed."""
+        """Note that all layers have been computed; and again, when what only computing needed is freed."""
         self._full.append((len(self._after), tuple(self._alive)))
 
     def enter(self) -> None:
-        """The second layer begins."""
+        """Note that the second layer begins."""
         self._enter = len(self._after) if self._enter is None else self._enter
 
     def leave(self) -> None:
-        """Its backward pass has ended."""
+        """Note that its backward pass has ended."""
         self._leave = len(self._after)
 
     def stretch(self) -> Stretch:
@@ -162,7 +162,7 @@ class Need:
     """What a phase needs, for any number of rows: every tensor has as many bytes more for each.
 
     Args:
-        stretches: of a phase, each as two arrays (T, P): bytes after each operation without rows, and more bytes for each row.
+        stretches: the parts of a phase, each as two arrays (T, P): bytes after each operation without rows, and more bytes for each row.
         chunk: what the byte of logits stands for; None where all are counted.
     """
 
@@ -177,7 +177,7 @@ class Need:
             ModelError: they are not the same operations.
         """
         if [a_TP.shape for a_TP in some] != [b_TP.shape for b_TP in more]:
-            raise ModelError("Plan: the model's code does something else with one row more, expected the same; measure it on the card.")
+            raise ModelError("Plan: the model's code does something else with one row more; measure it on the card.")
         return cls(tuple((a_TP - rows * (b_TP - a_TP), b_TP - a_TP) for a_TP, b_TP in zip(some, more, strict=True)))
 
     def shared(self, gpus: int, whole: int) -> "Need":

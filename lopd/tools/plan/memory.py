@@ -1,4 +1,4 @@
-"""What a phase needs of a card, counted on the code that will run, from a configuration alone: no weight is read or made.
+"""What a phase needs of a card, counted on the code that will run, from a configuration alone; weights are not read or made.
 
 Every phase is run on tensors that have a size and no numbers (torch's fake tensors), with as many rows as are asked for and with one more, and
 the bytes that are alive are counted after each operation.  In training and scoring attention is taken to keep no scores, as FlashAttention and
@@ -40,15 +40,15 @@ class Use:
     """How a model is used on a card.
 
     Args:
-        prompt_tokens, response_tokens: of the longest rollout.
+        prompt_tokens, response_tokens: lengths of the longest rollout.
         rows: responses that transformers samples side by side (`HFSource.rows_per_batch`).
-        tokens_per_batch: of a micro-batch, padding included, in scoring and in training.
+        tokens_per_batch: tokens of a micro-batch, padding included, in scoring and in training.
         rows_per_chunk: response tokens whose logits a scorer holds at once.
-        chunk_bytes: of the buffer of logits in training (`Chunking.chunk_bytes`).  None is what the losses take on a card: 4,096 rows, or fewer
+        chunk_bytes: bytes of the buffer of logits in training (`Chunking.chunk_bytes`).  None is what the losses take on a card: 4,096 rows, or fewer
             where little is free; a batch fits if there is room for 2,048.
-        dtype: of the weights.
+        dtype: type of the weights.
         autocast: what layers compute in while they are trained; None for the dtype of the weights.
-        lora_rank: of adapters on all linear layers but the head (`lora_config`); 0 trains all weights.
+        lora_rank: rank of adapters on all linear layers but the head (`lora_config`); 0 trains all weights.
         gradient_checkpointing: activations are computed again.
         packed: a micro-batch is one row (FlashAttention, FlexAttention), not padded rows.
         gpus: cards that share weights, gradients and moments (FSDP2).
@@ -223,7 +223,7 @@ class _Head(torch.autograd.Function):
 
 
 def _row_bytes(head: LMHead) -> int:
-    """Bytes of the logits of a token, as `ChunkedHead` has them."""
+    """Return bytes of the logits of a token, as `ChunkedHead` has them."""
     return len(head.weight) * sum_dtype(head.weight).itemsize * (1 if head.softcap is None else 2)
 
 
@@ -280,7 +280,7 @@ def _prepare_sampling(model: Any, live: LiveBytes, use: Use, way: "Way") -> Phas
 
 
 def _gathered(config: Any, use: Use) -> int:
-    """Bytes of what FSDP2 has whole at a time: what is in no layer, and two layers, with their gradients."""
+    """Return bytes of what FSDP2 has whole at a time: what is in no layer, and two layers, with their gradients."""
     model = empty(config, use.dtype, 0, ATTENTION)
     layers: list[int] = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
     outside: int = sum(p.numel() for p in model.parameters()) - sum(layers)

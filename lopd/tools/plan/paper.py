@@ -57,13 +57,13 @@ DECODED: Mapping[float, float] = {0.49: 311.55, 1.54: 183.33, 3.09: 127.61, 7.61
 
 
 def _waits_like() -> float:
-    """Billions of parameters whose reading takes as long as all else in a step of decoding: of the line through `DECODED`."""
+    """Return billions of parameters whose reading takes as long as all else in a step of decoding: of the line through `DECODED`."""
     slope, rest = np.polyfit(list(DECODED), [1 / rate for rate in DECODED.values()], 1)
     return float(rest / slope)
 
 
 def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
-    """Rates for models of these sizes, at the shares of `flops` that table 2 implies (the geometric mean of its rows).
+    """Return rates for models of these sizes, at the shares of `flops` that table 2 implies (the geometric mean of its rows).
 
     Sampling is as fast as there for students of 4B to 8B, in both rows the same, slower in proportion for larger ones, and faster for smaller
     ones as decoding is (`DECODED`): a step reads the weights, and takes some time besides.
@@ -89,7 +89,7 @@ def rates_like(work: Work, flops: float = H100_FLOPS) -> GpuRates:
 
 
 def lockstep_of(row: Measured) -> float:
-    """How many times slower sampling and scoring were in online OPD than in bulk, for its GPU-hours to be what they are.
+    """Return how many times slower sampling and scoring were in online OPD than in bulk, for its GPU-hours to be what they are.
 
     Its training is the same as Lightning's.  What is left is spent on as many rollouts as steps took, not as many as were stored: on waiting for the
     longest response of each step, on batches of 32 rollouts a GPU, on GPUs that hold a teacher while others sample, on new weights for the

@@ -62,16 +62,16 @@ class Scale:
 
     @classmethod
     def of(cls, low: float, high: float, start: float, stop: float) -> "Scale":
-        """A scale that is not empty, also where all values are the same."""
+        """Return a scale that is not empty, also where all values are the same."""
         room = 0.0 if high > low else abs(high) * 0.1
         return cls(low - room, high + room, start, stop) if high > low or room else cls(0.0, 1.0, start, stop)
 
     def pixel(self, value: float) -> float:
-        """Where this value is."""
+        """Return where this value is."""
         return self.start + (self.stop - self.start) * (value - self.low) / (self.high - self.low)
 
     def marks(self, label: Callable[[float], str] | None = None, least: float = 0.0) -> list[tuple[float, str]]:
-        """(pixel, label) of a few round values, at least `least` apart; labels have the digits that tell them apart."""
+        """Return (pixel, label) of a few round values, at least `least` apart; labels have the digits that tell them apart."""
         rough = max((self.high - self.low) / _MARKS, least)
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
@@ -83,7 +83,7 @@ class Scale:
 
 
 def histogram(title: str, x: str, values_M: NDArray[Any], limit: float, bins: int = 41) -> Chart:
-    """Counts between -limit and limit, on a logarithmic scale: a tail of one token in a thousand is what to look for."""
+    """Return counts between -limit and limit, on a logarithmic scale: a tail of one token in a thousand is what to look for."""
     counts, borders = np.histogram(values_M, bins=bins, range=(-limit, limit))
     tall = np.log10(counts + 1)
     top = max(float(tall.max()), 1.0)
@@ -97,7 +97,7 @@ def histogram(title: str, x: str, values_M: NDArray[Any], limit: float, bins: in
 
 
 def curves(title: str, series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], bins: int, *, band: bool) -> Chart:
-    """Means of values by place (0 to 1), one line for each series; the band holds the middle 80 %."""
+    """Return means of values by place (0 to 1), one line for each series; the band holds the middle 80 %."""
     found = {name: _by_bin(place, values, bins) for name, (place, values) in series.items()}
     drawn = np.concatenate([table if band else table[:1] for table in found.values()], axis=1)
     low, high = min(float(np.nanmin(drawn)), 0.0), max(float(np.nanmax(drawn)), 0.0)
@@ -113,11 +113,11 @@ def curves(title: str, series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], 
 
 
 def over_steps(title: str, unit: str, steps: Sequence[int], series: Mapping[str, Sequence[float]]) -> Chart:
-    """Values by optimizer step, one line for each series; values that are no finite numbers are in the table alone.
+    """Return values by optimizer step, one line for each series; values that are not finite are in the table alone.
 
     Args:
-        title: of the chart.
-        unit: of the values.
+        title: the chart's title.
+        unit: unit of the values.
         steps: their numbers, ascending, at least one.
         series: name -> one value a step.
     """
@@ -141,7 +141,7 @@ def over_steps(title: str, unit: str, steps: Sequence[int], series: Mapping[str,
 
 
 def signed(value: float) -> str:
-    """Two digits and a sign; nothing is plain 0."""
+    """Return the number with two digits and a sign; 0 as plain 0."""
     return f"{value:+.2g}" if abs(value) > 1e-9 else "0"
 
 
@@ -151,7 +151,7 @@ def _points(places_B: NDArray[Any], values_B: NDArray[Any], y: Scale) -> str:
 
 
 def _by_bin(place_M: NDArray[Any], values_M: NDArray[Any], bins: int) -> NDArray[np.float64]:
-    """(3, bins): mean, 10 % and 90 % quantile; NaN where there is no token."""
+    """Return (3, bins): mean, 10 % and 90 % quantile; NaN where there is no token."""
     bin_M = np.minimum((place_M * bins).astype(np.int64), bins - 1)
     table = np.full((3, bins), np.nan)
     for i in np.unique(bin_M):

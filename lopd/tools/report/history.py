@@ -19,9 +19,9 @@ class Phase:
     """What one phase of a run cost.
 
     Args:
-        name: of the phase.
+        name: the phase's name.
         seconds: wall time.
-        read_tokens: tokens that models read in it, prompts included; 0 if it has none, or nobody counted them.
+        read_tokens: tokens that models read in it, prompts included; 0 if it has none, or they were not counted.
         result: what it measured, in words.
         response_tokens: likewise, those of responses.
 
@@ -57,7 +57,7 @@ class RunHistory:
 
     @classmethod
     def read(cls, path: str | Path) -> "RunHistory":
-        """What a JSON file holds: a list of steps, an object with such a list as `history`, or JSON lines with a step each.
+        """Return what a JSON file holds: a list of steps, an object with such a list as `history`, or JSON lines with a step each.
 
         A step is `attrs.asdict` of its `StepMetrics`, or its number as `step` with its `numbers()`, as a logger writes it.
         The object may have `phases`, a list of objects with `name`, `wall_s` (or `seconds`),
@@ -91,7 +91,7 @@ class RunHistory:
 
 
 def _read_json(text: str) -> Any:
-    """One document, or a list of one for each line; raises ValueError."""
+    """Return one document, or a list of one for each line; raises ValueError."""
     try:
         data = json.loads(text)
     except ValueError:
@@ -109,7 +109,7 @@ def _line(number: int, line: str) -> Any:
 
 
 def read_steps(history: Iterable[StepMetrics | Mapping[str, Any]]) -> tuple[StepMetrics, ...]:
-    """Metrics by step, of records or of what `attrs.asdict` made of them.
+    """Return metrics by step, of records or of what `attrs.asdict` made of them.
 
     Raises:
         InvalidRecordError: an entry is neither.

@@ -12,7 +12,7 @@ from lopd.records.paths import local_path
 
 
 def _shown(value: Any) -> Any:
-    """Text without marks of direction, which would rearrange the page; a string that is markup already is ours."""
+    """Return text without marks of direction, which would rearrange the page; a string that is markup already is ours."""
     return printable(value) if type(value) is str else value
 
 

@@ -39,7 +39,7 @@ class Fact:
     """One thing to know at a glance.
 
     Args:
-        name: of the thing.
+        name: what the fact is about.
         value: in a few words.
         note: more words.
         state: "good", "bad", or nothing.
@@ -68,19 +68,19 @@ def write_run_report(
     Memory is that of three rollouts and of one number for each token of the sample.
 
     Args:
-        path: of the page.
+        path: where the page goes.
         store: the rollouts of the run, and their scores.
         history: metrics of the training, `StepMetrics` or `attrs.asdict` of them.
         phases: what each phase of the run cost; without any the training itself is the only one.
         report: which columns, the clip, and how many rollouts are behind the advantages; teacher minus behavior if None.
         decode: token id -> text, `lambda token: tokenizer.decode([token])`; ids are shown without one.
-        lineage: of the student that came out.
+        lineage: the exported student's lineage.
         versions: library -> version, of the program that trained.
-        title: of the page.
+        title: the page's title.
 
     Raises:
         MissingScoresError: a column of `report` is not there, and its columns are not the default ones.
-        InvalidRecordError: an entry of `history` is none, or `report` has no sample.
+        InvalidRecordError: an entry of `history` is not a step's metrics, or `report` has no sample.
     """
     report, steps = report or TokenReport(), read_steps(history)
     check_at_least("Run report", "sample", report.sample, 1)
@@ -109,7 +109,7 @@ def write_run_report(
 
 
 def step_charts(steps: Sequence[StepMetrics]) -> list[Chart]:
-    """A curve of every metric by step; those of drift where any step has it.  None without steps."""
+    """Return a curve of every metric by step; those of drift where any step has it.  None without steps."""
     if not steps:
         return []
     drifts = [m.drift for m in steps]
@@ -145,7 +145,7 @@ def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
     ]
     scored = store.columns.get(report.teacher)
     if scored is None:
-        return [*facts, Fact("scored by", "nobody yet", f"there is no column {report.teacher}")]
+        return [*facts, Fact("scored by", "not scored yet", f"there is no column {report.teacher}")]
     many, refused = int(store.scored(report.teacher).sum()), len(store.quarantined(report.teacher))
     note = f"{many:,} of {len(store):,} rollouts{f', {refused:,} in quarantine' if refused else ''}; by {scored.engine}"
     judged, _, why = verdict(store.manifest, scored).partition(": ")
@@ -205,7 +205,7 @@ def _costs(phases: Sequence[Phase]) -> list[dict[str, Any]]:
 
 
 def _missing(store: LogprobReader, report: TokenReport) -> str:
-    """Why there are no advantages to show."""
+    """Return why there are no advantages to show."""
     if not len(store):
         return "the store is empty"
     for column in report.columns:
@@ -216,7 +216,7 @@ def _missing(store: LogprobReader, report: TokenReport) -> str:
 
 
 def _rollouts(store: LogprobReader, report: TokenReport, sampled: SampledAdvantages, decode: Decode | None) -> list[dict[str, Any]]:
-    """The least, the median and the most divergent rollout of the sample, by their mean |advantage|; fewer where there are fewer."""
+    """Return the least, the median and the most divergent rollout of the sample, by their mean |advantage|; fewer where there are fewer."""
     counted, counts = np.unique(sampled.segments, return_counts=True)
     if not counted.size:
         return []
@@ -237,7 +237,7 @@ def _origins(store: LogprobReader, lineage: Lineage | None, versions: Mapping[st
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units that say something.
+    """Return it in the two largest units that say something.
 
     >>> duration(0.25), duration(75), duration(7300)
     ('0.2 s', '1 min 15 s', '2 h 1 min')

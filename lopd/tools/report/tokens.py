@@ -33,7 +33,7 @@ class TokenReport:
         ref: a third column to show beside them, or None.
         clip: nats at which colours are full, and at which advantages are clipped in training.
         sample: rollouts, evenly spaced, behind histogram and curves, beside those that are shown.
-        bins: of the position in the response.
+        bins: number of bins over the position in the response.
 
     Raises:
         InvalidRecordError: a number makes no sense.
@@ -66,7 +66,7 @@ def write_token_report(
     Memory is that of the rollouts shown and of one number for each token of the sample.
 
     Args:
-        path: of the page.
+        path: where the page goes.
         store: with the columns.
         rows: rollouts to show.
         report: which columns, and how they are shown.
@@ -75,7 +75,7 @@ def write_token_report(
     Raises:
         MissingScoresError: a column is not there, or a row has no scores in it.
         NoSuchRowError: a row is not in the store.
-        InvalidRecordError: there are no rows.
+        InvalidRecordError: `rows` is empty.
     """
     report = report or TokenReport()
     if not len(rows):
@@ -96,7 +96,7 @@ def advantage_parts(report: TokenReport, sampled: SampledAdvantages) -> dict[str
 
 
 def advantage_charts(report: TokenReport, sampled: SampledAdvantages) -> list[Chart]:
-    """The advantages by size, by position, and by round of sampling if there are several; of one token at least."""
+    """Return the advantages by size, by position, and by round of sampling if there are several; of one token at least."""
     charts = [
         histogram("Advantages", "nats, clipped", np.clip(sampled.gap, -report.clip, report.clip), report.clip),
         curves("By position in the response", {"all": (sampled.place, sampled.gap)}, report.bins, band=True),
@@ -122,7 +122,7 @@ def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tupl
 
 
 def show_rollout(record: ScoredRollout, report: TokenReport, decode: Decode | None, note: str = "") -> dict[str, Any]:
-    """What the template `parts.html` shows of a rollout; ids in place of text without `decode`."""
+    """Return what the template `parts.html` shows of a rollout; ids in place of text without `decode`."""
     decode = decode or str
     rollout, gap_T = record.rollout, record.scores[report.teacher].astype(np.float64) - record.scores[report.student]
     columns = {name: record.scores[column] for name, column in _named(report).items()}
@@ -154,7 +154,7 @@ def _named(report: TokenReport) -> dict[str, str]:
 
 
 def visible(text: str) -> str:
-    r"""Text in which white space, control and direction marks, and halves of surrogate pairs can be seen.
+    r"""Return text in which white space, control and direction marks, and halves of surrogate pairs can be seen.
 
     >>> visible(" a\n\u202e")
     '·a↵\\u202e'

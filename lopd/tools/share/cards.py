@@ -41,7 +41,7 @@ class About:
 
     Args:
         licence: its identifier at the hub, for example "apache-2.0"; "other" needs the next two; None if none is stated.
-        licence_name: of another licence.
+        licence_name: name of another licence.
         licence_link: URL of its text.
         base_model: name in the hub of the model that the student was made from.
         datasets: names in the hub of what the prompts are from.
@@ -73,11 +73,11 @@ class About:
                 raise ArgumentError(f"About: {metric} on {dataset} is {a_kind(value)}, expected an Estimate; pass what `evaluate` gave.")
 
     def results(self) -> list[tuple[str, str, Estimate]]:
-        """Dataset, metric and value of each."""
+        """Return dataset, metric and value of each."""
         return [(dataset, metric, value) for dataset, values in self.metrics.items() for metric, value in values.items()]
 
     def shared_data(self) -> dict[str, Any]:
-        """Metadata that students and stores have in common, without what is not known."""
+        """Return metadata that students and stores have in common, without what is not known."""
         known = {
             "license": self.licence,
             "license_name": self.licence_name,
@@ -207,7 +207,7 @@ def _what(lineage: Lineage) -> str:
 
 
 def _contents(store: LogprobReader) -> list[str]:
-    """What a store holds, who sampled it, and who scored it."""
+    """Return what a store holds, who sampled it, and who scored it."""
     tokens = int(store.lengths()[:, 1].sum())
     columns = score_columns(store)
     shown = {name: columns[name] for name in _SHOWN}
@@ -238,7 +238,7 @@ def _table(head: Sequence[str], rows: _Cells) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text as a cell has it: whatever a store or a folder says in it stays text, and of a path its name is left."""
+    """Return text as a cell has it: whatever a store or a folder says in it stays text, and of a path its name is left."""
     named = _FOLDERS.sub("", " ".join(printable(text).split()))
     return named.replace("|", "\\|").replace("<", "&lt;")
 

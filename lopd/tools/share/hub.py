@@ -65,7 +65,7 @@ class Repository:
         """
         hub, api = need("huggingface_hub", "Hub", "hub"), self._api
         if not self._token():
-            raise HubError(f"{self.owner}: there is no token, expected one that may write; run `hf auth login`, or set HF_TOKEN.")
+            raise HubError(f"{self.owner}: there is no token; run `hf auth login`, or set HF_TOKEN.")
         self._ask(lambda: api.create_repo(self.name, repo_type=self.kind, private=private, exist_ok=True))
         there = self._ask(lambda: api.repo_info(self.name, repo_type=self.kind))
         self._check(there, files, private=private, exist_ok=exist_ok)
@@ -93,9 +93,7 @@ class Repository:
     def _check(self, there: Any, files: Mapping[str, Path | bytes], *, private: bool, exist_ok: bool) -> None:
         names = {sibling.rfilename for sibling in there.siblings or ()} - _ITS_OWN
         if private and there.private is not True:
-            raise HubError(
-                f"{self.owner}: it is public, expected it to be private; pass `private=False` if everybody may read this, or name another."
-            )
+            raise HubError(f"{self.owner}: it is public; pass `private=False` if everybody may read this, or name another.")
         if names and not exist_ok:
             raise StoreExistsError(
                 f"{self.owner}: it has {len(names)} files already, for example {min(names)!r}; pass `exist_ok=True` to commit to it, or name another."
@@ -107,7 +105,7 @@ class Repository:
             )
 
     def _ask(self, work: Callable[[], T]) -> T:
-        """What the hub answers; what fails for a reason that passes is asked again."""
+        """Return what the hub answers; what fails for a reason that passes is asked again."""
         try:
             # what huggingface_hub repeats itself has failed for longer than this when it raises
             return repeat(work, _passes, seconds=20.0, times=4, pause=1.0, longest=8.0)
@@ -154,13 +152,13 @@ def _told(error: BaseException) -> str:
 
 
 def _status(error: Exception) -> int | None:
-    """What the hub answered: the error, or what it was raised from, has it."""
+    """Return what the hub answered: the error, or what it was raised from, has it."""
     found = (getattr(getattr(one, "response", None), "status_code", None) for one in _causes(error))
     return next((status for status in found if status is not None), None)
 
 
 def _passes(error: Exception) -> bool:
-    """Whether to ask again: the hub is busy, or the connection broke."""
+    """Return whether to ask again: the hub is busy, or the connection broke."""
     status = _status(error)
     return _busy(status) or (status is None and any(type(one).__module__.startswith("httpx") for one in _causes(error)))
 

@@ -126,13 +126,11 @@ def pull_store(
 
 
 def _files(folder: Path) -> dict[str, Path | bytes]:
-    """The files of an export by their names, each looked at: a list in a file may name anything."""
+    """Return the files of an export by their names, each looked at: a list in a file may name anything."""
     refuse_store("Export", folder)
     names = exported_files(folder)
     if not names:
-        raise InvalidRecordError(
-            f"Export {folder}: its {LINEAGE_FILE} lists 0 files, expected those of an export; write it with `CausalLMStudent.export`."
-        )
+        raise InvalidRecordError(f"Export {folder}: its {LINEAGE_FILE} lists 0 files; write it with `CausalLMStudent.export`.")
     files = dict[str, Path | bytes]()
     for name in sorted({*names, LINEAGE_FILE}):
         path = folder / name

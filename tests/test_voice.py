@@ -1,0 +1,73 @@
+"""Plain words in docstrings, comments, messages and pages: what is counted here was what stopped readers."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "lopd").rglob("*.py"))
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.[mp][dy]")])
+
+#: Where a docstring of a function begins with one of these it says what something is, and not what the function does.
+NOUNS = re.compile(
+    "a|all|an|any|at|both|by|each|every|everything|for|half|how|in|is|it|its|likewise|most|new|no|none|not|nothing|of|on|one|several|so|some|"
+    "that|the|their|these|they|this|those|three|two|until|what|where|which|while|who|whose|why|with|whether|without|yet",
+    re.IGNORECASE,
+)
+#: What to write instead of each.
+PHRASES = {
+    r"\bnobody\b(?!')": "the passive, or who it is",
+    r"\bbut for\b": "except, without, up to",
+    r"\banew\b": "again",
+    r"(?<!there )\b(?:is|are) (?-i:none)\b": "is not one",
+    r"(?<!there )\b(?:is|are|was|were) no (?!longer\b|more\b|further\b|[a-z]+er\b)": "is not an X",
+    r"\bnext to no\b": "almost no",
+    r", say[,;.)]": "for example",
+}
+#: Names in result files, which keep them until they are measured again, and names that no store has.
+ALLOWED = ("online, sampled anew", "that nobody compacted", '"nobody"', "'nobody'", "import ")
+#: A clause that begins like this says that something was expected, and not what.
+EMPTY = r"\bexpected (?:it|one(?! of| log-prob)|those|some|them|to [a-z]|most to|sound|whole files|the storage|an answer(?! within))\b"
+
+
+def docstrings() -> Iterator[tuple[str, ast.AST, str]]:
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                yield f"{path.relative_to(ROOT)}: {getattr(node, 'name', '')}", node, text
+
+
+def found(pattern: str, paths: list[Path]) -> list[str]:
+    """The lines with this in them, each with its place; code is not looked at, strings and comments are."""
+    lines = []
+    for path in paths:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.search(pattern, line, re.IGNORECASE) and not any(name in line for name in ALLOWED):
+                lines.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    return lines
+
+
+def test_a_documented_argument_does_not_begin_with_of() -> None:
+    assert [f"{where}: {line}" for where, _, text in docstrings() for line in re.findall(r"^ +[\w, ]+: [Oo]f .*", text, re.MULTILINE)] == []
+
+
+def test_a_function_begins_with_what_it_does() -> None:
+    starts = {}
+    for where, node, text in docstrings():
+        if isinstance(node, ast.FunctionDef) and not any("property" in ast.unparse(decorator) for decorator in node.decorator_list):
+            word = re.split(r"[\s,:;.]", text, maxsplit=1)[0]
+            if not word.isalpha() or NOUNS.fullmatch(word):
+                starts[where] = text.splitlines()[0]
+    assert starts == {}
+
+
+@pytest.mark.parametrize("phrase", PHRASES, ids=PHRASES.values())
+def test_words_are_literal(phrase: str) -> None:
+    assert found(phrase, MODULES + PAGES) == []
+
+
+def test_what_was_expected_is_a_value() -> None:
+    assert found(EMPTY, MODULES) == []
