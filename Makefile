@@ -197,7 +197,7 @@ test-wheel:  ## wheel and sdist are built, and an example runs on the wheel in a
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check build
 	.venv-wheel/bin/python -m build --outdir dist
 	.venv-wheel/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[hf,zarr]"
-	cd dist && ../.venv-wheel/bin/python ../examples/02_wire_it.py
+	cd dist && ../.venv-wheel/bin/python ../examples/02_wire_it.py && ../.venv-wheel/bin/lopd run --example > run.yaml && ../.venv-wheel/bin/lopd run run.yaml
 
 check: .venv/installed-test  ## style, types, import contracts
 	$(BIN)/ruff check .

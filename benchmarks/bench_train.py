@@ -136,7 +136,7 @@ class Trained:
             metrics = next(self.steps)
             total = process_time() - begun
         parts = {**self.meter.parts, "backward, clipping, drift": total - sum(self.meter.parts.values())}
-        return {"path": self.path, "step": metrics.step, "tokens": metrics.tokens, "cpu_s": total, "parts_s": parts}
+        return {"path": self.path, "step": metrics.step, "tokens": metrics.read_tokens, "cpu_s": total, "parts_s": parts}
 
 
 class InTurns(TrainerCallback):

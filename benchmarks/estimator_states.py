@@ -215,7 +215,8 @@ def check_fused(states: States, estimator: Estimator, generator: torch.Generator
 def prepare(folder: Path) -> None:
     """A finished part of the quickstart in this folder, with fewer rollouts: teacher, SFT student, its rollouts and scores, and OPD."""
     import quickstart
-    from phases import Run
+
+    from lopd.tools.phases import Run
 
     settings, run, store = quickstart.Settings(opd_prompts=64), Run(folder), str(folder / "store.zarr")
     teacher_dir, student_dir, _ = quickstart.prepare(run, settings)

@@ -31,7 +31,8 @@ from lopd.records import Lineage, RolloutSums, prompt_id_of
 
 sys.path.insert(0, str(ROOT / "examples"))
 import smollm2
-from phases import write_json
+
+from lopd.tools.phases import write_json
 
 Row = dict[str, Any]
 #: Rows that sampling and scoring take at once where nothing waits for them: a store is made in large batches.

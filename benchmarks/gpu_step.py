@@ -143,7 +143,7 @@ def train(model: str, layout: str, device: Device) -> Found:
     for _ in range(1 if device.tiny else _TIMED):
         seconds.append(device.seconds(lambda: metrics.append(next(steps))))
     took = statistics.median(seconds)
-    tokens, response_tokens = (statistics.median(getattr(m, name) for m in metrics) for name in ("tokens", "response_tokens"))
+    tokens, response_tokens = (statistics.median(getattr(m, name) for m in metrics) for name in ("read_tokens", "response_tokens"))
     peak, places = device.peak_gb(partial(next, steps)), waits(student, steps, device)
     row |= {"tokens": tokens, "seconds": took, "tokens_per_s": tokens / took, "peak_gb": peak, "planned_gb": planned, "waits": places}
     row |= {"flop_utilisation": flops(size, tokens, response_tokens) / took / device.card.bfloat16} if device.card else {}

@@ -19,11 +19,11 @@ import torch
 from pairs_made import REAL, SUMS, Spec
 from pairs_report import draw, find_goals
 from pairs_runs import DRAWN, ONLINE_DRAWN, Pair, Row, run_arm, run_start
-from phases import write_json
 from record import ROOT, describe_machine, result_file
 from transformers.utils.logging import disable_progress_bar
 
 from lopd.records import RolloutSums
+from lopd.tools.phases import write_json
 
 RESULT, PLOT = ROOT / "benchmarks" / "results" / "pairs.json", ROOT / "docs" / "bench_pairs.png"
 #: Seeds on which nothing was chosen.

@@ -18,7 +18,6 @@ import attrs
 import numpy as np
 import quickstart
 from attrs import frozen
-from phases import Run, console, digest
 from record import ROOT, result_file
 
 from lopd import FusedLoss, FusedOPDLoss, SamplingParams, TopKObjective, ZarrStore, collect_rollouts, score_rollouts
@@ -27,6 +26,7 @@ from lopd.losses.divergences import reverse_kl
 from lopd.protocols import OPDLoss
 from lopd.records import RolloutSums
 from lopd.tools.console import table
+from lopd.tools.phases import Run, console, counted_in, digest
 
 BASE, SCRATCH = ROOT / "runs" / "quickstart", ROOT / "runs" / "quickstart_losses"
 DRAWS = 16
@@ -90,7 +90,7 @@ def store_draws(settings: quickstart.Settings) -> dict[str, Any]:
     collect_rollouts(source, quickstart.split_prompts(settings, teacher)[1], store, prompts_per_batch=64)
     scorer = attrs.evolve(quickstart.make_teacher(teacher, settings), top_k=0, drawn=DRAWS)
     score_rollouts(store, scorer, rollouts_per_batch=32)
-    return {"tokens": int(store.lengths().sum())}
+    return counted_in(store)
 
 
 def train(variant: Variant, settings: quickstart.Settings) -> dict[str, Any]:

@@ -8,11 +8,13 @@ Nothing in the README's tables is typed by hand.  The picture of the run report 
 import json
 import shutil
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
-from phases import wall_time
 from pictures import ONLINE, SFT, SUPPORT, panels, save
 from record import ROOT, fill, result_file
+
+from lopd.tools.phases import wall_time
 
 RUN, DOCS = ROOT / "runs" / "quickstart", ROOT / "docs"
 FALL, GAP = "after OPD, against after SFT", "after OPD, against after online OPD"
@@ -129,12 +131,23 @@ def sentence(report: dict[str, Any]) -> str:
 
 def phase_table(phases: list[dict[str, Any]]) -> list[str]:
     """The phases as a Markdown table."""
-    lines = ["| phase | wall s | tokens | held-out reverse KL, nats per token (95 %) |", "|---|--:|--:|--:|"]
+    lines = [
+        "| phase | wall s | response tokens | read tokens | held-out reverse KL, nats per token (95 %) |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for p in phases:
         value = "" if p["held_out_reverse_kl"] is None else f"{p['held_out_reverse_kl']:.3f} ± {p['ci95']:.3f}"
-        lines.append(f"| {p['name']} | {wall_time(p)} | {p['tokens']:,} | {value} |")
+        lines.append(f"| {p['name']} | {wall_time(p)} | {' | '.join(_tokens(p))} | {value} |")
     total = sum(p["wall_s"] for p in phases)
-    return [*lines, f"| total | {total:,.0f} | | |"]
+    return [*lines, f"| total | {total:,.0f} | | | |"]
+
+
+def _tokens(phase: Mapping[str, Any]) -> tuple[str, str]:
+    """Response and read tokens; runs that were recorded before both were counted have one, of which an evaluation was of responses."""
+    if "tokens" in phase:
+        phase = {"read_tokens" if phase["held_out_reverse_kl"] is None else "response_tokens": phase["tokens"]}
+    response, read = (f"{count:,}" if (count := phase.get(name)) else "" for name in ("response_tokens", "read_tokens"))
+    return response, read
 
 
 def loss_table(rows: list[dict[str, Any]]) -> list[str]:

@@ -88,7 +88,7 @@ def plan_table(rows: list[dict[str, Any]]) -> Iterator[str]:
         "wall_days": "Lightning OPD, wall, days",
         "store_gb": "store, GB",
     }
-    return turned("stored tokens", [format(row["tokens"], ".0e") for row in rows], titles, rows)
+    return turned("stored response tokens", [format(row["tokens"], ".0e") for row in rows], titles, rows)
 
 
 def check_table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -114,7 +114,7 @@ def turned(corner: str, heads: list[str], titles: dict[str, str], rows: list[dic
 
 def pairs_table(rows: list[dict[str, Any]], kind: str) -> Iterator[str]:
     """Training, or scoring, by one and by two."""
-    yield f"| {kind} | tokens a second | of twice the speed of one | over the ceiling |"
+    yield f"| {kind} | read tokens a second | of twice the speed of one | over the ceiling |"
     yield "|---|--:|--:|--:|"
     for row in rows:
         if row["kind"] == kind and "tokens_per_s" in row:

@@ -165,7 +165,9 @@ def train(
             begun, cpu = perf_counter(), process_time()
             metrics = next(training)
             wall_s, cpu_s = perf_counter() - begun, process_time() - cpu
-            rows.append({"tokens": metrics.tokens, "wall_s": wall_s, "cpu_s": cpu_s, "read_s": reading.read(), "update_s": updating.read()})
+            rows.append(
+                {"tokens": metrics.read_tokens, "wall_s": wall_s, "cpu_s": cpu_s, "read_s": reading.read(), "update_s": updating.read()}
+            )
         if together:
             part()
         return {name: [row[name] for row in rows] for name in rows[0]}
@@ -198,7 +200,7 @@ def scored(store: ZarrStore, scorer: Any, **options: Any) -> Found:
     """Tokens of all rollouts that were not scored yet, and wall and CPU seconds of this process."""
     begun, cpu = perf_counter(), process_time()
     report = score_rollouts(store, scorer, preflight=None, **options)
-    return {"tokens": report.tokens, "wall_s": perf_counter() - begun, "cpu_s": process_time() - cpu}
+    return {"tokens": report.read_tokens, "wall_s": perf_counter() - begun, "cpu_s": process_time() - cpu}
 
 
 def score(folder: Path, column: str, per_batch: int, hidden: int, layers: int) -> Callable[[], Found]:

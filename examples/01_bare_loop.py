@@ -53,5 +53,5 @@ steps = batches(store, rollouts_per_step=len(rollouts))[:1]
 
 furthest = max(float((by_hand[name] - parameter.grad).abs().max()) for name, parameter in model.named_parameters())
 torch.testing.assert_close({name: parameter.grad for name, parameter in model.named_parameters()}, by_hand, atol=1e-5, rtol=1e-4)
-print(f"{metrics.rollouts} rollouts, reverse KL {metrics.reverse_kl:.3f} nats a token, gradient norm {metrics.grad_norm:.3f}")
+print(f"{metrics.rollouts} rollouts, gap to the teacher {metrics.reverse_kl:.3f} nats a token, gradient norm {metrics.grad_norm:.3f}")
 print(f"lopd's gradient and the one by hand differ by at most {furthest:.1e}")

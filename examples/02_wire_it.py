@@ -37,7 +37,7 @@ score_rollouts(store, scorer)
 steps = batches(store, rollouts_per_step=32, ref="behavior")[:16]
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.0)
 for metrics in watch_drift(opd_steps(student, steps, loss, optimizer)):
-    print(f"step {metrics.step:2d}  reverse KL {metrics.reverse_kl:+.3f}  ratio to the reference {metrics.drift.ratio_mean:.3f}")
+    print(f"step {metrics.step:2d}  gap to the teacher {metrics.reverse_kl:+.3f}  ratio to the reference {metrics.drift.ratio_mean:.3f}")
 after = evaluate_reverse_kl(HFSource(model, tokenizer, sampling), scorer, held_out)
 
 print(f"held-out reverse KL, nats a token: {before.mean:.3f} ± {before.ci95:.3f} before, {after.mean:.3f} ± {after.ci95:.3f} after")

@@ -37,5 +37,5 @@ steps = batches(store, rollouts_per_step=8, ref="behavior")
 # Step k depends on the seed and on k alone, so `start` is all that a resumed run needs; settings that are not those of before are refused.
 start = load_checkpoint("runs/03/checkpoints", student, optimizer, steps=steps)
 for metrics in islice(opd_steps(student, steps[start:], FusedOPDLoss(ratio_to_ref=True), optimizer), 4):
-    print(f"step {metrics.step}: reverse KL {metrics.reverse_kl:+.3f}")
+    print(f"step {metrics.step}: gap to the teacher {metrics.reverse_kl:+.3f}")
 save_checkpoint("runs/03/checkpoints", student, optimizer, next_step=metrics.step + 1, steps=steps)

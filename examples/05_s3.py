@@ -36,6 +36,6 @@ student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 steps = batches(store, rollouts_per_step=8, ref="behavior")[:4]
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
-    print(f"step {metrics.step}: reverse KL {metrics.reverse_kl:+.3f}")
+    print(f"step {metrics.step}: gap to the teacher {metrics.reverse_kl:+.3f}")
 for commit in store.history():
     print(f"commit {commit.number}: {commit.rows} {commit.kind}, {commit.tokens} tokens")

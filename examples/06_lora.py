@@ -37,7 +37,7 @@ print(f"trains {sum(p.numel() for p in trained):,} of {sum(p.numel() for p in st
 optimizer = torch.optim.AdamW(trained, lr=3e-3, weight_decay=0.0)
 steps = batches(store, rollouts_per_step=32, ref="behavior")[:16]
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
-    print(f"step {metrics.step:2d}: reverse KL {metrics.reverse_kl:+.3f}")
+    print(f"step {metrics.step:2d}: gap to the teacher {metrics.reverse_kl:+.3f}")
 checkpoint = save_checkpoint("runs/06/checkpoints", student, optimizer, next_step=metrics.step + 1, steps=steps)
 print(f"a checkpoint has {(checkpoint / 'parameters.safetensors').stat().st_size:,} bytes of weights")
 

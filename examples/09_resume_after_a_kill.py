@@ -43,7 +43,7 @@ def run(folder: Path, kill_after: int | None = None) -> dict[str, torch.Tensor]:
     steps = batches(store, rollouts_per_step=8, ref="behavior")[:STEPS]
     start = load_checkpoint(folder / "checkpoints", student, optimizer, steps=steps)
     for metrics in opd_steps(student, steps[start:], FusedOPDLoss(ratio_to_ref=True), optimizer):
-        print(f"{folder}: step {metrics.step}, reverse KL {metrics.reverse_kl:+.3f}", flush=True)
+        print(f"{folder}: step {metrics.step}, gap to the teacher {metrics.reverse_kl:+.3f}", flush=True)
         if metrics.step == kill_after:
             os.kill(os.getpid(), signal.SIGKILL)  # no handler, no clean-up: as when the machine takes the process away
         if (metrics.step + 1) % BETWEEN_CHECKPOINTS == 0:

@@ -44,7 +44,7 @@ def make_round(generation: int, start: int) -> Iterable[StepMetrics]:
 
 
 def show(metrics: StepMetrics) -> None:
-    print(f"  step {metrics.step}: reverse KL {metrics.reverse_kl:+.3f}, KL from the policy that sampled {metrics.drift.kl:+.4f}")
+    print(f"  step {metrics.step}: gap to the teacher {metrics.reverse_kl:+.3f}, KL from the policy that sampled {metrics.drift.kl:+.4f}")
 
 
 # A new round every three steps.

@@ -46,6 +46,6 @@ steps = batches(store, teacher=teachers, rollouts_per_step=16, ref="behavior")[:
 student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
-    print(f"step {metrics.step}: reverse KL {metrics.reverse_kl:+.3f}")
+    print(f"step {metrics.step}: gap to the teacher {metrics.reverse_kl:+.3f}")
 student.export("runs/11/student", tokenizer, steps.lineage)
 print(f"the student remembers both: {steps.lineage.opd_teacher.name}")

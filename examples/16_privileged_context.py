@@ -44,7 +44,7 @@ steps = batches(store, rollouts_per_step=32, ref="behavior", consistency=Consist
 student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
-    print(f"step {metrics.step:2d}  reverse KL {metrics.reverse_kl:+.3f}")
+    print(f"step {metrics.step:2d}  gap to the teacher {metrics.reverse_kl:+.3f}")
 after = evaluate_reverse_kl(HFSource(model, tokenizer, sampling), scorer, prompts)
 print(
     f"reverse KL to the student that is told, nats a token: {before.mean:.3f} ± {before.ci95:.3f} before, {after.mean:.3f} ± {after.ci95:.3f} after"

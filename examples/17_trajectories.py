@@ -72,7 +72,7 @@ student = CausalLMStudent(*load_model(student_dir, torch.float32))
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
 steps = batches(store, rollouts_per_step=16, ref="behavior")[:16]
 for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimizer):
-    print(f"step {metrics.step:2d}  reverse KL {metrics.reverse_kl:+.3f}")
+    print(f"step {metrics.step:2d}  gap to the teacher {metrics.reverse_kl:+.3f}")
 student.export("runs/17/student", tokenizer, steps.lineage)
 
 # Prefix replay: only the last turn of each, after all that was said before it.

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 import transformers
 from attrs import asdict
-from phases import Run, console, wall_time, write_json
 
 import lopd
-from lopd import Lineage, ZarrStore
+from lopd import ZarrStore
 from lopd.records import RolloutSums
 from lopd.tools.console import table
-from lopd.tools.report import RunHistory, write_run_report
+from lopd.tools.phases import Run, console, wall_time, write_json, write_page
 
 #: Evaluations that are compared over the same prompts.
 COMPARED = (("after OPD", "after SFT"), ("after online OPD", "after SFT"), ("after OPD", "after online OPD"))
@@ -22,8 +21,9 @@ COMPARED = (("after OPD", "after SFT"), ("after online OPD", "after SFT"), ("aft
 
 def finish(run: Run, phases: list[dict[str, Any]], settings: Mapping[str, Any], store: str) -> None:
     """The closing table, `metrics.json` and `report.html`."""
-    rows = [[p["name"], wall_time(p), p["tokens"], interval(p)] for p in phases]
-    console.print(table("Lightning OPD, phase by phase", ["phase", "wall s", "tokens", "held-out reverse KL (nats, 95 %)"], rows))
+    rows = [[p["name"], wall_time(p), p["response_tokens"], p["read_tokens"], interval(p)] for p in phases]
+    columns = ["phase", "wall s", "response tokens", "read tokens", "held-out reverse KL (nats, 95 %)"]
+    console.print(table("Lightning OPD, phase by phase", columns, rows))
     history = {p["name"]: p.pop("history") for p in phases if "history" in p}
     measured = {p["name"].removeprefix("evaluate "): p.pop("per_rollout") for p in phases if "per_rollout" in p}
     sums = {name: RolloutSums(np.array(found["sums"]), np.array(found["counts"])) for name, found in measured.items()}
@@ -35,24 +35,8 @@ def finish(run: Run, phases: list[dict[str, Any]], settings: Mapping[str, Any], 
     paired = {name: asdict(change) for name, change in changes.items()}
     found = {"phases": phases, "change": paired, "history": history["Lightning OPD"]}
     write_json(run.folder / "metrics.json", {**found, "settings": settings, "versions": versions, "machine": machine})
-    report(run, store)
+    write_page(run.folder, ZarrStore.open(store), "Lightning OPD: the quickstart")
     console.print(f"total {sum(p['wall_s'] for p in phases):.0f} s; written: {run.folder}/metrics.json, report.html")
-
-
-def report(run: Run, store: str) -> None:
-    """The whole run as a page for a browser."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run.folder / "opd")
-    history = RunHistory.read(run.folder / "metrics.json")
-    write_run_report(
-        run.folder / "report.html",
-        ZarrStore.open(store),
-        history.steps,
-        phases=history.phases,
-        decode=lambda token: str(tokenizer.decode([token])),
-        lineage=Lineage.read(run.folder / "opd"),
-        versions=history.versions,
-        title="Lightning OPD: the quickstart",
-    )
 
 
 def interval(phase: Mapping[str, Any]) -> str:

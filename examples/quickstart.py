@@ -17,6 +17,7 @@ The rates fit the default pair, a few of whose layers are trained for a few step
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,7 @@ import transformers
 from attrs import asdict, frozen
 from closing import finish
 from online_opd import online_opd
-from phases import Run, console, digest
-from training import make_optimizer, resumably, scheduled, set_lr
+from training import learning_rate, make_optimizer
 
 import lopd
 from lopd import (
@@ -44,7 +44,6 @@ from lopd import (
     batches,
     by_token,
     collect_rollouts,
-    opd_steps,
     score_rollouts,
     stored_advantages,
 )
@@ -52,6 +51,7 @@ from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
 from lopd.losses.divergences import reverse_kl
 from lopd.records import LEVELS, Prompt, StepMetrics, fingerprint_tokenizer, make_prompts, read_prompts
 from lopd.tools.console import RichProgress
+from lopd.tools.phases import Run, console, counted, counted_in, digest, resumably, set_rate, train_phase
 from lopd.verbs import StepStream
 
 transformers.utils.logging.disable_progress_bar()
@@ -190,7 +190,7 @@ def sample_once(model_dir: Path, prompts: list[Prompt], path: str, settings: Set
     source = HFSource.from_folder(model_dir, sampling, device=settings.device)
     store = ZarrStore.open_or_create(path, source.manifest)
     collect_rollouts(source, prompts, store, prompts_per_batch=64, progress=RichProgress(console))
-    return {"tokens": int(store.lengths().sum()), "rollouts": len(store)}
+    return {**counted_in(store), "rollouts": len(store)}
 
 
 def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, An
     advantages = stored_advantages(store, count=len(store))
     console.print(f"advantages before the first step: {advantages}")
     quantiles = dict(zip(map(str, LEVELS), advantages.quantiles, strict=True))
-    return {"tokens": int(store.lengths().sum()), "advantage_quantiles": quantiles}
+    return {**counted_in(store), "advantage_quantiles": quantiles}
 
 
 def make_teacher(folder: Path, settings: Settings) -> HFScorer:
@@ -247,14 +247,10 @@ def train(
 ) -> dict[str, Any]:
     """Run `opd_steps` over these steps, resumably, and export the student to `folder / name`."""
     student, tokenizer = make_student(start, settings)
-    optimizer, total = make_optimizer(student), steps.stop or 0
-
-    def begin(done: int) -> Iterator[StepMetrics]:
-        return opd_steps(student, scheduled(attrs.evolve(steps, start=done), optimizer, lr, total), loss, optimizer)
-
-    history = resumably(folder / "checkpoints" / name, student, optimizer, steps, begin, total)
+    rate = partial(learning_rate, lr=lr, total=steps.stop or 0)
+    found = train_phase(folder / "checkpoints" / name, student, make_optimizer(student), steps, loss, rate=rate)
     student.export(folder / name, tokenizer, steps.lineage)
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+    return found
 
 
 def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
@@ -279,12 +275,12 @@ def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Setting
             start=done,
             tokens_per_batch=settings.tokens_per_batch,
             weighting=by_token,
-            schedule=lambda step: set_lr(optimizer, step, settings.opd_lr, settings.opd_steps),
+            schedule=lambda step: set_rate(optimizer, learning_rate(step, settings.opd_lr, settings.opd_steps)),
         )
 
-    history = resumably(run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, settings.opd_steps)
+    history = resumably(run.folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=settings.opd_steps)
     student.export(run.folder / "online", tokenizer, lineage)
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+    return {**counted(history), "history": [asdict(m) for m in history]}
 
 
 def make_student(folder: Path, settings: Settings) -> tuple[CausalLMStudent, Any]:
@@ -304,7 +300,13 @@ def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settin
     sums = exact_reverse_kl(source, make_teacher(teacher_dir, settings), source.sample(prompts))
     kl = sums.per_token()
     per_rollout = {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
-    return {"held_out_reverse_kl": kl.mean, "ci95": kl.ci95, "rollouts": kl.clusters, "tokens": kl.values, "per_rollout": per_rollout}
+    return {
+        "held_out_reverse_kl": kl.mean,
+        "ci95": kl.ci95,
+        "rollouts": kl.clusters,
+        "response_tokens": kl.values,
+        "per_rollout": per_rollout,
+    }
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 
 from lopd import ModelId, open_store, score_rollouts
 from lopd.engines.server import Servers, ServerScorer
-from lopd.tools.console import RichProgress
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     servers = Servers(args.urls, args.model, context=args.context, speaks=args.speaks, key_variable=args.key_variable)
     scorer = ServerScorer(servers, tokenizer, ModelId(args.model, args.revision, args.dtype), args.top_k)
-    report = score_rollouts(open_store(args.store), scorer, column=args.column, progress=RichProgress())
+    report = score_rollouts(open_store(args.store), scorer, column=args.column)
     print(f"{scorer.provenance.engine}: column {args.column!r} is complete; {report.floored} log-probs were -inf")
     print(servers.costs)
 

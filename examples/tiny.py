@@ -73,3 +73,7 @@ def _save(student: Any, seed: int, folder: Path) -> None:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise, alpha=0.03 if seed else 0.0)
     model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    model_folders()

@@ -30,7 +30,6 @@ from lopd import (
 from lopd.engines.hf import load_model
 from lopd.engines.vllm import VLLMScorer, VLLMSettings, VLLMSource
 from lopd.records import read_prompts
-from lopd.tools.console import RichProgress
 
 
 def main() -> None:
@@ -75,13 +74,13 @@ def collect(options: argparse.Namespace) -> None:
     sampling = SamplingParams(max_new_tokens=options.max_new_tokens, samples_per_prompt=options.samples_per_prompt)
     with closing(VLLMSource.from_folder(options.student, sampling, settings(options))) as source:
         store = ZarrStore.open_or_create(options.store, source.manifest)
-        collect_rollouts(source, read_prompts(options.prompts, source.tokenizer), store, prompts_per_batch=256, progress=RichProgress())
+        collect_rollouts(source, read_prompts(options.prompts, source.tokenizer), store, prompts_per_batch=256)
 
 
 def score(options: argparse.Namespace) -> None:
     """Phase 2: the teacher reads the answers."""
     with closing(VLLMScorer.from_folder(options.teacher, settings(options), top_k=options.top_k)) as scorer:
-        score_rollouts(ZarrStore.open(options.store), scorer, progress=RichProgress())
+        score_rollouts(ZarrStore.open(options.store), scorer)
 
 
 def train(options: argparse.Namespace) -> None:

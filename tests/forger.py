@@ -34,7 +34,7 @@ from lopd.errors import LopdError
 from lopd.protocols.reading import parts
 from lopd.records import ModelId
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
-from lopd.tools.doctor import __main__ as doctor
+from lopd.tools import command
 from lopd.tools.doctor import check_store
 
 KINDS: dict[str, type[ZarrStore] | type[LanceStore]] = {"zarr": ZarrStore, "lance": LanceStore}
@@ -176,7 +176,7 @@ def examine(kind: str, folder: Path) -> list[str]:
     call("verify", lambda: list(store.verify()))
     call("check", lambda: list(check_store(store)))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        call("info", lambda: doctor.main(["info", str(folder)]))
+        call("info", lambda: command.main(["info", str(folder)]))
     call("pickle", lambda: len(pickle.loads(pickle.dumps(store))))  # noqa: S301
     call("append", lambda: store.append([tiny_rollout("new")]))
     call(

@@ -19,6 +19,7 @@ FORKS.set_forkserver_preload(
         "lopd.backends.zarr.store",
         "lopd.engines.hf",
         "lopd.testing",
+        "lopd.tools.command.whole_run",
         "matplotlib.pyplot",
         "obstore",
         "pytest",

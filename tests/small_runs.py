@@ -56,8 +56,8 @@ class Bar:
     def __init__(self):
         self.told = []
 
-    def begin(self, what, total, done, tokens):
-        self.told.append(("begin", what, total, done, tokens))
+    def begin(self, what, total, done, tokens, counted):
+        self.told.append(("begin", what, total, done, tokens, counted))
 
     def advance(self, rollouts, tokens, quarantined):
         self.told.append(("advance", rollouts, tokens, quarantined))

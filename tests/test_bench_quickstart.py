@@ -15,7 +15,15 @@ import record_quickstart
 
 def phase(name: str, wall_s: float, kl: float | None = None) -> dict[str, Any]:
     ci95 = None if kl is None else 0.04
-    return {"name": name, "wall_s": wall_s, "tokens": 1000, "attempts": 1, "peak_rss_gib": 3.0, "held_out_reverse_kl": kl, "ci95": ci95}
+    return {
+        "name": name,
+        "wall_s": wall_s,
+        "response_tokens": 1000,
+        "attempts": 1,
+        "peak_rss_gib": 3.0,
+        "held_out_reverse_kl": kl,
+        "ci95": ci95,
+    }
 
 
 @pytest.fixture
@@ -59,7 +67,7 @@ def test_a_run_that_was_killed_on_the_way_says_nothing_of_its_time(report: dict[
 def test_words_and_tables_hold_the_figures_of_the_run(report: dict[str, Any]) -> None:
     said = record_quickstart.sentence(report)
     assert all(figure in said for figure in ("0.800", "0.600", "0.200 ± 0.050", "100 s", "0.610", "150 s", "-0.010 ± 0.040"))
-    assert record_quickstart.phase_table(report["phases"])[-1] == "| total | 400 | | |"
+    assert record_quickstart.phase_table(report["phases"])[-1] == "| total | 400 | | | |"
     row = {"seed": 2, **quickstart_seeds.numbers(report)}
     assert quickstart_seeds.seed_table([row])[-1] == "| 2 | 0.800 | 0.600 | 0.610 | 0.200 ± 0.050 | -0.010 ± 0.040 | 100 | 150 |"
 

@@ -165,12 +165,12 @@ def test_a_rollout_in_which_no_token_counts_weighs_nothing(weighting: Weighting)
     assert collate([scored(make_rollout("a", [1, 2], [3, 4], [False, False]), {})], weighting).weight.tolist() == [0, 0, 0]
 
 
-def test_a_step_says_shapes_and_no_thousands_of_numbers() -> None:
+def test_a_step_says_counts_and_not_thousands_of_numbers() -> None:
     step = numbered_stream(4, 4).step(0)
     (batch,) = step.batches
-    assert f"inputs=({batch.inputs.numel()},)" in repr(step)
-    assert "ref_logprobs=None" in repr(step)
-    assert len(repr(step)) < 400
+    counts = f"rollouts 4; read tokens {batch.inputs.numel()}; tokens that count {len(batch.counted)}"
+    assert repr(step) == f"Step 0: micro-batches 1; {counts}\n  {counts}"
+    assert repr(batch).startswith(f"Batch of 4 {counts[:8]}: {counts[12:]}; with teacher_logprobs")
 
 
 def test_columns_that_were_not_asked_for_are_none() -> None:

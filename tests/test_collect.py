@@ -60,7 +60,7 @@ def test_a_prompt_of_which_one_sample_is_missing_is_completed(source, prompts, m
     bar = Bar()
     collect_rollouts(source, prompts, partly, progress=bar)
     assert dict(contents(partly)) == dict(contents(whole))
-    assert bar.told[0] == ("begin", "sampling", 14, 0, None)
+    assert bar.told[0] == ("begin", "sampling", 14, 0, None, "response tokens")
     assert sum(bar.advanced) == 14
 
 
@@ -70,14 +70,14 @@ def test_progress_of_collecting_is_told_totals_and_an_end_even_when_interrupted(
         collect_rollouts(Stopping(source, 2), prompts, store, prompts_per_batch=2, progress=bar)
     sampled = [r.rollout.response_ids.size for r in store.read(range(8))]
     assert bar.told == [
-        ("begin", "sampling", 14, 0, None),
+        ("begin", "sampling", 14, 0, None, "response tokens"),
         ("advance", 4, sum(sampled[:4]), 0),
         ("advance", 4, sum(sampled[4:]), 0),
         ("end",),
     ]
     bar = Bar()
     collect_rollouts(source, prompts, store, prompts_per_batch=2, progress=bar)
-    assert bar.told[0] == ("begin", "sampling", 14, 8, None)
+    assert bar.told[0] == ("begin", "sampling", 14, 8, None, "response tokens")
     assert bar.advanced == [4, 2]
     assert bar.told[-1] == ("end",)
 

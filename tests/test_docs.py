@@ -192,7 +192,7 @@ def test_every_file_that_a_page_names_is_there(page: Path) -> None:
 
 # the API
 
-PUBLIC = {name: value for name, value in vars(lopd).items() if not name.startswith("_") and not isinstance(value, ModuleType)}
+PUBLIC = {name: value for name in dir(lopd) if not name.startswith("_") and not isinstance(value := getattr(lopd, name), ModuleType)}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))

@@ -19,11 +19,12 @@ from lopd.backends.opening import open_store
 from lopd.backends.zarr.store import ZarrStore
 from lopd.errors import CorruptStoreError, MissingScoresError, StoreNotFoundError, StoreReadError
 from lopd.guards.consistency import verdict
+from lopd.protocols import Counted
 from lopd.protocols.reading import evenly, parts
 from lopd.records import AdvantageSummary, Commit, ModelId, Parity, Rollout, Scores
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
+from lopd.tools.command import main
 from lopd.tools.doctor import check_store, compare_columns, describe_advantages, inspect_store
-from lopd.tools.doctor.__main__ import main
 
 POLICY, TEACHER = tiny_manifest().policy, tiny_provenance().model
 RNG = np.random.default_rng(0)
@@ -80,7 +81,7 @@ class Kept:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     """The command line as a user runs it."""
-    command = [sys.executable, "-W", "error", "-m", "lopd.tools.doctor", *map(str, arguments)]
+    command = [sys.executable, "-W", "error", "-m", "lopd", *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 
@@ -258,8 +259,8 @@ def test_rows_that_cannot_be_read_are_named_one_by_one_and_the_others_are_checke
     store, progress = Kept(), []
 
     class Progress:
-        def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
-            progress.append((total, done, tokens))
+        def begin(self, what: str, total: int, done: int, tokens: int | None, counted: Counted, /) -> None:
+            progress.append((total, done, tokens, counted))
 
         def advance(self, rollouts: int, tokens: int, quarantined: int, /) -> None:
             progress.append((rollouts, tokens))
@@ -278,7 +279,7 @@ def test_rows_that_cannot_be_read_are_named_one_by_one_and_the_others_are_checke
 
     store.read = read
     assert list(check_store(store, progress=Progress())) == ["Store: row 3 is damaged.", "Store: row 8 is damaged."]
-    assert progress[0] == (40, 0, sum(map(len, items)))
+    assert progress[0] == (40, 0, sum(map(len, items)), "read tokens")
     assert progress[-1] == "end"
     assert [sum(column) for column in zip(*progress[1:-1], strict=True)] == [40, sum(map(len, items))]
 
@@ -425,7 +426,13 @@ def test_bad_usage_is_exit_code_2(arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [["--storage-option", "=hunter2"], ["--storage-options", "secret=hunter2"], ["--storage-optio=secret=hunter2"]]
+    "option",
+    [
+        ["--storage-option", "=hunter2"],
+        ["--storage-options", "secret=hunter2"],
+        ["--storage-optio=secret=hunter2"],
+        ["--storage-option", "aws_secret_access_key=hunter2"],
+    ],
 )
 def test_a_storage_option_is_never_printed(option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_code("info", str(tmp_path / "none"), *option) == 2
@@ -435,7 +442,7 @@ def test_a_storage_option_is_never_printed(option: list[str], tmp_path: Path, ca
 
 def test_storage_options_reach_the_store(store: ZarrStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr("lopd.tools.command_line.open_store", lambda url, options: seen.append(options) or open_store(url))
+    monkeypatch.setattr("lopd.backends.opening.open_store", lambda url, options: seen.append(options) or open_store(url))
     assert main(["info", str(tmp_path / "run.zarr"), "--storage-option", "a=b=c", "--storage-option", "d=e"]) == 0
     assert seen == [{"a": "b=c", "d": "e"}]
 

@@ -216,12 +216,13 @@ def test_metrics_with_drift_go_through_json(scored, llama):
     assert StepMetrics.from_json(json.loads(json.dumps(asdict(metrics)))) == metrics
     assert StepMetrics.from_json(asdict(evolve(metrics, drift=None))).drift is None
     written_before = {name: value for name, value in asdict(metrics).items() if name != "response_tokens"}
+    written_before["tokens"] = written_before.pop("read_tokens")
     assert StepMetrics.from_json(written_before) == evolve(metrics, response_tokens=0)
 
 
 ADVANTAGES = ["mean", "negative", "tail", "tokens", "q01", "q05", "q50", "q95", "q99"]
 DRIFT = ["rollouts", "tokens", "ratio_mean", "ratio_std", "ess", "chi2", "kl", "gap_bound"]
-NUMBERS = ["loss", "reverse_kl", "clip_fraction", "grad_norm", "rollouts", "tokens", "seconds", "response_tokens"]
+NUMBERS = ["loss", "reverse_kl", "clip_fraction", "grad_norm", "rollouts", "read_tokens", "seconds", "response_tokens"]
 NUMBERS_OF_DRIFT = [
     *(f"drift/{name}" for name in DRIFT),
     *(f"drift/advantages/{name}" for name in ADVANTAGES),
@@ -251,7 +252,7 @@ def test_each_quantile_and_each_fifth_has_the_name_it_should(scored, llama):
     assert [row[f"drift/advantages/{name}"] for name in ("q01", "q05", "q50", "q95", "q99")] == list(advantages.quantiles)
     assert [row[f"drift/gain/fifth{place}"] for place in (1, 2, 3, 4, 5)] == list(metrics.drift.gain)
     assert row["drift/advantages/mean"] == advantages.mean
-    assert row["tokens"] == metrics.tokens > row["drift/tokens"] == metrics.drift.tokens == metrics.response_tokens
+    assert row["read_tokens"] == metrics.read_tokens > row["drift/tokens"] == metrics.drift.tokens == metrics.response_tokens
 
 
 def test_without_drift_a_logger_gets_no_number_of_it(scored, llama):

@@ -62,7 +62,7 @@ def numbers(pattern, text):
 
 
 def reverse_kl(text):
-    return numbers(r"reverse KL ([+-][\d.]+)", text)
+    return numbers(r"(?:gap to the teacher|reverse KL) ([+-][\d.]+)", text)
 
 
 def test_the_table_lists_every_example():
@@ -394,6 +394,16 @@ def test_18_labels_are_filtered_gated_and_mixed(run):
     ]
     assert names["labels"].tolist() == by_hand
     assert "128 rollouts labelled in this run" in out
+
+
+def test_19_a_file_is_a_whole_run(run):
+    out, _ = run("19_command")
+    assert out.count("exit code 0") == 3
+    assert len(numbers(r"step +(\d+) ", out)) == 8 + 16
+    assert "0 problems in 80 rollouts" in out
+    assert Path("runs/command/seed-0/report.html").exists()
+    again, _ = run("19_command")
+    assert "step" not in again.split("$ lopd info")[0]
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of huggingface_hub's own client

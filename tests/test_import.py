@@ -1,4 +1,4 @@
-"""Importing lopd brings numpy, torch, attrs and safetensors along, and nothing heavier."""
+"""The names of lopd bring numpy, torch, attrs and safetensors along, and nothing heavier; `import lopd` alone brings none of these."""
 
 import json
 import subprocess
@@ -32,6 +32,13 @@ def imported_by(statement: str) -> set[str]:
 
 
 def test_import_lopd_imports_no_engine_storage_library_or_console():
-    loaded = imported_by("import lopd")
-    assert "lopd" in loaded
+    # every public name, for each is imported when it is asked for
+    loaded = imported_by("from lopd import *\nopd_steps")
+    assert {"lopd", "torch"} <= loaded
     assert not loaded & set(FOREIGN)
+
+
+def test_import_lopd_alone_waits_for_nothing_and_says_which_names_there_are():
+    loaded = imported_by("import lopd\nassert {'batches', 'ZarrStore'} <= set(dir(lopd))\nassert not hasattr(lopd, 'batch')")
+    assert not loaded & {"torch", "numpy"}
+    imported_by("import lopd\nassert lopd.records.Prompt is lopd.Prompt")

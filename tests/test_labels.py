@@ -142,7 +142,7 @@ def test_labels_are_written_resumed_and_read_in_any_store(opened):
     assert (report.rollouts, len(judge.asked)) == (8 - done, 8 - done + 1), "one was judged again"
     assert bar.told[0][:4] == ("begin", "labelling label", 8, done)
     lengths = store.lengths()[np.argsort(store.lengths().sum(axis=1), kind="stable")][done:]
-    assert (report.tokens, report.response_tokens) == (lengths.sum(), lengths[:, 1].sum())
+    assert (report.read_tokens, report.response_tokens) == (lengths.sum(), lengths[:, 1].sum())
     store = opened.again(store)
     assert labels_of(store).tolist() == list(range(8))
     assert label_rollouts(store, Judge(0), PROMPTS, name="number") == ScoringReport()
@@ -165,7 +165,7 @@ def test_tokens_may_have_labels_of_their_own_and_survive_compaction_parquet_and_
         assert set(info.starts) == {"teacher"}
         assert [c.objection for c in info.columns if c.provenance.label] == [None, None]
         assert "Column 'right': labels, their mean is 0.5 (in at most 8 rollouts, evenly spaced)" in list(show_info(store, info))
-        assert "right (8 labels of even)" in str(store)
+        assert "column right 8 of 8 labelled by even@verifier" in str(store)
     export_parquet(store, tmp_path / "s.parquet")
     back = MemoryStore(store.manifest)
     import_parquet(tmp_path / "s.parquet", back)

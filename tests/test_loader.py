@@ -248,7 +248,7 @@ def test_pain_14_splitting_a_step_into_micro_batches_changes_nothing(weighting: 
     assert_same_parameters(whole, split)
     without_time = [[evolve(m, seconds=0.0) for m in metrics] for metrics in (whole_metrics, split_metrics)]
     for a, b in zip(*without_time, strict=True):
-        assert (a.step, a.rollouts, a.tokens) == (b.step, b.rollouts, b.tokens)
+        assert (a.step, a.rollouts, a.read_tokens) == (b.step, b.rollouts, b.read_tokens)
         assert [a.loss, a.reverse_kl, a.clip_fraction, a.grad_norm] == pytest.approx([b.loss, b.reverse_kl, b.clip_fraction, b.grad_norm])
 
 

@@ -12,6 +12,7 @@ from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import InvalidRecordError
 from lopd.records import Commit, Scores
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_top_k
+from lopd.tools import command
 from lopd.tools.plan import (
     PAPER_LOCKSTEP,
     TABLE_2,
@@ -24,11 +25,14 @@ from lopd.tools.plan import (
     rates_like,
     work_like,
 )
-from lopd.tools.plan.__main__ import main
 
 HOUR = 3600
 WORK = Work(prompts=1000, samples=2, prompt_tokens=100, response_tokens=900, steps=50, rollouts_per_step=64, tokens_per_batch=8000)
 RATES = GpuRates(sampling=100, scoring=1000, training=500)
+
+
+def main(arguments):
+    return command.main(["plan", *arguments])
 
 
 def hours(bill):

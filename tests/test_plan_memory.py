@@ -13,8 +13,8 @@ from transformers import AutoConfig, MambaConfig, Qwen3Config
 from lopd.errors import LopdError, ModelError
 from lopd.losses import chunking
 from lopd.losses.chunking import CHUNK_BYTES
+from lopd.tools import command
 from lopd.tools.plan import Use, Work, fit, fits, following, rates_like, sampling, scoring, training
-from lopd.tools.plan.__main__ import main
 from lopd.tools.plan.live import Chunk, LiveBytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -26,6 +26,10 @@ CONFIG = Qwen3Config(
     max_position_embeddings=256, tie_word_embeddings=True,
 )  # fmt: skip
 USE = Use(prompt_tokens=8, response_tokens=56, tokens_per_batch=512, rows=16, autocast=None, chunk_bytes=CHUNK_BYTES)
+
+
+def main(arguments):
+    return command.main(["plan", *arguments])
 
 
 def alive(case):

@@ -81,7 +81,7 @@ def test_tables_and_bars_show_texts_as_they_are(markup: bool) -> None:
     assert out.getvalue().count("[link=http://x]a[/link]") == 4
     out.truncate(0)
     progress = RichProgress(console)
-    progress.begin(EVIL, 1, 0, None)
+    progress.begin(EVIL, 1, 0, None, "response tokens")
     progress.advance(1, 1, 0)
     progress.end()
     assert_harmless(out.getvalue())

@@ -32,6 +32,7 @@ MODULES = (
     "lopd.tools.console",
     "lopd.tools.doctor",
     "lopd.tools.interop",
+    "lopd.tools.phases",
     "lopd.tools.plan",
     "lopd.tools.report",
     "lopd.verbs",
@@ -42,7 +43,8 @@ def public(module: ModuleType) -> dict[str, Any]:
     """What a module defines, or hands on from lopd as `X as X`."""
     package = hasattr(module, "__path__")
     found = {}
-    for name, thing in sorted(vars(module).items()):
+    # `lopd` itself imports a name when it is asked for
+    for name, thing in sorted((name, getattr(module, name)) for name in dir(module)):
         home = getattr(thing, "__module__", None)
         if name.startswith("_") or isinstance(thing, ModuleType) or not (inspect.isclass(thing) or inspect.isfunction(thing)):
             continue

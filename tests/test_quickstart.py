@@ -13,6 +13,7 @@ import forked
 import pytest
 
 from lopd import ZarrStore
+from lopd.errors import ConflictError
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
 SIZES = [
@@ -97,7 +98,7 @@ def test_it_measures_every_phase_and_writes_what_it_promises(unbroken: Path) -> 
     for name in ("evaluate after SFT", "evaluate after OPD", "evaluate after online OPD"):
         assert by_name[name]["held_out_reverse_kl"] > 0
         assert by_name[name]["ci95"] > 0
-    assert all(p["wall_s"] > 0 and p["tokens"] > 0 for p in report["phases"])
+    assert all(p["wall_s"] > 0 and p["response_tokens"] > 0 for p in report["phases"])
     assert set(attempts(unbroken).values()) == {1}
     assert len(report["history"]) == 12
     page = (unbroken / "report.html").read_text()
@@ -116,7 +117,7 @@ def test_a_second_call_finds_everything_done(unbroken: Path, run_here: Callable[
 
 
 def test_other_settings_in_the_same_folder_are_refused(unbroken: Path, run_here: Callable[..., None]) -> None:
-    with pytest.raises(SystemExit, match=r"opd_lr is 0.0006 there, expected 1.0"):
+    with pytest.raises(ConflictError, match=r"opd_lr is 0.0006 there, expected 1.0"):
         run_here(unbroken, "--opd-lr", "1.0")
 
 
@@ -129,7 +130,7 @@ def test_other_content_under_the_same_name_is_refused(
     path, before = inputs / file, (inputs / file).read_bytes()
     path.write_bytes(before + b"\n")
     try:
-        with pytest.raises(SystemExit, match=f"the content of --{name} is '.*' there, expected '.*'"):
+        with pytest.raises(ConflictError, match=f"the content of --{name} is '.*' there, expected '.*'"):
             run_here(unbroken)
     finally:
         path.write_bytes(before)

@@ -55,7 +55,7 @@ def assert_same(found, expected, *, rough=False):
         torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=2e-3 if rough else 1e-6)
     assert len(found["history"]) == len(expected["history"])
     for ours, theirs in zip(found["history"], expected["history"], strict=True):
-        for name in ("step", "rollouts", "tokens"):
+        for name in ("step", "rollouts", "read_tokens"):
             assert ours[name] == theirs[name], name
         for name in ("loss", "reverse_kl", "clip_fraction", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=3e-2 if rough else 1e-5, abs=1e-6), name

@@ -91,7 +91,7 @@ def test_the_program_of_the_readme_runs_after_sft_on_the_same_teacher(
         program = program.replace(printed, smaller)
     exec(compile(program, "README.md", "exec"), {})  # noqa: S102
 
-    assert capsys.readouterr().out.count("reverse KL") == 2
+    assert capsys.readouterr().out.count("gap to the teacher") == 2
     assert Lineage.read(Path("opd-student")).opd_teacher == teacher.manifest.policy
 
 

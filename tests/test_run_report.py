@@ -15,7 +15,7 @@ from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.records import AdvantageSummary, Drift, ModelId, Scores, StepMetrics
 from lopd.records.drift import LEVELS
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
-from lopd.tools.doctor.__main__ import main
+from lopd.tools.command import main
 from lopd.tools.report.charts import MOST_POINTS, Scale, over_steps
 from lopd.tools.report.history import Phase, RunHistory
 from lopd.tools.report.run import duration, step_charts, write_run_report
@@ -73,7 +73,7 @@ def steps(count=12, with_drift=True):
     made = []
     for i in range(count):
         numbers = {"loss": 1 - 0.02 * i, "reverse_kl": 0.9 - 0.03 * i, "clip_fraction": 0.01, "grad_norm": 3.0 + i % 3}
-        made.append(StepMetrics(step=i, **numbers, rollouts=8, tokens=900, seconds=2.5, drift=drift(i) if with_drift else None))
+        made.append(StepMetrics(step=i, **numbers, rollouts=8, read_tokens=900, seconds=2.5, drift=drift(i) if with_drift else None))
     return made
 
 
@@ -104,13 +104,13 @@ def facts_of(text):
 def test_the_summary_says_who_sampled_who_scored_and_how_training_went(write, store):
     facts = facts_of(write(steps()))
     responses = sum(r.rollout.response_ids.size for r in store.read(range(12)))
-    assert facts["rollouts"] == ("12", f"{responses} tokens in responses, 36 in prompts", "")
+    assert facts["rollouts"] == ("12", f"{responses} response tokens, 36 prompt tokens", "")
     assert facts["sampled by"][0] == "policy@rev-p"
     assert "the first of 2 rounds" in facts["sampled by"][1]
     assert facts["scored by"][:2] == ("T@rev-T", "12 of 12 rollouts; by made-up 1.0")
     assert facts["teacher consistency"] == ("not known", "its SFT teacher is not recorded", "bad")
-    assert facts["training"][:2] == ("12 steps", "96 rollouts, 10,800 tokens, 30.0 s")
-    assert facts["reverse KL, first and last step"][0] == "0.900 → 0.570"
+    assert facts["training"][:2] == ("12 steps", "96 rollouts, 10,800 read tokens, 30.0 s")
+    assert facts["gap to the teacher, first and last step"][0] == "0.900 → 0.570"
 
 
 def test_the_sft_teacher_is_a_consistent_one(write):
@@ -123,7 +123,7 @@ def test_curves_have_a_point_for_every_step_and_the_numbers_of_the_history(write
     assert {len(points) for title in page.curves if "osition" not in title and "round" not in title for points in page.curves[title]} == {
         12
     }
-    titles = ["Loss", "Reverse KL on the stored tokens", "Gradient norm", "Clipped advantages", "Effective rollouts (ESS)"]
+    titles = ["Loss", "Gap to the teacher on the stored tokens", "Gradient norm", "Clipped advantages", "Effective rollouts (ESS)"]
     wanted = ["loss", "reverse_kl", "grad_norm", "clip_fraction"]
     for title, name in zip(titles, wanted, strict=False):
         assert [float(row[1]) for row in page.tables[title][1:]] == pytest.approx([getattr(m, name) for m in steps()], rel=1e-3)
@@ -206,10 +206,10 @@ def test_the_least_the_median_and_the_most_divergent_rollout_are_shown(write, st
 
 def test_what_it_cost_by_phase(write):
     rows = Page(write(phases=PHASES)).tables["costs"]
-    assert rows[1] == ["student <i>rollouts</i>", "30.0 s", "30.0 %", "6,000", "200", ""]
-    assert rows[3] == ["OPD", "1 min 0 s", "60.0 %", "9,000", "150", "reverse KL 0.5"]
-    assert Page(write(steps())).tables["costs"][1:] == [["training", "30.0 s", "100.0 %", "10,800", "360"]]
-    assert Page(write(phases=[Phase("p", 0.0)])).tables["costs"][1:] == [["p", "0.0 s", "0.0 %", "", ""]]
+    assert rows[1] == ["student <i>rollouts</i>", "30.0 s", "30.0 %", "", "6,000", "200", ""]
+    assert rows[3] == ["OPD", "1 min 0 s", "60.0 %", "", "9,000", "150", "reverse KL 0.5"]
+    assert Page(write(steps())).tables["costs"][1:] == [["training", "30.0 s", "100.0 %", "", "10,800", "360"]]
+    assert Page(write(phases=[Phase("p", 0.0)])).tables["costs"][1:] == [["p", "0.0 s", "0.0 %", "", "", ""]]
     assert (duration(59.99), duration(60), duration(3600)) == ("60.0 s", "1 min 0 s", "1 h 0 min")
 
 
@@ -304,7 +304,7 @@ def test_what_makes_no_sense_is_refused(write, tmp_path):
     for wrong in ({"step": 1}, 7, {**asdict(steps(1)[0]), "other": 1}):
         with pytest.raises(InvalidRecordError, match="entry 1 cannot be read"):
             write([steps(1)[0], wrong])
-    for wrong in ({"seconds": -1.0}, {"seconds": float("nan")}, {"seconds": 1.0, "tokens": -1}):
+    for wrong in ({"seconds": -1.0}, {"seconds": float("nan")}, {"seconds": 1.0, "read_tokens": -1}):
         with pytest.raises(InvalidRecordError, match="Phase 'p'"):
             Phase("p", **wrong)
     assert not (tmp_path / "run.html").exists()
@@ -316,7 +316,7 @@ def test_a_history_is_read_from_what_a_run_keeps(tmp_path):
     path.write_text(json.dumps(rows[::-1]))
     assert RunHistory.read(path) == RunHistory(tuple(steps(3)))
     phases = [
-        {"name": "OPD", "wall_s": 2.5, "tokens": 7, "held_out_reverse_kl": 0.5, "ci95": 0.1, "attempts": 1},
+        {"name": "OPD", "wall_s": 2.5, "read_tokens": 7, "held_out_reverse_kl": 0.5, "ci95": 0.1, "attempts": 1},
         {"name": "x", "seconds": 1, "attempts": 2},
     ]
     path.write_text(json.dumps({"history": rows, "phases": phases, "versions": {"torch": "2.9"}, "settings": {}}))
@@ -350,7 +350,7 @@ def test_the_doctor_writes_one(tmp_path, capsys):
     filled(ZarrStore.create(str(tmp_path / "s.zarr"), tiny_manifest()))
     (tmp_path / "metrics.json").write_text(json.dumps([asdict(m) for m in steps(3)]))
     out = tmp_path / "out.html"
-    command = ["run", str(tmp_path / "s.zarr"), "--out", str(out)]
+    command = ["report", str(tmp_path / "s.zarr"), "--out", str(out)]
     assert main([*command, "--history", str(tmp_path / "metrics.json"), "--title", "Mine"]) == 0
     assert "3 steps" in capsys.readouterr().out
     assert "<h1>Mine</h1>" in out.read_text()

@@ -47,7 +47,7 @@ def test_only_the_chosen_rows_are_scored_tested_counted_and_put_in_quarantine(so
     assert set(report.refused) == set(bad), "nothing outside was asked for, not even by the self-test"
     assert np.flatnonzero(store.scored("teacher")).tolist() == rows[1:].tolist()
     assert list(store.quarantined("teacher")) == [rows[0]]
-    assert bar.told[0] == ("begin", "scoring teacher", 6, 0, int(store.lengths()[rows].sum()))
+    assert bar.told[0] == ("begin", "scoring teacher", 6, 0, int(store.lengths()[rows].sum()), "read tokens")
     others = np.setdiff1d(np.arange(14), rows)
     assert score_rollouts(store, scorer, rows=others).skipped == 0, "what is in quarantine elsewhere is no matter here"
     with pytest.warns(QuarantineWarning, match="retry_quarantined"):
@@ -112,8 +112,8 @@ def test_progress_of_scoring_is_told_the_column_the_totals_and_the_tokens(source
         score_rollouts(store, Stopping(scorer, 1), rollouts_per_batch=4, preflight=None)
     report = score_rollouts(store, scorer, rollouts_per_batch=4, progress=bar)
     lengths = np.sort(store.lengths().sum(axis=1))
-    assert bar.told[0] == ("begin", "scoring teacher", 14, 4, int(lengths[4:].sum()))
+    assert bar.told[0] == ("begin", "scoring teacher", 14, 4, int(lengths[4:].sum()), "read tokens")
     assert bar.advanced == [4, 4, 2]
-    assert report == ScoringReport(rollouts=10, tokens=int(lengths[4:].sum()))
+    assert report == ScoringReport(rollouts=10, read_tokens=int(lengths[4:].sum()))
     assert sum(told[2] for told in bar.told if told[0] == "advance") == int(lengths[4:].sum())
     assert bar.told[-1] == ("end",)

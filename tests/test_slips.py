@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +35,10 @@ from lopd.errors import (
 )
 from lopd.records import Lineage, SamplingParams, read_prompts
 from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
+from lopd.tools.command import main
 from lopd.tools.command_line import show
-from lopd.tools.doctor.__main__ import main
 from lopd.tools.interop import export_parquet, import_parquet
 from lopd.tools.report import RunHistory, write_run_report
-from lopd.verbs import asking
 
 STORES: dict[str, Callable[[Any], Any]] = {
     "memory": lambda _: MemoryStore(tiny_manifest()),
@@ -53,13 +51,13 @@ STORES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("kind", STORES)
-def test_an_empty_store_is_true_and_print_says_what_is_in_it(kind: str, tmp_path: Path) -> None:
+def test_an_empty_store_is_true_and_its_repr_says_what_is_in_it(kind: str, tmp_path: Path) -> None:
     store = STORES[kind](tmp_path / "run")
     assert store
-    assert str(store) == f"{store!r}: 0 rollouts, score columns: none"
+    assert str(store) == repr(store) == f"{store.name}: rollouts 0; policy policy@rev-p; columns none yet"
     store.append([tiny_rollout("a"), tiny_rollout("b")])
     store.append_scores("teacher", tiny_provenance(), [tiny_scores(tiny_rollout("a"))])
-    assert str(store) == f"{store!r}: 2 rollouts, score columns: teacher (1 scored)"
+    assert repr(store) == f"{store.name}: rollouts 2; policy policy@rev-p; column teacher 1 of 2 scored by teacher@rev-teacher"
 
 
 # What a folder is
@@ -291,19 +289,6 @@ def test_a_teacher_with_two_more_tokens_is_told_how_many_and_what_to_do(tokenize
         score_rollouts(store, scorer)
 
 
-# Progress
-
-
-def test_a_long_call_without_a_progress_keeps_a_line_of_a_terminal_and_no_other(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(asking, "QUIET_S", 0.0)
-    for terminal, shown in ((True, "\rsampling: 3 of 8 rollouts, 0 s\n"), (False, "")):
-        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        with asking.shown(None, "sampling", 8, 2, None) as advance:
-            advance(1, 10, 0)
-            advance(1, 10, 0)
-        assert capsys.readouterr().err == shown
-
-
 # Tools
 
 
@@ -314,7 +299,7 @@ def test_the_doctor_reads_the_json_lines_of_a_logger(tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:count]) + "\n")
         assert RunHistory.read(tmp_path / "metrics.jsonl").steps == tuple(steps[:count])
     ZarrStore.create(tmp_path / "run", tiny_manifest())
-    arguments = ["run", str(tmp_path / "run"), "--history", str(tmp_path / "metrics.jsonl"), "--out", str(tmp_path / "run.html")]
+    arguments = ["report", str(tmp_path / "run"), "--history", str(tmp_path / "metrics.jsonl"), "--out", str(tmp_path / "run.html")]
     assert main(arguments) == 0
     assert "2 steps" in (tmp_path / "run.html").read_text()
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, lines[0][:20]]))
@@ -353,6 +338,6 @@ def test_every_report_counts_prompts_and_responses(tokenizer: Any, llama: Any, p
     store = MemoryStore(source.manifest)
     collected, scored = collect_rollouts(source, prompts, store), score_rollouts(store, HFScorer(llama, tokenizer))
     lengths = store.lengths()
-    assert collected.tokens == scored.tokens == lengths.sum()
+    assert collected.read_tokens == scored.read_tokens == lengths.sum()
     assert collected.response_tokens == scored.response_tokens == lengths[:, 1].sum()
     assert np.all(lengths > 0)

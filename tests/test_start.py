@@ -19,7 +19,7 @@ from lopd.records import AdvantageSummary, ModelId, SamplingParams, Scores, TopK
 from lopd.records.drift import TAIL
 from lopd.records.estimates import RolloutSums
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
-from lopd.tools.doctor.__main__ import main
+from lopd.tools.command import main
 from lopd.tools.report import TokenReport, write_run_report
 
 VOCAB, LENGTH = 300, 9

@@ -11,7 +11,7 @@ from lopd import MemoryStore, ZarrStore
 from lopd.errors import InvalidRecordError, MissingScoresError, NoSuchRowError
 from lopd.records import Scores
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
-from lopd.tools.doctor.__main__ import main
+from lopd.tools.command import main
 from lopd.tools.report.charts import curves, histogram
 from lopd.tools.report.tokens import TokenReport, visible, write_token_report
 
@@ -135,7 +135,7 @@ def test_the_doctor_writes_one(tmp_path, capsys):
     assert main(["report", str(tmp_path / "s.zarr"), "--rows", "0", "3", "--out", str(out)]) == 0
     assert "2 rollouts" in capsys.readouterr().out
     assert out.read_text().count("<section>") == 2
-    assert main(["report", str(tmp_path / "s.zarr"), "--columns", "teacher"]) == 2
+    assert main(["report", str(tmp_path / "s.zarr"), "--rows", "0", "--columns", "teacher"]) == 2
     assert main(["info", str(tmp_path / "s.zarr")]) == 0
     assert "not known: its SFT teacher is not recorded" in " ".join(capsys.readouterr().out.split())
 

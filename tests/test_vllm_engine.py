@@ -434,7 +434,7 @@ def test_the_example_collects_scores_and_trains_phase_by_phase(folders, tmp_path
     models = ["--student", folders["llama_tied"], "--teacher", tmp_path / "teacher"]
     sizes = ["--max-new-tokens", "8", "--steps", "3", "--rollouts-per-step", "6", "--top-k", "3", "--any-teacher"]
     command = [EXAMPLES / "vllm_pipeline.py", "--prompts", prompts, "--store", store, "--out", out, *models, *sizes]
-    assert run(*command).count("reverse KL") == 3
+    assert run(*command).count("gap to the teacher") == 3
     rollouts = ZarrStore.open(store)
     assert len(rollouts) == 6
     assert rollouts.columns["teacher"].top_k == 3

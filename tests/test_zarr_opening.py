@@ -86,7 +86,7 @@ def test_a_relative_path_keeps_its_meaning(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir("/")
     store.append(many(0, 1))
     assert len(ZarrStore.open(tmp_path / "run.zarr")) == 1
-    assert repr(store) == f"Store {tmp_path}/run.zarr"
+    assert store.name == f"Store {tmp_path}/run.zarr"
 
 
 def test_the_message_for_a_second_model_is_the_one_we_promise(filled: ZarrStore) -> None:
@@ -96,7 +96,7 @@ def test_the_message_for_a_second_model_is_the_one_we_promise(filled: ZarrStore)
     with pytest.raises(ConflictError) as caught:
         filled.append_scores("t", new, scores)
     words = "column 't' was scored by Qwen3-8B@main, expected Qwen3-32B@main; write another column or score with the same model."
-    assert str(caught.value) == f"{filled!r}: {words}"
+    assert str(caught.value) == f"{filled.name}: {words}"
     with pytest.raises(ConflictError, match="float32"):
         filled.append_scores("t", evolve(old, model=evolve(old.model, dtype="float32")), scores)
     with pytest.raises(ConflictError, match=r"was scored with logprobs_mode 'raw', expected 'other'"):

@@ -20,6 +20,7 @@ from lopd.backends.zarr.store import ZarrStore
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.vllm import VLLMScorer, VLLMSettings
 from lopd.errors import EngineError
+from lopd.protocols import Counted
 from lopd.records import SamplingParams
 from lopd.testing import tiny_rollout
 
@@ -32,7 +33,7 @@ class Killer:
     waiting: bool
     batches: int = 0
 
-    def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
+    def begin(self, what: str, total: int, done: int, tokens: int | None, counted: Counted, /) -> None:
         pass
 
     def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:

@@ -11,12 +11,12 @@ import torch
 import transformers
 from attrs import asdict, field, frozen
 from numpy.typing import NDArray
-from phases import console, wall_time, write_json
 
 import lopd
 from lopd import ZarrStore, rows_of
 from lopd.records import Estimate, Prompt, RolloutSums, prompt_id_of
 from lopd.tools.console import table
+from lopd.tools.phases import console, wall_time, write_json
 from recipes.cards import Plan
 from recipes.grading import MathGrader
 

@@ -38,12 +38,11 @@ import transformers
 from attrs import asdict, evolve
 from online_opd import online_opd
 from peft import get_peft_model
-from phases import Run, console, digest
-from training import resumably
 
 from lopd import CausalLMStudent, FusedOPDLoss, Lineage, SamplingParams
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.records import Prompt, StepMetrics, read_prompts
+from lopd.tools.phases import Run, console, counted, digest, resumably
 from lopd.tools.plan import lora_config
 from recipes.cards import CARDS, OneGpu, check_fit, describe, make_plan, room_of, student_dtype, teacher_dtype
 from recipes.compare import Arm, grade, report
@@ -256,9 +255,9 @@ def train_online(folder: Path, start: str, prompts: list[Prompt], recipe: OneGpu
             tokens_per_batch=recipe.tokens_per_batch,
         )
 
-    history = resumably(folder / "checkpoints" / "online", student, optimizer, lineage, begin, recipe.opd_steps)
+    history = resumably(folder / "checkpoints" / "online", student, optimizer, lineage, begin, total=recipe.opd_steps)
     export(student, tokenizer, lineage, folder / "online")
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+    return {**counted(history), "history": [asdict(m) for m in history]}
 
 
 if __name__ == "__main__":

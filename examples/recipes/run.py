@@ -27,13 +27,13 @@ import attrs
 import torch
 import transformers
 from attrs import asdict, evolve
-from phases import Run, console, digest
 
 from lopd import SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd import evaluate as evaluate_policy
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.records import Prompt, read_prompts
 from lopd.tools.console import RichProgress
+from lopd.tools.phases import Run, console, counted_in, digest
 from lopd.tools.plan import trained_gb
 from recipes.estimate import describe, estimate, work_of
 from recipes.grading import MathGrader
@@ -181,7 +181,7 @@ def sample(source: Any, prompts: list[Prompt], path: Path) -> dict[str, Any]:
     with closed(source):
         store = ZarrStore.open_or_create(str(path), source.manifest)
         collect_rollouts(source, prompts, store, prompts_per_batch=1024, progress=RichProgress(console))
-    return {"tokens": int(store.lengths()[:, 1].sum()), "rollouts": len(store)}
+    return {**counted_in(store), "rollouts": len(store)}
 
 
 def score(scorer: Any, path: Path, column: str) -> dict[str, Any]:
@@ -189,7 +189,7 @@ def score(scorer: Any, path: Path, column: str) -> dict[str, Any]:
     store = ZarrStore.open(str(path))
     with closed(scorer):
         score_rollouts(store, scorer, column=column, progress=RichProgress(console))
-    return {"tokens": int(store.lengths()[:, 1].sum())}
+    return counted_in(store)
 
 
 def closed(engine: Any) -> AbstractContextManager[Any]:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ import attrs
 import torch
 import torch.distributed as dist
 import transformers
-from attrs import asdict, evolve, fields
-from phases import write_json
+from attrs import fields
 from torch.distributed.fsdp import fully_shard
-from training import resumably
 
-from lopd import CausalLMStudent, FusedOPDLoss, FusedSFTLoss, ZarrStore, batches, opd_steps, watch_drift
+from lopd import CausalLMStudent, FusedOPDLoss, FusedSFTLoss, ZarrStore, batches
 from lopd.engines.hf import load_model
 from lopd.protocols import OPDLoss
-from lopd.records import Ranks, Step, StepMetrics
+from lopd.records import Ranks
+from lopd.tools.phases import train_phase, write_json
 from lopd.verbs import StepStream
 from recipes.paper import Recipe
 
@@ -92,20 +91,7 @@ def make_optimizer(student: CausalLMStudent, recipe: Recipe) -> torch.optim.Adam
 
 def run_phase(checkpoints: Path, phase: Phase, student: CausalLMStudent, recipe: Recipe) -> dict[str, Any]:
     """Train this student, resumably; the tokens that it was trained on, and the metrics of all steps."""
-    stream, optimizer = phase.stream, make_optimizer(student, recipe)
-
-    def paced(done: int) -> Iterator[Step]:
-        for step in evolve(stream, start=done):
-            for group in optimizer.param_groups:
-                group["lr"] = phase.rate(step.index)
-            yield step
-
-    def begin(done: int) -> Iterator[StepMetrics]:
-        steps = opd_steps(student, paced(done), phase.loss, optimizer)
-        return watch_drift(steps) if stream.columns.ref is not None else steps
-
-    history = resumably(checkpoints, student, optimizer, stream, begin, stream.stop or 0)
-    return {"tokens": sum(m.tokens for m in history), "history": [asdict(m) for m in history]}
+    return train_phase(checkpoints, student, make_optimizer(student, recipe), phase.stream, phase.loss, rate=phase.rate)
 
 
 def train(folder: Path, name: str, start: str, recipe: Recipe) -> None:

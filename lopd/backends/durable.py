@@ -18,6 +18,7 @@ from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root, RootFile, put_root, read_root, taken
 from lopd.errors import ManifestMismatchError
 from lopd.protocols.reading import describe
+from lopd.records.glance import Glance, Glanced
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Rollout, Scores
@@ -66,7 +67,7 @@ S = TypeVar("S", bound=_Snapshot)
 W = TypeVar("W", bound=_Writer)
 
 
-class DurableBase(ABC, Generic[S, W]):
+class DurableBase(Glanced, ABC, Generic[S, W]):
     """The face of `ZarrStore` and `LanceStore`; not for other stores, which implement `lopd.protocols.DurableStore`."""
 
     _ROOT: ClassVar[RootFile]
@@ -77,16 +78,15 @@ class DurableBase(ABC, Generic[S, W]):
     def __init__(self, files: Files, root: Root | None = None) -> None:
         """Not for callers: `open` says what is wrong with a path.  `root` is what the root file says, if it was read already."""
         self._files = files
-        self._owner = f"Store {files.url}"
+        self.name = self._owner = f"Store {files.url}"
         self._root = root or read_root(files, self._ROOT)
 
-    def __repr__(self) -> str:
-        """How messages name it."""
-        return self._owner
+    def _glance(self) -> Glance:
+        return describe(self, self._counts())
 
-    def __str__(self) -> str:
-        """Place, rollouts and columns in one line."""
-        return describe(self)
+    @abstractmethod
+    def _counts(self) -> Mapping[str, int]:
+        """How many rollouts have scores in each column, out of memory."""
 
     def __bool__(self) -> bool:
         """True, also while it is empty: `if store` asks whether there is a store."""

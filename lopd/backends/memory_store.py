@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lopd.backends import admission
 from lopd.protocols.reading import describe
+from lopd.records.glance import Glance, Glanced
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import VIRTUAL_COLUMNS, Rollout, Scores
@@ -16,12 +17,14 @@ from lopd.records.rows import Rows
 
 
 @final
-class MemoryStore:
+class MemoryStore(Glanced):
     """A `LogprobStore` in lists and dicts: nothing is copied, and nothing outlives the process.
 
     The virtual columns `behavior` and `behavior/sampler` read the rollouts' own log-probs; `columns` does not list them, and they cannot be
     written to.
     """
+
+    name = "MemoryStore"
 
     def __init__(self, manifest: Manifest) -> None:
         """Empty."""
@@ -35,13 +38,8 @@ class MemoryStore:
         self._quarantined: dict[str, dict[int, str]] = {}
         self._generations = {manifest.generation: manifest.policy}
 
-    def __repr__(self) -> str:
-        """How messages name it."""
-        return "MemoryStore"
-
-    def __str__(self) -> str:
-        """Place, rollouts and columns in one line."""
-        return describe(self)
+    def _glance(self) -> Glance:
+        return describe(self, {column: len(scores) for column, scores in self._scores.items()})
 
     def __bool__(self) -> bool:
         """True, also while it is empty: `if store` asks whether there is a store."""

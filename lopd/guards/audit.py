@@ -28,7 +28,7 @@ from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import row_numbers, walk
+from lopd.protocols.reading import named, row_numbers, walk
 from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.identity import ModelId
 from lopd.records.rollouts import ScoredRollout
@@ -95,14 +95,16 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
     """
     check_noun(store, LogprobReader)
     refuse_labels(store, *columns)
-    chosen = np.arange(len(store)) if rows is None else row_numbers(repr(store), rows)
+    chosen = np.arange(len(store)) if rows is None else row_numbers(named(store), rows)
     if not len(columns) or not chosen.size or len(set(columns)) < len(columns):
         raise InvalidRecordError(
             f"Audit: it was given {len(columns)} columns ({len(set(columns))} distinct) and {chosen.size} rollouts, expected at least 1 of each."
         )
     for column in columns:
         if column not in store.columns:
-            raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected a candidate's scores; run `score_rollouts` first.")
+            raise MissingScoresError(
+                f"{named(store)}: column {column!r} is absent, expected a candidate's scores; run `score_rollouts` first."
+            )
     sums, deviations = _read(store, columns, chosen)
     ordered = sorted(columns, key=lambda column: sums[column].per_token().mean)
     best = sums[ordered[0]]
@@ -110,7 +112,7 @@ def audit(store: LogprobReader, columns: Sequence[str], *, rows: NDArray[np.int6
     tokens = int(best.counts.sum())
     error = max(sums[ordered[1]].p_value(best), 0.5 ** len(best.sums)) if len(ordered) > 1 else 1.0
     author, verdict = _judge(candidates, error, max_error)
-    return Audit(candidates, len(best.sums), tokens, author, error, f"{verdict} ({len(best.sums)} rollouts, {tokens} tokens).")
+    return Audit(candidates, len(best.sums), tokens, author, error, f"{verdict} ({len(best.sums)} rollouts, {tokens} response tokens).")
 
 
 def _read(store: LogprobReader, columns: Sequence[str], rows: NDArray[np.int64]) -> tuple[dict[str, RolloutSums], dict[str, float]]:

@@ -14,6 +14,7 @@ from attrs import evolve
 
 from lopd.errors import ArgumentError, InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning, TokenizerMismatchError
 from lopd.protocols import LogprobReader, TeacherScorer
+from lopd.protocols.reading import named
 from lopd.records.identity import UNKNOWN, HasVocabulary, TokenizerId, mixture_id
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import Manifest, Provenance
@@ -179,7 +180,7 @@ def check_reference(store: LogprobReader, column: str, generations: Iterable[int
     """
     if column == SAMPLER_COLUMN:
         raise InvalidRecordError(
-            f"{store!r}: the reference column is {column!r}, expected log-probs at temperature 1; pass {BEHAVIOR_COLUMN!r}, and the sampler's "
+            f"{named(store)}: the reference column is {column!r}, expected log-probs at temperature 1; pass {BEHAVIOR_COLUMN!r}, and the sampler's "
             "come along."
         )
     provenance = store.columns.get(column)
@@ -189,6 +190,6 @@ def check_reference(store: LogprobReader, column: str, generations: Iterable[int
         if not provenance.is_of(policy):
             other = " after other prompts" * provenance.privileged
             raise InvalidRecordError(
-                f"{store!r}: column {column!r} was scored by {provenance.model}{other}, expected the policy that sampled, {policy}; "
+                f"{named(store)}: column {column!r} was scored by {provenance.model}{other}, expected the policy that sampled, {policy}; "
                 "a ratio to another model does not correct for what this one drew, so score the policy."
             )

@@ -22,7 +22,7 @@ from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import in_batches, walk
+from lopd.protocols.reading import in_batches, named, walk
 from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.manifest import RESIDUAL, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout, Scores, prompt_id_of
@@ -184,11 +184,13 @@ def residualise(
 def _teacher(store: LogprobReader, column: str) -> Provenance:
     provenance = store.columns.get(column)
     if provenance is None and column != BEHAVIOR_COLUMN:
-        raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected a teacher's scores; run `score_rollouts` first.")
+        raise MissingScoresError(f"{named(store)}: column {column!r} is absent, expected a teacher's scores; run `score_rollouts` first.")
     if provenance is None or provenance.residual or provenance.privileged:
         of = "of other prompts than the policy's" if provenance is not None and provenance.privileged else "a residual already"
         what = "what the policy itself reported" if provenance is None else of
-        raise InvalidRecordError(f"{store!r}: column {column!r} is {what}, expected a teacher's log-probs; pass the column of the teacher.")
+        raise InvalidRecordError(
+            f"{named(store)}: column {column!r} is {what}, expected a teacher's log-probs; pass the column of the teacher."
+        )
     return provenance
 
 
@@ -200,7 +202,7 @@ def _rows(store: LogprobReader, columns: tuple[str, str]) -> tuple[NDArray[np.in
         quarantined = store.quarantined(column)
         if int(scored.sum()) + len(quarantined) < len(store) or not scored.any():
             raise MissingScoresError(
-                f"{store!r}: column {column!r} has scores for {int(scored.sum())} rollouts, expected {len(store)}; run `score_rollouts` first."
+                f"{named(store)}: column {column!r} has scores for {int(scored.sum())} rollouts, expected {len(store)}; run `score_rollouts` first."
             )
         usable &= scored
         reasons.update({row: f"column {column!r}: {reason}" for row, reason in quarantined.items()})

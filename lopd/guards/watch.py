@@ -17,7 +17,7 @@ from lopd.errors import AdvantageWarning, ArgumentError, DriftWarning, InvalidRe
 from lopd.protocols import LogprobReader, StatesCorrection
 from lopd.protocols.doors import check_noun
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import evenly, walk
+from lopd.protocols.reading import evenly, named, walk
 from lopd.records.checks import a_kind, check_at_least, check_kind, own_numbers
 from lopd.records.drift import TAIL, AdvantageSummary, Drift
 from lopd.records.manifest import SamplingParams
@@ -133,7 +133,7 @@ def stored_advantages(
 def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None) -> None:
     """Warn if too many of these advantages are in the tail."""
     if summary is not None and summary.tail > MAX_TAIL:
-        warnings.warn(f"{store!r}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
+        warnings.warn(f"{named(store)}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
 
 
 def judge_loss(loss: object, summary: AdvantageSummary) -> None:
@@ -160,8 +160,8 @@ def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool
         remedy = "sample with an engine that records them (a server: `--logprobs-mode processed_logprobs`)"
     if lacking:
         warnings.warn(
-            f"{store!r}: {lacking} of {len(rows)} rollouts {what}, and they were drawn at {_bias(sampling)}; {remedy}, or sample at temperature 1 "
-            "and top_p 1.",
+            f"{named(store)}: {lacking} of {len(rows)} rollouts {what}, and they were drawn at {_bias(sampling)}; {remedy}, or sample at "
+            "temperature 1 and top_p 1.",
             SamplerWarning,
             stacklevel=3,
         )

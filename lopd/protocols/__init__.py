@@ -4,7 +4,7 @@ Each docstring states the contract that the *weakest* implementation must keep. 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from lopd.records.manifest import Commit, Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores
 from lopd.records.rows import Rows
 from lopd.records.steps import Batch, LMHead, LossOutput
+
+#: What a number of tokens counts: those of responses, or all that a model reads, prompts included.
+Counted = Literal["response tokens", "read tokens"]
 
 
 class RolloutSource(Protocol):
@@ -235,6 +238,16 @@ class StatesBaseline(Protocol):
         ...
 
 
+@runtime_checkable
+class StatesName(Protocol):
+    """What a store may state besides; messages name one that does not by its `repr`."""
+
+    @property
+    def name(self) -> str:
+        """Kind and place, in a few words."""
+        ...
+
+
 class Student(Protocol):
     """The model being trained, cut below its head.  One call per micro-batch, so hooks of wrappers (DDP, FSDP) fire."""
 
@@ -269,14 +282,17 @@ class Labeller(Protocol):
 
 
 class Progress(Protocol):
-    """Is told how far a verb has come; `lopd.tools.console.RichProgress` draws it."""
+    """Is told how far a verb has come; `lopd.tools.console.RichProgress` draws it.
 
-    def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
+    Tokens are those that `counted` says: sampling counts response tokens, and what reads rollouts counts the tokens of their prompts as well.
+    """
+
+    def begin(self, what: str, total: int, done: int, tokens: int | None, counted: Counted, /) -> None:
         """Work starts: `done` of `total` rollouts were there already, and the others have `tokens` tokens, if that is known."""
         ...
 
     def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:
-        """So many more rollouts, with so many tokens computed, are committed; so many more were refused."""
+        """So many more rollouts, with so many tokens, are committed; so many more were refused."""
         ...
 
     def end(self) -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import in_batches
+from lopd.protocols.reading import in_batches, named
 from lopd.records.arrays import Float32Array
 from lopd.records.rollouts import prompt_id_of
 from lopd.records.rows import Rows
@@ -27,7 +27,7 @@ def refuse_labels(store: LogprobReader, *columns: str | None) -> None:
         made = store.columns.get(column or "")
         if made is not None and made.label:
             raise InvalidRecordError(
-                f"{store!r}: column {column!r} holds labels of {made.model}, expected a model's log-probs; pass "
+                f"{named(store)}: column {column!r} holds labels of {made.model}, expected a model's log-probs; pass "
                 f"`batches(label={column!r})` to train with them."
             )
 
@@ -43,10 +43,10 @@ def check_labels(store: LogprobReader, column: str) -> None:
     remedy = f"run `label_rollouts(store, verifier, prompts, column={column!r})`"
     if made is None:
         there = [name for name, provenance in store.columns.items() if provenance.label]
-        raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected labels, of which there are {there}; {remedy}.")
+        raise MissingScoresError(f"{named(store)}: column {column!r} is absent, expected labels, of which there are {there}; {remedy}.")
     if not made.label:
         raise InvalidRecordError(
-            f"{store!r}: column {column!r} holds log-probs of {made.model}, expected labels; name another, or {remedy}."
+            f"{named(store)}: column {column!r} holds log-probs of {made.model}, expected labels; name another, or {remedy}."
         )
 
 

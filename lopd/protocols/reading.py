@@ -1,6 +1,6 @@
 """How to find rows in a store, and to walk over a whole one: which rows can be read in one call, with all that they have."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,9 +9,10 @@ from attrs import frozen
 from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, NoSuchRowError
-from lopd.protocols import LogprobReader
+from lopd.protocols import LogprobReader, StatesName
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind
+from lopd.records.glance import Glance
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Prompt, Rollout, ScoredRollout, policy_column, rollout_id
 from lopd.records.rows import Rows
@@ -68,7 +69,7 @@ def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance)
         found = (kept.top_k - kept.candidates - kept.drawn, kept.drawn) if kept is not None and own else (0, 0)
         if found[0] < provenance.candidates or found[1] < provenance.drawn:
             raise MissingScoresError(
-                f"{reader!r}: column {column!r} has {found[0]} candidates and {found[1]} drawn tokens of {policy}, expected "
+                f"{named(reader)}: column {column!r} has {found[0]} candidates and {found[1]} drawn tokens of {policy}, expected "
                 f"{provenance.candidates} and {provenance.drawn} for {provenance.model}; sample with `SamplingParams(candidates=..., drawn=...)`, "
                 f"or score the policy into this column with a scorer whose top_k is {provenance.candidates}."
             )
@@ -122,17 +123,17 @@ def chosen(reader: LogprobReader, rows: NDArray[np.int64] | None) -> NDArray[np.
         InvalidRecordError: there are none, or they are not whole numbers; a mask of rows is not.
     """
     if not len(reader):
-        raise InvalidRecordError(f"{reader!r}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
+        raise InvalidRecordError(f"{named(reader)}: it has 0 rollouts, expected at least 1; run `collect_rollouts` first.")
     if rows is None:
         return np.arange(len(reader))
-    unique = np.unique(row_numbers(repr(reader), rows))
+    unique = np.unique(row_numbers(named(reader), rows))
     if not unique.size:
         raise InvalidRecordError(
-            f"{reader!r}: 0 rows were chosen, expected at least 1; look whether their prompts were sampled in that round."
+            f"{named(reader)}: 0 rows were chosen, expected at least 1; look whether their prompts were sampled in that round."
         )
     if unique[0] < 0 or unique[-1] >= len(reader):
         row = unique[0] if unique[0] < 0 else unique[-1]
-        raise NoSuchRowError(f"{reader!r}: row {row} was chosen, expected one of {len(reader)} rows.")
+        raise NoSuchRowError(f"{named(reader)}: row {row} was chosen, expected one of {len(reader)} rows.")
     return unique
 
 
@@ -160,8 +161,24 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
     return np.sort(rows[rows >= 0])
 
 
-def describe(reader: LogprobReader) -> str:
-    """Place, rollouts and columns of a store in one line: what `print` shows of ours."""
-    said = {name: f"labels of {made.model.name}" if made.label else "scored" for name, made in reader.columns.items()}
-    columns = ", ".join(f"{name} ({int(reader.scored(name).sum()):,} {what})" for name, what in said.items()) or "none"
-    return f"{reader!r}: {len(reader):,} rollouts, score columns: {columns}"
+def named(reader: LogprobReader) -> str:
+    """How messages name a store: in a few words if it has them, else by its `repr`."""
+    return reader.name if isinstance(reader, StatesName) else repr(reader)
+
+
+def describe(reader: LogprobReader, scored: Mapping[str, int]) -> Glance:
+    """What `repr` and notebooks show of ours; reads nothing.
+
+    Args:
+        reader: the store.
+        scored: column -> how many rollouts have scores in it.
+    """
+    rounds = {"rounds": len(reader.generations)} if len(reader.generations) > 1 else {}
+    columns = {f"column {name}": f"{scored.get(name, 0):,} of {len(reader):,} {_by(made)}" for name, made in reader.columns.items()}
+    facts = {"rollouts": len(reader), **rounds, "policy": reader.manifest.policy, **(columns or {"columns": "none yet"})}
+    return Glance(named(reader), facts)
+
+
+def _by(made: Provenance) -> str:
+    support = f", top-{made.top_k}" if made.top_k else ""
+    return f"{'labelled' if made.label else 'scored'} by {made.model}{support}"

@@ -9,6 +9,7 @@ from attrs import asdict, field, fields, frozen, has
 
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.records.checks import check_at_least, check_number, own_numbers, own_texts
+from lopd.records.glance import Glance, Glanced
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.parity import Parity
 from lopd.records.stored import read_as
@@ -80,8 +81,8 @@ class SamplingParams:
         return self.temperature == self.top_p == 1
 
 
-@frozen
-class Manifest:
+@frozen(repr=False)
+class Manifest(Glanced):
     """What every rollout of a store has in common.
 
     Args:
@@ -98,6 +99,21 @@ class Manifest:
     sft_teacher: ModelId | None = None
     generation: int = 0
     schema_version: int = SCHEMA_VERSION
+
+    def _glance(self) -> Glance:
+        sampling = self.sampling
+        facts = {
+            "policy": f"{self.policy} in {self.policy.dtype}",
+            "SFT teacher": self.sft_teacher or "not recorded",
+            "temperature": f"{sampling.temperature:g}",
+            "top-p": f"{sampling.top_p:g}",
+            "response tokens at most": sampling.max_new_tokens,
+            "samples per prompt": sampling.samples_per_prompt,
+            "seed": sampling.seed,
+            "first round": self.generation,
+            "tokenizer ids": self.tokenizer.vocab_size,
+        }
+        return Glance("Manifest", facts)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON types only."""

@@ -42,7 +42,7 @@ class Parity:
         effect = "" if self.advantage is None else f", beside a mean absolute advantage of {self.advantage:.3g}"
         return printable(
             f"{self.engine} against {self.truth}: mean {self.mean:.2g}, p99 {self.p99:.2g}, max {self.max:.2g}, bias {self.bias:.2g} nats "
-            f"over {self.tokens} tokens of {self.rollouts} rollouts{effect}"
+            f"over {self.tokens} response tokens of {self.rollouts} rollouts{effect}"
         )
 
 

@@ -28,6 +28,7 @@ from lopd.records.arrays import (
     to_optional_floats,
 )
 from lopd.records.checks import a_kind, check_at_least, check_kind
+from lopd.records.glance import Glance, Glanced, first_ids, quoted
 from lopd.records.support import TopK
 
 FinishReason = Literal["stop", "length"]
@@ -38,8 +39,8 @@ BEHAVIOR_COLUMN, SAMPLER_COLUMN = "behavior", "behavior/sampler"
 VIRTUAL_COLUMNS: Mapping[str, str] = MappingProxyType({BEHAVIOR_COLUMN: "behavior_logprobs", SAMPLER_COLUMN: "sampler_logprobs"})
 
 
-@frozen(eq=False)
-class Prompt:
+@frozen(eq=False, repr=False)
+class Prompt(Glanced):
     """Token ids before generation starts, chat template already applied.
 
     Args:
@@ -61,6 +62,11 @@ class Prompt:
                 raise InvalidRecordError(f"Prompt {self.prompt_id!r}: {name} is {a_kind(value)}, expected a str; pass `str(...)` of it.")
         if self.token_ids.size == 0:
             raise InvalidRecordError(f"Prompt {self.prompt_id!r}: it has 0 tokens, expected at least 1; drop it or add a BOS token.")
+
+    def _glance(self) -> Glance:
+        text = {"text": quoted(self.text)} if self.text else {"ids": first_ids(self.token_ids)}
+        answer = {} if self.answer is None else {"answer": quoted(self.answer)}
+        return Glance(f"Prompt {quoted(self.prompt_id)}", {**text, "tokens": self.token_ids.size, **answer})
 
 
 def _check_id(owner: str, name: str, value: object) -> None:
@@ -101,8 +107,8 @@ def _hash_content(rollout: "Rollout") -> bytes:
     return digest.digest()
 
 
-@frozen(eq=False)
-class Rollout:
+@frozen(eq=False, repr=False)
+class Rollout(Glanced):
     """One response sampled from a policy for one prompt: the ids that were *sampled*, EOS included.
 
     Args:
@@ -132,7 +138,7 @@ class Rollout:
     generation: int = 0
     sampler_logprobs: Float32Array | None = field(default=None, converter=to_optional_floats)
     candidates: TopK | None = None
-    content_hash: bytes = field(init=False, repr=lambda digest: digest.hex()[:8], default=Factory(_hash_content, takes_self=True))
+    content_hash: bytes = field(init=False, default=Factory(_hash_content, takes_self=True))
 
     def __attrs_post_init__(self) -> None:
         owner = f"Rollout {self.rollout_id!r}"
@@ -177,9 +183,23 @@ class Rollout:
         """Tokens of prompt and response."""
         return self.prompt_ids.size + self.response_ids.size
 
+    def _glance(self) -> Glance:
+        masked = int(self.loss_mask.size - self.loss_mask.sum())
+        reported = [column for column, name in VIRTUAL_COLUMNS.items() if getattr(self, name) is not None]
+        facts = {
+            "ids": first_ids(self.response_ids),
+            "prompt tokens": self.prompt_ids.size,
+            "response tokens": self.response_ids.size,
+            **({"masked": masked} if masked else {}),
+            "ended by": self.finish_reason,
+            "round": self.generation,
+            "log-probs": ", ".join(reported) or "not reported",
+        }
+        return Glance(f"Rollout {quoted(self.rollout_id)}", facts)
 
-@frozen(eq=False)
-class Scores:
+
+@frozen(eq=False, repr=False)
+class Scores(Glanced):
     """One model's log-probs of one rollout's response tokens, bound to the tokens they were computed on.
 
     Args:
@@ -214,6 +234,16 @@ class Scores:
         check_logprobs(f"Rollout {rollout.rollout_id!r}", "logprobs", logprobs, rollout.response_ids.shape, signed=signed)
         return cls(rollout.rollout_id, rollout.content_hash, logprobs, floored, top_k, signed)
 
+    def _glance(self) -> Glance:
+        support = {} if self.top_k is None else {"top-k": self.top_k.ids.shape[1]}
+        facts = {"response tokens": self.logprobs.size, "mean": mean_of(self.logprobs), "floored": self.floored, **support}
+        return Glance(f"Scores of rollout {quoted(self.rollout_id)}", facts)
+
+
+def mean_of(values_M: Float32Array) -> float | str:
+    """The mean of what a column has, as people are shown it."""
+    return float(values_M.mean()) if values_M.size else "not known"
+
 
 def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array, int]:
     """Log-probs with every -inf replaced by `floor` (nats), and how many there were.
@@ -227,8 +257,8 @@ def floor_logprobs(logprobs_T: Any, floor: float = -100.0) -> tuple[Float32Array
     return logprobs, int(below.sum())
 
 
-@frozen(eq=False)
-class ScoredRollout:
+@frozen(eq=False, repr=False)
+class ScoredRollout(Glanced):
     """A rollout with the score columns that were asked for.
 
     Args:
@@ -240,3 +270,7 @@ class ScoredRollout:
     rollout: Rollout
     scores: Mapping[str, Float32Array]
     top_k: Mapping[str, TopK] = field(factory=dict)
+
+    def _glance(self) -> Glance:
+        shown = self.rollout._glance()
+        return Glance(shown.title, {**shown.facts, **{f"mean of {name}": mean_of(values) for name, values in self.scores.items()}})

@@ -3,8 +3,8 @@
 Shape suffixes: B rollouts, M response tokens of all of them, K candidates of a top-k support.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, final, overload
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, final, overload
 
 import numpy as np
 from attrs import Factory, evolve, field, frozen
@@ -12,10 +12,19 @@ from numpy.typing import NDArray
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.records.arrays import BoolArray, Float32Array, read_only
-from lopd.records.rollouts import VIRTUAL_COLUMNS, FinishReason, Rollout, ScoredRollout
+from lopd.records.glance import ROWS, Glance, Glanced, first_ids, quoted
+from lopd.records.rollouts import VIRTUAL_COLUMNS, FinishReason, Rollout, ScoredRollout, mean_of
 from lopd.records.support import TopK
 
 _Int64 = NDArray[np.int64]
+
+
+class HasDecode(Protocol):
+    """What a text needs of a tokenizer; transformers' tokenizers fit."""
+
+    def decode(self, token_ids: list[int], /) -> str:
+        """The text of these ids."""
+        ...
 
 
 def ends(lengths: NDArray[Any]) -> _Int64:
@@ -24,8 +33,8 @@ def ends(lengths: NDArray[Any]) -> _Int64:
 
 
 @final
-@frozen(eq=False)
-class Rows(Sequence[ScoredRollout]):
+@frozen(eq=False, repr=False)
+class Rows(Glanced, Sequence[ScoredRollout]):
     """Rollouts end to end, in the order in which they were asked for; as a sequence, one `ScoredRollout` each.
 
     The arrays are not to be written to: they may be views of files.
@@ -121,6 +130,42 @@ class Rows(Sequence[ScoredRollout]):
     def __len__(self) -> int:
         """Rollouts."""
         return len(self.prompt_lengths)
+
+    def decoded(self, tokenizer: HasDecode) -> Glance:
+        """The first rollouts as text, for `print` and for notebooks; the tokenizer must be the one whose ids these are."""
+        return self._with_texts("text", lambda ids: quoted(tokenizer.decode(ids.tolist())))
+
+    def _glance(self) -> Glance:
+        return self._with_texts("ids", first_ids)
+
+    def _with_texts(self, what: str, show: Callable[[NDArray[Any]], str]) -> Glance:
+        facts = {
+            "prompt tokens": int(self.prompt_lengths.sum()),
+            "response tokens": int(self.response_ends[-1]),
+            "columns": ", ".join(self.scores) or "none were read",
+            **({"top-k": ", ".join(self.top_k)} if self.top_k else {}),
+        }
+        names = (
+            "rollout",
+            f"prompt {what}",
+            f"response {what}",
+            "response tokens",
+            "ended by",
+            *(f"mean of {name}" for name in self.scores),
+        )
+        rows = [
+            (
+                quoted(record.rollout.rollout_id),
+                show(record.rollout.prompt_ids),
+                show(record.rollout.response_ids),
+                record.rollout.response_ids.size,
+                record.rollout.finish_reason,
+                *map(mean_of, record.scores.values()),
+            )
+            for record in self[:ROWS]
+        ]
+        shown = f", the first {ROWS} shown" if len(self) > ROWS else ""
+        return Glance(f"{len(self):,} rollouts{shown}", facts, names, rows)
 
     @overload
     def __getitem__(self, index: int, /) -> ScoredRollout: ...

@@ -8,19 +8,15 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from attrs import evolve, field, fields, frozen
+from attrs import evolve, fields, frozen
 from torch import Tensor
 
 from lopd.records.drift import Drift, below
+from lopd.records.glance import ROWS, Glance, Glanced
 
 
-def _shape(values: Tensor | None) -> str:
-    """What a prompt shows of a tensor: thousands of numbers would hide the rest."""
-    return "None" if values is None else str(tuple(values.shape))
-
-
-@frozen(eq=False)
-class Batch:
+@frozen(eq=False, repr=False)
+class Batch(Glanced):
     """Several rollouts in one row of N tokens, packed: no padding, positions restart with each rollout.
 
     Everything is aligned with `targets`: entry n is about predicting `targets[n]` from the tokens up to `inputs[n]` of the same segment.
@@ -49,22 +45,22 @@ class Batch:
         label_means: (N,) float32, the mean over the rollouts of the same prompt and policy; None also where each prompt has one rollout.
     """
 
-    inputs: Tensor = field(repr=_shape)
-    targets: Tensor = field(repr=_shape)
-    position_ids: Tensor = field(repr=_shape)
-    segment_ids: Tensor = field(repr=_shape)
-    weight: Tensor = field(repr=_shape)
-    teacher_logprobs: Tensor | None = field(default=None, repr=_shape)
-    ref_logprobs: Tensor | None = field(default=None, repr=_shape)
-    top_k_ids: Tensor | None = field(default=None, repr=_shape)
-    top_k_logprobs: Tensor | None = field(default=None, repr=_shape)
-    top_k_tail: Tensor | None = field(default=None, repr=_shape)
-    sampler_logprobs: Tensor | None = field(default=None, repr=_shape)
-    drawn_ids: Tensor | None = field(default=None, repr=_shape)
-    drawn_logprobs: Tensor | None = field(default=None, repr=_shape)
-    drawn_ref_logprobs: Tensor | None = field(default=None, repr=_shape)
-    label_values: Tensor | None = field(default=None, repr=_shape)
-    label_means: Tensor | None = field(default=None, repr=_shape)
+    inputs: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    segment_ids: Tensor
+    weight: Tensor
+    teacher_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    top_k_ids: Tensor | None = None
+    top_k_logprobs: Tensor | None = None
+    top_k_tail: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
+    drawn_ids: Tensor | None = None
+    drawn_logprobs: Tensor | None = None
+    drawn_ref_logprobs: Tensor | None = None
+    label_values: Tensor | None = None
+    label_means: Tensor | None = None
 
     @cached_property
     def counted(self) -> Tensor:
@@ -81,6 +77,17 @@ class Batch:
     def counts(self) -> tuple[int, ...]:
         """(B,), the tokens of each rollout whose weight is above 0."""
         return tuple(self.segment_ids[self.counted].bincount(minlength=len(self.lengths)).tolist())
+
+    def _glance(self) -> Glance:
+        has = [f.name for f in fields(Batch)[5:] if getattr(self, f.name) is not None]
+        support = {} if self.top_k_ids is None else {"top-k": self.top_k_ids.shape[1]}
+        facts = {
+            "read tokens": self.inputs.numel(),
+            "tokens that count": len(self.counted),
+            **support,
+            "with": ", ".join(has) or "no scores",
+        }
+        return Glance(f"Batch of {len(self.lengths):,} rollouts", facts)
 
     def pinned(self) -> "Batch":
         """The same batch in memory from which a GPU copies while the host goes on; torch keeps that memory until the copy is done."""
@@ -99,8 +106,8 @@ class Batch:
         return moved
 
 
-@frozen(eq=False)
-class Step:
+@frozen(eq=False, repr=False)
+class Step(Glanced):
     """The micro-batches of one optimizer step.
 
     Args:
@@ -114,6 +121,12 @@ class Step:
     batches: tuple[Batch, ...]
     vocab_hash: str | None = None
     idle: int = 0
+
+    def _glance(self) -> Glance:
+        names = ("rollouts", "read tokens", "tokens that count")
+        rows = [(len(batch.lengths), batch.inputs.numel(), len(batch.counted)) for batch in self.batches]
+        facts = dict(zip(names, map(sum, zip(*rows, strict=True)), strict=True))
+        return Glance(f"Step {self.index:,}", {"micro-batches": len(rows), **facts}, names, rows[:ROWS])
 
 
 @frozen(eq=False)
@@ -181,16 +194,17 @@ class StepMetrics:
     Args:
         step: its number in the run.
         loss: mean loss, before the update.
-        reverse_kl: nats per token: `LossOutput.reverse_kl_sum` divided by the weight of the step, so with `by_token` an estimate of the KL at the
-            stored states; with `by_rollout` the mean over rollouts of their means, which shows a trend and is not an estimate of the KL.
+        reverse_kl: nats per token: `LossOutput.reverse_kl_sum` divided by the weight of the step, so with `by_token` a one-sample estimate of
+            the KL at the stored states; with `by_rollout` the mean over rollouts of their means, which shows a trend and is not an estimate of the
+            KL.  Either may be negative: people are shown it as the gap to the teacher.
         clip_fraction: share of clipped advantages.
         grad_norm: before clipping.
         rollouts: in this step.
-        tokens: positions the student read in this step, prompts included.
+        read_tokens: positions the student read in this step, prompts included.
         seconds: wall time.
         drift: from the reference policy; None unless the steps bring teacher and ref columns and the loss says its log-probs.
-        response_tokens: that count, of all rollouts in this step.  Over rounds of fresh rollouts watch their mean, `response_tokens / rollouts`:
-            weights `by_rollout` push it up (`lopd.by_rollout`).  0 in metrics that were written before they were counted.
+        response_tokens: those that count, of all rollouts in this step.  Over rounds of fresh rollouts watch their mean a rollout: weights
+            `by_rollout` push it up (`lopd.by_rollout`).  0 in metrics that were written before they were counted.
     """
 
     step: int
@@ -199,7 +213,7 @@ class StepMetrics:
     clip_fraction: float
     grad_norm: float
     rollouts: int
-    tokens: int
+    read_tokens: int
     seconds: float
     drift: Drift | None = None
     response_tokens: int = 0
@@ -207,13 +221,13 @@ class StepMetrics:
     def __str__(self) -> str:
         """One line for people; `repr` has every number.
 
-        >>> print(StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5))
-        step    9  loss   0.500  reverse KL  0.250  gradient  2.00  1,800 tokens/s
+        >>> print(StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, read_tokens=900, seconds=0.5))
+        step    9  loss   0.500  gap to the teacher  0.250  gradient  2.00  1,800 read tokens/s
         """
         drift = "" if self.drift is None else f"ratio {self.drift.ratio_mean:.3f}  effective rollouts {self.drift.ess:4.0%}  "
-        # exactly 0 only where no teacher is seen
-        reverse_kl = f"reverse KL {self.reverse_kl:6.3f}  " if self.reverse_kl else ""
-        speed = f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s"
+        # exactly 0 only where no teacher is seen; it may be negative, which a KL cannot
+        reverse_kl = f"gap to the teacher {self.reverse_kl:6.3f}  " if self.reverse_kl else ""
+        speed = f"{self.read_tokens / max(self.seconds, 1e-9):,.0f} read tokens/s"
         return f"step {self.step:4d}  loss {self.loss:7.3f}  {reverse_kl}gradient {self.grad_norm:5.2f}  {drift}{speed}"
 
     def numbers(self) -> dict[str, float]:
@@ -222,9 +236,9 @@ class StepMetrics:
         Loggers take the step beside the numbers, and some keep that name for themselves.  Those of `drift` begin with drift/, and there are
         none of them where it is None.  Quantiles and gains have a name each.  A number may be infinite: the ratio of a student gone wild is.
 
-        >>> metrics = StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, tokens=900, seconds=0.5)
+        >>> metrics = StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, read_tokens=900, seconds=0.5)
         >>> list(metrics.numbers())
-        ['loss', 'reverse_kl', 'clip_fraction', 'grad_norm', 'rollouts', 'tokens', 'seconds', 'response_tokens']
+        ['loss', 'reverse_kl', 'clip_fraction', 'grad_norm', 'rollouts', 'read_tokens', 'seconds', 'response_tokens']
         """
         own = {f.name: float(getattr(self, f.name)) for f in fields(StepMetrics) if f.name not in {"step", "drift"}}
         drift = {} if self.drift is None else self.drift.numbers()
@@ -235,6 +249,7 @@ class StepMetrics:
         """The inverse of `attrs.asdict`, also after a way through JSON; and of `{"step": metrics.step, **metrics.numbers()}`."""
         nested, flat = data.get("drift"), below("drift", data)
         drift = Drift.from_numbers(flat) if flat else None if nested is None else Drift.from_json(nested)
-        own = {name: value for name, value in data.items() if not name.startswith("drift/")}
-        counts = {name: int(data.get(name, 0)) for name in ("step", "rollouts", "tokens", "response_tokens")}
+        # read tokens were called tokens before
+        own = {{"tokens": "read_tokens"}.get(name, name): value for name, value in data.items() if not name.startswith("drift/")}
+        counts = {name: int(own.get(name, 0)) for name in ("step", "rollouts", "read_tokens", "response_tokens")}
         return cls(**{**own, **counts, "drift": drift})

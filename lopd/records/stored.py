@@ -6,6 +6,7 @@ A checksum notices damage and not malice: anybody can seal a document.  So nothi
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import lru_cache
 from reprlib import Repr
 from types import UnionType
@@ -76,10 +77,12 @@ def _no_constant(name: str) -> NoReturn:
 
 
 @overload
-def read_as(kind: type[T], value: Any, owner: str) -> T: ...
+def read_as(kind: type[T], value: Any, owner: str, refusal: type[LopdError] = ..., remedy: str = ...) -> T: ...
 @overload
-def read_as(kind: object, value: Any, owner: str) -> Any: ...
-def read_as(kind: Any, value: Any, owner: str) -> Any:
+def read_as(kind: object, value: Any, owner: str, refusal: type[LopdError] = ..., remedy: str = ...) -> Any: ...
+def read_as(
+    kind: Any, value: Any, owner: str, refusal: type[LopdError] = CorruptStoreError, remedy: str = "restore the file from a backup"
+) -> Any:
     """Make a typed value of parsed JSON.
 
     >>> read_as(tuple[Count, ...], [3, 4], "Store x")
@@ -91,16 +94,18 @@ def read_as(kind: Any, value: Any, owner: str) -> Any:
             `range` of a number or the pattern of a text.  An attrs class takes no other keys than its fields.
         value: what `parse` gave.
         owner: how messages name the file that it is from.
+        refusal: class of the error.
+        remedy: what messages say to do.
 
     Raises:
-        CorruptStoreError: it is something else; the message names the key.
+        LopdError: of the class `refusal`; it is something else, and the message names the key.
     """
     try:
         return _reader(kind)(value)
     except (_Wrong, RecursionError) as error:
         keys = ".".join(reversed(error.keys)) if isinstance(error, _Wrong) else ""
         what = str(error) if isinstance(error, _Wrong) else "is nested too deep"
-        raise CorruptStoreError(f"{owner}: {keys or 'it'} {what}; restore the file from a backup.") from error.__cause__
+        raise refusal(f"{owner}: {keys or 'it'} {what}; {remedy}.") from error.__cause__
 
 
 @lru_cache(maxsize=256)
@@ -200,10 +205,13 @@ def _record(kind: Any) -> _Reader:
         needed, strict = {field.name for field in fields(kind) if field.default is NOTHING}, True
 
     def read(value: Any) -> Any:
-        for name in sorted(needed - _object(value).keys()):
+        # first the key that is misspelt, then the one that is missing for it
+        given = _object(value).keys()
+        for name in sorted(given - readers.keys(), key=str) if strict else ():
+            near = get_close_matches(str(name), readers, 1)
+            raise _Wrong(f"has {_SHORT.repr(name)}, which this version of lopd does not know{f' (is it {near[0]!r}?)' if near else ''}")
+        for name in sorted(needed - given):
             raise _Wrong(f"lacks {name!r}")
-        for name in sorted(value.keys() - readers.keys()) if strict else ():
-            raise _Wrong(f"has {_SHORT.repr(name)}, which this version of lopd does not know")
         taken = {name: _under(name, readers[name], item) for name, item in value.items() if name in readers}
         try:
             return kind(**taken)

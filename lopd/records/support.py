@@ -12,10 +12,11 @@ from attrs import field, frozen
 from lopd.errors import InvalidRecordError
 from lopd.records.arrays import Float32Array, Int32Array, check_logprobs, read_only, to_candidates, to_floats
 from lopd.records.checks import check_at_least
+from lopd.records.glance import Glance, Glanced
 
 
-@frozen(eq=False)
-class TopK:
+@frozen(eq=False, repr=False)
+class TopK(Glanced):
     """A support: K tokens at each response token with one model's log-probs, and the probability that the rest of the vocabulary has.
 
     They are the most likely tokens of the model itself, or candidates that the policy kept while it sampled, or both.
@@ -54,6 +55,9 @@ class TopK:
     def __getitem__(self, tokens: slice) -> "TopK":
         """Return the support of some of the tokens; a view."""
         return TopK.from_store(self.ids[tokens], self.logprobs[tokens], self.tail[tokens], self.drawn)
+
+    def _glance(self) -> Glance:
+        return Glance("Top-k", {"response tokens": len(self.ids), "K": self.ids.shape[1], "drawn": self.drawn})
 
     @property
     def distinct(self) -> int:

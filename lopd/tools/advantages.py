@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
 from lopd.protocols.labels import refuse_labels
-from lopd.protocols.reading import in_batches
+from lopd.protocols.reading import in_batches, named
 from lopd.records.drift import AdvantageSummary
 from lopd.records.rollouts import VIRTUAL_COLUMNS, prompt_id_of
 
@@ -49,7 +49,7 @@ def check_columns(store: LogprobReader, columns: Iterable[str]) -> None:
     there = [*store.columns, *(column for column in VIRTUAL_COLUMNS if store.scored(column).any())]
     for column in columns:
         if column not in there:
-            raise MissingScoresError(f"{store!r}: column {column!r} is absent, expected one of {there}; name one of them.")
+            raise MissingScoresError(f"{named(store)}: column {column!r} is absent, expected one of {there}; name one of them.")
 
 
 def scored_rows(store: LogprobReader, columns: Iterable[str]) -> NDArray[np.int64]:

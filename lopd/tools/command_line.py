@@ -1,37 +1,30 @@
-"""What the command lines share: the stores that they open, the tables that they print, and their exit codes."""
+"""What the commands share: the stores that they open, the tables that they print, and their exit codes.  Importing it imports no torch."""
 
 import json
+import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lopd.backends.opening import open_store
-from lopd.errors import LopdError, printable
-from lopd.protocols import DurableStore
-from lopd.records.optional import need
+from lopd.errors import printable
+
+if TYPE_CHECKING:
+    from lopd.protocols import DurableStore, Progress
 
 FINE, PROBLEMS, UNUSABLE = 0, 1, 2
 #: Title, names of the columns, rows: the arguments of `lopd.tools.console.table`.
 Table = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 
 
-def run(parser: ArgumentParser, arguments: Sequence[str] | None) -> int:
-    """Call what the parser sets as `run` with the options; return the exit code.
+def give_examples(parser: ArgumentParser, *lines: str) -> None:
+    """End the help of a command with examples."""
+    parser.epilog = "\n  ".join(("examples:", *lines))
 
-    Args:
-        parser: the command line.
-        arguments: words of the command line; those of this process if None.
-    """
-    options, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        # a misspelt option may be followed by a secret
-        parser.error(f"unknown arguments: {' '.join(word.split('=')[0] for word in unknown if word.startswith('-')) or 'too many'}")
-    try:
-        return int(options.run(options))
-    except LopdError as error:
-        say(str(error), aside=True)
-        return UNUSABLE
+
+def add_json(parser: ArgumentParser) -> None:
+    """Let the user ask for data."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_storage_option(parser: ArgumentParser) -> None:
@@ -42,7 +35,7 @@ def add_storage_option(parser: ArgumentParser) -> None:
         type=_key_and_value,
         default=[],
         metavar="KEY=VALUE",
-        help="how to reach the storage of all URLs, may be repeated; credentials are better left in the environment",
+        help="how to reach the storage of all URLs, may be repeated; credentials are read from the environment",
     )
 
 
@@ -50,12 +43,32 @@ def _key_and_value(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not (key and equals):
         raise ArgumentTypeError("expected KEY=VALUE")
+    if re.search("secret|token|password|account_key|sas", key, re.IGNORECASE):
+        # other users of the machine see the command line, and a shell keeps it
+        raise ArgumentTypeError("this one is a secret, expected it in the environment (AWS_SECRET_ACCESS_KEY, for example)")
     return key, value
 
 
-def opened(url: str, options: Namespace) -> DurableStore:
+def opened(url: str, options: Namespace) -> "DurableStore":
     """Return the store at this URL, opened with the storage options of the command line."""
+    from lopd.backends.opening import open_store
+
     return open_store(url, dict(options.storage_option) or None)
+
+
+def progress(owner: str, *needed: str) -> "Progress":
+    """Return a progress bar, once rich and the packages that the command needs besides are there.
+
+    Raises:
+        MissingDependencyError: one of them is not installed.
+    """
+    from lopd.records.optional import need
+
+    for package in ("rich", *needed):
+        need(package, owner)
+    from lopd.tools.console import RichProgress
+
+    return RichProgress()
 
 
 def show(*things: Table | str) -> None:
@@ -64,6 +77,8 @@ def show(*things: Table | str) -> None:
     Raises:
         MissingDependencyError: rich is not installed.
     """
+    from lopd.records.optional import need
+
     # names and sentences may hold brackets, which are not markup
     console = need("rich.console", "Tables (--json prints none)").Console(markup=False, highlight=False)
     from lopd.tools.console import table

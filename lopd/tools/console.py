@@ -1,65 +1,65 @@
 """What a run looks like in a terminal: a progress bar for the verbs, and one table per phase.  Drawn by rich."""
 
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import final
 
 from attrs import define, field
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from lopd.errors import printable
+from lopd.protocols import Counted
+from lopd.verbs.showing import Pace, Showing
 
 
 @final
 @define(eq=False)
 class RichProgress:
-    """A `lopd.protocols.Progress` bar: rollouts done, tokens per second, rows refused, elapsed and remaining time.
+    """A `lopd.protocols.Progress` bar: rollouts done, tokens a second, rows refused, elapsed and remaining time.
 
-    The remaining time is that of the tokens, where their number is known: the verbs go from short rollouts to long ones.
+    Where the console is not a terminal, it prints a line a minute and one at the end; in a notebook it is a bar.
 
     Args:
-        console: where to draw.
+        console: where to draw; `Console(quiet=True)` shows nothing.
     """
 
     console: Console = field(factory=lambda: Console(stderr=True))
     _bar: Progress | None = field(default=None, init=False)
-    _task: TaskID = field(default=TaskID(0), init=False)
-    _tokens: int = field(default=0, init=False)
-    _all_tokens: int | None = field(default=None, init=False)
-    _refused: int = field(default=0, init=False)
+    _pace: Pace | None = field(default=None, init=False)
+    _other: Showing | None = field(default=None, init=False)
 
-    def begin(self, what: str, total: int, done: int, tokens: int | None, /) -> None:
+    def begin(self, what: str, total: int, done: int, tokens: int | None, counted: Counted, /) -> None:
         """Draw a bar for `total` rollouts, of which `done` are there, and the others have `tokens` tokens."""
-        self._tokens, self._all_tokens, self._refused = 0, tokens, 0
-        left, right = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}")
-        remaining = TimeRemainingColumn() if tokens is None else TextColumn("{task.fields[remaining]}")
-        self._bar = bar = Progress(left, BarColumn(), MofNCompleteColumn(), right, TimeElapsedColumn(), remaining, console=self.console)
-        self._task = bar.add_task(printable(what), total=total, completed=done, rate="", remaining="")
+        if not self.console.is_terminal:
+            self._other = Showing(None if self.console.is_jupyter else self._print, always=True)
+            self._other.begin(what, total, done, tokens, counted)
+            return
+        self._pace = Pace(what, total, done, tokens, counted)
+        left, speed, remaining = (TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[speed]", "fields[left]"))
+        self._bar = bar = Progress(left, BarColumn(), MofNCompleteColumn(), speed, TimeElapsedColumn(), remaining, console=self.console)
+        bar.add_task(printable(what), total=total, completed=done, speed="", left="")
         bar.start()
+
+    def _print(self, pace: Pace, _over: bool) -> None:
+        self.console.print(str(pace), markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:
         """Move the bar."""
-        if self._bar is None:
-            return
-        self._tokens += tokens
-        self._refused += refused
-        elapsed = self._bar.tasks[0].elapsed or 0.0
-        rate = f"{self._tokens / elapsed:,.0f} tokens/s" if elapsed else ""
-        remaining = ""
-        if self._all_tokens is not None and self._tokens:
-            seconds = round(elapsed * max(self._all_tokens - self._tokens, 0) / self._tokens)
-            remaining = f"{timedelta(seconds=seconds)} left"
-        noted = f"{rate}, {self._refused:,} refused" if self._refused else rate
-        self._bar.update(self._task, advance=rollouts + refused, rate=noted, remaining=remaining)
+        if self._other is not None:
+            self._other.advance(rollouts, tokens, refused)
+        elif self._bar is not None and self._pace is not None:
+            self._pace.advance(rollouts, tokens, refused)
+            self._bar.update(TaskID(0), completed=self._pace.done, speed=self._pace.speed, left=self._pace.left)
 
     def end(self) -> None:
         """Leave the bar as it is."""
+        if self._other is not None:
+            self._other.end()
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
+        self._other = self._bar = None
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:

@@ -24,8 +24,11 @@ def start_rows(start: StartReport) -> list[tuple[str, str]]:
     outside = None if start.outside is None else f"{_shown(start.outside[0])} to {_shown(start.outside[1])}"
     return [
         ("verdict", f"{start.verdict}: {start.reason}"),
-        ("rollouts that were read", f"{start.rollouts:,} of {start.available:,}, evenly spaced; {start.tokens:,} tokens that count"),
-        ("reverse KL of the sampled tokens, nats a token", _or_missing(start, "reverse_kl", _shown(start.reverse_kl), also=True)),
+        (
+            "rollouts that were read",
+            f"{start.rollouts:,} of {start.available:,}, evenly spaced; {start.tokens:,} response tokens that count",
+        ),
+        ("one-sample estimate of the reverse KL, nats a token", _or_missing(start, "reverse_kl", _shown(start.reverse_kl), also=True)),
         ("reverse KL of the buckets that both know, a lower bound", _or_missing(start, "bucket_kl", _shown(start.bucket_kl))),
         *((f"overlap@{k}", _or_missing(start, "overlap", _shown(start.overlap.get(k)))) for k in OVERLAPS),
         ("student's mass outside the teacher's support", _or_missing(start, "outside", outside)),

@@ -1,17 +1,15 @@
 """How verbs ask an engine: in several calls at a time, and on without the rows that it refuses, for one bad row must not stop a month of work."""
 
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from time import monotonic
 from typing import TypeVar
 
-from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, ScorerError, printable
-from lopd.protocols import Progress, TeacherScorer
+from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, ScorerError
+from lopd.protocols import Counted, Progress, TeacherScorer
 from lopd.records.rollouts import Rollout, Scores
-from lopd.records.waiting import QUIET_S
+from lopd.verbs.showing import Showing
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -48,36 +46,16 @@ def bounded(
 
 
 @contextmanager
-def shown(progress: Progress | None, what: str, total: int, done: int, tokens: int | None) -> Iterator[Callable[[int, int, int], None]]:
-    """Begin a progress and end it with the block; gives what to call as `Progress.advance`.  Without a progress, a long wait shows a line."""
-    progress = progress or _Line()
-    progress.begin(what, total, done, tokens)
+def shown(
+    progress: Progress | None, what: str, total: int, done: int, tokens: int | None, *, counted: Counted = "read tokens"
+) -> Iterator[Callable[[int, int, int], None]]:
+    """Begin a progress, `Showing` for None, and end it with the block; gives what to call as `Progress.advance`."""
+    progress = progress or Showing()
+    progress.begin(what, total, done, tokens, counted)
     try:
         yield progress.advance
     finally:
         progress.end()
-
-
-class _Line:
-    """A `Progress` that keeps a line of a terminal up to date once a verb takes longer than `QUIET_S`; elsewhere it is silent."""
-
-    def begin(self, what: str, total: int, done: int, _tokens: int | None, /) -> None:
-        """Print nothing yet."""
-        self._what, self._total, self._done, self._began, self._shown = what, total, done, monotonic(), 0.0
-
-    def advance(self, rollouts: int, _tokens: int, refused: int, /) -> None:
-        """Print how far it has come, at most once a second."""
-        self._done += rollouts + refused
-        now = monotonic()
-        if now - self._began >= QUIET_S and now - self._shown >= 1 and sys.stderr.isatty():
-            self._shown = now
-            said = f"{self._what}: {self._done:,} of {self._total:,} rollouts, {now - self._began:,.0f} s"
-            print(f"\r{printable(said)}", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """End the line."""
-        if self._shown:
-            print(file=sys.stderr)
 
 
 def overlapped(call: Callable[[_Item], _Result], items: Iterable[_Item], at_once: int) -> Iterator[tuple[_Item, _Result]]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lopd.errors import ConflictError, EngineError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.protocols.doors import check_noun, check_prompt_list
-from lopd.protocols.reading import in_batches, walk
+from lopd.protocols.reading import in_batches, named, walk
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores, policy_column, rollout_id
@@ -22,14 +22,15 @@ class CollectionReport:
     """What one call of `collect_rollouts` did.
 
     Args:
-        rollouts, tokens: sampled; tokens of their prompts and responses, as in every report.
+        rollouts: number that were sampled.
+        read_tokens: tokens of their prompts and responses.
         skipped: rollouts that were in the store before.
         refused: prompts that could not be sampled, and why; the next call tries them again.
-        response_tokens: those of the tokens that were sampled.
+        response_tokens: those of the read tokens that were sampled.
     """
 
     rollouts: int = 0
-    tokens: int = 0
+    read_tokens: int = 0
     skipped: int = 0
     refused: Mapping[str, str] = field(factory=dict)
     response_tokens: int = field(default=0, eq=False)
@@ -62,7 +63,7 @@ def collect_rollouts(
         batches_at_once: calls of `source.sample` that are under way at the same time.  More than 1 is for engines with several workers (Ray,
             servers), which are else idle while the slowest response of a batch is finished; those in this process take one at a time.
         max_refused: stop when more prompts are refused, for then it is not the prompts.
-        progress: see `lopd.tools.console.RichProgress`; None shows one line on a terminal, if it takes longer than some seconds.
+        progress: None shows a bar on a terminal and in a notebook, and a line a minute elsewhere (`lopd.tools.console.RichProgress`).
 
     Warns:
         RefusedPromptsWarning: some prompts were refused.
@@ -93,7 +94,7 @@ def collect_rollouts(
     # cut before what is there is left out, so that a repeated run has the same batches
     batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
     asked = ask(f"Source {manifest.policy}", source.sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
-    with shown(progress, "sampling", rows.size, report.skipped, None) as advance:
+    with shown(progress, "sampling", rows.size, report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
             accepted = [prompt.prompt_id for prompt in batch if prompt.prompt_id not in reasons]
@@ -106,7 +107,7 @@ def collect_rollouts(
             report = evolve(
                 report,
                 rollouts=report.rollouts + len(rollouts),
-                tokens=report.tokens + sum(len(rollout) for rollout in rollouts),
+                read_tokens=report.read_tokens + sum(len(rollout) for rollout in rollouts),
                 response_tokens=report.response_tokens + tokens,
                 refused={**report.refused, **reasons},
             )
@@ -154,8 +155,8 @@ def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: ND
     for place, record in zip(there.tolist(), walk(store, last[there], rows_per_read=256), strict=True):
         if not np.array_equal(prompts[place].token_ids, record.rollout.prompt_ids):
             raise ConflictError(
-                f"{store!r}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} other tokens, expected those "
-                f"of prompt {prompts[place].prompt_id!r}; give the prompt another id, or use another store, if it or its template was edited."
+                f"{named(store)}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} other tokens, expected "
+                f"those of prompt {prompts[place].prompt_id!r}; give the prompt another id, or use another store, if it or its template was edited."
             )
 
 
@@ -165,7 +166,9 @@ def _begin(store: LogprobStore, manifest: Manifest) -> None:
     policy = store.generations.get(generation, manifest.policy)
     difference = evolve(store.manifest, generation=generation, policy=policy).difference(manifest)
     if difference is not None:
-        raise ManifestMismatchError(f"{store!r}: {difference}; create another store, or sample with the policy and settings of this one.")
+        raise ManifestMismatchError(
+            f"{named(store)}: {difference}; create another store, or sample with the policy and settings of this one."
+        )
     if generation not in store.generations:
         store.begin_generation(generation, policy)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, QuarantineWarning
 from lopd.protocols import LogprobReader
 from lopd.protocols.labels import check_labels, group_means, refuse_labels
-from lopd.protocols.reading import chosen, rows_of
+from lopd.protocols.reading import chosen, named, rows_of
 from lopd.records.arrays import Float32Array
 from lopd.records.checks import a_kind
 from lopd.records.manifest import Provenance
@@ -95,7 +95,7 @@ def choose(
     for column, part in parts.items():
         usable.append(_usable(store, part, [name for name in (column, ref, label) if name is not None], ref))
     if top_k and teacher is None:
-        raise MissingScoresError(f"{store!r}: there is no teacher, expected one for top_k=True; pass `teacher=`.")
+        raise MissingScoresError(f"{named(store)}: there is no teacher, expected one for top_k=True; pass `teacher=`.")
     place, names = _places(store, parts) if isinstance(teacher, Mapping) else None, tuple(name for name in parts if name is not None)
     kept = [store.columns.get(name or "") for name in (*names, ref)]
     drawn = top_k and all(provenance is not None and provenance.drawn for provenance in kept)
@@ -111,13 +111,15 @@ def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) ->
     for column, prompts in teacher.items():
         mine = np.intersect1d(rows_of(store, prompts), wanted)
         if not mine.size:
-            raise InvalidRecordError(f"{store!r}: column {column!r} was given prompts with 0 rollouts, expected at least 1; leave it out.")
+            raise InvalidRecordError(
+                f"{named(store)}: column {column!r} was given prompts with 0 rollouts, expected at least 1; leave it out."
+            )
         parts[column] = mine
     every = np.concatenate([np.zeros(0, np.int64), *parts.values()])
     twice = np.flatnonzero(np.bincount(every, minlength=1) > 1)
     if twice.size or not every.size:
         what = f"row {twice[0]} has two teachers" if twice.size else "there are 0 teachers"
-        raise InvalidRecordError(f"{store!r}: {what}, expected one teacher for each rollout; give each prompt to one column.")
+        raise InvalidRecordError(f"{named(store)}: {what}, expected one teacher for each rollout; give each prompt to one column.")
     return parts
 
 
@@ -142,23 +144,23 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
                 there = [*store.columns, *([BEHAVIOR_COLUMN] if column == ref else [])]
                 others = f", expected one of {there}; name one of them, or" if there else " and the rollouts have no scores yet;"
                 raise MissingScoresError(
-                    f"{store!r}: column {column!r} is absent{others} run `score_rollouts(store, scorer, column={column!r})`."
+                    f"{named(store)}: column {column!r} is absent{others} run `score_rollouts(store, scorer, column={column!r})`."
                 )
             virtual = f"sample with an engine that reports its log-probs, or score the policy into another column than {BEHAVIOR_COLUMN!r}"
             verb = "label" if column in store.columns and store.columns[column].label else "score"
             remedy = virtual if column == BEHAVIOR_COLUMN else f"run `{verb}_rollouts(..., column={column!r})`"
-            raise MissingScoresError(f"{store!r}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
+            raise MissingScoresError(f"{named(store)}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
         for row, reason in islice(quarantined.items(), 1):
             warnings.warn(
-                f"{store!r}: {len(quarantined)} of {len(rows)} rollouts could not be scored into column {column!r} and are left out; the first is "
-                f"row {row} ({reason})",
+                f"{named(store)}: {len(quarantined)} of {len(rows)} rollouts could not be scored into column {column!r} and are left out; the first "
+                f"is row {row} ({reason})",
                 QuarantineWarning,
                 stacklevel=4,
             )
         usable &= scored
     if not usable.any():
         raise MissingScoresError(
-            f"{store!r}: all {len(rows)} rollouts are in quarantine, expected some with scores; see `store.quarantined`."
+            f"{named(store)}: all {len(rows)} rollouts are in quarantine, expected some with scores; see `store.quarantined`."
         )
     return rows[usable]
 
@@ -166,10 +168,10 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
 def _provenance(store: LogprobReader, column: str, top_k: bool) -> Provenance:
     if column not in store.columns:
         raise InvalidRecordError(
-            f"{store!r}: column {column!r} holds what the policy itself reported, expected the scores of a teacher; pass `teacher='teacher'`, say."
+            f"{named(store)}: column {column!r} holds what the policy itself reported, expected the scores of a teacher; pass `teacher='teacher'`."
         )
     if top_k and store.columns[column].top_k == 0:
         raise MissingScoresError(
-            f"{store!r}: column {column!r} keeps 0 most likely tokens, expected at least 1 for top_k=True; score with a scorer that keeps them."
+            f"{named(store)}: column {column!r} keeps 0 most likely tokens, expected at least 1 for top_k=True; score with a scorer that keeps them."
         )
     return store.columns[column]

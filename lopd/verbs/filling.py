@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import EngineError, QuarantineWarning
 from lopd.protocols import LogprobStore, Progress
+from lopd.protocols.reading import named
 from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity
@@ -21,17 +22,18 @@ class ScoringReport:
     """What one call of `score_rollouts` did.
 
     Args:
-        rollouts, tokens: scored; tokens of their prompts and responses, as in every report.
+        rollouts: number that were scored.
+        read_tokens: tokens of their prompts and responses.
         floored: log-probs that were exactly -inf, and are stored as a floor that is finite (`Scores.floored`).  Where there are any, the teacher
             rules out what the policy sampled: look whether both are asked in the same way.
         refused: rollouts that could not be scored, and why, by id; they are in the store's quarantine now.
         skipped: rollouts that were in quarantine before, and were not tried again.
         parity: how the engine compares with the truth it was tested against, if it was.
-        response_tokens: those of the tokens that have log-probs.
+        response_tokens: those of the read tokens that have log-probs.
     """
 
     rollouts: int = 0
-    tokens: int = 0
+    read_tokens: int = 0
     floored: int = 0
     refused: Mapping[str, str] = field(factory=dict)
     skipped: int = 0
@@ -106,7 +108,7 @@ class Filling:
                 report = evolve(
                     report,
                     rollouts=report.rollouts + len(scores),
-                    tokens=report.tokens + tokens,
+                    read_tokens=report.read_tokens + tokens,
                     response_tokens=report.response_tokens + sum(score.logprobs.size for score in scores),
                     floored=report.floored + sum(score.floored for score in scores),
                     refused={**report.refused, **reasons},
@@ -123,13 +125,13 @@ class Filling:
         accepted = int(store.scored(column).sum())
         if len(report.refused) > accepted:
             raise EngineError(
-                f"{store!r}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted, expected most to be "
+                f"{named(store)}, column {column!r}: {len(report.refused)} rollouts were refused and {accepted} accepted, expected most to be "
                 f"accepted; the first reason is {first!r}; none was put in quarantine, so set right what is wrong with them all and run it again."
             )
         if report.refused:
             store.quarantine(column, provenance, report.refused)
         warnings.warn(
-            f"{store!r}, column {column!r}: {len(report.refused) + report.skipped} rollouts are without scores in quarantine, and training "
+            f"{named(store)}, column {column!r}: {len(report.refused) + report.skipped} rollouts are without scores in quarantine, and training "
             f"leaves them out; {first}",
             QuarantineWarning,
             stacklevel=4,

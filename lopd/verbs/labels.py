@@ -54,7 +54,7 @@ def label_rollouts(
         recheck: before a column is continued, so many of its rollouts are judged again; 0 for a verifier that is random.
         max_refused: stop when one call meets more, for then it is not the rollouts.
         retry_quarantined: try those too that are in quarantine since an earlier call.
-        progress: see `lopd.tools.console.RichProgress`; None shows one line on a terminal, if it takes longer than some seconds.
+        progress: see `lopd.tools.console.RichProgress`; None shows a bar or lines, as in `score_rollouts`.
 
     Returns:
         As `score_rollouts`; its `floored` and `parity` are for log-probs.

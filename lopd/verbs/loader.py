@@ -9,7 +9,7 @@ from typing import final
 
 import numpy as np
 import torch
-from attrs import evolve, field, frozen
+from attrs import evolve, frozen
 from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, RepeatedRolloutsWarning
@@ -17,8 +17,10 @@ from lopd.guards.consistency import ConsistencyPolicy, check_reference, check_te
 from lopd.guards.watch import judge_advantages, judge_sampling, stored_advantages
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
+from lopd.protocols.reading import named
 from lopd.records.checks import check_at_least
 from lopd.records.collate import Weighting, by_rollout, collate
+from lopd.records.glance import Glance, Glanced
 from lopd.records.lineage import Lineage
 from lopd.records.ranks import Ranks
 from lopd.records.rollouts import Prompt
@@ -31,8 +33,8 @@ _ROLLOUTS_PER_STEP = 256
 
 
 @final
-@frozen(eq=False)
-class StepStream:
+@frozen(eq=False, repr=False)
+class StepStream(Glanced):
     """The steps of a run, one after the other without end; made by `batches`, which checks what it is made of.
 
     `steps[:150]` ends before step 150, and `steps[60:]` goes on with step 60: step k is the same wherever the run began.
@@ -40,8 +42,8 @@ class StepStream:
     """
 
     lineage: Lineage
-    store: LogprobReader = field(repr=False)
-    rows: NDArray[np.int64] = field(repr=False)
+    store: LogprobReader
+    rows: NDArray[np.int64]
     columns: Columns
     rollouts_per_step: int
     tokens_per_batch: int
@@ -50,6 +52,19 @@ class StepStream:
     ranks: Ranks
     start: int = 0
     stop: int | None = None
+
+    def _glance(self) -> Glance:
+        facts = {
+            "store": named(self.store),
+            "rollouts": len(self.rows),
+            "rollouts a step": self.rollouts_per_step,
+            "tokens per batch": self.tokens_per_batch,
+            "teacher": ", ".join(self.columns.teachers) or "none",
+            "ref": self.columns.ref or "none",
+            "OPD teacher": self.lineage.opd_teacher or "none",
+            "seed": self.seed,
+        }
+        return Glance(f"Steps from {self.start:,} {'on' if self.stop is None else f'to {self.stop:,}'}", facts)
 
     @property
     def settings(self) -> dict[str, str | int | bool | None]:
@@ -191,8 +206,8 @@ def batches(
     count = min(_ROLLOUTS_PER_STEP, len(usable)) if rollouts_per_step is None else rollouts_per_step
     if count > len(usable):
         warnings.warn(
-            f"{store!r}: a step has {count} rollouts, and there are {len(usable)} to train on, so each step repeats some of them; pass a smaller "
-            "`rollouts_per_step`, or sample more.",
+            f"{named(store)}: a step has {count} rollouts, and there are {len(usable)} to train on, so each step repeats some of them; pass a "
+            "smaller `rollouts_per_step`, or sample more.",
             RepeatedRolloutsWarning,
             stacklevel=2,
         )

@@ -45,7 +45,7 @@ def score_rollouts(
         preflight: the self-test before anything is scored; None leaves it out.
         max_refused: stop when one call meets more, for then it is not the rollouts.
         retry_quarantined: try those too that are in quarantine since an earlier call.
-        progress: see `lopd.tools.console.RichProgress`; None shows one line on a terminal, if it takes longer than some seconds.
+        progress: None shows a bar on a terminal and in a notebook, and a line a minute elsewhere (`lopd.tools.console.RichProgress`).
 
     Warns:
         QuarantineWarning: some rollouts are without scores in quarantine.

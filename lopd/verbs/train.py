@@ -133,7 +133,7 @@ def _train(
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
         if place_of_step == 0:
             judge_distance(optimizer, loss, reverse_kl, drift if step.index == 0 else None)
-        rollouts, tokens, response_tokens = map(int, counts)
+        rollouts, read_tokens, response_tokens = map(int, counts)
         # what lies on a GPU: the caller may need the memory for something else before the next step
         del norm, said, movement
         yield StepMetrics(
@@ -143,7 +143,7 @@ def _train(
             clip_fraction=clip_fraction,
             grad_norm=grad_norm,
             rollouts=rollouts,
-            tokens=tokens,
+            read_tokens=read_tokens,
             drift=drift,
             response_tokens=response_tokens,
             seconds=perf_counter() - started,

@@ -77,6 +77,9 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         Database(files)
         return files
 
+    def _counts(self) -> dict[str, int]:
+        return {name: part.table.rows for name, part in self._snapshot.columns.items()}
+
     def table(self, column: str | None = None) -> Any:
         """LanceDB's own table of the rollouts, or of the scores in a column, for its queries; it takes no writes.
 
@@ -90,7 +93,7 @@ class LanceStore(DurableBase[Snapshot, Writer]):
         part = self._snapshot.parts().get(column)
         if part is None:
             what = "rollouts" if column is None else f"column {column!r}"
-            raise MissingScoresError(f"{self!r}: there is no table of {what}, expected one; append some first.")
+            raise MissingScoresError(f"{self.name}: there is no table of {what}, expected one; append some first.")
         return self._database.handle(part.table.name, part.table.version)
 
     def compact(self, *, older_than: float = _WEEK) -> None:

@@ -55,6 +55,9 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         """Place and snapshot: memory maps and connections do not travel to another process."""
         return ZarrStore, (self._files, None, self._state.commits)
 
+    def _counts(self) -> dict[str, int]:
+        return {name: sum(segment.meta.rows for segment in column.segments) for name, column in self._state.columns.items()}
+
     def compact(self, *, target_tokens: int = 1 << 24) -> None:
         """Merge small segments into ones of about `target_tokens`; rows keep their numbers, and open readers read on.  Refreshes.
 

@@ -1,6 +1,6 @@
 """Looking after a store: what is in it, whether it is sound, and how two columns differ.
 
-Functions first; `python -m lopd.tools.doctor info|verify|diff|report|run|compact` prints or draws what they find.
+`lopd info|verify|diff` prints what these functions find.
 """
 
 from lopd.tools.doctor.checking import check_store as check_store

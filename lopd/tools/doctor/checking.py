@@ -7,7 +7,7 @@ from attrs import evolve
 from lopd.backends import admission
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreReadError
 from lopd.protocols import DurableStore, LogprobReader, Progress
-from lopd.protocols.reading import Part, parts
+from lopd.protocols.reading import Part, named, parts
 from lopd.records.rollouts import ScoredRollout, Scores
 
 
@@ -40,7 +40,7 @@ def _problems(store: DurableStore, rows_per_read: int, progress: Progress | None
         yield str(error)
         return
     if progress:
-        progress.begin("verifying", len(store), 0, int(tokens.sum()))
+        progress.begin("verifying", len(store), 0, int(tokens.sum()), "read tokens")
     try:
         for part in whole:
             yield from _check_part(store, part)
@@ -68,7 +68,7 @@ def _check_part(store: LogprobReader, part: Part) -> Iterator[str]:
         yield from _check_row(store, row)
         if place != number:
             yield (
-                f"{store!r}: rollout {row.rollout.rollout_id!r} is found in row {place}, expected row {number}, where it was read; "
+                f"{named(store)}: rollout {row.rollout.rollout_id!r} is found in row {place}, expected row {number}, where it was read; "
                 "restore the store from a backup."
             )
 
@@ -80,16 +80,16 @@ def _check_row(store: LogprobReader, row: ScoredRollout) -> Iterator[str]:
         made = evolve(stored)
         # nothing is known, so what a store checks of new rollouts is checked of this one
         size = store.manifest.tokenizer.vocab_size
-        admission.new_rollouts(repr(store), [made], vocab_size=size, generations=store.generations, known={})
+        admission.new_rollouts(named(store), [made], vocab_size=size, generations=store.generations, known={})
         for column, logprobs in row.scores.items():
             kept = row.top_k.get(column)
             support = None if kept is None else evolve(kept)
             Scores.of(made, logprobs, top_k=support, signed=column in store.columns and store.columns[column].signed)
     except InvalidRecordError as error:
-        yield f"{store!r}: row of rollout {stored.rollout_id!r} breaks its contract: {error}"
+        yield f"{named(store)}: row of rollout {stored.rollout_id!r} breaks its contract: {error}"
         return
     if made.content_hash != stored.content_hash:
         yield (
-            f"{store!r}: rollout {stored.rollout_id!r} has content hash {stored.content_hash.hex()[:8]}, expected "
+            f"{named(store)}: rollout {stored.rollout_id!r} has content hash {stored.content_hash.hex()[:8]}, expected "
             f"{made.content_hash.hex()[:8]} of the tokens that were read; restore the store from a backup."
         )

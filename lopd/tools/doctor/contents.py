@@ -12,7 +12,7 @@ from lopd.guards.consistency import ConsistencyPolicy, check_teacher_consistency
 from lopd.guards.start import StartReport
 from lopd.protocols import DurableStore, LogprobReader
 from lopd.protocols.labels import mean_labels
-from lopd.protocols.reading import evenly, in_batches
+from lopd.protocols.reading import evenly, in_batches, named
 from lopd.records.checks import check_at_least
 from lopd.records.drift import AdvantageSummary
 from lopd.records.estimates import RolloutSums
@@ -110,7 +110,7 @@ class StoreInfo:
 
 
 def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
-    """Everything that `python -m lopd.tools.doctor info` shows.
+    """Everything that `lopd info` shows.
 
     Args:
         store: any durable store.
@@ -133,7 +133,7 @@ def inspect_store(store: DurableStore, *, sample: int = 1000) -> StoreInfo:
     pairs = [(teacher, student) for teacher in teachers for student in students]
     found = [describe_advantages(store, teacher, student, sample=sample) for teacher, student in pairs]
     return StoreInfo(
-        store=repr(store),
+        store=named(store),
         manifest=store.manifest,
         generations=dict(store.generations),
         rollouts=len(store),

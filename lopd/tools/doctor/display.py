@@ -31,7 +31,7 @@ def show_info(store: LogprobReader, info: StoreInfo) -> Iterator[Table | str]:
     shown = info.history[-_COMMITS_SHOWN:]
     yield (
         f"History: the last {len(shown)} of {len(info.history)} commits",
-        ("commit", "kind", "column", "rows", "tokens (scores: of responses)", "when (UTC)", "rounding (nats)"),
+        ("commit", "kind", "column", "rows", "tokens (read; of scores: response)", "when (UTC)", "rounding (nats)"),
         [
             (str(c.number), c.kind, c.column or "", c.rows, c.tokens, time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(c.when)), c.rounding)
             for c in shown
@@ -80,7 +80,7 @@ def _advantages(pairs: Sequence[AdvantageInfo]) -> Table:
         for pair in pairs
     ]
     quantiles, shares = (f"quantile {level:g}" for level in LEVELS), (f"share below {TAIL:g}", "share below 0")
-    names = ("rollouts", "tokens", "mean", "its 95 % interval, +-", "mean of the absolute value", *quantiles, *shares)
+    names = ("rollouts", "response tokens", "mean", "its 95 % interval, +-", "mean of the absolute value", *quantiles, *shares)
     return (
         "Advantage, nats (rollouts evenly spaced, tokens that count)",
         ("what", *(f"{pair.teacher} - {pair.student}" for pair in pairs)),
@@ -96,7 +96,7 @@ def show_difference(left: str, right: str, difference: Difference) -> Table:
         ("what", "value"),
         [
             ("rollouts compared", difference.rollouts),
-            ("tokens compared", difference.tokens),
+            ("response tokens compared", difference.tokens),
             ("rollouts only in the first", difference.only_left),
             ("rollouts only in the second", difference.only_right),
             ("rollouts with other content", difference.other_content),

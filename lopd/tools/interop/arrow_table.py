@@ -20,7 +20,7 @@ from xxhash import xxh3_128
 
 from lopd.errors import CorruptStoreError, InvalidRecordError, ManifestMismatchError, UncheckedDataWarning
 from lopd.protocols import LogprobReader, LogprobStore
-from lopd.protocols.reading import parts
+from lopd.protocols.reading import named, parts
 from lopd.records.manifest import Provenance
 from lopd.records.optional import need
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores
@@ -111,7 +111,7 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
     """
     difference = store.manifest.difference(description.manifest)
     if difference is not None:
-        raise ManifestMismatchError(f"{store!r}: {difference}, the manifest of {owner}; create the store with that manifest.")
+        raise ManifestMismatchError(f"{named(store)}: {difference}, the manifest of {owner}; create the store with that manifest.")
     for number, policy in description.generations.items():
         if number not in store.generations:
             store.begin_generation(number, policy)

@@ -17,6 +17,7 @@ from lopd.backends.files import StorageOptions, StorePath
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import LogprobStore
+from lopd.protocols.reading import named
 from lopd.records.identity import fingerprint_tokenizer
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import FinishReason, Rollout, Scores, rollout_id
@@ -155,5 +156,5 @@ def _rollout(
         finish_reason=finish_reason or ("length" if length >= store.manifest.sampling.max_new_tokens else "stop"),
         generation=store.manifest.generation,
     )
-    admission.new_rollouts(repr(store), [rollout], vocab_size=store.manifest.tokenizer.vocab_size, generations=store.generations, known={})
+    admission.new_rollouts(named(store), [rollout], vocab_size=store.manifest.tokenizer.vocab_size, generations=store.generations, known={})
     return rollout

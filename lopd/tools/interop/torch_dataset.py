@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from lopd.errors import MissingScoresError
 from lopd.protocols import LogprobReader
+from lopd.protocols.reading import named
 from lopd.records.rollouts import ScoredRollout
 from lopd.records.rows import Rows
 
@@ -52,13 +53,13 @@ class TorchDataset(Dataset[ScoredRollout]):
             done = int(self.reader.scored(column).sum())
             if done < len(self.reader):
                 raise MissingScoresError(
-                    f"{self.reader!r}: column {column!r} has scores for {done} rollouts, expected {len(self.reader)}; "
+                    f"{named(self.reader)}: column {column!r} has scores for {done} rollouts, expected {len(self.reader)}; "
                     f"run `score_rollouts(..., column={column!r})`."
                 )
         for column in self.top_k:
             if column not in self.reader.columns or not self.reader.columns[column].top_k:
                 raise MissingScoresError(
-                    f"{self.reader!r}: column {column!r} has no top-k support, expected one; score with a scorer that keeps a top_k."
+                    f"{named(self.reader)}: column {column!r} has no top-k support, expected one; score with a scorer that keeps a top_k."
                 )
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""What N prompts will cost, by Lightning OPD and by online OPD, and what fits on a card: `python -m lopd.tools.plan`."""
+"""What N prompts will cost, by Lightning OPD and by online OPD, and what fits on a card: `lopd plan`."""
 
 from lopd.tools.plan.bill import Bill as Bill
 from lopd.tools.plan.bill import GpuRates as GpuRates

@@ -23,8 +23,8 @@ class GpuRates:
 
     Args:
         sampling: response tokens that the student samples, with a full batch.
-        scoring: prompt and response tokens that the teacher reads.
-        training: prompt and response tokens that the student trains on.
+        scoring: read tokens of the teacher, prompts included.
+        training: read tokens of the student, prompts included.
         append: tokens that one process commits to a store; `benchmarks/results/bench_store.json` has several times as many.
 
     Raises:
@@ -49,7 +49,7 @@ class Phase:
 
     Args:
         name: rollouts, scores or training.
-        tokens: sampled, read, or trained on.
+        tokens: response tokens of rollouts, read tokens of scores and training.
         gpus: GPUs that have something to do.
         wall_hours: from its beginning to its end.
         limit: the bottleneck resource.

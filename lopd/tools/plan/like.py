@@ -8,7 +8,7 @@ import numpy as np
 
 from lopd.errors import InvalidRecordError
 from lopd.protocols import DurableStore
-from lopd.protocols.reading import evenly
+from lopd.protocols.reading import evenly, named
 from lopd.records.manifest import Commit
 from lopd.records.rollouts import BEHAVIOR_COLUMN, policy_column
 from lopd.tools.plan.work import Work
@@ -28,7 +28,7 @@ def work_like(store: DurableStore, logprob_dtype: str = "float32", *, sample: in
         InvalidRecordError: the store is empty.
     """
     if not len(store):
-        raise InvalidRecordError(f"{store!r}: it has 0 rollouts, expected at least 1 to measure; pass lengths instead.")
+        raise InvalidRecordError(f"{named(store)}: it has 0 rollouts, expected at least 1 to measure; pass lengths instead.")
     prompt_tokens, response_tokens = store.lengths().mean(axis=0).tolist()
     read = [row.rollout for row in store.read(evenly(np.arange(len(store)), sample).tolist())]
     samples = store.manifest.sampling.samples_per_prompt

@@ -21,8 +21,9 @@ class Phase:
     Args:
         name: of the phase.
         seconds: wall time.
-        tokens: that it worked on; 0 if it has none.
+        read_tokens: tokens that models read in it, prompts included; 0 if it has none, or nobody counted them.
         result: what it measured, in words.
+        response_tokens: likewise, those of responses.
 
     Raises:
         InvalidRecordError: a number makes no sense.
@@ -30,12 +31,14 @@ class Phase:
 
     name: str
     seconds: float
-    tokens: int = 0
+    read_tokens: int = 0
     result: str = ""
+    response_tokens: int = 0
 
     def __attrs_post_init__(self) -> None:
         check_number(f"Phase {self.name!r}", "seconds", self.seconds, 0 <= self.seconds < math.inf, "finite and at least 0")
-        check_at_least(f"Phase {self.name!r}", "tokens", self.tokens, 0)
+        for name in ("read_tokens", "response_tokens"):
+            check_at_least(f"Phase {self.name!r}", name, getattr(self, name), 0)
 
 
 @frozen
@@ -58,7 +61,7 @@ class RunHistory:
 
         A step is `attrs.asdict` of its `StepMetrics`, or its number as `step` with its `numbers()`, as a logger writes it.
         The object may have `phases`, a list of objects with `name`, `wall_s` (or `seconds`),
-        perhaps `tokens`, and what else the quickstart writes of one; and `versions`, an object of strings.
+        perhaps `read_tokens` and `response_tokens`, and what else the quickstart writes of one; and `versions`, an object of strings.
 
         Raises:
             InvalidRecordError: the file is absent, or holds something else.
@@ -128,4 +131,4 @@ def _phase(row: Mapping[str, Any]) -> Phase:
     measured = "" if kl is None or ci95 is None else f"held-out reverse KL {kl:.3f} ± {ci95:.3f}"
     last = f"the last of {attempts} attempts" if attempts > 1 else ""
     result = "; ".join(said for said in (row.get("result", measured), last) if said)
-    return Phase(str(row["name"]), seconds, row.get("tokens", 0), result)
+    return Phase(str(row["name"]), seconds, row.get("read_tokens", 0), result, row.get("response_tokens", 0))

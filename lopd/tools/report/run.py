@@ -14,7 +14,7 @@ from lopd.guards.consistency import verdict
 from lopd.guards.start import StartReport
 from lopd.guards.watch import MAX_TAIL
 from lopd.protocols import LogprobReader
-from lopd.protocols.reading import evenly
+from lopd.protocols.reading import evenly, named
 from lopd.records.checks import check_at_least
 from lopd.records.drift import TAIL, AdvantageSummary
 from lopd.records.lineage import Lineage
@@ -27,6 +27,11 @@ from lopd.tools.report.history import Phase, read_steps
 from lopd.tools.report.page import write_page
 from lopd.tools.report.tokens import Decode, TokenReport, advantage_parts, show_rollout
 from lopd.tools.starts import find_start, start_rows
+
+_GAP = (
+    "nats a token, student minus teacher log-prob of the stored tokens: one sample a token of what has the reverse KL as its mean, without an "
+    "interval, so it may be negative; held-out rollouts are what to judge by"
+)
 
 
 @frozen
@@ -85,7 +90,8 @@ def write_run_report(
     advantages = advantage_parts(report, sampled)
     ref = None if report.student == BEHAVIOR_COLUMN else report.student
     start = find_start(store, teacher=report.teacher, ref=ref, rows=sampled.rows)
-    whole = Phase("training", sum(m.seconds for m in steps), sum(m.tokens for m in steps))
+    read, responses = sum(m.read_tokens for m in steps), sum(m.response_tokens for m in steps)
+    whole = Phase("training", sum(m.seconds for m in steps), read, response_tokens=responses)
     parts = {
         "title": title,
         "facts": [*_store_facts(store, report), *_training_facts(steps), *_advantage_facts(advantages["summary"]), *_start_facts(start)],
@@ -109,7 +115,7 @@ def step_charts(steps: Sequence[StepMetrics]) -> list[Chart]:
     drifts = [m.drift for m in steps]
     wanted: list[tuple[str, str, dict[str, list[float]]]] = [
         ("Loss", "nats a token", {"loss": [m.loss for m in steps]}),
-        ("Reverse KL on the stored tokens", "nats a token", {"reverse KL": [m.reverse_kl for m in steps]}),
+        ("Gap to the teacher on the stored tokens", "nats a token, student minus teacher", {"gap": [m.reverse_kl for m in steps]}),
         ("Gradient norm", "before clipping", {"gradient norm": [m.grad_norm for m in steps]}),
         ("Clipped advantages", "share of tokens", {"clipped": [m.clip_fraction for m in steps]}),
     ]
@@ -134,7 +140,7 @@ def _store_facts(store: LogprobReader, report: TokenReport) -> list[Fact]:
     drawn = f"{store.manifest.policy.dtype}, temperature {sampling.temperature:g}, top-p {sampling.top_p:g}"
     rounds = "" if len(policies) == 1 else f", the first of {len(policies)} rounds"
     facts = [
-        Fact("rollouts", f"{len(store):,}", f"{response:,} tokens in responses, {prompt:,} in prompts"),
+        Fact("rollouts", f"{len(store):,}", f"{response:,} response tokens, {prompt:,} prompt tokens"),
         Fact("sampled by", str(store.manifest.policy), drawn + rounds),
     ]
     scored = store.columns.get(report.teacher)
@@ -154,11 +160,13 @@ def _training_facts(steps: Sequence[StepMetrics]) -> list[Fact]:
     if not steps:
         return [Fact("training", "no steps", "no history was given")]
     first, last = steps[0], steps[-1]
-    tokens, seconds = sum(m.tokens for m in steps), sum(m.seconds for m in steps)
+    tokens, seconds = sum(m.read_tokens for m in steps), sum(m.seconds for m in steps)
     moved = f"{first.reverse_kl:.3f} → {last.reverse_kl:.3f}"
     return [
-        Fact("training", f"{len(steps):,} steps", f"{sum(m.rollouts for m in steps):,} rollouts, {tokens:,} tokens, {duration(seconds)}"),
-        Fact("reverse KL, first and last step", moved, "nats a token on the stored rollouts; held-out rollouts are what to judge by"),
+        Fact(
+            "training", f"{len(steps):,} steps", f"{sum(m.rollouts for m in steps):,} rollouts, {tokens:,} read tokens, {duration(seconds)}"
+        ),
+        Fact("gap to the teacher, first and last step", moved, _GAP),
     ]
 
 
@@ -187,8 +195,9 @@ def _costs(phases: Sequence[Phase]) -> list[dict[str, Any]]:
             "name": phase.name,
             "seconds": duration(phase.seconds),
             "share": phase.seconds / total,
-            "tokens": f"{phase.tokens:,}" if phase.tokens else "",
-            "rate": f"{phase.tokens / phase.seconds:,.0f}" if phase.tokens and phase.seconds else "",
+            "response": f"{phase.response_tokens:,}" if phase.response_tokens else "",
+            "read": f"{phase.read_tokens:,}" if phase.read_tokens else "",
+            "rate": f"{phase.read_tokens / phase.seconds:,.0f}" if phase.read_tokens and phase.seconds else "",
             "result": phase.result,
         }
         for phase in phases
@@ -220,7 +229,7 @@ def _rollouts(store: LogprobReader, report: TokenReport, sampled: SampledAdvanta
 
 
 def _origins(store: LogprobReader, lineage: Lineage | None, versions: Mapping[str, str]) -> list[tuple[str, str]]:
-    rows = [("store", repr(store)), *origins(store)]
+    rows = [("store", named(store)), *origins(store)]
     if lineage is not None:
         rows.append(("student's SFT teacher", describe_model(lineage.sft_teacher)))
         rows.append(("student's OPD teacher", describe_model(lineage.opd_teacher)))

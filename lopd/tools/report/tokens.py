@@ -12,7 +12,7 @@ from attrs import frozen
 
 from lopd.errors import InvalidRecordError, printable
 from lopd.protocols import LogprobReader
-from lopd.protocols.reading import evenly
+from lopd.protocols.reading import evenly, named
 from lopd.records.checks import check_number, own_numbers
 from lopd.records.drift import LEVELS, TAIL
 from lopd.records.rollouts import BEHAVIOR_COLUMN, ScoredRollout
@@ -110,7 +110,7 @@ def advantage_charts(report: TokenReport, sampled: SampledAdvantages) -> list[Ch
 
 def _facts(store: LogprobReader, report: TokenReport, sampled: int) -> list[tuple[str, str]]:
     facts = [
-        ("store", repr(store)),
+        ("store", named(store)),
         ("policy", str(store.manifest.policy)),
         ("rollouts", f"{len(store):,}, {sampled:,} of them in the charts"),
     ]

@@ -1,4 +1,4 @@
-"""The command line: `python -m lopd.tools.plan --tokens 1e6 1e9 1e12 --gpus 64`, and `--card 24 --student DIR` for what fits on a card.
+"""`lopd plan`: GPU-hours, wall time and bytes of Lightning OPD, and of online OPD for comparison; or what fits on a card (`--card`).
 
 Give rates that you measured, or a store to be like (its lengths, columns and dtype, and how fast it was filled); else rates are guessed from the
 sizes of the models and the GPU-hours of the paper.  Exit code 0, 1 if a phase does not fit on the card, or 2 if the call makes no sense or a
@@ -6,9 +6,8 @@ store or a configuration cannot be read.
 """
 
 import math
-import sys
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from attrs import asdict, evolve, fields
 from lopd.errors import ArgumentError
 from lopd.records.checks import check_at_least, check_number
 from lopd.records.optional import need
-from lopd.tools.command_line import FINE, PROBLEMS, Table, add_storage_option, opened, print_json, run, show
+from lopd.tools.command_line import FINE, PROBLEMS, Table, add_json, add_storage_option, give_examples, opened, print_json, show
 from lopd.tools.plan.bill import Bill, GpuRates, lightning, online
 from lopd.tools.plan.fit import Fit, fits
 from lopd.tools.plan.like import measured_rates, work_like
@@ -31,21 +30,8 @@ _TERA, _GIGA = 1e12, 1e9
 _Bills = tuple[Bill, Bill, Bill]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the bills; return the exit code.
-
-    Args:
-        arguments: words of the command line; those of this process if None.
-    """
-    return run(_parser(), arguments)
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m lopd.tools.plan",
-        description="GPU-hours, wall time and bytes of Lightning OPD, and of online OPD for comparison; or what fits on a card (--card).",
-        allow_abbrev=False,
-    )
+def add_plan(parser: ArgumentParser) -> None:
+    """Declare the options of `lopd plan`."""
     parser.set_defaults(run=_plan)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--prompts", type=int, nargs="+", metavar="N")
@@ -71,8 +57,8 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--logprob-dtype", choices=sorted(LOGPROB_BYTES), default="float32", help="of the store (float32)")
     for name, what in (
         ("sampling", "response tokens"),
-        ("scoring", "prompt and response tokens"),
-        ("training", "prompt and response tokens"),
+        ("scoring", "read tokens, prompts included,"),
+        ("training", "read tokens, prompts included,"),
     ):
         parser.add_argument(f"--{name}-rate", type=float, metavar="TOKENS/S", help=f"{what} a second of one GPU, measured")
     parser.add_argument(
@@ -86,9 +72,14 @@ def _parser() -> ArgumentParser:
     )
     parser.add_argument("--gpu-price", type=float, metavar="X", help="of a GPU-hour")
     parser.add_argument("--storage-price", type=float, metavar="X", help="of 10^9 bytes for a month")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_json(parser)
     _add_card(parser)
-    return parser
+    give_examples(
+        parser,
+        "lopd plan --tokens 1e6 1e9 1e12 --gpus 64",
+        "lopd plan --like run.zarr --prompts 1000000",
+        "lopd plan --card 24 --student DIR --teacher DIR",
+    )
 
 
 def _add_card(parser: ArgumentParser) -> None:
@@ -212,7 +203,7 @@ def _rows(bills: _Bills, price: float | None) -> Iterator[tuple[str, ...]]:
 
     for phase in bills[0].phases:
         yield row(
-            phase.name + (" (tokens of responses)" if phase.name == "rollouts" else ""),
+            phase.name + (" (response tokens)" if phase.name == "rollouts" else " (read tokens)"),
             f"{phase.tokens:.3g}",
             phase.gpu_hours,
             phase.wall_hours,
@@ -229,7 +220,7 @@ def _sentences(rates: GpuRates, bills: _Bills) -> Iterator[str]:
     low, high = at_least.gpu_hours / offline.gpu_hours, lockstep.gpu_hours / offline.gpu_hours
     yield f"Online OPD takes {low:.1f} to {high:.1f} times the GPU-hours."
     yield f"Memory of weights, gradients and moments at the same time: {offline.memory_gb:,.0f} GB, online {lockstep.memory_gb:,.0f} GB."
-    yield f"Tokens a second of a GPU: {rates.sampling:,.0f} sampled, {rates.scoring:,.0f} scored, {rates.training:,.0f} trained on."
+    yield f"A second of a GPU: {rates.sampling:,.0f} response tokens sampled, {rates.scoring:,.0f} read tokens scored, {rates.training:,.0f} trained."
 
 
 def _store_sentence(work: Work, size: StoreSize) -> str:
@@ -260,7 +251,3 @@ def _size(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:,.3g} TB"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

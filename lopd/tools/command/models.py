@@ -1,0 +1,182 @@
+"""A model and what runs it, as a command line or a file says it."""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from attrs import fields, frozen
+
+from lopd.errors import InvalidRecordError
+
+if TYPE_CHECKING:
+    import torch
+
+    from lopd.engines.server import Servers
+    from lopd.protocols import DurableStore, RolloutSource, TeacherScorer
+    from lopd.records.identity import ModelId
+    from lopd.records.manifest import Manifest, SamplingParams
+
+T = TypeVar("T")
+
+
+@frozen
+class Model:
+    """A model, and what runs it.
+
+    Args:
+        model: its folder, or its name in the hub.
+        engine: "hf" is transformers, "vllm" is vLLM in this process, and anything else is the URL of a server, or several.
+        device: where transformers runs it; None is a GPU if there is one.
+        dtype: of the weights in use; None is what is stored.
+        served_as: the name under which servers have it; None is `model`.
+        revision: which weights the servers have, a commit or a hash, where `model` is not the folder that they serve.
+        speaks: what the servers are.
+        context: tokens of the longest prompt and response together, where vLLM shall have less than the model, or a server does not say.
+        key_variable: the variable of the environment that holds the key of the servers.
+
+    Raises:
+        InvalidRecordError: an engine is something else, or `revision` comes without `dtype`.
+    """
+
+    model: str
+    engine: str | list[str] = "hf"
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    served_as: str | None = None
+    revision: str | None = None
+    speaks: Literal["vllm", "sglang", "openai"] = "vllm"
+    context: int | None = None
+    key_variable: str | None = None
+
+    def __attrs_post_init__(self) -> None:
+        if not self.urls and self.engine not in ("hf", "vllm"):
+            raise InvalidRecordError(
+                f"Model: engine is {self.engine!r:.80}, expected 'hf', 'vllm' or the URLs of servers; pass one of them."
+            )
+        if self.revision and not self.dtype:
+            raise InvalidRecordError(
+                "Model: revision is given without dtype, expected both: they say which model is served; pass its dtype."
+            )
+
+    @property
+    def urls(self) -> list[str]:
+        """Those of the servers; empty if it runs in this process."""
+        given = [self.engine] if isinstance(self.engine, str) else self.engine
+        return given if given and all("://" in url for url in given) else []
+
+    @property
+    def torch_dtype(self) -> "torch.dtype | None":
+        """The dtype of the weights in use; None is what is stored."""
+        import torch
+
+        return None if self.dtype is None else getattr(torch, self.dtype)
+
+    @property
+    def place(self) -> str:
+        """The device of a model that runs on transformers."""
+        import torch
+
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def tokenizer(self) -> Any:
+        """Load its tokenizer."""
+        from lopd.engines.identity import looking_for
+        from lopd.records.optional import need
+
+        with looking_for(self.model) as path:
+            return need("transformers", "Model").AutoTokenizer.from_pretrained(path)
+
+    def source(self, sampling: "SamplingParams") -> "RolloutSource":
+        """Start it for sampling."""
+        if self.urls:
+            from lopd.engines.server import ServerSource
+
+            return ServerSource.from_folder(self._servers(), self.model, self.identity(), sampling)
+        if self.engine == "vllm":
+            from lopd.engines.vllm import VLLMSettings, VLLMSource
+
+            return VLLMSource.from_folder(self.model, sampling, VLLMSettings(self.torch_dtype, self.context))
+        from lopd.engines.hf import HFSource
+
+        return HFSource.from_folder(self.model, sampling, self.torch_dtype, self.place)
+
+    def scorer(self, top_k: int = 0, candidates: int = 0, drawn: int = 0) -> "TeacherScorer":
+        """Start it for scoring; what is kept beside each token is as in `HFScorer`."""
+        if self.urls:
+            from lopd.engines.server import ServerScorer
+
+            return ServerScorer(self._servers(), self.tokenizer(), self.identity(), top_k, candidates=candidates, drawn=drawn)
+        kept = {"top_k": top_k, "candidates": candidates, "drawn": drawn}
+        if self.engine == "vllm":
+            from lopd.engines.vllm import VLLMScorer, VLLMSettings
+
+            return VLLMScorer.from_folder(self.model, VLLMSettings(self.torch_dtype, self.context), **kept)
+        from lopd.engines.hf import HFScorer
+
+        return HFScorer.from_folder(self.model, self.torch_dtype, self.place, **kept)
+
+    def _servers(self) -> "Servers":
+        from lopd.engines.server import Servers
+
+        return Servers(
+            tuple(self.urls), self.served_as or self.model, context=self.context, speaks=self.speaks, key_variable=self.key_variable
+        )
+
+    def identity(self) -> "ModelId":
+        """Return which model it is: what is stated, or the hash of its folder.  Servers do not say it."""
+        from lopd.records.identity import ModelId
+
+        if self.revision and self.dtype:
+            return ModelId(self.model, self.revision, self.dtype)
+        if self.urls and not Path(self.model).is_dir():
+            raise InvalidRecordError(
+                f"Model {self.model!r}: revision is missing, expected a commit or a hash of the weights that are served, for servers do not say; "
+                "pass it with dtype, or the folder that is served as the model."
+            )
+        from lopd.engines.identity import folder_model_id
+
+        return folder_model_id(self.model, self.torch_dtype)
+
+
+@contextmanager
+def running(engine: T) -> Iterator[T]:
+    """Close an engine at the end, if it is one that is closed."""
+    try:
+        yield engine
+    finally:
+        if close := getattr(engine, "close", None):
+            close()
+
+
+def add_model(parser: ArgumentParser, role: str) -> None:
+    """Declare `--teacher` (or another role) and how it is run."""
+    parser.add_argument(f"--{role}", dest="model", required=True, metavar="MODEL", help="its folder, or its name in the hub")
+    parser.add_argument(
+        "--engine", action="append", metavar="ENGINE", help="hf (the default), vllm, or the URL of a server; may be repeated for several"
+    )
+    parser.add_argument("--device", help="where transformers runs it (a GPU if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights in use (as they are stored)")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of the longest prompt and response together")
+    served = parser.add_argument_group("servers", "Keys are read from the environment: VLLM_API_KEY, SGLANG_API_KEY or OPENAI_API_KEY.")
+    served.add_argument("--served-as", metavar="NAME", help="the name that servers know it by (MODEL)")
+    served.add_argument("--revision", help="which weights they have, if MODEL is not the folder that they serve; with --dtype")
+    served.add_argument("--speaks", choices=("vllm", "sglang", "openai"), default="vllm", help="what they are (vllm)")
+    served.add_argument("--key-variable", metavar="NAME", help="another variable of the environment that holds the key")
+
+
+def model_of(options: Namespace) -> Model:
+    """Return the model that the options describe."""
+    given = {f.name: getattr(options, f.name) for f in fields(Model)}
+    engines = options.engine or ["hf"]
+    return Model(**{**given, "engine": engines[0] if len(engines) == 1 else engines})
+
+
+def store_for(url: str, manifest: "Manifest", storage_options: dict[str, str] | None = None) -> "DurableStore":
+    """Return the store that is there, or a new one: LanceDB tables if the name ends with `.lance`, else Zarr segments."""
+    from lopd.backends.lance.store import LanceStore
+    from lopd.backends.zarr.store import ZarrStore
+
+    kind = LanceStore if url.rstrip("/").endswith(".lance") else ZarrStore
+    return kind.open_or_create(url, manifest, storage_options=storage_options)

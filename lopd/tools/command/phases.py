@@ -1,0 +1,120 @@
+"""`lopd sample` and `lopd score`: the two phases that cost money, each a process on a machine of its own."""
+
+from argparse import ArgumentParser, Namespace
+
+from lopd.tools.command.models import add_model, model_of, running, store_for
+from lopd.tools.command_line import FINE, PROBLEMS, add_json, add_storage_option, give_examples, opened, print_json, progress, say
+
+_SAMPLING = (
+    ("max-new-tokens", int, "cap on a response: the length that is trained on"),
+    ("samples-per-prompt", int, "responses to each prompt"),
+    ("temperature", float, "of the sampling distribution"),
+    ("top-p", float, "keep the most likely tokens that hold this much probability"),
+    ("seed", int, "of the random streams"),
+    ("candidates", int, "most likely tokens that are kept beside each response token"),
+    ("drawn", int, "tokens that are drawn and kept beside it"),
+)
+
+
+def add_sample(parser: ArgumentParser) -> None:
+    """Declare the options of `lopd sample`."""
+    parser.set_defaults(run=_sample)
+    parser.add_argument("url", metavar="URL", help="the store, a local path or a URL; a new one that ends with .lance is LanceDB tables")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="JSON lines or parquet, local or a URL")
+    parser.add_argument("--field", default="prompt", help="key of the prompt in a record (prompt)")
+    parser.add_argument("--template", default="{prompt}", help="text around each prompt that is a string")
+    for name, kind, what in _SAMPLING:
+        parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"{what} (as `lopd.SamplingParams` has it)")
+    parser.add_argument("--prompts-per-batch", type=int, default=64, metavar="N", help="sampled and committed together (64)")
+    add_model(parser, "student")
+    add_storage_option(parser)
+    add_json(parser)
+    give_examples(
+        parser,
+        "lopd sample run.zarr --student sft-student --prompts prompts.jsonl --max-new-tokens 4096",
+        "lopd sample s3://bucket/run.zarr --student sft-student --prompts prompts.jsonl --engine vllm",
+        "lopd sample run.zarr --student sft-student --prompts prompts.jsonl --engine http://gpu1:8000 --engine http://gpu2:8000",
+        "",
+        "The same command again goes on.  Exit code 1 if prompts were refused.",
+    )
+
+
+def add_score(parser: ArgumentParser) -> None:
+    """Declare the options of `lopd score`."""
+    parser.set_defaults(run=_score)
+    parser.add_argument("url", metavar="URL", help="a store with rollouts, a local path or a URL")
+    parser.add_argument("--column", default="teacher", help="where the scores go (teacher)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="N", help="keep so many of its most likely tokens, and the mass of all others (0)"
+    )
+    parser.add_argument("--candidates", type=int, default=0, metavar="N", help="score so many of the policy's most likely tokens (0)")
+    parser.add_argument("--drawn", type=int, default=0, metavar="N", help="score so many of its drawn tokens (0)")
+    parser.add_argument("--rollouts-per-batch", type=int, default=256, metavar="N", help="scored and committed together (256)")
+    parser.add_argument("--retry-quarantined", action="store_true", help="try those again that were refused before")
+    add_model(parser, "teacher")
+    add_storage_option(parser)
+    add_json(parser)
+    give_examples(
+        parser,
+        "lopd score run.zarr --teacher Qwen/Qwen3-32B --engine vllm --top-k 20",
+        "lopd score run.zarr --teacher teacher-folder --engine http://gpu1:8000 --engine http://gpu2:8000",
+        "lopd score run.zarr --teacher Qwen/Qwen3-32B --engine https://host --speaks openai --revision COMMIT --dtype bfloat16",
+        "",
+        "The same command again goes on.  Exit code 1 if rollouts of the column are in quarantine.",
+    )
+
+
+def _sample(options: Namespace) -> int:
+    from attrs import asdict
+
+    from lopd.protocols.reading import named
+    from lopd.records.manifest import SamplingParams
+    from lopd.records.prompts import read_prompts
+    from lopd.verbs.collect import collect_rollouts
+
+    bar = progress("Sample", "transformers")
+    names = [name.replace("-", "_") for name, _, _ in _SAMPLING]
+    sampling = SamplingParams(**{name: value for name in names if (value := getattr(options, name)) is not None})
+    model = model_of(options)
+    prompts = read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template)
+    with running(model.source(sampling)) as source:
+        store = store_for(options.url, source.manifest, dict(options.storage_option) or None)
+        report = collect_rollouts(source, prompts, store, prompts_per_batch=options.prompts_per_batch, progress=bar)
+    if options.json:
+        print_json({"in_store": len(store), **asdict(report)})
+    else:
+        say(
+            f"{named(store)}: {report.rollouts:,} rollouts sampled, {report.skipped:,} were there, {len(report.refused):,} prompts refused."
+        )
+    return PROBLEMS if report.refused else FINE
+
+
+def _score(options: Namespace) -> int:
+    from attrs import asdict
+
+    from lopd.protocols.reading import named
+    from lopd.verbs.scoring import score_rollouts
+
+    bar = progress("Score", "transformers")
+    store = opened(options.url, options)
+    with running(model_of(options).scorer(options.top_k, options.candidates, options.drawn)) as scorer:
+        report = score_rollouts(
+            store,
+            scorer,
+            column=options.column,
+            rollouts_per_batch=options.rollouts_per_batch,
+            retry_quarantined=options.retry_quarantined,
+            progress=bar,
+        )
+        costs = getattr(getattr(scorer, "servers", None), "costs", None)
+    scored, quarantined = int(store.scored(options.column).sum()), len(store.quarantined(options.column))
+    if options.json:
+        print_json({"in_store": len(store), "in_column": scored, "in_quarantine": quarantined, **asdict(report)})
+    else:
+        say(
+            f"{named(store)}: {report.rollouts:,} rollouts scored, {scored:,} of {len(store):,} are in {options.column!r}, {quarantined:,} in "
+            f"quarantine; {report.floored:,} log-probs were -inf."
+        )
+        if costs is not None:
+            say(str(costs))
+    return PROBLEMS if quarantined else FINE

@@ -1,0 +1,161 @@
+"""What the file of `lopd run` may say: each key is a field here, and `example.yaml` says what each is."""
+
+import re
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal
+
+from attrs import asdict, field, frozen
+
+from lopd.errors import InvalidRecordError
+from lopd.records.checks import check_at_least, check_number
+from lopd.records.optional import need
+from lopd.records.paths import local_path, read_regular, without_secrets
+from lopd.records.stored import read_as
+from lopd.tools.command.models import Model
+
+
+@frozen
+class Sampling:
+    """How responses are drawn."""
+
+    max_new_tokens: int = 4096
+    samples_per_prompt: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@frozen
+class Training:
+    """How a student is trained, in SFT or in OPD."""
+
+    steps: int
+    lr: float
+    rollouts_per_step: int | None = None
+    tokens_per_batch: int = 8192
+    warmup: int = 0
+    decay: bool = False
+    weighting: Literal["rollout", "token"] = "rollout"
+    autocast: Literal["bfloat16", "float16"] | None = None
+    gradient_checkpointing: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        check_at_least("Training", "steps", self.steps, 1)
+        check_number("Training", "lr", self.lr, self.lr > 0, "more than 0")
+        check_at_least("Training", "warmup", self.warmup, 0)
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step: a function of its number alone, so that a run that goes on needs no state."""
+        return self.lr * min((step + 1) / (self.warmup + 1), 1.0) * (1 - step / self.steps if self.decay else 1.0)
+
+
+@frozen
+class Loss:
+    """What OPD minimises."""
+
+    kind: Literal["opd", "reverse_kl", "forward_kl"] = "opd"
+    clip: float | None = None
+    ratio: bool = False
+    top_k: int = 0
+
+    def __attrs_post_init__(self) -> None:
+        if self.kind != "opd" and (self.clip is not None or self.ratio or self.top_k < 1):
+            raise InvalidRecordError(f"Loss: {self.kind!r} needs top_k of at least 1, and takes neither clip nor ratio; change these.")
+
+
+@frozen
+class Text:
+    """What SFT trains on, where it is a file."""
+
+    file: str
+    written_by: str
+
+
+@frozen
+class Evaluation:
+    """What is measured before and after OPD."""
+
+    held_out: int
+    reverse_kl: bool = True
+    verifier: str | None = None
+    samples_per_prompt: int = 1
+
+    def __attrs_post_init__(self) -> None:
+        # one prompt has no interval
+        check_at_least("Evaluation", "held_out", self.held_out, 2)
+        if self.verifier is not None and not re.fullmatch(r".+\.py:\w+", self.verifier):
+            raise InvalidRecordError(f"Evaluation: verifier is {self.verifier!r:.80}, expected FILE.py:FUNCTION; write that.")
+
+
+@frozen
+class RunSettings:
+    """A whole run."""
+
+    out: str
+    student: Model
+    teacher: Model
+    prompts: str | list[str | Mapping[str, Any]]
+    opd: Training
+    loss: Loss = field(factory=Loss)
+    sampling: Sampling = field(factory=Sampling)
+    sft: Training | None = None
+    text: Text | None = None
+    evaluation: Evaluation | None = None
+    store: str | None = None
+    consistency: Literal["error", "warn"] = "error"
+    seeds: tuple[int, ...] = (0,)
+
+    def __attrs_post_init__(self) -> None:
+        if not self.seeds or len({*self.seeds}) < len(self.seeds) or min(self.seeds) < 0:
+            raise InvalidRecordError(f"Run: seeds are {list(self.seeds)}, expected one or several from 0, each once; correct them.")
+        if self.text and not self.sft:
+            raise InvalidRecordError("Run: text is given without sft, which trains on it; give both, or neither.")
+        if self.student.urls:
+            raise InvalidRecordError("Run: student.engine is a server, expected hf or vllm, which load the student after SFT; choose one.")
+        if self.teacher.urls and self.evaluation and self.evaluation.reverse_kl:
+            raise InvalidRecordError("Run: evaluation.reverse_kl needs the teacher here, and its engine is a server; set it to false.")
+
+    def flat(self) -> dict[str, Any]:
+        """Return what decides the result of a seed, by its path in the file: prompts as their hash, and URLs without secrets."""
+        tops = {key: value for key, value in asdict(self).items() if key not in {"seeds", "prompts"}}
+        tops["prompts"] = self.prompts if isinstance(self.prompts, str) else sha256(repr(self.prompts).encode()).hexdigest()[:16]
+        inner = {f"{top}.{key}": value for top, keys in tops.items() if isinstance(keys, dict) for key, value in keys.items()}
+        flat = {key: value for key, value in tops.items() if not isinstance(value, dict)} | inner
+        return {key: without_secrets(value) if isinstance(value, str) and "://" in value else value for key, value in flat.items()}
+
+
+def read_settings(path: str | Path) -> RunSettings:
+    """Read a file of YAML, or of JSON, which is YAML too.
+
+    Raises:
+        InvalidRecordError: it cannot be read, or a key is unknown, missing, there twice, or of another kind; the message has its path.
+    """
+    owner = f"Run file {path}"
+    yaml = need("yaml", owner)
+    try:
+        data = yaml.load(read_regular(local_path(owner, path)).decode(), _loader(yaml))
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise InvalidRecordError(
+            f"{owner}: it cannot be read ({problem}{where}), expected YAML; correct it, or begin with `lopd run --example`."
+        ) from error
+    for role in ("student", "teacher"):
+        if isinstance(data, dict) and isinstance(data.get(role), str):
+            data[role] = {"model": data[role]}
+    return read_as(RunSettings, data, owner, InvalidRecordError, "correct it; `lopd run --example` shows every key")
+
+
+def _loader(yaml: Any) -> Any:
+    """Return YAML's safe loader, but for a key that is there twice, of which it would take the last, and for 1e-3, which is a number."""
+
+    def construct_mapping(self: Any, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is there twice", node.start_mark)
+        return yaml.SafeLoader.construct_mapping(self, node, deep)
+
+    loader: Any = type("Loader", (yaml.SafeLoader,), {"construct_mapping": construct_mapping})
+    loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+    return loader

@@ -1,0 +1,150 @@
+"""`lopd info|verify|diff|compact`: look after a store."""
+
+import math
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from lopd.tools.command_line import (
+    FINE,
+    PROBLEMS,
+    add_json,
+    add_storage_option,
+    give_examples,
+    opened,
+    print_json,
+    progress,
+    say,
+    show,
+)
+
+if TYPE_CHECKING:
+    from lopd.protocols import DurableStore
+
+
+def add_info(parser: ArgumentParser) -> None:
+    """Declare the options of `lopd info`."""
+    _add_store(parser, _info)
+    parser.add_argument("--sample", type=int, default=1000, metavar="N", help="most rollouts to read for statistics (1000)")
+    add_json(parser)
+    give_examples(parser, "lopd info run.zarr", "lopd info s3://bucket/run.zarr --json | jq .rollouts")
+
+
+def add_verify(parser: ArgumentParser) -> None:
+    """Declare the options of `lopd verify`."""
+    _add_store(parser, _verify)
+    add_json(parser)
+    give_examples(parser, "lopd verify run.zarr && echo sound")
+
+
+def add_diff(parser: ArgumentParser) -> None:
+    """Declare the options of `lopd diff`."""
+    _add_store(parser, _diff)
+    parser.add_argument("other", nargs="?", metavar="OTHER_URL", help="a second store; rollouts are matched by id")
+    parser.add_argument("--columns", nargs="+", default=["teacher"], metavar="COLUMN", help="two, or one that is in both stores (teacher)")
+    parser.add_argument("--tolerance", type=float, default=0.0, metavar="NATS", help="largest difference that is accepted (0)")
+    add_json(parser)
+    give_examples(parser, "lopd diff run.zarr --columns teacher ref", "lopd diff run.zarr again.zarr --tolerance 0.001")
+
+
+def add_compact(parser: ArgumentParser) -> None:
+    """Declare the options of `lopd compact`."""
+    _add_store(parser, _compact)
+    add_json(parser)
+    give_examples(parser, "lopd compact run.zarr")
+
+
+def _add_store(parser: ArgumentParser, call: Callable[[Namespace], int]) -> None:
+    parser.set_defaults(run=call)
+    parser.add_argument("url", metavar="URL", help="a local path or a URL")
+    add_storage_option(parser)
+
+
+def _info(options: Namespace) -> int:
+    from attrs import asdict
+
+    from lopd.tools.doctor import inspect_store
+    from lopd.tools.doctor.display import show_info
+
+    store = opened(options.url, options)
+    info = inspect_store(store, sample=options.sample)
+    if options.json:
+        print_json({**asdict(info, value_serializer=_finite), "bytes_per_token": info.bytes_per_token})
+    else:
+        show(*show_info(store, info), *_verdicts(*((store, column) for column in store.columns)))
+    return FINE
+
+
+def _finite(_owner: object, _field: object, value: object) -> object:
+    """The interval of a single draw is not a number of JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _verify(options: Namespace) -> int:
+    from lopd.protocols.reading import named
+    from lopd.tools.doctor import check_store
+
+    bar = progress("Verify")
+    store, problems = opened(options.url, options), list[str]()
+    for problem in check_store(store, progress=bar):
+        problems.append(problem)
+        if not options.json:
+            say(problem)
+    if options.json:
+        print_json({"rollouts": len(store), "problems": problems})
+    else:
+        say(f"{named(store)}: {len(problems):,} problems in {len(store):,} rollouts.")
+    return PROBLEMS if problems else FINE
+
+
+def _diff(options: Namespace) -> int:
+    from attrs import asdict
+
+    from lopd.errors import InvalidRecordError
+    from lopd.protocols.reading import named
+    from lopd.tools.doctor import compare_columns
+    from lopd.tools.doctor.display import show_difference
+
+    left_column, right_column = options.columns[0], options.columns[-1]
+    if len(options.columns) > 2 or (options.other is None and left_column == right_column):
+        raise InvalidRecordError(
+            f"Diff: the columns are {options.columns}, expected two of one store, or one or two of two stores; name them with --columns."
+        )
+    left = opened(options.url, options)
+    right = left if options.other is None else opened(options.other, options)
+    difference = compare_columns(left, right, left_column, right_column)
+    if options.json:
+        print_json(asdict(difference))
+    else:
+        show(show_difference(f"{named(left)}: {left_column}", f"{named(right)}: {right_column}", difference))
+        show(*_verdicts((left, left_column), (right, right_column)))
+        if manifests := left.manifest.difference(right.manifest):
+            show(f"The manifests differ: {manifests}.")
+    return PROBLEMS if difference.exceeds(options.tolerance) else FINE
+
+
+def _verdicts(*sides: tuple["DurableStore", str]) -> Iterator[str]:
+    from lopd.guards.consistency import verdict
+    from lopd.protocols.reading import named
+
+    for store, column in sides:
+        if column in store.columns:
+            yield f"{named(store)}: {column}: {store.columns[column].model}: {verdict(store.manifest, store.columns[column])}."
+
+
+def _compact(options: Namespace) -> int:
+    from lopd.protocols.reading import named
+
+    store = opened(options.url, options)
+    commits, size, start = len(store.history()), store.stored_bytes(), time.perf_counter()
+    store.compact()
+    seconds, commits_after, size_after = time.perf_counter() - start, len(store.history()), store.stored_bytes()
+    if options.json:
+        print_json({"commits": [commits, commits_after], "bytes": [size, size_after]})
+    else:
+        say(
+            f"{named(store)}: compacted in {seconds:.2f} s, from {commits:,} commits and {size:,} bytes "
+            f"to {commits_after:,} commits and {size_after:,} bytes."
+        )
+    return FINE

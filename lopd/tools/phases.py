@@ -1,0 +1,218 @@
+"""A run that is a row of phases, each done once: what a program needs to be killed and called again."""
+
+import hashlib
+import json
+import resource
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import fsspec
+from attrs import asdict, evolve, frozen
+from rich.console import Console
+from torch.optim import Optimizer
+
+from lopd.engines.student import CausalLMStudent
+from lopd.errors import ConflictError
+from lopd.guards.watch import watch_drift
+from lopd.protocols import LogprobReader, OPDLoss
+from lopd.records.lineage import Lineage
+from lopd.records.optional import need
+from lopd.records.ranks import Ranks
+from lopd.records.steps import Step, StepMetrics
+from lopd.tools.console import table
+from lopd.tools.report import RunHistory, write_run_report
+from lopd.verbs.checkpoint import load_checkpoint, save_checkpoint
+from lopd.verbs.loader import StepStream
+from lopd.verbs.train import opd_steps
+
+console = Console()
+_HIDDEN = ("name", "peak_rss_gib")
+_BETWEEN_CHECKPOINTS = 5
+
+
+def counted(history: Sequence[StepMetrics]) -> dict[str, int]:
+    """Count the tokens of a training."""
+    return {"response_tokens": sum(m.response_tokens for m in history), "read_tokens": sum(m.read_tokens for m in history)}
+
+
+def counted_in(store: LogprobReader) -> dict[str, int]:
+    """Count the tokens of a store, which were sampled or scored."""
+    lengths = store.lengths()
+    return {"response_tokens": int(lengths[:, 1].sum()), "read_tokens": int(lengths.sum())}
+
+
+@frozen
+class Run:
+    """A folder in which finished phases are kept.
+
+    Args:
+        folder: of the run.
+    """
+
+    folder: Path
+
+    def phase(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what `work` gives, with its wall time and the number of attempts; it is computed once, and read back afterwards.
+
+        A phase that was killed and resumed has more than one attempt, and its wall time is that of the last.
+        """
+        path = self.folder / "phases" / f"{name.replace(' ', '-').lower()}.json"
+        if path.exists():
+            row: dict[str, Any] = json.loads(path.read_text())
+        else:
+            console.rule(name, align="left")
+            begun = path.with_suffix(".attempts")
+            attempts = 1 + (json.loads(begun.read_text()) if begun.exists() else 0)
+            write_json(begun, attempts)
+            started = perf_counter()
+            row = {
+                "name": name,
+                "response_tokens": 0,
+                "read_tokens": 0,
+                "held_out_reverse_kl": None,
+                "ci95": None,
+                "attempts": attempts,
+                **work(),
+            }
+            row["wall_s"] = round(perf_counter() - started, 2)
+            row["peak_rss_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+            write_json(path, row)
+        shown = {k.replace("_", " "): v for k, v in row.items() if k not in _HIDDEN and v is not None and not isinstance(v, list | dict)}
+        console.print(table(name, list(shown), [list(shown.values())]))
+        return row
+
+    def claim(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+        """Take the folder for these settings and these contents of the files it reads (see `digest`); one folder holds one run.
+
+        Raises:
+            ConflictError: it holds the run of other settings or contents.
+        """
+        for file, ours in (("settings.json", settings), ("inputs.json", inputs)):
+            path = self.folder / file
+            theirs = json.loads(path.read_text()) if path.exists() else ours
+            for name, value in ours.items():
+                if value != theirs.get(name):
+                    raise ConflictError(
+                        f"Run {self.folder}: {name} is {theirs.get(name)!r} there, expected {value!r}; choose another folder, or remove this one."
+                    )
+            write_json(path, ours)
+
+
+def wall_time(row: Mapping[str, Any]) -> str:
+    """Return the seconds of a phase; those of the last of several attempts are marked as what they are."""
+    seconds = f"{row['wall_s']:,.0f}"
+    return seconds if row["attempts"] == 1 else f"{seconds} (attempt {row['attempts']})"
+
+
+def digest(path: str) -> str:
+    """Return a hash of the content of a file or URL, or of all files in a folder and their names: a path may get other content under its name."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return _digest_file(path)
+    parts = [f"{file.relative_to(folder)} {_digest_file(str(file))}" for file in sorted(folder.rglob("*")) if file.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _digest_file(path: str) -> str:
+    with fsspec.open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(data, indent=1) + "\n")
+    partial.replace(path)
+
+
+def train_phase(
+    checkpoints: Path, student: CausalLMStudent, optimizer: Optimizer, steps: StepStream, loss: OPDLoss, *, rate: Callable[[int], float]
+) -> dict[str, Any]:
+    """Train on the steps of a store, resumably; return their tokens, and the metrics of all steps as their history.
+
+    Args:
+        checkpoints: folder of the checkpoints.
+        student: that is trained.
+        optimizer: over its parameters.
+        steps: of `batches`, so many; drift is watched where they have a reference.
+        loss: of every step.
+        rate: number of a step -> its learning rate.
+    """
+
+    def paced(done: int) -> Iterator[Step]:
+        for step in evolve(steps, start=done):
+            set_rate(optimizer, rate(step.index))
+            yield step
+
+    def begin(done: int) -> Iterator[StepMetrics]:
+        trained = opd_steps(student, paced(done), loss, optimizer)
+        return trained if steps.columns.ref is None else watch_drift(trained)
+
+    history = resumably(checkpoints, student, optimizer, steps, begin, total=steps.stop or 0)
+    return {**counted(history), "history": [asdict(m) for m in history]}
+
+
+def set_rate(optimizer: Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def write_page(folder: Path, store: LogprobReader, title: str) -> None:
+    """Draw `report.html` of a run, from `metrics.json` and the trained student, `opd`, in its folder."""
+    tokenizer = need("transformers", "Report").AutoTokenizer.from_pretrained(folder / "opd")
+    history = RunHistory.read(folder / "metrics.json")
+    write_run_report(
+        folder / "report.html",
+        store,
+        history.steps,
+        phases=history.phases,
+        decode=lambda token: str(tokenizer.decode([token])),
+        lineage=Lineage.read(folder / "opd"),
+        versions=history.versions,
+        title=title,
+    )
+
+
+def _follow(steps: Iterable[StepMetrics], total: int) -> Iterator[StepMetrics]:
+    """Yield the same metrics, with a line for each printed, by one of the ranks if there are several."""
+    quiet = Ranks.current().rank > 0
+    for metrics in steps:
+        if not quiet:
+            console.print(f"{metrics}  ({metrics.step + 1} of {total})", soft_wrap=True)
+        yield metrics
+
+
+def resumably(
+    checkpoints: Path,
+    student: CausalLMStudent,
+    optimizer: Optimizer,
+    trained_on: StepStream | Lineage,
+    begin: Callable[[int], Iterable[StepMetrics]],
+    *,
+    total: int,
+) -> list[StepMetrics]:
+    """Train, and return the metrics of all steps, those of a killed process included; every few steps there is a checkpoint.
+
+    Args:
+        checkpoints: their folder.
+        student: whose parameters are saved and restored.
+        optimizer: likewise.
+        trained_on: the steps of a store, which are compared with those that were saved; a run that samples anew at each step has a lineage only.
+        begin: trains on from the step of this number.
+        total: number of steps.
+    """
+    steps = trained_on if isinstance(trained_on, StepStream) else None
+    lineage = trained_on.lineage if isinstance(trained_on, StepStream) else trained_on
+    done = load_checkpoint(checkpoints, student, optimizer, steps=steps)
+    history = [StepMetrics.from_json(row) for row in json.loads((checkpoints / "history.json").read_text())[:done]] if done else []
+    for metrics in _follow(begin(done), total):
+        history.append(metrics)
+        if (metrics.step + 1) % _BETWEEN_CHECKPOINTS == 0:
+            if Ranks.current().rank == 0:
+                write_json(checkpoints / "history.json", [asdict(m) for m in history])
+            save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, lineage=lineage, steps=steps)
+    return history

@@ -1,0 +1,82 @@
+"""The command `lopd`: what its words share, and that asking for help waits for nothing."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from lopd.tools.command import COMMANDS, main, process
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "numpy", "transformers", "rich", "pyarrow", "yaml"}
+
+
+def started(*words: str) -> tuple[set[str], str]:
+    """The heavy packages that `python -m lopd` imports for these words, and what it prints."""
+    script = (
+        "import json, runpy, sys\n"
+        f"sys.argv = ['lopd', *{words!r}]\n"
+        "try:\n    runpy.run_module('lopd', run_name='__main__')\n"
+        "finally:\n    print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    return HEAVY & set(json.loads(done.stderr.splitlines()[-1])), done.stdout
+
+
+#: The planner has the constants of its model as defaults.
+LIGHT = sorted(COMMANDS.keys() - {"plan"})
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["run", "--example"], *([name, "--help"] for name in LIGHT)])
+def test_help_and_the_version_import_nothing_heavy(words):
+    heavy, printed = started(*words)
+    assert heavy == set()
+    assert printed
+
+
+def test_the_help_has_every_word_examples_and_exit_codes(capsys):
+    for words in ([], *([name] for name in COMMANDS)):
+        with pytest.raises(SystemExit) as leaving:
+            main([*words, "--help"])
+        shown = capsys.readouterr().out
+        assert leaving.value.code == 0
+        assert f"examples:\n  lopd {' '.join(words)}" in shown
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in COMMANDS if f"    {name} " not in shown] == []
+    assert "exit codes: 0 all is well, 1 problems" in shown
+
+
+def test_the_command_is_installed_under_its_name():
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"lopd": f"{process.__module__}:{process.__name__}"}
+
+
+def test_a_defect_is_not_taken_for_problems_in_a_store(monkeypatch, capsys, tmp_path):
+    def fail(*_arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("lopd.backends.opening.open_store", fail)
+    monkeypatch.setattr("warnings.formatwarning", None)
+    monkeypatch.setattr("sys.argv", ["lopd", "verify", str(tmp_path)])
+    assert process() == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word():
+    command = f"{sys.executable} -m lopd run --example | head -c 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_is_one_sentence(monkeypatch, capsys, tmp_path):
+    def stop(*_arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lopd.backends.opening.open_store", stop)
+    assert main(["verify", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "Stopped; what is committed stays, and the same command goes on from there.\n"
