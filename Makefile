@@ -134,7 +134,7 @@ bench-supports: .venv/installed-test  ## bytes a token of columns that keep a su
 bench-probes: .venv/installed-quickstart .venv/installed-data  ## what probing models costs in the quickstart; as long as that takes
 	$(BIN)/python benchmarks/bench_probes.py
 
-bench-memory: .venv/installed-test  ## what the planner says a phase needs beside what it takes, at three sizes, and for which families; 15 minutes
+bench-memory: .venv/installed-test  ## what the planner says a phase needs beside what it takes, at three sizes, and for which families; half an hour
 	$(BIN)/python benchmarks/gpu_memory.py
 	$(BIN)/python benchmarks/plan_families.py
 	$(BIN)/python benchmarks/docs_tables.py

@@ -1,6 +1,6 @@
 """What the planner says a phase needs beside what it takes, on a processor at three sizes of random Qwen3-like models.
 
-    python benchmarks/gpu_memory.py         # writes benchmarks/results/gpu_memory.json; ten minutes
+    python benchmarks/gpu_memory.py         # writes benchmarks/results/gpu_memory.json; twenty minutes
 
 Every case is a process of its own, whose result is kept in runs/gpu-memory: a second call finds it.  Measured is the largest resident size that
 the system saw, less that before the model was made, once the same case has run: for each new shape of a product in bfloat16, oneDNN keeps code
