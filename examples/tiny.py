@@ -76,4 +76,4 @@ def _save(student: Any, seed: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    model_folders()
+    print("student and teacher:", *model_folders())

@@ -153,7 +153,7 @@ def test_a_package_that_is_missing_is_one_sentence(words, monkeypatch, capsys, t
     ZarrStore.create("s", tiny_manifest())
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert main(words) == 2
-    assert capsys.readouterr().err.endswith("transformers is not installed, expected it; pip install 'lopd[hf]'.\n")
+    assert capsys.readouterr().err.endswith("transformers is not installed; pip install 'lopd[hf]'.\n")
 
 
 def test_a_call_without_a_file_and_a_file_that_is_not_there_are_unusable(tmp_path, capsys):
@@ -289,23 +289,34 @@ def test_seeds_and_texts_and_a_verifier_and_a_loss_on_the_top_k(here, tmp_path, 
     assert [row.rollout.content_hash for row in stores[0].read(range(5))] != [row.rollout.content_hash for row in stores[1].read(range(5))]
     texts = ZarrStore.open(tmp_path / "stores/seed-3/text.zarr")
     assert (len(texts), texts.manifest.policy) == (8, Lineage.of(here / "runs/tiny/teacher").sft_teacher)
-    # a seed more is no other run
-    assert (
-        main(
-            [
-                "run",
-                written(
-                    here,
-                    example(
-                        **changes,
-                    )
-                    | {"seeds": [3]},
-                ),
-                "--json",
-            ]
-        )
-        == 0
-    )
+    # a seed more is not another run
+    assert main(["run", written(here, example(**changes) | {"seeds": [3]}), "--json"]) == 0
+
+
+def test_texts_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, capsys):
+    lines = [{"prompt": f"what is {a} + 1?", "response": str(a + 1)} for a in range(8)]
+    changes = {
+        "out": str(tmp_path / "run"),
+        "prompts": [line["prompt"] for line in lines],
+        "text": {"file": written(here, "\n".join(map(json.dumps, lines)), "all.jsonl"), "written_by": "teacher"},
+        "evaluation": {"held_out": 3},
+        "sft": {"steps": 1, "lr": 1e-3, "rollouts_per_step": 5},
+        "opd": {"steps": 1, "lr": 1e-3, "rollouts_per_step": 4},
+    }
+    assert main(["run", written(here, example(**changes))]) == 0
+    assert "3 of 8 texts answer prompts that are held out" in capsys.readouterr().out
+    phases = {phase["name"]: phase for phase in json.loads((tmp_path / "run/seed-0/metrics.json").read_text())["phases"]}
+    assert phases["SFT text"]["rollouts"] == 8
+    whole = ZarrStore.open(tmp_path / "run/seed-0/text.zarr")
+    assert phases["SFT"]["read_tokens"] < whole.lengths().sum(), "five texts, once"
+
+
+def test_a_verifier_that_fails_is_said_before_anything_is_done(here, tmp_path, capsys):
+    (here / "broken.py").write_text("def right(prompt, rollout):\n    return rollout.response_ids\n")
+    changes = {"out": str(tmp_path / "run"), "evaluation": {"held_out": 2, "verifier": "broken.py:right"}}
+    assert main(["run", written(here, example(**changes))]) == 2
+    assert "it takes a prompt and the text of a response" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_that_did_not_write_the_text_of_sft_is_refused_before_anything_is_done(here, tmp_path, capsys):

@@ -92,7 +92,7 @@ def test_a_push_makes_a_private_repository_unless_it_is_told_otherwise(hub: Hub,
 
 def test_nothing_is_sent_to_a_public_repository_that_was_meant_to_be_private(hub: Hub, store: MemoryStore) -> None:
     there = hub.add("datasets/me/rollouts", private=False)
-    with pytest.raises(HubError, match=r"it is public, expected it to be private; pass `private=False`"):
+    with pytest.raises(HubError, match=r"it is public, and this is meant to be private; pass `private=False`"):
         push_store(store, "me/rollouts")
     assert there.files.keys() == {".gitattributes"}
     assert not hub.large
@@ -122,7 +122,7 @@ def test_weights_that_an_export_would_not_replace_stop_it(hub: Hub, export: Path
         (["checkpoints"], "'checkpoints' of its list"),
         (["link"], "'link' of its list"),
         (["gone"], "'gone' of its list"),
-        ([], "its lopd.json lists 0 files, expected those of an export"),
+        ([], "its lopd.json lists 0 files; write it with"),
     ],
 )
 def test_a_list_of_files_that_is_not_of_an_export_is_refused(hub: Hub, export: Path, listed: list[str], refusal: str) -> None:
@@ -254,7 +254,7 @@ def test_a_push_needs_a_token_that_may_write_and_sends_nothing_without(
         push_store(store, "me/rollouts")
     monkeypatch.delenv("HF_TOKEN")
     hub.requests.clear()
-    with pytest.raises(HubError, match="there is no token, expected one that may write; run `hf auth login`, or set HF_TOKEN"):
+    with pytest.raises(HubError, match="there is no token that may write; run `hf auth login`, or set HF_TOKEN"):
         push_store(store, "me/rollouts")
     assert hub.requests == []
 

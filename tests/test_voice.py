@@ -30,7 +30,7 @@ PHRASES = {
 #: Names in result files, which keep them until they are measured again, and names that no store has.
 ALLOWED = ("online, sampled anew", "that nobody compacted", '"nobody"', "'nobody'", "import ")
 #: A clause that begins like this says that something was expected, and not what.
-EMPTY = r"\bexpected (?:it|one(?! of| log-prob)|those|some|them|to [a-z]|most to|sound|whole files|the storage|an answer(?! within))\b"
+EMPTY = r"\bexpected (?:it|one(?! of| or| log-prob)|those|some|them|to [a-z]|most to|sound|whole files|the storage|an answer(?! within))\b"
 
 
 def docstrings() -> Iterator[tuple[str, ast.AST, str]]:

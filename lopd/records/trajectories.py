@@ -128,9 +128,7 @@ def _render(record: Mapping[str, Any], where: str, rendering: Rendering) -> list
     """Return the turns of messages: each answer of the assistant, after the prompt that the chat template makes of all before it."""
     messages = plain(from_json(record.get("messages"), where, "messages"), where)
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-        raise PromptError(
-            f"{where}: it has the keys {', '.join(map(repr, record))}, which fit no form; rename them to those of {FORMS}."
-        )
+        raise PromptError(f"{where}: it has the keys {', '.join(map(repr, record))}, which fit no form; rename them to those of {FORMS}.")
     tools, variables = (plain(record.get(key), where) for key in ("tools", "chat_template_kwargs"))
     answers = [i for i, message in enumerate(messages) if i and message.get("role") == "assistant"]
     reason, turns = reason_of(record, where), list[Turn]()

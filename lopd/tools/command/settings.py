@@ -108,7 +108,7 @@ class RunSettings:
 
     def __attrs_post_init__(self) -> None:
         if not self.seeds or len({*self.seeds}) < len(self.seeds) or min(self.seeds) < 0:
-            raise InvalidRecordError(f"Run: seeds are {list(self.seeds)}; correct them.")
+            raise InvalidRecordError(f"Run: seeds are {list(self.seeds)}, expected one or several from 0, each once; correct them.")
         if self.text and not self.sft:
             raise InvalidRecordError("Run: text is given without sft, which trains on it; give both, or neither.")
         if self.student.urls:

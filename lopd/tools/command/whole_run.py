@@ -1,6 +1,7 @@
 """A whole run over the public API: SFT where it is asked for, rollouts, scores, OPD, evaluation, a page.  Each phase is done once."""
 
 import runpy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from lopd.engines.identity import local_folder
 from lopd.engines.supports import provenance_of
 from lopd.errors import InvalidRecordError
 from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
+from lopd.guards.start import measure_start
 from lopd.losses import divergences
 from lopd.protocols import OPDLoss
+from lopd.protocols.reading import walk
 from lopd.records import Prompt, Rollout, RolloutSums, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.estimates import mean
 from lopd.records.paths import without_secrets
@@ -49,7 +52,10 @@ def run_all(s: RunSettings) -> dict[str, Any]:
     prompts = lopd.read_prompts(s.prompts, tokenizer) if isinstance(s.prompts, str) else lopd.make_prompts(s.prompts, tokenizer)
     if s.evaluation and len(prompts) <= s.evaluation.held_out:
         raise InvalidRecordError(f"Prompts: there are {len(prompts)}, expected more than evaluation.held_out; hold out fewer.")
-    Run(Path(s.out)).claim(s.flat(), _inputs(s))
+    inputs = _inputs(s)
+    if s.evaluation and s.evaluation.verifier:
+        _verifier(s.evaluation.verifier)(prompts[0], "")  # one that cannot judge is found before anything is paid for
+    Run(Path(s.out)).claim(s.flat(), inputs)
     return summary(s, {seed: _Seeded.of(s, seed, prompts).finish() for seed in s.seeds})
 
 
@@ -74,15 +80,31 @@ def _inputs(s: RunSettings) -> dict[str, str]:
             digests[f"the content of {without_secrets(path)}"] = digest(path)
         if verifier:
             path = verifier
-            _verifier(verifier)
+            _function(verifier)
     except (OSError, KeyError) as error:
         raise InvalidRecordError(f"Run: {without_secrets(path)} cannot be read ({type(error).__name__}); correct it.") from None
     return digests
 
 
-def _verifier(place: str) -> Any:
+def _function(place: str) -> Any:
     path, _, name = place.rpartition(":")
     return runpy.run_path(path)[name]
+
+
+def _verifier(place: str) -> Callable[[Prompt, str], float]:
+    """Return the verifier, which ends a run in one sentence where it fails; `lopd.evaluate` looks at what it gives."""
+    function = _function(place)
+
+    def verify(prompt: Prompt, text: str) -> float:
+        try:
+            return float(function(prompt, text))
+        except Exception as error:
+            raise InvalidRecordError(
+                f"Verifier {place}: it raised {error!r:.200} for prompt {prompt.prompt_id!r} and the text {text!r:.40}; it takes a prompt and "
+                "the text of a response, which may be empty, and gives a number from 0 to 1."
+            ) from error
+
+    return verify
 
 
 def summary(s: RunSettings, runs: dict[int, list[_Phase]]) -> dict[str, Any]:
@@ -176,10 +198,18 @@ class _Seeded:
         store = lopd.ZarrStore.open(self._url("rollouts"))
         with running(self.s.teacher.scorer(self.s.loss.top_k)) as scorer:
             lopd.score_rollouts(store, scorer, progress=RichProgress(console))
+        start = measure_start(store)
+        console.print(f"before OPD: {start.verdict}, as {start.reason}", soft_wrap=True)
         return {**counted_in(store), "refused": len(store.quarantined("teacher"))}
 
     def _sft(self, plan: Training) -> _Phase:
-        return self._train("sft", self.s.student.model, self._steps("text", plan, teacher=None), lopd.FusedSFTLoss(), plan)
+        # a file may answer prompts that are held out
+        store, held_out = lopd.ZarrStore.open(self._url("text")), {prompt.token_ids.tobytes() for prompt in self.held_out}
+        rows = np.array([text.rollout.prompt_ids.tobytes() not in held_out for text in walk(store, np.arange(len(store)))])
+        if not rows.all():
+            console.print(f"{(~rows).sum()} of {len(rows)} texts answer prompts that are held out, and are not trained on")
+        steps = self._steps("text", plan, teacher=None, rows=np.flatnonzero(rows))
+        return self._train("sft", self.s.student.model, steps, lopd.FusedSFTLoss(), plan)
 
     def _opd(self, start: str) -> _Phase:
         of, on_top_k = self.s.loss, self.s.loss.kind != "opd"

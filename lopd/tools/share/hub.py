@@ -65,7 +65,7 @@ class Repository:
         """
         hub, api = need("huggingface_hub", "Hub", "hub"), self._api
         if not self._token():
-            raise HubError(f"{self.owner}: there is no token; run `hf auth login`, or set HF_TOKEN.")
+            raise HubError(f"{self.owner}: there is no token that may write; run `hf auth login`, or set HF_TOKEN.")
         self._ask(lambda: api.create_repo(self.name, repo_type=self.kind, private=private, exist_ok=True))
         there = self._ask(lambda: api.repo_info(self.name, repo_type=self.kind))
         self._check(there, files, private=private, exist_ok=exist_ok)
@@ -93,7 +93,7 @@ class Repository:
     def _check(self, there: Any, files: Mapping[str, Path | bytes], *, private: bool, exist_ok: bool) -> None:
         names = {sibling.rfilename for sibling in there.siblings or ()} - _ITS_OWN
         if private and there.private is not True:
-            raise HubError(f"{self.owner}: it is public; pass `private=False` if everybody may read this, or name another.")
+            raise HubError(f"{self.owner}: it is public, and this is meant to be private; pass `private=False` if everybody may read this, or name another.")
         if names and not exist_ok:
             raise StoreExistsError(
                 f"{self.owner}: it has {len(names)} files already, for example {min(names)!r}; pass `exist_ok=True` to commit to it, or name another."
