@@ -304,7 +304,7 @@ def test_texts_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, c
         "opd": {"steps": 1, "lr": 1e-3, "rollouts_per_step": 4},
     }
     assert main(["run", written(here, example(**changes))]) == 0
-    assert "3 of 8 texts answer prompts that are held out" in capsys.readouterr().out
+    assert "3 of 8 responses answer prompts that are held out" in capsys.readouterr().out
     phases = {phase["name"]: phase for phase in json.loads((tmp_path / "run/seed-0/metrics.json").read_text())["phases"]}
     assert phases["SFT text"]["rollouts"] == 8
     whole = ZarrStore.open(tmp_path / "run/seed-0/text.zarr")
@@ -413,3 +413,51 @@ def test_score_asks_servers_and_takes_no_key_from_the_command_line(kind, spoken,
 def test_a_served_model_that_is_not_a_folder_needs_its_revision():
     with pytest.raises(InvalidRecordError, match="revision is missing, expected a commit or a hash"):
         Model("Some/Model", "http://127.0.0.1:1").identity()
+
+
+def test_a_section_that_was_dropped_is_another_run(here, tmp_path, capsys):
+    small = {"opd": {"steps": 1, "lr": 1e-3}, "sampling": {"max_new_tokens": 4}, "out": str(tmp_path / "run")}
+    assert main(["run", written(here, example(**small))]) == 0
+    capsys.readouterr()
+    for gone in ("sft", "evaluation"):
+        assert main(["run", written(here, example(**small, **{gone: None}))]) == 2
+        assert f"{gone}" in capsys.readouterr().err
+
+
+def test_rollouts_of_a_store_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, capsys):
+    small = {"opd": {"steps": 1, "lr": 1e-3}, "sampling": {"max_new_tokens": 4}, "sft": None, "store": str(tmp_path / "stores")}
+    assert main(["run", written(here, example(**small, out=str(tmp_path / "one"), evaluation=None))]) == 0
+    assert main(["run", written(here, example(**small, out=str(tmp_path / "two"), evaluation={"held_out": 6}))]) == 0
+    assert "6 of 16 responses answer prompts that are held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling": {"top_p": 3.0}},
+        {"sampling": {"max_new_tokens": -5}},
+        {"opd__tokens_per_batch": 0},
+        {"loss": {"clip": -1.0}},
+        {"evaluation__samples_per_prompt": 0},
+        {"teacher": {"model": "runs/tiny/teacher", "context": 3}},
+        {"teacher": {"model": "runs/tiny/teacher", "served_as": "zzz"}},
+    ],
+    ids=str,
+)
+def test_values_that_make_no_sense_and_keys_that_nothing_reads_are_refused_at_once(here, tmp_path, capsys, changes):
+    assert main(["run", written(here, example(**changes, out=str(tmp_path / "run")))]) == 2
+    assert "lopd run --example" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_urls_of_several_servers_are_kept_without_their_secrets():
+    found = settings.RunSettings(
+        "out", Model("a"), Model("b", engine=["https://u:hunter2@h1", "https://h2"]), ["x"], settings.Training(1, 1e-3)
+    ).flat()
+    assert "hunter2" not in str(found)
+
+
+@pytest.mark.parametrize("scalar", ["2024-13-45", "0b_", "!!int foo", "!!timestamp foo"])
+def test_a_scalar_that_yaml_cannot_make_is_one_sentence(scalar, tmp_path):
+    with pytest.raises(InvalidRecordError, match="it cannot be read"):
+        read_settings(written(tmp_path, f"out: {scalar}\n"))

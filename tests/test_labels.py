@@ -40,6 +40,8 @@ from lopd.errors import (
 from lopd.guards.consistency import verdict
 from lopd.guards.start import measure_start
 from lopd.losses.variants import add_labels, weigh_labels
+from lopd.protocols.labels import group_means
+from lopd.protocols.reading import rows_of
 from lopd.records import Batch, LMHead, ModelId, Prompt
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.tools.doctor.checking import check_store
@@ -407,3 +409,20 @@ def test_labels_that_are_not_there_and_scales_that_make_no_sense_are_named():
     for advantage in (None, 0.0):
         assert FusedOPDLoss(advantage=advantage, transforms=(add_labels, partial(weigh_labels, by=torch.sign))).uncorrected
         assert not FusedOPDLoss(advantage=advantage, ratio_to_ref=True, transforms=(add_labels,)).uncorrected
+
+
+def test_turns_that_share_an_id_and_have_other_prompts_are_not_a_group() -> None:
+    store = MemoryStore(tiny_manifest())
+    turns = [tiny_rollout(f"task/s{i}/g0", [5], prompt_ids=ids) for i, ids in enumerate(([1], [1, 2, 3], [1]))]
+    store.append(turns)
+    label_rollouts(store, lambda prompt, rollout: float(len(rollout.prompt_ids)), None)
+    assert np.isnan(group_means(store, "label")).tolist() == [False, False, False]
+    assert group_means(store, "label").tolist() == [1.0, 3.0, 1.0]
+
+
+def test_all_imported_rollouts_of_a_prompt_are_found_whatever_the_manifest_says() -> None:
+    store = MemoryStore(tiny_manifest())
+    store.append([tiny_rollout(f"{name}/s{i}/g0") for name in "ab" for i in range(4)])
+    assert store.manifest.sampling.samples_per_prompt == 1
+    assert rows_of(store, [Prompt("b", [1])]).tolist() == [4, 5, 6, 7]
+    assert rows_of(store, [Prompt("c", [1])]).tolist() == []

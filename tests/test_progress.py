@@ -146,3 +146,14 @@ def test_a_closed_stderr_stops_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         screen.close()
         time.sleep(0.01)
         shown.end()
+
+
+@pytest.mark.parametrize("stderr", [None, object()], ids=["none", "not a file"])
+def test_a_program_without_a_stderr_works_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stderr: object) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr)
+    shown = Showing()
+    shown.begin("sampling", 2, 0, None, "response tokens")
+    shown._show(over=True)
+    shown.end()
+    monkeypatch.undo()
+    assert capsys.readouterr().out == ""

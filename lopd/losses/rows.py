@@ -79,7 +79,7 @@ def in_front(buffer_CV: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sums_by_id(ids_CK: Tensor, values_CK: Tensor) -> Tensor:
     """Return (C, K): the sum of the values of the same id in its row.  A row takes K * K numbers meanwhile, so few rows are compared at a time."""
-    rows = _block_rows(ids_CK, 9 * ids_CK.shape[1] ** 2)  # float64 values, and whether they are summed
+    rows = _block_rows(ids_CK, max(1, 9 * ids_CK.shape[1] ** 2))  # float64 values, and whether they are summed
     parts = zip(ids_CK.split(rows), values_CK.split(rows), strict=True)
     return torch.cat([torch.where(ids_RK[:, :, None] == ids_RK[:, None], values_RK[:, None], 0.0).sum(-1) for ids_RK, values_RK in parts])
 

@@ -68,7 +68,7 @@ def labels_of(store: LogprobReader, column: str = "label") -> Float32Array:
 def group_means(store: LogprobReader, column: str) -> Float32Array | None:
     """Return (len(store),): for each labelled rollout, the mean label of its group; None if no group has two rollouts.
 
-    A group is all labelled rollouts of one prompt that one policy sampled, whichever of them are trained on.
+    A group is all labelled rollouts of one prompt, by its id and its tokens, that one policy sampled, whichever of them are trained on.
 
     Raises:
         MissingScoresError, InvalidRecordError: as `labels_of`.
@@ -88,12 +88,15 @@ def _read(store: LogprobReader, column: str) -> tuple[Float32Array, NDArray[np.i
     check_noun(store, LogprobReader)
     check_labels(store, column)
     labels, groups = np.full(len(store), np.nan, np.float32), np.full(len(store), -1, np.int64)
-    numbers: dict[tuple[str, int], int] = {}
+    numbers: dict[tuple[str, int, int], int] = {}
     for part in in_batches(np.flatnonzero(store.scored(column)), _ROWS_PER_READ):
         read = store.read(part, columns=(column,))
         labels[part] = mean_labels(read, column)
-        named = zip(map(prompt_id_of, read.rollout_ids), read.generations.tolist(), strict=True)
-        groups[part] = [numbers.setdefault(name, len(numbers)) for name in named]
+        # turns of one conversation share its id, and have other prompts
+        starts = read.token_ends[:-1]
+        prompts = [read.token_ids[start:stop].tobytes() for start, stop in zip(starts, starts + read.prompt_lengths, strict=True)]
+        keys = zip(map(prompt_id_of, read.rollout_ids), map(hash, prompts), read.generations.tolist(), strict=True)
+        groups[part] = [numbers.setdefault(key, len(numbers)) for key in keys]
     return labels, groups
 
 

@@ -1,7 +1,7 @@
 """How to find rows in a store, and to walk over a whole one: which rows can be read in one call, with all that they have."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import numpy as np
@@ -153,12 +153,15 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
         raise ArgumentError(
             f"Prompts: one is {a_kind(wrong[0])} ({wrong[0]!r:.40}), expected a Prompt; make them with `lopd.make_prompts`."
         )
-    rounds = reader.generations if generations is None else generations
-    samples = range(reader.manifest.sampling.samples_per_prompt)
-    rows = reader.find(
-        [rollout_id(prompt.prompt_id, sample, generation) for generation in rounds for prompt in prompts for sample in samples]
-    )
-    return np.sort(rows[rows >= 0])
+    found = [np.empty(0, np.int64)]
+    for generation in reader.generations if generations is None else generations:
+        # imported rollouts may be more than the manifest's samples of a prompt; those of one prompt are numbered without a gap
+        for sample in count():
+            rows = reader.find([rollout_id(prompt.prompt_id, sample, generation) for prompt in prompts])
+            found.append(rows[rows >= 0])
+            if sample + 1 >= reader.manifest.sampling.samples_per_prompt and not len(found[-1]):
+                break
+    return np.unique(np.concatenate(found))
 
 
 def named(reader: LogprobReader) -> str:

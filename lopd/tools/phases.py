@@ -92,10 +92,12 @@ class Run:
         for file, ours in (("settings.json", settings), ("inputs.json", inputs)):
             path = self.folder / file
             theirs = json.loads(path.read_text()) if path.exists() else ours
-            for name, value in ours.items():
-                if value != theirs.get(name):
+            # also what is in one of them alone: a section that was dropped is another run
+            for name in {**ours, **theirs}:
+                if name not in ours or name not in theirs or ours[name] != theirs[name]:
                     raise ConflictError(
-                        f"Run {self.folder}: {name} is {theirs.get(name)!r} there, expected {value!r}; choose another folder, or remove this one."
+                        f"Run {self.folder}: {name} is {theirs.get(name)!r} there, expected {ours.get(name)!r}; choose another folder, or remove "
+                        "this one."
                     )
             write_json(path, ours)
 

@@ -155,7 +155,7 @@ def _check_same_prompts(store: LogprobStore, prompts: Sequence[Prompt], rows: ND
     for place, record in zip(there.tolist(), walk(store, last[there], rows_per_read=256), strict=True):
         if not np.array_equal(prompts[place].token_ids, record.rollout.prompt_ids):
             raise ConflictError(
-                f"{named(store)}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} other tokens, expected "
+                f"{named(store)}: rollout {record.rollout.rollout_id!r} has a prompt of {record.rollout.prompt_ids.size} tokens other than "
                 f"those of prompt {prompts[place].prompt_id!r}; give the prompt another id, or use another store, if it or its template was edited."
             )
 

@@ -107,8 +107,8 @@ class Showing:
             self._show(over=False)
 
     def _show(self, *, over: bool) -> None:
-        # a stderr that was closed, or that cannot have a letter, stops no work
-        with suppress(OSError, ValueError):
+        # whatever goes wrong with a display stops no work
+        with suppress(Exception):
             self._draw(self._pace, over)
 
     def advance(self, rollouts: int, tokens: int, refused: int, /) -> None:
@@ -125,8 +125,9 @@ class Showing:
 
 def _way() -> tuple[Draw, float]:
     """Return how to draw, and how often."""
-    if sys.stderr.isatty():
-        return _on_terminal, WATCHED_S
+    with suppress(AttributeError, ValueError):  # a program may have closed it, or have none
+        if sys.stderr.isatty():
+            return _on_terminal, WATCHED_S
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return (_notebook(), WATCHED_S) if hasattr(shell, "kernel") else (_on_a_line, UNWATCHED_S)
 
@@ -139,7 +140,8 @@ def _on_terminal(pace: Pace, over: bool) -> None:
 
 
 def _on_a_line(pace: Pace, _over: bool) -> None:
-    print(pace, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # `print` would take the output for it
+        print(pace, file=sys.stderr, flush=True)
 
 
 def _notebook() -> Draw:

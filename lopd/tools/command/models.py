@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+def _shown(engine: str | list[str]) -> str | list[str]:
+    from lopd.records.paths import without_secrets
+
+    return without_secrets(engine) if isinstance(engine, str) else [without_secrets(url) for url in engine]
+
+
 @frozen
 class Model:
     """A model, and what runs it.
@@ -37,7 +43,7 @@ class Model:
         key_variable: the variable of the environment that holds the key of the servers.
 
     Raises:
-        InvalidRecordError: an engine is something else, or `revision` comes without `dtype`.
+        InvalidRecordError: an engine is something else, does not read a setting, or `revision` comes without `dtype`.
     """
 
     model: str
@@ -53,12 +59,22 @@ class Model:
     def __attrs_post_init__(self) -> None:
         if not self.urls and self.engine not in ("hf", "vllm"):
             raise InvalidRecordError(
-                f"Model: engine is {self.engine!r:.80}, expected 'hf', 'vllm' or the URLs of servers; pass one of them."
+                f"Model: engine is {_shown(self.engine)!r:.80}, expected 'hf', 'vllm' or the URLs of servers; pass one of them."
             )
         if self.revision and not self.dtype:
             raise InvalidRecordError(
                 "Model: revision is given without dtype, expected both: they say which model is served; pass its dtype."
             )
+        unread = {
+            "served_as": self.served_as and not self.urls,
+            "revision": self.revision and not self.urls,
+            "key_variable": self.key_variable and not self.urls,
+            "speaks": self.speaks != "vllm" and not self.urls,
+            "context": self.context is not None and self.engine == "hf",
+            "device": self.device is not None and self.engine != "hf",
+        }
+        for name in filter(unread.get, unread):
+            raise InvalidRecordError(f"Model: {name} is given, and this engine does not read it; leave it out, or choose another engine.")
 
     @property
     def urls(self) -> list[str]:

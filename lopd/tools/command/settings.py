@@ -25,6 +25,11 @@ class Sampling:
     temperature: float = 1.0
     top_p: float = 1.0
 
+    def __attrs_post_init__(self) -> None:
+        from lopd.records.manifest import SamplingParams
+
+        SamplingParams(**asdict(self))  # which refuses what makes no sense
+
 
 @frozen
 class Training:
@@ -44,6 +49,8 @@ class Training:
         check_at_least("Training", "steps", self.steps, 1)
         check_number("Training", "lr", self.lr, self.lr > 0, "more than 0")
         check_at_least("Training", "warmup", self.warmup, 0)
+        check_at_least("Training", "tokens_per_batch", self.tokens_per_batch, 1)
+        check_at_least("Training", "rollouts_per_step", 1 if self.rollouts_per_step is None else self.rollouts_per_step, 1)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step: a function of its number alone, so that a run that goes on needs no state."""
@@ -60,6 +67,8 @@ class Loss:
     top_k: int = 0
 
     def __attrs_post_init__(self) -> None:
+        check_at_least("Loss", "top_k", self.top_k, 0)
+        check_number("Loss", "clip", 1.0 if self.clip is None else self.clip, self.clip is None or self.clip > 0, "more than 0")
         if self.kind != "opd" and (self.clip is not None or self.ratio or self.top_k < 1):
             raise InvalidRecordError(f"Loss: {self.kind!r} needs top_k of at least 1, and takes neither clip nor ratio; change these.")
 
@@ -84,6 +93,7 @@ class Evaluation:
     def __attrs_post_init__(self) -> None:
         # one prompt has no interval
         check_at_least("Evaluation", "held_out", self.held_out, 2)
+        check_at_least("Evaluation", "samples_per_prompt", self.samples_per_prompt, 1)
         if self.verifier is not None and not re.fullmatch(r".+\.py:\w+", self.verifier):
             raise InvalidRecordError(f"Evaluation: verifier is {self.verifier!r:.80}, expected FILE.py:FUNCTION; write that.")
 
@@ -122,7 +132,14 @@ class RunSettings:
         tops["prompts"] = self.prompts if isinstance(self.prompts, str) else sha256(repr(self.prompts).encode()).hexdigest()[:16]
         inner = {f"{top}.{key}": value for top, keys in tops.items() if isinstance(keys, dict) for key, value in keys.items()}
         flat = {key: value for key, value in tops.items() if not isinstance(value, dict)} | inner
-        return {key: without_secrets(value) if isinstance(value, str) and "://" in value else value for key, value in flat.items()}
+        return {key: _shown(value) for key, value in flat.items()}
+
+
+def _shown(value: Any) -> Any:
+    """Return the value, with URLs as they may be shown and kept."""
+    if isinstance(value, list):
+        return [_shown(item) for item in value]
+    return without_secrets(value) if isinstance(value, str) and "://" in value else value
 
 
 def read_settings(path: str | Path) -> RunSettings:
@@ -135,7 +152,8 @@ def read_settings(path: str | Path) -> RunSettings:
     yaml = need("yaml", owner)
     try:
         data = yaml.load(read_regular(local_path(owner, path)).decode(), _loader(yaml))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    # a scalar with a tag, or one that only looks like a date or a number, ends in any of the last three
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         where = f" in line {mark.line + 1}" if mark else ""
         raise InvalidRecordError(

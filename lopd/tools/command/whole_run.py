@@ -203,13 +203,7 @@ class _Seeded:
         return {**counted_in(store), "refused": len(store.quarantined("teacher"))}
 
     def _sft(self, plan: Training) -> _Phase:
-        # a file may answer prompts that are held out
-        store, held_out = lopd.ZarrStore.open(self._url("text")), {prompt.token_ids.tobytes() for prompt in self.held_out}
-        rows = np.array([text.rollout.prompt_ids.tobytes() not in held_out for text in walk(store, np.arange(len(store)))])
-        if not rows.all():
-            console.print(f"{(~rows).sum()} of {len(rows)} texts answer prompts that are held out, and are not trained on")
-        steps = self._steps("text", plan, teacher=None, rows=np.flatnonzero(rows))
-        return self._train("sft", self.s.student.model, steps, lopd.FusedSFTLoss(), plan)
+        return self._train("sft", self.s.student.model, self._steps("text", plan, teacher=None), lopd.FusedSFTLoss(), plan)
 
     def _opd(self, start: str) -> _Phase:
         of, on_top_k = self.s.loss, self.s.loss.kind != "opd"
@@ -221,8 +215,14 @@ class _Seeded:
         return self._train("opd", start, steps, loss if of.clip is None else evolve(loss, clip=of.clip), self.s.opd)
 
     def _steps(self, name: str, plan: Training, **columns: Any) -> StepStream:
+        # a file of texts, or a store of another run, may answer prompts that are held out
+        store, held_out = lopd.ZarrStore.open(self._url(name)), {prompt.token_ids.tobytes() for prompt in self.held_out}
+        rows = np.array([record.rollout.prompt_ids.tobytes() not in held_out for record in walk(store, np.arange(len(store)))])
+        if not rows.all():
+            console.print(f"{(~rows).sum()} of {len(rows)} responses answer prompts that are held out, and are not trained on")
         return lopd.batches(
-            lopd.ZarrStore.open(self._url(name)),
+            store,
+            rows=np.flatnonzero(rows),
             rollouts_per_step=plan.rollouts_per_step,
             tokens_per_batch=plan.tokens_per_batch,
             seed=self.seed,

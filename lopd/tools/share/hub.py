@@ -3,6 +3,7 @@
 The token is the one that `hf auth login` or HF_TOKEN gave to `huggingface_hub`.  It is never an argument, and no message repeats it.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -93,7 +94,9 @@ class Repository:
     def _check(self, there: Any, files: Mapping[str, Path | bytes], *, private: bool, exist_ok: bool) -> None:
         names = {sibling.rfilename for sibling in there.siblings or ()} - _ITS_OWN
         if private and there.private is not True:
-            raise HubError(f"{self.owner}: it is public, and this is meant to be private; pass `private=False` if everybody may read this, or name another.")
+            raise HubError(
+                f"{self.owner}: it is public, and this is meant to be private; pass `private=False` if all may read it, or name another."
+            )
         if names and not exist_ok:
             raise StoreExistsError(
                 f"{self.owner}: it has {len(names)} files already, for example {min(names)!r}; pass `exist_ok=True` to commit to it, or name another."
@@ -129,7 +132,8 @@ class Repository:
         if what == "OfflineModeIsEnabled" or need("huggingface_hub", "Hub", "hub").constants.HF_HUB_OFFLINE:
             return HubError(f"{self.owner}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it.")
         causes, endpoint = [*_causes(error)], self._api.endpoint
-        said = " from ".join(dict.fromkeys(map(_told, (causes[0], causes[-1]))))
+        # a presigned URL carries its signature in its query
+        said = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]*", r"\1", " from ".join(dict.fromkeys(map(_told, (causes[0], causes[-1])))))
         if without_secrets(endpoint) != endpoint or any(token in str(one) for one in causes for token in [self._token()] if token):
             said = what
         answered = "" if status is None else f", status {status}"
