@@ -40,7 +40,7 @@ from lopd.errors import (
 from lopd.guards.consistency import verdict
 from lopd.guards.start import measure_start
 from lopd.losses.variants import add_labels, weigh_labels
-from lopd.protocols.labels import group_means
+from lopd.protocols.labels import labels_and_means
 from lopd.protocols.reading import rows_of
 from lopd.records import Batch, LMHead, ModelId, Prompt
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
@@ -416,8 +416,16 @@ def test_turns_that_share_an_id_and_have_other_prompts_are_not_a_group() -> None
     turns = [tiny_rollout(f"task/s{i}/g0", [5], prompt_ids=ids) for i, ids in enumerate(([1], [1, 2, 3], [1]))]
     store.append(turns)
     label_rollouts(store, lambda prompt, rollout: float(len(rollout.prompt_ids)), None)
-    assert np.isnan(group_means(store, "label")).tolist() == [False, False, False]
-    assert group_means(store, "label").tolist() == [1.0, 3.0, 1.0]
+    labels, means = labels_and_means(store, "label")
+    assert labels.tolist() == means.tolist() == [1.0, 3.0, 1.0]
+
+
+def test_a_checkpoint_notices_other_labels_of_the_same_group_means(store):
+    labelled = partial(label_rollouts, store, prompts=PROMPTS)
+    labelled(verifier=lambda prompt, rollout: float(rollout.rollout_id.split("/")[1] == "s0"), column="first")
+    labelled(verifier=lambda prompt, rollout: float(rollout.rollout_id.split("/")[1] == "s1"), column="second")
+    digests = [batches(store, ref="behavior", label=name).settings["label"].partition(", ")[2] for name in ("first", "second")]
+    assert digests[0] != digests[1]
 
 
 def test_all_imported_rollouts_of_a_prompt_are_found_whatever_the_manifest_says() -> None:

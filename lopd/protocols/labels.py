@@ -65,8 +65,8 @@ def labels_of(store: LogprobReader, column: str = "label") -> Float32Array:
     return _read(store, column)[0]
 
 
-def group_means(store: LogprobReader, column: str) -> Float32Array | None:
-    """Return (len(store),): for each labelled rollout, the mean label of its group; None if no group has two rollouts.
+def labels_and_means(store: LogprobReader, column: str) -> tuple[Float32Array, Float32Array | None]:
+    """Return (len(store),) labels, and (len(store),) the mean label of each rollout's group; None if no group has two rollouts.
 
     A group is all labelled rollouts of one prompt, by its id and its tokens, that one policy sampled, whichever of them are trained on.
 
@@ -77,10 +77,10 @@ def group_means(store: LogprobReader, column: str) -> Float32Array | None:
     there = groups >= 0
     counts = np.bincount(groups[there], minlength=1)
     if counts.max() < 2:
-        return None
+        return labels, None
     found = np.full(len(store), np.nan, np.float32)
     found[there] = (np.bincount(groups[there], labels[there]) / counts)[groups[there]]
-    return found
+    return labels, found
 
 
 def _read(store: LogprobReader, column: str) -> tuple[Float32Array, NDArray[np.int64]]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from lopd.errors import ArgumentError, InvalidRecordError, MissingScoresError, QuarantineWarning
 from lopd.protocols import LogprobReader
-from lopd.protocols.labels import check_labels, group_means, refuse_labels
+from lopd.protocols.labels import check_labels, labels_and_means, refuse_labels
 from lopd.protocols.reading import chosen, named, rows_of
 from lopd.records.arrays import Float32Array
 from lopd.records.checks import a_kind
@@ -32,7 +32,7 @@ class Columns:
         place: (len(store),) which of several teachers a rollout learns from, or None.
         drawn: whether that of the reference policy comes along too, for tokens that were drawn from it.
         label: column of labels, or None.
-        means: (len(store),) the mean label of a rollout's group, or None.
+        labels, means: (len(store),) the label of each rollout, and the mean of its group, or None.
     """
 
     teachers: tuple[str, ...]
@@ -41,6 +41,7 @@ class Columns:
     place: NDArray[np.int64] | None = None
     drawn: bool = False
     label: str | None = None
+    labels: Float32Array | None = None
     means: Float32Array | None = None
 
     def read(self, store: LogprobReader, rows: NDArray[np.int64]) -> Rows:
@@ -99,8 +100,8 @@ def choose(
     place, names = _places(store, parts) if isinstance(teacher, Mapping) else None, tuple(name for name in parts if name is not None)
     kept = [store.columns.get(name or "") for name in (*names, ref)]
     drawn = top_k and all(provenance is not None and provenance.drawn for provenance in kept)
-    means = None if label is None else group_means(store, label)
-    return Columns(names, ref, top_k, place, drawn, label, means), np.sort(np.concatenate(usable))
+    labels, means = (None, None) if label is None else labels_and_means(store, label)
+    return Columns(names, ref, top_k, place, drawn, label, labels, means), np.sort(np.concatenate(usable))
 
 
 def _parts(store: LogprobReader, teacher: Teacher, wanted: NDArray[np.int64]) -> dict[str | None, NDArray[np.int64]]:

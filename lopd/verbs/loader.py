@@ -77,13 +77,13 @@ class StepStream(Glanced):
             "teacher": ", ".join(self.columns.teachers) or None,
             "ref": self.columns.ref,
             "top_k": self.columns.top_k,
-            "label": self.columns.label and f"{self.columns.label}, group means {self._means_digest()}",
+            "label": self.columns.label and f"{self.columns.label}, {self._labels_digest()}",
             "weighting": getattr(self.weighting, "__qualname__", type(self.weighting).__qualname__),
         }
 
-    def _means_digest(self) -> str:
-        means = self.columns.means
-        return "none" if means is None else blake2b(means[self.rows].astype("<f4").tobytes(), digest_size=6).hexdigest()
+    def _labels_digest(self) -> str:
+        values = [values[self.rows] for values in (self.columns.labels, self.columns.means) if values is not None]
+        return blake2b(np.stack(values).astype("<f4").tobytes(), digest_size=6).hexdigest()
 
     def __iter__(self) -> Iterator[Step]:
         """Yield steps from `start` up to `stop`, or for ever; where this process uses a GPU, a thread reads and pins the next meanwhile."""
