@@ -16,6 +16,7 @@ from other_stubs import CompletionsStub
 from served_table import MODEL, make_rollouts, truth
 from vllm_stub import Stub
 
+import lopd
 from lopd import FusedOPDLoss, Lineage, Manifest, ModelId, SamplingParams, ZarrStore, open_store
 from lopd.errors import InvalidRecordError
 from lopd.records import fingerprint_tokenizer
@@ -293,13 +294,28 @@ def test_seeds_and_texts_and_a_verifier_and_a_loss_on_the_top_k(here, tmp_path, 
     assert main(["run", written(here, example(**changes) | {"seeds": [3]}), "--json"]) == 0
 
 
-def test_texts_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, capsys):
+@pytest.fixture
+def trained(monkeypatch):
+    """How many rollouts each training has to choose from, in their order."""
+    counts, made = [], lopd.batches
+
+    def counted(*arguments, **options):
+        steps = made(*arguments, **options)
+        counts.append(len(steps.rows))
+        return steps
+
+    monkeypatch.setattr(lopd, "batches", counted)
+    return counts
+
+
+def test_texts_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, capsys, trained):
     lines = [{"prompt": f"what is {a} + 1?", "response": str(a + 1)} for a in range(8)]
     changes = {
         "out": str(tmp_path / "run"),
         "prompts": [line["prompt"] for line in lines],
         "text": {"file": written(here, "\n".join(map(json.dumps, lines)), "all.jsonl"), "written_by": "teacher"},
         "evaluation": {"held_out": 3},
+        "sampling__samples_per_prompt": 1,
         "sft": {"steps": 1, "lr": 1e-3, "rollouts_per_step": 5},
         "opd": {"steps": 1, "lr": 1e-3, "rollouts_per_step": 4},
     }
@@ -307,8 +323,7 @@ def test_texts_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, c
     assert "3 of 8 responses answer prompts that are held out" in capsys.readouterr().out
     phases = {phase["name"]: phase for phase in json.loads((tmp_path / "run/seed-0/metrics.json").read_text())["phases"]}
     assert phases["SFT text"]["rollouts"] == 8
-    whole = ZarrStore.open(tmp_path / "run/seed-0/text.zarr")
-    assert phases["SFT"]["read_tokens"] < whole.lengths().sum(), "five texts, once"
+    assert trained == [5, 5], "texts, and then rollouts"
 
 
 def test_a_verifier_that_fails_is_said_before_anything_is_done(here, tmp_path, capsys):
@@ -424,11 +439,12 @@ def test_a_section_that_was_dropped_is_another_run(here, tmp_path, capsys):
         assert f"{gone}" in capsys.readouterr().err
 
 
-def test_rollouts_of_a_store_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, capsys):
+def test_rollouts_of_a_store_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, capsys, trained):
     small = {"opd": {"steps": 1, "lr": 1e-3}, "sampling": {"max_new_tokens": 4}, "sft": None, "store": str(tmp_path / "stores")}
     assert main(["run", written(here, example(**small, out=str(tmp_path / "one"), evaluation=None))]) == 0
     assert main(["run", written(here, example(**small, out=str(tmp_path / "two"), evaluation={"held_out": 6}))]) == 0
     assert "6 of 16 responses answer prompts that are held out" in capsys.readouterr().out
+    assert trained == [16, 10]
 
 
 @pytest.mark.parametrize(
