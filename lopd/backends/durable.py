@@ -190,7 +190,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         return self._snapshot.rows
 
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
-        """Return (n,): rows of rollouts, -1 where there is none; the first call reads a line of each rollout."""
+        """Return (n,): rows of rollouts, -1 for one that is not there; the first call reads a line of each rollout."""
         return self._snapshot.find(rollout_ids)
 
     def lengths(self) -> NDArray[np.int64]:

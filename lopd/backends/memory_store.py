@@ -65,7 +65,7 @@ class MemoryStore(Glanced):
         return MappingProxyType(dict(self._generations))
 
     def find(self, rollout_ids: Sequence[str], /) -> NDArray[np.int64]:
-        """Return rows of rollouts, -1 where there is none."""
+        """Return rows of rollouts, -1 for one that is not there."""
         return np.array([self._rows.get(rollout_id, -1) for rollout_id in rollout_ids], np.int64)
 
     def lengths(self) -> NDArray[np.int64]:

@@ -101,7 +101,7 @@ class TokenLosses:
         return cls(*(torch.cat([empty, *(getattr(part, f.name).to(empty) for part in parts)]) for f in fields(cls)))
 
     def sums(self) -> LossOutput:
-        """Return what the loop is told."""
+        """Return the result for the loop."""
         return LossOutput(self.loss.sum(), self.reverse_kl.sum(), self.clipped.sum(), logprobs=self.logprobs)
 
 

@@ -66,7 +66,7 @@ class Tokens:
 
     @classmethod
     def counted(cls, batch: Batch) -> "Tokens":
-        """Return those of the batch whose weight is more than 0."""
+        """Return the tokens of the batch whose weight is more than 0."""
         columns = [getattr(batch, f.name) for f in fields(cls) if f.name != "student_entropies"]
         return evolve(cls(*columns).where(batch.counted), counts=batch.counts)
 

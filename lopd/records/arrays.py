@@ -62,7 +62,7 @@ def to_floats(value: Any) -> Float32Array:
 
 
 def to_optional_floats(value: Any) -> Float32Array | None:
-    """Return the same, or None."""
+    """Return a read-only float32 copy, or None."""
     return None if value is None else to_floats(value)
 
 

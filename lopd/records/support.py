@@ -48,7 +48,7 @@ class TopK(Glanced):
 
     @classmethod
     def joined(cls, supports: Sequence["TopK"]) -> "TopK":
-        """Return those of several rollouts, which have one K, end to end."""
+        """Return the supports of several rollouts, which have one K, end to end."""
         ids, logprobs, tail = (np.concatenate([getattr(support, name) for support in supports]) for name in ("ids", "logprobs", "tail"))
         return cls.from_store(ids, logprobs, tail, supports[0].drawn)
 

@@ -74,7 +74,7 @@ def checksum(*parts: Any) -> int:
 
 
 def line_checksums(lines: NDArray[np.void], seed: int) -> NDArray[np.uint64]:
-    """Return (n,): of each line; those of one table have the same seed."""
+    """Return the (n,) checksums of the lines; lines of one table have the same seed."""
     data, size = lines.tobytes(), lines.dtype.itemsize
     return np.array([xxh3_64_intdigest(data[at : at + size], seed) for at in range(0, len(data), size)], np.uint64)
 

@@ -114,7 +114,7 @@ class Part:
         )
 
     def find(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return (n,): where the lines of these rows are in `lines`, -1 where there is none."""
+        """Return (n,): where the lines of these rows are in `lines`, -1 for a row without one."""
         count = len(self.lines())
         if self._limit is None:
             return np.where(rows < count, rows, -1)

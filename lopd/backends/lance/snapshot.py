@@ -87,13 +87,13 @@ class Snapshot:
             self._move(rollouts)
 
     def parts(self) -> dict[str | None, Part]:
-        """Return all tables that are there: of each column, and of the rollouts, which are None."""
+        """Return all tables that are there: that of each column by its name, that of the rollouts under None."""
         found: dict[str | None, Part] = {} if self.rollouts is None else {None: self.rollouts}
         found.update(self.columns)
         return found
 
     def provenances(self) -> dict[str, Provenance]:
-        """Return who computed each column."""
+        """Return the provenance of each column."""
         entries = {name: self._catalog.state.tables[name] for name in self.columns}
         return {name: entry.provenance for name, entry in entries.items() if entry.provenance is not None}
 
@@ -122,7 +122,7 @@ class Snapshot:
         return list(zip(lines["content_hash"].tolist(), lines["response_length"].tolist(), strict=True))
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
-        """Return (n,): rows of rollouts, -1 where there is none."""
+        """Return (n,): rows of rollouts, -1 for one that is not there."""
         new = self._lines()["id_hash"][self._indexed :]
         if new.size:
             self._index.add(new, self._indexed)

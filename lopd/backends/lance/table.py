@@ -119,7 +119,7 @@ class Database:
             return handle
 
     def create(self, name: str, data: Any) -> "LanceTable":
-        """Create a table.  Its name must be unique: of several concurrent creators LanceDB tells more than one that it won."""
+        """Create a table.  Its name must be unique: LanceDB tells more than one of several concurrent creators that it won."""
         return LanceTable(self, name, self.connection.create_table(name, data))
 
     def drop(self, name: str) -> None:

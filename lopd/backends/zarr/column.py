@@ -41,7 +41,7 @@ class Column:
         return Column(self.provenance, segments, self.reasons)
 
     def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return segment number * 2**32 + line of these rollouts' scores, -1 where there are none; reads no lines."""
+        """Return segment number * 2**32 + line of these rollouts' scores, -1 for one without; reads no lines."""
         found = np.full(len(rows), -1, np.int64)
         if not len(rows) or not self.segments:
             return found

@@ -143,7 +143,7 @@ class CommitLog:
         return CorruptStoreError(f"{self._owner}: a commit record is missing, expected {expected}; restore it from a backup.")
 
     def checkpoint(self, until: int | None) -> Checkpoint | None:
-        """Return the latest checkpoint that is not after commit `until`; None if there is none."""
+        """Return the latest checkpoint that is not after commit `until`, or None."""
         with reading(self._owner, "reading its commit log"):
             numbers = [number for number in _numbers(self._files.names(CHECKPOINTS)) if until is None or number <= until]
             for number in reversed(numbers):

@@ -97,7 +97,7 @@ class Snapshot:
         return self._seen.view()[:, :2].copy()
 
     def find(self, rollout_ids: Sequence[str]) -> NDArray[np.int64]:
-        """Return rows of rollouts, -1 where there is none."""
+        """Return rows of rollouts, -1 for one that is not there."""
         hashes = hash_ids([encode_id(rollout_id) for rollout_id in rollout_ids]).view("<i8").reshape(-1, 2)
         rows = self._now(partial(self._find, hashes))
         return np.where(rows < self.rows, rows, -1)

@@ -170,7 +170,7 @@ class State:
         return {"segments": segments, "rows": end, "_starts": starts}
 
     def segments_of(self, column: str | None) -> Sequence[Segment]:
-        """Return those of a column, or of rollouts, in the order of commits."""
+        """Return the segments of a column, or of rollouts, in the order of commits."""
         return self.segments if column is None else self.columns[column].segments
 
     def forget_replaced(self, before: int) -> list[str]:
@@ -180,7 +180,7 @@ class State:
         return old
 
     def all_segments(self) -> list[Segment]:
-        """Return those of rollouts, then those of each column."""
+        """Return the segments of rollouts, then those of each column."""
         return [*self.segments, *(segment for column in self.columns.values() for segment in column.segments)]
 
     def paths(self) -> set[str]:
