@@ -124,7 +124,7 @@ def measure(setting: Setting, seeds: Sequence[int], folder: Path, workers: int, 
 
 
 def main() -> None:
-    """Run, write."""
+    """Run all jobs, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help=f"only write the part of the report again, from {RESULT.name}")

@@ -29,7 +29,7 @@ TOKENS_PER_BATCH, TOP_K = 2048, 20
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=["hf", "vllm", "served"])
     parser.add_argument("model", type=Path)

@@ -172,7 +172,7 @@ def say_plan(plan: Plan) -> None:
 
 
 def main() -> None:
-    """Run, write."""
+    """Run all jobs, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--plan", action="store_true", help="only say what is done and what is left")

@@ -301,7 +301,7 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="families or variants; all of them where none is named")
     parser.add_argument("--workers", type=int, default=2)
