@@ -7,7 +7,7 @@ _SETTLES = "The ratio to the reference policy settles near 1 (figure 3a)"
 
 
 def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
-    """Of `claims.json`.
+    """Return the readings of `claims.json`.
 
     Args:
         fall: name of the setting in which Lightning fails.
@@ -95,7 +95,7 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
 
 
 def estimators_readings(best: str, fall: str, rate: str) -> list[Reading]:
-    """Of `claims_estimators.json`.
+    """Return the readings of `claims_estimators.json`.
 
     Args:
         best: name of the arm that the goals are set for.

@@ -10,7 +10,7 @@ TEACHER = ModelId("teacher", "0", "float32")
 
 
 def random_manifest(words: TokenizerId, longest: int) -> Manifest:
-    """Of a made-up student, after SFT on the text of a made-up teacher."""
+    """Make the manifest of a made-up student, after SFT on the text of a made-up teacher."""
     return Manifest(words, ModelId("student", "0", "float32"), SamplingParams(longest), sft_teacher=TEACHER)
 
 

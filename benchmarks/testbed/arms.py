@@ -92,7 +92,7 @@ ABLATIONS = {
 def run_arm(
     setting: Setting, seed: int, folder: Path, arm: Arm, *, teachers: tuple[str, str] = ("A", "A"), curve: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """A row of the results.
+    """Train an arm, and return its row of the results.
 
     Args:
         setting: of the testbed.
@@ -131,7 +131,7 @@ def run_arm(
 
 
 def _advantages(store: MemoryStore) -> dict[str, Any]:
-    """What is known of all of them before the first step."""
+    """Return what is known of all advantages before the first step."""
     records = store.read(np.arange(len(store)), columns=("teacher", "behavior"))
     gaps = np.concatenate([record.scores["teacher"] - record.scores["behavior"] for record in records])
     said = AdvantageSummary.of(gaps)
@@ -140,7 +140,7 @@ def _advantages(store: MemoryStore) -> dict[str, Any]:
 
 
 def _watched(steps: Iterable[StepMetrics]) -> Iterator[tuple[StepMetrics, bool]]:
-    """Steps, and whether the guard has spoken by then."""
+    """Yield steps, and whether the guard has warned by then."""
     watched, spoken = iter(watch_drift(steps)), False
     while True:
         with warnings.catch_warnings(record=True) as caught:
