@@ -1,4 +1,4 @@
-"""What one more commit costs a store that has many, when nobody compacts it: appends of 100 rollouts and their scores, up to 10,000 of each.
+"""What one more commit costs a store that has many, when it is never compacted: appends of 100 rollouts and their scores, up to 10,000 of each.
 
     python benchmarks/bench_commits.py            # benchmarks/results/commits.json; half an hour on two cores
     python benchmarks/bench_commits.py --quick    # tiny, into runs/commits-quick; under a minute
@@ -47,7 +47,7 @@ class Plan:
     Args:
         sizes: commits.
         per_commit: rollouts of each.
-        timed: of the last commits at each size, at most so many.
+        timed: number of the last commits at each size that are timed, at most.
         draws: reads and opens.
     """
 
@@ -93,9 +93,7 @@ def write(kind: str, folder: Path, first: int, last: int, plan: Plan) -> Callabl
 
 
 def look(kind: str, folder: Path, plan: Plan) -> Callable[[], Found]:
-    """Return a function that times opening the store, reading random rows, reading all rows in order, and asking for the rollouts of one
-    commit.
-    """
+    """Return a function that times opens, reads of random rows, a read of all rows in order, and a query for the rollouts of one commit."""
     opening, clock = STORES[kind], Clock()
     store = opening.open(folder)
     store.read([0])

@@ -142,8 +142,9 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw the change of accuracy along the runs, mean and interval over seeds; a dot marks the step at which the watch warned, one for
-    each seed.
+    """Draw the change of accuracy along the runs, mean and interval over seeds.
+
+    A dot marks the step at which the watch warned, one for each seed.
     """
     figure, both = panels(1, 2, height=3.4)
     for axes, setting in zip(both, ("healthy", "failing"), strict=True):

@@ -50,9 +50,9 @@ class Plan:
     """How much is measured.
 
     Args:
-        drifts, seeds, batches, rollouts, world_sizes: of the worlds.
-        states, held, moves, repetitions, sizes: of SmolLM2.
-        cost_tokens, cost_repeats: of the cost.
+        drifts, seeds, batches, rollouts, world_sizes: what the worlds take.
+        states, held, moves, repetitions, sizes: what SmolLM2 takes.
+        cost_tokens, cost_repeats: what the measurement of the cost takes.
     """
 
     drifts: tuple[float, ...] = (0.0, 0.1, 0.3)

@@ -99,8 +99,9 @@ def cover_means(kind: str, prompts: int, draws: int) -> Row:
 
 
 def cover_scores(alike: float, prompts: int, samples: int, draws: int) -> Row:
-    """Return the shares of intervals that contain the mean score, for scores of 0 and 1; a prompt's chance follows a beta distribution with
-    a uniform mean.
+    """Return the shares of intervals that contain the mean score, for scores of 0 and 1.
+
+    A prompt's chance follows a beta distribution with a uniform mean.
     """
     rng, held = np.random.default_rng(prompts), []
     for mean in rng.uniform(0.02, 0.98, draws):
@@ -126,8 +127,9 @@ def _held(found: Estimate, truth: float) -> tuple[bool, bool]:
 
 
 def name_authors(rollouts: int, noise: float, draws: int, stated: float = 0.02) -> Row:
-    """Count how often another candidate is named with a stated error of at most 2 %: author and candidate are chains whose logits differ by
-    noise.
+    """Count how often another candidate is named with a stated error of at most 2 %.
+
+    Author and candidate are chains whose logits differ by noise.
     """
     wrong = named = 0
     for draw in range(draws):
@@ -142,8 +144,9 @@ def name_authors(rollouts: int, noise: float, draws: int, stated: float = 0.02) 
 
 
 def pass_for_the_author(noise: float, tokens: int, draws: int) -> Row:
-    """Count how often a text is consistent with a model whose logits differ from its author's by noise: z as in `lopd.audit`, of whole
-    distributions.
+    """Count how often a text is consistent with a model whose logits are its author's and noise.
+
+    z is that of `lopd.audit`, of whole distributions.
     """
     found = []
     for draw in range(draws):

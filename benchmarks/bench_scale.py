@@ -57,10 +57,10 @@ class Plan:
     """How much is measured.
 
     Args:
-        repeats: of whatever takes turns.
-        hidden, layers: of student and teacher.
+        repeats: turns of each arm.
+        hidden, layers: size of student and teacher.
         median: tokens of a response, in training and scoring.
-        steps: of training: rollouts of a step -> how many steps.
+        steps: rollouts of a training step -> how many steps.
         to_score, per_batch: rollouts to score, and how many are committed together.
         to_load, per_load, seconds, readers: rollouts in the store that is read, of a step; how long, and by how many.
         sizes, per_commit: rollouts of the stores that are looked at, and of each commit.
@@ -104,8 +104,9 @@ QUICK = Plan(
 
 
 def measure_training(plan: Plan, folder: Path) -> list[Found]:
-    """Measure the steps of one rank and of two, and what keeps two from being twice as fast; larger steps update and sum weights less
-    often.
+    """Measure the steps of one rank and of two, and what keeps two from being twice as fast.
+
+    Larger steps update and sum weights less often.
     """
     made = make_rollouts(max(per_step * (steps + 1) for per_step, steps in plan.steps.items()), plan.median)
     make_store(folder / "training", fingerprint_tokenizer(make_tokenizer()), made)

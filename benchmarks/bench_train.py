@@ -112,9 +112,9 @@ class Trained:
     """A student on one of these paths.
 
     Args:
-        path: of `PATHS`.
+        path: name in `PATHS`.
         stream: the steps.
-        tokenizer: of the model.
+        tokenizer: the model's.
     """
 
     def __init__(self, path: str, stream: StepStream, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -55,8 +55,8 @@ class Plan:
     """What is run.
 
     Args:
-        seeds: of every table.
-        settings: of the map, `CLAIM` and `FALL` among them.
+        seeds: seeds of every table.
+        settings: settings of the map, `CLAIM` and `FALL` among them.
         ablations: names of those that are run on `CLAIM`; of them the repairs also on `FALL`.
         mismatch: whether teachers are crossed.
         gap_at: steps at which the gradient gap is measured.

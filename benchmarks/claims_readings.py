@@ -109,7 +109,7 @@ def estimators_readings(best: str, fall: str, rate: str) -> list[Reading]:
             rf"^.+?{either}, minus (?P<peer>.+?)(?:{rate})?: accuracy$",
             "the stored arm was not shown to end lower than *{peer}* ({measured}{rate})",
             "the stored arm ends lower than *{peer}* ({measured}{rate})",
-            "At the higher rate the whole vocabulary, sampled anew, is still worth a little.",
+            "At the higher rate the whole vocabulary, sampled again, is still worth a little.",
             told=".",
         ),
         Reading(

@@ -89,8 +89,9 @@ def spent(row: Row) -> float:
 
 
 def seconds_to(row: Row, target: float) -> float:
-    """Return the CPU seconds at which the curve first reaches this accuracy, by straight lines between its points; infinite if it never
-    does.
+    """Return the CPU seconds at which the curve first reaches this accuracy, by straight lines between its points.
+
+    They are infinite if it never does.
     """
     return _reached(row, target, 2)
 

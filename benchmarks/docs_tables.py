@@ -138,8 +138,9 @@ def losses() -> list[str]:
 
 
 def estimators() -> list[str]:
-    """Show the estimators by family, at the largest drift: on SmolLM2 at every size, for a step and for twenty; on the enumerated worlds;
-    and what a step costs.
+    """Show the estimators by family, at the largest drift.
+
+    The columns are SmolLM2 at every size, for a step and for twenty, the enumerated worlds, and what a step costs.
     """
     rows = read("estimators")["rows"]
     moved = {kind: max(row["drift"] for row in rows if row["kind"] == kind) for kind in ("states", "world")}

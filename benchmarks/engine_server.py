@@ -50,4 +50,4 @@ def wait(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
                 return
         except OSError:
             time.sleep(0.5)
-    raise RuntimeError(f"Server {url}: it did not answer within {START_SECONDS} s, expected it to; see {log}.")
+    raise RuntimeError(f"Server {url}: it did not answer within {START_SECONDS} s; see {log}.")

@@ -120,8 +120,9 @@ def gradient(states: States, estimator: Estimator, batch: Batch) -> Tensor:
 
 
 def bias_by_logits(states: States, estimator: Estimator) -> float:
-    """Compute the bias exactly, with every token as the sampled one: root mean square over states, relative to that of the exact gradient
-    by the logits.
+    """Compute the bias exactly, with every token as the sampled one.
+
+    It is a root mean square over states, relative to that of the exact gradient by the logits.
     """
     count, vocabulary = states.student.shape
     mean_SV = torch.zeros(count, vocabulary)
@@ -151,7 +152,7 @@ class Judge:
 
     Args:
         states: where.
-        step_tokens: of a step.
+        step_tokens: tokens of a step.
         repetitions: at each state, of what is sampled and drawn; even.
     """
 
@@ -206,8 +207,9 @@ def between(products_SS: Tensor) -> float:
 
 
 def check_fused(states: States, estimator: Estimator, generator: torch.Generator) -> float:
-    """Return how far the fused loss is from what is judged, on the sampled tokens: relative difference of the gradient by the hidden
-    states.
+    """Return how far the fused loss is from what is judged, on the sampled tokens.
+
+    That is the relative difference of the gradient by the hidden states.
     """
     batch, hidden_SD = states.batch(estimator, generator), states.hidden.clone().requires_grad_()
     FusedLoss(estimator.objective)(hidden_SD, states.head, batch).loss_sum.backward()

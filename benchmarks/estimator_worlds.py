@@ -82,8 +82,9 @@ class Models:
 
 
 def make_models(world: World, seed: int, drift: float) -> Models:
-    """Make a policy, a teacher, and a student that has moved from the policy, half of it towards the teacher; the moves are the same at
-    every drift.
+    """Make a policy, a teacher, and a student that has moved from the policy, half of it towards the teacher.
+
+    The moves are the same at every drift.
     """
     generator = torch.Generator().manual_seed(seed)
     policy_SV, to_teacher_SV, elsewhere_SV = torch.randn(3, *world.next_SV.shape, generator=generator, dtype=torch.float64)

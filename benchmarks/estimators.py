@@ -45,8 +45,9 @@ class Support:
         return torch.cat([policy_RK, others_RV.topk(self.teacher, dim=-1).indices], dim=-1)
 
     def columns(self, policy_RV: Tensor, teacher_RV: Tensor) -> dict[str, Tensor]:
-        """Return these columns of a batch, without those of drawn tokens; an empty support has no columns, and next to drawn tokens alone
-        the tail holds all mass.
+        """Return these columns of a batch, without those of drawn tokens.
+
+        An empty support has no columns, and next to drawn tokens alone the tail holds all mass.
         """
         if not self.policy + self.teacher + self.drawn:
             return {}

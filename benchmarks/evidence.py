@@ -87,8 +87,9 @@ def check_settings(plan: Plan) -> None:
 
 
 def execute(plan: Plan, workers: int) -> Chosen:
-    """Run everything that is not done yet: what is chosen first, then seed by seed, so that a run that is stopped has whole seeds to
-    report.
+    """Run everything that is not done yet: what is chosen first, then seed by seed.
+
+    So a run that is stopped has whole seeds to report.
     """
     os.environ |= {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     with ProcessPoolExecutor(workers) as pool:
@@ -155,8 +156,9 @@ def write(rows: list[Row], home: Path) -> None:
 
 
 def say_plan(plan: Plan) -> None:
-    """Print what is done, what is left, and how the trials ended; seconds are those of finished runs of the same arm, or else expected
-    ones.
+    """Print what is done, what is left, and how the trials ended.
+
+    Seconds are those of finished runs of the same arm, or else expected ones.
     """
     units, beds = plan_units(plan), plan.beds()
     left = [unit for unit in units if not unit.path.exists()]

@@ -54,15 +54,15 @@ class Arm:
 
     Args:
         name: in tables.
-        loss: of every step.
+        loss: loss of every step.
         way: where rollouts come from: a store; the student as it is, at every step; the teacher; or TRL's trainer, which samples, too.
-        column: of the store, with the teacher's scores.
-        support: of live rollouts.
-        share: of the store's rollouts; of the prompts, where there is no store.
-        passes: over them.
+        column: column of the store with the teacher's scores.
+        support: support of live rollouts.
+        share: share of the store's rollouts; of the prompts, where there is no store.
+        passes: passes over these rollouts.
         batch: rollouts a step, times that of the size.
-        weighting: of tokens.  A token's weight must not depend on the draw where others are compared than the sampled one (`TopKObjective`), so
-            by token; Lightning's is the paper's, LSPD's is that of Lightning, and SFT goes on as it began.
+        weighting: weights of tokens.  A token's weight must not depend on the draw where others than the sampled one are compared
+            (`TopKObjective`), so by token; Lightning's is the paper's, LSPD's is that of Lightning, and SFT goes on as it began.
         rate_of: name of the arm whose rate it takes over; None tries all.
     """
 
@@ -190,8 +190,9 @@ def run_arm(bed: Bed, arm: Arm, rate: float, points: Sequence[float]) -> Row:
 
 
 def paid(bed: Bed, arm: Arm) -> dict[str, float]:
-    """Return the CPU seconds before the first step: those of a store of this share, or of this share of the teacher's text, which was made
-    at once.
+    """Return the CPU seconds before the first step.
+
+    They are those of a store of this share, or this share of those of the teacher's text, which was made at once.
     """
     seconds = {"sampling": 0.0, "scoring": 0.0}
     if arm.way == "stored":

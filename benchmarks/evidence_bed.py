@@ -48,9 +48,9 @@ class Size:
     """How much there is of everything.
 
     Args:
-        sft_prompts, opd_prompts, held_out: questions, split anew for each seed.
-        new_tokens: of every response, at most.
-        sft_epochs, sft_batch, sft_lr: of SFT; the rate falls in a straight line.
+        sft_prompts, opd_prompts, held_out: questions, split again for each seed.
+        new_tokens: most tokens of a response.
+        sft_epochs, sft_batch, sft_lr: epochs, batch and rate of SFT; the rate falls in a straight line.
         batch: rollouts of a step of OPD; one pass over the OPD prompts is `opd_prompts / batch` steps.
     """
 
@@ -81,8 +81,9 @@ NEAR, FAR = Kind("near", (14, 15)), Kind("far", (13, 14, 15, 16, 17, 18))
 
 
 def once(path: Path, work: Callable[[], Row]) -> Row:
-    """Return a finished unit from its file, or do the work and write the file, with the CPU seconds of it all; a killed run that is called
-    again finds it.
+    """Return a finished unit from its file, or do the work and write the file, with the CPU seconds of it all.
+
+    A killed run that is called again finds it.
     """
     if not path.exists():
         begun = time.process_time()
@@ -104,7 +105,7 @@ class Bed:
     """A seed and a student.
 
     Args:
-        folder: of the whole run.
+        folder: folder of the whole run.
     """
 
     folder: Path
@@ -185,8 +186,9 @@ def optimizer_of(student: CausalLMStudent, rate: float) -> torch.optim.AdamW:
 
 
 def measure(bed: Bed, model: Any, *, forward: bool = True) -> Row:
-    """Measure a student on the held-out prompts, rollout by rollout: reverse KL on its fresh answers, and, if asked, forward KL on the
-    teacher's.
+    """Measure a student on the held-out prompts, rollout by rollout.
+
+    It is the reverse KL on its fresh answers, and, if asked, the forward KL on the teacher's.
 
     Draws are coupled: all students of a seed have the same uniform numbers, so what they differ in is not luck.
     """
@@ -202,8 +204,9 @@ def measure(bed: Bed, model: Any, *, forward: bool = True) -> Row:
 
 
 def forward_kl(written: list[Rollout], student: HFScorer) -> RolloutSums:
-    """Estimate KL(teacher, student) in nats, summed over each of the teacher's answers, from its sampled tokens: the difference of two
-    students is exact.
+    """Estimate KL(teacher, student) in nats, summed over each of the teacher's answers, from its sampled tokens.
+
+    The difference of two students is exact.
     """
     own = [r.behavior_logprobs for r in written if r.behavior_logprobs is not None]
     gaps = [teacher_T - scores.logprobs for teacher_T, scores in zip(own, student.score(written), strict=True)]

@@ -80,8 +80,8 @@ def make_store(bed: Bed, columns: Collection[str] = COLUMNS.keys(), shares: Coll
 
     Args:
         bed: with its student.
-        columns: of `COLUMNS`; `start_of` reads "top64".
-        shares: of the prompts, for which a store is made, timed, and thrown away.
+        columns: names in `COLUMNS`; `start_of` reads "top64".
+        shares: shares of the prompts; for each, a store is made, timed, and thrown away.
     """
 
     def work() -> Row:
@@ -99,8 +99,9 @@ def make_store(bed: Bed, columns: Collection[str] = COLUMNS.keys(), shares: Coll
 
 
 def _fill(store: LogprobStore, source: HFSource, prompts: list[Prompt], scorers: Mapping[str, HFScorer]) -> Row:
-    """Sample and score; return the CPU seconds of all that these calls do, as a live run pays for all of it.  Neither has the self-test of
-    the scorer.
+    """Sample and score, and return what that cost.
+
+    It is the CPU seconds of all that these calls do, as a live run pays for all of it.  Neither has the self-test of the scorer.
     """
     sampling = _seconds(partial(collect_rollouts, source, prompts, store, prompts_per_batch=ROWS))
     scoring = {

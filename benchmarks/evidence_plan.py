@@ -19,13 +19,13 @@ class Plan:
 
     Args:
         folder: where units are kept.
-        home: of the results.
-        seeds: of the report.
+        home: folder of the results.
+        seeds: seeds of the report.
         choice: seed on which everything is chosen; None takes the first rate, the arm `TOP_64`, and the rival `ONLINE` at its end.
         choice_held_out: questions there.  More of them cost less than another seed of choice, as nothing is built or trained for them.
         rates: that each arm chooses from.
-        size: of everything.
-        arms: of each student.
+        size: size of everything.
+        arms: arms of each student.
     """
 
     folder: Path = ROOT / "runs" / "evidence"
@@ -61,8 +61,9 @@ QUICK = Plan(
 
 
 def parts(plan: Plan, bed: Bed) -> tuple[list[str], list[float]]:
-    """Return columns and shares of the store of a student; the best arm of the near student, whichever it is, also trains on shares of its
-    store.
+    """Return columns and shares of the store of a student.
+
+    The best arm of the near student, whichever it is, also trains on shares of its store.
     """
     columns = dict.fromkeys(["teacher", "top64", *(arm.column for arm in dict(plan.arms)[bed.kind] if arm.way == "stored")])
     return list(columns), sorted({arm.share for arm in variants(TOP_64)} - {1.0}) if bed.kind == NEAR else []
@@ -202,8 +203,9 @@ def expected_run_s(unit: Unit) -> float:
 
 
 def expected_build_s(plan: Plan, bed: Bed) -> float:
-    """Return the expected seconds of the text of a seed, a student and its store, without finished parts; the text is counted with the near
-    student.
+    """Return the expected seconds of the text of a seed, a student and its store, without finished parts.
+
+    The text is counted with the near student.
     """
     columns, shares = parts(plan, bed)
     size = bed.size

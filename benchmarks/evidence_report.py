@@ -36,8 +36,9 @@ class Compared(Reading):
     """A goal that is met where an interval holds 0: its words say what else the interval holds."""
 
     def say(self, goal: Goal) -> str:
-        """Return the clause on a goal: two that cannot be told apart, unless the mean is on the right side; and the largest loss that is
-        not excluded.
+        """Return the clause on a goal, with the largest loss that is not excluded.
+
+        Two cannot be told apart, unless the mean is on the right side.
         """
         words = super().say(goal)
         most = goal["at_most"]

@@ -97,8 +97,9 @@ class Found:
         return {**ends, **({} if chosen in ends.values() else {f"{shown(chosen)} (the best live run)": chosen})}
 
     def form(self) -> Form:
-        """Return the form with the least reverse KL among those of at most its share of the cost of online OPD and of TRL, or else the
-        cheapest one, on the seed of choice.
+        """Return the form with the least reverse KL among those that cost at most their share of online OPD and of TRL.
+
+        If every form costs more, it is the cheapest.  All is judged on the seed of choice.
 
         Without a seed of choice, on the seeds of the report: then it is told too good.
         """

@@ -106,8 +106,9 @@ def score(model: Any, _: Path) -> float:
 
 
 def sample(model: Any, _: Path) -> float:
-    """Return the error of the log-probs that are recorded while prompts of unlike length are sampled together; `BEYOND` if another batch
-    gives other rollouts.
+    """Return the error of the log-probs that are recorded while prompts of unlike length are sampled together.
+
+    The error is `BEYOND` if another batch gives other rollouts.
     """
     source = HFSource(model, TOKENIZER, SAMPLING)
     together = source.sample(PROMPTS)
@@ -118,8 +119,9 @@ def sample(model: Any, _: Path) -> float:
 
 
 def length(model: Any, _: Path) -> float:
-    """Return the error of scores of a rollout that is longer than the context, and of log-probs of one that is sampled up to it and beyond;
-    most are refused.
+    """Return the error of scores of a rollout that is longer than the context, and of log-probs of one that is sampled up to it and beyond.
+
+    Most models refuse these.
     """
     ids = np.random.default_rng(2).integers(4, VOCAB, CONTEXT + 6)
     long = [Rollout("long/s0/g0", ids[:4], ids[4:], np.ones(CONTEXT + 2, bool), "length")]
@@ -214,8 +216,9 @@ def _adapted(model: Any, folder: Path) -> Any:
 
 
 def bfloat16(model: Any, _: Path) -> float:
-    """Return the mean error of scores in bfloat16 beyond what bfloat16 does to the whole model: the mean difference to the same weights in
-    float32.
+    """Return the mean error of scores in bfloat16 beyond what bfloat16 does to the whole model.
+
+    Both are mean differences to the same weights in float32.
     """
     low = model.to(torch.bfloat16)
     found, wanted = _scores(low), truth(low, ROLLOUTS)

@@ -30,10 +30,10 @@ class Size:
     """What is trained: a configuration, and rollouts.
 
     Args:
-        config: of the model.
+        config: fields of the model's configuration.
         prompt, longest: tokens of each prompt, and of the longest response.
-        tokens_per_batch: of a micro-batch.
-        rollouts_per_step: of a step.
+        tokens_per_batch: tokens of a micro-batch.
+        rollouts_per_step: rollouts of a step.
     """
 
     config: Mapping[str, Any]

@@ -11,8 +11,9 @@ _ROWS, _INNER, _COLUMNS = 64, 896, 2048
 
 
 def _setting() -> Any:
-    """Return torch's setting of the precision that oneDNN may use for float32 products; None in a torch without oneDNN or without the
-    setting.
+    """Return torch's setting of the precision that oneDNN may use for float32 products.
+
+    It is None in a torch without oneDNN or without the setting.
     """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     return settings if torch.backends.mkldnn.is_available() and hasattr(settings, "fp32_precision") else None

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 #: What a rule may look at here.
 CHOICES = ("tail", "reverse_kl")
-#: Accuracy that is next to no gain.
+#: Accuracy that is almost no gain.
 LITTLE = 0.02
 
 
@@ -60,8 +60,9 @@ def table_titles() -> Sequence[str]:
 
 
 def table_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
-    """Yield a line for each range of the tail: starts, how many fell or stayed, and the mean and the range of what a live teacher adds to
-    the ratio.
+    """Yield a line for each range of the tail.
+
+    It has the number of starts, how many fell or stayed, and the mean and the range of what a live teacher adds to the ratio.
     """
     for low, high in pairwise(BORDERS):
         mine = [start["gains"] for start in starts_of(rows) if low <= start["tail"] < high]

@@ -37,7 +37,7 @@ class Spec:
     Args:
         name: in tables.
         kind: "sums" or "real".
-        sft_steps: of the student.
+        sft_steps: steps of the student's SFT.
         build: from a seed and the folder in which models are kept.
         arms: that are run.
     """

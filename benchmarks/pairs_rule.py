@@ -37,7 +37,7 @@ MARGIN = 0.05
 #: Those that may be better than to go offline at once.
 VERDICTS = ("more SFT first", "live", "refresh")
 
-#: Share of the KL that is next to no gain.  Stated when the pairs on sums had been seen.
+#: Share of the KL that is almost no gain.  Stated when the pairs on sums had been seen.
 LITTLE = 0.2
 LITTLE_GAIN = f"neither a stored nor a live run removes {LITTLE:g} of the KL"
 #: Nats a token: a student that is nearer to its teacher has nothing to learn, and shares of so small a KL are noise; such pairs are not judged.
@@ -83,8 +83,9 @@ def _ranks(values_P: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def pairs_of(rows: Sequence[Row]) -> list[Row]:
-    """Return means over the seeds of each pair; every arm is its share of the KL that is removed, and its gain in accuracy where there is
-    one.
+    """Return means over the seeds of each pair.
+
+    Every arm is its share of the KL that is removed, and its gain in accuracy where there is one.
     """
     found = []
     for name in dict.fromkeys(row["pair"] for row in rows):
@@ -157,8 +158,9 @@ def correlations(pairs: Sequence[Row]) -> Iterator[tuple[str, str, Correlation]]
 
 
 def best_of(pair: Row) -> str:
-    """Return the verdict that would have been right: SFT where it removes most, else the stored run unless a later one removes `MARGIN`
-    more.
+    """Return the verdict that would have been right.
+
+    It is SFT where it removes most, else the stored run unless a later one removes `MARGIN` more.
     """
     text, once, refreshed, live = (removed(arm.name)(pair) for arm in (TEXT, DRAWN, REFRESHED, ONLINE_DRAWN))
     if text > np.nanmax([once, refreshed, live]):
@@ -209,8 +211,9 @@ CONSTANT = (Rule(), Rule(below=True))
 
 
 def fit(pairs: Sequence[Row], wanted: Sequence[bool], choices: Sequence[str] = CHOICES) -> Rule:
-    """Return the rule with the fewest errors; among equals a constant one, then the first diagnostic, then the threshold in the widest gap
-    of ranks.
+    """Return the rule with the fewest errors.
+
+    Among equals, the first is a constant rule, then the first diagnostic, then the threshold in the widest gap of ranks.
     """
 
     def candidates() -> Iterator[tuple[int, float, Rule]]:

@@ -58,7 +58,7 @@ class Arm:
 
     Args:
         name: in tables.
-        loss: of every step.
+        loss: loss of every step.
         support: what is kept beside each response token.
         rounds: how often the student samples and the teacher scores: 1 is offline, None is once a step (online), 0 trains on the teacher's own text.
     """
@@ -80,7 +80,7 @@ REFRESHED = evolve(DRAWN, name="16 drawn, 4 rounds", rounds=4)
 ONLINE = evolve(RATIO, name="online OPD", rounds=None)
 ONLINE_DRAWN = evolve(DRAWN, name="online OPD, 16 drawn", rounds=None)
 ARMS = (TEXT, PLAIN, RATIO, DRAWN, REFRESHED, ONLINE, ONLINE_DRAWN)
-#: Where decoding costs minutes, the arms that sample anew are one.
+#: Where decoding costs minutes, the arms that sample fresh rollouts are one.
 FEW_ARMS = (TEXT, RATIO, DRAWN, ONLINE_DRAWN)
 
 
@@ -99,14 +99,14 @@ class Pair:
     """A teacher, a student that was fine-tuned on its text, and what they are trained and measured on.
 
     Args:
-        name: of the pair; its seeds share it.
-        seed: of everything that is drawn.
+        name: name of the pair; its seeds share it.
+        seed: seed of everything that is drawn.
         teacher, student: folders of models.
         opd, held_out: prompts, disjoint.
-        sampling: of every response.
+        sampling: how every response is drawn.
         samples: responses for each held-out prompt.
-        pace: of every arm.
-        width: of the supports that are compared before the first step.
+        pace: pace of every arm.
+        width: tokens of the supports that are compared before the first step.
         verify: 1 if a response is right; None where nothing is right or wrong.
         layers: those that are trained; None for all.
         rows_per_batch: sampled together.
@@ -284,8 +284,9 @@ def fine_tune(pair: Pair, folder: Path) -> None:
 
 
 def measure(pair: Pair, learner: Learner) -> Row:
-    """Measure reverse KL to the teacher over the whole vocabulary, and accuracy, on fresh responses to the held-out prompts: one number a
-    prompt.
+    """Measure reverse KL to the teacher over the whole vocabulary, and accuracy, on fresh responses to the held-out prompts.
+
+    Each is one number a prompt.
     """
     source = learner.source(pair.evaluation)
     rollouts = source.sample(pair.held_out)

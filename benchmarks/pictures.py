@@ -99,8 +99,9 @@ def label_ends(axes: Axes, *, width: int = 17) -> None:
 
 
 def _apart(wanted: Sequence[float], halves: Sequence[float]) -> list[float]:
-    """Return places near the wanted ones, which ascend; each has a half-height, and none reaches into another or above 1 unless there is no
-    room.
+    """Return places near the wanted ones, which ascend.
+
+    Each has a half-height, and none reaches into another or above 1 unless there is no room.
     """
     places: list[float] = []
     for i, place in enumerate(wanted):

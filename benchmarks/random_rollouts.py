@@ -18,7 +18,7 @@ def fill(store: LogprobStore, rollouts: int, prompt: int, longest: int, typical:
     """Add rollouts, and what student and teacher say of them.
 
     Args:
-        store: of `random_manifest`.
+        store: store with the manifest of `random_manifest`.
         rollouts: how many.
         prompt: tokens of each prompt.
         longest: tokens of the longest response.

@@ -146,8 +146,9 @@ def phase_table(phases: list[dict[str, Any]]) -> list[str]:
 
 
 def _tokens(phase: Mapping[str, Any]) -> tuple[str, str]:
-    """Return response and read tokens; runs that were recorded before both were counted have one number, in an evaluation that of
-    responses.
+    """Return response and read tokens.
+
+    Runs that were recorded before both were counted have one number; in an evaluation it counts responses.
     """
     if "tokens" in phase:
         phase = {"read_tokens" if phase["held_out_reverse_kl"] is None else "response_tokens": phase["tokens"]}

@@ -61,7 +61,7 @@ class Part:
     Args:
         title: its heading; links are made of it, so words and spaces only.
         result: the result file.
-        readings: of all of its goals, in the order of the page.
+        readings: readings of all of its goals, in the order of the page.
         meaning: the third sentence: what it means for the reader.
         sections: lines of Markdown after the goals; headings have three `#` or more.
         pictures: by the name of the file without its ending, what draws them to a path.

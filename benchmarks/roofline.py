@@ -80,8 +80,9 @@ def layer_parameters(config: Mapping[str, Any]) -> int:
 
 
 def layer_flops(config: Mapping[str, Any], tokens: int, length: int, *, checkpointing: bool = False) -> float:
-    """Count the operations of the layers: 6 for each weight and token, 8 where activations are computed again, and those of causal
-    attention.
+    """Count the operations of the layers.
+
+    They are 6 for each weight and token, 8 where activations are computed again, and those of causal attention.
     """
     inner = config["num_attention_heads"] * config["head_dim"]
     # two products of (length, length) scores a head in the forward pass, of which half are masked

@@ -63,12 +63,13 @@ def memory(name: str) -> float:
 
 
 def look(kind: str, folder: Path, draws: int) -> Callable[[], Found]:
-    """Return a function that measures, in a fresh process, opening, reading, appending, refreshing and compacting a store whose files are
-    in the page cache.
+    """Return a function that times opening, reading, appending, refreshing and compacting a store.
+
+    The process is fresh, and the files of the store are in the page cache.
     """
     opening = STORES[kind]
     with tempfile.TemporaryDirectory() as other:
-        # imports and connections of the libraries are no cost of this store
+        # imports and connections of the libraries are not a cost of this store
         tiny = opening.create(f"{other}/store", tiny_manifest(VOCABULARY))
         tiny.append(short_rollouts(0, 2))
         opening.open(f"{other}/store").read([0, 1])
@@ -98,8 +99,9 @@ def reading(store: Any, draws: list[list[int]], name: str) -> Found:
 
 
 def growing(opening: Any, folder: Path, reader: Any) -> Found:
-    """Return the median seconds of a small append by a writer of its own, of the writer's first, and of the reader's refresh; not those of
-    the first look.
+    """Return the median seconds of a small append by a writer of its own, of the writer's first, and of the reader's refresh.
+
+    The times of the first look are left out.
     """
     writer, clock, appends, refreshes, lengths = opening.open(folder), Clock(), [], [], []
     for _ in range(4):

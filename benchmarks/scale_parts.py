@@ -176,8 +176,9 @@ def train(
 
 
 def collectives(rank: int, meeting: Path, hidden: int, layers: int, repeats: int) -> Callable[[], Found]:
-    """Return a function that measures the median seconds of one bare all-reduce, and of one bare all-gather, of as many numbers as the
-    student has.
+    """Return a function that times one bare all-reduce and one bare all-gather of as many numbers as the student has.
+
+    It returns median seconds.
     """
     meet(rank, 2, meeting)
     size = sum(parameter.numel() for parameter in make_model(hidden, layers).parameters()) // 2 * 2

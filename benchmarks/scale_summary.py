@@ -36,8 +36,9 @@ def _total(found: Found, name: str) -> float:
 
 
 def multiples(run: Run) -> Found:
-    """Return the seconds of training over half of those of one rank, each with one more cost than the one before; DDP and FSDP2 both follow
-    the last.
+    """Return the seconds of training over half of those of one rank, each with one more cost than the one before.
+
+    DDP and FSDP2 both follow the last.
     """
     ideal = _total(run[ALONE][0], "wall_s") / 2
     by_rank = [found["wall_s"] for found in run[SHARES]]

@@ -56,7 +56,7 @@ class Store:
         read: one batch.
         skipped: log-probs are there for response tokens only (all but the first).
         ordered: a batch has the rows that were asked for.
-        read_group: of a backend that reads a group of blocks in one call, and hands out its shuffled batches from memory.
+        read_group: set for a backend that reads a group of blocks in one call, and hands out its shuffled batches from memory.
     """
 
     read: Reader

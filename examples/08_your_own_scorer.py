@@ -31,7 +31,7 @@ class Ensemble:
         return evolve(self.first.provenance, model=mean, engine="ensemble of two, mean of probabilities", top_k=0)
 
     def score(self, rollouts: Sequence[Rollout], /) -> list[Scores]:
-        """(T,) nats for each rollout; `Scores.of` checks length and range, and binds them to the rollout's tokens."""
+        """Return (T,) nats for each rollout; `Scores.of` checks length and range, and binds them to the rollout's tokens."""
         pairs = zip(rollouts, self.first.score(rollouts), self.second.score(rollouts), strict=True)
         # rounding would leave the mean of two certainties a little above 0
         return [Scores.of(rollout, np.minimum(np.logaddexp(one.logprobs, two.logprobs) - np.log(2), 0)) for rollout, one, two in pairs]

@@ -33,7 +33,7 @@ score_rollouts(store, HFScorer.from_folder(code_teacher), column="code", rows=ro
 
 
 def mean_advantages() -> str:
-    """Of each teacher on the rollouts that learn from it, for the policy that sampled."""
+    """Return each teacher's mean advantage on the rollouts that learn from it, against the policy that sampled."""
     means = {column: stored_advantages(store, teacher=column, rows=rows_of(store, own)).mean for column, own in teachers.items()}
     return ", ".join(f"{column} {mean:+.3f}" for column, mean in means.items())
 

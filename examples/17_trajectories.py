@@ -28,7 +28,7 @@ tokenizer = source.tokenizer
 
 
 def answered(names: list[str], asked: list[list[int]]) -> list[dict[str, list]]:
-    """What the policy draws after each prompt."""
+    """Sample what the policy draws after each prompt."""
     drawn = source.sample([Prompt(name, ids) for name, ids in zip(names, asked, strict=True)])
     return [{"ids": rollout.response_ids.tolist(), "logprobs": rollout.behavior_logprobs.tolist()} for rollout in drawn]
 

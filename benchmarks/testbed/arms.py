@@ -25,8 +25,8 @@ class Arm:
 
     Args:
         name: in tables.
-        loss: of every step.
-        every: sample and score anew after so many steps (1 is online OPD); None is once, before the first (Lightning).
+        loss: loss of every step.
+        every: sample and score again after so many steps (1 is online OPD); None is once, before the first (Lightning).
         rate: times the learning rate of the setting.
         prompts: share of the OPD prompts, for offline runs.
         samples: rollouts a prompt, likewise.
@@ -95,8 +95,8 @@ def run_arm(
     """Train an arm, and return its row of the results.
 
     Args:
-        setting: of the testbed.
-        seed: of the testbed, and of the run.
+        setting: setting of the testbed.
+        seed: seed of the testbed, and of the run.
         folder: where the testbed is.
         arm: how to train.
         teachers: style of the SFT teacher and of the OPD teacher.

@@ -87,8 +87,9 @@ def _drift(training: Training, store: LogprobReader) -> Any:
 
 
 def _largest_score(training: Training, store: LogprobReader) -> float:
-    r"""Return the largest norm of \(\nabla \log \pi_\theta(a_t|s_t)\) over some tokens: a lower estimate of G, so the bound is stated too
-    small, if at all.
+    r"""Return the largest norm of \(\nabla \log \pi_\theta(a_t|s_t)\) over some tokens.
+
+    It is a lower estimate of G, so the bound is stated too small, if at all.
     """
     rng, found = np.random.default_rng(0), 0.0
     for row in rng.choice(len(store), min(_SCORES, len(store)), replace=False).tolist():

@@ -52,15 +52,15 @@ class Setting:
 
     Args:
         task: one of `TASKS`.
-        digits: of its two numbers.
-        writer: of what the teachers are trained on.
+        digits: digits of its two numbers.
+        writer: writes what the teachers are trained on.
         teacher_size, student_size: hidden size and layers, and the family (`FAMILIES`) if it is not Llama.
         taught_problems: on whose right workings the teachers are trained.
-        teacher_steps: of that, of `batch` rollouts.
+        teacher_steps: steps of that training, of `batch` rollouts.
         sft_prompts, opd_prompts, held_out_prompts: disjoint, and none that a teacher was trained on.
         sft_steps: on the teacher's sampled text.
-        max_new_tokens: of every response.
-        opd_steps, opd_lr: of the OPD stage, online and offline alike; `batch` rollouts a step.
+        max_new_tokens: most tokens of a response.
+        opd_steps, opd_lr: steps and rate of the OPD stage, online and offline alike; `batch` rollouts a step.
     """
 
     name: str

@@ -214,8 +214,9 @@ def online(
     support: Support = ALONE,
     clock: Clock | None = None,
 ) -> Iterator[StepMetrics]:
-    """Train on rollouts that are sampled again every few steps; 1 is online OPD.  Any teacher will do: online OPD does not need a
-    consistent one.
+    """Train on rollouts that are sampled again every few steps.
+
+    With `every=1` this is online OPD.  Any teacher will do: online OPD does not need a consistent one.
     """
     setting, clock = bed.setting, clock or Clock()
     teacher = TimedScorer(support.scorer(bed.teachers[opd]), clock)

@@ -49,7 +49,7 @@ class Writer:
     """How sure a teacher is of what it writes.
 
     Args:
-        synonyms: of each mark in use, 1 to 4.
+        synonyms: number of marks in use for each, 1 to 4.
         slips: share of digits that are written at random.
     """
 

@@ -38,7 +38,7 @@ def make_trainer(models: tuple[Any, Any], tokenizer: Any, prompts: Sequence[str]
 
     Args:
         models: student and teacher.
-        tokenizer: of both.
+        tokenizer: tokenizer of both.
         prompts: as text.
         folder: for what it writes all the same.
         options: others of its configuration.
