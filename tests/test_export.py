@@ -217,5 +217,5 @@ def test_weights_that_are_one_tensor_though_the_configuration_does_not_say_so_ar
         model.lm_head.weight = model.model.embed_tokens.weight
     else:
         model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
-    with pytest.raises(ModelError, match="are one tensor, which its configuration does not say"):
+    with pytest.raises(ModelError, match="are one tensor, which its configuration does not state"):
         CausalLMStudent(model, TOKENIZER_ID)

@@ -343,7 +343,7 @@ def test_a_server_that_says_that_nothing_is_left_is_left_alone(start, monkeypatc
     stub.fail(1, answer_then_rest)  # of the probe, before anything else is asked
     scorer_of(stub).score(rollouts)
     assert time.monotonic() - body[0] >= 0.4
-    assert "rests for 0 s: it says that nothing is left of its limit" in caplog.text
+    assert "rests for 0 s: it reports that nothing is left of its limit" in caplog.text
 
 
 @pytest.mark.parametrize(

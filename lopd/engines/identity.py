@@ -1,4 +1,4 @@
-"""Which model is it?  The same answer from a loaded model and from its folder, so that engines which never show their weights can say it too.
+"""Which model is it?  The same answer from a loaded model and from its folder, so that engines which never show their weights can report it too.
 
 A model is identified by the function that it computes: the weights that it applies (`lopd.engines.effective`), its saved buffers, and the
 settings that decide what is computed from them (`lopd.engines.configs`).  `folder_model_id` reads the same weights out of safetensors files
@@ -160,7 +160,7 @@ def folder_dtype(folder: str | Path) -> torch.dtype:
 
     Raises:
         EngineError: there is no such folder, or a file is damaged.
-        ModelError: there are no safetensors files, and the configuration does not say it.
+        ModelError: there are no safetensors files, and the configuration does not state it.
     """
     with looking_for(folder) as found:
         configured = getattr(transformers.AutoConfig.from_pretrained(found), "dtype", None)

@@ -1,4 +1,4 @@
-"""What is known of the rows of a forward, said to transformers, which would ask the GPU and wait for the answer."""
+"""What is known of the rows of a forward, passed to transformers, which would ask the GPU and wait for the answer."""
 
 import sys
 from collections.abc import Iterator

@@ -33,7 +33,7 @@ class PrivilegedScorer:
 
     A prompt is found by its tokens, at the beginning of what stands before a response.  The column has an identity of its own
     (`Provenance.logprobs_mode`): that of the plain scorer, or of other prompts, does not continue it.  `batches` draws a warning unless
-    `ConsistencyPolicy.PRIVILEGED` says that it is meant.
+    `ConsistencyPolicy.PRIVILEGED` states that it is meant.
 
     Args:
         scorer: the teacher; its context has to hold the privileged prompt and the response.
@@ -59,7 +59,7 @@ class PrivilegedScorer:
             )
         if all(key == _key(told) for key, told in self._told.items()):
             raise InvalidRecordError(
-                f"Privileged prompts: all {len(self.told)} have the tokens of the prompts themselves, expected more to read; say what it is told."
+                f"Privileged prompts: all {len(self.told)} have the tokens of the prompts themselves, expected more to read; pass what it is told."
             )
 
     @cached_property

@@ -156,7 +156,7 @@ def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: Tokeni
 
 
 def vocabulary_of(scorer: TeacherScorer) -> HasVocabulary:
-    """Return the scorer's tokenizer, which has a size, where the scorer says it; else its provenance."""
+    """Return the scorer's tokenizer, which has a size, where the scorer states it; else its provenance."""
     tokenizer = getattr(scorer, "tokenizer_id", None)
     return tokenizer if isinstance(tokenizer, TokenizerId) and tokenizer.same_vocabulary(scorer.provenance) else scorer.provenance
 

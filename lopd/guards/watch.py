@@ -2,7 +2,7 @@
 
 Offline OPD without an importance ratio is a promise about closeness.  Where the teacher finds many sampled tokens nearly impossible, the
 regression on its log-probs pushes them down long after the student has dropped them, and their mass goes anywhere: held-out accuracy falls
-while the loss does too.  `benchmarks/results/drift.json` has a run of that kind, and what these guards said of it.
+while the loss does too.  `benchmarks/results/drift.json` has a run of that kind, and what these guards reported of it.
 """
 
 import warnings
@@ -32,7 +32,7 @@ MAX_TAIL = 0.02
 class DriftLimits:
     """Where `watch_drift` speaks: means over the last steps beyond one of these.  None leaves one out.
 
-    A student has to move to learn, so distance alone says little; distance that brings it no nearer to the teacher does.  The defaults were chosen
+    A student has to move to learn, so distance alone proves little; distance that brings it no nearer to the teacher does.  The defaults were chosen
     on three seeds of a testbed and held on two others (`benchmarks/results/drift.json`).
 
     Args:

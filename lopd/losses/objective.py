@@ -205,7 +205,7 @@ class OPDSettings:
     def uncorrected(self) -> bool:
         """Whether it has neither an importance ratio, nor a constant advantage but 0, nor a transform but those marked `uncorrected`."""
         unchanged = all(_is_marked(transform, "uncorrected") for transform in self.transforms)
-        # with 0 transforms alone say what is learnt, labels for example
+        # with 0 transforms alone decide what is learnt, labels for example
         return not self.ratio_to_ref and unchanged and not self.advantage
 
     @property

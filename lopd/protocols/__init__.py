@@ -284,7 +284,7 @@ class Labeller(Protocol):
 class Progress(Protocol):
     """Is told how far a verb has come; `lopd.tools.console.RichProgress` draws it.
 
-    Tokens are those that `counted` says: sampling counts response tokens, and what reads rollouts counts the tokens of their prompts as well.
+    Tokens are those that `counted` names: sampling counts response tokens, and what reads rollouts counts the tokens of their prompts as well.
     """
 
     def begin(self, what: str, total: int, done: int, tokens: int | None, counted: Counted, /) -> None:

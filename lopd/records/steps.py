@@ -41,7 +41,7 @@ class Batch(Glanced):
         drawn_ids: (N, D) int64, tokens that were drawn from the policy at temperature 1, with replacement; None where the support has none.
         drawn_logprobs: (N, D) float32, nats, of the teacher.
         drawn_ref_logprobs: (N, D) float32, nats, of the policy that drew them; None where `ref` is not the column that keeps them.
-        label_values: (N,) float32, what a verifier said of the rollout or of this token; None if it was not asked for.
+        label_values: (N,) float32, a verifier's value of the rollout or of this token; None if it was not asked for.
         label_means: (N,) float32, the mean over the rollouts of the same prompt and policy; None also where each prompt has one rollout.
     """
 
@@ -177,7 +177,7 @@ class LossOutput:
             1-norm of the gradient by the logits that was left out.  Times the largest norm of a hidden state it bounds what the head's
             weight lacks (Frobenius norm); times the largest norm of a row of that weight, what the hidden states lack.
         logprobs: (M,) detached, nats: the student's log-probs of the targets whose weight is more than 0, in their order; None where a loss
-            does not say.  The loop measures drift with them.
+            does not state it.  The loop measures drift with them.
     """
 
     loss_sum: Tensor

@@ -136,13 +136,13 @@ def _provenance(manifest: Manifest) -> Provenance:
 
 
 def _candidates(manifest: Manifest, rollouts: Sequence[Rollout]) -> list[Scores]:
-    """Return what the policy said of other tokens while it sampled, as scores like any others: as if it had read its own rollouts."""
+    """Return the policy's log-probs of other tokens while it sampled, as scores like any others: as if it had read its own rollouts."""
     sampling, scores = manifest.sampling, list[Scores]()
     for rollout in rollouts if sampling.candidates + sampling.drawn else ():
         if rollout.candidates is None or rollout.behavior_logprobs is None:
             raise SourceError(
                 f"Rollout {rollout.rollout_id!r}: it comes without candidates or log-probs, expected {sampling.candidates} candidates and "
-                f"{sampling.drawn} drawn tokens as its source says; use a source that keeps them, or sample without."
+                f"{sampling.drawn} drawn tokens as its source states; use a source that keeps them, or sample without."
             )
         scores.append(Scores.of(rollout, rollout.behavior_logprobs, top_k=rollout.candidates))
     return scores

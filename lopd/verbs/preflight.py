@@ -18,7 +18,7 @@ from lopd.records.parity import Parity, measure_parity
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores
 from lopd.verbs.asking import score_each
 
-_ENDS_NEEDED = 3  # one response that the policy ended in a strange place says nothing about the teacher
+_ENDS_NEEDED = 3  # one response that the policy ended in a strange place is not evidence about the teacher
 
 Answers = Mapping[str, Scores]  # by rollout id: what the scorer gave in its one call with all rollouts
 

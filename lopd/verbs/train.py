@@ -54,16 +54,16 @@ def opd_steps(
         max_grad_norm: gradients are scaled down to this norm, more than 0; None leaves them.
 
     Warns:
-        SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss says that it has no importance ratio.
+        SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss states that it has no importance ratio.
         TrainingWarning: the optimizer lacks trained parameters; or in the first step some get no gradient, or most weights stay where they are,
             because updates are smaller than their rounding; or the loss has a baseline that the weights `by_rollout` make biased.
-        AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss says
+        AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss states
             that it has no importance ratio (`lopd.guards.watch`).
         DriftWarning: in step 0 few rollouts are effective: the student is not the policy that sampled them.
 
     Raises:
         ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
-        TokenizerMismatchError: a step says that its ids are of another vocabulary than the student's; the weights are those of the step before.
+        TokenizerMismatchError: a step states that its ids are of another vocabulary than the student's; the weights are those of the step before.
         TrainingDivergedError: a gradient is not finite; likewise.
         InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, or `max_grad_norm` makes no sense.
         ModelError: there are several ranks, and nothing sums the gradients of the student.

@@ -19,7 +19,7 @@ from lopd.backends.retry import repeat
 from lopd.errors import CorruptStoreError, StorePathError
 from lopd.records.optional import need
 
-#: The column that says which commit added a row, and what makes Lance let only one writer have a number.
+#: The column that names the commit that added a row, and what makes Lance let only one writer have a number.
 COMMIT = "commit"
 #: How tables of columns are named in which nothing was scored when they were made.
 BEGAN_EMPTY = "unscored."

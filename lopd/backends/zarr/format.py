@@ -1,7 +1,7 @@
 """Raw Zarr v3 groups and arrays, written by hand: one chunk per array, so that a part of an array is a range of a file.
 
 Any Zarr v3 reader reads them; lopd itself needs no zarr.  A segment is one group: written once, never changed.  The commit record that
-names it says type, shape and checksum of each array, so reading one fetches no metadata.
+names it has type, shape and checksum of each array, so reading one fetches no metadata.
 """
 
 import math
@@ -152,7 +152,7 @@ def _decode_root(url: str, data: bytes) -> Root | None:
 
 
 def same_node(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Return whether the metadata of a group or array says this, whatever attributes and consolidated metadata others have added.
+    """Return whether the metadata of a group or array has this content, whatever attributes and consolidated metadata others have added.
 
     >>> same_node(group_document({"mine": 1, "theirs": 2}), group_document({"mine": 1}))
     True
@@ -175,5 +175,5 @@ def _root_document(body: Mapping[str, Any]) -> bytes:
     return dump(group_document({**body, _CHECKSUM: checksum(dump({key: body[key] for key in (_MANIFEST, _STORAGE, _CREATION)}))}))
 
 
-#: The metadata of a Zarr v3 group; its attributes say what the store is.
+#: The metadata of a Zarr v3 group; its attributes state what the store is.
 ROOT = RootFile(METADATA_FILE, _encode_root, _decode_root)

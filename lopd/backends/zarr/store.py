@@ -44,7 +44,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     _ROOT = ROOT
 
     def __init__(self, files: Files, root: Root | None = None, commits: int | None = None) -> None:
-        """Hold the files; `open` is what callers use, as it says what is wrong with a path."""
+        """Hold the files; `open` is what callers use, as it reports what is wrong with a path."""
         super().__init__(files, root)
         self._log = CommitLog(files, self._root, self._owner)
         self._state = State(files, self._log, self.manifest, self._owner, commits)
@@ -74,7 +74,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def sweep(self, *, older_than: float = 7 * 24 * 3600.0) -> list[str]:
         """Remove segments that no commit names, and those that compactions replaced, if both are older than this many seconds.
 
-        It is safe beside writers and readers, whatever the clocks say: what is removed is committed first, so a writer in the middle of an
+        It is safe beside writers and readers, whatever the clocks show: what is removed is committed first, so a writer in the middle of an
         append notices and writes again, and a reader that was opened before a compaction looks up where its rows are now.
         Only segments that this store has made are removed.
 

@@ -1,4 +1,4 @@
-"""What is said to an SGLang server (`/generate`), and what its answers mean.  Read from the source of SGLang 0.5.23; no such server was run.
+"""Requests to an SGLang server (`/generate`), and what its answers mean.  Read from the source of SGLang 0.5.23; no such server was run.
 
 - Log-probs of a prompt begin at `logprob_start_len`, and the first of them is null: it would be of the token there, given what is before.
 - A prefix cache is read up to `logprob_start_len` only.  So lopd asks from token 0 on where the cache is on, and reads what it needs.

@@ -1,4 +1,4 @@
-"""What is said to a server that speaks vLLM's extensions of the OpenAI completions, and what its answers mean: token ids both ways, never text.
+"""Requests to a server with vLLM's extensions of the OpenAI completions, and what its answers mean: token ids both ways, never text.
 
 Everything is looked up by token id, and nothing that is missing becomes a number.
 
@@ -115,7 +115,7 @@ def _prompt_logprobs(
 def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
     """Check that every position was computed: what a prefix cache gives depends on the order of requests (vllm-project/vllm#42019).
 
-    vLLM does not read the cache for such a request, and says so where it was started with `--enable-prompt-tokens-details`.
+    vLLM does not read the cache for such a request, and reports that where it was started with `--enable-prompt-tokens-details`.
     """
     usage = answer.get("usage")
     details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None

@@ -158,7 +158,7 @@ def _plan(options: Namespace) -> int:
 
 
 def _works(like: Work, options: Namespace) -> list[Work]:
-    """Return `like` with what the options say, once for each size."""
+    """Return `like` with the options put in, once for each size."""
     names = {f.name for f in fields(Work)} - {"prompts", "columns"}
     work = evolve(like, **{name: value for name in names if (value := getattr(options, name, None)) is not None})
     columns = [*work.columns, *[0] * (options.columns or 0)][: len(work.columns) if options.columns is None else max(options.columns, 0)]

@@ -1,7 +1,7 @@
 """The parquet rows that the code of the Lightning OPD paper reads, as rollouts and one column of scores.
 
 A row is `prompt` (the chat template already applied, as text) and `metadata` with `response_tokens`, `loss_mask` and `teacher_log_probs`.
-Much that a store says about itself is not in such a file; `AuthorsReport.not_vouched_for` lists it.
+Much that a store states about itself is not in such a file; `AuthorsReport.not_vouched_for` lists it.
 """
 
 from collections import Counter
@@ -43,7 +43,7 @@ class AuthorsReport:
         masked_tokens: response tokens that do not count.
         finish_reasons: how many of each.
         refused: one sentence for each row that was left out.
-        not_vouched_for: what such rows do not say, or lost; one sentence each.
+        not_vouched_for: what such rows do not state, or lost; one sentence each.
     """
 
     rollouts: int
@@ -69,12 +69,12 @@ def import_authors_parquet(
     """Append the rows of a file of the paper's release, and the teacher's scores in it; run it again to resume.
 
     Prompts are tokenised once, from their text, without adding special tokens.  A rollout is named after the tokens of its prompt; equal
-    prompts are numbered in the order of the file.  The i-th log-prob belongs to the i-th response token, whatever the mask says: the
+    prompts are numbered in the order of the file.  The i-th log-prob belongs to the i-th response token, whatever the mask is: the
     original code takes as many from the end as the mask has ones, so a zero in the mask shifted all of them.
 
     Args:
         path: local, or any URL that fsspec opens.
-        store: created with a manifest that says what the file does not: who sampled and how, and who wrote the policy's SFT data.
+        store: created with a manifest that states what the file does not: who sampled and how, and who wrote the policy's SFT data.
         tokenizer: a transformers tokenizer, that of the manifest and of the teacher.
         teacher: who computed `teacher_log_probs`, and how.
         column: where these go.

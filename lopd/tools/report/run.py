@@ -63,7 +63,7 @@ def write_run_report(
     versions: Mapping[str, str] | None = None,
     title: str = "Run report",
 ) -> None:
-    """Write a page about one run; what is not known (no steps, no scores, no log-probs of the policy) is said to be so.
+    """Write a page about one run; what is not known (no steps, no scores, no log-probs of the policy) is stated.
 
     Memory is that of three rollouts and of one number for each token of the sample.
 
@@ -237,7 +237,7 @@ def _origins(store: LogprobReader, lineage: Lineage | None, versions: Mapping[st
 
 
 def duration(seconds: float) -> str:
-    """Return it in the two largest units that say something.
+    """Return it in the two largest units that are not 0.
 
     >>> duration(0.25), duration(75), duration(7300)
     ('0.2 s', '1 min 15 s', '2 h 1 min')

@@ -238,7 +238,7 @@ def _table(head: Sequence[str], rows: _Cells) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text as a cell has it: whatever a store or a folder says in it stays text, and of a path its name is left."""
+    """Return text as a cell has it: whatever a store or a folder puts in it stays text, and of a path its name is left."""
     named = _FOLDERS.sub("", " ".join(printable(text).split()))
     return named.replace("|", "\\|").replace("<", "&lt;")
 
