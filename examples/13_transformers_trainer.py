@@ -39,7 +39,7 @@ def mean_over_step(output: LossOutput, labels: torch.Tensor, num_items_in_batch:
 def make_trainer(student: CausalLMStudent, steps: StepStream, loss: OPDLoss, **options: Any) -> Trainer:
     """Make a Trainer over the rows that `batches` checked and found usable; `options` are those of TrainingArguments."""
     fixed = {
-        "remove_unused_columns": False,  # the collator says what the student is called with
+        "remove_unused_columns": False,  # the collator chooses what the student is called with
         "dataloader_pin_memory": False,  # the student moves a batch to where it is
         "save_strategy": "no",  # a checkpoint would be bare weights: `student.export` writes a model folder
         "report_to": "none",

@@ -1,4 +1,4 @@
-"""What the quickstart says at its end: a table, the differences over the same prompts, `metrics.json`, and a page for a browser."""
+"""What the quickstart prints and writes at its end: a table, the differences over the same prompts, `metrics.json`, and a page for a browser."""
 
 import platform
 from collections.abc import Mapping

@@ -23,7 +23,7 @@ def model_folders(teachers: int = 1, root: Path = Path("runs/tiny")) -> list[Pat
     """Save the student and so many teachers, each with a tokenizer, and return their folders; the same weights every time.
 
     The student is random, and a teacher is the student with noise on its weights: as near to it as to a student that was fine-tuned on its text.
-    The student's folder says that these teachers wrote that text, as it does for a student that lopd fine-tuned; `batches` asks for it.
+    The student's folder records that these teachers wrote that text, as it does for a student that lopd fine-tuned; `batches` asks for it.
     """
     tokenizer = _tokenizer()
     student = _student(len(tokenizer))

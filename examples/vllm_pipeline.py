@@ -2,7 +2,7 @@
 
     python examples/vllm_pipeline.py --student SFT_DIR --teacher TEACHER_DIR --prompts FILE.jsonl --store run.zarr --out opd-student
 
-The student is one that lopd fine-tuned on the teacher's text (its folder says so), or pass `--any-teacher`.  Each phase resumes where it was
+The student is one that lopd fine-tuned on the teacher's text (its folder records it), or pass `--any-teacher`.  Each phase resumes where it was
 stopped, and may be a process of its own, on a machine of its own: name the phases to run, as in
 
     python examples/vllm_pipeline.py --phases collect --student ...      # GPUs for the student

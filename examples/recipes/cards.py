@@ -25,7 +25,7 @@ class OneGpu(Recipe):
         prompt_tokens, test_prompt_tokens: longest prompt of training and of a test.
         test_problems: most problems of each test, the first ones of its file.
         seeds: how many times the OPD stage is run, with `seed` and the numbers after it; SFT is done once.
-        thinking: what the chat template is told as `enable_thinking`.
+        thinking: `enable_thinking` of the chat template.
         with_online: online OPD too.
     """
 

@@ -81,7 +81,7 @@ class Twice:
 
     @property
     def widths(self) -> tuple[float | None, float | None]:
-        """Half-widths over problems and over seeds; None where there is one draw, or all agree: neither says how far others are."""
+        """Half-widths over problems and over seeds; None where there is one draw, or all agree: neither shows how far others are."""
         over_problems, over_seeds = (found.ci95 if 0 < found.ci95 < math.inf else None for found in (self.problems, self.seeds))
         return over_problems, over_seeds
 

@@ -5,7 +5,7 @@ from attrs import evolve, frozen
 from lopd.tools.plan import Bill, GpuRates, Work, lightning, rates_like
 from recipes.paper import Recipe
 
-# mean response over the longest one: a guess, as the paper does not say
+# mean response over the longest one: a guess, as the paper does not state it
 _FILL = 0.75
 # bytes of a stored token: its id, its log-prob under the policy, and that under the teacher
 _BYTES_A_TOKEN = 12

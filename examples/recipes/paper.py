@@ -13,7 +13,7 @@ class Recipe:
         teacher: folder or hub name of the SFT teacher, who is the OPD teacher too.
         student: folder or name of the base model; or of an OPD student to go on from, with `sft_steps` 0.
         teacher_billions, student_billions: parameters, for the estimate.
-        template: what is said around a problem; `{prompt}` stands for it.
+        template: the text around a problem; `{prompt}` stands for it.
         sft_texts: prompts that the teacher answers.
         sft_tokens: longest of these answers.
         sft_steps, sft_rollouts_per_step, sft_lr, sft_warmup: settings of SFT; the rate rises for this share of the steps and falls by a cosine.

@@ -7,7 +7,7 @@ from lopd.protocols import DurableStore
 
 
 def open_store(path: StorePath, storage_options: StorageOptions | None = None) -> DurableStore:
-    """Return the `ZarrStore` or `LanceStore` that is there; a Zarr group at the root tells which.
+    """Return the `ZarrStore` or `LanceStore` that is there; a Zarr group at the root means a `ZarrStore`.
 
     Args:
         path: a local path or a URL.

@@ -30,7 +30,7 @@ MAX_TAIL = 0.02
 
 @frozen
 class DriftLimits:
-    """Where `watch_drift` speaks: means over the last steps beyond one of these.  None leaves one out.
+    """Where `watch_drift` warns: means over the last steps beyond one of these.  None leaves one out.
 
     A student has to move to learn, so distance alone proves little; distance that brings it no nearer to the teacher does.  The defaults were chosen
     on three seeds of a testbed and held on two others (`benchmarks/results/drift.json`).
