@@ -34,7 +34,7 @@ class LopdWarning(UserWarning):
 
 class InvalidRecordError(LopdError, ValueError):
     """A prompt, rollout, score or batch that breaks the contract of its type.
-    To do: Look at the record or setting that the message names; it states the value and the expected one.
+    To do: Look at the record or setting that the message names; it states what was found and what is expected.
     """
 
 

@@ -37,7 +37,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The folder in which the example's models are, as it names them."""
+    """Return the folder in which the example's models are, as it names them."""
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -52,7 +52,7 @@ def here(models, monkeypatch):
 
 
 def example(**changes):
-    """The example with other values at these paths, written with two underscores; None takes a key away."""
+    """Return the example with other values at these paths, written with two underscores; None takes a key away."""
     data = yaml.safe_load(EXAMPLE)
     # PyYAML by itself takes these for text
     data["sft"]["lr"], data["opd"]["lr"] = float(data["sft"]["lr"]), float(data["opd"]["lr"])
@@ -176,7 +176,7 @@ def test_the_page_and_the_words_of_the_help_agree_with_the_code(tmp_path):
 
 
 def results(out):
-    """What the phases of a run found, and the weights of its student; not when, nor how often they were begun."""
+    """Return what the phases of a run found, and the weights of its student; not when, nor how often they were begun."""
     found = {}
     for path in sorted((out / "seed-0/phases").glob("*.json")):
         row = json.loads(path.read_text())
@@ -189,7 +189,7 @@ def results(out):
 
 @pytest.fixture(scope="module")
 def unbroken(models):
-    """The example, run as it is."""
+    """Run the example as it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(models)
         assert main(["run", written(models, EXAMPLE)]) == 0
@@ -237,7 +237,7 @@ def test_other_settings_or_other_content_in_the_same_folder_are_refused(unbroken
 
 
 def run_there(folder, file):
-    """In a process of its own."""
+    """Run a file in a process of its own."""
     os.chdir(folder)
     raise SystemExit(main(["run", file]))
 
@@ -296,7 +296,7 @@ def test_seeds_and_texts_and_a_verifier_and_a_loss_on_the_top_k(here, tmp_path, 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """How many rollouts each training has to choose from, in their order."""
+    """Return how many rollouts each training has to choose from, in their order."""
     counts, made = [], lopd.batches
 
     def counted(*arguments, **options):

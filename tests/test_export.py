@@ -27,7 +27,7 @@ def full(make_model):
 
 @pytest.fixture
 def adapters(make_model, tokenizer, tmp_path):
-    """A student with adapters on a base model in the folder `base`."""
+    """Make a student with adapters on a base model in the folder `base`."""
     make_model("llama_tied", seed=1).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     base, _ = load_model(tmp_path / "base", torch.float32)

@@ -34,7 +34,7 @@ LOOKS: dict[str, Callable[[str, Any], Any]] = {
 
 @pytest.fixture
 def closed() -> Iterator[str]:
-    """A port that nobody listens on."""
+    """Yield a port without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{taken.getsockname()[1]}"
@@ -42,7 +42,7 @@ def closed() -> Iterator[str]:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """A port that is listened on, and never answers."""
+    """Yield a port that is listened on, and never answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)

@@ -70,7 +70,7 @@ def rollout_of(prompt, sample, generation=0):
 
 
 def filled(store, teacher=True):
-    """Two rollouts of each prompt, scored by the SFT teacher."""
+    """Fill a store with two rollouts of each prompt, scored by the SFT teacher."""
     rollouts = [rollout_of(prompt, sample) for prompt in PROMPTS for sample in range(2)]
     store.append(rollouts)
     if teacher:
@@ -85,7 +85,7 @@ def manifest():
 
 @pytest.fixture(params=["memory", "zarr", "lance"])
 def opened(request, tmp_path):
-    """`make()` a store of each kind, and `again(store)` as another process would see it."""
+    """Return `make()`, a store of each kind, and `again(store)`, as another process would see it."""
     if request.param == "memory":
         return SimpleNamespace(make=lambda: MemoryStore(manifest()), again=lambda store: store)
     kind = {"zarr": ZarrStore, "lance": LanceStore}[request.param]
@@ -99,7 +99,7 @@ def store():
 
 
 def number(_, rollout):
-    """What a verifier reads of these rollouts: the first token says which it is."""
+    """Return the number that the first token of a rollout names: a verifier."""
     return int(rollout.response_ids[0]) - 20
 
 
@@ -111,7 +111,7 @@ class Judge:
     """A verifier that gives up after some calls, and counts them."""
 
     def __init__(self, calls=99, say=number):
-        self.left, self.say, self.asked = calls, say, []
+        self.say, self.left, self.asked = say, calls, []
 
     def __call__(self, prompt, rollout):
         assert rollout.rollout_id.startswith(f"{prompt.prompt_id}/"), "a rollout is judged with its own prompt"
@@ -309,7 +309,7 @@ def test_labels_are_refused_wherever_log_probs_are_expected_and_the_other_way_ro
 
 
 def per_rollout(step, name):
-    """Value of each rollout of a step by its first response token; those of prompt tokens are 0, and the others equal."""
+    """Return the value of each rollout of a step by its first response token; those of prompt tokens are 0, and the others equal."""
     found = {}
     for batch in step.batches:
         values = getattr(batch, name)
@@ -364,7 +364,7 @@ def test_a_checkpoint_notices_other_labels(store):
 
 
 def logits_batch(labels=True):
-    """A batch of one rollout of four counted tokens and a prompt, over five ids; hidden states are logits."""
+    """Make a batch of one rollout of four counted tokens and a prompt, over five ids; hidden states are logits."""
     random = torch.Generator().manual_seed(5)
     targets = torch.tensor([1, 4, 0, 2, 3])
     values = {name: -3 * torch.rand(5, generator=random).double() for name in ("teacher_logprobs", "ref_logprobs")}

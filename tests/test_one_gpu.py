@@ -42,7 +42,7 @@ TINY = {
 
 @pytest.fixture
 def folder(tmp_path, tokenizer, make_model):
-    """Two models, and problems with working before the answer, as GSM8K has them."""
+    """Save two models, and problems with working before the answer, as GSM8K has them."""
     for name, seed in (("teacher", 1), ("base", 2)):
         make_model("qwen3_padded", seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -103,7 +103,7 @@ def test_all_weights_in_one_seed_without_a_kill(monkeypatch, folder):
 
 @pytest.fixture(scope="module")
 def plans():
-    """Of both cards, as they are."""
+    """Return the plans of both cards, as they are."""
     return {name: make_plan(card, 2 * card.test_problems) for name, card in CARDS.items()}
 
 

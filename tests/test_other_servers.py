@@ -26,7 +26,7 @@ def _no_keys(monkeypatch):
 
 @pytest.fixture
 def start():
-    """`start(kind, **settings)`: one more server."""
+    """Return `start(kind, **settings)`, which starts one more server."""
     stubs = []
 
     def make(kind, **settings):
@@ -67,7 +67,7 @@ def assert_true(rollouts, scores, top_k=0):
 
 
 def last_id():
-    """Its last token is the last of the vocabulary, which SGLang says is 0."""
+    """Return a rollout whose last token is the last of the vocabulary, which SGLang reports as 0."""
     return Rollout("last", [3, 4], [5, VOCAB - 1, VOCAB - 1], [True] * 3, "length")
 
 

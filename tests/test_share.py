@@ -1,4 +1,4 @@
-"""Students and stores go to a hub and come back: nothing else leaves, nobody else sees them, and no message repeats the token."""
+"""Students and stores go to a hub and come back: nothing else leaves, others do not see them, and no message repeats the token."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def store() -> MemoryStore:
 
 @pytest.fixture
 def export(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Path:
-    """A student, and beside it what training left there."""
+    """Export a student, and leave beside it what training leaves there."""
     folder = tmp_path / "opd-student"
     CausalLMStudent(make_model("llama_tied"), tokenizer).export(folder, tokenizer, Lineage(None, TEACHER))
     (folder / "checkpoints").mkdir()

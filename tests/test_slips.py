@@ -128,7 +128,7 @@ def test_a_name_in_the_hub_is_not_taken_for_a_path(tmp_path: Path, monkeypatch: 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, which is home too."""
+    """Return an empty working directory, which is home too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
@@ -176,7 +176,7 @@ def test_a_tilde_is_home(form: Any, here: Path) -> None:
     write_run_report(form("~/run.html"), MemoryStore(tiny_manifest()))
     assert sorted(path.name for path in (here / "home").iterdir()) == ["LanceStore", "ZarrStore", "model", "run.html", "run.parquet"]
     with pytest.raises(StorePathError, match="expected a user of this machine behind '~'"):
-        ZarrStore.create(form("~nobody-at-all/run"), tiny_manifest())
+        ZarrStore.create(form("~no-such-user/run"), tiny_manifest())
     assert [path.name for path in here.iterdir()] == ["home"]
 
 

@@ -30,7 +30,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module")
 def records(rollouts):
-    """The rollouts with made-up teacher scores, some far enough away to be clipped."""
+    """Return the rollouts with made-up teacher scores, some far enough away to be clipped."""
     rng = np.random.default_rng(5)
     return [ScoredRollout(r, {"teacher": -rng.exponential(4, r.response_ids.size).astype(np.float32)}) for r in rollouts]
 

@@ -98,7 +98,7 @@ def rollouts_of(store):
 
 
 def shown(tokenizer, rollout):
-    """The prompt, and the response with what was drawn in brackets, as text."""
+    """Return the prompt, and the response with what was drawn in brackets, as text."""
     text, inside = "", False
     for token, drawn in zip(rollout.response_ids.tolist(), rollout.loss_mask.tolist(), strict=True):
         text += ("[" if drawn else "]") * (drawn != inside) + tokenizer.decode([token])

@@ -35,7 +35,7 @@ wrong_ids = pytest.mark.parametrize(("ids", "message"), WRONG_IDS.values(), ids=
 
 
 def refused(message: str) -> Any:
-    """The error whose message has this text in it."""
+    """Return the error whose message has this text in it."""
     return pytest.raises(InvalidRecordError, match=re.escape(message))
 
 

@@ -98,7 +98,7 @@ OUT_OF_MEMORY = (
 )
 
 
-# --- dying and starting anew ----------------------------------------------------------------------------------------------------------
+# --- dying and starting again ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_engine_starts_when_first_asked_and_again_after_it_was_closed(fake, folder, rollouts):
@@ -427,7 +427,7 @@ def test_an_engine_that_gives_fewer_log_probs_than_a_scorer_asks_for_is_refused(
 
 
 def flat_of(positions):
-    """Log-probs of positions, each a list of (id, log-prob), as vLLM lays them out."""
+    """Return the log-probs of positions, each a list of (id, log-prob), as vLLM lays them out."""
     ends = np.cumsum([len(p) for p in positions]).tolist()
     return SimpleNamespace(
         start_indices=[0, *ends[:-1]],

@@ -135,7 +135,7 @@ def advise(tail: float) -> tuple[Verdict, str]:
     ratio ended within 0.02 of online OPD, and one without fell from 3 of 8 starts with more than 2 %.
 
     Of 18 more pairs of models 17 had something to learn; on 5 of these the verdict is wrong, if "more SFT first" means that neither a stored nor a
-    live run removes a fifth of the KL, and one verdict for all is wrong on 8.  No threshold on what is known before the first step told where a
+    live run removes a fifth of the KL, and one verdict for all is wrong on 8.  No threshold on what is known before the first step showed where a
     live or a refreshed run beats a stored one, so neither is a verdict.
 
     Args:
