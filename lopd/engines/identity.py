@@ -104,7 +104,7 @@ def check_unchanged(owner: str, model: Any, identified: Identified) -> None:
 
     Where something was changed, the identity is taken again: adapters may be trained while they are off, or merged.
 
-    An error of the call as a whole: one that speaks of a record would have the verbs ask in halves, and put the records away.
+    An error of the call as a whole: one that names a record would have the verbs ask in halves, and put the records away.
 
     Args:
         owner: how messages name who computes.

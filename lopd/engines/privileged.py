@@ -26,7 +26,7 @@ class PrivilegedScorer:
     """Any scorer, with privileged prompts: it scores the tokens that the policy drew after one prompt as they stand after another.
 
     The teacher may be the student itself, told the solution, a hint or a system prompt (self-distillation, OPSD).  `told[i]` stands in for
-    `prompts[i]`, so what each is told is plain Python over its records:
+    `prompts[i]`, so what each reads is plain Python over its records:
 
         told = make_prompts([f"{p.text}  The answer is {p.answer}." for p in prompts], tokenizer)
         score_rollouts(store, PrivilegedScorer(HFScorer.from_folder("student"), prompts, told), column="told")
@@ -109,7 +109,7 @@ class PrivilegedScorer:
             scores = self.scorer.score(told)
         except ContextOverflowError as error:
             raise ContextOverflowError(
-                f"{str(error).rstrip('.')}; these are the privileged prompt and the response, so tell less."
+                f"{str(error).rstrip('.')}; these are the privileged prompt and the response, so shorten that prompt."
             ) from error
         return [_bind(score, read, rollout) for score, read, rollout in zip(scores, told, rollouts, strict=True)]
 

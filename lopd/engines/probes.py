@@ -61,7 +61,7 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
         The first way that is right: packed, or, for a hybrid whose other layers know no lengths, each rollout in a row of its own.
 
     Warns:
-        ModelWarning: likewise.
+        ModelWarning: that of `check_scoring`.
 
     Raises:
         ModelError: the model cannot be trained here; it names the cause and the next step.

@@ -1,4 +1,4 @@
-r"""What a store tells about a run before its first step: how far the student is from its teacher, and whether stored rollouts are likely to do.
+r"""What a store shows of a run before its first step: how far the student is from its teacher, and whether stored rollouts are likely to do.
 
 Everything is read from two columns, the teacher's and that of the policy that sampled; no model runs.  \(A\) is the teacher's minus the policy's
 log-prob of a sampled token.  What two supports have in common is measured by `lopd.records.overlap`.
@@ -154,7 +154,7 @@ def advise(tail: float) -> tuple[Verdict, str]:
 
 
 def _reference(store: LogprobReader) -> str:
-    """Return the column of the policy that tells most."""
+    """Return the column of the policy that holds most."""
     policies, columns = store.generations.values(), store.columns
     own = [name for name, made in columns.items() if all(made.is_of(policy) for policy in policies)]
     first = store.manifest.generation

@@ -74,7 +74,7 @@ def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -
 
     Args:
         metrics: what `opd_steps` yields, over steps with a teacher's and a ref column.
-        limits: where it speaks.
+        limits: where it warns.
 
     Raises:
         ArgumentError: an argument is something else.
@@ -96,7 +96,7 @@ def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -
             if name not in said:
                 said.add(name)
                 warnings.warn(
-                    f"Step {m.step}: {sentence}; the stored rollouts no longer speak for this student: lower the learning rate or the clip, use "
+                    f"Step {m.step}: {sentence}; the stored rollouts are no longer this student's own: lower the learning rate or the clip, use "
                     "the importance ratio, or sample again (`lopd.verbs.refresh`).",
                     DriftWarning,
                     stacklevel=2,

@@ -1,4 +1,4 @@
-r"""What a loss wants of the student's log-probs, apart from how they are computed: the plain and the fused paths share it.
+r"""What a loss needs of the student's log-probs, apart from how they are computed: the plain and the fused paths share it.
 
 A variant of Lightning OPD is a function `Signal -> Signal` (`lopd.losses.variants`): it changes advantages and weights, never the path.
 
@@ -119,7 +119,7 @@ class Objective(Protocol):
         ...
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """Return (M, K) int64: the ids whose log-probs it wants."""
+        """Return (M, K) int64: the ids whose log-probs it needs."""
         ...
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:

@@ -31,7 +31,7 @@ class Batch(Glanced):
         segment_ids: (N,) int64, which rollout of this batch.
         weight: (N,) float32, how much a token counts; 0 for prompt tokens and masked tokens.
         teacher_logprobs: (N,) float32, nats, meaningful where weight > 0 (0 elsewhere); None if no such column was asked for.
-        ref_logprobs: (N,) float32, nats, likewise, of the reference policy at temperature 1: drift is measured from these.
+        ref_logprobs: (N,) float32, nats, the same of the reference policy at temperature 1: drift is measured from these.
         top_k_ids: (N, K) int64, the distinct tokens of the teacher's support: those that it finds most likely, or the policy's candidates.  None
             if they were not asked for, like the next five.
         top_k_logprobs: (N, K) float32, nats, of the teacher's whole distribution.

@@ -43,8 +43,8 @@ class Preflight:
         parity_rollouts: how many are compared with it.
         parity_bound: mean absolute difference, nats, that is allowed; what vLLM and transformers differ by is in
             `benchmarks/results/bench_engines.json`.
-        parity_p99_bound: its 99 % quantile likewise: few tokens that are far off are a sign of misalignment, not of rounding.
-        parity_bias_bound: the mean difference likewise, for it does not average out.
+        parity_p99_bound: the largest allowed 99 % quantile: few tokens that are far off are a sign of misalignment, not of rounding.
+        parity_bias_bound: the largest allowed mean difference, which does not average out.
         end_bound: how much less likely the end tokens may be than those before them, nats, before it warns.
 
     Raises:

@@ -42,7 +42,7 @@ def opd_steps(
     `fully_shard` first.  `batches` gives each rank its share of a step; weights, gradients and metrics are those of one process on all of it,
     up to rounding.
 
-    On a GPU nothing waits between the first forward of a step and the end of its last backward: what is told of a step comes to the host
+    On a GPU nothing waits between the first forward of a step and the end of its last backward: what is reported of a step comes to the host
     there, in one copy, before the optimizer's step, as a gradient that is not finite must not reach the weights.  The guards of the first steps
     ask more.
 
@@ -64,7 +64,7 @@ def opd_steps(
     Raises:
         ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
         TokenizerMismatchError: a step states that its ids are of another vocabulary than the student's; the weights are those of the step before.
-        TrainingDivergedError: a gradient is not finite; likewise.
+        TrainingDivergedError: a gradient is not finite; the weights are those of the step before.
         InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, or `max_grad_norm` makes no sense.
         ModelError: there are several ranks, and nothing sums the gradients of the student.
     """

@@ -59,7 +59,7 @@ class Files(Protocol):
         ...
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
-        """Write new files, durable on return; FileNotFoundError where somebody removed their folder at the same moment."""
+        """Write new files, durable on return; FileNotFoundError where their folder was removed at the same moment."""
         ...
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:

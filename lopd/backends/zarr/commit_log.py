@@ -63,7 +63,7 @@ class CommitLog:
         self._owner = owner
 
     def commit(self, number: int, record: Mapping[str, Any], previous: str) -> Entry | None:
-        """Return the record, if it took this number; None if somebody else did.  `previous` is the checksum of the one before it.
+        """Return the record, if it took this number; None if another writer did.  `previous` is the checksum of the one before it.
 
         Raises:
             InvalidRecordError: it could not be read again.

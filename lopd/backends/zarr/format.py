@@ -71,7 +71,7 @@ class ArrayMeta:
         return checksum(data) == self.checksum
 
     def is_metadata(self, attributes: Mapping[str, Any], data: bytes) -> bool:
-        """Return whether this is its `zarr.json`, as it was written with these attributes, or with others beside them that somebody has added."""
+        """Return whether this is its `zarr.json`, as it was written with these attributes, or with others that were added."""
         return checksum(data) == self.metadata_checksum or says(_array_document(self.dtype, self.shape, attributes), data)
 
     def to_json(self) -> dict[str, Any]:

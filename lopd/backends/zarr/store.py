@@ -62,7 +62,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         """Merge small segments into ones of about `target_tokens`; rows keep their numbers, and open readers read on.  Refreshes.
 
         Writers merge what is small by themselves, sixteen appends into one and sixteen of those; this does the rest.  What others append
-        meanwhile is left for the next time.  Of two compactions that want the same segments, one wins and the other looks again.
+        meanwhile is left for the next time.  Of two compactions of the same segments, one wins and the other looks again.
         Replaced segments are removed some 64 commits later, or by `sweep`.
 
         Raises:

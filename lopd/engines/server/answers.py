@@ -38,7 +38,7 @@ class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes a
 
 
 def accepted(owner: str, url: str, response: httpx2.Response, variable: str = "VLLM_API_KEY", key: str | None = None) -> Any:
-    """Return the JSON of an answer of 200; NaN and infinities are read as such, and judged by whoever reads the numbers.
+    """Return the JSON of an answer of 200; NaN and infinities are read as such, and judged where the numbers are read.
 
     Args:
         owner: how an error names what was asked for.

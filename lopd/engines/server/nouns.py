@@ -117,7 +117,7 @@ class ServerScorer:
         Raises:
             ContextOverflowError: a rollout is too long; it names the rollout, and nothing is sent.
             InvalidRecordError: an id is outside the vocabulary, a rollout lacks candidates, or a log-prob is missing or none.
-            EngineError: the servers failed, disagree, do not speak the extensions, or cannot score candidates.
+            EngineError: the servers failed, disagree, lack the extensions, or cannot score candidates.
         """
         check_rollouts(rollouts, self.tokenizer_id, self.servers.served.context - 1, self.candidates, self.drawn)
         # a request that asks for ids is about one rollout
@@ -237,7 +237,7 @@ class ServerSource:
         Raises:
             ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sent.
             InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none.
-            EngineError: the servers failed, disagree, do not speak the extensions, report log-probs of some other kind, or take no seeds.
+            EngineError: the servers failed, disagree, lack the extensions, report log-probs of some other kind, or take no seeds.
         """
         if not prompts:
             return []

@@ -1,4 +1,4 @@
-"""Several servers of one model as one engine, whatever they speak.
+"""Several servers of one model as one engine, whatever their protocol.
 
 Requests are spread, bounded, sent again when that may help, and dropped together.  A server that fails is left alone and asked how it is, with
 growing pauses; when it answers, and still serves the same model, it is used again.  Nothing outlives a call: its connections and threads end
@@ -234,7 +234,7 @@ class _Endpoint:
             raise Down(str(trouble), error, trouble.pause, busy=trouble.busy) from None
 
     def stop(self) -> None:
-        """Drop all connections: the server is told to give up what is under way, and whoever waits for it goes on."""
+        """Drop all connections: the server then gives up what is under way, and callers that wait for it go on."""
         self._stopped.set()
         for connection in list(self._sockets):
             _shut(connection)

@@ -46,7 +46,7 @@ class SGLang:
         return f"sglang {served.version or 'of an unnamed version'} served"
 
     def served(self, name: str, model: str, context: int | None, get: Get) -> Served:
-        """Return what it serves.  A weight version that somebody set is part of the model's root."""
+        """Return what it serves.  A weight version that was set is part of the model's root."""
         get("/health", None)
         card = model_card(name, model, get("/v1/models", {}))
         served, settings = (get(path, {}) for path in ("/model_info", "/server_info"))
@@ -59,7 +59,7 @@ class SGLang:
         return Served(str(settings.get("version") or ""), root, length, cached, seeded)
 
     def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:  # noqa: ARG002  # all have it
-        """Return the body as it is: the server has one model, and is not told which."""
+        """Return the body as it is: the server has one model, so no field names it."""
         return "/generate", body
 
     def costs(self, answer: Any) -> Costs:

@@ -27,7 +27,7 @@ _ARRAYS = ("response_tokens", "loss_mask", "teacher_log_probs")
 _NOT_VOUCHED_FOR = (
     "token ids: the response was decoded to text and encoded again, so its ids may not be those that were sampled",
     "EOS: it was dropped with the other special tokens, so no token here teaches the student to stop",
-    "prompt: it was tokenised here, from text and without adding special tokens; whoever scored it may have done otherwise",
+    "prompt: it was tokenised here, from text and without adding special tokens; the scorer may have done otherwise",
     "teacher: its model, revision, dtype, engine and tokenizer are what the caller said",
     "sampling: the policy, its temperature, top-p and cap on tokens are what the caller said in the manifest",
     "behavior log-probs: none were kept, so the importance ratio to what sampled cannot be known",
@@ -84,7 +84,7 @@ def import_authors_parquet(
         storage_options: options of fsspec.
 
     Returns:
-        Counts, and what the file cannot vouch for; show it to whoever trains on the store.
+        Counts, and what the file cannot prove; show it to those who train on the store.
 
     Raises:
         TokenizerMismatchError: tokenizer, manifest and teacher do not share one vocabulary; nothing is imported.

@@ -1,4 +1,4 @@
-"""Text for SFT, from whoever wrote it, into a store."""
+"""Text for SFT, by any writer, into a store."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence

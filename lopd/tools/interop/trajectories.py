@@ -52,7 +52,7 @@ def import_trajectories(
         lineage: what the policy was trained on; None is the lineage in its folder, and nothing for a `ModelId`.
         store: makes the store, for example `lambda manifest: ZarrStore.open_or_create("run.zarr", manifest)`.
         turns: "together" for one rollout of all turns; "each" for a rollout each, whose prompt is all before it; or the numbers of some (from 0,
-            or from the end as -1), each a rollout likewise (prefix replay).
+            or from the end as -1), each a rollout too (prefix replay).
         logprobs: what recorded log-probs are of, where temperature or top-p is not 1: "sampler" for the distribution that drew, "behavior" for
             the policy's own.
         tools: for records of messages without tools.

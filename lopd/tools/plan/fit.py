@@ -67,7 +67,7 @@ def fits(student: Any, use: Use | None = None, *, card_gb: float, teacher: Any =
 
     Args:
         student: a transformers configuration.
-        use: how it is used; the teacher likewise, in the dtype that the student's layers compute in.
+        use: how it is used; the teacher is too, in the dtype that the student's layers compute in.
         card_gb: memory of the card, 10^9 bytes, of which 0.85 count.
         teacher: a transformers configuration; None leaves scoring out.
 

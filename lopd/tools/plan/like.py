@@ -57,7 +57,7 @@ def _segments(history: Sequence[Commit]) -> int:
 
 
 def measured_rates(store: DurableStore) -> dict[str, float]:
-    """Return tokens a second as `GpuRates` counts them, of what filled a store: "sampling" and "scoring", where the history tells them.
+    """Return tokens a second as `GpuRates` counts them, of what filled a store: "sampling" and "scoring", where the history has them.
 
     Each is the median over commits, so that nights between runs do not count.
     """

@@ -141,7 +141,7 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def _check_names(folder: Path, name: str) -> None:
-    """Refuse a configuration that leads to a path of this machine: it tells others of it, and leads nowhere for them."""
+    """Refuse a configuration that leads to a path of this machine: it shows the path to others, and leads nowhere for them."""
     for key, text in _texts("", parse(read_regular(folder / name))):
         named = key.endswith("name_or_path") and (text.startswith((".", "~", "/")) or text.count("/") > 1 or os.path.isdir(text))  # noqa: PTH112
         # texts that begin with a slash may be anything, also tokens
