@@ -21,7 +21,7 @@ from lopd.records.lineage import Lineage
 from lopd.records.rollouts import BEHAVIOR_COLUMN
 from lopd.records.steps import StepMetrics
 from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
-from lopd.tools.origins import describe_model, origins, score_columns
+from lopd.tools.origins import describe_model, origins, score_columns, trained_on
 from lopd.tools.report.charts import Chart, over_steps
 from lopd.tools.report.history import Phase, read_steps
 from lopd.tools.report.page import write_page
@@ -233,6 +233,8 @@ def _origins(store: LogprobReader, lineage: Lineage | None, versions: Mapping[st
     if lineage is not None:
         rows.append(("student's SFT teacher", describe_model(lineage.sft_teacher)))
         rows.append(("student's OPD teacher", describe_model(lineage.opd_teacher)))
+        on = {True: "these rollouts", False: "OTHER ROLLOUTS than these", None: "not recorded"}
+        rows.append(("student was trained on", on[trained_on(lineage, store)]))
     return [*rows, *((f"version of {name}", version) for name, version in versions.items())]
 
 
