@@ -35,7 +35,7 @@ from lopd.errors import (
     StorePathError,
     StoreWriteError,
 )
-from lopd.records import Lineage, Scores
+from lopd.records import Lineage, Scores, StoreId
 
 TEACHER = ModelId("teacher", "1", "float32")
 
@@ -64,7 +64,7 @@ def test_a_lineage_that_cannot_be_written_is_one_sentence(tmp_path):
 
 def test_a_lineage_that_is_written_into_an_export_leaves_it_an_export(small, tokenizer, tmp_path):
     student, _ = small
-    for lineage in (Lineage(), Lineage(opd_teacher=TEACHER)):
+    for lineage in (Lineage(), Lineage(TEACHER, store=StoreId(8, "a"))):
         student.export(tmp_path / "out", tokenizer, lineage)
         Lineage(sft_teacher=TEACHER).write(tmp_path / "out")
         assert Lineage.read(tmp_path / "out") == Lineage(sft_teacher=TEACHER)
