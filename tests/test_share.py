@@ -335,7 +335,7 @@ def test_the_card_of_a_student_says_how_it_was_made(export: Path, store: MemoryS
         base_model="org/base",
         datasets="org/prompts",
         training={"steps": 150},
-        metrics={"openai/gsm8k": {"avg@8": Estimate.between(0.4, 0.51234, 0.6, clusters=100, values=800)}},
+        metrics={"openai/gsm8k": {"avg@8": Estimate(0.51234, 0.4, 0.6, 100, 800)}},
         notes="Not for medicine.",
     )
     card = model_card(export, about, store)
