@@ -239,7 +239,7 @@ def test_a_logger_gets_every_number_but_the_step_under_a_name_of_its_own(scored,
     everything = []
 
     def walk(value):
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else None
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [] if value is None else None
         everything.append(value) if parts is None else [walk(part) for part in parts]
 
     walk({name: value for name, value in asdict(metrics).items() if name != "step"})

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopd.errors import AdvantageWarning, DriftWarning, TrainingWarning
-from lopd.protocols import StatesBaseline, StatesCorrection
+from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels
 from lopd.records.drift import Drift
 from lopd.records.steps import Batch
 
@@ -111,6 +111,17 @@ def judge_baseline(optimizer: Optimizer, loss: object, batches: Sequence[Batch])
             "baseline",
             f"Loss {type(loss).__name__}: it has a baseline, and the weight of a token depends on the length of its response, so the "
             "baseline changes the expected gradient; pass `weighting=by_token` to `batches`, or leave the baseline out.",
+        )
+
+
+def judge_labels(optimizer: Optimizer, loss: object, batches: Sequence[Batch]) -> None:
+    """Warn if batches bring labels to a loss that states that it ignores them."""
+    if isinstance(loss, StatesLabels) and loss.ignores_labels and any(batch.label_values is not None for batch in batches):
+        _warn_once(
+            optimizer,
+            "labels",
+            f"Loss {type(loss).__name__}: it reads no labels, so it trains as without `batches(label=...)`; pass a transform that does "
+            "(`add_labels` or `weigh_labels` of `lopd.losses.variants`), or leave `label` out.",
         )
 
 
