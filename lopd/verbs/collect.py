@@ -1,6 +1,5 @@
 """VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from lopd.protocols.reading import in_batches, named, walk
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores, policy_column, rollout_id
+from lopd.records.warn import warn_user
 from lopd.verbs.asking import ask, shown
 
 
@@ -192,8 +192,7 @@ def _warn_of(report: CollectionReport) -> None:
             f"Collection: all {len(report.refused)} prompts were refused; the first is {first!r} ({reason}); "
             "set right what is wrong with them all."
         )
-    warnings.warn(
+    warn_user(
         f"Collection: {len(report.refused)} prompts could not be sampled and were left out; the first is {first!r} ({reason})",
         RefusedPromptsWarning,
-        stacklevel=3,
     )
