@@ -239,6 +239,16 @@ class StatesBaseline(Protocol):
 
 
 @runtime_checkable
+class StatesLabels(Protocol):
+    """What a loss, or its objective, may state besides, likewise."""
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether it surely reads no labels."""
+        ...
+
+
+@runtime_checkable
 class StatesName(Protocol):
     """What a store may state besides; messages name one that does not by its `repr`."""
 

@@ -241,9 +241,9 @@ class _Seeded:
         return found
 
     def _evaluate(self, asked: Evaluation, folder: str) -> _Phase:
-        """Return a source on transformers, at temperature 1; another seed than that of the rollouts."""
+        """Evaluate a model on transformers, in float32 as it is trained, at temperature 1; with another seed than that of the rollouts."""
         sampling = SamplingParams(self.s.sampling.max_new_tokens, samples_per_prompt=asked.samples_per_prompt, seed=self.seed + 1000)
-        source, found = HFSource.from_folder(folder, sampling, device=self.s.student.place), _Phase()
+        source, found = HFSource.from_folder(folder, sampling, torch.float32, self.s.student.place), _Phase()
         if asked.verifier:
             judge, scores = _verifier(asked.verifier), list[float]()
 
