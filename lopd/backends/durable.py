@@ -101,7 +101,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         Args:
             path: a folder that is empty or not there yet, or a URL such as `s3://bucket/run1`.
             manifest: what all rollouts will have in common.
-            logprob_dtype: "float32", or "float16" for half the bytes (a relative error of 2**-11; `history` says the largest of each commit).
+            logprob_dtype: "float32", or "float16" for half the bytes (a relative error of 2**-11, see `history`).  Labels are float32 in both.
             storage_options: credentials, endpoint and time limits; see `lopd.backends.files.cloud`.
 
         Raises:
