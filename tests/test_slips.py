@@ -19,8 +19,9 @@ from lopd.backends.files import open_files
 from lopd.backends.lance import LanceStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
+from lopd.engines.finding import find_model, local_folder
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.engines.identity import find_model, folder_model_id, local_folder
+from lopd.engines.identity import folder_model_id
 from lopd.errors import (
     CheckpointError,
     EngineError,

@@ -218,7 +218,11 @@ def test_the_text_beside_the_ids_is_compared_with_them(tokenizer):
 @pytest.mark.parametrize("form", FORMS)
 def test_how_a_policy_ended_may_stand_in_the_record_alone(form, tokenizer):
     record = {key: [without_endings(step) for step in value] if key == "trajectory" else value for key, value in FORMS[form].items()}
-    for said, ended in (({"finish_reason": "length"}, "length"), ({"is_truncated": True}, "length"), ({"is_truncated": float("nan")}, "stop")):
+    for said, ended in (
+        ({"finish_reason": "length"}, "length"),
+        ({"is_truncated": True}, "length"),
+        ({"is_truncated": float("nan")}, "stop"),
+    ):
         made = rollouts_of(imported([{**record, **said}], tokenizer, turns=[-1]))
         assert [rollout.finish_reason for rollout in made] == [ended]
     with pytest.raises(PromptError, match="its finish_reason is 'tired'"):
