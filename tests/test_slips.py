@@ -11,6 +11,7 @@ import fsspec
 import numpy as np
 import pytest
 from attrs import asdict, evolve
+from chat_tokenizers import byte_tokenizer
 from fsspec.implementations.memory import MemoryFileSystem
 from test_drift import metrics_of
 
@@ -27,6 +28,7 @@ from lopd.errors import (
     EngineError,
     InvalidRecordError,
     LopdError,
+    ModelError,
     PromptError,
     StoreExistsError,
     StoreNotFoundError,
@@ -122,6 +124,50 @@ def test_a_model_folder_that_is_not_there_is_said_without_asking_the_hub(
 def test_a_name_in_the_hub_is_not_taken_for_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert [str(find_model(name)) for name in ("gpt2", "Qwen/Qwen3-0.6B")] == ["gpt2", "Qwen/Qwen3-0.6B"]
+
+
+NOT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a file": (lambda at: at.write_text("{}"), "it is a file.*pass the folder that it is in"),
+    "an empty folder": (lambda at: at.mkdir(), "neither config.json nor adapter_config.json, expected a model;.*there is nothing"),
+    "a folder of models": (lambda at: (at / "student").mkdir(parents=True), "neither config.json nor.*there is 'student'"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_MODELS)
+def test_what_is_not_a_models_folder_is_said_with_what_it_is(what: str, tmp_path: Path) -> None:
+    make, said = NOT_MODELS[what]
+    make(tmp_path / "it")
+    for read in (load_model, folder_model_id, HFScorer.from_folder):
+        with pytest.raises((EngineError, ModelError), match=said):
+            read(tmp_path / "it")
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_not_the_folder_where_the_program_runs(path: str) -> None:
+    for read in (load_model, open_store, lambda path: read_prompts(path, None)):
+        with pytest.raises(LopdError, match=r"the path is '.*', expected the name of a file"):
+            read(path)
+
+
+def test_a_tokenizer_that_is_not_there_or_is_damaged_is_named_before_weights_are_read(
+    llama: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama.save_pretrained(tmp_path)
+    monkeypatch.setattr("lopd.engines.hf.loading._from_pretrained", lambda *_: pytest.fail("weights were read"))
+    lacks = r"its tokenizer cannot be loaded \(the folder has neither tokenizer.json nor.*tokenizer.save_pretrained"
+    with pytest.raises(EngineError, match=lacks):
+        load_model(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(EngineError, match=rf"Model '{tmp_path}': its tokenizer cannot be loaded \(.+\), expected its files"):
+        load_model(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_named_with_the_folder(llama: Any, tmp_path: Path) -> None:
+    llama.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"Model {tmp_path}: its head has 96 rows, .*261 ids; load the tokenizer that belongs to it"):
+        HFScorer.from_folder(tmp_path)
 
 
 # Paths

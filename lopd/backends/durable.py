@@ -160,7 +160,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         root = read_root(files, cls._ROOT)
         if manifest is not None and (difference := root.manifest.difference(manifest)) is not None:
             raise ManifestMismatchError(
-                f"Store {files.url}: {difference}; open it with the manifest it was created with (or none), or create another store."
+                f"Store {files.url}: {difference}; sample with the settings of this store, or create another (`open_store` opens it as it is)."
             )
         return cls(files, root)
 
