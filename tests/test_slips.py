@@ -13,9 +13,10 @@ import pytest
 from attrs import asdict, evolve
 from chat_tokenizers import byte_tokenizer
 from fsspec.implementations.memory import MemoryFileSystem
+from table_engines import WORK, TableScorer, TableSource
 from test_drift import metrics_of
 
-from lopd import MemoryStore, load_checkpoint, score_rollouts
+from lopd import MemoryStore, collect_rollouts, label_rollouts, load_checkpoint, score_rollouts
 from lopd.backends.files import open_files
 from lopd.backends.lance import LanceStore
 from lopd.backends.opening import open_store
@@ -36,7 +37,7 @@ from lopd.errors import (
     StoreWriteError,
     TokenizerMismatchError,
 )
-from lopd.records import Lineage, SamplingParams, read_prompts
+from lopd.records import Lineage, Prompt, SamplingParams, read_prompts
 from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.tools.command import main
 from lopd.tools.command_line import show
@@ -336,6 +337,38 @@ def test_a_teacher_with_two_more_tokens_is_told_how_many_and_what_to_do(tokenize
         score_rollouts(store, scorer)
 
 
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_a_store_that_cannot_be_written_to_is_refused_before_anything_is_paid_for(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, scorer = TableSource(SamplingParams(max_new_tokens=4)), TableScorer()
+    prompts = [Prompt(f"p{i}", [1 + i]) for i in range(4)]
+    store = kind.create(tmp_path / "run", source.manifest)
+    collect_rollouts(source, prompts[:2], store)
+    score_rollouts(store, scorer, column="done")
+    # root may write whatever the mode of a folder says
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    WORK.clear()
+    for pay in (
+        lambda: collect_rollouts(source, prompts, store),
+        lambda: score_rollouts(store, scorer),
+        lambda: label_rollouts(store, lambda _, rollout: WORK.append(rollout.rollout_id) or 1.0, prompts[:2]),
+    ):
+        with pytest.raises(
+            StoreWriteError, match=r"Store .*run: the write failed with .*Permission denied.*check the path, its permissions"
+        ):
+            pay()
+    assert WORK == []
+    # what is complete is not written to
+    assert collect_rollouts(source, prompts[:2], store).rollouts == score_rollouts(store, scorer, column="done").rollouts == 0
+
+
+def test_a_lineage_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "lopd.json").symlink_to(tmp_path / "nowhere/lopd.json")
+    with pytest.raises(StoreWriteError, match=r"Lineage .*lopd.json: it cannot be written \(.*\); free space or mend permissions"):
+        Lineage().write(tmp_path)
+
+
 # Tools
 
 
@@ -379,8 +412,6 @@ def test_escape_sequences_of_a_store_do_not_reach_the_terminal(tmp_path: Path, c
 
 
 def test_every_report_counts_prompts_and_responses(tokenizer: Any, llama: Any, prompts: Any) -> None:
-    from lopd import collect_rollouts
-
     source = HFSource(llama, tokenizer, SamplingParams(max_new_tokens=4))
     store = MemoryStore(source.manifest)
     collected, scored = collect_rollouts(source, prompts, store), score_rollouts(store, HFScorer(llama, tokenizer))

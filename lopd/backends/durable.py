@@ -239,7 +239,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
                 known = {name: content for name, (content, _) in self._known(ids, self.find(ids)).items()}
                 new = admission.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self.generations, known=known)
                 if not new:
-                    return self._writer.settle(None)
+                    return (self._writer if rollouts else self._proven_writer).settle(None)
                 if self._proven_writer.add_rollouts(new, len(self)):
                     return None
         finally:

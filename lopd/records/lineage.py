@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from attrs import asdict, frozen
 
-from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
+from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreWriteError
 from lopd.records.identity import ModelId, mixture_id
 from lopd.records.optional import need
 from lopd.records.paths import local_path, read_regular
@@ -68,6 +68,7 @@ class Lineage:
         Raises:
             InvalidRecordError: the folder is not there, or is a store.
             CorruptStoreError: there is a lineage that cannot be read.
+            StoreWriteError: the disk refused.
         """
         folder = local_path("Lineage", folder)
         if not folder.is_dir():
@@ -75,7 +76,12 @@ class Lineage:
         self.read(folder)
         path = folder / LINEAGE_FILE
         there = parse(read_regular(path, LARGEST_JSON)) if path.exists() else {}
-        path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
+        try:
+            path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
+        except OSError as error:
+            raise StoreWriteError(
+                f"Lineage {path}: it cannot be written ({error}); free space or mend permissions, and repeat it."
+            ) from error
 
     @classmethod
     def read(cls, folder: str | Path) -> "Lineage":
