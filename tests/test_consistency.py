@@ -13,7 +13,7 @@ from named_batches import numbered_records, rows_of
 from lopd import batches, score_rollouts
 from lopd.errors import InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning
 from lopd.guards import ConsistencyPolicy
-from lopd.records import Lineage, ModelId, Scores, StoreId, mixture_id
+from lopd.records import ModelId, Scores, StoreId, mixture_id
 from lopd.records.identity import UNKNOWN
 from lopd.verbs import StepStream
 

@@ -12,8 +12,8 @@ import transformers
 from attrs import asdict, evolve, frozen
 
 import lopd
+from lopd.engines.finding import local_folder
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
-from lopd.engines.identity import local_folder
 from lopd.engines.supports import provenance_of
 from lopd.errors import InvalidRecordError
 from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
