@@ -62,7 +62,7 @@ def train(store: LogprobStore) -> dict[str, Any]:
 
 
 def main(environment: Mapping[str, str], work: str, kind: str, url: str, folder: Path, ranks: Ranks) -> None:
-    """One of the two, as rank so-and-so; stores find the bucket in this environment."""
+    """Write or train, as the rank that was passed; stores find the bucket in this environment."""
     os.environ.update(environment)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{work}", rank=ranks.rank, world_size=ranks.size)
     if work == "write":

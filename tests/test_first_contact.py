@@ -230,7 +230,7 @@ class _Pages(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def pages() -> Iterator[str]:
-    """The address of something that is neither a hub nor a model server."""
+    """Yield the address of something that is neither a hub nor a model server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

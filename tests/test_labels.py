@@ -461,7 +461,7 @@ PERHAPS_READ = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Student")  # it is no model
+@pytest.mark.filterwarnings("ignore:Student")  # it is not a model
 @pytest.mark.parametrize("tokens_per_batch", [12, 4096])
 def test_labels_that_no_transform_reads_are_said_and_metrics_tell_what_labels_say(store, tokens_per_batch):
     label_rollouts(store, lambda prompt, r: number(prompt, r) // 3, PROMPTS)  # 0 0 | 0 1 | 1 1 | 2 2

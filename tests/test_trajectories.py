@@ -246,7 +246,7 @@ def test_arrays_of_numpy_are_read_as_lists_are(form, tokenizer):
 
 
 def as_arrays(value):
-    """The same as pandas reads it from a parquet file."""
+    """Return the same as pandas reads it from a parquet file."""
     if isinstance(value, dict):
         return {key: as_arrays(item) for key, item in value.items()}
     if isinstance(value, list) and isinstance(value[0], dict):

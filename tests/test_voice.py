@@ -28,7 +28,7 @@ PHRASES = {
     r"\bnobody\b(?!')": "the passive, or who it is",
     r"\bbut for\b": "except, without, up to",
     r"\banew\b": "again",
-    r"(?<!there )\b(?:is|are) (?-i:none)\b": "is not one",
+    r"(?<!there )\b(?:is|are) (?-i:none)\b(?!\.\w)": "is not one",
     r"(?<!there )\b(?:is|are|was|were) no (?!longer\b|more\b|further\b|worse\b|[a-z]+er\b)": "is not an X",
     r"\bnext to no\b": "almost no",
     r", say[,;.)]": "for example",
