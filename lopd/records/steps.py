@@ -220,7 +220,7 @@ class StepMetrics:
         response_tokens: those that count, of all rollouts in this step.  Over rounds of fresh rollouts watch their mean a rollout: weights
             `by_rollout` push it up (`lopd.by_rollout`).  0 in metrics that were written before they were counted.
         mean_label: over the rollouts of this step; None unless the steps bring labels.
-        unlike_group: share of rollouts whose label is not the mean of their group, likewise: from the others `add_labels` learns nothing.
+        unlike_group: share of rollouts whose label is not the mean of their group, None as above: from the others `add_labels` learns nothing.
     """
 
     step: int

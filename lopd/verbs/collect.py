@@ -68,7 +68,7 @@ def collect_rollouts(
         progress: None shows a bar on a terminal and in a notebook, and a line a minute elsewhere (`lopd.tools.console.RichProgress`).
 
     Warns:
-        ContextWarning: some responses were cut where the policy's context is full; said of the first batch that has any.
+        ContextWarning: some responses were cut where the policy's context is full; it is raised once, for the first batch that has any.
         RefusedPromptsWarning: some prompts were refused.
 
     Raises:

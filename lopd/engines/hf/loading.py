@@ -60,7 +60,7 @@ def load_model(
         raise EngineError(
             f"Model {str(folder)!r}: autocast is {autocast!r:.40}, expected a dtype of 16 bits; pass torch.bfloat16, or leave it out."
         )
-    # what may be wrong with a folder is said before its weights are read
+    # what may be wrong with a folder is reported before its weights are read
     check_described(find_model(folder))
     tokenizer = load_tokenizer(folder)
     with looking_for(folder) as found:

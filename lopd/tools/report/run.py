@@ -187,7 +187,7 @@ def _start_facts(start: StartReport | str) -> list[Fact]:
 
 
 def _known_phases(store: LogprobReader, steps: Sequence[StepMetrics]) -> list[Phase]:
-    """Return the phases that store and history tell of; a store does not tell how long they took."""
+    """Return the phases that store and history record; a store does not record how long they took."""
     lengths, phases = store.lengths(), list[Phase]()
     # what labels and privileged scorers read is not the rollouts
     scored = [name for name, made in store.columns.items() if not made.label and not made.privileged]

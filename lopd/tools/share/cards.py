@@ -31,7 +31,7 @@ _FOLDERS = re.compile(
     r"(?<![\w.:/])(?:file:/+|[A-Za-z]:[/\\]+|~[^\s/\\@:]*[/\\]|\.{1,2}[/\\]|[/\\]+(?=[^\s/\\@:]+[/\\]))"
     r"(?:[^\s/\\@:,;][^/\\@:,;]*[/\\]+)*(?=[^\s/\\])"
 )
-#: What a card says of its rollouts, by what the lineage records of them.
+#: What a card states of its rollouts, by what the lineage records of them.
 _ON = {
     True: "Its lineage records these rollouts.\n",
     None: "Its lineage does not record on which rollouts it was trained; these are of the same teachers.\n",

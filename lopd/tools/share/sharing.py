@@ -158,7 +158,7 @@ def _check_names(folder: Path, name: str) -> None:
 
 
 def _written(path: Path) -> Any:
-    """Return what a file of an export says in text: its JSON, or the metadata of weights."""
+    """Return the text in a file of an export: its JSON, or the metadata of weights."""
     if path.suffix == ".safetensors":
         with safe_open(path, "np") as file:
             return file.metadata()
