@@ -1,4 +1,4 @@
-"""Servers of objects that install here, with four writers each: what they do, what was acknowledged, what was lost, and what lopd says of them.
+"""Servers of objects that install here, with four writers each: what they do, what was acknowledged, what was lost, and lopd's verdict on them.
 
 python benchmarks/bench_servers.py     # `make bench-servers`; writes benchmarks/results/servers.json; about three minutes
 """

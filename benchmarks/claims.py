@@ -1,4 +1,4 @@
-"""Does Lightning OPD do what its paper says?  Every claim on small models with a verifier, over several seeds.
+"""Does Lightning OPD do what its paper claims?  Every claim on small models with a verifier, over several seeds.
 
     python benchmarks/claims.py            # benchmarks/results/claims.json, benchmarks/RESULTS.md and its plots; about 35 minutes on two cores
     python benchmarks/claims.py --report   # RESULTS.md and the plots again, from the result files

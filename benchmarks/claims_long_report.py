@@ -115,7 +115,7 @@ def _readings() -> list[Reading]:
             r"^(?P<arm>.+) gains over SFT",
             "*{arm}* gains {measured} in accuracy over SFT",
             "*{arm}* gains nothing over SFT that could be told from chance ({measured})",
-            "One sampled token says little of where mass should go, and steps are few and small here; a support says more of each token.",
+            "One sampled token shows little of where mass should go, and steps are few and small here; a support shows more at each token.",
             told=".",
         ),
         Reading(

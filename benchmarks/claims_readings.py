@@ -1,4 +1,4 @@
-"""The goals of the claims in plain words: what each says where it was met, where it was missed, and why."""
+"""The goals of the claims in plain words: what each means where it was met, where it was missed, and why."""
 
 from results_page import Reading
 

@@ -19,7 +19,7 @@ from record import ROOT, fill
 Row = dict[str, Any]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 
-#: Files whose goals benchmarks/RESULTS.md says in words; `publish.py` makes their parts.
+#: Files whose goals benchmarks/RESULTS.md has in words; `publish.py` makes their parts.
 IN_WORDS = ("claims", "claims_estimators", "claims_long", "evidence")
 #: The regime of the paper's claims, and one in which the method fails (`benchmarks/claims.py`).
 WORKS, FAILS = "doubt, SFT 700", "certain, SFT 300"

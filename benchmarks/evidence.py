@@ -78,7 +78,7 @@ def check_settings(plan: Plan) -> None:
         ours |= {f"{arm.name}, {kind.name}": re.sub(" at 0x[0-9a-f]+", "", repr(arm)) for arm in arms}
     ours, path = json.loads(json.dumps(ours)), plan.folder / "settings.json"
     if not path.exists() and next(plan.folder.glob("**/*.json"), None):
-        raise SystemExit(f"Evidence {plan.folder}: it has units and no settings.json, which says what they are; move that folder away.")
+        raise SystemExit(f"Evidence {plan.folder}: it has units and no settings.json, which describes them; move that folder away.")
     theirs = once(path, lambda: ours)
     for name in {**ours, **theirs}:
         value = ours.get(name)
@@ -124,7 +124,7 @@ def report(plan: Plan) -> list[Row]:
         trials = other_trials(plan, choose_rates(plan))
     if missing := sum(not unit.path.exists() for unit in trials):
         raise SystemExit(
-            f"Evidence {plan.folder}: {missing} trials of arms are not made, expected 0 for a report; `--plan` says what is left."
+            f"Evidence {plan.folder}: {missing} trials of arms are not made, expected 0 for a report; `--plan` lists what is left."
         )
     return gather(plan, Chosen.of(plan))
 
@@ -135,7 +135,7 @@ def gather(plan: Plan, chosen: Chosen) -> list[Row]:
     reported = chosen.runs(plan)
     finished = [seed for seed in plan.seeds if all(unit.path.exists() for unit in reported if unit.bed.seed == seed)]
     if not finished:
-        raise SystemExit(f"Evidence {plan.folder}: 0 seeds are finished, expected at least 1 for a report; `--plan` says what is left.")
+        raise SystemExit(f"Evidence {plan.folder}: 0 seeds are finished, expected at least 1 for a report; `--plan` lists what is left.")
     said: Row = {"choice": plan.choice, "choice_held_out": plan.choice_held_out, "rates": plan.rates}
     said |= {"best": chosen.best.name, "rival": chosen.rival.name, "until": chosen.until}
     rows: list[Row] = [{"kind": "plan", **said, **asdict(plan.size)}]

@@ -101,7 +101,7 @@ class Arm:
 
 _RATIO = FusedOPDLoss(ratio_to_ref=True)
 _BUCKET, _RESIDUAL = (FusedLoss(TopKObjective(reverse_kl, residual=residual)) for residual in (False, True))
-#: Candidates of a live student: nearly all of its mass, and the residual speaks for the rest.
+#: Candidates of a live student: nearly all of its mass, and the residual stands for the rest.
 WIDE = 256
 
 #: A quarter more steps pay for the teacher's scores, which this arm does without.

@@ -129,7 +129,7 @@ def other_trials(plan: Plan, rates: dict[str, float]) -> list[Unit]:
 
 @frozen
 class Chosen:
-    """What the seed of choice says.
+    """What the seed of choice decides.
 
     Args:
         rates: name of an arm -> its rate.

@@ -31,7 +31,7 @@ class Device:
 
     @property
     def card(self) -> Card | None:
-        """What its maker says of it, if it is known here."""
+        """Its maker's figures, if they are known here."""
         name = torch.cuda.get_device_name() if self.on_card else ""
         return next((card for known, card in CARDS.items() if known in name), None)
 

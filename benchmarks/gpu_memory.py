@@ -1,4 +1,4 @@
-"""What the planner says a phase needs beside what it takes, on a processor at three sizes of random Qwen3-like models.
+"""What the planner predicts for a phase beside what it takes, on a processor at three sizes of random Qwen3-like models.
 
     python benchmarks/gpu_memory.py         # writes benchmarks/results/gpu_memory.json; twenty minutes
 

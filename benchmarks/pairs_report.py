@@ -51,7 +51,7 @@ TITLES = {
 
 #: What Semi-OPD (arXiv 2610.11291) finds: a live teacher wins where the overlap is high, and neither way where a student is weak.
 SEMI_OPD = (("overlap8", BESIDE_LIVE), ("reverse_kl", STORED), ("reverse_kl", LIVE))
-#: Diagnostic, outcome, and what the outcome says.
+#: Diagnostic, outcome, and what the outcome means.
 DRAWN_PANELS = (
     ("overlap8", BESIDE_LIVE, "stored run minus live run, both with 16 draws"),
     ("reverse_kl", STORED, "stored run with 16 draws, against its start"),

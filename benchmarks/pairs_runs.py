@@ -1,4 +1,4 @@
-"""One pair of teacher and student: what its store says before the first step, and what each way to train makes of it.
+"""One pair of teacher and student: what its store shows before the first step, and what each way to train makes of it.
 
 Everything that a pair needs is in folders, so pairs of any kind go through the same lines.  All arms of a pair have the same start, prompts,
 number of rollouts, steps, rate and optimizer.

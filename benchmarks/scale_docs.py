@@ -1,4 +1,4 @@
-"""Tables of docs/scale.md: what the planner says, how it stands beside the paper's table 2, and what `bench_scale` measured.
+"""Tables of docs/scale.md: what the planner predicts, beside the paper's table 2, and what `bench_scale` measured.
 
 python benchmarks/scale_docs.py     # benchmarks/results/plan.json, and between the markers of docs/scale.md; a second
 """

@@ -96,7 +96,7 @@ def build_tokenizer(swap: tuple[str, str] | None = None) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS, chat_template=CHAT_TEMPLATE)
 
 
-#: What a student of these models says of the tokenizer it reads.
+#: What a student of these models states of the tokenizer it reads.
 TOKENIZER_ID = fingerprint_tokenizer(build_tokenizer())
 
 

@@ -1,4 +1,4 @@
-"""Writers that are there to be killed, in processes of their own, and a reader that says what a kill must not do.
+"""Writers that are there to be killed, in processes of their own, and a reader that checks what a kill must not do.
 
     python tests/crash_worker.py zarr runs/x.zarr     appends, scores and compacts until it is killed, and prints each call after it returned
 

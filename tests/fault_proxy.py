@@ -265,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
                     raise
         self.status, self.reason, self.body = response.status, response.reason, response.read()
         self.answered = [(name, value) for name, value in response.getheaders() if name.lower() not in _HOP_BY_HOP]
-        # To HEAD, the server says how long the body would be.
+        # To HEAD, the server answers how long the body would be.
         self.length = response.getheader("content-length") if self.command == "HEAD" else str(len(self.body))
 
     def send(self, body: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Forges the JSON of a store, seals it as lopd would, and says what each call of a store makes of it.
+"""Forges the JSON of a store, seals it as lopd would, and reports what each call of a store makes of it.
 
     python forger.py zarr|lance FOLDER COUNT
 

@@ -120,7 +120,7 @@ def names(store, rows):
 
 
 class Refusing:
-    """A scorer that gives NaN for some rollouts, and says another (true) thing about none."""
+    """A scorer that gives NaN for some rollouts, and reports another (true) number for none."""
 
     def __init__(self, inner, bad):
         self.inner, self.bad, self.asked = inner, set(bad), []

@@ -49,7 +49,7 @@ def test_an_interval_is_that_of_students_t():
     assert found.positive
     assert not found.negative
     assert math.isnan(Interval.of([1.0]).half)
-    assert not Interval.of([1.0]).positive, "one seed says nothing of chance"
+    assert not Interval.of([1.0]).positive, "one seed does not measure chance"
 
 
 def test_seconds_to_an_accuracy_go_along_straight_lines():

@@ -408,7 +408,7 @@ def test_a_teacher_that_did_not_write_the_text_of_sft_is_refused_before_anything
     for writer in ("unknown", "runs/tiny/student"):
         assert main(["run", written(here, example(text={"file": text, "written_by": writer}, **out))]) == 2
         assert "and the scoring teacher is" in capsys.readouterr().err
-    # without SFT the student's folder says who wrote its text
+    # without SFT the student's folder records who wrote its text
     swapped = {"student": "runs/tiny/teacher", "teacher": "runs/tiny/student", "sft": None}
     assert main(["run", written(here, example(**swapped, **out))]) == 2
     assert "its SFT teacher is not recorded" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The pages under docs/: every block of Python runs or says why not, and every function, test, public name and link is there."""
+"""The pages under docs/: every block of Python runs or states why not, and every function, test, public name and link is there."""
 
 import ast
 import importlib

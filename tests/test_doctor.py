@@ -1,4 +1,4 @@
-"""The doctor: what it says about a store, what it finds wrong, and the exit codes of its command line."""
+"""The doctor: what it reports of a store, what it finds wrong, and the exit codes of its command line."""
 
 import json
 import subprocess

@@ -387,7 +387,7 @@ def test_18_labels_are_filtered_gated_and_mixed(run):
     assert 0.1 < names["labels"].mean() < 0.9, "there is something to choose"
     start, *ended = (found.mean for found in names["accuracy"].values())
     assert all(accuracy > start for accuracy in ended), "on the questions that were trained"
-    # what the page's own labels say is what the verifier says of the stored text
+    # the page's own labels are the verifier's values of the stored text
     by_hand = [
         float(names["tokenizer"].decode(row.rollout.response_ids, skip_special_tokens=True) == names["answers"][i // 8])
         for i, row in enumerate(names["store"].read(range(128)))

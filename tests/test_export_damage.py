@@ -55,7 +55,7 @@ def from_dataset(dataset: Any) -> MemoryStore:
 def loaded(path: Path) -> Any:
     try:
         return datasets.load_from_disk(path)
-    except Exception as error:  # what `datasets` raises is its own, and says that something is wrong
+    except Exception as error:  # what `datasets` raises is its own, and shows that something is wrong
         raise CorruptStoreError(f"Dataset: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""A first contact that fails is said soon, in one sentence that says what to do; a long wait says what it waits for."""
+"""A first contact that fails is reported soon, in one sentence with what to do; a long wait reports what it waits for."""
 
 import copy
 import logging

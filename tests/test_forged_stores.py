@@ -1,4 +1,4 @@
-"""Stores that somebody made to do harm: every file of theirs gives what it says, or one error of ours; never a hang, a bomb or a stray file."""
+"""Stores that somebody made to do harm: every file of theirs gives its content, or one error of ours; never a hang, a bomb or a stray file."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Labels: what a verifier says of rollouts fills a column of any store, is never taken for log-probs, and trains offline as it should."""
+"""Labels: a verifier's values of rollouts fill a column of any store, are never taken for log-probs, and train offline as they should."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -290,7 +290,7 @@ def test_prompts_and_rows_that_do_not_fit_are_refused(store):
 
 
 def test_rollouts_whose_prompts_are_not_at_hand_are_all_labelled(store):
-    more = evolve(rollout_of(PROMPTS[0], 1), rollout_id="p0/s7/g0")  # as an import names one, whatever `samples_per_prompt` says
+    more = evolve(rollout_of(PROMPTS[0], 1), rollout_id="p0/s7/g0")  # as an import names one, whatever `samples_per_prompt` is
     store.append([more])
     assert label_rollouts(store, number, PROMPTS, column="some").rollouts == 8
     seen = {}
@@ -420,7 +420,7 @@ def test_the_mixed_objective_has_the_gradient_of_the_formula_on_full_logits(kind
         onehot = torch.eye(5).double()[target]
         expected[n] = -gate * float(batch.weight[n]) * advantage * r * (onehot - p)
     torch.testing.assert_close(hidden.grad, expected)
-    assert not hidden.grad[3].any(), "the gate is shut where the label says so"
+    assert not hidden.grad[3].any(), "the label shuts the gate"
 
 
 class Fixed(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Files of a `LanceStore` that are missing, or another store's; maintenance beside writers; writes that LanceDB says succeeded."""
+"""Files of a `LanceStore` that are missing, or another store's; maintenance beside writers; writes that LanceDB reports as done."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ from lopd.records import ModelId
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 from lopd.tools.doctor import check_store, inspect_store
 
-# Writes that LanceDB says succeeded
+# Writes that LanceDB reports as done
 
 
 def cut(path: Path) -> None:

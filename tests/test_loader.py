@@ -81,7 +81,7 @@ def test_a_card_that_this_process_does_not_use_pins_nothing(gpu: list[str], monk
 
 
 class Reads:
-    """A store that says in which thread it is read, and cannot be where it is one of these rows."""
+    """A store that records in which thread it is read, and cannot be where it is one of these rows."""
 
     def __init__(self, store: MemoryStore, damaged: set[int]) -> None:
         self._store, self._damaged = store, damaged

@@ -300,7 +300,7 @@ def test_the_default_device_changes_nothing(kind, models):
 
 
 _MAKE = {"tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
-#: Cases of losses are made on the CPU and moved; an objective tries its divergence on tensors of no values; the planner says it once for all.
+#: Cases of losses are made on the CPU and moved; an objective tries its divergence on tensors of no values; the planner does it once for all.
 _ANYWHERE = {"testing/loss_cases.py", "losses/top_k.py", "tools/plan/following.py", "tools/plan/memory.py"}
 
 

@@ -96,7 +96,7 @@ def test_all_weights_in_one_seed_without_a_kill(monkeypatch, folder):
     start(monkeypatch, folder, "80gb", seeds=1)
     found = json.loads((folder / "run" / "table.json").read_text())
     assert found["online_over_offline_s"]["mean"] > 0
-    assert found["online_over_offline_s"]["ci95"] is None, "one seed says nothing of others"
+    assert found["online_over_offline_s"]["ci95"] is None, "one seed does not measure others"
     histories = [json.loads((folder / "run/seed-42/phases" / f"{name}.json").read_text())["history"] for name in ("opd", "online-opd")]
     assert all(history[0]["drift"]["ratio_mean"] == pytest.approx(1, abs=1e-4) for history in histories), "both begin where they sampled"
 

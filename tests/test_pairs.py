@@ -139,7 +139,7 @@ def test_the_starts_of_the_claims_are_pairs_without_being_run_again():
     assert said in " ".join(advise.__doc__.split())
     assert little["rule"].startswith("tail >=")
     assert round(little["threshold"], 2) == MAX_WEAK_TAIL
-    assert little["by_reverse_kl"] > little["measured"], "the page says so"
+    assert little["by_reverse_kl"] > little["measured"], "the page states it"
 
 
 def test_the_page_and_the_advice_say_what_the_pairs_say():

@@ -1,4 +1,4 @@
-"""Scorers that read more than the policy did: the same response tokens after another prompt, in a column that says so."""
+"""Scorers that read more than the policy did: the same response tokens after another prompt, in a column that records it."""
 
 import warnings
 

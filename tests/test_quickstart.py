@@ -179,4 +179,4 @@ def test_a_run_that_is_killed_again_and_again_equals_the_run_that_was_not(
     # on a busy machine a signal may come when the phase has just ended
     assert again, "no phase was killed before its end"
     assert again <= {"teacher writes SFT text", "SFT", "teacher scores", "Lightning OPD", "online OPD"}
-    assert (tmp_path / "last").read_text().count("(attempt 2)") == len(again), "the closing table says of which attempt a wall time is"
+    assert (tmp_path / "last").read_text().count("(attempt 2)") == len(again), "the closing table names the attempt of a wall time"

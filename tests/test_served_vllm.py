@@ -238,7 +238,7 @@ def test_candidates_are_scored_as_by_transformers_with_the_second_model_runner_a
 
 
 def test_the_server_refuses_what_lopd_refuses_before_it_is_asked(server):
-    """Our limits are the server's: past our own check, it says the same."""
+    """Our limits are the server's: past our own check, it answers the same."""
     rollout = Rollout("long", [5] * 60, [6] * (CONTEXT - 60), [True] * (CONTEXT - 60), "length")
     with pytest.raises(ContextOverflowError, match="'long'"):
         scorer_of(server).score([rollout])

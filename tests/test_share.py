@@ -37,7 +37,7 @@ from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 from lopd.tools.interop import export_parquet, import_parquet
 from lopd.tools.share import About, dataset_card, model_card, pull_store, push_store, push_student
 
-# huggingface_hub says `data=` to its own HTTP client where it uploads by LFS
+# huggingface_hub passes `data=` to its own HTTP client where it uploads by LFS
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 TEACHER = tiny_provenance().model

@@ -1,4 +1,4 @@
-"""Small mistakes, each of which is one sentence that says what is wrong."""
+"""Small mistakes, each of which is one sentence that names what is wrong."""
 
 import json
 import os
@@ -346,7 +346,7 @@ def test_a_store_that_cannot_be_written_to_is_refused_before_anything_is_paid_fo
     store = kind.create(tmp_path / "run", source.manifest)
     collect_rollouts(source, prompts[:2], store)
     score_rollouts(store, scorer, column="done")
-    # root may write whatever the mode of a folder says
+    # root may write whatever the mode of a folder is
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     WORK.clear()
     for pay in (

@@ -1,4 +1,4 @@
-"""What a store says before the first step: each number against its definition on models whose whole vocabulary is known, and the rule."""
+"""What a store shows before the first step: each number against its definition on models whose whole vocabulary is known, and the rule."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""Records refuse what breaks their contract, with one sentence that says which record, which field and which entry."""
+"""Records refuse what breaks their contract, with one sentence that names which record, which field and which entry."""
 
 import pickle
 import re

@@ -275,7 +275,7 @@ def test_other_options_reach_vllm_and_those_that_lopd_sets_are_refused(fake, fol
     assert fake.started[0]["max_num_seqs"] == 7
     assert fake.started[0]["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1.0}
     for name in ("quantization", "hf_overrides"):
-        with pytest.raises(ModelError, match=rf"vLLM's option '{name}' makes another model of it than its folder says; pass `identity=`"):
+        with pytest.raises(ModelError, match=rf"vLLM's option '{name}' makes a model that its folder does not have; pass `identity=`"):
             scorer_of(folder, options={name: options[name]}).provenance  # noqa: B018
     reserved = set(VLLMEngine(folder, VOCAB).arguments()) - {"disable_log_stats", "max_num_seqs", "hf_overrides"}
     for name in reserved:

@@ -74,9 +74,9 @@ class Stub:
 
     Args:
         model, root, version, context, max_logprobs, mode: what it serves, and how it was started.
-        scores_ids: whether it scores ids that it is asked for; what it says instead.
+        scores_ids: whether it scores ids that it is asked for; what it answers instead.
         key: that it asks for, or None.
-        defaults: what its generation_config.json says.
+        defaults: what its generation_config.json holds.
         port: 0 is any.
     """
 

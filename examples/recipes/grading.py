@@ -11,7 +11,7 @@ from lopd.records import Prompt, Rollout
 
 @frozen
 class MathGrader:
-    r"""1 where what the response says last, after any thinking, equals the answer of the prompt (LaTeX or plain: `\frac12`, `0.5`), else 0.
+    r"""1 where the end of the response, after any thinking, equals the answer of the prompt (LaTeX or plain: `\frac12`, `0.5`), else 0.
 
     An answer with its working before it, as GSM8K has them, is what stands behind the last `####`.
 

@@ -72,7 +72,7 @@ class ArrayMeta:
 
     def is_metadata(self, attributes: Mapping[str, Any], data: bytes) -> bool:
         """Return whether this is its `zarr.json`, as it was written with these attributes, or with others that were added."""
-        return checksum(data) == self.metadata_checksum or says(_array_document(self.dtype, self.shape, attributes), data)
+        return checksum(data) == self.metadata_checksum or has_content(_array_document(self.dtype, self.shape, attributes), data)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types only."""
@@ -162,7 +162,7 @@ def same_node(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return bare == ours and wanted["attributes"].items() <= document["attributes"].items()
 
 
-def says(wanted: Mapping[str, Any], data: bytes) -> bool:
+def has_content(wanted: Mapping[str, Any], data: bytes) -> bool:
     """Return whether these bytes are metadata that `same_node`."""
     try:
         return same_node(parse(data), parse(dump(wanted)))

@@ -20,7 +20,7 @@ from lopd.backends.files import Files
 from lopd.backends.root import Root
 from lopd.backends.zarr.commit_log import CommitLog
 from lopd.backends.zarr.encode import ROLLOUT_ATTRIBUTES, SCORE_ATTRIBUTES
-from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document, says
+from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document, has_content
 from lopd.backends.zarr.segment import LINES, SegmentMeta, segment_group
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.state import State
@@ -111,7 +111,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
             seen |= {meta.path for meta in segments}
             folders = {str(parent) for meta in segments for parent in PurePosixPath(meta.path).parents[:-1]}
             for folder in sorted(folders - seen):
-                yield from self._compare(f"{folder}/{METADATA_FILE}", partial(says, group_document({})))
+                yield from self._compare(f"{folder}/{METADATA_FILE}", partial(has_content, group_document({})))
             seen |= folders
             for meta in segments:
                 problems = list(self._verify_segment(meta))
@@ -122,7 +122,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
 
     def _verify_segment(self, meta: SegmentMeta) -> Iterator[str]:
         group = segment_group(self._root.creation, meta.replaces) if self._root.chained else group_document({})
-        yield from self._compare(f"{meta.path}/{METADATA_FILE}", partial(says, group))
+        yield from self._compare(f"{meta.path}/{METADATA_FILE}", partial(has_content, group))
         described = ROLLOUT_ATTRIBUTES if meta.path.startswith("segments/") else SCORE_ATTRIBUTES
         for name, array in meta.arrays.items():
             is_metadata = partial(array.is_metadata, described if name == LINES else {})
