@@ -256,7 +256,7 @@ class MissingDependencyError(LopdError, ImportError):
 
 class HubError(LopdError, OSError):
     """A model hub that refuses a request, or cannot be reached.
-    To do: Check the name, `hf auth login` and the network; nothing is half pushed that the message does not name.
+    To do: Check the name, `hf auth login` and the network; nothing is pushed in part except what the message names.
     """
 
 
