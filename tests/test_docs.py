@@ -1,4 +1,4 @@
-"""The pages under docs/: every block of Python runs or says why not, and every function, test, public name and link is there."""
+"""The pages under docs/: every block of Python runs or states why not, and every function, test, public name and link is there."""
 
 import ast
 import importlib
@@ -57,7 +57,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
-    """In their order.  A comment `<!-- not run: REASON -->` on the line before a block says why it is not run."""
+    """Yield the blocks in their order.  A comment `<!-- not run: REASON -->` on the line before a block states why it is not run."""
     lines = page.read_text().splitlines()
     for i, line in enumerate(lines):
         fence = line.strip()
@@ -74,7 +74,7 @@ RUN_IN_TEST_README = {test_readme.PROGRAM}
 
 @pytest.fixture
 def trained(tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with `teacher`, `sft-student`, which was fine-tuned on its text, and `prompts.jsonl`."""
+    """Make a folder with `teacher`, `sft-student`, which was fine-tuned on its text, and `prompts.jsonl`."""
     monkeypatch.chdir(tmp_path)
     for name, seed in (("teacher", 1), ("base", 2)):
         make_model("llama_tied", seed=seed).save_pretrained(name)
@@ -132,7 +132,7 @@ EQUATIONS = re.findall(r"^Code: `(lopd/\S+\.py)`, `([\w.]+)`: `(.+)`$", (DOCS / 
 
 @cache
 def function_source(path: str, name: str) -> str:
-    """The text of a function or method, found without importing anything."""
+    """Return the text of a function or method, found without importing anything."""
     text = (ROOT / path).read_text()
     found: Any = ast.parse(text)
     for part in name.split("."):
@@ -249,7 +249,7 @@ def test_every_page_is_in_the_navigation_and_every_decision_in_its_index() -> No
 
 
 def with_includes(page: Path) -> str:
-    """What is on a page, code left out; of an included file the text is that of its own folder."""
+    """Return the text of a page, code left out; of an included file the text is that of its own folder."""
     text = re.sub(r"^<!-- include: (\S+) -->$", lambda found: (ROOT / found[1]).read_text(), page.read_text(), flags=re.MULTILINE)
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""A first contact that fails is said soon, in one sentence that says what to do; a long wait says what it waits for."""
+"""A first contact that fails is reported soon, in one sentence with what to do; a long wait reports what it waits for."""
 
 import copy
 import logging
@@ -39,7 +39,7 @@ LOOKS: dict[str, Callable[[str, Any], Any]] = {
 
 @pytest.fixture
 def closed() -> Iterator[str]:
-    """A port that nobody listens on."""
+    """Yield a port without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{taken.getsockname()[1]}"
@@ -47,7 +47,7 @@ def closed() -> Iterator[str]:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """A port that is listened on, and never answers."""
+    """Yield a port that is listened on, and never answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
@@ -230,7 +230,7 @@ class _Pages(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def pages() -> Iterator[str]:
-    """The address of something that is neither a hub nor a model server."""
+    """Yield the address of something that is neither a hub nor a model server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -23,7 +23,7 @@ class UnpicklableError(Exception):
 
 
 class Small:
-    """An engine that needs no model, and says what it sees of its environment."""
+    """An engine that needs no model, and reports what it sees of its environment."""
 
     provenance = "small"
 

@@ -37,13 +37,13 @@ def _cluster():
 
 @pytest.fixture(scope="class")
 def two_scorers(folders):
-    """Two workers for the whole class: to start them takes longer than all that they are asked."""
+    """Return two workers for the whole class: to start them takes longer than all that they are asked."""
     with closing(RayScorer(lambda folder=folders["teacher"]: HFScorer.from_folder(folder, top_k=3, candidates=2, drawn=2))) as scorer:
         yield scorer
 
 
 class TestRayScorer(ScorerConformance):
-    """The contract, through two processes; `make` gives one and the same scorer.  `RaySource` would need workers anew for each test."""
+    """The contract, through two processes; `make` gives one and the same scorer.  `RaySource` would need new workers for each test."""
 
     @pytest.fixture(autouse=True)
     def _workers(self, two_scorers):

@@ -26,7 +26,7 @@ IMPATIENT = {"client_max_retries": 2, "client_retry_timeout": 3}
 
 @pytest.fixture
 def faulty(place: Place, proxy: FaultProxy) -> Place:
-    """The same place through the proxy; whoever uses it gives up after seconds."""
+    """Return the same place through the proxy; whoever uses it gives up after seconds."""
     return place.through(proxy.storage_options | IMPATIENT)
 
 
@@ -159,12 +159,12 @@ OPERATIONS: dict[str, Callable[[Any], object]] = {
 
 @pytest.fixture
 def half_scored(place: Place) -> Place:
-    """Four rows in two segments, all scored in one column, and two in the other."""
+    """Make four rows in two segments, all scored in one column, and two in the other."""
     store = place.open_or_create()
     for i in (0, 2):
         store.append([rollout(i), rollout(i + 1)])
         store.append_scores("teacher", provenance_of("teacher"), [scores("teacher", i), scores("teacher", i + 1)])
-    # With a gap, so that nobody knows without asking which rows are scored.
+    # With a gap, so that only a read shows which rows are scored.
     store.append_scores("ref", provenance_of("ref"), [scores("ref", 0), scores("ref", 2)])
     return place
 
