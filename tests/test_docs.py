@@ -1,9 +1,11 @@
 """The pages under docs/: every block of Python runs or says why not, and every function, test, public name and link is there."""
 
 import ast
+import contextlib
 import importlib
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -72,22 +74,30 @@ RUN = [page for page in PAGES if any(block.reason is None for block in blocks_of
 RUN_IN_TEST_README = {test_readme.PROGRAM}
 
 
-@pytest.fixture
-def trained(tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def made(tokenizer: Any, make_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `teacher`, `sft-student`, which was fine-tuned on its text, and `prompts.jsonl`."""
-    monkeypatch.chdir(tmp_path)
-    for name, seed in (("teacher", 1), ("base", 2)):
-        make_model("llama_tied", seed=seed).save_pretrained(name)
-        tokenizer.save_pretrained(name)
-    writer = HFSource.from_folder("teacher", SamplingParams(max_new_tokens=8))
-    text = ZarrStore.create("sft.zarr", writer.manifest)
-    collect_rollouts(writer, make_prompts(["a", "b", "c"], tokenizer), text)
-    model, _ = load_model("base")
-    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
-    steps = batches(text, teacher=None, rollouts_per_step=3)[:1]
-    list(opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=0.1)))
-    student.export("sft-student", tokenizer, steps.lineage)
-    Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')
+    folder = tmp_path_factory.mktemp("made")
+    with contextlib.chdir(folder):
+        for name, seed in (("teacher", 1), ("base", 2)):
+            make_model("llama_tied", seed=seed).save_pretrained(name)
+            tokenizer.save_pretrained(name)
+        writer = HFSource.from_folder("teacher", SamplingParams(max_new_tokens=8))
+        text = ZarrStore.create("sft.zarr", writer.manifest)
+        collect_rollouts(writer, make_prompts(["a", "b", "c"], tokenizer), text)
+        model, _ = load_model("base")
+        student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+        steps = batches(text, teacher=None, rollouts_per_step=3)[:1]
+        list(opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=0.1)))
+        student.export("sft-student", tokenizer, steps.lineage)
+        Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')
+    return folder
+
+
+@pytest.fixture
+def trained(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of that folder, for one page."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "here"))
 
 
 @pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")  # of random models
