@@ -181,7 +181,9 @@ def test_a_column_says_why_its_model_is_no_consistent_teacher(tmp_path: Path) ->
         fill(store, 4)
         objections[name] = inspect_store(store).columns[0].objection
     assert objections["same"] is None
-    assert "its SFT teacher is other@rev-o, expected the scoring teacher teacher" in str(objections["other"])
+    assert "its SFT teacher is other@rev-o, and the scoring teacher is teacher@rev-teacher, expected the same model" in str(
+        objections["other"]
+    )
     assert "its SFT teacher is not recorded" in str(objections["unknown"])
 
 
