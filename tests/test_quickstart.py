@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +72,9 @@ def run_there(command: list[str]) -> None:
 @pytest.fixture(scope="module")
 def unbroken(command: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    subprocess.run([sys.executable, *command(out)], check=True, capture_output=True, timeout=200)
+    process = forked.start(run_there, printed := out.with_name("printed"), command(out))
+    process.join(200)
+    assert process.exitcode == 0, printed.read_text()[-2000:]
     return out
 
 

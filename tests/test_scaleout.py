@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from attrs import frozen
 from conftest import CONTEXT, TOKENIZER_ID
-from mortal import ENDLESS, KEPT, PROMPTS, SAMPLING, Mortal, alone, assert_same, folders  # noqa: F401
+from mortal import Mortal
+from one_process import ENDLESS, KEPT, PROMPTS, SAMPLING, alone, assert_same, folders  # noqa: F401
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
