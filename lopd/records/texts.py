@@ -43,12 +43,14 @@ class Limit:
     too_long: TooLong
 
 
-def make_texts(called: tuple[str, str], contents: Iterable[Any], rendering: Rendering, fields: Fields, limit: Limit) -> list[Rollout]:
+def make_texts(
+    called: tuple[str, str], contents: Iterable[tuple[int, Any]], rendering: Rendering, fields: Fields, limit: Limit
+) -> list[Rollout]:
     """Return one rollout for each text, all tokens of the response counting; several responses to a prompt are its samples.
 
     Args:
         called: how messages name all texts, and one, before its number.
-        contents: pairs, lists of messages, or records.
+        contents: pairs, lists of messages, or records, with their numbers.
         rendering: the tokenizer, and what its template is given.
         fields: where a record has its texts.
         limit: most tokens that one may have.
@@ -59,7 +61,7 @@ def make_texts(called: tuple[str, str], contents: Iterable[Any], rendering: Rend
     """
     owner, item = called
     unread, names, made = dict[str, None](), Names(), list[Rollout]()
-    for i, content in enumerate(contents):
+    for i, content in contents:
         where = f"{item} {i}"
         record = _record(content, where, fields)
         prompt, response, used = _split(record, where, fields)

@@ -79,12 +79,12 @@ class Choice:
         return "sampler_logprobs"
 
 
-def make_trajectories(called: tuple[str, str], records: Iterable[Any], rendering: Rendering, choice: Choice) -> list[Rollout]:
+def make_trajectories(called: tuple[str, str], records: Iterable[tuple[int, Any]], rendering: Rendering, choice: Choice) -> list[Rollout]:
     """Return the rollouts of all records, in their order: what the policy drew counts, and what others said does not.
 
     Args:
         called: how messages name all records, and one, before its number.
-        records: mappings, or lists of messages or of triplets.
+        records: mappings, or lists of messages or of triplets, with their numbers.
         rendering: the tokenizer, and what its template is given.
         choice: which turns become rollouts.
 
@@ -94,7 +94,7 @@ def make_trajectories(called: tuple[str, str], records: Iterable[Any], rendering
     """
     owner, item = called
     made, names, without = list[Rollout](), Names(), 0
-    for i, content in enumerate(records):
+    for i, content in records:
         where = f"{item} {i}"
         record = _record(content, where)
         turns = turns_in(record, where)

@@ -49,7 +49,7 @@ def import_text(
     The same call again adds nothing to a store that has the texts; nothing is committed unless all of them are right.
 
     Args:
-        texts: a file with one record per line (`.jsonl`) or row (`.parquet`), local or a URL that fsspec opens; or texts in memory.
+        texts: a file with one record per line (`.jsonl`) or row (`.parquet`), as in `read_prompts`; or texts in memory.
         tokenizer: the student's tokenizer.
         teacher: who wrote the responses, as in `Lineage.of`: a folder, a hub name, or a `ModelId`.  None says that it is not known, or that no
             model did; the student then has no SFT teacher, and `batches` asks for one before OPD.
