@@ -239,6 +239,8 @@ def test_messages_do_not_go_into_a_template(tokenizer, tmp_path):
 WRONG_FILES = {
     "c.csv": (b"prompt,answer\na,b\n", r"line 1: it is not JSON \(Expecting value at character 0\); write one JSON object a line \(CSV"),
     "list.json": (b'[\n{"prompt": "a"}\n]\n', "line 1: .*lists of JSON are not read.*or pass its records in memory"),
+    "pretty.json": (b'{\n"prompt": "a"\n}\n', "line 1: .*write one JSON object a line"),
+    "broken.jsonl": (b'{"prompt": "a"\n', "line 1: .*; fix the line"),
     "utf16.jsonl": ('{"prompt": "a"}\n'.encode("utf-16"), "line 1: it is not JSON .*save the file as UTF-8"),
     "latin.jsonl": ('{"prompt": "a"}\n{"prompt": "é"}\n'.encode("latin-1"), "line 2: it is not JSON .*save the file as UTF-8"),
     "packed.jsonl.gz": (b"\x1f\x8b\x08\x00", "line 1: it is not JSON .*without compression"),

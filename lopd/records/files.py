@@ -106,6 +106,6 @@ def _parse(where: str, line: bytes, *, first: bool) -> Any:
         remedy = "fix the line"
         if isinstance(error, UnicodeDecodeError):
             remedy = "save the file as UTF-8, without compression"
-        elif first and not line.lstrip().startswith(b"{"):
+        elif first and (not line.lstrip().startswith(b"{") or line.strip() == b"{"):
             remedy = "write one JSON object a line (CSV, text and lists of JSON are not read), or pass its records in memory"
         raise PromptError(f"{where}: it is not JSON ({why}); {remedy}.") from error
