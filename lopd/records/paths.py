@@ -59,6 +59,15 @@ def path_or_url(owner: str, path: str | os.PathLike[str], refusal: type[LopdErro
     return text if "://" in text else str(local_path(owner, text, refusal))
 
 
+def names_path(name: str) -> bool:
+    r"""Return whether what should be a name in a hub is a path, of this machine or of another.
+
+    >>> [names_path(name) for name in ("org/base", "gpt2", "./base", "~bob/base", "file:///base", r"C:\base", "runs/tiny/base")]
+    [False, False, True, True, True, True, True]
+    """
+    return bool(re.match(r"[.~/\\]|file:|[A-Za-z]:[/\\]", name)) or "\\" in name or name.count("/") > 1 or os.path.isdir(name)  # noqa: PTH112
+
+
 def without_secrets(url: str) -> str:
     """Return a URL, or a chain of them, as messages show it: without passwords, users (a container of Azure stays) and what follows `?` or `#`.
 

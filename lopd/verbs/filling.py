@@ -1,6 +1,5 @@
 """How a score column is filled: what is left to do, committed batch by batch; what was refused goes into quarantine when all is done."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity
 from lopd.records.rollouts import Rollout, Scores
+from lopd.records.warn import warn_user
 from lopd.verbs.asking import check_scores, shown
 
 
@@ -136,9 +136,8 @@ class Filling:
             )
         if report.refused:
             store.quarantine(column, provenance, report.refused)
-        warnings.warn(
+        warn_user(
             f"{named(store)}, column {column!r}: {len(report.refused) + report.skipped} rollouts are without scores in quarantine, and training "
             f"leaves them out; {first}",
             QuarantineWarning,
-            stacklevel=4,
         )

@@ -217,6 +217,7 @@ class Writer:
                 self._state.refresh()
                 if error.segment not in self._state.paths():
                     return False
+                raise error.lost() from error.__cause__
             raise
         paths = [meta.path for meta in added]
         record = {"kind": "compaction", "column": column, "removes": gone, "adds": [meta.to_json() for meta in added]}
