@@ -258,7 +258,7 @@ def test_a_file_of_another_kind_is_named_with_the_line_and_what_is_read(name, to
 
 def test_texts_of_a_file_are_named_by_their_lines(tokenizer, tmp_path):
     (tmp_path / "t.jsonl").write_text('\n{"prompt": "a"}\n')
-    with pytest.raises(PromptError, match=r"Text file .*t.jsonl, line 2: it has the keys 'prompt'"):
+    with pytest.raises(PromptError, match=r"Text file .*t.jsonl, line 2: its keys with a value are 'prompt', expected 'prompt' and"):
         import_text(tmp_path / "t.jsonl", tokenizer, teacher=None)
 
 

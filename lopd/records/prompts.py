@@ -8,7 +8,7 @@ from typing import Any
 from lopd.errors import ContextOverflowError, PromptError
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind, check_at_least
-from lopd.records.contents import KEYS, check_names, checked, in_template, name_of, several
+from lopd.records.contents import KEYS, check_names, checked, in_template, name_of, several, with_value
 from lopd.records.files import named_file, read_records
 from lopd.records.plain import as_id, as_text, plain
 from lopd.records.rendering import Rendering
@@ -127,9 +127,8 @@ def _make(
         known = {key: plain(record.get(key), where) for key in (field, "messages", *KEYS)}
         used = "messages" if known[field] is None else field
         if known[used] is None:
-            there = ", ".join(repr(key) for key, value in record.items() if value is not None) or "none"
             raise PromptError(
-                f"{where}: its keys with a value are {there}, expected {field!r} or 'messages'; name the prompt's with `field`."
+                f"{where}: its keys with a value are {with_value(record)}, expected {field!r} or 'messages'; name the prompt's with `field`."
             )
         unread.update({key: None for key, value in record.items() if value is not None and key not in {used, *KEYS}})
         content = in_template(template, checked(known[used], field, where), where)

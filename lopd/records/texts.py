@@ -9,7 +9,7 @@ from attrs import frozen
 from lopd.errors import ContextOverflowError, PromptError
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind
-from lopd.records.contents import KEYS, Names, checked, in_template
+from lopd.records.contents import KEYS, Names, checked, in_template, with_value
 from lopd.records.plain import plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import FinishReason, Rollout
@@ -98,7 +98,7 @@ def _split(record: Mapping[str, Any], where: str, fields: Fields) -> tuple[str |
         messages, used = (prompt, {fields.prompt}) if isinstance(prompt, list) else (messages, {"messages"})
         if not isinstance(messages, list) or not messages:
             raise PromptError(
-                f"{where}: it has the keys {', '.join(map(repr, record))}, expected {fields.prompt!r} and {fields.response!r}, or 'messages'; name "
+                f"{where}: its keys with a value are {with_value(record)}, expected {fields.prompt!r} and {fields.response!r}, or 'messages'; name "
                 "them with `field` and `response`."
             )
         prompt, response = messages[:-1], messages[-1]

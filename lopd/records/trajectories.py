@@ -14,7 +14,7 @@ from lopd.records.checks import a_kind, to_whole
 from lopd.records.contents import Names, check_message, checked
 from lopd.records.manifest import SamplingParams
 from lopd.records.plain import from_json, plain
-from lopd.records.recorded import FORMS, reason_of, turns_in
+from lopd.records.recorded import FORMS, STEPS, reason_of, turns_in
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import Rollout
 from lopd.records.turns import Turn, join
@@ -118,9 +118,10 @@ def make_trajectories(called: tuple[str, str], records: Iterable[tuple[int, Any]
 def _record(content: Any, where: str) -> Mapping[str, Any]:
     """Return messages, or triplets, as the record that they stand for."""
     if isinstance(content, Mapping):
-        # pandas gives lists as arrays of objects
+        # pandas gives lists as arrays of objects, and tables may have steps as JSON text
         lists = {key: value.tolist() for key, value in content.items() if isinstance(value, np.ndarray) and value.dtype == object}
-        return {**content, **lists}
+        steps = {key: from_json(content[key], where, key) for key in STEPS if isinstance(content.get(key), str)}
+        return {**content, **lists, **steps}
     if isinstance(content, list | tuple) and content and all(isinstance(part, Mapping) for part in content):
         return {"messages" if "role" in content[0] else "triplets": list(content)}
     raise PromptError(f"{where}: it is {a_kind(content)}, expected a mapping, messages or triplets; write one of these.")
