@@ -258,7 +258,7 @@ def test_a_model_that_a_host_does_not_have_and_a_context_that_it_does_not_say(st
 
 def test_a_server_that_is_not_sglang_is_said_before_anything_is_asked(start):
     stub = start(Stub)
-    with pytest.raises(EngineError, match=r"it has neither /model_info nor /server_info, expected those of SGLang; check .* `speaks`"):
+    with pytest.raises(EngineError, match=r"it has neither /model_info nor /server_info, which SGLang has; check .* `speaks`"):
         ServerScorer(Servers(stub.url, "table", speaks="sglang"), TOKENIZER, MODEL).score(make_rollouts())
     assert not stub.requests
 

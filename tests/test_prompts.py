@@ -271,7 +271,7 @@ def test_parquet_is_read_whatever_the_name_of_the_file(tokenizer, tmp_path):
 def test_a_tokenizer_that_is_not_loaded_is_said(wrong, tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
     for read in (lambda: read_prompts(path, wrong), lambda: make_prompts(["a"], wrong)):
-        with pytest.raises(ArgumentError, match=r"Prompt.*: the tokenizer is .*, expected one that is loaded; `load_model` gives it"):
+        with pytest.raises(ArgumentError, match=r"Prompt.*: the tokenizer is .*, which cannot tokenise; `load_model` gives one"):
             read()
 
 

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any
 
-from lopd.errors import PromptError
+from lopd.errors import ArgumentError, PromptError
+from lopd.records.checks import a_kind
 from lopd.records.optional import need
 
 Messages = Sequence[Mapping[str, Any]]
@@ -28,6 +29,16 @@ def text_of(message: Mapping[str, Any]) -> str:
     """
     content = message.get("content", "")
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def check_tokenizer(owner: str, tokenizer: Any) -> None:
+    """Refuse what cannot tokenise, such as the name of a model.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    if isinstance(tokenizer, type) or not (callable(tokenizer) or hasattr(tokenizer, "apply_chat_template")):
+        raise ArgumentError(f"{owner}: the tokenizer is {a_kind(tokenizer)}, which cannot tokenise; `load_model` gives one.")
 
 
 def formats_chats(tokenizer: Any) -> bool:

@@ -7,8 +7,8 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any
 
-from lopd.errors import ArgumentError, PromptError, PromptWarning
-from lopd.records.chat_template import PROBE, ChatTemplate, Messages, folded, formats_chats, text_of
+from lopd.errors import PromptError, PromptWarning
+from lopd.records.chat_template import PROBE, ChatTemplate, Messages, check_tokenizer, folded, formats_chats, text_of
 from lopd.records.checks import a_kind
 from lopd.records.contents import as_served
 from lopd.records.plain import from_json, plain
@@ -50,8 +50,7 @@ class Rendering:
 
     def __init__(self, owner: str, tokenizer: Any, *, verbatim: bool, tools: Any, variables: Any, day: date | None) -> None:
         self.doubts, self._unread, self._compared = Doubts(), dict[str, None](), False
-        if isinstance(tokenizer, type) or not (callable(tokenizer) or hasattr(tokenizer, "apply_chat_template")):
-            raise ArgumentError(f"{owner}: the tokenizer is {a_kind(tokenizer)}, expected one that is loaded; `load_model` gives it.")
+        check_tokenizer(owner, tokenizer)
         self._owner, self.tokenizer, self._verbatim, self._day = owner, tokenizer, verbatim, day
         self._special = _special_tokens(tokenizer)
         has_template = not verbatim and formats_chats(tokenizer)
