@@ -206,5 +206,5 @@ def test_a_turn_without_a_content_is_refused_unless_an_assistant_calls_a_tool(tm
         make_prompts([turns], byte_tokenizer())
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a", "answer": ' + "[" * 900 + "]" * 900 + "}\n")
-    with pytest.raises(PromptError, match=r"record 0: it holds values that are nested too deep|is not JSON"):
+    with pytest.raises(PromptError, match=r"line 1: it holds values that are nested too deep|is not JSON"):
         read_prompts(path, byte_tokenizer())

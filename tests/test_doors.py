@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,6 +93,10 @@ DATA = {
         "Prompts: it is a Prompt, expected a list",
     ),
     "a generator": (lambda source, scorer, store, prompts: evaluate(source, iter(prompts), len), "Verifier|Prompts"),
+    "a file of prompts": (
+        lambda source, scorer, store, prompts: collect_rollouts(source, Path("p.jsonl"), store),
+        r"Prompts: they are 'p.jsonl', expected a list; read a file: `lopd.read_prompts\(path, tokenizer\)`",
+    ),
     "score swapped": (lambda source, scorer, store, prompts: score_rollouts(scorer, store), f"Store: it is a HFScorer.*{OPEN}"),
     "a model scores": (
         lambda source, scorer, store, prompts: score_rollouts(store, scorer.model),

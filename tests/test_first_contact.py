@@ -25,9 +25,10 @@ from lopd.engines.finding import local_folder
 from lopd.engines.hf import load_model
 from lopd.engines.identity import folder_model_id
 from lopd.engines.server import Servers, ServerScorer
-from lopd.errors import EngineError, InvalidRecordError, LopdError, StorePathError, StoreReadError
+from lopd.errors import EngineError, HubError, InvalidRecordError, LopdError, StorePathError, StoreReadError
 from lopd.records import Lineage, waiting
 from lopd.testing import tiny_manifest, tiny_rollout
+from lopd.tools.share.hub import Repository
 
 #: Of a URL, by whichever way a store is first looked for.
 LOOKS: dict[str, Callable[[str, Any], Any]] = {
@@ -224,6 +225,8 @@ class _Pages(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"<html><title>Router</title></html>")
 
+    do_POST = do_GET
+
     def log_message(self, *_: Any) -> None:
         pass
 
@@ -277,3 +280,7 @@ def test_what_answers_with_pages_is_no_hub(pages: str, hub: Any, monkeypatch: py
     monkeypatch.setattr(constants, "ENDPOINT", f"http://{pages}")
     with pytest.raises(EngineError, match=rf"http://{pages} does not answer as a hub.*check the path, or HF_ENDPOINT"):
         local_folder("somebody/model")
+    with pytest.raises(
+        HubError, match=rf"at http://{pages}: it failed with .*; that is not the answer of a hub, so check `endpoint=` or HF_ENDPOINT"
+    ):
+        Repository("me/student", "model").commit({"README.md": b"#"}, "message", private=True, exist_ok=False)

@@ -11,7 +11,7 @@ from one_process import ENDLESS, KEPT, PROMPTS, SAMPLING, alone, assert_same, fo
 from lopd import MemoryStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.local import LocalScorer, LocalSource
-from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
+from lopd.errors import ArgumentError, EngineError, InvalidRecordError, RefusedPromptsWarning
 
 
 def test_two_processes_of_which_one_is_killed_fill_the_store_that_one_process_fills(folders, alone, tmp_path):
@@ -88,6 +88,12 @@ def test_what_a_process_cannot_import_is_named(monkeypatch):
         pytest.raises(EngineError, match=r"died while it started \(AttributeError: .*Small"),
     ):
         scorer.provenance  # noqa: B018
+
+
+def test_an_engine_is_not_what_makes_one():
+    for wrong in ("student", KEPT):
+        with pytest.raises(ArgumentError, match=r"LocalScorer: make is .*, expected a function without arguments that returns an engine"):
+            LocalScorer(wrong)
 
 
 def test_settings_that_make_no_sense_are_refused():

@@ -12,7 +12,7 @@ from lopd import score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.server import Costs, Servers, ServerScorer, ServerSource, servers
 from lopd.engines.server.answers import _seconds
-from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError
+from lopd.errors import ArgumentError, ContextOverflowError, EngineError, InvalidRecordError
 from lopd.records import Manifest, Rollout, SamplingParams
 
 KINDS = {SGLangStub: "sglang", CompletionsStub: "openai"}
@@ -254,6 +254,28 @@ def test_a_model_that_a_host_does_not_have_and_a_context_that_it_does_not_say(st
         scorer_of(stub, context=None).score(make_rollouts())
     with pytest.raises(InvalidRecordError, match="speaks is 'gpt', expected one of 'vllm', 'sglang', 'openai'"):
         Servers(stub.url, "gpt", speaks="gpt")
+
+
+def test_a_server_that_is_not_sglang_is_said_before_anything_is_asked(start):
+    stub = start(Stub)
+    with pytest.raises(EngineError, match=r"it has neither /model_info nor /server_info, which SGLang has; check .* `speaks`"):
+        ServerScorer(Servers(stub.url, "table", speaks="sglang"), TOKENIZER, MODEL).score(make_rollouts())
+    assert not stub.requests
+
+
+@pytest.mark.parametrize("noun", [ServerScorer, ServerSource])
+def test_a_url_is_not_servers_and_a_name_is_not_an_identity(noun):
+    with pytest.raises(ArgumentError, match=r"servers: it is a str, .*make them: `Servers\(url, model\)`"):
+        noun("http://a", TOKENIZER, MODEL)
+    with pytest.raises(ArgumentError, match=r"identity: it is a str, .*make it: `ModelId\(name, commit, dtype\)`"):
+        noun(Servers("http://a", "m"), TOKENIZER, "org/model")
+    for urls, model, wrong in (
+        (None, "m", "urls: it is None"),
+        (["http://a", 3], "m", "urls: it is an int"),
+        ("http://a", None, "model is None"),
+    ):
+        with pytest.raises(InvalidRecordError, match=f"^Servers: {wrong}, expected text"):
+            Servers(urls, model)
 
 
 def test_two_sglang_servers_must_have_the_same_settings(start):

@@ -2,14 +2,19 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from lopd.errors import ContextOverflowError, PromptError
+from lopd import import_text
+from lopd.errors import ArgumentError, ContextOverflowError, LopdError, MissingDependencyError, PromptError
 from lopd.records import make_prompts, read_prompts
 
 
@@ -154,7 +159,7 @@ def test_an_over_long_prompt_of_a_file_is_refused_with_file_and_record(tokenizer
     with pytest.raises(ContextOverflowError) as caught:
         read_prompts(path, tokenizer, max_tokens=20)
     assert path in str(caught.value)
-    assert "record 1" in str(caught.value)
+    assert "line 2" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -163,14 +168,14 @@ def test_an_over_long_prompt_of_a_file_is_refused_with_file_and_record(tokenizer
         ("", "0 records"),
         ("\n \n", "0 records"),
         ('{"prompt": "a"}\n{"prompt": \n', "line 2.*not JSON"),
-        ('{"prompt": "a"}\n["b"]\n', "record 1.*list"),
-        ('{"prompt": "a"}\n{"text": "b"}\n', "record 1.*'prompt' is None"),
-        ('{"prompt": ""}\n', "record 0.*'prompt' is ''"),
-        ('{"prompt": []}\n', "record 0.*'prompt' is"),
-        ('{"prompt": "a"}\n{"prompt": 5}\n', "record 1"),
-        ('{"prompt": "a"}\n{"prompt": ["b"]}\n', "record 1"),
-        ('{"prompt": "a"}\n{"prompt": {"role": "user", "content": "b"}}\n', "record 1"),
-        ('{"prompt": "a"}\n{"prompt": [{"content": "b"}]}\n', "record 1"),
+        ('{"prompt": "a"}\n["b"]\n', "line 2.*list"),
+        ('{"prompt": "a"}\n{"text": "b"}\n', "line 2: its keys with a value are 'text', expected 'prompt' or 'messages'"),
+        ('{"prompt": ""}\n', "line 1.*'prompt' is ''"),
+        ('{"prompt": []}\n', "line 1.*'prompt' is"),
+        ('{"prompt": "a"}\n{"prompt": 5}\n', "line 2"),
+        ('{"prompt": "a"}\n{"prompt": ["b"]}\n', "line 2"),
+        ('{"prompt": "a"}\n{"prompt": {"role": "user", "content": "b"}}\n', "line 2"),
+        ('{"prompt": "a"}\n{"prompt": [{"content": "b"}]}\n', "line 2"),
     ],
 )
 def test_a_file_that_cannot_be_read_gives_one_typed_error_naming_file_and_record(text, message, tokenizer, tmp_path):
@@ -226,6 +231,90 @@ def test_a_template_without_one_place_for_the_prompt_is_refused(tokenizer, tmp_p
 
 def test_messages_do_not_go_into_a_template(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "1+1"}, {"messages": [{"role": "user", "content": "1+1"}]}])
-    with pytest.raises(PromptError, match="record 1: it is a list of messages, expected text for `template`"):
+    with pytest.raises(PromptError, match="line 2: it is a list of messages, expected text for `template`"):
         read_prompts(path, tokenizer, template="say {prompt}")
     assert len(read_prompts(path, tokenizer)) == 2
+
+
+WRONG_FILES = {
+    "c.csv": (b"prompt,answer\na,b\n", r"line 1: it is not JSON \(Expecting value at character 0\); write one JSON object a line \(CSV"),
+    "list.json": (b'[\n{"prompt": "a"}\n]\n', "line 1: .*lists of JSON are not read.*or pass its records in memory"),
+    "pretty.json": (b'{\n"prompt": "a"\n}\n', "line 1: .*write one JSON object a line"),
+    "broken.jsonl": (b'{"prompt": "a"\n', "line 1: .*; fix the line"),
+    "utf16.jsonl": ('{"prompt": "a"}\n'.encode("utf-16"), "line 1: it is not JSON .*save the file as UTF-8"),
+    "latin.jsonl": ('{"prompt": "a"}\n{"prompt": "é"}\n'.encode("latin-1"), "line 2: it is not JSON .*save the file as UTF-8"),
+    "packed.jsonl.gz": (b"\x1f\x8b\x08\x00", "line 1: it is not JSON .*without compression"),
+    "blank.jsonl": (b'{"prompt": "a"}\n\n{"promt": "b"}\n', "line 3: its keys with a value are 'promt', expected 'prompt' or 'messages'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_FILES)
+def test_a_file_of_another_kind_is_named_with_the_line_and_what_is_read(name, tokenizer, tmp_path):
+    data, said = WRONG_FILES[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(PromptError, match=f"Prompt file {tmp_path}/{name}, {said}"):
+        read_prompts(tmp_path / name, tokenizer)
+
+
+def test_texts_of_a_file_are_named_by_their_lines(tokenizer, tmp_path):
+    (tmp_path / "t.jsonl").write_text('\n{"prompt": "a"}\n')
+    with pytest.raises(PromptError, match=r"Text file .*t.jsonl, line 2: its keys with a value are 'prompt', expected 'prompt' and"):
+        import_text(tmp_path / "t.jsonl", tokenizer, teacher=None)
+
+
+def test_parquet_is_read_whatever_the_name_of_the_file(tokenizer, tmp_path):
+    pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "p.jsonl")
+    assert [prompt.text for prompt in read_prompts(tmp_path / "p.jsonl", tokenizer)] == ["a"]
+
+
+@pytest.mark.parametrize("wrong", ["sft-student", None, Path("sft-student"), PreTrainedTokenizerFast])
+def test_a_tokenizer_that_is_not_loaded_is_said(wrong, tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a"}])
+    for read in (lambda: read_prompts(path, wrong), lambda: make_prompts(["a"], wrong)):
+        with pytest.raises(ArgumentError, match=r"Prompt.*: the tokenizer is .*, which cannot tokenise; `load_model` gives one"):
+            read()
+
+
+class RemoteFile(AbstractBufferedFile):
+    """Its `readline` takes no length, as that of s3fs and of http does not."""
+
+    def _fetch_range(self, start, end):
+        return LINES[start:end]
+
+
+class Remote(AbstractFileSystem):
+    cachable = False
+
+    def _open(self, path, mode="rb", **_):
+        return RemoteFile(self, path, mode, size=len(LINES))
+
+
+LINES = b'{"prompt": "a"}\n{"prompt": "b"}\n'
+
+
+def test_files_that_only_fsspec_reaches_are_read_line_by_line(tokenizer):
+    fsspec.register_implementation("remote", Remote, clobber=True)
+    assert [prompt.text for prompt in read_prompts("remote://host/p.jsonl", tokenizer)] == ["a", "b"]
+
+
+def test_a_package_that_a_url_needs_is_named(tokenizer, monkeypatch):
+    fsspec.register_implementation("lacking", "no_such_package.FileSystem", clobber=True, errtxt="Install nosuch to access it")
+    with pytest.raises(
+        MissingDependencyError, match=r"^Prompt file lacking://a/p.jsonl: Install nosuch to access it; install that, or copy"
+    ):
+        read_prompts("lacking://a/p.jsonl", tokenizer)
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(MissingDependencyError, match=r"obstore is not installed; pip install 'lopd\[zarr\]'"):
+        read_prompts("s3://a/p.jsonl", tokenizer)
+
+
+@pytest.mark.s3
+def test_prompts_in_a_bucket_are_read_as_stores_are(s3, tokenizer, monkeypatch):
+    for name, value in s3.storage_options.items():
+        monkeypatch.setenv(name.upper() if name.startswith("aws_") else f"AWS_{name.upper()}", value)
+    s3.write("data/p.jsonl", LINES)
+    assert [prompt.text for prompt in read_prompts(s3.url("data/p.jsonl"), tokenizer)] == ["a", "b"]
+    with pytest.raises(PromptError, match=rf"Prompt file {s3.url('data/q.jsonl')}: it cannot be read \(.*\), expected a .jsonl"):
+        read_prompts(s3.url("data/q.jsonl"), tokenizer)
+    with pytest.raises(LopdError, match="there is no such bucket; create it, or check its name"):
+        read_prompts("s3://nobodys/p.jsonl", tokenizer)

@@ -45,7 +45,7 @@ def test_bos_twice_is_doubted_and_verbatim_text_has_it_once(tmp_path):
     prompts, sentences = doubts(lambda: read_prompts(path, tokenizer))
     assert texts(tokenizer, prompts)[1] == "<s><s>ho"
     (sentence,) = sentences
-    assert sentence.startswith(f"Prompt file {path}, record 1 and 1 more: it begins with '<s>' twice; ")
+    assert sentence.startswith(f"Prompt file {path}, line 2 and 1 more: it begins with '<s>' twice; ")
     prompts, sentences = doubts(lambda: make_prompts(["<s>ho"], tokenizer, verbatim=True))
     assert (texts(tokenizer, prompts), sentences) == (["<s>ho"], [])
 
@@ -92,7 +92,7 @@ def test_text_that_carries_the_template_already_is_doubted_and_verbatim_text_has
     _, sentences = doubts(lambda: read_prompts(path, tokenizer))
     (sentence,) = sentences
     assert sentence.startswith(
-        f"Prompt file {path}, record 1 and 1 more: its text contains '{mark}', as if it carried a chat template already"
+        f"Prompt file {path}, line 2 and 1 more: its text contains '{mark}', as if it carried a chat template already"
     )
     prompts, sentences = doubts(lambda: make_prompts([text], tokenizer, verbatim=True))
     assert (texts(tokenizer, prompts), sentences) == ([text], [])
@@ -103,7 +103,7 @@ def test_messages_as_json_text_are_doubted(tmp_path):
     prompts, sentences = doubts(lambda: read_prompts(path, byte_tokenizer()))
     assert prompts[0].text.startswith("[{")
     assert sentences == [
-        f"Prompt file {path}, record 0: it is a list of messages as JSON text, which is read as text; decode it for the chat template."
+        f"Prompt file {path}, line 1: it is a list of messages as JSON text, which is read as text; decode it for the chat template."
     ]
 
 
@@ -168,7 +168,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
 def test_what_cannot_be_rendered_is_one_error_with_file_and_record(template, record, message, tmp_path):
     tokenizer = byte_tokenizer(template)
     path = jsonl(tmp_path / "p.jsonl", [record])
-    with pytest.raises(PromptError, match=rf"Prompt file .*p\.jsonl, record 0[:,] .*{message}") as caught:
+    with pytest.raises(PromptError, match=rf"Prompt file .*p\.jsonl, line 1[:,] .*{message}") as caught:
         read_prompts(path, tokenizer)
     assert "\n" not in str(caught.value)
     with pytest.raises(PromptError, match=rf"Prompt number 0[:,] .*{message}"):
@@ -197,6 +197,15 @@ def test_a_tokenizer_that_raises_is_one_error_with_the_record():
         PromptError, match=r"Prompt number 1: the tokenizer or its chat template raised OverflowError \(out of pieces\); mend"
     ):
         make_prompts(["a", "b"], Raising())
+
+
+def test_a_role_that_the_template_does_not_know_is_doubted():
+    with pytest.warns(PromptWarning, match="the chat template does not read the role 'human'; drop"):
+        make_prompts([[{"role": "human", "content": "hi"}]], byte_tokenizer())
+    known = CHATML.replace("{{ m['role'] }}", "{{ 'user' if m['role'] == 'human' else m['role'] }}")
+    make_prompts(
+        [[{"role": "human", "content": "hi"}], [{"role": "tool", "content": "5"}, {"role": "user", "content": "hi"}]], byte_tokenizer(known)
+    )
 
 
 def test_a_processor_is_not_a_tokenizer():
@@ -256,7 +265,7 @@ def test_a_record_that_no_model_reads_is_refused_before_it_is_parsed(tmp_path, m
     for name, rows in (("of 300", [small] * 299 + [large]), ("bomb", [{"prompt": "h" * 10**7}])):
         path = tmp_path / f"{name}.parquet"
         pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
-        with pytest.raises(PromptError, match=r"Prompt file .*parquet, (record 299|a record from 0 on): it has more than 4,000 bytes"):
+        with pytest.raises(PromptError, match=r"Prompt file .*parquet, (row 299|a row from 0 on): it has more than 4,000 bytes"):
             read_prompts(path, tokenizer)
     pq.write_table(pa.Table.from_pylist([{"prompt": f"h{i}"} for i in range(600)]), tmp_path / "q.parquet")
     assert [prompt.text for prompt in read_prompts(tmp_path / "q.parquet", tokenizer)] == [f"h{i}" for i in range(600)]
@@ -265,5 +274,5 @@ def test_a_record_that_no_model_reads_is_refused_before_it_is_parsed(tmp_path, m
 def test_a_record_that_is_nested_too_deep_is_named(tmp_path):
     for line in ("[" * 10**5, '{"prompt":' * 10**5, '{"prompt": "hi", "id": ' + "[" * 900 + "]" * 900 + "}"):
         (tmp_path / "p.jsonl").write_text(f'{{"prompt": "hi"}}\n{line}\n')
-        with pytest.raises(PromptError, match=r"Prompt file .*p.jsonl, (line 2|record 1): "):
+        with pytest.raises(PromptError, match=r"Prompt file .*p.jsonl, line 2: "):
             read_prompts(tmp_path / "p.jsonl", byte_tokenizer(None))

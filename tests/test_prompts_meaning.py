@@ -196,7 +196,7 @@ def test_tools_and_variables_of_another_kind_are_refused(record, message):
 def test_what_only_a_chat_template_reads_is_refused_by_name_without_one(record, tmp_path):
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": "fine"}, {"prompt": "hi", **record}])
     (name,) = record
-    with pytest.raises(PromptError, match=rf"p\.jsonl, record 1: it has `{name}`.*the tokenizer has no chat template"):
+    with pytest.raises(PromptError, match=rf"p\.jsonl, line 2: it has `{name}`.*the tokenizer has no chat template"):
         read_prompts(path, byte_tokenizer(None))
     with pytest.raises(PromptError, match=rf"Prompts: it has `{name}`"):
         make_prompts(["hi"], byte_tokenizer(None), **record)
@@ -318,7 +318,7 @@ def test_text_in_parts_is_text_whether_the_template_reads_parts_or_not(tmp_path)
     image = {"role": "user", "content": [{"type": "text", "text": "what is it?"}, {"type": "image", "url": "a.png"}]}
     path = parquet(tmp_path / "p.parquet", [{"messages": PARTED}, {"messages": [image]}])
     with pytest.raises(
-        PromptError, match=r"p\.parquet, record 1, message 0: a part is \{'type': 'image', 'url': 'a\.png'\}, expected \{'type': 'text'"
+        PromptError, match=r"p\.parquet, row 1, message 0: a part is \{'type': 'image', 'url': 'a\.png'\}, expected \{'type': 'text'"
     ):
         read_prompts(path, byte_tokenizer(CHATML))
 
@@ -345,7 +345,7 @@ def test_a_role_whose_text_the_template_leaves_out_is_doubted():
         (pa.table({"prompt": ["a"]}).to_pandas(), r"they are a DataFrame, expected a list; .*rows of a table"),
         (pa.table({"prompt": ["a"]}), r"they are a Table, expected a list"),
         (5, r"they are an int, expected a list"),
-        (ask("a"), r"Prompt number 0: 'prompt' is None"),
+        (ask("a"), r"Prompt number 0: its keys with a value are 'role', 'content', expected 'prompt'"),
     ],
 )
 def test_what_iterates_as_something_else_is_refused(contents, message):

@@ -164,6 +164,23 @@ def test_a_tokenizer_that_is_not_there_or_is_damaged_is_named_before_weights_are
         load_model(tmp_path)
 
 
+SPOILED: dict[str, tuple[str, bytes, str]] = {
+    "a pointer": ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", r"its weights are not all there.*`git lfs pull`"),
+    "another config": ("config.json", b"", "its weights have other shapes than its config.json says"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_weights_that_are_not_those_of_the_folder_are_one_sentence(what: str, llama: Any, tokenizer: Any, tmp_path: Path) -> None:
+    name, data, said = SPOILED[what]
+    llama.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / name).write_bytes(data or json.dumps({**described, "intermediate_size": 64}).encode())
+    with pytest.raises((EngineError, ModelError), match=said):
+        load_model(tmp_path)
+
+
 def test_a_tokenizer_of_another_model_is_named_with_the_folder(llama: Any, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)

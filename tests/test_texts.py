@@ -199,7 +199,7 @@ def test_long_texts_are_counted_and_refused_left_out_or_cut(tokenizer):
         (["q"], "Text number 0: it is a str, expected a prompt and its response"),
         (
             [{"prompt": "q", "completion": "a"}],
-            "it has the keys 'prompt', 'completion', expected 'prompt' and 'response', or 'messages'; name",
+            "its keys with a value are 'prompt', 'completion', expected 'prompt' and 'response', or 'messages'; name",
         ),
         ([MESSAGES[0][:1]], "its last message has the role 'user', expected 'assistant'"),
         ([[{"role": "assistant", "content": "a"}]], r"'prompt' is \[\]"),

@@ -245,6 +245,13 @@ def test_arrays_of_numpy_are_read_as_lists_are(form, tokenizer):
     assert rollout.behavior_logprobs.tolist() == LOGPROBS
 
 
+@pytest.mark.parametrize("record", [STEPS, TRIPLETS])
+def test_steps_may_be_json_text_as_tables_have_them(record, tokenizer):
+    ((key, steps),) = record.items()
+    (rollout,) = rollouts_of(imported([{key: json.dumps(steps)}], tokenizer))
+    assert rollout.response_ids.tolist() == RESPONSE
+
+
 def as_arrays(value):
     """Return the same as pandas reads it from a parquet file."""
     if isinstance(value, dict):
@@ -268,6 +275,8 @@ def as_arrays(value):
         ({**VERL, "finish_reason": "tired"}, "its finish_reason is 'tired'"),
         ({"trajectory": [{"tokens": None}]}, "step 0: its 'tokens' is None, expected a mapping with token ids"),
         ({"triplets": [{"prompt": "text", "response": {}}]}, "step 0: its 'prompt' is 'text'"),
+        ({"triplets": {}}, "its 'triplets' is {}, expected a list of steps"),
+        ({"trajectory": "[{"}, "'trajectory' is text that is not JSON"),
         ({**VERL, "id": True}, "its id is True"),
         ("text", "it is a str, expected a mapping, messages or triplets"),
         ({"messages": "{"}, "'messages' is text that is not JSON"),

@@ -46,10 +46,11 @@ def load_tokenizer(name: str | Path) -> Any:
             return transformers.AutoTokenizer.from_pretrained(str(found))
         except Exception as error:  # tokenizers raises `Exception` itself
             lacks = found.is_dir() and not any((found / file).exists() for file in _TOKENIZERS)
-            reason = f"the folder has neither {' nor '.join(_TOKENIZERS)}" if lacks else _first_line(error)
+            reason, remedy = _first_line(error), "look at its files and config.json, and save it again"
+            if lacks:
+                reason, remedy = f"the folder has neither {' nor '.join(_TOKENIZERS)}", "save it there: `tokenizer.save_pretrained(folder)`"
             raise EngineError(
-                f"Model {str(name)!r}: its tokenizer cannot be loaded ({reason}), expected its files beside the weights; save them there: "
-                "`tokenizer.save_pretrained(folder)`."
+                f"Model {str(name)!r}: its tokenizer cannot be loaded ({reason}), expected its files beside the weights; {remedy}."
             ) from error
 
 
@@ -91,6 +92,8 @@ def looking_for(name: str | Path) -> Iterator[Path]:
         raise
     except (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
         remedy = "look at its files, and save it again" if there else "check the name, and the network if it is to be downloaded"
+        if isinstance(error, SafetensorError):
+            remedy = "its weights are not all there, so save or download them again (`git lfs pull` in a clone)"
         raise _not_loaded(name, _first_line(error), remedy) from error
 
 
@@ -124,7 +127,7 @@ def _nowhere() -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
 
 
 def _not_loaded(name: str | Path, reason: str, remedy: str) -> EngineError:

@@ -16,9 +16,9 @@ from attrs import define, field
 from lopd.engines.inputs import in_order
 from lopd.engines.pool import Pool
 from lopd.engines.workers import Down, Request
-from lopd.errors import EngineError
+from lopd.errors import ArgumentError, EngineError
 from lopd.protocols import RolloutSource, TeacherScorer
-from lopd.records.checks import check_at_least, check_number, own_numbers
+from lopd.records.checks import a_kind, check_at_least, check_number, own_numbers
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores
 
@@ -171,6 +171,10 @@ class Hosted(ABC, Generic[Engine]):
     patience_s: float = field(default=1800.0, kw_only=True)
 
     def __attrs_post_init__(self) -> None:
+        if not callable(self.make):
+            raise ArgumentError(
+                f"{self._name}: make is {a_kind(self.make)}, expected a function without arguments that returns an engine; pass one."
+            )
         own_numbers(self, self._name)
         check_at_least(self._name, "workers", self.workers, 1)
         check_at_least(self._name, "attempts", self.attempts, 1)

@@ -1,5 +1,6 @@
 """What each verb asks of its arguments at its door, so that a wrong one is a sentence there, and not an AttributeError deep inside."""
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -44,9 +45,11 @@ def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> Non
     """Refuse what is not a list of prompts, or is empty, or has an id twice where that matters.
 
     Raises:
-        ArgumentError: it cannot be indexed, such as a generator or a single prompt.
+        ArgumentError: it cannot be indexed, such as a generator or a single prompt, or it is the path of a file.
         InvalidRecordError: one is not a `Prompt`, there are none, or an id occurs twice.
     """
+    if isinstance(prompts, str | os.PathLike):
+        raise ArgumentError(f"Prompts: they are {str(prompts)!r:.80}, expected a list; read a file: `lopd.read_prompts(path, tokenizer)`.")
     if not hasattr(prompts, "__getitem__"):
         raise ArgumentError(f"Prompts: it is {a_kind(prompts)}, expected a list; pass `list(...)` or `[...]`.")
     wrong = next((prompt for prompt in prompts if not isinstance(prompt, Prompt)), None)

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any
 
-from lopd.errors import PromptError
+from lopd.errors import ArgumentError, PromptError
+from lopd.records.checks import a_kind
 from lopd.records.optional import need
 
 Messages = Sequence[Mapping[str, Any]]
@@ -14,6 +15,8 @@ Messages = Sequence[Mapping[str, Any]]
 PROBE = "lopd"
 # a shorter end of a template is found in text by chance
 _SHORTEST_MARK = 4
+# what templates write without naming them
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
 # names the call that a tool answers; many templates go by the order
 _LINKS = {"tool_call_id"}
 
@@ -26,6 +29,16 @@ def text_of(message: Mapping[str, Any]) -> str:
     """
     content = message.get("content", "")
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def check_tokenizer(owner: str, tokenizer: Any) -> None:
+    """Refuse what cannot tokenise, such as the name of a model.
+
+    Raises:
+        ArgumentError: it cannot.
+    """
+    if isinstance(tokenizer, type) or not (callable(tokenizer) or hasattr(tokenizer, "apply_chat_template")):
+        raise ArgumentError(f"{owner}: the tokenizer is {a_kind(tokenizer)}, which cannot tokenise; `load_model` gives one.")
 
 
 def formats_chats(tokenizer: Any) -> bool:
@@ -90,13 +103,14 @@ class ChatTemplate:
         return whole[len(prompt) :] if whole.startswith(prompt) else None
 
     def unread(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what the template does not mention: `tools`, variables, and keys of messages."""
+        """Yield what the template does not mention: `tools`, variables, keys of messages, and unusual roles."""
         if not self._source:
             return
         if tools and "tools" not in self._words:
             yield "`tools`"
         yield from (f"{name!r} of `chat_template_kwargs`" for name in variables if name not in self._words)
         yield from (f"{key!r} of messages" for message in messages for key in message if key not in self._words | _LINKS)
+        yield from (f"the role {role!r}" for role in (message.get("role") for message in messages) if role not in self._words | _ROLES)
 
     def left_out(self, messages: Messages, tools: Sequence[Any] | None, variables: Mapping[str, Any]) -> str | None:
         """Return a role whose text the template does not write; tried once for each set of roles."""

@@ -133,9 +133,9 @@ def texts_of(owner: str, values: Any) -> list[str]:
     Raises:
         ArgumentError: they are something else.
     """
-    wrong = next((value for value in values if not isinstance(value, str)), None) if isinstance(values, Iterable) else values
-    if wrong is not None:
-        raise ArgumentError(f"{owner}: it is {a_kind(wrong)}, expected text; pass a str, or several.")
+    wrong = [value for value in values if not isinstance(value, str)] if isinstance(values, Iterable) else [values]
+    if wrong:
+        raise ArgumentError(f"{owner}: it is {a_kind(wrong[0])}, expected text; pass a str, or several.")
     return list(values)
 
 

@@ -38,6 +38,11 @@ def several(owner: str, contents: Any, reader: str) -> Iterable[Any]:
     return contents
 
 
+def with_value(record: Mapping[str, Any]) -> str:
+    """Return the keys of a record that are not null, for messages."""
+    return ", ".join(repr(key) for key, value in record.items() if value is not None) or "not there"
+
+
 def check_names(owner: str, template: str, **fields: str) -> None:
     """Check that the template has one place for a prompt, and that names of fields are text.
 

@@ -3,15 +3,17 @@
 import json
 import os
 from collections.abc import Iterator
+from io import BufferedReader, BytesIO
 from typing import Any
 
-from lopd.errors import PromptError
+from lopd.errors import MissingDependencyError, PromptError
 from lopd.records.optional import need
 from lopd.records.paths import asked, open_regular, path_or_url, without_secrets
 
 #: Bytes of one record of a file; a larger one is refused before it is parsed.
 LARGEST_ROW = 64 << 20
 _ROWS_AT_ONCE = 256
+_IN_BUCKETS = ("s3://", "gs://", "az://", "abfss://")
 
 
 def named_file(kind: str, path: str | os.PathLike[str]) -> tuple[str, str]:
@@ -28,36 +30,52 @@ def named_file(kind: str, path: str | os.PathLike[str]) -> tuple[str, str]:
     return found, f"{kind} {without_secrets(found)}"
 
 
-def read_records(owner: str, path: str) -> list[Any]:
-    """Return all records of a file.
+def read_records(owner: str, path: str) -> tuple[str, list[tuple[int, Any]]]:
+    """Return how messages name one record, before its number, and all records with their numbers: lines from 1 on, or rows of parquet from 0 on.
 
     Raises:
         PromptError: the file is empty, cannot be read or is of another kind, or a record is too large; it names the place.
+        MissingDependencyError: a package for this kind of file or URL is not installed.
     """
     try:
-        records = asked(path, lambda: _records_of(owner, path))
+        item, records = asked(path, lambda: _records_of(owner, path))
     except OSError as error:
         raise PromptError(f"{owner}: it cannot be read ({error}), expected a .jsonl or .parquet file; check the path.") from error
     if not records:
         raise PromptError(f"{owner}: it has 0 records, expected at least 1; check that it was written.")
-    return records
+    return item, records
 
 
-def _records_of(owner: str, path: str) -> list[Any]:
-    with _opened(path) as file:
-        return list(_parquet_rows(owner, file) if path.endswith(".parquet") else _json_lines(owner, file))
+def _records_of(owner: str, path: str) -> tuple[str, list[tuple[int, Any]]]:
+    with _opened(owner, path) as file:
+        begin = file.read(4)
+        file.seek(0)
+        if begin == b"PAR1" or path.endswith(".parquet"):
+            return f"{owner}, row", list(enumerate(_parquet_rows(owner, file)))
+        return f"{owner}, line", list(_json_lines(owner, file))
 
 
-def _opened(path: str) -> Any:
+def _opened(owner: str, path: str) -> Any:
+    """Return a file that is open: of this machine; in a bucket, where it is read as stores are; or wherever else fsspec reaches."""
     local = path.removeprefix("file://")
-    return need("fsspec", "Prompt files").open(path, "rb") if "://" in local else open_regular(local)
+    if "://" not in local:
+        return open_regular(local)
+    if path.startswith(_IN_BUCKETS):
+        folder, _, name = path.rpartition("/")
+        return BytesIO(need("lopd.backends.files", owner).open_files(folder).read(name))
+    fsspec = need("fsspec", owner)
+    try:
+        # files of fsspec do not read lines up to a length
+        return BufferedReader(fsspec.open(path, "rb").open())
+    except ImportError as error:
+        raise MissingDependencyError(f"{owner}: {str(error).rstrip('.')}; install that, or copy the file to this machine.") from error
 
 
-def _json_lines(owner: str, file: Any) -> Iterator[Any]:
+def _json_lines(owner: str, file: Any) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(iter(lambda: file.readline(LARGEST_ROW + 1), b""), 1):
         _check_row(f"{owner}, line {number}", len(line))
         if line.strip():
-            yield _parse(f"{owner}, line {number}", line)
+            yield number, _parse(f"{owner}, line {number}", line, first=number == 1)
 
 
 def _parquet_rows(owner: str, file: Any) -> Iterator[Any]:
@@ -65,12 +83,12 @@ def _parquet_rows(owner: str, file: Any) -> Iterator[Any]:
     for group in map(table.metadata.row_group, range(table.num_row_groups)):
         # a page of kilobytes may become gigabytes, and declares its size
         whole = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
-        _check_row(f"{owner}, a record from {first} on", whole // max(group.num_rows, 1))
+        _check_row(f"{owner}, a row from {first} on", whole // max(group.num_rows, 1))
         first += group.num_rows
     first = 0
     for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE):
         for i in range(len(batch) if batch.nbytes > LARGEST_ROW else 0):
-            _check_row(f"{owner}, record {first + i}", batch.slice(i, 1).nbytes)
+            _check_row(f"{owner}, row {first + i}", batch.slice(i, 1).nbytes)
         first += len(batch)
         yield from batch.to_pylist(maps_as_pydicts="strict")
 
@@ -80,8 +98,14 @@ def _check_row(row: str, size: int) -> None:
         raise PromptError(f"{row}: it has more than {LARGEST_ROW:,} bytes; drop it, no model reads so much.")
 
 
-def _parse(where: str, line: bytes) -> Any:
+def _parse(where: str, line: bytes, *, first: bool) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{where}: it is not JSON ({error}); fix the line.") from error
+        why = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
+        remedy = "fix the line"
+        if isinstance(error, UnicodeDecodeError):
+            remedy = "save the file as UTF-8, without compression"
+        elif first and (not line.lstrip().startswith(b"{") or line.strip() == b"{"):
+            remedy = "write one JSON object a line (CSV, text and lists of JSON are not read), or pass its records in memory"
+        raise PromptError(f"{where}: it is not JSON ({why}); {remedy}.") from error

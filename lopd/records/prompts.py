@@ -8,7 +8,7 @@ from typing import Any
 from lopd.errors import ContextOverflowError, PromptError
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind, check_at_least
-from lopd.records.contents import KEYS, check_names, checked, in_template, name_of, several
+from lopd.records.contents import KEYS, check_names, checked, in_template, name_of, several, with_value
 from lopd.records.files import named_file, read_records
 from lopd.records.plain import as_id, as_text, plain
 from lopd.records.rendering import Rendering
@@ -32,7 +32,7 @@ def read_prompts(
     See `make_prompts` for what a record may have, for the arguments, and for what draws a `PromptWarning`.
 
     Args:
-        path: local, or any URL that fsspec opens.
+        path: local, in a bucket (`s3://`, `gs://`, `az://`, `abfss://`), or any other URL that fsspec opens.
         tokenizer: the student's tokenizer.
         field: as in `make_prompts`, like all that follow.
         template: text around each prompt.
@@ -44,7 +44,8 @@ def read_prompts(
 
     Raises:
         PromptError: the file is empty, not a file or of another kind, or a record is too large or cannot be turned into a prompt; it names
-            file and record.
+            file and line, or row.
+        MissingDependencyError: a package for this kind of file or URL is not installed.
         ContextOverflowError: a prompt is longer than `max_tokens`.
     """
     if not isinstance(path, str | os.PathLike):
@@ -52,8 +53,8 @@ def read_prompts(
     path, owner = named_file("Prompt file", path)
     check_names(owner, template, field=field)
     rendering = Rendering(owner, tokenizer, verbatim=verbatim, tools=tools, variables=chat_template_kwargs, day=date)
-    records = read_records(owner, path)
-    return _make(records, rendering, f"{owner}, record", owner=owner, field=field, template=template, max_tokens=max_tokens)
+    item, records = read_records(owner, path)
+    return _make(records, rendering, item, owner=owner, field=field, template=template, max_tokens=max_tokens)
 
 
 def make_prompts(
@@ -111,20 +112,24 @@ def make_prompts(
             if len(values) != len(records):
                 raise PromptError(f"Prompts: there are {len(values)} {key}s, expected {len(records)}; pass one for each prompt.")
             records = [record if value is None else {**record, key: value} for record, value in zip(records, values, strict=True)]
-    return _make(records, rendering, "Prompt number", owner="Prompts", field=field, template=template, max_tokens=max_tokens)
+    return _make(enumerate(records), rendering, "Prompt number", owner="Prompts", field=field, template=template, max_tokens=max_tokens)
 
 
 def _make(
-    records: Iterable[Any], rendering: Rendering, item: str, *, owner: str, field: str, template: str, max_tokens: int | None
+    records: Iterable[tuple[int, Any]], rendering: Rendering, item: str, *, owner: str, field: str, template: str, max_tokens: int | None
 ) -> list[Prompt]:
     prompts, seen, unread = list[Prompt](), dict[str, int](), dict[str, None]()
     max_tokens = None if max_tokens is None else check_at_least(owner, "max_tokens", max_tokens, 1)
-    for i, record in enumerate(records):
+    for i, record in records:
         where = f"{item} {i}"
         if not isinstance(record, Mapping):
             raise PromptError(f"{where}: it is {a_kind(record)}, expected a mapping; write one JSON object a line.")
         known = {key: plain(record.get(key), where) for key in (field, "messages", *KEYS)}
         used = "messages" if known[field] is None else field
+        if known[used] is None:
+            raise PromptError(
+                f"{where}: its keys with a value are {with_value(record)}, expected {field!r} or 'messages'; name the prompt's with `field`."
+            )
         unread.update({key: None for key, value in record.items() if value is not None and key not in {used, *KEYS}})
         content = in_template(template, checked(known[used], field, where), where)
         if isinstance(content, str) and content.startswith("[{") and '"role"' in content:

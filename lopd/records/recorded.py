@@ -36,6 +36,8 @@ _SEQUENCES = (
     _CALL,
     _Keys("", "token_ids", "mask", "logprobs"),
 )
+#: Keys of the steps of a record.
+STEPS = ("trajectory", "triplets")
 _ENDINGS = ("is_truncated", "finish_reason")
 #: Forms of a record, for messages.
 FORMS = "; ".join([*("+".join(filter(None, (k.prompt, k.response, k.drawn))) for k in _SEQUENCES), "trajectory", "triplets", "messages"])
@@ -62,7 +64,7 @@ def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
         InvalidRecordError: something is not token ids, a mask or log-probs.
     """
     there = {key for key, value in record.items() if value is not None}
-    steps = next((key for key in ("trajectory", "triplets") if key in there), None)
+    steps = next((key for key in STEPS if key in there), None)
     if steps is not None:
         keys: _Keys | None = _CALL if steps == "trajectory" else _TRIPLET
         calls = list(_calls(where, steps, record[steps]))
@@ -81,7 +83,9 @@ def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
 
 def _calls(where: str, key: str, steps: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the calls of a policy in the steps of verifiers, or in the triplets of agent-lightning."""
-    for i, step in enumerate(steps if isinstance(steps, Sequence) else [None]):
+    if not isinstance(steps, list | tuple):
+        raise PromptError(f"{where}: its {key!r} is {steps!r:.40}, expected a list of steps; have the framework record them.")
+    for i, step in enumerate(steps):
         at = f"{where}, step {i}"
         if key == "trajectory":
             yield at, _mapping(at, step, "tokens")

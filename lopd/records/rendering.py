@@ -8,7 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from lopd.errors import PromptError, PromptWarning
-from lopd.records.chat_template import PROBE, ChatTemplate, Messages, folded, formats_chats, text_of
+from lopd.records.chat_template import PROBE, ChatTemplate, Messages, check_tokenizer, folded, formats_chats, text_of
 from lopd.records.checks import a_kind
 from lopd.records.contents import as_served
 from lopd.records.plain import from_json, plain
@@ -44,11 +44,13 @@ class Rendering:
         day: what the template reads as today; None for today.
 
     Raises:
+        ArgumentError: the tokenizer is something else, such as a name.
         PromptError: they are not what they must be, or there is no chat template to read them.
     """
 
     def __init__(self, owner: str, tokenizer: Any, *, verbatim: bool, tools: Any, variables: Any, day: date | None) -> None:
-        self.doubts = Doubts()
+        self.doubts, self._unread, self._compared = Doubts(), dict[str, None](), False
+        check_tokenizer(owner, tokenizer)
         self._owner, self.tokenizer, self._verbatim, self._day = owner, tokenizer, verbatim, day
         self._special = _special_tokens(tokenizer)
         has_template = not verbatim and formats_chats(tokenizer)
@@ -58,8 +60,6 @@ class Rendering:
             if not isinstance(day, date):
                 raise PromptError(f"{owner}: `date` is {day!r:.40}, expected a datetime.date; pass one.")
         self._tools, self._variables = self._tools_in(owner, tools), self._variables_in(owner, variables)
-        self._unread: dict[str, None] = {}
-        self._compared = False
         #: Ids that end an answer.
         self.ends = {getattr(tokenizer, "eos_token_id", None)}
         if self._template:

@@ -9,7 +9,7 @@ from attrs import frozen
 from lopd.errors import ContextOverflowError, PromptError
 from lopd.records.chat_template import Messages, text_of
 from lopd.records.checks import a_kind
-from lopd.records.contents import KEYS, Names, checked, in_template
+from lopd.records.contents import KEYS, Names, checked, in_template, with_value
 from lopd.records.plain import plain
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import FinishReason, Rollout
@@ -43,12 +43,14 @@ class Limit:
     too_long: TooLong
 
 
-def make_texts(called: tuple[str, str], contents: Iterable[Any], rendering: Rendering, fields: Fields, limit: Limit) -> list[Rollout]:
+def make_texts(
+    called: tuple[str, str], contents: Iterable[tuple[int, Any]], rendering: Rendering, fields: Fields, limit: Limit
+) -> list[Rollout]:
     """Return one rollout for each text, all tokens of the response counting; several responses to a prompt are its samples.
 
     Args:
         called: how messages name all texts, and one, before its number.
-        contents: pairs, lists of messages, or records.
+        contents: pairs, lists of messages, or records, with their numbers.
         rendering: the tokenizer, and what its template is given.
         fields: where a record has its texts.
         limit: most tokens that one may have.
@@ -59,7 +61,7 @@ def make_texts(called: tuple[str, str], contents: Iterable[Any], rendering: Rend
     """
     owner, item = called
     unread, names, made = dict[str, None](), Names(), list[Rollout]()
-    for i, content in enumerate(contents):
+    for i, content in contents:
         where = f"{item} {i}"
         record = _record(content, where, fields)
         prompt, response, used = _split(record, where, fields)
@@ -96,7 +98,7 @@ def _split(record: Mapping[str, Any], where: str, fields: Fields) -> tuple[str |
         messages, used = (prompt, {fields.prompt}) if isinstance(prompt, list) else (messages, {"messages"})
         if not isinstance(messages, list) or not messages:
             raise PromptError(
-                f"{where}: it has the keys {', '.join(map(repr, record))}, expected {fields.prompt!r} and {fields.response!r}, or 'messages'; name "
+                f"{where}: its keys with a value are {with_value(record)}, expected {fields.prompt!r} and {fields.response!r}, or 'messages'; name "
                 "them with `field` and `response`."
             )
         prompt, response = messages[:-1], messages[-1]

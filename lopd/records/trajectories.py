@@ -14,7 +14,7 @@ from lopd.records.checks import a_kind, to_whole
 from lopd.records.contents import Names, check_message, checked
 from lopd.records.manifest import SamplingParams
 from lopd.records.plain import from_json, plain
-from lopd.records.recorded import FORMS, reason_of, turns_in
+from lopd.records.recorded import FORMS, STEPS, reason_of, turns_in
 from lopd.records.rendering import Rendering
 from lopd.records.rollouts import Rollout
 from lopd.records.turns import Turn, join
@@ -79,12 +79,12 @@ class Choice:
         return "sampler_logprobs"
 
 
-def make_trajectories(called: tuple[str, str], records: Iterable[Any], rendering: Rendering, choice: Choice) -> list[Rollout]:
+def make_trajectories(called: tuple[str, str], records: Iterable[tuple[int, Any]], rendering: Rendering, choice: Choice) -> list[Rollout]:
     """Return the rollouts of all records, in their order: what the policy drew counts, and what others wrote does not.
 
     Args:
         called: how messages name all records, and one, before its number.
-        records: mappings, or lists of messages or of triplets.
+        records: mappings, or lists of messages or of triplets, with their numbers.
         rendering: the tokenizer, and what its template is given.
         choice: which turns become rollouts.
 
@@ -94,7 +94,7 @@ def make_trajectories(called: tuple[str, str], records: Iterable[Any], rendering
     """
     owner, item = called
     made, names, without = list[Rollout](), Names(), 0
-    for i, content in enumerate(records):
+    for i, content in records:
         where = f"{item} {i}"
         record = _record(content, where)
         turns = turns_in(record, where)
@@ -118,9 +118,10 @@ def make_trajectories(called: tuple[str, str], records: Iterable[Any], rendering
 def _record(content: Any, where: str) -> Mapping[str, Any]:
     """Return messages, or triplets, as the record that they stand for."""
     if isinstance(content, Mapping):
-        # pandas gives lists as arrays of objects
+        # pandas gives lists as arrays of objects, and tables may have steps as JSON text
         lists = {key: value.tolist() for key, value in content.items() if isinstance(value, np.ndarray) and value.dtype == object}
-        return {**content, **lists}
+        steps = {key: from_json(content[key], where, key) for key in STEPS if isinstance(content.get(key), str)}
+        return {**content, **lists, **steps}
     if isinstance(content, list | tuple) and content and all(isinstance(part, Mapping) for part in content):
         return {"messages" if "role" in content[0] else "triplets": list(content)}
     raise PromptError(f"{where}: it is {a_kind(content)}, expected a mapping, messages or triplets; write one of these.")

@@ -163,6 +163,12 @@ def _from_pretrained(folder: str, dtype: torch.dtype | str) -> Any:
     """Return (model, what its files lacked)."""
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except RuntimeError as error:
+        if "mismatched" not in str(error):
+            raise
+        raise ModelError(
+            f"Model {folder!r}: its weights have other shapes than its config.json says; restore the one that was saved."
+        ) from error
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise

@@ -130,4 +130,4 @@ def refusal(owner: str, url: str, status: int, message: str, key: Key) -> LopdEr
         return InvalidRecordError(f"{said}, expected ids that the model knows; tokenise with this model's tokenizer.")
     if status == 400 and "max allowed" in message:
         return EngineError(f"{said}, expected its log-probs; start the server with a larger `--max-logprobs`.")
-    return EngineError(f"{said}, expected 200; check URL, model name and the version of the server.")
+    return EngineError(f"{said}, expected 200; check URL, model name, `speaks` and the version of the server.")

@@ -58,6 +58,12 @@ def _id_set(ids: Iterable[int]) -> frozenset[int]:
     return frozenset(ids)
 
 
+def _check_parts(owner: str, servers: object, identity: object) -> None:
+    """Refuse a URL for the servers, and a name for the identity, which no server can be asked for."""
+    check_kind(f"{owner}: servers", servers, Servers, "make them: `Servers(url, model)`")
+    check_kind(f"{owner}: identity", identity, ModelId, "make it: `ModelId(name, commit, dtype)` of the weights that are served")
+
+
 @final
 @define(eq=False, slots=False)
 class ServerScorer:
@@ -92,6 +98,7 @@ class ServerScorer:
     drawn: int = 0
 
     def __attrs_post_init__(self) -> None:
+        _check_parts("ServerScorer", self.servers, self.identity)
         own_numbers(self, "ServerScorer")
         check_support("ServerScorer", self.tokenizer_id, self.top_k, self.candidates, self.drawn)
         check_at_least("ServerScorer", "tokens_per_request", self.tokens_per_request, 1)
@@ -202,6 +209,7 @@ class ServerSource:
             return cls(servers, tokenizer, identity, sampling, _eos_ids(path, tokenizer), Lineage.read(path))
 
     def __attrs_post_init__(self) -> None:
+        _check_parts("ServerSource", self.servers, self.identity)
         check_kind("ServerSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
         if not self.servers.dialect.samples:
             raise InvalidRecordError(

@@ -30,7 +30,7 @@ from lopd.engines.server.urls import bases, check_urls
 from lopd.engines.server.vllm import VLLM
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_kind, check_number, own_numbers
+from lopd.records.checks import check_at_least, check_kind, check_number, own_numbers, own_texts
 from lopd.records.paths import asked
 from lopd.records.waiting import QUIET_S
 
@@ -98,6 +98,7 @@ class Servers:
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "Servers")
+        own_texts(self, "Servers")
         check_at_least("Servers", "number of urls", len(self.urls), 1)
         for name in ("concurrency", "attempts"):
             check_at_least("Servers", name, getattr(self, name), 1)

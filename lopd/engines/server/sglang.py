@@ -51,6 +51,8 @@ class SGLang:
         get("/health", None)
         card = model_card(name, model, get("/v1/models", {}))
         served, settings = (get(path, {}) for path in ("/model_info", "/server_info"))
+        if not served and not settings:
+            raise EngineError(f"{name}: it has neither /model_info nor /server_info, which SGLang has; check the URL and `speaks`.")
         if not (isinstance(served, Mapping) and isinstance(settings, Mapping)):
             raise EngineError(f"{name}: /model_info and /server_info hold other than objects; check the URL.")
         version = served.get("weight_version", "default")

@@ -28,21 +28,22 @@ def check_maker(owner: str, store: object) -> None:
         raise ArgumentError(f"{owner}: store is {a_kind(store)}; pass `lambda manifest: ZarrStore.open_or_create(PATH, manifest)`.")
 
 
-def records_of(kind: str, records: str | os.PathLike[str] | Iterable[Any]) -> tuple[tuple[str, str], Iterable[Any]]:
-    """Return how messages name all records, and one, before its number; and the records, of a file or in memory.
+def records_of(kind: str, records: str | os.PathLike[str] | Iterable[Any]) -> tuple[tuple[str, str], Iterable[tuple[int, Any]]]:
+    """Return how messages name all records, and one, before its number; and the records with their numbers, of a file or in memory.
 
     Args:
         kind: kind of record, for example "Text".
-        records: a path, a URL that fsspec opens, or many of them.
+        records: a path or a URL, or many of them.
 
     Raises:
         PromptError: the file cannot be read, or they are something else.
     """
     if isinstance(records, str | os.PathLike):
         path, owner = named_file(f"{kind} file", records)
-        return (owner, f"{owner}, record"), read_records(owner, path)
+        item, found = read_records(owner, path)
+        return (owner, item), found
     many = f"{kind.removesuffix('y')}ies" if kind.endswith("y") else f"{kind}s"
-    return (many, f"{kind} number"), several(many, records, "a path")
+    return (many, f"{kind} number"), enumerate(several(many, records, "a path"))
 
 
 def fill(store: StoreMaker, manifest: Manifest, rollouts: Sequence[Rollout]) -> LogprobStore:

@@ -51,7 +51,7 @@ def import_text(
     The same call again adds nothing to a store that has the texts; nothing is committed unless all of them are right.
 
     Args:
-        texts: a file with one record per line (`.jsonl`) or row (`.parquet`), local or a URL that fsspec opens; or texts in memory.
+        texts: a file with one record per line (`.jsonl`) or row (`.parquet`), as in `read_prompts`; or texts in memory.
         tokenizer: the student's tokenizer.
         teacher: who wrote the responses, as in `Lineage.of`: a folder, a hub name, or a `ModelId`.  None means that it is not known, or that no
             model did; the student then has no SFT teacher, and `batches` asks for one before OPD.
@@ -99,10 +99,11 @@ def import_text(
 
 def _judge_vocabulary(teacher: str | Path, writer: ModelId, ours: TokenizerId) -> None:
     """Warn of a teacher that has a tokenizer in its folder, and not this one: its text can be learnt, and no scores of it."""
-    folder = need("lopd.engines.identity", "Text").local_folder(teacher, weights=False)
+    finding = need("lopd.engines.finding", "Text")
+    folder = finding.local_folder(teacher, weights=False)
     if not any(folder.glob("tokenizer*")):
         return
-    theirs = fingerprint_tokenizer(need("transformers", "Text").AutoTokenizer.from_pretrained(folder))
+    theirs = fingerprint_tokenizer(finding.load_tokenizer(folder))
     if not theirs.same_vocabulary(ours):
         warn_user(
             f"Teacher {writer}: its tokenizer has {theirs.vocab_size:,} ids, expected the {ours.vocab_size:,} of the student's, with the same "

@@ -45,7 +45,7 @@ def import_trajectories(
     "chat_template_kwargs" of a record are read; without an id it is named after its first prompt, and its rollouts are samples of that.
 
     Args:
-        trajectories: a file with one record per line (`.jsonl`) or row (`.parquet`), local or a URL that fsspec opens; or records in memory.
+        trajectories: a file with one record per line (`.jsonl`) or row (`.parquet`), as in `read_prompts`; or records in memory.
         tokenizer: the policy's tokenizer.
         policy: who drew: a folder or a hub name, whose weights are read for their identity, or a `ModelId`.
         sampling: how it drew; a cut to the top k or by a least probability has no place there, and such log-probs are of another distribution.

@@ -5,6 +5,7 @@ The token is the one that `hf auth login` or HF_TOKEN gave to `huggingface_hub`.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -137,7 +138,13 @@ class Repository:
         if without_secrets(endpoint) != endpoint or any(token in str(one) for one in causes for token in [self._token()] if token):
             said = what
         answered = "" if status is None else f", status {status}"
-        return HubError(f"{self.owner}: it failed with {said}{answered}; check what is pushed, and the URL of the hub.")
+        garbled = status is None and isinstance(error, JSONDecodeError | KeyError | TypeError | AttributeError)
+        remedy = (
+            "that is not the answer of a hub, so check `endpoint=` or HF_ENDPOINT"
+            if garbled
+            else "check what is pushed, and the URL of the hub"
+        )
+        return HubError(f"{self.owner}: it failed with {said}{answered}; {remedy}.")
 
     @staticmethod
     def _token() -> str | None:
