@@ -151,6 +151,7 @@ class LanceTable:
         if there < self.rows:
             raise CorruptStoreError(f"{self._named()}: it has {there} rows, expected at least {self.rows}; restore it from a backup.")
         self._columns = frozenset(self._handle.schema.names)
+        self._view: Any = None
         if not self.rows and not self.name.startswith(BEGAN_EMPTY):
             # It was made with rows in it, and none is ever removed: only damage to its manifest looks like this.
             raise CorruptStoreError(f"{self._named()}: it has no rows, expected at least 1; restore its files from a backup.")
@@ -182,13 +183,19 @@ class LanceTable:
         """
         with reading(self._named()):
             table, names = self._table, [name for name in columns if name in self._columns or name not in LATER]
-            before = table.version
+            before = table.version if self._view is None else self._view.version
             try:
-                found = _taken(table, offsets, names)
+                # Lance's own view takes rows in half the time of LanceDB's queries
+                if self._view is None:
+                    self._view = table.to_lance(session=self._database.session())
+                found = _taken(self._view, offsets, names)
             except Exception as error:
-                if not (is_gone(error) and self._overtaken(before)):
+                if not is_gone(error):
                     raise
-                found = _taken(table, offsets, names)
+                self._view = self.dataset()
+                if self._view.version == before:
+                    raise
+                found = _taken(self._view, offsets, names)
             found.validate(full=True)
         if len(found) != offsets.size:
             raise CorruptStoreError(
@@ -230,11 +237,6 @@ class LanceTable:
         latest.delete(mine)
         return False
 
-    def _overtaken(self, version: int) -> bool:
-        """Return whether the newest version, to which this moves, is another than this."""
-        self._table.checkout_latest()
-        return bool(self._handle.version != version)
-
     def dataset(self) -> Any:
         """Return Lance's own view of the newest version, for what LanceDB has no word for."""
         self._table.checkout_latest()
@@ -262,9 +264,9 @@ class LanceTable:
             return int(self._table.stats()["total_bytes"])
 
 
-def _taken(table: Any, offsets: NDArray[np.int64], names: Sequence[str]) -> Any:
+def _taken(view: Any, offsets: NDArray[np.int64], names: Sequence[str]) -> Any:
     if offsets.size >= RANGE and offsets[-1] - offsets[0] == offsets.size - 1:
         # One batch: several would be copied to make one of them.
-        query = table.search().select(names).offset(int(offsets[0])).limit(offsets.size)
-        return query.to_batches(offsets.size).read_all().combine_chunks()
-    return table.take_offsets(offsets.tolist()).select(names).to_arrow().combine_chunks()
+        query = view.scanner(columns=names, offset=int(offsets[0]), limit=offsets.size, batch_size=offsets.size)
+        return query.to_table().combine_chunks()
+    return view.take(offsets.tolist(), columns=names).combine_chunks()
