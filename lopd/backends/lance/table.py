@@ -46,13 +46,13 @@ _GUARD = ForkGuard("LanceDB")
 
 
 def _lancedb(owner: str) -> Any:
-    """Return the package, in a process that may use it.
+    """Return the package, in a process that may use it, and that has Lance's own beside it.
 
     Raises:
-        MissingDependencyError: it is not installed.
+        MissingDependencyError: one is not installed.
         ForkedStoreError: this process was forked from one that used it.
     """
-    lancedb = need("lancedb", owner, "lance")
+    lancedb, _ = (need(name, owner, "lance") for name in ("lancedb", "lance"))
     _GUARD.check(owner)
     return lancedb
 
