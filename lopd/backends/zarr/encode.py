@@ -109,7 +109,8 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     ids = [encode_id(owner) for owner in owners]
     id_lengths = [len(name) for name in ids]
     lengths = np.array([(r.prompt_ids.size, r.response_ids.size) for r in rollouts], np.int64).reshape(-1, 2)
-    token_ids = np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).astype(id_type)
+    # records hold ids from 0 up, which admission has compared with the vocabulary
+    token_ids = np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)], dtype=id_type, casting="unsafe")
     token_ends = ragged.offsets(lengths.sum(axis=1))
     id_hashes, content_hashes = hash_ids(ids).view("<i8").reshape(-1, 2), _two([r.content_hash for r in rollouts])
     columns: dict[str, Any] = {
