@@ -16,8 +16,8 @@ from mortal import ENDLESS, KEPT, PROMPTS, SAMPLING, Mortal, alone, assert_same,
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
+from lopd.records.waiting import overlapped
 from lopd.testing import ScorerConformance, tiny_rollout
-from lopd.verbs.asking import overlapped
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 

@@ -26,7 +26,7 @@ from lopd.records.ranks import Ranks
 from lopd.records.rollouts import Prompt
 from lopd.records.rows import Rows
 from lopd.records.steps import Batch, Step
-from lopd.verbs.asking import overlapped
+from lopd.records.waiting import overlapped
 from lopd.verbs.columns import Columns, choose
 
 _ROLLOUTS_PER_STEP = 256
