@@ -1,4 +1,4 @@
-"""What takes long: a message that says what is waited for, and calls that overlap."""
+"""A message during a long wait, and calls whose waits overlap."""
 
 import logging
 from collections import deque
