@@ -16,7 +16,7 @@ ENDLESS = Prompt("endless", [5] * 5000)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tokenizer, make_model):
-    """A policy and a teacher on disk, from where workers take them."""
+    """Save a policy and a teacher, from where workers take them."""
     made = {name: tmp_path_factory.mktemp(name) for name in ("policy", "teacher")}
     for seed, folder in enumerate(made.values()):
         make_model("llama_tied", seed=seed).save_pretrained(folder)
@@ -26,7 +26,7 @@ def folders(tmp_path_factory, tokenizer, make_model):
 
 @pytest.fixture(scope="module")
 def alone(folders):
-    """What one process makes of the prompts."""
+    """Return the store that one process makes of the prompts."""
     source, scorer = HFSource.from_folder(folders["policy"], SAMPLING), HFScorer.from_folder(folders["teacher"], **KEPT)
     store = MemoryStore(source.manifest)
     collect_rollouts(source, PROMPTS, store)
@@ -35,7 +35,7 @@ def alone(folders):
 
 
 def assert_same(store, expected):
-    """The same rows in the same order, and scores and candidates within the rounding of a batch of other company."""
+    """Check that rows and order are the same, and scores and candidates too, up to the rounding of batches with other rows."""
     assert len(store) == len(expected)
     columns = ("teacher", "policy")
     mine, expected_rows = (one.read(range(len(one)), columns, top_k=columns) for one in (store, expected))

@@ -77,7 +77,7 @@ RUN_IN_TEST_README = {test_readme.PROGRAM}
 
 @pytest.fixture(scope="module")
 def made(tokenizer: Any, make_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `teacher`, `sft-student`, which was fine-tuned on its text, and `prompts.jsonl`."""
+    """Make a folder with `teacher`, `sft-student`, which was fine-tuned on its text, and `prompts.jsonl`."""
     folder = tmp_path_factory.mktemp("made")
     with contextlib.chdir(folder):
         for name, seed in (("teacher", 1), ("base", 2)):
@@ -97,7 +97,7 @@ def made(tokenizer: Any, make_model: Callable[..., Any], tmp_path_factory: pytes
 
 @pytest.fixture
 def trained(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of that folder, for one page."""
+    """Enter a copy of that folder, made for one page."""
     monkeypatch.chdir(shutil.copytree(made, tmp_path / "here"))
 
 

@@ -41,7 +41,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def faulty(place: Place, proxy: FaultProxy, short_pauses: None) -> Place:
-    """The same place through the proxy; whoever uses it gives up after seconds."""
+    """Return the same place through the proxy, with time-outs of seconds."""
     return place.through(proxy.storage_options | IMPATIENT)
 
 
