@@ -25,14 +25,14 @@ from attrs import evolve
 from numpy.typing import NDArray
 from pictures import RATIO, TEXT, panels, rule, save
 from record import ROOT, describe_machine, result_file
-from store_backends import BACKENDS, Rows, Store, records
+from store_backends import APPEND, BACKENDS, Rows, Store, records
 from store_training import training
 
 from lopd.backends.zarr.store import ZarrStore
 from lopd.records import Rollout, Scores
 from lopd.testing import tiny_manifest, tiny_provenance
 
-BATCH, APPEND, BLOCK, BLOCKS = 64, 1024, 1024, 4
+BATCH, BLOCK, BLOCKS = 64, 1024, 4
 GROUP = BLOCK * BLOCKS // BATCH
 VOCABULARY = 151_936
 SEGMENT = 1 << 24
@@ -104,6 +104,9 @@ def work(name: str, folder: Path, count: int, seed: int) -> dict[str, float]:
         found["compact"] = rows.ids.size / (time.perf_counter() - started) / 1e6
     del prepared
     found["bytes_per_token"] = backend.stored_bytes(folder) / rows.ids.size
+    if backend.open is None:
+        shutil.rmtree(folder)
+        return found
     drop_cache(folder)
     started = time.perf_counter()
     store: Store = backend.open(folder)
@@ -218,8 +221,15 @@ def goals(runs: dict[str, list[dict[str, float]]], large: list[dict[str, float]]
             appended >= 30 or share >= 0.25,
         )
     )
-    share = ratio(runs, "zarr", "append", "memmap, flushed")
-    rows.append(("Zarr durable append, against a memory map that is flushed at every append", ">= 0.25", share, share >= 0.25))
+    share, limit = (ratio(runs, name, "append", "memmap, flushed") for name in ("zarr", "zarr, its files alone"))
+    rows.append(
+        (
+            "Zarr durable append, against a memory map that is flushed at every append",
+            f">= 0.25 (writing and flushing the same files, and nothing else, has {limit:.2f})",
+            share,
+            share >= 0.25,
+        )
+    )
     for name, wanted in (("zarr", 12.0), ("zarr, float16", 8.0)):
         payload = statistics.median(run["bytes_per_token"] for run in runs[name])
         # lines and zarr.json are a few hundred bytes a rollout of a thousand tokens
@@ -262,7 +272,7 @@ def training_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draw the reads of every backend beside each other: medians, from the smallest to the largest."""
-    rows = [row for row in rows if "backend" in row]
+    rows = [row for row in rows if "sequential" in row]
     figure, three = panels(1, 3, height=3.6, sharex=True, sharey=True)
     for axes, (order, title) in zip(
         three, {"sequential": "in order", "blocks": "block-shuffled", "random": "at random"}.items(), strict=True

@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
+from unittest.mock import patch
 
 import numpy as np
 from attrs import field, frozen
 from numpy.typing import NDArray
 
+from lopd.backends.files.local import LocalFiles
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.zarr.store import ZarrStore
 from lopd.records import Rollout, Scores
 from lopd.testing import tiny_manifest, tiny_provenance
 
-VOCABULARY = 151_936
+VOCABULARY, APPEND = 151_936, 1024
 Batch = tuple[NDArray[Any], NDArray[Any], NDArray[Any]]
 
 
@@ -95,10 +98,10 @@ class Store:
 
 @frozen(eq=False)
 class Backend:
-    """How to write, finish, open and weigh one kind of store."""
+    """How to write, finish, open and weigh one kind of store; `open` is None of one that is only written."""
 
     write: Callable[[Any, Path, int], None]
-    open: Callable[[Path], Store]
+    open: Callable[[Path], Store] | None = None
     prepare: Callable[[Rows], Any] = lambda rows: rows
     finish: Callable[[Path], None] | None = None
     stored_bytes: Callable[[Path], int] = field(default=lambda folder: sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))
@@ -168,6 +171,34 @@ def append_all(store: Any, made: Records, size: int) -> None:
 def zarr_writer(**options: Any) -> Callable[[Records, Path, int], None]:
     """Return a function that appends to a new store with these options."""
     return lambda made, folder, size: append_all(ZarrStore.create(folder / "s.zarr", tiny_manifest(VOCABULARY), **options), made, size)
+
+
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def zarr_calls(rows: Rows) -> list[Call]:
+    """Return what a store asks of its folder when these rows are appended: whole files in their order, and which are flushed together."""
+    calls: list[Call] = []
+
+    def noting(name: str) -> Any:
+        asked = getattr(LocalFiles, name)
+
+        def call(files: LocalFiles, *given: Any) -> Any:
+            calls.append((asked, given))
+            return asked(files, *given)
+
+        return patch.object(LocalFiles, name, call)
+
+    with TemporaryDirectory() as folder, noting("write"), noting("put_if_absent"), noting("mark"):
+        zarr_writer()(records(rows), Path(folder), APPEND)
+    return calls
+
+
+def write_calls(calls: list[Call], folder: Path, size: int) -> None:  # noqa: ARG001 (they were made with it)
+    """Ask the same of another folder, and do nothing else: this is what the storage takes of a durable append."""
+    files = LocalFiles(folder / "s.zarr")
+    for asked, given in calls:
+        asked(files, *given)
 
 
 def open_zarr(folder: Path) -> Store:
@@ -329,6 +360,7 @@ BACKENDS = {
     "memmap": Backend(write_memmap, open_memmap),
     "memmap, flushed": Backend(partial(write_memmap, flushed=True), open_memmap),
     "zarr": Backend(zarr_writer(), open_zarr, records),
+    "zarr, its files alone": Backend(write_calls, prepare=zarr_calls),
     "zarr, compacted": Backend(zarr_writer(), open_zarr, records, compact_zarr),
     "zarr, float16": Backend(zarr_writer(logprob_dtype="float16"), open_zarr_rounded, records),
     "lance, compacted": Backend(write_lance, open_lance, records, compact_lance, needs="lancedb"),

@@ -2,7 +2,6 @@
 
 import pickle
 import random
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lopd.backends.lance.store import LanceStore
 from lopd.backends.lance.table import LanceTable
 from lopd.backends.lance.tiers import crowd
 from lopd.backends.lance.writer import Writer
-from lopd.errors import CorruptStoreError, MissingDependencyError
+from lopd.errors import CorruptStoreError
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 
 
@@ -143,18 +142,6 @@ def test_a_merged_file_that_is_cut_changes_nothing(
     assert "merging small files failed, which a later commit repeats" in caplog.text
     assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r10"]
     assert list(filled.verify()) == []
-
-
-def test_without_lances_own_package_a_writer_goes_on_and_says_what_to_install(
-    filled: LanceStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "lance", None)
-    monkeypatch.setattr(tiers, "FAN", 1)
-    filled.append(many(10, 1))
-    assert "pip install 'lopd[lance]'" in caplog.text
-    assert rows_of(reopened(filled)) == ["m", "b", "r0", "r1", "r10"]
-    with pytest.raises(MissingDependencyError, match=r"pip install 'lopd\[lance\]'"):
-        filled.compact()
 
 
 def test_a_reader_and_its_copy_read_on_when_their_versions_are_removed(filled: LanceStore) -> None:

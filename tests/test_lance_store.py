@@ -137,8 +137,11 @@ def test_a_relative_path_keeps_its_meaning(tmp_path: Path, monkeypatch: pytest.M
     assert len(LanceStore.open(tmp_path / "run.lance")) == 1
 
 
-def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lancedb", None)
+@pytest.mark.parametrize("package", ["lancedb", "lance"])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'lopd\[lance\]'"):
         LanceStore.create(tmp_path / "run.lance", tiny_manifest())
     assert not (tmp_path / "run.lance").exists()

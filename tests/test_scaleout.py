@@ -17,8 +17,8 @@ from one_process import ENDLESS, KEPT, PROMPTS, SAMPLING, alone, assert_same, fo
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
+from lopd.records.waiting import overlapped
 from lopd.testing import ScorerConformance, tiny_rollout
-from lopd.verbs.asking import overlapped
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 

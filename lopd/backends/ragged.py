@@ -1,4 +1,4 @@
-"""Arrays of unequal length kept as one, and log-probs in the type of a store."""
+"""Log-probs in the type of a store."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -39,8 +39,3 @@ def _to_float16(owner: str, logprobs: Float32Array) -> NDArray[np.float16]:
             "store float32, or floor it with `lopd.floor_logprobs`."
         )
     return half
-
-
-def offsets(lengths: NDArray[Any]) -> NDArray[np.int64]:
-    """Return (n + 1,): where each piece starts in the concatenation, and where the last one ends."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

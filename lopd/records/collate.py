@@ -6,18 +6,17 @@ token is the target of the last prompt token, so response entries begin at posit
 Shape suffixes: B rollouts, M response tokens of all of them, N predictions of all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lopd.errors import InvalidRecordError, MissingScoresError
 from lopd.records.arrays import BoolArray, Float32Array
 from lopd.records.rollouts import Rollout, ScoredRollout
-from lopd.records.rows import Rows, ends
+from lopd.records.rows import Rows
 from lopd.records.steps import Batch
 from lopd.records.support import TopK
 
@@ -73,20 +72,12 @@ def collate(
         rows = Rows.of(rows, [name for name in named.values() if name is not None], supports)
     if not len(rows):
         raise InvalidRecordError("Batch: it has 0 rollouts, expected at least 1; check the store is not empty.")
-    lengths_B = rows.prompt_lengths + rows.response_lengths - 1
-    starts_B, stops_B = rows.token_ends[:-1].tolist(), rows.token_ends[1:].tolist()
-    place = _Places(rows, lengths_B)
-    ids, positions = rows.token_ids, np.arange(lengths_B.max())
-    return Batch(
-        inputs=_joined([ids[start : stop - 1] for start, stop in zip(starts_B, stops_B, strict=True)]),
-        targets=_joined([ids[start + 1 : stop] for start, stop in zip(starts_B, stops_B, strict=True)]),
-        position_ids=_joined([positions[:n] for n in lengths_B.tolist()]),
-        segment_ids=torch.from_numpy(np.repeat(np.arange(len(rows)), lengths_B)),
-        weight=place.at_targets(_weights(rows, weighting)),
-        **{f: place.at_targets(_column(rows, rows.scores, column, "columns")) for f, column in named.items() if column is not None},
-        sampler_logprobs=None if ref is None or rows.sampler_logprobs is None else place.at_targets(_sampler(rows, ref)),
-        **({} if top_k is None else _support(place, _column(rows, rows.top_k, top_k, "top_k"), rows.top_k.get(ref or ""))),
-    )
+    values = {f: _column(rows, rows.scores, column, "columns") for f, column in named.items() if column is not None}
+    if ref is not None and rows.sampler_logprobs is not None:
+        values["sampler_logprobs"] = _sampler(rows, ref)
+    if top_k is not None:
+        values |= _support(_column(rows, rows.top_k, top_k, "top_k"), rows.top_k.get(ref or ""))
+    return Batch(**{name: torch.from_numpy(array) for name, array in _packed(rows, weighting, values).items()})
 
 
 def target_slice(rollout: Rollout) -> slice:
@@ -94,45 +85,52 @@ def target_slice(rollout: Rollout) -> slice:
     return slice(rollout.prompt_ids.size - 1, len(rollout) - 1)
 
 
-def _joined(parts: Sequence[NDArray[Any]]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts, dtype=np.int64, casting="safe"))
-
-
-class _Places:
-    """Where response tokens are among the predictions of all rollouts."""
-
-    def __init__(self, rows: Rows, lengths_B: NDArray[np.int64]) -> None:
-        self.total = int(lengths_B.sum())
-        first_B = ends(lengths_B)[:-1] + rows.prompt_lengths - 1
-        self._spans = list(zip(first_B.tolist(), (first_B + rows.response_lengths).tolist(), *_spans(rows), strict=True))
-
-    def at_targets(self, values_M: NDArray[Any], dtype: Any = np.float32) -> Tensor:
-        """Return one value (or row) per target from one per response token, 0 where the target is a prompt token."""
-        values_N = np.zeros((self.total, *values_M.shape[1:]), dtype)
-        for start, stop, first, last in self._spans:
-            values_N[start:stop] = values_M[first:last]
-        return torch.from_numpy(values_N)
-
-
-def _spans(rows: Rows) -> tuple[list[int], list[int]]:
-    return rows.response_ends[:-1].tolist(), rows.response_ends[1:].tolist()
-
-
-def _weights(rows: Rows, weighting: Weighting) -> Float32Array:
-    """Return (M,): the weighting's answers, if they are weights: it may be the caller's own function."""
+def _packed(rows: Rows, weighting: Weighting, values: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a batch: one value (or row) per target from one per response token, 0 where the target is a prompt token."""
+    total, prompts, responses = int(rows.token_ends[-1]) - len(rows), rows.prompt_lengths.tolist(), rows.response_lengths.tolist()
+    inputs, targets, positions, segments = (np.empty(total, np.int64) for _ in range(4))
+    weight, spread = np.zeros(total, np.float32), list[tuple[NDArray[Any], NDArray[Any]]]()
+    for array in values.values():
+        dtype = np.int64 if array.dtype.kind in "iu" else np.float32
+        spread.append((np.zeros((total, *array.shape[1:]), dtype), array))
     mask_M = np.ones(int(rows.response_ends[-1]), np.bool_) if rows.loss_mask is None else rows.loss_mask
-    parts = [np.asarray(weighting(mask_M[first:last]), np.float32) for first, last in zip(*_spans(rows), strict=True)]
-    lengths_B = rows.response_lengths.tolist()
-    wrong = [i for i, part in enumerate(parts) if part.shape != (lengths_B[i],)]
-    if not wrong:
-        weight_M = np.concatenate(parts)
-        if weight_M.min() >= 0 and weight_M.max() < np.inf:
-            return weight_M
-        wrong = [i for i, part in enumerate(parts) if not (part.min() >= 0 and part.max() < np.inf)]
-    i, weight_T = wrong[0], parts[wrong[0]]
-    raise InvalidRecordError(
+    counting, start, read, first = np.arange(max(map(sum, zip(prompts, responses, strict=True)))), 0, 0, 0
+    # one rollout after the other, for then what is read twice is in the cache
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        length, target, last = prompt + response - 1, start + prompt - 1, first + response
+        stop = start + length
+        inputs[start:stop], targets[start:stop] = rows.token_ids[read : read + length], rows.token_ids[read + 1 : read + length + 1]
+        positions[start:stop], segments[start:stop] = counting[:length], i
+        weight[target:stop] = _weights(rows, i, weighting, mask_M[first:last])
+        for packed, array in spread:
+            packed[target:stop] = array[first:last]
+        start, read, first = stop, read + length + 1, last
+    if not (weight.min() >= 0 and weight.max() < np.inf):
+        raise _wrong_weights(
+            rows, i := int(segments[np.argmin((weight >= 0) & (weight < np.inf))]), weight[segments == i][prompts[i] - 1 :]
+        )
+    fixed: dict[str, NDArray[Any]] = {
+        "inputs": inputs,
+        "targets": targets,
+        "position_ids": positions,
+        "segment_ids": segments,
+        "weight": weight,
+    }
+    return fixed | {name: packed for name, (packed, _) in zip(values, spread, strict=True)}
+
+
+def _weights(rows: Rows, i: int, weighting: Weighting, mask_T: BoolArray) -> Float32Array:
+    """Return what the weighting gives of one rollout: it may be the caller's own function, and give anything."""
+    weight_T = np.asarray(weighting(mask_T), np.float32)
+    if weight_T.shape != mask_T.shape:
+        raise _wrong_weights(rows, i, weight_T)
+    return weight_T
+
+
+def _wrong_weights(rows: Rows, i: int, weight_T: NDArray[Any]) -> InvalidRecordError:
+    return InvalidRecordError(
         f"Rollout {rows.rollout_ids[i]!r}: its weights have shape {weight_T.shape} and range [{weight_T.min(initial=0)}, "
-        f"{weight_T.max(initial=0)}], expected shape {(lengths_B[i],)}, finite and at least 0; fix the weighting function."
+        f"{weight_T.max(initial=0)}], expected shape {(int(rows.response_lengths[i]),)}, finite and at least 0; fix the weighting function."
     )
 
 
@@ -149,17 +147,13 @@ def _sampler(rows: Rows, ref: str) -> NDArray[Any]:
     return np.where(np.isnan(drawn_M), rows.scores[ref], drawn_M)
 
 
-def _support(place: _Places, support: TopK, ref: TopK | None) -> dict[str, Tensor]:
+def _support(support: TopK, ref: TopK | None) -> dict[str, NDArray[Any]]:
     """Return the distinct tokens of a support, and those that were drawn, with the log-probs of the policy that drew them."""
     k = support.distinct
-    found = {
-        "top_k_ids": place.at_targets(support.ids[:, :k], np.int64),
-        "top_k_logprobs": place.at_targets(support.logprobs[:, :k]),
-        "top_k_tail": place.at_targets(support.tail),
-    }
+    found = {"top_k_ids": support.ids[:, :k], "top_k_logprobs": support.logprobs[:, :k], "top_k_tail": support.tail}
     if not support.drawn:
         return found
-    found |= {"drawn_ids": place.at_targets(support.ids[:, k:], np.int64), "drawn_logprobs": place.at_targets(support.logprobs[:, k:])}
+    found |= {"drawn_ids": support.ids[:, k:], "drawn_logprobs": support.logprobs[:, k:]}
     if ref is None or not ref.drawn:
         return found
     # the teacher may have been asked for fewer, the last ones
@@ -168,4 +162,4 @@ def _support(place: _Places, support: TopK, ref: TopK | None) -> dict[str, Tenso
         raise InvalidRecordError(
             "Batch: the reference column keeps other drawn tokens than the teacher's; score the teacher on the candidates of that column."
         )
-    return found | {"drawn_ref_logprobs": place.at_targets(ref.logprobs[:, last])}
+    return found | {"drawn_ref_logprobs": ref.logprobs[:, last]}

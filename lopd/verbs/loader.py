@@ -25,8 +25,8 @@ from lopd.records.ranks import Ranks
 from lopd.records.rollouts import BEHAVIOR_COLUMN, Prompt
 from lopd.records.rows import Rows
 from lopd.records.steps import Batch, Step
+from lopd.records.waiting import overlapped
 from lopd.records.warn import warn_user
-from lopd.verbs.asking import overlapped
 from lopd.verbs.columns import Columns, choose
 
 _ROLLOUTS_PER_STEP = 256

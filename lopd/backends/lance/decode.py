@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from lopd.backends.id_index import decode_id, hash_ids
-from lopd.backends.lance.advance import in_advance
 from lopd.backends.lance.encode import (
     ID,
     LINE_CHECKSUM,
@@ -24,9 +23,12 @@ from lopd.backends.lance.table import HAS_SAMPLER, LATER, RANGE
 from lopd.errors import CorruptStoreError, LopdError
 from lopd.records.rows import Rows, ends
 from lopd.records.support import TopK
+from lopd.records.waiting import overlapped
 
 # Larger answers of Lance come in fresh memory each time; smaller ones cost more than they bring.
 _ROWS_AT_ONCE, _TOKENS_AT_ONCE = 2048, 1 << 21
+# While one answer is decoded, two are fetched.
+_AT_ONCE = 3
 _REASON, _TOKENS, _MASK, _BEHAVIOR, _SAMPLER = ROLLOUT_DATA
 (_LOGPROBS,) = SCORE_DATA
 
@@ -77,7 +79,7 @@ def read(rollouts: Wanted, scores: Mapping[str, Wanted], top_k: Mapping[str, int
         targets = {"data_checksum": {_LOGPROBS: columns[name][0]}, "top_k_checksum": dict(zip(TOP_K_DATA, ranked, strict=bool(ranked)))}
         readers.append(_Reader(wanted, {key: group for key, group in targets.items() if group}))
     calls = [(reader, call) for reader in readers for call in reader.calls()]
-    for (reader, _), chunk in zip(calls, in_advance([call for _, call in calls]), strict=True):
+    for (reader, _), chunk in overlapped(lambda item: item[1](), calls, min(len(calls), _AT_ONCE)):
         reader.put(chunk)
     for i in np.flatnonzero(hash_ids(names.values) != lines["id_hash"])[:1]:
         raise damaged(rollouts.owner, f"rollout {_shown(names.values[i])}", f"id is not the one of row {lines['row'][i]}")

@@ -16,6 +16,7 @@ from lopd.backends.lance.table import COMMIT, HAS_SAMPLER, KEY_METADATA
 from lopd.errors import InvalidRecordError
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import Rollout, Scores
+from lopd.records.rows import ends
 from lopd.records.support import TopK
 
 #: What a line is made of, and checked by; `id_hash` is of the rollout id, which is a column of its own.
@@ -202,10 +203,10 @@ def _bytes_column(values: NDArray[np.void]) -> Any:
 def _list_column(values: Sequence[NDArray[Any] | None], dtype: np.dtype[Any]) -> Any:
     import pyarrow as pa
 
-    ends = ragged.offsets(np.array([0 if part is None else part.size for part in values]))
-    if ends[-1] > np.iinfo(np.int32).max:
-        raise InvalidRecordError(f"Append: one column has {ends[-1]} values, expected fewer than 2**31; append fewer rollouts at once.")
+    bounds = ends(np.array([0 if part is None else part.size for part in values]))
+    if bounds[-1] > np.iinfo(np.int32).max:
+        raise InvalidRecordError(f"Append: one column has {bounds[-1]} values, expected fewer than 2**31; append fewer rollouts at once.")
     flat = np.concatenate([np.zeros(0, dtype), *(part for part in values if part is not None)])
     item = pa.field("item", pa.from_numpy_dtype(dtype), nullable=False)
     absent = pa.array([part is None for part in values])
-    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), pa.array(flat), type=pa.list_(item), mask=absent)
+    return pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), pa.array(flat), type=pa.list_(item), mask=absent)

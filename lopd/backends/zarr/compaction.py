@@ -7,9 +7,9 @@ import numpy as np
 from attrs import evolve
 from numpy.typing import NDArray
 
-from lopd.backends import ragged
 from lopd.backends.zarr import decode, encode
 from lopd.backends.zarr.segment import Segment, SegmentData
+from lopd.records.rows import ends
 
 _FAN_IN = 16
 # What a single append made larger than this stays as it is; a merge by a writer moves no more bytes than that, which it has in memory.
@@ -93,7 +93,7 @@ def _merge_rollouts(segments: Sequence[Segment]) -> SegmentData:
     }
     starts = {"token_start": "token_ids", "response_start": "response", "id_start": "rollout_ids"}
     for column, counted in starts.items():
-        for part, offset in zip(lines, ragged.offsets(np.array(sizes[counted])), strict=False):
+        for part, offset in zip(lines, ends(np.array(sizes[counted])), strict=False):
             part[:, encode.R[column]] += offset
     arrays = {name: np.concatenate([segment.whole(name) for segment in segments]) for name in ("token_ids", "rollout_ids")}
     for name, filler in (("loss_mask", 1), *((name, np.nan) for name in encode.REPORTED)):
@@ -123,6 +123,6 @@ def _gather_scores(
     groups = [decode.Group(segments[n], where := np.flatnonzero(owners == n), where) for n in np.unique(owners).tolist()]
     arrays = decode.joined_scores([(group, lines[group.places]) for group in groups], lengths)
     lines = lines.copy()
-    lines[:, encode.S["start"]] = ragged.offsets(lengths)[:-1]
+    lines[:, encode.S["start"]] = ends(lengths)[:-1]
     rows = lines[:, encode.S["row"]]
     return SegmentData(encode.SCORE_ATTRIBUTES, lines, arrays, int(lengths.sum()), int(rows[0]), int(rows[-1]))

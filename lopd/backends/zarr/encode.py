@@ -15,6 +15,7 @@ from lopd.backends import ragged
 from lopd.backends.id_index import encode_id, hash_ids
 from lopd.backends.zarr.segment import SegmentData, checksum_of
 from lopd.records.rollouts import VIRTUAL_COLUMNS, FinishReason, Rollout, Scores
+from lopd.records.rows import ends
 
 REASONS: tuple[FinishReason, ...] = ("stop", "length")
 ROLLOUT_FIELDS = (
@@ -109,15 +110,16 @@ def encode_rollouts(rollouts: Sequence[Rollout], first_row: int, vocab_size: int
     ids = [encode_id(owner) for owner in owners]
     id_lengths = [len(name) for name in ids]
     lengths = np.array([(r.prompt_ids.size, r.response_ids.size) for r in rollouts], np.int64).reshape(-1, 2)
-    token_ids = np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)]).astype(id_type)
-    token_ends = ragged.offsets(lengths.sum(axis=1))
+    # records hold ids from 0 up, which admission has compared with the vocabulary
+    token_ids = np.concatenate([ids for r in rollouts for ids in (r.prompt_ids, r.response_ids)], dtype=id_type, casting="unsafe")
+    token_ends = ends(lengths.sum(axis=1))
     id_hashes, content_hashes = hash_ids(ids).view("<i8").reshape(-1, 2), _two([r.content_hash for r in rollouts])
     columns: dict[str, Any] = {
         "prompt_length": lengths[:, 0],
         "response_length": lengths[:, 1],
         "token_start": token_ends[:-1],
-        "response_start": ragged.offsets(lengths[:, 1])[:-1],
-        "id_start": ragged.offsets(np.array(id_lengths))[:-1],
+        "response_start": ends(lengths[:, 1])[:-1],
+        "id_start": ends(np.array(id_lengths))[:-1],
         "id_length": id_lengths,
         "finish_reason": [REASONS.index(r.finish_reason) for r in rollouts],
         "generation": [r.generation for r in rollouts],
@@ -158,7 +160,7 @@ def encode_scores(scores: Sequence[Scores], rows: Sequence[int], vocab_size: int
     columns: dict[str, Any] = {
         "row": rows,
         "length": lengths,
-        "start": ragged.offsets(lengths)[:-1],
+        "start": ends(lengths)[:-1],
         "floored": [score.floored for score in scores],
         "content_hash_0": hashes[:, 0],
         "content_hash_1": hashes[:, 1],
