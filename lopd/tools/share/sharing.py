@@ -1,6 +1,5 @@
 """Push an exported student, push a store, and pull a store: each to or from a repository that the call names."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +13,7 @@ from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.manifest import Manifest
-from lopd.records.paths import local_path, names_path, read_regular
+from lopd.records.paths import is_here, local_path, names_path, read_regular
 from lopd.records.stored import parse
 from lopd.tools.interop.parquet import export_parquet, import_parquet, parquet_manifest
 from lopd.tools.share.cards import ROLLOUTS, About, dataset_card, model_card
@@ -148,9 +147,7 @@ def _check_names(folder: Path, name: str) -> None:
     """Refuse a file that leads to a path of this machine: it tells others of it, and leads nowhere for them."""
     for key, text in _texts("", _written(folder / name)):
         # texts that begin with a slash may be anything, also tokens
-        place = os.path.expanduser(text.removeprefix("file://"))  # noqa: PTH111
-        there = name != _TOKENS and len(place) > 1 and os.path.isabs(place) and os.path.exists(place)  # noqa: PTH110, PTH117
-        if there or (key.endswith("name_or_path") and names_path(text)):
+        if (name != _TOKENS and is_here(text)) or (key.endswith("name_or_path") and names_path(text)):
             raise InvalidRecordError(
                 f"Export {folder}: {key!r} of {name} is a path of this machine, expected a name in the hub; push that model first, and write its "
                 "name there."
