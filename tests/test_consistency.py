@@ -1,5 +1,8 @@
 """Teacher consistency: which columns a student may be trained on."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +10,11 @@ from attrs import evolve
 from helpers import OTHER_TEACHER, POLICY, SFT_TEACHER, make_manifest, make_provenance, make_store, random_records
 from named_batches import numbered_records, rows_of
 
-from lopd import batches
+from lopd import batches, score_rollouts
 from lopd.errors import InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning
 from lopd.guards import ConsistencyPolicy
-from lopd.records import ModelId, StoreId
+from lopd.records import ModelId, Scores, StoreId, mixture_id
+from lopd.records.identity import UNKNOWN
 from lopd.verbs import StepStream
 
 
@@ -43,7 +47,8 @@ def test_the_same_weights_pass_under_any_name_and_dtype() -> None:
 
 def test_another_teacher_is_refused() -> None:
     with pytest.raises(
-        TeacherConsistencyError, match=r"its SFT teacher is big-teacher@teacher-weig, expected .* other-teacher@other-weight"
+        TeacherConsistencyError,
+        match=r"its SFT teacher is big-teacher@teacher-weig, and the scoring teacher is other-teacher@other-weight, expected the same model",
     ):
         stream_with(SFT_TEACHER, OTHER_TEACHER)
 
@@ -62,7 +67,9 @@ def test_other_weights_under_the_same_name_are_refused() -> None:
 
 
 def test_an_unknown_sft_teacher_is_refused() -> None:
-    with pytest.raises(TeacherConsistencyError, match="its SFT teacher is not recorded"):
+    with pytest.raises(
+        TeacherConsistencyError, match=r"its SFT teacher is not recorded.*sample again into another store.*ConsistencyPolicy.WARN"
+    ):
         stream_with(None, SFT_TEACHER)
 
 
@@ -77,6 +84,31 @@ def test_under_the_warn_policy_training_goes_on_with_a_warning_and_an_honest_lin
 
 def test_a_consistent_teacher_draws_no_warning_under_the_warn_policy() -> None:
     stream_with(SFT_TEACHER, SFT_TEACHER, ConsistencyPolicy.WARN)
+
+
+def scoring(sft_teacher: ModelId | None, scorer: ModelId, policy: ModelId = POLICY, **changes: Any) -> None:
+    made = make_store(numbered_records(2), columns=(), manifest=evolve(make_manifest(sft_teacher), policy=policy))
+    provenance = evolve(make_provenance(scorer), **changes)
+    score = lambda rollouts: [Scores.of(r, -np.ones(r.response_ids.size)) for r in rollouts]  # noqa: E731
+    for _ in range(2):
+        score_rollouts(made, SimpleNamespace(provenance=provenance, score=score), column="column", preflight=None)
+
+
+@pytest.mark.parametrize("sft_teacher", [None, OTHER_TEACHER, mixture_id([OTHER_TEACHER, POLICY])])
+def test_a_scorer_that_training_would_refuse_is_said_once_before_it_scores(sft_teacher: ModelId | None) -> None:
+    with pytest.warns(TeacherConsistencyWarning, match="and the scoring teacher is big-teacher@teacher-weig") as caught:
+        scoring(sft_teacher, SFT_TEACHER)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(TeacherConsistencyWarning, match="and the scoring teacher is other-teacher"):
+        scoring(SFT_TEACHER, OTHER_TEACHER, logprobs_mode="privileged 1")
+
+
+def test_a_scorer_that_may_be_meant_for_more_than_teaching_draws_no_warning() -> None:
+    scoring(SFT_TEACHER, SFT_TEACHER)
+    scoring(mixture_id([OTHER_TEACHER, SFT_TEACHER]), SFT_TEACHER)
+    scoring(SFT_TEACHER, POLICY)  # a reference
+    scoring(None, POLICY, logprobs_mode="privileged 1")
+    scoring(None, SFT_TEACHER, policy=UNKNOWN)  # an audit of text
 
 
 @pytest.mark.parametrize("sft_teacher", [None, OTHER_TEACHER])

@@ -106,7 +106,7 @@ def _saving(owner: str, what: str) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         raise StoreWriteError(
-            f"{owner}: {what} cannot be written ({error}); what was there is as it was, so make room, or export elsewhere."
+            f"{owner}: {what} cannot be written ({error}); what was there is as it was, so free space or mend permissions, or export elsewhere."
         ) from error
     except Exception as error:  # whatever a tokenizer or a model raises that cannot be saved
         reason = " ".join(str(error).split())[:300].rstrip(".")

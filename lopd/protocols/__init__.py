@@ -146,7 +146,7 @@ class LogprobWriter(Protocol):
         """Add rollouts.  Those that are already there, with the same content, are skipped.
 
         Content is token ids and loss mask.  A rollout that is appended again keeps the `behavior_logprobs`, the `sampler_logprobs` and the
-        `finish_reason` that came first: a repeated request may give the same tokens with log-probs that are rounded otherwise.
+        `finish_reason` that came first: a repeated request may round log-probs otherwise.  A call without rollouts asks whether it may write.
 
         Raises:
             ConflictError: other content under an id that is there, or twice in the call.
@@ -235,6 +235,16 @@ class StatesBaseline(Protocol):
     @property
     def baselined(self) -> bool:
         """Whether it adds a baseline to advantages, which is neutral only if the weight of a token does not depend on later ones."""
+        ...
+
+
+@runtime_checkable
+class StatesLabels(Protocol):
+    """What a loss, or its objective, may state besides, likewise."""
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether it surely reads no labels."""
         ...
 
 

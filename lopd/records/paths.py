@@ -18,12 +18,14 @@ def path_text(owner: str, path: str | os.PathLike[str], refusal: type[LopdError]
     """Return a path or URL as text.
 
     Raises:
-        LopdError: an error of class `refusal`; it is something else, for example bytes.
+        LopdError: an error of class `refusal`; it is something else, for example bytes, or it is empty.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         # what it holds may be a secret
         raise refusal(f"{owner}: the path is of type {type(path).__name__}, expected text or a Path; pass one.")
+    if not text.strip():
+        raise refusal(f"{owner}: the path is {text!r}, expected the name of a file, a folder or a URL; pass one.")
     return text
 
 

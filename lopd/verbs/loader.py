@@ -1,6 +1,5 @@
 """VERB `batches`: a store -> the micro-batches of optimizer step k, which depend on (seed, k) alone."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -26,6 +25,7 @@ from lopd.records.ranks import Ranks
 from lopd.records.rollouts import Prompt
 from lopd.records.rows import Rows
 from lopd.records.steps import Batch, Step
+from lopd.records.warn import warn_user
 from lopd.verbs.asking import overlapped
 from lopd.verbs.columns import Columns, choose
 
@@ -205,11 +205,10 @@ def batches(
     columns, usable = choose(store, teacher, ref, rows, label=label, top_k=top_k)
     count = min(_ROLLOUTS_PER_STEP, len(usable)) if rollouts_per_step is None else rollouts_per_step
     if count > len(usable):
-        warnings.warn(
+        warn_user(
             f"{named(store)}: a step has {count} rollouts, and there are {len(usable)} to train on, so each step repeats some of them; pass a "
             "smaller `rollouts_per_step`, or sample more.",
             RepeatedRolloutsWarning,
-            stacklevel=2,
         )
     _check_lengths(store, usable, tokens_per_batch)
     if ref is not None and rows is None:

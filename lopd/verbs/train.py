@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, InvalidRecordError, TrainingDivergedError
 from lopd.guards.consistency import check_vocabulary
-from lopd.guards.first_step import Movement, at_full_rate, judge_baseline, judge_distance, judge_gradients, judge_optimizer
+from lopd.guards.first_step import Movement, at_full_rate, judge_baseline, judge_distance, judge_gradients, judge_labels, judge_optimizer
 from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import OPDLoss, Student
 from lopd.protocols.doors import check_noun
@@ -56,7 +56,8 @@ def opd_steps(
     Warns:
         SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss says that it has no importance ratio.
         TrainingWarning: the optimizer lacks trained parameters; or in the first step some get no gradient, or most weights stay where they are,
-            because updates are smaller than their rounding; or the loss has a baseline that the weights `by_rollout` make biased.
+            because updates are smaller than their rounding; or the loss has a baseline that the weights `by_rollout` make biased, or reads
+            no labels though the steps bring them.
         AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss says
             that it has no importance ratio (`lopd.guards.watch`).
         DriftWarning: in step 0 few rollouts are effective: the student is not the policy that sampled them.
@@ -95,9 +96,14 @@ def _train(
         if place_of_step == 0:
             judge_ratio(loss, step.batches)
             judge_baseline(optimizer, loss, step.batches)
+            judge_labels(optimizer, loss, step.batches)
         read = step.batches[: len(step.batches) - step.idle]
-        sizes = [(float(b.weight.sum(dtype=torch.float64)), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read]
-        total, *counts = ranks.sum(torch.tensor([(0.0,) * 4, *sizes], dtype=torch.float64, device="cpu").sum(0)).tolist()
+        sizes = [
+            (float(b.weight.sum(dtype=torch.float64)), *b.label_sums(), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read
+        ]
+        total, labelled, labels, unlike, rollouts, read_tokens, response_tokens = ranks.sum(
+            torch.tensor([(0.0,) * 7, *sizes], dtype=torch.float64, device="cpu").sum(0)
+        ).tolist()
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
@@ -132,8 +138,7 @@ def _train(
             judge_loss(loss, drift.advantages)
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
         if place_of_step == 0:
-            judge_distance(optimizer, loss, reverse_kl, drift if step.index == 0 else None)
-        rollouts, read_tokens, response_tokens = map(int, counts)
+            judge_distance(optimizer, loss, step.index, reverse_kl, drift)
         # what lies on a GPU: the caller may need the memory for something else before the next step
         del norm, said, movement
         yield StepMetrics(
@@ -142,11 +147,13 @@ def _train(
             reverse_kl=reverse_kl,
             clip_fraction=clip_fraction,
             grad_norm=grad_norm,
-            rollouts=rollouts,
-            read_tokens=read_tokens,
+            rollouts=int(rollouts),
+            read_tokens=int(read_tokens),
             drift=drift,
-            response_tokens=response_tokens,
+            response_tokens=int(response_tokens),
             seconds=perf_counter() - started,
+            mean_label=labels / labelled if labelled else None,
+            unlike_group=unlike / labelled if labelled else None,
         )
 
 
