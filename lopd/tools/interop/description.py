@@ -88,7 +88,8 @@ class Description:
         Raises:
             CorruptStoreError: there is not a description, it is damaged, or has another schema version.
         """
-        if not text or text.lstrip()[:1] not in ("{", b"{"):
+        text = text if isinstance(text, bytes) else str(text or "")
+        if text.lstrip()[:1] not in ("{", b"{"):
             raise CorruptStoreError(
                 f"{owner}: it has no description of a store, so lopd did not export it; export the store with `export_parquet` or "
                 "`to_hf_dataset`, and read texts with `import_text`."
