@@ -104,6 +104,7 @@ def test_the_example_shows_every_key_and_the_defaults_of_the_code(tmp_path, caps
     [
         ({"techer": "a"}, r"it has 'techer', which this version of lopd does not know \(is it 'teacher'\?\)"),
         ({"opd__stepz": 3}, r"opd has 'stepz', .* \(is it 'steps'\?\)"),
+        ({"opd__learning_rate": 1e-3}, r"opd has 'learning_rate', .* \(is it 'lr'\?\)"),
         ({"teacher__api_key": "sesame"}, r"teacher has 'api_key', which .* know"),
         ({"student": None}, "it lacks 'student'"),
         ({"opd__lr": None}, "opd lacks 'lr'"),

@@ -145,9 +145,9 @@ class CausalLMStudent(nn.Module):
         Raises:
             ArgumentError: an argument is something else, such as the lineage in place of the tokenizer.
             TokenizerMismatchError: the tokenizer is not the one whose ids the student reads.
-            StoreExistsError: the folder holds weights, or files of a model, that no export wrote, a student of other teachers (such as the SFT
-                student), the model that the adapters are for, or the working directory; nothing in it is touched, and the export is in the folder
-                that the message names.
+            StoreExistsError: the folder holds weights, or files of a model, that no export wrote, a student of other teachers (like the SFT student),
+                the model that the adapters are for, or the working directory; nothing in it is touched, and the export is in the folder that the
+                message names.
             ModelError: transformers refuses to save the model or the tokenizer.
             StoreWriteError: the disk refused.  After each of these the folder is as it was.
         """

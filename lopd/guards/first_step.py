@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lopd.errors import AdvantageWarning, DriftWarning, TrainingWarning
 from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels
 from lopd.records.drift import Drift
-from lopd.records.steps import Batch
+from lopd.records.steps import Batch, Step
 from lopd.records.warn import warn_user
 
 #: Nats a token between student and teacher: beyond it the teacher finds a typical token of the student seven times less likely.  After SFT on
@@ -20,6 +20,8 @@ from lopd.records.warn import warn_user
 MAX_DISTANCE = 2.0
 #: Share of effective rollouts: before its first update a student is the policy that sampled, and all are effective up to rounding.
 MIN_ESS = 0.5
+#: Nats a token between student and policy before the first update: far beyond what rounding, or another engine, makes of one model.
+MAX_KL = 0.1
 #: Share of the weights with a gradient that one step must change; in bfloat16 at a rate of 1e-5 it is a seventh, in float32 nearly all.
 MIN_MOVED = 0.5
 #: Below this norm a gradient is rounding, and weights that stay where they are show nothing.
@@ -64,8 +66,8 @@ def judge_gradients(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
         )
 
 
-def judge_distance(optimizer: Optimizer, loss: object, step: int, reverse_kl: float, drift: Drift | None) -> None:
-    """Warn if the student is far from its teacher, or is not the policy that sampled.
+def judge_distance(optimizer: Optimizer, loss: object, step: int, reverse_kl: float) -> None:
+    """Warn if the student is far from its teacher.
 
     Of advantages below 0 under a loss that states that it is `uncorrected`, `lopd.guards.watch` warns.
 
@@ -74,7 +76,6 @@ def judge_distance(optimizer: Optimizer, loss: object, step: int, reverse_kl: fl
         loss: the step's loss.
         step: its number in the run, which is not 0 in a run that was resumed.
         reverse_kl: nats a token.
-        drift: in step 0 before its update; None where it was not measured.
     """
     watched = reverse_kl > 0 and isinstance(loss, StatesCorrection) and loss.uncorrected
     if abs(reverse_kl) > MAX_DISTANCE and not watched:
@@ -86,12 +87,30 @@ def judge_distance(optimizer: Optimizer, loss: object, step: int, reverse_kl: fl
             "teacher's text first.",
             AdvantageWarning,
         )
-    if step == 0 and drift is not None and drift.ess < MIN_ESS:
+
+
+def judge_policy(optimizer: Optimizer, step: Step, drift: Drift | None) -> None:
+    """Warn if the student is not the policy that sampled, though it has had no update.
+
+    Args:
+        optimizer: whose first step it is.
+        step: later ones than step 0 pass, as that of a run that was resumed.
+        drift: before the step's update, from the reference policy, or from what the policy reported; None where it was not measured.
+    """
+    if step.index or drift is None:
+        return
+    if step.batches[0].ref_logprobs is not None:
+        far, least = drift.ess < MIN_ESS, f"expected at least {MIN_ESS:.0%}"
+        found = f"{drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, {least}"
+    else:  # nothing forms a ratio, and rounding by another engine leaves few long rollouts effective
+        far = drift.kl > MAX_KL
+        found = f"it is {drift.kl:.3g} nats a token from what the policy reported, expected at most {MAX_KL:g} in the first step"
+    if far:
         _warn_once(
             optimizer,
-            "effective rollouts",
-            f"Student: {drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, expected at least {MIN_ESS:.0%}; it is not "
-            "the policy that sampled them, or has moved far from it: start from that policy's weights and dtype, or sample again.",
+            "policy",
+            f"Student: {found}; it is not the policy that sampled, or has moved far from it: start from "
+            "that policy's weights and dtype, or sample again.",
             DriftWarning,
         )
 

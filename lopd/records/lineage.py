@@ -107,9 +107,7 @@ class Lineage:
         try:
             path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
         except OSError as error:
-            raise StoreWriteError(
-                f"Lineage {path}: it cannot be written ({error}); check the folder's permissions and the space."
-            ) from error
+            raise StoreWriteError(f"Lineage {path}: it cannot be written ({error}); free space or mend permissions.") from error
 
     @classmethod
     def read(cls, folder: str | Path) -> "Lineage":

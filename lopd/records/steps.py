@@ -43,6 +43,8 @@ class Batch(Glanced):
         drawn_ref_logprobs: (N, D) float32, nats, of the policy that drew them; None where `ref` is not the column that keeps them.
         label_values: (N,) float32, what a verifier said of the rollout or of this token; None if it was not asked for.
         label_means: (N,) float32, the mean over the rollouts of the same prompt and policy; None also where each prompt has one rollout.
+        behavior_logprobs: (N,) float32, nats, what the policy that sampled reported; in step 0 alone, and where `ref_logprobs` were not asked for:
+            no loss reads them, and the loop compares the student with that policy.
     """
 
     inputs: Tensor
@@ -61,6 +63,7 @@ class Batch(Glanced):
     drawn_ref_logprobs: Tensor | None = None
     label_values: Tensor | None = None
     label_means: Tensor | None = None
+    behavior_logprobs: Tensor | None = None
 
     @cached_property
     def counted(self) -> Tensor:

@@ -22,7 +22,7 @@ from lopd.records.collate import Weighting, by_rollout, collate
 from lopd.records.glance import Glance, Glanced
 from lopd.records.lineage import Lineage, StoreId
 from lopd.records.ranks import Ranks
-from lopd.records.rollouts import Prompt
+from lopd.records.rollouts import BEHAVIOR_COLUMN, Prompt
 from lopd.records.rows import Rows
 from lopd.records.steps import Batch, Step
 from lopd.records.warn import warn_user
@@ -123,11 +123,16 @@ class StepStream(Glanced):
         idle = max(map(len, shares)) - len(parts)
         if idle:
             parts = [*parts, np.array([np.argmin(lengths)])]
+        # before its first update a student should be the policy that sampled, whatever the loss is to read
+        asked = index == 0 and self.columns.teachers and self.columns.ref is None and self.store.scored(BEHAVIOR_COLUMN)[rows].all()
+        columns = evolve(self.columns, ref=BEHAVIOR_COLUMN) if asked else self.columns
         # one read: a store fetches many rows at once faster than a few at a time
-        read = self.columns.read(self.store, rows[np.concatenate(parts)])
+        read = columns.read(self.store, rows[np.concatenate(parts)])
         if self.columns.ref is not None:
             check_reference(self.store, self.columns.ref, set(read.generations.tolist()))
         made = [self._collate(read[start:stop]) for start, stop in pairwise(accumulate(map(len, parts), initial=0))]
+        if asked:
+            made = [evolve(batch, behavior_logprobs=batch.ref_logprobs, ref_logprobs=None, sampler_logprobs=None) for batch in made]
         if idle:
             made[-1:] = [evolve(made[-1], weight=torch.zeros_like(made[-1].weight))] * idle
         return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle)
