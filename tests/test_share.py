@@ -149,25 +149,28 @@ def test_a_folder_that_is_not_an_export_is_refused(hub: Hub, tmp_path: Path, sto
     assert hub.requests == []
 
 
+BASE = "base_model_name_or_path"
+
+
 @pytest.mark.parametrize(
-    ("file", "base"),
+    ("file", "key", "path"),
     [
-        ("generation_config.json", "{folder}"),
-        ("processor.json", "./here"),
-        ("processor.json", "file://{folder}"),
-        ("extra.safetensors", "runs/tiny/student"),
-        ("tokenizer.json", r"C:\models\base"),
+        ("generation_config.json", BASE, "{folder}"),
+        ("processor.json", BASE, "./here"),
+        ("processor.json", "vocabulary", "file://{folder}"),
+        ("extra.safetensors", BASE, "runs/tiny/student"),
+        ("tokenizer.json", BASE, r"C:\models\base"),
     ],
 )
-def test_a_path_of_this_machine_in_a_file_is_refused(hub: Hub, export: Path, file: str, base: str) -> None:
-    told = {"base_model_name_or_path": base.format(folder=export)}
+def test_a_path_of_this_machine_in_a_file_is_refused(hub: Hub, export: Path, file: str, key: str, path: str) -> None:
+    told = {key: path.format(folder=export)}
     if file.endswith(".safetensors"):
         save_file({"x": torch.zeros(1)}, export / file, told)
     else:
         (export / file).write_text(json.dumps({"a": [told]}))
     record = json.loads((export / "lopd.json").read_text())
     (export / "lopd.json").write_text(json.dumps({**record, "files": sorted({*record["files"], file})}))
-    with pytest.raises(InvalidRecordError, match=rf"'base_model_name_or_path' of {file} is a path of this machine"):
+    with pytest.raises(InvalidRecordError, match=rf"{key!r} of {file} is a path of this machine"):
         push_student(export, "me/student")
     assert hub.requests == []
 
