@@ -175,6 +175,13 @@ def test_a_path_of_this_machine_in_a_file_is_refused(hub: Hub, export: Path, fil
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_damaged_file_of_an_export_is_one_sentence(hub: Hub, export: Path, file: str) -> None:
+    (export / file).write_text('{"a": NaN}')
+    with pytest.raises(CorruptStoreError, match=rf"Export .*: {file} cannot be read \(.*\); export the student again"):
+        push_student(export, "me/student")
+
+
 # a store
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.export import exported_files
@@ -49,7 +49,7 @@ def push_student(
 
     Raises:
         InvalidRecordError: the folder is not an export, the repository's name does not fit, or one of its files names a path of this machine.
-        CorruptStoreError: a file of the export is missing, or is not a file of the folder.
+        CorruptStoreError: a file of the export is missing, is not a file of the folder, or cannot be read.
         ManifestMismatchError: the student was not trained on the store.
         StoreExistsError: the repository has files, without `exist_ok`, or weights that the export would not replace.
         HubError: there is no token, the hub refuses, the repository is public and should be private, or the hub cannot be reached.  Nothing was
@@ -145,7 +145,11 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
 
 def _check_names(folder: Path, name: str) -> None:
     """Refuse a file that leads to a path of this machine: it tells others of it, and leads nowhere for them."""
-    for key, text in _texts("", _written(folder / name)):
+    try:
+        written = _written(folder / name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CorruptStoreError(f"Export {folder}: {name} cannot be read ({error}); export the student again.") from error
+    for key, text in _texts("", written):
         # texts that begin with a slash may be anything, also tokens
         if (name != _TOKENS and is_here(text)) or (key.endswith("name_or_path") and names_path(text)):
             raise InvalidRecordError(
