@@ -1,5 +1,6 @@
 """Push an exported student, push a store, and pull a store: each to or from a repository that the call names."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -151,7 +152,8 @@ def _check_names(folder: Path, name: str) -> None:
         raise CorruptStoreError(f"Export {folder}: {name} cannot be read ({error}); export the student again.") from error
     for key, text in _texts("", written):
         # texts that begin with a slash may be anything, also tokens
-        if (name != _TOKENS and is_here(text)) or (key.endswith("name_or_path") and names_path(text)):
+        named = key.endswith("name_or_path") and (names_path(text) or os.path.isdir(text))  # noqa: PTH112 (a `Path` may refuse a long text)
+        if named or (name != _TOKENS and is_here(text)):
             raise InvalidRecordError(
                 f"Export {folder}: {key!r} of {name} is a path of this machine, expected a name in the hub; push that model first, and write its "
                 "name there."
