@@ -1,6 +1,7 @@
 """The doctor: what it reports of a store, what it finds wrong, and the exit codes of its command line."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +172,7 @@ def test_advantages_of_nothing_are_none_and_of_one_rollout_have_no_interval() ->
     store.append_scores("teacher", tiny_provenance(), [Scores.of(items[1], [-1.0] * 4)])
     found = describe_advantages(store, "teacher", "behavior")
     assert found is not None
-    assert (found.summary.tokens, found.ci95) == (4, None)
+    assert (found.summary.tokens, found.mean.ci95) == (4, math.inf)
 
 
 def test_a_column_says_why_its_model_is_no_consistent_teacher(tmp_path: Path) -> None:

@@ -149,27 +149,37 @@ def test_a_folder_that_is_not_an_export_is_refused(hub: Hub, tmp_path: Path, sto
     assert hub.requests == []
 
 
+BASE = "base_model_name_or_path"
+
+
 @pytest.mark.parametrize(
-    ("file", "base"),
+    ("file", "key", "path"),
     [
-        ("generation_config.json", "{folder}"),
-        ("processor.json", "./here"),
-        ("processor.json", "file://{folder}"),
-        ("extra.safetensors", "runs/tiny/student"),
-        ("tokenizer.json", r"C:\models\base"),
+        ("generation_config.json", BASE, "{folder}"),
+        ("processor.json", BASE, "./here"),
+        ("processor.json", "vocabulary", "file://{folder}"),
+        ("extra.safetensors", BASE, "runs/tiny/student"),
+        ("tokenizer.json", BASE, r"C:\models\base"),
     ],
 )
-def test_a_path_of_this_machine_in_a_file_is_refused(hub: Hub, export: Path, file: str, base: str) -> None:
-    told = {"base_model_name_or_path": base.format(folder=export)}
+def test_a_path_of_this_machine_in_a_file_is_refused(hub: Hub, export: Path, file: str, key: str, path: str) -> None:
+    told = {key: path.format(folder=export)}
     if file.endswith(".safetensors"):
         save_file({"x": torch.zeros(1)}, export / file, told)
     else:
         (export / file).write_text(json.dumps({"a": [told]}))
     record = json.loads((export / "lopd.json").read_text())
     (export / "lopd.json").write_text(json.dumps({**record, "files": sorted({*record["files"], file})}))
-    with pytest.raises(InvalidRecordError, match=rf"'base_model_name_or_path' of {file} is a path of this machine"):
+    with pytest.raises(InvalidRecordError, match=rf"{key!r} of {file} is a path of this machine"):
         push_student(export, "me/student")
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_damaged_file_of_an_export_is_one_sentence(hub: Hub, export: Path, file: str) -> None:
+    (export / file).write_text('{"a": NaN}')
+    with pytest.raises(CorruptStoreError, match=rf"Export .*: {file} cannot be read \(.*\); export the student again"):
+        push_student(export, "me/student")
 
 
 # a store
@@ -410,13 +420,13 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_of_a_model_that_is_named_by_its_path_a_card_shows_the_name(export: Path, place: str) -> None:
-    Lineage(opd_teacher=ModelId(f"{place}Qwen3-32B", "weights:ab/cd", "float32")).write(export)
-    card = str(model_card(export, About(training={"prompts": f"{place}prompts.jsonl"})))
-    assert "| Qwen3-32B@weights:ab/cd, float32 |" in card
-    assert "| prompts | prompts.jsonl |" in card
-    assert "https://arxiv.org/abs/2604.13010" in card
+def test_of_a_model_that_is_named_by_its_path_a_card_shows_the_name(export: Path) -> None:
+    for place in PLACES:
+        Lineage(opd_teacher=ModelId(f"{place}Qwen3-32B", "weights:ab/cd", "float32")).write(export)
+        card = str(model_card(export, About(training={"prompts": f"{place}prompts.jsonl"})))
+        assert "| Qwen3-32B@weights:ab/cd, float32 |" in card, place
+        assert "| prompts | prompts.jsonl |" in card, place
+        assert "https://arxiv.org/abs/2604.13010" in card
 
 
 def test_what_is_not_a_path_stays_on_a_card(export: Path) -> None:

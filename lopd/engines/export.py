@@ -177,7 +177,7 @@ def _other_student(folder: Path, lineage: Lineage) -> str | None:
         held = Lineage.read(folder)
     except CorruptStoreError:
         return f"its {LINEAGE_FILE} cannot be read"
-    if (held.sft_teacher, held.opd_teacher) in ((None, None), (lineage.sft_teacher, lineage.opd_teacher)):
+    if held in (Lineage(), lineage):
         return None
     return f"it holds a student of other teachers (SFT {held.sft_teacher}, OPD {held.opd_teacher})"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 import numpy as np
-from attrs import asdict, frozen
+from attrs import asdict, field, frozen
 from numpy.typing import NDArray
 
 from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreWriteError
@@ -54,7 +54,7 @@ class _Recorded(TypedDict):
 
 @frozen
 class Lineage:
-    """What a student was trained on: kept beside its weights, and copied into the manifest of what it samples.
+    """What a student was trained on: kept beside its weights, and copied into the manifest of what it samples.  Equal if the teachers are.
 
     Args:
         sft_teacher: the model that wrote the SFT data; `mixture_id` of several.
@@ -67,7 +67,7 @@ class Lineage:
 
     sft_teacher: ModelId | None = None
     opd_teacher: ModelId | None = None
-    store: StoreId | None = None
+    store: StoreId | None = field(default=None, eq=False)
 
     def __attrs_post_init__(self) -> None:
         for name, value in asdict(self, recurse=False).items():
@@ -107,9 +107,7 @@ class Lineage:
         try:
             path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
         except OSError as error:
-            raise StoreWriteError(
-                f"Lineage {path}: it cannot be written ({error}); check the folder's permissions and the space."
-            ) from error
+            raise StoreWriteError(f"Lineage {path}: it cannot be written ({error}); free space or mend permissions.") from error
 
     @classmethod
     def read(cls, folder: str | Path) -> "Lineage":

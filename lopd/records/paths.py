@@ -65,7 +65,13 @@ def names_path(name: str) -> bool:
     >>> [names_path(name) for name in ("org/base", "gpt2", "./base", "~bob/base", "file:///base", r"C:\base", "runs/tiny/base")]
     [False, False, True, True, True, True, True]
     """
-    return bool(re.match(r"[.~/\\]|file:|[A-Za-z]:[/\\]", name)) or "\\" in name or name.count("/") > 1 or os.path.isdir(name)  # noqa: PTH112
+    return bool(re.match(r"[.~/\\]|file:|[A-Za-z]:[/\\]", name)) or "\\" in name or name.count("/") > 1
+
+
+def is_here(text: str) -> bool:
+    """Return whether this text is an absolute path, the URL of a file, or a path under `~`, of something that is there."""
+    place = os.path.expanduser(text.removeprefix("file://"))  # noqa: PTH111
+    return len(place) > 1 and os.path.isabs(place) and os.path.exists(place)  # noqa: PTH110, PTH117
 
 
 def without_secrets(url: str) -> str:

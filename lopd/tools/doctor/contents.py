@@ -1,6 +1,5 @@
 """What is in a store: counts, identities, coverage, and the advantages before training."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 
@@ -15,7 +14,7 @@ from lopd.protocols.labels import mean_labels
 from lopd.protocols.reading import evenly, in_batches, named
 from lopd.records.checks import check_at_least
 from lopd.records.drift import AdvantageSummary
-from lopd.records.estimates import RolloutSums
+from lopd.records.estimates import Estimate, RolloutSums
 from lopd.records.identity import ModelId
 from lopd.records.manifest import Commit, Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
@@ -52,15 +51,15 @@ class AdvantageInfo:
     Args:
         teacher, student: columns.
         rollouts: number in the sample.
-        ci95: distance from the mean to the farther end of its 95 % interval, prompts being the draws; None for a single prompt.
+        mean: prompts are the draws.
         mean_abs: mean of the absolute value.
-        summary: mean, quantiles and shares of the tokens.
+        summary: quantiles and shares of the tokens.
     """
 
     teacher: str
     student: str
     rollouts: int
-    ci95: float | None
+    mean: Estimate
     mean_abs: float
     summary: AdvantageSummary
 
@@ -200,12 +199,11 @@ def describe_advantages(reader: LogprobReader, teacher: str, student: str, *, sa
         return None
     counted, counts = np.unique(sampled.segments, return_counts=True)
     sums = np.bincount(sampled.segments, sampled.gap)[counted].astype(np.float64)
-    ci95 = RolloutSums(sums, counts.astype(np.float64)).by_prompt(sampled.prompt_ids[counted]).per_token().ci95
     return AdvantageInfo(
         teacher,
         student,
         rollouts=len(sampled.rows),
-        ci95=ci95 if math.isfinite(ci95) else None,
+        mean=RolloutSums(sums, counts.astype(np.float64)).by_prompt(sampled.prompt_ids[counted]).per_token(),
         mean_abs=float(np.abs(sampled.gap).mean()),
         summary=summary,
     )

@@ -70,8 +70,7 @@ def _advantages(pairs: Sequence[AdvantageInfo]) -> Table:
         (
             pair.rollouts,
             pair.summary.tokens,
-            pair.summary.mean,
-            "one prompt has none" if pair.ci95 is None else pair.ci95,
+            str(pair.mean),
             pair.mean_abs,
             *pair.summary.quantiles,
             f"{pair.summary.tail:.3%}",
@@ -80,7 +79,7 @@ def _advantages(pairs: Sequence[AdvantageInfo]) -> Table:
         for pair in pairs
     ]
     quantiles, shares = (f"quantile {level:g}" for level in LEVELS), (f"share below {TAIL:g}", "share below 0")
-    names = ("rollouts", "response tokens", "mean", "its 95 % interval, +-", "mean of the absolute value", *quantiles, *shares)
+    names = ("rollouts", "response tokens", "mean", "mean of the absolute value", *quantiles, *shares)
     return (
         "Advantage, nats (rollouts evenly spaced, tokens that count)",
         ("what", *(f"{pair.teacher} - {pair.student}" for pair in pairs)),

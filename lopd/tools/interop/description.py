@@ -88,14 +88,15 @@ class Description:
         Raises:
             CorruptStoreError: there is not a description, it is damaged, or has another schema version.
         """
-        data = text if isinstance(text, bytes) else (text or "").encode()
-        if not data.lstrip().startswith(b"{"):
+        text = text if isinstance(text, bytes) else str(text or "")
+        if text.lstrip()[:1] not in ("{", b"{"):
             raise CorruptStoreError(
                 f"{owner}: it has no description of a store, so lopd did not export it; export the store with `export_parquet` or "
                 "`to_hf_dataset`, and read texts with `import_text`."
             )
         owner = f"{owner}: its description"
         try:
+            data = text if isinstance(text, bytes) else text.encode()
             document = sealing.unseal(data) or parse(data)
         except ValueError as error:
             raise CorruptStoreError(f"{owner} cannot be read ({error}); export it again.") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.export import exported_files
@@ -14,7 +14,7 @@ from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.protocols import LogprobReader, LogprobStore
 from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.manifest import Manifest
-from lopd.records.paths import local_path, names_path, read_regular
+from lopd.records.paths import is_here, local_path, names_path, read_regular
 from lopd.records.stored import parse
 from lopd.tools.interop.parquet import export_parquet, import_parquet, parquet_manifest
 from lopd.tools.share.cards import ROLLOUTS, About, dataset_card, model_card
@@ -50,7 +50,7 @@ def push_student(
 
     Raises:
         InvalidRecordError: the folder is not an export, the repository's name does not fit, or one of its files names a path of this machine.
-        CorruptStoreError: a file of the export is missing, or is not a file of the folder.
+        CorruptStoreError: a file of the export is missing, is not a file of the folder, or cannot be read.
         ManifestMismatchError: the student was not trained on the store.
         StoreExistsError: the repository has files, without `exist_ok`, or weights that the export would not replace.
         HubError: there is no token, the hub refuses, the repository is public and should be private, or the hub cannot be reached.  Nothing was
@@ -146,11 +146,14 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
 
 def _check_names(folder: Path, name: str) -> None:
     """Refuse a file that leads to a path of this machine: it shows the path to others, and leads nowhere for them."""
-    for key, text in _texts("", _written(folder / name)):
+    try:
+        written = _written(folder / name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CorruptStoreError(f"Export {folder}: {name} cannot be read ({error}); export the student again.") from error
+    for key, text in _texts("", written):
         # texts that begin with a slash may be anything, also tokens
-        place = os.path.expanduser(text.removeprefix("file://"))  # noqa: PTH111
-        there = name != _TOKENS and len(place) > 1 and os.path.isabs(place) and os.path.exists(place)  # noqa: PTH110, PTH117
-        if there or (key.endswith("name_or_path") and names_path(text)):
+        named = key.endswith("name_or_path") and (names_path(text) or os.path.isdir(text))  # noqa: PTH112 (a `Path` may refuse a long text)
+        if named or (name != _TOKENS and is_here(text)):
             raise InvalidRecordError(
                 f"Export {folder}: {key!r} of {name} is a path of this machine, expected a name in the hub; push that model first, and write its "
                 "name there."
