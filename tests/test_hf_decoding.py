@@ -207,6 +207,23 @@ def test_a_cache_with_a_tensor_that_has_other_rows_is_refused():
         select_rows({"keys": [torch.zeros(3, 4)]}, torch.tensor([0]), 2)
 
 
+def test_a_cache_that_has_two_names_is_cut_once(family, tokenizer, prompts):
+    """As in transformers 5.24, whose outputs have it as `cache`, and under the names of before; the older name warns as an argument."""
+    model = copy.deepcopy(family("llama"))
+    decoder = model.get_decoder()
+    forward = decoder.forward
+
+    def renamed(*args, cache=None, **kwargs):
+        assert kwargs.pop("past_key_values", None) is None
+        output = forward(*args, past_key_values=cache, **kwargs)
+        output.cache = output.past_key_values
+        return output
+
+    decoder.forward = renamed
+    assert check_sampling(model, VOCAB) is Way.PADDED
+    assert same_tokens(source_of(model, tokenizer).sample(prompts), source_of(family("llama"), tokenizer).sample(prompts))
+
+
 def test_an_autocast_around_sampling_changes_nothing(family, tokenizer, prompts):
     source = source_of(family("llama"), tokenizer)
     plain = source.sample(prompts)
