@@ -212,7 +212,7 @@ def test_07_a_write_that_fails_commits_nothing(tmp_path, monkeypatch):
 
 
 def test_08_an_ensemble_scores_between_its_members_and_is_nobodys_sft_teacher(run):
-    with pytest.warns(TeacherConsistencyWarning, match="expected the scoring teacher"):
+    with pytest.warns(TeacherConsistencyWarning, match="and the scoring teacher is"):
         _, names = run("08_your_own_scorer")
     store = names["store"]
     assert store.scored("teacher").all()
