@@ -1,6 +1,7 @@
 """Families whose caches differ, sampled in batches and alone, against the whole model on each rollout alone."""
 
 import copy
+import inspect
 import warnings
 
 import numpy as np
@@ -212,11 +213,12 @@ def test_a_cache_that_has_two_names_is_cut_once(family, tokenizer, prompts):
     model = copy.deepcopy(family("llama"))
     decoder = model.get_decoder()
     forward = decoder.forward
+    name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
     def renamed(*args, cache=None, **kwargs):
         assert kwargs.pop("past_key_values", None) is None
-        output = forward(*args, past_key_values=cache, **kwargs)
-        output.cache = output.past_key_values
+        output = forward(*args, **{name: cache}, **kwargs)
+        output.cache = getattr(output, name)
         return output
 
     decoder.forward = renamed
