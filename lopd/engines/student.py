@@ -81,7 +81,7 @@ class CausalLMStudent(nn.Module):
             with refusing(model, "training", "leave out `gradient_checkpointing`"):
                 recompute_layers(model)
         self._dropout_is_judged = False
-        # a model that was put in training mode keeps the modules in eval that its owner put there; wrappers are new, and say nothing of that
+        # a model that was put in training mode keeps the modules in eval that its owner put there; wrappers are new, and do not record that
         if not unwrap(model).training:
             self.train()
 
