@@ -365,6 +365,12 @@ def missed() -> list[str]:
     return table(("result file", "goal", "wanted", "measured"), lines(), 3)
 
 
+def tried_with() -> list[str]:
+    """Versions of what the models were built and trained with."""
+    versions = read("families")["versions"]
+    return ["Tried with " + ", ".join(f"{name} {versions[name]}" for name in ("transformers", "peft", "torch")) + "."]
+
+
 def abilities() -> list[str]:
     """Count the models that have each ability."""
     built = [row for row in read("families")["rows"] if "not_built" not in row]
@@ -550,7 +556,7 @@ TABLES = {
         "pair correlations": pair_correlations,
     },
     "decisions/0003-losses.md": {"precision": precision},
-    "models.md": {"abilities": abilities, "models": models, "causes": causes},
+    "models.md": {"versions": tried_with, "abilities": abilities, "models": models, "causes": causes},
     "gpu.md": {"roofline": roofline_table, "memory": planned_memory, "planned families": planned_families, "card": card},
     "reliability.md": {"goals": goals, "missed": missed},
 }

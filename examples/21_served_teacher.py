@@ -26,8 +26,8 @@ Thread(target=served.serve_forever, daemon=True).start()
 
 # A server does not report which weights it has.  The folder that it serves does, so `batches` can compare it with the teacher of SFT.
 teacher = folder_model_id(teacher_dir)
-for column, speaks in (("teacher", "vllm"), ("hosted", "openai")):
-    servers = Servers(served.url, served.name, speaks=speaks)
+kinds = {"teacher": Servers(served.url, served.name), "hosted": Servers(served.url, served.name, speaks="openai")}
+for column, servers in kinds.items():
     scorer = ServerScorer(servers, source.tokenizer, teacher, top_k=4)
     score_rollouts(store, scorer, column=column)
     print(f"{column}: {scorer.provenance.engine}, {servers.costs.requests} requests, {servers.costs.prompt_tokens} tokens read")

@@ -57,7 +57,7 @@ def _most_likely(row: list[float], k: int) -> list[int]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: StubServer
+    server: Any
 
     def do_GET(self) -> None:
         """Say what is served."""

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -285,3 +285,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         huggingface_hub.close_session()
         yield hub
         huggingface_hub.close_session()
+
+
+if __name__ == "__main__":  # to push and pull by hand: docs/howto/share.md
+    with serving() as started, suppress(KeyboardInterrupt):
+        print(f"export HF_ENDPOINT={started.url} HF_TOKEN={WRITER} HF_HUB_DISABLE_XET=1", flush=True)
+        threading.Event().wait()

@@ -1,6 +1,7 @@
 """The pages under docs/: every block of Python runs or states why not, and every function, test, public name and link is there."""
 
 import ast
+import builtins
 import contextlib
 import importlib
 import inspect
@@ -140,6 +141,19 @@ def test_a_reason_is_a_sentence_and_stands_before_a_block() -> None:
         reasons = [block.reason for block in blocks_of(page) if block.reason is not None]
         assert page.read_text().count("<!-- not run:") == len(reasons), page
         assert all(len(reason.split()) >= 3 for reason in reasons), page
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "examples.md"], ids=lambda page: str(page.relative_to(DOCS)))
+def test_a_block_that_is_not_run_uses_no_name_that_its_page_did_not_make(page: Path) -> None:
+    made = set(dir(builtins))
+    for block in blocks_of(page):
+        nodes = list(ast.walk(ast.parse(block.code)))
+        named = [node for node in nodes if isinstance(node, ast.alias | ast.FunctionDef | ast.ClassDef | ast.ExceptHandler)]
+        made |= {str(getattr(node, "asname", None) or node.name).split(".")[0] for node in named}
+        made |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        made |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+        assert sorted({name.id for name in names} - made) == [], f"{page}:{block.line}"
 
 
 # the equations

@@ -1,6 +1,7 @@
 """Families whose caches differ, sampled in batches and alone, against the whole model on each rollout alone."""
 
 import copy
+import inspect
 import warnings
 
 import numpy as np
@@ -205,6 +206,24 @@ def test_prompts_of_unlike_length_share_no_batch_where_padding_is_wrong(family, 
 def test_a_cache_with_a_tensor_that_has_other_rows_is_refused():
     with pytest.raises(ModelError, match=r"a tensor of shape \(3, 4\), expected 2 rows"):
         select_rows({"keys": [torch.zeros(3, 4)]}, torch.tensor([0]), 2)
+
+
+def test_a_cache_that_has_two_names_is_cut_once(family, tokenizer, prompts):
+    """As in transformers 5.24, whose outputs have it as `cache`, and under the names of before; the older name warns as an argument."""
+    model = copy.deepcopy(family("llama"))
+    decoder = model.get_decoder()
+    forward = decoder.forward
+    name = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+    def renamed(*args, cache=None, **kwargs):
+        assert kwargs.pop("past_key_values", None) is None
+        output = forward(*args, **{name: cache}, **kwargs)
+        output.cache = getattr(output, name)
+        return output
+
+    decoder.forward = renamed
+    assert check_sampling(model, VOCAB) is Way.PADDED
+    assert same_tokens(source_of(model, tokenizer).sample(prompts), source_of(family("llama"), tokenizer).sample(prompts))
 
 
 def test_an_autocast_around_sampling_changes_nothing(family, tokenizer, prompts):

@@ -74,7 +74,7 @@ def test_the_program_of_the_readme_runs(
 
     out = capsys.readouterr().out
     assert out.count("gap to the teacher") == 2, "a line for each step of OPD"
-    assert "Evaluation(" in out
+    assert "Evaluation: avg@1" in out
     assert Lineage.read(Path("opd-student")).opd_teacher == Lineage.of("teacher").sft_teacher
 
 

@@ -13,7 +13,7 @@ from conftest import TOKENIZER_ID
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from lopd import collate
-from lopd.engines.causal_lm import lm_head, packed_hidden_states, row_hidden_states
+from lopd.engines.causal_lm import lm_head, packed_hidden_states, recompute_layers, row_hidden_states
 from lopd.engines.hf import HFSource, load_model
 from lopd.engines.probes import check_training
 from lopd.engines.student import CausalLMStudent
@@ -447,3 +447,11 @@ def test_a_head_without_weights_says_what_it_is():
 def test_a_tokenizer_will_do_in_place_of_its_fingerprint(llama, tokenizer):
     model = copy.deepcopy(llama)
     assert CausalLMStudent(model, tokenizer).tokenizer == CausalLMStudent(model, TOKENIZER_ID).tokenizer == TOKENIZER_ID
+
+
+def test_layers_are_recomputed_by_the_switch_that_transformers_has():
+    asked = []
+    both = {"activation_checkpointing_enable": lambda **options: asked.append(options), "gradient_checkpointing_enable": None}
+    recompute_layers(SimpleNamespace(**both))  # 5.24, where the older name warns
+    recompute_layers(SimpleNamespace(gradient_checkpointing_enable=lambda **options: asked.append(options)))
+    assert asked == [{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}} for kind in ("activation", "gradient")]

@@ -43,6 +43,12 @@ def unwrap(model: Any) -> Any:
     return unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 
+def recompute_layers(model: Any) -> None:
+    """Make the model recompute activations in the backward pass: less memory, more time.  transformers 5.24 renamed the switch."""
+    switch = "activation_checkpointing" if hasattr(unwrap(model), "activation_checkpointing_enable") else "gradient_checkpointing"
+    getattr(unwrap(model), f"{switch}_enable")(**{f"{switch}_kwargs": {"use_reentrant": False}})
+
+
 def lm_head(model: Any, vocab_size: int) -> LMHead:
     """Return the head of a causal LM, cut to the tokenizer's vocabulary; made again at each step, because wrappers swap weights.
 

@@ -8,7 +8,7 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from lopd.engines.causal_lm import context_length, decoder_of, lm_head, unwrap
+from lopd.engines.causal_lm import context_length, decoder_of, lm_head, recompute_layers, unwrap
 from lopd.engines.conditions import warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.probes import check_training, refusing
@@ -79,7 +79,7 @@ class CausalLMStudent(nn.Module):
         self._autocast = autocast
         if gradient_checkpointing:
             with refusing(model, "training", "leave out `gradient_checkpointing`"):
-                unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                recompute_layers(model)
         self._dropout_is_judged = False
         # a model that was put in training mode keeps the modules in eval that its owner put there; wrappers are new, and do not record that
         if not unwrap(model).training:

@@ -19,8 +19,8 @@ from lopd.engines.causal_lm import decoder_of, rope_borders, row_hidden_states, 
 from lopd.errors import ModelError
 
 Ids = NDArray[np.int32]
-#: What families call the cache that they return and take.
-_CACHES = ("past_key_values", "cache_params", "state")
+#: What families call the cache that they return and take.  The first that is there is it: transformers 5.24 has `cache` under the older names too.
+_CACHES = ("cache", "past_key_values", "cache_params", "state")
 
 
 class Texts(Protocol):
@@ -66,7 +66,7 @@ class _CachedTexts:
 
     def last_hidden(self) -> Tensor:
         output = self._decoder(input_ids=self._ids_BS, use_cache=True, **self._padding, **self._cache)
-        self._cache = {name: cache for name in _CACHES if (cache := getattr(output, name, None)) is not None}
+        self._cache = next(({name: cache} for name in _CACHES if (cache := getattr(output, name, None)) is not None), {})
         if not self._cache:
             raise ModelError(f"Model {type(self._decoder).__name__}: it returns no cache; compute each token from the whole text.")
         hidden_BD: Tensor = output.last_hidden_state[:, -1]

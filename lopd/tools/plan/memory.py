@@ -17,7 +17,7 @@ import torch
 from attrs import evolve, frozen
 from torch import Tensor
 
-from lopd.engines.causal_lm import candidate_logprobs, context_length, evaluating, hidden_states, lm_head, text_config, unwrap
+from lopd.engines.causal_lm import candidate_logprobs, context_length, evaluating, hidden_states, lm_head, recompute_layers, text_config
 from lopd.errors import ContextOverflowError, ModelError
 from lopd.losses.chunking import sum_dtype
 from lopd.records.checks import check_at_least, check_number, own_numbers
@@ -170,7 +170,7 @@ def _prepare_training(model: Any, live: LiveBytes, use: Use) -> Phase:
         if hasattr(module, "layerdrop"):
             module.training = False
     if use.gradient_checkpointing:
-        unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_layers(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     live.make("gradients")
     for p in trained:
