@@ -69,8 +69,8 @@ class TokenizerMismatchError(LopdError, ValueError):
 
 
 class EngineError(LopdError, RuntimeError):
-    """An engine or a server that failed for a reason of its own, also after it was started or asked again.
-    To do: Read the engine's or server's own log, which the message names; run the same call again to go on after what was committed.
+    """A model that was not found, or an engine or a server that failed for a reason of its own, also after it was started or asked again.
+    To do: Do what the message proposes; where it names a log, read that.  The same call again goes on after what was committed.
     """
 
 

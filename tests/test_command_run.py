@@ -81,13 +81,16 @@ def test_the_example_shows_every_key_and_the_defaults_of_the_code(tmp_path, caps
     assert main(["run", "--example"]) == 0
     assert capsys.readouterr().out == EXAMPLE
     # what None stands for
-    other = {"clip": FusedOPDLoss().clip, "rollouts_per_step": 256}
-    for kind in (Model, *(getattr(settings, name) for name in ("Sampling", "Training", "Loss", "Text", "Evaluation", "RunSettings"))):
+    other = {"clip": FusedOPDLoss().clip, "rollouts_per_step": 256, "ratio": True, "wait": 10}
+    for kind in (
+        Model,
+        *(getattr(settings, name) for name in ("Sampling", "Training", "Loss", "Prompts", "Text", "Evaluation", "RunSettings")),
+    ):
         assert [f.name for f in fields(kind) if f"{f.name}:" not in EXAMPLE] == []
         for name, default in ((f.name, other.get(f.name, f.default)) for f in fields(kind)):
             if isinstance(default, int | float | str):
-                word = str(default).lower()
-                assert re.search(rf"# {name}: {word}\s|{name}: .*# (by default {word}\b|{word} \(by default)", EXAMPLE + " "), (
+                word = re.escape(str(default).lower())
+                assert re.search(rf"# +{name}: \"?{word}\"?\s|{name}: .*# (by default {word}\b|{word} \(by default)", EXAMPLE + " "), (
                     name,
                     default,
                 )
@@ -113,11 +116,14 @@ def test_the_example_shows_every_key_and_the_defaults_of_the_code(tmp_path, caps
         ({"opd__weighting": "word"}, "opd.weighting is 'word', expected 'rollout' or 'token'"),
         ({"seeds": 3}, "seeds is 3, expected a list"),
         ({"seeds": [1, 1]}, r"seeds are \[1, 1\], expected one or several"),
-        ({"prompts": {"a": 1}}, "prompts is .*, expected text"),
+        ({"prompts": {"a": 1}}, "prompts has 'a', which"),
+        ({"prompts": 3}, "prompts is 3, expected an object"),
         ({"prompts": ["a", 3]}, "prompts.1 is 3, expected text"),
         ({"teacher__engine": "warp"}, "teacher does not fit: Model: engine is 'warp', expected 'hf', 'vllm' or the URLs"),
         ({"student": {"model": "a", "engine": "http://b"}}, "student.engine is a server"),
         ({"teacher__engine": ["http://b"]}, "evaluation.reverse_kl needs the teacher here"),
+        ({"teacher__wait": 5}, "teacher does not fit: Model: wait is given, and this engine does not read it"),
+        ({"teacher": {"model": "a", "engine": "http://b", "wait": 0}}, "teacher does not fit: Model: wait is 0, expected more than 0"),
         ({"teacher__revision": "abc"}, "teacher does not fit: Model: revision is given without dtype"),
         ({"loss__kind": "reverse_kl"}, "loss does not fit: Loss: 'reverse_kl' needs top_k"),
         ({"sft": None, "text": {"file": "a", "written_by": "teacher"}}, "text is given without sft"),
@@ -226,9 +232,11 @@ def test_a_second_call_finds_everything_done_and_json_is_the_summary(unbroken, h
 
 def test_other_settings_or_other_content_in_the_same_folder_are_refused(unbroken, here, capsys):
     assert main(["run", written(here, example(opd__steps=13), "other.yaml")]) == 2
-    assert "opd.steps is 16 there, expected 13" in capsys.readouterr().err
+    assert "opd.steps is 13 now, and was 16 when runs/command/seed-0/phases/opd.json was written; go back" in capsys.readouterr().err
     assert main(["run", written(here, example(prompts=["a"] * 20), "other.yaml")]) == 2
-    assert "prompts is '" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "prompts is '" in said
+    assert "phases/sft-text.attempts was written; go back to that, choose another folder.\n" in said
     config = here / "runs/tiny/teacher/config.json"
     before = config.read_bytes()
     config.write_bytes(before + b"\n")
@@ -237,6 +245,41 @@ def test_other_settings_or_other_content_in_the_same_folder_are_refused(unbroken
     finally:
         config.write_bytes(before)
     assert "the content of runs/tiny/teacher is" in capsys.readouterr().err
+
+
+def weights(out):
+    return (out / "seed-0/opd/model.safetensors").read_bytes()
+
+
+def test_a_setting_may_change_until_a_phase_has_used_it(here, tmp_path, capsys, monkeypatch):
+    def stopped(steps):
+        for metrics in steps:
+            yield metrics
+            if metrics.step == 5:
+                raise KeyboardInterrupt
+
+    def run(name, lr):
+        small = {"sampling": {"max_new_tokens": 4}, "sft": None, "opd": {"steps": 7, "lr": lr}, "evaluation": {"held_out": 2}}
+        return main(["run", written(here, example(**small, out=str(tmp_path / name)))])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lopd.tools.phases.watch_drift", stopped)
+        assert run("changed", 1e-3) == 130
+    assert list((tmp_path / "changed/seed-0/checkpoints").glob("opd-*/step-*"))
+    # a checkpoint of the other rate is there, and nothing is trained from it
+    assert run("changed", 2e-3) == run("fresh", 2e-3) == 0
+    assert weights(tmp_path / "changed") == weights(tmp_path / "fresh")
+    capsys.readouterr()
+    assert run("changed", 1e-3) == 2
+    done = tmp_path / "changed/seed-0/phases/opd.json"
+    assert f"opd.lr is 0.001 now, and was 0.002 when {done} was written; " in (said := capsys.readouterr().err)
+    assert f"or remove {done} to do that phase and those after it again" in said
+    done.unlink()
+    assert run("changed", 1e-3) == 0
+    assert "attempts" in capsys.readouterr().out
+    assert weights(tmp_path / "changed") != weights(tmp_path / "fresh")
+    evaluations = [json.loads((tmp_path / f"{name}/seed-0/phases/evaluation-after-opd.json").read_text()) for name in ("changed", "fresh")]
+    assert evaluations[0]["held_out_reverse_kl"] != evaluations[1]["held_out_reverse_kl"]
 
 
 def run_there(folder, file):
@@ -339,11 +382,23 @@ def test_a_student_that_is_stored_in_bfloat16_is_evaluated_in_float32_before_opd
         _Seeded.of(s, 0, [])._evaluate(s.evaluation, "student")
 
 
-def test_a_verifier_that_fails_is_said_before_anything_is_done(here, tmp_path, capsys):
-    (here / "broken.py").write_text("def right(prompt, rollout):\n    return rollout.response_ids\n")
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("def right(prompt, rollout):\n    return rollout.response_ids", r"it raised AttributeError\(.*; it takes a prompt and the text"),
+        ("def right(prompt, text):\n    return 3", "it gave 3 for prompt .*; it takes .* and gives a number from 0 to 1"),
+        ("def right(prompt, text):\n    return float('nan')", "it gave nan for prompt"),
+        ("def right(prompt, text)\n    return 1", r"there is no such function \(SyntaxError\("),
+        ("import sys; sys.exit(0)", r"there is no such function \(SystemExit\("),
+        ("", r"there is no such function \(KeyError\('right'\)\)"),
+    ],
+)
+def test_a_verifier_that_fails_is_said_before_anything_is_done(code, says, here, tmp_path, capsys):
+    (here / "broken.py").write_text(code)
     changes = {"out": str(tmp_path / "run"), "evaluation": {"held_out": 2, "verifier": "broken.py:right"}}
     assert main(["run", written(here, example(**changes))]) == 2
-    assert "it takes a prompt and the text of a response" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(f"broken.py:right(: |, and ){says}", said), said
     assert not (tmp_path / "run").exists()
 
 
@@ -375,12 +430,19 @@ def test_too_few_prompts_are_refused_before_anything_is_done(here, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("path", "missing"), [("evaluation__verifier", "none.py:right"), ("evaluation__verifier", "empty.py:right"), ("prompts", "none.jsonl")]
+    ("changes", "says"),
+    [
+        ({"evaluation__verifier": "none.py:right"}, "evaluation.verifier is none.py, which cannot be read"),
+        ({"prompts": "none.jsonl"}, "Prompt file none.jsonl: it cannot be read"),
+        ({"text": {"file": "none.jsonl", "written_by": "teacher"}}, "text.file is none.jsonl, which cannot be read"),
+        ({"text": {"file": "foo://a?key=sesame", "written_by": "teacher"}}, r"text.file is foo://a, which cannot be read \(ValueError\)"),
+    ],
+    ids=str,
 )
-def test_a_file_that_is_not_there_is_said_before_anything_is_done(path, missing, here, tmp_path, capsys):
-    (here / "empty.py").touch()
-    assert main(["run", written(here, example(out=str(tmp_path / "run"), **{path: missing}))]) == 2
-    assert missing.removesuffix(":right") in capsys.readouterr().err
+def test_a_file_that_is_not_there_is_said_before_anything_is_done(changes, says, here, tmp_path, capsys):
+    assert main(["run", written(here, example(out=str(tmp_path / "run"), **changes))]) == 2
+    assert re.search(says, said := capsys.readouterr().err), said
+    assert "sesame" not in said
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,7 @@ from named_batches import numbered_records, rows_of
 from lopd import batches, score_rollouts
 from lopd.errors import InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning
 from lopd.guards import ConsistencyPolicy
-from lopd.records import Lineage, ModelId, Scores, mixture_id
+from lopd.records import ModelId, Scores, StoreId, mixture_id
 from lopd.records.identity import UNKNOWN
 from lopd.verbs import StepStream
 
@@ -24,8 +24,20 @@ def stream_with(sft_teacher: ModelId | None, scorer: ModelId, consistency: Consi
     return batches(store, consistency=consistency)
 
 
+def teachers_of(stream: StepStream) -> tuple[ModelId | None, ModelId | None]:
+    return stream.lineage.sft_teacher, stream.lineage.opd_teacher
+
+
 def test_the_teacher_that_wrote_the_sft_data_may_score() -> None:
-    assert stream_with(SFT_TEACHER, SFT_TEACHER).lineage == Lineage(sft_teacher=SFT_TEACHER, opd_teacher=SFT_TEACHER)
+    assert teachers_of(stream_with(SFT_TEACHER, SFT_TEACHER)) == (SFT_TEACHER, SFT_TEACHER)
+
+
+def test_the_lineage_records_the_rollouts_that_were_there() -> None:
+    store = make_store(random_records(0, 5))
+    lineage = batches(store, rows=np.arange(2)).lineage
+    assert lineage.store == StoreId.of(store.manifest, store.lengths())
+    assert lineage.store != StoreId.of(store.manifest, store.lengths()[:4])
+    assert lineage.store != StoreId.of(evolve(store.manifest, policy=OTHER_TEACHER), store.lengths())
 
 
 def test_the_same_weights_pass_under_any_name_and_dtype() -> None:
@@ -66,7 +78,7 @@ def test_under_the_warn_policy_training_goes_on_with_a_warning_and_an_honest_lin
     with pytest.warns(TeacherConsistencyWarning, match="its SFT teacher is") as caught:
         stream = stream_with(sft_teacher, SFT_TEACHER, ConsistencyPolicy.WARN)
     assert [warning.filename for warning in caught] == [__file__]
-    assert stream.lineage == Lineage(sft_teacher=sft_teacher, opd_teacher=SFT_TEACHER)
+    assert teachers_of(stream) == (sft_teacher, SFT_TEACHER)
     assert len(rows_of(stream.step(0))) == 2
 
 
@@ -102,7 +114,7 @@ def test_a_scorer_that_may_be_meant_for_more_than_teaching_draws_no_warning() ->
 @pytest.mark.parametrize("sft_teacher", [None, OTHER_TEACHER])
 def test_sft_needs_no_scores_and_makes_the_writer_of_the_rollouts_the_sft_teacher(sft_teacher: ModelId | None) -> None:
     stream = batches(make_store(numbered_records(2), columns=(), manifest=make_manifest(sft_teacher)), teacher=None)
-    assert stream.lineage == Lineage(sft_teacher=POLICY, opd_teacher=None)
+    assert teachers_of(stream) == (POLICY, None)
     assert stream.step(0).batches[0].teacher_logprobs is None
 
 

@@ -418,6 +418,14 @@ def test_20_nothing_is_pushed_without_a_name_and_what_is_pushed_comes_back(run, 
     assert all(repository.private for repository in hub.repositories.values())
 
 
+def test_21_a_server_gives_what_the_same_weights_give_here(run):
+    out, names = run("21_served_teacher")
+    store = names["store"]
+    assert all(store.scored(column).all() for column in ("teacher", "hosted", "here"))
+    assert {provenance.model for provenance in store.columns.values()} == {store.manifest.sft_teacher}
+    assert max(numbers(r"at most (\S+) nats", out)) < 1e-5
+
+
 class Logger(ModuleType):
     """A stand-in with the few names that the page calls."""
 

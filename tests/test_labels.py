@@ -188,6 +188,18 @@ def test_tokens_may_have_labels_of_their_own_and_survive_compaction_parquet_and_
             assert row.scores["label"].tolist() == (row.rollout.response_ids - 10.5).tolist()
 
 
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_labels_are_exact_in_a_store_of_float16(kind, tmp_path):
+    store = filled(kind.create(tmp_path / "half", tiny_manifest(), logprob_dtype="float16"))
+    for worth, name in ((2049.0, "label"), (70_000.0, "large")):
+        label_rollouts(store, lambda _, r, worth=worth: worth + number(None, r), PROMPTS, column=name, name=name, rollouts_per_batch=3)
+    store.compact()
+    again = kind.open(tmp_path / "half")
+    assert labels_of(again).tolist() == [2049.0 + i for i in range(8)]
+    assert labels_of(again, "large").tolist() == [70_000.0 + i for i in range(8)]
+    assert list(check_store(again)) == []
+
+
 def test_the_label_of_a_rollout_is_the_mean_over_its_tokens_that_count_and_is_exact(store):
     third = np.float32(1 / 3)
     label_rollouts(store, lambda _, r: third, PROMPTS[:3], column="third")
@@ -209,16 +221,15 @@ def test_the_label_of_a_rollout_is_the_mean_over_its_tokens_that_count_and_is_ex
     ("answer", "reason"),
     [
         (lambda: {}["lost"], "the verifier raised KeyError: 'lost'"),
-        (lambda: None, "the verifier gave None, expected a number"),
-        (lambda: "right", "the verifier gave 'right', expected a number"),
-        (lambda: float("nan"), r"logprobs\[0\] is nan, expected a finite number"),
-        (lambda: 1e300, r"logprobs\[0\] is inf, expected a finite number"),
+        (lambda: None, "the verifier gave None, expected a finite number"),
+        (lambda: "right", "the verifier gave 'right', expected a finite number"),
+        (lambda: float("nan"), "the verifier gave nan, expected a finite number"),
+        (lambda: 1e300, r"the verifier gave 1e\+300, expected a finite number"),
         (lambda: [1.0] * 9, r"logprobs has shape \(9,\)"),
         (lambda: [[1.0]], r"logprobs has shape \(1, 1\)"),
         (lambda: [[1.0], [1.0, 2.0]], "the verifier raised ValueError"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_a_verifier_that_fails_on_one_rollout_does_not_stop_the_rest(store, answer, reason):
     judge = Judge(say=lambda _, r: answer() if number(_, r) == 5 else 1.0)
     with pytest.warns(QuarantineWarning, match=f"1 rollouts are without scores in quarantine.*Rollout 'p2/s1/g0': {reason}") as caught:

@@ -117,7 +117,7 @@ def test_a_second_call_finds_everything_done(unbroken: Path, run_here: Callable[
 
 
 def test_other_settings_in_the_same_folder_are_refused(unbroken: Path, run_here: Callable[..., None]) -> None:
-    with pytest.raises(ConflictError, match=r"opd_lr is 0.0006 there, expected 1.0"):
+    with pytest.raises(ConflictError, match=r"opd_lr is 1.0 now, and was 0.0006 when"):
         run_here(unbroken, "--opd-lr", "1.0")
 
 
@@ -130,7 +130,7 @@ def test_other_content_under_the_same_name_is_refused(
     path, before = inputs / file, (inputs / file).read_bytes()
     path.write_bytes(before + b"\n")
     try:
-        with pytest.raises(ConflictError, match=f"the content of --{name} is '.*' there, expected '.*'"):
+        with pytest.raises(ConflictError, match=f"the content of --{name} is .* now, and was .* when"):
             run_here(unbroken)
     finally:
         path.write_bytes(before)

@@ -58,7 +58,7 @@ class Run:
 
         A phase that was killed and resumed has more than one attempt, and its wall time is that of the last.
         """
-        path = self.folder / "phases" / f"{name.replace(' ', '-').lower()}.json"
+        path = self._row(name)
         if path.exists():
             row: dict[str, Any] = json.loads(path.read_text())
         else:
@@ -83,8 +83,30 @@ class Run:
         console.print(table(name, list(shown), [list(shown.values())]))
         return row
 
-    def claim(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    def phases(self, work: Mapping[str, Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Do the phases that are left, in this order, and return all rows; what was made from a phase that is done again is made again too."""
+        rows = list[dict[str, Any]]()
+        for name in work:
+            if not self._row(name).exists():
+                for later in [*work][len(rows) + 1 :]:
+                    self._row(later).unlink(missing_ok=True)
+            rows.append(self.phase(name, work[name]))
+        return rows
+
+    def _row(self, name: str) -> Path:
+        return self.folder / "phases" / f"{name.replace(' ', '-').lower()}.json"
+
+    def claim(
+        self, settings: Mapping[str, Any], inputs: Mapping[str, str], fixed_by: Callable[[str], str] = lambda _: "*.attempts"
+    ) -> None:
         """Take the folder for these settings and these contents of the files it reads (see `digest`); one folder holds one run.
+
+        A value may change as long as no phase has used it, in this folder or in those in it.
+
+        Args:
+            settings: name -> value.
+            inputs: name -> digest.
+            fixed_by: name -> file in `phases` that is there once it was used: "opd.json" is once this phase is done, "*.attempts" once any has begun.
 
         Raises:
             ConflictError: it holds the run of other settings or contents.
@@ -95,11 +117,19 @@ class Run:
             # also what is in one of them alone: a section that was dropped is another run
             for name in {**ours, **theirs}:
                 if name not in ours or name not in theirs or ours[name] != theirs[name]:
-                    raise ConflictError(
-                        f"Run {self.folder}: {name} is {theirs.get(name)!r} there, expected {ours.get(name)!r}; choose another folder, or remove "
-                        "this one."
-                    )
-            write_json(path, ours)
+                    self._check_unused(name, ours.get(name), theirs.get(name), fixed_by(name))
+        write_json(self.folder / "settings.json", settings)
+        write_json(self.folder / "inputs.json", inputs)
+
+    def _check_unused(self, name: str, ours: object, theirs: object, fixed_by: str) -> None:
+        found = [path for depth in ("", "*/") for path in self.folder.glob(f"{depth}phases/{fixed_by}")]
+        used = [str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+        if used:
+            again = "" if "*" in fixed_by else f", or remove {' and '.join(used)} to do that phase and those after it again"
+            raise ConflictError(
+                f"Run {self.folder}: {name} is {ours!r:.80} now, and was {theirs!r:.80} when {used[0]} was written; go back to that, choose another "
+                f"folder{again}."
+            )
 
 
 def wall_time(row: Mapping[str, Any]) -> str:

@@ -165,7 +165,9 @@ def _write(
         for path in superseded:
             shutil.rmtree(path)
     except (OSError, SafetensorError) as error:
-        raise StoreWriteError(f"Checkpoint {final}: the disk refused ({error}); make room, or save into another folder.") from error
+        raise StoreWriteError(
+            f"Checkpoint {final}: the disk refused ({error}); free space or mend permissions, or save elsewhere."
+        ) from error
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -79,6 +79,7 @@ def collect_rollouts(
             than 0.
         SourceError: the source gave other rollouts than it was asked for.
         EngineError: more than `max_refused` prompts were refused, or all.
+        StoreWriteError: the store cannot be written to; before the first batch nothing is sampled.
     """
     check_noun(source, RolloutSource)
     check_noun(store, LogprobStore)
@@ -93,6 +94,8 @@ def collect_rollouts(
     rows = store.find(names).reshape(len(prompts), len(samples))
     _check_same_prompts(store, prompts, rows)
     missing = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
+    if missing.any():
+        store.append(())  # one that cannot be written to is refused before anything is sampled
     report = CollectionReport(skipped=int((~missing).sum()) * len(samples))
     # cut before what is there is left out, so that a repeated run has the same batches
     batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))

@@ -170,6 +170,7 @@ def _provenance(store: LogprobReader, column: str, top_k: bool) -> Provenance:
         )
     if top_k and store.columns[column].top_k == 0:
         raise MissingScoresError(
-            f"{named(store)}: column {column!r} keeps 0 most likely tokens, expected at least 1 for top_k=True; score with a scorer that keeps them."
+            f"{named(store)}: column {column!r} keeps 0 most likely tokens, expected at least 1 for top_k=True; score another column with a scorer "
+            f"that keeps them, `score_rollouts(store, HFScorer.from_folder(FOLDER, top_k=20), column='{column}-20')`, and name it as `teacher`."
         )
     return store.columns[column]

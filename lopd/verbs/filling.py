@@ -80,9 +80,15 @@ class Filling:
         check_at_least("Scoring", "max_refused", self.max_refused, 0)
 
     def left(self, wanted: NDArray[np.int64], retry: bool) -> Work:
-        """Return what is left to do of these rows; `retry` those in quarantine too."""
+        """Return what is left to do of these rows; `retry` those in quarantine too.
+
+        Raises:
+            StoreWriteError: something is left, and the store cannot be written to: nothing shall be paid for that is lost then.
+        """
         unscored = wanted[~self.store.scored(self.column)[wanted]]
         rows = unscored if retry else unscored[~np.isin(unscored, list(self.store.quarantined(self.column)))]
+        if len(rows):
+            self.store.append(())
         lengths = self.store.lengths()[rows].sum(axis=1)
         return Work(rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(unscored) - len(rows), len(wanted))
 

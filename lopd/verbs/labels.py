@@ -119,13 +119,17 @@ def _label(verifier: Labeller, prompts: Mapping[str, Prompt] | None, rollout: Ro
         answer: NDArray[Any] = np.asarray(verifier(prompt, rollout))
     except Exception as error:  # whatever a caller's own function may raise
         raise InvalidRecordError(f"{owner}: the verifier raised {type(error).__name__}: {error!s:.200}") from error
-    if answer.dtype.kind not in "biuf":
-        raise InvalidRecordError(f"{owner}: the verifier gave {answer.tolist()!r:.80}, expected a number, or one for each response token.")
-    return Scores.of(rollout, np.full(rollout.response_ids.size, answer) if answer.ndim == 0 else answer, signed=True)
+    with np.errstate(over="ignore"):
+        values = answer.astype(np.float32) if answer.dtype.kind in "biuf" else np.array(np.nan)
+    if not np.isfinite(values).all():
+        raise InvalidRecordError(
+            f"{owner}: the verifier gave {answer.tolist()!r:.80}, expected a finite number, or one for each response token."
+        )
+    return Scores.of(rollout, np.full(rollout.response_ids.size, values) if values.ndim == 0 else values, signed=True)
 
 
 def _check_again(stored_T: NDArray[np.float32], label: Scores, column: str) -> None:
-    """Refuse a verifier that does not say what it said; a store of float16 has rounded that."""
+    """Refuse a verifier that does not say what it said, up to rounding."""
     if not np.allclose(stored_T, label.logprobs, rtol=1e-3, atol=1e-6):
         raise ScorerError(
             f"Rollout {label.rollout_id!r}: column {column!r} has the label {stored_T.mean():g}, and the verifier now gives "

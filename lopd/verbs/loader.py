@@ -20,7 +20,7 @@ from lopd.protocols.reading import named
 from lopd.records.checks import check_at_least
 from lopd.records.collate import Weighting, by_rollout, collate
 from lopd.records.glance import Glance, Glanced
-from lopd.records.lineage import Lineage
+from lopd.records.lineage import Lineage, StoreId
 from lopd.records.ranks import Ranks
 from lopd.records.rollouts import BEHAVIOR_COLUMN, Prompt
 from lopd.records.rows import Rows
@@ -224,7 +224,7 @@ def batches(
         judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
     if columns.teachers and (ref is not None or not top_k):
         judge_sampling(store, usable, ratio=ref is not None)
-    lineage = lineage_after(store.manifest, provenances)
+    lineage = evolve(lineage_after(store.manifest, provenances), store=StoreId.of(store.manifest, store.lengths()))
     return StepStream(lineage, store, usable, columns, count, tokens_per_batch, seed, weighting, ranks or Ranks.current())
 
 

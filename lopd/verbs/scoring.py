@@ -58,6 +58,7 @@ def score_rollouts(
         ConflictError: the column belongs to another model; nothing is scored.
         ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.
         EngineError: more than `max_refused` rollouts were refused, or more than have scores; none of them is put in quarantine.
+        StoreWriteError: the store cannot be written to; before the first batch nothing is scored.
         NoSuchRowError: a row is not in the store.
         MissingScoresError: the scorer is to score candidates, and the policy's column does not keep so many.
         InvalidRecordError: the store is empty, there are no `rows`, `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` less

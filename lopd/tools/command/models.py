@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from attrs import fields, frozen
 
 from lopd.errors import InvalidRecordError
+from lopd.records.checks import check_number
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class Model:
         speaks: what the servers are.
         context: tokens of the longest prompt and response together, where vLLM shall have less than the model, or a server does not say.
         key_variable: the variable of the environment that holds the key of the servers.
+        wait: seconds that servers which are being started may take to answer for the first time; None is as `Servers` has it.
 
     Raises:
         InvalidRecordError: an engine is something else, does not read a setting, or `revision` comes without `dtype`.
@@ -55,12 +57,14 @@ class Model:
     speaks: Literal["vllm", "sglang", "openai"] = "vllm"
     context: int | None = None
     key_variable: str | None = None
+    wait: float | None = None
 
     def __attrs_post_init__(self) -> None:
         if not self.urls and self.engine not in ("hf", "vllm"):
             raise InvalidRecordError(
                 f"Model: engine is {_shown(self.engine)!r:.80}, expected 'hf', 'vllm' or the URLs of servers; pass one of them."
             )
+        check_number("Model", "wait", self.wait, self.wait is None or self.wait > 0, "more than 0")
         if self.revision and not self.dtype:
             raise InvalidRecordError(
                 "Model: revision is given without dtype, expected both: they say which model is served; pass its dtype."
@@ -69,6 +73,7 @@ class Model:
             "served_as": self.served_as and not self.urls,
             "revision": self.revision and not self.urls,
             "key_variable": self.key_variable and not self.urls,
+            "wait": self.wait is not None and not self.urls,
             "speaks": self.speaks != "vllm" and not self.urls,
             "context": self.context is not None and self.engine == "hf",
             "device": self.device is not None and self.engine != "hf",
@@ -98,11 +103,9 @@ class Model:
 
     def tokenizer(self) -> Any:
         """Load its tokenizer."""
-        from lopd.engines.identity import looking_for
         from lopd.records.optional import need
 
-        with looking_for(self.model) as path:
-            return need("transformers", "Model").AutoTokenizer.from_pretrained(path)
+        return need("lopd.engines.finding", "Model").load_tokenizer(self.model)
 
     def source(self, sampling: "SamplingParams") -> "RolloutSource":
         """Start it for sampling."""
@@ -136,9 +139,10 @@ class Model:
     def _servers(self) -> "Servers":
         from lopd.engines.server import Servers
 
-        return Servers(
-            tuple(self.urls), self.served_as or self.model, context=self.context, speaks=self.speaks, key_variable=self.key_variable
-        )
+        how: dict[str, Any] = {"context": self.context, "speaks": self.speaks, "key_variable": self.key_variable}
+        if self.wait is not None:
+            how["first_contact_s"] = self.wait
+        return Servers(tuple(self.urls), self.served_as or self.model, **how)
 
     def identity(self) -> "ModelId":
         """Return which model it is: what is stated, or the hash of its folder.  Servers do not say it."""
@@ -180,6 +184,9 @@ def add_model(parser: ArgumentParser, role: str) -> None:
     served.add_argument("--revision", help="which weights they have, if MODEL is not the folder that they serve; with --dtype")
     served.add_argument("--speaks", choices=("vllm", "sglang", "openai"), default="vllm", help="what they are (vllm)")
     served.add_argument("--key-variable", metavar="NAME", help="another variable of the environment that holds the key")
+    served.add_argument(
+        "--wait", type=float, metavar="SECONDS", help="until they answer for the first time, where they are being started (10)"
+    )
 
 
 def model_of(options: Namespace) -> Model:

@@ -63,7 +63,7 @@ class Loss:
 
     kind: Literal["opd", "reverse_kl", "forward_kl"] = "opd"
     clip: float | None = None
-    ratio: bool = False
+    ratio: bool | None = None
     top_k: int = 0
 
     def __attrs_post_init__(self) -> None:
@@ -71,6 +71,17 @@ class Loss:
         check_number("Loss", "clip", 1.0 if self.clip is None else self.clip, self.clip is None or self.clip > 0, "more than 0")
         if self.kind != "opd" and (self.clip is not None or self.ratio or self.top_k < 1):
             raise InvalidRecordError(f"Loss: {self.kind!r} needs top_k of at least 1, and takes neither clip nor ratio; change these.")
+        if self.ratio is None:
+            object.__setattr__(self, "ratio", self.kind == "opd")
+
+
+@frozen
+class Prompts:
+    """A file of prompts."""
+
+    file: str
+    field: str = "prompt"
+    template: str = "{prompt}"
 
 
 @frozen
@@ -79,6 +90,8 @@ class Text:
 
     file: str
     written_by: str
+    field: str = "prompt"
+    response: str = "response"
 
 
 @frozen
@@ -105,7 +118,7 @@ class RunSettings:
     out: str
     student: Model
     teacher: Model
-    prompts: str | list[str | Mapping[str, Any]]
+    prompts: Prompts | list[str | Mapping[str, Any]]
     opd: Training
     loss: Loss = field(factory=Loss)
     sampling: Sampling = field(factory=Sampling)
@@ -128,9 +141,12 @@ class RunSettings:
 
     def flat(self) -> dict[str, Any]:
         """Return what decides the result of a seed, by its path in the file: prompts as their hash, and URLs without secrets."""
-        tops = {key: value for key, value in asdict(self).items() if key not in {"seeds", "prompts"}}
-        tops["prompts"] = self.prompts if isinstance(self.prompts, str) else sha256(repr(self.prompts).encode()).hexdigest()[:16]
-        inner = {f"{top}.{key}": value for top, keys in tops.items() if isinstance(keys, dict) for key, value in keys.items()}
+        tops = {key: value for key, value in asdict(self).items() if key != "seeds"}
+        if isinstance(self.prompts, list):
+            tops["prompts"] = sha256(repr(self.prompts).encode()).hexdigest()[:16]
+        inner = {
+            f"{top}.{key}": value for top, keys in tops.items() if isinstance(keys, dict) for key, value in keys.items() if key != "wait"
+        }
         flat = {key: value for key, value in tops.items() if not isinstance(value, dict)} | inner
         return {key: _shown(value) for key, value in flat.items()}
 
@@ -159,9 +175,9 @@ def read_settings(path: str | Path) -> RunSettings:
         raise InvalidRecordError(
             f"{owner}: it cannot be read ({problem}{where}), expected YAML; correct it, or begin with `lopd run --example`."
         ) from error
-    for role in ("student", "teacher"):
-        if isinstance(data, dict) and isinstance(data.get(role), str):
-            data[role] = {"model": data[role]}
+    for section, key in (("student", "model"), ("teacher", "model"), ("prompts", "file")):
+        if isinstance(data, dict) and isinstance(data.get(section), str):
+            data[section] = {key: data[section]}
     return read_as(RunSettings, data, owner, InvalidRecordError, "correct it; `lopd run --example` shows every key")
 
 

@@ -1,8 +1,8 @@
 """A whole run over the public API: SFT where it is asked for, rollouts, scores, OPD, evaluation, a page.  Each phase is done once."""
 
-import runpy
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,17 @@ from attrs import asdict, evolve, frozen
 
 import lopd
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
-from lopd.engines.identity import local_folder
-from lopd.engines.supports import provenance_of
-from lopd.errors import InvalidRecordError
-from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.start import measure_start
 from lopd.losses import divergences
 from lopd.protocols import OPDLoss
 from lopd.protocols.reading import walk
-from lopd.records import Prompt, Rollout, RolloutSums, SamplingParams, TokenizerId, fingerprint_tokenizer
+from lopd.records import Prompt, Rollout, RolloutSums, SamplingParams
 from lopd.records.estimates import mean
-from lopd.records.paths import without_secrets
+from lopd.tools.command.before import prepare, read_verifier
 from lopd.tools.command.models import Model, running
 from lopd.tools.command.settings import Evaluation, RunSettings, Training
 from lopd.tools.console import RichProgress, table
-from lopd.tools.phases import Run, console, counted_in, digest, train_phase, write_json, write_page
+from lopd.tools.phases import Run, console, counted_in, train_phase, write_json, write_page
 from lopd.verbs import StepStream
 
 _BEFORE, _AFTER = "evaluation before OPD", "evaluation after OPD"
@@ -39,72 +35,11 @@ def run_all(s: RunSettings) -> dict[str, Any]:
     """Do what is left of a run, for each seed, and return its summary, which is plain JSON.
 
     Raises:
-        ConflictError: `out` holds a run of other settings, or what it reads has changed.
-        TokenizerMismatchError: student and teacher do not share a vocabulary.
-        TeacherConsistencyError: the teacher is not known to have written the text of SFT.
-        InvalidRecordError: there are too few prompts, or a file that is named is not there.
+        LopdError: it cannot be done; see `prepare`, which finds what can be found before anything is paid for.
     """
     transformers.utils.logging.disable_progress_bar()
-    tokenizer = s.student.tokenizer()
-    ours = fingerprint_tokenizer(tokenizer)
-    check_vocabulary(f"Teacher {s.teacher.model!r}", fingerprint_tokenizer(s.teacher.tokenizer()), "the student's", ours)
-    _check_writer(s, ours)
-    prompts = lopd.read_prompts(s.prompts, tokenizer) if isinstance(s.prompts, str) else lopd.make_prompts(s.prompts, tokenizer)
-    if s.evaluation and len(prompts) <= s.evaluation.held_out:
-        raise InvalidRecordError(f"Prompts: there are {len(prompts)}, expected more than evaluation.held_out; hold out fewer.")
-    inputs = _inputs(s)
-    if s.evaluation and s.evaluation.verifier:
-        _verifier(s.evaluation.verifier)(prompts[0], "")  # one that cannot judge is found before anything is paid for
-    Run(Path(s.out)).claim(s.flat(), inputs)
+    prompts = prepare(s)
     return summary(s, {seed: _Seeded.of(s, seed, prompts).finish() for seed in s.seeds})
-
-
-def _check_writer(s: RunSettings, ours: TokenizerId) -> None:
-    """Refuse another SFT teacher, or an unknown one, before anything is paid for; `batches` would refuse it in the end."""
-    writer = s.text.written_by if s.text else "teacher"
-    if s.consistency == "error" and not (s.sft and writer == "teacher"):
-        folder = local_folder(s.student.model, weights=False)
-        known = lopd.Lineage.read(folder) if not s.sft else lopd.Lineage() if writer == "unknown" else lopd.Lineage.of(writer)
-        policy = lopd.Manifest(ours, s.student.identity(), SamplingParams(), known.sft_teacher)
-        check_teacher_consistency(policy, [provenance_of(s.teacher.identity(), ours, "", top_k=0, candidates=0, drawn=0)])
-
-
-def _inputs(s: RunSettings) -> dict[str, str]:
-    """Return digests of what a run reads: it may change under its name.  What a hub sends is the hub's to name."""
-    verifier = (s.evaluation and s.evaluation.verifier) or ""
-    models = [model for model in (s.student.model, s.teacher.model) if Path(model).is_dir()]
-    files = [s.prompts if isinstance(s.prompts, str) else "", s.text.file if s.text else "", verifier.rpartition(":")[0]]
-    digests, path = dict[str, str](), ""
-    try:
-        for path in filter(None, [*models, *files]):
-            digests[f"the content of {without_secrets(path)}"] = digest(path)
-        if verifier:
-            path = verifier
-            _function(verifier)
-    except (OSError, KeyError) as error:
-        raise InvalidRecordError(f"Run: {without_secrets(path)} cannot be read ({type(error).__name__}); correct it.") from None
-    return digests
-
-
-def _function(place: str) -> Any:
-    path, _, name = place.rpartition(":")
-    return runpy.run_path(path)[name]
-
-
-def _verifier(place: str) -> Callable[[Prompt, str], float]:
-    """Return the verifier, which ends a run in one sentence where it fails; `lopd.evaluate` looks at what it gives."""
-    function = _function(place)
-
-    def verify(prompt: Prompt, text: str) -> float:
-        try:
-            return float(function(prompt, text))
-        except Exception as error:
-            raise InvalidRecordError(
-                f"Verifier {place}: it raised {error!r:.200} for prompt {prompt.prompt_id!r} and the text {text!r:.40}; it takes a prompt and "
-                "the text of a response, which may be empty, and gives a number from 0 to 1."
-            ) from error
-
-    return verify
 
 
 def summary(s: RunSettings, runs: dict[int, list[_Phase]]) -> dict[str, Any]:
@@ -155,20 +90,17 @@ class _Seeded:
 
     def finish(self) -> list[_Phase]:
         """Do the phases that are left; return all of them."""
-        s, phase, start = self.s, self.run.phase, self.s.student.model
-        phases = list[_Phase]()
+        s, start, work = self.s, self.s.student.model, dict[str, Callable[[], _Phase]]()
         if s.sft:
-            phases += [phase("SFT text", self._text), phase("SFT", partial(self._sft, s.sft))]
+            work |= {"SFT text": self._text, "SFT": partial(self._sft, s.sft)}
             start = str(self.run.folder / "sft")
         if s.evaluation:
-            phases.append(phase(_BEFORE, partial(self._evaluate, s.evaluation, start)))
-        phases += [
-            phase("rollouts", partial(self._sample, evolve(s.student, model=start), "rollouts")),
-            phase("scores", self._score),
-            phase("OPD", partial(self._opd, start)),
-        ]
+            work[_BEFORE] = partial(self._evaluate, s.evaluation, start)
+        work["rollouts"] = partial(self._sample, evolve(s.student, model=start), "rollouts")
+        work |= {"scores": self._score, "OPD": partial(self._opd, start)}
         if s.evaluation:
-            phases.append(phase(_AFTER, partial(self._evaluate, s.evaluation, str(self.run.folder / "opd"))))
+            work[_AFTER] = partial(self._evaluate, s.evaluation, str(self.run.folder / "opd"))
+        phases = self.run.phases(work)
         self._report(phases)
         return phases
 
@@ -184,6 +116,8 @@ class _Seeded:
             self.s.text.file,
             self.s.student.tokenizer(),
             teacher=None if writer == "unknown" else teacher.identity() if writer == "teacher" else writer,
+            field=self.s.text.field,
+            response=self.s.text.response,
             store=partial(lopd.ZarrStore.open_or_create, self._url("text")),
         )
         return {**counted_in(store), "rollouts": len(store)}
@@ -211,7 +145,7 @@ class _Seeded:
         steps = self._steps("rollouts", self.s.opd, ref="behavior", top_k=on_top_k, consistency=policy)
         if on_top_k:
             return self._train("opd", start, steps, lopd.FusedLoss(lopd.TopKObjective(getattr(divergences, of.kind))), self.s.opd)
-        loss = lopd.FusedOPDLoss(ratio_to_ref=of.ratio)
+        loss = lopd.FusedOPDLoss(ratio_to_ref=bool(of.ratio))
         return self._train("opd", start, steps, loss if of.clip is None else evolve(loss, clip=of.clip), self.s.opd)
 
     def _steps(self, name: str, plan: Training, **columns: Any) -> StepStream:
@@ -232,11 +166,13 @@ class _Seeded:
 
     def _train(self, name: str, start: str, steps: StepStream, loss: OPDLoss, plan: Training) -> _Phase:
         """Train, resumably, and export the student to the folder of this name."""
-        model, tokenizer = load_model(start, torch.float32, self.s.student.place)
         autocast = None if plan.autocast is None else getattr(torch, plan.autocast)
+        model, tokenizer = load_model(start, torch.float32, self.s.student.place, autocast=autocast)
         student = lopd.CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=plan.gradient_checkpointing)
         optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
-        found = train_phase(self.run.folder / "checkpoints" / name, student, optimizer, steps, loss, rate=plan.rate)
+        # what was begun with other settings is not gone on with
+        asked_for = sha256(repr(plan if name == "sft" else (plan, self.s.loss)).encode()).hexdigest()[:8]
+        found = train_phase(self.run.folder / "checkpoints" / f"{name}-{asked_for}", student, optimizer, steps, loss, rate=plan.rate)
         student.export(self.run.folder / name, tokenizer, steps.lineage)
         return found
 
@@ -245,7 +181,7 @@ class _Seeded:
         sampling = SamplingParams(self.s.sampling.max_new_tokens, samples_per_prompt=asked.samples_per_prompt, seed=self.seed + 1000)
         source, found = HFSource.from_folder(folder, sampling, torch.float32, self.s.student.place), _Phase()
         if asked.verifier:
-            judge, scores = _verifier(asked.verifier), list[float]()
+            judge, scores = read_verifier(asked.verifier), list[float]()
 
             def verify(prompt: Prompt, rollout: Rollout) -> float:
                 scores.append(judge(prompt, source.tokenizer.decode(rollout.response_ids.tolist(), skip_special_tokens=True)))

@@ -1,0 +1,125 @@
+"""What `lopd run` looks at before anything is done: whether a run can end well, and whether it goes on with what is there."""
+
+import math
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lopd
+from lopd.engines.finding import local_folder
+from lopd.engines.supports import provenance_of
+from lopd.errors import InvalidRecordError
+from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
+from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
+from lopd.records.paths import asked, without_secrets
+from lopd.tools.command.settings import Prompts, RunSettings
+from lopd.tools.phases import Run, digest
+
+_MEASURED = "evaluation-before-opd.json"
+#: Key of the file, or section and dot -> the file in `phases` that is there once it was used.
+_FIXED_BY = {
+    "prompts": "*.attempts",
+    "prompts.": "*.attempts",
+    "text": "*.attempts",
+    "text.": "*.attempts",
+    "sft.": "sft.json",
+    "evaluation.reverse_kl": _MEASURED,
+    "evaluation.verifier": _MEASURED,
+    "evaluation.samples_per_prompt": _MEASURED,
+    "loss.top_k": "scores.json",
+    "loss.": "opd.json",
+    "opd.": "opd.json",
+    "consistency": "opd.json",
+}
+
+
+def prepare(s: RunSettings) -> list[Prompt]:
+    """Refuse a run that cannot end well, take its folder, and return the prompts.
+
+    Raises:
+        ConflictError: `out` holds a run of other settings, or what it reads has changed.
+        TokenizerMismatchError: student and teacher do not share a vocabulary.
+        TeacherConsistencyError: the teacher is not known to have written the text of SFT.
+        InvalidRecordError: there are too few prompts, a file that is named is not there, or the verifier cannot judge an empty text.
+    """
+    tokenizer = s.student.tokenizer()
+    ours = fingerprint_tokenizer(tokenizer)
+    check_vocabulary(f"Teacher {s.teacher.model!r}", fingerprint_tokenizer(s.teacher.tokenizer()), "the student's", ours)
+    _check_writer(s, ours)
+    prompts = _prompts(s.prompts, tokenizer)
+    if s.evaluation and len(prompts) <= s.evaluation.held_out:
+        raise InvalidRecordError(f"Prompts: there are {len(prompts)}, expected more than evaluation.held_out; hold out fewer.")
+    read = _inputs(s)
+    if s.evaluation and s.evaluation.verifier:
+        read_verifier(s.evaluation.verifier)(prompts[0], "")
+    Run(Path(s.out)).claim(s.flat(), read, fixed_by)
+    return prompts
+
+
+def _prompts(given: Prompts | list[Any], tokenizer: Any) -> list[Prompt]:
+    if isinstance(given, list):
+        return lopd.make_prompts(given, tokenizer)
+    return lopd.read_prompts(given.file, tokenizer, field=given.field, template=given.template)
+
+
+def _check_writer(s: RunSettings, ours: TokenizerId) -> None:
+    """Refuse another SFT teacher, or an unknown one, before anything is paid for; `batches` would refuse it in the end."""
+    writer = s.text.written_by if s.text else "teacher"
+    if s.consistency == "error" and not (s.sft and writer == "teacher"):
+        folder = local_folder(s.student.model, weights=False)
+        known = lopd.Lineage.read(folder) if not s.sft else lopd.Lineage() if writer == "unknown" else lopd.Lineage.of(writer)
+        policy = lopd.Manifest(ours, s.student.identity(), SamplingParams(), known.sft_teacher)
+        check_teacher_consistency(policy, [provenance_of(s.teacher.identity(), ours, "", top_k=0, candidates=0, drawn=0)])
+
+
+def fixed_by(name: str) -> str:
+    """Return the file in `phases` that is there once a setting, or a file that it names, was used: stores notice all but other prompts."""
+    key = name.split(",", 1)[0]
+    section, dot, _ = key.partition(".")
+    return _FIXED_BY.get(key) or _FIXED_BY.get(section + dot, "*.json")
+
+
+def _inputs(s: RunSettings) -> dict[str, str]:
+    """Return digests of what a run reads: it may change under its name.  What a hub sends is the hub's to name."""
+    models = {
+        f"{role}.model": model for role, model in (("student", s.student.model), ("teacher", s.teacher.model)) if Path(model).is_dir()
+    }
+    verifier = (s.evaluation and s.evaluation.verifier) or ""
+    files = {"prompts.file": "" if isinstance(s.prompts, list) else s.prompts.file, "text.file": s.text.file if s.text else ""}
+    named = {**models, **files, "evaluation.verifier": verifier.rpartition(":")[0]}
+    return {f"{key}, the content of {without_secrets(path)}": _digest(key, path) for key, path in named.items() if path}
+
+
+def _digest(key: str, path: str) -> str:
+    try:
+        return asked(path, lambda: digest(path))
+    except OSError as error:
+        raise InvalidRecordError(f"Run: {key} is {without_secrets(path)}, which cannot be read ({error}); correct it.") from None
+
+
+def read_verifier(place: str) -> Callable[[Prompt, str], float]:
+    """Return the verifier, which ends a run in one sentence where it fails."""
+    path, _, name = place.rpartition(":")
+    try:
+        function = runpy.run_path(path)[name]
+    except (Exception, SystemExit) as error:  # whatever a file does that is run as a program
+        raise InvalidRecordError(
+            f"Run: evaluation.verifier is {place}, and there is no such function ({error!r:.200}); correct it."
+        ) from error
+
+    def verify(prompt: Prompt, text: str) -> float:
+        score, cause = math.nan, None
+        try:
+            score = float(function(prompt, text))
+            said = f"it gave {score:g}"
+        except Exception as error:
+            said, cause = f"it raised {error!r:.200}", error
+        if not 0 <= score <= 1:
+            raise InvalidRecordError(
+                f"Verifier {place}: {said} for prompt {prompt.prompt_id!r} and the text {text!r:.40}; it takes a prompt and the text of a response, "
+                "which may be empty, and gives a number from 0 to 1."
+            ) from cause
+        return score
+
+    return verify
