@@ -82,12 +82,12 @@ def test_a_consistent_teacher_draws_no_warning_under_the_warn_policy() -> None:
     stream_with(SFT_TEACHER, SFT_TEACHER, ConsistencyPolicy.WARN)
 
 
-def scoring(sft_teacher: ModelId | None, scorer: ModelId, policy: ModelId = POLICY, **changes: Any) -> None:
+def scoring(sft_teacher: ModelId | None, scorer: ModelId, policy: ModelId = POLICY, column: str = "teacher", **changes: Any) -> None:
     made = make_store(numbered_records(2), columns=(), manifest=evolve(make_manifest(sft_teacher), policy=policy))
     provenance = evolve(make_provenance(scorer), **changes)
     score = lambda rollouts: [Scores.of(r, -np.ones(r.response_ids.size)) for r in rollouts]  # noqa: E731
     for _ in range(2):
-        score_rollouts(made, SimpleNamespace(provenance=provenance, score=score), column="column", preflight=None)
+        score_rollouts(made, SimpleNamespace(provenance=provenance, score=score), column=column, preflight=None)
 
 
 @pytest.mark.parametrize("sft_teacher", [None, OTHER_TEACHER, mixture_id([OTHER_TEACHER, POLICY])])
@@ -105,6 +105,7 @@ def test_a_scorer_that_may_be_meant_for_more_than_teaching_draws_no_warning() ->
     scoring(SFT_TEACHER, POLICY)  # a reference
     scoring(None, POLICY, logprobs_mode="privileged 1")
     scoring(None, SFT_TEACHER, policy=UNKNOWN)  # an audit of text
+    scoring(SFT_TEACHER, OTHER_TEACHER, column="other")  # to be made a residual of
 
 
 @pytest.mark.parametrize("sft_teacher", [None, OTHER_TEACHER])

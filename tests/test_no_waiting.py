@@ -49,7 +49,11 @@ from lopd.protocols import OPDLoss
 from lopd.records import Batch, LossOutput, Step
 from lopd.testing import loss_case
 
-pytestmark = pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::lopd.errors.AdvantageWarning",
+    "ignore::lopd.errors.DriftWarning",
+    "ignore:.*it reads no labels:lopd.errors.TrainingWarning",  # the batches have every column
+)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 #: What a GPU answers by a number or a shape, so that the host waits; and what brings numbers from the host while the host waits.

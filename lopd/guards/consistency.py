@@ -99,8 +99,8 @@ def _remedy(manifest: Manifest, teacher: Provenance) -> str:
     if sft is None:
         return (
             "a store keeps what was known when it was sampled, so if that teacher wrote the SFT text, record it beside the policy's weights "
-            "(`Lineage.of(TEACHER).write(FOLDER)`) and sample again into another store; else find out who wrote it (`lopd.audit`) and score with "
-            "that teacher"
+            "(`Lineage.of(TEACHER).write(FOLDER)`) and sample again into another store; else find out who wrote the SFT text "
+            "(`lopd.audit`) and score with that teacher"
         )
     if _is_one_of_several(manifest, teacher):
         return "let each of them score the rollouts of its own prompts (`batches(teacher={column: prompts})`), or residualise"
@@ -116,7 +116,8 @@ def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance]) -> list[
     if sft is not None and teachers and sft.same_weights(mixture_id([teacher.model for teacher in teachers])):
         return [None] * len(teachers)
     clauses = (
-        f"Policy {manifest.policy}: its SFT teacher is {sft or 'not recorded'}, and the scoring teacher is {teacher.model}, expected the same model"
+        f"Policy {manifest.policy}: its SFT teacher is {sft or 'not recorded'}, and the scoring teacher is {teacher.model}"
+        f"{', expected the same model' if sft else ''}"
         for teacher in teachers
     )
     return [None if _who(manifest, teacher) else clause for teacher, clause in zip(teachers, clauses, strict=True)]

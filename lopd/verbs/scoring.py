@@ -48,8 +48,8 @@ def score_rollouts(
         progress: None shows a bar on a terminal and in a notebook, and a line a minute elsewhere (`lopd.tools.console.RichProgress`).
 
     Warns:
-        TeacherConsistencyWarning: `batches` would refuse this model as a teacher: it is not the SFT teacher that the store recorded, or none is
-            recorded.  Said before a column is begun, and not again.
+        TeacherConsistencyWarning: the column "teacher" is begun, from which `batches` learns unless it is told otherwise, and it would refuse this
+            model: it is not the SFT teacher that the store recorded, or none is recorded.
         QuarantineWarning: some rollouts are without scores in quarantine.
 
     Raises:
@@ -70,7 +70,7 @@ def score_rollouts(
     check_vocabulary(f"Scorer {scorer.provenance.model}", vocabulary_of(scorer), "the store's", store.manifest.tokenizer)
     # nothing is added, but a column of another model is refused before anything is paid for
     store.append_scores(column, scorer.provenance, ())
-    if column not in store.columns:
+    if column == "teacher" and column not in store.columns:  # other names are for what is compared, or made a residual of
         judge_scorer(store, scorer.provenance)
     wanted = chosen(store, rows)
     work = filling.left(wanted, retry_quarantined)
