@@ -13,6 +13,16 @@ Found = dict[str, Any]
 #: Gets ready for a task; what it gives does it.
 Work = Callable[..., Callable[[], Found]]
 
+#: What every worker would import; only what is installed, since it does not look beside this file, and not what starts threads.
+_LOADED = [
+    "lance_namespace",
+    "lopd.backends.zarr.store",
+    "lopd.testing",
+    "matplotlib.pyplot",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+]
+
 
 @define
 class Workers:
@@ -29,8 +39,7 @@ class Workers:
     def __enter__(self) -> Self:
         os.environ["OMP_NUM_THREADS"] = "1"
         context = multiprocessing.get_context("forkserver")
-        # only what is installed: it does not look beside this file
-        context.set_forkserver_preload(["lopd", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"])
+        context.set_forkserver_preload(_LOADED)
         for _ in range(self.count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)

@@ -83,7 +83,8 @@ for name, (rows, loss) in ways.items():
     model, _ = load_model("runs/18/student", torch.float32)
     student = CausalLMStudent(model, tokenizer)
     teacher = None if rows is not None else "teacher"
-    steps = batches(store, rollouts_per_step=32, teacher=teacher, ref="behavior", label="label", rows=rows, weighting=by_token)[:16]
+    label = "label" if name in ("OPD plus reward", "OPD where the response is right") else None  # lopd warns of labels that nothing reads
+    steps = batches(store, rollouts_per_step=32, teacher=teacher, ref="behavior", label=label, rows=rows, weighting=by_token)[:16]
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
     list(opd_steps(student, steps, loss, optimizer))
     fresh = SamplingParams(max_new_tokens=4, samples_per_prompt=8, seed=1)

@@ -69,8 +69,8 @@ class TokenizerMismatchError(LopdError, ValueError):
 
 
 class EngineError(LopdError, RuntimeError):
-    """An engine or a server that failed for a reason of its own, also after it was started or asked again.
-    To do: Read the engine's or server's own log, which the message names; run the same call again to go on after what was committed.
+    """A model that was not found, or an engine or a server that failed for a reason of its own, also after it was started or asked again.
+    To do: Do what the message proposes; where it names a log, read that.  The same call again goes on after what was committed.
     """
 
 
@@ -153,7 +153,7 @@ class TeacherConsistencyError(LopdError, ValueError):
 
 
 class TeacherConsistencyWarning(LopdWarning):
-    """The same as `TeacherConsistencyError`, where the caller chose to go on.
+    """The same as `TeacherConsistencyError`, where the caller chose to go on, or before that is decided.
     To do: Nothing, if you meant it; the student's lineage says what was done.
     """
 
@@ -165,7 +165,7 @@ class AdvantageWarning(LopdWarning):
 
 
 class TrainingWarning(LopdWarning):
-    """A run that trains something else than its author will think: weights that stay where they are, or other steps than before.
+    """A run that trains something else than its author will think: weights that stay as they are, labels that are not read, or other steps.
     To do: Check the optimizer's parameters and the settings that the message names, before you pay for more steps.
     """
 
@@ -203,6 +203,12 @@ class QuarantineWarning(LopdWarning):
 class RefusedPromptsWarning(LopdWarning):
     """Prompts that could not be sampled and were left out, and why; the next collection tries them again.
     To do: Read the reasons; mend or drop these prompts, and run the collection again.
+    """
+
+
+class ContextWarning(LopdWarning):
+    """Responses that the policy's context cut before they had `max_new_tokens` tokens.
+    To do: Sample with a longer context or shorter prompts, or set `max_new_tokens` to what fits beside them.
     """
 
 

@@ -4,8 +4,7 @@ Which store and which folder to meet in are arguments; where the bucket is and w
 """
 
 import os
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +58,9 @@ def train(store: LogprobStore) -> dict[str, Any]:
     return {"history": history, "weights": on_first(inner(student).state_dict())}
 
 
-def main(work: str, kind: str, url: str, folder: Path, ranks: Ranks) -> None:
+def main(environment: Mapping[str, str], work: str, kind: str, url: str, folder: Path, ranks: Ranks) -> None:
+    """One of the two, as rank so-and-so; stores find the bucket in this environment."""
+    os.environ.update(environment)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{work}", rank=ranks.rank, world_size=ranks.size)
     if work == "write":
         write(kind, url, torch.load(folder / WHOLE, weights_only=False), ranks.rank)
@@ -69,7 +70,3 @@ def main(work: str, kind: str, url: str, folder: Path, ranks: Ranks) -> None:
             torch.save(found, folder / FOUND)
     dist.barrier()
     os._exit(0)  # the interpreter's end is a race with gloo's threads, see `recipes.train`
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:4], Path(sys.argv[4]), Ranks(int(sys.argv[5]), int(sys.argv[6])))

@@ -25,8 +25,17 @@ from lopd import (
     score_rollouts,
 )
 from lopd.engines.hf import HFScorer, load_model
-from lopd.errors import ArgumentError, CheckpointError, EngineError, InvalidRecordError, PromptError, StoreExistsError, StorePathError
-from lopd.records import Lineage, Scores
+from lopd.errors import (
+    ArgumentError,
+    CheckpointError,
+    EngineError,
+    InvalidRecordError,
+    PromptError,
+    StoreExistsError,
+    StorePathError,
+    StoreWriteError,
+)
+from lopd.records import Lineage, Scores, StoreId
 
 TEACHER = ModelId("teacher", "1", "float32")
 
@@ -39,15 +48,23 @@ def test_a_lineage_is_never_written_over_a_store(scored, tmp_path):
         with pytest.raises(InvalidRecordError, match="the folder is a store, expected a model's"):
             Lineage().write(path)
         assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
-    with pytest.raises(InvalidRecordError, match="there is no such folder"):
-        Lineage().write(tmp_path / "typo")
-    with pytest.raises(InvalidRecordError, match="sft_teacher is 'qwen', expected a ModelId"):
-        Lineage(sft_teacher="qwen")
+    for work in (Lineage().write, Lineage.read):
+        with pytest.raises(InvalidRecordError, match="there is no such folder"):
+            work(tmp_path / "typo")
+    for name, kind in {"sft_teacher": "ModelId", "store": "StoreId"}.items():
+        with pytest.raises(InvalidRecordError, match=f"{name} is 'qwen', expected a {kind}"):
+            Lineage(**{name: "qwen"})
+
+
+def test_a_lineage_that_cannot_be_written_is_one_sentence(tmp_path):
+    (tmp_path / "lopd.json").symlink_to("no/such/folder")
+    with pytest.raises(StoreWriteError, match=r"Lineage .*lopd.json: it cannot be written \(.*check the folder's permissions"):
+        Lineage().write(tmp_path)
 
 
 def test_a_lineage_that_is_written_into_an_export_leaves_it_an_export(small, tokenizer, tmp_path):
     student, _ = small
-    for lineage in (Lineage(), Lineage(opd_teacher=TEACHER)):
+    for lineage in (Lineage(), Lineage(TEACHER, store=StoreId(8, "a"))):
         student.export(tmp_path / "out", tokenizer, lineage)
         Lineage(sft_teacher=TEACHER).write(tmp_path / "out")
         assert Lineage.read(tmp_path / "out") == Lineage(sft_teacher=TEACHER)

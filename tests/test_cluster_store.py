@@ -1,13 +1,9 @@
 """A store in a bucket between the processes of a cluster: written by several at once, compacted beside a reader, trained from by ranks."""
 
-import os
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from itertools import cycle
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from attrs import evolve, frozen
 from cluster_worker import FOUND, RANKS, WHOLE, WRITERS, deliveries, train
 from crash_worker import Place
 from fault_proxy import FaultProxy
+from forked import start
 from ranks_worker import Case, make_store, make_student
 from test_ranks import assert_same
 
@@ -43,28 +40,25 @@ class Cluster:
     def run(self, work: str, size: int, place: Place) -> None:
         """So many processes to their end; if one of them fails, none is waited for, and what they said is shown."""
         logs = [self.folder / f"{work}{rank}.log" for rank in range(size)]
-        with ExitStack() as stack:
-            running = []
-            for rank, path in enumerate(logs):
-                command = [sys.executable, cluster_worker.__file__, work, place.backend, place.url, self.folder, rank, size]
-                log = stack.enter_context(path.open("w"))
-                process = subprocess.Popen(list(map(str, command)), env=_environment(place), stdout=log, stderr=log)
-                stack.callback(process.wait)
-                stack.callback(process.kill)
-                running.append(process)
-            deadline = time.monotonic() + _PATIENCE
-            while any(process.poll() is None for process in running):
-                if any(process.poll() for process in running) or time.monotonic() > deadline:
-                    break
-                time.sleep(0.02)
-            codes = [process.poll() for process in running]
+        running = [
+            start(cluster_worker.main, log, _environment(place), work, place.backend, place.url, self.folder, Ranks(rank, size))
+            for rank, log in enumerate(logs)
+        ]
+        deadline = time.monotonic() + _PATIENCE
+        while any(process.exitcode is None for process in running):
+            if any(process.exitcode for process in running) or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        codes = [process.exitcode for process in running]
+        for process in running:
+            process.kill()
+            process.join()
         said = "\n\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in logs)
         assert codes == [0] * size, f"exit codes {codes} (None was still at it)\n{said}"
 
 
 def _environment(place: Place) -> dict[str, str]:
-    options = {f"AWS_{name.removeprefix('aws_').upper()}": value for name, value in place.storage_options.items()}
-    return {**os.environ, **options}
+    return {f"AWS_{name.removeprefix('aws_').upper()}": value for name, value in place.storage_options.items()}
 
 
 @pytest.fixture(scope="module")

@@ -114,9 +114,10 @@ def test_a_batch_has_int64_ids_and_float32_values() -> None:
         for r in random_records(0, 2)
     ]
     batch = collate(records, teacher="teacher", ref="ref", top_k="teacher", label="teacher", label_mean="ref")
-    assert {f.name: str(getattr(batch, f.name).dtype).removeprefix("torch.") for f in fields(Batch)} == {
+    assert {f.name: str(getattr(getattr(batch, f.name), "dtype", None)).removeprefix("torch.") for f in fields(Batch)} == {
         **dict.fromkeys(["inputs", "targets", "position_ids", "segment_ids", "top_k_ids", "drawn_ids"], "int64"),
         **dict.fromkeys(["weight", "teacher_logprobs", "ref_logprobs", "sampler_logprobs", "top_k_logprobs", "top_k_tail"], "float32"),
+        "behavior_logprobs": "None",
         **dict.fromkeys(["drawn_logprobs", "drawn_ref_logprobs", "label_values", "label_means"], "float32"),
     }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attrs import evolve
+from conftest import CONTEXT
 from small_runs import PARAMS, Bar, Interrupted, Stopping, behavior, make_store, reopened, scored, source, teacher_model  # noqa: F401
 
 from lopd import collect_rollouts, score_rollouts
@@ -13,6 +14,7 @@ from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
     ConflictError,
+    ContextWarning,
     EngineError,
     InvalidRecordError,
     ManifestMismatchError,
@@ -205,6 +207,19 @@ def test_a_source_or_scorer_whose_weights_were_changed_after_it_was_identified_i
     fresh = evolve(source)
     assert not fresh.manifest.policy.same_weights(source.manifest.policy)
     fresh.sample(prompts[:1])
+
+
+def test_responses_that_the_context_cuts_are_said_once_and_counted(source, prompts, make_store):
+    long = [Prompt(f"long{i}", [10 + i] * (CONTEXT - 1)) for i in range(2)]
+    store = make_store(source.manifest)
+    what = (
+        r"2 of 2 responses were cut where the policy's context is full.*'long0/s0/g0'\) after 1 tokens, expected up to max_new_tokens = 6"
+    )
+    with pytest.warns(ContextWarning, match=what) as caught:
+        report = collect_rollouts(source, [*prompts[:1], *long], store, prompts_per_batch=1)
+    assert [warning.filename for warning in caught] == [__file__]
+    ended = [r.rollout.finish_reason for r in store.read(range(2, 6))].count("stop")
+    assert (report.rollouts, report.cut) == (6, 4 - ended)
 
 
 def test_a_prompt_that_is_too_long_is_left_out_and_the_rest_is_sampled_as_ever(source, prompts, make_store, contents):

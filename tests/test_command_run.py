@@ -18,12 +18,14 @@ from vllm_stub import Stub
 
 import lopd
 from lopd import FusedOPDLoss, Lineage, Manifest, ModelId, SamplingParams, ZarrStore, open_store
+from lopd.engines.hf import HFSource
 from lopd.errors import InvalidRecordError
 from lopd.records import fingerprint_tokenizer
 from lopd.testing import tiny_manifest
 from lopd.tools.command import COMMANDS, main, settings
 from lopd.tools.command.models import Model
 from lopd.tools.command.settings import read_settings
+from lopd.tools.command.whole_run import _Seeded
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PHASES = ["SFT text", "SFT", "evaluation before OPD", "rollouts", "scores", "OPD", "evaluation after OPD"]
@@ -102,6 +104,7 @@ def test_the_example_shows_every_key_and_the_defaults_of_the_code(tmp_path, caps
     [
         ({"techer": "a"}, r"it has 'techer', which this version of lopd does not know \(is it 'teacher'\?\)"),
         ({"opd__stepz": 3}, r"opd has 'stepz', .* \(is it 'steps'\?\)"),
+        ({"opd__learning_rate": 1e-3}, r"opd has 'learning_rate', .* \(is it 'lr'\?\)"),
         ({"teacher__api_key": "sesame"}, r"teacher has 'api_key', which .* know"),
         ({"student": None}, "it lacks 'student'"),
         ({"opd__lr": None}, "opd lacks 'lr'"),
@@ -336,6 +339,16 @@ def test_texts_that_answer_held_out_prompts_are_not_trained_on(here, tmp_path, c
     assert trained == [5, 5], "texts, and then rollouts"
 
 
+def test_a_student_that_is_stored_in_bfloat16_is_evaluated_in_float32_before_opd_as_after_it(here, monkeypatch):
+    def stop(folder, sampling, dtype=None, device="cpu"):
+        raise RuntimeError(f"{folder} in {dtype}")
+
+    monkeypatch.setattr(HFSource, "from_folder", stop)
+    s = read_settings(written(here, example()))
+    with pytest.raises(RuntimeError, match=r"student in torch\.float32"):
+        _Seeded.of(s, 0, [])._evaluate(s.evaluation, "student")
+
+
 @pytest.mark.parametrize(
     ("code", "says"),
     [
@@ -361,7 +374,7 @@ def test_a_teacher_that_did_not_write_the_text_of_sft_is_refused_before_anything
     out = {"out": str(tmp_path / "run")}
     for writer in ("unknown", "runs/tiny/student"):
         assert main(["run", written(here, example(text={"file": text, "written_by": writer}, **out))]) == 2
-        assert "expected the scoring teacher" in capsys.readouterr().err
+        assert "and the scoring teacher is" in capsys.readouterr().err
     # without SFT the student's folder says who wrote its text
     swapped = {"student": "runs/tiny/teacher", "teacher": "runs/tiny/student", "sft": None}
     assert main(["run", written(here, example(**swapped, **out))]) == 2

@@ -1,7 +1,8 @@
 """What each key of the file of `lopd run` becomes in the public API: that changes with it, and nothing else does."""
 
 import copy
-from functools import partial
+import json
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,13 +144,18 @@ class Api(dict):
                 patch.setattr(owner, name, made)
 
 
-def received(file):
-    """What the public API is given for this file."""
+@cache
+def _received(file):
     api = Api()
     with pytest.MonkeyPatch.context() as patch:
         api.put(patch)
-        whole_run.run_all(read_as(RunSettings, file, "File"))
+        whole_run.run_all(read_as(RunSettings, json.loads(file), "File"))
     return dict(api)
+
+
+def received(file):
+    """What the public API is given for this file."""
+    return _received(json.dumps(file))
 
 
 def changed(**changes):
@@ -219,12 +225,12 @@ CASES = [
     ("consistency", "warn", {}, {"OPD: train: consistency": ConsistencyPolicy.WARN}),
     ("student__model", "other", {}, {"SFT: load_model: folder": "other", "before: read_prompts: tokenizer": "tokenizer of other"}),
     ("student__device", "cuda:1", {}, {f"{FIRST}|{LAST}|rollouts: HFSource: device": "cuda:1", "SFT|OPD: load_model: device": "cuda:1"}),
-    ("student__dtype", "bfloat16", {}, {f"{FIRST}|{LAST}|rollouts: HFSource: dtype": torch.bfloat16}),
+    ("student__dtype", "bfloat16", {}, {"rollouts: HFSource: dtype": torch.bfloat16}),
     (
         "student__dtype",
         "bfloat16",
         VLLM_STUDENT,
-        {"rollouts: VLLMSource: settings": VLLMSettings(torch.bfloat16), f"{FIRST}|{LAST}: HFSource: dtype": torch.bfloat16},
+        {"rollouts: VLLMSource: settings": VLLMSettings(torch.bfloat16)},
     ),
     ("student__context", 77, VLLM_STUDENT, {"rollouts: VLLMSource: settings": VLLMSettings(None, 77)}),
     ("teacher__model", "other", {}, {f"{TEACHER}: folder": "other", "SFT text: HFSource: folder": "other"}),

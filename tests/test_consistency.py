@@ -1,15 +1,20 @@
 """Teacher consistency: which columns a student may be trained on."""
 
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from attrs import evolve
 from helpers import OTHER_TEACHER, POLICY, SFT_TEACHER, make_manifest, make_provenance, make_store, random_records
 from named_batches import numbered_records, rows_of
 
-from lopd import batches
+from lopd import batches, score_rollouts
 from lopd.errors import InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning
 from lopd.guards import ConsistencyPolicy
-from lopd.records import Lineage, ModelId
+from lopd.records import ModelId, Scores, StoreId, mixture_id
+from lopd.records.identity import UNKNOWN
 from lopd.verbs import StepStream
 
 
@@ -19,8 +24,20 @@ def stream_with(sft_teacher: ModelId | None, scorer: ModelId, consistency: Consi
     return batches(store, consistency=consistency)
 
 
+def teachers_of(stream: StepStream) -> tuple[ModelId | None, ModelId | None]:
+    return stream.lineage.sft_teacher, stream.lineage.opd_teacher
+
+
 def test_the_teacher_that_wrote_the_sft_data_may_score() -> None:
-    assert stream_with(SFT_TEACHER, SFT_TEACHER).lineage == Lineage(sft_teacher=SFT_TEACHER, opd_teacher=SFT_TEACHER)
+    assert teachers_of(stream_with(SFT_TEACHER, SFT_TEACHER)) == (SFT_TEACHER, SFT_TEACHER)
+
+
+def test_the_lineage_records_the_rollouts_that_were_there() -> None:
+    store = make_store(random_records(0, 5))
+    lineage = batches(store, rows=np.arange(2)).lineage
+    assert lineage.store == StoreId.of(store.manifest, store.lengths())
+    assert lineage.store != StoreId.of(store.manifest, store.lengths()[:4])
+    assert lineage.store != StoreId.of(evolve(store.manifest, policy=OTHER_TEACHER), store.lengths())
 
 
 def test_the_same_weights_pass_under_any_name_and_dtype() -> None:
@@ -30,7 +47,8 @@ def test_the_same_weights_pass_under_any_name_and_dtype() -> None:
 
 def test_another_teacher_is_refused() -> None:
     with pytest.raises(
-        TeacherConsistencyError, match=r"its SFT teacher is big-teacher@teacher-weig, expected .* other-teacher@other-weight"
+        TeacherConsistencyError,
+        match=r"its SFT teacher is big-teacher@teacher-weig, and the scoring teacher is other-teacher@other-weight, expected the same model",
     ):
         stream_with(SFT_TEACHER, OTHER_TEACHER)
 
@@ -49,7 +67,9 @@ def test_other_weights_under_the_same_name_are_refused() -> None:
 
 
 def test_an_unknown_sft_teacher_is_refused() -> None:
-    with pytest.raises(TeacherConsistencyError, match="its SFT teacher is not recorded"):
+    with pytest.raises(
+        TeacherConsistencyError, match=r"its SFT teacher is not recorded.*sample again into another store.*ConsistencyPolicy.WARN"
+    ):
         stream_with(None, SFT_TEACHER)
 
 
@@ -58,7 +78,7 @@ def test_under_the_warn_policy_training_goes_on_with_a_warning_and_an_honest_lin
     with pytest.warns(TeacherConsistencyWarning, match="its SFT teacher is") as caught:
         stream = stream_with(sft_teacher, SFT_TEACHER, ConsistencyPolicy.WARN)
     assert [warning.filename for warning in caught] == [__file__]
-    assert stream.lineage == Lineage(sft_teacher=sft_teacher, opd_teacher=SFT_TEACHER)
+    assert teachers_of(stream) == (sft_teacher, SFT_TEACHER)
     assert len(rows_of(stream.step(0))) == 2
 
 
@@ -66,10 +86,35 @@ def test_a_consistent_teacher_draws_no_warning_under_the_warn_policy() -> None:
     stream_with(SFT_TEACHER, SFT_TEACHER, ConsistencyPolicy.WARN)
 
 
+def scoring(sft_teacher: ModelId | None, scorer: ModelId, policy: ModelId = POLICY, **changes: Any) -> None:
+    made = make_store(numbered_records(2), columns=(), manifest=evolve(make_manifest(sft_teacher), policy=policy))
+    provenance = evolve(make_provenance(scorer), **changes)
+    score = lambda rollouts: [Scores.of(r, -np.ones(r.response_ids.size)) for r in rollouts]  # noqa: E731
+    for _ in range(2):
+        score_rollouts(made, SimpleNamespace(provenance=provenance, score=score), column="column", preflight=None)
+
+
+@pytest.mark.parametrize("sft_teacher", [None, OTHER_TEACHER, mixture_id([OTHER_TEACHER, POLICY])])
+def test_a_scorer_that_training_would_refuse_is_said_once_before_it_scores(sft_teacher: ModelId | None) -> None:
+    with pytest.warns(TeacherConsistencyWarning, match="and the scoring teacher is big-teacher@teacher-weig") as caught:
+        scoring(sft_teacher, SFT_TEACHER)
+    assert [warning.filename for warning in caught] == [__file__]
+    with pytest.warns(TeacherConsistencyWarning, match="and the scoring teacher is other-teacher"):
+        scoring(SFT_TEACHER, OTHER_TEACHER, logprobs_mode="privileged 1")
+
+
+def test_a_scorer_that_may_be_meant_for_more_than_teaching_draws_no_warning() -> None:
+    scoring(SFT_TEACHER, SFT_TEACHER)
+    scoring(mixture_id([OTHER_TEACHER, SFT_TEACHER]), SFT_TEACHER)
+    scoring(SFT_TEACHER, POLICY)  # a reference
+    scoring(None, POLICY, logprobs_mode="privileged 1")
+    scoring(None, SFT_TEACHER, policy=UNKNOWN)  # an audit of text
+
+
 @pytest.mark.parametrize("sft_teacher", [None, OTHER_TEACHER])
 def test_sft_needs_no_scores_and_makes_the_writer_of_the_rollouts_the_sft_teacher(sft_teacher: ModelId | None) -> None:
     stream = batches(make_store(numbered_records(2), columns=(), manifest=make_manifest(sft_teacher)), teacher=None)
-    assert stream.lineage == Lineage(sft_teacher=POLICY, opd_teacher=None)
+    assert teachers_of(stream) == (POLICY, None)
     assert stream.step(0).batches[0].teacher_logprobs is None
 
 

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scor
 from lopd.tools.command import main
 from lopd.tools.doctor import check_store, compare_columns, describe_advantages, inspect_store
 
+#: Runs the command; gives its exit code, and what it printed on both ways.
+Call = Callable[..., tuple[int, str, str]]
 POLICY, TEACHER = tiny_manifest().policy, tiny_provenance().model
 RNG = np.random.default_rng(0)
 
@@ -85,6 +87,17 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
 
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Exit code and what was printed, without the seconds that a process of its own takes to begin."""
+
+    def called(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        return main(list(map(str, arguments))), *capsys.readouterr()
+
+    return called
+
+
 def words(text: str) -> str:
     """Without the lines that tables are broken into and drawn with."""
     return " ".join(text.replace("│", " ").split())
@@ -120,19 +133,19 @@ def test_info_as_json_is_what_the_function_gives(store: ZarrStore, tmp_path: Pat
     assert printed["advantages"][1]["summary"]["tail"] == info.advantages[1].summary.tail
 
 
-def test_info_shows_what_is_in_quarantine_and_how_the_engine_compares(tmp_path: Path) -> None:
+def test_info_shows_what_is_in_quarantine_and_how_the_engine_compares(tmp_path: Path, call: Call) -> None:
     made = ZarrStore.create(tmp_path / "part.zarr", tiny_manifest())
     items = [rollout(i) for i in range(3)]
     made.append(items)
     parity = Parity("engine 1.0", "made-up 1.0", rollouts=2, tokens=6, mean=0.0123, p99=0.5, max=0.75, bias=0.001)
     made.append_scores("teacher", evolve(tiny_provenance(), parity=parity), [tiny_scores(item) for item in items[:2]])
     made.quarantine("teacher", tiny_provenance(), {items[2].rollout_id: "Rollout 'x': it has 9 tokens, expected at most 8."})
-    shown = words(run("info", tmp_path / "part.zarr").stdout)
+    shown = words(call("info", tmp_path / "part.zarr")[1])
     for said in ("2 of 3", "in quarantine 1", "0.012 (max 0.75)", "row 2 in quarantine: Rollout 'x': it has 9 tokens, expected at most 8."):
         assert said in shown, said
-    printed = json.loads(run("info", tmp_path / "part.zarr", "--json").stdout)
+    printed = json.loads(call("info", tmp_path / "part.zarr", "--json")[1])
     assert printed["columns"][0]["quarantined"] == {"2": "Rollout 'x': it has 9 tokens, expected at most 8."}
-    assert run("verify", tmp_path / "part.zarr").returncode == 0
+    assert call("verify", tmp_path / "part.zarr")[0] == 0
 
 
 def test_advantages_are_over_the_tokens_that_count_in_rollouts_that_have_both_scores() -> None:
@@ -168,7 +181,9 @@ def test_a_column_says_why_its_model_is_no_consistent_teacher(tmp_path: Path) ->
         fill(store, 4)
         objections[name] = inspect_store(store).columns[0].objection
     assert objections["same"] is None
-    assert "its SFT teacher is other@rev-o, expected the scoring teacher teacher" in str(objections["other"])
+    assert "its SFT teacher is other@rev-o, and the scoring teacher is teacher@rev-teacher, expected the same model" in str(
+        objections["other"]
+    )
     assert "its SFT teacher is not recorded" in str(objections["unknown"])
 
 
@@ -197,16 +212,15 @@ def flip(path: Path, byte: int = 0) -> None:
     path.write_bytes(data)
 
 
-def test_a_sound_store_verifies_and_a_flipped_bit_is_a_problem(store: ZarrStore, tmp_path: Path) -> None:
-    done = run("verify", tmp_path / "run.zarr")
-    assert (done.returncode, "0 problems in 40 rollouts" in done.stdout) == (0, True)
+def test_a_sound_store_verifies_and_a_flipped_bit_is_a_problem(store: ZarrStore, tmp_path: Path, call: Call) -> None:
+    code, printed, _ = call("verify", tmp_path / "run.zarr")
+    assert (code, "0 problems in 40 rollouts" in printed) == (0, True)
     chunk = next(path for path in sorted(tmp_path.glob("run.zarr/scores/teacher/*/logprobs/c*")) if path.is_file())
     flip(chunk)
-    done = run("verify", tmp_path / "run.zarr")
-    assert done.returncode == 1
-    assert "logprobs" in done.stdout
-    assert "Traceback" not in done.stdout + done.stderr
-    assert main(["verify", str(tmp_path / "run.zarr")]) == 1
+    code, printed, said = call("verify", tmp_path / "run.zarr")
+    assert code == 1
+    assert "logprobs" in printed
+    assert "Traceback" not in printed + said
 
 
 def test_a_flipped_bit_is_a_problem_in_every_data_file(store: ZarrStore, tmp_path: Path) -> None:
@@ -299,12 +313,12 @@ def test_a_storage_that_refuses_says_nothing_about_the_store() -> None:
 # diff
 
 
-def test_diff_of_two_columns_names_the_worst_token_and_exits_by_the_tolerance(store: ZarrStore, tmp_path: Path) -> None:
-    done = run("diff", tmp_path / "run.zarr", "--columns", "teacher", "ref")
+def test_diff_of_two_columns_names_the_worst_token_and_exits_by_the_tolerance(store: ZarrStore, tmp_path: Path, call: Call) -> None:
+    code, printed, _ = call("diff", tmp_path / "run.zarr", "--columns", "teacher", "ref")
     found = compare_columns(store, store, "teacher", "ref")
     assert found.worst is not None
-    assert done.returncode == 1
-    assert f"{found.worst.rollout_id!r}, response token {found.worst.position}" in words(done.stdout)
+    assert code == 1
+    assert f"{found.worst.rollout_id!r}, response token {found.worst.position}" in words(printed)
     arguments = ["diff", str(tmp_path / "run.zarr"), "--columns", "teacher", "ref", "--json", "--tolerance"]
     assert main([*arguments, str(found.max)]) == 0
     assert main([*arguments, str(found.max * 0.999)]) == 1
@@ -383,11 +397,11 @@ def test_diff_of_one_store_needs_two_columns(columns: list[str], store: ZarrStor
 # compact
 
 
-def test_compact_merges_appends_and_says_what_it_changed(store: ZarrStore, tmp_path: Path) -> None:
+def test_compact_merges_appends_and_says_what_it_changed(store: ZarrStore, tmp_path: Path, call: Call) -> None:
     before, size = store.read(range(40), ("teacher", "ref")), store.stored_bytes()
-    done = run("compact", tmp_path / "run.zarr")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"{size:,}" in done.stdout
+    code, printed, said = call("compact", tmp_path / "run.zarr")
+    assert (code, said) == (0, "")
+    assert f"{size:,}" in printed
     after = open_store(tmp_path / "run.zarr")
     assert after.stored_bytes() < size
     assert [row.rollout.content_hash for row in after.read(range(40))] == [row.rollout.content_hash for row in before]

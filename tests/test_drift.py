@@ -239,7 +239,7 @@ def test_a_logger_gets_every_number_but_the_step_under_a_name_of_its_own(scored,
     everything = []
 
     def walk(value):
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else None
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [] if value is None else None
         everything.append(value) if parts is None else [walk(part) for part in parts]
 
     walk({name: value for name, value in asdict(metrics).items() if name != "step"})
@@ -276,7 +276,8 @@ def test_the_watch_speaks_once_when_the_mean_over_the_last_steps_is_beyond_the_l
         for m in watch_drift((metrics_of(r, i) for i, r in enumerate(ratios)), DriftLimits(gain_per_kl=None, ratio_mean=0.8, steps=4)):
             told.append((m.step, len(caught)))
     assert told == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 1), (5, 1), (6, 1)]
-    assert "Step 4: ratio_mean is 0.782" in str(caught[0].message)
+    assert "Step 4: ratio_mean is 0.782 (over the last 4 steps, KL " in str(caught[0].message)
+    assert "nats a token), expected at least 0.8; " in str(caught[0].message)
     assert caught[0].category is DriftWarning
     assert caught[0].filename == __file__
 
@@ -296,7 +297,9 @@ def test_each_limit_is_one(limits, name, healthy):
     drift = evolve(metrics_of(1.0).drift, **fine)
     assert not limits.exceeded([drift])
     worse = evolve(drift, **(poor if isinstance(poor, dict) else {name: poor}))
-    assert set(limits.exceeded([worse])) == {name}
+    ((exceeded, sentence),) = limits.exceeded([worse]).items()
+    assert exceeded == name
+    assert ("nats nearer to the teacher for each nat of KL" in sentence) == (name == "gain_per_kl")
     assert not limits.exceeded([evolve(worse, **healthy)])
     assert not evolve(limits, **{name: None}).exceeded([worse])
 
@@ -359,7 +362,7 @@ def test_a_loss_without_a_ratio_is_judged_when_the_student_has_left_its_rollouts
         list(trained(store, llama, FusedOPDLoss(), 1, ref="behavior"))  # as each round of online OPD does
         list(trained(store, llama, SFTLoss(), 3, ref="behavior"))
     for corrected in (FusedOPDLoss(ratio_to_ref=True), FusedOPDLoss(transforms=(ppo_clip,))):
-        with pytest.warns(AdvantageWarning, match=r"Student: it is 5\.04 nats a token from its teacher in the first step") as caught:
+        with pytest.warns(AdvantageWarning, match=r"Student: it is 5\.04 nats a token from its teacher in step 0, expected") as caught:
             list(trained(store, llama, corrected, 3, ref="behavior"))
         assert [warning.filename for warning in caught] == [__file__]
 

@@ -43,6 +43,7 @@ def test_avg_at_n_and_pass_at_k_are_the_values_one_gets_by_hand(tokenizer, promp
     # Wilson's interval for 5 * (m (1 - m) + 1 / 20) / (s^2 + 1 / 20) = 9.30 trials: m is 0.45, s^2 0.11
     assert (found.avg_at_n.low, found.avg_at_n.high) == pytest.approx((0.19521, 0.73402), abs=1e-5)
     assert (found.avg_at_n.clusters, found.avg_at_n.values) == (5, 20)
+    assert str(found) == "Evaluation: avg@4 0.4500 (95 %: 0.1952 to 0.7340); prompts 5; pass@1 0.400; pass@4 0.800"
     # 1 - C(n-c, k) / C(n, k) for c = 0, 1, 2, 4, 1 right answers of 4; half a point is not right
     assert found.pass_at_k == pytest.approx(
         {

@@ -212,7 +212,7 @@ def test_07_a_write_that_fails_commits_nothing(tmp_path, monkeypatch):
 
 
 def test_08_an_ensemble_scores_between_its_members_and_is_nobodys_sft_teacher(run):
-    with pytest.warns(TeacherConsistencyWarning, match="expected the scoring teacher"):
+    with pytest.warns(TeacherConsistencyWarning, match="and the scoring teacher is"):
         _, names = run("08_your_own_scorer")
     store = names["store"]
     assert store.scored("teacher").all()
@@ -416,6 +416,14 @@ def test_20_nothing_is_pushed_without_a_name_and_what_is_pushed_comes_back(run, 
     assert "32 rollouts came back" in out
     assert_equal_stores(names["again"], names["store"])
     assert all(repository.private for repository in hub.repositories.values())
+
+
+def test_21_a_server_gives_what_the_same_weights_give_here(run):
+    out, names = run("21_served_teacher")
+    store = names["store"]
+    assert all(store.scored(column).all() for column in ("teacher", "hosted", "here"))
+    assert {provenance.model for provenance in store.columns.values()} == {store.manifest.sft_teacher}
+    assert max(numbers(r"at most (\S+) nats", out)) < 1e-5
 
 
 class Logger(ModuleType):

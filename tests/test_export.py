@@ -14,9 +14,10 @@ import lopd.engines.export
 from lopd import CausalLMStudent, LanceStore, ModelId, ZarrStore
 from lopd.engines.hf import HFSource, load_model
 from lopd.errors import ModelError, StoreExistsError, StoreWriteError
-from lopd.records import Lineage, SamplingParams
+from lopd.records import Lineage, SamplingParams, StoreId
 
-FIRST, SECOND = (Lineage(sft_teacher=ModelId(name, "1", "float32")) for name in ("first", "second"))
+WRITER = ModelId("writer", "1", "float32")
+FIRST, SECOND = (Lineage(WRITER, store=StoreId(8, name)) for name in ("first", "second"))
 IDS = torch.arange(4, 20)[None]
 
 
@@ -78,6 +79,28 @@ def test_what_no_export_wrote_is_not_replaced_and_the_student_is_not_lost(foreig
             full.export(out, tokenizer, FIRST)
     assert {path.name: path.read_text() for path in out.iterdir()} == {foreign: "somebody's"}
     assert_holds(tmp_path / "out-export", full, FIRST)
+
+
+def test_a_student_of_other_teachers_is_not_replaced(full, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    for lineage in (Lineage(), FIRST):  # an export without a recorded teacher is replaced
+        full.export(out, tokenizer, lineage)
+        assert_holds(out, full, lineage)
+    after = Lineage(WRITER, WRITER)
+    with pytest.raises(
+        StoreExistsError, match=rf"holds a student of other teachers \(SFT writer@1, OPD None\); .*written to {out}-export, move"
+    ):
+        full.export(out, tokenizer, after)
+    assert_holds(out, full, FIRST)
+    assert_holds(tmp_path / "out-export", full, after)
+
+
+def test_an_export_whose_lineage_is_damaged_is_not_replaced(full, tokenizer, tmp_path):
+    full.export(tmp_path / "out", tokenizer, FIRST)
+    record = json.loads((tmp_path / "out/lopd.json").read_text())
+    (tmp_path / "out/lopd.json").write_text(json.dumps({**record, "sft_teacher": 3}))
+    with pytest.raises(StoreExistsError, match=r"its lopd.json cannot be read; the student was written to"):
+        full.export(tmp_path / "out", tokenizer, FIRST)
 
 
 def test_a_model_that_transformers_saved_is_not_replaced_though_a_lineage_is_beside_it(full, adapters, tokenizer, tmp_path):

@@ -4,10 +4,13 @@ import copy
 import logging
 import socket
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
+from hub_stub import hub  # noqa: F401
 from huggingface_hub import constants
 from s3_server import S3Server
 from served_table import MODEL, TOKENIZER
@@ -17,11 +20,13 @@ from lopd.backends.files import cloud
 from lopd.backends.lance import LanceStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
-from lopd.engines import identity, pool
-from lopd.engines.identity import local_folder
+from lopd.engines import finding, pool
+from lopd.engines.finding import local_folder
+from lopd.engines.hf import load_model
+from lopd.engines.identity import folder_model_id
 from lopd.engines.server import Servers, ServerScorer
 from lopd.errors import EngineError, InvalidRecordError, LopdError, StorePathError, StoreReadError
-from lopd.records import waiting
+from lopd.records import Lineage, waiting
 from lopd.testing import tiny_manifest, tiny_rollout
 
 #: Of a URL, by whichever way a store is first looked for.
@@ -199,7 +204,76 @@ def test_a_hub_that_does_not_answer_is_asked_once(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", f"http://{request.getfixturevalue(kind)}")
-    monkeypatch.setattr(identity, "_PATIENCE_S", 0.5)
-    monkeypatch.setattr(identity, "snapshot_download", lambda *_, **__: pytest.fail("it was asked for files"))
-    with pytest.raises(EngineError, match=rf"Model 'somebody/model': it cannot be loaded \({error} of http://127"):
+    monkeypatch.setattr(finding, "_PATIENCE_S", 0.5)
+    monkeypatch.setattr(finding, "snapshot_download", lambda *_, **__: pytest.fail("it was asked for files"))
+    with pytest.raises(
+        EngineError, match=rf"Model 'somebody/model': it cannot be loaded \(there is no such folder, .*; {error} of http://127.*proxies"
+    ):
+        local_folder("somebody/model")
+
+
+class _Pages(BaseHTTPRequestHandler):
+    """Answers whatever is asked with a page, as a router or a desktop application does; one path moves elsewhere."""
+
+    def do_GET(self) -> None:
+        moved = self.path.startswith("/moved")
+        self.send_response(308 if moved else 200)
+        self.send_header("Location", "https://elsewhere/v1?token=SECRET") if moved else self.send_header(
+            "Content-Type", "text/html; charset=utf-8"
+        )
+        self.end_headers()
+        self.wfile.write(b"<html><title>Router</title></html>")
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def pages() -> Iterator[str]:
+    """The address of something that is neither a hub nor a model server."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("speaks", ["vllm", "sglang", "openai"])
+def test_what_answers_with_pages_is_no_model_server(pages: str, speaks: Any) -> None:
+    wrong = {
+        "": "answers 200 with text/html, expected the JSON of a model server; check host, port and path",
+        "/moved": r"answers 308 \(go to https://elsewhere/v1\), expected 200",
+    }
+    for path, what in wrong.items():
+        with pytest.raises(EngineError, match=f"^Server http://{pages}{path}: .*{what}"):
+            _ = Servers(f"http://{pages}{path}", "m", context=64, speaks=speaks).served
+
+
+@pytest.mark.parametrize("name", ["somebody/model", "my student"])
+def test_a_name_that_is_neither_a_folder_nor_in_the_hub_is_said(
+    name: str, hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    why = "no model in the hub can have this name" if " " in name else f"{hub.url} does not know it"
+    for read in (local_folder, load_model, folder_model_id):
+        with pytest.raises(
+            EngineError, match=rf"^Model '{name}': .*there is no such folder, seen from {tmp_path}; {why}.*; check the path"
+        ):
+            read(name)
+
+
+def test_a_name_in_the_hub_is_not_looked_for_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for read in (local_folder, load_model, folder_model_id, Lineage.of):
+        with pytest.raises(
+            EngineError, match=rf"there is no such folder, seen from {tmp_path}; HF_HUB_OFFLINE is set.*unset HF_HUB_OFFLINE"
+        ):
+            read("studnt")
+
+
+def test_what_answers_with_pages_is_no_hub(pages: str, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://{pages}")
+    with pytest.raises(EngineError, match=rf"http://{pages} does not answer as a hub.*check the path, or HF_ENDPOINT"):
         local_folder("somebody/model")

@@ -22,6 +22,7 @@ from lopd import (
     by_rollout,
     by_token,
     opd_steps,
+    watch_drift,
 )
 from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, TrainingWarning
 from lopd.guards.first_step import MAX_DISTANCE, judge_baseline
@@ -84,7 +85,9 @@ def test_trained_parameters_that_nothing_depends_on_are_named(llama, scored):
     student.model.vision_tower = torch.nn.Linear(3, 3)
     optimizer = torch.optim.SGD(student.parameters(), lr=1e-2)
     count = len(list(student.parameters()))
-    named = rf"2 of its {count} trained parameters got no gradient in the first step.*'model\.vision_tower\.weight', 'model\.vision_tower\.bias'"
+    named = (
+        rf"2 of its {count} trained parameters got no gradient in a whole step.*'model\.vision_tower\.weight', 'model\.vision_tower\.bias'"
+    )
     with pytest.warns(TrainingWarning, match=named):
         sft(student, optimizer, scored)
 
@@ -99,9 +102,11 @@ def test_a_student_far_from_its_teacher_is_said_with_a_ratio_too(small, scored):
     student, optimizer = small
     optimizer.param_groups[0]["lr"] = 1e-6
     steps, loss = batches(scored, rollouts_per_step=7, ref="behavior")[:2], FusedOPDLoss(ratio_to_ref=True)
-    with pytest.warns(AdvantageWarning, match=r"nats a token from its teacher in the first step, expected at most 2") as caught:
-        metrics = list(opd_steps(student, steps[:1], loss, optimizer))
+    # step 1 is the first of a run that was resumed there; and drift is watched, as `train_phase` does
+    with pytest.warns(AdvantageWarning, match=r"nats a token from its teacher in step 1, expected at most 2") as caught:
+        metrics = list(watch_drift(opd_steps(student, steps[1:], loss, optimizer)))
     list(opd_steps(student, steps[:1], loss, optimizer))
+    assert [warning.filename for warning in caught] == [__file__]
     assert metrics[0].reverse_kl > MAX_DISTANCE
     assert [warning.category for warning in caught] == [AdvantageWarning]
 
@@ -143,6 +148,28 @@ def test_few_effective_rollouts_in_the_first_step_are_said(small, scored):
         list(opd_steps(student, far, FusedOPDLoss(ratio_to_ref=True), optimizer))
 
 
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.TrainingWarning")  # bfloat16 does not move
+def test_a_student_that_is_not_the_policy_is_said_without_a_ref_column_too(llama, scored, make_model):
+    def first(student, **options):
+        steps = batches(scored, rollouts_per_step=14, tokens_per_batch=200, **options)[:2]
+        given = list(steps)
+        metrics = list(opd_steps(student, given, FusedOPDLoss(advantage=1.0), torch.optim.SGD(student.parameters(), lr=1e-3)))
+        return given, metrics
+
+    for dtype in (torch.float32, torch.bfloat16):
+        given, metrics = first(student_in(llama, dtype))
+        assert [[b.behavior_logprobs is None for b in step.batches] for step in given] == [[False] * 2, [True] * 2]
+        assert all(b.ref_logprobs is None and b.sampler_logprobs is None for step in given for b in step.batches)
+        assert [m.drift for m in metrics] == [None, None]
+    other = CausalLMStudent(make_model("llama_tied", seed=5), TOKENIZER_ID)
+    with pytest.warns(
+        DriftWarning, match=r"nats a token from what the policy reported, expected at most 0\.1 in the first step; it is not"
+    ) as caught:
+        first(other)
+    assert [warning.filename for warning in caught if warning.category is DriftWarning] == [__file__]
+    first(other, teacher=None)  # SFT is on what another model wrote
+
+
 @pytest.mark.parametrize("what", ["a Tensor", "a loss without a gradient"])
 def test_a_loss_that_gives_something_else_is_refused(what, small, scored):
     def loss(hidden_ND, head, batch):
@@ -164,27 +191,28 @@ BASELINED = [
 ]
 
 
-def with_supports(steps):
-    """The steps, with a support of the token itself, to which the teacher gives a half, and with labels."""
+def with_supports(steps, loss=BASELINED[0]):
+    """The steps, with a support of the token itself, to which the teacher gives a half, and with labels if the loss reads them."""
     for step in steps:
         halves = [torch.full((len(batch.inputs), 1), 0.5) for batch in step.batches]
         supports = [{"top_k_logprobs": half.log(), "top_k_tail": half[:, 0]} for half in halves]
-        labels = [dict.fromkeys(("label_values", "label_means"), half[:, 0]) for half in halves]
+        read = () if loss.ignores_labels else ("label_values", "label_means")
+        labels = [dict.fromkeys(read, half[:, 0]) for half in halves]
         made = [evolve(b, top_k_ids=b.targets[:, None], **s, **y) for b, s, y in zip(step.batches, supports, labels, strict=True)]
         yield evolve(step, batches=tuple(made))
 
 
 @pytest.mark.parametrize("loss", BASELINED)
-@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning")
+@pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")  # step 0 twice
 def test_a_baseline_under_weights_by_rollout_is_said_once(loss, llama, scored):
     student = student_in(llama)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     said = r"it has a baseline, and the weight of a token depends on .*weighting=by_token"
-    steps = [*with_supports(batches(scored, rollouts_per_step=14)[:2])]
+    steps = [*with_supports(batches(scored, rollouts_per_step=14)[:2], loss)]
     with pytest.warns(TrainingWarning, match=said) as caught:
         list(opd_steps(student, steps, loss, optimizer))
     list(opd_steps(student, steps, loss, optimizer))
-    assert [warning.filename for warning in caught] == [__file__]
+    assert [warning.filename for warning in caught if warning.category is TrainingWarning] == [__file__]
 
 
 @pytest.mark.parametrize(("weighting", "loss"), [(by_token, BASELINED[0]), (by_rollout, FusedOPDLoss())])

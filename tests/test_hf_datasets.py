@@ -46,5 +46,7 @@ def test_an_empty_store_goes_to_a_hugging_face_dataset_and_back() -> None:
 
 
 def test_a_hugging_face_dataset_of_somebody_else_is_refused(memory: MemoryStore) -> None:
-    with pytest.raises(CorruptStoreError, match="description"):
-        from_hf_dataset(datasets.Dataset.from_dict({"text": ["a"]}), memory)
+    for said in ("", "A card in words."):
+        dataset = datasets.Dataset.from_dict({"text": ["a"]}, info=datasets.DatasetInfo(description=said))
+        with pytest.raises(CorruptStoreError, match="Dataset: it has no description of a store"):
+            from_hf_dataset(dataset, memory)

@@ -7,8 +7,9 @@ import torch
 from conftest import PAD_ROWS
 from safetensors.torch import load_file, save_file
 
+from lopd.engines.finding import local_folder
 from lopd.engines.hf import load_model
-from lopd.engines.identity import folder_model_id, local_folder, model_id
+from lopd.engines.identity import folder_model_id, model_id
 from lopd.engines.stored import StoredModel
 from lopd.errors import EngineError, ModelError
 from lopd.records import identity as identities

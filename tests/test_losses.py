@@ -214,7 +214,7 @@ def test_a_batch_without_the_teacher_column_is_refused(loss: OPDLoss) -> None:
 def test_a_batch_without_the_ref_column_is_refused_where_the_ratio_is_asked_for() -> None:
     batch = evolve(random_batch(), ref_logprobs=None)
     PLAIN(random_hidden(batch), random_head(), batch)
-    with pytest.raises(MissingScoresError, match=r"ref_logprobs is None.*batches\(ref="):
+    with pytest.raises(MissingScoresError, match=r'ref_logprobs is None.*batches\(ref="behavior"\)'):
         LOSSES["ratio"](random_hidden(batch), random_head(), batch)
 
 

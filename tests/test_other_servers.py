@@ -267,7 +267,7 @@ def test_a_key_is_read_from_the_environment_and_is_shown_nowhere(start, kind, mo
     monkeypatch.setenv("MY_KEY", "sesame-18")
     speaks = KINDS.get(kind, "vllm")
     wrong = ServerScorer(Servers(stub.url, "table", context=64, speaks=speaks, key_variable="MY_KEY"), TOKENIZER, MODEL)
-    with pytest.raises(EngineError, match=r"answers 401 \(authentication failed\); pass `api_key=` or set MY_KEY") as caught:
+    with pytest.raises(EngineError, match=r"answers 401: the key in MY_KEY was refused; set another, or pass `api_key=`") as caught:
         wrong.score(make_rollouts())
     with pytest.raises(InvalidRecordError, match=r"^Servers: NO_KEY is not set in the environment"):
         Servers(stub.url, "table", speaks=speaks, key_variable="NO_KEY")
@@ -321,11 +321,11 @@ def test_a_busy_server_is_asked_again_more_often_than_a_failing_one_until_patien
         scorer_of(stub, attempts=2, patience_s=0.3).score(rollouts)
 
 
-def test_an_account_without_credit_is_not_asked_again(start):
+@pytest.mark.parametrize(("status", "code"), [(429, "insufficient_quota"), (402, "payment_required")])
+def test_an_account_without_credit_is_not_asked_again(start, status, code):
     stub, rollouts = start(CompletionsStub), make_rollouts()
-    spent = {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}
-    stub.fail(9, answer(429, body=spent), is_for(rollouts[0]))
-    with pytest.raises(EngineError, match=r"answers 429 .*expected credit"):
+    stub.fail(9, answer(status, body={"error": {"message": "You exceeded your current quota", "code": code}}), is_for(rollouts[0]))
+    with pytest.raises(EngineError, match=rf"answers {status} .*expected credit"):
         scorer_of(stub).score(rollouts)
     assert sum(map(is_for(rollouts[0]), stub.requests)) == 1
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import datasets
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -247,6 +248,11 @@ def test_what_is_no_export_of_lopd_is_one_typed_error_that_names_the_file(memory
         pq.write_table(pa.table({"a": [1]}, metadata=metadata), path)
         with pytest.raises(CorruptStoreError, match=r"run\.parquet"):
             import_parquet(path, memory)
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(path)
+    with pytest.raises(
+        CorruptStoreError, match=r"run\.parquet: it has no description of a store, so lopd did not export it; export the store with"
+    ):
+        import_parquet(path, memory)
     with pytest.raises(StorePathError, match="nosuchthing"):
         parquet_manifest("nosuchthing://bucket/run.parquet")
     os.mkfifo(tmp_path / "pipe")

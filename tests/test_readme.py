@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,16 @@ def test_the_program_of_the_readme_runs(
 
 def test_the_readme_has_at_most_220_lines() -> None:
     assert len(README.splitlines()) <= 220
+
+
+def test_no_link_of_the_page_on_pypi_leads_to_a_file_that_is_not_there() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    page = README
+    for each in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        page, changed = re.subn(each["pattern"], each["replacement"], page)
+        assert changed, each
+    targets = re.findall(r"\]\(([^)]+)\)|(?:src|href)=\"([^\"]+)\"", page)
+    assert targets
+    assert [target for target in targets if not (target[0] or target[1]).startswith("https://")] == []
+    assert "which were tried (docs/models.md)" in page
+    assert PROGRAM in page

@@ -186,6 +186,19 @@ def test_quantiles_shares_and_histogram_are_those_of_the_store(write, store):
     assert facts_of(text)["advantages"][::2] == (f"{(gaps < -5).mean():.2%} below -5 nats", "bad")
 
 
+def test_short_answers_have_the_positions_that_they_have(write):
+    store = MemoryStore(tiny_manifest())
+    rollouts = [tiny_rollout(f"p{i}/s0/g{i}", [5 + i] * (2 + i), generation=i, behavior_logprobs=[-1.0] * (2 + i)) for i in range(2)]
+    store.begin_generation(1, store.manifest.policy)
+    store.append(rollouts)
+    store.append_scores("teacher", tiny_provenance("T"), [tiny_scores(rollout) for rollout in rollouts])
+    text = write(of=store)
+    assert "nan" not in re.sub("<style>.*?</style>", "", text, flags=re.DOTALL)
+    tables = Page(text).tables
+    assert [row[0] for row in tables["By position in the response"][1:]] == ["15%", "25%", "50%", "75%", "80%"]
+    assert [row[1:].count("") for row in tables["By round of sampling"][1:]] == [1] * 5
+
+
 def test_a_few_rollouts_are_enough_for_the_advantages(write, store):
     gaps = np.concatenate([gaps_of(store, row) for row in (0, 11)])
     page = Page(write(report=TokenReport(sample=2)))
@@ -204,11 +217,16 @@ def test_the_least_the_median_and_the_most_divergent_rollout_are_shown(write, st
         assert len([tag for tag, _ in few.tags if tag == "h3"]) == count
 
 
-def test_what_it_cost_by_phase(write):
+def test_what_it_cost_by_phase(write, store):
     rows = Page(write(phases=PHASES)).tables["costs"]
     assert rows[1] == ["student <i>rollouts</i>", "30.0 s", "30.0 %", "", "6,000", "200", ""]
     assert rows[3] == ["OPD", "1 min 0 s", "60.0 %", "", "9,000", "150", "reverse KL 0.5"]
-    assert Page(write(steps())).tables["costs"][1:] == [["training", "30.0 s", "100.0 %", "", "10,800", "360"]]
+    responses = sum(r.rollout.response_ids.size for r in store.read(range(12)))
+    assert Page(write(steps())).tables["costs"][1:] == [  # a program that wires its phases itself
+        ["rollouts", "not measured", "", f"{responses}", f"{responses + 36}", ""],
+        ["scores: teacher", "not measured", "", f"{responses}", f"{responses + 36}", ""],
+        ["training", "30.0 s", "", "", "10,800", "360"],
+    ]
     assert Page(write(phases=[Phase("p", 0.0)])).tables["costs"][1:] == [["p", "0.0 s", "0.0 %", "", "", ""]]
     assert (duration(59.99), duration(60), duration(3600)) == ("60.0 s", "1 min 0 s", "1 h 0 min")
 
@@ -260,8 +278,9 @@ def test_what_is_not_known_is_said_to_be_so(write, store):
     text = write()
     assert facts_of(text)["training"][:2] == ("no steps", "no history was given")
     assert "No steps: no history was given." in text
+    text = write(of=MemoryStore(tiny_manifest()))
     assert "neither phases nor a history were given" in text
-    assert "the store is empty" in write(of=MemoryStore(tiny_manifest()))
+    assert "the store is empty" in text
     unscored = MemoryStore(tiny_manifest())
     unscored.append([tiny_rollout("p/s0/g0", behavior_logprobs=[-1.0] * 3)])
     text = write(steps(), of=unscored)
@@ -319,6 +338,8 @@ def test_a_history_is_read_from_what_a_run_keeps(tmp_path):
         {"name": "OPD", "wall_s": 2.5, "read_tokens": 7, "held_out_reverse_kl": 0.5, "ci95": 0.1, "attempts": 1},
         {"name": "x", "seconds": 1, "attempts": 2},
     ]
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in [*rows, {**rows[1], "loss": 7.0}, {**rows[2], "loss": 8.0}]))
+    assert [m.loss for m in RunHistory.read(path).steps] == [1.0, 7.0, 8.0], "a resumed run repeats steps: the last counts"
     path.write_text(json.dumps({"history": rows, "phases": phases, "versions": {"torch": "2.9"}, "settings": {}}))
     read = RunHistory.read(path)
     assert read.phases == (Phase("OPD", 2.5, 7, "held-out reverse KL 0.500 ± 0.100"), Phase("x", 1, 0, "the last of 2 attempts"))

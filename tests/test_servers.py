@@ -19,6 +19,7 @@ from lopd import collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines import pool
 from lopd.engines.server import answers
+from lopd.engines.server.keys import Key
 from lopd.errors import EngineError, LopdError, MissingDependencyError
 
 
@@ -139,7 +140,7 @@ def test_a_server_that_asks_for_a_pause_gets_it(stub, pauses):
 )
 def test_a_pause_may_be_seconds_or_a_date(said, low, high):
     with pytest.raises(answers.Trouble) as caught:
-        answers.accepted("Rollout 'r'", "http://a", httpx2.Response(429, headers={"Retry-After": said}))
+        answers.accepted("Rollout 'r'", "http://a", httpx2.Response(429, headers={"Retry-After": said}), Key())
     assert low <= caught.value.pause <= high
 
 

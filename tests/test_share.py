@@ -12,8 +12,10 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from attrs import evolve
 from exchanged import assert_equal_stores, fill
 from hub_stub import READER, WRITER, Hub, hub  # noqa: F401
+from safetensors.torch import save_file
 
 from lopd import CausalLMStudent, Lineage, MemoryStore, ModelId, SamplingParams, ZarrStore
 from lopd.engines.hf import HFSource
@@ -29,8 +31,10 @@ from lopd.errors import (
     MissingDependencyError,
     StoreExistsError,
 )
+from lopd.records import StoreId
 from lopd.records.estimates import Estimate
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
+from lopd.tools.interop import export_parquet, import_parquet
 from lopd.tools.share import About, dataset_card, model_card, pull_store, push_store, push_student
 
 # huggingface_hub says `data=` to its own HTTP client where it uploads by LFS
@@ -139,17 +143,31 @@ def test_a_folder_that_is_not_an_export_is_refused(hub: Hub, tmp_path: Path, sto
     ZarrStore.create(str(tmp_path / "run.zarr"), tiny_manifest())
     with pytest.raises(InvalidRecordError, match="the folder is a store"):
         push_student(tmp_path / "run.zarr", "me/student")
-    with pytest.raises(InvalidRecordError, match="lists 0 files"):
-        push_student(tmp_path / "nothing", "me/student")
+    for work in (lambda: push_student(tmp_path / "nothing", "me/student"), lambda: model_card(tmp_path / "nothing")):
+        with pytest.raises(InvalidRecordError, match="there is no such folder"):
+            work()
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("base", ["{folder}", "./here", "~/models/base", "runs/tiny/student"])
-def test_a_path_of_this_machine_in_a_configuration_is_refused(hub: Hub, export: Path, base: str) -> None:
-    (export / "generation_config.json").write_text(json.dumps({"a": [{"base_model_name_or_path": base.format(folder=export)}]}))
+@pytest.mark.parametrize(
+    ("file", "base"),
+    [
+        ("generation_config.json", "{folder}"),
+        ("processor.json", "./here"),
+        ("processor.json", "file://{folder}"),
+        ("extra.safetensors", "runs/tiny/student"),
+        ("tokenizer.json", r"C:\models\base"),
+    ],
+)
+def test_a_path_of_this_machine_in_a_file_is_refused(hub: Hub, export: Path, file: str, base: str) -> None:
+    told = {"base_model_name_or_path": base.format(folder=export)}
+    if file.endswith(".safetensors"):
+        save_file({"x": torch.zeros(1)}, export / file, told)
+    else:
+        (export / file).write_text(json.dumps({"a": [told]}))
     record = json.loads((export / "lopd.json").read_text())
-    (export / "lopd.json").write_text(json.dumps({**record, "files": [*record["files"], "generation_config.json"]}))
-    with pytest.raises(InvalidRecordError, match=r"'base_model_name_or_path' of generation_config.json is a path of this machine"):
+    (export / "lopd.json").write_text(json.dumps({**record, "files": sorted({*record["files"], file})}))
+    with pytest.raises(InvalidRecordError, match=rf"'base_model_name_or_path' of {file} is a path of this machine"):
         push_student(export, "me/student")
     assert hub.requests == []
 
@@ -317,7 +335,7 @@ def test_the_card_of_a_student_says_how_it_was_made(export: Path, store: MemoryS
         base_model="org/base",
         datasets="org/prompts",
         training={"steps": 150},
-        metrics={"openai/gsm8k": {"avg@8": Estimate.between(0.4, 0.51234, 0.6, clusters=100, values=800)}},
+        metrics={"openai/gsm8k": {"avg@8": Estimate(0.51234, 0.4, 0.6, 100, 800)}},
         notes="Not for medicine.",
     )
     card = model_card(export, about, store)
@@ -379,13 +397,32 @@ def test_a_name_stays_text_on_a_card(export: Path) -> None:
     assert "| a \\| b # c &lt;script>@1, float32 |" in str(model_card(export))
 
 
-@pytest.mark.parametrize("name", ["/models/of/Qwen3-32B", "~/Qwen3-32B"])
-def test_of_a_model_that_is_named_by_its_path_a_card_shows_the_name(export: Path, name: str) -> None:
-    Lineage(opd_teacher=ModelId(name, "weights:ab/cd", "float32")).write(export)
-    card = str(model_card(export, About(training={"prompts": "/data/me/prompts.jsonl"})))
+PLACES = [
+    "/models/of/",
+    "~/",
+    "~bob/",
+    "file:///home/bob/",
+    "C:\\Users\\bob\\",
+    "./",
+    "../runs/",
+    "/home/bob/my models/",
+    r"\\server\share\\",
+]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_of_a_model_that_is_named_by_its_path_a_card_shows_the_name(export: Path, place: str) -> None:
+    Lineage(opd_teacher=ModelId(f"{place}Qwen3-32B", "weights:ab/cd", "float32")).write(export)
+    card = str(model_card(export, About(training={"prompts": f"{place}prompts.jsonl"})))
     assert "| Qwen3-32B@weights:ab/cd, float32 |" in card
     assert "| prompts | prompts.jsonl |" in card
     assert "https://arxiv.org/abs/2604.13010" in card
+
+
+def test_what_is_not_a_path_stays_on_a_card(export: Path) -> None:
+    kept = {"rate / step": "1e-6 / 2", "from": "org/base@main, s3://bucket/run", "share": "1/2, and/or ~0.5 ... x"}
+    card = str(model_card(export, About(training=kept)))
+    assert [value for value in kept.values() if f"| {value} |" not in card] == []
 
 
 def test_a_store_that_the_student_was_not_trained_on_is_refused(export: Path, store: MemoryStore) -> None:
@@ -397,11 +434,39 @@ def test_a_store_that_the_student_was_not_trained_on_is_refused(export: Path, st
         model_card(export, store=store)
 
 
+@pytest.mark.parametrize("sft", [True, False])
+def test_the_rollouts_that_the_student_was_trained_on_are_recognised(export: Path, store: MemoryStore, sft: bool, tmp_path: Path) -> None:
+    known, zarr = StoreId.of(store.manifest, store.lengths()), ZarrStore.create(tmp_path / "run", store.manifest)
+    Lineage(store.manifest.policy, None, known).write(export) if sft else Lineage(None, TEACHER, known).write(export)
+    export_parquet(store, tmp_path / "run.parquet")
+    import_parquet(tmp_path / "run.parquet", zarr)
+    store.append([tiny_rollout("later")])
+    for same in (store, zarr):
+        assert "Its lineage records these rollouts." in str(model_card(export, store=same))
+    fewer = fill(MemoryStore(store.manifest), n=20)
+    reseeded = fill(MemoryStore(evolve(store.manifest, sampling=evolve(store.manifest.sampling, seed=7))))
+    for other in (fewer, reseeded):
+        with pytest.raises(
+            ManifestMismatchError, match=r"it was trained on 30 other rollouts than those of the store, which has [23]0, of policy@"
+        ):
+            push_student(export, "me/student", store=other)
+
+
+def test_a_lineage_without_a_store_is_said_not_to_record_it(export: Path, store: MemoryStore) -> None:
+    record = json.loads((export / "lopd.json").read_text())
+    assert record.pop("store") is None
+    (export / "lopd.json").write_text(json.dumps(record))
+    assert Lineage.read(export).store is None
+    assert "does not record on which rollouts it was trained" in str(model_card(export, store=store))
+
+
 def test_arguments_that_are_something_else_are_refused(export: Path, store: MemoryStore) -> None:
     wrong: list[tuple[type[LopdError], str, Callable[[], Any]]] = [
         (ArgumentError, "about is a dict", lambda: model_card(export, {})),  # type: ignore[arg-type]
         (ArgumentError, "expected an Estimate", lambda: About(metrics={"d": {"m": 0.5}})),  # type: ignore[dict-item]
         (ArgumentError, "datasets", lambda: About(datasets=[3])),  # type: ignore[list-item]
+        (InvalidRecordError, "'~/base' is a path, expected a name in the hub", lambda: About(base_model="~/base")),
+        (InvalidRecordError, "'./prompts' is a path", lambda: About(datasets="./prompts")),
         (InvalidRecordError, "without its name or link", lambda: About(licence="other")),
         (ArgumentError, "it is a str", lambda: dataset_card("run.zarr", "x")),  # type: ignore[arg-type]
     ]

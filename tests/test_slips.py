@@ -11,21 +11,25 @@ import fsspec
 import numpy as np
 import pytest
 from attrs import asdict, evolve
+from chat_tokenizers import byte_tokenizer
 from fsspec.implementations.memory import MemoryFileSystem
+from table_engines import WORK, TableScorer, TableSource
 from test_drift import metrics_of
 
-from lopd import MemoryStore, load_checkpoint, score_rollouts
+from lopd import MemoryStore, collect_rollouts, label_rollouts, load_checkpoint, score_rollouts
 from lopd.backends.files import open_files
 from lopd.backends.lance import LanceStore
 from lopd.backends.opening import open_store
 from lopd.backends.zarr import ZarrStore
+from lopd.engines.finding import find_model, local_folder
 from lopd.engines.hf import HFScorer, HFSource, load_model
-from lopd.engines.identity import find_model, folder_model_id, local_folder
+from lopd.engines.identity import folder_model_id
 from lopd.errors import (
     CheckpointError,
     EngineError,
     InvalidRecordError,
     LopdError,
+    ModelError,
     PromptError,
     StoreExistsError,
     StoreNotFoundError,
@@ -33,7 +37,7 @@ from lopd.errors import (
     StoreWriteError,
     TokenizerMismatchError,
 )
-from lopd.records import Lineage, SamplingParams, read_prompts
+from lopd.records import Lineage, Prompt, SamplingParams, read_prompts
 from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores
 from lopd.tools.command import main
 from lopd.tools.command_line import show
@@ -121,6 +125,50 @@ def test_a_model_folder_that_is_not_there_is_said_without_asking_the_hub(
 def test_a_name_in_the_hub_is_not_taken_for_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert [str(find_model(name)) for name in ("gpt2", "Qwen/Qwen3-0.6B")] == ["gpt2", "Qwen/Qwen3-0.6B"]
+
+
+NOT_MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a file": (lambda at: at.write_text("{}"), "it is a file.*pass the folder that it is in"),
+    "an empty folder": (lambda at: at.mkdir(), "neither config.json nor adapter_config.json, expected a model;.*there is nothing"),
+    "a folder of models": (lambda at: (at / "student").mkdir(parents=True), "neither config.json nor.*there is 'student'"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_MODELS)
+def test_what_is_not_a_models_folder_is_said_with_what_it_is(what: str, tmp_path: Path) -> None:
+    make, said = NOT_MODELS[what]
+    make(tmp_path / "it")
+    for read in (load_model, folder_model_id, HFScorer.from_folder):
+        with pytest.raises((EngineError, ModelError), match=said):
+            read(tmp_path / "it")
+
+
+@pytest.mark.parametrize("path", ["", " "])
+def test_an_empty_path_is_not_the_folder_where_the_program_runs(path: str) -> None:
+    for read in (load_model, open_store, lambda path: read_prompts(path, None)):
+        with pytest.raises(LopdError, match=r"the path is '.*', expected the name of a file"):
+            read(path)
+
+
+def test_a_tokenizer_that_is_not_there_or_is_damaged_is_named_before_weights_are_read(
+    llama: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama.save_pretrained(tmp_path)
+    monkeypatch.setattr("lopd.engines.hf.loading._from_pretrained", lambda *_: pytest.fail("weights were read"))
+    lacks = r"its tokenizer cannot be loaded \(the folder has neither tokenizer.json nor.*tokenizer.save_pretrained"
+    with pytest.raises(EngineError, match=lacks):
+        load_model(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(EngineError, match=rf"Model '{tmp_path}': its tokenizer cannot be loaded \(.+\), expected its files"):
+        load_model(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_named_with_the_folder(llama: Any, tmp_path: Path) -> None:
+    llama.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=rf"Model {tmp_path}: its head has 96 rows, .*261 ids; load the tokenizer that belongs to it"):
+        HFScorer.from_folder(tmp_path)
 
 
 # Paths
@@ -289,6 +337,38 @@ def test_a_teacher_with_two_more_tokens_is_told_how_many_and_what_to_do(tokenize
         score_rollouts(store, scorer)
 
 
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_a_store_that_cannot_be_written_to_is_refused_before_anything_is_paid_for(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, scorer = TableSource(SamplingParams(max_new_tokens=4)), TableScorer()
+    prompts = [Prompt(f"p{i}", [1 + i]) for i in range(4)]
+    store = kind.create(tmp_path / "run", source.manifest)
+    collect_rollouts(source, prompts[:2], store)
+    score_rollouts(store, scorer, column="done")
+    # root may write whatever the mode of a folder says
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    WORK.clear()
+    for pay in (
+        lambda: collect_rollouts(source, prompts, store),
+        lambda: score_rollouts(store, scorer),
+        lambda: label_rollouts(store, lambda _, rollout: WORK.append(rollout.rollout_id) or 1.0, prompts[:2]),
+    ):
+        with pytest.raises(
+            StoreWriteError, match=r"Store .*run: the write failed with .*Permission denied.*check the path, its permissions"
+        ):
+            pay()
+    assert WORK == []
+    # what is complete is not written to
+    assert collect_rollouts(source, prompts[:2], store).rollouts == score_rollouts(store, scorer, column="done").rollouts == 0
+
+
+def test_a_lineage_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "lopd.json").symlink_to(tmp_path / "nowhere/lopd.json")
+    with pytest.raises(StoreWriteError, match=r"Lineage .*lopd.json: it cannot be written \(.*\); free space or mend permissions"):
+        Lineage().write(tmp_path)
+
+
 # Tools
 
 
@@ -332,8 +412,6 @@ def test_escape_sequences_of_a_store_do_not_reach_the_terminal(tmp_path: Path, c
 
 
 def test_every_report_counts_prompts_and_responses(tokenizer: Any, llama: Any, prompts: Any) -> None:
-    from lopd import collect_rollouts
-
     source = HFSource(llama, tokenizer, SamplingParams(max_new_tokens=4))
     store = MemoryStore(source.manifest)
     collected, scored = collect_rollouts(source, prompts, store), score_rollouts(store, HFScorer(llama, tokenizer))

@@ -229,10 +229,10 @@ def test_what_is_missing_is_said_and_not_invented(known):
     assert (start.bucket_kl, start.outside, start.overlap) == (None, None, {})
     assert start.sampled_outside is not None
     assert set(start.missing) == {"bucket_kl", "outside", "overlap"}
-    assert start.missing["overlap"] == "needs top_k in both columns; it is 0, drawn tokens aside, in 'behavior'"
+    assert start.missing["overlap"] == "needs the most likely tokens (top_k) of both models; they are not stored in 'behavior'"
     bare = measure_start(known.store(0, 0))
     assert bare.sampled_outside is None
-    assert bare.missing["sampled_outside"] == "needs top_k in the teacher's column; it is 0, drawn tokens aside, in 'teacher'"
+    assert bare.missing["sampled_outside"] == "needs the teacher's most likely tokens (top_k); they are not stored in 'teacher'"
     hot = MemoryStore(evolve(MANIFEST, sampling=SamplingParams(max_new_tokens=8, temperature=0.7)))
     hot = measure_start(known.store(8, 0, hot))
     assert hot.sampled_outside is None
@@ -324,8 +324,8 @@ def test_the_doctor_shows_each_start_and_what_is_missing(known, tmp_path, capsys
     for said in (
         "Before the first step, teacher - own",
         f"{start.verdict}: ",
-        f"{start.overlap[16].mean:.4f} ± {start.overlap[16].ci95:.4f}",
-        f"{start.outside[0].mean:.4f} ± {start.outside[0].ci95:.4f} to {start.outside[1].mean:.4f}",
+        str(start.overlap[16]),
+        f"{start.outside[0].mean:.4f} to {start.outside[1].mean:.4f}",
         "overlap@64 not measured: needs k of the model's own most likely tokens in both columns; there are 16 in 'teacher' and 16 in 'own'",
         "20 of 24, evenly spaced",
     ):
@@ -348,7 +348,7 @@ def test_the_doctor_says_why_nothing_is_known_and_writes_json_without_infinities
     assert main(["info", str(tmp_path / "s.zarr"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["starts"]["teacher"]["reverse_kl"]["ci95"] is None
     assert main(["info", str(tmp_path / "s.zarr")]) == 0
-    assert "one prompt has no interval" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "one draw has no interval" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_the_page_states_the_rule_as_it_is():
@@ -364,7 +364,7 @@ def test_the_run_report_shows_the_start_or_why_it_is_not_known(known, tmp_path):
     write_run_report(path, store)
     text = html.unescape(path.read_text())
     start = measure_start(store)
-    assert f"<dd>{start.overlap[8].mean:.4f} ± {start.overlap[8].ci95:.4f}</dd>" in text
+    assert f"<dd>{start.overlap[8]}</dd>" in text
     assert f'<dd class="value good">{start.verdict}</dd>' in text
     assert "overlap@64</dt><dd>not measured: needs k" in text
     write_run_report(path, store, report=TokenReport("teacher", "other"))

@@ -11,7 +11,16 @@ from chat_tokenizers import CHATML, STRICT, byte_tokenizer
 
 from lopd import CausalLMStudent, FusedSFTLoss, Lineage, ModelId, ZarrStore, batches, import_text, make_prompts, opd_steps
 from lopd.engines.hf import folder_model_id
-from lopd.errors import ArgumentError, ConflictError, ContextOverflowError, EngineError, InvalidRecordError, PromptError, PromptWarning
+from lopd.errors import (
+    ArgumentError,
+    ConflictError,
+    ContextOverflowError,
+    EngineError,
+    InvalidRecordError,
+    PromptError,
+    PromptWarning,
+    TeacherConsistencyWarning,
+)
 from lopd.records import fingerprint_tokenizer, mixture_id
 
 WRITER = ModelId("writer", "7", "bfloat16")
@@ -65,11 +74,22 @@ def test_a_student_is_trained_and_remembers_who_wrote(tokenizer, make_model, tmp
     steps = batches(store, teacher=None)[:4]
     curve = [metrics.loss for metrics in opd_steps(student, steps, FusedSFTLoss(), optimizer)]
     assert curve[-1] < curve[0]
-    assert steps.lineage == Lineage(sft_teacher=store.manifest.policy)
+    assert (steps.lineage.sft_teacher, steps.lineage.opd_teacher) == (store.manifest.policy, None)
+
+
+def test_a_teacher_with_another_tokenizer_is_said_when_its_text_is_imported(tokenizer, swapped_tokenizer, make_model, tmp_path):
+    make_model("llama_tied", seed=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    import_text(PAIRS, tokenizer, teacher=tmp_path)
+    with pytest.warns(
+        TeacherConsistencyWarning, match=r"its tokenizer has 96 ids, expected the 96 of the student's, with the same"
+    ) as caught:
+        assert len(import_text(PAIRS, swapped_tokenizer, teacher=str(tmp_path))) == 2
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_a_writer_who_is_not_known_is_not_a_teacher(tokenizer):
-    assert batches(import_text(PAIRS, tokenizer, teacher=None), teacher=None).lineage == Lineage()
+    assert batches(import_text(PAIRS, tokenizer, teacher=None), teacher=None).lineage.sft_teacher is None
 
 
 def test_a_lineage_is_of_folders_identities_and_several(tmp_path):

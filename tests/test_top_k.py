@@ -212,7 +212,7 @@ def test_without_being_asked_for_no_top_k_is_read() -> None:
 
 
 def test_a_column_that_keeps_no_top_k_is_refused_before_the_first_step() -> None:
-    with pytest.raises(MissingScoresError, match=r"'teacher' keeps 0 most likely tokens.*top_k=True"):
+    with pytest.raises(MissingScoresError, match=r"'teacher' keeps 0 most likely tokens.*top_k=True.*top_k=20.*column='teacher-20'"):
         batches(store(k=0)[0], top_k=True)
     with pytest.raises(MissingScoresError, match="top_k=True needs a teacher"):
         batches(store()[0], teacher=None, top_k=True)

@@ -215,6 +215,47 @@ def test_the_text_beside_the_ids_is_compared_with_them(tokenizer):
         imported([[triplet]], tokenizer)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_how_a_policy_ended_may_stand_in_the_record_alone(form, tokenizer):
+    record = {key: [without_endings(step) for step in value] if key == "trajectory" else value for key, value in FORMS[form].items()}
+    for said, ended in (
+        ({"finish_reason": "length"}, "length"),
+        ({"is_truncated": True}, "length"),
+        ({"is_truncated": float("nan")}, "stop"),
+    ):
+        made = rollouts_of(imported([{**record, **said}], tokenizer, turns=[-1]))
+        assert [rollout.finish_reason for rollout in made] == [ended]
+    with pytest.raises(PromptError, match="its finish_reason is 'tired'"):
+        imported([{**record, "finish_reason": "tired"}], tokenizer)
+
+
+def without_endings(step):
+    return {"tokens": {key: value for key, value in step["tokens"].items() if key != "is_truncated"}}
+
+
+def test_what_a_step_says_of_its_end_counts_more_than_what_the_record_says(tokenizer):
+    (rollout,) = rollouts_of(imported([{**STEPS, "is_truncated": True}], tokenizer))
+    assert rollout.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_arrays_of_numpy_are_read_as_lists_are(form, tokenizer):
+    (rollout,) = rollouts_of(imported([as_arrays(FORMS[form])], tokenizer))
+    assert (rollout.prompt_ids.tolist(), rollout.response_ids.tolist()) == (PROMPT, RESPONSE)
+    assert rollout.behavior_logprobs.tolist() == LOGPROBS
+
+
+def as_arrays(value):
+    """The same as pandas reads it from a parquet file."""
+    if isinstance(value, dict):
+        return {key: as_arrays(item) for key, item in value.items()}
+    if isinstance(value, list) and isinstance(value[0], dict):
+        made = np.empty(len(value), object)
+        made[:] = [as_arrays(item) for item in value]
+        return made
+    return np.array(value) if isinstance(value, list) else value
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -245,6 +286,7 @@ def test_a_record_that_does_not_fit_together_is_refused_by_its_number(record, me
         ({**VERL, "responses": ["a"] * 7}, "Trajectory number 0: Token ids"),
         ({**VERL, "response_mask": [2] * 7}, "Trajectory number 0: Loss mask"),
         ({**VERL, "rollout_log_probs": [0.5] * 7}, r"Trajectory number 0: Rollout .*behavior_logprobs\[0\] is 0.5"),
+        ({"triplets": [{"prompt": {"token_ids": PROMPT}, "response": {"token_ids": 3}}]}, "Trajectory number 0, step 0: Token ids"),
         ({**VERL, "prompts": []}, "Trajectory number 0: Rollout .*prompt_ids has 0 tokens"),
         ({**VERL, "prompts": [5, 96]}, r"prompt_ids\[1\] is 96, expected an id below 96"),
     ],

@@ -249,7 +249,7 @@ def test_an_objective_is_told_the_entropy_of_the_whole_distribution_if_it_asks(l
 
 @pytest.mark.parametrize("variant", [importance_ratio, window_ratio, ppo_clip, partial(extrapolate, scale=1.5), drift_gate])
 def test_a_variant_that_needs_the_ref_column_says_so(variant: Callable[[Signal], Signal]) -> None:
-    with pytest.raises(MissingScoresError, match=r"ref_logprobs is None.*batches\(ref="):
+    with pytest.raises(MissingScoresError, match=r'ref_logprobs is None.*batches\(ref="behavior"\)'):
         variant(evolve(signal(), tokens=tokens(ref_logprobs=None)))
 
 

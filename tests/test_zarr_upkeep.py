@@ -118,8 +118,9 @@ def test_a_reader_whose_segments_were_removed_looks_up_where_its_rows_are_now(tm
 def test_a_segment_that_is_lost_is_not_looked_for_for_ever(tmp_path: Path) -> None:
     store = grown(tmp_path / "run", 3)
     shutil.rmtree(place(store) / store._state.segments[1].meta.path / "token_ids")
-    with pytest.raises(CorruptStoreError, match="its file is missing"):
+    with pytest.raises(CorruptStoreError, match="its file is missing") as caught:
         ZarrStore.open(place(store)).read(range(3))
+    assert type(caught.value) is CorruptStoreError, "a class of the table of errors"
 
 
 def test_a_compaction_ends_although_writers_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

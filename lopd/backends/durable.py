@@ -101,7 +101,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         Args:
             path: a folder that is empty or not there yet, or a URL such as `s3://bucket/run1`.
             manifest: what all rollouts will have in common.
-            logprob_dtype: "float32", or "float16" for half the bytes (a relative error of 2**-11; `history` says the largest of each commit).
+            logprob_dtype: "float32", or "float16" for half the bytes (a relative error of 2**-11, see `history`).  Labels are float32 in both.
             storage_options: credentials, endpoint and time limits; see `lopd.backends.files.cloud`.
 
         Raises:
@@ -160,7 +160,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
         root = read_root(files, cls._ROOT)
         if manifest is not None and (difference := root.manifest.difference(manifest)) is not None:
             raise ManifestMismatchError(
-                f"Store {files.url}: {difference}; open it with the manifest it was created with (or none), or create another store."
+                f"Store {files.url}: {difference}; sample with the settings of this store, or create another (`open_store` opens it as it is)."
             )
         return cls(files, root)
 
@@ -239,7 +239,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
                 known = {name: content for name, (content, _) in self._known(ids, self.find(ids)).items()}
                 new = admission.new_rollouts(self._owner, rollouts, vocab_size=vocab_size, generations=self.generations, known=known)
                 if not new:
-                    return self._writer.settle(None)
+                    return (self._writer if rollouts else self._proven_writer).settle(None)
                 if self._proven_writer.add_rollouts(new, len(self)):
                     return None
         finally:

@@ -13,7 +13,7 @@ from lopd.backends.ragged import LogprobDtype
 from lopd.backends.sealing import damaged
 from lopd.errors import CorruptStoreError, InvalidRecordError, StoreExistsError, StoreNotFoundError
 from lopd.records.lineage import LINEAGE_FILE
-from lopd.records.manifest import Manifest
+from lopd.records.manifest import Manifest, Provenance
 from lopd.records.stored import parse
 
 _MODEL_FILES = ("config.json", "adapter_config.json", "model.safetensors", "adapter_model.safetensors")
@@ -25,7 +25,7 @@ class Root:
 
     Args:
         manifest: what all rollouts have in common.
-        logprob_dtype: how log-probs are kept.
+        logprob_dtype: how log-probs are kept; labels are kept in float32, as they may be any number.
         creation: no other store has it.
         chained: whether each record says its store, its number and the record before it; those of older stores need not.
     """
@@ -34,6 +34,11 @@ class Root:
     logprob_dtype: LogprobDtype
     creation: str = field(factory=lambda: uuid4().hex)
     chained: bool = True
+
+    def formats(self, provenance: Provenance | None = None) -> tuple[int, LogprobDtype]:
+        """Return the size of the vocabulary, and the type of rollouts' log-probs, or of a column's values."""
+        label = provenance is not None and provenance.label
+        return self.manifest.tokenizer.vocab_size, "float32" if label else self.logprob_dtype
 
 
 @frozen

@@ -59,7 +59,8 @@ def lm_head(model: Any, vocab_size: int) -> LMHead:
     rows = layer.weight.shape[0]
     if rows < vocab_size:
         raise ModelError(
-            f"Model {name}: its head has {rows} rows, expected at least the tokenizer's {vocab_size} ids; resize the token embeddings."
+            f"Model {getattr(base.config, '_name_or_path', '') or name}: its head has {rows} rows, expected at least the tokenizer's {vocab_size} "
+            "ids; load the tokenizer that belongs to it, or resize the token embeddings."
         )
     bias = getattr(layer, "bias", None)
     return LMHead(

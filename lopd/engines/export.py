@@ -1,7 +1,7 @@
 """A trained model as a folder that engines load: it replaces what was there as a whole, or not at all.
 
 The new folder is written beside the old one, flushed, and then takes its place in one move.  Files of yours (notes, logs) move along.
-What no export wrote is never replaced: the new export then stands beside it, and an error says where.
+What no export wrote, and a student of other teachers, is never replaced: the new export then stands beside it, and an error says where.
 `lopd.json` names the files of an export, which is how the next one knows them.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lopd.engines.causal_lm import unwrap
-from lopd.errors import LopdError, ModelError, StoreExistsError, StoreWriteError
+from lopd.errors import CorruptStoreError, LopdError, ModelError, StoreExistsError, StoreWriteError
 from lopd.records.flush import flush
 from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.paths import read_regular
@@ -76,7 +76,8 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
 
     Raises:
         ModelError: transformers refuses to save the model or the tokenizer.
-        StoreExistsError: the folder holds what no export wrote and this one would replace; the export is in the folder that the message names.
+        StoreExistsError: the folder holds what no export wrote and this one would replace, or a student of other teachers; the export is in the
+            folder that the message names.
         StoreWriteError: the disk refused.
     """
     owner, folder = f"Export {folder}", folder.expanduser().resolve()
@@ -105,7 +106,7 @@ def _saving(owner: str, what: str) -> Iterator[None]:
         raise
     except (OSError, SafetensorError) as error:
         raise StoreWriteError(
-            f"{owner}: {what} cannot be written ({error}); what was there is as it was, so make room, or export elsewhere."
+            f"{owner}: {what} cannot be written ({error}); what was there is as it was, so free space or mend permissions, or export elsewhere."
         ) from error
     except Exception as error:  # whatever a tokenizer or a model raises that cannot be saved
         reason = " ".join(str(error).split())[:300].rstrip(".")
@@ -139,7 +140,7 @@ def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path
     old = folder.parent / f".{folder.name}.old"
     if old.exists() and not folder.exists():  # an exchange by two moves was cut short between them
         old.rename(folder)
-    objection = _objection(model, folder, written) if folder.exists() else None
+    objection = _objection(model, Lineage.read(fresh), folder, written) if folder.exists() else None
     if objection is not None:
         aside = folder.parent / f"{folder.name}-export"
         _place(owner, model, fresh, written, aside)
@@ -151,7 +152,7 @@ def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _objection(model: Any, folder: Path, written: list[str]) -> str | None:
+def _objection(model: Any, lineage: Lineage, folder: Path, written: list[str]) -> str | None:
     """Return why an export of these files must not replace this folder, in a clause."""
     if not folder.is_dir():
         return "it is a file, expected a folder"
@@ -167,7 +168,18 @@ def _objection(model: Any, folder: Path, written: list[str]) -> str | None:
     root = folder / LINEAGE_FILE
     if (folder / "zarr.json").exists() or (root.exists() and b"opd_teacher" not in read_regular(root, LARGEST_JSON)):
         return "it is a store"
-    return None
+    return _other_student(folder, lineage)
+
+
+def _other_student(folder: Path, lineage: Lineage) -> str | None:
+    """Return what the folder holds, in a clause, unless no teacher of it is recorded, or its teachers are those of the new export."""
+    try:
+        held = Lineage.read(folder)
+    except CorruptStoreError:
+        return f"its {LINEAGE_FILE} cannot be read"
+    if (held.sft_teacher, held.opd_teacher) in ((None, None), (lineage.sft_teacher, lineage.opd_teacher)):
+        return None
+    return f"it holds a student of other teachers (SFT {held.sft_teacher}, OPD {held.opd_teacher})"
 
 
 def _holds_this_process(folder: Path) -> bool:

@@ -5,17 +5,14 @@ settings that decide what is computed from them (`lopd.engines.configs`).  `fold
 (`lopd.engines.stored`), a few at a time, whatever the size of the model.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from attrs import define
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from lopd.engines.adapters import keep_precision
@@ -24,16 +21,11 @@ from lopd.engines.conditions import check_loaded
 from lopd.engines.configs import function_settings, rope_moves
 from lopd.engines.derived import changed_buffers
 from lopd.engines.effective import Weight, effective_weights
+from lopd.engines.finding import check_described, local_folder, looking_for
 from lopd.engines.stored import StoredModel, stored_places
-from lopd.errors import EngineError, LopdError, ModelError
+from lopd.errors import EngineError
 from lopd.records.checks import check_kind
 from lopd.records.identity import ModelId, hash_function
-from lopd.records.lineage import refuse_store
-from lopd.records.paths import local_path
-
-#: Seconds for the hub to answer at all.
-_PATIENCE_S = 10.0
-_DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 def model_id(model: Any) -> ModelId:
@@ -140,18 +132,15 @@ def folder_model_id(folder: str | Path, dtype: torch.dtype | None = None) -> Mod
             otherwise than the loaded model does: take the identity of the loaded model, or state one.
     """
     folder = local_folder(folder)
+    check_described(folder)
     with looking_for(folder):
         if (folder / "adapter_config.json").exists():
             adapted = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
             keep_precision(adapted, folder)
             dtype, revision = adapted.dtype, _revision(adapted, Weight.read, capped=True)
-        elif (folder / "config.json").exists():
+        else:
             stored = StoredModel(folder, dtype := dtype or folder_dtype(folder))
             revision = _revision(stored.model, stored.read, capped=True)
-        else:
-            raise ModelError(
-                f"Model {folder}: it holds neither config.json nor adapter_config.json, expected a model; save one there, or pass `identity=`."
-            )
     return ModelId(_folder_name(folder), revision, _name_of(dtype))
 
 
@@ -170,79 +159,6 @@ def folder_dtype(folder: str | Path) -> torch.dtype:
         with safe_open(path, "pt") as file:
             dtype: torch.dtype = file.get_tensor(first).dtype
     return dtype
-
-
-def find_model(name: str | Path) -> Path:
-    """Return the folder that a model's name is, with `~` expanded; a name in the hub as it is.
-
-    Raises:
-        EngineError: it is a path, and there is no such folder: the hub would be asked for it, again and again.
-    """
-    path = local_path("Model", name, EngineError)
-    is_path = (
-        isinstance(name, Path)
-        or str(name).startswith((".", "/", "~"))
-        or len(path.parts) > 2
-        or (len(path.parts) > 1 and path.parent.is_dir())
-    )
-    if is_path and not path.exists():
-        raise _not_loaded(name, f"there is no such folder, seen from {Path.cwd()}")
-    refuse_store("Model", path, EngineError)
-    return path
-
-
-@contextmanager
-def looking_for(name: str | Path) -> Iterator[Path]:
-    """Give what `find_model` does; turn what goes wrong while a model is looked for and read into one sentence.
-
-    Raises:
-        EngineError: there is no such folder, no such model in the hub or its cache, or it cannot be read.
-    """
-    found = find_model(name)
-    if not found.exists():
-        _reach_hub(name)
-    try:
-        yield found
-    except LopdError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
-        raise _not_loaded(name, (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")) from error
-
-
-def _reach_hub(name: str | Path) -> None:
-    """Ask the hub once for a model that is not in its cache: huggingface_hub tries each file for most of a minute."""
-    described = (try_to_load_from_cache(str(name), file) for file in ("config.json", "adapter_config.json"))
-    if constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in described):
-        return
-    try:
-        HfApi().model_info(str(name), timeout=_PATIENCE_S)
-    except Exception as error:  # of the hub, or of its HTTP library
-        raise _not_loaded(
-            name, f"{type(error).__name__} of {constants.ENDPOINT}: {str(error).strip().splitlines()[0]}".rstrip(".")
-        ) from error
-
-
-def _not_loaded(name: str | Path, reason: str) -> EngineError:
-    return EngineError(
-        f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; check the path, and "
-        "HF_HUB_OFFLINE, proxies and certificates of the environment if it is to be downloaded."
-    )
-
-
-def local_folder(name: str | Path, *, weights: bool = True) -> Path:
-    """Return a folder as it is, or the local snapshot of a hub name; it is downloaded unless it is there or HF_HUB_OFFLINE is set.
-
-    Args:
-        name: a folder, or a name in the hub.
-        weights: whether the weights have to be there too, or only what stands beside them.
-
-    Raises:
-        EngineError: there is no such folder or snapshot.
-    """
-    with looking_for(name) as found:
-        if found.is_dir():
-            return found
-        return Path(snapshot_download(str(name), allow_patterns=[*_DESCRIPTIONS, *(["*.safetensors"] if weights else [])]))
 
 
 def _revision(model: Any, read: Callable[[Weight], Tensor], *, capped: bool = False) -> str:

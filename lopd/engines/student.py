@@ -139,13 +139,15 @@ class CausalLMStudent(nn.Module):
         A full model is written as one; adapters in peft's own format (for an engine that wants one model, merge
         them, save that, and write the lineage beside it).
 
-        The folder appears whole or not at all.  An earlier export in it is replaced, lineage included; other files in it, such as notes, are kept.
+        The folder appears whole or not at all.  An earlier export of the same teachers is replaced, lineage included; other files in it, such as
+        notes, are kept.
 
         Raises:
             ArgumentError: an argument is something else, such as the lineage in place of the tokenizer.
             TokenizerMismatchError: the tokenizer is not the one whose ids the student reads.
-            StoreExistsError: the folder holds weights, or files of a model, that no export wrote, or the model that the adapters are for, or the
-                working directory; nothing in it is touched, and the export is in the folder that the message names.
+            StoreExistsError: the folder holds weights, or files of a model, that no export wrote, a student of other teachers (like the SFT student),
+                the model that the adapters are for, or the working directory; nothing in it is touched, and the export is in the folder that the
+                message names.
             ModelError: transformers refuses to save the model or the tokenizer.
             StoreWriteError: the disk refused.  After each of these the folder is as it was.
         """

@@ -6,7 +6,6 @@ With another teacher the offline gradient has a bias that does not vanish at the
 Judged from recorded weights, never from names that somebody typed.
 """
 
-import warnings
 from collections.abc import Iterable, Sequence
 from enum import Enum
 
@@ -19,6 +18,7 @@ from lopd.records.identity import UNKNOWN, HasVocabulary, TokenizerId, mixture_i
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
+from lopd.records.warn import warn_user
 
 
 class ConsistencyPolicy(Enum):
@@ -54,11 +54,10 @@ def check_teacher_consistency(
         )
     for teacher, wrong in zip(teachers, inconsistencies(manifest, teachers), strict=True):
         if wrong is None and teacher.privileged and policy is not ConsistencyPolicy.PRIVILEGED:
-            warnings.warn(
+            warn_user(
                 f"Policy {manifest.policy}: the scoring teacher is {_who(manifest, teacher)} after other prompts than the policy's, of which teacher "
                 "consistency does not speak; pass `consistency=ConsistencyPolicy.PRIVILEGED` if this is meant.",
                 TeacherConsistencyWarning,
-                stacklevel=3,
             )
         if wrong is None or (policy is ConsistencyPolicy.RESIDUALISE and teacher.residual):
             continue
@@ -66,10 +65,28 @@ def check_teacher_consistency(
             raise TeacherConsistencyError(
                 f"{wrong}; its scores are {teacher.logprobs_mode}, expected a residual: write one with `lopd.residualise`."
             )
-        message = f"{wrong}; {_remedy(manifest, teacher)}, or pass `consistency=ConsistencyPolicy.WARN` if you know why they differ."
+        message = _objection(manifest, teacher, wrong)
         if policy is not ConsistencyPolicy.WARN:
             raise TeacherConsistencyError(message)
-        warnings.warn(message, TeacherConsistencyWarning, stacklevel=3)
+        warn_user(message, TeacherConsistencyWarning)
+
+
+def judge_scorer(store: LogprobReader, scored: Provenance) -> None:
+    """Warn of scores, before they are paid for, that `check_teacher_consistency` would refuse as those of a teacher.
+
+    Not of the policy's own, which are a reference; and not where the writer of the rollouts is unknown: then they are not a policy's samples.
+    """
+    policies = (store.manifest.policy, *store.generations.values())
+    (wrong,) = inconsistencies(store.manifest, [scored])
+    if wrong is None or UNKNOWN in policies or any(map(scored.is_of, policies)) or _is_one_of_several(store.manifest, scored):
+        return
+    warn_user(_objection(store.manifest, scored, wrong), TeacherConsistencyWarning)
+
+
+def _objection(manifest: Manifest, teacher: Provenance, wrong: str) -> str:
+    return (
+        f"{wrong}; {_remedy(manifest, teacher)}, or train with `batches(consistency=ConsistencyPolicy.WARN)` if you know why they differ."
+    )
 
 
 def _remedy(manifest: Manifest, teacher: Provenance) -> str:
@@ -81,8 +98,9 @@ def _remedy(manifest: Manifest, teacher: Provenance) -> str:
         return f"if it is that model in {in_use}, score with it in {wanted}, for rounded weights are another model's; else SFT on its text"
     if sft is None:
         return (
-            "if that teacher wrote the SFT text, say so beside the weights before you sample (`Lineage.of(TEACHER)"
-            ".write(FOLDER)`), else find out who wrote the SFT text (`lopd.audit`) and score with that teacher"
+            "a store keeps what was known when it was sampled, so if that teacher wrote the SFT text, record it beside the policy's weights "
+            "(`Lineage.of(TEACHER).write(FOLDER)`) and sample again into another store; else find out who wrote it (`lopd.audit`) and score with "
+            "that teacher"
         )
     if _is_one_of_several(manifest, teacher):
         return "let each of them score the rollouts of its own prompts (`batches(teacher={column: prompts})`), or residualise"
@@ -98,7 +116,7 @@ def inconsistencies(manifest: Manifest, teachers: Sequence[Provenance]) -> list[
     if sft is not None and teachers and sft.same_weights(mixture_id([teacher.model for teacher in teachers])):
         return [None] * len(teachers)
     clauses = (
-        f"Policy {manifest.policy}: its SFT teacher is {sft or 'not recorded'}, expected the scoring teacher {teacher.model}"
+        f"Policy {manifest.policy}: its SFT teacher is {sft or 'not recorded'}, and the scoring teacher is {teacher.model}, expected the same model"
         for teacher in teachers
     )
     return [None if _who(manifest, teacher) else clause for teacher, clause in zip(teachers, clauses, strict=True)]

@@ -1,6 +1,5 @@
 """What a run shows of itself at its first step: whether it trains what its author thinks it trains.  Later steps pay nothing for it."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,15 +10,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lopd.errors import AdvantageWarning, DriftWarning, TrainingWarning
-from lopd.protocols import StatesBaseline, StatesCorrection
+from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels
 from lopd.records.drift import Drift
-from lopd.records.steps import Batch
+from lopd.records.steps import Batch, Step
+from lopd.records.warn import warn_user
 
 #: Nats a token between student and teacher: beyond it the teacher finds a typical token of the student seven times less likely.  After SFT on
 #: the teacher's text it is a few tenths.
 MAX_DISTANCE = 2.0
 #: Share of effective rollouts: before its first update a student is the policy that sampled, and all are effective up to rounding.
 MIN_ESS = 0.5
+#: Nats a token between student and policy before the first update: far beyond what rounding, or another engine, makes of one model.
+MAX_KL = 0.1
 #: Share of the weights with a gradient that one step must change; in bfloat16 at a rate of 1e-5 it is a seventh, in float32 nearly all.
 MIN_MOVED = 0.5
 #: Below this norm a gradient is rounding, and weights that stay where they are show nothing.
@@ -36,7 +38,7 @@ def _warn_once(optimizer: Optimizer, subject: str, message: str, category: type[
     said = _said.setdefault(optimizer, set())
     if subject not in said:
         said.add(subject)
-        warnings.warn(message, category, stacklevel=4)
+        warn_user(message, category)
 
 
 def judge_optimizer(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None:
@@ -59,38 +61,56 @@ def judge_gradients(optimizer: Optimizer, trained: Mapping[str, Tensor]) -> None
         _warn_once(
             optimizer,
             "gradients",
-            f"Student: {len(lacking)} of its {len(trained)} trained parameters got no gradient in the first step; "
+            f"Student: {len(lacking)} of its {len(trained)} trained parameters got no gradient in a whole step; "
             f"{_some(lacking)} stay as they are: freeze them (`requires_grad_(False)`), or leave them out of the adapters' `target_modules`.",
         )
 
 
-def judge_distance(optimizer: Optimizer, loss: object, reverse_kl: float, drift: Drift | None) -> None:
-    """Warn if the student is far from its teacher, or is not the policy that sampled.
+def judge_distance(optimizer: Optimizer, loss: object, step: int, reverse_kl: float) -> None:
+    """Warn if the student is far from its teacher.
 
     Of advantages below 0 under a loss that states that it is `uncorrected`, `lopd.guards.watch` warns.
 
     Args:
         optimizer: whose first step it is.
         loss: the step's loss.
+        step: its number in the run, which is not 0 in a run that was resumed.
         reverse_kl: nats a token.
-        drift: before any update; None where there was one, as in a run that was resumed, or where it was not measured.
     """
     watched = reverse_kl > 0 and isinstance(loss, StatesCorrection) and loss.uncorrected
     if abs(reverse_kl) > MAX_DISTANCE and not watched:
         _warn_once(
             optimizer,
             "distance",
-            f"Student: it is {abs(reverse_kl):.3g} nats a token from its teacher in the first step, expected at most {MAX_DISTANCE:g}; most of its "
+            f"Student: it is {abs(reverse_kl):.3g} nats a token from its teacher in step {step}, expected at most {MAX_DISTANCE:g}; most of its "
             f"advantages are {'below' if reverse_kl > 0 else 'above'} 0: look whether both read the same prompts, and train it longer on the "
             "teacher's text first.",
             AdvantageWarning,
         )
-    if drift is not None and drift.ess < MIN_ESS:
+
+
+def judge_policy(optimizer: Optimizer, step: Step, drift: Drift | None) -> None:
+    """Warn if the student is not the policy that sampled, though it has had no update.
+
+    Args:
+        optimizer: whose first step it is.
+        step: later ones than step 0 pass, as that of a run that was resumed.
+        drift: before the step's update, from the reference policy, or from what the policy reported; None where it was not measured.
+    """
+    if step.index or drift is None:
+        return
+    if step.batches[0].ref_logprobs is not None:
+        far, least = drift.ess < MIN_ESS, f"expected at least {MIN_ESS:.0%}"
+        found = f"{drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, {least}"
+    else:  # nothing forms a ratio, and rounding by another engine leaves few long rollouts effective
+        far = drift.kl > MAX_KL
+        found = f"it is {drift.kl:.3g} nats a token from what the policy reported, expected at most {MAX_KL:g} in the first step"
+    if far:
         _warn_once(
             optimizer,
-            "effective rollouts",
-            f"Student: {drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, expected at least {MIN_ESS:.0%}; it is not "
-            "the policy that sampled them, or has moved far from it: start from that policy's weights and dtype, or sample again.",
+            "policy",
+            f"Student: {found}; it is not the policy that sampled, or has moved far from it: start from "
+            "that policy's weights and dtype, or sample again.",
             DriftWarning,
         )
 
@@ -111,6 +131,17 @@ def judge_baseline(optimizer: Optimizer, loss: object, batches: Sequence[Batch])
             "baseline",
             f"Loss {type(loss).__name__}: it has a baseline, and the weight of a token depends on the length of its response, so the "
             "baseline changes the expected gradient; pass `weighting=by_token` to `batches`, or leave the baseline out.",
+        )
+
+
+def judge_labels(optimizer: Optimizer, loss: object, batches: Sequence[Batch]) -> None:
+    """Warn if batches bring labels to a loss that states that it ignores them."""
+    if isinstance(loss, StatesLabels) and loss.ignores_labels and any(batch.label_values is not None for batch in batches):
+        _warn_once(
+            optimizer,
+            "labels",
+            f"Loss {type(loss).__name__}: it reads no labels, so it trains as without `batches(label=...)`; pass a transform that does "
+            "(`add_labels` or `weigh_labels` of `lopd.losses.variants`), or leave `label` out.",
         )
 
 

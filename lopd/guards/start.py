@@ -242,13 +242,13 @@ def _missing(store: LogprobReader, teacher: str, ref: str) -> Mapping[str, str]:
     said: dict[str, str] = {}
     if without:
         said |= dict.fromkeys(
-            ("overlap", "outside", "bucket_kl"), f"needs top_k in both columns; it is 0, drawn tokens aside, in {without}"
+            ("overlap", "outside", "bucket_kl"), f"needs the most likely tokens (top_k) of both models; they are not stored in {without}"
         )
     elif min(width or 0 for width in widths.values()) < OVERLAPS[-1]:
         kept = " and ".join(f"{width} in {name!r}" for name, width in widths.items())
         said["overlap"] = f"needs k of the model's own most likely tokens in both columns; there are {kept}"
     if widths[teacher] is None:
-        said["sampled_outside"] = f"needs top_k in the teacher's column; it is 0, drawn tokens aside, in {teacher!r}"
+        said["sampled_outside"] = f"needs the teacher's most likely tokens (top_k); they are not stored in {teacher!r}"
     sampling = store.manifest.sampling
     if not sampling.neutral:
         drawn = f"tokens were drawn at temperature {sampling.temperature:g} and top_p {sampling.top_p:g}"

@@ -5,7 +5,6 @@ regression on its log-probs pushes them down long after the student has dropped 
 while the loss does too.  `benchmarks/results/drift.json` has a run of that kind, and what these guards said of it.
 """
 
-import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 
@@ -23,6 +22,7 @@ from lopd.records.drift import TAIL, AdvantageSummary, Drift
 from lopd.records.manifest import SamplingParams
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 from lopd.records.steps import Batch, StepMetrics
+from lopd.records.warn import warn_user
 
 #: Share of advantages in the tail from which a loss without an importance ratio is not to be trusted.
 MAX_TAIL = 0.02
@@ -63,7 +63,11 @@ class DriftLimits:
         measured = {"gain_per_kl": gain / kl if not kl <= self.kl_floor else np.inf, "ratio_mean": ratio, "ess": ess}
         beyond = {name: value for name, value in measured.items() if (low := getattr(self, name)) is not None and not value >= low}
         where = f"over the last {len(recent)} steps, KL {kl:.3g} nats a token"
-        return {name: f"{name} is {value:.3g} ({where}), expected at least {getattr(self, name):g}" for name, value in beyond.items()}
+        what = {"gain_per_kl": " (nats nearer to the teacher for each nat of KL; below 0 is further away)"}
+        return {
+            name: f"{name}{what.get(name, '')} is {value:.3g} ({where}), expected at least {getattr(self, name):g}"
+            for name, value in beyond.items()
+        }
 
 
 _LIMITS = DriftLimits()
@@ -95,11 +99,10 @@ def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -
         for name, sentence in limits.exceeded(recent).items():
             if name not in said:
                 said.add(name)
-                warnings.warn(
-                    f"Step {m.step}: {sentence}; the stored rollouts no longer speak for this student: lower the learning rate or the clip, use "
-                    "the importance ratio, or sample again (`lopd.verbs.refresh`).",
+                warn_user(
+                    f"Step {m.step}: {sentence}; the stored rollouts no longer speak for this student: lower the learning rate or the clip, "
+                    "pass `ratio_to_ref=True` to a loss that has no importance ratio, or sample again (`lopd.refresh_when`).",
                     DriftWarning,
-                    stacklevel=2,
                 )
         yield m
 
@@ -133,13 +136,13 @@ def stored_advantages(
 def judge_advantages(store: LogprobReader, summary: AdvantageSummary | None) -> None:
     """Warn if too many of these advantages are in the tail."""
     if summary is not None and summary.tail > MAX_TAIL:
-        warnings.warn(f"{named(store)}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
+        warn_user(f"{named(store)}: {_objection(summary)}", AdvantageWarning)
 
 
 def judge_loss(loss: object, summary: AdvantageSummary) -> None:
     """Warn if too many of a step's advantages are in the tail for a loss that states that it is `uncorrected` (`StatesCorrection`)."""
     if isinstance(loss, StatesCorrection) and loss.uncorrected and summary.tail > MAX_TAIL:
-        warnings.warn(f"Loss {type(loss).__name__}: {_objection(summary)}", AdvantageWarning, stacklevel=3)
+        warn_user(f"Loss {type(loss).__name__}: {_objection(summary)}", AdvantageWarning)
 
 
 def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool) -> None:
@@ -159,11 +162,10 @@ def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool
         what = "lack the sampler_logprobs that an importance ratio needs"
         remedy = "sample with an engine that records them (a server: `--logprobs-mode processed_logprobs`)"
     if lacking:
-        warnings.warn(
+        warn_user(
             f"{named(store)}: {lacking} of {len(rows)} rollouts {what}, and they were drawn at {bias_of(sampling)}; {remedy}, or sample at "
             "temperature 1 and top_p 1.",
             SamplerWarning,
-            stacklevel=3,
         )
 
 
@@ -180,11 +182,10 @@ def bias_of(sampling: SamplingParams) -> str:
 def judge_ratio(loss: object, batches: Iterable[Batch]) -> None:
     """Warn if a loss states that it is `uncorrected`, and the batches were drawn at another temperature or top-p than 1."""
     if isinstance(loss, StatesCorrection) and loss.uncorrected and any(batch.sampler_logprobs is not None for batch in batches):
-        warnings.warn(
+        warn_user(
             f"Loss {type(loss).__name__}: it has no importance ratio, and its tokens were not drawn at temperature 1 and top_p 1, so the gradient "
             "is biased before the student has moved; pass `ratio_to_ref=True`.",
             SamplerWarning,
-            stacklevel=3,
         )
 
 

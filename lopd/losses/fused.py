@@ -141,6 +141,8 @@ class FusedSFTLoss:
 
     chunking: Chunking = DEFAULT_CHUNKING
 
+    ignores_labels = True
+
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Return weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0."""
         return FusedLoss(OPDObjective.sft(), self.chunking)(hidden_ND, head, batch)

@@ -17,7 +17,7 @@ from lopd.errors import InvalidRecordError
 from lopd.losses import functional
 from lopd.losses.divergences import reverse_kl
 from lopd.losses.tokens import Tokens as Tokens  # noqa: PLC0414 (a public name of this module)
-from lopd.protocols import StatesBaseline, StatesCorrection
+from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels
 from lopd.records.checks import check_number, own_numbers
 from lopd.records.steps import LossOutput
 
@@ -68,6 +68,12 @@ def uncorrected(transform: _Function) -> _Function:
 def baselined(transform: _Function) -> _Function:
     """Mark a transform that adds a baseline to advantages, so that guards warn where a weight depends on later tokens."""
     transform.baselined = True  # type: ignore[attr-defined]
+    return transform
+
+
+def with_labels(transform: _Function) -> _Function:
+    """Mark a transform that reads `signal.tokens.labels()`; guards assume so of each that is not lopd's own."""
+    transform.with_labels = True  # type: ignore[attr-defined]
     return transform
 
 
@@ -137,6 +143,11 @@ def is_baselined(part: object) -> bool:
     return isinstance(part, StatesBaseline) and part.baselined
 
 
+def ignores_labels(part: object) -> bool:
+    """Return whether a loss or an objective states that it reads no labels."""
+    return isinstance(part, StatesLabels) and part.ignores_labels
+
+
 class OfObjective:
     """What a loss on an objective, or an objective beside another one, states of itself: what that one does."""
 
@@ -152,6 +163,11 @@ class OfObjective:
     def baselined(self) -> bool:
         """Whether its objective is (`lopd.protocols.StatesBaseline`)."""
         return is_baselined(self.objective)
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether its objective does (`lopd.protocols.StatesLabels`)."""
+        return ignores_labels(self.objective)
 
 
 def _check_clip(owner: object, _: Any, clip: Any) -> None:
@@ -212,6 +228,12 @@ class OPDSettings:
     def baselined(self) -> bool:
         """Whether it has `kl_baseline`, or a transform marked `baselined` (`lopd.protocols.StatesBaseline`)."""
         return self.kl_baseline or any(_is_marked(transform, "baselined") for transform in self.transforms)
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether all of its transforms are lopd's own, and none is marked `with_labels` (`lopd.protocols.StatesLabels`)."""
+        own = [getattr(getattr(transform, "func", transform), "__module__", "") == "lopd.losses.variants" for transform in self.transforms]
+        return all(own) and not any(_is_marked(transform, "with_labels") for transform in self.transforms)
 
     def objective(self) -> "OPDObjective":
         """Return the objective that has these settings."""

@@ -11,7 +11,7 @@ from attrs import evolve, field, frozen
 from torch import Tensor
 
 from lopd.errors import InvalidRecordError
-from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, is_baselined, is_uncorrected
+from lopd.losses.objective import Objective, OfObjective, OPDObjective, OPDSettings, ignores_labels, is_baselined, is_uncorrected
 from lopd.losses.tokens import Tokens, counted_rows
 from lopd.protocols import OPDLoss
 from lopd.records.steps import Batch, LMHead, LossOutput
@@ -60,6 +60,8 @@ class SFTLoss:
     Source: Lightning OPD (arXiv 2604.13010v2), eq. 6.
     """
 
+    ignores_labels = True
+
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Return weighted sums over the counted tokens; the reverse KL of a loss without a teacher is 0."""
         return ReferenceLoss(OPDObjective.sft())(hidden_ND, head, batch)
@@ -91,6 +93,11 @@ class WeightedLoss:
     def baselined(self) -> bool:
         """Whether any of its terms is (`lopd.protocols.StatesBaseline`)."""
         return any(is_baselined(loss) for _, loss in self.terms)
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether all of its terms do (`lopd.protocols.StatesLabels`)."""
+        return all(ignores_labels(loss) for _, loss in self.terms)
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Return weighted sums over the counted tokens."""

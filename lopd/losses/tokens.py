@@ -97,7 +97,7 @@ class Tokens:
 
     def ref(self) -> Tensor:
         """Return the reference policy's log-probs at temperature 1; MissingScoresError where the batch has none."""
-        return _present(self.ref_logprobs, "Batch: ref_logprobs", "a score column; name it in `batches(ref=...)`")
+        return _present(self.ref_logprobs, "Batch: ref_logprobs", 'those of the policy that sampled; pass `batches(ref="behavior")`')
 
     def sampler(self) -> Tensor:
         """Return the log-probs in the distribution that drew the tokens: an importance ratio is to these.

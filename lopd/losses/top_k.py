@@ -74,6 +74,7 @@ class TopKObjective:
 
     per_token = True  # a divergence looks at each token alone
     wants_entropy = False
+    ignores_labels = True
 
     def __attrs_post_init__(self) -> None:
         if self.residual:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lopd.losses import functional
-from lopd.losses.objective import Signal, baselined, per_token, uncorrected, with_entropy
+from lopd.losses.objective import Signal, baselined, per_token, uncorrected, with_entropy, with_labels
 from lopd.records.checks import check_at_least, check_number, to_real
 
 _LEAST_RANGE = 2e-3
@@ -246,6 +246,7 @@ def entropy_advantage(signal: Signal) -> Signal:
 @baselined
 @uncorrected
 @per_token
+@with_labels
 def add_labels(signal: Signal, scale: float = 1.0) -> Signal:
     r"""Make the advantage \(A + \lambda\,(y - \bar y)\): OPD plus reward, y being the label and \(\bar y\) the mean of its prompt's
     rollouts.
@@ -269,6 +270,7 @@ def add_labels(signal: Signal, scale: float = 1.0) -> Signal:
 
 @uncorrected
 @per_token
+@with_labels
 def weigh_labels(signal: Signal, by: Callable[[Tensor], Tensor]) -> Signal:
     r"""Return weights times a function of the label, \(w\,f(y)\); a gate, where f is 0 or 1: `partial(weigh_labels, by=lambda labels: labels == 1)`.
 

@@ -4,13 +4,17 @@ Each docstring states the contract that the *weakest* implementation must keep. 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import Parameter
 
+from lopd.protocols.stated import StatesBaseline as StatesBaseline
+from lopd.protocols.stated import StatesCorrection as StatesCorrection
+from lopd.protocols.stated import StatesLabels as StatesLabels
+from lopd.protocols.stated import StatesName as StatesName
 from lopd.records.identity import ModelId, TokenizerId
 from lopd.records.manifest import Commit, Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores
@@ -146,7 +150,7 @@ class LogprobWriter(Protocol):
         """Add rollouts.  Those that are already there, with the same content, are skipped.
 
         Content is token ids and loss mask.  A rollout that is appended again keeps the `behavior_logprobs`, the `sampler_logprobs` and the
-        `finish_reason` that came first: a repeated request may give the same tokens with log-probs that are rounded otherwise.
+        `finish_reason` that came first: a repeated request may round log-probs otherwise.  A call without rollouts asks whether it may write.
 
         Raises:
             ConflictError: other content under an id that is there, or twice in the call.
@@ -215,36 +219,6 @@ class OPDLoss(Protocol):
 
     def __call__(self, hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
         """Return weighted sums over the batch's tokens; never a mean, the loop divides once."""
-        ...
-
-
-@runtime_checkable
-class StatesCorrection(Protocol):
-    """What a loss, or its objective, may state besides, so that guards can warn of it; without it they do not warn."""
-
-    @property
-    def uncorrected(self) -> bool:
-        """Whether it takes the stored rollouts for the student's own: it has neither an importance ratio nor another answer to drift."""
-        ...
-
-
-@runtime_checkable
-class StatesBaseline(Protocol):
-    """What a loss, or its objective, may state besides, likewise."""
-
-    @property
-    def baselined(self) -> bool:
-        """Whether it adds a baseline to advantages, which is neutral only if the weight of a token does not depend on later ones."""
-        ...
-
-
-@runtime_checkable
-class StatesName(Protocol):
-    """What a store may state besides; messages name one that does not by its `repr`."""
-
-    @property
-    def name(self) -> str:
-        """Kind and place, in a few words."""
         ...
 
 

@@ -20,6 +20,7 @@ from lopd.records.identity import TokenizerId as TokenizerId
 from lopd.records.identity import fingerprint_tokenizer as fingerprint_tokenizer
 from lopd.records.identity import mixture_id as mixture_id
 from lopd.records.lineage import Lineage as Lineage
+from lopd.records.lineage import StoreId as StoreId
 from lopd.records.manifest import Commit as Commit
 from lopd.records.manifest import Manifest as Manifest
 from lopd.records.manifest import Provenance as Provenance

@@ -29,28 +29,29 @@ _WIDEST = 2.0
 
 @frozen
 class Estimate:
-    """A mean and its 95 % interval.
+    """A mean and its 95 % interval, whose ends need not be equally far from the mean.
 
     Args:
         mean: in the unit of what was measured.
-        ci95: distance from the mean to the farther end of the interval, so mean ± ci95 contains it; infinite for one draw,
-            unless it is of scores, which are bounded.
+        low, high: ends of the interval; infinite for one draw, unless it is of scores, which are bounded.
         clusters: independent draws behind it (prompts; rollouts where their prompts are unknown).
         values: all values behind it (tokens, for a mean per token).
-        low, high: ends of the interval.
+
+    Attributes:
+        ci95: distance from the mean to the farther end, so mean ± ci95 contains the interval.
     """
 
     mean: float
-    ci95: float
+    low: float
+    high: float
     clusters: int
     values: int
-    low: float = field(default=Factory(lambda self: self.mean - self.ci95, takes_self=True))
-    high: float = field(default=Factory(lambda self: self.mean + self.ci95, takes_self=True))
+    ci95: float = field(init=False, default=Factory(lambda self: max(self.mean - self.low, self.high - self.mean), takes_self=True))
 
-    @classmethod
-    def between(cls, low: float, mean: float, high: float, *, clusters: int, values: int) -> "Estimate":
-        """Return an estimate whose interval has these ends."""
-        return cls(mean, max(mean - low, high - mean), clusters, values, low, high)
+    def __str__(self) -> str:
+        """Return the mean and the ends of the interval."""
+        interval = f"95 %: {self.low:.4f} to {self.high:.4f}" if math.isfinite(self.ci95) else "one draw has no interval"
+        return f"{self.mean:.4f} ({interval})"
 
 
 @frozen(eq=False)
@@ -153,7 +154,7 @@ def mean_score(scores_BN: Float64Array) -> Estimate:
     trials = prompts * (variance + extra) / (float(scores_BN.mean(axis=1).var()) + extra)
     centre, half = score + z**2 / (2 * trials), z * math.sqrt(variance / trials + (z / (2 * trials)) ** 2)
     low, high = ((centre + side) / (1 + z**2 / trials) for side in (-half, half))
-    return Estimate.between(min(max(low, 0.0), score), score, max(min(high, 1.0), score), clusters=prompts, values=scores_BN.size)
+    return Estimate(score, min(max(low, 0.0), score), max(min(high, 1.0), score), prompts, scores_BN.size)
 
 
 def t_cdf(t: float, freedom: int) -> float:
@@ -183,11 +184,11 @@ def _estimate(parts: Sequence[tuple[int, RolloutSums]]) -> Estimate:
     draws, values = len(parts[0][1].sums), int(parts[0][1].counts.sum())
     value, features_PBF = _features(parts)
     if draws == 1:
-        return Estimate(value, math.inf, draws, values)
+        return Estimate(value, -math.inf, math.inf, draws, values)
     error, t = _error(features_PBF), t_quantile(0.975, draws - 1)
     lowest, highest = _bootstrap_t(features_PBF) if draws in _RESAMPLED else (-t, t)
     below, above = (min(max(reach, t), _WIDEST * t) * error for reach in (highest, -lowest))  # t is (mean - truth) / error
-    return Estimate.between(value - below, value, value + above, clusters=draws, values=values)
+    return Estimate(value, value - below, value + above, draws, values)
 
 
 def _features(parts: Sequence[tuple[int, RolloutSums]]) -> tuple[float, Float64Array]:

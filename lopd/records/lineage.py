@@ -1,27 +1,55 @@
-"""Who taught a student: its lineage, which is kept beside its weights."""
+"""Who taught a student, and on which rollouts: its lineage, which is kept beside its weights."""
 
 import json
 import re
 from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
+import numpy as np
 from attrs import asdict, frozen
+from numpy.typing import NDArray
 
-from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError
+from lopd.errors import CorruptStoreError, InvalidRecordError, LopdError, StoreWriteError
 from lopd.records.identity import ModelId, mixture_id
+from lopd.records.manifest import Manifest
 from lopd.records.optional import need
 from lopd.records.paths import local_path, read_regular
-from lopd.records.stored import LARGEST_JSON, parse, read_as
+from lopd.records.stored import LARGEST_JSON, Count, parse, read_as
 
 LINEAGE_FILE = "lopd.json"
 
 
+@frozen
+class StoreId:
+    """The rollouts of a store when something was trained on it; a store that has grown since still begins with them.
+
+    Args:
+        rollouts: how many there were.
+        digest: hash of vocabulary, policy and sampling, and of the lengths of these rollouts.
+    """
+
+    rollouts: Count
+    digest: str
+
+    @classmethod
+    def of(cls, manifest: Manifest, lengths_N2: NDArray[np.int64]) -> "StoreId":
+        """Return the identity of N rollouts, from their prompt and response tokens; nothing is read of what they hold."""
+        # a setting that a later version adds does not change the hash of what was sampled without it
+        sampling = asdict(manifest.sampling, filter=lambda setting, value: value != setting.default)
+        what = [manifest.tokenizer.vocab_hash, manifest.policy.revision, manifest.generation, sampling]
+        digest = blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=16)
+        digest.update(np.ascontiguousarray(lengths_N2, "<i8").tobytes())
+        return cls(len(lengths_N2), digest.hexdigest())
+
+
 class _Recorded(TypedDict):
-    """The part of a lineage file that `Lineage` reads; exports record more in it."""
+    """The part of a lineage file that `Lineage` reads; exports record more in it, and lopd 0.2 less."""
 
     sft_teacher: ModelId | None
     opd_teacher: ModelId | None
+    store: NotRequired[StoreId | None]
 
 
 @frozen
@@ -31,18 +59,21 @@ class Lineage:
     Args:
         sft_teacher: the model that wrote the SFT data; `mixture_id` of several.
         opd_teacher: the model whose scores it was distilled on.
+        store: the rollouts that it was trained on last; None if they were not recorded.
 
     Raises:
-        InvalidRecordError: a teacher is not a `ModelId`.
+        InvalidRecordError: a teacher is not a `ModelId`, or the store not a `StoreId`.
     """
 
     sft_teacher: ModelId | None = None
     opd_teacher: ModelId | None = None
+    store: StoreId | None = None
 
     def __attrs_post_init__(self) -> None:
-        for name, model in asdict(self, recurse=False).items():
-            if not isinstance(model, ModelId | None):
-                raise InvalidRecordError(f"Lineage: {name} is {model!r:.80}, expected a ModelId; pass `scorer.provenance.model`.")
+        for name, value in asdict(self, recurse=False).items():
+            kind, remedy = (StoreId, "`batches(store).lineage.store`") if name == "store" else (ModelId, "`scorer.provenance.model`")
+            if not isinstance(value, kind | None):
+                raise InvalidRecordError(f"Lineage: {name} is {value!r:.80}, expected a {kind.__name__}; pass {remedy}.")
 
     @classmethod
     def of(cls, *writers: str | Path | ModelId) -> "Lineage":
@@ -68,14 +99,17 @@ class Lineage:
         Raises:
             InvalidRecordError: the folder is not there, or is a store.
             CorruptStoreError: there is a lineage that cannot be read.
+            StoreWriteError: the operating system refuses.
         """
-        folder = local_path("Lineage", folder)
-        if not folder.is_dir():
-            raise InvalidRecordError(f"Lineage {folder}: there is no such folder, expected a model's; check the path.")
-        self.read(folder)
+        self.read(folder := local_path("Lineage", folder))
         path = folder / LINEAGE_FILE
         there = parse(read_regular(path, LARGEST_JSON)) if path.exists() else {}
-        path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
+        try:
+            path.write_text(json.dumps({**there, **asdict(self)}, indent=1) + "\n")
+        except OSError as error:
+            raise StoreWriteError(
+                f"Lineage {path}: it cannot be written ({error}); check the folder's permissions and the space."
+            ) from error
 
     @classmethod
     def read(cls, folder: str | Path) -> "Lineage":
@@ -83,9 +117,11 @@ class Lineage:
 
         Raises:
             CorruptStoreError: the file is not what lopd wrote.
-            InvalidRecordError: the folder is a store.
+            InvalidRecordError: the folder is not there, or is a store.
         """
         refuse_store("Lineage", folder := local_path("Lineage", folder))
+        if not folder.is_dir():
+            raise InvalidRecordError(f"Lineage {folder}: there is no such folder, expected a model's; check the path.")
         path = folder / LINEAGE_FILE
         if not path.exists():
             return cls()

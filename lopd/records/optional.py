@@ -20,4 +20,5 @@ def need(package: str, owner: str, extra: str = "hf") -> Any:
     try:
         return import_module(package)
     except ImportError as error:
-        raise MissingDependencyError(f"{owner}: {package.partition('.')[0]} is not installed; pip install 'lopd[{extra}]'.") from error
+        lacking = getattr(error, "name", None) or package
+        raise MissingDependencyError(f"{owner}: {lacking.partition('.')[0]} is not installed; pip install 'lopd[{extra}]'.") from error

@@ -18,12 +18,14 @@ def path_text(owner: str, path: str | os.PathLike[str], refusal: type[LopdError]
     """Return a path or URL as text.
 
     Raises:
-        LopdError: an error of class `refusal`; it is something else, for example bytes.
+        LopdError: an error of class `refusal`; it is something else, for example bytes, or it is empty.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         # what it holds may be a secret
         raise refusal(f"{owner}: the path is of type {type(path).__name__}, expected text or a Path; pass one.")
+    if not text.strip():
+        raise refusal(f"{owner}: the path is {text!r}, expected the name of a file, a folder or a URL; pass one.")
     return text
 
 
@@ -55,6 +57,15 @@ def path_or_url(owner: str, path: str | os.PathLike[str], refusal: type[LopdErro
     """Return a URL as it is, and a path of this machine as `local_path` does; raises as that does."""
     text = path_text(owner, path)
     return text if "://" in text else str(local_path(owner, text, refusal))
+
+
+def names_path(name: str) -> bool:
+    r"""Return whether what should be a name in a hub is a path, of this machine or of another.
+
+    >>> [names_path(name) for name in ("org/base", "gpt2", "./base", "~bob/base", "file:///base", r"C:\base", "runs/tiny/base")]
+    [False, False, True, True, True, True, True]
+    """
+    return bool(re.match(r"[.~/\\]|file:|[A-Za-z]:[/\\]", name)) or "\\" in name or name.count("/") > 1 or os.path.isdir(name)  # noqa: PTH112
 
 
 def without_secrets(url: str) -> str:

@@ -13,13 +13,14 @@ from attrs import frozen
 
 from lopd.errors import InvalidRecordError, PromptError
 from lopd.records.arrays import BoolArray, to_floats, to_ids, to_mask
+from lopd.records.plain import plain
 from lopd.records.rollouts import FinishReason, floor_logprobs
 from lopd.records.turns import Turn, split
 
 
 @frozen
 class _Keys:
-    """Where a sequence has its tokens; all but the prompt have one entry for each response token."""
+    """Where a sequence has its tokens; all but the prompt have one entry for each response token.  Without a mask, all were drawn."""
 
     prompt: str
     response: str
@@ -28,12 +29,14 @@ class _Keys:
 
 
 _CALL = _Keys("prompt_ids", "completion_ids", "completion_mask", "completion_logprobs")
+_TRIPLET = _Keys("prompt_ids", "completion_ids", "", "completion_logprobs")
 _SEQUENCES = (
     _Keys("prompts", "responses", "response_mask", "rollout_log_probs"),
     _Keys("prompt_ids", "response_ids", "response_mask", "response_logprobs"),
     _CALL,
     _Keys("", "token_ids", "mask", "logprobs"),
 )
+_ENDINGS = ("is_truncated", "finish_reason")
 #: Forms of a record, for messages.
 FORMS = "; ".join([*("+".join(filter(None, (k.prompt, k.response, k.drawn))) for k in _SEQUENCES), "trajectory", "triplets", "messages"])
 
@@ -44,7 +47,8 @@ def reason_of(record: Mapping[str, Any], where: str) -> FinishReason | None:
     Raises:
         PromptError: it says something else.
     """
-    reason = "length" if record.get("is_truncated") else record.get("finish_reason")
+    truncated, reason = (plain(record.get(key), where) for key in _ENDINGS)
+    reason = "length" if truncated else reason
     if reason not in (None, "stop", "length", "tool_calls"):
         raise PromptError(f"{where}: its finish_reason is {reason!r:.40}, expected 'stop', 'length' or 'tool_calls'; drop the record.")
     return None if reason is None else "length" if reason == "length" else "stop"
@@ -59,10 +63,16 @@ def turns_in(record: Mapping[str, Any], where: str) -> list[Turn] | None:
     """
     there = {key for key, value in record.items() if value is not None}
     steps = next((key for key in ("trajectory", "triplets") if key in there), None)
-    keys = _CALL if steps else next((k for k in _SEQUENCES if there >= {k.prompt, k.response, k.drawn} - {""}), None)
+    if steps is not None:
+        keys: _Keys | None = _CALL if steps == "trajectory" else _TRIPLET
+        calls = list(_calls(where, steps, record[steps]))
+        # how the last call ended may stand in the record alone
+        calls[-1:] = [(at, {**call, **{key: record.get(key) for key in _ENDINGS if call.get(key) is None}}) for at, call in calls[-1:]]
+    else:
+        keys = next((k for k in _SEQUENCES if there >= {k.prompt, k.response, k.drawn} - {""}), None)
+        calls = [(where, record)]
     if keys is None:
         return None
-    calls = [(where, record)] if steps is None else _calls(where, steps, record[steps])
     turns = [turn for at, call in calls for turn in _sequence(at, call, keys)]
     if not turns:
         raise PromptError(f"{where}: its policy drew 0 tokens, expected at least 1; look at its mask, or drop the record.")
@@ -78,10 +88,9 @@ def _calls(where: str, key: str, steps: Any) -> Iterator[tuple[str, Mapping[str,
             continue
         prompt, response = _mapping(at, step, "prompt"), _mapping(at, step, "response")
         ids, logprobs = response.get("token_ids"), response.get("logprobs")
-        if isinstance(logprobs, Sequence) and all(isinstance(token, Mapping) for token in logprobs):
+        if isinstance(logprobs, Sequence | np.ndarray) and all(isinstance(token, Mapping) for token in logprobs):
             logprobs = [token.get("logprob") for token in logprobs]
-        values = (prompt.get("token_ids"), ids, [1] * len(ids or ()), logprobs)
-        yield at, dict(zip((_CALL.prompt, _CALL.response, _CALL.drawn, _CALL.logprobs), values, strict=True))
+        yield at, {_TRIPLET.prompt: prompt.get("token_ids"), _TRIPLET.response: ids, _TRIPLET.logprobs: logprobs}
 
 
 def _mapping(where: str, step: Any, key: str) -> Mapping[str, Any]:
@@ -101,6 +110,7 @@ def _sequence(where: str, call: Mapping[str, Any], keys: _Keys) -> list[Turn]:
     try:
         prompt, response = (to_ids([] if key == "" else call.get(key)) for key in (keys.prompt, keys.response))
         drawn, kept, before = (_mask(call, key) for key in (keys.drawn, "attention_mask", "prompt_mask"))
+        drawn = drawn if keys.drawn else np.ones(response.size, np.bool_)
         logprobs = None if call.get(keys.logprobs) is None else floor_logprobs(to_floats(call[keys.logprobs]))[0]
     except InvalidRecordError as error:
         raise InvalidRecordError(f"{where}: {error}") from error

@@ -269,8 +269,10 @@ class Rendering:
 
     def _need_template(self, where: str, what: str) -> ChatTemplate:
         if not self._template:
-            why = "`verbatim` text is tokenised as it is" if self._verbatim else "the tokenizer has no chat template"
-            raise PromptError(f"{where}: it has {what}, which only a chat template reads, but {why}; pass text alone, or set a template.")
+            why, remedy = "the tokenizer has no chat template", "set `tokenizer.chat_template`"
+            if self._verbatim:
+                why, remedy = "`verbatim` text is tokenised as it is", "leave `verbatim` out"
+            raise PromptError(f"{where}: it has {what}, which only a chat template reads, but {why}; pass text alone, or {remedy}.")
         return self._template
 
     def _doubt_ends(self, where: str, ids: Sequence[int]) -> None:

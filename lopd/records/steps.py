@@ -43,6 +43,8 @@ class Batch(Glanced):
         drawn_ref_logprobs: (N, D) float32, nats, of the policy that drew them; None where `ref` is not the column that keeps them.
         label_values: (N,) float32, what a verifier said of the rollout or of this token; None if it was not asked for.
         label_means: (N,) float32, the mean over the rollouts of the same prompt and policy; None also where each prompt has one rollout.
+        behavior_logprobs: (N,) float32, nats, what the policy that sampled reported; in step 0 alone, and where `ref_logprobs` were not asked for:
+            no loss reads them, and the loop compares the student with that policy.
     """
 
     inputs: Tensor
@@ -61,6 +63,7 @@ class Batch(Glanced):
     drawn_ref_logprobs: Tensor | None = None
     label_values: Tensor | None = None
     label_means: Tensor | None = None
+    behavior_logprobs: Tensor | None = None
 
     @cached_property
     def counted(self) -> Tensor:
@@ -77,6 +80,20 @@ class Batch(Glanced):
     def counts(self) -> tuple[int, ...]:
         """(B,), the tokens of each rollout whose weight is above 0."""
         return tuple(self.segment_ids[self.counted].bincount(minlength=len(self.lengths)).tolist())
+
+    def label_sums(self) -> tuple[int, float, int]:
+        """Return the number of rollouts with a label and tokens that count, the sum of their labels (means over these tokens), and how many of them
+        have another label than the mean of their group.
+        """
+        if self.label_values is None:
+            return 0, 0.0, 0
+        segments_M, labels_M = self.segment_ids[self.counted].cpu(), self.label_values[self.counted].cpu()
+        means_M = labels_M if self.label_means is None else self.label_means[self.counted].cpu()
+        sizes_B, sums_B, unlike_B = (
+            segments_M.bincount(weights_M) for weights_M in (None, labels_M.double(), (labels_M != means_M).double())
+        )
+        on_B = sizes_B > 0
+        return int(on_B.sum()), float((sums_B / sizes_B)[on_B].sum()), int((unlike_B > 0).sum())
 
     def _glance(self) -> Glance:
         has = [f.name for f in fields(Batch)[5:] if getattr(self, f.name) is not None]
@@ -205,6 +222,8 @@ class StepMetrics:
         drift: from the reference policy; None unless the steps bring teacher and ref columns and the loss gives its log-probs.
         response_tokens: those that count, of all rollouts in this step.  Over rounds of fresh rollouts watch their mean a rollout: weights
             `by_rollout` push it up (`lopd.by_rollout`).  0 in metrics that were written before they were counted.
+        mean_label: over the rollouts of this step; None unless the steps bring labels.
+        unlike_group: share of rollouts whose label is not the mean of their group, likewise: from the others `add_labels` learns nothing.
     """
 
     step: int
@@ -217,6 +236,8 @@ class StepMetrics:
     seconds: float
     drift: Drift | None = None
     response_tokens: int = 0
+    mean_label: float | None = None
+    unlike_group: float | None = None
 
     def __str__(self) -> str:
         """Return one line for people; `repr` has every number.
@@ -233,14 +254,15 @@ class StepMetrics:
     def numbers(self) -> dict[str, float]:
         """Return every number but `step` by its name, flat, for any logger: `log(metrics.numbers(), step=metrics.step)`.
 
-        Loggers take the step beside the numbers, and some keep that name for themselves.  Those of `drift` begin with drift/, and there are
-        none of them where it is None.  Quantiles and gains have a name each.  A number may be infinite: the ratio of a student gone wild is.
+        Loggers take the step beside the numbers, and some keep that name for themselves.  Those of `drift` begin with drift/; what is None is
+        not there.  Quantiles and gains have a name each.  A number may be infinite: the ratio of a student gone wild is.
 
         >>> metrics = StepMetrics(step=9, loss=0.5, reverse_kl=0.25, clip_fraction=0.0, grad_norm=2.0, rollouts=8, read_tokens=900, seconds=0.5)
         >>> list(metrics.numbers())
         ['loss', 'reverse_kl', 'clip_fraction', 'grad_norm', 'rollouts', 'read_tokens', 'seconds', 'response_tokens']
         """
-        own = {f.name: float(getattr(self, f.name)) for f in fields(StepMetrics) if f.name not in {"step", "drift"}}
+        values = {f.name: getattr(self, f.name) for f in fields(StepMetrics) if f.name not in {"step", "drift"}}
+        own = {name: float(value) for name, value in values.items() if value is not None}
         drift = {} if self.drift is None else self.drift.numbers()
         return own | {f"drift/{name}": value for name, value in drift.items()}
 

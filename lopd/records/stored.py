@@ -208,7 +208,9 @@ def _record(kind: Any) -> _Reader:
         # first the key that is misspelt, then the one that is missing for it
         given = _object(value).keys()
         for name in sorted(given - readers.keys(), key=str) if strict else ():
-            near = get_close_matches(str(name), readers, 1)
+            # "lr" for "learning_rate"
+            initials = "".join(word[:1] for word in str(name).split("_"))
+            near = get_close_matches(str(name), readers, 1) or [own for own in readers if own == initials]
             raise _Wrong(f"has {_SHORT.repr(name)}, which this version of lopd does not know{f' (is it {near[0]!r}?)' if near else ''}")
         for name in sorted(needed - given):
             raise _Wrong(f"lacks {name!r}")

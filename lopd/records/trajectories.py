@@ -118,7 +118,9 @@ def make_trajectories(called: tuple[str, str], records: Iterable[Any], rendering
 def _record(content: Any, where: str) -> Mapping[str, Any]:
     """Return messages, or triplets, as the record that they stand for."""
     if isinstance(content, Mapping):
-        return content
+        # pandas gives lists as arrays of objects
+        lists = {key: value.tolist() for key, value in content.items() if isinstance(value, np.ndarray) and value.dtype == object}
+        return {**content, **lists}
     if isinstance(content, list | tuple) and content and all(isinstance(part, Mapping) for part in content):
         return {"messages" if "role" in content[0] else "triplets": list(content)}
     raise PromptError(f"{where}: it is {a_kind(content)}, expected a mapping, messages or triplets; write one of these.")

@@ -2,6 +2,7 @@
 
 from lopd.protocols import LogprobReader
 from lopd.records.identity import ModelId
+from lopd.records.lineage import Lineage, StoreId
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, SAMPLER_COLUMN
 
@@ -39,6 +40,12 @@ def score_columns(store: LogprobReader) -> dict[str, list[str]]:
         "in quarantine": [*(f"{len(store.quarantined(name)):,}" for name in store.columns), *blank],
         "parity, mean nats": [*parity, *blank],
     }
+
+
+def trained_on(lineage: Lineage, store: LogprobReader) -> bool | None:
+    """Return whether a student was trained on the rollouts of this store; None where its lineage does not record on which."""
+    known = lineage.store
+    return None if known is None else known == StoreId.of(store.manifest, store.lengths()[: known.rollouts])
 
 
 def _support(provenance: Provenance) -> str:

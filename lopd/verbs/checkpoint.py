@@ -9,7 +9,6 @@ and no folder is removed before its successor has one, so at every moment the ne
 import json
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
@@ -30,6 +29,7 @@ from lopd.records.lineage import Lineage
 from lopd.records.paths import local_path, open_regular
 from lopd.records.ranks import Ranks, alike, inner, on_first
 from lopd.records.stored import Count, read_as
+from lopd.records.warn import warn_user
 from lopd.verbs.optimizer_state import check_optimizer, flatten, parameter_labels, restore
 
 _RNG = "rng.cpu"
@@ -139,11 +139,10 @@ def _superseded(others: Collection[Path], final: Path, keep: int | None) -> list
     if keep is not None:
         return [*later, *earlier[: max(len(earlier) + 1 - keep, 0)]]
     for path in later[:1]:
-        warnings.warn(
+        warn_user(
             f"Checkpoint {final}: {path.name} is of a later step and stays, so `load_checkpoint` takes it for the newest; move it away, or load by "
             "the folder of a checkpoint.",
             TrainingWarning,
-            stacklevel=5,
         )
     return []
 
@@ -166,7 +165,9 @@ def _write(
         for path in superseded:
             shutil.rmtree(path)
     except (OSError, SafetensorError) as error:
-        raise StoreWriteError(f"Checkpoint {final}: the disk refused ({error}); make room, or save into another folder.") from error
+        raise StoreWriteError(
+            f"Checkpoint {final}: the disk refused ({error}); free space or mend permissions, or save elsewhere."
+        ) from error
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -246,10 +247,9 @@ def _check_settings(path: Path, saved: Mapping[str, Any] | None, steps: Describe
     if saved is None:
         return
     if steps is None:
-        warnings.warn(
+        warn_user(
             f"Checkpoint {path}: the settings of its steps are compared with nothing; pass `steps=`, what the run goes on with.",
             TrainingWarning,
-            stacklevel=3,
         )
         return
     for name, mine in json.loads(json.dumps(dict(steps.settings))).items():

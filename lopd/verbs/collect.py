@@ -1,19 +1,19 @@
 """VERB `collect_rollouts`: prompts -> rollouts in a store.  Run it again to resume."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from attrs import evolve, field, frozen
 from numpy.typing import NDArray
 
-from lopd.errors import ConflictError, EngineError, ManifestMismatchError, RefusedPromptsWarning, SourceError
+from lopd.errors import ConflictError, ContextWarning, EngineError, ManifestMismatchError, RefusedPromptsWarning, SourceError
 from lopd.protocols import LogprobStore, Progress, RolloutSource
 from lopd.protocols.doors import check_noun, check_prompt_list
 from lopd.protocols.reading import in_batches, named, walk
 from lopd.records.checks import check_at_least
 from lopd.records.manifest import Manifest, Provenance
 from lopd.records.rollouts import Prompt, Rollout, Scores, policy_column, rollout_id
+from lopd.records.warn import warn_user
 from lopd.verbs.asking import ask, shown
 
 
@@ -27,6 +27,7 @@ class CollectionReport:
         skipped: rollouts that were in the store before.
         refused: prompts that could not be sampled, and why; the next call tries them again.
         response_tokens: those of the read tokens that were sampled.
+        cut: responses that did not end, and have fewer tokens than `max_new_tokens`: the policy's context was full.
     """
 
     rollouts: int = 0
@@ -34,6 +35,7 @@ class CollectionReport:
     skipped: int = 0
     refused: Mapping[str, str] = field(factory=dict)
     response_tokens: int = field(default=0, eq=False)
+    cut: int = field(default=0, eq=False)
 
 
 def collect_rollouts(
@@ -66,6 +68,7 @@ def collect_rollouts(
         progress: None shows a bar on a terminal and in a notebook, and a line a minute elsewhere (`lopd.tools.console.RichProgress`).
 
     Warns:
+        ContextWarning: some responses were cut where the policy's context is full; said of the first batch that has any.
         RefusedPromptsWarning: some prompts were refused.
 
     Raises:
@@ -76,6 +79,7 @@ def collect_rollouts(
             than 0.
         SourceError: the source gave other rollouts than it was asked for.
         EngineError: more than `max_refused` prompts were refused, or all.
+        StoreWriteError: the store cannot be written to; before the first batch nothing is sampled.
     """
     check_noun(source, RolloutSource)
     check_noun(store, LogprobStore)
@@ -90,6 +94,8 @@ def collect_rollouts(
     rows = store.find(names).reshape(len(prompts), len(samples))
     _check_same_prompts(store, prompts, rows)
     missing = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
+    if missing.any():
+        store.append(())  # one that cannot be written to is refused before anything is sampled
     report = CollectionReport(skipped=int((~missing).sum()) * len(samples))
     # cut before what is there is left out, so that a repeated run has the same batches
     batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
@@ -104,11 +110,15 @@ def collect_rollouts(
             if candidates:
                 store.append_scores(policy_column(manifest.generation), _provenance(manifest), candidates)
             tokens = sum(r.response_ids.size for r in rollouts)
+            cut = [r for r in rollouts if r.finish_reason == "length" and r.response_ids.size < manifest.sampling.max_new_tokens]
+            if cut and not report.cut:
+                _warn_of_cut(manifest, cut, len(rollouts))
             report = evolve(
                 report,
                 rollouts=report.rollouts + len(rollouts),
                 read_tokens=report.read_tokens + sum(len(rollout) for rollout in rollouts),
                 response_tokens=report.response_tokens + tokens,
+                cut=report.cut + len(cut),
                 refused={**report.refused, **reasons},
             )
             advance(len(rollouts), tokens, len(refused) * len(samples))
@@ -183,6 +193,16 @@ def _check_ids(wanted: Sequence[str], rollouts: Sequence[Rollout]) -> None:
         )
 
 
+def _warn_of_cut(manifest: Manifest, cut: Sequence[Rollout], count: int) -> None:
+    first = cut[0]
+    warn_user(
+        f"Collection: {len(cut)} of {count} responses were cut where the policy's context is full, the first ({first.rollout_id!r}) after "
+        f"{first.response_ids.size} tokens, expected up to max_new_tokens = {manifest.sampling.max_new_tokens}; drop long prompts, use a policy "
+        "with a longer context, or set `max_new_tokens` to what fits.",
+        ContextWarning,
+    )
+
+
 def _warn_of(report: CollectionReport) -> None:
     if not report.refused:
         return
@@ -192,8 +212,7 @@ def _warn_of(report: CollectionReport) -> None:
             f"Collection: all {len(report.refused)} prompts were refused; the first is {first!r} ({reason}); "
             "set right what is wrong with them all."
         )
-    warnings.warn(
+    warn_user(
         f"Collection: {len(report.refused)} prompts could not be sampled and were left out; the first is {first!r} ({reason})",
         RefusedPromptsWarning,
-        stacklevel=3,
     )

@@ -1,6 +1,5 @@
 """Which rows and which score columns a run trains on: one teacher, several that share the rollouts among them, or none."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
@@ -17,6 +16,7 @@ from lopd.records.checks import a_kind
 from lopd.records.manifest import Provenance
 from lopd.records.rollouts import BEHAVIOR_COLUMN, Prompt, ScoredRollout
 from lopd.records.rows import Rows
+from lopd.records.warn import warn_user
 
 Teacher = str | Mapping[str, Sequence[Prompt]] | None
 
@@ -152,11 +152,10 @@ def _usable(store: LogprobReader, rows: NDArray[np.int64], columns: Sequence[str
             remedy = virtual if column == BEHAVIOR_COLUMN else f"run `{verb}_rollouts(..., column={column!r})`"
             raise MissingScoresError(f"{named(store)}: column {column!r} has scores for {done} rollouts, expected {len(rows)}; {remedy}.")
         for row, reason in islice(quarantined.items(), 1):
-            warnings.warn(
+            warn_user(
                 f"{named(store)}: {len(quarantined)} of {len(rows)} rollouts could not be scored into column {column!r} and are left out; the first "
                 f"is row {row} ({reason})",
                 QuarantineWarning,
-                stacklevel=4,
             )
         usable &= scored
     if not usable.any():
@@ -171,6 +170,7 @@ def _provenance(store: LogprobReader, column: str, top_k: bool) -> Provenance:
         )
     if top_k and store.columns[column].top_k == 0:
         raise MissingScoresError(
-            f"{named(store)}: column {column!r} keeps 0 most likely tokens, expected at least 1 for top_k=True; score with a scorer that keeps them."
+            f"{named(store)}: column {column!r} keeps 0 most likely tokens, expected at least 1 for top_k=True; score another column with a scorer "
+            f"that keeps them, `score_rollouts(store, HFScorer.from_folder(FOLDER, top_k=20), column='{column}-20')`, and name it as `teacher`."
         )
     return store.columns[column]

@@ -13,12 +13,13 @@ from lopd.protocols.doors import check_noun, check_prompt_list
 from lopd.records import estimates
 from lopd.records.checks import check_call
 from lopd.records.estimates import Estimate
+from lopd.records.glance import Glance, Glanced
 from lopd.records.rollouts import Prompt, Rollout
 
 
-@frozen
-class Evaluation:
-    """What `evaluate` found.
+@frozen(repr=False)
+class Evaluation(Glanced):
+    """What `evaluate` found; `print` shows it in a line.
 
     Args:
         avg_at_n: mean score over n samples of each prompt; its interval is over prompts, and Wilson's, so it has a width also where all
@@ -30,6 +31,10 @@ class Evaluation:
     avg_at_n: Estimate
     pass_at_k: dict[int, float]
     n: int
+
+    def _glance(self) -> Glance:
+        chances = {f"pass@{k}": self.pass_at_k[k] for k in dict.fromkeys((1, self.n))}
+        return Glance("Evaluation", {f"avg@{self.n}": str(self.avg_at_n), "prompts": self.avg_at_n.clusters, **chances})
 
 
 def evaluate(source: RolloutSource, prompts: Sequence[Prompt], verifier: Verifier) -> Evaluation:

@@ -1,6 +1,5 @@
 """How a score column is filled: what is left to do, committed batch by batch; what was refused goes into quarantine when all is done."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from lopd.records.checks import check_at_least, own_numbers
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity
 from lopd.records.rollouts import Rollout, Scores
+from lopd.records.warn import warn_user
 from lopd.verbs.asking import check_scores, shown
 
 
@@ -80,9 +80,15 @@ class Filling:
         check_at_least("Scoring", "max_refused", self.max_refused, 0)
 
     def left(self, wanted: NDArray[np.int64], retry: bool) -> Work:
-        """Return what is left to do of these rows; `retry` those in quarantine too."""
+        """Return what is left to do of these rows; `retry` those in quarantine too.
+
+        Raises:
+            StoreWriteError: something is left, and the store cannot be written to: nothing shall be paid for that is lost then.
+        """
         unscored = wanted[~self.store.scored(self.column)[wanted]]
         rows = unscored if retry else unscored[~np.isin(unscored, list(self.store.quarantined(self.column)))]
+        if len(rows):
+            self.store.append(())
         lengths = self.store.lengths()[rows].sum(axis=1)
         return Work(rows[np.argsort(lengths, kind="stable")], int(lengths.sum()), len(unscored) - len(rows), len(wanted))
 
@@ -130,9 +136,8 @@ class Filling:
             )
         if report.refused:
             store.quarantine(column, provenance, report.refused)
-        warnings.warn(
+        warn_user(
             f"{named(store)}, column {column!r}: {len(report.refused) + report.skipped} rollouts are without scores in quarantine, and training "
             f"leaves them out; {first}",
             QuarantineWarning,
-            stacklevel=4,
         )

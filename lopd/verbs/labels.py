@@ -51,7 +51,7 @@ def label_rollouts(
         rows: label these only; None for all.
         rollouts_per_batch: committed together.
         batches_at_once: batches that are labelled at the same time, in threads; more than 1 for a verifier that waits, for a server or a program.
-        recheck: before a column is continued, so many of its rollouts are judged again; 0 for a verifier that is random.
+        recheck: so many rollouts that have a label are judged again first, also where none is left to label; 0 for a verifier that is random.
         max_refused: stop when one call meets more, for then it is not the rollouts.
         retry_quarantined: try those too that are in quarantine since an earlier call.
         progress: see `lopd.tools.console.RichProgress`; None shows a bar or lines, as in `score_rollouts`.
@@ -83,10 +83,9 @@ def label_rollouts(
     wanted = chosen(store, rows) if prompts is None else chosen(store, np.intersect1d(rows_of(store, prompts), chosen(store, rows)))
     work = filling.left(wanted, retry_quarantined)
     by_id = None if prompts is None else {prompt.prompt_id: prompt for prompt in prompts}
-    if len(work.rows):
-        labelled = evenly(wanted[store.scored(column)[wanted]], recheck) if recheck else wanted[:0]
-        for record in store.read(labelled.tolist(), columns=(column,)):
-            _check_again(record.scores[column], _label(verifier, by_id, record.rollout), column)
+    labelled = evenly(wanted[store.scored(column)[wanted]], recheck) if recheck else wanted[:0]
+    for record in store.read(labelled.tolist(), columns=(column,)):
+        _check_again(record.scores[column], _label(verifier, by_id, record.rollout), column)
 
     def judge(rollouts: Sequence[Rollout]) -> tuple[list[Scores], list[tuple[Rollout, str]]]:
         made, refused = list[Scores](), list[tuple[Rollout, str]]()
@@ -120,13 +119,17 @@ def _label(verifier: Labeller, prompts: Mapping[str, Prompt] | None, rollout: Ro
         answer: NDArray[Any] = np.asarray(verifier(prompt, rollout))
     except Exception as error:  # whatever a caller's own function may raise
         raise InvalidRecordError(f"{owner}: the verifier raised {type(error).__name__}: {error!s:.200}") from error
-    if answer.dtype.kind not in "biuf":
-        raise InvalidRecordError(f"{owner}: the verifier gave {answer.tolist()!r:.80}, expected a number, or one for each response token.")
-    return Scores.of(rollout, np.full(rollout.response_ids.size, answer) if answer.ndim == 0 else answer, signed=True)
+    with np.errstate(over="ignore"):
+        values = answer.astype(np.float32) if answer.dtype.kind in "biuf" else np.array(np.nan)
+    if not np.isfinite(values).all():
+        raise InvalidRecordError(
+            f"{owner}: the verifier gave {answer.tolist()!r:.80}, expected a finite number, or one for each response token."
+        )
+    return Scores.of(rollout, np.full(rollout.response_ids.size, values) if values.ndim == 0 else values, signed=True)
 
 
 def _check_again(stored_T: NDArray[np.float32], label: Scores, column: str) -> None:
-    """Refuse a verifier that does not say what it said; a store of float16 has rounded that."""
+    """Refuse a verifier that does not say what it said, up to rounding."""
     if not np.allclose(stored_T, label.logprobs, rtol=1e-3, atol=1e-6):
         raise ScorerError(
             f"Rollout {label.rollout_id!r}: column {column!r} has the label {stored_T.mean():g}, and the verifier now gives "

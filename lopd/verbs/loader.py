@@ -1,6 +1,5 @@
 """VERB `batches`: a store -> the micro-batches of optimizer step k, which depend on (seed, k) alone."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from hashlib import blake2b
@@ -21,11 +20,12 @@ from lopd.protocols.reading import named
 from lopd.records.checks import check_at_least
 from lopd.records.collate import Weighting, by_rollout, collate
 from lopd.records.glance import Glance, Glanced
-from lopd.records.lineage import Lineage
+from lopd.records.lineage import Lineage, StoreId
 from lopd.records.ranks import Ranks
-from lopd.records.rollouts import Prompt
+from lopd.records.rollouts import BEHAVIOR_COLUMN, Prompt
 from lopd.records.rows import Rows
 from lopd.records.steps import Batch, Step
+from lopd.records.warn import warn_user
 from lopd.verbs.asking import overlapped
 from lopd.verbs.columns import Columns, choose
 
@@ -123,11 +123,16 @@ class StepStream(Glanced):
         idle = max(map(len, shares)) - len(parts)
         if idle:
             parts = [*parts, np.array([np.argmin(lengths)])]
+        # before its first update a student should be the policy that sampled, whatever the loss is to read
+        asked = index == 0 and self.columns.teachers and self.columns.ref is None and self.store.scored(BEHAVIOR_COLUMN)[rows].all()
+        columns = evolve(self.columns, ref=BEHAVIOR_COLUMN) if asked else self.columns
         # one read: a store fetches many rows at once faster than a few at a time
-        read = self.columns.read(self.store, rows[np.concatenate(parts)])
+        read = columns.read(self.store, rows[np.concatenate(parts)])
         if self.columns.ref is not None:
             check_reference(self.store, self.columns.ref, set(read.generations.tolist()))
         made = [self._collate(read[start:stop]) for start, stop in pairwise(accumulate(map(len, parts), initial=0))]
+        if asked:
+            made = [evolve(batch, behavior_logprobs=batch.ref_logprobs, ref_logprobs=None, sampler_logprobs=None) for batch in made]
         if idle:
             made[-1:] = [evolve(made[-1], weight=torch.zeros_like(made[-1].weight))] * idle
         return Step(index, tuple(made), self.store.manifest.tokenizer.vocab_hash, idle)
@@ -205,11 +210,10 @@ def batches(
     columns, usable = choose(store, teacher, ref, rows, label=label, top_k=top_k)
     count = min(_ROLLOUTS_PER_STEP, len(usable)) if rollouts_per_step is None else rollouts_per_step
     if count > len(usable):
-        warnings.warn(
+        warn_user(
             f"{named(store)}: a step has {count} rollouts, and there are {len(usable)} to train on, so each step repeats some of them; pass a "
             "smaller `rollouts_per_step`, or sample more.",
             RepeatedRolloutsWarning,
-            stacklevel=2,
         )
     _check_lengths(store, usable, tokens_per_batch)
     if ref is not None and rows is None:
@@ -220,7 +224,7 @@ def batches(
         judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
     if columns.teachers and (ref is not None or not top_k):
         judge_sampling(store, usable, ratio=ref is not None)
-    lineage = lineage_after(store.manifest, provenances)
+    lineage = evolve(lineage_after(store.manifest, provenances), store=StoreId.of(store.manifest, store.lengths()))
     return StepStream(lineage, store, usable, columns, count, tokens_per_batch, seed, weighting, ranks or Ranks.current())
 
 

@@ -1,7 +1,6 @@
 """What a scorer must show on a few rollouts before a whole column is paid for."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import final
 
@@ -16,6 +15,7 @@ from lopd.records.checks import check_at_least, check_number, own_numbers
 from lopd.records.manifest import Provenance
 from lopd.records.parity import Parity, measure_parity
 from lopd.records.rollouts import Rollout, ScoredRollout, Scores
+from lopd.records.warn import warn_user
 from lopd.verbs.asking import score_each
 
 _ENDS_NEEDED = 3  # one response that the policy ended in a strange place says nothing about the teacher
@@ -92,11 +92,10 @@ class Preflight:
         self._check_repeatable(scorer, [rollouts[row] for row in new], together, refused, begun=bool(held))
         difference = self._check_continued(scorer, column, before, together, refused)
         if (begun := store.columns.get(column)) is not None and begun.engine != scorer.provenance.engine:
-            warnings.warn(
+            warn_user(
                 f"Scorer {scorer.provenance.model}: column {column!r} was begun with {begun.engine!r} and goes on with {scorer.provenance.engine!r}; "
                 f"on {len(before)} rollouts their log-probs differ by {difference:.2g} nats on average",
                 EngineChangeWarning,
-                stacklevel=3,
             )
         if self.truth is None:
             return scorer.provenance
@@ -149,11 +148,10 @@ class Preflight:
 
     def _check_eos(self, provenance: Provenance, eos_id: int | None) -> None:
         if provenance.eos_id is not None and eos_id is not None and provenance.eos_id != eos_id:
-            warnings.warn(
+            warn_user(
                 f"Scorer {provenance.model}: its texts end with token {provenance.eos_id}, expected the policy's {eos_id}; a student that learns "
                 "from a base model while it ends as an instructed one, or the other way round, may not stop, so check how the responses end.",
                 EndTokenWarning,
-                stacklevel=4,
             )
 
     def _check_ends(self, scorer: TeacherScorer, rollouts: Sequence[Rollout], together: Answers) -> None:
@@ -162,12 +160,11 @@ class Preflight:
             return
         at_end, before = float(np.mean([values[-1] for values in ended])), float(np.concatenate([values[:-1] for values in ended]).mean())
         if before - at_end > self.end_bound:
-            warnings.warn(
+            warn_user(
                 f"Scorer {scorer.provenance.model}: the tokens that ended {len(ended)} responses have a mean log-prob of {at_end:.3g} nats, and "
                 f"those before them {before:.3g}, expected less than {self.end_bound:g} between the two; the teacher may end its own responses with "
                 "another token, and a student that learns from it will not stop, so compare the EOS ids and chat templates of both.",
                 EndTokenWarning,
-                stacklevel=5,
             )
 
     def _check_parity(self, scorer: TeacherScorer, truth: TeacherScorer, rollouts: Sequence[Rollout], together: Answers) -> Parity:

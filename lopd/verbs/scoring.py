@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from lopd.guards.consistency import check_vocabulary, vocabulary_of
+from lopd.guards.consistency import check_vocabulary, judge_scorer, vocabulary_of
 from lopd.protocols import LogprobStore, Progress, TeacherScorer
 from lopd.protocols.doors import check_noun
 from lopd.protocols.reading import chosen, in_batches, to_score
@@ -48,6 +48,8 @@ def score_rollouts(
         progress: None shows a bar on a terminal and in a notebook, and a line a minute elsewhere (`lopd.tools.console.RichProgress`).
 
     Warns:
+        TeacherConsistencyWarning: `batches` would refuse this model as a teacher: it is not the SFT teacher that the store recorded, or none is
+            recorded.  Said before a column is begun, and not again.
         QuarantineWarning: some rollouts are without scores in quarantine.
 
     Raises:
@@ -56,6 +58,7 @@ def score_rollouts(
         ConflictError: the column belongs to another model; nothing is scored.
         ScorerError: the scorer failed the self-test, and nothing is scored; or it gave scores of other rollouts than it was asked for.
         EngineError: more than `max_refused` rollouts were refused, or more than have scores; none of them is put in quarantine.
+        StoreWriteError: the store cannot be written to; before the first batch nothing is scored.
         NoSuchRowError: a row is not in the store.
         MissingScoresError: the scorer is to score candidates, and the policy's column does not keep so many.
         InvalidRecordError: the store is empty, there are no `rows`, `rollouts_per_batch` or `batches_at_once` is less than 1, or `max_refused` less
@@ -67,6 +70,8 @@ def score_rollouts(
     check_vocabulary(f"Scorer {scorer.provenance.model}", vocabulary_of(scorer), "the store's", store.manifest.tokenizer)
     # nothing is added, but a column of another model is refused before anything is paid for
     store.append_scores(column, scorer.provenance, ())
+    if column not in store.columns:
+        judge_scorer(store, scorer.provenance)
     wanted = chosen(store, rows)
     work = filling.left(wanted, retry_quarantined)
     provenance = scorer.provenance if preflight is None or not len(work.rows) else preflight.check(store, scorer, column, wanted)

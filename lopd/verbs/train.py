@@ -13,7 +13,16 @@ from torch.optim import Optimizer
 
 from lopd.errors import ArgumentError, InvalidRecordError, TrainingDivergedError
 from lopd.guards.consistency import check_vocabulary
-from lopd.guards.first_step import Movement, at_full_rate, judge_baseline, judge_distance, judge_gradients, judge_optimizer
+from lopd.guards.first_step import (
+    Movement,
+    at_full_rate,
+    judge_baseline,
+    judge_distance,
+    judge_gradients,
+    judge_labels,
+    judge_optimizer,
+    judge_policy,
+)
 from lopd.guards.watch import judge_loss, judge_ratio
 from lopd.protocols import OPDLoss, Student
 from lopd.protocols.doors import check_noun
@@ -56,10 +65,12 @@ def opd_steps(
     Warns:
         SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss says that it has no importance ratio.
         TrainingWarning: the optimizer lacks trained parameters; or in the first step some get no gradient, or most weights stay where they are,
-            because updates are smaller than their rounding; or the loss has a baseline that the weights `by_rollout` make biased.
+            because updates are smaller than their rounding; or the loss has a baseline that the weights `by_rollout` make biased, or reads
+            no labels though the steps bring them.
         AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss says
             that it has no importance ratio (`lopd.guards.watch`).
-        DriftWarning: in step 0 few rollouts are effective: the student is not the policy that sampled them.
+        DriftWarning: in step 0 few rollouts are effective, or the student's log-probs are far from those that the policy reported: the student is
+            not the policy that sampled.
 
     Raises:
         ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
@@ -95,9 +106,14 @@ def _train(
         if place_of_step == 0:
             judge_ratio(loss, step.batches)
             judge_baseline(optimizer, loss, step.batches)
+            judge_labels(optimizer, loss, step.batches)
         read = step.batches[: len(step.batches) - step.idle]
-        sizes = [(float(b.weight.sum(dtype=torch.float64)), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read]
-        total, *counts = ranks.sum(torch.tensor([(0.0,) * 4, *sizes], dtype=torch.float64, device="cpu").sum(0)).tolist()
+        sizes = [
+            (float(b.weight.sum(dtype=torch.float64)), *b.label_sums(), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read
+        ]
+        total, labelled, labels, unlike, rollouts, read_tokens, response_tokens = ranks.sum(
+            torch.tensor([(0.0,) * 7, *sizes], dtype=torch.float64, device="cpu").sum(0)
+        ).tolist()
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
@@ -132,8 +148,8 @@ def _train(
             judge_loss(loss, drift.advantages)
         mean_loss, reverse_kl, clip_fraction = (ranks.sum(sums) / total).tolist()
         if place_of_step == 0:
-            judge_distance(optimizer, loss, reverse_kl, drift if step.index == 0 else None)
-        rollouts, read_tokens, response_tokens = map(int, counts)
+            judge_distance(optimizer, loss, step.index, reverse_kl)
+            judge_policy(optimizer, step, drift)
         # what lies on a GPU: the caller may need the memory for something else before the next step
         del norm, said, movement
         yield StepMetrics(
@@ -142,11 +158,13 @@ def _train(
             reverse_kl=reverse_kl,
             clip_fraction=clip_fraction,
             grad_norm=grad_norm,
-            rollouts=rollouts,
-            read_tokens=read_tokens,
-            drift=drift,
-            response_tokens=response_tokens,
+            rollouts=int(rollouts),
+            read_tokens=int(read_tokens),
+            drift=None if any(batch.ref_logprobs is None for batch in step.batches) else drift,
+            response_tokens=int(response_tokens),
             seconds=perf_counter() - started,
+            mean_label=labels / labelled if labelled else None,
+            unlike_group=unlike / labelled if labelled else None,
         )
 
 
@@ -170,12 +188,16 @@ def _check_optimizer(optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
         )
 
 
+def _policy_of(batch: Batch) -> Tensor | None:
+    return batch.behavior_logprobs if batch.ref_logprobs is None else batch.ref_logprobs
+
+
 def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -> tuple[float, Tensor, DriftMeter]:
     """Copy a step's numbers to the host at once: the gradient norm, the (3,) sums of the losses' results, and the drift of the student."""
     measured = [
         (batch, output.logprobs)
         for batch, output in zip(batches, said, strict=True)
-        if output.logprobs is not None and batch.teacher_logprobs is not None and batch.ref_logprobs is not None
+        if output.logprobs is not None and batch.teacher_logprobs is not None and _policy_of(batch) is not None
     ]
     sums = [torch.stack([output.loss_sum, output.reverse_kl_sum, output.clipped_sum]) for output in said]
     parts = [norm.detach().reshape(1), *sums, *(logprobs_M for _, logprobs_M in measured)]
@@ -183,7 +205,7 @@ def _fetch(norm: Tensor, batches: Sequence[Batch], said: Sequence[LossOutput]) -
     first, *rest = on_host.split([1, 3 * len(said), *(len(logprobs_M) for _, logprobs_M in measured)])
     meter = DriftMeter()
     for (batch, _), logprobs_M in zip(measured, rest[1:], strict=True):
-        columns = (batch.teacher_logprobs, batch.ref_logprobs, batch.weight, batch.segment_ids)
+        columns = (batch.teacher_logprobs, _policy_of(batch), batch.weight, batch.segment_ids)
         known = [column[batch.counted].cpu().numpy() for column in columns if column is not None]
         meter.add(TokenLogprobs(logprobs_M.numpy(), *known))
     return float(first), rest[0].view(-1, 3).sum(0), meter

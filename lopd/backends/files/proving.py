@@ -3,9 +3,12 @@
 Some servers that speak S3 ignore `If-None-Match: *` or `Range` without an error: writers would replace each other's commits.
 """
 
+import errno
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
@@ -21,14 +24,19 @@ _PROVEN: set[tuple[str, str]] = set()
 
 
 def prove(files: Files) -> None:
-    """Try the storage under this root with an object of its own, and remove that; once a process, and never on a local disk.
+    """Try the storage under this root with an object of its own, and remove that; once a process.  On a local disk look at permissions alone.
 
     Raises:
         StorePathError: it lets several writers create the same object, does not know how to let one, or does not read ranges.
         StoreWriteError: it refuses to write or read at all.
     """
+    if "://" not in files.url:
+        with writing(f"Store {files.url}"):
+            if Path(files.url).is_dir() and not os.access(files.url, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), files.url)
+        return
     place = files.url, repr(sorted((name, str(value)) for name, value in files.options.items()))
-    if "://" not in files.url or place in _PROVEN:
+    if place in _PROVEN:
         return
     folder = f"{PROBES}/{uuid4().hex}"
     try:

@@ -49,7 +49,7 @@ class Writer:
         self._database = database
         self._catalog = catalog
         self._snapshot = snapshot
-        self._formats = root.manifest.tokenizer.vocab_size, root.logprob_dtype
+        self._root = root
         # None in a bucket, where what is written is durable.
         self._folder = local_folder(files.url)
         self._owner = database.owner
@@ -63,18 +63,18 @@ class Writer:
 
     def add_rollouts(self, rollouts: Sequence[Rollout], first_row: int, /) -> bool:
         """Commit rollouts in the rows from `first_row` on."""
-        encode = partial(encode_rollouts, rollouts, first_row, *self._formats, commit=self._next_commit(None), when=time.time())
+        encode = partial(encode_rollouts, rollouts, first_row, *self._root.formats(), commit=self._next_commit(None), when=time.time())
         return self._insert(None, None, encode, rollouts)
 
     def add_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], rows: Sequence[int], /) -> bool:
         """Commit scores of these rows, which ascend."""
-        encode = partial(encode_scores, scores, rows, *self._formats, commit=self._next_commit(column), when=time.time())
+        encode = partial(encode_scores, scores, rows, *self._root.formats(provenance), commit=self._next_commit(column), when=time.time())
         return self._insert(column, provenance, encode, scores)
 
     def add_reasons(self, column: str, provenance: Provenance, reasons: Mapping[int, str], /) -> bool:
         """Commit why rows could not be scored; a column that is not there is made first, so that it has one owner."""
         if self._snapshot.parts().get(column) is None:
-            empty = partial(no_scores, provenance, *self._formats, commit=0, when=time.time())
+            empty = partial(no_scores, provenance, *self._root.formats(provenance), commit=0, when=time.time())
             self._insert(column, provenance, empty, ())
             # Whoever made it, it is to be looked at.
             return False

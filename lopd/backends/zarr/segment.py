@@ -131,13 +131,17 @@ def encode_segment(path: str, data: SegmentData, store: str) -> tuple[dict[str, 
 
 
 class SegmentGoneError(CorruptStoreError):
-    """A file of a segment is missing: it is lost, or a segment that was merged from it has taken its place.
+    """A file of a segment is missing: it is lost, or a segment that was merged from it has taken its place.  Users get `lost`.
 
     Attributes:
         segment: its path.
     """
 
     segment = ""
+
+    def lost(self) -> CorruptStoreError:
+        """Return the error for a file that did not leave by a merge."""
+        return CorruptStoreError(str(self))
 
 
 @frozen(eq=False)

@@ -74,7 +74,7 @@ class Snapshot:
             except SegmentGoneError as error:
                 later = self._state.latest()
                 if error.segment in later.paths():
-                    raise
+                    raise error.lost() from error.__cause__
                 self._later = later
 
     def _scan(self) -> None:

@@ -59,7 +59,6 @@ class Writer:
         self._files = files
         self._log = log
         self._state = state
-        self._formats = root.manifest.tokenizer.vocab_size, root.logprob_dtype
         self._owner = owner
         self._groups: set[str] = set()
         self._spare: _Written | None = None
@@ -71,14 +70,15 @@ class Writer:
     def add_rollouts(self, rollouts: Sequence[Rollout], first_row: int, /) -> bool:
         """Commit rollouts in the rows from `first_row` on."""
         written = self._take_spare("segments", rollouts)
-        written = written or self._write("segments", rollouts, encode_rollouts(rollouts, first_row, *self._formats))
+        written = written or self._write("segments", rollouts, encode_rollouts(rollouts, first_row, *self._root.formats()))
         mine = self._publish_segment({"kind": "rollouts"}, written, first_row, first_row + len(rollouts) - 1)
         return mine and self._tidy(None)
 
     def add_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], rows: Sequence[int], /) -> bool:
         """Commit scores of these rows, which ascend."""
         parent = f"scores/{column}"
-        written = self._take_spare(parent, scores) or self._write(parent, scores, encode_scores(scores, rows, *self._formats))
+        written = self._take_spare(parent, scores)
+        written = written or self._write(parent, scores, encode_scores(scores, rows, *self._root.formats(provenance)))
         record = {"kind": "scores", "column": column, "provenance": provenance.to_json()}
         return self._publish_segment(record, written, rows[0], rows[-1]) and self._tidy(column)
 
@@ -217,6 +217,7 @@ class Writer:
                 self._state.refresh()
                 if error.segment not in self._state.paths():
                     return False
+                raise error.lost() from error.__cause__
             raise
         paths = [meta.path for meta in added]
         record = {"kind": "compaction", "column": column, "removes": gone, "adds": [meta.to_json() for meta in added]}

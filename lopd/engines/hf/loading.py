@@ -11,7 +11,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from lopd.engines.adapters import keep_precision
 from lopd.engines.causal_lm import attention_of, context_length, evaluating, hidden_states
 from lopd.engines.conditions import drops_cap
-from lopd.engines.identity import looking_for
+from lopd.engines.finding import check_described, find_model, load_tokenizer, looking_for
 from lopd.engines.probes import stated_borders
 from lopd.engines.stored import named_class
 from lopd.errors import EngineError, ModelError
@@ -60,10 +60,12 @@ def load_model(
         raise EngineError(
             f"Model {str(folder)!r}: autocast is {autocast!r:.40}, expected a dtype of 16 bits; pass torch.bfloat16, or leave it out."
         )
+    # what may be wrong with a folder is said before its weights are read
+    check_described(find_model(folder))
+    tokenizer = load_tokenizer(folder)
     with looking_for(folder) as found:
         model, read = _from_pretrained(str(found), dtype or "auto")
         keep_precision(model, found)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(found))
     missing = sorted(read["missing_keys"] & dict(model.named_parameters(remove_duplicate=False)).keys())
     if missing:
         raise ModelError(

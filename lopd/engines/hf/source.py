@@ -10,10 +10,11 @@ import torch
 from attrs import field, frozen
 
 from lopd.engines.causal_lm import context_length, evaluating, rope_borders, unwrap
+from lopd.engines.finding import local_folder
 from lopd.engines.hf.decoding import Row, decode
 from lopd.engines.hf.loading import load_model
 from lopd.engines.hf.probing import check_sampling
-from lopd.engines.identity import Identified, check_unchanged, identify, local_folder, model_name
+from lopd.engines.identity import Identified, check_unchanged, identify, model_name
 from lopd.engines.inputs import check_prompts, check_top_k, in_order, make_rollout, stop_ids, stream_seed
 from lopd.engines.probes import check_scoring
 from lopd.engines.supports import make_support

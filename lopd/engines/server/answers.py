@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx2
 
+from lopd.engines.server.keys import Key
 from lopd.errors import ContextOverflowError, EngineError, InvalidRecordError, LopdError
+from lopd.records.paths import without_secrets
 
 _BUSY = (408, 425, 429)
 # OpenAI's word for an account without credit, which waiting does not change
@@ -37,31 +39,42 @@ class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes a
         self.pause, self.busy = pause, busy
 
 
-def accepted(owner: str, url: str, response: httpx2.Response, variable: str = "VLLM_API_KEY", key: str | None = None) -> Any:
+def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first: bool = False) -> Any:
     """Return the JSON of an answer of 200; NaN and infinities are read as such, and judged by whoever reads the numbers.
 
     Args:
         owner: how an error names what was asked for.
         url: that answers.
         response: the server's response.
-        variable: the environment variable that holds the key.
-        key: not repeated where a server does.
+        key: that was sent; it is not repeated where a server does.
+        first: whether the server was never heard of before: what is not JSON then comes from something else.
     """
-    status, message = response.status_code, "" if response.is_success else _message(response, key)
-    if status == 429 and any(word in response.text for word in _SPENT):
-        raise EngineError(f"{owner}: {url} answers 429 ({message}), expected credit; look at the account of the key, and run this again.")
+    status, message = response.status_code, "" if response.is_success else _message(response, key.value)
+    if status == 402 or (status == 429 and any(word in response.text for word in _SPENT)):
+        raise EngineError(
+            f"{owner}: {url} answers {status} ({message}), expected credit; look at the account of the key, and run this again."
+        )
     if status in _BUSY or status >= 500:
         raise Trouble(f"{url} answers {status} ({message})", _retry_after(response) or rest_of(response), busy=status == 429)
     if not response.is_success:
-        raise refusal(owner, url, status, message, variable)
+        raise refusal(owner, url, status, message, key)
     try:
         return response.json()
     except ValueError:
+        if first:
+            kind = response.headers.get("Content-Type", "text").partition(";")[0]
+            raise EngineError(
+                f"{owner}: {url} answers {status} with {kind:.40}, expected the JSON of a model server; check host, port and path, and `speaks`."
+            ) from None
         raise Trouble(f"{url} answers {status} with something that is not JSON") from None
 
 
 def _message(response: httpx2.Response, key: str | None) -> str:
-    """Return the server's error message, in one line and without the key."""
+    """Return the server's error message, in one line and without the key; where it sends elsewhere, that place."""
+    if response.has_redirect_location:
+        return f"go to {without_secrets(response.headers['Location'])}"[:300]
+    if "html" in response.headers.get("Content-Type", ""):
+        return "a page of HTML"
     try:
         said = response.json()
         said = said.get("error", said)
@@ -100,7 +113,7 @@ def _retry_after(response: httpx2.Response) -> float:
         return 0.0
 
 
-def refusal(owner: str, url: str, status: int, message: str, variable: str = "VLLM_API_KEY") -> LopdError:
+def refusal(owner: str, url: str, status: int, message: str, key: Key) -> LopdError:
     """Return what a status of 3xx or 4xx means: sending the same again would be refused again."""
     if any(words in message for words in _CANNOT_ASK) or (status == 404 and "/inference/" in url):
         return EngineError(
@@ -109,7 +122,7 @@ def refusal(owner: str, url: str, status: int, message: str, variable: str = "VL
             "VLLMScorer."
         )
     if status in (401, 403):
-        return EngineError(f"Server {url}: it answers {status} (authentication failed); pass `api_key=` or set {variable}.")
+        return EngineError(f"Server {url}: it answers {status}: {key.refused}.")
     said = f"{owner}: {url} answers {status} ({message})"
     if status == 400 and any(words in message for words in _TOO_LONG):
         return ContextOverflowError(f"{said}; use a server with a longer context or drop it.")

@@ -193,12 +193,12 @@ class ServerSource:
             EngineError: the folder is not there, or cannot be read.
             MissingDependencyError: transformers is not installed.
         """
-        transformers = need("transformers", "ServerSource")
-        from lopd.engines.identity import local_folder, looking_for
+        need("transformers", "ServerSource")
+        from lopd.engines.finding import load_tokenizer, local_folder, looking_for
 
         path = local_folder(folder, weights=False)
+        tokenizer = fingerprint_tokenizer(load_tokenizer(path))
         with looking_for(folder):
-            tokenizer = fingerprint_tokenizer(transformers.AutoTokenizer.from_pretrained(path))
             return cls(servers, tokenizer, identity, sampling, _eos_ids(path, tokenizer), Lineage.read(path))
 
     def __attrs_post_init__(self) -> None:

@@ -7,7 +7,6 @@ with it, so a `Servers` can be pickled and forked.
 
 import logging
 import os
-import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +24,13 @@ from lopd.engines.pool import Pool
 from lopd.engines.server.answers import Trouble, accepted, rest_of
 from lopd.engines.server.completions import Completions
 from lopd.engines.server.dialect import WORDS, Costs, Dialect, Probe, Served
+from lopd.engines.server.keys import Key, key_in, variable
 from lopd.engines.server.sglang import SGLang
 from lopd.engines.server.urls import bases, check_urls
 from lopd.engines.server.vllm import VLLM
 from lopd.engines.workers import Down, Request
 from lopd.errors import EngineError, InvalidRecordError
-from lopd.records.checks import check_at_least, check_kind, check_number, own_numbers, texts_of
+from lopd.records.checks import check_at_least, check_kind, check_number, own_numbers
 from lopd.records.paths import asked
 from lopd.records.waiting import QUIET_S
 
@@ -42,13 +42,6 @@ _CHECK_S, _CONNECT_S = 30.0, 10.0
 # uvicorn closes a connection that was idle for 5 s; one that is closed while a request is on its way costs a try
 _IDLE_S = 3.0
 _CONNECTED = ("connection.connect_tcp.complete", "connection.start_tls.complete")
-
-
-def _variable(name: str | None) -> str | None:
-    """Return a key that is passed as the name of its variable would be shown."""
-    if name is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name):
-        raise InvalidRecordError("Servers: key_variable is not the name of a variable in capitals; pass keys as `api_key=`.")
-    return name
 
 
 def _speech(speaks: Speech) -> Speech:
@@ -95,8 +88,10 @@ class Servers:
     timeout_s: float = 3600.0
     context: int | None = None
     speaks: Speech = field(default="vllm", kw_only=True, converter=_speech)
-    key_variable: str | None = field(default=None, kw_only=True, converter=_variable)
-    api_key: str | None = field(default=Factory(lambda self: self._key_of_environment(), takes_self=True), repr=False)
+    key_variable: str | None = field(default=None, kw_only=True, converter=variable)
+    api_key: str | None = field(
+        default=Factory(lambda self: key_in(self.key_variable, self.dialect.key_variable), takes_self=True), repr=False
+    )
     first_contact_s: float = field(default=10.0, kw_only=True)
     extra: Mapping[str, Any] = field(default=Factory(lambda self: self.dialect.extra, takes_self=True), kw_only=True, repr=False)
     _spent: list[Costs] = field(factory=list, init=False, repr=False)
@@ -110,15 +105,12 @@ class Servers:
             check_number("Servers", name, getattr(self, name), getattr(self, name) > 0, "more than 0")
         check_urls(self.urls)
         check_kind("Servers: extra", self.extra, Mapping, "pass a dictionary of the fields of a request")
-        key = texts_of("Servers: api_key", [self.api_key or ""])[0]
-        if not (key.isascii() and key.isprintable() and key.strip() == key):
-            raise InvalidRecordError("Servers: api_key has spaces or unprintable characters, expected a header's value; strip it.")
+        _ = self.key  # one that cannot be sent is refused here
 
-    def _key_of_environment(self) -> str | None:
-        key = os.environ.get(self.key_variable or self.dialect.key_variable)
-        if self.key_variable is not None and not key:
-            raise InvalidRecordError(f"Servers: {self.key_variable} is not set in the environment, expected the key; set it.")
-        return key
+    @property
+    def key(self) -> Key:
+        """What they are shown."""
+        return Key(self.key_variable or self.dialect.key_variable, self.api_key)
 
     @property
     def dialect(self) -> Dialect:
@@ -251,7 +243,7 @@ class _Endpoint:
             self._rests_until = monotonic() + rest
             if rest > QUIET_S:
                 _LOG.warning("%s rests for %.0f s: it says that nothing is left of its limit", self.name, rest)
-        answer = accepted(owner, url, response, self._servers.key_variable or self._servers.dialect.key_variable, self._servers.api_key)
+        answer = accepted(owner, url, response, self._servers.key)
         self.spent.append(self._servers.dialect.costs(answer))
         return answer
 
@@ -261,7 +253,7 @@ class _Endpoint:
         response = self._send("GET", url, timeout=self._check_s)
         if response.status_code == 404 or (response.is_success and not response.content):
             return missing
-        return accepted(self.name, url, response, self._servers.key_variable or self._servers.dialect.key_variable, self._servers.api_key)
+        return accepted(self.name, url, response, self._servers.key, first=self._first)
 
     def _send(self, method: str, url: str, *, json: Any = None, timeout: Any = httpx2.USE_CLIENT_DEFAULT) -> httpx2.Response:
         """Return the answer, whatever its status."""

@@ -20,6 +20,7 @@ from lopd.engines.asked import IDS, asked_scores, asking
 from lopd.engines.inputs import NEUTRAL, all_ids, make_rollout
 from lopd.engines.server.answers import Trouble, refusal
 from lopd.engines.server.dialect import Costs, Draw, Get, Served, Widths, costs_of, model_card, positions
+from lopd.engines.server.keys import Key
 from lopd.engines.server.reading import check_end, check_read, check_sampled, listed, most_likely, number
 from lopd.engines.supports import likely, make_scores, make_support
 from lopd.errors import EngineError, InvalidRecordError
@@ -190,7 +191,7 @@ def _meta(owner: str, prompt: list[int], item: Any) -> Mapping[str, Any]:
     if reason.get("type") == "abort":
         status, message = reason.get("status_code"), " ".join(str(reason.get("message")).split())[:300]
         if isinstance(status, int) and 400 <= status < 500 and status != 429:
-            raise refusal(owner, "the server", status, message)
+            raise refusal(owner, "the server", status, message, Key())
         raise Trouble(f"the request was aborted ({message})")
     check_read(owner, item, prompt)
     return meta

@@ -15,7 +15,8 @@ import transformers
 from attrs import evolve, field, frozen
 
 from lopd.engines.asked import check_drawn, widest
-from lopd.engines.identity import folder_model_id, local_folder, looking_for
+from lopd.engines.finding import load_tokenizer, local_folder
+from lopd.engines.identity import folder_model_id
 from lopd.engines.inputs import (
     SEED_BITS,
     check_prompts,
@@ -255,8 +256,7 @@ class VLLMScorer:
 
 def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = False, top_k: int = 0) -> tuple[VLLMEngine, Any]:
     path = local_folder(folder)
-    with looking_for(folder):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(path)
     vocab_size = fingerprint_tokenizer(tokenizer).vocab_size
     return VLLMEngine(path, vocab_size, settings or VLLMSettings(), scoring=scoring, top_k=top_k), tokenizer
 

@@ -10,7 +10,7 @@ from typing import Any
 from attrs import asdict
 
 import lopd
-from lopd.engines.identity import local_folder
+from lopd.engines.finding import local_folder
 from lopd.engines.supports import provenance_of
 from lopd.errors import InvalidRecordError, SamplerWarning
 from lopd.guards.consistency import check_teacher_consistency, check_vocabulary

@@ -103,11 +103,9 @@ class Model:
 
     def tokenizer(self) -> Any:
         """Load its tokenizer."""
-        from lopd.engines.identity import looking_for
         from lopd.records.optional import need
 
-        with looking_for(self.model) as path:
-            return need("transformers", "Model").AutoTokenizer.from_pretrained(path)
+        return need("lopd.engines.finding", "Model").load_tokenizer(self.model)
 
     def source(self, sampling: "SamplingParams") -> "RolloutSource":
         """Start it for sampling."""

@@ -100,7 +100,7 @@ def _add_card(parser: ArgumentParser) -> None:
 def _fit(options: Namespace) -> int:
     if options.student is None:
         raise ArgumentError("Plan: --student is missing, expected the folder or hub name of the student; pass it beside --card.")
-    from lopd.engines.identity import looking_for
+    from lopd.engines.finding import looking_for
 
     configs = []
     for folder in filter(None, (options.student, options.teacher)):

@@ -186,11 +186,9 @@ class _Seeded:
         return found
 
     def _evaluate(self, asked: Evaluation, folder: str) -> _Phase:
-        """Return a source on transformers, at temperature 1; another seed than that of the rollouts."""
+        """Evaluate a model on transformers, in float32 as it is trained, at temperature 1; with another seed than that of the rollouts."""
         sampling = SamplingParams(self.s.sampling.max_new_tokens, samples_per_prompt=asked.samples_per_prompt, seed=self.seed + 1000)
-        # the weights before OPD may be stored in another dtype than those after it
-        source = HFSource.from_folder(folder, sampling, self.s.student.torch_dtype or torch.float32, self.s.student.place)
-        found = _Phase()
+        source, found = HFSource.from_folder(folder, sampling, torch.float32, self.s.student.place), _Phase()
         if asked.verifier:
             judge, scores = read_verifier(asked.verifier), list[float]()
 

@@ -86,11 +86,16 @@ class Description:
         """Return the inverse of `to_json`; also reads what lopd 0.2 wrote, which has no checksum.
 
         Raises:
-            CorruptStoreError: it is not a description, is damaged, or has another schema version.
+            CorruptStoreError: there is not a description, it is damaged, or has another schema version.
         """
+        data = text if isinstance(text, bytes) else (text or "").encode()
+        if not data.lstrip().startswith(b"{"):
+            raise CorruptStoreError(
+                f"{owner}: it has no description of a store, so lopd did not export it; export the store with `export_parquet` or "
+                "`to_hf_dataset`, and read texts with `import_text`."
+            )
         owner = f"{owner}: its description"
         try:
-            data = text if isinstance(text, bytes) else str(text).encode()
             document = sealing.unseal(data) or parse(data)
         except ValueError as error:
             raise CorruptStoreError(f"{owner} cannot be read ({error}); export it again.") from error

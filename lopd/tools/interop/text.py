@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from lopd.backends.memory_store import MemoryStore
-from lopd.errors import InvalidRecordError
+from lopd.errors import InvalidRecordError, TeacherConsistencyWarning
 from lopd.protocols import LogprobStore
 from lopd.records.checks import check_at_least
 from lopd.records.contents import check_names
-from lopd.records.identity import UNKNOWN, ModelId, fingerprint_tokenizer
+from lopd.records.identity import UNKNOWN, ModelId, TokenizerId, fingerprint_tokenizer
 from lopd.records.lineage import Lineage
 from lopd.records.manifest import Manifest, SamplingParams
+from lopd.records.optional import need
 from lopd.records.rendering import Rendering
 from lopd.records.texts import Fields, Limit, TooLong, make_texts
+from lopd.records.warn import warn_user
 from lopd.tools.interop.filling import StoreMaker, check_maker, fill, records_of
 
 
@@ -65,6 +67,10 @@ def import_text(
         chat_template_kwargs: variables of the chat template.
         date: what the chat template reads as today.
 
+    Warns:
+        PromptWarning: texts may not be what they seem.
+        TeacherConsistencyWarning: the folder of the teacher has another tokenizer, so it can never score the student's rollouts.
+
     Raises:
         PromptError: a text cannot be turned into tokens; it names the record.
         ContextOverflowError: texts are longer than `max_tokens`; it counts them.
@@ -86,4 +92,20 @@ def import_text(
     rollouts = make_texts((owner, item), found, rendering, Fields(field, response, template), limit)
     rendering.doubts.warn(stacklevel=2)
     writer = UNKNOWN if teacher is None else Lineage.of(teacher).sft_teacher or UNKNOWN
+    if not isinstance(teacher, ModelId | None):
+        _judge_vocabulary(teacher, writer, of)
     return fill(store, Manifest(of, writer, SamplingParams()), rollouts)
+
+
+def _judge_vocabulary(teacher: str | Path, writer: ModelId, ours: TokenizerId) -> None:
+    """Warn of a teacher that has a tokenizer in its folder, and not this one: its text can be learnt, and no scores of it."""
+    folder = need("lopd.engines.identity", "Text").local_folder(teacher, weights=False)
+    if not any(folder.glob("tokenizer*")):
+        return
+    theirs = fingerprint_tokenizer(need("transformers", "Text").AutoTokenizer.from_pretrained(folder))
+    if not theirs.same_vocabulary(ours):
+        warn_user(
+            f"Teacher {writer}: its tokenizer has {theirs.vocab_size:,} ids, expected the {ours.vocab_size:,} of the student's, with the same "
+            "meanings; SFT on its text is right, and `score_rollouts` will refuse it as a teacher: for OPD take one with the student's tokenizer.",
+            TeacherConsistencyWarning,
+        )

@@ -87,4 +87,4 @@ def _trained(policy: str | Path | ModelId, lineage: Lineage | None) -> Lineage:
         return lineage
     if isinstance(policy, ModelId):
         return Lineage()
-    return Lineage.read(need("lopd.engines.identity", "import_trajectories").local_folder(policy, weights=False))
+    return Lineage.read(need("lopd.engines.finding", "import_trajectories").local_folder(policy, weights=False))

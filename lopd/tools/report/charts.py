@@ -97,7 +97,7 @@ def histogram(title: str, x: str, values_M: NDArray[Any], limit: float, bins: in
 
 
 def curves(title: str, series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], bins: int, *, band: bool) -> Chart:
-    """Return means of values by place (0 to 1), one line for each series; the band holds the middle 80 %."""
+    """Return means of values by place (0 to 1), where there are any, one line for each series; the band holds the middle 80 %."""
     found = {name: _by_bin(place, values, bins) for name, (place, values) in series.items()}
     drawn = np.concatenate([table if band else table[:1] for table in found.values()], axis=1)
     low, high = min(float(np.nanmin(drawn)), 0.0), max(float(np.nanmax(drawn)), 0.0)
@@ -108,7 +108,9 @@ def curves(title: str, series: Mapping[str, tuple[NDArray[Any], NDArray[Any]]], 
     ]
     x_marks = [(WIDTH * i / 4, f"{i / 4:.0%}") for i in range(5)]
     header = ["position", *found]
-    rows = [[f"{i / bins:.0%}", *(f"{table[0, i]:+.3f}" for table in found.values())] for i in range(bins)]
+    there = np.flatnonzero(np.isfinite([table[0] for table in found.values()]).any(0)).tolist()
+    cells = {i: ["" if np.isnan(table[0, i]) else f"{table[0, i]:+.3f}" for table in found.values()] for i in there}
+    rows = [[f"{i / bins:.0%}", *row] for i, row in cells.items()]
     return Chart(title, "position", "mean advantage, nats", x_marks, y.marks(signed), [header, *rows], lines=lines, zero=y.pixel(0.0))
 
 

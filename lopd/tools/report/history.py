@@ -20,7 +20,7 @@ class Phase:
 
     Args:
         name: the phase's name.
-        seconds: wall time.
+        seconds: wall time; None if it was not measured.
         read_tokens: tokens that models read in it, prompts included; 0 if it has none, or they were not counted.
         result: what it measured, in words.
         response_tokens: likewise, those of responses.
@@ -30,13 +30,14 @@ class Phase:
     """
 
     name: str
-    seconds: float
+    seconds: float | None
     read_tokens: int = 0
     result: str = ""
     response_tokens: int = 0
 
     def __attrs_post_init__(self) -> None:
-        check_number(f"Phase {self.name!r}", "seconds", self.seconds, 0 <= self.seconds < math.inf, "finite and at least 0")
+        seconds = self.seconds or 0.0
+        check_number(f"Phase {self.name!r}", "seconds", seconds, 0 <= seconds < math.inf, "finite and at least 0")
         for name in ("read_tokens", "response_tokens"):
             check_at_least(f"Phase {self.name!r}", name, getattr(self, name), 0)
 
@@ -109,7 +110,7 @@ def _line(number: int, line: str) -> Any:
 
 
 def read_steps(history: Iterable[StepMetrics | Mapping[str, Any]]) -> tuple[StepMetrics, ...]:
-    """Return metrics by step, of records or of what `attrs.asdict` made of them.
+    """Return metrics by step, of records or of what `attrs.asdict` made of them; of a step that was repeated after a resume, the last.
 
     Raises:
         InvalidRecordError: an entry is neither.
@@ -122,7 +123,7 @@ def read_steps(history: Iterable[StepMetrics | Mapping[str, Any]]) -> tuple[Step
             raise InvalidRecordError(
                 f"History: entry {i} cannot be read ({error!r}), expected the metrics of a step; pass what `opd_steps` gives."
             ) from error
-    return tuple(sorted(steps, key=lambda m: m.step))
+    return tuple(sorted({m.step: m for m in steps}.values(), key=lambda m: m.step))
 
 
 def _phase(row: Mapping[str, Any]) -> Phase:

@@ -21,7 +21,7 @@ from lopd.records.lineage import Lineage
 from lopd.records.rollouts import BEHAVIOR_COLUMN
 from lopd.records.steps import StepMetrics
 from lopd.tools.advantages import SampledAdvantages, check_columns, sample_advantages, scored_rows
-from lopd.tools.origins import describe_model, origins, score_columns
+from lopd.tools.origins import describe_model, origins, score_columns, trained_on
 from lopd.tools.report.charts import Chart, over_steps
 from lopd.tools.report.history import Phase, read_steps
 from lopd.tools.report.page import write_page
@@ -29,8 +29,8 @@ from lopd.tools.report.tokens import Decode, TokenReport, advantage_parts, show_
 from lopd.tools.starts import find_start, start_rows
 
 _GAP = (
-    "nats a token, student minus teacher log-prob of the stored tokens: one sample a token of what has the reverse KL as its mean, without an "
-    "interval, so it may be negative; held-out rollouts are what to judge by"
+    "Mean of student minus teacher log-prob over the stored tokens, in nats.  It estimates the reverse KL from one sample a token, so it may be "
+    "negative.  Judge a student by held-out rollouts."
 )
 
 
@@ -71,7 +71,7 @@ def write_run_report(
         path: where the page goes.
         store: the rollouts of the run, and their scores.
         history: metrics of the training, `StepMetrics` or `attrs.asdict` of them.
-        phases: what each phase of the run cost; without any the training itself is the only one.
+        phases: what each phase of the run cost; without any, the tokens that the store counts, and the time of the training.
         report: which columns, the clip, and how many rollouts are behind the advantages; teacher minus behavior if None.
         decode: token id -> text, `lambda token: tokenizer.decode([token])`; ids are shown without one.
         lineage: the exported student's lineage.
@@ -90,13 +90,11 @@ def write_run_report(
     advantages = advantage_parts(report, sampled)
     ref = None if report.student == BEHAVIOR_COLUMN else report.student
     start = find_start(store, teacher=report.teacher, ref=ref, rows=sampled.rows)
-    read, responses = sum(m.read_tokens for m in steps), sum(m.response_tokens for m in steps)
-    whole = Phase("training", sum(m.seconds for m in steps), read, response_tokens=responses)
     parts = {
         "title": title,
         "facts": [*_store_facts(store, report), *_training_facts(steps), *_advantage_facts(advantages["summary"]), *_start_facts(start)],
         "curves": step_charts(steps),
-        "costs": _costs(phases or ([whole] if steps else [])),
+        "costs": _costs(phases or _known_phases(store, steps)),
         "sampled": len(sampled.rows),
         "missing": _missing(store, report),
         "start": start if isinstance(start, str) else start_rows(start),
@@ -188,13 +186,29 @@ def _start_facts(start: StartReport | str) -> list[Fact]:
     return [Fact("before the first step", start.verdict, start.reason, state)]
 
 
+def _known_phases(store: LogprobReader, steps: Sequence[StepMetrics]) -> list[Phase]:
+    """Return the phases that store and history tell of; a store does not tell how long they took."""
+    lengths, phases = store.lengths(), list[Phase]()
+    # what labels and privileged scorers read is not the rollouts
+    scored = [name for name, made in store.columns.items() if not made.label and not made.privileged]
+    for name, rows_N2 in {"rollouts": lengths, **{f"scores: {name}": lengths[store.scored(name)] for name in scored}}.items():
+        if len(rows_N2):
+            phases.append(Phase(name, None, int(rows_N2.sum()), response_tokens=int(rows_N2[:, 1].sum())))
+    if steps:
+        read, responses = sum(m.read_tokens for m in steps), sum(m.response_tokens for m in steps)
+        phases.append(Phase("training", sum(m.seconds for m in steps), read, response_tokens=responses))
+    return phases
+
+
 def _costs(phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    total = sum(phase.seconds for phase in phases) or 1.0
+    """Return the cells of each phase; shares where the time of each was measured."""
+    times = [phase.seconds for phase in phases if phase.seconds is not None]
+    total = sum(times) or 1.0 if len(times) == len(phases) else None
     return [
         {
             "name": phase.name,
-            "seconds": duration(phase.seconds),
-            "share": phase.seconds / total,
+            "seconds": "not measured" if phase.seconds is None else duration(phase.seconds),
+            "share": None if total is None or phase.seconds is None else phase.seconds / total,
             "response": f"{phase.response_tokens:,}" if phase.response_tokens else "",
             "read": f"{phase.read_tokens:,}" if phase.read_tokens else "",
             "rate": f"{phase.read_tokens / phase.seconds:,.0f}" if phase.read_tokens and phase.seconds else "",
@@ -233,6 +247,8 @@ def _origins(store: LogprobReader, lineage: Lineage | None, versions: Mapping[st
     if lineage is not None:
         rows.append(("student's SFT teacher", describe_model(lineage.sft_teacher)))
         rows.append(("student's OPD teacher", describe_model(lineage.opd_teacher)))
+        on = {True: "these rollouts", False: "OTHER ROLLOUTS than these", None: "not recorded"}
+        rows.append(("student was trained on", on[trained_on(lineage, store)]))
     return [*rows, *((f"version of {name}", version) for name, version in versions.items())]
 
 

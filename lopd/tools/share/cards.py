@@ -10,15 +10,15 @@ from attrs import field, frozen
 
 from lopd.engines.identity import folder_model_id
 from lopd.errors import ArgumentError, InvalidRecordError, ManifestMismatchError, ModelError, printable
-from lopd.guards.consistency import verdict
+from lopd.guards.consistency import lineage_after, verdict
 from lopd.protocols import LogprobReader
 from lopd.protocols.doors import check_noun
 from lopd.records.checks import a_kind, texts_of
 from lopd.records.estimates import Estimate
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
-from lopd.records.paths import local_path
-from lopd.tools.origins import describe_model, origins, score_columns
+from lopd.records.paths import local_path, names_path
+from lopd.tools.origins import describe_model, origins, score_columns, trained_on
 
 ADAPTERS = "adapter_config.json"
 #: The file of a store that was pushed.
@@ -26,8 +26,16 @@ ROLLOUTS = "rollouts.parquet"
 _PAPER = "[Lightning OPD](https://arxiv.org/abs/2604.13010)"
 _TAGS = ["lopd", "on-policy-distillation", "knowledge-distillation"]
 _SHOWN = ("column", "model", "engine", "log-probs", "top-k", "rollouts scored")
-#: What is before the name in a path that begins at a root; URLs and revisions have a letter, a dot, a colon or a slash before theirs.
-_FOLDERS = re.compile(r"(?<![\w.:/])(?:~/(?:[^\s/@:]+/)*|/(?:[^\s/@:]+/)+)(?=[^\s/])")
+#: What is before the name in a path that begins at a root, at home or at a folder of dots; a name of a hub and a revision begin otherwise.
+_FOLDERS = re.compile(
+    r"(?<![\w.:/])(?:file:/+|[A-Za-z]:[/\\]+|~[^\s/\\@:]*[/\\]|\.{1,2}[/\\]|[/\\]+(?=[^\s/\\@:]+[/\\]))"
+    r"(?:[^\s/\\@:,;][^/\\@:,;]*[/\\]+)*(?=[^\s/\\])"
+)
+#: What a card says of its rollouts, by what the lineage records of them.
+_ON = {
+    True: "Its lineage records these rollouts.\n",
+    None: "Its lineage does not record on which rollouts it was trained; these are of the same teachers.\n",
+}
 _Cells = Sequence[Sequence[str]]
 
 
@@ -51,7 +59,7 @@ class About:
         notes: more text in Markdown, for example what the student is for, and what it cannot do.
 
     Raises:
-        InvalidRecordError: the licence is "other" without name and link.
+        InvalidRecordError: the licence is "other" without name and link, or a model or dataset is a path of this machine.
         ArgumentError: a metric is not an `Estimate`.
     """
 
@@ -66,6 +74,9 @@ class About:
     notes: str = ""
 
     def __attrs_post_init__(self) -> None:
+        for name in (*self.datasets, *([self.base_model] if self.base_model else ())):
+            if names_path(name):
+                raise InvalidRecordError(f"About: {name!r} is a path, expected a name in the hub; push that first, and pass its name.")
         if self.licence == "other" and not (self.licence_name and self.licence_link):
             raise InvalidRecordError("About: the licence is 'other', without its name or link; pass `licence_name=` and `licence_link=`.")
         for dataset, metric, value in self.results():
@@ -96,7 +107,8 @@ def model_card(folder: str | Path, about: About | None = None, store: LogprobRea
         store: what the student was trained on.
 
     Raises:
-        ManifestMismatchError: the store's SFT teacher is not the student's, or none of its columns is of the student's teacher.
+        ManifestMismatchError: the student was not trained on the rollouts of the store, their SFT teacher is not its own, or none of the columns
+            is of its teacher.
         CorruptStoreError: the lineage cannot be read.
         ArgumentError: an argument is something else.
         MissingDependencyError: huggingface_hub is not installed.
@@ -130,7 +142,7 @@ def model_card(folder: str | Path, about: About | None = None, store: LogprobRea
     text = [
         f"# {folder.resolve().name}\n\n{_what(lineage)}\n\n## How it was made\n",
         _table(("", ""), made),
-        *(() if store is None else ["\n## Rollouts that it learnt from\n", *_contents(store)]),
+        *(() if store is None else ["\n## Rollouts that it learnt from\n", _ON[trained_on(lineage, store)], *_contents(store)]),
         "\n## Results\n",
         _table(("dataset", "metric", "mean", "95 % interval", "prompts"), results) if results else "None were given.",
         f"\n## Licence\n\n{_licence(about)}",
@@ -175,12 +187,19 @@ def _about(about: object) -> About:
 
 def _check_store(folder: Path, lineage: Lineage, store: LogprobReader) -> None:
     check_noun(store, LogprobReader)
-    sft, teacher = store.manifest.sft_teacher, lineage.opd_teacher
+    teacher, known = lineage.opd_teacher, lineage.store
+    if known is not None and not trained_on(lineage, store):
+        raise ManifestMismatchError(
+            f"Export {folder.name}: it was trained on {known.rollouts:,} other rollouts than those of the store, which has {len(store):,}, of "
+            f"{store.manifest.policy}; pass the store that it was trained on."
+        )
+    sft = store.manifest.sft_teacher if teacher else lineage_after(store.manifest, ()).sft_teacher
     if sft != lineage.sft_teacher:
         raise ManifestMismatchError(
             f"Export {folder.name}: its SFT teacher is {lineage.sft_teacher}, expected {sft}, the store's; pass the store that it was trained on."
         )
-    scored = [part for provenance in store.columns.values() for part in provenance.model.parts]
+    taught = [lineage_after(store.manifest, [provenance]).opd_teacher for provenance in store.columns.values()]
+    scored = [part for model in taught if model for part in model.parts]
     unknown = next((part for part in (teacher.parts if teacher else ()) if not any(part.same_weights(one) for one in scored)), None)
     if unknown is not None:
         raise ManifestMismatchError(

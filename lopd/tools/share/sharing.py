@@ -6,19 +6,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import safe_open
+
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.export import exported_files
 from lopd.errors import CorruptStoreError, InvalidRecordError
 from lopd.protocols import LogprobReader, LogprobStore
-from lopd.records.lineage import LINEAGE_FILE, refuse_store
+from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.manifest import Manifest
-from lopd.records.paths import local_path, read_regular
+from lopd.records.paths import local_path, names_path, read_regular
 from lopd.records.stored import parse
 from lopd.tools.interop.parquet import export_parquet, import_parquet, parquet_manifest
 from lopd.tools.share.cards import ROLLOUTS, About, dataset_card, model_card
 from lopd.tools.share.hub import Repository
 
 _CARD = "README.md"
+#: A file whose texts are tokens.
+_TOKENS = "tokenizer.json"
 
 
 def push_student(
@@ -45,7 +49,7 @@ def push_student(
         endpoint: URL of the hub; None for that of HF_ENDPOINT, or huggingface.co.
 
     Raises:
-        InvalidRecordError: the folder is not an export, the repository's name does not fit, or a configuration names a path of this machine.
+        InvalidRecordError: the folder is not an export, the repository's name does not fit, or one of its files names a path of this machine.
         CorruptStoreError: a file of the export is missing, or is not a file of the folder.
         ManifestMismatchError: the student was not trained on the store.
         StoreExistsError: the repository has files, without `exist_ok`, or weights that the export would not replace.
@@ -56,8 +60,7 @@ def push_student(
     target, folder = Repository(repository, "model", endpoint), local_path("Export", folder)
     files = _files(folder)
     for name in files:
-        if name.endswith("config.json"):
-            _check_names(folder, name)
+        _check_names(folder, name)
     card = str(model_card(folder, about, store)).encode()
     return target.commit({**files, _CARD: card}, f"Push {folder.resolve().name}", private=private, exist_ok=exist_ok)
 
@@ -127,10 +130,11 @@ def pull_store(
 
 def _files(folder: Path) -> dict[str, Path | bytes]:
     """Return the files of an export by their names, each looked at: a list in a file may name anything."""
-    refuse_store("Export", folder)
+    Lineage.read(folder)
     names = exported_files(folder)
     if not names:
-        raise InvalidRecordError(f"Export {folder}: its {LINEAGE_FILE} lists 0 files; write it with `CausalLMStudent.export`.")
+        lacks = f"its {LINEAGE_FILE} lists 0 files" if (folder / LINEAGE_FILE).exists() else f"there is no {LINEAGE_FILE} in it"
+        raise InvalidRecordError(f"Export {folder}: {lacks}; write it with `CausalLMStudent.export`.")
     files = dict[str, Path | bytes]()
     for name in sorted({*names, LINEAGE_FILE}):
         path = folder / name
@@ -141,15 +145,24 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def _check_names(folder: Path, name: str) -> None:
-    """Refuse a configuration that leads to a path of this machine: it tells others of it, and leads nowhere for them."""
-    for key, text in _texts("", parse(read_regular(folder / name))):
-        named = key.endswith("name_or_path") and (text.startswith((".", "~", "/")) or text.count("/") > 1 or os.path.isdir(text))  # noqa: PTH112
+    """Refuse a file that leads to a path of this machine: it tells others of it, and leads nowhere for them."""
+    for key, text in _texts("", _written(folder / name)):
         # texts that begin with a slash may be anything, also tokens
-        if named or (len(text) > 1 and os.path.isabs(text) and os.path.exists(text)):  # noqa: PTH110, PTH117
+        place = os.path.expanduser(text.removeprefix("file://"))  # noqa: PTH111
+        there = name != _TOKENS and len(place) > 1 and os.path.isabs(place) and os.path.exists(place)  # noqa: PTH110, PTH117
+        if there or (key.endswith("name_or_path") and names_path(text)):
             raise InvalidRecordError(
                 f"Export {folder}: {key!r} of {name} is a path of this machine, expected a name in the hub; push that model first, and write its "
                 "name there."
             )
+
+
+def _written(path: Path) -> Any:
+    """Return what a file of an export says in text: its JSON, or the metadata of weights."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "np") as file:
+            return file.metadata()
+    return parse(read_regular(path)) if path.suffix == ".json" else None
 
 
 def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:

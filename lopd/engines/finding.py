@@ -1,0 +1,149 @@
+"""Where is it?  The folder of a model and its tokenizer, or their name in the hub; what goes wrong there is one sentence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError
+
+from lopd.errors import EngineError, LopdError, ModelError
+from lopd.records.lineage import refuse_store
+from lopd.records.paths import local_path, without_secrets
+
+#: Seconds for the hub to answer at all.
+_PATIENCE_S = 10.0
+_DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
+_CONFIGS, _TOKENIZERS = ("config.json", "adapter_config.json"), ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
+def check_described(folder: str | Path) -> None:
+    """Refuse a folder without the configuration of a model or of adapters; a name in the hub passes.
+
+    Raises:
+        ModelError: it has none.
+    """
+    path = Path(folder)
+    if path.is_dir() and not any((path / name).exists() for name in _CONFIGS):
+        there = ", ".join(sorted(repr(file.name) for file in path.iterdir())[:4]) or "nothing"
+        raise ModelError(
+            f"Model {folder}: it holds neither {' nor '.join(_CONFIGS)}, expected a model; pass a folder that `save_pretrained` wrote (in this one "
+            f"there is {there})."
+        )
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """Return the tokenizer in a folder, or of a hub name.
+
+    Raises:
+        EngineError: there is no such folder or model, or its tokenizer cannot be read.
+    """
+    with looking_for(name) as found:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(str(found))
+        except Exception as error:  # tokenizers raises `Exception` itself
+            lacks = found.is_dir() and not any((found / file).exists() for file in _TOKENIZERS)
+            reason = f"the folder has neither {' nor '.join(_TOKENIZERS)}" if lacks else _first_line(error)
+            raise EngineError(
+                f"Model {str(name)!r}: its tokenizer cannot be loaded ({reason}), expected its files beside the weights; save them there: "
+                "`tokenizer.save_pretrained(folder)`."
+            ) from error
+
+
+def find_model(name: str | Path) -> Path:
+    """Return the folder that a model's name is, with `~` expanded; a name in the hub as it is.
+
+    Raises:
+        EngineError: it is a file; or it is a path, and there is no such folder: the hub would be asked for it, again and again.
+    """
+    path = local_path("Model", name, EngineError)
+    is_path = (
+        isinstance(name, Path)
+        or str(name).startswith((".", "/", "~"))
+        or len(path.parts) > 2
+        or (len(path.parts) > 1 and path.parent.is_dir())
+    )
+    if path.is_file():
+        raise _not_loaded(name, "it is a file", f"pass the folder that it is in, {str(path.parent)!r}")
+    if is_path and not path.exists():
+        raise _not_loaded(name, _nowhere(), "check the path")
+    refuse_store("Model", path, EngineError)
+    return path
+
+
+@contextmanager
+def looking_for(name: str | Path) -> Iterator[Path]:
+    """Give what `find_model` does; turn what goes wrong while a model is looked for and read into one sentence.
+
+    Raises:
+        EngineError: there is no such folder, no such model in the hub or its cache, or it cannot be read.
+    """
+    found = find_model(name)
+    there = found.exists()
+    if not there:
+        _reach_hub(str(name))
+    try:
+        yield found
+    except LopdError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, HFValidationError, SafetensorError) as error:
+        remedy = "look at its files, and save it again" if there else "check the name, and the network if it is to be downloaded"
+        raise _not_loaded(name, _first_line(error), remedy) from error
+
+
+def _reach_hub(name: str) -> None:
+    """Ask the hub once for a model that is not in its cache: huggingface_hub tries each file for most of a minute."""
+    try:
+        if not any(isinstance(try_to_load_from_cache(name, file), str) for file in (*_CONFIGS, *_TOKENIZERS)):
+            HfApi().model_info(name, timeout=_PATIENCE_S)
+    except Exception as error:  # of the hub, or of its HTTP library
+        why, remedy = _unreached(error)
+        raise _not_loaded(name, f"{_nowhere()}; {why}", remedy) from error
+
+
+def _unreached(error: Exception) -> tuple[str, str]:
+    """Return why the hub does not give a model, and what to do."""
+    hub = without_secrets(constants.ENDPOINT)
+    if isinstance(error, HFValidationError):
+        return "no model in the hub can have this name", "check the path"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, so that the hub is not asked", "check the path, or unset HF_HUB_OFFLINE to download it"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{hub} does not know it", "check the path or the name; a private model needs `hf auth login`, or HF_TOKEN"
+    if isinstance(error, ValueError | TypeError | KeyError | AttributeError):
+        return f"{hub} does not answer as a hub", "check the path, or HF_ENDPOINT"
+    said = "" if hub != constants.ENDPOINT else f": {_first_line(error)}"
+    return f"{type(error).__name__} of {hub}{said}", "check the path; or proxies and certificates, if it is to be downloaded"
+
+
+def _nowhere() -> str:
+    return f"there is no such folder, seen from {Path.cwd()}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _not_loaded(name: str | Path, reason: str, remedy: str) -> EngineError:
+    return EngineError(
+        f"Model {str(name)!r}: it cannot be loaded ({reason}), expected a folder that transformers saved, or a name in the hub; {remedy}."
+    )
+
+
+def local_folder(name: str | Path, *, weights: bool = True) -> Path:
+    """Return a folder as it is, or the local snapshot of a hub name; it is downloaded unless it is there or HF_HUB_OFFLINE is set.
+
+    Args:
+        name: a folder, or a name in the hub.
+        weights: whether the weights have to be there too, or only what stands beside them.
+
+    Raises:
+        EngineError: there is no such folder or snapshot.
+    """
+    with looking_for(name) as found:
+        if found.is_dir():
+            return found
+        return Path(snapshot_download(str(name), allow_patterns=[*_DESCRIPTIONS, *(["*.safetensors"] if weights else [])]))

@@ -1,0 +1,43 @@
+"""What a loss or a store may state besides its noun; guards and messages ask for it with `isinstance`."""
+
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class StatesCorrection(Protocol):
+    """What a loss, or its objective, may state besides, so that guards can warn of it; without it they do not warn."""
+
+    @property
+    def uncorrected(self) -> bool:
+        """Whether it takes the stored rollouts for the student's own: it has neither an importance ratio nor another answer to drift."""
+        ...
+
+
+@runtime_checkable
+class StatesBaseline(Protocol):
+    """What a loss, or its objective, may state besides, likewise."""
+
+    @property
+    def baselined(self) -> bool:
+        """Whether it adds a baseline to advantages, which is neutral only if the weight of a token does not depend on later ones."""
+        ...
+
+
+@runtime_checkable
+class StatesLabels(Protocol):
+    """What a loss, or its objective, may state besides, likewise."""
+
+    @property
+    def ignores_labels(self) -> bool:
+        """Whether it surely reads no labels."""
+        ...
+
+
+@runtime_checkable
+class StatesName(Protocol):
+    """What a store may state besides; messages name one that does not by its `repr`."""
+
+    @property
+    def name(self) -> str:
+        """Kind and place, in a few words."""
+        ...
