@@ -24,6 +24,7 @@ from lopd.records.lineage import Lineage
 from lopd.records.optional import need
 from lopd.records.ranks import Ranks
 from lopd.records.steps import Step, StepMetrics
+from lopd.records.warn import warn_user
 from lopd.tools.console import table
 from lopd.tools.report import RunHistory, write_run_report
 from lopd.verbs.checkpoint import load_checkpoint, save_checkpoint
@@ -213,12 +214,11 @@ def train_phase(
     history = resumably(checkpoints, student, optimizer, steps, begin, total=steps.stop or 0)
     still = [metrics.step for metrics in history if metrics.grad_norm < _STILL]
     if still:
-        warnings.warn(
+        warn_user(
             f"Training: the gradient was 0 in {len(still)} of {len(history)} steps, the first of them step {still[0]}, so these taught the student "
             "nothing; look at the metrics before: a rate that is too high makes probabilities 0 and 1, and a student that is its teacher has nothing "
             "to learn.",
             TrainingWarning,
-            stacklevel=2,
         )
     return {**counted(history), "history": [asdict(m) for m in history]}
 

@@ -2,7 +2,6 @@
 
 import math
 import runpy
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.paths import asked, without_secrets
+from lopd.records.warn import warn_user
 from lopd.tools.command.settings import Prompts, RunSettings
 from lopd.tools.phases import Run, digest
 
@@ -53,7 +53,7 @@ def prepare(s: RunSettings) -> list[Prompt]:
     _check_writer(s, ours)
     sampling = SamplingParams(**asdict(s.sampling))
     if not sampling.neutral and s.loss.kind == "opd" and not s.loss.ratio:
-        warnings.warn(f"Run: loss.ratio is false, and sampling has {bias_of(sampling)}; set it to true.", SamplerWarning, stacklevel=3)
+        warn_user(f"Run: loss.ratio is false, and sampling has {bias_of(sampling)}; set it to true.", SamplerWarning)
     prompts = _prompts(s.prompts, tokenizer)
     if s.evaluation and len(prompts) <= s.evaluation.held_out:
         raise InvalidRecordError(f"Prompts: there are {len(prompts)}, expected more than evaluation.held_out; hold out fewer.")
