@@ -134,7 +134,7 @@ bench-supports: .venv/installed-test  ## bytes a token of columns that keep a su
 bench-probes: .venv/installed-quickstart .venv/installed-data  ## what probing models costs in the quickstart; as long as that takes
 	$(BIN)/python benchmarks/bench_probes.py
 
-bench-memory: .venv/installed-test  ## what the planner says a phase needs beside what it takes, at three sizes, and for which families; half an hour
+bench-memory: .venv/installed-test  ## what the planner predicts for a phase beside what it takes, at three sizes, and for which families; half an hour
 	$(BIN)/python benchmarks/gpu_memory.py
 	$(BIN)/python benchmarks/plan_families.py
 	$(BIN)/python benchmarks/docs_tables.py
@@ -147,7 +147,7 @@ bench-memory: .venv/installed-test  ## what the planner says a phase needs besid
 	touch $@
 
 # GPU_PYTHON=python takes the environment that you have; without it one is made, which takes minutes
-gpu: $(if $(GPU_PYTHON),,.venv-gpu/installed)  ## all that only a card can tell, into benchmarks/results/gpu.json; at most eight minutes
+gpu: $(if $(GPU_PYTHON),,.venv-gpu/installed)  ## all that only a card can show, into benchmarks/results/gpu.json; at most eight minutes
 	PYTHONPATH=. $(or $(GPU_PYTHON),.venv-gpu/bin/python) benchmarks/gpu.py
 
 docs: .venv/installed-docs  ## the documentation site, into site/; nothing is fetched when it is read

@@ -24,7 +24,7 @@ SIZES, TEMPERATURES = (4, 16, 64), (1.0, 0.7)
 
 
 def main() -> None:
-    """Build, audit, write."""
+    """Build the models, audit them, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=200)
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "testbed")
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Errors among the named, and how much is told, by size and temperature."""
+    """Return a goal for each temperature, size and presence of the author: the share of draws in which another model is named."""
     found = []
     for temperature, size, present in product(TEMPERATURES, SIZES, (True, False)):
         chosen = [r for r in rows if (r["temperature"], r["rollouts"], r["author_among_candidates"]) == (temperature, size, present)]

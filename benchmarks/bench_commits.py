@@ -1,4 +1,4 @@
-"""What one more commit costs a store that has many, when nobody compacts it: appends of 100 rollouts and their scores, up to 10,000 of each.
+"""What one more commit costs a store that has many, when it is never compacted: appends of 100 rollouts and their scores, up to 10,000 of each.
 
     python benchmarks/bench_commits.py            # benchmarks/results/commits.json; half an hour on two cores
     python benchmarks/bench_commits.py --quick    # tiny, into runs/commits-quick; under a minute
@@ -47,7 +47,7 @@ class Plan:
     Args:
         sizes: commits.
         per_commit: rollouts of each.
-        timed: of the last commits at each size, at most so many.
+        timed: number of the last commits at each size that are timed, at most.
         draws: reads and opens.
     """
 
@@ -61,7 +61,7 @@ QUICK = Plan(sizes=(4, 20), per_commit=10, timed=16, draws=4)
 
 
 def rollouts(commit: int, count: int) -> list[Rollout]:
-    """Those of one commit, of 64 tokens each."""
+    """Return the rollouts of one commit, of 64 tokens each."""
     ids = np.random.default_rng(commit).integers(2, VOCABULARY, (count, PROMPT + RESPONSE), dtype=np.uint32)
     mask = np.ones(RESPONSE, np.bool_)
     return [Rollout(f"{commit}/s{i}/g0", line[:PROMPT], line[PROMPT:], mask, "stop") for i, line in enumerate(ids)]
@@ -93,7 +93,7 @@ def write(kind: str, folder: Path, first: int, last: int, plan: Plan) -> Callabl
 
 
 def look(kind: str, folder: Path, plan: Plan) -> Callable[[], Found]:
-    """Seconds of opens, of reads of random rows, of all rows in order, and of a question about the rollouts of one commit."""
+    """Return a function that times opens, reads of random rows, a read of all rows in order, and a query for the rollouts of one commit."""
     opening, clock = STORES[kind], Clock()
     store = opening.open(folder)
     store.read([0])
@@ -121,7 +121,7 @@ def look(kind: str, folder: Path, plan: Plan) -> Callable[[], Found]:
 
 
 def ask(store: Any) -> int:
-    """Rows of which the id begins with `1/`: by LanceDB where there is one, and else of all rollouts."""
+    """Count the rows whose id begins with `1/`: by a LanceDB query where the store has a table, and by reading all rollouts elsewhere."""
     if hasattr(store, "table"):
         table = store.table().search().where("CAST(rollout_id AS STRING) LIKE '1/%'").select(["row"])
         return len(table.to_arrow())
@@ -130,12 +130,12 @@ def ask(store: Any) -> int:
 
 
 def slope(commits: Sequence[int], values: Sequence[float]) -> float:
-    """Of log value over log commits."""
+    """Return the slope of the log values over the log commits."""
     return float(np.polyfit(np.log10(commits), np.log10(values), 1)[0])
 
 
 def exponents(rows: list[Found], cost: str) -> Found:
-    """Through all sizes, with an interval, and between the two largest."""
+    """Return the slope over all sizes, with its interval, and the slope between the two largest sizes."""
     commits, rng = [row["commits"] for row in rows], np.random.default_rng(0)
     timed = [np.atleast_1d(row["timed"].get(cost, row[cost])) for row in rows]
     middle = np.mean if cost.startswith("append") else np.median
@@ -150,7 +150,7 @@ def exponents(rows: list[Found], cost: str) -> Found:
 
 
 def measure(kind: str, plan: Plan, folder: Path) -> list[Found]:
-    """A row for each size, and one of exponents."""
+    """Return a row for each size, and one of exponents."""
     rows, before = [], 0
     for size in plan.sizes:
         with Workers(1) as writer:
@@ -182,7 +182,7 @@ def measure(kind: str, plan: Plan, folder: Path) -> list[Found]:
 
 
 def find_goals(rows: list[Found]) -> list[Found]:
-    """Exponents of all costs, and the time of random rows of a million rollouts."""
+    """Judge the exponents of all costs, and the time of a read of random rows among a million rollouts."""
     goals = []
     for row, (cost, name) in product([row for row in rows if row["kind"] == "exponents"], COSTS.items()):
         value = row[cost]["all"]
@@ -203,7 +203,7 @@ def find_goals(rows: list[Found]) -> list[Found]:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--stores", nargs="+", choices=list(STORES), default=list(STORES))

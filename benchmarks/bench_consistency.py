@@ -28,7 +28,7 @@ METHODS = ("offline", "offline, ratio to ref", "online", "offline, residual", "o
 
 
 def run(job: tuple[int, str, str, str, Path]) -> dict[str, Any]:
-    """One cell of the table, one seed."""
+    """Run one cell of the table for one seed."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     seed, sft, opd, method, folder = job
@@ -51,14 +51,14 @@ def run(job: tuple[int, str, str, str, Path]) -> dict[str, Any]:
 
 
 def build(job: tuple[int, str, Path]) -> None:
-    """Teacher and student of one style and seed."""
+    """Build teacher and student of one style and seed."""
     torch.set_num_threads(1)
     seed, style, folder = job
     prepare(HEALTHY, seed, folder, (style,))
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and 95 % interval over seeds of every cell, and of its change against SFT."""
+    """Return the mean and the 95 % interval over seeds of every cell, and of its change against SFT."""
     found = []
     for sft, opd, method in product(STYLES, STYLES, METHODS):
         cell = [row for row in rows if (row["sft_teacher"], row["opd_teacher"], row["method"]) == (sft, opd, method)]
@@ -84,7 +84,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def goals(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every question the issue asks, answered by a mean over seeds."""
+    """Answer each question by a mean over seeds."""
 
     def change(method: str, *, consistent: bool) -> float:
         chosen = [c["change"] for c in cells if c["method"] == method and (c["sft_teacher"] == c["opd_teacher"]) == consistent]
@@ -111,7 +111,7 @@ def goals(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Build, run, write."""
+    """Build the models, run all cells, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)

@@ -41,7 +41,7 @@ RUNS = {
 
 
 def follow(setting: Setting, seed: int, name: str, folder: Path) -> dict[str, Any]:
-    """One run: accuracy along the way, and when the watch spoke."""
+    """Train one run, and record its accuracy along the way and the step at which the watch warned."""
     loss, share = RUNS[name]
     bed = prepare(setting, seed, folder, ("A",))
     lr = setting.opd_lr * share
@@ -77,7 +77,7 @@ def follow(setting: Setting, seed: int, name: str, folder: Path) -> dict[str, An
 
 
 def judge(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
-    """What is said of the advantages before the first step."""
+    """Return the summary of the advantages before the first step, and whether it warns."""
     bed = prepare(setting, seed, folder, ("A",))
     summary = stored_advantages(scored_rollouts(bed, "A", "A"))
     warned = summary is not None and summary.tail > MAX_TAIL
@@ -86,7 +86,7 @@ def judge(setting: Setting, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def cost(tokens: int = 2**20, rollouts: int = 256, repeats: int = 7) -> dict[str, Any]:
-    """Seconds to measure the drift of one step of the paper's size."""
+    """Measure the seconds that the drift of one step of the paper's size takes."""
     rng = np.random.default_rng(0)
     columns = [-rng.exponential(1.0, tokens).astype(np.float32) for _ in range(3)]
     sample = TokenLogprobs(*columns, np.ones(tokens, np.float32), np.repeat(np.arange(rollouts), tokens // rollouts))
@@ -99,7 +99,7 @@ def cost(tokens: int = 2**20, rollouts: int = 256, repeats: int = 7) -> dict[str
 
 
 def work(job: tuple[str, Setting, int, str, Path]) -> dict[str, Any]:
-    """What one process does."""
+    """Run one job in this process."""
     torch.set_num_threads(1)
     kind, setting, seed, name, folder = job
     return judge(setting, seed, folder) if kind == "judge" else follow(setting, seed, name, folder)
@@ -112,7 +112,7 @@ def build(job: tuple[Setting, int, Path]) -> None:
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every goal, met or not, over the seeds on which the limits were chosen and over the others."""
+    """Return every goal, met or not, over the seeds on which the limits were chosen and over the others."""
     found: list[dict[str, Any]] = []
 
     def add(name: str, values: Sequence[bool]) -> None:
@@ -142,7 +142,10 @@ def goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Change of accuracy along the runs, mean and interval over seeds; dots at the steps at which the watch spoke, one for each seed."""
+    """Draw the change of accuracy along the runs, mean and interval over seeds.
+
+    A dot marks the step at which the watch warned, one for each seed.
+    """
     figure, both = panels(1, 2, height=3.4)
     for axes, setting in zip(both, ("healthy", "failing"), strict=True):
         for name in RUNS:
@@ -159,7 +162,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Build, run, write, draw."""
+    """Build the models, run all jobs, write the result file, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)

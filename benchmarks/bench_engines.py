@@ -35,7 +35,7 @@ GOAL = 0.9
 
 
 def main() -> None:
-    """Measure, write."""
+    """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench-engines"))
     parser.add_argument("--prompts", type=int, default=16)
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def models(out: Path) -> dict[str, Path]:
-    """SmolLM2-135M-Instruct in two dtypes, and a random model of two layers."""
+    """Return the folders of SmolLM2-135M-Instruct in two dtypes, and of a random model of two layers."""
     sys.path.insert(0, str(ROOT / "examples"))
     import smollm2
 
@@ -75,7 +75,7 @@ def models(out: Path) -> dict[str, Path]:
 
 
 def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One row of the tables: both engines on rollouts that the model itself sampled."""
+    """Measure one row of the tables: both engines on rollouts that the model itself sampled."""
     import smollm2
 
     source = HFSource.from_folder(folder, SamplingParams(max_new_tokens=options.max_new_tokens))
@@ -102,7 +102,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> dict[str, A
 
 
 def work(engine: str, folder: Path, options: argparse.Namespace, *more: str) -> tuple[dict[str, Any], np.ndarray]:
-    """What one engine reports, and the log-probs that it gives."""
+    """Run one engine in a process of its own; return its report and the log-probs that it computes."""
     out = folder.with_name(f"{folder.name}-{engine}{''.join(more)}")
     sizes = ["--max-new-tokens", str(options.max_new_tokens), "--repeats", str(options.repeats)]
     where = f"{folder}-{options.prompts}-{options.max_new_tokens}.zarr"
@@ -113,7 +113,7 @@ def work(engine: str, folder: Path, options: argparse.Namespace, *more: str) -> 
 
 
 def speeds(report: dict[str, Any]) -> dict[str, Any]:
-    """Tokens a second of each variant: median, slowest, fastest."""
+    """Return the tokens a second of each variant: median, slowest, fastest."""
     made = {}
     for name, seconds in report["seconds"].items():
         tokens = report["tokens"]["sampling" if name == "sampling" else "scoring"]
@@ -122,7 +122,7 @@ def speeds(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def gaps(ours: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """How far two columns of log-probs are apart, in nats."""
+    """Return how far two columns of log-probs are apart, in nats."""
     difference = ours.astype(np.float64) - truth
     size = np.abs(difference)
     return {
@@ -135,7 +135,7 @@ def gaps(ours: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What was wanted, and what came out."""
+    """Return every goal, and what was measured of it."""
     found = []
     for row in rows:
         ratio = row["hf"]["scoring"]["median"] / row["hf"]["forward"]["median"]

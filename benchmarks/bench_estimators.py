@@ -50,9 +50,9 @@ class Plan:
     """How much is measured.
 
     Args:
-        drifts, seeds, batches, rollouts, world_sizes: of the worlds.
-        states, held, moves, repetitions, sizes: of SmolLM2.
-        cost_tokens, cost_repeats: of the cost.
+        drifts, seeds, batches, rollouts, world_sizes: what the worlds take.
+        states, held, moves, repetitions, sizes: what SmolLM2 takes.
+        cost_tokens, cost_repeats: what the measurement of the cost takes.
     """
 
     drifts: tuple[float, ...] = (0.0, 0.1, 0.3)
@@ -73,14 +73,14 @@ QUICK = Plan((0.2,), 1, 4, 16, (4,), 64, 8, (1.0,), 8, (4,), 16, 2)
 
 
 def judge_in(make: Callable[[], World], plan: Plan, drift: float, seed: int) -> list[Row]:
-    """Rows of one world."""
+    """Judge all estimators in one world."""
     world = make()
     chosen = [*estimators(plan.world_sizes), *windowed(plan.world_sizes), whole(world.next_SV.shape[1]), ONLINE]
     return list(judge_world(world, chosen, drift, seed, batches=plan.batches, rollouts=plan.rollouts))
 
 
 def judge_at(path: Path, move: float, chosen: Sequence[Estimator], plan: Plan) -> list[Row]:
-    """Rows of one student, and how far the fused loss is from what was judged; of the last one also with what float16 leaves of stored numbers."""
+    """Judge the estimators on one student, and check the fused loss against them; at the largest drift also judge float16 columns."""
     at: States = torch.load(path, weights_only=False)
     generator, rows, last = torch.Generator().manual_seed(0), list[Row](), move == plan.moves[-1]
     kl, to_teacher = (float(reverse_kl(*pair).mean()) for pair in ((at.policy, at.student), (at.student, at.teacher)))
@@ -99,12 +99,12 @@ def judge_at(path: Path, move: float, chosen: Sequence[Estimator], plan: Plan) -
 
 
 def reverse_kl(first_SV: torch.Tensor, second_SV: torch.Tensor) -> torch.Tensor:
-    """(S,) KL of the first to the second."""
+    """Return the (S,) KL of the first to the second."""
     return (first_SV.exp() * (first_SV - second_SV)).sum(-1)
 
 
 def measure_cost(plan: Plan, vocabulary: int, size: int) -> Iterable[Row]:
-    """CPU seconds of a fused loss and its backward pass, each over those of the ratio in the same round; rounds are shuffled."""
+    """Yield the CPU seconds of a fused loss and its backward pass, each over those of the ratio in the same round; rounds are shuffled."""
     states = random_states(plan.cost_tokens, vocabulary, size)
     chosen, generator = estimators(plan.sizes), torch.Generator().manual_seed(0)
     made = {estimator.name: states.batch(estimator, generator) for estimator in chosen}
@@ -135,7 +135,7 @@ def measure_cost(plan: Plan, vocabulary: int, size: int) -> Iterable[Row]:
 
 
 def find_goals(rows: Sequence[Row]) -> list[Row]:
-    """What is claimed of the estimators, whether an offline one beats the ratio at its bytes, and the cost of a step."""
+    """Judge what is claimed of the estimators, whether an offline one beats the ratio at its bytes, and the cost of a step."""
     goals: list[Row] = []
 
     def add(name: str, limit: float, values: Sequence[float]) -> None:
@@ -171,12 +171,12 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
 
 
 def offline(row: Row) -> bool:
-    """Whether it can be had from a store of some size."""
+    """Return whether the estimator can be computed from a store of some size."""
     return row["estimator"] != ONLINE.name and row["family"] != "whole vocabulary"
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
-    """Error over bytes a token: a line for each family, a row for each judge, at the drift in the middle and the largest."""
+    """Draw the error over bytes a token: a line for each family, a row for each judge, at the middle and the largest drift."""
     names = {"SmolLM2": "SmolLM2, stored states", "mixing": "a table that mixes, online", "modes": "modes that stay, online"}
     families = dict.fromkeys(row["family"] for row in rows if "rmse" in row)
     figure, axes = panels(len(names), 2, height=10.5)
@@ -211,7 +211,7 @@ _COLORS = {
 
 
 def _draw_family(axes: Axes, family: str, rows: Sequence[Row]) -> None:
-    """Mean errors by bytes: dashed where it is biased, hollow with a window, a line across where bytes mean nothing."""
+    """Draw mean errors by bytes: dashed where it is biased, hollow with a window, a line across where bytes mean nothing."""
     color = next((color for word, color in _COLORS.items() if word in family), BLUE)
     if family in ("whole vocabulary", ONLINE.name):
         if rows:
@@ -225,12 +225,12 @@ def _draw_family(axes: Axes, family: str, rows: Sequence[Row]) -> None:
 
 
 def parts(plan: Plan) -> list[list[Estimator]]:
-    """What is judged on SmolLM2, in parts of about as much work."""
+    """Return the estimators that are judged on SmolLM2, in parts of about as much work."""
     return [[PLAIN, RATIO], *(supported(size) for size in plan.sizes)]
 
 
 def keep(students: Iterable[tuple[float, States]], folder: Path) -> Iterable[tuple[float, Path]]:
-    """In files, for other processes."""
+    """Save the states of each student in a file, for other processes, and yield its drift and path."""
     folder.mkdir(parents=True, exist_ok=True)
     for move, states in students:
         path = folder / f"states-{move:g}.pt"
@@ -239,12 +239,12 @@ def keep(students: Iterable[tuple[float, States]], folder: Path) -> Iterable[tup
 
 
 def call(job: Callable[[], list[Row]]) -> list[Row]:
-    """What one process does."""
+    """Run one job in this process."""
     return job()
 
 
 def main() -> None:
-    """Measure, write, draw."""
+    """Measure, write the result file, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "estimators", help="where SmolLM2 and its students are kept")

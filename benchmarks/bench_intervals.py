@@ -37,7 +37,7 @@ class Chain:
         self.student = _softmax(logits + moved * rng.standard_normal(logits.shape))
 
     def log_second_moment(self, length: int) -> float:
-        r"""\(\log E_{ref}[w^2]\) of responses of this length; their chi-square is its exponential minus 1."""
+        r"""Return \(\log E_{ref}[w^2]\) of responses of this length; their chi-square is its exponential minus 1."""
         values, log = np.ones(len(self.ref)), 0.0
         for _ in range(length):
             values = self.student**2 / self.ref @ values
@@ -46,7 +46,7 @@ class Chain:
         return log + math.log(values[0])
 
     def sample(self, length: int, rollouts: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        """(length, rollouts): tokens drawn by the first policy, and the tokens before them."""
+        """Return (length, rollouts): tokens drawn by the first policy, and the tokens before them."""
         last, states, tokens = np.zeros(rollouts, np.intp), [], []
         for _ in range(length):
             states.append(last)
@@ -55,7 +55,7 @@ class Chain:
         return np.array(states), np.array(tokens)
 
     def drift(self, length: int, rollouts: int) -> Any:
-        """As a training step measures it."""
+        """Measure the drift as a training step measures it."""
         places = self.sample(length, rollouts)
         student, ref = (np.log(policy[places]).ravel() for policy in (self.student, self.ref))
         return measure_drift(TokenLogprobs(student, ref, ref, np.ones(ref.size), np.tile(np.arange(rollouts), length)))
@@ -85,7 +85,7 @@ KINDS: dict[str, Callable[[np.random.Generator, Array], Array]] = {
 
 
 def cover_means(kind: str, prompts: int, draws: int) -> Row:
-    """Shares of intervals that hold the mean per token."""
+    """Return the shares of intervals that contain the mean per token."""
     rng, held = np.random.default_rng(prompts), []
     for _ in range(draws):
         counts = rng.integers(5, 200, prompts).astype(float)
@@ -99,7 +99,10 @@ def cover_means(kind: str, prompts: int, draws: int) -> Row:
 
 
 def cover_scores(alike: float, prompts: int, samples: int, draws: int) -> Row:
-    """The same for scores of 0 and 1: chances of prompts follow a beta distribution, whose mean is drawn evenly."""
+    """Return the shares of intervals that contain the mean score, for scores of 0 and 1.
+
+    A prompt's chance follows a beta distribution with a uniform mean.
+    """
     rng, held = np.random.default_rng(prompts), []
     for mean in rng.uniform(0.02, 0.98, draws):
         right = rng.beta(mean * alike, (1 - mean) * alike, (prompts, 1))
@@ -124,7 +127,10 @@ def _held(found: Estimate, truth: float) -> tuple[bool, bool]:
 
 
 def name_authors(rollouts: int, noise: float, draws: int, stated: float = 0.02) -> Row:
-    """How often another candidate is named with a stated error of at most 2 %: author and candidate are chains whose logits differ by noise."""
+    """Count how often another candidate is named with a stated error of at most 2 %.
+
+    Author and candidate are chains whose logits differ by noise.
+    """
     wrong = named = 0
     for draw in range(draws):
         chain = Chain(np.random.default_rng(draw), noise, vocabulary=16)
@@ -138,7 +144,10 @@ def name_authors(rollouts: int, noise: float, draws: int, stated: float = 0.02) 
 
 
 def pass_for_the_author(noise: float, tokens: int, draws: int) -> Row:
-    """How often a text is consistent with a model whose logits differ from its author's by noise: z as in `lopd.audit`, of whole distributions."""
+    """Count how often a text is consistent with a model whose logits are its author's and noise.
+
+    z is that of `lopd.audit`, of whole distributions.
+    """
     found = []
     for draw in range(draws):
         chain = Chain(np.random.default_rng(draw), noise, vocabulary=24)
@@ -157,7 +166,7 @@ def pass_for_the_author(noise: float, tokens: int, draws: int) -> Row:
 
 
 def chi_square(length: int, moved: float, draws: int, rollouts: int = 32) -> Row:
-    """log(1 + chi-square) of long rollouts: the exact one, and the shares of it that are estimated."""
+    """Return log(1 + chi-square) of long rollouts: the exact one, and the shares of it that are estimated."""
     chains = [Chain(np.random.default_rng(draw), moved) for draw in range(draws)]
     exact = np.array([chain.log_second_moment(length) for chain in chains])
     drifts = [chain.drift(length, rollouts) for chain in chains]
@@ -167,7 +176,7 @@ def chi_square(length: int, moved: float, draws: int, rollouts: int = 32) -> Row
 
 
 def main() -> None:
-    """Simulate, judge, write."""
+    """Simulate all cases, judge them, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=2000)
     draws = parser.parse_args().draws
@@ -182,7 +191,7 @@ def main() -> None:
 
 
 def goals(rows: list[Row]) -> list[Row]:
-    """What was asked of them."""
+    """Return every goal, met or not."""
     found = []
     for row in rows:
         if row["what"] in ("mean per token", "mean score") and row["prompts"] >= 10:

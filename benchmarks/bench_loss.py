@@ -46,7 +46,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "bench_loss.json"
 
 
 def memory(field: str) -> float:
-    """MiB from /proc/self/status."""
+    """Return MiB from /proc/self/status."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[field].split()[0]) / 1024
 
@@ -57,7 +57,7 @@ def forget_peak() -> None:
 
 
 def floor_rates(problem: Problem) -> dict[str, float]:
-    """CPU seconds a token of each bare product, the best over chunks."""
+    """Return the CPU seconds a token of each bare product, the best over chunks."""
     weight_VD = problem.weight.detach()
     vocabulary = len(weight_VD)
     gradient_VD = torch.zeros_like(weight_VD)
@@ -81,7 +81,7 @@ def floor_rates(problem: Problem) -> dict[str, float]:
 
 
 def measure_path(problem: Problem, name: str) -> dict[str, float]:
-    """One loss and its backward pass: CPU and wall seconds, and MiB beyond the gradients."""
+    """Measure one loss and its backward pass: CPU and wall seconds, and MiB beyond the gradients."""
     path = PATHS[name]
     path(make_problem(32, problem.weight.shape[0], problem.weight.shape[1], problem.hidden.dtype, weight=problem.weight)).backward()
     problem.weight.grad = None
@@ -96,7 +96,7 @@ def measure_path(problem: Problem, name: str) -> dict[str, float]:
 
 
 def measure_error(name: str, vocabulary: int, size: int, dtype: torch.dtype) -> dict[str, float]:
-    """Relative error of loss and gradients on 48 tokens and part of the vocabulary against the plain loss in float64."""
+    """Return the relative error of loss and gradients on 48 tokens and part of the vocabulary against the plain loss in float64."""
     problem = make_problem(48, min(vocabulary, 16_384), size, dtype)
     exact = problem.double()
     loss, truth = PATHS[name](problem), ReferenceOPDLoss()(exact.hidden, exact.head, exact.batch).loss_sum
@@ -111,7 +111,7 @@ def measure_error(name: str, vocabulary: int, size: int, dtype: torch.dtype) -> 
 
 
 def work(name: str, tokens: int, shape: str, dtype: str, library: str) -> dict[str, float]:
-    """What one child process does."""
+    """Take the measurement that the arguments name, in this process."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     vocabulary, size = SHAPES[shape]
     with ExitStack() as stack:
@@ -125,7 +125,7 @@ def work(name: str, tokens: int, shape: str, dtype: str, library: str) -> dict[s
 
 
 def child(*arguments: str, threads: int = 1) -> dict[str, float]:
-    """One measurement in a fresh process; an empty answer where it cannot be done."""
+    """Measure in a fresh process; return an empty dict where the process fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, __file__, "--worker", *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
@@ -137,7 +137,7 @@ def child(*arguments: str, threads: int = 1) -> dict[str, float]:
 
 
 def measure_series(tokens: int, shape: str, dtype: str, repeats: int, names: Sequence[str]) -> list[dict[str, Any]]:
-    """All paths of one size, interleaved with the floor; medians."""
+    """Measure all paths of one size, interleaved with the floor, and return medians."""
     jobs = [*product(names, ("mkl", "onednn")), *product(["floor"], ("mkl", "onednn"))]
     jobs = [job for job in jobs if job[1] == "mkl" or (dtype == "float32" and job[0] in ("floor", "fused"))]
     runs: dict[tuple[str, str], list[dict[str, float]]] = {job: [] for job in jobs}
@@ -160,7 +160,7 @@ def measure_series(tokens: int, shape: str, dtype: str, repeats: int, names: Seq
 
 
 def goals(rows: Sequence[dict[str, Any]], filtered: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every goal, met or not, at each size that was measured."""
+    """Return every goal, met or not, at each size that was measured."""
     found: list[dict[str, Any]] = []
 
     def add(name: str, goal: str, measured: float, met: bool) -> None:
@@ -189,12 +189,12 @@ def goals(rows: Sequence[dict[str, Any]], filtered: Sequence[dict[str, Any]]) ->
 
 
 def size_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    """Tokens, shape and dtype; for the filter on rollouts that it is one."""
+    """Return tokens, shape and dtype of a row, or the name of the filter's own row."""
     return (FILTER,) if row["path"] == FILTER else (row["tokens"], row["shape"], row["dtype"])
 
 
 def filter_on_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """What the filter saves, and costs in error, on the stored rollouts of a quickstart run, with the student that sampled them."""
+    """Measure what the filter saves, and costs in error, on the stored rollouts of a quickstart run, with the student that sampled them."""
     from loss_paths import rollout_problem
 
     torch.set_num_threads(1)
@@ -215,7 +215,7 @@ def filter_on_rollouts(folder: Path) -> list[dict[str, Any]]:
 
 
 def filtered_gradients(problem: Problem, epsilon: float) -> tuple[float, Sequence[torch.Tensor], float]:
-    """CPU seconds (the better of two), gradients by hidden states and weight, and the bound of what they lack."""
+    """Return CPU seconds (the better of two), gradients by hidden states and weight, and the bound of what they lack."""
     loss, best = lopd.FusedOPDLoss(epsilon=epsilon), float("inf")
     for _ in range(2):
         started = time.process_time()
@@ -226,7 +226,7 @@ def filtered_gradients(problem: Problem, epsilon: float) -> tuple[float, Sequenc
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """CPU seconds over the floor, and memory, of every path at the largest size of each dtype; lopd's in colour."""
+    """Draw the CPU seconds over the floor, and the memory, of every path at the largest size of each dtype; lopd's in colour."""
     largest = [row for row in rows if size_of(row)[:2] == TABLE and row["path"] not in {"three products", FORMER}]
     figure, axes = panels(2, 2, height=6)
     for line, dtype in zip((axes[:2], axes[2:]), DTYPES, strict=True):
@@ -244,7 +244,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Measure, write, draw."""
+    """Measure, write the result file, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 8192])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))

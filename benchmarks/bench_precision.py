@@ -58,7 +58,7 @@ class Found:
 
 
 def plain(problem: Problem, hidden: Tensor, dtype: torch.dtype, rounded: torch.dtype | None = None) -> Found:
-    """The loss by hand, in `dtype`; with `rounded`, operands, logits and gradients by them are rounded to that."""
+    """Compute the loss by hand, in `dtype`; with `rounded`, operands, logits and gradients by them are rounded to that."""
 
     def narrow(values: Tensor) -> Tensor:
         return values.to(dtype) if rounded is None else values.to(rounded).to(dtype)
@@ -82,7 +82,7 @@ def plain(problem: Problem, hidden: Tensor, dtype: torch.dtype, rounded: torch.d
 
 
 def fused(problem: Problem, operands: torch.dtype) -> Found:
-    """Lopd's loss, with these operands."""
+    """Compute lopd's loss with these operands."""
     hidden, weight = (values.detach().float().requires_grad_() for values in (problem.hidden, problem.weight))
     ones, places = torch.ones(len(hidden)), torch.arange(len(hidden))
     batch = Batch(problem.targets, problem.targets, places, torch.zeros_like(places), ones, teacher_logprobs=problem.teacher.float())
@@ -91,7 +91,7 @@ def fused(problem: Problem, operands: torch.dtype) -> Found:
 
 
 def errors(found: Found, truth: Found) -> dict[str, Any]:
-    """Absolute errors of log-probs in nats, relative ones of gradients."""
+    """Return the absolute errors of log-probs in nats, and the relative ones of gradients."""
     gaps = (found.logprobs.double() - truth.logprobs).abs()
     pairs = ((found.hidden, truth.hidden), (found.weight, truth.weight))
     hidden, weight = (float((mine.double() - exact).norm() / exact.norm()) for mine, exact in pairs)
@@ -99,7 +99,7 @@ def errors(found: Found, truth: Found) -> dict[str, Any]:
 
 
 def arms_of(problem: Problem) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The errors of each way, by its name."""
+    """Yield each way by its name, with its errors."""
     truth = plain(problem, problem.hidden, torch.float64)
     for name, operands in ARMS.items():
         yield name, errors(fused(problem, operands), truth)
@@ -109,7 +109,7 @@ def arms_of(problem: Problem) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @torch.no_grad()
 def make_problem(models: tuple[Any, Any], tokenizer: Any, seed: int, tokens: int) -> Problem:
-    """Places in questions, both drawn by the seed; two models read them, the first in bfloat16, and the head is the first one's."""
+    """Draw questions and places in them by the seed, and read them with two models: the first in bfloat16; the head is the first one's."""
     model, exact = models
     random = torch.Generator().manual_seed(seed)
     asked = smollm2.questions()
@@ -130,7 +130,7 @@ def make_problem(models: tuple[Any, Any], tokenizer: Any, seed: int, tokens: int
 
 
 def measure(seeds: Sequence[int], tokens: int) -> list[dict[str, Any]]:
-    """A row for each kind of weights and each way."""
+    """Return a row for each kind of weights and each way."""
     with tempfile.TemporaryDirectory() as folder:
         smollm2.save_teacher(Path(folder))
         full, tokenizer = load_model(folder, torch.float32)
@@ -150,7 +150,7 @@ def measure(seeds: Sequence[int], tokens: int) -> list[dict[str, Any]]:
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, float | int]:
-    """Means over seeds with their 95 % intervals; quantile and maximum over all tokens."""
+    """Return means over seeds with their 95 % intervals, and the quantile and maximum over all tokens."""
     gaps = torch.tensor([run["gaps"] for run in runs], dtype=torch.float64)
     parts = {"nats": gaps.mean(-1).tolist(), "by_hidden": [run["hidden"] for run in runs], "by_weight": [run["weight"] for run in runs]}
     known: dict[str, float | int] = {"seeds": len(runs), "tokens": gaps.numel()}
@@ -161,7 +161,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, float | int]:
 
 
 def find_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the default on CUDA must keep; the limits were set before anything was measured."""
+    """Judge the default on CUDA; the limits were set before anything was measured."""
     by_name = {(row["weights"], row["products"]): row for row in rows}
     goals: list[dict[str, Any]] = []
 
@@ -185,7 +185,7 @@ def find_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed and 64 tokens")
     options = parser.parse_args()

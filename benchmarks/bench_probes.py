@@ -28,7 +28,7 @@ PROBES = {
 
 
 def clocked(probe: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """The probe; each call notes its seconds."""
+    """Wrap a probe so that each call appends its seconds."""
 
     def call(*arguments: Any, **named: Any) -> Any:
         started = perf_counter()

@@ -57,10 +57,10 @@ class Plan:
     """How much is measured.
 
     Args:
-        repeats: of whatever takes turns.
-        hidden, layers: of student and teacher.
+        repeats: turns of each arm.
+        hidden, layers: size of student and teacher.
         median: tokens of a response, in training and scoring.
-        steps: of training: rollouts of a step -> how many steps.
+        steps: rollouts of a training step -> how many steps.
         to_score, per_batch: rollouts to score, and how many are committed together.
         to_load, per_load, seconds, readers: rollouts in the store that is read, of a step; how long, and by how many.
         sizes, per_commit: rollouts of the stores that are looked at, and of each commit.
@@ -104,7 +104,10 @@ QUICK = Plan(
 
 
 def measure_training(plan: Plan, folder: Path) -> list[Found]:
-    """One rank, two, and what keeps two from being twice as fast; larger steps update and sum weights less often."""
+    """Measure the steps of one rank and of two, and what keeps two from being twice as fast.
+
+    Larger steps update and sum weights less often.
+    """
     made = make_rollouts(max(per_step * (steps + 1) for per_step, steps in plan.steps.items()), plan.median)
     make_store(folder / "training", fingerprint_tokenizer(make_tokenizer()), made)
     options = {"folder": folder / "training", "tokens_per_batch": 8 * plan.median + 512, **plan.model}
@@ -123,7 +126,7 @@ def measure_training(plan: Plan, folder: Path) -> list[Found]:
 
 @contextmanager
 def ray_scorers(make: Callable[[], Any], counts: tuple[int, ...]) -> Iterator[dict[int, Any]]:
-    """Scorers of so many workers each."""
+    """Open a scorer for each number of workers, and close them all at the end."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -138,7 +141,7 @@ def ray_scorers(make: Callable[[], Any], counts: tuple[int, ...]) -> Iterator[di
 
 
 def measure_scoring(plan: Plan, folder: Path) -> list[Found]:
-    """One worker and two, of Ray, with one batch at once and with two; and processes without it."""
+    """Measure one and two Ray workers, with one batch at a time and with two, and processes without Ray."""
     words, made = fingerprint_tokenizer(make_tokenizer()), make_rollouts(plan.to_score, plan.median)
     made.sort(key=len)
     for name, part in {"whole": made, "half0": made[::2], "half1": made[1::2]}.items():
@@ -167,7 +170,7 @@ def measure_scoring(plan: Plan, folder: Path) -> list[Found]:
 
 
 def measure_loading(plan: Plan, folder: Path) -> list[Found]:
-    """Several readers, each of its share, of one store of each kind."""
+    """Measure several readers of one store of each kind; each reads its share."""
     made, words = make_rollouts(plan.to_load, 8 * plan.median), tiny_manifest(VOCABULARY).tokenizer
     task = {"seconds": plan.seconds, "per_step": plan.per_load, "tokens_per_batch": 8192}
     runs: dict[tuple[str, int], list[list[Found]]] = {(kind, size): [] for kind in STORES for size in plan.readers}
@@ -182,7 +185,7 @@ def measure_loading(plan: Plan, folder: Path) -> list[Found]:
 
 
 def measure_growth(plan: Plan, folder: Path) -> list[Found]:
-    """Each store written, and looked at by a process that has seen no other."""
+    """Write each store, and have a process that has seen no other look at it."""
     found = []
     with Workers(1) as writer:
         for kind, size in product(STORES, plan.sizes):
@@ -204,7 +207,7 @@ PARTS: Mapping[str, Callable[[Plan, Path], list[Found]]] = {
 
 
 def main() -> None:
-    """Measure, write, draw."""
+    """Measure, write the result file, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))

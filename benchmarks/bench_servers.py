@@ -1,4 +1,4 @@
-"""Servers of objects that install here, with four writers each: what they do, what was acknowledged, what was lost, and what lopd says of them.
+"""Servers of objects that install here, with four writers each: what they do, what was acknowledged, what was lost, and lopd's verdict on them.
 
 python benchmarks/bench_servers.py     # `make bench-servers`; writes benchmarks/results/servers.json; about three minutes
 """
@@ -26,7 +26,7 @@ _TRIES, _WRITERS = 20, 4
 
 
 def creates(server: RealServer) -> float:
-    """How many of four writers create an object that four want to create at once, on average."""
+    """Return how many of four writers, on average, are told that they created an object which all four create at once."""
     files = open_files(server.new_url(), server.storage_options)
     with ThreadPoolExecutor(_WRITERS) as pool:
         made = [sum(pool.map(partial(files.put_if_absent, f"{i}"), [bytes([j]) for j in range(_WRITERS)])) for i in range(_TRIES)]
@@ -34,7 +34,7 @@ def creates(server: RealServer) -> float:
 
 
 def proven(server: RealServer) -> tuple[str, float]:
-    """What lopd says of a server, and the milliseconds that asking takes."""
+    """Return lopd's verdict on a server, and the milliseconds that the proof takes."""
     url = server.new_url()
     files, started = open_files(url, server.storage_options), perf_counter()
     files.names("")
@@ -47,7 +47,7 @@ def proven(server: RealServer) -> tuple[str, float]:
 
 
 def measure(name: str, folder: Path, pool: Executor) -> dict[str, Any]:
-    """One row."""
+    """Measure one server."""
     with running(name, folder) as server:
         winners = creates(server)
         said, milliseconds = proven(server)

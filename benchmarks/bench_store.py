@@ -40,7 +40,7 @@ SECONDS = 3.0
 
 
 def make_rows(count: int, seed: int) -> Rows:
-    """Rollouts whose lengths are spread as those of reasoning models are (median 722, mean about 1000)."""
+    """Make rollouts whose lengths are spread as those of reasoning models are (median 722, mean about 1000)."""
     rng = np.random.default_rng(seed)
     lengths = np.clip(rng.lognormal(6.58, 0.8, count).astype(np.int64), 8, 16_384)
     total = int(lengths.sum())
@@ -51,7 +51,7 @@ def make_rows(count: int, seed: int) -> Rows:
 
 
 def orders(count: int, seed: int) -> dict[str, list[NDArray[np.int64]]]:
-    """Batches of rows: in order, at random, and shuffled inside blocks that are picked at random."""
+    """Return batches of rows: in order, at random, and shuffled inside blocks that are picked at random."""
     rng = np.random.default_rng(seed)
     blocks = np.array_split(np.arange(count), max(count // BLOCK, 1))
     picked = [blocks[i] for i in rng.permutation(len(blocks))]
@@ -61,7 +61,7 @@ def orders(count: int, seed: int) -> dict[str, list[NDArray[np.int64]]]:
 
 
 def drop_cache(folder: Path) -> None:
-    """Tell the system to forget these files; it needs no privilege, and works on files that are on disk."""
+    """Drop these files from the page cache; it needs no privilege, and works on files that are on disk."""
     os.sync()
     for path in folder.rglob("*") if folder.is_dir() else [folder]:
         if path.is_file():
@@ -71,7 +71,7 @@ def drop_cache(folder: Path) -> None:
 
 
 def timed_reads(store: Store, batches: Sequence[NDArray[np.int64]], order: str) -> tuple[float, float]:
-    """(million tokens a second, median ms of a batch); stops after a while, because some would take minutes.
+    """Return (million tokens a second, median ms of a batch); the reads stop after a while, because some would take minutes.
 
     The batches of a group of blocks are known together, so a backend may read them together.
     """
@@ -88,7 +88,7 @@ def timed_reads(store: Store, batches: Sequence[NDArray[np.int64]], order: str) 
 
 
 def work(name: str, folder: Path, count: int, seed: int) -> dict[str, float]:
-    """All measurements of one backend, in this process."""
+    """Take all measurements of one backend, in this process."""
     backend, rows = BACKENDS[name], make_rows(count, seed=0)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -150,7 +150,7 @@ def open_large(tokens: int, folder: Path) -> dict[str, float]:
 
 
 def make_repeated(folder: Path, tokens: int) -> None:
-    """A store whose checkpoint names the bytes of one segment again and again: large to a reader, small on disk.
+    """Make a store whose checkpoint names the bytes of one segment again and again: large to a reader, small on disk.
 
     The segment is as large as a compaction makes them.
     """
@@ -186,23 +186,23 @@ def make_repeated(folder: Path, tokens: int) -> None:
 
 
 def anonymous_memory() -> int:
-    """Bytes of memory that are this process's own, mapped files left out."""
+    """Return the bytes of memory that are this process's own, without mapped files."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, smallest, largest."""
+    """Return median, smallest and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def ratio(runs: dict[str, list[dict[str, float]]], name: str, key: str, other: str = "memmap") -> float:
-    """Median over repetitions of one backend's figure over another's in the same repetition."""
+    """Return the median over repetitions of one backend's figure over another's in the same repetition."""
     return statistics.median(a[key] / b[key] for a, b in zip(runs[name], runs[other], strict=True))
 
 
 def goals(runs: dict[str, list[dict[str, float]]], large: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """Every goal, met or not."""
+    """Return every goal, met or not."""
     compact, lance = "zarr, compacted", "lance, compacted"
     rows: list[tuple[str, str, float, bool]] = []
     for order, least in (("random", 0.9), ("blocks", 0.9), ("sequential", 1.0)):
@@ -246,7 +246,7 @@ def goals(runs: dict[str, list[dict[str, float]]], large: list[dict[str, float]]
 
 
 def training_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Whether training gets what it should from each store, as a share of what a memory map gives."""
+    """Judge what training reads from each store, as a share of what it reads from a memory map."""
     shares = {row["training"]: row["of_memmap"]["median"] for row in rows}
     least = {"zarr, compacted": 0.6, "memory": 0.6, "lance, compacted": 0.4}
     return [
@@ -261,7 +261,7 @@ def training_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Reads of every backend beside each other: medians, from the smallest to the largest."""
+    """Draw the reads of every backend beside each other: medians, from the smallest to the largest."""
     rows = [row for row in rows if "backend" in row]
     figure, three = panels(1, 3, height=3.6, sharex=True, sharey=True)
     for axes, (order, title) in zip(
@@ -279,7 +279,7 @@ def draw(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Measure, write, draw."""
+    """Measure, write the result file, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=3)
@@ -305,7 +305,7 @@ def main() -> None:
 
 
 def measure(rollouts: int, repeats: int, folder: Path) -> None:
-    """Every backend in a process of its own, in another order each time."""
+    """Measure every backend in a process of its own, in another order each time."""
     names = [name for name, backend in BACKENDS.items() if backend.available()]
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for repeat in range(repeats):
@@ -327,7 +327,7 @@ def measure(rollouts: int, repeats: int, folder: Path) -> None:
 
 
 def child(folder: Path, *options: str) -> Any:
-    """One measurement in a fresh process, on one thread."""
+    """Measure in a fresh process, on one thread."""
     command = [sys.executable, __file__, "--folder", str(folder), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout

@@ -16,7 +16,7 @@ TOKENS, SHAPE = 2048, "151936x896"
 
 
 def main() -> None:
-    """Measure, write."""
+    """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)

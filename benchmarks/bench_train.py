@@ -42,14 +42,14 @@ VOCABULARY, PROMPT, LONGEST = 16_384, 32, 512
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0, w1, ..."""
+    """Make a tokenizer of the words w0, w1, ..."""
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))  # noqa: S106
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w1", pad_token="w1")  # noqa: S106
 
 
 def make_model(seed: int = 0) -> LlamaForCausalLM:
-    """Six layers, of random weights: speed does not depend on them."""
+    """Make a model of six layers with random weights: speed does not depend on them."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -59,7 +59,7 @@ def make_model(seed: int = 0) -> LlamaForCausalLM:
 
 
 def make_store(folder: Path, tokenizer: PreTrainedTokenizerFast, rollouts: int) -> ZarrStore:
-    """Random rollouts with scores, on disk."""
+    """Write random rollouts with scores to disk."""
     store = ZarrStore.create(str(folder), random_manifest(fingerprint_tokenizer(tokenizer), LONGEST))
     fill(store, rollouts, PROMPT, LONGEST, typical=130)
     return store
@@ -72,7 +72,7 @@ class Meter:
     parts: dict[str, float] = field(factory=dict)
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same, counted."""
+        """Wrap a call so that its CPU seconds are added to this part."""
 
         def counted(*arguments: Any, **options: Any) -> Any:
             begun = process_time()
@@ -85,12 +85,12 @@ class Meter:
 
 
 def in_one_row(model: Any, input_ids_N: torch.Tensor, position_ids_N: torch.Tensor, _lengths: Sequence[int]) -> torch.Tensor:
-    """Hidden states of a pack that stays one row, whatever attention makes of it."""
+    """Return the hidden states of a pack that stays one row, however attention is computed."""
     return hidden_states(model, input_ids_N[None], position_ids_N[None])[0]
 
 
 def as_they_come(lengths: NDArray[np.int64], cap: int, _rank: int, _ranks: int) -> list[NDArray[np.int64]]:
-    """Micro-batches under the same bound, but not of like length."""
+    """Return micro-batches under the same bound, but not of similar length."""
     parts: list[list[int]] = [[]]
     for place, length in enumerate(lengths):
         longest = max([length, *lengths[parts[-1]]])
@@ -112,9 +112,9 @@ class Trained:
     """A student on one of these paths.
 
     Args:
-        path: of `PATHS`.
+        path: name in `PATHS`.
         stream: the steps.
-        tokenizer: of the model.
+        tokenizer: the model's.
     """
 
     def __init__(self, path: str, stream: StepStream, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -127,7 +127,7 @@ class Trained:
         self.steps = opd_steps(self.student, map(read, count()), loss, optimizer)
 
     def run(self) -> dict[str, Any]:
-        """One step: its seconds by part, and its tokens a second."""
+        """Train one step, and return its seconds by part and its tokens a second."""
         self.meter.parts.clear()
         layers, split = PATHS[self.path]
         layers = self.meter.timed("layers, forward", layers)
@@ -146,11 +146,11 @@ class InTurns(TrainerCallback):
         self.clock, self.others, self.rows, self.begun = clock, others, [], 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """The clock starts."""
+        """Start the clock."""
         self.clock.seconds["scoring"], self.begun = 0.0, process_time()
 
     def on_step_end(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        """It stops, and the others run."""
+        """Stop the clock, and run the same step on the other paths."""
         total, teacher = process_time() - self.begun, self.clock.seconds["scoring"]
         found = self.others()
         step = {"path": TRL, "step": state.global_step - 1, "tokens": found[0]["tokens"]}
@@ -158,7 +158,7 @@ class InTurns(TrainerCallback):
 
 
 def measure(folder: Path, steps: int, rollouts: int, tokens_per_batch: int) -> list[dict[str, Any]]:
-    """A row for each step of each path; the first step of each is a warm-up and left out."""
+    """Return a row for each step of each path; the first step of each is a warm-up and left out."""
     tokenizer = make_tokenizer()
     store = make_store(folder / "store.zarr", tokenizer, steps * rollouts)
     stream = batches(store, rollouts_per_step=rollouts, tokens_per_batch=tokens_per_batch, ref="behavior")
@@ -166,7 +166,7 @@ def measure(folder: Path, steps: int, rollouts: int, tokens_per_batch: int) -> l
     given = iter(range(steps))
 
     def stored(_prompts: Sequence[str]) -> tuple[list[list[int]], list[list[int]], None, None, list[Any]]:
-        """The rollouts of the next step, in place of samples."""
+        """Return the rollouts of the next step, in place of samples."""
         places = lopd.verbs.loader._places_of_step(next(given), rollouts, len(store), stream.seed)
         records = [record.rollout for record in store.read(stream.rows[places])]
         return [r.prompt_ids.tolist() for r in records], [r.response_ids.tolist() for r in records], None, None, []
@@ -183,7 +183,7 @@ def measure(folder: Path, steps: int, rollouts: int, tokens_per_batch: int) -> l
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of every path the median tokens a second, and how much faster than TRL it was on the same step: median and range."""
+    """Return for every path the median tokens a second, and how much faster than TRL it was on the same step: median and range."""
     peer = {row["step"]: row["cpu_s"] for row in rows if row["path"] == TRL}
     found = []
     for path in (*PATHS, TRL):
@@ -199,7 +199,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def goals(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the training step."""
+    """Return the goals of the training step."""
     ours = found[0]
     wait = ours["share_of_a_step"]["reading and collating"]
     return [
@@ -213,7 +213,7 @@ def goals(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, write."""
+    """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6, help="of which the first is a warm-up")
     parser.add_argument("--rollouts", type=int, default=16, help="a step")

@@ -1,4 +1,4 @@
-"""Does Lightning OPD do what its paper says?  Every claim on small models with a verifier, over several seeds.
+"""Does Lightning OPD do what its paper claims?  Every claim on small models with a verifier, over several seeds.
 
     python benchmarks/claims.py            # benchmarks/results/claims.json, benchmarks/RESULTS.md and its plots; about 35 minutes on two cores
     python benchmarks/claims.py --report   # RESULTS.md and the plots again, from the result files
@@ -55,8 +55,8 @@ class Plan:
     """What is run.
 
     Args:
-        seeds: of every table.
-        settings: of the map, `CLAIM` and `FALL` among them.
+        seeds: seeds of every table.
+        settings: settings of the map, `CLAIM` and `FALL` among them.
         ablations: names of those that are run on `CLAIM`; of them the repairs also on `FALL`.
         mismatch: whether teachers are crossed.
         gap_at: steps at which the gradient gap is measured.
@@ -81,7 +81,7 @@ QUICK = Plan(SEEDS[:2], [CLAIM, FALL], ("top-k",), mismatch=False, gap_at=(0, 25
 
 
 def builds(plan: Plan, folder: Path) -> list[Job]:
-    """Teachers and students; those of one teacher by one process."""
+    """Return jobs that build teachers and students; one process builds all students of a teacher."""
     by_writer = {setting.writer: [s for s in plan.settings if s.writer == setting.writer] for setting in plan.settings}
     crossed = [[CLAIM]] if plan.mismatch else []
     groups = [(group, STYLES[:1]) for group in by_writer.values()] + [(group, STYLES[1:]) for group in crossed]
@@ -96,7 +96,7 @@ def build(settings: Sequence[Setting], seed: int, folder: Path, styles: Sequence
 
 
 def runs(plan: Plan, folder: Path) -> list[Job]:
-    """Every run of the plan."""
+    """Return a job for every run of the plan."""
     jobs: list[Job] = []
     for seed in plan.seeds:
         for setting in plan.settings:
@@ -113,29 +113,29 @@ def runs(plan: Plan, folder: Path) -> list[Job]:
 
 
 def one(setting: Setting, seed: int, folder: Path, arm: Arm, **options: Any) -> Rows:
-    """One run."""
+    """Train one run."""
     return [{"kind": "run", **run_arm(setting, seed, folder, arm, **options)}]
 
 
 def against_trl(seed: int, folder: Path, **options: Any) -> Rows:
-    """The same in TRL."""
+    """Train the same in TRL."""
     return [{"kind": "run", **run_trl(CLAIM, seed, folder, CURVE, **options)}]
 
 
 def gap(setting: Setting, seed: int, folder: Path, arm: Arm, at: Sequence[int]) -> Rows:
-    """The gradient gap along one run."""
+    """Measure the gradient gap along one run."""
     return [{"kind": "gap", **row} for row in run_gap(setting, seed, folder, arm, at)]
 
 
 def work(job: Job) -> Rows:
-    """What one process does, on one thread."""
+    """Run one job in this process, on one thread."""
     torch.set_num_threads(1)
     disable_progress_bar()
     return job()
 
 
 def run_all(first: Sequence[Job], then: Sequence[Job], workers: int) -> Rows:
-    """The rows of these jobs, when the first ones are done, by so many processes."""
+    """Run the first jobs, then the others, in so many processes, and return the rows of the others."""
     os.environ |= {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     rows: Rows = []
     with ProcessPoolExecutor(workers) as pool:
@@ -148,7 +148,7 @@ def run_all(first: Sequence[Job], then: Sequence[Job], workers: int) -> Rows:
 
 
 def main() -> None:
-    """Build, run, write."""
+    """Build the models, run all jobs, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="only write the report again, from the result files: publish.py")

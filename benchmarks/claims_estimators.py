@@ -29,7 +29,7 @@ SETTINGS = (claims.CLAIM, claims.FALL)
 
 
 def runs(seed: int, folder: Path, *, quick: bool) -> list[claims.Job]:
-    """Every run of a seed."""
+    """Return a job for every run of a seed."""
     arms = (*LIVE, BEST) if quick else (*LIVE, *STORED, *FAST)
     jobs: list[claims.Job] = [partial(claims.one, claims.CLAIM, seed, folder, arm, curve=claims.CURVE) for arm in arms]
     jobs += [partial(claims.against_trl, seed, folder)]
@@ -40,7 +40,7 @@ def runs(seed: int, folder: Path, *, quick: bool) -> list[claims.Job]:
 
 
 def measure(seeds: Sequence[int], folder: Path, workers: int, home: Path, *, quick: bool) -> Path:
-    """Build, run, write the file into a folder."""
+    """Build the models, run all jobs, and write the result file into a folder."""
     builds = [partial(claims.build, [setting], seed, folder, STYLES[:1]) for seed in seeds for setting in SETTINGS[: 1 if quick else None]]
     rows: claims.Rows = [{"kind": "setting", **asdict(setting)} for setting in SETTINGS]
     rows += claims.run_all(builds, [job for seed in seeds for job in runs(seed, folder, quick=quick)], workers)
@@ -48,7 +48,7 @@ def measure(seeds: Sequence[int], folder: Path, workers: int, home: Path, *, qui
 
 
 def main() -> None:
-    """Run, write."""
+    """Run all jobs, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help=f"only write the part of the report again, from {RESULT.name}")

@@ -42,16 +42,16 @@ class Found:
         return [name for name in known if self.runs.where(self.claim, name)]
 
     def beside(self, name: str, other: str) -> Interval:
-        """How much more accurate one ends than another."""
+        """Return how much more accurate one ends than another."""
         return self.runs.difference(self.runs.where(self.claim, name), self.runs.where(self.claim, other), accuracy)
 
     def share(self, name: str, other: str) -> dict[str, Interval]:
-        """Which share of another's cost it has: at equal steps, and until both have the accuracy with which the worse ends."""
+        """Return its cost as a share of another's: at equal steps, and until both have the accuracy with which the worse ends."""
         return ratios(self.runs, self.claim, name, other)
 
 
 def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any]]:
-    """Every goal, at the rate of the claims and at the higher one; those of what was not run are left out."""
+    """Judge every goal, at the rate of the claims and at the higher one; goals of what was not run are left out."""
     found = Found(Runs.of(rows), claim, fall)
     goals = []
     for best, peer, online in ((BEST.name, TRL, ONLINE.name), (faster(BEST.name), faster(TRL), faster(ONLINE.name))):
@@ -68,7 +68,7 @@ def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any
 
 
 def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall: str) -> Part:
-    """Of `claims_estimators.json`, with pictures in a folder."""
+    """Make the part of the page that reports `claims_estimators.json`, with its pictures in a folder."""
     found = Found(Runs.of(result["rows"]), claim, fall)
     pictures = {"claims_estimators": partial(_draw_curves, found=found), "claims_estimators_ends": partial(_draw_ends, found=found)}
     curves, ends = (f"{folder}/{name}.png" for name in pictures)
@@ -110,7 +110,7 @@ def estimators_part(result: Mapping[str, Any], folder: str, *, claim: str, fall:
 
 
 def _meaning(found: Found) -> str:
-    """The third sentence."""
+    """Return the third sentence."""
     arm, more, cost = BEST.name.split(",")[0], found.beside(BEST.name, ONLINE.name), found.share(BEST.name, ONLINE.name)["equal steps"]
     return (
         f"where a store may hold more of a token than one number, keep a support: {arm} with the residual ended {more.show('+.3f')} beside "
@@ -138,7 +138,7 @@ def _costs(found: Found) -> Iterator[list[str]]:
 
 
 def _reasons(found: Found) -> list[str]:
-    """What the costs of the goals are made of."""
+    """Return sentences on what the costs of the goals are made of."""
     best, online, peer = (found.runs.where(found.claim, name) for name in (BEST.name, ONLINE.name, TRL))
     before = Interval.of([row["curve"][0][2] for row in best.values()])
     steps = Interval.of([steps_to(row, min(accuracy(row), accuracy(online[seed]))) for seed, row in best.items()])
@@ -152,7 +152,7 @@ def _reasons(found: Found) -> list[str]:
 
 
 def _draw_curves(path: Path, found: Found) -> None:
-    """Gain over steps and over seconds of some, at both rates."""
+    """Draw the gain over steps and over seconds of some arms, at both rates."""
     names = [name for name in CURVES if name in found.names]
     figure, axes = panels(2, 2, height=7.5, sharey=True)
     for row, title, at_rate in ((axes[:2], "rate of the claims", False), (axes[2:], f"rate x {FASTER:g}", True)):
@@ -174,7 +174,7 @@ def _draw_curves(path: Path, found: Found) -> None:
 
 
 def _draw_ends(path: Path, found: Found) -> None:
-    """How much more accurate each arm ends than TRL at the rate of the claims."""
+    """Draw how much more accurate each arm ends than TRL at the rate of the claims."""
     others = [name for name in found.names if name != TRL]
     figure, (ends,) = panels(1, 1, height=0.3 * len(others) + 0.8)
     intervals(ends, others, {name: found.beside(name, TRL) for name in others})

@@ -67,7 +67,7 @@ TIMED = 3
 
 
 def split(setting: Setting, seed: int, folder: Path, name: str, changes: dict[str, Any]) -> claims.Rows:
-    """Where the time of a step of online OPD goes, with these changes to the setting; a teacher of another size is not trained."""
+    """Measure where the time of a step of online OPD goes, with these changes to the setting; a teacher of another size is not trained."""
     bed, changed = prepare(setting, seed, folder, ("A",)), evolve(setting, opd_steps=TIMED + 1, **changes)
     teacher = untrained_teacher(changed, seed, folder) if "teacher_size" in changes else bed.teachers["A"]
     bed, arm, clock = evolve(bed, setting=changed, teachers={"A": teacher}), BEST_LIVE, Clock()
@@ -83,7 +83,7 @@ def split(setting: Setting, seed: int, folder: Path, name: str, changes: dict[st
 
 
 def taught(setting: Setting, seed: int, folder: Path) -> claims.Rows:
-    """How often the teacher is right, greedily and sampled as the students are."""
+    """Measure how often the teacher is right, greedily and sampled as the students are."""
     bed = prepare(setting, seed, folder, ("A",))
     teacher = Training.of(bed.teachers["A"], setting.opd_lr)
     found = {"accuracy": teacher.accuracy(bed).mean, "greedy": teacher.accuracy(bed, temperature=0.0).mean}
@@ -91,7 +91,7 @@ def taught(setting: Setting, seed: int, folder: Path) -> claims.Rows:
 
 
 def kept(path: Path, job: claims.Job) -> claims.Rows:
-    """The rows of a job: out of the file if it is there, else measured and written to it."""
+    """Return the rows of a job: from the file if it exists, otherwise measured and written to it."""
     if not path.exists():
         unfinished = path.with_suffix(".partial")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def kept(path: Path, job: claims.Job) -> claims.Rows:
 
 
 def runs(setting: Setting, seed: int, folder: Path, *, quick: bool) -> list[claims.Job]:
-    """Every run of a seed."""
+    """Return a job for every run of a seed."""
     arms: Sequence[Arm] = (ONLINE, BEST_LIVE, BEST) if quick else (*LIVE, *STORED)
     jobs: dict[str, claims.Job] = {arm.name: partial(claims.one, setting, seed, folder, arm, curve=CURVE) for arm in arms}
     jobs |= {TRL: partial(against_trl, setting, seed, folder), "teacher": partial(taught, setting, seed, folder)}
@@ -111,12 +111,12 @@ def runs(setting: Setting, seed: int, folder: Path, *, quick: bool) -> list[clai
 
 
 def against_trl(setting: Setting, seed: int, folder: Path) -> claims.Rows:
-    """The same in TRL."""
+    """Train the same in TRL."""
     return [{"kind": "run", **run_trl(setting, seed, folder, CURVE)}]
 
 
 def measure(setting: Setting, seeds: Sequence[int], folder: Path, workers: int, home: Path, *, quick: bool) -> Path:
-    """Build, run, write the file into a folder."""
+    """Build the models, run all jobs, and write the result file into a folder."""
     builds = [partial(claims.build, [setting], seed, folder, ("A",)) for seed in seeds]
     rows: claims.Rows = [{"kind": "setting", **asdict(setting)}]
     rows += claims.run_all(builds, [job for seed in seeds for job in runs(setting, seed, folder, quick=quick)], workers)
@@ -124,7 +124,7 @@ def measure(setting: Setting, seeds: Sequence[int], folder: Path, workers: int, 
 
 
 def main() -> None:
-    """Run, write."""
+    """Run all jobs, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help=f"only write the part of the report again, from {RESULT.name}")

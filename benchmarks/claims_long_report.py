@@ -45,31 +45,31 @@ class Found:
         return [name for name in known if self.cell(name)]
 
     def cell(self, name: str) -> dict[int, Row]:
-        """The runs of an arm by seed."""
+        """Return the runs of an arm by seed."""
         return self.runs.where(self.setting, name)
 
     def beside(self, name: str, other: str) -> Interval:
-        """How much more accurate one ends than another."""
+        """Return how much more accurate one ends than another."""
         return self.runs.difference(self.cell(name), self.cell(other), accuracy)
 
     def times(self, online: str, name: str, at: str) -> Interval:
-        """How many times as much as an arm online OPD costs."""
+        """Return how many times as much as an arm online OPD costs."""
         return ratios(self.runs, self.setting, online, name)[at]
 
     def of_limit(self, online: str, name: str, at: str) -> Interval:
-        """The same as a share of the limit, seed by seed."""
+        """Return the same as a share of the limit, seed by seed."""
         cells = {seed: row for seed, row in self.cell(online).items() if seed in self.cell(name)}
         one = [ratios(Runs([r for r in self.runs.rows if r["seed"] == seed]), self.setting, online, name)[at].mean for seed in cells]
         return Interval.of([times / limit(row) for times, row in zip(one, cells.values(), strict=True)])
 
 
 def limit(row: Row) -> float:
-    """How many times as much a run costs as its training alone: what a store saves at most, at equal steps."""
+    """Return how many times as much a run costs as its training alone: what a store saves at most, at equal steps."""
     return float(row["cpu_s"]["all"] / row["cpu_s"]["training"])
 
 
 def find_goals(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
-    """Every goal: beside live teachers, and beside the limit of online OPD with the same loss and support."""
+    """Judge every goal: against live teachers, and against the limit of online OPD with the same loss and support."""
     found, goals = Found(rows, setting), []
     for other in (BEST_LIVE.name, ONLINE.name, TRL):
         gain, more = found.runs.mean(found.cell(other), change), found.beside(BEST.name, other)
@@ -89,7 +89,7 @@ def find_goals(rows: Sequence[Row], setting: str) -> list[dict[str, Any]]:
 
 
 def long_part(result: Mapping[str, Any], folder: str) -> Part:
-    """Of `claims_long.json`, with its picture in a folder."""
+    """Make the part of the page that reports `claims_long.json`, with its picture in a folder."""
     setting = next(row for row in result["rows"] if row["kind"] == "setting")
     found = Found(result["rows"], setting["name"])
     pictures = {"claims_long": partial(_draw, found=found)}
@@ -115,7 +115,7 @@ def _readings() -> list[Reading]:
             r"^(?P<arm>.+) gains over SFT",
             "*{arm}* gains {measured} in accuracy over SFT",
             "*{arm}* gains nothing over SFT that could be told from chance ({measured})",
-            "One sampled token says little of where mass should go, and steps are few and small here; a support says more of each token.",
+            "One sampled token shows little of where mass should go, and steps are few and small here; a support shows more at each token.",
             told=".",
         ),
         Reading(
@@ -152,7 +152,7 @@ def _readings() -> list[Reading]:
 
 
 def _meaning(found: Found) -> str:
-    """The third sentence."""
+    """Return the third sentence."""
     sampling = found.runs.mean(found.cell(BEST_LIVE.name), lambda row: row["cpu_s"]["sampling"] / row["cpu_s"]["all"])
     times, more = found.times(BEST_LIVE.name, BEST.name, "equal steps"), found.beside(BEST.name, BEST_LIVE.name)
     return (
@@ -188,7 +188,7 @@ def _arms(found: Found) -> Iterator[list[str]]:
 
 
 def _limits(found: Found) -> list[str]:
-    """What the limit is, and what moves it."""
+    """Return lines on what the limit is, and what moves it."""
     splits = [row for row in found.rows if row["kind"] == "split"]
     names = dict.fromkeys(row["arm"] for row in splits)
 
@@ -231,12 +231,12 @@ def _limits(found: Found) -> list[str]:
 
 
 def _before(row: Row) -> float:
-    """CPU seconds of sampling and scoring."""
+    """Return the CPU seconds of sampling and scoring."""
     return float(row["cpu_s"]["sampling"] + row["cpu_s"]["scoring"])
 
 
 def _draw(path: Path, found: Found) -> None:
-    """Gain over seconds, of stores and of live teachers."""
+    """Draw the gain over seconds, of stores and of live teachers."""
     figure, (axes,) = panels(1, 1, height=4.5)
     for name in [name for name in (ONLINE.name, BEST_LIVE.name, TRL, RATIO.name, BEST.name) if found.cell(name)]:
         curves = np.array([row["curve"] for row in found.cell(name).values()])

@@ -16,7 +16,7 @@ _PARTS = {"sampling": 0.4, "scoring": 0.65, "training": 1.0}
 
 
 def draw_claims(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None:
-    """Gain over steps and over seconds, cost, teachers, ratio, SFT length; nothing of the setting in which Lightning fails."""
+    """Draw gain over steps and over seconds, cost, teachers, ratio and SFT length, without the setting in which Lightning fails."""
     del fall
     runs = Runs.of(rows)
     figure, (steps, seconds, cost, teachers, ratio, length) = panels(3, 2, height=9.5)
@@ -36,7 +36,7 @@ def draw_claims(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None:
 
 
 def _draw_cost(axes: Axes, runs: Runs, claim: str) -> None:
-    """CPU seconds of every arm by what they were spent on."""
+    """Draw the CPU seconds of every arm by what they were spent on."""
     axes.set(title="What the OPD stage costs", xlabel="CPU seconds")
     left = np.zeros(len(_ARMS))
     for part, strength in _PARTS.items():
@@ -48,7 +48,7 @@ def _draw_cost(axes: Axes, runs: Runs, claim: str) -> None:
 
 
 def _draw_teachers(axes: Axes, runs: Runs, claim: str) -> None:
-    """Gains where teachers are the same, and where they are crossed."""
+    """Draw the gains where teachers are the same, and where they are crossed."""
     axes.set(title="Gain in accuracy by teachers", xlabel="SFT teacher → OPD teacher")
     pairs = [(sft, opd) for sft in "AB" for opd in "AB"]
     for place, arm in enumerate(MAIN):
@@ -63,7 +63,7 @@ def _draw_teachers(axes: Axes, runs: Runs, claim: str) -> None:
 
 
 def _draw_ratio(axes: Axes, runs: Runs, claim: str) -> None:
-    """The mean importance ratio along the runs."""
+    """Draw the mean importance ratio along the runs."""
     axes.set(title="Mean ratio to the reference policy", xlabel="optimizer step")
     for arm in (PLAIN, RATIO):
         paths = [ratio_path(row) for row in runs.where(claim, arm.name).values()]
@@ -73,7 +73,7 @@ def _draw_ratio(axes: Axes, runs: Runs, claim: str) -> None:
 
 
 def _draw_lengths(axes: Axes, runs: Runs) -> None:
-    """Accuracy at the end, by the length of SFT."""
+    """Draw the accuracy at the end, by the length of SFT."""
     axes.set(title="Accuracy by SFT length", xlabel="SFT steps")
     by_steps = {int(row["setting"].split()[-1]): row["setting"] for row in runs.rows if row["setting"].startswith("doubt")}
     steps = sorted(by_steps)
@@ -84,7 +84,7 @@ def _draw_lengths(axes: Axes, runs: Runs) -> None:
 
 
 def draw_failure(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None:
-    """Change of every run against the tail of its advantages; the gap beside its bound."""
+    """Draw the change of every run against the tail of its advantages, and the gap beside its bound."""
     runs = Runs.of(rows)
     figure, (tail, curve, gap, key) = panels(2, 2, height=6.5)
     settings = dict.fromkeys(row["setting"] for row in runs.rows)
@@ -116,7 +116,7 @@ def draw_failure(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None
 
 
 def draw_ablations(path: Path, rows: Sequence[Row], claim: str, fall: str) -> None:
-    """Change of accuracy of every arm, with its interval."""
+    """Draw the change of accuracy of every arm, with its interval."""
     runs = Runs.of(rows)
     names = [arm.name for arms in (MAIN, *ABLATIONS.values()) for arm in arms if runs.where(claim, arm.name)]
     figure, axes = panels(1, 2, height=0.26 * len(names) + 1, sharey=True)

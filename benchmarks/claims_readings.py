@@ -1,4 +1,4 @@
-"""The goals of the claims in plain words: what each says where it was met, where it was missed, and why."""
+"""The goals of the claims in plain words: what each means where it was met, where it was missed, and why."""
 
 from results_page import Reading
 
@@ -7,7 +7,7 @@ _SETTLES = "The ratio to the reference policy settles near 1 (figure 3a)"
 
 
 def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
-    """Of `claims.json`.
+    """Return the readings of `claims.json`.
 
     Args:
         fall: name of the setting in which Lightning fails.
@@ -95,7 +95,7 @@ def claims_readings(fall: str, limit: str, paper_limit: str) -> list[Reading]:
 
 
 def estimators_readings(best: str, fall: str, rate: str) -> list[Reading]:
-    """Of `claims_estimators.json`.
+    """Return the readings of `claims_estimators.json`.
 
     Args:
         best: name of the arm that the goals are set for.
@@ -109,7 +109,7 @@ def estimators_readings(best: str, fall: str, rate: str) -> list[Reading]:
             rf"^.+?{either}, minus (?P<peer>.+?)(?:{rate})?: accuracy$",
             "the stored arm was not shown to end lower than *{peer}* ({measured}{rate})",
             "the stored arm ends lower than *{peer}* ({measured}{rate})",
-            "At the higher rate the whole vocabulary, sampled anew, is still worth a little.",
+            "At the higher rate the whole vocabulary, sampled again, is still worth a little.",
             told=".",
         ),
         Reading(

@@ -47,16 +47,16 @@ class Report:
         return self.runs.mean(self.runs.where(self.claim, ONLINE.name), lambda row: row["cpu_s"]["all"] / row["cpu_s"]["training"])
 
     def goal(self, start: str) -> dict[str, Any]:
-        """The goal whose name begins so."""
+        """Return the goal whose name begins with `start`."""
         return next(goal for goal in self.result["goals"] if goal["name"].startswith(start))
 
     def holds(self, start: str) -> str:
-        """The verdict on it, in words."""
+        """Return the verdict on that goal, in words."""
         return "holds" if self.goal(start)["met"] else "does not hold"
 
 
 def claims_part(result: Mapping[str, Any], folder: str, *, claim: str, fall: str) -> Part:
-    """Of `claims.json`, with pictures in a folder."""
+    """Make the part of the page that reports `claims.json`, with its pictures in a folder."""
     found = Report(result, claim, fall)
     draws = {"claims": draw_claims, "claims_failure": draw_failure, "claims_ablations": draw_ablations}
     pictures = {name: partial(draw, rows=result["rows"], claim=claim, fall=fall) for name, draw in draws.items()}
@@ -268,7 +268,7 @@ def _ablations(found: Report, links: dict[str, str]) -> list[str]:
 
 
 def _recommended(found: Report) -> tuple[str, dict[str, float], Interval]:
-    """The loss to start with, its worst mean change over all settings beside the other's, and what the ratio changes where Lightning works."""
+    """Return the loss to start with, the worst mean change of both over all settings, and what the ratio changes where Lightning works."""
     runs = found.runs
     worst = {arm.name: min(runs.mean(runs.where(setting, arm.name), change).mean for setting in found.settings) for arm in (PLAIN, RATIO)}
     beside = runs.difference(runs.where(found.claim, RATIO.name), runs.where(found.claim, PLAIN.name), accuracy)
@@ -277,7 +277,7 @@ def _recommended(found: Report) -> tuple[str, dict[str, float], Interval]:
 
 
 def _meaning(found: Report) -> str:
-    """The third sentence."""
+    """Return the third sentence."""
     loss, *_ = _recommended(found)
     fallen = found.runs.where(found.fall, PLAIN.name)
     tail, moved = statistics.mean(row["tail"] for row in fallen.values()), found.runs.mean(fallen, change).show("+.3f")

@@ -25,7 +25,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Interval":
-        """Of one value a seed."""
+        """Return the mean of these values, one a seed, with its interval."""
         n = len(values)
         with np.errstate(invalid="ignore"):  # a value may be infinite: then so is the mean, and there is no width
             half = t_quantile(0.975, n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
@@ -42,7 +42,7 @@ class Interval:
         return self.mean + self.half < 0
 
     def show(self, form: str = ".3f") -> str:
-        """As tables show it; an infinite cost is that of an accuracy that is never reached."""
+        """Return the text that tables show; "never" stands for an infinite cost, that of an accuracy which is never reached."""
         if not math.isfinite(self.mean):
             return "never"
         return f"{self.mean:{form}} ± {self.half:{form.lstrip('+')}}"
@@ -56,45 +56,48 @@ class Runs:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "Runs":
-        """Those among all rows."""
+        """Return the runs among these rows."""
         return cls([row for row in rows if row["kind"] == "run"])
 
     def where(self, setting: str, arm: str, teachers: tuple[str, str] = ("A", "A")) -> dict[int, Row]:
-        """By seed."""
+        """Return the runs of an arm by seed."""
         key = (setting, arm, *teachers)
         return {row["seed"]: row for row in self.rows if (row["setting"], row["arm"], row["sft_teacher"], row["opd_teacher"]) == key}
 
     def mean(self, cell: dict[int, Row], value: Callable[[Row], float]) -> Interval:
-        """Over the seeds of a cell."""
+        """Return the mean over the seeds of a cell."""
         return Interval.of([value(row) for row in cell.values()])
 
     def difference(self, one: dict[int, Row], other: dict[int, Row], value: Callable[[Row], float]) -> Interval:
-        """Over seeds, each with itself: what the models of a seed have in common cancels."""
+        """Return the mean of the differences between two arms, seed by seed: what the models of a seed have in common cancels."""
         return Interval.of([value(one[seed]) - value(other[seed]) for seed in sorted(set(one) & set(other))])
 
 
 def accuracy(row: Row) -> float:
-    """At the end."""
+    """Return the accuracy at the end."""
     return float(row["accuracy"])
 
 
 def change(row: Row) -> float:
-    """Against the SFT student."""
+    """Return the change of accuracy against the SFT student."""
     return float(row["accuracy"] - row["start"])
 
 
 def spent(row: Row) -> float:
-    """CPU seconds of the whole OPD stage."""
+    """Return the CPU seconds of the whole OPD stage."""
     return float(row["cpu_s"]["all"])
 
 
 def seconds_to(row: Row, target: float) -> float:
-    """CPU seconds at which the curve first reaches this accuracy, by straight lines between its points; infinite if it never does."""
+    """Return the CPU seconds at which the curve first reaches this accuracy, by straight lines between its points.
+
+    They are infinite if it never does.
+    """
     return _reached(row, target, 2)
 
 
 def steps_to(row: Row, target: float) -> float:
-    """Steps, likewise."""
+    """Return the steps after which the curve first reaches this accuracy, by straight lines between its points; infinite if it never does."""
     return _reached(row, target, 0)
 
 
@@ -106,7 +109,7 @@ def _reached(row: Row, target: float, by: int) -> float:
 
 
 def ratios(runs: Runs, setting: str, base: str, arm: str) -> dict[str, Interval]:
-    """How many times as much as `arm` does `base` cost, seed by seed.
+    """Return how many times as much as `arm` does `base` cost, seed by seed.
 
     At equal steps; until both have the accuracy with which the worse of them ends; and until both have half of what online OPD gains.
     """
@@ -122,18 +125,18 @@ def ratios(runs: Runs, setting: str, base: str, arm: str) -> dict[str, Interval]
 
 
 def ratio_path(row: Row) -> dict[int, tuple[float, float]]:
-    """Step -> mean and spread of the importance ratio."""
+    """Return step -> mean and spread of the importance ratio."""
     return {int(step): (mean, std) for step, mean, std, *_ in row["step_ratiomean_ratiostd_kl_gain_ess"]}
 
 
 def as_goal(name: str, goal: str, measured: Interval, met: bool) -> dict[str, Any]:
-    """As result files have it; JSON has no infinity: what never reaches the accuracy has no cost."""
+    """Return the goal as result files have it; JSON has no infinity, so an accuracy that is never reached has null as its cost."""
     mean, half = (number if math.isfinite(number) else None for number in (measured.mean, measured.half))
     return {"name": name, "goal": goal, "measured": mean, "ci95": half, "seeds": measured.seeds, "met": bool(met)}
 
 
 def show_measured(goal: dict[str, Any]) -> str:
-    """As tables show it."""
+    """Return the text that tables show."""
     if goal["measured"] is None:
         return "never"
     form = "+.3f" if abs(goal["measured"]) < 1 and "0" in goal["goal"].split() else ".2f"
@@ -142,7 +145,7 @@ def show_measured(goal: dict[str, Any]) -> str:
 
 
 def find_goals(rows: Sequence[Row], claim: str, fall: str) -> list[dict[str, Any]]:
-    """Every goal; those of what was not run are left out."""
+    """Judge every goal; goals of what was not run are left out."""
     runs, goals = Runs.of(rows), []
 
     def add(name: str, goal: str, measured: Interval, met: bool) -> None:

@@ -19,7 +19,7 @@ from record import ROOT, fill
 Row = dict[str, Any]
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 
-#: Files whose goals benchmarks/RESULTS.md says in words; `publish.py` makes their parts.
+#: Files whose goals benchmarks/RESULTS.md has in words; `publish.py` makes their parts.
 IN_WORDS = ("claims", "claims_estimators", "claims_long", "evidence")
 #: The regime of the paper's claims, and one in which the method fails (`benchmarks/claims.py`).
 WORKS, FAILS = "doubt, SFT 700", "certain, SFT 300"
@@ -92,24 +92,24 @@ LOSS_SIZE = (2048, "151936x896")
 
 
 def read(name: str) -> Row:
-    """A result file."""
+    """Read a result file."""
     found: Row = json.loads((RESULTS / f"{name}.json").read_text())
     return found
 
 
 def table(head: Sequence[str], rows: Iterator[Sequence[str]], text: int = 1) -> list[str]:
-    """Markdown; all columns but the first `text` hold numbers."""
+    """Make a Markdown table; all columns after the first `text` hold numbers."""
     rule = ["---"] * text + ["--:"] * (len(head) - text)
     return [f"| {' | '.join(cells)} |" for cells in (head, rule, *rows)]
 
 
 def number(value: float) -> str:
-    """Three figures."""
+    """Format a number with three figures."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def when() -> list[str]:
-    """Where offline OPD works and where it does not, by how much of the advantages is in the tail."""
+    """Show where offline OPD works and where it does not, by how much of the advantages is in the tail."""
     rows, runs = read("claims")["rows"], Runs.of(read("claims")["rows"])
 
     def lines() -> Iterator[Sequence[str]]:
@@ -125,7 +125,7 @@ def _tail(runs: Runs, setting: str) -> float:
 
 
 def losses() -> list[str]:
-    """What each loss gains and costs."""
+    """Show what each loss gains and costs."""
     runs = Runs.of(read("claims")["rows"])
 
     def lines() -> Iterator[Sequence[str]]:
@@ -138,7 +138,10 @@ def losses() -> list[str]:
 
 
 def estimators() -> list[str]:
-    """By family, at the largest drift: on SmolLM2 at every size, for a step and for twenty; on the enumerated worlds; and what a step costs."""
+    """Show the estimators by family, at the largest drift.
+
+    The columns are SmolLM2 at every size, for a step and for twenty, the enumerated worlds, and what a step costs.
+    """
     rows = read("estimators")["rows"]
     moved = {kind: max(row["drift"] for row in rows if row["kind"] == kind) for kind in ("states", "world")}
     sizes = sorted({row["policy"] for row in rows if row["kind"] == "states" and row["family"] == "candidates"})
@@ -187,7 +190,7 @@ def estimators() -> list[str]:
 
 
 def paths() -> list[str]:
-    """Time, memory and error of the ways to one and the same loss."""
+    """Show time, memory and error of the ways to compute the same loss."""
 
     def lines() -> Iterator[Sequence[str]]:
         for row in read("bench_loss")["rows"]:
@@ -200,7 +203,7 @@ def paths() -> list[str]:
 
 
 def precision() -> list[str]:
-    """Errors of log-probs and gradients by what is multiplied."""
+    """Show the errors of log-probs and gradients by what is multiplied."""
 
     def lines() -> Iterator[Sequence[str]]:
         for row in read("precision")["rows"]:
@@ -217,7 +220,7 @@ def precision() -> list[str]:
 
 
 def stores() -> list[str]:
-    """Speed and size: what training gets, and its share of what a memory map gives, before what single reads get."""
+    """Show speed and size: what training reads, and its share of what it reads from a memory map, before what single reads take."""
     rows = read("bench_store")["rows"]
     stored, trained = ({row[key]: row for row in rows if key in row} for key in ("backend", "training"))
 
@@ -234,7 +237,7 @@ def stores() -> list[str]:
 
 
 def growth() -> list[str]:
-    """Times at the smallest and at the largest size."""
+    """Show the times at the smallest and at the largest size."""
     rows = [row for row in read("scale")["rows"] if row["kind"] == "growth"]
     sizes = {min(row["rollouts"] for row in rows), max(row["rollouts"] for row in rows)}
 
@@ -248,7 +251,7 @@ def growth() -> list[str]:
 
 
 def servers() -> list[str]:
-    """What servers of objects do, and what four writers lost on each."""
+    """Show what object servers do, and what four writers lost on each."""
 
     def lines() -> Iterator[Sequence[str]]:
         for row in read("servers")["rows"]:
@@ -259,7 +262,7 @@ def servers() -> list[str]:
 
 
 def commits() -> list[str]:
-    """Costs at the smallest and at the largest number of commits, and their exponents."""
+    """Show the costs at the smallest and at the largest number of commits, and their exponents."""
     rows = [row for row in read("commits")["rows"] if row["kind"] == "commits"]
     sizes = {min(row["commits"] for row in rows), max(row["commits"] for row in rows)}
     costs = ("append_s", "append_scores_s", "open_s", "read_s")
@@ -280,7 +283,7 @@ def commits() -> list[str]:
 
 
 def engines() -> list[str]:
-    """Tokens a second on two cores."""
+    """Show the tokens a second on two cores."""
     rows = read("bench_engines")["rows"]
 
     def lines() -> Iterator[Sequence[str]]:
@@ -292,7 +295,7 @@ def engines() -> list[str]:
 
 
 def parity() -> list[str]:
-    """How far vLLM is from transformers."""
+    """Show how far vLLM is from transformers."""
 
     def lines() -> Iterator[Sequence[str]]:
         for row in read("bench_engines")["rows"]:
@@ -303,7 +306,7 @@ def parity() -> list[str]:
 
 
 def teachers() -> list[str]:
-    """What a teacher that did not write the SFT text does, and what residuals repair."""
+    """Show what a teacher that did not write the SFT text does, and what residuals repair."""
     methods = ("offline", "offline, residual", "online")
     cells = {(row["sft_teacher"], row["opd_teacher"], row["method"]): row for row in read("consistency")["rows"] if row.get("cell")}
 
@@ -317,27 +320,27 @@ def teachers() -> list[str]:
 
 
 def pairs() -> list[str]:
-    """What was known of each pair before its first step, and what came out."""
+    """Show what was known of each pair before its first step, and what each arm reached."""
     return table(pair_titles(), pair_lines(read("pairs")["rows"]))
 
 
 def starts() -> list[str]:
-    """What the tail of the advantages said of the starts of the claims."""
+    """Show the starts of the claims by the tail of their advantages, and what became of them."""
     return table(pairs_claims.table_titles(), pairs_claims.table_lines(read("claims")["rows"]))
 
 
 def pair_correlations() -> list[str]:
-    """How far a diagnostic ranks pairs as an outcome does."""
+    """Show how well each diagnostic ranks pairs as an outcome does."""
     return table(correlation_titles(), correlation_lines(read("pairs")["rows"]))
 
 
 def pair_words() -> list[str]:
-    """What was found on pairs, in sentences."""
+    """State what was found on pairs, in sentences."""
     return words(read("pairs")["rows"])
 
 
 def goals() -> list[str]:
-    """How many goals each benchmark met."""
+    """Count the goals that each benchmark met."""
 
     def lines() -> Iterator[Sequence[str]]:
         for path in sorted(RESULTS.glob("*.json")):
@@ -350,7 +353,7 @@ def goals() -> list[str]:
 
 
 def missed() -> list[str]:
-    """Every goal that was missed, but those that benchmarks/RESULTS.md has in words."""
+    """List every missed goal, except those that benchmarks/RESULTS.md has in words."""
 
     def lines() -> Iterator[Sequence[str]]:
         for path in sorted(RESULTS.glob("*.json")):
@@ -363,7 +366,7 @@ def missed() -> list[str]:
 
 
 def abilities() -> list[str]:
-    """How many models have each ability."""
+    """Count the models that have each ability."""
     built = [row for row in read("families")["rows"] if "not_built" not in row]
 
     def lines() -> Iterator[Sequence[str]]:
@@ -375,7 +378,7 @@ def abilities() -> list[str]:
 
 
 def models() -> list[str]:
-    """What became of each ability of each family."""
+    """Show the verdict on each ability of each family."""
 
     def lines() -> Iterator[Sequence[str]]:
         for row in read("families")["rows"]:
@@ -391,7 +394,7 @@ def _verdict(found: Row) -> str:
 
 
 def causes() -> list[str]:
-    """Why families were refused or could not be built; numbers are left out, so that like causes stand together."""
+    """List why families were refused or could not be built; numbers are left out, so that like causes stand together."""
     found: dict[tuple[str, str], dict[str, set[str]]] = {}
     for row in read("families")["rows"]:
         parts = {"family": {"verdict": "not built", "cause": row["not_built"]}} if "not_built" in row else row
@@ -412,7 +415,7 @@ def causes() -> list[str]:
 
 
 def roofline_table() -> list[str]:
-    """What a step must cost, and the share of the head: before and after its operands were bfloat16, and for float32 weights."""
+    """Show what a step must cost, and the share of the head: before and after its operands were bfloat16, and for float32 weights."""
     rows = read("roofline")["rows"]
     ways = list(rows[0]["head_share"])
     timed = [ways[0], *ways[2:]]
@@ -428,7 +431,7 @@ def roofline_table() -> list[str]:
 
 
 def planned_memory() -> list[str]:
-    """What was planned beside what was taken."""
+    """Show the planned memory beside the measured one."""
     rows = read("gpu_memory")["rows"]
 
     def lines() -> Iterator[Sequence[str]]:
@@ -444,7 +447,7 @@ def planned_memory() -> list[str]:
 
 
 def planned_families() -> list[str]:
-    """Which families the planner refuses, phase by phase."""
+    """Show which families the planner refuses, phase by phase."""
     rows = read("plan_families")["rows"]
 
     def lines() -> Iterator[Sequence[str]]:
@@ -456,7 +459,7 @@ def planned_families() -> list[str]:
 
 
 def card() -> list[str]:
-    """What one card said; or that there was none."""
+    """Show what was measured on one card, or state that `make gpu` has not been run."""
     path = RESULTS / "gpu.json"
     if not path.exists():
         return ["`make gpu` has not been run on a card: there is not a file gpu.json yet."]
@@ -466,13 +469,13 @@ def card() -> list[str]:
 
 
 def commands() -> list[str]:
-    """What `make` does, by target."""
+    """Show what `make` does, by target."""
     found = re.findall(r"^([\w-]+):.*?  ## (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     return table(("command", "what it does"), ((f"`make {name}`", words) for name, words in sorted(found)), 2)
 
 
 def gallery() -> list[str]:
-    """Every numbered example: what it is about, its code, and what it prints."""
+    """Show every numbered example: what it is about, its code, and what it prints."""
     lines = []
     for row in read("gallery")["rows"]:
         page = ROOT / "examples" / f"{row['name']}.py"
@@ -504,12 +507,12 @@ def gallery() -> list[str]:
 
 
 def errors() -> list[str]:
-    """Every error: what it means, what to do."""
+    """List every error: what it means, and what to do."""
     return _raised("Error")
 
 
 def warnings() -> list[str]:
-    """Every warning: what it means, what to do."""
+    """List every warning: what it means, and what to do."""
     return _raised("Warning")
 
 

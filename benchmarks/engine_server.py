@@ -17,7 +17,7 @@ NAME = "measured"
 
 @contextmanager
 def serving(folder: Path, *arguments: str) -> Iterator[str]:
-    """The URL of a server of this folder; it is stopped, with all its processes, in the end."""
+    """Serve this folder and yield the URL; the server is stopped at the end, with all its processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,7 +42,7 @@ def serving(folder: Path, *arguments: str) -> Iterator[str]:
 
 
 def wait(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    """Until it answers."""
+    """Wait until the server answers."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:
@@ -50,4 +50,4 @@ def wait(server: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
                 return
         except OSError:
             time.sleep(0.5)
-    raise RuntimeError(f"Server {url}: it did not answer within {START_SECONDS} s, expected it to; see {log}.")
+    raise RuntimeError(f"Server {url}: it did not answer within {START_SECONDS} s; see {log}.")

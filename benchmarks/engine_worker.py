@@ -29,7 +29,7 @@ TOKENS_PER_BATCH, TOP_K = 2048, 20
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engine", choices=["hf", "vllm", "served"])
     parser.add_argument("model", type=Path)
@@ -53,7 +53,7 @@ def main() -> None:
 
 @contextmanager
 def engine_of(options: argparse.Namespace, store: ZarrStore, sampling: SamplingParams, rollouts: Sequence[Rollout]) -> "Iterator[Variants]":
-    """What can be measured of the engine that was asked for."""
+    """Open the engine that was asked for, and yield what can be measured of it."""
     prompts = [Prompt(r.rollout_id, r.prompt_ids) for r in rollouts]
     if options.engine == "hf":
         yield hf_variants(options.model, sampling, prompts, rollouts)
@@ -68,7 +68,7 @@ def engine_of(options: argparse.Namespace, store: ZarrStore, sampling: SamplingP
 
 
 def measure(variants: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each variant, which take turns, after one turn that does not count."""
+    """Measure the seconds of each variant; they take turns, after one turn that does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1 if repeats else 0):
         for name, work in variants.items():
@@ -83,7 +83,7 @@ Variants = tuple[dict[str, Callable[[], Any]], Callable[[], Sequence[Scores]]]
 
 
 def hf_variants(model: Path, sampling: SamplingParams, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Variants:
-    """Scoring beside the forward pass of the same model on the same padded batches, with all its logits and with none."""
+    """Return scoring, and the forward pass of the same model on the same padded batches, with all its logits and without them."""
     source = HFSource.from_folder(model, sampling)
     scorer = HFScorer(source.model, source.tokenizer, TOKENS_PER_BATCH)
     wide = HFScorer(source.model, source.tokenizer, TOKENS_PER_BATCH, top_k=TOP_K)
@@ -104,7 +104,7 @@ def hf_variants(model: Path, sampling: SamplingParams, prompts: Sequence[Prompt]
 
 
 def padded(rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
-    """The batches that HFScorer makes: of similar length, within its budget of tokens."""
+    """Return the batches that HFScorer makes: of similar length, within its budget of tokens."""
     parts: list[list[Rollout]] = []
     for rollout in sorted(rollouts, key=len):
         if parts and (len(parts[-1]) + 1) * len(rollout) <= TOKENS_PER_BATCH:
@@ -118,7 +118,7 @@ def padded(rollouts: Sequence[Rollout]) -> list[torch.Tensor]:
 def vllm_variants(
     model: Path, sampling: SamplingParams, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], *, float32_head: bool
 ) -> Variants:
-    """Both phases; a call computes everything anew."""
+    """Return both phases; each call computes everything again."""
     longest = max(len(r) for r in rollouts) + sampling.max_new_tokens + 1
     settings = VLLMSettings(enforce_eager=True, max_model_len=longest, tokens_per_batch=TOKENS_PER_BATCH, float32_head=float32_head)
     source = VLLMSource.from_folder(model, sampling, settings)
@@ -133,7 +133,7 @@ def vllm_variants(
 
 
 def served_variants(url: str, model: Path, sampling: SamplingParams, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Variants:
-    """Both phases on one server; prefix caching is off."""
+    """Return both phases on one server; prefix caching is off."""
     servers = Servers([url], NAME)
     source = ServerSource.from_folder(servers, model, folder_model_id(model), sampling)
     plain = ServerScorer(servers, source.tokenizer_id, source.identity)
@@ -146,7 +146,7 @@ def served_variants(url: str, model: Path, sampling: SamplingParams, prompts: Se
 
 
 def alone(engine: VLLMEngine, rollouts: Sequence[Rollout]) -> None:
-    """The requests that scoring makes, their answers left unread."""
+    """Send the requests that scoring makes, and leave their answers unread."""
     ids = [[*r.prompt_ids.tolist(), *r.response_ids.tolist()] for r in sorted(rollouts, key=len)]
     params = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "flat_logprobs": True, "detokenize": False}
     engine.generate(ids, [params] * len(ids))

@@ -54,16 +54,16 @@ class States:
     float16: bool = False
 
     def rows(self, rows: Tensor | slice) -> "States":
-        """Some of them."""
+        """Return some of the states."""
         tables = {name: getattr(self, name)[rows] for name in ("policy", "teacher", "student", "hidden", "mean_rows", "sampled")}
         return evolve(self, **tables)
 
     def some(self, count: int) -> "States":
-        """So many of them, evenly spread."""
+        """Return so many of the states, evenly spread."""
         return self.rows(torch.linspace(0, len(self.sampled) - 1, min(count, len(self.sampled))).long())
 
     def columns(self, support: dict[str, Tensor], targets_R: Tensor, drawn_RD: Tensor) -> dict[str, Tensor]:
-        """The columns of a batch with one token at each state, or several at the only one."""
+        """Return the columns of a batch with one token at each state, or several at the only one."""
         policy_RV, teacher_RV = (table.expand(len(targets_R), -1) for table in (self.policy, self.teacher))
         columns = {name: column.expand(len(targets_R), *column.shape[1:]) for name, column in support.items()}
         columns["weight"] = torch.ones(len(targets_R))
@@ -77,17 +77,17 @@ class States:
         return columns
 
     def draws(self, count: int, generator: torch.Generator) -> Tensor:
-        """(S, count) ids that the policy drew."""
+        """Draw (S, count) ids from the policy."""
         return self.policy.exp().multinomial(count, replacement=True, generator=generator)
 
     def batch(self, estimator: Estimator, generator: torch.Generator) -> Batch:
-        """The tokens that were sampled, each a rollout of its own."""
+        """Return a batch of the sampled tokens, each a rollout of its own."""
         drawn_SD = self.draws(estimator.support.drawn + 1, generator)[:, 1:]
         return as_batch(self.sampled, self.columns(estimator.support.columns(self.policy, self.teacher), self.sampled, drawn_SD))
 
 
 def random_states(states: int, vocabulary: int, size: int, seed: int = 0, drift: float = 0.3) -> States:
-    """Of no model: to try things out."""
+    """Make states at random, without a model: to try things out."""
     generator = torch.Generator().manual_seed(seed)
     hidden_SD = torch.randn(states, size, generator=generator)
     weight_VD = 2 * torch.randn(vocabulary, size, generator=generator) / size**0.5
@@ -98,14 +98,14 @@ def random_states(states: int, vocabulary: int, size: int, seed: int = 0, drift:
 
 
 def exact(states: States) -> Tensor:
-    """(S, V) the gradient of the reverse KL by the logits."""
+    """Return (S, V) the gradient of the reverse KL by the logits."""
     gaps_SV = states.student - states.teacher
     probs_SV = states.student.exp()
     return probs_SV * (gaps_SV - (probs_SV * gaps_SV).sum(-1, keepdim=True))
 
 
 def derivatives(estimator: Estimator, student_RV: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """(R, K) ids, and the derivatives of the objective by their log-probs; one row of log-probs serves all, or each has its own."""
+    """Return (R, K) ids, and the derivatives of the objective by their log-probs; one row of log-probs serves all, or each has its own."""
     ids_RK = estimator.objective.ids(tokens)
     leaf_RK = student_RV.expand(len(ids_RK), -1).gather(-1, ids_RK).requires_grad_()
     (gradient_RK,) = torch.autograd.grad(estimator.objective(leaf_RK, tokens).loss.sum(), leaf_RK)
@@ -113,14 +113,17 @@ def derivatives(estimator: Estimator, student_RV: Tensor, tokens: Tokens) -> tup
 
 
 def gradient(states: States, estimator: Estimator, batch: Batch) -> Tensor:
-    """(S, D) by the hidden states, for a sampled token at each."""
+    """Return (S, D) the gradient by the hidden states, for a sampled token at each."""
     ids_SK, gradient_SK = derivatives(estimator, states.student, Tokens.counted(batch))
     rows_SD = torch.einsum("sk,skd->sd", gradient_SK, states.head.weight[ids_SK])
     return rows_SD - gradient_SK.sum(-1, keepdim=True) * states.mean_rows
 
 
 def bias_by_logits(states: States, estimator: Estimator) -> float:
-    """Exact: every token as the one that was sampled.  Root mean square over states, relative to that of the exact gradient by the logits."""
+    """Compute the bias exactly, with every token as the sampled one.
+
+    It is a root mean square over states, relative to that of the exact gradient by the logits.
+    """
     count, vocabulary = states.student.shape
     mean_SV = torch.zeros(count, vocabulary)
     for state in range(count):
@@ -139,7 +142,7 @@ def bias_by_logits(states: States, estimator: Estimator) -> float:
 
 
 def as_batch(targets_M: Tensor, columns: dict[str, Tensor]) -> Batch:
-    """One token of each rollout."""
+    """Make a batch of rollouts with one token each."""
     return Batch(targets_M, targets_M, torch.zeros_like(targets_M), torch.arange(len(targets_M)), **columns)
 
 
@@ -149,7 +152,7 @@ class Judge:
 
     Args:
         states: where.
-        step_tokens: of a step.
+        step_tokens: tokens of a step.
         repetitions: at each state, of what is sampled and drawn; even.
     """
 
@@ -167,7 +170,7 @@ class Judge:
             object.__setattr__(self, name, value)
 
     def judge(self, estimator: Estimator, generator: torch.Generator, *, float16: bool = False) -> dict[str, float]:
-        """Bias, spread and root mean square error of a step, relative to the norm of the exact gradient.
+        """Measure bias, spread and root mean square error of a step, relative to the norm of the exact gradient.
 
         Sums over states leave out products of a state with itself, which would count the variety of states as bias; what they hold is noise of
         a step.  Squared bias is a product over two halves of the repetitions, and `bias_z` is it over its standard deviation where the bias is
@@ -198,13 +201,16 @@ class Judge:
 
 
 def between(products_SS: Tensor) -> float:
-    """The mean over pairs of two different states."""
+    """Return the mean over pairs of two different states."""
     count, products_SS = len(products_SS), products_SS.double()
     return float(products_SS.sum() - products_SS.diagonal().sum()) / (count * (count - 1))
 
 
 def check_fused(states: States, estimator: Estimator, generator: torch.Generator) -> float:
-    """How far the fused loss is from what is judged, on the tokens that were sampled: relative difference of the gradient by the hidden states."""
+    """Return how far the fused loss is from what is judged, on the sampled tokens.
+
+    That is the relative difference of the gradient by the hidden states.
+    """
     batch, hidden_SD = states.batch(estimator, generator), states.hidden.clone().requires_grad_()
     FusedLoss(estimator.objective)(hidden_SD, states.head, batch).loss_sum.backward()
     expected_SD = gradient(states, estimator, batch)
@@ -213,7 +219,7 @@ def check_fused(states: States, estimator: Estimator, generator: torch.Generator
 
 
 def prepare(folder: Path) -> None:
-    """A finished part of the quickstart in this folder, with fewer rollouts: teacher, SFT student, its rollouts and scores, and OPD."""
+    """Run a part of the quickstart in this folder, with fewer rollouts: teacher, SFT student, its rollouts and scores, and OPD."""
     import quickstart
 
     from lopd.tools.phases import Run
@@ -229,7 +235,7 @@ def prepare(folder: Path) -> None:
 
 
 def real_states(folder: Path, count: int, moves: Sequence[float]) -> Iterator[tuple[float, States]]:
-    """SmolLM2's: students on the straight line from the SFT student to that after OPD, 0 being the former and 1 the latter."""
+    """Yield SmolLM2's states: students on the straight line from the SFT student (0) to the student after OPD (1)."""
     from lopd.engines.hf import load_model
 
     micro = batches(ZarrStore.open(folder / "store.zarr"), rollouts_per_step=32, tokens_per_batch=1024, ref="behavior").step(0).batches

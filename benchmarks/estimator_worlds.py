@@ -37,7 +37,7 @@ class World:
     horizon: int = 32
 
     def visits(self, policy_SV: Tensor) -> Tensor:
-        """(S,) how often a rollout of this policy is in a state, on average."""
+        """Return (S,) how often a rollout of this policy is in a state, on average."""
         at_S, total_S, probs_SV = self.start_S, torch.zeros_like(self.start_S), policy_SV.exp()
         for _ in range(self.horizon):
             total_S = total_S + at_S
@@ -45,7 +45,7 @@ class World:
         return total_S
 
     def rollouts(self, policy_SV: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """(B, H) states, and the tokens that were drawn there."""
+        """Sample (B, H) states, and the tokens that were drawn there."""
         probs_SV = policy_SV.exp()
         at_B = self.start_S.multinomial(count, replacement=True, generator=generator)
         states, tokens = [], []
@@ -58,13 +58,13 @@ class World:
 
 
 def mixing(vocabulary: int = 48) -> World:
-    """The state is the last token."""
+    """Make a world whose state is the last token."""
     tokens_V = torch.arange(vocabulary)
     return World("mixing", tokens_V.expand(vocabulary, -1), torch.full((vocabulary,), 1 / vocabulary, dtype=torch.float64))
 
 
 def modes(vocabulary: int = 16, count: int = 4) -> World:
-    """A root, and in each mode the state is the last token; the first token decides the mode."""
+    """Make a world of a root and several modes; the first token decides the mode, and in a mode the state is the last token."""
     tokens_V = torch.arange(vocabulary)
     inside_MVV = 1 + torch.arange(count)[:, None, None] * vocabulary + tokens_V.expand(vocabulary, -1)
     root_V = inside_MVV[tokens_V % count, 0, tokens_V]
@@ -82,7 +82,10 @@ class Models:
 
 
 def make_models(world: World, seed: int, drift: float) -> Models:
-    """The student has moved from the policy, half of it towards the teacher and half of it elsewhere; the same models at every drift."""
+    """Make a policy, a teacher, and a student that has moved from the policy, half of it towards the teacher.
+
+    The moves are the same at every drift.
+    """
     generator = torch.Generator().manual_seed(seed)
     policy_SV, to_teacher_SV, elsewhere_SV = torch.randn(3, *world.next_SV.shape, generator=generator, dtype=torch.float64)
     policy_SV = 2.5 * policy_SV
@@ -91,7 +94,7 @@ def make_models(world: World, seed: int, drift: float) -> Models:
 
 
 def exact(world: World, models: Models, visitor_SV: Tensor) -> Tensor:
-    """(V, S) the gradient of the reverse KL at every state, as often as rollouts of the visitor are there."""
+    """Return (V, S) the gradient of the reverse KL at every state, weighted by how often rollouts of the visitor are there."""
     table_SV = models.student.clone().requires_grad_()
     student_SV = table_SV.log_softmax(-1)
     kl_S = (student_SV.exp() * (student_SV - models.teacher)).sum(-1)
@@ -100,7 +103,7 @@ def exact(world: World, models: Models, visitor_SV: Tensor) -> Tensor:
 
 
 def batch_of(models: Models, estimator: Estimator, states_BH: Tensor, tokens_BH: Tensor, drawn_ND: Tensor) -> Batch:
-    """The rollouts as a store would give them; every token of a rollout counts 1, and a rollout its share."""
+    """Make the batch that a store would give; every token of a rollout counts 1, and a rollout its share."""
     count, horizon = states_BH.shape
     state_N, target_N = states_BH.flatten(), tokens_BH.flatten()
     policy_NV, teacher_NV = models.policy[state_N], models.teacher[state_N]
@@ -125,7 +128,7 @@ def batch_of(models: Models, estimator: Estimator, states_BH: Tensor, tokens_BH:
 
 
 def gradient(models: Models, estimator: Estimator, batch: Batch) -> Tensor:
-    """(V, S) of the fused loss."""
+    """Return (V, S) the gradient of the fused loss."""
     hidden_NS = torch.eye(len(models.student), dtype=torch.float64)[batch.inputs]
     weight_VS = models.student.T.clone().requires_grad_()
     FusedLoss(estimator.objective)(hidden_NS, LMHead(weight_VS), batch).loss_sum.backward()
@@ -134,7 +137,7 @@ def gradient(models: Models, estimator: Estimator, batch: Batch) -> Tensor:
 
 
 def found(gradients: Sequence[Tensor], truth_VS: Tensor) -> dict[str, float]:
-    r"""Bias, spread and root mean square error of these gradients, relative to the norm of the truth.
+    r"""Return bias, spread and root mean square error of these gradients, relative to the norm of the truth.
 
     With d the differences from the truth, the squared bias is the mean product of d of *two* batches: without the noise of one, which would
     add up.  `bias_z` is that mean over its standard deviation where the bias is 0.
@@ -157,7 +160,7 @@ def found(gradients: Sequence[Tensor], truth_VS: Tensor) -> dict[str, float]:
 def judge(
     world: World, estimators: Sequence[Estimator], drift: float, seed: int, *, batches: int, rollouts: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each estimator, in this world at this drift; all see the same rollouts and drawn ids, but those that sample anew."""
+    """Yield a row for each estimator, in this world at this drift; all share rollouts and drawn ids, except those that sample fresh ones."""
     models = make_models(world, seed, drift)
     truth_VS, on_stored_VS = (exact(world, models, visitor) for visitor in (models.student, models.policy))
     generator = torch.Generator().manual_seed(seed)

@@ -39,13 +39,16 @@ class Support:
         return sum(width * (ID + NUMBER) + TAIL for width in widths if width) + own
 
     def ids(self, policy_RV: Tensor, teacher_RV: Tensor) -> Tensor:
-        """(R, K) the distinct ones; the sampled token has no say."""
+        """Return (R, K) distinct ids; they do not depend on the sampled token."""
         policy_RK = policy_RV.topk(self.policy, dim=-1).indices
         others_RV = teacher_RV.scatter(-1, policy_RK, float("-inf"))
         return torch.cat([policy_RK, others_RV.topk(self.teacher, dim=-1).indices], dim=-1)
 
     def columns(self, policy_RV: Tensor, teacher_RV: Tensor) -> dict[str, Tensor]:
-        """What a batch has of them at these rows, but for the drawn ones; a support of 0 tokens leaves all to these."""
+        """Return these columns of a batch, without those of drawn tokens.
+
+        An empty support has no columns, and next to drawn tokens alone the tail holds all mass.
+        """
         if not self.policy + self.teacher + self.drawn:
             return {}
         ids_RK = self.ids(policy_RV, teacher_RV)
@@ -87,7 +90,7 @@ class Estimator:
         return 2 * NUMBER + self.support.bytes
 
     def describe(self) -> dict[str, Any]:
-        """What rows of the result say of it."""
+        """Return the fields that describe the estimator in rows of the result."""
         return {"estimator": self.name, "family": self.family, "bytes": self.bytes, **asdict(self.support), "unbiased": self.unbiased}
 
 
@@ -99,12 +102,12 @@ GENERALISED = TopKObjective(generalised_kl, residual=True)
 
 
 def whole(vocabulary: int) -> Estimator:
-    """The exact sum over a vocabulary small enough to be stored."""
+    """Return the exact sum over a vocabulary small enough to be stored."""
     return Estimator("whole vocabulary", BUCKET, Support(teacher=vocabulary - 1), unbiased=True, sampled=False)
 
 
 def supported(size: int) -> list[Estimator]:
-    """All that have a support of this size."""
+    """Return all estimators with a support of this size."""
     half = size // 2
     halves, mixed = Support(policy=size - half, teacher=half), Support(policy=size - half, drawn=half)
     return [
@@ -120,7 +123,7 @@ def supported(size: int) -> list[Estimator]:
 
 
 def windowed(sizes: tuple[int, ...]) -> list[Estimator]:
-    """Some that answer to the states, too, by the ratio of the tokens before; they need whole rollouts."""
+    """Return some estimators that also weigh the states, by the ratio of the tokens before; they need whole rollouts."""
     chosen = [RATIO, *(estimator for size in sizes for estimator in supported(size) if estimator.objective is RESIDUAL)]
     names = ("ratio", "teacher's top K + residual", "candidates + residual")
     return [
@@ -131,5 +134,5 @@ def windowed(sizes: tuple[int, ...]) -> list[Estimator]:
 
 
 def estimators(sizes: tuple[int, ...]) -> list[Estimator]:
-    """All, at these sizes."""
+    """Return all estimators at these sizes."""
     return [PLAIN, RATIO, *(estimator for size in sizes for estimator in supported(size))]

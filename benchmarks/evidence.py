@@ -51,14 +51,14 @@ Job = Callable[[], Any]
 
 
 def work(job: Job) -> Any:
-    """What one process does, on one thread."""
+    """Run one job in this process, on one thread."""
     torch.set_num_threads(1)
     disable_progress_bar()
     return job()
 
 
 def build(plan: Plan, bed: Bed) -> Row:
-    """A student, and its store, with what its arms train on."""
+    """Build a student, and its store, with what its arms train on."""
     make_student(bed)
     return make_store(bed, *parts(plan, bed))
 
@@ -78,7 +78,7 @@ def check_settings(plan: Plan) -> None:
         ours |= {f"{arm.name}, {kind.name}": re.sub(" at 0x[0-9a-f]+", "", repr(arm)) for arm in arms}
     ours, path = json.loads(json.dumps(ours)), plan.folder / "settings.json"
     if not path.exists() and next(plan.folder.glob("**/*.json"), None):
-        raise SystemExit(f"Evidence {plan.folder}: it has units and no settings.json, which says what they are; move that folder away.")
+        raise SystemExit(f"Evidence {plan.folder}: it has units and no settings.json, which describes them; move that folder away.")
     theirs = once(path, lambda: ours)
     for name in {**ours, **theirs}:
         value = ours.get(name)
@@ -87,7 +87,10 @@ def check_settings(plan: Plan) -> None:
 
 
 def execute(plan: Plan, workers: int) -> Chosen:
-    """Everything that is not done yet: what is chosen first, then seed by seed, so that a run that is stopped has whole seeds to report."""
+    """Run everything that is not done yet: what is chosen first, then seed by seed.
+
+    So a run that is stopped has whole seeds to report.
+    """
     os.environ |= {"OMP_NUM_THREADS": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
     with ProcessPoolExecutor(workers) as pool:
 
@@ -115,24 +118,24 @@ def execute(plan: Plan, workers: int) -> Chosen:
 
 
 def report(plan: Plan) -> list[Row]:
-    """Rows of what is there; nothing is run."""
+    """Return the rows of all finished units, without running any."""
     trials = rate_trials(plan)
     if all(unit.path.exists() for unit in trials):
         trials = other_trials(plan, choose_rates(plan))
     if missing := sum(not unit.path.exists() for unit in trials):
         raise SystemExit(
-            f"Evidence {plan.folder}: {missing} trials of arms are not made, expected 0 for a report; `--plan` says what is left."
+            f"Evidence {plan.folder}: {missing} trials of arms are not made, expected 0 for a report; `--plan` lists what is left."
         )
     return gather(plan, Chosen.of(plan))
 
 
 def gather(plan: Plan, chosen: Chosen) -> list[Row]:
-    """Rows of all finished units of the seeds that are finished."""
+    """Return the rows of all finished units of the seeds that are finished."""
     trials = [*rate_trials(plan), *other_trials(plan, chosen.rates), *chosen.form_trials(plan)]
     reported = chosen.runs(plan)
     finished = [seed for seed in plan.seeds if all(unit.path.exists() for unit in reported if unit.bed.seed == seed)]
     if not finished:
-        raise SystemExit(f"Evidence {plan.folder}: 0 seeds are finished, expected at least 1 for a report; `--plan` says what is left.")
+        raise SystemExit(f"Evidence {plan.folder}: 0 seeds are finished, expected at least 1 for a report; `--plan` lists what is left.")
     said: Row = {"choice": plan.choice, "choice_held_out": plan.choice_held_out, "rates": plan.rates}
     said |= {"best": chosen.best.name, "rival": chosen.rival.name, "until": chosen.until}
     rows: list[Row] = [{"kind": "plan", **said, **asdict(plan.size)}]
@@ -142,7 +145,7 @@ def gather(plan: Plan, chosen: Chosen) -> list[Row]:
 
 
 def write(rows: list[Row], home: Path) -> None:
-    """The result file, and its part: of the page of results, or of a page of its own beside a file that is not among the results."""
+    """Write the result file and its part of the page of results, or, in another folder, a page of its own."""
     written = result_file("evidence", describe_machine(), rows, find_goals(rows), home)
     if home == FULL.home:
         publish()
@@ -153,7 +156,10 @@ def write(rows: list[Row], home: Path) -> None:
 
 
 def say_plan(plan: Plan) -> None:
-    """What is done, what is left, and how the trials ended; seconds are those of finished runs of the same arm, or else expected ones."""
+    """Print what is done, what is left, and how the trials ended.
+
+    Seconds are those of finished runs of the same arm, or else expected ones.
+    """
     units, beds = plan_units(plan), plan.beds()
     left = [unit for unit in units if not unit.path.exists()]
     took: dict[tuple[str, int, int], list[float]] = {}
@@ -172,7 +178,7 @@ def say_plan(plan: Plan) -> None:
 
 
 def main() -> None:
-    """Run, write."""
+    """Run all jobs, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--plan", action="store_true", help="only say what is done and what is left")

@@ -54,15 +54,15 @@ class Arm:
 
     Args:
         name: in tables.
-        loss: of every step.
+        loss: loss of every step.
         way: where rollouts come from: a store; the student as it is, at every step; the teacher; or TRL's trainer, which samples, too.
-        column: of the store, with the teacher's scores.
-        support: of live rollouts.
-        share: of the store's rollouts; of the prompts, where there is no store.
-        passes: over them.
+        column: column of the store with the teacher's scores.
+        support: support of live rollouts.
+        share: share of the store's rollouts; of the prompts, where there is no store.
+        passes: passes over these rollouts.
         batch: rollouts a step, times that of the size.
-        weighting: of tokens.  A token's weight must not depend on the draw where others are compared than the sampled one (`TopKObjective`), so
-            by token; Lightning's is the paper's, LSPD's is that of Lightning, and SFT goes on as it began.
+        weighting: weights of tokens.  A token's weight must not depend on the draw where others than the sampled one are compared
+            (`TopKObjective`), so by token; Lightning's is the paper's, LSPD's is that of Lightning, and SFT goes on as it began.
         rate_of: name of the arm whose rate it takes over; None tries all.
     """
 
@@ -83,25 +83,25 @@ class Arm:
         return self.column != "teacher" or self.support.width > 0
 
     def rollouts(self, bed: Bed) -> int:
-        """How many are stored."""
+        """Return the number of stored rollouts."""
         return round(self.share * bed.size.opd_prompts)
 
     def per_step(self, bed: Bed) -> int:
-        """Rollouts of a step."""
+        """Return the number of rollouts of a step."""
         return round(self.batch * bed.size.batch)
 
     def steps(self, bed: Bed) -> int:
-        """How many there are."""
+        """Return the number of steps."""
         return round(self.passes * self.rollouts(bed) / self.per_step(bed))
 
     def looks(self, bed: Bed, points: Sequence[float]) -> list[int]:
-        """Steps after which it is measured, of shares of all steps."""
+        """Return the steps after which the student is measured, from shares of all steps."""
         return sorted({max(1, round(point * self.steps(bed))) for point in points})
 
 
 _RATIO = FusedOPDLoss(ratio_to_ref=True)
 _BUCKET, _RESIDUAL = (FusedLoss(TopKObjective(reverse_kl, residual=residual)) for residual in (False, True))
-#: Candidates of a live student: nearly all of its mass, and the residual speaks for the rest.
+#: Candidates of a live student: nearly all of its mass, and the residual stands for the rest.
 WIDE = 256
 
 #: A quarter more steps pay for the teacher's scores, which this arm does without.
@@ -134,7 +134,7 @@ MAIN = (SFT, PLAIN, RATIO, TOP_64, ONLINE)
 
 
 def variants(arm: Arm) -> tuple[Arm, ...]:
-    """The same with other numbers of passes and shares of the store."""
+    """Return the arm with other numbers of passes and shares of the store."""
     return (
         evolve(arm, name=f"{arm.name} (two passes)", passes=2.0),
         evolve(arm, name=f"{arm.name} (half of the store)", share=0.5),
@@ -155,18 +155,18 @@ class _Stage:
     clock: Clock
 
     def stream(self, store: LogprobReader, rows: NDArray[np.int64], **columns: Any) -> StepStream:
-        """Its steps, without end."""
+        """Return the steps of this arm, without end."""
         return batches(
             store, rollouts_per_step=self.arm.per_step(self.bed), seed=self.bed.seed, rows=rows, weighting=self.arm.weighting, **columns
         )
 
     def train(self, stream: StepStream) -> Iterator[StepMetrics]:
-        """On these."""
+        """Train on these steps."""
         return opd_steps(self.student, stream, self.arm.loss, self.optimizer)
 
 
 def run_arm(bed: Bed, arm: Arm, rate: float, points: Sequence[float]) -> Row:
-    """A row of the results: what was measured after these shares of the steps, and what had been spent by then."""
+    """Train an arm, and return its row: what was measured after these shares of the steps, and what had been spent by then."""
     warnings.simplefilter("ignore", UserWarning)
     student, tokenizer, lineage = bed.student()
     # what these do once a process is not counted in any arm
@@ -190,7 +190,10 @@ def run_arm(bed: Bed, arm: Arm, rate: float, points: Sequence[float]) -> Row:
 
 
 def paid(bed: Bed, arm: Arm) -> dict[str, float]:
-    """CPU seconds before the first step: what a store of its share cost, or a share of what the teacher's text did, as it was made at once."""
+    """Return the CPU seconds before the first step.
+
+    They are those of a store of this share, or this share of those of the teacher's text, which was made at once.
+    """
     seconds = {"sampling": 0.0, "scoring": 0.0}
     if arm.way == "stored":
         cost = json.loads((bed.of_student / "store.json").read_text())["cpu_s"]
@@ -210,7 +213,7 @@ def _stored(stage: _Stage) -> Iterator[StepMetrics]:
 
 
 def _live(stage: _Stage) -> Iterator[StepMetrics]:
-    """Prompts of a step are sampled together: there are no others to sample, as the next step's student is not there yet."""
+    """Train on fresh rollouts at every step; its prompts are sampled together, as the student of the next step does not exist yet."""
     bed, arm = stage.bed, stage.arm
     prompts, size, tokenizer = bed.prompts()[1], arm.per_step(bed), teacher(bed.folder / "teacher")[1]
     scorer = TimedScorer(evolve(bed.scorer, candidates=arm.support.candidates, top_k=arm.support.top_k), stage.clock)
@@ -229,13 +232,13 @@ def _live(stage: _Stage) -> Iterator[StepMetrics]:
 
 
 def _imitate(stage: _Stage) -> Iterator[StepMetrics]:
-    """The teacher's answers to the OPD prompts; some of them twice, if there are more steps than one pass has."""
+    """Train on the teacher's answers to the OPD prompts; some of them twice, if there are more steps than one pass has."""
     bed = stage.bed
     return stage.train(stage.stream(bed.text(), bed.rows_of_text(bed.prompts()[1]), teacher=None)[: stage.arm.steps(bed)])
 
 
 def _trl(stage: _Stage, look: Callable[[int], None]) -> None:
-    """With a teacher of its own: TRL changes it, and other runs of this process use theirs."""
+    """Train in TRL with a teacher of its own: TRL changes it, and other runs of this process use theirs."""
     bed, arm, (model, tokenizer) = stage.bed, stage.arm, load_model(stage.bed.folder / "teacher", torch.float32)
 
     class Watch(TrainerCallback):

@@ -48,9 +48,9 @@ class Size:
     """How much there is of everything.
 
     Args:
-        sft_prompts, opd_prompts, held_out: questions, split anew for each seed.
-        new_tokens: of every response, at most.
-        sft_epochs, sft_batch, sft_lr: of SFT; the rate falls in a straight line.
+        sft_prompts, opd_prompts, held_out: questions, split again for each seed.
+        new_tokens: most tokens of a response.
+        sft_epochs, sft_batch, sft_lr: epochs, batch and rate of SFT; the rate falls in a straight line.
         batch: rollouts of a step of OPD; one pass over the OPD prompts is `opd_prompts / batch` steps.
     """
 
@@ -81,7 +81,10 @@ NEAR, FAR = Kind("near", (14, 15)), Kind("far", (13, 14, 15, 16, 17, 18))
 
 
 def once(path: Path, work: Callable[[], Row]) -> Row:
-    """A finished unit is a file, with the CPU seconds it took all in all, which a killed run that is called again finds."""
+    """Return a finished unit from its file, or do the work and write the file, with the CPU seconds of it all.
+
+    A killed run that is called again finds it.
+    """
     if not path.exists():
         begun = time.process_time()
         row = work()
@@ -92,7 +95,7 @@ def once(path: Path, work: Callable[[], Row]) -> Row:
 
 @cache
 def teacher(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer, once a process; both of them stay."""
+    """Load model and tokenizer, once a process; both of them stay."""
     model, tokenizer = load_model(folder, torch.float32)
     return model.requires_grad_(False), tokenizer
 
@@ -102,7 +105,7 @@ class Bed:
     """A seed and a student.
 
     Args:
-        folder: of the whole run.
+        folder: folder of the whole run.
     """
 
     folder: Path
@@ -126,25 +129,25 @@ class Bed:
         return HFScorer(*teacher(self.folder / "teacher"))
 
     def sampling(self, candidates: int = 0, drawn: int = 0) -> SamplingParams:
-        """How every response that is trained on is drawn, and what is kept beside it."""
+        """Return how every response that is trained on is drawn, and what is kept beside it."""
         return SamplingParams(self.size.new_tokens, seed=self.seed, candidates=candidates, drawn=drawn)
 
     def prompts(self) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-        """Disjoint ones: SFT, OPD, held out."""
+        """Return disjoint prompts: SFT, OPD, held out."""
         return _prompts(self)
 
     def text(self) -> ZarrStore:
-        """What the teacher wrote."""
+        """Open the store of what the teacher wrote."""
         return ZarrStore.open(self.home / "text.zarr")
 
     def rows_of_text(self, prompts: list[Prompt]) -> Any:
-        """Where its answers to these prompts are."""
+        """Return the rows of the teacher's answers to these prompts."""
         named = {prompt.prompt_id for prompt in prompts}
         store = self.text()
         return np.flatnonzero([prompt_id_of(r.rollout.rollout_id) in named for r in store.read(range(len(store)), columns=())])
 
     def student(self) -> tuple[CausalLMStudent, Any, Lineage]:
-        """A fresh copy after SFT."""
+        """Load a fresh copy of the student after SFT."""
         model, tokenizer = load_model(self.of_student / "model", torch.float32)
         return CausalLMStudent(train_from_the_cut(model, self.kind), tokenizer), tokenizer, Lineage.read(self.of_student / "model")
 
@@ -161,13 +164,13 @@ def _split(bed: Bed, every: Sequence[T]) -> tuple[list[T], list[T], list[T]]:
 
 
 def near_copies(bed: Bed) -> int:
-    """How many held-out questions have at least `ALIKE` of their words in common with one that is trained on (Jaccard)."""
+    """Count the held-out questions that have at least `ALIKE` of their words in common with one that is trained on (Jaccard)."""
     sft, opd, held_out = _split(bed, [frozenset(re.findall(r"\w+", question.lower())) for question in smollm2.questions()])
     return sum(any(len(ours & theirs) >= ALIKE * len(ours | theirs) for theirs in (*sft, *opd)) for ours in held_out)
 
 
 def train_from_the_cut(model: Any, kind: Kind) -> Any:
-    """Layers before the cut compute what the teacher's do, and stay as they are; so do embeddings, which are the head, too.
+    """Freeze the layers before the cut, which compute what the teacher's do, and the embeddings, which are also the head.
 
     That is what makes this affordable: a step takes two thirds of the time.
     """
@@ -178,12 +181,14 @@ def train_from_the_cut(model: Any, kind: Kind) -> Any:
 
 
 def optimizer_of(student: CausalLMStudent, rate: float) -> torch.optim.AdamW:
-    """At a constant rate, so that every step of a run is an end that it could have had."""
+    """Make an optimizer with a constant rate, so that every step of a run could have been its last."""
     return torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=rate, betas=BETAS, weight_decay=0.0)
 
 
 def measure(bed: Bed, model: Any, *, forward: bool = True) -> Row:
-    """Of a student on the held-out prompts, rollout by rollout: reverse KL on its fresh answers, and, if asked, forward KL on the teacher's.
+    """Measure a student on the held-out prompts, rollout by rollout.
+
+    It is the reverse KL on its fresh answers, and, if asked, the forward KL on the teacher's.
 
     Draws are coupled: all students of a seed have the same uniform numbers, so what they differ in is not luck.
     """
@@ -199,14 +204,17 @@ def measure(bed: Bed, model: Any, *, forward: bool = True) -> Row:
 
 
 def forward_kl(written: list[Rollout], student: HFScorer) -> RolloutSums:
-    """KL(teacher, student) in nats, summed over each of the teacher's answers, from its sampled tokens: what two students differ in is exact."""
+    """Estimate KL(teacher, student) in nats, summed over each of the teacher's answers, from its sampled tokens.
+
+    The difference of two students is exact.
+    """
     own = [r.behavior_logprobs for r in written if r.behavior_logprobs is not None]
     gaps = [teacher_T - scores.logprobs for teacher_T, scores in zip(own, student.score(written), strict=True)]
     return RolloutSums(np.array([gap.sum(dtype=np.float64) for gap in gaps]), np.array([gap.size for gap in gaps], np.float64))
 
 
 def mean_kl(point: Row) -> float:
-    """Nats a token, held-out reverse KL at a point of a curve."""
+    """Return the held-out reverse KL at a point of a curve, nats a token."""
     return float(sum(point["reverse_kl"]["sums"]) / sum(point["reverse_kl"]["counts"]))
 
 

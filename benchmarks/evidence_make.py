@@ -34,12 +34,12 @@ KEPT = {"candidates": 64, "drawn": 16}
 
 
 def make_teacher(folder: Path) -> Row:
-    """Unpack the weights."""
+    """Unpack the teacher's weights."""
     return once(folder / "teacher.json", lambda: smollm2.save_teacher(_fresh(folder / "teacher")) or {"kind": "teacher"})
 
 
 def make_text(bed: Bed) -> Row:
-    """The teacher's answers to all prompts of a seed."""
+    """Sample the teacher's answers to all prompts of a seed."""
 
     def work() -> Row:
         source = HFSource(*teacher(bed.folder / "teacher"), bed.sampling(), rows_per_batch=ROWS)
@@ -73,15 +73,15 @@ def make_student(bed: Bed) -> Row:
 
 
 def make_store(bed: Bed, columns: Collection[str] = COLUMNS.keys(), shares: Collection[float] = ()) -> Row:
-    """The student's answers to the OPD prompts, scored in several ways; what each part costs, and what the diagnostics say.
+    """Sample the student's answers to the OPD prompts and score them in several ways; return what each part costs, and the diagnostics.
 
     Smaller stores are made, too, as they cost more than their share: their batches are smaller.  Of their scores only the plain ones are made, for
     what the others cost beside them is known from the whole store.
 
     Args:
         bed: with its student.
-        columns: of `COLUMNS`; `start_of` reads "top64".
-        shares: of the prompts, for which a store is made, timed, and thrown away.
+        columns: names in `COLUMNS`; `start_of` reads "top64".
+        shares: shares of the prompts; for each, a store is made, timed, and thrown away.
     """
 
     def work() -> Row:
@@ -99,7 +99,10 @@ def make_store(bed: Bed, columns: Collection[str] = COLUMNS.keys(), shares: Coll
 
 
 def _fill(store: LogprobStore, source: HFSource, prompts: list[Prompt], scorers: Mapping[str, HFScorer]) -> Row:
-    """Sample and score; CPU seconds of all that these calls do, as a live run pays for all of it.  Neither has the self-test of the scorer."""
+    """Sample and score, and return what that cost.
+
+    It is the CPU seconds of all that these calls do, as a live run pays for all of it.  Neither has the self-test of the scorer.
+    """
     sampling = _seconds(partial(collect_rollouts, source, prompts, store, prompts_per_batch=ROWS))
     scoring = {
         name: _seconds(partial(score_rollouts, store, scorer, column=name, rollouts_per_batch=ROWS, preflight=None))
@@ -115,7 +118,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def start_of(store: ZarrStore) -> Row:
-    """The diagnostics before training, as plain numbers."""
+    """Return the diagnostics before training, as plain numbers."""
     said = measure_start(store, teacher="top64", ref="policy")
     least, most = said.outside or (None, None)
     return {
@@ -129,7 +132,7 @@ def start_of(store: ZarrStore) -> Row:
 
 
 def _fresh(folder: Path) -> Path:
-    """A place in which nothing of a killed attempt is left: its seconds are lost, so its work is done again."""
+    """Remove what a killed attempt left in a folder: its seconds are lost, so its work is done again."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     return folder

@@ -19,13 +19,13 @@ class Plan:
 
     Args:
         folder: where units are kept.
-        home: of the results.
-        seeds: of the report.
+        home: folder of the results.
+        seeds: seeds of the report.
         choice: seed on which everything is chosen; None takes the first rate, the arm `TOP_64`, and the rival `ONLINE` at its end.
         choice_held_out: questions there.  More of them cost less than another seed of choice, as nothing is built or trained for them.
         rates: that each arm chooses from.
-        size: of everything.
-        arms: of each student.
+        size: size of everything.
+        arms: arms of each student.
     """
 
     folder: Path = ROOT / "runs" / "evidence"
@@ -38,12 +38,12 @@ class Plan:
     arms: tuple[tuple[Kind, tuple[Arm, ...]], ...] = ((NEAR, ARMS), (FAR, MAIN))
 
     def bed(self, seed: int, kind: Kind) -> Bed:
-        """Of a seed and a student."""
+        """Return the bed of a seed and a student."""
         size = evolve(self.size, held_out=self.choice_held_out) if seed == self.choice else self.size
         return Bed(self.folder, size, seed, kind)
 
     def beds(self) -> list[Bed]:
-        """All of them."""
+        """Return all beds."""
         trial = [] if self.choice is None else [self.bed(self.choice, NEAR)]
         return [*trial, *(self.bed(seed, kind) for seed in self.seeds for kind, _ in self.arms)]
 
@@ -61,7 +61,10 @@ QUICK = Plan(
 
 
 def parts(plan: Plan, bed: Bed) -> tuple[list[str], list[float]]:
-    """Columns and shares of the store of a student: the best arm of the near one, whichever it is, trains on shares of it, too."""
+    """Return columns and shares of the store of a student.
+
+    The best arm of the near student, whichever it is, also trains on shares of its store.
+    """
     columns = dict.fromkeys(["teacher", "top64", *(arm.column for arm in dict(plan.arms)[bed.kind] if arm.way == "stored")])
     return list(columns), sorted({arm.share for arm in variants(TOP_64)} - {1.0}) if bed.kind == NEAR else []
 
@@ -94,7 +97,7 @@ class Unit:
 
 
 def rate_trials(plan: Plan) -> list[Unit]:
-    """Arms of the near student at every rate, on the seed of choice; the far student takes over what is chosen there.
+    """Return arms of the near student at every rate, on the seed of choice; the far student takes over what is chosen there.
 
     Any stored or live arm may be the one whose steps on the way are looked at; of the others the end is enough.
     """
@@ -107,7 +110,7 @@ def rate_trials(plan: Plan) -> list[Unit]:
 
 
 def choose_rates(plan: Plan) -> dict[str, float]:
-    """Name of an arm -> its rate, or that of the arm it takes it over from; all trials of rates are made by now."""
+    """Return arm name -> its best rate, or that of the arm it takes it over from; all trials of rates must be finished."""
     arms = dict(plan.arms)[NEAR]
     if plan.choice is None:
         return {arm.name: plan.rates[0] for arm in arms}
@@ -117,7 +120,7 @@ def choose_rates(plan: Plan) -> dict[str, float]:
 
 
 def other_trials(plan: Plan, rates: dict[str, float]) -> list[Unit]:
-    """Those of arms that take over a rate."""
+    """Return the trials of arms that take over a rate."""
     if plan.choice is None:
         return []
     bed = plan.bed(plan.choice, NEAR)
@@ -126,7 +129,7 @@ def other_trials(plan: Plan, rates: dict[str, float]) -> list[Unit]:
 
 @frozen
 class Chosen:
-    """What the seed of choice says.
+    """What the seed of choice decides.
 
     Args:
         rates: name of an arm -> its rate.
@@ -152,16 +155,16 @@ class Chosen:
         return cls(rates, min(ends, key=ends.__getitem__), *min(live, key=live.__getitem__))
 
     def forms(self, bed: Bed) -> list[Unit]:
-        """The best arm in other forms."""
+        """Return the best arm in other forms."""
         rate = self.rates[self.best.name]
         return [Unit(bed, arm, rate, HALF if arm.share < 0.5 else END) for arm in variants(self.best)]
 
     def form_trials(self, plan: Plan) -> list[Unit]:
-        """Those on the seed of choice."""
+        """Return the trials of those forms on the seed of choice."""
         return [] if plan.choice is None else self.forms(plan.bed(plan.choice, NEAR))
 
     def runs(self, plan: Plan) -> list[Unit]:
-        """All of the report, the longest of a seed first, so that two workers end a seed at about the same time."""
+        """Return all runs of the report, the longest of a seed first, so that two workers end a seed at about the same time."""
         units, curved = [], {RATIO, self.best, self.rival, ONLINE, TRL}
         for seed in plan.seeds:
             for kind, arms in plan.arms:
@@ -173,7 +176,7 @@ class Chosen:
 
 
 def plan_units(plan: Plan) -> list[Unit]:
-    """All runs; of those whose rate or arm is not chosen yet, some that take as long."""
+    """Return all runs; where a rate or an arm is not chosen yet, a run that takes as long stands for it."""
     rates = dict.fromkeys((arm.name for arm in dict(plan.arms)[NEAR]), 0.0)
     chosen = Chosen(rates, TOP_64, ONLINE, 0)
     trials = rate_trials(plan)
@@ -193,14 +196,17 @@ OF_POINT, OF_END, OF_TEXT, OF_SFT, OF_STORE, OF_COLUMN = 0.95, 1.2, 0.52, 0.43, 
 
 
 def expected_run_s(unit: Unit) -> float:
-    """Of one run."""
+    """Return the expected seconds of one run."""
     bed, arm = unit.bed, unit.arm
     trained = arm.steps(bed) * arm.per_step(bed) * OF_WAY[arm.way]
     return trained + bed.size.held_out * (OF_END + OF_POINT * (len(unit.points) - 1))
 
 
 def expected_build_s(plan: Plan, bed: Bed) -> float:
-    """Of the text of a seed, a student and its store, without those that are made already; the text is counted with the near student."""
+    """Return the expected seconds of the text of a seed, a student and its store, without finished parts.
+
+    The text is counted with the near student.
+    """
     columns, shares = parts(plan, bed)
     size = bed.size
     text, student = OF_TEXT * (size.sft_prompts + size.opd_prompts + size.held_out), OF_SFT * size.sft_prompts + OF_END * size.held_out

@@ -18,7 +18,7 @@ from results_page import Goal, Part, Reading
 
 
 def evidence_part(result: Mapping[str, Any], folder: str) -> Part:
-    """Of `evidence.json`, with its picture in a folder."""
+    """Make the part of the page that reports `evidence.json`, with its picture in a folder."""
     found = Found(result["rows"])
     sections = [_plan(found), _frontier(found, f"{folder}/evidence.png"), _arms(found, NEAR.name), _arms(found, FAR.name), _limits(found)]
     pictures = {"evidence": partial(draw, found=found)}
@@ -36,7 +36,10 @@ class Compared(Reading):
     """A goal that is met where an interval holds 0: its words say what else the interval holds."""
 
     def say(self, goal: Goal) -> str:
-        """The clause: that two cannot be told apart, unless the mean is on the right side; and the largest loss that is not excluded."""
+        """Return the clause on a goal, with the largest loss that is not excluded.
+
+        Two cannot be told apart, unless the mean is on the right side.
+        """
         words = super().say(goal)
         most = goal["at_most"]
         if most is None or (goal["met"] and goal["measured"] > 0):
@@ -45,7 +48,7 @@ class Compared(Reading):
 
 
 def _readings(training: str) -> list[Reading]:
-    """Of the goals; `training` is the share of what online OPD costs that is spent on training."""
+    """Return the readings of the goals; `training` is the share of online OPD's cost that is spent on training."""
     return [
         Reading(
             _REGIME,
@@ -119,7 +122,7 @@ def _plan(found: Found) -> list[str]:
 
 
 def _edges(found: Found) -> str:
-    """Arms whose rate might have been lower or higher, had there been more of them."""
+    """Name the arms whose rate is at an end of the tried ones, so a lower or higher one might have been better."""
     rates = [float(rate) for rate in found.plan["rates"]]
     chosen = {name: found.rate(name) for name in found.names() if "(" not in name}
     lists = [", ".join(name for name, rate in chosen.items() if rate == edge) or "not one arm" for edge in (min(rates), max(rates))]
@@ -128,7 +131,7 @@ def _edges(found: Found) -> str:
 
 
 def _starts(found: Found) -> list[str]:
-    """Both students before OPD."""
+    """Return a table of both students before OPD."""
     rows = []
     for student in (NEAR.name, FAR.name):
         stores, starts = found.stores(student).values(), found.starts(student).values()
@@ -142,7 +145,7 @@ def _starts(found: Found) -> list[str]:
 
 
 def _frontier(found: Found, picture: str) -> list[str]:
-    """The picture, and its points."""
+    """Return the picture, and its points."""
 
     def rows() -> Iterator[list[str]]:
         for name in found.pictured():
@@ -162,12 +165,12 @@ def _frontier(found: Found, picture: str) -> list[str]:
 
 
 def steps(cell: dict[int, Row]) -> list[int]:
-    """At which the runs of a cell were measured."""
+    """Return the steps at which the runs of a cell were measured."""
     return [point["step"] for point in next(iter(cell.values()))["curve"]]
 
 
 def _arms(found: Found, student: str) -> list[str]:
-    """Every arm at its end."""
+    """Return a table of every arm at its end."""
     online, starts = found.cell(ONLINE.name, student) if found.of("run", student) else {}, found.starts(student)
     if not online:
         return []
@@ -227,7 +230,7 @@ _LIMITS = [
 
 
 def draw(path: Path, found: Found) -> None:
-    """Reverse KL over cost, means and bands over seeds: every run that was measured on its way, and the forms of the best stored arm."""
+    """Draw reverse KL over cost, means and bands over seeds: every run that was measured on its way, and the forms of the best stored arm."""
     figure, (axes,) = panels(1, 1, 5.0)
     rule(axes, y=float(np.mean([mean_kl(row) for row in found.starts().values()])))
     for name in found.pictured():

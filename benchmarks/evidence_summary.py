@@ -37,7 +37,7 @@ class Found:
     rows: Sequence[Row]
 
     def of(self, kind: str, student: str = NEAR.name) -> list[Row]:
-        """Rows of a kind, on a student."""
+        """Return the rows of a kind, on a student."""
         return [row for row in self.rows if row["kind"] == kind and row.get("student", student) == student]
 
     @property
@@ -51,53 +51,55 @@ class Found:
         return str(self.plan["best"])
 
     def cell(self, arm: str, student: str = NEAR.name, kind: str = "run") -> dict[int, Row]:
-        """Runs of an arm by seed."""
+        """Return the runs of an arm by seed."""
         return {row["seed"]: row for row in self.of(kind, student) if row["arm"] == arm and row["rate"] == self.rate(arm, student)}
 
     def rate(self, arm: str, student: str = NEAR.name) -> float:
-        """At which it was run on the seeds of the report."""
+        """Return the rate of an arm on the seeds of the report."""
         return float(next(row["rate"] for row in self.of("run", student) if row["arm"] == arm))
 
     def names(self, student: str = NEAR.name) -> list[str]:
-        """Arms that were run, in the order in which tables have them."""
+        """Return the arms that were run, in the order of the tables."""
         names = list(dict.fromkeys(row["arm"] for row in self.of("run", student)))
         return sorted(names, key=lambda name: ("(" in name, name not in {arm.name for arm in STORED}))
 
     def pictured(self) -> list[str]:
-        """What stands in the picture of cost, and in its table."""
+        """Return the arms that are in the picture of cost, and in its table."""
         shown = {SFT.name, RATIO.name, self.best, *(arm.name for arm in LIVE)}
         return [name for name in self.names() if name.split(" (")[0] in shown]
 
     def mean(self, cell: dict[int, Row], value: Callable[[Row], float]) -> Interval:
-        """Over seeds."""
+        """Return the mean over seeds."""
         return Interval.of([value(row) for row in cell.values()])
 
     def paired(self, one: dict[int, Row], other: dict[int, Row], value: Callable[[Row, Row], float]) -> Interval:
-        """Over seeds, each with itself."""
+        """Return the mean over seeds of the differences within a seed."""
         return Interval.of([value(one[seed], other[seed]) for seed in sorted(set(one) & set(other))])
 
     def over_prompts(self, one: dict[int, Row], other: dict[int, Row]) -> Estimate:
-        """How much more reverse KL one ends with, over the held-out prompts of all seeds, as if training had no luck of its own."""
+        """Return how much more reverse KL one ends with, over the held-out prompts of all seeds; the interval leaves out the variance of training."""
         seeds = sorted(set(one) & set(other))
         ours, theirs = ([cell[seed]["curve"][-1]["reverse_kl"] for seed in seeds] for cell in (one, other))
         return _joined(ours).minus(_joined(theirs))
 
     def starts(self, student: str = NEAR.name) -> dict[int, Row]:
-        """SFT students by seed; as they were measured."""
+        """Return the measured SFT students by seed."""
         return {row["seed"]: row for row in self.of("sft", student) if row["seed"] != self.plan["choice"]}
 
     def stores(self, student: str = NEAR.name) -> dict[int, Row]:
-        """Stores, with the diagnostics, likewise."""
+        """Return the stores by seed, with their diagnostics."""
         return {row["seed"]: row for row in self.of("store", student) if row["seed"] != self.plan["choice"]}
 
     def rivals(self) -> dict[str, Form]:
-        """Whom the goals are set against, by what they are called: usual live runs at their ends, and the live form that was chosen."""
+        """Return what the goals compare with, by its title: usual live runs at their ends, and the live form that was chosen."""
         ends = {name: Form(name, cell[min(cell)]["steps"]) for name in (ONLINE.name, TRL.name) if (cell := self.cell(name))}
         chosen = Form(self.plan["rival"], self.plan["until"])
         return {**ends, **({} if chosen in ends.values() else {f"{shown(chosen)} (the best live run)": chosen})}
 
     def form(self) -> Form:
-        """Of what costs at most its share of online OPD and of TRL on the seed of choice, what has the least reverse KL there; else what costs least.
+        """Return the form with the least reverse KL among those that cost at most their share of online OPD and of TRL.
+
+        If every form costs more, it is the cheapest.  All is judged on the seed of choice.
 
         Without a seed of choice, on the seeds of the report: then it is told too good.
         """
@@ -114,34 +116,34 @@ class Found:
 
 
 def mean(rows: Sequence[Row], value: Callable[[Row], float]) -> float:
-    """Over rows."""
+    """Return the mean over rows."""
     return float(np.mean([value(row) for row in rows]))
 
 
 def at(row: Row, step: int | None = None) -> Row:
-    """A point of a run: after this step, or its end."""
+    """Return a point of a run: after this step, or its end."""
     point: Row = row["curve"][-1] if step is None else next(point for point in row["curve"] if point["step"] == step)
     return point
 
 
 def kl(row: Row, step: int | None = None) -> float:
-    """Held-out reverse KL, nats a token."""
+    """Return the held-out reverse KL, nats a token."""
     return mean_kl(at(row, step))
 
 
 def forward(row: Row) -> float:
-    """Forward KL on the teacher's held-out text, nats a token, at the end."""
+    """Return the forward KL on the teacher's held-out text, nats a token, at the end."""
     sums = row["curve"][-1]["forward_kl"]
     return float(sum(sums["sums"]) / sum(sums["counts"]))
 
 
 def length(row: Row) -> float:
-    """Tokens of a held-out answer, at the end."""
+    """Return the tokens of a held-out answer, at the end."""
     return float(np.mean(row["curve"][-1]["reverse_kl"]["counts"]))
 
 
 def cost(row: Row, step: int | None = None, part: str = "all") -> float:
-    """CPU seconds of the whole stage until then."""
+    """Return the CPU seconds of the whole stage until then."""
     return float(at(row, step)["cpu_s"][part])
 
 
@@ -150,7 +152,7 @@ def _joined(parts: Sequence[Row]) -> RolloutSums:
 
 
 def find_goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Every goal, met or not; one seed has no interval, so it meets no goal that needs one."""
+    """Judge every goal; one seed has no interval, so it meets no goal that needs one."""
     found = Found(rows)
     overlap = Interval.of([row["start"]["overlap"]["16"] for row in found.stores().values()])
     start = Interval.of([mean_kl(row) for row in found.starts().values()])
@@ -172,12 +174,12 @@ def find_goals(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _no_worse(found: Found, called: str, form: Form, name: str, rival: Form) -> dict[str, Any]:
-    """With `at_most`, the largest loss that the interval does not exclude: few seeds meet this goal by being uncertain, too."""
+    """Judge whether a form is no worse; `at_most` is the largest loss in the interval, for few seeds can meet this goal by being uncertain."""
     more = found.paired(found.cell(form.arm), found.cell(rival.arm), lambda ours, theirs: kl(ours, form.step) - kl(theirs, rival.step))
     goal = as_goal(f"{called}, minus {name}: held-out reverse KL", "0 or less, within the interval", more, more.mean - more.half <= 0)
     return {**goal, "at_most": None if goal["ci95"] is None else more.mean + more.half}
 
 
 def shown(form: Form) -> str:
-    """A form in words."""
+    """Name a form in words."""
     return f"{form.arm}, {form.step} steps"

@@ -51,7 +51,7 @@ class OutOfTimeError(BaseException):
 
 
 def make_prompts() -> list[Prompt]:
-    """Seven prompts of 1 to 11 tokens, the first of them with EOS in the middle."""
+    """Make seven prompts of 1 to 11 tokens, the first of them with EOS in the middle."""
     rng = np.random.default_rng(0)
     drawn = [rng.integers(4, VOCAB, size) for size in (5, 1, 11, 3, 8, 2, 5)]
     drawn[0][2] = TOKENIZER.eos_token_id
@@ -59,7 +59,7 @@ def make_prompts() -> list[Prompt]:
 
 
 def make_rollouts() -> list[Rollout]:
-    """Seven rollouts of 2 to 15 tokens, one with a single token on either side and one with a mask."""
+    """Make seven rollouts of 2 to 15 tokens, one with a single token on either side and one with a mask."""
     rng = np.random.default_rng(1)
     lengths = [(4, 6), (1, 1), (9, 2), (2, 13), (1, 5), (12, 1), (6, 6)]
     drawn = [(rng.integers(4, VOCAB, p), rng.integers(4, VOCAB, t), np.ones(t, bool)) for p, t in lengths]
@@ -75,7 +75,7 @@ RECORDS = [
 
 
 def whole_logprobs(model: Any, rollout: Rollout) -> torch.Tensor:
-    """(T,) log-probs of the response by the whole model on this rollout alone, without cache."""
+    """Return (T,) log-probs of the response by the whole model on this rollout alone, without cache."""
     ids = torch.tensor([*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()])
     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1, :VOCAB]
     logprobs: torch.Tensor = logits.float().log_softmax(-1).gather(-1, ids[1:, None]).squeeze(-1)
@@ -83,30 +83,33 @@ def whole_logprobs(model: Any, rollout: Rollout) -> torch.Tensor:
 
 
 def truth(model: Any, rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
-    """Log-probs of each rollout, in eval mode."""
+    """Return the log-probs of each rollout, in eval mode."""
     model.eval()
     with torch.no_grad():
         return [whole_logprobs(model, rollout).numpy() for rollout in rollouts]
 
 
 def behavior(rollouts: Sequence[Rollout]) -> list[NDArray[np.float32]]:
-    """Log-probs that were recorded while sampling."""
+    """Return the log-probs that were recorded while sampling."""
     return [rollout.behavior_logprobs for rollout in rollouts if rollout.behavior_logprobs is not None]
 
 
 def largest(found: Sequence[NDArray[np.float32]], wanted: Sequence[NDArray[np.float32]]) -> float:
-    """The largest difference, nats; `BEYOND` if one is not a number."""
+    """Return the largest difference, nats; `BEYOND` if one is not a number."""
     differences = np.concatenate([np.abs(a - b) for a, b in zip(found, wanted, strict=True)])
     return float(differences.max()) if np.isfinite(differences).all() else BEYOND
 
 
 def score(model: Any, _: Path) -> float:
-    """Scores of rollouts of unlike length in one batch."""
+    """Return the error of the scores of rollouts of unlike length in one batch."""
     return largest(_scores(model), truth(model, ROLLOUTS))
 
 
 def sample(model: Any, _: Path) -> float:
-    """Log-probs that are recorded while prompts of unlike length are sampled together; `BEYOND` if another batch gives other rollouts."""
+    """Return the error of the log-probs that are recorded while prompts of unlike length are sampled together.
+
+    The error is `BEYOND` if another batch gives other rollouts.
+    """
     source = HFSource(model, TOKENIZER, SAMPLING)
     together = source.sample(PROMPTS)
     alone = [rollout for prompt in PROMPTS for rollout in source.sample([prompt])]
@@ -116,7 +119,10 @@ def sample(model: Any, _: Path) -> float:
 
 
 def length(model: Any, _: Path) -> float:
-    """Scores of a rollout that is longer than the context, and log-probs of one that is sampled up to it and beyond; most are refused."""
+    """Return the error of scores of a rollout that is longer than the context, and of log-probs of one that is sampled up to it and beyond.
+
+    Most models refuse these.
+    """
     ids = np.random.default_rng(2).integers(4, VOCAB, CONTEXT + 6)
     long = [Rollout("long/s0/g0", ids[:4], ids[4:], np.ones(CONTEXT + 2, bool), "length")]
 
@@ -136,7 +142,7 @@ def length(model: Any, _: Path) -> float:
 
 
 def gradient(model: Any, _: Path) -> float:
-    """The gradient of a packed batch, relative to that of the plain loss on each rollout alone."""
+    """Return the error of the gradient of a packed batch, relative to that of the plain loss on each rollout alone."""
     plain = copy.deepcopy(model).train()  # before anything has run: some models keep what they computed, and cannot be copied then
     student = CausalLMStudent(model, TOKENIZER)
     if (attention := model.config._attn_implementation) != plain.config._attn_implementation:
@@ -157,13 +163,13 @@ def _gradient_of(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _train(student: CausalLMStudent, rate: float = 0.0) -> None:
-    """A packed batch and a step at this rate; the gradients stay."""
+    """Train on a packed batch for one step at this rate; the gradients stay."""
     student(collate(RECORDS, teacher="teacher"), FusedOPDLoss(clip=None)).loss_sum.backward()
     torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=rate).step()
 
 
 def export(model: Any, folder: Path) -> float:
-    """Scores of a trained student by the model that is loaded from its folder."""
+    """Return the error of the scores of a trained student by the model that is loaded from its folder."""
     student = CausalLMStudent(model, TOKENIZER)
     _train(student, rate=0.01)
     student.export(folder / "student", TOKENIZER, LINEAGE)
@@ -172,14 +178,14 @@ def export(model: Any, folder: Path) -> float:
 
 
 def identity(model: Any, folder: Path) -> float:
-    """How many identities, beyond one, the model has in memory, in its folder, and loaded from there."""
+    """Return how many identities, beyond one, the model has in memory, in its folder, and loaded from there."""
     CausalLMStudent(model, TOKENIZER).export(folder / "same", TOKENIZER, LINEAGE)
     loaded, _ = load_model(folder / "same", torch.float32)
     return len({model_id(model), model_id(loaded), folder_model_id(folder / "same", torch.float32)}) - 1.0
 
 
 def lora(model: Any, folder: Path) -> float:
-    """Scores with adapters on all linear layers, and scores of the trained adapters loaded from their folder."""
+    """Return the error of scores with adapters on all linear layers, and of scores of the trained adapters loaded from their folder."""
     adapted = _adapted(model, folder / "base")
     error = score(adapted, folder)
     student = CausalLMStudent(adapted, TOKENIZER)
@@ -190,7 +196,7 @@ def lora(model: Any, folder: Path) -> float:
 
 
 def _adapted(model: Any, folder: Path) -> Any:
-    """A peft model around the model, which is in the folder too.
+    """Wrap the model with peft, and save it to the folder too.
 
     Raises:
         NotBuiltError: the two libraries cannot do it.
@@ -210,7 +216,10 @@ def _adapted(model: Any, folder: Path) -> Any:
 
 
 def bfloat16(model: Any, _: Path) -> float:
-    """Mean error of scores in bfloat16 beyond what bfloat16 does to the whole model: the mean difference to the same weights in float32."""
+    """Return the mean error of scores in bfloat16 beyond what bfloat16 does to the whole model.
+
+    Both are mean differences to the same weights in float32.
+    """
     low = model.to(torch.bfloat16)
     found, wanted = _scores(low), truth(low, ROLLOUTS)
     return max(_mean_difference(found, wanted) - _mean_difference(wanted, truth(low.float(), ROLLOUTS)), 0.0)
@@ -230,7 +239,7 @@ ABILITIES: Mapping[str, Callable[[Any, Path], float]] = {
 
 
 def attempt(check: Callable[[Any, Path], float], model: Any, folder: Path) -> Row:
-    """The verdict on one ability, with its error or its cause."""
+    """Return the verdict on one ability, with its error or its cause."""
     try:
         error = check(copy.deepcopy(model), folder)
     except LopdError as refusal:
@@ -250,13 +259,13 @@ def _named(error: BaseException) -> str:
 
 
 def _first_clause(sentence: str) -> str:
-    """`Model LlamaForCausalLM: it is small, expected large; enlarge it.` is small."""
+    """Return the first clause of a message: `Model LlamaForCausalLM: it is small, expected large; enlarge it.` is cut to `it is small`."""
     _, _, rest = sentence.partition(": ")
     return (rest or sentence).split(", expected ")[0].split("; ")[0].rstrip(".")
 
 
 def measure(name: str, abilities: Sequence[str] = tuple(ABILITIES)) -> Row:
-    """All abilities of one family or variant, or why it cannot be built."""
+    """Check all abilities of one family or variant, or return why it cannot be built."""
     family, special = VARIANTS.get(name, (name, {}))
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
@@ -269,7 +278,7 @@ def measure(name: str, abilities: Sequence[str] = tuple(ABILITIES)) -> Row:
 
 
 def run(name: str) -> Row:
-    """`measure` with a limit of time, in a process that computes with one thread."""
+    """Call `measure` with a limit of time, in a process that computes with one thread."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -289,7 +298,7 @@ def _stop(*_: Any) -> None:
 
 
 def find_goals(rows: Sequence[Row]) -> list[Row]:
-    """How many families, and nothing silently wrong."""
+    """Judge the number of families, and that nothing is silently wrong."""
     built = [row for row in rows if "not_built" not in row]
     tried = sum(row["family"] not in VARIANTS for row in built)
     found = [{"name": "families that were built and tried", "goal": ">= 90", "measured": tried, "met": tried >= 90}]
@@ -301,7 +310,7 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="families or variants; all of them where none is named")
     parser.add_argument("--workers", type=int, default=2)

@@ -24,7 +24,7 @@ def main() -> None:
 
 
 def printed(page: Path, folder: str) -> str:
-    """What the page prints; progress and warnings are not kept."""
+    """Return what the page prints, without progress and warnings."""
     command = [sys.executable, str(page), *ARGUMENTS.get(page.stem, [])]
     settings = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder, env={**os.environ, **settings}, timeout=300)

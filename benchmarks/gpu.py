@@ -45,7 +45,7 @@ def _of(module: str, function: str, *arguments: str) -> Callable[[Device], Found
 
 
 def quickstart(device: Device) -> Found:
-    """The quickstart, on the device: seconds, and the reverse KL that it reports."""
+    """Run the quickstart on the device; return its seconds, and the reverse KL that it reports."""
     out = ROOT / "runs" / f"gpu-quickstart-{device.name}-{time.time_ns()}"
     sizes = _tiny_quickstart(out) if device.tiny else []
     sys.path.insert(0, str(ROOT / "examples"))
@@ -59,7 +59,7 @@ def quickstart(device: Device) -> Found:
 
 
 def _tiny_quickstart(out: Path) -> list[str]:
-    """Options for tiny models and few prompts, which are made in the folder of the run."""
+    """Make tiny models and few prompts in the folder of the run; return the options that name them."""
     import tiny_models
 
     for name, seed in (("teacher", 1), ("student", 2)):
@@ -102,7 +102,7 @@ PARTS = {
 
 
 def in_a_process(name: str, device: Device, limit_s: float) -> Row:
-    """What a part found in a process of its own; or why there is nothing."""
+    """Run a part in a process of its own; return what it found, or why it failed."""
     command = [sys.executable, __file__, "--part", name, "--device", device.name, *(["--tiny"] if device.tiny else [])]
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=limit_s)
@@ -116,7 +116,7 @@ def in_a_process(name: str, device: Device, limit_s: float) -> Row:
 
 
 def here(name: str, device: Device, _limit_s: float = 0) -> Row:
-    """What a part found in this process."""
+    """Run a part in this process; return what it found."""
     rows, goals = PARTS[name].run(device)
     return {"rows": rows, "goals": goals}
 
@@ -124,7 +124,7 @@ def here(name: str, device: Device, _limit_s: float = 0) -> Row:
 def run_all(
     device: Device, launch: Callable[[str, Device, float], Row] = in_a_process, names: Sequence[str] = ()
 ) -> tuple[list[Row], list[Row]]:
-    """Rows and goals of all parts, as long as there is time."""
+    """Run all parts, as long as there is time; return their rows and goals."""
     begun, rows, goals = time.perf_counter(), list[Row](), list[Row]()
     for name in names or PARTS:
         left = BUDGET_S - (time.perf_counter() - begun)
@@ -140,7 +140,7 @@ def run_all(
 
 
 def describe(device: Device) -> Row:
-    """Machine and versions, the card among them."""
+    """Return machine and versions, the card among them."""
     report = describe_machine()
     if device.on_card:
         card = torch.cuda.get_device_properties(0)

@@ -31,12 +31,12 @@ class Device:
 
     @property
     def card(self) -> Card | None:
-        """What its maker says of it, if it is known here."""
+        """Its maker's figures, if they are known here."""
         name = torch.cuda.get_device_name() if self.on_card else ""
         return next((card for known, card in CARDS.items() if known in name), None)
 
     def seconds(self, call: Callable[[], Any]) -> float:
-        """How long the call keeps the device busy."""
+        """Return how long the call keeps the device busy."""
         if not self.on_card:
             begun = perf_counter()
             call()
@@ -49,7 +49,7 @@ class Device:
         return begin.elapsed_time(end) / 1e3
 
     def peak_gb(self, call: Callable[[], Any]) -> float | None:
-        """10^9 bytes that are allocated at most while it runs; None where nothing counts them."""
+        """Return the peak of allocated 10^9 bytes while the call runs; None where nothing counts them."""
         if not self.on_card:
             call()
             return None
@@ -61,7 +61,7 @@ class Device:
 
 
 def in_turns(device: Device, calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, after one turn that warms up."""
+    """Return the median seconds of each, after one turn that warms up."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
@@ -72,7 +72,7 @@ def in_turns(device: Device, calls: Mapping[str, Callable[[], Any]], repeats: in
 
 
 def goal(name: str, wanted: str, measured: Any, met: bool) -> Row:
-    """One line of the goals."""
+    """Return one line of the goals."""
     return {"name": name, "goal": wanted, "measured": measured, "met": bool(met)}
 
 
@@ -81,5 +81,5 @@ Found = tuple[list[Row], list[Row]]
 
 
 def worst(values: Sequence[float]) -> float:
-    """The largest; 0 of none."""
+    """Return the largest value; 0 for an empty list."""
     return max(values, default=0.0)

@@ -18,7 +18,7 @@ _NATS, _RELATIVE = 1e-3, 1e-3
 
 
 def engines(device: Device) -> Found:
-    """A row for each family."""
+    """Return a row for each family."""
     rows = [_compared(family, device) for family in (_FAMILIES[:1] if device.tiny else _FAMILIES)]
     nats = worst([row[name] for row in rows for name in ("scores", "sampled")])
     gradients = worst([row["gradients"] for row in rows])
@@ -41,7 +41,7 @@ def _compared(family: str, device: Device) -> dict[str, Any]:
 
 
 def _gradient_gap(here: Any, there: Any, tokenizer: Any, sampled: Any) -> float:
-    """The largest distance of a parameter's gradient over its norm, or over the mean norm where that is larger."""
+    """Return the largest distance of a parameter's gradient over its norm, or over the mean norm where that is larger."""
     batch = _batch(sampled)
     found = []
     for model in (here, there):

@@ -23,7 +23,7 @@ _SMALL = Chunking(chunk_bytes=1)
 
 
 def whole_rollouts(signal: Signal) -> Signal:
-    """A transform that does not look at each token alone, so its loss computes logits twice."""
+    """Double the weight; the transform does not look at each token alone, so its loss computes logits twice."""
     return evolve(signal, weight=2 * signal.weight)
 
 
@@ -53,7 +53,7 @@ LOSSES: dict[str, tuple[OPDLoss, OPDLoss]] = {
 
 
 def broken_clauses(loss: OPDLoss, plain: OPDLoss, on: torch.device, cases: Callable[[], Sequence[LossCase]] = loss_cases) -> list[str]:
-    """What of `LossConformance` a loss fails on there, with the first line of why."""
+    """Return the clauses of `LossConformance` that a loss breaks on the device, with the first line of why."""
 
     class Suite(LossConformance):
         device = on
@@ -77,7 +77,7 @@ def broken_clauses(loss: OPDLoss, plain: OPDLoss, on: torch.device, cases: Calla
 
 
 def conformance(device: Device) -> Found:
-    """Every loss in float64, float32 and bfloat16 on the device, judged against float64 there."""
+    """Judge every loss in float64, float32 and bfloat16 on the device against float64 there."""
     losses = dict(list(LOSSES.items())[:1]) if device.tiny else LOSSES
     cases = (lambda: loss_cases()[:4]) if device.tiny else loss_cases
     rows = []
@@ -88,7 +88,7 @@ def conformance(device: Device) -> Found:
 
 
 def race(device: Device) -> Found:
-    """The loss and its gradients beside full logits and other libraries: seconds, peak memory and share of the roofline."""
+    """Measure the loss and its gradients beside full logits and other libraries: seconds, peak memory and share of the roofline."""
     tokens, vocabulary, sizes, dtype = (32, 97, (8,), torch.float32) if device.tiny else (4096, 151_936, (1024, 2048, 4096), torch.bfloat16)
     rows: list[dict[str, Any]] = []
     for size in sizes:

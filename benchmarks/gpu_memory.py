@@ -1,4 +1,4 @@
-"""What the planner says a phase needs beside what it takes, on a processor at three sizes of random Qwen3-like models.
+"""What the planner predicts for a phase beside what it takes, on a processor at three sizes of random Qwen3-like models.
 
     python benchmarks/gpu_memory.py         # writes benchmarks/results/gpu_memory.json; twenty minutes
 
@@ -54,7 +54,7 @@ _NEEDS: dict[str, Callable[[Any, Use], Any]] = {"training": training, "scoring":
 
 
 def planned_gb(config: Qwen3Config, case: str) -> dict[str, float]:
-    """10^9 bytes of each part, as the planner has them."""
+    """Return the planner's 10^9 bytes of each part."""
     use = CASES[case]
     phase = case.split(",", maxsplit=1)[0]
     rows = use.rows if phase == "sampling" else use.rollouts
@@ -63,7 +63,7 @@ def planned_gb(config: Qwen3Config, case: str) -> dict[str, float]:
 
 
 def run(config: Qwen3Config, case: str) -> None:
-    """The phase, with everything that it makes."""
+    """Run the phase, with everything that it makes."""
     use = CASES[case]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=use.dtype).eval()
@@ -90,7 +90,7 @@ def run(config: Qwen3Config, case: str) -> None:
 
 
 def measure(size: str, case: str) -> dict[str, Any]:
-    """A row: in a process that has done nothing else."""
+    """Measure a row; call it in a process that has done nothing else."""
     torch.set_num_threads(1)
     config = Qwen3Config(**SIZES[size])
     run(config, case)  # what libraries load and keep
@@ -105,14 +105,14 @@ def measure(size: str, case: str) -> dict[str, Any]:
 
 
 def planned(row: dict[str, Any]) -> dict[str, Any]:
-    """The same row, with what the planner says."""
+    """Return the same row, with what the planner predicts."""
     parts = planned_gb(Qwen3Config(**SIZES[row["size"]]), row["case"])
     total = sum(parts.values())
     return {**row, "planned_gb": total, "ratio": total / row["measured_gb"], "parts": parts}
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How near every case is."""
+    """Judge how near every case is."""
     found = []
     for row in rows:
         name = f"planned over measured memory, {row['size']}, {row['case']}"
@@ -121,7 +121,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, write."""
+    """Measure, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--worker", nargs=2, metavar=("SIZE", "CASE"))

@@ -30,10 +30,10 @@ class Size:
     """What is trained: a configuration, and rollouts.
 
     Args:
-        config: of the model.
+        config: fields of the model's configuration.
         prompt, longest: tokens of each prompt, and of the longest response.
-        tokens_per_batch: of a micro-batch.
-        rollouts_per_step: of a step.
+        tokens_per_batch: tokens of a micro-batch.
+        rollouts_per_step: rollouts of a step.
     """
 
     config: Mapping[str, Any]
@@ -49,14 +49,14 @@ class Size:
 
     @classmethod
     def of(cls, model: str, device: Device) -> "Size":
-        """Of a model's own configuration, or one that a processor trains in a second."""
+        """Return the sizes of a model's own configuration, or of one that a processor trains in a second."""
         if device.tiny:
             return cls({**MODELS[model], **_TINY, "head_dim": 8, "vocab_size": 96}, 4, 28, 64, 4)
         return cls(MODELS[model])
 
 
 def _attention(layout: str, device: Device) -> str | None:
-    """The implementation that reads this layout; None where there is none."""
+    """Return the implementation that reads this layout; None where it does not exist."""
     if layout == "rows":
         return "sdpa"
     if not device.on_card:
@@ -65,7 +65,7 @@ def _attention(layout: str, device: Device) -> str | None:
 
 
 def begin(size: Size, attention: str, device: Device) -> tuple[CausalLMStudent, Iterator[StepMetrics]]:
-    """A student and the steps of its training."""
+    """Make a student and the steps of its training."""
     torch.manual_seed(0)
     config = Qwen3Config(**size.config)
     with torch.device(device.name):
@@ -80,7 +80,7 @@ def begin(size: Size, attention: str, device: Device) -> tuple[CausalLMStudent, 
 
 
 def flops(size: Size, tokens: float, response_tokens: float) -> float:
-    """Operations of a step, those that are computed again not counted: layers read prompts too, and the head responses alone."""
+    """Count the operations of a step, without those that are computed again: layers also read prompts, and the head reads responses only."""
     head = 6 * size.config["hidden_size"] * size.config["vocab_size"] * response_tokens
     return layer_flops(size.config, round(tokens), round(tokens / size.rollouts_per_step)) + head
 
@@ -104,7 +104,7 @@ def inside_steps(student: torch.nn.Module, switch: Callable[[bool], None]) -> It
 
 
 def waits(student: CausalLMStudent, steps: Iterator[StepMetrics], device: Device) -> list[str] | None:
-    """Where the host waits for the card in the next step, from the first forward to the last backward; None without a card."""
+    """Return where the host waits for the card in the next step, from the first forward to the last backward; None without a card."""
 
     def switch(on: bool) -> None:
         if device.on_card:
@@ -120,7 +120,7 @@ def waits(student: CausalLMStudent, steps: Iterator[StepMetrics], device: Device
 
 
 def train(model: str, layout: str, device: Device) -> Found:
-    """Steps of this model, packed or in rows."""
+    """Measure steps of this model, packed or in rows."""
     size, attention = Size.of(model, device), _attention(layout, device)
     row = {"model": model, "layout": layout, "attention": attention}
     if attention is None:

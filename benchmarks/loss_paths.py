@@ -27,7 +27,7 @@ class Problem:
         return LMHead(self.weight)
 
     def double(self) -> "Problem":
-        """The very same numbers in float64."""
+        """Return the very same numbers in float64."""
         hidden, weight = (t.detach().double().requires_grad_() for t in (self.hidden, self.weight))
         return evolve(self, hidden=hidden, weight=weight)
 
@@ -35,7 +35,7 @@ class Problem:
 def make_problem(
     tokens: int, vocabulary: int, size: int, dtype: torch.dtype, *, weight: Tensor | None = None, device: str = "cpu"
 ) -> Problem:
-    """Random numbers with logits of a few nats, as those of a language model; a weight may be used again."""
+    """Make random numbers with logits of a few nats, as those of a language model; a weight may be used again."""
     where: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     hidden_ND = torch.randn(tokens, size, **where).to(dtype).requires_grad_()
     if weight is None:
@@ -47,7 +47,7 @@ def make_problem(
 
 
 def rollout_problem(folder: Path, tokens: int = 4096) -> Problem:
-    """Hidden states of the student of a quickstart run on its own stored rollouts, with the teacher's stored log-probs."""
+    """Return the hidden states of the student of a quickstart run on its own stored rollouts, with the teacher's stored log-probs."""
     from lopd import ZarrStore, batches
     from lopd.engines.causal_lm import lm_head, packed_hidden_states
     from lopd.engines.hf import load_model
@@ -81,18 +81,18 @@ class LossPath:
     bounded: bool = True
 
     def __call__(self, problem: Problem) -> Tensor:
-        """The loss."""
+        """Compute the loss."""
         return self.run(problem)
 
 
 def downstream(problem: Problem, logprobs_N: Tensor) -> Tensor:
-    """Lightning OPD on log-probs from elsewhere."""
+    """Compute Lightning OPD on log-probs from elsewhere."""
     tokens = Tokens.counted(problem.batch)
     return OPDObjective()(logprobs_N[:, None], tokens).loss.sum()
 
 
 def whole_rollouts(signal: Signal) -> Signal:
-    """Changes nothing, but does not say that it looks at each token alone."""
+    """Change nothing, and do not declare that each token is looked at alone."""
     return signal
 
 

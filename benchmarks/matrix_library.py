@@ -11,19 +11,22 @@ _ROWS, _INNER, _COLUMNS = 64, 896, 2048
 
 
 def _setting() -> Any:
-    """Where torch keeps the precision that oneDNN may use for float32 products; None in a torch without oneDNN or without the setting."""
+    """Return torch's setting of the precision that oneDNN may use for float32 products.
+
+    It is None in a torch without oneDNN or without the setting.
+    """
     settings = getattr(torch.backends.mkldnn, "matmul", None)
     return settings if torch.backends.mkldnn.is_available() and hasattr(settings, "fp32_precision") else None
 
 
 def _is_float32(left: Tensor, right: Tensor) -> bool:
-    """Whether the product of two matrices has the error of float32; that of bfloat16 is a thousand times larger."""
+    """Return whether the product of two matrices has the error of float32; that of bfloat16 is a thousand times larger."""
     truth = left.double() @ right.double()
     return bool((left @ right - truth).abs().max() <= 1e-5 * truth.abs().max())
 
 
 def products_are_float32() -> bool:
-    """Whether the three kinds of product of a language-model head are computed in float32 under the current settings of torch."""
+    """Return whether the three kinds of product of a language-model head are computed in float32 under the current settings of torch."""
     random = torch.Generator().manual_seed(0)
     hidden_CD, weight_VD = (torch.randn(rows, _INNER, generator=random) for rows in (_ROWS, _COLUMNS))
     logits_CV = torch.randn(_ROWS, _COLUMNS, generator=random)
@@ -32,7 +35,7 @@ def products_are_float32() -> bool:
 
 @contextmanager
 def fast_matmul() -> Iterator[bool]:
-    """Float32 products through oneDNN, if they are still float32 there; gives whether the switch is on.
+    """Compute float32 products through oneDNN, if they are still float32 there; yield whether the switch is on.
 
     torch multiplies float32 matrices on a CPU with MKL, which takes a slow path on processors of another maker.  oneDNN does not, and torch
     uses it for float32 where bfloat16 would be allowed.  Whether oneDNN then really rounds to bfloat16 depends on the processor (with AMX it

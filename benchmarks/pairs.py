@@ -34,7 +34,7 @@ Unit = tuple[Spec, int]
 
 
 def plan(*, quick: bool) -> list[Unit]:
-    """Pairs and their seeds, in the order in which they are run."""
+    """Return pairs and their seeds, in the order in which they are run."""
     if quick:
         return [(spec, SUMS_SEEDS[0]) for spec in QUICK]
     first, *others = SUMS_SEEDS
@@ -43,7 +43,7 @@ def plan(*, quick: bool) -> list[Unit]:
 
 
 def files(unit: Unit, folder: Path) -> dict[str, Path]:
-    """What was found of a pair and a seed, piece by piece."""
+    """Return the files of the results of a pair and a seed, by arm."""
     spec, seed = unit
     home = folder / "found" / _slug(f"{spec.name} {seed}")
     return {name: home / f"{_slug(name)}.json" for name in ("SFT", *(arm.name for arm in spec.arms))}
@@ -64,7 +64,7 @@ def _slug(name: str) -> str:
 
 
 def rows_of(units: Sequence[Unit], folder: Path) -> list[Row]:
-    """Rows of the results, of the units that are finished."""
+    """Return the result rows of the units that are finished."""
     rows = []
     for unit in units:
         found = files(unit, folder)
@@ -74,7 +74,7 @@ def rows_of(units: Sequence[Unit], folder: Path) -> list[Row]:
 
 
 def row_of(spec: Spec, seed: int, found: dict[str, Row]) -> Row:
-    """A row of the results: every diagnostic, and what each arm came to."""
+    """Return a row of the results: every diagnostic, and what each arm reached."""
     start = found.pop("SFT")
     known, before = start["known"], _sums(start)
     diagnostics = {

@@ -18,12 +18,12 @@ Row = dict[str, Any]
 
 #: What a rule may look at here.
 CHOICES = ("tail", "reverse_kl")
-#: Accuracy that is next to no gain.
+#: Accuracy that is almost no gain.
 LITTLE = 0.02
 
 
 def starts_of(rows: Sequence[Row]) -> list[Row]:
-    """What was known of each start with a consistent teacher, and what each main arm gained."""
+    """Return what was known of each start with a consistent teacher, and what each main arm gained."""
     runs = {(row["setting"], row["seed"], row["arm"]): row for row in rows if row["kind"] == "run" and _consistent(row)}
     found = []
     for (setting, seed, arm), row in runs.items():
@@ -50,7 +50,7 @@ BORDERS = (0.0, MAX_TAIL, MAX_WEAK_TAIL, 1.0)
 
 
 def table_titles() -> Sequence[str]:
-    """Of the table of starts."""
+    """Return the titles of the table of starts."""
     names = (
         f"{PLAIN.name} lost more than {LITTLE / 2:g}",
         f"{RATIO.name} lost more than {LITTLE / 2:g}",
@@ -60,7 +60,10 @@ def table_titles() -> Sequence[str]:
 
 
 def table_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
-    """A line for each range of the tail: starts, how many fell or stayed, and the mean and the range of what a live teacher adds to the ratio."""
+    """Yield a line for each range of the tail.
+
+    It has the number of starts, how many fell or stayed, and the mean and the range of what a live teacher adds to the ratio.
+    """
     for low, high in pairwise(BORDERS):
         mine = [start["gains"] for start in starts_of(rows) if low <= start["tail"] < high]
         fell = (sum(gains[arm.name] < -LITTLE / 2 for gains in mine) for arm in (PLAIN, RATIO))
@@ -71,7 +74,7 @@ def table_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
 
 
 def find_goals(rows: Sequence[Row]) -> list[Row]:
-    """How often one threshold is wrong, for each of these."""
+    """Judge how often one threshold is wrong, for each of these."""
     starts, goals = starts_of(rows), []
     for said, is_so in WANTED.items():
         wanted = [is_so(start) for start in starts]

@@ -37,7 +37,7 @@ class Spec:
     Args:
         name: in tables.
         kind: "sums" or "real".
-        sft_steps: of the student.
+        sft_steps: steps of the student's SFT.
         build: from a seed and the folder in which models are kept.
         arms: that are run.
     """
@@ -50,13 +50,13 @@ class Spec:
 
 
 def sums(name: str, writer: Writer, sft_steps: int, **sizes: tuple[int, int] | tuple[int, int, str]) -> Spec:
-    """A pair of the testbed of the claims."""
+    """Return a pair of the testbed of the claims."""
     setting = Setting(name, writer=writer, sft_steps=sft_steps, **sizes)
     return Spec(name, "sums", sft_steps, partial(_build_sums, setting))
 
 
 def real(cut: int, sft_steps: int) -> Spec:
-    """SmolLM2-135M-Instruct, and itself without some layers."""
+    """Return the pair of SmolLM2-135M-Instruct, and itself without some layers."""
     name = f"SmolLM2 without {cut} layers, SFT {sft_steps}"
     return Spec(name, "real", sft_steps, partial(_build_real, name, cut, sft_steps), FEW_ARMS)
 
@@ -82,7 +82,7 @@ def _build_real(name: str, cut: int, sft_steps: int, seed: int, folder: Path) ->
 
 
 def _questions(teacher: Path, seed: int, sizes: Sequence[int]) -> list[list[Prompt]]:
-    """Disjoint prompts, so many of each."""
+    """Return disjoint prompts, so many of each."""
     prompts = make_prompts(smollm2.questions(), AutoTokenizer.from_pretrained(teacher))
     chosen = np.random.default_rng(seed).permutation(len(prompts))[: sum(sizes)]
     return [[prompts[i] for i in part] for part in np.split(chosen, np.cumsum(sizes)[:-1])]

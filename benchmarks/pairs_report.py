@@ -51,7 +51,7 @@ TITLES = {
 
 #: What Semi-OPD (arXiv 2610.11291) finds: a live teacher wins where the overlap is high, and neither way where a student is weak.
 SEMI_OPD = (("overlap8", BESIDE_LIVE), ("reverse_kl", STORED), ("reverse_kl", LIVE))
-#: Diagnostic, outcome, and what the outcome says.
+#: Diagnostic, outcome, and what the outcome means.
 DRAWN_PANELS = (
     ("overlap8", BESIDE_LIVE, "stored run minus live run, both with 16 draws"),
     ("reverse_kl", STORED, "stored run with 16 draws, against its start"),
@@ -63,7 +63,7 @@ _NATS = (0.2, 0.5, 1, 2, 4)
 
 
 def find_goals(rows: Sequence[Row]) -> list[Row]:
-    """What was asked, and what was found."""
+    """Judge every goal."""
     every, pairs = pairs_of(rows), judged(rows)
     found = {(diagnostic, outcome): rho for diagnostic, outcome, rho in correlations(pairs)}
     goals = [_goal("pairs of teacher and student", ">= 16", len(every), met=len(every) >= 16)]
@@ -81,14 +81,14 @@ def find_goals(rows: Sequence[Row]) -> list[Row]:
 
 
 def _of_rule(pairs: Sequence[Row], title: str, is_so: Callable[[Row], bool]) -> Row:
-    """How often a threshold that is fitted to the others is wrong."""
+    """Judge how often a threshold that is fitted to the others is wrong."""
     wanted = [is_so(pair) for pair in pairs]
     said = f"{title}, by one threshold ({fit(pairs, wanted).shown()} for all): pairs that are wrong when they are left out of the fit"
     return _against_constant(said, left_out(pairs, wanted), pairs, wanted)
 
 
 def _of_advice(pairs: Sequence[Row]) -> Row:
-    """How often `advise` is wrong, whose threshold was fitted to other starts."""
+    """Judge how often `advise` is wrong, whose threshold was fitted to other starts."""
     wanted = [gains_little(pair) for pair in pairs]
     wrong = sum((advised(pair) == "more SFT first") != want for pair, want in zip(pairs, wanted, strict=True))
     said = f"`advise`, whose threshold is that of the claims, says 'more SFT first' where {LITTLE_GAIN}: pairs that are wrong"
@@ -109,29 +109,29 @@ def _with_interval(name: str, goal: str, measured: float, ends: Correlation | Es
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Return the number, or None for NaN, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 def correlation_titles() -> Sequence[str]:
-    """Of a table of rank correlations."""
+    """Return the titles of a table of rank correlations."""
     return "before the first step", *OUTCOMES
 
 
 def correlation_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
-    """A line for each diagnostic, with a cell for each outcome; bold where 0 is outside of the interval."""
+    """Yield a line for each diagnostic, with a cell for each outcome; bold where 0 is outside of the interval."""
     found = {(diagnostic, outcome): rho for diagnostic, outcome, rho in correlations(judged(rows))}
     for name, title in TITLES.items():
         yield title, *(found[name, outcome].shown() for outcome in OUTCOMES)
 
 
 def pair_titles() -> Sequence[str]:
-    """Of a table of pairs."""
+    """Return the titles of a table of pairs."""
     return "teacher, student", *(TITLES[name] for name in CHOICES), "accuracy", *(arm.name for arm in ARMS), "best", "`advise`"
 
 
 def pair_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
-    """A line for each pair: diagnostics, the share of the KL that each arm removed, the best verdict, and that of `advise`."""
+    """Yield a line for each pair: diagnostics, the share of the KL that each arm removed, the best verdict, and that of `advise`."""
     for pair in sorted(pairs_of(rows), key=lambda pair: (pair["kind"] == "real", pair["reverse_kl"])):
         known = [f"{pair[name]:.3g}" for name in CHOICES]
         shares = [f"{pair['arms'][arm.name]['removed']:+.2f}" if arm.name in pair["arms"] else "" for arm in ARMS]
@@ -146,12 +146,12 @@ def pair_lines(rows: Sequence[Row]) -> Iterator[Sequence[str]]:
 
 
 def advised(pair: Row) -> str:
-    """What `lopd.guards.advise` says of it."""
+    """Return the verdict of `lopd.guards.advise` on a pair."""
     return advise(pair["tail"])[0]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """What a live teacher adds to a stored run, and a stored run to more SFT, against what is known before the first step."""
+    """Draw what a live teacher adds to a stored run, and a stored run to more SFT, against what is known before the first step."""
     found, pairs = correlations(judged(rows)), judged(rows)
     known = {(diagnostic, outcome): rho for diagnostic, outcome, rho in found}
     figure, panels = pictures.panels(1, 2, 4.0)
@@ -173,7 +173,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def words(rows: Sequence[Row]) -> list[str]:
-    """What was found, in sentences."""
+    """Return what was found, in sentences."""
     every, pairs, goals = pairs_of(rows), judged(rows), find_goals(rows)
     kinds = {kind: [pair for pair in every if pair["kind"] == kind] for kind in KINDS}
     counts = " and ".join(f"{len(mine)} of {KINDS[kind][0]} ({_seeds(mine)} each)" for kind, mine in kinds.items() if mine)

@@ -37,7 +37,7 @@ MARGIN = 0.05
 #: Those that may be better than to go offline at once.
 VERDICTS = ("more SFT first", "live", "refresh")
 
-#: Share of the KL that is next to no gain.  Stated when the pairs on sums had been seen.
+#: Share of the KL that is almost no gain.  Stated when the pairs on sums had been seen.
 LITTLE = 0.2
 LITTLE_GAIN = f"neither a stored nor a live run removes {LITTLE:g} of the KL"
 #: Nats a token: a student that is nearer to its teacher has nothing to learn, and shares of so small a KL are noise; such pairs are not judged.
@@ -57,7 +57,7 @@ class Correlation:
 
     @classmethod
     def of(cls, ones: Sequence[float], others: Sequence[float]) -> "Correlation":
-        """Of two numbers of each pair; NaN where one of them is the same for all."""
+        """Compute the rank correlation of two numbers of each pair; NaN where one of them is the same for all."""
         first, second = (_ranks(np.asarray(values, np.float64)) for values in (ones, others))
         if len(ones) < 4 or not np.ptp(first) or not np.ptp(second):
             return cls(math.nan, math.nan, math.nan, len(ones))
@@ -66,7 +66,7 @@ class Correlation:
         return cls(rho, math.tanh(z - half), math.tanh(z + half), len(ones))
 
     def shown(self) -> str:
-        """As tables show it; bold where 0 is outside of the interval."""
+        """Return the text that tables show; bold where 0 is outside of the interval."""
         mark = "**" if self.sure else ""
         return f"{mark}{self.rho:+.2f}{mark} ({self.low:+.2f} to {self.high:+.2f})"
 
@@ -77,13 +77,16 @@ class Correlation:
 
 
 def _ranks(values_P: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Equal values share their mean rank."""
+    """Return ranks; equal values share their mean rank."""
     below, same = ((values_P[:, None] > values_P).sum(1), (values_P[:, None] == values_P).sum(1))
     return below + (same + 1) / 2
 
 
 def pairs_of(rows: Sequence[Row]) -> list[Row]:
-    """Means over the seeds of each pair; every arm is its share of the KL that is removed, and its gain in accuracy where there is one."""
+    """Return means over the seeds of each pair.
+
+    Every arm is its share of the KL that is removed, and its gain in accuracy where there is one.
+    """
     found = []
     for name in dict.fromkeys(row["pair"] for row in rows):
         mine = [row for row in rows if row["pair"] == name]
@@ -95,12 +98,12 @@ def pairs_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def judged(rows: Sequence[Row]) -> list[Row]:
-    """Those pairs that have something to learn."""
+    """Return the pairs that have something to learn."""
     return [pair for pair in pairs_of(rows) if pair["held_out_kl"] >= LEAST_KL]
 
 
 def _start(rows: Sequence[Row]) -> Row:
-    """What only some kinds of pair have."""
+    """Return what only some kinds of pair have."""
     return {key: float(np.mean([row[key] for row in rows])) for key in ("accuracy", "overlap64") if key in rows[0]}
 
 
@@ -111,12 +114,12 @@ def _arm(rows: Sequence[Row], arm: str) -> Row:
 
 
 def removed(arm: str) -> Outcome:
-    """Share of the KL."""
+    """Return a function of a pair: the share of the KL that this arm removed."""
     return partial(_of, arm, "removed")
 
 
 def _of(arm: str, key: str, pair: Row) -> float:
-    """NaN where it was not run or not measured."""
+    """Return this number of an arm; NaN where it was not run or not measured."""
     return float(pair["arms"].get(arm, {}).get(key, math.nan))
 
 
@@ -147,7 +150,7 @@ GAINS: dict[str, Outcome] = {
 
 
 def correlations(pairs: Sequence[Row]) -> Iterator[tuple[str, str, Correlation]]:
-    """Diagnostic, outcome, and how far one ranks pairs as the other does, of the pairs that have both."""
+    """Yield diagnostic, outcome, and their rank correlation over the pairs that have both."""
     for diagnostic in DIAGNOSTICS:
         for title, outcome in {**OUTCOMES, **GAINS}.items():
             known = [(pair[diagnostic], outcome(pair)) for pair in pairs if math.isfinite(outcome(pair))]
@@ -155,7 +158,10 @@ def correlations(pairs: Sequence[Row]) -> Iterator[tuple[str, str, Correlation]]
 
 
 def best_of(pair: Row) -> str:
-    """The verdict that would have been right: SFT where it removes most, else the stored run unless a later one removes `MARGIN` more."""
+    """Return the verdict that would have been right.
+
+    It is SFT where it removes most, else the stored run unless a later one removes `MARGIN` more.
+    """
     text, once, refreshed, live = (removed(arm.name)(pair) for arm in (TEXT, DRAWN, REFRESHED, ONLINE_DRAWN))
     if text > np.nanmax([once, refreshed, live]):
         return "more SFT first"
@@ -165,7 +171,7 @@ def best_of(pair: Row) -> str:
 
 
 def labels() -> dict[str, Callable[[Row], bool]]:
-    """Whether a verdict would have been right, for each that a rule may give."""
+    """Return, for each verdict that a rule may give, a function of a pair: whether it would have been right."""
     named = {repr(verdict): partial(_is_best, verdict) for verdict in VERDICTS}
     return {**named, LITTLE_GAIN: gains_little}
 
@@ -175,7 +181,7 @@ def _is_best(verdict: str, pair: Row) -> bool:
 
 
 def gains_little(pair: Row) -> bool:
-    """Whether neither way to train is worth much."""
+    """Return whether neither way to train is worth much."""
     return max(OUTCOMES[STORED](pair), OUTCOMES[LIVE](pair)) < LITTLE
 
 
@@ -188,13 +194,13 @@ class Rule:
     below: bool = False
 
     def holds(self, pair: Row) -> bool:
-        """Whether it gives its verdict."""
+        """Return whether the rule gives its verdict on a pair."""
         if not self.diagnostic:
             return self.below
         return bool((pair[self.diagnostic] < self.threshold) == self.below)
 
     def shown(self) -> str:
-        """In words."""
+        """Return the rule in words."""
         if not self.diagnostic:
             return "always" if self.below else "never"
         return f"{self.diagnostic} {'<' if self.below else '>='} {self.threshold:.3g}"
@@ -205,7 +211,10 @@ CONSTANT = (Rule(), Rule(below=True))
 
 
 def fit(pairs: Sequence[Row], wanted: Sequence[bool], choices: Sequence[str] = CHOICES) -> Rule:
-    """The rule with the fewest errors; among equals a constant one, then the first diagnostic, then the threshold in the widest gap of ranks."""
+    """Return the rule with the fewest errors.
+
+    Among equals, the first is a constant rule, then the first diagnostic, then the threshold in the widest gap of ranks.
+    """
 
     def candidates() -> Iterator[tuple[int, float, Rule]]:
         for rule in CONSTANT:
@@ -221,12 +230,12 @@ def fit(pairs: Sequence[Row], wanted: Sequence[bool], choices: Sequence[str] = C
 
 
 def errors(rule: Rule, pairs: Sequence[Row], wanted: Sequence[bool]) -> int:
-    """How many pairs it gets wrong."""
+    """Count the pairs that the rule gets wrong."""
     return sum(rule.holds(pair) != want for pair, want in zip(pairs, wanted, strict=True))
 
 
 def left_out(pairs: Sequence[Row], wanted: Sequence[bool], choices: Sequence[str] = CHOICES, by: str = "pair") -> int:
-    """How many pairs are wrong by the rule that was fitted without them, and without all that share their `by` with them."""
+    """Count the pairs that are wrong by the rule that was fitted without them, and without all that share their `by` with them."""
     wrong = 0
     for name in dict.fromkeys(pair[by] for pair in pairs):
         (theirs, those), (mine, these) = (_where(pairs, wanted, [(pair[by] == name) == same for pair in pairs]) for same in (False, True))

@@ -1,4 +1,4 @@
-"""One pair of teacher and student: what its store says before the first step, and what each way to train makes of it.
+"""One pair of teacher and student: what its store shows before the first step, and what each way to train makes of it.
 
 Everything that a pair needs is in folders, so pairs of any kind go through the same lines.  All arms of a pair have the same start, prompts,
 number of rollouts, steps, rate and optimizer.
@@ -58,7 +58,7 @@ class Arm:
 
     Args:
         name: in tables.
-        loss: of every step.
+        loss: loss of every step.
         support: what is kept beside each response token.
         rounds: how often the student samples and the teacher scores: 1 is offline, None is once a step (online), 0 trains on the teacher's own text.
     """
@@ -80,7 +80,7 @@ REFRESHED = evolve(DRAWN, name="16 drawn, 4 rounds", rounds=4)
 ONLINE = evolve(RATIO, name="online OPD", rounds=None)
 ONLINE_DRAWN = evolve(DRAWN, name="online OPD, 16 drawn", rounds=None)
 ARMS = (TEXT, PLAIN, RATIO, DRAWN, REFRESHED, ONLINE, ONLINE_DRAWN)
-#: Where decoding costs minutes, the arms that sample anew are one.
+#: Where decoding costs minutes, the arms that sample fresh rollouts are one.
 FEW_ARMS = (TEXT, RATIO, DRAWN, ONLINE_DRAWN)
 
 
@@ -99,14 +99,14 @@ class Pair:
     """A teacher, a student that was fine-tuned on its text, and what they are trained and measured on.
 
     Args:
-        name: of the pair; its seeds share it.
-        seed: of everything that is drawn.
+        name: name of the pair; its seeds share it.
+        seed: seed of everything that is drawn.
         teacher, student: folders of models.
         opd, held_out: prompts, disjoint.
-        sampling: of every response.
+        sampling: how every response is drawn.
         samples: responses for each held-out prompt.
-        pace: of every arm.
-        width: of the supports that are compared before the first step.
+        pace: pace of every arm.
+        width: tokens of the supports that are compared before the first step.
         verify: 1 if a response is right; None where nothing is right or wrong.
         layers: those that are trained; None for all.
         rows_per_batch: sampled together.
@@ -134,11 +134,11 @@ class Pair:
         return evolve(self.sampling, samples_per_prompt=self.samples, seed=self.seed + _EVALUATION_SEED)
 
     def source(self, model: Path, sampling: SamplingParams) -> HFSource:
-        """A model as it is in its folder."""
+        """Return a source of rollouts from the model in this folder."""
         return evolve(HFSource.from_folder(model, sampling, self.dtype), rows_per_batch=self.rows_per_batch)
 
     def scorer(self, support: Support = ALONE) -> HFScorer:
-        """The teacher."""
+        """Return the teacher as a scorer."""
         return HFScorer.from_folder(self.teacher, self.dtype, top_k=support.top_k, drawn=support.drawn)
 
 
@@ -159,7 +159,7 @@ class Learner:
 
     @classmethod
     def of(cls, pair: Pair) -> "Learner":
-        """The SFT student."""
+        """Load the SFT student."""
         model, tokenizer = load_model(pair.student, torch.float32)
         if pair.layers is not None:
             model.requires_grad_(False)
@@ -169,7 +169,7 @@ class Learner:
         return cls(pair, student, tokenizer, Lineage.read(pair.student))
 
     def source(self, sampling: SamplingParams, generation: int = 0) -> HFSource:
-        """The student as it is; its name says which step it is at, and hashing all weights at each step would say the same for more."""
+        """Return the student as it is; its name states its step, and a hash of all weights at each step would add nothing."""
         pair, model = self.pair, self.student.model
         model = model if model.dtype == pair.dtype else deepcopy(model).to(pair.dtype)
         identity = ModelId("student on its way", f"{pair.name} {pair.seed} {generation}", "as trained")
@@ -187,7 +187,7 @@ class Learner:
 
 
 def stored(pair: Pair, folder: Path) -> ZarrStore:
-    """Rollouts of the SFT student for all OPD prompts: what every offline arm trains on.
+    """Open the rollouts of the SFT student for all OPD prompts: what every offline arm trains on.
 
     Column `teacher` has the teacher's log-probs of the drawn tokens, `own` those of its own most likely ones.
     """
@@ -202,7 +202,7 @@ def stored(pair: Pair, folder: Path) -> ZarrStore:
 
 
 def run_start(pair: Pair, folder: Path) -> Row:
-    """What is known before the first step, and how good the SFT student is."""
+    """Measure what is known before the first step, and how good the SFT student is."""
     begun = time.process_time()
     store = stored(pair, folder)
     spent = time.process_time() - begun
@@ -234,7 +234,7 @@ def run_arm(pair: Pair, arm: Arm, folder: Path) -> Row:
 
 
 def _teachers_text(pair: Pair) -> MemoryStore:
-    """What the teacher writes on the OPD prompts."""
+    """Sample what the teacher writes on the OPD prompts."""
     source = pair.source(pair.teacher, pair.sampling)
     store = MemoryStore(source.manifest)
     collect_rollouts(source, pair.opd, store, prompts_per_batch=_PROMPTS_AT_ONCE)
@@ -261,7 +261,7 @@ def _steps(
 
 
 def _rounds(learner: Learner, arm: Arm) -> Iterator[StepMetrics]:
-    """Every prompt once, as offline; a round takes the next ones."""
+    """Train on every prompt once, as offline; each round samples the next prompts."""
     pair, pace = learner.pair, learner.pair.pace
     every = 1 if arm.rounds is None else pace.steps // arm.rounds
     count = every * pace.rollouts
@@ -277,14 +277,17 @@ def _rounds(learner: Learner, arm: Arm) -> Iterator[StepMetrics]:
 
 
 def fine_tune(pair: Pair, folder: Path) -> None:
-    """SFT of the student of a pair on what the teacher writes for its prompts, into a folder."""
+    """Fine-tune the student of a pair on what the teacher writes for its prompts, and export it to a folder."""
     learner, text = Learner.of(pair), _teachers_text(pair)
     learner.learn(_steps(learner, TEXT, text))
     learner.student.export(folder, learner.tokenizer, Lineage(sft_teacher=text.manifest.policy))
 
 
 def measure(pair: Pair, learner: Learner) -> Row:
-    """Reverse KL to the teacher over the whole vocabulary, and accuracy, on fresh responses to the held-out prompts: one number a prompt."""
+    """Measure reverse KL to the teacher over the whole vocabulary, and accuracy, on fresh responses to the held-out prompts.
+
+    Each is one number a prompt.
+    """
     source = learner.source(pair.evaluation)
     rollouts = source.sample(pair.held_out)
     sums = exact_reverse_kl(source, pair.scorer(), rollouts).pooled(pair.samples)

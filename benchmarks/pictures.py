@@ -38,7 +38,7 @@ _LEADER = {"arrowstyle": "-", "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5)
 
 
 def color_of(name: str) -> str:
-    """The colour of an arm, by its name; that of Lightning for what is stored and neither a ratio nor a support."""
+    """Return the colour of an arm, by its name; a stored arm without ratio and support has that of Lightning."""
     kinds = {TRL: ("TRL",), ONLINE: ("online",), SFT: ("SFT", "no teacher"), TEACHER: ("teacher",)}
     kinds |= {SUPPORT: ("top-", "candidate", "drawn", "draws", "support"), RATIO: ("ratio",)}
     return next((color for color, words in kinds.items() if any(word in name for word in words)), OFFLINE)
@@ -50,7 +50,7 @@ def wrap(name: str, width: int) -> str:
 
 
 def panels(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
-    """A figure as wide as every other, and its axes, row by row; the height is in inches, options are those of `Figure.subplots`."""
+    """Make a figure as wide as every other, and its axes, row by row; the height is in inches, options are those of `Figure.subplots`."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **options).flat)
 
@@ -99,7 +99,10 @@ def label_ends(axes: Axes, *, width: int = 17) -> None:
 
 
 def _apart(wanted: Sequence[float], halves: Sequence[float]) -> list[float]:
-    """Places near the wanted ones, which ascend; each has a half-height, and none reaches into another or above 1 unless there is no room."""
+    """Return places near the wanted ones, which ascend.
+
+    Each has a half-height, and none reaches into another or above 1 unless there is no room.
+    """
     places: list[float] = []
     for i, place in enumerate(wanted):
         places.append(max(place, places[-1] + halves[i - 1] + halves[i]) if i else place)

@@ -26,7 +26,7 @@ ANSWERED = "answered"
 
 
 def measure(family: str) -> dict[str, Any]:
-    """A row: what each phase ends in, and bytes of weights, counted and planned, where training is answered."""
+    """Measure a row: what each phase ends in, and bytes of weights, counted and planned, where training is answered."""
     config = tiny_config(getattr(transformers, CLASSES[family]).config_class, **SPECIAL.get(family, {}))
     row: dict[str, Any] = {"family": family}
     parts: dict[str, float] = {}
@@ -44,13 +44,13 @@ def measure(family: str) -> dict[str, Any]:
 
 
 def held_bytes(config: Any) -> int:
-    """Bytes of all parameters and buffers in float32, once where one is used twice."""
+    """Return the bytes of all parameters and buffers in float32; one that is used twice counts once."""
     model = empty(config, torch.float32, 0, None)
     return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What must hold for every family."""
+    """Judge what must hold for every family."""
     raw = sum(str(row[phase]).startswith("raw") for row in rows for phase in PHASES)
     counted = [row for row in rows if "planned_bytes" in row]
     other = sum(row["planned_bytes"] != row["weight_bytes"] for row in counted)
@@ -63,7 +63,7 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="families; all of them where none is named")
     options = parser.parse_args()

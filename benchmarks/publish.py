@@ -26,7 +26,7 @@ PARTS: dict[str, Maker] = {
 
 
 def parts() -> list[Part]:
-    """Those that were measured."""
+    """Return the parts that were measured."""
     return [make(read(name), "../docs") for name, make in PARTS.items() if (RESULTS / f"{name}.json").exists()]
 
 

@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def store_draws(settings: quickstart.Settings) -> dict[str, Any]:
-    """The quickstart's rollouts once more, with draws of the policy at each place, and the teacher's log-probs of them."""
+    """Sample the quickstart's rollouts once more, with draws of the policy at each place, and the teacher's log-probs of them."""
     teacher, path = BASE / "models" / "teacher", SCRATCH / "drawn.zarr"
     sampling = SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed, drawn=DRAWS)
     source = HFSource.from_folder(BASE / "sft", sampling, device=settings.device)
@@ -105,17 +105,17 @@ def train(variant: Variant, settings: quickstart.Settings) -> dict[str, Any]:
 
 
 def finished(phase: str) -> RolloutSums:
-    """What a phase of the quickstart measured."""
+    """Return what a phase of the quickstart measured."""
     return sums_of(json.loads((BASE / "phases" / f"{phase}.json").read_text()))
 
 
 def sums_of(row: dict[str, Any]) -> RolloutSums:
-    """The sums of an evaluation."""
+    """Return the sums of an evaluation."""
     return RolloutSums(np.array(row["per_rollout"]["sums"]), np.array(row["per_rollout"]["counts"]))
 
 
 def numbers(sums: RolloutSums, start: RolloutSums, stored: RolloutSums) -> dict[str, float | None]:
-    """Held-out reverse KL, and its differences from the start and from the quickstart's stored run over the same prompts."""
+    """Return the held-out reverse KL, and its differences from the start and from the quickstart's stored run over the same prompts."""
     kl, change, against = sums.per_token(), sums.minus(start), sums.minus(stored)
     return {
         "held_out_reverse_kl": kl.mean,

@@ -27,7 +27,7 @@ def main() -> None:
 
 
 def run(seed: int) -> dict[str, Any]:
-    """What the quickstart reports with this seed; the first seed is that of `make quickstart`."""
+    """Return the report of the quickstart with this seed; the first seed is that of `make quickstart`."""
     folder = RUN if seed == SEEDS[0] else RUN.with_name(f"quickstart_seed_{seed}")
     if not (folder / "metrics.json").exists():
         command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), "--seed", str(seed), "--out", str(folder)]
@@ -37,7 +37,7 @@ def run(seed: int) -> dict[str, Any]:
 
 
 def numbers(report: dict[str, Any]) -> dict[str, float]:
-    """KL after each phase, both differences, and the seconds of either OPD stage."""
+    """Return the KL after each phase, both differences, and the seconds of either OPD stage."""
     kl = {
         p["name"].removeprefix("evaluate after "): p["held_out_reverse_kl"]
         for p in report["phases"]
@@ -50,7 +50,7 @@ def numbers(report: dict[str, Any]) -> dict[str, float]:
 
 
 def seed_table(rows: list[dict[str, Any]]) -> list[str]:
-    """The seeds as a Markdown table."""
+    """Return the seeds as a Markdown table."""
     lines = ["| seed | after SFT | stored | online | fall of stored | stored minus online | s, stored | s, online |", "|--:|" + "--:|" * 7]
     for row in rows:
         kl = " | ".join(f"{row[name]:.3f}" for name in ("SFT", "OPD", "online OPD"))

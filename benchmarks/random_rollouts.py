@@ -10,7 +10,7 @@ TEACHER = ModelId("teacher", "0", "float32")
 
 
 def random_manifest(words: TokenizerId, longest: int) -> Manifest:
-    """Of a made-up student, after SFT on the text of a made-up teacher."""
+    """Make the manifest of a made-up student, after SFT on the text of a made-up teacher."""
     return Manifest(words, ModelId("student", "0", "float32"), SamplingParams(longest), sft_teacher=TEACHER)
 
 
@@ -18,7 +18,7 @@ def fill(store: LogprobStore, rollouts: int, prompt: int, longest: int, typical:
     """Add rollouts, and what student and teacher say of them.
 
     Args:
-        store: of `random_manifest`.
+        store: store with the manifest of `random_manifest`.
         rollouts: how many.
         prompt: tokens of each prompt.
         longest: tokens of the longest response.

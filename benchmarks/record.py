@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def describe_machine() -> dict[str, Any]:
-    """Machine and versions, for reports that are not made by the quickstart."""
+    """Return machine and versions, for reports that are not made by the quickstart."""
     names = ("torch", "numpy", "zarr", "lancedb", "pylance", "pyarrow", "datasets", "obstore", "xxhash", "transformers", "peft", "trl")
     versions = {name: version(name) for name in names if find_spec(name)}
     machine = {"processor": platform.machine(), "cores": os.cpu_count(), "python": platform.python_version()}
@@ -39,7 +39,7 @@ def result_file(
 
 
 def _commit() -> str | None:
-    """Of the history; None for a copy of the files that has no history."""
+    """Return the commit of the history; None for a copy of the files that has no history."""
     if not (ROOT / ".git").exists():
         return None
     return subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

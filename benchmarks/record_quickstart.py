@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def draw(phases: dict[str, Any]) -> None:
-    """Held-out reverse KL against the seconds of the whole OPD stage; only the ends are measured."""
+    """Draw the held-out reverse KL against the seconds of the whole OPD stage; only the ends are measured."""
     start, stored, online = (phases[f"evaluate {name}"] for name in ("after SFT", "after OPD", "after online OPD"))
     ends = [sum(phases[name]["wall_s"] for name in STORED[: i + 1]) for i in range(3)]
     figure, (axes,) = panels(1, 1, 3.4)
@@ -83,7 +83,7 @@ def picture_of_report() -> bool:
 
 
 def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the quickstart promises, met or not."""
+    """Judge what the quickstart promises."""
     seconds, peak = sum(p["wall_s"] for p in report["phases"]), max(p["peak_rss_gib"] for p in report["phases"])
     unbroken = all(p["attempts"] == 1 for p in report["phases"])
     return [
@@ -94,7 +94,7 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def promises(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those about the student."""
+    """Judge its promises about the student."""
     fall, gap = report["change"][FALL], report["change"][GAP]
     times = -fall["mean"] / fall["ci95"]
     return [
@@ -115,13 +115,13 @@ def promises(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def seconds_of(phases: list[dict[str, Any]]) -> tuple[float, float]:
-    """Wall time of the whole OPD stage: stored, with sampling and scoring, and online."""
+    """Return the wall time of the whole OPD stage: stored, with sampling and scoring, and online."""
     seconds = {p["name"]: p["wall_s"] for p in phases}
     return sum(seconds[name] for name in STORED), seconds["online OPD"]
 
 
 def sentence(report: dict[str, Any]) -> str:
-    """What came out, in words."""
+    """Return what was measured, in words."""
     phases, fall, gap = {p["name"]: p for p in report["phases"]}, report["change"][FALL], report["change"][GAP]
     kl = [phases[f"evaluate after {name}"]["held_out_reverse_kl"] for name in ("SFT", "OPD", "online OPD")]
     stored, online = seconds_of(report["phases"])
@@ -133,7 +133,7 @@ def sentence(report: dict[str, Any]) -> str:
 
 
 def phase_table(phases: list[dict[str, Any]]) -> list[str]:
-    """The phases as a Markdown table."""
+    """Return the phases as a Markdown table."""
     lines = [
         "| phase | wall s | response tokens | read tokens | held-out reverse KL, nats per token (95 %) |",
         "|---|--:|--:|--:|--:|",
@@ -146,7 +146,10 @@ def phase_table(phases: list[dict[str, Any]]) -> list[str]:
 
 
 def _tokens(phase: Mapping[str, Any]) -> tuple[str, str]:
-    """Response and read tokens; runs that were recorded before both were counted have one, of which an evaluation was of responses."""
+    """Return response and read tokens.
+
+    Runs that were recorded before both were counted have one number; in an evaluation it counts responses.
+    """
     if "tokens" in phase:
         phase = {"read_tokens" if phase["held_out_reverse_kl"] is None else "response_tokens": phase["tokens"]}
     response, read = (f"{count:,}" if (count := phase.get(name)) else "" for name in ("response_tokens", "read_tokens"))
@@ -154,7 +157,7 @@ def _tokens(phase: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def loss_table(rows: list[dict[str, Any]]) -> list[str]:
-    """The losses as a Markdown table."""
+    """Return the losses as a Markdown table."""
     lines = [
         "| what trained | rate | held-out reverse KL | change in the OPD phase | minus the quickstart's stored run |",
         "|---|--:|--:|--:|--:|",

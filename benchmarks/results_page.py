@@ -38,17 +38,17 @@ class Reading:
     told: str = ""
 
     def find(self, goals: Sequence[Goal]) -> list[Goal]:
-        """Those that it reads."""
+        """Return the goals that this reading covers."""
         return [goal for goal in goals if re.search(self.pattern, goal["name"])]
 
     def say(self, goal: Goal) -> str:
-        """The clause on one of them."""
+        """Return the clause on one of these goals."""
         named = re.search(self.pattern, goal["name"])
         words = {**(named.groupdict() if named else {}), "measured": show_measured(goal)}
         return (self.held if goal["met"] else self.missed).format(**words)
 
     def tell(self, goals: Sequence[Goal], *, met: bool) -> list[str]:
-        """The clauses of the three sentences on those that were met, or missed."""
+        """Return the clauses of the three sentences on the goals that were met, or missed."""
         found = [goal for goal in self.find(goals) if goal["met"] == met]
         told = [goal for goal in found if self.told and re.search(self.told, goal["name"])]
         return [self.say(goal) for goal in (told if told or met else found[:1])]
@@ -61,7 +61,7 @@ class Part:
     Args:
         title: its heading; links are made of it, so words and spaces only.
         result: the result file.
-        readings: of all of its goals, in the order of the page.
+        readings: readings of all of its goals, in the order of the page.
         meaning: the third sentence: what it means for the reader.
         sections: lines of Markdown after the goals; headings have three `#` or more.
         pictures: by the name of the file without its ending, what draws them to a path.
@@ -82,7 +82,7 @@ class Part:
                 raise ValueError(f"{self.title}: goal {goal['name']!r} has {times} readings, expected 1.")
 
     def sentences(self) -> list[str]:
-        """What held, what did not, what it means."""
+        """Return what held, what did not, what it means."""
         goals = self.result["goals"]
         lists = {met: [clause for reading in self.readings for clause in reading.tell(goals, met=met)] for met in (True, False)}
         counts = f"{sum(goal['met'] for goal in goals)} of {len(goals)} goals"
@@ -90,7 +90,7 @@ class Part:
         return [f"- **What held** ({counts}): {said[True]}.", f"- **What did not:** {said[False]}.", f"- **For you:** {self.meaning}"]
 
     def goals(self) -> Iterator[str]:
-        """Every goal in plain words, by claim; and why those that were missed were."""
+        """Yield every goal in plain words, by claim; and why the missed ones were missed."""
         for claim, readings in groupby(self.readings, lambda reading: reading.claim):
             found = [(reading, goal) for reading in readings for goal in reading.find(self.result["goals"])]
             if not found:
@@ -109,7 +109,7 @@ class Part:
 
 
 def make_page(title: str, parts: Sequence[Part]) -> str:
-    """The sentences of all parts, then the parts one below the other, and at the end where they are from."""
+    """Return the page: the sentences of all parts, then the parts one below the other, and at the end the sources."""
     lines = [f"# {title}", ""]
     for part in parts:
         lines += [f"[{part.title}](#{anchor(part.title)}):", "", *part.sentences(), ""]
@@ -121,7 +121,7 @@ def make_page(title: str, parts: Sequence[Part]) -> str:
 
 
 def anchor(title: str) -> str:
-    """Of a heading of words and spaces."""
+    """Return the anchor of a heading of words and spaces."""
     return title.lower().replace(" ", "-")
 
 

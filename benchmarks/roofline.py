@@ -72,7 +72,7 @@ BEFORE, AFTER = "float32 products, 240 rows", "bfloat16 operands, 2,048 rows"
 
 
 def layer_parameters(config: Mapping[str, Any]) -> int:
-    """Weights of all layers that a token is multiplied with; those of norms are left out."""
+    """Count the weights of all layers that a token is multiplied with; those of norms are left out."""
     width, inner = config["hidden_size"], config["head_dim"]
     heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
     attention = width * inner * (2 * heads + 2 * shared)
@@ -80,7 +80,10 @@ def layer_parameters(config: Mapping[str, Any]) -> int:
 
 
 def layer_flops(config: Mapping[str, Any], tokens: int, length: int, *, checkpointing: bool = False) -> float:
-    """Operations of the layers: 6 for each weight and token, 8 where activations are computed again, and those of causal attention."""
+    """Count the operations of the layers.
+
+    They are 6 for each weight and token, 8 where activations are computed again, and those of causal attention.
+    """
     inner = config["num_attention_heads"] * config["head_dim"]
     # two products of (length, length) scores a head in the forward pass, of which half are masked
     attention = 2 * length * inner * config["num_hidden_layers"]
@@ -88,7 +91,7 @@ def layer_flops(config: Mapping[str, Any], tokens: int, length: int, *, checkpoi
 
 
 def head_seconds(tokens: int, width: int, vocabulary: int, card: Card, head: Head) -> float:
-    """Three products a chunk, what is done to its rows, and the weight converted in between where it is stored otherwise."""
+    """Return the seconds of three products a chunk, of the work on its rows, and of converting a weight that is stored in another dtype."""
     flops = 2 * head.rows * width * vocabulary / (card.bfloat16 if head.operands == 2 else card.float32)
     weight, logits = head.operands * width * vocabulary, 4 * head.rows * vocabulary
     gradient = head.operands * head.rows * vocabulary
@@ -102,12 +105,12 @@ def head_seconds(tokens: int, width: int, vocabulary: int, card: Card, head: Hea
 
 
 def loss_floor(tokens: int, width: int, vocabulary: int, card: Card) -> float:
-    """Seconds of the three products alone, in bfloat16, that no exact loss can do without."""
+    """Return the seconds of the three products alone, in bfloat16, that no exact loss can do without."""
     return 6 * tokens * width * vocabulary / card.bfloat16
 
 
 def rows() -> list[dict[str, Any]]:
-    """A row for each model, card and way, with activations computed again."""
+    """Return a row for each model, card and way, with activations computed again."""
     found = []
     for model, config in MODELS.items():
         for name, card in CARDS.items():
@@ -120,7 +123,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def goals(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """That of the head."""
+    """Return the goal of the head."""
     (row,) = (row for row in found if (row["model"], row["card"]) == ("Qwen3-8B", "H100"))
     share = row["head_share"][AFTER]
     name = f"head, share of a step of Qwen3-8B on an H100, by the roofline (float32: {row['head_share'][BEFORE]:.2f})"

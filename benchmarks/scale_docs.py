@@ -1,4 +1,4 @@
-"""Tables of docs/scale.md: what the planner says, how it stands beside the paper's table 2, and what `bench_scale` measured.
+"""Tables of docs/scale.md: what the planner predicts, beside the paper's table 2, and what `bench_scale` measured.
 
 python benchmarks/scale_docs.py     # benchmarks/results/plan.json, and between the markers of docs/scale.md; a second
 """
@@ -17,7 +17,7 @@ NEAR = {"Lightning": 0.1, "online": 0.25}
 
 
 def planned() -> Iterator[dict[str, Any]]:
-    """Three sizes."""
+    """Yield plans of three sizes."""
     for tokens in (1e6, 1e9, 1e12):
         work = Work(prompts=round(tokens / RESPONSE), response_tokens=RESPONSE)
         rates = rates_like(work)
@@ -37,7 +37,7 @@ def planned() -> Iterator[dict[str, Any]]:
 
 
 def checked() -> Iterator[dict[str, Any]]:
-    """Rows of table 2."""
+    """Yield the rows of table 2."""
     for name, row in TABLE_2.items():
         rates = rates_like(row.work)
         yield {
@@ -53,7 +53,7 @@ def checked() -> Iterator[dict[str, Any]]:
 
 
 def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Whether predictions are near what is reported."""
+    """Judge whether predictions are near what is reported."""
     found = []
     for row in rows:
         for name, given, made in (
@@ -67,17 +67,17 @@ def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def number(value: float) -> str:
-    """Three figures, as people write them."""
+    """Format a number with three figures, as people write them."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def range_of(found: dict[str, float]) -> str:
-    """Median and, in brackets, smallest and largest."""
+    """Return median and, in brackets, smallest and largest."""
     return f"{number(found['median'])} ({number(found['min'])} to {number(found['max'])})"
 
 
 def plan_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """GPU-hours by size."""
+    """Yield the table of GPU-hours by size."""
     titles = {
         "rollouts": "rollouts, GPU-hours",
         "scores": "scores, GPU-hours",
@@ -92,7 +92,7 @@ def plan_table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def check_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """GPU-hours that are reported, beside predictions."""
+    """Yield the table of reported GPU-hours, beside predictions."""
     titles = {
         "lightning_reported": "Lightning OPD, reported",
         "lightning": "Lightning OPD, predicted",
@@ -105,7 +105,7 @@ def check_table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def turned(corner: str, heads: list[str], titles: dict[str, str], rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A column for each row, and a line for each of its values that has a title."""
+    """Yield a table with a column for each row, and a line for each of its values that has a title."""
     yield f"| {corner} | {' | '.join(heads)} |"
     yield f"|---|{'--:|' * len(rows)}"
     for name, title in titles.items():
@@ -113,7 +113,7 @@ def turned(corner: str, heads: list[str], titles: dict[str, str], rows: list[dic
 
 
 def pairs_table(rows: list[dict[str, Any]], kind: str) -> Iterator[str]:
-    """Training, or scoring, by one and by two."""
+    """Yield the table of training, or scoring, by one process and by two."""
     yield f"| {kind} | read tokens a second | of twice the speed of one | over the ceiling |"
     yield "|---|--:|--:|--:|"
     for row in rows:
@@ -123,7 +123,7 @@ def pairs_table(rows: list[dict[str, Any]], kind: str) -> Iterator[str]:
 
 
 def loading_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Loading by several."""
+    """Yield the table of loading by several processes."""
     yield "| store | readers | million tokens a second |"
     yield "|---|--:|--:|"
     for row in rows:
@@ -133,7 +133,7 @@ def loading_table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def lost_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Where the time of two ranks goes."""
+    """Yield the table of where the time of two ranks goes."""
     training = [row for row in rows if "lost" in row]
     yield f"| | {' | '.join(row['arm'].removeprefix('2 ranks, ') for row in training)} |"
     yield f"|---|{'--:|' * len(training)}"
@@ -142,7 +142,7 @@ def lost_table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def growth_table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Milliseconds by rollouts."""
+    """Yield the table of milliseconds by rollouts."""
     yield "| store | rollouts | commits | open, ms | read 64 random rows, ms | the same when compacted | refresh, ms | compact, s | bytes a rollout |"
     yield "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     for row in rows:

@@ -30,7 +30,7 @@ COSTS = {
 
 
 def short_rollouts(first: int, count: int) -> list[Rollout]:
-    """Of 16 to 32 tokens; the i-th of all is always the same length."""
+    """Make rollouts of 16 to 32 tokens; the i-th of all always has the same length."""
     rng = np.random.default_rng(first)
     lengths = rng.integers(16 - PROMPT, 33 - PROMPT, count)
     ends = np.concatenate([[0], np.cumsum(lengths + PROMPT)]).tolist()
@@ -41,7 +41,7 @@ def short_rollouts(first: int, count: int) -> list[Rollout]:
 
 
 def write(kind: str, folder: Path, count: int, per_commit: int) -> Callable[[], Found]:
-    """Seconds and number of the commits of a store with scores."""
+    """Return a function that writes a store with scores, and returns seconds and number of its commits."""
     store, clock = STORES[kind].create(folder, tiny_manifest(VOCABULARY)), Clock()
     append, append_scores = clock.timed(store.append), clock.timed(store.append_scores)
 
@@ -57,16 +57,19 @@ def write(kind: str, folder: Path, count: int, per_commit: int) -> Callable[[], 
 
 
 def memory(name: str) -> float:
-    """Megabytes of this process, as Linux counts them."""
+    """Return the megabytes of this process, as Linux counts them."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields[name].split()[0]) / 1000
 
 
 def look(kind: str, folder: Path, draws: int) -> Callable[[], Found]:
-    """What it costs a fresh process to open, read, append to, refresh and compact a store whose files are in the page cache."""
+    """Return a function that times opening, reading, appending, refreshing and compacting a store.
+
+    The process is fresh, and the files of the store are in the page cache.
+    """
     opening = STORES[kind]
     with tempfile.TemporaryDirectory() as other:
-        # imports and connections of the libraries are no cost of this store
+        # imports and connections of the libraries are not a cost of this store
         tiny = opening.create(f"{other}/store", tiny_manifest(VOCABULARY))
         tiny.append(short_rollouts(0, 2))
         opening.open(f"{other}/store").read([0, 1])
@@ -87,7 +90,7 @@ def look(kind: str, folder: Path, draws: int) -> Callable[[], Found]:
 
 
 def reading(store: Any, draws: list[list[int]], name: str) -> Found:
-    """Median seconds of reading these rows, and those of the first read, which also opens files."""
+    """Return the median seconds of reading these rows, and those of the first read, which also opens files."""
     clock, spent = Clock(), []
     for rows in draws:
         clock.timed(store.read)(rows, ("teacher",))
@@ -96,7 +99,10 @@ def reading(store: Any, draws: list[list[int]], name: str) -> Found:
 
 
 def growing(opening: Any, folder: Path, reader: Any) -> Found:
-    """Median seconds of a small append by a writer of its own, of the writer's first, and of the reader's refresh; not those of the first look."""
+    """Return the median seconds of a small append by a writer of its own, of the writer's first, and of the reader's refresh.
+
+    The times of the first look are left out.
+    """
     writer, clock, appends, refreshes, lengths = opening.open(folder), Clock(), [], [], []
     for _ in range(4):
         before = len(writer)
@@ -112,20 +118,20 @@ def growing(opening: Any, folder: Path, reader: Any) -> Found:
 
 
 def compacting(opening: Any, folder: Path, draws: list[list[int]]) -> Found:
-    """Seconds of a compaction by a process that has only opened the store, and reads after it."""
+    """Return the seconds of a compaction by a process that has only opened the store, and of reads after it."""
     store, clock = opening.open(folder), Clock()
     clock.timed(store.compact)()
     return {"compact_s": clock.read(), **reading(opening.open(folder), draws, "read_compacted")}
 
 
 def exponents(rows: list[Found], cost: str) -> Found:
-    """Slopes of log cost over log rollouts: through all sizes, and between the two largest, where what is constant weighs least."""
+    """Return the slopes of log cost over log rollouts: through all sizes, and between the two largest, where constant costs weigh least."""
     x, y = np.log10([row["rollouts"] for row in rows]), np.log10([row[cost] for row in rows])
     return {"all": float(np.polyfit(x, y, 1)[0]), "last": float((y[-1] - y[-2]) / (x[-1] - x[-2]))}
 
 
 def draw(path: Path, rows: list[Found]) -> None:
-    """Every cost over the number of rollouts, a panel for each kind of store, with its exponent."""
+    """Draw every cost over the number of rollouts, a panel for each kind of store, with its exponent."""
     rows = [row for row in rows if row["kind"] == "growth"]
     figure, both = panels(1, 2, height=4.2, sharey=True)
     for axes, kind in zip(both, STORES, strict=True):

@@ -36,7 +36,7 @@ ALONE, APART, SHARES, DDP, FSDP = "1 rank", "2 apart", "2 on their shares", "2 r
 
 
 def make_tokenizer() -> Any:
-    """Words w0, w1, ..."""
+    """Make a tokenizer of the words w0, w1, ..."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -46,7 +46,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(hidden: int, layers: int) -> Any:
-    """A Llama model of random weights, the same at each call: speed does not depend on them."""
+    """Make a Llama model of random weights, the same at each call: speed does not depend on them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def make_model(hidden: int, layers: int) -> Any:
 
 
 def make_scorer(hidden: int, layers: int) -> Any:
-    """A teacher on one thread; a hash of its weights is taken at once, not with the first scores."""
+    """Make a teacher on one thread; its weights are hashed at once, not with the first scores."""
     from lopd.engines.hf import HFScorer
 
     torch.set_num_threads(1)
@@ -65,7 +65,7 @@ def make_scorer(hidden: int, layers: int) -> Any:
 
 
 def make_rollouts(count: int, median: int, first: int = 0) -> list[Rollout]:
-    """Responses of log-normal length, as those of reasoning models are, with the policy's log-probs."""
+    """Make responses of log-normal length, as those of reasoning models are, with the policy's log-probs."""
     rng, made = np.random.default_rng(first), []
     lengths = np.clip(rng.lognormal(np.log(median), 0.6, count), 4, LONGEST).astype(int)
     for i, length in enumerate(lengths.tolist(), first):
@@ -76,13 +76,13 @@ def make_rollouts(count: int, median: int, first: int = 0) -> list[Rollout]:
 
 
 def make_scores(rollouts: Sequence[Rollout]) -> list[Scores]:
-    """Of a made-up teacher."""
+    """Make the scores of a made-up teacher."""
     rng = np.random.default_rng(1)
     return [Scores.of(rollout, -rng.exponential(1.0, rollout.response_ids.size).astype(np.float32)) for rollout in rollouts]
 
 
 def make_store(folder: Path, words: TokenizerId, rollouts: Sequence[Rollout], kind: Any = ZarrStore) -> Any:
-    """A store of these rollouts and their scores."""
+    """Make a store of these rollouts and their scores."""
     manifest = Manifest(words, ModelId("student", "0", "float32"), SamplingParams(LONGEST), sft_teacher=TEACHER)
     store, provenance = kind.create(str(folder), manifest), Provenance(TEACHER, words.vocab_hash, "a benchmark")
     for start in range(0, len(rollouts), PER_COMMIT):
@@ -99,7 +99,7 @@ class Clock:
     seconds: float = field(default=0.0)
 
     def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The same, counted."""
+        """Wrap a call so that its seconds are counted."""
 
         def counted(*arguments: Any, **options: Any) -> Any:
             begun = perf_counter()
@@ -111,24 +111,24 @@ class Clock:
         return counted
 
     def read(self) -> float:
-        """What was counted since it was last read."""
+        """Return the seconds counted since the last read."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds
 
 
 def meet(rank: int, size: int, meeting: Path) -> None:
-    """Two processes that can sum."""
+    """Join two processes in a group that can sum."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
 
 
 def part() -> None:
-    """They go on as processes of their own."""
+    """Leave the group."""
     dist.barrier()
     dist.destroy_process_group()
 
 
 def wrapped(student: CausalLMStudent, arm: str) -> Any:
-    """The student as torch trains it on several ranks."""
+    """Wrap the student as torch trains it on several ranks."""
     if arm == DDP:
         return torch.nn.parallel.DistributedDataParallel(student)
     from torch.distributed.device_mesh import init_device_mesh
@@ -143,7 +143,7 @@ def wrapped(student: CausalLMStudent, arm: str) -> Any:
 def train(
     arm: str, rank: int, folder: Path, meeting: Path, *, steps: int, per_step: int, tokens_per_batch: int, hidden: int, layers: int
 ) -> Callable[[], Found]:
-    """Wall and CPU seconds of each of these steps, and the tokens in it; a step before them is a warm-up."""
+    """Return a function that trains these steps, and returns wall and CPU seconds and tokens of each; a step before them is a warm-up."""
     torch.set_num_threads(1)
     together, store = arm in {DDP, FSDP}, ZarrStore.open(folder)
     if together:
@@ -176,7 +176,10 @@ def train(
 
 
 def collectives(rank: int, meeting: Path, hidden: int, layers: int, repeats: int) -> Callable[[], Found]:
-    """Median seconds of one bare all-reduce, and of one bare all-gather, of as many numbers as the student has."""
+    """Return a function that times one bare all-reduce and one bare all-gather of as many numbers as the student has.
+
+    It returns median seconds.
+    """
     meet(rank, 2, meeting)
     size = sum(parameter.numel() for parameter in make_model(hidden, layers).parameters()) // 2 * 2
     whole, mine = torch.zeros(size), torch.zeros(size // 2)
@@ -197,14 +200,14 @@ def collectives(rank: int, meeting: Path, hidden: int, layers: int, repeats: int
 
 
 def scored(store: ZarrStore, scorer: Any, **options: Any) -> Found:
-    """Tokens of all rollouts that were not scored yet, and wall and CPU seconds of this process."""
+    """Score all rollouts that have no scores yet; return their tokens, and wall and CPU seconds of this process."""
     begun, cpu = perf_counter(), process_time()
     report = score_rollouts(store, scorer, preflight=None, **options)
     return {"tokens": report.read_tokens, "wall_s": perf_counter() - begun, "cpu_s": process_time() - cpu}
 
 
 def score(folder: Path, column: str, per_batch: int, hidden: int, layers: int) -> Callable[[], Found]:
-    """The same with a model of one's own."""
+    """Return a function that does the same with a model of its own."""
     store, scorer = ZarrStore.open(folder), make_scorer(hidden, layers)
     scorer.score([record.rollout for record in store.read(range(4))])
 
@@ -215,7 +218,7 @@ def score(folder: Path, column: str, per_batch: int, hidden: int, layers: int) -
 
 
 def load(folder: Path, rank: int, size: int, *, seconds: float, per_step: int, tokens_per_batch: int) -> Callable[[], Found]:
-    """Tokens of this rank's share of steps, for about so many seconds."""
+    """Return a function that counts the tokens of this rank's share of steps, for about so many seconds."""
     torch.set_num_threads(1)
     ranks = Ranks(rank, size)
     stream = batches(open_store(folder), rollouts_per_step=per_step, tokens_per_batch=tokens_per_batch, ref="behavior", ranks=ranks)

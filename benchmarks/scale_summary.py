@@ -16,17 +16,17 @@ Run = Mapping[str, Sequence[Found]]
 
 
 def spread(values: Sequence[float]) -> Found:
-    """Median, smallest, largest."""
+    """Return median, smallest and largest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def over(runs: Sequence[Run], figure: Callable[[Run], float]) -> Found:
-    """A figure of every repeat; ratios are those of runs beside each other."""
+    """Return the spread of a figure over repeats; ratios are those of runs beside each other."""
     return spread([figure(run) for run in runs])
 
 
 def rate(found: Sequence[Found]) -> float:
-    """Tokens a second of processes that do not wait for each other."""
+    """Return the tokens a second of processes that do not wait for each other."""
     return sum(_total(one, "tokens") / _total(one, "wall_s") for one in found)
 
 
@@ -36,7 +36,10 @@ def _total(found: Found, name: str) -> float:
 
 
 def multiples(run: Run) -> Found:
-    """Seconds of training over half of those of one rank, each with one more cost than the one before; DDP and FSDP2 both follow the last."""
+    """Return the seconds of training over half of those of one rank, each with one more cost than the one before.
+
+    DDP and FSDP2 both follow the last.
+    """
     ideal = _total(run[ALONE][0], "wall_s") / 2
     by_rank = [found["wall_s"] for found in run[SHARES]]
     return {
@@ -48,7 +51,7 @@ def multiples(run: Run) -> Found:
 
 
 def lost(run: Run, arm: str) -> Found:
-    """Where the time of two ranks goes that is not half of the time of one, in units of that half."""
+    """Return where the time of two ranks goes beyond half of the time of one, in units of that half."""
     steps = multiples(run)
     return {
         "two processes slow each other down": steps["bandwidth"] - 1,
@@ -59,22 +62,22 @@ def lost(run: Run, arm: str) -> Found:
 
 
 def share(found: Sequence[Found], name: str) -> float:
-    """Of the wall time of these processes."""
+    """Return one of the times as a share of the wall time of these processes."""
     return sum(_total(one, name) for one in found) / sum(_total(one, "wall_s") for one in found)
 
 
 def cpu(found: Sequence[Found]) -> float:
-    """Processor seconds of all these processes: time that others take from them, and waiting, is none."""
+    """Return the processor seconds of all these processes, without waiting and without time that others take from them."""
     return sum(_total(one, "cpu_s") for one in found)
 
 
 def cpu_per_token(found: Sequence[Found]) -> float:
-    """The same over the tokens of each."""
+    """Return the same over the tokens of each."""
     return cpu(found) / sum(_total(one, "tokens") for one in found)
 
 
 def training_rows(runs: Sequence[Run], per_step: int) -> list[Found]:
-    """Every arm, at steps of so many rollouts."""
+    """Return the rows of every arm, at steps of so many rollouts."""
     ceiling = over(runs, lambda run: rate(run[APART]) / rate(run[ALONE]) / 2)
     slower = over(runs, lambda run: cpu_per_token(run[APART]) / cpu_per_token(run[ALONE]))
     rows = [{"arm": APART, "tokens_per_s": over(runs, lambda run: rate(run[APART])), "efficiency": ceiling, "cpu_s_over_one_rank": slower}]
@@ -93,7 +96,7 @@ def training_rows(runs: Sequence[Run], per_step: int) -> list[Found]:
 
 
 def scoring_rows(runs: Sequence[Run]) -> list[Found]:
-    """Every arm; of two workers also how much faster they are than one, and than two processes without Ray."""
+    """Return the rows of every arm; of two workers also how much faster they are than one, and than two processes without Ray."""
     rows = []
     for arm in runs[0]:
         row = {"kind": "scoring", "arm": arm, "tokens_per_s": over(runs, lambda run, arm=arm: rate(run[arm]))}
@@ -108,12 +111,12 @@ def scoring_rows(runs: Sequence[Run]) -> list[Found]:
 
 
 def speed_up(run: Run, arm: str) -> float:
-    """Of two over one, all else alike."""
+    """Return the speed of two over that of one, all else alike."""
     return rate(run[arm]) / rate(run[f"1{arm[1:]}"])
 
 
 def loading_rows(runs: Mapping[tuple[str, int], Sequence[Sequence[Found]]]) -> list[Found]:
-    """Tokens a second of all readers and of each, and of a second of processor time."""
+    """Return the tokens a second of all readers and of each, and of a second of processor time."""
     rows = []
     for (kind, readers), repeats in runs.items():
         everything = spread([rate(found) for found in repeats])
@@ -125,7 +128,7 @@ def loading_rows(runs: Mapping[tuple[str, int], Sequence[Sequence[Found]]]) -> l
 
 
 def growth_rows(found: Sequence[Found]) -> list[Found]:
-    """As found, and the exponent of every cost."""
+    """Return the rows as measured, with the exponent of every cost."""
     rows = [{"kind": "growth", **row} for row in found]
     for kind in dict.fromkeys(row["store"] for row in found):
         mine = [row for row in found if row["store"] == kind]
@@ -135,7 +138,7 @@ def growth_rows(found: Sequence[Found]) -> list[Found]:
 
 
 def find_goals(rows: Sequence[Found]) -> list[Found]:
-    """Those of the parts that were measured."""
+    """Return the goals of the parts that were measured."""
     found: list[tuple[str, str, float, bool]] = []
     for row in rows:
         if row["kind"] == "scoring" and row["arm"] == f"2, {RAY}":

@@ -55,7 +55,7 @@ class Workers:
             process.join()
 
     def run(self, work: Work, tasks: Sequence[Mapping[str, Any]]) -> list[Found]:
-        """What the i-th process found with the i-th arguments; none begins before all are ready."""
+        """Return the result of each process with its own arguments; none begins before all are ready."""
         used = self._pipes[: len(tasks)]
         for pipe, task in zip(used, tasks, strict=True):
             pipe.send((work, task))
@@ -67,7 +67,7 @@ class Workers:
 
 
 def _serve(pipe: Connection) -> NoReturn:
-    """The life of a worker, until nobody speaks to it any more; an error ends it, and with it whoever waits for its answer."""
+    """Work until the pipe is closed; an error ends the worker, and with it whoever waits for its answer."""
     warnings.simplefilter("ignore")
     while True:
         try:

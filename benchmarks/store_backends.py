@@ -36,7 +36,7 @@ class Rows:
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
     def batches(self, size: int) -> list[tuple[int, int]]:
-        """(first, last + 1) of consecutive batches."""
+        """Return (first, last + 1) of consecutive batches."""
         return [(i, min(i + size, len(self.lengths))) for i in range(0, len(self.lengths), size)]
 
 
@@ -44,7 +44,7 @@ class Reader(Protocol):
     """Gives ids and both columns of rows, end to end."""
 
     def __call__(self, rows: NDArray[np.int64], /) -> Batch:
-        """One batch."""
+        """Read one batch."""
         ...
 
 
@@ -56,7 +56,7 @@ class Store:
         read: one batch.
         skipped: log-probs are there for response tokens only (all but the first).
         ordered: a batch has the rows that were asked for.
-        read_group: of a backend that reads a group of blocks in one call, and hands out its shuffled batches from memory.
+        read_group: set for a backend that reads a group of blocks in one call, and hands out its shuffled batches from memory.
     """
 
     read: Reader
@@ -77,7 +77,7 @@ class Store:
         return sum(int(ids.size) for ids, _, _ in found)
 
     def check(self, rows: Rows) -> None:
-        """A few rows are what was written: a fast backend that gives other data is no backend."""
+        """Check that a few rows are what was written: a fast backend that returns other data is useless."""
         bounds = rows.bounds
         asked = np.array([5, 0, len(rows.lengths) - 1, 1])
         if not self.ordered:
@@ -105,12 +105,12 @@ class Backend:
     needs: str = "numpy"
 
     def available(self) -> bool:
-        """Whether its package is installed."""
+        """Return whether its package is installed."""
         return importlib.util.find_spec(self.needs) is not None
 
 
 def write_memmap(rows: Rows, folder: Path, size: int, *, flushed: bool = False) -> None:
-    """Three flat files, appended to; flushed to disk after each append, or not."""
+    """Append to three flat files; they are flushed to disk after each append, or not."""
     bounds = rows.bounds
     with (folder / "ids").open("wb") as ids, (folder / "teacher").open("wb") as teacher, (folder / "ref").open("wb") as ref:
         for first, last in rows.batches(size):
@@ -123,7 +123,7 @@ def write_memmap(rows: Rows, folder: Path, size: int, *, flushed: bool = False) 
 
 
 def open_memmap(folder: Path) -> Store:
-    """Slices of three maps."""
+    """Open a store of slices of three maps."""
     bounds = np.load(folder / "bounds.npy")
     maps = [np.memmap(folder / name, dtype, "r") for name, dtype in (("ids", "u4"), ("teacher", "f4"), ("ref", "f4"))]
 
@@ -144,7 +144,7 @@ class Records:
 
 
 def records(rows: Rows, prompt: int = 1) -> Records:
-    """Rollouts and scores; the first tokens of each, so many and at most half, are its prompt, and have no log-probs."""
+    """Return rollouts and scores; the first tokens of each, so many and at most half, are its prompt, and have no log-probs."""
     bounds = rows.bounds.tolist()
     spans = [(a, a + min(prompt, (b - a) // 2), b) for a, b in pairwise(bounds)]
     rollouts = [
@@ -157,7 +157,7 @@ def records(rows: Rows, prompt: int = 1) -> Records:
 
 
 def append_all(store: Any, made: Records, size: int) -> None:
-    """As a run would: rollouts first, then one column after the other."""
+    """Append as a run would: rollouts first, then one column after the other."""
     for i in range(0, len(made.rollouts), size):
         store.append(made.rollouts[i : i + size])
     for name, scores in (("teacher", made.teacher), ("ref", made.ref)):
@@ -166,12 +166,12 @@ def append_all(store: Any, made: Records, size: int) -> None:
 
 
 def zarr_writer(**options: Any) -> Callable[[Records, Path, int], None]:
-    """Appends to a new store with these options."""
+    """Return a function that appends to a new store with these options."""
     return lambda made, folder, size: append_all(ZarrStore.create(folder / "s.zarr", tiny_manifest(VOCABULARY), **options), made, size)
 
 
 def open_zarr(folder: Path) -> Store:
-    """Whole columns."""
+    """Open a store that reads whole columns."""
     store = ZarrStore.open(folder / "s.zarr")
 
     def read(rows: NDArray[np.int64]) -> Batch:
@@ -182,7 +182,7 @@ def open_zarr(folder: Path) -> Store:
 
 
 def open_zarr_rounded(folder: Path) -> Store:
-    """The same, without a comparison of values that were rounded."""
+    """Open the same without a comparison of values, which were rounded."""
     return Store(open_zarr(folder).read, skipped=True, ordered=False)
 
 
@@ -194,7 +194,7 @@ def compact_zarr(folder: Path) -> None:
 
 
 def table_of(rows: Rows, first: int, last: int) -> Any:
-    """Some rows as an Arrow table of lists."""
+    """Return some rows as an Arrow table of lists."""
     import pyarrow as pa
 
     bounds = rows.bounds[first : last + 1]
@@ -204,13 +204,13 @@ def table_of(rows: Rows, first: int, last: int) -> Any:
 
 
 def flat(table: Any) -> Batch:
-    """Contiguous arrays of a table of lists."""
+    """Return contiguous arrays of a table of lists."""
     ids, teacher, ref = (table.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False) for name in ("ids", "teacher", "ref"))
     return ids, teacher, ref
 
 
 def write_parquet(rows: Rows, folder: Path, size: int) -> None:
-    """Row groups of one append each, zstd."""
+    """Write a zstd row group for each append."""
     import pyarrow.parquet as pq
 
     with pq.ParquetWriter(folder / "rows.parquet", table_of(rows, 0, 1).schema, compression="zstd") as writer:
@@ -219,7 +219,7 @@ def write_parquet(rows: Rows, folder: Path, size: int) -> None:
 
 
 def open_parquet(folder: Path) -> Store:
-    """Whole row groups, the latest ones kept."""
+    """Open a store that reads whole row groups, and keeps the latest ones."""
     import functools
 
     import pyarrow as pa
@@ -238,7 +238,7 @@ def open_parquet(folder: Path) -> Store:
 
 
 def write_arrow(rows: Rows, folder: Path, size: int) -> None:
-    """Hugging Face's own writer."""
+    """Write with Hugging Face's own writer."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -247,7 +247,7 @@ def write_arrow(rows: Rows, folder: Path, size: int) -> None:
 
 
 def open_arrow(folder: Path) -> Store:
-    """Memory-mapped Arrow."""
+    """Open memory-mapped Arrow."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -256,12 +256,12 @@ def open_arrow(folder: Path) -> Store:
 
 
 def write_lance(made: Records, folder: Path, size: int) -> None:
-    """Lopd's own store on LanceDB."""
+    """Write lopd's own store on LanceDB."""
     append_all(LanceStore.create(folder / "s.lance", tiny_manifest(VOCABULARY)), made, size)
 
 
 def open_lance(folder: Path) -> Store:
-    """Whole columns; of a group of blocks, all in one call."""
+    """Open a store that reads whole columns, and a group of blocks in one call."""
     store = LanceStore.open(folder / "s.lance")
 
     def read(rows: NDArray[np.int64]) -> Batch:
@@ -285,7 +285,7 @@ def compact_lance(folder: Path) -> None:
 
 
 def write_lancedb(rows: Rows, folder: Path, size: int) -> None:
-    """A plain LanceDB table, as its StreamingDataset wants it."""
+    """Write a plain LanceDB table, as its StreamingDataset needs it."""
     import lancedb
 
     table = None
@@ -297,7 +297,7 @@ def write_lancedb(rows: Rows, folder: Path, size: int) -> None:
 
 
 def rows_of(batch: Any) -> list[Batch]:
-    """A record batch as one triple of arrays a row, without a copy."""
+    """Return a record batch as one triple of arrays a row, without a copy."""
     columns = [batch.column(name) for name in ("ids", "teacher", "ref")]
     bounds = columns[0].offsets.to_numpy()
     values = [column.values.to_numpy(zero_copy_only=False) for column in columns]
@@ -305,7 +305,7 @@ def rows_of(batch: Any) -> list[Batch]:
 
 
 def open_lancedb(folder: Path) -> Store:
-    """LanceDB's own loader decides the order: clumps of 64 rows, shuffled.  A batch has as many rows as were asked for."""
+    """Open LanceDB's own loader, which decides the order: clumps of 64 rows, shuffled.  A batch has as many rows as were asked for."""
     import lancedb
     from lancedb.streaming import StreamingDataset
 

@@ -25,7 +25,7 @@ Fields = dict[str, torch.Tensor]
 
 
 def open_stores(made: Records, folder: Path) -> dict[str, Any]:
-    """Every store with the same rows; the durable ones as they are after appends, and compacted."""
+    """Open every store with the same rows; the durable ones as they are after appends, and compacted."""
     teacher, ref = (tiny_provenance(name).model for name in ("teacher", "ref"))
     manifest = evolve(tiny_manifest(VOCABULARY), sft_teacher=teacher, policy=ref)
     stores: dict[str, Any] = {"memory": MemoryStore(manifest)}
@@ -58,7 +58,7 @@ class MemoryMap:
         )
 
     def batch(self, rows: NDArray[np.int64]) -> Fields:
-        """The fields of a `Batch` of these rows, weights by rollout; nothing is verified."""
+        """Return the fields of a `Batch` of these rows, weights by rollout; nothing is verified."""
         spans = [(self.tokens[i], self.tokens[i + 1]) for i in rows]
         prompts = self.lengths[rows, 0]
         found: dict[str, list[NDArray[Any]]] = {"weight": [], "teacher_logprobs": [], "ref_logprobs": []}
@@ -79,13 +79,13 @@ class MemoryMap:
 
 
 def fields(batch: Batch) -> Fields:
-    """What a memory map makes too."""
+    """Return those fields of a batch that a memory map makes too."""
     names = ("inputs", "targets", "position_ids", "segment_ids", "weight", "teacher_logprobs", "ref_logprobs")
     return {name: getattr(batch, name) for name in names}
 
 
 def training(made: Records, folder: Path, repeats: int) -> Iterator[dict[str, Any]]:
-    """A row for every way: million tokens a second, and the share of the memory map's in the same turn."""
+    """Yield a row for every way: million tokens a second, and the share of the memory map's in the same turn."""
     torch.set_num_threads(1)
     memory_map, stores = MemoryMap(made, folder), open_stores(made, folder)
     steps = {
@@ -119,7 +119,7 @@ def training(made: Records, folder: Path, repeats: int) -> Iterator[dict[str, An
 
 
 def _rows(stream: StepStream, index: int) -> list[NDArray[np.int64]]:
-    """The rows of each micro-batch of a step, in their order."""
+    """Return the rows of each micro-batch of a step, in their order."""
     rows = stream.rows[_places_of_step(index, stream.rollouts_per_step, len(stream.rows), stream.seed)]
     lengths = stream.store.lengths()[rows].sum(axis=1) - 1
     return [rows[part] for part in _split(lengths, stream.tokens_per_batch)]

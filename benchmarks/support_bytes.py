@@ -27,13 +27,13 @@ ROLLOUTS, TOKENS, SPREAD = 64, 512, 5.0
 
 
 def rollouts(vocab_size: int) -> list[Rollout]:
-    """Responses of one length."""
+    """Make responses of one length."""
     ids = np.random.default_rng(0).integers(0, vocab_size, (ROLLOUTS, TOKENS + 1))
     return [Rollout(f"p{i}/s0/g0", line[:1], line[1:], np.ones(TOKENS, np.bool_), "length") for i, line in enumerate(ids)]
 
 
 def scores(items: Sequence[Rollout], vocab_size: int, width: int) -> list[Scores]:
-    """Of each response, with a support; the sampled token is as likely as the last of it."""
+    """Make the scores of each response, with a support; the sampled token is as likely as the last of it."""
     random, made = np.random.default_rng(width), []
     for item in items:
         logits = random.normal(0, SPREAD, (TOKENS, width + 1))
@@ -44,7 +44,7 @@ def scores(items: Sequence[Rollout], vocab_size: int, width: int) -> list[Scores
 
 
 def measure(kind: str, folder: Path, vocab_size: int, width: int, dtype: str) -> dict[str, Any]:
-    """One row."""
+    """Measure one row."""
     store = STORES[kind].create(str(folder), tiny_manifest(vocab_size), logprob_dtype=dtype)
     items = rollouts(vocab_size)
     store.append(items)
@@ -71,7 +71,7 @@ def measure(kind: str, folder: Path, vocab_size: int, width: int, dtype: str) ->
 
 
 def find_goals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In float16."""
+    """Judge the bytes in float16."""
     found = []
     for row in (row for row in rows if row["logprobs"] == "float16"):
         name, most = f"bytes a token, K = {row['k']}, {row['vocabulary']:,} ids, float16 ({row['store']})", GOALS[row["k"]]

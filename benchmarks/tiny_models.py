@@ -245,7 +245,7 @@ VARIANTS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def families() -> dict[str, str]:
-    """Name and class of every family of `AutoModelForCausalLM`: of several names of one class, that of its own configuration."""
+    """Return name and class of every family of `AutoModelForCausalLM`: of several names of one class, that of its own configuration."""
     names: dict[str, list[str]] = {}
     for name, model_class in CLASSES.items():
         names.setdefault(model_class, []).append(name)
@@ -258,7 +258,7 @@ def _own(names: list[str], model_class: str) -> str:
 
 
 def tiny_config(config_class: type[PretrainedConfig], **special: Any) -> PretrainedConfig:
-    """A configuration with the fields of `SIZES` that the class has and uses, and those of its parts; `special` comes last."""
+    """Make a configuration with the fields of `SIZES` that the class has and uses, and those of its parts; `special` is set last."""
     default = config_class()
     has = default.to_dict()
     aliases = config_class.attribute_map
@@ -280,7 +280,7 @@ def tiny_config(config_class: type[PretrainedConfig], **special: Any) -> Pretrai
 
 
 def build_model(family: str, *, seed: int = 0, **special: Any) -> Any:
-    """A random model in eval mode, float32.
+    """Make a random model in eval mode, float32.
 
     Args:
         family: a name of `families()`, or another model type of transformers.
@@ -298,7 +298,7 @@ def build_model(family: str, *, seed: int = 0, **special: Any) -> Any:
 
 @torch.no_grad()
 def _spread(model: Any) -> None:
-    """Norms and biases away from 1 and 0, logits away from equal."""
+    """Move norms and biases away from 1 and 0, and logits away from equal."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name.lower() or "ln_" in name:
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -309,6 +309,6 @@ def _spread(model: Any) -> None:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """As many tokens as the models have, the first of them both EOS and padding."""
+    """Make a tokenizer with as many tokens as the models have, the first of them both EOS and padding."""
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w1"))  # noqa: S106
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w0", pad_token="w0")  # noqa: S106

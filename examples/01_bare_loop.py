@@ -15,7 +15,7 @@ teacher = AutoModelForCausalLM.from_pretrained(teacher_dir)
 
 
 def response_logprobs(model: torch.nn.Module, ids: torch.Tensor, start: int) -> torch.Tensor:
-    """(T,) log-probs of the tokens from `start` on, nats."""
+    """Return (T,) log-probs of the tokens from `start` on, nats."""
     logprobs = model(input_ids=ids[None]).logits[0, start - 1 : -1].log_softmax(-1)
     return logprobs.gather(-1, ids[start:, None]).squeeze(-1)
 

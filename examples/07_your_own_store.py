@@ -8,7 +8,7 @@ Test yours with the suite that tests lopd's own stores:
         def reopen(self, store): return SqliteStore(store.path, store.manifest)
 """
 
-# ruff: noqa: D102, S301  # the protocol says what the methods give, and a file of pickles is for those who trust whoever wrote it
+# ruff: noqa: D102, S301  # the protocol documents what the methods give, and a file of pickles is for those who trust whoever wrote it
 
 import pickle
 import sqlite3
@@ -33,7 +33,7 @@ class SqliteStore:
         with closing(self._connect()) as log:
             log.execute("CREATE TABLE IF NOT EXISTS calls (number INTEGER PRIMARY KEY, call BLOB)")
             log.execute("INSERT OR IGNORE INTO calls VALUES (0, ?)", [pickle.dumps(manifest)])
-            self._replay(log)  # if another manifest is there, `collect_rollouts` says so
+            self._replay(log)  # if another manifest is there, `collect_rollouts` raises
 
     def __repr__(self) -> str:
         return f"SqliteStore {self.path}"
@@ -77,7 +77,7 @@ class SqliteStore:
                 self._catch_up(log)
                 if values[-1]:  # nothing to add is checked, and not kept
                     log.execute("INSERT INTO calls VALUES (?, ?)", [self._seen, pickle.dumps((method, values))])
-                getattr(self._rows, method)(*values)  # raises what the contract says, before anything changes
+                getattr(self._rows, method)(*values)  # raises what the contract demands, before anything changes
                 log.execute("COMMIT")
                 self._seen += bool(values[-1])
             except sqlite3.Error as error:

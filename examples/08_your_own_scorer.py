@@ -1,6 +1,6 @@
 """A scorer of your own: two members, `provenance` and `score`.  Here two teachers at once, by the mean of their probabilities.
 
-`score_rollouts` tests any scorer on a few rollouts before it pays for the rest: it must say the same of a rollout alone and in company.
+`score_rollouts` tests any scorer on a few rollouts before it pays for the rest: it must give a rollout the same scores alone and in a batch.
 Test yours, clause by clause, with `lopd.testing.ScorerConformance`, as `tests/test_examples.py` tests this one.
 """
 
@@ -31,7 +31,7 @@ class Ensemble:
         return evolve(self.first.provenance, model=mean, engine="ensemble of two, mean of probabilities", top_k=0)
 
     def score(self, rollouts: Sequence[Rollout], /) -> list[Scores]:
-        """(T,) nats for each rollout; `Scores.of` checks length and range, and binds them to the rollout's tokens."""
+        """Return (T,) nats for each rollout; `Scores.of` checks length and range, and binds them to the rollout's tokens."""
         pairs = zip(rollouts, self.first.score(rollouts), self.second.score(rollouts), strict=True)
         # rounding would leave the mean of two certainties a little above 0
         return [Scores.of(rollout, np.minimum(np.logaddexp(one.logprobs, two.logprobs) - np.log(2), 0)) for rollout, one, two in pairs]
@@ -49,6 +49,6 @@ for column, scorer in zip(("one", "two"), scorers, strict=True):
 for column in ("teacher", "one", "two"):
     print(f"{column:8} {store.columns[column].model}: mean advantage {stored_advantages(store, teacher=column).mean:+.3f} nats")
 
-# The student was fine-tuned on text that one or the other wrote.  Their mean wrote none of it: `batches` wants to be told that we know.
+# The student was fine-tuned on text that one or the other wrote.  Their mean wrote none of it: `batches` asks us to confirm that we know.
 steps = batches(store, rollouts_per_step=8, ref="behavior", consistency=ConsistencyPolicy.WARN)
 print(f"a step learns from {steps.lineage.opd_teacher}")

@@ -30,7 +30,7 @@ STEPS, BETWEEN_CHECKPOINTS = 12, 4
 
 
 def run(folder: Path, kill_after: int | None = None) -> dict[str, torch.Tensor]:
-    """The whole run, or what is left of it; a program that is written like this needs nothing else to be resumed."""
+    """Do the whole run, or what is left of it; a program that is written like this needs nothing else to be resumed."""
     student_dir, teacher_dir = model_folders()  # replace these and QUESTIONS by your own
     source = HFSource.from_folder(student_dir, SamplingParams(max_new_tokens=12))
     store = ZarrStore.open_or_create(folder / "store.zarr", source.manifest)

@@ -33,7 +33,7 @@ score_rollouts(store, HFScorer.from_folder(code_teacher), column="code", rows=ro
 
 
 def mean_advantages() -> str:
-    """Of each teacher on the rollouts that learn from it, for the policy that sampled."""
+    """Return each teacher's mean advantage on the rollouts that learn from it, against the policy that sampled."""
     means = {column: stored_advantages(store, teacher=column, rows=rows_of(store, own)).mean for column, own in teachers.items()}
     return ", ".join(f"{column} {mean:+.3f}" for column, mean in means.items())
 
@@ -41,7 +41,7 @@ def mean_advantages() -> str:
 teachers = {"math": math, "code": code}
 print(f"mean advantages before training, nats: {mean_advantages()}")
 
-# The student's folder says that its SFT text was written by both, each in its own field: `Lineage.of(math_teacher, code_teacher)`.
+# The student's folder records that its SFT text was written by both, each in its own field: `Lineage.of(math_teacher, code_teacher)`.
 steps = batches(store, teacher=teachers, rollouts_per_step=16, ref="behavior")[:8]
 student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)

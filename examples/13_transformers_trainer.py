@@ -25,21 +25,21 @@ class Collator:
     loss: OPDLoss
 
     def __call__(self, rows: list[int]) -> dict[str, Any]:
-        """Arguments of `CausalLMStudent.forward`, and `labels`, which Trainer takes out again."""
+        """Return arguments of `CausalLMStudent.forward`, and `labels`, which Trainer takes out again."""
         # by_token: the weights of a step add up to its number of tokens, which is what Trainer knows, over micro-batches and ranks
         batch = collate(self.store.read(rows, columns=("teacher", "behavior")), by_token, teacher="teacher", ref="behavior")
         return {"batch": batch, "loss": self.loss, "labels": batch.targets.masked_fill(batch.weight == 0, -100)}
 
 
 def mean_over_step(output: LossOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor) -> torch.Tensor:  # noqa: ARG001  # Trainer's names
-    """`compute_loss_func`: a micro-batch's share of the step's mean."""
+    """Return a micro-batch's share of the step's mean: the `compute_loss_func` of Trainer."""
     return output.loss_sum / num_items_in_batch
 
 
 def make_trainer(student: CausalLMStudent, steps: StepStream, loss: OPDLoss, **options: Any) -> Trainer:
-    """A Trainer over the rows that `batches` checked and found usable; `options` are those of TrainingArguments."""
+    """Make a Trainer over the rows that `batches` checked and found usable; `options` are those of TrainingArguments."""
     fixed = {
-        "remove_unused_columns": False,  # the collator says what the student is called with
+        "remove_unused_columns": False,  # the collator chooses what the student is called with
         "dataloader_pin_memory": False,  # the student moves a batch to where it is
         "save_strategy": "no",  # a checkpoint would be bare weights: `student.export` writes a model folder
         "report_to": "none",

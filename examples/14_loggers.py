@@ -21,7 +21,7 @@ OUT = Path("runs/14")
 
 
 def loggers(until: ExitStack) -> dict[str, Callable[[dict[str, float], int], None]]:
-    """One function for each logger that is installed; each has written all it was given when `until` is left."""
+    """Return one function for each logger that is installed; each has written all it was given when `until` is left."""
     found: dict[str, Callable[[dict[str, float], int], None]] = {}
     if find_spec("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter

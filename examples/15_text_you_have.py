@@ -14,7 +14,7 @@ base_dir, teacher_dir = model_folders()
 pairs = [(question, str(int(question[8]) + int(question[12]))) for question in QUESTIONS]  # "what is 2 + 3?", "5"
 
 model, tokenizer = load_model(base_dir, torch.float32)
-# `teacher=None` says that the writer is not known.  A store in memory is enough for a short text: leave `store` out.
+# `teacher=None` means that the writer is not known.  A store in memory is enough for a short text: leave `store` out.
 text = import_text(pairs, tokenizer, teacher=teacher_dir, store=lambda manifest: ZarrStore.open_or_create("runs/15/text.zarr", manifest))
 print(f"{len(text)} texts by {text.manifest.policy.name}, {text.lengths()[:, 1].sum()} tokens to learn")
 

@@ -39,7 +39,7 @@ score_rollouts(store, scorer)
 print(f"the column is the student's, {store.columns['teacher'].logprobs_mode[:19]}...")
 
 before = evaluate_reverse_kl(source, scorer, prompts)
-# Teacher consistency compares models that read the same; say that this is meant.
+# Teacher consistency compares models that read the same; state that this is meant.
 steps = batches(store, rollouts_per_step=32, ref="behavior", consistency=ConsistencyPolicy.PRIVILEGED)[:16]
 student = CausalLMStudent(model, tokenizer)
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""Trajectories of an agent: import what a framework recorded, score it, train on what the policy drew and not on what a tool said.
+"""Trajectories of an agent: import what a framework recorded, score it, train on what the policy drew and not on what a tool wrote.
 
 The loop below stands in for verl, prime-rl or agent-lightning: it draws, calls a tool, draws on, and writes down ids, a mask and log-probs.
 """
@@ -28,7 +28,7 @@ tokenizer = source.tokenizer
 
 
 def answered(names: list[str], asked: list[list[int]]) -> list[dict[str, list]]:
-    """What the policy draws after each prompt."""
+    """Sample what the policy draws after each prompt."""
     drawn = source.sample([Prompt(name, ids) for name, ids in zip(names, asked, strict=True)])
     return [{"ids": rollout.response_ids.tolist(), "logprobs": rollout.behavior_logprobs.tolist()} for rollout in drawn]
 
@@ -50,7 +50,7 @@ records = [
     for question, ids, call, result, answer in zip(QUESTIONS, asked, first, results, second, strict=True)
 ]
 
-# One rollout for each record.  The policy is named by its folder, which says who wrote its SFT text, too.
+# One rollout for each record.  The policy is named by its folder, which also records who wrote its SFT text.
 store = import_trajectories(
     records,
     tokenizer,
@@ -75,7 +75,7 @@ for metrics in opd_steps(student, steps, FusedOPDLoss(ratio_to_ref=True), optimi
     print(f"step {metrics.step:2d}  gap to the teacher {metrics.reverse_kl:+.3f}")
 student.export("runs/17/student", tokenizer, steps.lineage)
 
-# Prefix replay: only the last turn of each, after all that was said before it.
+# Prefix replay: only the last turn of each, after the whole conversation before it.
 last = import_trajectories(records, tokenizer, policy=student_dir, sampling=source.sampling, turns=[-1])
 print(f"the last turns alone: {last.lengths()[:, 1].sum()} response tokens after prompts of {last.lengths()[:, 0].mean():.0f}")
 print(f"the student remembers its teacher: {Lineage.read('runs/17/student').opd_teacher == Lineage.of(teacher_dir).sft_teacher}")

@@ -36,7 +36,7 @@ answers = [str(int(question[8]) + int(question[12])) for question in QUESTIONS] 
 
 
 def learn_sums(folder: str, steps: int, teacher: str | None) -> None:
-    """SFT of the tiny base model."""
+    """Fine-tune the tiny base model on sums."""
     model, tokenizer = load_model(base_dir, torch.float32)
     student = CausalLMStudent(model, tokenizer)
     text = batches(import_text(list(zip(QUESTIONS, answers, strict=True)), tokenizer, teacher=teacher), teacher=None, rollouts_per_step=8)
@@ -54,7 +54,7 @@ sampling = SamplingParams(max_new_tokens=4, samples_per_prompt=8)
 
 
 def is_right(prompt: Prompt, rollout: Rollout) -> float:
-    """The verifier, as `evaluate` takes it: 1.0 if the response is the sum."""
+    """Return 1.0 if the response is the sum: a verifier as `evaluate` takes it."""
     return float(tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip() == prompt.answer)
 
 

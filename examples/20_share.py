@@ -1,4 +1,4 @@
-"""Share a student with its card, and its rollouts as a dataset: private, on the hub, under names that you say.
+"""Share a student with its card, and its rollouts as a dataset: private, on the hub, under names that you choose.
 
 `python examples/20_share.py me/student me/rollouts` pushes both, with the token of `hf auth login`, and reads the rollouts back.
 Without names nothing leaves this machine: the two cards are written beside the student.

@@ -24,7 +24,7 @@ collect_rollouts(source, make_prompts(QUESTIONS, source.tokenizer), store)
 served = StubServer(teacher_dir)
 Thread(target=served.serve_forever, daemon=True).start()
 
-# A server does not say which weights it has.  The folder that it serves does, so `batches` can compare it with the teacher of SFT.
+# A server does not report which weights it has.  The folder that it serves does, so `batches` can compare it with the teacher of SFT.
 teacher = folder_model_id(teacher_dir)
 for column, speaks in (("teacher", "vllm"), ("hosted", "openai")):
     servers = Servers(served.url, served.name, speaks=speaks)

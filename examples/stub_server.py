@@ -21,7 +21,7 @@ class StubServer(ThreadingHTTPServer):
     """Listens on this machine alone.
 
     Args:
-        folder: of a transformers model; it is served under this name.
+        folder: folder of a transformers model; it is served under this name.
         port: 0 takes a free one.
     """
 

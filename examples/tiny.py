@@ -20,10 +20,10 @@ _TOKENS = ["<|eos|>", *"abcdefghijklmnopqrstuvwxyz0123456789 .,?!+-*/="]
 
 
 def model_folders(teachers: int = 1, root: Path = Path("runs/tiny")) -> list[Path]:
-    """Folders of the student and of so many teachers, each with a tokenizer; the same weights every time.
+    """Save the student and so many teachers, each with a tokenizer, and return their folders; the same weights every time.
 
     The student is random, and a teacher is the student with noise on its weights: as near to it as to a student that was fine-tuned on its text.
-    The student's folder says that these teachers wrote that text, as it does for a student that lopd fine-tuned; `batches` asks for it.
+    The student's folder records that these teachers wrote that text, as it does for a student that lopd fine-tuned; `batches` asks for it.
     """
     tokenizer = _tokenizer()
     student = _student(len(tokenizer))
@@ -36,7 +36,7 @@ def model_folders(teachers: int = 1, root: Path = Path("runs/tiny")) -> list[Pat
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """Make a tokenizer of one token a character."""
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(_TOKENS)}, merges=[]))
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([_TOKENS[0]])
@@ -64,7 +64,7 @@ def _student(vocab_size: int) -> Any:
 
 
 def _save(student: Any, seed: int, folder: Path) -> None:
-    """The student itself for seed 0, a teacher for any other."""
+    """Save the student itself for seed 0, a teacher for any other."""
     model = LlamaForCausalLM(student.config)
     model.load_state_dict(student.state_dict())
     generator = torch.Generator().manual_seed(seed)

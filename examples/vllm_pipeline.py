@@ -2,7 +2,7 @@
 
     python examples/vllm_pipeline.py --student SFT_DIR --teacher TEACHER_DIR --prompts FILE.jsonl --store run.zarr --out opd-student
 
-The student is one that lopd fine-tuned on the teacher's text (its folder says so), or pass `--any-teacher`.  Each phase resumes where it was
+The student is one that lopd fine-tuned on the teacher's text (its folder records it), or pass `--any-teacher`.  Each phase resumes where it was
 stopped, and may be a process of its own, on a machine of its own: name the phases to run, as in
 
     python examples/vllm_pipeline.py --phases collect --student ...      # GPUs for the student
@@ -33,7 +33,7 @@ from lopd.records import read_prompts
 
 
 def main() -> None:
-    """The phases that were asked for, one after the other; at no time are two models in memory."""
+    """Run the phases that were asked for, one after the other; at no time are two models in memory."""
     options = parse()
     if "collect" in options.phases:
         collect(options)
@@ -70,7 +70,7 @@ def settings(options: argparse.Namespace) -> VLLMSettings:
 
 
 def collect(options: argparse.Namespace) -> None:
-    """Phase 1: the SFT student answers the prompts."""
+    """Sample the student's answers: phase 1."""
     sampling = SamplingParams(max_new_tokens=options.max_new_tokens, samples_per_prompt=options.samples_per_prompt)
     with closing(VLLMSource.from_folder(options.student, sampling, settings(options))) as source:
         store = ZarrStore.open_or_create(options.store, source.manifest)
@@ -78,13 +78,13 @@ def collect(options: argparse.Namespace) -> None:
 
 
 def score(options: argparse.Namespace) -> None:
-    """Phase 2: the teacher reads the answers."""
+    """Score the answers with the teacher: phase 2."""
     with closing(VLLMScorer.from_folder(options.teacher, settings(options), top_k=options.top_k)) as scorer:
         score_rollouts(ZarrStore.open(options.store), scorer)
 
 
 def train(options: argparse.Namespace) -> None:
-    """Phase 3: the student trains on what is stored."""
+    """Train the student on what is stored: phase 3."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(options.student, torch.float32, device, autocast=torch.bfloat16)
     student = CausalLMStudent(model, tokenizer, autocast=torch.bfloat16)

@@ -94,7 +94,7 @@ else:
 
     @_cache
     def _homes() -> dict[str, str]:
-        """Return public name -> its module, as the imports above say."""
+        """Return public name -> its module, as the imports above have it."""
         nodes = _ast.walk(_ast.parse(_pkgutil.get_data(__name__, "__init__.py")))
         named = [node for node in nodes if isinstance(node, _ast.ImportFrom) and node.module.startswith("lopd.")]
         return {alias.name: node.module for node in named for alias in node.names}

@@ -3,7 +3,7 @@
 Each class is a `LopdError` and also the standard class it specialises, so both `except LopdError` and `except FileNotFoundError` work.
 Messages are one sentence, `<Thing> <id>: <what> is <got>, expected <wanted>; <what to do>.`, and name the first offender only.
 Messages may quote a store, a model or a server: what a terminal would not print is spelled out in them.
-To add one: subclass `LopdError` and the nearest standard class, take a single message so that it pickles, say what it means and what to do.
+To add one: subclass `LopdError` and the nearest standard class, take a single message so that it pickles, state what it means and what to do.
 """
 
 
@@ -34,7 +34,7 @@ class LopdWarning(UserWarning):
 
 class InvalidRecordError(LopdError, ValueError):
     """A prompt, rollout, score or batch that breaks the contract of its type.
-    To do: Look at the record or setting that the message names; it says what was got and what is wanted.
+    To do: Look at the record or setting that the message names; it states what was found and what is expected.
     """
 
 
@@ -76,7 +76,7 @@ class EngineError(LopdError, RuntimeError):
 
 class ModelError(LopdError, TypeError):
     """A model that cannot be sampled, scored or trained here without changing what it computes.
-    To do: Do what the message proposes; the page "Models that were tried" says what each family can do.
+    To do: Do what the message proposes; the page "Models that were tried" lists what each family can do.
     """
 
 
@@ -141,7 +141,7 @@ class UncheckedDataWarning(LopdWarning):
 
 
 class StoreWriteError(LopdError, OSError):
-    """The operating system refused a write: nothing of it was committed, or its durability is in doubt; the message says which.
+    """The operating system refused a write: nothing of it was committed, or its durability is in doubt; the message states which.
     To do: Free space or mend permissions, and repeat the call; what was committed before stays.
     """
 
@@ -154,7 +154,7 @@ class TeacherConsistencyError(LopdError, ValueError):
 
 class TeacherConsistencyWarning(LopdWarning):
     """The same as `TeacherConsistencyError`, where the caller chose to go on, or before that is decided.
-    To do: Nothing, if you meant it; the student's lineage says what was done.
+    To do: Nothing, if you meant it; the student's lineage records what was done.
     """
 
 
@@ -256,7 +256,7 @@ class MissingDependencyError(LopdError, ImportError):
 
 class HubError(LopdError, OSError):
     """A model hub that refuses a request, or cannot be reached.
-    To do: Check the name, `hf auth login` and the network; nothing is half pushed that the message does not name.
+    To do: Check the name, `hf auth login` and the network; nothing is pushed in part except what the message names.
     """
 
 

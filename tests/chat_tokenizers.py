@@ -37,7 +37,7 @@ PARTS = (
 
 
 def byte_tokenizer(chat_template=CHATML, *, before="", after="", eos="<|im_end|>", special=SPECIAL):
-    """256 bytes and special tokens; `before` and `after` are what the tokenizer adds to plain text by itself, for example "<s>"."""
+    """Make a tokenizer of 256 bytes and special tokens; `before` and `after` are what it adds to plain text by itself, for example "<s>"."""
     vocab = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,5 +50,5 @@ def byte_tokenizer(chat_template=CHATML, *, before="", after="", eos="<|im_end|>
 
 
 def texts(tokenizer, prompts):
-    """What the policy reads, as text."""
+    """Return what the policy reads, as text."""
     return [tokenizer.decode(prompt.token_ids.tolist()) for prompt in prompts]

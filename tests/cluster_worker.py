@@ -24,7 +24,10 @@ _KINDS: dict[str, Any] = {"zarr": ZarrStore, "lance": LanceStore}
 
 
 def deliveries(rows: int, writer: int) -> list[Sequence[int]]:
-    """The rows of each call of a writer.  Every third batch is handed in by two writers: at least once is all that a queue of work promises."""
+    """Return the rows of each call of a writer.
+
+    Every third batch is handed in by two writers: a queue of work promises delivery at least once.
+    """
     found: list[Sequence[int]] = []
     for batch, first in enumerate(range(0, rows, _ROWS_PER_CALL)):
         writers = (batch, batch + 1) if batch % 3 == 0 else (batch,)
@@ -49,7 +52,7 @@ def write(kind: str, url: str, whole: MemoryStore, writer: int) -> None:
 
 
 def train(store: LogprobStore) -> dict[str, Any]:
-    """Metrics of every step, and the weights at the end, on rank 0."""
+    """Train, and return the metrics of every step, and the weights at the end, on rank 0."""
     from ranks_worker import STEPS, Case, make_optimizer, make_student  # it imports transformers, which no writer needs
 
     student = make_student(Case(), Ranks.current())
@@ -59,7 +62,7 @@ def train(store: LogprobStore) -> dict[str, Any]:
 
 
 def main(environment: Mapping[str, str], work: str, kind: str, url: str, folder: Path, ranks: Ranks) -> None:
-    """One of the two, as rank so-and-so; stores find the bucket in this environment."""
+    """Write or train, as the rank that was passed; stores find the bucket in this environment."""
     os.environ.update(environment)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting-{work}", rank=ranks.rank, world_size=ranks.size)
     if work == "write":

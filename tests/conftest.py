@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that start vLLM have a process of their own: it takes over torch's threads, random state and process group."""
+    """Give tests that start vLLM a process of their own: it takes over torch's threads, random state and process group."""
     marked = [item for item in items if item.get_closest_marker("vllm")]
     asked = "vllm" in config.getoption("markexpr")
     reason = _why_no_vllm() if marked and asked else "starts vLLM, which changes torch for the whole process: run `make test-engines`"
@@ -78,7 +78,7 @@ def _seeded() -> None:
 
 
 def _characters_and_merges(size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Special tokens, printable characters, then pairs of letters until there are `size` tokens."""
+    """Return special tokens, printable characters, then pairs of letters until there are `size` tokens."""
     characters = [*"abcdefghijklmnopqrstuvwxyz", *"0123456789", *" .,?!+-*/="]
     merges = [(a, b) for a in "abcdefg" for b in "abcdefghijk"][: size - len(SPECIAL) - len(characters)]
     tokens = [*SPECIAL, *characters, *(a + b for a, b in merges)]
@@ -86,7 +86,7 @@ def _characters_and_merges(size: int) -> tuple[dict[str, int], list[tuple[str, s
 
 
 def build_tokenizer(swap: tuple[str, str] | None = None) -> PreTrainedTokenizerFast:
-    """Character-level BPE: "a", "b" sampled one by one is read back as "ab".  `swap` exchanges the ids of two tokens."""
+    """Make a character-level BPE: "a", "b" sampled one by one is read back as "ab".  `swap` exchanges the ids of two tokens."""
     vocab, merges = _characters_and_merges(96)
     if swap is not None:
         vocab[swap[0]], vocab[swap[1]] = vocab[swap[1]], vocab[swap[0]]
@@ -96,7 +96,7 @@ def build_tokenizer(swap: tuple[str, str] | None = None) -> PreTrainedTokenizerF
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, pad_token=EOS, chat_template=CHAT_TEMPLATE)
 
 
-#: What a student of these models says of the tokenizer it reads.
+#: What a student of these models states of the tokenizer it reads.
 TOKENIZER_ID = fingerprint_tokenizer(build_tokenizer())
 
 
@@ -110,7 +110,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def swapped_tokenizer() -> PreTrainedTokenizerFast:
-    """As large as `tokenizer`, but two ids mean each other's token."""
+    """Return a tokenizer as large as `tokenizer`, but two ids mean each other's token."""
     return build_tokenizer(swap=("x", "y"))
 
 
@@ -162,7 +162,7 @@ _KINDS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def build_model(kind: str, seed: int = 0) -> Any:
-    """A random model in eval mode whose next-token distributions are far from flat and far from each other."""
+    """Build a random model in eval mode whose next-token distributions are far from flat and far from each other."""
     prefix, vocab_size, special = _KINDS[kind]
     shape = dict(_GPT2_SHAPE if prefix == "GPT2" else _SHAPE)
     if prefix == "GPT2":
@@ -183,13 +183,13 @@ def build_model(kind: str, seed: int = 0) -> Any:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Any]:
-    """`make_model(kind, seed)`: a new model, for a test that needs one of its own."""
+    """Return `make_model(kind, seed)`: a new model, for a test that needs one of its own."""
     return build_model
 
 
 @pytest.fixture(scope="session")
 def models() -> Callable[[str], Any]:
-    """`models(kind)`: one shared model of each kind; never train it."""
+    """Return `models(kind)`: one shared model of each kind; never train it."""
     made: dict[str, Any] = {}
 
     def get(kind: str) -> Any:
@@ -212,14 +212,14 @@ def qwen3(models: Callable[[str], Any]) -> Any:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
-    """Seven prompts of 1 to 11 tokens, none of them special."""
+    """Return seven prompts of 1 to 11 tokens, none of them special."""
     rng = np.random.default_rng(0)
     return [Prompt(f"p{i}", rng.integers(len(SPECIAL), 96, size=n)) for i, n in enumerate((5, 1, 11, 3, 8, 2, 5))]
 
 
 @pytest.fixture(scope="session")
 def rollouts() -> list[Rollout]:
-    """Rollouts of very different lengths, one with a single token on either side and one with a mask; no model sampled them."""
+    """Return rollouts of very different lengths, one with a single token on either side and one with a mask; no model sampled them."""
     rng = np.random.default_rng(1)
     made = []
     for i, (p, t) in enumerate([(4, 6), (1, 1), (9, 2), (2, 13), (1, 5), (12, 1), (6, 6)]):
@@ -232,7 +232,7 @@ def rollouts() -> list[Rollout]:
 
 @pytest.fixture(scope="session")
 def full_logprobs() -> Callable[[Any, Rollout], np.ndarray]:
-    """The truth: one rollout alone through the whole model, float32 log-softmax over the tokenizer's 96 ids at temperature 1."""
+    """Return the truth: one rollout alone through the whole model, float32 log-softmax over the tokenizer's 96 ids at temperature 1."""
 
     def compute(model: Any, rollout: Rollout) -> np.ndarray:
         ids = torch.tensor([*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()])
@@ -246,7 +246,7 @@ def full_logprobs() -> Callable[[Any, Rollout], np.ndarray]:
 
 @pytest.fixture(scope="session")
 def contents() -> Callable[[Any], Sequence[tuple[str, bytes]]]:
-    """What a store holds, in order: rollout ids and content hashes."""
+    """Return what a store holds, in order: rollout ids and content hashes."""
 
     def read(store: Any) -> Sequence[tuple[str, bytes]]:
         return [(r.rollout.rollout_id, r.rollout.content_hash) for r in store.read(range(len(store)))]
@@ -261,7 +261,7 @@ from s3_server import s3  # noqa: E402, F401
 
 @pytest.fixture(scope="session")
 def near_teacher(llama):
-    """Near the llama, as a teacher is to the student that was SFT-trained on its text."""
+    """Return a model near the llama, as a teacher is to the student that was SFT-trained on its text."""
     teacher = copy.deepcopy(llama)
     torch.manual_seed(4)
     with torch.no_grad():
@@ -272,7 +272,7 @@ def near_teacher(llama):
 
 @pytest.fixture
 def browser() -> Iterator[Any]:
-    """A headless Chromium."""
+    """Start a headless Chromium."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: run `make test-browser`")
     if chromium is None:

@@ -1,8 +1,8 @@
-"""Writers that are there to be killed, in processes of their own, and a reader that says what a kill must not do.
+"""Writers that are there to be killed, in processes of their own, and a reader that checks what a kill must not do.
 
     python tests/crash_worker.py zarr runs/x.zarr     appends, scores and compacts until it is killed, and prints each call after it returned
 
-Everything it writes can be made again from its number, so that nobody has to remember it.  Each call writes one batch, whose size follows
+Everything it writes can be made again from its number, so it need not be remembered.  Each call writes one batch, whose size follows
 from its number: a store that holds something between two batches holds part of a call.
 """
 
@@ -47,7 +47,7 @@ class Place:
     Args:
         backend: "zarr" or "lance".
         url: path or URL.
-        storage_options: of the store.
+        storage_options: options of the storage.
     """
 
     backend: str
@@ -59,26 +59,26 @@ class Place:
         return getattr(import_module(module), name)
 
     def open(self) -> Any:
-        """The store that is there."""
+        """Open the store."""
         return self._class().open(self.url, storage_options=dict(self.storage_options) or None)
 
     def open_or_create(self) -> Any:
-        """The store, an empty one if there is none."""
+        """Open the store, or make an empty one."""
         return self._class().open_or_create(self.url, tiny_manifest(), storage_options=dict(self.storage_options) or None)
 
     def through(self, storage_options: Mapping[str, Any]) -> "Place":
-        """The same store by another way."""
+        """Return the same store, reached with other options."""
         return evolve(self, storage_options=storage_options)
 
 
 def provenance_of(column: str) -> Provenance:
-    """Whose scores the columns are."""
+    """Return the provenance of a column."""
     return tiny_provenance(column, top_k=TOP_K if column == "teacher" else 0)
 
 
 @lru_cache(maxsize=4096)
 def rollout(i: int) -> Rollout:
-    """The i-th row: of any length, some with a mask, some with behavior log-probs."""
+    """Make the i-th row: of any length, some with a mask, some with behavior log-probs."""
     length = 1 + i * 37 % 300
     fields: dict[str, Any] = {"prompt_ids": (np.arange(1 + i % 5) + i) % 300}
     if i % 3 == 0:
@@ -90,19 +90,19 @@ def rollout(i: int) -> Rollout:
 
 @lru_cache(maxsize=4096)
 def scores(column: str, i: int) -> Scores:
-    """What a column says of the i-th row."""
+    """Return the scores of the i-th row in a column."""
     length = rollout(i).response_ids.size
     top_k = tiny_top_k(length, TOP_K, i % 90) if column == "teacher" else None
     return Scores.of(rollout(i), -(np.arange(length, dtype=np.float32) + i % 11) / 16 - len(column), i % 3, top_k)
 
 
 def begin(batch: int) -> int:
-    """The first row of a batch; batches have 1 to 7 rows."""
+    """Return the first row of a batch; batches have 1 to 7 rows."""
     return sum(1 + k * 5 % 7 for k in range(batch))
 
 
 def batch_that_begins_at(row: int) -> int:
-    """The number of this batch; an AssertionError if no batch begins there, so that part of a call is in the store."""
+    """Return the number of this batch; an AssertionError if no batch begins there, so that part of a call is in the store."""
     batch = next(k for k in range(row + 1) if begin(k) >= row)
     assert begin(batch) == row, f"the store ends at row {row}, inside a batch"
     return batch
@@ -125,7 +125,7 @@ def _write(store: DurableStore, call: Call) -> Call:
 
 
 def calls(store: DurableStore) -> Iterator[Call]:
-    """What is left to do in this store, without an end."""
+    """Yield what is left to do in this store, without an end."""
     done = batch_that_begins_at(len(store))
     if done:
         # The last call may have been cut off before it was acknowledged; to repeat it must change nothing.
@@ -152,12 +152,12 @@ def write(place: Place, acknowledge: Acknowledge, stop_at: int | None = None) ->
 
 
 def write_to(place: Place, pipe: Connection, stop_at: int | None = None) -> None:
-    """`write` in a process of its own."""
+    """Call `write` in a process of its own."""
     write(place, pipe.send, stop_at)
 
 
 def die_at(place: Place, pipe: Connection, operation: int, stop_at: int) -> None:
-    """`write` to a local folder, killed right before the n-th thing it does to a file of the store."""
+    """Call `write` on a local folder, and be killed right before the n-th thing it does to a file of the store."""
     left = operation
 
     def count(event: str, args: tuple[Any, ...]) -> None:
@@ -175,7 +175,7 @@ _FILE_EVENTS = {"open", "os.mkdir", "os.link", "os.rename", "os.remove", "os.rmd
 
 
 def take_part(place: Place, pipe: Connection, writer: int, rounds: int) -> None:
-    """One of several writers: rows and scores of its own, a row that all of them write, and now and then a compaction."""
+    """Write as one of several writers: rows and scores of its own, a row that all of them write, and now and then a compaction."""
     store = place.open()
     for i in range(rounds):
         mine = [rollout(1000 * (writer + 1) + 2 * i + j) for j in range(2)]
@@ -188,12 +188,12 @@ def take_part(place: Place, pipe: Connection, writer: int, rounds: int) -> None:
 
 
 def number(item: Rollout) -> int:
-    """The inverse of `rollout`."""
+    """Return the number of a rollout, the inverse of `rollout`."""
     return int(item.rollout_id.removeprefix("r"))
 
 
 def check_rows(store: Any, numbers: Sequence[int] | None = None) -> None:
-    """Every row that is visible has what its number says it has, in all columns that say they have it.
+    """Check that every visible row has the content of its number, in all columns that report it as scored.
 
     Args:
         store: any.
@@ -221,7 +221,7 @@ def check_rows(store: Any, numbers: Sequence[int] | None = None) -> None:
 
 
 def check(place: Place, acknowledged: Sequence[Call]) -> int:
-    """A reader that opens the store now: all that was acknowledged is there, calls are there whole or not at all, every row verifies.
+    """Open the store as a reader: all that was acknowledged is there, calls are there whole or not at all, every row verifies.
 
     Returns:
         The number of batches in the store.
@@ -248,7 +248,7 @@ class Worker:
     """A process that runs one of the functions above on a place and a pipe."""
 
     def __init__(self, work: Callable[..., None], place: Place, *args: Any) -> None:
-        """Starts it, from a server that has everything loaded and has never touched a store."""
+        """Start the process, from a server that has everything loaded and has never touched a store."""
         self._pipe, theirs = FORKS.Pipe(duplex=False)
         self.process: BaseProcess = FORKS.Process(target=work, args=(place, theirs, *args), daemon=True)
         self.process.start()
@@ -256,7 +256,7 @@ class Worker:
         self.acknowledged: list[Call] = []
 
     def wait_for(self, n: int) -> None:
-        """Until it acknowledged so many calls, or ended."""
+        """Wait until it has acknowledged so many calls, or has ended."""
         while len(self.acknowledged) < n and self._take():
             pass
 
@@ -271,7 +271,7 @@ class Worker:
         return False
 
     def join(self) -> list[Call]:
-        """What it acknowledged in all its life; waits for the end of it."""
+        """Wait for its end; return what it acknowledged in all its life."""
         while self._take():
             pass
         self.process.join()
@@ -279,7 +279,7 @@ class Worker:
         return self.acknowledged
 
     def kill(self) -> list[Call]:
-        """SIGKILL; gives what it acknowledged.  A worker that failed by itself is an error."""
+        """Send SIGKILL; return what it acknowledged.  A worker that failed by itself is an error."""
         self.process.kill()
         acknowledged = self.join()
         assert self.process.exitcode == -signal.SIGKILL, f"the worker ended by itself with exit code {self.process.exitcode}"

@@ -12,7 +12,7 @@ KINDS = {"llama_tied": ("Llama", VOCAB, True), "qwen3_padded": ("Qwen3", VOCAB +
 
 
 def save_model(folder: Path, kind: str, seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2) -> Path:
-    """The folder, with a model of this kind in it."""
+    """Save a model of this kind into the folder, and return it."""
     prefix, rows, tied = KINDS[kind]
     config = getattr(transformers, f"{prefix}Config")(
         vocab_size=rows,
@@ -36,7 +36,7 @@ def save_model(folder: Path, kind: str, seed: int = 0, dtype: torch.dtype = torc
 
 
 def drawn_logprobs(model, rollout, temperature=1.0, top_p=1.0):
-    """(T,) log-probs of a rollout in the distribution that a sampler with these settings draws from, token by token."""
+    """Return (T,) log-probs of a rollout in the distribution that a sampler with these settings draws from, token by token."""
     ids, start = [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()], rollout.prompt_ids.size
     with torch.no_grad():
         logits_TV = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, start - 1 : -1, :VOCAB].double()

@@ -17,7 +17,7 @@ LATER = ModelId("policy", "rev-1", "float32")
 
 
 def fill(store: Any, n: int = 30, drawn: int = 2) -> Any:
-    """Two rounds of sampling, a teacher with a support of most rollouts, drawn tokens among it, and a second column of a few."""
+    """Fill a store: two rounds of sampling, a teacher with a support of most rollouts, drawn tokens among it, and a second column of a few."""
     store.begin_generation(1, LATER)
     items = [tiny_rollout(f"p{i}/s0/g{i % 2}", (np.arange(1 + i % 7) + i) % 300, generation=i % 2) for i in range(n)]
     items[3] = tiny_rollout("masked", loss_mask=[True, False, True], behavior_logprobs=[0.0, -1e-45, -3e38], finish_reason="length")
@@ -45,7 +45,7 @@ def assert_equal_stores(left: LogprobReader, right: LogprobReader) -> None:
 
 
 def without_checksums(table: pa.Table) -> pa.Table:
-    """A table as programs write it that know the columns and not the checksums."""
+    """Return a table as programs write it that know the columns and not the checksums."""
     document = json.loads(table.schema.metadata[b"lopd"])
     kept = {key: document[key] for key in ("manifest", "generations", "columns", "quarantined")}
     return table.drop_columns(["checksum"]).replace_schema_metadata({"lopd": json.dumps(kept)})

@@ -8,7 +8,7 @@ from lopd.backends.zarr.store import ZarrStore
 
 
 def fill(place: Place, first: int = 0, n: int = 4) -> ZarrStore:
-    """A store with these rows, scored in both columns, by a connection without faults."""
+    """Make a store of these rows, scored in both columns, by a connection without faults."""
     store: ZarrStore = place.open_or_create()
     store.append([rollout(i) for i in range(first, first + n)])
     for column in ("teacher", "ref"):
@@ -18,5 +18,5 @@ def fill(place: Place, first: int = 0, n: int = 4) -> ZarrStore:
 
 @pytest.fixture
 def place(s3: S3Server) -> Place:
-    """In the bucket, by the direct way; nothing is there yet."""
+    """Return a place in the bucket, reached directly; nothing is there yet."""
     return Place("zarr", s3.new_url(), s3.storage_options)

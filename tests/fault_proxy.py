@@ -93,7 +93,7 @@ class FaultProxy:
         self._plan(n, method, path, before=lambda handler: handler.answer(status))
 
     def refuse_after(self, n: int = 1, method: str = "", path: str = "", status: int = 503) -> None:
-        """As `refuse`, but the server has done what was asked."""
+        """Do as `refuse`, but the server has done what was asked."""
         self._plan(n, method, path, after=lambda handler: handler.answer(status))
 
     def cut(self, n: int = 1, method: str = "", path: str = "") -> None:
@@ -152,7 +152,7 @@ class FaultProxy:
         self.unheard.add(header.lower())
 
     def heal(self) -> None:
-        """No more faults, whatever was planned."""
+        """Remove all planned faults."""
         with self._lock:
             self._faults.clear()
             self.unheard.clear()
@@ -175,7 +175,7 @@ class FaultProxy:
             self._requests.clear()
 
     def count(self, method: str = "", path: str = "") -> int:
-        """How many requests matched."""
+        """Count the requests that matched."""
         return sum(1 for request in self.requests if re.search(method, request.method) and re.search(path, request.path))
 
     def arrived(self, request: Request) -> _Fault | None:
@@ -200,7 +200,7 @@ class _Listener(ThreadingHTTPServer):
         self.open: set[socket.socket] = set()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is what this is all about."""
+        """Ignore the error: clients go away on purpose here."""
 
     def drop_connections(self) -> None:
         for connection in list(self.open):
@@ -228,7 +228,7 @@ class _Handler(BaseHTTPRequestHandler):
             super().finish()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Quiet."""
+        """Print nothing."""
 
     def relay(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -265,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
                     raise
         self.status, self.reason, self.body = response.status, response.reason, response.read()
         self.answered = [(name, value) for name, value in response.getheaders() if name.lower() not in _HOP_BY_HOP]
-        # To HEAD, the server says how long the body would be.
+        # To HEAD, the server answers how long the body would be.
         self.length = response.getheader("content-length") if self.command == "HEAD" else str(len(self.body))
 
     def send(self, body: bytes) -> None:
@@ -301,7 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def proxy(s3: S3Server) -> Iterator[FaultProxy]:
-    """A proxy without faults; `proxy.storage_options` lead through it."""
+    """Start a proxy without faults; `proxy.storage_options` lead through it."""
     made = FaultProxy(s3)
     try:
         yield made

@@ -71,12 +71,12 @@ _STORES: dict[str, Any] = {"lance": LanceStore, "zarr": ZarrStore}
 
 
 def many(start: int, count: int) -> list[Any]:
-    """Rollouts of some kilobytes each."""
+    """Make rollouts of some kilobytes each."""
     return [tiny_rollout(f"r{i}", np.arange(1000) % 300) for i in range(start, start + count)]
 
 
 def calls(store: Any) -> list[tuple[str, Callable[[], object], set[str]]]:
-    """What is done to a store, and which rows, or which of its scores, are there when it returned."""
+    """Return calls on a store, and which rows, or which of their scores, are there when each has returned."""
     found: list[tuple[str, Callable[[], object], set[str]]] = []
     for k in range(4):
         batch = many(10 * k, 3)
@@ -90,7 +90,10 @@ def calls(store: Any) -> list[tuple[str, Callable[[], object], set[str]]]:
 
 
 def trial(kind: str, path: Path, arm: Callable[[int, int, int], int], nth: int) -> dict[str, Any]:
-    """One store whose n-th write fails, or, for a negative number, each with 2 %; what was acknowledged and is lost, and which errors came."""
+    """Write a store whose n-th write fails, or, for a negative number, each with 2 %.
+
+    Return what was acknowledged and is lost, and the errors.
+    """
     store, there, errors = _STORES[kind].create(path, tiny_manifest()), {"rollouts": set[str](), "ref": set[str]()}, []
     arm(max(nth, 0), 20 if nth < 0 else 0, -nth)
     for column, call, names in calls(store):

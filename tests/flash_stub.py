@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 def flash(
     module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **known: Any
 ) -> tuple[Tensor, None]:
-    """(B, S, H, D) of (B, H, S, D) queries, keys and values."""
+    """Return (B, S, H, D) of (B, H, S, D) queries, keys and values."""
     assert attention_mask is None, "the real one takes a mask of padding alone"
     groups = query.shape[1] // key.shape[1]
     parts = [query, *(tensor.repeat_interleave(groups, 1, output_size=query.shape[1]) for tensor in (key, value))]
@@ -33,7 +33,7 @@ def flash(
 
 @contextmanager
 def take_flash(model: Any, name: str = "flash_attention_2", attention: Any = flash) -> Iterator[None]:
-    """The model computes its attention with it; on the CPU transformers would refuse to set it."""
+    """Make the model compute its attention with this function; on the CPU transformers would refuse to set it."""
     configs = [model.config, *(part.config for part in model.modules() if hasattr(part, "config"))]
     before = [config._attn_implementation for config in configs]
     installed = ALL_ATTENTION_FUNCTIONS._global_mapping[name]
@@ -50,7 +50,7 @@ def take_flash(model: Any, name: str = "flash_attention_2", attention: Any = fla
 
 @contextmanager
 def take_flex(model: Any) -> Iterator[None]:
-    """FlexAttention, whose mask is a whole one here, and which is compiled nowhere."""
+    """Make the model take FlexAttention, whose mask is a whole one here, and which is compiled nowhere."""
     masks = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
     installed, masks["flex_attention"] = masks["flex_attention"], masks["sdpa"]
     try:

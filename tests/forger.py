@@ -1,4 +1,4 @@
-"""Forges the JSON of a store, seals it as lopd would, and says what each call of a store makes of it.
+"""Forges the JSON of a store, seals it as lopd would, and reports what each call of a store makes of it.
 
     python forger.py zarr|lance FOLDER COUNT
 
@@ -49,7 +49,7 @@ ANYTHING: list[Any] = [
 
 
 def build(kind: str, folder: Path) -> None:
-    """A store with all that a store may have, in several commits, some of them merged."""
+    """Build a store with all that a store may have, in several commits, some of them merged."""
     store = KINDS[kind].create(folder, tiny_manifest())
     store.begin_generation(1, ModelId("later", "rev", "float32"))
     reported = {"behavior_logprobs": [0, -1, -2], "sampler_logprobs": [0, -0.5, -1]}
@@ -70,12 +70,15 @@ def build(kind: str, folder: Path) -> None:
 
 
 def copied(folder: Path, place: Path) -> Path:
-    """A copy of a store; Zarr stores never change a file, so links will do."""
+    """Copy a store; Zarr stores never change a file, so links will do."""
     return shutil.copytree(folder, place, copy_function=os.link if (folder / "zarr.json").exists() else shutil.copy2)
 
 
 def documents(folder: Path) -> dict[str, list[Path]]:
-    """JSON files of each kind; what LanceDB writes in its tables is its own.  The records of a log are of the kinds that they say."""
+    """Return the JSON files of each kind.
+
+    What LanceDB writes in its tables is its own.  The records of a log are of the kinds that they state.
+    """
     kinds: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*.json")):
         if not any(part.endswith(".lance") for part in path.relative_to(folder).parts[:-1]):
@@ -86,7 +89,7 @@ def documents(folder: Path) -> dict[str, list[Path]]:
 
 
 def places(document: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The keys that lead to each value of a document, of lists only the first and the last."""
+    """Yield the keys that lead to each value of a document, of lists only the first and the last."""
     items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
     for key, value in items:
         if isinstance(key, str) or key in (0, len(document) - 1):
@@ -95,7 +98,7 @@ def places(document: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
 
 
 def forgeries(document: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Names of forgeries, and functions that make them."""
+    """Yield names of forgeries, and functions that make them."""
     for keys in [(), *places(document)]:
         for label, change in _changes({"": document}, ("", *keys)):
             yield f"{'.'.join(map(str, keys)) or 'all'}: {label}", partial(_forged, document, keys, change)
@@ -127,7 +130,7 @@ def _changes(document: Any, keys: tuple[Any, ...]) -> Iterator[tuple[str, Callab
 
 
 def sealed(document: Any, original: Any) -> bytes:
-    """The document as lopd would write it: with a checksum that is right, wherever the original has one."""
+    """Seal the document as lopd would write it: with a checksum that is right, wherever the original has one."""
     body = document
     if isinstance(document, dict) and isinstance(original, dict):
         if "checksum" in original:
@@ -145,7 +148,7 @@ def _dump(document: Any) -> bytes:
 
 
 def examine(kind: str, folder: Path) -> list[str]:
-    """Everything that people do with a store; gives what was raised that is not lopd's."""
+    """Do everything that people do with a store; return the errors that are not lopd's."""
     found: list[str] = []
 
     def call(name: str, work: Callable[[], Any]) -> Any:
@@ -192,7 +195,7 @@ def examine(kind: str, folder: Path) -> list[str]:
 
 
 def cases(path: Path) -> list[tuple[Path, str, Callable[[], Any]]]:
-    """All forgeries of a file."""
+    """Return all forgeries of a file."""
     return [(path, label, forge) for label, forge in forgeries(json.loads(path.read_text()))]
 
 

@@ -66,12 +66,12 @@ class BigramLM(nn.Module):
         return loss(self.embedding_VD[batch.inputs], LMHead(self.head_VD, self.bias_V), batch)
 
     def logprobs_VV(self) -> Tensor:
-        """Row: the last token, column: the next one.  Carries the gradient, and uses nothing of lopd."""
+        """Return a table: row, the last token; column, the next one.  Carries the gradient, and uses nothing of lopd."""
         logits_VV = self.embedding_VD @ self.head_VD.T + self.bias_V
         return logits_VV - logits_VV.exp().sum(-1, keepdim=True).log()
 
     def drifted(self, seed: int, distance: float) -> "BigramLM":
-        """A model of the same shape at this distance from here, in a random direction."""
+        """Make a model of the same shape at this distance from here, in a random direction."""
         direction = BigramLM(self.vocab, self.embedding_VD.shape[1], seed)
         norm = torch.cat([p.flatten() for p in direction.parameters()]).norm()
         with torch.no_grad():
@@ -106,22 +106,22 @@ class BigramWorld:
         return product(range(self.vocab), repeat=self.horizon)
 
     def per_response(self, values_VV: Tensor) -> list[Tensor]:
-        """For each response the (T,) entries of a (last, next) table at its tokens."""
+        """Return for each response the (T,) entries of a (last, next) table at its tokens."""
         return [values_VV[torch.tensor((prompt[-1], *response[:-1])), torch.tensor(response)] for prompt, response in self.responses]
 
     def probabilities_R(self, model: BigramLM) -> Tensor:
-        """Joint probability of prompt and response, detached; sums to 1."""
+        """Return the joint probability of prompt and response, detached; sums to 1."""
         sums_R = torch.stack([t.sum() for t in self.per_response(model.logprobs_VV().detach())])
         return sums_R.exp() / len(self.prompts)
 
     def kl(self, student: BigramLM, teacher: BigramLM) -> float:
-        """KL(student, teacher) between whole responses, nats, by summing over all of them."""
+        """Return KL(student, teacher) between whole responses, nats, by summing over all of them."""
         gaps_VV = (student.logprobs_VV() - teacher.logprobs_VV()).detach()
         gaps_R = torch.stack([gap_T.sum() for gap_T in self.per_response(gaps_VV)])
         return float((self.probabilities_R(student) * gaps_R).sum())
 
     def visits_V(self, model: BigramLM) -> Tensor:
-        """(V,) how often, on average, a response of this model predicts a token after each token; detached, by forward recursion."""
+        """Return (V,) how often, on average, a response of this model predicts a token after each token; detached, by forward recursion."""
         transition_VV = model.logprobs_VV().detach().exp()
         now_V = torch.zeros(self.vocab, dtype=torch.float64)
         for prompt in self.prompts:
@@ -134,12 +134,15 @@ class BigramWorld:
         return visits_V
 
     def objective(self, student: BigramLM, teacher: BigramLM, states_of: BigramLM) -> Tensor:
-        """Minus the exact KL of the next-token distributions, summed over the states that `states_of` visits; no sampled token in it."""
+        """Return minus the exact KL of the next-token distributions, summed over the states that `states_of` visits.
+
+        It has no sampled token in it.
+        """
         log_s, log_t = student.logprobs_VV(), teacher.logprobs_VV().detach()
         return -(self.visits_V(states_of) * (log_s.exp() * (log_s - log_t)).sum(-1)).sum()
 
     def batch(self, weights_R: Tensor, teacher: BigramLM, ref: BigramLM) -> Batch:
-        """All responses through `collate`, each token weighted by its response's weight, with float64 weights and log-probs."""
+        """Collate all responses, each token weighted by its response's weight, with float64 weights and log-probs."""
         columns = {name: self.per_response(model.logprobs_VV().detach()) for name, model in (("teacher", teacher), ("ref", ref))}
         records = [
             scored(make_rollout(f"r{i}", prompt, response), {name: values[i].clamp(max=0.0).tolist() for name, values in columns.items()})
@@ -151,30 +154,30 @@ class BigramWorld:
 
 
 def _exact(packed: Batch, name: str, model: BigramLM) -> Tensor:
-    """A column in float64, after a check that collate put the same values into the same places."""
+    """Return a column in float64, after a check that collate put the same values into the same places."""
     exact_N = model.logprobs_VV().detach()[packed.inputs, packed.targets] * (packed.weight > 0)
     torch.testing.assert_close(getattr(packed, f"{name}_logprobs").double(), exact_N, rtol=1e-6, atol=1e-6)
     return exact_N
 
 
 def flat_gradient(model: nn.Module, value: Tensor) -> Tensor:
-    """The gradient of a scalar with respect to all parameters, as one vector."""
+    """Return the gradient of a scalar with respect to all parameters, as one vector."""
     gradients = torch.autograd.grad(value, list(model.parameters()))
     return torch.cat([g.flatten() for g in gradients])
 
 
 def make_rollout(rollout_id: str, prompt: Sequence[int], response: Sequence[int], loss_mask: Sequence[bool] | None = None) -> Rollout:
-    """A rollout; every response token counts unless a mask says otherwise."""
+    """Make a rollout; every response token counts unless a mask is given."""
     return Rollout(rollout_id, prompt, response, [True] * len(response) if loss_mask is None else loss_mask, "stop")
 
 
 def scored(rollout: Rollout, scores: Mapping[str, Sequence[float]]) -> ScoredRollout:
-    """A record as a store would give it."""
+    """Make a record as a store would give it."""
     return ScoredRollout(rollout, {name: Scores.of(rollout, values).logprobs for name, values in scores.items()})
 
 
 def random_rollouts(seed: int, count: int, vocab: int = 5, longest: int = 5, masked: float = 0.0) -> list[Rollout]:
-    """Rollouts of 1 to `longest` prompt and response tokens; a share `masked` of the response tokens does not count."""
+    """Make rollouts of 1 to `longest` prompt and response tokens; a share `masked` of the response tokens does not count."""
     random = np.random.default_rng(seed)
     rollouts = []
     for i in range(count):
@@ -186,7 +189,7 @@ def random_rollouts(seed: int, count: int, vocab: int = 5, longest: int = 5, mas
 
 
 def random_records(seed: int, count: int, vocab: int = 5, longest: int = 5, masked: float = 0.3) -> list[ScoredRollout]:
-    """Random rollouts with a `teacher` and a `ref` column of random log-probs, 0 to about -6 nats."""
+    """Make random rollouts with a `teacher` and a `ref` column of random log-probs, 0 to about -6 nats."""
     random = np.random.default_rng((seed, 1))
     return [
         scored(r, {name: (-2.0 * random.exponential(size=r.response_ids.size)).tolist() for name in ("teacher", "ref")})
@@ -197,37 +200,37 @@ def random_records(seed: int, count: int, vocab: int = 5, longest: int = 5, mask
 def random_batch(
     seed: int = 0, count: int = 4, vocab: int = 5, weighting: Weighting = by_rollout, dtype: torch.dtype = torch.float64
 ) -> Batch:
-    """A packed batch of random records, with weights and log-probs in this dtype."""
+    """Make a packed batch of random records, with weights and log-probs in this dtype."""
     return to_dtype(collate(random_records(seed, count, vocab), weighting, teacher="teacher", ref="ref"), dtype)
 
 
 def to_dtype(batch: Batch, dtype: torch.dtype) -> Batch:
-    """The same batch with weights and log-probs in another dtype."""
+    """Return the same batch with weights and log-probs in another dtype."""
     return map_batch(batch, ("weight", "teacher_logprobs", "ref_logprobs", "sampler_logprobs"), lambda column: column.to(dtype))
 
 
 def random_head(
     seed: int = 0, vocab: int = 5, dim: int = 3, *, dtype: torch.dtype = torch.float64, softcap: float | None = None, scale: float = 1.0
 ) -> LMHead:
-    """A head with bias, whose weight and bias require a gradient."""
+    """Make a head with bias, whose weight and bias require a gradient."""
     random = torch.Generator().manual_seed(seed)
     weight_VD, bias_V = (torch.randn(*shape, generator=random, dtype=torch.float64).to(dtype) for shape in ((vocab, dim), (vocab,)))
     return LMHead(weight_VD.requires_grad_(), bias_V.requires_grad_(), softcap, scale)
 
 
 def random_hidden(batch: Batch, dim: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """(N, D) hidden states that require a gradient."""
+    """Make (N, D) hidden states that require a gradient."""
     random = torch.Generator().manual_seed(seed + 1)
     return torch.randn(batch.inputs.numel(), dim, generator=random, dtype=torch.float64).to(dtype).requires_grad_()
 
 
 def make_manifest(sft_teacher: ModelId | None = SFT_TEACHER, vocab_size: int = 1000) -> Manifest:
-    """A manifest of rollouts that `POLICY` sampled."""
+    """Make a manifest of rollouts that `POLICY` sampled."""
     return Manifest(evolve(TOKENIZER_ID, vocab_size=vocab_size), POLICY, SamplingParams(), sft_teacher)
 
 
 def make_provenance(model: ModelId = SFT_TEACHER) -> Provenance:
-    """Who computed a column."""
+    """Make the provenance of a column."""
     return Provenance(model, TOKENIZER_ID.vocab_hash, "tests 1.0")
 
 
@@ -238,7 +241,7 @@ def make_store(
     manifest: Manifest | None = None,
     provenance: Callable[[str], Provenance] = lambda column: make_provenance(POLICY if column == "ref" else SFT_TEACHER),
 ) -> MemoryStore:
-    """A memory store with these records and, of their scores, these columns."""
+    """Make a memory store with these records and, of their scores, these columns."""
     store = MemoryStore(manifest or make_manifest())
     store.append([record.rollout for record in records])
     for column in columns:

@@ -20,7 +20,7 @@ def source_of(model, tokenizer, **sampling):
 
 
 def spoiled(model):
-    """The model with NaN as the embedding of token 50, which `check_scoring` does not look at."""
+    """Return the model with NaN as the embedding of token 50, which `check_scoring` does not look at."""
     model = copy.deepcopy(model)
     with torch.no_grad():
         model.get_input_embeddings().weight[50] = float("nan")

@@ -221,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
             value = line["value"]
             files[value["path"]] = self.hub.large[value["oid"]] if line["key"] == "lfsFile" else base64.b64decode(value["content"])
         sha = repository.commit(files)
-        if self.hub.faults.get("lost"):  # the commit is made, and nobody is told
+        if self.hub.faults.get("lost"):  # the commit is made, and the answer is lost
             raise Refused(self.hub.faults["lost"].pop(0))
         return {"commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "commitOid": sha, "success": True}
 
@@ -251,7 +251,7 @@ def _git_hash(data: bytes) -> str:
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A hub that is there as long as the block."""
+    """Run a hub for as long as the block."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     server.daemon_threads = True
@@ -268,7 +268,7 @@ def serving() -> Iterator[Hub]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """A hub, the only one that `huggingface_hub` knows, with a token that may write; nobody waits before asking again."""
+    """Run a hub, the only one that `huggingface_hub` knows, with a token that may write; retries do not wait."""
     with serving() as hub:
         settings = {
             "HF_HUB_OFFLINE": False,

@@ -15,26 +15,26 @@ from lopd.testing import tiny_manifest
 
 
 def reopened(store: Any, storage_options: dict[str, Any] | None = None) -> LanceStore:
-    """As a new process would see it."""
+    """Open the store as a new process would."""
     assert isinstance(store, LanceStore)
     return LanceStore.open(store._files.url, store.manifest, storage_options=storage_options)
 
 
 @pytest.fixture
 def filled(tmp_path: Path) -> LanceStore:
-    """Two commits of rollouts of all kinds, one of scores with top-k."""
+    """Return a store of two commits of rollouts of all kinds, and one of scores with top-k."""
     return fill(LanceStore.create(tmp_path / "run.lance", tiny_manifest()))
 
 
 def table_of(store: LanceStore, name: str) -> Any:
-    """LanceDB's own table: `rollouts`, or `scores.<column>`."""
+    """Open LanceDB's own table: `rollouts`, or `scores.<column>`."""
     database = lancedb.connect(place(store))
     (found,) = [path.stem for path in place(store).glob(f"{name}-*.lance")]
     return database.open_table(found)
 
 
 def started(work: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
-    """A process that inherits nothing of ours, with a pipe to it."""
+    """Start a process that inherits nothing of ours, with a pipe to it."""
     ours, theirs = FORKS.Pipe()
     process = FORKS.Process(target=work, args=(*args, theirs), daemon=True)
     process.start()

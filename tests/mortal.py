@@ -1,58 +1,18 @@
-"""Engines whose process is killed, as by a system that is short of memory, and what one process makes of the same prompts."""
+"""Engines for processes of their own: small ones, and others that are killed in there, as by a system that is short of memory.
+
+Each process imports this file, and so it imports neither transformers nor pytest.
+"""
 
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from time import sleep
 from typing import Any
 
-import numpy as np
-import pytest
 from attrs import frozen
 
-from lopd import MemoryStore, SamplingParams, collect_rollouts, score_rollouts
-from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import EngineError
-from lopd.records import Prompt
-
-SAMPLING = SamplingParams(max_new_tokens=8, samples_per_prompt=2, seed=3, candidates=3, drawn=2)
-#: What the teacher scores of the policy's candidates, and keeps beside them.
-KEPT = {"top_k": 2, "candidates": 3, "drawn": 2}
-PROMPTS = [Prompt(f"p{i}", [5 + i, 9, 20 + i % 3]) for i in range(11)]
-ENDLESS = Prompt("endless", [5] * 5000)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, tokenizer, make_model):
-    """A policy and a teacher on disk, from where workers take them."""
-    made = {name: tmp_path_factory.mktemp(name) for name in ("policy", "teacher")}
-    for seed, folder in enumerate(made.values()):
-        make_model("llama_tied", seed=seed).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    return made
-
-
-@pytest.fixture(scope="module")
-def alone(folders):
-    """What one process makes of the prompts."""
-    source, scorer = HFSource.from_folder(folders["policy"], SAMPLING), HFScorer.from_folder(folders["teacher"], **KEPT)
-    store = MemoryStore(source.manifest)
-    collect_rollouts(source, PROMPTS, store)
-    score_rollouts(store, scorer)
-    return store
-
-
-def assert_same(store, expected):
-    """The same rows in the same order, and scores and candidates within the rounding of a batch of other company."""
-    assert len(store) == len(expected)
-    columns = ("teacher", "policy")
-    mine, expected_rows = (one.read(range(len(one)), columns, top_k=columns) for one in (store, expected))
-    for ours, theirs in zip(mine, expected_rows, strict=True):
-        assert (ours.rollout.rollout_id, ours.rollout.content_hash) == (theirs.rollout.rollout_id, theirs.rollout.content_hash)
-        for column in columns:
-            np.testing.assert_allclose(ours.scores[column], theirs.scores[column], atol=1e-5)
-            np.testing.assert_array_equal(ours.top_k[column].ids, theirs.top_k[column].ids)
-            np.testing.assert_allclose(ours.top_k[column].logprobs, theirs.top_k[column].logprobs, atol=1e-5)
 
 
 @frozen
@@ -95,3 +55,61 @@ class MortalEngine:
     def score(self, rollouts):
         self._meet([getattr(rollout, "rollout_id", rollout) for rollout in rollouts])
         return self.inner.score(rollouts)
+
+
+class UnpicklableError(Exception):
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+class Small:
+    """An engine that needs no model, and says what it sees of its environment."""
+
+    provenance = "small"
+
+    def score(self, rollouts):
+        if "raise" in rollouts:
+            raise UnpicklableError("this", "that")
+        if "meet" in rollouts:
+            here = Path(os.environ["FAREWELL"]).with_suffix(".here")
+            here.touch()
+            while len(list(here.parent.glob("*.here"))) < 2:
+                sleep(0.01)
+        return [os.environ.get("CUDA_VISIBLE_DEVICES") for _ in rollouts]
+
+    def close(self):
+        Path(os.environ["FAREWELL"]).touch()
+
+
+class Odd(Small):
+    @property
+    def provenance(self):
+        return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+class Forking(Small):
+    """Dies and leaves a process behind, which holds open what it inherited."""
+
+    def score(self, rollouts):
+        if os.fork() == 0:
+            signal.pause()
+        os._exit(3)
+
+
+class Restarted(Small):
+    def score(self, rollouts):
+        return os._exit(3) if "die" in rollouts else list(rollouts)
+
+
+def make_but_the_second(folder):
+    starts = len(list(folder.glob("start*")))
+    (folder / f"start{starts}").touch()
+    return os._exit(4) if starts == 1 else Restarted()
+
+
+def make_nothing():
+    os._exit(3)
+
+
+def make_slowly():
+    signal.pause()

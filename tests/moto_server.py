@@ -27,6 +27,6 @@ if __name__ == "__main__":
     for name in ("put_object", "_key_response_post"):
         setattr(S3Response, name, _alone(getattr(S3Response, name)))
     application = create_backend_app("s3")
-    setattr(DomainDispatcherApplication, "get_application", lambda *_: application)  # noqa: B010  # mypy lets nobody assign a method
+    setattr(DomainDispatcherApplication, "get_application", lambda *_: application)  # noqa: B010  # mypy refuses to assign a method
     setattr(WSGIRequestHandler, "log_request", lambda *_: None)  # noqa: B010
     main(sys.argv[1:])

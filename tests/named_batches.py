@@ -16,7 +16,7 @@ quick = settings(deadline=None, max_examples=40)
 
 
 def numbered_records(count: int) -> list[ScoredRollout]:
-    """Rollouts of different lengths whose first token is their row."""
+    """Make rollouts of different lengths whose first token is their row."""
     return [scored(make_rollout(f"r{i}", [i, 0], [1] * (1 + i % 4)), {"teacher": [-1.0] * (1 + i % 4)}) for i in range(count)]
 
 

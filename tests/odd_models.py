@@ -30,7 +30,7 @@ LONGROPE = {
 
 
 def odd_model(name, **fields):
-    """A random model of transformers' class `<name>ForCausalLM` in eval mode, whose logits are far from flat."""
+    """Make a random model of transformers' class `<name>ForCausalLM` in eval mode, whose logits are far from flat."""
     torch.manual_seed(0)
     kind = getattr(transformers, f"{name}Config")
     known = set(kind().to_dict()) | set(kind.attribute_map) | {"attn_implementation"}
@@ -50,14 +50,14 @@ class _After(torch.nn.Module):
 
 
 def tampered(model, function):
-    """A copy of a llama whose last norm is followed by `function(module, hidden_BSD)`, in the whole model and in the cut one alike."""
+    """Return a copy of a llama whose last norm is followed by `function(module, hidden_BSD)`, in the whole model and in the cut one alike."""
     model = copy.deepcopy(model)
     model.model.norm = _After(model.model.norm, function)
     return model
 
 
 def with_logits(model, function):
-    """A copy of a llama that hands `function` of its logits to its caller, as no field of its configuration says."""
+    """Return a copy of a llama that hands `function` of its logits to its caller; its configuration does not show it."""
     kind = type("Odd", (type(model),), {"forward": _changed_forward(type(model).forward, function)})
     model = copy.deepcopy(model)
     model.__class__ = kind

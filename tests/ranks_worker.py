@@ -51,7 +51,10 @@ CASES = [
 
 
 def make_store(per_step: int) -> MemoryStore:
-    """Eleven rollouts from 3 to 40 tokens, of which one does not count at all, unless it would be alone; 5 a step do not come out even."""
+    """Make a store of eleven rollouts from 3 to 40 tokens, of which one does not count at all, unless it would be alone.
+
+    At 5 a step the last step has fewer.
+    """
     rng = np.random.default_rng(0)
     store = MemoryStore(Manifest(TOKENIZER_ID, ModelId("policy", "0", "float32"), SamplingParams(40), sft_teacher=TEACHER))
     made = []
@@ -89,12 +92,12 @@ def make_student(case: Case, ranks: Ranks) -> Any:
 
 
 def make_optimizer(student: Any) -> torch.optim.Optimizer:
-    """SGD: of a gradient that is nearly 0, Adam makes a step as large as any, and rounding decides its sign."""
+    """Make SGD: of a gradient that is nearly 0, Adam makes a step as large as any, and rounding decides its sign."""
     return torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
 
 
 def train(case: Case, start: int = 0, stop: int = STEPS, checkpoints: Path | None = None) -> dict[str, Any]:
-    """Metrics of every step, and the weights at the end, on rank 0."""
+    """Train, and return the metrics of every step, and the weights at the end, on rank 0."""
     ranks = Ranks.current()
     student = make_student(case, ranks)
     optimizer = make_optimizer(student)

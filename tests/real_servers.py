@@ -51,8 +51,8 @@ class RealServer:
     """A server that listens, with an empty bucket.
 
     Args:
-        name, version: of the server.
-        scheme: of its URLs.
+        name, version: name and version of the server.
+        scheme: scheme of its URLs.
         storage_options: lead to it.
     """
 
@@ -62,11 +62,11 @@ class RealServer:
     storage_options: Mapping[str, Any] = field(repr=False)
 
     def url(self, name: str) -> str:
-        """A place in the bucket."""
+        """Return a place in the bucket."""
         return f"{self.scheme}://{BUCKET}/{name}"
 
     def new_url(self, suffix: str = ".zarr") -> str:
-        """A place where nothing is yet."""
+        """Return a place where nothing is yet."""
         return self.url(uuid4().hex + suffix)
 
 
@@ -83,7 +83,7 @@ class _Kind:
 
 
 def _ports(n: int) -> list[int]:
-    """Ports that were free a moment ago."""
+    """Return ports that were free a moment ago."""
     sockets = [socket.socket() for _ in range(n)]
     try:
         for taken in sockets:
@@ -95,7 +95,7 @@ def _ports(n: int) -> list[int]:
 
 
 def _said(*arguments: str) -> Callable[[str], str]:
-    """The version that a program prints."""
+    """Return a function that reads the version which a program prints."""
 
     def ask(program: str) -> str:
         printed = subprocess.run([program, *arguments], capture_output=True, text=True, check=False, timeout=60).stdout
@@ -106,7 +106,7 @@ def _said(*arguments: str) -> Callable[[str], str]:
 
 
 def _in_package(program: str) -> str:
-    """The version in a package.json beside the program."""
+    """Return the version in a package.json beside the program."""
     package = next(folder / "package.json" for folder in Path(program).resolve().parents if (folder / "package.json").exists())
     return str(json.loads(package.read_text())["version"])
 
@@ -205,7 +205,7 @@ KINDS: dict[str, _Kind] = {
 
 
 def find(name: str) -> str:
-    """The program of a server; the test is skipped where it is not installed."""
+    """Return the program of a server; the test is skipped where it is not installed."""
     # not those of the machine, which may be of any version
     places = os.pathsep.join([str(HOME / "bin"), str(HOME / "node_modules/.bin"), str(Path(sys.executable).parent)])
     program = shutil.which(KINDS[name].program, path=places)
@@ -216,7 +216,7 @@ def find(name: str) -> str:
 
 @contextmanager
 def running(name: str, folder: Path) -> Iterator[RealServer]:
-    """A server with an empty bucket in this folder, until the block is left."""
+    """Run a server with an empty bucket in this folder, until the block is left."""
     kind, program, ports = KINDS[name], find(name), _ports(8)
     data, log = folder / "data", folder / "server.log"
     data.mkdir(parents=True)
@@ -252,7 +252,7 @@ class Trial:
 
     Args:
         acknowledged: calls that returned.
-        lost: of these, what the store does not hold.
+        lost: acknowledged calls that the store does not hold.
         problems: what `verify` finds.
         errors: what ended a writer.
     """
@@ -278,7 +278,7 @@ def write_some(place: Place, writer: int, calls: int) -> tuple[list[int], str]:
 
 
 def four_writers(place: Place, pool: Executor, calls: int = 6) -> Trial:
-    """Four processes create one store and write to it; each call is acknowledged or lost."""
+    """Let four processes create one store and write to it; each call is acknowledged or lost."""
     found = list(pool.map(write_some, [place] * 4, range(4), [calls] * 4))
     done, errors = [i for numbers, _ in found for i in numbers], [error for _, error in found if error]
     if not done:

@@ -33,7 +33,7 @@ def filled(store):
 
 
 def tokens_of(text):
-    """(class, attributes, text) of every token."""
+    """Return (class, attributes, text) of every token."""
     found = []
     for classes, attributes, inner in re.findall(r'<span class="(t [^"]*)"([^>]*)>(.*?)</span>', text, re.DOTALL):
         found.append((classes.split(), dict(re.findall(r'([\w-]+)="([^"]*)"', attributes)), html.unescape(inner)))

@@ -24,7 +24,7 @@ import pytest
 from attrs import frozen
 
 BUCKET = "lopd"
-# Nobody checks the signature, but without one a request is a stranger's.
+# The signature is not checked, but without one a request is a stranger's.
 SIGNED = {"Authorization": "AWS4-HMAC-SHA256 Credential=testing/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"}
 _PATIENCE = 60.0
 _NAMESPACE = "{http://s3.amazonaws.com/doc/2006-03-01/}"
@@ -36,7 +36,7 @@ class S3Server:
     """Where the server is, and hands on its objects.
 
     Args:
-        host, port: of the server.
+        host, port: where the server listens.
         bucket: there already.
     """
 
@@ -61,19 +61,19 @@ class S3Server:
         }
 
     def url(self, name: str) -> str:
-        """A place in the bucket."""
+        """Return a place in the bucket."""
         return f"s3://{self.bucket}/{name}"
 
     def new_url(self, suffix: str = ".zarr") -> str:
-        """A place where nothing is yet: the server outlives the test."""
+        """Return a place where nothing is yet: the server outlives the test."""
         return self.url(uuid4().hex + suffix)
 
     def key(self, url: str) -> str:
-        """The key that a URL of this bucket names."""
+        """Return the key that a URL of this bucket names."""
         return url.removeprefix(f"s3://{self.bucket}/")
 
     def keys(self, prefix: str = "") -> list[str]:
-        """Sorted keys of all objects that begin with this; a URL will do as well."""
+        """Return the sorted keys of all objects that begin with this; a URL will do as well."""
         found, query = [], {"list-type": "2", "prefix": self.key(prefix)}
         while True:
             root = ET.fromstring(self._ask("GET", f"/{self.bucket}?{urlencode(query)}"))  # noqa: S314  # our own server's
@@ -84,7 +84,7 @@ class S3Server:
             query["continuation-token"] = token
 
     def read(self, key: str) -> bytes:
-        """An object."""
+        """Read an object."""
         return self._ask("GET", self._path(key))
 
     def write(self, key: str, data: bytes) -> None:
@@ -116,7 +116,7 @@ MOTO = Path(__file__).with_name("moto_server.py")
 
 
 def start_server(log: Path) -> tuple[subprocess.Popen[bytes], int]:
-    """A server on a port that the system chose, and that port: what it prints says when it listens, and where."""
+    """Start a server on a port that the system chooses, and return both: it prints when it listens, and where."""
     command = [sys.executable, "-W", "ignore", str(MOTO), "-H", "127.0.0.1", "-p", "0"]
     # the profile of whoever runs the tests may not be there for the server, which then answers nothing
     environment = {name: value for name, value in os.environ.items() if name != "AWS_PROFILE"}
@@ -132,14 +132,14 @@ def start_server(log: Path) -> tuple[subprocess.Popen[bytes], int]:
 
 
 def stop_server(process: subprocess.Popen[bytes]) -> None:
-    """This process and no other."""
+    """Stop this process and no other."""
     process.kill()
     process.wait()
 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """The server of this session, with an empty bucket."""
+    """Return the server of this session, with an empty bucket."""
     process, port = start_server(tmp_path_factory.mktemp("s3") / "server.log")
     try:
         server = S3Server("127.0.0.1", port)

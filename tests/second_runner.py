@@ -20,7 +20,7 @@ Nothing.__abstractmethods__ = frozenset()
 
 
 def second_runner(folder: Path) -> dict[str, str]:
-    """What to add to the environment of a process that imports vLLM; `folder` gets the backend."""
+    """Return what to add to the environment of a process that imports vLLM; `folder` gets the backend."""
     package, metadata = folder / "interpreted", folder / "interpreted-0.dist-info"
     package.mkdir(parents=True)
     metadata.mkdir()

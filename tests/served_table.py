@@ -21,7 +21,7 @@ def _short_pauses(monkeypatch):
 
 @pytest.fixture
 def start():
-    """`start(**settings)`: one more server."""
+    """Return `start(**settings)`, which starts one more server."""
     stubs = []
 
     def make(**settings):
@@ -43,7 +43,7 @@ def servers_of(*stubs, **settings):
 
 
 def scorer_of(*stubs, top_k=0, tokens_per_request=1, candidates=0, drawn=0, **settings):
-    """Each rollout is a request of its own, unless a test says otherwise."""
+    """Make a scorer that sends each rollout as a request of its own, unless a test changes that."""
     return ServerScorer(servers_of(*stubs, **settings), TOKENIZER, MODEL, top_k, tokens_per_request, candidates, drawn)
 
 
@@ -66,7 +66,7 @@ def make_prompts(count=6, seed=4):
 
 
 def truth(rollout):
-    """The table's log-probs of the response: row n is about what stands at position n."""
+    """Return the table's log-probs of the response: row n is about what stands at position n."""
     ids = [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
     return np.array([table(ids)[n, ids[n]] for n in range(rollout.prompt_ids.size, len(ids))], np.float32)
 

@@ -72,7 +72,7 @@ class Bar:
 
 @pytest.fixture(params=["memory", "zarr"])
 def make_store(request, tmp_path):
-    """`make_store(manifest)`: a new, empty store of each kind."""
+    """Return `make_store(manifest)`: a new, empty store of each kind."""
     made = []
 
     def make(manifest):
@@ -98,7 +98,7 @@ def teacher_model(make_model):
 
 @pytest.fixture(scope="module")
 def scored(llama, tokenizer, prompts, teacher_model):
-    """A store of the llama's rollouts, scored by the teacher that is recorded as its SFT teacher.  Only to be read."""
+    """Return a store of the llama's rollouts, scored by the teacher that is recorded as its SFT teacher.  Only to be read."""
     scorer = HFScorer(teacher_model, tokenizer)
     made = HFSource(llama, tokenizer, PARAMS, Lineage(sft_teacher=scorer.provenance.model))
     store = MemoryStore(made.manifest)
@@ -120,7 +120,7 @@ def names(store, rows):
 
 
 class Refusing:
-    """A scorer that gives NaN for some rollouts, and says another (true) thing about none."""
+    """A scorer that gives NaN for some rollouts, and reports another (true) number for none."""
 
     def __init__(self, inner, bad):
         self.inner, self.bad, self.asked = inner, set(bad), []
@@ -141,7 +141,7 @@ def plain_sgd(student):
 
 
 def state_of(student, optimizer):
-    """All numbers of a run: parameters, optimizer state, hyperparameters."""
+    """Return all numbers of a run: parameters, optimizer state, hyperparameters."""
     tensors = {f"parameter {name}": p.detach().clone() for name, p in student.named_parameters()}
     saved = optimizer.state_dict()
     for i, entry in saved["state"].items():
@@ -164,7 +164,7 @@ def small(llama):
 
 @torch.no_grad()
 def exact_reverse_kl(policy, teacher, prompts):
-    """KL per token of two-token responses, over all first tokens and the whole vocabulary; a first token 0 ends the response."""
+    """Return the KL per token of two-token responses, over all first tokens and the whole vocabulary; a first token 0 ends the response."""
     gap, length = 0.0, 0.0
     for prompt in prompts:
         ids = torch.tensor([prompt.token_ids.tolist()])

@@ -36,7 +36,7 @@ def prompts_of(rollouts: Sequence[Rollout]) -> list[Prompt]:
 
 
 def told_for(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Each prompt with three tokens more in front."""
+    """Return each prompt with three tokens more in front."""
     return [Prompt(prompt.prompt_id, [7, 8, 9, *prompt.token_ids]) for prompt in prompts]
 
 
@@ -45,7 +45,7 @@ def clauses(suite: Any) -> list[str]:
 
 
 def broken_clauses(suite: Any, left_out: list[str] | None = None) -> list[str]:
-    """The clauses that fail with any of their arguments; those that are skipped count as kept, and are added to `left_out`."""
+    """Return the clauses that fail with any of their arguments; those that are skipped count as kept, and are added to `left_out`."""
     broken = []
     for name in clauses(suite):
         clause = getattr(suite, name)

@@ -23,7 +23,7 @@ WORK: list[str] = []
 
 
 def support_of(rows_TV: Any, ids_TK: Any, drawn: int = 0) -> TopK:
-    """What the table says of these ids, of which the last were drawn."""
+    """Return the table's log-probs of these ids, of which the last were drawn."""
     among_TK = np.take_along_axis(rows_TV, ids_TK, axis=1)
     return TopK(ids_TK, among_TK, np.clip(1 - np.exp(among_TK[:, : ids_TK.shape[1] - drawn]).sum(1), 0, 1), drawn)
 
@@ -34,11 +34,11 @@ def tempered(rows_TV: Any, temperature: float) -> Any:
 
 
 def unchecked(items: Sequence[Any]) -> None:
-    """Refuses nothing."""
+    """Refuse nothing."""
 
 
 def nameless(check: Change) -> Change:
-    """Refuses the same, and does not say what."""
+    """Return a check that refuses the same, and does not name what."""
 
     def refuse(items: Sequence[Any]) -> None:
         try:
@@ -50,7 +50,7 @@ def nameless(check: Change) -> Change:
 
 
 def as_if_all_were_wrong(check: Change) -> Change:
-    """Refuses the same, with the error that ends a run."""
+    """Return a check that refuses the same, with the error that ends a run."""
 
     def refuse(items: Sequence[Any]) -> None:
         try:
@@ -70,7 +70,7 @@ def refuse_rollouts(rollouts: Sequence[Rollout]) -> None:
 
 
 def refuse_responses(rollouts: Sequence[Rollout]) -> None:
-    """Never looks at a prompt."""
+    """Check responses alone, never a prompt."""
     check_rollouts([evolve(rollout, prompt_ids=[2] * rollout.prompt_ids.size) for rollout in rollouts], TABLE, TABLE_CONTEXT)
 
 
@@ -81,7 +81,7 @@ def checked_ids(rollout: Rollout, candidates: int, drawn: int) -> Any:
 
 
 def ids_that_make_do(rollout: Rollout, candidates: int, drawn: int) -> Any:
-    """The first ids of the vocabulary, where a rollout has no candidates."""
+    """Return the first ids of the vocabulary, where a rollout has no candidates."""
     if rollout.candidates is None:
         return np.tile(np.r_[:candidates, :drawn], (rollout.response_ids.size, 1))
     return asked_ids(rollout, candidates, drawn)

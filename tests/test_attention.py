@@ -60,7 +60,10 @@ def test_rollouts_are_packed_or_in_rows_and_gradients_are_the_same(kind, take, w
 
 
 def in_16_bits(module, query, *rest, **known):
-    """As the real one: transformers casts what is in float32 to the dtype of an autocast, or of the weights, and the kernel refuses float32."""
+    """Compute as the real kernel, which refuses float32.
+
+    transformers casts what is in float32 to the dtype of an autocast, or of the weights.
+    """
     to = get_target_dtype(query, module) or query.dtype
     if to == torch.float32:
         raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
@@ -118,7 +121,7 @@ def folder(llama, tokenizer, tmp_path):
 
 
 def on_a_gpu(monkeypatch, flash):
-    """As if there were one, and FlashAttention installed."""
+    """Pretend that the model is on a GPU, and that FlashAttention is installed."""
 
     def put(model, name):
         model.config._attn_implementation_internal = name
@@ -132,7 +135,7 @@ def on_a_gpu(monkeypatch, flash):
 
 
 def loaded(folder, caplog, **options):
-    """The attention that is taken, and the last line of the log."""
+    """Load the model; return the attention that is taken, and the last line of the log."""
     with caplog.at_level(logging.INFO, "lopd"):
         model, _ = load_model(folder, **options)
     line = caplog.messages[-1]
@@ -191,7 +194,7 @@ def saved(tokenizer, folder, kind, sharper=1, **special):
 
 
 def capping(module, query, key, value, attention_mask, *, scaling, softcap=None, **known):
-    """FlashAttention that keeps the cap and knows no window."""
+    """Compute a FlashAttention that keeps the cap and knows no window."""
     groups = query.shape[1] // key.shape[1]
     key, value = (part.repeat_interleave(groups, 1) for part in (key, value))
     scores = query @ key.mT * scaling

@@ -17,7 +17,7 @@ from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 
 @pytest.fixture(scope="module")
 def candidates(llama):
-    """Three models near each other."""
+    """Return three models near each other."""
     made = {"author": llama}
     for seed, name in enumerate(("second", "third")):
         model = copy.deepcopy(llama)
@@ -79,7 +79,10 @@ def test_little_text_is_not_enough_to_tell(text_of):
 
 
 def known_texts(rng, texts, noise=0.0, size=200):
-    """Texts drawn from known distributions over 6 tokens, and scores, with 3 of the 6 kept, of a model whose logits differ by this noise."""
+    """Return texts drawn from known distributions over 6 tokens, and scores of a model whose logits differ by this noise.
+
+    The scores keep 3 of the 6.
+    """
     store, scores = MemoryStore(tiny_manifest()), []
     for text in range(texts):
         logits = np.log(rng.dirichlet(np.ones(6) * 0.5, size) + 1e-9)

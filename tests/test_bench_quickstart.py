@@ -28,7 +28,7 @@ def phase(name: str, wall_s: float, kl: float | None = None) -> dict[str, Any]:
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    """A run whose stored part took 100 s of sampling, scoring and training, and whose online part took 150 s."""
+    """Return the report of a run whose stored part took 100 s of sampling, scoring and training, and whose online part took 150 s."""
     phases = [
         phase("evaluate after SFT", 50.0, 0.8),
         phase("student rollouts", 40.0),

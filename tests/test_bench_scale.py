@@ -17,14 +17,17 @@ from scale_summary import find_goals, lost, multiples, training_rows
 
 
 def found(*wall_s, tokens=100):
-    """Steps of one process."""
+    """Return the steps of one process."""
     counted = {"tokens": [tokens] * len(wall_s), "wall_s": list(wall_s), "cpu_s": list(wall_s)}
     return {**counted, "read_s": [0.0, 0.0], "update_s": [0.0, 0.0]}
 
 
 @pytest.fixture
 def run():
-    """One rank takes 2 s a step; two apart take 2.2 s each; on their shares 1.2 s and 1.3 s; and together 1.5 s, or 3 s with FSDP2."""
+    """Return a made-up run.
+
+    One rank takes 2 s a step; two apart take 2.2 s each; on their shares 1.2 s and 1.3 s; and together 1.5 s, or 3 s with FSDP2.
+    """
     shares = [found(1.2, 1.2, tokens=50), found(1.3, 1.3, tokens=50)]
     arms = {ALONE: [found(2, 2)], APART: [found(2.2, 2.2)] * 2, SHARES: shares}
     return {**arms, DDP: [found(1.5, 1.5)] * 2, FSDP: [found(3, 3)] * 2}
@@ -58,14 +61,14 @@ def test_an_exponent_is_that_of_a_power_law():
 
 
 def numbers(value):
-    """All that are in a row."""
+    """Return all numbers in a row."""
     if isinstance(value, dict):
         return [number for part in value.values() for number in numbers(part)]
     return [value] if isinstance(value, int | float) else []
 
 
 def run_quick(folder, *parts):
-    """The benchmark at tiny size."""
+    """Start the benchmark at tiny size."""
     command = [sys.executable, bench_scale.__file__, "--quick", "--out", folder, "--parts", *parts]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
@@ -76,7 +79,7 @@ def test_a_tiny_run_measures_everything(tmp_path):
     running = {part: run_quick(tmp_path / part[0], *part) for part in (("scoring",), ("training", "loading", "growth"))}
     assert [process.wait(timeout=280) for process in running.values()] == [0, 0]
     scoring, result = (
-        json.loads((tmp_path / part[0] / "scale.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        json.loads((tmp_path / part[0] / "scale.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
         for part in running
     )
     assert result.keys() == {"machine", "versions", "commit", "rows", "goals"}

@@ -16,7 +16,7 @@ C, D = 5, 4
 
 
 def all_logprobs(model, rollout):
-    """(T, V): one rollout alone through the whole model."""
+    """Return (T, V) log-probs: one rollout alone through the whole model."""
     ids = torch.tensor([*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()])
     with torch.no_grad():
         logprobs = model(input_ids=ids[None], use_cache=False).logits[0, :, :VOCAB].float().log_softmax(-1)
@@ -24,7 +24,7 @@ def all_logprobs(model, rollout):
 
 
 def with_candidates(rollout, candidates=C, drawn=D, vocab=VOCAB):
-    """Made-up candidates: some ids of each token, each equally likely, and some of these with repetitions."""
+    """Return made-up candidates: some ids of each token, each equally likely, and some of these with repetitions."""
     rng = np.random.default_rng(len(rollout))
     ids_TC = np.stack([rng.choice(vocab, candidates, replace=False) for _ in rollout.response_ids])
     ids_TK = np.concatenate([ids_TC, ids_TC[:, rng.integers(candidates, size=drawn)]], axis=1)

@@ -49,7 +49,7 @@ def test_an_interval_is_that_of_students_t():
     assert found.positive
     assert not found.negative
     assert math.isnan(Interval.of([1.0]).half)
-    assert not Interval.of([1.0]).positive, "one seed says nothing of chance"
+    assert not Interval.of([1.0]).positive, "one seed does not measure chance"
 
 
 def test_seconds_to_an_accuracy_go_along_straight_lines():
@@ -60,7 +60,7 @@ def test_seconds_to_an_accuracy_go_along_straight_lines():
 
 
 def fake(arm, seed, accuracy, seconds, start=0.2):
-    """A run whose accuracy rises in a straight line."""
+    """Make a run whose accuracy rises in a straight line."""
     row = {"kind": "run", "setting": "s", "arm": arm, "sft_teacher": "A", "opd_teacher": "A", "seed": seed, "start": start}
     return {**row, "accuracy": accuracy, "cpu_s": {"all": seconds}, "curve": [(0, start, 0.0), (100, accuracy, seconds)]}
 
@@ -104,7 +104,7 @@ def test_the_gap_is_nothing_but_noise_before_the_first_step(folder):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    """Every kind of row there is.
+    """Return every kind of row there is.
 
     That of TRL, which the test environment lacks, is an online run under its name; those of other teachers and of the second seed are the
     same runs under theirs.
@@ -135,7 +135,7 @@ def test_the_report_says_what_the_rows_say(rows, tmp_path):
     for table in ("table 1", "table 2", "table 4", "figure 3a", "figure 3c", "theorem 3.5", "TRL"):
         assert any(table in name for name in names), table
     result = result_file("claims", {"machine": {}, "versions": {}}, rows, goals, tmp_path)
-    json.loads(result.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    json.loads(result.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     part = claims_part(json.loads(result.read_text()), "plots", claim=CLAIM.name, fall=FALL.name)
     text = make_page("Claims", [part])
     part.draw(tmp_path / "plots")

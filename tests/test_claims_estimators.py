@@ -40,7 +40,7 @@ def test_steps_to_an_accuracy_go_along_straight_lines():
 
 
 def fake(setting, seed, arm, accuracy, seconds):
-    """A run whose accuracy rises in a straight line, after half of its time."""
+    """Make a run whose accuracy rises in a straight line, after half of its time."""
     row = {"kind": "run", "setting": setting, "arm": arm, "sft_teacher": "A", "opd_teacher": "A", "seed": seed, "start": 0.2, "steps": 100}
     spent = {"sampling": seconds / 4, "scoring": seconds / 4, "training": seconds / 2, "all": seconds}
     return {**row, "accuracy": accuracy, "cpu_s": spent, "curve": [(0, 0.2, seconds / 2), (100, accuracy, seconds)]}
@@ -48,7 +48,7 @@ def fake(setting, seed, arm, accuracy, seconds):
 
 @pytest.fixture
 def rows():
-    """Two seeds: the best stored arm ends as TRL does, at half of its cost, and above online OPD, at a tenth of its."""
+    """Return two seeds: the best stored arm ends as TRL does, at half of its cost, and above online OPD, at a tenth of its."""
     ends = {BEST.name: (0.6, 5.0), TRL: (0.6, 10.0), ONLINE.name: (0.5, 45.0), LIVE[1].name: (0.61, 50.0)}
     found = [fake(CLAIM.name, seed, arm, end, cost) for seed in (0, 1) for arm, (end, cost) in ends.items()]
     return found + [fake(FALL.name, seed, arm.name, 0.1 + seed / 100, 5.0) for seed in (0, 1) for arm in FALLEN]

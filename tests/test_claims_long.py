@@ -81,7 +81,7 @@ def test_a_plan_has_every_arm_once_a_seed_and_files_of_their_own():
 
 
 def fake(seed, arm, accuracy, seconds):
-    """A run whose accuracy rises in a straight line, after half of its time; training is a fifth of the cost."""
+    """Make a run whose accuracy rises in a straight line, after half of its time; training is a fifth of the cost."""
     row = {"kind": "run", "setting": TINY.name, "arm": arm, "sft_teacher": "A", "opd_teacher": "A", "seed": seed, "start": 0.2}
     spent = {"sampling": 0.6 * seconds, "scoring": 0.2 * seconds, "training": 0.2 * seconds, "all": seconds}
     return {**row, "stored_rollouts": 4, "accuracy": accuracy, "cpu_s": spent, "curve": [(0, 0.2, 0.0), (100, accuracy, seconds)]}
@@ -89,7 +89,10 @@ def fake(seed, arm, accuracy, seconds):
 
 @pytest.fixture
 def rows():
-    """Two seeds: the stored arm ends as the same loss with a live teacher, at a quarter and a bit of its cost; the limit is five times."""
+    """Return two seeds: the stored arm ends as the same loss with a live teacher, at a quarter and a bit of its cost.
+
+    The limit is five times its cost.
+    """
     ends = {BEST.name: (0.6, 10.0), TRL: (0.7, 30.0), ONLINE.name: (0.2, 44.0), BEST_LIVE.name: (0.6, 44.0)}
     found = [fake(seed, arm, end + seed / 100, cost) for seed in (0, 1) for arm, (end, cost) in ends.items()]
     found += [{"kind": "teacher", "setting": TINY.name, "seed": seed, "arm": "teacher", "accuracy": 0.9} for seed in (0, 1)]

@@ -38,7 +38,7 @@ class Cluster:
     folder: Path
 
     def run(self, work: str, size: int, place: Place) -> None:
-        """So many processes to their end; if one of them fails, none is waited for, and what they said is shown."""
+        """Run so many processes to their end; if one of them fails, the others are not waited for, and what they printed is shown."""
         logs = [self.folder / f"{work}{rank}.log" for rank in range(size)]
         running = [
             start(cluster_worker.main, log, _environment(place), work, place.backend, place.url, self.folder, Ranks(rank, size))
@@ -63,7 +63,7 @@ def _environment(place: Place) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole():
-    """What the stores come to hold, filled by one process: rollouts of `make_store`, several times over, each time all values are others."""
+    """Fill a store in one process: rollouts of `make_store`, several times over, each time with other values."""
     few = make_store(per_step=6)
     made = MemoryStore(few.manifest)
     for copy in range(WRITERS):
@@ -83,7 +83,7 @@ def whole():
 
 @pytest.fixture(scope="module", params=["zarr", "lance"])
 def cluster(request, s3, whole, tmp_path_factory):
-    """One whose store four processes have made, written and scored."""
+    """Return a cluster whose store four processes have made, written and scored."""
     place = Place(request.param, s3.new_url(f".{request.param}"), s3.storage_options)
     made = Cluster(place, tmp_path_factory.mktemp(request.param))
     torch.save(whole, made.folder / WHOLE)
@@ -97,7 +97,7 @@ def cluster(request, s3, whole, tmp_path_factory):
 
 
 def assert_same_records(found: Sequence[ScoredRollout], expected: Sequence[ScoredRollout]) -> None:
-    """Rollouts and scores to the last bit."""
+    """Check that rollouts and scores are the same to the last bit."""
     for ours, theirs in zip(found, expected, strict=True):
         assert_same_rollout(ours.rollout, theirs.rollout)
         assert ours.scores.keys() == theirs.scores.keys()

@@ -19,29 +19,32 @@ from lopd.testing import tiny_top_k
 
 
 def named_scores(rollout: Rollout) -> list[float]:
-    """Scores that say which token of the rollout they belong to, exactly representable in float32."""
+    """Return scores that name the token of the rollout they belong to, exactly representable in float32."""
     start = rollout.prompt_ids.size
     return [-(16 * (start + t) + token) / 1024 for t, token in enumerate(rollout.response_ids.tolist())]
 
 
 def named(value: float) -> tuple[int, int]:
-    """The inverse: (position, token)."""
+    """Return the position and token that a score of `named_scores` names."""
     return divmod(round(-1024 * value), 16)
 
 
 def position_table_PV() -> Tensor:
-    """Log-probs of a model that knows nothing but where a token stands; no two positions are alike."""
+    """Return the log-probs of a model that knows nothing but where a token stands; no two positions are alike."""
     return torch.randn(POSITIONS, VOCAB, generator=torch.Generator().manual_seed(0), dtype=torch.float64).log_softmax(-1)
 
 
 def position_scores(rollout: Rollout) -> list[float]:
-    """What that model says about each response token, counted from the start of the prompt."""
+    """Return that model's scores of the response tokens, counted from the start of the prompt."""
     start = rollout.prompt_ids.size
     return [float(position_table_PV()[start + t, token]) for t, token in enumerate(rollout.response_ids.tolist())]
 
 
 def disagreement(batch: Batch) -> float:
-    """The largest gradient of the plain loss where the model of the scores is also the student; 0 if all tokens meet their own score."""
+    """Return the largest gradient of the plain loss where the model of the scores is also the student.
+
+    It is 0 if all tokens meet their own score.
+    """
     hidden_NP = torch.nn.functional.one_hot(batch.position_ids + 1, POSITIONS).double().requires_grad_()
     PLAIN(hidden_NP, LMHead(position_table_PV().T), batch).loss_sum.backward()
     assert hidden_NP.grad is not None

@@ -33,7 +33,7 @@ def teachers(near_teacher, llama, tokenizer):
 
 @pytest.fixture(params=["memory", "zarr", "lance"])
 def store(request, llama, tokenizer, prompts, teachers, tmp_path):
-    """Two rounds of one policy under two names, and two columns."""
+    """Return a store of two rounds of one policy under two names, and two columns."""
     lineage = Lineage(sft_teacher=teachers[0].provenance.model)
     sources = [
         HFSource(llama, tokenizer, PARAMS, lineage, generation=g, identity=ModelId("student", f"step-{g}", "float32")) for g in (0, 1)
@@ -90,7 +90,7 @@ def batches_of(store, column, count):
 
 
 def segments(step):
-    """(scores, top-k ids, ratio column) of each rollout."""
+    """Return (scores, top-k ids, ratio column) of each rollout."""
     found = []
     for batch in step.batches:
         for i in batch.segment_ids.unique().tolist():

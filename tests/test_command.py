@@ -16,7 +16,7 @@ HEAVY = {"torch", "numpy", "transformers", "rich", "pyarrow", "yaml"}
 
 
 def started(*words: str) -> tuple[set[str], str]:
-    """The heavy packages that `python -m lopd` imports for these words, and what it prints."""
+    """Run `python -m lopd` with these words; return the heavy packages that it imports, and what it prints."""
     script = (
         "import json, runpy, sys\n"
         f"sys.argv = ['lopd', *{words!r}]\n"

@@ -39,7 +39,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """The folder in which the example's models are, as it names them."""
+    """Return the folder in which the example's models are, as it names them."""
     folder = tmp_path_factory.mktemp("models")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -54,7 +54,7 @@ def here(models, monkeypatch):
 
 
 def example(**changes):
-    """The example with other values at these paths, written with two underscores; None takes a key away."""
+    """Return the example with other values at these paths, written with two underscores; None takes a key away."""
     data = yaml.safe_load(EXAMPLE)
     # PyYAML by itself takes these for text
     data["sft"]["lr"], data["opd"]["lr"] = float(data["sft"]["lr"]), float(data["opd"]["lr"])
@@ -185,7 +185,7 @@ def test_the_page_and_the_words_of_the_help_agree_with_the_code(tmp_path):
 
 
 def results(out):
-    """What the phases of a run found, and the weights of its student; not when, nor how often they were begun."""
+    """Return what the phases of a run found, and the weights of its student; not when, nor how often they were begun."""
     found = {}
     for path in sorted((out / "seed-0/phases").glob("*.json")):
         row = json.loads(path.read_text())
@@ -200,7 +200,7 @@ def results(out):
 
 @pytest.fixture(scope="module")
 def unbroken(models):
-    """The example, run as it is."""
+    """Run the example as it is."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(models)
         assert main(["run", written(models, EXAMPLE)]) == 0
@@ -250,7 +250,7 @@ def test_other_settings_or_other_content_in_the_same_folder_are_refused(unbroken
 
 
 def run_there(folder, file):
-    """In a process of its own."""
+    """Run a file in a process of its own."""
     os.chdir(folder)
     raise SystemExit(main(["run", file]))
 
@@ -309,7 +309,7 @@ def test_seeds_and_texts_and_a_verifier_and_a_loss_on_the_top_k(here, tmp_path, 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """How many rollouts each training has to choose from, in their order."""
+    """Return how many rollouts each training has to choose from, in their order."""
     counts, made = [], lopd.batches
 
     def counted(*arguments, **options):
@@ -375,7 +375,7 @@ def test_a_teacher_that_did_not_write_the_text_of_sft_is_refused_before_anything
     for writer in ("unknown", "runs/tiny/student"):
         assert main(["run", written(here, example(text={"file": text, "written_by": writer}, **out))]) == 2
         assert "and the scoring teacher is" in capsys.readouterr().err
-    # without SFT the student's folder says who wrote its text
+    # without SFT the student's folder records who wrote its text
     swapped = {"student": "runs/tiny/teacher", "teacher": "runs/tiny/student", "sft": None}
     assert main(["run", written(here, example(**swapped, **out))]) == 2
     assert "its SFT teacher is not recorded" in capsys.readouterr().err

@@ -154,7 +154,7 @@ def _received(file):
 
 
 def received(file):
-    """What the public API is given for this file."""
+    """Return what the public API is given for this file."""
     return _received(json.dumps(file))
 
 
@@ -170,7 +170,7 @@ def changed(**changes):
 
 
 def diff(file, base):
-    """Phase, function and argument -> what is received for the file, where it is something else than for the base."""
+    """Return phase, function and argument -> what is received for the file, where it is something else than for the base."""
     found, before = received(file), received(base)
     return {key: found.get(key) for key in {**before, **found} if key not in before or key not in found or found[key] != before[key]}
 
@@ -304,7 +304,7 @@ OF_SERVERS = [
 
 
 def expanded(expected):
-    """Each entry for every combination of what stands between bars."""
+    """Return each entry for every combination of what stands between bars."""
     found = {"": None}
     for key, value in expected.items():
         names = [""]

@@ -24,7 +24,7 @@ MORE = [(20, 20), (7, 9, 33)]
 
 
 def gradients(student: Any, shapes: list[tuple[int, ...]]) -> list[torch.Tensor]:
-    """Of each batch, flat."""
+    """Return the gradients of each batch, flat."""
     found = []
     for seed, lengths in enumerate(shapes):
         student.zero_grad()

@@ -97,7 +97,7 @@ def test_the_suites_accept_what_is_right(suite: type, lacks: tuple[str, ...]) ->
 
 
 def resampled(source: TableSource, prompts: Sequence[Prompt], **fields: Any) -> list[Rollout]:
-    """What a source with other settings would give, under the names of this one."""
+    """Return what a source with other settings would give, under the names of this one."""
     other = TableSource(evolve(source.sampling, **fields)).sample(prompts)
     return [evolve(r, rollout_id=r.rollout_id.replace("/g0", f"/g{source.generation}"), generation=source.generation) for r in other]
 
@@ -156,7 +156,7 @@ SOURCE_MISTAKES: dict[str, tuple[Change, str]] = {
 
 
 def rekept(change: Change) -> Change:
-    """Other candidates, where there are some; given the source, the rollout, and what the table says at each token."""
+    """Change the candidates, where there are some; `change` gets the source, the rollout, and the table's log-probs at each token."""
 
     def changed(source: TableSource, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> list[Rollout]:
         rows = [TABLE_VV[np.concatenate([r.prompt_ids[-1:], r.response_ids[:-1]])] for r in rollouts]
@@ -166,7 +166,7 @@ def rekept(change: Change) -> Change:
 
 
 def forced_in(source: TableSource, rollout: Rollout, rows_TV: Any) -> TopK:
-    """The sampled token in the place of the least likely candidate, unless it is one."""
+    """Put the sampled token in the place of the least likely candidate, unless it is one."""
     ids_TK = rollout.candidates.ids.copy()
     outside_T = ~(ids_TK == rollout.response_ids[:, None]).any(1)
     ids_TK[outside_T, source.sampling.candidates - 1] = rollout.response_ids[outside_T]
@@ -174,7 +174,7 @@ def forced_in(source: TableSource, rollout: Rollout, rows_TV: Any) -> TopK:
 
 
 def cooled(source: TableSource, rollout: Rollout, rows_TV: Any) -> TopK:
-    """Drawn at the temperature of sampling."""
+    """Draw at the temperature of sampling."""
     cold = tempered(rows_TV, source.sampling.temperature)
     drawn_TD = source._keep(cold, rollout.rollout_id).ids[:, source.sampling.candidates :]
     return support_of(
@@ -247,14 +247,14 @@ def test_the_suite_rejects_a_source_that_is_wrong(make: Change, clause: str) -> 
 
 
 def rescored(change: Change) -> Change:
-    """Of each rollout alone."""
+    """Change the scores of each rollout alone."""
     return lambda rollouts, scores: [
         evolve(score, logprobs=change(rollout, score.logprobs)) for rollout, score in zip(rollouts, scores, strict=True)
     ]
 
 
 def resupported(change: Change) -> Change:
-    """Of the support of each rollout, given the call."""
+    """Change the support of each rollout, given the call."""
     return lambda rollouts, scores: [
         evolve(score, top_k=TopK(*change(rollouts, score.top_k.ids, score.top_k.logprobs, score.top_k.tail))) for score in scores
     ]
@@ -312,7 +312,7 @@ SCORER_MISTAKES: dict[str, tuple[int, Change, str]] = {
 
 
 def reordered(change: Change) -> Change:
-    """Columns of the support of a scorer with four candidates, three of its own and two drawn ones, in another order."""
+    """Reorder the support of a scorer with four candidates, three of its own and two drawn ones."""
     order = change([*range(9)])
     return lambda rs, ss: [
         evolve(s, top_k=TopK(s.top_k.ids[:, order], s.top_k.logprobs[:, order], s.top_k.tail, s.top_k.drawn)) for s in ss

@@ -1,10 +1,12 @@
-"""The pages under docs/: every block of Python runs or says why not, and every function, test, public name and link is there."""
+"""The pages under docs/: every block of Python runs or states why not, and every function, test, public name and link is there."""
 
 import ast
+import contextlib
 import importlib
 import inspect
+import os
 import re
-import subprocess
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -12,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forked
 import pytest
 import test_readme
 import torch
@@ -57,7 +60,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
-    """In their order.  A comment `<!-- not run: REASON -->` on the line before a block says why it is not run."""
+    """Yield the blocks in their order.  A comment `<!-- not run: REASON -->` on the line before a block states why it is not run."""
     lines = page.read_text().splitlines()
     for i, line in enumerate(lines):
         fence = line.strip()
@@ -72,22 +75,30 @@ RUN = [page for page in PAGES if any(block.reason is None for block in blocks_of
 RUN_IN_TEST_README = {test_readme.PROGRAM}
 
 
+@pytest.fixture(scope="module")
+def made(tokenizer: Any, make_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a folder with `teacher`, `sft-student`, which was fine-tuned on its text, and `prompts.jsonl`."""
+    folder = tmp_path_factory.mktemp("made")
+    with contextlib.chdir(folder):
+        for name, seed in (("teacher", 1), ("base", 2)):
+            make_model("llama_tied", seed=seed).save_pretrained(name)
+            tokenizer.save_pretrained(name)
+        writer = HFSource.from_folder("teacher", SamplingParams(max_new_tokens=8))
+        text = ZarrStore.create("sft.zarr", writer.manifest)
+        collect_rollouts(writer, make_prompts(["a", "b", "c"], tokenizer), text)
+        model, _ = load_model("base")
+        student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
+        steps = batches(text, teacher=None, rollouts_per_step=3)[:1]
+        list(opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=0.1)))
+        student.export("sft-student", tokenizer, steps.lineage)
+        Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')
+    return folder
+
+
 @pytest.fixture
-def trained(tokenizer: Any, make_model: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with `teacher`, `sft-student`, which was fine-tuned on its text, and `prompts.jsonl`."""
-    monkeypatch.chdir(tmp_path)
-    for name, seed in (("teacher", 1), ("base", 2)):
-        make_model("llama_tied", seed=seed).save_pretrained(name)
-        tokenizer.save_pretrained(name)
-    writer = HFSource.from_folder("teacher", SamplingParams(max_new_tokens=8))
-    text = ZarrStore.create("sft.zarr", writer.manifest)
-    collect_rollouts(writer, make_prompts(["a", "b", "c"], tokenizer), text)
-    model, _ = load_model("base")
-    student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
-    steps = batches(text, teacher=None, rollouts_per_step=3)[:1]
-    list(opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=0.1)))
-    student.export("sft-student", tokenizer, steps.lineage)
-    Path("prompts.jsonl").write_text('{"prompt": "d"}\n{"prompt": "e"}\n')
+def trained(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enter a copy of that folder, made for one page."""
+    monkeypatch.chdir(shutil.copytree(made, tmp_path / "here"))
 
 
 @pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.DriftWarning")  # of random models
@@ -99,14 +110,20 @@ def test_the_blocks_of_a_page_run(page: Path, trained: None) -> None:
             block.run(names)
 
 
+def _pytest(arguments: list[str]) -> None:
+    os.chdir(Path(arguments[-1]).parent)
+    sys.exit(pytest.main(arguments))
+
+
 def test_the_suites_of_the_page_on_your_own_parts_pass(tmp_path: Path) -> None:
     code = "\n".join(block.code for block in blocks_of(DOCS / "extending.md"))
     test = tmp_path / "test_own_parts.py"
     test.write_text(code)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(test)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout[-4000:]
-    passed = int(re.findall(r"(\d+) passed", done.stdout)[-1])
+    arguments = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(test)]
+    process = forked.start(_pytest, printed := tmp_path / "printed", arguments)
+    process.join(280)
+    assert process.exitcode == 0, printed.read_text()[-4000:]
+    passed = int(re.findall(r"(\d+) passed", printed.read_text())[-1])
     assert passed > 70  # all suites were collected
 
 
@@ -132,7 +149,7 @@ EQUATIONS = re.findall(r"^Code: `(lopd/\S+\.py)`, `([\w.]+)`: `(.+)`$", (DOCS / 
 
 @cache
 def function_source(path: str, name: str) -> str:
-    """The text of a function or method, found without importing anything."""
+    """Return the text of a function or method, found without importing anything."""
     text = (ROOT / path).read_text()
     found: Any = ast.parse(text)
     for part in name.split("."):
@@ -249,7 +266,7 @@ def test_every_page_is_in_the_navigation_and_every_decision_in_its_index() -> No
 
 
 def with_includes(page: Path) -> str:
-    """What is on a page, code left out; of an included file the text is that of its own folder."""
+    """Return the text of a page, code left out; of an included file the text is that of its own folder."""
     text = re.sub(r"^<!-- include: (\S+) -->$", lambda found: (ROOT / found[1]).read_text(), page.read_text(), flags=re.MULTILINE)
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""The doctor: what it says about a store, what it finds wrong, and the exit codes of its command line."""
+"""The doctor: what it reports of a store, what it finds wrong, and the exit codes of its command line."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def rollout(i: int, **fields: Any) -> Rollout:
 
 
 def fill(store: Any, n: int = 40) -> list[Rollout]:
-    """Rollouts of all kinds in two appends, a teacher with a top-k support, and the policy scored again."""
+    """Fill a store with rollouts of all kinds in two appends, a teacher with a top-k support, and the policy scored again."""
     items = [rollout(i, finish_reason="length" if i % 4 == 0 else "stop") for i in range(n)]
     items[1] = rollout(1, loss_mask=[True, False, True, False])
     store.append(items[: n // 2])
@@ -82,7 +82,7 @@ class Kept:
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command line as a user runs it."""
+    """Run the command line as a user does."""
     command = [sys.executable, "-W", "error", "-m", "lopd", *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
 
@@ -99,7 +99,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 
 def words(text: str) -> str:
-    """Without the lines that tables are broken into and drawn with."""
+    """Return the words, without the lines that tables are broken into and drawn with."""
     return " ".join(text.replace("│", " ").split())
 
 

@@ -21,7 +21,7 @@ def blocks(kind: str) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where `opd-student` is, and the two files of the page."""
+    """Return the folder with `opd-student`, and the two files of the page."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: run `make test-lm-eval`")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(ROOT / "examples")

@@ -33,7 +33,7 @@ def test_the_fused_bonus_is_the_plain_one(objective: EntropyBonus) -> None:
 
 
 def lspd(hidden_ND: Tensor, head: LMHead, batch: Batch, /) -> LossOutput:
-    """The loss as its paper writes it."""
+    """Compute the loss as its paper writes it."""
     on_N = batch.weight > 0
     logprobs_MV = head.logits(hidden_ND[on_N]).log_softmax(-1)
     assert batch.teacher_logprobs is not None

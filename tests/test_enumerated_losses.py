@@ -28,25 +28,25 @@ def lengths_R(problem: Problem) -> Tensor:
 
 
 def expected(problem: Problem, loss: OPDLoss, sampled_by: BigramLM, *, by_rollout: bool = False, ref: BigramLM | None = None) -> LossOutput:
-    """The sums of a loss over responses of this model, in expectation."""
+    """Return the sums of a loss over responses of this model, in expectation."""
     weights_R = problem.world.probabilities_R(sampled_by) / (lengths_R(problem) if by_rollout else 1)
     batch = problem.world.batch(weights_R, problem.teacher, ref or sampled_by)
     return problem.student(with_all_tokens(batch, problem.teacher), loss)
 
 
 def gradient(problem: Problem, loss: OPDLoss, *, by_rollout: bool) -> Tensor:
-    """The direction of descent, at the reference policy."""
+    """Return the direction of descent, at the reference policy."""
     return -flat_gradient(problem.student, expected(problem, loss, problem.student, by_rollout=by_rollout).loss_sum)
 
 
 def mean_gradient(problem: Problem, values_R: Tensor) -> Tensor:
-    """The gradient of the mean of a function of responses by the student."""
+    """Return the gradient of the mean of a function of responses by the student."""
     sums_R = torch.stack([values_T.sum() for values_T in problem.world.per_response(problem.student.logprobs_VV())])
     return flat_gradient(problem.student, (sums_R.exp() / len(problem.world.prompts) * values_R).sum())
 
 
 def lengthening(problem: Problem, direction: Tensor) -> float:
-    """By how much a unit step in this direction changes the mean length."""
+    """Return by how much a unit step in this direction changes the mean length."""
     return float(direction @ mean_gradient(problem, lengths_R(problem)) / direction.norm())
 
 
@@ -149,7 +149,7 @@ def test_labels_alone_have_the_gradient_of_the_mean_label_by_token_and_the_mean_
 
 
 def visits_after(problem: Problem, window: int) -> Tensor:
-    """(V,) visits of states of which the reference policy wrote all tokens but the last `window`, and the student those."""
+    """Return (V,) visits of states of which the reference policy wrote all tokens but the last `window`, and the student those."""
     ref_VV, student_VV = (model.logprobs_VV().detach().exp() for model in (problem.ref, problem.student))
     goes_on_V = torch.ones(problem.world.vocab, dtype=torch.float64)
     goes_on_V[-1] = 0.0

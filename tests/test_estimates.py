@@ -20,7 +20,7 @@ from lopd.tools.doctor import describe_advantages
 
 
 def direct_kl(student: Any, teacher: Any, rollout: Rollout) -> float:
-    """KL over the whole vocabulary at each response token, summed: one rollout alone, nothing clever."""
+    """Return the KL over the whole vocabulary at each response token, summed: one rollout alone, nothing clever."""
     ids = torch.tensor([*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()])[None]
     with torch.no_grad():
         p, q = (model(input_ids=ids, use_cache=False).logits[0, :, :96].double().log_softmax(-1) for model in (student, teacher))
@@ -69,19 +69,19 @@ def test_the_estimator_has_the_exact_kl_as_its_mean(seed: int, size: int) -> Non
 
 
 def draws(rng: np.random.Generator, clusters: int) -> RolloutSums:
-    """Rollouts of unequal length whose tokens share an effect of their rollout; the mean per token is 1."""
+    """Draw rollouts of unequal length whose tokens share an effect of their rollout; the mean per token is 1."""
     counts = rng.integers(1, 30, clusters).astype(float)
     return RolloutSums(counts * (1 + 0.5 * rng.standard_normal(clusters)) + np.sqrt(counts) * rng.standard_normal(clusters), counts)
 
 
 def skewed(rng: np.random.Generator, clusters: int) -> RolloutSums:
-    """Sums whose rate a token is exponential over rollouts, as that of KL nearly is; the mean per token is 1."""
+    """Draw sums whose rate a token is exponential over rollouts, as that of KL nearly is; the mean per token is 1."""
     counts = rng.integers(5, 200, clusters).astype(float)
     return RolloutSums(counts * rng.exponential(1.0, clusters), counts)
 
 
 def sparse(rng: np.random.Generator, clusters: int) -> RolloutSums:
-    """Three tokens of a hundred have any KL, two nats of it on average."""
+    """Draw sums in which three tokens of a hundred have any KL, two nats of it on average."""
     counts = rng.integers(5, 200, clusters).astype(float)
     return RolloutSums(rng.gamma(np.maximum(rng.binomial(counts.astype(int), 0.03), 1e-9), 1 / 0.03), counts)
 

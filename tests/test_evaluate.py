@@ -12,7 +12,7 @@ from lopd.records import Manifest, ModelId, Rollout, SamplingParams, fingerprint
 
 
 class Fixed:
-    """A source whose i-th rollout of a prompt says how good it is: its only token is the score in percent, plus 10."""
+    """A source whose i-th rollout of a prompt states how good it is: its only token is the score in percent, plus 10."""
 
     def __init__(self, scores_BN, tokenizer, sampling=None, reports=True):
         self.scores_BN, self.reports = scores_BN, reports
@@ -92,7 +92,7 @@ def test_the_estimated_reverse_kl_covers_the_exact_one(llama, near_teacher, toke
 
 
 class Spoken:
-    """A source in whose responses somebody else says the first token, with a log-prob that means nothing."""
+    """A source in whose responses somebody else writes the first token, with a log-prob that means nothing."""
 
     def __init__(self, inner):
         self.inner, self.manifest = inner, inner.manifest

@@ -33,7 +33,7 @@ ENDS = {
 
 
 def curve(arm, steps, points, seed, start=0.4):
-    """Straight lines from the start to the end."""
+    """Return straight lines from the start to the end."""
     end, spent = ENDS.get(arm.name) or ENDS.get(arm.name.split(" (")[0], (0.35, 100.0))
     end += 0.001 * seed
     return [
@@ -50,7 +50,7 @@ def curve(arm, steps, points, seed, start=0.4):
 
 @pytest.fixture
 def plan(tmp_path, monkeypatch):
-    """All units in a folder, made up: the middle rate is the best."""
+    """Make up all units in a folder: the middle rate is the best."""
 
     def run(bed, arm, rate, points):
         rate_costs = 0.0 if rate == 5e-5 else 0.1
@@ -166,7 +166,7 @@ def test_the_page_says_what_the_rows_say(plan, tmp_path):
     rows = finish(plan, (0, 1, 2))
     evidence.write(rows, tmp_path)
     written = (tmp_path / "evidence.json").read_text()
-    json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     text, found = (tmp_path / "RESULTS.md").read_text(), Found(rows)
     assert all(f"| {name} |" in text for name in found.names())
     assert f"**What did not:** *{found.form().arm}, 3 steps* ends higher in reverse KL than" in text
@@ -208,7 +208,7 @@ def test_one_seed_meets_no_goal_that_needs_an_interval(plan):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """A bed of random weights and made-up questions; four layers, of which one is cut."""
+    """Make a bed of random weights and made-up questions; four layers, of which one is cut."""
     model, tokenizer = build_model("llama", num_hidden_layers=4, vocab_size=261, max_position_embeddings=256), byte_tokenizer()
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
 

@@ -45,7 +45,7 @@ def _in_a_folder_of_its_own(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """`run(name, *arguments)`: what the page printed, and its names."""
+    """Return `run(name, *arguments)`: what the page printed, and its names."""
 
     def run(name, *arguments, as_main=True):
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
@@ -57,7 +57,7 @@ def run(monkeypatch, capsys):
 
 
 def numbers(pattern, text):
-    """What the groups of a pattern caught, as floats, once for each place where it is found."""
+    """Return what the groups of a pattern caught, as floats, once for each place where it is found."""
     return [tuple(map(float, found)) if isinstance(found, tuple) else float(found) for found in re.findall(pattern, text)]
 
 
@@ -224,7 +224,7 @@ def test_08_an_ensemble_scores_between_its_members_and_is_nobodys_sft_teacher(ru
 
 @pytest.fixture(scope="class")
 def page_08(tmp_path_factory):
-    """The names of the page, which was run once."""
+    """Return the names of the page, which was run once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("08"))
         patch.syspath_prepend(EXAMPLES)
@@ -387,7 +387,7 @@ def test_18_labels_are_filtered_gated_and_mixed(run):
     assert 0.1 < names["labels"].mean() < 0.9, "there is something to choose"
     start, *ended = (found.mean for found in names["accuracy"].values())
     assert all(accuracy > start for accuracy in ended), "on the questions that were trained"
-    # what the page's own labels say is what the verifier says of the stored text
+    # the page's own labels are the verifier's values of the stored text
     by_hand = [
         float(names["tokenizer"].decode(row.rollout.response_ids, skip_special_tokens=True) == names["answers"][i // 8])
         for i, row in enumerate(names["store"].read(range(128)))

@@ -28,7 +28,7 @@ def full(make_model):
 
 @pytest.fixture
 def adapters(make_model, tokenizer, tmp_path):
-    """A student with adapters on a base model in the folder `base`."""
+    """Make a student with adapters on a base model in the folder `base`."""
     make_model("llama_tied", seed=1).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     base, _ = load_model(tmp_path / "base", torch.float32)
@@ -240,5 +240,5 @@ def test_weights_that_are_one_tensor_though_the_configuration_does_not_say_so_ar
         model.lm_head.weight = model.model.embed_tokens.weight
     else:
         model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
-    with pytest.raises(ModelError, match="are one tensor, which its configuration does not say"):
+    with pytest.raises(ModelError, match="are one tensor, which its configuration does not state"):
         CausalLMStudent(model, TOKENIZER_ID)

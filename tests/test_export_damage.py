@@ -28,7 +28,7 @@ FLIPS = 6000 if "LOPD_KILLS" in os.environ else 150
 
 
 def whole_store() -> MemoryStore:
-    """Scores, top-k, a masked response, log-probs of the engine and of the sampler, two rounds, and a quarantine."""
+    """Make a store with scores, top-k, a masked response, log-probs of the engine and of the sampler, two rounds, and a quarantine."""
     original, store = fill(MemoryStore(tiny_manifest())), MemoryStore(tiny_manifest())
     store.begin_generation(1, original.generations[1])
     rollouts = [row.rollout for row in original.read(range(30))]
@@ -55,7 +55,7 @@ def from_dataset(dataset: Any) -> MemoryStore:
 def loaded(path: Path) -> Any:
     try:
         return datasets.load_from_disk(path)
-    except Exception as error:  # what `datasets` raises is its own, and says that something is wrong
+    except Exception as error:  # what `datasets` raises is its own, and shows that something is wrong
         raise CorruptStoreError(f"Dataset: {error}") from error
 
 
@@ -71,7 +71,7 @@ def flips(paths: list[Path], seed: int) -> Any:
 
 
 def assert_noticed(imported: Callable[[], MemoryStore], store: MemoryStore, flip: str) -> bool:
-    """Whether there was an error; without one the rows are those that were exported."""
+    """Return whether there was an error; without one the rows must be those that were exported."""
     try:
         again = imported()
     except LopdError:
@@ -113,7 +113,7 @@ def test_every_bit_of_a_description_counts(tmp_path: Path) -> None:
 
 
 def other(value: Any) -> Any:
-    """A value of the same type that is still allowed."""
+    """Return a value of the same type that is still allowed."""
     if isinstance(value, list):
         return [other(value[0]), *value[1:]]
     if isinstance(value, bytes):
@@ -163,7 +163,7 @@ def test_rows_that_are_missing_are_noticed(tmp_path: Path) -> None:
 
 
 def old(tmp_path: Path) -> tuple[MemoryStore, Path, Any]:
-    """What lopd 0.2 exported: the store, its parquet file and its dataset."""
+    """Return what lopd 0.2 exported: the store, its parquet file and its dataset."""
     with tarfile.open(Path(__file__).parent / "data" / "exports.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     store = fill(MemoryStore(tiny_manifest()), drawn=0)
@@ -208,7 +208,7 @@ def test_duckdb_reads_an_export(tmp_path: Path) -> None:
 
 
 def forged(change: Callable[[dict[str, Any]], None]) -> Any:
-    """A dataset whose description was changed by somebody who computed its checksum."""
+    """Make a dataset whose description was changed by somebody who computed its checksum."""
     dataset = to_hf_dataset(whole_store())
     document = json.loads(dataset.info.description)
     del document["checksum"]

@@ -17,7 +17,7 @@ _NUMBERS = [*range(1, 61), *range(-20, 0)] if _ALL else [*range(1, 8), 20, 33, -
 
 @pytest.fixture(scope="module")
 def tried(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[dict[str, Any]]]:
-    """`tried(kind)`: what became of trials in which one write failed, or 2 % of all."""
+    """Return `tried(kind)`: what became of trials in which one write failed, or 2 % of all."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("it takes a C compiler on Linux")

@@ -36,7 +36,7 @@ def known(name):
 
 
 def silent(row):
-    """The abilities that are wrong without an error of lopd."""
+    """Return the abilities that are wrong without an error of lopd."""
     return {ability: row[ability] for ability in ABILITIES.keys() & row.keys() if row[ability]["verdict"] in {"wrong", "raw"}}
 
 

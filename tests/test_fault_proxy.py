@@ -11,7 +11,7 @@ from s3_server import SIGNED, S3Server
 
 @pytest.fixture
 def fetch(s3: S3Server, proxy: FaultProxy) -> Iterator[Callable[..., bytes]]:
-    """One request through the proxy, by a client that repeats nothing."""
+    """Return a function that sends one request through the proxy, by a client that repeats nothing."""
     endpoint = proxy.storage_options["aws_endpoint"]
 
     def ask(key: str, method: str = "GET", data: bytes | None = None, **headers: str) -> bytes:

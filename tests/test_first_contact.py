@@ -1,4 +1,4 @@
-"""A first contact that fails is said soon, in one sentence that says what to do; a long wait says what it waits for."""
+"""A first contact that fails is reported soon, in one sentence with what to do; a long wait reports what it waits for."""
 
 import copy
 import logging
@@ -39,7 +39,7 @@ LOOKS: dict[str, Callable[[str, Any], Any]] = {
 
 @pytest.fixture
 def closed() -> Iterator[str]:
-    """A port that nobody listens on."""
+    """Yield a port without a listener."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{taken.getsockname()[1]}"
@@ -47,7 +47,7 @@ def closed() -> Iterator[str]:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """A port that is listened on, and never answers."""
+    """Yield a port that is listened on, and never answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
@@ -58,7 +58,7 @@ def silent() -> Iterator[str]:
 
 
 @pytest.mark.s3
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("look", LOOKS)
 def test_a_missing_bucket_is_named_at_once(s3: S3Server, look: str) -> None:
     with pytest.raises(StorePathError, match="Store s3://nobodys/run: there is no such bucket; create it, or check its name") as caught:
@@ -76,7 +76,7 @@ def test_what_the_environment_allows_holds_at_the_first_request_too(s3: S3Server
     assert len(open_store(url)) == 0
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["closed", "silent"])
 def test_an_endpoint_that_does_not_answer_is_said_soon(kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cloud._FIRST_S <= 10
@@ -91,7 +91,7 @@ def test_an_endpoint_that_does_not_answer_is_said_soon(kind: str, request: pytes
 
 
 @pytest.mark.s3
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_a_proxy_or_certificates_of_the_environment_that_do_not_work_are_said_soon(
     s3: S3Server, closed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,7 +143,7 @@ def busy() -> None:
 # Servers
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(("kind", "error"), [("closed", "ConnectError"), ("silent", "ReadTimeout")])
 def test_a_server_that_never_answered_is_said_soon_and_what_to_check(kind: str, error: str, request: pytest.FixtureRequest) -> None:
     url = f"http://{request.getfixturevalue(kind)}"
@@ -230,7 +230,7 @@ class _Pages(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def pages() -> Iterator[str]:
-    """The address of something that is neither a hub nor a model server."""
+    """Yield the address of something that is neither a hub nor a model server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
     thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -121,7 +121,7 @@ def test_a_student_that_finds_what_it_reads_far_less_likely_than_its_teacher_is_
 
 
 def near(step, ref_shift):
-    """The step with a near teacher, and with a reference policy that is this far from the student on each second rollout."""
+    """Return the step with a near teacher, and with a reference policy that is this far from the student on each second rollout."""
 
     def changed(batch):
         shifted = batch.ref_logprobs - ref_shift * (batch.segment_ids % 2) * (batch.weight > 0)
@@ -192,7 +192,7 @@ BASELINED = [
 
 
 def with_supports(steps, loss=BASELINED[0]):
-    """The steps, with a support of the token itself, to which the teacher gives a half, and with labels if the loss reads them."""
+    """Yield the steps, with a support of the token itself, to which the teacher gives a half, and with labels if the loss reads them."""
     for step in steps:
         halves = [torch.full((len(batch.inputs), 1), 0.5) for batch in step.batches]
         supports = [{"top_k_logprobs": half.log(), "top_k_tail": half[:, 0]} for half in halves]

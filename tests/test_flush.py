@@ -12,7 +12,7 @@ from lopd.records.flush import flush
 
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
-    """Files, and the folder that they stand in."""
+    """Return files, and the folder that they stand in."""
     files = [tmp_path / str(i) for i in range(20)]
     for path in files:
         path.touch()
@@ -21,7 +21,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def flushed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Inodes of what was flushed."""
+    """Return the inodes of what was flushed."""
     found: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: found.append(os.fstat(descriptor).st_ino))
     return found

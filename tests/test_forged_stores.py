@@ -1,4 +1,4 @@
-"""Stores that somebody made to do harm: every file of theirs gives what it says, or one error of ours; never a hang, a bomb or a stray file."""
+"""Stores that somebody made to do harm: every file of theirs gives its content, or one error of ours; never a hang, a bomb or a stray file."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_forged_json_gives_what_it_says_or_one_error_of_ours(kind: str, tmp_path
 
 @pytest.fixture
 def filled(tmp_path: Path) -> Path:
-    """A store of two commits."""
+    """Make a store of two commits."""
     store = ZarrStore.create(tmp_path / "run", tiny_manifest())
     for name in ("a", "b"):
         store.append([tiny_rollout(name)])
@@ -73,7 +73,7 @@ def test_a_checkpoint_cannot_have_live_segments_removed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def odd_places(tmp_path: Path) -> Iterator[list[Path]]:
-    """A device, a pipe, a socket and a folder."""
+    """Make a device, a pipe, a socket and a folder."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     with socket.socket(socket.AF_UNIX) as opened:

@@ -167,7 +167,7 @@ def build(family: str, **settings: Any) -> Any:
 
 @torch.no_grad()
 def function_of(model: Any) -> torch.Tensor:
-    """(20, 96) log-probs of the model as it is called, wrappers and all."""
+    """Return (20, 96) log-probs of the model as it is called, wrappers and all."""
     with torch.compiler.set_stance("force_eager"):
         return model(input_ids=IDS, use_cache=False).logits[0, :, :96].float().log_softmax(-1)
 
@@ -200,7 +200,7 @@ def test_settings(family: str) -> None:
 
 
 def adapted(model: Any, *names: str, seed: int = 1) -> Any:
-    """A copy of the model with adapters of these names, each of which does something."""
+    """Return a copy of the model with adapters of these names, each of which does something."""
     made = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"), names[0])
     for name in names[1:]:
         made.add_adapter(name, made.peft_config[names[0]])
@@ -213,7 +213,7 @@ def adapted(model: Any, *names: str, seed: int = 1) -> Any:
 
 
 def in_folder(model: Any, folder: Any) -> dict[str, tuple[ModelId, torch.Tensor]]:
-    """What a saved model is: as it is loaded again, and without loading it."""
+    """Return the identity of a saved model: as it is loaded again, and without loading it."""
     model.save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     loaded = load_model(folder)[0]

@@ -412,7 +412,7 @@ PLAIN = ReferenceOPDLoss(clip=None)
 def broken_clauses(
     loss: OPDLoss, reference: OPDLoss = PLAIN, cases: Callable[[], Sequence[LossCase]] = loss_cases, *, rounding: bool = False
 ) -> list[str]:
-    """The clauses of the suite that this loss fails on these cases, `rounding` as on CUDA."""
+    """Return the clauses of the suite that this loss fails on these cases, `rounding` as on CUDA."""
 
     class Suite(LossConformance):
         def rounds_operands(self) -> bool:

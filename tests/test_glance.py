@@ -31,7 +31,7 @@ def long_rollout(name: str = "p/s0/g0", tokens: int = 5000) -> Rollout:
 
 @cache
 def things(name: str) -> dict[str, Any]:
-    """One of each, with as much in it as would fill a screen."""
+    """Make one of each, with as much in it as would fill a screen."""
     rollout = long_rollout(name)
     top_k = TopK(np.tile([1, 2], (5000, 1)), np.full((5000, 2), np.log(0.4)), np.full(5000, 0.2))
     scores = Scores.of(rollout, np.full(5000, -0.25), top_k=top_k)

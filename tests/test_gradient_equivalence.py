@@ -40,7 +40,7 @@ class Problem:
     other_teacher: BigramLM
 
     def gradient(self, weights_R: Tensor, loss: OPDLoss = PLAIN, teacher: BigramLM | None = None) -> Tensor:
-        """The direction in which descent on the loss goes, so the gradient of J; each response counts with its weight."""
+        """Return the direction in which descent on the loss goes, so the gradient of J; each response counts with its weight."""
         output = self.student(self.world.batch(weights_R, teacher or self.teacher, self.ref), loss)
         return -flat_gradient(self.student, output.loss_sum)
 
@@ -51,7 +51,7 @@ class Problem:
         return self.gradient(self.world.probabilities_R(self.student), loss, teacher)
 
     def exact_online(self, states_of: BigramLM | None = None) -> Tensor:
-        """The same without lopd's loss, without sampled tokens, and without enumeration of responses."""
+        """Return the same without lopd's loss, without sampled tokens, and without enumeration of responses."""
         return flat_gradient(self.student, self.world.objective(self.student, self.teacher, states_of or self.student))
 
     def ratios_R(self) -> Tensor:
@@ -62,7 +62,7 @@ class Problem:
         return max(float((self.world.probabilities_R(self.ref) * self.ratios_R().square()).sum()) - 1.0, 0.0)
 
     def score_bound(self) -> float:
-        """G: the largest norm of the gradient of one log-prob, over all states that are ever predicted from."""
+        """Return G: the largest norm of the gradient of one log-prob, over all states that are ever predicted from."""
         entries = self.student.logprobs_VV()[:-1].flatten()
         rows = torch.autograd.grad(
             entries, list(self.student.parameters()), torch.eye(len(entries), dtype=entries.dtype), is_grads_batched=True
@@ -70,7 +70,7 @@ class Problem:
         return float(torch.cat([row.flatten(1) for row in rows], dim=1).norm(dim=1).max())
 
     def second_moment(self, per_token_VV: Tensor) -> float:
-        """sigma: root of the mean over the reference policy's responses of the squared sum of absolute per-token values."""
+        """Return sigma: root of the mean over the reference policy's responses of the squared sum of absolute per-token values."""
         sums_R = torch.stack([values_T.abs().sum() for values_T in self.world.per_response(per_token_VV.detach())])
         return float((self.world.probabilities_R(self.ref) * sums_R.square()).sum().sqrt())
 
@@ -96,7 +96,7 @@ def assert_same(left: Tensor, right: Tensor) -> None:
 
 
 def sequence_kl(problem: Problem) -> Tensor:
-    """KL(student, teacher) between whole responses, differentiable through the states too."""
+    """Return KL(student, teacher) between whole responses, differentiable through the states too."""
     logprobs_R, teacher_R = (
         torch.stack([t.sum() for t in problem.world.per_response(model.logprobs_VV())]) for model in (problem.student, problem.teacher)
     )

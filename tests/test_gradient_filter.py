@@ -21,7 +21,7 @@ from lopd.testing.losses import evaluate_case
 
 
 def agreeing(seed: int = 0, size: float = 4.0, **options: object) -> LossCase:
-    """Many tokens, at half of which the teacher says nearly what the student says."""
+    """Make a case of many tokens, at half of which the teacher finds nearly what the student finds."""
     case = loss_case("agreeing", [60, 50, 70], counted=0.9, size=size, seed=seed, **options)
     own_N = case.head.logits(case.hidden).log_softmax(-1).gather(-1, case.batch.targets[:, None])[:, 0]
     assert case.batch.teacher_logprobs is not None

@@ -75,7 +75,7 @@ FAMILIES = {
 
 
 def build(config_class, model_class, special):
-    """A random model of two layers in eval mode, far from flat."""
+    """Build a random model of two layers in eval mode, far from flat."""
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**{**_SHAPE, **special}))
     with torch.no_grad():

@@ -182,7 +182,7 @@ def test_pain_09_a_bfloat16_model_samples_from_logits_in_float32_as_the_scorer_r
 
 
 def truth(model, rollout):
-    """(T, V) float32 log-probs at each response token: one rollout alone through the whole model."""
+    """Return (T, V) float32 log-probs at each response token: one rollout alone through the whole model."""
     ids = torch.tensor([*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()])
     with torch.no_grad():
         logprobs_SV = model(input_ids=ids[None], use_cache=False).logits[0, :, :VOCAB].float().log_softmax(-1)

@@ -240,7 +240,7 @@ def test_the_log_probs_of_the_sampler_are_at_its_temperature_and_renormalised_ov
 
 
 def drawn_on_a_grid(probabilities, expected, n=1000, **sampling):
-    """How often each token is drawn when the uniform numbers are the midpoints of n equal intervals: its probability, exactly."""
+    """Return how often each token is drawn when the uniform numbers are the midpoints of n equal intervals: its probability, exactly."""
     logits_BV = torch.tensor(probabilities, dtype=torch.float32).log().expand(n, -1)
     ids_B, logprobs_BV, drawn_B = draw(logits_BV, (torch.arange(n, dtype=torch.float64) + 0.5) / n, SamplingParams(**sampling))
     np.testing.assert_allclose(logprobs_BV, torch.tensor(probabilities).log().expand(n, -1), atol=1e-6)

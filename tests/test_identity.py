@@ -19,7 +19,7 @@ KINDS = ("llama_tied", "qwen3_padded", "gemma2_softcap", "phi_bias", "gpt2")
 
 @pytest.fixture
 def saved(models, tokenizer, tmp_path):
-    """`saved(kind, dtype, max_shard_size)`: a folder with this model."""
+    """Return `saved(kind, dtype, max_shard_size)`: a folder with this model."""
 
     def save(kind, dtype=torch.float32, **how):
         folder = tmp_path / f"{kind}-{dtype}"

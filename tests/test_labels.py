@@ -1,4 +1,4 @@
-"""Labels: what a verifier says of rollouts fills a column of any store, is never taken for log-probs, and trains offline as it should."""
+"""Labels: a verifier's values of rollouts fill a column of any store, are never taken for log-probs, and train offline as they should."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -78,7 +78,7 @@ def rollout_of(prompt, sample, generation=0):
 
 
 def filled(store, teacher=True):
-    """Two rollouts of each prompt, scored by the SFT teacher."""
+    """Fill a store with two rollouts of each prompt, scored by the SFT teacher."""
     rollouts = [rollout_of(prompt, sample) for prompt in PROMPTS for sample in range(2)]
     store.append(rollouts)
     if teacher:
@@ -93,7 +93,7 @@ def manifest():
 
 @pytest.fixture(params=["memory", "zarr", "lance"])
 def opened(request, tmp_path):
-    """`make()` a store of each kind, and `again(store)` as another process would see it."""
+    """Return `make()`, a store of each kind, and `again(store)`, as another process would see it."""
     if request.param == "memory":
         return SimpleNamespace(make=lambda: MemoryStore(manifest()), again=lambda store: store)
     kind = {"zarr": ZarrStore, "lance": LanceStore}[request.param]
@@ -107,7 +107,7 @@ def store():
 
 
 def number(_, rollout):
-    """What a verifier reads of these rollouts: the first token says which it is."""
+    """Return the number that the first token of a rollout names: a verifier."""
     return int(rollout.response_ids[0]) - 20
 
 
@@ -119,7 +119,7 @@ class Judge:
     """A verifier that gives up after some calls, and counts them."""
 
     def __init__(self, calls=99, say=number):
-        self.left, self.say, self.asked = calls, say, []
+        self.say, self.left, self.asked = say, calls, []
 
     def __call__(self, prompt, rollout):
         assert rollout.rollout_id.startswith(f"{prompt.prompt_id}/"), "a rollout is judged with its own prompt"
@@ -290,7 +290,7 @@ def test_prompts_and_rows_that_do_not_fit_are_refused(store):
 
 
 def test_rollouts_whose_prompts_are_not_at_hand_are_all_labelled(store):
-    more = evolve(rollout_of(PROMPTS[0], 1), rollout_id="p0/s7/g0")  # as an import names one, whatever `samples_per_prompt` says
+    more = evolve(rollout_of(PROMPTS[0], 1), rollout_id="p0/s7/g0")  # as an import names one, whatever `samples_per_prompt` is
     store.append([more])
     assert label_rollouts(store, number, PROMPTS, column="some").rollouts == 8
     seen = {}
@@ -334,7 +334,7 @@ def test_labels_are_refused_wherever_log_probs_are_expected_and_the_other_way_ro
 
 
 def per_rollout(step, name):
-    """Value of each rollout of a step by its first response token; those of prompt tokens are 0, and the others equal."""
+    """Return the value of each rollout of a step by its first response token; those of prompt tokens are 0, and the others equal."""
     found = {}
     for batch in step.batches:
         values = getattr(batch, name)
@@ -389,7 +389,7 @@ def test_a_checkpoint_notices_other_labels(store):
 
 
 def logits_batch(labels=True):
-    """A batch of one rollout of four counted tokens and a prompt, over five ids; hidden states are logits."""
+    """Make a batch of one rollout of four counted tokens and a prompt, over five ids; hidden states are logits."""
     random = torch.Generator().manual_seed(5)
     targets = torch.tensor([1, 4, 0, 2, 3])
     values = {name: -3 * torch.rand(5, generator=random).double() for name in ("teacher_logprobs", "ref_logprobs")}
@@ -420,7 +420,7 @@ def test_the_mixed_objective_has_the_gradient_of_the_formula_on_full_logits(kind
         onehot = torch.eye(5).double()[target]
         expected[n] = -gate * float(batch.weight[n]) * advantage * r * (onehot - p)
     torch.testing.assert_close(hidden.grad, expected)
-    assert not hidden.grad[3].any(), "the gate is shut where the label says so"
+    assert not hidden.grad[3].any(), "the label shuts the gate"
 
 
 class Fixed(torch.nn.Module):
@@ -461,7 +461,7 @@ PERHAPS_READ = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Student")  # it is no model
+@pytest.mark.filterwarnings("ignore:Student")  # it is not a model
 @pytest.mark.parametrize("tokens_per_batch", [12, 4096])
 def test_labels_that_no_transform_reads_are_said_and_metrics_tell_what_labels_say(store, tokens_per_batch):
     label_rollouts(store, lambda prompt, r: number(prompt, r) // 3, PROMPTS)  # 0 0 | 0 1 | 1 1 | 2 2

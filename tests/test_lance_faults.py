@@ -41,7 +41,7 @@ huge = tiny_rollout("huge", np.arange(100_000) % 300)
 
 
 def readable(store: LanceStore) -> list[Any]:
-    """All that a store says."""
+    """Read all that a store holds."""
     rows = store.read(range(len(store)))
     scored = store.read([1, 3], ("teacher",), top_k=("teacher",))
     return [
@@ -175,7 +175,7 @@ def test_tables_of_killed_writers_are_removed_once_their_column_has_another(fill
 
 
 def write_to_a_full_disk(path: str, pipe: Connection) -> None:
-    """Files may not grow past a limit; a big call fails, a small one does not, and the big one can be repeated."""
+    """Write with a limit on the size of files; a big call fails, a small one does not, and the big one can be repeated."""
     store, hard = LanceStore.open(path), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     for call in (

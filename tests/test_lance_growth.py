@@ -23,7 +23,7 @@ from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scor
 
 
 def grown(folder: Path, commits: int) -> LanceStore:
-    """Commits of one rollout each, of which every second one is scored."""
+    """Make commits of one rollout each, of which every second one is scored."""
     store = LanceStore.create(folder, tiny_manifest())
     for i in range(commits):
         item = tiny_rollout(f"r{i}", [i % 300])
@@ -38,7 +38,7 @@ def fragments_of(store: LanceStore, name: str) -> int:
 
 
 def drop_all_versions(store: LanceStore) -> None:
-    """As a clean-up by somebody else does it."""
+    """Drop all versions, as a clean-up by somebody else does."""
     for part in store._snapshot.parts().values():
         part.table.dataset().cleanup_old_versions(older_than=timedelta(0))
 

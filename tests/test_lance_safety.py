@@ -1,4 +1,4 @@
-"""Files of a `LanceStore` that are missing, or another store's; maintenance beside writers; writes that LanceDB says succeeded."""
+"""Files of a `LanceStore` that are missing, or another store's; maintenance beside writers; writes that LanceDB reports as done."""
 
 import os
 import shutil
@@ -26,11 +26,11 @@ from lopd.records import ModelId
 from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scores, tiny_top_k
 from lopd.tools.doctor import check_store, inspect_store
 
-# Writes that LanceDB says succeeded
+# Writes that LanceDB reports as done
 
 
 def cut(path: Path) -> None:
-    """What is left of a file whose last write failed."""
+    """Cut a file to what is left when its last write failed."""
     path.write_bytes(path.read_bytes()[:-64])
 
 
@@ -40,7 +40,7 @@ def newest(pattern: str, store: LanceStore) -> Path:
 
 @pytest.fixture
 def badly(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`badly(owner, name, act)`: `act` happens once, after the next call of this method has returned."""
+    """Return `badly(owner, name, act)`: `act` happens once, after the next call of this method has returned."""
 
     def arrange(owner: Any, name: str, act: Callable[[], object]) -> None:
         real = getattr(owner, name)
@@ -99,7 +99,7 @@ def test_a_merged_file_that_cannot_be_read_back_is_not_put_in_the_place_of_other
 
 
 def noticed(path: Path) -> list[str]:
-    """What opening a store says, or else what `verify` says."""
+    """Return the error of opening a store, or else the problems that `verify` finds."""
     try:
         return list(LanceStore.open(path).verify())
     except CorruptStoreError as error:
@@ -107,7 +107,7 @@ def noticed(path: Path) -> list[str]:
 
 
 def grown(path: Path, name: str) -> LanceStore:
-    """A store in which each kind of record is, and several commits a table."""
+    """Make a store in which each kind of record is, and several commits a table."""
     store = fill(LanceStore.create(path, tiny_manifest()))
     more = [tiny_rollout(f"{name}{i}") for i in range(3)]
     for rollout in more:
@@ -275,7 +275,7 @@ def test_compaction_touches_only_what_lopd_made(filled: LanceStore, tmp_path: Pa
 
 
 def maintain(path: str, pipe: Connection) -> None:
-    """Merges, and removes all that it may, until told to stop."""
+    """Merge, and remove all that it may, until told to stop."""
     store, rounds = LanceStore.open(path), 0
     while not pipe.poll():
         store.compact(older_than=0.0)

@@ -69,7 +69,7 @@ class TestLanceStoreOnS3(TestLanceStore):
 
 
 def sent(store: LanceStore) -> LanceStore:
-    """As a worker process of a data loader gets it."""
+    """Send the store as a worker process of a data loader gets it."""
     return pickle.loads(pickle.dumps(store))  # noqa: S301  # our own bytes, made a moment ago
 
 
@@ -235,7 +235,7 @@ def test_stored_bytes_are_those_of_the_data_files(filled: LanceStore) -> None:
 
 @pytest.fixture
 def flushed(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
-    """Which files and folders were flushed, and in which state: a file may have got its name later."""
+    """Return which files and folders were flushed, and in which state: a file may have got its name later."""
     found: dict[int, int] = {}
 
     def fsync(descriptor: int) -> None:

@@ -24,7 +24,7 @@ from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout, tiny_scor
 
 @pytest.fixture
 def before_insert(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], None]], None]:
-    """`before_insert(act)`: something that happens once, between a writer's last look and its commit."""
+    """Return `before_insert(act)`: something that happens once, between a writer's last look and its commit."""
 
     def arrange(act: Callable[[], None]) -> None:
         real = LanceTable.insert
@@ -116,7 +116,7 @@ def test_of_two_policies_for_a_round_one_wins(filled: LanceStore, monkeypatch: p
 
 
 def begin_together(path: str, writer: int, pipe: Connection) -> None:
-    """All writers make the store, its first rows and a column at the same moment."""
+    """Make the store, its first rows and a column at the same moment as all other writers."""
     import lopd.backends.lance.table as module
 
     module._lancedb("Warm-up")

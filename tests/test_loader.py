@@ -51,7 +51,7 @@ def test_starting_at_step_k_gives_what_iterating_to_it_gives(size: tuple[int, in
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """As if there were one, which a thread reads ahead for; gives the threads in which memory was pinned."""
+    """Pretend that there is a GPU, which a thread reads ahead for; return the threads in which memory was pinned."""
     threads: list[str] = []
 
     def pin(values: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def test_a_card_that_this_process_does_not_use_pins_nothing(gpu: list[str], monk
 
 
 class Reads:
-    """A store that says in which thread it is read, and cannot be where it is one of these rows."""
+    """A store that records in which thread it is read, and cannot be where it is one of these rows."""
 
     def __init__(self, store: MemoryStore, damaged: set[int]) -> None:
         self._store, self._damaged = store, damaged
@@ -220,14 +220,14 @@ def test_micro_batches_hold_rollouts_of_like_length_as_many_as_fit_longest_first
 
 
 def train(steps: Sequence[Step], loss: OPDLoss = PLAIN, lr: float = 0.1) -> tuple[Tensor, list[StepMetrics]]:
-    """The parameters of a float64 student after plain gradient descent on these steps, and what the loop reported."""
+    """Return the parameters of a float64 student after plain gradient descent on these steps, and what the loop reported."""
     student = BigramLM(VOCAB, 3, seed=0)
     metrics = list(opd_steps(student, steps, loss, torch.optim.SGD(student.parameters(), lr=lr), max_grad_norm=None))
     return torch.cat([p.detach().flatten() for p in student.parameters()]), metrics
 
 
 def train_on(records: list[ScoredRollout], weighting: Weighting, cap: int, loss: OPDLoss = PLAIN) -> tuple[Tensor, list[StepMetrics]]:
-    """One step over all records, through a store."""
+    """Train one step over all records, through a store."""
     stream = batches(
         make_store(records), rollouts_per_step=len(records), tokens_per_batch=cap, weighting=weighting, teacher="teacher", ref="ref"
     )[:1]
@@ -279,7 +279,7 @@ def test_pain_14_a_rollout_in_which_no_token_counts_takes_nothing_from_the_other
 
 
 def gradients_of_tokens(student: BigramLM, record: ScoredRollout) -> list[Tensor]:
-    """For each counted token the gradient of half its squared gap to the teacher, one backward pass per token."""
+    """Return for each counted token the gradient of half its squared gap to the teacher, one backward pass per token."""
     rollout = record.rollout
     tokens = [*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()]
     start = rollout.prompt_ids.size

@@ -1,78 +1,17 @@
 """Engines in several processes of this machine."""
 
-import os
-import signal
 from contextlib import closing
 from functools import partial
-from pathlib import Path
-from time import sleep
 
 import pytest
 from attrs import evolve
-from mortal import ENDLESS, KEPT, PROMPTS, SAMPLING, Mortal, alone, assert_same, folders  # noqa: F401
+from mortal import Forking, Mortal, Odd, Small, make_but_the_second, make_nothing, make_slowly
+from one_process import ENDLESS, KEPT, PROMPTS, SAMPLING, alone, assert_same, folders  # noqa: F401
 
 from lopd import MemoryStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.local import LocalScorer, LocalSource
 from lopd.errors import EngineError, InvalidRecordError, RefusedPromptsWarning
-
-
-class UnpicklableError(Exception):
-    def __init__(self, first, second):
-        super().__init__(f"{first} and {second}")
-
-
-class Small:
-    """An engine that needs no model, and says what it sees of its environment."""
-
-    provenance = "small"
-
-    def score(self, rollouts):
-        if "raise" in rollouts:
-            raise UnpicklableError("this", "that")
-        if "meet" in rollouts:
-            here = Path(os.environ["FAREWELL"]).with_suffix(".here")
-            here.touch()
-            while len(list(here.parent.glob("*.here"))) < 2:
-                sleep(0.01)
-        return [os.environ.get("CUDA_VISIBLE_DEVICES") for _ in rollouts]
-
-    def close(self):
-        Path(os.environ["FAREWELL"]).touch()
-
-
-class Odd(Small):
-    @property
-    def provenance(self):
-        return os.environ["CUDA_VISIBLE_DEVICES"]
-
-
-class Forking(Small):
-    """Dies and leaves a process behind, which holds open what it inherited."""
-
-    def score(self, rollouts):
-        if os.fork() == 0:
-            signal.pause()
-        os._exit(3)
-
-
-class Restarted(Small):
-    def score(self, rollouts):
-        return os._exit(3) if "die" in rollouts else list(rollouts)
-
-
-def make_but_the_second(folder):
-    starts = len(list(folder.glob("start*")))
-    (folder / f"start{starts}").touch()
-    return os._exit(4) if starts == 1 else Restarted()
-
-
-def make_nothing():
-    os._exit(3)
-
-
-def make_slowly():
-    signal.pause()
 
 
 def test_two_processes_of_which_one_is_killed_fill_the_store_that_one_process_fills(folders, alone, tmp_path):

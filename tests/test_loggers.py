@@ -42,12 +42,12 @@ class Page:
     err: str
 
     def rows(self) -> dict[int, dict[str, float]]:
-        """Step -> numbers, as in the JSON lines."""
+        """Return step -> numbers, as in the JSON lines."""
         rows = [json.loads(line) for line in (self.folder / "runs/14/metrics.jsonl").read_text().splitlines()]
         return {row.pop("step"): row for row in rows}
 
     def tell(self, *command: str) -> str:
-        """What a program printed."""
+        """Return what a program printed."""
         done = subprocess.run(
             [sys.executable, "-m", *command], cwd=self.folder, env=self.environment, capture_output=True, text=True, check=True, timeout=120
         )
@@ -56,7 +56,7 @@ class Page:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    """In a process of its own, as a user runs it; nothing of it goes to the user's own folders, or to anybody."""
+    """Run the page in a process of its own, as a user does; nothing of it goes to the user's own folders, or to anybody."""
     folder = tmp_path_factory.mktemp("loggers")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "TRACKIO_"))}
     environment |= {f"WANDB_{kind}_DIR": str(folder / f"wandb-{kind.lower()}") for kind in ("CACHE", "CONFIG", "DATA")}

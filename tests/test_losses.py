@@ -42,7 +42,7 @@ Gradients = tuple[Tensor, ...]
 
 
 def gradients(value: Tensor, hidden_ND: Tensor, head: LMHead) -> Gradients:
-    """With respect to hidden states, head weight and head bias."""
+    """Return the gradients with respect to hidden states, head weight and head bias."""
     assert head.bias is not None
     return torch.autograd.grad(value, (hidden_ND, head.weight, head.bias))
 
@@ -52,7 +52,7 @@ def gradients_of(loss: OPDLoss, hidden_ND: Tensor, head: LMHead, batch: Batch) -
 
 
 def weighted_sum(per_token: Callable[[Tensor], Tensor], hidden_ND: Tensor, head: LMHead, batch: Batch) -> Tensor:
-    """Sum of weight times a function of the student's log-probs, by plain torch over all tokens."""
+    """Return the sum of weight times a function of the student's log-probs, by plain torch over all tokens."""
     assert head.bias is not None
     logits_NV = head.scale * (hidden_ND @ head.weight.T + head.bias)
     if head.softcap is not None:
@@ -61,13 +61,13 @@ def weighted_sum(per_token: Callable[[Tensor], Tensor], hidden_ND: Tensor, head:
 
 
 def one_state(logits_V: Tensor, batch: Batch) -> tuple[Tensor, LMHead]:
-    """Hidden states and a head that give every token the same logits."""
+    """Make hidden states and a head that give every token the same logits."""
     zeros_ND = torch.zeros(batch.inputs.numel(), 1, dtype=logits_V.dtype)
     return zeros_ND, LMHead(torch.zeros(logits_V.numel(), 1, dtype=logits_V.dtype), logits_V)
 
 
 def per_token_losses(loss: OPDLoss, hidden_ND: Tensor, head: LMHead, batch: Batch) -> Tensor:
-    """(N,): a weighted sum of losses is linear in the weights, so its derivative by a weight is that token's loss."""
+    """Return (N,) losses: a weighted sum of losses is linear in the weights, so its derivative by a weight is that token's loss."""
     weight_N = batch.weight.clone().requires_grad_()
     return torch.autograd.grad(loss(hidden_ND, head, evolve(batch, weight=weight_N)).loss_sum, weight_N)[0]
 

@@ -17,14 +17,14 @@ pytestmark = pytest.mark.docs
 
 
 def rows_under(heading: str) -> list[list[str]]:
-    """The cells of the table under a heading, without its head."""
+    """Return the cells of the table under a heading, without its head."""
     section = MAP.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in section.splitlines() if line.startswith("| ")]
     return rows[1:]
 
 
 def entries() -> list[str]:
-    """What stands at the top of the package: folders with a slash, and files."""
+    """Return the entries at the top of the package: folders with a slash, and files."""
     return sorted(f"{path.name}/" if path.is_dir() else path.name for path in LOPD.iterdir() if path.name != "__pycache__")
 
 
@@ -91,7 +91,7 @@ def test_a_class_has_at_most_12_public_methods_unless_it_is_a_store_or_a_suite()
 
 
 def imports(folder: Path) -> dict[str, set[str]]:
-    """Module -> the modules of the same folder that it imports, wherever in the file."""
+    """Return module -> the modules of the same folder that it imports, wherever in the file."""
     paths = {
         ".".join(path.relative_to(folder.parent).with_suffix("").parts).removesuffix(".__init__"): path for path in folder.rglob("*.py")
     }

@@ -89,7 +89,7 @@ class _Methods(TorchFunctionMode):
 
 @contextmanager
 def asked(on: Callable[[Callable[[bool], None]], None] | None = None) -> Iterator[list[str]]:
-    """What the host waits for within the block; `on` is given a switch, which is on without it."""
+    """Record what the host waits for within the block; `on` is given a switch, which is on without it."""
     found: list[str] = []
     operations, methods = _Operations(found), _Methods(found)
 
@@ -109,7 +109,7 @@ def asked(on: Callable[[Callable[[bool], None]], None] | None = None) -> Iterato
 
 
 def a_batch(seed: int = 0, lengths: tuple[int, ...] = (9, 1, 17)) -> Batch:
-    """With every column."""
+    """Make a batch with every column."""
     return loss_case("a step", lengths, vocab=96, seed=seed, heated=True, drawn=3).rounded(torch.float32).batch
 
 
@@ -167,7 +167,10 @@ def steps_of(count: int, drift: bool = True) -> Iterator[Step]:
 
 
 def found_in_steps(student: CausalLMStudent, loss: OPDLoss, drift: bool, count: int = 4) -> list[str]:
-    """What is asked between the first forward of a step, from the third on, and the place where all that is told of it is fetched."""
+    """Return what the host waits for in a step, from the third on.
+
+    It is measured from the first forward to the one fetch of all that is reported of the step.
+    """
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
     switches: list[Callable[[bool], None]] = []
     forwards, place = [], [-1]
@@ -297,7 +300,7 @@ def test_the_default_device_changes_nothing(kind, models):
 
 
 _MAKE = {"tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
-#: Cases of losses are made on the CPU and moved; an objective tries its divergence on tensors of no values; the planner says it once for all.
+#: Cases of losses are made on the CPU and moved; an objective tries its divergence on tensors of no values; the planner does it once for all.
 _ANYWHERE = {"testing/loss_cases.py", "losses/top_k.py", "tools/plan/following.py", "tools/plan/memory.py"}
 
 

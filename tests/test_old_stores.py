@@ -36,7 +36,7 @@ def provenance(name: str, top_k: int = 0) -> Provenance:
 
 
 def rollout(number: int) -> Rollout:
-    """Masked or not, with the engine's log-probs or without, of either round; ids are any text."""
+    """Make a rollout: masked or not, with the engine's log-probs or without, of either round; ids are any text."""
     length = number % 5 + 1
     return Rollout(
         rollout_id=["plain", "with/slash", "ünï", "\ud800"][number] if number < 4 else f"r{number}",
@@ -50,7 +50,7 @@ def rollout(number: int) -> Rollout:
 
 
 def scores(number: int, top_k: int = 0) -> Scores:
-    """Values that float16 holds exactly."""
+    """Make scores with values that float16 holds exactly."""
     of = ROLLOUTS[number]
     length = of.response_ids.size
     ids = [[(number + 3 * i + j) % 300 for j in range(top_k)] for i in range(length)]
@@ -79,7 +79,7 @@ def place(kind: str, tmp_path: Path) -> Path:
 
 
 def assert_whole(store: DurableStore, extra: bool = False) -> None:
-    """It holds what it was given, and with `extra` also what was added here."""
+    """Check that the store holds what it was given, and with `extra` also what was added here."""
     count, scored = len(ROLLOUTS) - (not extra), {**SCORES, "teacher": [*SCORES["teacher"], *([EXTRA] if extra else [])]}
     assert (len(store), list(store.find([r.rollout_id for r in ROLLOUTS[:count]]))) == (count, list(range(count)))
     assert store.lengths().tolist() == [[r.prompt_ids.size, r.response_ids.size] for r in ROLLOUTS[:count]]

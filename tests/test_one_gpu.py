@@ -42,7 +42,7 @@ TINY = {
 
 @pytest.fixture
 def folder(tmp_path, tokenizer, make_model):
-    """Two models, and problems with working before the answer, as GSM8K has them."""
+    """Save two models, and problems with working before the answer, as GSM8K has them."""
     for name, seed in (("teacher", 1), ("base", 2)):
         make_model("qwen3_padded", seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
@@ -96,14 +96,14 @@ def test_all_weights_in_one_seed_without_a_kill(monkeypatch, folder):
     start(monkeypatch, folder, "80gb", seeds=1)
     found = json.loads((folder / "run" / "table.json").read_text())
     assert found["online_over_offline_s"]["mean"] > 0
-    assert found["online_over_offline_s"]["ci95"] is None, "one seed says nothing of others"
+    assert found["online_over_offline_s"]["ci95"] is None, "one seed does not measure others"
     histories = [json.loads((folder / "run/seed-42/phases" / f"{name}.json").read_text())["history"] for name in ("opd", "online-opd")]
     assert all(history[0]["drift"]["ratio_mean"] == pytest.approx(1, abs=1e-4) for history in histories), "both begin where they sampled"
 
 
 @pytest.fixture(scope="module")
 def plans():
-    """Of both cards, as they are."""
+    """Return the plans of both cards, as they are."""
     return {name: make_plan(card, 2 * card.test_problems) for name, card in CARDS.items()}
 
 

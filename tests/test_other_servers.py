@@ -26,7 +26,7 @@ def _no_keys(monkeypatch):
 
 @pytest.fixture
 def start():
-    """`start(kind, **settings)`: one more server."""
+    """Return `start(kind, **settings)`, which starts one more server."""
     stubs = []
 
     def make(kind, **settings):
@@ -67,7 +67,7 @@ def assert_true(rollouts, scores, top_k=0):
 
 
 def last_id():
-    """Its last token is the last of the vocabulary, which SGLang says is 0."""
+    """Return a rollout whose last token is the last of the vocabulary, which SGLang reports as 0."""
     return Rollout("last", [3, 4], [5, VOCAB - 1, VOCAB - 1], [True] * 3, "length")
 
 
@@ -343,7 +343,7 @@ def test_a_server_that_says_that_nothing_is_left_is_left_alone(start, monkeypatc
     stub.fail(1, answer_then_rest)  # of the probe, before anything else is asked
     scorer_of(stub).score(rollouts)
     assert time.monotonic() - body[0] >= 0.4
-    assert "rests for 0 s: it says that nothing is left of its limit" in caplog.text
+    assert "rests for 0 s: it reports that nothing is left of its limit" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_rank_correlations_are_those_of_the_books():
 
 
 def pair_with(reverse_kl, **removed):
-    """A pair whose arms removed so much."""
+    """Make a pair whose arms removed so much."""
     named = {"text": TEXT, "once": DRAWN, "more": REFRESHED, "live": ONLINE_DRAWN}
     arms = {arm.name: {"removed": removed.get(key, 0.0)} for key, arm in named.items()}
     return {**dict.fromkeys(DIAGNOSTICS, 0.5), "pair": f"pair {reverse_kl}", "reverse_kl": reverse_kl, "arms": arms}
@@ -135,13 +135,11 @@ def test_the_starts_of_the_claims_are_pairs_without_being_run_again():
     goals = pairs_claims.find_goals(rows)
     assert all(goal["fitted"] <= goal["left_out_alone"] <= goal["of"] for goal in goals)
     little, _ = goals
-    said = (
-        f"is wrong on {little['measured']} of {little['of']} starts; saying the same of all is wrong on {little['goal'].split(',')[0][2:]}"
-    )
+    said = f"is wrong on {little['measured']} of {little['of']} starts; one verdict for all is wrong on {little['goal'].split(',')[0][2:]}"
     assert said in " ".join(advise.__doc__.split())
     assert little["rule"].startswith("tail >=")
     assert round(little["threshold"], 2) == MAX_WEAK_TAIL
-    assert little["by_reverse_kl"] > little["measured"], "the page says so"
+    assert little["by_reverse_kl"] > little["measured"], "the page states it"
 
 
 def test_the_page_and_the_advice_say_what_the_pairs_say():
@@ -151,7 +149,7 @@ def test_the_page_and_the_advice_say_what_the_pairs_say():
     assert all(OUTCOMES[BESIDE_LIVE](pair) > -0.1 for pair in found if pair["kind"] == "sums"), "by a few hundredths"
     said, advised = " ".join(advise.__doc__.split()), find_goals(rows)[-1]
     assert f"Of {len(pairs_of(rows))} more pairs of models {len(found)} had something to learn; on {advised['measured']} of these" in said
-    assert f"saying the same of all is wrong on {advised['goal'].split(',')[0][2:]}. No threshold" in said
+    assert f"one verdict for all is wrong on {advised['goal'].split(',')[0][2:]}. No threshold" in said
     wrong = {goal["name"].split(",")[0]: goal for goal in find_goals(rows)}
     assert not any(wrong.get(f"'{verdict}'", {"met": False})["met"] for verdict in ("live", "refresh")), (
         "if a threshold tells these, `advise` should know it"

@@ -180,7 +180,7 @@ def test_an_id_that_is_no_text_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def rewritten(store: LogprobReader, path: Path, change: Any) -> None:
-    """A file of another program, which wrote one thing wrong."""
+    """Rewrite a file as another program would that wrote one thing wrong."""
     export_parquet(store, path)
     table = without_checksums(pq.read_table(path))
     pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)

@@ -29,13 +29,13 @@ def linear(color):
 
 
 def contrast(one, other):
-    """As the Web Content Accessibility Guidelines define it."""
+    """Return the contrast as the Web Content Accessibility Guidelines define it."""
     low, high = sorted(float(linear(color) @ (0.2126, 0.7152, 0.0722)) for color in (one, other))
     return (high + 0.05) / (low + 0.05)
 
 
 def lab(rgb):
-    """CIELAB of linear sRGB, D65."""
+    """Return the CIELAB values of linear sRGB, D65."""
     xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ np.clip(rgb, 0, 1) / (0.9505, 1, 1.089)
     f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])

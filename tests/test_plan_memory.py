@@ -33,7 +33,7 @@ def main(arguments):
 
 
 def alive(case):
-    """The most bytes that the real phase has alive; the model is made in it."""
+    """Return the most bytes that the real phase has alive; the model is made in it."""
     live = LiveBytes()
     with live:
         gpu_memory.run(CONFIG, case)

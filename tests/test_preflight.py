@@ -82,7 +82,7 @@ def test_pain_09_the_difference_to_the_trainers_own_log_probs_is_measured_stored
     gaps = np.concatenate(column(collected)).astype(np.float64) + 0.02 - behavior(collected)
     np.testing.assert_allclose(parity.advantage, np.abs(gaps).mean(), rtol=1e-4)
     np.testing.assert_allclose(parity.sign_flips, ((gaps > 0) & (gaps < 0.02)).mean(), atol=1e-9)
-    assert dict(collected.columns) == {"teacher": engine}, "a comparison is no part of who computed a column"
+    assert dict(collected.columns) == {"teacher": engine}, "a comparison does not change who computed a column"
 
 
 def test_the_self_test_asks_for_all_its_rollouts_at_once_then_for_those_that_are_new_alone_and_the_truth_once(

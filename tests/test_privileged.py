@@ -1,4 +1,4 @@
-"""Scorers that read more than the policy did: the same response tokens after another prompt, in a column that says so."""
+"""Scorers that read more than the policy did: the same response tokens after another prompt, in a column that records it."""
 
 import warnings
 
@@ -41,7 +41,7 @@ QUESTIONS = ["a", "bc", "defg"]
 
 @pytest.fixture
 def sampled(make_model):
-    """(student, prompts, store): rollouts of a student that is told nothing."""
+    """Return (student, prompts, store): rollouts of a student without privileged prompts."""
     model = make_model("llama_tied", seed=2)
     source = HFSource(model, TOKENIZER, SamplingParams(max_new_tokens=5))
     prompts = make_prompts(QUESTIONS, TOKENIZER, answers=["1", "2", "3"])

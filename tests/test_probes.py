@@ -153,7 +153,7 @@ def test_options_that_a_model_does_not_take_are_refused_with_the_option(llama):
         CausalLMStudent(tampered(llama, strict), TOKENIZER_ID, autocast=torch.bfloat16)
 
 
-# --- what is no causal LM of its own --------------------------------------------------------------------------------------------------
+# --- what is not a causal LM of its own -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

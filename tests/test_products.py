@@ -24,7 +24,7 @@ def test_what_cuda_is_asked_for_is_a_call_that_torch_knows_and_a_cpu_refuses() -
 
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A card whose numbers are on the CPU, and of which nothing is known yet."""
+    """Yield a card whose numbers are on the CPU, and of which nothing is known yet."""
     ones = torch.ones
     monkeypatch.setattr(torch, "ones", lambda *shape, dtype, device: ones(*shape, dtype=dtype))
     products.multiplies.cache_clear()

@@ -30,7 +30,7 @@ class Screen(io.StringIO):
 
 @contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch, screen: Screen) -> Iterator[Screen]:
-    """Drawn all the time, wherever it is."""
+    """Draw all the time, wherever the screen is."""
     monkeypatch.setattr(showing, "WATCHED_S", 0.001)
     monkeypatch.setattr(showing, "UNWATCHED_S", 0.001)
     monkeypatch.setattr(sys, "stderr", screen)

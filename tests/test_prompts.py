@@ -20,14 +20,14 @@ def write_jsonl(path: Path, records) -> str:
 
 @pytest.fixture
 def bare_tokenizer(tokenizer):
-    """Without a chat template."""
+    """Return a tokenizer without a chat template."""
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None
     return bare
 
 
 def wrapped(tokenizer, *contents):
-    """What the chat template must give for user messages, written out token by token."""
+    """Return what the chat template must give for user messages, written out token by token."""
     ids = []
     for text in contents:
         ids += [tokenizer.convert_tokens_to_ids("<|user|>"), *tokenizer(text)["input_ids"], tokenizer.eos_token_id]

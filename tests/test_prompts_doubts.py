@@ -22,7 +22,7 @@ def jsonl(path, records):
 
 
 def doubts(call):
-    """The result of a call, and the sentences that it warned with."""
+    """Return the result of a call, and the sentences that it warned with."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         result = call()

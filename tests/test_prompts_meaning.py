@@ -76,7 +76,7 @@ def parquet(path, records):
 
 
 def every_reader(folder, records, tokenizer, **options):
-    """The prompts of the same records, from each place that records come from."""
+    """Return the prompts of the same records, from each place that records come from."""
     columns = list(dict.fromkeys(key for record in records for key in record))
     filled = [{key: record.get(key) for key in columns} for record in records]
     dataset = datasets.Dataset.from_list(filled)
@@ -103,7 +103,7 @@ def test_records_give_the_same_prompts_from_jsonl_parquet_and_datasets(tmp_path)
 
 
 def only(contents, tokenizer, **options):
-    """The text of a single prompt."""
+    """Return the text of a single prompt."""
     return texts(tokenizer, make_prompts([contents], tokenizer, **options))[0]
 
 

@@ -137,7 +137,7 @@ class _Whole(MemoryFileSystem):
 
 @pytest.fixture(params=[(_Overwriting, UNCONDITIONAL), (_Whole, "ranges of an object are answered with other bytes")])
 def unfit(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
-    """Scheme, and what is said of it."""
+    """Yield a scheme, and the problem that is found of it."""
     kind, said = request.param
     fsspec.register_implementation(kind.protocol, kind, clobber=True)
     yield kind.protocol, said

@@ -40,7 +40,7 @@ MODULES = (
 
 
 def public(module: ModuleType) -> dict[str, Any]:
-    """What a module defines, or hands on from lopd as `X as X`."""
+    """Return what a module defines, or hands on from lopd as `X as X`."""
     package = hasattr(module, "__path__")
     found = {}
     # `lopd` itself imports a name when it is asked for
@@ -54,7 +54,7 @@ def public(module: ModuleType) -> dict[str, Any]:
 
 
 def lines(module: ModuleType, name: str, thing: Any) -> list[str]:
-    """The signature of a function; of a class also those of its public methods, and its properties."""
+    """Return the signature of a function; of a class also those of its public methods, and its properties."""
     found = [f"{module.__name__}.{name}{signature(thing)}"]
     members = (
         {name: value for kind in reversed(thing.__mro__) if kind.__module__.startswith("lopd") for name, value in vars(kind).items()}
@@ -71,7 +71,7 @@ def lines(module: ModuleType, name: str, thing: Any) -> list[str]:
 
 
 def signature(thing: Any) -> str:
-    """Parameters and whether they have defaults; not the defaults, whose text depends on versions of other libraries."""
+    """Return parameters and whether they have defaults; not the defaults, whose text depends on versions of other libraries."""
     if inspect.isclass(thing) and issubclass(thing, BaseException):
         return f" <- {', '.join(base.__name__ for base in thing.__bases__)}"
     if inspect.isclass(thing) and issubclass(thing, Enum):
@@ -91,7 +91,7 @@ def signature(thing: Any) -> str:
 
 
 def described() -> str:
-    """Every line."""
+    """Return every line."""
     modules = [importlib.import_module(name) for name in MODULES]
     return "\n".join(line for module in modules for name, thing in public(module).items() for line in lines(module, name, thing)) + "\n"
 

@@ -3,7 +3,6 @@
 import json
 import os
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +33,7 @@ SIZES = [
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, make_model: Callable[..., Any]) -> Path:
-    """A folder with two models and a file of prompts."""
+    """Make a folder with two models and a file of prompts."""
     folder = tmp_path_factory.mktemp("inputs")
     for name, seed in (("teacher", 1), ("student", 2)):
         make_model("llama_tied", seed=seed).save_pretrained(folder / name)
@@ -45,14 +44,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, make_model:
 
 @pytest.fixture(scope="module")
 def command(inputs: Path) -> Callable[[Path], list[str]]:
-    """The command line that runs the script into a folder."""
+    """Return the command line that runs the script into a folder."""
     models = ["--teacher", str(inputs / "teacher"), "--student", str(inputs / "student"), "--prompts", str(inputs / "prompts.jsonl")]
     return lambda out: [str(SCRIPT), *models, *SIZES, "--out", str(out)]
 
 
 @pytest.fixture
 def run_here(command: Callable[[Path], list[str]], monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Runs the script in this process, which has imported everything already."""
+    """Return a function that runs the script in this process, which has imported everything already."""
     monkeypatch.syspath_prepend(SCRIPT.parent)
     import quickstart
 
@@ -73,12 +72,14 @@ def run_there(command: list[str]) -> None:
 @pytest.fixture(scope="module")
 def unbroken(command: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    subprocess.run([sys.executable, *command(out)], check=True, capture_output=True, timeout=200)
+    process = forked.start(run_there, printed := out.with_name("printed"), command(out))
+    process.join(200)
+    assert process.exitcode == 0, printed.read_text()[-2000:]
     return out
 
 
 def results(out: Path) -> list[dict[str, Any]]:
-    """The phases without what differs from run to run: a training that goes on warns of its own steps."""
+    """Return the phases without what differs from run to run: a training that goes on warns of its own steps."""
     phases = json.loads((out / "metrics.json").read_text())["phases"]
     return [{k: v for k, v in p.items() if k not in ("wall_s", "peak_rss_gib", "attempts", "warnings")} for p in phases]
 
@@ -179,4 +180,4 @@ def test_a_run_that_is_killed_again_and_again_equals_the_run_that_was_not(
     # on a busy machine a signal may come when the phase has just ended
     assert again, "no phase was killed before its end"
     assert again <= {"teacher writes SFT text", "SFT", "teacher scores", "Lightning OPD", "online OPD"}
-    assert (tmp_path / "last").read_text().count("(attempt 2)") == len(again), "the closing table says of which attempt a wall time is"
+    assert (tmp_path / "last").read_text().count("(attempt 2)") == len(again), "the closing table names the attempt of a wall time"

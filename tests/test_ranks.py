@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module", params=[2, 4])
 def several(request, tmp_path_factory):
-    """What so many processes found, and the folder in which they worked."""
+    """Return what so many processes found, and the folder in which they worked."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
     train(Case(), stop=2, checkpoints=folder / "checkpoints-single")
     logs = [folder / f"log{rank}" for rank in range(request.param)]
@@ -44,12 +44,12 @@ def several(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The same by one process; wrapping means nothing there."""
+    """Return the same by one process; wrapping means nothing there."""
     return {case: train(evolve(case, wrap="none")) for case in CASES}
 
 
 def assert_same(found, expected, *, rough=False):
-    """Up to rounding, which of bfloat16 layers is that of bfloat16: other rollouts share a matrix product."""
+    """Check equality up to rounding, which of bfloat16 layers is that of bfloat16: other rollouts share a matrix product."""
     assert found["weights"].keys() == expected["weights"].keys()
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight, rtol=0, atol=2e-3 if rough else 1e-6)

@@ -35,12 +35,12 @@ def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=CREATE)
 def create(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Store]:
-    """Makes a new store of each kind."""
+    """Return a function that makes a new store of each kind."""
     return lambda **options: CREATE[request.param](tmp_path / "run", tiny_manifest(), **options)
 
 
 def random_rollout(number: int, rng: np.random.Generator) -> Rollout:
-    """Of any kind: masked or not, with the engine's log-probs or without, of either round."""
+    """Make a rollout of any kind: masked or not, with the engine's log-probs or without, of either round."""
     length = int(rng.integers(1, 9))
     return tiny_rollout(
         f"r{number}",
@@ -54,7 +54,7 @@ def random_rollout(number: int, rng: np.random.Generator) -> Rollout:
 
 
 def fill(store: Any, count: int = 700) -> Any:
-    """Several commits of rollouts, of two rounds; `teacher` has scored all, in another order, and `ref` the even ones."""
+    """Fill a store with several commits of rollouts, of two rounds; `teacher` has scored all, in another order, and `ref` the even ones."""
     rng = np.random.default_rng(0)
     rollouts = [random_rollout(i, rng) for i in range(count)]
     store.begin_generation(1, ModelId("policy", "rev-1", "float32"))
@@ -69,7 +69,7 @@ def fill(store: Any, count: int = 700) -> Any:
 
 
 def expect(store: Any, memory: MemoryStore, rows: Sequence[int], columns: Sequence[str] = (), dtype: str = "float32") -> Rows:
-    """What the store reads of these rows, which must be what is in memory, as columns and as records."""
+    """Read these rows, and check that they are what is in memory, as columns and as records."""
     found, wanted = store.read(rows, columns), memory.read(rows, columns)
     for name in ("rollout_ids", "finish_reasons", "content_hashes"):
         assert list(getattr(found, name)) == list(getattr(wanted, name))
@@ -85,7 +85,7 @@ def expect(store: Any, memory: MemoryStore, rows: Sequence[int], columns: Sequen
 
 
 def reopened(store: Store) -> Store:
-    """As a new process would see it."""
+    """Open the store as a new process would."""
     return type(store).open(store._files.url)
 
 

@@ -23,7 +23,7 @@ README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def printed_arguments(function: str) -> dict[str, Any]:
-    """The keyword arguments of the last call of this function in the program."""
+    """Return the keyword arguments of the last call of this function in the program."""
     calls = [node for node in ast.walk(ast.parse(PROGRAM)) if isinstance(node, ast.Call) and ast.unparse(node.func) == function]
     return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in calls[-1].keywords}
 

@@ -20,21 +20,21 @@ BACKENDS = {"zarr": ZarrStore, "lance": LanceStore}
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Executor]:
-    """Four processes."""
+    """Start four processes."""
     with ProcessPoolExecutor(4, get_context("spawn")) as made:
         yield made
 
 
 @pytest.fixture(scope="module", params=["seaweedfs", "azurite"])
 def sound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    """A server that writes conditionally and reads ranges."""
+    """Yield a server that writes conditionally and reads ranges."""
     with running(request.param, tmp_path_factory.mktemp("server")) as server:
         yield server
 
 
 @pytest.fixture(scope="module", params=["s3rver", "rclone"])
 def unsound(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    """A server that lets every writer win."""
+    """Yield a server that lets every writer win."""
     with running(request.param, tmp_path_factory.mktemp("server")) as server:
         yield server
 

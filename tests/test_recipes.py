@@ -44,7 +44,7 @@ TINY = {
 
 @pytest.fixture
 def folder(tmp_path, tokenizer, make_model):
-    """Two models and the three files of a recipe."""
+    """Save two models and the three files of a recipe."""
     for name, seed in (("teacher", 1), ("base", 2)):
         make_model("llama_tied", seed=seed).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)

@@ -23,7 +23,7 @@ KINDS = ("device", "pipe", "socket", "folder")
 
 @pytest.fixture(params=KINDS)
 def odd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """A link to what is not a file."""
+    """Yield a link to what is not a file."""
     target, opened = tmp_path / "target", None
     if request.param == "device":
         target = Path("/dev/zero")

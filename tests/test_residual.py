@@ -17,7 +17,7 @@ TOKENS = 40
 
 
 def make_rollouts(prompts=300, seed=0, samples=2):
-    """Random tokens; the reference policy's surprisals are spread over all bins."""
+    """Make random tokens; the reference policy's surprisals are spread over all bins."""
     rng = np.random.default_rng(seed)
     rollouts = []
     for prompt in range(prompts):
@@ -33,7 +33,7 @@ def make_rollouts(prompts=300, seed=0, samples=2):
 
 
 def filled(rollouts, gap, store=None):
-    """A store whose teacher is the reference policy plus a gap (rollout -> (T,) nats), as far as log-probs allow."""
+    """Fill a store whose teacher is the reference policy plus a gap (rollout -> (T,) nats), as far as log-probs allow."""
     store = MemoryStore(tiny_manifest()) if store is None else store
     store.append(rollouts)
     scores = [Scores.of(r, np.minimum(r.behavior_logprobs + gap(r), 0)) for r in rollouts]
@@ -46,7 +46,7 @@ def columns_of(store, names=("teacher", "behavior", "teacher-residual")):
 
 
 def brute_force(store, how):
-    """The offsets of every token, written without tables: loops over all tokens of all other folds."""
+    """Return the offsets of every token, written without tables: loops over all tokens of all other folds."""
     records = store.read(range(len(store)), columns=("teacher", "behavior"))
     tokens = []
     for i, r in enumerate(records):

@@ -1,4 +1,4 @@
-"""The page of results: it is what its script makes of the result files, and says each goal once, in words that fit."""
+"""The page of results: it is what its script makes of the result files, and states each goal once, in words that fit."""
 
 import sys
 from pathlib import Path

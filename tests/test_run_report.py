@@ -1,4 +1,4 @@
-"""The run report: what it says is what store and history hold, it says what is not known, and a browser shows it."""
+"""The run report: what it shows is what store and history hold, it states what is not known, and a browser shows it."""
 
 import html
 import json

@@ -39,7 +39,7 @@ POLICY, TEACHER = (BigramLM(5, 3, seed, scale=0.8) for seed in (1, 2))
 
 
 def heated(model, temperature):
-    """The model whose distributions are those of this one at a temperature."""
+    """Return the model whose distributions are those of this one at a temperature."""
     made = copy.deepcopy(model)
     with torch.no_grad():
         made.head_VD.div_(temperature)
@@ -48,13 +48,13 @@ def heated(model, temperature):
 
 
 def nucleus_VV(model, top_p):
-    """(V, V) whether a token is left by the cut, after each token."""
+    """Return (V, V) whether a token is left by the cut, after each token."""
     probs_VV = model.logprobs_VV().detach().exp()
     return torch.stack([torch.stack([row[row > p].sum() < top_p for p in row]) for row in probs_VV])
 
 
 def gradient(world, weights_R, loss=PLAIN, sampler_VV=None):
-    """The gradient by enumerated responses, each of which counts with its weight; the student is the policy that sampled."""
+    """Return the gradient by enumerated responses, each of which counts with its weight; the student is the policy that sampled."""
     batch = world.batch(weights_R, TEACHER, POLICY)
     if sampler_VV is not None:
         batch = evolve(batch, sampler_logprobs=sampler_VV[batch.inputs, batch.targets])
@@ -73,7 +73,7 @@ def test_of_one_token_at_another_temperature_the_corrected_gradient_is_the_onlin
     online = gradient(world, world.probabilities_R(POLICY))
     assert_same(gradient(world, drawn_R, loss, sampler_VV), online)
     for biased in (gradient(world, drawn_R), gradient(world, drawn_R, loss)):
-        assert float((biased - online).norm() / online.norm()) > 0.05, "without the sampler's log-probs, a ratio is none"
+        assert float((biased - online).norm() / online.norm()) > 0.05, "without the sampler's log-probs, a ratio does not correct"
 
 
 @every_ratio
@@ -108,7 +108,7 @@ def test_what_top_p_leaves_of_the_bias_is_the_share_of_the_tokens_that_it_cut(te
 
 @pytest.fixture
 def scored(llama, make_model, tokenizer, prompts):
-    """`scored(**sampling)`: a store of rollouts with their sampler's log-probs, and a teacher's scores."""
+    """Return `scored(**sampling)`: a store of rollouts with their sampler's log-probs, and a teacher's scores."""
 
     def get(**sampling):
         scorer = HFScorer(make_model("llama_tied", seed=8), tokenizer)
@@ -123,7 +123,7 @@ def scored(llama, make_model, tokenizer, prompts):
 
 
 def without_sampler(store, ids):
-    """The same store without the sampler's log-probs of some rollouts."""
+    """Return the same store without the sampler's log-probs of some rollouts."""
     made = MemoryStore(store.manifest)
     records = store.read(range(len(store)), ["teacher"])
     rollouts = [r.rollout if i not in ids else evolve(r.rollout, sampler_logprobs=None) for i, r in enumerate(records)]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from attrs import frozen
 from conftest import CONTEXT, TOKENIZER_ID
-from mortal import ENDLESS, KEPT, PROMPTS, SAMPLING, Mortal, alone, assert_same, folders  # noqa: F401
+from mortal import Mortal
+from one_process import ENDLESS, KEPT, PROMPTS, SAMPLING, alone, assert_same, folders  # noqa: F401
 
 from lopd import LanceStore, MemoryStore, SamplingParams, ZarrStore, collect_rollouts, score_rollouts
 from lopd.engines.hf import HFScorer, HFSource
@@ -37,13 +38,13 @@ def _cluster():
 
 @pytest.fixture(scope="class")
 def two_scorers(folders):
-    """Two workers for the whole class: to start them takes longer than all that they are asked."""
+    """Return two workers for the whole class: to start them takes longer than all that they are asked."""
     with closing(RayScorer(lambda folder=folders["teacher"]: HFScorer.from_folder(folder, top_k=3, candidates=2, drawn=2))) as scorer:
         yield scorer
 
 
 class TestRayScorer(ScorerConformance):
-    """The contract, through two processes; `make` gives one and the same scorer.  `RaySource` would need workers anew for each test."""
+    """The contract, through two processes; `make` gives one and the same scorer.  `RaySource` would need new workers for each test."""
 
     @pytest.fixture(autouse=True)
     def _workers(self, two_scorers):

@@ -85,7 +85,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and all that Python remembers of how it came about, shown or not."""
+    """Yield an error, and all that Python remembers of how it came about, shown or not."""
     if error is not None:
         yield error
         yield from _chain(error.__cause__)

@@ -49,7 +49,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Qwen3, random but far from flat, whose heads are of a size that vLLM's kernels take."""
+    """Save a tiny Qwen3, random but far from flat, whose heads are of a size that vLLM's kernels take."""
     config = transformers.Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=64,
@@ -94,7 +94,7 @@ class Server:
             )
 
     def wait(self):
-        """Until it answers."""
+        """Wait until the server answers."""
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
@@ -106,7 +106,7 @@ class Server:
         raise RuntimeError(f"vLLM did not answer within {START_S} s: {self.log.read_text()[-3000:]}")
 
     def kill(self):
-        """This server, with the processes it started, at once."""
+        """Kill this server, with the processes it started, at once."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -151,7 +151,7 @@ def scorer_of(server, top_k=0, **widths):
 
 
 def assert_supports(rollouts, supports, hf):
-    """They are those that transformers gives."""
+    """Check that supports are those that transformers gives."""
     for support, truth in zip(supports, hf.score(rollouts), strict=True):
         np.testing.assert_array_equal(support.ids, truth.top_k.ids)
         np.testing.assert_allclose(support.logprobs, truth.top_k.logprobs, atol=TOLERANCE)
@@ -164,7 +164,7 @@ def make_prompts(count=12):
 
 
 def make_rollouts():
-    """Of all lengths, none of them likely: 1 token on either side, the longest that fits."""
+    """Make rollouts of all lengths, none of them likely: 1 token on either side, the longest that fits."""
     rng = np.random.default_rng(1)
     sizes = [(1, 1), (1, 30), (30, 1), (60, CONTEXT - 1 - 60), *rng.integers(1, 40, (20, 2)).tolist()]
     return [
@@ -173,7 +173,7 @@ def make_rollouts():
 
 
 def distributions(model, rollout):
-    """(T, V) log-probs by transformers."""
+    """Return (T, V) log-probs by transformers."""
     ids = torch.tensor([*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()])
     with torch.no_grad():
         return model(input_ids=ids[None]).logits[0, rollout.prompt_ids.size - 1 : -1].log_softmax(-1).numpy()
@@ -238,7 +238,7 @@ def test_candidates_are_scored_as_by_transformers_with_the_second_model_runner_a
 
 
 def test_the_server_refuses_what_lopd_refuses_before_it_is_asked(server):
-    """Our limits are the server's: past our own check, it says the same."""
+    """Our limits are the server's: past our own check, it answers the same."""
     rollout = Rollout("long", [5] * 60, [6] * (CONTEXT - 60), [True] * (CONTEXT - 60), "length")
     with pytest.raises(ContextOverflowError, match="'long'"):
         scorer_of(server).score([rollout])

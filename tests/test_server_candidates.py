@@ -27,13 +27,13 @@ GIVEN = "prompt_token_id_logprobs"
 
 
 def rows_of(rollout):
-    """(T, V) log-probs of what may stand at each response token."""
+    """Return (T, V) log-probs of what may stand at each response token."""
     ids = ids_of(rollout)
     return table(ids)[rollout.prompt_ids.size : len(ids)]
 
 
 def with_candidates(rollouts, width, drawn, seed=5):
-    """The rollouts with ids that are in no order of likelihood; a drawn one may come twice."""
+    """Return the rollouts with ids that are in no order of likelihood; a drawn one may come twice."""
     rng = np.random.default_rng(seed)
     made = []
     for rollout in rollouts:

@@ -94,7 +94,7 @@ def set_logprobs(name, place, value):
 
 
 def add_token(token):
-    """One more token at the end."""
+    """Return a change that adds one more token at the end."""
 
     def change(body):
         choice = body["choices"][0]
@@ -186,7 +186,7 @@ def test_a_rollout_of_another_distribution_leaves_room_to_be_read_once_more(star
 
 
 def scaled(body):
-    """Log-probs after the temperature, without the cut: what some other servers report."""
+    """Return log-probs after the temperature, without the cut: what some other servers report."""
     top = body["choices"][0]["logprobs"]["top_logprobs"][0]
     body["choices"][0]["logprobs"]["top_logprobs"] = [{name: value / 2 - 3 for name, value in top.items()}]
 

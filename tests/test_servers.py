@@ -25,7 +25,7 @@ from lopd.errors import EngineError, LopdError, MissingDependencyError
 
 @contextmanager
 def held(stub, when=lambda _: True):
-    """Completions that fit are not answered before the block is left."""
+    """Hold back the answers to matching completions until the block is left."""
     leave = threading.Event()
 
     def wait(handler, status, data):
@@ -40,7 +40,7 @@ def held(stub, when=lambda _: True):
 
 
 def is_dropped(connection):
-    """Whether the client has closed it; the server may still answer."""
+    """Return whether the client has closed it; the server may still answer."""
     try:
         return connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
@@ -104,7 +104,7 @@ def test_a_request_that_fails_each_time_ends_the_call_with_the_rollout_the_url_a
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """How long the client sleeps each time; in truth it does not."""
+    """Return how long the client would sleep each time; it does not sleep."""
     asked = []
     monkeypatch.setattr(pool.Pool, "_sleep", lambda _, seconds: asked.append(seconds))
     return asked
@@ -302,13 +302,13 @@ def test_an_error_ends_the_call_while_other_requests_are_under_way(stub):
     with held(stub):
         with pytest.raises(EngineError, match="'r11'"):
             scorer_of(stub).score(rollouts)
-        assert stub.busy > 0, "nobody waits for the others"
+        assert stub.busy > 0, "a request does not wait for the others"
         until(lambda: all(map(is_dropped, stub.connections)))
 
 
 @pytest.fixture
 def _control_c_interrupts():
-    """As in a terminal: a process that a shell starts in the background ignores control-c."""
+    """Let control-c interrupt, as in a terminal: a process that a shell starts in the background ignores it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -324,7 +324,7 @@ def test_control_c_ends_the_call_while_requests_are_under_way(stub):
         with pytest.raises(KeyboardInterrupt):
             scorer.score(make_rollouts())
         interrupter.join()
-        assert stub.busy >= 12, "nobody waits for the answers"
+        assert stub.busy >= 12, "requests do not wait for the answers"
         until(lambda: all(map(is_dropped, stub.connections)))
 
 

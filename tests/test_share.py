@@ -1,4 +1,4 @@
-"""Students and stores go to a hub and come back: nothing else leaves, nobody else sees them, and no message repeats the token."""
+"""Students and stores go to a hub and come back: nothing else leaves, others do not see them, and no message repeats the token."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ from lopd.testing import tiny_manifest, tiny_provenance, tiny_rollout
 from lopd.tools.interop import export_parquet, import_parquet
 from lopd.tools.share import About, dataset_card, model_card, pull_store, push_store, push_student
 
-# huggingface_hub says `data=` to its own HTTP client where it uploads by LFS
+# huggingface_hub passes `data=` to its own HTTP client where it uploads by LFS
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 TEACHER = tiny_provenance().model
@@ -51,7 +51,7 @@ def store() -> MemoryStore:
 
 @pytest.fixture
 def export(make_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Path:
-    """A student, and beside it what training left there."""
+    """Export a student, and leave beside it what training leaves there."""
     folder = tmp_path / "opd-student"
     CausalLMStudent(make_model("llama_tied"), tokenizer).export(folder, tokenizer, Lineage(None, TEACHER))
     (folder / "checkpoints").mkdir()

@@ -1,4 +1,4 @@
-"""Small mistakes, each of which is one sentence that says what is wrong."""
+"""Small mistakes, each of which is one sentence that names what is wrong."""
 
 import json
 import os
@@ -176,7 +176,7 @@ def test_a_tokenizer_of_another_model_is_named_with_the_folder(llama: Any, tmp_p
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, which is home too."""
+    """Return an empty working directory, which is home too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
@@ -224,7 +224,7 @@ def test_a_tilde_is_home(form: Any, here: Path) -> None:
     write_run_report(form("~/run.html"), MemoryStore(tiny_manifest()))
     assert sorted(path.name for path in (here / "home").iterdir()) == ["LanceStore", "ZarrStore", "model", "run.html", "run.parquet"]
     with pytest.raises(StorePathError, match="expected a user of this machine behind '~'"):
-        ZarrStore.create(form("~nobody-at-all/run"), tiny_manifest())
+        ZarrStore.create(form("~no-such-user/run"), tiny_manifest())
     assert [path.name for path in here.iterdir()] == ["home"]
 
 
@@ -346,7 +346,7 @@ def test_a_store_that_cannot_be_written_to_is_refused_before_anything_is_paid_fo
     store = kind.create(tmp_path / "run", source.manifest)
     collect_rollouts(source, prompts[:2], store)
     score_rollouts(store, scorer, column="done")
-    # root may write whatever the mode of a folder says
+    # root may write whatever the mode of a folder is
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     WORK.clear()
     for pay in (

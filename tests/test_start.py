@@ -1,4 +1,4 @@
-"""What a store says before the first step: each number against its definition on models whose whole vocabulary is known, and the rule."""
+"""What a store shows before the first step: each number against its definition on models whose whole vocabulary is known, and the rule."""
 
 import html
 import json
@@ -33,7 +33,7 @@ def log_softmax(logits):
 
 
 def support(logprobs, ids, drawn=()):
-    """A support of these ids, and of some that were drawn, with all that is left as its tail."""
+    """Return a support of these ids, and of some that were drawn, with all that is left as its tail."""
     distinct = np.take_along_axis(logprobs, ids, -1)
     every = np.concatenate([ids, *[d[:, None] for d in drawn]], -1)
     tail = np.clip(1 - np.exp(distinct).sum(-1), 0, 1)
@@ -84,7 +84,7 @@ def known():
 
 
 def by_prompt(values):
-    """The estimate of a mean over tokens from (M,) values of each rollout, two rollouts to a prompt."""
+    """Return the estimate of a mean over tokens from (M,) values of each rollout, two rollouts to a prompt."""
     sums = np.array([float(np.sum(v)) for v in values])
     return RolloutSums(sums, np.array([float(len(v)) for v in values])).pooled(2).per_token()
 

@@ -13,12 +13,12 @@ from lopd.errors import CorruptStoreError, LopdError
 
 
 def _class_of(key: str) -> str:
-    """What kind of object this is: its key without the names that are drawn at random."""
+    """Return the kind of an object: its key without the names that are drawn at random."""
     return re.sub(r"\d{10}", "#", re.sub(r"[0-9a-f]{32}", "*", key.split("/", 1)[1]))
 
 
 def everything(place: Place) -> None:
-    """Eight rows after a compaction, in a store that holds no object that it does not need."""
+    """Write eight rows and compact, so that the store holds no object that it does not need."""
     fill(place)
     store = fill(place, first=4)
     store.compact()
@@ -26,14 +26,14 @@ def everything(place: Place) -> None:
 
 
 def one_of_each_kind(s3: S3Server, place: Place) -> list[tuple[str, str]]:
-    """Kinds of objects that are not empty, and the key of one of that kind."""
+    """Return the kinds of objects that are not empty, and the key of one of that kind."""
     kinds = {_class_of(key): key for key in s3.keys(place.url) if s3.read(key)}
     assert len(kinds) > 30
     return sorted(kinds.items())
 
 
 def noticed(place: Place) -> bool:
-    """Whether a reader of everything, or `verify`, says that something is wrong; rows that are read are the right ones all the same."""
+    """Return whether a reader of everything, or `verify`, reports a problem; rows that are read must be right all the same."""
     try:
         store = place.open()
         check_rows(store, range(8))

@@ -3,14 +3,18 @@
 import re
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
+import obstore
 import pytest
 from crash_worker import Place, check_rows, provenance_of, rollout, scores
 from fault_places import fill, place  # noqa: F401
 from fault_proxy import ALWAYS, FaultProxy
 
+from lopd.backends import retry
 from lopd.backends.files.cloud import ObstoreFiles
 from lopd.backends.lance.store import LanceStore
 from lopd.backends.zarr.store import ZarrStore
@@ -25,8 +29,19 @@ IMPATIENT = {"client_max_retries": 2, "client_retry_timeout": 3}
 
 
 @pytest.fixture
-def faulty(place: Place, proxy: FaultProxy) -> Place:
-    """The same place through the proxy; whoever uses it gives up after seconds."""
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two requests passes a tenth of the time; how often they are repeated stays."""
+    shortest = {"init_backoff": timedelta(milliseconds=10), "max_backoff": timedelta(seconds=1.5), "base": 2}
+    make = obstore.store.from_url
+    monkeypatch.setattr(
+        obstore.store, "from_url", lambda *args, retry_config, **kw: make(*args, retry_config={"backoff": shortest, **retry_config}, **kw)
+    )
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 10)))
+
+
+@pytest.fixture
+def faulty(place: Place, proxy: FaultProxy, short_pauses: None) -> Place:
+    """Return the same place through the proxy, with time-outs of seconds."""
     return place.through(proxy.storage_options | IMPATIENT)
 
 
@@ -158,13 +173,13 @@ OPERATIONS: dict[str, Callable[[Any], object]] = {
 
 
 @pytest.fixture
-def half_scored(place: Place) -> Place:
+def half_scored(place: Place, short_pauses: None) -> Place:
     """Four rows in two segments, all scored in one column, and two in the other."""
     store = place.open_or_create()
     for i in (0, 2):
         store.append([rollout(i), rollout(i + 1)])
         store.append_scores("teacher", provenance_of("teacher"), [scores("teacher", i), scores("teacher", i + 1)])
-    # With a gap, so that nobody knows without asking which rows are scored.
+    # With a gap, so that only a read shows which rows are scored.
     store.append_scores("ref", provenance_of("ref"), [scores("ref", 0), scores("ref", 2)])
     return place
 

@@ -25,7 +25,7 @@ _DEFAULT_KILLS = {("zarr", "disk"): 40, ("lance", "disk"): 15, ("zarr", "s3"): 8
 
 @pytest.fixture
 def new_place(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[str, str], Place]:
-    """Where no store is yet: `new_place(backend, "disk" or "s3")`."""
+    """Return `new_place(backend, "disk" or "s3")`, a place where no store is yet."""
 
     def make(backend: str, where: str) -> Place:
         if where == "disk":

@@ -30,7 +30,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module")
 def records(rollouts):
-    """The rollouts with made-up teacher scores, some far enough away to be clipped."""
+    """Return the rollouts with made-up teacher scores, some far enough away to be clipped."""
     rng = np.random.default_rng(5)
     return [ScoredRollout(r, {"teacher": -rng.exponential(4, r.response_ids.size).astype(np.float32)}) for r in rollouts]
 
@@ -163,7 +163,7 @@ def test_the_sft_loss_is_the_negative_log_likelihood_that_transformers_computes(
 
 
 class _Louder(transformers.LlamaForCausalLM):
-    """Does something to its logits that no field of its config says."""
+    """Does something to its logits that no field of its config shows."""
 
     def forward(self, *args, **kwargs):
         output = super().forward(*args, **kwargs)
@@ -181,7 +181,7 @@ class _Forbidding(transformers.LlamaForCausalLM):
 
 
 class _Blind(transformers.LlamaForCausalLM):
-    """A decoder that says it knows lengths, but does not look at positions: packed rollouts see each other."""
+    """A decoder that claims to know lengths, but does not look at positions: packed rollouts see each other."""
 
     def get_decoder(self):
         return lambda input_ids, **_: self.model(input_ids=input_ids, use_cache=False)

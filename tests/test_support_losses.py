@@ -57,7 +57,7 @@ class States:
         return cls(*((2 * torch.randn(states, vocab, generator=random, dtype=torch.float64)).log_softmax(-1) for _ in range(3)))
 
     def batch(self, support_SK: Tensor, temperature: float = 1.0, drawn: int = 0) -> Batch:
-        """Everything that may be drawn at each state, in rows that weigh what its probability is."""
+        """Make a batch of everything that may be drawn at each state, in rows that weigh what its probability is."""
         states, vocab = self.policy.shape
         sampler_SV = (self.policy / temperature).log_softmax(-1)
         tuples = torch.tensor(list(product(range(vocab), repeat=1 + drawn))).repeat(states, 1)
@@ -73,23 +73,23 @@ class States:
         )  # fmt: skip
 
     def gradient(self, loss: OPDLoss, batch: Batch) -> Tensor:
-        """(S, V): the expected gradient by the student's logits."""
+        """Return (S, V): the expected gradient by the student's logits."""
         logits_SV = self.student.clone().requires_grad_()
         vocab = logits_SV.shape[1]
         output = loss(logits_SV[batch.inputs], LMHead(torch.eye(vocab, dtype=torch.float64)), batch)
         return torch.autograd.grad(output.loss_sum, logits_SV)[0]
 
     def score_sum(self, coefficients_SV: Tensor) -> Tensor:
-        """(S, V): the sum over tokens of coefficient times gradient of the log-prob, by the logits."""
+        """Return (S, V): the sum over tokens of coefficient times gradient of the log-prob, by the logits."""
         return coefficients_SV - coefficients_SV.sum(-1, keepdim=True) * self.student.exp()
 
     def whole(self) -> Tensor:
-        """(S, V): the gradient of the reverse KL over the whole vocabulary."""
+        """Return (S, V): the gradient of the reverse KL over the whole vocabulary."""
         return self.score_sum(self.student.exp() * (self.student - self.teacher))
 
 
 def supports(states: States, k: int) -> list[Tensor]:
-    """The teacher's most likely tokens, and the policy's."""
+    """Return the teacher's most likely tokens, and the policy's."""
     return [logprobs_SV.topk(k, -1).indices for logprobs_SV in (states.teacher, states.policy)]
 
 

@@ -41,7 +41,7 @@ class Refusing:
 
 
 def phases(path: Path, kind: Any, source: HFSource, scorer: Any, prompts: list[Prompt], begun: Any = None) -> None:
-    """Both phases, in small batches, so that there is much to be killed in."""
+    """Run both phases, in small batches, so that there is much to be killed in."""
     if begun is not None:
         begun.set()
     store = kind.open_or_create(path, source.manifest)

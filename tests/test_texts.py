@@ -34,7 +34,7 @@ def rollouts_of(store):
 
 
 def texts_of(tokenizer, store):
-    """(prompt, response) of each rollout, as text."""
+    """Return (prompt, response) of each rollout, as text."""
     return [(tokenizer.decode(r.prompt_ids.tolist()), tokenizer.decode(r.response_ids.tolist())) for r in rollouts_of(store)]
 
 

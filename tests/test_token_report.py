@@ -1,4 +1,4 @@
-"""The token report: what it says is what the store holds, whatever the tokens are, and a browser shows it."""
+"""The token report: what it shows is what the store holds, whatever the tokens are, and a browser shows it."""
 
 import json
 import re

@@ -38,7 +38,7 @@ exact = settings(deadline=None, max_examples=40)
 
 
 def distributions(seed: int, rows: int = 5, vocab: int = 9, k: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(rows, V) log-probs of student and teacher, both at the teacher's k most likely tokens, and the teacher's tail."""
+    """Return (rows, V) log-probs of student and teacher, both at the teacher's k most likely tokens, and the teacher's tail."""
     random = torch.Generator().manual_seed(seed)
     student, teacher = (2 * torch.randn(rows, vocab, generator=random, dtype=torch.float64) for _ in range(2))
     student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
@@ -47,7 +47,7 @@ def distributions(seed: int, rows: int = 5, vocab: int = 9, k: int = 3) -> tuple
 
 
 def kl(left: Tensor, right: Tensor) -> Tensor:
-    """torch's own, of log-probs."""
+    """Return torch's own KL, of log-probs."""
     return torch.nn.functional.kl_div(right, left, reduction="none", log_target=True).sum(-1)
 
 
@@ -145,7 +145,7 @@ def test_a_top_k_loss_without_a_top_k_is_refused() -> None:
 
 
 def with_all_tokens(batch: Batch, teacher: BigramLM) -> Batch:
-    """The teacher's whole distribution as its top-k."""
+    """Return a batch with the teacher's whole distribution as its top-k."""
     logprobs, ids = teacher.logprobs_VV().detach()[batch.inputs].sort(descending=True)
     return evolve(batch, top_k_ids=ids, top_k_logprobs=logprobs, top_k_tail=torch.zeros(len(ids), dtype=torch.float64))
 
@@ -173,7 +173,7 @@ def test_the_reverse_kl_over_all_tokens_has_the_exact_online_gradient_without_sa
 
 
 def support(rollout: Rollout, k: int = 2) -> TopK:
-    """Ids that name position and rank."""
+    """Return ids that name position and rank."""
     length = rollout.response_ids.size
     ids = 10 * np.arange(1, length + 1)[:, None] + np.arange(k)
     logprobs = np.log(np.linspace(0.1, 0.4, length * k).reshape(length, k) / k)

@@ -55,7 +55,7 @@ def test_a_torch_dataset_without_complete_columns_is_refused_before_it_is_read(m
 
 
 def first(batch: Sequence[Any]) -> Sequence[Any]:
-    """A `collate_fn` that travels to a spawned worker."""
+    """Return the batch: a `collate_fn` that travels to a spawned worker."""
     return batch
 
 

@@ -98,7 +98,7 @@ def rollouts_of(store):
 
 
 def shown(tokenizer, rollout):
-    """The prompt, and the response with what was drawn in brackets, as text."""
+    """Return the prompt, and the response with what was drawn in brackets, as text."""
     text, inside = "", False
     for token, drawn in zip(rollout.response_ids.tolist(), rollout.loss_mask.tolist(), strict=True):
         text += ("[" if drawn else "]") * (drawn != inside) + tokenizer.decode([token])
@@ -246,7 +246,7 @@ def test_arrays_of_numpy_are_read_as_lists_are(form, tokenizer):
 
 
 def as_arrays(value):
-    """The same as pandas reads it from a parquet file."""
+    """Return the same as pandas reads it from a parquet file."""
     if isinstance(value, dict):
         return {key: as_arrays(item) for key, item in value.items()}
     if isinstance(value, list) and isinstance(value[0], dict):

@@ -49,14 +49,14 @@ CHATS = (
 
 
 def real_tokenizer(folder, name):
-    """A tokenizer of bytes with a model's chat template, and the special tokens that this names."""
+    """Make a tokenizer of bytes with a model's chat template, and the special tokens that this names."""
     template, end = (folder / f"{name}.jinja").read_text(), next(end for start, end in ENDS.items() if name.startswith(start))
     found = set(re.findall(r"<\|[^<>|\s'\"{}]+\|>|<｜[^<>\s'\"]+?｜>|<[a-z_]+_of_[a-z_]+>|<\|?turn\|?>", template))
     return byte_tokenizer(template, eos=end, special=(*SPECIAL, *sorted({*found, end} - {*SPECIAL})))
 
 
 def outcome(record, tokenizer):
-    """The word of the table."""
+    """Return the word of the table."""
     for turns, word in (("together", "one rollout"), ("each", "each turn")):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

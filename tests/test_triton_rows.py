@@ -38,7 +38,7 @@ CAPS = [None, 2.5]
 
 
 def problem(rows: int, vocabulary: int, k: int, shift: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, ids and coefficients."""
+    """Make logits, ids and coefficients."""
     random = torch.Generator().manual_seed(rows * vocabulary + k)
     logits = 3 * torch.randn(rows, vocabulary, generator=random) + shift
     ids = torch.randint(0, vocabulary, (rows, k), generator=random)
@@ -46,7 +46,7 @@ def problem(rows: int, vocabulary: int, k: int, shift: float = 0.0) -> tuple[Ten
 
 
 def expected(logits: Tensor, ids: Tensor, coefficients: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
-    """Log-probs, and the gradient by the logits, in float64."""
+    """Return log-probs, and the gradient by the logits, in float64."""
     leaf = logits.double().requires_grad_()
     capped = leaf if softcap is None else softcap * (leaf / softcap).tanh()
     logprobs = capped.log_softmax(-1).gather(-1, ids)

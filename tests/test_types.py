@@ -1,4 +1,4 @@
-"""Records refuse what breaks their contract, with one sentence that says which record, which field and which entry."""
+"""Records refuse what breaks their contract, with one sentence that names which record, which field and which entry."""
 
 import pickle
 import re
@@ -35,7 +35,7 @@ wrong_ids = pytest.mark.parametrize(("ids", "message"), WRONG_IDS.values(), ids=
 
 
 def refused(message: str) -> Any:
-    """The error whose message has this text in it."""
+    """Return the error whose message has this text in it."""
     return pytest.raises(InvalidRecordError, match=re.escape(message))
 
 

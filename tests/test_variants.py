@@ -47,19 +47,19 @@ def signal() -> Signal:
 
 
 def factors(changed: Signal) -> list[float]:
-    """By which the weights were multiplied."""
+    """Return the factors by which the weights were multiplied."""
     return (changed.weight / signal().weight).tolist()
 
 
 def gradient_of(transform: Callable[[Signal], Signal]) -> Tensor:
-    """d loss / d log-prob of each token, by the objective with this one variant."""
+    """Return d loss / d log-prob of each token, by the objective with this one variant."""
     student = torch.tensor(STUDENT).double().requires_grad_()
     losses = OPDObjective(clip=None, transforms=(transform,))(student[:, None], tokens()).loss
     return torch.autograd.grad(losses.sum(), student)[0]
 
 
 def gradient_by_hand(per_token: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """The same of a loss written in (log-prob, teacher's, ref's)."""
+    """Return the same of a loss written in (log-prob, teacher's, ref's)."""
     student = torch.tensor(STUDENT).double().requires_grad_()
     losses = per_token(student, torch.tensor(TEACHER).double(), torch.tensor(REF).double())
     return torch.autograd.grad((torch.tensor(WEIGHT).double() * losses).sum(), student)[0]

@@ -43,7 +43,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """kind -> a folder with a model that knows its SFT teacher."""
+    """Return kind -> a folder with a model that knows its SFT teacher."""
     base = tmp_path_factory.mktemp("models")
     made = {kind: save_model(base / kind, kind, seed=3) for kind in KINDS}
     for folder in made.values():
@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sources(folders):
-    """`sources(kind, **sampling)`: a source; all of one kind share an engine."""
+    """Return `sources(kind, **sampling)`: a source; all of one kind share an engine."""
     engines = {}
 
     def get(kind, generation=0, **sampling):
@@ -69,7 +69,7 @@ def sources(folders):
 
 @pytest.fixture(scope="module")
 def scorers(folders):
-    """`scorers(kind)`: a scorer with a top-5 support, or another; all of one kind share an engine."""
+    """Return `scorers(kind)`: a scorer with a top-5 support, or another; all of one kind share an engine."""
     made = {}
 
     def get(kind, **widths):

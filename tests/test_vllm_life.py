@@ -98,7 +98,7 @@ OUT_OF_MEMORY = (
 )
 
 
-# --- dying and starting anew ----------------------------------------------------------------------------------------------------------
+# --- dying and starting again ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_engine_starts_when_first_asked_and_again_after_it_was_closed(fake, folder, rollouts):
@@ -275,7 +275,7 @@ def test_other_options_reach_vllm_and_those_that_lopd_sets_are_refused(fake, fol
     assert fake.started[0]["max_num_seqs"] == 7
     assert fake.started[0]["hf_overrides"] == {"head_dtype": "float32", "rope_theta": 1.0}
     for name in ("quantization", "hf_overrides"):
-        with pytest.raises(ModelError, match=rf"vLLM's option '{name}' makes another model of it than its folder says; pass `identity=`"):
+        with pytest.raises(ModelError, match=rf"vLLM's option '{name}' makes a model that its folder does not have; pass `identity=`"):
             scorer_of(folder, options={name: options[name]}).provenance  # noqa: B018
     reserved = set(VLLMEngine(folder, VOCAB).arguments()) - {"disable_log_stats", "max_num_seqs", "hf_overrides"}
     for name in reserved:
@@ -427,7 +427,7 @@ def test_an_engine_that_gives_fewer_log_probs_than_a_scorer_asks_for_is_refused(
 
 
 def flat_of(positions):
-    """Log-probs of positions, each a list of (id, log-prob), as vLLM lays them out."""
+    """Return the log-probs of positions, each a list of (id, log-prob), as vLLM lays them out."""
     ends = np.cumsum([len(p) for p in positions]).tolist()
     return SimpleNamespace(
         start_indices=[0, *ends[:-1]],

@@ -27,7 +27,7 @@ BUCKET, WHOLE = TopKObjective(reverse_kl, residual=True), TopKObjective(generali
 
 
 def stored_gradient(problem: Problem, loss: OPDLoss, k: int) -> torch.Tensor:
-    """Minus the gradient of a loss on all rollouts of the reference policy, each with its probability, and the teacher's top k."""
+    """Return minus the gradient of a loss on all rollouts of the reference policy, each with its probability, and the teacher's top k."""
     batch = problem.world.batch(problem.world.probabilities_R(problem.ref), problem.teacher, problem.ref)
     return -flat_gradient(problem.student, problem.student(_cut(with_all_tokens(batch, problem.teacher), k), loss).loss_sum)
 

@@ -201,7 +201,7 @@ def test_a_flipped_bit_is_noticed_in_every_file_that_is_read_and_by_verify_in_th
                 ZarrStore.open(root).read([1, 3], ("teacher",), top_k=("teacher",))
             except allowed:
                 noticed = True
-            # What the commit record says too, and what fills gaps between values, no read needs.
+            # What the commit record has too, and what fills gaps between values, no read needs.
             assert noticed or path.name == "zarr.json" or path.parent.name in ("loss_mask", "behavior_logprobs", "sampler_logprobs")
             if path.parent not in (root, root / "commits"):
                 (problem,) = ZarrStore.open(root).verify()

@@ -26,7 +26,7 @@ from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_scor
 
 
 def grown(folder: Path, appends: int) -> ZarrStore:
-    """One row an append, each scored by a call of its own; nobody calls `compact`."""
+    """Make one row an append, each scored by a call of its own, without a call of `compact`."""
     store = ZarrStore.create(folder, tiny_manifest())
     go_on(store, 0, appends)
     return store
@@ -359,7 +359,7 @@ def moved_record(root: Path) -> None:
 
 
 def other_history(root: Path) -> None:
-    """A record that says the right number and store, and follows another one."""
+    """Write a record with the right number and store that follows another one."""
     forge(root / "commits/0000000001.json", when=0.0)
 
 

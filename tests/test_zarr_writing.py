@@ -20,7 +20,7 @@ from lopd.testing import assert_holds, tiny_manifest, tiny_provenance, tiny_roll
 
 
 def sent(store: ZarrStore) -> ZarrStore:
-    """As a worker process of a data loader gets it."""
+    """Send the store as a worker process of a data loader gets it."""
     return pickle.loads(pickle.dumps(store))  # noqa: S301  # our own bytes, made a moment ago
 
 

@@ -27,7 +27,7 @@ Fault = Callable[["_Handler", int, bytes], None]
 
 
 def table(ids: list[int]) -> np.ndarray:
-    """(len(ids) + 1, VOCAB) log-probs of what may stand at each position from 1 on, and after the end; row 0 is meaningless."""
+    """Return (len(ids) + 1, VOCAB) log-probs of what may stand at each position from 1 on, and after the end; row 0 is meaningless."""
     places = np.arange(len(ids) + 1)[:, None]
     before = np.array([0, *ids])[:, None]
     logits = ((places * 7 + before * 3 + np.arange(VOCAB) * 13) % 31) / 4.0
@@ -74,9 +74,9 @@ class Stub:
 
     Args:
         model, root, version, context, max_logprobs, mode: what it serves, and how it was started.
-        scores_ids: whether it scores ids that it is asked for; what it says instead.
+        scores_ids: whether it scores ids that it is asked for; what it answers instead.
         key: that it asks for, or None.
-        defaults: what its generation_config.json says.
+        defaults: what its generation_config.json holds.
         port: 0 is any.
     """
 
@@ -128,7 +128,7 @@ class Stub:
         self._listener.server_close()
 
     def fail(self, n: int, fault: Fault, when: Callable[[dict[str, Any]], bool] = lambda _: True) -> None:
-        """The next `n` completions whose request fits end like this."""
+        """End the next `n` completions whose request fits like this."""
         self._faults.append((n, when, fault))
 
     def next_fault(self, request: dict[str, Any]) -> Fault | None:
@@ -148,7 +148,7 @@ class Stub:
     # --- what vLLM does -----------------------------------------------------------------------------------------------------------
 
     def pages(self) -> dict[str, Any]:
-        """What it says of itself."""
+        """Return the pages that the server shows of itself."""
         card = {"id": self.model, "object": "model", "root": self.root, "max_model_len": self.context}
         return {"/version": {"version": self.version}, "/v1/models": {"object": "list", "data": [card]}}
 
@@ -164,7 +164,7 @@ class Stub:
         return 200, {"object": "text_completion", "model": self.model, "choices": choices, "usage": usage}
 
     def score_ids(self, request: dict[str, Any]) -> tuple[int, Any]:
-        """What `/inference/v1/generate` answers."""
+        """Answer `/inference/v1/generate`."""
         status, said = self.scores_ids
         if status != 200:
             return status, _error(status, said)
@@ -197,7 +197,7 @@ class Stub:
         return choice | ({"token_ids": sampled, "prompt_token_ids": ids} if request.get("return_token_ids") else {})
 
     def _refusal(self, request: dict[str, Any], ids: list[int]) -> str:
-        """What vLLM 0.32 says of a request that it does not take."""
+        """Return vLLM 0.32's words for a request that it refuses."""
         wanted = min(request.get("max_tokens", 16), self.context - len(ids))
         k = max(request.get("prompt_logprobs") or 0, request.get("logprobs") or 0)
         refusals = {
@@ -230,7 +230,7 @@ class Stub:
 
 
 def _processed(raw: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
-    """Log-probs after temperature and top_p."""
+    """Return log-probs after temperature and top_p."""
     if temperature == 0:
         return np.where(np.arange(VOCAB) == raw.argmax(), 0.0, -np.inf)
     scaled = raw / temperature
@@ -243,7 +243,7 @@ def _processed(raw: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
 
 
 def _entry(row: np.ndarray, token: int, k: int) -> dict[str, Any]:
-    """The prompt token first, then the k most likely ones, once each."""
+    """Return the prompt token first, then the k most likely ones, once each."""
     order = np.argsort(-row, kind="stable")
     ranks = {int(t): r + 1 for r, t in enumerate(order)}
     chosen = dict.fromkeys([token, *(int(t) for t in order[:k])])
@@ -344,4 +344,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def log_message(self, *args: Any) -> None:
-        """Nothing."""
+        """Print nothing."""

@@ -40,7 +40,7 @@ def _quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def place(store: Any) -> Path:
-    """The folder of a local store."""
+    """Return the folder of a local store."""
     return Path(store._files.url)
 
 
@@ -138,12 +138,12 @@ MACHINE = settings(max_examples=12, stateful_step_count=12, deadline=None, suppr
 
 
 def many(start: int, n: int, length: int = 3) -> list[Rollout]:
-    """Rollouts that can be made again from their number."""
+    """Make rollouts that can be made again from their number."""
     return [tiny_rollout(f"r{i}", (np.arange(length) + i) % 300) for i in range(start, start + n)]
 
 
 def fill(store: ZarrStore) -> ZarrStore:
-    """Two segments of rollouts of all kinds, one of scores with top-k."""
+    """Fill a store with two segments of rollouts of all kinds, one of scores with top-k."""
     reported = {"behavior_logprobs": [0, -1, -2], "sampler_logprobs": [0, -0.5, -1]}
     store.append([tiny_rollout("m", loss_mask=[True, False, True]), tiny_rollout("b", finish_reason="length", **reported)])
     store.append(many(0, 2))
@@ -159,7 +159,7 @@ def filled(tmp_path: Path) -> ZarrStore:
 
 
 def forge(path: Path, **changes: object) -> None:
-    """Change what a sealed document says, and seal it again."""
+    """Change the content of a sealed document, and seal it again."""
     path.write_bytes(seal({**(unseal(path.read_bytes()) or {}), **changes}))
 
 

@@ -25,8 +25,8 @@ class Arm:
 
     Args:
         name: in tables.
-        loss: of every step.
-        every: sample and score anew after so many steps (1 is online OPD); None is once, before the first (Lightning).
+        loss: loss of every step.
+        every: sample and score again after so many steps (1 is online OPD); None is once, before the first (Lightning).
         rate: times the learning rate of the setting.
         prompts: share of the OPD prompts, for offline runs.
         samples: rollouts a prompt, likewise.
@@ -92,11 +92,11 @@ ABLATIONS = {
 def run_arm(
     setting: Setting, seed: int, folder: Path, arm: Arm, *, teachers: tuple[str, str] = ("A", "A"), curve: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """A row of the results.
+    """Train an arm, and return its row of the results.
 
     Args:
-        setting: of the testbed.
-        seed: of the testbed, and of the run.
+        setting: setting of the testbed.
+        seed: seed of the testbed, and of the run.
         folder: where the testbed is.
         arm: how to train.
         teachers: style of the SFT teacher and of the OPD teacher.
@@ -131,7 +131,7 @@ def run_arm(
 
 
 def _advantages(store: MemoryStore) -> dict[str, Any]:
-    """What is known of all of them before the first step."""
+    """Return what is known of all advantages before the first step."""
     records = store.read(np.arange(len(store)), columns=("teacher", "behavior"))
     gaps = np.concatenate([record.scores["teacher"] - record.scores["behavior"] for record in records])
     said = AdvantageSummary.of(gaps)
@@ -140,7 +140,7 @@ def _advantages(store: MemoryStore) -> dict[str, Any]:
 
 
 def _watched(steps: Iterable[StepMetrics]) -> Iterator[tuple[StepMetrics, bool]]:
-    """Steps, and whether the guard has spoken by then."""
+    """Yield steps, and whether the guard has warned by then."""
     watched, spoken = iter(watch_drift(steps)), False
     while True:
         with warnings.catch_warnings(record=True) as caught:

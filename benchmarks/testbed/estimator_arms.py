@@ -45,7 +45,7 @@ FASTER = 3.0
 
 
 def faster(name: str) -> str:
-    """The name of an arm at that rate."""
+    """Return the name of an arm at that rate."""
     return f"{name}; rate x {FASTER:g}"
 
 

@@ -27,7 +27,7 @@ _SCORES = 64
 
 
 def run_gap(setting: Setting, seed: int, folder: Path, arm: Arm, at: tuple[int, ...]) -> list[dict[str, Any]]:
-    """A row for each of these steps of an offline run."""
+    """Return a row for each of these steps of an offline run."""
     bed = prepare(setting, seed, folder, ("A",))
     stored, teacher = scored_rollouts(bed, "A", "A"), HFScorer.from_folder(bed.teachers["A"])
     training, rows = Training.of(bed.students["A"], setting.opd_lr), []
@@ -61,13 +61,13 @@ def run_gap(setting: Setting, seed: int, folder: Path, arm: Arm, at: tuple[int, 
 
 
 def _stream(store: LogprobReader, half: int | None) -> Any:
-    """One step of all rollouts, or of every other one."""
+    """Return one step of all rollouts, or of every other one."""
     rows = np.arange(len(store)) if half is None else np.arange(half, len(store), 2)
     return batches(store, rollouts_per_step=len(rows), tokens_per_batch=TOKENS_PER_BATCH, rows=rows, ref="behavior").step(0)
 
 
 def _gradient(training: Training, store: LogprobReader, half: int | None, loss: FusedOPDLoss) -> Tensor:
-    """Of the mean over rollouts of the mean over their tokens, as a vector."""
+    """Return the gradient of the mean over rollouts of the mean over their tokens, as a vector."""
     step = _stream(store, half)
     total = sum(float(batch.weight.sum()) for batch in step.batches)
     training.student.zero_grad()
@@ -87,7 +87,10 @@ def _drift(training: Training, store: LogprobReader) -> Any:
 
 
 def _largest_score(training: Training, store: LogprobReader) -> float:
-    r"""The largest norm of \(\nabla \log \pi_\theta(a_t|s_t)\) over some tokens: a lower estimate of G, so the bound is told too small, if at all."""
+    r"""Return the largest norm of \(\nabla \log \pi_\theta(a_t|s_t)\) over some tokens.
+
+    It is a lower estimate of G, so the bound is stated too small, if at all.
+    """
     rng, found = np.random.default_rng(0), 0.0
     for row in rng.choice(len(store), min(_SCORES, len(store)), replace=False).tolist():
         batch = collate(store.read([row], columns=["teacher"]), teacher="teacher")

@@ -13,12 +13,12 @@ DRAWN = Arm("16 drawn, residual", FusedLoss(RESIDUAL), support=Support(drawn=16)
 
 
 def few(arm: Arm, rollouts: int) -> Arm:
-    """The same with so few stored rollouts, so in more passes over them."""
+    """Return the same arm with so few stored rollouts, so with more passes over them."""
     return evolve(arm, name=f"{arm.name}, {rollouts} rollouts", prompts=rollouts / PROMPTS)
 
 
 def live(arm: Arm) -> Arm:
-    """The same loss and support with a live teacher, on rollouts that are sampled at every step."""
+    """Return an arm of the same loss and support with a live teacher, on rollouts that are sampled at every step."""
     return evolve(arm, name=f"online OPD, {arm.name.removeprefix('stored ')}", every=1)
 
 

@@ -52,15 +52,15 @@ class Setting:
 
     Args:
         task: one of `TASKS`.
-        digits: of its two numbers.
-        writer: of what the teachers are trained on.
+        digits: digits of its two numbers.
+        writer: writes what the teachers are trained on.
         teacher_size, student_size: hidden size and layers, and the family (`FAMILIES`) if it is not Llama.
         taught_problems: on whose right workings the teachers are trained.
-        teacher_steps: of that, of `batch` rollouts.
+        teacher_steps: steps of that training, of `batch` rollouts.
         sft_prompts, opd_prompts, held_out_prompts: disjoint, and none that a teacher was trained on.
         sft_steps: on the teacher's sampled text.
-        max_new_tokens: of every response.
-        opd_steps, opd_lr: of the OPD stage, online and offline alike; `batch` rollouts a step.
+        max_new_tokens: most tokens of a response.
+        opd_steps, opd_lr: steps and rate of the OPD stage, online and offline alike; `batch` rollouts a step.
     """
 
     name: str
@@ -106,12 +106,12 @@ class Testbed:
     held_out: Sequence[Prompt]
 
     def sampling(self, samples: int = 1, temperature: float = 1.0) -> SamplingParams:
-        """How every response is drawn."""
+        """Return how every response is drawn."""
         return SamplingParams(self.setting.max_new_tokens, temperature, samples_per_prompt=samples, seed=self.seed)
 
 
 def prepare(setting: Setting, seed: int, folder: Path, styles: Sequence[str] = STYLES) -> Testbed:
-    """Build, or find built, teachers and students; settings that differ elsewhere share what they have in common."""
+    """Build teachers and students, or find them built; settings share those that do not depend on their differences."""
     sizes = (setting.sft_prompts, setting.opd_prompts, setting.held_out_prompts, setting.taught_problems)
     problems = make_problems(sum(sizes), setting.digits, seed, TASKS[setting.task])
     sft, opd, held_out, taught = (list(part) for part in np.split(np.array(problems, object), np.cumsum(sizes)[:-1]))
@@ -130,7 +130,7 @@ def _digest(setting: Setting, seed: int, names: Sequence[str]) -> str:
 
 
 def once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Build into a folder, unless it is there already; what was killed half-way is not there."""
+    """Build into a folder, unless it exists; a folder that was killed half-way does not exist."""
     if not folder.exists():
         unfinished = folder.with_name(f"{folder.name}.partial")
         unfinished.mkdir(parents=True, exist_ok=True)
@@ -140,7 +140,7 @@ def once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def untrained_teacher(setting: Setting, seed: int, folder: Path) -> Path:
-    """A teacher of this size with random weights: it costs what a trained one costs."""
+    """Save a teacher of this size with random weights: it costs what a trained one costs."""
 
     def build(place: Path) -> None:
         tokenizer = _TOKENIZERS[setting.task]
@@ -151,7 +151,7 @@ def untrained_teacher(setting: Setting, seed: int, folder: Path) -> Path:
 
 
 def new_model(size: Size, seed: int, kind: type[Problem] = Problem) -> PreTrainedModel:
-    """A model with random weights, for problems of a kind."""
+    """Make a model with random weights, for problems of a kind."""
     torch.manual_seed(seed)
     hidden, layers, *family = size
     config = FAMILIES[family[0] if family else "llama"](int(hidden), int(layers), kind)
@@ -197,7 +197,7 @@ FAMILIES: dict[str, Callable[[int, int, type[Problem]], PreTrainedConfig]] = {"l
 
 
 def scheduled(steps: StepStream, optimizer: torch.optim.Optimizer, lr: float) -> Iterator[Step]:
-    """The same steps; the rate rises over the first tenth and falls in a straight line."""
+    """Yield the same steps; the rate rises over the first tenth and falls in a straight line."""
     total = steps.stop or 1
     for step in steps:
         rate = lr * min((step.index + 1) / (total / 10), 1.0) * (1 - step.index / total)
@@ -229,12 +229,12 @@ def _sft(setting: Setting, seed: int, problems: Sequence[Problem], teacher: Path
 
 
 def source_of(folder: Path, sampling: SamplingParams) -> HFSource:
-    """A model that samples in batches as wide as so small ones like them."""
+    """Return a source with batches as wide as suits such small models."""
     return evolve(HFSource.from_folder(folder, sampling), rows_per_batch=1024)
 
 
 def _imitate(setting: Setting, model: PreTrainedModel, store: MemoryStore, pace: tuple[int, float], folder: Path) -> None:
-    """SFT on the rollouts of a store, through lopd's own loop, for so many steps at this rate."""
+    """Fine-tune on the rollouts of a store, through lopd's own loop, for so many steps at this rate."""
     (steps, lr), tokenizer = pace, _TOKENIZERS[setting.task]
     student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)

@@ -29,27 +29,27 @@ class Product(Problem):
 
     @classmethod
     def lengths(cls, digits: int) -> tuple[int, int]:
-        """Digits of a and of b."""
+        """Return the number of digits of a and of b."""
         return digits, digits - 1
 
     def text(self) -> str:
-        """Both numbers, from the right, each digit behind its letter."""
+        """Return both numbers, from the right, each digit behind its letter."""
         a, b = self.lengths(self.digits)
         return f"{_lettered(LETTERS[:a], self.a)}x{_lettered(LETTERS[a : a + b], self.b)}"
 
     def answer(self) -> str:
-        """Every digit of the product behind its letter, from the left."""
+        """Return every digit of the product behind its letter, from the left."""
         return self._written()[1]
 
     def working(self, style: str, rng: np.random.Generator, writer: Writer) -> str:
-        """A response; there is one style only."""
+        """Write a response; only one style exists."""
         if style != "A":
             raise ValueError(f"products are written in style A, not {style}")
         text, answer = self._written()
         return writer.slip(f"{text}={answer}{EOS}", rng)
 
     def _written(self) -> tuple[str, str]:
-        """Steps, and the final number."""
+        """Return the steps, and the final number."""
         (columns, rows), text = self.lengths(self.digits), ""
         letters, digits = iter(LETTERS[columns + rows :]), {}
         for row in range(rows):

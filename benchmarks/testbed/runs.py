@@ -61,15 +61,15 @@ class Support:
         return self.candidates + self.top_k + self.drawn
 
     def sampling(self, plain: SamplingParams) -> SamplingParams:
-        """The same sampling, with what the policy keeps."""
+        """Return the same sampling, with what the policy keeps."""
         return evolve(plain, candidates=self.candidates, drawn=self.drawn)
 
     def scorer(self, teacher: Path) -> HFScorer:
-        """A teacher that scores all of it."""
+        """Return a teacher that scores the whole support."""
         return HFScorer.from_folder(teacher, candidates=self.candidates, top_k=self.top_k, drawn=self.drawn)
 
     def ref(self, generation: int = 0) -> str:
-        """The reference column: that of the policy where it says more than the rollouts do."""
+        """Return the reference column: the policy's own where it holds more than the rollouts do."""
         return policy_column(generation) if self.drawn else "behavior"
 
 
@@ -96,11 +96,11 @@ class Clock:
             self.seconds[name] += time.process_time() - begun
 
     def total(self) -> float:
-        """Seconds since the beginning, without evaluation."""
+        """Return the seconds since the beginning, without evaluation."""
         return time.process_time() - self.begun - self.seconds["evaluation"]
 
     def split(self) -> dict[str, float]:
-        """Seconds by what they were spent on, and of all together."""
+        """Return the seconds by what they were spent on, and of all together."""
         counted, total = {name: self.seconds[name] for name in ("sampling", "scoring")}, self.total()
         return {**counted, "training": total - sum(counted.values()), "all": total}
 
@@ -118,7 +118,7 @@ class TimedSource:
         return self.source.manifest
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
-        """The source's."""
+        """Sample from the source, on the clock."""
         return self.clock.run("sampling", self.source.sample, prompts)
 
 
@@ -135,7 +135,7 @@ class TimedScorer:
         return self.scorer.provenance
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
-        """The scorer's."""
+        """Score with the scorer, on the clock."""
         return self.clock.run("scoring", self.scorer.score, rollouts)
 
 
@@ -150,19 +150,19 @@ class Training:
 
     @classmethod
     def of(cls, folder: Path, lr: float) -> "Training":
-        """From this start, at a constant rate."""
+        """Load this start, with an optimizer at a constant rate."""
         model, tokenizer = load_model(folder, torch.float32)
         student = CausalLMStudent(model, fingerprint_tokenizer(tokenizer))
         optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.1)
         return cls(student, tokenizer, optimizer, Lineage.read(folder))
 
     def source(self, bed: Testbed, *, samples: int = 1, temperature: float = 1.0, generation: int = 0) -> HFSource:
-        """The student as it is, as a source of rollouts."""
+        """Return the student as it is, as a source of rollouts."""
         sampling = bed.sampling(samples, temperature)
         return HFSource(self.student.model, self.tokenizer, sampling, self.lineage, generation=generation, rows_per_batch=1024)
 
     def accuracy(self, bed: Testbed, *, temperature: float = 1.0, samples: int = 4) -> Estimate:
-        """On the held-out prompts."""
+        """Measure the accuracy on the held-out prompts."""
         samples = samples if temperature else 1
         return evaluate(self.source(bed, samples=samples, temperature=temperature), bed.held_out, verify).avg_at_n
 
@@ -170,7 +170,7 @@ class Training:
 def scored_rollouts(
     bed: Testbed, sft: str, opd: str, *, samples: int = 1, support: Support = ALONE, clock: Clock | None = None
 ) -> MemoryStore:
-    """Rollouts of the SFT student for every prompt, scored by the teacher of style `opd`: what offline OPD trains on."""
+    """Return rollouts of the SFT student for every prompt, scored by the teacher of style `opd`: what offline OPD trains on."""
     clock = clock or Clock()
     source = TimedSource(source_of(bed.students[sft], support.sampling(bed.sampling(samples))), clock)
     store = MemoryStore(source.manifest)
@@ -189,7 +189,7 @@ def offline(
     consistency: ConsistencyPolicy = ConsistencyPolicy.ERROR,
     support: Support = ALONE,
 ) -> Iterator[StepMetrics]:
-    """Lightning OPD on these rollouts."""
+    """Train with Lightning OPD on these rollouts."""
     setting = bed.setting
     stream = batches(
         store,
@@ -214,7 +214,10 @@ def online(
     support: Support = ALONE,
     clock: Clock | None = None,
 ) -> Iterator[StepMetrics]:
-    """OPD on rollouts that are sampled anew every few steps; 1 is online OPD.  Of whatever teacher: consistency is not its condition."""
+    """Train on rollouts that are sampled again every few steps.
+
+    With `every=1` this is online OPD.  Any teacher will do: online OPD does not need a consistent one.
+    """
     setting, clock = bed.setting, clock or Clock()
     teacher = TimedScorer(support.scorer(bed.teachers[opd]), clock)
 

@@ -28,19 +28,19 @@ MARKS = ("onuf", "xyvg")
 
 
 def make_tokenizer(characters: Sequence[str] = CHARACTERS) -> PreTrainedTokenizerFast:
-    """One token a character."""
+    """Make a tokenizer of one token a character."""
     backend = Tokenizer(tokenizer_models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token=EOS))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS)
 
 
 def encode(text: str) -> list[int]:
-    """Ids of characters, of any task."""
+    """Return the ids of characters, of any task."""
     return [_EVERY.index(c) for c in text]
 
 
 def decode(ids: Sequence[int]) -> str:
-    """The text of ids."""
+    """Return the text of ids."""
     return "".join(_EVERY[i] for i in ids)
 
 
@@ -49,7 +49,7 @@ class Writer:
     """How sure a teacher is of what it writes.
 
     Args:
-        synonyms: of each mark in use, 1 to 4.
+        synonyms: number of marks in use for each, 1 to 4.
         slips: share of digits that are written at random.
     """
 
@@ -57,7 +57,7 @@ class Writer:
     slips: float = 0.0
 
     def slip(self, text: str, rng: np.random.Generator) -> str:
-        """The text with its slips; what follows a slip is as if there had been none."""
+        """Put slips into a text; what follows a slip is written as if the slip had not been made."""
         slips = rng.random(len(text)) < self.slips
         return "".join(str(rng.integers(10)) if slip and c.isdigit() else c for c, slip in zip(text, slips, strict=True))
 
@@ -76,24 +76,24 @@ class Problem:
 
     @classmethod
     def lengths(cls, digits: int) -> tuple[int, int]:
-        """Digits of a and of b."""
+        """Return the number of digits of a and of b."""
         return digits, digits
 
     def prompt(self) -> Prompt:
-        """Its prompt, with the result as the answer for the verifier."""
+        """Return the prompt, with the result as the answer for the verifier."""
         text = self.text()
         return Prompt(text, encode(f"{text}="), answer=self.answer())
 
     def text(self) -> str:
-        """What is asked."""
+        """Return what is asked."""
         return f"{self.a:0{self.digits}}+{self.b:0{self.digits}}"
 
     def answer(self) -> str:
-        """The sum, of one digit more."""
+        """Return the sum, with one digit more."""
         return f"{self.a + self.b:0{self.digits + 1}}"
 
     def working(self, style: str, rng: np.random.Generator, writer: Writer) -> str:
-        """A response in this style."""
+        """Write a response in this style."""
         digits, marks, carry = [], [], 0
         for place in range(self.digits):
             total = self.a // 10**place % 10 + self.b // 10**place % 10 + carry
@@ -105,13 +105,13 @@ class Problem:
 
 
 def make_problems(count: int, digits: int, seed: int, kind: type[Problem] = Problem) -> list[Problem]:
-    """Distinct problems of a kind."""
+    """Make distinct problems of a kind."""
     rng, lengths = np.random.default_rng(seed), kind.lengths(digits)
     chosen = rng.choice(10 ** sum(lengths), count, replace=False)
     return [kind(int(n) // 10 ** lengths[1], int(n) % 10 ** lengths[1], digits) for n in chosen]
 
 
 def verify(prompt: Prompt, rollout: Rollout) -> float:
-    """1 if the response ends with `=` and the right answer."""
+    """Return 1 if the response ends with `=` and the right answer."""
     text = decode(rollout.response_ids.tolist())
     return float(text.endswith(f"={prompt.answer}{EOS}"))

@@ -34,11 +34,11 @@ class _Measure(TrainerCallback):
 
 
 def make_trainer(models: tuple[Any, Any], tokenizer: Any, prompts: Sequence[str], folder: str, **options: Any) -> Any:
-    """A DistillationTrainer of a student by a teacher, in float32 on the CPU, that writes nothing.
+    """Make a DistillationTrainer of a student by a teacher, in float32 on the CPU, that writes nothing.
 
     Args:
         models: student and teacher.
-        tokenizer: of both.
+        tokenizer: tokenizer of both.
         prompts: as text.
         folder: for what it writes all the same.
         options: others of its configuration.
@@ -60,7 +60,7 @@ def make_trainer(models: tuple[Any, Any], tokenizer: Any, prompts: Sequence[str]
 
 
 def run_trl(setting: Setting, seed: int, folder: Path, curve: Sequence[int], *, rate: float = 1.0, name: str = ARM) -> dict[str, Any]:
-    """A row like those of `testbed.arms.run_arm`, under a name, at so many times the learning rate of the setting."""
+    """Train in TRL, and return a row like those of `testbed.arms.run_arm`, under a name, at so many times the learning rate of the setting."""
     warnings.simplefilter("ignore")
     bed = prepare(setting, seed, folder, ("A",))
     training, teacher = Training.of(bed.students["A"], setting.opd_lr), load_model(bed.teachers["A"], torch.float32)[0]

@@ -12,12 +12,15 @@ class Docstrings(griffe.Extension):
     """Gives attrs classes their `__init__`, and doctests their fences."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called by griffe for everything it finds."""
+        """Fence the doctests of an object; griffe calls this for everything it finds."""
         if obj.docstring is not None and ">>>" in obj.docstring.value:
             obj.docstring.value = fence(obj.docstring.value)
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
-        """Called by griffe when all modules are loaded, so that the fields of a base in another one are known."""
+        """Give attrs classes their constructor.
+
+        griffe calls this when all modules are loaded, so that the fields of a base in another one are known.
+        """
         for cls in _classes(pkg):
             if "__init__" not in cls.members and any(decorator.callable_path in _ATTRS for decorator in cls.decorators):
                 kind = griffe.ParameterKind.positional_or_keyword
@@ -47,13 +50,13 @@ def _parameters(cls: griffe.Class, kind: griffe.ParameterKind) -> Iterator[griff
 
 
 def _field_options(value: Any) -> dict[str, Any] | None:
-    """The keywords of `field(...)`; None if the value is something else."""
+    """Return the keywords of `field(...)`; None if the value is something else."""
     if not isinstance(value, griffe.ExprCall) or str(value.function) != "field":
         return None
     return {argument.name: argument.value for argument in value.arguments if isinstance(argument, griffe.ExprKeyword)}
 
 
 def fence(docstring: str) -> str:
-    """The same with fences around doctests."""
+    """Return the docstring with fences around its doctests."""
     paragraphs = docstring.split("\n\n")
     return "\n\n".join(f"```pycon\n{text}\n```" if text.lstrip().startswith(">>>") else text for text in paragraphs)

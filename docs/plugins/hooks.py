@@ -41,7 +41,7 @@ def include_files(markdown: str) -> str:
 
 
 def link_pages(markdown: str, page: str) -> str:
-    """Links to files outside docs/ that are pages here lead to these."""
+    """Point links to files outside docs/ that are pages here at these pages."""
     folder = dirname(page)
     for path, target in PAGES.items():
         outside = relpath(path, f"docs/{folder}".rstrip("/"))
@@ -50,7 +50,7 @@ def link_pages(markdown: str, page: str) -> str:
 
 
 def draw_equations(html: str) -> str:
-    """MathML in the place of LaTeX.  Equations that are set side by side may stand below each other where there is no room."""
+    """Replace LaTeX by MathML.  Equations that are set side by side may stand below each other where there is no room."""
 
     def drawn(found: re.Match[str]) -> str:
         latex = unescape(found[2]).strip()
@@ -63,7 +63,7 @@ def draw_equations(html: str) -> str:
 
 
 def draw(latex: str, display: str = "inline") -> str:
-    """MathML of one equation."""
+    """Return the MathML of one equation."""
     # the converter takes \lvert and \rvert for one and the same relation
     made = convert(latex.replace("\\lvert", "\\left|").replace("\\rvert", "\\right|"), display=display)
     if "\\" in made:  # a command that the converter does not know comes out as it is
@@ -74,7 +74,7 @@ def draw(latex: str, display: str = "inline") -> str:
 
 
 def break_cells(html: str) -> str:
-    """Cells of tables in which a number keeps its interval, and long names break where people would break them."""
+    """Keep a number and its interval on one line of a table's cell, and let long names break where people would break them."""
 
     def names(found: re.Match[str]) -> str:
         return re.sub(r"(?<=[/_.,(])(?=\w)|(?<=::)", "<wbr>", found[0])
@@ -86,23 +86,26 @@ def break_cells(html: str) -> str:
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
-    """Called by mkdocs."""
+    """Set the description and search boost of a page, and include files in its Markdown; mkdocs calls this."""
     path = page.file.src_uri
     page.meta |= {"description": config.extra["descriptions"][path], "search": {"boost": BOOSTS.get(path, BOOSTS[dirname(path)])}}
     return link_pages(include_files(markdown), path)
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Called by mkdocs."""
+    """Draw the equations of a page; mkdocs calls this."""
     return draw_equations(html)
 
 
 def on_post_page(output: str, **_: Any) -> str:
-    """Called by mkdocs, after the words of the page went into the index for searches."""
+    """Keep cells of tables together; mkdocs calls this after the words of the page went into the index for searches."""
     return break_cells(output)
 
 
 def on_post_build(*, config: Any, **_: Any) -> None:
-    """Called by mkdocs.  Pages that are opened from a folder look for the index as a script, and their other scripts stop if it is missing."""
+    """Write the search index as a script, because pages that are opened from a folder need it, and their other scripts stop without it.
+
+    mkdocs calls this.
+    """
     folder = Path(config.site_dir) / "search"
     (folder / "search_index.js").write_text(f"var __index = {(folder / 'search_index.json').read_text()}")

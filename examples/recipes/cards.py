@@ -25,7 +25,7 @@ class OneGpu(Recipe):
         prompt_tokens, test_prompt_tokens: longest prompt of training and of a test.
         test_problems: most problems of each test, the first ones of its file.
         seeds: how many times the OPD stage is run, with `seed` and the numbers after it; SFT is done once.
-        thinking: what the chat template is told as `enable_thinking`.
+        thinking: `enable_thinking` of the chat template.
         with_online: online OPD too.
     """
 
@@ -98,19 +98,19 @@ _QWEN3: Mapping[str, Mapping[str, int]] = {
 
 
 def config_of(name: str) -> Any:
-    """The configuration of a model."""
+    """Load the configuration of a model."""
     if name not in _QWEN3:
         return transformers.AutoConfig.from_pretrained(name)
     return transformers.Qwen3Config(vocab_size=151_936, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, **_QWEN3[name])
 
 
 def teacher_dtype(recipe: OneGpu) -> torch.dtype:
-    """Of the teacher's weights."""
+    """Return the dtype of the teacher's weights."""
     return getattr(torch, recipe.dtype)
 
 
 def student_dtype(recipe: OneGpu) -> torch.dtype:
-    """Of the student's weights: all of them are trained in float32, or none."""
+    """Return the dtype of the student's weights: float32 where all of them are trained, the teacher's where adapters are."""
     return teacher_dtype(recipe) if recipe.lora_rank else torch.float32
 
 
@@ -141,7 +141,7 @@ PER_SEED = ("rollouts", "scores", "OPD", "online OPD", "evaluation of OPD", "eva
 
 
 def make_plan(recipe: OneGpu, problems: int) -> Plan:
-    """What this recipe takes, with so many problems in each evaluation.
+    """Plan what this recipe takes, with so many problems in each evaluation.
 
     Hours are tokens over the rates that the paper's GPU-hours imply, in proportion to the floating-point operations of the card: a guess.
     """
@@ -171,7 +171,7 @@ def make_plan(recipe: OneGpu, problems: int) -> Plan:
 
 @cache
 def parameters_of(name: str) -> int:
-    """Parameters of a model."""
+    """Count the parameters of a model."""
     with torch.device("meta"):
         return sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config_of(name)).parameters())
 
@@ -194,7 +194,7 @@ def _memory(phase: str, recipe: OneGpu) -> dict[str, float]:
 
 
 def student_use(recipe: OneGpu) -> Use:
-    """How the student is trained and sampled from."""
+    """Return how the student is trained and sampled from."""
     return Use(
         dtype=student_dtype(recipe),
         autocast=None if recipe.dtype == "float32" else teacher_dtype(recipe),
@@ -212,7 +212,10 @@ def _needs(phase: str, model: str, use: Use) -> dict[str, float]:
 
 
 def _together(trains: Mapping[str, float], rollouts: Mapping[str, float], scores: Mapping[str, float]) -> dict[str, float]:
-    """Training, and what takes turns with it while all weights stay where they are; what is sampled from is what is trained."""
+    """Return the memory of training, and of what takes turns with it while all weights stay where they are.
+
+    The trained student also samples.
+    """
     staying = {part: size for part, size in trains.items() if part not in {"logits", "activations"}}
     turns = [_total(trains) - _total(staying), *(_total(of) - of["weights"] for of in (rollouts, scores))]
     return {**staying, "a step": max(turns), "the teacher's weights": scores["weights"]}
@@ -227,7 +230,7 @@ def _disk(recipe: OneGpu, trains: Mapping[str, float], of_one: Mapping[str, floa
 
 
 def describe(plan: Plan, room_gb: float) -> list[str]:
-    """Lines for people."""
+    """Return lines for people."""
     recipe = plan.recipe
     trains = f"adapters of rank {recipe.lora_rank}, student in {recipe.dtype}" if recipe.lora_rank else "all weights, in float32"
     parts = {name: ", ".join(f"{part} {size:.1f}" for part, size in memory.items()) for name, memory in plan.memory.items()}
@@ -247,7 +250,7 @@ def _total(memory: Mapping[str, float]) -> float:
 
 
 def room_of(recipe: OneGpu) -> float:
-    """How much of the card a phase may take, in 10^9 bytes; without a card, of the one that the recipe is for."""
+    """Return how much of the card a phase may take, in 10^9 bytes; without a card, of the one that the recipe is for."""
     there = recipe.device.startswith("cuda") and torch.cuda.is_available()
     return ROOM * (torch.cuda.get_device_properties(recipe.device).total_memory / 1e9 if there else recipe.card_gb)
 

@@ -41,12 +41,12 @@ class Arm:
     phases: Sequence[Mapping[str, Any]] = field(default=())
 
     def scores(self, problems: Sequence[Prompt]) -> NDArray[np.float64]:
-        """(B,) mean score of each problem."""
+        """Return (B,) mean score of each problem."""
         return np.array([self.evaluation["grades"][problem.prompt_id]["score"] for problem in problems])
 
 
 def grade(path: Path, problems: Sequence[Prompt], tokenizer: Any) -> dict[str, dict[str, float]]:
-    """Problem -> mean over its samples of the score, the tokens, and whether the answer was cut off."""
+    """Return problem -> mean over its samples of the score, the tokens, and whether the answer was cut off."""
     store, grader = ZarrStore.open(str(path)), MathGrader(tokenizer)
     of, found = {problem.prompt_id: problem for problem in problems}, dict[str, list[tuple[float, int, bool]]]()
     for record in store.read(rows_of(store, problems).tolist()):
@@ -72,7 +72,7 @@ class Twice:
 
     @classmethod
     def of(cls, values_SB: NDArray[np.float64]) -> "Twice":
-        """The mean over seeds and problems."""
+        """Take the mean over seeds and problems."""
         return cls(mean(values_SB.mean(axis=0)), mean(values_SB.mean(axis=1)))
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ class Twice:
 
     @property
     def widths(self) -> tuple[float | None, float | None]:
-        """Half-widths over problems and over seeds; None where there is one draw, or all agree: neither says how far others are."""
+        """Half-widths over problems and over seeds; None where there is one draw, or all agree: neither shows how far others are."""
         over_problems, over_seeds = (found.ci95 if 0 < found.ci95 < math.inf else None for found in (self.problems, self.seeds))
         return over_problems, over_seeds
 
@@ -97,13 +97,13 @@ class Twice:
 
 
 def mean(values: Iterable[float]) -> Estimate:
-    """Of independent values, with the interval of Student's t."""
+    """Return the mean of independent values, with the interval of Student's t."""
     array = np.array(list(values), np.float64)
     return RolloutSums(array, np.ones_like(array)).per_token()
 
 
 def compare(arms: Sequence[Arm], tests: Mapping[str, Sequence[Prompt]]) -> dict[str, dict[str, Twice]]:
-    """Arm, or difference of two -> test -> accuracy; an arm without seeds is the same for all."""
+    """Return arm, or difference of two -> test -> accuracy; an arm without seeds is the same for all."""
     found = dict[str, dict[str, Twice]]()
     names = list(dict.fromkeys(arm.name for arm in arms))
     scores = {
@@ -120,7 +120,10 @@ def compare(arms: Sequence[Arm], tests: Mapping[str, Sequence[Prompt]]) -> dict[
 
 
 def ratio(arms: Sequence[Arm]) -> Estimate | None:
-    """Wall time of online over that of offline OPD, over seeds; None where a phase was resumed, for then only its last part was timed."""
+    """Return the wall time of online over that of offline OPD, over seeds.
+
+    It is None where a phase was resumed, for then only its last part was timed.
+    """
     stored, live = ([arm.phases for arm in arms if arm.name == name] for name in ("OPD", "online OPD"))
     if not live or any(phase["attempts"] > 1 for phases in (*stored, *live) for phase in phases):
         return None
@@ -160,6 +163,6 @@ def _said(speed: Estimate | None) -> str:
 
 
 def _lengths(name: str, arms: Sequence[Arm]) -> list[str]:
-    """Mean tokens of a response, and the share that was cut off."""
+    """Return the mean tokens of a response, and the share that was cut off."""
     grades = [grade for arm in arms if arm.name == name for grade in arm.evaluation["grades"].values()]
     return [f"{np.mean([g['tokens'] for g in grades]):.0f}", f"{np.mean([g['cut'] for g in grades]):.1%}"] if grades else ["", ""]

@@ -5,7 +5,7 @@ from attrs import evolve, frozen
 from lopd.tools.plan import Bill, GpuRates, Work, lightning, rates_like
 from recipes.paper import Recipe
 
-# mean response over the longest one: a guess, as the paper does not say
+# mean response over the longest one: a guess, as the paper does not state it
 _FILL = 0.75
 # bytes of a stored token: its id, its log-prob under the policy, and that under the teacher
 _BYTES_A_TOKEN = 12
@@ -17,7 +17,7 @@ class Estimate:
 
     Args:
         opd: rollouts, scores and training.
-        gpu_hours: of everything else, by phase.
+        gpu_hours: GPU-hours of everything else, by phase.
         gigabytes: what -> 10^9 bytes on disk.
     """
 
@@ -27,7 +27,7 @@ class Estimate:
 
 
 def work_of(recipe: Recipe) -> Work:
-    """The OPD stage of a recipe."""
+    """Return the OPD stage of a recipe."""
     return Work(
         prompts=recipe.rollouts,
         response_tokens=recipe.max_new_tokens * _FILL,
@@ -41,7 +41,7 @@ def work_of(recipe: Recipe) -> Work:
 
 
 def estimate(recipe: Recipe, problems: int = 0, rates: GpuRates | None = None, evaluations: int = 2) -> Estimate:
-    """What this recipe takes, with so many problems in each evaluation; rates are by default those that the paper's hours imply."""
+    """Estimate what this recipe takes, with so many problems in each evaluation; rates are by default those that the paper's hours imply."""
     work, flops = work_of(recipe), recipe.tflops * 1e12
     rates = rates or rates_like(work, flops)
     writes = rates_like(evolve(work, student_billions=recipe.teacher_billions), flops).sampling
@@ -60,7 +60,7 @@ def estimate(recipe: Recipe, problems: int = 0, rates: GpuRates | None = None, e
 
 
 def describe(found: Estimate, gpus: int) -> list[str]:
-    """Lines for people."""
+    """Return lines for people."""
     hours = {**found.gpu_hours, **{phase.name: phase.gpu_hours for phase in found.opd.phases}, "OPD stage": found.opd.gpu_hours}
     return [
         *(f"{name:26s} {h:10.2f} GPU-hours  {h / gpus:8.2f} hours on {gpus} GPUs" for name, h in hours.items()),

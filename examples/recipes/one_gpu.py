@@ -53,7 +53,7 @@ _FIELDS = [f for f in attrs.fields(OneGpu) if not f.name.endswith("gpus")]
 
 
 def main() -> None:
-    """The plan, every phase, and the table."""
+    """Print the plan, run every phase, and print the table."""
     recipe, options = parse()
     tests = {Path(path).stem: problems_of(path, recipe, recipe.test_prompt_tokens)[: recipe.test_problems] for path in options.test}
     plan = make_plan(recipe, sum(map(len, tests.values())) or 2 * recipe.test_problems)
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def parse() -> tuple[OneGpu, argparse.Namespace]:
-    """The recipe of the card with what was given, and where everything is."""
+    """Parse the options: return the card's recipe with what was given, and where everything is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("card", choices=CARDS)
     parser.add_argument("--sft-prompts", help="problems that the teacher answers")
@@ -98,7 +98,7 @@ def parse() -> tuple[OneGpu, argparse.Namespace]:
 
 
 def problems_of(path: str, recipe: OneGpu, longest: int) -> list[Prompt]:
-    """Problems in the template of the recipe, and in the student's chat template."""
+    """Put the problems in the template of the recipe, and in the student's chat template."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(recipe.student)
     variables = {"enable_thinking": recipe.thinking}
     return read_prompts(path, tokenizer, template=recipe.template, max_tokens=longest, chat_template_kwargs=variables)
@@ -126,7 +126,7 @@ class Phases:
         run: its folder.
         recipe: the recipe of this card.
         engine: writes the text of SFT and answers the tests.
-        problems: of all tests.
+        problems: problems of all tests.
     """
 
     run: Run
@@ -135,7 +135,7 @@ class Phases:
     problems: list[Prompt]
 
     def sft(self, prompts: list[Prompt]) -> tuple[str, list[dict[str, Any]]]:
-        """The student that OPD starts from, and what made it: SFT on the teacher's text, or nothing."""
+        """Return the student that OPD starts from, and what made it: SFT on the teacher's text, or nothing."""
         recipe, folder = self.recipe, self.run.folder
         if not recipe.sft_steps:
             return recipe.student, []
@@ -149,7 +149,7 @@ class Phases:
         return str(folder / "sft"), done
 
     def opd(self, start: str, prompts: list[Prompt]) -> Iterator[Arm]:
-        """Both arms, by seed."""
+        """Yield both arms, by seed."""
         for seed in range(self.recipe.seed, self.recipe.seed + self.recipe.seeds):
             run = Run(self.run.folder / f"seed-{seed}")
             yield from evolve(self, run=run, recipe=evolve(self.recipe, seed=seed))._opd(start, prompts)
@@ -168,7 +168,7 @@ class Phases:
             yield evolve(self.tested("online OPD", str(folder / "online")), phases=[online])
 
     def tested(self, name: str, model: str) -> Arm:
-        """Answers of this model to the tests, graded."""
+        """Sample this model's answers to the tests, and grade them."""
         path = self.run.folder / f"test-{name.replace(' ', '-').lower()}.zarr"
 
         def work() -> dict[str, Any]:
@@ -192,19 +192,19 @@ class Phases:
 
 
 def make_source(model: str, sampling: SamplingParams, recipe: OneGpu) -> HFSource:
-    """A model that samples with transformers, in the dtype in which it scores or is trained."""
+    """Load a model that samples with transformers, in the dtype in which it scores or is trained."""
     dtype = teacher_dtype(recipe) if model == recipe.teacher else student_dtype(recipe)
     return evolve(HFSource.from_folder(model, sampling, dtype, recipe.device), rows_per_batch=recipe.rows)
 
 
 def make_scorer(recipe: OneGpu) -> HFScorer:
-    """The teacher that reads; in another dtype than it wrote the text of SFT in, it would be another model."""
+    """Load the teacher that scores; in another dtype than it wrote the text of SFT in, it would be another model."""
     model, tokenizer = load_model(recipe.teacher, teacher_dtype(recipe), recipe.device)
     return HFScorer(model, tokenizer, tokens_per_batch=recipe.tokens_per_batch)
 
 
 def make_student(start: str, recipe: OneGpu) -> tuple[CausalLMStudent, Any]:
-    """The student on this card, with all weights in float32 or new adapters on weights that stay; and its tokenizer."""
+    """Load the student on this card, with all weights in float32 or new adapters on weights that stay; and its tokenizer."""
     model, tokenizer = load_model(start, student_dtype(recipe), recipe.device)
     if recipe.lora_rank:
         torch.manual_seed(recipe.seed)
@@ -222,7 +222,7 @@ def export(student: CausalLMStudent, tokenizer: Any, lineage: Lineage, folder: P
 
 
 def train(folder: Path, name: str, start: str, recipe: OneGpu) -> dict[str, Any]:
-    """SFT or OPD on what is stored in the folder, resumably, into its folder of this name."""
+    """Train SFT or OPD on what is stored in the folder, resumably, into its folder of this name."""
     phase = phase_of(folder, name, recipe)
     student, tokenizer = make_student(start, recipe)
     found = run_phase(folder / "checkpoints" / name, phase, student, recipe)
@@ -231,7 +231,7 @@ def train(folder: Path, name: str, start: str, recipe: OneGpu) -> dict[str, Any]
 
 
 def train_online(folder: Path, start: str, prompts: list[Prompt], recipe: OneGpu) -> dict[str, Any]:
-    """The baseline: same start, loop, loss, rate and number of rollouts a step, but fresh ones, and the teacher always there."""
+    """Train the baseline: same start, loop, loss, rate and number of rollouts a step, but fresh ones, and the teacher always there."""
     student, tokenizer = make_student(start, recipe)
     optimizer, teacher = make_optimizer(student, recipe), make_scorer(recipe)
     before = Lineage.read(start)

@@ -11,22 +11,22 @@ class Recipe:
 
     Args:
         teacher: folder or hub name of the SFT teacher, who is the OPD teacher too.
-        student: of the base model; or of an OPD student to go on from, with `sft_steps` 0.
+        student: folder or name of the base model; or of an OPD student to go on from, with `sft_steps` 0.
         teacher_billions, student_billions: parameters, for the estimate.
-        template: what is said around a problem; `{prompt}` stands for it.
+        template: the text around a problem; `{prompt}` stands for it.
         sft_texts: prompts that the teacher answers.
         sft_tokens: longest of these answers.
-        sft_steps, sft_rollouts_per_step, sft_lr, sft_warmup: of SFT; the rate rises for this share of the steps and falls by a cosine.
+        sft_steps, sft_rollouts_per_step, sft_lr, sft_warmup: settings of SFT; the rate rises for this share of the steps and falls by a cosine.
         rollouts: prompts that the SFT student answers, once each.
         max_new_tokens: longest of these answers.
         temperature, top_p: with which they are drawn.
-        opd_steps, opd_rollouts_per_step, opd_lr, weight_decay, clip: of OPD, at a constant rate; clip in nats.
+        opd_steps, opd_rollouts_per_step, opd_lr, weight_decay, clip: settings of OPD, at a constant rate; clip in nats.
         ratio_to_ref: weigh each token by its ratio to what drew it; the paper does not, and at its temperature the gradient is biased then.
         tokens_per_batch: positions of one forward pass of training.
-        test_samples, test_temperature, test_top_p, test_tokens: of the evaluation.
+        test_samples, test_temperature, test_top_p, test_tokens: settings of the evaluation.
         tflops: 10^12 floating-point operations a second of one GPU, dense bfloat16, as its maker has them; for the estimate.
         gpus: in the machine; of them `teacher_gpus` and `student_gpus` hold one model in vLLM, and training is sharded over `training_gpus`.
-        device, dtype: of training.
+        device, dtype: device and dtype of training.
     """
 
     teacher: str

@@ -41,7 +41,7 @@ from recipes.paper import RECIPES, Recipe
 
 
 def main() -> None:
-    """Every phase of the recipe."""
+    """Run every phase of the recipe."""
     recipe, options = parse()
     tests = problems_of(options.test, recipe, recipe.student) if options.test else []
     for line in describe(estimate(recipe, len(tests)), recipe.gpus):
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def parse() -> tuple[Recipe, argparse.Namespace]:
-    """The recipe with what was given instead of the paper's, and where everything is."""
+    """Parse the options: return the recipe with what was given instead of the paper's, and where everything is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=RECIPES)
     parser.add_argument("--sft-prompts", help="prompts that the teacher answers")
@@ -99,7 +99,7 @@ def add_fields(parser: argparse.ArgumentParser, fields: Iterable[Any]) -> None:
 
 
 def given(options: argparse.Namespace, fields: Iterable[Any]) -> dict[str, Any]:
-    """Those that the command line has."""
+    """Return the fields that the command line has."""
     return {f.name: value for f in fields if (value := getattr(options, f.name)) is not None}
 
 
@@ -117,22 +117,22 @@ def check_memory(recipe: Recipe) -> None:
 
 
 def problems_of(path: str, recipe: Recipe, model: str) -> list[Prompt]:
-    """Problems in the template of the recipe, and in the chat template of this model."""
+    """Put the problems in the template of the recipe, and in the chat template of this model."""
     return read_prompts(path, transformers.AutoTokenizer.from_pretrained(model), template=recipe.template)
 
 
 def sft_sampling(recipe: Recipe) -> SamplingParams:
-    """How the teacher writes what SFT imitates; the paper does not say at which temperature, so it is the policy itself."""
+    """Return how the teacher writes what SFT imitates; the paper does not state the temperature, so it is the policy itself."""
     return SamplingParams(recipe.sft_tokens, seed=recipe.seed)
 
 
 def opd_sampling(recipe: Recipe) -> SamplingParams:
-    """How the SFT student answers (table 6)."""
+    """Return how the SFT student answers (table 6)."""
     return SamplingParams(recipe.max_new_tokens, recipe.temperature, recipe.top_p, seed=recipe.seed)
 
 
 def test_sampling(recipe: Recipe) -> SamplingParams:
-    """How students are tested."""
+    """Return how students are tested."""
     return SamplingParams(
         recipe.test_tokens, recipe.test_temperature, recipe.test_top_p, samples_per_prompt=recipe.test_samples, seed=recipe.seed
     )
@@ -153,7 +153,7 @@ class Engine:
     longest: int | None = None
 
     def source(self, folder: str, sampling: SamplingParams) -> Any:
-        """A policy."""
+        """Load a policy."""
         if self.name == "hf":
             return HFSource.from_folder(folder, sampling, device=self.recipe.device)
         from lopd.engines.vllm import VLLMSource
@@ -161,7 +161,7 @@ class Engine:
         return VLLMSource.from_folder(folder, sampling, self._settings(folder))
 
     def scorer(self, folder: str) -> Any:
-        """A model that reads."""
+        """Load a model that scores."""
         if self.name == "hf":
             return HFScorer.from_folder(folder, device=self.recipe.device)
         from lopd.engines.vllm import VLLMScorer
@@ -177,7 +177,7 @@ class Engine:
 
 
 def sample(source: Any, prompts: list[Prompt], path: Path) -> dict[str, Any]:
-    """A policy answers prompts, into a store."""
+    """Sample a policy's answers to prompts into a store."""
     with closed(source):
         store = ZarrStore.open_or_create(str(path), source.manifest)
         collect_rollouts(source, prompts, store, prompts_per_batch=1024, progress=RichProgress(console))
@@ -185,7 +185,7 @@ def sample(source: Any, prompts: list[Prompt], path: Path) -> dict[str, Any]:
 
 
 def score(scorer: Any, path: Path, column: str) -> dict[str, Any]:
-    """A model reads the student's answers."""
+    """Score the student's answers."""
     store = ZarrStore.open(str(path))
     with closed(scorer):
         score_rollouts(store, scorer, column=column, progress=RichProgress(console))
@@ -198,7 +198,7 @@ def closed(engine: Any) -> AbstractContextManager[Any]:
 
 
 def train(run: Run, name: str, start: str, recipe: Recipe) -> dict[str, Any]:
-    """SFT or OPD, by as many processes as there are GPUs to train on; `recipes.train` is what each of them does."""
+    """Train SFT or OPD, by as many processes as there are GPUs to train on; `recipes.train` is what each of them does."""
     ranks = ["--standalone", "--nproc-per-node", str(recipe.training_gpus)]
     command = [sys.executable, "-m", "torch.distributed.run", *ranks, "-m", "recipes.train", str(run.folder), name, start]
     subprocess.run(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, check=True)
@@ -206,7 +206,7 @@ def train(run: Run, name: str, start: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def grade(source: Any, tests: list[Prompt]) -> dict[str, Any]:
-    """Mean accuracy over the samples of every problem."""
+    """Return the mean accuracy over the samples of every problem."""
     with closed(source):
         found = evaluate_policy(source, tests, MathGrader(source.tokenizer))
     return {"accuracy": found.avg_at_n.mean, "accuracy_ci95": found.avg_at_n.ci95, "samples": found.n}

@@ -33,7 +33,7 @@ class Phase:
 
     Args:
         stream: its steps, this rank's share of each.
-        loss: of every step.
+        loss: loss of every step.
         rate: step -> learning rate.
     """
 
@@ -43,7 +43,10 @@ class Phase:
 
 
 def sft_phase(folder: Path, recipe: Recipe) -> Phase:
-    """The base model imitates the teacher's text (table 5): the rate rises in a straight line and falls by a cosine."""
+    """Return the phase in which the base model imitates the teacher's text (table 5).
+
+    The rate rises in a straight line and falls by a cosine.
+    """
     warmup = max(recipe.sft_warmup * recipe.sft_steps, 1.0)
 
     def rate(step: int) -> float:
@@ -55,7 +58,7 @@ def sft_phase(folder: Path, recipe: Recipe) -> Phase:
 
 
 def opd_phase(folder: Path, recipe: Recipe) -> Phase:
-    """Lightning OPD on the stored scores (table 6), at a constant rate."""
+    """Return the phase of Lightning OPD on the stored scores (table 6), at a constant rate."""
     # with the ratio the log-probs of what drew the rollouts come along, at whatever temperature and top-p
     ref = "behavior" if recipe.ratio_to_ref else None
     stream = _steps(folder / "opd.zarr", recipe, recipe.opd_rollouts_per_step, recipe.opd_steps, ref=ref)
@@ -68,7 +71,7 @@ def _steps(path: Path, recipe: Recipe, rollouts: int, steps: int, **columns: Any
 
 
 def make_student(start: str, recipe: Recipe) -> tuple[CausalLMStudent, Any]:
-    """Float32 weights, sharded layer by layer, computed in the dtype of the recipe with activations recomputed; and its tokenizer."""
+    """Load float32 weights, sharded layer by layer, computed in the dtype of the recipe with activations recomputed; and the tokenizer."""
     model, tokenizer = load_model(start, torch.float32)
     autocast = None if recipe.dtype == "float32" else getattr(torch, recipe.dtype)
     student = CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=autocast is not None)
@@ -79,12 +82,12 @@ def make_student(start: str, recipe: Recipe) -> tuple[CausalLMStudent, Any]:
 
 
 def phase_of(folder: Path, name: str, recipe: Recipe) -> Phase:
-    """The training phase of this name."""
+    """Return the training phase of this name."""
     return {"sft": sft_phase, "opd": opd_phase}[name](folder, recipe)
 
 
 def make_optimizer(student: CausalLMStudent, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW (table 6) on what is trained; the rate is set step by step."""
+    """Make an AdamW (table 6) for what is trained; the rate is set step by step."""
     trained = [p for p in student.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
 
@@ -105,7 +108,7 @@ def train(folder: Path, name: str, start: str, recipe: Recipe) -> None:
 
 
 def main() -> None:
-    """As torchrun starts it."""
+    """Train a phase, started by torchrun."""
     folder, name, start = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     settings = json.loads((folder / "settings.json").read_text())
     recipe = Recipe(**{f.name: settings[f.name] for f in fields(Recipe)})

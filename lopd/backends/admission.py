@@ -172,7 +172,7 @@ def new_scores(
     Raises:
         MissingScoresError: no such rollout.
         ConflictError: the scores were computed on other tokens.
-        InvalidRecordError: there is not one log-prob per response token, or not the top-k support of the column, or one of the two says that
+        InvalidRecordError: there is not one log-prob per response token, or not the top-k support of the column, or one of the two states that
             values may be above 0 and the other does not.
     """
     fresh: dict[str, Scores] = {}
@@ -194,7 +194,7 @@ def _check_top_k(owner: str, score: Scores, provenance: Provenance, vocab_size: 
     if found != stated:
         raise InvalidRecordError(
             f"{owner}: scores of rollout {score.rollout_id!r} have a top-k of {found[0]}, {found[1]} of them drawn, expected {stated[0]} and "
-            f"{stated[1]} as in their provenance; say there what the scorer keeps."
+            f"{stated[1]} as in their provenance; state there what the scorer keeps."
         )
     if score.top_k is not None and score.top_k.ids.size and score.top_k.ids.max() >= vocab_size:
         raise InvalidRecordError(

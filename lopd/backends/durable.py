@@ -1,6 +1,6 @@
 """What the durable stores share: how one is opened and made, what it is asked, and the loop by which anything is added.
 
-A store has a snapshot, which says what was there when it last looked, and a writer, which tries to take the next number.  If another
+A store has a snapshot, which holds what was there when it last looked, and a writer, which tries to take the next number.  If another
 process took that number first, the store looks again at what is new, and tries again.
 """
 
@@ -50,7 +50,7 @@ class _Writer(Protocol):
     """Tries to commit what is new since the last `refresh`.
 
     Each `add_` returns True once the addition is durable and the snapshot has it, and False where another process was quicker: nothing
-    was committed then.  Rows ascend.  `end` says that the call is over, however it ended.
+    was committed then.  Rows ascend.  `end` records that the call is over, however it ended.
     `settle` makes durable what is there already: the process that committed it may not have flushed it yet.
     Each raises StoreWriteError when the storage refuses.
     """
@@ -76,7 +76,7 @@ class DurableBase(Glanced, ABC, Generic[S, W]):
 
     @abstractmethod
     def __init__(self, files: Files, root: Root | None = None) -> None:
-        """Hold the files; `open` is what callers use, as it says what is wrong with a path.  `root` is the root file's content, if it was read."""
+        """Hold the files; `open` is what callers use, as it reports what is wrong with a path.  `root` is the root file's content, if it was read."""
         self._files = files
         self.name = self._owner = f"Store {files.url}"
         self._root = root or read_root(files, self._ROOT)

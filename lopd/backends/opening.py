@@ -7,7 +7,7 @@ from lopd.protocols import DurableStore
 
 
 def open_store(path: StorePath, storage_options: StorageOptions | None = None) -> DurableStore:
-    """Return the `ZarrStore` or `LanceStore` that is there; a Zarr group at the root tells which.
+    """Return the `ZarrStore` or `LanceStore` that is there; a Zarr group at the root means a `ZarrStore`.
 
     Args:
         path: a local path or a URL.
@@ -15,7 +15,7 @@ def open_store(path: StorePath, storage_options: StorageOptions | None = None) -
 
     Raises:
         StoreNotFoundError: nothing, or nothing of lopd, is there.
-        StoreReadError: the storage refused to say what is there.
+        StoreReadError: the storage refused to list what is there.
         CorruptStoreError: a store is there, but damaged, or of another schema version.
         MissingDependencyError: the package for this kind of store or URL is not installed.
     """

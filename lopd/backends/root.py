@@ -27,7 +27,7 @@ class Root:
         manifest: what all rollouts have in common.
         logprob_dtype: how log-probs are kept; labels are kept in float32, as they may be any number.
         creation: no other store has it.
-        chained: whether each record says its store, its number and the record before it; those of older stores need not.
+        chained: whether each record has its store, its number and the record before it; those of older stores need not.
     """
 
     manifest: Manifest

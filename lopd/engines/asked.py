@@ -1,7 +1,7 @@
 """Log-probs of ids that are asked for at each response token: vLLM's `prompt_logprob_token_ids`, and what its answer means.
 
 vLLM 0.32 has it where its second model runner runs.  It is new, and other rows or other ids would give numbers that look as good: the sampled
-token is asked for too, last, and must be as likely there as vLLM says otherwise.
+token is asked for too, last, and must be as likely there as vLLM reports elsewhere.
 
 Shape suffixes: T response tokens, A ids asked for a token, the sampled one last, W most likely ids of the model.
 """
@@ -70,7 +70,7 @@ def asked_scores(
         ids_TA: asked for, see `asking`.
         logprobs_TA: that vLLM gives for them, nats.
         found: (T,) log-probs that it gives for the sampled tokens themselves, and (T, W) ids and log-probs of the model's most likely ones, most
-            likely first, as many as `likely` says.
+            likely first, `likely` of them.
         candidates: how many of the ids are the rollout's first candidates; the others but the last are its drawn ones.
         top_k: how many of the model's own are kept.
 

@@ -1,4 +1,4 @@
-"""Buffers that are not saved: a model makes them from its configuration, and they count only where somebody changed them."""
+"""Buffers that are not saved: a model makes them from its configuration, and they count only where they were changed."""
 
 import copy
 from collections.abc import Iterator, Sequence

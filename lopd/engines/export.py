@@ -1,7 +1,7 @@
 """A trained model as a folder that engines load: it replaces what was there as a whole, or not at all.
 
 The new folder is written beside the old one, flushed, and then takes its place in one move.  Files of yours (notes, logs) move along.
-What no export wrote, and a student of other teachers, is never replaced: the new export then stands beside it, and an error says where.
+What no export wrote, and a student of other teachers, is never replaced: the new export then stands beside it, and an error states where.
 `lopd.json` names the files of an export, which is how the next one knows them.
 """
 
@@ -25,7 +25,7 @@ from lopd.records.lineage import LINEAGE_FILE, Lineage
 from lopd.records.paths import read_regular
 from lopd.records.stored import LARGEST_JSON, parse
 
-#: Endings of files that some library takes for weights, or for what says which weights to load.
+#: Endings of files that some library takes for weights, or for a list of the weights to load.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".index.json", "adapter_config.json")
 _FILES = "files"
 _EXCHANGE, _HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of Linux
@@ -59,7 +59,7 @@ def check_exportable(model: Any, tokenizer: Any) -> None:
     twice = next((keys for keys in shared.values() if len(keys) > 1), None)
     if twice:
         raise ModelError(
-            f"Model {name}: {twice[0]!r} and {twice[1]!r} are one tensor, which its configuration does not say, so an export would load with "
+            f"Model {name}: {twice[0]!r} and {twice[1]!r} are one tensor, which its configuration does not state, so an export would load with "
             "one of them random; set `config.tie_word_embeddings = True` before loading, or give each its own tensor."
         )
 
@@ -136,7 +136,7 @@ def exported_files(folder: Path) -> set[str]:
 
 
 def _place(owner: str, model: Any, fresh: Path, written: list[str], folder: Path) -> None:
-    """Give a whole export its name; where that would replace what no export wrote, give it another name, and say so."""
+    """Give a whole export its name; where that would replace what no export wrote, give it another name, and raise an error that states it."""
     old = folder.parent / f".{folder.name}.old"
     if old.exists() and not folder.exists():  # an exchange by two moves was cut short between them
         old.rename(folder)

@@ -1,4 +1,4 @@
-"""Which model is it?  The same answer from a loaded model and from its folder, so that engines which never show their weights can say it too.
+"""Which model is it?  The same answer from a loaded model and from its folder, so that engines which never show their weights can report it too.
 
 A model is identified by the function that it computes: the weights that it applies (`lopd.engines.effective`), its saved buffers, and the
 settings that decide what is computed from them (`lopd.engines.configs`).  `folder_model_id` reads the same weights out of safetensors files
@@ -96,7 +96,7 @@ def check_unchanged(owner: str, model: Any, identified: Identified) -> None:
 
     Where something was changed, the identity is taken again: adapters may be trained while they are off, or merged.
 
-    An error of the call as a whole: one that speaks of a record would have the verbs ask in halves, and put the records away.
+    An error of the call as a whole: one that names a record would have the verbs ask in halves, and put the records away.
 
     Args:
         owner: how messages name who computes.
@@ -149,7 +149,7 @@ def folder_dtype(folder: str | Path) -> torch.dtype:
 
     Raises:
         EngineError: there is no such folder, or a file is damaged.
-        ModelError: there are no safetensors files, and the configuration does not say it.
+        ModelError: there are no safetensors files, and the configuration does not state it.
     """
     with looking_for(folder) as found:
         configured = getattr(transformers.AutoConfig.from_pretrained(found), "dtype", None)

@@ -170,7 +170,7 @@ def make_rollout(
         prompt_ids: what is answered.
         ids: (T,) sampled tokens, at least one.
         logprobs: (T,) of them, nats, at temperature 1; -inf becomes the floor.  None where the engine reported none.
-        drawn: (T,) of them, nats, in the distribution that they were drawn from, likewise; None where that is the one at temperature 1, too.
+        drawn: (T,) of them, nats, in the distribution that they were drawn from; None where that is the one at temperature 1, too.
         stops: ids that end a response.
         generation: round of sampling.
         candidates: what the engine kept while it sampled, see `lopd.engines.supports.make_support`.

@@ -1,4 +1,4 @@
-"""What is known of the rows of a forward, said to transformers, which would ask the GPU and wait for the answer."""
+"""What is known of the rows of a forward, passed to transformers, which would ask the GPU and wait for the answer."""
 
 import sys
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ _here, _UNKNOWN = local(), object()
 def known_rows(rollout_BS: Tensor | None = None) -> Iterator[None]:
     """Say which rollout of its row each position belongs to: transformers need not look for borders to mask, in this thread.
 
-    None where rows are not packed, or where the attention is told their lengths.
+    None where rows are not packed, or where the attention gets their lengths.
     """
     _answer_for(sys.modules.get("transformers.masking_utils"))
     before = _known()

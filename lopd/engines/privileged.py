@@ -26,14 +26,14 @@ class PrivilegedScorer:
     """Any scorer, with privileged prompts: it scores the tokens that the policy drew after one prompt as they stand after another.
 
     The teacher may be the student itself, told the solution, a hint or a system prompt (self-distillation, OPSD).  `told[i]` stands in for
-    `prompts[i]`, so what each is told is plain Python over its records:
+    `prompts[i]`, so what each reads is plain Python over its records:
 
         told = make_prompts([f"{p.text}  The answer is {p.answer}." for p in prompts], tokenizer)
         score_rollouts(store, PrivilegedScorer(HFScorer.from_folder("student"), prompts, told), column="told")
 
     A prompt is found by its tokens, at the beginning of what stands before a response.  The column has an identity of its own
     (`Provenance.logprobs_mode`): that of the plain scorer, or of other prompts, does not continue it.  `batches` draws a warning unless
-    `ConsistencyPolicy.PRIVILEGED` says that it is meant.
+    `ConsistencyPolicy.PRIVILEGED` states that it is meant.
 
     Args:
         scorer: the teacher; its context has to hold the privileged prompt and the response.
@@ -59,7 +59,7 @@ class PrivilegedScorer:
             )
         if all(key == _key(told) for key, told in self._told.items()):
             raise InvalidRecordError(
-                f"Privileged prompts: all {len(self.told)} have the tokens of the prompts themselves, expected more to read; say what it is told."
+                f"Privileged prompts: all {len(self.told)} have the tokens of the prompts themselves, expected more to read; pass what it is told."
             )
 
     @cached_property
@@ -109,7 +109,7 @@ class PrivilegedScorer:
             scores = self.scorer.score(told)
         except ContextOverflowError as error:
             raise ContextOverflowError(
-                f"{str(error).rstrip('.')}; these are the privileged prompt and the response, so tell less."
+                f"{str(error).rstrip('.')}; these are the privileged prompt and the response, so shorten that prompt."
             ) from error
         return [_bind(score, read, rollout) for score, read, rollout in zip(scores, told, rollouts, strict=True)]
 

@@ -34,7 +34,7 @@ _PROBE_IDS = (1, 2, 3, 5, 8, 13, 21)
 _BORDERS = ("window", "chunk", "block_size", "compress")
 _LONGEST, _CPU_FLOPS, _FLOPS, _ENDS = 2048, 4e10, 2e14, 16
 _Hidden = Callable[[Any, Tensor, Tensor, Sequence[int]], Tensor]
-# models whose weights gave numbers; what makes them NaN later is said by whoever computes with them
+# models whose weights gave numbers; whoever computes with them reports what makes them NaN later
 _finite: WeakSet[Any] = WeakSet()
 
 
@@ -61,7 +61,7 @@ def check_training(model: Any, vocab_size: int, autocast: torch.dtype | None = N
         The first way that is right: packed, or, for a hybrid whose other layers know no lengths, each rollout in a row of its own.
 
     Warns:
-        ModelWarning: likewise.
+        ModelWarning: that of `check_scoring`.
 
     Raises:
         ModelError: the model cannot be trained here; it names the cause and the next step.
@@ -247,7 +247,7 @@ _STEPS = {
 
 
 def refusal(model: Any, ability: str, cause: str, step: str | None = None) -> ModelError:
-    """Return the error that says what a model cannot do here, why, and what to do instead."""
+    """Return the error that states what a model cannot do here, why, and what to do instead."""
     return ModelError(f"Model {type(unwrap(model)).__name__}: {ability} is not possible here, because {cause}; {step or _STEPS[ability]}.")
 
 

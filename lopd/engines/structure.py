@@ -9,7 +9,7 @@ import torch
 from lopd.engines.causal_lm import unwrap
 
 T = TypeVar("T")
-# their modules do what their class and settings say; one of somebody's own may do something else in each object
+# their modules do what their class and settings state; one of somebody's own may do something else in each object
 _LIBRARIES = ("transformers", "peft", "torch")
 # each probe sets the mode; where a model came from, and that it was made, change nothing
 _OF_ONE = ("training", "name_or_path", "_is_hf_initialized")

@@ -81,7 +81,7 @@ class CausalLMStudent(nn.Module):
             with refusing(model, "training", "leave out `gradient_checkpointing`"):
                 unwrap(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._dropout_is_judged = False
-        # a model that was put in training mode keeps the modules in eval that its owner put there; wrappers are new, and say nothing of that
+        # a model that was put in training mode keeps the modules in eval that its owner put there; wrappers are new, and do not record that
         if not unwrap(model).training:
             self.train()
 

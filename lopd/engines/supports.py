@@ -116,7 +116,7 @@ def look_up(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float32]]:
     """Return (T,) log-probs of the tokens, and (T, K) ids and log-probs of the K most likely, all found by id.
 
-    A sampled token that is not among the K most likely comes on top of them, and one that is may come twice: rank and place say nothing.
+    A sampled token that is not among the K most likely comes on top of them, and one that is may come twice: rank and place have no meaning.
 
     Raises:
         EngineError: a token is not among its entries, or there are fewer than K others.

@@ -3,7 +3,7 @@
 Teacher consistency: the teacher that scores must be the teacher whose text trained the policy that sampled.
 With another teacher the offline gradient has a bias that does not vanish at the start and does not shrink with training
 (Lightning OPD, arXiv 2604.13010v2, theorem 3.8 and table 4: 69.9 against 63.1 on AIME 2024).
-Judged from recorded weights, never from names that somebody typed.
+Judged from recorded weights, never from names that were typed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,7 +27,7 @@ class ConsistencyPolicy(Enum):
     RESIDUALISE trains on another teacher's scores if its habits were taken out of them (`lopd.residualise`), and stops otherwise.
 
     PRIVILEGED is for scores of the policy itself, or of its SFT teacher, after other prompts than the policy's (`lopd.PrivilegedScorer`).
-    Consistency compares models that read the same, so it does not speak of these: under each of the others they draw a warning, and under
+    Consistency compares models that read the same, so it does not cover these: under each of the others they draw a warning, and under
     PRIVILEGED none.  Other scores are judged as under ERROR.
     """
 
@@ -56,7 +56,7 @@ def check_teacher_consistency(
         if wrong is None and teacher.privileged and policy is not ConsistencyPolicy.PRIVILEGED:
             warn_user(
                 f"Policy {manifest.policy}: the scoring teacher is {_who(manifest, teacher)} after other prompts than the policy's, of which teacher "
-                "consistency does not speak; pass `consistency=ConsistencyPolicy.PRIVILEGED` if this is meant.",
+                "consistency is not defined; pass `consistency=ConsistencyPolicy.PRIVILEGED` if this is meant.",
                 TeacherConsistencyWarning,
             )
         if wrong is None or (policy is ConsistencyPolicy.RESIDUALISE and teacher.residual):
@@ -174,7 +174,7 @@ def check_vocabulary(owner: str, theirs: HasVocabulary, whose: str, ours: Tokeni
 
 
 def vocabulary_of(scorer: TeacherScorer) -> HasVocabulary:
-    """Return the scorer's tokenizer, which has a size, where the scorer says it; else its provenance."""
+    """Return the scorer's tokenizer, which has a size, where the scorer states it; else its provenance."""
     tokenizer = getattr(scorer, "tokenizer_id", None)
     return tokenizer if isinstance(tokenizer, TokenizerId) and tokenizer.same_vocabulary(scorer.provenance) else scorer.provenance
 
@@ -182,7 +182,7 @@ def vocabulary_of(scorer: TeacherScorer) -> HasVocabulary:
 def lineage_after(manifest: Manifest, teachers: Sequence[Provenance]) -> Lineage:
     """Return what a student has been trained on after training on these rollouts.
 
-    Without a score column the student imitates whoever wrote the rollouts: that is SFT, and the writer is its SFT teacher, if it is known.
+    Without a score column the student imitates the writer of the rollouts: that is SFT, and the writer is its SFT teacher, if it is known.
     """
     if not teachers:
         return Lineage(sft_teacher=None if manifest.policy == UNKNOWN else manifest.policy)

@@ -1,4 +1,4 @@
-r"""What a store tells about a run before its first step: how far the student is from its teacher, and whether stored rollouts are likely to do.
+r"""What a store shows of a run before its first step: how far the student is from its teacher, and whether stored rollouts are likely to do.
 
 Everything is read from two columns, the teacher's and that of the policy that sampled; no model runs.  \(A\) is the teacher's minus the policy's
 log-prob of a sampled token.  What two supports have in common is measured by `lopd.records.overlap`.
@@ -131,11 +131,11 @@ def advise(tail: float) -> tuple[Verdict, str]:
 
     Measured on 40 starts of a small testbed (8 settings, 5 seeds; `benchmarks/results/pairs.json`, `docs/choose.md`): of the 16 with more than 4 % of
     their advantages below -5 nats none gained more than 0.02 in accuracy, by Lightning, by the ratio to ref or by online OPD.  Fitted without the
-    setting that it is judged on, the threshold is wrong on 11 of 40 starts; saying the same of all is wrong on 17.  Below it a stored run with the
+    setting that it is judged on, the threshold is wrong on 11 of 40 starts; one verdict for all is wrong on 17.  Below it a stored run with the
     ratio ended within 0.02 of online OPD, and one without fell from 3 of 8 starts with more than 2 %.
 
     Of 18 more pairs of models 17 had something to learn; on 5 of these the verdict is wrong, if "more SFT first" means that neither a stored nor a
-    live run removes a fifth of the KL, and saying the same of all is wrong on 8.  No threshold on what is known before the first step told where a
+    live run removes a fifth of the KL, and one verdict for all is wrong on 8.  No threshold on what is known before the first step showed where a
     live or a refreshed run beats a stored one, so neither is a verdict.
 
     Args:
@@ -154,7 +154,7 @@ def advise(tail: float) -> tuple[Verdict, str]:
 
 
 def _reference(store: LogprobReader) -> str:
-    """Return the column of the policy that tells most."""
+    """Return the column of the policy that holds most."""
     policies, columns = store.generations.values(), store.columns
     own = [name for name, made in columns.items() if all(made.is_of(policy) for policy in policies)]
     first = store.manifest.generation

@@ -2,7 +2,7 @@
 
 Offline OPD without an importance ratio is a promise about closeness.  Where the teacher finds many sampled tokens nearly impossible, the
 regression on its log-probs pushes them down long after the student has dropped them, and their mass goes anywhere: held-out accuracy falls
-while the loss does too.  `benchmarks/results/drift.json` has a run of that kind, and what these guards said of it.
+while the loss does too.  `benchmarks/results/drift.json` has a run of that kind, and what these guards reported of it.
 """
 
 from collections import deque
@@ -30,9 +30,9 @@ MAX_TAIL = 0.02
 
 @frozen
 class DriftLimits:
-    """Where `watch_drift` speaks: means over the last steps beyond one of these.  None leaves one out.
+    """Where `watch_drift` warns: means over the last steps beyond one of these.  None leaves one out.
 
-    A student has to move to learn, so distance alone says little; distance that brings it no nearer to the teacher does.  The defaults were chosen
+    A student has to move to learn, so distance alone proves little; distance that brings it no nearer to the teacher does.  The defaults were chosen
     on three seeds of a testbed and held on two others (`benchmarks/results/drift.json`).
 
     Args:
@@ -78,7 +78,7 @@ def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -
 
     Args:
         metrics: what `opd_steps` yields, over steps with a teacher's and a ref column.
-        limits: where it speaks.
+        limits: where it warns.
 
     Raises:
         ArgumentError: an argument is something else.
@@ -100,7 +100,7 @@ def watch_drift(metrics: Iterable[StepMetrics], limits: DriftLimits = _LIMITS) -
             if name not in said:
                 said.add(name)
                 warn_user(
-                    f"Step {m.step}: {sentence}; the stored rollouts no longer speak for this student: lower the learning rate or the clip, "
+                    f"Step {m.step}: {sentence}; the stored rollouts are no longer this student's own: lower the learning rate or the clip, "
                     "pass `ratio_to_ref=True` to a loss that has no importance ratio, or sample again (`lopd.refresh_when`).",
                     DriftWarning,
                 )

@@ -5,7 +5,7 @@ For any loss f that sees the student only through log-probs of the stored ids S 
 \[ \frac{\partial f}{\partial z} = \mathrm{scatter}(S, f') - \Big(\sum_{j \in S} f'_j\Big)\, \mathrm{softmax}(z), \]
 
 and the entropy H adds \(-h\,p_v (\log p_v + H)\) for a derivative h.  So two ways lead to the gradient.  Where f' of a token follows from what the
-student says of that token alone (`fused`), the gradient is made in the forward pass while the logits of a chunk are at hand: three matrix
+student predicts of that token alone (`fused`), the gradient is made in the forward pass while the logits of a chunk are at hand: three matrix
 products.  Otherwise (`selected_logprobs`) the backward pass computes the logits once more: four.
 
 Memory: one buffer of `chunk_bytes`, float32 sums of the gradients, and blocks of 2 MiB (64 on CUDA) while rows are worked on.

@@ -115,7 +115,7 @@ def tail_advantages(divergence: Divergence, student_MK: Tensor, tail_M: Tensor) 
 
 
 def reverse_kl_renormalised(student_MK: Tensor, teacher_MK: Tensor, tail_M: Tensor) -> Tensor:
-    r"""Return \(\sum_{v \in S} \hat p_\theta \log(\hat p_\theta / \hat p_T)\), both renormalised over the K; says nothing about how much mass they
+    r"""Return \(\sum_{v \in S} \hat p_\theta \log(\hat p_\theta / \hat p_T)\), both renormalised over the K; does not measure how much mass they
     have.
 
     Source: arXiv 2603.25562.

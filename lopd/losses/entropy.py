@@ -48,7 +48,7 @@ class EntropyBonus(OfObjective):
         return self.objective.per_token
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """Return the ids that the other objective wants."""
+        """Return the ids that the other objective needs."""
         return self.objective.ids(tokens)
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:

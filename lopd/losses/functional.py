@@ -1,6 +1,6 @@
 r"""The equations, per token.  \(\ell_\theta = \log\pi_\theta(a_t|s_t)\) is the student's log-prob of the stored token, nats.
 
-Every function takes and returns (M,) tensors, has no reduction inside, and says which of its arguments carry the gradient.
+Every function takes and returns (M,) tensors, has no reduction inside, and documents which of its arguments carry the gradient.
 """
 
 import math

@@ -1,4 +1,4 @@
-r"""What a loss wants of the student's log-probs, apart from how they are computed: the plain and the fused paths share it.
+r"""What a loss needs of the student's log-probs, apart from how they are computed: the plain and the fused paths share it.
 
 A variant of Lightning OPD is a function `Signal -> Signal` (`lopd.losses.variants`): it changes advantages and weights, never the path.
 
@@ -125,7 +125,7 @@ class Objective(Protocol):
         ...
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """Return (M, K) int64: the ids whose log-probs it wants."""
+        """Return (M, K) int64: the ids whose log-probs it needs."""
         ...
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:
@@ -221,7 +221,7 @@ class OPDSettings:
     def uncorrected(self) -> bool:
         """Whether it has neither an importance ratio, nor a constant advantage but 0, nor a transform but those marked `uncorrected`."""
         unchanged = all(_is_marked(transform, "uncorrected") for transform in self.transforms)
-        # with 0 transforms alone say what is learnt, labels for example
+        # with 0 transforms alone decide what is learnt, labels for example
         return not self.ratio_to_ref and unchanged and not self.advantage
 
     @property

@@ -28,7 +28,7 @@ _TILE_ROWS = 2048  # stays in a cache while it is converted and used
 def multiplies(device: torch.device, operands: torch.dtype, sums: torch.dtype) -> bool:
     """Return whether torch adds products of these operands up in the dtype of the sums there: bfloat16 in float32 on CUDA, from torch 2.10 on.
 
-    It is tried, once for each device, and the log says what was found: the answer depends on versions of torch and of the driver's library.
+    It is tried, once for each device, and the log records what was found: the answer depends on versions of torch and of the driver's library.
 
     Raises:
         torch.OutOfMemoryError: nothing was found, and the next call tries again.

@@ -130,7 +130,7 @@ class Tokens:
         return TopKColumn(*(_present(column, "Batch: top_k_ids", expected) for column in columns))
 
     def drawn(self) -> DrawnColumn:
-        """Return the tokens that were drawn from the policy; MissingScoresError where the batch has none, or not what the policy said of them."""
+        """Return the tokens that were drawn from the policy; MissingScoresError where the batch has none, or not the policy's log-probs of them."""
         columns = (self.drawn_ids, self.drawn_logprobs, self.drawn_ref_logprobs)
         expected = (
             "tokens that the policy drew; sample with `SamplingParams(drawn=...)`, score them, and ask for "

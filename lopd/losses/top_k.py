@@ -59,7 +59,7 @@ class TopKObjective:
         divergence: one of `lopd.losses.divergences`, with its options through `functools.partial`, or your own.
         residual: add the residual; for `reverse_kl` and `generalised_kl`.
         clip: bound of \(\lvert A - b\rvert\) in nats, or None.  The residual is unbiased where the bound is not met.
-        ratio_cap: upper bound of r, or None; likewise.  r is at most \(e^{20}\) in any case (`functional.bounded_ratio`).
+        ratio_cap: upper bound of r, or None, with the same caveat.  r is at most \(e^{20}\) in any case (`functional.bounded_ratio`).
 
     Raises:
         InvalidRecordError: a bound is not finite and more than 0, or is given without a residual; or the divergence has no residual.
@@ -85,7 +85,7 @@ class TopKObjective:
             )
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """Return (M, 1 + K): the sampled token, and the support; (M, 1 + K + D) with those that were drawn, where a residual wants them."""
+        """Return (M, 1 + K): the sampled token, and the support; (M, 1 + K + D) with those that were drawn, where a residual needs them."""
         support_MK = tokens.top_k().ids
         if not self.residual and support_MK.shape[1] == 0:
             raise MissingScoresError(

@@ -62,7 +62,7 @@ def ppo_clip(signal: Signal, low: float = 0.2, high: float = 0.2) -> Signal:
     r"""Return the gradient of PPO's \(\max(-rA, -\mathrm{clip}(r, 1 - \epsilon_{low}, 1 + \epsilon_{high})\,A)\).
 
     With \(r = \exp(\ell_\theta - \ell_{ref})\): weights times r, and 0 where r is already beyond the clip in the direction of the advantage.
-    Where another distribution than the reference policy drew the tokens, the weight is the ratio to that one, and r says how far the student
+    Where another distribution than the reference policy drew the tokens, the weight is the ratio to that one, and r measures how far the student
     has moved.
 
     Args:
@@ -104,7 +104,7 @@ def power(signal: Signal, alpha: float) -> Signal:
         InvalidRecordError: alpha is not.
 
     Source: PowerOPD (arXiv 2606.17199).  Secondary sources also give \(((\pi_T/\pi_\theta)^\alpha - 1)/\alpha\), which has no bound above, and
-    the numerator alone; this is the difference of two Box-Cox transforms, which is bounded as the paper says.
+    the numerator alone; this is the difference of two Box-Cox transforms, which is bounded as the paper states.
     """
     alpha = to_real("Power", "alpha", alpha)
     check_number("Power", "alpha", alpha, 0 < alpha < math.inf, "finite and more than 0")

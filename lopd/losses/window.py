@@ -53,7 +53,7 @@ class WindowRatio(OfObjective):
         return self.objective.wants_entropy
 
     def ids(self, tokens: Tokens, /) -> Tensor:
-        """Return the ids that the other objective wants."""
+        """Return the ids that the other objective needs."""
         return self.objective.ids(tokens)
 
     def __call__(self, logprobs_MK: Tensor, tokens: Tokens, /) -> TokenLosses:

@@ -38,13 +38,13 @@ class RolloutSource(Protocol):
 
         Ids are `rollout_id(prompt, sample, generation)`.  The same call on the same prompts gives the same rollouts, so an interrupted
         collection can be repeated.  No prompts give no rollouts.  Where `manifest.sampling` is not `neutral`, rollouts have
-        `sampler_logprobs` if the engine can tell them; elsewhere None.  Where it has `candidates` or `drawn`, rollouts have `candidates`: first the
+        `sampler_logprobs` if the engine can report them; elsewhere None.  Where it has `candidates` or `drawn`, rollouts have `candidates`: first the
         policy's most likely tokens at temperature 1, whatever was sampled, then drawn ones.  A source that cannot keep them raises
         InvalidRecordError when it is made.
 
         Raises:
             ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sampled.
-            InvalidRecordError: an id is outside the model's vocabulary; likewise.
+            InvalidRecordError: an id is outside the model's vocabulary; it names the prompt, and nothing is sampled.
             EngineError: the engine failed for a reason of its own.
         """
         ...
@@ -70,7 +70,7 @@ class TeacherScorer(Protocol):
                 log-prob.
             EngineError: the engine failed for a reason of its own.
 
-        The first two speak of one rollout: the verb then asks in halves, and goes on without the rollouts that are refused alone.  Raise another
+        The first two name one rollout: the verb then asks in halves, and goes on without the rollouts that are refused alone.  Raise another
         for what is wrong with the call as a whole.
         """
         ...
@@ -256,9 +256,9 @@ class Labeller(Protocol):
 
 
 class Progress(Protocol):
-    """Is told how far a verb has come; `lopd.tools.console.RichProgress` draws it.
+    """Shows how far a verb has come; `lopd.tools.console.RichProgress` draws it.
 
-    Tokens are those that `counted` says: sampling counts response tokens, and what reads rollouts counts the tokens of their prompts as well.
+    Tokens are those that `counted` names: sampling counts response tokens, and what reads rollouts counts the tokens of their prompts as well.
     """
 
     def begin(self, what: str, total: int, done: int, tokens: int | None, counted: Counted, /) -> None:

@@ -1,4 +1,4 @@
-"""Columns of labels: what a verifier said of rollouts, or of their tokens.  They are read here, and kept from where log-probs are expected.
+"""Columns of labels: a verifier's values of rollouts, or of their tokens.  They are read here, and kept from where log-probs are expected.
 
 A label of a whole rollout stands at each of its response tokens, so that the stores know one kind of column.
 """

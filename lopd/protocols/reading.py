@@ -51,7 +51,7 @@ def parts(reader: LogprobReader, rows_per_read: int = 64) -> list[Part]:
 
 
 def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance) -> list[Rollout]:
-    """Return these rollouts, with the policy's candidates where a scorer of this provenance wants them.
+    """Return these rollouts, with the policy's candidates where a scorer of this provenance needs them.
 
     Raises:
         MissingScoresError: the policy of a round kept none, or fewer.
@@ -64,7 +64,7 @@ def to_score(reader: LogprobReader, rows: Sequence[int], provenance: Provenance)
         column = policy_column(generation)
         kept = reader.columns.get(column)
         policy = reader.generations[generation]
-        # somebody may have scored another model into it
+        # another model may have been scored into it
         own = kept is not None and kept.is_of(policy)
         found = (kept.top_k - kept.candidates - kept.drawn, kept.drawn) if kept is not None and own else (0, 0)
         if found[0] < provenance.candidates or found[1] < provenance.drawn:

@@ -15,7 +15,7 @@ class StatesCorrection(Protocol):
 
 @runtime_checkable
 class StatesBaseline(Protocol):
-    """What a loss, or its objective, may state besides, likewise."""
+    """What a loss, or its objective, may also state."""
 
     @property
     def baselined(self) -> bool:
@@ -25,7 +25,7 @@ class StatesBaseline(Protocol):
 
 @runtime_checkable
 class StatesLabels(Protocol):
-    """What a loss, or its objective, may state besides, likewise."""
+    """What a loss, or its objective, may also state."""
 
     @property
     def ignores_labels(self) -> bool:

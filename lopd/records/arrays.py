@@ -88,7 +88,7 @@ def check_logprobs(owner: str, name: str, logprobs: Float32Array, shape: tuple[i
 
     Args:
         owner: for the message.
-        name: likewise.
+        name: for the message.
         logprobs: what there is.
         shape: that it must have.
         signed: these are residuals or labels (`Scores.signed`), so that more than 0 is a value like any other.

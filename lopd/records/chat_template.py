@@ -14,7 +14,7 @@ Messages = Sequence[Mapping[str, Any]]
 PROBE = "lopd"
 # a shorter end of a template is found in text by chance
 _SHORTEST_MARK = 4
-# says which call a tool answers; many templates go by the order
+# names the call that a tool answers; many templates go by the order
 _LINKS = {"tool_call_id"}
 
 

@@ -96,7 +96,7 @@ def check_message(message: Mapping[str, Any], where: str) -> None:
     """Check that the content of a message is text, or parts that are text.
 
     Raises:
-        PromptError: it is not; only an assistant that calls a tool may say nothing.
+        PromptError: it is not; only an assistant that calls a tool may leave its text empty.
     """
     content = message.get("content")
     if isinstance(content, list):

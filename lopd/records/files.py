@@ -63,7 +63,7 @@ def _json_lines(owner: str, file: Any) -> Iterator[Any]:
 def _parquet_rows(owner: str, file: Any) -> Iterator[Any]:
     table, first = need("pyarrow.parquet", "Prompt files").ParquetFile(file), 0
     for group in map(table.metadata.row_group, range(table.num_row_groups)):
-        # a page of kilobytes may become gigabytes, and says so
+        # a page of kilobytes may become gigabytes, and declares its size
         whole = sum(group.column(i).total_uncompressed_size for i in range(group.num_columns))
         _check_row(f"{owner}, a record from {first} on", whole // max(group.num_rows, 1))
         first += group.num_rows

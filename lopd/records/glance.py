@@ -47,7 +47,7 @@ class Glance:
 
 
 class Glanced:
-    """Shows a thing as its `_glance`; a class of attrs says `repr=False`."""
+    """Shows a thing as its `_glance`; a class of attrs sets `repr=False`."""
 
     __slots__ = ()
 

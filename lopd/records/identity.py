@@ -147,7 +147,7 @@ def _narrowest(tensor: Tensor) -> Tensor:
 
 
 class HasVocabulary(Protocol):
-    """Something whose token ids are of one tokenizer, and that says of which: a `TokenizerId`, `Provenance` or `lopd.records.Step`."""
+    """Something whose token ids are of one tokenizer, which it names: a `TokenizerId`, `Provenance` or `lopd.records.Step`."""
 
     @property
     def vocab_hash(self) -> str | None:

@@ -148,7 +148,7 @@ class Provenance:
         engine: name and version of what ran it; not part of the identity (`Preflight` compares what it computes), except that of a residual, whose
             fit it names.
         logprobs_mode: "raw" is log-softmax of the logits at temperature 1, uncut; `RESIDUAL` is that minus a fitted offset, and may be above 0;
-            `PRIVILEGED`, with a hash of the prompts, is raw after other prompts than the policy's; `LABEL` is what a verifier said, and its model is
+            `PRIVILEGED`, with a hash of the prompts, is raw after other prompts than the policy's; `LABEL` is a verifier's value, and its model is
             that verifier.
         top_k: how many tokens are kept at each response token, beside the sampled one: the most likely ones, unless one of the next two is set.
         eos_id: what ends a text of that model, by its tokenizer; no part of the identity.

@@ -25,7 +25,7 @@ def compare_supports(teacher: TopK, policy: TopK, tops: Iterable[int]) -> Mappin
 
     Args:
         teacher: with at least one token that was not drawn.
-        policy: likewise.
+        policy: the same, of the policy.
         tops: k of each overlap; both supports hold so many of their own model's most likely tokens.
 
     Returns:

@@ -23,7 +23,7 @@ class Parity:
         mean, p99, max: mean, 99 % quantile and maximum of the absolute difference.
         bias: mean of the difference, engine minus truth; unlike noise it does not average out.
         advantage: mean absolute advantage of the same tokens, truth minus what the sampling engine reported; None unless it reported all.
-        sign_flips: share of tokens whose advantage has another sign under the engine; None likewise.
+        sign_flips: share of tokens whose advantage has another sign under the engine; None unless the sampling engine reported all.
     """
 
     engine: str

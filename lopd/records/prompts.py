@@ -86,7 +86,7 @@ def make_prompts(
         contents: any number of them, in their order.
         tokenizer: the student's tokenizer.
         ids: one for each prompt, or None to take the record's, or its tokens'.
-        answers: likewise, what a verifier compares a response with.
+        answers: what a verifier compares a response with, one for each prompt; or None to take the record's.
         field: key of the prompt in a record.
         template: text around each prompt that is a string; `{prompt}` stands for it, once.
         max_tokens: longest prompt allowed; None for no limit.

@@ -1,6 +1,6 @@
 """Records of agent frameworks, found by their keys -> turns: token ids as they were recorded, never text that is tokenised again.
 
-`docs/howto/trajectories.md` says which frameworks write which keys, and which versions of them were read.
+`docs/howto/trajectories.md` lists which frameworks write which keys, and which versions of them were read.
 
 Shape suffixes: S tokens of a whole trajectory.
 """
@@ -42,10 +42,10 @@ FORMS = "; ".join([*("+".join(filter(None, (k.prompt, k.response, k.drawn))) for
 
 
 def reason_of(record: Mapping[str, Any], where: str) -> FinishReason | None:
-    """Return how a policy ended, in our words; None where the record does not say it.
+    """Return how a policy ended, in our words; None where the record does not state it.
 
     Raises:
-        PromptError: it says something else.
+        PromptError: its finish reason is another word.
     """
     truncated, reason = (plain(record.get(key), where) for key in _ENDINGS)
     reason = "length" if truncated else reason

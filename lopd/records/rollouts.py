@@ -209,7 +209,7 @@ class Scores(Glanced):
         floored: how many of them were -inf and are stored as a floor (see `floor_logprobs`).
         top_k: the most likely tokens beside the sampled one, if the column has them (`Provenance.top_k`).
         signed: these are log-probs less an offset (`lopd.guards.residual`), or the labels of a verifier, so that they may be above 0; only a column
-            whose provenance says so takes such scores.
+            whose provenance states that takes such scores.
     """
 
     rollout_id: str

@@ -86,7 +86,7 @@ class Rows(Glanced, Sequence[ScoredRollout]):
         Args:
             records: any number.
             columns: whose scores come along; None for those of the first record.
-            top_k: whose supports come along, likewise.
+            top_k: whose supports come along; None for those of the first record.
 
         Raises:
             MissingScoresError: a record lacks a column; it names the rollout.

@@ -31,7 +31,7 @@ class Batch(Glanced):
         segment_ids: (N,) int64, which rollout of this batch.
         weight: (N,) float32, how much a token counts; 0 for prompt tokens and masked tokens.
         teacher_logprobs: (N,) float32, nats, meaningful where weight > 0 (0 elsewhere); None if no such column was asked for.
-        ref_logprobs: (N,) float32, nats, likewise, of the reference policy at temperature 1: drift is measured from these.
+        ref_logprobs: (N,) float32, nats, the same of the reference policy at temperature 1: drift is measured from these.
         top_k_ids: (N, K) int64, the distinct tokens of the teacher's support: those that it finds most likely, or the policy's candidates.  None
             if they were not asked for, like the next five.
         top_k_logprobs: (N, K) float32, nats, of the teacher's whole distribution.
@@ -41,7 +41,7 @@ class Batch(Glanced):
         drawn_ids: (N, D) int64, tokens that were drawn from the policy at temperature 1, with replacement; None where the support has none.
         drawn_logprobs: (N, D) float32, nats, of the teacher.
         drawn_ref_logprobs: (N, D) float32, nats, of the policy that drew them; None where `ref` is not the column that keeps them.
-        label_values: (N,) float32, what a verifier said of the rollout or of this token; None if it was not asked for.
+        label_values: (N,) float32, a verifier's value of the rollout or of this token; None if it was not asked for.
         label_means: (N,) float32, the mean over the rollouts of the same prompt and policy; None also where each prompt has one rollout.
         behavior_logprobs: (N,) float32, nats, what the policy that sampled reported; in step 0 alone, and where `ref_logprobs` were not asked for:
             no loss reads them, and the loop compares the student with that policy.
@@ -194,7 +194,7 @@ class LossOutput:
             1-norm of the gradient by the logits that was left out.  Times the largest norm of a hidden state it bounds what the head's
             weight lacks (Frobenius norm); times the largest norm of a row of that weight, what the hidden states lack.
         logprobs: (M,) detached, nats: the student's log-probs of the targets whose weight is more than 0, in their order; None where a loss
-            does not say.  The loop measures drift with them.
+            does not state it.  The loop measures drift with them.
     """
 
     loss_sum: Tensor
@@ -223,7 +223,7 @@ class StepMetrics:
         response_tokens: those that count, of all rollouts in this step.  Over rounds of fresh rollouts watch their mean a rollout: weights
             `by_rollout` push it up (`lopd.by_rollout`).  0 in metrics that were written before they were counted.
         mean_label: over the rollouts of this step; None unless the steps bring labels.
-        unlike_group: share of rollouts whose label is not the mean of their group, likewise: from the others `add_labels` learns nothing.
+        unlike_group: share of rollouts whose label is not the mean of their group, None as above: from the others `add_labels` learns nothing.
     """
 
     step: int

@@ -95,7 +95,7 @@ def read_as(
         value: what `parse` gave.
         owner: how messages name the file that it is from.
         refusal: class of the error.
-        remedy: what messages say to do.
+        remedy: what messages advise to do.
 
     Raises:
         LopdError: an error of class `refusal`; it is something else, and the message names the key.
@@ -151,7 +151,7 @@ def _any_of(*kinds: Any) -> _Reader:
     readers = list(map(_reader, kinds))
 
     def read(value: Any) -> Any:
-        # what is wrong inside of an object says more than that it is not null
+        # what is wrong inside of an object is a better message than that it is not null
         wrongs = list[_Wrong]()
         for reader in readers:
             try:

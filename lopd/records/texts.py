@@ -1,4 +1,4 @@
-"""Prompts with the responses that somebody wrote -> rollouts, for SFT: the same records and rules as for prompts, and a response beside each."""
+"""Prompts with written responses -> rollouts, for SFT: the same records and rules as for prompts, and a response beside each."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal

@@ -32,7 +32,7 @@ class Choice:
     Args:
         turns: which become rollouts.
         sampling: how the policy drew.
-        logprobs: what recorded log-probs are of; None where temperature and top-p are 1 and it makes no difference, or it was not said.
+        logprobs: what recorded log-probs are of; None where temperature and top-p are 1 and it makes no difference, or it was not stated.
 
     Raises:
         InvalidRecordError: they are something else.
@@ -52,7 +52,7 @@ class Choice:
             )
         if self.logprobs not in (None, "behavior", "sampler"):
             raise InvalidRecordError(
-                f"Trajectories: logprobs is {self.logprobs!r:.40}, expected 'behavior' or 'sampler'; say what the engine reported."
+                f"Trajectories: logprobs is {self.logprobs!r:.40}, expected 'behavior' or 'sampler'; state what the engine reported."
             )
 
     def of(self, turns: list[Turn]) -> list[list[Turn]]:
@@ -67,7 +67,7 @@ class Choice:
         """Return the field of a rollout that recorded log-probs belong to.
 
         Raises:
-            PromptError: it depends on what was not said.
+            PromptError: it depends on what was not stated.
         """
         if self.sampling.neutral or self.logprobs == "behavior":
             return "behavior_logprobs"
@@ -80,7 +80,7 @@ class Choice:
 
 
 def make_trajectories(called: tuple[str, str], records: Iterable[Any], rendering: Rendering, choice: Choice) -> list[Rollout]:
-    """Return the rollouts of all records, in their order: what the policy drew counts, and what others said does not.
+    """Return the rollouts of all records, in their order: what the policy drew counts, and what others wrote does not.
 
     Args:
         called: how messages name all records, and one, before its number.

@@ -1,7 +1,7 @@
 """Turns of a conversation -> one rollout, or one for each turn.
 
 A turn is what a policy drew in one call, after all that it read before.  Turns make one rollout only where each reads the turns before it as they
-were drawn; what others said in between is in the response, and does not count.
+were drawn; what others wrote in between is in the response, and does not count.
 
 Shape suffixes: P prompt tokens, T response tokens, S tokens of a whole trajectory.
 """

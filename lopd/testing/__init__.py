@@ -1,6 +1,6 @@
 """Conformance suites and Hypothesis strategies, for our implementations and other people's.
 
-Subclass a suite in a test module, say how to make the thing, and pytest runs every clause of its protocol's contract:
+Subclass a suite in a test module, define how to make the thing, and pytest runs every clause of its protocol's contract:
 
     class TestMyStore(StoreConformance):
         def make(self, manifest): return MyStore(manifest)

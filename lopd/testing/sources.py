@@ -166,7 +166,7 @@ class SourceConformance:
 
     def test_drawn_candidates_follow_the_policy_at_temperature_1_each_token_for_itself(self) -> None:
         supports = [_support(r) for r in self._keeping(evolve(_SAMPLING, temperature=0.3, candidates=1, drawn=16)).sample(self.prompts())]
-        # as often as the policy says, the most likely token is drawn
+        # the most likely token is drawn as often as the policy's probability
         likely_T = np.concatenate([1 - support.tail.astype(np.float64) for support in supports])
         seen_T = np.concatenate([(support.ids[:, 1:] == support.ids[:, :1]).sum(axis=1) for support in supports])
         spread = np.sqrt(16 * (likely_T * (1 - likely_T)).sum())

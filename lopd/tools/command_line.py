@@ -28,7 +28,7 @@ def add_json(parser: ArgumentParser) -> None:
 
 
 def add_storage_option(parser: ArgumentParser) -> None:
-    """Add the option that tells how to reach the storage of the URLs."""
+    """Add the option with the settings of the storage of the URLs."""
     parser.add_argument(
         "--storage-option",
         action="append",

@@ -270,7 +270,7 @@ def resumably(
     Args:
         checkpoints: their folder.
         student: whose parameters are saved and restored.
-        optimizer: likewise.
+        optimizer: whose state is saved and restored.
         trained_on: the steps of a store, which are compared with those that were saved; a run that samples again at each step has a lineage only.
         begin: trains on from the step of this number.
         total: number of steps.

@@ -18,7 +18,7 @@ def find_start(store: LogprobReader, **options: Any) -> StartReport | str:
 
 
 def start_rows(start: StartReport) -> list[tuple[str, str]]:
-    """Return name and value of each number, the verdict first; what could not be measured is said to be so, with what it needs."""
+    """Return name and value of each number, the verdict first; what could not be measured is stated, with what it needs."""
     quantiles = ", ".join(f"{level:.1%} {size:.3g}" for level, size in zip(SIZE_LEVELS, start.sizes, strict=True))
     outside = None
     if start.outside is not None:

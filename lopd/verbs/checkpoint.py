@@ -194,7 +194,7 @@ def load_checkpoint(
     Args:
         folder: the run's folder, or one checkpoint in it (what `save_checkpoint` gave).
         student: built as it was for the run that is resumed.
-        optimizer: likewise; None restores the weights only.
+        optimizer: built as it was for that run; None restores the weights only.
         steps: what the run goes on with; its settings must be those that were saved, or steps would be repeated and others left out.
         changed: names of settings that are meant to be others from here on, such as `["seed"]`.
 
@@ -232,7 +232,7 @@ def load_checkpoint(
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return those that lopd named; copies and other files beside them are somebody's own."""
+    """Return those that lopd named; copies and other files beside them are the user's."""
     return [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
 
 

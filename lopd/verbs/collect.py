@@ -68,7 +68,7 @@ def collect_rollouts(
         progress: None shows a bar on a terminal and in a notebook, and a line a minute elsewhere (`lopd.tools.console.RichProgress`).
 
     Warns:
-        ContextWarning: some responses were cut where the policy's context is full; said of the first batch that has any.
+        ContextWarning: some responses were cut where the policy's context is full; it is raised once, for the first batch that has any.
         RefusedPromptsWarning: some prompts were refused.
 
     Raises:
@@ -146,13 +146,13 @@ def _provenance(manifest: Manifest) -> Provenance:
 
 
 def _candidates(manifest: Manifest, rollouts: Sequence[Rollout]) -> list[Scores]:
-    """Return what the policy said of other tokens while it sampled, as scores like any others: as if it had read its own rollouts."""
+    """Return the policy's log-probs of other tokens while it sampled, as scores like any others: as if it had read its own rollouts."""
     sampling, scores = manifest.sampling, list[Scores]()
     for rollout in rollouts if sampling.candidates + sampling.drawn else ():
         if rollout.candidates is None or rollout.behavior_logprobs is None:
             raise SourceError(
                 f"Rollout {rollout.rollout_id!r}: it comes without candidates or log-probs, expected {sampling.candidates} candidates and "
-                f"{sampling.drawn} drawn tokens as its source says; use a source that keeps them, or sample without."
+                f"{sampling.drawn} drawn tokens as its source states; use a source that keeps them, or sample without."
             )
         scores.append(Scores.of(rollout, rollout.behavior_logprobs, top_k=rollout.candidates))
     return scores

@@ -1,4 +1,4 @@
-"""VERB `label_rollouts`: a store's rollouts -> a column of what a verifier says of them.  Run it again to resume."""
+"""VERB `label_rollouts`: a store's rollouts -> a column of a verifier's values.  Run it again to resume."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -129,7 +129,7 @@ def _label(verifier: Labeller, prompts: Mapping[str, Prompt] | None, rollout: Ro
 
 
 def _check_again(stored_T: NDArray[np.float32], label: Scores, column: str) -> None:
-    """Refuse a verifier that does not say what it said, up to rounding."""
+    """Refuse a verifier that returns other values than before, beyond rounding."""
     if not np.allclose(stored_T, label.logprobs, rtol=1e-3, atol=1e-6):
         raise ScorerError(
             f"Rollout {label.rollout_id!r}: column {column!r} has the label {stored_T.mean():g}, and the verifier now gives "

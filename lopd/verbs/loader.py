@@ -188,7 +188,7 @@ def batches(
         AdvantageWarning: without a `ref`, so without an importance ratio, and without `top_k`, if many stored advantages are far below 0
             (`lopd.guards.watch`).
         SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and there is no `ref`, and no `top_k`, or rollouts
-            without `sampler_logprobs`: it says how the gradient is biased.
+            without `sampler_logprobs`: it states how the gradient is biased.
 
     Raises:
         ArgumentError: the store is something else, such as its path.

@@ -92,7 +92,7 @@ def restore(path: Path, optimizer: Optimizer, tensors: Mapping[str, Tensor], pla
         index, name = key.split(".", 1)
         sharded = isinstance(value, Tensor) and value.shape == parameters[int(index)].shape
         entries.setdefault(int(index), {})[name] = alike(value, parameters[int(index)]) if sharded else value
-    # older checkpoints wrote tuples as lists: the live groups (betas) say which were tuples
+    # older checkpoints wrote tuples as lists: the live groups (betas) show which were tuples
     live = optimizer.state_dict()["param_groups"]
     groups = [{k: _like(v, g.get(k)) for k, v in s.items()} for s, g in zip(groups, live, strict=True)]
     taken = {i: {k: v for k, v in entry.items() if isinstance(v, Tensor | bool | int | float)} for i, entry in entries.items()}

@@ -18,7 +18,7 @@ from lopd.records.rollouts import Rollout, ScoredRollout, Scores
 from lopd.records.warn import warn_user
 from lopd.verbs.asking import score_each
 
-_ENDS_NEEDED = 3  # one response that the policy ended in a strange place says nothing about the teacher
+_ENDS_NEEDED = 3  # one response that the policy ended in a strange place is not evidence about the teacher
 
 Answers = Mapping[str, Scores]  # by rollout id: what the scorer gave in its one call with all rollouts
 
@@ -43,8 +43,8 @@ class Preflight:
         parity_rollouts: how many are compared with it.
         parity_bound: mean absolute difference, nats, that is allowed; what vLLM and transformers differ by is in
             `benchmarks/results/bench_engines.json`.
-        parity_p99_bound: its 99 % quantile likewise: few tokens that are far off are a sign of misalignment, not of rounding.
-        parity_bias_bound: the mean difference likewise, for it does not average out.
+        parity_p99_bound: the largest allowed 99 % quantile: few tokens that are far off are a sign of misalignment, not of rounding.
+        parity_bias_bound: the largest allowed mean difference, which does not average out.
         end_bound: how much less likely the end tokens may be than those before them, nats, before it warns.
 
     Raises:

@@ -114,7 +114,7 @@ def sample_round(
         store: made with the manifest of the first round's source.
         column: where the scores go.
         preflight: the self-test of `score_rollouts`; the first round's is enough.
-        prompts_per_batch: sampled together and committed together, as many rollouts scored likewise; training waits for the round, so many.
+        prompts_per_batch: sampled together and committed together, and as many rollouts are scored together; training waits for the round, so many.
     """
     check_noun(source, RolloutSource)
     check_noun(store, LogprobStore)

@@ -81,7 +81,7 @@ Draw = Callable[[Pace, bool], None]
 
 @final
 class Showing:
-    """The `lopd.protocols.Progress` of whoever passes none: it draws from a thread, so that a long batch does not look like a halt.
+    """The `lopd.protocols.Progress` of a call that passes none: it draws from a thread, so that a long batch does not look like a halt.
 
     Args:
         draw: is called with how far it has come, and whether it is over; None for what stderr is.

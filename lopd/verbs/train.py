@@ -51,7 +51,7 @@ def opd_steps(
     `fully_shard` first.  `batches` gives each rank its share of a step; weights, gradients and metrics are those of one process on all of it,
     up to rounding.
 
-    On a GPU nothing waits between the first forward of a step and the end of its last backward: what is told of a step comes to the host
+    On a GPU nothing waits between the first forward of a step and the end of its last backward: what is reported of a step comes to the host
     there, in one copy, before the optimizer's step, as a gradient that is not finite must not reach the weights.  The guards of the first steps
     ask more.
 
@@ -63,19 +63,19 @@ def opd_steps(
         max_grad_norm: gradients are scaled down to this norm, more than 0; None leaves them.
 
     Warns:
-        SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss says that it has no importance ratio.
+        SamplerWarning: the rollouts were drawn at another temperature or top-p than 1, and the loss states that it has no importance ratio.
         TrainingWarning: the optimizer lacks trained parameters; or in the first step some get no gradient, or most weights stay where they are,
             because updates are smaller than their rounding; or the loss has a baseline that the weights `by_rollout` make biased, or reads
             no labels though the steps bring them.
-        AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss says
+        AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss states
             that it has no importance ratio (`lopd.guards.watch`).
         DriftWarning: in step 0 few rollouts are effective, or the student's log-probs are far from those that the policy reported: the student is
             not the policy that sampled.
 
     Raises:
         ArgumentError: student, steps, loss or optimizer are something else, such as a model that is not in a student; raised by the call itself.
-        TokenizerMismatchError: a step says that its ids are of another vocabulary than the student's; the weights are those of the step before.
-        TrainingDivergedError: a gradient is not finite; likewise.
+        TokenizerMismatchError: a step states that its ids are of another vocabulary than the student's; the weights are those of the step before.
+        TrainingDivergedError: a gradient is not finite; the weights are those of the step before.
         InvalidRecordError: no token of a step counts, the optimizer has none of the student's trained parameters, or `max_grad_norm` makes no sense.
         ModelError: there are several ranks, and nothing sums the gradients of the student.
     """

@@ -97,7 +97,7 @@ class FsspecFiles:
         return sorted({str(path).rstrip("/").rsplit("/", 1)[-1] for path in listed} - {PROBES})
 
     def age(self, folder: str, /) -> float:
-        """Return seconds since the newest file in a folder was written; 0 where the file system does not say."""
+        """Return seconds since the newest file in a folder was written; 0 where the file system does not report it."""
         return float(time.time() - self._call(self._newest, self._path(folder)))
 
     def _newest(self, path: str) -> float:

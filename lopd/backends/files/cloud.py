@@ -50,7 +50,7 @@ def _side_by_side(calls: Sequence[Callable[[], T]]) -> list[T]:
 
 
 def _check_http(url: str, shown: str, options: StorageOptions) -> None:
-    """Refuse plain http that was not allowed: object_store would repeat for a minute what it never sends, and not say why."""
+    """Refuse plain http that was not allowed: object_store would repeat for a minute what it never sends, and not report why."""
     if not url.startswith("s3"):
         return  # the endpoint in the environment is not that of other clouds
     environment = {name: value for name, value in os.environ.items() if name.upper().startswith("AWS_")}
@@ -126,11 +126,11 @@ class ObstoreFiles:
         retry = {"max_retries": self._max_retries, "retry_timeout": timedelta(seconds=self._patience)}
         client = {name: options.pop(name) for name in _CLIENT_OPTIONS if name in options}
         if not self._answered:
-            # what is passed takes the place of all that the environment says
+            # what is passed takes the place of all that the environment sets
             client = _FIRST_TIMEOUTS | _client_options_of_environment(url) | client
         client = {name: str(value).lower() in _YES if name.startswith("allow_") else value for name, value in client.items()}
         try:
-            # Which options there are is obstore's to say.
+            # obstore decides which options there are.
             make = partial(obstore.store.from_url, url, config=options, client_options=client or None)
             # A conditional put is repeated by `put_if_absent`, which knows what is in vain.
             self._store, self._once = make(retry_config=retry), make(retry_config=retry | {"max_retries": 0})
@@ -138,7 +138,7 @@ class ObstoreFiles:
             refused = type(error).__name__
         else:
             return
-        # Not in the block above, where Python would chain what obstore said: it has the URL in it, or the value of an option.
+        # Not in the block above, where Python would chain obstore's error: it has the URL in it, or the value of an option.
         raise StorePathError(
             f"Store {self._shown}: it cannot be opened ({refused}), expected storage options of object_store; check their names."
         )
@@ -184,7 +184,7 @@ class ObstoreFiles:
         except FileNotFoundError:
             raise
         except OSError:
-            # A server refuses a range that begins behind the end; that the object is too short is for the caller to say.
+            # A server refuses a range that begins behind the end; that the object is too short is for the caller to report.
             if self._call(path, lambda: self._obstore.head(self._store, path))["size"] > start:
                 raise
             return b""
@@ -203,7 +203,7 @@ class ObstoreFiles:
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
         """Return whether this call made the object.
 
-        Whether a put whose answer was lost was done is not known; the object tells, and its bytes say whose it is.
+        Whether a put whose answer was lost was done is not known; the object is read, and its bytes show whose it is.
         """
         lost: list[OSError] = []
         try:
@@ -270,7 +270,7 @@ class ObstoreFiles:
 
 
 def _said(error: Exception) -> str:
-    """Return what an error of obstore says in a few words: neither XML nor a query, which may carry a signature."""
+    """Return an error of obstore in a few words: neither XML nor a query, which may carry a signature."""
     text = str(error)
     host, code, status = (re.search(p, text) for p in (r"https?://([^/\s?]+)", r"<Code>(\w+)", r"status code: (\d+ [\w ]*\w)"))
     if host is None:

@@ -59,7 +59,7 @@ class Files(Protocol):
         ...
 
     def write(self, files: Mapping[str, Bytes], /) -> None:
-        """Write new files, durable on return; FileNotFoundError where somebody removed their folder at the same moment."""
+        """Write new files, durable on return; FileNotFoundError where their folder was removed at the same moment."""
         ...
 
     def put_if_absent(self, path: str, data: bytes, /) -> bool:
@@ -120,7 +120,7 @@ def read_spans(read: Callable[[list[int], list[int]], list[bytes]], starts: Sequ
 
 @contextmanager
 def reading(owner: str, what: str, hint: str = "check the storage and try again") -> Iterator[None]:
-    """Turn what a storage raises while a store reads into an error of ours; `what` says what the store was doing.
+    """Turn what a storage raises while a store reads into an error of ours; `what` states what the store was doing.
 
     Raises:
         StoreReadError: the storage refused.
@@ -155,7 +155,7 @@ def names_in(files: Files) -> list[str]:
     """Return what is in the root; the root itself where it is a file.
 
     Raises:
-        StoreReadError: the storage refused to say.
+        StoreReadError: the storage refused to answer.
     """
     way = ", credentials, endpoint, proxies and certificates" if "://" in files.url else " and its permissions"
     with reading(f"Store {files.url}", "looking for it", f"check the path{way}"):
@@ -170,7 +170,7 @@ def was_put(files: Files, path: str, data: bytes, error: OSError) -> bool:
 
     Raises:
         OSError: `error`, as the file is not there.
-        StoreWriteError: the storage does not say.
+        StoreWriteError: the storage does not answer.
     """
     try:
         return files.read(path) == data
@@ -183,7 +183,7 @@ def was_put(files: Files, path: str, data: bytes, error: OSError) -> bool:
 def in_doubt(files: Files, path: str, error: OSError) -> StoreWriteError:
     """Make the error for a put that may have been done: what belongs to it must stay."""
     return StoreWriteError(
-        f"{files.url}/{path}: the storage did not say whether it is written ({error}); "
+        f"{files.url}/{path}: the storage did not report whether it is written ({error}); "
         "open the store again when the storage is back, and repeat the call, which is safe."
     )
 

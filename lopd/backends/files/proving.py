@@ -1,6 +1,6 @@
 """Storage is asked, before anything is written, whether it keeps what stores rely on: one of many writers makes an object, and ranges are read.
 
-Some servers that speak S3 ignore `If-None-Match: *` or `Range` without an error: writers would replace each other's commits.
+Some servers with the S3 protocol ignore `If-None-Match: *` or `Range` without an error: writers would replace each other's commits.
 """
 
 import errno

@@ -172,7 +172,7 @@ class _Lists:
         starts, places = bounds[chunk.at], self._ends[chunk.places]
         lengths = np.where(there, bounds[chunk.at + 1] - starts, 0)
         if (lengths != np.where(there, self._ends[chunk.places + 1] - places, 0)).any():
-            raise ValueError("a list is shorter or longer than its line says")
+            raise ValueError("a list is shorter or longer than its line states")
         size, found = values.itemsize, []
         source, target = values.view(np.uint8).data, self.values.view(np.uint8).data
         # A copy is hashed while it is in the cache.  Views live for a moment: lists of them would keep the garbage collector busy.

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from lopd.errors import CorruptStoreError, LopdError, StoreReadError
 
 _CONFLICTS = ("commit conflict", "was preempted", "incompatible transaction", "contention", "too many concurrent writers")
-# What Lance says of files that a clean-up has removed since they were looked at.
+# Lance's messages on files that a clean-up has removed since they were looked at.
 _GONE = ("not found", "no such file", "no longer exists")
 _NETWORK = ("Generic S3 error", "Generic GCS error", "Generic MicrosoftAzure error", "error sending request", "timed out")
 

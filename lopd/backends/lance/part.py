@@ -135,7 +135,7 @@ class Part:
     def lines_of(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Return the lines of rows that are there, in this order.
 
-        The first call reads no others of a table that has every row; whoever asks again will ask often, and then all lines are read.
+        The first call reads no others of a table that has every row; a second call is seldom the last, so then all lines are read.
 
         Raises:
             CorruptStoreError: one is damaged.

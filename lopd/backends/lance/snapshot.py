@@ -60,7 +60,7 @@ class Snapshot:
         return self._checked(part, least)
 
     def _checked(self, part: Part, least: int) -> Part:
-        """Return the part, unless it has fewer rows than were there before somebody opened it."""
+        """Return the part, unless it has fewer rows than were there before it was opened."""
         if part.table.rows < least:
             raise CorruptStoreError(
                 f"{self._owner}: table {part.table.name!r} has {part.table.rows} rows, expected at least {least}, for that many were written; "

@@ -89,7 +89,7 @@ class CatalogState:
 
     Args:
         tables: table of each column; that of the rollouts has the key None, and is there from the first append on.
-        begun: names of all tables that somebody began to make, with their columns.
+        begun: names of all tables that were begun, with their columns.
         generations: policies, by round.
         quarantines: those of all columns, oldest first.
         events: generations, compactions and quarantines, for the history.

@@ -19,7 +19,7 @@ from lopd.backends.retry import repeat
 from lopd.errors import CorruptStoreError, StorePathError
 from lopd.records.optional import need
 
-#: The column that says which commit added a row, and what makes Lance let only one writer have a number.
+#: The column that names the commit that added a row, and what makes Lance let only one writer have a number.
 COMMIT = "commit"
 #: How tables of columns are named in which nothing was scored when they were made.
 BEGAN_EMPTY = "unscored."
@@ -119,7 +119,7 @@ class Database:
             return handle
 
     def create(self, name: str, data: Any) -> "LanceTable":
-        """Create a table.  Its name must be unique: LanceDB tells more than one of several concurrent creators that it won."""
+        """Create a table.  Its name must be unique: LanceDB reports success to more than one of several concurrent creators."""
         return LanceTable(self, name, self.connection.create_table(name, data))
 
     def drop(self, name: str) -> None:
@@ -241,7 +241,7 @@ class LanceTable:
         return self._handle.to_lance(session=self._database.session())
 
     def take_back(self, count: int) -> int:
-        """Remove the last rows of this version, whatever their files hold and whoever has written since; gives how many were removed.
+        """Remove the last rows of this version, whatever their files hold and whatever was written since; gives how many were removed.
 
         Moves to the latest version.
         """

@@ -80,7 +80,7 @@ def _merge(dataset: Any, fragments: Sequence[Any], flush: Flush) -> None:
 
     Args:
         dataset: at a version that has the fragments.
-        fragments: what it says of them.
+        fragments: its entries for them.
         flush: flushes the written file before it is committed.
 
     Raises:

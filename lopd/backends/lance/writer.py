@@ -271,7 +271,7 @@ class Writer:
             for folder, folders, names in os.walk(self._folder / f"{table}{TABLE_SUFFIX}", topdown=False):
                 paths = {f"{folder}/{name}" for name in [*folders, *names]}
                 new = paths - known
-                # Lance never changes a file, except the one that says which version it believes to be the latest.
+                # Lance never changes a file, except the one that names the version it believes to be the latest.
                 changed += [*new, *(paths & {f"{folder}/{_HINT}"}), folder] if new else []
                 found |= paths
             # What a compaction removes just now needs no flushing.

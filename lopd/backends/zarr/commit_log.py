@@ -1,11 +1,11 @@
-"""The numbered log that says which segments exist, and checkpoints of what it adds up to.
+"""The numbered log that lists which segments exist, and checkpoints of what it adds up to.
 
     commits/0000000000.json        one record a commit, put in place only if the number is free
     checkpoints/0000000016.json    the state after 16 commits, so that opening reads one file and the records behind it
     head/0000000000                an empty file with the number of the last commit, so that a log that lost its end is noticed
 
 A record is put last, after everything it names is durable.  So two writers never overwrite one another, a reader never sees half a
-commit, and the number gives all readers one order of rows.  Each record says its number, its store, and the checksum of the one before it.
+commit, and the number gives all readers one order of rows.  Each record has its number, its store, and the checksum of the one before it.
 """
 
 import re
@@ -63,7 +63,7 @@ class CommitLog:
         self._owner = owner
 
     def commit(self, number: int, record: Mapping[str, Any], previous: str) -> Entry | None:
-        """Return the record, if it took this number; None if somebody else did.  `previous` is the checksum of the one before it.
+        """Return the record, if it took this number; None if another writer did.  `previous` is the checksum of the one before it.
 
         Raises:
             InvalidRecordError: it could not be read again.
@@ -125,7 +125,7 @@ class CommitLog:
             yield later
 
     def _end(self, start: int) -> int:
-        """Return one more than the last number: as the head says, if that is near, else as a listing does."""
+        """Return one more than the last number: as the head has it, if that is near, else as a listing does."""
         head = self._head()
         return head + 1 if head is not None and head - start < 8 * COMMITS_PER_CHECKPOINT else self._listed_end(start, head)
 
@@ -169,9 +169,9 @@ class CommitLog:
             for _ in self.records(0, "", commits):
                 pass
             self.checkpoint(commits)
-            # the writer of the very first may have been killed before it could say so
+            # the writer of the very first may have been killed before it could write it
             if head is None and commits > 1 and self._root.chained:
-                yield f"{self._owner}: {_HEAD}/ says of no commit that it is the last, expected {commits - 1}; restore it from a backup."
+                yield f"{self._owner}: {_HEAD}/ names no last commit, expected {commits - 1}; restore it from a backup."
             self._listed_end(0, head)
         except LopdError as error:
             yield str(error)
@@ -186,7 +186,7 @@ class CommitLog:
         return Entry(read_record(body, f"{self._owner}: commit {number}"), checksum(data))
 
     def _check(self, path: str, body: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        """Refuse what was written for another place, if it says its own."""
+        """Refuse what was written for another place, if it states its own."""
         if "store" not in body and not self._root.chained:
             return
         for name, value in wanted.items():

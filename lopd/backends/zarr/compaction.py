@@ -74,7 +74,7 @@ def _loose(segments: Sequence[Segment], target: int) -> tuple[Segment, ...]:
 
 
 def merge(column: str | None, segments: Sequence[Segment], target_tokens: int) -> Iterator[SegmentData]:
-    """Yield the new segments, one in memory at a time; everything that is moved is verified: nothing tells of its damage once its file is new."""
+    """Yield the new segments, one in memory at a time; everything that is moved is verified: nothing shows its damage once its file is new."""
     made = [_merge_rollouts(segments)] if column is None else _merge_scores(segments, target_tokens)
     level = 1 + max(segment.meta.level for segment in segments)
     replaces = tuple(segment.meta.path.rpartition("/")[2] for segment in segments)

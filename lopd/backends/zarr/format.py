@@ -1,7 +1,7 @@
 """Raw Zarr v3 groups and arrays, written by hand: one chunk per array, so that a part of an array is a range of a file.
 
 Any Zarr v3 reader reads them; lopd itself needs no zarr.  A segment is one group: written once, never changed.  The commit record that
-names it says type, shape and checksum of each array, so reading one fetches no metadata.
+names it has type, shape and checksum of each array, so reading one fetches no metadata.
 """
 
 import math
@@ -71,8 +71,8 @@ class ArrayMeta:
         return checksum(data) == self.checksum
 
     def is_metadata(self, attributes: Mapping[str, Any], data: bytes) -> bool:
-        """Return whether this is its `zarr.json`, as it was written with these attributes, or with others beside them that somebody has added."""
-        return checksum(data) == self.metadata_checksum or says(_array_document(self.dtype, self.shape, attributes), data)
+        """Return whether this is its `zarr.json`, as it was written with these attributes, or with others that were added."""
+        return checksum(data) == self.metadata_checksum or has_content(_array_document(self.dtype, self.shape, attributes), data)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types only."""
@@ -152,7 +152,7 @@ def _decode_root(url: str, data: bytes) -> Root | None:
 
 
 def same_node(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Return whether the metadata of a group or array says this, whatever attributes and consolidated metadata others have added.
+    """Return whether the metadata of a group or array has this content, whatever attributes and consolidated metadata others have added.
 
     >>> same_node(group_document({"mine": 1, "theirs": 2}), group_document({"mine": 1}))
     True
@@ -162,7 +162,7 @@ def same_node(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     return bare == ours and wanted["attributes"].items() <= document["attributes"].items()
 
 
-def says(wanted: Mapping[str, Any], data: bytes) -> bool:
+def has_content(wanted: Mapping[str, Any], data: bytes) -> bool:
     """Return whether these bytes are metadata that `same_node`."""
     try:
         return same_node(parse(data), parse(dump(wanted)))
@@ -175,5 +175,5 @@ def _root_document(body: Mapping[str, Any]) -> bytes:
     return dump(group_document({**body, _CHECKSUM: checksum(dump({key: body[key] for key in (_MANIFEST, _STORAGE, _CREATION)}))}))
 
 
-#: The metadata of a Zarr v3 group; its attributes say what the store is.
+#: The metadata of a Zarr v3 group; its attributes state what the store is.
 ROOT = RootFile(METADATA_FILE, _encode_root, _decode_root)

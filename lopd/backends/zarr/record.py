@@ -68,7 +68,7 @@ class ColumnState(TypedDict):
 
 
 class Checkpoint(TypedDict):
-    """A checkpoint; those of older stores do not say the checksum of the last record, nor what was replaced in which commit."""
+    """A checkpoint; those of older stores do not hold the checksum of the last record, nor what was replaced in which commit."""
 
     commits: Count
     generations: Mapping[Count, ModelId]
@@ -86,7 +86,7 @@ def read_record(body: Mapping[str, Any], owner: str) -> Any:
         owner: its name in messages.
 
     Raises:
-        CorruptStoreError: it is of a kind that this version does not know, or says something that such a record does not.
+        CorruptStoreError: it is of a kind that this version does not know, or has something that such a record does not.
     """
     kind = body.get("kind")
     if kind not in _KINDS:

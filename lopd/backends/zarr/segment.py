@@ -1,6 +1,6 @@
 """One committed segment: a table of int64, one line per rollout (or per scored rollout), and the ragged arrays that its lines point into.
 
-A line says where its rollout's values are, and carries checksums of them and of itself: so any single rollout can be fetched and verified
+A line records where its rollout's values are, and carries checksums of them and of itself: so any single rollout can be fetched and verified
 without reading anything else.
 """
 

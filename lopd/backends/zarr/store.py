@@ -20,7 +20,7 @@ from lopd.backends.files import Files
 from lopd.backends.root import Root
 from lopd.backends.zarr.commit_log import CommitLog
 from lopd.backends.zarr.encode import ROLLOUT_ATTRIBUTES, SCORE_ATTRIBUTES
-from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document, says
+from lopd.backends.zarr.format import METADATA_FILE, ROOT, chunk_path, group_document, has_content
 from lopd.backends.zarr.segment import LINES, SegmentMeta, segment_group
 from lopd.backends.zarr.snapshot import Snapshot
 from lopd.backends.zarr.state import State
@@ -44,7 +44,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     _ROOT = ROOT
 
     def __init__(self, files: Files, root: Root | None = None, commits: int | None = None) -> None:
-        """Hold the files; `open` is what callers use, as it says what is wrong with a path."""
+        """Hold the files; `open` is what callers use, as it reports what is wrong with a path."""
         super().__init__(files, root)
         self._log = CommitLog(files, self._root, self._owner)
         self._state = State(files, self._log, self.manifest, self._owner, commits)
@@ -62,7 +62,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
         """Merge small segments into ones of about `target_tokens`; rows keep their numbers, and open readers read on.  Refreshes.
 
         Writers merge what is small by themselves, sixteen appends into one and sixteen of those; this does the rest.  What others append
-        meanwhile is left for the next time.  Of two compactions that want the same segments, one wins and the other looks again.
+        meanwhile is left for the next time.  Of two compactions of the same segments, one wins and the other looks again.
         Replaced segments are removed some 64 commits later, or by `sweep`.
 
         Raises:
@@ -74,7 +74,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
     def sweep(self, *, older_than: float = 7 * 24 * 3600.0) -> list[str]:
         """Remove segments that no commit names, and those that compactions replaced, if both are older than this many seconds.
 
-        It is safe beside writers and readers, whatever the clocks say: what is removed is committed first, so a writer in the middle of an
+        It is safe beside writers and readers, whatever the clocks show: what is removed is committed first, so a writer in the middle of an
         append notices and writes again, and a reader that was opened before a compaction looks up where its rows are now.
         Only segments that this store has made are removed.
 
@@ -111,7 +111,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
             seen |= {meta.path for meta in segments}
             folders = {str(parent) for meta in segments for parent in PurePosixPath(meta.path).parents[:-1]}
             for folder in sorted(folders - seen):
-                yield from self._compare(f"{folder}/{METADATA_FILE}", partial(says, group_document({})))
+                yield from self._compare(f"{folder}/{METADATA_FILE}", partial(has_content, group_document({})))
             seen |= folders
             for meta in segments:
                 problems = list(self._verify_segment(meta))
@@ -122,7 +122,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
 
     def _verify_segment(self, meta: SegmentMeta) -> Iterator[str]:
         group = segment_group(self._root.creation, meta.replaces) if self._root.chained else group_document({})
-        yield from self._compare(f"{meta.path}/{METADATA_FILE}", partial(says, group))
+        yield from self._compare(f"{meta.path}/{METADATA_FILE}", partial(has_content, group))
         described = ROLLOUT_ATTRIBUTES if meta.path.startswith("segments/") else SCORE_ATTRIBUTES
         for name, array in meta.arrays.items():
             is_metadata = partial(array.is_metadata, described if name == LINES else {})

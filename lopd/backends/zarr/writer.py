@@ -205,7 +205,7 @@ class Writer:
                     break
 
     def _merge(self, column: str | None, segments: Sequence[Segment], target_tokens: int) -> bool:
-        """Return whether these are merged now; False if somebody else merged or swept some of them."""
+        """Return whether these are merged now; False if another process merged or swept some of them."""
         parent = "segments" if column is None else f"scores/{column}"
         gone, added = [segment.meta.path for segment in segments], list[SegmentMeta]()
         try:

@@ -45,7 +45,7 @@ def load_model(
         device: where it goes.
         attention: how transformers computes it, by its name for that ("sdpa", "flash_attention_2", "flex_attention").  None takes FlashAttention
             where it is installed, the model computes in 16 bits, and its hidden states are the same with it; elsewhere what transformers takes.
-            `model.config._attn_implementation` says which, and the log says why.
+            `model.config._attn_implementation` names it, and the log gives the reason.
         autocast: the dtype in which a student will compute (`CausalLMStudent(autocast=...)`), where it is not that of the weights.  FlashAttention
             takes 16 bits alone: where float32 weights are given it, such a student can use the model, and a source or a scorer refuses it.
 
@@ -60,7 +60,7 @@ def load_model(
         raise EngineError(
             f"Model {str(folder)!r}: autocast is {autocast!r:.40}, expected a dtype of 16 bits; pass torch.bfloat16, or leave it out."
         )
-    # what may be wrong with a folder is said before its weights are read
+    # what may be wrong with a folder is reported before its weights are read
     check_described(find_model(folder))
     tokenizer = load_tokenizer(folder)
     with looking_for(folder) as found:
@@ -108,7 +108,7 @@ def _on_cuda(model: Any) -> bool:
 
 
 def _try_flash(model: Any, autocast: torch.dtype | None) -> str:
-    """Set FlashAttention where it can be used and is right; says why it was taken, or why not."""
+    """Set FlashAttention where it can be used and is right; log why it was taken, or why not."""
     if not _on_cuda(model):
         return "FlashAttention is for CUDA"
     if (autocast or model.dtype) not in _16_BITS:

@@ -167,7 +167,7 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
 
 def _kl(student_logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:
     student_RV, teacher_RV = student_logits_RV.log_softmax(-1), teacher_logits_RV.log_softmax(-1)
-    # a token that the student rules out adds nothing, also where 0 * (-inf - -inf) would say NaN
+    # a token that the student rules out adds nothing, also where 0 * (-inf - -inf) would be NaN
     gaps_RV = (student_RV - teacher_RV).masked_fill(student_RV == -torch.inf, 0.0)
     return (student_RV.exp() * gaps_RV).sum(-1)
 

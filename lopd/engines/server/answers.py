@@ -40,7 +40,7 @@ class Trouble(Exception):  # noqa: N818  # never leaves the engine: it becomes a
 
 
 def accepted(owner: str, url: str, response: httpx2.Response, key: Key, *, first: bool = False) -> Any:
-    """Return the JSON of an answer of 200; NaN and infinities are read as such, and judged by whoever reads the numbers.
+    """Return the JSON of an answer of 200; NaN and infinities are read as such, and judged where the numbers are read.
 
     Args:
         owner: how an error names what was asked for.

@@ -1,4 +1,4 @@
-"""What is said to a server that speaks the OpenAI completions and no more, such as a hosted model, and what its answers mean.
+"""Requests to a server of plain OpenAI completions, such as a hosted model, and what its answers mean.
 
 A prompt of token ids is echoed with its log-probs (`echo`, `logprobs`), and one token is generated, since not all take `max_tokens` 0.
 Text is never read: an answer must name its tokens by id, in one of three ways.

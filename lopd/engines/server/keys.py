@@ -55,7 +55,7 @@ class Key:
 
     @property
     def refused(self) -> str:
-        """What to say where a server does not let it in."""
+        """The remedy where a server refuses the key."""
         if not self.value:
             return f"it wants a key, and got none; pass `api_key=` or set {self.variable}"
         if self.value == os.environ.get(self.variable):

@@ -1,6 +1,6 @@
 """Served models as a RolloutSource and as a TeacherScorer: vLLM, SGLang, or any server of the OpenAI completions (`Servers.speaks`).
 
-Token ids in, token ids out, never text.  A server does not say which weights it serves, nor which tokenizer its ids are of: you do, with
+Token ids in, token ids out, never text.  A server does not report which weights it serves, nor which tokenizer its ids are of: you state that, with
 `identity` and `tokenizer`, and `from_folder` reads both from the folder that is served.
 
 Start vLLM with `--generation-config vllm` (lopd sends every sampling field all the same), for sampling with a temperature or top_p other
@@ -72,7 +72,7 @@ class ServerScorer:
     Args:
         servers: that serve the model.
         tokenizer: whose ids the model reads.
-        identity: the model's identity; its revision must say which weights they are.
+        identity: the model's identity; its revision must name the weights.
         top_k: how many of the model's own most likely tokens, outside of the candidates, are kept at each response token.
         candidates: how many of each rollout's candidates are scored: the first of `Rollout.candidates`, which are the policy's most likely.
         drawn: how many of its drawn candidates are scored: the last.
@@ -117,7 +117,7 @@ class ServerScorer:
         Raises:
             ContextOverflowError: a rollout is too long; it names the rollout, and nothing is sent.
             InvalidRecordError: an id is outside the vocabulary, a rollout lacks candidates, or a log-prob is missing or none.
-            EngineError: the servers failed, disagree, do not speak the extensions, or cannot score candidates.
+            EngineError: the servers failed, disagree, lack the extensions, or cannot score candidates.
         """
         check_rollouts(rollouts, self.tokenizer_id, self.servers.served.context - 1, self.candidates, self.drawn)
         # a request that asks for ids is about one rollout
@@ -165,15 +165,15 @@ class ServerSource:
     Args:
         servers: that serve the model.
         tokenizer: whose ids the model reads.
-        identity: the model's identity; its revision must say which weights they are.
+        identity: the model's identity; its revision must name the weights.
         sampling: how to draw.
-        eos_ids: end a response where `sampling.stop_ids` is empty.  A server does not say its own, and the tokenizer's alone is not enough:
+        eos_ids: end a response where `sampling.stop_ids` is empty.  A server does not report its own, and the tokenizer's alone is not enough:
             many models have several (`eos_token_id` in their generation_config.json).
         lineage: what the model was trained on.
         generation: round of sampling.
 
     Raises:
-        InvalidRecordError: neither `eos_ids` nor `sampling.stop_ids` says how a response ends; or `sampling` asks for drawn candidates, or for
+        InvalidRecordError: neither `eos_ids` nor `sampling.stop_ids` states how a response ends; or `sampling` asks for drawn candidates, or for
             more candidates than there are tokens.
     """
 
@@ -237,7 +237,7 @@ class ServerSource:
         Raises:
             ContextOverflowError: a prompt leaves no room for a response; it names the prompt, and nothing is sent.
             InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none.
-            EngineError: the servers failed, disagree, do not speak the extensions, report log-probs of some other kind, or take no seeds.
+            EngineError: the servers failed, disagree, lack the extensions, report log-probs of some other kind, or take no seeds.
         """
         if not prompts:
             return []

@@ -15,7 +15,7 @@ from lopd.errors import EngineError, InvalidRecordError
 
 # vLLM writes -inf, which JSON has no word for, as this (`clamp_prompt_logprobs`, and the completions' own log-probs)
 NO_PROBABILITY = -9999.0
-EXTENSIONS = "serve with vLLM, or with a server that speaks its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
+EXTENSIONS = "serve with vLLM, or with a server that has its extensions (return_token_ids, prompt_logprobs, return_tokens_as_token_ids)"
 
 
 def logprob(owner: str, place: int, entry: Any, token: int | str) -> float:

@@ -1,4 +1,4 @@
-"""Several servers of one model as one engine, whatever they speak.
+"""Several servers of one model as one engine, whatever their protocol.
 
 Requests are spread, bounded, sent again when that may help, and dropped together.  A server that fails is left alone and asked how it is, with
 growing pauses; when it answers, and still serves the same model, it is used again.  Nothing outlives a call: its connections and threads end
@@ -55,8 +55,8 @@ def _speech(speaks: Speech) -> Speech:
 class Servers:
     """Servers of one model, all of the same version and context.
 
-    A server that answers 429 is left alone for as long as it says (`Retry-After`, or the `x-ratelimit-reset-...` of what is used up), and so is one
-    that says that nothing is left (`x-ratelimit-remaining-...: 0`).  Such an answer is not one of the `attempts` until `patience_s` is over.
+    A server that answers 429 is left alone for as long as it asks (`Retry-After`, or the `x-ratelimit-reset-...` of what is used up), and so is one
+    that reports that nothing is left (`x-ratelimit-remaining-...: 0`).  Such an answer is not one of the `attempts` until `patience_s` is over.
 
     Args:
         urls: one or several, with or without `/v1`.
@@ -226,7 +226,7 @@ class _Endpoint:
             raise Down(str(trouble), error, trouble.pause, busy=trouble.busy) from None
 
     def stop(self) -> None:
-        """Drop all connections: the server is told to give up what is under way, and whoever waits for it goes on."""
+        """Drop all connections: the server then gives up what is under way, and callers that wait for it go on."""
         self._stopped.set()
         for connection in list(self._sockets):
             _shut(connection)
@@ -242,7 +242,7 @@ class _Endpoint:
         if response.is_success and (rest := min(rest_of(response), self._patience_s)):
             self._rests_until = monotonic() + rest
             if rest > QUIET_S:
-                _LOG.warning("%s rests for %.0f s: it says that nothing is left of its limit", self.name, rest)
+                _LOG.warning("%s rests for %.0f s: it reports that nothing is left of its limit", self.name, rest)
         answer = accepted(owner, url, response, self._servers.key)
         self.spent.append(self._servers.dialect.costs(answer))
         return answer
@@ -260,7 +260,7 @@ class _Endpoint:
         try:
             return self._client.request(method, url, json=json, timeout=timeout, extensions={"trace": self._remember})
         except httpx2.RequestError as error:
-            # by its type alone: what the error says may quote headers
+            # by its type alone: the text of the error may quote headers
             raise Trouble(f"{url} fails with {type(error).__name__}") from None
 
     def _remember(self, event: str, info: Mapping[str, Any]) -> None:

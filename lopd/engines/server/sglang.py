@@ -1,4 +1,4 @@
-"""What is said to an SGLang server (`/generate`), and what its answers mean.  Read from the source of SGLang 0.5.23; no such server was run.
+"""Requests to an SGLang server (`/generate`), and what its answers mean.  Read from the source of SGLang 0.5.23; no such server was run.
 
 - Log-probs of a prompt begin at `logprob_start_len`, and the first of them is null: it would be of the token there, given what is before.
 - A prefix cache is read up to `logprob_start_len` only.  So lopd asks from token 0 on where the cache is on, and reads what it needs.
@@ -47,7 +47,7 @@ class SGLang:
         return f"sglang {served.version or 'of an unnamed version'} served"
 
     def served(self, name: str, model: str, context: int | None, get: Get) -> Served:
-        """Return what it serves.  A weight version that somebody set is part of the model's root."""
+        """Return what it serves.  A weight version that was set is part of the model's root."""
         get("/health", None)
         card = model_card(name, model, get("/v1/models", {}))
         served, settings = (get(path, {}) for path in ("/model_info", "/server_info"))
@@ -60,7 +60,7 @@ class SGLang:
         return Served(str(settings.get("version") or ""), root, length, cached, seeded)
 
     def addressed(self, model: str, body: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:  # noqa: ARG002  # all have it
-        """Return the body as it is: the server has one model, and is not told which."""
+        """Return the body as it is: the server has one model, so no field names it."""
         return "/generate", body
 
     def costs(self, answer: Any) -> Costs:

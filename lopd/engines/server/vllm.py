@@ -1,4 +1,4 @@
-"""What is said to a server that speaks vLLM's extensions of the OpenAI completions, and what its answers mean: token ids both ways, never text.
+"""Requests to a server with vLLM's extensions of the OpenAI completions, and what its answers mean: token ids both ways, never text.
 
 Everything is looked up by token id, and nothing that is missing becomes a number.
 
@@ -48,7 +48,7 @@ def read_scores(rollouts: Sequence[Rollout], top_k: int, vocab_size: int, answer
 
     Raises:
         InvalidRecordError: a log-prob is missing or not a log-prob; it names the rollout.
-        EngineError: the server read other tokens than were sent, or does not speak the extensions.
+        EngineError: the server read other tokens than were sent, or does not have the extensions.
     """
     owner = f"Rollout {rollouts[0].rollout_id!r}"
     choices = choices_of(owner, answer, len(rollouts))
@@ -115,7 +115,7 @@ def _prompt_logprobs(
 def _check_computed(owner: str, answer: Mapping[str, Any]) -> None:
     """Check that every position was computed: what a prefix cache gives depends on the order of requests (vllm-project/vllm#42019).
 
-    vLLM does not read the cache for such a request, and says so where it was started with `--enable-prompt-tokens-details`.
+    vLLM does not read the cache for such a request, and reports that where it was started with `--enable-prompt-tokens-details`.
     """
     usage = answer.get("usage")
     details = usage.get("prompt_tokens_details") if isinstance(usage, Mapping) else None
@@ -135,7 +135,7 @@ def read_rollout(rollout_id: str, generation: int, vocab_size: int, body: Mappin
 
     Raises:
         InvalidRecordError: an id is outside the vocabulary, or a log-prob is missing or none; it names the rollout.
-        EngineError: the server read another prompt, or stopped elsewhere than it was told to, or does not speak the extensions.
+        EngineError: the server read another prompt, or did not stop where it was asked to, or does not have the extensions.
     """
     owner, prompt, stops = f"Rollout {rollout_id!r}", body["prompt"], body["stop_token_ids"]
     (choice,) = choices_of(owner, answer, 1)
@@ -174,7 +174,7 @@ def _tops(owner: str, logprobs: Any, length: int) -> list[dict[str, Any]]:
 
 @final
 class VLLM:
-    """Servers that speak vLLM's extensions of the OpenAI completions."""
+    """Servers with vLLM's extensions of the OpenAI completions."""
 
     key_variable: ClassVar[str] = "VLLM_API_KEY"
     scores_ids: ClassVar[bool] = True

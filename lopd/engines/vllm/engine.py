@@ -82,7 +82,7 @@ class VLLMEngine:
         """Tokens of the longest prompt and response together.
 
         Raises:
-            ModelError: neither the settings nor the model's configuration say it.
+            ModelError: neither the settings nor the model's configuration state it.
         """
         if self.settings.max_model_len is not None:
             return self.settings.max_model_len
@@ -95,7 +95,7 @@ class VLLMEngine:
         """Return the `RequestOutput` of vLLM for each prompt of token ids; `params` are arguments of `vllm.SamplingParams`.
 
         An engine that fails is restarted, and the whole call repeated.  Where memory ran out it is given half as much at a
-        time; so it is where it died twice, since a dead process does not say of what.
+        time; so it is where it died twice, since a dead process does not report of what.
 
         Raises:
             EngineError: it went on failing, or refused a request.
@@ -261,7 +261,7 @@ def _ran_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _was_refused(error: BaseException) -> bool:
-    """Return whether vLLM would say no again; its own class for that is looked up by name, since not every version has it."""
+    """Return whether vLLM would refuse it again; its own class for that is looked up by name, since not every version has it."""
     return isinstance(error, ValueError | TypeError) or "VLLMClientError" in (kind.__name__ for kind in type(error).__mro__)
 
 

@@ -273,7 +273,7 @@ def _check_engine(owner: str, engine: VLLMEngine, top_k: int, *, scoring: bool) 
 def _folder_identity(engine: VLLMEngine) -> ModelId:
     for name in sorted(engine.settings.options.keys() & _CHANGING):
         raise ModelError(
-            f"Model {engine.folder}: vLLM's option {name!r} makes another model of it than its folder says; pass `identity=` with a revision of its "
+            f"Model {engine.folder}: vLLM's option {name!r} makes a model that its folder does not have; pass `identity=` with a revision of its "
             "own."
         )
     return folder_model_id(engine.folder, engine.settings.dtype)

@@ -9,7 +9,7 @@ from attrs import field, frozen
 from lopd.errors import InvalidRecordError
 from lopd.records.checks import check_at_least, check_number, own_numbers
 
-#: Arguments of `vllm.LLM` that lopd sets itself, and where to say them instead.
+#: Arguments of `vllm.LLM` that lopd sets itself, and where to set them instead.
 _OURS = {
     "model": "the folder",
     "tokenizer": "the folder",

@@ -16,7 +16,7 @@ class WorkerExtension:
     model_runner: Any
 
     def lopd_cut_head(self, vocab_size: int) -> int:
-        """Cut the logits to the tokenizer's vocabulary, as `lopd.engines.causal_lm.lm_head` does, and say in how many layers.
+        """Cut the logits to the tokenizer's vocabulary, as `lopd.engines.causal_lm.lm_head` does, and return in how many layers.
 
         The rows of a head beyond the tokenizer's ids are padding.  vLLM samples from them and counts their mass; with the cut, no such id is
         ever drawn and every log-prob is over the ids that exist.
@@ -30,7 +30,7 @@ class WorkerExtension:
         return len(layers)
 
     def lopd_read_asked(self) -> bool:
-        """Let prompt log-probs hold, last at each position, those of the ids that a request asks for; say whether this vLLM can be made to.
+        """Let prompt log-probs hold, last at each position, those of the ids that a request asks for; return whether this vLLM can be made to.
 
         vLLM's first model runner has nothing for that.  It reads the prompts of a step one after another, and takes from the log-probs over
         the vocabulary what it returns: here one prompt at a time is shown to it, so that it is known whose ids to take besides.

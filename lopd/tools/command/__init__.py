@@ -22,12 +22,12 @@ COMMANDS = {
     "run": ("running", "do a whole run that one file describes, or go on with it"),
     "sample": ("phases", "sample a model's responses to prompts into a store"),
     "score": ("phases", "have a teacher score the rollouts of a store"),
-    "info": ("stores", "say what is in a store, and who made it"),
+    "info": ("stores", "show what is in a store, and who made it"),
     "verify": ("stores", "check every checksum and hash, and read every row with every column"),
     "diff": ("stores", "compare two columns of one store, or one column of two stores"),
     "compact": ("stores", "merge many small appends into large ones"),
     "report": ("pages", "draw a run, or rollouts token by token, as a page for a browser"),
-    "plan": ("planning", "say what a run will cost, or what fits on a card"),
+    "plan": ("planning", "estimate what a run will cost, or what fits on a card"),
 }
 #: Arguments of the Python API that have another name here.
 _ELSEWHERE = {"first_contact_s": "--wait", "api_key": "--key-variable"}
@@ -91,7 +91,7 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _in_options(sentence: str, known: Sequence[str]) -> str:
-    """Return what the Python API says with its arguments as the options that they are here.
+    """Return a message of the Python API with its arguments as the options that they are here.
 
     >>> _in_options("pass `context=` that all servers have", ["--context"])
     'pass `--context` that all servers have'

@@ -1,4 +1,4 @@
-"""A model and what runs it, as a command line or a file says it."""
+"""A model and what runs it, as a command line or a file states it."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Model:
         served_as: the name under which servers have it; None is `model`.
         revision: which weights the servers have, a commit or a hash, where `model` is not the folder that they serve.
         speaks: what the servers are.
-        context: tokens of the longest prompt and response together, where vLLM shall have less than the model, or a server does not say.
+        context: tokens of the longest prompt and response together, where vLLM shall have less than the model, or a server does not report it.
         key_variable: the variable of the environment that holds the key of the servers.
         wait: seconds that servers which are being started may take to answer for the first time; None is as `Servers` has it.
 
@@ -67,7 +67,7 @@ class Model:
             raise InvalidRecordError(f"Model: wait is {self.wait}, expected more than 0; pass such a number.")
         if self.revision and not self.dtype:
             raise InvalidRecordError(
-                "Model: revision is given without dtype, expected both: they say which model is served; pass its dtype."
+                "Model: revision is given without dtype, expected both: they state which model is served; pass its dtype."
             )
         unread = {
             "served_as": self.served_as and not self.urls,
@@ -145,14 +145,14 @@ class Model:
         return Servers(tuple(self.urls), self.served_as or self.model, **how)
 
     def identity(self) -> "ModelId":
-        """Return which model it is: what is stated, or the hash of its folder.  Servers do not say it."""
+        """Return which model it is: what is stated, or the hash of its folder.  Servers do not report it."""
         from lopd.records.identity import ModelId
 
         if self.revision and self.dtype:
             return ModelId(self.model, self.revision, self.dtype)
         if self.urls and not Path(self.model).is_dir():
             raise InvalidRecordError(
-                f"Model {self.model!r}: revision is missing, expected a commit or a hash of the weights that are served, for servers do not say; "
+                f"Model {self.model!r}: revision is missing, expected a commit or a hash of the served weights, which servers do not report; "
                 "pass it with dtype, or the folder that is served as the model."
             )
         from lopd.engines.identity import folder_model_id

@@ -88,7 +88,7 @@ def _add_card(parser: ArgumentParser) -> None:
     )
     card.add_argument("--card", type=float, metavar="GB", help="memory of a card, 10^9 bytes")
     card.add_argument("--student", metavar="DIR", help="folder with its configuration, or hub name")
-    card.add_argument("--teacher", metavar="DIR", help="likewise; leave it out if something else scores")
+    card.add_argument("--teacher", metavar="DIR", help="folder of the teacher; leave it out if something else scores")
     card.add_argument("--rows", type=int, metavar="N", help="responses that are sampled side by side (64)")
     card.add_argument("--lora-rank", type=int, metavar="N", help="of adapters; 0 trains all weights (0)")
     for name, what in (("dtype", "of the student's weights (float32)"), ("autocast", "what layers compute in (bfloat16)")):
@@ -158,7 +158,7 @@ def _plan(options: Namespace) -> int:
 
 
 def _works(like: Work, options: Namespace) -> list[Work]:
-    """Return `like` with what the options say, once for each size."""
+    """Return `like` with the options put in, once for each size."""
     names = {f.name for f in fields(Work)} - {"prompts", "columns"}
     work = evolve(like, **{name: value for name in names if (value := getattr(options, name, None)) is not None})
     columns = [*work.columns, *[0] * (options.columns or 0)][: len(work.columns) if options.columns is None else max(options.columns, 0)]

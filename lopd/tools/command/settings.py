@@ -1,4 +1,4 @@
-"""What the file of `lopd run` may say: each key is a field here, and `example.yaml` says what each is."""
+"""What the file of `lopd run` may hold: each key is a field here, and `example.yaml` explains each."""
 
 import re
 from collections.abc import Mapping

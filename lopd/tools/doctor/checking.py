@@ -22,7 +22,7 @@ def check_store(store: DurableStore, *, rows_per_read: int = 64, progress: Progr
         progress: see `lopd.tools.console.RichProgress`.
 
     Raises:
-        StoreReadError: the storage refused a read; that says nothing about the store.
+        StoreReadError: the storage refused a read, which does not mean that the store is damaged.
     """
     seen: set[str] = set()
     for problem in _problems(store, rows_per_read, progress):

@@ -106,7 +106,7 @@ def store_tables(store: LogprobStore, description: Description, incoming: Iterat
 
     Raises:
         ManifestMismatchError: the store belongs to another policy, tokenizer or sampling.
-        CorruptStoreError: a row does not match its checksum or its hash, rows are missing, or a table is not as the description says.
+        CorruptStoreError: a row does not match its checksum or its hash, rows are missing, or a table does not match the description.
         ConflictError: other content is under an id, or another model under a column, of the store.
     """
     difference = store.manifest.difference(description.manifest)

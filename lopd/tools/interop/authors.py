@@ -1,7 +1,7 @@
 """The parquet rows that the code of the Lightning OPD paper reads, as rollouts and one column of scores.
 
 A row is `prompt` (the chat template already applied, as text) and `metadata` with `response_tokens`, `loss_mask` and `teacher_log_probs`.
-Much that a store says about itself is not in such a file; `AuthorsReport.not_vouched_for` lists it.
+Much that a store states about itself is not in such a file; `AuthorsReport.not_vouched_for` lists it.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ _ARRAYS = ("response_tokens", "loss_mask", "teacher_log_probs")
 _NOT_VOUCHED_FOR = (
     "token ids: the response was decoded to text and encoded again, so its ids may not be those that were sampled",
     "EOS: it was dropped with the other special tokens, so no token here teaches the student to stop",
-    "prompt: it was tokenised here, from text and without adding special tokens; whoever scored it may have done otherwise",
+    "prompt: it was tokenised here, from text and without adding special tokens; the scorer may have done otherwise",
     "teacher: its model, revision, dtype, engine and tokenizer are what the caller said",
     "sampling: the policy, its temperature, top-p and cap on tokens are what the caller said in the manifest",
     "behavior log-probs: none were kept, so the importance ratio to what sampled cannot be known",
@@ -43,7 +43,7 @@ class AuthorsReport:
         masked_tokens: response tokens that do not count.
         finish_reasons: how many of each.
         refused: one sentence for each row that was left out.
-        not_vouched_for: what such rows do not say, or lost; one sentence each.
+        not_vouched_for: what such rows do not state, or lost; one sentence each.
     """
 
     rollouts: int
@@ -69,12 +69,12 @@ def import_authors_parquet(
     """Append the rows of a file of the paper's release, and the teacher's scores in it; run it again to resume.
 
     Prompts are tokenised once, from their text, without adding special tokens.  A rollout is named after the tokens of its prompt; equal
-    prompts are numbered in the order of the file.  The i-th log-prob belongs to the i-th response token, whatever the mask says: the
+    prompts are numbered in the order of the file.  The i-th log-prob belongs to the i-th response token, whatever the mask is: the
     original code takes as many from the end as the mask has ones, so a zero in the mask shifted all of them.
 
     Args:
         path: local, or any URL that fsspec opens.
-        store: created with a manifest that says what the file does not: who sampled and how, and who wrote the policy's SFT data.
+        store: created with a manifest that states what the file does not: who sampled and how, and who wrote the policy's SFT data.
         tokenizer: a transformers tokenizer, that of the manifest and of the teacher.
         teacher: who computed `teacher_log_probs`, and how.
         column: where these go.
@@ -84,7 +84,7 @@ def import_authors_parquet(
         storage_options: options of fsspec.
 
     Returns:
-        Counts, and what the file cannot vouch for; show it to whoever trains on the store.
+        Counts, and what the file cannot prove; show it to those who train on the store.
 
     Raises:
         TokenizerMismatchError: tokenizer, manifest and teacher do not share one vocabulary; nothing is imported.

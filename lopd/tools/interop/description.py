@@ -102,7 +102,7 @@ class Description:
         if isinstance(document, dict):
             if "checksum" in document:
                 raise CorruptStoreError(f"{owner} does not match its checksum; restore it from a backup.")
-            # says of which version it is before anything is said of its fields
+            # states its version before anything is checked about its fields
             Manifest.from_json(document.get("manifest"), owner)
         # Damage may have changed the key of the checksum. It is not a field then.
         made = read_as(cls, document, owner)

@@ -45,7 +45,7 @@ def export_parquet(
     Raises:
         StoreExistsError: a file is there.
         StoreWriteError: the write failed; what was written of the file is removed.
-        StoreReadError: the storage does not say whether a file is there.
+        StoreReadError: the storage does not report whether a file is there.
         StorePathError: fsspec knows no such kind of URL.
         InvalidRecordError: a rollout id is not text that parquet can hold, or `rows_per_group` is less than 1.
         MissingDependencyError: pyarrow or fsspec is not installed.
@@ -149,7 +149,7 @@ class _Place:
     Args:
         system, name: file system and path of fsspec.
         url: as the user wrote it.
-        secret: whether options say how to reach it.
+        secret: whether options hold how to reach it.
     """
 
     system: Any

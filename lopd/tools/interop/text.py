@@ -1,4 +1,4 @@
-"""Text for SFT, from whoever wrote it, into a store."""
+"""Text for SFT, by any writer, into a store."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,10 +42,10 @@ def import_text(
     A text is a pair (prompt, response), a list of messages that ends with the assistant's, or a record, such as a row of a Hugging Face dataset,
     whole or streamed.  A record has `record[field]` and `record[response]`, or messages under `field` or "messages".  Prompts are what
     `make_prompts` makes of them, with "id", "tools" and "chat_template_kwargs"; of several answers the last is trained, and the others are read.
-    A "finish_reason" of "length" says that a response was cut: it gets no end token.
+    A "finish_reason" of "length" means that a response was cut: it gets no end token.
 
     The chat template is applied to the prompt, once.  The response follows as text, where a policy would begin to sample, and gets the token with
-    which the template ends an answer, or else EOS, unless it has it.  A `PromptWarning` says where the template itself would write the response
+    which the template ends an answer, or else EOS, unless it has it.  A `PromptWarning` states where the template itself would write the response
     otherwise, and all that `make_prompts` doubts.
 
     The same call again adds nothing to a store that has the texts; nothing is committed unless all of them are right.
@@ -53,7 +53,7 @@ def import_text(
     Args:
         texts: a file with one record per line (`.jsonl`) or row (`.parquet`), local or a URL that fsspec opens; or texts in memory.
         tokenizer: the student's tokenizer.
-        teacher: who wrote the responses, as in `Lineage.of`: a folder, a hub name, or a `ModelId`.  None says that it is not known, or that no
+        teacher: who wrote the responses, as in `Lineage.of`: a folder, a hub name, or a `ModelId`.  None means that it is not known, or that no
             model did; the student then has no SFT teacher, and `batches` asks for one before OPD.
         store: makes the store, for example `lambda manifest: ZarrStore.open_or_create("text.zarr", manifest)`.  Its `sampling` has the
             defaults: how the text was drawn is not known.

@@ -32,7 +32,7 @@ def import_trajectories(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     date: Date | None = None,
 ) -> LogprobStore:
-    """Import multi-turn and tool-using conversations into a store, as rollouts of the policy: what it drew counts, what others said does not.
+    """Import multi-turn and tool-using conversations into a store, as rollouts of the policy: what it drew counts, what others wrote does not.
 
     A record has token ids as an agent framework recorded them, or messages; `docs/howto/trajectories.md` has the keys of verl, verifiers,
     prime-rl and agent-lightning.  Recorded ids stay as they are, and are compared with the text beside them.  Messages are rendered turn by turn:
@@ -49,10 +49,10 @@ def import_trajectories(
         tokenizer: the policy's tokenizer.
         policy: who drew: a folder or a hub name, whose weights are read for their identity, or a `ModelId`.
         sampling: how it drew; a cut to the top k or by a least probability has no place there, and such log-probs are of another distribution.
-        lineage: what the policy was trained on; None is what its folder says, and nothing for a `ModelId`.
+        lineage: what the policy was trained on; None is the lineage in its folder, and nothing for a `ModelId`.
         store: makes the store, for example `lambda manifest: ZarrStore.open_or_create("run.zarr", manifest)`.
         turns: "together" for one rollout of all turns; "each" for a rollout each, whose prompt is all before it; or the numbers of some (from 0,
-            or from the end as -1), each a rollout likewise (prefix replay).
+            or from the end as -1), each a rollout too (prefix replay).
         logprobs: what recorded log-probs are of, where temperature or top-p is not 1: "sampler" for the distribution that drew, "behavior" for
             the policy's own.
         tools: for records of messages without tools.
@@ -81,7 +81,7 @@ def import_trajectories(
 
 
 def _trained(policy: str | Path | ModelId, lineage: Lineage | None) -> Lineage:
-    """Return what the policy was trained on, as it was passed or as its folder says."""
+    """Return what the policy was trained on, as it was passed or as its folder records."""
     if lineage is not None:
         check_kind("Trajectories: lineage", lineage, Lineage, "pass `Lineage(sft_teacher=...)`, or leave it out")
         return lineage

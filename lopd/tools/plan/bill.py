@@ -1,7 +1,7 @@
 """The arithmetic: tokens over rates, phase by phase.
 
-Rates are those of one GPU and are best measured: the progress lines of a short run say them, and so does a store's history.  Sampling and scoring
-are taken to spread over GPUs without loss, for no rollout waits for another (`benchmarks/results/scale.json` says how nearly on one machine).
+Rates are those of one GPU and are best measured: the progress lines of a short run show them, and so does a store's history.  Sampling and scoring
+are taken to spread over GPUs without loss, for no rollout waits for another (`benchmarks/results/scale.json` has how nearly on one machine).
 Training spreads as far as a step has micro-batches.
 """
 

@@ -67,7 +67,7 @@ def fits(student: Any, use: Use | None = None, *, card_gb: float, teacher: Any =
 
     Args:
         student: a transformers configuration.
-        use: how it is used; the teacher likewise, in the dtype that the student's layers compute in.
+        use: how it is used; the teacher is too, in the dtype that the student's layers compute in.
         card_gb: memory of the card, 10^9 bytes, of which 0.85 count.
         teacher: a transformers configuration; None leaves scoring out.
 
@@ -75,7 +75,7 @@ def fits(student: Any, use: Use | None = None, *, card_gb: float, teacher: Any =
         InvalidRecordError: `card_gb` is not finite and more than 0.
         ArgumentError: a model is not a configuration.
         ContextOverflowError: rollouts are longer than the context of a model.
-        ModelError: a model cannot be run, or its code depends on numbers, so that its sizes alone do not say what it does.
+        ModelError: a model cannot be run, or its code depends on numbers, so that its sizes alone do not show what it does.
         MissingDependencyError: transformers is not installed, or peft where there are adapters.
     """
     use, card_gb = use or Use(), to_real("Fit", "card_gb", card_gb)

@@ -88,7 +88,7 @@ def count(config: Any, make: Callable[[Any], Any], rows: int, prepare: Callable[
 
     Raises:
         ArgumentError: it is not a configuration.
-        ModelError: the model cannot be run, or its code depends on numbers, so that its sizes alone do not say what it does.
+        ModelError: the model cannot be run, or its code depends on numbers, so that its sizes alone do not show what it does.
     """
     _maker(config)
     try:

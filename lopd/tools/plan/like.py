@@ -57,12 +57,12 @@ def _segments(history: Sequence[Commit]) -> int:
 
 
 def measured_rates(store: DurableStore) -> dict[str, float]:
-    """Return tokens a second as `GpuRates` counts them, of what filled a store: "sampling" and "scoring", where the history tells them.
+    """Return tokens a second as `GpuRates` counts them, of what filled a store: "sampling" and "scoring", where the history has them.
 
     Each is the median over commits, so that nights between runs do not count.
     """
     prompts, responses = store.lengths().sum(axis=0).tolist()
-    # what a policy said while it sampled is written between its rollouts, and labels are not a model's
+    # the policy's log-probs of other tokens are written between its rollouts, and labels are not a model's
     kept = {policy_column(generation) for generation in store.generations} | {n for n, made in store.columns.items() if made.label}
     history, rates = [commit for commit in store.history() if commit.column not in kept], dict[str, float]()
     # the history counts all tokens of rollouts, and only the response tokens of scores

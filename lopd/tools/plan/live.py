@@ -1,4 +1,4 @@
-"""Bytes that are alive after each operation.  On tensors that have sizes and no numbers, a model's own code says what it needs within seconds.
+"""Bytes that are alive after each operation.  On tensors that have sizes and no numbers, a model's own code shows what it needs within seconds.
 
 Shape suffixes: T operations, P parts.
 """

@@ -102,7 +102,7 @@ def training(config: Any, use: Use, room_gb: float | None = None) -> Need:
 
     Raises:
         ContextOverflowError: rollouts are longer than the model's context.
-        ModelError: the model cannot be run, or its code depends on numbers, so that its sizes alone do not say what it does.
+        ModelError: the model cannot be run, or its code depends on numbers, so that its sizes alone do not show what it does.
     """
     chunks: list[Chunk] = []
 

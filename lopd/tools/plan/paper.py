@@ -1,7 +1,7 @@
 """Rates that the paper's GPU-hours imply: a first guess where nothing was measured.
 
 Source: Lightning OPD, arXiv 2604.13010v2, table 2 (GPU-hours on H100) with the settings of its section 4: 17,400 prompts, 150 steps of 256
-rollouts, responses of at most 4,096 tokens.  It does not say how long responses were; here they are three quarters of that, and as the same length
+rollouts, responses of at most 4,096 tokens.  It does not state how long responses were; here they are three quarters of that, and as the same length
 turns hours into rates and rates into hours, the hours do not depend on it.
 """
 

@@ -23,7 +23,7 @@ class Phase:
         seconds: wall time; None if it was not measured.
         read_tokens: tokens that models read in it, prompts included; 0 if it has none, or they were not counted.
         result: what it measured, in words.
-        response_tokens: likewise, those of responses.
+        response_tokens: tokens of responses in it; 0 if it has none, or they were not counted.
 
     Raises:
         InvalidRecordError: a number makes no sense.

@@ -63,7 +63,7 @@ def write_run_report(
     versions: Mapping[str, str] | None = None,
     title: str = "Run report",
 ) -> None:
-    """Write a page about one run; what is not known (no steps, no scores, no log-probs of the policy) is said to be so.
+    """Write a page about one run; what is not known (no steps, no scores, no log-probs of the policy) is stated.
 
     Memory is that of three rollouts and of one number for each token of the sample.
 
@@ -187,7 +187,7 @@ def _start_facts(start: StartReport | str) -> list[Fact]:
 
 
 def _known_phases(store: LogprobReader, steps: Sequence[StepMetrics]) -> list[Phase]:
-    """Return the phases that store and history tell of; a store does not tell how long they took."""
+    """Return the phases that store and history record; a store does not record how long they took."""
     lengths, phases = store.lengths(), list[Phase]()
     # what labels and privileged scorers read is not the rollouts
     scored = [name for name, made in store.columns.items() if not made.label and not made.privileged]
@@ -253,7 +253,7 @@ def _origins(store: LogprobReader, lineage: Lineage | None, versions: Mapping[st
 
 
 def duration(seconds: float) -> str:
-    """Return it in the two largest units that say something.
+    """Return it in the two largest units that are not 0.
 
     >>> duration(0.25), duration(75), duration(7300)
     ('0.2 s', '1 min 15 s', '2 h 1 min')

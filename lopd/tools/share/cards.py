@@ -31,7 +31,7 @@ _FOLDERS = re.compile(
     r"(?<![\w.:/])(?:file:/+|[A-Za-z]:[/\\]+|~[^\s/\\@:]*[/\\]|\.{1,2}[/\\]|[/\\]+(?=[^\s/\\@:]+[/\\]))"
     r"(?:[^\s/\\@:,;][^/\\@:,;]*[/\\]+)*(?=[^\s/\\])"
 )
-#: What a card says of its rollouts, by what the lineage records of them.
+#: What a card states of its rollouts, by what the lineage records of them.
 _ON = {
     True: "Its lineage records these rollouts.\n",
     None: "Its lineage does not record on which rollouts it was trained; these are of the same teachers.\n",
@@ -257,7 +257,7 @@ def _table(head: Sequence[str], rows: _Cells) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return text as a cell has it: whatever a store or a folder says in it stays text, and of a path its name is left."""
+    """Return text as a cell has it: whatever a store or a folder puts in it stays text, and of a path its name is left."""
     named = _FOLDERS.sub("", " ".join(printable(text).split()))
     return named.replace("|", "\\|").replace("<", "&lt;")
 

@@ -1,4 +1,4 @@
-"""What is asked of a model hub, by `huggingface_hub`: one commit of the files that are named, or one sentence that says why not.
+"""What is asked of a model hub, by `huggingface_hub`: one commit of the files that are named, or one sentence that states why not.
 
 The token is the one that `hf auth login` or HF_TOKEN gave to `huggingface_hub`.  It is never an argument, and no message repeats it.
 """

@@ -145,7 +145,7 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def _check_names(folder: Path, name: str) -> None:
-    """Refuse a file that leads to a path of this machine: it tells others of it, and leads nowhere for them."""
+    """Refuse a file that leads to a path of this machine: it shows the path to others, and leads nowhere for them."""
     for key, text in _texts("", _written(folder / name)):
         # texts that begin with a slash may be anything, also tokens
         place = os.path.expanduser(text.removeprefix("file://"))  # noqa: PTH111
@@ -158,7 +158,7 @@ def _check_names(folder: Path, name: str) -> None:
 
 
 def _written(path: Path) -> Any:
-    """Return what a file of an export says in text: its JSON, or the metadata of weights."""
+    """Return the text in a file of an export: its JSON, or the metadata of weights."""
     if path.suffix == ".safetensors":
         with safe_open(path, "np") as file:
             return file.metadata()
