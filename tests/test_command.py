@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lopd.errors import EngineError
 from lopd.tools.command import COMMANDS, main, process
 
 ROOT = Path(__file__).parents[1]
@@ -71,6 +72,45 @@ def test_a_reader_that_has_seen_enough_ends_it_without_a_word():
     command = f"{sys.executable} -m lopd run --example | head -c 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], check=False, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("scroe a", "lopd: error: there is no command scroe (is it score?); `lopd --help` shows all"),
+        ("warp", "lopd: error: there is no command warp; `lopd --help` shows all"),
+        ("--verison", "lopd: error: unknown arguments: --verison (is it --version?)"),
+        ("verify a --jsno", "lopd verify: error: unknown arguments: --jsno (is it --json?)"),
+        # and not that --prompts is missing
+        ("sample s --promts f --student a", "lopd sample: error: unknown arguments: --promts (is it --prompts?)"),
+        ("score s --teacher a --api-key=sesame", "lopd score: error: unknown arguments: --api-key"),
+        ("verify a b", "lopd: error: unknown arguments: too many"),
+    ],
+)
+def test_a_typing_error_is_answered_with_what_may_be_meant(words, says, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(words.split())
+    assert leaving.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == says
+
+
+@pytest.mark.parametrize(
+    ("sentence", "shown"),
+    [
+        ("pass `context=` that all servers have", "pass `--context` that all servers have"),
+        ("pass `retry_quarantined=True` to try them again", "pass `--retry-quarantined` to try them again"),
+        ("or wait for longer (`first_contact_s`)", "or wait for longer (`--wait`)"),
+        ("pass `api_key=` or set VLLM_API_KEY", "pass `--key-variable` or set VLLM_API_KEY"),
+        ("pass `identity=model_id(model)` or `recheck=0`", "pass `identity=model_id(model)` or `recheck=0`"),
+    ],
+)
+def test_an_error_names_the_options_of_the_command(sentence, shown, monkeypatch, capsys):
+    def fail(*_arguments):
+        raise EngineError(sentence)
+
+    monkeypatch.setattr("lopd.backends.opening.open_store", fail)
+    assert main(["score", "a", "--teacher", "b"]) == 2
+    assert capsys.readouterr().err == f"{shown}\n"
 
 
 def test_ctrl_c_is_one_sentence(monkeypatch, capsys, tmp_path):

@@ -163,13 +163,13 @@ def judge_sampling(store: LogprobReader, rows: NDArray[np.int64], *, ratio: bool
         remedy = "sample with an engine that records them (a server: `--logprobs-mode processed_logprobs`)"
     if lacking:
         warn_user(
-            f"{named(store)}: {lacking} of {len(rows)} rollouts {what}, and they were drawn at {_bias(sampling)}; {remedy}, or sample at "
+            f"{named(store)}: {lacking} of {len(rows)} rollouts {what}, and they were drawn at {bias_of(sampling)}; {remedy}, or sample at "
             "temperature 1 and top_p 1.",
             SamplerWarning,
         )
 
 
-def _bias(sampling: SamplingParams) -> str:
+def bias_of(sampling: SamplingParams) -> str:
     """Return how tokens were drawn, and what that does to the gradient of a loss which takes them for draws at temperature 1."""
     often = "often" if sampling.temperature < 1 else "rarely"
     heated = f"likely tokens came too {often}" if sampling.temperature != 1 else "the tokens that were left came too often"

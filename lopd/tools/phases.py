@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import math
 import resource
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from time import monotonic, perf_counter
+from typing import Any, cast
 
 import fsspec
 from attrs import asdict, evolve, frozen
@@ -14,22 +17,28 @@ from rich.console import Console
 from torch.optim import Optimizer
 
 from lopd.engines.student import CausalLMStudent
-from lopd.errors import ConflictError
+from lopd.errors import ConflictError, LopdWarning, TrainingWarning
 from lopd.guards.watch import watch_drift
 from lopd.protocols import LogprobReader, OPDLoss
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
 from lopd.records.ranks import Ranks
 from lopd.records.steps import Step, StepMetrics
+from lopd.records.warn import warn_user
 from lopd.tools.console import table
 from lopd.tools.report import RunHistory, write_run_report
 from lopd.verbs.checkpoint import load_checkpoint, save_checkpoint
 from lopd.verbs.loader import StepStream
+from lopd.verbs.showing import UNWATCHED_S
 from lopd.verbs.train import opd_steps
 
 console = Console()
 _HIDDEN = ("name", "peak_rss_gib")
 _BETWEEN_CHECKPOINTS = 5
+#: Lines that a training prints, where a step takes less than a minute.
+_LINES = 20
+#: A norm of a step's gradient that is rounding.
+_STILL = 1e-5
 
 
 def counted(history: Sequence[StepMetrics]) -> dict[str, int]:
@@ -74,8 +83,10 @@ class Run:
                 "held_out_reverse_kl": None,
                 "ci95": None,
                 "attempts": attempts,
-                **work(),
             }
+            with noting() as said:
+                row |= work()
+            row["warnings"] = said
             row["wall_s"] = round(perf_counter() - started, 2)
             row["peak_rss_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
             write_json(path, row)
@@ -132,6 +143,23 @@ class Run:
             )
 
 
+@contextmanager
+def noting() -> Iterator[list[str]]:
+    """Give a list of lopd's warnings while this goes on; they are shown as they come, too."""
+    said, show = list[str](), warnings.showwarning
+
+    def note(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, LopdWarning):
+            said.append(f"{category.__name__}: {message}")
+        show(message, category, *where)
+
+    warnings.showwarning = cast("Any", note)
+    try:
+        yield said
+    finally:
+        warnings.showwarning = show
+
+
 def wall_time(row: Mapping[str, Any]) -> str:
     """Return the seconds of a phase; those of the last of several attempts are marked as what they are."""
     seconds = f"{row['wall_s']:,.0f}"
@@ -184,6 +212,14 @@ def train_phase(
         return trained if steps.columns.ref is None else watch_drift(trained)
 
     history = resumably(checkpoints, student, optimizer, steps, begin, total=steps.stop or 0)
+    still = [metrics.step for metrics in history if metrics.grad_norm < _STILL]
+    if still:
+        warn_user(
+            f"Training: the gradient was 0 in {len(still)} of {len(history)} steps, the first of them step {still[0]}, so these taught the student "
+            "nothing; look at the metrics before: a rate that is too high makes probabilities 0 and 1, and a student that is its teacher has nothing "
+            "to learn.",
+            TrainingWarning,
+        )
     return {**counted(history), "history": [asdict(m) for m in history]}
 
 
@@ -210,11 +246,13 @@ def write_page(folder: Path, store: LogprobReader, title: str) -> None:
 
 
 def _follow(steps: Iterable[StepMetrics], total: int) -> Iterator[StepMetrics]:
-    """Yield the same metrics, with a line for each printed, by one of the ranks if there are several."""
-    quiet = Ranks.current().rank > 0
+    """Yield the same metrics, with some twenty lines of them printed, or one a minute, by one of the ranks if there are several."""
+    quiet, between, last = Ranks.current().rank > 0, max(total // _LINES, 1), -math.inf
     for metrics in steps:
-        if not quiet:
-            console.print(f"{metrics}  ({metrics.step + 1} of {total})", soft_wrap=True)
+        done = metrics.step + 1
+        if not quiet and (done % between == 0 or done in (1, total) or monotonic() - last >= UNWATCHED_S):
+            last = monotonic()
+            console.print(f"{metrics}  ({done} of {total})", soft_wrap=True)
         yield metrics
 
 

@@ -4,11 +4,13 @@
 """
 
 import os
+import re
 import sys
 import traceback
 import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 
@@ -27,6 +29,8 @@ COMMANDS = {
     "report": ("pages", "draw a run, or rollouts token by token, as a page for a browser"),
     "plan": ("planning", "estimate what a run will cost, or what fits on a card"),
 }
+#: Arguments of the Python API that have another name here.
+_ELSEWHERE = {"first_contact_s": "--wait", "api_key": "--key-variable"}
 _CODES = """\
 examples:
   lopd run --example > run.yaml     a file to begin with
@@ -61,23 +65,45 @@ def main(words: Sequence[str]) -> int:
     Args:
         words: those of the command line.
     """
-    parser = _parser(words[:1])
+    parser, command = _parser(words[:1])
+    known = ["--help", *re.findall(r"--[a-z][a-z-]*", command.format_usage())]
+    # one that is unknown may be followed by a secret; what is missing besides may be what it stands for
+    given = [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
+    if misspelt := [_nearest(word, known) for word in given if word not in known]:
+        command.error(f"unknown arguments: {', '.join(misspelt)}")
     options, unknown = parser.parse_known_args(words)
     if unknown:
-        # a misspelt option may be followed by a secret
         parser.error(f"unknown arguments: {' '.join(word.split('=')[0] for word in unknown if word.startswith('-')) or 'too many'}")
     try:
         return int(options.run(options))
     except LopdError as error:
-        say(str(error), aside=True)
+        say(_in_options(str(error), known), aside=True)
         return UNUSABLE
     except KeyboardInterrupt:
         say("Stopped; what is committed stays, and the same command goes on from there.", aside=True)
         return 130
 
 
-def _parser(wanted: Sequence[str]) -> ArgumentParser:
-    """Return the whole command line, with the options of the word that is wanted."""
+def _nearest(word: str, known: Sequence[str]) -> str:
+    """Return a word that is not known, with the one that may be meant."""
+    near = get_close_matches(word, known, 1, cutoff=0.7)
+    return f"{word}{f' (is it {near[0]}?)' if near else ''}"
+
+
+def _in_options(sentence: str, known: Sequence[str]) -> str:
+    """Return a message of the Python API with its arguments as the options that they are here.
+
+    >>> _in_options("pass `context=` that all servers have", ["--context"])
+    'pass `--context` that all servers have'
+    """
+    named = {option[2:].replace("-", "_"): option for option in known} | {old: new for old, new in _ELSEWHERE.items() if new in known}
+    return re.sub(r"`(\w+)(?:=True|=)?`", lambda found: f"`{named.get(found[1]) or found[0][1:-1]}`", sentence)
+
+
+def _parser(wanted: Sequence[str]) -> tuple[ArgumentParser, ArgumentParser]:
+    """Return the whole command line, with the options of the word that is wanted, and that of this word."""
+    if wanted and not wanted[0].startswith("-") and wanted[0] not in COMMANDS:
+        ArgumentParser(prog="lopd").error(f"there is no command {_nearest(wanted[0], [*COMMANDS])}; `lopd --help` shows all")
     parser = ArgumentParser(
         prog="lopd",
         description="Offline on-policy distillation: sample once, score once, train with no teacher in memory.",
@@ -86,7 +112,7 @@ def _parser(wanted: Sequence[str]) -> ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"lopd {version('lopd')}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands, found = parser.add_subparsers(required=True, metavar="COMMAND"), parser
     for name, (module, summary) in COMMANDS.items():
         # abbreviations would let `--storage` through with a value that the message about another mistake repeats
         command = commands.add_parser(
@@ -98,4 +124,5 @@ def _parser(wanted: Sequence[str]) -> ArgumentParser:
         )
         if name in wanted:
             getattr(import_module(f"lopd.tools.command.{module}"), f"add_{name}")(command)
-    return parser
+            found = command
+    return parser, found

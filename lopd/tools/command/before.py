@@ -6,13 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attrs import asdict
+
 import lopd
 from lopd.engines.finding import local_folder
 from lopd.engines.supports import provenance_of
-from lopd.errors import InvalidRecordError
+from lopd.errors import InvalidRecordError, SamplerWarning
 from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
+from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
 from lopd.records.paths import asked, without_secrets
+from lopd.records.warn import warn_user
 from lopd.tools.command.settings import Prompts, RunSettings
 from lopd.tools.phases import Run, digest
 
@@ -47,6 +51,9 @@ def prepare(s: RunSettings) -> list[Prompt]:
     ours = fingerprint_tokenizer(tokenizer)
     check_vocabulary(f"Teacher {s.teacher.model!r}", fingerprint_tokenizer(s.teacher.tokenizer()), "the student's", ours)
     _check_writer(s, ours)
+    sampling = SamplingParams(**asdict(s.sampling))
+    if not sampling.neutral and s.loss.kind == "opd" and not s.loss.ratio:
+        warn_user(f"Run: loss.ratio is false, and sampling has {bias_of(sampling)}; set it to true.", SamplerWarning)
     prompts = _prompts(s.prompts, tokenizer)
     if s.evaluation and len(prompts) <= s.evaluation.held_out:
         raise InvalidRecordError(f"Prompts: there are {len(prompts)}, expected more than evaluation.held_out; hold out fewer.")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from attrs import fields, frozen
 
 from lopd.errors import InvalidRecordError
-from lopd.records.checks import check_number
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +63,8 @@ class Model:
             raise InvalidRecordError(
                 f"Model: engine is {_shown(self.engine)!r:.80}, expected 'hf', 'vllm' or the URLs of servers; pass one of them."
             )
-        check_number("Model", "wait", self.wait, self.wait is None or self.wait > 0, "more than 0")
+        if self.wait is not None and self.wait <= 0:
+            raise InvalidRecordError(f"Model: wait is {self.wait}, expected more than 0; pass such a number.")
         if self.revision and not self.dtype:
             raise InvalidRecordError(
                 "Model: revision is given without dtype, expected both: they state which model is served; pass its dtype."

@@ -13,6 +13,7 @@ from attrs import asdict, evolve, frozen
 
 import lopd
 from lopd.engines.hf import HFScorer, HFSource, exact_reverse_kl, load_model
+from lopd.errors import printable
 from lopd.guards.start import measure_start
 from lopd.losses import divergences
 from lopd.protocols import OPDLoss
@@ -23,7 +24,7 @@ from lopd.tools.command.before import prepare, read_verifier
 from lopd.tools.command.models import Model, running
 from lopd.tools.command.settings import Evaluation, RunSettings, Training
 from lopd.tools.console import RichProgress, table
-from lopd.tools.phases import Run, console, counted_in, train_phase, write_json, write_page
+from lopd.tools.phases import Run, console, counted_in, noting, train_phase, write_json, write_page
 from lopd.verbs import StepStream
 
 _BEFORE, _AFTER = "evaluation before OPD", "evaluation after OPD"
@@ -38,8 +39,16 @@ def run_all(s: RunSettings) -> dict[str, Any]:
         LopdError: it cannot be done; see `prepare`, which finds what can be found before anything is paid for.
     """
     transformers.utils.logging.disable_progress_bar()
-    prompts = prepare(s)
-    return summary(s, {seed: _Seeded.of(s, seed, prompts).finish() for seed in s.seeds})
+    with noting() as said:
+        prompts = prepare(s)
+    runs = {seed: _Seeded.of(s, seed, prompts).finish() for seed in s.seeds}
+    said += [
+        f"seed {seed}, {phase['name']}: {text}" for seed, phases in runs.items() for phase in phases for text in phase.get("warnings", ())
+    ]
+    found = summary(s, runs)
+    for text in said:
+        console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
+    return {**found, "warnings": said}
 
 
 def summary(s: RunSettings, runs: dict[int, list[_Phase]]) -> dict[str, Any]:

@@ -1,0 +1,101 @@
+"""`lopd run` called again with something changed, and what it says of a training."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from test_command_run import example, here, models, written  # noqa: F401
+
+from lopd.errors import SamplerWarning
+from lopd.tools import phases
+from lopd.tools.command import main
+from lopd.tools.command.before import fixed_by
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lopd.errors.DriftWarning"),
+    pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("opd.lr", "opd.json"),
+        ("loss.clip", "opd.json"),
+        ("loss.top_k", "scores.json"),
+        ("sft.steps", "sft.json"),
+        # the section itself: with it or without it, another student samples
+        ("sft", "*.json"),
+        ("evaluation.verifier, the content of checks.py", "evaluation-before-opd.json"),
+        ("evaluation.held_out", "*.json"),
+        ("teacher.model, the content of models/teacher", "*.json"),
+        ("sampling.top_p", "*.json"),
+        ("prompts", "*.attempts"),
+        ("prompts.file, the content of prompts.jsonl", "*.attempts"),
+    ],
+)
+def test_what_fixes_a_setting(name, file):
+    assert fixed_by(name) == file
+
+
+def weights(out):
+    return (out / "seed-0/opd/model.safetensors").read_bytes()
+
+
+def test_a_setting_may_change_until_a_phase_has_used_it(here, tmp_path, capsys, monkeypatch):
+    def stopped(steps):
+        for metrics in steps:
+            yield metrics
+            if metrics.step == 5:
+                raise KeyboardInterrupt
+
+    def run(name, lr):
+        small = {"sampling": {"max_new_tokens": 4}, "sft": None, "opd": {"steps": 7, "lr": lr}, "evaluation": {"held_out": 2}}
+        return main(["run", written(here, example(**small, out=str(tmp_path / name)))])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lopd.tools.phases.watch_drift", stopped)
+        assert run("changed", 1e-3) == 130
+    assert list((tmp_path / "changed/seed-0/checkpoints").glob("opd-*/step-*"))
+    # a checkpoint of the other rate is there, and nothing is trained from it
+    assert run("changed", 2e-3) == run("fresh", 2e-3) == 0
+    assert weights(tmp_path / "changed") == weights(tmp_path / "fresh")
+    capsys.readouterr()
+    assert run("changed", 1e-3) == 2
+    done = tmp_path / "changed/seed-0/phases/opd.json"
+    assert f"opd.lr is 0.001 now, and was 0.002 when {done} was written; " in (said := capsys.readouterr().err)
+    assert f"or remove {done} to do that phase and those after it again" in said
+    done.unlink()
+    assert run("changed", 1e-3) == 0
+    assert "attempts" in capsys.readouterr().out
+    assert weights(tmp_path / "changed") != weights(tmp_path / "fresh")
+    evaluations = [json.loads((tmp_path / f"{name}/seed-0/phases/evaluation-after-opd.json").read_text()) for name in ("changed", "fresh")]
+    assert evaluations[0]["held_out_reverse_kl"] != evaluations[1]["held_out_reverse_kl"]
+
+
+@pytest.mark.filterwarnings("default::lopd.errors.TrainingWarning")
+def test_what_was_warned_of_stands_at_the_end_also_where_all_was_done_before(here, tmp_path, capsys):
+    small = {"sampling": {"max_new_tokens": 4}, "sft": None, "evaluation": None}
+    file = written(here, example(**small, opd={"steps": 4, "lr": 30.0, "rollouts_per_step": 2}, out=str(tmp_path / "run")))
+    assert main(["run", file]) == 0
+    printed = capsys.readouterr().out
+    last = printed[printed.index("Students, metrics and pages") :].splitlines()[1:]
+    assert re.fullmatch(r"seed 0, OPD: TrainingWarning: Training: the gradient was 0 in \d of 4 steps, the first of them step .*", last[-1])
+    assert main(["run", file, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == last
+
+
+@pytest.mark.parametrize(("total", "printed"), [(16, 16), (45, 24), (300, 21)])
+def test_a_long_training_prints_some_twenty_lines(total, printed, capsys):
+    assert len([*phases._follow((SimpleNamespace(step=step) for step in range(total)), total)]) == total
+    lines = "".join(capsys.readouterr()).splitlines()
+    assert len(lines) == printed
+    assert lines[-1].endswith(f"({total} of {total})")
+
+
+def test_a_gradient_that_will_be_biased_is_said_before_anything_is_done(here, tmp_path):
+    changes = {"sampling__temperature": 0.7, "evaluation": {"held_out": 2, "verifier": "none.py:right"}, "out": str(tmp_path / "run")}
+    with pytest.warns(SamplerWarning, match=r"loss.ratio is false, and sampling has temperature 0.7 .* set it to true"):
+        assert main(["run", written(here, example(**changes, loss={"ratio": False}))]) == 2
+    assert main(["run", written(here, example(**changes, loss={"ratio": True}))]) == 2, "and nothing is said of this one"
