@@ -167,7 +167,7 @@ def _from_pretrained(folder: str, dtype: torch.dtype | str) -> Any:
         if "mismatched" not in str(error):
             raise
         raise ModelError(
-            f"Model {folder!r}: its weights have other shapes than its config.json says; restore the one that was saved."
+            f"Model {folder!r}: its weights have other shapes than its config.json states; restore the one that was saved."
         ) from error
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
