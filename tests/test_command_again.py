@@ -2,12 +2,13 @@
 
 import json
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
 from test_command_run import example, here, models, written  # noqa: F401
 
-from lopd.errors import SamplerWarning
+from lopd.errors import SamplerWarning, TrainingWarning
 from lopd.tools import phases
 from lopd.tools.command import main
 from lopd.tools.command.before import fixed_by
@@ -74,15 +75,17 @@ def test_a_setting_may_change_until_a_phase_has_used_it(here, tmp_path, capsys, 
     assert evaluations[0]["held_out_reverse_kl"] != evaluations[1]["held_out_reverse_kl"]
 
 
-@pytest.mark.filterwarnings("default::lopd.errors.TrainingWarning")
 def test_what_was_warned_of_stands_at_the_end_also_where_all_was_done_before(here, tmp_path, capsys):
     small = {"sampling": {"max_new_tokens": 4}, "sft": None, "evaluation": None}
     file = written(here, example(**small, opd={"steps": 4, "lr": 30.0, "rollouts_per_step": 2}, out=str(tmp_path / "run")))
-    assert main(["run", file]) == 0
+    with pytest.warns(TrainingWarning):
+        assert main(["run", file]) == 0
     printed = capsys.readouterr().out
     last = printed[printed.index("Students, metrics and pages") :].splitlines()[1:]
     assert re.fullmatch(r"seed 0, OPD: TrainingWarning: Training: the gradient was 0 in \d of 4 steps, the first of them step .*", last[-1])
-    assert main(["run", file, "--json"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["run", file, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["warnings"] == last
 
 
