@@ -74,6 +74,27 @@ def test_a_setting_may_change_until_a_phase_has_used_it(here, tmp_path, capsys, 
     assert evaluations[0]["held_out_reverse_kl"] != evaluations[1]["held_out_reverse_kl"]
 
 
+@pytest.mark.filterwarnings("ignore::lopd.errors.PromptWarning")
+def test_a_run_that_an_earlier_version_began_goes_on(here, tmp_path, capsys):
+    (here / "asked.jsonl").write_text("".join(f'{{"prompt": "what is 2 + {i}?", "response": "3"}}\n' for i in range(4)))
+    text = {"file": "asked.jsonl", "written_by": "teacher"}
+    small = {"sampling": {"max_new_tokens": 4}, "sft": {"steps": 1, "lr": 1e-3}, "opd": {"steps": 1, "lr": 1e-3}, "evaluation": None}
+    out = tmp_path / "run"
+    file = written(here, {**example(**small, prompts="asked.jsonl", out=str(out)), "text": text})
+    assert main(["run", file]) == 0
+    settings, inputs = (json.loads((out / name).read_text()) for name in ("settings.json", "inputs.json"))
+    later = ("prompts.field", "prompts.template", "text.field", "text.response")
+    earlier = {"prompts" if name == "prompts.file" else name: value for name, value in settings.items() if name not in later}
+    (out / "settings.json").write_text(json.dumps(earlier))
+    (out / "inputs.json").write_text(json.dumps({name.partition(", ")[2]: value for name, value in inputs.items()}))
+    assert main(["run", file]) == 0
+    assert [json.loads((out / name).read_text()) for name in ("settings.json", "inputs.json")] == [settings, inputs]
+    (out / "inputs.json").write_text(json.dumps({name.partition(", ")[2]: "other" for name in inputs}))
+    capsys.readouterr()
+    assert main(["run", file]) == 2
+    assert "and was 'other' when" in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("default::lopd.errors.TrainingWarning")
 def test_what_was_warned_of_stands_at_the_end_also_where_all_was_done_before(here, tmp_path, capsys):
     small = {"sampling": {"max_new_tokens": 4}, "sft": None, "evaluation": None}
