@@ -22,17 +22,18 @@ from lopd.tools.command.settings import Prompts, RunSettings
 from lopd.tools.phases import Run, digest, write_json
 
 _MEASURED = "evaluation-before-opd.json"
-#: Key of the file, or section and dot -> the file in `phases` that is there once it was used.
+#: Key of the file, or section and dot -> the file in `phases` that is there once it was used; one that ends with `*` cannot be removed to do its
+#: phase again, as a store keeps what was made of it.
 _FIXED_BY = {
     "prompts": "*.attempts",
     "prompts.": "*.attempts",
     "text": "*.attempts",
     "text.": "*.attempts",
-    "sft.": "sft.json",
+    "sft.": "sft.json*",
     "evaluation.reverse_kl": _MEASURED,
     "evaluation.verifier": _MEASURED,
     "evaluation.samples_per_prompt": _MEASURED,
-    "loss.top_k": "scores.json",
+    "loss.top_k": "scores.json*",
     "loss.": "opd.json",
     "opd.": "opd.json",
     "consistency": "opd.json",
