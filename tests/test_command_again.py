@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from test_command_run import example, here, models, written  # noqa: F401
 
-from lopd.errors import SamplerWarning, TrainingWarning
+from lopd.errors import ConflictError, SamplerWarning, TrainingWarning
 from lopd.tools import phases
 from lopd.tools.command import main
 from lopd.tools.command.before import fixed_by
@@ -24,8 +24,8 @@ pytestmark = [
     [
         ("opd.lr", "opd.json"),
         ("loss.clip", "opd.json"),
-        ("loss.top_k", "scores.json"),
-        ("sft.steps", "sft.json"),
+        ("loss.top_k", "scores.json*"),
+        ("sft.steps", "sft.json*"),
         # the section itself: with it or without it, another student samples
         ("sft", "*.json"),
         ("evaluation.verifier, the content of checks.py", "evaluation-before-opd.json"),
@@ -73,6 +73,52 @@ def test_a_setting_may_change_until_a_phase_has_used_it(here, tmp_path, capsys, 
     assert weights(tmp_path / "changed") != weights(tmp_path / "fresh")
     evaluations = [json.loads((tmp_path / f"{name}/seed-0/phases/evaluation-after-opd.json").read_text()) for name in ("changed", "fresh")]
     assert evaluations[0]["held_out_reverse_kl"] != evaluations[1]["held_out_reverse_kl"]
+
+
+@pytest.mark.parametrize(("name", "removable"), [("opd.lr", True), ("sft.lr", False), ("loss.top_k", False), ("sampling.seed", False)])
+def test_a_file_is_to_be_removed_only_where_its_phase_can_be_done_again(name, removable, tmp_path):
+    run = phases.Run(tmp_path)
+    run.claim({name: 1}, {}, fixed_by)
+    for phase in ("sft", "rollouts", "scores", "opd"):
+        phases.write_json(tmp_path / f"seed-0/phases/{phase}.json", {})
+    with pytest.raises(ConflictError, match=r"go back to that, or choose another folder") as found:
+        run.claim({name: 2}, {}, fixed_by)
+    assert ("or remove" in str(found.value)) == removable
+
+
+@pytest.mark.filterwarnings("default::lopd.errors.TrainingWarning")
+def test_each_seed_notes_a_warning_of_its_own():
+    def warn_twice():
+        for _ in range(2):
+            warnings.warn("the same", TrainingWarning, stacklevel=1)
+
+    noted = []
+    for _ in range(2):
+        with phases.noting() as said:
+            warn_twice()
+        noted.append(said)
+    assert noted == [["TrainingWarning: the same"]] * 2
+
+
+@pytest.mark.filterwarnings("ignore::lopd.errors.PromptWarning")
+def test_a_run_that_an_earlier_version_began_goes_on(here, tmp_path, capsys):
+    (here / "asked.jsonl").write_text("".join(f'{{"prompt": "what is 2 + {i}?", "response": "3"}}\n' for i in range(4)))
+    text = {"file": "asked.jsonl", "written_by": "teacher"}
+    small = {"sampling": {"max_new_tokens": 4}, "sft": {"steps": 1, "lr": 1e-3}, "opd": {"steps": 1, "lr": 1e-3}, "evaluation": None}
+    out = tmp_path / "run"
+    file = written(here, {**example(**small, prompts="asked.jsonl", out=str(out)), "text": text})
+    assert main(["run", file]) == 0
+    settings, inputs = (json.loads((out / name).read_text()) for name in ("settings.json", "inputs.json"))
+    later = ("prompts.field", "prompts.template", "text.field", "text.response")
+    earlier = {"prompts" if name == "prompts.file" else name: value for name, value in settings.items() if name not in later}
+    (out / "settings.json").write_text(json.dumps(earlier))
+    (out / "inputs.json").write_text(json.dumps({name.partition(", ")[2]: value for name, value in inputs.items()}))
+    assert main(["run", file]) == 0
+    assert [json.loads((out / name).read_text()) for name in ("settings.json", "inputs.json")] == [settings, inputs]
+    (out / "inputs.json").write_text(json.dumps({name.partition(", ")[2]: "other" for name in inputs}))
+    capsys.readouterr()
+    assert main(["run", file]) == 2
+    assert "and was 'other' when" in capsys.readouterr().err
 
 
 def test_what_was_warned_of_stands_at_the_end_also_where_all_was_done_before(here, tmp_path, capsys):

@@ -30,6 +30,7 @@ from lopd import (
     score_rollouts,
     stored_advantages,
 )
+from lopd.backends.root import Root
 from lopd.errors import (
     ArgumentError,
     ConflictError,
@@ -197,6 +198,21 @@ def test_labels_are_exact_in_a_store_of_float16(kind, tmp_path):
     again = kind.open(tmp_path / "half")
     assert labels_of(again).tolist() == [2049.0 + i for i in range(8)]
     assert labels_of(again, "large").tolist() == [70_000.0 + i for i in range(8)]
+    assert list(check_store(again)) == []
+
+
+@pytest.mark.parametrize("kind", [ZarrStore, LanceStore])
+def test_labels_that_an_earlier_version_kept_in_float16_are_gone_on_with(kind, tmp_path, monkeypatch):
+    store = filled(kind.create(tmp_path / "half", tiny_manifest(), logprob_dtype="float16"))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(Root, "formats", lambda root, *_: (root.manifest.tokenizer.vocab_size, root.logprob_dtype))
+        with pytest.raises(EngineError, match="Interrupted"):
+            label_rollouts(store, Judge(3), PROMPTS, name="number", rollouts_per_batch=2)
+    store = kind.open(tmp_path / "half")
+    label_rollouts(store, number, PROMPTS, name="number", rollouts_per_batch=3)
+    store.compact()
+    again = kind.open(tmp_path / "half")
+    assert labels_of(again).tolist() == [*range(8)]
     assert list(check_store(again)) == []
 
 

@@ -88,6 +88,13 @@ def test_a_teacher_with_another_tokenizer_is_said_when_its_text_is_imported(toke
     assert [warning.filename for warning in caught] == [__file__]
 
 
+def test_a_teacher_whose_tokenizer_cannot_be_loaded_may_have_written_the_text(tokenizer, make_model, tmp_path):
+    make_model("llama_tied", seed=1).save_pretrained(tmp_path)
+    # such as one of a class of its own, in code beside it
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    assert import_text(PAIRS, tokenizer, teacher=tmp_path).manifest.policy == folder_model_id(tmp_path)
+
+
 def test_a_writer_who_is_not_known_is_not_a_teacher(tokenizer):
     assert batches(import_text(PAIRS, tokenizer, teacher=None), teacher=None).lineage == Lineage()
 

@@ -35,10 +35,10 @@ class Root:
     creation: str = field(factory=lambda: uuid4().hex)
     chained: bool = True
 
-    def formats(self, provenance: Provenance | None = None) -> tuple[int, LogprobDtype]:
-        """Return the size of the vocabulary, and the type of rollouts' log-probs, or of a column's values."""
+    def formats(self, provenance: Provenance | None = None, kept: LogprobDtype | None = None) -> tuple[int, LogprobDtype]:
+        """Return the size of the vocabulary, and the type of rollouts' log-probs, or of a column's values: `kept`, if it has some already."""
         label = provenance is not None and provenance.label
-        return self.manifest.tokenizer.vocab_size, "float32" if label else self.logprob_dtype
+        return self.manifest.tokenizer.vocab_size, kept or ("float32" if label else self.logprob_dtype)
 
 
 @frozen

@@ -118,6 +118,7 @@ class Run:
             settings: name -> value.
             inputs: name -> digest.
             fixed_by: name -> file in `phases` that is there once it was used: "opd.json" is once this phase is done, "*.attempts" once any has begun.
+                A file that is named without a `*` may be removed, to do its phase and those after it again.
 
         Raises:
             ConflictError: it holds the run of other settings or contents.
@@ -136,16 +137,20 @@ class Run:
         found = [path for depth in ("", "*/") for path in self.folder.glob(f"{depth}phases/{fixed_by}")]
         used = [str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
         if used:
-            again = "" if "*" in fixed_by else f", or remove {' and '.join(used)} to do that phase and those after it again"
+            ways = ["go back to that", "choose another folder"]
+            if "*" not in fixed_by:
+                ways.append(f"remove {' and '.join(used)} to do that phase and those after it again")
             raise ConflictError(
-                f"Run {self.folder}: {name} is {ours!r:.80} now, and was {theirs!r:.80} when {used[0]} was written; go back to that, choose another "
-                f"folder{again}."
+                f"Run {self.folder}: {name} is {ours!r:.80} now, and was {theirs!r:.80} when {used[0]} was written; {', or '.join(ways)}."
             )
 
 
 @contextmanager
 def noting() -> Iterator[list[str]]:
-    """Give a list of lopd's warnings while this goes on; they are shown as they come, too."""
+    """Give a list of lopd's warnings while this goes on; they are shown as they come, too.
+
+    Python shows a warning once in a process; here it is once while this goes on, for each seed has its own.
+    """
     said, show = list[str](), warnings.showwarning
 
     def note(message: Warning | str, category: type[Warning], *where: Any) -> None:
@@ -153,11 +158,9 @@ def noting() -> Iterator[list[str]]:
             said.append(f"{category.__name__}: {message}")
         show(message, category, *where)
 
-    warnings.showwarning = cast("Any", note)
-    try:
+    with warnings.catch_warnings():
+        warnings.showwarning = cast("Any", note)
         yield said
-    finally:
-        warnings.showwarning = show
 
 
 def wall_time(row: Mapping[str, Any]) -> str:

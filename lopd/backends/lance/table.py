@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from lopd.backends.files import Files, bucket_url
 from lopd.backends.fork import ForkGuard
 from lopd.backends.lance.failures import is_conflict, is_gone, reading
+from lopd.backends.ragged import LogprobDtype
 from lopd.backends.retry import repeat
 from lopd.errors import CorruptStoreError, StorePathError
 from lopd.records.optional import need
@@ -165,6 +166,11 @@ class LanceTable:
 
     def _named(self) -> str:
         return f"{self._database.owner}: table {self.name!r}"
+
+    def logprob_dtype(self) -> LogprobDtype:
+        """Return the type of the values of a column's table."""
+        values: Any = self._handle.schema.field("logprobs").type.value_type
+        return "float16" if values.bit_width == 16 else "float32"
 
     def refresh(self) -> None:
         """Move to the latest version."""

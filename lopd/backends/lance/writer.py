@@ -68,7 +68,10 @@ class Writer:
 
     def add_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], rows: Sequence[int], /) -> bool:
         """Commit scores of these rows, which ascend."""
-        encode = partial(encode_scores, scores, rows, *self._root.formats(provenance), commit=self._next_commit(column), when=time.time())
+        part = self._snapshot.parts().get(column)
+        # an older lopd kept labels as log-probs are kept
+        formats = self._root.formats(provenance, None if part is None else part.table.logprob_dtype())
+        encode = partial(encode_scores, scores, rows, *formats, commit=self._next_commit(column), when=time.time())
         return self._insert(column, provenance, encode, scores)
 
     def add_reasons(self, column: str, provenance: Provenance, reasons: Mapping[int, str], /) -> bool:

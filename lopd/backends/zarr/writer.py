@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import PurePosixPath
-from typing import Any, final
+from typing import Any, cast, final
 from uuid import uuid4
 
 from attrs import asdict, evolve, frozen
 
 from lopd.backends.admission import is_column_name
 from lopd.backends.files import Files, writing
+from lopd.backends.ragged import LogprobDtype
 from lopd.backends.root import Root
 from lopd.backends.sealing import dump
 from lopd.backends.zarr import compaction
@@ -77,8 +78,11 @@ class Writer:
     def add_scores(self, column: str, provenance: Provenance, scores: Sequence[Scores], rows: Sequence[int], /) -> bool:
         """Commit scores of these rows, which ascend."""
         parent = f"scores/{column}"
+        there = self._state.segments_of(column) if column in self._state.columns else ()
+        # an older lopd kept labels as log-probs are kept
+        kept = cast("LogprobDtype", there[0].meta.arrays["logprobs"].dtype) if there else None
         written = self._take_spare(parent, scores)
-        written = written or self._write(parent, scores, encode_scores(scores, rows, *self._root.formats(provenance)))
+        written = written or self._write(parent, scores, encode_scores(scores, rows, *self._root.formats(provenance, kept)))
         record = {"kind": "scores", "column": column, "provenance": provenance.to_json()}
         return self._publish_segment(record, written, rows[0], rows[-1]) and self._tidy(column)
 

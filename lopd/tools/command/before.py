@@ -1,8 +1,9 @@
 """What `lopd run` looks at before anything is done: whether a run can end well, and whether it goes on with what is there."""
 
+import json
 import math
 import runpy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,27 @@ from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokeni
 from lopd.records.paths import asked, without_secrets
 from lopd.records.warn import warn_user
 from lopd.tools.command.settings import Prompts, RunSettings
-from lopd.tools.phases import Run, digest
+from lopd.tools.phases import Run, digest, write_json
 
 _MEASURED = "evaluation-before-opd.json"
-#: Key of the file, or section and dot -> the file in `phases` that is there once it was used.
+#: Key of the file, or section and dot -> the file in `phases` that is there once it was used; one that ends with `*` cannot be removed to do its
+#: phase again, as a store keeps what was made of it.
 _FIXED_BY = {
     "prompts": "*.attempts",
     "prompts.": "*.attempts",
     "text": "*.attempts",
     "text.": "*.attempts",
-    "sft.": "sft.json",
+    "sft.": "sft.json*",
     "evaluation.reverse_kl": _MEASURED,
     "evaluation.verifier": _MEASURED,
     "evaluation.samples_per_prompt": _MEASURED,
-    "loss.top_k": "scores.json",
+    "loss.top_k": "scores.json*",
     "loss.": "opd.json",
     "opd.": "opd.json",
     "consistency": "opd.json",
 }
+#: Settings of files that came later -> what was done before there were any.
+_ADDED = {"prompts.field": "prompt", "prompts.template": "{prompt}", "text.field": "prompt", "text.response": "response"}
 
 
 def prepare(s: RunSettings) -> list[Prompt]:
@@ -60,8 +64,25 @@ def prepare(s: RunSettings) -> list[Prompt]:
     read = _inputs(s)
     if s.evaluation and s.evaluation.verifier:
         read_verifier(s.evaluation.verifier)(prompts[0], "")
-    Run(Path(s.out)).claim(s.flat(), read, fixed_by)
+    settings = s.flat()
+    _rename(Path(s.out), settings, read)
+    Run(Path(s.out)).claim(settings, read, fixed_by)
     return prompts
+
+
+def _rename(folder: Path, settings: Mapping[str, Any], read: Mapping[str, str]) -> None:
+    """Give what an earlier lopd wrote of a run the names of today, so that the run can go on."""
+    if (path := folder / "settings.json").exists():
+        theirs = json.loads(path.read_text())
+        if "prompts.file" in settings and "prompts" in theirs:
+            theirs["prompts.file"] = theirs.pop("prompts")
+        added = {name: value for name, value in _ADDED.items() if f"{name.partition('.')[0]}.file" in theirs}
+        write_json(path, added | theirs)
+    if (path := folder / "inputs.json").exists():
+        theirs = json.loads(path.read_text())
+        bare = {name: name.partition(", ")[2] for name in read}
+        renamed = {name: theirs[old] for name, old in bare.items() if old in theirs}
+        write_json(path, {name: value for name, value in theirs.items() if name not in bare.values()} | renamed)
 
 
 def _prompts(given: Prompts | list[Any], tokenizer: Any) -> list[Prompt]:
