@@ -176,7 +176,7 @@ def test_a_prompt_that_was_edited_is_refused_and_what_was_there_is_counted(sourc
 
 @pytest.mark.parametrize("wrong", ["3+4=?", ["3+4=?"], [1, 2]])
 def test_what_is_no_prompt_is_refused_with_what_makes_one(wrong, source, make_store):
-    with pytest.raises(InvalidRecordError, match=r"expected a Prompt; make them with `lopd\.make_prompts`"):
+    with pytest.raises(InvalidRecordError, match=r"expected a (Prompt|list); .*make them .*with `lopd\.make_prompts`"):
         collect_rollouts(source, wrong, make_store(source.manifest))
 
 

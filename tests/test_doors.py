@@ -95,7 +95,7 @@ DATA = {
     "a generator": (lambda source, scorer, store, prompts: evaluate(source, iter(prompts), len), "Verifier|Prompts"),
     "a file of prompts": (
         lambda source, scorer, store, prompts: collect_rollouts(source, Path("p.jsonl"), store),
-        r"Prompts: they are 'p.jsonl', expected a list; read a file: `lopd.read_prompts\(path, tokenizer\)`",
+        r"Prompts: they are 'p.jsonl', expected a list; read a file with `lopd.read_prompts\(path, tokenizer\)`",
     ),
     "score swapped": (lambda source, scorer, store, prompts: score_rollouts(scorer, store), f"Store: it is a HFScorer.*{OPEN}"),
     "a model scores": (

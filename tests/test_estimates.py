@@ -207,4 +207,4 @@ def test_the_doctors_interval_of_a_mean_advantage_has_prompts_as_draws() -> None
     store.append_scores("teacher", tiny_provenance(), [Scores.of(r, [gaps[i // 4] * 0.1 - 3] * 3) for i, r in enumerate(items)])
     found, alike = describe_advantages(store, "teacher", "behavior"), metrics.mean(0.1 * gaps)
     assert found is not None
-    assert found.ci95 == pytest.approx(alike.ci95, rel=1e-4), "four samples that agree are not four draws"
+    assert found.mean.ci95 == pytest.approx(alike.ci95, rel=1e-4), "four samples that agree are not four draws"

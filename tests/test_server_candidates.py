@@ -151,7 +151,7 @@ def test_a_server_that_cannot_score_candidates_is_an_error_that_says_how_to_star
 
 
 def test_a_key_that_is_refused_is_still_said_to_be_one(start):
-    with pytest.raises(EngineError, match="pass `api_key=`"):
+    with pytest.raises(EngineError, match="the key in `api_key=` was refused"):
         scorer_of(start(key="secret"), candidates=3, api_key="wrong", context=64).score(with_candidates(make_rollouts()[:1], 3, 0))
 
 

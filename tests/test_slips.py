@@ -166,7 +166,7 @@ def test_a_tokenizer_that_is_not_there_or_is_damaged_is_named_before_weights_are
 
 SPOILED: dict[str, tuple[str, bytes, str]] = {
     "a pointer": ("model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", r"its weights are not all there.*`git lfs pull`"),
-    "another config": ("config.json", b"", "its weights have other shapes than its config.json says"),
+    "another config": ("config.json", b"", "its weights have other shapes than its config.json states"),
 }
 
 

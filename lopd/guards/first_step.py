@@ -83,7 +83,7 @@ def judge_distance(optimizer: Optimizer, loss: object, step: int, reverse_kl: fl
             optimizer,
             "distance",
             f"Student: it is {abs(reverse_kl):.3g} nats a token from its teacher in step {step}, expected at most {MAX_DISTANCE:g}; most of its "
-            f"advantages are {'below' if reverse_kl > 0 else 'above'} 0: look whether both read the same prompts, and train it longer on the "
+            f"advantages are {'below' if reverse_kl > 0 else 'above'} 0: look whether both read what they should, and train it longer on the "
             "teacher's text first.",
             AdvantageWarning,
         )

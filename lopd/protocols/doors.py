@@ -49,7 +49,10 @@ def check_prompt_list(prompts: Sequence[Prompt], *, unique: bool = False) -> Non
         InvalidRecordError: one is not a `Prompt`, there are none, or an id occurs twice.
     """
     if isinstance(prompts, str | os.PathLike):
-        raise ArgumentError(f"Prompts: they are {str(prompts)!r:.80}, expected a list; read a file: `lopd.read_prompts(path, tokenizer)`.")
+        raise ArgumentError(
+            f"Prompts: they are {str(prompts)!r:.80}, expected a list; read a file with `lopd.read_prompts(path, tokenizer)`, or make them of texts "
+            "with `lopd.make_prompts`."
+        )
     if not hasattr(prompts, "__getitem__"):
         raise ArgumentError(f"Prompts: it is {a_kind(prompts)}, expected a list; pass `list(...)` or `[...]`.")
     wrong = next((prompt for prompt in prompts if not isinstance(prompt, Prompt)), None)
