@@ -21,7 +21,7 @@ from zarr_stores import MACHINE, StoreMachine, _quick_disk, fill, many, place, r
 
 from lopd.backends.lance import encode
 from lopd.backends.lance.store import LanceStore
-from lopd.backends.lance.table import LanceTable
+from lopd.backends.lance.table import Database, LanceTable
 from lopd.backends.opening import open_store
 from lopd.errors import (
     CorruptStoreError,
@@ -332,3 +332,17 @@ def test_compaction_leaves_one_fragment_and_removes_old_versions_only_when_told_
     reader.refresh()
     assert reader.table().count_rows() == 4
     assert rows_of(reader) == ["m", "b", "r0", "r1"]
+
+
+def test_a_table_that_did_not_change_is_not_opened_again_to_be_read(filled, monkeypatch):
+    opened, view = [], Database.view
+    monkeypatch.setattr(Database, "view", lambda self, name, version: opened.append(name) or view(self, name, version))
+    store = reopened(filled)
+    for _ in range(3):
+        store.read([0, 1])
+        store.refresh()
+    assert len(opened) == 1
+    store.append([tiny_rollout("another")])
+    before = len(opened)
+    assert store.read([len(store) - 1])[0].rollout.rollout_id == "another"
+    assert len(opened) == before + 1

@@ -146,6 +146,7 @@ class LanceTable:
         self._database = database
         self.name = name
         self._handle = handle
+        self._view: Any = None
         self._load(seen)
 
     def _load(self, seen: tuple[int, int] | None = None) -> None:
@@ -154,7 +155,8 @@ class LanceTable:
         if there < self.rows:
             raise CorruptStoreError(f"{self._named()}: it has {there} rows, expected at least {self.rows}; restore it from a backup.")
         self._columns = frozenset(self._handle.schema.names)
-        self._view: Any = None
+        if self._view is not None and self._view.version != self._handle.version:
+            self._view = None
         if not self.rows and not self.name.startswith(BEGAN_EMPTY):
             # It was made with rows in it, and none is ever removed: only damage to its manifest looks like this.
             raise CorruptStoreError(f"{self._named()}: it has no rows, expected at least 1; restore its files from a backup.")
