@@ -1,5 +1,6 @@
 """Teacher consistency: which columns a student may be trained on."""
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from named_batches import numbered_records, rows_of
 from lopd import batches, score_rollouts
 from lopd.errors import InvalidRecordError, TeacherConsistencyError, TeacherConsistencyWarning
 from lopd.guards import ConsistencyPolicy
-from lopd.records import Lineage, ModelId, Scores, StoreId, mixture_id
+from lopd.records import Lineage, ModelId, SamplingParams, Scores, StoreId, mixture_id
 from lopd.records.identity import UNKNOWN
 from lopd.verbs import StepStream
 
@@ -34,6 +35,13 @@ def test_the_lineage_records_the_rollouts_that_were_there() -> None:
     assert lineage.store == StoreId.of(store.manifest, store.lengths())
     assert lineage.store != StoreId.of(store.manifest, store.lengths()[:4])
     assert lineage.store != StoreId.of(evolve(store.manifest, policy=OTHER_TEACHER), store.lengths())
+
+
+def test_the_identity_of_rollouts_is_the_one_that_lineages_on_disk_have() -> None:
+    manifest, lengths = make_manifest(), np.arange(6).reshape(3, 2)
+    plain = StoreId.of(manifest, lengths)
+    heated = StoreId.of(evolve(manifest, sampling=SamplingParams(temperature=0.5, stop_ids=(1, 2))), lengths)
+    assert (plain.digest, heated.digest) == ("b77386964ee0554a97f5e63a45f1cdc9", "32677c16258377ec74ae93c71c23045d")
 
 
 def test_the_same_weights_pass_under_any_name_and_dtype() -> None:
@@ -100,12 +108,15 @@ def test_a_scorer_that_training_would_refuse_is_said_once_before_it_scores(sft_t
 
 
 def test_a_scorer_that_may_be_meant_for_more_than_teaching_draws_no_warning() -> None:
-    scoring(SFT_TEACHER, SFT_TEACHER)
-    scoring(mixture_id([OTHER_TEACHER, SFT_TEACHER]), SFT_TEACHER)
-    scoring(SFT_TEACHER, POLICY)  # a reference
-    scoring(None, POLICY, logprobs_mode="privileged 1")
-    scoring(None, SFT_TEACHER, policy=UNKNOWN)  # an audit of text
-    scoring(SFT_TEACHER, OTHER_TEACHER, column="other")  # to be made a residual of
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # elsewhere in the tests a teacher that is not recorded is ignored
+        scoring(SFT_TEACHER, SFT_TEACHER)
+        scoring(mixture_id([OTHER_TEACHER, SFT_TEACHER]), SFT_TEACHER)
+        scoring(SFT_TEACHER, POLICY)  # a reference
+        scoring(None, POLICY)
+        scoring(None, POLICY, logprobs_mode="privileged 1")
+        scoring(None, SFT_TEACHER, policy=UNKNOWN)  # an audit of text
+        scoring(SFT_TEACHER, OTHER_TEACHER, column="other")  # to be made a residual of
 
 
 @pytest.mark.parametrize("sft_teacher", [None, OTHER_TEACHER])

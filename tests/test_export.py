@@ -88,8 +88,9 @@ def test_a_student_of_other_teachers_is_not_replaced(full, tokenizer, tmp_path):
         full.export(out, tokenizer, lineage)
         assert_holds(out, full, lineage)
     after = Lineage(WRITER, WRITER)
+    theirs, ours = (rf"\(SFT writer@1 in float32, OPD {teacher}\)" for teacher in ("None", "writer@1 in float32"))
     with pytest.raises(
-        StoreExistsError, match=rf"holds a student of other teachers \(SFT writer@1, OPD None\); .*written to {out}-export, move"
+        StoreExistsError, match=rf"holds a student of other teachers {theirs} than this one {ours}; .*to {out}-export, move"
     ):
         full.export(out, tokenizer, after)
     assert_holds(out, full, FIRST)

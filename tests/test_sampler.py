@@ -171,8 +171,10 @@ def test_a_run_without_a_ratio_is_warned_once_of_the_bias(sampling, why, scored)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdvantageWarning)
         with pytest.warns(SamplerWarning, match=rf"MemoryStore: 14 of 14 rollouts have no importance ratio, .*{why}") as caught:
-            batches(store)
+            stream = batches(store)
     assert [warning.category for warning in caught].count(SamplerWarning) == 1
+    # with them `opd_steps` would warn again
+    assert {(batch.ref_logprobs, batch.sampler_logprobs) for batch in stream.step(0).batches} == {(None, None)}
     batches(store, teacher=None)
     batches(store, ref="behavior")
     with pytest.raises(InvalidRecordError, match=r"'behavior/sampler', expected log-probs at temperature 1; pass 'behavior'"):

@@ -179,7 +179,13 @@ def _other_student(folder: Path, lineage: Lineage) -> str | None:
         return f"its {LINEAGE_FILE} cannot be read"
     if held in (Lineage(), lineage):
         return None
-    return f"it holds a student of other teachers (SFT {held.sft_teacher}, OPD {held.opd_teacher})"
+    return f"it holds a student of other teachers ({_teachers(held)}) than this one ({_teachers(lineage)})"
+
+
+def _teachers(lineage: Lineage) -> str:
+    """Name both teachers with their dtypes: one model in two of them is two teachers."""
+    both = {"SFT": lineage.sft_teacher, "OPD": lineage.opd_teacher}
+    return ", ".join(f"{name} {teacher and f'{teacher} in {teacher.dtype}'}" for name, teacher in both.items())
 
 
 def _holds_this_process(folder: Path) -> bool:
