@@ -69,9 +69,13 @@ def names_path(name: str) -> bool:
 
 
 def is_here(text: str) -> bool:
-    """Return whether this text is an absolute path, the URL of a file, or a path under `~`, of something that is there."""
+    """Return whether this text is an absolute path, the URL of a file, or a path under `~`, of something that is there.
+
+    >>> is_here("~/"), is_here("~")  # the second may be any text, a token for one
+    (True, False)
+    """
     place = os.path.expanduser(text.removeprefix("file://"))  # noqa: PTH111
-    return len(place) > 1 and os.path.isabs(place) and os.path.exists(place)  # noqa: PTH110, PTH117
+    return min(len(text), len(place)) > 1 and os.path.isabs(place) and os.path.exists(place)  # noqa: PTH110, PTH117
 
 
 def without_secrets(url: str) -> str:
