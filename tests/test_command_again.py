@@ -86,17 +86,19 @@ def test_a_file_is_to_be_removed_only_where_its_phase_can_be_done_again(name, re
     assert ("or remove" in str(found.value)) == removable
 
 
-@pytest.mark.filterwarnings("default::lopd.errors.TrainingWarning")
 def test_each_seed_notes_a_warning_of_its_own():
     def warn_twice():
         for _ in range(2):
             warnings.warn("the same", TrainingWarning, stacklevel=1)
 
     noted = []
-    for _ in range(2):
-        with phases.noting() as said:
-            warn_twice()
-        noted.append(said)
+    with warnings.catch_warnings(record=True):
+        # as outside of tests
+        warnings.simplefilter("default")
+        for _ in range(2):
+            with phases.noting() as said:
+                warn_twice()
+            noted.append(said)
     assert noted == [["TrainingWarning: the same"]] * 2
 
 

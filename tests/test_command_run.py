@@ -238,7 +238,7 @@ def test_other_settings_or_other_content_in_the_same_folder_are_refused(unbroken
     assert main(["run", written(here, example(prompts=["a"] * 20), "other.yaml")]) == 2
     said = capsys.readouterr().err
     assert "prompts is '" in said
-    assert "phases/sft-text.attempts was written; go back to that, choose another folder.\n" in said
+    assert "phases/sft-text.attempts was written; go back to that, or choose another folder.\n" in said
     config = here / "runs/tiny/teacher/config.json"
     before = config.read_bytes()
     config.write_bytes(before + b"\n")
