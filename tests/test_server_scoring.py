@@ -236,7 +236,7 @@ def test_a_model_that_is_not_served_is_an_error_that_says_which_are(stub):
 
 def test_a_key_opens_the_server_and_is_shown_nowhere(start, monkeypatch):
     stub = start(key="sesame-17")
-    said = {None: "it wants a key, and got none", "sesame-18": "the key in `api_key=` was refused"}
+    said = {None: "it needs a key, and the request had none", "sesame-18": "the key in `api_key=` was refused"}
     for wrong, what in said.items():
         scorer = scorer_of(stub, api_key=wrong)
         with pytest.raises(EngineError, match=rf"answers 401: {what}; pass .*set VLLM_API_KEY") as caught:

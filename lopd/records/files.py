@@ -56,7 +56,7 @@ def _records_of(owner: str, path: str) -> tuple[str, list[tuple[int, Any]]]:
 
 
 def _opened(owner: str, path: str) -> Any:
-    """Return a file that is open: of this machine; in a bucket, where it is read as stores are; or wherever else fsspec reaches."""
+    """Open a file on this machine, in a bucket as stores are read, or behind another URL that fsspec opens."""
     local = path.removeprefix("file://")
     if "://" not in local:
         return open_regular(local)

@@ -37,7 +37,7 @@ class Ranks:
 
     @classmethod
     def current(cls) -> "Ranks":
-        """Return the ranks of the default process group, or this process alone if there is none."""
+        """Return the ranks of the default process group; without a group, this process alone."""
         return cls(dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else cls()
 
     def sum(self, values: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Key:
     def refused(self) -> str:
         """The remedy where a server refuses the key."""
         if not self.value:
-            return f"it wants a key, and got none; pass `api_key=` or set {self.variable}"
+            return f"it needs a key, and the request had none; pass `api_key=` or set {self.variable}"
         if self.value == os.environ.get(self.variable):
             return f"the key in {self.variable} was refused; set another, or pass `api_key=`"
         return f"the key in `api_key=` was refused; pass another, or set {self.variable}"
