@@ -4,6 +4,7 @@
     python benchmarks/evidence.py --quick    # one seed, few arms and steps, into runs/evidence-quick; a quarter of an hour
     python benchmarks/evidence.py --plan     # how many runs are done, how many are left, and how many seconds of one core they take
     python benchmarks/evidence.py --report   # the file and the page, of the seeds that are finished
+    python benchmarks/evidence.py --go-on    # the seeds that benchmarks/results/evidence.json lacks; its machine and versions must be these
 
 Every finished unit (a teacher's text, a student, a store, one run of an arm) is a file in runs/evidence.  A killed run that is called again goes
 on from there, and loses the units that were in work.  Rates, the arm that is run in several forms, and the form that the goals are set for, are
@@ -63,8 +64,8 @@ def build(plan: Plan, bed: Bed) -> Row:
     return make_store(bed, *parts(plan, bed))
 
 
-def check_settings(plan: Plan) -> None:
-    """Refuse a folder whose units were made with other sizes, students or arms: their figures would stand beside those of these."""
+def settings_of(plan: Plan) -> Row:
+    """Return sizes, students and arms, as a file keeps them."""
     ours: Row = {
         **asdict(plan.size),
         "choice_held_out": plan.choice_held_out,
@@ -76,7 +77,13 @@ def check_settings(plan: Plan) -> None:
     for kind, arms in plan.arms:
         ours |= {f"layers left out of {kind.name}": kind.dropped}
         ours |= {f"{arm.name}, {kind.name}": re.sub(" at 0x[0-9a-f]+", "", repr(arm)) for arm in arms}
-    ours, path = json.loads(json.dumps(ours)), plan.folder / "settings.json"
+    plain: Row = json.loads(json.dumps(ours))
+    return plain
+
+
+def check_settings(plan: Plan) -> None:
+    """Refuse a folder whose units were made with other sizes, students or arms: their figures would stand beside those of these."""
+    ours, path = settings_of(plan), plan.folder / "settings.json"
     if not path.exists() and next(plan.folder.glob("**/*.json"), None):
         raise SystemExit(f"Evidence {plan.folder}: it has units and no settings.json, which describes them; move that folder away.")
     theirs = once(path, lambda: ours)
@@ -100,8 +107,9 @@ def execute(plan: Plan, workers: int) -> Chosen:
                 print(f"{number} of {len(jobs)}:", row["kind"], row.get("seed"), row.get("student"), *end, flush=True)
 
         def seed_of(beds: Sequence[Bed]) -> None:
-            wave([partial(make_text, beds[0])])
-            wave([partial(build, plan, bed) for bed in beds])
+            if any(unit.bed in beds and not unit.path.exists() for unit in plan_units(plan)):
+                wave([partial(make_text, beds[0])])
+                wave([partial(build, plan, bed) for bed in beds])
 
         check_settings(plan)
         wave([partial(make_teacher, plan.folder)])
@@ -115,6 +123,34 @@ def execute(plan: Plan, workers: int) -> Chosen:
             seed_of([plan.bed(seed, kind) for kind, _ in plan.arms])
             wave([unit for unit in chosen.runs(plan) if unit.bed.seed == seed])
     return chosen
+
+
+def take_over(plan: Plan) -> None:
+    """Write the units that the result file holds to the folder, but those that it has: a run goes on where it has nothing but that file.
+
+    Seconds are compared, so it must have been made on the same machine with the same versions.
+    """
+    path, here = plan.home / "evidence.json", describe_machine()
+    if not path.exists():
+        raise SystemExit(f"Evidence {path}: it does not exist, expected a file of finished seeds; run without --go-on.")
+    theirs = json.loads(path.read_text())
+    for name, ours in {**here["versions"], **here["machine"]}.items():
+        if (found := {**theirs["versions"], **theirs["machine"]}.get(name)) != ours:
+            raise SystemExit(f"Evidence {path}: {name} is {found!r} there, expected {ours!r}; run without --go-on, from nothing.")
+    described, *rows = theirs["rows"]
+    once(plan.folder / "settings.json", lambda: described["settings"])
+    check_settings(plan)
+    once(plan.folder / "taken_over.json", lambda: {"commits": [*described["taken_over"], theirs["commit"]]})
+    for row in rows:
+        bed = plan.bed(row["seed"], next(kind for kind, _ in plan.arms if kind.name == row["student"]))
+        unit = {**row, "kind": "run"} if "arm" in row else row
+        once(bed.run_file(row["arm"], row["rate"]) if "arm" in row else bed.of_student / f"{row['kind']}.json", partial(dict, unit))
+
+
+def _taken_over(plan: Plan) -> list[str]:
+    """Return the commits of result files whose units were taken over."""
+    path = plan.folder / "taken_over.json"
+    return list(json.loads(path.read_text())["commits"]) if path.exists() else []
 
 
 def report(plan: Plan) -> list[Row]:
@@ -137,7 +173,8 @@ def gather(plan: Plan, chosen: Chosen) -> list[Row]:
     if not finished:
         raise SystemExit(f"Evidence {plan.folder}: 0 seeds are finished, expected at least 1 for a report; `--plan` lists what is left.")
     said: Row = {"choice": plan.choice, "choice_held_out": plan.choice_held_out, "rates": plan.rates}
-    said |= {"best": chosen.best.name, "rival": chosen.rival.name, "until": chosen.until}
+    said |= {"best": chosen.best.name, "rival": chosen.rival.name, "until": chosen.until, "settings": settings_of(plan)}
+    said["taken_over"] = _taken_over(plan)
     rows: list[Row] = [{"kind": "plan", **said, **asdict(plan.size)}]
     rows += [json.loads(path.read_text()) for bed in plan.beds() if bed.seed in finished for path in sorted(bed.of_student.glob("*.json"))]
     rows += [{**unit(), "kind": "trial"} for unit in trials]
@@ -183,9 +220,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--plan", action="store_true", help="only say what is done and what is left")
     parser.add_argument("--report", action="store_true", help="only write what is found")
+    parser.add_argument("--go-on", action="store_true", help="first take over what the result file holds")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     plan = QUICK if options.quick else FULL
+    if options.go_on:
+        take_over(plan)
     if options.plan:
         say_plan(plan)
     elif options.report:

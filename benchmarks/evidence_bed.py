@@ -81,14 +81,14 @@ NEAR, FAR = Kind("near", (14, 15)), Kind("far", (13, 14, 15, 16, 17, 18))
 
 
 def once(path: Path, work: Callable[[], Row]) -> Row:
-    """Return a finished unit from its file, or do the work and write the file, with the CPU seconds of it all.
+    """Return a finished unit from its file, or do the work and write the file, with the CPU seconds of it all, unless the unit tells its own.
 
     A killed run that is called again finds it.
     """
     if not path.exists():
         begun = time.process_time()
         row = work()
-        write_json(path, {**row, "unit_s": time.process_time() - begun})
+        write_json(path, {"unit_s": time.process_time() - begun, **row})
     found: Row = json.loads(path.read_text())
     return found
 
@@ -122,6 +122,10 @@ class Bed:
     def of_student(self) -> Path:
         """What is the student's."""
         return self.home / self.kind.name
+
+    def run_file(self, arm: str, rate: float) -> Path:
+        """Return where the run of an arm is kept."""
+        return self.of_student / "runs" / f"{re.sub('[^a-z0-9]+', '-', arm.lower())}-{rate:g}.json"
 
     @property
     def scorer(self) -> HFScorer:

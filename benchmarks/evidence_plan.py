@@ -1,6 +1,5 @@
 """What `evidence.py` runs: its plan, the trials on the seed of choice, what is chosen there, and how long it takes."""
 
-import re
 from functools import partial
 from pathlib import Path
 
@@ -81,7 +80,7 @@ class Unit:
     @property
     def path(self) -> Path:
         """Where it is kept."""
-        return self.bed.of_student / "runs" / f"{re.sub('[^a-z0-9]+', '-', self.arm.name.lower())}-{self.rate:g}.json"
+        return self.bed.run_file(self.arm.name, self.rate)
 
     @property
     def effort(self) -> tuple[str, int, int]:

@@ -151,6 +151,34 @@ def test_a_report_runs_nothing(plan, monkeypatch):
         evidence.report(plan)
 
 
+def test_a_run_goes_on_from_the_result_file_alone(plan, monkeypatch):
+    rows = finish(plan, (0, 1))
+    evidence.write(rows, plan.home)
+    elsewhere = evolve(plan, folder=plan.folder / "elsewhere")
+    evidence.take_over(elsewhere)
+    monkeypatch.setattr(evidence_plan, "run_arm", lambda *_: pytest.fail("it ran"))
+    again = evidence.report(elsewhere)
+    commits = again[0].pop("taken_over")
+    assert (rows[0].pop("taken_over"), commits) == ([], [json.loads((plan.home / "evidence.json").read_text())["commit"]])
+    assert again == rows, "seconds that units took included"
+    left = [unit for unit in evidence_plan.plan_units(elsewhere) if not unit.path.exists()]
+    assert {unit.bed.seed for unit in left} == {2}
+
+
+def test_a_result_file_of_elsewhere_is_not_taken_over(plan):
+    with pytest.raises(SystemExit, match="it does not exist, expected a file of finished seeds"):
+        evidence.take_over(plan)
+    evidence.write(finish(plan, (0,)), plan.home)
+    other = evolve(plan, folder=plan.folder / "other", size=evolve(plan.size, opd_prompts=8))
+    with pytest.raises(SystemExit, match="opd_prompts is 96 there, expected 8"):
+        evidence.take_over(other)
+    path = plan.home / "evidence.json"
+    path.write_text(path.read_text().replace(f'"cores": {evidence.os.cpu_count()}', '"cores": 1000'))
+    with pytest.raises(SystemExit, match="cores is 1000 there, expected"):
+        evidence.take_over(evolve(plan, folder=plan.folder / "new"))
+    assert not (plan.folder / "new").exists()
+
+
 def test_the_form_of_the_goals_is_the_best_that_a_quarter_of_a_live_run_pays_for(plan):
     found = Found(finish(plan, (0, 1, 2)))
     assert found.form() == Form(f"{TOP_64.name} (a quarter of the store, two passes)", 3), "half of it costs 72 of 400, all 120"
