@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from table_engines import WORK, TableScorer, TableSource
 from test_drift import metrics_of
 
-from lopd import MemoryStore, collect_rollouts, label_rollouts, load_checkpoint, score_rollouts
+from lopd import MemoryStore, collate, collect_rollouts, label_rollouts, load_checkpoint, score_rollouts
 from lopd.backends.files import open_files
 from lopd.backends.lance import LanceStore
 from lopd.backends.opening import open_store
@@ -25,6 +26,7 @@ from lopd.engines.finding import find_model, local_folder
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.engines.identity import folder_model_id
 from lopd.errors import (
+    ArgumentError,
     CheckpointError,
     EngineError,
     InvalidRecordError,
@@ -143,11 +145,34 @@ def test_what_is_not_a_models_folder_is_said_with_what_it_is(what: str, tmp_path
             read(tmp_path / "it")
 
 
-@pytest.mark.parametrize("path", ["", " "])
-def test_an_empty_path_is_not_the_folder_where_the_program_runs(path: str) -> None:
-    for read in (load_model, open_store, lambda path: read_prompts(path, None)):
-        with pytest.raises(LopdError, match=r"the path is '.*', expected the name of a file"):
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("", "expected the name of a file"),
+        (" ", "expected the name of a file"),
+        ("a\0b", "expected the name of a file"),
+        ("x" * 300, "which the system refuses (File name too long); check the path"),
+    ],
+)
+def test_a_path_that_names_nothing_is_one_sentence(path: str, said: str) -> None:
+    for read in (load_model, open_store, Lineage.read, lambda path: read_prompts(path, None)):
+        with pytest.raises(LopdError, match=rf"the path is '.*{re.escape(said)}"):
             read(path)
+
+
+@pytest.mark.parametrize("give", [lambda one: one, lambda one: iter([one])], ids=["one", "an iterator"])
+def test_an_engine_takes_lists_alone(give: Any, llama: Any, tokenizer: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"Prompts: it is .*, which has no `count`; pass a list"):
+        HFSource(llama, tokenizer, SamplingParams(max_new_tokens=2)).sample(give(Prompt("p", [3, 4])))
+    with pytest.raises(ArgumentError, match=r"Rollouts: it is .*, which has no `count`; pass a list"):
+        HFScorer(llama, tokenizer).score(give(tiny_rollout("p/0")))
+
+
+def test_weights_that_are_text_are_one_sentence() -> None:
+    store = MemoryStore(tiny_manifest())
+    store.append([tiny_rollout("p/0")])
+    with pytest.raises(InvalidRecordError, match=r"its weights are 'heavy', expected an array of numbers; fix the weighting function"):
+        collate(store.read([0], columns=()), lambda _: "heavy")
 
 
 def test_a_tokenizer_that_is_not_there_or_is_damaged_is_named_before_weights_are_read(

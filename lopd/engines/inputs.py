@@ -25,10 +25,11 @@ def check_prompts(prompts: Sequence[Prompt], tokenizer: TokenizerId, context: in
     """Check that each prompt has ids of this vocabulary and leaves room for a response in a context of `context` positions.
 
     Raises:
-        ArgumentError: one is something else, such as a text.
+        ArgumentError: they are not a list, or one is something else, such as a text.
         ContextOverflowError: the first that leaves none.
         InvalidRecordError: the first with an id outside the vocabulary.
     """
+    check_kind("Prompts", prompts, Sequence, "pass a list")
     for prompt in prompts:
         check_kind("Prompt", prompt, Prompt, "pass those of `make_prompts` or `read_prompts`")
         owner = f"Prompt {prompt.prompt_id!r}"
@@ -43,10 +44,11 @@ def check_rollouts(rollouts: Sequence[Rollout], tokenizer: TokenizerId, context:
     """Check that each rollout has ids of this vocabulary, fits into `context` positions, and has so many candidates and drawn ones.
 
     Raises:
-        ArgumentError: one is something else, such as a prompt.
+        ArgumentError: they are not a list, or one is something else, such as a prompt.
         ContextOverflowError: the first that does not fit.
         InvalidRecordError: the first with an id outside the vocabulary, or without the candidates.
     """
+    check_kind("Rollouts", rollouts, Sequence, "pass a list")
     for rollout in rollouts:
         check_kind("Rollout", rollout, Rollout, "pass those that a source sampled, or `record.rollout` of a store's records")
         owner = f"Rollout {rollout.rollout_id!r}"

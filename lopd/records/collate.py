@@ -121,7 +121,13 @@ def _packed(rows: Rows, weighting: Weighting, values: Mapping[str, NDArray[Any]]
 
 def _weights(rows: Rows, i: int, weighting: Weighting, mask_T: BoolArray) -> Float32Array:
     """Return what the weighting gives of one rollout: it may be the caller's own function, and give anything."""
-    weight_T = np.asarray(weighting(mask_T), np.float32)
+    given = weighting(mask_T)
+    try:
+        weight_T = np.asarray(given, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidRecordError(
+            f"Rollout {rows.rollout_ids[i]!r}: its weights are {given!r:.40}, expected an array of numbers; fix the weighting function."
+        ) from error
     if weight_T.shape != mask_T.shape:
         raise _wrong_weights(rows, i, weight_T)
     return weight_T

@@ -18,14 +18,14 @@ def path_text(owner: str, path: str | os.PathLike[str], refusal: type[LopdError]
     """Return a path or URL as text.
 
     Raises:
-        LopdError: an error of class `refusal`; it is something else, for example bytes, or it is empty.
+        LopdError: an error of class `refusal`; it is something else, for example bytes, or it is empty, or holds a zero byte.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         # what it holds may be a secret
         raise refusal(f"{owner}: the path is of type {type(path).__name__}, expected text or a Path; pass one.")
-    if not text.strip():
-        raise refusal(f"{owner}: the path is {text!r}, expected the name of a file, a folder or a URL; pass one.")
+    if not text.strip() or "\0" in text:
+        raise refusal(f"{owner}: the path is {text!r:.80}, expected the name of a file, a folder or a URL; pass one.")
     return text
 
 
@@ -38,7 +38,8 @@ def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError
 
     Raises:
         ArgumentError: it is not a path.
-        LopdError: an error of class `refusal`; it is a URL, also one that went through `Path`, or begins with `~` and an unknown user.
+        LopdError: an error of class `refusal`; it is a URL, also one that went through `Path`, or begins with `~` and an unknown user, or the
+            system refuses it, as one that is too long.
     """
     text = os.path.expanduser(path_text(owner, path))  # noqa: PTH111 (`Path.expanduser` raises for an unknown user)
     if scheme := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//?)", text):
@@ -50,6 +51,12 @@ def local_path(owner: str, path: str | os.PathLike[str], refusal: type[LopdError
         raise refusal(f"{owner}: the path is {what} ('{scheme[0]}...'), {where}.")
     if text.startswith("~"):
         raise refusal(f"{owner}: the path is {text!r}, expected a user of this machine behind '~'; write the path in full.")
+    try:
+        os.stat(text)  # noqa: PTH116 (`Path.exists` raises some of these, and swallows others)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise refusal(f"{owner}: the path is {text!r:.80}, which the system refuses ({error.strerror}); check the path.") from error
     return Path(text)
 
 
