@@ -94,6 +94,12 @@ def test_a_typing_error_is_answered_with_what_may_be_meant(words, says, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == says
 
 
+def test_what_follows_two_dashes_is_not_an_option(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["info", "--", "--odd"]) == 2
+    assert "--odd: there is no folder with anything in it" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("sentence", "shown"),
     [

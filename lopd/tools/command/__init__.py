@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
+from itertools import takewhile
 
 from lopd.errors import LopdError, printable
 from lopd.tools.command_line import FINE, UNUSABLE, say
@@ -68,7 +69,7 @@ def main(words: Sequence[str]) -> int:
     parser, command = _parser(words[:1])
     known = ["--help", *re.findall(r"--[a-z][a-z-]*", command.format_usage())]
     # one that is unknown may be followed by a secret; what is missing besides may be what it stands for
-    given = [word.split("=")[0] for word in words if word.startswith("--") and word != "--"]
+    given = [word.split("=")[0] for word in takewhile(lambda word: word != "--", words) if word.startswith("--")]
     if misspelt := [_nearest(word, known) for word in given if word not in known]:
         command.error(f"unknown arguments: {', '.join(misspelt)}")
     options, unknown = parser.parse_known_args(words)
