@@ -130,6 +130,7 @@ class RunSettings:
     seeds: tuple[int, ...] = (0,)
 
     def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "out", str(local_path("Run: out", self.out)))
         if not self.seeds or len({*self.seeds}) < len(self.seeds) or min(self.seeds) < 0:
             raise InvalidRecordError(f"Run: seeds are {list(self.seeds)}, expected one or several from 0, each once; correct them.")
         if self.text and not self.sft:
