@@ -1,12 +1,16 @@
 """The file of `lopd run`: values that are refused, and what is kept of it."""
 
+import json
+
 import pytest
 from test_command_run import example, here, models, written  # noqa: F401
 
-from lopd.errors import InvalidRecordError
+from lopd.errors import ConflictError, InvalidRecordError
 from lopd.tools.command import main, settings
+from lopd.tools.command.before import prepare
 from lopd.tools.command.models import Model
 from lopd.tools.command.settings import read_settings
+from lopd.tools.phases import Run
 
 
 @pytest.mark.parametrize(
@@ -33,6 +37,28 @@ def test_urls_of_several_servers_are_kept_without_their_secrets():
         "out", Model("a"), Model("b", engine=["https://u:hunter2@h1", "https://h2"]), ["x"], settings.Training(1, 1e-3)
     ).flat()
     assert "hunter2" not in str(found)
+
+
+def test_the_folder_of_a_run_is_one_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_settings(written(tmp_path, example(out="~/run"))).out == str(tmp_path / "run")
+    assert read_settings(written(tmp_path, example(out="runs/a"))).out == "runs/a", "so that a run goes on that was begun so"
+    with pytest.raises(InvalidRecordError, match=r"Run: out: the path is a URL \('s3://...'\), expected one of this machine"):
+        read_settings(written(tmp_path, example(out="s3://bucket/run")))
+
+
+@pytest.mark.s3
+def test_prompts_of_a_run_may_be_in_a_bucket(here, s3, tmp_path, monkeypatch):
+    for name, value in s3.storage_options.items():
+        monkeypatch.setenv(name.upper() if name.startswith("aws_") else f"AWS_{name.upper()}", value)
+    lines = [json.dumps({"prompt": f"what is {i} + 1?"}) + "\n" for i in range(9)]
+    s3.write("run/p.jsonl", "".join(lines).encode())
+    found = read_settings(written(tmp_path, example(out=str(tmp_path / "run"), prompts=s3.url("run/p.jsonl"))))
+    assert len(prepare(found)) == 9
+    Run(tmp_path / "run" / "seed-0").phase("SFT text", dict)
+    s3.write("run/p.jsonl", "".join(lines[1:]).encode())
+    with pytest.raises(ConflictError, match=r"prompts.file, the content of s3://.* is .* now, and was"):
+        prepare(found)
 
 
 @pytest.mark.parametrize("scalar", ["2024-13-45", "0b_", "!!int foo", "!!timestamp foo"])

@@ -47,7 +47,7 @@ def read_records(owner: str, path: str) -> tuple[str, list[tuple[int, Any]]]:
 
 
 def _records_of(owner: str, path: str) -> tuple[str, list[tuple[int, Any]]]:
-    with _opened(owner, path) as file:
+    with open_anywhere(owner, path) as file:
         begin = file.read(4)
         file.seek(0)
         if begin == b"PAR1" or path.endswith(".parquet"):
@@ -55,8 +55,13 @@ def _records_of(owner: str, path: str) -> tuple[str, list[tuple[int, Any]]]:
         return f"{owner}, line", list(_json_lines(owner, file))
 
 
-def _opened(owner: str, path: str) -> Any:
-    """Open a file on this machine, in a bucket as stores are read, or behind another URL that fsspec opens."""
+def open_anywhere(owner: str, path: str) -> Any:
+    """Open a file on this machine, in a bucket as stores are read, or behind another URL that fsspec opens.
+
+    Raises:
+        MissingDependencyError: a package for this kind of URL is not installed.
+        OSError: it cannot be opened.
+    """
     local = path.removeprefix("file://")
     if "://" not in local:
         return open_regular(local)

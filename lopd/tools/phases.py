@@ -11,7 +11,6 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any, cast
 
-import fsspec
 from attrs import asdict, evolve, frozen
 from rich.console import Console
 from torch.optim import Optimizer
@@ -20,8 +19,10 @@ from lopd.engines.student import CausalLMStudent
 from lopd.errors import ConflictError, LopdWarning, TrainingWarning
 from lopd.guards.watch import watch_drift
 from lopd.protocols import LogprobReader, OPDLoss
+from lopd.records.files import open_anywhere
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
+from lopd.records.paths import without_secrets
 from lopd.records.ranks import Ranks
 from lopd.records.steps import Step, StepMetrics
 from lopd.records.warn import warn_user
@@ -179,7 +180,7 @@ def digest(path: str) -> str:
 
 
 def _digest_file(path: str) -> str:
-    with fsspec.open(path, "rb") as file:
+    with open_anywhere(f"File {without_secrets(path)}", path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
