@@ -369,6 +369,14 @@ def test_batches_bring_labels_and_the_means_of_their_groups(store):
     assert per_rollout(shared, "label_means") == {i: i // 2 * 2 + 0.5 for i in range(8)}
 
 
+def test_a_student_that_learns_from_labels_alone_imitates_nobody(store):
+    label_rollouts(store, number, PROMPTS)
+    learnt = batches(store, teacher=None, ref="behavior", label="label").lineage
+    assert (learnt.sft_teacher, learnt.opd_teacher) == (store.manifest.sft_teacher, None)
+    # texts that a verifier chose are SFT on one's own text
+    assert batches(store, teacher=None).lineage.sft_teacher == store.manifest.policy
+
+
 def test_a_group_is_of_one_round_and_prompts_with_one_rollout_have_no_mean(store):
     policy = ModelId("policy", "rev-p2", "float32")
     store.begin_generation(1, policy)

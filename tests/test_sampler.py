@@ -11,7 +11,7 @@ from attrs import evolve
 from helpers import BigramLM, BigramWorld, flat_gradient
 from small_runs import PARAMS
 
-from lopd import batches, collate, collect_rollouts, opd_steps, score_rollouts
+from lopd import batches, collate, collect_rollouts, label_rollouts, opd_steps, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.student import CausalLMStudent
@@ -193,6 +193,11 @@ def test_rollouts_that_lack_the_log_probs_of_the_sampler_are_counted_and_go_by_t
     with pytest.warns(SamplerWarning, match="14 of 14"):
         steps = batches(without_sampler(store, set(range(14))), ref="behavior")
     assert {batch.sampler_logprobs for batch in next(iter(steps)).batches} == {None}
+    store = without_sampler(store, {0, 3})
+    label_rollouts(store, lambda _, rollout: float(rollout.response_ids[0] % 2), None, recheck=0)
+    with pytest.warns(SamplerWarning, match=r"of 14 rollouts lack the sampler_logprobs"):
+        batches(store, teacher=None, ref="behavior", label="label")
+    batches(store, teacher=None, ref="behavior")
 
 
 @pytest.mark.parametrize("transforms", [(), (position_weights,), (partial(extrapolate, scale=1.5), partial(prefix_fraction, fraction=0.5))])

@@ -180,15 +180,16 @@ def vocabulary_of(scorer: TeacherScorer) -> HasVocabulary:
     return tokenizer if isinstance(tokenizer, TokenizerId) and tokenizer.same_vocabulary(scorer.provenance) else scorer.provenance
 
 
-def lineage_after(manifest: Manifest, teachers: Sequence[Provenance]) -> Lineage:
+def lineage_after(manifest: Manifest, teachers: Sequence[Provenance], *, graded: bool = False) -> Lineage:
     """Return what a student has been trained on after training on these rollouts.
 
-    Without a score column the student imitates the writer of the rollouts: that is SFT, and the writer is its SFT teacher, if it is known.
+    Without a score column the student imitates the writer of the rollouts: that is SFT, and the writer is its SFT teacher, if it is known.  Where
+    its own rollouts are `graded`, and a ratio to the policy is taken, it imitates nobody.
     """
-    if not teachers:
+    if not teachers and not graded:
         return Lineage(sft_teacher=None if manifest.policy == UNKNOWN else manifest.policy)
     models = [evolve(made.model, name=f"{made.model.name} (privileged)") if made.privileged else made.model for made in teachers]
-    return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=mixture_id(models))
+    return Lineage(sft_teacher=manifest.sft_teacher, opd_teacher=mixture_id(models) if models else None)
 
 
 def check_reference(store: LogprobReader, column: str, generations: Iterable[int]) -> None:

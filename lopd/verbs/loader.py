@@ -222,9 +222,10 @@ def batches(
     check_teacher_consistency(store.manifest, provenances, consistency)
     for column in columns.teachers if ref is None and not top_k else ():
         judge_advantages(store, stored_advantages(store, teacher=column, rows=usable))
-    if columns.teachers and (ref is not None or not top_k):
+    graded = label is not None and ref is not None
+    if graded or (columns.teachers and (ref is not None or not top_k)):
         judge_sampling(store, usable, ratio=ref is not None)
-    lineage = evolve(lineage_after(store.manifest, provenances), store=StoreId.of(store.manifest, store.lengths()))
+    lineage = evolve(lineage_after(store.manifest, provenances, graded=graded), store=StoreId.of(store.manifest, store.lengths()))
     return StepStream(lineage, store, usable, columns, count, tokens_per_batch, seed, weighting, ranks or Ranks.current())
 
 
