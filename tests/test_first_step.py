@@ -24,13 +24,14 @@ from lopd import (
     opd_steps,
     watch_drift,
 )
-from lopd.errors import AdvantageWarning, DriftWarning, InvalidRecordError, TrainingWarning
-from lopd.guards.first_step import MAX_DISTANCE, judge_baseline
+from lopd.errors import AdvantageWarning, DriftWarning, EndTokenWarning, InvalidRecordError, TrainingWarning
+from lopd.guards.first_step import MAX_DISTANCE, MIN_ESS, judge_baseline, judge_policy
 from lopd.losses.entropy import EntropyBonus
 from lopd.losses.objective import OPDObjective
 from lopd.losses.reference import SFTLoss
 from lopd.losses.variants import add_labels
 from lopd.records import LossOutput
+from lopd.records.drift import TokenLogprobs, measure_drift
 
 
 def sft(student, optimizer, store, steps=1):
@@ -78,6 +79,46 @@ def test_an_optimizer_over_a_part_of_the_trained_parameters_is_said(llama, score
     with pytest.warns(TrainingWarning, match=rf"it has 2 of the student's {count} trained parameters.* and {count - 5} more") as caught:
         sft(student, optimizer, scored)
     assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_what_the_optimizer_lacks_has_no_share_in_the_norm(llama, scored):
+    def norms(freeze):
+        student = student_in(llama)
+        chosen = list(student.parameters())[:2]
+        for parameter in list(student.parameters())[2:]:
+            parameter.requires_grad_(not freeze)
+        steps = [evolve(batches(scored, teacher=None, rollouts_per_step=7).step(0), index=k) for k in range(3)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TrainingWarning)
+            return [m.grad_norm for m in opd_steps(student, steps, SFTLoss(), torch.optim.SGD(chosen, lr=0.0))]
+
+    assert norms(freeze=False) == pytest.approx(norms(freeze=True), rel=1e-6)
+
+
+def ended(step, token):
+    """Return the step with the same last token in every response."""
+
+    def changed(batch):
+        targets = batch.targets.clone()
+        targets[torch.tensor(batch.lengths).cumsum(0) - 1] = token
+        return evolve(batch, targets=targets)
+
+    return evolve(step, batches=tuple(map(changed, step.batches)))
+
+
+def test_a_text_that_ends_where_its_student_does_not_stop_is_said(llama, scored):
+    student = student_in(llama)
+    step = ended(batches(scored, teacher=None, rollouts_per_step=7).step(0), 9)
+    train = lambda steps, **options: list(  # noqa: E731
+        opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=1e-3), **options)
+    )
+    said = rf"7 of the 7 responses of the first step end with token 9, and its own end with \[{TOKENIZER_ID.eos_id}\]; .* add that token"
+    with pytest.warns(EndTokenWarning, match=said) as caught:
+        train([step])
+    assert [warning.filename for warning in caught] == [__file__]
+    train([ended(step, TOKENIZER_ID.eos_id)])
+    student.model.generation_config.eos_token_id = [3, 9]
+    train([step])
 
 
 def test_trained_parameters_that_nothing_depends_on_are_named(llama, scored):
@@ -146,6 +187,22 @@ def test_few_effective_rollouts_in_the_first_step_are_said(small, scored):
         DriftWarning, match=r"% of the 14 rollouts are effective in the first step, expected at least 50%; it is not the policy"
     ):
         list(opd_steps(student, far, FusedOPDLoss(ratio_to_ref=True), optimizer))
+
+
+def test_the_rounding_of_another_engine_is_not_another_policy(small, scored):
+    step = batches(scored, rollouts_per_step=14, ref="behavior").step(0)
+    rng, (rollouts, length) = np.random.default_rng(0), (64, 1000)
+    ref = rng.normal(-1.0, 0.3, rollouts * length)
+
+    def drift(noise):
+        student = ref + rng.normal(0.0, noise, ref.size)
+        return measure_drift(TokenLogprobs(student, ref, ref, np.ones(ref.size), np.repeat(np.arange(rollouts), length)))
+
+    rounding, another = drift(0.05), drift(0.2)
+    assert max(rounding.ess, another.ess) < MIN_ESS
+    judge_policy(small[1], step, rounding)
+    with pytest.warns(DriftWarning, match="it is not the policy that sampled"):
+        judge_policy(small[1], step, another)
 
 
 @pytest.mark.filterwarnings("ignore::lopd.errors.AdvantageWarning", "ignore::lopd.errors.TrainingWarning")  # bfloat16 does not move

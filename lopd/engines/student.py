@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lopd.engines.causal_lm import context_length, decoder_of, lm_head, recompute_layers, unwrap
 from lopd.engines.conditions import warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
+from lopd.engines.inputs import stop_ids
 from lopd.engines.probes import check_training, refusing
 from lopd.errors import ContextOverflowError, ModelError, ModelWarning
 from lopd.guards.consistency import check_vocabulary
@@ -18,6 +19,7 @@ from lopd.protocols import OPDLoss
 from lopd.records.checks import check_kind
 from lopd.records.identity import TokenizerId, TokenizerLike, fingerprint_tokenizer
 from lopd.records.lineage import Lineage
+from lopd.records.manifest import SamplingParams
 from lopd.records.paths import local_path
 from lopd.records.ranks import Ranks, on_first, sharded
 from lopd.records.steps import Batch, LossOutput
@@ -84,6 +86,12 @@ class CausalLMStudent(nn.Module):
         # a model that was put in training mode keeps the modules in eval that its owner put there; wrappers are new, and do not record that
         if not unwrap(model).training:
             self.train()
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids at which its responses will end, once it is exported and sampled from: the model's and the tokenizer's EOS."""
+        configured = getattr(getattr(unwrap(self.model), "generation_config", None), "eos_token_id", None)
+        return stop_ids(SamplingParams(), configured, self.tokenizer)
 
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile the layers below the head by `torch.compile`, in place and with its arguments; head and loss have their own passes over memory.

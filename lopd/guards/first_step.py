@@ -9,8 +9,8 @@ from attrs import frozen
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lopd.errors import AdvantageWarning, DriftWarning, TrainingWarning
-from lopd.protocols import StatesBaseline, StatesCorrection, StatesLabels
+from lopd.errors import AdvantageWarning, DriftWarning, EndTokenWarning, TrainingWarning
+from lopd.protocols import StatesBaseline, StatesCorrection, StatesEnds, StatesLabels
 from lopd.records.drift import Drift
 from lopd.records.steps import Batch, Step
 from lopd.records.warn import warn_user
@@ -22,11 +22,15 @@ MAX_DISTANCE = 2.0
 MIN_ESS = 0.5
 #: Nats a token between student and policy before the first update: far beyond what rounding, or another engine, makes of one model.
 MAX_KL = 0.1
+#: Nats a token up to which rounding alone may be why few of the long rollouts are effective: ten times what two engines in bfloat16 differ by.
+ROUNDING_KL = 0.01
 #: Share of the weights with a gradient that one step must change; in bfloat16 at a rate of 1e-5 it is a seventh, in float32 nearly all.
 MIN_MOVED = 0.5
 #: Below this norm a gradient is rounding, and weights that stay where they are show nothing.
 _LEAST_NORM = 1e-3
 _SAMPLED, _SHOWN = 4096, 3
+#: Responses from which their last token is known for one that ends them.
+_ENDS_NEEDED = 4
 #: Relative difference of two rollouts' weights that is rounding.
 _SAME = 1e-3
 
@@ -100,7 +104,7 @@ def judge_policy(optimizer: Optimizer, step: Step, drift: Drift | None) -> None:
     if step.index or drift is None:
         return
     if step.batches[0].ref_logprobs is not None:
-        far, least = drift.ess < MIN_ESS, f"expected at least {MIN_ESS:.0%}"
+        far, least = drift.ess < MIN_ESS and not drift.kl <= ROUNDING_KL, f"expected at least {MIN_ESS:.0%}"
         found = f"{drift.ess:.0%} of the {drift.rollouts} rollouts are effective in the first step, {least}"
     else:  # nothing forms a ratio, and rounding by another engine leaves few long rollouts effective
         far = drift.kl > MAX_KL
@@ -142,6 +146,26 @@ def judge_labels(optimizer: Optimizer, loss: object, batches: Sequence[Batch]) -
             "labels",
             f"Loss {type(loss).__name__}: it reads no labels, so it trains as without `batches(label=...)`; pass a transform that does "
             "(`add_labels` or `weigh_labels` of `lopd.losses.variants`), or leave `label` out.",
+        )
+
+
+def judge_ends(optimizer: Optimizer, student: object, batches: Sequence[Batch]) -> None:
+    """Warn if most responses of SFT end with one token, at which a student that states its ends will not stop: it learns to draw that token, and
+    then goes on.
+    """
+    texts = [batch for batch in batches if batch.teacher_logprobs is None and batch.label_values is None]
+    if not isinstance(student, StatesEnds) or not texts:
+        return
+    lasts_B = torch.cat([batch.targets[torch.tensor(batch.lengths).cumsum(0) - 1] for batch in texts])
+    end, count = int(lasts_B.mode().values), int((lasts_B == lasts_B.mode().values).sum())
+    if len(lasts_B) >= _ENDS_NEEDED and 2 * count > len(lasts_B) and end not in student.stop_ids:
+        _warn_once(
+            optimizer,
+            "ends",
+            f"Student: {count} of the {len(lasts_B)} responses of the first step end with token {end}, and its own end with "
+            f"{sorted(student.stop_ids)}; it will not stop where its text does: add that token to "
+            "`student.model.generation_config.eos_token_id`, which its export keeps, or sample with `SamplingParams(stop_ids=...)`.",
+            EndTokenWarning,
         )
 
 

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from lopd.protocols.stated import StatesBaseline as StatesBaseline
 from lopd.protocols.stated import StatesCorrection as StatesCorrection
+from lopd.protocols.stated import StatesEnds as StatesEnds
 from lopd.protocols.stated import StatesLabels as StatesLabels
 from lopd.protocols.stated import StatesName as StatesName
 from lopd.records.identity import ModelId, TokenizerId

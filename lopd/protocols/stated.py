@@ -1,5 +1,6 @@
-"""What a loss or a store may state besides its noun; guards and messages ask for it with `isinstance`."""
+"""What a loss, a store or a student may state besides its noun; guards and messages ask for it with `isinstance`."""
 
+from collections.abc import Collection
 from typing import Protocol, runtime_checkable
 
 
@@ -40,4 +41,14 @@ class StatesName(Protocol):
     @property
     def name(self) -> str:
         """Kind and place, in a few words."""
+        ...
+
+
+@runtime_checkable
+class StatesEnds(Protocol):
+    """What a student may state besides."""
+
+    @property
+    def stop_ids(self) -> Collection[int]:
+        """Ids at which its responses will end, once it is exported and sampled from."""
         ...

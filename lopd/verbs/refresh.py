@@ -70,7 +70,7 @@ def refresh_when(
     """Yield steps of a training run; one after which the rollouts are stale is the last of its round.
 
     Args:
-        stale: whether a step's metrics ask for a new round, for example `lambda m: m.drift.ess < 0.5`.
+        stale: whether a step's metrics ask for a new round, such as `lambda m: m.drift.ratio_mean < 0.9`.
         make_round: one round.
         start: first step, so that a run resumes exactly.
         stop: one past the last step, and no round begins there; None never ends.

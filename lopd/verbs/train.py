@@ -18,6 +18,7 @@ from lopd.guards.first_step import (
     at_full_rate,
     judge_baseline,
     judge_distance,
+    judge_ends,
     judge_gradients,
     judge_labels,
     judge_optimizer,
@@ -67,6 +68,7 @@ def opd_steps(
         TrainingWarning: the optimizer lacks trained parameters; or in the first step some get no gradient, or most weights stay where they are,
             because updates are smaller than their rounding; or the loss has a baseline that the weights `by_rollout` make biased, or reads
             no labels though the steps bring them.
+        EndTokenWarning: most responses of a first step without scores end with a token at which the student will not stop.
         AdvantageWarning: in the first step the student is far from its teacher; or the second has many advantages far below 0, and the loss states
             that it has no importance ratio (`lopd.guards.watch`).
         DriftWarning: in step 0 few rollouts are effective, or the student's log-probs are far from those that the policy reported: the student is
@@ -107,6 +109,7 @@ def _train(
             judge_ratio(loss, step.batches)
             judge_baseline(optimizer, loss, step.batches)
             judge_labels(optimizer, loss, step.batches)
+            judge_ends(optimizer, inner(student), step.batches)
         read = step.batches[: len(step.batches) - step.idle]
         sizes = [
             (float(b.weight.sum(dtype=torch.float64)), *b.label_sums(), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read
@@ -117,6 +120,9 @@ def _train(
         if total <= 0:
             raise InvalidRecordError(f"Step {step.index}: the weight of its tokens is {total}, expected more than 0; check the loss masks.")
         optimizer.zero_grad(set_to_none=True)
+        # those that the optimizer lacks would pile up from step to step
+        for parameter in trained.values():
+            parameter.grad = None
         said: list[LossOutput] = []
         # the student moves each to where it computes, so a GPU holds one of them at a time
         for place, batch in enumerate(step.batches, 1):
@@ -128,7 +134,7 @@ def _train(
                 (output.loss_sum * ranks.size / total).backward()
             said.append(evolve(output, loss_sum=output.loss_sum.detach()))
             del output
-        norm = whole(clip_grad_norm_(trained.values(), max_grad_norm))
+        norm = whole(clip_grad_norm_(_updated(optimizer, trained.values()), max_grad_norm))
         # a GPU is waited for here alone: whether the norm is finite must be known before the weights change, and all else comes along
         grad_norm, sums, meter = _fetch(norm, step.batches, said)
         if not math.isfinite(grad_norm):
@@ -178,10 +184,15 @@ def _check_output(loss: OPDLoss, output: object) -> None:
         raise InvalidRecordError(f"Loss {type(loss).__name__}: it gave {what}, expected a LossOutput whose loss_sum can be differentiated.")
 
 
+def _updated(optimizer: Optimizer, trained: Iterable[Tensor]) -> list[Tensor]:
+    """Return those of the trained parameters that the optimizer has: the others would have a share in the norm that it clips."""
+    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [parameter for parameter in trained if id(parameter) in theirs]
+
+
 def _check_optimizer(optimizer: Optimizer, trained: Sequence[Tensor]) -> None:
     """Refuse an optimizer that would train nothing."""
-    theirs = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if theirs.isdisjoint(map(id, trained)):
+    if not _updated(optimizer, trained):
         raise InvalidRecordError(
             f"Optimizer {type(optimizer).__name__}: it has none of the student's {len(trained)} trained parameters; make it over "
             "`student.parameters()` of this student, after wrapping or loading it."
