@@ -2,13 +2,18 @@
 
 import json
 import re
+import shutil
 import warnings
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_command_run import example, here, models, written  # noqa: F401
 
-from lopd.errors import ConflictError, SamplerWarning, TrainingWarning
+from transformers import GenerationConfig
+
+from lopd import ZarrStore
+from lopd.errors import ConflictError, EndTokenWarning, SamplerWarning, TrainingWarning
 from lopd.tools import phases
 from lopd.tools.command import main
 from lopd.tools.command.before import fixed_by
@@ -111,7 +116,7 @@ def test_a_run_that_an_earlier_version_began_goes_on(here, tmp_path, capsys):
     file = written(here, {**example(**small, prompts="asked.jsonl", out=str(out)), "text": text})
     assert main(["run", file]) == 0
     settings, inputs = (json.loads((out / name).read_text()) for name in ("settings.json", "inputs.json"))
-    later = ("prompts.field", "prompts.template", "text.field", "text.response")
+    later = ("prompts.field", "prompts.template", "text.field", "text.response", "sampling.stop_ids")
     earlier = {"prompts" if name == "prompts.file" else name: value for name, value in settings.items() if name not in later}
     (out / "settings.json").write_text(json.dumps(earlier))
     (out / "inputs.json").write_text(json.dumps({name.partition(", ")[2]: value for name, value in inputs.items()}))
@@ -123,9 +128,39 @@ def test_a_run_that_an_earlier_version_began_goes_on(here, tmp_path, capsys):
     assert "and was 'other' when" in capsys.readouterr().err
 
 
+def test_a_student_stops_where_the_text_of_sft_ends(here, tmp_path, capsys):
+    teacher = tmp_path / "teacher"
+    shutil.copytree("runs/tiny/teacher", teacher)
+    for name, ends in (("tokenizer_config.json", {"eos_token": "e"}), ("generation_config.json", {"eos_token_id": 5})):
+        (teacher / name).write_text(json.dumps(json.loads((teacher / name).read_text()) | ends))
+    small = {"sampling": {"max_new_tokens": 40}, "sft": {"steps": 1, "lr": 1e-3}, "opd": {"steps": 1, "lr": 1e-3}, "evaluation": None}
+    file = written(here, example(**small, teacher=str(teacher), out=str(tmp_path / "run")))
+    with pytest.warns(EndTokenWarning, match="its texts end with token 5, expected the policy's 0"):
+        assert main(["run", file]) == 0
+    said = "the text ends with token 5, so the student's responses may, too"
+    assert capsys.readouterr().out.replace("\n", " ").count(said) == 1
+    rollouts = [record.rollout for record in ZarrStore.open(tmp_path / "run/seed-0/rollouts.zarr").read(range(16))]
+    assert any(rollout.response_ids[-1] == 5 for rollout in rollouts)
+    assert not any(5 in rollout.response_ids[:-1] for rollout in rollouts)
+    for name in ("sft", "opd"):
+        assert GenerationConfig.from_pretrained(tmp_path / "run/seed-0" / name).eos_token_id == [0, 5]
+
+
+def test_a_gpu_whose_memory_is_full_is_one_sentence(here, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nMore.")
+
+    monkeypatch.setattr("lopd.tools.command.whole_run.run_all", full)
+    assert main(["run", written(here, example(out=str(tmp_path / "run")))]) == 2
+    said = capsys.readouterr().err
+    assert "is too small (CUDA out of memory. Tried to allocate 20 MiB.); sample fewer `rows` side by side" in said
+
+
 def test_what_was_warned_of_stands_at_the_end_also_where_all_was_done_before(here, tmp_path, capsys):
     small = {"sampling": {"max_new_tokens": 4}, "sft": None, "evaluation": None}
-    file = written(here, example(**small, opd={"steps": 4, "lr": 30.0, "rollouts_per_step": 2}, out=str(tmp_path / "run")))
+    opd = {"steps": 4, "lr": 1e-3, "rollouts_per_step": 2}
+    # with advantages of up to so many nats every gradient is rounding
+    file = written(here, example(**small, opd=opd, loss={"clip": 1e-9}, out=str(tmp_path / "run")))
     with pytest.warns(TrainingWarning):
         assert main(["run", file]) == 0
     printed = capsys.readouterr().out
