@@ -44,9 +44,12 @@ class Steps(dict):
     """The arguments of `batches`, and the end of a slice."""
 
     lineage = "lineage"
+    store, rows = None, ()
 
     def __getitem__(self, steps):
-        return Steps(self, start=steps.start, stop=steps.stop)
+        made = Steps(self, start=steps.start, stop=steps.stop)
+        made.store, made.rows = self.store, self.rows
+        return made
 
 
 class Api(dict):
@@ -81,11 +84,14 @@ class Api(dict):
     def collected(self, _source, prompts, _store, **_progress):
         return self.call("collect_rollouts", "prompts", SimpleNamespace(refused=()), len(prompts))
 
-    def batches(self, _store, *, rows, **given):
-        return Steps(given, rows=len(rows))
+    def batches(self, store, *, rows, **given):
+        made = Steps(given, rows=len(rows))
+        made.store, made.rows = store, rows
+        return made
 
     def student(self, _model, _tokenizer, **given):
         made = torch.nn.Linear(1, 1)
+        made.stop_ids = range(1000)
         made.export = partial(self.call, "export", "folder tokenizer lineage", None)
         self.note("CausalLMStudent", **given)
         return made
@@ -259,6 +265,16 @@ CASES = [
     ("sampling__samples_per_prompt", 3, {}, {"SFT text|rollouts: HFSource: sampling": drawn(samples=3)}),
     ("sampling__temperature", 0.5, {}, {"SFT text|rollouts: HFSource: sampling": drawn(temperature=0.5)}),
     ("sampling__top_p", 0.5, {}, {"SFT text|rollouts: HFSource: sampling": drawn(top_p=0.5)}),
+    (
+        "sampling__stop_ids",
+        [7, 9],
+        {},
+        {
+            "SFT text|rollouts: HFSource: sampling": drawn(stop_ids=[7, 9]),
+            f"{FIRST}|{LAST}: HFSource: sampling": drawn(1000, stop_ids=[7, 9]),
+        },
+    ),
+    ("sampling__rows", 2, {}, {f"SFT text|rollouts|{FIRST}|{LAST}: HFSource: rows_per_batch": 2}),
     (
         "evaluation__held_out",
         3,

@@ -64,10 +64,18 @@ class HFSource:
     rows_per_batch: int = 64
 
     @classmethod
-    def from_folder(cls, folder: str | Path, sampling: SamplingParams, dtype: torch.dtype | None = None, device: str = "cpu") -> "HFSource":
+    def from_folder(
+        cls,
+        folder: str | Path,
+        sampling: SamplingParams,
+        dtype: torch.dtype | None = None,
+        device: str = "cpu",
+        *,
+        rows_per_batch: int = 64,
+    ) -> "HFSource":
         """Return a source on a model folder or hub name, with the SFT teacher that `CausalLMStudent.export` recorded there."""
         model, tokenizer = load_model(folder, dtype, device)
-        return cls(model, tokenizer, sampling, Lineage.read(local_folder(folder, weights=False)))
+        return cls(model, tokenizer, sampling, Lineage.read(local_folder(folder, weights=False)), rows_per_batch=rows_per_batch)
 
     def __attrs_post_init__(self) -> None:
         check_kind("HFSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")

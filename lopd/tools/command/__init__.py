@@ -80,6 +80,16 @@ def main(words: Sequence[str]) -> int:
     except LopdError as error:
         say(_in_options(str(error), known), aside=True)
         return UNUSABLE
+    except RuntimeError as error:
+        # torch is imported where it can have raised this
+        if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
+            raise
+        say(
+            f"The memory of the GPU is too small ({str(error).splitlines()[0]:.200}); sample fewer `rows` side by side, and train on fewer "
+            "`tokens_per_batch`, which changes no result; `lopd plan` shows what fits.",
+            aside=True,
+        )
+        return UNUSABLE
     except KeyboardInterrupt:
         say("Stopped; what is committed stays, and the same command goes on from there.", aside=True)
         return 130

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from attrs import asdict
-
 import lopd
 from lopd.engines.finding import local_folder
 from lopd.engines.supports import provenance_of
@@ -39,7 +37,13 @@ _FIXED_BY = {
     "consistency": "opd.json",
 }
 #: Settings of files that came later -> what was done before there were any.
-_ADDED = {"prompts.field": "prompt", "prompts.template": "{prompt}", "text.field": "prompt", "text.response": "response"}
+_ADDED = {
+    "prompts.field": "prompt",
+    "prompts.template": "{prompt}",
+    "text.field": "prompt",
+    "text.response": "response",
+    "sampling.stop_ids": [],
+}
 
 
 def prepare(s: RunSettings) -> list[Prompt]:
@@ -55,7 +59,7 @@ def prepare(s: RunSettings) -> list[Prompt]:
     ours = fingerprint_tokenizer(tokenizer)
     check_vocabulary(f"Teacher {s.teacher.model!r}", fingerprint_tokenizer(s.teacher.tokenizer()), "the student's", ours)
     _check_writer(s, ours)
-    sampling = SamplingParams(**asdict(s.sampling))
+    sampling = s.sampling.params(0)
     if not sampling.neutral and s.loss.kind == "opd" and not s.loss.ratio:
         warn_user(f"Run: loss.ratio is false, and sampling has {bias_of(sampling)}; set it to true.", SamplerWarning)
     prompts = _prompts(s.prompts, tokenizer)
@@ -76,7 +80,8 @@ def _rename(folder: Path, settings: Mapping[str, Any], read: Mapping[str, str]) 
         theirs = json.loads(path.read_text())
         if "prompts.file" in settings and "prompts" in theirs:
             theirs["prompts.file"] = theirs.pop("prompts")
-        added = {name: value for name, value in _ADDED.items() if f"{name.partition('.')[0]}.file" in theirs}
+        sections = {name.partition(".")[0] for name in theirs if "." in name}
+        added = {name: value for name, value in _ADDED.items() if name.partition(".")[0] in sections}
         write_json(path, added | theirs)
     if (path := folder / "inputs.json").exists():
         theirs = json.loads(path.read_text())

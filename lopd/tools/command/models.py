@@ -107,8 +107,8 @@ class Model:
 
         return need("lopd.engines.finding", "Model").load_tokenizer(self.model)
 
-    def source(self, sampling: "SamplingParams") -> "RolloutSource":
-        """Start it for sampling."""
+    def source(self, sampling: "SamplingParams", rows: int = 64) -> "RolloutSource":
+        """Start it for sampling; transformers samples so many `rows` side by side, and other engines as many as they can."""
         if self.urls:
             from lopd.engines.server import ServerSource
 
@@ -119,7 +119,7 @@ class Model:
             return VLLMSource.from_folder(self.model, sampling, VLLMSettings(self.torch_dtype, self.context))
         from lopd.engines.hf import HFSource
 
-        return HFSource.from_folder(self.model, sampling, self.torch_dtype, self.place)
+        return HFSource.from_folder(self.model, sampling, self.torch_dtype, self.place, rows_per_batch=rows)
 
     def scorer(self, top_k: int = 0, candidates: int = 0, drawn: int = 0) -> "TeacherScorer":
         """Start it for scoring; what is kept beside each token is as in `HFScorer`."""

@@ -25,6 +25,12 @@ def add_sample(parser: ArgumentParser) -> None:
     parser.add_argument("--template", default="{prompt}", help="text around each prompt that is a string")
     for name, kind, what in _SAMPLING:
         parser.add_argument(f"--{name}", type=kind, metavar="N", help=f"{what} (as `lopd.SamplingParams` has it)")
+    parser.add_argument(
+        "--stop-id", type=int, action="append", metavar="ID", help="ends a response, in place of the model's own; may be repeated"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=64, metavar="N", help="responses that transformers samples side by side: bounds memory (64)"
+    )
     parser.add_argument("--prompts-per-batch", type=int, default=64, metavar="N", help="sampled and committed together (64)")
     add_model(parser, "student")
     add_storage_option(parser)
@@ -74,10 +80,11 @@ def _sample(options: Namespace) -> int:
 
     bar = progress("Sample", "transformers")
     names = [name.replace("-", "_") for name, _, _ in _SAMPLING]
-    sampling = SamplingParams(**{name: value for name in names if (value := getattr(options, name)) is not None})
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    sampling = SamplingParams(**given, stop_ids=options.stop_id or ())
     model = model_of(options)
     prompts = read_prompts(options.prompts, model.tokenizer(), field=options.field, template=options.template)
-    with running(model.source(sampling)) as source:
+    with running(model.source(sampling, options.rows)) as source:
         store = store_for(options.url, source.manifest, dict(options.storage_option) or None)
         report = collect_rollouts(source, prompts, store, prompts_per_batch=options.prompts_per_batch, progress=bar)
     if options.json:

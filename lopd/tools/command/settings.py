@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import asdict, field, frozen
 
@@ -15,6 +15,9 @@ from lopd.records.paths import local_path, read_regular, without_secrets
 from lopd.records.stored import read_as
 from lopd.tools.command.models import Model
 
+if TYPE_CHECKING:
+    from lopd.records.manifest import SamplingParams
+
 
 @frozen
 class Sampling:
@@ -24,11 +27,18 @@ class Sampling:
     samples_per_prompt: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    rows: int = 64
 
     def __attrs_post_init__(self) -> None:
+        self.params(0)  # which refuses what makes no sense
+        check_at_least("Sampling", "rows", self.rows, 1)
+
+    def params(self, seed: int) -> "SamplingParams":
+        """Return what decides the responses, which `rows` does not."""
         from lopd.records.manifest import SamplingParams
 
-        SamplingParams(**asdict(self))  # which refuses what makes no sense
+        return SamplingParams(**{key: value for key, value in asdict(self).items() if key != "rows"}, seed=seed)
 
 
 @frozen
@@ -145,16 +155,15 @@ class RunSettings:
         tops = {key: value for key, value in asdict(self).items() if key != "seeds"}
         if isinstance(self.prompts, list):
             tops["prompts"] = sha256(repr(self.prompts).encode()).hexdigest()[:16]
-        inner = {
-            f"{top}.{key}": value for top, keys in tops.items() if isinstance(keys, dict) for key, value in keys.items() if key != "wait"
-        }
+        sections = {top: keys for top, keys in tops.items() if isinstance(keys, dict)}
+        inner = {f"{top}.{key}": value for top, keys in sections.items() for key, value in keys.items() if key not in ("wait", "rows")}
         flat = {key: value for key, value in tops.items() if not isinstance(value, dict)} | inner
         return {key: _shown(value) for key, value in flat.items()}
 
 
 def _shown(value: Any) -> Any:
     """Return the value, with URLs as they may be shown and kept."""
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_shown(item) for item in value]
     return without_secrets(value) if isinstance(value, str) and "://" in value else value
 

@@ -1,5 +1,6 @@
 """A whole run over the public API: SFT where it is asked for, rollouts, scores, OPD, evaluation, a page.  Each phase is done once."""
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
@@ -18,7 +19,7 @@ from lopd.guards.start import measure_start
 from lopd.losses import divergences
 from lopd.protocols import OPDLoss
 from lopd.protocols.reading import walk
-from lopd.records import Prompt, Rollout, RolloutSums, SamplingParams
+from lopd.records import Prompt, Rollout, RolloutSums
 from lopd.records.estimates import mean
 from lopd.tools.command.before import prepare, read_verifier
 from lopd.tools.command.models import Model, running
@@ -132,7 +133,7 @@ class _Seeded:
         return {**counted_in(store), "rollouts": len(store)}
 
     def _sample(self, model: Model, name: str) -> _Phase:
-        with running(model.source(SamplingParams(**asdict(self.s.sampling), seed=self.seed))) as source:
+        with running(model.source(self.s.sampling.params(self.seed), self.s.sampling.rows)) as source:
             store = lopd.ZarrStore.open_or_create(self._url(name), source.manifest)
             report = lopd.collect_rollouts(source, self.prompts, store, progress=RichProgress(console))
         return {**counted_in(store), "rollouts": len(store), "refused": len(report.refused)}
@@ -146,7 +147,12 @@ class _Seeded:
         return {**counted_in(store), "refused": len(store.quarantined("teacher"))}
 
     def _sft(self, plan: Training) -> _Phase:
-        return self._train("sft", self.s.student.model, self._steps("text", plan, teacher=None), lopd.FusedSFTLoss(), plan)
+        steps = self._steps("text", plan, teacher=None)
+        read = (record.rollout for record in walk(steps.store, steps.rows))
+        ends = Counter(int(rollout.response_ids[-1]) for rollout in read if rollout.finish_reason == "stop")
+        # a student that is taught an end stops there, in this run and wherever its export goes
+        end = next((token for token, times in ends.most_common(1) if 2 * times > ends.total()), None)
+        return self._train("sft", self.s.student.model, steps, lopd.FusedSFTLoss(), plan, end=end)
 
     def _opd(self, start: str) -> _Phase:
         of, on_top_k = self.s.loss, self.s.loss.kind != "opd"
@@ -173,11 +179,14 @@ class _Seeded:
             **columns,
         )[: plan.steps]
 
-    def _train(self, name: str, start: str, steps: StepStream, loss: OPDLoss, plan: Training) -> _Phase:
-        """Train, resumably, and export the student to the folder of this name."""
+    def _train(self, name: str, start: str, steps: StepStream, loss: OPDLoss, plan: Training, *, end: int | None = None) -> _Phase:
+        """Train, resumably, and export the student, which also stops at the token `end`, to the folder of this name."""
         autocast = None if plan.autocast is None else getattr(torch, plan.autocast)
         model, tokenizer = load_model(start, torch.float32, self.s.student.place, autocast=autocast)
         student = lopd.CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=plan.gradient_checkpointing)
+        if end is not None and end not in student.stop_ids:
+            model.generation_config.eos_token_id = sorted({*student.stop_ids, end})
+            console.print(f"the text ends with token {end}, so the student's responses may, too: its generation configuration names it now")
         optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
         # what was begun with other settings is not gone on with
         asked_for = sha256(repr(plan if name == "sft" else (plan, self.s.loss)).encode()).hexdigest()[:8]
@@ -187,8 +196,11 @@ class _Seeded:
 
     def _evaluate(self, asked: Evaluation, folder: str) -> _Phase:
         """Evaluate a model on transformers, in float32 as it is trained, at temperature 1; with another seed than that of the rollouts."""
-        sampling = SamplingParams(self.s.sampling.max_new_tokens, samples_per_prompt=asked.samples_per_prompt, seed=self.seed + 1000)
-        source, found = HFSource.from_folder(folder, sampling, torch.float32, self.s.student.place), _Phase()
+        plain = evolve(self.s.sampling, temperature=1.0, top_p=1.0, samples_per_prompt=asked.samples_per_prompt)
+        source = HFSource.from_folder(
+            folder, plain.params(self.seed + 1000), torch.float32, self.s.student.place, rows_per_batch=plain.rows
+        )
+        found = _Phase()
         if asked.verifier:
             judge, scores = read_verifier(asked.verifier), list[float]()
 
@@ -200,8 +212,9 @@ class _Seeded:
             by_prompt = np.reshape(scores, (len(self.held_out), -1)).mean(axis=1)
             found |= {"score": judged.mean, "score_ci95": judged.ci95, "scores": by_prompt.tolist()}
         if asked.reverse_kl:
+            rollouts = source.sample(self.held_out)  # before the teacher takes its share of the memory
             teacher = HFScorer.from_folder(self.s.teacher.model, self.s.teacher.torch_dtype, self.s.teacher.place)
-            sums = exact_reverse_kl(source, teacher, source.sample(self.held_out)).pooled(asked.samples_per_prompt)
+            sums = exact_reverse_kl(source, teacher, rollouts).pooled(asked.samples_per_prompt)
             kl, per_prompt = sums.per_token(), {"sums": sums.sums.tolist(), "counts": sums.counts.tolist()}
             found |= {"held_out_reverse_kl": kl.mean, "ci95": kl.ci95, "response_tokens": kl.values, "per_prompt": per_prompt}
         return found
