@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_command_run import example, here, models, written  # noqa: F401
-
 from transformers import GenerationConfig
 
 from lopd import ZarrStore
