@@ -369,7 +369,7 @@ def test_batches_bring_labels_and_the_means_of_their_groups(store):
     assert per_rollout(shared, "label_means") == {i: i // 2 * 2 + 0.5 for i in range(8)}
 
 
-def test_a_student_that_learns_from_labels_alone_imitates_nobody(store):
+def test_a_student_that_learns_from_labels_alone_keeps_its_sft_teacher(store):
     label_rollouts(store, number, PROMPTS)
     learnt = batches(store, teacher=None, ref="behavior", label="label").lineage
     assert (learnt.sft_teacher, learnt.opd_teacher) == (store.manifest.sft_teacher, None)

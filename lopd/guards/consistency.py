@@ -184,7 +184,7 @@ def lineage_after(manifest: Manifest, teachers: Sequence[Provenance], *, graded:
     """Return what a student has been trained on after training on these rollouts.
 
     Without a score column the student imitates the writer of the rollouts: that is SFT, and the writer is its SFT teacher, if it is known.  Where
-    its own rollouts are `graded`, and a ratio to the policy is taken, it imitates nobody.
+    its own rollouts are `graded`, and a ratio to the policy is taken, it does not imitate.
     """
     if not teachers and not graded:
         return Lineage(sft_teacher=None if manifest.policy == UNKNOWN else manifest.policy)
