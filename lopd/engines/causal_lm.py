@@ -218,7 +218,11 @@ def rope_borders(model: Any) -> list[int]:
     The longest row of a batch decides for every row, so rollouts on different sides of a border never share a forward.  What counts is the
     tokens that are read: all of a rollout in scoring, all but the last in training.
     """
-    config = text_config(model)
+    return stated_rope_borders(text_config(model))
+
+
+def stated_rope_borders(config: Any) -> list[int]:
+    """Return the same of a configuration about text, whose model need not be loaded."""
     stated = [getattr(config, field, None) or {} for field in ("rope_parameters", "rope_scaling")]
     # one table for all layers, or one for each type of them
     tables = [*stated, *(table for tables in stated for table in tables.values() if isinstance(table, dict))]
