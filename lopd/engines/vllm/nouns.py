@@ -16,7 +16,7 @@ from attrs import evolve, field, frozen
 
 from lopd.engines.asked import check_drawn, widest
 from lopd.engines.causal_lm import cut_to_rows
-from lopd.engines.finding import load_tokenizer, local_folder, looking_for
+from lopd.engines.finding import check_described, check_whole, load_tokenizer, local_folder, looking_for
 from lopd.engines.identity import folder_model_id
 from lopd.engines.inputs import (
     SEED_BITS,
@@ -263,6 +263,8 @@ class VLLMScorer:
 
 def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = False, top_k: int = 0) -> tuple[VLLMEngine, Any]:
     path = local_folder(folder)
+    check_described(path)
+    check_whole(path)
     tokenizer = load_tokenizer(path)
     with looking_for(path):
         config = transformers.AutoConfig.from_pretrained(path).get_text_config()
