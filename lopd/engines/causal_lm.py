@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from attrs import evolve
 from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lopd.engines.masks import known_rows
 from lopd.errors import ModelError
+from lopd.records.identity import TokenizerId, TokenizerLike, fingerprint_tokenizer
 from lopd.records.steps import LMHead
 
 #: Fields of a configuration that multiply the logits (1) or divide them (-1), and that cap them; the probes find a model that does otherwise.
@@ -66,7 +68,8 @@ def lm_head(model: Any, vocab_size: int) -> LMHead:
     if rows < vocab_size:
         raise ModelError(
             f"Model {getattr(base.config, '_name_or_path', '') or name}: its head has {rows} rows, expected at least the tokenizer's {vocab_size} "
-            "ids; load the tokenizer that belongs to it, or resize the token embeddings."
+            "ids; load the tokenizer that belongs to it (itself and not its fingerprint, which does not state what was added), or resize the token "
+            "embeddings."
         )
     bias = getattr(layer, "bias", None)
     return LMHead(
@@ -75,6 +78,28 @@ def lm_head(model: Any, vocab_size: int) -> LMHead:
         softcap=_first_number(text_config(model), _CAPS),
         scale=_scale(text_config(model)),
     )
+
+
+def cut_to_head(model: Any, tokenizer: TokenizerId | TokenizerLike) -> TokenizerId:
+    """Return the fingerprint of a tokenizer, cut to the ids that the head of this model has rows for; see `cut_to_rows`."""
+    layer = getattr(unwrap(model), "get_output_embeddings", lambda: None)()
+    weight = getattr(layer, "weight", None)
+    return cut_to_rows(tokenizer, weight.shape[0] if isinstance(weight, Tensor) else None)
+
+
+def cut_to_rows(tokenizer: TokenizerId | TokenizerLike, rows: int | None) -> TokenizerId:
+    """Return the fingerprint of a tokenizer, cut to the ids that a head of so many rows has, if only added tokens are beyond them.
+
+    A family may share a tokenizer whose last tokens stand for what some of its models do not read, such as pictures: those models give them no
+    probability.  Uncut where a token of the base vocabulary, or the end of a response, would be cut off; and where it is a fingerprint already.
+    """
+    whole = fingerprint_tokenizer(tokenizer)
+    added = getattr(tokenizer, "added_tokens_decoder", None)
+    # an end that is never drawn would not be noticed
+    if isinstance(tokenizer, TokenizerId) or not added or rows is None or not (whole.eos_id or 0) < rows < whole.vocab_size:
+        return whole
+    beyond = (token for token in tokenizer.get_vocab().values() if token >= rows)
+    return evolve(whole, vocab_size=rows) if all(token in added for token in beyond) else whole
 
 
 def decoder_of(base: Any) -> Any:
@@ -193,7 +218,11 @@ def rope_borders(model: Any) -> list[int]:
     The longest row of a batch decides for every row, so rollouts on different sides of a border never share a forward.  What counts is the
     tokens that are read: all of a rollout in scoring, all but the last in training.
     """
-    config = text_config(model)
+    return stated_rope_borders(text_config(model))
+
+
+def stated_rope_borders(config: Any) -> list[int]:
+    """Return the same of a configuration about text, whose model need not be loaded."""
     stated = [getattr(config, field, None) or {} for field in ("rope_parameters", "rope_scaling")]
     # one table for all layers, or one for each type of them
     tables = [*stated, *(table for tables in stated for table in tables.values() if isinstance(table, dict))]

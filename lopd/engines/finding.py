@@ -17,7 +17,8 @@ from lopd.records.paths import local_path, without_secrets
 #: Seconds for the hub to answer at all.
 _PATIENCE_S = 10.0
 _DESCRIPTIONS = ("*.json", "*.jinja", "*.model", "*.txt")
-_CONFIGS, _TOKENIZERS = ("config.json", "adapter_config.json"), ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+_ADAPTERS = "adapter_config.json"
+_CONFIGS, _TOKENIZERS = ("config.json", _ADAPTERS), ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def check_described(folder: str | Path) -> None:
@@ -32,6 +33,19 @@ def check_described(folder: str | Path) -> None:
         raise ModelError(
             f"Model {folder}: it holds neither {' nor '.join(_CONFIGS)}, expected a model; pass a folder that `save_pretrained` wrote (in this one "
             f"there is {there})."
+        )
+
+
+def check_whole(folder: Path) -> None:
+    """Refuse a folder with adapters for vLLM, which finds no model there, or would pass the adapters by.
+
+    Raises:
+        ModelError: it has them.
+    """
+    if (folder / _ADAPTERS).exists():
+        raise ModelError(
+            f"Model {folder}: it holds adapters ({_ADAPTERS}), and vLLM is given one model; merge them (`merge_and_unload()`), save that with the "
+            "tokenizer, and write the lineage beside it."
         )
 
 

@@ -68,7 +68,7 @@ def _check_ids(owner: str, ids: NDArray[np.int32], tokenizer: TokenizerId, what:
         place = tuple(outside[0].tolist())
         raise InvalidRecordError(
             f"{owner}: {what} {place[0]} is id {ids[place]}, expected an id below the vocabulary's {tokenizer.vocab_size}; "
-            "tokenise with this model's tokenizer."
+            "tokenise with this model's tokenizer, and leave out added tokens that it has no row for."
         )
 
 

@@ -8,12 +8,12 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from lopd.engines.causal_lm import context_length, decoder_of, lm_head, recompute_layers, unwrap
+from lopd.engines.causal_lm import context_length, cut_to_head, decoder_of, lm_head, recompute_layers, unwrap
 from lopd.engines.conditions import warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.inputs import stop_ids
 from lopd.engines.probes import check_training, refusing
-from lopd.errors import ContextOverflowError, ModelError, ModelWarning
+from lopd.errors import ContextOverflowError, InvalidRecordError, ModelError, ModelWarning
 from lopd.guards.consistency import check_vocabulary
 from lopd.protocols import OPDLoss
 from lopd.records.checks import check_kind
@@ -40,7 +40,7 @@ class CausalLMStudent(nn.Module):
     Args:
         model: a causal LM, or a peft model around one.  Parameters that require a gradient are trained, the rest stay as they are.
         tokenizer: whose ids the model reads: the one that belongs to it, or its fingerprint.  Head rows beyond its
-            vocabulary are padding and get no mass.
+            vocabulary are padding and get no mass; so do added tokens beyond the rows, which a fingerprint does not tell from others.
         autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.  Pass it to `load_model` too,
             which then finds an attention for it.
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
@@ -63,7 +63,8 @@ class CausalLMStudent(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer = fingerprint_tokenizer(tokenizer)
-        self._layers = check_training(model, self.tokenizer.vocab_size, autocast)
+        self._known = cut_to_head(model, tokenizer).vocab_size
+        self._layers = check_training(model, self._known, autocast)
         if not any(p.requires_grad for p in model.parameters()):
             raise ModelError(
                 f"Model {type(unwrap(model)).__name__}: 0 of its parameters require a gradient, expected at least 1; unfreeze some, "
@@ -111,17 +112,29 @@ class CausalLMStudent(nn.Module):
 
         Raises:
             ContextOverflowError: a rollout is longer than the model's context.
+            InvalidRecordError: an id is of an added token that the head has no row for.
         """
         # what is traced of it would be records of attrs, which cannot be; `compile` has what is worth it
         output: LossOutput = torch.compiler.disable(self._loss)(batch, loss)
         return output
 
     def _loss(self, batch: Batch, loss: OPDLoss) -> LossOutput:
-        head = evolve(lm_head(self.model, self.tokenizer.vocab_size), compute_dtype=self._autocast)
+        head = evolve(lm_head(self.model, self._known), compute_dtype=self._autocast)
+        self._check_ids(batch)
         batch = batch.to(head.weight.device)
         self._check_length(max(batch.lengths, default=0))
         with torch.autocast(batch.inputs.device.type, enabled=False):
             return loss(self._hidden(batch), head, batch)
+
+    def _check_ids(self, batch: Batch) -> None:
+        """Refuse ids without a row; only where there are such is anything looked at, since a batch may be on a GPU, which would be waited for."""
+        for name in ("inputs", "targets", "top_k_ids", "drawn_ids") if self._known < self.tokenizer.vocab_size else ():
+            ids = getattr(batch, name)
+            if ids is not None and ids.numel() and (largest := int(ids.max())) >= self._known:
+                raise InvalidRecordError(
+                    f"Batch: its {name} hold id {largest}, expected ids below {self._known}, since the student has no row for this added token; "
+                    "leave out rollouts with it, and score candidates of the policy if the teacher's most likely tokens have it."
+                )
 
     def _check_length(self, longest: int) -> None:
         context = context_length(self.model)

@@ -16,7 +16,7 @@ from attrs import define, field
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lopd.engines.causal_lm import candidate_logprobs, context_length, evaluating, lm_head, row_hidden_states
+from lopd.engines.causal_lm import candidate_logprobs, context_length, cut_to_head, evaluating, lm_head, row_hidden_states
 from lopd.engines.hf.loading import load_model
 from lopd.engines.hf.source import HFSource
 from lopd.engines.identity import Identified, check_unchanged, identify, model_name
@@ -87,13 +87,17 @@ class HFScorer:
         own_numbers(self, "HFScorer")
         check_at_least("HFScorer", "tokens_per_batch", self.tokens_per_batch, 1)
         check_at_least("HFScorer", "rows_per_chunk", self.rows_per_chunk, 1)
-        check_support("HFScorer", self.tokenizer_id, self.top_k, self.candidates, self.drawn)
-        check_scoring(self.model, self.tokenizer_id.vocab_size)
+        check_support("HFScorer", self._known, self.top_k, self.candidates, self.drawn)
+        check_scoring(self.model, self._known.vocab_size)
 
     @cached_property
     def tokenizer_id(self) -> TokenizerId:
         """Whose ids it reads."""
         return fingerprint_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _known(self) -> TokenizerId:
+        return cut_to_head(self.model, self.tokenizer)
 
     @cached_property
     def _identified(self) -> Identified:
@@ -113,7 +117,7 @@ class HFScorer:
             ContextOverflowError: a rollout is longer than the context; nothing is computed.
             InvalidRecordError: an id is outside the vocabulary, a rollout lacks candidates, or the model gives something that is not a log-prob.
         """
-        check_rollouts(rollouts, self.tokenizer_id, context_length(self.model), self.candidates, self.drawn)
+        check_rollouts(rollouts, self._known, context_length(self.model), self.candidates, self.drawn)
         check_unchanged("HFScorer", self.model, self._identified)
         parts = budgeted([len(rollout) for rollout in rollouts], self.tokens_per_batch)
         scores = [made for part in parts for made in self._score_batch([rollouts[i] for i in part])]
@@ -122,7 +126,7 @@ class HFScorer:
     @torch.inference_mode()
     def _score_batch(self, rollouts: Sequence[Rollout]) -> list[Scores]:
         hidden_MD, targets_M = _response_hidden(self.model, rollouts)
-        head = lm_head(self.model, self.tokenizer_id.vocab_size).float()
+        head = lm_head(self.model, self._known.vocab_size).float()
         asked = [asked_ids(rollout, self.candidates, self.drawn) for rollout in rollouts]
         asked_MA = torch.from_numpy(np.concatenate(asked).astype(np.int64)).to(targets_M.device)
         most = likely(self.top_k, self.candidates)
@@ -153,10 +157,11 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
     """
     ours = student.tokenizer_id
     check_vocabulary("Teacher", teacher.tokenizer_id, "the student's", ours)
-    check_rollouts(rollouts, ours, min(context_length(student.model), context_length(teacher.model)))
-    sums = np.zeros(len(rollouts))
     models = student.model, teacher.model
-    heads = [lm_head(model, ours.vocab_size).float() for model in models]
+    known = cut_to_head(student.model, student.tokenizer), cut_to_head(teacher.model, teacher.tokenizer)
+    check_rollouts(rollouts, min(known, key=lambda ids: ids.vocab_size), min(map(context_length, models)))
+    sums = np.zeros(len(rollouts))
+    heads = [lm_head(model, ids.vocab_size).float() for model, ids in zip(models, known, strict=True)]
     for part in budgeted([len(rollout) for rollout in rollouts], teacher.tokens_per_batch):
         batch = [rollouts[i] for i in part]
         chunks = [_response_hidden(model, batch)[0].split(teacher.rows_per_chunk) for model in models]
@@ -167,6 +172,8 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
 
 def _kl(student_logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:
     student_RV, teacher_RV = student_logits_RV.log_softmax(-1), teacher_logits_RV.log_softmax(-1)
+    # an added token may have a row in one head alone: the other gives it no probability
+    teacher_RV = torch.nn.functional.pad(teacher_RV, (0, student_RV.shape[-1] - teacher_RV.shape[-1]), value=-torch.inf)
     # a token that the student rules out adds nothing, also where 0 * (-inf - -inf) would be NaN
     gaps_RV = (student_RV - teacher_RV).masked_fill(student_RV == -torch.inf, 0.0)
     return (student_RV.exp() * gaps_RV).sum(-1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from attrs import field, frozen
 
-from lopd.engines.causal_lm import context_length, evaluating, rope_borders, unwrap
+from lopd.engines.causal_lm import context_length, cut_to_head, evaluating, rope_borders, unwrap
 from lopd.engines.finding import local_folder
 from lopd.engines.hf.decoding import Row, decode
 from lopd.engines.hf.loading import load_model
@@ -82,14 +82,18 @@ class HFSource:
         check_kind("HFSource: lineage", self.lineage, Lineage, "pass `Lineage(sft_teacher=...)`, or leave it out")
         own_numbers(self, "HFSource")
         check_at_least("HFSource", "rows_per_batch", self.rows_per_batch, 1)
-        check_top_k("HFSource", self.sampling.candidates, self.tokenizer_id, "candidates")
-        check_scoring(self.model, self.tokenizer_id.vocab_size)
-        check_sampling(self.model, self.tokenizer_id.vocab_size)
+        check_top_k("HFSource", self.sampling.candidates, self._known, "candidates")
+        check_scoring(self.model, self._known.vocab_size)
+        check_sampling(self.model, self._known.vocab_size)
 
     @cached_property
     def tokenizer_id(self) -> TokenizerId:
         """Whose ids it reads."""
         return fingerprint_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _known(self) -> TokenizerId:
+        return cut_to_head(self.model, self.tokenizer)
 
     @cached_property
     def _identified(self) -> Identified:
@@ -107,17 +111,17 @@ class HFSource:
             ContextOverflowError: a prompt leaves no room for a response, or its rollout could cross a LongRoPE border; nothing is sampled.
             InvalidRecordError: a prompt has an id outside the vocabulary, or the model gives logits that are not finite.
         """
-        check_prompts(prompts, self.tokenizer_id, context_length(self.model))
+        check_prompts(prompts, self._known, context_length(self.model))
         self._check_borders(prompts)
         check_unchanged("HFSource", self.model, self._identified)
-        way = check_sampling(self.model, self.tokenizer_id.vocab_size, warn=False)
+        way = check_sampling(self.model, self._known.vocab_size, warn=False)
         asked = [(prompt, sample) for prompt in prompts for sample in range(self.sampling.samples_per_prompt)]
         batches = way.batches(self.model, [prompt.token_ids.size for prompt, _ in asked], self.rows_per_batch)
         drawn: list[Row] = []
         for batch in batches:
             rows = [self._row(*asked[i]) for i in batch]
             with evaluating(self.model):
-                decode(self.model, rows, self.sampling, vocab_size=self.tokenizer_id.vocab_size, stop_ids=self.stop_ids, way=way)
+                decode(self.model, rows, self.sampling, vocab_size=self._known.vocab_size, stop_ids=self.stop_ids, way=way)
             drawn += rows
         return in_order([i for batch in batches for i in batch], [self._rollout(row) for row in drawn])
 

@@ -13,6 +13,9 @@ than 1 with `--logprobs-mode processed_logprobs`, and for scoring
 - for scoring candidates, with vLLM 0.32, `--enable-scale-out`, its second model runner (VLLM_USE_V2_MODEL_RUNNER=1) and `--max-logprobs` of
   at least `candidates + top_k` and one more than `candidates + drawn`.
 
+Start it for a model with LongRoPE with a `--max-model-len` of at most `original_max_position_embeddings`: above it vLLM turns the positions of all
+texts by the long factors, and transformers only those of texts that are longer.
+
 Start SGLang with `--disable-radix-cache` for scoring, else it is asked for the log-probs of prompts too; and for sampling with
 `--enable-deterministic-inference`, without which it takes no seeds.
 """

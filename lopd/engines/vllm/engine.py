@@ -15,6 +15,7 @@ import transformers
 from attrs import define, field
 
 from lopd.engines.asked import FIRST, IDS
+from lopd.engines.causal_lm import stated_rope_borders
 from lopd.engines.identity import folder_dtype
 from lopd.engines.vllm.liveness import told_of_death
 from lopd.engines.vllm.settings import VLLMSettings
@@ -47,12 +48,15 @@ class VLLMEngine:
 
     Args:
         folder: the model's folder.
-        vocab_size: ids of its tokenizer; the rows of the head beyond them are cut off.
+        vocab_size: ids of its tokenizer, without added tokens that the head has no row for; the rows of the head beyond them are cut off.
         settings: how to start it.
         scoring: without prefix caching, whose log-probs of a prompt would depend on what was asked before; for sampling it is on.
         top_k: the most log-probs a token that are ever asked for beside that of the token itself (`lopd.engines.asked.widest`).
         tokens_per_batch: at the moment; less than in `settings` after memory ran out.
         starts: how often it was started.
+
+    Raises:
+        ModelError: see `context`.
     """
 
     folder: Path
@@ -67,6 +71,7 @@ class VLLMEngine:
 
     def __attrs_post_init__(self) -> None:
         self.tokens_per_batch = self.settings.tokens_per_batch
+        _ = self.context  # one that is refused is refused here
 
     @property
     def _name(self) -> str:
@@ -82,13 +87,20 @@ class VLLMEngine:
         """Tokens of the longest prompt and response together.
 
         Raises:
-            ModelError: neither the settings nor the model's configuration state it.
+            ModelError: neither the settings nor the model's configuration state it, or vLLM would compute another function with it (LongRoPE).
         """
-        if self.settings.max_model_len is not None:
-            return self.settings.max_model_len
-        length = getattr(transformers.AutoConfig.from_pretrained(self.folder).get_text_config(), "max_position_embeddings", None)
+        config = transformers.AutoConfig.from_pretrained(self.folder).get_text_config()
+        length = self.settings.max_model_len or getattr(config, "max_position_embeddings", None)
         if length is None:
             raise ModelError(f"Model {self.folder}: its configuration has no max_position_embeddings; pass `max_model_len`.")
+        # vLLM chooses the factors by its context, once, and transformers by the length of what it reads
+        for border in stated_rope_borders(config)[:1]:
+            if length > border:
+                raise ModelError(
+                    f"Model {self.folder}: in a context of {length} vLLM turns all positions by the long factors of LongRoPE, and transformers by "
+                    f"the short ones up to {border} tokens, expected a context of at most {border}; pass `max_model_len=` {border}, or use "
+                    "transformers for longer texts."
+                )
         return int(length)
 
     def generate(self, prompts: Sequence[Sequence[int]], params: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -15,7 +15,8 @@ import transformers
 from attrs import evolve, field, frozen
 
 from lopd.engines.asked import check_drawn, widest
-from lopd.engines.finding import load_tokenizer, local_folder
+from lopd.engines.causal_lm import cut_to_rows
+from lopd.engines.finding import check_described, check_whole, load_tokenizer, local_folder, looking_for
 from lopd.engines.identity import folder_model_id
 from lopd.engines.inputs import (
     SEED_BITS,
@@ -84,7 +85,7 @@ class VLLMSource:
     def __attrs_post_init__(self) -> None:
         check_kind("VLLMSource: sampling", self.sampling, SamplingParams, "make it: `SamplingParams(...)`")
         check_drawn("VLLMSource", self.sampling)
-        check_top_k("VLLMSource", self.sampling.candidates, self.tokenizer_id, "candidates")
+        check_top_k("VLLMSource", self.sampling.candidates, self._known, "candidates")
         _check_engine("VLLMSource", self.engine, self.sampling.candidates, scoring=False)
         temperature = self.sampling.temperature
         # vLLM would raise it to that
@@ -94,6 +95,10 @@ class VLLMSource:
     def tokenizer_id(self) -> TokenizerId:
         """Whose ids it reads."""
         return fingerprint_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _known(self) -> TokenizerId:
+        return cut_to_rows(self.tokenizer, self.engine.vocab_size)
 
     @cached_property
     def _identified(self) -> ModelId:
@@ -111,7 +116,7 @@ class VLLMSource:
 
     def sample(self, prompts: Sequence[Prompt], /) -> Sequence[Rollout]:
         """Return `samples_per_prompt` rollouts for each prompt, in their order."""
-        check_prompts(prompts, self.tokenizer_id, self._context)
+        check_prompts(prompts, self._known, self._context)
         rows = [(p, rollout_id(p.prompt_id, s, self.generation)) for p in prompts for s in range(self.sampling.samples_per_prompt)]
         if not rows:
             return []
@@ -139,7 +144,7 @@ class VLLMSource:
     def _params(self, prompt: Prompt, name: str) -> dict[str, Any]:
         greedy = self.sampling.temperature == 0
         return {
-            **sampling_settings(self.sampling, self.stop_ids, self.tokenizer_id),
+            **sampling_settings(self.sampling, self.stop_ids, self._known),
             "logprobs": self._kept,
             "seed": None if greedy else stream_seed(self.sampling, name, SEED_BITS),
             "max_tokens": min(self.sampling.max_new_tokens, self._context - prompt.token_ids.size),
@@ -154,10 +159,8 @@ class VLLMSource:
                 f"Rollout {name!r}: vLLM gave {ids.size} tokens and the reason {completion.finish_reason!r}, expected 'stop' or 'length'; "
                 "see its log, and call again to resume."
             )
-        if ids.max() >= self.tokenizer_id.vocab_size:
-            raise EngineError(
-                f"Rollout {name!r}: vLLM sampled id {ids.max()}, expected ids below {self.tokenizer_id.vocab_size}; report it."
-            )
+        if ids.max() >= self._known.vocab_size:
+            raise EngineError(f"Rollout {name!r}: vLLM sampled id {ids.max()}, expected ids below {self._known.vocab_size}; report it.")
         owner = f"Rollout {name!r}"
         reported, ids_TK, logprobs_TK = look_up(owner, ids, *entries(completion.logprobs), top_k=self._kept)
         return make_rollout(
@@ -218,13 +221,17 @@ class VLLMScorer:
 
     def __attrs_post_init__(self) -> None:
         own_numbers(self, "VLLMScorer")
-        check_support("VLLMScorer", self.tokenizer_id, self.top_k, self.candidates, self.drawn)
+        check_support("VLLMScorer", self._known, self.top_k, self.candidates, self.drawn)
         _check_engine("VLLMScorer", self.engine, widest(self.top_k, self.candidates, self.drawn), scoring=True)
 
     @cached_property
     def tokenizer_id(self) -> TokenizerId:
         """Whose ids it reads."""
         return fingerprint_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _known(self) -> TokenizerId:
+        return cut_to_rows(self.tokenizer, self.engine.vocab_size)
 
     @cached_property
     def _identified(self) -> ModelId:
@@ -238,7 +245,7 @@ class VLLMScorer:
 
     def score(self, rollouts: Sequence[Rollout], /) -> Sequence[Scores]:
         """Return (T_i,) log-probs, nats, of each rollout's response tokens, in the order given."""
-        check_rollouts(rollouts, self.tokenizer_id, self.engine.context, self.candidates, self.drawn)
+        check_rollouts(rollouts, self._known, self.engine.context, self.candidates, self.drawn)
         for rollout in rollouts:
             if len(rollout) == self.engine.context:
                 raise ContextOverflowError(
@@ -256,9 +263,13 @@ class VLLMScorer:
 
 def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = False, top_k: int = 0) -> tuple[VLLMEngine, Any]:
     path = local_folder(folder)
+    check_described(path)
+    check_whole(path)
     tokenizer = load_tokenizer(path)
-    vocab_size = fingerprint_tokenizer(tokenizer).vocab_size
-    return VLLMEngine(path, vocab_size, settings or VLLMSettings(), scoring=scoring, top_k=top_k), tokenizer
+    with looking_for(path):
+        config = transformers.AutoConfig.from_pretrained(path).get_text_config()
+    known = cut_to_rows(tokenizer, getattr(config, "vocab_size", None))
+    return VLLMEngine(path, known.vocab_size, settings or VLLMSettings(), scoring=scoring, top_k=top_k), tokenizer
 
 
 def _check_engine(owner: str, engine: VLLMEngine, top_k: int, *, scoring: bool) -> None:

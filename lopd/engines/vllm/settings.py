@@ -36,7 +36,8 @@ class VLLMSettings:
 
     Args:
         dtype: type of the weights; None takes the one of the model's configuration (vLLM's own "auto" would turn float32 into less).
-        max_model_len: tokens of the longest prompt and response together; None is the context of the model.
+        max_model_len: tokens of the longest prompt and response together; None is the context of the model.  One with LongRoPE
+            (Phi-3-128k, Phi-4-mini) is refused with more than its `original_max_position_embeddings`: vLLM would compute another function.
         tokens_per_batch: positions of one forward pass.  Scoring holds the logits of so many at once, a few times over: float32, V each.  So
             does sampling with a temperature or top_p other than 1, which reads its rollouts once more.
         gpu_memory_utilization: share of a GPU's memory; what scoring needs for logits comes from the rest.

@@ -31,7 +31,7 @@ COMMANDS = {
     "plan": ("planning", "estimate what a run will cost, or what fits on a card"),
 }
 #: Arguments of the Python API that have another name here.
-_ELSEWHERE = {"first_contact_s": "--wait", "api_key": "--key-variable"}
+_ELSEWHERE = {"first_contact_s": "--wait", "api_key": "--key-variable", "max_model_len": "--context"}
 _CODES = """\
 examples:
   lopd run --example > run.yaml     a file to begin with

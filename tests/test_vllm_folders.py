@@ -1,0 +1,77 @@
+"""Folders that vLLM would read otherwise than their identity states: refused by name before anything is loaded or started."""
+
+import json
+
+import peft
+import pytest
+from conftest import build_tokenizer
+from odd_models import LONGROPE, odd_model
+from test_vllm_life import fake  # noqa: F401
+
+from lopd import CausalLMStudent, Lineage, Prompt, Rollout, SamplingParams
+from lopd.engines.vllm import VLLMEngine, VLLMScorer, VLLMSettings, VLLMSource
+from lopd.errors import ModelError
+from lopd.tools.command import main
+
+BORDER, LONGEST = 16, 64
+
+
+@pytest.fixture(scope="module", params=["Phi3", "Llama"])
+def long_rope(request, tmp_path_factory):
+    special = {"original_max_position_embeddings": BORDER, "sliding_window": None} if request.param == "Phi3" else {}
+    folder = tmp_path_factory.mktemp("long") / request.param
+    odd_model(request.param, rope_parameters=LONGROPE, **special).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_context_above_a_rope_border_is_refused_with_the_context_that_is_not(fake, long_rope, capsys, tmp_path):
+    wanted = rf"in a context of {{}} vLLM turns all positions by the long factors of LongRoPE.*at most {BORDER}; pass `max_model_len=` {BORDER}, "
+    for context, settings in (LONGEST, VLLMSettings()), (BORDER + 1, VLLMSettings(max_model_len=BORDER + 1)):
+        for make in (
+            lambda settings: VLLMEngine(long_rope, 96, settings),
+            lambda settings: VLLMSource.from_folder(long_rope, SamplingParams(), settings),
+            lambda settings: VLLMScorer.from_folder(long_rope, settings),
+        ):
+            with pytest.raises(ModelError, match=wanted.format(context)):
+                make(settings)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n')
+    command = ["sample", f"{tmp_path}/run.zarr", "--student", f"{long_rope}", "--prompts", f"{tmp_path}/prompts.jsonl", "--engine", "vllm"]
+    assert main(command) == 2
+    assert f"pass `--context` {BORDER}, or use transformers" in " ".join(capsys.readouterr().err.split())
+    assert not fake.started
+
+
+def test_a_context_up_to_the_border_is_taken(fake, long_rope):
+    settings = VLLMSettings(max_model_len=BORDER)
+    assert len(VLLMSource.from_folder(long_rope, SamplingParams(), settings).sample([Prompt("p", [5])])) == 1
+    assert len(VLLMScorer.from_folder(long_rope, settings).score([Rollout("r", [5], [6], [True], "length")])) == 1
+    assert [started["max_model_len"] for started in fake.started] == [BORDER, BORDER]
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Return a function that opens a folder in both ways, where loading anything fails."""
+    monkeypatch.setattr("lopd.engines.vllm.nouns.load_tokenizer", lambda _: pytest.fail("something was loaded"))
+    return lambda folder: (lambda: VLLMSource.from_folder(folder, SamplingParams()), lambda: VLLMScorer.from_folder(folder))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside a model"])
+def test_the_export_of_a_lora_student_is_refused_before_anything_is_loaded(beside, opened, make_model, tokenizer, tmp_path):
+    adapted = peft.get_peft_model(make_model("llama_tied"), peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    CausalLMStudent(adapted, tokenizer).export(tmp_path / "adapters", tokenizer, Lineage())
+    if beside:
+        # transformers applies the adapters there, and vLLM passes them by
+        (tmp_path / "adapters" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    for make in opened(tmp_path / "adapters"):
+        with pytest.raises(
+            ModelError, match=r"it holds adapters \(adapter_config.json\), and vLLM is given one model; merge them .*the lineage beside it"
+        ):
+            make()
+
+
+def test_a_folder_without_a_model_is_refused_before_anything_is_loaded(opened, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    for make in opened(tmp_path):
+        with pytest.raises(ModelError, match=r"it holds neither config.json nor adapter_config.json, expected a model"):
+            make()
