@@ -217,6 +217,34 @@ def test_without_an_exchange_a_kill_between_two_moves_is_set_right_by_the_next_e
     assert (out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("removable", [True, False])
+def test_without_an_exchange_what_is_left_of_a_replaced_export_is_in_nobodys_way(
+    removable, full, adapters, tokenizer, monkeypatch, tmp_path
+):
+    out, old, remove = tmp_path / "out", tmp_path / ".out.old", shutil.rmtree
+    monkeypatch.setattr(lopd.engines.export, "_exchange", lambda *_: False)
+    full.export(out, tokenizer, FIRST)
+    shutil.copytree(out, old)  # as after a kill before it was removed
+
+    def stays(path, **options):
+        if not (path / "held").exists():
+            remove(path, **options)
+
+    if not removable:
+        (old / "held").touch()
+        monkeypatch.setattr(lopd.engines.export.shutil, "rmtree", stays)
+    adapters.export(out, tokenizer, SECOND)
+    full.export(out, tokenizer, FIRST)
+    left = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert [(path / "held").exists() for path in left] == [True] * (not removable)
+    for path in left:
+        remove(path)
+    assert_holds(out, full, FIRST)
+    shutil.move(out, old)  # as after a kill between the moves
+    adapters.export(out, tokenizer, SECOND)
+    assert_holds(out, adapters, SECOND)
+
+
 def test_a_generation_config_that_transformers_refuses_to_save_is_found_when_the_student_is_made(llama, tokenizer, tmp_path):
     llama.save_pretrained(tmp_path / "sft")
     tokenizer.save_pretrained(tmp_path / "sft")

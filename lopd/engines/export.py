@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -211,12 +212,20 @@ def _replace(folder: Path, fresh: Path, old: Path) -> None:
     if not folder.exists():
         fresh.rename(folder)
     elif not _exchange(fresh, folder):
+        _free(old)
         folder.rename(old)
         try:
             fresh.rename(folder)
         except OSError:
             old.rename(folder)
             raise
+
+
+def _free(old: Path) -> None:
+    """Free the name that the folder in use is to have for a moment, by which the next export sets a kill right; a replaced one may still be there."""
+    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():  # it holds what cannot be removed, such as a file that somebody reads over NFS
+        old.rename(old.with_name(f"{old.name}.{uuid4().hex}"))
 
 
 def _exchange(first: Path, second: Path) -> bool:
