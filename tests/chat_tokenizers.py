@@ -29,6 +29,13 @@ STRICT = (
     "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
     "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
 )
+#: As in Phi-4 mini: EOS is written behind a whole conversation, and each answer ends with another token.
+CONCLUDED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}{{ eos_token }}{% endif %}"
+)
+#: As in Cohere's Command R7B: an answer ends with two tokens, the second of which is EOS.
+TWICE_ENDED = CHATML.replace("<|im_end|>", "{% if m.role == 'assistant' %}<|im_end|>{% endif %}</s>")
 #: As in LLaVA: only parts are read.
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content if part.type == 'text' %}{{ part.text | trim }}{% endfor %}"

@@ -20,22 +20,22 @@ from lopd.tools.doctor import describe_advantages
 
 
 def direct_kl(student: Any, teacher: Any, rollout: Rollout) -> float:
-    """Return the KL over the whole vocabulary at each response token, summed: one rollout alone, nothing clever."""
+    """Return the KL over the whole vocabulary at each response token that counts, summed: one rollout alone, nothing clever."""
     ids = torch.tensor([*rollout.prompt_ids.tolist(), *rollout.response_ids.tolist()])[None]
     with torch.no_grad():
         p, q = (model(input_ids=ids, use_cache=False).logits[0, :, :96].double().log_softmax(-1) for model in (student, teacher))
     first, last = rollout.prompt_ids.size - 1, ids.shape[1] - 1
-    return float((p.exp() * (p - q)).sum(-1)[first:last].sum())
+    return float((p.exp() * (p - q)).sum(-1)[first:last][torch.tensor(rollout.loss_mask)].sum())
 
 
 @pytest.mark.parametrize(("tokens_per_batch", "rows_per_chunk"), [(8192, 256), (20, 3)])
-def test_exact_reverse_kl_is_the_sum_over_the_vocabulary_at_every_response_token(
+def test_exact_reverse_kl_is_the_sum_over_the_vocabulary_at_every_token_that_counts(
     tokens_per_batch: int, rows_per_chunk: int, rollouts: list[Rollout], make_model: Callable[..., Any], tokenizer: Any
 ) -> None:
     student, teacher = make_model("qwen3_padded", seed=1), make_model("llama_tied", seed=2)
     scorer = HFScorer(teacher, tokenizer, tokens_per_batch=tokens_per_batch, rows_per_chunk=rows_per_chunk)
     got = exact_reverse_kl(HFSource(student, tokenizer), scorer, rollouts)
-    assert got.counts.tolist() == [r.response_ids.size for r in rollouts]
+    assert got.counts.tolist() == [r.loss_mask.sum() for r in rollouts]
     np.testing.assert_allclose(got.sums, [direct_kl(student, teacher, r) for r in rollouts], rtol=2e-4)
 
 

@@ -14,7 +14,8 @@ from conftest import TOKENIZER_ID, build_tokenizer
 import lopd.engines.export
 from lopd import CausalLMStudent, LanceStore, ModelId, ZarrStore
 from lopd.engines.hf import HFSource, load_model
-from lopd.errors import ModelError, StoreExistsError, StoreWriteError
+from lopd.engines.server import Servers, ServerSource
+from lopd.errors import EngineError, ModelError, StoreExistsError, StoreWriteError
 from lopd.records import Lineage, SamplingParams, StoreId
 
 WRITER = ModelId("writer", "1", "float32")
@@ -217,6 +218,34 @@ def test_without_an_exchange_a_kill_between_two_moves_is_set_right_by_the_next_e
     assert (out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("removable", [True, False])
+def test_without_an_exchange_what_is_left_of_a_replaced_export_is_in_nobodys_way(
+    removable, full, adapters, tokenizer, monkeypatch, tmp_path
+):
+    out, old, remove = tmp_path / "out", tmp_path / ".out.old", shutil.rmtree
+    monkeypatch.setattr(lopd.engines.export, "_exchange", lambda *_: False)
+    full.export(out, tokenizer, FIRST)
+    shutil.copytree(out, old)  # as after a kill before it was removed
+
+    def stays(path, **options):
+        if not (path / "held").exists():
+            remove(path, **options)
+
+    if not removable:
+        (old / "held").touch()
+        monkeypatch.setattr(lopd.engines.export.shutil, "rmtree", stays)
+    adapters.export(out, tokenizer, SECOND)
+    full.export(out, tokenizer, FIRST)
+    left = [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert [(path / "held").exists() for path in left] == [True] * (not removable)
+    for path in left:
+        remove(path)
+    assert_holds(out, full, FIRST)
+    shutil.move(out, old)  # as after a kill between the moves
+    adapters.export(out, tokenizer, SECOND)
+    assert_holds(out, adapters, SECOND)
+
+
 def test_a_generation_config_that_transformers_refuses_to_save_is_found_when_the_student_is_made(llama, tokenizer, tmp_path):
     llama.save_pretrained(tmp_path / "sft")
     tokenizer.save_pretrained(tmp_path / "sft")
@@ -228,6 +257,35 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_found_when_the
     student = CausalLMStudent(model, own)
     student.export(tmp_path / "out", own, FIRST)
     assert_holds(tmp_path / "out", student, FIRST)
+
+
+def test_adapters_keep_what_ends_a_response(adapters, tokenizer, monkeypatch, tmp_path):
+    out, sampling, servers = tmp_path / "out", SamplingParams(), Servers("http://a", "m")
+
+    def stops(name=out):
+        return [
+            source.stop_ids for source in (HFSource.from_folder(name, sampling), ServerSource.from_folder(servers, name, WRITER, sampling))
+        ]
+
+    (tmp_path / "base/generation_config.json").write_text('{"eos_token_id": [0, 9], "do_sample": false, "temperature": 0.9}')
+    adapters.model.generation_config.update(eos_token_id=[0, 5], do_sample=False, temperature=0.9)  # which `save_pretrained` refuses
+    adapters.export(out, tokenizer, FIRST)
+    assert stops() == [{0, 5}] * 2
+    assert_holds(out, adapters, FIRST)
+    adapters.export(out, tokenizer, SECOND)
+    assert_holds(out, adapters, SECOND)
+    place, commit = tmp_path / "hub/models--org--student", "a" * 40
+    shutil.copytree(out, place / "snapshots" / commit)
+    for name, text in {"refs/main": commit, f".no_exist/{commit}/config.json": ""}.items():
+        (place / name).parent.mkdir(parents=True)
+        (place / name).write_text(text)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert stops("org/student") == [{0, 5}] * 2
+    (out / "generation_config.json").unlink()  # as an export by an older lopd, and peft itself, have it
+    assert stops() == [{0, 9}] * 2
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(EngineError, match=r"Model '.*base': it cannot be loaded \(there is no such folder"):
+        ServerSource.from_folder(servers, out, WRITER, sampling)
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_found_when_the_student_is_made(llama):

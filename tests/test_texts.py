@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from chat_tokenizers import CHATML, STRICT, byte_tokenizer
+from chat_tokenizers import CHATML, CONCLUDED, PARTS, STRICT, TWICE_ENDED, byte_tokenizer
 
 from lopd import CausalLMStudent, FusedSFTLoss, Lineage, ModelId, ZarrStore, batches, import_text, make_prompts, opd_steps
 from lopd.engines.hf import folder_model_id
@@ -147,6 +147,22 @@ def test_an_end_that_is_not_eos_draws_a_warning():
     with pytest.warns(PromptWarning, match="responses end with '<|im_end|>', .* EOS is '</s>'; see that sampling stops at both"):
         store = import_text([("q", "a"), ("r", "b")], tokenizer, teacher=WRITER)
     assert [response for _, response in texts_of(tokenizer, store)] == ["a<|im_end|>", "b<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [CONCLUDED, CONCLUDED.replace("<|im_end|>", "<|im_end|>\n"), PARTS])
+def test_eos_behind_a_conversation_is_not_what_ends_an_answer(template):
+    tokenizer = byte_tokenizer(template, eos="</s>")
+    with pytest.warns(PromptWarning, match=r"responses end with '<\|im_end\|>', .* EOS is '</s>'; see that sampling stops at both"):
+        store = import_text([("q", "a"), ("r", "b<|im_end|>"), ("s", "c</s>")], tokenizer, teacher=WRITER)
+    assert [response for _, response in texts_of(tokenizer, store)] == ["a<|im_end|>", "b<|im_end|>", "c</s>"]
+
+
+@pytest.mark.parametrize("response", ["5", "5</s>", "5<|im_end|></s>\n"])
+def test_a_response_gets_all_tokens_with_which_the_template_ends_an_answer(response):
+    tokenizer = byte_tokenizer(TWICE_ENDED, eos="</s>")
+    records = [("q", response), {"prompt": "r", "response": "5", "finish_reason": "length"}]
+    store = import_text(records, tokenizer, teacher=WRITER)
+    assert [response for _, response in texts_of(tokenizer, store)] == ["5<|im_end|></s>", "5"]
 
 
 def test_a_response_that_was_cut_has_no_end(tokenizer):

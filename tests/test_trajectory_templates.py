@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from chat_tokenizers import SPECIAL, byte_tokenizer
 
-from lopd import ModelId, SamplingParams, import_trajectories
+from lopd import ModelId, SamplingParams, import_text, import_trajectories
 from lopd.errors import PromptError
 
 PAGE = (Path(__file__).parents[1] / "docs" / "howto" / "trajectories.md").read_text()
 VERSION = re.search(r"trl (\d+\.\d+\.\d+)", PAGE)[1]
 ROWS = {row[0]: row[1:] for row in re.findall(r"^\| `([\w.]+)` \| ([\w ]+) \| ([\w ]+) \| ([\w ]+) \|$", PAGE, re.MULTILINE)}
-#: What ends an answer, by how the name of a template begins.
+#: EOS of the published tokenizers, by how the name of a template begins; Phi's ends a whole conversation, and `<|end|>` an answer.
 ENDS = {
     "cohere": "<|END_OF_TURN_TOKEN|>",
     "deepseek": "<｜end▁of▁sentence｜>",
@@ -24,7 +24,7 @@ ENDS = {
     "lfm2": "<|im_end|>",
     "llama3": "<|eot_id|>",
     "nemotron": "<|im_end|>",
-    "phi3": "<|end|>",
+    "phi3": "<|endoftext|>",
     "qwen": "<|im_end|>",
 }
 ADD = {"type": "function", "function": {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {}}}}
@@ -76,10 +76,24 @@ def test_the_table_names_templates():
     assert len(ROWS) > 10
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_conversations_become_what_the_table_says(name):
+@pytest.fixture
+def templates():
+    """Give the folder of the templates that the table is of."""
     trl = pytest.importorskip("trl", reason="its templates are those of the table: pip install trl")
     if trl.__version__ != VERSION:
         pytest.skip(f"the table is of the templates of trl {VERSION}, and this is {trl.__version__}")
-    tokenizer = real_tokenizer(Path(trl.__file__).parent / "chat_templates", name)
+    return Path(trl.__file__).parent / "chat_templates"
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_conversations_become_what_the_table_says(name, templates):
+    tokenizer = real_tokenizer(templates, name)
     assert tuple(outcome(record, tokenizer) for record in CHATS) == ROWS[name]
+
+
+@pytest.mark.filterwarnings("ignore:.*see that sampling stops at both")
+@pytest.mark.parametrize(("name", "end"), [("phi3_5", "<|end|>"), ("cohere2", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>")])
+def test_a_text_ends_as_its_template_ends_an_answer(name, end, templates):
+    tokenizer = real_tokenizer(templates, name)
+    store = import_text([("hello", "hi there")], tokenizer, teacher=ModelId("w", "1", "float32"))
+    assert tokenizer.decode(store.read([0])[0].rollout.response_ids.tolist()) == f"hi there{end}"

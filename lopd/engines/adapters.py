@@ -1,9 +1,12 @@
-"""Adapters of peft, loaded in the precision that they were trained in."""
+"""Adapters of peft, loaded in the precision that they were trained in, and with what ends a response of theirs."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+
+from lopd.engines.finding import local_folder
 
 
 def keep_precision(model: Any, folder: str | Path) -> None:
@@ -21,3 +24,14 @@ def keep_precision(model: Any, folder: str | Path) -> None:
     (name,) = model.peft_config
     cast_adapter_dtype(model, name)
     set_peft_model_state_dict(model, load_peft_weights(str(folder), device=str(model.device)), adapter_name=name)
+
+
+def take_generation_config(model: Any, folder: str | Path) -> None:
+    """Take the generation configuration that an export wrote beside adapters: transformers takes the base model's.
+
+    Args:
+        model: as transformers loaded it from `folder`; one without adapters is left as it is.
+        folder: a folder with adapters, or a hub name.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False) and (local_folder(str(folder), weights=False) / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
@@ -39,12 +40,16 @@ def check_exportable(model: Any, tokenizer: Any) -> None:
             stands in the place of a layer.
     """
     base, name = unwrap(model), type(unwrap(model)).__name__
-    own = {"config": getattr(base, "config", None), "generation_config": getattr(base, "generation_config", None)} if base is model else {}
+    generation = getattr(base, "generation_config", None)
+    own = {"config": getattr(base, "config", None), "generation_config": generation} if base is model else {}
     with TemporaryDirectory() as folder:
         for what, part in {**own, "tokenizer": tokenizer}.items():
             if hasattr(part, "save_pretrained"):
                 with _saving(f"Model {name}", f"its {what}"):
                     part.save_pretrained(folder)
+    if base is not model and generation is not None:
+        with _saving(f"Model {name}", "its generation_config"):
+            generation.to_json_string()
     renamed = next((key for key, _ in base.named_parameters() if "_orig_mod." in key), None)
     if renamed:
         raise ModelError(
@@ -88,6 +93,10 @@ def export_model(model: Any, tokenizer: Any, lineage: Lineage, folder: Path, sta
             fresh.mkdir(parents=True)
             model.save_pretrained(fresh, **({} if state is None else {"state_dict": state}))
             tokenizer.save_pretrained(fresh)
+            generation = getattr(unwrap(model), "generation_config", None)
+            if generation is not None and (fresh / "adapter_config.json").exists():
+                # peft leaves out which ids end a response; `save_pretrained` refuses settings that many base models have
+                generation.to_json_file(fresh / "generation_config.json")
             (fresh / "README.md").unlink(missing_ok=True)  # peft's form to fill in; the one in the folder is its owner's
             written = _files(fresh)
             lineage.write(fresh)
@@ -211,12 +220,20 @@ def _replace(folder: Path, fresh: Path, old: Path) -> None:
     if not folder.exists():
         fresh.rename(folder)
     elif not _exchange(fresh, folder):
+        _free(old)
         folder.rename(old)
         try:
             fresh.rename(folder)
         except OSError:
             old.rename(folder)
             raise
+
+
+def _free(old: Path) -> None:
+    """Free the name that the folder in use is to have for a moment, by which the next export sets a kill right; a replaced one may still be there."""
+    shutil.rmtree(old, ignore_errors=True)
+    if old.exists():  # it holds what cannot be removed, such as a file that somebody reads over NFS
+        old.rename(old.with_name(f"{old.name}.{uuid4().hex}"))
 
 
 def _exchange(first: Path, second: Path) -> bool:

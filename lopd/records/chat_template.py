@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, datetime
 from typing import Any
 
@@ -57,14 +57,14 @@ class ChatTemplate:
     Args:
         owner: how messages name all prompts.
         tokenizer: one that `formats_chats`.
-        special: its special tokens.
+        special: its special tokens, by id.
         day: what the template reads as today; None for today.
 
     Raises:
         PromptError: the template is not valid Jinja.
     """
 
-    def __init__(self, owner: str, tokenizer: Any, special: Collection[str], day: date | None) -> None:
+    def __init__(self, owner: str, tokenizer: Any, special: Mapping[int, str], day: date | None) -> None:
         self._tokenizer, self._source = tokenizer, getattr(tokenizer, "chat_template", None)
         self._words = _words(owner, self._source) if self._source else set[str]()
         #: Arguments of transformers that are not variables of a template.
@@ -75,12 +75,12 @@ class ChatTemplate:
         text, parts = (self._written(content) for content in (PROBE, [{"type": "text", "text": PROBE}])) if self._source else ("", "")
         self._wants_parts = PROBE not in text and PROBE in parts
         self._reads_parts = self._wants_parts or text == parts != ""
-        #: What the template writes behind an answer.
-        self.answer_end = self._end() if self._source else ""
+        #: Ids of the special tokens with which the template ends an answer.
+        self.answer_end = self._end(special) if self._source else list[int]()
         #: Whether the arguments of a call may be values, as in most templates; DeepSeek's join them to text.
         self.reads_values = not self._source or self._writes_call({}) or not self._writes_call("{}")
         mark = text.partition(PROBE)[2].strip()
-        marks = [*special, mark] if len(mark) >= _SHORTEST_MARK else list(special)
+        marks = [*special.values(), mark] if len(mark) >= _SHORTEST_MARK else list(special.values())
         self._marks = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
         self.clock_was_read = False
         self._tried = set[frozenset[str]]()
@@ -150,10 +150,25 @@ class ChatTemplate:
         except Exception:  # a template may refuse such a message; what it raises for a prompt is reported there
             return ""
 
-    def _end(self) -> str:
+    def _end(self, special: Mapping[int, str]) -> list[int]:
+        """Return the tokens up to EOS if nothing is between them, or else the first: behind it may be what asks for the next answer."""
+        (last, asked), eos = (self._behind_answer(asks) for asks in (False, True)), str(getattr(self._tokenizer, "eos_token", None) or "")
+        if asked and not asked.startswith(last):
+            # Phi's write EOS behind a whole conversation alone, and end an answer with another token
+            last = last.removesuffix(eos).rstrip() or last
+        found = list[int]()
+        while fitting := [(len(text), id_) for id_, text in special.items() if text and last.startswith(text)]:
+            size, token = max(fitting)
+            found, last = [*found, token], last[size:]
+            if special[token] == eos:
+                return found
+        return found[:1]
+
+    def _behind_answer(self, asks: bool) -> str:
+        """Return what is written behind an answer where another one is asked for, or where none is; nothing if the template refuses."""
         messages = [{"role": role, "content": PROBE} for role in ("user", "assistant")]
         try:
-            text = str(self._apply(messages, None, {}, tokenize=False, add_generation_prompt=False))
+            text = str(self._apply(messages, None, {}, tokenize=False, add_generation_prompt=asks))
         except Exception:  # a template may refuse them
             return ""
         return text.rpartition(PROBE)[2].strip()

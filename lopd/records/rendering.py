@@ -54,16 +54,15 @@ class Rendering:
         self._owner, self.tokenizer, self._verbatim, self._day = owner, tokenizer, verbatim, day
         self._special = _special_tokens(tokenizer)
         has_template = not verbatim and formats_chats(tokenizer)
-        self._template = ChatTemplate(owner, tokenizer, self._special.values(), day) if has_template else None
+        self._template = ChatTemplate(owner, tokenizer, self._special, day) if has_template else None
         if day is not None:
             self._need_template(owner, "`date`")
             if not isinstance(day, date):
                 raise PromptError(f"{owner}: `date` is {day!r:.40}, expected a datetime.date; pass one.")
         self._tools, self._variables = self._tools_in(owner, tools), self._variables_in(owner, variables)
+        self._written_end = self._template.answer_end if self._template else []
         #: Ids that end an answer.
-        self.ends = {getattr(tokenizer, "eos_token_id", None)}
-        if self._template:
-            self.ends |= {id_ for id_, token in self._special.items() if self._template.answer_end == token}
+        self.ends = {getattr(tokenizer, "eos_token_id", None), *self._written_end[-1:]}
         if not has_template and not verbatim:
             self.ends |= {*self._encode(owner, PROBE)[-1:]} - {*self._encode(owner, PROBE, bare=True)[-1:]}
 
@@ -89,7 +88,7 @@ class Rendering:
     def respond(self, where: str, prompt_ids: Sequence[int], content: str | Messages, response: str, **given: Any) -> list[int]:
         """Return the token ids of a response, as a policy would draw them after the prompt.
 
-        The text is tokenised by itself, for sampling begins where the prompt ends, and gets the token with which the chat template ends an answer,
+        The text is tokenised by itself, for sampling begins where the prompt ends, and gets the tokens with which the chat template ends an answer,
         or else EOS.
 
         Args:
@@ -105,6 +104,8 @@ class Rendering:
         whole = self._encode(where, response.rstrip(), bare=True)
         ended = bool(whole) and whole[-1] in (self._special if self._verbatim else self.ends)
         ids = whole[:-1] if ended else self._encode(where, response, bare=True)
+        if ended and (before_end := self._written_end[:-1]) == ids[-len(before_end) :]:
+            ids = ids[: -len(before_end)]
         if not ids:
             raise PromptError(f"{where}: its response {response!r:.40} has 0 tokens, expected at least 1; drop the record.")
         if ended and not given["ended"]:
@@ -121,7 +122,7 @@ class Rendering:
             self._compared = True
             messages = self._given(where, content, given["tools"], given["variables"]) if self._template else None
             self._compare(where, messages, [*prompt_ids], ids, response)
-        return [*ids, whole[-1] if ended else self._end] if given["ended"] else ids
+        return [*ids, *self._written_end[:-1], whole[-1] if ended else self._end] if given["ended"] else ids
 
     def answer(self, where: str, prompt_ids: Sequence[int], asked: Messages, answer: Mapping[str, Any], **given: Any) -> list[int]:
         """Return the token ids of an assistant's message, as a policy would draw them after the prompt: of text by `respond`, of more by the
@@ -162,15 +163,15 @@ class Rendering:
     @cached_property
     def _end(self) -> int:
         """What ends a response."""
-        eos, written = getattr(self.tokenizer, "eos_token_id", None), self._template.answer_end if self._template else ""
-        end = next((id_ for id_, token in self._special.items() if token == written), eos)
+        eos: Any = getattr(self.tokenizer, "eos_token_id", None)
+        end = [eos, *self._written_end][-1]
         if end is None:
             raise PromptError(f"{self._owner}: the tokenizer has no EOS token; set `tokenizer.eos_token`.")
         if end != eos:
             self.doubts.add(
                 self._owner,
-                f"responses end with {written!r}, as the chat template has it, and EOS is {getattr(self.tokenizer, 'eos_token', None)!r}; see that "
-                "sampling stops at both (`generation_config.eos_token_id`, or `SamplingParams(stop_ids=...)`)",
+                f"responses end with {self._special[end]!r}, as the chat template has it, and EOS is {self._special.get(eos)!r}; see that sampling "
+                "stops at both (`generation_config.eos_token_id`, or `SamplingParams(stop_ids=...)`)",
             )
         return int(end)
 

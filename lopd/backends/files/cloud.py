@@ -257,7 +257,7 @@ class ObstoreFiles:
         return self._repeat(partial(self._call, folder, pages))
 
     def age(self, folder: str, /) -> float:
-        """Return seconds since the newest object in a folder was written, by the server's clock."""
+        """Return seconds since the newest object in a folder was written: this machine's clock less what the server's showed then."""
         newest = max((entry["last_modified"] for entry in self._listed(folder)), default=datetime.now(UTC))
         return float((datetime.now(UTC) - newest).total_seconds())
 

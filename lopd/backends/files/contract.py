@@ -83,7 +83,9 @@ class Files(Protocol):
         ...
 
     def age(self, folder: str, /) -> float:
-        """Return seconds since the newest file in a folder was written."""
+        """Return seconds since the newest file in a folder was written: this machine's clock less what the storage's showed then, so that a
+        difference of the two shows in it.
+        """
         ...
 
     def remove(self, paths: Iterable[str], /) -> None:

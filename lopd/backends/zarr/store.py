@@ -76,6 +76,7 @@ class ZarrStore(DurableBase[Snapshot, Writer]):
 
         It is safe beside writers and readers, whatever the clocks show: what is removed is committed first, so a writer in the middle of an
         append notices and writes again, and a reader that was opened before a compaction looks up where its rows are now.
+        Where the clock of this machine is ahead of the storage's by more than `older_than`, each append under way is written again.
         Only segments that this store has made are removed.
 
         Returns:

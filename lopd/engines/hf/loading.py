@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from lopd.engines.adapters import keep_precision
+from lopd.engines.adapters import keep_precision, take_generation_config
 from lopd.engines.causal_lm import attention_of, context_length, evaluating, hidden_states
 from lopd.engines.conditions import drops_cap
 from lopd.engines.finding import check_described, find_model, load_tokenizer, looking_for
@@ -66,6 +66,7 @@ def load_model(
     with looking_for(folder) as found:
         model, read = _from_pretrained(str(found), dtype or "auto")
         keep_precision(model, found)
+        take_generation_config(model, found)
     missing = sorted(read["missing_keys"] & dict(model.named_parameters(remove_duplicate=False)).keys())
     if missing:
         raise ModelError(

@@ -141,10 +141,10 @@ class HFScorer:
 
 @torch.inference_mode()
 def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Rollout]) -> RolloutSums:
-    r"""Return KL(student, teacher) in nats over the whole vocabulary, summed over the response tokens of each rollout of the student.
+    r"""Return KL(student, teacher) in nats over the whole vocabulary, summed over the tokens of each rollout of the student that count (`loss_mask`).
 
-    \(\sum_v \pi_\theta(v|s_t)\,(\log\pi_\theta(v|s_t) - \log\pi_T(v|s_t))\) at every state \(s_t\): the mean that `metrics.sampled_reverse_kl`
-    estimates from sampled tokens alone, at the price of having both models in memory; its interval is narrower.
+    \(\sum_v \pi_\theta(v|s_t)\,(\log\pi_\theta(v|s_t) - \log\pi_T(v|s_t))\) at the state \(s_t\) of each such token: the mean that
+    `evaluate_reverse_kl` estimates from sampled tokens alone, at the price of having both models in memory; its interval is narrower.
 
     Args:
         student: the policy that sampled.
@@ -154,6 +154,7 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
     Raises:
         TokenizerMismatchError: the teacher's token-to-id map is not the student's.
         ContextOverflowError: a rollout is longer than the context of one of them.
+        InvalidRecordError: there are no rollouts, or no token of theirs counts.
     """
     ours = student.tokenizer_id
     check_vocabulary("Teacher", teacher.tokenizer_id, "the student's", ours)
@@ -166,8 +167,9 @@ def exact_reverse_kl(student: HFSource, teacher: HFScorer, rollouts: Sequence[Ro
         batch = [rollouts[i] for i in part]
         chunks = [_response_hidden(model, batch)[0].split(teacher.rows_per_chunk) for model in models]
         kl_M = torch.cat([_kl(heads[0].logits(s_RD), heads[1].logits(t_RD)) for s_RD, t_RD in zip(*chunks, strict=True)])
-        sums[part] = [float(kl_T.astype(np.float64).sum()) for kl_T in _split(kl_M.cpu().numpy(), batch)]
-    return RolloutSums(sums, np.array([r.response_ids.size for r in rollouts], np.float64))
+        kls = _split(kl_M.cpu().numpy(), batch)
+        sums[part] = [float(kl_T[r.loss_mask].astype(np.float64).sum()) for r, kl_T in zip(batch, kls, strict=True)]
+    return RolloutSums(sums, np.array([r.loss_mask.sum() for r in rollouts], np.float64))
 
 
 def _kl(student_logits_RV: Tensor, teacher_logits_RV: Tensor) -> Tensor:

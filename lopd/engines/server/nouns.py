@@ -200,7 +200,7 @@ class ServerSource:
         """Return a source whose tokenizer, EOS ids and SFT teacher are read from a local copy of the folder that is served, or its hub name.
 
         Raises:
-            EngineError: the folder is not there, or cannot be read.
+            EngineError: the folder is not there, or cannot be read; or its adapters do not say what ends a response, and their base is not there.
             MissingDependencyError: transformers is not installed.
         """
         need("transformers", "ServerSource")
@@ -288,7 +288,15 @@ class ServerSource:
 
 
 def _eos_ids(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
-    """Return those of generation_config.json, or else config.json, and the tokenizer's."""
-    files = [folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists()]
+    """Return those of generation_config.json, or else config.json, in the folder or in that of the base model; and the tokenizer's."""
+    from lopd.engines.finding import local_folder
+
+    files, adapters = _settings(folder), folder / "adapter_config.json"
+    if not files and adapters.exists():
+        files = _settings(local_folder(json.loads(read_regular(adapters))["base_model_name_or_path"], weights=False))
     configured = next((ids for file in files if (ids := json.loads(read_regular(file)).get("eos_token_id")) is not None), None)
     return stop_ids(SamplingParams(), configured, tokenizer)
+
+
+def _settings(folder: Path) -> list[Path]:
+    return [folder / name for name in ("generation_config.json", "config.json") if (folder / name).exists()]

@@ -44,8 +44,8 @@ def import_text(
     `make_prompts` makes of them, with "id", "tools" and "chat_template_kwargs"; of several answers the last is trained, and the others are read.
     A "finish_reason" of "length" means that a response was cut: it gets no end token.
 
-    The chat template is applied to the prompt, once.  The response follows as text, where a policy would begin to sample, and gets the token with
-    which the template ends an answer, or else EOS, unless it has it.  A `PromptWarning` states where the template itself would write the response
+    The chat template is applied to the prompt, once.  The response follows as text, where a policy would begin to sample, and gets the tokens with
+    which the template ends an answer, or else EOS, unless it has them.  A `PromptWarning` states where the template itself would write the response
     otherwise, and all that `make_prompts` doubts.
 
     The same call again adds nothing to a store that has the texts; nothing is committed unless all of them are right.
