@@ -4,7 +4,7 @@
     python benchmarks/evidence.py --quick    # one seed, few arms and steps, into runs/evidence-quick; a quarter of an hour
     python benchmarks/evidence.py --plan     # how many runs are done, how many are left, and how many seconds of one core they take
     python benchmarks/evidence.py --report   # the file and the page, of the seeds that are finished
-    python benchmarks/evidence.py --go-on    # the seeds that benchmarks/results/evidence.json lacks; its machine and versions must be these
+    python benchmarks/evidence.py --go-on    # what benchmarks/results/evidence*.json lack; their machine and versions must be these
 
 Every finished unit (a teacher's text, a student, a store, one run of an arm) is a file in runs/evidence.  A killed run that is called again goes
 on from there, and loses the units that were in work.  Rates, the arm that is run in several forms, and the form that the goals are set for, are
@@ -49,6 +49,8 @@ from results_page import make_page
 from transformers.utils.logging import disable_progress_bar
 
 Job = Callable[[], Any]
+#: What a run can go on from: finished seeds with all trials, or, before there are such, the trials alone.
+KEPT_FILES = ("evidence.json", "evidence_choice.json")
 
 
 def work(job: Job) -> Any:
@@ -119,6 +121,8 @@ def execute(plan: Plan, workers: int) -> Chosen:
             wave(other_trials(plan, choose_rates(plan)))
             wave(Chosen.of(plan).form_trials(plan))
         chosen = Chosen.of(plan)
+        if plan.choice is not None and not (plan.home / KEPT_FILES[0]).exists():
+            result_file(Path(KEPT_FILES[1]).stem, describe_machine(), choice_rows(plan, chosen), [], plan.home)
         for seed in plan.seeds:
             seed_of([plan.bed(seed, kind) for kind, _ in plan.arms])
             wave([unit for unit in chosen.runs(plan) if unit.bed.seed == seed])
@@ -130,9 +134,10 @@ def take_over(plan: Plan) -> None:
 
     Seconds are compared, so it must have been made on the same machine with the same versions.
     """
-    path, here = plan.home / "evidence.json", describe_machine()
-    if not path.exists():
-        raise SystemExit(f"Evidence {path}: it does not exist, expected a file of finished seeds; run without --go-on.")
+    path = next((plan.home / name for name in KEPT_FILES if (plan.home / name).exists()), None)
+    if path is None:
+        raise SystemExit(f"Evidence {plan.home}: it has no {' and no '.join(KEPT_FILES)} to go on from; run without --go-on.")
+    here = describe_machine()
     theirs = json.loads(path.read_text())
     for name, ours in {**here["versions"], **here["machine"]}.items():
         if (found := {**theirs["versions"], **theirs["machine"]}.get(name)) != ours:
@@ -147,10 +152,14 @@ def take_over(plan: Plan) -> None:
         once(bed.run_file(row["arm"], row["rate"]) if "arm" in row else bed.of_student / f"{row['kind']}.json", partial(dict, unit))
 
 
-def _taken_over(plan: Plan) -> list[str]:
-    """Return the commits of result files whose units were taken over."""
+def choice_rows(plan: Plan, chosen: Chosen) -> list[Row]:
+    """Return the row of the plan, with the commits of result files whose units were taken over, and those of all trials."""
     path = plan.folder / "taken_over.json"
-    return list(json.loads(path.read_text())["commits"]) if path.exists() else []
+    said: Row = {"choice": plan.choice, "choice_held_out": plan.choice_held_out, "rates": plan.rates}
+    said |= {"best": chosen.best.name, "rival": chosen.rival.name, "until": chosen.until, "settings": settings_of(plan)}
+    said["taken_over"] = json.loads(path.read_text())["commits"] if path.exists() else []
+    trials = [*rate_trials(plan), *other_trials(plan, chosen.rates), *chosen.form_trials(plan)]
+    return [{"kind": "plan", **said, **asdict(plan.size)}, *({**unit(), "kind": "trial"} for unit in trials)]
 
 
 def report(plan: Plan) -> list[Row]:
@@ -167,23 +176,20 @@ def report(plan: Plan) -> list[Row]:
 
 def gather(plan: Plan, chosen: Chosen) -> list[Row]:
     """Return the rows of all finished units of the seeds that are finished."""
-    trials = [*rate_trials(plan), *other_trials(plan, chosen.rates), *chosen.form_trials(plan)]
     reported = chosen.runs(plan)
     finished = [seed for seed in plan.seeds if all(unit.path.exists() for unit in reported if unit.bed.seed == seed)]
     if not finished:
         raise SystemExit(f"Evidence {plan.folder}: 0 seeds are finished, expected at least 1 for a report; `--plan` lists what is left.")
-    said: Row = {"choice": plan.choice, "choice_held_out": plan.choice_held_out, "rates": plan.rates}
-    said |= {"best": chosen.best.name, "rival": chosen.rival.name, "until": chosen.until, "settings": settings_of(plan)}
-    said["taken_over"] = _taken_over(plan)
-    rows: list[Row] = [{"kind": "plan", **said, **asdict(plan.size)}]
+    described, *trials = choice_rows(plan, chosen)
+    rows = [described]
     rows += [json.loads(path.read_text()) for bed in plan.beds() if bed.seed in finished for path in sorted(bed.of_student.glob("*.json"))]
-    rows += [{**unit(), "kind": "trial"} for unit in trials]
-    return rows + [unit() for unit in reported if unit.bed.seed in finished]
+    return rows + trials + [unit() for unit in reported if unit.bed.seed in finished]
 
 
 def write(rows: list[Row], home: Path) -> None:
     """Write the result file and its part of the page of results, or, in another folder, a page of its own."""
     written = result_file("evidence", describe_machine(), rows, find_goals(rows), home)
+    (home / KEPT_FILES[1]).unlink(missing_ok=True)
     if home == FULL.home:
         publish()
     else:

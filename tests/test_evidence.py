@@ -89,7 +89,7 @@ def finish(plan, seeds):
     for unit in (*chosen.form_trials(plan), *chosen.runs(plan)):
         if unit.bed.seed in (*seeds, plan.choice):
             unit()
-    return evidence.gather(plan, chosen)
+    return evidence.gather(plan, chosen) if seeds else []
 
 
 def test_rates_and_the_best_arm_are_chosen_on_a_seed_that_is_not_reported(plan):
@@ -165,8 +165,21 @@ def test_a_run_goes_on_from_the_result_file_alone(plan, monkeypatch):
     assert {unit.bed.seed for unit in left} == {2}
 
 
+def test_a_run_goes_on_from_its_choice_alone(plan):
+    finish(plan, ())
+    rows = evidence.choice_rows(plan, evidence.Chosen.of(plan))
+    evidence.result_file("evidence_choice", evidence.describe_machine(), rows, [], plan.home)
+    elsewhere = evolve(plan, folder=plan.folder / "elsewhere")
+    evidence.take_over(elsewhere)
+    left = [unit for unit in evidence_plan.plan_units(elsewhere) if not unit.path.exists()]
+    assert {unit.bed.seed for unit in left} == {*plan.seeds}
+    assert evidence.Chosen.of(elsewhere) == evidence.Chosen.of(plan)
+    evidence.write(finish(plan, (0,)), plan.home)
+    assert sorted(path.name for path in plan.home.glob("*.json")) == ["evidence.json"]
+
+
 def test_a_result_file_of_elsewhere_is_not_taken_over(plan):
-    with pytest.raises(SystemExit, match="it does not exist, expected a file of finished seeds"):
+    with pytest.raises(SystemExit, match=r"it has no evidence\.json and no evidence_choice\.json to go on from"):
         evidence.take_over(plan)
     evidence.write(finish(plan, (0,)), plan.home)
     other = evolve(plan, folder=plan.folder / "other", size=evolve(plan.size, opd_prompts=8))
