@@ -221,7 +221,7 @@ class RepeatedRolloutsWarning(LopdWarning):
 class EndTokenWarning(LopdWarning):
     """A teacher that finds the tokens that end the policy's responses next to impossible, or a text of SFT that ends with another token than those
     at which the student stops.
-    To do: Let the student stop where its teacher does (`generation_config.eos_token_id`, `SamplingParams(stop_ids=...)`), before scores are paid for.
+    To do: Let the student stop where its teacher does (`student.stop_at(token)`, or `SamplingParams(stop_ids=...)`), before scores are paid for.
     """
 
 

@@ -136,7 +136,7 @@ def test_a_student_stops_where_the_text_of_sft_ends(here, tmp_path, capsys):
     file = written(here, example(**small, teacher=str(teacher), out=str(tmp_path / "run")))
     with pytest.warns(EndTokenWarning, match="its texts end with token 5, expected the policy's 0"):
         assert main(["run", file]) == 0
-    said = "the text ends with token 5, so the student's responses may, too"
+    said = "the text ends with token 5, so the student stops there, too"
     assert capsys.readouterr().out.replace("\n", " ").count(said) == 1
     rollouts = [record.rollout for record in ZarrStore.open(tmp_path / "run/seed-0/rollouts.zarr").read(range(16))]
     assert any(rollout.response_ids[-1] == 5 for rollout in rollouts)

@@ -44,12 +44,9 @@ class Steps(dict):
     """The arguments of `batches`, and the end of a slice."""
 
     lineage = "lineage"
-    store, rows = None, ()
 
     def __getitem__(self, steps):
-        made = Steps(self, start=steps.start, stop=steps.stop)
-        made.store, made.rows = self.store, self.rows
-        return made
+        return Steps(self, start=steps.start, stop=steps.stop)
 
 
 class Api(dict):
@@ -84,14 +81,11 @@ class Api(dict):
     def collected(self, _source, prompts, _store, **_progress):
         return self.call("collect_rollouts", "prompts", SimpleNamespace(refused=()), len(prompts))
 
-    def batches(self, store, *, rows, **given):
-        made = Steps(given, rows=len(rows))
-        made.store, made.rows = store, rows
-        return made
+    def batches(self, _store, *, rows, **given):
+        return Steps(given, rows=len(rows))
 
     def student(self, _model, _tokenizer, **given):
         made = torch.nn.Linear(1, 1)
-        made.stop_ids = range(1000)
         made.export = partial(self.call, "export", "folder tokenizer lineage", None)
         self.note("CausalLMStudent", **given)
         return made

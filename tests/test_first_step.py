@@ -112,12 +112,13 @@ def test_a_text_that_ends_where_its_student_does_not_stop_is_said(llama, scored)
     train = lambda steps, **options: list(  # noqa: E731
         opd_steps(student, steps, SFTLoss(), torch.optim.SGD(student.parameters(), lr=1e-3), **options)
     )
-    said = rf"7 of the 7 responses of the first step end with token 9, and its own end with \[{TOKENIZER_ID.eos_id}\]; .* add that token"
+    said = rf"7 of the 7 responses of the first step end with token 9, and its own end with \[{TOKENIZER_ID.eos_id}\]; .* call `student.stop_at\(9\)`"
     with pytest.warns(EndTokenWarning, match=said) as caught:
         train([step])
     assert [warning.filename for warning in caught] == [__file__]
     train([ended(step, TOKENIZER_ID.eos_id)])
-    student.model.generation_config.eos_token_id = [3, 9]
+    student.stop_at(9)
+    assert student.model.generation_config.eos_token_id == sorted({TOKENIZER_ID.eos_id, 9})
     train([step])
 
 

@@ -94,6 +94,20 @@ class CausalLMStudent(nn.Module):
         configured = getattr(getattr(unwrap(self.model), "generation_config", None), "eos_token_id", None)
         return stop_ids(SamplingParams(), configured, self.tokenizer)
 
+    def stop_at(self, token: int) -> None:
+        """Let its responses end at this token, too, as those that it is taught do: its export names it in the generation configuration.
+
+        Raises:
+            ModelError: the model has none.
+        """
+        config = getattr(unwrap(self.model), "generation_config", None)
+        if config is None:
+            raise ModelError(
+                f"Model {type(unwrap(self.model)).__name__}: it has no generation_config, where an export states what ends a response; sample with "
+                "`SamplingParams(stop_ids=...)`."
+            )
+        config.eos_token_id = sorted({*self.stop_ids, token})
+
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile the layers below the head by `torch.compile`, in place and with its arguments; head and loss have their own passes over memory.
 

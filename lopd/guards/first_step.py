@@ -163,8 +163,8 @@ def judge_ends(optimizer: Optimizer, student: object, batches: Sequence[Batch]) 
             optimizer,
             "ends",
             f"Student: {count} of the {len(lasts_B)} responses of the first step end with token {end}, and its own end with "
-            f"{sorted(student.stop_ids)}; it will not stop where its text does: add that token to "
-            "`student.model.generation_config.eos_token_id`, which its export keeps, or sample with `SamplingParams(stop_ids=...)`.",
+            f"{sorted(student.stop_ids)}; it will not stop where its text does: call `student.stop_at({end})` before it is exported, or sample with "
+            "`SamplingParams(stop_ids=...)`.",
             EndTokenWarning,
         )
 

@@ -1,5 +1,6 @@
 """How to find rows in a store, and to walk over a whole one: which rows can be read in one call, with all that they have."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count, pairwise
 from typing import Any
@@ -162,6 +163,13 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
             if sample + 1 >= reader.manifest.sampling.samples_per_prompt and not len(found[-1]):
                 break
     return np.unique(np.concatenate(found))
+
+
+def usual_end(reader: LogprobReader, rows: NDArray[np.int64]) -> int | None:
+    """Return the token with which more than half of the responses end that were not cut; None if there is none."""
+    rollouts = (record.rollout for record in walk(reader, rows))
+    ends = Counter(int(rollout.response_ids[-1]) for rollout in rollouts if rollout.finish_reason == "stop")
+    return next((token for token, times in ends.most_common(1) if 2 * times > ends.total()), None)
 
 
 def named(reader: LogprobReader) -> str:

@@ -19,6 +19,7 @@ from lopd.engines.student import CausalLMStudent
 from lopd.errors import ConflictError, LopdWarning, TrainingWarning
 from lopd.guards.watch import watch_drift
 from lopd.protocols import LogprobReader, OPDLoss
+from lopd.protocols.reading import usual_end
 from lopd.records.files import open_anywhere
 from lopd.records.lineage import Lineage
 from lopd.records.optional import need
@@ -197,6 +198,8 @@ def train_phase(
 ) -> dict[str, Any]:
     """Train on the steps of a store, resumably; return their tokens, and the metrics of all steps as their history.
 
+    A student that is fine-tuned on a text stops where that ends, from then on.
+
     Args:
         checkpoints: folder of the checkpoints.
         student: that is trained.
@@ -205,6 +208,11 @@ def train_phase(
         loss: the loss of every step.
         rate: number of a step -> its learning rate.
     """
+    if not steps.columns.teachers and steps.columns.label is None:
+        end = usual_end(steps.store, steps.rows)
+        if end is not None and end not in student.stop_ids:
+            student.stop_at(end)
+            console.print(f"the text ends with token {end}, so the student stops there, too, from now on", soft_wrap=True)
 
     def paced(done: int) -> Iterator[Step]:
         for step in evolve(steps, start=done):

@@ -1,6 +1,5 @@
 """A whole run over the public API: SFT where it is asked for, rollouts, scores, OPD, evaluation, a page.  Each phase is done once."""
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
@@ -147,12 +146,7 @@ class _Seeded:
         return {**counted_in(store), "refused": len(store.quarantined("teacher"))}
 
     def _sft(self, plan: Training) -> _Phase:
-        steps = self._steps("text", plan, teacher=None)
-        read = (record.rollout for record in walk(steps.store, steps.rows))
-        ends = Counter(int(rollout.response_ids[-1]) for rollout in read if rollout.finish_reason == "stop")
-        # a student that is taught an end stops there, in this run and wherever its export goes
-        end = next((token for token, times in ends.most_common(1) if 2 * times > ends.total()), None)
-        return self._train("sft", self.s.student.model, steps, lopd.FusedSFTLoss(), plan, end=end)
+        return self._train("sft", self.s.student.model, self._steps("text", plan, teacher=None), lopd.FusedSFTLoss(), plan)
 
     def _opd(self, start: str) -> _Phase:
         of, on_top_k = self.s.loss, self.s.loss.kind != "opd"
@@ -179,14 +173,11 @@ class _Seeded:
             **columns,
         )[: plan.steps]
 
-    def _train(self, name: str, start: str, steps: StepStream, loss: OPDLoss, plan: Training, *, end: int | None = None) -> _Phase:
-        """Train, resumably, and export the student, which also stops at the token `end`, to the folder of this name."""
+    def _train(self, name: str, start: str, steps: StepStream, loss: OPDLoss, plan: Training) -> _Phase:
+        """Train, resumably, and export the student to the folder of this name."""
         autocast = None if plan.autocast is None else getattr(torch, plan.autocast)
         model, tokenizer = load_model(start, torch.float32, self.s.student.place, autocast=autocast)
         student = lopd.CausalLMStudent(model, tokenizer, autocast=autocast, gradient_checkpointing=plan.gradient_checkpointing)
-        if end is not None and end not in student.stop_ids:
-            model.generation_config.eos_token_id = sorted({*student.stop_ids, end})
-            console.print(f"the text ends with token {end}, so the student's responses may, too: its generation configuration names it now")
         optimizer = torch.optim.AdamW(student.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
         # what was begun with other settings is not gone on with
         asked_for = sha256(repr(plan if name == "sft" else (plan, self.s.loss)).encode()).hexdigest()[:8]
