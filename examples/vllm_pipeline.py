@@ -19,12 +19,14 @@ import transformers
 from lopd import (
     CausalLMStudent,
     ConsistencyPolicy,
-    ReferenceOPDLoss,
+    FusedOPDLoss,
     SamplingParams,
     ZarrStore,
     batches,
     collect_rollouts,
+    load_checkpoint,
     opd_steps,
+    save_checkpoint,
     score_rollouts,
 )
 from lopd.engines.hf import load_model
@@ -57,7 +59,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples-per-prompt", type=int, default=1)
     parser.add_argument("--max-model-len", type=int, help="prompt and response together; default: the model's context")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of one model")
-    parser.add_argument("--top-k", type=int, default=0, help="candidates of the teacher kept beside each token")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rollouts-per-step", type=int, default=256)
     parser.add_argument("--tokens-per-batch", type=int, default=8192)
@@ -79,7 +80,7 @@ def collect(options: argparse.Namespace) -> None:
 
 def score(options: argparse.Namespace) -> None:
     """Score the answers with the teacher: phase 2."""
-    with closing(VLLMScorer.from_folder(options.teacher, settings(options), top_k=options.top_k)) as scorer:
+    with closing(VLLMScorer.from_folder(options.teacher, settings(options))) as scorer:
         score_rollouts(ZarrStore.open(options.store), scorer)
 
 
@@ -87,16 +88,21 @@ def train(options: argparse.Namespace) -> None:
     """Train the student on what is stored: phase 3."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(options.student, torch.float32, device, autocast=torch.bfloat16)
-    student = CausalLMStudent(model, tokenizer, autocast=torch.bfloat16)
+    student = CausalLMStudent(model, tokenizer, autocast=torch.bfloat16, gradient_checkpointing=True)
     optimizer = torch.optim.AdamW(student.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.1)
     steps = batches(
         ZarrStore.open(options.store),
         rollouts_per_step=options.rollouts_per_step,
         tokens_per_batch=options.tokens_per_batch,
+        ref="behavior",
         consistency=ConsistencyPolicy.WARN if options.any_teacher else ConsistencyPolicy.ERROR,
     )[: options.steps]
-    for metrics in opd_steps(student, steps, ReferenceOPDLoss(clip=10.0), optimizer):
+    checkpoints = f"{options.out}-checkpoints"
+    start = load_checkpoint(checkpoints, student, optimizer, steps=steps)
+    for metrics in opd_steps(student, steps[start:], FusedOPDLoss(ratio_to_ref=True), optimizer):
         print(metrics)
+        if (metrics.step + 1) % 10 == 0:
+            save_checkpoint(checkpoints, student, optimizer, next_step=metrics.step + 1, steps=steps)
     student.export(options.out, tokenizer, steps.lineage)
 
 

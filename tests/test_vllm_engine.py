@@ -432,12 +432,11 @@ def test_the_example_collects_scores_and_trains_phase_by_phase(folders, tmp_path
     prompts.write_text("".join(json.dumps({"prompt": f"what is {i}?"}) + "\n" for i in range(6)))
     save_model(tmp_path / "teacher", "llama_tied", seed=9)
     models = ["--student", folders["llama_tied"], "--teacher", tmp_path / "teacher"]
-    sizes = ["--max-new-tokens", "8", "--steps", "3", "--rollouts-per-step", "6", "--top-k", "3", "--any-teacher"]
+    sizes = ["--max-new-tokens", "8", "--steps", "3", "--rollouts-per-step", "6", "--any-teacher"]
     command = [EXAMPLES / "vllm_pipeline.py", "--prompts", prompts, "--store", store, "--out", out, *models, *sizes]
     assert run(*command).count("gap to the teacher") == 3
     rollouts = ZarrStore.open(store)
     assert len(rollouts) == 6
-    assert rollouts.columns["teacher"].top_k == 3
     assert rollouts.columns["teacher"].model == Lineage.read(out).opd_teacher == HFScorer.from_folder(tmp_path / "teacher").provenance.model
     assert run(*command, "--phases", "collect", "score").count("StepMetrics") == 0, (
         "a second call finds both phases done and trains nothing"

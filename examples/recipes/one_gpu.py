@@ -39,7 +39,7 @@ from attrs import asdict, evolve
 from online_opd import online_opd
 from peft import get_peft_model
 
-from lopd import CausalLMStudent, FusedOPDLoss, Lineage, SamplingParams
+from lopd import CausalLMStudent, FusedOPDLoss, Lineage, SamplingParams, ZarrStore
 from lopd.engines.hf import HFScorer, HFSource, load_model
 from lopd.records import Prompt, StepMetrics, read_prompts
 from lopd.tools.phases import Run, console, counted, digest, resumably
@@ -70,7 +70,8 @@ def main() -> None:
     # seeds and arms may be added to a run
     settings = {name: value for name, value in asdict(recipe).items() if name not in {"seeds", "with_online"}}
     run.claim({**settings, "engine": options.engine}, files)
-    every = [problem for problems in tests.values() for problem in problems]
+    # a problem of two tests is answered once
+    every = [*{problem.prompt_id: problem for problems in tests.values() for problem in problems}.values()]
     phases = Phases(run, plan.recipe, options.engine, every)
     start, sft = phases.sft(sft_prompts)
     arms = [phases.tested("teacher", recipe.teacher), evolve(phases.tested("start", start), phases=sft), *phases.opd(start, prompts)]
@@ -94,6 +95,8 @@ def parse() -> tuple[OneGpu, argparse.Namespace]:
     missing = [f"--{name.replace('_', '-')}" for name in needed if not getattr(options, name)]
     if missing and not options.only_estimate:
         parser.error(f"{' and '.join(missing)} are missing; pass them, or --only-estimate")
+    if len({Path(path).stem for path in options.test}) < len(options.test):
+        parser.error(f"--test has files of one name: {' '.join(options.test)}; a test is named after its file, so rename one")
     return recipe, options
 
 
@@ -234,7 +237,8 @@ def train_online(folder: Path, start: str, prompts: list[Prompt], recipe: OneGpu
     """Train the baseline: same start, loop, loss, rate and number of rollouts a step, but fresh ones, and the teacher always there."""
     student, tokenizer = make_student(start, recipe)
     optimizer, teacher = make_optimizer(student, recipe), make_scorer(recipe)
-    before = Lineage.read(start)
+    # the start may be a name in the hub, and the rollouts of the other arm were read from there with its lineage
+    before = Lineage(sft_teacher=ZarrStore.open(folder / "opd.zarr").manifest.sft_teacher)
     lineage = evolve(before, opd_teacher=teacher.provenance.model)
     source = HFSource(student.model, tokenizer, opd_sampling(recipe), before, rows_per_batch=recipe.rows)
     for group in optimizer.param_groups:
