@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lopd import CausalLMStudent, FusedOPDLoss, MemoryStore, ReferenceOPDLoss, batches, load_checkpoint, opd_steps, save_checkpoint
+from lopd.errors import CheckpointError
 from lopd.records import Lineage, Manifest, ModelId, Provenance, Ranks, Rollout, SamplingParams, Scores
 from lopd.records.ranks import inner, on_first
 
@@ -122,7 +123,12 @@ def main(rank: int, size: int, folder: str) -> None:
         found[f"{wrap} second half of one process"] = train(case, start=2, checkpoints=Path(folder) / "checkpoints-single")
         from conftest import build_tokenizer
 
-        student = make_student(case, Ranks.current())
+        # rank 1 has a folder of its own, as on a machine that shares no disk
+        student, own = make_student(case, Ranks.current()), Path(folder) / "nothing" if rank == 1 else path
+        try:
+            load_checkpoint(own, student)
+        except CheckpointError as error:
+            found[f"{wrap} different folders"] = str(error)
         inner(student).export(Path(folder) / f"export-{wrap}", build_tokenizer(), Lineage())
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")

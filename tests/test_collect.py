@@ -9,7 +9,7 @@ from attrs import evolve
 from conftest import CONTEXT
 from small_runs import PARAMS, Bar, Interrupted, Stopping, behavior, make_store, reopened, scored, source, teacher_model  # noqa: F401
 
-from lopd import collect_rollouts, score_rollouts
+from lopd import ZarrStore, collect_rollouts, score_rollouts
 from lopd.backends.memory_store import MemoryStore
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.errors import (
@@ -172,6 +172,13 @@ def test_a_prompt_that_was_edited_is_refused_and_what_was_there_is_counted(sourc
     assert len(store) == 6
     report = collect_rollouts(source, prompts, store)
     assert (report.skipped, report.rollouts) == (6, 2 * len(prompts) - 6)
+
+
+def test_what_another_process_has_collected_meanwhile_is_not_sampled_again(source, prompts, tmp_path, monkeypatch):
+    ours = ZarrStore.create(tmp_path / "run", source.manifest)
+    collect_rollouts(source, prompts, ZarrStore.open(tmp_path / "run"))
+    monkeypatch.setattr(HFSource, "sample", lambda *_: pytest.fail("it was sampled"))
+    assert collect_rollouts(source, prompts, ours).skipped == 2 * len(prompts)
 
 
 @pytest.mark.parametrize("wrong", ["3+4=?", ["3+4=?"], [1, 2]])

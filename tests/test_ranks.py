@@ -69,6 +69,14 @@ def assert_same(found, expected, *, rough=False):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_ranks_that_find_different_checkpoints_are_refused(wrap, several):
+    found, folder = several
+    said = f"Checkpoint {folder / f'checkpoints-{wrap}'}: the newest that rank 1 finds there is none, expected step-2.0 as on rank 0"
+    assert found[f"{wrap} different folders"].startswith(said)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_several_ranks_train_as_one_process_does(case, several, alone):
     found, _ = several

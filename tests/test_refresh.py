@@ -24,7 +24,7 @@ from lopd import (
 )
 from lopd.engines.hf import HFScorer, HFSource
 from lopd.engines.student import CausalLMStudent
-from lopd.errors import InvalidRecordError
+from lopd.errors import ConflictError, InvalidRecordError, TrainingWarning
 from lopd.protocols.reading import rows_of
 from lopd.records import Lineage
 
@@ -197,6 +197,30 @@ def test_a_round_that_was_stopped_while_it_sampled_is_completed(new_run):
     rows = sample_round(source, run.teacher, run.prompts, run.store)
     assert rows.tolist() == list(range(len(run.prompts) * 3))
     assert run.store.scored("teacher").all()
+
+
+def test_a_part_of_a_round_that_another_policy_sampled_is_scored_and_said(new_run):
+    run = new_run()
+    source = run.source(0)
+    collect_rollouts(source, run.prompts[:2], run.store)
+    resumed = evolve(source, identity=evolve(source.manifest.policy, revision="weights:recomputed/0"))
+    with pytest.warns(
+        TrainingWarning, match=rf"round 0 has 6 of these rollouts, expected {3 * len(run.prompts)}; .* was stopped"
+    ) as caught:
+        rows = sample_round(resumed, run.teacher, run.prompts, run.store)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert rows.tolist() == list(range(6))
+    assert run.store.scored("teacher").all()
+    with pytest.raises(ConflictError, match=r"round 0 has 0 of these rollouts, expected 3; .* give the round a number of its own"):
+        sample_round(resumed, run.teacher, run.prompts[2:3], run.store)
+
+
+def test_a_round_scores_no_more_than_its_own_rollouts(new_run):
+    run = new_run()
+    parts = {"math": run.prompts[:2], "code": run.prompts[2:]}
+    rows = {name: sample_round(run.source(0), run.teacher, part, run.store, column=name) for name, part in parts.items()}
+    for name, mine in rows.items():
+        assert np.flatnonzero(run.store.scored(name)).tolist() == mine.tolist()
 
 
 @pytest.mark.parametrize(("steps", "start"), [(0, 0), (3, -1)])

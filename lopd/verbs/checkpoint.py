@@ -203,15 +203,21 @@ def load_checkpoint(
 
     Raises:
         ArgumentError: an argument is something else, such as the student in place of the optimizer.
-        CheckpointError: other parameters, shapes, optimizer or settings of the steps than were saved, a damaged file, or one checkpoint was
-            named that is not there; nothing was changed.
+        CheckpointError: other parameters, shapes, optimizer or settings of the steps than were saved, a damaged file, ranks that find different
+            checkpoints, or one checkpoint was named that is not there; nothing was changed.
     """
     folder, own = _check_arguments(folder, student, optimizer, steps), inner(student)
-    if _NAME.fullmatch(folder.name) and not folder.exists():
+    found = [folder] if (folder / _STATE).exists() else sorted(_checkpoints(folder), key=_order)
+    names = Ranks.current().gather([found[-1].name if found else "none"])
+    if differing := [(rank, name) for rank, name in enumerate(names) if name != names[0]]:
+        raise CheckpointError(
+            f"Checkpoint {folder}: the newest that rank {differing[0][0]} finds there is {differing[0][1]}, expected {names[0]} as on rank 0; use a "
+            "folder that all machines share, or copy it to each."
+        )
+    if not found and _NAME.fullmatch(folder.name) and not folder.exists():
         raise CheckpointError(
             f"Checkpoint {folder}: there is no such folder, expected a checkpoint; check the path, or pass the run's folder."
         )
-    found = [folder] if (folder / _STATE).exists() else sorted(_checkpoints(folder), key=_order)
     if not found:
         return 0
     path = found[-1]

@@ -91,16 +91,23 @@ def collect_rollouts(
     _begin(store, manifest)
     samples = range(manifest.sampling.samples_per_prompt)
     names = [rollout_id(prompt.prompt_id, s, manifest.generation) for prompt in prompts for s in samples]
-    rows = store.find(names).reshape(len(prompts), len(samples))
-    _check_same_prompts(store, prompts, rows)
-    missing = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
+
+    def find_missing() -> NDArray[np.bool_]:
+        rows = store.find(names).reshape(len(prompts), len(samples))
+        _check_same_prompts(store, prompts, rows)
+        found: NDArray[np.bool_] = np.any((rows < 0) | _without_candidates(store, manifest, rows), axis=1)
+        return found
+
+    missing = find_missing()
     if missing.any():
-        store.append(())  # one that cannot be written to is refused before anything is sampled
+        # one that cannot be written to is refused before anything is sampled; and it sees by that what others have committed
+        store.append(())
+        missing = find_missing()
     report = CollectionReport(skipped=int((~missing).sum()) * len(samples))
     # cut before what is there is left out, so that a repeated run has the same batches
     batches = ([prompts[i] for i in part if missing[i]] for part in in_batches(np.arange(len(prompts)), prompts_per_batch))
     asked = ask(f"Source {manifest.policy}", source.sample, filter(None, batches), at_once=batches_at_once, most=max_refused)
-    with shown(progress, "sampling", rows.size, report.skipped, None, counted="response tokens") as advance:
+    with shown(progress, "sampling", len(names), report.skipped, None, counted="response tokens") as advance:
         for batch, rollouts, refused in asked:
             reasons = {prompt.prompt_id: reason for prompt, reason in refused}
             accepted = [prompt.prompt_id for prompt in batch if prompt.prompt_id not in reasons]

@@ -78,8 +78,12 @@ class StepStream(Glanced):
             "ref": self.columns.ref,
             "top_k": self.columns.top_k,
             "label": self.columns.label and f"{self.columns.label}, {self._labels_digest()}",
+            **({} if self.columns.place is None else {"shares of teachers": self._shares_digest(self.columns.place)}),
             "weighting": getattr(self.weighting, "__qualname__", type(self.weighting).__qualname__),
         }
+
+    def _shares_digest(self, place: NDArray[np.int64]) -> str:
+        return blake2b(place[self.rows].astype("<i8").tobytes(), digest_size=6).hexdigest()
 
     def _labels_digest(self) -> str:
         values = [values[self.rows] for values in (self.columns.labels, self.columns.means) if values is not None]

@@ -22,12 +22,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lopd.errors import ConflictError, TrainingWarning
 from lopd.protocols import LogprobStore, RolloutSource, TeacherScorer
 from lopd.protocols.doors import check_noun
-from lopd.protocols.reading import rows_of
+from lopd.protocols.reading import named, rows_of
 from lopd.records.checks import check_at_least, check_call
 from lopd.records.rollouts import Prompt
 from lopd.records.steps import StepMetrics
+from lopd.records.warn import warn_user
 from lopd.verbs.collect import collect_rollouts
 from lopd.verbs.preflight import Preflight
 from lopd.verbs.scoring import score_rollouts
@@ -103,9 +105,10 @@ def sample_round(
     preflight: Preflight | None = None,
     prompts_per_batch: int = 1024,
 ) -> NDArray[np.int64]:
-    """Collect and score the source's generation, unless another policy did; its rows in the store.
+    """Collect the source's generation, unless another policy did, and score it; its rows in the store.
 
-    A run that resumes in the middle of a round has a student that is no longer the one that sampled: its rollouts are complete, and kept.
+    A run that resumes in the middle of a round may have a student that is no longer the one that sampled: on a GPU, steps that are computed again
+    are not equal bit for bit.  What was sampled is kept, and scored.
 
     Args:
         source: the student as it is, its manifest with the number of the round and an identity that no other step has.
@@ -115,6 +118,12 @@ def sample_round(
         column: where the scores go.
         preflight: the self-test of `score_rollouts`; the first round's is enough.
         prompts_per_batch: sampled together and committed together, and as many rollouts are scored together; training waits for the round, so many.
+
+    Warns:
+        TrainingWarning: another policy sampled a part of the round, and was stopped.
+
+    Raises:
+        ConflictError: it was stopped before any of these rollouts was committed.
     """
     check_noun(source, RolloutSource)
     check_noun(store, LogprobStore)
@@ -122,5 +131,12 @@ def sample_round(
     sampled_by = store.generations.get(manifest.generation, manifest.policy)
     if sampled_by.same_weights(manifest.policy):
         collect_rollouts(source, prompts, store, prompts_per_batch=prompts_per_batch)
-        score_rollouts(store, scorer, column=column, preflight=preflight, rollouts_per_batch=prompts_per_batch)
-    return rows_of(store, prompts, [manifest.generation])
+    rows = rows_of(store, prompts, [manifest.generation])
+    asked = len(prompts) * manifest.sampling.samples_per_prompt
+    if len(rows) < asked and not sampled_by.same_weights(manifest.policy):
+        found = f"{named(store)}: round {manifest.generation} has {len(rows)} of these rollouts, expected {asked}; {sampled_by} was stopped while it"
+        if not len(rows):
+            raise ConflictError(f"{found} sampled, and another policy cannot go on: give the round a number of its own (`generation`).")
+        warn_user(f"{found} sampled, and the student computes a little otherwise now, so this round trains on fewer.", TrainingWarning)
+    score_rollouts(store, scorer, column=column, preflight=preflight, rows=rows, rollouts_per_batch=prompts_per_batch)
+    return rows
