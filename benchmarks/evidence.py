@@ -4,7 +4,7 @@
     python benchmarks/evidence.py --quick    # one seed, few arms and steps, into runs/evidence-quick; a quarter of an hour
     python benchmarks/evidence.py --plan     # how many runs are done, how many are left, and how many seconds of one core they take
     python benchmarks/evidence.py --report   # the file and the page, of the seeds that are finished
-    python benchmarks/evidence.py --go-on    # what benchmarks/results/evidence*.json lack; their machine and versions must be these
+    python benchmarks/evidence.py --go-on    # from evidence.json or evidence_choice.json, if made on this machine with these versions
 
 Every finished unit (a teacher's text, a student, a store, one run of an arm) is a file in runs/evidence.  A killed run that is called again goes
 on from there, and loses the units that were in work.  Rates, the arm that is run in several forms, and the form that the goals are set for, are
@@ -50,7 +50,7 @@ from transformers.utils.logging import disable_progress_bar
 
 Job = Callable[[], Any]
 #: What a run can go on from: finished seeds with all trials, or, before there are such, the trials alone.
-KEPT_FILES = ("evidence.json", "evidence_choice.json")
+FINISHED, CHOSEN = "evidence", "evidence_choice"
 
 
 def work(job: Job) -> Any:
@@ -121,8 +121,8 @@ def execute(plan: Plan, workers: int) -> Chosen:
             wave(other_trials(plan, choose_rates(plan)))
             wave(Chosen.of(plan).form_trials(plan))
         chosen = Chosen.of(plan)
-        if plan.choice is not None and not (plan.home / KEPT_FILES[0]).exists():
-            result_file(Path(KEPT_FILES[1]).stem, describe_machine(), choice_rows(plan, chosen), [], plan.home)
+        if plan.choice is not None and not (plan.home / f"{FINISHED}.json").exists():
+            result_file(CHOSEN, describe_machine(), choice_rows(plan, chosen), [], plan.home)
         for seed in plan.seeds:
             seed_of([plan.bed(seed, kind) for kind, _ in plan.arms])
             wave([unit for unit in chosen.runs(plan) if unit.bed.seed == seed])
@@ -134,9 +134,9 @@ def take_over(plan: Plan) -> None:
 
     Seconds are compared, so it must have been made on the same machine with the same versions.
     """
-    path = next((plan.home / name for name in KEPT_FILES if (plan.home / name).exists()), None)
+    path = next((path for name in (FINISHED, CHOSEN) if (path := plan.home / f"{name}.json").exists()), None)
     if path is None:
-        raise SystemExit(f"Evidence {plan.home}: it has no {' and no '.join(KEPT_FILES)} to go on from; run without --go-on.")
+        raise SystemExit(f"Evidence {plan.home}: it has neither {FINISHED}.json nor {CHOSEN}.json to go on from; run without --go-on.")
     here = describe_machine()
     theirs = json.loads(path.read_text())
     for name, ours in {**here["versions"], **here["machine"]}.items():
@@ -188,8 +188,8 @@ def gather(plan: Plan, chosen: Chosen) -> list[Row]:
 
 def write(rows: list[Row], home: Path) -> None:
     """Write the result file and its part of the page of results, or, in another folder, a page of its own."""
-    written = result_file("evidence", describe_machine(), rows, find_goals(rows), home)
-    (home / KEPT_FILES[1]).unlink(missing_ok=True)
+    written = result_file(FINISHED, describe_machine(), rows, find_goals(rows), home)
+    (home / f"{CHOSEN}.json").unlink(missing_ok=True)
     if home == FULL.home:
         publish()
     else:
@@ -210,7 +210,7 @@ def say_plan(plan: Plan) -> None:
         if unit.path.exists():
             took.setdefault(unit.effort, []).append(unit()["unit_s"])
     seconds = sum(float(np.mean(took[unit.effort])) if unit.effort in took else expected_run_s(unit) for unit in left)
-    seconds += sum(expected_build_s(plan, bed) for bed in beds)
+    seconds += sum(expected_build_s(plan, bed) for bed in beds if any(unit.bed == bed for unit in left))
     students = sum((bed.of_student / "store.json").exists() for bed in beds)
     print(f"students: {students} of {len(beds)}; runs: {len(units) - len(left)} of {len(units)}")
     print(f"seconds of one core for what is left: {seconds:,.0f}")

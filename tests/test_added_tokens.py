@@ -90,7 +90,8 @@ def test_a_kl_to_a_model_with_a_row_for_the_token_is_over_the_vocabulary_of_both
         return
     read = HFScorer(more, larger, top_k=VOCAB + 1).score(rollouts)
     # the teacher is the student, and gives some probability to one token more
-    left = [np.log1p(-np.exp(s.top_k.logprobs[s.top_k.ids == VOCAB].astype(np.float64))).sum() for s in read]
+    shares = [np.log1p(-np.exp(s.top_k.logprobs[s.top_k.ids == VOCAB].astype(np.float64))) for s in read]
+    left = [share[rollout.loss_mask].sum() for share, rollout in zip(shares, rollouts, strict=True)]
     np.testing.assert_allclose(sums, [-gap for gap in left], rtol=1e-3)
 
 
@@ -120,3 +121,9 @@ def test_vllm_is_given_the_ids_that_have_a_row(fake, larger, rollouts, tmp_path)
         source.sample([OUTSIDE])
     with pytest.raises(InvalidRecordError, match=rf"Rollout 'r': token 0 is id {VOCAB}"):
         scorer.score([Rollout("r", [VOCAB], [5], [True], "length")])
+
+
+@pytest.mark.parametrize("make", [HFScorer, lambda *given: HFSource(*given, SAMPLING), CausalLMStudent])
+def test_a_class_in_place_of_a_model_is_refused_as_ever(make, llama, larger):
+    with pytest.raises(ModelError):
+        make(type(llama), larger)

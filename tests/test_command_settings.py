@@ -47,6 +47,12 @@ def test_the_folder_of_a_run_is_one_of_this_machine(tmp_path, monkeypatch):
         read_settings(written(tmp_path, example(out="s3://bucket/run")))
 
 
+def test_prompts_may_be_under_home(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "what is {i} + 1?"}}\n' for i in range(9)))
+    assert len(prepare(read_settings(written(tmp_path, example(out=str(tmp_path / "run"), prompts="~/p.jsonl"))))) == 9
+
+
 @pytest.mark.s3
 def test_prompts_of_a_run_may_be_in_a_bucket(here, s3, tmp_path, monkeypatch):
     for name, value in s3.storage_options.items():

@@ -179,7 +179,7 @@ def test_a_run_goes_on_from_its_choice_alone(plan):
 
 
 def test_a_result_file_of_elsewhere_is_not_taken_over(plan):
-    with pytest.raises(SystemExit, match=r"it has no evidence\.json and no evidence_choice\.json to go on from"):
+    with pytest.raises(SystemExit, match=r"it has neither evidence\.json nor evidence_choice\.json to go on from"):
         evidence.take_over(plan)
     evidence.write(finish(plan, (0,)), plan.home)
     other = evolve(plan, folder=plan.folder / "other", size=evolve(plan.size, opd_prompts=8))

@@ -284,8 +284,11 @@ def test_adapters_keep_what_ends_a_response(adapters, tokenizer, monkeypatch, tm
     (out / "generation_config.json").unlink()  # as an export by an older lopd, and peft itself, have it
     assert stops() == [{0, 9}] * 2
     (tmp_path / "base").rename(tmp_path / "moved")
-    with pytest.raises(EngineError, match=r"Model '.*base': it cannot be loaded \(there is no such folder"):
+    with pytest.raises(
+        EngineError, match=r"its adapters do not state .*, and their base model '.*base' is not here; pass `SamplingParams\(stop"
+    ):
         ServerSource.from_folder(servers, out, WRITER, sampling)
+    assert ServerSource.from_folder(servers, out, WRITER, SamplingParams(stop_ids=[7])).stop_ids == {7}
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_found_when_the_student_is_made(llama):

@@ -106,6 +106,13 @@ def ended(step, token):
     return evolve(step, batches=tuple(map(changed, step.batches)))
 
 
+def own_before_last(batch):
+    """Return targets in which the student's own end is taught, and something follows, as a line break of a template does."""
+    targets = batch.targets.clone()
+    targets[torch.tensor(batch.lengths).cumsum(0) - 2] = TOKENIZER_ID.eos_id
+    return targets
+
+
 def test_a_text_that_ends_where_its_student_does_not_stop_is_said(llama, scored):
     student = student_in(llama)
     step = ended(batches(scored, teacher=None, rollouts_per_step=7).step(0), 9)
@@ -117,6 +124,8 @@ def test_a_text_that_ends_where_its_student_does_not_stop_is_said(llama, scored)
         train([step])
     assert [warning.filename for warning in caught] == [__file__]
     train([ended(step, TOKENIZER_ID.eos_id)])
+    taught = evolve(step, batches=tuple(evolve(batch, targets=own_before_last(batch)) for batch in step.batches))
+    train([taught])
     student.stop_at(9)
     assert student.model.generation_config.eos_token_id == sorted({TOKENIZER_ID.eos_id, 9})
     train([step])

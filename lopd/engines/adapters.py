@@ -33,5 +33,7 @@ def take_generation_config(model: Any, folder: str | Path) -> None:
         model: as transformers loaded it from `folder`; one without adapters is left as it is.
         folder: a folder with adapters, or a hub name.
     """
-    if getattr(model, "_hf_peft_config_loaded", False) and (local_folder(str(folder), weights=False) / "generation_config.json").exists():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder))
+    if getattr(model, "_hf_peft_config_loaded", False):
+        found = local_folder(str(folder), weights=False)
+        if (found / "generation_config.json").exists():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(found)

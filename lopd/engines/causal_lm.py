@@ -80,11 +80,19 @@ def lm_head(model: Any, vocab_size: int) -> LMHead:
     )
 
 
+def stated_ends(model: Any) -> int | list[int] | None:
+    """Return the ids that end a response, as the generation configuration of a model states them."""
+    ends: int | list[int] | None = getattr(getattr(unwrap(model), "generation_config", None), "eos_token_id", None)
+    return ends
+
+
 def cut_to_head(model: Any, tokenizer: TokenizerId | TokenizerLike) -> TokenizerId:
     """Return the fingerprint of a tokenizer, cut to the ids that the head of this model has rows for; see `cut_to_rows`."""
-    layer = getattr(unwrap(model), "get_output_embeddings", lambda: None)()
-    weight = getattr(layer, "weight", None)
-    return cut_to_rows(tokenizer, weight.shape[0] if isinstance(weight, Tensor) else None)
+    try:
+        rows = unwrap(model).get_output_embeddings().weight.shape[0]
+    except Exception:  # what has no head is refused by name where that is used
+        rows = None
+    return cut_to_rows(tokenizer, rows)
 
 
 def cut_to_rows(tokenizer: TokenizerId | TokenizerLike, rows: int | None) -> TokenizerId:

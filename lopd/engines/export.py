@@ -230,7 +230,9 @@ def _replace(folder: Path, fresh: Path, old: Path) -> None:
 
 
 def _free(old: Path) -> None:
-    """Free the name that the folder in use is to have for a moment, by which the next export sets a kill right; a replaced one may still be there."""
+    """Free the name that the folder in use has between the two moves, under which the next export finds it after a kill; what is left of a replaced
+    one may still have it.
+    """
     shutil.rmtree(old, ignore_errors=True)
     if old.exists():  # it holds what cannot be removed, such as a file that somebody reads over NFS
         old.rename(old.with_name(f"{old.name}.{uuid4().hex}"))

@@ -49,6 +49,16 @@ def check_whole(folder: Path) -> None:
         )
 
 
+def described_text(folder: Path) -> Any:
+    """Return the configuration of the text part of the model in a folder.
+
+    Raises:
+        EngineError: there is none, or it cannot be read.
+    """
+    with looking_for(folder):
+        return transformers.AutoConfig.from_pretrained(folder).get_text_config()
+
+
 def load_tokenizer(name: str | Path) -> Any:
     """Return the tokenizer in a folder, or of a hub name.
 

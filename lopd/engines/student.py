@@ -8,7 +8,7 @@ import torch
 from attrs import evolve
 from torch import Tensor, nn
 
-from lopd.engines.causal_lm import context_length, cut_to_head, decoder_of, lm_head, recompute_layers, unwrap
+from lopd.engines.causal_lm import context_length, cut_to_head, decoder_of, lm_head, recompute_layers, stated_ends, unwrap
 from lopd.engines.conditions import warn_of_dropout
 from lopd.engines.export import check_exportable, export_model
 from lopd.engines.inputs import stop_ids
@@ -40,7 +40,7 @@ class CausalLMStudent(nn.Module):
     Args:
         model: a causal LM, or a peft model around one.  Parameters that require a gradient are trained, the rest stay as they are.
         tokenizer: whose ids the model reads: the one that belongs to it, or its fingerprint.  Head rows beyond its
-            vocabulary are padding and get no mass; so do added tokens beyond the rows, which a fingerprint does not tell from others.
+            vocabulary are padding and get no mass; neither do added tokens beyond the rows, which a fingerprint does not tell from others.
         autocast: compute the layers below the head in this dtype (torch.bfloat16) while the weights stay in theirs.  Pass it to `load_model` too,
             which then finds an attention for it.
         gradient_checkpointing: recompute activations in the backward pass; less memory, about a third more time.
@@ -91,8 +91,7 @@ class CausalLMStudent(nn.Module):
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids at which its responses will end, once it is exported and sampled from: the model's and the tokenizer's EOS."""
-        configured = getattr(getattr(unwrap(self.model), "generation_config", None), "eos_token_id", None)
-        return stop_ids(SamplingParams(), configured, self.tokenizer)
+        return stop_ids(SamplingParams(), stated_ends(self.model), self.tokenizer)
 
     def stop_at(self, token: int) -> None:
         """Let its responses end at this token, too, as those that it is taught do: its export names it in the generation configuration.
@@ -147,7 +146,8 @@ class CausalLMStudent(nn.Module):
             if ids is not None and ids.numel() and (largest := int(ids.max())) >= self._known:
                 raise InvalidRecordError(
                     f"Batch: its {name} hold id {largest}, expected ids below {self._known}, since the student has no row for this added token; "
-                    "leave out rollouts with it, and score candidates of the policy if the teacher's most likely tokens have it."
+                    "leave out rollouts with it, and score candidates of the policy if the teacher's most likely tokens have it; or resize the "
+                    "token embeddings first, if it is to learn it."
                 )
 
     def _check_length(self, longest: int) -> None:

@@ -1,6 +1,9 @@
 """What a run shows of itself at its first step: whether it trains what its author thinks it trains.  Later steps pay nothing for it."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,7 +32,7 @@ MIN_MOVED = 0.5
 #: Below this norm a gradient is rounding, and weights that stay where they are show nothing.
 _LEAST_NORM = 1e-3
 _SAMPLED, _SHOWN = 4096, 3
-#: Responses from which their last token is known for one that ends them.
+#: Fewer responses than this do not show which token ends them.
 _ENDS_NEEDED = 4
 #: Relative difference of two rollouts' weights that is rounding.
 _SAME = 1e-3
@@ -150,21 +153,26 @@ def judge_labels(optimizer: Optimizer, loss: object, batches: Sequence[Batch]) -
 
 
 def judge_ends(optimizer: Optimizer, student: object, batches: Sequence[Batch]) -> None:
-    """Warn if most responses of SFT end with one token, at which a student that states its ends will not stop: it learns to draw that token, and
-    then goes on.
+    """Warn if most responses of SFT are taught one end at which a student that states its ends will not stop: it learns to draw that token, and then
+    goes on.
     """
     texts = [batch for batch in batches if batch.teacher_logprobs is None and batch.label_values is None]
     if not isinstance(student, StatesEnds) or not texts:
         return
-    lasts_B = torch.cat([batch.targets[torch.tensor(batch.lengths).cumsum(0) - 1] for batch in texts])
-    end, count = int(lasts_B.mode().values), int((lasts_B == lasts_B.mode().values).sum())
-    if len(lasts_B) >= _ENDS_NEEDED and 2 * count > len(lasts_B) and end not in student.stop_ids:
+    own, lasts, count = set(student.stop_ids), Counter[int](), 0
+    for batch in texts:
+        tokens = zip(batch.segment_ids[batch.counted].tolist(), batch.targets[batch.counted].tolist(), strict=True)
+        for _, response in groupby(tokens, itemgetter(0)):
+            taught = [token for _, token in response]
+            lasts.update(taught[-1:] if own.isdisjoint(taught) else ())
+            count += 1
+    end = next((token for token, times in lasts.most_common(1) if count >= _ENDS_NEEDED and 2 * times > count), None)
+    if end is not None:
         _warn_once(
             optimizer,
             "ends",
-            f"Student: {count} of the {len(lasts_B)} responses of the first step end with token {end}, and its own end with "
-            f"{sorted(student.stop_ids)}; it will not stop where its text does: call `student.stop_at({end})` before it is exported, or sample with "
-            "`SamplingParams(stop_ids=...)`.",
+            f"Student: {lasts[end]} of the {count} responses of the first step end with token {end}, and its own end with {sorted(own)}; it will "
+            f"not stop where its text does: call `student.stop_at({end})` before it is exported, or sample with `SamplingParams(stop_ids=...)`.",
             EndTokenWarning,
         )
 

@@ -1,7 +1,7 @@
 """How to find rows in a store, and to walk over a whole one: which rows can be read in one call, with all that they have."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import count, pairwise
 from typing import Any
 
@@ -165,11 +165,15 @@ def rows_of(reader: LogprobReader, prompts: Sequence[Prompt], generations: Itera
     return np.unique(np.concatenate(found))
 
 
-def usual_end(reader: LogprobReader, rows: NDArray[np.int64]) -> int | None:
-    """Return the token with which more than half of the responses end that were not cut; None if there is none."""
-    rollouts = (record.rollout for record in walk(reader, rows))
-    ends = Counter(int(rollout.response_ids[-1]) for rollout in rollouts if rollout.finish_reason == "stop")
-    return next((token for token, times in ends.most_common(1) if 2 * times > ends.total()), None)
+def usual_end(reader: LogprobReader, rows: NDArray[np.int64], known: Collection[int]) -> int | None:
+    """Return the token that ends more than half of the responses that were not cut, beside those that are known; None if there is none."""
+    ends, count = Counter[int](), 0
+    for record in walk(reader, rows):
+        taught = record.rollout.response_ids[record.rollout.loss_mask]
+        if record.rollout.finish_reason == "stop":
+            ends.update([] if np.isin(taught, [*known]).any() else taught[-1:].tolist())
+            count += 1
+    return next((token for token, times in ends.most_common(1) if 2 * times > count), None)
 
 
 def named(reader: LogprobReader) -> str:

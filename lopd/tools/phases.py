@@ -209,8 +209,8 @@ def train_phase(
         rate: number of a step -> its learning rate.
     """
     if not steps.columns.teachers and steps.columns.label is None:
-        end = usual_end(steps.store, steps.rows)
-        if end is not None and end not in student.stop_ids:
+        end = usual_end(steps.store, steps.rows, student.stop_ids)
+        if end is not None:
             student.stop_at(end)
             console.print(f"the text ends with token {end}, so the student stops there, too, from now on", soft_wrap=True)
 

@@ -78,7 +78,6 @@ class Preflight:
             ScorerError: it does not give the same log-probs twice, is further from what is stored or from `truth` than allowed, or refuses what
                 it scored before, or all.
         """
-        self._check_eos(scorer.provenance, store.manifest.tokenizer.eos_id)
         by_length = rows[np.argsort(store.lengths()[rows].sum(axis=1), kind="stable")]
         scored = store.scored(column)[by_length]
         new, held = evenly(by_length[~scored], self.rollouts).tolist(), evenly(by_length[scored], self.rollouts).tolist()
@@ -87,6 +86,7 @@ class Preflight:
         others = [row for row in dict.fromkeys([*new, *compared]) if row not in set(held)]
         tested = [*held, *others]
         rollouts = dict(zip(tested, to_score(store, tested, scorer.provenance), strict=True))
+        self._check_eos(scorer.provenance, store.manifest.tokenizer.eos_id, list(rollouts.values()))
         scores, refused = score_each(scorer, list(rollouts.values()), len(rollouts))
         together = {score.rollout_id: score for score in scores}
         self._check_repeatable(scorer, [rollouts[row] for row in new], together, refused, begun=bool(held))
@@ -146,8 +146,9 @@ class Preflight:
             )
         return difference
 
-    def _check_eos(self, provenance: Provenance, eos_id: int | None) -> None:
-        if provenance.eos_id is not None and eos_id is not None and provenance.eos_id != eos_id:
+    def _check_eos(self, provenance: Provenance, eos_id: int | None, rollouts: Sequence[Rollout]) -> None:
+        as_the_teacher = any(r.response_ids[-1] == provenance.eos_id for r in rollouts if r.finish_reason == "stop")
+        if provenance.eos_id is not None and eos_id is not None and provenance.eos_id != eos_id and not as_the_teacher:
             warn_user(
                 f"Scorer {provenance.model}: its texts end with token {provenance.eos_id}, expected the policy's {eos_id}; a student that learns "
                 "from a base model while it ends as an instructed one, or the other way round, may not stop, so check how the responses end.",

@@ -105,12 +105,12 @@ def _train(
         check_kind("Step", step, Step, "pass `batches(store)[:150]`")
         if step.vocab_hash is not None:
             check_vocabulary(f"Step {step.index}", step, "the student's", inner(student).tokenizer)
+        read = step.batches[: len(step.batches) - step.idle]
         if place_of_step == 0:
             judge_ratio(loss, step.batches)
             judge_baseline(optimizer, loss, step.batches)
             judge_labels(optimizer, loss, step.batches)
-            judge_ends(optimizer, inner(student), step.batches)
-        read = step.batches[: len(step.batches) - step.idle]
+            judge_ends(optimizer, inner(student), read)
         sizes = [
             (float(b.weight.sum(dtype=torch.float64)), *b.label_sums(), len(b.lengths), b.inputs.numel(), len(b.counted)) for b in read
         ]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from attrs import field, frozen
 
-from lopd.engines.causal_lm import context_length, cut_to_head, evaluating, rope_borders, unwrap
+from lopd.engines.causal_lm import context_length, cut_to_head, evaluating, rope_borders, stated_ends
 from lopd.engines.finding import local_folder
 from lopd.engines.hf.decoding import Row, decode
 from lopd.engines.hf.loading import load_model
@@ -128,8 +128,7 @@ class HFSource:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids that end a response: those asked for, or the model's and the tokenizer's EOS."""
-        configured = getattr(unwrap(self.model).generation_config, "eos_token_id", None)
-        return stop_ids(self.sampling, configured, self.tokenizer_id)
+        return stop_ids(self.sampling, stated_ends(self.model), self.tokenizer_id)
 
     def _check_borders(self, prompts: Sequence[Prompt]) -> None:
         """Refuse a rollout that would cross a rope border: its first tokens are then drawn from another function than they are scored with."""

@@ -209,7 +209,9 @@ class ServerSource:
         path = local_folder(folder, weights=False)
         tokenizer = fingerprint_tokenizer(load_tokenizer(path))
         with looking_for(folder):
-            return cls(servers, tokenizer, identity, sampling, _eos_ids(path, tokenizer), Lineage.read(path))
+            # those that are asked for take the place of the model's
+            ends = frozenset[int]() if getattr(sampling, "stop_ids", ()) else _eos_ids(path, tokenizer)
+            return cls(servers, tokenizer, identity, sampling, ends, Lineage.read(path))
 
     def __attrs_post_init__(self) -> None:
         _check_parts("ServerSource", self.servers, self.identity)
@@ -293,7 +295,14 @@ def _eos_ids(folder: Path, tokenizer: TokenizerId) -> frozenset[int]:
 
     files, adapters = _settings(folder), folder / "adapter_config.json"
     if not files and adapters.exists():
-        files = _settings(local_folder(json.loads(read_regular(adapters))["base_model_name_or_path"], weights=False))
+        base = json.loads(read_regular(adapters)).get("base_model_name_or_path")
+        try:
+            files = _settings(local_folder(base, weights=False))
+        except LopdError as error:
+            raise EngineError(
+                f"Model {str(folder)!r}: its adapters do not state what ends a response, and their base model {base!r:.80} is not here; pass "
+                "`SamplingParams(stop_ids=...)`, or put the base's generation_config.json beside them."
+            ) from error
     configured = next((ids for file in files if (ids := json.loads(read_regular(file)).get("eos_token_id")) is not None), None)
     return stop_ids(SamplingParams(), configured, tokenizer)
 

@@ -11,11 +11,11 @@ from types import ModuleType
 from typing import Any, final
 
 import torch
-import transformers
 from attrs import define, field
 
 from lopd.engines.asked import FIRST, IDS
 from lopd.engines.causal_lm import stated_rope_borders
+from lopd.engines.finding import described_text
 from lopd.engines.identity import folder_dtype
 from lopd.engines.vllm.liveness import told_of_death
 from lopd.engines.vllm.settings import VLLMSettings
@@ -56,7 +56,7 @@ class VLLMEngine:
         starts: how often it was started.
 
     Raises:
-        ModelError: see `context`.
+        EngineError, ModelError: see `context`.
     """
 
     folder: Path
@@ -87,9 +87,10 @@ class VLLMEngine:
         """Tokens of the longest prompt and response together.
 
         Raises:
+            EngineError: its configuration cannot be read.
             ModelError: neither the settings nor the model's configuration state it, or vLLM would compute another function with it (LongRoPE).
         """
-        config = transformers.AutoConfig.from_pretrained(self.folder).get_text_config()
+        config = described_text(self.folder)
         length = self.settings.max_model_len or getattr(config, "max_position_embeddings", None)
         if length is None:
             raise ModelError(f"Model {self.folder}: its configuration has no max_position_embeddings; pass `max_model_len`.")

@@ -16,7 +16,7 @@ from attrs import evolve, field, frozen
 
 from lopd.engines.asked import check_drawn, widest
 from lopd.engines.causal_lm import cut_to_rows
-from lopd.engines.finding import check_described, check_whole, load_tokenizer, local_folder, looking_for
+from lopd.engines.finding import check_described, check_whole, described_text, load_tokenizer, local_folder
 from lopd.engines.identity import folder_model_id
 from lopd.engines.inputs import (
     SEED_BITS,
@@ -266,9 +266,7 @@ def _open(folder: str | Path, settings: VLLMSettings | None, *, scoring: bool = 
     check_described(path)
     check_whole(path)
     tokenizer = load_tokenizer(path)
-    with looking_for(path):
-        config = transformers.AutoConfig.from_pretrained(path).get_text_config()
-    known = cut_to_rows(tokenizer, getattr(config, "vocab_size", None))
+    known = cut_to_rows(tokenizer, getattr(described_text(path), "vocab_size", None))
     return VLLMEngine(path, known.vocab_size, settings or VLLMSettings(), scoring=scoring, top_k=top_k), tokenizer
 
 

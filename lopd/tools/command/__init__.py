@@ -85,8 +85,9 @@ def main(words: Sequence[str]) -> int:
         if not isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ())):
             raise
         say(
-            f"The memory of the GPU is too small ({str(error).splitlines()[0]:.200}); sample fewer `rows` side by side, and train on fewer "
-            "`tokens_per_batch`, which changes no result; `lopd plan` shows what fits.",
+            f"The memory of the GPU is too small ({str(error).splitlines()[0]:.200}); lower `rows` where it samples, and `tokens_per_batch` where it "
+            "trains, which change no result; where it scores, or has no room for the model, take vLLM, a dtype of 16 bits or another card; "
+            "`lopd plan` shows what fits.",
             aside=True,
         )
         return UNUSABLE
@@ -107,7 +108,9 @@ def _in_options(sentence: str, known: Sequence[str]) -> str:
     >>> _in_options("pass `context=` that all servers have", ["--context"])
     'pass `--context` that all servers have'
     """
-    named = {option[2:].replace("-", "_"): option for option in known} | {old: new for old, new in _ELSEWHERE.items() if new in known}
+    named = {option[2:].replace("-", "_"): option for option in known}
+    # the keys of a file are named as the options are
+    named |= {old: new if new in known else new[2:].replace("-", "_") for old, new in _ELSEWHERE.items()}
     return re.sub(r"`(\w+)(?:=True|=)?`", lambda found: f"`{named.get(found[1]) or found[0][1:-1]}`", sentence)
 
 

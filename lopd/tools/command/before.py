@@ -14,7 +14,7 @@ from lopd.errors import InvalidRecordError, SamplerWarning
 from lopd.guards.consistency import check_teacher_consistency, check_vocabulary
 from lopd.guards.watch import bias_of
 from lopd.records import Prompt, SamplingParams, TokenizerId, fingerprint_tokenizer
-from lopd.records.paths import asked, without_secrets
+from lopd.records.paths import asked, path_or_url, without_secrets
 from lopd.records.warn import warn_user
 from lopd.tools.command.settings import Prompts, RunSettings
 from lopd.tools.phases import Run, digest, write_json
@@ -78,6 +78,8 @@ def _rename(folder: Path, settings: Mapping[str, Any], read: Mapping[str, str]) 
     """Give what an earlier lopd wrote of a run the names of today, so that the run can go on."""
     if (path := folder / "settings.json").exists():
         theirs = json.loads(path.read_text())
+        if "out" in theirs:
+            theirs["out"] = str(Path(theirs["out"]))
         if "prompts.file" in settings and "prompts" in theirs:
             theirs["prompts.file"] = theirs.pop("prompts")
         sections = {name.partition(".")[0] for name in theirs if "." in name}
@@ -126,7 +128,7 @@ def _inputs(s: RunSettings) -> dict[str, str]:
 
 def _digest(key: str, path: str) -> str:
     try:
-        return asked(path, lambda: digest(path))
+        return asked(path, lambda: digest(path_or_url(f"Run: {key}", path)))
     except OSError as error:
         raise InvalidRecordError(f"Run: {key} is {without_secrets(path)}, which cannot be read ({error}); correct it.") from None
 
